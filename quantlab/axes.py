@@ -1,0 +1,102 @@
+"""The axes: the backend-neutral choices that people sweep, and the check of a combination. Torch-free."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantlab.capabilities import CAPABILITIES, Capability
+from quantlab.dtypes import COMPUTE_DTYPES
+from quantlab.errors import ConfigError, nearest
+
+ON_MISMATCH = ("error", "skip", *COMPUTE_DTYPES)
+
+
+@dataclass
+class QuantizationAxes:
+    """The ``quantization`` node's common part; each backend's node adds that library's own settings."""
+
+    backend: str = "none"
+    dtype: str = "auto"
+    """The stored weight format; ``auto``: the backend's first (``quantlab list dtypes``)."""
+    group_size: int | str = "auto"
+    """``auto``: the library's own choice, read back; ``none``: one scale a row; a number: met exactly or refused."""
+    activation_dtype: str = "auto"
+    compute_dtype: str = "auto"
+    """Dtype of the matrix products; ``auto``: the reference's."""
+    algorithm: str = "auto"
+    modules_to_not_convert: dict[str, list[str]] = field(default_factory=dict)
+    """Name of a list -> its entries (module path, glob, or ``re:`` regex); all lists add up."""
+    replace_default_exclusions: bool = False
+    """True: the model family's own exclusions do not apply."""
+    on_mismatch: str = "error"
+    """What happens to a layer that the backend cannot take: ``error``, ``skip``, or a dtype to fall back to
+    (float32, bfloat16, float16, or another dtype of the backend)."""
+
+    def exclusions(self) -> tuple[str, ...]:
+        """All entries of ``modules_to_not_convert``, in order, each once."""
+        return tuple(dict.fromkeys(entry for entries in self.modules_to_not_convert.values() for entry in entries))
+
+
+def _words(options: Iterable[Any]) -> str:
+    return ", ".join(str(o) for o in options)
+
+
+def _others(backend: str, dtype: str) -> str:
+    names = [b for b, rows in CAPABILITIES.items() if dtype in rows and b != backend]
+    if not names:
+        return nearest(dtype, CAPABILITIES[backend])
+    return f"; {dtype} is offered by {' and '.join([', '.join(names[:-1]), names[-1]] if len(names) > 1 else names)}"
+
+
+def _check_choice(key: str, value: Any, accepted: Iterable[Any], who: str, hint: str = "") -> None:
+    if value not in (accepted := tuple(accepted)):
+        raise ConfigError(f"{key}={value}: {who} offers {_words(accepted)}{hint or nearest(str(value), map(str, accepted))}")
+
+
+def capability(backend: str, dtype: str) -> Capability:
+    """The table's row; ConfigError naming what the backend offers, and who offers this dtype, where there is none."""
+    if backend not in CAPABILITIES:
+        raise ConfigError(f"backend={backend}: there are {_words(CAPABILITIES)}{nearest(backend, CAPABILITIES)}")
+    if dtype not in CAPABILITIES[backend]:
+        raise ConfigError(f"dtype={dtype}: {backend} offers {_words(CAPABILITIES[backend])}{_others(backend, dtype)}")
+    return CAPABILITIES[backend][dtype]
+
+
+def resolve_axes(axes: QuantizationAxes) -> QuantizationAxes:
+    """The axes with ``dtype``, ``activation_dtype`` and ``algorithm`` spelled out, checked against the table.
+
+    ``group_size=auto`` and ``compute_dtype=auto`` stay: the library and the reference decide them later.
+    Raises ConfigError for a combination that the backend does not offer, naming what is offered instead.
+    """
+    if axes.backend not in CAPABILITIES:
+        capability(axes.backend, axes.dtype)
+    rows = CAPABILITIES[axes.backend]
+    if axes.backend == "none" and axes.dtype == "auto":
+        return axes  # the reference in its own dtype
+    dtype = next(iter(rows)) if axes.dtype == "auto" else axes.dtype
+    row = capability(axes.backend, dtype)
+    who = f"{axes.backend} {dtype}"
+    group = axes.group_size
+    if isinstance(group, str) and group.isdigit():
+        group = int(group)
+    if group != "auto" and not row.group_sizes:
+        raise ConfigError(f"group_size={group}: {axes.backend} chooses its own group size; leave group_size=auto "
+                          "(what it chose is read back and reported)")
+    _check_choice("group_size", group, ("auto", *row.group_sizes), who)
+    _check_choice("activation_dtype", axes.activation_dtype, ("auto", *row.activation_dtypes), who)
+    _check_choice("algorithm", axes.algorithm, ("auto", *row.algorithms), who, _who_has(axes.algorithm))
+    _check_choice("compute_dtype", axes.compute_dtype, ("auto", *(d for d in row.compute_dtypes if d in COMPUTE_DTYPES)), who)
+    _check_choice("quantization.on_mismatch", axes.on_mismatch, (*ON_MISMATCH, *rows), axes.backend)
+    return dataclasses.replace(
+        axes, dtype=dtype, group_size=group,
+        activation_dtype=row.activation_dtypes[0] if axes.activation_dtype == "auto" else axes.activation_dtype,
+        algorithm=row.algorithms[0] if axes.algorithm == "auto" else axes.algorithm,
+    )
+
+
+def _who_has(algorithm: str) -> str:
+    names = [b for b, rows in CAPABILITIES.items() if any(algorithm in r.algorithms for r in rows.values())]
+    return f"; {algorithm} is offered by {_words(names)}" if names else ""

@@ -1,0 +1,114 @@
+"""What each backend offers for each dtype: one table that validation, messages, ``quantlab list`` and tests read.
+
+A row is a promise about the pinned library versions; ``tests/contract`` walks the table and runs every promise.
+Torch-free, and the only place where it is written down which combination is possible.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GroupSize = int | str  # a number, or "none": one scale a row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capability:
+    """One (backend, dtype) row."""
+
+    group_sizes: tuple[GroupSize, ...] = ()
+    """Values of ``group_size`` that are met exactly; ``auto`` is always allowed."""
+    in_features_multiple: int = 1
+    """in_features must divide by it, whatever the group size."""
+    out_features_multiple: int = 1
+    numel_multiple: int = 1
+    grouping: str = "row"
+    """``row``: a group never crosses a row, so it must divide in_features; ``flat``: blocks run over the flat tensor."""
+    layer_kinds: tuple[str, ...] = ("Linear",)
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    min_compute_capability: tuple[int, int] | None = None
+    """CUDA compute capability that the library's kernel asks for; None: any."""
+    packages: tuple[str, ...] = ()
+    """Import names needed beyond the backend's own."""
+    compute_dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    activation_dtypes: tuple[str, ...] = ("none",)
+    """Accepted ``activation_dtype``; the first is what ``auto`` means."""
+    algorithms: tuple[str, ...] = ("max",)
+    """Accepted ``algorithm``; the first is what ``auto`` means."""
+    needs_calibration: bool = False
+    is_serialisable: bool = True
+    is_trainable: bool = False
+    is_simulated_on: tuple[str, ...] = ()
+    """Devices on which the weights are stored wider than the dtype's name says."""
+    is_prototype: bool = False
+    note: str = ""
+
+
+Rows = dict[str, Capability]
+
+_ROW_GROUPS: tuple[GroupSize, ...] = (16, 32, 64, 128, 256, 512)
+_BNB_BLOCKS: tuple[GroupSize, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+_NONE: Rows = {d: Capability(is_trainable=True) for d in ("float32", "bfloat16", "float16")}
+
+_BITSANDBYTES: Rows = {
+    "nf4": Capability(group_sizes=_BNB_BLOCKS, grouping="flat", is_trainable=True),
+    "fp4": Capability(group_sizes=_BNB_BLOCKS, grouping="flat", is_trainable=True),
+    "int8": Capability(group_sizes=("none",), activation_dtypes=("int8",), is_trainable=True,
+                       note="LLM.int8: activations are rounded to int8 at run time, outliers above the threshold kept"),
+}
+
+_TORCHAO: Rows = {
+    "int8": Capability(group_sizes=("none", *_ROW_GROUPS), activation_dtypes=("none", "int8"), is_trainable=True),
+    "float8_e4m3": Capability(group_sizes=("none",), activation_dtypes=("none", "float8_e4m3"), is_trainable=True,
+                              note="activation_dtype=float8_e4m3 needs CUDA, compute capability 8.9"),
+    "float8_e5m2": Capability(group_sizes=("none",), is_trainable=True),
+    "int4": Capability(group_sizes=("none", *_ROW_GROUPS), is_simulated_on=("cpu",), algorithms=("max", "hqq"),
+                       activation_dtypes=("none", "int8"),
+                       note="kept in int8 (unpacked_to_int8), or tile_packed_to_4d on CUDA 8.0 in bfloat16"),
+    "int3": Capability(group_sizes=("none", *_ROW_GROUPS), is_simulated_on=("cpu", "cuda"), algorithms=("max", "hqq")),
+    "int2": Capability(group_sizes=("none", *_ROW_GROUPS), is_simulated_on=("cpu", "cuda"), algorithms=("max", "hqq")),
+    "nf4": Capability(group_sizes=(64,), grouping="flat", numel_multiple=64 * 256, is_prototype=True),
+    "nvfp4": Capability(group_sizes=(16,), in_features_multiple=16, out_features_multiple=16, is_prototype=True),
+    "mxfp8": Capability(group_sizes=(32,), in_features_multiple=32, activation_dtypes=("mxfp8",),
+                        compute_dtypes=("bfloat16",), is_prototype=True),
+    "mxfp4": Capability(group_sizes=(32,), in_features_multiple=32, activation_dtypes=("mxfp4",),
+                        compute_dtypes=("bfloat16",), is_prototype=True),
+}
+
+_QUANTO: Rows = {
+    "int8": Capability(is_trainable=True),
+    "int4": Capability(is_trainable=True, algorithms=("max", "hqq")),
+    "int2": Capability(is_trainable=True, algorithms=("max", "hqq")),
+    "float8_e4m3": Capability(is_trainable=True),
+    "float8_e5m2": Capability(is_trainable=True),
+}
+
+_Q32 = {"group_sizes": (32,), "in_features_multiple": 32, "packages": ("libgguf",)}
+_GGUF: Rows = {
+    **{d: Capability(**_Q32) for d in ("q8_0", "q5_0", "q5_1", "q4_0", "q4_1", "iq4_nl")},  # type: ignore[arg-type]
+    "q6_k": Capability(group_sizes=(16,), in_features_multiple=256, packages=("libgguf",)),
+    "q5_k": Capability(group_sizes=(32,), in_features_multiple=256, packages=("libgguf",)),
+    "q4_k": Capability(group_sizes=(32,), in_features_multiple=256, packages=("libgguf",)),
+    "q3_k": Capability(group_sizes=(16,), in_features_multiple=256, packages=("libgguf",)),
+    "q2_k": Capability(group_sizes=(16,), in_features_multiple=256, packages=("libgguf",)),
+    "iq4_xs": Capability(group_sizes=(32,), in_features_multiple=256, packages=("libgguf",)),
+}
+
+_MODELOPT: Rows = {
+    "int8": Capability(group_sizes=("none", *_ROW_GROUPS), is_trainable=True),
+    "int4": Capability(group_sizes=("none", *_ROW_GROUPS), is_trainable=True),
+    "float8_e4m3": Capability(group_sizes=("none",), is_trainable=True),
+    "nvfp4": Capability(group_sizes=(16,), in_features_multiple=16, devices=("cuda",), min_compute_capability=(8, 9)),
+    "mxfp8": Capability(group_sizes=(32,), in_features_multiple=32, devices=("cuda",), note="compiles a CUDA extension"),
+    "mxfp4": Capability(group_sizes=(32,), in_features_multiple=32, devices=("cuda",), note="compiles a CUDA extension"),
+}
+
+CAPABILITIES: dict[str, Rows] = {
+    "none": _NONE,
+    "bitsandbytes": _BITSANDBYTES,
+    "torchao": _TORCHAO,
+    "quanto": _QUANTO,
+    "gguf": _GGUF,
+    "modelopt": _MODELOPT,
+}
+"""backend -> dtype -> what is possible; the first dtype of a backend is what ``dtype=auto`` means there."""

@@ -1,0 +1,258 @@
+"""The quantization configs: real, torch-free values with the interface of Diffusers' hierarchy.
+
+``QuantizationConfigMixin`` is what the five native configs share. Each native config is a frozen dataclass whose
+fields are made by :func:`setting`; the field's kind says what it accepts and how a value that YAML, JSON or OmegaConf
+produced is brought into its one stored form. Equality and hash are those of the canonical JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+
+from quantlab.axes import QuantizationAxes
+from quantlab.dtypes import TORCH_DTYPE_NAMES, dtype_name
+from quantlab.errors import ConfigError, nearest
+
+_T = TypeVar("_T", bound=type)
+
+
+class QuantizationMethod(str, Enum):  # noqa: UP042  (Diffusers' own base classes: it dumps to JSON as its value)
+    """The backends, by the name that Diffusers and transformers write as ``quant_method``."""
+
+    BITS_AND_BYTES = "bitsandbytes"
+    GGUF = "gguf"
+    TORCHAO = "torchao"
+    QUANTO = "quanto"
+    MODELOPT = "modelopt"
+
+
+def setting(
+    kind: str, default: Any = dataclasses.MISSING, *, choices: Sequence[Any] = (), ours: bool = False, node: bool = False
+) -> Any:
+    """A dataclass field of a native config.
+
+    Args:
+        kind: ``bool int float str dtype names mapping any``; ``names`` is a tuple of strings, ``mapping`` plain data.
+        choices: accepted values, where they are few.
+        ours: not a field of Diffusers' class; written by ``to_dict`` only where it differs from the default.
+        node: may be set in the ``quantization`` node of a recipe (an axis decides the others).
+    """
+    metadata = {"kind": kind, "choices": tuple(choices), "ours": ours, "node": node}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def plain(value: Any) -> Any:
+    """A deep copy in plain JSON-like data: mappings to dicts, sequences to tuples, dtypes and enums to names.
+
+    Raises ConfigError for what is not data (tensors, callables, objects).
+    """
+    if value is None or isinstance(value, (bool, int, float)) or type(value) is str:
+        return value
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {k if isinstance(k, int) else str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (Sequence, set, frozenset)):
+        return tuple(plain(v) for v in value)
+    if str(value).startswith("torch.") and type(value).__name__ == "dtype":
+        return dtype_name(value)
+    raise ConfigError(f"a config holds plain data, not {type(value).__name__} ({str(value)[:60]})")
+
+
+def to_json_data(value: Any) -> Any:
+    """``plain`` data with lists for tuples and string keys, as JSON has them."""
+    if isinstance(value, Mapping):
+        return {str(k): to_json_data(v) for k, v in value.items()}
+    return [to_json_data(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def canonical_json(data: Any) -> str:
+    """One text for equal data: sorted keys, no spaces."""
+    return json.dumps(to_json_data(data), sort_keys=True, separators=(",", ":"))
+
+
+def _accepts(kind: str, value: Any) -> bool:
+    if kind == "bool":
+        return isinstance(value, bool)
+    if kind in ("int", "float"):
+        return isinstance(value, (int,) if kind == "int" else (int, float)) and not isinstance(value, bool)
+    if kind == "str":
+        return isinstance(value, str)
+    if kind == "dtype":
+        return dtype_name(value) in TORCH_DTYPE_NAMES
+    if kind == "names":
+        items = isinstance(value, (Sequence, set, frozenset)) and not isinstance(value, (str, bytes))
+        return items and all(isinstance(v, str) and v for v in value)
+    if kind == "mapping":
+        return isinstance(value, Mapping)
+    return True
+
+
+_WANTED = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a word", "dtype": "a dtype",
+           "names": "a list of non-empty words", "mapping": "a mapping", "any": "plain data"}
+
+
+def coerce(owner: str, field: dataclasses.Field[Any], value: Any) -> Any:
+    """The stored form of ``value`` for ``field``; ConfigError with field, value and what is accepted otherwise."""
+    kind, choices = field.metadata["kind"], field.metadata["choices"]
+    if value is None and field.default is None:
+        return None
+    if not _accepts(kind, value):
+        wanted = ", ".join(map(str, choices)) if choices else _WANTED[kind]
+        raise ConfigError(f"{field.name}={value!r}: {owner} accepts {wanted}{' or none' if field.default is None else ''}")
+    value = dtype_name(value) if kind == "dtype" else float(value) if kind == "float" else plain(value)
+    if kind == "names":
+        value = tuple(value)
+    if choices and value not in choices:
+        near = nearest(value, choices) if isinstance(value, str) else ""
+        raise ConfigError(f"{field.name}={value!r}: {owner} accepts {', '.join(map(str, choices))}{near}")
+    return value
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(setting,))
+def quantization_config(cls: _T) -> _T:
+    """Make ``cls`` a frozen dataclass whose constructor names the nearest field for an unknown key."""
+    made = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+    init = made.__init__
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        args, kwargs = type(self)._fold_arguments(args, kwargs)
+        init(self, *args, **kwargs)
+
+    made.__init__ = checked  # type: ignore[misc]
+    return made
+
+
+class QuantizationConfigMixin:
+    """What the native configs share. Subclasses are made by :func:`quantization_config`."""
+
+    quant_method: ClassVar[QuantizationMethod]
+    _exclude_attributes_at_init: ClassVar[tuple[str, ...]] = ("quant_method",)
+
+    def __post_init__(self) -> None:
+        for field in self._fields():
+            object.__setattr__(self, field.name, coerce(type(self).__name__, field, getattr(self, field.name)))
+        self.post_init()
+
+    def post_init(self) -> None:
+        """Rules that concern several fields; raises ConfigError. Runs at construction and on every change."""
+
+    # -- dictionaries and JSON
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Build from what ``to_dict``, Diffusers or transformers wrote; ``kwargs`` override.
+
+        Returns the config, or ``(config, unused kwargs)`` with ``return_unused_kwargs``. An unknown key of
+        ``config_dict`` is a ConfigError, as is an unknown keyword that is not returned.
+        """
+        data = cls._read_dict({k: v for k, v in config_dict.items()})
+        method = data.get("quant_method", cls.quant_method)
+        if plain(method) != cls.quant_method.value:
+            raise ConfigError(f"quant_method={plain(method)!r}: {cls.__name__} is for {cls.quant_method.value!r}")
+        data = {k: v for k, v in data.items() if k not in cls._exclude_attributes_at_init}
+        names = {f.name for f in cls._fields()}
+        unused = {k: kwargs.pop(k) for k in list(kwargs) if return_unused_kwargs and k not in names}
+        config = cls(**{**data, **kwargs})
+        return (config, unused) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain JSON data in Diffusers' spelling (fields of ours only where they are not default)."""
+        shown = {f.name: getattr(self, f.name) for f in self._fields()
+                 if not f.metadata["ours"] or getattr(self, f.name) != f.default}
+        data: dict[str, Any] = to_json_data({"quant_method": self.quant_method.value, **shown})
+        return data
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What differs from the defaults, and always ``quant_method``; ``from_dict`` reads it back to an equal config."""
+        default = {f.name: f.default for f in self._fields()}
+        changed = {k: v for k, v in self._settings().items() if v != default[k]}
+        data: dict[str, Any] = to_json_data({"quant_method": self.quant_method.value, **changed})
+        return data
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """JSON text of :meth:`to_diff_dict` or :meth:`to_dict`."""
+        return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | Path, use_diff: bool = False) -> None:
+        """Write :meth:`to_json_string` to a file."""
+        Path(json_file_path).write_text(self.to_json_string(use_diff=use_diff), encoding="utf-8")
+
+    @classmethod
+    def from_json_file(cls, json_file_path: str | Path) -> Self:
+        """Read what :meth:`to_json_file` wrote."""
+        try:
+            data = json.loads(Path(json_file_path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{json_file_path}: not a readable JSON file ({error})") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{json_file_path}: a mapping of settings is wanted, not {type(data).__name__}")
+        config: Self = cls.from_dict(data)
+        return config
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:
+        """Change settings in place, all or nothing, validated; returns the keywords that are not settings."""
+        names = {f.name for f in self._fields()}
+        known = {k: v for k, v in kwargs.items() if k in names}
+        changed = dataclasses.replace(self, **known)  # type: ignore[type-var]
+        for name in names:
+            object.__setattr__(self, name, getattr(changed, name))
+        return {k: v for k, v in kwargs.items() if k not in names}
+
+    # -- axes
+
+    @classmethod
+    def from_axes(cls, axes: QuantizationAxes, settings: Mapping[str, Any] | None = None) -> Self:
+        """The native config for backend-neutral axes; ``settings`` are the backend's own node keys."""
+        raise NotImplementedError
+
+    def axes(self) -> QuantizationAxes:
+        """The axes that :meth:`from_axes` would turn into this config."""
+        raise NotImplementedError
+
+    # -- value semantics
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self._canonical() == other._canonical()  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash((type(self).__name__, self._canonical()))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self._settings().items())})"
+
+    # -- for subclasses
+
+    @classmethod
+    def _fields(cls) -> tuple[dataclasses.Field[Any], ...]:
+        return dataclasses.fields(cls)  # type: ignore[arg-type]
+
+    def _settings(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in self._fields()}
+
+    def _canonical(self) -> str:
+        return canonical_json(self._settings())
+
+    @classmethod
+    def _fold_arguments(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Constructor arguments as the fields take them; an unknown key is refused with the nearest field."""
+        names = [f.name for f in cls._fields()]
+        for key in kwargs:
+            if key not in names:
+                raise ConfigError(f"{key}: {cls.__name__} has no such setting{nearest(key, names)} "
+                                  f"(it has {', '.join(names)})")
+        return args, kwargs
+
+    @classmethod
+    def _read_dict(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Older and library spellings of a stored dictionary -> today's fields."""
+        return data

@@ -1,0 +1,69 @@
+"""What can go wrong, and how a user is told.
+
+    QuantlabError
+    ├── ConfigError (also ValueError)      a request that cannot be carried out: exit 2
+    │   ├── MissingPackage (also ImportError)   a library that the request needs is not installed
+    │   ├── ModelError                     a model, tokenizer or data set that cannot be read or is broken
+    │   └── TrackingError                  the tracking store cannot be used
+    ├── NotQuantized                       the tensors show something else than what was asked for: exit 1
+    └── MetricUndefined                    a number that does not exist for these samples (NaN, none left): exit 1
+
+Every message begins with the key that the user typed (``dtype=nf4: ...``) and ends with the way out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Iterable
+
+
+class QuantlabError(Exception):
+    """Base of all errors that quantlab raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(QuantlabError, ValueError):
+    """A request that cannot be carried out as it stands."""
+
+    exit_code = 2
+
+
+class MissingPackage(ConfigError, ImportError):
+    """A package that the request needs is not installed."""
+
+
+class ModelError(ConfigError):
+    """A model, tokenizer or data set that cannot be found, read or trusted."""
+
+
+class TrackingError(ConfigError):
+    """The tracking store cannot be reached or used."""
+
+
+class NotQuantized(QuantlabError):
+    """Layers that were asked for are not what was asked for, as read from their tensors."""
+
+
+class MetricUndefined(QuantlabError):
+    """A metric that has no value on these samples."""
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """``"; did you mean X?"`` for the closest of ``options``, or ``""`` where none is close."""
+    near = difflib.get_close_matches(str(word), [str(o) for o in options], 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def require_package(module: str, key: str, extra: str) -> None:
+    """Raise :class:`MissingPackage` unless ``module`` can be imported; nothing is imported here.
+
+    ``key`` is what the user typed (``backend=gguf``), ``extra`` the extra of this project that brings the package.
+    """
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a parent package is absent
+        found = False
+    if not found:
+        raise MissingPackage(f"{key}: the package {module} is not installed; pip install 'quantlab-recipes[{extra}]'")

@@ -1,0 +1,154 @@
+"""What comes out: plain values that the stages return. Torch-free (tensors appear only as ``Any``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredWeight:
+    """What the tensors of one quantized layer show; made by a backend's ``read_back``."""
+
+    dtype: str
+    """quantlab's name of the format, concluded from the tensors (``int4``, ``nf4``, ``q4_k``...)."""
+    group_size: int | None
+    """Weights that share one scale, counted from the scales' number; None: one scale a row (or for the whole tensor)."""
+    dense: Any
+    """The weight that the layer computes with, dequantized: fp32 tensor of shape (out_features, in_features)."""
+    is_simulated: bool = False
+    """True where the storage is wider than the dtype's name says."""
+    activation_dtype: str = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """One row of the read-back table: a layer that could have been quantized, and what it became."""
+
+    component: str
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    status: str
+    """``quantized``, ``fallback`` (another dtype, by on_mismatch), ``skipped`` (on_mismatch=skip) or ``excluded``."""
+    dtype: str
+    group_size: int | None = None
+    activation_dtype: str = "none"
+    bits_per_weight: float | None = None
+    """Stored bits per weight, scales and zero points included, bias not."""
+    weight_bytes: int = 0
+    scale_bytes: int = 0
+    weight_rel_error: float | None = None
+    """||W - Wq|| / ||W|| (Frobenius), fp32."""
+    is_simulated: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationReport:
+    """What the quantize stage did, as read back from the tensors."""
+
+    layers: tuple[LayerReport, ...]
+    num_parameters: int
+    resolved: Mapping[str, Any] = field(default_factory=dict)
+    """Backend-own settings that were ``auto`` and what the stage made of them."""
+
+    @property
+    def coverage(self) -> float:
+        """Share of the components' parameters that are quantized (fallback layers to a quantized dtype count)."""
+        done = ("quantized", "fallback")
+        num = sum(_numel(r.shape) for r in self.layers if r.status in done and r.bits_per_weight is not None)
+        return num / self.num_parameters if self.num_parameters else 0.0
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    num = 1
+    for n in shape:
+        num *= n
+    return num
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryReport:
+    """Bytes of one component, each storage counted once."""
+
+    weights_bytes: int
+    """All parameters and buffers, with everything that tensor subclasses and quantization states hold."""
+    quantized_bytes: int
+    """Of these, the codes of quantized layers."""
+    scale_bytes: int
+    """Of these, scales, zero points, code tables of quantized layers."""
+    other_bytes: int
+    bytes_at_16_bit: int
+    """The same logical parameters and buffers at 2 bytes each."""
+    num_parameters: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 * weights_bytes / logical parameters of the component."""
+        return 8 * self.weights_bytes / self.num_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """What a protocol measured on a candidate against the reference; arrays are numpy, row i is sample i."""
+
+    samples: Mapping[str, Any]
+    """Metric name without ``quality/`` -> float array (n,); NaN is refused before it gets here."""
+    clusters: Any = None
+    """int array (n,): the cluster (prompt, text chunk) of each sample; None: each sample is its own."""
+    strata: Any = None
+    """int array (n,): the stratum (class) of each sample; None: one stratum."""
+    sample_ids: tuple[str, ...] = ()
+    estimates: Mapping[str, MetricValue] = field(default_factory=dict)
+    """Numbers that are not means over samples (Frechet distance, quantiles), with their own interval."""
+    steps: Mapping[str, Any] = field(default_factory=dict)
+    """Per-step curves: metric name (``step_sqnr_db``) -> float array (num_steps,)."""
+    images: Any = None
+    """uint8 array (n, 3, height, width, channels) of a few samples: reference, candidate, |difference|; None: no images."""
+    timings_ms: Mapping[str, float] = field(default_factory=dict)
+    """``perf/...`` names without the prefix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricValue:
+    """One number with its uncertainty; bounds and standard error are None where n is too small for them."""
+
+    value: float
+    n: int
+    se: float | None = None
+    ci_lo: float | None = None
+    ci_hi: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageReport:
+    """Time and peak memory of one stage; what cannot be measured on the device is None and not logged."""
+
+    name: str
+    seconds: float
+    peak_rss_bytes: int | None = None
+    peak_alloc_bytes: int | None = None
+    peak_requested_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """Everything that one job found out."""
+
+    name: str
+    status: str
+    """``FINISHED`` or ``FAILED``."""
+    quantization: QuantizationReport | None = None
+    memory: Mapping[str, MemoryReport] = field(default_factory=dict)
+    quality: Mapping[str, MetricValue] = field(default_factory=dict)
+    floor: Mapping[str, MetricValue] = field(default_factory=dict)
+    measurements: Measurements | None = None
+    stages: tuple[StageReport, ...] = ()
+    disk_bytes: int | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)
+    error: str = ""
+    failed_stage: str = ""
+    run_id: str | None = None
