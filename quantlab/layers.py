@@ -1,0 +1,223 @@
+"""Walking modules: which layers can be quantized, the one matcher of ``modules_to_not_convert``, digests, checks.
+
+An entry of ``modules_to_not_convert`` is one of three things, on every backend:
+
+module path
+    ``blocks.0.attn.to_q`` is that layer; a container (``blocks.0``) takes everything below it. Paths are compared from
+    the root and in whole components: ``blocks.0`` is not in ``single_blocks.0`` and not in ``blocks.01``.
+glob
+    an entry with ``*``, ``?`` or ``[``: matched case-sensitively against the layer's whole path and against each of its
+    containers (which then take everything below). ``*`` runs over dots: ``*.attn`` is every ``attn`` at any depth.
+regular expression
+    ``re:`` and an expression that must match the layer's whole path (``re.fullmatch``): ``re:.*\\.to_[qk]``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import functools
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from quantlab.errors import ConfigError, ModelError
+
+_KEY = "modules_to_not_convert"
+_GLOB_CHARACTERS = frozenset("*?[")
+
+
+# -- layers
+
+
+def linear_layers(module: Any) -> dict[str, Any]:
+    """Full path -> layer of every ``nn.Linear`` below ``module`` that can be replaced by a quantized one.
+
+    A layer that sits at several paths is listed once, at the first. Layers that :func:`unquantizable_linears` names
+    are left out. ``module`` itself is never listed: it has no parent to replace it in.
+    """
+    return {name: layer for name, layer, reason in _all_linears(module) if not reason}
+
+
+def unquantizable_linears(module: Any) -> dict[str, str]:
+    """Full path -> reason, for every ``nn.Linear`` below ``module`` that must stay as it is."""
+    return {name: reason for name, _, reason in _all_linears(module) if reason}
+
+
+def replace_layer(module: Any, name: str, new: Any) -> None:
+    """Put ``new`` in the place of the layer at ``name``, at every other path of the same layer too."""
+    old = module.get_submodule(name)
+    paths = [path for path, found in module.named_modules(remove_duplicate=False) if found is old]
+    for path in paths:
+        parent, _, leaf = path.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, new)
+
+
+def _all_linears(module: Any) -> Iterator[tuple[str, Any, str]]:
+    from torch import nn
+
+    in_attention = {id(child): name for name, part in module.named_modules() if isinstance(part, nn.MultiheadAttention)
+                    for child in part.modules()}
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear):
+            yield name, layer, _why_not(name, layer, in_attention)
+
+
+def _why_not(name: str, layer: Any, in_attention: Mapping[int, str]) -> str:
+    from torch import nn
+
+    if not name:
+        return "it is the whole model: nothing holds it, so it cannot be replaced"
+    if id(layer) in in_attention:
+        return f"inside nn.MultiheadAttention ({in_attention[id(layer)] or 'the model'}), which reads the weight directly"
+    if not isinstance(layer._parameters.get("weight"), nn.Parameter) or hasattr(layer, "parametrizations"):
+        return "its weight is computed from other parameters (a parametrization)"
+    if getattr(layer, "lora_layer", None) is not None:
+        return "it carries an active LoRA layer; fuse it first"
+    if type(layer).forward is not nn.Linear.forward and type(layer).__name__ != "LoRACompatibleLinear":
+        return f"{type(layer).__name__} has its own forward"
+    return ""
+
+
+# -- the matcher
+
+
+def matches(entry: str, name: str) -> bool:
+    """Whether ``entry`` of ``modules_to_not_convert`` takes the layer at path ``name`` (see the module's text).
+
+    Raises ConfigError for a regular expression that does not compile.
+    """
+    if entry.startswith("re:"):
+        return _regex(entry).fullmatch(name) is not None
+    if not _GLOB_CHARACTERS.isdisjoint(entry):
+        return any(fnmatch.fnmatchcase(path, entry) for path in _with_containers(name))
+    return bool(entry) and (name == entry or name.startswith(entry + "."))
+
+
+def resolve_exclusions(
+    layer_names: Iterable[str],
+    entries: Sequence[str],
+    all_module_names: Iterable[str] = (),
+    optional_entries: Sequence[str] = (),
+) -> dict[str, str]:
+    """Layer -> the first entry that excludes it, for the layers that are excluded.
+
+    Args:
+        layer_names: paths of the layers that would be quantized (:func:`linear_layers`).
+        entries: what the user wrote; each must match at least one layer.
+        all_module_names: paths of all modules, to suggest from.
+        optional_entries: defaults of a model family; they may match nothing.
+
+    Raises ConfigError ``modules_to_not_convert=<entry>: ...`` for an entry that matches no layer, with what is near.
+    """
+    layer_names = list(layer_names)
+    excluded: dict[str, str] = {}
+    for entry in dict.fromkeys([*entries, *optional_entries]):
+        taken = [name for name in layer_names if matches(entry, name)]
+        if not taken and entry in entries:
+            raise ConfigError(_no_match(entry, layer_names, list(all_module_names)))
+        for name in taken:
+            excluded.setdefault(name, entry)
+    return excluded
+
+
+@functools.cache
+def _regex(entry: str) -> re.Pattern[str]:
+    try:
+        return re.compile(entry[len("re:"):])
+    except re.error as error:
+        raise ConfigError(f"{_KEY}={entry}: not a regular expression ({error}); "
+                          "a plain module path or a glob needs no re:") from error
+
+
+def _with_containers(name: str) -> Iterator[str]:
+    yield name
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _no_match(entry: str, layers: list[str], modules: list[str]) -> str:
+    text = f"{_KEY}={entry}: matches none of the {len(layers)} layers that would be quantized"
+    if any(matches(entry, name) for name in modules if name):
+        text += " (only modules that are not quantized anyway)"
+    globs = [g for g in _as_globs(entry) if any(matches(g, name) for name in layers)]
+    if globs:
+        return text + f"; {globs[0]} would match {sum(matches(globs[0], name) for name in layers)} of them"
+    near = _nearest_paths(entry.removeprefix("re:"), sorted({*layers, *modules} - {""}))
+    return text + (f"; near are {', '.join(near)}" if near else f"; the layers are {_some(layers)}")
+
+
+def _as_globs(entry: str) -> list[str]:
+    if entry.startswith("re:") or not entry or not _GLOB_CHARACTERS.isdisjoint(entry):
+        return []
+    words = [entry, entry.removesuffix(".weight")]
+    return [*(w for w in words[1:] if w != entry), *(f"*.{w}" for w in words)]
+
+
+def _nearest_paths(entry: str, paths: list[str], num: int = 3) -> list[str]:
+    near = difflib.get_close_matches(entry, paths, num)
+    leaf_of = {path: path.rpartition(".")[2] for path in paths}
+    leaves = difflib.get_close_matches(entry.rpartition(".")[2].lower(), sorted(set(leaf_of.values())), num)
+    by_leaf = [path for leaf in leaves for path in paths if leaf_of[path] == leaf]
+    return list(dict.fromkeys([*near, *by_leaf]))[:num]
+
+
+def _some(names: list[str], num: int = 3) -> str:
+    return ", ".join(names[:num]) + (f" and {len(names) - num} more" if len(names) > num else "") if names else "none"
+
+
+# -- digests and checks
+
+
+def state_digest(state_dict: Mapping[str, Any]) -> str:
+    """``sha256:...`` over names, dtypes, shapes and bytes of a state dict, in name order.
+
+    Tensor subclasses are digested as the tensors that they hold; values that are not tensors by their ``repr``.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(state_dict.items()):
+        for path, tensor in _flat_tensors(name, value):
+            _digest_tensor(digest, path, tensor)
+    return "sha256:" + digest.hexdigest()
+
+
+def _flat_tensors(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if hasattr(value, "__tensor_flatten__"):
+        yield name, f"{type(value).__name__}|{value.dtype}|{tuple(value.shape)}"
+        for inner in value.__tensor_flatten__()[0]:
+            yield from _flat_tensors(f"{name}.{inner}", getattr(value, inner))
+    else:
+        yield name, value
+
+
+def _digest_tensor(digest: Any, name: str, value: Any) -> None:
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        digest.update(f"{name}|{value!r}|".encode())
+        return
+    digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+    if value.numel():
+        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(data.numpy().data)
+
+
+def check_finite_weights(module: Any, what: str) -> None:
+    """ModelError ``<what>: ...`` naming the first floating-point parameter with NaN or infinity, if there is one.
+
+    ``what`` is what the user typed, as ``model.path=...``.
+    """
+    import torch
+
+    for name, parameter in module.named_parameters():
+        if not parameter.is_floating_point() or parameter.is_meta:
+            continue
+        values = parameter.detach()
+        if values.element_size() == 1:  # isfinite is not written for 8-bit floats
+            values = values.float()
+        num_bad = values.numel() - int(torch.isfinite(values).sum())
+        if num_bad:
+            raise ModelError(f"{what}: {num_bad} of {values.numel()} values of {name} are NaN or infinite; "
+                             "nothing measured on these weights would mean anything, use an intact checkpoint")
