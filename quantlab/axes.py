@@ -53,7 +53,9 @@ def _others(backend: str, dtype: str) -> str:
 
 def _check_choice(key: str, value: Any, accepted: Iterable[Any], who: str, hint: str = "") -> None:
     if value not in (accepted := tuple(accepted)):
-        raise ConfigError(f"{key}={value}: {who} offers {_words(accepted)}{hint or nearest(str(value), map(str, accepted))}")
+        raise ConfigError(
+            f"{key}={value}: {who} offers {_words(accepted)}{hint or nearest(str(value), map(str, accepted))}"
+        )
 
 
 def capability(backend: str, dtype: str) -> Capability:
@@ -83,15 +85,21 @@ def resolve_axes(axes: QuantizationAxes) -> QuantizationAxes:
     if isinstance(group, str) and group.isdigit():
         group = int(group)
     if group != "auto" and not row.group_sizes:
-        raise ConfigError(f"group_size={group}: {axes.backend} chooses its own group size; leave group_size=auto "
-                          "(what it chose is read back and reported)")
+        raise ConfigError(
+            f"group_size={group}: {axes.backend} chooses its own group size; leave group_size=auto "
+            "(what it chose is read back and reported)"
+        )
     _check_choice("group_size", group, ("auto", *row.group_sizes), who)
     _check_choice("activation_dtype", axes.activation_dtype, ("auto", *row.activation_dtypes), who)
     _check_choice("algorithm", axes.algorithm, ("auto", *row.algorithms), who, _who_has(axes.algorithm))
-    _check_choice("compute_dtype", axes.compute_dtype, ("auto", *(d for d in row.compute_dtypes if d in COMPUTE_DTYPES)), who)
+    _check_choice(
+        "compute_dtype", axes.compute_dtype, ("auto", *(d for d in row.compute_dtypes if d in COMPUTE_DTYPES)), who
+    )
     _check_choice("quantization.on_mismatch", axes.on_mismatch, (*ON_MISMATCH, *rows), axes.backend)
     return dataclasses.replace(
-        axes, dtype=dtype, group_size=group,
+        axes,
+        dtype=dtype,
+        group_size=group,
         activation_dtype=row.activation_dtypes[0] if axes.activation_dtype == "auto" else axes.activation_dtype,
         algorithm=row.algorithms[0] if axes.algorithm == "auto" else axes.algorithm,
     )

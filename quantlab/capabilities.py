@@ -22,7 +22,7 @@ class Capability:
     out_features_multiple: int = 1
     numel_multiple: int = 1
     grouping: str = "row"
-    """``row``: a group never crosses a row, so it must divide in_features; ``flat``: blocks run over the flat tensor."""
+    """``row``: a group stays in a row, so it divides in_features; ``flat``: blocks run over the flat tensor."""
     layer_kinds: tuple[str, ...] = ("Linear",)
     devices: tuple[str, ...] = ("cpu", "cuda")
     min_compute_capability: tuple[int, int] | None = None
@@ -53,26 +53,48 @@ _NONE: Rows = {d: Capability(is_trainable=True) for d in ("float32", "bfloat16",
 _BITSANDBYTES: Rows = {
     "nf4": Capability(group_sizes=_BNB_BLOCKS, grouping="flat", is_trainable=True),
     "fp4": Capability(group_sizes=_BNB_BLOCKS, grouping="flat", is_trainable=True),
-    "int8": Capability(group_sizes=("none",), activation_dtypes=("int8",), is_trainable=True,
-                       note="LLM.int8: activations are rounded to int8 at run time, outliers above the threshold kept"),
+    "int8": Capability(
+        group_sizes=("none",),
+        activation_dtypes=("int8",),
+        is_trainable=True,
+        note="LLM.int8: activations are rounded to int8 at run time, outliers above the threshold kept",
+    ),
 }
 
 _TORCHAO: Rows = {
     "int8": Capability(group_sizes=("none", *_ROW_GROUPS), activation_dtypes=("none", "int8"), is_trainable=True),
-    "float8_e4m3": Capability(group_sizes=("none",), activation_dtypes=("none", "float8_e4m3"), is_trainable=True,
-                              note="activation_dtype=float8_e4m3 needs CUDA, compute capability 8.9"),
+    "float8_e4m3": Capability(
+        group_sizes=("none",),
+        activation_dtypes=("none", "float8_e4m3"),
+        is_trainable=True,
+        note="activation_dtype=float8_e4m3 needs CUDA, compute capability 8.9",
+    ),
     "float8_e5m2": Capability(group_sizes=("none",), is_trainable=True),
-    "int4": Capability(group_sizes=("none", *_ROW_GROUPS), is_simulated_on=("cpu",), algorithms=("max", "hqq"),
-                       activation_dtypes=("none", "int8"),
-                       note="kept in int8 (unpacked_to_int8), or tile_packed_to_4d on CUDA 8.0 in bfloat16"),
+    "int4": Capability(
+        group_sizes=("none", *_ROW_GROUPS),
+        is_simulated_on=("cpu",),
+        algorithms=("max", "hqq"),
+        activation_dtypes=("none", "int8"),
+        note="kept in int8 (unpacked_to_int8), or tile_packed_to_4d on CUDA 8.0 in bfloat16",
+    ),
     "int3": Capability(group_sizes=("none", *_ROW_GROUPS), is_simulated_on=("cpu", "cuda"), algorithms=("max", "hqq")),
     "int2": Capability(group_sizes=("none", *_ROW_GROUPS), is_simulated_on=("cpu", "cuda"), algorithms=("max", "hqq")),
     "nf4": Capability(group_sizes=(64,), grouping="flat", numel_multiple=64 * 256, is_prototype=True),
     "nvfp4": Capability(group_sizes=(16,), in_features_multiple=16, out_features_multiple=16, is_prototype=True),
-    "mxfp8": Capability(group_sizes=(32,), in_features_multiple=32, activation_dtypes=("mxfp8",),
-                        compute_dtypes=("bfloat16",), is_prototype=True),
-    "mxfp4": Capability(group_sizes=(32,), in_features_multiple=32, activation_dtypes=("mxfp4",),
-                        compute_dtypes=("bfloat16",), is_prototype=True),
+    "mxfp8": Capability(
+        group_sizes=(32,),
+        in_features_multiple=32,
+        activation_dtypes=("mxfp8",),
+        compute_dtypes=("bfloat16",),
+        is_prototype=True,
+    ),
+    "mxfp4": Capability(
+        group_sizes=(32,),
+        in_features_multiple=32,
+        activation_dtypes=("mxfp4",),
+        compute_dtypes=("bfloat16",),
+        is_prototype=True,
+    ),
 }
 
 _QUANTO: Rows = {
@@ -99,8 +121,12 @@ _MODELOPT: Rows = {
     "int4": Capability(group_sizes=("none", *_ROW_GROUPS), is_trainable=True),
     "float8_e4m3": Capability(group_sizes=("none",), is_trainable=True),
     "nvfp4": Capability(group_sizes=(16,), in_features_multiple=16, devices=("cuda",), min_compute_capability=(8, 9)),
-    "mxfp8": Capability(group_sizes=(32,), in_features_multiple=32, devices=("cuda",), note="compiles a CUDA extension"),
-    "mxfp4": Capability(group_sizes=(32,), in_features_multiple=32, devices=("cuda",), note="compiles a CUDA extension"),
+    "mxfp8": Capability(
+        group_sizes=(32,), in_features_multiple=32, devices=("cuda",), note="compiles a CUDA extension"
+    ),
+    "mxfp4": Capability(
+        group_sizes=(32,), in_features_multiple=32, devices=("cuda",), note="compiles a CUDA extension"
+    ),
 }
 
 CAPABILITIES: dict[str, Rows] = {

@@ -33,7 +33,12 @@ class QuantizationMethod(str, Enum):  # noqa: UP042  (Diffusers' own base classe
 
 
 def setting(
-    kind: str, default: Any = dataclasses.MISSING, *, choices: Sequence[Any] = (), ours: bool = False, node: bool = False
+    kind: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    choices: Sequence[Any] = (),
+    ours: bool = False,
+    node: bool = False,
 ) -> Any:
     """A dataclass field of a native config.
 
@@ -96,8 +101,16 @@ def _accepts(kind: str, value: Any) -> bool:
     return True
 
 
-_WANTED = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a word", "dtype": "a dtype",
-           "names": "a list of non-empty words", "mapping": "a mapping", "any": "plain data"}
+_WANTED = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a word",
+    "dtype": "a dtype",
+    "names": "a list of non-empty words",
+    "mapping": "a mapping",
+    "any": "plain data",
+}
 
 
 def coerce(owner: str, field: dataclasses.Field[Any], value: Any) -> Any:
@@ -107,7 +120,9 @@ def coerce(owner: str, field: dataclasses.Field[Any], value: Any) -> Any:
         return None
     if not _accepts(kind, value):
         wanted = ", ".join(map(str, choices)) if choices else _WANTED[kind]
-        raise ConfigError(f"{field.name}={value!r}: {owner} accepts {wanted}{' or none' if field.default is None else ''}")
+        raise ConfigError(
+            f"{field.name}={value!r}: {owner} accepts {wanted}{' or none' if field.default is None else ''}"
+        )
     value = dtype_name(value) if kind == "dtype" else float(value) if kind == "float" else plain(value)
     if kind == "names":
         value = tuple(value)
@@ -167,13 +182,16 @@ class QuantizationConfigMixin:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain JSON data in Diffusers' spelling (fields of ours only where they are not default)."""
-        shown = {f.name: getattr(self, f.name) for f in self._fields()
-                 if not f.metadata["ours"] or getattr(self, f.name) != f.default}
+        shown = {
+            f.name: getattr(self, f.name)
+            for f in self._fields()
+            if not f.metadata["ours"] or getattr(self, f.name) != f.default
+        }
         data: dict[str, Any] = to_json_data({"quant_method": self.quant_method.value, **shown})
         return data
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What differs from the defaults, and always ``quant_method``; ``from_dict`` reads it back to an equal config."""
+        """What differs from the defaults, and ``quant_method``; ``from_dict`` reads it back to an equal config."""
         default = {f.name: f.default for f in self._fields()}
         changed = {k: v for k, v in self._settings().items() if v != default[k]}
         data: dict[str, Any] = to_json_data({"quant_method": self.quant_method.value, **changed})
@@ -248,8 +266,9 @@ class QuantizationConfigMixin:
         names = [f.name for f in cls._fields()]
         for key in kwargs:
             if key not in names:
-                raise ConfigError(f"{key}: {cls.__name__} has no such setting{nearest(key, names)} "
-                                  f"(it has {', '.join(names)})")
+                raise ConfigError(
+                    f"{key}: {cls.__name__} has no such setting{nearest(key, names)} (it has {', '.join(names)})"
+                )
         return args, kwargs
 
     @classmethod

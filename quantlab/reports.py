@@ -141,6 +141,7 @@ class RunReport:
     name: str
     status: str
     """``FINISHED`` or ``FAILED``."""
+    protocol: str = ""
     quantization: QuantizationReport | None = None
     memory: Mapping[str, MemoryReport] = field(default_factory=dict)
     quality: Mapping[str, MetricValue] = field(default_factory=dict)

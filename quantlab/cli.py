@@ -1,0 +1,156 @@
+"""The command line: ``quantlab [run] key=value ...``, ``quantlab list WHAT``. Exit codes: 0, 1 a job failed, 2 a bad request."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from quantlab.compose import groups
+from quantlab.errors import ConfigError, QuantlabError, nearest
+from quantlab.listing import LISTS
+from quantlab.sweep import Plan, plan
+
+HELP = """quantlab: what does each quantization scheme cost in quality, and what does it save in bytes, on your model?
+
+  quantlab key=value ...              run one scheme:      quantlab backend=torchao dtype=int4 group_size=64
+  quantlab -m key=a,b ...             run a grid:          quantlab -m backend=quanto,torchao dtype=int8,int4
+  quantlab recipe=NAME [key=value]    run a recipe:        quantlab recipe=digits_backends
+  quantlab list WHAT [--json]         what there is:       {lists}
+
+options
+  -m, --multirun    several values of a key (group_size=32,64,128) are a sweep
+  --json            the result rows as JSON on stdout instead of the table
+  --cfg             print the composed config of each job and stop
+  -q, --quiet       no progress bars
+  -h, --help        this text
+
+config groups (choose with group=option)
+{groups}
+
+single keys, for example
+  device=auto|cpu|cuda   model.path=PATH   evaluation.num_samples=50   tracking.uri=http://host:5000
+  quantization.on_mismatch=error|skip|DTYPE   activation_dtype=int8   quantization.bnb_4bit_use_double_quant=true
+  sweep.dry_run=true   sweep.on_invalid=skip
+
+Results: a table here, everything in MLflow (outputs/mlflow.db; look at it with mlflow ui), a folder a run in outputs/runs.
+"""
+
+
+def help_text() -> str:
+    """The text of ``--help``."""
+    width = max(map(len, groups()))
+    lines = [f"  {name:<{width}}  {_wrap(' '.join(options), width + 4)}" for name, options in groups().items()]
+    return HELP.format(lists="|".join(LISTS), groups="\n".join(lines))
+
+
+def _wrap(text: str, indent: int) -> str:
+    import textwrap
+
+    return f"\n{' ' * indent}".join(textwrap.wrap(text, 116 - indent))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; never shows a traceback for an error of ours unless ``QUANTLAB_TRACEBACK=1``."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = dispatch(words)
+    except QuantlabError as error:
+        if os.environ.get("QUANTLAB_TRACEBACK") == "1":
+            raise
+        print(f"quantlab: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("quantlab: interrupted; finished jobs are kept", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def dispatch(words: list[str]) -> int:
+    """Run one command; returns the exit code."""
+    flags = {w for w in words if w.startswith("-")}
+    rest = [w for w in words if not w.startswith("-")]
+    known = {"-m", "--multirun", "--json", "--cfg", "-q", "--quiet", "-h", "--help"}
+    if unknown := sorted(flags - known):
+        raise ConfigError(f"{unknown[0]}: no such option{nearest(unknown[0], known)}; quantlab --help shows them")
+    if flags & {"-h", "--help"} or not words:
+        print(help_text())
+        return 0
+    if rest and rest[0] == "list":
+        return show_list(rest[1:], "--json" in flags)
+    if rest and rest[0] == "run":
+        rest = rest[1:]
+    request = plan(rest, multirun=bool(flags & {"-m", "--multirun"}))
+    if "--cfg" in flags:
+        return show_configs(request)
+    if request.dry_run:
+        return show_jobs(request)
+    return run(request, "--json" in flags, bool(flags & {"-q", "--quiet"}))
+
+
+def show_list(words: Sequence[str], as_json: bool) -> int:
+    """Print one of the lists."""
+    if len(words) != 1 or words[0] not in LISTS:
+        what = words[0] if words else ""
+        raise ConfigError(f"list {what}: there are {', '.join(LISTS)}{nearest(what, LISTS)}")
+    rows = LISTS[words[0]]()
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    table = Table(pad_edge=False)
+    for title in rows[0] if rows else ():
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(v) for v in row.values()))
+    Console().print(table)
+    return 0
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else "" if value is None else str(value)
+
+
+def show_configs(request: Plan) -> int:
+    """Print each job as a recipe."""
+    for job in request.jobs:
+        print(f"# {job.name}\n{job.recipe_yaml}")
+    return 0
+
+
+def show_jobs(request: Plan) -> int:
+    """Print what a sweep would run, and what it would not."""
+    print(f"{len(request.jobs)} jobs:")
+    for job in request.jobs:
+        print(f"  {job.name:<40} {' '.join(job.overrides)}")
+    for combination, reason in request.invalid:
+        print(f"  impossible: {combination}\n      {reason}")
+    return 0
+
+
+def run(request: Plan, as_json: bool, quiet: bool) -> int:
+    """Run the jobs and show the table; 1 when a job failed."""
+    from quantlab.pipeline import run_plan
+    from quantlab.report.record import report_data
+    from quantlab.report.table import terminal_table
+
+    reports = run_plan(request, quiet=quiet or as_json)
+    failed = [r for r in reports if r.status != "FINISHED"]
+    if as_json:
+        print(json.dumps([report_data(r) for r in reports], indent=2))
+    else:
+        config = request.jobs[0].config
+        caption = (f"{config.model.family}, n = {config.evaluation.num_samples}; 95 % bootstrap intervals; "
+                   f"saving against 16 bit; CPU times say nothing about a GPU")
+        protocols = sorted({r.protocol for r in reports if r.protocol})
+        for protocol in protocols:
+            Console().print(terminal_table([r for r in reports if r.protocol in (protocol, "")], protocol, caption))
+    for report in failed:
+        print(f"failed: {report.name} at {report.failed_stage}: {report.error}", file=sys.stderr)
+    return 1 if failed else 0

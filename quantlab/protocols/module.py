@@ -1,0 +1,111 @@
+"""Any ``torch.nn.Module`` on batches of the user's own: output cosine and relative error, one value a row."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quantlab.errors import ConfigError, MetricUndefined
+from quantlab.experiment import EvaluationConfig
+from quantlab.metrics.output_error import output_cosine, output_rel_error
+from quantlab.models.loaded import LoadedModel
+from quantlab.reports import Measurements
+
+Batch = Any  # a tensor, or a tuple, list or mapping of tensors as the module's forward takes them
+
+
+@dataclass(frozen=True)
+class ModuleInputs:
+    """Batches as the module's forward takes them."""
+
+    batches: tuple[Batch, ...]
+    sha256: str
+
+
+def inputs_of(batches: Sequence[Batch]) -> ModuleInputs:
+    """The user's batches with their digest; ConfigError when there are none."""
+    if not batches:
+        raise ConfigError("inputs: at least one batch is wanted (a tensor, or a tuple or mapping of tensors)")
+    digest = hashlib.sha256()
+    for tensor in _tensors(list(batches)):
+        digest.update(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
+    return ModuleInputs(batches=tuple(batches), sha256=digest.hexdigest())
+
+
+def _tensors(tree: Any) -> list[Any]:
+    if hasattr(tree, "detach"):
+        return [tree]
+    items = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (list, tuple)) else ()
+    return [t for item in items for t in _tensors(item)]
+
+
+def _cast(tree: Any, device: str, dtype: Any) -> Any:
+    if hasattr(tree, "detach"):
+        return tree.to(device=device, dtype=dtype if tree.is_floating_point() else None)
+    if isinstance(tree, Mapping):
+        return {k: _cast(v, device, dtype) for k, v in tree.items()}
+    return type(tree)(_cast(v, device, dtype) for v in tree) if isinstance(tree, (list, tuple)) else tree
+
+
+def _compute_dtype(module: Any) -> Any:
+    import torch
+
+    return next((p.dtype for p in module.parameters() if type(p.data) is torch.Tensor and p.is_floating_point()), None)
+
+
+def observe(
+    model: LoadedModel,
+    inputs: ModuleInputs,
+    evaluation: EvaluationConfig,
+    progress: Callable[[int, int], Any] | None = None,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
+    """Outputs of the module, concatenated over batches: fp32 tensor of shape (rows, ...).
+
+    ``batch_size`` cuts the user's batches smaller, where they are single tensors. MetricUndefined for NaN or infinity.
+    """
+    import torch
+
+    module = model.components["model"]
+    dtype = getattr(torch, model.dtype) if _compute_dtype(module) is None else _compute_dtype(module)
+    batches = [
+        part for b in inputs.batches for part in (b.split(batch_size) if batch_size and hasattr(b, "split") else [b])
+    ]
+    outputs = []
+    with torch.no_grad():
+        for i, batch in enumerate(batches):
+            batch = _cast(batch, model.device, dtype)
+            if isinstance(batch, Mapping):
+                out = module(**batch)
+            else:
+                out = module(*batch) if isinstance(batch, (list, tuple)) else module(batch)
+            out = _tensors([out])[0] if not isinstance(out, Mapping) else _tensors(out)[0]
+            outputs.append((out.dequantize() if hasattr(out, "qtype") else out).detach().float().cpu())
+            if not bool(torch.isfinite(outputs[-1]).all()):
+                raise MetricUndefined(
+                    f"inputs: the output of batch {i} holds NaN or infinity; check weights and inputs"
+                )
+            if progress:
+                progress(i + 1, len(batches))
+    return {"outputs": torch.cat(outputs)}
+
+
+def measure(
+    model: LoadedModel,
+    inputs: ModuleInputs,
+    evaluation: EvaluationConfig,
+    reference: Mapping[str, Any],
+    reference_model: LoadedModel,
+    progress: Callable[[int, int], Any] | None = None,
+    batch_size: int | None = None,
+) -> Measurements:
+    """``output_cosine`` and ``output_rel_error`` of each output row against the reference's."""
+    out = observe(model, inputs, evaluation, progress, batch_size)["outputs"]
+    ref = reference["outputs"]
+    return Measurements(
+        samples={"output_cosine": output_cosine(out, ref), "output_rel_error": output_rel_error(out, ref)},
+        sample_ids=tuple(f"row {i}" for i in range(len(ref))),
+    )

@@ -1,0 +1,125 @@
+"""A report's numbers by their tracked names, and everything that one job leaves in its tracked run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from quantlab.reports import Measurements, MemoryReport, QuantizationReport, RunReport
+
+
+def flat_metrics(report: RunReport) -> dict[str, float]:
+    """Every number of a report by its MLflow name; what was not measured is absent."""
+    out: dict[str, float | int | None] = {}
+    for prefix, values in (("quality", report.quality), ("quality/floor", report.floor)):
+        for name, v in values.items():
+            out |= {
+                f"{prefix}/{name}": v.value,
+                f"{prefix}/{name}/se": v.se,
+                f"{prefix}/{name}/ci_lo": v.ci_lo,
+                f"{prefix}/{name}/ci_hi": v.ci_hi,
+                f"{prefix}/{name}/n": v.n,
+            }
+    total = sum_memory(report.memory.values())
+    if total is not None:
+        out |= _memory_metrics("memory", total)
+        out |= {k: v for name, m in report.memory.items() for k, v in _memory_metrics(f"memory/{name}", m).items()}
+    out["memory/disk_bytes"] = report.disk_bytes
+    if report.quantization is not None:
+        out |= _quantization_metrics(report.quantization)
+    for stage in report.stages:
+        out |= {f"perf/{stage.name}_s": stage.seconds}
+        out |= {f"memory/{stage.name}/{k}": v for k, v in asdict(stage).items() if k.endswith("_bytes")}
+    if report.measurements is not None:
+        out |= {f"perf/{k}": v for k, v in report.measurements.timings_ms.items()}
+        for name, curve in report.measurements.steps.items():
+            out |= {f"quality/{name}/{k}": float(v) for k, v in enumerate(curve)}
+    return {k: float(v) for k, v in out.items() if v is not None}
+
+
+def _memory_metrics(prefix: str, m: MemoryReport) -> dict[str, float | int | None]:
+    return {
+        f"{prefix}/weights_bytes": m.weights_bytes,
+        f"{prefix}/quantized_bytes": m.quantized_bytes,
+        f"{prefix}/scale_bytes": m.scale_bytes,
+        f"{prefix}/other_bytes": m.other_bytes,
+        f"{prefix}/bits_per_weight_model": m.bits_per_weight,
+        f"{prefix}/compression": m.bytes_at_16_bit / m.weights_bytes,
+    }
+
+
+def _quantization_metrics(q: QuantizationReport) -> dict[str, float | int | None]:
+    done = [r for r in q.layers if r.status in ("quantized", "fallback")]
+    sizes = [r.group_size or r.shape[1] for r in done if r.status == "quantized"]
+    numel = sum(r.shape[0] * r.shape[1] for r in done)
+    errors = [r.weight_rel_error for r in done if r.weight_rel_error is not None]
+    return {
+        "quantization/coverage": q.coverage,
+        "quantization/num_layers": len(done),
+        "quantization/num_skipped": sum(r.status == "skipped" for r in q.layers),
+        "quantization/num_fallback": sum(r.status == "fallback" for r in q.layers),
+        "quantization/num_excluded": sum(r.status == "excluded" for r in q.layers),
+        "quantization/group_size_min": min(sizes, default=None),
+        "quantization/group_size_max": max(sizes, default=None),
+        "quantization/weight_rel_error_mean": sum(errors) / len(errors) if errors else None,
+        "quantization/weight_rel_error_max": max(errors, default=None),
+        "memory/bits_per_weight": 8 * sum(r.weight_bytes + r.scale_bytes for r in done) / numel if numel else None,
+        "memory/is_simulated": float(any(r.is_simulated for r in done)),
+    }
+
+
+def sum_memory(reports: Iterable[MemoryReport]) -> MemoryReport | None:
+    """All components' bytes together; None for no component."""
+    reports = list(reports)
+    if not reports:
+        return None
+    return MemoryReport(**{k: sum(getattr(r, k) for r in reports) for k in asdict(reports[0])})
+
+
+def report_data(report: RunReport) -> dict[str, Any]:
+    """A report as JSON data, without arrays."""
+    return {
+        "name": report.name,
+        "status": report.status,
+        "metrics": flat_metrics(report),
+        "error": report.error,
+        "failed_stage": report.failed_stage,
+        "run_id": report.run_id,
+        "params": report.params,
+    }
+
+
+def log_report(run: Any, report: RunReport, tags: Mapping[str, str], fingerprint: float | None) -> None:
+    """Everything one job found out, in a few batched calls."""
+    shared = {} if fingerprint is None else {"quality/reference_grid_fingerprint": fingerprint}
+    run.log_metrics(flat_metrics(report) | shared)
+    run.set_tags(tags)
+    if report.quantization is not None:
+        rows = [asdict(r) for r in report.quantization.layers]
+        run.log_table({k: [row[k] if k != "shape" else list(row[k]) for row in rows] for k in rows[0]}, "layers.json")
+        run.log_params({f"resolved.{k}": v for k, v in report.quantization.resolved.items()})
+        run.log_json(
+            {
+                status: {r.name: r.reason for r in report.quantization.layers if r.status == status}
+                for status in ("excluded", "skipped", "fallback")
+            },
+            "exclusions.json",
+        )
+    if report.measurements is not None:
+        _log_measurements(run, report.measurements)
+    run.log_json(report_data(report), "report.json")
+
+
+def _log_measurements(run: Any, measured: Measurements) -> None:
+    ids = list(measured.sample_ids)
+    columns: dict[str, Any] = {"sample_id": ids} if ids else {}
+    for name in ("clusters", "strata"):
+        if getattr(measured, name) is not None:
+            columns[name] = [int(v) for v in getattr(measured, name)]
+    columns |= {name: [float(v) for v in values] for name, values in measured.samples.items()}
+    run.log_json(columns, "samples.json")
+    if measured.steps:
+        run.log_json({name: [float(v) for v in curve] for name, curve in measured.steps.items()}, "steps.json")
+    if measured.images is not None:
+        run.log_image_grid(measured.images, "images/reference_quantized_difference.png")

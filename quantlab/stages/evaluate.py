@@ -1,0 +1,47 @@
+"""Evaluate: a candidate's outputs against the reference's, and every number with its uncertainty."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from quantlab.errors import MetricUndefined
+from quantlab.experiment import EvaluationConfig
+from quantlab.models.loaded import LoadedModel
+from quantlab.protocols.table import PROTOCOLS
+from quantlab.reports import Measurements, MetricValue
+from quantlab.statistics import mean_interval
+
+
+def evaluate(
+    candidate: LoadedModel,
+    reference_model: LoadedModel,
+    reference: Mapping[str, Any],
+    inputs: Any,
+    evaluation: EvaluationConfig,
+    progress: Callable[[int, int], Any] | None = None,
+    batch_size: int | None = None,
+) -> Measurements:
+    """Run ``candidate`` on ``inputs`` by its protocol and compare it with the stored ``reference`` outputs."""
+    measured: Measurements = PROTOCOLS[candidate.protocol].measure(
+        candidate, inputs, evaluation, reference, reference_model, progress, batch_size
+    )
+    return measured
+
+
+def summarize(measured: Measurements, evaluation: EvaluationConfig) -> dict[str, MetricValue]:
+    """Means over samples with clustered errors and bootstrap intervals, beside the protocol's own estimates."""
+    values = {
+        name: mean_interval(
+            samples,
+            clusters=measured.clusters,
+            strata=measured.strata,
+            num_bootstrap=evaluation.num_bootstrap,
+            seed=evaluation.seed,
+        )
+        for name, samples in measured.samples.items()
+    }
+    both = set(values) & set(measured.estimates)
+    if both:
+        raise MetricUndefined(f"{sorted(both)[0]}: measured twice, as a mean and as an estimate")
+    return {**values, **measured.estimates}

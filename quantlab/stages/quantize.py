@@ -1,0 +1,269 @@
+"""Quantize: choose the layers, hand them to the backend, and read back from the tensors what they became.
+
+A backend's word is not evidence. Every layer that was asked for is looked at afterwards; one that is not what was
+asked for is an error that names it, unless ``quantization.on_mismatch`` says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from quantlab.axes import QuantizationAxes, capability, resolve_axes
+from quantlab.backends.table import BACKENDS, native_config
+from quantlab.capabilities import Capability
+from quantlab.config import QuantizationConfigMixin
+from quantlab.dtypes import COMPUTE_DTYPES
+from quantlab.errors import ConfigError, NotQuantized
+from quantlab.layers import linear_layers, resolve_exclusions
+from quantlab.memory import layer_memory
+from quantlab.reports import LayerReport, QuantizationReport, StoredWeight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked of the stage for one component."""
+
+    component: str
+    axes: QuantizationAxes
+    native: QuantizationConfigMixin
+    compute_dtype: str
+    device: str
+    default_exclusions: tuple[str, ...] = ()
+
+
+def quantize_component(request: Request, module: Any, original: Any) -> tuple[Any, QuantizationReport]:
+    """Quantize ``module`` in place.
+
+    Args:
+        original: the unquantized module (may be ``module``'s source on another device); read, never changed.
+
+    Returns:
+        The module and its report, one row for each Linear layer.
+
+    Raises:
+        ConfigError: an exclusion that matches nothing, no layer left, or a device that the scheme does not run on.
+        NotQuantized: layers that the scheme cannot take, or that read back as something else than what was asked for.
+    """
+    axes = resolve_axes(request.axes)
+    row = capability(axes.backend, axes.dtype)
+    check_device(axes, row, request.device, request.compute_dtype)
+    layers = linear_layers(module)
+    entries = request.native.modules_to_not_convert or ()  # type: ignore[attr-defined]
+    defaults = () if axes.replace_default_exclusions else request.default_exclusions
+    excluded = resolve_exclusions(
+        list(layers), [*defaults, *entries], [n for n, _ in module.named_modules()], optional_entries=defaults
+    )
+    wanted = [n for n in layers if n not in excluded]
+    if not wanted:
+        raise ConfigError(
+            f"modules_to_not_convert: all {len(layers)} Linear layers of {request.component} are excluded; "
+            "nothing is left to quantize"
+        )
+    shapes = {n: tuple(layers[n].weight.shape) for n in layers}
+    misfits = {n: reason for n in wanted if (reason := misfit(axes, row, shapes[n]))}
+    if misfits and axes.on_mismatch == "error":
+        raise NotQuantized(_misfit_message(axes, misfits, shapes))
+    taken = [n for n in wanted if n not in misfits]
+    backend = BACKENDS[axes.backend]
+    native = backend.resolve(request.native, request.device)
+    if taken:
+        backend.quantize(module, taken, native, request.compute_dtype)
+    fallback = _fall_back(request, axes, module, list(misfits)) if axes.on_mismatch != "skip" else {}
+
+    rows = []
+    originals = dict(original.named_modules())
+    for name in layers:
+        if name in taken or name in fallback:
+            rows.append(
+                _read_row(
+                    request,
+                    name,
+                    module.get_submodule(name),
+                    originals[name].weight,
+                    None if name in taken else fallback[name],
+                    misfits.get(name, ""),
+                )
+            )
+        else:
+            status = "excluded" if name in excluded else "skipped"
+            reason = f"modules_to_not_convert: {excluded[name]}" if name in excluded else misfits[name]
+            rows.append(
+                LayerReport(
+                    component=request.component,
+                    name=name,
+                    kind="Linear",
+                    shape=shapes[name],
+                    status=status,
+                    dtype=str(layers[name].weight.dtype).removeprefix("torch."),
+                    reason=reason,
+                )
+            )
+    _require(axes, row, [r for r in rows if r.status == "quantized"])
+    num = sum(p.numel() for p in {id(p): p for p in original.parameters()}.values())
+    resolved = {k: v for k, v in _settings(native).items() if v != _settings(request.native).get(k)}
+    return module, QuantizationReport(layers=tuple(rows), num_parameters=num, resolved=resolved)
+
+
+def _settings(config: QuantizationConfigMixin) -> dict[str, Any]:
+    return dict(config.to_dict())
+
+
+def check_device(axes: QuantizationAxes, row: Capability, device: str, compute_dtype: str) -> None:
+    """ConfigError naming the requirement where the scheme does not run on this device or in this compute dtype."""
+    who = f"dtype={axes.dtype}: {axes.backend}"
+    if device not in row.devices:
+        raise ConfigError(
+            f"{who} runs it on {' and '.join(row.devices)} only, and this run is on {device}"
+            f"{'; ' + row.note if row.note else ''}"
+        )
+    if compute_dtype not in row.compute_dtypes:
+        raise ConfigError(
+            f"{who} computes it in {', '.join(row.compute_dtypes)} only; the model runs in {compute_dtype}: "
+            f"pass model.dtype={row.compute_dtypes[0]}"
+        )
+    if device == "cuda" and row.min_compute_capability is not None:
+        import torch
+
+        have = torch.cuda.get_device_capability()
+        if have < row.min_compute_capability:
+            need = ".".join(map(str, row.min_compute_capability))
+            raise ConfigError(f"{who} needs CUDA compute capability {need}; this device has {have[0]}.{have[1]}")
+
+
+def misfit(axes: QuantizationAxes, row: Capability, shape: Sequence[int]) -> str:
+    """Why a weight of ``shape`` (out_features, in_features) cannot be stored as asked; "" where it can."""
+    out_features, in_features = shape
+    group = axes.group_size
+    if isinstance(group, int) and row.grouping == "row" and in_features % group:
+        return f"in_features {in_features} does not divide by group_size {group}"
+    if in_features % row.in_features_multiple:
+        return f"in_features {in_features} does not divide by {row.in_features_multiple}, the block of {axes.dtype}"
+    if out_features % row.out_features_multiple:
+        return f"out_features {out_features} does not divide by {row.out_features_multiple}"
+    if (out_features * in_features) % row.numel_multiple:
+        return f"{out_features} x {in_features} weights do not divide by {row.numel_multiple}"
+    return ""
+
+
+def _misfit_message(axes: QuantizationAxes, misfits: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    key = f"group_size={axes.group_size}" if any("group_size" in r for r in misfits.values()) else f"dtype={axes.dtype}"
+    listed = "; ".join(f"{n} {list(shapes[n])}: {r}" for n, r in list(misfits.items())[:8])
+    more = f"; and {len(misfits) - 8} more" if len(misfits) > 8 else ""
+    return (
+        f"{key}: {len(misfits)} layers cannot be stored as {axes.backend} {axes.dtype}: {listed}{more}. "
+        "Choose another group size or dtype, exclude them with modules_to_not_convert, or pass "
+        "quantization.on_mismatch=skip (or a dtype to fall back to)"
+    )
+
+
+# -- fallback
+
+
+def _fall_back(request: Request, axes: QuantizationAxes, module: Any, names: Sequence[str]) -> dict[str, str]:
+    """Store the named layers in ``on_mismatch``'s dtype; returns name -> dtype."""
+    if not names:
+        return {}
+    dtype = axes.on_mismatch
+    if dtype in COMPUTE_DTYPES:
+        for name in names:
+            _store_as(module, name, dtype)
+        return dict.fromkeys(names, dtype)
+    other = replace(
+        axes,
+        dtype=dtype,
+        group_size="auto",
+        algorithm="auto",
+        activation_dtype="auto",
+        on_mismatch="error",
+        modules_to_not_convert={},
+    )
+    row = capability(axes.backend, dtype)
+    layers = dict(module.named_modules())
+    bad = {n: r for n in names if (r := misfit(resolve_axes(other), row, layers[n].weight.shape))}
+    if bad:
+        raise NotQuantized(
+            f"quantization.on_mismatch={dtype}: does not fit either: "
+            f"{'; '.join(f'{n}: {r}' for n, r in bad.items())}; choose a dtype without blocks, or skip"
+        )
+    native = native_config(QuantizationAxes(backend=other.backend, dtype=dtype, compute_dtype=axes.compute_dtype))
+    BACKENDS[axes.backend].quantize(module, names, native, request.compute_dtype)
+    return dict.fromkeys(names, dtype)
+
+
+def _store_as(module: Any, name: str, dtype: str) -> None:
+    """Keep a layer's weight in a 16- or 32-bit dtype while it computes in its input's."""
+    import torch
+
+    class StoredLinear(torch.nn.Linear):
+        def forward(self, input: Any) -> Any:
+            return torch.nn.functional.linear(input, self.weight.to(input.dtype), self.bias)
+
+    layer = module.get_submodule(name)
+    layer.weight = torch.nn.Parameter(layer.weight.data.to(getattr(torch, dtype)), requires_grad=False)
+    layer.__class__ = StoredLinear
+
+
+# -- read-back
+
+
+def _read_row(request: Request, name: str, layer: Any, original: Any, fallback: str | None, reason: str) -> LayerReport:
+    import torch
+
+    if fallback in COMPUTE_DTYPES:
+        stored = StoredWeight(dtype=fallback, group_size=None, dense=layer.weight.detach().float())
+    else:
+        stored = BACKENDS[request.axes.backend].read_back(layer)
+    reference = original.detach().float()
+    dense = stored.dense.to(reference.device)
+    if dense.shape != reference.shape:
+        raise NotQuantized(
+            f"{name}: reads back with shape {tuple(dense.shape)}, the weight was {tuple(reference.shape)}"
+        )
+    error = float(torch.linalg.vector_norm(dense - reference) / torch.linalg.vector_norm(reference).clamp_min(1e-30))
+    weight_bytes, scale_bytes = layer_memory(layer)
+    return LayerReport(
+        component=request.component,
+        name=name,
+        kind="Linear",
+        shape=tuple(reference.shape),
+        status="fallback" if fallback else "quantized",
+        dtype=stored.dtype,
+        group_size=stored.group_size,
+        activation_dtype=stored.activation_dtype,
+        bits_per_weight=8 * (weight_bytes + scale_bytes) / reference.numel(),
+        weight_bytes=weight_bytes,
+        scale_bytes=scale_bytes,
+        weight_rel_error=error,
+        is_simulated=stored.is_simulated,
+        reason=reason,
+    )
+
+
+def _require(axes: QuantizationAxes, row: Capability, rows: Sequence[LayerReport]) -> None:
+    """Every quantized row is what was asked for; NotQuantized naming layer, shape and both values otherwise."""
+    for r in rows:
+        where = f"{r.name} {list(r.shape)}"
+        if r.dtype != axes.dtype:
+            raise NotQuantized(
+                f"dtype={axes.dtype}: {axes.backend} left {where} as {r.dtype}; exclude it, or report this"
+            )
+        if isinstance(axes.group_size, int) and r.group_size != axes.group_size:
+            raise NotQuantized(
+                f"group_size={axes.group_size}: {axes.backend} gave {where} {r.group_size}; "
+                "choose a group size that divides in_features, or exclude the layer"
+            )
+        if axes.group_size == "none" and r.group_size not in (None, r.shape[1]):
+            raise NotQuantized(f"group_size=none: {axes.backend} gave {where} groups of {r.group_size}")
+        if axes.activation_dtype != "none" and r.activation_dtype != axes.activation_dtype:
+            raise NotQuantized(f"activation_dtype={axes.activation_dtype}: {where} reads back {r.activation_dtype}")
+        if r.weight_rel_error is not None and not 0 <= r.weight_rel_error < 1:
+            raise NotQuantized(
+                f"dtype={axes.dtype}: the weight of {where} is lost (relative error {r.weight_rel_error:.3g})"
+            )
+    if rows and not any(r.weight_rel_error for r in rows):
+        raise NotQuantized(
+            f"dtype={axes.dtype}: no weight changed at all; the model looks already quantized to this grid, "
+            f"or {axes.backend} did nothing"
+        )

@@ -1,0 +1,247 @@
+"""From a request to checked jobs: a grid or a list of candidates, every combination validated before the first starts.
+
+A request is what the user typed: overrides, perhaps a recipe. Its jobs are fully composed, typed configs. Nothing
+here imports torch, so an impossible combination is refused at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from quantlab.axes import QuantizationAxes, resolve_axes
+from quantlab.backends.table import native_config, own_settings
+from quantlab.compose import chosen_options, compose_node, groups, override_text, parse, recipe_file, session, typed
+from quantlab.config import QuantizationConfigMixin, to_json_data
+from quantlab.errors import ConfigError, QuantlabError
+from quantlab.experiment import ExperimentConfig
+from quantlab.recipe import check_recipe, replay_yaml
+
+REFERENCE, FLOOR_BF16, FLOOR_BATCH = "reference", "floor_bf16", "floor_batch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run: its typed config, its native quantization config (None: the reference), and how to ask for it again."""
+
+    name: str
+    config: ExperimentConfig
+    native: QuantizationConfigMixin | None = None
+    overrides: tuple[str, ...] = ()
+    batch_size: int | None = None
+    """Another batch size than the reference's (the ``floor_batch`` row)."""
+
+    choices: Mapping[str, str] = field(default_factory=dict)
+    """Option chosen of each config group."""
+
+    @property
+    def recipe_yaml(self) -> str:
+        """The job as a recipe that anyone can run again."""
+        return replay_yaml(self.resolved, self.choices)
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The whole resolved config as plain data."""
+        data: dict[str, Any] = to_json_data(OmegaConf.to_container(OmegaConf.structured(self.config), resolve=True))
+        return data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The checked jobs of a request. ``invalid`` pairs a combination with the reason why it cannot run."""
+
+    jobs: tuple[Job, ...]
+    is_sweep: bool
+    recipe: Path | None = None
+    invalid: tuple[tuple[str, str], ...] = ()
+    dry_run: bool = False
+
+
+def plan(overrides: Sequence[str], multirun: bool = False) -> Plan:
+    """Compose and check every job of a request.
+
+    Args:
+        overrides: words as typed (``backend=torchao``, ``group_size=32,64``, ``recipe=NAME``).
+        multirun: several values of a key are a sweep; without it they are refused.
+
+    Raises:
+        ConfigError: a bad word; or, in a sweep with ``sweep.on_invalid=error``, one message with all impossible
+            combinations.
+    """
+    recipe, words = _split_recipe(overrides)
+    if recipe:
+        check_recipe(recipe)
+    with session(recipe):
+        fixed, axes = _split_sweep(words, multirun)
+        base = typed(compose_node(fixed, recipe))
+        combinations, is_sweep = _combinations(base, axes, fixed)
+        jobs, invalid = _compose_jobs(combinations, fixed, recipe, is_sweep)
+    if invalid and (base.sweep.on_invalid != "skip" or not jobs) and not base.sweep.dry_run:
+        raise ConfigError(_refusal(invalid, len(combinations), is_sweep))
+    return Plan(jobs=tuple(jobs), is_sweep=is_sweep, recipe=recipe, invalid=tuple(invalid), dry_run=base.sweep.dry_run)
+
+
+def _split_recipe(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
+    named = [o.partition("=")[2] for o in overrides if o.startswith("recipe=")]
+    if len(named) > 1 or any("," in n for n in named):
+        raise ConfigError(f"recipe={','.join(named)}: one recipe at a time")
+    return recipe_file(named[0]) if named and named[0] not in ("", "null") else None, [
+        o for o in overrides if not o.startswith("recipe=")
+    ]
+
+
+def _split_sweep(words: Sequence[str], multirun: bool) -> tuple[list[str], dict[str, list[str]]]:
+    """Words with one value, and the swept keys with their values as typed."""
+    fixed: list[str] = []
+    axes: dict[str, list[str]] = {}
+    for parsed in parse(words):
+        if not parsed.is_sweep_override():
+            fixed.append(parsed.input_line)
+        elif multirun:
+            axes[parsed.key_or_group] = [
+                str(v).strip("'\"") if parsed.key_or_group in groups() else str(v)
+                for v in parsed.sweep_string_iterator()
+            ]
+        else:
+            raise ConfigError(f"{parsed.input_line.replace(chr(39), '')}: several values are a sweep; add -m")
+    return fixed, axes
+
+
+def _combinations(
+    base: ExperimentConfig, axes: Mapping[str, list[str]], fixed: Sequence[str]
+) -> tuple[list[list[str]], bool]:
+    typed_keys = {o.key_or_group for o in parse(fixed)} | set(axes)
+    if base.sweep.candidates:
+        clash = [k for k in typed_keys if k in _candidate_keys(base)]
+        if clash:
+            raise ConfigError(
+                f"{clash[0]}: recipe={base.recipe} lists its candidates; drop {clash[0]}=... or drop the recipe"
+            )
+        return [[_candidate_override(k, v) for k, v in c.items()] for c in base.sweep.candidates], True
+    grid = {
+        k: [override_text(_full_key(k), v) for v in _listed(k, vs)]
+        for k, vs in base.sweep.grid.items()
+        if _full_key(k) not in typed_keys
+    }
+    swept = {k: [f"{k}='{v}'" if k in groups() else f"{k}={v}" for v in vs] for k, vs in axes.items()}
+    every = {**grid, **swept}
+    combos = [list(c) for c in itertools.product(*every.values())]
+    return combos, bool(every)
+
+
+def _listed(key: str, values: Any) -> list[Any]:
+    if not isinstance(values, list) or not values:
+        raise ConfigError(f"sweep.grid.{key}: a list of values is wanted, not {values!r}")
+    return values
+
+
+def _candidate_keys(base: ExperimentConfig) -> set[str]:
+    return {_full_key(k) for c in base.sweep.candidates for k in c}
+
+
+def _full_key(key: str) -> str:
+    axes = {f.name for f in fields(QuantizationAxes)}
+    top = {f.name for f in fields(ExperimentConfig)}
+    return key if "." in key or key in groups() or (key in top and key not in axes) else f"quantization.{key}"
+
+
+def _candidate_override(key: str, value: Any) -> str:
+    if value is None:
+        raise ConfigError(f"sweep.candidates: {key} has no value")
+    return override_text(_full_key(str(key)), value)
+
+
+def _compose_jobs(
+    combinations: Sequence[Sequence[str]], fixed: Sequence[str], recipe: Path | None, is_sweep: bool
+) -> tuple[list[Job], list[tuple[str, str]]]:
+    jobs: dict[str, Job] = {}
+    invalid = []
+    choices = chosen_options(fixed, recipe)
+    for combination in combinations:
+        try:
+            job = make_job(typed(compose_node([*fixed, *combination], recipe)), [*fixed, *combination])
+            swept = dict(c.replace("'", "").split("=", 1) for c in combination)
+            job = replace(job, choices={g: swept.get(g, c) for g, c in choices.items()})
+            if job.name in jobs and jobs[job.name].resolved != job.resolved:
+                job = replace(job, name=f"{job.name} ({' '.join(combination)})")
+            jobs.setdefault(job.name, job)
+        except QuantlabError as error:
+            if not is_sweep:
+                raise
+            invalid.append((" ".join(c.replace("'", "") for c in combination), str(error)))
+    return list(jobs.values()), invalid
+
+
+def _refusal(invalid: Sequence[tuple[str, str]], num_combinations: int, is_sweep: bool) -> str:
+    lines = [f"{len(invalid)} of {num_combinations} combinations are impossible; no job was started:"]
+    lines += [f"  {combination}\n      {reason}" for combination, reason in invalid]
+    return "\n".join([*lines, "sweep.on_invalid=skip runs the others"])
+
+
+# -- jobs
+
+
+def settings_of(axes: QuantizationAxes) -> dict[str, Any]:
+    """The backend's own keys that a composed ``quantization`` node holds."""
+    return {name: getattr(axes, name) for name in own_settings(axes.backend) if hasattr(axes, name)}
+
+
+def make_job(config: ExperimentConfig, overrides: Sequence[str] = ()) -> Job:
+    """The job of one typed config; raises ConfigError where the combination is impossible."""
+    axes = config.quantization
+    _check_ranges(config)
+    native = native_config(axes, settings_of(axes))
+    return Job(name=config.name or scheme_name(axes), config=config, native=native, overrides=tuple(overrides))
+
+
+def _check_ranges(config: ExperimentConfig) -> None:
+    for node, names in (
+        (
+            config.evaluation,
+            ("num_samples", "batch_size", "floor_batch_size", "num_inference_steps", "num_bootstrap", "context_length"),
+        ),
+    ):
+        for name in names:
+            if getattr(node, name) < 1:
+                raise ConfigError(f"evaluation.{name}={getattr(node, name)}: a number of at least 1 is wanted")
+    if config.num_threads < 0:
+        raise ConfigError(f"num_threads={config.num_threads}: 0 (what is free) or a number of threads")
+    if config.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device={config.device}: there are auto, cpu, cuda")
+    if config.sweep.on_invalid not in ("error", "skip"):
+        raise ConfigError(f"sweep.on_invalid={config.sweep.on_invalid}: there are error, skip")
+
+
+def scheme_name(axes: QuantizationAxes) -> str:
+    """A short name of what is asked for: ``torchao int4 g64``, ``bitsandbytes nf4 bnb_4bit_use_double_quant``."""
+    resolved = resolve_axes(axes)
+    if resolved.backend == "none":
+        return REFERENCE if resolved.dtype == "auto" else f"none {resolved.dtype}"
+    words = [resolved.backend, resolved.dtype]
+    if resolved.group_size != "auto":
+        words.append(f"g{resolved.group_size}" if isinstance(resolved.group_size, int) else "per-row")
+    default = resolve_axes(replace(QuantizationAxes(), backend=resolved.backend, dtype=resolved.dtype))
+    for key in ("activation_dtype", "algorithm", "compute_dtype", "on_mismatch"):
+        if getattr(resolved, key) != getattr(default, key):
+            words.append(f"a-{resolved.activation_dtype}" if key == "activation_dtype" else str(getattr(resolved, key)))
+    for name, own in own_settings(axes.backend).items():
+        value = getattr(axes, name, own.default)
+        if value != own.default:
+            words.append(name if value is True else f"{name}={value}")
+    return " ".join(words)
+
+
+def floor_jobs(config: ExperimentConfig) -> list[Job]:
+    """The rows that every comparison needs: the reference through the candidates' path, and the two noise floors."""
+    bare = replace(config, quantization=QuantizationAxes(), name="")
+    bf16 = replace(bare, quantization=QuantizationAxes(dtype="bfloat16"))
+    return [
+        Job(name=REFERENCE, config=bare),
+        Job(name=FLOOR_BF16, config=bf16),
+        Job(name=FLOOR_BATCH, config=bare, batch_size=config.evaluation.floor_batch_size),
+    ]
