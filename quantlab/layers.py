@@ -105,17 +105,17 @@ def resolve_exclusions(
 
     Args:
         layer_names: paths of the layers that would be quantized (:func:`linear_layers`).
-        entries: what the user wrote; each must match at least one layer.
+        entries: module paths, globs and ``re:`` expressions; each must match at least one layer.
         all_module_names: paths of all modules, to suggest from.
-        optional_entries: defaults of a model family; they may match nothing.
+        optional_entries: those of ``entries`` that may match nothing (a model family's defaults).
 
     Raises ConfigError ``modules_to_not_convert=<entry>: ...`` for an entry that matches no layer, with what is near.
     """
     layer_names = list(layer_names)
     excluded: dict[str, str] = {}
-    for entry in dict.fromkeys([*entries, *optional_entries]):
+    for entry in dict.fromkeys(entries):
         taken = [name for name in layer_names if matches(entry, name)]
-        if not taken and entry in entries:
+        if not taken and entry not in optional_entries:
             raise ConfigError(_no_match(entry, layer_names, list(all_module_names)))
         for name in taken:
             excluded.setdefault(name, entry)

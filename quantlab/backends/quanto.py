@@ -1,0 +1,294 @@
+"""optimum-quanto: 8-, 4- and 2-bit weights with a scale a row or a group, in pure PyTorch.
+
+The library chooses the group size itself: 2 and 4 bits use 128, lowered by 32 until it divides in_features (32 at
+least), one scale a row where in_features is 128 or less or nothing divides. Weights are kept in the library's
+kernel-agnostic packing: its packings for one kernel round the shifts in bfloat16, refuse some shapes
+(out_features % 16) and need a CUDA compiler. A quantized model cannot be deep-copied: copy it before.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from quantlab.axes import QuantizationAxes, resolve_axes
+from quantlab.config import QuantizationConfigMixin, QuantizationMethod, quantization_config, setting
+from quantlab.dtypes import COMPUTE_DTYPES, dtype_name
+from quantlab.errors import ConfigError, ModelError, NotQuantized
+from quantlab.layers import replace_layer
+from quantlab.reports import StoredWeight
+
+_WEIGHTS_FILE = "quantized.safetensors"
+_MAP_FILE = "quantization_map.json"
+
+_SPELLING = {"int8": "int8", "int4": "int4", "int2": "int2", "float8_e4m3": "float8", "float8_e5m2": "float8_e5m2"}
+"""quantlab's dtype -> ``weights_dtype``."""
+_DTYPES = {"qint8": "int8", "qint4": "int4", "qint2": "int2",
+           "qfloat8_e4m3fn": "float8_e4m3", "qfloat8_e5m2": "float8_e5m2"}
+"""The library's name of a format -> quantlab's dtype."""
+
+
+@quantization_config
+class QuantoConfig(QuantizationConfigMixin):
+    """Diffusers' ``QuantoConfig``, and what it leaves to the library: the optimizer of the scales, e5m2."""
+
+    quant_method: ClassVar[QuantizationMethod] = QuantizationMethod.QUANTO
+
+    weights_dtype: str = setting("str", "int8", choices=("float8", "int8", "int4", "int2", "float8_e5m2"))
+    modules_to_not_convert: tuple[str, ...] | None = setting("names", None)
+    optimizer: str = setting("str", "max", choices=("max", "hqq"), ours=True)
+    """``max``: from the extremes; ``hqq``: half-quadratic search of the shifts, 2 and 4 bits only."""
+
+    def post_init(self) -> None:
+        """An empty list of exclusions is none; HQQ exists for 2 and 4 bits."""
+        if not self.modules_to_not_convert:
+            object.__setattr__(self, "modules_to_not_convert", None)
+        if self.optimizer == "hqq" and self.weights_dtype not in ("int4", "int2"):
+            raise ConfigError(f"optimizer='hqq': quanto has it for weights_dtype int4 and int2, not "
+                              f"{self.weights_dtype}; leave optimizer at max")
+
+    @classmethod
+    def from_axes(cls, axes: QuantizationAxes, settings: Mapping[str, Any] | None = None) -> Self:
+        """The config for these axes; ConfigError where quanto does not offer them. It has no settings of its own."""
+        for key in settings or {}:
+            raise ConfigError(f"quantization.{key}: quanto has no settings beside the axes; remove it")
+        axes = resolve_axes(axes)
+        return cls(weights_dtype=_SPELLING[axes.dtype], optimizer=axes.algorithm,
+                   modules_to_not_convert=axes.exclusions() or None)
+
+    def axes(self) -> QuantizationAxes:
+        """The axes that :meth:`from_axes` turns into this config."""
+        exclusions = {"own": list(self.modules_to_not_convert)} if self.modules_to_not_convert else {}
+        return QuantizationAxes(
+            backend="quanto", dtype=next(d for d, spelt in _SPELLING.items() if spelt == self.weights_dtype),
+            activation_dtype="none", algorithm=self.optimizer, modules_to_not_convert=exclusions,
+        )
+
+    @classmethod
+    def _read_dict(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """transformers writes ``weights`` and ``activations``."""
+        activations = data.pop("activations", None)
+        if activations is not None:
+            raise ConfigError(f"activations={activations!r}: quantized activations of quanto need calibration, which is "
+                              "not offered here; remove it or set it to null")
+        if "weights" in data:
+            if "weights_dtype" in data:
+                raise ConfigError(f"weights={data['weights']!r}: weights_dtype={data['weights_dtype']!r} is given too; "
+                                  "keep one of the two")
+            data["weights_dtype"] = data.pop("weights")
+        return data
+
+
+Config = QuantoConfig
+
+
+def resolve(config: QuantoConfig, device: str) -> QuantoConfig:
+    """The config itself: nothing in it depends on the device."""
+    return config
+
+
+def quantize(model: Any, layers: Iterable[str], config: QuantoConfig, compute_dtype: Any = None) -> None:
+    """Replace each named ``nn.Linear`` of ``model`` by a frozen quanto layer, in place.
+
+    ``compute_dtype`` is a name or a torch dtype; None or ``auto`` keeps each layer's own. Another dtype than the
+    layer's casts its input and output. Raises NotQuantized naming a layer that did not become what was asked for.
+    """
+    import torch
+
+    _override_operators()
+    qtype = _qtype("q" + config.weights_dtype)
+    for name in list(layers):
+        layer = model.get_submodule(name)
+        with torch.no_grad():
+            new = _empty_layer(layer, qtype, _compute_dtype(layer, compute_dtype))
+            new.weight = torch.nn.Parameter(_quantized(new, config.optimizer), requires_grad=layer.weight.requires_grad)
+        if not new.frozen or new.weight.qtype != qtype:
+            raise NotQuantized(f"dtype={config.axes().dtype}: {name} ({type(layer).__name__}) kept its {new.weight.dtype} "
+                               f"weight; add it to modules_to_not_convert")
+        replace_layer(model, name, new)
+
+
+def read_back(layer: Any) -> StoredWeight:
+    """What the layer's tensors show; NotQuantized where it holds no quanto weight."""
+    weight = getattr(layer, "weight", None)
+    qtype = getattr(weight, "_qtype", None)
+    if qtype is None:
+        raise NotQuantized(f"backend=quanto: {type(layer).__name__} holds an unquantized weight; it was not converted")
+    num_scales, num_rows = weight._scale.numel(), weight.shape[0]
+    group_size = None if num_scales in (1, num_rows) else weight.numel() // num_scales
+    return StoredWeight(dtype=_DTYPES[qtype.name], group_size=group_size, dense=weight.dequantize().detach().float())
+
+
+def save(model: Any, folder: Any) -> None:
+    """Write the quantized layers (weights, scales, biases) as safetensors, and the map of their formats as JSON."""
+    from optimum.quanto import quantization_map
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    formats: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Any] = {}
+    for name, entry in quantization_map(model).items():
+        layer = model.get_submodule(name)
+        formats[name] = {**entry, "dtype": dtype_name(layer.weight.dtype), "shape": list(layer.weight.shape)}
+        tensors |= {f"{name}.{key}": value.cpu().contiguous().clone() for key, value in layer.state_dict().items()}
+    save_file(tensors, folder / _WEIGHTS_FILE)
+    (folder / _MAP_FILE).write_text(json.dumps(formats, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load(model: Any, layers: Iterable[str], config: QuantoConfig, folder: Any) -> None:
+    """Put what :func:`save` wrote into a fresh unquantized copy of the model, in place; outputs are bit-equal.
+
+    Raises ModelError where the files are unreadable or are not those of these layers, this config and this model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        formats = json.loads((folder / _MAP_FILE).read_text(encoding="utf-8"))
+        tensors = load_file(folder / _WEIGHTS_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{folder}: no readable quanto weights ({error}); save the quantized model again") from error
+    if set(formats) != (wanted := set(layers)):
+        raise ModelError(f"{folder}: holds other layers than were asked for (such as {min(set(formats) ^ wanted)}); "
+                         "load with the exclusions that it was quantized with")
+    _override_operators()
+    for name, entry in formats.items():
+        if _DTYPES.get(entry["weights"]) != config.axes().dtype:
+            raise ModelError(f"{folder}: {name} is stored as {entry['weights']}, not {config.weights_dtype}")
+        prefix = f"{name}."
+        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        replace_layer(model, name, _restored(model.get_submodule(name), entry, state, f"{folder}: {name}"))
+
+
+# -- one layer
+
+
+def _qtype(name: str) -> Any:
+    from optimum.quanto import qtypes
+
+    return qtypes["qfloat8_e4m3fn" if name == "qfloat8" else name]
+
+
+def _compute_dtype(layer: Any, wanted: Any) -> Any:
+    import torch
+
+    name = dtype_name(wanted)
+    if wanted is None or name == "auto":
+        return layer.weight.dtype
+    if name not in COMPUTE_DTYPES:
+        raise ConfigError(f"compute_dtype={name}: quanto computes in {', '.join(COMPUTE_DTYPES)}")
+    return getattr(torch, name)
+
+
+def _empty_layer(layer: Any, qtype: Any, dtype: Any) -> Any:
+    """A quanto layer with ``layer``'s unquantized weight and bias in ``dtype``, and its input and output dtype."""
+    import torch
+    from optimum.quanto.nn import QLinear
+
+    source = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    source.weight = layer.weight if layer.weight.dtype == dtype else torch.nn.Parameter(layer.weight.detach().to(dtype))
+    if layer.bias is not None:
+        source.bias = layer.bias if layer.bias.dtype == dtype else torch.nn.Parameter(layer.bias.detach().to(dtype))
+    new = QLinear.from_module(source, weights=qtype)
+    new.train(layer.training)
+    if dtype != layer.weight.dtype:
+        new.register_forward_pre_hook(functools.partial(_cast_input, dtype))
+        new.register_forward_hook(functools.partial(_cast_output, layer.weight.dtype))
+    return new
+
+
+def _cast_input(dtype: Any, layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0].to(dtype), *args[1:])
+
+
+def _cast_output(dtype: Any, layer: Any, args: tuple[Any, ...], output: Any) -> Any:
+    return output.to(dtype)
+
+
+def _quantized(layer: Any, optimizer: str) -> Any:
+    """The quantized weight of a quanto layer, in the packing that no kernel dictates."""
+    import torch
+    from optimum.quanto.tensor import quantize_weight
+    from optimum.quanto.tensor.grouped import group
+    from optimum.quanto.tensor.optimizers import HqqOptimizer
+
+    weight, qtype, group_size = layer.weight.detach(), layer.weight_qtype, layer.weight_group_size
+    if qtype.bits == 8:
+        scale, shift = layer.optimizer(weight, qtype=qtype, axis=0), None
+    else:
+        # called below its front door, which gives a single row one scale per weight
+        search = HqqOptimizer() if optimizer == "hqq" else layer.optimizer
+        scale, shift = search.optimize(group(weight, 0, group_size) if group_size else weight, qtype, 0)
+    # where all weights of a scale are equal it may be 0, and 0 / 0 would be stored as NaN
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return quantize_weight(weight, qtype=qtype, axis=0, scale=scale, shift=shift, group_size=group_size, optimized=False)
+
+
+def _restored(layer: Any, entry: Mapping[str, Any], state: dict[str, Any], what: str) -> Any:
+    """The quanto layer that was saved as ``state``, in the place and on the device of ``layer``."""
+    import torch
+    from optimum.quanto.tensor import WeightQBitsTensor, WeightQBytesTensor
+
+    if list(layer.weight.shape) != entry["shape"] or (layer.bias is None) != ("bias" not in state):
+        raise ModelError(f"{what}: was saved with shape {entry['shape']}; the model's layer has "
+                         f"{list(layer.weight.shape)}, or their biases differ; load it into the model it was made from")
+    device, missing = layer.weight.device, []  # type: ignore[var-annotated]
+    new = _empty_layer(layer, _qtype(entry["weights"]), getattr(torch, entry["dtype"]))
+    like = {"qtype": new.weight_qtype, "axis": 0, "size": new.weight.size(), "stride": new.weight.stride(),
+            "missing_keys": missing}
+    state = {key: value.to(device) for key, value in state.items()}
+    if new.weight_qtype.bits == 8:
+        weight = WeightQBytesTensor.load_from_state_dict(state, "weight.", activation_qtype=None, **like)
+    else:
+        weight = WeightQBitsTensor.load_from_state_dict(state, "weight.", group_size=new.weight_group_size, **like)
+    if missing:
+        raise ModelError(f"{what}: the file lacks {', '.join(missing)}; save the quantized model again")
+    new.weight = torch.nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    with torch.no_grad():
+        for key in ("bias", "input_scale", "output_scale"):
+            if key in state:
+                getattr(new, key).data = state[key]
+    return new
+
+
+# -- two operators of the library, replaced once per process
+
+
+@functools.cache
+def _override_operators() -> Any:
+    """Replace two operators of the library; returns what keeps the replacement alive.
+
+    ``qbytes_mm`` on a CPU hands bfloat16 products with int8 weights to ``torch._weight_int8pack_mm``, which reads
+    past rows that are not aligned to 16 bytes: a crash, or infinities. ``unpack`` is compiled at its first use, by a
+    C++ or CUDA compiler that a user need not have. Both become a few tensor operations with the same result.
+    """
+    import warnings
+
+    import optimum.quanto  # noqa: F401  (defines the operators)
+    import torch
+
+    library = torch.library.Library("quanto", "IMPL")
+    with warnings.catch_warnings():  # that a kernel is overridden is the purpose
+        warnings.simplefilter("ignore", UserWarning)
+        library.impl("qbytes_mm", _qbytes_mm, "CPU", allow_override=True)
+        for device in ("CPU", "CUDA"):
+            library.impl("unpack", _unpack, device, allow_override=True)
+    return library
+
+
+def _qbytes_mm(activations: Any, weights: Any, scales: Any) -> Any:
+    import torch
+
+    return torch.matmul(activations.to(scales.dtype), (weights.to(scales.dtype) * scales).t())
+
+
+def _unpack(packed: Any, bits: int) -> Any:
+    import torch
+
+    mask = (1 << bits) - 1
+    return torch.cat([(packed >> (bits * i)) & mask for i in range(8 // bits)])

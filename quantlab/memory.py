@@ -1,0 +1,257 @@
+"""Bytes: what a model's tensors occupy, each storage once, and the peak memory of a stage.
+
+The libraries hide storage in three places: tensor subclasses (``__tensor_flatten__``), attributes of tensors
+(``weight.quant_state``, ``weight.SCB``) and attributes of modules (``module.state.SCB``). The sum of
+``numel * element_size`` over parameters sees none of them, so it is never used here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantlab.reports import MemoryReport, StageReport
+
+Storages = dict[tuple[str, int], int]
+"""(device, address) of a storage -> its bytes."""
+
+_PACKAGES = frozenset({"bitsandbytes", "torchao", "optimum", "modelopt", "diffusers", "gguf", "transformers", "quantlab"})
+_MAX_DEPTH = 8
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+_SAMPLING_S = 0.01
+
+
+# -- what a model occupies
+
+
+def storages(obj: Any) -> Storages:
+    """Every tensor storage that ``obj`` holds, once: a module (with all below it), a tensor, or a container of them.
+
+    A view counts as the whole storage that it keeps alive. Tensors without an address (meta) count as they would be
+    once they are real.
+    """
+    from torch import nn
+
+    found: Storages = {}
+    seen: set[int] = set()
+    for part in obj.modules() if isinstance(obj, nn.Module) else ():
+        for value in vars(part).values():
+            _walk(value, found, seen, 0)
+    if not isinstance(obj, nn.Module):
+        _walk(obj, found, seen, 0)
+    return found
+
+
+def _walk(value: Any, found: Storages, seen: set[int], depth: int) -> None:
+    import torch
+
+    if depth > _MAX_DEPTH or id(value) in seen or isinstance(value, (str, bytes, int, float, type, torch.nn.Module)):
+        return
+    seen.add(id(value))
+    for inner in _inner(value, found):
+        _walk(inner, found, seen, depth + 1)
+
+
+def _inner(value: Any, found: Storages) -> Iterable[Any]:
+    """What ``value`` holds; the storage of a plain tensor is entered into ``found``."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        if hasattr(value, "__tensor_flatten__"):
+            held = [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+        else:
+            key, num_bytes = _storage(value)
+            found[key] = num_bytes
+            held = []
+        return [*held, *getattr(value, "__dict__", {}).values()]
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return list(value)
+    if type(value).__module__.partition(".")[0] in _PACKAGES:
+        return list(getattr(value, "__dict__", {}).values())
+    return ()
+
+
+def _storage(tensor: Any) -> tuple[tuple[str, int], int]:
+    storage = tensor.untyped_storage()
+    address = 0 if tensor.is_meta else storage.data_ptr()
+    return (str(tensor.device), address or -storage._cdata), storage.nbytes()
+
+
+def logical_size(module: Any) -> tuple[int, int]:
+    """(parameters, parameters and buffers) of an unquantized module, as numbers of values; shared ones count once.
+
+    Twice the second number is ``bytes_at_16_bit`` of a :class:`~quantlab.reports.MemoryReport`.
+    """
+    parameters, seen = 0, {}
+    for tensors, is_parameter in ((module.parameters(), True), (module.buffers(), False)):
+        for tensor in tensors:
+            key = (_storage(tensor)[0], tensor.storage_offset(), tuple(tensor.shape))
+            if key not in seen:
+                seen[key] = tensor.numel()
+                parameters += tensor.numel() if is_parameter else 0
+    return parameters, sum(seen.values())
+
+
+def component_memory(module: Any, quantized_layer_names: Iterable[str], original: Any) -> MemoryReport:
+    """The ledger of one component.
+
+    Args:
+        module: the component as it is now.
+        quantized_layer_names: paths of its quantized layers.
+        original: the component before it was quantized (it may be on the meta device): what its logical parameters are
+            counted from, :func:`logical_size`.
+    """
+    num_parameters, num_values = logical_size(original)
+    total = storages(module)
+    codes: Storages = {}
+    scales: Storages = {}
+    for name in quantized_layer_names:
+        layer_codes, layer_scales = _split(module.get_submodule(name))
+        codes.update(layer_codes)
+        scales.update(layer_scales)
+    num_codes = sum(codes.values())
+    num_scales = sum(size for key, size in scales.items() if key not in codes)
+    num_bytes = sum(total.values())
+    return MemoryReport(
+        weights_bytes=num_bytes, quantized_bytes=num_codes, scale_bytes=num_scales,
+        other_bytes=num_bytes - num_codes - num_scales, bytes_at_16_bit=2 * num_values, num_parameters=num_parameters,
+    )
+
+
+def layer_memory(layer: Any) -> tuple[int, int]:
+    """(bytes of a layer's codes, bytes of its scales, zero points and code tables); its bias is in neither.
+
+    For an unquantized layer the first is its dense weight and the second is 0.
+    """
+    codes, scales = _split(layer)
+    return sum(codes.values()), sum(scales.values())
+
+
+def _split(layer: Any) -> tuple[Storages, Storages]:
+    """A layer's storages as codes and the rest, without its bias."""
+    everything = storages(layer)
+    for key in storages(getattr(layer, "bias", None)):
+        everything.pop(key, None)
+    weight = getattr(layer, "weight", None)
+    codes = _codes(weight) if weight is not None else {}
+    if not codes and everything:  # a layer that keeps its bytes under another name
+        largest = max(everything, key=lambda key: everything[key])
+        codes = {largest: everything[largest]}
+    return codes, {key: size for key, size in everything.items() if key not in codes}
+
+
+def _codes(weight: Any) -> Storages:
+    """The storage of a weight's codes: its own, or of the inner tensor that is named as data, or the largest one."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        key, size = _storage(weight)
+        return {key: size}
+    names = weight.__tensor_flatten__()[0]
+    data = [name for name in names if name.endswith("data") and "scale" not in name]
+    if len(data) == 1:
+        return _codes(getattr(weight, data[0]))
+    inner = storages([getattr(weight, name) for name in names])
+    largest = max(inner, key=lambda key: inner[key])
+    return {largest: inner[largest]}
+
+
+# -- what a stage needed
+
+
+@dataclass
+class StageMeasurement:
+    """What :func:`measure_stage` gives: ``report`` is there once the block has ended, also by an error."""
+
+    report: StageReport = field(init=False)
+
+
+@contextlib.contextmanager
+def measure_stage(name: str, device: str = "cpu") -> Iterator[StageMeasurement]:
+    """Time and peak memory of the block: ``with measure_stage("quantize", device) as stage: ...; stage.report``.
+
+    The resident set's peak is exact where Linux lets a process reset it; elsewhere it is sampled every 10 ms and
+    may miss a short spike; where neither is possible it is None. CUDA peaks are None on other devices. Blocks must not
+    be nested: an inner one resets the peaks of the outer.
+    """
+    measurement = StageMeasurement()
+    on_cuda = str(device).startswith("cuda")
+    gc.collect()
+    if on_cuda:
+        _reset_cuda(device)
+    read_rss = _start_rss()
+    start = time.perf_counter()
+    try:
+        yield measurement
+    finally:
+        cuda = _read_cuda(device) if on_cuda else {}  # synchronizes, so it comes before the clock is read
+        seconds = time.perf_counter() - start
+        measurement.report = StageReport(name=name, seconds=seconds, peak_rss_bytes=read_rss(), **cuda)
+
+
+def _reset_cuda(device: str) -> None:
+    import torch
+
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+
+
+def _read_cuda(device: str) -> dict[str, int]:
+    import torch
+
+    torch.cuda.synchronize(device)
+    return {
+        "peak_alloc_bytes": torch.cuda.max_memory_allocated(device),
+        "peak_requested_bytes": torch.cuda.memory_stats(device)["requested_bytes.all.peak"],
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
+    }
+
+
+def _start_rss() -> Callable[[], int | None]:
+    """Begin watching the resident set; the function that is returned ends it and gives the peak in bytes."""
+    try:
+        _CLEAR_REFS.write_text("5", encoding="ascii")  # proc(5): resets the peak resident set size
+    except OSError:
+        return _sample_rss()
+    return _read_high_water
+
+
+def _read_high_water() -> int | None:
+    for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _sample_rss() -> Callable[[], int | None]:
+    try:
+        import psutil
+    except ImportError:
+        return lambda: None
+    process = psutil.Process(os.getpid())
+    peak = process.memory_info().rss
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(_SAMPLING_S):
+            peak = max(peak, process.memory_info().rss)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+
+    def stop() -> int:
+        done.set()
+        thread.join()
+        return max(peak, process.memory_info().rss)
+
+    return stop
