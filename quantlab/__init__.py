@@ -1,0 +1,49 @@
+"""quantlab: declarative recipes for model quantization.
+
+    import quantlab
+    reports = quantlab.run(recipe="digits_backends", overrides=["evaluation=quick"])
+    module, report = quantlab.quantize(my_module, quantlab.QuantoConfig(weights_dtype="int8"))
+    rows = quantlab.evaluate(my_module, [quantlab.QuantoConfig("int4")], inputs=[x1, x2])
+
+Importing this package imports neither torch nor any backend's library.
+"""
+
+from quantlab.api import compose, evaluate, quantize, run
+from quantlab.axes import QuantizationAxes
+from quantlab.backends.bitsandbytes import BitsAndBytesConfig
+from quantlab.backends.gguf import GGUFQuantizationConfig
+from quantlab.backends.modelopt import NVIDIAModelOptConfig
+from quantlab.backends.quanto import QuantoConfig
+from quantlab.backends.torchao import TorchAoConfig
+from quantlab.config import QuantizationConfigMixin, QuantizationMethod
+from quantlab.errors import (
+    ConfigError,
+    MetricUndefined,
+    MissingPackage,
+    ModelError,
+    NotQuantized,
+    QuantlabError,
+    TrackingError,
+)
+
+__all__ = [
+    "BitsAndBytesConfig",
+    "ConfigError",
+    "GGUFQuantizationConfig",
+    "MetricUndefined",
+    "MissingPackage",
+    "ModelError",
+    "NVIDIAModelOptConfig",
+    "NotQuantized",
+    "QuantizationAxes",
+    "QuantizationConfigMixin",
+    "QuantizationMethod",
+    "QuantlabError",
+    "QuantoConfig",
+    "TorchAoConfig",
+    "TrackingError",
+    "compose",
+    "evaluate",
+    "quantize",
+    "run",
+]

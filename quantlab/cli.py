@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from quantlab.compose import groups
+from quantlab.composition import groups
 from quantlab.errors import ConfigError, QuantlabError, nearest
 from quantlab.listing import LISTS
 from quantlab.sweep import Plan, plan

@@ -8,7 +8,7 @@ from typing import Any
 
 from quantlab.backends.table import PACKAGES
 from quantlab.capabilities import CAPABILITIES
-from quantlab.compose import conf_dir, recipes
+from quantlab.composition import conf_dir, recipes
 from quantlab.dtypes import DTYPES
 from quantlab.metrics import METRICS
 

@@ -73,7 +73,7 @@ def run_plan(plan: Plan, quiet: bool = False) -> list[RunReport]:
     tracking.close_orphans(store, runs_dir)
     tracking.push_pending(store, runs_dir)
     with progress_bars(quiet) as advance:
-        session = Session(store=store, device=device, output_dir=output_dir, advance=advance, environment=environment())
+        session = Session(store=store, device=device, output_dir=output_dir, advance=advance, environment=environment(Path(__file__).parent.parent))
         if not plan.is_sweep:
             return _run_single(session, plan.jobs[0])
         return _run_sweep(session, plan)

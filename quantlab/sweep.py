@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from quantlab.axes import QuantizationAxes, resolve_axes
 from quantlab.backends.table import native_config, own_settings
-from quantlab.compose import chosen_options, compose_node, groups, override_text, parse, recipe_file, session, typed
+from quantlab.composition import chosen_options, compose_node, groups, override_text, parse, recipe_file, session, typed
 from quantlab.config import QuantizationConfigMixin, to_json_data
 from quantlab.errors import ConfigError, QuantlabError
 from quantlab.experiment import ExperimentConfig

@@ -1,0 +1,151 @@
+"""The same from Python: whole recipes, and anyone's own ``torch.nn.Module``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from quantlab.config import QuantizationConfigMixin
+from quantlab.errors import ConfigError
+from quantlab.experiment import EvaluationConfig
+from quantlab.layers import check_finite_weights, state_digest
+from quantlab.memory import component_memory, measure_stage
+from quantlab.models.loaded import LoadedModel
+from quantlab.pipeline import run_plan
+from quantlab.protocols.module import inputs_of, observe
+from quantlab.reports import QuantizationReport, RunReport
+from quantlab.stages.evaluate import evaluate as evaluate_stage
+from quantlab.stages.evaluate import summarize
+from quantlab.stages.quantize import Request, quantize_component
+from quantlab.sweep import FLOOR_BF16, REFERENCE, Plan, plan, scheme_name
+
+
+def compose(overrides: Sequence[str] = (), recipe: str | None = None) -> Plan:
+    """The checked jobs of a request: what the command line would run. Imports no torch.
+
+    Args:
+        overrides: words of the command line (``"dtype=int4"``); several values (``"group_size=32,64"``) are a sweep.
+        recipe: name of a recipe, or path of a YAML file.
+
+    Raises:
+        ConfigError: a bad word or an impossible combination.
+    """
+    return plan([*([f"recipe={recipe}"] if recipe else []), *overrides], multirun=True)
+
+
+def run(recipe: str | None = None, overrides: Sequence[str] = (), quiet: bool = False) -> list[RunReport]:
+    """Run a request and return a report a row (reference and floors first); everything is tracked as from the shell.
+
+    Raises:
+        QuantlabError: a bad request; in a sweep, a failing job is a row with status ``FAILED`` instead.
+    """
+    return run_plan(compose(overrides, recipe), quiet=quiet)
+
+
+def quantize(
+    module: Any,
+    config: QuantizationConfigMixin,
+    *,
+    on_mismatch: str = "error",
+    replace_default_exclusions: bool = False,
+) -> tuple[Any, QuantizationReport]:
+    """A quantized copy of any ``torch.nn.Module``, and what each Linear layer became, read back from its tensors.
+
+    Args:
+        module: a container with ``nn.Linear`` layers inside (a bare Linear cannot be replaced in itself).
+        config: one of the five native configs; its ``modules_to_not_convert`` uses quantlab's matcher.
+        on_mismatch: ``error``, ``skip``, or a dtype to fall back to, for layers whose shape does not fit.
+
+    Raises:
+        ConfigError, NotQuantized: see :func:`quantlab.stages.quantize.quantize_component`.
+    """
+    import torch
+
+    if not isinstance(config, QuantizationConfigMixin):
+        raise ConfigError(
+            f"config={type(config).__name__}: one of quantlab's configs is wanted, e.g. QuantoConfig('int8')"
+        )
+    if isinstance(module, torch.nn.Linear):
+        raise ConfigError("module: a bare Linear cannot be replaced in itself; wrap it: torch.nn.Sequential(linear)")
+    check_finite_weights(module, "module")
+    axes = replace(config.axes(), on_mismatch=on_mismatch, replace_default_exclusions=replace_default_exclusions)
+    first = next((p for p in module.parameters()), None)
+    request = Request(
+        component="model",
+        axes=axes,
+        native=config,
+        compute_dtype=str(first.dtype).removeprefix("torch.") if first is not None else "float32",
+        device="cuda" if first is not None and first.is_cuda else "cpu",
+    )
+    return quantize_component(request, copy.deepcopy(module).eval(), module)
+
+
+def evaluate(
+    module: Any, configs: Sequence[QuantizationConfigMixin], inputs: Sequence[Any], *, num_bootstrap: int = 2000
+) -> list[RunReport]:
+    """Quantize ``module`` by each config and compare its outputs with the unquantized module's, row by row.
+
+    Args:
+        module: any ``torch.nn.Module`` that returns a tensor, or a tuple or mapping whose first tensor counts.
+        configs: native quantization configs.
+        inputs: batches as the module's forward takes them: tensors, or tuples or mappings of tensors.
+
+    Returns:
+        Reports of the reference, the bf16 floor and each config: ``output_cosine`` and ``output_rel_error`` with
+        intervals over output rows, bytes, and the read-back table. Nothing is tracked.
+    """
+    import torch
+
+    given = inputs_of(inputs)
+    settings = EvaluationConfig(num_bootstrap=num_bootstrap)
+    was_training = module.training
+    module.eval()
+    try:
+        first = next(iter(module.parameters()))
+        model = LoadedModel(
+            name="module",
+            protocol="module",
+            components={"model": module},
+            dtype=str(first.dtype).removeprefix("torch."),
+            device="cuda" if first.is_cuda else "cpu",
+            weights_sha256=state_digest(module.state_dict()),
+        )
+        reference = observe(model, given, settings)
+        candidates: list[tuple[str, Any, QuantizationReport | None]] = [
+            (REFERENCE, module, None),
+            (FLOOR_BF16, copy.deepcopy(module).to(torch.bfloat16), None),
+        ]
+        reports = [_row(name, m, q, model, reference, given, settings) for name, m, q in candidates]
+        for config in configs:
+            quantized, layers = quantize(module, config)
+            reports.append(_row(scheme_name(config.axes()), quantized, layers, model, reference, given, settings))
+    finally:
+        module.train(was_training)
+    return [replace(r, floor=reports[1].quality) for r in reports]
+
+
+def _row(
+    name: str,
+    module: Any,
+    layers: QuantizationReport | None,
+    model: LoadedModel,
+    reference: Any,
+    given: Any,
+    settings: EvaluationConfig,
+) -> RunReport:
+    with measure_stage("evaluate", model.device) as stage:
+        measured = evaluate_stage(model.with_components({"model": module}), model, reference, given, settings)
+        quality = summarize(measured, settings)
+    done = [r.name for r in layers.layers if r.status in ("quantized", "fallback")] if layers else []
+    return RunReport(
+        name=name,
+        status="FINISHED",
+        protocol="module",
+        quantization=layers,
+        quality=quality,
+        memory={"model": component_memory(module, done, model.components["model"])},
+        measurements=measured,
+        stages=(stage.report,),
+    )

@@ -1,0 +1,220 @@
+"""From words to typed configs: every option composes, the command line wins, bad words get one clear message."""
+
+import itertools
+import textwrap
+
+import pytest
+
+from quantlab.axes import QuantizationAxes
+from quantlab.capabilities import CAPABILITIES
+from quantlab.composition import conf_dir, groups, recipes
+from quantlab.errors import ConfigError
+from quantlab.sweep import plan
+
+
+def one(*words):
+    (job,) = plan(list(words)).jobs
+    return job
+
+
+def test_default_request():
+    config = one("backend=torchao").config
+    assert (config.model.family, config.dataset.name, config.quantization.backend) == ("digits_dit", "digits_classes", "torchao")
+
+
+@pytest.mark.parametrize(("group", "option"), [(g, o) for g, options in groups().items() for o in options])
+def test_every_option_composes(group, option):
+    words = [f"{group}={option}"]
+    if group == "dtype":
+        words.append(f"backend={next(b for b, rows in CAPABILITIES.items() if option in rows or option == 'auto')}")
+    elif group == "group_size":
+        words += ["backend=bitsandbytes", "dtype=nf4"] if option.isdigit() and int(option) > 512 else ["backend=torchao"]
+    job = one(*words)
+    if group in ("backend", "dtype", "group_size"):
+        assert str(getattr(job.config.quantization, group)) == option
+
+
+def test_a_model_brings_its_data_set_and_evaluation_and_the_command_line_wins():
+    assert one("model=smollm2_135m", "backend=quanto").config.dataset.name == "wiki_extracts"
+    assert one("model=smollm2_135m", "backend=quanto", "dataset=text").config.dataset.name == "text"
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [(b, d) for b, rows in CAPABILITIES.items() for d in rows])
+def test_every_promised_combination_composes_with_each_group_size(backend, dtype):
+    for group_size in ("auto", *CAPABILITIES[backend][dtype].group_sizes):
+        job = one(f"backend={backend}", f"dtype={dtype}", f"group_size={group_size}")
+        assert job.config.quantization.dtype == dtype
+        assert (job.native is None) == (backend == "none")
+
+
+def test_bare_axis_and_own_keys_go_to_the_quantization_node():
+    job = one("backend=torchao", "dtype=int8", "activation_dtype=int8")
+    assert job.config.quantization.activation_dtype == "int8"
+    job = one("backend=bitsandbytes", "dtype=nf4", "bnb_4bit_use_double_quant=true")
+    assert job.native.bnb_4bit_use_double_quant is True
+
+
+def test_exclusion_groups_add_up_with_own_entries():
+    job = one("backend=quanto", "modules_to_not_convert=[norms,output]", "quantization.modules_to_not_convert.own=[proj]")
+    assert set(job.config.quantization.modules_to_not_convert) == {"norms", "output", "own"}
+    assert "proj" in job.native.modules_to_not_convert
+
+
+BAD = [
+    (["backend=torchoa"], r"^backend=torchoa: there are .*did you mean torchao\?"),
+    (["backend=torchao", "dtype=int9"], r"^dtype=int9: there are"),
+    (["backend=quanto", "dtype=nf4"],
+     r"^dtype=nf4: quanto offers int8, int4, int2, float8_e4m3, float8_e5m2; nf4 is offered by bitsandbytes and torchao"),
+    (["backend=quanto", "group_size=64"], r"^group_size=64: quanto chooses its own group size; leave group_size=auto"),
+    (["backend=gguf", "dtype=q4_k", "group_size=64"], r"^group_size=64: gguf q4_k offers auto, 32"),
+    (["grup_size=64"], r"^grup_size: no such key; did you mean group_size\?"),
+    (["backend=torchao", "quantization.grup_size=64"], r"^quantization\.grup_size: no such key; did you mean group_size\?"),
+    (["backend=torchao", "bnb_4bit_use_double_quant=true"], r"bnb_4bit_use_double_quant: no such key with this backend; .*bitsandbytes"),
+    (["evaluation.num_samples=abc"], r"^evaluation\.num_samples: .*abc"),
+    (["evaluation.num_samples=0"], r"^evaluation\.num_samples=0: a number of at least 1"),
+    (["evaluation.num_sampels=10"], r"^evaluation\.num_sampels: no such key; did you mean num_samples\?"),
+    (["device=tpu"], r"^device=tpu: there are auto, cpu, cuda"),
+    (["+dtype=int4"], r"^\+dtype=int4: keys are neither added nor removed"),
+    (["backend"], r"^backend: an override is key=value"),
+    (["group_size=32,64", "backend=torchao"], r"^group_size=32,64: several values are a sweep; add -m"),
+    (["recipe=digits_backend"], r"^recipe=digits_backend: no such recipe; did you mean digits_backends\?"),
+    (["recipe=nowhere/x.yaml"], r"^recipe=nowhere/x.yaml: no such file"),
+    (["backend=torchao", "algorithm=awq_lite"], r"^algorithm=awq_lite: torchao int8 offers"),
+    (["backend=torchao", "quantization.on_mismatch=maybe"], r"^quantization.on_mismatch=maybe: torchao offers"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[" ".join(w) for w, _ in BAD])
+def test_bad_words_are_refused_beginning_with_the_key(words, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(words)
+
+
+def test_numeric_options_need_no_quotes():
+    jobs = plan(["backend=torchao", "dtype=int4", "group_size=32,64,128"], multirun=True).jobs
+    assert [j.config.quantization.group_size for j in jobs] == [32, 64, 128]
+
+
+def test_a_grid_lists_every_impossible_combination_and_starts_nothing():
+    words = ["backend=torchao,quanto,bitsandbytes", "dtype=int8,int4,nf4"]
+    with pytest.raises(ConfigError) as caught:
+        plan(words, multirun=True)
+    text = str(caught.value)
+    assert text.startswith("2 of 9 combinations are impossible")
+    assert "backend=quanto dtype=nf4" in text
+    assert "backend=bitsandbytes dtype=int4" in text
+    skipped = plan([*words, "sweep.on_invalid=skip"], multirun=True)
+    assert (len(skipped.jobs), len(skipped.invalid)) == (7, 2)
+
+
+def test_two_jobs_never_share_a_name():
+    jobs = plan(["backend=quanto", "evaluation.num_inference_steps=5,10"], multirun=True).jobs
+    assert len({j.name for j in jobs}) == 2
+
+
+def write(tmp_path, text, name="mine.yaml"):
+    file = tmp_path / name
+    file.write_text("# @package _global_\n" + textwrap.dedent(text))
+    return f"recipe={file}"
+
+
+def test_own_recipe_file_and_the_command_line_wins(tmp_path):
+    recipe = write(tmp_path, """
+        defaults:
+          - override /backend: quanto
+          - override /dtype: int4
+        evaluation: {num_samples: 30, batch_size: 10}
+        """)
+    job = one(recipe)
+    assert (job.config.quantization.dtype, job.config.evaluation.num_samples, job.config.recipe) == ("int4", 30, "mine")
+    assert one(recipe, "dtype=int8").config.quantization.dtype == "int8"
+    assert one(recipe, "evaluation.num_samples=40").config.evaluation.num_samples == 40
+    quick = one(recipe, "evaluation=quick").config.evaluation
+    assert (quick.num_samples, quick.num_inference_steps) == (20, 5)
+
+
+def test_a_recipe_with_a_grid_is_a_sweep_and_the_command_line_replaces_an_axis(tmp_path):
+    recipe = write(tmp_path, "sweep: {grid: {backend: [torchao, modelopt], dtype: [int8, int4]}}")
+    assert len(plan([recipe]).jobs) == 4
+    assert [j.config.quantization.dtype for j in plan([recipe, "dtype=int4"]).jobs] == ["int4", "int4"]
+
+
+def test_candidates_with_own_settings(tmp_path):
+    recipe = write(tmp_path, """
+        sweep:
+          candidates:
+            - {backend: bitsandbytes, dtype: nf4, bnb_4bit_use_double_quant: true}
+            - {backend: torchao, dtype: int4, group_size: 64}
+        """)
+    found = plan([recipe])
+    assert found.is_sweep
+    assert [j.name for j in found.jobs] == ["bitsandbytes nf4 bnb_4bit_use_double_quant", "torchao int4 g64"]
+    with pytest.raises(ConfigError, match=r"^dtype: recipe=mine lists its candidates"):
+        plan([recipe, "dtype=int8"])
+
+
+REFUSED = [
+    ("hydra: {callbacks: {x: {_target_: os.system}}}", "hydra is not allowed"),
+    ("model: {_target_: os.system}", "_target_ is not allowed"),
+    ("sweep: {candidates: [{backend: torchao, _target_: x}]}", "_target_ is not allowed"),
+    ("output_dir: ${oc.env:HOME}", "reaches outside the config"),
+    ("name: ${oc.decode:x}", "reaches outside the config"),
+    ("quantization: {group_size: 32}", r"quantization.group_size hides group_size=.* of the command line"),
+    ("sweep: {grid: {dtype: [int8]}, candidates: [{dtype: int8}]}", "exclude each other"),
+    ("defaults:\n  - override /hydra/launcher: x", "never hydra's"),
+    ("[1, 2]", "a recipe is a mapping"),
+    ("evaluation: {num_sampels: 3}", r"num_sampels: no such key; did you mean num_samples\?"),
+    ("sweep: {grid: {dtype: int8}}", r"dtype"),
+    ("a: [", "not valid YAML|not a readable YAML"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), REFUSED)
+def test_a_recipe_is_data(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        plan([write(tmp_path, text)])
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_every_shipped_recipe_composes(name):
+    found = plan([f"recipe={name}"])
+    assert found.jobs
+
+
+def test_digits_bitwidths_has_thirty_combinations_over_all_backends():
+    jobs = plan(["recipe=digits_bitwidths"]).jobs
+    assert len(jobs) >= 30
+    assert {j.config.quantization.backend for j in jobs} == set(CAPABILITIES) - {"none"}
+
+
+REPLAYED = [
+    ["backend=torchao", "dtype=int4", "group_size=64"],
+    ["backend=bitsandbytes", "dtype=nf4", "bnb_4bit_use_double_quant=true", "modules_to_not_convert=[norms]"],
+    ["model=smollm2_135m", "backend=gguf", "dtype=q4_0", "evaluation.num_samples=8"],
+]
+
+
+@pytest.mark.parametrize("words", REPLAYED, ids=" ".join)
+def test_a_run_as_a_recipe_composes_to_the_same_config(tmp_path, words):
+    job = one(*words)
+    file = tmp_path / "replay.yaml"
+    file.write_text(job.recipe_yaml)
+    again = one(f"recipe={file}")
+    assert {k: v for k, v in again.resolved.items() if k != "recipe"} == {k: v for k, v in job.resolved.items() if k != "recipe"}
+    assert again.native == job.native
+
+
+def test_every_conf_file_is_an_option_of_the_table():
+    assert set(groups()["backend"]) == set(CAPABILITIES)
+    dtypes = {d for rows in CAPABILITIES.values() for d in rows}
+    assert set(groups()["dtype"]) == dtypes | {"auto"}
+    sizes = {str(g) for rows in CAPABILITIES.values() for row in rows.values() for g in row.group_sizes}
+    assert sizes | {"auto", "none"} == set(groups()["group_size"])
+    assert conf_dir().is_dir()
+
+
+def test_axes_are_plain_data():
+    assert QuantizationAxes() == QuantizationAxes()
+    lists = QuantizationAxes(modules_to_not_convert={"a": ["x", "y"], "b": ["y", "z"]})
+    assert lists.exclusions() == ("x", "y", "z")
+    assert list(itertools.chain(*lists.modules_to_not_convert.values())) == ["x", "y", "y", "z"]
