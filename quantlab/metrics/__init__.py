@@ -1,0 +1,151 @@
+"""The metrics: one file a number, and one table that says what each number means.
+
+Names are those that are logged, without the prefix ``quality/``. A metric compares a candidate with the unquantized
+reference on identical inputs; the functions return one value a sample, and ``quantlab.statistics`` makes a mean with an
+uncertainty of them.
+
+To add a metric: one file here, one row below, and a line in the protocol that measures it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PROTOCOLS = ("diffusion", "language", "encoder", "module")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """What a number means; the number itself is computed in the file that the description's subject names."""
+
+    name: str
+    unit: str
+    higher_is_better: bool | None
+    """None: neither direction is better (a property of the reference, or a signed number whose best value is 0)."""
+    protocols: tuple[str, ...]
+    is_binary: bool = False
+    """True where a sample is 0 or 1: two candidates are then compared by McNemar's test."""
+    description: str
+    version: int = 1
+    """Raised when the definition changes: numbers of different versions are not compared."""
+
+
+_DIFFUSION, _LANGUAGE = ("diffusion",), ("language",)
+_OUTPUTS = ("encoder", "module")
+
+_ROWS = (
+    Metric(
+        name="latent_rel_mse", unit="1", higher_is_better=False, protocols=_DIFFUSION,
+        description="squared error of the final latent over the squared norm of the reference's",
+    ),
+    Metric(
+        name="latent_cosine", unit="1", higher_is_better=True, protocols=_DIFFUSION,
+        description="cosine of the final latents",
+    ),
+    Metric(
+        name="psnr_db", unit="dB", higher_is_better=True, protocols=_DIFFUSION,
+        description="peak signal-to-noise ratio to the reference's image (8 bit), mean of dB, at most 100 an image",
+    ),
+    Metric(
+        name="n_identical", unit="images", higher_is_better=True, protocols=_DIFFUSION,
+        description="images that equal the reference's in every 8-bit value",
+    ),
+    Metric(
+        name="ssim", unit="1", higher_is_better=True, protocols=_DIFFUSION,
+        description="structural similarity to the reference's image (Wang 2004: Gaussian window, valid region)",
+    ),
+    Metric(
+        name="step_sqnr_db", unit="dB", higher_is_better=True, protocols=_DIFFUSION,
+        description="signal-to-quantization-noise of the velocity at each step, both models on the reference's input",
+    ),
+    Metric(
+        name="step_divergence", unit="1", higher_is_better=False, protocols=_DIFFUSION,
+        description="relative distance of the two free-running trajectories at each step",
+    ),
+    Metric(
+        name="weighted_velocity_mse", unit="1", higher_is_better=False, protocols=_DIFFUSION,
+        description="velocity error on the reference's inputs, each step weighted by its squared length",
+    ),
+    Metric(
+        name="class_accuracy", unit="fraction", higher_is_better=True, protocols=_DIFFUSION, is_binary=True,
+        description="images that a fixed classifier takes for the class that was asked for",
+    ),
+    Metric(
+        name="judge_agreement", unit="fraction", higher_is_better=True, protocols=_DIFFUSION, is_binary=True,
+        description="images that a fixed classifier puts in the same class as the reference's",
+    ),
+    Metric(
+        name="frechet_judge", unit="1", higher_is_better=False, protocols=_DIFFUSION,
+        description="Frechet distance to the reference's images in a fixed classifier's features",
+    ),
+    Metric(
+        name="kld_mean", unit="nats/token", higher_is_better=False, protocols=_LANGUAGE,
+        description="Kullback-Leibler divergence of the candidate's next-token distribution from the reference's",
+    ),
+    Metric(
+        name="kld_median", unit="nats", higher_is_better=False, protocols=_LANGUAGE,
+        description="median over tokens of the divergence",
+    ),
+    Metric(
+        name="kld_p90", unit="nats", higher_is_better=False, protocols=_LANGUAGE,
+        description="90th percentile over tokens of the divergence",
+    ),
+    Metric(
+        name="kld_p99", unit="nats", higher_is_better=False, protocols=_LANGUAGE,
+        description="99th percentile over tokens of the divergence",
+    ),
+    Metric(
+        name="kld_p999", unit="nats", higher_is_better=False, protocols=_LANGUAGE,
+        description="99.9th percentile over tokens of the divergence",
+    ),
+    Metric(
+        name="kld_max", unit="nats", higher_is_better=False, protocols=_LANGUAGE,
+        description="largest divergence of a token",
+    ),
+    Metric(
+        name="kld_min", unit="nats", higher_is_better=None, protocols=_LANGUAGE,
+        description="smallest divergence of a token: a check of the arithmetic, 0 within 1e-6",
+    ),
+    Metric(
+        name="same_top1", unit="fraction", higher_is_better=True, protocols=_LANGUAGE, is_binary=True,
+        description="tokens whose most probable successor is the reference's",
+    ),
+    Metric(
+        name="delta_p_rms", unit="probability", higher_is_better=False, protocols=_LANGUAGE,
+        description="root mean square change of the true token's probability",
+    ),
+    Metric(
+        name="delta_p_mean", unit="probability", higher_is_better=None, protocols=_LANGUAGE,
+        description="mean change of the true token's probability; near 0 while the RMS is not: noise without bias",
+    ),
+    Metric(
+        name="ln_ppl_ratio", unit="nats/token", higher_is_better=False, protocols=_LANGUAGE,
+        description="logarithm of the candidate's perplexity over the reference's, paired by token",
+    ),
+    Metric(
+        name="ppl", unit="1", higher_is_better=False, protocols=_LANGUAGE,
+        description="the candidate's perplexity; comparable only under one protocol and tokenizer",
+    ),
+    Metric(
+        name="ppl_ref", unit="1", higher_is_better=None, protocols=_LANGUAGE,
+        description="the reference's perplexity on the same tokens",
+    ),
+    Metric(
+        name="output_cosine", unit="1", higher_is_better=True, protocols=_OUTPUTS,
+        description="cosine of the output with the reference's",
+    ),
+    Metric(
+        name="output_rel_error", unit="1", higher_is_better=False, protocols=_OUTPUTS,
+        description="norm of the output's error over the norm of the reference's output",
+    ),
+)
+
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _ROWS}
+
+HEADLINE: dict[str, tuple[str, ...]] = {
+    "diffusion": ("latent_rel_mse", "psnr_db"),
+    "language": ("kld_mean", "same_top1", "ppl"),
+    "encoder": ("output_cosine", "output_rel_error"),
+    "module": ("output_cosine", "output_rel_error"),
+}
+"""The metrics of each protocol that the terminal's table shows; all others are logged."""

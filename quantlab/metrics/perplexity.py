@@ -1,0 +1,39 @@
+"""Perplexity, and its change paired by token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from quantlab.errors import MetricUndefined
+from quantlab.statistics import require_finite
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+def perplexity(nll: Any) -> float:
+    """exp(mean of the negative log-likelihoods (tokens,), in nats), float64.
+
+    Raises :class:`~quantlab.errors.MetricUndefined` for no token, and for NaN or infinity.
+    """
+    import numpy as np
+
+    values = np.asarray(nll, dtype=np.float64)
+    require_finite(values, "ppl")
+    return float(np.exp(values.mean()))
+
+
+def ln_ppl_ratio(nll_candidate: Any, nll_reference: Any) -> NDArray[np.float64]:
+    """NLL_q - NLL_p of the same tokens (tokens,), in nats; its mean is ln(PPL_q / PPL_p).
+
+    Raises :class:`~quantlab.errors.MetricUndefined` for different numbers of tokens.
+    """
+    import numpy as np
+
+    cand, ref = np.asarray(nll_candidate, dtype=np.float64), np.asarray(nll_reference, dtype=np.float64)
+    if cand.shape != ref.shape:
+        raise MetricUndefined(
+            f"ln_ppl_ratio: {cand.shape} tokens of the candidate, {ref.shape} of the reference; score the same tokens"
+        )
+    return cand - ref

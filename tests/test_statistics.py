@@ -1,0 +1,266 @@
+"""Standard errors, intervals and differences against formulas, simulations and bad input."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from quantlab.errors import MetricUndefined
+from quantlab.metrics.frechet import frechet_distance
+from quantlab.statistics import (
+    bootstrap_interval,
+    mean_interval,
+    paired_difference,
+    require_finite,
+    wilson_interval,
+)
+
+
+def clustered(rng: np.random.Generator, num_clusters: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Samples whose clusters differ by as much as the samples within one."""
+    values = rng.normal(size=(num_clusters, 1)) + rng.normal(size=(num_clusters, size))
+    return values.ravel(), np.repeat(np.arange(num_clusters), size)
+
+
+class TestStandardError:
+    def test_of_independent_samples(self):
+        values = np.random.default_rng(0).normal(size=50)
+        found = mean_interval(values)
+        assert found.value == pytest.approx(values.mean())
+        assert found.n == 50
+        assert found.se == pytest.approx(values.std(ddof=1) / math.sqrt(50))
+
+    def test_of_equal_clusters_is_that_of_their_means(self):
+        values, clusters = clustered(np.random.default_rng(0), 30, 8)
+        means = values.reshape(30, 8).mean(axis=1)
+        found = mean_interval(values, clusters)
+        assert found.n == 240
+        assert found.se == pytest.approx(means.std(ddof=1) / math.sqrt(30))
+
+    def test_clusters_count_as_what_they_are(self):
+        values, clusters = clustered(np.random.default_rng(1), 30, 8)
+        assert mean_interval(values, clusters).se > 1.5 * mean_interval(values).se
+
+    def test_labels_may_come_in_any_order_and_type(self):
+        values, clusters = clustered(np.random.default_rng(2), 12, 4)
+        order = np.random.default_rng(3).permutation(values.size)
+        names = np.array([f"prompt-{c:02d}" for c in clusters])
+        one, other = mean_interval(values, clusters), mean_interval(values[order], names[order])
+        assert other.value == pytest.approx(one.value)
+        assert other.se == pytest.approx(one.se)
+        assert other.ci_lo == pytest.approx(one.ci_lo)
+
+    def test_of_unequal_clusters_is_that_of_a_ratio(self):
+        """The spread of sum / size over many data sets, which a mean of cluster means would miss."""
+        rng, means, errors = np.random.default_rng(4), [], []
+        for _ in range(400):
+            sizes = rng.integers(1, 12, size=40)
+            clusters = np.repeat(np.arange(40), sizes)
+            values = rng.normal(size=40)[clusters] + rng.normal(size=clusters.size)
+            found = mean_interval(values, clusters, num_bootstrap=2)
+            means.append(found.value)
+            errors.append(found.se)
+        assert np.mean(errors) == pytest.approx(np.std(means), rel=0.1)
+
+    def test_of_strata_leaves_their_differences_out(self):
+        rng, strata = np.random.default_rng(5), np.arange(60) % 3
+        values = 10.0 * strata + rng.normal(size=60)
+        within = [values[strata == h].std(ddof=1) for h in range(3)]
+        found = mean_interval(values, strata=strata)
+        assert found.se == pytest.approx(math.sqrt(sum((1 / 3) ** 2 * s**2 / 20 for s in within)))
+        assert found.se < 0.2 * mean_interval(values).se
+        assert found.ci_hi - found.ci_lo < 0.2 * (mean_interval(values).ci_hi - mean_interval(values).ci_lo)
+
+    def test_of_clusters_in_unequal_strata(self):
+        rng = np.random.default_rng(6)
+        values, clusters = clustered(rng, 30, 4)
+        strata = np.where(clusters < 10, "small", "large")
+        means = values.reshape(30, 4).mean(axis=1)
+        expected = math.sqrt((1 / 3) ** 2 * means[:10].var(ddof=1) / 10 + (2 / 3) ** 2 * means[10:].var(ddof=1) / 20)
+        found = mean_interval(np.where(clusters < 10, 5.0, 1.0) * values, clusters, strata)
+        assert mean_interval(values, clusters, strata).se == pytest.approx(expected)
+        assert (found.ci_hi - found.ci_lo) / (2 * 1.96 * found.se) == pytest.approx(1.0, abs=0.1)
+
+    def test_strata_of_one_cluster_are_taken_together(self):
+        values = np.array([0.0, 1.0, 0.5, 0.7, 5.0, 9.0])
+        joined = mean_interval(values, strata=[0, 0, 0, 0, 1, 1])
+        assert mean_interval(values, strata=[0, 0, 0, 0, 1, 2]) == joined
+        with_smallest = mean_interval(values, strata=[0, 0, 0, 1, 1, 1])
+        assert mean_interval(values, strata=[0, 0, 0, 1, 1, 2]) == with_smallest
+
+    def test_two_samples_a_stratum_are_enough_for_an_honest_interval(self):
+        """Drawing both of two clusters would make the interval narrower by a factor of sqrt(2)."""
+        values, strata = np.random.default_rng(7).normal(size=400), np.arange(400) // 2
+        found = mean_interval(values, strata=strata)
+        assert (found.ci_hi - found.ci_lo) / (2 * 1.96 * found.se) == pytest.approx(1.0, abs=0.06)
+
+
+class TestInterval:
+    @pytest.mark.parametrize("num_strata", [1, 10])
+    @pytest.mark.parametrize("size", [1, 5])
+    def test_covers_the_truth_as_often_as_it_says(self, size, num_strata):
+        rng, hits = np.random.default_rng(8), 0
+        for _ in range(200):
+            values, clusters = clustered(rng, 40, size)
+            strata = clusters % num_strata
+            found = mean_interval(3.0 * strata + values, clusters, strata, num_bootstrap=500)
+            hits += found.ci_lo <= 1.5 * (num_strata - 1) <= found.ci_hi
+        assert 0.90 <= hits / 200 <= 0.99
+
+    def test_covers_less_often_for_skewed_values_but_not_much(self):
+        rng, hits = np.random.default_rng(8), 0
+        for _ in range(200):
+            found = mean_interval(np.exp(rng.normal(size=100)), num_bootstrap=500)
+            hits += found.ci_lo <= math.exp(0.5) <= found.ci_hi
+        assert 0.85 <= hits / 200 <= 0.97
+
+    def test_ignoring_clusters_would_cover_too_rarely(self):
+        rng, hits = np.random.default_rng(9), 0
+        for _ in range(200):
+            values, _ = clustered(rng, 40, 5)
+            found = mean_interval(values, num_bootstrap=500)
+            hits += found.ci_lo <= 0.0 <= found.ci_hi
+        assert hits / 200 < 0.85
+
+    @pytest.mark.parametrize(
+        ("num_clusters", "has_se", "has_ci"),
+        [(1, False, False), (2, True, False), (9, True, False), (10, True, True)],
+    )
+    def test_few_clusters_give_no_interval(self, num_clusters, has_se, has_ci):
+        values, clusters = clustered(np.random.default_rng(10), num_clusters, 20)
+        found = mean_interval(values, clusters)
+        assert (found.se is not None, found.ci_lo is not None, found.ci_hi is not None) == (has_se, has_ci, has_ci)
+        with_strata = mean_interval(values, clusters, strata=clusters % 2)
+        assert (with_strata.se is not None, with_strata.ci_lo is not None) == (has_se, has_ci)
+        other = bootstrap_interval(lambda i: float(np.median(values[i])), values.size, clusters, num_bootstrap=20)
+        assert (other.se is not None, other.ci_lo is not None) == (has_ci, has_ci)
+
+    def test_equal_values_have_no_width(self):
+        found = mean_interval(np.full(30, 0.1), strata=np.arange(30) % 4)
+        assert found.value == pytest.approx(0.1)
+        assert found.se == pytest.approx(0.0, abs=1e-15)
+        assert found.ci_hi - found.ci_lo == pytest.approx(0.0, abs=1e-15)
+
+    def test_seeds(self):
+        values = np.random.default_rng(11).normal(size=30)
+        assert mean_interval(values, seed=1) == mean_interval(values, seed=1)
+        assert mean_interval(values, seed=1).ci_lo != mean_interval(values, seed=2).ci_lo
+
+    def test_is_quick(self):
+        values = np.random.default_rng(12).normal(size=(20, 200))
+        mean_interval(values[0], seed=99)
+        start = time.process_time()
+        for row in values:
+            mean_interval(row, seed=99)
+        assert time.process_time() - start < 20 * 0.03
+
+
+class TestBootstrap:
+    def test_of_a_mean_is_the_interval_of_the_mean(self):
+        values, clusters = clustered(np.random.default_rng(13), 25, 3)
+        strata = clusters % 4
+        mean = mean_interval(values, clusters, strata)
+        found = bootstrap_interval(lambda i: float(values[i].mean()), values.size, clusters, strata)
+        assert found.value == pytest.approx(mean.value)
+        assert found.se == pytest.approx(mean.se, rel=0.1)
+        assert found.ci_hi - found.ci_lo == pytest.approx(mean.ci_hi - mean.ci_lo, rel=0.1)
+
+    def test_of_unequal_clusters_draws_whole_clusters(self):
+        clusters = np.repeat(np.arange(12), np.arange(1, 13))
+        seen = []
+
+        def statistic(index: np.ndarray) -> float:
+            counts = np.bincount(index, minlength=clusters.size)
+            seen.append(all(len(set(counts[clusters == c])) == 1 for c in range(12)))
+            return float(clusters[index].mean())
+
+        bootstrap_interval(statistic, clusters.size, clusters, num_bootstrap=50)
+        assert len(seen) == 51
+        assert all(seen)
+
+    def test_covers_a_quantile(self):
+        rng, hits = np.random.default_rng(14), 0
+        for _ in range(100):
+            values = rng.normal(size=100)
+            found = bootstrap_interval(lambda i, v=values: float(np.quantile(v[i], 0.9)), 100, num_bootstrap=200)
+            hits += found.ci_lo <= 1.2816 <= found.ci_hi
+        assert hits >= 85
+
+    def test_a_biased_number_is_recentred(self):
+        rng = np.random.default_rng(15)
+        a, b = rng.normal(size=(40, 10)), rng.normal(size=(40, 10))
+        plain, shifted = (
+            bootstrap_interval(lambda i: frechet_distance(a[i], b[i]), 40, num_bootstrap=100, recenter=recenter)
+            for recenter in (False, True)
+        )
+        assert plain.ci_lo > plain.value
+        assert shifted.ci_lo < shifted.value < shifted.ci_hi
+        assert shifted.se == plain.se
+
+    def test_refusals(self):
+        with pytest.raises(MetricUndefined, match=r"^value: nan on all 20 samples"):
+            bootstrap_interval(lambda i: math.nan, 20)
+        with pytest.raises(MetricUndefined, match=r"^value of a bootstrap draw: .*nan"):
+            bootstrap_interval(lambda i: 1.0 if i[0] == 0 and i[-1] == 19 and i.size == 20 else math.nan, 20)
+        with pytest.raises(MetricUndefined, match=r"^value: no samples"):
+            bootstrap_interval(lambda i: 1.0, 0)
+
+
+class TestDifference:
+    def test_pairing_removes_what_both_share(self):
+        rng = np.random.default_rng(16)
+        shared = 10 * rng.normal(size=100)
+        a, b = shared + 0.5 + 0.1 * rng.normal(size=100), shared
+        found = paired_difference(a, b)
+        assert found.value == pytest.approx(0.5, abs=0.05)
+        assert found.ci_lo > 0
+        assert found.se < 0.05 * mean_interval(a).se
+        assert paired_difference(b, a).value == pytest.approx(-found.value)
+
+    def test_takes_clusters_and_strata(self):
+        values, clusters = clustered(np.random.default_rng(17), 20, 3)
+        zeros = np.zeros_like(values)
+        assert paired_difference(values, zeros, clusters, clusters % 2) == mean_interval(values, clusters, clusters % 2)
+
+    def test_refusals(self):
+        with pytest.raises(MetricUndefined, match=r"^difference: 3 samples against 2; .*same evaluation inputs$"):
+            paired_difference([1, 2, 3], [1, 2])
+        with pytest.raises(MetricUndefined, match=r"^value of the second run: sample 'b' \(row 1\) is inf"):
+            paired_difference([1, 2], [1, math.inf], sample_ids=("a", "b"))
+
+
+class TestWilson:
+    @pytest.mark.parametrize(("k", "n"), [(0, 10), (10, 10), (7, 20), (1, 1), (199, 400)])
+    def test_agrees_with_scipy(self, k, n):
+        found, oracle = wilson_interval(k, n), binomtest(k, n).proportion_ci(method="wilson")
+        assert found.value == k / n
+        assert found.n == n
+        assert (found.ci_lo, found.ci_hi) == pytest.approx((oracle.low, oracle.high), abs=1e-12)
+
+    @pytest.mark.parametrize(("k", "n"), [(0, 0), (3, 2), (-1, 2)])
+    def test_refusals(self, k, n):
+        with pytest.raises(MetricUndefined, match=rf"^share: {k} hits in {n} trials"):
+            wilson_interval(k, n)
+
+
+class TestRefusals:
+    def test_a_sample_without_a_number_is_named(self):
+        values = [1.0, math.nan, math.inf]
+        with pytest.raises(MetricUndefined, match=r"^value: sample 1 is nan \(2 of 3 are not finite\)"):
+            mean_interval(values)
+        with pytest.raises(MetricUndefined, match=r"^psnr_db: sample 'cat-1' \(row 1\) is nan .*that sample out$"):
+            require_finite(values, "psnr_db", ("cat-0", "cat-1", "cat-2"))
+
+    def test_no_samples(self):
+        with pytest.raises(MetricUndefined, match=r"^value: no samples.*at least one sample$"):
+            mean_interval([])
+
+    def test_labels_that_do_not_fit(self):
+        with pytest.raises(MetricUndefined, match=r"^clusters: labels of shape \(2,\) for 3 samples"):
+            mean_interval([1, 2, 3], clusters=[0, 1])
+        with pytest.raises(MetricUndefined, match=r"^strata: the cluster of sample 1 lies in two strata"):
+            mean_interval([1, 2, 3], clusters=[0, 0, 1], strata=["a", "b", "b"])
