@@ -1,0 +1,24 @@
+"""The dtype in which a component computes, read from its parameters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from quantlab.dtypes import COMPUTE_DTYPES, dtype_name
+
+
+def component_dtype(component: Any, default: str = "float32") -> Any:
+    """The torch dtype in which a component wants its floating inputs.
+
+    It is the dtype of most parameter elements among float32, bfloat16 and float16: stored codes (uint8, 8-bit floats)
+    do not count, and a few norms kept in float32 do not outvote the rest. ``default`` names it where no such parameter
+    is left.
+    """
+    import torch
+
+    votes: Counter[str] = Counter()
+    for parameter in component.parameters():
+        if dtype_name(parameter.dtype) in COMPUTE_DTYPES:
+            votes[dtype_name(parameter.dtype)] += parameter.numel()
+    return getattr(torch, votes.most_common(1)[0][0] if votes else default)

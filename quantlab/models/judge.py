@@ -1,0 +1,85 @@
+"""The judge: a small CNN that says which digit a generated image shows, and whose features compare distributions.
+
+It is a measuring instrument of this project for its own small images, not a published network: distances in its
+features are named ``frechet_judge`` and never FID.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+NUM_EPOCHS = 40
+BATCH_SIZE = 64
+PEAK_LR = 3e-3
+NUM_FEATURES = 64
+
+
+def build_judge(image_size: int = 8, num_classes: int = 10) -> Any:
+    """The untrained network: convolutions 1-32-32(stride 2)-64(stride 2), a layer of 64 features, a linear head."""
+    from torch import nn
+
+    side = (image_size + 3) // 4  # two convolutions of stride 2
+    features = nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(64 * side * side, NUM_FEATURES), nn.ReLU(),
+    )
+    return nn.Sequential(OrderedDict(features=features, head=nn.Linear(NUM_FEATURES, num_classes)))
+
+
+def train_judge(
+    images: Any, labels: Any, *, seed: int, num_epochs: int = NUM_EPOCHS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Any:
+    """Train a judge on the CPU; the global random state is left as it was.
+
+    Args:
+        images: float tensor (n, size, size, 1) in [0, 1].
+        labels: int tensor (n,).
+        seed: of the initial weights and of the order of the images.
+        progress: called as ``progress(epochs done, epochs)``.
+
+    Returns the network in eval mode: AdamW with a one-cycle schedule that peaks at 3e-3.
+    """
+    import torch
+
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        judge = build_judge(images.shape[1], int(labels.max()) + 1).train()
+        order = torch.Generator().manual_seed(seed)
+        optimizer = torch.optim.AdamW(judge.parameters(), lr=PEAK_LR)
+        num_batches = -(-len(images) // BATCH_SIZE)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=num_epochs * num_batches)
+        inputs = _network_input(images)
+        for epoch in range(num_epochs):
+            for batch in torch.split(torch.randperm(len(inputs), generator=order), BATCH_SIZE):
+                loss: Any = torch.nn.functional.cross_entropy(judge(inputs[batch]), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+            if progress is not None:
+                progress(epoch + 1, num_epochs)
+    return judge.eval().requires_grad_(False)
+
+
+def judge_features_and_logits(judge: Any, images: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Features (n, 64) and logits (n, classes) of ``images``, floats (n, size, size, 1) from 0 to 1."""
+    import torch
+
+    device = next(judge.parameters()).device
+    with torch.no_grad():
+        features = judge.features(_network_input(torch.as_tensor(images, dtype=torch.float32)).to(device))
+        logits = judge.head(features)
+    return features.cpu().numpy(), logits.cpu().numpy()
+
+
+def _network_input(images: Any) -> Any:
+    """(n, size, size, 1) in [0, 1] -> (n, 1, size, size) in [-1, 1]."""
+    return images.permute(0, 3, 1, 2) * 2 - 1

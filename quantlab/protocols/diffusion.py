@@ -1,0 +1,297 @@
+"""Diffusion models: a candidate samples from the reference's noise and conditioning, and each sample is compared.
+
+Two views of the error, over a subset of the samples: *free-running*, where the candidate's trajectory goes its own way,
+and *teacher-forced*, where it answers the denoiser calls that the reference made. Generic over the model: ``sample``,
+``decode`` and the module named by ``parts["denoiser"]`` are used, and ``parts["judge"]`` where there is one.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+from quantlab.errors import MetricUndefined
+from quantlab.experiment import EvaluationConfig
+from quantlab.metrics.latent import latent_cosine, latent_rel_mse
+from quantlab.metrics.psnr import num_identical, psnr_db, to_uint8
+from quantlab.metrics.ssim import WINDOW, ssim
+from quantlab.metrics.trajectory import step_divergence
+from quantlab.models.loaded import LoadedModel
+from quantlab.protocols.denoiser_calls import recorded_calls
+from quantlab.protocols.judged import judge_metrics
+from quantlab.protocols.teacher_forced import teacher_forced_metrics
+from quantlab.reports import Measurements, MetricValue
+
+NUM_SHOWN = 8
+DIFFERENCE_GAIN = 4
+Progress = Callable[[int, int], Any]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DiffusionInputs:
+    """What is sampled: row i of everything is sample i, and none depends on the others."""
+
+    noise: Any
+    """Initial latents, float32 CPU tensor (n, ...)."""
+    conditioning: Mapping[str, list[Any]]
+    """Name -> one plain value a sample: ``{"class_label": [...]}`` or ``{"prompt": [...]}``."""
+    sample_ids: tuple[str, ...]
+    clusters: Any = None
+    """int array (n,): samples of one prompt share a number; None: each its own."""
+    strata: Any = None
+    """int array (n,): the class of each sample; None: one stratum."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples, n."""
+        return len(self.sample_ids)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Digest of noise and conditioning."""
+        noise = self.noise.contiguous()
+        digest = hashlib.sha256(f"{noise.dtype}|{tuple(noise.shape)}|".encode())
+        digest.update(noise.numpy().tobytes())
+        digest.update(json.dumps(dict(self.conditioning), sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def subset(self, indices: Sequence[int] | slice) -> DiffusionInputs:
+        """The samples at ``indices``, in that order."""
+        import numpy as np
+
+        rows = np.arange(self.num_samples)[indices if isinstance(indices, slice) else np.asarray(indices, dtype=int)]
+        return replace(
+            self, noise=self.noise[rows], sample_ids=tuple(self.sample_ids[i] for i in rows),
+            conditioning={name: [values[i] for i in rows] for name, values in self.conditioning.items()},
+            clusters=None if self.clusters is None else np.asarray(self.clusters)[rows],
+            strata=None if self.strata is None else np.asarray(self.strata)[rows],
+        )
+
+
+def observe(
+    model: LoadedModel, inputs: DiffusionInputs, evaluation: EvaluationConfig, progress: Progress | None = None,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
+    """The reference's outputs, a tree that ``torch.save`` stores and ``torch.load(weights_only=True)`` reads.
+
+    ``latents`` (n, ...) float32; ``images`` uint8 (n, height, width, channels), absent without ``decode``;
+    ``step_indices`` (m,): which samples are traced; for these, where m > 0, ``steps`` (num_steps, m, ...) float32, the
+    latents after each step, and ``calls``: the denoiser's calls with their ``step`` and the rows ``start`` to ``stop``
+    of ``step_indices`` that they belong to; ``timings_ms``.
+    ``progress(done, total)`` counts denoising steps over all batches.
+    Raises MetricUndefined, naming sample and step, for NaN or infinity in a latent.
+    """
+    traced = spread(inputs, evaluation.num_teacher_forced)
+    batches = _batches(inputs.num_samples, traced, batch_size or evaluation.batch_size)
+    tick = _Ticks(progress, evaluation.num_inference_steps * len(batches))
+    outputs, calls = _run(model, inputs, evaluation, batches, tick, record=True)
+    return {**outputs, "calls": calls} if calls else outputs
+
+
+def measure(
+    model: LoadedModel, inputs: DiffusionInputs, evaluation: EvaluationConfig, reference: Mapping[str, Any],
+    reference_model: LoadedModel, progress: Progress | None = None, batch_size: int | None = None,
+) -> Measurements:
+    """Run a candidate on the reference's noise and compare it with what :func:`observe` stored.
+
+    The judge and the sampler's noise levels are those of ``reference_model``. ``progress(done, total)`` counts
+    denoising steps over all batches and then replayed calls.
+    Raises MetricUndefined, naming sample and step, for NaN or infinity in a latent or a denoiser's output.
+    """
+    traced = [int(i) for i in reference["step_indices"]]
+    batches = _batches(inputs.num_samples, traced, batch_size or evaluation.batch_size)
+    calls = reference.get("calls", [])
+    tick = _Ticks(progress, evaluation.num_inference_steps * len(batches) + len(calls))
+    outputs, _ = _run(model, inputs, evaluation, batches, tick, record=False)
+    latents, expected = outputs["latents"], reference["latents"]
+    samples = {"latent_rel_mse": latent_rel_mse(latents, expected), "latent_cosine": latent_cosine(latents, expected)}
+    steps: dict[str, Any] = {}
+    estimates: dict[str, MetricValue] = {}
+    if "images" in outputs and "images" in reference:
+        pair = outputs["images"].numpy(), reference["images"].numpy()
+        estimates["n_identical"] = MetricValue(value=float(num_identical(*pair)), n=inputs.num_samples)
+        samples.update(_image_metrics(*pair))
+        if "judge" in reference_model.parts and "class_label" in inputs.conditioning:
+            judged, distance = judge_metrics(reference_model.parts["judge"], *pair, inputs, evaluation)
+            samples.update(judged)
+            estimates["frechet_judge"] = distance
+    if calls:
+        steps["step_divergence"] = step_divergence(outputs["steps"], reference["steps"])[0]
+        curves, error = teacher_forced_metrics(
+            model, calls, inputs.subset(traced), evaluation, reference_model.parts.get("scheduler"), tick)
+        steps.update(curves)
+        estimates.update(error)
+    return Measurements(
+        samples=samples, clusters=inputs.clusters, strata=inputs.strata, sample_ids=inputs.sample_ids,
+        estimates=estimates, steps=steps, images=_shown_images(outputs, reference, spread(inputs, NUM_SHOWN)),
+        timings_ms=outputs["timings_ms"],
+    )
+
+
+def spread(inputs: DiffusionInputs, num_wanted: int) -> list[int]:
+    """Up to ``num_wanted`` samples, in order, spread evenly over strata (or clusters): a round takes one of each."""
+    groups = inputs.strata if inputs.strata is not None else inputs.clusters
+    if groups is None:
+        num = min(num_wanted, inputs.num_samples)
+        return [i * inputs.num_samples // num for i in range(num)]
+    seen: dict[int, int] = {}
+    rounds = []
+    for i, group in enumerate(int(g) for g in groups):
+        rounds.append((seen.get(group, 0), i))
+        seen[group] = rounds[-1][0] + 1
+    return sorted(i for _, i in sorted(rounds)[:num_wanted])
+
+
+# -- sampling, the same for the reference and the candidates
+
+
+class _Ticks:
+    """Counts steps and tells ``progress``."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.done, self.total = progress, 0, total
+
+    def __call__(self) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(min(self.done, self.total), self.total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Samples that run together, and whether they are traced."""
+
+    indices: tuple[int, ...]
+    traced: bool
+
+
+def _batches(num_samples: int, traced: Sequence[int], batch_size: int) -> list[_Batch]:
+    """The traced samples in batches of their own, first, then the others."""
+    others = sorted(set(range(num_samples)) - set(traced))
+    return [_Batch(indices=tuple(rows[i:i + batch_size]), traced=is_traced)
+            for rows, is_traced in ((traced, True), (others, False)) for i in range(0, len(rows), batch_size)]
+
+
+def _run(
+    model: LoadedModel, inputs: DiffusionInputs, evaluation: EvaluationConfig, batches: Sequence[_Batch],
+    tick: Callable[[], None], *, record: bool,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Sample all batches: the tree of :func:`observe` without ``calls``, and the calls where they are recorded."""
+    import torch
+
+    latents: list[Any] = []
+    images: list[Any] = []
+    states: list[Any] = []
+    calls: list[dict[str, Any]] = []
+    seconds: list[tuple[_Batch, list[float]]] = []
+    for batch in batches:
+        part = inputs.subset(batch.indices)
+        recorded = record and batch.traced
+        final, trajectory, batch_calls, times = _run_batch(model, part, evaluation, tick, record=recorded)
+        if batch.traced:
+            start = sum(int(s.shape[1]) for s in states)
+            states.append(trajectory)
+            calls += [{**call, "start": start, "stop": start + part.num_samples} for call in batch_calls]
+        latents.append(final)
+        seconds.append((batch, times))
+        if model.decode is not None:
+            images.append(_decoded(model, final, part.sample_ids))
+    order = torch.tensor([i for b in batches for i in b.indices]).argsort()
+    outputs = {
+        "latents": torch.cat(latents)[order],
+        "step_indices": torch.tensor([i for b in batches if b.traced for i in b.indices], dtype=torch.int64),
+        "timings_ms": {"denoise_step_ms": _step_ms(seconds)},
+    }
+    if images:
+        outputs["images"] = torch.cat(images)[order]
+    if states:
+        outputs["steps"] = torch.cat(states, dim=1)
+    return outputs, calls
+
+
+def _run_batch(
+    model: LoadedModel, inputs: DiffusionInputs, evaluation: EvaluationConfig, tick: Callable[[], None], *, record: bool
+) -> tuple[Any, Any, list[dict[str, Any]], list[float]]:
+    """One batch: final latents, latents after each step (num_steps, b, ...), denoiser calls, seconds of each step."""
+    import torch
+
+    states: list[Any] = []
+    seconds: list[float] = []
+    began = time.perf_counter()
+
+    with ExitStack() as stack:
+        calls: list[dict[str, Any]] = []
+        if record:
+            calls = stack.enter_context(recorded_calls(model.components[model.parts["denoiser"]]))
+
+        def on_step(k: int, latents: Any) -> None:
+            nonlocal began
+            state = latents.detach().to("cpu", torch.float32, copy=True)  # waits for the device
+            seconds.append(time.perf_counter() - began)
+            _require_finite(state, inputs.sample_ids, f"latent after step {k} of {evaluation.num_inference_steps}")
+            states.append(state)
+            for call in calls:
+                call.setdefault("step", k)
+            tick()
+            began = time.perf_counter()
+
+        final = model.sample(model, inputs.noise, inputs.conditioning, evaluation, on_step)
+    _require_finite(final, inputs.sample_ids, "final latent")
+    # The first step's time holds what comes before it, such as the text encoders.
+    return final.float().cpu(), torch.stack(states), list(calls), seconds[1:] or seconds
+
+
+def _decoded(model: LoadedModel, latents: Any, sample_ids: Sequence[str]) -> Any:
+    import torch
+
+    with torch.no_grad():
+        images = model.decode(model, latents).float().cpu()
+    _require_finite(images, sample_ids, "decoded image")
+    return torch.from_numpy(to_uint8(images))
+
+
+def _require_finite(tensor: Any, sample_ids: Sequence[str], what: str) -> None:
+    import torch
+
+    bad = (~torch.isfinite(tensor.reshape(len(tensor), -1)).all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise MetricUndefined(
+            f"sample {sample_ids[bad[0]]}: the {what} is NaN or infinite, as for {len(bad)} of {len(tensor)} samples "
+            "of its batch; the model overflows: try compute_dtype=bfloat16 or float32, or a wider dtype"
+        )
+
+
+def _step_ms(seconds: Sequence[tuple[_Batch, Sequence[float]]]) -> float:
+    """Median time of a step over the largest batches that are neither the first (warm-up) nor traced, if there are."""
+    timed = seconds[1:] or seconds
+    timed = [row for row in timed if not row[0].traced] or timed
+    largest = max(len(batch.indices) for batch, _ in timed)
+    return 1e3 * statistics.median(s for batch, times in timed if len(batch.indices) == largest for s in times)
+
+
+# -- images
+
+
+def _image_metrics(candidate: Any, reference: Any) -> dict[str, Any]:
+    found = {"psnr_db": psnr_db(candidate, reference)}
+    if min(reference.shape[1:3]) >= WINDOW:
+        found["ssim"] = ssim(candidate, reference)
+    return found
+
+
+def _shown_images(outputs: Mapping[str, Any], reference: Mapping[str, Any], rows: Sequence[int]) -> Any:
+    """uint8 (k, 3, height, width, channels): reference, candidate, 4 * |difference| cut off at 255; None without."""
+    import numpy as np
+
+    if "images" not in outputs or "images" not in reference:
+        return None
+    ref, cand = (tree["images"].numpy()[list(rows)] for tree in (reference, outputs))
+    difference = np.abs(cand.astype(np.int32) - ref) * DIFFERENCE_GAIN
+    return np.stack([ref, cand, np.minimum(difference, 255).astype(np.uint8)], axis=1)

@@ -1,0 +1,39 @@
+"""What a model family's own classifier makes of the candidate's images."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from quantlab.experiment import EvaluationConfig
+from quantlab.metrics.classes import class_accuracy, judge_agreement
+from quantlab.metrics.frechet import frechet_distance
+from quantlab.models.judge import judge_features_and_logits
+from quantlab.reports import MetricValue
+from quantlab.statistics import bootstrap_interval
+
+if TYPE_CHECKING:
+    from quantlab.protocols.diffusion import DiffusionInputs
+
+NUM_BOOTSTRAP = 500
+"""Draws for the Frechet distance, each a decomposition of its own; fewer where evaluation.num_bootstrap is smaller."""
+
+
+def judge_metrics(
+    judge: Any, candidate: Any, reference: Any, inputs: DiffusionInputs, evaluation: EvaluationConfig
+) -> tuple[dict[str, Any], MetricValue]:
+    """``class_accuracy`` and ``judge_agreement`` (n,), and ``frechet_judge`` with its interval.
+
+    ``candidate`` and ``reference`` are 8-bit images (n, height, width, channels). The Frechet distance is between the
+    two sets of the same n samples; its bootstrap draws pairs, and is centred on the value since repetitions inflate it.
+    """
+    features, logits = judge_features_and_logits(judge, candidate.astype("float32") / 255)
+    reference_features, reference_logits = judge_features_and_logits(judge, reference.astype("float32") / 255)
+    samples = {
+        "class_accuracy": class_accuracy(logits, inputs.conditioning["class_label"]),
+        "judge_agreement": judge_agreement(logits, reference_logits),
+    }
+    distance = bootstrap_interval(
+        lambda rows: frechet_distance(features[rows], reference_features[rows]), inputs.num_samples, inputs.clusters,
+        inputs.strata, min(NUM_BOOTSTRAP, evaluation.num_bootstrap), evaluation.seed, recenter=True,
+    )
+    return samples, distance

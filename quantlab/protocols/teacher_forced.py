@@ -1,0 +1,93 @@
+"""The candidate's denoiser on the calls that the reference's denoiser got: the error that each step adds by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from quantlab.errors import MetricUndefined
+from quantlab.experiment import EvaluationConfig
+from quantlab.metrics.trajectory import step_sqnr_db, weighted_velocity_mse
+from quantlab.models.loaded import LoadedModel
+from quantlab.protocols.denoiser_calls import per_sample, replayed_output
+from quantlab.reports import MetricValue
+from quantlab.statistics import mean_interval
+
+if TYPE_CHECKING:
+    from quantlab.protocols.diffusion import DiffusionInputs
+
+
+def teacher_forced_metrics(
+    model: LoadedModel, calls: Sequence[Mapping[str, Any]], inputs: DiffusionInputs, evaluation: EvaluationConfig,
+    scheduler: Any, tick: Callable[[], None],
+) -> tuple[dict[str, Any], dict[str, MetricValue]]:
+    """``step_sqnr_db`` (num_steps,) and, where the scheduler's levels are known, ``weighted_velocity_mse``.
+
+    ``calls`` are the recorded calls of the samples ``inputs``. All predictions of a sample at one step (with and
+    without its condition) are one vector. ``weighted_velocity_mse`` is the mean over samples, with its interval.
+    """
+    import numpy as np
+
+    num_steps = 1 + max(call["step"] for call in calls)
+    levels = integration_levels(scheduler, num_steps)
+    curve, errors = [], np.zeros(inputs.num_samples)
+    for k in range(num_steps):
+        candidate, reference = _predictions(model, [c for c in calls if c["step"] == k], inputs.sample_ids, tick)
+        curve.append(step_sqnr_db([candidate], [reference])[0][0])
+        if levels is not None:
+            errors += weighted_velocity_mse([candidate], [reference], levels[k:k + 2])
+    estimates = {}
+    if levels is not None:
+        estimates["weighted_velocity_mse"] = mean_interval(
+            errors, inputs.clusters, inputs.strata, evaluation.num_bootstrap, evaluation.seed,
+            sample_ids=inputs.sample_ids)
+    return {"step_sqnr_db": np.array(curve)}, estimates
+
+
+def integration_levels(scheduler: Any, num_steps: int) -> Any:
+    """The variable s, num_steps + 1 values, in which one sampler step is x' = x + (s_{k+1} - s_k) * prediction.
+
+    It depends on what the network predicts. For flow matching s is the scheduler's sigma. For noise (epsilon) it is
+    sigma = sqrt((1 - a) / a) with a = alphas_cumprod, for the latent divided by sqrt(a) (DDIM, arXiv 2010.02502,
+    eq. 13). For v-prediction it is the angle arctan(sigma), as there d x / d angle = v (arXiv 2202.00512, appendix D).
+    Sigmas are ``scheduler.sigmas`` where it has them, else computed from ``alphas_cumprod`` at its timesteps, ending
+    at 0. None where there is no such variable: other predictions, or a sampler that evaluates several times a step.
+    """
+    import numpy as np
+
+    config = getattr(scheduler, "config", {})
+    kind = "flow_prediction" if "FlowMatch" in type(scheduler).__name__ else config.get("prediction_type", "epsilon")
+    if getattr(scheduler, "sigmas", None) is not None:
+        sigmas = np.asarray([float(s) for s in scheduler.sigmas])
+    elif getattr(scheduler, "alphas_cumprod", None) is not None:
+        kept = np.asarray([float(scheduler.alphas_cumprod[int(t)]) for t in scheduler.timesteps])
+        sigmas = np.append(np.sqrt((1 - kept) / kept), 0.0)
+    else:
+        return None
+    if len(sigmas) != num_steps + 1 or kind not in ("flow_prediction", "epsilon", "v_prediction"):
+        return None
+    return np.arctan(sigmas) if kind == "v_prediction" else sigmas
+
+
+def _predictions(
+    model: LoadedModel, calls: Sequence[Mapping[str, Any]], sample_ids: Sequence[str], tick: Callable[[], None]
+) -> tuple[Any, Any]:
+    """Outputs of the candidate and of the reference on the calls of one step: two float32 tensors (m, d)."""
+    import torch
+
+    denoiser = model.components[model.parts["denoiser"]]
+    pairs: dict[int, list[tuple[Any, Any]]] = {}
+    for call in calls:
+        num = call["stop"] - call["start"]
+        output = per_sample(replayed_output(denoiser, call, model.device, model.dtype), num)
+        bad = (~torch.isfinite(output).all(dim=1)).nonzero().flatten().tolist()
+        if bad:
+            raise MetricUndefined(
+                f"sample {sample_ids[call['start'] + bad[0]]}: the denoiser's output at step {call['step']} is NaN or "
+                "infinite on the reference's input; try compute_dtype=bfloat16 or float32, or a wider dtype"
+            )
+        pairs.setdefault(call["start"], []).append((output, per_sample(call["output"].float(), num)))
+        tick()
+    batches = [pairs[start] for start in sorted(pairs)]
+    candidate, reference = (torch.cat([torch.cat([p[i] for p in rows], dim=1) for rows in batches]) for i in (0, 1))
+    return candidate, reference
