@@ -70,7 +70,8 @@ def _why_not(name: str, layer: Any, in_attention: Mapping[int, str]) -> str:
     if not name:
         return "it is the whole model: nothing holds it, so it cannot be replaced"
     if id(layer) in in_attention:
-        return f"inside nn.MultiheadAttention ({in_attention[id(layer)] or 'the model'}), which reads the weight directly"
+        where = in_attention[id(layer)] or "the model"
+        return f"inside nn.MultiheadAttention ({where}), which reads the weight directly"
     if not isinstance(layer._parameters.get("weight"), nn.Parameter) or hasattr(layer, "parametrizations"):
         return "its weight is computed from other parameters (a parametrization)"
     if getattr(layer, "lora_layer", None) is not None:

@@ -22,7 +22,10 @@ from quantlab.reports import MemoryReport, StageReport
 Storages = dict[tuple[str, int], int]
 """(device, address) of a storage -> its bytes."""
 
-_PACKAGES = frozenset({"bitsandbytes", "torchao", "optimum", "modelopt", "diffusers", "gguf", "transformers", "quantlab"})
+_PACKAGES = frozenset(
+    {"bitsandbytes", "torchao", "optimum", "modelopt", "diffusers", "gguf", "transformers", "quantlab"}
+)
+"""Plain objects of these are looked into."""
 _MAX_DEPTH = 8
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -238,7 +241,7 @@ def _sample_rss() -> Callable[[], int | None]:
     except ImportError:
         return lambda: None
     process = psutil.Process(os.getpid())
-    peak = process.memory_info().rss
+    peak: int = process.memory_info().rss
     done = threading.Event()
 
     def watch() -> None:

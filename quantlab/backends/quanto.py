@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from quantlab.axes import QuantizationAxes, resolve_axes
+from quantlab.backends.casting import cast_around, wanted_dtype
 from quantlab.config import QuantizationConfigMixin, QuantizationMethod, quantization_config, setting
-from quantlab.dtypes import COMPUTE_DTYPES, dtype_name
+from quantlab.dtypes import dtype_name
 from quantlab.errors import ConfigError, ModelError, NotQuantized
 from quantlab.layers import replace_layer
 from quantlab.reports import StoredWeight
@@ -43,9 +44,9 @@ class QuantoConfig(QuantizationConfigMixin):
     """``max``: from the extremes; ``hqq``: half-quadratic search of the shifts, 2 and 4 bits only."""
 
     def post_init(self) -> None:
-        """An empty list of exclusions is none; HQQ exists for 2 and 4 bits."""
-        if not self.modules_to_not_convert:
-            object.__setattr__(self, "modules_to_not_convert", None)
+        """An exclusion counts once, an empty list of them is none; HQQ exists for 2 and 4 bits."""
+        exclusions = tuple(dict.fromkeys(self.modules_to_not_convert or ())) or None
+        object.__setattr__(self, "modules_to_not_convert", exclusions)
         if self.optimizer == "hqq" and self.weights_dtype not in ("int4", "int2"):
             raise ConfigError(f"optimizer='hqq': quanto has it for weights_dtype int4 and int2, not "
                               f"{self.weights_dtype}; leave optimizer at max")
@@ -57,7 +58,7 @@ class QuantoConfig(QuantizationConfigMixin):
             raise ConfigError(f"quantization.{key}: quanto has no settings beside the axes; remove it")
         axes = resolve_axes(axes)
         return cls(weights_dtype=_SPELLING[axes.dtype], optimizer=axes.algorithm,
-                   modules_to_not_convert=axes.exclusions() or None)
+                   modules_to_not_convert=axes.exclusions())
 
     def axes(self) -> QuantizationAxes:
         """The axes that :meth:`from_axes` turns into this config."""
@@ -72,8 +73,8 @@ class QuantoConfig(QuantizationConfigMixin):
         """transformers writes ``weights`` and ``activations``."""
         activations = data.pop("activations", None)
         if activations is not None:
-            raise ConfigError(f"activations={activations!r}: quantized activations of quanto need calibration, which is "
-                              "not offered here; remove it or set it to null")
+            raise ConfigError(f"activations={activations!r}: quanto's quantized activations need calibration, which "
+                              "is not offered here; remove it or set it to null")
         if "weights" in data:
             if "weights_dtype" in data:
                 raise ConfigError(f"weights={data['weights']!r}: weights_dtype={data['weights_dtype']!r} is given too; "
@@ -103,19 +104,19 @@ def quantize(model: Any, layers: Iterable[str], config: QuantoConfig, compute_dt
     for name in list(layers):
         layer = model.get_submodule(name)
         with torch.no_grad():
-            new = _empty_layer(layer, qtype, _compute_dtype(layer, compute_dtype))
+            new = _empty_layer(layer, qtype, wanted_dtype(layer, compute_dtype, "quanto"))
             new.weight = torch.nn.Parameter(_quantized(new, config.optimizer), requires_grad=layer.weight.requires_grad)
         if not new.frozen or new.weight.qtype != qtype:
-            raise NotQuantized(f"dtype={config.axes().dtype}: {name} ({type(layer).__name__}) kept its {new.weight.dtype} "
-                               f"weight; add it to modules_to_not_convert")
+            raise NotQuantized(f"dtype={config.axes().dtype}: {name} ({type(layer).__name__}) kept its weight in "
+                               f"{new.weight.dtype}; add it to modules_to_not_convert")
         replace_layer(model, name, new)
 
 
 def read_back(layer: Any) -> StoredWeight:
     """What the layer's tensors show; NotQuantized where it holds no quanto weight."""
-    weight = getattr(layer, "weight", None)
-    qtype = getattr(weight, "_qtype", None)
-    if qtype is None:
+    weight: Any = getattr(layer, "weight", None)
+    qtype = getattr(weight, "qtype", None)
+    if qtype is None or qtype.name not in _DTYPES:
         raise NotQuantized(f"backend=quanto: {type(layer).__name__} holds an unquantized weight; it was not converted")
     num_scales, num_rows = weight._scale.numel(), weight.shape[0]
     group_size = None if num_scales in (1, num_rows) else weight.numel() // num_scales
@@ -174,17 +175,6 @@ def _qtype(name: str) -> Any:
     return qtypes["qfloat8_e4m3fn" if name == "qfloat8" else name]
 
 
-def _compute_dtype(layer: Any, wanted: Any) -> Any:
-    import torch
-
-    name = dtype_name(wanted)
-    if wanted is None or name == "auto":
-        return layer.weight.dtype
-    if name not in COMPUTE_DTYPES:
-        raise ConfigError(f"compute_dtype={name}: quanto computes in {', '.join(COMPUTE_DTYPES)}")
-    return getattr(torch, name)
-
-
 def _empty_layer(layer: Any, qtype: Any, dtype: Any) -> Any:
     """A quanto layer with ``layer``'s unquantized weight and bias in ``dtype``, and its input and output dtype."""
     import torch
@@ -196,18 +186,8 @@ def _empty_layer(layer: Any, qtype: Any, dtype: Any) -> Any:
         source.bias = layer.bias if layer.bias.dtype == dtype else torch.nn.Parameter(layer.bias.detach().to(dtype))
     new = QLinear.from_module(source, weights=qtype)
     new.train(layer.training)
-    if dtype != layer.weight.dtype:
-        new.register_forward_pre_hook(functools.partial(_cast_input, dtype))
-        new.register_forward_hook(functools.partial(_cast_output, layer.weight.dtype))
+    cast_around(new, dtype, layer.weight.dtype)
     return new
-
-
-def _cast_input(dtype: Any, layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (args[0].to(dtype), *args[1:])
-
-
-def _cast_output(dtype: Any, layer: Any, args: tuple[Any, ...], output: Any) -> Any:
-    return output.to(dtype)
 
 
 def _quantized(layer: Any, optimizer: str) -> Any:
@@ -226,7 +206,7 @@ def _quantized(layer: Any, optimizer: str) -> Any:
         scale, shift = search.optimize(group(weight, 0, group_size) if group_size else weight, qtype, 0)
     # where all weights of a scale are equal it may be 0, and 0 / 0 would be stored as NaN
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return quantize_weight(weight, qtype=qtype, axis=0, scale=scale, shift=shift, group_size=group_size, optimized=False)
+    return quantize_weight(weight, qtype, axis=0, scale=scale, shift=shift, group_size=group_size, optimized=False)
 
 
 def _restored(layer: Any, entry: Mapping[str, Any], state: dict[str, Any], what: str) -> Any:
@@ -272,7 +252,7 @@ def _override_operators() -> Any:
     import optimum.quanto  # noqa: F401  (defines the operators)
     import torch
 
-    library = torch.library.Library("quanto", "IMPL")
+    library: Any = torch.library.Library("quanto", "IMPL")  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():  # that a kernel is overridden is the purpose
         warnings.simplefilter("ignore", UserWarning)
         library.impl("qbytes_mm", _qbytes_mm, "CPU", allow_override=True)
