@@ -1,0 +1,87 @@
+"""What a run was made with: package versions, the state of the checkout, the hardware."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    "quantlab-recipes", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "scipy",
+    "scikit-learn", "hydra-core", "omegaconf", "mlflow",
+    "bitsandbytes", "torchao", "optimum-quanto", "gguf", "libgguf", "nvidia-modelopt",
+)
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the installed packages that a number can depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state(root: Path) -> dict[str, Any] | None:
+    """``sha``, ``dirty`` and ``diff_sha256`` of the checkout that holds ``root``; None outside one.
+
+    A folder of which the checkout holds no file (an installed package in somebody's project) counts as outside.
+    ``diff_sha256`` is of the text of ``git diff HEAD`` and of the names of untracked files, None in a clean checkout:
+    two dirty runs with the same digest were made with the same changes to tracked files.
+    """
+    sha = _git(root, "rev-parse", "--verify", "HEAD")
+    if sha is None or not _git(root, "ls-files", "--", "."):
+        return None
+    diff, untracked = _git(root, "diff", "HEAD"), _git(root, "ls-files", "--others", "--exclude-standard")
+    dirty = bool(diff or untracked)
+    changes = f"{diff}\0{untracked}"
+    return {
+        "sha": sha,
+        "dirty": dirty,
+        "diff_sha256": hashlib.sha256(changes.encode(errors="surrogateescape")).hexdigest() if dirty else None,
+    }
+
+
+def _git(root: Path, *words: str) -> str | None:
+    """What git prints, or None where there is no git, no checkout, or no answer within 10 s."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *words],
+            capture_output=True, text=True, errors="surrogateescape", timeout=10, check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def hardware() -> dict[str, Any]:
+    """What float sums, speed and peak memory depend on. No host or user name."""
+    import psutil
+    import torch
+
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "machine": platform.machine(),
+        "num_cpus": cpus,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch_threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "gpus": [
+            {"name": gpu.name, "compute_capability": f"{gpu.major}.{gpu.minor}", "memory_bytes": gpu.total_memory}
+            for gpu in gpus
+        ],
+    }
+
+
+def environment(root: Path | None = None) -> dict[str, Any]:
+    """:func:`versions`, :func:`git_state` and :func:`hardware`; ``root`` is by default the folder of this code."""
+    return {"versions": versions(), "git": git_state(root or Path(__file__).parent), "hardware": hardware()}

@@ -1,0 +1,193 @@
+"""Reaching a tracking store: which addresses are accepted, how one is opened, and what is said when it cannot be."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from quantlab.errors import TrackingError
+
+_PROBE_SECONDS = 5
+_LOCK_SECONDS = 120
+_SQLITE = "sqlite:///"
+_WAY_OUT = "set tracking.required=false, or tracking.uri=sqlite:///outputs/mlflow.db"
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
+_PASSING_STATUS = (401, 403, 404, 408, 429)
+"""Answers of a server that may change: a token that ran out, a proxy without its server, too much at once."""
+
+
+def resolved_uri(uri: str, base_dir: Path) -> str:
+    """``uri`` with a relative SQLite path made absolute from ``base_dir``; TrackingError for what is not supported."""
+    if uri.startswith(("http://", "https://")) and urlsplit(uri).hostname:
+        return uri.rstrip("/")
+    if uri.startswith(_SQLITE):
+        path = Path(uri.removeprefix(_SQLITE)).expanduser()
+        if not path.name or ":memory:" in uri:
+            raise TrackingError(f"tracking.uri={uri}: runs are kept in a file; set tracking.uri=sqlite:///outputs/mlflow.db")
+        whole = base_dir.absolute() / path
+        if set("?#") & set(str(whole)):
+            raise TrackingError(f"tracking.uri={uri}: the path {whole} holds ? or #; set tracking.uri=sqlite:///<path>")
+        return f"{_SQLITE}{whole}"
+    if "://" not in uri or uri.startswith("file:"):
+        raise TrackingError(f"tracking.uri={uri}: MLflow's file store is in maintenance mode and not supported; "
+                            "set tracking.uri=sqlite:///outputs/mlflow.db")
+    raise TrackingError(f"tracking.uri={shown_uri(uri)}: not supported; set tracking.uri=sqlite:///<file>, or "
+                        "tracking.uri=http(s)://<host> of an MLflow server")
+
+
+def shown_uri(uri: str) -> str:
+    """``uri`` without a user's name and password."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return urlunsplit(parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]))
+
+
+def connect(uri: str, experiment: str) -> tuple[Any, str]:
+    """A client on the store at ``uri`` and the id of ``experiment``, which is created where it is missing.
+
+    Raises TrackingError within 15 s where a server does not answer, and for a database that cannot be used.
+    """
+    _quiet_mlflow()
+    if uri.startswith(_SQLITE):
+        return _connect_sqlite(Path(uri.removeprefix(_SQLITE)), uri, experiment)
+    _probe(uri)
+    for name, value in (("MAX_RETRIES", "1"), ("TIMEOUT", str(_PROBE_SECONDS)), ("BACKOFF_FACTOR", "1")):
+        os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)  # by default a dead server costs 4 minutes a call
+    from mlflow import MlflowClient
+
+    with _environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(_PROBE_SECONDS)):
+        try:
+            client = MlflowClient(tracking_uri=uri)
+            return client, _experiment_id(client, experiment, None)
+        except store_errors() as error:
+            raise TrackingError(f"tracking.uri={shown_uri(uri)}: answers, but not as an MLflow server that takes runs "
+                                f"({first_line(error)}); {_WAY_OUT}") from error
+
+
+def store_errors() -> tuple[type[Exception], ...]:
+    """What a store that fails raises: MLflow's own error, the database's, the network's and the disk's."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, SQLAlchemyError, OSError
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether the store is there and will not take this, now or later."""
+    status = getattr(getattr(error, "response", None), "status_code", 0)  # of an artifact's upload
+    return getattr(error, "error_code", None) in _REFUSALS or (400 <= status < 500 and status not in _PASSING_STATUS)
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of an error's text, on one line."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+def _quiet_mlflow() -> None:
+    """Before mlflow is imported: no telemetry, no hints, no addresses on stdout."""
+    for name in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_DISABLE_AGENT_HINT", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"):
+        os.environ.setdefault(name, "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    retries = logging.getLogger("urllib3.connectionpool")
+    if retries.level == logging.NOTSET:  # it warns of every retry; one warning of ours is enough
+        retries.setLevel(logging.ERROR)
+
+
+def _connect_sqlite(path: Path, uri: str, experiment: str) -> tuple[Any, str]:
+    """The constructor makes some 65 tables; two processes doing that on a fresh file break it for good."""
+    from filelock import FileLock, Timeout
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS):
+            _check_sqlite(path)
+            from mlflow import MlflowClient
+
+            client = MlflowClient(tracking_uri=uri)
+            return client, _experiment_id(client, experiment, path.parent / "mlartifacts")
+    except TrackingError:
+        raise
+    except Timeout as error:
+        raise TrackingError(f"tracking.uri={uri}: another process has kept {path}.lock for {_LOCK_SECONDS} s; "
+                            "end that process, or set tracking.uri=sqlite:///<another file>") from error
+    except store_errors() as error:
+        raise TrackingError(f"tracking.uri={uri}: cannot be used ({first_line(error)}); "
+                            "set tracking.uri=sqlite:///<another file>, or tracking.required=false") from error
+
+
+def _check_sqlite(path: Path) -> None:
+    """OSError where ``path`` is no database of MLflow's that can be written (MLflow itself would retry for an hour)."""
+    import sqlite3
+
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=_PROBE_SECONDS)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            database.rollback()
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error):  # in use, so usable
+            return
+        raise OSError(str(error)) from error
+    except sqlite3.DatabaseError as error:
+        raise OSError(str(error)) from error
+    if tables and "alembic_version" not in tables:
+        raise OSError("it is a database, but not one of MLflow")
+
+
+def _experiment_id(client: Any, name: str, artifacts: Path | None) -> str:
+    """The id of the experiment ``name``, created by whichever process comes first."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            made: str = client.create_experiment(name, artifact_location=artifacts.as_uri() if artifacts else None)
+            return made
+        except MlflowException as error:
+            found = client.get_experiment_by_name(name)  # another process made it meanwhile
+            if found is None:
+                raise TrackingError(f"tracking.experiment={name}: {first_line(error)}; choose another name") from error
+    if found.lifecycle_stage == "deleted":
+        raise TrackingError(f"tracking.experiment={name}: is deleted in this store; restore it with "
+                            f"`mlflow experiments restore -x {found.experiment_id}`, or choose another name")
+    experiment_id: str = found.experiment_id
+    return experiment_id
+
+
+def _probe(uri: str) -> None:
+    """TrackingError unless something answers at ``uri``: 2 tries of 5 s, before mlflow is imported."""
+    import requests
+
+    for attempt in (1, 2):
+        try:
+            requests.get(f"{uri}/health", timeout=_PROBE_SECONDS)
+            return
+        except requests.exceptions.SSLError:  # it answers; whether its certificate is trusted is MLflow's setting
+            return
+        except requests.RequestException as error:
+            if attempt == 2:
+                mute = isinstance(error, requests.Timeout)
+                why = f"no answer within {_PROBE_SECONDS} s, twice" if mute else "no connection"
+                raise TrackingError(f"tracking.uri={shown_uri(uri)}: {why}; start the server, or {_WAY_OUT}") from error
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Environment variables for a moment; MLflow reads them at each call."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,104 @@
+"""Reading runs back: for resume, comparison and replay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantlab.errors import TrackingError
+from quantlab.tracking.connect import first_line, store_errors
+from quantlab.tracking.record import Record, folders_with_records
+from quantlab.tracking.store import PARENT_TAG, Store
+
+RunData = dict[str, Any]
+"""``run_id name status params metrics tags start_ms end_ms``: params and tags are text, metrics the last values."""
+
+
+def find_runs(
+    store: Store, *, key: str | None = None, parent_run_id: str | None = None, status: str | None = "FINISHED"
+) -> list[RunData]:
+    """Runs of the store's experiment, newest first; none where the store was not reached.
+
+    ``key`` is the tag ``quantlab.key`` (a candidate's content key), ``parent_run_id`` the sweep, ``status=None`` any.
+    """
+    if store.client is None:
+        return []
+    wanted = {"tags.`quantlab.key`": key, f"tags.`{PARENT_TAG}`": parent_run_id, "attributes.status": status}
+    terms = []
+    for name, value in wanted.items():
+        if value is not None:
+            if "'" in value or "\\" in value:
+                raise TrackingError(f"{name}={value}: a run is not found by a value with a quote or backslash")
+            terms.append(f"{name} = '{value}'")
+    try:
+        return [_data(run) for run in store.search(" and ".join(terms))]
+    except store_errors() as error:
+        raise _unreadable(store, error) from error
+
+
+def find_records(runs_dir: Path, tags: Mapping[str, str], status: str | None = "FINISHED") -> list[RunData]:
+    """The same from the runs' own folders, for a store that was not reached: runs that have all of ``tags``."""
+    found = []
+    for folder in folders_with_records(runs_dir):
+        known = Record.load(folder).summary
+        if known and status in (None, known["status"]) and tags.items() <= known["tags"].items():
+            names = ("name", "status", "params", "metrics", "tags", "start_ms", "end_ms")
+            found.append({"run_id": f"local-{known['record']}", **{n: known[n] for n in names}})
+    return sorted(found, key=lambda run: run["start_ms"], reverse=True)
+
+
+def get_run(store: Store, run_id: str) -> RunData:
+    """One run by its id; TrackingError where the store has none such."""
+    return _data(_raw_run(store, run_id))
+
+
+def get_curve(store: Store, run_id: str, name: str) -> list[float]:
+    """The values of a metric over its steps, in order; empty where the run has no such metric."""
+    _raw_run(store, run_id)
+    try:
+        points = store.client.get_metric_history(run_id, name)
+    except store_errors() as error:
+        raise _unreadable(store, error) from error
+    return [point.value for point in sorted(points, key=lambda p: (p.step, p.timestamp))]
+
+
+def get_artifact(store: Store, run_id: str, name: str, folder: Path) -> Path:
+    """Copy one artifact of a run into ``folder`` and return its path there; TrackingError where there is none such."""
+    _raw_run(store, run_id)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return Path(store.client.download_artifacts(run_id, name, str(folder)))
+    except store_errors() as error:
+        raise TrackingError(f"{name}: run {run_id} has no such artifact ({first_line(error)}); "
+                            "its page in MLflow lists those it has") from error
+
+
+def _raw_run(store: Store, run_id: str) -> Any:
+    if store.client is None:
+        raise TrackingError(f"tracking.uri={store.uri}: was not reached; start the server, or name another store")
+    try:
+        return store.client.get_run(run_id)
+    except store_errors() as error:
+        if getattr(error, "error_code", None) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise TrackingError(f"run_id={run_id}: no such run in {store.uri}; `mlflow ui --backend-store-uri "
+                                f"{store.uri}` shows those it has, or set tracking.uri=...") from error
+        raise _unreadable(store, error) from error
+
+
+def _unreadable(store: Store, error: Exception) -> TrackingError:
+    return TrackingError(f"tracking.uri={store.uri}: cannot be read ({first_line(error)}); try again when it answers, "
+                         "or set tracking.uri=...")
+
+
+def _data(run: Any) -> RunData:
+    return {
+        "run_id": run.info.run_id,
+        "name": run.info.run_name,
+        "status": run.info.status,
+        "params": dict(run.data.params),
+        "metrics": dict(run.data.metrics),
+        "tags": dict(run.data.tags),
+        "start_ms": run.info.start_time,
+        "end_ms": run.info.end_time,
+    }

@@ -1,0 +1,110 @@
+"""What an earlier process left behind: runs that never arrived in the store, and runs that nobody will end."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from pathlib import Path
+
+from quantlab.tracking.connect import first_line, store_errors
+from quantlab.tracking.record import Record, folders_with_records
+from quantlab.tracking.run import FAILURE_TAG, STAGE_TAG
+from quantlab.tracking.store import Store
+from quantlab.tracking.values import process_is_alive
+
+_LOG = logging.getLogger(__name__)
+_FAILURE = "the process ended without closing the run (killed, or out of memory)"
+
+
+def push_pending(store: Store, runs_dir: Path) -> list[str]:
+    """Send to ``store`` what is in the folders of ``runs_dir`` and has not arrived; returns the names of those runs.
+
+    May be called again, and by several processes: what has arrived is not sent twice. Runs that are being written by
+    a live process are left to it. Parents go before their children.
+    """
+    if store.client is None:
+        return []
+    pending = [Record.load(f) for f in folders_with_records(runs_dir) if not _is_done(f)]
+    pushed = []
+    for record in sorted((r for r in pending if r.summary), key=lambda r: r.summary["start_ms"]):
+        if record.is_open and _may_be_alive(record):
+            continue
+        try:
+            _forget_lost_run(store, record)
+        except store_errors() as error:
+            _LOG.warning("tracking.uri=%s: the store is lost (%s); the rest is sent at the next start", store.uri,
+                         first_line(error))
+            break
+        if store.sync(record):
+            pushed.append(str(record.summary["name"]))
+    return pushed
+
+
+def close_orphans(store: Store, runs_dir: Path) -> list[str]:
+    """End the runs of this host whose process is gone as KILLED, in folders and in ``store``; returns their names.
+
+    A run belongs to the process whose pid and start time its tags hold; one on another host is never touched.
+    """
+    closed = []
+    for folder in folders_with_records(runs_dir):
+        if _is_done(folder):
+            continue
+        record = _closed_record(folder)
+        if record is not None:
+            store.sync(record)
+            closed.append(str(record.summary["name"]))
+    return closed + _close_in_store(store)
+
+
+def _closed_record(folder: Path) -> Record | None:
+    """The record of ``folder`` with its end written, where nobody else will write it; else None."""
+    with Record(folder).locked() as alone:
+        record = Record.load(folder)
+        if not alone or not record.summary or not record.is_open or _may_be_alive(record):
+            return None
+        stage = record.summary["tags"].get(STAGE_TAG, "")
+        record.append({"op": "tags", "values": {FAILURE_TAG: _FAILURE}})
+        record.append({"op": "finish", "status": "KILLED", "error": _FAILURE, "stage": stage})
+    return record
+
+
+def _close_in_store(store: Store) -> list[str]:
+    """The same for runs whose folder is gone or elsewhere."""
+    if store.client is None:
+        return []
+    closed = []
+    left_open = f"attributes.status = 'RUNNING' and tags.`quantlab.host` = '{socket.gethostname()}'"
+    try:
+        for run in list(store.search(left_open)):
+            if not process_is_alive(run.data.tags):
+                store.client.set_tag(run.info.run_id, FAILURE_TAG, _FAILURE)
+                store.client.set_terminated(run.info.run_id, "KILLED")
+                closed.append(str(run.info.run_name))
+    except store_errors() as error:
+        _LOG.warning("tracking.uri=%s: runs left open could not be closed (%s); the next start tries again", store.uri,
+                     first_line(error))
+    return closed
+
+
+def _is_done(folder: Path) -> bool:
+    sent = Record(folder).sent()
+    return sent is not None and sent.done
+
+
+def _may_be_alive(record: Record) -> bool:
+    tags = record.summary["tags"]
+    return tags["quantlab.host"] != socket.gethostname() or process_is_alive(tags)
+
+
+def _forget_lost_run(store: Store, record: Record) -> None:
+    """Where the store was made anew under the same address, the run is not there any more: send it whole."""
+    sent = record.sent()
+    if sent is None or sent.uri != store.uri or sent.run_id is None:
+        return
+    try:
+        store.client.get_run(sent.run_id)
+    except store_errors() as error:
+        if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        sent.run_id, sent.offset = None, 0
+        record.save_sent(sent)

@@ -1,0 +1,217 @@
+"""One run: what a job or a sweep writes, first to its folder, then to the store."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from quantlab.errors import TrackingError
+from quantlab.tracking.record import Record
+from quantlab.tracking.values import MAX_PARAM_CHARS, checked_key, checked_number, checked_tags, flatten
+
+FAILURE_TAG = "quantlab.failure"
+STAGE_TAG = "quantlab.stage"
+_ENDS = ("FINISHED", "FAILED", "KILLED")
+_MIN_TILE_PIXELS = 64
+
+
+class Sink(Protocol):
+    """Where events go after the folder."""
+
+    def sync(self, record: Record) -> bool:
+        """Send what has not arrived."""
+
+
+class Run:
+    """An open run. As a context manager it ends FINISHED, or FAILED with the stage and the error.
+
+    ``stage`` is set by whoever walks through the stages; it names the place of a failure, also of a killed process.
+    """
+
+    def __init__(self, sink: Sink, record: Record) -> None:
+        self.record = record
+        self._sink = sink
+        self._old_handler: Any = None
+        self._terminated = False
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of the run; ``local-...`` as long as no store has taken it."""
+        sent = self.record.sent()
+        return sent.run_id if sent and sent.run_id else f"local-{self.record.summary['record']}"
+
+    @property
+    def stage(self) -> str:
+        """Where the run is."""
+        return str(self.record.summary["tags"].get(STAGE_TAG, ""))
+
+    @stage.setter
+    def stage(self, name: str) -> None:
+        self.set_tags({STAGE_TAG: name})
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Nested mappings become dotted keys. A parameter is written once: another value for it is a TrackingError."""
+        flat = {checked_key(key, "parameter"): value for key, value in flatten(params).items()}
+        known = self.record.summary["params"]
+        for key, value in flat.items():
+            if known.get(key, value) != value:
+                raise TrackingError(f"parameter {key!r}: is {known[key]!r} already, not {value!r}; use another name")
+        for key, value in flat.items():
+            if len(value) > MAX_PARAM_CHARS:
+                self._log_text(value, checked_key(f"params/{key}.txt", "parameter"))
+        if flat:
+            self._write({"op": "params", "values": flat})
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int = 0) -> None:
+        """Numbers by name; None is left out, NaN and infinities are a MetricUndefined, and nothing is logged then."""
+        values = {checked_key(k, "metric"): checked_number(k, v) for k, v in metrics.items() if v is not None}
+        if values:
+            self._write({"op": "metrics", "values": values, "step": step})
+
+    def log_curve(self, name: str, values: Iterable[Any]) -> None:
+        """One metric over the steps 0, 1, 2...; every value a finite number."""
+        numbers = [checked_number(f"{name}[{step}]", value) for step, value in enumerate(values)]
+        self._write({"op": "curve", "name": checked_key(name, "metric"), "values": numbers})
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Text by name; a later value replaces an earlier one. Text over 5000 characters is cut, visibly."""
+        values = checked_tags(tags)
+        if values:
+            self._write({"op": "tags", "values": values})
+
+    def log_artifact(self, path: Path | str, artifact_path: str | None = None) -> None:
+        """A file, under its own name in the folder ``artifact_path`` of the run's artifacts.
+
+        A file outside the run's folder is copied into it first. TrackingError where there is no such file.
+        """
+        path = Path(path).absolute()
+        if not path.is_file():
+            raise TrackingError(f"artifact {path}: no such file; an artifact is one file")
+        name = _artifact_name(f"{artifact_path}/{path.name}" if artifact_path else path.name)
+        if not path.is_relative_to(self.record.folder):
+            copy = self._place(name)
+            shutil.copyfile(path, copy)
+            path = copy
+        self._write_artifact(name, path)
+
+    def log_json(self, data: Any, name: str) -> None:
+        """Plain data as a JSON file."""
+        self._log_text(json.dumps(data, indent=1, ensure_ascii=False, default=str) + "\n", name)
+
+    def log_table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None:
+        """Columns of equal length as a table that MLflow's page shows (``layers.json``)."""
+        lengths = {key: len(values) for key, values in columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise TrackingError(f"table {name!r}: columns of different lengths ({lengths}); give one value a row")
+        if not name.endswith(".json"):
+            raise TrackingError(f"table {name!r}: a table is a .json file; name it {name}.json")
+        table = {"columns": list(columns), "data": [list(row) for row in zip(*columns.values(), strict=True)]}
+        self._log_text(json.dumps(table, ensure_ascii=False, default=str), name, table=True)
+
+    def log_image_grid(self, images: Any, name: str = "images/samples.png") -> None:
+        """A picture of many: the path of a PNG, or a uint8 array (rows, columns, height, width, channels).
+
+        An array (columns, height, width, channels) is one row. Images under 64 pixels are enlarged by whole factors.
+        """
+        name = _artifact_name(name)
+        if isinstance(images, (str, Path)):
+            if not Path(images).is_file():
+                raise TrackingError(f"artifact {images}: no such file; an artifact is one file")
+            target = self._place(name)
+            if Path(images).absolute() != target:
+                shutil.copyfile(images, target)
+        else:
+            picture = _grid(images, name)
+            target = self._place(name)
+            picture.save(target)
+        self._write_artifact(name, target)
+
+    def finish(self, status: str, error: str = "", stage: str = "") -> None:
+        """End the run as ``FINISHED``, ``FAILED`` or ``KILLED``; nothing can be written to it afterwards."""
+        if status not in _ENDS:
+            raise TrackingError(f"status={status}: a run ends as one of {', '.join(_ENDS)}")
+        tags = {FAILURE_TAG: error, STAGE_TAG: stage}
+        self.set_tags({k: v for k, v in tags.items() if v})
+        self._write({"op": "finish", "status": status, "error": error, "stage": stage or self.stage})
+
+    def __enter__(self) -> Self:
+        in_main_thread = threading.current_thread() is threading.main_thread()  # only there can signals be handled
+        if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # another's handler stays in place
+            self._old_handler = signal.signal(signal.SIGTERM, self._terminate)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if not self.record.is_open:
+                return
+            if error is None:
+                self.finish("FINISHED")
+                return
+            self._log_text("".join(traceback.format_exception(error)), "failure.txt")
+            text = "SIGTERM: the process was told to end" if self._terminated else f"{type(error).__name__}: {error}"
+            self.finish("FAILED", text)
+        finally:
+            if self._old_handler is not None:
+                signal.signal(signal.SIGTERM, self._old_handler)
+                self._old_handler = None
+
+    def _terminate(self, *_: Any) -> None:
+        """Schedulers end a job by SIGTERM; an exception is what closes its run."""
+        self._terminated = True
+        raise SystemExit(143)
+
+    def _write(self, event: dict[str, Any]) -> None:
+        if not self.record.is_open:
+            raise TrackingError(f"run {self.record.summary['name']!r}: has ended; start another for what comes later")
+        self.record.append(event)
+        self._sink.sync(self.record)
+
+    def _log_text(self, text: str, name: str, table: bool = False) -> None:
+        name = _artifact_name(name)
+        path = self._place(name)
+        path.write_text(text, encoding="utf-8")
+        self._write_artifact(name, path, table)
+
+    def _write_artifact(self, name: str, path: Path, table: bool = False) -> None:
+        if Path(name).name != path.name:
+            raise TrackingError(f"artifact {name!r}: the file is called {path.name}; an artifact keeps its file's name")
+        file = path.relative_to(self.record.folder).as_posix()
+        self._write({"op": "artifact", "name": name, "file": file, "table": table})
+
+    def _place(self, name: str) -> Path:
+        path = self.record.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+def _artifact_name(name: str) -> str:
+    if name == "run.json" or Path(name).parts[:1] == ("tracking",):
+        raise TrackingError(f"artifact {name!r}: the name is taken by the run's own record; choose another")
+    return checked_key(name, "artifact")
+
+
+def _grid(images: Any, name: str) -> Any:
+    """A PIL image of an array (rows, columns, height, width, channels) or (columns, height, width, channels)."""
+    import numpy as np
+    from PIL import Image
+
+    array = np.asarray(images)
+    array = array[None] if array.ndim == 4 else array
+    if array.dtype != np.uint8 or array.ndim != 5 or array.shape[-1] not in (1, 3) or 0 in array.shape:
+        raise TrackingError(f"images {name!r}: {array.dtype} of shape {array.shape}; give uint8 of shape "
+                            "(rows, columns, height, width, 1 or 3)")
+    scale = -(-_MIN_TILE_PIXELS // min(array.shape[2:4])) if min(array.shape[2:4]) < _MIN_TILE_PIXELS else 1
+    tiles = array.repeat(scale, axis=2).repeat(scale, axis=3).repeat(3 // array.shape[-1], axis=4)
+    rows, columns, height, width, _ = tiles.shape
+    framed = np.full((rows, columns, height + 2, width + 2, 3), 255, np.uint8)
+    framed[:, :, 1:-1, 1:-1] = tiles
+    return Image.fromarray(framed.transpose(0, 2, 1, 3, 4).reshape(rows * (height + 2), columns * (width + 2), 3))

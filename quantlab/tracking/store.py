@@ -1,0 +1,216 @@
+"""The tracking store: an MLflow client that takes the events of a run's record, now or when it answers again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from quantlab.errors import TrackingError
+from quantlab.experiment import TrackingConfig
+from quantlab.tracking.connect import connect, first_line, is_refusal, resolved_uri, shown_uri, store_errors
+from quantlab.tracking.record import Event, Record, Sent
+from quantlab.tracking.run import Run
+from quantlab.tracking.values import MAX_PARAM_CHARS, checked_tags, shortened, this_process
+
+_LOG = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+PARENT_TAG = "mlflow.parentRunId"
+RECORD_TAG = "quantlab.record"
+_TABLES_TAG = "mlflow.loggedArtifacts"
+_FIRST_PAUSE_S = 30.0
+_LONGEST_PAUSE_S = 600.0
+
+
+def open_store(config: TrackingConfig, base_dir: Path) -> Store:
+    """The store of ``config``, reached and ready.
+
+    A relative SQLite path starts at ``base_dir``; its artifacts go to ``mlartifacts`` beside the database. Raises
+    TrackingError for an address that is not supported, and, with ``required``, for a store that cannot be used; without
+    ``required`` that is one warning, and runs are written to their folders only.
+    """
+    uri = resolved_uri(config.uri, base_dir)
+    try:
+        client, experiment_id = connect(uri, config.experiment)
+    except TrackingError as error:
+        if config.required:
+            raise
+        _LOG.warning("%s (runs stay in their folders until a later start reaches the store)", error)
+        client, experiment_id = None, ""
+    return Store(shown_uri(uri), client, experiment_id)
+
+
+class Store:
+    """One experiment of one MLflow store. ``client`` is None where it was not reached."""
+
+    def __init__(self, uri: str, client: Any, experiment_id: str) -> None:
+        self.uri = uri
+        self.client = client
+        self.experiment_id = experiment_id
+        self._records: dict[str, str] = {}  # run id -> record id, of runs that this process knows
+        self._quiet_until = 0.0
+        self._pause = _FIRST_PAUSE_S
+
+    def start_run(
+        self, name: str, folder: Path, params: Mapping[str, Any], tags: Mapping[str, Any],
+        parent_run_id: str | None = None,
+    ) -> Run:
+        """Begin a run whose record is kept in ``folder`` (which must not hold one yet).
+
+        ``parent_run_id`` is the ``run_id`` of the sweep's run. Raises TrackingError for names the store does not take.
+        """
+        start = {
+            "name": name,
+            "tags": {**checked_tags(tags), **this_process()},
+            "parent_run_id": parent_run_id,
+            "parent_record": self._record_of(parent_run_id) if parent_run_id else None,
+        }
+        run = Run(self, Record.create(folder, start))
+        run.log_params(params)
+        self.sync(run.record)
+        self._records[run.run_id] = run.record.summary["record"]
+        return run
+
+    def sync(self, record: Record) -> bool:
+        """Send what has not arrived; True where nothing is pending any more.
+
+        A store that fails is one warning; it is left alone for a while, then tried again with everything pending.
+        """
+        if self.client is None or time.monotonic() < self._quiet_until:
+            return False
+        with record.locked() as alone:
+            if not alone:
+                return False
+            try:
+                self._send(record)
+            except store_errors() as error:
+                self._quiet_until = time.monotonic() + self._pause
+                if self._pause == _FIRST_PAUSE_S:
+                    _LOG.warning("tracking.uri=%s: the store is lost (%s); runs go on in their folders, and are sent "
+                                 "when it answers again, or at the next start", self.uri, first_line(error))
+                self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
+                return False
+        self._pause = _FIRST_PAUSE_S
+        return True
+
+    def run_ids(self, filter_string: str) -> list[str]:
+        """Ids of the experiment's runs that a filter of MLflow's search language names."""
+        return [run.info.run_id for run in self.search(filter_string)]
+
+    def search(self, filter_string: str) -> Iterator[Any]:
+        """MLflow's runs of this experiment, newest first."""
+        token = None
+        while True:
+            page = self.client.search_runs([self.experiment_id], filter_string, max_results=1000, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def _send(self, record: Record) -> None:
+        sent = record.sent()
+        if sent is None or sent.uri != self.uri or sent.run_id is None:
+            sent = self._arrive(record, tried=sent is not None)
+        for event, offset in record.events(sent.offset):
+            try:
+                _deliver(self.client, str(sent.run_id), event, record.folder)
+            except store_errors() as error:
+                if not is_refusal(error):
+                    raise
+                if not sent.refused:
+                    _LOG.warning("%s: the store refuses %s (%s); it stays in the folder", record.folder, event["op"],
+                                 first_line(error))
+                sent.refused.append(f"{event['op']}: {first_line(error)}")
+            sent.offset, sent.done = offset, event["op"] == "finish"
+            record.save_sent(sent)
+
+    def _arrive(self, record: Record, tried: bool) -> Sent:
+        """The run of ``record`` in this store: found by its record's id after an earlier try, else created."""
+        start = record.summary
+        sent = Sent(self.uri)
+        found = self.run_ids(f"tags.`{RECORD_TAG}` = '{start['record']}'") if tried else []
+        if found:
+            sent.run_id = found[0]
+        else:
+            record.save_sent(sent)  # a creation whose answer is lost is found by its tag the next time
+            tags = {RECORD_TAG: start["record"], **self._parent_tags(start)}
+            made = self.client.create_run(
+                self.experiment_id, start_time=start["start_ms"], tags=tags, run_name=start["name"]
+            )
+            sent.run_id = made.info.run_id
+        record.save_sent(sent)
+        return sent
+
+    def _parent_tags(self, start: Mapping[str, Any]) -> dict[str, str]:
+        parent, record_id = start["parent_run_id"], start["parent_record"]
+        here = self.run_ids(f"tags.`{RECORD_TAG}` = '{record_id}'") if record_id else []
+        if here:
+            return {PARENT_TAG: here[0]}
+        return {PARENT_TAG: parent} if parent and not parent.startswith("local-") else {}
+
+    def _record_of(self, run_id: str) -> str | None:
+        """The record's id of a run, by which it is found again in another store; None where it cannot be known."""
+        if run_id.startswith("local-"):
+            return run_id.removeprefix("local-")
+        if run_id not in self._records and self.client is not None:
+            try:
+                self._records[run_id] = self.client.get_run(run_id).data.tags.get(RECORD_TAG, "")
+            except store_errors() as error:
+                _LOG.debug("parent run %s is not found: %s", run_id, first_line(error))
+        return self._records.get(run_id) or None
+
+
+def _deliver(client: Any, run_id: str, event: Event, folder: Path) -> None:
+    """One event to the store. Sending the same event again changes nothing there."""
+    from mlflow.entities import Metric, RunTag
+
+    op = event["op"]
+    if op in ("start", "tags"):
+        tags = event["tags"] if op == "start" else event["values"]
+        for some in _batches([RunTag(k, v) for k, v in tags.items()], 100):
+            client.log_batch(run_id, tags=some)
+    elif op == "params":
+        _deliver_params(client, run_id, event["values"])
+    elif op == "metrics":
+        values = [Metric(k, v, event["time_ms"], event["step"]) for k, v in event["values"].items()]
+        for batch in _batches(values, 1000):
+            client.log_batch(run_id, metrics=batch)
+    elif op == "curve":
+        points = [Metric(event["name"], v, event["time_ms"], step) for step, v in enumerate(event["values"])]
+        for batch in _batches(points, 1000):
+            client.log_batch(run_id, metrics=batch)
+    elif op == "artifact":
+        _deliver_artifact(client, run_id, event, folder)
+    elif op == "finish":
+        client.set_terminated(run_id, event["status"], event["time_ms"])
+
+
+def _deliver_params(client: Any, run_id: str, values: Mapping[str, str]) -> None:
+    from mlflow.entities import Param
+
+    short = {key: shortened(value, MAX_PARAM_CHARS, f"whole in params/{key}.txt") for key, value in values.items()}
+    for some in _batches([Param(k, v) for k, v in short.items()], 100):
+        client.log_batch(run_id, params=some)
+
+
+def _deliver_artifact(client: Any, run_id: str, event: Event, folder: Path) -> None:
+    path = folder / event["file"]
+    if not path.is_file():
+        _LOG.warning("%s: the file is gone and cannot be sent to the store", path)
+        return
+    target = Path(event["name"]).parent.as_posix()
+    client.log_artifact(run_id, str(path), None if target == "." else target)
+    if event["table"]:  # by this tag MLflow's page finds the tables of a run
+        known = json.loads(client.get_run(run_id).data.tags.get(_TABLES_TAG, "[]"))
+        entry = {"path": event["name"], "type": "table"}
+        if entry not in known:
+            client.set_tag(run_id, _TABLES_TAG, json.dumps([*known, entry]))
+
+
+def _batches(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
+    for begin in range(0, len(items), size):
+        yield items[begin : begin + size]

@@ -1,0 +1,101 @@
+"""What may be logged and under which name: the tracking store's limits, checked before anything is sent."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import posixpath
+import re
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from quantlab.errors import MetricUndefined, TrackingError
+
+MAX_KEY_CHARS = 250
+MAX_PARAM_CHARS = 6000
+MAX_TAG_CHARS = 5000
+"""The store takes 8000; what is longer than this is no tag."""
+_KEY = re.compile(r"[\w\-. :/]+", re.ASCII)
+
+
+def flatten(mapping: Mapping[str, Any]) -> dict[str, str]:
+    """Nested mappings to dotted keys; values as text: lists as JSON, true/false/null as YAML writes them."""
+    flat: dict[str, str] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            flat.update({f"{key}.{inner}": text for inner, text in flatten(value).items()})
+        else:
+            flat[str(key)] = as_text(value)
+    return flat
+
+
+def as_text(value: Any) -> str:
+    """One value as the text of a parameter or tag."""
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=str)
+    if value is None or isinstance(value, (bool, list, tuple, Mapping)):
+        return json.dumps(value, default=str, ensure_ascii=False)
+    return str(value)
+
+
+def checked_key(key: str, what: str) -> str:
+    """``key``, or TrackingError where the store would refuse it as the name of a parameter, metric, tag or artifact."""
+    shown = key if len(key) <= 80 else f"{key[:80]}..."
+    if len(key) > MAX_KEY_CHARS:
+        raise TrackingError(f"{what} {shown!r}: {len(key)} characters; use at most {MAX_KEY_CHARS}")
+    if not _KEY.fullmatch(key):
+        raise TrackingError(f"{what} {shown!r}: use letters, digits, spaces and _ - . : / only")
+    if posixpath.normpath(key) != key or key == "." or key.startswith(("/", "..")):
+        raise TrackingError(f"{what} {shown!r}: reads as a path that is not plain; use names like quality/kld_mean")
+    return key
+
+
+def checked_number(name: str, value: Any) -> float:
+    """``value`` as a float; MetricUndefined for NaN and infinities, TrackingError for what is no number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise TrackingError(f"metric {name!r}: {type(value).__name__} is not a number; log text as a tag") from error
+    if not math.isfinite(number):
+        raise MetricUndefined(f"{name}={number}: a metric is a finite number; leave out (None) what has no value")
+    return number
+
+
+def checked_tags(tags: Mapping[str, Any]) -> dict[str, str]:
+    """Tags with checked names and texts of at most 5000 characters."""
+    return {checked_key(k, "tag"): shortened(as_text(v), MAX_TAG_CHARS, "cut here") for k, v in tags.items()}
+
+
+def shortened(text: str, limit: int, rest: str) -> str:
+    """``text``, or its beginning and a note of how long it is and where the ``rest`` is."""
+    note = f" ... ({len(text)} characters; {rest})"
+    return text if len(text) <= limit else text[: limit - len(note)] + note
+
+
+def this_process() -> dict[str, str]:
+    """Tags by which a later process on this host can tell whether the run's process is still there."""
+    import psutil
+
+    return {
+        "quantlab.host": socket.gethostname(),
+        "quantlab.pid": str(os.getpid()),
+        "quantlab.pid_started": f"{psutil.Process().create_time():.2f}",
+    }
+
+
+def process_is_alive(tags: Mapping[str, str]) -> bool:
+    """Whether the process that :func:`this_process` described runs now: the same pid, started at the same time."""
+    import psutil
+
+    try:
+        process = psutil.Process(int(tags["quantlab.pid"]))
+        same_start = abs(process.create_time() - float(tags["quantlab.pid_started"])) < 1.0
+        return bool(same_start and process.status() != psutil.STATUS_ZOMBIE)
+    except (KeyError, ValueError, psutil.NoSuchProcess):
+        return False
+    except psutil.AccessDenied:  # another user's process: it exists
+        return True
