@@ -1,0 +1,42 @@
+"""``dataset=text dataset.path=FILE``: a text file of the user's own, UTF-8.
+
+A language model is evaluated on the file as one text (all of it: a perplexity preset must see what other programs see,
+so calibrate on another file); an encoder on its non-empty lines.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quantlab.errors import ConfigError
+from quantlab.experiment import DatasetConfig, EvaluationConfig
+from quantlab.models.loaded import LoadedModel
+from quantlab.protocols.encoder import EncoderInputs, encoder_inputs
+from quantlab.protocols.language import TextInputs, text_inputs
+
+
+def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel) -> TextInputs | EncoderInputs:
+    """Evaluation inputs from the file. ConfigError beginning with ``dataset.path=...`` for a file that is missing, not
+    UTF-8, empty or too short, and for models that do not take text."""
+    key = f"dataset.path={config.path}"
+    if model.protocol not in ("language", "encoder"):
+        raise ConfigError(f"{key}: text is for language models and text encoders; {model.name} is run by the protocol "
+                          f"{model.protocol}: choose another dataset")
+    text = _read(key, config.path)
+    if model.protocol == "encoder":
+        return encoder_inputs([line.strip() for line in text.splitlines() if line.strip()], evaluation, model, key)
+    return text_inputs(text, evaluation, model, key)
+
+
+def _read(key: str, path: str | None) -> str:
+    if not path:
+        raise ConfigError("dataset.path=null: dataset=text needs a file; give dataset.path=FILE (UTF-8 text)")
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{key}: not UTF-8 text ({error.reason} at byte {error.start}); convert the file") from error
+    except OSError as error:
+        raise ConfigError(f"{key}: the file cannot be read ({error.strerror}); give the path of a text file") from error
+    if not text.strip():
+        raise ConfigError(f"{key}: the file is empty; give a file with text")
+    return text

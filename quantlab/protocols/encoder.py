@@ -1,0 +1,125 @@
+"""Text encoders: how far the embedding of a text, and the outputs of its tokens, move from the reference's."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from quantlab.errors import ConfigError, MetricUndefined, ModelError
+from quantlab.experiment import EvaluationConfig
+from quantlab.metrics.output_error import output_cosine, output_rel_error
+from quantlab.models.loaded import LoadedModel
+from quantlab.reports import Measurements
+
+Progress = Callable[[int, int], Any] | None
+
+
+@dataclass(frozen=True)
+class EncoderInputs:
+    """Tokenized texts, all padded to the longest, so that batches of any size see the same shapes."""
+
+    input_ids: Any
+    """int64 tensor (texts, length)."""
+    attention_mask: Any
+    """int64 tensor (texts, length): 1 for tokens, 0 for padding."""
+    sample_ids: tuple[str, ...]
+    sha256: str
+    protocol: Mapping[str, Any]
+    """``protocol, ctx, text_sha256, n_tokens``."""
+
+    @property
+    def num_samples(self) -> int:
+        """Number of texts."""
+        return len(self.sample_ids)
+
+    def subset(self, indices: Sequence[int] | slice) -> EncoderInputs:
+        """The texts with these numbers, in this order."""
+        rows = list(range(self.num_samples)[indices] if isinstance(indices, slice) else map(int, indices))
+        ids, mask = self.input_ids[rows], self.attention_mask[rows]
+        return replace(self, input_ids=ids, attention_mask=mask, sample_ids=tuple(self.sample_ids[i] for i in rows),
+                       sha256=_inputs_sha256(ids, mask))
+
+
+def encoder_inputs(texts: Sequence[str], evaluation: EvaluationConfig, model: LoadedModel, key: str) -> EncoderInputs:
+    """``evaluation.num_samples`` of ``texts``, evenly spaced, cut at ``evaluation.context_length`` tokens.
+
+    ``key`` is the data set as the user named it. ConfigError where there are fewer texts, or where the model's
+    positions do not reach; ModelError for a tokenizer that cannot pad.
+    """
+    wanted, length = evaluation.num_samples, evaluation.context_length
+    if wanted < 1:
+        raise ConfigError(f"evaluation.num_samples={wanted}: at least one text is wanted")
+    if len(texts) < wanted:
+        raise ConfigError(f"{key}: there are {len(texts)} texts and not evaluation.num_samples={wanted}; "
+                          "give more texts or fewer samples")
+    longest = getattr(model.components["model"].config, "max_position_embeddings", None)
+    if length < 3 or (isinstance(longest, int) and longest < length):
+        raise ConfigError(f"evaluation.context_length={length}: {model.name} takes 3 to {longest} tokens")
+    tokenizer = model.parts["tokenizer"]
+    if tokenizer.pad_token_id is None:
+        raise ModelError(f"model.path: the tokenizer of {model.name} has no padding token, so texts of different "
+                         "length cannot be run together; use an encoder's tokenizer")
+    numbers = [i * len(texts) // wanted for i in range(wanted)]
+    chosen = [texts[n] for n in numbers]
+    found = tokenizer(chosen, padding=True, truncation=True, max_length=length, return_tensors="pt")
+    ids, mask = found["input_ids"], found["attention_mask"]
+    digest = hashlib.sha256("\0".join(chosen).encode("utf-8", "surrogatepass")).hexdigest()
+    record = {"protocol": "encoder/v1", "ctx": length, "text_sha256": digest, "n_tokens": int(mask.sum())}
+    return EncoderInputs(ids, mask, tuple(f"text {n}" for n in numbers), _inputs_sha256(ids, mask), record)
+
+
+def _inputs_sha256(ids: Any, mask: Any) -> str:
+    digest = hashlib.sha256(repr(tuple(ids.shape)).encode())
+    digest.update(ids.numpy().tobytes())
+    digest.update(mask.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def observe(model: LoadedModel, inputs: EncoderInputs, evaluation: EvaluationConfig, progress: Progress = None,
+            batch_size: int | None = None) -> dict[str, Any]:
+    """``tokens``: last hidden states, fp32 (texts, length, width), zero at padding; ``pooled``: their mean over a
+    text's tokens (texts, width). Raises MetricUndefined naming the text where they are NaN or infinite."""
+    return _run(model, inputs, batch_size or evaluation.batch_size, progress)[0]
+
+
+def measure(model: LoadedModel, inputs: EncoderInputs, evaluation: EvaluationConfig, reference: Mapping[str, Any],
+            reference_model: LoadedModel, progress: Progress = None, batch_size: int | None = None) -> Measurements:
+    """By text: ``output_cosine`` of the pooled embedding, ``output_rel_error`` of all token outputs."""
+    found, ms_per_token = _run(model, inputs, batch_size or evaluation.batch_size, progress)
+    samples = {"output_cosine": output_cosine(found["pooled"], reference["pooled"]),
+               "output_rel_error": output_rel_error(found["tokens"], reference["tokens"])}
+    return Measurements(samples=samples, sample_ids=inputs.sample_ids,
+                        timings_ms={"prefill_ms_per_token": ms_per_token})
+
+
+def _run(model: LoadedModel, inputs: EncoderInputs, batch_size: int,
+         progress: Progress) -> tuple[dict[str, Any], float]:
+    import statistics
+
+    import torch
+
+    module, pooled, tokens, times = model.components["model"], [], [], []
+    for start in range(0, inputs.num_samples, batch_size):
+        ids = inputs.input_ids[start:start + batch_size].to(model.device)
+        mask = inputs.attention_mask[start:start + batch_size].to(model.device)
+        began = time.perf_counter()
+        with torch.no_grad():
+            hidden = module(input_ids=ids, attention_mask=mask).last_hidden_state
+        if ids.is_cuda:
+            torch.cuda.synchronize(ids.device)
+        times.append((time.perf_counter() - began) * 1000 / ids.numel())
+        hidden = hidden.detach().float().masked_fill(mask[..., None] == 0, 0.0).cpu()
+        bad = torch.nonzero(~torch.isfinite(hidden).flatten(1).all(1))
+        if len(bad):
+            text = inputs.sample_ids[start + int(bad[0])]
+            raise MetricUndefined(f"quality/output_cosine: the output of {text} holds NaN or infinity; the model "
+                                  "overflows: try quantization.compute_dtype=bfloat16 or float32")
+        tokens.append(hidden)
+        pooled.append(hidden.sum(1) / mask.cpu().sum(1, keepdim=True).clamp_min(1))
+        if progress:
+            progress(min(start + batch_size, inputs.num_samples), inputs.num_samples)
+    return ({"pooled": torch.cat(pooled), "tokens": torch.cat(tokens)},
+            statistics.median(times[1:] or times))  # the first batch warms up

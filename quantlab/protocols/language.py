@@ -1,0 +1,331 @@
+"""Language models: divergence from the reference's next-token distributions on the same text, and perplexity.
+
+The reference's last hidden states are stored, not its logits (31 times smaller for a vocabulary of 128k, and exact):
+its logits are made anew, block by block, from its own output head in fp32. So are the candidate's; 16-bit logits would
+inflate the divergence of a good model by a quarter. The unit of uncertainty is the chunk of text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from quantlab.errors import ConfigError, MetricUndefined, ModelError, nearest
+from quantlab.experiment import EvaluationConfig
+from quantlab.metrics.kl import kld_quantiles, token_statistics
+from quantlab.metrics.perplexity import ln_ppl_ratio, perplexity
+from quantlab.models.compute_dtype import component_dtype
+from quantlab.models.loaded import LoadedModel
+from quantlab.reports import Measurements, MetricValue
+from quantlab.statistics import bootstrap_interval
+
+Progress = Callable[[int, int], Any] | None
+
+TOKENS_AT_ONCE = 512
+"""Positions whose logits exist at the same time, in fp32, for both models."""
+
+
+# -- what is scored
+
+
+@dataclass(frozen=True)
+class PerplexityProtocol:
+    """How a text is cut into windows (disjoint, a last partial one dropped), and which positions count."""
+
+    context_length: int | None
+    """Tokens of a window; None: ``evaluation.context_length``."""
+    bos: str
+    """``prepend``: every window begins with BOS; ``replace``: BOS takes the place of a window's first token (both only
+    where the tokenizer itself begins texts with BOS); ``stream``: what the tokenizer adds, at the text's start."""
+    second_half_only: bool
+    """Score the targets after the window's middle; else every target but the first token."""
+    source: str
+
+    def first_target(self, context_length: int) -> int:
+        """The first position whose token is predicted and scored."""
+        return context_length // 2 + 1 if self.second_half_only else 1
+
+
+PERPLEXITY_PROTOCOLS: dict[str, PerplexityProtocol] = {
+    "ppl/v1": PerplexityProtocol(None, "prepend", False, "this project"),
+    "ppl/gptq2048": PerplexityProtocol(2048, "stream", False, "GPTQ (arXiv 2210.17323) and AWQ papers, 2047 of 2048"),
+    "ppl/llamacpp512": PerplexityProtocol(512, "replace", True, "llama.cpp's perplexity program, 255 of 512"),
+}
+
+
+@dataclass(frozen=True)
+class TextInputs:
+    """Windows of one text as token ids."""
+
+    input_ids: Any
+    """int64 tensor (chunks, context_length)."""
+    sample_ids: tuple[str, ...]
+    clusters: Any
+    """int64 array (chunks,): the window's number in the text."""
+    sha256: str
+    """Of the token ids and the protocol record."""
+    protocol: Mapping[str, Any]
+    """``protocol, ctx, stride, bos, text_sha256, n_tokens``: perplexities are comparable where all of it is equal."""
+    first_target: int = 1
+
+    @property
+    def num_samples(self) -> int:
+        """Number of chunks."""
+        return len(self.sample_ids)
+
+    def subset(self, indices: Sequence[int] | slice) -> TextInputs:
+        """The chunks with these numbers, in this order."""
+        rows = list(range(self.num_samples)[indices] if isinstance(indices, slice) else map(int, indices))
+        chosen = self.input_ids[rows]
+        return replace(self, input_ids=chosen, sample_ids=tuple(self.sample_ids[i] for i in rows),
+                       clusters=self.clusters[rows], sha256=_inputs_sha256(chosen, self.protocol))
+
+
+def text_inputs(text: str, evaluation: EvaluationConfig, model: LoadedModel, key: str) -> TextInputs:
+    """``evaluation.num_samples`` windows, evenly spaced through ``text``, as the named perplexity protocol cuts it.
+
+    ``key`` is the data set as the user named it (``dataset.path=...``) and begins the message about a text that is too
+    short. ConfigError for that, for an unknown protocol, and for a context that the model or the protocol cannot have.
+    """
+    import numpy as np
+    import torch
+
+    protocol, length = _protocol_and_length(evaluation, model)
+    tokenizer = model.parts["tokenizer"]
+    bos_id = _bos_id(tokenizer)
+    prefix = [bos_id] if bos_id is not None and protocol.bos == "prepend" else []
+    stream = tokenizer(text, add_special_tokens=protocol.bos == "stream", verbose=False)["input_ids"]
+    stride = length - len(prefix)
+    num_windows, wanted = len(stream) // stride, evaluation.num_samples
+    if wanted < 1:
+        raise ConfigError(f"evaluation.num_samples={wanted}: at least one chunk of text is wanted")
+    if num_windows < wanted:
+        raise ConfigError(
+            f"{key}: the text has {len(stream)} tokens, which is {num_windows} windows of {length} tokens and not "
+            f"evaluation.num_samples={wanted}; give a longer text, fewer samples or a shorter context_length")
+    numbers = np.arange(wanted, dtype=np.int64) * num_windows // wanted
+    ids = torch.tensor([prefix + stream[n * stride:(n + 1) * stride] for n in numbers], dtype=torch.int64)
+    if bos_id is not None and protocol.bos == "replace":
+        ids[:, 0] = bos_id
+    record = {"protocol": evaluation.perplexity_protocol, "ctx": length, "stride": stride,
+              "bos": "none" if bos_id is None else protocol.bos,
+              "text_sha256": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
+              "n_tokens": wanted * (length - protocol.first_target(length))}
+    return TextInputs(input_ids=ids, sample_ids=tuple(f"window {n}" for n in numbers), clusters=numbers,
+                      sha256=_inputs_sha256(ids, record), protocol=record, first_target=protocol.first_target(length))
+
+
+def _protocol_and_length(evaluation: EvaluationConfig, model: LoadedModel) -> tuple[PerplexityProtocol, int]:
+    name = evaluation.perplexity_protocol
+    if name not in PERPLEXITY_PROTOCOLS:
+        raise ConfigError(f"evaluation.perplexity_protocol={name}: there are {', '.join(PERPLEXITY_PROTOCOLS)}"
+                          f"{nearest(name, PERPLEXITY_PROTOCOLS)}")
+    protocol = PERPLEXITY_PROTOCOLS[name]
+    key = f"evaluation.context_length={evaluation.context_length}"
+    if protocol.context_length is not None:
+        key = f"evaluation.perplexity_protocol={name}"
+    length = protocol.context_length or evaluation.context_length
+    if length < 4:
+        raise ConfigError(f"{key}: a window needs at least 4 tokens; 256 and more are usual")
+    longest = getattr(_text_config(model), "max_position_embeddings", None)
+    if isinstance(longest, int) and longest < length:
+        raise ConfigError(f"{key}: {model.name} takes at most {longest} tokens at once; use a shorter "
+                          "evaluation.context_length with evaluation.perplexity_protocol=ppl/v1")
+    return protocol, length
+
+
+def _bos_id(tokenizer: Any) -> int | None:
+    """The id of BOS where the tokenizer itself begins a text with it; having a BOS token is not enough (SmolLM2)."""
+    ids = tokenizer("a")["input_ids"]
+    bos: int | None = tokenizer.bos_token_id
+    return bos if bos is not None and ids and ids[0] == bos else None
+
+
+def _inputs_sha256(ids: Any, record: Mapping[str, Any]) -> str:
+    head = repr((tuple(ids.shape), sorted(record.items()))).encode()
+    return hashlib.sha256(head + ids.numpy().tobytes()).hexdigest()
+
+
+def _text_config(model: LoadedModel) -> Any:
+    return model.components["model"].config.get_text_config()
+
+
+# -- running a model
+
+
+def observe(model: LoadedModel, inputs: TextInputs, evaluation: EvaluationConfig, progress: Progress = None,
+            batch_size: int | None = None) -> dict[str, Any]:
+    """``{"hidden": fp32 tensor (chunks, context_length, width)}``: what the output head is given at each position.
+
+    Raises MetricUndefined naming the chunk where that is NaN or infinite, ModelError where the model makes its logits
+    from it in a way that is not known here.
+    """
+    hidden, _ = _run(model, inputs, batch_size or evaluation.batch_size, progress, check_head=True)
+    return {"hidden": hidden}
+
+
+def measure(model: LoadedModel, inputs: TextInputs, evaluation: EvaluationConfig, reference: Mapping[str, Any],
+            reference_model: LoadedModel, progress: Progress = None, batch_size: int | None = None) -> Measurements:
+    """The candidate's damage by chunk: ``kld_mean`` (nats a token, KL(reference || candidate)), ``same_top1``,
+    ``ln_ppl_ratio`` (nats), ``delta_p_mean``; quantiles, perplexities and ``delta_p_rms`` as estimates.
+
+    Reference against itself with one batch size gives 0 and 1 exactly. Raises MetricUndefined naming the chunk whose
+    logits are NaN or infinite.
+    """
+    hidden, ms_per_token = _run(model, inputs, batch_size or evaluation.batch_size, progress)
+    tokens = _token_table(_logits_of(reference_model), _logits_of(model), reference["hidden"], hidden, inputs)
+    samples = {
+        "kld_mean": tokens["kld"].mean(1),
+        "same_top1": tokens["same_top1"].mean(1),
+        "ln_ppl_ratio": ln_ppl_ratio(tokens["nll_candidate"], tokens["nll_reference"]).mean(1),
+        "delta_p_mean": tokens["delta_p"].mean(1),
+    }
+    return Measurements(samples=samples, clusters=inputs.clusters, sample_ids=inputs.sample_ids,
+                        estimates=_estimates(tokens, inputs.clusters, evaluation),
+                        timings_ms={"prefill_ms_per_token": ms_per_token})
+
+
+def _run(model: LoadedModel, inputs: TextInputs, batch_size: int, progress: Progress,
+         check_head: bool = False) -> tuple[Any, float]:
+    """Hidden states before the output head, fp32 on the CPU, and the median time of a batch in ms a token.
+
+    The hook passes only the last position on to the head: the logits of the others are made later, in fp32.
+    """
+    import statistics
+
+    import torch
+
+    module, caught, found, times = model.components["model"], [], [], []
+
+    def catch(_head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        caught.append(args[0].detach())
+        return (args[0][:, -1:], *args[1:])
+
+    hook = module.get_output_embeddings().register_forward_pre_hook(catch)
+    try:
+        for start in range(0, inputs.num_samples, batch_size):
+            ids = inputs.input_ids[start:start + batch_size].to(model.device)
+            began = time.perf_counter()
+            with torch.no_grad():
+                logits = module(input_ids=ids, use_cache=False).logits
+            if ids.is_cuda:
+                torch.cuda.synchronize(ids.device)
+            times.append((time.perf_counter() - began) * 1000 / ids.numel())
+            found.append(caught.pop().float().cpu())
+            _require_finite(found[-1].flatten(1), inputs.sample_ids[start:], "last hidden state")
+            if check_head and start == 0:
+                _check_head(model, found[-1][:, -1], logits[:, -1])
+            if progress:
+                progress(min(start + batch_size, inputs.num_samples), inputs.num_samples)
+    finally:
+        hook.remove()
+    return torch.cat(found), statistics.median(times[1:] or times)  # the first batch warms up
+
+
+def _require_finite(rows: Any, sample_ids: Sequence[str], what: str) -> None:
+    import torch
+
+    bad = torch.nonzero(~torch.isfinite(rows).all(1))
+    if len(bad):
+        raise MetricUndefined(f"quality/kld_mean: the {what} of {sample_ids[int(bad[0])]} holds NaN or infinity; the "
+                              "model overflows: try quantization.compute_dtype=bfloat16 or float32, or another dtype")
+
+
+# -- from hidden states to logits
+
+LOGIT_SETTINGS: dict[str, Callable[[Any, float], Any]] = {
+    "final_logit_softcapping": lambda logits, cap: (logits / cap).tanh() * cap,  # Gemma
+    "logits_scaling": lambda logits, scale: logits / scale,  # Granite
+    "logit_scale": lambda logits, scale: logits * scale,  # Cohere
+}
+"""Keys of a model's config that change its logits after the output head."""
+
+
+def _logits_of(model: LoadedModel) -> Callable[[Any], Any]:
+    """A function from hidden states (..., width) to fp32 logits (..., vocabulary) with the model's own output head.
+
+    A plain head is applied in fp32 whatever its dtype; a quantized one runs as it is, in the model's dtype.
+    """
+    import torch
+
+    head, config = model.components["model"].get_output_embeddings(), _text_config(model)
+    plain = type(head) is torch.nn.Linear and type(head.weight) in (torch.nn.Parameter, torch.Tensor)
+    weight = head.weight.detach().float() if plain and head.weight.is_floating_point() else None
+    bias = head.bias.detach().float() if weight is not None and head.bias is not None else None
+    dtype = component_dtype(model.components["model"], model.dtype)
+    settings = [(fn, getattr(config, name)) for name, fn in LOGIT_SETTINGS.items()
+                if isinstance(getattr(config, name, None), (int, float))]
+
+    def logits(hidden: Any) -> Any:
+        with torch.no_grad():
+            if weight is not None:
+                out = torch.nn.functional.linear(hidden.to(weight.device), weight, bias)
+            else:
+                out = head(hidden.to(device=model.device, dtype=dtype))
+                out = (out.dequantize() if hasattr(out, "qtype") else out).float()
+            for change, value in settings:
+                out = change(out, float(value))
+            return out
+
+    return logits
+
+
+def _check_head(model: LoadedModel, hidden: Any, logits: Any) -> None:
+    """That the model's own logits (n, vocabulary) are what :func:`_logits_of` makes of its hidden states (n, width)."""
+    own, ours = logits.float(), _logits_of(model)(hidden).to(logits.device)
+    error = float((own - ours).norm() / own.norm().clamp_min(1e-30))
+    if not error < 0.05:  # 16-bit logits are within 0.01
+        raise ModelError(f"model.path: {model.name} changes its logits after the output head in a way that is not "
+                         f"known here (relative difference {error:.2g}); known settings are "
+                         f"{', '.join(LOGIT_SETTINGS)}: use another model")
+
+
+def _token_table(reference_head: Callable[[Any], Any], candidate_head: Callable[[Any], Any], reference: Any,
+                 candidate: Any, inputs: TextInputs) -> dict[str, Any]:
+    """The statistics of every scored token: name -> float64 array (chunks, scored tokens of a chunk)."""
+    import numpy as np
+
+    if reference.shape[:2] != inputs.input_ids.shape:
+        raise MetricUndefined(f"quality/kld_mean: the reference was observed on {tuple(reference.shape[:2])} tokens, "
+                              f"the inputs are {tuple(inputs.input_ids.shape)}; observe it on the same inputs")
+    length, first = inputs.input_ids.shape[1], inputs.first_target
+    columns: dict[str, list[Any]] = {}
+    for i, sample_id in enumerate(inputs.sample_ids):
+        for start in range(first, length, TOKENS_AT_ONCE):
+            end = min(start + TOKENS_AT_ONCE, length)
+            ref = reference_head(reference[i, start - 1:end - 1])
+            cand = candidate_head(candidate[i, start - 1:end - 1]).to(ref.device)
+            for whose, logits in (("reference", ref), ("candidate", cand)):
+                _require_finite(logits.amax(-1).reshape(1, -1), [sample_id], f"{whose}'s logits")
+            for name, values in token_statistics(ref, cand, inputs.input_ids[i, start:end]).items():
+                columns.setdefault(name, []).append(values)
+    return {name: np.concatenate(parts).reshape(inputs.num_samples, length - first) for name, parts in columns.items()}
+
+
+def _estimates(tokens: Mapping[str, Any], clusters: Any, evaluation: EvaluationConfig) -> dict[str, MetricValue]:
+    """The numbers that are not means over chunks, with intervals from resampled chunks."""
+    known: dict[bytes, dict[str, float]] = {}
+
+    def quantiles(chunks: Any) -> dict[str, float]:
+        key = chunks.tobytes()  # all quantiles see the same draws: each draw is sorted once
+        if key not in known:
+            known[key] = kld_quantiles(tokens["kld"][chunks].reshape(-1))
+        return known[key]
+
+    def quantile(name: str) -> Callable[[Any], float]:
+        return lambda chunks: quantiles(chunks)[name]
+
+    square = (tokens["delta_p"] ** 2).mean(1)
+    nll = {"ppl": tokens["nll_candidate"].mean(1), "ppl_ref": tokens["nll_reference"].mean(1)}  # chunks of one length
+    statistics: dict[str, Callable[[Any], float]] = {
+        **{name: quantile(name) for name in ("kld_median", "kld_p90", "kld_p99", "kld_p999", "kld_max")},
+        "ppl": lambda chunks: perplexity(nll["ppl"][chunks]),
+        "ppl_ref": lambda chunks: perplexity(nll["ppl_ref"][chunks]),
+        "delta_p_rms": lambda chunks: float(square[chunks].mean() ** 0.5),
+    }
+    num = len(square)
+    return {name: bootstrap_interval(statistic, num, clusters, None, evaluation.num_bootstrap, evaluation.seed)
+            for name, statistic in statistics.items()}
