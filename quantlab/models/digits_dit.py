@@ -84,6 +84,8 @@ def load_cached(
     import torch
 
     state, header = _read_weights(folder / MODEL_FILE)
+    if not {"num_layers", "num_heads"} <= header.keys():
+        raise _broken(folder / MODEL_FILE, "its header does not say how many layers and heads the network has")
     transformer = build_transformer(num_layers=int(header["num_layers"]), num_heads=int(header["num_heads"]))
     _load_state(transformer, state, folder / MODEL_FILE)
     judge_state, _ = _read_weights(folder / JUDGE_FILE)
