@@ -6,6 +6,7 @@ quantization ``ceil(n/2) + ceil(n/b) + 4 ceil(ceil(n/b)/256) + 64 + 1024 + 4``; 
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import logging
@@ -414,7 +415,11 @@ def _layer_classes() -> dict[str, Any]:
             """x (..., in_features) -> (..., out_features), in x's dtype."""
             inputs = x.to(self.compute_dtype).reshape(-1, x.shape[-1])
             bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-            out = bnb.matmul(inputs, self.weight, bias=bias, state=self.state)
+            state = self.state
+            if self.in_features == 1:  # torch._int_mm returns unset memory on CPUs then: a column of zeros beside it
+                inputs, state = torch.nn.functional.pad(inputs, (0, 1)), copy.copy(state)
+                state.CB = torch.nn.functional.pad(state.CB, (0, 1))
+            out = bnb.matmul(inputs, self.weight, bias=bias, state=state)
             return out.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
 
     classes: dict[str, Any] = {c.__name__: c for c in (QuantizedLinear4bit, QuantizedLinear8bit)}
