@@ -1,0 +1,67 @@
+"""``dataset=prompts``: texts for a text-to-image pipeline, from ``prompts_v1.txt`` or a file of the user's own."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from quantlab.errors import ConfigError
+from quantlab.experiment import DatasetConfig, EvaluationConfig
+from quantlab.models.diffusers_pipeline import noise_shape
+from quantlab.models.loaded import LoadedModel
+from quantlab.protocols.diffusion import DiffusionInputs
+
+SHIPPED = Path(__file__).with_name("prompts_v1.txt")
+
+
+def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel) -> DiffusionInputs:
+    """``evaluation.num_samples`` samples: each prompt once, then each again with other noise (a replica), and so on.
+
+    The samples of one prompt are a cluster. The noise of a sample comes from a CPU generator of its own, seeded by
+    prompt set (the file's name), line, replica and ``config.seed``: it depends neither on the number of samples nor on
+    batches, and a prompt appended to the file leaves the noise of the others as it was.
+    Raises ConfigError for a file that cannot be read or holds no prompt, and for a model that takes no prompts.
+    """
+    import numpy as np
+    import torch
+
+    if model.protocol != "diffusion" or "pipeline" not in model.parts:
+        raise ConfigError(f"dataset={config.name}: prompts are for text-to-image pipelines, and {model.name} is none; "
+                          "choose a model of family diffusers, or another dataset")
+    num = evaluation.num_samples
+    if num < 1:
+        raise ConfigError(f"evaluation.num_samples={num}: at least one sample is needed; take 64 or more for intervals")
+    prompts = read_prompts(config.path)
+    prompt_set = SHIPPED.stem if config.path is None else Path(config.path).stem
+    shape = noise_shape(model, evaluation)
+    rows = [(i % len(prompts), i // len(prompts)) for i in range(num)]
+    seeds = [seed_of(prompt_set, prompt, replica, config.seed) for prompt, replica in rows]
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return DiffusionInputs(
+        noise=torch.stack(noise), conditioning={"prompt": [prompts[prompt] for prompt, _ in rows]},
+        sample_ids=tuple(f"prompt {prompt} replica {replica}" for prompt, replica in rows),
+        clusters=np.array([prompt for prompt, _ in rows]),
+    )
+
+
+def read_prompts(path: str | None = None) -> list[str]:
+    """The non-empty lines of a UTF-8 file (default: the shipped one). ConfigError ``dataset.path=...`` without any."""
+    file = SHIPPED if path is None else Path(path).expanduser()
+    key = f"dataset.path={path}"
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{key}: this is not UTF-8 text ({error.reason} at byte {error.start}); recode it") from error
+    except OSError as error:
+        raise ConfigError(f"{key}: the file cannot be read ({error.strerror}); give a text file, one prompt a line, "
+                          "or leave dataset.path out for the shipped prompts") from error
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise ConfigError(f"{key}: the file holds no prompt; write one prompt a line, "
+                          "or leave dataset.path out for the shipped prompts")
+    return prompts
+
+
+def seed_of(prompt_set: str, prompt: int, replica: int, seed: int) -> int:
+    """Seed of one sample's noise: the first 32 bits of a digest, so that neighbours are not related."""
+    return int(hashlib.sha256(f"{prompt_set}:{prompt}:{replica}:{seed}".encode()).hexdigest()[:8], 16)

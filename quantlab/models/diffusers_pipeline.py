@@ -1,0 +1,407 @@
+"""``model.family=diffusers``: a text-to-image pipeline of Diffusers, from a folder or the Hub.
+
+The reference is the pipeline as stored. A candidate is run by a shallow copy of it that holds the candidate's
+components, so that the reference never changes; the scheduler is shared, as each run sets its steps anew. Where the
+text encoders are not quantized, prompts are encoded once and shared: what is measured is the quantized component alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from quantlab.dtypes import COMPUTE_DTYPES
+from quantlab.errors import ConfigError, ModelError, nearest
+from quantlab.experiment import EvaluationConfig, ModelConfig
+from quantlab.models.checkpoint import file_sha256, quiet_loading
+from quantlab.models.compute_dtype import component_dtype
+from quantlab.models.loaded import LoadedModel
+
+_UNET = ("conv_in", "conv_out", "time_embedding", "add_embedding", "*.time_emb_proj")
+_MMDIT = ("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out")
+FAMILY_EXCLUSIONS: dict[str, tuple[str, ...]] = {
+    # The way in, the way out and the conditioning on time: every pixel of every step passes them, and they hold below
+    # 1 % of a DiT's weights. SVDQuant (arXiv 2411.05007), the GGUF files in circulation and ModelOpt's recipes keep
+    # them in 16 bits as well. The modulation layers inside the blocks (a quarter of Flux) are quantized.
+    "FluxTransformer2DModel": _MMDIT,
+    "ChromaTransformer2DModel": ("x_embedder", "context_embedder", "time_text_embed", "distilled_guidance_layer",
+                                 "norm_out", "proj_out"),
+    "SD3Transformer2DModel": ("pos_embed", "context_embedder", "time_text_embed", "norm_out", "proj_out"),
+    "AuraFlowTransformer2DModel": ("pos_embed", "context_embedder", "time_step_proj", "norm_out", "proj_out"),
+    "SanaTransformer2DModel": ("patch_embed", "caption_projection", "time_embed", "proj_out"),
+    # A UNet's time projections sit in every residual block; ModelOpt's diffusion recipes leave them out.
+    "UNet2DConditionModel": _UNET,
+}
+EMBEDDINGS: dict[str, tuple[str, ...]] = {
+    # What encode_prompt of the pipeline returns first, in order, by the name that __call__ takes it.
+    "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds"),
+    "StableDiffusionPipeline": ("prompt_embeds", "negative_prompt_embeds"),
+    "StableDiffusion3Pipeline": ("prompt_embeds", "negative_prompt_embeds",
+                                 "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
+    "StableDiffusionXLPipeline": ("prompt_embeds", "negative_prompt_embeds",
+                                  "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
+}
+NUM_CACHED_PROMPTS = 256
+"""Encoded prompts that are kept on the CPU: about 1 GB for Flux."""
+_VAES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
+_CALL = ("prompt", "latents", "height", "width", "num_inference_steps", "guidance_scale", "output_type",
+         "callback_on_step_end")
+_DENOISERS = ("transformer", "unet")
+_INDEX = "model_index.json"
+
+
+def load(config: ModelConfig, device: str, cache_dir: Path, progress: Callable[[str, int, int], Any] | None = None
+         ) -> LoadedModel:
+    """The pipeline at ``config.path`` (a local folder or a Hub id) on ``device``.
+
+    ``components`` are those of ``config.components`` and the denoiser, which every run needs; the whole pipeline is in
+    ``parts["pipeline"]``, the denoiser's name in ``parts["denoiser"]``. Raises ModelError beginning with
+    ``model.path=...`` for what cannot be found, read or run, ConfigError for a component or dtype that is not there.
+    """
+    if not config.path:
+        raise ModelError("model.path=null: family diffusers needs a pipeline; give a local folder or a Hub id, "
+                         "such as model.path=black-forest-labs/FLUX.1-schnell")
+    key = f"model.path={config.path}"
+    dtype = _dtype_name(config.dtype, device)
+    folder = _folder(key, config)
+    _check_files(key, folder)
+    pipe = _read_pipeline(key, folder, dtype, device)
+    denoiser = _check_pipeline(key, pipe)
+    components = _components(pipe, [*config.components, denoiser])
+    return LoadedModel(
+        name=Path(config.path).name, protocol="diffusion", components=components,
+        parts={"pipeline": pipe, "denoiser": denoiser, "scheduler": pipe.scheduler, "prompt_embeddings": {}},
+        dtype=dtype, device=device, weights_sha256=_pipeline_sha256(pipe, folder, cache_dir, progress),
+        default_exclusions={name: _exclusions(part, config.default_exclusions) for name, part in components.items()},
+        sample=sample, decode=decode,
+    )
+
+
+def modules_of(pipe: Any) -> dict[str, Any]:
+    """Name -> module, for the components of a pipeline that are modules (not tokenizers or schedulers)."""
+    from torch import nn
+
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+# -- running it
+
+
+def sample(
+    model: LoadedModel, noise: Any, conditioning: Mapping[str, Sequence[Any]], evaluation: EvaluationConfig,
+    on_step: Callable[[int, Any], None] | None = None,
+) -> Any:
+    """Final latents, float32 on the CPU, (n, channels, height, width) in the VAE's layout.
+
+    ``noise`` is (n, *:func:`noise_shape`), ``conditioning["prompt"]`` n texts. ``on_step(k, latents)`` follows each
+    step with the latents in the layout of the result. A scheduler that adds noise on the way draws it, sample by
+    sample, from a generator seeded by that sample's noise, so that a sample does not depend on its batch.
+    """
+    pipe = pipeline_of(model)
+    height, width = image_size(model, evaluation)
+    dtype = component_dtype(getattr(pipe, model.parts["denoiser"]), model.dtype)
+
+    def follow(_pipe: Any, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if on_step is not None:
+            on_step(step, unpacked(pipe, values["latents"], height, width))
+        return {}
+
+    extra = {"use_resolution_binning": False} if "use_resolution_binning" in _parameters(pipe) else {}
+    latents = pipe(
+        **_prompt_arguments(model, pipe, list(conditioning["prompt"]), dtype), **extra,
+        latents=noise.to(model.device, dtype), height=height, width=width,
+        num_inference_steps=evaluation.num_inference_steps, guidance_scale=evaluation.guidance_scale,
+        generator=_generators(noise), output_type="latent", callback_on_step_end=follow, return_dict=False,
+    )[0]
+    return unpacked(pipe, latents, height, width).float().cpu()
+
+
+def decode(model: LoadedModel, latents: Any) -> Any:
+    """Latents as :func:`sample` returns them -> images, float32 on the CPU, (n, height, width, 3) in [0, 1].
+
+    One image at a time: the result does not depend on the batch, and the VAE is the part that needs the most memory.
+    """
+    import torch
+
+    vae = model.components.get("vae", model.parts["pipeline"].vae)
+    dtype = component_dtype(vae, model.dtype)
+    if dtype == torch.float16 and vae.config.get("force_upcast"):  # SDXL's VAE overflows in float16
+        vae, dtype = copy.deepcopy(vae).float(), torch.float32
+    images = []
+    with torch.no_grad():
+        for latent in latents.split(1):
+            scaled = _unscaled(latent.to(model.device, dtype), vae.config)
+            image = vae.decode(scaled, return_dict=False)[0].float()
+            images.append((image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu())
+    return torch.cat(images)
+
+
+def image_size(model: LoadedModel, evaluation: EvaluationConfig) -> tuple[int, int]:
+    """Height and width in pixels; the pipeline's own where ``evaluation`` leaves them open.
+
+    ConfigError ``evaluation.height=...`` for a size that the pipeline would round or refuse.
+    """
+    pipe = model.parts["pipeline"]
+    scale = pipe.vae_scale_factor
+    side = getattr(pipe, "default_sample_size", None) or getattr(pipe, model.parts["denoiser"]).config.sample_size
+    unit = math.lcm(8, scale * (2 if _packs(pipe) else getattr(pipe, "patch_size", 1)))
+    sizes = {"height": evaluation.height or side * scale, "width": evaluation.width or side * scale}
+    for name, size in sizes.items():
+        if size < unit or size % unit:
+            raise ConfigError(f"evaluation.{name}={size}: {type(pipe).__name__} makes images whose sides are multiples "
+                              f"of {unit}; take {max(unit, round(size / unit) * unit)}")
+    return sizes["height"], sizes["width"]
+
+
+def noise_shape(model: LoadedModel, evaluation: EvaluationConfig) -> tuple[int, ...]:
+    """Shape of one sample's initial noise in the pipeline's own layout.
+
+    (channels, height, width) of the latents, or (tokens, channels) for pipelines that pack 2x2 patches (Flux).
+    """
+    pipe = model.parts["pipeline"]
+    rows, columns = (size // pipe.vae_scale_factor for size in image_size(model, evaluation))
+    channels = getattr(pipe, model.parts["denoiser"]).config.in_channels
+    return ((rows // 2) * (columns // 2), channels) if _packs(pipe) else (channels, rows, columns)
+
+
+def unpacked(pipe: Any, latents: Any, height: int, width: int) -> Any:
+    """(n, tokens, 4 c) of a packing pipeline -> (n, c, height, width) of the latents; others stay as they are."""
+    if not _packs(pipe):
+        return latents
+    rows, columns = (size // (2 * pipe.vae_scale_factor) for size in (height, width))
+    patches = latents.reshape(len(latents), rows, columns, -1, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(latents), -1, 2 * rows, 2 * columns)
+
+
+def pipeline_of(model: LoadedModel) -> Any:
+    """A shallow copy of the reference's pipeline with the model's components in it."""
+    reference = model.parts["pipeline"]
+    pipe = copy.copy(reference)
+    for name, module in model.components.items():
+        if module is not getattr(reference, name):
+            setattr(pipe, name, module)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _packs(pipe: Any) -> bool:
+    return hasattr(pipe, "_unpack_latents")
+
+
+def _parameters(pipe: Any) -> Mapping[str, Any]:
+    return inspect.signature(type(pipe).__call__).parameters
+
+
+def _unscaled(latents: Any, config: Any) -> Any:
+    import torch
+
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (mean, std))
+        return latents * std / config["scaling_factor"] + mean
+    return latents / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
+
+
+def _generators(noise: Any) -> list[Any]:
+    import torch
+
+    digests = [hashlib.sha256(one.contiguous().float().numpy().tobytes()).hexdigest() for one in noise.cpu()]
+    return [torch.Generator().manual_seed(int(digest[:8], 16)) for digest in digests]
+
+
+# -- prompts
+
+
+def _prompt_arguments(model: LoadedModel, pipe: Any, prompts: list[str], dtype: Any) -> dict[str, Any]:
+    """The prompts as the pipeline's call takes them: encoded, in the denoiser's dtype, where we know how.
+
+    The pipeline then loses its text encoders: SDXL would cast the embeddings to their dtype, which need not be the
+    denoiser's.
+    """
+    import torch
+
+    names = EMBEDDINGS.get(type(pipe).__name__)
+    if names is None:
+        return {"prompt": prompts}
+    columns = zip(*(_encoded(model, pipe, prompt, len(names)) for prompt in prompts), strict=True)
+    embeddings = {name: torch.cat(rows).to(model.device, dtype) for name, rows in zip(names, columns, strict=True)}
+    for name in modules_of(pipe):
+        if name.startswith("text_encoder"):
+            setattr(pipe, name, None)
+    return embeddings
+
+
+def _encoded(model: LoadedModel, pipe: Any, prompt: str, num: int) -> tuple[Any, ...]:
+    """One prompt's embeddings on the CPU, each (1, ...); remembered while the text encoders are the reference's."""
+    import torch
+
+    own = any(name.startswith("text_encoder") and module is not getattr(model.parts["pipeline"], name)
+              for name, module in model.components.items())
+    known: dict[str, tuple[Any, ...]] = {} if own else model.parts["prompt_embeddings"]
+    if prompt not in known:
+        settings = {"prompt": prompt, "prompt_2": None, "prompt_3": None, "device": torch.device(model.device),
+                    "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+        accepted = inspect.signature(pipe.encode_prompt).parameters
+        with torch.no_grad():
+            encoded = pipe.encode_prompt(**{k: v for k, v in settings.items() if k in accepted})[:num]
+        while len(known) >= NUM_CACHED_PROMPTS:
+            known.pop(next(iter(known)))
+        known[prompt] = tuple(tensor.cpu() for tensor in encoded)
+    return known[prompt]
+
+
+# -- reading it
+
+
+def _dtype_name(dtype: str, device: str) -> str:
+    if dtype not in ("auto", *COMPUTE_DTYPES):
+        raise ConfigError(f"model.dtype={dtype}: a pipeline computes in one of auto, {', '.join(COMPUTE_DTYPES)}"
+                          f"{nearest(dtype, COMPUTE_DTYPES)}")
+    return dtype if dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+
+
+def _folder(key: str, config: ModelConfig) -> Path:
+    """The local folder, or the Hub's snapshot of it (downloaded unless offline)."""
+    path = str(config.path)
+    local = Path(path).expanduser()
+    if local.is_file():
+        raise ModelError(f"{key}: this is a file; name the folder that holds {_INDEX}")
+    if not local.exists():
+        if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+            raise ModelError(f"{key}: there is no such folder; name a local folder or a Hub id (owner/name)")
+        from diffusers import DiffusionPipeline
+
+        with _as_model_error(key, "check the name and the network; without a network only what is in the local Hub "
+                                  "cache can be named by id"):
+            local = Path(DiffusionPipeline.download(path, revision=config.revision))
+    if not (local / _INDEX).is_file():
+        raise ModelError(f"{key}: the folder has no {_INDEX}, so it is not a Diffusers pipeline; "
+                         "name a folder that the pipeline's save_pretrained wrote")
+    return local
+
+
+def _check_files(key: str, folder: Path) -> None:
+    """ModelError for an index that is not one, for code in the checkpoint, and for a damaged safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{key}: {_INDEX} cannot be read ({error}); copy or download the folder again") from error
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise ModelError(f"{key}: {_INDEX} names no pipeline class of Diffusers (code of a checkpoint is never run); "
+                         "name a pipeline that Diffusers ships")
+    for file in sorted(folder.glob("*/*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{key}: {file.relative_to(folder)} is damaged or cut off ({error}); "
+                             "copy or download it again") from error
+
+
+def _read_pipeline(key: str, folder: Path, dtype: str, device: str) -> Any:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    with _as_model_error(key, "check that the folder is complete and was written by this or an older Diffusers"), \
+            quiet_loading(), _quiet_diffusers():
+        pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))  # type: ignore[no-untyped-call]
+    for name, module in modules_of(pipe).items():
+        if getattr(module, "hf_quantizer", None) is not None or getattr(module.config, "quantization_config", None):
+            raise ModelError(f"{key}: {name} is already quantized; the reference must not be: "
+                             "name the unquantized checkpoint")
+        if any(p.device.type == "meta" for p in module.parameters()):
+            raise ModelError(f"{key}: weights of {name} are missing from its files; copy or download it again")
+        module.eval().requires_grad_(False)
+    return pipe.to(device)
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _as_model_error(key: str, way_out: str) -> Iterator[None]:
+    """What a broken or unreachable checkpoint raises, as one ModelError; running out of memory stays what it is."""
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError,
+            ImportError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise ModelError(f"{key}: it cannot be loaded ({first.rstrip('.')}); {way_out}") from error
+
+
+def _check_pipeline(key: str, pipe: Any) -> str:
+    """The denoiser's name; ModelError for a pipeline that is not text to image, or whose latents we cannot decode."""
+    name, parameters, modules = type(pipe).__name__, _parameters(pipe), modules_of(pipe)
+    missing = [p for p in _CALL if p not in parameters]
+    denoiser = next((d for d in _DENOISERS if d in modules), None)
+    if missing or "strength" in parameters or denoiser is None:
+        why = f"its call has no {missing[0]}" if missing else "it has no denoiser" if denoiser is None else \
+            "it starts from an image"
+        raise ModelError(f"{key}: {name} is not a text-to-image pipeline that can be run from given noise ({why}); "
+                         "name one such as FluxPipeline, StableDiffusion3Pipeline or StableDiffusionXLPipeline")
+    vae = type(modules.get("vae")).__name__
+    if vae not in _VAES:
+        raise ModelError(f"{key}: {name} decodes its latents with {vae}; what can be decoded is {', '.join(_VAES)}: "
+                         "name another pipeline")
+    return denoiser
+
+
+def _components(pipe: Any, names: Sequence[str]) -> dict[str, Any]:
+    modules = modules_of(pipe)
+    for name in names:
+        if name not in modules:
+            raise ConfigError(f"model.components={name}: {type(pipe).__name__} has {', '.join(sorted(modules))}"
+                              f"{nearest(name, modules)}")
+    return {name: modules[name] for name in names}
+
+
+def _exclusions(module: Any, own: Sequence[str]) -> tuple[str, ...]:
+    """Entries of ``modules_to_not_convert``: the family's, what the class keeps in float32 (T5's ``wo``), ``own``."""
+    kept = sorted(getattr(module, "_keep_in_fp32_modules", None) or ())
+    entries = [*FAMILY_EXCLUSIONS.get(type(module).__name__, ()), *(e for n in kept for e in (n, f"*.{n}")), *own]
+    return tuple(dict.fromkeys(entries))
+
+
+def _pipeline_sha256(
+    pipe: Any, folder: Path, cache_dir: Path, progress: Callable[[str, int, int], Any] | None
+) -> str:
+    """sha256 over the names and bytes of all files of the pipeline's parts: weights, configs, scheduler, tokenizers.
+
+    The digest of a file is remembered by path, size and modification time.
+    """
+    files = [file for name, part in pipe.components.items() if part is not None for file in _files_of(folder / name)]
+    total = hashlib.sha256()
+    for done, file in enumerate(sorted(files)):
+        total.update(f"{file.relative_to(folder).as_posix()}|{file_sha256(file, cache_dir)}\n".encode())
+        if progress is not None:
+            progress("hash weights", done + 1, len(files))
+    return "sha256:" + total.hexdigest()
+
+
+def _files_of(folder: Path) -> list[Path]:
+    weights = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    return weights + [file for file in folder.glob("*") if file.suffix in (".json", ".txt", ".model")]
