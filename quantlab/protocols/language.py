@@ -321,7 +321,7 @@ def _estimates(tokens: Mapping[str, Any], clusters: Any, evaluation: EvaluationC
     square = (tokens["delta_p"] ** 2).mean(1)
     nll = {"ppl": tokens["nll_candidate"].mean(1), "ppl_ref": tokens["nll_reference"].mean(1)}  # chunks of one length
     statistics: dict[str, Callable[[Any], float]] = {
-        **{name: quantile(name) for name in ("kld_median", "kld_p90", "kld_p99", "kld_p999", "kld_max")},
+        **{name: quantile(name) for name in ("kld_median", "kld_p90", "kld_p99", "kld_p999", "kld_max", "kld_min")},
         "ppl": lambda chunks: perplexity(nll["ppl"][chunks]),
         "ppl_ref": lambda chunks: perplexity(nll["ppl_ref"][chunks]),
         "delta_p_rms": lambda chunks: float(square[chunks].mean() ** 0.5),
