@@ -24,7 +24,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from quantlab.axes import QuantizationAxes
@@ -39,6 +39,7 @@ from hydra._internal.core_plugins.file_config_source import FileConfigSource  # 
 _PACKAGE = Path(__file__).resolve().parent
 _TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str, "dtype": str}
 NUMERIC_GROUPS = ("group_size",)
+OPEN_NODES = ("quantization.modules_to_not_convert.", "sweep.grid.")
 
 
 # -- places
@@ -182,7 +183,7 @@ def session(recipe: Path | None = None) -> Iterator[None]:
 def parse(overrides: Sequence[str]) -> list[Any]:
     """Hydra's parsed overrides, bare ``quantization`` keys completed; ConfigError for what is no override."""
     for word in overrides:
-        if word.startswith(("+", "~")):
+        if word.startswith(("+", "~")) and not word.startswith(tuple(f"++{node}" for node in OPEN_NODES)):
             raise ConfigError(f"{word}: keys are neither added nor removed; write key=value")
         if "=" not in word:
             raise ConfigError(
@@ -209,7 +210,9 @@ def quote_numbers(override: str) -> str:
 def _complete(override: str) -> str:
     key, _, value = override.partition("=")
     top = {f.name for f in dataclasses.fields(ExperimentConfig)}
-    if "." in key or key in top or key in groups() or key == "recipe":
+    if key.startswith(OPEN_NODES):
+        return f"++{override}"  # Hydra's sign for a new key of a mapping whose keys are free
+    if "." in key or key.startswith("+") or key in top or key in groups() or key == "recipe":
         return override
     axes = {f.name for f in dataclasses.fields(QuantizationAxes)}
     own = {name for backend in BACKENDS for name in own_settings(backend)}
@@ -269,28 +272,27 @@ def override_text(key: str, value: Any) -> str:
     return f"{key}={_literal(value)}"
 
 
-def compose_node(overrides: Sequence[str], recipe: Path | None = None) -> DictConfig:
-    """Compose inside a running :func:`session`: the typed node, every override applied. ConfigError otherwise."""
+def compose_node(overrides: Sequence[str], recipe: Path | None = None) -> tuple[DictConfig, dict[str, str]]:
+    """Compose inside a running :func:`session`: the typed node, and the option chosen of each group.
+
+    Raises ConfigError for a key or value that the schema does not take.
+    """
     parsed = parse(overrides)
     _check_options(parsed)
     words = [o.input_line for o in parsed]
     if recipe is not None:
         words = [f"recipe={recipe.stem}", *_reapply_choices(parsed, check_recipe(recipe)), *words]
     try:
-        node = hydra_compose("config", overrides=words)
+        whole = hydra_compose("config", overrides=words, return_hydra_config=True)
     except HydraException as error:
         raise _as_config_error(error, recipe) from error
+    known = groups()
+    choices = {str(k): str(v) for k, v in whole.hydra.runtime.choices.items() if k in known}
+    with open_dict(whole):
+        del whole["hydra"]
     if recipe is not None:
-        node.recipe = recipe.stem
-    return node
-
-
-def chosen_options(overrides: Sequence[str], recipe: Path | None = None) -> dict[str, str]:
-    """Group -> option that a composition chose, for the groups that a replay cannot tell from the values."""
-    words = ([f"recipe={recipe.stem}"] if recipe else []) + [o.input_line for o in parse(overrides)]
-    node = hydra_compose("config", overrides=words, return_hydra_config=True)
-    choices = OmegaConf.to_container(node.hydra.runtime.choices)
-    return {str(k): str(v) for k, v in choices.items() if k in groups()} if isinstance(choices, dict) else {}
+        whole.recipe = recipe.stem
+    return whole, choices
 
 
 def _as_config_error(error: Exception, recipe: Path | None) -> ConfigError:

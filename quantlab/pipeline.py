@@ -7,7 +7,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from quantlab.errors import ConfigError, QuantlabError
 from quantlab.experiment import ExperimentConfig
 from quantlab.fingerprint import fingerprint_warning, grid_fingerprint
 from quantlab.layers import check_finite_weights
-from quantlab.memory import component_memory, measure_stage
+from quantlab.memory import StageMeasurement, component_memory, measure_stage
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.table import FAMILIES
 from quantlab.progress import Advance, progress_bars, say
 from quantlab.provenance import environment
-from quantlab.report.record import log_report, report_data
+from quantlab.report.record import log_evaluation, log_quantization, report_data
 from quantlab.reports import MemoryReport, MetricValue, QuantizationReport, RunReport, StageReport
 from quantlab.stages.evaluate import evaluate, summarize
 from quantlab.stages.observe import observe, reference_key
@@ -73,14 +73,20 @@ def run_plan(plan: Plan, quiet: bool = False) -> list[RunReport]:
     tracking.close_orphans(store, runs_dir)
     tracking.push_pending(store, runs_dir)
     with progress_bars(quiet) as advance:
-        session = Session(store=store, device=device, output_dir=output_dir, advance=advance, environment=environment(Path(__file__).parent.parent))
+        session = Session(
+            store=store,
+            device=device,
+            output_dir=output_dir,
+            advance=advance,
+            environment=environment(Path(__file__).parent.parent),
+        )
         if not plan.is_sweep:
             return _run_single(session, plan.jobs[0])
         return _run_sweep(session, plan)
 
 
 def _run_single(session: Session, job: Job) -> list[RunReport]:
-    with _open_run(session, job.name, job) as run, _stage_of(run):
+    with _open_run(session, job.name, job) as run:
         bench = workbench(session, job.config, run)
         rows = [_floor_row(session, floor) for floor in floor_jobs(job.config) if floor.name != job.name]
         report = run_job(session, bench, job, run)
@@ -89,7 +95,7 @@ def _run_single(session: Session, job: Job) -> list[RunReport]:
 
 def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
     name = plan.recipe.stem if plan.recipe else "sweep"
-    with _open_run(session, name, plan.jobs[0], kind="sweep") as parent, _stage_of(parent):
+    with _open_run(session, name, plan.jobs[0], kind="sweep") as parent:
         session.parent_run_id = parent.run_id
         for combination, reason in plan.invalid:
             say(f"skipped: {combination}: {reason}")
@@ -121,7 +127,7 @@ def _run_child(session: Session, bench: Workbench, job: Job) -> RunReport:
     """One job of a sweep; its failure is a row, never the end of the others."""
     run = None
     try:
-        with _open_run(session, job.name, job) as run, _stage_of(run):
+        with _open_run(session, job.name, job) as run:
             return run_job(session, bench, job, run)
     except (
         QuantlabError,
@@ -142,7 +148,7 @@ def _run_child(session: Session, bench: Workbench, job: Job) -> RunReport:
             status="FAILED",
             protocol=bench.model.protocol,
             error=f"{type(error).__name__}: {error}",
-            failed_stage=getattr(error, "quantlab_stage", ""),
+            failed_stage=run.stage if run else "",
             run_id=run.run_id if run else None,
             params=job.resolved,
         )
@@ -225,7 +231,14 @@ def _floor_row(session: Session, job: Job) -> RunReport:
             quality = {k: MetricValue(**v) for k, v in stored["quality"].items()}
             bench.floors[job.name] = quality
             memory = {k: MemoryReport(**v) for k, v in stored["memory"].items()}
-            return RunReport(name=job.name, status="FINISHED", protocol=bench.model.protocol, quality=quality, memory=memory, params=job.resolved)
+            return RunReport(
+                name=job.name,
+                status="FINISHED",
+                protocol=bench.model.protocol,
+                quality=quality,
+                memory=memory,
+                params=job.resolved,
+            )
     report = run_job(session, bench, job, None)
     file.write_text(
         json.dumps(
@@ -243,43 +256,41 @@ def _floor_row(session: Session, job: Job) -> RunReport:
 
 def run_job(session: Session, bench: Workbench, job: Job, run: Any) -> RunReport:
     """Quantize, evaluate and record one job. ``run`` is its tracked run, or None for a row that is not tracked."""
-    with _failing("quantize"), measure_stage("quantize", session.device) as quantized:
+    with _stage(session, run, "quantize") as quantized:
         candidate, layers = _candidate(session, bench, job)
-    memory = {
-        name: _memory(bench.model.components[name], candidate.components[name], layers)
-        for name in _chosen(bench.model, job.config)
-    }
-    disk_bytes = _disk_bytes(candidate, job, layers) if job.config.tracking.save_checkpoint else None
-    with _failing("evaluate"), measure_stage("evaluate", session.device) as evaluated:
-        measured = evaluate(
-            candidate,
-            bench.model,
-            bench.reference,
-            bench.inputs,
-            job.config.evaluation,
-            _step(session, job.name),
-            job.batch_size,
-        )
-        quality = summarize(measured, job.config.evaluation)
-    if job.name in (FLOOR_BF16, FLOOR_BATCH):
-        bench.floors[job.name] = quality
+    chosen = _chosen(bench.model, job.config)
     report = RunReport(
         name=job.name,
         status="FINISHED",
         protocol=bench.model.protocol,
         quantization=layers,
-        memory=memory,
-        quality=quality,
-        floor=bench.floors.get(FLOOR_BF16, {}),
-        measurements=measured,
-        disk_bytes=disk_bytes,
-        stages=(*bench.stages, quantized.report, evaluated.report),
+        memory={name: _memory(bench.model.components[name], candidate.components[name], layers) for name in chosen},
+        disk_bytes=_disk_bytes(candidate, job, layers) if job.config.tracking.save_checkpoint else None,
+        stages=(*bench.stages, quantized.report),
         params=job.resolved,
         run_id=run.run_id if run else None,
     )
     if run is not None:
-        with _failing("track"):
-            log_report(run, report, _shared_tags(bench), bench.fingerprint)
+        log_quantization(run, report, _shared_tags(bench))
+    with _stage(session, run, "evaluate") as evaluated:
+        progress = _step(session, job.name)
+        measured = evaluate(
+            candidate, bench.model, bench.reference, bench.inputs, job.config.evaluation, progress, job.batch_size
+        )
+        quality = summarize(measured, job.config.evaluation)
+    if job.name in (FLOOR_BF16, FLOOR_BATCH):
+        bench.floors[job.name] = quality
+    report = replace(
+        report,
+        quality=quality,
+        floor=bench.floors.get(FLOOR_BF16, {}),
+        floor_batch=bench.floors.get(FLOOR_BATCH, {}),
+        measurements=measured,
+        stages=(*report.stages, evaluated.report),
+    )
+    if run is not None:
+        with _stage(session, run, "track"):
+            log_evaluation(run, report, bench.fingerprint)
     return report
 
 
@@ -363,21 +374,9 @@ def _open_run(session: Session, name: str, job: Job, kind: str = "job") -> Itera
 
 
 @contextlib.contextmanager
-def _failing(stage: str) -> Iterator[None]:
-    """Remember at which stage an error left the job."""
-    try:
-        yield
-    except BaseException as error:
-        with contextlib.suppress(AttributeError):
-            error.quantlab_stage = getattr(error, "quantlab_stage", stage)  # type: ignore[attr-defined]
-        raise
-
-
-@contextlib.contextmanager
-def _stage_of(run: Any) -> Iterator[None]:
-    """Tag the run with the stage at which an error left it; what is not from a job's stage happened while loading."""
-    try:
-        yield
-    except BaseException as error:
-        run.set_tags({"quantlab.stage": getattr(error, "quantlab_stage", "load")})
-        raise
+def _stage(session: Session, run: Any, name: str) -> Iterator[StageMeasurement]:
+    """Measure a stage; the run's tag says where it is, so that a failure and a kill name their stage."""
+    if run is not None:
+        run.stage = name
+    with measure_stage(name, session.device) as measured:
+        yield measured

@@ -146,6 +146,9 @@ class RunReport:
     memory: Mapping[str, MemoryReport] = field(default_factory=dict)
     quality: Mapping[str, MetricValue] = field(default_factory=dict)
     floor: Mapping[str, MetricValue] = field(default_factory=dict)
+    """The same metrics of the reference cast to bf16."""
+    floor_batch: Mapping[str, MetricValue] = field(default_factory=dict)
+    """The same metrics of the reference in its own dtype at another batch size."""
     measurements: Measurements | None = None
     stages: tuple[StageReport, ...] = ()
     disk_bytes: int | None = None

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from quantlab.axes import QuantizationAxes, resolve_axes
 from quantlab.backends.table import native_config, own_settings
-from quantlab.composition import chosen_options, compose_node, groups, override_text, parse, recipe_file, session, typed
+from quantlab.composition import compose_node, groups, override_text, parse, recipe_file, session, typed
 from quantlab.config import QuantizationConfigMixin, to_json_data
 from quantlab.errors import ConfigError, QuantlabError
 from quantlab.experiment import ExperimentConfig
@@ -78,11 +78,15 @@ def plan(overrides: Sequence[str], multirun: bool = False) -> Plan:
         check_recipe(recipe)
     with session(recipe):
         fixed, axes = _split_sweep(words, multirun)
-        base = typed(compose_node(fixed, recipe))
+        composed = compose_node(fixed, recipe)
+        base = typed(composed[0])
         combinations, is_sweep = _combinations(base, axes, fixed)
-        jobs, invalid = _compose_jobs(combinations, fixed, recipe, is_sweep)
+        if is_sweep:
+            jobs, invalid = _compose_jobs(combinations, fixed, recipe)
+        else:
+            jobs, invalid = [replace(make_job(base, fixed), choices=composed[1])], []
     if invalid and (base.sweep.on_invalid != "skip" or not jobs) and not base.sweep.dry_run:
-        raise ConfigError(_refusal(invalid, len(combinations), is_sweep))
+        raise ConfigError(_refusal(invalid, len(combinations)))
     return Plan(jobs=tuple(jobs), is_sweep=is_sweep, recipe=recipe, invalid=tuple(invalid), dry_run=base.sweep.dry_run)
 
 
@@ -157,27 +161,24 @@ def _candidate_override(key: str, value: Any) -> str:
 
 
 def _compose_jobs(
-    combinations: Sequence[Sequence[str]], fixed: Sequence[str], recipe: Path | None, is_sweep: bool
+    combinations: Sequence[Sequence[str]], fixed: Sequence[str], recipe: Path | None
 ) -> tuple[list[Job], list[tuple[str, str]]]:
     jobs: dict[str, Job] = {}
     invalid = []
-    choices = chosen_options(fixed, recipe)
     for combination in combinations:
         try:
-            job = make_job(typed(compose_node([*fixed, *combination], recipe)), [*fixed, *combination])
-            swept = dict(c.replace("'", "").split("=", 1) for c in combination)
-            job = replace(job, choices={g: swept.get(g, c) for g, c in choices.items()})
-            if job.name in jobs and jobs[job.name].resolved != job.resolved:
-                job = replace(job, name=f"{job.name} ({' '.join(combination)})")
-            jobs.setdefault(job.name, job)
+            node, choices = compose_node([*fixed, *combination], recipe)
+            job = replace(make_job(typed(node), [*fixed, *combination]), choices=choices)
         except QuantlabError as error:
-            if not is_sweep:
-                raise
             invalid.append((" ".join(c.replace("'", "") for c in combination), str(error)))
+            continue
+        if job.name in jobs and jobs[job.name].resolved != job.resolved:
+            job = replace(job, name=f"{job.name} ({' '.join(combination)})")
+        jobs.setdefault(job.name, job)
     return list(jobs.values()), invalid
 
 
-def _refusal(invalid: Sequence[tuple[str, str]], num_combinations: int, is_sweep: bool) -> str:
+def _refusal(invalid: Sequence[tuple[str, str]], num_combinations: int) -> str:
     lines = [f"{len(invalid)} of {num_combinations} combinations are impossible; no job was started:"]
     lines += [f"  {combination}\n      {reason}" for combination, reason in invalid]
     return "\n".join([*lines, "sweep.on_invalid=skip runs the others"])

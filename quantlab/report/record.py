@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from quantlab.reports import Measurements, MemoryReport, QuantizationReport, RunReport
@@ -12,7 +12,8 @@ from quantlab.reports import Measurements, MemoryReport, QuantizationReport, Run
 def flat_metrics(report: RunReport) -> dict[str, float]:
     """Every number of a report by its MLflow name; what was not measured is absent."""
     out: dict[str, float | int | None] = {}
-    for prefix, values in (("quality", report.quality), ("quality/floor", report.floor)):
+    groups = (("quality", report.quality), ("quality/floor", report.floor), ("quality/floor_batch", report.floor_batch))
+    for prefix, values in groups:
         for name, v in values.items():
             out |= {
                 f"{prefix}/{name}": v.value,
@@ -90,22 +91,27 @@ def report_data(report: RunReport) -> dict[str, Any]:
     }
 
 
-def log_report(run: Any, report: RunReport, tags: Mapping[str, str], fingerprint: float | None) -> None:
-    """Everything one job found out, in a few batched calls."""
-    shared = {} if fingerprint is None else {"quality/reference_grid_fingerprint": fingerprint}
-    run.log_metrics(flat_metrics(report) | shared)
+def log_quantization(run: Any, report: RunReport, tags: Mapping[str, str]) -> None:
+    """What the quantize stage found out: it stays even if the evaluation fails."""
+    run.log_metrics(flat_metrics(report))
     run.set_tags(tags)
-    if report.quantization is not None:
-        rows = [asdict(r) for r in report.quantization.layers]
-        run.log_table({k: [row[k] if k != "shape" else list(row[k]) for row in rows] for k in rows[0]}, "layers.json")
-        run.log_params({f"resolved.{k}": v for k, v in report.quantization.resolved.items()})
-        run.log_json(
-            {
-                status: {r.name: r.reason for r in report.quantization.layers if r.status == status}
-                for status in ("excluded", "skipped", "fallback")
-            },
-            "exclusions.json",
-        )
+    if report.quantization is None:
+        return
+    rows = [asdict(r) for r in report.quantization.layers]
+    run.log_table({k: [list(row[k]) if k == "shape" else row[k] for row in rows] for k in rows[0]}, "layers.json")
+    run.log_params({f"resolved.{k}": v for k, v in report.quantization.resolved.items()})
+    statuses = ("excluded", "skipped", "fallback")
+    listed = {s: {r.name: r.reason for r in report.quantization.layers if r.status == s} for s in statuses}
+    run.log_json(listed, "exclusions.json")
+
+
+def log_evaluation(run: Any, report: RunReport, fingerprint: float | None) -> None:
+    """What the evaluate stage found out, and the whole report as JSON."""
+    before = flat_metrics(replace(report, quality={}, floor={}, floor_batch={}, measurements=None, stages=()))
+    metrics = {k: v for k, v in flat_metrics(report).items() if k not in before}
+    if fingerprint is not None:
+        metrics["quality/reference_grid_fingerprint"] = fingerprint
+    run.log_metrics(metrics)
     if report.measurements is not None:
         _log_measurements(run, report.measurements)
     run.log_json(report_data(report), "report.json")

@@ -10,7 +10,7 @@ from quantlab.experiment import EvaluationConfig
 from quantlab.models.loaded import LoadedModel
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.reports import Measurements, MetricValue
-from quantlab.statistics import mean_interval
+from quantlab.statistics import mean_interval, require_finite
 
 
 def evaluate(
@@ -31,16 +31,12 @@ def evaluate(
 
 def summarize(measured: Measurements, evaluation: EvaluationConfig) -> dict[str, MetricValue]:
     """Means over samples with clustered errors and bootstrap intervals, beside the protocol's own estimates."""
-    values = {
-        name: mean_interval(
-            samples,
-            clusters=measured.clusters,
-            strata=measured.strata,
-            num_bootstrap=evaluation.num_bootstrap,
-            seed=evaluation.seed,
+    values = {}
+    for name, samples in measured.samples.items():
+        require_finite(samples, name, measured.sample_ids)
+        values[name] = mean_interval(
+            samples, measured.clusters, measured.strata, evaluation.num_bootstrap, evaluation.seed
         )
-        for name, samples in measured.samples.items()
-    }
     both = set(values) & set(measured.estimates)
     if both:
         raise MetricUndefined(f"{sorted(both)[0]}: measured twice, as a mean and as an estimate")

@@ -1,0 +1,213 @@
+"""What every backend promises for every row of the capability table, on a CPU. New rows are tested without new code."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from quantlab.axes import QuantizationAxes
+from quantlab.backends.table import BACKENDS, PACKAGES, native_config
+from quantlab.capabilities import CAPABILITIES
+from quantlab.errors import ConfigError, MissingPackage, NotQuantized
+from quantlab.memory import storages
+from quantlab.stages.quantize import Request, quantize_component
+
+ROWS = [(b, d, row) for b, rows in CAPABILITIES.items() if b != "none" for d, row in rows.items()]
+ON_CPU = [(b, d, row) for b, d, row in ROWS if "cpu" in row.devices]
+GROUPS = [(b, d, g) for b, d, row in ON_CPU for g in row.group_sizes if g == "none" or int(g) <= 512]
+LARGEST_ERROR = {8: 0.06, 6: 0.05, 5: 0.09, 4: 0.25, 3: 0.35, 2: 0.75}
+NAMES = ["blocks.0", "blocks.2", "head"]
+
+
+class Net(nn.Module):
+    """Two blocks and a head; rows of 512 fit every block size of the table."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.blocks = nn.Sequential(nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 512, bias=False))
+        self.norm = nn.LayerNorm(512)
+        self.head = nn.Linear(512, 64)
+        self.to(dtype)
+
+    def forward(self, x):
+        return self.head(self.norm(x + self.blocks(x)))
+
+
+def net(dtype="float32"):
+    torch.manual_seed(0)
+    return Net(getattr(torch, dtype)).eval().requires_grad_(False)
+
+
+def sample(dtype="float32"):
+    torch.manual_seed(1)
+    return torch.randn(4, 7, 512).to(getattr(torch, dtype))
+
+
+def quantized(backend, dtype, group_size="auto", compute_dtype=None, **kwargs):
+    compute = compute_dtype or CAPABILITIES[backend][dtype].compute_dtypes[0]
+    axes = QuantizationAxes(backend=backend, dtype=dtype, group_size=group_size, **kwargs)
+    request = Request(component="model", axes=axes, native=native_config(axes), compute_dtype=compute, device="cpu")
+    original = net(compute)
+    module, report = quantize_component(request, copy.deepcopy(original), original)
+    return original, module, report, compute
+
+
+def run(module, x):
+    with torch.no_grad():
+        out = module(x)
+    return out.dequantize() if hasattr(out, "qtype") else out
+
+
+@pytest.mark.parametrize(("backend", "dtype", "row"), ON_CPU, ids=[f"{b}-{d}" for b, d, _ in ON_CPU])
+def test_promise(backend, dtype, row, tmp_path):
+    """Shape, read-back = request, bounded error, real bytes, forward -> state_dict -> forward, save -> load bit-equal."""
+    original, module, report, compute = quantized(backend, dtype)
+    x = sample(compute)
+    out, reference = run(module, x), run(original, x)
+    assert out.shape == reference.shape
+    assert torch.isfinite(out).all()
+    rows = report.layers
+    assert [r.name for r in rows] == NAMES
+    assert {r.status for r in rows} == {"quantized"}
+    assert {r.dtype for r in rows} == {dtype}
+    bits = int("".join(c for c in dtype.removeprefix("float").removeprefix("mxfp").removeprefix("nvfp") if c.isdigit())[0])
+    for r in rows:
+        assert 0 < r.weight_rel_error < LARGEST_ERROR[bits]
+        assert r.activation_dtype == row.activation_dtypes[0]
+        floor = 8 if r.is_simulated else bits
+        assert floor <= r.bits_per_weight < floor + 2.2
+        assert r.is_simulated == ("cpu" in row.is_simulated_on)
+    assert report.coverage > 0.99
+    error = float((out.float() - reference.float()).norm() / reference.float().norm())
+    assert 0 < error < 2 * LARGEST_ERROR[bits]
+
+    module.state_dict()
+    assert torch.equal(run(module, x), out), "a forward changed what the next one computes"
+    before = sum(storages(module).values())
+
+    BACKENDS[backend].save(module, tmp_path)
+    axes = QuantizationAxes(backend=backend, dtype=dtype)
+    config = BACKENDS[backend].resolve(native_config(axes), "cpu")
+    fresh = copy.deepcopy(original)
+    loaded = BACKENDS[backend].load(fresh, NAMES, config, tmp_path) or fresh
+    assert torch.equal(run(loaded, x), out)
+    assert sum(storages(loaded).values()) == pytest.approx(before, rel=0.02)
+
+
+@pytest.mark.parametrize(("backend", "dtype", "group_size"), GROUPS, ids=[f"{b}-{d}-{g}" for b, d, g in GROUPS])
+def test_group_size_is_met_exactly(backend, dtype, group_size):
+    _, _, report, _ = quantized(backend, dtype, group_size)
+    wanted = (None, 512) if group_size == "none" else (group_size,)
+    assert {r.group_size for r in report.layers} <= set(wanted)
+
+
+@pytest.mark.parametrize(("backend", "dtype", "row"), ON_CPU, ids=[f"{b}-{d}" for b, d, _ in ON_CPU])
+def test_bfloat16_models_too(backend, dtype, row):
+    original, module, report, _ = quantized(backend, dtype, compute_dtype="bfloat16")
+    out = run(module, sample("bfloat16"))
+    assert out.dtype == torch.bfloat16
+    assert torch.isfinite(out).all()
+    assert report.coverage > 0.99
+
+
+ACTIVATIONS = [(b, d, a) for b, d, row in ON_CPU for a in row.activation_dtypes[1:] if not a.startswith("float8")]
+
+
+@pytest.mark.parametrize(("backend", "dtype", "activation_dtype"), ACTIVATIONS)
+def test_activation_dtype_is_read_back(backend, dtype, activation_dtype):
+    _, module, report, compute = quantized(backend, dtype, activation_dtype=activation_dtype)
+    assert {r.activation_dtype for r in report.layers} == {activation_dtype}
+    assert torch.isfinite(run(module, sample(compute))).all()
+
+
+ALGORITHMS = [(b, d, a) for b, d, row in ON_CPU for a in row.algorithms[1:]]
+
+
+@pytest.mark.parametrize(("backend", "dtype", "algorithm"), ALGORITHMS)
+def test_another_algorithm_gives_other_weights(backend, dtype, algorithm):
+    _, module, _, compute = quantized(backend, dtype, algorithm=algorithm)
+    _, plain, _, _ = quantized(backend, dtype)
+    assert not torch.equal(run(module, sample(compute)), run(plain, sample(compute)))
+
+
+@pytest.mark.parametrize(("backend", "dtype", "row"), ON_CPU, ids=[f"{b}-{d}" for b, d, _ in ON_CPU])
+def test_a_layer_that_does_not_fit_is_named(backend, dtype, row):
+    if row.in_features_multiple == row.out_features_multiple == row.numel_multiple == 1:
+        pytest.skip("takes every shape")
+    axes = QuantizationAxes(backend=backend, dtype=dtype)
+    compute = row.compute_dtypes[0]
+    odd = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 40), nn.Linear(40, 512)).to(getattr(torch, compute))
+
+    def quantize(on_mismatch):
+        request = Request(component="model", axes=QuantizationAxes(backend=backend, dtype=dtype, on_mismatch=on_mismatch),
+                          native=native_config(axes), compute_dtype=compute, device="cpu")
+        return quantize_component(request, copy.deepcopy(odd), odd)
+
+    with pytest.raises(NotQuantized, match=r"dtype=\w+: [12] layers cannot .*: .*2 \[512, 40\]|1 \[40, 512\]"):
+        quantize("error")
+    module, report = quantize("skip")
+    skipped = [r for r in report.layers if r.status == "skipped"]
+    assert skipped
+    assert all(r.reason and r.bits_per_weight is None for r in skipped)
+    assert report.coverage < 0.99
+    module, report = quantize("bfloat16")
+    assert {r.status for r in report.layers} == {"quantized", "fallback"}
+    assert torch.isfinite(run(module, sample(compute))).all()
+
+
+GPU_ONLY = [(b, d) for b, d, row in ROWS if "cpu" not in row.devices]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), GPU_ONLY)
+def test_what_needs_a_gpu_is_refused_on_a_cpu(backend, dtype):
+    with pytest.raises(ConfigError, match=rf"^dtype={dtype}: {backend} runs it on cuda only"):
+        quantized(backend, dtype)
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_a_missing_library_is_named_with_its_extra(backend, monkeypatch):
+    real = __import__("importlib.util").util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda n, *a: None if n == PACKAGES[backend] else real(n, *a))
+    with pytest.raises(MissingPackage, match=rf"^backend={backend}: .* pip install 'quantlab-recipes\[{backend}\]'"):
+        native_config(QuantizationAxes(backend=backend))
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_a_planted_fault_shows(backend):
+    """Doubling one layer's stored scales after quantizing is seen by the read-back of exactly that layer."""
+    _, module, report, _ = quantized(backend, next(d for d in ("int8", "q8_0") if d in CAPABILITIES[backend]))
+    layer = module.get_submodule("blocks.2")
+    before = BACKENDS[backend].read_back(layer).dense
+    double_scales(backend, layer)
+    after = BACKENDS[backend].read_back(layer).dense
+    assert torch.allclose(after, 2 * before, rtol=1e-3)
+    other = BACKENDS[backend].read_back(module.get_submodule("blocks.0")).dense
+    reference = net().blocks[0].weight
+    assert float((other - reference).norm() / reference.norm()) < LARGEST_ERROR[8]
+
+
+def double_scales(backend, layer):
+    with torch.no_grad():
+        if backend == "bitsandbytes":
+            (layer.weight.SCB if getattr(layer.weight, "SCB", None) is not None else layer.state.SCB).mul_(2)
+        elif backend == "torchao":
+            layer.weight.data.scale.mul_(2)
+        elif backend == "quanto":
+            layer.weight._scale.mul_(2)
+        elif backend == "modelopt":
+            layer.weight_quantizer._scale.mul_(2)
+        else:
+            blocks = next(t for t in layer.buffers() if t.dtype == torch.uint8).view(-1, 34)
+            scales = blocks[:, :2].clone().view(torch.float16).mul_(2)
+            blocks[:, :2] = scales.view(torch.uint8)
+
+
+def test_backends_share_one_process():
+    """Importing all five leaves each one's results as they were (quanto overrides two global operators)."""
+    first = run(quantized("torchao", "int8")[1], sample())
+    for backend in BACKENDS:
+        quantized(backend, next(iter(CAPABILITIES[backend])))
+    assert torch.equal(run(quantized("torchao", "int8")[1], sample()), first)
+    assert "torchvision" not in sys.modules
