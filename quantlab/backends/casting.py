@@ -1,0 +1,39 @@
+"""A layer that computes in another dtype than the model around it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from quantlab.dtypes import COMPUTE_DTYPES, dtype_name
+from quantlab.errors import ConfigError
+
+
+def wanted_dtype(layer: Any, compute_dtype: Any, backend: str) -> Any:
+    """The torch dtype that ``layer`` shall compute in; None and ``auto`` mean the dtype of its weight.
+
+    Raises ConfigError for a name that is not one of float32, bfloat16, float16.
+    """
+    import torch
+
+    if compute_dtype is None or dtype_name(compute_dtype) == "auto":
+        return layer.weight.dtype
+    name = dtype_name(compute_dtype)
+    if name not in COMPUTE_DTYPES:
+        raise ConfigError(f"compute_dtype={name}: {backend} computes in {', '.join(COMPUTE_DTYPES)}; choose one")
+    return getattr(torch, name)
+
+
+def cast_around(layer: Any, inside: Any, outside: Any) -> None:
+    """Let ``layer`` see its input in the dtype ``inside`` and give its output in ``outside``; nothing where equal."""
+    if inside != outside:
+        layer.register_forward_pre_hook(functools.partial(_cast_input, inside))
+        layer.register_forward_hook(functools.partial(_cast_output, outside))
+
+
+def _cast_input(dtype: Any, layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0].to(dtype), *args[1:])
+
+
+def _cast_output(dtype: Any, layer: Any, args: tuple[Any, ...], output: Any) -> Any:
+    return output.to(dtype)

@@ -1,0 +1,302 @@
+"""``NVIDIAModelOptConfig`` and the quantizer list of ModelOpt that it stands for, both without torch."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from quantlab.axes import QuantizationAxes, resolve_axes
+from quantlab.config import QuantizationConfigMixin, QuantizationMethod, quantization_config, setting
+from quantlab.errors import ConfigError, nearest
+
+NUM_BITS: dict[str, int | tuple[int, int]] = {
+    "FP8": (4, 3),
+    "INT8": 8,
+    "INT4": 4,
+    "NVFP4": (2, 1),
+    "MXFP8": (4, 3),
+    "MXFP4": (2, 1),
+}
+"""Half of a ``quant_type`` -> bits, or (exponent bits, mantissa bits)."""
+BLOCKS: dict[str, tuple[int, tuple[int, int]]] = {"NVFP4": (16, (4, 3)), "MXFP8": (32, (8, 0)), "MXFP4": (32, (8, 0))}
+"""Format with blocks of its own -> block size, (exponent, mantissa) bits of the scale (OCP MX 1.0; NVFP4)."""
+_SPELLING = {"int8": "INT8", "int4": "INT4", "float8_e4m3": "FP8", "nvfp4": "NVFP4", "mxfp8": "MXFP8", "mxfp4": "MXFP4"}
+_ALGORITHMS = ("max", "mse", "smoothquant", "awq_lite", "awq_clip", "awq_full", "svdquant", "gptq", "local_hessian")
+_DEFAULT_BLOCK = 128
+_SMALLER_BLOCKS = (64, 32, 16)
+_SIDES = ("*weight_quantizer", "*input_quantizer")
+
+
+@quantization_config
+class NVIDIAModelOptConfig(QuantizationConfigMixin):
+    """Diffusers' ``NVIDIAModelOptConfig``, checked where the original replaces or ignores, and the packing.
+
+    ``modelopt_config`` takes the place of everything but ``quant_type``'s name: the entries ``*weight_quantizer`` and
+    ``*input_quantizer`` of a pasted ModelOpt config. Its other entries only switch quantizers off, and which layers
+    are quantized is said by ``modules_to_not_convert`` alone.
+    """
+
+    quant_method: ClassVar[QuantizationMethod] = QuantizationMethod.MODELOPT
+
+    quant_type: str = setting("str")
+    """``W`` or ``W_A`` (weights, activations), each FP8, INT8, INT4, NVFP4, MXFP8 or MXFP4."""
+    modules_to_not_convert: tuple[str, ...] | None = setting("names", None)
+    weight_only: bool = setting("bool", True)
+    """False where ``quant_type`` has an activation half."""
+    channel_quantize: int | None = setting("int", None)
+    """0: one scale a row; -1 with ``block_quantize``: blocks along a row; None: one scale for the tensor."""
+    block_quantize: int | None = setting("int", None)
+    scale_channel_quantize: int | None = setting("int", None)
+    scale_block_quantize: int | None = setting("int", None)
+    algorithm: str = setting("str", "max", choices=_ALGORITHMS)
+    modelopt_config: Mapping[str, Any] | None = setting("mapping", None)
+    disable_conv_quantization: bool = setting("bool", False)
+    """Kept for Diffusers; only Linear layers are quantized here."""
+    compress: bool = setting("bool", True, ours=True, node=True)
+    """True: weights are packed after calibration. False: they stay dense and are rounded at every use (simulated)."""
+    fit_group_size: bool = setting("bool", False, ours=True)
+    """``group_size=auto``: a layer that ``block_quantize`` does not divide takes 64, 32 or 16, else one scale a row."""
+
+    def post_init(self) -> None:
+        """Rules between the fields."""
+        if not self.modules_to_not_convert:
+            object.__setattr__(self, "modules_to_not_convert", None)
+        weight, activation = _halves(self.quant_type)
+        if self.modelopt_config is not None:
+            _pasted_sides(self.modelopt_config)
+        elif activation and self.weight_only:
+            raise ConfigError(f"weight_only=true: the activation half of quant_type={self.quant_type} would be "
+                              f"ignored; set weight_only=false, or quant_type={weight}")
+        elif not activation and not self.weight_only:
+            raise ConfigError(f"weight_only=false: quant_type={self.quant_type} names no activations; "
+                              f"write {weight}_INT8 or {weight}_FP8, or set weight_only=true")
+        self._check_blocks(weight)
+
+    def _check_blocks(self, weight: str) -> None:
+        channel, block = self.channel_quantize, self.block_quantize
+        if block is not None and channel is None:
+            raise ConfigError(f"block_quantize={block}: it needs channel_quantize=-1, the axis that its "
+                              "blocks run along")
+        if block is not None and (block < 1 or channel not in (-1, 1)):
+            raise ConfigError(f"block_quantize={block}: blocks of 1 or more run along in_features; set "
+                              f"channel_quantize=-1 (it is {channel})")
+        if block is None and channel not in (None, 0, -2):
+            raise ConfigError(f"channel_quantize={channel}: without block_quantize it is 0, one scale a row")
+        if weight in BLOCKS and (block not in (None, BLOCKS[weight][0]) or channel in (0, -2)):
+            raise ConfigError(f"block_quantize={block}: {weight} has blocks of {BLOCKS[weight][0]} along in_features; "
+                              "leave block_quantize and channel_quantize out")
+        given = (self.scale_channel_quantize, self.scale_block_quantize)
+        if any(v is not None for v in given) and (None in given or block is None or weight != "NVFP4"):
+            raise ConfigError(f"scale_channel_quantize={given[0]}, scale_block_quantize={given[1]}: they come "
+                              "together, with block_quantize, for NVFP4; leave both out")
+        if self.fit_group_size and (block is None or weight in BLOCKS):
+            raise ConfigError("fit_group_size=true: it lowers block_quantize of INT8, INT4 or FP8; set that too")
+
+    @property
+    def weight_type(self) -> str:
+        """The weight half of ``quant_type``."""
+        return _halves(self.quant_type)[0]
+
+    @property
+    def activation_type(self) -> str:
+        """The activation half of ``quant_type``; "" where activations are left alone."""
+        return "" if self.weight_only else _halves(self.quant_type)[1]
+
+    # -- spellings
+
+    @classmethod
+    def _fold_arguments(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``forward_loop`` of Diffusers holds code, which a config does not."""
+        kwargs = dict(kwargs)
+        if kwargs.pop("forward_loop", None) is not None:
+            raise ConfigError("forward_loop: a config holds data, not code, and algorithm=max needs no forward loop; "
+                              "leave it out")
+        if not args and "quant_type" not in kwargs:
+            raise ConfigError(f"quant_type: {cls.__name__} needs it, such as {' or '.join(list(NUM_BITS)[:2])}")
+        return super()._fold_arguments(args, kwargs)
+
+    @classmethod
+    def _read_dict(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Diffusers writes ``algorithm`` as ``calib_cfg``, and always the ``modelopt_config`` that it derived."""
+        calib = data.pop("calib_cfg", None)
+        if isinstance(calib, Mapping) and "method" in calib:
+            data.setdefault("algorithm", calib["method"])
+        return data
+
+    # -- axes
+
+    @classmethod
+    def from_axes(cls, axes: QuantizationAxes, settings: Mapping[str, Any] | None = None) -> Self:
+        """The config for these axes and the node's own keys; ConfigError where ModelOpt does not offer them.
+
+        ``group_size=auto`` is the library's own preset: one scale a row for int8, one for the tensor for float8_e4m3,
+        128 for int4 (lowered for layers that it does not divide).
+        """
+        axes = resolve_axes(axes)
+        quant_type, group = _SPELLING[axes.dtype], axes.group_size
+        shape: dict[str, Any] = {}
+        if quant_type not in BLOCKS:
+            if group == "auto" and quant_type == "INT4":
+                shape = {"channel_quantize": -1, "block_quantize": _DEFAULT_BLOCK, "fit_group_size": True}
+            elif isinstance(group, int):
+                shape = {"channel_quantize": -1, "block_quantize": group}
+            elif group == "none" or quant_type == "INT8":
+                shape = {"channel_quantize": 0}
+        return cls(quant_type=quant_type, modules_to_not_convert=axes.exclusions() or None, algorithm=axes.algorithm,
+                   **shape, **dict(settings or {}))
+
+    def axes(self) -> QuantizationAxes:
+        """The axes that, with the config's own settings, :meth:`from_axes` turns into this config.
+
+        Raises ConfigError for a pasted ``modelopt_config`` and for one scale for an integer tensor, which no axes say.
+        """
+        if self.modelopt_config is not None:
+            raise ConfigError("modelopt_config: no axes of quantlab express a pasted config; "
+                              "keep it as a quantization_config")
+        dtype = next(d for d, spelt in _SPELLING.items() if spelt == self.weight_type)
+        group: int | str = "auto"
+        if self.weight_type in BLOCKS:
+            group = BLOCKS[self.weight_type][0]
+        elif self.block_quantize is not None:
+            group = "auto" if self.fit_group_size else self.block_quantize
+        elif self.channel_quantize is not None:
+            group = "none"
+        elif self.weight_type != "FP8":
+            raise ConfigError(f"channel_quantize: {self.quant_type} with one scale for the tensor is what no axes say; "
+                              "set channel_quantize=0")
+        activation = self.activation_type
+        return QuantizationAxes(
+            backend="modelopt", dtype=dtype, group_size=group, algorithm=self.algorithm,
+            activation_dtype=next((d for d, spelt in _SPELLING.items() if spelt == activation), "none"),
+            modules_to_not_convert={"own": list(self.modules_to_not_convert)} if self.modules_to_not_convert else {},
+        )
+
+
+def _halves(quant_type: str) -> tuple[str, str]:
+    """(weight, activation or "") of a ``quant_type``; ConfigError for a half that there is not."""
+    weight, _, activation = quant_type.partition("_")
+    halves = (weight, activation) if "_" in quant_type else (weight,)
+    for half in halves:
+        if half == "NF4":
+            raise ConfigError(f"quant_type={quant_type!r}: ModelOpt's NF4 is not offered (what Diffusers calls so is "
+                              "plain INT4); nf4 is offered by bitsandbytes and torchao")
+        if half not in NUM_BITS:
+            near = nearest(half.upper(), NUM_BITS) if half else ""
+            raise ConfigError(f"quant_type={quant_type!r}: W or W_A is wanted, each of {', '.join(NUM_BITS)}{near}")
+    return weight, activation
+
+
+# -- the list of quantizers
+
+
+def build_quant_cfg(config: NVIDIAModelOptConfig, layers: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """What ``modelopt.torch.quantization.quantize`` is told: everything off, then the named layers on.
+
+    The library's presets are never used: they switch layers off by name (``proj_out``, ``lm_head``).
+
+    Args:
+        layers: path of each layer that is to be quantized -> (out_features, in_features).
+
+    Raises:
+        ConfigError: naming a layer whose in_features the block does not divide.
+    """
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    activation = _activation_cfg(config)
+    for name, shape in layers.items():
+        path = glob.escape(name)
+        weight = _weight_cfg(config, name, shape)
+        entries.append({"quantizer_name": f"{path}.weight_quantizer", "cfg": weight, "enable": True})
+        if activation is not None:
+            entries.append({"quantizer_name": f"{path}.input_quantizer", "cfg": activation, "enable": True})
+    return {"quant_cfg": entries, "algorithm": config.algorithm}
+
+
+def _weight_cfg(config: NVIDIAModelOptConfig, name: str, shape: tuple[int, int]) -> dict[str, Any]:
+    kind, in_features = config.weight_type, shape[1]
+    if config.modelopt_config is not None:
+        pasted = dict(_pasted_sides(config.modelopt_config)[0])
+        block = (pasted.get("block_sizes") or {}).get(-1)
+        if isinstance(block, int) and in_features % block:
+            raise ConfigError(f"modelopt_config: {_indivisible(name, shape, block)}")
+        return pasted
+    if kind in BLOCKS:
+        cfg = _block_cfg(kind)
+        if in_features % BLOCKS[kind][0]:
+            raise ConfigError(f"quant_type={kind}: {_indivisible(name, shape, BLOCKS[kind][0])}")
+        if config.scale_block_quantize is not None:
+            cfg["block_sizes"]["scale_block_sizes"] = {config.scale_channel_quantize: config.scale_block_quantize}
+        return cfg
+    block = asked = config.block_quantize
+    if block is not None and asked is not None and in_features % block:
+        if not config.fit_group_size:
+            raise ConfigError(f"group_size={block}: {_indivisible(name, shape, block)}")
+        block = next((b for b in _SMALLER_BLOCKS if b < asked and not in_features % b), None)
+        by_row = block is None
+    else:
+        by_row = block is None and config.channel_quantize is not None
+    if by_row and kind == "INT4" and config.compress and not in_features % 2:
+        block = in_features  # the library packs 4 bits in blocks only; a block of a whole row is one scale a row
+    if block is not None:
+        return {"num_bits": NUM_BITS[kind], "block_sizes": {-1: block}}
+    return {"num_bits": NUM_BITS[kind], "axis": 0 if by_row else None}
+
+
+def _indivisible(name: str, shape: tuple[int, int], block: int) -> str:
+    return (f"{name} {list(shape)}: in_features {shape[1]} does not divide by {block}; choose another group_size or "
+            "dtype, or exclude it with modules_to_not_convert")
+
+
+def _block_cfg(kind: str) -> dict[str, Any]:
+    block, scale_bits = BLOCKS[kind]
+    return {"num_bits": NUM_BITS[kind], "block_sizes": {-1: block, "type": "dynamic", "scale_bits": scale_bits}}
+
+
+def _activation_cfg(config: NVIDIAModelOptConfig) -> dict[str, Any] | None:
+    """Activations: one scale for the tensor, taken at run time, or the format's own blocks; None: left alone."""
+    if config.modelopt_config is not None:
+        return _pasted_sides(config.modelopt_config)[1]
+    kind = config.activation_type
+    if not kind:
+        return None
+    return _block_cfg(kind) if kind in BLOCKS else {"num_bits": NUM_BITS[kind], "axis": None, "type": "dynamic"}
+
+
+def _pasted_sides(modelopt_config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """(weight cfg, activation cfg or None) of a pasted ModelOpt config, in its list form or its older mapping form."""
+    entries = modelopt_config.get("quant_cfg")
+    if isinstance(entries, Mapping):
+        entries = [{"quantizer_name": k, "enable": v.get("enable", True),
+                    "cfg": {a: b for a, b in v.items() if a not in ("enable", "fake_quant")}}
+                   for k, v in entries.items() if isinstance(v, Mapping)]
+    if not isinstance(entries, (list, tuple)) or not all(isinstance(e, Mapping) for e in entries):
+        raise ConfigError("modelopt_config: it has a quant_cfg, a list of quantizers as ModelOpt 0.47 takes it")
+    found: dict[str, dict[str, Any] | None] = {}
+    for entry in entries:
+        name, cfg = entry.get("quantizer_name"), entry.get("cfg")
+        if name in _SIDES:
+            found[str(name)] = _with_int_keys(cfg) if entry.get("enable", True) and cfg else None
+        elif entry.get("enable", True) and cfg:
+            raise ConfigError(f"modelopt_config: quantizer {name!r} is set for some layers only; "
+                              f"{' and '.join(_SIDES)} are read, use modules_to_not_convert for the rest")
+    weight = found.get(_SIDES[0])
+    if not weight:
+        raise ConfigError(f"modelopt_config: its quant_cfg sets no {_SIDES[0]}; add it, or leave modelopt_config out")
+    return weight, found.get(_SIDES[1])
+
+
+def _with_int_keys(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """A quantizer's attributes with the int axes that JSON made strings, and tuples for (exponent, mantissa)."""
+    made: dict[Any, Any] = {}
+    for key, value in cfg.items():
+        is_axis = isinstance(key, str) and key.lstrip("-").isdigit()
+        value = _with_int_keys(value) if isinstance(value, Mapping) else value
+        made[int(key) if is_axis else key] = tuple(value) if isinstance(value, list) else value
+    return made
+
+
+def is_packable(config: NVIDIAModelOptConfig, weight_cfg: Mapping[str, Any]) -> bool:
+    """Whether ModelOpt can pack a weight of this cfg: all that is asked for, except 4-bit integers without blocks."""
+    return config.compress and not (weight_cfg.get("num_bits") == 4 and not weight_cfg.get("block_sizes"))
+
+

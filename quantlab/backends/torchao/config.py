@@ -1,0 +1,281 @@
+"""``TorchAoConfig``: a torchao scheme as a value, without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from quantlab.axes import QuantizationAxes, resolve_axes
+from quantlab.backends.torchao.forms import (
+    DEFAULTS,
+    PER_AXIS_0,
+    PER_ROW,
+    PER_TENSOR,
+    Form,
+    from_mapping,
+    from_object,
+    make,
+    of_enum,
+    per_group,
+)
+from quantlab.backends.torchao.shorthands import expand
+from quantlab.config import QuantizationConfigMixin, QuantizationMethod, quantization_config, setting
+from quantlab.errors import ConfigError
+
+INT4, INTX = "Int4WeightOnlyConfig", "IntxWeightOnlyConfig"
+INT8_INTX = "Int8DynamicActivationIntxWeightConfig"
+_INT8, _INT8_INT8 = "Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"
+_FLOAT8, _FLOAT8_FLOAT8 = "Float8WeightOnlyConfig", "Float8DynamicActivationFloat8WeightConfig"
+_NF4, _NVFP4, _MX = "NF4WeightOnlyConfig", "NVFP4WeightOnlyConfig", "MXDynamicActivationMXWeightConfig"
+_GRANULARITY = {INTX: "granularity", INT8_INTX: "weight_granularity", _INT8: "granularity"}
+_MAPPING = {INTX: "mapping_type", INT8_INTX: "weight_mapping_type"}
+_TILE_GROUPS = (32, 64, 128, 256)
+_SMALLER_GROUPS = (64, 32, 16)
+_HQQ_SCALE_ONLY = of_enum("IntxChooseQParamsAlgorithm", "HQQ_SCALE_ONLY")
+_DTYPES = {"float8_e4m3fn": "float8_e4m3", "float8_e5m2": "float8_e5m2", "int4": "int4", "int3": "int3", "int2": "int2"}
+_MX_DTYPES = {"mxfp8": "float8_e4m3fn", "mxfp4": "float4_e2m1fn_x2"}
+
+
+@quantization_config
+class TorchAoConfig(QuantizationConfigMixin):
+    """Diffusers' ``TorchAoConfig``, torch-free, and what Diffusers leaves to the caller: how 4-bit integers are kept.
+
+    ``TorchAoConfig(quant_type, modules_to_not_convert=None, **kwargs)``: ``quant_type`` is a shorthand of earlier
+    Diffusers with its keyword arguments (``TorchAoConfig("int4wo", group_size=64)``), a config object of torchao, or
+    the dictionary that torchao or Diffusers wrote. All become one stored form, torchao's ``{_type, _version, _data}``.
+    """
+
+    quant_method: ClassVar[QuantizationMethod] = QuantizationMethod.TORCHAO
+
+    quant_type: Any = setting("any")
+    """torchao's config as plain data."""
+    modules_to_not_convert: tuple[str, ...] | None = setting("names", None)
+    int4_packing_format: str = setting(
+        "str", "auto", choices=("auto", "unpacked_to_int8", "tile_packed_to_4d"), ours=True, node=True
+    )
+    """How weight-only int4 (``Int4WeightOnlyConfig``) is kept.
+
+    ``tile_packed_to_4d``: two to a byte with an asymmetric zero point for the tinygemm kernel; CUDA with compute
+    capability 8.0, bfloat16, groups of 32 to 256. ``unpacked_to_int8``: one to a byte (``IntxWeightOnlyConfig``), any
+    device and dtype. ``auto`` is the first where the device and the dtype allow it and ``mapping_type`` is left alone,
+    else the second; the quantize stage resolves it. The library's other packings need kernels that are not published.
+    """
+    mapping_type: str = setting("str", "auto", choices=("auto", "SYMMETRIC", "ASYMMETRIC"), ours=True, node=True)
+    """Zero point of unpacked int4, int3 and int2; ``auto``: as ``quant_type`` says, symmetric by the library's default.
+
+    Asymmetric grids are nearer to what tile-packed int4 does (relative weight error .081 against .095 at groups of 32).
+    """
+    fit_group_size: bool = setting("bool", False, ours=True)
+    """``group_size=auto``: a layer that the group of ``quant_type`` does not divide takes 64, 32 or 16, else one scale
+    a row. False: such a layer is refused."""
+
+    def post_init(self) -> None:
+        """Rules between the fields, and ``mapping_type`` written into ``quant_type``."""
+        if not self.modules_to_not_convert:
+            object.__setattr__(self, "modules_to_not_convert", None)
+        form = self.quant_type
+        kind, data = form["_type"], form["_data"]
+        packing, mapping = self.int4_packing_format, self.mapping_type
+        is_int4 = kind == INT4 or (kind in _MAPPING and data["weight_dtype"]["_data"] == "int4")
+        if packing != "auto" and not is_int4:
+            raise ConfigError(f"int4_packing_format={packing}: it is for dtype=int4, and this is {kind}; "
+                              "leave it at auto")
+        if packing == "tile_packed_to_4d" and (kind != INT4 or data["group_size"] not in _TILE_GROUPS):
+            raise ConfigError("int4_packing_format=tile_packed_to_4d: it keeps weight-only int4 in groups of "
+                              f"{', '.join(map(str, _TILE_GROUPS))}; choose such a group_size, or unpacked_to_int8")
+        if packing == "tile_packed_to_4d" and mapping == "SYMMETRIC":
+            raise ConfigError("mapping_type=SYMMETRIC: tile-packed int4 is asymmetric; set "
+                              "int4_packing_format=unpacked_to_int8, or leave mapping_type at auto")
+        if self.fit_group_size and kind != INT4 and kind not in _MAPPING:
+            raise ConfigError(f"fit_group_size=true: it is for int4, int3 and int2, and this is {kind}; leave it out")
+        if mapping != "auto":
+            self._set_mapping(kind, data, mapping)
+
+    def _set_mapping(self, kind: str, data: Mapping[str, Any], mapping: str) -> None:
+        if kind != INT4 and kind not in _MAPPING:
+            raise ConfigError(f"mapping_type={mapping}: it is for int4, int3 and int2, and this is {kind}; "
+                              "leave it at auto")
+        if mapping == "ASYMMETRIC" and _is_hqq(data):
+            raise ConfigError("mapping_type=ASYMMETRIC: algorithm=hqq of torchao searches scales of symmetric grids "
+                              "only; leave mapping_type at auto, or set algorithm=max")
+        if kind in _MAPPING:
+            changed = {**data, _MAPPING[kind]: of_enum("MappingType", mapping)}
+            object.__setattr__(self, "quant_type", {**self.quant_type, "_data": changed})
+
+    # -- spellings
+
+    @classmethod
+    def _fold_arguments(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``quant_type`` in its stored form; a shorthand takes the keywords that are no fields."""
+        names = [f.name for f in cls._fields()]
+        if len(args) > len(names):
+            raise ConfigError(f"{cls.__name__} takes {len(names)} positional arguments, not {len(args)}")
+        given = dict(zip(names, args, strict=False))
+        if twice := sorted(given.keys() & kwargs.keys()):
+            raise ConfigError(f"{twice[0]}: given twice, by position and by name")
+        given |= {k: v for k, v in kwargs.items() if k in names}
+        extra = {k: v for k, v in kwargs.items() if k not in names}
+        value = given.get("quant_type")
+        if value is None:
+            raise ConfigError("quant_type: TorchAoConfig needs it, such as int8wo or a config object of torchao")
+        if isinstance(value, str):
+            given["quant_type"] = expand(str(value), extra)
+        else:
+            super()._fold_arguments((), extra)
+            given["quant_type"] = from_mapping(value) if isinstance(value, Mapping) else from_object(value)
+        return (), given
+
+    @classmethod
+    def _read_dict(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Diffusers up to 0.37 wrote a shorthand and ``quant_type_kwargs``."""
+        keywords = data.pop("quant_type_kwargs", None) or {}
+        return {**data, **keywords}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As Diffusers writes it: ``quant_type`` below the key ``default``."""
+        data = super().to_dict()
+        return {**data, "quant_type": {"default": data["quant_type"]}}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What differs from the defaults; ``quant_type`` has none and is always there."""
+        data = super().to_diff_dict()
+        return {**data, "quant_type": {"default": data["quant_type"]}}
+
+    # -- axes
+
+    @classmethod
+    def from_axes(cls, axes: QuantizationAxes, settings: Mapping[str, Any] | None = None) -> Self:
+        """The config for these axes and the node's own keys; ConfigError where torchao does not offer them.
+
+        ``group_size=auto`` is torchao's default: 128 for weight-only integers below 8 bits (its Int4WeightOnlyConfig),
+        32 with int8 activations, lowered for layers that it does not divide; one scale a row for int8 and float8.
+        """
+        axes = resolve_axes(axes)
+        if axes.activation_dtype == "int8" and axes.dtype == "int8" and axes.group_size not in ("auto", "none"):
+            raise ConfigError(f"group_size={axes.group_size}: torchao int8 with activation_dtype=int8 has one scale a "
+                              "row; set group_size=none, or activation_dtype=none")
+        is_fitted = axes.group_size == "auto" and axes.dtype in ("int4", "int3", "int2")
+        return cls(quant_type=_form(axes), modules_to_not_convert=axes.exclusions() or None,
+                   fit_group_size=is_fitted, **dict(settings or {}))
+
+    def axes(self) -> QuantizationAxes:
+        """The axes that, with the config's own settings, :meth:`from_axes` turns into this config.
+
+        Raises ConfigError for a scheme of torchao that no axes express.
+        """
+        kind, data = self.quant_type["_type"], self.quant_type["_data"]
+        exclusions = {"own": list(self.modules_to_not_convert)} if self.modules_to_not_convert else {}
+        axes = QuantizationAxes(backend="torchao", activation_dtype="none", algorithm="max",
+                                modules_to_not_convert=exclusions)
+        if kind == INT4:
+            found = {"dtype": "int4", "group_size": data["group_size"]}
+        elif kind in _MAPPING:
+            bits = _DTYPES.get(data["weight_dtype"]["_data"])
+            found = {"dtype": bits, "group_size": _group(data[_GRANULARITY[kind]]),
+                     "activation_dtype": "int8" if kind == INT8_INTX else "none"}
+        elif kind in (_INT8, _INT8_INT8):
+            found = {"dtype": "int8", "group_size": _group(data["granularity"]),
+                     "activation_dtype": "int8" if kind == _INT8_INT8 else "none"}
+        elif kind in (_FLOAT8, _FLOAT8_FLOAT8):
+            found = _float8_axes(kind, data)
+        elif kind == _MX:
+            dtype = next((d for d, name in _MX_DTYPES.items() if name == data["weight_dtype"]["_data"]), None)
+            found = {"dtype": dtype, "group_size": data["block_size"], "activation_dtype": dtype}
+        else:
+            fixed = {_NF4: ("nf4", 64), _NVFP4: ("nvfp4", 16)}.get(kind)
+            found = {"dtype": fixed[0], "group_size": fixed[1]} if fixed else {}
+        if None in found.values() or not found:
+            raise ConfigError(f"quant_type={kind}: no axes of quantlab express it; keep it as a quantization_config")
+        found |= {"group_size": "auto"} if self.fit_group_size else {}
+        return dataclasses.replace(axes, **found, algorithm="hqq" if _is_hqq(data) else "max")
+
+
+def _float8_axes(kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    granularity = data["granularity"] if kind == _FLOAT8 else data["granularity"][1]
+    dtype = _DTYPES[data["weight_dtype"]["_data"]]
+    if kind == _FLOAT8:
+        return {"dtype": dtype, "group_size": _group(granularity)}
+    group = "auto" if granularity["_type"] == "PerTensor" else _group(granularity)
+    return {"dtype": dtype, "group_size": group, "activation_dtype": dtype}
+
+
+def _group(granularity: Mapping[str, Any]) -> int | str | None:
+    """A granularity as a group size; None where no group size says it."""
+    kind, data = granularity["_type"], granularity["_data"]
+    if kind == "PerGroup":
+        return int(data["group_size"])
+    return "none" if kind == "PerRow" or (kind == "PerAxis" and data["axis"] == 0) else None
+
+
+def _is_hqq(data: Mapping[str, Any]) -> bool:
+    names = (data.get(k, {}).get("_data") for k in ("int4_choose_qparams_algorithm", "intx_choose_qparams_algorithm"))
+    return any(name in ("HQQ", "HQQ_SCALE_ONLY") for name in names)
+
+
+def _form(axes: QuantizationAxes) -> Form:
+    """The stored form for resolved axes."""
+    dtype, group = axes.dtype, axes.group_size
+    granularity = per_group(group) if isinstance(group, int) else PER_ROW
+    if dtype == "int8":
+        return make(_INT8, granularity=granularity) if axes.activation_dtype == "none" else make(_INT8_INT8)
+    if dtype in ("float8_e4m3", "float8_e5m2"):
+        if axes.activation_dtype != "none":
+            return make(_FLOAT8_FLOAT8, granularity=PER_TENSOR if group == "auto" else PER_ROW)
+        return make(_FLOAT8, weight_dtype=next(name for name, d in _DTYPES.items() if d == dtype))
+    if dtype in _MX_DTYPES:
+        name = _MX_DTYPES[dtype]
+        return make(_MX, weight_dtype=name, activation_dtype=name, kernel_preference="EMULATED")
+    if dtype in ("nf4", "nvfp4"):
+        return make(_NF4 if dtype == "nf4" else _NVFP4)
+    hqq = axes.algorithm == "hqq"
+    if group == "auto":
+        group = DEFAULTS[INT4][1]["group_size"] if axes.activation_dtype == "none" else 32
+    if dtype == "int4" and axes.activation_dtype == "none" and group in _TILE_GROUPS:
+        return make(INT4, group_size=group, int4_packing_format="tile_packed_to_4d",
+                    **({"int4_choose_qparams_algorithm": "hqq"} if hqq else {}))
+    kind = INTX if axes.activation_dtype == "none" else INT8_INTX
+    return _intx(kind, dtype, PER_AXIS_0 if group == "none" else per_group(int(group)), hqq)
+
+
+def _intx(kind: str, dtype: str, granularity: Form, hqq: bool) -> Form:
+    algorithm = {"intx_choose_qparams_algorithm": _HQQ_SCALE_ONLY} if hqq else {}
+    return make(kind, weight_dtype=dtype, **{_GRANULARITY[kind]: granularity}, **algorithm)
+
+
+# -- one layer
+
+
+def unpacked(config: TorchAoConfig, group_size: int | str) -> Form:
+    """The ``IntxWeightOnlyConfig`` that keeps what an ``Int4WeightOnlyConfig`` asks for in int8."""
+    form = _intx(INTX, "int4", PER_AXIS_0 if group_size == "none" else per_group(int(group_size)),
+                 _is_hqq(config.quant_type["_data"]))
+    if config.mapping_type != "auto":
+        form["_data"]["mapping_type"] = of_enum("MappingType", config.mapping_type)
+    return form
+
+
+def layer_form(config: TorchAoConfig, in_features: int) -> Form:
+    """What torchao is told for a layer of ``in_features``: the packing chosen, the group size fitted.
+
+    ``config.int4_packing_format`` is resolved (``auto`` keeps what ``quant_type`` says). Raises ConfigError where the
+    group size does not divide ``in_features`` and may not be fitted.
+    """
+    form = config.quant_type
+    kind, data = form["_type"], form["_data"]
+    group = data["group_size"] if kind == INT4 else _group(data.get(_GRANULARITY.get(kind, ""), PER_ROW))
+    if isinstance(group, int) and in_features % group:
+        if not config.fit_group_size:
+            raise ConfigError(f"group_size={group}: in_features {in_features} does not divide by it; choose another "
+                              "group_size, exclude the layer, or leave group_size=auto")
+        group = next((g for g in _SMALLER_GROUPS if g < int(group) and not in_features % g), "none")
+    if kind == INT4:
+        if config.int4_packing_format == "unpacked_to_int8" or group not in _TILE_GROUPS:
+            return unpacked(config, group or "none")
+        packing = {"int4_packing_format": of_enum("Int4PackingFormat", "TILE_PACKED_TO_4D")}
+        chosen = packing if config.int4_packing_format == "tile_packed_to_4d" else {}
+        return {**form, "_data": {**data, "group_size": group, **chosen}}
+    if config.fit_group_size and group is not None:
+        fitted = PER_AXIS_0 if group == "none" else per_group(int(group))
+        return {**form, "_data": {**data, _GRANULARITY[kind]: fitted}}
+    return dict(form)

@@ -1,0 +1,111 @@
+"""What the tensors of a torchao layer show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quantlab.dtypes import dtype_name
+from quantlab.errors import NotQuantized
+from quantlab.reports import StoredWeight
+
+
+def is_quantized(layer: Any) -> bool:
+    """Whether the layer's weight is one of torchao's tensor classes."""
+    return any(kind.__name__ in _READERS for kind in type(getattr(layer, "weight", None)).__mro__)
+
+
+def read_back(layer: Any) -> StoredWeight:
+    """What the layer's tensors show; the group size is counted from the number of scales.
+
+    Raises NotQuantized where the layer holds no weight of torchao, or one whose scales do not add up.
+    """
+    if not is_quantized(layer):
+        raise NotQuantized(f"backend=torchao: {type(layer).__name__} holds an unquantized weight; it was not converted")
+    weight = layer.weight
+    kind = next(k.__name__ for k in type(weight).__mro__ if k.__name__ in _READERS)
+    dtype, num_scales, activation = _READERS[kind](weight)
+    numel, num_rows = weight.numel(), weight.shape[0]
+    if num_scales not in (1, num_rows) and numel % num_scales:
+        raise NotQuantized(f"dtype={dtype}: {num_scales} scales for {numel} weights do not add up; report this layer")
+    return StoredWeight(
+        dtype=dtype,
+        group_size=None if num_scales in (1, num_rows) else numel // num_scales,
+        dense=_dense(weight, kind),
+        is_simulated=kind == "IntxUnpackedToInt8Tensor" and dtype != "int8",
+        activation_dtype=activation,
+    )
+
+
+def _read_int8(weight: Any) -> tuple[str, int, str]:
+    dtype = dtype_name(weight.qdata.dtype)
+    return dtype, weight.scale.numel(), "none" if weight.act_quant_kwargs is None else "int8"
+
+
+def _read_intx(weight: Any) -> tuple[str, int, str]:
+    activation = weight.activation_quantization
+    return dtype_name(weight.target_dtype), weight.scale.numel(), "none" if activation is None else "int8"
+
+
+def _read_tile_packed(weight: Any) -> tuple[str, int, str]:
+    """The scales stand in a (padded in_features / group, padded out_features, 2) tensor beside the zero points."""
+    num_groups = weight.scale_and_zero.shape[-3]
+    padded_in_features = weight.qdata.shape[-3] * 128  # inner_k_tiles 8 times a tile of 16
+    num_scales = weight.shape[0] * max(1, weight.shape[1] * num_groups // padded_in_features)
+    return "int4", num_scales, "none"
+
+
+def _read_float8(weight: Any) -> tuple[str, int, str]:
+    dtype = _float8_name(weight.qdata.dtype)
+    return dtype, weight.scale.numel(), "none" if weight.act_quant_kwargs is None else dtype
+
+
+def _float8_name(dtype: Any) -> str:
+    return {"float8_e4m3fn": "float8_e4m3"}.get(dtype_name(dtype), dtype_name(dtype))
+
+
+def _read_nf4(weight: Any) -> tuple[str, int, str]:
+    return "nf4", weight.quantized_scalers.numel(), "none"
+
+
+def _read_nvfp4(weight: Any) -> tuple[str, int, str]:
+    return "nvfp4", _num_blocks(weight, "nvfp4"), "none" if weight.act_quant_kwargs is None else "nvfp4"
+
+
+def _read_mx(weight: Any) -> tuple[str, int, str]:
+    dtype = {"float8_e4m3fn": "mxfp8", "float4_e2m1fn_x2": "mxfp4"}.get(dtype_name(weight.elem_dtype), "mx")
+    return dtype, _num_blocks(weight, dtype), "none" if weight.act_quant_kwargs is None else dtype
+
+
+def _num_blocks(weight: Any, dtype: str) -> int:
+    """Blocks of an MX or NVFP4 weight; its swizzled scales are padded to tiles of 128 rows and 4 columns (cuBLAS)."""
+    num_rows, num_columns = weight.shape[0], weight.shape[1] // weight.block_size
+    padded = -(-num_rows // 128) * 128 * (-(-num_columns // 4) * 4)
+    if weight.scale.numel() not in (num_rows * num_columns, padded):
+        raise NotQuantized(f"dtype={dtype}: {weight.scale.numel()} scales do not cover blocks of {weight.block_size}; "
+                           "report this layer")
+    return num_rows * num_columns
+
+
+_READERS = {
+    "Int8Tensor": _read_int8,
+    "IntxUnpackedToInt8Tensor": _read_intx,
+    "Int4TilePackedTo4dTensor": _read_tile_packed,
+    "Float8Tensor": _read_float8,
+    "NF4Tensor": _read_nf4,
+    "NVFP4Tensor": _read_nvfp4,
+    "MXTensor": _read_mx,
+}
+"""Tensor class of torchao -> (dtype, number of scales, activation dtype) of a weight of it."""
+
+
+def _dense(weight: Any, kind: str) -> Any:
+    """The dequantized weight, fp32."""
+    import torch
+
+    with torch.no_grad():
+        if kind == "NF4Tensor":
+            return weight.get_original_weight().float()
+        if kind == "Int4TilePackedTo4dTensor":  # it multiplies and does nothing else: the identity gives the weight
+            eye = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+            return torch.nn.functional.linear(eye, weight).t().float()
+        return weight.dequantize().float()

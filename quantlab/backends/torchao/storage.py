@@ -1,0 +1,108 @@
+"""Quantized torchao layers to a file and back, with bit-equal outputs."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from quantlab.backends.casting import cast_around
+from quantlab.backends.torchao.config import TorchAoConfig
+from quantlab.backends.torchao.quantize import quiet_library
+from quantlab.backends.torchao.readback import is_quantized, read_back
+from quantlab.errors import ConfigError, ModelError
+
+_SAFETENSORS_FILE, _TORCH_FILE = "quantized.safetensors", "quantized.pt"
+_SUPPORT = "torchao.prototype.safetensors.safetensors_support"
+
+
+def save(model: Any, folder: Any) -> None:
+    """Write the quantized layers (weights and biases) into ``folder``.
+
+    Safetensors in torchao's own layout, or ``torch.save`` for the weights that it has no layout for (nf4).
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in (_SAFETENSORS_FILE, _TORCH_FILE):
+        (folder / stale).unlink(missing_ok=True)
+    tensors: dict[str, Any] = {}
+    for name, layer in model.named_modules():
+        if is_quantized(layer):
+            tensors[f"{name}.weight"] = layer.weight.detach()
+            if layer.bias is not None:
+                tensors[f"{name}.bias"] = layer.bias.detach()
+    with quiet_library():
+        support = importlib.import_module(_SUPPORT)
+        try:
+            data, metadata = support.flatten_tensor_state_dict(tensors)
+        except ValueError:  # it has no layout for this tensor class
+            torch.save(tensors, folder / _TORCH_FILE)
+            return
+    save_file({key: value.contiguous() for key, value in data.items()}, folder / _SAFETENSORS_FILE, metadata=metadata)
+
+
+def load(model: Any, layers: Iterable[str], config: TorchAoConfig, folder: Any) -> None:
+    """Put what :func:`save` wrote into a fresh unquantized copy of the model, in place; outputs are bit-equal.
+
+    Raises ModelError where the file is unreadable or is not that of these layers, this config and this model.
+    """
+    import torch
+
+    folder, names = Path(folder), list(layers)
+    tensors = _read(folder)
+    saved = {key.removesuffix(".weight") for key in tensors if key.endswith(".weight")}
+    if saved != set(names):
+        raise ModelError(f"{folder}: holds other layers than were asked for (such as {min(saved ^ set(names))}); "
+                         "load with the exclusions that it was quantized with")
+    wanted = _dtype_of(config)
+    for name in names:
+        layer = model.get_submodule(name)
+        weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+        if weight.shape != layer.weight.shape or (bias is None) != (layer.bias is None):
+            raise ModelError(f"{folder}: {name} was saved with shape {list(weight.shape)}; the model's layer has "
+                             f"{list(layer.weight.shape)}, or their biases differ; load it into the model it was made "
+                             "from")
+        device, outside = layer.weight.device, layer.weight.dtype
+        layer.weight = torch.nn.Parameter(weight.to(device), requires_grad=False)
+        if bias is not None:
+            layer.bias = torch.nn.Parameter(bias.to(device), requires_grad=layer.bias.requires_grad)
+        cast_around(layer, weight.dtype, outside)
+        if wanted and (stored := read_back(layer).dtype) != wanted:
+            raise ModelError(f"{folder}: {name} is stored as {stored}, not {wanted}; load with the config it was "
+                             "quantized with")
+
+
+def _dtype_of(config: TorchAoConfig) -> str:
+    """The dtype that the config asks for; "" for a scheme that no axes express."""
+    try:
+        return config.axes().dtype
+    except ConfigError:
+        return ""
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    way_out = "save the quantized model again"
+    with quiet_library():
+        support = importlib.import_module(_SUPPORT)
+        importlib.import_module("torchao.prototype._nf4tensor_api")  # registers what torch.load may build
+        try:
+            if (folder / _TORCH_FILE).exists():
+                data: dict[str, Any] = torch.load(folder / _TORCH_FILE, map_location="cpu", weights_only=True)
+                return data
+            with safe_open(folder / _SAFETENSORS_FILE, "pt") as file:
+                flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+                tensors, left = support.unflatten_tensor_state_dict(flat, file.metadata() or {})
+        except (OSError, SafetensorError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ModelError(f"{folder}: no readable torchao weights ({error}); {way_out}") from error
+    if left:
+        raise ModelError(f"{folder}: holds incomplete weights (such as {min(left)}); {way_out}")
+    complete: dict[str, Any] = tensors
+    return complete
