@@ -148,9 +148,10 @@ def run(request: Plan, as_json: bool, quiet: bool) -> int:
         config = request.jobs[0].config
         caption = (f"{config.model.family}, n = {config.evaluation.num_samples}; 95 % bootstrap intervals; "
                    f"saving against 16 bit; CPU times say nothing about a GPU")
+        console = Console() if sys.stdout.isatty() else Console(width=132)  # a file or a pipe has no width of its own
         protocols = sorted({r.protocol for r in reports if r.protocol})
         for protocol in protocols:
-            Console().print(terminal_table([r for r in reports if r.protocol in (protocol, "")], protocol, caption))
+            console.print(terminal_table([r for r in reports if r.protocol in (protocol, "")], protocol, caption))
     for report in failed:
         print(f"failed: {report.name} at {report.failed_stage}: {report.error}", file=sys.stderr)
     return 1 if failed else 0

@@ -24,6 +24,7 @@ from quantlab.models.loaded import LoadedModel
 from quantlab.models.table import FAMILIES
 from quantlab.progress import Advance, progress_bars, say
 from quantlab.provenance import environment
+from quantlab.quiet import quiet_libraries
 from quantlab.report.record import log_evaluation, log_quantization, report_data
 from quantlab.reports import MemoryReport, MetricValue, QuantizationReport, RunReport, StageReport
 from quantlab.stages.evaluate import evaluate, summarize
@@ -159,6 +160,7 @@ def _run_child(session: Session, bench: Workbench, job: Job) -> RunReport:
 
 def prepare_device(config: ExperimentConfig) -> str:
     """Resolve ``device``, set torch's threads; ConfigError where CUDA is asked for and there is none."""
+    quiet_libraries()
     import torch
 
     if config.device == "cuda" and not torch.cuda.is_available():

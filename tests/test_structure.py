@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "quantlab"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
-    0: ("errors", "dtypes", "capabilities", "axes", "config", "reports", "experiment", "recipe", "progress"),
+    0: ("errors", "dtypes", "capabilities", "axes", "config", "reports", "experiment", "recipe", "progress", "quiet"),
     1: ("backends", "models", "datasets", "metrics", "protocols", "memory", "layers", "tracking", "statistics",
         "provenance", "fingerprint"),
     2: ("stages", "report", "composition", "listing"),

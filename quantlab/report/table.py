@@ -18,7 +18,7 @@ MIB = 1024**2
 def columns(protocol: str) -> list[str]:
     """Column titles of a protocol's table."""
     names = [_title(m) for m in HEADLINE[protocol]]
-    return ["scheme", "bits/weight", "size [MiB]", "saving", *names, "coverage", "evaluate [s]"]
+    return ["scheme", "bits/weight", "MiB", "saving", *names, "coverage", "s"]
 
 
 def _title(metric: str) -> str:
@@ -56,6 +56,9 @@ def _bits(report: RunReport, total: Any) -> str:
 
 
 def _number(value: float) -> str:
+    if value != 0 and abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
     return f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
@@ -81,7 +84,7 @@ def terminal_table(reports: Iterable[RunReport], protocol: str, caption: str = "
     """The rows as a rich table."""
     table = Table(caption=Text(caption, justify="left"), caption_justify="left", pad_edge=False)
     for i, title in enumerate(columns(protocol)):
-        table.add_column(title, justify="left" if i == 0 else "right", overflow="fold", no_wrap=i == 0)
+        table.add_column(Text(title), justify="left" if i == 0 else "right", overflow="fold", no_wrap=i == 0)
     for report in reports:
         style = "red" if report.status != "FINISHED" else "dim" if report.quantization is None else None
         table.add_row(*(Text(c) for c in cells(report, protocol)), style=style)

@@ -1,0 +1,35 @@
+"""What the libraries print at import and on first use, filtered by logger: it is about parts that quantlab never uses.
+
+Missing prebuilt kernels, renamed classes, a cast that is asked for. Errors still come through, and
+``QUANTLAB_VERBOSE=1`` shows everything.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+LOGGERS = ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers", "transformers", "optimum", "modelopt", "alembic",
+           "mlflow", "torch.distributed.elastic", "kernels")
+WARNINGS = (
+    r".*modules? .* should be kept in float32.*",
+    r".*transformers version .* is not tested with.*",
+    r".*lr_scheduler\.step\(\).*",
+)
+
+
+def quiet_libraries() -> None:
+    """Raise the level of the chatty loggers to ERROR; call it before the libraries are imported."""
+    if os.environ.get("QUANTLAB_VERBOSE") == "1":
+        return
+    os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", category=FutureWarning)
