@@ -80,7 +80,7 @@ _TORCHAO: Rows = {
     "int3": Capability(group_sizes=("none", *_ROW_GROUPS), is_simulated_on=("cpu", "cuda"), algorithms=("max", "hqq")),
     "int2": Capability(group_sizes=("none", *_ROW_GROUPS), is_simulated_on=("cpu", "cuda"), algorithms=("max", "hqq")),
     "nf4": Capability(group_sizes=(64,), grouping="flat", numel_multiple=64 * 256, is_prototype=True),
-    "nvfp4": Capability(group_sizes=(16,), in_features_multiple=16, out_features_multiple=16, is_prototype=True),
+    "nvfp4": Capability(group_sizes=(16,), in_features_multiple=16, out_features_multiple=16, compute_dtypes=("float32", "bfloat16"), is_prototype=True),
     "mxfp8": Capability(
         group_sizes=(32,),
         in_features_multiple=32,

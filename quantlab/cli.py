@@ -146,8 +146,10 @@ def run(request: Plan, as_json: bool, quiet: bool) -> int:
         print(json.dumps([report_data(r) for r in reports], indent=2))
     else:
         config = request.jobs[0].config
-        caption = (f"{config.model.family}, n = {config.evaluation.num_samples}; 95 % bootstrap intervals; "
-                   f"saving against 16 bit; CPU times say nothing about a GPU")
+        caption = (
+            f"{config.model.family}, n = {config.evaluation.num_samples}; 95 % bootstrap intervals; "
+            f"saving against 16 bit; CPU times say nothing about a GPU"
+        )
         console = Console() if sys.stdout.isatty() else Console(width=132)  # a file or a pipe has no width of its own
         protocols = sorted({r.protocol for r in reports if r.protocol})
         for protocol in protocols:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Self, TypeVar, cast, dataclass_transform
 
 from quantlab.axes import QuantizationAxes
 from quantlab.dtypes import TORCH_DTYPE_NAMES, dtype_name
@@ -135,7 +135,7 @@ def coerce(owner: str, field: dataclasses.Field[Any], value: Any) -> Any:
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(setting,))
 def quantization_config(cls: _T) -> _T:
     """Make ``cls`` a frozen dataclass whose constructor names the nearest field for an unknown key."""
-    made = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+    made: Any = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     init = made.__init__
 
     @functools.wraps(init)
@@ -143,8 +143,8 @@ def quantization_config(cls: _T) -> _T:
         args, kwargs = type(self)._fold_arguments(args, kwargs)
         init(self, *args, **kwargs)
 
-    made.__init__ = checked  # type: ignore[misc]
-    return made
+    made.__init__ = checked
+    return cast(_T, made)
 
 
 class QuantizationConfigMixin:
@@ -240,7 +240,7 @@ class QuantizationConfigMixin:
     # -- value semantics
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self._canonical() == other._canonical()  # type: ignore[attr-defined]
+        return type(self) is type(other) and self._canonical() == other._canonical()
 
     def __hash__(self) -> int:
         return hash((type(self).__name__, self._canonical()))

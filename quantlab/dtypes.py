@@ -47,8 +47,20 @@ DTYPES: dict[str, Dtype] = _table(
     ("iq4_xs", 4, "ggml: superblocks of 256, non-linear codebook"),
 )
 
-TORCH_DTYPE_NAMES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2",
-                     "int64", "int32", "int16", "int8", "uint8", "bool")
+TORCH_DTYPE_NAMES = (
+    "float64",
+    "float32",
+    "bfloat16",
+    "float16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+)
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 

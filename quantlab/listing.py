@@ -34,8 +34,15 @@ def _installed(backend: str) -> str:
 
 def dtypes() -> list[Row]:
     """One row a dtype: its payload bits, and which backends store it."""
-    return [{"dtype": d.name, "bits": d.bits, "backends": " ".join(b for b, rows in CAPABILITIES.items() if d.name in rows),
-             "what it is": d.description} for d in DTYPES.values()]
+    return [
+        {
+            "dtype": d.name,
+            "bits": d.bits,
+            "backends": " ".join(b for b, rows in CAPABILITIES.items() if d.name in rows),
+            "what it is": d.description,
+        }
+        for d in DTYPES.values()
+    ]
 
 
 def combinations() -> list[Row]:
@@ -44,8 +51,10 @@ def combinations() -> list[Row]:
 
 
 def _options(group: str) -> list[Row]:
-    return [{group: f.stem, "what it is": headline(f.read_text(encoding="utf-8"))}
-            for f in sorted((conf_dir() / group).glob("*.yaml"))]
+    return [
+        {group: f.stem, "what it is": headline(f.read_text(encoding="utf-8"))}
+        for f in sorted((conf_dir() / group).glob("*.yaml"))
+    ]
 
 
 def headline(text: str) -> str:
@@ -56,14 +65,24 @@ def headline(text: str) -> str:
 
 def list_recipes() -> list[Row]:
     """One row a recipe: its question."""
-    return [{"recipe": name, "question": headline(f.read_text(encoding="utf-8"))} for name, f in sorted(recipes().items())]
+    return [
+        {"recipe": name, "question": headline(f.read_text(encoding="utf-8"))} for name, f in sorted(recipes().items())
+    ]
 
 
 def metrics() -> list[Row]:
     """One row a metric."""
     better = {True: "higher", False: "lower", None: ""}
-    return [{"metric": f"quality/{m.name}", "unit": m.unit, "better": better[m.higher_is_better],
-             "protocols": " ".join(m.protocols), "what it is": m.description} for m in METRICS.values()]
+    return [
+        {
+            "metric": f"quality/{m.name}",
+            "unit": m.unit,
+            "better": better[m.higher_is_better],
+            "protocols": " ".join(m.protocols),
+            "what it is": m.description,
+        }
+        for m in METRICS.values()
+    ]
 
 
 LISTS: dict[str, Callable[[], list[Row]]] = {

@@ -210,8 +210,9 @@ def _step(session: Session, what: str) -> Any:
 
 def _log_shared(run: Any, bench: Workbench) -> None:
     run.set_tags(_shared_tags(bench))
-    for path in bench.model.parts.get("artifacts", ()):
-        run.log_artifact(Path(path), f"model/{bench.model.weights_sha256.removeprefix('sha256:')[:16]}")
+    if "folder" in bench.model.parts:  # a model that quantlab trained: another machine repeats the numbers with these
+        for path in sorted(Path(bench.model.parts["folder"]).glob("*.*")):
+            run.log_artifact(path, f"model/{bench.model.weights_sha256.removeprefix('sha256:')[:16]}")
 
 
 def _shared_tags(bench: Workbench) -> dict[str, str]:
@@ -320,7 +321,7 @@ def _candidate(session: Session, bench: Workbench, job: Job) -> tuple[LoadedMode
                 component=name,
                 axes=axes,
                 native=job.native,
-                compute_dtype=bench.model.dtype,
+                compute_dtype=bench.model.dtype if axes.compute_dtype == "auto" else axes.compute_dtype,
                 device=session.device,
                 default_exclusions=bench.model.default_exclusions.get(name, ()),
             )

@@ -4,8 +4,8 @@ A backend file has, at module level and without importing torch or its library t
 
 ``Config``
     its native config class;
-``resolve(config, device)``
-    the config with every device-dependent ``auto`` made concrete (``device`` is ``cpu`` or ``cuda``);
+``resolve(config, device, compute_dtype)``
+    the config with every ``auto`` that depends on them made concrete (``device`` is ``cpu`` or ``cuda``);
 ``quantize(model, layers, config, compute_dtype)``
     replaces each named ``nn.Linear`` of ``model`` by its quantized form, in place, on the device where it is;
 ``read_back(layer)``

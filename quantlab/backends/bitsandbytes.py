@@ -137,7 +137,7 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
 Config: type[QuantizationConfigMixin] = BitsAndBytesConfig
 
 
-def resolve(config: BitsAndBytesConfig, device: str) -> BitsAndBytesConfig:
+def resolve(config: BitsAndBytesConfig, device: str, compute_dtype: str = "float32") -> BitsAndBytesConfig:
     """The config itself: nothing in it depends on the device."""
     return config
 

@@ -85,7 +85,7 @@ class GGUFQuantizationConfig(QuantizationConfigMixin):
 Config: type[QuantizationConfigMixin] = GGUFQuantizationConfig
 
 
-def resolve(config: GGUFQuantizationConfig, device: str) -> GGUFQuantizationConfig:
+def resolve(config: GGUFQuantizationConfig, device: str, compute_dtype: str = "float32") -> GGUFQuantizationConfig:
     """The config with its type named; nothing depends on the device."""
     return GGUFQuantizationConfig.from_dict({**config.to_dict(), "gguf_type": config.dtype})
 

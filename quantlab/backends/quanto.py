@@ -86,7 +86,7 @@ class QuantoConfig(QuantizationConfigMixin):
 Config = QuantoConfig
 
 
-def resolve(config: QuantoConfig, device: str) -> QuantoConfig:
+def resolve(config: QuantoConfig, device: str, compute_dtype: str = "float32") -> QuantoConfig:
     """The config itself: nothing in it depends on the device."""
     return config
 

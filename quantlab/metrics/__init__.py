@@ -107,7 +107,7 @@ _ROWS = (
         description="smallest divergence of a token: a check of the arithmetic, 0 within 1e-6",
     ),
     Metric(
-        name="same_top1", unit="fraction", higher_is_better=True, protocols=_LANGUAGE, is_binary=True,
+        name="same_top1", unit="fraction", higher_is_better=True, protocols=_LANGUAGE,
         description="tokens whose most probable successor is the reference's",
     ),
     Metric(

@@ -67,7 +67,7 @@ def quantize_component(request: Request, module: Any, original: Any) -> tuple[An
         raise NotQuantized(_misfit_message(axes, misfits, shapes))
     taken = [n for n in wanted if n not in misfits]
     backend = BACKENDS[axes.backend]
-    native = backend.resolve(request.native, request.device)
+    native = backend.resolve(request.native, request.device, request.compute_dtype)
     if taken:
         backend.quantize(module, taken, native, request.compute_dtype)
     fallback = _fall_back(request, axes, module, list(misfits)) if axes.on_mismatch != "skip" else {}
@@ -120,8 +120,8 @@ def check_device(axes: QuantizationAxes, row: Capability, device: str, compute_d
         )
     if compute_dtype not in row.compute_dtypes:
         raise ConfigError(
-            f"{who} computes it in {', '.join(row.compute_dtypes)} only; the model runs in {compute_dtype}: "
-            f"pass model.dtype={row.compute_dtypes[0]}"
+            f"{who} computes it in {', '.join(row.compute_dtypes)} only; this run computes in {compute_dtype}: "
+            f"pass compute_dtype={row.compute_dtypes[0]}"
         )
     if device == "cuda" and row.min_compute_capability is not None:
         import torch
@@ -249,7 +249,8 @@ def _require(axes: QuantizationAxes, row: Capability, rows: Sequence[LayerReport
             raise NotQuantized(
                 f"dtype={axes.dtype}: {axes.backend} left {where} as {r.dtype}; exclude it, or report this"
             )
-        if isinstance(axes.group_size, int) and r.group_size != axes.group_size:
+        whole_row = r.group_size is None and r.shape[1] == axes.group_size  # one group a row is one scale a row
+        if isinstance(axes.group_size, int) and r.group_size != axes.group_size and not whole_row:
             raise NotQuantized(
                 f"group_size={axes.group_size}: {axes.backend} gave {where} {r.group_size}; "
                 "choose a group size that divides in_features, or exclude the layer"

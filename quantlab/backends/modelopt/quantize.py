@@ -32,7 +32,7 @@ _PACKED = {
 _EXTENSIONS = ("get_cuda_ext", "get_cuda_ext_fp8", "get_cuda_ext_mx")
 
 
-def resolve(config: NVIDIAModelOptConfig, device: str) -> NVIDIAModelOptConfig:
+def resolve(config: NVIDIAModelOptConfig, device: str, compute_dtype: str = "float32") -> NVIDIAModelOptConfig:
     """The config itself: nothing in it depends on the device."""
     return config
 
