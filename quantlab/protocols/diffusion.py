@@ -84,7 +84,8 @@ def observe(
     ``latents`` (n, ...) float32; ``images`` uint8 (n, height, width, channels), absent without ``decode``;
     ``step_indices`` (m,): which samples are traced; for these, where m > 0, ``steps`` (num_steps, m, ...) float32, the
     latents after each step, and ``calls``: the denoiser's calls with their ``step`` and the rows ``start`` to ``stop``
-    of ``step_indices`` that they belong to; ``timings_ms``.
+    of ``step_indices`` that they belong to; ``timings_ms``; ``noise`` and ``conditioning`` as they were sampled from, so
+    that the file alone is enough to repeat the measurement.
     ``progress(done, total)`` counts denoising steps over all batches.
     Raises MetricUndefined, naming sample and step, for NaN or infinity in a latent.
     """
@@ -92,7 +93,8 @@ def observe(
     batches = _batches(inputs.num_samples, traced, batch_size or evaluation.batch_size)
     tick = _Ticks(progress, evaluation.num_inference_steps * len(batches))
     outputs, calls = _run(model, inputs, evaluation, batches, tick, record=True)
-    return {**outputs, "calls": calls} if calls else outputs
+    given = {"noise": inputs.noise, "conditioning": dict(inputs.conditioning)}
+    return {**outputs, **given, "calls": calls} if calls else {**outputs, **given}
 
 
 def measure(
