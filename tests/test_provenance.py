@@ -1,0 +1,54 @@
+"""What a run was made with."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+from pathlib import Path
+
+from quantlab import provenance
+
+
+def test_git_state(tmp_path: Path) -> None:
+    assert provenance.git_state(tmp_path) is None
+    assert provenance.git_state(tmp_path / "absent") is None
+
+    def git(*words: str) -> None:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "unknown").mkdir()
+    assert provenance.git_state(tmp_path) is None  # no commit yet
+    (tmp_path / "a").write_text("1\n")
+    git("add", "a")
+    git("commit", "-m", "one")
+    clean = provenance.git_state(tmp_path)
+    assert clean is not None
+    assert (len(clean["sha"]), clean["dirty"], clean["diff_sha256"]) == (40, False, None)
+    assert provenance.git_state(tmp_path / "unknown") is None  # in the checkout's folder, and not of it
+    digests = set()
+    for text in ("2\n", "3\n", "2\n"):
+        (tmp_path / "a").write_text(text)
+        state = provenance.git_state(tmp_path)
+        assert state is not None
+        assert (state["sha"], state["dirty"]) == (clean["sha"], True)
+        digests.add(state["diff_sha256"])
+    assert len(digests) == 2
+    (tmp_path / "a").write_text("1\n")
+    (tmp_path / "new").write_text("")
+    assert (provenance.git_state(tmp_path) or {})["dirty"] is True
+
+
+def test_environment_is_plain_and_names_no_host(tmp_path: Path) -> None:
+    import mlflow
+    import torch
+
+    environment = provenance.environment(tmp_path)
+    assert set(environment) == {"versions", "git", "hardware"}
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["versions"]["mlflow"] == mlflow.__version__
+    assert environment["hardware"]["torch_threads"] == torch.get_num_threads()
+    assert len(environment["hardware"]["gpus"]) == torch.cuda.device_count()
+    assert socket.gethostname() not in json.dumps(environment)
