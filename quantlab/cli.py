@@ -140,20 +140,17 @@ def run(request: Plan, as_json: bool, quiet: bool) -> int:
     from quantlab.report.record import report_data
     from quantlab.report.table import terminal_table
 
-    reports = run_plan(request, quiet=quiet or as_json)
-    failed = [r for r in reports if r.status != "FINISHED"]
+    rows = [report_data(r) for r in run_plan(request, quiet=quiet or as_json)]
+    failed = [r for r in rows if r["status"] != "FINISHED"]
     if as_json:
-        print(json.dumps([report_data(r) for r in reports], indent=2))
+        print(json.dumps(rows, indent=2))
     else:
         config = request.jobs[0].config
-        caption = (
-            f"{config.model.family}, n = {config.evaluation.num_samples}; 95 % bootstrap intervals; "
-            f"saving against 16 bit; CPU times say nothing about a GPU"
-        )
+        size = f"{config.model.family}, n = {config.evaluation.num_samples}"
+        caption = f"{size}; saving is against 16 bit; seconds on a CPU say nothing about a GPU"
         console = Console() if sys.stdout.isatty() else Console(width=132)  # a file or a pipe has no width of its own
-        protocols = sorted({r.protocol for r in reports if r.protocol})
-        for protocol in protocols:
-            console.print(terminal_table([r for r in reports if r.protocol in (protocol, "")], protocol, caption))
+        for protocol in sorted({r["protocol"] for r in rows}):
+            console.print(terminal_table([r for r in rows if r["protocol"] == protocol], protocol, caption))
     for report in failed:
-        print(f"failed: {report.name} at {report.failed_stage}: {report.error}", file=sys.stderr)
+        print(f"failed: {report['name']} at {report['failed_stage']}: {report['error']}", file=sys.stderr)
     return 1 if failed else 0

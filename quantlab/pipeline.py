@@ -96,6 +96,7 @@ def _run_single(session: Session, job: Job) -> list[RunReport]:
 
 def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
     name = plan.recipe.stem if plan.recipe else "sweep"
+    began = time.perf_counter()
     with _open_run(session, name, plan.jobs[0], kind="sweep") as parent:
         session.parent_run_id = parent.run_id
         for combination, reason in plan.invalid:
@@ -115,6 +116,8 @@ def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
             {
                 "rows": [report_data(r) for r in reports],
                 "skipped": [{"combination": c, "reason": r} for c, r in plan.invalid],
+                "environment": session.environment,
+                "seconds": time.perf_counter() - began,
             },
             "rows.json",
         )
@@ -130,19 +133,7 @@ def _run_child(session: Session, bench: Workbench, job: Job) -> RunReport:
     try:
         with _open_run(session, job.name, job) as run:
             return run_job(session, bench, job, run)
-    except (
-        QuantlabError,
-        RuntimeError,
-        MemoryError,
-        ValueError,
-        TypeError,
-        AssertionError,
-        OSError,
-        KeyError,
-        AttributeError,
-        NotImplementedError,
-        ImportError,
-    ) as error:
+    except Exception as error:  # noqa: BLE001  whatever a library raises: a failing job is a row
         say(f"[red]failed[/red]: {job.name}: {type(error).__name__}: {str(error)[:500]}")
         return RunReport(
             name=job.name,

@@ -10,8 +10,19 @@ import logging
 import os
 import warnings
 
-LOGGERS = ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers", "transformers", "optimum", "modelopt", "alembic",
-           "mlflow", "torch.distributed.elastic", "kernels")
+LOGGERS = (
+    "bitsandbytes",
+    "torchao",
+    "torch.utils._pytree",
+    "diffusers",
+    "transformers",
+    "optimum",
+    "modelopt",
+    "alembic",
+    "mlflow",
+    "torch.distributed.elastic",
+    "kernels",
+)
 WARNINGS = (
     r".*modules? .* should be kept in float32.*",
     r".*transformers version .* is not tested with.*",

@@ -83,6 +83,7 @@ def report_data(report: RunReport) -> dict[str, Any]:
     return {
         "name": report.name,
         "status": report.status,
+        "protocol": report.protocol,
         "metrics": flat_metrics(report),
         "error": report.error,
         "failed_stage": report.failed_stage,

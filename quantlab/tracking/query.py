@@ -44,7 +44,7 @@ def find_records(runs_dir: Path, tags: Mapping[str, str], status: str | None = "
         known = Record.load(folder).summary
         if known and status in (None, known["status"]) and tags.items() <= known["tags"].items():
             names = ("name", "status", "params", "metrics", "tags", "start_ms", "end_ms")
-            found.append({"run_id": f"local-{known['record']}", **{n: known[n] for n in names}})
+            found.append({"run_id": f"local-{known['record']}", "folder": str(folder), **{n: known[n] for n in names}})
     return sorted(found, key=lambda run: run["start_ms"], reverse=True)
 
 
@@ -70,8 +70,9 @@ def get_artifact(store: Store, run_id: str, name: str, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return Path(store.client.download_artifacts(run_id, name, str(folder)))
     except store_errors() as error:
-        raise TrackingError(f"{name}: run {run_id} has no such artifact ({first_line(error)}); "
-                            "its page in MLflow lists those it has") from error
+        raise TrackingError(
+            f"{name}: run {run_id} has no such artifact ({first_line(error)}); its page in MLflow lists those it has"
+        ) from error
 
 
 def _raw_run(store: Store, run_id: str) -> Any:
@@ -81,14 +82,18 @@ def _raw_run(store: Store, run_id: str) -> Any:
         return store.client.get_run(run_id)
     except store_errors() as error:
         if getattr(error, "error_code", None) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise TrackingError(f"run_id={run_id}: no such run in {store.uri}; `mlflow ui --backend-store-uri "
-                                f"{store.uri}` shows those it has, or set tracking.uri=...") from error
+            raise TrackingError(
+                f"run_id={run_id}: no such run in {store.uri}; `mlflow ui --backend-store-uri "
+                f"{store.uri}` shows those it has, or set tracking.uri=..."
+            ) from error
         raise _unreadable(store, error) from error
 
 
 def _unreadable(store: Store, error: Exception) -> TrackingError:
-    return TrackingError(f"tracking.uri={store.uri}: cannot be read ({first_line(error)}); try again when it answers, "
-                         "or set tracking.uri=...")
+    return TrackingError(
+        f"tracking.uri={store.uri}: cannot be read ({first_line(error)}); try again when it answers, "
+        "or set tracking.uri=..."
+    )
 
 
 def _data(run: Any) -> RunData:

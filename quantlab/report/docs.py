@@ -1,0 +1,123 @@
+"""Numbers in documents come from tracked runs: ``python -m quantlab.report.docs`` writes them.
+
+In README.md it fills what stands between ``<!-- table: RECIPE -->`` (the rows of the recipe's newest finished run) or
+``<!-- list: WHAT -->`` (what ``quantlab list WHAT`` prints) and ``<!-- end -->``. In each recipe that has such a run it
+replaces the line ``# Expect: ...``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from quantlab.errors import ConfigError
+from quantlab.listing import LISTS
+from quantlab.metrics import HEADLINE
+from quantlab.report.table import LEGEND, cells, columns, markdown
+from quantlab.tracking import find_records
+
+BLOCK = re.compile(r"(<!-- (table|list): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SHOWN_VERSIONS = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "bitsandbytes",
+    "torchao",
+    "optimum-quanto",
+    "gguf",
+    "libgguf",
+    "nvidia-modelopt",
+)
+
+
+def newest(runs_dir: Path, recipe: str) -> dict[str, Any] | None:
+    """The newest finished sweep of a recipe as the content of its ``rows.json`` with ``date`` added; None without one."""
+    found = find_records(runs_dir, {"quantlab.recipe": recipe, "quantlab.kind": "sweep"})
+    dated = sorted((Path(r["folder"]) / "rows.json" for r in found), key=lambda p: p.parent.name)
+    files = [f for f in dated if f.is_file()]
+    if not files:
+        return None
+    data: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
+    return {**data, "date": datetime.fromtimestamp(files[-1].stat().st_mtime, UTC).strftime("%Y-%m-%d")}
+
+
+def table_block(data: Mapping[str, Any]) -> str:
+    """Caption and Markdown table of a run."""
+    rows = [r for r in data["rows"] if r["protocol"]]
+    environment = data["environment"]
+    versions = ", ".join(f"{n} {environment['versions'][n]}" for n in SHOWN_VERSIONS if n in environment["versions"])
+    machine = environment["hardware"]
+    where = ", ".join(g["name"] for g in machine["gpus"]) or f"CPU ({machine['cpu_capability']})"
+    minutes = data["seconds"] / 60
+    n = next(iter(r["metrics"][f"quality/{HEADLINE[r['protocol']][0]}/n"] for r in rows))
+    caption = (
+        f"Measured {data['date']} in {minutes:.1f} min on a {where} with {machine['torch_threads']} threads, "
+        f"n = {n:.0f}. {LEGEND}.\n\n*{versions}*"
+    )
+    return f"{markdown(rows, rows[0]['protocol'])}\n\n{caption}\n"
+
+
+def expectation(data: Mapping[str, Any]) -> str:
+    """The recipe header's line: cost, and the best and worst row."""
+    rows = [r for r in data["rows"] if r["status"] == "FINISHED" and "quantization/coverage" in r["metrics"]]
+    metric = HEADLINE[rows[0]["protocol"]][0]
+    index = columns(rows[0]["protocol"]).index("saving") + 1
+    ranked = sorted(rows, key=lambda r: r["metrics"][f"quality/{metric}"])
+    best, worst = ranked[0], ranked[-1]
+    text = [f"{metric} {cells(r, r['protocol'])[index]} ({r['name']})" for r in (best, worst)]
+    machine = data["environment"]["hardware"]
+    where = ", ".join(g["name"] for g in machine["gpus"]) or f"{machine['torch_threads']} CPU threads"
+    return (
+        f"# Expect: measured {data['date']}, {len(rows)} schemes in {data['seconds'] / 60:.1f} min on {where}; "
+        f"from {text[0]} to {text[1]}"
+    )
+
+
+def list_block(what: str) -> str:
+    """A list of the command line as a Markdown table."""
+    rows = LISTS[what]()
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    lines += ["| " + " | ".join(str(v) for v in row.values()) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def fill(text: str, runs_dir: Path) -> str:
+    """``text`` with every block filled that there is a run or a list for."""
+
+    def content(match: re.Match[str]) -> str:
+        head, kind, name, end = match.groups()
+        if kind == "list":
+            return head + list_block(name) + end
+        data = newest(runs_dir, name)
+        return match[0] if data is None else head + table_block(data) + end
+
+    return BLOCK.sub(content, text)
+
+
+def main(root: Path, runs_dir: Path) -> list[str]:
+    """Update README.md and the recipes below ``root``; returns what was changed."""
+    if not (root / "README.md").is_file():
+        raise ConfigError(f"{root}: no README.md here; run this in the project's folder")
+    changed = []
+    texts = {root / "README.md": fill((root / "README.md").read_text(encoding="utf-8"), runs_dir)}
+    for recipe in sorted((root / "recipes").glob("*.yaml")):
+        data = newest(runs_dir, recipe.stem)
+        if data is not None:
+            old = recipe.read_text(encoding="utf-8")
+            texts[recipe] = re.sub(r"^# Expect:.*$", lambda _, d=data: expectation(d), old, count=1, flags=re.MULTILINE)
+    for path, text in texts.items():
+        if path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            changed.append(path.name)
+    return changed
+
+
+if __name__ == "__main__":
+    print(
+        "updated:", " ".join(main(Path.cwd(), Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/runs"))) or "nothing"
+    )
