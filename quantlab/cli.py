@@ -1,4 +1,7 @@
-"""The command line: ``quantlab [run] key=value ...``, ``quantlab list WHAT``. Exit codes: 0, 1 a job failed, 2 a bad request."""
+"""The command line: ``quantlab [run] key=value ...`` and ``quantlab list WHAT``.
+
+Exit codes: 0 all done, 1 a job failed at run time, 2 a bad request.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ HELP = """quantlab: what does each quantization scheme cost in quality, and what
   quantlab key=value ...              run one scheme:      quantlab backend=torchao dtype=int4 group_size=64
   quantlab -m key=a,b ...             run a grid:          quantlab -m backend=quanto,torchao dtype=int8,int4
   quantlab recipe=NAME [key=value]    run a recipe:        quantlab recipe=digits_backends
-  quantlab list WHAT [--json]         what there is:       {lists}
+  quantlab list WHAT [--json]         what there is
+                                      {lists}
 
 options
   -m, --multirun    several values of a key (group_size=32,64,128) are a sweep

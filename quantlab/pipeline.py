@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import tempfile
 import time
@@ -15,7 +16,7 @@ from quantlab import tracking
 from quantlab.backends.table import BACKENDS
 from quantlab.config import canonical_json
 from quantlab.datasets.table import DATASETS
-from quantlab.errors import ConfigError, QuantlabError
+from quantlab.errors import ConfigError, QuantlabError, TrackingError
 from quantlab.experiment import ExperimentConfig
 from quantlab.fingerprint import fingerprint_warning, grid_fingerprint
 from quantlab.layers import check_finite_weights
@@ -31,6 +32,12 @@ from quantlab.stages.evaluate import evaluate, summarize
 from quantlab.stages.observe import observe, reference_key
 from quantlab.stages.quantize import Request, quantize_component
 from quantlab.sweep import FLOOR_BATCH, FLOOR_BF16, Job, Plan, floor_jobs
+
+MODEL_TAG = "quantlab.model_sha256"
+"""On the run whose artifacts hold the weights that quantlab trained."""
+
+MODEL_TAG = "quantlab.model_artifact"
+"""On the run that holds a trained model's files: the digest of its weights."""
 
 
 @dataclass
@@ -68,7 +75,7 @@ def run_plan(plan: Plan, quiet: bool = False) -> list[RunReport]:
     """
     first = plan.jobs[0].config
     device = prepare_device(first)
-    output_dir = Path(first.output_dir).absolute()
+    output_dir = _usable_folder(first.output_dir)
     store = tracking.open_store(first.tracking, Path.cwd())
     runs_dir = output_dir / "runs"
     tracking.close_orphans(store, runs_dir)
@@ -86,18 +93,45 @@ def run_plan(plan: Plan, quiet: bool = False) -> list[RunReport]:
         return _run_sweep(session, plan)
 
 
+def _usable_folder(output_dir: str) -> Path:
+    folder = Path(output_dir).expanduser().absolute()
+    try:
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder / "runs"):
+            return folder
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir={output_dir}: cannot be written ({error}); set output_dir=<a folder of yours>"
+        ) from error
+
+
 def _run_single(session: Session, job: Job) -> list[RunReport]:
-    with _open_run(session, job.name, job) as run:
+    with _told_apart(job.name), _open_run(session, job.name, job) as run:
         bench = workbench(session, job.config, run)
+        run.stage = "floors"
         rows = [_floor_row(session, floor) for floor in floor_jobs(job.config) if floor.name != job.name]
         report = run_job(session, bench, job, run)
     return [*rows, report]
 
 
+@contextlib.contextmanager
+def _told_apart(name: str) -> Iterator[None]:
+    """A library's failure as one message of ours; its traceback is in the run's folder and in ``__cause__``."""
+    try:
+        yield
+    except QuantlabError:
+        raise
+    except Exception as error:
+        raise QuantlabError(
+            f"{name}: failed with {type(error).__name__}: {error}; the run's failure.txt says where, and "
+            "QUANTLAB_TRACEBACK=1 shows it here"
+        ) from error
+
+
 def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
     name = plan.recipe.stem if plan.recipe else "sweep"
     began = time.perf_counter()
-    with _open_run(session, name, plan.jobs[0], kind="sweep") as parent:
+    with _told_apart(name), _open_run(session, name, plan.jobs[0], kind="sweep") as parent:
         session.parent_run_id = parent.run_id
         for combination, reason in plan.invalid:
             say(f"skipped: {combination}: {reason}")
@@ -171,15 +205,17 @@ def workbench(session: Session, config: ExperimentConfig, run: Any) -> Workbench
         return session.bench
     session.bench = None  # frees the other model before this one is loaded
     cache = session.output_dir / "cache"
-    with measure_stage("load", session.device) as load:
+    with _stage(session, run, "load") as load:
         model = FAMILIES[config.model.family](config.model, session.device, cache, session.advance)
         for name, module in model.components.items():
-            check_finite_weights(module, f"model.components={name}")
+            path = config.model.path
+            typed = f"model.path={path}" if path else f"model.family={config.model.family}"
+            check_finite_weights(module, f"{typed}: {name}")
     inputs = DATASETS[config.dataset.name](config.dataset, config.evaluation, model)
     fingerprint = grid_fingerprint(list(model.components.values()))
     if warning := fingerprint_warning(fingerprint):
         say(f"[yellow]warning[/yellow]: {warning}")
-    with measure_stage("observe", session.device) as seen:
+    with _stage(session, run, "observe") as seen:
         reference = observe(model, inputs, config.evaluation, cache, _step(session, "observe reference"))
     bench = Workbench(
         key=key,
@@ -190,7 +226,7 @@ def workbench(session: Session, config: ExperimentConfig, run: Any) -> Workbench
         reference_key=reference_key(model, inputs, config.evaluation),
         stages=(load.report, seen.report),
     )
-    _log_shared(run, bench)
+    _log_shared(session, run, bench)
     session.bench = bench
     return bench
 
@@ -199,11 +235,14 @@ def _step(session: Session, what: str) -> Any:
     return lambda done, total: session.advance(what, done, total)
 
 
-def _log_shared(run: Any, bench: Workbench) -> None:
+def _log_shared(session: Session, run: Any, bench: Workbench) -> None:
+    """Tags of what the jobs share; and once a store, the weights that quantlab trained, to be found by hash."""
     run.set_tags(_shared_tags(bench))
-    if "folder" in bench.model.parts:  # a model that quantlab trained: another machine repeats the numbers with these
+    digest = bench.model.weights_sha256
+    if "folder" in bench.model.parts and not tracking.has_run_with_tag(session.store, MODEL_TAG, digest):
         for path in sorted(Path(bench.model.parts["folder"]).glob("*.*")):
-            run.log_artifact(path, f"model/{bench.model.weights_sha256.removeprefix('sha256:')[:16]}")
+            run.log_artifact(path, f"model/{digest.removeprefix('sha256:')[:16]}")
+        run.set_tags({MODEL_TAG: digest})
 
 
 def _shared_tags(bench: Workbench) -> dict[str, str]:
@@ -218,7 +257,9 @@ def _floor_row(session: Session, job: Job) -> RunReport:
     """A reference or floor row beside a single run: measured once, then found in the cache by content."""
     bench = session.bench
     assert bench is not None, "the workbench is made before the floors"
-    file = session.output_dir / "cache" / "reference" / f"{bench.reference_key}.{job.name}.{job.batch_size or 0}.json"
+    settings = [_chosen(bench.model, job.config), job.batch_size, job.config.evaluation.num_bootstrap]
+    digest = hashlib.sha256(canonical_json(settings).encode()).hexdigest()[:16]
+    file = session.output_dir / "cache" / "reference" / f"{bench.reference_key}.{job.name}.{digest}.json"
     if file.exists():
         with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
             stored = json.loads(file.read_text())
@@ -356,7 +397,14 @@ def _open_run(session: Session, name: str, job: Job, kind: str = "job") -> Itera
     base = session.output_dir / "runs"
     base.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{stamp}-{slug}-", dir=base))
-    tags = {"quantlab.kind": kind, "quantlab.device": session.device, "quantlab.recipe": job.config.recipe or ""}
+    git = session.environment["git"]
+    tags = {
+        "quantlab.kind": kind,
+        "quantlab.device": session.device,
+        "quantlab.recipe": job.config.recipe or "",
+        "quantlab.versions": session.environment["versions"],
+        **({"mlflow.source.git.commit": git["sha"], "quantlab.git_dirty": git["dirty"]} if git else {}),
+    }
     params = {} if kind == "sweep" else job.resolved
     run = session.store.start_run(name, folder, params, tags, session.parent_run_id)
     with run:

@@ -14,7 +14,7 @@ class StoredWeight:
     dtype: str
     """quantlab's name of the format, concluded from the tensors (``int4``, ``nf4``, ``q4_k``...)."""
     group_size: int | None
-    """Weights that share one scale, counted from the scales' number; None: one scale a row (or for the whole tensor)."""
+    """Weights that share one scale, counted from the scales' number; None: one scale a row (or for the tensor)."""
     dense: Any
     """The weight that the layer computes with, dequantized: fp32 tensor of shape (out_features, in_features)."""
     is_simulated: bool = False
@@ -106,7 +106,7 @@ class Measurements:
     steps: Mapping[str, Any] = field(default_factory=dict)
     """Per-step curves: metric name (``step_sqnr_db``) -> float array (num_steps,)."""
     images: Any = None
-    """uint8 array (n, 3, height, width, channels) of a few samples: reference, candidate, |difference|; None: no images."""
+    """uint8 array (n, 3, height, width, channels) of a few samples: reference, candidate, difference; None: no images."""
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     """``perf/...`` names without the prefix."""
 

@@ -1,4 +1,4 @@
-"""The data sets: name -> ``load(config, evaluation, model)``, which returns the evaluation inputs of the model's protocol."""
+"""The data sets: name -> ``load(config, evaluation, model)``, the evaluation inputs of the model's protocol."""
 
 from __future__ import annotations
 

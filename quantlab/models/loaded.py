@@ -28,7 +28,7 @@ class LoadedModel:
     """component -> entries of the family's own ``modules_to_not_convert``."""
     weights_sha256: str = ""
     sample: Any = None
-    """Diffusion families: ``sample(model, noise, conditioning, on_step) -> final latents``, see protocols/diffusion.py."""
+    """Diffusion families: ``sample(model, noise, conditioning, evaluation, on_step) -> final latents``, fp32 on CPU."""
     decode: Any = None
     """Diffusion families: ``decode(model, latents) -> images`` in [0, 1], (n, height, width, channels)."""
 

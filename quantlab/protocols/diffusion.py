@@ -84,7 +84,7 @@ def observe(
     ``latents`` (n, ...) float32; ``images`` uint8 (n, height, width, channels), absent without ``decode``;
     ``step_indices`` (m,): which samples are traced; for these, where m > 0, ``steps`` (num_steps, m, ...) float32, the
     latents after each step, and ``calls``: the denoiser's calls with their ``step`` and the rows ``start`` to ``stop``
-    of ``step_indices`` that they belong to; ``timings_ms``; ``noise`` and ``conditioning`` as they were sampled from, so
+    of ``step_indices`` that they belong to; ``timings_ms``; ``noise`` and ``conditioning``, so
     that the file alone is enough to repeat the measurement.
     ``progress(done, total)`` counts denoising steps over all batches.
     Raises MetricUndefined, naming sample and step, for NaN or infinity in a latent.

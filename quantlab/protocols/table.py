@@ -1,7 +1,8 @@
 """The protocols: how a kind of model is run on its inputs and compared with the reference.
 
 A protocol is one file with ``observe(model, inputs, evaluation, progress, batch_size)``, the model's outputs as a tree
-that ``torch.save`` stores, and ``measure(model, inputs, evaluation, reference, reference_model, progress, batch_size)``,
+that ``torch.save`` stores, and
+``measure(model, inputs, evaluation, reference, reference_model, progress, batch_size)``,
 which runs a candidate the same way and returns :class:`~quantlab.reports.Measurements`.
 """
 

@@ -36,7 +36,7 @@ SHOWN_VERSIONS = (
 
 
 def newest(runs_dir: Path, recipe: str) -> dict[str, Any] | None:
-    """The newest finished sweep of a recipe as the content of its ``rows.json`` with ``date`` added; None without one."""
+    """``rows.json`` of a recipe's newest finished sweep, with ``date`` added; None without one."""
     found = find_records(runs_dir, {"quantlab.recipe": recipe, "quantlab.kind": "sweep"})
     dated = sorted((Path(r["folder"]) / "rows.json" for r in found), key=lambda p: p.parent.name)
     files = [f for f in dated if f.is_file()]
@@ -108,8 +108,8 @@ def main(root: Path, runs_dir: Path) -> list[str]:
     for recipe in sorted((root / "recipes").glob("*.yaml")):
         data = newest(runs_dir, recipe.stem)
         if data is not None:
-            old = recipe.read_text(encoding="utf-8")
-            texts[recipe] = re.sub(r"^# Expect:.*$", lambda _, d=data: expectation(d), old, count=1, flags=re.MULTILINE)
+            lines = recipe.read_text(encoding="utf-8").split("\n")
+            texts[recipe] = "\n".join(expectation(data) if line.startswith("# Expect:") else line for line in lines)
     for path, text in texts.items():
         if path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")

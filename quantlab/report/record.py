@@ -34,6 +34,8 @@ def flat_metrics(report: RunReport) -> dict[str, float]:
         out |= {f"memory/{stage.name}/{k}": v for k, v in asdict(stage).items() if k.endswith("_bytes")}
     if report.measurements is not None:
         out |= {f"perf/{k}": v for k, v in report.measurements.timings_ms.items()}
+        on_gpu = any(s.peak_alloc_bytes is not None for s in report.stages)
+        out["perf/representative"] = float(on_gpu)  # the order of the schemes' times on a CPU is not that on a GPU
         for name, curve in report.measurements.steps.items():
             out |= {f"quality/{name}/{k}": float(v) for k, v in enumerate(curve)}
     return {k: float(v) for k, v in out.items() if v is not None}

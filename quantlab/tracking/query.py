@@ -16,15 +16,18 @@ RunData = dict[str, Any]
 
 
 def find_runs(
-    store: Store, *, key: str | None = None, parent_run_id: str | None = None, status: str | None = "FINISHED"
+    store: Store, *, key: str | None = None, parent_run_id: str | None = None, status: str | None = "FINISHED",
+    tags: Mapping[str, str] | None = None,
 ) -> list[RunData]:
     """Runs of the store's experiment, newest first; none where the store was not reached.
 
     ``key`` is the tag ``quantlab.key`` (a candidate's content key), ``parent_run_id`` the sweep, ``status=None`` any.
+    ``tags`` are others that a run must have.
     """
     if store.client is None:
         return []
-    wanted = {"tags.`quantlab.key`": key, f"tags.`{PARENT_TAG}`": parent_run_id, "attributes.status": status}
+    wanted = {"tags.`quantlab.key`": key, f"tags.`{PARENT_TAG}`": parent_run_id, "attributes.status": status,
+              **{f"tags.`{name}`": value for name, value in (tags or {}).items()}}
     terms = []
     for name, value in wanted.items():
         if value is not None:
@@ -46,6 +49,16 @@ def find_records(runs_dir: Path, tags: Mapping[str, str], status: str | None = "
             names = ("name", "status", "params", "metrics", "tags", "start_ms", "end_ms")
             found.append({"run_id": f"local-{known['record']}", "folder": str(folder), **{n: known[n] for n in names}})
     return sorted(found, key=lambda run: run["start_ms"], reverse=True)
+
+
+def has_run_with_tag(store: Store, tag: str, value: str) -> bool:
+    """Does any run of the experiment carry this tag? False for a store that was not reached."""
+    if store.client is None:
+        return False
+    try:
+        return bool(store.run_ids(f"tags.`{tag}` = '{value}'"))
+    except store_errors():
+        return False
 
 
 def get_run(store: Store, run_id: str) -> RunData:
