@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import tempfile
@@ -88,9 +89,10 @@ def run_plan(plan: Plan, quiet: bool = False) -> list[RunReport]:
             advance=advance,
             environment=environment(Path(__file__).parent.parent),
         )
-        if not plan.is_sweep:
-            return _run_single(session, plan.jobs[0])
-        return _run_sweep(session, plan)
+        try:
+            return _run_sweep(session, plan) if plan.is_sweep else _run_single(session, plan.jobs[0])
+        finally:
+            gc.unfreeze()
 
 
 def _usable_folder(output_dir: str) -> Path:
@@ -204,6 +206,7 @@ def workbench(session: Session, config: ExperimentConfig, run: Any) -> Workbench
     if session.bench is not None and session.bench.key == key:
         return session.bench
     session.bench = None  # frees the other model before this one is loaded
+    gc.unfreeze()
     cache = session.output_dir / "cache"
     with _stage(session, run, "load") as load:
         model = FAMILIES[config.model.family](config.model, session.device, cache, session.advance)
@@ -228,6 +231,7 @@ def workbench(session: Session, config: ExperimentConfig, run: Any) -> Workbench
     )
     _log_shared(session, run, bench)
     session.bench = bench
+    gc.freeze()  # a collection comes before each stage and need not look at a million objects of the libraries again
     return bench
 
 
