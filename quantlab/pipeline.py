@@ -275,6 +275,8 @@ def _floor_row(session: Session, job: Job) -> RunReport:
                 status="FINISHED",
                 protocol=bench.model.protocol,
                 quality=quality,
+                floor=bench.floors.get(FLOOR_BF16, {}),
+                floor_batch=bench.floors.get(FLOOR_BATCH, {}),
                 memory=memory,
                 params=job.resolved,
             )
