@@ -1,71 +1,22 @@
-"""The story of a run: load, observe the reference, then for each job quantize, evaluate, and track all of it."""
+"""The story of a request: open the store, then run its jobs, one or a sweep of them."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
-import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from quantlab import tracking
-from quantlab.backends.table import BACKENDS
-from quantlab.config import canonical_json
-from quantlab.datasets.table import DATASETS
-from quantlab.errors import ConfigError, QuantlabError, TrackingError
-from quantlab.experiment import ExperimentConfig
-from quantlab.fingerprint import fingerprint_warning, grid_fingerprint
-from quantlab.layers import check_finite_weights
-from quantlab.memory import StageMeasurement, component_memory, measure_stage
-from quantlab.models.loaded import LoadedModel
-from quantlab.models.table import FAMILIES
-from quantlab.progress import Advance, progress_bars, say
+from quantlab.errors import ConfigError, QuantlabError
+from quantlab.job import Session, Workbench, floor_row, open_run, prepare_device, run_job, workbench
+from quantlab.progress import progress_bars, say
 from quantlab.provenance import environment
-from quantlab.quiet import quiet_libraries
-from quantlab.report.record import log_evaluation, log_quantization, report_data
-from quantlab.reports import MemoryReport, MetricValue, QuantizationReport, RunReport, StageReport
-from quantlab.stages.evaluate import evaluate, summarize
-from quantlab.stages.observe import observe, reference_key
-from quantlab.stages.quantize import Request, quantize_component
-from quantlab.sweep import FLOOR_BATCH, FLOOR_BF16, Job, Plan, floor_jobs
-
-MODEL_TAG = "quantlab.model_sha256"
-"""On the run whose artifacts hold the weights that quantlab trained."""
-
-MODEL_TAG = "quantlab.model_artifact"
-"""On the run that holds a trained model's files: the digest of its weights."""
-
-
-@dataclass
-class Workbench:
-    """What jobs share: the loaded model, its inputs, the reference's outputs, and the floors."""
-
-    key: str
-    model: LoadedModel
-    inputs: Any
-    reference: Mapping[str, Any]
-    reference_key: str
-    fingerprint: float | None
-    stages: tuple[StageReport, ...] = ()
-    floors: dict[str, dict[str, MetricValue]] = field(default_factory=dict)
-
-
-@dataclass
-class Session:
-    """One request under way."""
-
-    store: Any
-    device: str
-    output_dir: Path
-    advance: Advance
-    parent_run_id: str | None = None
-    bench: Workbench | None = None
-    environment: Mapping[str, Any] = field(default_factory=dict)
+from quantlab.report.record import report_data
+from quantlab.reports import RunReport
+from quantlab.sweep import Job, Plan, floor_jobs
 
 
 def run_plan(plan: Plan, quiet: bool = False) -> list[RunReport]:
@@ -108,10 +59,10 @@ def _usable_folder(output_dir: str) -> Path:
 
 
 def _run_single(session: Session, job: Job) -> list[RunReport]:
-    with _told_apart(job.name), _open_run(session, job.name, job) as run:
+    with _told_apart(job.name), open_run(session, job.name, job) as run:
         bench = workbench(session, job.config, run)
         run.stage = "floors"
-        rows = [_floor_row(session, floor) for floor in floor_jobs(job.config) if floor.name != job.name]
+        rows = [floor_row(session, floor) for floor in floor_jobs(job.config) if floor.name != job.name]
         report = run_job(session, bench, job, run)
     return [*rows, report]
 
@@ -133,7 +84,7 @@ def _told_apart(name: str) -> Iterator[None]:
 def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
     name = plan.recipe.stem if plan.recipe else "sweep"
     began = time.perf_counter()
-    with _told_apart(name), _open_run(session, name, plan.jobs[0], kind="sweep") as parent:
+    with _told_apart(name), open_run(session, name, plan.jobs[0], kind="sweep") as parent:
         session.parent_run_id = parent.run_id
         for combination, reason in plan.invalid:
             say(f"skipped: {combination}: {reason}")
@@ -167,7 +118,7 @@ def _run_child(session: Session, bench: Workbench, job: Job) -> RunReport:
     """One job of a sweep; its failure is a row, never the end of the others."""
     run = None
     try:
-        with _open_run(session, job.name, job) as run:
+        with open_run(session, job.name, job) as run:
             return run_job(session, bench, job, run)
     except Exception as error:  # noqa: BLE001  whatever a library raises: a failing job is a row
         say(f"[red]failed[/red]: {job.name}: {type(error).__name__}: {str(error)[:500]}")
@@ -180,251 +131,3 @@ def _run_child(session: Session, bench: Workbench, job: Job) -> RunReport:
             run_id=run.run_id if run else None,
             params=job.resolved,
         )
-
-
-# -- what jobs share
-
-
-def prepare_device(config: ExperimentConfig) -> str:
-    """Resolve ``device``, set torch's threads; ConfigError where CUDA is asked for and there is none."""
-    quiet_libraries()
-    import torch
-
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "device=cuda: this torch sees no CUDA device; pass device=cpu, or install a CUDA build of torch"
-        )
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
-    torch.backends.mha.set_fastpath_enabled(False)  # it reads .weight directly and so bypasses quantized layers
-    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def workbench(session: Session, config: ExperimentConfig, run: Any) -> Workbench:
-    """The model, inputs and reference outputs for a config; the last one is kept for the jobs that share it."""
-    key = canonical_json([asdict(config.model), asdict(config.dataset), asdict(config.evaluation)])
-    if session.bench is not None and session.bench.key == key:
-        return session.bench
-    session.bench = None  # frees the other model before this one is loaded
-    gc.unfreeze()
-    cache = session.output_dir / "cache"
-    with _stage(session, run, "load") as load:
-        model = FAMILIES[config.model.family](config.model, session.device, cache, session.advance)
-        for name, module in model.components.items():
-            path = config.model.path
-            typed = f"model.path={path}" if path else f"model.family={config.model.family}"
-            check_finite_weights(module, f"{typed}: {name}")
-    inputs = DATASETS[config.dataset.name](config.dataset, config.evaluation, model)
-    fingerprint = grid_fingerprint(list(model.components.values()))
-    if warning := fingerprint_warning(fingerprint):
-        say(f"[yellow]warning[/yellow]: {warning}")
-    with _stage(session, run, "observe") as seen:
-        reference = observe(model, inputs, config.evaluation, cache, _step(session, "observe reference"))
-    bench = Workbench(
-        key=key,
-        model=model,
-        inputs=inputs,
-        reference=reference,
-        fingerprint=fingerprint,
-        reference_key=reference_key(model, inputs, config.evaluation),
-        stages=(load.report, seen.report),
-    )
-    _log_shared(session, run, bench)
-    session.bench = bench
-    gc.freeze()  # a collection comes before each stage and need not look at a million objects of the libraries again
-    return bench
-
-
-def _step(session: Session, what: str) -> Any:
-    return lambda done, total: session.advance(what, done, total)
-
-
-def _log_shared(session: Session, run: Any, bench: Workbench) -> None:
-    """Tags of what the jobs share; and once a store, the weights that quantlab trained, to be found by hash."""
-    run.set_tags(_shared_tags(bench))
-    digest = bench.model.weights_sha256
-    if "folder" in bench.model.parts and not tracking.has_run_with_tag(session.store, MODEL_TAG, digest):
-        for path in sorted(Path(bench.model.parts["folder"]).glob("*.*")):
-            run.log_artifact(path, f"model/{digest.removeprefix('sha256:')[:16]}")
-        run.set_tags({MODEL_TAG: digest})
-
-
-def _shared_tags(bench: Workbench) -> dict[str, str]:
-    return {
-        "quantlab.reference_key": bench.reference_key,
-        "quantlab.weights_sha256": bench.model.weights_sha256,
-        "quantlab.inputs_sha256": bench.inputs.sha256,
-    }
-
-
-def _floor_row(session: Session, job: Job) -> RunReport:
-    """A reference or floor row beside a single run: measured once, then found in the cache by content."""
-    bench = session.bench
-    assert bench is not None, "the workbench is made before the floors"
-    settings = [_chosen(bench.model, job.config), job.batch_size, job.config.evaluation.num_bootstrap]
-    digest = hashlib.sha256(canonical_json(settings).encode()).hexdigest()[:16]
-    file = session.output_dir / "cache" / "reference" / f"{bench.reference_key}.{job.name}.{digest}.json"
-    if file.exists():
-        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
-            stored = json.loads(file.read_text())
-            quality = {k: MetricValue(**v) for k, v in stored["quality"].items()}
-            bench.floors[job.name] = quality
-            memory = {k: MemoryReport(**v) for k, v in stored["memory"].items()}
-            return RunReport(
-                name=job.name,
-                status="FINISHED",
-                protocol=bench.model.protocol,
-                quality=quality,
-                floor=bench.floors.get(FLOOR_BF16, {}),
-                floor_batch=bench.floors.get(FLOOR_BATCH, {}),
-                memory=memory,
-                params=job.resolved,
-            )
-    report = run_job(session, bench, job, None)
-    file.write_text(
-        json.dumps(
-            {
-                "quality": {k: asdict(v) for k, v in report.quality.items()},
-                "memory": {k: asdict(v) for k, v in report.memory.items()},
-            }
-        )
-    )
-    return report
-
-
-# -- one job
-
-
-def run_job(session: Session, bench: Workbench, job: Job, run: Any) -> RunReport:
-    """Quantize, evaluate and record one job. ``run`` is its tracked run, or None for a row that is not tracked."""
-    with _stage(session, run, "quantize") as quantized:
-        candidate, layers = _candidate(session, bench, job)
-    chosen = _chosen(bench.model, job.config)
-    report = RunReport(
-        name=job.name,
-        status="FINISHED",
-        protocol=bench.model.protocol,
-        quantization=layers,
-        memory={name: _memory(bench.model.components[name], candidate.components[name], layers) for name in chosen},
-        disk_bytes=_disk_bytes(candidate, job, layers) if job.config.tracking.save_checkpoint else None,
-        stages=(*bench.stages, quantized.report),
-        params=job.resolved,
-        run_id=run.run_id if run else None,
-    )
-    if run is not None:
-        log_quantization(run, report, _shared_tags(bench))
-    with _stage(session, run, "evaluate") as evaluated:
-        progress = _step(session, job.name)
-        measured = evaluate(
-            candidate, bench.model, bench.reference, bench.inputs, job.config.evaluation, progress, job.batch_size
-        )
-        quality = summarize(measured, job.config.evaluation)
-    if job.name in (FLOOR_BF16, FLOOR_BATCH):
-        bench.floors[job.name] = quality
-    report = replace(
-        report,
-        quality=quality,
-        floor=bench.floors.get(FLOOR_BF16, {}),
-        floor_batch=bench.floors.get(FLOOR_BATCH, {}),
-        measurements=measured,
-        stages=(*report.stages, evaluated.report),
-    )
-    if run is not None:
-        with _stage(session, run, "track"):
-            log_evaluation(run, report, bench.fingerprint)
-    return report
-
-
-def _chosen(model: LoadedModel, config: ExperimentConfig) -> list[str]:
-    unknown = [c for c in config.model.components if c not in model.components]
-    if unknown:
-        raise ConfigError(f"model.components={unknown[0]}: {model.name} has {', '.join(model.components)}")
-    return list(config.model.components or model.components)
-
-
-def _candidate(session: Session, bench: Workbench, job: Job) -> tuple[LoadedModel, QuantizationReport | None]:
-    import torch
-
-    axes = job.config.quantization
-    if job.native is None and axes.dtype == "auto":
-        return bench.model, None
-    made, reports = {}, []
-    for name in _chosen(bench.model, job.config):
-        session.advance(f"quantize {name}", 0, 1)
-        copy = bench.model.copy_of(name)
-        if job.native is None:
-            made[name] = copy.to(getattr(torch, axes.dtype))
-        else:
-            request = Request(
-                component=name,
-                axes=axes,
-                native=job.native,
-                compute_dtype=bench.model.dtype if axes.compute_dtype == "auto" else axes.compute_dtype,
-                device=session.device,
-                default_exclusions=bench.model.default_exclusions.get(name, ()),
-            )
-            made[name], report = quantize_component(request, copy, bench.model.components[name])
-            reports.append(report)
-        session.advance(f"quantize {name}", 1, 1)
-    joined = None
-    if reports:
-        joined = QuantizationReport(
-            layers=tuple(row for r in reports for row in r.layers),
-            num_parameters=sum(r.num_parameters for r in reports),
-            resolved={k: v for r in reports for k, v in r.resolved.items()},
-        )
-    return bench.model.with_components(made), joined
-
-
-def _memory(original: Any, module: Any, layers: QuantizationReport | None) -> MemoryReport:
-    names = [r.name for r in layers.layers if r.status in ("quantized", "fallback")] if layers else []
-    return component_memory(module, names, original)
-
-
-def _disk_bytes(candidate: LoadedModel, job: Job, layers: QuantizationReport | None) -> int | None:
-    """Size of the saved quantized components; None for rows that no backend saves."""
-    if job.native is None or layers is None:
-        return None
-    with tempfile.TemporaryDirectory(prefix="quantlab-save-") as folder:
-        for name in _chosen(candidate, job.config):
-            target = Path(folder) / name
-            target.mkdir()
-            BACKENDS[job.config.quantization.backend].save(candidate.components[name], target)
-        return sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
-
-
-# -- tracking
-
-
-@contextlib.contextmanager
-def _open_run(session: Session, name: str, job: Job, kind: str = "job") -> Iterator[Any]:
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    slug = "".join(c if c.isalnum() else "-" for c in name)[:60]
-    base = session.output_dir / "runs"
-    base.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{stamp}-{slug}-", dir=base))
-    git = session.environment["git"]
-    tags = {
-        "quantlab.kind": kind,
-        "quantlab.device": session.device,
-        "quantlab.recipe": job.config.recipe or "",
-        "quantlab.versions": session.environment["versions"],
-        **({"mlflow.source.git.commit": git["sha"], "quantlab.git_dirty": git["dirty"]} if git else {}),
-    }
-    params = {} if kind == "sweep" else job.resolved
-    run = session.store.start_run(name, folder, params, tags, session.parent_run_id)
-    with run:
-        if kind != "sweep":
-            run.log_json(session.environment, "environment.json")
-            (folder / "recipe.yaml").write_text(job.recipe_yaml, encoding="utf-8")
-            run.log_artifact(folder / "recipe.yaml")
-        yield run
-
-
-@contextlib.contextmanager
-def _stage(session: Session, run: Any, name: str) -> Iterator[StageMeasurement]:
-    """Measure a stage; the run's tag says where it is, so that a failure and a kill name their stage."""
-    if run is not None:
-        run.stage = name
-    with measure_stage(name, session.device) as measured:
-        yield measured

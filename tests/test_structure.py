@@ -14,9 +14,9 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     0: ("errors", "dtypes", "capabilities", "axes", "config", "reports", "experiment", "recipe", "progress", "quiet"),
     1: ("backends", "models", "datasets", "metrics", "protocols", "memory", "layers", "tracking", "statistics",
-        "provenance", "fingerprint"),
+        "provenance", "fingerprint", "interop"),
     2: ("stages", "report", "composition", "listing"),
-    3: ("pipeline", "sweep"),
+    3: ("pipeline", "job", "sweep"),
     4: ("cli", "api", "__main__", "__init__"),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
