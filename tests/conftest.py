@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import socket
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from shell import TINY, Shell, make_shell
 
-from quantlab.cli import main
 from quantlab.experiment import DigitsModelConfig, TrackingConfig
-from quantlab.tracking import Store, find_runs, open_store
-
-TINY = {"num_train_steps": 20, "num_layers": 1}
-"""Overrides of ``model.*`` for the digits model that the session trains once: 256 wide, so that every format fits."""
-
+from quantlab.tracking import Store, open_store
 
 # -- tracking stores
 
@@ -80,51 +73,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache
 
 
-@dataclass
-class Shell:
-    """The command line in a folder of its own."""
-
-    folder: Path
-    capsys: pytest.CaptureFixture[str]
-
-    def __call__(self, *words: str) -> tuple[int, str, str]:
-        """Run ``quantlab WORDS``; exit code, stdout, stderr."""
-        self.capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main(list(words))
-        out, err = self.capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    def rows(self, *words: str) -> dict[str, dict[str, Any]]:
-        """The result rows of a request that succeeds, by name."""
-        code, out, err = self(*words, "--json")
-        assert code == 0, err
-        return {row["name"]: row for row in json.loads(out)}
-
-    @property
-    def store(self) -> Store:
-        return open_store(TrackingConfig(), self.folder)
-
-    def tracked(self, status: str | None = "FINISHED") -> dict[str, dict[str, Any]]:
-        """The runs in the store by name, the newest of each."""
-        return {run["name"]: run for run in reversed(find_runs(self.store, status=status))}
-
-
 @pytest.fixture
-def shell(base: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
-    """``quantlab`` in a fresh folder that has a store and the tiny digits model."""
-    shutil.copytree(trained, base / "outputs" / "cache")
-    monkeypatch.chdir(base)
+def shell(template: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
     monkeypatch.delenv("QUANTLAB_TRACEBACK", raising=False)
-    return Shell(base, capsys)
-
-
-@pytest.fixture
-def digits_words() -> Callable[..., list[str]]:
-    """Overrides that make a run on the tiny digits model last a second."""
-
-    def words(*more: str) -> list[str]:
-        return [*(f"model.{k}={v}" for k, v in TINY.items()), "evaluation=quick", "evaluation.num_inference_steps=2",
-                "evaluation.num_bootstrap=50", "evaluation.num_teacher_forced=2", *more]
-
-    return words
+    return make_shell(tmp_path / "my work", template, trained)
