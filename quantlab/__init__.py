@@ -14,6 +14,7 @@ from quantlab.backends.bitsandbytes import BitsAndBytesConfig
 from quantlab.backends.gguf import GGUFQuantizationConfig
 from quantlab.backends.modelopt import NVIDIAModelOptConfig
 from quantlab.backends.quanto import QuantoConfig
+from quantlab.backends.table import config_from_dict, from_pretrained_config
 from quantlab.backends.torchao import TorchAoConfig
 from quantlab.config import QuantizationConfigMixin, QuantizationMethod
 from quantlab.errors import (
@@ -43,7 +44,9 @@ __all__ = [
     "TorchAoConfig",
     "TrackingError",
     "compose",
+    "config_from_dict",
     "evaluate",
+    "from_pretrained_config",
     "quantize",
     "run",
 ]

@@ -34,6 +34,9 @@ class QuantizationAxes:
     on_mismatch: str = "error"
     """What happens to a layer that the backend cannot take: ``error``, ``skip``, or a dtype to fall back to
     (float32, bfloat16, float16, or another dtype of the backend)."""
+    quantization_config: dict[str, Any] = field(default_factory=dict)
+    """A whole dictionary of Diffusers or transformers, as in a model's config.json: it takes the place of the axes
+    above, which then show what it says. Its exclusions keep that library's rule."""
 
     def exclusions(self) -> tuple[str, ...]:
         """All entries of ``modules_to_not_convert``, in order, each once."""

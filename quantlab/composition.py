@@ -39,7 +39,7 @@ from hydra._internal.core_plugins.file_config_source import FileConfigSource  # 
 _PACKAGE = Path(__file__).resolve().parent
 _TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str, "dtype": str}
 NUMERIC_GROUPS = ("group_size",)
-OPEN_NODES = ("quantization.modules_to_not_convert.", "sweep.grid.")
+OPEN_NODES = ("quantization.modules_to_not_convert.", "quantization.quantization_config", "sweep.grid.")
 
 
 # -- places
@@ -210,6 +210,8 @@ def quote_numbers(override: str) -> str:
 def _complete(override: str) -> str:
     key, _, value = override.partition("=")
     top = {f.name for f in dataclasses.fields(ExperimentConfig)}
+    if key == "quantization_config":
+        return f"++quantization.{override}"
     if key.startswith(OPEN_NODES):
         return f"++{override}"  # Hydra's sign for a new key of a mapping whose keys are free
     if "." in key or key.startswith("+") or key in top or key in groups() or key == "recipe":

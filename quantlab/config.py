@@ -20,6 +20,9 @@ from quantlab.dtypes import TORCH_DTYPE_NAMES, dtype_name
 from quantlab.errors import ConfigError, nearest
 
 _T = TypeVar("_T", bound=type)
+LIBRARY_RULE = "library"
+EXCLUSION_RULES = ("quantlab", "diffusers", "transformers", LIBRARY_RULE)
+"""Whose matcher reads ``modules_to_not_convert``; ``library``: that of the library whose model it is."""
 
 
 class QuantizationMethod(str, Enum):  # noqa: UP042  (Diffusers' own base classes: it dumps to JSON as its value)
@@ -151,12 +154,24 @@ class QuantizationConfigMixin:
     """What the native configs share. Subclasses are made by :func:`quantization_config`."""
 
     quant_method: ClassVar[QuantizationMethod]
+    exclusion_rule: str
+    """One of :data:`EXCLUSION_RULES`; a field of every config, written by ``to_dict`` where it is not quantlab's."""
     _exclude_attributes_at_init: ClassVar[tuple[str, ...]] = ("quant_method",)
+    _exclusions_field: ClassVar[str] = "modules_to_not_convert"
 
     def __post_init__(self) -> None:
         for field in self._fields():
             object.__setattr__(self, field.name, coerce(type(self).__name__, field, getattr(self, field.name)))
+        self._settle_exclusions()
         self.post_init()
+
+    def _settle_exclusions(self) -> None:
+        """An entry counts once; no entries are None, and need no rule, except to transformers (None: its defaults)."""
+        names = tuple(dict.fromkeys(self.exclusions or ()))
+        if not names and self.exclusion_rule in ("quantlab", "diffusers"):
+            object.__setattr__(self, "exclusion_rule", "quantlab")
+        keeps_empty = self.exclusions is not None and self.exclusion_rule in ("transformers", LIBRARY_RULE)
+        object.__setattr__(self, self._exclusions_field, names if names or keeps_empty else None)
 
     def post_init(self) -> None:
         """Rules that concern several fields; raises ConfigError. Runs at construction and on every change."""
@@ -236,6 +251,45 @@ class QuantizationConfigMixin:
     def axes(self) -> QuantizationAxes:
         """The axes that :meth:`from_axes` would turn into this config."""
         raise NotImplementedError
+
+    # -- to other libraries
+
+    def to_diffusers(self, model: Any = None) -> Any:
+        """The installed Diffusers' config object that means the same; ``model`` is needed where layers are excluded.
+
+        Raises ConfigError for settings that its class cannot hold, and for exclusions that its rule cannot say.
+        """
+        raise NotImplementedError
+
+    def to_transformers(self, model: Any = None) -> Any:
+        """The installed transformers' config object that means the same; as :meth:`to_diffusers`."""
+        raise ConfigError(f"quant_method={self.quant_method.value}: transformers has no such config; use to_diffusers")
+
+    # -- what the quantize stage asks
+
+    @property
+    def exclusions(self) -> tuple[str, ...] | None:
+        """``modules_to_not_convert``, whatever the class calls it."""
+        names: tuple[str, ...] | None = getattr(self, self._exclusions_field)
+        return names
+
+    def _exclusion_axes(self) -> dict[str, list[str]]:
+        """The axes' spelling of the exclusions; those under a library's rule are no axes and stay with the config."""
+        names = list(self.exclusions or ()) if self.exclusion_rule == "quantlab" else []
+        return {"own": names} if names else {}
+
+    def disabled_layers(self, paths: Sequence[str]) -> dict[str, str]:
+        """Layer -> why, for layers that settings beside ``modules_to_not_convert`` switch off."""
+        return {}
+
+    def layer_dtypes(self, paths: Sequence[str]) -> dict[str, str]:
+        """Layer -> dtype, for layers that get another dtype than the others."""
+        return {}
+
+    def extra_settings(self) -> dict[str, Any]:
+        """The settings of quantlab's own, beyond Diffusers' class, that are not at their default."""
+        ours = {f.name: f.default for f in self._fields() if f.metadata["ours"]}
+        return {name: getattr(self, name) for name, default in ours.items() if getattr(self, name) != default}
 
     # -- value semantics
 

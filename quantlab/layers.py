@@ -101,6 +101,7 @@ def resolve_exclusions(
     entries: Sequence[str],
     all_module_names: Iterable[str] = (),
     optional_entries: Sequence[str] = (),
+    key: str = _KEY,
 ) -> dict[str, str]:
     """Layer -> the first entry that excludes it, for the layers that are excluded.
 
@@ -109,15 +110,16 @@ def resolve_exclusions(
         entries: module paths, globs and ``re:`` expressions; each must match at least one layer.
         all_module_names: paths of all modules, to suggest from.
         optional_entries: those of ``entries`` that may match nothing (a model family's defaults).
+        key: what the user typed them under.
 
-    Raises ConfigError ``modules_to_not_convert=<entry>: ...`` for an entry that matches no layer, with what is near.
+    Raises ConfigError ``<key>=<entry>: ...`` for an entry that matches no layer, with what is near.
     """
     layer_names = list(layer_names)
     excluded: dict[str, str] = {}
     for entry in dict.fromkeys(entries):
         taken = [name for name in layer_names if matches(entry, name)]
         if not taken and entry not in optional_entries:
-            raise ConfigError(_no_match(entry, layer_names, list(all_module_names)))
+            raise ConfigError(_no_match(key, entry, layer_names, list(all_module_names)))
         for name in taken:
             excluded.setdefault(name, entry)
     return excluded
@@ -139,8 +141,8 @@ def _with_containers(name: str) -> Iterator[str]:
         yield name
 
 
-def _no_match(entry: str, layers: list[str], modules: list[str]) -> str:
-    text = f"{_KEY}={entry}: matches none of the {len(layers)} layers that would be quantized"
+def _no_match(key: str, entry: str, layers: list[str], modules: list[str]) -> str:
+    text = f"{key}={entry}: matches none of the {len(layers)} layers that would be quantized"
     if any(matches(entry, name) for name in modules if name):
         text += " (only modules that are not quantized anyway)"
     globs = [g for g in _as_globs(entry) if any(matches(g, name) for name in layers)]

@@ -15,8 +15,17 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from quantlab.axes import QuantizationAxes, resolve_axes
-from quantlab.backends.table import native_config, own_settings
-from quantlab.composition import compose_node, groups, override_text, parse, recipe_file, session, typed
+from quantlab.backends.table import native_config, own_settings, pasted_config
+from quantlab.composition import (
+    compose_node,
+    groups,
+    node_class,
+    override_text,
+    parse,
+    recipe_file,
+    session,
+    typed,
+)
 from quantlab.config import QuantizationConfigMixin, to_json_data
 from quantlab.errors import ConfigError, QuantlabError
 from quantlab.experiment import ExperimentConfig
@@ -193,10 +202,21 @@ def settings_of(axes: QuantizationAxes) -> dict[str, Any]:
 
 
 def make_job(config: ExperimentConfig, overrides: Sequence[str] = ()) -> Job:
-    """The job of one typed config; raises ConfigError where the combination is impossible."""
+    """The job of one typed config; raises ConfigError where the combination is impossible.
+
+    A pasted ``quantization_config`` becomes the native config as it is, and the job's axes show what it says.
+    """
     axes = config.quantization
     _check_ranges(config)
-    native = native_config(axes, settings_of(axes))
+    native: QuantizationConfigMixin | None
+    if axes.quantization_config:
+        typed_keys = [o.partition("=")[0].lstrip("+").removeprefix("quantization.") for o in overrides]
+        native, axes = pasted_config(axes, settings_of(axes), typed_keys)
+        own = {name: getattr(native, name) for name in own_settings(axes.backend)}
+        config = replace(config, quantization=node_class(axes.backend)(**{**vars(axes), **own}))
+        axes = config.quantization
+    else:
+        native = native_config(axes, settings_of(axes))
     return Job(name=config.name or scheme_name(axes), config=config, native=native, overrides=tuple(overrides))
 
 

@@ -78,7 +78,7 @@ class TestConfig:
     @pytest.mark.parametrize(("data", "message"), [
         ({"weights_dtype": "int3"}, "weights_dtype='int3': QuantoConfig accepts float8, int8"),
         ({"weights_dtype": None}, "weights_dtype=None: QuantoConfig accepts"),
-        ({"weights": "int4", "activations": "int8"}, "activations='int8': quanto's quantized activations need"),
+        ({"weights": "int4", "activations": "int4"}, "activations='int4': QuantoConfig accepts int8, float8"),
         ({"weights": "int4", "weights_dtype": "int8"}, "weights='int4': weights_dtype='int8' is given too"),
         ({"activations_dtype": "int8"}, "activations_dtype: QuantoConfig has no such setting"),
         ({"group_size": 64}, "group_size: QuantoConfig has no such setting"),

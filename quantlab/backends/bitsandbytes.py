@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from quantlab.axes import QuantizationAxes, resolve_axes
-from quantlab.config import QuantizationConfigMixin, QuantizationMethod, quantization_config, setting
+from quantlab.config import EXCLUSION_RULES, QuantizationConfigMixin, QuantizationMethod, quantization_config, setting
 from quantlab.dtypes import COMPUTE_DTYPES, dtype_name
 from quantlab.errors import ConfigError, ModelError, NotQuantized, nearest, require_package
+from quantlab.interop import build, exclusions_for, refuse_ours
 from quantlab.layers import replace_layer
 from quantlab.reports import StoredWeight
 
 _FILE = "model.safetensors"
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_LIBRARY_BLOCKSIZE = 64
 _STORAGES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
 _NONE_MEANS_DEFAULT = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
 _FLAGS = ("load_in_8bit", "load_in_4bit")
@@ -35,6 +37,7 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
 
     quant_method: ClassVar[QuantizationMethod] = QuantizationMethod.BITS_AND_BYTES
     _exclude_attributes_at_init: ClassVar[tuple[str, ...]] = ("_load_in_4bit", "_load_in_8bit", "quant_method")
+    _exclusions_field: ClassVar[str] = "llm_int8_skip_modules"
 
     load_in_8bit: bool = setting("bool", False)
     load_in_4bit: bool = setting("bool", False)
@@ -51,6 +54,7 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
     bnb_4bit_quant_storage: str = setting("dtype", "uint8", choices=_STORAGES, node=True)
     bnb_4bit_blocksize: int | None = setting("int", None, choices=_BLOCKSIZES, ours=True)
     """Weights that share a scale; None: the library's 64."""
+    exclusion_rule: str = setting("str", "quantlab", choices=EXCLUSION_RULES, ours=True)
 
     @property
     def modules_to_not_convert(self) -> tuple[str, ...] | None:
@@ -93,12 +97,29 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
     def axes(self) -> QuantizationAxes:
         """The axes; an int8 config's float32 is ``compute_dtype=auto``: LLM.int8 itself follows the input."""
         is_default = self.load_in_8bit and self.bnb_4bit_compute_dtype == "float32"
-        names = list(self.llm_int8_skip_modules or ())
         return resolve_axes(QuantizationAxes(
             backend="bitsandbytes", dtype=self.dtype, group_size=self.bnb_4bit_blocksize or "auto",
             compute_dtype="auto" if is_default else self.bnb_4bit_compute_dtype,
-            modules_to_not_convert={"own": names} if names else {},
+            modules_to_not_convert=self._exclusion_axes(),
         ))
+
+    def to_diffusers(self, model: Any = None) -> Any:
+        """``diffusers.BitsAndBytesConfig``; a block size other than the library's 64 is refused."""
+        import diffusers
+
+        return self._to_library(diffusers.BitsAndBytesConfig, "diffusers", model)
+
+    def to_transformers(self, model: Any = None) -> Any:
+        """``transformers.BitsAndBytesConfig``; a block size other than the library's 64 is refused."""
+        import transformers
+
+        return self._to_library(transformers.BitsAndBytesConfig, "transformers", model)
+
+    def _to_library(self, make: Any, library: str, model: Any) -> Any:
+        refuse_ours(self, library, ("bnb_4bit_blocksize",) if self.bnb_4bit_blocksize == _LIBRARY_BLOCKSIZE else ())
+        held = {f.name: getattr(self, f.name) for f in self._fields() if not f.metadata["ours"]}
+        names = exclusions_for(self, model, library)
+        return build(make, {**held, "llm_int8_skip_modules": names}, f"to_{library}")
 
     @classmethod
     def _own(cls, dtype: str, settings: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -275,7 +296,7 @@ def _quantized_4bit(name: str, linear: Any, config: BitsAndBytesConfig, compute:
         raise ConfigError(f"bnb_4bit_quant_storage={config.bnb_4bit_quant_storage}: {name} of shape {shape} takes "
                           f"{num_bytes} bytes, no multiple of {storage.itemsize}; use uint8")
     codes, state = bnb.functional.quantize_4bit(
-        weight, blocksize=config.bnb_4bit_blocksize or 64, quant_type=config.bnb_4bit_quant_type,
+        weight, blocksize=config.bnb_4bit_blocksize or _LIBRARY_BLOCKSIZE, quant_type=config.bnb_4bit_quant_type,
         compress_statistics=config.bnb_4bit_use_double_quant, quant_storage=storage,
     )
     return _layer_classes()["QuantizedLinear4bit"](codes, state, linear.bias, compute)

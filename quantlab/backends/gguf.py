@@ -15,10 +15,11 @@ from typing import Any, ClassVar, Self
 
 from quantlab.axes import QuantizationAxes, resolve_axes
 from quantlab.capabilities import CAPABILITIES
-from quantlab.config import QuantizationConfigMixin, QuantizationMethod, quantization_config, setting
+from quantlab.config import EXCLUSION_RULES, QuantizationConfigMixin, QuantizationMethod, quantization_config, setting
 from quantlab.dtypes import COMPUTE_DTYPES, dtype_name
-from quantlab.errors import ConfigError, ModelError, NotQuantized, require_package
-from quantlab.layers import replace_layer
+from quantlab.errors import ConfigError, ModelError, NotQuantized, nearest, require_package
+from quantlab.interop import build, exclusions_for
+from quantlab.layers import replace_layer, resolve_exclusions
 from quantlab.reports import StoredWeight
 
 _FILE = "model.gguf"
@@ -44,6 +45,9 @@ class GGUFQuantizationConfig(QuantizationConfigMixin):
     modules_to_not_convert: tuple[str, ...] | None = setting("names", None)
     gguf_type: str | None = setting("str", None, choices=tuple(CAPABILITIES["gguf"]), ours=True)
     """The block format to write, also accepted in ggml's upper case; None: the first of the backend, q8_0."""
+    tensor_types: Mapping[str, str] | None = setting("mapping", None, ours=True, node=True)
+    """Entry of the matcher (module path, glob, ``re:`` expression) -> block format; the first that matches counts."""
+    exclusion_rule: str = setting("str", "quantlab", choices=EXCLUSION_RULES, ours=True)
 
     @property
     def dtype(self) -> str:
@@ -52,20 +56,53 @@ class GGUFQuantizationConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_axes(cls, axes: QuantizationAxes, settings: Mapping[str, Any] | None = None) -> Self:
-        """``compute_dtype=auto`` is stored as Diffusers' float32. The backend has no settings of its own."""
-        for key in settings or {}:
-            raise ConfigError(f"quantization.{key}: gguf has no settings of its own; leave it out")
+        """``compute_dtype=auto`` is stored as Diffusers' float32; ``tensor_types`` is the only setting."""
+        own = dict(settings or {})
+        for key in own:
+            if key != "tensor_types":
+                raise ConfigError(f"quantization.{key}: gguf has no such setting{nearest(key, ['tensor_types'])} "
+                                  "(it has tensor_types)")
         axes = resolve_axes(axes)
-        compute = {} if axes.compute_dtype == "auto" else {"compute_dtype": axes.compute_dtype}
-        return cls(gguf_type=axes.dtype, modules_to_not_convert=axes.exclusions() or None, **compute)
+        if axes.compute_dtype != "auto":
+            own["compute_dtype"] = axes.compute_dtype
+        return cls(gguf_type=axes.dtype, modules_to_not_convert=axes.exclusions() or None, **own)
 
     def axes(self) -> QuantizationAxes:
         """The axes that :meth:`from_axes` turns into this config."""
-        names = list(self.modules_to_not_convert or ())
         return resolve_axes(QuantizationAxes(
             backend="gguf", dtype=self.dtype, compute_dtype=self.compute_dtype,
-            modules_to_not_convert={"own": names} if names else {},
+            modules_to_not_convert=self._exclusion_axes(),
         ))
+
+    def post_init(self) -> None:
+        """Types of ``tensor_types`` in quantlab's lower case; an empty mapping is none."""
+        given = dict(self.tensor_types or {})
+        formats = tuple(CAPABILITIES["gguf"])
+        for entry, kind in given.items():
+            if not isinstance(kind, str) or kind.lower() not in formats:
+                raise ConfigError(f"tensor_types={entry}: {kind!r} is none of {', '.join(formats)}"
+                                  f"{nearest(str(kind), formats)}")
+        lowered = {entry: kind.lower() for entry, kind in given.items()}
+        object.__setattr__(self, "tensor_types", lowered or None)
+
+    def layer_dtypes(self, paths: Sequence[str]) -> dict[str, str]:
+        """The layers that ``tensor_types`` names; ConfigError for an entry that matches none of ``paths``."""
+        entries = tuple(self.tensor_types or {})
+        found = resolve_exclusions(paths, entries, key="tensor_types") if entries else {}
+        return {path: dict(self.tensor_types or {})[entry] for path, entry in found.items()}
+
+    def to_diffusers(self, model: Any = None) -> Any:
+        """``diffusers.GGUFQuantizationConfig``, which only loads: the types are the file's, so ours are refused."""
+        import diffusers
+        import torch
+
+        if types := {k: v for k, v in self.extra_settings().items() if k != "exclusion_rule"}:
+            raise ConfigError(f"{', '.join(f'{k}={v!r}' for k, v in types.items())}: Diffusers only loads GGUF files and "
+                              "takes the types from the file; leave it out to load one")
+        arguments = {"compute_dtype": getattr(torch, self.compute_dtype)}
+        made = build(diffusers.GGUFQuantizationConfig, arguments, "to_diffusers")
+        made.modules_to_not_convert = exclusions_for(self, model, "diffusers")  # no argument of its constructor
+        return made
 
     @classmethod
     def _fold_arguments(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -99,10 +136,11 @@ def quantize(model: Any, layers: Sequence[str], config: GGUFQuantizationConfig, 
     """
     require_package("libgguf", "backend=gguf", "gguf")
     compute = _torch_dtype(compute_dtype or config.compute_dtype)
+    types = config.layer_dtypes(list(layers))
     for name in layers:
-        linear = model.get_submodule(name)
-        codes = _encode(name, linear.weight.detach(), config.dtype)
-        made = _linear_class()(codes, config.dtype, linear.bias, compute)
+        linear, kind = model.get_submodule(name), types.get(name, config.dtype)
+        codes = _encode(name, linear.weight.detach(), kind)
+        made = _linear_class()(codes, kind, linear.bias, compute)
         replace_layer(model, name, made.train(linear.training))
 
 

@@ -16,9 +16,10 @@ from typing import Any, ClassVar, Self
 
 from quantlab.axes import QuantizationAxes, resolve_axes
 from quantlab.backends.casting import cast_around, wanted_dtype
-from quantlab.config import QuantizationConfigMixin, QuantizationMethod, quantization_config, setting
+from quantlab.config import EXCLUSION_RULES, QuantizationConfigMixin, QuantizationMethod, quantization_config, setting
 from quantlab.dtypes import dtype_name
 from quantlab.errors import ConfigError, ModelError, NotQuantized
+from quantlab.interop import build, exclusions_for, refuse_ours
 from quantlab.layers import replace_layer
 from quantlab.reports import StoredWeight
 
@@ -27,6 +28,7 @@ _MAP_FILE = "quantization_map.json"
 
 _SPELLING = {"int8": "int8", "int4": "int4", "int2": "int2", "float8_e4m3": "float8", "float8_e5m2": "float8_e5m2"}
 """quantlab's dtype -> ``weights_dtype``."""
+_ACTIVATIONS = {None: "none", "int8": "int8", "float8": "float8_e4m3"}
 _DTYPES = {"qint8": "int8", "qint4": "int4", "qint2": "int2",
            "qfloat8_e4m3fn": "float8_e4m3", "qfloat8_e5m2": "float8_e5m2"}
 """The library's name of a format -> quantlab's dtype."""
@@ -42,11 +44,12 @@ class QuantoConfig(QuantizationConfigMixin):
     modules_to_not_convert: tuple[str, ...] | None = setting("names", None)
     optimizer: str = setting("str", "max", choices=("max", "hqq"), ours=True)
     """``max``: from the extremes; ``hqq``: half-quadratic search of the shifts, 2 and 4 bits only."""
+    activations: str | None = setting("str", None, choices=("int8", "float8"), ours=True)
+    """Read from transformers' dictionaries; the quantize stage refuses it, since it needs scales measured on data."""
+    exclusion_rule: str = setting("str", "quantlab", choices=EXCLUSION_RULES, ours=True)
 
     def post_init(self) -> None:
-        """An exclusion counts once, an empty list of them is none; HQQ exists for 2 and 4 bits."""
-        exclusions = tuple(dict.fromkeys(self.modules_to_not_convert or ())) or None
-        object.__setattr__(self, "modules_to_not_convert", exclusions)
+        """HQQ exists for 2 and 4 bits."""
         if self.optimizer == "hqq" and self.weights_dtype not in ("int4", "int2"):
             raise ConfigError(f"optimizer='hqq': quanto has it for weights_dtype int4 and int2, not "
                               f"{self.weights_dtype}; leave optimizer at max")
@@ -57,24 +60,38 @@ class QuantoConfig(QuantizationConfigMixin):
         for key in settings or {}:
             raise ConfigError(f"quantization.{key}: quanto has no settings beside the axes; remove it")
         axes = resolve_axes(axes)
-        return cls(weights_dtype=_SPELLING[axes.dtype], optimizer=axes.algorithm,
-                   modules_to_not_convert=axes.exclusions())
+        native: dict[str, Any] = {"weights_dtype": _SPELLING[axes.dtype], "optimizer": axes.algorithm}
+        return cls(**native, modules_to_not_convert=axes.exclusions())
 
     def axes(self) -> QuantizationAxes:
         """The axes that :meth:`from_axes` turns into this config."""
-        exclusions = {"own": list(self.modules_to_not_convert)} if self.modules_to_not_convert else {}
         return QuantizationAxes(
             backend="quanto", dtype=next(d for d, spelt in _SPELLING.items() if spelt == self.weights_dtype),
-            activation_dtype="none", algorithm=self.optimizer, modules_to_not_convert=exclusions,
+            activation_dtype=_ACTIVATIONS[self.activations], algorithm=self.optimizer,
+            modules_to_not_convert=self._exclusion_axes(),
         )
+
+    def to_diffusers(self, model: Any = None) -> Any:
+        """``diffusers.QuantoConfig``; it has no activations, no optimizer and no e5m2."""
+        import diffusers
+
+        refuse_ours(self, "diffusers")
+        names = exclusions_for(self, model, "diffusers")
+        arguments = {"weights_dtype": self.weights_dtype, "modules_to_not_convert": names}
+        return build(diffusers.QuantoConfig, arguments, f"weights_dtype={self.weights_dtype}")
+
+    def to_transformers(self, model: Any = None) -> Any:
+        """``transformers.QuantoConfig``; it has activations, but no optimizer and no e5m2."""
+        import transformers
+
+        refuse_ours(self, "transformers", ("activations",))
+        names = exclusions_for(self, model, "transformers")
+        arguments = {"weights": self.weights_dtype, "activations": self.activations, "modules_to_not_convert": names}
+        return build(transformers.QuantoConfig, arguments, f"weights_dtype={self.weights_dtype}")
 
     @classmethod
     def _read_dict(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """transformers writes ``weights`` and ``activations``."""
-        activations = data.pop("activations", None)
-        if activations is not None:
-            raise ConfigError(f"activations={activations!r}: quanto's quantized activations need calibration, which "
-                              "is not offered here; remove it or set it to null")
+        """transformers writes ``weights`` for ``weights_dtype``."""
         if "weights" in data:
             if "weights_dtype" in data:
                 raise ConfigError(f"weights={data['weights']!r}: weights_dtype={data['weights_dtype']!r} is given too; "
@@ -99,6 +116,9 @@ def quantize(model: Any, layers: Iterable[str], config: QuantoConfig, compute_dt
     """
     import torch
 
+    if config.activations is not None:
+        raise ConfigError(f"activations={config.activations}: quanto's quantized activations need scales measured on "
+                          "data, which no stage measures yet; leave it out")
     _override_operators()
     qtype = _qtype("q" + config.weights_dtype)
     for name in list(layers):

@@ -16,6 +16,7 @@ from quantlab.capabilities import Capability
 from quantlab.config import QuantizationConfigMixin
 from quantlab.dtypes import COMPUTE_DTYPES
 from quantlab.errors import ConfigError, NotQuantized
+from quantlab.interop import expand
 from quantlab.layers import linear_layers, resolve_exclusions
 from quantlab.memory import layer_memory
 from quantlab.reports import LayerReport, QuantizationReport, StoredWeight
@@ -50,11 +51,7 @@ def quantize_component(request: Request, module: Any, original: Any) -> tuple[An
     row = capability(axes.backend, axes.dtype)
     check_device(axes, row, request.device, request.compute_dtype)
     layers = linear_layers(module)
-    entries = request.native.modules_to_not_convert or ()  # type: ignore[attr-defined]
-    defaults = () if axes.replace_default_exclusions else request.default_exclusions
-    excluded = resolve_exclusions(
-        list(layers), [*defaults, *entries], [n for n, _ in module.named_modules()], optional_entries=defaults
-    )
+    excluded, idle = _excluded(request, module, list(layers))
     wanted = [n for n in layers if n not in excluded]
     if not wanted:
         raise ConfigError(
@@ -62,7 +59,8 @@ def quantize_component(request: Request, module: Any, original: Any) -> tuple[An
             "nothing is left to quantize"
         )
     shapes = {n: tuple(layers[n].weight.shape) for n in layers}
-    misfits = {n: reason for n in wanted if (reason := misfit(axes, row, shapes[n]))}
+    asked = _asked(axes, request.native, wanted)
+    misfits = {n: reason for n in wanted if (reason := misfit(*asked[n], shapes[n]))}
     if misfits and axes.on_mismatch == "error":
         raise NotQuantized(_misfit_message(axes, misfits, shapes))
     taken = [n for n in wanted if n not in misfits]
@@ -88,7 +86,7 @@ def quantize_component(request: Request, module: Any, original: Any) -> tuple[An
             )
         else:
             status = "excluded" if name in excluded else "skipped"
-            reason = f"modules_to_not_convert: {excluded[name]}" if name in excluded else misfits[name]
+            reason = excluded[name] if name in excluded else misfits[name]
             rows.append(
                 LayerReport(
                     component=request.component,
@@ -100,10 +98,37 @@ def quantize_component(request: Request, module: Any, original: Any) -> tuple[An
                     reason=reason,
                 )
             )
-    _require(axes, row, [r for r in rows if r.status == "quantized"])
+    _require({n: a for n, (a, _) in asked.items()}, [r for r in rows if r.status == "quantized"])
     num = sum(p.numel() for p in {id(p): p for p in original.parameters()}.values())
     resolved = {k: v for k, v in _settings(native).items() if v != _settings(request.native).get(k)}
+    resolved |= {"exclusions_without_effect": ", ".join(idle)} if idle else {}
     return module, QuantizationReport(layers=tuple(rows), num_parameters=num, resolved=resolved)
+
+
+def _excluded(request: Request, module: Any, layers: Sequence[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Layer -> why it stays as it is; and the entries under a library's rule that take no layer of the module.
+
+    By quantlab's matcher: the family's defaults, and the config's entries; or, where those keep a library's rule, the
+    entries that the node adds. An entry of quantlab's that matches nothing is a ConfigError.
+    """
+    native, axes = request.native, request.axes
+    defaults = () if axes.replace_default_exclusions else request.default_exclusions
+    theirs, idle = ({}, ()) if native.exclusion_rule == "quantlab" else expand(native, module)
+    entries = (native.exclusions or ()) if native.exclusion_rule == "quantlab" else axes.exclusions()
+    names = [n for n, _ in module.named_modules()]
+    ours = resolve_exclusions(layers, [*defaults, *entries], names, optional_entries=defaults)
+    found = {name: f"modules_to_not_convert: {entry}" for name, entry in ours.items()}
+    return {**native.disabled_layers(layers), **{n: r for n, r in theirs.items() if n in layers}, **found}, idle
+
+
+def _asked(
+    axes: QuantizationAxes, native: QuantizationConfigMixin, layers: Sequence[str]
+) -> dict[str, tuple[QuantizationAxes, Capability]]:
+    """What is asked for each layer, and the table's row of it: the axes, or another dtype that the config gives it."""
+    dtypes = native.layer_dtypes(layers)
+    own = {d: resolve_axes(replace(axes, dtype=d, group_size="auto")) for d in set(dtypes.values())}
+    per_layer = {n: own[dtypes[n]] if n in dtypes else axes for n in layers}
+    return {n: (a, capability(a.backend, a.dtype)) for n, a in per_layer.items()}
 
 
 def _settings(config: QuantizationConfigMixin) -> dict[str, Any]:
@@ -241,9 +266,10 @@ def _read_row(request: Request, name: str, layer: Any, original: Any, fallback: 
     )
 
 
-def _require(axes: QuantizationAxes, row: Capability, rows: Sequence[LayerReport]) -> None:
+def _require(asked: Mapping[str, QuantizationAxes], rows: Sequence[LayerReport]) -> None:
     """Every quantized row is what was asked for; NotQuantized naming layer, shape and both values otherwise."""
     for r in rows:
+        axes = asked[r.name]
         where = f"{r.name} {list(r.shape)}"
         if r.dtype != axes.dtype:
             raise NotQuantized(
@@ -264,6 +290,7 @@ def _require(axes: QuantizationAxes, row: Capability, rows: Sequence[LayerReport
                 f"dtype={axes.dtype}: the weight of {where} is lost (relative error {r.weight_rel_error:.3g})"
             )
     if rows and not any(r.weight_rel_error for r in rows):
+        axes = asked[rows[0].name]
         raise NotQuantized(
             f"dtype={axes.dtype}: no weight changed at all; the model looks already quantized to this grid, "
             f"or {axes.backend} did nothing"

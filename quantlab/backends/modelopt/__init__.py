@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from quantlab.backends.modelopt.config import NVIDIAModelOptConfig, build_quant_cfg
 from quantlab.backends.modelopt.quantize import load, quantize, read_back, resolve, save
+from quantlab.config import QuantizationConfigMixin
 
-Config = NVIDIAModelOptConfig
+Config: type[QuantizationConfigMixin] = NVIDIAModelOptConfig
 
 __all__ = ["Config", "NVIDIAModelOptConfig", "build_quant_cfg", "load", "quantize", "read_back", "resolve", "save"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from quantlab.axes import QuantizationAxes, resolve_axes
-from quantlab.config import QuantizationConfigMixin, QuantizationMethod, quantization_config, setting
+from quantlab.backends.modelopt.pasted import algorithm_of, entries_of, for_diffusers, scheme, sides, switched_off
+from quantlab.config import EXCLUSION_RULES, QuantizationConfigMixin, QuantizationMethod, quantization_config, setting
 from quantlab.errors import ConfigError, nearest
+from quantlab.interop import build, excluded_layers, exclusions_for, refuse_ours
+from quantlab.layers import linear_layers
 
 NUM_BITS: dict[str, int | tuple[int, int]] = {
     "FP8": (4, 3),
@@ -23,9 +26,13 @@ BLOCKS: dict[str, tuple[int, tuple[int, int]]] = {"NVFP4": (16, (4, 3)), "MXFP8"
 """Format with blocks of its own -> block size, (exponent, mantissa) bits of the scale (OCP MX 1.0; NVFP4)."""
 _SPELLING = {"int8": "INT8", "int4": "INT4", "float8_e4m3": "FP8", "nvfp4": "NVFP4", "mxfp8": "MXFP8", "mxfp4": "MXFP4"}
 _ALGORITHMS = ("max", "mse", "smoothquant", "awq_lite", "awq_clip", "awq_full", "svdquant", "gptq", "local_hessian")
+_ALWAYS_OFF = {"*", "*input_quantizer", "*output_quantizer"}
 _DEFAULT_BLOCK = 128
 _SMALLER_BLOCKS = (64, 32, 16)
-_SIDES = ("*weight_quantizer", "*input_quantizer")
+_DIFFUSERS_TYPES = ("FP8", "INT8", "INT4")
+_WIDTHS = {"INT8": (8, None), "INT4": (4, None), "FP8": ((4, 3), None), "NVFP4": ((2, 1), (4, 3)),
+           "MXFP8": ((4, 3), (8, 0)), "MXFP4": ((2, 1), (8, 0))}
+"""Half of a ``quant_type`` -> (bits of a weight, bits of its block's scale)."""
 
 
 @quantization_config
@@ -33,8 +40,8 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
     """Diffusers' ``NVIDIAModelOptConfig``, checked where the original replaces or ignores, and the packing.
 
     ``modelopt_config`` takes the place of everything but ``quant_type``'s name: the entries ``*weight_quantizer`` and
-    ``*input_quantizer`` of a pasted ModelOpt config. Its other entries only switch quantizers off, and which layers
-    are quantized is said by ``modules_to_not_convert`` alone.
+    ``*input_quantizer`` of a pasted ModelOpt config. Its other entries may only switch quantizers off; the layers that
+    they take are left out beside those of ``modules_to_not_convert``.
     """
 
     quant_method: ClassVar[QuantizationMethod] = QuantizationMethod.MODELOPT
@@ -57,14 +64,13 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
     """True: weights are packed after calibration. False: they stay dense and are rounded at every use (simulated)."""
     fit_group_size: bool = setting("bool", False, ours=True)
     """``group_size=auto``: a layer that ``block_quantize`` does not divide takes 64, 32 or 16, else one scale a row."""
+    exclusion_rule: str = setting("str", "quantlab", choices=EXCLUSION_RULES, ours=True)
 
     def post_init(self) -> None:
         """Rules between the fields."""
-        if not self.modules_to_not_convert:
-            object.__setattr__(self, "modules_to_not_convert", None)
         weight, activation = _halves(self.quant_type)
         if self.modelopt_config is not None:
-            _pasted_sides(self.modelopt_config)
+            self._check_pasted(self.modelopt_config, weight)
         elif activation and self.weight_only:
             raise ConfigError(f"weight_only=true: the activation half of quant_type={self.quant_type} would be "
                               f"ignored; set weight_only=false, or quant_type={weight}")
@@ -72,6 +78,14 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
             raise ConfigError(f"weight_only=false: quant_type={self.quant_type} names no activations; "
                               f"write {weight}_INT8 or {weight}_FP8, or set weight_only=true")
         self._check_blocks(weight)
+
+    def _check_pasted(self, pasted: Mapping[str, Any], weight: str) -> None:
+        width, _ = scheme(sides(pasted)[0])
+        if width != _WIDTHS[weight]:
+            said = next((t for t, w in _WIDTHS.items() if w == width), f"num_bits={width[0]}")
+            raise ConfigError(f"quant_type={self.quant_type}: modelopt_config says {said}; make them agree")
+        if (algorithm := algorithm_of(pasted)) is not None and algorithm != self.algorithm:
+            raise ConfigError(f"algorithm={self.algorithm}: modelopt_config says {algorithm}; make them agree")
 
     def _check_blocks(self, weight: str) -> None:
         channel, block = self.channel_quantize, self.block_quantize
@@ -122,7 +136,57 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
         calib = data.pop("calib_cfg", None)
         if isinstance(calib, Mapping) and "method" in calib:
             data.setdefault("algorithm", calib["method"])
+        pasted = data.get("modelopt_config")
+        if isinstance(pasted, Mapping):
+            if (algorithm := algorithm_of(pasted)) is not None:
+                data["algorithm"] = algorithm  # calib_cfg is reset by each round trip through Diffusers; this is used
+            bare = {k: v for k, v in data.items() if k not in ("modelopt_config", "quant_method")}
+            if _is_derived(cls, bare, pasted):
+                return bare
         return data
+
+    # -- to Diffusers
+
+    def to_diffusers(self, model: Any = None) -> Any:
+        """``diffusers.NVIDIAModelOptConfig``, built around its constructor, which fails with ModelOpt 0.44 and later.
+
+        What the settings mean goes into ``modelopt_config``; all but Linear layers are switched off.
+        """
+        import diffusers
+
+        refuse_ours(self, "diffusers", ("fit_group_size",))
+        weight, activation = self._diffusers_sides(model)
+        names = exclusions_for(self, model, "diffusers")
+        off = [g for g in _globs_off(self.modelopt_config) if g not in _ALWAYS_OFF]
+        arguments = {f.name: getattr(self, f.name) for f in self._fields() if not f.metadata["ours"]}
+        arguments["modelopt_config"] = for_diffusers(weight, activation, self.algorithm, off)
+        arguments["modules_to_not_convert"] = names
+        return build(diffusers.NVIDIAModelOptConfig, arguments, f"quant_type={self.quant_type}")
+
+    def _diffusers_sides(self, model: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """What every layer's quantizers are told; ConfigError where Diffusers would say or do something else."""
+        for kind in (self.weight_type, self.activation_type):
+            if kind and kind not in _DIFFUSERS_TYPES:
+                raise ConfigError(f"quant_type={self.quant_type}: Diffusers cannot load {kind} (it sorts the keys of "
+                                  "its config, here numbers and words, or takes it for FP8); quantize with quantlab")
+        if self.fit_group_size and model is None:
+            raise ConfigError("fit_group_size=true: Diffusers has one block size for all layers; give the model, and "
+                              "it is checked that this one divides them all, or set group_size")
+        block = self.block_quantize or 1
+        left = excluded_layers(self, model) if self.fit_group_size else set()
+        shapes = {n: tuple(m.weight.shape) for n, m in linear_layers(model).items()} if self.fit_group_size else {}
+        odd = [n for n, shape in shapes.items() if n not in left and shape[1] % block]
+        if odd:
+            raise ConfigError(f"fit_group_size=true: {', '.join(odd[:8])} would take another block than {block}, and "
+                              "Diffusers has one for all layers; exclude them, or set group_size")
+        if self.weight_type == "INT4" and self.modelopt_config is None and self.block_quantize is None:
+            raise ConfigError(f"channel_quantize={self.channel_quantize}: ModelOpt packs 4 bits in blocks only, and "
+                              "Diffusers packs always; set block_quantize")
+        return _weight_cfg(self, "", (block, block)), _activation_cfg(self)
+
+    def disabled_layers(self, paths: Sequence[str]) -> dict[str, str]:
+        """The layers that entries of ``modelopt_config`` switch off."""
+        return {} if self.modelopt_config is None else switched_off(self.modelopt_config, paths)
 
     # -- axes
 
@@ -149,28 +213,55 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
     def axes(self) -> QuantizationAxes:
         """The axes that, with the config's own settings, :meth:`from_axes` turns into this config.
 
-        Raises ConfigError for a pasted ``modelopt_config`` and for one scale for an integer tensor, which no axes say.
+        A pasted ``modelopt_config`` has axes too, which say the same of the weights. Raises ConfigError for what no
+        axes say: one scale for an integer tensor, blocks along out_features.
         """
-        if self.modelopt_config is not None:
-            raise ConfigError("modelopt_config: no axes of quantlab express a pasted config; "
-                              "keep it as a quantization_config")
         dtype = next(d for d, spelt in _SPELLING.items() if spelt == self.weight_type)
+        weight, activation = self._told()
+        (_, block), activation_type = scheme(weight), self.activation_type
         group: int | str = "auto"
         if self.weight_type in BLOCKS:
             group = BLOCKS[self.weight_type][0]
-        elif self.block_quantize is not None:
-            group = "auto" if self.fit_group_size else self.block_quantize
-        elif self.channel_quantize is not None:
+        elif block is not None:
+            group = "auto" if self.fit_group_size else block
+        elif weight.get("axis") is not None:
             group = "none"
-        elif self.weight_type != "FP8":
+        elif self.weight_type != "FP8" or weight.get("block_sizes"):
             raise ConfigError(f"channel_quantize: {self.quant_type} with one scale for the tensor is what no axes say; "
                               "set channel_quantize=0")
-        activation = self.activation_type
+        if self.modelopt_config is not None:
+            width = scheme(activation)[0] if activation else None
+            activation_type = next((t for t, w in _WIDTHS.items() if w == width), "")
         return QuantizationAxes(
             backend="modelopt", dtype=dtype, group_size=group, algorithm=self.algorithm,
-            activation_dtype=next((d for d, spelt in _SPELLING.items() if spelt == activation), "none"),
-            modules_to_not_convert={"own": list(self.modules_to_not_convert)} if self.modules_to_not_convert else {},
+            activation_dtype=next((d for d, spelt in _SPELLING.items() if spelt == activation_type), "none"),
+            modules_to_not_convert=self._exclusion_axes(),
         )
+
+    def _told(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """What the quantizers of a layer are told that every block size divides."""
+        if self.modelopt_config is not None:
+            return sides(self.modelopt_config)
+        size = self.block_quantize or (BLOCKS[self.weight_type][0] if self.weight_type in BLOCKS else 1)
+        if self.block_quantize is None and self.channel_quantize is not None:
+            return {"num_bits": NUM_BITS[self.weight_type], "axis": 0}, _activation_cfg(self)
+        return _weight_cfg(self, "", (size, size)), _activation_cfg(self)
+
+
+def _globs_off(modelopt_config: Mapping[str, Any] | None) -> list[str]:
+    """Globs of a pasted config that switch quantizers of Linear layers off, in order."""
+    found = entries_of(modelopt_config) if modelopt_config is not None else []
+    return [str(e["quantizer_name"]) for e in found if not e["enable"] and e["parent_class"] in (None, "nn.Linear")]
+
+
+def _is_derived(cls: type[NVIDIAModelOptConfig], bare: Mapping[str, Any], pasted: Mapping[str, Any]) -> bool:
+    """Whether ``pasted`` says no more than the other settings of a Diffusers dictionary do by themselves."""
+    try:
+        config = cls(**bare)
+        weight, activation = config._told()
+        return sides(pasted) == (weight, activation) and set(_globs_off(pasted)) <= _ALWAYS_OFF
+    except ConfigError:
+        return False
 
 
 def _halves(quant_type: str) -> tuple[str, str]:
@@ -215,7 +306,7 @@ def build_quant_cfg(config: NVIDIAModelOptConfig, layers: Mapping[str, tuple[int
 def _weight_cfg(config: NVIDIAModelOptConfig, name: str, shape: tuple[int, int]) -> dict[str, Any]:
     kind, in_features = config.weight_type, shape[1]
     if config.modelopt_config is not None:
-        pasted = dict(_pasted_sides(config.modelopt_config)[0])
+        pasted = dict(sides(config.modelopt_config)[0])
         block = (pasted.get("block_sizes") or {}).get(-1)
         if isinstance(block, int) and in_features % block:
             raise ConfigError(f"modelopt_config: {_indivisible(name, shape, block)}")
@@ -255,48 +346,13 @@ def _block_cfg(kind: str) -> dict[str, Any]:
 def _activation_cfg(config: NVIDIAModelOptConfig) -> dict[str, Any] | None:
     """Activations: one scale for the tensor, taken at run time, or the format's own blocks; None: left alone."""
     if config.modelopt_config is not None:
-        return _pasted_sides(config.modelopt_config)[1]
+        return sides(config.modelopt_config)[1]
     kind = config.activation_type
     if not kind:
         return None
     return _block_cfg(kind) if kind in BLOCKS else {"num_bits": NUM_BITS[kind], "axis": None, "type": "dynamic"}
 
 
-def _pasted_sides(modelopt_config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """(weight cfg, activation cfg or None) of a pasted ModelOpt config, in its list form or its older mapping form."""
-    entries = modelopt_config.get("quant_cfg")
-    if isinstance(entries, Mapping):
-        entries = [{"quantizer_name": k, "enable": v.get("enable", True),
-                    "cfg": {a: b for a, b in v.items() if a not in ("enable", "fake_quant")}}
-                   for k, v in entries.items() if isinstance(v, Mapping)]
-    if not isinstance(entries, (list, tuple)) or not all(isinstance(e, Mapping) for e in entries):
-        raise ConfigError("modelopt_config: it has a quant_cfg, a list of quantizers as ModelOpt 0.47 takes it")
-    found: dict[str, dict[str, Any] | None] = {}
-    for entry in entries:
-        name, cfg = entry.get("quantizer_name"), entry.get("cfg")
-        if name in _SIDES:
-            found[str(name)] = _with_int_keys(cfg) if entry.get("enable", True) and cfg else None
-        elif entry.get("enable", True) and cfg:
-            raise ConfigError(f"modelopt_config: quantizer {name!r} is set for some layers only; "
-                              f"{' and '.join(_SIDES)} are read, use modules_to_not_convert for the rest")
-    weight = found.get(_SIDES[0])
-    if not weight:
-        raise ConfigError(f"modelopt_config: its quant_cfg sets no {_SIDES[0]}; add it, or leave modelopt_config out")
-    return weight, found.get(_SIDES[1])
-
-
-def _with_int_keys(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """A quantizer's attributes with the int axes that JSON made strings, and tuples for (exponent, mantissa)."""
-    made: dict[Any, Any] = {}
-    for key, value in cfg.items():
-        is_axis = isinstance(key, str) and key.lstrip("-").isdigit()
-        value = _with_int_keys(value) if isinstance(value, Mapping) else value
-        made[int(key) if is_axis else key] = tuple(value) if isinstance(value, list) else value
-    return made
-
-
 def is_packable(config: NVIDIAModelOptConfig, weight_cfg: Mapping[str, Any]) -> bool:
     """Whether ModelOpt can pack a weight of this cfg: all that is asked for, except 4-bit integers without blocks."""
     return config.compress and not (weight_cfg.get("num_bits") == 4 and not weight_cfg.get("block_sizes"))
-
-

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from quantlab.axes import QuantizationAxes, resolve_axes
+from quantlab.backends.torchao.build import build_form
 from quantlab.backends.torchao.forms import (
     DEFAULTS,
     PER_AXIS_0,
@@ -20,8 +21,10 @@ from quantlab.backends.torchao.forms import (
     per_group,
 )
 from quantlab.backends.torchao.shorthands import expand
-from quantlab.config import QuantizationConfigMixin, QuantizationMethod, quantization_config, setting
+from quantlab.config import EXCLUSION_RULES, QuantizationConfigMixin, QuantizationMethod, quantization_config, setting
 from quantlab.errors import ConfigError
+from quantlab.interop import build, excluded_layers, exclusions_for, refuse_ours
+from quantlab.layers import linear_layers
 
 INT4, INTX = "Int4WeightOnlyConfig", "IntxWeightOnlyConfig"
 INT8_INTX = "Int8DynamicActivationIntxWeightConfig"
@@ -69,11 +72,10 @@ class TorchAoConfig(QuantizationConfigMixin):
     fit_group_size: bool = setting("bool", False, ours=True)
     """``group_size=auto``: a layer that the group of ``quant_type`` does not divide takes 64, 32 or 16, else one scale
     a row. False: such a layer is refused."""
+    exclusion_rule: str = setting("str", "quantlab", choices=EXCLUSION_RULES, ours=True)
 
     def post_init(self) -> None:
         """Rules between the fields, and ``mapping_type`` written into ``quant_type``."""
-        if not self.modules_to_not_convert:
-            object.__setattr__(self, "modules_to_not_convert", None)
         form = self.quant_type
         kind, data = form["_type"], form["_data"]
         packing, mapping = self.int4_packing_format, self.mapping_type
@@ -128,7 +130,11 @@ class TorchAoConfig(QuantizationConfigMixin):
 
     @classmethod
     def _read_dict(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """Diffusers up to 0.37 wrote a shorthand and ``quant_type_kwargs``."""
+        """Diffusers up to 0.37 wrote a shorthand and ``quant_type_kwargs``; transformers writes flags."""
+        for key in ("include_embedding", "include_input_output_embeddings", "untie_embedding_weights"):
+            if data.pop(key, False) not in (False, None):
+                raise ConfigError(f"{key}=true: quantlab quantizes Linear layers only, and leaves tied weights tied; "
+                                  "leave it out")
         keywords = data.pop("quant_type_kwargs", None) or {}
         return {**data, **keywords}
 
@@ -141,6 +147,43 @@ class TorchAoConfig(QuantizationConfigMixin):
         """What differs from the defaults; ``quant_type`` has none and is always there."""
         data = super().to_diff_dict()
         return {**data, "quant_type": {"default": data["quant_type"]}}
+
+    # -- to other libraries
+
+    def to_diffusers(self, model: Any = None) -> Any:
+        """``diffusers.TorchAoConfig``; ``auto`` packing of int4 is what ``quant_type`` says (CUDA's tile-packed)."""
+        import diffusers
+
+        return self._to_library(diffusers.TorchAoConfig, "diffusers", model)
+
+    def to_transformers(self, model: Any = None) -> Any:
+        """``transformers.TorchAoConfig``; as :meth:`to_diffusers`."""
+        import transformers
+
+        return self._to_library(transformers.TorchAoConfig, "transformers", model)
+
+    def _to_library(self, make: Any, library: str, model: Any) -> Any:
+        if self.fit_group_size and model is None:
+            raise ConfigError(f"fit_group_size=true: {library} has one group size for all layers; give the model, and "
+                              "it is checked that this one divides them all, or set group_size")
+        refuse_ours(self, library, ("int4_packing_format", "mapping_type", "fit_group_size"))
+        form = self._one_form(model, library)
+        names = exclusions_for(self, model, library)
+        arguments = {"quant_type": build_form(form, sets_inductor=True), "modules_to_not_convert": names}
+        return build(make, arguments, f"quant_type={form['_type']}")
+
+    def _one_form(self, model: Any, library: str) -> Form:
+        """What every layer is told; ConfigError where ``fit_group_size`` tells some another group size."""
+        kind, data = self.quant_type["_type"], self.quant_type["_data"]
+        if self.fit_group_size:
+            group: Any = data["group_size"] if kind == INT4 else _group(data[_GRANULARITY[kind]])
+            left = excluded_layers(self, model)
+            odd = [n for n, layer in linear_layers(model).items() if n not in left and layer.in_features % group]
+            if odd:
+                raise ConfigError(f"fit_group_size=true: {', '.join(odd[:8])} would take another group size than "
+                                  f"{group}, and {library} has one for all layers; exclude them, or set group_size")
+        is_unpacked = self.int4_packing_format == "unpacked_to_int8" or self.mapping_type != "auto"
+        return unpacked(self, data["group_size"]) if kind == INT4 and is_unpacked else dict(self.quant_type)
 
     # -- axes
 
@@ -165,9 +208,8 @@ class TorchAoConfig(QuantizationConfigMixin):
         Raises ConfigError for a scheme of torchao that no axes express.
         """
         kind, data = self.quant_type["_type"], self.quant_type["_data"]
-        exclusions = {"own": list(self.modules_to_not_convert)} if self.modules_to_not_convert else {}
         axes = QuantizationAxes(backend="torchao", activation_dtype="none", algorithm="max",
-                                modules_to_not_convert=exclusions)
+                                modules_to_not_convert=self._exclusion_axes())
         if kind == INT4:
             found = {"dtype": "int4", "group_size": data["group_size"]}
         elif kind in _MAPPING:

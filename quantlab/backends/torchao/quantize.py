@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
 import importlib
-import logging
-import os
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quantlab.backends.casting import cast_around, wanted_dtype
+from quantlab.backends.torchao.build import build_form, quiet_library
 from quantlab.backends.torchao.config import INT4, TorchAoConfig, layer_form
 from quantlab.backends.torchao.readback import is_quantized
-from quantlab.config import canonical_json, to_json_data
+from quantlab.config import canonical_json
 from quantlab.dtypes import dtype_name
 from quantlab.errors import ConfigError, NotQuantized
 
-_SKIP_BINARIES = "TORCHAO_FORCE_SKIP_LOADING_SO_FILES"
-_NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 _DYNAMIC_FLOAT8 = "Float8DynamicActivationFloat8WeightConfig"
 _OWN_LAYERS = ("FqnToConfig", "ModuleFqnToConfig", "AOPerModuleConfig")
 
@@ -45,56 +39,11 @@ def resolve(config: TorchAoConfig, device: str, compute_dtype: Any = None) -> To
 
 
 def build_ao_config(config: TorchAoConfig | Mapping[str, Any]) -> Any:
-    """The ``AOBaseConfig`` object for a config, or for a stored form of one.
+    """The ``AOBaseConfig`` object for a config or a stored form of one; it leaves torch's compiler options alone.
 
-    ``set_inductor_config`` is switched off: it would change torch's compiler options for the whole process.
     Raises ConfigError for what the installed torchao cannot build.
     """
-    form = copy.deepcopy(to_json_data(config.quant_type if isinstance(config, TorchAoConfig) else config))
-    _leave_inductor_alone(form)
-    with quiet_library():
-        core = importlib.import_module("torchao.core.config")
-        if form["_type"] == "NF4WeightOnlyConfig":  # not among the modules that the library's own reader looks into
-            return importlib.import_module("torchao.prototype._nf4tensor_api").NF4WeightOnlyConfig()
-        try:
-            return core.config_from_dict(form)
-        except (ValueError, TypeError, AttributeError, AssertionError) as error:
-            raise ConfigError(f"quant_type={form['_type']}: torchao cannot build it ({error}); check its fields, or "
-                              "write it again with the installed torchao") from error
-
-
-def _leave_inductor_alone(value: Any) -> None:
-    if isinstance(value, dict):
-        if "set_inductor_config" in value:
-            value["set_inductor_config"] = False
-        for inner in value.values():
-            _leave_inductor_alone(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            _leave_inductor_alone(inner)
-
-
-@contextlib.contextmanager
-def quiet_library() -> Iterator[None]:
-    """Import or call torchao without its compiled extras (no scheme here uses them) and their complaints."""
-    before = os.environ.get(_SKIP_BINARIES)
-    levels = {name: logging.getLogger(name).level for name in _NOISY_LOGGERS}
-    os.environ[_SKIP_BINARIES] = "1"
-    for name in _NOISY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Stored version is not the same")
-            importlib.import_module("torchao.quantization")
-            yield
-    finally:
-        for name, level in levels.items():
-            if logging.getLogger(name).level == logging.ERROR:  # else the library chose one while it was imported
-                logging.getLogger(name).setLevel(level)
-        if before is None:
-            del os.environ[_SKIP_BINARIES]
-        else:
-            os.environ[_SKIP_BINARIES] = before
+    return build_form(config.quant_type if isinstance(config, TorchAoConfig) else config)
 
 
 def quantize(model: Any, layers: Iterable[str], config: TorchAoConfig, compute_dtype: Any = None) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.backends.casting import cast_around
+from quantlab.backends.torchao.build import quiet_library
 from quantlab.backends.torchao.config import TorchAoConfig
-from quantlab.backends.torchao.quantize import quiet_library
 from quantlab.backends.torchao.readback import is_quantized, read_back
 from quantlab.errors import ConfigError, ModelError
 

@@ -1,0 +1,257 @@
+"""Which layers a list of exclusions takes under the rule of Diffusers or transformers, and lists that say a choice.
+
+One key, ``modules_to_not_convert`` (bitsandbytes: ``llm_int8_skip_modules``), has six meanings in these libraries. A
+dictionary that comes from one of them keeps its meaning: its entries are expanded on the model to full paths by
+:func:`expand`. The other way, :func:`express` finds a list that the library resolves to exactly given layers.
+
+Rules, as Diffusers 0.42 and transformers 5.23 apply them:
+
+=========================  =========================================================================================
+Diffusers bitsandbytes     the layer's own name, its whole path, or ``entry + "."`` anywhere in the path
+Diffusers torchao          the path of the weight (``...to_q.weight``), or ``entry + "."`` anywhere in it
+Diffusers quanto           the layer's own name
+Diffusers gguf             any one component of the path
+Diffusers modelopt         the glob ``*entry*`` on the path of the weight's quantizer (``...to_q.weight_quantizer``)
+transformers               a regular expression from the start of the path up to a dot, or an ending of the path (for
+                           torchao: of the weight's path); no list at all: tied weights, the last module and the output
+                           embeddings
+=========================  =========================================================================================
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from quantlab.config import LIBRARY_RULE, QuantizationConfigMixin
+from quantlab.errors import ConfigError
+from quantlab.layers import linear_layers, resolve_exclusions
+
+Rule = Callable[[str, str], bool]
+
+
+def _bitsandbytes(entry: str, path: str) -> bool:
+    return entry in (path, path.rpartition(".")[2]) or f"{entry}." in path
+
+
+def _torchao(entry: str, path: str) -> bool:
+    return entry == f"{path}.weight" or f"{entry}." in f"{path}.weight"
+
+
+def _quanto(entry: str, path: str) -> bool:
+    return entry == path.rpartition(".")[2]
+
+
+def _gguf(entry: str, path: str) -> bool:
+    return entry in path.split(".")
+
+
+def _modelopt(entry: str, path: str) -> bool:
+    return fnmatch.fnmatch(f"{path}.weight_quantizer", f"*{entry}*")
+
+
+def _transformers(entry: str, path: str) -> bool:
+    try:
+        return re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", path) is not None or path.endswith(entry)
+    except re.error as error:
+        raise ConfigError(f"modules_to_not_convert={entry}: transformers reads it as a regular expression, which it "
+                          f"is not ({error}); escape it") from error
+
+
+def _transformers_torchao(entry: str, path: str) -> bool:
+    return _transformers(entry, f"{path}.weight")
+
+
+RULES: dict[tuple[str, str], Rule] = {
+    ("diffusers", "bitsandbytes"): _bitsandbytes,
+    ("diffusers", "torchao"): _torchao,
+    ("diffusers", "quanto"): _quanto,
+    ("diffusers", "gguf"): _gguf,
+    ("diffusers", "modelopt"): _modelopt,
+    ("transformers", "bitsandbytes"): _transformers,
+    ("transformers", "torchao"): _transformers_torchao,
+    ("transformers", "quanto"): _transformers,
+}
+"""(library, quant_method) -> whether an entry takes the Linear layer at a path."""
+
+
+def rule_of(library: str, method: str) -> Rule:
+    """The row of :data:`RULES`; ConfigError where the library has no such backend."""
+    if (library, method) not in RULES:
+        raise ConfigError(f"exclusion_rule={library}: {library} does not quantize with {method}; set it to diffusers "
+                          "or quantlab")
+    return RULES[library, method]
+
+
+def taken(library: str, method: str, entries: Sequence[str], paths: Iterable[str]) -> dict[str, str]:
+    """Path -> the first entry that takes it under the library's rule."""
+    rule = rule_of(library, method)
+    found = {path: next((e for e in entries if rule(e, path)), None) for path in paths}
+    return {path: entry for path, entry in found.items() if entry is not None}
+
+
+# -- a library's list on a model
+
+
+def library_of(model: Any) -> str:
+    """``transformers`` for a model of transformers, else ``diffusers``: who would have read its config.json."""
+    return "transformers" if hasattr(model, "get_output_embeddings") else "diffusers"
+
+
+def expand(config: QuantizationConfigMixin, model: Any) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The Linear layers of ``model`` that a config with a library's rule leaves out.
+
+    Returns:
+        Full path -> why; and the entries that take no layer (the libraries accept those without a word).
+    """
+    library = config.exclusion_rule
+    if library == LIBRARY_RULE:
+        library = library_of(model)
+    if library == "quantlab":
+        raise ConfigError("exclusion_rule=quantlab: its entries are matched by quantlab.layers")
+    method = config.quant_method.value
+    paths, given = _linear_paths(model), config.exclusions
+    entries = tuple(given or ())
+    if given is None and library == "transformers":
+        entries = _transformers_defaults(model)
+    found = taken(library, method, entries, paths)
+    reasons = {path: f"{library} {method}: {entry}" for path, entry in found.items()}
+    for path, why in config.disabled_layers(paths).items():
+        reasons.setdefault(path, why)
+    rule = rule_of(library, method)
+    return reasons, tuple(e for e in entries if given and not any(rule(e, p) for p in paths))
+
+
+def _linear_paths(model: Any) -> list[str]:
+    """Paths of every Linear layer, at each place where it sits, as the libraries walk them."""
+    from torch import nn
+
+    return [n for n, m in model.named_modules(remove_duplicate=False) if n and isinstance(m, nn.Linear)]
+
+
+def _transformers_defaults(model: Any) -> tuple[str, ...]:
+    """What transformers leaves out where nobody said anything."""
+    if not hasattr(model, "get_output_embeddings"):
+        raise ConfigError("exclusion_rule=transformers: without modules_to_not_convert it leaves out the model's own "
+                          "output layers, and this is no model of transformers; name the modules, or [] for none")
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    return tuple(sorted(get_keys_to_not_convert(model)))
+
+
+# -- a choice of layers as a library's list
+
+
+def exclusions_for(config: QuantizationConfigMixin, model: Any, library: str) -> list[str] | None:
+    """A list that ``library`` resolves, on ``model``, to exactly the layers that ``config`` leaves out.
+
+    ``model=None`` is enough where the list is that library's own already, or empty.
+
+    Raises:
+        ConfigError: the list needs the model, or no list of that library says these layers (they are named).
+    """
+    method, names = config.quant_method.value, config.exclusions
+    rule_of(library, method)
+    if config.exclusion_rule in (library, LIBRARY_RULE):
+        return list(names) if names is not None else None
+    if model is None:
+        if not names and config.exclusion_rule == "quantlab":
+            return [] if library == "transformers" else None  # an absent list has a meaning of its own there
+        raise ConfigError(f"modules_to_not_convert={list(names or ())}: {library}'s rule for {method} is another than "
+                          f"quantlab's; give the model, to_{library}(model), and a list is found that says the same")
+    wanted = _left_out(config, model)
+    paths = _linear_paths(model)
+    kept = taken("diffusers", method, _kept_in_float32(model), paths) if library == "diffusers" else {}
+    if beyond := [path for path in kept if path not in wanted]:
+        raise ConfigError(f"modules_to_not_convert: {library} also leaves out {', '.join(beyond[:8])}, which the model "
+                          "keeps in float32; add them, so that both say the same")
+    entries = express(library, method, wanted, paths)
+    return entries or ([] if library == "transformers" else None)
+
+
+def _kept_in_float32(model: Any) -> tuple[str, ...]:
+    return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+
+def excluded_layers(config: QuantizationConfigMixin, model: Any) -> set[str]:
+    """Paths of the Linear layers of ``model`` that the config's exclusions take, by whichever rule it has."""
+    layers = linear_layers(model)
+    if config.exclusion_rule != "quantlab":
+        return set(expand(config, model)[0])
+    every = [name for name, _ in model.named_modules()]
+    return {*resolve_exclusions(list(layers), config.exclusions or (), every), *config.disabled_layers(list(layers))}
+
+
+def _left_out(config: QuantizationConfigMixin, model: Any) -> set[str]:
+    """Paths of the Linear layers that quantlab would not quantize with this config, at each place where they sit."""
+    out = excluded_layers(config, model)
+    done = {id(layer) for name, layer in linear_layers(model).items() if name not in out}
+    return {path for path in _linear_paths(model) if id(model.get_submodule(path)) not in done}
+
+
+def express(library: str, method: str, wanted: set[str], paths: Sequence[str]) -> list[str]:
+    """Entries that the library's rule resolves to exactly ``wanted`` among ``paths``.
+
+    Raises:
+        ConfigError: naming the layers that no entry takes without taking others.
+    """
+    rule, entries, missing = rule_of(library, method), [], []
+    covered: set[str] = set()
+    for path in (p for p in paths if p in wanted):
+        if path in covered:
+            continue
+        for entry in _spellings(path, library):
+            found = {p for p in paths if rule(entry, p)}
+            if path in found and found <= wanted:
+                entries.append(entry)
+                covered |= found
+                break
+        else:
+            missing.append(path)
+    if missing:
+        raise ConfigError(f"modules_to_not_convert: no list of {library} says {', '.join(missing[:8])} for {method} "
+                          f"without other layers{_others(rule, missing[0], wanted, paths)}; exclude those too, or keep "
+                          "to quantlab")
+    return entries
+
+
+def _spellings(path: str, library: str) -> list[str]:
+    """Ways to name a layer: containers from the root, itself, its weight, then endings from the longest."""
+    parts = path.split(".")
+    heads = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+    tails = [".".join(parts[i:]) for i in range(1, len(parts))]
+    exact = [rf"{re.escape(path)}$", rf"{re.escape(path)}\.weight$"] if library == "transformers" else []
+    return [*heads, f"{path}.weight", *tails, *parts, *exact]
+
+
+def _others(rule: Rule, path: str, wanted: set[str], paths: Sequence[str]) -> str:
+    extra = [p for p in paths if rule(path, p) or rule(path.rpartition(".")[2], p)]
+    extra = [p for p in extra if p not in wanted]
+    return f" ({', '.join(extra[:4])})" if extra else ""
+
+
+# -- building the libraries' objects
+
+
+def refuse_ours(config: QuantizationConfigMixin, library: str, held: Iterable[str] = ()) -> None:
+    """ConfigError naming the settings of ours that are not default, for a class that cannot hold them."""
+    held = {*held, "exclusion_rule"}
+    lost = {k: v for k, v in config.extra_settings().items() if k not in held}
+    if lost:
+        listed = ", ".join(f"{k}={v!r}" for k, v in lost.items())
+        raise ConfigError(f"{listed}: the {type(config).__name__} of {library} has no such setting and would quantize "
+                          "otherwise without a word; leave it out, or quantize with quantlab")
+
+
+def build(make: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
+    """Construct a library's config object; its refusal becomes a ConfigError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # Diffusers repeats its deprecation each time
+            return make(**arguments)
+    except (TypeError, ValueError, AttributeError, KeyError, ImportError) as error:
+        raise ConfigError(f"{where}: the installed library cannot build this config ({error}); change the setting, or "
+                          "quantize with quantlab") from error
