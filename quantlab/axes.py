@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from quantlab.capabilities import CAPABILITIES, Capability
+from quantlab.capabilities import CAPABILITIES, Capability, refusal
 from quantlab.dtypes import COMPUTE_DTYPES
 from quantlab.errors import ConfigError, nearest
 
@@ -66,7 +66,9 @@ def capability(backend: str, dtype: str) -> Capability:
     if backend not in CAPABILITIES:
         raise ConfigError(f"backend={backend}: there are {_words(CAPABILITIES)}{nearest(backend, CAPABILITIES)}")
     if dtype not in CAPABILITIES[backend]:
-        raise ConfigError(f"dtype={dtype}: {backend} offers {_words(CAPABILITIES[backend])}{_others(backend, dtype)}")
+        why = f" ({refusal(backend, dtype)})" if refusal(backend, dtype) else ""
+        offers = f"{backend} offers {_words(CAPABILITIES[backend])}"
+        raise ConfigError(f"dtype={dtype}: {offers}{_others(backend, dtype)}{why}")
     return CAPABILITIES[backend][dtype]
 
 

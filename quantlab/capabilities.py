@@ -36,7 +36,8 @@ class Capability:
     """Accepted ``algorithm``; the first is what ``auto`` means."""
     needs_calibration: bool = False
     is_serialisable: bool = True
-    is_trainable: bool = False
+    is_trainable: bool = True
+    """Gradients reach the input through the layer, as adapters need; the quantized weight itself is never trained."""
     is_simulated_on: tuple[str, ...] = ()
     """Devices on which the weights are stored wider than the dtype's name says."""
     is_prototype: bool = False
@@ -48,28 +49,26 @@ Rows = dict[str, Capability]
 _ROW_GROUPS: tuple[GroupSize, ...] = (16, 32, 64, 128, 256, 512)
 _BNB_BLOCKS: tuple[GroupSize, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-_NONE: Rows = {d: Capability(is_trainable=True) for d in ("float32", "bfloat16", "float16")}
+_NONE: Rows = {d: Capability() for d in ("float32", "bfloat16", "float16")}
 
 _BITSANDBYTES: Rows = {
-    "nf4": Capability(group_sizes=_BNB_BLOCKS, grouping="flat", is_trainable=True),
-    "fp4": Capability(group_sizes=_BNB_BLOCKS, grouping="flat", is_trainable=True),
+    "nf4": Capability(group_sizes=_BNB_BLOCKS, grouping="flat"),
+    "fp4": Capability(group_sizes=_BNB_BLOCKS, grouping="flat"),
     "int8": Capability(
         group_sizes=("none",),
         activation_dtypes=("int8",),
-        is_trainable=True,
         note="LLM.int8: activations are rounded to int8 at run time, outliers above the threshold kept",
     ),
 }
 
 _TORCHAO: Rows = {
-    "int8": Capability(group_sizes=("none", *_ROW_GROUPS), activation_dtypes=("none", "int8"), is_trainable=True),
+    "int8": Capability(group_sizes=("none", *_ROW_GROUPS), activation_dtypes=("none", "int8")),
     "float8_e4m3": Capability(
         group_sizes=("none",),
         activation_dtypes=("none", "float8_e4m3"),
-        is_trainable=True,
         note="activation_dtype=float8_e4m3 needs CUDA, compute capability 8.9",
     ),
-    "float8_e5m2": Capability(group_sizes=("none",), is_trainable=True),
+    "float8_e5m2": Capability(group_sizes=("none",)),
     "int4": Capability(
         group_sizes=("none", *_ROW_GROUPS),
         is_simulated_on=("cpu",),
@@ -80,11 +79,18 @@ _TORCHAO: Rows = {
     "int3": Capability(group_sizes=("none", *_ROW_GROUPS), is_simulated_on=("cpu", "cuda"), algorithms=("max", "hqq")),
     "int2": Capability(group_sizes=("none", *_ROW_GROUPS), is_simulated_on=("cpu", "cuda"), algorithms=("max", "hqq")),
     "nf4": Capability(group_sizes=(64,), grouping="flat", numel_multiple=64 * 256, is_prototype=True),
-    "nvfp4": Capability(group_sizes=(16,), in_features_multiple=16, out_features_multiple=16, compute_dtypes=("float32", "bfloat16"), is_prototype=True),
+    "nvfp4": Capability(
+        group_sizes=(16,),
+        in_features_multiple=16,
+        out_features_multiple=16,
+        compute_dtypes=("float32", "bfloat16"),
+        is_prototype=True,
+    ),
     "mxfp8": Capability(
         group_sizes=(32,),
         in_features_multiple=32,
         activation_dtypes=("mxfp8",),
+        is_trainable=False,
         compute_dtypes=("bfloat16",),
         is_prototype=True,
     ),
@@ -92,17 +98,18 @@ _TORCHAO: Rows = {
         group_sizes=(32,),
         in_features_multiple=32,
         activation_dtypes=("mxfp4",),
+        is_trainable=False,
         compute_dtypes=("bfloat16",),
         is_prototype=True,
     ),
 }
 
 _QUANTO: Rows = {
-    "int8": Capability(is_trainable=True),
-    "int4": Capability(is_trainable=True, algorithms=("max", "hqq")),
-    "int2": Capability(is_trainable=True, algorithms=("max", "hqq")),
-    "float8_e4m3": Capability(is_trainable=True),
-    "float8_e5m2": Capability(is_trainable=True),
+    "int8": Capability(),
+    "int4": Capability(algorithms=("max", "hqq")),
+    "int2": Capability(algorithms=("max", "hqq")),
+    "float8_e4m3": Capability(),
+    "float8_e5m2": Capability(),
 }
 
 _Q32 = {"group_sizes": (32,), "in_features_multiple": 32, "packages": ("libgguf",)}
@@ -117,9 +124,9 @@ _GGUF: Rows = {
 }
 
 _MODELOPT: Rows = {
-    "int8": Capability(group_sizes=("none", *_ROW_GROUPS), is_trainable=True),
-    "int4": Capability(group_sizes=("none", *_ROW_GROUPS), is_trainable=True),
-    "float8_e4m3": Capability(group_sizes=("none",), is_trainable=True),
+    "int8": Capability(group_sizes=("none", *_ROW_GROUPS)),
+    "int4": Capability(group_sizes=("none", *_ROW_GROUPS)),
+    "float8_e4m3": Capability(group_sizes=("none",)),
     "nvfp4": Capability(group_sizes=(16,), in_features_multiple=16, devices=("cuda",), min_compute_capability=(8, 9)),
     "mxfp8": Capability(
         group_sizes=(32,), in_features_multiple=32, devices=("cuda",), note="compiles a CUDA extension"
@@ -138,3 +145,49 @@ CAPABILITIES: dict[str, Rows] = {
     "modelopt": _MODELOPT,
 }
 """backend -> dtype -> what is possible; the first dtype of a backend is what ``dtype=auto`` means there."""
+
+_CASTS = "a cast, not a quantization; backend=none casts"
+_GGML = "a block format of ggml; gguf stores it"
+_BLOCKS = "a block format with kernels of its own that the library does not have"
+_COMMON: dict[str, str] = {
+    **dict.fromkeys(("float32", "bfloat16", "float16"), _CASTS),
+    **dict.fromkeys(_GGUF, _GGML),
+}
+_REASONS: dict[str, dict[str, str]] = {
+    "none": {d: "backend=none only casts; choose a backend" for b in (
+        _BITSANDBYTES, _TORCHAO, _QUANTO, _GGUF, _MODELOPT) for d in b},
+    "bitsandbytes": {
+        **dict.fromkeys(("int4", "int3", "int2"), "its 4 bits are nf4 and fp4; it has no integers below 8 bits"),
+        **dict.fromkeys(("float8_e4m3", "float8_e5m2"), "its 8-bit floats are for optimizers, not for layers"),
+        **dict.fromkeys(("mxfp8", "mxfp4", "nvfp4"), _BLOCKS),
+    },
+    "torchao": {
+        **dict.fromkeys(_GGUF, "torchao's prototype of it (GGUFWeightOnlyConfig) leaves layers that do not fit "
+                               "unquantized without a word; gguf stores it"),
+        "fp4": "torchao's 4-bit floats are in blocks: mxfp4, nvfp4",
+    },
+    "quanto": {
+        "int3": "it packs 2 and 4 bits only",
+        **dict.fromkeys(("nf4", "fp4"), "its formats are integers and 8-bit floats; it has no codebooks"),
+        **dict.fromkeys(("mxfp8", "mxfp4", "nvfp4"), _BLOCKS),
+    },
+    "gguf": {
+        **dict.fromkeys(("int8", "int4", "int3", "int2"), "ggml's integers have names of their own: q8_0, q4_0, q3_k"),
+        **dict.fromkeys(("nf4", "fp4"), "ggml's non-linear 4 bits are iq4_nl and iq4_xs"),
+        **dict.fromkeys(("float8_e4m3", "float8_e5m2"), "ggml has no 8-bit floats"),
+        **dict.fromkeys(("mxfp8", "mxfp4", "nvfp4"), "libgguf does not write it"),
+    },
+    "modelopt": {
+        "nf4": "ModelOpt has no NF4 codebook; what Diffusers calls NF4 there is plain INT4",
+        "fp4": "ModelOpt's 4-bit floats are in blocks: nvfp4, mxfp4",
+        **dict.fromkeys(("int3", "int2"), "ModelOpt only simulates it: it packs 8 and 4 bits"),
+        "float8_e5m2": "ModelOpt packs 8-bit floats as e4m3 only, whatever was asked for",
+    },
+}
+
+
+def refusal(backend: str, dtype: str) -> str:
+    """Why ``backend`` does not offer ``dtype``; "" where it does (or where the dtype does not exist)."""
+    if dtype in CAPABILITIES[backend]:
+        return ""
+    return _REASONS[backend].get(dtype) or _COMMON.get(dtype, "")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from quantlab.backends.table import PACKAGES
-from quantlab.capabilities import CAPABILITIES
+from quantlab.capabilities import CAPABILITIES, Capability, refusal
 from quantlab.composition import conf_dir, recipes
 from quantlab.dtypes import DTYPES
 from quantlab.metrics import METRICS
@@ -46,8 +46,19 @@ def dtypes() -> list[Row]:
 
 
 def combinations() -> list[Row]:
-    """One row for each (backend, dtype) of the capability table."""
-    return [{"backend": b, "dtype": d, **asdict(row)} for b, rows in CAPABILITIES.items() for d, row in rows.items()]
+    """One row for each dtype of each backend: what the capability table says, or why it is refused."""
+    nothing = dict.fromkeys(f.name for f in fields(Capability))
+    return [
+        {
+            "backend": backend,
+            "dtype": dtype,
+            "offered": dtype in rows,
+            "reason": refusal(backend, dtype),
+            **(asdict(rows[dtype]) if dtype in rows else nothing),
+        }
+        for backend, rows in CAPABILITIES.items()
+        for dtype in DTYPES
+    ]
 
 
 def _options(group: str) -> list[Row]:
