@@ -101,7 +101,7 @@ def show_list(words: Sequence[str], as_json: bool) -> int:
     """Print one of the lists."""
     if len(words) != 1 or words[0] not in LISTS:
         what = words[0] if words else ""
-        raise ConfigError(f"list {what}: there are {', '.join(LISTS)}{nearest(what, LISTS)}")
+        raise ConfigError(f"{' '.join(['list', *words[:1]])}: there are {', '.join(LISTS)}{nearest(what, LISTS)}")
     rows = LISTS[words[0]]()
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -145,7 +145,7 @@ def run(request: Plan, as_json: bool, quiet: bool) -> int:
     from quantlab.report.table import terminal_table
 
     rows = [report_data(r) for r in run_plan(request, quiet=quiet or as_json)]
-    failed = [r for r in rows if r["status"] != "FINISHED"]
+    failed = [r for r in rows if r["status"] == "FAILED"]
     if as_json:
         print(json.dumps(rows, indent=2))
     else:

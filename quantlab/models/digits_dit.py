@@ -51,7 +51,10 @@ def load(config: DigitsModelConfig, device: str, cache_dir: Path, progress: Prog
         raise ConfigError(f"model.dtype={config.dtype}: digits_dit offers auto, {', '.join(COMPUTE_DTYPES)}"
                           f"{nearest(config.dtype, COMPUTE_DTYPES)}")
     if config.path is not None:
-        folder = Path(config.path)
+        folder = Path(config.path).expanduser()
+        if not (folder / MODEL_FILE).is_file():
+            raise ModelError(f"model.path={config.path}: there is no {MODEL_FILE} in it; name a folder with {MODEL_FILE} "
+                             f"and {JUDGE_FILE}, or leave model.path out to train the model")
     else:
         folder = Path(cache_dir) / "models" / cache_key(config)
         folder.parent.mkdir(parents=True, exist_ok=True)
