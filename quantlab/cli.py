@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +25,8 @@ HELP = """quantlab: what does each quantization scheme cost in quality, and what
   quantlab key=value ...              run one scheme:      quantlab backend=torchao dtype=int4 group_size=64
   quantlab -m key=a,b ...             run a grid:          quantlab -m backend=quanto,torchao dtype=int8,int4
   quantlab recipe=NAME [key=value]    run a recipe:        quantlab recipe=digits_backends
+  quantlab compare sweep=latest       which is better:     quantlab compare RUN_ID RUN_ID, experiment=NAME, metric=NAME,
+                                      margin=VALUE, --json, --csv FILE, --html FILE (outputs/reports/<sweep>.html)
   quantlab list WHAT [--json]         what there is
                                       {lists}
 
@@ -44,6 +47,8 @@ single keys, for example
 
 Results: a table here, everything in MLflow (outputs/mlflow.db; look at it with mlflow ui), a folder a run in outputs/runs.
 """
+
+MAX_PAIRS = 10
 
 
 def help_text() -> str:
@@ -77,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def dispatch(words: list[str]) -> int:
     """Run one command; returns the exit code."""
+    if words[:1] == ["compare"] and not {"-h", "--help"} & set(words):
+        return show_comparison(words[1:])
     flags = {w for w in words if w.startswith("-")}
     rest = [w for w in words if not w.startswith("-")]
     known = {"-m", "--multirun", "--json", "--cfg", "-q", "--quiet", "-h", "--help"}
@@ -135,6 +142,38 @@ def show_jobs(request: Plan) -> int:
         print(f"  {job.name:<40} {' '.join(job.overrides)}")
     for combination, reason in request.invalid:
         print(f"  impossible: {combination}\n      {reason}")
+    return 0
+
+
+def show_comparison(words: Sequence[str]) -> int:
+    """Compare tracked runs: a table or JSON here, a page in a file and at the sweep's run, a CSV file where asked for."""
+    from quantlab.report.compare import compare
+    from quantlab.report.comparison_table import answer_lines, comparison_table, pair_lines, write_csv
+    from quantlab.report.html import page_data, write_page
+    from quantlab.report.reading import open_reader
+    from quantlab.report.selection import parse_request, select
+
+    request = parse_request(words)
+    reader = open_reader(request.tracking, Path.cwd())
+    selection = select(request, reader)
+    groups = compare(request, selection, reader)
+    data = page_data(groups, selection, reader)
+    if request.csv:
+        write_csv(data, request.csv)
+    page = request.html or Path("outputs", "reports", f"{selection.title}.html")
+    write_page(data, page)
+    logged = request.sweep and reader.add_artifact(selection.parents[0], page, "reports")
+    if request.as_json:
+        print(json.dumps({k: data[k] for k in ("title", "groups", "failed", "skipped")}, indent=2))
+    else:
+        console = Console() if sys.stdout.isatty() else Console(width=160)
+        for group in groups:
+            console.print(comparison_table(group))
+            for line in [*answer_lines(group), *pair_lines(group)[:MAX_PAIRS], *group.notes]:
+                console.print(line, highlight=False, markup=False)
+        for run in data["failed"]:
+            console.print(f"failed: {run['name']} at {run['stage']}: {run['error']}", highlight=False, markup=False)
+    print(f"page: {page}{' (and at the run of the sweep)' if logged else ''}", file=sys.stderr)
     return 0
 
 

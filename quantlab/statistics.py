@@ -78,25 +78,8 @@ def mean_interval(
     require_finite(values, "value", sample_ids)
     array = np.asarray(values, dtype=np.float64)
     layout = _layout(array.size, clusters, strata)
-    mean = float(array.mean())
-    num_clusters = layout.cluster_sizes.size
-    if num_clusters < 2:
-        return MetricValue(value=mean, n=array.size)
-    starts, share = layout.stratum_starts, layout.stratum_sizes / array.size
-    sums = np.bincount(layout.cluster_of_sample, weights=array)
-    ratios = np.add.reduceat(sums, starts) / layout.stratum_sizes
-    per_stratum = np.diff(starts, append=num_clusters)
-    residuals = sums - layout.cluster_sizes * np.repeat(ratios, per_stratum)
-    variance = np.add.reduceat(residuals**2, starts) * per_stratum / (per_stratum - 1)
-    se = math.sqrt(variance.sum()) / array.size
-    if num_clusters < MIN_CLUSTERS:
-        return MetricValue(value=mean, n=array.size, se=se)
-    draws = _draws(tuple(int(c) for c in per_stratum), num_bootstrap, seed)
-    draw_starts = starts - np.arange(starts.size)  # each stratum draws one cluster less than it has
-    spread = np.add.reduceat(residuals[draws], draw_starts, axis=1)
-    sizes = np.add.reduceat(layout.cluster_sizes[draws], draw_starts, axis=1)
-    low, high = np.quantile((spread / sizes) @ share, TAILS)
-    return MetricValue(value=mean, n=array.size, se=se, ci_lo=mean + float(low), ci_hi=mean + float(high))
+    residuals = _residuals(array, layout)
+    return _mean_value(float(array.mean()), residuals, _deviations(residuals, layout, num_bootstrap, seed), layout)
 
 
 def bootstrap_interval(
@@ -167,6 +150,90 @@ def paired_difference(
     return mean_interval(a - b, clusters, strata, num_bootstrap, seed, sample_ids=sample_ids)
 
 
+def paired_differences(
+    values: Sequence[Any],
+    pairs: Sequence[tuple[int, int]],
+    clusters: Any = None,
+    strata: Any = None,
+    num_bootstrap: int = 2000,
+    seed: int = 0,
+) -> list[MetricValue]:
+    """:func:`paired_difference` of many pairs (i, j) of ``values``, which are arrays (n,) over the same samples.
+
+    Residuals and bootstrap means are linear in the values, so each array's are made once, whatever the number of pairs.
+    Raises :class:`MetricUndefined` as :func:`mean_interval`.
+    """
+    import numpy as np
+
+    arrays = [np.asarray(v, dtype=np.float64) for v in values]
+    if not arrays:
+        return []
+    for array in arrays:
+        require_finite(array, "value")
+    layout = _layout(arrays[0].size, clusters, strata)
+    residuals = [_residuals(a, layout) for a in arrays]
+    deviations = [_deviations(r, layout, num_bootstrap, seed) for r in residuals]
+    found = []
+    for i, j in pairs:
+        of_i, of_j = deviations[i], deviations[j]
+        change = None if of_i is None or of_j is None else of_i - of_j
+        found.append(_mean_value(float((arrays[i] - arrays[j]).mean()), residuals[i] - residuals[j], change, layout))
+    return found
+
+
+def t_test(difference: MetricValue, degrees: int) -> float | None:
+    """Two-sided p-value of ``difference`` being 0: the paired t-test on cluster differences, with ``degrees`` of freedom.
+
+    For one stratum and clusters of one size it is the t-test on the clusters' mean differences. None where it has no standard error. A difference that is the same in every cluster has p = 0, or 1 if it is 0.
+    """
+    from scipy.special import stdtr
+
+    if difference.se is None or degrees < 1:
+        return None
+    if difference.se == 0:
+        return 1.0 if difference.value == 0 else 0.0
+    return float(2 * stdtr(degrees, -abs(difference.value) / difference.se))
+
+
+def degrees_of_freedom(num_samples: int, clusters: Any = None, strata: Any = None) -> int:
+    """Clusters less strata: what a standard error of :func:`mean_interval` rests on."""
+    layout = _layout(num_samples, clusters, strata)
+    return int(layout.cluster_sizes.size - layout.stratum_starts.size)
+
+
+def mcnemar_exact(values_a: Any, values_b: Any) -> float:
+    """Two-sided p-value of McNemar's exact test (1947) on two 0/1 arrays (n,) over the same independent samples.
+
+    The samples on which the two differ fall on either side like a fair coin if neither is better: a binomial test.
+    Raises :class:`MetricUndefined` for values other than 0 and 1 and for different numbers of samples.
+    """
+    import numpy as np
+    from scipy.special import bdtr
+
+    a, b = np.asarray(values_a), np.asarray(values_b)
+    if a.shape != b.shape:
+        raise MetricUndefined(
+            f"difference: {a.size} samples against {b.size}; compare runs with the same evaluation inputs"
+        )
+    if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
+        raise MetricUndefined("difference: McNemar's test is for samples that are 0 or 1; use the paired t-test")
+    only_a, only_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
+    if only_a == only_b:
+        return 1.0
+    return float(min(1.0, 2 * bdtr(min(only_a, only_b), only_a + only_b, 0.5)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment (1979) of the p-values of one family, in the given order; each is at most 1."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted = [1.0] * len(p_values)
+    largest = 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
 def wilson_interval(k: int, n: int) -> MetricValue:
     """Share ``k / n`` of independent trials with Wilson's 95% score interval (1927), sound also for few trials.
 
@@ -197,6 +264,57 @@ class _Layout:
         import numpy as np
 
         return np.add.reduceat(self.cluster_sizes, self.stratum_starts)
+
+    @property
+    def clusters_per_stratum(self) -> NDArray[np.int64]:
+        """Clusters in each stratum."""
+        import numpy as np
+
+        return np.diff(self.stratum_starts, append=self.cluster_sizes.size)
+
+
+def _residuals(array: NDArray[np.float64], layout: _Layout) -> NDArray[np.float64]:
+    """Each cluster's sum less what its size and its stratum's mean make expect, (C,)."""
+    import numpy as np
+
+    sums = np.bincount(layout.cluster_of_sample, weights=array)
+    ratios = np.add.reduceat(sums, layout.stratum_starts) / layout.stratum_sizes
+    expected = layout.cluster_sizes * np.repeat(ratios, layout.clusters_per_stratum)
+    return np.asarray(sums - expected, dtype=np.float64)
+
+
+def _deviations(
+    residuals: NDArray[np.float64], layout: _Layout, num_bootstrap: int, seed: int
+) -> NDArray[np.float64] | None:
+    """The bootstrap's means less the mean, (num_bootstrap,); None below 10 clusters."""
+    import numpy as np
+
+    if layout.cluster_sizes.size < MIN_CLUSTERS:
+        return None
+    starts, per_stratum = layout.stratum_starts, layout.clusters_per_stratum
+    draws = _draws(tuple(int(c) for c in per_stratum), num_bootstrap, seed)
+    draw_starts = starts - np.arange(starts.size)  # each stratum draws one cluster less than it has
+    spread = np.add.reduceat(residuals[draws], draw_starts, axis=1)
+    sizes = np.add.reduceat(layout.cluster_sizes[draws], draw_starts, axis=1)
+    deviations: NDArray[np.float64] = (spread / sizes) @ (layout.stratum_sizes / layout.cluster_of_sample.size)
+    return deviations
+
+
+def _mean_value(
+    mean: float, residuals: NDArray[np.float64], deviations: NDArray[np.float64] | None, layout: _Layout
+) -> MetricValue:
+    import numpy as np
+
+    n = int(layout.cluster_of_sample.size)
+    if layout.cluster_sizes.size < 2:
+        return MetricValue(value=mean, n=n)
+    per_stratum = layout.clusters_per_stratum
+    variance = np.add.reduceat(residuals**2, layout.stratum_starts) * per_stratum / (per_stratum - 1)
+    se = math.sqrt(variance.sum()) / n
+    if deviations is None:
+        return MetricValue(value=mean, n=n, se=se)
+    low, high = np.quantile(deviations, TAILS)
+    return MetricValue(value=mean, n=n, se=se, ci_lo=mean + float(low), ci_hi=mean + float(high))
 
 
 def _layout(num_samples: int, clusters: Any, strata: Any) -> _Layout:

@@ -1,0 +1,131 @@
+"""What the page shows beside the table: pictures as data addresses, and the maps of layers and steps."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from quantlab.metrics import METRICS
+from quantlab.report.reading import Reader, StoredRun
+
+IMAGES = "images/reference_quantized_difference.png"
+"""One row a sample; three columns: reference, candidate, difference."""
+DIFFERENCE_GAIN = 4
+"""By how much the tracked difference is brighter than it is."""
+IMAGE_BYTES = 3_000_000
+"""What all pictures of a page may weigh together."""
+TILE_SIZES = (256, 192, 128, 96, 64)
+EXACT_PIXELS = 96
+"""Tiles up to this size are kept exactly (PNG); larger ones are scaled down and compressed."""
+STEP_METRICS = ("step_sqnr_db", "step_divergence")
+
+
+def image_figure(reader: Reader, runs: Sequence[StoredRun]) -> dict[str, Any] | None:
+    """Strips of all samples: the reference once, candidate and difference of each run; None without pictures.
+
+    Pictures that would not fit into the page together are scaled down.
+    """
+    found = [(r, reader.read_artifact(r, IMAGES)) for r in runs]
+    tiles = [(r, _tiles(content)) for r, content in found if content]
+    tiles = [(r, t) for r, t in tiles if t.shape == tiles[0][1].shape]
+    if not tiles:
+        return None
+    sizes = [s for s in TILE_SIZES if s < max(tiles[0][1].shape[2:4])]
+    for size in [max(tiles[0][1].shape[2:4]), *sizes] if not sizes or sizes[0] != TILE_SIZES[0] else sizes:
+        schemes = [{"name": r.name, "candidate": _strip(t, 1, size), "difference": _strip(t, 2, size)} for r, t in tiles]
+        reference = _strip(tiles[0][1], 0, size)
+        if sum(len(s["candidate"]) + len(s["difference"]) for s in schemes) + len(reference) <= IMAGE_BYTES:
+            break
+    return {
+        "reference": reference, "schemes": schemes, "tiles": len(tiles[0][1]), "pixels": size,
+        "difference_gain": DIFFERENCE_GAIN,
+    }
+
+
+def _tiles(content: bytes) -> Any:
+    """uint8 (samples, 3, height, width, 3) of a picture whose tiles have a white frame of one pixel."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content)) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    height, width = pixels.shape[0], pixels.shape[1] // 3
+    white = (pixels == 255).all(axis=(1, 2))
+    rows = max(
+        (k for k in range(1, height // 3 + 1) if height % k == 0 and white[:: height // k].all()
+         and white[height // k - 1 :: height // k].all()),
+        default=1,
+    )
+    grid = pixels.reshape(rows, height // rows, 3, width, 3).transpose(0, 2, 1, 3, 4)
+    return grid[:, :, 1:-1, 1:-1]
+
+
+def _strip(tiles: Any, column: int, size: int) -> str:
+    """The tiles of one column side by side, each at most ``size`` pixels high and wide, as a data address."""
+    import numpy as np
+    from PIL import Image
+
+    chosen = [Image.fromarray(t) for t in tiles[:, column]]
+    exact = max(chosen[0].size) <= EXACT_PIXELS
+    for tile in chosen:
+        tile.thumbnail((size, size), Image.Resampling.LANCZOS)
+    height = chosen[0].size[1]
+    gap = np.full((height, max(1, height // 24), 3), 255, np.uint8)
+    parts = [p for tile in chosen for p in (np.asarray(tile), gap)][:-1]
+    buffer = io.BytesIO()
+    kind = "png" if exact else "webp"
+    Image.fromarray(np.concatenate(parts, axis=1)).save(buffer, kind, **({"optimize": True} if exact else {"quality": 82}))
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def layer_figure(reader: Reader, runs: Sequence[StoredRun]) -> dict[str, Any] | None:
+    """Relative weight error of every layer under every scheme; None where no run has a layer table."""
+    errors: dict[str, dict[str, float]] = {}
+    for run in runs:
+        table = json.loads(reader.read_artifact(run, "layers.json") or b"{}")
+        if not table:
+            continue
+        name, error = table["columns"].index("name"), table["columns"].index("weight_rel_error")
+        errors[run.name] = {row[name]: row[error] for row in table["data"]}
+    layers = list(dict.fromkeys(layer for of_run in errors.values() for layer in of_run))
+    schemes = [s for s, of_run in errors.items() if any(v is not None for v in of_run.values())]
+    if not schemes:
+        return None
+    return {
+        "title": "relative weight error by layer and scheme", "metric": "weight error", "higher_is_better": False,
+        "rows": layers, "columns": schemes,
+        "values": [[_rounded(errors[s].get(layer)) for s in schemes] for layer in layers],
+    }
+
+
+def step_figures(runs: Sequence[StoredRun]) -> list[dict[str, Any]]:
+    """The metrics that are curves over the steps, each as a map of scheme and step."""
+    figures = []
+    for name in STEP_METRICS:
+        curves = {r.name: _curve(r, f"quality/{name}/") for r in runs}
+        curves = {scheme: curve for scheme, curve in curves.items() if curve}
+        if not curves:
+            continue
+        length = max(map(len, curves.values()))
+        description = METRICS[name].description
+        figures.append({
+            "title": f"{name} by scheme and step", "metric": name, "unit": "" if METRICS[name].unit == "1" else METRICS[name].unit,
+            "description": f"{description[0].upper()}{description[1:]}.",
+            "higher_is_better": bool(METRICS[name].higher_is_better), "log": name == "step_divergence",
+            "rows": list(curves), "columns": [str(k) for k in range(length)],
+            "values": [[_rounded(v) for v in curve] + [None] * (length - len(curve)) for curve in curves.values()],
+        })
+    return figures
+
+
+def _curve(run: StoredRun, prefix: str) -> list[float]:
+    points = {int(k.removeprefix(prefix)): v for k, v in run.metrics.items()
+              if k.startswith(prefix) and k.removeprefix(prefix).isdigit()}
+    return [points[k] for k in sorted(points)]
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")

@@ -1,0 +1,100 @@
+"""The page: one HTML file with its data, styles, script and pictures inside, which loads nothing from anywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from quantlab.errors import ConfigError
+from quantlab.metrics import METRICS
+from quantlab.report.compare import BETTER, IN_FLOOR, IN_MARGIN, SAME, TOO_FEW, WORSE, Comparison, bytes_of
+from quantlab.report.comparison_table import comparison_data
+from quantlab.report.figures import image_figure, layer_figure, step_figures
+from quantlab.report.reading import Reader, StoredRun
+from quantlab.report.selection import Selection
+
+MAX_DETAILED = 24
+"""So many schemes are in the pictures and maps; the front comes first."""
+MAX_RECIPES = 1000
+RULES = {
+    IN_FLOOR: "costs no more than casting the unquantized model to bf16 does",
+    SAME: "the interval of the difference holds 0, or its adjusted p is 0.05 or more",
+    IN_MARGIN: "a real difference, no larger than the declared margin",
+    BETTER: "a real difference in favour, beyond the floor and the margin",
+    WORSE: "a real loss, beyond the floor and the margin",
+    TOO_FEW: "fewer than 10 independent samples: no interval, no verdict",
+}
+
+
+def page_data(groups: Sequence[Comparison], selection: Selection, reader: Reader) -> dict[str, Any]:
+    """What the page shows, as JSON data: the comparison, its pictures, maps and recipes."""
+    data = comparison_data(groups, selection)
+    for group, shown in zip(groups, data["groups"], strict=True):
+        detailed = _detailed(group)
+        shown |= {
+            "facts": _facts(group),
+            "images": image_figure(reader, detailed),
+            "layers": layer_figure(reader, detailed),
+            "steps": step_figures(detailed),
+            "recipes": _recipes(reader, group.runs[:MAX_RECIPES]),
+        }
+        if len(detailed) < len(group.candidates):
+            shown["notes"].append(f"pictures and maps show {len(detailed)} of {len(group.candidates)} schemes, the front first")
+    return data | {
+        "metrics": {m.name: {"unit": m.unit, "description": m.description, "higher_is_better": m.higher_is_better}
+                    for m in METRICS.values()},
+        "rules": RULES,
+        "store": reader.uri,
+        "commits": sorted({r.tags["mlflow.source.git.commit"][:8] for g in groups for r in g.runs
+                           if "mlflow.source.git.commit" in r.tags}),
+        "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def page(data: dict[str, Any]) -> str:
+    """The HTML text; nothing in the data can end the element that holds it."""
+    folder = Path(__file__).parent
+    text = {name: (folder / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
+    safe = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    title = f"{data['title']}: which scheme?".replace("&", "&amp;").replace("<", "&lt;")
+    parts = {"title": title, "style": text["css"], "script": text["js"], "data": safe}
+    pieces = text["html"].split("{{")
+    return pieces[0] + "".join(parts[name] + rest for name, _, rest in (p.partition("}}") for p in pieces[1:]))
+
+
+def write_page(data: dict[str, Any], path: Path) -> None:
+    """Write the page; ConfigError where the file cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page(data), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--html {path}: cannot be written ({error}); name another file") from error
+
+
+def _detailed(group: Comparison) -> list[StoredRun]:
+    """The schemes of the pictures and maps, by bytes."""
+    chosen = sorted(group.candidates, key=lambda r: r.name not in group.front)[:MAX_DETAILED]
+    return sorted(chosen, key=bytes_of)
+
+
+def _facts(group: Comparison) -> dict[str, str]:
+    """What all rows share, for the line under the title."""
+    run = group.candidates[0]
+    model = run.params.get("model.path") or "null"
+    family = run.params.get("model.family", "")
+    facts = {
+        "model": family if model == "null" else model,
+        "data": run.params.get("dataset.name", ""),
+        "samples": str(group.n),
+        "device": run.tags.get("quantlab.device", ""),
+    }
+    return {k: v for k, v in facts.items() if v}
+
+
+def _recipes(reader: Reader, runs: Sequence[StoredRun]) -> dict[str, str]:
+    """The recipe that repeats each run, by run id."""
+    found = {r.run_id: reader.read_artifact(r, "recipe.yaml") for r in runs}
+    return {run_id: text.decode("utf-8", "replace") for run_id, text in found.items() if text}

@@ -1,0 +1,252 @@
+"""Reading many runs at once: a SQLite store directly, a server through MLflow's client.
+
+MLflow's own reader builds an object for every metric, parameter and tag: 9 s for 1,000 runs, where four queries take
+half a second. The tables that are read (``runs``, ``latest_metrics``, ``params``, ``tags``) are MLflow's schema since
+1.0; a database that lacks them is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import quote, unquote, urlsplit
+
+from quantlab.errors import TrackingError, nearest
+from quantlab.experiment import TrackingConfig
+from quantlab.tracking import Store, get_artifact, open_store
+from quantlab.tracking.connect import first_line, resolved_uri, store_errors
+
+SQLITE = "sqlite:///"
+_BATCH = 500  # variables in one SQL statement
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredRun:
+    """One run as the store has it; params and tags are text, metrics the last values."""
+
+    run_id: str
+    name: str
+    status: str
+    start_ms: int
+    experiment_id: str
+    artifact_uri: str
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Reader(Protocol):
+    """A store that is read: runs come newest first, deleted ones not at all."""
+
+    @property
+    def uri(self) -> str:
+        """The store's address."""
+
+    def experiments(self) -> dict[str, str]:
+        """Experiment name -> id."""
+
+    def by_id(self, run_ids: Sequence[str]) -> list[StoredRun]:
+        """Those of the runs that exist, in the given order."""
+
+    def of_experiment(self, experiment_id: str, tags: Mapping[str, str]) -> list[StoredRun]:
+        """The experiment's runs that have all of ``tags``."""
+
+    def read_artifact(self, run: StoredRun, name: str) -> bytes | None:
+        """An artifact's bytes; None where the run has no such artifact or it cannot be reached."""
+
+    def add_artifact(self, run: StoredRun, path: Path, folder: str) -> bool:
+        """Put a file into ``folder`` of a run's artifacts, ended or not; False where the store does not take it."""
+
+
+def open_reader(config: TrackingConfig, base_dir: Path) -> Reader:
+    """A reader of the store at ``config.uri``; a relative SQLite path starts at ``base_dir``.
+
+    Raises TrackingError for an address that is not supported, a file that does not exist or is no database of MLflow's,
+    and a server that does not answer.
+    """
+    uri = resolved_uri(config.uri, base_dir)
+    if not uri.startswith(SQLITE):
+        return ServerReader(open_store(config, base_dir))
+    database = Path(uri.removeprefix(SQLITE))
+    if not database.is_file():
+        raise TrackingError(
+            f"tracking.uri={config.uri}: no such file; start where the runs were made, or name the store with "
+            "tracking.uri=sqlite:///<path>/mlflow.db"
+        )
+    reader = DatabaseReader(database, uri)
+    reader.experiments()
+    return reader
+
+
+def experiment_id(reader: Reader, name: str, typed: str) -> str:
+    """The id of an experiment; TrackingError beginning with ``typed`` where there is none of that name."""
+    known = reader.experiments()
+    if name not in known:
+        have = ", ".join(sorted(known)) or "none"
+        raise TrackingError(f"{typed}: no such experiment in {reader.uri}{nearest(name, known)}; it has {have}")
+    return known[name]
+
+
+@dataclass(frozen=True)
+class DatabaseReader:
+    """An SQLite store: its tables by SQL, its artifacts as files."""
+
+    database: Path
+    uri: str
+
+    def experiments(self) -> dict[str, str]:
+        """Experiment name -> id."""
+        rows = self._rows("SELECT name, experiment_id FROM experiments WHERE lifecycle_stage = 'active'")
+        return {name: str(number) for name, number in rows}
+
+    def by_id(self, run_ids: Sequence[str]) -> list[StoredRun]:
+        """Those of the runs that exist, in the given order."""
+        found: dict[str, StoredRun] = {}
+        for i in range(0, len(run_ids), _BATCH):
+            some = run_ids[i : i + _BATCH]
+            found |= {r.run_id: r for r in self._runs(f"run_uuid IN ({','.join('?' * len(some))})", some)}
+        return [found[i] for i in run_ids if i in found]
+
+    def of_experiment(self, experiment_id: str, tags: Mapping[str, str]) -> list[StoredRun]:
+        """The experiment's runs that have all of ``tags``."""
+        where, values = "experiment_id = ?", [experiment_id]
+        for key, value in tags.items():
+            where += " AND run_uuid IN (SELECT run_uuid FROM tags WHERE key = ? AND value = ?)"
+            values += [key, value]
+        return self._runs(where, values)
+
+    def read_artifact(self, run: StoredRun, name: str) -> bytes | None:
+        """An artifact's bytes; None where the run has no such file."""
+        with contextlib.suppress(OSError):
+            return (self._folder(run) / name).read_bytes()
+        return None
+
+    def add_artifact(self, run: StoredRun, path: Path, folder: str) -> bool:
+        """Copy a file into ``folder`` of a run's artifacts; False where that cannot be written."""
+        target = self._folder(run) / folder
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / path.name)
+        except OSError:
+            return False
+        return True
+
+    def _folder(self, run: StoredRun) -> Path:
+        """Where a run's artifacts are; beside the database if the whole store was moved."""
+        parts = urlsplit(run.artifact_uri)
+        folder = Path(unquote(parts.path) if parts.scheme == "file" else run.artifact_uri)
+        moved = self.database.parent / "mlartifacts" / run.run_id / "artifacts"
+        return moved if moved.is_dir() and not folder.is_dir() else folder
+
+    def _runs(self, where: str, values: Sequence[str]) -> list[StoredRun]:
+        where += " AND lifecycle_stage = 'active'"
+        columns = "run_uuid, name, status, start_time, experiment_id, artifact_uri"
+        rows = self._rows(f"SELECT {columns} FROM runs WHERE {where} ORDER BY start_time DESC, run_uuid", values)
+        runs = {
+            row[0]: StoredRun(
+                run_id=row[0], name=row[1] or "", status=row[2], start_ms=row[3] or 0, experiment_id=str(row[4]),
+                artifact_uri=row[5] or "",
+            )
+            for row in rows
+        }
+        chosen = f"run_uuid IN (SELECT run_uuid FROM runs WHERE {where})"
+        for table, kind in (("params", "params"), ("tags", "tags"), ("latest_metrics", "metrics")):
+            for run_id, key, value in self._rows(f"SELECT run_uuid, key, value FROM {table} WHERE {chosen}", values):
+                getattr(runs[run_id], kind)[key] = value
+        return list(runs.values())
+
+    def _rows(self, query: str, values: Sequence[str] = ()) -> list[Any]:
+        try:
+            with contextlib.closing(sqlite3.connect(f"file:{quote(str(self.database))}?mode=ro", uri=True)) as database:
+                return database.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise TrackingError(
+                f"tracking.uri={self.uri}: cannot be read as an MLflow database ({error}); name another with "
+                "tracking.uri=sqlite:///<path>/mlflow.db"
+            ) from error
+
+
+class ServerReader:
+    """A store that is read through MLflow's client."""
+
+    def __init__(self, store: Store) -> None:
+        if store.client is None:
+            raise TrackingError(f"tracking.uri={store.uri}: was not reached; start the server, or name another store")
+        self._store = store
+
+    @property
+    def uri(self) -> str:
+        """The store's address."""
+        return self._store.uri
+
+    def experiments(self) -> dict[str, str]:
+        """Experiment name -> id."""
+        return {e.name: str(e.experiment_id) for e in self._pages(self._store.client.search_experiments)}
+
+    def by_id(self, run_ids: Sequence[str]) -> list[StoredRun]:
+        """Those of the runs that exist, in the given order."""
+        found = []
+        for run_id in run_ids:
+            try:
+                run = self._store.client.get_run(run_id)
+            except store_errors() as error:
+                if getattr(error, "error_code", None) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    continue
+                raise self._unreadable(error) from error
+            if run.info.lifecycle_stage == "active":
+                found.append(_stored(run))
+        return found
+
+    def of_experiment(self, experiment_id: str, tags: Mapping[str, str]) -> list[StoredRun]:
+        """The experiment's runs that have all of ``tags``."""
+        where = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        found = self._pages(self._store.client.search_runs, experiment_ids=[experiment_id], filter_string=where)
+        return [_stored(run) for run in found]
+
+    def read_artifact(self, run: StoredRun, name: str) -> bytes | None:
+        """An artifact's bytes; None where the run has no such artifact."""
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(TrackingError, OSError):
+            return get_artifact(self._store, run.run_id, name, Path(folder)).read_bytes()
+        return None
+
+    def add_artifact(self, run: StoredRun, path: Path, folder: str) -> bool:
+        """Send a file to ``folder`` of a run's artifacts; False where the store does not take it."""
+        try:
+            self._store.client.log_artifact(run.run_id, str(path), folder)
+        except store_errors():
+            return False
+        return True
+
+    def _pages(self, search: Any, **query: Any) -> list[Any]:
+        found: list[Any] = []
+        token = None
+        try:
+            while True:
+                page = search(**query, max_results=1000, page_token=token)
+                found += page
+                token = page.token
+                if not token:
+                    return found
+        except store_errors() as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> TrackingError:
+        return TrackingError(
+            f"tracking.uri={self.uri}: cannot be read ({first_line(error)}); try again when it answers, or set "
+            "tracking.uri=..."
+        )
+
+
+def _stored(run: Any) -> StoredRun:
+    return StoredRun(
+        run_id=run.info.run_id, name=run.info.run_name or "", status=run.info.status,
+        start_ms=run.info.start_time or 0, experiment_id=str(run.info.experiment_id),
+        artifact_uri=run.info.artifact_uri or "", params=dict(run.data.params), tags=dict(run.data.tags),
+        metrics=dict(run.data.metrics),
+    )

@@ -1,0 +1,276 @@
+"""Which tracked runs are compared: what was typed, the runs it names, and which of them may stand in one column.
+
+Runs are comparable if they carry the same ``quantlab.reference_key``: the digest of the reference's weights, the
+evaluation's inputs and settings, the metrics' versions, the libraries and the kind of machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from quantlab.errors import ConfigError, TrackingError, nearest
+from quantlab.experiment import TrackingConfig
+from quantlab.report.reading import Reader, StoredRun, experiment_id
+
+KEY_TAG = "quantlab.reference_key"
+KIND_TAG = "quantlab.kind"
+PARENT_TAG = "mlflow.parentRunId"
+KEYS = ("sweep", "experiment", "metric", "margin", "tracking.uri", "tracking.experiment")
+USAGE = "quantlab compare sweep=latest, sweep=RUN_ID, experiment=NAME, or RUN_ID RUN_ID ..."
+_IRRELEVANT = ("evaluation.num_bootstrap", "evaluation.floor_batch_size")
+_SHARED = ("model.", "dataset.", "evaluation.", "device", "num_threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What was typed behind ``quantlab compare``."""
+
+    sweep: str = ""
+    experiment: str = ""
+    run_ids: tuple[str, ...] = ()
+    metric: str = ""
+    """Metric of the verdicts and the front; empty: the protocol's first headline metric."""
+    margin: float = 0.0
+    """The smallest difference that matters, in the metric's unit."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    as_json: bool = False
+    csv: Path | None = None
+    html: Path | None = None
+
+    @property
+    def typed(self) -> str:
+        """The words that choose the runs; every message about them begins so."""
+        if self.sweep:
+            return f"sweep={self.sweep}"
+        return f"experiment={self.experiment}" if self.experiment else " ".join(self.run_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The runs of one request, sorted."""
+
+    title: str
+    groups: tuple[tuple[StoredRun, ...], ...]
+    """Runs that may stand in one column; the group with the most runs first."""
+    failed: tuple[StoredRun, ...] = ()
+    """Jobs without a result: failed, killed, or not ended."""
+    parents: tuple[StoredRun, ...] = ()
+    skipped: tuple[Mapping[str, str], ...] = ()
+    """``combination`` and ``reason`` of what the sweeps did not run."""
+
+
+def parse_request(words: Sequence[str]) -> Request:
+    """The words behind ``quantlab compare`` as a request; ConfigError for what is none."""
+    values: dict[str, str] = {}
+    run_ids: list[str] = []
+    files: dict[str, Path] = {}
+    as_json = False
+    rest = iter(words)
+    for word in rest:
+        key, has_value, value = word.partition("=")
+        if word == "--json":
+            as_json = True
+        elif key in ("--csv", "--html"):
+            files[key] = _file(key, value if has_value else next(rest, ""))
+        elif word.startswith("-"):
+            options = ("--json", "--csv", "--html")
+            raise ConfigError(f"{word}: no such option of compare{nearest(word, options)}; there are {', '.join(options)}")
+        elif not has_value:
+            run_ids.append(word)
+        elif key in KEYS and value:
+            values[key] = value
+        else:
+            raise ConfigError(f"{word}: not a key of compare{nearest(key, KEYS)}; write {', '.join(KEYS)} with a value")
+    chosen = [k for k in ("sweep", "experiment") if k in values] + (["run ids"] if run_ids else [])
+    if len(chosen) != 1:
+        raise ConfigError(f"compare: {' and '.join(chosen) or 'nothing'} given; write {USAGE}")
+    tracking = TrackingConfig()
+    return Request(
+        sweep=values.get("sweep", ""), experiment=values.get("experiment", ""), run_ids=tuple(dict.fromkeys(run_ids)),
+        metric=values.get("metric", ""), margin=_margin(values.get("margin", "0")), as_json=as_json,
+        csv=files.get("--csv"), html=files.get("--html"),
+        tracking=replace(
+            tracking, uri=values.get("tracking.uri", tracking.uri), required=True,
+            experiment=values.get("tracking.experiment", values.get("experiment", tracking.experiment)),
+        ),
+    )
+
+
+def _file(option: str, value: str) -> Path:
+    if not value or value.startswith("-"):
+        raise ConfigError(f"{option}: a file is missing; write {option} FILE")
+    return Path(value).expanduser()
+
+
+def _margin(text: str) -> float:
+    try:
+        margin = float(text)
+    except ValueError:
+        margin = -1.0
+    if not 0 <= margin < float("inf"):
+        raise ConfigError(f"margin={text}: give a number that is 0 or more, in the metric's unit")
+    return margin
+
+
+def select(request: Request, reader: Reader) -> Selection:
+    """The runs that a request names.
+
+    Raises TrackingError for a run, sweep or experiment that does not exist, for none that could be compared, and, for
+    run ids, where they are not comparable, with what differs.
+    """
+    if request.sweep:
+        parents = [_sweep(request, reader)]
+        runs = _children(reader, parents[0])
+    elif request.experiment:
+        found = reader.of_experiment(experiment_id(reader, request.experiment, request.typed), {})
+        parents = [r for r in found if r.tags.get(KIND_TAG) == "sweep"]
+        runs = [r for r in found if r.tags.get(KIND_TAG) != "sweep"]
+    else:
+        parents, runs = _named(request, reader)
+    jobs = [r for r in runs if r.tags.get(KIND_TAG) == "job" or KEY_TAG in r.tags]
+    if not jobs:
+        raise TrackingError(f"{request.typed}: holds no job of quantlab's to compare; {_sweeps(request, reader)}")
+    finished = [r for r in jobs if r.status == "FINISHED" and KEY_TAG in r.tags]
+    done = {_asked(r) for r in finished}
+    failed = tuple(_newest_each([r for r in jobs if r.status != "FINISHED" and _asked(r) not in done]))
+    groups = _groups(finished)
+    if request.run_ids and len(groups) > 1:
+        raise TrackingError(_not_comparable(request, groups))
+    return Selection(
+        title=_title(request, parents), groups=groups, failed=failed, parents=tuple(parents),
+        skipped=tuple(s for p in parents for s in _summary(reader, p).get("skipped", [])),
+    )
+
+
+def is_candidate(run: StoredRun) -> bool:
+    """Was a quantized model measured? The reference and the floors are not candidates."""
+    return "quantization/coverage" in run.metrics
+
+
+def differences(a: StoredRun, b: StoredRun) -> list[str]:
+    """What makes two runs incomparable, as ``key: value / value``; by the digests where no setting differs."""
+    keys = sorted(k for k in {**a.params, **b.params} if k.startswith(_SHARED) and k not in _IRRELEVANT)
+    found = [f"{k}: {a.params.get(k)} / {b.params.get(k)}" for k in keys if a.params.get(k) != b.params.get(k)]
+    if found:
+        return found
+    found = [
+        f"{k}: {a.tags.get(k, '-')[:16]} / {b.tags.get(k, '-')[:16]}"
+        for k in ("quantlab.device", "quantlab.weights_sha256", "quantlab.inputs_sha256")
+        if a.tags.get(k) != b.tags.get(k)
+    ]
+    ours, theirs = (_json(r.tags.get("quantlab.versions", "")) for r in (a, b))
+    found += [f"{k}: {ours.get(k)} / {theirs.get(k)}" for k in ours if ours.get(k) != theirs.get(k)]
+    return found or [f"{KEY_TAG}: {a.tags[KEY_TAG][:8]} / {b.tags[KEY_TAG][:8]} (metric versions, or kind of machine)"]
+
+
+# -- the three ways to choose
+
+
+def _sweep(request: Request, reader: Reader) -> StoredRun:
+    if request.sweep == "latest":
+        number = experiment_id(reader, request.tracking.experiment, f"tracking.experiment={request.tracking.experiment}")
+        found = reader.of_experiment(number, {KIND_TAG: "sweep"})
+        if not found:
+            raise TrackingError(
+                f"sweep=latest: no sweep in experiment {request.tracking.experiment} of {reader.uri}; run one with "
+                "quantlab recipe=NAME, or name another tracking.experiment or tracking.uri"
+            )
+        return found[0]
+    found = reader.by_id([request.sweep])
+    if not found:
+        raise TrackingError(f"{request.typed}: no such run in {reader.uri}; {_sweeps(request, reader)}")
+    if found[0].tags.get(KIND_TAG) != "sweep":
+        raise TrackingError(
+            f"{request.typed}: is the job {found[0].name!r} and not a sweep; give its id without sweep=, or "
+            f"sweep={found[0].tags.get(PARENT_TAG, 'latest')}"
+        )
+    return found[0]
+
+
+def _children(reader: Reader, parent: StoredRun) -> list[StoredRun]:
+    """The sweep's own runs, and those of earlier sweeps that it found finished and took over."""
+    own = reader.of_experiment(parent.experiment_id, {PARENT_TAG: parent.run_id})
+    known = {r.run_id for r in own}
+    listed = [row.get("run_id") or "" for row in _summary(reader, parent).get("rows", [])]
+    return [*own, *reader.by_id([i for i in listed if i and i not in known])]
+
+
+def _named(request: Request, reader: Reader) -> tuple[list[StoredRun], list[StoredRun]]:
+    found = reader.by_id(request.run_ids)
+    missing = [i for i in request.run_ids if i not in {r.run_id for r in found}]
+    if missing:
+        raise TrackingError(f"{missing[0]}: no such run in {reader.uri}; {_sweeps(request, reader)}")
+    sweeps = [r for r in found if r.tags.get(KIND_TAG) == "sweep"]
+    if sweeps:
+        raise TrackingError(f"{sweeps[0].run_id}: is a whole sweep; write quantlab compare sweep={sweeps[0].run_id}")
+    return [], found
+
+
+def _sweeps(request: Request, reader: Reader) -> str:
+    """The way out of a wrong id: the newest sweeps."""
+    number = reader.experiments().get(request.tracking.experiment)
+    found = reader.of_experiment(number, {KIND_TAG: "sweep"})[:3] if number else []
+    listed = ", ".join(f"sweep={r.run_id} ({r.name})" for r in found)
+    return f"try {listed}" if listed else "there is no sweep yet: run one with quantlab recipe=NAME"
+
+
+# -- what belongs together
+
+
+def _groups(runs: Sequence[StoredRun]) -> tuple[tuple[StoredRun, ...], ...]:
+    """Comparable runs, the newest of each scheme."""
+    groups: dict[str, list[StoredRun]] = {}
+    for run in runs:
+        groups.setdefault(run.tags[KEY_TAG], []).append(run)
+    return tuple(tuple(_own_names(_newest_each(g))) for g in sorted(groups.values(), key=len, reverse=True))
+
+
+def _asked(run: StoredRun) -> tuple[str, str]:
+    """What a run was asked for: another run of the same is a repetition of it."""
+    asked = {k: v for k, v in run.params.items() if k.startswith(("quantization.", *_SHARED))}
+    return run.name, json.dumps(asked, sort_keys=True)
+
+
+def _newest_each(runs: Sequence[StoredRun]) -> list[StoredRun]:
+    """The newest run of each request, in the order in which they were started."""
+    newest = {_asked(run): run for run in sorted(runs, key=lambda r: r.start_ms)}
+    return sorted(newest.values(), key=lambda r: r.start_ms)
+
+
+def _own_names(runs: Sequence[StoredRun]) -> list[StoredRun]:
+    """The runs, with a piece of the id on names that occur more than once."""
+    times = Counter(r.name for r in runs)
+    return [replace(r, name=f"{r.name} #{r.run_id[:6]}") if times[r.name] > 1 else r for r in runs]
+
+
+def _not_comparable(request: Request, groups: Sequence[Sequence[StoredRun]]) -> str:
+    a, b = groups[0][0], groups[1][0]
+    what = "; ".join(differences(a, b)[:5])
+    return (
+        f"{request.typed}: not comparable: {a.name!r} and {b.name!r} differ in {what}; choose runs of one sweep, or run "
+        "them again with the same model, evaluation and versions"
+    )
+
+
+def _summary(reader: Reader, parent: StoredRun) -> dict[str, Any]:
+    """What a sweep wrote at its end; empty for one that was killed."""
+    return _json((reader.read_artifact(parent, "rows.json") or b"").decode("utf-8", "replace"))
+
+
+def _json(text: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except ValueError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _title(request: Request, parents: Sequence[StoredRun]) -> str:
+    if request.sweep:
+        return f"{parents[0].name}-{parents[0].run_id[:8]}"
+    return request.experiment or f"runs-{request.run_ids[0][:8]}"
