@@ -45,7 +45,8 @@ single keys, for example
   quantization.on_mismatch=error|skip|DTYPE   activation_dtype=int8   quantization.bnb_4bit_use_double_quant=true
   sweep.dry_run=true   sweep.on_invalid=skip
 
-Results: a table here, everything in MLflow (outputs/mlflow.db; look at it with mlflow ui), a folder a run in outputs/runs.
+Results: a table here, everything in MLflow (outputs/mlflow.db; look at it with mlflow ui), a folder a run in
+outputs/runs.
 """
 
 MAX_PAIRS = 10
@@ -131,7 +132,8 @@ def _cell(value: Any) -> str:
 def show_configs(request: Plan) -> int:
     """Print each job as a recipe."""
     for job in request.jobs:
-        print(f"# {job.name}\n{job.recipe_yaml}")
+        header, _, rest = job.recipe_yaml.partition("\n")  # Hydra reads the header from the first line alone
+        print(f"{header}\n# {job.name}\n{rest}")
     return 0
 
 

@@ -35,6 +35,8 @@ def check_recipe(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{where}: not valid YAML ({' '.join(str(error).split())[:200]})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{where}: a recipe is a mapping of our keys, not {type(content).__name__}")
+    if not re.match(r"#\s*@package\s+_global_\s*$", file.read_text(encoding="utf-8").partition("\n")[0]):
+        raise ConfigError(f"{where}: its keys are ours only under a header; make the first line: # @package _global_")
     _refuse_code(where, content, "")
     axes = {"backend", "dtype", "group_size"} & set(content.get("quantization") or {})
     if axes:
