@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -66,10 +67,12 @@ def mute_port() -> Iterator[int]:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder with the tiny digits model and its judge."""
-    from quantlab.models import digits_dit
+    from quantlab.models import digits_dit, judge
 
     cache = tmp_path_factory.mktemp("trained")
-    digits_dit.load(DigitsModelConfig(**TINY), "cpu", cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits_dit, "train_judge", partial(judge.train_judge, num_epochs=2))
+        digits_dit.load(DigitsModelConfig(**TINY), "cpu", cache)
     return cache
 
 

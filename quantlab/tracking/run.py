@@ -20,6 +20,8 @@ FAILURE_TAG = "quantlab.failure"
 STAGE_TAG = "quantlab.stage"
 _ENDS = ("FINISHED", "FAILED", "KILLED")
 _MIN_TILE_PIXELS = 64
+_TERMINATED = 143
+"""Exit code of a process that SIGTERM ended."""
 
 
 class Sink(Protocol):
@@ -157,7 +159,8 @@ class Run:
                 self.finish("FINISHED")
                 return
             self._log_text("".join(traceback.format_exception(error)), "failure.txt")
-            text = "SIGTERM: the process was told to end" if self._terminated else f"{type(error).__name__}: {error}"
+            told = self._terminated or (isinstance(error, SystemExit) and error.code == _TERMINATED)  # by an outer run
+            text = "SIGTERM: the process was told to end" if told else f"{type(error).__name__}: {error}"
             self.finish("FAILED", text)
         finally:
             if self._old_handler is not None:
@@ -167,7 +170,7 @@ class Run:
     def _terminate(self, *_: Any) -> None:
         """Schedulers end a job by SIGTERM; an exception is what closes its run."""
         self._terminated = True
-        raise SystemExit(143)
+        raise SystemExit(_TERMINATED)
 
     def _write(self, event: dict[str, Any]) -> None:
         if not self.record.is_open:
