@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
@@ -78,12 +79,20 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
             raise ConfigError(f"weight_only=false: quant_type={self.quant_type} names no activations; "
                               f"write {weight}_INT8 or {weight}_FP8, or set weight_only=true")
         self._check_blocks(weight)
+        if self.modelopt_config is not None and _is_derived(self):
+            object.__setattr__(self, "modelopt_config", None)  # Diffusers always writes it
 
     def _check_pasted(self, pasted: Mapping[str, Any], weight: str) -> None:
-        width, _ = scheme(sides(pasted)[0])
+        told = sides(pasted)[0]
+        width, block = scheme(told)
         if width != _WIDTHS[weight]:
             said = next((t for t, w in _WIDTHS.items() if w == width), f"num_bits={width[0]}")
             raise ConfigError(f"quant_type={self.quant_type}: modelopt_config says {said}; make them agree")
+        if self.block_quantize not in (None, block):
+            raise ConfigError(f"block_quantize={self.block_quantize}: modelopt_config says {block}; make them agree")
+        if self.block_quantize is None and self.channel_quantize not in (None, told.get("axis")):
+            raise ConfigError(f"channel_quantize={self.channel_quantize}: modelopt_config says "
+                              f"axis={told.get('axis')}; make them agree")
         if (algorithm := algorithm_of(pasted)) is not None and algorithm != self.algorithm:
             raise ConfigError(f"algorithm={self.algorithm}: modelopt_config says {algorithm}; make them agree")
 
@@ -137,12 +146,9 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
         if isinstance(calib, Mapping) and "method" in calib:
             data.setdefault("algorithm", calib["method"])
         pasted = data.get("modelopt_config")
-        if isinstance(pasted, Mapping):
-            if (algorithm := algorithm_of(pasted)) is not None:
-                data["algorithm"] = algorithm  # calib_cfg is reset by each round trip through Diffusers; this is used
-            bare = {k: v for k, v in data.items() if k not in ("modelopt_config", "quant_method")}
-            if _is_derived(cls, bare, pasted):
-                return bare
+        algorithm = algorithm_of(pasted) if isinstance(pasted, Mapping) else None
+        if algorithm is not None:
+            data["algorithm"] = algorithm  # calib_cfg is reset by each round trip through Diffusers; this is used
         return data
 
     # -- to Diffusers
@@ -254,12 +260,12 @@ def _globs_off(modelopt_config: Mapping[str, Any] | None) -> list[str]:
     return [str(e["quantizer_name"]) for e in found if not e["enable"] and e["parent_class"] in (None, "nn.Linear")]
 
 
-def _is_derived(cls: type[NVIDIAModelOptConfig], bare: Mapping[str, Any], pasted: Mapping[str, Any]) -> bool:
-    """Whether ``pasted`` says no more than the other settings of a Diffusers dictionary do by themselves."""
+def _is_derived(config: NVIDIAModelOptConfig) -> bool:
+    """Whether ``modelopt_config`` says no more than the other settings do by themselves."""
+    pasted = config.modelopt_config or {}
     try:
-        config = cls(**bare)
-        weight, activation = config._told()
-        return sides(pasted) == (weight, activation) and set(_globs_off(pasted)) <= _ALWAYS_OFF
+        bare = dataclasses.replace(config, modelopt_config=None)
+        return sides(pasted) == bare._told() and set(_globs_off(pasted)) <= _ALWAYS_OFF
     except ConfigError:
         return False
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -218,7 +218,8 @@ def _data(value: Any) -> Any:
         return {"_type": type(value).__name__, "_version": 1, "_data": fields}
     if isinstance(value, Mapping):
         return {str(k): _data(v) for k, v in value.items()}
-    return [_data(v) for v in value] if isinstance(value, (list, tuple)) else value
+    is_sequence = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    return [_data(v) for v in value] if is_sequence else value
 
 
 # -- what older releases wrote
