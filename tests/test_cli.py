@@ -1,0 +1,228 @@
+"""The command line: help, lists, configs, dry runs, JSON; what it imports; an installed wheel; signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from shell import Shell, digits_words
+from stores import ROOT
+
+from quantlab.composition import groups, recipes
+from quantlab.listing import LISTS
+from quantlab.sweep import plan
+
+
+@pytest.fixture
+def quick(tmp_path):
+    """The command line in an empty folder: for what runs nothing."""
+    return Shell(tmp_path)
+
+
+def ok(shell, *words):
+    code, out, err = shell(*words)
+    assert (code, err) == (0, "")
+    return out
+
+
+def python(*words, cwd, path=ROOT, **settings):
+    """``python WORDS`` with nothing but ``path`` to import from."""
+    env = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *words], env=env, cwd=cwd, capture_output=True, text=True, check=False,
+                          **settings)
+
+
+# -- what there is
+
+
+@pytest.mark.parametrize("words", [[], ["-h"], ["--help"], ["backend=torchao", "--help"], ["list", "-h"]])
+def test_help_names_every_group_option_and_list(quick, words):
+    text = ok(quick, *words)
+    flat = " ".join(text.split())
+    for group, options in groups().items():
+        assert f"\n  {group} " in text
+        assert " ".join(options) in flat
+    assert "|".join(LISTS) in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("what", LISTS)
+def test_lists_as_tables_and_as_json(quick, what):
+    rows = json.loads(ok(quick, "list", what, "--json"))
+    assert rows == json.loads(json.dumps(LISTS[what]()))
+    assert rows
+    text = ok(quick, "list", what)
+    assert what == "combinations" or all(str(next(iter(row.values())))[:10] in text for row in rows)
+
+
+def test_the_lists_show_what_can_be_chosen(quick):
+    def column(what, name):
+        return {row[name] for row in json.loads(ok(quick, "list", what, "--json"))}
+
+    assert column("models", "model") == set(groups()["model"])
+    assert column("recipes", "recipe") == set(recipes())
+    assert column("backends", "backend") == set(groups()["backend"])
+    assert column("dtypes", "dtype") | {"auto"} == set(groups()["dtype"])
+    assert {"quality/latent_rel_mse", "quality/kld_mean"} <= column("metrics", "metric")
+
+
+# -- what would run
+
+
+REQUESTS = [
+    ["backend=torchao", "dtype=int4", "group_size=64"],
+    ["backend=bitsandbytes", "dtype=nf4", "modules_to_not_convert=[norms,output]", "evaluation=quick"],
+    ["model=causal_lm", "model.path=somewhere", "dataset=text", "dataset.path=a b.txt", "backend=gguf", "dtype=q4_0"],
+]
+
+
+@pytest.mark.parametrize("words", REQUESTS, ids=" ".join)
+def test_a_printed_config_is_a_recipe_that_composes_to_the_same(quick, words):
+    file = quick.folder / "printed.yaml"
+    file.write_text(ok(quick, *words, "--cfg"))
+    again = ok(quick, f"recipe={file}", "--cfg")
+    assert again == file.read_text()
+    [first], [second] = plan(words).jobs, plan([f"recipe={file}"]).jobs
+    assert second.native == first.native
+
+
+@pytest.mark.parametrize("position", [0, 1, 3])
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_a_sweep_by_its_flag_in_any_place(quick, flag, position):
+    words = ["backend=torchao", "dtype=int4", "group_size=32,64,128", "sweep.dry_run=true"]
+    words.insert(position, flag)
+    text = ok(quick, *words)
+    assert text.startswith("3 jobs:\n")
+    assert [line.split()[:3] for line in text.splitlines()[1:4]] == [
+        ["torchao", "int4", group] for group in ("g32", "g64", "g128")]
+    assert list(quick.folder.iterdir()) == [], "a dry run leaves nothing"
+
+
+def test_a_dry_run_shows_what_is_impossible(quick):
+    text = ok(quick, "-m", "backend=quanto,bitsandbytes", "dtype=int8,nf4", "sweep.dry_run=true")
+    assert text.startswith("3 jobs:\n")
+    assert "impossible: backend=quanto dtype=nf4\n      dtype=nf4: quanto offers " in text
+
+
+def test_run_may_be_said(quick):
+    assert ok(quick, "run", "backend=quanto", "sweep.dry_run=true") == ok(quick, "backend=quanto", "sweep.dry_run=true")
+
+
+# -- what is printed
+
+
+def test_the_table_and_json_hold_the_same_rows(shell):
+    words = digits_words("backend=quanto", "dtype=int8")
+    code, out, err = shell(*words)
+    assert code == 0
+    names = ("reference", "floor_bf16", "floor_batch", "quanto int8")
+    places = [out.index(name) for name in names]
+    assert places == sorted(places)
+    assert "bits/weight" in out
+    assert max(map(len, out.splitlines())) <= 132
+    rows = shell.rows(*words)
+    assert tuple(rows) == names
+    assert f"{rows['quanto int8']['metrics']['memory/compression']:.2f}x" in out
+
+
+# -- processes
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [(["--help"], 0), (["list", "models"], 0), (["backend=quanto", "dtype=nf4"], 2)])
+def test_torch_is_not_imported_to_answer(words, code, tmp_path):
+    program = ("import sys\nfrom quantlab.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n"
+               "    print([m for m in ('torch', 'mlflow', 'transformers', 'diffusers') if m in sys.modules])\n")
+    done = python("-c", program, *words, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_python_m_quantlab(tmp_path):
+    done = python("-m", "quantlab", "list", "recipes", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "digits_backends" in done.stdout
+
+
+SIGNALLED = """
+import os, signal, sys
+from quantlab.protocols.table import PROTOCOLS
+from quantlab.cli import main
+protocol = PROTOCOLS["diffusion"]
+
+def measure(*args, **kwargs):
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    import time
+    time.sleep(30)
+
+protocol.measure = measure
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(("name", "code", "failure", "said"), [
+    ("SIGTERM", 143, "SIGTERM: the process was told to end", ""),
+    pytest.param("SIGINT", 130, "KeyboardInterrupt:", "quantlab: interrupted; finished jobs are kept\n",
+                 marks=pytest.mark.slow),
+])
+def test_a_signal_leaves_a_failed_run(shell, name, code, failure, said):
+    words = ["-m", *digits_words("backend=quanto", "dtype=int8,int4"), "-q", "sweep.floors=false"]
+    done = python("-c", SIGNALLED, name, *words, cwd=shell.folder, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.endswith(said)
+    assert "Traceback" not in done.stderr
+    failed = shell.tracked("FAILED")
+    assert set(failed) == {"sweep", "quanto int8"}
+    child = failed["quanto int8"]
+    assert child["tags"]["quantlab.failure"].strip() == failure
+    assert failed["sweep"]["tags"]["quantlab.failure"].strip() == failure
+    assert child["tags"]["quantlab.stage"] == "evaluate"
+    assert child["metrics"]["memory/weights_bytes"] > 0
+    assert shell.tracked("RUNNING") == {}
+
+
+# -- a wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The unpacked wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    listing = ["git", "ls-files", "-z", "-co", "--exclude-standard"]
+    files = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in files.split("\0"):
+        if name.startswith(("quantlab/", "conf/", "recipes/")) or name in ("pyproject.toml", "README.md", "LICENSE"):
+            target = source / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, target)
+    build = "import sys; from hatchling.build import build_wheel; print(build_wheel(sys.argv[1]))"
+    words = [sys.executable, "-c", build, str(folder)]
+    done = subprocess.run(words, cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(folder / done.stdout.strip().splitlines()[-1]) as archive:
+        archive.extractall(folder / "unpacked")
+    return folder / "unpacked"
+
+
+def test_a_wheel_holds_the_vocabulary_and_the_recipes(wheel, tmp_path):
+    def names(folder):
+        return {p.relative_to(folder).as_posix() for p in folder.rglob("*.yaml")}
+
+    assert names(wheel / "quantlab" / "_conf") == names(ROOT / "conf")
+    assert names(wheel / "quantlab" / "_recipes") == names(ROOT / "recipes")
+    assert (wheel / "quantlab" / "models" / "assets.txt").is_file()
+    listed = python("-m", "quantlab", "list", "recipes", "--json", cwd=tmp_path, path=wheel)
+    assert {row["recipe"] for row in json.loads(listed.stdout)} == names_of_recipes()
+    composed = python("-m", "quantlab", "recipe=digits_backends", "sweep.dry_run=true", cwd=tmp_path, path=wheel)
+    assert composed.stdout.startswith("11 jobs:\n"), composed.stderr
+
+
+def names_of_recipes():
+    return {p.stem for p in (ROOT / "recipes").glob("*.yaml")}
