@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from quantlab import tracking
+from quantlab.axes import QuantizationAxes
 from quantlab.backends.table import BACKENDS
+from quantlab.composition import groups
 from quantlab.config import canonical_json
 from quantlab.datasets.table import DATASETS
 from quantlab.errors import ConfigError
 from quantlab.experiment import ExperimentConfig
 from quantlab.fingerprint import fingerprint_warning, grid_fingerprint
-from quantlab.layers import check_finite_weights
+from quantlab.layers import check_finite_weights, linear_layers, matches
 from quantlab.memory import StageMeasurement, component_memory, measure_stage
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.table import FAMILIES
@@ -91,7 +93,7 @@ def workbench(session: Session, config: ExperimentConfig, run: Any) -> Workbench
         model = FAMILIES[config.model.family](config.model, session.device, cache, session.advance)
         for name, module in model.components.items():
             path = config.model.path
-            typed = f"model.path={path}" if path else f"model.family={config.model.family}"
+            typed = f"model.path={path}" if path else f"model={config.model.family}"
             check_finite_weights(module, f"{typed}: {name}")
     _set_aside()
     inputs = DATASETS[config.dataset.name](config.dataset, config.evaluation, model)
@@ -248,6 +250,7 @@ def _candidate(session: Session, bench: Workbench, job: Job) -> tuple[LoadedMode
                 compute_dtype=bench.model.dtype if axes.compute_dtype == "auto" else axes.compute_dtype,
                 device=session.device,
                 default_exclusions=bench.model.default_exclusions.get(name, ()),
+                optional_exclusions=_shipped_exclusions(axes, bench.model.components[name]),
             )
             made[name], report = quantize_component(request, copy, bench.model.components[name])
             reports.append(report)
@@ -260,6 +263,17 @@ def _candidate(session: Session, bench: Workbench, job: Job) -> tuple[LoadedMode
             resolved={k: v for r in reports for k, v in r.resolved.items()},
         )
     return bench.model.with_components(made), joined
+
+
+def _shipped_exclusions(axes: QuantizationAxes, module: Any) -> tuple[str, ...]:
+    """Entries of the chosen groups of ``conf/modules_to_not_convert``; a group that takes no layer is told."""
+    layers = list(linear_layers(module))
+    shipped = {g: axes.modules_to_not_convert[g] for g in groups()["modules_to_not_convert"]
+               if g in axes.modules_to_not_convert}
+    for group, entries in shipped.items():
+        if not any(matches(entry, name) for entry in entries for name in layers):
+            say(f"modules_to_not_convert={group}: matches no layer of this model; nothing is excluded by it")
+    return tuple(entry for entries in shipped.values() for entry in entries)
 
 
 def _memory(original: Any, module: Any, layers: QuantizationReport | None) -> MemoryReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -18,7 +19,8 @@ def component_dtype(component: Any, default: str = "float32") -> Any:
     import torch
 
     votes: Counter[str] = Counter()
-    for parameter in component.parameters():
+    telling = (part for part in component.modules() if not getattr(part, "computes_in_input_dtype", False))
+    for parameter in itertools.chain.from_iterable(part.parameters(recurse=False) for part in telling):
         if dtype_name(parameter.dtype) in COMPUTE_DTYPES:
             votes[dtype_name(parameter.dtype)] += parameter.numel()
     return getattr(torch, votes.most_common(1)[0][0] if votes else default)

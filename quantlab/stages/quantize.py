@@ -32,6 +32,8 @@ class Request:
     compute_dtype: str
     device: str
     default_exclusions: tuple[str, ...] = ()
+    optional_exclusions: tuple[str, ...] = ()
+    """Entries of the request that may match nothing: those of the shipped groups, which are written for many models."""
 
 
 def quantize_component(request: Request, module: Any, original: Any) -> tuple[Any, QuantizationReport]:
@@ -116,7 +118,8 @@ def _excluded(request: Request, module: Any, layers: Sequence[str]) -> tuple[dic
     theirs, idle = ({}, ()) if native.exclusion_rule == "quantlab" else expand(native, module)
     entries = (native.exclusions or ()) if native.exclusion_rule == "quantlab" else axes.exclusions()
     names = [n for n, _ in module.named_modules()]
-    ours = resolve_exclusions(layers, [*defaults, *entries], names, optional_entries=defaults)
+    optional = (*defaults, *request.optional_exclusions)
+    ours = resolve_exclusions(layers, [*defaults, *entries], names, optional_entries=optional)
     found = {name: f"modules_to_not_convert: {entry}" for name, entry in ours.items()}
     return {**native.disabled_layers(layers), **{n: r for n, r in theirs.items() if n in layers}, **found}, idle
 
@@ -222,6 +225,8 @@ def _store_as(module: Any, name: str, dtype: str) -> None:
     import torch
 
     class StoredLinear(torch.nn.Linear):
+        computes_in_input_dtype = True  # so its weight says nothing about what the model computes in
+
         def forward(self, input: Any) -> Any:
             return torch.nn.functional.linear(input, self.weight.to(input.dtype), self.bias)
 
