@@ -108,7 +108,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Sweep:
     reports = quantlab.run(str(recipe), words, quiet=True)
     jobs = plan([f"recipe={recipe}", *words], multirun=True).jobs
     store = tracking.open_store(jobs[0].config.tracking, folder)
-    runs = [tracking.get_run(store, report.run_id) for report in reports]
+    runs = [tracking.get_run(store, str(report.run_id)) for report in reports]
     return Sweep(
         cache=folder / "outputs" / "cache",
         jobs={job.name: job for job in jobs},
@@ -126,7 +126,7 @@ def recomputed(sweep: Sweep) -> dict[str, dict[str, float]]:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
 
     def run(script: str) -> dict[str, float]:
-        words = [SCRIPTS / f"{script}.py", sweep.weights, sweep.reference, str(BATCH_SIZE), str(NUM_STEPS)]
+        words = map(str, [SCRIPTS / f"{script}.py", sweep.weights, sweep.reference, BATCH_SIZE, NUM_STEPS])
         done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stderr
         numbers: dict[str, float] = json.loads(done.stdout)
