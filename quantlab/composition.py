@@ -39,7 +39,12 @@ from hydra._internal.core_plugins.file_config_source import FileConfigSource  # 
 _PACKAGE = Path(__file__).resolve().parent
 _TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str, "dtype": str}
 NUMERIC_GROUPS = ("group_size",)
-OPEN_NODES = ("quantization.modules_to_not_convert.", "quantization.quantization_config", "sweep.grid.")
+OPEN_NODES = (
+    "quantization.modules_to_not_convert.",
+    "quantization.quantization_config",
+    "sweep.grid.",
+    "launcher.settings.",
+)
 
 
 # -- places

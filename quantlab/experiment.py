@@ -90,7 +90,29 @@ class SweepConfig:
     floors: bool = True
     """Measure the noise floors as rows of their own."""
     on_invalid: str = "error"
+    """``error``: an impossible combination refuses the sweep; ``skip``: it is a row with its reason."""
     dry_run: bool = False
+    force: bool = False
+    """Run also what has finished before."""
+    retry_failed: bool = True
+    """False: a job that failed before keeps its row."""
+    isolation: str = "auto"
+    """``process``: each job in a process of its own; ``none``: in the sweep's (or a worker's); ``auto``: a process
+    where a launcher or ``timeout_s`` asks for one."""
+    timeout_s: float | None = None
+    """Seconds after which a job is ended and counts as failed; None: no limit."""
+
+
+@dataclass
+class LauncherConfig:
+    """The ``launcher`` node: who runs the jobs of a sweep."""
+
+    engine: str = "serial"
+    """``serial``, or the name of a launcher of Hydra's: ``joblib submitit_local submitit_slurm ray``."""
+    num_workers: int = 0
+    """Processes at once (joblib); 0: one a GPU, or one for every 4 CPUs."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of Hydra's launcher under their own names."""
 
 
 @dataclass
@@ -109,3 +131,4 @@ class ExperimentConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     quantization: QuantizationAxes = field(default_factory=QuantizationAxes)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)

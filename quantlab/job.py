@@ -35,6 +35,8 @@ from quantlab.stages.observe import observe, reference_key
 from quantlab.stages.quantize import Request, quantize_component
 from quantlab.sweep import FLOOR_BATCH, FLOOR_BF16, Job
 
+KEY_TAG = "quantlab.key"
+"""Content key of a job: by it a later sweep finds that it has finished."""
 MODEL_TAG = "quantlab.model_artifact"
 """On the run that holds a trained model's files: the digest of its weights."""
 
@@ -296,18 +298,27 @@ def _disk_bytes(candidate: LoadedModel, job: Job, layers: QuantizationReport | N
 # -- tracking
 
 
-@contextlib.contextmanager
-def open_run(session: Session, name: str, job: Job, kind: str = "job") -> Iterator[Any]:
+def run_folder(session: Session, name: str) -> Path:
+    """A fresh folder for a run."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     slug = "".join(c if c.isalnum() else "-" for c in name)[:60]
     base = session.output_dir / "runs"
     base.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{stamp}-{slug}-", dir=base))
+    return Path(tempfile.mkdtemp(prefix=f"{stamp}-{slug}-", dir=base))
+
+
+@contextlib.contextmanager
+def open_run(
+    session: Session, name: str, job: Job, kind: str = "job", key: str = "", folder: Path | None = None
+) -> Iterator[Any]:
+    """The tracked run of a job or of a whole sweep; ``key`` is the job's content key, ``folder`` one made before."""
+    folder = folder or run_folder(session, name)
     git = session.environment["git"]
     tags = {
         "quantlab.kind": kind,
         "quantlab.device": session.device,
         "quantlab.recipe": job.config.recipe or "",
+        **({KEY_TAG: key} if key else {}),
         "quantlab.versions": session.environment["versions"],
         **({"mlflow.source.git.commit": git["sha"], "quantlab.git_dirty": git["dirty"]} if git else {}),
     }

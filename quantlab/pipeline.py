@@ -6,17 +6,22 @@ import contextlib
 import gc
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from quantlab import tracking
 from quantlab.errors import ConfigError, QuantlabError
-from quantlab.job import Session, Workbench, floor_row, open_run, prepare_device, run_job, workbench
+from quantlab.execute import Handed, collect, hand_over
+from quantlab.experiment import ExperimentConfig
+from quantlab.job import KEY_TAG, Session, Workbench, floor_row, open_run, prepare_device, run_job, workbench
+from quantlab.launch import check_launcher, run_handed, runs_apart
 from quantlab.progress import progress_bars, say
 from quantlab.provenance import environment
 from quantlab.report.record import report_data
 from quantlab.reports import RunReport
-from quantlab.sweep import Job, Plan, floor_jobs
+from quantlab.resume import content_key, earlier_report
+from quantlab.sweep import FLOOR_BATCH, FLOOR_BF16, Job, Plan, floor_jobs
 
 
 def run_plan(plan: Plan, quiet: bool = False) -> list[RunReport]:
@@ -26,6 +31,8 @@ def run_plan(plan: Plan, quiet: bool = False) -> list[RunReport]:
     Errors of what all jobs share (model, data, store) are raised in both.
     """
     first = plan.jobs[0].config
+    if plan.is_sweep:
+        check_launcher(first.launcher)
     device = prepare_device(first)
     output_dir = _usable_folder(first.output_dir)
     store = tracking.open_store(first.tracking, Path.cwd())
@@ -63,6 +70,7 @@ def _run_single(session: Session, job: Job) -> list[RunReport]:
         bench = workbench(session, job.config, run)
         run.stage = "floors"
         rows = [floor_row(session, floor) for floor in floor_jobs(job.config) if floor.name != job.name]
+        run.set_tags({KEY_TAG: content_key(bench, job)})
         report = run_job(session, bench, job, run)
     return [*rows, report]
 
@@ -86,19 +94,12 @@ def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
     began = time.perf_counter()
     with _told_apart(name), open_run(session, name, plan.jobs[0], kind="sweep") as parent:
         session.parent_run_id = parent.run_id
-        for combination, reason in plan.invalid:
-            say(f"skipped: {combination}: {reason}")
-        reports: list[RunReport] = []
-        done: set[str] = set()
-        total = len(plan.jobs)
-        for i, job in enumerate(plan.jobs):
-            bench = workbench(session, job.config, parent)
-            if job.config.sweep.floors and bench.key not in done:
-                done.add(bench.key)
-                reports += [_run_child(session, bench, floor) for floor in floor_jobs(job.config)]
-            session.advance("jobs", i, total)
-            reports.append(_run_child(session, bench, job))
-        session.advance("jobs", total, total)
+        if plan.invalid:
+            num = len(plan.invalid) + len(plan.jobs)
+            say(f"skipped: {len(plan.invalid)} of {num} combinations are impossible; sweep.dry_run=true lists them")
+        reports = _finished(session, _rows(session, plan, parent), plan.jobs[0].config)
+        protocol = reports[0].protocol if reports else ""
+        reports += [RunReport(name=c, status="SKIPPED", protocol=protocol, error=reason) for c, reason in plan.invalid]
         parent.log_json(
             {
                 "rows": [report_data(r) for r in reports],
@@ -108,17 +109,43 @@ def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
             },
             "rows.json",
         )
-        failed = [r.name for r in reports if r.status != "FINISHED"]
+        failed = [r.name for r in reports if r.status == "FAILED"]
         if failed:
             parent.set_tags({"quantlab.failed_jobs": ", ".join(failed)})
     return reports
 
 
-def _run_child(session: Session, bench: Workbench, job: Job) -> RunReport:
+def _rows(session: Session, plan: Plan, parent: Any) -> list[RunReport | Handed]:
+    """Floors and jobs in order: found in an earlier sweep, run now, or handed over to be run."""
+    rows: list[RunReport | Handed] = []
+    known: set[str] = set()
+    num_failed = 0
+    for i, job in enumerate(plan.jobs):
+        bench = workbench(session, job.config, parent)
+        if job.config.sweep.floors and bench.key not in known:
+            known.add(bench.key)
+            rows += [_row(session, bench, floor, apart=False) for floor in floor_jobs(job.config)]
+        if not any(isinstance(row, Handed) for row in rows):
+            session.advance("jobs", i, len(plan.jobs), f"{num_failed} failed" if i else "")
+        row = _row(session, bench, job, apart=runs_apart(job.config))
+        num_failed += isinstance(row, RunReport) and row.status == "FAILED"
+        rows.append(row)
+    return rows
+
+
+def _row(session: Session, bench: Workbench, job: Job, apart: bool) -> RunReport | Handed:
     """One job of a sweep; its failure is a row, never the end of the others."""
+    key = content_key(bench, job)
+    earlier = earlier_report(session, bench, job, key)
+    if earlier is not None:
+        if job.name in (FLOOR_BF16, FLOOR_BATCH):
+            bench.floors[job.name] = dict(earlier.quality)
+        return earlier
+    if apart:
+        return hand_over(session, bench, job, key)
     run = None
     try:
-        with open_run(session, job.name, job) as run:
+        with open_run(session, job.name, job, key=key) as run:
             return run_job(session, bench, job, run)
     except Exception as error:  # noqa: BLE001  whatever a library raises: a failing job is a row
         say(f"[red]failed[/red]: {job.name}: {type(error).__name__}: {str(error)[:500]}")
@@ -130,4 +157,24 @@ def _run_child(session: Session, bench: Workbench, job: Job) -> RunReport:
             failed_stage=run.stage if run else "",
             run_id=run.run_id if run else None,
             params=job.resolved,
+            stored_metrics=run.record.summary["metrics"] if run else {},
         )
+
+
+def _finished(session: Session, rows: Sequence[RunReport | Handed], config: ExperimentConfig) -> list[RunReport]:
+    """Run what was handed over, without this process keeping the model, and put its rows in their places."""
+    handed = [row for row in rows if isinstance(row, Handed)]
+    if handed:
+        session.bench = None
+        gc.unfreeze()
+        gc.collect()
+
+        def on_end(ended: int, failed: int, running: int) -> None:
+            session.advance("jobs", ended, len(handed), f"{running} running, {failed} failed")
+
+        run_handed(handed, config, on_end)
+    reports = [collect(session, row) if isinstance(row, Handed) else row for row in rows]
+    for report, row in zip(reports, rows, strict=True):
+        if isinstance(row, Handed) and report.status == "FAILED":
+            say(f"[red]failed[/red]: {report.name} at {report.failed_stage}: {report.error[:500]}")
+    return reports

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console(stderr=True)
 
-Advance = Callable[[str, int, int], None]
+
+
+class Advance(Protocol):
+    """``advance(what, done, total)`` shows the state of one piece of work; ``note`` stands behind the numbers."""
+
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None: ...
 
 
 @contextmanager
 def progress_bars(quiet: bool = False) -> Iterator[Advance]:
     """``advance(what, done, total)`` shows the state of each piece of work; finished bars disappear."""
     if quiet:
-        yield lambda what, done, total: None
+        yield lambda what, done, total, note="": None
         return
     columns: tuple[Any, ...] = (
         TextColumn("{task.description}"),
@@ -27,14 +33,19 @@ def progress_bars(quiet: bool = False) -> Iterator[Advance]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
+    began = time.monotonic()
     with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
-        def advance(what: str, done: int, total: int) -> None:
+        def advance(what: str, done: int, total: int, note: str = "") -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+                tasks[what] = bars.add_task(what, total=total, note=note)
+            bars.update(tasks[what], completed=done, total=total, note=note)
+            if note and done and not console.is_terminal:  # a log shows no bar
+                left = (time.monotonic() - began) / done * (total - done) / 60
+                say(f"{what}: {done} of {total} done, {note}, about {left:.0f} min left")
             if done >= total:
                 bars.remove_task(tasks.pop(what))
 

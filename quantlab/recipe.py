@@ -76,8 +76,9 @@ def replay_yaml(resolved: Mapping[str, Any], choices: Mapping[str, str]) -> str:
     """
     quantization = dict(resolved["quantization"])
     chosen = {**choices, **{g: str(quantization.pop(g)) for g in AXIS_GROUPS}}
+    chosen.pop("launcher", None)  # who runs a job is no part of it
     chosen["modules_to_not_convert"] = "[]"  # its lists are written out below
-    body = {k: v for k, v in resolved.items() if k not in ("sweep", "recipe", "quantization")}
+    body = {k: v for k, v in resolved.items() if k not in ("sweep", "recipe", "quantization", "launcher")}
     defaults = [{f"override /{g}": [] if c == "[]" else c} for g, c in chosen.items()]
     text: str = OmegaConf.to_yaml(OmegaConf.create({"defaults": defaults, **body, "quantization": quantization}))
     return "# @package _global_\n# Written by a run; quantlab recipe=THIS_FILE repeats it.\n" + text

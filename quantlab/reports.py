@@ -140,7 +140,7 @@ class RunReport:
 
     name: str
     status: str
-    """``FINISHED`` or ``FAILED``."""
+    """``FINISHED``, ``FAILED``, or ``SKIPPED`` (an impossible combination; ``error`` says why)."""
     protocol: str = ""
     quantization: QuantizationReport | None = None
     memory: Mapping[str, MemoryReport] = field(default_factory=dict)
@@ -156,3 +156,7 @@ class RunReport:
     error: str = ""
     failed_stage: str = ""
     run_id: str | None = None
+    stored_metrics: Mapping[str, float] | None = None
+    """All numbers by their tracked names, of a run that was read back from its record; None: made here and now."""
+    is_resumed: bool = False
+    """Measured by an earlier sweep."""

@@ -236,6 +236,19 @@ def _check_ranges(config: ExperimentConfig) -> None:
         raise ConfigError(f"device={config.device}: there are auto, cpu, cuda")
     if config.sweep.on_invalid not in ("error", "skip"):
         raise ConfigError(f"sweep.on_invalid={config.sweep.on_invalid}: there are error, skip")
+    _check_isolation(config)
+
+
+def _check_isolation(config: ExperimentConfig) -> None:
+    isolation, timeout = config.sweep.isolation, config.sweep.timeout_s
+    if isolation not in ("auto", "none", "process"):
+        raise ConfigError(f"sweep.isolation={isolation}: there are auto, none, process")
+    if timeout is not None and timeout <= 0:
+        raise ConfigError(f"sweep.timeout_s={timeout:g}: a number of seconds above 0, or null for no limit")
+    if timeout is not None and isolation == "none":
+        raise ConfigError(
+            f"sweep.timeout_s={timeout:g}: only a process can be ended; set sweep.isolation=process, or drop the limit"
+        )
 
 
 def scheme_name(axes: QuantizationAxes) -> str:

@@ -16,7 +16,7 @@ FLOORS = {
     1: ("backends", "models", "datasets", "metrics", "protocols", "memory", "layers", "tracking", "statistics",
         "provenance", "fingerprint", "interop"),
     2: ("stages", "report", "composition", "listing"),
-    3: ("pipeline", "job", "sweep"),
+    3: ("pipeline", "job", "sweep", "resume", "execute", "launch"),
     4: ("cli", "api", "__main__", "__init__"),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}

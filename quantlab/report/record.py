@@ -11,6 +11,8 @@ from quantlab.reports import Measurements, MemoryReport, QuantizationReport, Run
 
 def flat_metrics(report: RunReport) -> dict[str, float]:
     """Every number of a report by its MLflow name; what was not measured is absent."""
+    if report.stored_metrics is not None:
+        return dict(report.stored_metrics)
     out: dict[str, float | int | None] = {}
     groups = (("quality", report.quality), ("quality/floor", report.floor), ("quality/floor_batch", report.floor_batch))
     for prefix, values in groups:
@@ -90,6 +92,7 @@ def report_data(report: RunReport) -> dict[str, Any]:
         "error": report.error,
         "failed_stage": report.failed_stage,
         "run_id": report.run_id,
+        "resumed": report.is_resumed,
         "params": report.params,
     }
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from quantlab.metrics import HEADLINE, METRICS
 
 MIB = 1024**2
+MAX_SKIPPED = 8  # rows of impossible combinations that a terminal shows
 Row = Mapping[str, Any]
 LEGEND = (
     "(low..high): 95 % interval; ° no worse than the bf16 noise floor; ~ simulated: stored wider than the dtype says"
@@ -38,7 +39,7 @@ def cells(row: Row, protocol: str) -> list[str]:
     metrics: Mapping[str, float] = row["metrics"]
     if row["status"] != "FINISHED":
         texts = [""] * (len(columns(protocol)) - 2)
-        texts[3] = f"FAILED: {row['error'].splitlines()[0][:60] if row['error'] else ''}"
+        texts[3] = f"{row['status']}: {row['error'].splitlines()[0][:60] if row['error'] else ''}"
         return [row["name"], *texts, ""]
     bits = metrics.get("memory/bits_per_weight", metrics.get("memory/bits_per_weight_model"))
     simulated = "~" if metrics.get("memory/is_simulated") else ""
@@ -89,10 +90,16 @@ def terminal_table(rows: Iterable[Row], protocol: str, caption: str = "") -> Tab
     table = Table(caption=Text(f"{LEGEND}\n{caption}", justify="left"), caption_justify="left", pad_edge=False)
     for i, title in enumerate(columns(protocol)):
         table.add_column(Text(title), justify="left" if i == 0 else "right", overflow="fold", no_wrap=i == 0)
-    for row in rows:
+    rows = list(rows)
+    skipped = [r for r in rows if r["status"] == "SKIPPED"]
+    for row in [r for r in rows if r not in skipped] + skipped[:MAX_SKIPPED]:
         dim = "quantization/coverage" not in row["metrics"]
-        style = "red" if row["status"] != "FINISHED" else "dim" if dim else None
-        table.add_row(*(Text(c) for c in cells(row, protocol)), style=style)
+        style = "red" if row["status"] == "FAILED" else "dim" if dim else None
+        name, *texts = cells(row, protocol)
+        name += " (resumed)" if row.get("resumed") else ""
+        table.add_row(Text(name), *(Text(c) for c in texts), style=style)
+    if len(skipped) > MAX_SKIPPED:
+        table.add_row(f"and {len(skipped) - MAX_SKIPPED} more skipped (rows.json)", style="dim")
     return table
 
 
@@ -100,5 +107,5 @@ def markdown(rows: Sequence[Row], protocol: str) -> str:
     """The rows as a Markdown table."""
     head = columns(protocol)
     lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] + ["---:"] * (len(head) - 1)) + "|"]
-    lines += ["| " + " | ".join(cells(row, protocol)) + " |" for row in rows]
+    lines += ["| " + " | ".join(cells(row, protocol)) + " |" for row in rows if row["status"] != "SKIPPED"]
     return "\n".join(lines)

@@ -6,13 +6,22 @@ package is the only importer of mlflow, and imports it when a store is opened.
 
 from __future__ import annotations
 
-from quantlab.tracking.query import find_records, find_runs, get_artifact, get_curve, get_run, has_run_with_tag
-from quantlab.tracking.recovery import close_orphans, push_pending
+from quantlab.tracking.query import (
+    adopt,
+    find_records,
+    find_runs,
+    get_artifact,
+    get_curve,
+    get_run,
+    has_run_with_tag,
+)
+from quantlab.tracking.recovery import close_orphans, end_lost_run, push_pending
 from quantlab.tracking.run import Run
-from quantlab.tracking.store import Store, open_store
+from quantlab.tracking.store import PARENT_TAG, Store, open_store
 from quantlab.tracking.values import flatten
 
 __all__ = [
-    "Run", "Store", "close_orphans", "find_records", "find_runs", "flatten", "get_artifact", "get_curve", "get_run", "has_run_with_tag",
-    "open_store", "push_pending",
+    "PARENT_TAG", "Run", "Store", "adopt", "close_orphans", "end_lost_run", "find_records", "find_runs", "flatten",
+    "get_artifact", "get_curve",
+    "get_run", "has_run_with_tag", "open_store", "push_pending",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from quantlab.errors import TrackingError
 from quantlab.tracking.connect import first_line, store_errors
 from quantlab.tracking.record import Record, folders_with_records
 from quantlab.tracking.store import PARENT_TAG, Store
+
+_LOG = logging.getLogger(__name__)
 
 RunData = dict[str, Any]
 """``run_id name status params metrics tags start_ms end_ms``: params and tags are text, metrics the last values."""
@@ -59,6 +62,16 @@ def has_run_with_tag(store: Store, tag: str, value: str) -> bool:
         return bool(store.run_ids(f"tags.`{tag}` = '{value}'"))
     except store_errors():
         return False
+
+
+def adopt(store: Store, run_id: str, parent_run_id: str) -> None:
+    """Make a run the child of another parent. Of runs that the store has not taken, nothing changes."""
+    if store.client is None or run_id.startswith("local-") or parent_run_id.startswith("local-"):
+        return
+    try:
+        store.client.set_tag(run_id, PARENT_TAG, parent_run_id)
+    except store_errors() as error:
+        _LOG.warning("%s: run %s stays under its earlier parent (%s)", store.uri, run_id, first_line(error))
 
 
 def get_run(store: Store, run_id: str) -> RunData:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from pathlib import Path
+from typing import Any
 
 from quantlab.tracking.connect import first_line, store_errors
 from quantlab.tracking.record import Record, folders_with_records
@@ -54,6 +55,26 @@ def close_orphans(store: Store, runs_dir: Path) -> list[str]:
             store.sync(record)
             closed.append(str(record.summary["name"]))
     return closed + _close_in_store(store)
+
+
+def end_lost_run(store: Store, folder: Path, error: str, log: str = "") -> dict[str, Any]:
+    """What is known of the run in ``folder``, ended FAILED with ``error`` where its process left it open.
+
+    For whoever started that process and saw it end. Empty where the process died before it began the run; else the
+    fold of its events (``run.json``) and ``run_id``. ``log`` is a file in the folder that then becomes an artifact.
+    """
+    if folder not in folders_with_records(folder.parent):
+        return {}
+    record = Record.load(folder)
+    if record.is_open:
+        stage = record.summary["tags"].get(STAGE_TAG, "")
+        record.append({"op": "tags", "values": {FAILURE_TAG: error}})
+        if log and (folder / log).is_file():
+            record.append({"op": "artifact", "name": log, "file": log, "table": False})
+        record.append({"op": "finish", "status": "FAILED", "error": error, "stage": stage})
+    store.sync(record)
+    sent = record.sent()
+    return {**record.summary, "run_id": (sent and sent.run_id) or f"local-{record.summary['record']}"}
 
 
 def _closed_record(folder: Path) -> Record | None:

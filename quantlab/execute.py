@@ -1,0 +1,211 @@
+"""A sweep's job in a process of its own: handed over as a file in its run's folder, watched, and never lost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from quantlab import tracking
+from quantlab.errors import QuantlabError
+from quantlab.experiment import SweepConfig
+from quantlab.job import Session, Workbench, open_run, prepare_device, run_folder, run_job, workbench
+from quantlab.provenance import environment
+from quantlab.reports import MetricValue, RunReport
+from quantlab.resume import read_report
+from quantlab.sweep import Job, plan
+
+_JOB, _END, _LOG = "job.json", "exit.json", "worker.log"
+_GRACE_S = 10.0
+_MEANING = {
+    "SIGSEGV": "a segmentation fault in a library",
+    "SIGABRT": "a library gave up",
+    "SIGKILL": "killed from outside, as the system does when memory runs out",
+    "SIGILL": "an instruction that this processor does not have",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handed:
+    """A job that was handed over, as the sweep remembers it."""
+
+    job: Job
+    key: str
+    protocol: str
+    folder: Path
+
+
+def hand_over(session: Session, bench: Workbench, job: Job, key: str) -> Handed:
+    """Write a job with all that its process needs; the reference is then in the cache, the floors are in the file."""
+    import torch
+
+    folder = run_folder(session, job.name)
+    data = {
+        "recipe": job.recipe_yaml,
+        "name": job.name,
+        "recipe_name": job.config.recipe,
+        "sweep": asdict(job.config.sweep),
+        "overrides": job.overrides,
+        "batch_size": job.batch_size,
+        "key": key,
+        "parent_run_id": session.parent_run_id,
+        "floors": {row: {k: asdict(v) for k, v in values.items()} for row, values in bench.floors.items()},
+        "base_dir": str(Path.cwd()),
+        "num_threads": torch.get_num_threads(),  # the reference's key depends on it
+    }
+    (folder / _JOB).write_text(json.dumps(data, indent=1, default=str), encoding="utf-8")
+    return Handed(job=job, key=key, protocol=bench.model.protocol, folder=folder)
+
+
+# -- whoever starts the process
+
+
+def run_apart(folder: Path, timeout_s: float | None, cuda_device: str | None = None) -> None:
+    """Run the job of ``folder`` in a process of its own, and note in ``exit.json`` how that process ended.
+
+    Its output goes to ``worker.log``. It is killed after ``timeout_s``, and ends when this process does.
+    ``cuda_device`` is the only device that it sees; None: all.
+    """
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": path, **({"CUDA_VISIBLE_DEVICES": cuda_device} if cuda_device else {})}
+    code = "import sys; from quantlab.execute import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-X", "faulthandler", "-c", code, str(folder)]
+    timed_out = False
+    with (
+        (folder / _LOG).open("wb") as log,
+        subprocess.Popen(
+            command, env=env, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+        ) as process,
+    ):
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        finally:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+    end = {"code": process.returncode, "timed_out": timed_out, "timeout_s": timeout_s}
+    (folder / _END).write_text(json.dumps(end), encoding="utf-8")
+
+
+def has_ended(folder: Path) -> str:
+    """``FINISHED`` or ``FAILED`` where the job of ``folder`` is over, else an empty text."""
+    with contextlib.suppress(OSError, ValueError):
+        status = json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"]
+        if status != "RUNNING":
+            return str(status)
+    return "FAILED" if (folder / _END).exists() else ""
+
+
+def collect(session: Session, handed: Handed) -> RunReport:
+    """The row of a job that was handed over and is over; a run that its process left open is ended as failed."""
+    error = _ending(handed.folder)
+    run = tracking.end_lost_run(session.store, handed.folder, error, _LOG)
+    if not run:  # the process ended before it could begin its run
+        with open_run(session, handed.job.name, handed.job, key=handed.key, folder=handed.folder) as begun:
+            begun.finish("FAILED", error, "start")
+        run = tracking.end_lost_run(session.store, handed.folder, error)
+    if run["status"] == "FINISHED":
+        stored = json.loads((handed.folder / "report.json").read_text(encoding="utf-8"))
+        return read_report({**stored, "run_id": run["run_id"]})
+    known = {"metrics": run["metrics"], "error": run["error"], "failed_stage": run["stage"], "run_id": run["run_id"]}
+    row = {"name": handed.job.name, "status": "FAILED", "protocol": handed.protocol, "params": handed.job.resolved}
+    return read_report({**row, **known})
+
+
+def _ending(folder: Path) -> str:
+    """How the process of a job ended, for the user."""
+    try:
+        end = json.loads((folder / _END).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "the job's process never reported back (its machine or its launcher ended)"
+    if end["timed_out"]:
+        return f"timeout: longer than sweep.timeout_s={end['timeout_s']:g}"
+    if end["code"] < 0:
+        name = signal.Signals(-end["code"]).name
+        return f"{name}: the job's process ended ({_MEANING.get(name, 'by a signal')}); see worker.log in {folder.name}"
+    lines = [line.strip() for line in (folder / _LOG).read_text(errors="replace").splitlines() if line.strip()]
+    return f"exit code {end['code']}: {lines[-1][:300] if lines else 'the process said nothing'}"
+
+
+# -- the process itself
+
+_SESSIONS: dict[str, Session] = {}  # of a worker that runs several jobs: they share the loaded model
+
+
+def work(folder: Path) -> int:
+    """Run the job that was handed over in ``folder``; 0 where it finished, 1 where it failed (its run says how)."""
+    data = json.loads((folder / _JOB).read_text(encoding="utf-8"))
+    os.chdir(data["base_dir"])
+    job = _read_job(folder, data)
+    device = prepare_device(job.config)
+    import torch
+
+    torch.set_num_threads(data["num_threads"])
+    session = _session(job, device)
+    session.parent_run_id = data["parent_run_id"]
+    try:
+        with open_run(session, job.name, job, key=data["key"], folder=folder) as run:
+            bench = workbench(session, job.config, run)
+            for row, values in data["floors"].items():
+                bench.floors[row] = {k: MetricValue(**v) for k, v in values.items()}
+            run_job(session, bench, job, run)
+    except Exception as error:  # noqa: BLE001  the run has it; this process has nothing else to do
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _session(job: Job, device: str) -> Session:
+    output_dir = Path(job.config.output_dir).expanduser().absolute()
+    key = f"{output_dir} {job.config.tracking}"
+    if key not in _SESSIONS:
+        _SESSIONS[key] = Session(
+            store=tracking.open_store(job.config.tracking, Path.cwd()),
+            device=device,
+            output_dir=output_dir,
+            advance=lambda what, done, total, note="": None,
+            environment=environment(),
+        )
+    return _SESSIONS[key]
+
+
+def _read_job(folder: Path, data: Mapping[str, Any]) -> Job:
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(data["recipe"], encoding="utf-8")
+    (job,) = plan([f"recipe={recipe}"]).jobs
+    config = replace(job.config, recipe=data["recipe_name"], sweep=SweepConfig(**data["sweep"]))
+    return replace(
+        job, name=data["name"], config=config, overrides=tuple(data["overrides"]), batch_size=data["batch_size"]
+    )
+
+
+def _end_with_parent() -> None:
+    """The parent holds the other end of stdin: its end, also by SIGKILL, ends this process and closes its run."""
+
+    def watch() -> None:
+        os.read(0, 1)  # nothing is ever written: it returns at the end of the other side
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(_GRACE_S)
+        os._exit(143)  # a library does not come back to the interpreter, which handles the signal
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(argv: list[str]) -> int:
+    """The process that :func:`run_apart` starts, with the folder of its job."""
+    _end_with_parent()
+    try:
+        return work(Path(argv[0]))
+    except QuantlabError as error:
+        print(f"quantlab: {error}", file=sys.stderr)
+        return error.exit_code

@@ -1,0 +1,162 @@
+"""Engines: the jobs that a sweep hands over are run one by one, or by one of Hydra's launchers.
+
+Every engine runs the same function on the same files, so a job does not depend on who runs it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig
+
+from quantlab.composition import conf_dir, override_text
+from quantlab.errors import ConfigError, require_package
+from quantlab.execute import Handed, has_ended, run_apart, work
+from quantlab.experiment import ExperimentConfig, LauncherConfig
+from quantlab.progress import say
+
+ENGINES = {
+    "serial": ("", "", ""),
+    "joblib": ("hydra_plugins.hydra_joblib_launcher", "pool", "pool"),
+    "submitit_local": ("hydra_plugins.hydra_submitit_launcher", "submitit_local", "slurm"),
+    "submitit_slurm": ("hydra_plugins.hydra_submitit_launcher", "slurm", "slurm"),
+    "ray": ("hydra_plugins.hydra_ray_launcher", "ray", "ray"),
+}
+"""engine -> import name of Hydra's launcher, option of the group ``launcher``, extra of this project."""
+_NODE = "quantlab_handed_over"
+_POLL_S = 1.0
+
+
+def check_launcher(launcher: LauncherConfig) -> None:
+    """ConfigError for an unknown engine, MissingPackage where its launcher is not installed. Torch-free."""
+    if launcher.engine not in ENGINES:
+        raise ConfigError(f"launcher.engine={launcher.engine}: there are {', '.join(ENGINES)}")
+    module, option, extra = ENGINES[launcher.engine]
+    if module:
+        require_package(module, f"launcher={option}", extra)
+
+
+def runs_apart(config: ExperimentConfig) -> bool:
+    """Does a sweep hand its jobs over? Else they run in its own process and share the loaded model."""
+    isolation = config.sweep.isolation
+    asked = isolation == "process" or (isolation == "auto" and config.sweep.timeout_s is not None)
+    return asked or config.launcher.engine != "serial"
+
+
+def run_handed(handed: Sequence[Handed], config: ExperimentConfig, on_end: Callable[[int, int, int], None]) -> None:
+    """Run all jobs that were handed over; how each ended is in its folder. Never raises for a job's failure.
+
+    ``on_end(ended, failed, running)`` is called now and then.
+    """
+    isolated = config.sweep.isolation != "none"
+    if config.launcher.engine == "serial":
+        for job in handed:
+            _report_state(handed, on_end, running=1)
+            run_task(job.folder, isolated, config.sweep.timeout_s, "")
+        return
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_POLL_S):
+            _report_state(handed, on_end)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        _launch(handed, config, isolated)
+    except Exception as error:  # noqa: BLE001  an engine's failure; what its jobs did is in their folders
+        say(f"[red]launcher[/red]: {config.launcher.engine}: {type(error).__name__}: {str(error)[:500]}")
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _report_state(handed: Sequence[Handed], on_end: Callable[[int, int, int], None], running: int = -1) -> None:
+    ended = [has_ended(job.folder) for job in handed]
+    begun = sum((job.folder / "run.json").exists() and not end for job, end in zip(handed, ended, strict=True))
+    on_end(sum(map(bool, ended)), ended.count("FAILED"), begun if running < 0 else running)
+
+
+def run_task(folder: Path, isolated: bool, timeout_s: float | None, cuda_device: str) -> None:
+    """What every engine runs for one job."""
+    if isolated:
+        run_apart(folder, timeout_s, cuda_device or None)
+        return
+    if cuda_device:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", cuda_device)  # a worker keeps the device of its first job
+    work(folder)
+
+
+def hydra_task(config: DictConfig) -> None:
+    """:func:`run_task` as Hydra calls it."""
+    run_task(Path(config.folder), config.isolated, config.timeout_s, config.cuda_device)
+
+
+# -- Hydra's launchers, without a Hydra application
+
+
+def _launch(handed: Sequence[Handed], config: ExperimentConfig, isolated: bool) -> None:
+    gpus = _visible_gpus()
+    node = {"folder": "", "cuda_device": "", "isolated": isolated, "timeout_s": config.sweep.timeout_s}
+    ConfigStore.instance().store(name=_NODE, node=node)
+    base = handed[0].folder.parent.parent / "launcher" / handed[0].folder.name
+    words = [
+        f"hydra/launcher={config.launcher.engine}",
+        override_text("hydra.sweep.dir", str(base)),
+        "hydra.sweep.subdir=${hydra.job.num}",
+        "hydra.output_subdir=null",
+        "hydra/job_logging=none",
+        "hydra/hydra_logging=none",
+        *(f"++{override_text(f'hydra.launcher.{k}', v)}" for k, v in _settings(config, len(gpus)).items()),
+    ]
+    jobs = [[override_text("folder", str(job.folder)), override_text("cuda_device", "")] for job in handed]
+    if config.launcher.engine in ("joblib", "submitit_local") and gpus:
+        jobs = [[folder, override_text("cuda_device", gpus[i % len(gpus)])] for i, (folder, _) in enumerate(jobs)]
+    current = GlobalHydra.instance()
+    outer, current.hydra = current.hydra, None
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            hydra: Any = GlobalHydra.instance().hydra
+            whole = hydra.compose_config(_NODE, words, RunMode.MULTIRUN, with_log_configuration=False)
+            context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks())
+            launcher = Plugins.instance().instantiate_launcher(
+                hydra_context=context, task_function=hydra_task, config=whole
+            )
+            launcher.launch(jobs, initial_job_idx=0)
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
+def _settings(config: ExperimentConfig, num_gpus: int) -> Mapping[str, Any]:
+    """Settings of the launcher by dotted key; a machine without GPUs asks for none."""
+    settings = _flat(config.launcher.settings)
+    if config.launcher.engine == "joblib":
+        settings["n_jobs"] = config.launcher.num_workers or num_gpus or max(2, (os.cpu_count() or 1) // 4)
+    if not num_gpus:
+        settings = {k: 0 if k == "ray.remote.num_gpus" else v for k, v in settings.items()}
+    return settings
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in node.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out
+
+
+def _visible_gpus() -> list[str]:
+    """The names by which CUDA_VISIBLE_DEVICES chooses each GPU that this process sees."""
+    import torch
+
+    named = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
+    return named or [str(i) for i in range(torch.cuda.device_count())]

@@ -1,0 +1,136 @@
+"""Resume: a job is known by its content, so one that has finished is not run again."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from quantlab import tracking
+from quantlab.config import canonical_json
+from quantlab.errors import TrackingError
+from quantlab.job import KEY_TAG, Session, Workbench
+from quantlab.provenance import versions
+from quantlab.reports import MetricValue, RunReport
+from quantlab.sweep import Job
+
+LIBRARIES = {
+    "none": (),
+    "bitsandbytes": ("bitsandbytes",),
+    "torchao": ("torchao",),
+    "quanto": ("optimum-quanto",),
+    "gguf": ("gguf", "libgguf"),
+    "modelopt": ("nvidia-modelopt",),
+}
+"""backend -> distributions that its numbers depend on, beside those of the reference."""
+
+
+def content_key(bench: Workbench, job: Job) -> str:
+    """Digest of all that determines a job's numbers: reference, scheme, evaluation, library versions, this code."""
+    config = job.config
+    known = versions()
+    parts = {
+        "reference": bench.reference_key,
+        "quantization": asdict(config.quantization),
+        "native": json.loads(job.native.to_json_string()) if job.native is not None else None,
+        "components": config.model.components,
+        "exclusions": config.model.default_exclusions,
+        "evaluation": asdict(config.evaluation),
+        "batch_size": job.batch_size,
+        "floors": config.sweep.floors,
+        "saved": config.tracking.save_checkpoint,
+        "libraries": {name: known.get(name) for name in LIBRARIES[config.quantization.backend]},
+        "code": code_digest(),
+    }
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def code_digest() -> str:
+    """Digest of quantlab's own Python files."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def earlier_report(session: Session, bench: Workbench, job: Job, key: str) -> RunReport | None:
+    """The row of a job that an earlier sweep finished, which then counts as a job of this sweep; else None.
+
+    With ``sweep.retry_failed=false`` a failed job's row counts too; ``sweep.force=true`` finds nothing.
+    """
+    if job.config.sweep.force:
+        return None
+    statuses = ("FINISHED",) if job.config.sweep.retry_failed else ("FINISHED", "FAILED")
+    for status in statuses:
+        for run in _runs(session, key, status):
+            if tracking.PARENT_TAG not in run["tags"] and "folder" not in run:
+                continue  # a single run is not a part of a sweep
+            with contextlib.suppress(TrackingError, OSError, ValueError):  # its report is lost: the next one, or anew
+                report = _report(session, bench, job, run)
+                if session.parent_run_id:
+                    tracking.adopt(session.store, run["run_id"], session.parent_run_id)
+                return report
+    return None
+
+
+def _runs(session: Session, key: str, status: str) -> list[dict[str, Any]]:
+    if session.store.client is None:
+        return tracking.find_records(session.output_dir / "runs", {KEY_TAG: key}, status)
+    return tracking.find_runs(session.store, key=key, status=status)
+
+
+def _report(session: Session, bench: Workbench, job: Job, run: Mapping[str, Any]) -> RunReport:
+    if run["status"] != "FINISHED":
+        data = {"name": job.name, "status": run["status"], "protocol": bench.model.protocol}
+        data |= {"metrics": run["metrics"], "error": run["tags"].get("quantlab.failure", "")}
+        data |= {"failed_stage": run["tags"].get("quantlab.stage", ""), "params": job.resolved}
+    elif "folder" in run:
+        data = json.loads((Path(run["folder"]) / "report.json").read_text(encoding="utf-8"))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            file = tracking.get_artifact(session.store, run["run_id"], "report.json", Path(folder))
+            data = json.loads(file.read_text(encoding="utf-8"))
+    return read_report({**data, "name": job.name, "run_id": run["run_id"]}, is_resumed=True)
+
+
+def read_report(data: Mapping[str, Any], is_resumed: bool = False) -> RunReport:
+    """A row's JSON (``report.json``) as a report: its numbers, without arrays and layers."""
+    metrics = {str(k): float(v) for k, v in data["metrics"].items()}
+    return RunReport(
+        name=data["name"],
+        status=data["status"],
+        protocol=data["protocol"],
+        quality=metric_values(metrics, "quality/"),
+        floor=metric_values(metrics, "quality/floor/"),
+        floor_batch=metric_values(metrics, "quality/floor_batch/"),
+        params=data["params"],
+        error=data["error"],
+        failed_stage=data["failed_stage"],
+        run_id=data["run_id"],
+        stored_metrics=metrics,
+        is_resumed=is_resumed,
+    )
+
+
+def metric_values(metrics: Mapping[str, float], prefix: str) -> dict[str, MetricValue]:
+    """The numbers with uncertainty among flat metrics whose name is ``prefix`` and one word."""
+    names = [k.removeprefix(prefix).removesuffix("/n") for k in metrics if k.startswith(prefix) and k.endswith("/n")]
+    return {
+        name: MetricValue(
+            value=metrics[prefix + name],
+            n=int(metrics[f"{prefix}{name}/n"]),
+            se=metrics.get(f"{prefix}{name}/se"),
+            ci_lo=metrics.get(f"{prefix}{name}/ci_lo"),
+            ci_hi=metrics.get(f"{prefix}{name}/ci_hi"),
+        )
+        for name in names
+        if "/" not in name
+    }
