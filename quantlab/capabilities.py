@@ -123,10 +123,11 @@ _GGUF: Rows = {
     "iq4_xs": Capability(group_sizes=(32,), in_features_multiple=256, packages=("libgguf",)),
 }
 
+_MODELOPT_ACTIVATIONS = ("none", "int8", "float8_e4m3")
 _MODELOPT: Rows = {
-    "int8": Capability(group_sizes=("none", *_ROW_GROUPS)),
-    "int4": Capability(group_sizes=("none", *_ROW_GROUPS)),
-    "float8_e4m3": Capability(group_sizes=("none",)),
+    "int8": Capability(group_sizes=("none", *_ROW_GROUPS), activation_dtypes=_MODELOPT_ACTIVATIONS),
+    "int4": Capability(group_sizes=("none", *_ROW_GROUPS), activation_dtypes=_MODELOPT_ACTIVATIONS),
+    "float8_e4m3": Capability(group_sizes=("none",), activation_dtypes=_MODELOPT_ACTIVATIONS),
     "nvfp4": Capability(group_sizes=(16,), in_features_multiple=16, devices=("cuda",), min_compute_capability=(8, 9)),
     "mxfp8": Capability(
         group_sizes=(32,), in_features_multiple=32, devices=("cuda",), note="compiles a CUDA extension"
@@ -181,7 +182,7 @@ _REASONS: dict[str, dict[str, str]] = {
         "nf4": "ModelOpt has no NF4 codebook; what Diffusers calls NF4 there is plain INT4",
         "fp4": "ModelOpt's 4-bit floats are in blocks: nvfp4, mxfp4",
         **dict.fromkeys(("int3", "int2"), "ModelOpt only simulates it: it packs 8 and 4 bits"),
-        "float8_e5m2": "ModelOpt packs 8-bit floats as e4m3 only, whatever was asked for",
+        "float8_e5m2": "ModelOpt packs 8-bit floats as e4m3 only",
     },
 }
 

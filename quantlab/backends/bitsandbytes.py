@@ -230,7 +230,7 @@ def save(model: Any, folder: str | Path) -> None:
 def load(model: Any, layers: Sequence[str], config: BitsAndBytesConfig, folder: str | Path) -> None:
     """What :func:`save` wrote into a fresh, unquantized copy of the model, in place; outputs are bit-equal.
 
-    Formats, compute dtypes and thresholds are the file's. Raises ModelError where the file and the model differ.
+    Compute dtypes and thresholds are the file's. Raises ModelError where the file differs from the model or the config.
     """
     from safetensors import safe_open
 
@@ -250,10 +250,13 @@ def load(model: Any, layers: Sequence[str], config: BitsAndBytesConfig, folder: 
             plain[key] = tensor
         else:
             parts[owner][key[len(owner) + 1:]] = tensor
+    made = {name: _loaded(model.get_submodule(name), own, stored[name], f"{path}: {name}")
+            for name, own in parts.items()}
+    for name in layers:
+        _check_format(made[name], config, f"{path}: {name}")
     _load_plain(model, plain, parts, path)
-    for name, own in parts.items():
-        linear = model.get_submodule(name)
-        replace_layer(model, name, _loaded(linear, own, stored[name], f"{path}: {name}").train(linear.training))
+    for name, layer in made.items():
+        replace_layer(model, name, layer.train(model.get_submodule(name).training))
 
 
 # -- building the layers
@@ -330,6 +333,18 @@ def _loaded(linear: Any, own: dict[str, Any], stored: dict[str, Any], where: str
         raise ModelError(f"{where} has shape {shape} in the file and {tuple(linear.weight.shape)} in the model; "
                          "load it into the model that was quantized")
     return layer
+
+
+def _check_format(layer: Any, config: BitsAndBytesConfig, where: str) -> None:
+    """ModelError where a loaded layer is another format than the config's."""
+    state = getattr(layer.weight, "quant_state", None)
+    has_nested = None if state is None else state.nested
+    found = ("int8", None, None) if state is None else (state.quant_type, state.blocksize, has_nested)
+    asked = ("int8", None, None) if config.load_in_8bit else (
+        config.dtype, config.bnb_4bit_blocksize or _LIBRARY_BLOCKSIZE, config.bnb_4bit_use_double_quant)
+    if found != asked:
+        raise ModelError(f"{where} is stored as (format, block size, double quantization) {found}, not {asked}; load with "
+                         "the config it was quantized with")
 
 
 def _owner(key: str, names: Mapping[str, Any]) -> str | None:

@@ -191,7 +191,7 @@ def save(model: Any, folder: str | Path) -> None:
 def load(model: Any, layers: Sequence[str], config: GGUFQuantizationConfig, folder: str | Path) -> None:
     """What :func:`save` wrote into a fresh, unquantized copy of the model, in place; outputs are bit-equal.
 
-    Types and compute dtypes are the file's. Raises ModelError where the file and the model differ.
+    Compute dtypes are the file's. Raises ModelError where the file differs from the model or the config.
     """
     path = Path(folder) / _FILE
     tensors, table = _read(path)
@@ -208,6 +208,11 @@ def load(model: Any, layers: Sequence[str], config: GGUFQuantizationConfig, fold
         raise ModelError(f"{path}: the file has no {missing[0]}; load it into the model that was quantized")
     made = {name: _loaded(model.get_submodule(name), tensors[f"{name}.weight"], dtype, f"{path}: {name}")
             for name, dtype in quantized.items()}
+    types = config.layer_dtypes(list(layers))
+    for name in layers:
+        if made[name].gguf_type != (wanted := types.get(name, config.dtype)):
+            raise ModelError(f"{path}: {name} is stored as {made[name].gguf_type}, not {wanted}; load with the config it "
+                             "was quantized with")
     try:
         model.load_state_dict(plain, strict=False)
     except RuntimeError as error:  # shapes differ

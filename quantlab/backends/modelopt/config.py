@@ -204,16 +204,17 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
         128 for int4 (lowered for layers that it does not divide).
         """
         axes = resolve_axes(axes)
-        quant_type, group = _SPELLING[axes.dtype], axes.group_size
+        weight, group, is_weight_only = _SPELLING[axes.dtype], axes.group_size, axes.activation_dtype == "none"
         shape: dict[str, Any] = {}
-        if quant_type not in BLOCKS:
-            if group == "auto" and quant_type == "INT4":
+        if weight not in BLOCKS:
+            if group == "auto" and weight == "INT4":
                 shape = {"channel_quantize": -1, "block_quantize": _DEFAULT_BLOCK, "fit_group_size": True}
             elif isinstance(group, int):
                 shape = {"channel_quantize": -1, "block_quantize": group}
-            elif group == "none" or quant_type == "INT8":
+            elif group == "none" or weight == "INT8":
                 shape = {"channel_quantize": 0}
-        return cls(quant_type=quant_type, modules_to_not_convert=axes.exclusions() or None, algorithm=axes.algorithm,
+        quant_type = weight if is_weight_only else f"{weight}_{_SPELLING[axes.activation_dtype]}"
+        return cls(quant_type=quant_type, weight_only=is_weight_only, modules_to_not_convert=axes.exclusions() or None, algorithm=axes.algorithm,
                    **shape, **dict(settings or {}))
 
     def axes(self) -> QuantizationAxes:

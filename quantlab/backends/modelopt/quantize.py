@@ -245,7 +245,11 @@ def load(model: Any, layers: Iterable[str], config: NVIDIAModelOptConfig, folder
         raise ModelError(f"{folder}: holds other layers than were asked for (such as {min(set(rows) ^ set(names))}); "
                          "load with the exclusions that it was quantized with")
     named = {name: model.get_submodule(name) for name in names}
+    wanted = config.axes().dtype
     for name, layer in named.items():
+        if (stored := _PACKED.get(rows[name]["format"], wanted)) != wanted:
+            raise ModelError(f"{folder}: {name} is stored as {stored}, not {wanted}; load with the config it was "
+                             "quantized with")
         if list(layer.weight.shape) != rows[name]["shape"]:
             raise ModelError(f"{folder}: {name} was saved with shape {rows[name]['shape']}; the model's layer has "
                              f"{list(layer.weight.shape)}; load it into the model it was made from")

@@ -22,7 +22,7 @@ def read_back(layer: Any) -> StoredWeight:
     if not is_quantized(layer):
         raise NotQuantized(f"backend=torchao: {type(layer).__name__} holds an unquantized weight; it was not converted")
     weight = layer.weight
-    kind = next(k.__name__ for k in type(weight).__mro__ if k.__name__ in _READERS)
+    kind = _kind(weight)
     dtype, num_scales, activation = _READERS[kind](weight)
     numel, num_rows = weight.numel(), weight.shape[0]
     if num_scales not in (1, num_rows) and numel % num_scales:
@@ -34,6 +34,15 @@ def read_back(layer: Any) -> StoredWeight:
         is_simulated=kind == "IntxUnpackedToInt8Tensor" and dtype != "int8",
         activation_dtype=activation,
     )
+
+
+def stored_dtype(weight: Any) -> str:
+    """The format of a weight of one of torchao's tensor classes."""
+    return _READERS[_kind(weight)](weight)[0]
+
+
+def _kind(weight: Any) -> str:
+    return next(k.__name__ for k in type(weight).__mro__ if k.__name__ in _READERS)
 
 
 def _read_int8(weight: Any) -> tuple[str, int, str]:

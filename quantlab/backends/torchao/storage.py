@@ -11,7 +11,7 @@ from typing import Any
 from quantlab.backends.casting import cast_around
 from quantlab.backends.torchao.build import quiet_library
 from quantlab.backends.torchao.config import TorchAoConfig
-from quantlab.backends.torchao.readback import is_quantized, read_back
+from quantlab.backends.torchao.readback import is_quantized, stored_dtype
 from quantlab.errors import ConfigError, ModelError
 
 _SAFETENSORS_FILE, _TORCH_FILE = "quantized.safetensors", "quantized.pt"
@@ -59,7 +59,7 @@ def load(model: Any, layers: Iterable[str], config: TorchAoConfig, folder: Any) 
     if saved != set(names):
         raise ModelError(f"{folder}: holds other layers than were asked for (such as {min(saved ^ set(names))}); "
                          "load with the exclusions that it was quantized with")
-    wanted = _dtype_of(config)
+    wanted, changes = _dtype_of(config), []
     for name in names:
         layer = model.get_submodule(name)
         weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
@@ -67,14 +67,16 @@ def load(model: Any, layers: Iterable[str], config: TorchAoConfig, folder: Any) 
             raise ModelError(f"{folder}: {name} was saved with shape {list(weight.shape)}; the model's layer has "
                              f"{list(layer.weight.shape)}, or their biases differ; load it into the model it was made "
                              "from")
+        if wanted and (stored := stored_dtype(weight)) != wanted:
+            raise ModelError(f"{folder}: {name} is stored as {stored}, not {wanted}; load with the config it was "
+                             "quantized with")
+        changes.append((layer, weight, bias))
+    for layer, weight, bias in changes:
         device, outside = layer.weight.device, layer.weight.dtype
         layer.weight = torch.nn.Parameter(weight.to(device), requires_grad=False)
         if bias is not None:
             layer.bias = torch.nn.Parameter(bias.to(device), requires_grad=layer.bias.requires_grad)
         cast_around(layer, weight.dtype, outside)
-        if wanted and (stored := read_back(layer).dtype) != wanted:
-            raise ModelError(f"{folder}: {name} is stored as {stored}, not {wanted}; load with the config it was "
-                             "quantized with")
 
 
 def _dtype_of(config: TorchAoConfig) -> str:
