@@ -69,10 +69,14 @@ def _run_single(session: Session, job: Job) -> list[RunReport]:
     with _told_apart(job.name), open_run(session, job.name, job) as run:
         bench = workbench(session, job.config, run)
         run.stage = "floors"
-        rows = [floor_row(session, floor) for floor in floor_jobs(job.config) if floor.name != job.name]
+        rows = [floor_row(session, floor) for floor in _floors(job) if floor.name != job.name]
         run.set_tags({KEY_TAG: content_key(bench, job)})
         report = run_job(session, bench, job, run)
     return [*rows, report]
+
+
+def _floors(job: Job) -> list[Job]:
+    return floor_jobs(job.config) if job.config.sweep.floors else []
 
 
 @contextlib.contextmanager

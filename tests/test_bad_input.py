@@ -103,7 +103,7 @@ def test_a_traceback_is_shown_where_it_is_asked_for(shell):
 
 
 def test_an_exclusion_that_matches_nothing(shell):
-    words = digits_words("backend=quanto", "quantization.modules_to_not_convert.own=[to_q]")
+    words = digits_words("backend=quanto", "sweep.floors=false", "quantization.modules_to_not_convert.own=[to_q]")
     message = refused(shell, *words, begins="modules_to_not_convert=to_q: matches none of ", ends="of them")
     assert "*.to_q would match 1 of them" in message
     found = shell.tracked("FAILED")["quanto int8"]
@@ -112,12 +112,12 @@ def test_an_exclusion_that_matches_nothing(shell):
 
 
 def test_everything_is_excluded(shell):
-    words = digits_words("backend=quanto", "quantization.modules_to_not_convert.own=['*']")
+    words = digits_words("backend=quanto", "sweep.floors=false", "quantization.modules_to_not_convert.own=['*']")
     refused(shell, *words, begins="modules_to_not_convert: all ", ends="nothing is left to quantize")
 
 
 def test_a_component_that_is_not_there(shell):
-    refused(shell, *digits_words("backend=quanto", "model.components=[unet]"),
+    refused(shell, *digits_words("backend=quanto", "sweep.floors=false", "model.components=[unet]"),
             begins="model.components=unet: digits_dit has ", ends="transformer")
 
 

@@ -10,7 +10,6 @@ import pytest
 from shell import digits_words, make_shell
 from stores import artifact
 
-from quantlab import pipeline
 from quantlab.protocols.table import PROTOCOLS
 
 SCHEME = ("backend=torchao", "dtype=int4", "group_size=64")
@@ -212,9 +211,10 @@ def test_a_failing_run_keeps_what_was_measured(shell, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("out of luck")
 
+    protocol, real = PROTOCOLS["diffusion"], PROTOCOLS["diffusion"].measure
+    calls = iter([real, real, real, broken])  # the reference and the floors, then the job
+    monkeypatch.setattr(protocol, "measure", lambda *args, **more: next(calls)(*args, **more))
     words = digits_words("backend=quanto", "dtype=int8", "evaluation.num_samples=10")
-    shell.rows(*words)  # so that the floors are there
-    monkeypatch.setattr(PROTOCOLS["diffusion"], "measure", broken)
     code, out, err = shell(*words, "-q")
     assert code == 1
     assert err.strip() == (
@@ -228,9 +228,19 @@ def test_a_failing_run_keeps_what_was_measured(shell, monkeypatch):
     assert found["metrics"]["quantization/coverage"] > 0.9
     assert json_artifact(shell, found, "layers.json")["data"]
     assert b"in broken" in artifact(shell.store, found["run_id"], "failure.txt")
-    monkeypatch.setenv("QUANTLAB_TRACEBACK", "1")
-    with pytest.raises(Exception, match="out of luck"):
-        pipeline.run_plan(__import__("quantlab").compose(words), quiet=True)
+
+
+def test_ctrl_c_ends_the_run_and_keeps_it(shell, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PROTOCOLS["diffusion"], "measure", interrupted)
+    code, _, err = shell("-m", *digits_words("backend=quanto", "dtype=int8,int4", "sweep.floors=false"), "-q")
+    assert (code, err) == (130, "quantlab: interrupted; finished jobs are kept\n")
+    failed = shell.tracked("FAILED")
+    assert set(failed) == {"sweep", "quanto int8"}
+    assert failed["quanto int8"]["tags"]["quantlab.stage"] == "evaluate"
+    assert failed["quanto int8"]["metrics"]["memory/weights_bytes"] > 0
 
 
 def test_a_failing_load_names_its_stage(shell):
