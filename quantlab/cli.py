@@ -148,7 +148,7 @@ def show_jobs(request: Plan) -> int:
 
 
 def show_comparison(words: Sequence[str]) -> int:
-    """Compare tracked runs: a table or JSON here, a page in a file and at the sweep's run, a CSV file where asked for."""
+    """Compare tracked runs: a table or JSON here, a page in a file and at the sweep's run, a CSV file if asked for."""
     from quantlab.report.compare import compare
     from quantlab.report.comparison_table import answer_lines, comparison_table, pair_lines, write_csv
     from quantlab.report.html import page_data, write_page

@@ -182,9 +182,10 @@ def paired_differences(
 
 
 def t_test(difference: MetricValue, degrees: int) -> float | None:
-    """Two-sided p-value of ``difference`` being 0: the paired t-test on cluster differences, with ``degrees`` of freedom.
+    """Two-sided p-value of ``difference`` being 0: the paired t-test on cluster differences, by ``degrees`` of freedom.
 
-    For one stratum and clusters of one size it is the t-test on the clusters' mean differences. None where it has no standard error. A difference that is the same in every cluster has p = 0, or 1 if it is 0.
+    For one stratum and clusters of one size it is the t-test on the clusters' mean differences. None where the
+    difference has no standard error; one that is the same in every cluster has p = 0, or 1 if it is 0.
     """
     from scipy.special import stdtr
 
@@ -313,8 +314,9 @@ def _mean_value(
     se = math.sqrt(variance.sum()) / n
     if deviations is None:
         return MetricValue(value=mean, n=n, se=se)
-    low, high = np.quantile(deviations, TAILS)
-    return MetricValue(value=mean, n=n, se=se, ci_lo=mean + float(low), ci_hi=mean + float(high))
+    bounds = [mean + float(d) for d in np.quantile(deviations, TAILS)]
+    low, high = (0.0 if abs(b) < 1e-12 * abs(mean) else b for b in bounds)  # an interval that ends at 0, rounded
+    return MetricValue(value=mean, n=n, se=se, ci_lo=low, ci_hi=high)
 
 
 def _layout(num_samples: int, clusters: Any, strata: Any) -> _Layout:

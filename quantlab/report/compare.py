@@ -25,7 +25,7 @@ from typing import Any
 from quantlab.errors import ConfigError, TrackingError, nearest
 from quantlab.metrics import HEADLINE, METRICS
 from quantlab.report.reading import Reader, StoredRun
-from quantlab.report.selection import Request, Selection, differences, is_candidate
+from quantlab.report.selection import Request, Selection, group_labels, is_candidate
 from quantlab.reports import MetricValue
 from quantlab.statistics import MIN_CLUSTERS, degrees_of_freedom, holm, mcnemar_exact, paired_differences, t_test
 
@@ -57,7 +57,8 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Comparable runs under one metric. ``verdicts`` are by run name, against the reference."""
+    """Comparable runs under one metric. ``verdicts`` are by run name, against the reference; ``label`` tells groups
+    apart."""
 
     label: str
     protocol: str
@@ -90,15 +91,16 @@ def compare(request: Request, selection: Selection, reader: Reader) -> list[Comp
     groups = [g for g in selection.groups if any(map(is_candidate, g))]
     if not groups:
         states = ", ".join(f"{r.name} ({r.status.lower()})" for r in selection.failed[:5])
+        there_are = f"; there are {states}" if states else ""
         raise TrackingError(
-            f"{request.typed}: no finished run of a quantized model to compare{'; there are ' + states if states else ''}"
-            "; run a recipe first, or choose another sweep"
+            f"{request.typed}: no finished run of a quantized model to compare{there_are}; run a recipe first, or "
+            "choose another sweep"
         )
-    return [_compare_group(request, g, groups[0], reader) for g in groups]
+    return [_compare_group(request, g, label, reader) for g, label in zip(groups, group_labels(groups), strict=True)]
 
 
 def _compare_group(
-    request: Request, runs: Sequence[StoredRun], first: Sequence[StoredRun], reader: Reader
+    request: Request, runs: Sequence[StoredRun], label: str, reader: Reader
 ) -> Comparison:
     candidates = sorted((r for r in runs if is_candidate(r)), key=bytes_of)
     protocol = protocol_of(candidates[0])
@@ -116,7 +118,7 @@ def _compare_group(
     cost = abs(floor - of_reference) if floor is not None and of_reference is not None else None
     judged = _judged(found, metric, cost, request.margin)
     return Comparison(
-        label="" if runs is first else "; ".join(differences(runs[0], first[0])[:3]),
+        label=label,
         protocol=protocol, metric=metric, margin=request.margin, floor=floor, floor_cost=cost, runs=tuple(runs),
         n=int(candidates[0].metrics.get(f"quality/{metric}/n", 0)),
         verdicts={v.a: v for v in judged[: len(candidates)]}, pairs=tuple(judged[len(candidates) :]),
@@ -238,7 +240,8 @@ def _against_reference(
         shifted = MetricValue(value=v.value - known, n=v.n, se=v.se, ci_lo=low, ci_hi=high)
         same = len(columns.get(metric, ())) == v.n
         degrees = degrees_of_freedom(v.n, columns.get("clusters"), columns.get("strata")) if same else v.n - 1
-        found.append(Verdict(a=run.name, b="reference", difference=shifted, test="paired t", p=t_test(shifted, degrees)))
+        p = t_test(shifted, degrees)
+        found.append(Verdict(a=run.name, b="reference", difference=shifted, test="paired t", p=p))
     return found
 
 
@@ -249,8 +252,8 @@ def _from_samples(candidates: Sequence[StoredRun], runs: Sequence[StoredRun], sa
     reference = reference if reference and samples.of(reference).get(metric) else None
     known = OF_REFERENCE.get(metric)
     if reference is None and known is None:
-        raise ConfigError(f"metric={metric}: needs the reference's own samples, and no run of the reference was chosen; "
-                          "compare a whole sweep, or choose another metric")
+        raise ConfigError(f"metric={metric}: needs the reference's own samples, and no run of the reference was "
+                          "chosen; compare a whole sweep, or choose another metric")
     found = []
     for run in candidates:
         if reference is not None:

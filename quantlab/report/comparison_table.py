@@ -22,8 +22,8 @@ STYLES = {"inside the floor": "green", "better": "green", "worse": "yellow"}
 
 
 def shown_metrics(group: Comparison) -> list[str]:
-    """The protocol's headline metrics, and the one that was asked for."""
-    return list(dict.fromkeys([*HEADLINE[group.protocol], group.metric]))
+    """The metric that was asked for, and the protocol's headline metrics."""
+    return list(dict.fromkeys([group.metric, *HEADLINE[group.protocol]]))
 
 
 def in_order(group: Comparison) -> list[StoredRun]:
@@ -43,9 +43,8 @@ def comparison_table(group: Comparison) -> Table:
     lines = [LEGEND, _method(group)]
     if len(shown) < len(runs):
         lines.append(f"{len(runs) - len(shown)} runs off the front are in the page and in --csv FILE")
-    table = Table(
-        title=group.label or None, caption=Text("\n".join(lines), justify="left"), caption_justify="left", pad_edge=False
-    )
+    caption = Text("\n".join(lines), justify="left")
+    table = Table(title=group.label or None, caption=caption, caption_justify="left", pad_edge=False)
     titles = columns(group.protocol)[:-1]
     extra = [] if group.metric in HEADLINE[group.protocol] else [group.metric]
     for i, title in enumerate([*titles, *extra, "front", "p (Holm)", f"verdict on {group.metric}"]):

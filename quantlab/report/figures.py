@@ -33,9 +33,11 @@ def image_figure(reader: Reader, runs: Sequence[StoredRun]) -> dict[str, Any] | 
     tiles = [(r, t) for r, t in tiles if t.shape == tiles[0][1].shape]
     if not tiles:
         return None
-    sizes = [s for s in TILE_SIZES if s < max(tiles[0][1].shape[2:4])]
-    for size in [max(tiles[0][1].shape[2:4]), *sizes] if not sizes or sizes[0] != TILE_SIZES[0] else sizes:
-        schemes = [{"name": r.name, "candidate": _strip(t, 1, size), "difference": _strip(t, 2, size)} for r, t in tiles]
+    largest = min(max(tiles[0][1].shape[2:4]), TILE_SIZES[0])
+    for size in [largest, *(s for s in TILE_SIZES if s < largest)]:
+        schemes = [
+            {"name": r.name, "candidate": _strip(t, 1, size), "difference": _strip(t, 2, size)} for r, t in tiles
+        ]
         reference = _strip(tiles[0][1], 0, size)
         if sum(len(s["candidate"]) + len(s["difference"]) for s in schemes) + len(reference) <= IMAGE_BYTES:
             break
@@ -77,7 +79,8 @@ def _strip(tiles: Any, column: int, size: int) -> str:
     parts = [p for tile in chosen for p in (np.asarray(tile), gap)][:-1]
     buffer = io.BytesIO()
     kind = "png" if exact else "webp"
-    Image.fromarray(np.concatenate(parts, axis=1)).save(buffer, kind, **({"optimize": True} if exact else {"quality": 82}))
+    settings = {"optimize": True} if exact else {"quality": 82}
+    Image.fromarray(np.concatenate(parts, axis=1)).save(buffer, kind, **settings)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -110,9 +113,9 @@ def step_figures(runs: Sequence[StoredRun]) -> list[dict[str, Any]]:
         if not curves:
             continue
         length = max(map(len, curves.values()))
-        description = METRICS[name].description
+        description, unit = METRICS[name].description, METRICS[name].unit
         figures.append({
-            "title": f"{name} by scheme and step", "metric": name, "unit": "" if METRICS[name].unit == "1" else METRICS[name].unit,
+            "title": f"{name} by scheme and step", "metric": name, "unit": unit if unit != "1" else "",
             "description": f"{description[0].upper()}{description[1:]}.",
             "higher_is_better": bool(METRICS[name].higher_is_better), "log": name == "step_divergence",
             "rows": list(curves), "columns": [str(k) for k in range(length)],

@@ -42,7 +42,8 @@ def page_data(groups: Sequence[Comparison], selection: Selection, reader: Reader
             "recipes": _recipes(reader, group.runs[:MAX_RECIPES]),
         }
         if len(detailed) < len(group.candidates):
-            shown["notes"].append(f"pictures and maps show {len(detailed)} of {len(group.candidates)} schemes, the front first")
+            some = f"{len(detailed)} of {len(group.candidates)}"
+            shown["notes"].append(f"pictures and maps show {some} schemes, the front first")
     return data | {
         "metrics": {m.name: {"unit": m.unit, "description": m.description, "higher_is_better": m.higher_is_better}
                     for m in METRICS.values()},

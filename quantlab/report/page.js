@@ -38,7 +38,7 @@ function interval(low, high) {
 
 function unitOf(metric) {
   const unit = (DATA.metrics[metric] || {}).unit;
-  return unit && unit !== "1" ? unit : "";
+  return unit && unit !== "1" && unit !== "fraction" ? unit : "";
 }
 
 function direction(metric) {
@@ -106,12 +106,14 @@ document.addEventListener("scroll", () => { tip.hidden = true; }, true);
 
 function answers(group) {
   const rows = Object.fromEntries(group.rows.map((r) => [r.name, r]));
-  return make("div", { class: "answers" }, ...group.answers.map(({ question, name }) => {
-    const row = rows[name];
+  const questions = new Map();
+  for (const { question, name } of group.answers) questions.set(name, [...(questions.get(name) || []), question[0].toUpperCase() + question.slice(1)]);
+  return make("div", { class: "answers" }, ...[...questions].map(([name, asked]) => {
+    const row = rows[name], question = asked.join("\n");
     if (!row) return make("div", { class: "answer" }, make("div", { class: "question" }, question));
     const saving = row.compression ? `, ${row.compression.toFixed(2)}\u00d7 smaller than 16 bit` : "";
     return make("div", { class: "answer" },
-      make("div", { class: "question" }, question[0].toUpperCase() + question.slice(1)),
+      make("div", { class: "question" }, question),
       make("div", { class: "name" }, name),
       make("div", { class: "cost" }, `${bytes(row.weights_bytes)}${saving}`),
       ...Object.entries(row.metrics).map(([name, m]) => make("div", { class: "cost" }, `${name} ${number(m.value)} ${unitOf(name)}`)));
@@ -173,12 +175,12 @@ function paretoPlot(group, width) {
   const y = scale(log ? positive : values, height - bottom, top, log);
   const svg = make("svg", { width, height, role: "img", "aria-label": `${group.metric} against the bytes of the weights` });
   const bottomY = height - bottom;
+  const floorText = (at) => (group.higher_is_better ? (at - top > 26 ? top + 18 : at + 17) : bottomY - at > 26 ? bottomY - 9 : at - 8);
   if (group.floor !== null && (!log || group.floor > 0)) {
     const at = y.at(group.floor), good = group.higher_is_better ? [top, at] : [at, bottomY];
     svg.append(make("rect", { x: left, y: good[0], width: width - left - right, height: Math.max(0, good[1] - good[0]), fill: "#e2f3ec" }),
       make("line", { x1: left, x2: width - right, y1: at, y2: at, stroke: "#00664b", "stroke-width": 1.5, "stroke-dasharray": "6 4", class: "floor" }),
-      make("text", { x: width - right - 8, y: group.higher_is_better ? good[0] + 18 : good[1] - 9, "text-anchor": "end", class: "soft" },
-        "no measurable loss: inside the bf16 floor"));
+      make("text", { x: width - right - 8, y: floorText(at), "text-anchor": "end", class: "soft" }, "no measurable loss: inside the bf16 floor"));
   }
   for (const t of ticks(y, 6)) {
     svg.append(make("line", { x1: left, x2: width - right, y1: y.at(t), y2: y.at(t), stroke: "#1c2430", "stroke-opacity": 0.09 }),
@@ -195,7 +197,7 @@ function paretoPlot(group, width) {
   const lines = [];  // what labels keep off: the front, the floor and its text
   if (group.floor !== null && (!log || group.floor > 0)) {
     const at = y.at(group.floor);
-    lines.push(box(left, at - 1, width, 2), box(width - right - 270, group.higher_is_better ? top : bottomY - 24, 270, 24));
+    lines.push(box(left, at - 1, width, 2), box(width - right - 270, floorText(at) - 14, 270, 20));
   }
   const front = group.front.map((name) => shown.find((r) => r.name === name)).filter(Boolean);
   let last = null;
@@ -283,21 +285,22 @@ function pill(verdict, text) {
 function schemeTable(group) {
   const metrics = [...new Set(group.rows.flatMap((r) => Object.keys(r.metrics)))];
   const best = (name) => DATA.metrics[name].higher_is_better;
+  const quality = (name) => ({
+    title: name, sub: `${unitOf(name) ? `${unitOf(name)}, ` : ""}${best(name) === null ? "" : best(name) ? "higher is better" : "lower is better"}`, down: best(name),
+    value: (r) => r.metrics[name]?.value, cell: (r) => {
+      const m = r.metrics[name], range = m ? interval(m.ci_lo, m.ci_hi) : "";
+      return m ? [number(m.value), range ? make("span", { class: "interval" }, range) : ""] : "";
+    },
+  });
   const columns = [
-    { title: "scheme", text: true, name: true, value: (r) => r.name, cell: (r) => [r.role === "candidate" ? key(group, r.backend) : "", r.name] },
+    { title: "scheme", text: true, name: true, value: (r) => r.name, cell: (r) => make("span", { class: "who" }, r.role === "candidate" ? key(group, r.backend) : null, make("span", {}, r.name)) },
     { title: "bits", sub: "per weight", value: (r) => r.bits_per_weight, cell: (r) => r.bits_per_weight?.toFixed(2) ?? "" },
     { title: "size", sub: "MiB", value: (r) => r.weights_bytes, cell: (r) => (r.is_simulated ? "~" : "") + (r.weights_bytes ? (r.weights_bytes / MIB).toFixed(2) : "") },
     { title: "saving", sub: "of 16 bit", down: true, value: (r) => r.compression, cell: (r) => (r.compression ? `${r.compression.toFixed(2)}\u00d7` : "") },
-    ...metrics.map((name) => ({
-      title: name, sub: `${unitOf(name) ? `${unitOf(name)}, ` : ""}${best(name) === null ? "" : best(name) ? "higher is better" : "lower is better"}`, down: best(name),
-      value: (r) => r.metrics[name]?.value, cell: (r) => {
-        const m = r.metrics[name], range = m ? interval(m.ci_lo, m.ci_hi) : "";
-        return m ? [number(m.value), range ? make("span", { class: "interval" }, range) : ""] : "";
-      },
-    })),
-    { title: "verdict", text: true, value: (r) => r.verdict, cell: (r) => pill(r.verdict) },
-    { title: "p", sub: "Holm", value: (r) => r.p_holm, cell: (r) => probability(r.p_holm) },
-    { title: "front", text: true, down: true, value: (r) => Number(Boolean(r.on_front)), cell: (r) => (r.on_front ? make("span", { "data-tip": "No other scheme is both smaller and better" }, "\u2605") : "") },
+    quality(metrics[0]),
+    { title: "verdict", text: true, value: (r) => r.verdict, cell: (r) => [pill(r.verdict), r.verdict ? make("span", { class: "interval" }, `p ${probability(r.p_holm)}`) : ""] },
+    { title: "\u2605", text: true, down: true, value: (r) => Number(Boolean(r.on_front)), cell: (r) => (r.on_front ? make("span", { "data-tip": "No other scheme is both smaller and better" }, "\u2605") : "") },
+    ...metrics.slice(1).map(quality),
     { title: "again", text: true, cell: (r, toggle, isOpen) => (group.recipes[r.run_id] ? make("button", { type: "button", class: "again", onclick: toggle, "aria-expanded": isOpen }, isOpen ? "close" : "recipe") : "") },
   ];
   return sortable(columns, group.rows, 2, (row) => reproduce(row, group));
@@ -366,7 +369,7 @@ function imagePanel(group) {
   const name = (text, small) => make("div", { class: "what" }, text, small);
   return [
     make("div", { class: "controls" }, make("label", {}, "scheme ", choose), make("label", {}, "smallest ", slider, " largest"), make("label", {}, "difference dark ", gain, " bright")),
-    make("div", { class: "strips", style: `max-width:${Math.max(560, group.images.tiles * 124 + 144)}px` }, name("reference"), make("img", { src: reference, alt: "images of the reference", class: smooth }), name(label, make("small", {}, "hold to see the reference")),
+    make("div", { class: "strips", style: `max-width:${Math.max(380, group.images.tiles * 124 + 144)}px` }, name("reference"), make("img", { src: reference, alt: "images of the reference", class: smooth }), name(label, make("small", {}, "hold to see the reference")),
       candidate, name("difference", gainText), difference)];
 }
 
@@ -441,7 +444,7 @@ function reading(group) {
   const words = Object.entries(DATA.rules).map(([k, v]) => [make("dt", {}, pill(k)), make("dd", {}, v)]).flat();
   const metrics = [...new Set(group.rows.flatMap((r) => Object.keys(r.metrics)))].map((m) => [make("dt", {}, m), make("dd", {}, `${DATA.metrics[m].description} (${direction(m)})`)]).flat();
   return make("section", {}, make("details", {}, make("summary", {}, "How to read this page"),
-    make("p", { class: "hint" }, "Every number compares a scheme with the unquantized reference on the same inputs. Intervals are 95 % bootstrap intervals over independent samples; p-values are paired and Holm-adjusted over all comparisons of this page. A size with ~ is of a simulated format, stored wider than its name says."),
+    make("p", { class: "hint" }, "Every number compares a scheme with the unquantized reference on the same inputs. Intervals are 95 % bootstrap intervals over independent samples; p-values are paired and Holm-adjusted over all comparisons of these runs. A size with ~ is of a simulated format, stored wider than its name says."),
     make("dl", {}, ...words), make("dl", {}, ...metrics)));
 }
 
@@ -452,13 +455,13 @@ function draw(chosen) {
   const title = [make("h1", {}, "Which scheme for my model?"), make("p", { class: "lead" }, `${DATA.title} \u00b7 ${facts}`)];
   if (DATA.groups.length > 1) {
     title.push(make("div", { class: "groups" }, make("label", {}, "These runs are not all comparable; shown are those with ",
-      make("select", { id: "group", onchange: (e) => draw(e.target.selectedIndex) }, ...DATA.groups.map((g, i) => make("option", { selected: i === chosen ? "" : null }, g.label || "the settings of most runs"))))));
+      make("select", { id: "group", onchange: (e) => draw(e.target.selectedIndex) }, ...DATA.groups.map((g, i) => make("option", { selected: i === chosen ? "" : null }, g.label))))));
   }
   page.replaceChildren(...title, answers(group));
   const room = page.clientWidth - (innerWidth <= 860 ? 62 : 98), backends = [...new Set(group.rows.filter((r) => r.role === "candidate").map((r) => r.backend))].sort();
   page.append(section("What does each byte buy?", `Schemes on the line (dark outline) are the Pareto front: none is both smaller and better. Bars are 95 % intervals. n = ${group.n}.`,
     make("div", { class: "legend" }, ...backends.map((b) => make("span", {}, key(group, b), b))), paretoPlot(group, room)));
-  page.append(section("All schemes", `Verdicts compare ${group.metric} with the reference. Click a heading to sort; \u201crecipe\u201d shows how to run that row again.`, schemeTable(group), ...group.notes.map((n) => make("p", { class: "hint" }, n))));
+  page.append(section("All schemes", `Verdicts compare ${group.metric} with the reference (p: Holm-adjusted); \u2605 is the Pareto front. Click a heading to sort; \u201crecipe\u201d shows how to run that row again.`, schemeTable(group), ...group.notes.map((n) => make("p", { class: "hint" }, n))));
   if (group.pairs.length) {
     const hint = `Paired differences of ${group.metric} on the same samples, with 95 % intervals, largest p first.`;
     page.append(section("Are the differences between the candidates real?", hint, pairTable(group)));

@@ -138,11 +138,10 @@ class DatabaseReader:
         return True
 
     def _folder(self, run: StoredRun) -> Path:
-        """Where a run's artifacts are; beside the database if the whole store was moved."""
+        """Where a run's artifacts are: beside the database, so that a store may be moved, else where the run says."""
+        beside = self.database.parent / "mlartifacts" / run.run_id / "artifacts"
         parts = urlsplit(run.artifact_uri)
-        folder = Path(unquote(parts.path) if parts.scheme == "file" else run.artifact_uri)
-        moved = self.database.parent / "mlartifacts" / run.run_id / "artifacts"
-        return moved if moved.is_dir() and not folder.is_dir() else folder
+        return beside if beside.is_dir() else Path(unquote(parts.path) if parts.scheme == "file" else run.artifact_uri)
 
     def _runs(self, where: str, values: Sequence[str]) -> list[StoredRun]:
         where += " AND lifecycle_stage = 'active'"

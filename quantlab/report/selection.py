@@ -79,7 +79,8 @@ def parse_request(words: Sequence[str]) -> Request:
             files[key] = _file(key, value if has_value else next(rest, ""))
         elif word.startswith("-"):
             options = ("--json", "--csv", "--html")
-            raise ConfigError(f"{word}: no such option of compare{nearest(word, options)}; there are {', '.join(options)}")
+            listed = ", ".join(options)
+            raise ConfigError(f"{word}: no such option of compare{nearest(word, options)}; there are {listed}")
         elif not has_value:
             run_ids.append(word)
         elif key in KEYS and value:
@@ -168,12 +169,25 @@ def differences(a: StoredRun, b: StoredRun) -> list[str]:
     return found or [f"{KEY_TAG}: {a.tags[KEY_TAG][:8]} / {b.tags[KEY_TAG][:8]} (metric versions, or kind of machine)"]
 
 
+def group_labels(groups: Sequence[Sequence[StoredRun]]) -> list[str]:
+    """What sets each group apart from the others, as ``key=value``; nothing for a single group."""
+    first = [g[0] for g in groups]
+    keys = sorted({k for run in first for k in run.params if k.startswith(_SHARED) and k not in _IRRELEVANT})
+    varied = [k for k in keys if len({run.params.get(k) for run in first}) > 1]
+    labels = [", ".join(f"{k}={run.params.get(k)}" for k in varied) for run in first]
+    if len(groups) > 1 and len(set(labels)) < len(groups):  # the settings are the same: versions or machines are not
+        own = [first[0] if i else first[1] for i in range(len(first))]
+        labels = ["; ".join(differences(run, other)[:3]) for run, other in zip(first, own, strict=True)]
+    return labels
+
+
 # -- the three ways to choose
 
 
 def _sweep(request: Request, reader: Reader) -> StoredRun:
     if request.sweep == "latest":
-        number = experiment_id(reader, request.tracking.experiment, f"tracking.experiment={request.tracking.experiment}")
+        name = request.tracking.experiment
+        number = experiment_id(reader, name, f"tracking.experiment={name}")
         found = reader.of_experiment(number, {KIND_TAG: "sweep"})
         if not found:
             raise TrackingError(
@@ -252,8 +266,8 @@ def _not_comparable(request: Request, groups: Sequence[Sequence[StoredRun]]) -> 
     a, b = groups[0][0], groups[1][0]
     what = "; ".join(differences(a, b)[:5])
     return (
-        f"{request.typed}: not comparable: {a.name!r} and {b.name!r} differ in {what}; choose runs of one sweep, or run "
-        "them again with the same model, evaluation and versions"
+        f"{request.typed}: not comparable: {a.name!r} and {b.name!r} differ in {what}; choose runs of one sweep, or "
+        "run them again with the same model, evaluation and versions"
     )
 
 
