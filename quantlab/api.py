@@ -15,6 +15,7 @@ from quantlab.memory import component_memory, measure_stage
 from quantlab.models.loaded import LoadedModel
 from quantlab.pipeline import run_plan
 from quantlab.protocols.module import inputs_of, observe
+from quantlab.quiet import quiet_libraries
 from quantlab.reports import QuantizationReport, RunReport
 from quantlab.stages.evaluate import evaluate as evaluate_stage
 from quantlab.stages.evaluate import summarize
@@ -61,25 +62,51 @@ def quantize(
     Raises:
         ConfigError, NotQuantized: see :func:`quantlab.stages.quantize.quantize_component`.
     """
-    import torch
-
+    module = _checked(module)
     if not isinstance(config, QuantizationConfigMixin):
         raise ConfigError(
             f"config={type(config).__name__}: one of quantlab's configs is wanted, e.g. QuantoConfig('int8')"
         )
-    if isinstance(module, torch.nn.Linear):
-        raise ConfigError("module: a bare Linear cannot be replaced in itself; wrap it: torch.nn.Sequential(linear)")
     check_finite_weights(module, "module")
     axes = replace(config.axes(), on_mismatch=on_mismatch, replace_default_exclusions=replace_default_exclusions)
-    first = next((p for p in module.parameters()), None)
+    dtype, device = _dtype_and_device(module)
     request = Request(
         component="model",
         axes=axes,
         native=config,
-        compute_dtype=str(first.dtype).removeprefix("torch.") if first is not None else "float32",
-        device="cuda" if first is not None and first.is_cuda else "cpu",
+        compute_dtype=dtype,
+        device=device,
     )
-    return quantize_component(request, copy.deepcopy(module).eval(), module)
+    return quantize_component(request, _copied(module).eval(), module)
+
+
+def _checked(module: Any) -> Any:
+    """``module`` if it is one that can be quantized; ConfigError otherwise."""
+    quiet_libraries()
+    import torch
+
+    if not isinstance(module, torch.nn.Module):
+        raise ConfigError(f"module={type(module).__name__}: a torch.nn.Module is wanted (for a name: model.path=...)")
+    if isinstance(module, torch.nn.Linear):
+        raise ConfigError("module: a bare Linear cannot be replaced in itself; wrap it: torch.nn.Sequential(linear)")
+    if next(module.parameters(), None) is None:
+        raise ConfigError("module: it has no parameters, so there is nothing to quantize; pass the part with the weights")
+    return module
+
+
+def _dtype_and_device(module: Any) -> tuple[str, str]:
+    first = next(module.parameters())
+    return str(first.dtype).removeprefix("torch."), "cuda" if first.is_cuda else "cpu"
+
+
+def _copied(module: Any) -> Any:
+    try:
+        return copy.deepcopy(module)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"module: it cannot be copied ({str(error).splitlines()[0]}); a module that is already quantized is often "
+            "so: pass the unquantized one"
+        ) from error
 
 
 def evaluate(
@@ -96,33 +123,40 @@ def evaluate(
         Reports of the reference, the bf16 floor and each config: ``output_cosine`` and ``output_rel_error`` with
         intervals over output rows, bytes, and the read-back table. Nothing is tracked.
     """
+    module = _checked(module)
     import torch
 
+    if not isinstance(configs, (list, tuple)):
+        raise ConfigError(f"configs={type(configs).__name__}: a list of configs is wanted: [config]")
+    if not isinstance(inputs, (list, tuple)):
+        raise ConfigError(f"inputs={type(inputs).__name__}: a list of batches is wanted: [batch]")
     given = inputs_of(inputs)
     settings = EvaluationConfig(num_bootstrap=num_bootstrap)
-    was_training = module.training
+    modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
-        first = next(iter(module.parameters()))
+        dtype, device = _dtype_and_device(module)
         model = LoadedModel(
             name="module",
             protocol="module",
             components={"model": module},
-            dtype=str(first.dtype).removeprefix("torch."),
-            device="cuda" if first.is_cuda else "cpu",
+            dtype=dtype,
+            device=device,
             weights_sha256=state_digest(module.state_dict()),
         )
         reference = observe(model, given, settings)
         candidates: list[tuple[str, Any, QuantizationReport | None]] = [
             (REFERENCE, module, None),
-            (FLOOR_BF16, copy.deepcopy(module).to(torch.bfloat16), None),
+            (FLOOR_BF16, _copied(module).to(torch.bfloat16), None),
         ]
         reports = [_row(name, m, q, model, reference, given, settings) for name, m, q in candidates]
         for config in configs:
             quantized, layers = quantize(module, config)
-            reports.append(_row(scheme_name(config.axes()), quantized, layers, model, reference, given, settings))
+            name = scheme_name(replace(config.axes(), compute_dtype="auto"))  # the module's own dtype is what counts
+            reports.append(_row(name, quantized, layers, model, reference, given, settings))
     finally:
-        module.train(was_training)
+        for part, training in modes.items():
+            part.training = training
     return [replace(r, floor=reports[1].quality) for r in reports]
 
 

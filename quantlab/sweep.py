@@ -6,6 +6,7 @@ here imports torch, so an impossible combination is refused at once.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -53,7 +54,7 @@ class Job:
         """The job as a recipe that anyone can run again."""
         return replay_yaml(self.resolved, self.choices)
 
-    @property
+    @functools.cached_property
     def resolved(self) -> dict[str, Any]:
         """The whole resolved config as plain data."""
         data: dict[str, Any] = to_json_data(OmegaConf.to_container(OmegaConf.structured(self.config), resolve=True))

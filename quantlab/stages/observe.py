@@ -16,7 +16,7 @@ from quantlab.models.loaded import LoadedModel
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.provenance import hardware, versions
 
-FORMAT = 1  # of the stored outputs; a change of what a protocol stores raises it
+FORMAT = 2  # of the stored outputs; a change of what a protocol stores raises it
 NOT_OBSERVED = ("num_bootstrap", "floor_batch_size")
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "scikit-learn")
 
