@@ -74,8 +74,7 @@ def run_apart(folder: Path, timeout_s: float | None, cuda_device: str | None = N
     Its output goes to ``worker.log``. It is killed after ``timeout_s``, and ends when this process does.
     ``cuda_device`` is the only device that it sees; None: all.
     """
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "PYTHONPATH": path, **({"CUDA_VISIBLE_DEVICES": cuda_device} if cuda_device else {})}
+    env = {**os.environ, "PYTHONPATH": python_path(), **({"CUDA_VISIBLE_DEVICES": cuda_device} if cuda_device else {})}
     code = "import sys; from quantlab.execute import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-X", "faulthandler", "-c", code, str(folder)]
     timed_out = False
@@ -95,6 +94,11 @@ def run_apart(folder: Path, timeout_s: float | None, cuda_device: str | None = N
                     os.killpg(process.pid, signal.SIGKILL)
     end = {"code": process.returncode, "timed_out": timed_out, "timeout_s": timeout_s}
     (folder / _END).write_text(json.dumps(end), encoding="utf-8")
+
+
+def python_path() -> str:
+    """``PYTHONPATH`` by which another process finds this quantlab, also in a checkout that is not installed."""
+    return os.pathsep.join(dict.fromkeys(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])))
 
 
 def has_ended(folder: Path) -> str:

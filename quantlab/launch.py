@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from quantlab.composition import conf_dir, override_text
 from quantlab.errors import ConfigError, require_package
-from quantlab.execute import Handed, has_ended, run_apart, work
+from quantlab.execute import Handed, has_ended, python_path, run_apart, work
 from quantlab.experiment import ExperimentConfig, LauncherConfig
 from quantlab.progress import say
 
@@ -124,6 +124,8 @@ def _launch(handed: Sequence[Handed], config: ExperimentConfig, isolated: bool) 
         jobs = [[folder, override_text("cuda_device", gpus[i % len(gpus)])] for i, (folder, _) in enumerate(jobs)]
     current = GlobalHydra.instance()
     outer, current.hydra = current.hydra, None
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = python_path()  # an engine's processes inherit it
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             hydra: Any = GlobalHydra.instance().hydra
@@ -135,6 +137,9 @@ def _launch(handed: Sequence[Handed], config: ExperimentConfig, isolated: bool) 
             launcher.launch(jobs, initial_job_idx=0)
     finally:
         GlobalHydra.instance().hydra = outer
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 def _settings(config: ExperimentConfig, num_gpus: int) -> Mapping[str, Any]:
