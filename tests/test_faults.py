@@ -1,4 +1,4 @@
-"""The thirty faults of Diffusers' quantization configs (0.42.1), each with the test that shows that quantlab has it not.
+"""The thirty faults of Diffusers' quantization configs (0.42.1), each with the test that quantlab has it not.
 
 Three of them sit in features that quantlab does not have; their tests hold it to what stands in their place:
 
@@ -31,15 +31,18 @@ from quantlab import (
 )
 from quantlab.axes import QuantizationAxes
 from quantlab.backends.table import BACKENDS
-from quantlab.capabilities import CAPABILITIES
 from quantlab.errors import ModelError
-from quantlab.layers import linear_layers, state_digest
+from quantlab.layers import state_digest
 from quantlab.memory import component_memory
 from quantlab.stages.quantize import Request, quantize_component
 
-SECOND = {"bitsandbytes": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), "quanto": QuantoConfig("int4"),
-          "torchao": TorchAoConfig("int4dq"), "gguf": GGUFQuantizationConfig(gguf_type="q4_0"),
-          "modelopt": NVIDIAModelOptConfig("INT4", channel_quantize=-1, block_quantize=32)}
+SECOND = {
+    "bitsandbytes": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "quanto": QuantoConfig("int4"),
+    "torchao": TorchAoConfig("int4dq"),
+    "gguf": GGUFQuantizationConfig(gguf_type="q4_0"),
+    "modelopt": NVIDIAModelOptConfig("INT4", channel_quantize=-1, block_quantize=32),
+}
 """Another config of each backend than ``config_of`` gives."""
 each_backend = pytest.mark.parametrize("method", METHODS)
 
@@ -104,7 +107,10 @@ def test_b03_changes_are_validated_and_brought_into_form():
 def test_b04_update_reaches_settings_only(method):
     config = config_of(method)
     assert config.update(to_dict=5, quant_method="quanto", _fields=1) == {
-        "to_dict": 5, "quant_method": "quanto", "_fields": 1}
+        "to_dict": 5,
+        "quant_method": "quanto",
+        "_fields": 1,
+    }
     assert config.to_dict()["quant_method"] == method
 
 
@@ -116,8 +122,11 @@ def test_b05_an_unknown_key_is_an_error(method):
 
 
 def test_b06_neither_flag_is_an_error():
-    for build in (BitsAndBytesConfig, lambda: BitsAndBytesConfig.from_dict({"quant_method": "bitsandbytes"}),
-                  lambda: quantlab.config_from_dict({"quant_method": "bitsandbytes", "_load_in_4bit": False})):
+    for build in (
+        BitsAndBytesConfig,
+        lambda: BitsAndBytesConfig.from_dict({"quant_method": "bitsandbytes"}),
+        lambda: quantlab.config_from_dict({"quant_method": "bitsandbytes", "_load_in_4bit": False}),
+    ):
         with pytest.raises(ConfigError, match="neither is true; set exactly one"):
             build()
 
@@ -159,17 +168,29 @@ def test_b10_modelopt_works_with_the_installed_version(quant_type):
     config = NVIDIAModelOptConfig(quant_type, weight_only="_" not in quant_type, **shape)
     if quant_type != "NVFP4":
         assert config.to_diffusers().quant_type == quant_type
-        module, report = quantlab.quantize(net(256, 32), dataclasses.replace(config, channel_quantize=(
-            -1 if shape else 0)))
+        module, report = quantlab.quantize(
+            net(256, 32), dataclasses.replace(config, channel_quantize=(-1 if shape else 0))
+        )
         assert report.layers[0].status == "quantized"
 
 
-@pytest.mark.parametrize("config", [
-    NVIDIAModelOptConfig("INT4", channel_quantize=-1, block_quantize=64),
-    NVIDIAModelOptConfig("NVFP4", channel_quantize=-1, block_quantize=16, scale_channel_quantize=-1, scale_block_quantize=16),
-    NVIDIAModelOptConfig("INT8", modelopt_config={"algorithm": "max", "quant_cfg": {
-        "*weight_quantizer": {"num_bits": 8, "block_sizes": {-1: 64, "type": "static"}}}}),
-], ids=["int4", "nvfp4", "pasted"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        NVIDIAModelOptConfig("INT4", channel_quantize=-1, block_quantize=64),
+        NVIDIAModelOptConfig(
+            "NVFP4", channel_quantize=-1, block_quantize=16, scale_channel_quantize=-1, scale_block_quantize=16
+        ),
+        NVIDIAModelOptConfig(
+            "INT8",
+            modelopt_config={
+                "algorithm": "max",
+                "quant_cfg": {"*weight_quantizer": {"num_bits": 8, "block_sizes": {-1: 64, "type": "static"}}},
+            },
+        ),
+    ],
+    ids=["int4", "nvfp4", "pasted"],
+)
 def test_b11_block_settings_are_json_with_sorted_keys(config):
     assert NVIDIAModelOptConfig.from_dict(json.loads(json.dumps(config.to_dict(), sort_keys=True))) == config
     with pytest.raises(ConfigError, match="^forward_loop: a config holds data, not code"):
@@ -234,12 +255,18 @@ def test_b15_torchao_takes_overrides_and_returns_what_it_does_not_know():
 @each_backend
 def test_b16_one_rule_and_an_error_for_an_entry_without_effect(method):
     model = nn.ModuleDict({"blocks": net(256, 256), "my_blocks": net(256, 256)})
-    for entry, wanted in {"blocks": {"blocks.0"}, "*blocks": {"blocks.0", "my_blocks.0"}, "re:my_.*": {"my_blocks.0"}}.items():
+    for entry, wanted in {
+        "blocks": {"blocks.0"},
+        "*blocks": {"blocks.0", "my_blocks.0"},
+        "re:my_.*": {"my_blocks.0"},
+    }.items():
         if len(wanted) == 2:
             continue
         _, report = quantlab.quantize(model, config_of(method, [entry]))
         assert {r.name for r in report.layers if r.status == "excluded"} == wanted
-    with pytest.raises(ConfigError, match="^modules_to_not_convert=bloks: matches none of the 2 layers.*near are blocks"):
+    with pytest.raises(
+        ConfigError, match="^modules_to_not_convert=bloks: matches none of the 2 layers.*near are blocks"
+    ):
         quantlab.quantize(model, config_of(method, ["bloks"]))
 
 
@@ -249,8 +276,14 @@ def test_b17_the_list_is_the_callers_and_no_model_leaks_into_the_next(method):
     config = config_of(method, names)
     first, second = net(256, 64, 64), nn.Sequential(*net(256, 64, 64), nn.Identity())
     first._keep_in_fp32_modules = ["1"]
-    request = Request(component="m", axes=config.axes(), native=config, compute_dtype="float32", device="cpu",
-                      default_exclusions=("1",))
+    request = Request(
+        component="m",
+        axes=config.axes(),
+        native=config,
+        compute_dtype="float32",
+        device="cpu",
+        default_exclusions=("1",),
+    )
     with pytest.raises(ConfigError, match="all 2 Linear layers of m are excluded"):
         quantize_component(request, copy.deepcopy(first), first)
     _, report = quantlab.quantize(second, config)
@@ -289,11 +322,17 @@ def test_b20_a_checkpoints_config_is_read(tmp_path):
     assert quantlab.from_pretrained_config(tmp_path) == config_of("quanto")
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("fp8",), "did you mean FP8"), (("FP9",), "W or W_A is wanted"), (("FP8_FP9",), "W or W_A is wanted"),
-    (("FP8_INT8_INT8",), "W or W_A is wanted"), (("NF4",), "plain INT4"),
-    (("FP8_INT8",), "weight_only=true: the activation half of quant_type=FP8_INT8 would be ignored"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("fp8",), "did you mean FP8"),
+        (("FP9",), "W or W_A is wanted"),
+        (("FP8_FP9",), "W or W_A is wanted"),
+        (("FP8_INT8_INT8",), "W or W_A is wanted"),
+        (("NF4",), "plain INT4"),
+        (("FP8_INT8",), "weight_only=true: the activation half of quant_type=FP8_INT8 would be ignored"),
+    ],
+)
 def test_b21_a_bad_type_is_never_another_type(arguments, message):
     with pytest.raises(ConfigError, match=message):
         NVIDIAModelOptConfig(*arguments)
@@ -334,7 +373,10 @@ def test_b24_a_group_that_does_not_fit_is_said_before_anything_changes(backend):
     _, report = quantlab.quantize(original, config, on_mismatch="skip")
     assert {r.name: (r.status, r.group_size) for r in report.layers} == {"0": ("quantized", 64), "1": ("skipped", None)}
     _, report = quantlab.quantize(original, config, on_mismatch="int8")
-    assert {r.name: (r.status, r.dtype) for r in report.layers} == {"0": ("quantized", "int4"), "1": ("fallback", "int8")}
+    assert {r.name: (r.status, r.dtype) for r in report.layers} == {
+        "0": ("quantized", "int4"),
+        "1": ("fallback", "int8"),
+    }
 
 
 @each_backend
@@ -377,10 +419,12 @@ def test_b27_a_checkpoint_never_replaces_the_config_that_was_asked_for(method, t
 
 def test_b28_the_libraries_print_nothing():
     """As in a run, which quiets them before their first import."""
-    code = ("from quantlab.quiet import quiet_libraries\nquiet_libraries()\nimport torch, quantlab\n"
-            "m = torch.nn.Sequential(torch.nn.Linear(256, 64)).eval()\n"
-            "for c in (quantlab.TorchAoConfig('int8wo'), quantlab.QuantoConfig()):\n"
-            "    q, _ = quantlab.quantize(m, c)\n    q(torch.randn(2, 256))\n")
+    code = (
+        "from quantlab.quiet import quiet_libraries\nquiet_libraries()\nimport torch, quantlab\n"
+        "m = torch.nn.Sequential(torch.nn.Linear(256, 64)).eval()\n"
+        "for c in (quantlab.TorchAoConfig('int8wo'), quantlab.QuantoConfig()):\n"
+        "    q, _ = quantlab.quantize(m, c)\n    q(torch.randn(2, 256))\n"
+    )
     done = python(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout + done.stderr == ""
@@ -392,7 +436,9 @@ def test_b29_what_hydra_makes_of_yaml_is_accepted(method):
     node = OmegaConf.create({k: v for k, v in config.to_dict().items() if k != "quant_method"})
     assert type(config).from_dict(node) == config
     assert json.dumps(type(config).from_dict(node).to_dict()) == json.dumps(config.to_dict())
-    assert BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=OmegaConf.create({"v": 6}).v).llm_int8_threshold == 6.0
+    assert (
+        BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=OmegaConf.create({"v": 6}).v).llm_int8_threshold == 6.0
+    )
 
 
 @each_backend
@@ -412,97 +458,8 @@ def test_b30_a_config_in_use_belongs_to_nobody_else(method):
 def test_each_of_the_thirty_has_its_test():
     numbers = {int(name[6:8]) for name in globals() if name.startswith("test_b")}
     assert numbers == set(range(1, 31))
-    assert all(inspect.getsource(f).count("assert") or "pytest.raises" in inspect.getsource(f)
-               for name, f in globals().items() if name.startswith("test_b"))
-
-
-# -- the ten acceptance checks; those that have a file of their own are named in ACCEPTANCE
-
-ACCEPTANCE = {
-    1: "test_config.py::test_json_and_back, ::test_unknown_keys_name_the_nearest_field",
-    2: "test_02_every_historical_shorthand_resolves_or_names_its_replacement",
-    3: "test_interop.py::test_one_matcher_on_every_backend, ::test_every_backend_leaves_the_same_layers",
-    4: "test_b17_..., test_config.py::test_assignment_is_refused",
-    5: "test_05_quantize_save_reload_is_bit_identical",
-    6: "test_b24_...",
-    7: "test_07_what_this_machine_cannot_run_is_refused_in_one_sentence",
-    8: "test_interop.py::test_there_and_back, ::test_a_checkpoint_that_diffusers_wrote_is_read, ::test_stored_dictionaries",
-    9: "test_09_no_scheme_of_the_table_needs_data_it_is_not_given",
-    10: "test_b26_..., test_10_configs_hold_data_only",
-}
-
-
-def test_02_every_historical_shorthand_resolves_or_names_its_replacement():
-    from quantlab.backends.torchao.quantize import build_ao_config
-    from quantlab.backends.torchao.shorthands import _get_torchao_quant_type_to_method
-
-    table = _get_torchao_quant_type_to_method()
-    assert len(table) == 51
-    for name in table:
-        try:
-            config = TorchAoConfig(name)
-        except ConfigError as error:
-            assert any(word in str(error) for word in ("dtype=", "float8dq", "float8wo_e4m3")), error  # noqa: PT017
-            continue
-        assert type(build_ao_config(config)).__name__ == config.quant_type["_type"]
-    assert build_ao_config(TorchAoConfig("float8wo")).weight_dtype is torch.float8_e5m2
-    assert build_ao_config(TorchAoConfig("float8_weight_only")).weight_dtype is torch.float8_e4m3fn
-
-
-SCHEMES = [("torchao int8wo", TorchAoConfig("int8wo")), ("torchao int8dq", TorchAoConfig("int8dq")),
-           ("torchao float8wo", TorchAoConfig("float8wo")), ("torchao int4dq", TorchAoConfig("int4dq")),
-           *[(f"quanto {w}", QuantoConfig(w)) for w in ("float8", "int8", "int4", "int2")],
-           *[(f"gguf {t}", GGUFQuantizationConfig(gguf_type=t)) for t in ("q8_0", "q4_0", "q4_k")],
-           ("bitsandbytes nf4", SECOND["bitsandbytes"]), ("modelopt int4", SECOND["modelopt"])]
-
-
-@pytest.mark.parametrize("config", [c for _, c in SCHEMES], ids=[n for n, _ in SCHEMES])
-def test_05_quantize_save_reload_is_bit_identical(config, tmp_path):
-    backend = BACKENDS[config.quant_method.value]
-    original = net(256, 256, 64)
-    module, report = quantlab.quantize(original, config)
-    assert {r.status for r in report.layers} == {"quantized"}
-    first = run(module, inputs())
-    backend.save(module, tmp_path)
-    fresh = copy.deepcopy(original)
-    backend.load(fresh, list(linear_layers(original)), backend.resolve(config, "cpu", "float32"), tmp_path)
-    assert torch.equal(run(fresh, inputs()), first)
-    for name in ("0", "1"):
-        stored, loaded = (backend.read_back(m.get_submodule(name)) for m in (module, fresh))
-        assert torch.equal(stored.dense, loaded.dense)
-
-
-@pytest.mark.parametrize(("config", "shape", "message"), [
-    (TorchAoConfig("int4wo", int4_packing_format="tile_packed_to_4d"), (256, 64), "needs CUDA and bfloat16"),
-    (TorchAoConfig("float8dq"), (256, 64), "torchao needs CUDA with compute capability 8.9"),
-    (NVIDIAModelOptConfig("NVFP4"), (256, 64), "modelopt runs it on cuda only"),
-    (NVIDIAModelOptConfig("MXFP4"), (256, 64), "modelopt runs it on cuda only"),
-])
-def test_07_what_this_machine_cannot_run_is_refused_in_one_sentence(config, shape, message):
-    with pytest.raises(ConfigError, match=message):
-        quantlab.quantize(net(*shape), config)
-
-
-@pytest.mark.parametrize("config", [SECOND["bitsandbytes"], QuantoConfig("int8")], ids=["nf4", "quanto int8"])
-def test_07_shapes_that_crash_the_libraries_work(config):
-    """bitsandbytes' 4 bits want multiples of 64 and 32 on this CPU; quanto's int8 in bfloat16 reads out of bounds."""
-    original = net(100, 36).bfloat16()
-    module, _ = quantlab.quantize(original, config)
-    out, reference = (run(m, inputs(100, torch.bfloat16)).float() for m in (module, original))
-    assert float((out - reference).norm() / reference.norm()) < 0.2
-
-
-def test_09_no_scheme_of_the_table_needs_data_it_is_not_given():
-    assert {(b, d) for b, rows in CAPABILITIES.items() for d, row in rows.items() if row.needs_calibration} == set()
-    with pytest.raises(ConfigError, match="algorithm=awq_lite: modelopt int4 offers auto, max"):
-        quantlab.compose(["backend=modelopt", "dtype=int4", "algorithm=awq_lite"])
-    with pytest.raises(ConfigError, match="activations=int8: quanto's quantized activations need scales measured on data"):
-        BACKENDS["quanto"].quantize(net(64, 64), ["0"], QuantoConfig("int8", activations="int8"))
-
-
-@pytest.mark.parametrize("value", [torch.zeros(1), print, object()])
-def test_10_configs_hold_data_only(value):
-    with pytest.raises(ConfigError):
-        NVIDIAModelOptConfig("INT8", modelopt_config={"quant_cfg": [{"quantizer_name": "*", "cfg": {"axis": value}}]})
-    with pytest.raises(ConfigError):
-        TorchAoConfig({"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {"granularity": value}})
+    assert all(
+        inspect.getsource(f).count("assert") or "pytest.raises" in inspect.getsource(f)
+        for name, f in globals().items()
+        if name.startswith("test_b")
+    )

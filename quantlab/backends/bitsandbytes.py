@@ -343,8 +343,8 @@ def _check_format(layer: Any, config: BitsAndBytesConfig, where: str) -> None:
     asked = ("int8", None, None) if config.load_in_8bit else (
         config.dtype, config.bnb_4bit_blocksize or _LIBRARY_BLOCKSIZE, config.bnb_4bit_use_double_quant)
     if found != asked:
-        raise ModelError(f"{where} is stored as (format, block size, double quantization) {found}, not {asked}; load with "
-                         "the config it was quantized with")
+        raise ModelError(f"{where} is stored as (format, block size, double quantization) {found}, not {asked}; load "
+                         "with the config it was quantized with")
 
 
 def _owner(key: str, names: Mapping[str, Any]) -> str | None:

@@ -97,8 +97,8 @@ class GGUFQuantizationConfig(QuantizationConfigMixin):
         import torch
 
         if types := {k: v for k, v in self.extra_settings().items() if k != "exclusion_rule"}:
-            raise ConfigError(f"{', '.join(f'{k}={v!r}' for k, v in types.items())}: Diffusers only loads GGUF files and "
-                              "takes the types from the file; leave it out to load one")
+            raise ConfigError(f"{', '.join(f'{k}={v!r}' for k, v in types.items())}: Diffusers only loads GGUF files "
+                              "and takes the types from the file; leave it out to load one")
         arguments = {"compute_dtype": getattr(torch, self.compute_dtype)}
         made = build(diffusers.GGUFQuantizationConfig, arguments, "to_diffusers")
         made.modules_to_not_convert = exclusions_for(self, model, "diffusers")  # no argument of its constructor
@@ -211,8 +211,8 @@ def load(model: Any, layers: Sequence[str], config: GGUFQuantizationConfig, fold
     types = config.layer_dtypes(list(layers))
     for name in layers:
         if made[name].gguf_type != (wanted := types.get(name, config.dtype)):
-            raise ModelError(f"{path}: {name} is stored as {made[name].gguf_type}, not {wanted}; load with the config it "
-                             "was quantized with")
+            raise ModelError(f"{path}: {name} is stored as {made[name].gguf_type}, not {wanted}; load with the config "
+                             "it was quantized with")
     try:
         model.load_state_dict(plain, strict=False)
     except RuntimeError as error:  # shapes differ

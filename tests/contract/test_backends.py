@@ -62,7 +62,7 @@ def run(module, x):
 
 @pytest.mark.parametrize(("backend", "dtype", "row"), ON_CPU, ids=[f"{b}-{d}" for b, d, _ in ON_CPU])
 def test_promise(backend, dtype, row, tmp_path):
-    """Shape, read-back = request, bounded error, real bytes, forward -> state_dict -> forward, save -> load bit-equal."""
+    """Shape, read-back = request, bounded error, real bytes, the same after a state dict, bit-equal after save and load."""
     original, module, report, compute = quantized(backend, dtype)
     x = sample(compute)
     out, reference = run(module, x), run(original, x)
@@ -72,7 +72,9 @@ def test_promise(backend, dtype, row, tmp_path):
     assert [r.name for r in rows] == NAMES
     assert {r.status for r in rows} == {"quantized"}
     assert {r.dtype for r in rows} == {dtype}
-    bits = int("".join(c for c in dtype.removeprefix("float").removeprefix("mxfp").removeprefix("nvfp") if c.isdigit())[0])
+    bits = int(
+        "".join(c for c in dtype.removeprefix("float").removeprefix("mxfp").removeprefix("nvfp") if c.isdigit())[0]
+    )
     for r in rows:
         assert 0 < r.weight_rel_error < LARGEST_ERROR[bits]
         assert r.activation_dtype == row.activation_dtypes[0]
@@ -141,8 +143,13 @@ def test_a_layer_that_does_not_fit_is_named(backend, dtype, row):
     odd = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 40), nn.Linear(40, 512)).to(getattr(torch, compute))
 
     def quantize(on_mismatch):
-        request = Request(component="model", axes=QuantizationAxes(backend=backend, dtype=dtype, on_mismatch=on_mismatch),
-                          native=native_config(axes), compute_dtype=compute, device="cpu")
+        request = Request(
+            component="model",
+            axes=QuantizationAxes(backend=backend, dtype=dtype, on_mismatch=on_mismatch),
+            native=native_config(axes),
+            compute_dtype=compute,
+            device="cpu",
+        )
         return quantize_component(request, copy.deepcopy(odd), odd)
 
     with pytest.raises(NotQuantized, match=r"dtype=\w+: [12] layers cannot .*: .*2 \[512, 40\]|1 \[40, 512\]"):

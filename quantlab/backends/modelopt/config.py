@@ -214,8 +214,8 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
             elif group == "none" or weight == "INT8":
                 shape = {"channel_quantize": 0}
         quant_type = weight if is_weight_only else f"{weight}_{_SPELLING[axes.activation_dtype]}"
-        return cls(quant_type=quant_type, weight_only=is_weight_only, modules_to_not_convert=axes.exclusions() or None, algorithm=axes.algorithm,
-                   **shape, **dict(settings or {}))
+        return cls(quant_type=quant_type, weight_only=is_weight_only, algorithm=axes.algorithm,
+                   modules_to_not_convert=axes.exclusions() or None, **shape, **dict(settings or {}))
 
     def axes(self) -> QuantizationAxes:
         """The axes that, with the config's own settings, :meth:`from_axes` turns into this config.

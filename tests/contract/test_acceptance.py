@@ -1,0 +1,112 @@
+"""The ten acceptance checks of the configuration layer; ``ACCEPTANCE`` says where each of them is."""
+
+import copy
+
+import pytest
+import torch
+from test_faults import SECOND, inputs, net, run
+
+import quantlab
+from quantlab import ConfigError, GGUFQuantizationConfig, NVIDIAModelOptConfig, QuantoConfig, TorchAoConfig
+from quantlab.backends.table import BACKENDS
+from quantlab.capabilities import CAPABILITIES
+from quantlab.layers import linear_layers
+
+ACCEPTANCE = {
+    1: "test_config.py::test_json_and_back, ::test_unknown_keys_name_the_nearest_field",
+    2: "test_02_every_historical_shorthand_resolves_or_names_its_replacement",
+    3: "contract/test_exclusion_rules.py::test_one_matcher_on_every_backend, ::test_every_backend_leaves_the_...",
+    4: "test_faults.py::test_b17_..., test_config.py::test_assignment_is_refused",
+    5: "test_05_quantize_save_reload_is_bit_identical",
+    6: "test_faults.py::test_b24_...",
+    7: "test_07_what_this_machine_cannot_run_is_refused_in_one_sentence",
+    8: "test_interop.py::test_there_and_back, contract/test_stored_configs.py",
+    9: "test_09_no_scheme_of_the_table_needs_data_it_is_not_given",
+    10: "test_faults.py::test_b26_..., test_10_configs_hold_data_only",
+}
+
+
+def test_02_every_historical_shorthand_resolves_or_names_its_replacement():
+    from quantlab.backends.torchao.quantize import build_ao_config
+    from quantlab.backends.torchao.shorthands import _get_torchao_quant_type_to_method
+
+    table = _get_torchao_quant_type_to_method()
+    assert len(table) == 51
+    for name in table:
+        try:
+            config = TorchAoConfig(name)
+        except ConfigError as error:
+            assert any(word in str(error) for word in ("dtype=", "float8dq", "float8wo_e4m3")), error  # noqa: PT017
+            continue
+        assert type(build_ao_config(config)).__name__ == config.quant_type["_type"]
+    assert build_ao_config(TorchAoConfig("float8wo")).weight_dtype is torch.float8_e5m2
+    assert build_ao_config(TorchAoConfig("float8_weight_only")).weight_dtype is torch.float8_e4m3fn
+
+
+SCHEMES = [
+    ("torchao int8wo", TorchAoConfig("int8wo")),
+    ("torchao int8dq", TorchAoConfig("int8dq")),
+    ("torchao float8wo", TorchAoConfig("float8wo")),
+    ("torchao int4dq", TorchAoConfig("int4dq")),
+    *[(f"quanto {w}", QuantoConfig(w)) for w in ("float8", "int8", "int4", "int2")],
+    *[(f"gguf {t}", GGUFQuantizationConfig(gguf_type=t)) for t in ("q8_0", "q4_0", "q4_k")],
+    ("bitsandbytes nf4", SECOND["bitsandbytes"]),
+    ("modelopt int4", SECOND["modelopt"]),
+]
+
+
+@pytest.mark.parametrize("config", [c for _, c in SCHEMES], ids=[n for n, _ in SCHEMES])
+def test_05_quantize_save_reload_is_bit_identical(config, tmp_path):
+    backend = BACKENDS[config.quant_method.value]
+    original = net(256, 256, 64)
+    module, report = quantlab.quantize(original, config)
+    assert {r.status for r in report.layers} == {"quantized"}
+    first = run(module, inputs())
+    backend.save(module, tmp_path)
+    fresh = copy.deepcopy(original)
+    backend.load(fresh, list(linear_layers(original)), backend.resolve(config, "cpu", "float32"), tmp_path)
+    assert torch.equal(run(fresh, inputs()), first)
+    for name in ("0", "1"):
+        stored, loaded = (backend.read_back(m.get_submodule(name)) for m in (module, fresh))
+        assert torch.equal(stored.dense, loaded.dense)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "message"),
+    [
+        (TorchAoConfig("int4wo", int4_packing_format="tile_packed_to_4d"), (256, 64), "needs CUDA and bfloat16"),
+        (TorchAoConfig("float8dq"), (256, 64), "torchao needs CUDA with compute capability 8.9"),
+        (NVIDIAModelOptConfig("NVFP4"), (256, 64), "modelopt runs it on cuda only"),
+        (NVIDIAModelOptConfig("MXFP4"), (256, 64), "modelopt runs it on cuda only"),
+    ],
+)
+def test_07_what_this_machine_cannot_run_is_refused_in_one_sentence(config, shape, message):
+    with pytest.raises(ConfigError, match=message):
+        quantlab.quantize(net(*shape), config)
+
+
+@pytest.mark.parametrize("config", [SECOND["bitsandbytes"], QuantoConfig("int8")], ids=["nf4", "quanto int8"])
+def test_07_shapes_that_crash_the_libraries_work(config):
+    """bitsandbytes' 4 bits want multiples of 64 and 32 on this CPU; quanto's int8 in bfloat16 reads out of bounds."""
+    original = net(100, 36).bfloat16()
+    module, _ = quantlab.quantize(original, config)
+    out, reference = (run(m, inputs(100, torch.bfloat16)).float() for m in (module, original))
+    assert float((out - reference).norm() / reference.norm()) < 0.2
+
+
+def test_09_no_scheme_of_the_table_needs_data_it_is_not_given():
+    assert {(b, d) for b, rows in CAPABILITIES.items() for d, row in rows.items() if row.needs_calibration} == set()
+    with pytest.raises(ConfigError, match="algorithm=awq_lite: modelopt int4 offers auto, max"):
+        quantlab.compose(["backend=modelopt", "dtype=int4", "algorithm=awq_lite"])
+    with pytest.raises(
+        ConfigError, match="activations=int8: quanto's quantized activations need scales measured on data"
+    ):
+        BACKENDS["quanto"].quantize(net(64, 64), ["0"], QuantoConfig("int8", activations="int8"))
+
+
+@pytest.mark.parametrize("value", [torch.zeros(1), print, object()])
+def test_10_configs_hold_data_only(value):
+    with pytest.raises(ConfigError):
+        NVIDIAModelOptConfig("INT8", modelopt_config={"quant_cfg": [{"quantizer_name": "*", "cfg": {"axis": value}}]})
+    with pytest.raises(ConfigError):
+        TorchAoConfig({"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {"granularity": value}})
