@@ -62,7 +62,7 @@ def run(module, x):
 
 @pytest.mark.parametrize(("backend", "dtype", "row"), ON_CPU, ids=[f"{b}-{d}" for b, d, _ in ON_CPU])
 def test_promise(backend, dtype, row, tmp_path):
-    """Shape, read-back = request, bounded error, real bytes, the same after a state dict, bit-equal after save and load."""
+    """Shape, read-back = request, bounded error, real bytes, nothing changed by a forward, save -> load bit-equal."""
     original, module, report, compute = quantized(backend, dtype)
     x = sample(compute)
     out, reference = run(module, x), run(original, x)

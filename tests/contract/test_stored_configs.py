@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from shell import digits_words
 from test_interop import tiny_flux
 from torch import nn
 
@@ -270,3 +271,33 @@ def test_reading_dictionaries_imports_no_torch():
         "assert not {'torch', 'torchao', 'diffusers', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# -- through a whole run
+
+
+def test_a_pasted_dictionary_stands_beside_the_axes_in_one_sweep(shell, tmp_path):
+    """Same columns, same numbers as the request by axes; its exclusions by its own rule, in the artifact."""
+    recipe = tmp_path / "pasted.yaml"
+    recipe.write_text(
+        "# @package _global_\n"
+        "sweep:\n"
+        "  floors: false\n"
+        "  candidates:\n"
+        "    - {backend: quanto, dtype: int4}\n"
+        "    - {quantization_config: {quant_method: quanto, weights_dtype: int4}, name: pasted}\n"
+        "    - {quantization_config: {load_in_8bit: true, llm_int8_skip_modules: [blocks.0, nowhere]}, name: skipping}\n"
+    )
+    rows = shell.rows(f"recipe={recipe}", *digits_words())
+    by_axes, pasted, skipping = rows["quanto int4"], rows["pasted"], rows["skipping"]
+    for row in (pasted, skipping):
+        assert row["status"] == "FINISHED"
+    same = {k: v for k, v in by_axes["metrics"].items() if k.startswith("quality/")}
+    assert {k: pasted["metrics"][k] for k in same} == same
+    columns = {k: v for k, v in pasted["params"]["quantization"].items() if k != "quantization_config"}
+    asked = by_axes["params"]["quantization"]
+    assert (columns["backend"], columns["dtype"]) == (asked["backend"], asked["dtype"]) == ("quanto", "int4")
+    tracked = shell.tracked()["skipping"]
+    assert tracked["params"]["quantization.dtype"] == "int8"
+    assert tracked["params"]["resolved.exclusions_without_effect"] == "nowhere"
+    assert skipping["metrics"]["quantization/num_excluded"] > 0
