@@ -90,7 +90,7 @@ def _checked(module: Any) -> Any:
     if isinstance(module, torch.nn.Linear):
         raise ConfigError("module: a bare Linear cannot be replaced in itself; wrap it: torch.nn.Sequential(linear)")
     if next(module.parameters(), None) is None:
-        raise ConfigError("module: it has no parameters, so there is nothing to quantize; pass the part with the weights")
+        raise ConfigError("module: it has no parameters, nothing to quantize; pass the part with the weights")
     return module
 
 

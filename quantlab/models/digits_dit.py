@@ -53,7 +53,7 @@ def load(config: DigitsModelConfig, device: str, cache_dir: Path, progress: Prog
     if config.path is not None:
         folder = Path(config.path).expanduser()
         if not (folder / MODEL_FILE).is_file():
-            raise ModelError(f"model.path={config.path}: there is no {MODEL_FILE} in it; name a folder with {MODEL_FILE} "
+            raise ModelError(f"model.path={config.path}: no {MODEL_FILE} is in it; name a folder with {MODEL_FILE} "
                              f"and {JUDGE_FILE}, or leave model.path out to train the model")
     else:
         folder = Path(cache_dir) / "models" / cache_key(config)

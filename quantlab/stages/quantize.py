@@ -54,7 +54,7 @@ def quantize_component(request: Request, module: Any, original: Any) -> tuple[An
     check_device(axes, row, request.device, request.compute_dtype)
     layers = linear_layers(module)
     if not layers:
-        raise ConfigError(f"model.components={request.component}: it has no Linear layer, so there is nothing to quantize")
+        raise ConfigError(f"model.components={request.component}: it has no Linear layer; nothing to quantize")
     excluded, idle = _excluded(request, module, list(layers))
     wanted = [n for n in layers if n not in excluded]
     if not wanted:
