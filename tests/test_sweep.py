@@ -129,6 +129,7 @@ def test_the_same_command_again_runs_nothing(shell, measured):
     assert len(measured) == 11
 
 
+@pytest.mark.slow
 def test_what_changes_a_number_is_run_again(shell, measured, monkeypatch):
     words = (*WORDS, "backend=quanto", "dtype=int8,int4", "sweep.floors=false")
     shell.rows(*words)
@@ -171,6 +172,7 @@ def test_a_single_run_always_runs(shell, measured):
     assert len(measured) == 5, "three floors once, the job twice"
 
 
+@pytest.mark.slow
 def test_a_lost_report_is_measured_again(shell, measured):
     words = (*WORDS, "backend=quanto", "dtype=int8,int4", "sweep.floors=false")
     first = shell.rows(*words)
