@@ -106,7 +106,7 @@ class Measurements:
     steps: Mapping[str, Any] = field(default_factory=dict)
     """Per-step curves: metric name (``step_sqnr_db``) -> float array (num_steps,)."""
     images: Any = None
-    """uint8 array (n, 3, height, width, channels) of some samples: reference, candidate, difference; None: no images."""
+    """uint8 array (n, 3, height, width, channels) of a few: reference, candidate, difference; None: no images."""
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     """``perf/...`` names without the prefix."""
 

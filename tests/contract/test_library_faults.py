@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # they change with the libraries' versions, not with quantlab
 CPUINFO = Path("/proc/cpuinfo")
 HAS_AVX512_BF16 = CPUINFO.exists() and "avx512_bf16" in CPUINFO.read_text()
 needs_repack = pytest.mark.skipif(not HAS_AVX512_BF16, reason="the library repacks on CPUs with AVX512-BF16 only")
