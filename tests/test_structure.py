@@ -110,7 +110,7 @@ def test_a_recipe_states_its_question_command_and_expectation(recipe):
 
 def test_no_absolute_paths_or_package_hosts_in_tracked_files():
     files = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()
-    bad = re.compile(r"(?<![\w.])/(?:root|home|work|tmp)/|--index-url|--extra-index|--find-links")
+    bad = re.compile(r"(?<![\w.])/(?:root|home|work|tmp)/|--(?:index|extra-index|find)-(?:url|links)")
     hits = {f for f in files if (ROOT / f).suffix in (".py", ".md", ".yaml", ".toml", ".txt") and f != "tests/test_structure.py"
             and (ROOT / f).is_file() and bad.search((ROOT / f).read_text())}
     assert not hits
