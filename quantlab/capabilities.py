@@ -34,7 +34,6 @@ class Capability:
     """Accepted ``activation_dtype``; the first is what ``auto`` means."""
     algorithms: tuple[str, ...] = ("max",)
     """Accepted ``algorithm``; the first is what ``auto`` means."""
-    needs_calibration: bool = False
     is_serialisable: bool = True
     is_trainable: bool = True
     """Gradients reach the input through the layer, as adapters need; the quantized weight itself is never trained."""

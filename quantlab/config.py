@@ -278,6 +278,15 @@ class QuantizationConfigMixin:
         names = list(self.exclusions or ()) if self.exclusion_rule == "quantlab" else []
         return {"own": names} if names else {}
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether the backend must see calibration data before it can quantize by this config."""
+        return False
+
+    def without_data(self) -> Self | None:
+        """The same bits with the plain algorithm that needs no data, to compare with; None where there is none."""
+        return None
+
     def disabled_layers(self, paths: Sequence[str]) -> dict[str, str]:
         """Layer -> why, for layers that settings beside ``modules_to_not_convert`` switch off."""
         return {}

@@ -14,7 +14,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     0: ("errors", "dtypes", "capabilities", "axes", "config", "reports", "experiment", "recipe", "progress", "quiet"),
     1: ("backends", "models", "datasets", "metrics", "protocols", "memory", "layers", "tracking", "statistics",
-        "provenance", "fingerprint", "interop"),
+        "provenance", "fingerprint", "interop", "calibration"),
     2: ("stages", "report", "composition", "listing"),
     3: ("pipeline", "job", "sweep", "resume", "execute", "launch"),
     4: ("cli", "api", "__main__", "__init__"),

@@ -44,28 +44,34 @@ def recorded_calls(denoiser: Any) -> Iterator[list[dict[str, Any]]]:
             handle.remove()
 
 
-def replayed_output(denoiser: Any, call: Mapping[str, Any], device: str, default_dtype: str = "float32") -> Any:
-    """The denoiser's output on a recorded call's inputs: float32 on the CPU.
+def replay(module: Any, call: Mapping[str, Any], device: str, default_dtype: str = "float32") -> Any:
+    """What ``module`` returns on a recorded call's inputs, without gradients.
 
-    Inputs that the reference got in its own compute dtype are cast to the candidate's, except scalars and vectors
+    Inputs that the recorded module got in its own compute dtype are cast to this one's, except scalars and vectors
     (timesteps, guidance scales), which models cast themselves after embedding them.
     """
     import torch
 
-    source, target = getattr(torch, call["dtype"]), component_dtype(denoiser, default_dtype)
+    source, target = getattr(torch, call["dtype"]), component_dtype(module, default_dtype)
 
     def placed(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             cast = value.dtype == source and value.ndim > 1
-            # A copy where nothing changes: the record must survive a denoiser that writes into its inputs.
+            # A copy where nothing changes: the record must survive a module that writes into its inputs.
             return value.to(device=device, dtype=target if cast else value.dtype, copy=True)
         if isinstance(value, Mapping):
             return {k: placed(v) for k, v in value.items()}
         return type(value)(placed(v) for v in value) if isinstance(value, (list, tuple)) else value
 
     with torch.no_grad():
-        output = denoiser(*placed(call["args"]), **placed(call["kwargs"]))
-    return _first_tensor(output).detach().to("cpu", torch.float32)
+        return module(*placed(call["args"]), **placed(call["kwargs"]))
+
+
+def replayed_output(denoiser: Any, call: Mapping[str, Any], device: str, default_dtype: str = "float32") -> Any:
+    """The denoiser's output on a recorded call's inputs, see :func:`replay`: float32 on the CPU."""
+    import torch
+
+    return _first_tensor(replay(denoiser, call, device, default_dtype)).detach().to("cpu", torch.float32)
 
 
 def per_sample(output: Any, num_samples: int) -> Any:

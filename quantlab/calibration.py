@@ -1,0 +1,89 @@
+"""Calibration data as a forward loop: the calls of one component, replayed on whatever stands in its place.
+
+A backend that needs data gets a :class:`CalibrationFeed` and calls it with the module; what runs inside (observers,
+quantizers, hooks) is the backend's. The calls are recorded once on the reference, or given by the user as batches, and
+are read one at a time, so that memory does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quantlab.errors import ConfigError
+from quantlab.protocols.denoiser_calls import replay
+
+Call = Mapping[str, Any]
+"""``args``, ``kwargs``, ``dtype`` (what the recorded component computed in), ``step`` (denoising step; 0 without)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CalibrationFeed:
+    """Runs a module over the calibration calls: ``feed(module)``, as often as an algorithm needs."""
+
+    calls: Sequence[Call]
+    """One forward call each; may be read from disk item by item, so iterate and do not collect."""
+    num_samples: int
+    """Distinct samples (images, windows of text, rows) in the calls."""
+    batch_size: int
+    """Samples a call."""
+    device: str = "cpu"
+    dtype: str = "float32"
+    """Compute dtype of a module whose own cannot be told from its parameters."""
+    sha256: str = ""
+    on_call: Callable[[int, int], Any] | None = None
+    """Told (calls done, calls of this pass) after each call: the progress bar."""
+
+    def __call__(self, module: Any) -> None:
+        """Replay every call on ``module`` without gradients; outputs are dropped."""
+        for i in range(len(self.calls)):
+            self.step(module, i)
+
+    def step(self, module: Any, i: int) -> int:
+        """Replay call ``i`` alone and return its denoising step."""
+        call = self.calls[i]
+        replay(module, call, self.device, self.dtype)
+        if self.on_call is not None:
+            self.on_call(i + 1, len(self.calls))
+        return int(call.get("step", 0))
+
+    def require_equal_batches(self, who: str) -> None:
+        """ConfigError where the last batch is smaller than the others, for observers that concatenate inputs."""
+        if self.num_samples % self.batch_size:
+            raise ConfigError(
+                f"calibration.num_samples={self.num_samples}: {who} needs batches of equal size, and "
+                f"calibration.batch_size={self.batch_size} does not divide it; take a multiple of it"
+            )
+
+
+def feed_of_batches(batches: Sequence[Any], device: str = "cpu", dtype: str = "float32") -> CalibrationFeed:
+    """A feed of the user's own batches: tensors, or tuples or mappings of them, as the module's forward takes them.
+
+    Raises ConfigError where there are none, or where one holds NaN or infinity.
+    """
+    import torch
+
+    if not isinstance(batches, (list, tuple)) or not batches:
+        raise ConfigError("calibration: at least one batch is wanted: calibration=[batch] (a tensor, or a tuple or "
+                          "mapping of tensors)")
+    calls, digest, rows = [], hashlib.sha256(), []
+    for i, batch in enumerate(batches):
+        args = () if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
+        kwargs = dict(batch) if isinstance(batch, Mapping) else {}
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+        if not tensors:
+            raise ConfigError(f"calibration: batch {i} holds no tensor; give what the module's forward takes")
+        for tensor in tensors:
+            if not bool(torch.isfinite(tensor).all()):
+                raise ConfigError(f"calibration: batch {i} holds NaN or infinity; clean the data")
+            digest.update(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+            digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
+        rows.append(len(tensors[0]) if tensors[0].ndim else 1)
+        floating = next((t.dtype for t in tensors if t.is_floating_point()), None)
+        recorded = dtype if floating is None else str(floating).removeprefix("torch.")
+        calls.append({"args": args, "kwargs": kwargs, "dtype": recorded, "step": 0})
+    return CalibrationFeed(
+        calls=calls, num_samples=sum(rows), batch_size=max(rows), device=device, dtype=dtype, sha256=digest.hexdigest()
+    )
