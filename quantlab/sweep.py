@@ -177,6 +177,7 @@ def _compose_jobs(
     invalid = []
     for combination in combinations:
         try:
+            _check_axes(combination)
             node, choices = compose_node([*fixed, *combination], recipe)
             job = replace(make_job(typed(node), [*fixed, *combination]), choices=choices)
         except QuantlabError as error:
@@ -186,6 +187,21 @@ def _compose_jobs(
             job = replace(job, name=f"{job.name} ({' '.join(combination)})")
         jobs.setdefault(job.name, job)
     return list(jobs.values()), invalid
+
+
+def _check_axes(combination: Sequence[str]) -> None:
+    """ConfigError where the axes of a combination are impossible whatever else is composed: known without Hydra.
+
+    Most of a grid over backends and dtypes is impossible, and composing takes a tenth of a second a combination.
+    """
+    options = groups()
+    chosen: dict[str, str] = {}
+    for word in combination:
+        key, _, value = word.partition("=")
+        if key in ("backend", "dtype", "group_size") and value.strip("'") in options[key]:
+            chosen[key] = value.strip("'")
+    if {"backend", "dtype"} <= set(chosen):
+        resolve_axes(QuantizationAxes(**chosen))  # type: ignore[arg-type]
 
 
 def _refusal(invalid: Sequence[tuple[str, str]], num_combinations: int) -> str:
