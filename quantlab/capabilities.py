@@ -111,15 +111,15 @@ _QUANTO: Rows = {
     "float8_e5m2": Capability(),
 }
 
+_IMATRIX = ("max", "imatrix")
 _Q32 = {"group_sizes": (32,), "in_features_multiple": 32, "packages": ("libgguf",)}
+_K = {"in_features_multiple": 256, "packages": ("libgguf",), "algorithms": _IMATRIX}
 _GGUF: Rows = {
-    **{d: Capability(**_Q32) for d in ("q8_0", "q5_0", "q5_1", "q4_0", "q4_1", "iq4_nl")},  # type: ignore[arg-type]
-    "q6_k": Capability(group_sizes=(16,), in_features_multiple=256, packages=("libgguf",)),
-    "q5_k": Capability(group_sizes=(32,), in_features_multiple=256, packages=("libgguf",)),
-    "q4_k": Capability(group_sizes=(32,), in_features_multiple=256, packages=("libgguf",)),
-    "q3_k": Capability(group_sizes=(16,), in_features_multiple=256, packages=("libgguf",)),
-    "q2_k": Capability(group_sizes=(16,), in_features_multiple=256, packages=("libgguf",)),
-    "iq4_xs": Capability(group_sizes=(32,), in_features_multiple=256, packages=("libgguf",)),
+    "q8_0": Capability(**_Q32, note="ggml's quantizer of it takes no importance matrix"),  # type: ignore[arg-type]
+    **{d: Capability(**_Q32, algorithms=_IMATRIX) for d in (  # type: ignore[arg-type]
+        "q5_0", "q5_1", "q4_0", "q4_1", "iq4_nl")},
+    **{d: Capability(**_K, group_sizes=(size,)) for d, size in (  # type: ignore[arg-type]
+        ("q6_k", 16), ("q5_k", 32), ("q4_k", 32), ("q3_k", 16), ("q2_k", 16), ("iq4_xs", 32))},
 }
 
 _MODELOPT_ACTIVATIONS = ("none", "int8", "float8_e4m3")

@@ -1,0 +1,19 @@
+"""GGUF: ggml's block formats, written by libgguf (byte for byte what ggml writes) and read by every GGUF reader.
+
+Stored bytes of a layer are exactly ``n / block * bytes_per_block`` for n weights (``gguf.GGML_QUANT_SIZES``). Layers
+dequantize at every forward: the format saves memory, not time.
+"""
+
+from __future__ import annotations
+
+from quantlab.backends.gguf.config import GGUFQuantizationConfig, resolve
+from quantlab.backends.gguf.imatrix import InputSquares, read_imatrix, write_imatrix
+from quantlab.backends.gguf.quantize import calibrate, quantize, read_back, write_calibration
+from quantlab.backends.gguf.storage import load, save
+
+Config = GGUFQuantizationConfig
+
+__all__ = [
+    "Config", "GGUFQuantizationConfig", "InputSquares", "calibrate", "load", "quantize", "read_back", "read_imatrix",
+    "resolve", "save", "write_calibration", "write_imatrix",
+]

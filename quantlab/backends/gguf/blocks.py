@@ -1,0 +1,115 @@
+"""ggml's blocks: encoding, decoding, and the layer that keeps them."""
+
+from __future__ import annotations
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from quantlab.dtypes import dtype_name
+from quantlab.errors import ConfigError, ModelError
+
+WEIGHTS_PER_SCALE = {
+    "q8_0": 32, "q5_0": 32, "q5_1": 32, "q4_0": 32, "q4_1": 32, "iq4_nl": 32,
+    "q6_k": 16, "q5_k": 32, "q4_k": 32, "q3_k": 16, "q2_k": 16, "iq4_xs": 32,
+}
+"""The block that has a scale of its own; in the 256-weight superblocks these scales are themselves 4 to 8 bits."""
+
+
+def torch_dtype(name: Any) -> Any:
+    import torch
+
+    return getattr(torch, dtype_name(name))
+
+
+def block_size(gguf_type: str) -> tuple[int, int]:
+    """(weights, bytes) of one block."""
+    import gguf
+
+    sizes: tuple[int, int] = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[gguf_type.upper()]]
+    return sizes
+
+
+def encode(name: str, weight: Any, gguf_type: str, importance: Any = None) -> Any:
+    """A weight (out_features, in_features) as blocks: uint8 tensor (out_features, bytes of a row), on its device.
+
+    ``importance``: float32 array (in_features,), how much each input channel's error counts; None: all the same.
+    Raises ConfigError where rows do not divide into blocks, ModelError where the format cannot hold the weights.
+    """
+    import libgguf
+    import numpy as np
+    import torch
+
+    block, _ = block_size(gguf_type)
+    if weight.shape[1] % block:
+        raise ConfigError(f"dtype={gguf_type}: {name} of shape {tuple(weight.shape)}: in_features {weight.shape[1]} "
+                          f"does not divide by {block}; exclude it with modules_to_not_convert or choose another dtype")
+    dense = weight.float().cpu()
+    if not bool(torch.isfinite(dense).all()):
+        raise ModelError(f"{name}.weight: holds NaN or infinities; exclude the layer with modules_to_not_convert")
+    kind = libgguf.GGMLQuantizationType[gguf_type.upper()]
+    chunks = np.array_split(dense.numpy(), max(1, min(torch.get_num_threads(), len(dense))))  # rows are independent
+    with ThreadPoolExecutor(len(chunks)) as pool:
+        codes = np.concatenate(list(pool.map(lambda rows: libgguf.quantize_rows(rows, kind, importance), chunks)))
+    if float(dense.abs().max()) > 65504 and not np.isfinite(libgguf.dequantize_rows(codes, kind)).all():
+        raise ModelError(f"{name}.weight: holds weights too large for the float16 scales of {gguf_type}; "
+                         "exclude the layer with modules_to_not_convert")
+    return torch.from_numpy(codes).to(weight.device)
+
+
+def decode(codes: Any, gguf_type: str) -> Any:
+    """Blocks (out_features, bytes of a row) -> fp32 weight (out_features, in_features): the same values everywhere."""
+    import torch
+
+    if codes.device.type == "cpu":
+        import libgguf
+
+        kind = libgguf.GGMLQuantizationType[gguf_type.upper()]
+        return torch.from_numpy(libgguf.dequantize_rows(codes.numpy(), kind))
+    from libgguf import libgguf_torch  # torch operations; exact when the scales are taken in fp32
+
+    block, num_bytes = block_size(gguf_type)
+    shape = (codes.shape[0], codes.shape[1] // num_bytes * block)
+    kind = libgguf_torch.GGMLQuantizationType[gguf_type.upper()]
+    return libgguf_torch.dequantize(codes, kind, shape, dtype=torch.float32)
+
+
+@functools.cache
+def linear_class() -> Any:
+    """The layer's class, made at first use because its base needs torch."""
+    import torch
+
+    class GGUFLinear(torch.nn.Module):
+        """A Linear whose weight is kept as ggml blocks: ``qweight``, uint8 (out_features, bytes of a row)."""
+
+        def __init__(self, codes: Any, gguf_type: str, bias: Any, compute_dtype: Any) -> None:
+            super().__init__()
+            block, num_bytes = block_size(gguf_type)
+            self.gguf_type = gguf_type
+            self.compute_dtype = compute_dtype
+            self.out_features = codes.shape[0]
+            self.in_features = codes.shape[1] // num_bytes * block
+            self.register_buffer("qweight", codes)
+            self.bias = bias
+
+        def dequantize(self) -> Any:
+            """The weight, fp32 (out_features, in_features)."""
+            return decode(self.qweight, self.gguf_type)
+
+        def forward(self, x: Any) -> Any:
+            """x (..., in_features) -> (..., out_features), in x's dtype."""
+            weight = self.dequantize().to(self.compute_dtype)
+            bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+            return torch.nn.functional.linear(x.to(self.compute_dtype), weight, bias).to(x.dtype)
+
+        def extra_repr(self) -> str:
+            return f"in_features={self.in_features}, out_features={self.out_features}, {self.gguf_type}"
+
+    GGUFLinear.__qualname__ = "GGUFLinear"  # found by pickle through __getattr__ below
+    return GGUFLinear
+
+
+def __getattr__(name: str) -> Any:
+    if name == "GGUFLinear":
+        return linear_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

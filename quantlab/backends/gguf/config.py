@@ -1,0 +1,135 @@
+"""The native config of GGUF. Torch-free."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+from quantlab.axes import QuantizationAxes, resolve_axes
+from quantlab.capabilities import CAPABILITIES
+from quantlab.config import EXCLUSION_RULES, QuantizationConfigMixin, QuantizationMethod, quantization_config, setting
+from quantlab.dtypes import COMPUTE_DTYPES
+from quantlab.errors import ConfigError, nearest
+from quantlab.interop import build, exclusions_for
+from quantlab.layers import resolve_exclusions
+
+
+def uses_importance(gguf_type: str) -> bool:
+    """Whether ggml's quantizer of this type takes an importance matrix into account."""
+    return "imatrix" in CAPABILITIES["gguf"][gguf_type].algorithms
+
+
+@quantization_config
+class GGUFQuantizationConfig(QuantizationConfigMixin):
+    """Diffusers' ``GGUFQuantizationConfig``, and the type to write, which theirs cannot say (it only loads)."""
+
+    quant_method: ClassVar[QuantizationMethod] = QuantizationMethod.GGUF
+
+    compute_dtype: str = setting("dtype", "float32", choices=COMPUTE_DTYPES)
+    modules_to_not_convert: tuple[str, ...] | None = setting("names", None)
+    gguf_type: str | None = setting("str", None, choices=tuple(CAPABILITIES["gguf"]), ours=True)
+    """The block format to write, also accepted in ggml's upper case; None: the first of the backend, q8_0."""
+    tensor_types: Mapping[str, str] | None = setting("mapping", None, ours=True, node=True)
+    """Entry of the matcher (module path, glob, ``re:`` expression) -> block format; the first that matches counts."""
+    algorithm: str = setting("str", "max", choices=("max", "imatrix"), ours=True)
+    """``imatrix``: ggml weighs each input channel's rounding errors by the mean of its squared inputs, the importance
+    matrix, measured on calibration data or read from ``imatrix_file``."""
+    imatrix_file: str | None = setting("str", None, ours=True, node=True)
+    """An importance matrix of llama.cpp's (GGUF, or the older binary form); None: measured on calibration data."""
+    exclusion_rule: str = setting("str", "quantlab", choices=EXCLUSION_RULES, ours=True)
+
+    @property
+    def dtype(self) -> str:
+        """quantlab's name of the format."""
+        return self.gguf_type or next(iter(CAPABILITIES["gguf"]))
+
+    @classmethod
+    def from_axes(cls, axes: QuantizationAxes, settings: Mapping[str, Any] | None = None) -> Self:
+        """``compute_dtype=auto`` is stored as Diffusers' float32."""
+        own, known = dict(settings or {}), [f.name for f in cls._fields() if f.metadata["node"]]
+        for key in own:
+            if key not in known:
+                raise ConfigError(f"quantization.{key}: gguf has no such setting{nearest(key, known)} "
+                                  f"(it has {', '.join(known)})")
+        axes = resolve_axes(axes)
+        if axes.compute_dtype != "auto":
+            own["compute_dtype"] = axes.compute_dtype
+        exclusions = axes.exclusions() or None
+        return cls(gguf_type=axes.dtype, algorithm=axes.algorithm, modules_to_not_convert=exclusions, **own)
+
+    def axes(self) -> QuantizationAxes:
+        """The axes that :meth:`from_axes` turns into this config."""
+        return resolve_axes(QuantizationAxes(
+            backend="gguf", dtype=self.dtype, compute_dtype=self.compute_dtype, algorithm=self.algorithm,
+            modules_to_not_convert=self._exclusion_axes(),
+        ))
+
+    def post_init(self) -> None:
+        """Types of ``tensor_types`` in quantlab's lower case; an empty mapping is none."""
+        if self.algorithm == "imatrix" and not uses_importance(self.dtype):
+            taking = ", ".join(kind for kind in CAPABILITIES["gguf"] if uses_importance(kind))
+            raise ConfigError(f"algorithm=imatrix: ggml writes {self.dtype} without an importance matrix, which would "
+                              f"change nothing; choose {taking}, or leave algorithm at max")
+        if self.imatrix_file is not None and self.algorithm != "imatrix":
+            raise ConfigError(f"imatrix_file={self.imatrix_file}: only algorithm=imatrix reads it; set "
+                              "algorithm=imatrix, or leave imatrix_file out")
+        given = dict(self.tensor_types or {})
+        formats = tuple(CAPABILITIES["gguf"])
+        for entry, kind in given.items():
+            if not isinstance(kind, str) or kind.lower() not in formats:
+                raise ConfigError(f"tensor_types={entry}: {kind!r} is none of {', '.join(formats)}"
+                                  f"{nearest(str(kind), formats)}")
+        lowered = {entry: kind.lower() for entry, kind in given.items()}
+        object.__setattr__(self, "tensor_types", lowered or None)
+
+    def layer_dtypes(self, paths: Sequence[str]) -> dict[str, str]:
+        """The layers that ``tensor_types`` names; ConfigError for an entry that matches none of ``paths``."""
+        entries = tuple(self.tensor_types or {})
+        found = resolve_exclusions(paths, entries, key="tensor_types") if entries else {}
+        return {path: dict(self.tensor_types or {})[entry] for path, entry in found.items()}
+
+    @property
+    def needs_data(self) -> bool:
+        """An importance matrix is measured, unless a file holds it already."""
+        return self.algorithm == "imatrix" and self.imatrix_file is None
+
+    def without_data(self) -> Self | None:
+        """The same types without an importance matrix; None where there is none anyway."""
+        return None if self.algorithm == "max" else dataclasses.replace(self, algorithm="max", imatrix_file=None)
+
+    def to_diffusers(self, model: Any = None) -> Any:
+        """``diffusers.GGUFQuantizationConfig``, which only loads: the types are the file's, so ours are refused.
+
+        How the blocks were found (``algorithm``) is dropped: they are ordinary blocks, and loading them needs neither
+        the importance matrix nor its file.
+        """
+        import diffusers
+        import torch
+
+        if types := {k: v for k, v in self.extra_settings().items() if k in ("gguf_type", "tensor_types")}:
+            raise ConfigError(f"{', '.join(f'{k}={v!r}' for k, v in types.items())}: Diffusers only loads GGUF files "
+                              "and takes the types from the file; leave it out to load one")
+        arguments = {"compute_dtype": getattr(torch, self.compute_dtype)}
+        made = build(diffusers.GGUFQuantizationConfig, arguments, "to_diffusers")
+        made.modules_to_not_convert = exclusions_for(self, model, "diffusers")  # no argument of its constructor
+        return made
+
+    @classmethod
+    def _fold_arguments(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if kwargs.get("compute_dtype", "") is None:  # Diffusers' spelling of its default
+            del kwargs["compute_dtype"]
+        if isinstance(kwargs.get("gguf_type"), str):
+            kwargs["gguf_type"] = kwargs["gguf_type"].lower()
+        return super()._fold_arguments(args, kwargs)
+
+    @classmethod
+    def _read_dict(cls, data: dict[str, Any]) -> dict[str, Any]:
+        if data.pop("pre_quantized", True) is not True:  # a constant of Diffusers' class
+            raise ConfigError("pre_quantized=False: Diffusers' GGUF configs always say true; leave it out")
+        return data
+
+
+def resolve(config: GGUFQuantizationConfig, device: str, compute_dtype: str = "float32") -> GGUFQuantizationConfig:
+    """The config with its type named; nothing depends on the device."""
+    return GGUFQuantizationConfig.from_dict({**config.to_dict(), "gguf_type": config.dtype})

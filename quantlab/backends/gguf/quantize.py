@@ -1,0 +1,114 @@
+"""Linear layers to ggml's blocks, with and without an importance matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quantlab.backends.gguf.blocks import WEIGHTS_PER_SCALE, block_size, encode, linear_class, torch_dtype
+from quantlab.backends.gguf.config import GGUFQuantizationConfig, uses_importance
+from quantlab.backends.gguf.imatrix import (
+    InputSquares,
+    ggml_importance,
+    never_ran,
+    observe,
+    read_imatrix,
+    write_imatrix,
+)
+from quantlab.calibration import CalibrationFeed
+from quantlab.errors import ConfigError, NotQuantized, require_package
+from quantlab.layers import replace_layer
+from quantlab.reports import StoredWeight
+
+
+def calibrate(
+    model: Any, layers: Sequence[str], config: GGUFQuantizationConfig, compute_dtype: Any, feed: CalibrationFeed
+) -> dict[str, InputSquares]:
+    """The importance matrix: layer -> squares of its inputs, for the named layers whose type takes one.
+
+    The model is left as it is. Raises ConfigError naming a layer that never ran, or whose inputs are not finite.
+    """
+    types = config.layer_dtypes(list(layers))
+    return observe(model, [n for n in layers if uses_importance(types.get(n, config.dtype))], feed)
+
+
+def write_calibration(calibrated: dict[str, InputSquares], folder: str | Path, feed: CalibrationFeed) -> Path:
+    """What :func:`calibrate` found to ``imatrix.gguf`` in the folder, a file for ``imatrix_file``; returns the path."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    dataset = f"sha256:{feed.sha256}" if feed.sha256 else "calibration"
+    return write_imatrix(Path(folder) / "imatrix.gguf", calibrated, dataset, max(len(feed.calls), 1))
+
+
+def quantize(
+    model: Any,
+    layers: Sequence[str],
+    config: GGUFQuantizationConfig,
+    compute_dtype: Any = None,
+    calibrated: Mapping[str, InputSquares] | None = None,
+) -> None:
+    """Replace each named ``nn.Linear`` by a :class:`GGUFLinear`, in place, on its device; codes are made on the CPU.
+
+    ``compute_dtype`` (a name or a torch dtype; None: the config's) is what the matrix products run in; outputs have
+    the inputs' dtype. ``calibrated`` is what :func:`calibrate` returned; without it, ``imatrix_file`` is read. Raises
+    ConfigError for a layer whose rows do not divide into blocks, or without the importance that is asked for;
+    ModelError for weights that are not finite or too large for the format's float16 scales.
+    """
+    require_package("libgguf", "backend=gguf", "gguf")
+    compute = torch_dtype(compute_dtype or config.compute_dtype)
+    types = config.layer_dtypes(list(layers))
+    statistics = _statistics(config, calibrated)
+    for name in layers:
+        linear, kind = model.get_submodule(name), types.get(name, config.dtype)
+        importance = None
+        if statistics is not None and uses_importance(kind):
+            importance = _importance(statistics, name, linear.in_features, config.imatrix_file)
+        codes = encode(name, linear.weight.detach(), kind, importance)
+        made = linear_class()(codes, kind, linear.bias, compute)
+        replace_layer(model, name, made.train(linear.training))
+
+
+def _statistics(
+    config: GGUFQuantizationConfig, calibrated: Mapping[str, InputSquares] | None
+) -> Mapping[str, InputSquares] | None:
+    """The importance matrix that the config asks for; None where it asks for none."""
+    if config.algorithm != "imatrix":
+        return None
+    if config.imatrix_file is not None:
+        return read_imatrix(config.imatrix_file)
+    if calibrated is None:
+        raise ConfigError("algorithm=imatrix: the importance matrix is measured on calibration data, and there is "
+                          "none; give calibration data, name a recorded one with quantization.imatrix_file, or leave "
+                          "algorithm at max")
+    return calibrated
+
+
+def _importance(statistics: Mapping[str, InputSquares], name: str, in_features: int, file: str | None) -> Any:
+    """The layer's vector for ggml; ConfigError where there is none, or one of another length."""
+    squares = statistics.get(name)
+    if squares is not None and squares.sums.shape == (1, in_features) and squares.counts[0]:
+        return ggml_importance(squares)
+    if file is None:
+        raise never_ran(name)
+    key, way_out = f"quantization.imatrix_file={file}", "give one recorded on this model, or exclude the layer with " \
+        "modules_to_not_convert"
+    if squares is None:
+        some = ", ".join(f"{n}.weight" for n in list(statistics)[:3]) + (", ..." if len(statistics) > 3 else "")
+        raise ConfigError(f"{key}: holds no {name}.weight (it holds {some}); {way_out}")
+    if squares.sums.shape != (1, in_features):
+        raise ConfigError(f"{key}: {name}.weight has {squares.sums.size} values in {len(squares.counts)} matrices, and "
+                          f"the layer has {in_features} inputs; {way_out}")
+    raise ConfigError(f"{key}: {name}.weight was never used when it was recorded; {way_out}")
+
+
+def read_back(layer: Any) -> StoredWeight:
+    """What the layer's bytes show. Raises NotQuantized where they are not whole blocks of the layer's type."""
+    if not isinstance(layer, linear_class()):
+        raise NotQuantized(f"{type(layer).__name__} holds no GGUF weight; quantize it first")
+    block, num_bytes = block_size(layer.gguf_type)
+    rows, row_bytes = layer.qweight.shape
+    if (rows, row_bytes) != (layer.out_features, layer.in_features // block * num_bytes):
+        raise NotQuantized(f"{rows} rows of {row_bytes} bytes are not {layer.out_features} x {layer.in_features} "
+                           f"weights of {layer.gguf_type}; quantize the layer again")
+    dense = layer.dequantize().to(layer.compute_dtype).float()
+    return StoredWeight(dtype=layer.gguf_type, group_size=WEIGHTS_PER_SCALE[layer.gguf_type], dense=dense)
