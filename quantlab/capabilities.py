@@ -61,19 +61,27 @@ _BITSANDBYTES: Rows = {
 }
 
 _TORCHAO: Rows = {
-    "int8": Capability(group_sizes=("none", *_ROW_GROUPS), activation_dtypes=("none", "int8")),
+    "int8": Capability(
+        group_sizes=("none", *_ROW_GROUPS),
+        activation_dtypes=("none", "int8"),
+        algorithms=("max", "awq", "smoothquant"),
+        note="awq, smoothquant and activation_scales=static need calibration data and are prototypes of torchao",
+    ),
     "float8_e4m3": Capability(
         group_sizes=("none",),
         activation_dtypes=("none", "float8_e4m3"),
-        note="activation_dtype=float8_e4m3 needs CUDA, compute capability 8.9",
+        note="activation_dtype=float8_e4m3 needs CUDA, compute capability 8.9, or activation_scales=static with "
+             "calibration data (a prototype)",
     ),
     "float8_e5m2": Capability(group_sizes=("none",)),
     "int4": Capability(
         group_sizes=("none", *_ROW_GROUPS),
         is_simulated_on=("cpu",),
-        algorithms=("max", "hqq"),
+        algorithms=("max", "hqq", "awq", "smoothquant"),
         activation_dtypes=("none", "int8"),
-        note="kept in int8 (unpacked_to_int8), or tile_packed_to_4d on CUDA 8.0 in bfloat16",
+        note="kept in int8 (unpacked_to_int8), or tile_packed_to_4d on CUDA 8.0 in bfloat16, or opaque on a CPU (a "
+             "prototype); awq and smoothquant need calibration data, a packed format, activation_dtype=none and "
+             "groups of 32, 64 or 128",
     ),
     "int3": Capability(group_sizes=("none", *_ROW_GROUPS), is_simulated_on=("cpu", "cuda"), algorithms=("max", "hqq")),
     "int2": Capability(group_sizes=("none", *_ROW_GROUPS), is_simulated_on=("cpu", "cuda"), algorithms=("max", "hqq")),

@@ -16,6 +16,12 @@ from quantlab.errors import ConfigError
 
 _SKIP_BINARIES = "TORCHAO_FORCE_SKIP_LOADING_SO_FILES"
 _NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
+_ELSEWHERE = {
+    "NF4WeightOnlyConfig": "torchao.prototype._nf4tensor_api",
+    "PrototypeInt4WeightOnlyConfig": "torchao.prototype.quantization.int4",
+    "Float8StaticActivationFloat8WeightConfig": "torchao.prototype.quantization.quant_api",
+}
+"""Config -> its module, which is not among those that the library's own reader looks into."""
 
 
 def build_form(stored: Mapping[str, Any], sets_inductor: bool = False) -> Any:
@@ -29,12 +35,14 @@ def build_form(stored: Mapping[str, Any], sets_inductor: bool = False) -> Any:
         _leave_inductor_alone(form)
     with quiet_library():
         core = importlib.import_module("torchao.core.config")
-        if form["_type"] == "NF4WeightOnlyConfig":  # not among the modules that the library's own reader looks into
-            return importlib.import_module("torchao.prototype._nf4tensor_api").NF4WeightOnlyConfig()
+        kind = form["_type"]
         try:
+            if kind in _ELSEWHERE:
+                fields = {k: core.config_from_dict(v) if isinstance(v, dict) else v for k, v in form["_data"].items()}
+                return getattr(importlib.import_module(_ELSEWHERE[kind]), kind)(**fields)
             return core.config_from_dict(form)
         except (ValueError, TypeError, AttributeError, AssertionError) as error:
-            raise ConfigError(f"quant_type={form['_type']}: torchao cannot build it ({error}); check its fields, or "
+            raise ConfigError(f"quant_type={kind}: torchao cannot build it ({error}); check its fields, or "
                               "write it again with the installed torchao") from error
 
 

@@ -10,28 +10,33 @@ from quantlab.axes import QuantizationAxes, resolve_axes
 from quantlab.backends.torchao.build import build_form
 from quantlab.backends.torchao.forms import (
     DEFAULTS,
+    FLOAT8,
+    FLOAT8_FLOAT8,
+    INT4,
+    INT8,
+    INT8_INT8,
+    INT8_INTX,
+    INTX,
     PER_AXIS_0,
     PER_ROW,
     PER_TENSOR,
     Form,
     from_mapping,
     from_object,
+    is_hqq,
     make,
     of_enum,
     per_group,
 )
+from quantlab.backends.torchao.rules import OPAQUE_GROUPS, check_calibration, opaque, static
 from quantlab.backends.torchao.shorthands import expand
 from quantlab.config import EXCLUSION_RULES, QuantizationConfigMixin, QuantizationMethod, quantization_config, setting
 from quantlab.errors import ConfigError
 from quantlab.interop import build, excluded_layers, exclusions_for, refuse_ours
 from quantlab.layers import linear_layers
 
-INT4, INTX = "Int4WeightOnlyConfig", "IntxWeightOnlyConfig"
-INT8_INTX = "Int8DynamicActivationIntxWeightConfig"
-_INT8, _INT8_INT8 = "Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"
-_FLOAT8, _FLOAT8_FLOAT8 = "Float8WeightOnlyConfig", "Float8DynamicActivationFloat8WeightConfig"
 _NF4, _NVFP4, _MX = "NF4WeightOnlyConfig", "NVFP4WeightOnlyConfig", "MXDynamicActivationMXWeightConfig"
-_GRANULARITY = {INTX: "granularity", INT8_INTX: "weight_granularity", _INT8: "granularity"}
+_GRANULARITY = {INTX: "granularity", INT8_INTX: "weight_granularity", INT8: "granularity"}
 _MAPPING = {INTX: "mapping_type", INT8_INTX: "weight_mapping_type"}
 _TILE_GROUPS = (32, 64, 128, 256)
 _SMALLER_GROUPS = (64, 32, 16)
@@ -55,14 +60,18 @@ class TorchAoConfig(QuantizationConfigMixin):
     """torchao's config as plain data."""
     modules_to_not_convert: tuple[str, ...] | None = setting("names", None)
     int4_packing_format: str = setting(
-        "str", "auto", choices=("auto", "unpacked_to_int8", "tile_packed_to_4d"), ours=True, node=True
+        "str", "auto", choices=("auto", "unpacked_to_int8", "tile_packed_to_4d", "opaque"), ours=True, node=True
     )
     """How weight-only int4 (``Int4WeightOnlyConfig``) is kept.
 
     ``tile_packed_to_4d``: two to a byte with an asymmetric zero point for the tinygemm kernel; CUDA with compute
     capability 8.0, bfloat16, groups of 32 to 256. ``unpacked_to_int8``: one to a byte (``IntxWeightOnlyConfig``), any
-    device and dtype. ``auto`` is the first where the device and the dtype allow it and ``mapping_type`` is left alone,
-    else the second; the quantize stage resolves it. The library's other packings need kernels that are not published.
+    device and dtype. ``opaque``: two to a byte with an asymmetric zero point for PyTorch's CPU kernel, a prototype
+    (``PrototypeInt4WeightOnlyConfig``); groups of 32, 64 or 128, outputs in multiples of 16, no gradients, and tens of
+    times slower in float32 and float16 than in bfloat16. ``auto`` is the first where the device and the dtype allow it
+    and ``mapping_type`` is left alone, else the second; ``algorithm=awq`` and ``smoothquant`` need a packing with
+    scaled inputs, so there it is the first on CUDA and the third on a CPU. The quantize stage resolves it. The
+    library's other packings need kernels that are not published.
     """
     mapping_type: str = setting("str", "auto", choices=("auto", "SYMMETRIC", "ASYMMETRIC"), ours=True, node=True)
     """Zero point of unpacked int4, int3 and int2; ``auto``: as ``quant_type`` says, symmetric by the library's default.
@@ -72,6 +81,19 @@ class TorchAoConfig(QuantizationConfigMixin):
     fit_group_size: bool = setting("bool", False, ours=True)
     """``group_size=auto``: a layer that the group of ``quant_type`` does not divide takes 64, 32 or 16, else one scale
     a row. False: such a layer is refused."""
+    algorithm: str = setting("str", "auto", choices=("auto", "awq", "smoothquant"), ours=True)
+    """``auto``: as ``quant_type`` says, the largest value or hqq. ``awq`` and ``smoothquant`` multiply the columns of
+    the weight by scales that they choose on data, and divide the layer's input by them, for int8 and weight-only int4.
+    """
+    smoothquant_alpha: float = setting("float", 0.5, ours=True, node=True)
+    """How much of the inputs' outliers SmoothQuant moves into the weight, 0 to 1."""
+    activation_scales: str = setting("str", "dynamic", choices=("dynamic", "static"), ours=True, node=True)
+    """``static``: activations are rounded with one scale a layer that is measured on data, not with a token's own.
+    For int8, and for float8_e4m3 (a prototype that runs on a CPU too, with one scale for the whole weight)."""
+    calibration_layers_at_once: int = setting("int", 0, ours=True, node=True)
+    """How many layers AWQ observes in one pass over the data; 0: all. The search reads every input of a layer, so all
+    of them are kept in memory: N layers need the tokens x in_features of N inputs, and layers / N passes over the data.
+    Results do not depend on it. The other algorithms keep one row a layer and always take one pass."""
     exclusion_rule: str = setting("str", "quantlab", choices=EXCLUSION_RULES, ours=True)
 
     def post_init(self) -> None:
@@ -91,6 +113,13 @@ class TorchAoConfig(QuantizationConfigMixin):
                               "int4_packing_format=unpacked_to_int8, or leave mapping_type at auto")
         if self.fit_group_size and kind != INT4 and kind not in _MAPPING:
             raise ConfigError(f"fit_group_size=true: it is for int4, int3 and int2, and this is {kind}; leave it out")
+        if packing == "opaque" and (kind != INT4 or data["group_size"] not in OPAQUE_GROUPS):
+            raise ConfigError("int4_packing_format=opaque: it keeps weight-only int4 in groups of "
+                              f"{', '.join(map(str, OPAQUE_GROUPS))}; choose such a group_size, or unpacked_to_int8")
+        if packing == "opaque" and mapping == "SYMMETRIC":
+            raise ConfigError("mapping_type=SYMMETRIC: opaque int4 is asymmetric; set "
+                              "int4_packing_format=unpacked_to_int8, or leave mapping_type at auto")
+        check_calibration(self)
         if mapping != "auto":
             self._set_mapping(kind, data, mapping)
 
@@ -98,7 +127,7 @@ class TorchAoConfig(QuantizationConfigMixin):
         if kind != INT4 and kind not in _MAPPING:
             raise ConfigError(f"mapping_type={mapping}: it is for int4, int3 and int2, and this is {kind}; "
                               "leave it at auto")
-        if mapping == "ASYMMETRIC" and _is_hqq(data):
+        if mapping == "ASYMMETRIC" and is_hqq(data):
             raise ConfigError("mapping_type=ASYMMETRIC: algorithm=hqq of torchao searches scales of symmetric grids "
                               "only; leave mapping_type at auto, or set algorithm=max")
         if kind in _MAPPING:
@@ -166,7 +195,11 @@ class TorchAoConfig(QuantizationConfigMixin):
         if self.fit_group_size and model is None:
             raise ConfigError(f"fit_group_size=true: {library} has one group size for all layers; give the model, and "
                               "it is checked that this one divides them all, or set group_size")
-        refuse_ours(self, library, ("int4_packing_format", "mapping_type", "fit_group_size"))
+        refuse_ours(self, library, ("int4_packing_format", "mapping_type", "fit_group_size",
+                                    "calibration_layers_at_once"))
+        if self.int4_packing_format == "opaque":
+            raise ConfigError(f"int4_packing_format=opaque: {library} does not offer this prototype; set it to auto, "
+                              "or quantize with quantlab")
         form = self._one_form(model, library)
         names = exclusions_for(self, model, library)
         arguments = {"quant_type": build_form(form, sets_inductor=True), "modules_to_not_convert": names}
@@ -185,6 +218,24 @@ class TorchAoConfig(QuantizationConfigMixin):
         is_unpacked = self.int4_packing_format == "unpacked_to_int8" or self.mapping_type != "auto"
         return unpacked(self, data["group_size"]) if kind == INT4 and is_unpacked else dict(self.quant_type)
 
+    # -- calibration
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether scales of this config are measured on data."""
+        return self.algorithm != "auto" or self.activation_scales == "static"
+
+    def without_data(self) -> Self | None:
+        """This config with plain rounding and dynamic activation scales.
+
+        None for a config that needs no data, and for static float8: the dynamic kind runs on CUDA only. Call it on a
+        resolved config, so that int4 keeps its packing.
+        """
+        if not self.needs_data or self.quant_type["_type"] == FLOAT8_FLOAT8:
+            return None
+        plain: Self = dataclasses.replace(self, algorithm="auto", smoothquant_alpha=0.5, activation_scales="dynamic")
+        return plain
+
     # -- axes
 
     @classmethod
@@ -198,9 +249,21 @@ class TorchAoConfig(QuantizationConfigMixin):
         if axes.activation_dtype == "int8" and axes.dtype == "int8" and axes.group_size not in ("auto", "none"):
             raise ConfigError(f"group_size={axes.group_size}: torchao int8 with activation_dtype=int8 has one scale a "
                               "row; set group_size=none, or activation_dtype=none")
+        is_scaled = axes.algorithm in ("awq", "smoothquant")
+        if is_scaled and axes.dtype == "int4" and (
+                axes.activation_dtype != "none" or axes.group_size not in ("auto", *OPAQUE_GROUPS)):
+            raise ConfigError(f"algorithm={axes.algorithm}: torchao int4 has it with activation_dtype=none and "
+                              f"group_size={', '.join(map(str, OPAQUE_GROUPS))} or auto, not activation_dtype="
+                              f"{axes.activation_dtype} group_size={axes.group_size}; change them, or take "
+                              "algorithm=max")
+        given = dict(settings or {})
+        if given.get("activation_scales") == "static" and axes.activation_dtype.startswith("float8") and (
+                axes.group_size != "auto"):
+            raise ConfigError(f"group_size={axes.group_size}: torchao's static float8 has one scale for the whole "
+                              "weight; leave group_size=auto, or set activation_scales=dynamic")
         is_fitted = axes.group_size == "auto" and axes.dtype in ("int4", "int3", "int2")
         return cls(quant_type=_form(axes), modules_to_not_convert=axes.exclusions() or None,
-                   fit_group_size=is_fitted, **dict(settings or {}))
+                   fit_group_size=is_fitted, algorithm=axes.algorithm if is_scaled else "auto", **given)
 
     def axes(self) -> QuantizationAxes:
         """The axes that, with the config's own settings, :meth:`from_axes` turns into this config.
@@ -216,10 +279,10 @@ class TorchAoConfig(QuantizationConfigMixin):
             bits = _DTYPES.get(data["weight_dtype"]["_data"])
             found = {"dtype": bits, "group_size": _group(data[_GRANULARITY[kind]]),
                      "activation_dtype": "int8" if kind == INT8_INTX else "none"}
-        elif kind in (_INT8, _INT8_INT8):
+        elif kind in (INT8, INT8_INT8):
             found = {"dtype": "int8", "group_size": _group(data["granularity"]),
-                     "activation_dtype": "int8" if kind == _INT8_INT8 else "none"}
-        elif kind in (_FLOAT8, _FLOAT8_FLOAT8):
+                     "activation_dtype": "int8" if kind == INT8_INT8 else "none"}
+        elif kind in (FLOAT8, FLOAT8_FLOAT8):
             found = _float8_axes(kind, data)
         elif kind == _MX:
             dtype = next((d for d, name in _MX_DTYPES.items() if name == data["weight_dtype"]["_data"]), None)
@@ -230,13 +293,14 @@ class TorchAoConfig(QuantizationConfigMixin):
         if None in found.values() or not found:
             raise ConfigError(f"quant_type={kind}: no axes of quantlab express it; keep it as a quantization_config")
         found |= {"group_size": "auto"} if self.fit_group_size else {}
-        return dataclasses.replace(axes, **found, algorithm="hqq" if _is_hqq(data) else "max")
+        algorithm = self.algorithm if self.algorithm != "auto" else "hqq" if is_hqq(data) else "max"
+        return dataclasses.replace(axes, **found, algorithm=algorithm)
 
 
 def _float8_axes(kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
-    granularity = data["granularity"] if kind == _FLOAT8 else data["granularity"][1]
+    granularity = data["granularity"] if kind == FLOAT8 else data["granularity"][1]
     dtype = _DTYPES[data["weight_dtype"]["_data"]]
-    if kind == _FLOAT8:
+    if kind == FLOAT8:
         return {"dtype": dtype, "group_size": _group(granularity)}
     group = "auto" if granularity["_type"] == "PerTensor" else _group(granularity)
     return {"dtype": dtype, "group_size": group, "activation_dtype": dtype}
@@ -250,21 +314,16 @@ def _group(granularity: Mapping[str, Any]) -> int | str | None:
     return "none" if kind == "PerRow" or (kind == "PerAxis" and data["axis"] == 0) else None
 
 
-def _is_hqq(data: Mapping[str, Any]) -> bool:
-    names = (data.get(k, {}).get("_data") for k in ("int4_choose_qparams_algorithm", "intx_choose_qparams_algorithm"))
-    return any(name in ("HQQ", "HQQ_SCALE_ONLY") for name in names)
-
-
 def _form(axes: QuantizationAxes) -> Form:
     """The stored form for resolved axes."""
     dtype, group = axes.dtype, axes.group_size
     granularity = per_group(group) if isinstance(group, int) else PER_ROW
     if dtype == "int8":
-        return make(_INT8, granularity=granularity) if axes.activation_dtype == "none" else make(_INT8_INT8)
+        return make(INT8, granularity=granularity) if axes.activation_dtype == "none" else make(INT8_INT8)
     if dtype in ("float8_e4m3", "float8_e5m2"):
         if axes.activation_dtype != "none":
-            return make(_FLOAT8_FLOAT8, granularity=PER_TENSOR if group == "auto" else PER_ROW)
-        return make(_FLOAT8, weight_dtype=next(name for name, d in _DTYPES.items() if d == dtype))
+            return make(FLOAT8_FLOAT8, granularity=PER_TENSOR if group == "auto" else PER_ROW)
+        return make(FLOAT8, weight_dtype=next(name for name, d in _DTYPES.items() if d == dtype))
     if dtype in _MX_DTYPES:
         name = _MX_DTYPES[dtype]
         return make(_MX, weight_dtype=name, activation_dtype=name, kernel_preference="EMULATED")
@@ -291,7 +350,7 @@ def _intx(kind: str, dtype: str, granularity: Form, hqq: bool) -> Form:
 def unpacked(config: TorchAoConfig, group_size: int | str) -> Form:
     """The ``IntxWeightOnlyConfig`` that keeps what an ``Int4WeightOnlyConfig`` asks for in int8."""
     form = _intx(INTX, "int4", PER_AXIS_0 if group_size == "none" else per_group(int(group_size)),
-                 _is_hqq(config.quant_type["_data"]))
+                 is_hqq(config.quant_type["_data"]))
     if config.mapping_type != "auto":
         form["_data"]["mapping_type"] = of_enum("MappingType", config.mapping_type)
     return form
@@ -311,6 +370,10 @@ def layer_form(config: TorchAoConfig, in_features: int) -> Form:
             raise ConfigError(f"group_size={group}: in_features {in_features} does not divide by it; choose another "
                               "group_size, exclude the layer, or leave group_size=auto")
         group = next((g for g in _SMALLER_GROUPS if g < int(group) and not in_features % g), "none")
+    if config.activation_scales == "static":
+        return static(form)
+    if kind == INT4 and config.int4_packing_format == "opaque":
+        return opaque(form, group, in_features)
     if kind == INT4:
         if config.int4_packing_format == "unpacked_to_int8" or group not in _TILE_GROUPS:
             return unpacked(config, group or "none")

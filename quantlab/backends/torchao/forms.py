@@ -20,6 +20,11 @@ from quantlab.errors import ConfigError, nearest
 
 Form = dict[str, Any]
 
+INT4, INTX = "Int4WeightOnlyConfig", "IntxWeightOnlyConfig"
+INT8_INTX = "Int8DynamicActivationIntxWeightConfig"
+INT8, INT8_INT8 = "Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"
+FLOAT8, FLOAT8_FLOAT8 = "Float8WeightOnlyConfig", "Float8DynamicActivationFloat8WeightConfig"
+
 
 def of_dtype(name: str) -> Form:
     """A torch dtype."""
@@ -142,6 +147,12 @@ def make(kind: str, **given: Any) -> Form:
     if data.get("group_size") is not None and kind == "Int8WeightOnlyConfig":
         data |= {"granularity": per_group(data["group_size"]), "group_size": None}
     return copy.deepcopy({"_type": kind, "_version": version, "_data": data})
+
+
+def is_hqq(data: Mapping[str, Any]) -> bool:
+    """Whether a config's fields ask for a search of half-quadratic quantization."""
+    names = (data.get(k, {}).get("_data") for k in ("int4_choose_qparams_algorithm", "intx_choose_qparams_algorithm"))
+    return any(name in ("HQQ", "HQQ_SCALE_ONLY") for name in names)
 
 
 def from_mapping(value: Mapping[str, Any]) -> Form:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quantlab.backends.casting import cast_around, wanted_dtype
 from quantlab.backends.torchao.build import build_form, quiet_library
-from quantlab.backends.torchao.config import INT4, TorchAoConfig, layer_form
+from quantlab.backends.torchao.calibrate import LayerScales, measure
+from quantlab.backends.torchao.config import TorchAoConfig, layer_form
+from quantlab.backends.torchao.forms import INT4
 from quantlab.backends.torchao.readback import is_quantized
+from quantlab.backends.torchao.rules import FLOAT8_STATIC, OPAQUE
+from quantlab.calibration import CalibrationFeed
 from quantlab.config import canonical_json
 from quantlab.dtypes import dtype_name
 from quantlab.errors import ConfigError, NotQuantized
@@ -27,8 +32,11 @@ def resolve(config: TorchAoConfig, device: str, compute_dtype: Any = None) -> To
     """
     if config.quant_type["_type"] != INT4 or config.int4_packing_format != "auto":
         return config
-    packing = "unpacked_to_int8"
-    if str(device).startswith("cuda") and config.mapping_type == "auto":
+    is_scaled = config.algorithm != "auto"
+    packing = "opaque" if is_scaled else "unpacked_to_int8"
+    if str(device).startswith("cuda") and is_scaled:
+        packing = "tile_packed_to_4d"
+    elif str(device).startswith("cuda") and config.mapping_type == "auto":
         if compute_dtype is None:
             return config
         import torch
@@ -46,41 +54,107 @@ def build_ao_config(config: TorchAoConfig | Mapping[str, Any]) -> Any:
     return build_form(config.quant_type if isinstance(config, TorchAoConfig) else config)
 
 
-def quantize(model: Any, layers: Iterable[str], config: TorchAoConfig, compute_dtype: Any = None) -> None:
+def calibrate(
+    model: Any, layers: Iterable[str], config: TorchAoConfig, compute_dtype: Any, feed: CalibrationFeed
+) -> dict[str, LayerScales]:
+    """Measure the scales that :func:`quantize` needs of each named layer; the model stays as it is.
+
+    Every layer is seen with the others unquantized. Batches may have any sizes. Raises ConfigError naming a layer that
+    the scheme cannot take, before any data is run, and one that never ran on the data.
+    """
+    named, dtypes, forms = _checked(model, layers, config, compute_dtype)
+    return measure(named, forms, dtypes, config, functools.partial(feed, model))
+
+
+def quantize(
+    model: Any, layers: Iterable[str], config: TorchAoConfig, compute_dtype: Any = None,
+    calibrated: Mapping[str, LayerScales] | None = None,
+) -> None:
     """Quantize the weight of each named ``nn.Linear`` of ``model``, in place; all are checked before the first changes.
 
     ``compute_dtype`` is a name or a torch dtype; None or ``auto`` keeps each layer's own. Another dtype than the
-    layer's casts its input and output. Raises ConfigError naming a layer that the scheme cannot take, and NotQuantized
-    naming one whose weight the library left as it was.
+    layer's casts its input and output. ``calibrated`` is what :func:`calibrate` returned for these layers. Raises
+    ConfigError naming a layer that the scheme cannot take, or for a config that needs data and was not calibrated, and
+    NotQuantized naming a layer whose weight the library left as it was.
     """
-    forms: dict[str, dict[str, Any]] = {}
-    named = {name: model.get_submodule(name) for name in layers}
-    dtypes = {name: wanted_dtype(layer, compute_dtype, "torchao") for name, layer in named.items()}
-    for name, layer in named.items():
-        forms[name] = _checked_form(name, layer, config, dtypes[name])
+    named, dtypes, forms = _checked(model, layers, config, compute_dtype)
+    scales = _scales_of(named, config, calibrated)
     for name, layer in named.items():
         outside = layer.weight.dtype
         layer.to(dtypes[name])
         cast_around(layer, dtypes[name], outside)
+        _scale_weight(layer, scales[name].pre_scale)
     schemes: dict[str, list[str]] = {}
-    for name, form in forms.items():
-        schemes.setdefault(canonical_json(form), []).append(name)
+    for name, form in forms.items():  # a measured activation scale makes a scheme of its own
+        own = "" if scales[name].activation_scale is None else name
+        schemes.setdefault(own + canonical_json(form), []).append(name)
     for names in schemes.values():
-        _apply(model, names, forms[names[0]])
-    for layer in named.values():
+        _apply(model, names, forms[names[0]], scales[names[0]].activation_scale)
+    for name, layer in named.items():
         _keep_zeros(layer.weight)
+        if is_quantized(layer) and scales[name].pre_scale is not None:
+            layer.weight.act_pre_scale = 1.0 / scales[name].pre_scale
+        follow_rank(layer)
     left = [name for name, layer in named.items() if not is_quantized(layer)]
     if left:
         raise NotQuantized(f"quant_type={config.quant_type['_type']}: torchao left {', '.join(left[:8])} unquantized; "
                            "exclude them with modules_to_not_convert, or choose another dtype")
 
 
-def _apply(model: Any, names: list[str], form: Mapping[str, Any]) -> None:
+def _checked(
+    model: Any, layers: Iterable[str], config: TorchAoConfig, compute_dtype: Any
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]]:
+    """The layers, the dtypes that they will compute in, and what torchao is told for each."""
+    named = {name: model.get_submodule(name) for name in layers}
+    dtypes = {name: wanted_dtype(layer, compute_dtype, "torchao") for name, layer in named.items()}
+    return named, dtypes, {n: _checked_form(n, layer, config, dtypes[n]) for n, layer in named.items()}
+
+
+def _scales_of(
+    named: Mapping[str, Any], config: TorchAoConfig, calibrated: Mapping[str, LayerScales] | None
+) -> Mapping[str, LayerScales]:
+    if not config.needs_data:
+        return dict.fromkeys(named, LayerScales())
+    missing = [name for name in named if name not in (calibrated or {})]
+    if missing or calibrated is None:
+        key, otherwise = (f"algorithm={config.algorithm}", "algorithm=max") if config.algorithm != "auto" else (
+            "activation_scales=static", "activation_scales=dynamic")
+        layers = f" for {', '.join(missing[:8])}" if calibrated else ""
+        raise ConfigError(f"{key}: it needs scales that are measured on data, and there are none{layers}; give "
+                          f"calibration data, or set {otherwise}")
+    return calibrated
+
+
+def _scale_weight(layer: Any, pre_scale: Any) -> None:
+    import torch
+
+    if pre_scale is not None:
+        layer.weight = torch.nn.Parameter(layer.weight.detach() * pre_scale, requires_grad=False)
+
+
+def follow_rank(layer: Any) -> None:
+    """Let a layer with a static activation scale take inputs of any number of dimensions.
+
+    The library wants the scale to have as many as the input, and keeps it with those of the calibration data.
+    """
+    if getattr(layer.weight, "act_quant_scale", None) is not None:
+        layer.register_forward_pre_hook(_fit_scale)
+
+
+def _fit_scale(layer: Any, args: tuple[Any, ...]) -> None:
+    scale = layer.weight.act_quant_scale
+    if scale.ndim != args[0].ndim:
+        layer.weight.act_quant_scale = scale.reshape((1,) * args[0].ndim)
+
+
+def _apply(model: Any, names: list[str], form: Mapping[str, Any], activation_scale: Any = None) -> None:
     with quiet_library():
         library = importlib.import_module("torchao.quantization")
-        wanted = frozenset(names)
+        wanted, scheme = frozenset(names), build_ao_config(form)
+        if activation_scale is not None:
+            scheme.act_quant_scale = activation_scale
         try:
-            library.quantize_(model, build_ao_config(form), filter_fn=lambda module, name: name in wanted)
+            library.quantize_(model, scheme, filter_fn=lambda module, name: name in wanted)
         except (AssertionError, RuntimeError, ValueError, ImportError) as error:
             raise ConfigError(f"quant_type={form['_type']}: torchao cannot quantize {', '.join(names[:8])}: {error}; "
                               "choose another dtype or group_size, or exclude these layers") from error
@@ -92,7 +166,7 @@ def _keep_zeros(weight: Any) -> None:
 
     kind = type(weight).__name__
     with torch.no_grad():
-        if kind == "Float8Tensor":
+        if kind in ("Float8Tensor", "PrototypeFloat8Tensor"):
             is_zero = (weight.scale == 0).expand(-1, weight.shape[1]) if weight.scale.ndim == 2 else weight.scale == 0
             if bool(is_zero.any()) and weight.scale.shape[-1] == 1:
                 codes = weight.qdata.float().masked_fill(is_zero, 0.0)
@@ -142,7 +216,13 @@ def _misfit(form: Mapping[str, Any], shape: tuple[int, int], dtype: str, device:
     is_tiled = kind == INT4 and form["_data"]["int4_packing_format"]["_data"] == "TILE_PACKED_TO_4D"
     if is_tiled and (device != "cuda" or dtype != "bfloat16"):
         return (f"int4_packing_format=tile_packed_to_4d: it needs CUDA and bfloat16, and this layer is on {device} "
-                f"in {dtype}; use int4_packing_format=unpacked_to_int8")
+                f"in {dtype}; use int4_packing_format=unpacked_to_int8, or compute_dtype=bfloat16")
+    if kind == OPAQUE and device != "cpu":
+        return f"int4_packing_format=opaque: it is for a CPU, and this layer is on {device}; use tile_packed_to_4d"
+    if kind == OPAQUE and out_features % 16:
+        return f"int4_packing_format=opaque: out_features {out_features} does not divide by 16"
+    if kind == FLOAT8_STATIC and device == "cuda":
+        return _dynamic_float8_misfit(shape, device)
     if kind == _DYNAMIC_FLOAT8:
         return _dynamic_float8_misfit(shape, device)
     return ""
@@ -153,6 +233,6 @@ def _dynamic_float8_misfit(shape: tuple[int, int], device: str) -> str:
 
     if device != "cuda" or torch.cuda.get_device_capability() < (8, 9):
         return (f"activation_dtype=float8_e4m3: torchao needs CUDA with compute capability 8.9 and this layer is on "
-                f"{device}; set activation_dtype=none")
+                f"{device}; set activation_dtype=none, or activation_scales=static with calibration data")
     bad = [size for size in shape if size % 16]
     return f"activation_dtype=float8_e4m3: {bad[0]} features do not divide by 16" if bad else ""

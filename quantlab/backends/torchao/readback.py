@@ -72,6 +72,11 @@ def _float8_name(dtype: Any) -> str:
     return {"float8_e4m3fn": "float8_e4m3"}.get(dtype_name(dtype), dtype_name(dtype))
 
 
+def _read_opaque(weight: Any) -> tuple[str, int, str]:
+    """The scales stand beside the zero points, (in_features / group, out_features, 2)."""
+    return "int4", weight.scale_and_zero.numel() // 2, "none"
+
+
 def _read_nf4(weight: Any) -> tuple[str, int, str]:
     return "nf4", weight.quantized_scalers.numel(), "none"
 
@@ -99,7 +104,9 @@ _READERS = {
     "Int8Tensor": _read_int8,
     "IntxUnpackedToInt8Tensor": _read_intx,
     "Int4TilePackedTo4dTensor": _read_tile_packed,
+    "Int4OpaqueTensor": _read_opaque,
     "Float8Tensor": _read_float8,
+    "PrototypeFloat8Tensor": _read_float8,
     "NF4Tensor": _read_nf4,
     "NVFP4Tensor": _read_nvfp4,
     "MXTensor": _read_mx,
@@ -108,13 +115,40 @@ _READERS = {
 
 
 def _dense(weight: Any, kind: str) -> Any:
-    """The dequantized weight, fp32."""
+    """The weight that a layer multiplies its own input with, fp32: dequantized, its columns scaled as the input is."""
     import torch
 
     with torch.no_grad():
+        dense, pre_scale = _dequantized(weight, kind), getattr(weight, "act_pre_scale", None)
+        return dense if pre_scale is None else dense * pre_scale.float()
+
+
+def _dequantized(weight: Any, kind: str) -> Any:
+    import torch
+
+    with torch.no_grad():
+        if kind == "Int4OpaqueTensor":
+            return _from_opaque(weight)
         if kind == "NF4Tensor":
             return weight.get_original_weight().float()
         if kind == "Int4TilePackedTo4dTensor":  # it multiplies and does nothing else: the identity gives the weight
             eye = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
             return torch.nn.functional.linear(eye, weight).t().float()
         return weight.dequantize().float()
+
+
+def _from_opaque(weight: Any) -> Any:
+    """Its layout differs between processors, so the kernel itself unpacks it: codes times the identity.
+
+    With scales of 1 and zero points of 0 the products are the codes minus 8, whole numbers that bfloat16 holds exactly;
+    the weight's own scales and zero points are applied to them as the kernel does.
+    """
+    import torch
+
+    group, in_features = weight.block_size[1], weight.shape[1]
+    ones_and_zeros = torch.zeros(weight.scale_and_zero.shape, dtype=torch.bfloat16)
+    ones_and_zeros[..., 0] = 1
+    eye = torch.eye(in_features, dtype=torch.bfloat16)
+    codes = torch.ops.aten._weight_int4pack_mm_for_cpu(eye, weight.qdata, group, ones_and_zeros)
+    scales, zeros = weight.scale_and_zero.float().repeat_interleave(group, dim=0).unbind(-1)
+    return (codes.float() * scales + zeros).t().contiguous()

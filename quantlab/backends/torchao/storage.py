@@ -11,17 +11,24 @@ from typing import Any
 from quantlab.backends.casting import cast_around
 from quantlab.backends.torchao.build import quiet_library
 from quantlab.backends.torchao.config import TorchAoConfig
+from quantlab.backends.torchao.quantize import follow_rank
 from quantlab.backends.torchao.readback import is_quantized, stored_dtype
 from quantlab.errors import ConfigError, ModelError
 
 _SAFETENSORS_FILE, _TORCH_FILE = "quantized.safetensors", "quantized.pt"
 _SUPPORT = "torchao.prototype.safetensors.safetensors_support"
+_MODULES_OF_TENSORS = (
+    "torchao.prototype._nf4tensor_api",
+    "torchao.prototype.quantization.int4",
+    "torchao.prototype.quantization.float8_static_quant.prototype_float8_tensor",
+)
 
 
 def save(model: Any, folder: Any) -> None:
     """Write the quantized layers (weights and biases) into ``folder``.
 
-    Safetensors in torchao's own layout, or ``torch.save`` for the weights that it has no layout for (nf4).
+    Safetensors in torchao's own layout, or ``torch.save`` for the weights that it has no layout for (nf4, opaque int4,
+    static float8).
     """
     import torch
     from safetensors.torch import save_file
@@ -77,6 +84,7 @@ def load(model: Any, layers: Iterable[str], config: TorchAoConfig, folder: Any) 
         if bias is not None:
             layer.bias = torch.nn.Parameter(bias.to(device), requires_grad=layer.bias.requires_grad)
         cast_around(layer, weight.dtype, outside)
+        follow_rank(layer)
 
 
 def _dtype_of(config: TorchAoConfig) -> str:
@@ -94,7 +102,8 @@ def _read(folder: Path) -> dict[str, Any]:
     way_out = "save the quantized model again"
     with quiet_library():
         support = importlib.import_module(_SUPPORT)
-        importlib.import_module("torchao.prototype._nf4tensor_api")  # registers what torch.load may build
+        for module in _MODULES_OF_TENSORS:  # importing them registers what torch.load may build
+            importlib.import_module(module)
         try:
             if (folder / _TORCH_FILE).exists():
                 data: dict[str, Any] = torch.load(folder / _TORCH_FILE, map_location="cpu", weights_only=True)

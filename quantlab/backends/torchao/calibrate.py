@@ -1,0 +1,187 @@
+"""Scales that torchao chooses on data: AWQ, SmoothQuant, static activations.
+
+The library's observers keep every input of a layer and concatenate them, so that its memory grows with the data and its
+batches must be equal. Here only the inputs of AWQ are kept, as rows of tokens (batches of any size), for as many layers
+at a time as ``calibration_layers_at_once`` says. SmoothQuant (Xiao et al. 2022, arXiv:2211.10438) and static scales are
+functions of the largest magnitude in each input channel, so one row a layer is enough; the library's own observer turns
+it into scales, and they equal those of all inputs. AWQ is Lin et al. 2023, arXiv:2306.00978, searched by the library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantlab.backends.torchao.build import build_form, quiet_library
+from quantlab.backends.torchao.config import TorchAoConfig
+from quantlab.backends.torchao.forms import Form
+from quantlab.backends.torchao.rules import FLOAT8_STATIC
+from quantlab.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerScales:
+    """What was measured for one layer."""
+
+    pre_scale: Any = None
+    """(in_features,): the weight's columns are multiplied by it before they are rounded, and the input divided by it.
+    None: neither."""
+    activation_scale: Any = None
+    """One number, in as many dimensions as the layer's input has: the step of its static activations. None: dynamic."""
+
+
+def measure(
+    layers: Mapping[str, Any], forms: Mapping[str, Form], dtypes: Mapping[str, Any], config: TorchAoConfig,
+    run: Callable[[], Any],
+) -> dict[str, LayerScales]:
+    """The scales of each layer of ``layers``, which stay as they are; ``run`` passes all calibration data once.
+
+    ``dtypes`` are what the layers will compute in. Raises ConfigError naming a layer that never ran or got infinities.
+    """
+    with quiet_library():
+        if config.algorithm == "awq":
+            return _search_all(layers, forms, dtypes, config.calibration_layers_at_once, run)
+        rows = _largest_inputs(layers, dtypes, run)
+        alpha = config.smoothquant_alpha if config.algorithm == "smoothquant" else None
+        return {name: _from_row(layer.weight.detach().to(dtypes[name]), rows.pop(name), forms[name], alpha)
+                for name, layer in layers.items()}
+
+
+@contextlib.contextmanager
+def _watched(layers: Mapping[str, Any], see: Callable[[str, Any], None]) -> Iterator[None]:
+    """While open, ``see(name, input)`` is called before each forward of a layer."""
+    handles = [layer.register_forward_pre_hook(functools.partial(_pass_on, see, name), with_kwargs=True)
+               for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _pass_on(see: Callable[[str, Any], None], name: str, layer: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+    see(name, (args[0] if args else kwargs["input"]).detach())
+
+
+def _never_ran(name: str) -> ConfigError:
+    return ConfigError(f"calibration: {name} never ran on the calibration data; exclude it with "
+                       "modules_to_not_convert, or give data that reaches it")
+
+
+# -- SmoothQuant and static activations
+
+
+def _largest_inputs(layers: Mapping[str, Any], dtypes: Mapping[str, Any], run: Callable[[], Any]) -> dict[str, Any]:
+    """Layer -> the largest magnitude in each input channel, (1, ..., 1, in_features) as its input has dimensions."""
+    import torch
+
+    rows: dict[str, Any] = {}
+
+    def see(name: str, x: Any) -> None:
+        if not x.numel():
+            return
+        x = x.to(dtypes[name])
+        x = x[None] if x.ndim == 1 else x
+        row = x.abs().amax(dim=tuple(range(x.ndim - 1)), keepdim=True)
+        rows[name] = torch.maximum(rows[name], row) if name in rows else row
+
+    with _watched(layers, see):
+        run()
+    for name in layers:
+        if name not in rows:
+            raise _never_ran(name)
+        if not bool(rows[name].isfinite().all()):
+            raise ConfigError(f"calibration: {name} got NaN or infinity in {rows[name].dtype} on the calibration data; "
+                              "exclude it with modules_to_not_convert, or compute in float32 or bfloat16")
+    return rows
+
+
+def _from_row(weight: Any, row: Any, form: Form, alpha: float | None) -> LayerScales:
+    """``alpha`` None: no smoothing."""
+    import torch
+
+    if form["_type"] == FLOAT8_STATIC:
+        return LayerScales(activation_scale=_float8_scale(row, form))
+    base, core = build_form(form), importlib.import_module("torchao.prototype.smoothquant.core")
+    observer = core.SmoothQuantObserver(weight, alpha)
+    observer(row)
+    kwargs = base.get_act_quant_kwargs() if hasattr(base, "get_act_quant_kwargs") else None
+    with torch.no_grad():
+        factor, activation_scale, _ = observer.calculate_qparams(weight_quant_kwargs=kwargs)
+    # A channel that was 0 throughout would get a factor near 0, and blow up whatever it holds later.
+    factor = torch.where(row.flatten() == 0, torch.ones_like(factor), factor)
+    return LayerScales(pre_scale=None if alpha is None else factor, activation_scale=activation_scale)
+
+
+def _float8_scale(row: Any, form: Form) -> Any:
+    """By the observer that the library puts on a layer; the layer's own size does not matter to it."""
+    import torch
+
+    prepare = build_form(form)
+    prepare.step = "prepare"
+    stand_in = torch.nn.ModuleDict({"layer": torch.nn.Linear(1, 1)})
+    importlib.import_module("torchao.quantization").quantize_(stand_in, prepare)
+    observer: Any = stand_in["layer"].input_act_obs
+    observer(row)
+    return observer.calculate_qparams()[0]
+
+
+# -- AWQ
+
+
+def _search_all(
+    layers: Mapping[str, Any], forms: Mapping[str, Form], dtypes: Mapping[str, Any], at_once: int,
+    run: Callable[[], Any],
+) -> dict[str, LayerScales]:
+    found: dict[str, LayerScales] = {}
+    for names in _chunks(list(layers), at_once):
+        inputs: dict[str, list[Any]] = {name: [] for name in names}
+        with _watched({name: layers[name] for name in names}, functools.partial(_keep, inputs, dtypes)):
+            run()
+        for name in names:
+            if not any(x.numel() for x in inputs[name]):
+                raise _never_ran(name)
+            found[name] = LayerScales(pre_scale=_search(layers[name], inputs.pop(name), forms[name], dtypes[name]))
+    return found
+
+
+def _keep(inputs: Mapping[str, list[Any]], dtypes: Mapping[str, Any], name: str, x: Any) -> None:
+    """A copy: what follows the layer may write into its input."""
+    inputs[name].append(x.reshape(-1, x.shape[-1]).to("cpu", dtypes[name], copy=True))
+
+
+def _search(layer: Any, inputs: list[Any], form: Form, dtype: Any) -> Any:
+    _wake_dead_channels(inputs)
+    core = importlib.import_module("torchao.prototype.awq.core")
+    bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+    observer = core.AWQObserver(layer.weight.detach().to(dtype), bias, build_form(form))
+    for x in inputs:
+        observer(x, None)
+    return observer.calculate_qparams()
+
+
+def _wake_dead_channels(inputs: list[Any]) -> None:
+    """A channel that is 0 throughout counts as the quietest one that is not, in place.
+
+    The library would scale its weights by almost nothing, which rounds them away: should the channel hold anything
+    later, the output would be noise many times its size.
+    """
+    import torch
+
+    loudness = torch.stack([x.float().abs().sum(dim=0) for x in inputs]).sum(dim=0)
+    is_dead = loudness == 0
+    if bool(is_dead.any()) and not bool(is_dead.all()):
+        quietest = loudness[~is_dead].min() / sum(len(x) for x in inputs)
+        for x in inputs:
+            x[:, is_dead] = quietest.to(x.dtype)
+
+
+def _chunks(names: list[str], at_once: int) -> list[list[str]]:
+    size = at_once or len(names) or 1
+    return [names[i:i + size] for i in range(0, len(names), size)]
+
+
