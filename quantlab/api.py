@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from quantlab.calibration import feed_of_batches
 from quantlab.config import QuantizationConfigMixin
 from quantlab.errors import ConfigError
 from quantlab.experiment import EvaluationConfig
@@ -17,9 +18,10 @@ from quantlab.pipeline import run_plan
 from quantlab.protocols.module import inputs_of, observe
 from quantlab.quiet import quiet_libraries
 from quantlab.reports import QuantizationReport, RunReport
+from quantlab.stages.calibrate import calibrate_component
 from quantlab.stages.evaluate import evaluate as evaluate_stage
 from quantlab.stages.evaluate import summarize
-from quantlab.stages.quantize import Request, quantize_component
+from quantlab.stages.quantize import Request, quantize_component, select_layers
 from quantlab.sweep import FLOOR_BF16, REFERENCE, Plan, plan, scheme_name
 
 
@@ -49,6 +51,7 @@ def quantize(
     module: Any,
     config: QuantizationConfigMixin,
     *,
+    calibration: Sequence[Any] | None = None,
     on_mismatch: str = "error",
     replace_default_exclusions: bool = False,
 ) -> tuple[Any, QuantizationReport]:
@@ -57,6 +60,7 @@ def quantize(
     Args:
         module: a container with ``nn.Linear`` layers inside (a bare Linear cannot be replaced in itself).
         config: one of the five native configs; its ``modules_to_not_convert`` uses quantlab's matcher.
+        calibration: batches as the module's forward takes them, for configs whose ``needs_data`` is true.
         on_mismatch: ``error``, ``skip``, or a dtype to fall back to, for layers whose shape does not fit.
 
     Raises:
@@ -77,7 +81,18 @@ def quantize(
         compute_dtype=dtype,
         device=device,
     )
-    return quantize_component(request, _copied(module).eval(), module)
+    candidate = _copied(module).eval()
+    selection = select_layers(request, candidate)
+    calibrated = None
+    if config.needs_data:
+        if calibration is None:
+            raise ConfigError(
+                f"calibration: {scheme_name(axes)} needs data; pass calibration=[batch, ...], batches as the module's "
+                "forward takes them"
+            )
+        feed = feed_of_batches(calibration, device, dtype)
+        calibrated = calibrate_component(request, candidate, selection, feed)
+    return quantize_component(request, candidate, module, selection, calibrated)
 
 
 def _checked(module: Any) -> Any:
@@ -110,7 +125,12 @@ def _copied(module: Any) -> Any:
 
 
 def evaluate(
-    module: Any, configs: Sequence[QuantizationConfigMixin], inputs: Sequence[Any], *, num_bootstrap: int = 2000
+    module: Any,
+    configs: Sequence[QuantizationConfigMixin],
+    inputs: Sequence[Any],
+    *,
+    calibration: Sequence[Any] | None = None,
+    num_bootstrap: int = 2000,
 ) -> list[RunReport]:
     """Quantize ``module`` by each config and compare its outputs with the unquantized module's, row by row.
 
@@ -118,6 +138,7 @@ def evaluate(
         module: any ``torch.nn.Module`` that returns a tensor, or a tuple or mapping whose first tensor counts.
         configs: native quantization configs.
         inputs: batches as the module's forward takes them: tensors, or tuples or mappings of tensors.
+        calibration: other batches, for configs that need data; a batch of ``inputs`` among them is refused.
 
     Returns:
         Reports of the reference, the bf16 floor and each config: ``output_cosine`` and ``output_rel_error`` with
@@ -131,6 +152,8 @@ def evaluate(
     if not isinstance(inputs, (list, tuple)):
         raise ConfigError(f"inputs={type(inputs).__name__}: a list of batches is wanted: [batch]")
     given = inputs_of(inputs)
+    if calibration is not None and {id(b) for b in calibration} & {id(b) for b in inputs}:
+        raise ConfigError("calibration: it holds a batch of inputs, so the numbers would flatter; give other batches")
     settings = EvaluationConfig(num_bootstrap=num_bootstrap)
     modes = {part: part.training for part in module.modules()}
     module.eval()
@@ -151,7 +174,7 @@ def evaluate(
         ]
         reports = [_row(name, m, q, model, reference, given, settings) for name, m, q in candidates]
         for config in configs:
-            quantized, layers = quantize(module, config)
+            quantized, layers = quantize(module, config, calibration=calibration if config.needs_data else None)
             name = scheme_name(replace(config.axes(), compute_dtype="auto"))  # the module's own dtype is what counts
             reports.append(_row(name, quantized, layers, model, reference, given, settings))
     finally:

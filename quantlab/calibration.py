@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, overload
 
 from quantlab.errors import ConfigError
 from quantlab.protocols.denoiser_calls import replay
@@ -87,3 +88,83 @@ def feed_of_batches(batches: Sequence[Any], device: str = "cpu", dtype: str = "f
     return CalibrationFeed(
         calls=calls, num_samples=sum(rows), batch_size=max(rows), device=device, dtype=dtype, sha256=digest.hexdigest()
     )
+
+
+# -- calls on disk
+
+
+class StoredCalls(Sequence[Call]):
+    """Calls in a folder, read one at a time; a tensor that several calls share (prompt embeddings) is stored once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = sorted(folder.glob("call-*.pt"))
+        self._kept: dict[str, Any] = {}  # tensors of the last call read
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @overload
+    def __getitem__(self, i: int) -> Call: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[Call]: ...
+    def __getitem__(self, i: int | slice) -> Call | Sequence[Call]:
+        import torch
+
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        stored = torch.load(self._files[i], weights_only=True)
+        known, self._kept = self._kept, {}
+
+        def tensor(name: str) -> Any:
+            if name not in self._kept:
+                found = known.get(name)
+                self._kept[name] = torch.load(self.folder / name, weights_only=True) if found is None else found
+            return self._kept[name]
+
+        call: Call = _replaced(stored, lambda v: tensor(v[TENSOR]) if isinstance(v, dict) and TENSOR in v else None)
+        return call
+
+    def write(self, call: Call) -> None:
+        """Append a call; its ``output``, if it has one, is left out."""
+        import torch
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+        def stored(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return None
+            raw = value.detach().cpu().contiguous()
+            digest = hashlib.sha256(f"{raw.dtype}|{tuple(raw.shape)}|".encode())
+            digest.update(raw.flatten().view(torch.uint8).numpy().tobytes() if raw.numel() else b"")
+            name = f"tensor-{digest.hexdigest()[:40]}.pt"
+            if not (self.folder / name).exists():
+                torch.save(raw.clone(), self.folder / name)
+            return {TENSOR: name}
+
+        file = self.folder / f"call-{len(self):06d}.pt"
+        torch.save({k: _replaced(v, stored) for k, v in call.items() if k != "output"}, file)
+        self._files.append(file)
+
+    def sha256(self) -> str:
+        """Digest of all calls in their order: which tensors, as which arguments, at which step."""
+        import torch
+
+        digest = hashlib.sha256()
+        for file in self._files:
+            digest.update(repr(torch.load(file, weights_only=True)).encode())
+        return digest.hexdigest()
+
+
+TENSOR = "quantlab.tensor"
+"""In a stored call, ``{TENSOR: file name}`` stands for a tensor."""
+
+
+def _replaced(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """``tree`` with every value for which ``change`` returns something replaced by that."""
+    changed = change(tree)
+    if changed is not None:
+        return changed
+    if isinstance(tree, Mapping):
+        return {k: _replaced(v, change) for k, v in tree.items()}
+    return type(tree)(_replaced(v, change) for v in tree) if isinstance(tree, (list, tuple)) else tree

@@ -70,6 +70,26 @@ class EvaluationConfig:
 
 
 @dataclass
+class CalibrationConfig:
+    """The ``calibration`` node: the data that an algorithm may look at; a scheme that needs none does not read it."""
+
+    source: str = "digits_classes"
+    """Row of ``datasets.CALIBRATION_SETS``."""
+    path: str | None = None
+    """A file of the user's own (prompts, one a line; or text)."""
+    num_samples: int = 40
+    batch_size: int = 20
+    seed: int = 1
+    num_evidence_calls: int = 40
+    """Forward calls, evenly spaced over the set, on which each layer's error is measured; 0: none."""
+    # diffusion; null: as in the evaluation
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    # language, encoder
+    context_length: int = 256
+
+
+@dataclass
 class TrackingConfig:
     """The ``tracking`` node."""
 
@@ -128,6 +148,7 @@ class ExperimentConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     quantization: QuantizationAxes = field(default_factory=QuantizationAxes)
     sweep: SweepConfig = field(default_factory=SweepConfig)

@@ -14,25 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from quantlab import tracking
-from quantlab.axes import QuantizationAxes
 from quantlab.backends.table import BACKENDS
-from quantlab.composition import groups
+from quantlab.candidate import Making, make_candidate, write_calibration
 from quantlab.config import canonical_json
 from quantlab.datasets.table import DATASETS
 from quantlab.errors import ConfigError
 from quantlab.experiment import ExperimentConfig
 from quantlab.fingerprint import fingerprint_warning, grid_fingerprint
-from quantlab.layers import check_finite_weights, linear_layers, matches
+from quantlab.layers import check_finite_weights
 from quantlab.memory import StageMeasurement, component_memory, measure_stage
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.table import FAMILIES
 from quantlab.progress import Advance, say
 from quantlab.quiet import quiet_libraries
-from quantlab.report.record import log_evaluation, log_quantization
+from quantlab.report.record import log_calibration, log_evaluation, log_quantization
 from quantlab.reports import MemoryReport, MetricValue, QuantizationReport, RunReport, StageReport
 from quantlab.stages.evaluate import evaluate, summarize
 from quantlab.stages.observe import observe, reference_key
-from quantlab.stages.quantize import Request, quantize_component
 from quantlab.sweep import FLOOR_BATCH, FLOOR_BF16, Job
 
 KEY_TAG = "quantlab.key"
@@ -187,22 +185,37 @@ def floor_row(session: Session, job: Job) -> RunReport:
 
 def run_job(session: Session, bench: Workbench, job: Job, run: Any) -> RunReport:
     """Quantize, evaluate and record one job. ``run`` is its tracked run, or None for a row that is not tracked."""
-    with _stage(session, run, "quantize") as quantized:
-        candidate, layers = _candidate(session, bench, job)
     chosen = _chosen(bench.model, job.config)
+    made = make_candidate(
+        Making(
+            model=bench.model,
+            inputs=bench.inputs,
+            job=job,
+            names=chosen,
+            cache_dir=session.output_dir / "cache",
+            advance=session.advance,
+            stage=lambda name: _stage(session, run, name),
+        )
+    )
+    candidate, layers = made.model, made.quantization
     report = RunReport(
         name=job.name,
         status="FINISHED",
         protocol=bench.model.protocol,
         quantization=layers,
+        calibration=made.calibration,
         memory={name: _memory(bench.model.components[name], candidate.components[name], layers) for name in chosen},
         disk_bytes=_disk_bytes(candidate, job, layers) if job.config.tracking.save_checkpoint else None,
-        stages=(*bench.stages, quantized.report),
+        stages=(*bench.stages, *made.stages),
         params=job.resolved,
         run_id=run.run_id if run else None,
     )
     if run is not None:
         log_quantization(run, report, _shared_tags(bench))
+        log_calibration(run, report)
+        with tempfile.TemporaryDirectory(prefix="quantlab-calibration-") as folder:
+            for file in write_calibration(made, job, Path(folder)):
+                run.log_artifact(file, f"calibration/{file.parent.name}")
     with _stage(session, run, "evaluate") as evaluated:
         progress = _step(session, job.name)
         measured = evaluate(
@@ -230,52 +243,6 @@ def _chosen(model: LoadedModel, config: ExperimentConfig) -> list[str]:
     if unknown:
         raise ConfigError(f"model.components={unknown[0]}: {model.name} has {', '.join(model.components)}")
     return list(config.model.components or model.components)
-
-
-def _candidate(session: Session, bench: Workbench, job: Job) -> tuple[LoadedModel, QuantizationReport | None]:
-    import torch
-
-    axes = job.config.quantization
-    if job.native is None and axes.dtype == "auto":
-        return bench.model, None
-    made, reports = {}, []
-    for name in _chosen(bench.model, job.config):
-        session.advance(f"quantize {name}", 0, 1)
-        copy = bench.model.copy_of(name)
-        if job.native is None:
-            made[name] = copy.to(getattr(torch, axes.dtype))
-        else:
-            request = Request(
-                component=name,
-                axes=axes,
-                native=job.native,
-                compute_dtype=bench.model.dtype if axes.compute_dtype == "auto" else axes.compute_dtype,
-                device=session.device,
-                default_exclusions=bench.model.default_exclusions.get(name, ()),
-                optional_exclusions=_shipped_exclusions(axes, bench.model.components[name]),
-            )
-            made[name], report = quantize_component(request, copy, bench.model.components[name])
-            reports.append(report)
-        session.advance(f"quantize {name}", 1, 1)
-    joined = None
-    if reports:
-        joined = QuantizationReport(
-            layers=tuple(row for r in reports for row in r.layers),
-            num_parameters=sum(r.num_parameters for r in reports),
-            resolved={k: v for r in reports for k, v in r.resolved.items()},
-        )
-    return bench.model.with_components(made), joined
-
-
-def _shipped_exclusions(axes: QuantizationAxes, module: Any) -> tuple[str, ...]:
-    """Entries of the chosen groups of ``conf/modules_to_not_convert``; a group that takes no layer is told."""
-    layers = list(linear_layers(module))
-    shipped = {g: axes.modules_to_not_convert[g] for g in groups()["modules_to_not_convert"]
-               if g in axes.modules_to_not_convert}
-    for group, entries in shipped.items():
-        if not any(matches(entry, name) for entry in entries for name in layers):
-            say(f"modules_to_not_convert={group}: matches no layer of this model; nothing is excluded by it")
-    return tuple(entry for entries in shipped.values() for entry in entries)
 
 
 def _memory(original: Any, module: Any, layers: QuantizationReport | None) -> MemoryReport:

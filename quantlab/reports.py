@@ -70,6 +70,41 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CalibratedLayer:
+    """What calibration data showed of one layer; errors in dB of signal over error, larger is better.
+
+    ``before`` is the same format with the plain algorithm, ``after`` the calibrated layer; both answer the inputs that
+    the reference's layer gets. None: no such format without data, or evidence was switched off.
+    """
+
+    component: str
+    name: str
+    input_absmax: float
+    """Largest |input| over all calls."""
+    outlier_ratio: float
+    """Largest over median of the input channels' absmax: 1 is flat, above 10 a per-tensor scale hurts."""
+    weight_sqnr_db_before: float | None = None
+    weight_sqnr_db_after: float | None = None
+    output_sqnr_db_before: float | None = None
+    output_sqnr_db_after: float | None = None
+    step_sqnr_db: Mapping[int, float | None] = field(default_factory=dict)
+    """Denoising step -> ``output_sqnr_db_after`` of its calls; one step, 0, for models without."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationReport:
+    """What a job's calibration used and found."""
+
+    sha256: str
+    """Of all recorded calls of its components."""
+    num_samples: int
+    batch_size: int
+    """As used: smaller than asked for where memory ran out."""
+    num_calls: int
+    layers: tuple[CalibratedLayer, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryReport:
     """Bytes of one component, each storage counted once."""
 
@@ -143,6 +178,8 @@ class RunReport:
     """``FINISHED``, ``FAILED``, or ``SKIPPED`` (an impossible combination; ``error`` says why)."""
     protocol: str = ""
     quantization: QuantizationReport | None = None
+    calibration: CalibrationReport | None = None
+    """None: the scheme needs no data."""
     memory: Mapping[str, MemoryReport] = field(default_factory=dict)
     quality: Mapping[str, MetricValue] = field(default_factory=dict)
     floor: Mapping[str, MetricValue] = field(default_factory=dict)

@@ -42,6 +42,7 @@ def content_key(bench: Workbench, job: Job) -> str:
         "components": config.model.components,
         "exclusions": config.model.default_exclusions,
         "evaluation": asdict(config.evaluation),
+        "calibration": asdict(config.calibration) if job.native is not None and job.native.needs_data else None,
         "batch_size": job.batch_size,
         "floors": config.sweep.floors,
         "saved": config.tracking.save_checkpoint,

@@ -28,6 +28,7 @@ from quantlab.composition import (
     typed,
 )
 from quantlab.config import QuantizationConfigMixin, to_json_data
+from quantlab.datasets.calibration import check_calibration
 from quantlab.errors import ConfigError, QuantlabError
 from quantlab.experiment import ExperimentConfig
 from quantlab.recipe import check_recipe, replay_yaml
@@ -234,6 +235,8 @@ def make_job(config: ExperimentConfig, overrides: Sequence[str] = ()) -> Job:
         axes = config.quantization
     else:
         native = native_config(axes, settings_of(axes))
+    if native is not None and native.needs_data:
+        check_calibration(config)
     return Job(name=config.name or scheme_name(axes), config=config, native=native, overrides=tuple(overrides))
 
 

@@ -16,12 +16,12 @@ FLOORS = {
     1: ("backends", "models", "datasets", "metrics", "protocols", "memory", "layers", "tracking", "statistics",
         "provenance", "fingerprint", "interop", "calibration"),
     2: ("stages", "report", "composition", "listing"),
-    3: ("pipeline", "job", "sweep", "resume", "execute", "launch"),
+    3: ("candidate", "pipeline", "job", "sweep", "resume", "execute", "launch", "reproduce", "search"),
     4: ("cli", "api", "__main__", "__init__"),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 HEAVY = {"torch", "diffusers", "transformers", "bitsandbytes", "torchao", "optimum", "modelopt", "mlflow", "libgguf",
-         "sklearn", "scipy", "skimage", "accelerate", "plotly", "PIL", "numpy", "safetensors", "gguf"}
+         "sklearn", "scipy", "skimage", "accelerate", "plotly", "matplotlib", "PIL", "numpy", "safetensors", "gguf"}
 
 
 def module_name(path: Path) -> str:

@@ -14,6 +14,8 @@ A backend file has, at module level and without importing torch or its library t
 ``quantize(model, layers, config, compute_dtype, calibrated)``
     replaces each named ``nn.Linear`` of ``model`` by its quantized form, in place, on the device where it is;
     ``calibrated`` is what ``calibrate`` returned, and is passed only for configs whose ``needs_data`` is true;
+``write_calibration(calibrated, folder, feed)``
+    only where the library has a file format for what calibration found: writes it and returns the file's path;
 ``read_back(layer)``
     a :class:`~quantlab.reports.StoredWeight` concluded from the layer's tensors, never from the config;
 ``save(model, folder)`` and ``load(model, layers, config, folder)``

@@ -6,10 +6,11 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from quantlab.axes import QuantizationAxes, capability, resolve_axes
 from quantlab.backends import bitsandbytes, gguf, modelopt, quanto, torchao
+from quantlab.calibration import CalibrationFeed
 from quantlab.config import EXCLUSION_RULES, LIBRARY_RULE, QuantizationConfigMixin, plain
 from quantlab.errors import ConfigError, nearest, require_package
 from quantlab.reports import StoredWeight
@@ -51,6 +52,18 @@ PACKAGES = {
     "modelopt": "modelopt",
 }
 """backend -> import name of its library."""
+
+
+class CalibratedBackend(Backend, Protocol):
+    """A backend that uses data; see the package's docstring."""
+
+    def calibrate(self, model: Any, layers: Any, config: Any, compute_dtype: str, feed: CalibrationFeed) -> Any: ...
+    def quantize(self, model: Any, layers: Any, config: Any, compute_dtype: str, calibrated: Any = None) -> None: ...
+
+
+def calibrated_backend(backend: str) -> CalibratedBackend:
+    """The backend of a config whose ``needs_data`` is true."""
+    return cast(CalibratedBackend, BACKENDS[backend])
 
 
 def own_settings(backend: str) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from quantlab.models.loaded import LoadedModel
 from quantlab.protocols.diffusion import DiffusionInputs
 
 SHIPPED = Path(__file__).with_name("prompts_v1.txt")
+CALIBRATION = Path(__file__).with_name("calibration_prompts_v1.txt")
+"""Other prompts than those of the evaluation."""
 
 
 def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel) -> DiffusionInputs:

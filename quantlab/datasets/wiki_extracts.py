@@ -7,7 +7,7 @@ for evaluation, those with an odd number for calibration, so that the two never 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from quantlab.errors import ConfigError
@@ -24,16 +24,19 @@ MIN_CHARACTERS = 200
 _T = TypeVar("_T")
 
 
-def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel) -> TextInputs | EncoderInputs:
+def load(
+    config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel,
+    half: Callable[[Sequence[str]], list[str]] | None = None,
+) -> TextInputs | EncoderInputs:
     """Evaluation inputs: for a language model windows of the documents joined by blank lines, for an encoder the
-    documents one by one, cut at ``evaluation.context_length`` tokens.
+    documents one by one, cut at ``evaluation.context_length`` tokens. ``half`` chooses the documents (evaluation's).
 
     Raises MissingPackage where the wheel is absent, ConfigError for other kinds of models.
     """
     if model.protocol not in ("language", "encoder"):
         raise ConfigError(f"{KEY}: text is for language models and text encoders; {model.name} is run by the protocol "
                           f"{model.protocol}: choose another dataset")
-    texts = evaluation_half(documents())
+    texts = (half or evaluation_half)(documents())
     if model.protocol == "encoder":
         return encoder_inputs(texts, evaluation, model, KEY)
     return text_inputs("\n\n".join(texts), evaluation, model, KEY)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from quantlab.errors import MetricUndefined
@@ -137,6 +139,25 @@ def measure(
     )
 
 
+def calls(
+    model: LoadedModel, inputs: DiffusionInputs, evaluation: EvaluationConfig, components: Sequence[str],
+    progress: Progress | None = None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The calls of ``components`` along the model's own trajectories, each with its ``step``, batch after batch.
+
+    ``evaluation.batch_size`` samples at once; at most one batch's calls are in memory.
+    Raises MetricUndefined, naming sample and step, for NaN or infinity in a latent.
+    """
+    batches = _batches(inputs.num_samples, [], evaluation.batch_size)
+    tick = _Ticks(progress, evaluation.num_inference_steps * len(batches))
+    for batch in batches:
+        with ExitStack() as stack:
+            recorded = {n: stack.enter_context(recorded_calls(model.components[n])) for n in components}
+            _run_batch(model, inputs.subset(batch.indices), evaluation, tick, record=False, open_calls=recorded)
+        for name, found in recorded.items():
+            yield from ((name, call) for call in found)
+
+
 def spread(inputs: DiffusionInputs, num_wanted: int) -> list[int]:
     """Up to ``num_wanted`` samples, in order, spread evenly over strata (or clusters): a round takes one of each."""
     groups = inputs.strata if inputs.strata is not None else inputs.clusters
@@ -219,7 +240,8 @@ def _run(
 
 
 def _run_batch(
-    model: LoadedModel, inputs: DiffusionInputs, evaluation: EvaluationConfig, tick: Callable[[], None], *, record: bool
+    model: LoadedModel, inputs: DiffusionInputs, evaluation: EvaluationConfig, tick: Callable[[], None], *,
+    record: bool, open_calls: Mapping[str, list[dict[str, Any]]] = MappingProxyType({}),
 ) -> tuple[Any, Any, list[dict[str, Any]], list[float]]:
     """One batch: final latents, latents after each step (num_steps, b, ...), denoiser calls, seconds of each step."""
     import torch
@@ -239,7 +261,7 @@ def _run_batch(
             seconds.append(time.perf_counter() - began)
             _require_finite(state, inputs.sample_ids, f"latent after step {k} of {evaluation.num_inference_steps}")
             states.append(state)
-            for call in calls:
+            for call in itertools.chain(calls, *open_calls.values()):
                 call.setdefault("step", k)
             tick()
             began = time.perf_counter()

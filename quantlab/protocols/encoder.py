@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,6 +83,18 @@ def observe(model: LoadedModel, inputs: EncoderInputs, evaluation: EvaluationCon
     """``tokens``: last hidden states, fp32 (texts, length, width), zero at padding; ``pooled``: their mean over a
     text's tokens (texts, width). Raises MetricUndefined naming the text where they are NaN or infinite."""
     return _run(model, inputs, batch_size or evaluation.batch_size, progress)[0]
+
+
+def calls(model: LoadedModel, inputs: EncoderInputs, evaluation: EvaluationConfig, components: Sequence[str],
+          progress: Progress = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The model's calls on the texts, ``evaluation.batch_size`` at once."""
+    for start in range(0, inputs.num_samples, evaluation.batch_size):
+        rows = slice(start, start + evaluation.batch_size)
+        given = {"input_ids": inputs.input_ids[rows], "attention_mask": inputs.attention_mask[rows]}
+        for name in components:
+            yield name, {"args": [], "kwargs": given, "dtype": model.dtype, "step": 0}
+        if progress:
+            progress(min(rows.stop, inputs.num_samples), inputs.num_samples)
 
 
 def measure(model: LoadedModel, inputs: EncoderInputs, evaluation: EvaluationConfig, reference: Mapping[str, Any],

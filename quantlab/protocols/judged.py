@@ -14,7 +14,7 @@ from quantlab.statistics import bootstrap_interval
 if TYPE_CHECKING:
     from quantlab.protocols.diffusion import DiffusionInputs
 
-NUM_BOOTSTRAP = 500
+NUM_BOOTSTRAP = 250
 """Draws for the Frechet distance, each a decomposition of its own; fewer where evaluation.num_bootstrap is smaller."""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -165,6 +165,18 @@ def observe(model: LoadedModel, inputs: TextInputs, evaluation: EvaluationConfig
     """
     hidden, _ = _run(model, inputs, batch_size or evaluation.batch_size, progress, check_head=True)
     return {"hidden": hidden}
+
+
+def calls(model: LoadedModel, inputs: TextInputs, evaluation: EvaluationConfig, components: Sequence[str],
+          progress: Progress = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The model's calls on the windows, ``evaluation.batch_size`` at once."""
+    dtype = model.dtype
+    for start in range(0, inputs.num_samples, evaluation.batch_size):
+        ids = inputs.input_ids[start:start + evaluation.batch_size]
+        for name in components:
+            yield name, {"args": [], "kwargs": {"input_ids": ids, "use_cache": False}, "dtype": dtype, "step": 0}
+        if progress:
+            progress(start + len(ids), inputs.num_samples)
 
 
 def measure(model: LoadedModel, inputs: TextInputs, evaluation: EvaluationConfig, reference: Mapping[str, Any],

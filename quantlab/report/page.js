@@ -311,7 +311,7 @@ function reproduce(row, group) {
   const pre = make("pre", { tabindex: 0 }, text);
   const copy = make("button", { type: "button", class: "copy", onclick: () => copyText(text, pre, copy) }, "copy recipe");
   return [make("div", {}, "Save as ", make("code", {}, file), " and run ", make("code", {}, `quantlab recipe=${file}`), " ", copy), pre,
-    make("div", { class: "hint" }, "Run in the store: ", make("code", {}, row.run_id))];
+    make("div", { class: "hint" }, "With the run's own weights, and each number compared: ", make("code", {}, `quantlab reproduce ${row.run_id}`))];
 }
 
 function copyText(text, pre, button) {

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-from quantlab.reports import Measurements, MemoryReport, QuantizationReport, RunReport
+from quantlab.report.heat_map import draw_heat_map
+from quantlab.reports import CalibrationReport, Measurements, MemoryReport, QuantizationReport, RunReport
 
 
 def flat_metrics(report: RunReport) -> dict[str, float]:
@@ -31,6 +34,8 @@ def flat_metrics(report: RunReport) -> dict[str, float]:
     out["memory/disk_bytes"] = report.disk_bytes
     if report.quantization is not None:
         out |= _quantization_metrics(report.quantization)
+    if report.calibration is not None:
+        out |= _calibration_metrics(report.calibration)
     for stage in report.stages:
         out |= {f"perf/{stage.name}_s": stage.seconds}
         out |= {f"memory/{stage.name}/{k}": v for k, v in asdict(stage).items() if k.endswith("_bytes")}
@@ -74,6 +79,19 @@ def _quantization_metrics(q: QuantizationReport) -> dict[str, float | int | None
     }
 
 
+def _calibration_metrics(c: CalibrationReport) -> dict[str, float | int | None]:
+    out: dict[str, float | int | None] = {
+        "calibration/num_samples": c.num_samples, "calibration/batch_size": c.batch_size,
+        "calibration/num_calls": c.num_calls,
+    }
+    for name in ("weight_sqnr_db", "output_sqnr_db"):
+        for when in ("before", "after"):
+            values = [v for r in c.layers if (v := getattr(r, f"{name}_{when}")) is not None]
+            out[f"calibration/{name}_{when}_mean"] = sum(values) / len(values) if values else None
+    worst = [r.output_sqnr_db_after for r in c.layers if r.output_sqnr_db_after is not None]
+    return {**out, "calibration/output_sqnr_db_after_min": min(worst, default=None)}
+
+
 def sum_memory(reports: Iterable[MemoryReport]) -> MemoryReport | None:
     """All components' bytes together; None for no component."""
     reports = list(reports)
@@ -109,6 +127,34 @@ def log_quantization(run: Any, report: RunReport, tags: Mapping[str, str]) -> No
     statuses = ("excluded", "skipped", "fallback")
     listed = {s: {r.name: r.reason for r in report.quantization.layers if r.status == s} for s in statuses}
     run.log_json(listed, "exclusions.json")
+
+
+def log_calibration(run: Any, report: RunReport) -> None:
+    """What calibration used and what it showed of each layer; a tag says so where the scheme needs no data."""
+    found = report.calibration
+    run.set_tags({"quantlab.calibration_sha256": found.sha256 if found else "none: this scheme needs no data"})
+    if found is None or not found.layers:
+        return
+    rows = [{k: v for k, v in asdict(r).items() if k != "step_sqnr_db"} for r in found.layers]
+    run.log_table({k: [row[k] for row in rows] for k in rows[0]}, "calibration_layers.json")
+    heat = calibration_map(found)
+    run.log_json(heat, "calibration_steps.json")
+    if len(heat["columns"]) > 1:
+        with tempfile.TemporaryDirectory(prefix="quantlab-figure-") as folder:
+            draw_heat_map(heat, Path(folder) / "map.png")
+            run.log_image_grid(Path(folder) / "map.png", "figures/calibration_layers_by_step.png")
+
+
+def calibration_map(found: CalibrationReport) -> dict[str, Any]:
+    """``rows`` (layers), ``columns`` (denoising steps), ``values``: output SQNR in dB of each layer at each step."""
+    steps = sorted({k for r in found.layers for k in r.step_sqnr_db})
+    several = len({r.component for r in found.layers}) > 1
+    return {
+        "title": "output SQNR (dB) by layer and denoising step, on calibration data",
+        "rows": [f"{r.component}.{r.name}" if several else r.name for r in found.layers],
+        "columns": [str(k) for k in steps],
+        "values": [[r.step_sqnr_db.get(k) for k in steps] for r in found.layers],
+    }
 
 
 def log_evaluation(run: Any, report: RunReport, fingerprint: float | None) -> None:

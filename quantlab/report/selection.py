@@ -20,6 +20,8 @@ from quantlab.report.reading import Reader, StoredRun, experiment_id
 KEY_TAG = "quantlab.reference_key"
 KIND_TAG = "quantlab.kind"
 PARENT_TAG = "mlflow.parentRunId"
+REPRODUCES_TAG = "quantlab.reproduces"
+"""On a repetition: the id of the run that it repeats."""
 KEYS = ("sweep", "experiment", "metric", "margin", "tracking.uri", "tracking.experiment")
 USAGE = "quantlab compare sweep=latest, sweep=RUN_ID, experiment=NAME, or RUN_ID RUN_ID ..."
 _IRRELEVANT = ("evaluation.num_bootstrap", "evaluation.floor_batch_size")
@@ -130,7 +132,7 @@ def select(request: Request, reader: Reader) -> Selection:
     elif request.experiment:
         found = reader.of_experiment(experiment_id(reader, request.experiment, request.typed), {})
         parents = [r for r in found if r.tags.get(KIND_TAG) == "sweep"]
-        runs = [r for r in found if r.tags.get(KIND_TAG) != "sweep"]
+        runs = [r for r in found if r.tags.get(KIND_TAG) != "sweep" and REPRODUCES_TAG not in r.tags]
     else:
         parents, runs = _named(request, reader)
     jobs = [r for r in runs if r.tags.get(KIND_TAG) == "job" or KEY_TAG in r.tags]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quantlab.axes import QuantizationAxes, capability, resolve_axes
-from quantlab.backends.table import BACKENDS, native_config
+from quantlab.backends.table import BACKENDS, calibrated_backend, native_config
 from quantlab.capabilities import Capability
 from quantlab.config import QuantizationConfigMixin
 from quantlab.dtypes import COMPUTE_DTYPES
@@ -36,18 +36,29 @@ class Request:
     """Entries of the request that may match nothing: those of the shipped groups, which are written for many models."""
 
 
-def quantize_component(request: Request, module: Any, original: Any) -> tuple[Any, QuantizationReport]:
-    """Quantize ``module`` in place.
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which layers of a component are quantized, and how."""
 
-    Args:
-        original: the unquantized module (may be ``module``'s source on another device); read, never changed.
+    axes: QuantizationAxes
+    """Those of the request, spelled out."""
+    native: QuantizationConfigMixin
+    """The request's config with what depends on the device made concrete."""
+    taken: tuple[str, ...]
+    excluded: Mapping[str, str]
+    """Layer -> the entry that leaves it out."""
+    misfits: Mapping[str, str]
+    """Layer -> why it cannot be stored as asked (``quantization.on_mismatch`` says what becomes of it)."""
+    asked: Mapping[str, tuple[QuantizationAxes, Capability]]
+    idle_exclusions: tuple[str, ...] = ()
 
-    Returns:
-        The module and its report, one row for each Linear layer.
+
+def select_layers(request: Request, module: Any) -> Selection:
+    """Which Linear layers of ``module`` the request takes.
 
     Raises:
         ConfigError: an exclusion that matches nothing, no layer left, or a device that the scheme does not run on.
-        NotQuantized: layers that the scheme cannot take, or that read back as something else than what was asked for.
+        NotQuantized: layers that the scheme cannot take.
     """
     axes = resolve_axes(request.axes)
     row = capability(axes.backend, axes.dtype)
@@ -67,24 +78,54 @@ def quantize_component(request: Request, module: Any, original: Any) -> tuple[An
     misfits = {n: reason for n in wanted if (reason := misfit(*asked[n], shapes[n]))}
     if misfits and axes.on_mismatch == "error":
         raise NotQuantized(_misfit_message(axes, misfits, shapes))
-    taken = [n for n in wanted if n not in misfits]
-    backend = BACKENDS[axes.backend]
-    native = backend.resolve(request.native, request.device, request.compute_dtype)
-    if taken:
-        backend.quantize(module, taken, native, request.compute_dtype)
+    return Selection(
+        axes=axes,
+        native=BACKENDS[axes.backend].resolve(request.native, request.device, request.compute_dtype),
+        taken=tuple(n for n in wanted if n not in misfits),
+        excluded=excluded,
+        misfits=misfits,
+        asked=asked,
+        idle_exclusions=idle,
+    )
+
+
+def quantize_component(
+    request: Request, module: Any, original: Any, selection: Selection | None = None, calibrated: Any = None
+) -> tuple[Any, QuantizationReport]:
+    """Quantize ``module`` in place.
+
+    Args:
+        original: the unquantized module (may be ``module``'s source on another device); read, never changed.
+        selection: what :func:`select_layers` chose; None: choose now.
+        calibrated: what the calibrate stage returned, for a config that needs data.
+
+    Returns:
+        The module and its report, one row for each Linear layer.
+
+    Raises:
+        ConfigError, NotQuantized: see :func:`select_layers`; NotQuantized also for layers that read back as something
+            else than what was asked for.
+    """
+    chosen = selection or select_layers(request, module)
+    axes, native, excluded, misfits = chosen.axes, chosen.native, chosen.excluded, chosen.misfits
+    if chosen.taken and native.needs_data:
+        calibrated_backend(axes.backend).quantize(module, chosen.taken, native, request.compute_dtype, calibrated)
+    elif chosen.taken:
+        BACKENDS[axes.backend].quantize(module, chosen.taken, native, request.compute_dtype)
     fallback = _fall_back(request, axes, module, list(misfits)) if axes.on_mismatch != "skip" else {}
 
     rows = []
+    layers = linear_layers(original)
     originals = dict(original.named_modules())
     for name in layers:
-        if name in taken or name in fallback:
+        if name in chosen.taken or name in fallback:
             rows.append(
                 _read_row(
                     request,
                     name,
                     module.get_submodule(name),
                     originals[name].weight,
-                    None if name in taken else fallback[name],
+                    None if name in chosen.taken else fallback[name],
                     misfits.get(name, ""),
                 )
             )
@@ -96,16 +137,16 @@ def quantize_component(request: Request, module: Any, original: Any) -> tuple[An
                     component=request.component,
                     name=name,
                     kind="Linear",
-                    shape=shapes[name],
+                    shape=tuple(layers[name].weight.shape),
                     status=status,
                     dtype=str(layers[name].weight.dtype).removeprefix("torch."),
                     reason=reason,
                 )
             )
-    _require({n: a for n, (a, _) in asked.items()}, [r for r in rows if r.status == "quantized"])
+    _require({n: a for n, (a, _) in chosen.asked.items()}, [r for r in rows if r.status == "quantized"])
     num = sum(p.numel() for p in {id(p): p for p in original.parameters()}.values())
     resolved = {k: v for k, v in _settings(native).items() if v != _settings(request.native).get(k)}
-    resolved |= {"exclusions_without_effect": ", ".join(idle)} if idle else {}
+    resolved |= {"exclusions_without_effect": ", ".join(chosen.idle_exclusions)} if chosen.idle_exclusions else {}
     return module, QuantizationReport(layers=tuple(rows), num_parameters=num, resolved=resolved)
 
 

@@ -1,0 +1,241 @@
+"""A job's candidate: copies of the chosen components, calibrated where the scheme needs data, and quantized."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from quantlab.axes import QuantizationAxes
+from quantlab.backends.table import BACKENDS
+from quantlab.calibration import CalibrationFeed
+from quantlab.composition import groups
+from quantlab.config import QuantizationConfigMixin
+from quantlab.layers import linear_layers, matches
+from quantlab.memory import StageMeasurement
+from quantlab.models.loaded import LoadedModel
+from quantlab.progress import Advance, say
+from quantlab.reports import CalibratedLayer, CalibrationReport, QuantizationReport, StageReport
+from quantlab.stages.calibrate import CalibrationSet, calibrate_component, calibration_set, halved, is_out_of_memory
+from quantlab.stages.evidence import LayerEnergies, layer_energies, weight_sqnr_db
+from quantlab.stages.quantize import Request, Selection, quantize_component, select_layers
+from quantlab.sweep import Job
+
+Stage = Callable[[str], contextlib.AbstractContextManager[StageMeasurement]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """What a candidate is made from."""
+
+    model: LoadedModel
+    """The unquantized model."""
+    inputs: Any
+    """The evaluation's, which calibration may not see."""
+    job: Job
+    names: Sequence[str]
+    """Components to quantize."""
+    cache_dir: Path
+    advance: Advance
+    stage: Stage
+    """Opens and measures a stage of this name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A candidate and what making it showed."""
+
+    model: LoadedModel
+    quantization: QuantizationReport | None = None
+    calibration: CalibrationReport | None = None
+    stages: tuple[StageReport, ...] = ()
+    calibrated: Mapping[str, tuple[Any, CalibrationFeed]] = field(default_factory=dict)
+    """Component -> what the backend's ``calibrate`` returned, and the feed that it had."""
+
+
+@dataclass
+class _Part:
+    request: Request
+    module: Any
+    selection: Selection
+    calibrated: Any = None
+
+
+def make_candidate(making: Making) -> Candidate:
+    """Copy, calibrate (where the scheme needs data), quantize, and look at each layer on the calibration data."""
+    import torch
+
+    model, job = making.model, making.job
+    axes = job.config.quantization
+    if job.native is None:
+        with making.stage("quantize") as measured:
+            copies = {} if axes.dtype == "auto" else {
+                name: model.copy_of(name).to(getattr(torch, axes.dtype)) for name in making.names}
+        return Candidate(model=model.with_components(copies), stages=(measured.report,))
+    stages, data, parts = [], None, None
+    if job.native.needs_data:
+        with making.stage("calibrate") as measured:
+            parts, data = _calibrated_parts(making, job.native)
+        stages.append(measured.report)
+    with making.stage("quantize") as measured:
+        made, reports = {}, []
+        for name in making.names:
+            making.advance(f"quantize {name}", 0, 1)
+            part = parts[name] if parts else _part(making, name, job.native)
+            made[name], report = quantize_component(
+                part.request, part.module, model.components[name], part.selection, part.calibrated)
+            reports.append(report)
+            making.advance(f"quantize {name}", 1, 1)
+    stages.append(measured.report)
+    candidate = Candidate(
+        model=model.with_components(made), quantization=_joined(reports), stages=tuple(stages),
+        calibrated={n: (p.calibrated, data.feed(n, model)) for n, p in parts.items()} if parts and data else {},
+    )
+    if data is None or parts is None:
+        return candidate
+    with making.stage("evidence") as measured:
+        calibration = _evidence(making, data, parts, candidate)
+    return replace(candidate, calibration=calibration, stages=(*stages, measured.report))
+
+
+def _part(making: Making, name: str, native: QuantizationConfigMixin) -> _Part:
+    model, axes = making.model, making.job.config.quantization
+    request = Request(
+        component=name,
+        axes=axes,
+        native=native,
+        compute_dtype=model.dtype if axes.compute_dtype == "auto" else axes.compute_dtype,
+        device=model.device,
+        default_exclusions=model.default_exclusions.get(name, ()),
+        optional_exclusions=_shipped_exclusions(axes, model.components[name]),
+    )
+    module = model.copy_of(name)
+    return _Part(request=request, module=module, selection=select_layers(request, module))
+
+
+def _joined(reports: Sequence[QuantizationReport]) -> QuantizationReport:
+    return QuantizationReport(
+        layers=tuple(row for r in reports for row in r.layers),
+        num_parameters=sum(r.num_parameters for r in reports),
+        resolved={k: v for r in reports for k, v in r.resolved.items()},
+    )
+
+
+def _shipped_exclusions(axes: QuantizationAxes, module: Any) -> tuple[str, ...]:
+    """Entries of the chosen groups of ``conf/modules_to_not_convert``; a group that takes no layer is told."""
+    layers = list(linear_layers(module))
+    shipped = {g: axes.modules_to_not_convert[g] for g in groups()["modules_to_not_convert"]
+               if g in axes.modules_to_not_convert}
+    for group, entries in shipped.items():
+        if not any(matches(entry, name) for entry in entries for name in layers):
+            say(f"modules_to_not_convert={group}: matches no layer of this model; nothing is excluded by it")
+    return tuple(entry for entries in shipped.values() for entry in entries)
+
+
+# -- calibration
+
+
+def _calibrated_parts(making: Making, native: QuantizationConfigMixin) -> tuple[dict[str, _Part], CalibrationSet]:
+    """Every component calibrated; where memory runs out, anew with half the batch, which is told and recorded."""
+    asked = making.job.config.calibration
+    while True:
+        data = _data(making, asked)
+        parts: dict[str, _Part] = {}
+        try:
+            for name in making.names:
+                parts[name] = _part(making, name, native)
+                feed = data.feed(name, making.model, functools.partial(making.advance, f"calibrate {name}"))
+                parts[name].calibrated = calibrate_component(
+                    parts[name].request, parts[name].module, parts[name].selection, feed)
+            return parts, data
+        except Exception as error:  # noqa: BLE001  a backend's; only lack of memory is handled here
+            if not is_out_of_memory(error) or data.batch_size == 1:
+                raise
+        asked = replace(asked, batch_size=halved(data.batch_size))
+
+
+def _data(making: Making, asked: Any) -> CalibrationSet:
+    return calibration_set(
+        making.model, making.names, asked, making.job.config.evaluation, making.inputs, making.cache_dir,
+        lambda i, n: making.advance("record calibration calls", i, n),
+    )
+
+
+def _evidence(
+    making: Making, data: CalibrationSet, parts: Mapping[str, _Part], candidate: Candidate
+) -> CalibrationReport:
+    """Each layer's inputs and errors, with the plain algorithm and as calibrated."""
+    num_calls = making.job.config.calibration.num_evidence_calls
+    layers: list[CalibratedLayer] = []
+    if num_calls and candidate.quantization is not None:
+        after_rows = {(r.component, r.name): r.weight_rel_error for r in candidate.quantization.layers}
+        for name, part in parts.items():
+            after = _energies(making, data, name, candidate.model.components[name], part.selection.taken)
+            before, before_rows = _before(making, data, name, part)
+            layers += [
+                _layer(name, layer, after[layer], before.get(layer), (before_rows.get(layer), after_rows[name, layer]))
+                for layer in part.selection.taken
+            ]
+    return CalibrationReport(
+        sha256=data.sha256, num_samples=data.num_samples, batch_size=data.batch_size,
+        num_calls=sum(len(calls) for calls in data.calls.values()), layers=tuple(layers),
+    )
+
+
+def _before(
+    making: Making, data: CalibrationSet, name: str, part: _Part
+) -> tuple[dict[str, LayerEnergies], dict[str, float | None]]:
+    """The same bits with the plain algorithm that needs no data: energies, and weight errors by layer."""
+    plain = part.request.native.without_data()
+    if plain is None:
+        return {}, {}
+    said = plain.axes()
+    axes = replace(part.request.axes, algorithm=said.algorithm, activation_dtype=said.activation_dtype)
+    request = replace(part.request, native=plain, axes=axes)
+    module, report = quantize_component(request, making.model.copy_of(name), making.model.components[name])
+    energies = _energies(making, data, name, module, part.selection.taken)
+    return energies, {r.name: r.weight_rel_error for r in report.layers}
+
+
+def _energies(
+    making: Making, data: CalibrationSet, name: str, module: Any, layers: Sequence[str]
+) -> dict[str, LayerEnergies]:
+    return layer_energies(
+        making.model.components[name], module, layers, data.feed(name, making.model),
+        making.job.config.calibration.num_evidence_calls,
+        lambda i, n: making.advance(f"look at layers of {name}", i, n),
+    )
+
+
+def _layer(
+    component: str, name: str, after: LayerEnergies, before: LayerEnergies | None,
+    weight_rel_errors: tuple[float | None, float | None],
+) -> CalibratedLayer:
+    return CalibratedLayer(
+        component=component,
+        name=name,
+        input_absmax=after.input_absmax,
+        outlier_ratio=after.outlier_ratio,
+        weight_sqnr_db_before=weight_sqnr_db(weight_rel_errors[0]),
+        weight_sqnr_db_after=weight_sqnr_db(weight_rel_errors[1]),
+        output_sqnr_db_before=before.sqnr_db() if before else None,
+        output_sqnr_db_after=after.sqnr_db(),
+        step_sqnr_db={k: after.sqnr_db(k) for k in sorted(after.signal)},
+    )
+
+
+def write_calibration(candidate: Candidate, job: Job, folder: Path) -> list[Path]:
+    """The calibration statistics in the library's own file format, where its backend has one: written files."""
+    write = getattr(BACKENDS.get(job.config.quantization.backend), "write_calibration", None)
+    if write is None:
+        return []
+    written = []
+    for name, (calibrated, feed) in candidate.calibrated.items():
+        if calibrated is not None:
+            target = folder / name
+            target.mkdir(parents=True, exist_ok=True)
+            written.append(Path(write(calibrated, target, feed)))
+    return written

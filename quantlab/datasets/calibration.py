@@ -1,0 +1,105 @@
+"""What calibration may look at: the ``calibration`` node as inputs of the model's protocol, apart from evaluation's.
+
+The data sets are those of the evaluation with other content: other noise, other prompts, other documents. That the two
+share no sample is checked on the inputs themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from quantlab.datasets import digits_classes, prompts, text, wiki_extracts
+from quantlab.errors import ConfigError, QuantlabError, nearest
+from quantlab.experiment import CalibrationConfig, DatasetConfig, EvaluationConfig, ExperimentConfig
+from quantlab.models.loaded import LoadedModel
+
+Load = Callable[[DatasetConfig, EvaluationConfig, LoadedModel], Any]
+
+
+def _prompts(config: DatasetConfig, settings: EvaluationConfig, model: LoadedModel) -> Any:
+    return prompts.load(replace(config, path=config.path or str(prompts.CALIBRATION)), settings, model)
+
+
+def _wiki_extracts(config: DatasetConfig, settings: EvaluationConfig, model: LoadedModel) -> Any:
+    return wiki_extracts.load(config, settings, model, wiki_extracts.calibration_half)
+
+
+CALIBRATION_SETS: dict[str, Load] = {
+    "digits_classes": digits_classes.load,
+    "prompts": _prompts,
+    "wiki_extracts": _wiki_extracts,
+    "text": text.load,
+}
+"""``calibration.source`` -> its inputs."""
+
+
+def sampling_settings(config: CalibrationConfig, evaluation: EvaluationConfig) -> EvaluationConfig:
+    """How the model is run on the calibration set; what the node leaves open is as in the evaluation."""
+    steps, guidance = config.num_inference_steps, config.guidance_scale
+    return replace(
+        evaluation,
+        num_samples=config.num_samples,
+        batch_size=config.batch_size,
+        num_inference_steps=evaluation.num_inference_steps if steps is None else steps,
+        guidance_scale=evaluation.guidance_scale if guidance is None else guidance,
+        context_length=config.context_length,
+        perplexity_protocol="ppl/v1",
+        num_teacher_forced=0,
+    )
+
+
+def calibration_inputs(config: CalibrationConfig, evaluation: EvaluationConfig, model: LoadedModel, seen: Any) -> Any:
+    """Inputs of the model's protocol; ``seen`` are the evaluation's.
+
+    Raises ConfigError, beginning with the key of ``calibration``, for data that cannot be read or is too short for
+    ``calibration.num_samples``, and where a sample is one of the evaluation's.
+    """
+    try:
+        dataset = DatasetConfig(name=config.source, path=config.path, seed=config.seed)
+        inputs = CALIBRATION_SETS[config.source](dataset, sampling_settings(config, evaluation), model)
+    except QuantlabError as error:
+        raise type(error)(_in_our_words(str(error))) from error
+    shared = sorted(_fingerprints(inputs) & _fingerprints(seen))
+    if shared:
+        raise ConfigError(
+            f"calibration.source={config.source}: {len(shared)} of its {config.num_samples} samples are those of the "
+            "evaluation, so the numbers would flatter; choose another calibration.seed, calibration.path or source"
+        )
+    return inputs
+
+
+def check_calibration(config: ExperimentConfig) -> None:
+    """ConfigError for what can be known of the calibration set before anything is loaded."""
+    asked = config.calibration
+    if asked.source not in CALIBRATION_SETS:
+        raise ConfigError(f"calibration.source={asked.source}: there are {', '.join(CALIBRATION_SETS)}"
+                          f"{nearest(asked.source, CALIBRATION_SETS)}")
+    for name in ("num_samples", "batch_size", "num_inference_steps", "context_length"):
+        value = getattr(asked, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"calibration.{name}={value}: a number of at least 1 is wanted")
+    if asked.num_evidence_calls < 0:
+        raise ConfigError(f"calibration.num_evidence_calls={asked.num_evidence_calls}: 0 (none) or more is wanted")
+    if asked.source != config.dataset.name:
+        return
+    if asked.source == "digits_classes" and asked.seed == config.dataset.seed:
+        raise ConfigError(f"calibration.seed={asked.seed}: this is the noise of the evaluation (dataset.seed); choose "
+                          "another number")
+    if asked.path is not None and asked.path == config.dataset.path:
+        raise ConfigError(f"calibration.path={asked.path}: this is the data of the evaluation; give another file")
+
+
+def _in_our_words(message: str) -> str:
+    """A data set's message with the keys as the user of ``calibration`` typed them."""
+    for theirs, ours in (("evaluation.", "calibration."), ("dataset.path", "calibration.path"),
+                         ("dataset=", "calibration.source="), ("dataset.", "calibration.")):
+        message = message.replace(theirs, ours)
+    return message
+
+
+def _fingerprints(inputs: Any) -> set[bytes]:
+    """What makes each sample itself: its initial noise, or its tokens."""
+    rows = inputs.noise if hasattr(inputs, "noise") else inputs.input_ids
+    return {row.contiguous().numpy().tobytes() for row in rows}

@@ -1,0 +1,149 @@
+"""Calibrate: the reference's own activations, collected once, and a backend's algorithm run over them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from quantlab.backends.table import calibrated_backend
+from quantlab.calibration import CalibrationFeed, StoredCalls
+from quantlab.config import canonical_json
+from quantlab.datasets.calibration import calibration_inputs, sampling_settings
+from quantlab.errors import ConfigError
+from quantlab.experiment import CalibrationConfig, EvaluationConfig
+from quantlab.models.loaded import LoadedModel
+from quantlab.progress import say
+from quantlab.protocols.table import PROTOCOLS
+from quantlab.provenance import hardware, versions
+from quantlab.stages.observe import LIBRARIES
+from quantlab.stages.quantize import Request, Selection
+
+FORMAT = 1  # of the stored calls; a change of what is stored raises it
+Progress = Callable[[int, int], Any] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSet:
+    """The recorded calls of a model's components on the calibration data."""
+
+    calls: Mapping[str, StoredCalls]
+    sha256: str
+    num_samples: int
+    batch_size: int
+
+    def feed(self, component: str, model: LoadedModel, on_call: Progress = None) -> CalibrationFeed:
+        """The forward loop of one component."""
+        return CalibrationFeed(
+            calls=self.calls[component], num_samples=self.num_samples, batch_size=self.batch_size, device=model.device,
+            dtype=model.dtype, sha256=self.sha256, on_call=on_call,
+        )
+
+
+def calibration_set(
+    model: LoadedModel, components: Sequence[str], config: CalibrationConfig, evaluation: EvaluationConfig, seen: Any,
+    cache_dir: Path, progress: Progress = None,
+) -> CalibrationSet:
+    """The calls of ``components`` while the reference runs on the calibration data: from the cache, or recorded now.
+
+    Safe when several processes ask at once. ``seen`` are the evaluation's inputs, with which no sample may be shared.
+    Where memory runs out, the batch is halved, told, and tried again.
+    Raises ConfigError for a bad set (see :func:`quantlab.datasets.calibration.calibration_inputs`), and MetricUndefined
+    for NaN on the way.
+    """
+    from filelock import FileLock
+
+    inputs = calibration_inputs(config, evaluation, model, seen)
+    batch_size = min(config.batch_size, config.num_samples)
+    while True:
+        settings = sampling_settings(replace(config, batch_size=batch_size), evaluation)
+        folder = cache_dir / "calibration" / _key(model, components, inputs, settings)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(f"{folder}.lock"):
+                if not (folder / "set.json").exists():
+                    _record(model, components, inputs, settings, folder, progress)
+            return _open(folder, components, config.num_samples, batch_size)
+        except Exception as error:  # noqa: BLE001  whatever the model raises: only lack of memory is handled here
+            if not is_out_of_memory(error) or batch_size == 1:
+                raise
+            batch_size = halved(batch_size)
+
+
+def halved(batch_size: int) -> int:
+    """The next smaller calibration batch, told to the user."""
+    say(f"[yellow]out of memory[/yellow] while calibrating: calibration.batch_size={batch_size // 2} instead of "
+        f"{batch_size}")
+    return batch_size // 2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that device or host memory ran out; backends may wrap it in one of ours."""
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, RuntimeError) and "not enough memory" in str(error):
+        return True  # torch's allocator on the CPU
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
+
+
+def _key(model: LoadedModel, components: Sequence[str], inputs: Any, settings: EvaluationConfig) -> str:
+    used = ("batch_size", "num_inference_steps", "guidance_scale", "height", "width", "seed")
+    machine, known = hardware(), versions()
+    parts = {
+        "format": FORMAT, "weights": model.weights_sha256, "inputs": inputs.sha256, "protocol": model.protocol,
+        "dtype": model.dtype, "device": model.device, "components": list(components),
+        "settings": {k: asdict(settings)[k] for k in used},
+        "libraries": {name: known.get(name) for name in LIBRARIES},
+        "machine": {k: machine.get(k) for k in ("torch_threads", "cpu_capability", "gpus")},
+    }
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
+
+
+def _record(
+    model: LoadedModel, components: Sequence[str], inputs: Any, settings: EvaluationConfig, folder: Path,
+    progress: Progress,
+) -> None:
+    """Write the calls beside their final place and move them there when they are complete."""
+    partial = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # without set.json: an older kill's
+    stored = {name: StoredCalls(partial / name) for name in components}
+    try:
+        for name, call in PROTOCOLS[model.protocol].calls(model, inputs, settings, list(stored), progress):
+            stored[name].write(call)
+        if empty := [name for name, calls in stored.items() if not len(calls)]:
+            raise ConfigError(
+                f"model.components={empty[0]}: it never ran on the calibration data; leave it out of the components, "
+                "or choose an algorithm that needs no data"
+            )
+        digests = {name: calls.sha256() for name, calls in stored.items()}
+        (partial / "set.json").write_text(json.dumps(digests))
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _open(folder: Path, components: Sequence[str], num_samples: int, batch_size: int) -> CalibrationSet:
+    digests = json.loads((folder / "set.json").read_text())
+    return CalibrationSet(
+        calls={name: StoredCalls(folder / name) for name in components},
+        sha256=hashlib.sha256(canonical_json(digests).encode()).hexdigest(),
+        num_samples=num_samples, batch_size=batch_size,
+    )
+
+
+def calibrate_component(request: Request, module: Any, selection: Selection, feed: CalibrationFeed) -> Any:
+    """Run the backend's algorithm over ``feed`` on the selected layers of ``module``, in place.
+
+    Returns what the quantize stage hands to the backend. Raises ConfigError where the backend cannot use this data.
+    """
+    if not selection.taken:
+        return None
+    backend = calibrated_backend(request.axes.backend)
+    return backend.calibrate(module, selection.taken, selection.native, request.compute_dtype, feed)
