@@ -27,6 +27,7 @@ HELP = """quantlab: what does each quantization scheme cost in quality, and what
   quantlab recipe=NAME [key=value]    run a recipe:        quantlab recipe=digits_backends
   quantlab compare sweep=latest       which is better:     quantlab compare RUN_ID RUN_ID, experiment=NAME, metric=NAME,
                                       margin=VALUE, --json, --csv FILE, --html FILE (outputs/reports/<sweep>.html)
+  quantlab reproduce RUN_ID [--json]  run a tracked job again: each metric identical, within its interval, different
   quantlab list WHAT [--json]         what there is
                                       {lists}
 
@@ -85,6 +86,8 @@ def dispatch(words: list[str]) -> int:
     """Run one command; returns the exit code."""
     if words[:1] == ["compare"] and not {"-h", "--help"} & set(words):
         return show_comparison(words[1:])
+    if words[:1] == ["reproduce"] and not {"-h", "--help"} & set(words):
+        return show_reproduction(words[1:])
     flags = {w for w in words if w.startswith("-")}
     rest = [w for w in words if not w.startswith("-")]
     known = {"-m", "--multirun", "--json", "--cfg", "-q", "--quiet", "-h", "--help"}
@@ -177,6 +180,24 @@ def show_comparison(words: Sequence[str]) -> int:
             console.print(f"failed: {run['name']} at {run['stage']}: {run['error']}", highlight=False, markup=False)
     print(f"page: {page}{' (and at the run of the sweep)' if logged else ''}", file=sys.stderr)
     return 0
+
+
+def show_reproduction(words: Sequence[str]) -> int:
+    """Run a tracked job again and show each of its numbers beside the new one; 1 where one is different."""
+    from quantlab.report.reproduction import DIFFERENT, reproduction_tables, summary_lines
+    from quantlab.reproduce import parse_request, reproduce
+
+    request = parse_request(words)
+    found = reproduce(request)
+    if request.as_json:
+        print(json.dumps(found.data(), indent=2))
+    else:
+        console = Console() if sys.stdout.isatty() else Console(width=132)
+        for table in reproduction_tables(found):
+            console.print(table)
+        for line in summary_lines(found):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 1 if found.verdict == DIFFERENT else 0
 
 
 def run(request: Plan, as_json: bool, quiet: bool) -> int:

@@ -33,22 +33,28 @@ def run_plan(plan: Plan, quiet: bool = False) -> list[RunReport]:
     first = plan.jobs[0].config
     if plan.is_sweep:
         check_launcher(first.launcher)
-    device = prepare_device(first)
-    output_dir = _usable_folder(first.output_dir)
-    store = tracking.open_store(first.tracking, Path.cwd())
+    with open_session(first, quiet) as session:
+        return _run_sweep(session, plan) if plan.is_sweep else _run_single(session, plan.jobs[0])
+
+
+@contextlib.contextmanager
+def open_session(config: ExperimentConfig, quiet: bool = False) -> Iterator[Session]:
+    """A request under way: device, store and bars are ready, and what earlier processes left is closed or pushed."""
+    device = prepare_device(config)
+    output_dir = _usable_folder(config.output_dir)
+    store = tracking.open_store(config.tracking, Path.cwd())
     runs_dir = output_dir / "runs"
     tracking.close_orphans(store, runs_dir)
     tracking.push_pending(store, runs_dir)
     with progress_bars(quiet) as advance:
-        session = Session(
-            store=store,
-            device=device,
-            output_dir=output_dir,
-            advance=advance,
-            environment=environment(Path(__file__).parent.parent),
-        )
         try:
-            return _run_sweep(session, plan) if plan.is_sweep else _run_single(session, plan.jobs[0])
+            yield Session(
+                store=store,
+                device=device,
+                output_dir=output_dir,
+                advance=advance,
+                environment=environment(Path(__file__).parent.parent),
+            )
         finally:
             gc.unfreeze()
 
@@ -66,7 +72,7 @@ def _usable_folder(output_dir: str) -> Path:
 
 
 def _run_single(session: Session, job: Job) -> list[RunReport]:
-    with _told_apart(job.name), open_run(session, job.name, job) as run:
+    with told_apart(job.name), open_run(session, job.name, job) as run:
         bench = workbench(session, job.config, run)
         run.stage = "floors"
         rows = [floor_row(session, floor) for floor in _floors(job) if floor.name != job.name]
@@ -80,7 +86,7 @@ def _floors(job: Job) -> list[Job]:
 
 
 @contextlib.contextmanager
-def _told_apart(name: str) -> Iterator[None]:
+def told_apart(name: str) -> Iterator[None]:
     """A library's failure as one message of ours; its traceback is in the run's folder and in ``__cause__``."""
     try:
         yield
@@ -96,7 +102,7 @@ def _told_apart(name: str) -> Iterator[None]:
 def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
     name = plan.recipe.stem if plan.recipe else "sweep"
     began = time.perf_counter()
-    with _told_apart(name), open_run(session, name, plan.jobs[0], kind="sweep") as parent:
+    with told_apart(name), open_run(session, name, plan.jobs[0], kind="sweep") as parent:
         session.parent_run_id = parent.run_id
         if plan.invalid:
             num = len(plan.invalid) + len(plan.jobs)

@@ -1,0 +1,266 @@
+"""``quantlab reproduce RUN_ID``: a run is rebuilt from the tracking store alone, run again, and compared.
+
+The store has the resolved recipe, the environment, the digests, and the weights of what quantlab trained. Nothing is
+taken from the cache of outputs: the reference and the floors are computed again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from quantlab import tracking
+from quantlab.composition import override_text
+from quantlab.errors import ConfigError, ModelError, TrackingError, nearest
+from quantlab.experiment import ExperimentConfig, TrackingConfig
+from quantlab.job import KEY_TAG, MODEL_TAG, Session, floor_row, open_run, run_folder, run_job, workbench
+from quantlab.layers import state_digest
+from quantlab.models import digits_dit
+from quantlab.pipeline import open_session, told_apart
+from quantlab.report.reading import Reader, StoredRun, open_reader
+from quantlab.report.reproduction import Reproduction, compare_runs
+from quantlab.report.selection import KIND_TAG, PARENT_TAG, REPRODUCES_TAG
+from quantlab.resume import content_key
+from quantlab.sweep import FLOOR_BATCH, FLOOR_BF16, Job, floor_jobs, plan
+
+KEYS = ("tracking.uri", "device", "num_threads", "output_dir", "model.path", "dataset.path")
+"""What may be said anew: where things are, and on what it runs. All else is the run's own."""
+USAGE = "quantlab reproduce RUN_ID [--json]"
+VERDICT_TAG = "quantlab.reproduction"
+TRAINED = {"digits_dit": digits_dit}
+"""Families that quantlab trains: their weights are in the store, by hash."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What was typed behind ``quantlab reproduce``."""
+
+    run_id: str
+    words: dict[str, str] = field(default_factory=dict)
+    as_json: bool = False
+    quiet: bool = False
+
+
+def parse_request(words: Sequence[str]) -> Request:
+    """The words behind ``quantlab reproduce`` as a request; ConfigError for what is none."""
+    run_ids: list[str] = []
+    values: dict[str, str] = {}
+    flags: set[str] = set()
+    for word in words:
+        key, has_value, value = word.partition("=")
+        if word in ("--json", "-q", "--quiet"):
+            flags.add(word)
+        elif word.startswith("-"):
+            raise ConfigError(
+                f"{word}: no such option of reproduce{nearest(word, ['--json', '--quiet'])}; there are --json, -q"
+            )
+        elif not has_value:
+            run_ids.append(word)
+        elif key in KEYS and value:
+            values[key] = value
+        else:
+            raise ConfigError(
+                f"{word}: a run is reproduced as it was{nearest(key, KEYS)}; only {', '.join(KEYS)} can be set; "
+                "to change more, take its recipe.yaml: quantlab recipe=FILE key=value"
+            )
+    if len(run_ids) != 1:
+        raise ConfigError(f"reproduce: {len(run_ids) or 'no'} run ids given; write {USAGE}")
+    return Request(
+        run_id=run_ids[0], words=values, as_json="--json" in flags, quiet=bool(flags & {"-q", "--quiet", "--json"})
+    )
+
+
+def reproduce(request: Request) -> Reproduction:
+    """Run a tracked job again and compare; the repetition is itself tracked, with the tag ``quantlab.reproduces``.
+
+    Raises:
+        TrackingError: no such run, or one without numbers: a sweep, a job that failed or has not ended.
+        ModelError: the weights that quantlab trained are neither in the cache nor in the store.
+    """
+    uri = request.words.get("tracking.uri", TrackingConfig().uri)
+    reader = open_reader(TrackingConfig(uri=uri), Path.cwd())
+    run = _finished_job(reader, request.run_id)
+    with tempfile.TemporaryDirectory(prefix="quantlab-reproduce-") as folder:
+        scratch = Path(folder)
+        environment = _artifact(reader, run, "environment.json")
+        job = _rebuilt(request, reader, run, environment, scratch)
+        with open_session(job.config, request.quiet) as session:
+            job = replace(job, config=_with_weights(job.config, session, run, scratch))
+            models = session.output_dir / "cache" / "models"
+            models.mkdir(parents=True, exist_ok=True)
+            (scratch / "cache").mkdir()
+            (scratch / "cache" / "models").symlink_to(models, target_is_directory=True)
+            fresh = replace(session, output_dir=scratch)
+            return _run_again(fresh, job, run, (_artifact(reader, run, "samples.json"), environment),
+                              run_folder(session, job.name))
+
+
+def _run_again(session: Session, job: Job, run: StoredRun, known: tuple[Any, Any], folder: Path) -> Reproduction:
+    samples, environment = known
+    with told_apart(job.name), open_run(session, job.name, job, folder=folder) as again:
+        again.set_tags({REPRODUCES_TAG: run.run_id})
+        bench = workbench(session, job.config, again)
+        again.stage = "floors"
+        for floor in _floors(job, run):
+            floor_row(session, floor)
+        again.set_tags({KEY_TAG: content_key(bench, job)})
+        run_job(session, bench, job, again)
+        now = {**again.record.summary, "run_id": again.run_id}
+        ours = _json((folder / "samples.json").read_bytes()) if (folder / "samples.json").is_file() else None
+        was = {"run_id": run.run_id, "name": job.name, "metrics": run.metrics, "tags": run.tags}
+        found = compare_runs(was, now, (samples, ours), (environment, session.environment))
+        again.log_json(found.data(), "reproduction.json")
+        again.set_tags({VERDICT_TAG: found.verdict})
+    return found
+
+
+def _floors(job: Job, run: StoredRun) -> list[Job]:
+    """The floors that the run had beside it, in the order in which they are measured."""
+    prefixes = {FLOOR_BF16: "quality/floor/", FLOOR_BATCH: "quality/floor_batch/"}
+    had = {name for name, prefix in prefixes.items() if any(m.startswith(prefix) for m in run.metrics)}
+    return [floor for floor in floor_jobs(job.config) if floor.name in had - {job.name}]
+
+
+# -- what the store has
+
+
+def _finished_job(reader: Reader, run_id: str) -> StoredRun:
+    """The run, if it can be reproduced; TrackingError with the way out otherwise."""
+    found = reader.by_id([run_id])
+    if not found:
+        raise TrackingError(
+            f"reproduce {run_id}: no such run in {reader.uri}; quantlab compare sweep=latest --json lists runs with "
+            "their ids, and tracking.uri=... names another store"
+        )
+    run = found[0]
+    if run.tags.get(KIND_TAG) == "sweep":
+        raise TrackingError(f"reproduce {run_id}: is the whole sweep {run.name!r}; {_children(reader, run)}")
+    if run.tags.get(KIND_TAG) != "job":
+        raise TrackingError(f"reproduce {run_id}: was not made by quantlab; give the id of one of quantlab's jobs")
+    if run.status == "RUNNING":
+        raise TrackingError(f"reproduce {run_id}: {run.name!r} has not ended; try again when it has")
+    if run.status != "FINISHED":
+        error = run.tags.get("quantlab.failure", "").splitlines()
+        raise TrackingError(
+            f"reproduce {run_id}: {run.name!r} is {run.status} at {run.tags.get('quantlab.stage') or 'the start'} "
+            f"({error[0][:200] if error else 'no reason was noted'}), so it has no numbers to compare with; run it "
+            "again with the recipe.yaml among its artifacts: quantlab recipe=FILE"
+        )
+    return run
+
+
+def _children(reader: Reader, parent: StoredRun) -> str:
+    """The jobs of a sweep, one a line, those of an earlier sweep that it took over included."""
+    summary = _artifact(reader, parent, "rows.json") or {}
+    listed = [str(row["run_id"]) for row in summary.get("rows", []) if row.get("run_id")]
+    own = reader.of_experiment(parent.experiment_id, {PARENT_TAG: parent.run_id})
+    ids = list(dict.fromkeys([*listed, *(r.run_id for r in reversed(own))]))
+    jobs = [r for r in reader.by_id(ids) if r.status == "FINISHED"]
+    if not jobs:
+        return "none of its jobs has finished; run it again"
+    return "\n".join(["give one of its jobs:", *(f"  {r.run_id}  {r.name}" for r in jobs)])
+
+
+def _artifact(reader: Reader, run: StoredRun, name: str) -> Any:
+    content = reader.read_artifact(run, name)
+    return None if content is None else _json(content)
+
+
+def _json(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+def _rebuilt(request: Request, reader: Reader, run: StoredRun, environment: Any, scratch: Path) -> Job:
+    """The job as it was: its recipe with the same device and as many threads."""
+    recipe = reader.read_artifact(run, "recipe.yaml")
+    if recipe is None:
+        raise TrackingError(
+            f"reproduce {run.run_id}: its recipe.yaml is not among the store's artifacts any more, and without it the "
+            "run cannot be rebuilt; bring the artifacts back, or choose another run"
+        )
+    file = scratch / "recipe.yaml"
+    file.write_bytes(recipe)
+    threads = ((environment or {}).get("hardware") or {}).get("torch_threads")
+    experiments = {number: name for name, number in reader.experiments().items()}
+    words: dict[str, Any] = {
+        "device": run.tags.get("quantlab.device", "auto"),
+        "tracking.uri": TrackingConfig().uri,
+        "tracking.experiment": experiments[run.experiment_id],
+        **({"num_threads": threads} if threads else {}),
+        **{k: int(v) if v.isdigit() else v for k, v in request.words.items()},
+    }
+    (job,) = plan([f"recipe={file}", *(override_text(k, v) for k, v in words.items())]).jobs
+    name = (_artifact(reader, run, "report.json") or {}).get("name") or run.name
+    floors = run.params.get("sweep.floors", "true") == "true"
+    config = replace(
+        job.config, recipe=run.tags.get("quantlab.recipe") or None, sweep=replace(job.config.sweep, floors=floors)
+    )
+    batch_size = config.evaluation.floor_batch_size if name == FLOOR_BATCH else None
+    return replace(job, name=name, config=config, batch_size=batch_size)
+
+
+# -- weights that quantlab trained
+
+
+def _with_weights(config: ExperimentConfig, session: Session, run: StoredRun, scratch: Path) -> ExperimentConfig:
+    """The config, with ``model.path`` where the run's weights had to be fetched from the store.
+
+    The weights in the cache count if they, and the judge beside them, have the digests of the store's.
+    """
+    wanted = run.tags.get("quantlab.weights_sha256", "")
+    family = TRAINED.get(config.model.family)
+    if family is None or not wanted:
+        return config
+    models = Path(config.output_dir) / "cache" / "models"
+    path: Any = config.model.path
+    here = Path(path).expanduser() if path else models / family.cache_key(config.model)
+    stored = _fetched(config, session, wanted, scratch / "weights")
+    digests = _digests(config, here)
+    if digests is not None and digests[0] == wanted and stored in (None, digests):
+        return config
+    if stored is None:
+        raise ModelError(
+            f"reproduce {run.run_id}: the weights {wanted} that it was made with are neither in {here} nor in the "
+            f"store; pass model.path=FOLDER with their {family.MODEL_FILE} and {family.JUDGE_FILE}"
+        )
+    target = models / f"{wanted.removeprefix('sha256:')[:16]}-{stored[1].removeprefix('sha256:')[:8]}"
+    if _digests(config, target) != stored:
+        models.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(scratch / "weights", target)
+    return replace(config, model=replace(config.model, path=str(target)))
+
+
+def _fetched(config: ExperimentConfig, session: Session, wanted: str, folder: Path) -> tuple[str, str] | None:
+    """Fetch the weights of a digest into ``folder``; their digests, or None where the store has them not intact."""
+    name = f"model/{wanted.removeprefix('sha256:')[:16]}"
+    for holder in tracking.find_runs(session.store, status=None, tags={MODEL_TAG: wanted}):
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            got = tracking.get_artifact(session.store, holder["run_id"], name, folder.with_name("download"))
+        except TrackingError:
+            continue
+        shutil.copytree(got, folder)
+        digests = _digests(config, folder)
+        if digests is not None and digests[0] == wanted:
+            return digests
+    return None
+
+
+def _digests(config: ExperimentConfig, folder: Path) -> tuple[str, str] | None:
+    """Digests of a folder's weights (in the model's dtype) and judge, computed from the tensors; None: unusable."""
+    family = TRAINED[config.model.family]
+    dtype = "float32" if config.model.dtype == "auto" else config.model.dtype
+    try:
+        model = family.load_cached(folder, dtype=dtype)
+    except ModelError:
+        return None
+    return model.weights_sha256, state_digest(model.parts["judge"].state_dict())
