@@ -138,13 +138,13 @@ def follow_rank(layer: Any) -> None:
     The library wants the scale to have as many as the input, and keeps it with those of the calibration data.
     """
     if getattr(layer.weight, "act_quant_scale", None) is not None:
-        layer.register_forward_pre_hook(_fit_scale)
+        layer.register_forward_pre_hook(_fit_scale, with_kwargs=True)
 
 
-def _fit_scale(layer: Any, args: tuple[Any, ...]) -> None:
-    scale = layer.weight.act_quant_scale
-    if scale.ndim != args[0].ndim:
-        layer.weight.act_quant_scale = scale.reshape((1,) * args[0].ndim)
+def _fit_scale(layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    scale, rank = layer.weight.act_quant_scale, (args[0] if args else kwargs["input"]).ndim
+    if scale.ndim != rank:
+        layer.weight.act_quant_scale = scale.reshape((1,) * rank)
 
 
 def _apply(model: Any, names: list[str], form: Mapping[str, Any], activation_scale: Any = None) -> None:
