@@ -111,12 +111,12 @@ _TORCHAO: Rows = {
     ),
 }
 
+_QUANTO_ACTIVATIONS = ("none", "int8", "float8_e4m3", "float8_e5m2")
+_QUANTO_NOTE = "activations need calibration data"
 _QUANTO: Rows = {
-    "int8": Capability(),
-    "int4": Capability(algorithms=("max", "hqq")),
-    "int2": Capability(algorithms=("max", "hqq")),
-    "float8_e4m3": Capability(),
-    "float8_e5m2": Capability(),
+    **{d: Capability(activation_dtypes=_QUANTO_ACTIVATIONS, algorithms=algorithms, note=_QUANTO_NOTE) for d, algorithms
+       in (("int8", ("max",)), ("int4", ("max", "hqq")), ("int2", ("max", "hqq")), ("float8_e4m3", ("max",)),
+           ("float8_e5m2", ("max",)))},
 }
 
 _IMATRIX = ("max", "imatrix")

@@ -4,18 +4,23 @@ The library chooses the group size itself: 2 and 4 bits use 128, lowered by 32 u
 least), one scale a row where in_features is 128 or less or nothing divides. Weights are kept in the library's
 kernel-agnostic packing: its packings for one kernel round the shifts in bfloat16, refuse some shapes
 (out_features % 16) and need a CUDA compiler. A quantized model cannot be deep-copied: copy it before.
+
+Activations are the inputs of the layers, in 8 bits with one scale a layer, a running mean of the largest magnitudes
+of the calibration batches. Outputs are never quantized: the library would do it only where another of its layers
+takes them unchanged, which quantizes them itself, and tensors of its own class would reach the rest of the model.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from quantlab.axes import QuantizationAxes, resolve_axes
 from quantlab.backends.casting import cast_around, wanted_dtype
+from quantlab.calibration import CalibrationFeed
 from quantlab.config import EXCLUSION_RULES, QuantizationConfigMixin, QuantizationMethod, quantization_config, setting
 from quantlab.dtypes import dtype_name
 from quantlab.errors import ConfigError, ModelError, NotQuantized
@@ -28,7 +33,7 @@ _MAP_FILE = "quantization_map.json"
 
 _SPELLING = {"int8": "int8", "int4": "int4", "int2": "int2", "float8_e4m3": "float8", "float8_e5m2": "float8_e5m2"}
 """quantlab's dtype -> ``weights_dtype``."""
-_ACTIVATIONS = {None: "none", "int8": "int8", "float8": "float8_e4m3"}
+_ACTIVATIONS = {None: "none", "int8": "int8", "float8": "float8_e4m3", "float8_e5m2": "float8_e5m2"}
 _DTYPES = {"qint8": "int8", "qint4": "int4", "qint2": "int2",
            "qfloat8_e4m3fn": "float8_e4m3", "qfloat8_e5m2": "float8_e5m2"}
 """The library's name of a format -> quantlab's dtype."""
@@ -44,8 +49,8 @@ class QuantoConfig(QuantizationConfigMixin):
     modules_to_not_convert: tuple[str, ...] | None = setting("names", None)
     optimizer: str = setting("str", "max", choices=("max", "hqq"), ours=True)
     """``max``: from the extremes; ``hqq``: half-quadratic search of the shifts, 2 and 4 bits only."""
-    activations: str | None = setting("str", None, choices=("int8", "float8"), ours=True)
-    """Read from transformers' dictionaries; the quantize stage refuses it, since it needs scales measured on data."""
+    activations: str | None = setting("str", None, choices=("int8", "float8", "float8_e5m2"), ours=True)
+    """What the inputs of the layers are rounded to, by scales measured on calibration data."""
     exclusion_rule: str = setting("str", "quantlab", choices=EXCLUSION_RULES, ours=True)
 
     def post_init(self) -> None:
@@ -61,6 +66,7 @@ class QuantoConfig(QuantizationConfigMixin):
             raise ConfigError(f"quantization.{key}: quanto has no settings beside the axes; remove it")
         axes = resolve_axes(axes)
         native: dict[str, Any] = {"weights_dtype": _SPELLING[axes.dtype], "optimizer": axes.algorithm}
+        native["activations"] = next(own for own, name in _ACTIVATIONS.items() if name == axes.activation_dtype)
         return cls(**native, modules_to_not_convert=axes.exclusions())
 
     def axes(self) -> QuantizationAxes:
@@ -70,6 +76,11 @@ class QuantoConfig(QuantizationConfigMixin):
             activation_dtype=_ACTIVATIONS[self.activations], algorithm=self.optimizer,
             modules_to_not_convert=self._exclusion_axes(),
         )
+
+    @property
+    def needs_data(self) -> bool:
+        """The scales of activations are measured."""
+        return self.activations is not None
 
     def to_diffusers(self, model: Any = None) -> Any:
         """``diffusers.QuantoConfig``; it has no activations, no optimizer and no e5m2."""
@@ -84,7 +95,7 @@ class QuantoConfig(QuantizationConfigMixin):
         """``transformers.QuantoConfig``; it has activations, but no optimizer and no e5m2."""
         import transformers
 
-        refuse_ours(self, "transformers", ("activations",))
+        refuse_ours(self, "transformers", ("activations",) if self.activations in (None, "int8", "float8") else ())
         names = exclusions_for(self, model, "transformers")
         arguments = {"weights": self.weights_dtype, "activations": self.activations, "modules_to_not_convert": names}
         return build(transformers.QuantoConfig, arguments, f"weights_dtype={self.weights_dtype}")
@@ -108,28 +119,64 @@ def resolve(config: QuantoConfig, device: str, compute_dtype: str = "float32") -
     return config
 
 
-def quantize(model: Any, layers: Iterable[str], config: QuantoConfig, compute_dtype: Any = None) -> None:
+def calibrate(
+    model: Any, layers: Sequence[str], config: QuantoConfig, compute_dtype: Any, feed: CalibrationFeed
+) -> dict[str, tuple[Any, Any]]:
+    """Layer -> the scales of its input and output, over one pass of ``feed``.
+
+    The layers become quanto layers, in place, as :func:`quantize` makes them, so that each is measured on what the
+    quantized layers before it give. Raises ConfigError naming a layer whose inputs are not finite or that never ran.
+    """
+    import torch
+    from optimum.quanto import Calibration
+
+    _convert(model, layers, config, compute_dtype)
+    made, ran = {name: model.get_submodule(name) for name in layers}, {}  # type: ignore[var-annotated]
+    for layer in made.values():  # as of no batch, if an earlier attempt ran out of memory
+        layer.input_scale, layer.output_scale = torch.ones_like(layer.input_scale), torch.ones_like(layer.output_scale)
+    hooks = {name: functools.partial(_before_measured_call, ran, name) for name in layers}
+    handles = [made[name].register_forward_pre_hook(hook, prepend=True) for name, hook in hooks.items()]
+    try:
+        with Calibration(streamline=False):
+            feed(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in ran:  # in the order of the calls: where it began
+        if not bool(torch.isfinite(made[name].input_scale)):
+            raise ConfigError(f"calibration: {name} got NaN or infinities; use other data, or exclude it with "
+                              "modules_to_not_convert")
+    for name in layers:
+        if name not in ran:
+            raise _never_ran(name)
+    return {name: (layer.input_scale, layer.output_scale) for name, layer in made.items()}
+
+
+def quantize(
+    model: Any,
+    layers: Iterable[str],
+    config: QuantoConfig,
+    compute_dtype: Any = None,
+    calibrated: Mapping[str, tuple[Any, Any]] | None = None,
+) -> None:
     """Replace each named ``nn.Linear`` of ``model`` by a frozen quanto layer, in place.
 
     ``compute_dtype`` is a name or a torch dtype; None or ``auto`` keeps each layer's own. Another dtype than the
-    layer's casts its input and output. Raises NotQuantized naming a layer that did not become what was asked for.
+    layer's casts its input and output. ``calibrated`` is what :func:`calibrate` returned. Raises NotQuantized naming a
+    layer that did not become what was asked for, ConfigError for activations without their scales.
     """
-    import torch
-
+    layers = list(layers)
+    if config.activations is not None and calibrated is None:
+        name = _ACTIVATIONS[config.activations]
+        raise ConfigError(f"activation_dtype={name}: quanto rounds activations by scales measured on calibration data, "
+                          "and there is none; give calibration data, or leave activation_dtype at none")
+    if config.activations is not None and (missing := [n for n in layers if n not in (calibrated or {})]):
+        raise _never_ran(missing[0])
+    _convert(model, layers, config, compute_dtype)
     if config.activations is not None:
-        raise ConfigError(f"activations={config.activations}: quanto's quantized activations need scales measured on "
-                          "data, which no stage measures yet; leave it out")
-    _override_operators()
-    qtype = _qtype("q" + config.weights_dtype)
-    for name in list(layers):
-        layer = model.get_submodule(name)
-        with torch.no_grad():
-            new = _empty_layer(layer, qtype, wanted_dtype(layer, compute_dtype, "quanto"))
-            new.weight = torch.nn.Parameter(_quantized(new, config.optimizer), requires_grad=layer.weight.requires_grad)
-        if not new.frozen or new.weight.qtype != qtype:
-            raise NotQuantized(f"dtype={config.axes().dtype}: {name} ({type(layer).__name__}) kept its weight in "
-                               f"{new.weight.dtype}; add it to modules_to_not_convert")
-        replace_layer(model, name, new)
+        for name in layers:
+            layer, scales = model.get_submodule(name), dict(calibrated or {})[name]
+            layer.input_scale, layer.output_scale = (s.to(layer.weight.device, layer.weight.dtype) for s in scales)
 
 
 def read_back(layer: Any) -> StoredWeight:
@@ -140,7 +187,8 @@ def read_back(layer: Any) -> StoredWeight:
         raise NotQuantized(f"backend=quanto: {type(layer).__name__} holds an unquantized weight; it was not converted")
     num_scales, num_rows = weight._scale.numel(), weight.shape[0]
     group_size = None if num_scales in (1, num_rows) else weight.numel() // num_scales
-    return StoredWeight(dtype=_DTYPES[qtype.name], group_size=group_size, dense=weight.dequantize().detach().float())
+    return StoredWeight(dtype=_DTYPES[qtype.name], group_size=group_size, dense=weight.dequantize().detach().float(),
+                        activation_dtype=_activation_dtype(layer))
 
 
 def save(model: Any, folder: Any) -> None:
@@ -181,6 +229,9 @@ def load(model: Any, layers: Iterable[str], config: QuantoConfig, folder: Any) -
     for name, entry in formats.items():
         if _DTYPES.get(entry["weights"]) != config.axes().dtype:
             raise ModelError(f"{folder}: {name} is stored as {entry['weights']}, not {config.weights_dtype}")
+        if _DTYPES.get(entry["activations"], "none") != _ACTIVATIONS[config.activations]:
+            raise ModelError(f"{folder}: {name} is stored with activations {entry['activations']}, not "
+                             f"{config.activations}; load with the config it was quantized with")
         prefix = f"{name}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         replace_layer(model, name, _restored(model.get_submodule(name), entry, state, f"{folder}: {name}"))
@@ -189,13 +240,33 @@ def load(model: Any, layers: Iterable[str], config: QuantoConfig, folder: Any) -
 # -- one layer
 
 
-def _qtype(name: str) -> Any:
+def _qtype(name: str | None) -> Any:
+    """The library's object for ``weights_dtype`` or ``activations``."""
     from optimum.quanto import qtypes
 
-    return qtypes["qfloat8_e4m3fn" if name == "qfloat8" else name]
+    return None if name is None else qtypes["qfloat8_e4m3fn" if name == "float8" else f"q{name}"]
 
 
-def _empty_layer(layer: Any, qtype: Any, dtype: Any) -> Any:
+def _convert(model: Any, layers: Iterable[str], config: QuantoConfig, compute_dtype: Any) -> None:
+    """Put frozen quanto layers in the places of the named ones that are none yet; activations get no scales here."""
+    import torch
+
+    _override_operators()
+    weights, activations = _qtype(config.weights_dtype), _qtype(config.activations)
+    for name in layers:
+        layer = model.get_submodule(name)
+        if getattr(layer, "frozen", False):  # calibration made it
+            continue
+        with torch.no_grad():
+            new = _empty_layer(layer, weights, activations, wanted_dtype(layer, compute_dtype, "quanto"))
+            new.weight = torch.nn.Parameter(_quantized(new, config.optimizer), requires_grad=layer.weight.requires_grad)
+        if not new.frozen or new.weight.qtype != weights:
+            raise NotQuantized(f"dtype={config.axes().dtype}: {name} ({type(layer).__name__}) kept its weight in "
+                               f"{new.weight.dtype}; add it to modules_to_not_convert")
+        replace_layer(model, name, new)
+
+
+def _empty_layer(layer: Any, weights: Any, activations: Any, dtype: Any) -> Any:
     """A quanto layer with ``layer``'s unquantized weight and bias in ``dtype``, and its input and output dtype."""
     import torch
     from optimum.quanto.nn import QLinear
@@ -204,10 +275,46 @@ def _empty_layer(layer: Any, qtype: Any, dtype: Any) -> Any:
     source.weight = layer.weight if layer.weight.dtype == dtype else torch.nn.Parameter(layer.weight.detach().to(dtype))
     if layer.bias is not None:
         source.bias = layer.bias if layer.bias.dtype == dtype else torch.nn.Parameter(layer.bias.detach().to(dtype))
-    new = QLinear.from_module(source, weights=qtype)
+    new = QLinear.from_module(source, weights=weights, activations=activations)
     new.train(layer.training)
+    if activations is not None:
+        new.disable_output_quantization()
+        new._quantize_hooks["input"].remove()  # to come after the cast
     cast_around(new, dtype, layer.weight.dtype)
+    if activations is not None:
+        new._quantize_hooks["input"] = new.register_forward_pre_hook(new.quantize_input)
+        if dtype == torch.float16:  # the library would multiply the two scales, which float16 is too narrow for
+            new.register_forward_pre_hook(_multiply_values)
     return new
+
+
+def _multiply_values(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0].dequantize(),)
+
+
+def _before_measured_call(ran: dict[str, None], name: str, layer: Any, args: tuple[Any, ...]) -> None:
+    """Runs between the library's measurement of a batch and the rounding of it.
+
+    The scale takes the layer's dtype (the input may have another), and is not 0, which would give NaN, where all
+    inputs were: it is 1 then, which the library takes for not yet measured.
+    """
+    import torch
+
+    ran[name] = None
+    scale = layer.input_scale.to(layer.weight.dtype)
+    layer.input_scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def _never_ran(name: str) -> ConfigError:
+    return ConfigError(f"calibration: {name} never ran on the calibration data; exclude it with modules_to_not_convert")
+
+
+def _activation_dtype(layer: Any) -> str:
+    """What the layer rounds its inputs to, by the hook that does it."""
+    from optimum.quanto.nn import QModuleMixin
+
+    hooks = [getattr(hook, "__func__", None) for hook in layer._forward_pre_hooks.values()]
+    return _DTYPES[layer.activation_qtype.name] if QModuleMixin.quantize_input in hooks else "none"
 
 
 def _quantized(layer: Any, optimizer: str) -> Any:
@@ -238,12 +345,13 @@ def _restored(layer: Any, entry: Mapping[str, Any], state: dict[str, Any], what:
         raise ModelError(f"{what}: was saved with shape {entry['shape']}; the model's layer has "
                          f"{list(layer.weight.shape)}, or their biases differ; load it into the model it was made from")
     device, missing = layer.weight.device, []  # type: ignore[var-annotated]
-    new = _empty_layer(layer, _qtype(entry["weights"]), getattr(torch, entry["dtype"]))
+    weights, activations = (None if entry[k] == "none" else _qtype(entry[k][1:]) for k in ("weights", "activations"))
+    new = _empty_layer(layer, weights, activations, getattr(torch, entry["dtype"]))
     like = {"qtype": new.weight_qtype, "axis": 0, "size": new.weight.size(), "stride": new.weight.stride(),
             "missing_keys": missing}
     state = {key: value.to(device) for key, value in state.items()}
     if new.weight_qtype.bits == 8:
-        weight = WeightQBytesTensor.load_from_state_dict(state, "weight.", activation_qtype=None, **like)
+        weight = WeightQBytesTensor.load_from_state_dict(state, "weight.", activation_qtype=activations, **like)
     else:
         weight = WeightQBitsTensor.load_from_state_dict(state, "weight.", group_size=new.weight_group_size, **like)
     if missing:
@@ -264,8 +372,9 @@ def _override_operators() -> Any:
     """Replace two operators of the library; returns what keeps the replacement alive.
 
     ``qbytes_mm`` on a CPU hands bfloat16 products with int8 weights to ``torch._weight_int8pack_mm``, which reads
-    past rows that are not aligned to 16 bytes: a crash, or infinities. ``unpack`` is compiled at its first use, by a
-    C++ or CUDA compiler that a user need not have. Both become a few tensor operations with the same result.
+    past rows that are not aligned to 16 bytes: a crash, or infinities; on a GPU it takes rounded activations of 2 or 3
+    dimensions only. ``unpack`` is compiled at its first use, by a C++ or CUDA compiler that a user need not have. Both
+    become a few tensor operations with the same result.
     """
     import warnings
 
@@ -275,16 +384,26 @@ def _override_operators() -> Any:
     library: Any = torch.library.Library("quanto", "IMPL")  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():  # that a kernel is overridden is the purpose
         warnings.simplefilter("ignore", UserWarning)
-        library.impl("qbytes_mm", _qbytes_mm, "CPU", allow_override=True)
         for device in ("CPU", "CUDA"):
+            library.impl("qbytes_mm", _qbytes_mm, device, allow_override=True)
             library.impl("unpack", _unpack, device, allow_override=True)
     return library
 
 
 def _qbytes_mm(activations: Any, weights: Any, scales: Any) -> Any:
+    """(..., k), (n, k) and (n, 1) -> (..., n) in the dtype of ``scales``."""
     import torch
 
-    return torch.matmul(activations.to(scales.dtype), (weights.to(scales.dtype) * scales).t())
+    if activations.dtype.itemsize > 1:
+        return torch.matmul(activations.to(scales.dtype), (weights.to(scales.dtype) * scales).t())
+    rows = activations.reshape(-1, activations.shape[-1])
+    is_integer = rows.dtype == weights.dtype == torch.int8
+    is_aligned = len(rows) > 16 and not (len(rows) % 8 or rows.shape[1] % 8 or len(weights) % 8)  # what the kernel asks
+    if is_integer and is_aligned and rows.is_cuda:
+        sums = torch._int_mm(rows, weights.t()).float()
+    else:  # sums are kept in float32, as 8-bit kernels do
+        sums = torch.matmul(rows.float(), weights.float().t())
+    return (sums * scales.t().float()).to(scales.dtype).reshape(*activations.shape[:-1], len(weights))
 
 
 def _unpack(packed: Any, bits: int) -> Any:
