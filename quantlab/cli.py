@@ -153,7 +153,7 @@ def show_jobs(request: Plan) -> int:
 def show_comparison(words: Sequence[str]) -> int:
     """Compare tracked runs: a table or JSON here, a page in a file and at the sweep's run, a CSV file if asked for."""
     from quantlab.report.compare import compare
-    from quantlab.report.comparison_table import answer_lines, comparison_table, pair_lines, write_csv
+    from quantlab.report.comparison_table import answer_lines, comparison_table, pair_lines, twin_lines, write_csv
     from quantlab.report.html import page_data, write_page
     from quantlab.report.reading import open_reader
     from quantlab.report.selection import parse_request, select
@@ -174,7 +174,7 @@ def show_comparison(words: Sequence[str]) -> int:
         console = Console() if sys.stdout.isatty() else Console(width=160)
         for group in groups:
             console.print(comparison_table(group))
-            for line in [*answer_lines(group), *pair_lines(group)[:MAX_PAIRS], *group.notes]:
+            for line in [*answer_lines(group), *pair_lines(group)[:MAX_PAIRS], *twin_lines(group), *group.notes]:
                 console.print(line, highlight=False, markup=False)
         for run in data["failed"]:
             console.print(f"failed: {run['name']} at {run['stage']}: {run['error']}", highlight=False, markup=False)

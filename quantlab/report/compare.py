@@ -4,8 +4,8 @@ Rules (one comparison, metric m, reference or other candidate r):
 
 * the difference is that of the means on the same samples, with its bootstrap interval over clusters;
 * p is the paired t-test's on cluster differences, exact McNemar's for a metric of 0 and 1, and Holm-adjusted over all
-  comparisons of the group: each candidate against the reference, and the pairs among the Pareto front (among all
-  candidates where runs were named one by one);
+  comparisons of the group: each candidate against the reference, the pairs among the Pareto front (among all
+  candidates where runs were named one by one), and each algorithm against the plain one on the same bits;
 * **not distinguishable**: the interval holds 0, or the adjusted p is 0.05 or more;
 * **inside the floor**: real, and not larger than what casting the reference to bf16 costs;
 * **inside the margin**: real, and not larger than the declared margin;
@@ -33,6 +33,10 @@ ALPHA = 0.05
 MAX_PAIRED = 20
 BETTER, WORSE, SAME = "better", "worse", "not distinguishable"
 IN_FLOOR, IN_MARGIN, TOO_FEW = "inside the floor", "inside the margin", "too few samples"
+PLAIN = ("auto", "max")
+"""Algorithms that take each scale from the largest weight."""
+SAME_BITS = ("backend", "dtype", "group_size", "activation_dtype", "activation_scales", "int4_packing_format")
+"""Settings in which a run and its twin of the plain algorithm agree."""
 LAYOUT = ("sample_id", "clusters", "strata")
 OF_REFERENCE = {
     "latent_rel_mse": 0.0, "latent_cosine": 1.0, "psnr_db": 100.0, "ssim": 1.0, "judge_agreement": 1.0,
@@ -74,6 +78,8 @@ class Comparison:
     front: tuple[str, ...] = ()
     """Names of the candidates that no other beats in bytes and quality, by bytes."""
     pairs: tuple[Verdict, ...] = ()
+    twins: tuple[Verdict, ...] = ()
+    """Each run of an algorithm less the run of the plain algorithm that stores the same bits."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -111,17 +117,20 @@ def _compare_group(
     _check_metric(metric, protocol, candidates, samples)
     front = pareto(candidates, metric)
     paired, notes = _paired(request, candidates, front)
-    found = [*_against_reference(candidates, runs, samples), *_among(paired, samples)]
+    among = _among(paired, samples)
+    found = [*_against_reference(candidates, runs, samples), *among, *_twins(candidates, samples)]
     floor = candidates[0].metrics.get(f"quality/floor/{metric}")
     reference = reference_run(runs)
     of_reference = reference.metrics.get(f"quality/{metric}") if reference else OF_REFERENCE.get(metric)
     cost = abs(floor - of_reference) if floor is not None and of_reference is not None else None
     judged = _judged(found, metric, cost, request.margin)
+    rest = judged[len(candidates) :]
     return Comparison(
         label=label,
         protocol=protocol, metric=metric, margin=request.margin, floor=floor, floor_cost=cost, runs=tuple(runs),
         n=int(candidates[0].metrics.get(f"quality/{metric}/n", 0)),
-        verdicts={v.a: v for v in judged[: len(candidates)]}, pairs=tuple(judged[len(candidates) :]),
+        verdicts={v.a: v for v in judged[: len(candidates)]}, pairs=tuple(rest[: len(among)]),
+        twins=tuple(rest[len(among) :]),
         front=tuple(r.name for r in front), notes=tuple(notes),
     )
 
@@ -269,6 +278,23 @@ def _among(runs: Sequence[StoredRun], samples: _Samples) -> list[Verdict]:
     with_samples = [r for r in runs if samples.of(r).get(samples.metric)]
     pairs = [(i, j) for i in range(len(with_samples)) for j in range(i + 1, len(with_samples))]
     return _tested(with_samples, pairs, samples) if pairs else []
+
+
+def _twins(candidates: Sequence[StoredRun], samples: _Samples) -> list[Verdict]:
+    """Each run of an algorithm less its twin, where both have samples."""
+    plain = {_bits(r): r for r in candidates if r.params.get("quantization.algorithm") in PLAIN}
+    found = []
+    for run in candidates:
+        twin = plain.get(_bits(run))
+        if twin is not None and run.params.get("quantization.algorithm") not in PLAIN and all(
+            samples.of(r).get(samples.metric) for r in (run, twin)
+        ):
+            found += _tested([run, twin], [(0, 1)], samples)
+    return found
+
+
+def _bits(run: StoredRun) -> tuple[str | None, ...]:
+    return tuple(run.params.get(f"quantization.{k}") for k in SAME_BITS)
 
 
 def _tested(

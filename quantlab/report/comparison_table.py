@@ -66,6 +66,11 @@ def pair_lines(group: Comparison) -> list[str]:
     return [pair_text(v, group.metric) for v in sorted(group.pairs, key=lambda v: order.get(v.text, 4))]
 
 
+def twin_lines(group: Comparison) -> list[str]:
+    """What each algorithm buys over the plain one on the same bits, as sentences."""
+    return [pair_text(v, group.metric) for v in group.twins]
+
+
 def pair_text(v: Verdict, metric: str) -> str:
     """One pair as a sentence."""
     d = v.difference
@@ -79,7 +84,7 @@ def _method(group: Comparison) -> str:
     margin = f", margin {group.margin:g}" if group.margin else ""
     return (
         f"* on the Pareto front of bytes and {group.metric}; n = {group.n}{margin}; p: paired, Holm-adjusted over "
-        f"{len(group.verdicts) + len(group.pairs)} comparisons"
+        f"{len(group.verdicts) + len(group.pairs) + len(group.twins)} comparisons"
     )
 
 
@@ -113,6 +118,7 @@ def group_data(group: Comparison) -> dict[str, Any]:
         "notes": list(group.notes),
         "rows": [_row(r, group) for r in in_order(group)],
         "pairs": [{"a": v.a, "b": v.b, **_verdict(v)} for v in group.pairs],
+        "twins": [{"a": v.a, "b": v.b, **_verdict(v)} for v in group.twins],
     }
 
 

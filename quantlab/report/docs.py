@@ -1,6 +1,7 @@
 """Numbers in documents come from tracked runs: ``python -m quantlab.report.docs`` writes them.
 
-In README.md it fills what stands between ``<!-- table: RECIPE -->`` (the rows of the recipe's newest finished run) or
+In README.md it fills what stands between ``<!-- table: RECIPE -->`` (the rows of the recipe's newest finished run),
+``<!-- calibration: RECIPE -->`` (its algorithms, each paired with the plain one on the same bits) or
 ``<!-- list: WHAT -->`` (what ``quantlab list WHAT`` prints) and ``<!-- end -->``. In each recipe that has such a run it
 replaces the line ``# Expect: ...``.
 """
@@ -18,10 +19,14 @@ from typing import Any
 from quantlab.errors import ConfigError
 from quantlab.listing import LISTS
 from quantlab.metrics import HEADLINE
+from quantlab.report.compare import Comparison, compare
+from quantlab.report.comparison_table import p_text
+from quantlab.report.reading import open_reader
+from quantlab.report.selection import parse_request, select
 from quantlab.report.table import LEGEND, cells, columns, markdown
 from quantlab.tracking import find_records
 
-BLOCK = re.compile(r"(<!-- (table|list): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (table|calibration|list): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SHOWN_VERSIONS = (
     "torch",
     "diffusers",
@@ -43,6 +48,8 @@ def newest(runs_dir: Path, recipe: str) -> dict[str, Any] | None:
     if not files:
         return None
     data: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
+    run_id, store = json.loads((files[-1].parent / "run.json").read_text(encoding="utf-8"))["run_id"], runs_dir.parent
+    data |= {"run_id": run_id, "uri": f"sqlite:///{store.absolute() / 'mlflow.db'}"}
     return {**data, "date": datetime.fromtimestamp(files[-1].stat().st_mtime, UTC).strftime("%Y-%m-%d")}
 
 
@@ -60,6 +67,28 @@ def table_block(data: Mapping[str, Any]) -> str:
         f"n = {n:.0f}. {LEGEND}.\n\n*{versions}*"
     )
     return f"{markdown(rows, rows[0]['protocol'])}\n\n{caption}\n"
+
+
+def calibration_block(data: Mapping[str, Any]) -> str:
+    """What each algorithm of a sweep costs or buys over the plain one: a Markdown table of paired differences."""
+    lines = ["| algorithm | against | metric | difference (95 % interval) | of plain | p (Holm) | verdict |",
+             "|---|---|---|---:|---:|---:|---|"]
+    for group in compare_sweep(str(data["run_id"]), data["uri"]):
+        values = {r.name: r.metrics[f"quality/{group.metric}"] for r in group.candidates}
+        for v in group.twins:
+            d = v.difference
+            share = f"{values[v.a] / values[v.b]:.2f}x" if values[v.b] else ""
+            interval = "" if d.ci_lo is None else f" ({d.ci_lo:+.1e}..{d.ci_hi:+.1e})"
+            lines.append(f"| {v.a} | {v.b} | {group.metric} | {d.value:+.1e}{interval} | {share} | "
+                         f"{p_text(v.p_holm)} | {v.text} |")
+    return "\n".join(lines) + "\n"
+
+
+def compare_sweep(run_id: str, uri: str) -> list[Comparison]:
+    """The comparison of a tracked sweep by its first headline metric."""
+    request = parse_request([f"sweep={run_id}", f"tracking.uri={uri}"])
+    reader = open_reader(request.tracking, Path.cwd())
+    return compare(request, select(request, reader), reader)
 
 
 def expectation(data: Mapping[str, Any]) -> str:
@@ -94,7 +123,8 @@ def fill(text: str, runs_dir: Path) -> str:
         if kind == "list":
             return head + list_block(name) + end
         data = newest(runs_dir, name)
-        return match[0] if data is None else head + table_block(data) + end
+        block = calibration_block if kind == "calibration" else table_block
+        return match[0] if data is None else head + block(data) + end
 
     return BLOCK.sub(content, text)
 

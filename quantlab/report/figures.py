@@ -104,6 +104,17 @@ def layer_figure(reader: Reader, runs: Sequence[StoredRun]) -> dict[str, Any] | 
     }
 
 
+def calibration_figures(reader: Reader, runs: Sequence[StoredRun]) -> list[dict[str, Any]]:
+    """One map of layers and denoising steps for each run that was calibrated."""
+    figures = []
+    for run in runs:
+        heat = json.loads(reader.read_artifact(run, "calibration_steps.json") or b"{}")
+        if heat.get("rows"):
+            values = [[_rounded(v) for v in row] for row in heat["values"]]
+            figures.append({"name": run.name, "metric": "output SQNR", **heat, "values": values})
+    return figures
+
+
 def step_figures(runs: Sequence[StoredRun]) -> list[dict[str, Any]]:
     """The metrics that are curves over the steps, each as a map of scheme and step."""
     figures = []

@@ -12,7 +12,7 @@ from quantlab.errors import ConfigError
 from quantlab.metrics import METRICS
 from quantlab.report.compare import BETTER, IN_FLOOR, IN_MARGIN, SAME, TOO_FEW, WORSE, Comparison, bytes_of
 from quantlab.report.comparison_table import comparison_data
-from quantlab.report.figures import image_figure, layer_figure, step_figures
+from quantlab.report.figures import calibration_figures, image_figure, layer_figure, step_figures
 from quantlab.report.reading import Reader, StoredRun
 from quantlab.report.selection import Selection
 
@@ -39,6 +39,7 @@ def page_data(groups: Sequence[Comparison], selection: Selection, reader: Reader
             "images": image_figure(reader, detailed),
             "layers": layer_figure(reader, detailed),
             "steps": step_figures(detailed),
+            "calibrated": calibration_figures(reader, detailed),
             "recipes": _recipes(reader, group.runs[:MAX_RECIPES]),
         }
         if len(detailed) < len(group.candidates):

@@ -325,7 +325,7 @@ function winner(v) {
   return v.verdict === "better" ? `${v.a} is better` : v.verdict === "worse" ? `${v.b} is better` : v.verdict;
 }
 
-function pairTable(group) {
+function pairTable(group, pairs = group.pairs) {
   const columns = [
     { title: "scheme A", text: true, name: true, value: (v) => v.a, cell: (v) => v.a },
     { title: "scheme B", text: true, name: true, value: (v) => v.b, cell: (v) => v.b },
@@ -333,7 +333,7 @@ function pairTable(group) {
     { title: "p", sub: "Holm", down: true, value: (v) => v.p_holm, cell: (v) => probability(v.p_holm) },
     { title: "verdict", text: true, value: winner, cell: (v) => pill(["better", "worse"].includes(v.verdict) ? "better" : v.verdict, winner(v)) },
   ];
-  return sortable(columns, group.pairs, 3, () => [], 12);
+  return sortable(columns, pairs, 3, () => [], 12);
 }
 
 // -- images
@@ -440,6 +440,13 @@ function lists() {
   return parts;
 }
 
+function calibrationMaps(group, room) {
+  const place = make("div", {});
+  const show = (i) => place.replaceChildren(...heatMap({ ...group.calibrated[i], unit: "dB", higher_is_better: true, tip: (layer, step) => `${layer}\nstep ${step}` }, room));
+  show(0);
+  return [make("div", { class: "controls" }, make("label", {}, "scheme ", make("select", { id: "calibrated", onchange: (e) => show(e.target.selectedIndex) }, ...group.calibrated.map((m) => make("option", {}, m.name))))), place];
+}
+
 function reading(group) {
   const words = Object.entries(DATA.rules).map(([k, v]) => [make("dt", {}, pill(k)), make("dd", {}, v)]).flat();
   const metrics = [...new Set(group.rows.flatMap((r) => Object.keys(r.metrics)))].map((m) => [make("dt", {}, m), make("dd", {}, `${DATA.metrics[m].description} (${direction(m)})`)]).flat();
@@ -466,6 +473,11 @@ function draw(chosen) {
     const hint = `Paired differences of ${group.metric} on the same samples, with 95 % intervals, largest p first.`;
     page.append(section("Are the differences between the candidates real?", hint, pairTable(group)));
   }
+  if (group.twins.length) {
+    const hint = `A: the algorithm; B: the plain one on the same bits. Paired differences of ${group.metric} with 95 % intervals.`;
+    page.append(section("What does calibration buy?", hint, pairTable(group, group.twins)));
+  }
+  if (group.calibrated.length) page.append(section("Which layer hurts, and when?", "Each layer\u2019s own error on calibration data, given the reference\u2019s inputs: output signal over error in dB, layer by denoising step. Dark is worse.", ...calibrationMaps(group, room)));
   if (group.images) page.append(section("What does it look like?", "The same noise and the same request through every scheme.", ...imagePanel(group)));
   if (group.layers) {
     page.append(section("Where in the model does the error arise?", "Relative error of each layer's weights, \u2016W \u2212 Q(W)\u2016 / \u2016W\u2016. Layers that a scheme leaves alone are grey.",
