@@ -56,7 +56,8 @@ _BITSANDBYTES: Rows = {
     "int8": Capability(
         group_sizes=("none",),
         activation_dtypes=("int8",),
-        note="LLM.int8: activations are rounded to int8 at run time, outliers above the threshold kept",
+        note="LLM.int8: activations are rounded to int8 at run time, but for input columns with a value of "
+             "llm_int8_threshold or more: a rule applied at each call, nothing is calibrated",
     ),
 }
 

@@ -20,6 +20,8 @@ class StoredWeight:
     is_simulated: bool = False
     """True where the storage is wider than the dtype's name says."""
     activation_dtype: str = "none"
+    note: str = ""
+    """What the layer decides at each call, which dtypes do not say."""
 
 
 @dataclass(frozen=True, kw_only=True)

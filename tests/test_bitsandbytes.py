@@ -214,6 +214,16 @@ def test_odd_rows_are_dequantized_as_the_library_does():
         assert torch.equal(backend.read_back(quantized(layer, config, ["0"])[0]).dense, flat.reshape(30, 33))
 
 
+@pytest.mark.parametrize(("threshold", "note"), [
+    (6.0, "at each call, input columns with a value of 6 or more are multiplied unrounded"),
+    (2.5, "at each call, input columns with a value of 2.5 or more are multiplied unrounded"), (0.0, ""),
+])
+def test_the_threshold_reads_back_as_a_rule_of_each_call(threshold, note):
+    config = BitsAndBytesConfig.from_axes(axes("int8"), {"llm_int8_threshold": threshold})
+    assert not config.needs_data
+    assert backend.read_back(quantized(model_of(64, 48), config)[0]).note == note
+
+
 def test_outliers_are_kept_by_the_threshold():
     model, x = model_of(64, 48), torch.randn(16, 64)
     x[:, 3] *= 100

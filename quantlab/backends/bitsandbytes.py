@@ -42,7 +42,8 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
     load_in_8bit: bool = setting("bool", False)
     load_in_4bit: bool = setting("bool", False)
     llm_int8_threshold: float = setting("float", 6.0, node=True)
-    """Input columns with a value of at least this magnitude are multiplied unrounded; 0: none."""
+    """Input columns with a value of at least this magnitude are multiplied unrounded; 0: none. A rule that the inputs
+    of each call decide, not a calibration."""
     llm_int8_skip_modules: tuple[str, ...] | None = setting("names", None)
     llm_int8_enable_fp32_cpu_offload: bool = setting("bool", False)
     """Only lets Diffusers' device map leave layers on the CPU; no influence here."""
@@ -192,7 +193,7 @@ def read_back(layer: Any) -> StoredWeight:
             raise NotQuantized(f"an int8 layer of shape {tuple(codes.shape)} holds {codes.dtype} and "
                                f"{0 if scales is None else scales.numel()} row scales; quantize it again")
         return StoredWeight(dtype="int8", group_size=None, dense=codes.float() * (scales[:, None] / 127.0),
-                            activation_dtype="int8")
+                            activation_dtype="int8", note=_outlier_rule(layer.state.threshold))
     if not isinstance(layer, bnb.nn.Linear4bit) or getattr(layer.weight, "quant_state", None) is None:
         raise NotQuantized(f"{type(layer).__name__} holds no bitsandbytes weight; quantize it first")
     state = layer.weight.quant_state
@@ -203,6 +204,13 @@ def read_back(layer: Any) -> StoredWeight:
                            f"needs {num_blocks} scales and holds {state.absmax.numel()}; quantize it again")
     dense = _dense_4bit(layer.weight, layer.compute_dtype or state.dtype).float()
     return StoredWeight(dtype=state.quant_type, group_size=state.blocksize, dense=dense)
+
+
+def _outlier_rule(threshold: float) -> str:
+    """LLM.int8's threshold in words: no calibration, the inputs of each call decide; "" where it is off."""
+    if not threshold:
+        return ""
+    return f"at each call, input columns with a value of {threshold:g} or more are multiplied unrounded"
 
 
 def save(model: Any, folder: str | Path) -> None:
