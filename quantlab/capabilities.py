@@ -66,7 +66,8 @@ _TORCHAO: Rows = {
         group_sizes=("none", *_ROW_GROUPS),
         activation_dtypes=("none", "int8"),
         algorithms=("max", "awq", "smoothquant"),
-        note="awq, smoothquant and activation_scales=static need calibration data and are prototypes of torchao",
+        note="awq, smoothquant and activation_scales=static need calibration data and are prototypes of torchao; its "
+             "GPTQ converts on CUDA only and is not offered",
     ),
     "float8_e4m3": Capability(
         group_sizes=("none",),
