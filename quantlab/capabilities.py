@@ -133,11 +133,39 @@ _GGUF: Rows = {
 }
 
 _MODELOPT_ACTIVATIONS = ("none", "int8", "float8_e4m3")
+_MODELOPT_AWQ = ("awq_lite", "awq_clip", "awq_full", "svdquant")
+_MODELOPT_INTEGER = ("max", "mse", *_MODELOPT_AWQ, "gptq", "local_hessian")
+_MODELOPT_SIMULATED = Capability(
+    group_sizes=("none", *_ROW_GROUPS),
+    activation_dtypes=_MODELOPT_ACTIVATIONS,
+    algorithms=_MODELOPT_INTEGER,
+    is_simulated_on=("cpu", "cuda"),
+    note="ModelOpt packs 8 and 4 bits only: the weight stays dense and is rounded at every use",
+)
 _MODELOPT: Rows = {
-    "int8": Capability(group_sizes=("none", *_ROW_GROUPS), activation_dtypes=_MODELOPT_ACTIVATIONS),
-    "int4": Capability(group_sizes=("none", *_ROW_GROUPS), activation_dtypes=_MODELOPT_ACTIVATIONS),
-    "float8_e4m3": Capability(group_sizes=("none",), activation_dtypes=_MODELOPT_ACTIVATIONS),
-    "nvfp4": Capability(group_sizes=(16,), in_features_multiple=16, devices=("cuda",), min_compute_capability=(8, 9)),
+    "int8": Capability(
+        group_sizes=("none", *_ROW_GROUPS),
+        activation_dtypes=_MODELOPT_ACTIVATIONS,
+        algorithms=("max", "smoothquant", *_MODELOPT_AWQ, "gptq", "local_hessian"),
+        note="algorithm=smoothquant needs activation_dtype=int8",
+    ),
+    "int4": Capability(
+        group_sizes=("none", *_ROW_GROUPS), activation_dtypes=_MODELOPT_ACTIVATIONS, algorithms=_MODELOPT_INTEGER
+    ),
+    "int3": _MODELOPT_SIMULATED,
+    "int2": _MODELOPT_SIMULATED,
+    "float8_e4m3": Capability(
+        group_sizes=("none",),
+        activation_dtypes=_MODELOPT_ACTIVATIONS,
+        algorithms=("max", "awq_lite", "svdquant", "gptq", "local_hessian"),
+    ),
+    "nvfp4": Capability(
+        group_sizes=(16,),
+        in_features_multiple=16,
+        devices=("cuda",),
+        min_compute_capability=(8, 9),
+        algorithms=("max", *_MODELOPT_AWQ),
+    ),
     "mxfp8": Capability(
         group_sizes=(32,), in_features_multiple=32, devices=("cuda",), note="compiles a CUDA extension"
     ),
@@ -190,7 +218,6 @@ _REASONS: dict[str, dict[str, str]] = {
     "modelopt": {
         "nf4": "ModelOpt has no NF4 codebook; what Diffusers calls NF4 there is plain INT4",
         "fp4": "ModelOpt's 4-bit floats are in blocks: nvfp4, mxfp4",
-        **dict.fromkeys(("int3", "int2"), "ModelOpt only simulates it: it packs 8 and 4 bits"),
         "float8_e5m2": "ModelOpt packs 8-bit floats as e4m3 only",
     },
 }

@@ -19,7 +19,7 @@ from quantlab.errors import ConfigError, ModelError, NotQuantized
 
 ROWS = CAPABILITIES["modelopt"]
 OUT, IN = 64, 512
-BOUNDS = {"int8": 0.01, "int4": 0.18, "float8_e4m3": 0.03}
+BOUNDS = {"int8": 0.01, "int4": 0.18, "int3": 0.4, "int2": 0.9, "float8_e4m3": 0.03}
 """dtype -> upper bound of ||W - Wq|| / ||W|| for normal weights."""
 CPU_CASES = [(d, g) for d, row in ROWS.items() if "cpu" in row.devices for g in ("auto", *row.group_sizes)]
 ALL_CASES = [(d, g) for d, row in ROWS.items() for g in ("auto", *row.group_sizes)]
@@ -71,13 +71,14 @@ def test_promise(dtype, group, compress, tmp_path):
     model = quantized(config)
     layer, reference = model[0][0], make_model()[0][0].weight.detach()
     stored = backend.read_back(layer)
-    assert (stored.dtype, stored.activation_dtype, stored.is_simulated) == (dtype, "none", not compress)
-    wanted = {"int4": 128}.get(dtype) if group == "auto" else None if group in ("none", IN) else group
+    is_packed = compress and "cpu" not in ROWS[dtype].is_simulated_on
+    assert (stored.dtype, stored.activation_dtype, stored.is_simulated) == (dtype, "none", not is_packed)
+    wanted = {"int4": 128, "int3": 128, "int2": 32}.get(dtype) if group == "auto" else None if group in ("none", IN) else group
     assert stored.group_size == wanted
     assert 0 < float((stored.dense - reference).norm() / reference.norm()) < BOUNDS[dtype]
     num_scales = 1 if (dtype, group) == ("float8_e4m3", "auto") else OUT * IN // (wanted or IN)
     codes = OUT * IN // (2 if dtype == "int4" else 1)
-    assert stored_bytes(layer) == (codes + 8 * num_scales if compress else 4 * OUT * IN + 4 * num_scales)
+    assert stored_bytes(layer) == (codes + 8 * num_scales if is_packed else 4 * OUT * IN + 4 * num_scales)
     with torch.no_grad():
         y = model(inputs())
         assert y.isfinite().all()
@@ -190,8 +191,9 @@ def test_impossible_layers_are_refused_and_nothing_changes():
     for kind in ("NVFP4", "MXFP8", "MXFP4"):
         with pytest.raises(ConfigError, match=f"{kind}: ModelOpt computes it on CUDA only and 0.0 is on cpu"):
             backend.quantize(model, ["0.0"], NVIDIAModelOptConfig(kind))
-    with pytest.raises(ConfigError, match="algorithm=awq_lite: the quantize stage has max only"):
-        backend.quantize(model, ["0.0"], NVIDIAModelOptConfig("INT8", channel_quantize=0, algorithm="awq_lite"))
+    config = NVIDIAModelOptConfig("INT8", channel_quantize=0, algorithm="awq_lite")
+    with pytest.raises(ConfigError, match=r"^algorithm=awq_lite: 0\.0 saw no calibration data.*algorithm=max$"):
+        backend.quantize(model, ["0.0"], config)
     assert type(model[1]) is torch.nn.Linear
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -283,17 +285,17 @@ def test_bad_configs(kwargs, message):
 
 
 def test_what_diffusers_wrote():
-    entries = {"*weight_quantizer": {"fake_quant": False, "num_bits": [4, 3]}, "*input_quantizer": {"enable": False}}
-    theirs = {"quant_method": "modelopt", "quant_type": "FP8", "modules_to_not_convert": ["proj_out"],
+    entries = {"*weight_quantizer": {"fake_quant": False, "num_bits": 4, "block_sizes": {"-1": 32}},
+               "*input_quantizer": {"enable": False}}
+    theirs = {"quant_method": "modelopt", "quant_type": "INT4", "modules_to_not_convert": ["proj_out"],
               "weight_only": True, "channel_quantize": None, "block_quantize": None, "calib_cfg": {"method": "mse"},
               "forward_loop": None, "scale_channel_quantize": None, "scale_block_quantize": None,
               "modelopt_config": {"quant_cfg": entries, "algorithm": {"method": "mse"}},
               "disable_conv_quantization": False}
     config = NVIDIAModelOptConfig.from_dict(theirs)
-    assert (config.quant_type, config.algorithm, config.modules_to_not_convert) == ("FP8", "mse", ("proj_out",))
-    assert build_quant_cfg(config, {"a": (4, 4)})["quant_cfg"][1]["cfg"] == {"num_bits": (4, 3)}
-    assert (config.axes().dtype, config.axes().group_size, config.axes().activation_dtype) == (
-        "float8_e4m3", "auto", "none")
+    assert (config.quant_type, config.algorithm, config.modules_to_not_convert) == ("INT4", "mse", ("proj_out",))
+    assert build_quant_cfg(config, {"a": (4, 64)})["quant_cfg"][1]["cfg"] == {"num_bits": 4, "block_sizes": {-1: 32}}
+    assert (config.axes().dtype, config.axes().group_size, config.axes().activation_dtype) == ("int4", 32, "none")
 
 
 @settings(max_examples=150, deadline=None)

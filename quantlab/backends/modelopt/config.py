@@ -8,7 +8,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from quantlab.axes import QuantizationAxes, resolve_axes
-from quantlab.backends.modelopt.pasted import algorithm_of, entries_of, for_diffusers, scheme, sides, switched_off
+from quantlab.backends.modelopt.algorithms import (
+    ALGORITHMS,
+    CLIPPING,
+    DATA_FREE,
+    PRE_SCALED,
+    checked_settings,
+    library_algorithm,
+    without_effect,
+)
+from quantlab.backends.modelopt.pasted import (
+    algorithm_of,
+    entries_of,
+    for_diffusers,
+    is_static,
+    scheme,
+    settings_of,
+    sides,
+    switched_off,
+    with_dynamic_activations,
+)
 from quantlab.config import EXCLUSION_RULES, QuantizationConfigMixin, QuantizationMethod, quantization_config, setting
 from quantlab.errors import ConfigError, nearest
 from quantlab.interop import build, excluded_layers, exclusions_for, refuse_ours
@@ -18,6 +37,8 @@ NUM_BITS: dict[str, int | tuple[int, int]] = {
     "FP8": (4, 3),
     "INT8": 8,
     "INT4": 4,
+    "INT3": 3,
+    "INT2": 2,
     "NVFP4": (2, 1),
     "MXFP8": (4, 3),
     "MXFP4": (2, 1),
@@ -25,14 +46,14 @@ NUM_BITS: dict[str, int | tuple[int, int]] = {
 """Half of a ``quant_type`` -> bits, or (exponent bits, mantissa bits)."""
 BLOCKS: dict[str, tuple[int, tuple[int, int]]] = {"NVFP4": (16, (4, 3)), "MXFP8": (32, (8, 0)), "MXFP4": (32, (8, 0))}
 """Format with blocks of its own -> block size, (exponent, mantissa) bits of the scale (OCP MX 1.0; NVFP4)."""
-_SPELLING = {"int8": "INT8", "int4": "INT4", "float8_e4m3": "FP8", "nvfp4": "NVFP4", "mxfp8": "MXFP8", "mxfp4": "MXFP4"}
-_ALGORITHMS = ("max", "mse", "smoothquant", "awq_lite", "awq_clip", "awq_full", "svdquant", "gptq", "local_hessian")
+_SPELLING = {"int8": "INT8", "int4": "INT4", "int3": "INT3", "int2": "INT2", "float8_e4m3": "FP8", "nvfp4": "NVFP4",
+             "mxfp8": "MXFP8", "mxfp4": "MXFP4"}
 _ALWAYS_OFF = {"*", "*input_quantizer", "*output_quantizer"}
-_DEFAULT_BLOCK = 128
+_DEFAULT_BLOCK = {"INT4": 128, "INT3": 128, "INT2": 32}
 _SMALLER_BLOCKS = (64, 32, 16)
 _DIFFUSERS_TYPES = ("FP8", "INT8", "INT4")
-_WIDTHS = {"INT8": (8, None), "INT4": (4, None), "FP8": ((4, 3), None), "NVFP4": ((2, 1), (4, 3)),
-           "MXFP8": ((4, 3), (8, 0)), "MXFP4": ((2, 1), (8, 0))}
+_WIDTHS = {"INT8": (8, None), "INT4": (4, None), "INT3": (3, None), "INT2": (2, None), "FP8": ((4, 3), None),
+           "NVFP4": ((2, 1), (4, 3)), "MXFP8": ((4, 3), (8, 0)), "MXFP4": ((2, 1), (8, 0))}
 """Half of a ``quant_type`` -> (bits of a weight, bits of its block's scale)."""
 
 
@@ -48,7 +69,8 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
     quant_method: ClassVar[QuantizationMethod] = QuantizationMethod.MODELOPT
 
     quant_type: str = setting("str")
-    """``W`` or ``W_A`` (weights, activations), each FP8, INT8, INT4, NVFP4, MXFP8 or MXFP4."""
+    """``W`` or ``W_A`` (weights, activations), each FP8, INT8, INT4, NVFP4, MXFP8 or MXFP4; W also INT3 or INT2, which
+    Diffusers has not: they are simulated, for ModelOpt has no packed form of them."""
     modules_to_not_convert: tuple[str, ...] | None = setting("names", None)
     weight_only: bool = setting("bool", True)
     """False where ``quant_type`` has an activation half."""
@@ -57,12 +79,16 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
     block_quantize: int | None = setting("int", None)
     scale_channel_quantize: int | None = setting("int", None)
     scale_block_quantize: int | None = setting("int", None)
-    algorithm: str = setting("str", "max", choices=_ALGORITHMS)
+    algorithm: str = setting("str", "max", choices=ALGORITHMS)
     modelopt_config: Mapping[str, Any] | None = setting("mapping", None)
     disable_conv_quantization: bool = setting("bool", False)
     """Kept for Diffusers; only Linear layers are quantized here."""
     compress: bool = setting("bool", True, ours=True, node=True)
     """True: weights are packed after calibration. False: they stay dense and are rounded at every use (simulated)."""
+    algorithm_settings: Mapping[str, Any] | None = setting("mapping", None, ours=True, node=True)
+    """What :data:`~quantlab.backends.modelopt.algorithms.PARAMETERS` lists for the algorithm."""
+    activation_scales: str = setting("str", "dynamic", choices=("dynamic", "static"), ours=True, node=True)
+    """``dynamic``: taken from each input at run time. ``static``: measured once on the calibration data."""
     fit_group_size: bool = setting("bool", False, ours=True)
     """``group_size=auto``: a layer that ``block_quantize`` does not divide takes 64, 32 or 16, else one scale a row."""
     exclusion_rule: str = setting("str", "quantlab", choices=EXCLUSION_RULES, ours=True)
@@ -79,8 +105,40 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
             raise ConfigError(f"weight_only=false: quant_type={self.quant_type} names no activations; "
                               f"write {weight}_INT8 or {weight}_FP8, or set weight_only=true")
         self._check_blocks(weight)
+        self._check_calibration(weight)
         if self.modelopt_config is not None and _is_derived(self):
             object.__setattr__(self, "modelopt_config", None)  # Diffusers always writes it
+
+    def _check_calibration(self, weight: str) -> None:
+        told = activation_cfg(self)
+        if self.modelopt_config is not None:
+            self._adopt_pasted(self.modelopt_config, told)
+        settings = checked_settings(self.algorithm, self.algorithm_settings)
+        object.__setattr__(self, "algorithm_settings", settings or None)
+        if self.activation_scales == "static" and told is None:
+            raise ConfigError(f"activation_scales=static: quant_type={self.quant_type} leaves activations alone; leave "
+                              "it out, or set activation_dtype=int8 (quant_type=INT8_INT8, weight_only=false)")
+        if self.activation_scales == "static" and scheme(told or {})[0][1] == (8, 0):
+            raise ConfigError(f"activation_scales=static: {self.activation_type} scales each block at run time; leave "
+                              "it out")
+        if why := without_effect(self.algorithm, weight, told and told.get("num_bits", 8)):
+            raise ConfigError(f"algorithm={self.algorithm}: {why}")
+        if self.algorithm in PRE_SCALED and told and (told.get("axis") is not None or scheme(told)[1] and not
+                                                      scheme(told)[0][1]):
+            raise ConfigError(f"algorithm={self.algorithm}: it takes activations with one scale for the tensor, and "
+                              "modelopt_config asks for more; leave axis and block_sizes of *input_quantizer out")
+
+    def _adopt_pasted(self, pasted: Mapping[str, Any], activation: Mapping[str, Any] | None) -> None:
+        """Take settings and kind of activation scales from a pasted config that says them."""
+        settings = settings_of(pasted)
+        own = dict(self.algorithm_settings or {})
+        if settings and own not in ({}, settings, checked_settings(self.algorithm, settings)):
+            raise ConfigError(f"algorithm_settings={own}: modelopt_config says {settings}; make them agree")
+        object.__setattr__(self, "algorithm_settings", settings or own)
+        if activation is not None and is_static(activation):
+            object.__setattr__(self, "activation_scales", "static")
+        elif activation is not None and self.activation_scales == "static" and activation.get("type") == "dynamic":
+            raise ConfigError("activation_scales=static: modelopt_config says type: dynamic; make them agree")
 
     def _check_pasted(self, pasted: Mapping[str, Any], weight: str) -> None:
         told = sides(pasted)[0]
@@ -133,8 +191,8 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
         """``forward_loop`` of Diffusers holds code, which a config does not."""
         kwargs = dict(kwargs)
         if kwargs.pop("forward_loop", None) is not None:
-            raise ConfigError("forward_loop: a config holds data, not code, and algorithm=max needs no forward loop; "
-                              "leave it out")
+            raise ConfigError("forward_loop: a config holds data, not code; leave it out, and give the calibration "
+                              "data to quantize: calibration=[batch]")
         if not args and "quant_type" not in kwargs:
             raise ConfigError(f"quant_type: {cls.__name__} needs it, such as {' or '.join(list(NUM_BITS)[:2])}")
         return super()._fold_arguments(args, kwargs)
@@ -145,6 +203,8 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
         calib = data.pop("calib_cfg", None)
         if isinstance(calib, Mapping) and "method" in calib:
             data.setdefault("algorithm", calib["method"])
+            if more := {k: v for k, v in calib.items() if k != "method"}:
+                data.setdefault("algorithm_settings", more)
         pasted = data.get("modelopt_config")
         algorithm = algorithm_of(pasted) if isinstance(pasted, Mapping) else None
         if algorithm is not None:
@@ -160,14 +220,25 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
         """
         import diffusers
 
-        refuse_ours(self, "diffusers", ("fit_group_size",))
+        refuse_ours(self, "diffusers", ("fit_group_size", "algorithm_settings", "activation_scales"))
+        if self.algorithm in PRE_SCALED and activation_cfg(self) and self.activation_scales == "dynamic":
+            raise ConfigError(f"activation_scales=dynamic: with algorithm={self.algorithm} ModelOpt alone, as "
+                              "Diffusers calls it, does something else; set activation_scales=static, or quantize "
+                              "with quantlab")
         weight, activation = self._diffusers_sides(model)
         names = exclusions_for(self, model, "diffusers")
         off = [g for g in _globs_off(self.modelopt_config) if g not in _ALWAYS_OFF]
         arguments = {f.name: getattr(self, f.name) for f in self._fields() if not f.metadata["ours"]}
-        arguments["modelopt_config"] = for_diffusers(weight, activation, self.algorithm, off)
+        arguments["modelopt_config"] = for_diffusers(weight, activation, self._algorithm_for_diffusers(), off)
         arguments["modules_to_not_convert"] = names
         return build(diffusers.NVIDIAModelOptConfig, arguments, f"quant_type={self.quant_type}")
+
+    def _algorithm_for_diffusers(self) -> dict[str, Any]:
+        told = library_algorithm(self.algorithm, self.algorithm_settings, self.block_quantize)
+        if self.algorithm == "local_hessian":
+            raise ConfigError("algorithm=local_hessian: Diffusers has one block_size for all layers, and ModelOpt's "
+                              "default for it does nothing to integers; quantize with quantlab")
+        return dict(told) if isinstance(told, Mapping) else {"method": told}
 
     def _diffusers_sides(self, model: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """What every layer's quantizers are told; ConfigError where Diffusers would say or do something else."""
@@ -188,7 +259,19 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
         if self.weight_type == "INT4" and self.modelopt_config is None and self.block_quantize is None:
             raise ConfigError(f"channel_quantize={self.channel_quantize}: ModelOpt packs 4 bits in blocks only, and "
                               "Diffusers packs always; set block_quantize")
-        return _weight_cfg(self, "", (block, block)), _activation_cfg(self)
+        return weight_cfg(self, "", (block, block)), activation_cfg(self)
+
+    @property
+    def needs_data(self) -> bool:
+        """Static activation scales, and every algorithm that looks at activations."""
+        return self.algorithm not in DATA_FREE or self.activation_scales == "static"
+
+    def without_data(self) -> Self | None:
+        """The same bits by ``max`` with dynamic activation scales; None where this config is that already."""
+        pasted = with_dynamic_activations(self.modelopt_config) if self.modelopt_config is not None else None
+        changes = {"algorithm": "max", "algorithm_settings": None, "activation_scales": "dynamic"}
+        plain = dataclasses.replace(self, modelopt_config=pasted, **changes)  # type: ignore[arg-type]
+        return None if plain == self else plain
 
     def disabled_layers(self, paths: Sequence[str]) -> dict[str, str]:
         """The layers that entries of ``modelopt_config`` switch off."""
@@ -207,8 +290,8 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
         weight, group, is_weight_only = _SPELLING[axes.dtype], axes.group_size, axes.activation_dtype == "none"
         shape: dict[str, Any] = {}
         if weight not in BLOCKS:
-            if group == "auto" and weight == "INT4":
-                shape = {"channel_quantize": -1, "block_quantize": _DEFAULT_BLOCK, "fit_group_size": True}
+            if group == "auto" and weight in _DEFAULT_BLOCK:
+                shape = {"channel_quantize": -1, "block_quantize": _DEFAULT_BLOCK[weight], "fit_group_size": True}
             elif isinstance(group, int):
                 shape = {"channel_quantize": -1, "block_quantize": group}
             elif group == "none" or weight == "INT8":
@@ -251,8 +334,8 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
             return sides(self.modelopt_config)
         size = self.block_quantize or (BLOCKS[self.weight_type][0] if self.weight_type in BLOCKS else 1)
         if self.block_quantize is None and self.channel_quantize is not None:
-            return {"num_bits": NUM_BITS[self.weight_type], "axis": 0}, _activation_cfg(self)
-        return _weight_cfg(self, "", (size, size)), _activation_cfg(self)
+            return {"num_bits": NUM_BITS[self.weight_type], "axis": 0}, activation_cfg(self)
+        return weight_cfg(self, "", (size, size)), activation_cfg(self)
 
 
 def _globs_off(modelopt_config: Mapping[str, Any] | None) -> list[str]:
@@ -275,13 +358,14 @@ def _halves(quant_type: str) -> tuple[str, str]:
     """(weight, activation or "") of a ``quant_type``; ConfigError for a half that there is not."""
     weight, _, activation = quant_type.partition("_")
     halves = (weight, activation) if "_" in quant_type else (weight,)
-    for half in halves:
+    for i, half in enumerate(halves):
         if half == "NF4":
             raise ConfigError(f"quant_type={quant_type!r}: ModelOpt's NF4 is not offered (what Diffusers calls so is "
                               "plain INT4); nf4 is offered by bitsandbytes and torchao")
-        if half not in NUM_BITS:
-            near = nearest(half.upper(), NUM_BITS) if half else ""
-            raise ConfigError(f"quant_type={quant_type!r}: W or W_A is wanted, each of {', '.join(NUM_BITS)}{near}")
+        offered = [kind for kind in NUM_BITS if not i or kind not in ("INT3", "INT2")]
+        if half not in offered:
+            near = nearest(half.upper(), offered) if half else ""
+            raise ConfigError(f"quant_type={quant_type!r}: W or W_A is wanted, each of {', '.join(offered)}{near}")
     return weight, activation
 
 
@@ -300,17 +384,24 @@ def build_quant_cfg(config: NVIDIAModelOptConfig, layers: Mapping[str, tuple[int
         ConfigError: naming a layer whose in_features the block does not divide.
     """
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    activation = _activation_cfg(config)
+    activation, blocks = calibrated_activation_cfg(config), set()
     for name, shape in layers.items():
         path = glob.escape(name)
-        weight = _weight_cfg(config, name, shape)
+        weight = weight_cfg(config, name, shape)
+        blocks.add(scheme(weight)[1] or shape[1])
         entries.append({"quantizer_name": f"{path}.weight_quantizer", "cfg": weight, "enable": True})
         if activation is not None:
             entries.append({"quantizer_name": f"{path}.input_quantizer", "cfg": activation, "enable": True})
-    return {"quant_cfg": entries, "algorithm": config.algorithm}
+    algorithm = library_algorithm(config.algorithm, config.algorithm_settings, min(blocks, default=None))
+    return {"quant_cfg": entries, "algorithm": algorithm}
 
 
-def _weight_cfg(config: NVIDIAModelOptConfig, name: str, shape: tuple[int, int]) -> dict[str, Any]:
+def block_of(config: NVIDIAModelOptConfig, name: str, shape: tuple[int, int]) -> int:
+    """Weights of the layer that share a scale; in_features for one scale a row or tensor."""
+    return scheme(weight_cfg(config, name, shape))[1] or shape[1]
+
+
+def weight_cfg(config: NVIDIAModelOptConfig, name: str, shape: tuple[int, int]) -> dict[str, Any]:
     kind, in_features = config.weight_type, shape[1]
     if config.modelopt_config is not None:
         pasted = dict(sides(config.modelopt_config)[0])
@@ -333,8 +424,9 @@ def _weight_cfg(config: NVIDIAModelOptConfig, name: str, shape: tuple[int, int])
         by_row = block is None
     else:
         by_row = block is None and config.channel_quantize is not None
-    if by_row and kind == "INT4" and config.compress and not in_features % 2:
-        block = in_features  # the library packs 4 bits in blocks only; a block of a whole row is one scale a row
+    is_packed_4_bit = kind == "INT4" and config.compress and not in_features % 2
+    if by_row and kind != "FP8" and (is_packed_4_bit or config.algorithm in CLIPPING):
+        block = in_features  # the library packs 4 bits, and clips, in blocks only; a whole row is one scale a row
     if block is not None:
         return {"num_bits": NUM_BITS[kind], "block_sizes": {-1: block}}
     return {"num_bits": NUM_BITS[kind], "axis": 0 if by_row else None}
@@ -350,16 +442,33 @@ def _block_cfg(kind: str) -> dict[str, Any]:
     return {"num_bits": NUM_BITS[kind], "block_sizes": {-1: block, "type": "dynamic", "scale_bits": scale_bits}}
 
 
-def _activation_cfg(config: NVIDIAModelOptConfig) -> dict[str, Any] | None:
-    """Activations: one scale for the tensor, taken at run time, or the format's own blocks; None: left alone."""
+def activation_cfg(config: NVIDIAModelOptConfig) -> dict[str, Any] | None:
+    """Activations: one scale for the tensor, or the format's own blocks; None: left alone."""
     if config.modelopt_config is not None:
         return sides(config.modelopt_config)[1]
     kind = config.activation_type
     if not kind:
         return None
-    return _block_cfg(kind) if kind in BLOCKS else {"num_bits": NUM_BITS[kind], "axis": None, "type": "dynamic"}
+    if kind in BLOCKS:
+        return _block_cfg(kind)
+    cfg = {"num_bits": NUM_BITS[kind], "axis": None}
+    return cfg if config.activation_scales == "static" else {**cfg, "type": "dynamic"}
+
+
+def calibrated_activation_cfg(config: NVIDIAModelOptConfig) -> dict[str, Any] | None:
+    """What the activations' quantizer is told while it is calibrated; None: there is none.
+
+    The library smooths by measured maxima only, so that for ``smoothquant`` the scales are static until it has run.
+    """
+    cfg = activation_cfg(config)
+    if cfg is not None and config.algorithm == "smoothquant":
+        cfg = {k: v for k, v in cfg.items() if k != "type"}
+    return cfg
 
 
 def is_packable(config: NVIDIAModelOptConfig, weight_cfg: Mapping[str, Any]) -> bool:
-    """Whether ModelOpt can pack a weight of this cfg: all that is asked for, except 4-bit integers without blocks."""
-    return config.compress and not (weight_cfg.get("num_bits") == 4 and not weight_cfg.get("block_sizes"))
+    """Whether ModelOpt has a packed form of a weight of this cfg: not of 3 and 2 bits, nor of an odd number of 4."""
+    bits, block = scheme(weight_cfg)[0][0], scheme(weight_cfg)[1]
+    if bits == 4:
+        return config.compress and block is not None and not block % 2
+    return config.compress and bits not in (2, 3)

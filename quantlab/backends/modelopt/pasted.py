@@ -86,6 +86,26 @@ def algorithm_of(modelopt_config: Mapping[str, Any]) -> str | None:
     return None if given is None else str(given)
 
 
+def settings_of(modelopt_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config says of its algorithm beside the name."""
+    given = modelopt_config.get("algorithm")
+    return {str(k): v for k, v in given.items() if k != "method"} if isinstance(given, Mapping) else {}
+
+
+def is_static(activation: Mapping[str, Any]) -> bool:
+    """Whether these attributes of an activations' quantizer ask for a scale that is measured beforehand."""
+    return "dynamic" not in (activation.get("type"), (activation.get("block_sizes") or {}).get("type"))
+
+
+def with_dynamic_activations(modelopt_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same config with algorithm ``max`` and activation scales that are taken at run time."""
+    entries = entries_of(modelopt_config)
+    for entry in entries:
+        if entry.get("quantizer_name") == SIDES[1] and entry["enable"] and entry["cfg"] and is_static(entry["cfg"]):
+            entry["cfg"] = {**entry["cfg"], "type": "dynamic"}
+    return {"quant_cfg": entries, "algorithm": "max"}
+
+
 def scheme(weight: Mapping[str, Any]) -> tuple[tuple[Any, Any], int | None]:
     """((bits of a weight, bits of its block's scale or None), block size or None) of a quantizer's attributes."""
     bits, blocks = weight.get("num_bits", 8), weight.get("block_sizes") or {}
@@ -94,7 +114,7 @@ def scheme(weight: Mapping[str, Any]) -> tuple[tuple[Any, Any], int | None]:
     return (tuple(bits) if isinstance(bits, (list, tuple)) else bits, tuple(scale) if scale else None), block
 
 
-def for_diffusers(weight: Mapping[str, Any], activation: Mapping[str, Any] | None, algorithm: str,
+def for_diffusers(weight: Mapping[str, Any], activation: Mapping[str, Any] | None, algorithm: Mapping[str, Any],
                   off: Sequence[str] = ()) -> dict[str, Any]:
     """A ``modelopt_config`` in the mapping shape, the only one to which Diffusers can add its exclusions.
 
@@ -110,4 +130,4 @@ def for_diffusers(weight: Mapping[str, Any], activation: Mapping[str, Any] | Non
         quant_cfg[kind] = {"*": dict(_OFF)}
     for glob in off:
         quant_cfg[glob] = dict(_OFF)
-    return {"quant_cfg": quant_cfg, "algorithm": {"method": algorithm}}
+    return {"quant_cfg": quant_cfg, "algorithm": dict(algorithm)}

@@ -1,26 +1,25 @@
-"""From a ``NVIDIAModelOptConfig`` to quantized layers, from their tensors back, and to files."""
+"""From a ``NVIDIAModelOptConfig`` to quantized layers, and from their tensors back."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
-import json
-import logging
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quantlab.backends.casting import cast_around, wanted_dtype
-from quantlab.backends.modelopt.config import BLOCKS, NVIDIAModelOptConfig, build_quant_cfg, is_packable
-from quantlab.dtypes import dtype_name
-from quantlab.errors import ConfigError, ModelError, NotQuantized
+from quantlab.backends.modelopt.config import (
+    BLOCKS,
+    NVIDIAModelOptConfig,
+    activation_cfg,
+    build_quant_cfg,
+    is_packable,
+    weight_cfg,
+)
+from quantlab.backends.modelopt.library import BRANCH, insert, named_failure, quiet_library, settle, shape_of
+from quantlab.backends.modelopt.packing import pack
+from quantlab.errors import ConfigError, NotQuantized
 from quantlab.reports import StoredWeight
 
-_WEIGHTS_FILE, _LAYERS_FILE = "quantized.safetensors", "layers.json"
-_NOISY_LOGGERS = ("torchao", "torch.utils._pytree", "diffusers", "bitsandbytes", "transformers")
-_PACKED = {
+PACKED = {
     "INT8QTensor": "int8",
     "INT4QTensor": "int4",
     "FP8QTensor": "float8_e4m3",
@@ -29,7 +28,6 @@ _PACKED = {
     "MXFP4QTensor": "mxfp4",
 }
 """Class of a packed weight -> dtype."""
-_EXTENSIONS = ("get_cuda_ext", "get_cuda_ext_fp8", "get_cuda_ext_mx")
 
 
 def resolve(config: NVIDIAModelOptConfig, device: str, compute_dtype: str = "float32") -> NVIDIAModelOptConfig:
@@ -37,114 +35,86 @@ def resolve(config: NVIDIAModelOptConfig, device: str, compute_dtype: str = "flo
     return config
 
 
-@contextlib.contextmanager
-def _quiet_library() -> Iterator[Any]:
-    """``modelopt.torch.quantization`` without what it and the libraries that it imports print."""
-    levels = {name: logging.getLogger(name).level for name in _NOISY_LOGGERS}
-    for name in _NOISY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield importlib.import_module("modelopt.torch.quantization")
-    finally:
-        for name, level in levels.items():
-            if logging.getLogger(name).level == logging.ERROR:  # else the library chose one while it was imported
-                logging.getLogger(name).setLevel(level)
-
-
-def _settle_extensions(device: str) -> None:
-    """Keep the library from compiling CUDA code for layers on a CPU, where no kernel of it would run.
-
-    Without this a CPU layer on a machine with CUDA starts nvcc at its first use. A later CUDA layer compiles as usual.
-    """
-    extensions = importlib.import_module("modelopt.torch.quantization.extensions")
-    for name in _EXTENSIONS:
-        getter = getattr(extensions, name)
-        if device == "cpu" and not hasattr(getter, "extension"):
-            getter.extension = None
-            getter.is_left_out = True
-        elif device != "cpu" and getattr(getter, "is_left_out", False):
-            del getter.extension, getter.is_left_out
-
-
-def quantize(model: Any, layers: Iterable[str], config: NVIDIAModelOptConfig, compute_dtype: Any = None) -> None:
+def quantize(model: Any, layers: Iterable[str], config: NVIDIAModelOptConfig, compute_dtype: Any = None,
+             calibrated: Any = None) -> None:
     """Quantize each named ``nn.Linear`` of ``model``, in place; all are checked before the first changes.
 
     The layers are handed to ModelOpt alone, so that no other module of the model gets quantizers. ``compute_dtype`` is
-    a name or a torch dtype; None or ``auto`` keeps each layer's own. Raises ConfigError naming a layer that the scheme
-    cannot take, and NotQuantized naming one that the library left as it was.
+    a name or a torch dtype; None or ``auto`` keeps each layer's own. Layers of a config that needs data are those that
+    ``calibrate`` has been through: they hold their scales themselves, and ``calibrated`` is not read.
+
+    Raises ConfigError naming a layer that the scheme cannot take or that was not calibrated, and NotQuantized naming
+    one that the library left as it was.
     """
     named = {name: model.get_submodule(name) for name in layers}
-    _quantize(named, config, {name: wanted_dtype(layer, compute_dtype, "modelopt") for name, layer in named.items()})
+    if config.needs_data:
+        _require_calibrated(named, config)
+    else:
+        begin(named, config, {name: wanted_dtype(layer, compute_dtype, "modelopt") for name, layer in named.items()})
+        insert_without_data(named, config, None)
+    finish(named, config)
 
 
-def _quantize(named: Mapping[str, Any], config: NVIDIAModelOptConfig, dtypes: Mapping[str, Any]) -> None:
-    shapes = {name: (int(layer.weight.shape[0]), int(layer.weight.shape[1])) for name, layer in named.items()}
-    cfg = build_quant_cfg(config, shapes)
-    _check(named, config)
+def _require_calibrated(named: Mapping[str, Any], config: NVIDIAModelOptConfig) -> None:
+    left = [name for name, layer in named.items() if getattr(layer, "calibrated_by", None) != config]
+    if not left:
+        return
+    key, plain = (f"algorithm={config.algorithm}", "algorithm=max") if config.algorithm not in ("max", "mse") else (
+        "activation_scales=static", "activation_scales=dynamic")
+    raise ConfigError(f"{key}: {', '.join(left[:8])} saw no calibration data, which it needs; give calibration data, "
+                      f"or set {plain}")
+
+
+def begin(named: Mapping[str, Any], config: NVIDIAModelOptConfig, dtypes: Mapping[str, Any]) -> None:
+    """Check all layers, then bring each into the dtype that it shall compute in."""
+    build_quant_cfg(config, {name: shape_of(layer) for name, layer in named.items()})
     for name, layer in named.items():
-        outside = layer.weight.dtype
-        layer.to(dtypes[name])
-        cast_around(layer, dtypes[name], outside)
-    weight_cfgs = [e["cfg"] for e in cfg["quant_cfg"] if e["quantizer_name"].endswith(".weight_quantizer")]
-    packable = [name for name, c in zip(named, weight_cfgs, strict=True) if is_packable(config, c)]
-    for names, is_packed in ((packable, True), ([n for n in named if n not in set(packable)], False)):
-        if names:
-            _insert(config, [named[n] for n in names], [shapes[n] for n in names], is_packed, names)
-    left = [name for name, layer in named.items() if not _is_quantized(layer)]
-    if left:
-        raise NotQuantized(f"quant_type={config.quant_type}: ModelOpt left {', '.join(left[:8])} unquantized; exclude "
-                           "them with modules_to_not_convert")
-
-
-def _check(named: Mapping[str, Any], config: NVIDIAModelOptConfig) -> None:
-    """ConfigError for what ModelOpt would refuse later, or in silence."""
-    if config.algorithm != "max":
-        raise ConfigError(f"algorithm={config.algorithm}: the quantize stage has max only, which needs no data; "
-                          "set algorithm=max")
-    for name, layer in named.items():
-        if _is_quantized(layer):
+        if is_quantized(layer):
             raise ConfigError(f"quant_type={config.quant_type}: {name} is already quantized by ModelOpt; load the "
                               "unquantized model")
         if {config.weight_type, config.activation_type} & set(BLOCKS) and layer.weight.device.type != "cuda":
             raise ConfigError(f"quant_type={config.quant_type}: ModelOpt computes it on CUDA only and {name} is on "
                               f"{layer.weight.device.type}; use int8, int4 or float8_e4m3")
+    for name, layer in named.items():
+        outside = layer.weight.dtype
+        layer.to(dtypes[name])
+        cast_around(layer, dtypes[name], outside)
 
 
-def _insert(config: NVIDIAModelOptConfig, layers: list[Any], shapes: list[tuple[int, int]], is_packed: bool,
-            names: list[str]) -> None:
-    """Give ``layers`` their quantizers, calibrate, and pack them."""
-    import torch
+def insert_without_data(named: Mapping[str, Any], config: NVIDIAModelOptConfig, algorithm: str | None) -> None:
+    """Quantizers with scales from the weights alone, by ``config``'s algorithm or another."""
+    if not named:
+        return
+    insert(named, config, algorithm)
+    for layer in named.values():
+        settle(layer, config, activation_cfg(config))
 
-    holder = torch.nn.ModuleList(layers)  # ModelOpt changes the layers themselves; the model keeps them
-    cfg = build_quant_cfg(config, {str(i): shape for i, shape in enumerate(shapes)})
-    with _quiet_library() as library, torch.no_grad():
-        _settle_extensions(layers[0].weight.device.type)
-        try:
-            library.quantize(holder, cfg)
-            if is_packed:
-                library.compress(holder)
-        except (AssertionError, RuntimeError, ValueError, TypeError) as error:
-            raise ConfigError(f"quant_type={config.quant_type}: ModelOpt cannot quantize {', '.join(names[:8])}: "
-                              f"{error}; choose another dtype or group_size, or exclude these layers") from error
-    for layer in layers:
-        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
-            if getattr(quantizer, "_calibrator", None) is not None:
-                quantizer._calibrator.reset()  # else the maxima of calibration stay in memory beside the scales
-        if is_packed and layer.weight.dtype.is_floating_point:  # a row of zeros was divided by its scale, 0
-            layer.weight.data.copy_(torch.nan_to_num(layer.weight.data.float()).to(layer.weight.dtype))
+
+def finish(named: Mapping[str, Any], config: NVIDIAModelOptConfig) -> None:
+    """Pack what ModelOpt has a packed form of; NotQuantized naming the layers without a quantizer."""
+    told = {name: weight_cfg(config, name, shape_of(layer)) for name, layer in named.items()}
+    packable = {name: layer for name, layer in named.items() if is_packable(config, told[name])}
+    if packable:
+        with quiet_library(), named_failure(config, list(packable)):
+            pack(list(packable.values()))
+    for layer in named.values():
+        layer.__dict__.pop("calibrated_by", None)
+    left = [name for name, layer in named.items() if not is_quantized(layer)]
+    if left:
+        raise NotQuantized(f"quant_type={config.quant_type}: ModelOpt left {', '.join(left[:8])} unquantized; exclude "
+                           "them with modules_to_not_convert")
 
 
 # -- what the tensors show
 
 
-def _is_quantized(layer: Any) -> bool:
+def is_quantized(layer: Any) -> bool:
+    """Whether the layer has a weight quantizer that is switched on."""
     quantizer = getattr(layer, "weight_quantizer", None)
     return quantizer is not None and bool(quantizer.is_enabled)
 
 
-def _packed_class(layer: Any) -> str:
+def packed_class(layer: Any) -> str:
     """Name of the class of a packed weight; "" where the weight is dense."""
     metadata = getattr(layer.weight, "metadata", None) or {}
     return getattr(metadata.get("qtensor_class"), "__name__", "")
@@ -153,19 +123,21 @@ def _packed_class(layer: Any) -> str:
 def read_back(layer: Any) -> StoredWeight:
     """What the layer's tensors show; the group size is counted from the number of scales.
 
+    ``dense`` is the weight in effect: scales of the input's channels and a low-rank branch are part of it.
+
     A weight that is not packed is dense and rounded at every use: its format is the quantizer's and it is simulated.
     Raises NotQuantized where the layer has no quantizer.
     """
     import torch
 
-    if not _is_quantized(layer):
+    if not is_quantized(layer):
         raise NotQuantized(f"backend=modelopt: {type(layer).__name__} holds an unquantized weight; it was not "
                            "converted")
-    quantizer, packed = layer.weight_quantizer, _packed_class(layer)
-    with torch.no_grad(), _quiet_library():
-        dense = quantizer(layer.weight).detach().float()
+    quantizer, packed = layer.weight_quantizer, packed_class(layer)
+    with torch.no_grad(), quiet_library():
+        dense = _effective(layer, quantizer(layer.weight).detach().float())
     if packed:
-        dtype, scales = _PACKED.get(packed, packed), quantizer._scale
+        dtype, scales = PACKED.get(packed, packed), quantizer._scale
     else:
         dtype, scales = _simulated_dtype(quantizer), getattr(quantizer, "_amax", None)
     num_scales = scales.numel() if scales is not None else 1
@@ -182,6 +154,15 @@ def read_back(layer: Any) -> StoredWeight:
     )
 
 
+def _effective(layer: Any, dense: Any) -> Any:
+    """What the layer multiplies its input by: the rounded weight with the low-rank branch and the input's scales."""
+    down, up = (getattr(layer.weight_quantizer, key, None) for key in BRANCH)
+    if down is not None and up is not None:
+        dense = dense + up.float() @ down.float()
+    scale = layer.input_quantizer.pre_quant_scale
+    return dense if scale is None else dense * scale.float().reshape(1, -1)
+
+
 def _simulated_dtype(quantizer: Any) -> str:
     bits, blocks = quantizer.num_bits, quantizer.block_sizes or {}
     if isinstance(bits, int):
@@ -190,83 +171,3 @@ def _simulated_dtype(quantizer: Any) -> str:
     names = {(2, 1, (4, 3)): "nvfp4", (2, 1, (8, 0)): "mxfp4", (4, 3, (8, 0)): "mxfp8"}
     wide = {(4, 3): "float8_e4m3", (5, 2): "float8_e5m2"}.get(tuple(bits), f"float_e{bits[0]}m{bits[1]}")
     return names.get((*bits, tuple(scale_bits) if scale_bits else None), wide)
-
-
-# -- files
-
-
-def _tensors(layer: Any) -> dict[str, Any]:
-    """A quantized layer's parameters and buffers by name, as plain tensors that share its storage."""
-    return {key: value.data.detach() for key, value in layer.state_dict(keep_vars=True).items()}
-
-
-def save(model: Any, folder: Any) -> None:
-    """Write the quantized layers (codes, scales, biases) as safetensors, and a JSON list of them."""
-    import torch
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, dict[str, Any]] = {}
-    tensors: dict[str, Any] = {}
-    for name, layer in model.named_modules():
-        if not _is_quantized(layer):
-            continue
-        shape = [layer.out_features, layer.in_features]
-        rows[name] = {"format": _packed_class(layer), "shape": shape, "compute_dtype": _compute_dtype(layer)}
-        for key, value in _tensors(layer).items():
-            tensors[f"{name}.{key}"] = torch.empty_like(value, device="cpu").copy_(value).contiguous()
-    save_file(tensors, folder / _WEIGHTS_FILE)
-    (folder / _LAYERS_FILE).write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _compute_dtype(layer: Any) -> str:
-    metadata = getattr(layer.weight, "metadata", None) or {}
-    return dtype_name(metadata.get("dtype", layer.weight.dtype))
-
-
-def load(model: Any, layers: Iterable[str], config: NVIDIAModelOptConfig, folder: Any) -> None:
-    """Put what :func:`save` wrote into a fresh unquantized copy of the model, in place; outputs are bit-equal.
-
-    The layers are quantized anew, which gives them the structure, and then take codes and scales from the file.
-    Raises ModelError where the file is unreadable or is not that of these layers, this config and this model.
-    """
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder, names = Path(folder), list(layers)
-    try:
-        rows = json.loads((folder / _LAYERS_FILE).read_text(encoding="utf-8"))
-        tensors = load_file(folder / _WEIGHTS_FILE)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{folder}: no readable ModelOpt weights ({error}); save the quantized model again") from error
-    if set(rows) != set(names):
-        raise ModelError(f"{folder}: holds other layers than were asked for (such as {min(set(rows) ^ set(names))}); "
-                         "load with the exclusions that it was quantized with")
-    named = {name: model.get_submodule(name) for name in names}
-    wanted = config.axes().dtype
-    for name, layer in named.items():
-        if (stored := _PACKED.get(rows[name]["format"], wanted)) != wanted:
-            raise ModelError(f"{folder}: {name} is stored as {stored}, not {wanted}; load with the config it was "
-                             "quantized with")
-        if list(layer.weight.shape) != rows[name]["shape"]:
-            raise ModelError(f"{folder}: {name} was saved with shape {rows[name]['shape']}; the model's layer has "
-                             f"{list(layer.weight.shape)}; load it into the model it was made from")
-    _quantize(named, config, {name: getattr(torch, rows[name]["compute_dtype"]) for name in names})
-    for name, layer in named.items():
-        _fill(f"{folder}: {name}", layer, {k.removeprefix(f"{name}."): v for k, v in tensors.items()
-                                           if k.startswith(f"{name}.")}, rows[name]["format"])
-
-
-def _fill(what: str, layer: Any, saved: Mapping[str, Any], packed: str) -> None:
-    import torch
-
-    held = _tensors(layer)
-    fits = set(held) == set(saved) and packed == _packed_class(layer)
-    if not fits or any(held[k].shape != v.shape or held[k].dtype != v.dtype for k, v in saved.items()):
-        raise ModelError(f"{what}: was saved in another format than this config gives ({packed or 'dense'}, now "
-                         f"{_packed_class(layer) or 'dense'}); load with the config it was quantized with")
-    with torch.no_grad():
-        for key, value in saved.items():
-            held[key].copy_(value)

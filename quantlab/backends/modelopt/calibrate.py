@@ -1,0 +1,148 @@
+"""Calibration: ModelOpt's algorithms on the named layers, fed by running the whole model."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from quantlab.backends.casting import wanted_dtype
+from quantlab.backends.modelopt.config import NVIDIAModelOptConfig, activation_cfg, block_of
+from quantlab.backends.modelopt.library import insert, settle, shape_of
+from quantlab.backends.modelopt.quantize import begin
+from quantlab.calibration import CalibrationFeed
+from quantlab.errors import ConfigError
+
+_HESSIAN_BYTES = 4 << 30
+"""How much of ``gptq``'s second moments is kept at once; more layers take more passes over the data."""
+Named = Mapping[str, Any]
+
+
+def calibrate(model: Any, layers: Iterable[str], config: NVIDIAModelOptConfig, compute_dtype: Any,
+              feed: CalibrationFeed) -> None:
+    """Give the named ``nn.Linear`` quantizers, in place, and set their scales by ``config.algorithm``.
+
+    Each pass runs ``feed`` on the whole ``model``. The layers hold all that :func:`quantize` needs to pack them; until
+    then they round at every use. Inputs are not kept; what is, is in :mod:`quantlab.backends.modelopt.algorithms`.
+
+    Raises:
+        ConfigError: a layer that the scheme cannot take, that never ran, or whose input is not finite.
+    """
+    named = {name: model.get_submodule(name) for name in layers}
+    _check_layers(named, config)
+    begin(named, config, {name: wanted_dtype(layer, compute_dtype, "modelopt") for name, layer in named.items()})
+    run = _first_pass_checked(named, _on_the_terminal(model, feed))
+    rounds = _rounds(named, config)
+    before = {name: layer.weight.detach().clone() for name, layer in named.items()} if len(rounds) > 1 else {}
+    done: dict[str, Any] = {}
+    for part in rounds:
+        with _as_before(done, before):
+            insert(part, config, forward_loop=run)
+        for layer in part.values():
+            settle(layer, config, activation_cfg(config))
+            layer.calibrated_by = config
+        done |= part
+
+
+def _check_layers(named: Named, config: NVIDIAModelOptConfig) -> None:
+    settings = config.algorithm_settings or {}
+    for name, layer in named.items():
+        out_features, in_features = shape_of(layer)
+        rank = settings.get("lowrank", 32)
+        if config.algorithm == "svdquant" and rank >= min(out_features, in_features):
+            raise ConfigError(f"algorithm_settings.lowrank={rank}: {name} [{out_features}, {in_features}] has no "
+                              "higher rank, so nothing of it would be quantized; lower it, or exclude the layer")
+        block = settings.get("block_size", 1)
+        if config.algorithm == "local_hessian" and in_features % block:
+            raise ConfigError(f"algorithm_settings.block_size={block}: in_features {in_features} of {name} does not "
+                              "divide by it, and ModelOpt would do mse in silence; leave it out, or choose a divisor")
+
+
+def _rounds(named: Named, config: NVIDIAModelOptConfig) -> list[dict[str, Any]]:
+    """The layers that the library calibrates together.
+
+    ``local_hessian`` has one block size for all that it sees, and ``gptq`` is held to :data:`_HESSIAN_BYTES`. With more
+    than one round a copy of the dense weights is kept until the end.
+    """
+    parts: dict[Any, dict[str, Any]] = {}
+    kept = turn = 0
+    for name, layer in named.items():
+        key = 0
+        if config.algorithm == "local_hessian":
+            key = block_of(config, name, shape_of(layer))
+        elif config.algorithm == "gptq":
+            size = 4 * shape_of(layer)[1] ** 2
+            if kept and kept + size > _HESSIAN_BYTES:
+                turn, kept = turn + 1, 0
+            kept, key = kept + size, turn
+        parts.setdefault(key, {})[name] = layer
+    return list(parts.values())
+
+
+@contextlib.contextmanager
+def _as_before(done: Named, weights: Mapping[str, Any]) -> Iterator[None]:
+    """While open, layers that are done compute as they did, so that the rounds see what one round would."""
+    quantizers = [q for layer in done.values() for q in (layer.weight_quantizer, layer.input_quantizer) if q.is_enabled]
+    now = {name: layer.weight.data for name, layer in done.items()}
+    for quantizer in quantizers:
+        quantizer.disable()
+    for name, layer in done.items():
+        layer.weight.data = weights[name]
+    try:
+        yield
+    finally:
+        for name, layer in done.items():
+            layer.weight.data = now[name]
+        for quantizer in quantizers:
+            quantizer.enable()
+
+
+def _on_the_terminal(model: Any, feed: CalibrationFeed) -> Callable[[], None]:
+    """``feed(model)`` with the output streams of now: the library is made quiet, the progress bar is not."""
+    out, err = sys.stdout, sys.stderr
+
+    def run() -> None:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                feed(model)
+            except Exception as error:
+                error.is_from_model = True  # type: ignore[attr-defined]
+                raise
+
+    return run
+
+
+def _first_pass_checked(named: Named, run: Callable[[], None]) -> Callable[[Any], None]:
+    """A forward loop for the library; its first pass finds the layers that do not run, and broken inputs."""
+    is_checked = False
+
+    def forward_loop(_: Any) -> None:
+        nonlocal is_checked
+        if is_checked:
+            run()
+            return
+        seen: set[str] = set()
+        handles = [layer.register_forward_pre_hook(_watch(name, seen)) for name, layer in named.items()]
+        try:
+            run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        is_checked = True
+        if missing := [name for name in named if name not in seen]:
+            raise ConfigError(f"calibration: {', '.join(missing[:8])} never ran on the calibration data; exclude it "
+                              "with modules_to_not_convert, or give data that uses it")
+
+    return forward_loop
+
+
+def _watch(name: str, seen: set[str]) -> Callable[[Any, tuple[Any, ...]], None]:
+    def look(_: Any, args: tuple[Any, ...]) -> None:
+        if not args or args[0].numel():
+            seen.add(name)
+        if args and not bool(args[0].isfinite().all()):
+            raise ConfigError(f"calibration: the input of {name} holds NaN or infinity; clean the data, or set "
+                              "compute_dtype=float32 where the model overflows")
+
+    return look

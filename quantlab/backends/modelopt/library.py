@@ -1,0 +1,130 @@
+"""ModelOpt itself: imported quietly, and made to change exactly the layers that it is given."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from quantlab.backends.modelopt.config import NVIDIAModelOptConfig, build_quant_cfg
+from quantlab.errors import ConfigError
+
+_NOISY_LOGGERS = ("torchao", "torch.utils._pytree", "diffusers", "bitsandbytes", "transformers")
+BRANCH = ("svdquant_lora_a", "svdquant_lora_b")
+"""Attributes of a weight's quantizer with a low-rank branch: (rank, in_features), then (out_features, rank)."""
+_EXTENSIONS = ("get_cuda_ext", "get_cuda_ext_fp8", "get_cuda_ext_mx")
+
+
+@contextlib.contextmanager
+def quiet_library() -> Iterator[Any]:
+    """``modelopt.torch.quantization`` without what it and the libraries that it imports print."""
+    levels = {name: logging.getLogger(name).level for name in _NOISY_LOGGERS}
+    for name in _NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield importlib.import_module("modelopt.torch.quantization")
+    finally:
+        for name, level in levels.items():
+            if logging.getLogger(name).level == logging.ERROR:  # else the library chose one while it was imported
+                logging.getLogger(name).setLevel(level)
+
+
+def settle_extensions(device: str) -> None:
+    """Keep the library from compiling CUDA code for layers on a CPU, where no kernel of it would run.
+
+    Without this a CPU layer on a machine with CUDA starts nvcc at its first use. A later CUDA layer compiles as usual.
+    """
+    extensions = importlib.import_module("modelopt.torch.quantization.extensions")
+    for name in _EXTENSIONS:
+        getter = getattr(extensions, name)
+        if device == "cpu" and not hasattr(getter, "extension"):
+            getter.extension = None
+            getter.is_left_out = True
+        elif device != "cpu" and getattr(getter, "is_left_out", False):
+            del getter.extension, getter.is_left_out
+
+
+def insert(named: Mapping[str, Any], config: NVIDIAModelOptConfig, algorithm: Any = None,
+           forward_loop: Callable[[Any], None] | None = None) -> None:
+    """Give the layers their quantizers and run the algorithm (``config``'s own, or another).
+
+    The library sees the layers in a holder of their own, so that no other module of the model gets quantizers; it
+    changes them in place, and the model keeps them. ``forward_loop`` gets that holder, and runs the whole model.
+    """
+    import torch
+
+    layers = list(named.values())
+    holder = torch.nn.ModuleList(layers)
+    shapes = {str(i): shape_of(layer) for i, layer in enumerate(layers)}
+    cfg = build_quant_cfg(config, shapes)
+    cfg["algorithm"] = cfg["algorithm"] if algorithm is None else algorithm
+    with quiet_library() as library, torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        settle_extensions(layers[0].weight.device.type)
+        with named_failure(config, list(named)):
+            library.quantize(holder, cfg, forward_loop)
+
+
+@contextlib.contextmanager
+def named_failure(config: NVIDIAModelOptConfig, names: list[str]) -> Iterator[None]:
+    """What the library throws, as a ConfigError with the names of the layers; want of memory stays what it is."""
+    import torch
+
+    try:
+        yield
+    except (ConfigError, torch.OutOfMemoryError):
+        raise
+    except (AssertionError, RuntimeError, ValueError, TypeError) as error:
+        if getattr(error, "is_from_model", False):
+            raise
+        raise ConfigError(f"quant_type={config.quant_type}: ModelOpt cannot quantize {', '.join(names[:8])}: "
+                          f"{error}; choose another dtype, group_size or algorithm, or exclude these layers") from error
+
+
+def shape_of(layer: Any) -> tuple[int, int]:
+    """(out_features, in_features)."""
+    return int(layer.weight.shape[0]), int(layer.weight.shape[1])
+
+
+def settle(layer: Any, config: NVIDIAModelOptConfig, activation: Mapping[str, Any] | None) -> None:
+    """Leave in a calibrated layer what its forward needs, where a state dict finds it, and nothing else.
+
+    ``activation`` is what the config tells the activations' quantizer; None: there is none. The library's searches
+    leave dynamic activations with one scale a channel, and smoothing needs static ones: both are put back here.
+    """
+    calib = importlib.import_module("modelopt.torch.quantization.calib")
+    weights, inputs = layer.weight_quantizer, layer.input_quantizer
+    inputs.__dict__.pop("_amax_for_smoothing", None)
+    if getattr(layer.__dict__.get("forward"), "__func__", None) is type(layer).forward:
+        del layer.forward  # the searches put their own forward there, and then the class's own, bound for good
+    _register_branch(weights)
+    if weights.block_sizes and isinstance(weights.num_bits, int):  # as all but one of the algorithms keep it
+        weights._buffers["_amax"] = weights._amax.float()
+    if activation is not None:
+        if not activation.get("block_sizes"):
+            inputs._axis = activation.get("axis")
+        if config.activation_scales == "dynamic":
+            inputs._dynamic = activation.get("type") == "dynamic"
+            inputs._buffers.pop("_amax", None)
+    for quantizer in (weights, inputs):
+        if getattr(quantizer, "_calibrator", None) is not None:
+            quantizer._calibrator = calib.MaxCalibrator(quantizer._num_bits, quantizer._axis, quantizer._unsigned)
+
+
+def _register_branch(quantizer: Any) -> None:
+    """Make the low-rank branch of ``svdquant`` buffers.
+
+    For weights in blocks the library changes the quantizer's class after it has made it one with a branch, so that the
+    branch ends as plain attributes: in effect, but in no state dict.
+    """
+    found = {key: quantizer.__dict__.pop(key) for key in BRANCH if key in quantizer.__dict__}
+    if found:
+        nn = importlib.import_module("modelopt.torch.quantization.nn.modules.quant_linear")
+        quantizer.__class__ = nn.SVDQuantTensorQuantizer
+        for key, value in found.items():
+            setattr(quantizer, key, value)

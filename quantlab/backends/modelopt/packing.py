@@ -1,0 +1,87 @@
+"""From calibrated scales to packed weights, in ModelOpt's own packed classes.
+
+The library's ``compress`` takes the scales of 8- and 4-bit integers from each block's maximum once more, and so drops
+what ``mse``, ``awq_clip``, ``gptq`` and ``local_hessian`` found. Here the codes are those of the calibrated maxima.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def pack(layers: list[Any]) -> None:
+    """Replace the dense weights of calibrated layers by codes and scales, in place."""
+    import torch
+
+    compress = importlib.import_module("modelopt.torch.quantization.compress")
+    on_cpu = layers[0].weight.device.type == "cpu"  # no kernel of the library multiplies packed weights there
+    config = importlib.import_module("modelopt.torch.quantization.config").CompressConfig(quant_gemm=not on_cpu)
+    wrapper = importlib.import_module("modelopt.torch.quantization.qtensor").QTensorWrapper
+    compress.compress_convert(holder_of(layers), config, skip_real_quantize_weight=True)
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight = wrapper(_packed(layer.weight_quantizer, layer.weight))
+            if layer.weight.dtype.is_floating_point:  # a row of zeros was divided by its scale, 0
+                layer.weight.data.copy_(torch.nan_to_num(layer.weight.data.float()).to(layer.weight.dtype))
+
+
+def holder_of(layers: list[Any]) -> Any:
+    """The layers in a module that the library takes for one it has converted."""
+    import torch
+
+    holder = torch.nn.ModuleList(layers)
+    importlib.import_module("modelopt.torch.opt.conversion").ModeloptStateManager(holder, init_state=True)
+    return holder
+
+
+def _packed(quantizer: Any, weight: Any) -> Any:
+    """The library's packed tensor of ``weight``; its scale goes to the quantizer."""
+    packers = {8: _packed_int8, 4: _packed_int4, (4, 3): _packed_float8}
+    has_blocks = bool(quantizer.block_sizes) and not isinstance(quantizer.num_bits, int)
+    if quantizer.num_bits not in packers or has_blocks or quantizer.amax is None:
+        return quantizer(weight)  # floats in blocks: the library uses the calibrated maximum
+    tensor, scale = packers[quantizer.num_bits](quantizer, weight)
+    quantizer._set_buffer("_scale", scale)
+    quantizer._dequantize = True
+    return tensor
+
+
+def _packed_int8(quantizer: Any, weight: Any) -> tuple[Any, Any]:
+    """Codes in -128 to 127, and scales, ``amax / 127``: (rows, 1), or (rows, blocks).
+
+    The library divides by the scale, the simulation multiplies by its inverse: this rounds ties as the latter does.
+    """
+    import torch
+
+    qtensor = importlib.import_module("modelopt.torch.quantization.qtensor").INT8QTensor
+    scale = quantizer.amax.to(weight.dtype) / 127.0
+    if quantizer.block_sizes:
+        scale = scale.reshape(weight.shape[0], -1)
+    amax = quantizer.amax.float().reshape(scale.shape)
+    factor = 127.0 / amax.masked_fill(amax == 0, 1)  # a block of zeros
+    rows = weight.float().reshape(*factor.shape, -1) if quantizer.block_sizes else weight.float()
+    codes = (rows * (factor.unsqueeze(-1) if quantizer.block_sizes else factor)).round().clamp(-128, 127)
+    return qtensor(weight.shape, weight.dtype, codes.to(torch.int8).reshape(weight.shape)), scale
+
+
+def _packed_int4(quantizer: Any, weight: Any) -> tuple[Any, Any]:
+    """Two codes a byte, the first in the high half, each code + 8; and factors, ``7 / amax``, (blocks, 1)."""
+    import torch
+
+    qtensor = importlib.import_module("modelopt.torch.quantization.qtensor").INT4QTensor
+    factor = 7 / quantizer.amax.to(weight.dtype).reshape(-1, 1)  # infinite for a block of zeros, which it divides
+    blocks = weight.reshape(len(factor), -1)
+    codes = torch.nan_to_num((blocks * factor).round()).clamp(-8, 7).add(8).to(torch.uint8).reshape(-1, 2)
+    data = torch.bitwise_or(codes[:, 0] << 4, codes[:, 1]).reshape(weight.shape[0], -1)
+    return qtensor(weight.shape, weight.dtype, data), factor
+
+
+def _packed_float8(quantizer: Any, weight: Any) -> tuple[Any, Any]:
+    """Codes as ``float8_e4m3fn`` and scales, ``amax / 448``: (rows, 1), or one number; ties as for 8-bit integers."""
+    import torch
+
+    qtensor = importlib.import_module("modelopt.torch.quantization.qtensor").FP8QTensor
+    amax = quantizer.amax.float()
+    codes = (weight.float() * (448.0 / amax.masked_fill(amax == 0, 1))).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return qtensor(weight.shape, weight.dtype, codes), quantizer.amax / 448.0

@@ -1,0 +1,477 @@
+"""ModelOpt's calibration: what each algorithm gains on outliers, that packing loses nothing of it, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from quantlab.axes import QuantizationAxes, resolve_axes
+from quantlab.backends import modelopt as backend
+from quantlab.backends.modelopt import NVIDIAModelOptConfig, build_quant_cfg
+from quantlab.backends.modelopt.algorithms import ALGORITHMS, PARAMETERS
+from quantlab.calibration import feed_of_batches
+from quantlab.capabilities import CAPABILITIES
+from quantlab.errors import ConfigError, ModelError
+from quantlab.memory import layer_memory, storages
+
+ROWS = CAPABILITIES["modelopt"]
+IN, HIDDEN, OUT, RANK = 256, 128, 64, 16
+NUM_BATCHES = 2
+LAYERS = ["0", "2"]
+CASES = [(d, a) for d, row in ROWS.items() if "cpu" in row.devices for a in row.algorithms]
+ACTIVATIONS = [
+    *[("int8", a, x, "static") for a in ROWS["int8"].algorithms for x in ("int8", "float8_e4m3")
+      if (a, x) != ("smoothquant", "float8_e4m3")],
+    *[("int4", a, "int8", "dynamic") for a in ROWS["int4"].algorithms],
+    ("int8", "smoothquant", "int8", "dynamic"), ("float8_e4m3", "awq_lite", "float8_e4m3", "static"),
+    ("int3", "gptq", "int8", "static"),
+]
+LOOSE = {"svdquant": {"lowrank": RANK}}
+
+
+def make_model(dtype="float32"):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(IN, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, OUT))
+    for layer in (model[0], model[2]):
+        nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+    return model.to(getattr(torch, dtype)).eval().requires_grad_(False)
+
+
+def outliers(seed, rows=256):
+    """Mildly correlated channels, 6 of them 30 times as large as the others."""
+    fixed = torch.Generator().manual_seed(7)
+    mix = torch.eye(IN) + 0.3 * IN**-0.5 * torch.randn(IN, IN, generator=fixed)
+    x = torch.randn(rows, IN, generator=torch.Generator().manual_seed(seed)) @ mix
+    x[:, torch.randperm(IN, generator=fixed)[:6]] *= 30
+    return x
+
+
+@functools.cache
+def feed():
+    return feed_of_batches([outliers(i) for i in range(NUM_BATCHES)])
+
+
+def config_of(dtype, algorithm, activation="none", scales="dynamic", group="auto", **more):
+    if algorithm == "smoothquant":
+        activation = "int8"
+    asked = QuantizationAxes(backend="modelopt", dtype=dtype, algorithm=algorithm, activation_dtype=activation,
+                             group_size=group)
+    settings = {"activation_scales": scales, "algorithm_settings": LOOSE.get(algorithm), **more}
+    return NVIDIAModelOptConfig.from_axes(asked, settings)
+
+
+def calibrated(config, dtype="float32"):
+    model = make_model(dtype)
+    if config.needs_data:
+        assert backend.calibrate(model, LAYERS, config, dtype, feed()) is None
+    else:
+        backend.quantize(model, LAYERS, config, dtype)
+    return model
+
+
+def quantized(config, dtype="float32"):
+    model = calibrated(config, dtype)
+    if config.needs_data:
+        backend.quantize(model, LAYERS, config, dtype, None)
+    return model
+
+
+def relative(found, wanted):
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@functools.cache
+def errors(dtype, algorithm, activation="none", scales="dynamic", group="auto"):
+    """(error of the first layer's output, error of the model's) on data that was not calibrated on."""
+    x, model, reference = outliers(99), quantized(config_of(dtype, algorithm, activation, scales, group)), make_model()
+    return relative(model[0](x), reference[0](x)), relative(model(x), reference(x))
+
+
+def ratios(*case):
+    dtype, algorithm, *rest = case
+    return tuple(a / b for a, b in zip(errors(*case), errors(dtype, "max", *rest), strict=True))
+
+
+# -- what it is for
+
+
+@pytest.mark.parametrize(("algorithm", "layer", "model"), [
+    ("mse", 0.97, 0.98),
+    ("awq_lite", 0.55, 0.85),
+    ("awq_clip", 0.55, 0.70),
+    ("awq_full", 0.45, 0.68),
+    ("svdquant", 0.45, 0.68),
+    ("gptq", 1.05, 0.88),
+    ("local_hessian", 0.55, 0.70),
+])
+def test_four_bits_in_blocks_of_32(algorithm, layer, model):
+    """Upper bounds of error over that of max; GPTQ helps layers behind the outliers only."""
+    found = ratios("int4", algorithm, "none", "dynamic", 32)
+    assert found[0] < layer
+    assert found[1] < model
+
+
+@pytest.mark.parametrize("scales", ["dynamic", "static"])
+def test_smoothing_of_eight_bit_activations(scales):
+    smooth = ratios("int8", "smoothquant", "int8", scales)
+    assert smooth[0] < 0.4
+    assert smooth[1] < 0.5
+    assert ratios("int8", "awq_lite", "int8", scales)[0] < 0.7
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("int3", 0.65), ("int2", 0.55)])
+def test_fewer_bits(dtype, bound):
+    assert ratios(dtype, "awq_full", "none", "dynamic", 32)[1] < bound
+    assert errors(dtype, "max", "none", "dynamic", 32)[1] > errors("int4", "max", "none", "dynamic", 32)[1] * 2
+
+
+def test_static_scales_are_those_of_the_data():
+    config = config_of("int8", "max", "int8", "static")
+    model, reference = quantized(config), make_model()
+    largest = max(float(outliers(i).abs().max()) for i in range(NUM_BATCHES))
+    assert float(model[0].input_quantizer.amax) == pytest.approx(largest, rel=1e-6)
+    step = largest / 127
+    x = outliers(99)
+    by_hand = nn.functional.linear((x / step).round().clamp(-128, 127) * step, backend.read_back(model[0]).dense,
+                                   reference[0].bias)
+    assert relative(model[0](x), by_hand) < 1e-6
+    assert float(config_scale(quantized(config_of("int8", "max", "int8")))) == 0
+
+
+def config_scale(model):
+    """The stored scale of the first layer's activations; 0 where it is taken at run time."""
+    amax = model[0].input_quantizer.amax
+    return amax if amax is not None else 0
+
+
+# -- nothing calibrated is lost
+
+
+@pytest.mark.parametrize(("dtype", "algorithm"), CASES)
+@pytest.mark.parametrize("group", ["none", 32])
+def test_packed_is_simulated(dtype, algorithm, group):
+    if group not in ROWS[dtype].group_sizes:
+        group = "auto"
+    x, packed = outliers(99), quantized(config_of(dtype, algorithm, group=group))
+    loose = quantized(config_of(dtype, algorithm, group=group, compress=False))
+    for i in (0, 2):
+        a, b = backend.read_back(packed[i]), backend.read_back(loose[i])
+        assert relative(a.dense, b.dense) < 1e-6
+        assert b.is_simulated
+        assert a.is_simulated == (dtype in ("int3", "int2"))
+        assert (a.dtype, a.group_size) == (b.dtype, b.group_size)
+        assert a.dtype == dtype
+    assert relative(packed[0](x), loose[0](x)) < 1e-6
+    if algorithm != "smoothquant":  # the weight in effect, smoothing and low-rank branch included
+        by_hand = nn.functional.linear(x, backend.read_back(packed[0]).dense, packed[0].bias)
+        assert relative(packed[0](x), by_hand) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "algorithm"), [c for c in CASES if c[1] != "max"])
+def test_no_algorithm_is_max_in_silence(dtype, algorithm):
+    activation = "int8" if algorithm == "smoothquant" else "none"
+    plain = quantized(config_of(dtype, "max", activation))
+    model = quantized(config_of(dtype, algorithm))
+    assert not torch.equal(backend.read_back(model[0]).dense, backend.read_back(plain[0]).dense)
+    assert errors(dtype, algorithm)[1] < errors(dtype, "max", activation)[1]
+
+
+@pytest.mark.parametrize(("dtype", "algorithm", "activation", "scales"), ACTIVATIONS)
+def test_files_with_activations(dtype, algorithm, activation, scales, tmp_path):
+    config = config_of(dtype, algorithm, activation, scales)
+    model, x = quantized(config), outliers(99)
+    inputs = model[0].input_quantizer
+    assert backend.read_back(model[0]).activation_dtype == activation
+    assert inputs._dynamic == (scales == "dynamic")
+    assert inputs.axis is None
+    assert hasattr(inputs, "_amax") == (scales == "static")
+    check_files(model, config, x, tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "algorithm"), CASES)
+@pytest.mark.parametrize(("compute", "compress"), [("float32", True), ("bfloat16", True), ("float32", False)])
+def test_files(dtype, algorithm, compute, compress, tmp_path):
+    config = config_of(dtype, algorithm, compress=compress)
+    check_files(quantized(config, compute), config, outliers(99).to(getattr(torch, compute)), tmp_path)
+
+
+def check_files(model, config, x, folder):
+    y = model(x)
+    assert y.isfinite().all()
+    backend.save(model, folder)
+    fresh = make_model(str(x.dtype).removeprefix("torch."))
+    for layer in (fresh[0], fresh[2]):
+        layer.weight.mul_(0.5)
+        layer.bias.zero_()
+    backend.load(fresh, LAYERS, config, folder)
+    assert torch.equal(fresh(x), y)
+    for i in (0, 2):
+        assert layer_memory(fresh[i]) == layer_memory(model[i])
+
+
+def test_another_compute_dtype_than_the_models(tmp_path):
+    model, config = make_model(), config_of("int4", "awq_full")
+    backend.calibrate(model, LAYERS, config, "bfloat16", feed())
+    backend.quantize(model, LAYERS, config, "bfloat16")
+    assert model[0].weight.metadata["dtype"] == torch.bfloat16
+    check_files(model, config, outliers(99), tmp_path)
+
+
+def test_files_of_another_algorithm_are_refused(tmp_path):
+    backend.save(quantized(config_of("int4", "awq_lite")), tmp_path)
+    for algorithm in ("max", "svdquant"):
+        with pytest.raises(ModelError, match="was saved in another format"):
+            backend.load(make_model(), LAYERS, config_of("int4", algorithm), tmp_path)
+
+
+# -- bytes
+
+
+def test_branches_and_scales_are_counted_and_leftovers_are_not():
+    plain = layer_memory(quantized(config_of("int4", "max"))[0])
+    assert plain == (IN * HIDDEN // 2, 2 * 4 * IN * HIDDEN // 128)
+    for algorithm, extra in {"awq_lite": IN, "awq_full": IN, "svdquant": IN + RANK * (IN + HIDDEN),
+                             "awq_clip": 0, "gptq": 0, "local_hessian": 0, "mse": 0}.items():
+        model = quantized(config_of("int4", algorithm))
+        assert layer_memory(model[0]) == (plain[0], plain[1] + 4 * extra), algorithm
+        loose = calibrated(config_of("int4", algorithm, compress=False))
+        held = sum(storages(loose[0]).values())
+        assert held == 4 * (IN * HIDDEN + HIDDEN + IN * HIDDEN // 128 + extra), algorithm
+        assert not loose[0]._forward_pre_hooks
+        assert "forward" not in vars(loose[0])
+
+
+def test_moments_are_bounded_and_rounds_change_nothing(monkeypatch):
+    config = config_of("int4", "gptq")
+    whole = quantized(config)
+    monkeypatch.setattr(sys.modules[backend.calibrate.__module__], "_HESSIAN_BYTES", 1)
+    parted = quantized(config)
+    for i in (0, 2):
+        assert torch.equal(backend.read_back(whole[i]).dense, backend.read_back(parted[i]).dense)
+
+
+# -- what is asked of the data
+
+
+def test_a_layer_that_never_runs_is_named():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(IN, 32), nn.Linear(IN, 32)
+
+        def forward(self, x):
+            return self.used(x)
+
+    for dtype, algorithm in (("int4", "awq_lite"), ("int4", "gptq"), ("int8", "smoothquant")):
+        with pytest.raises(ConfigError, match=r"^calibration: idle never ran .*; exclude it with modules_to_not_conv"):
+            backend.calibrate(Half().requires_grad_(False), ["used", "idle"], config_of(dtype, algorithm), None, feed())
+
+
+def test_inputs_that_are_not_finite_are_named():
+    class Overflows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(IN, 32)
+
+        def forward(self, x):
+            return self.first(x / 0)
+
+    with pytest.raises(ConfigError, match="^calibration: the input of first holds NaN or infinity"):
+        backend.calibrate(Overflows().requires_grad_(False), ["first"], config_of("int4", "awq_lite"), None, feed())
+
+
+def test_the_models_own_errors_stay_what_they_are():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(IN, 32)
+
+        def forward(self, x):
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="^mine$"):
+        backend.calibrate(Broken().requires_grad_(False), ["first"], config_of("int4", "awq_lite"), None, feed())
+
+
+def test_the_progress_bar_is_seen_and_the_library_is_not(capsys):
+    calls = feed_of_batches([outliers(0)])
+    shown = type(calls)(calls=calls.calls, num_samples=256, batch_size=256, on_call=lambda i, n: print(f"{i} of {n}"))
+    backend.calibrate(make_model(), LAYERS, config_of("int4", "gptq"), "float32", shown)
+    said = capsys.readouterr()
+    assert said.out == "1 of 1\n1 of 1\n"
+    assert said.err == ""
+
+
+def test_only_the_named_layers():
+    model, config = make_model(), config_of("int4", "svdquant")
+    backend.calibrate(model, ["2"], config, "float32", feed())
+    assert type(model[0]) is nn.Linear
+    with pytest.raises(ConfigError, match=r"^algorithm=svdquant: 0 saw no calibration data"):
+        backend.quantize(model, LAYERS, config, "float32")
+    backend.quantize(model, ["2"], config, "float32")
+    assert backend.read_back(model[2]).dtype == "int4"
+    with pytest.raises(ConfigError, match="2 is already quantized"):
+        backend.calibrate(model, ["2"], config, "float32", feed())
+
+
+def test_calibrated_models_can_be_copied_until_they_are_packed():
+    model = calibrated(config_of("int4", "awq_full"))
+    twin = copy.deepcopy(model)
+    for m in (model, twin):
+        backend.quantize(m, LAYERS, config_of("int4", "awq_full"), "float32")
+    assert torch.equal(model(outliers(99)), twin(outliers(99)))
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize(("kwargs", "message"), [
+    ({"quant_type": "INT4", "algorithm": "smoothquant"}, r"^algorithm=smoothquant: .*in silence; set dtype=int8 and "),
+    ({"quant_type": "INT8", "algorithm": "smoothquant"}, r"^algorithm=smoothquant: it smooths INT8 activations"),
+    ({"quant_type": "FP8", "algorithm": "awq_clip"}, r"^algorithm=awq_clip: .*do max in silence; set algorithm=max$"),
+    ({"quant_type": "FP8", "algorithm": "awq_full"}, r"^algorithm=awq_full: .*set algorithm=awq_lite$"),
+    ({"quant_type": "INT8", "algorithm": "mse"}, r"^algorithm=mse: with 8 bits .*max in silence"),
+    ({"quant_type": "FP8", "algorithm": "mse"}, r"^algorithm=mse: with 8 bits"),
+    ({"quant_type": "MXFP4", "algorithm": "awq_lite"}, r"^algorithm=awq_lite: the scales of MXFP4 are powers of two"),
+    ({"quant_type": "NVFP4", "algorithm": "gptq"}, r"^algorithm=gptq: .*static blocks only"),
+    ({"quant_type": "INT8", "activation_scales": "static"}, r"^activation_scales=static: .*set activation_dtype=int8"),
+    ({"quant_type": "INT8_MXFP8", "weight_only": False, "activation_scales": "static"}, r"each block at run time"),
+    ({"quant_type": "INT8", "activation_scales": "both"}, r"activation_scales='both': .*accepts dynamic, static"),
+    ({"quant_type": "INT4", "algorithm": "svdquant", "algorithm_settings": {"rank": 8}},
+     r"^algorithm_settings\.rank: svdquant has no such setting \(it has lowrank\); did you mean lowrank\?"),
+    ({"quant_type": "INT4", "algorithm_settings": {"alpha": 1}}, r"\.alpha: max has no such setting \(it has none\)"),
+    ({"quant_type": "INT4", "algorithm": "svdquant", "algorithm_settings": {"lowrank": 1.5}},
+     r"^algorithm_settings\.lowrank=1\.5: svdquant takes a whole number from 1 to"),
+    ({"quant_type": "INT4", "algorithm": "awq_lite", "algorithm_settings": {"alpha_step": 2}}, r"alpha_step=2: .* to 1;"),
+    ({"quant_type": "INT4", "algorithm": "mse", "algorithm_settings": {"start_multiplier": 1.0, "stop_multiplier": .5}},
+     r"start_multiplier=1\.0: it lies above stop_multiplier=0\.5"),
+    ({"quant_type": "INT8_INT8", "weight_only": False, "algorithm": "awq_lite", "modelopt_config": {"quant_cfg": [
+        {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 8, "axis": 0}},
+        {"quantizer_name": "*input_quantizer", "cfg": {"num_bits": 8, "axis": 0, "type": "dynamic"}}]}},
+     r"^algorithm=awq_lite: it takes activations with one scale for the tensor"),
+    ({"quant_type": "INT8_INT8", "weight_only": False, "activation_scales": "static", "modelopt_config": {"quant_cfg": [
+        {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 8, "axis": 0}},
+        {"quantizer_name": "*input_quantizer", "cfg": {"num_bits": 8, "type": "dynamic"}}]}},
+     r"^activation_scales=static: modelopt_config says type: dynamic"),
+    ({"quant_type": "INT4", "algorithm": "svdquant", "algorithm_settings": {"lowrank": 8}, "modelopt_config": {
+        "quant_cfg": [{"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 4, "block_sizes": {-1: 32}}}],
+        "algorithm": {"method": "svdquant", "lowrank": 4}}}, r"^algorithm_settings=.*modelopt_config says .*agree"),
+])
+def test_refused_configs(kwargs, message):
+    with pytest.raises(ConfigError, match=message):
+        NVIDIAModelOptConfig(**kwargs)
+
+
+@pytest.mark.parametrize(("dtype", "algorithm"), [("int4", "smoothquant"), ("int8", "mse"), ("float8_e4m3", "awq_clip"),
+                                                  ("mxfp8", "awq_lite"), ("nvfp4", "local_hessian")])
+def test_the_table_refuses_the_same(dtype, algorithm):
+    with pytest.raises(ConfigError, match=rf"^algorithm={algorithm}: modelopt {dtype} offers auto, max"):
+        resolve_axes(QuantizationAxes(backend="modelopt", dtype=dtype, algorithm=algorithm))
+
+
+@pytest.mark.parametrize(("algorithm", "settings", "message"), [
+    ("svdquant", {"lowrank": 64}, r"^algorithm_settings\.lowrank=64: 2 \[64, 128\] has no higher rank"),
+    ("local_hessian", {"block_size": 96}, r"^algorithm_settings\.block_size=96: in_features 256 of 0 does not divide"),
+])
+def test_settings_that_a_layer_cannot_take(algorithm, settings, message):
+    model = make_model()
+    config = config_of("int4", algorithm, algorithm_settings=settings)
+    with pytest.raises(ConfigError, match=message):
+        backend.calibrate(model, LAYERS, config, "float32", feed())
+    assert type(model[0]) is nn.Linear
+
+
+def test_static_scales_without_data_are_refused():
+    config = config_of("int8", "max", "int8", "static")
+    with pytest.raises(ConfigError, match=r"^activation_scales=static: 0, 2 saw no calibration data.*=dynamic$"):
+        backend.quantize(make_model(), LAYERS, config, "float32")
+
+
+# -- the config
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_data_and_its_absence(algorithm):
+    dtype = "int8" if algorithm == "smoothquant" else "int4"
+    config = config_of(dtype, algorithm)
+    assert config.needs_data == (algorithm not in ("max", "mse"))
+    plain = config.without_data()
+    if algorithm == "max":
+        assert plain is None
+        static = config_of("int8", "max", "int8", "static")
+        assert static.needs_data
+        assert static.without_data() == config_of("int8", "max", "int8")
+        return
+    assert (plain.algorithm, plain.algorithm_settings, plain.needs_data) == ("max", None, False)
+    assert (plain.quant_type, plain.block_quantize) == (config.quant_type, config.block_quantize)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_settings_reach_the_library(algorithm):
+    """Every setting is one of the library's, and all are spelled out: its own defaults have no say."""
+    from modelopt.torch.quantization.mode import CalibrateModeRegistry
+
+    known = CalibrateModeRegistry[f"{algorithm}_calibrate"].config_class.model_fields
+    assert set(PARAMETERS[algorithm]) <= set(known)
+    told = build_quant_cfg(config_of("int8" if algorithm == "smoothquant" else "int4", algorithm), {"a": (8, 256)})
+    if algorithm != "max":
+        assert {"method", *PARAMETERS[algorithm]} <= set(told["algorithm"])
+        assert all(value is not None for value in told["algorithm"].values())
+
+
+def test_a_setting_changes_the_result():
+    x = outliers(99)
+    for algorithm, setting in (("svdquant", {"lowrank": 4}), ("awq_clip", {"min_clip_ratio": 0.9}),
+                               ("local_hessian", {"block_size": 64}), ("gptq", {"perc_damp": 0.5})):
+        config = config_of("int4", algorithm, algorithm_settings=setting)
+        assert not torch.equal(quantized(config)(x), quantized(config_of("int4", algorithm))(x)), algorithm
+    smooth = {alpha: config_of("int8", "smoothquant", algorithm_settings={"alpha": alpha}) for alpha in (0.5, 1.0)}
+    assert smooth[0.5].algorithm_settings is None
+    exact = make_model()(x)
+    assert relative(quantized(smooth[0.5])(x), exact) < relative(quantized(smooth[1.0])(x), exact)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("scales", ["static", "dynamic"])
+def test_through_diffusers_and_back(algorithm, scales):
+    config = config_of("int8" if algorithm == "smoothquant" else "int4", algorithm, "int8", scales, group=32)
+    refused = {"local_hessian": "^algorithm=local_hessian: Diffusers has one block_size"}.get(algorithm)
+    if refused is None and scales == "dynamic" and algorithm in ("smoothquant", "awq_lite", "awq_full", "svdquant"):
+        refused = f"^activation_scales=dynamic: with algorithm={algorithm} ModelOpt alone"
+    if refused:
+        with pytest.raises(ConfigError, match=refused):
+            config.to_diffusers()
+        return
+    stored = json.loads(json.dumps(config.to_diffusers().to_dict(), sort_keys=True))
+    assert NVIDIAModelOptConfig.from_dict(stored) == config
+
+
+def test_json_and_back():
+    for config in (config_of("int4", "svdquant"), config_of("int8", "smoothquant", scales="static"),
+                   config_of("int2", "awq_full"), config_of("int3", "mse")):
+        for use_diff in (True, False):
+            assert NVIDIAModelOptConfig.from_dict(json.loads(config.to_json_string(use_diff=use_diff))) == config
+        own = {"algorithm_settings": config.algorithm_settings, "activation_scales": config.activation_scales}
+        assert NVIDIAModelOptConfig.from_axes(config.axes(), own) == config
+
+
+def test_a_pasted_config_with_static_activations_needs_data():
+    sides = [{"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 8, "axis": 0}},
+             {"quantizer_name": "*input_quantizer", "cfg": {"num_bits": 8}}]
+    config = NVIDIAModelOptConfig("INT8_INT8", weight_only=False, algorithm="smoothquant", modelopt_config={
+        "quant_cfg": sides, "algorithm": {"method": "smoothquant", "alpha": 0.6}})
+    assert (config.activation_scales, config.algorithm_settings, config.needs_data) == ("static", {"alpha": 0.6}, True)
+    assert config.without_data().needs_data is False
+    x, exact = outliers(99), make_model()(outliers(99))
+    assert relative(quantized(config)(x), exact) < 0.5 * relative(quantized(config.without_data())(x), exact)
+
+
+def test_diffusers_refuses_fewer_bits_by_name():
+    with pytest.raises(ConfigError, match="^quant_type=INT3: Diffusers cannot load INT3"):
+        config_of("int3", "max").to_diffusers(make_model())
