@@ -18,6 +18,7 @@ from rich.table import Table
 from quantlab.composition import groups
 from quantlab.errors import ConfigError, QuantlabError, nearest
 from quantlab.listing import LISTS
+from quantlab.reports import RunReport
 from quantlab.sweep import Plan, plan
 
 HELP = """quantlab: what does each quantization scheme cost in quality, and what does it save in bytes, on your model?
@@ -44,7 +45,7 @@ config groups (choose with group=option)
 single keys, for example
   device=auto|cpu|cuda   model.path=PATH   evaluation.num_samples=50   tracking.uri=http://host:5000
   quantization.on_mismatch=error|skip|DTYPE   activation_dtype=int8   quantization.bnb_4bit_use_double_quant=true
-  sweep.dry_run=true   sweep.on_invalid=skip
+  sweep.dry_run=true   sweep.on_invalid=skip   sweep.search.num_trials=12
 
 Results: a table here, everything in MLflow (outputs/mlflow.db; look at it with mlflow ui), a folder a run in
 outputs/runs.
@@ -142,7 +143,8 @@ def show_configs(request: Plan) -> int:
 
 def show_jobs(request: Plan) -> int:
     """Print what a sweep would run, and what it would not."""
-    print(f"{len(request.jobs)} jobs:")
+    trials = request.jobs[0].config.sweep.search.num_trials
+    print(f"{len(request.jobs)} jobs{f', of which a search runs {min(trials, len(request.jobs))}' if trials else ''}:")
     for job in request.jobs:
         print(f"  {job.name:<40} {' '.join(job.overrides)}")
     for combination, reason in request.invalid:
@@ -200,13 +202,32 @@ def show_reproduction(words: Sequence[str]) -> int:
     return 1 if found.verdict == DIFFERENT else 0
 
 
+def front_lines(reports: Sequence[RunReport], request: Plan) -> list[str]:
+    """The Pareto front of a search, a line a scheme; nothing where there was none."""
+    from quantlab.search import objectives_of, pareto_front, values_of
+
+    search = request.jobs[0].config.sweep.search
+    if not search.num_trials or not reports:
+        return []
+    objectives = objectives_of(search, reports[0].protocol)
+    names = {job.name for job in request.jobs}
+    points = [(r.name, values_of(r, objectives)) for r in reports if r.name in names]
+    front = [points[i] for i in pareto_front([v for _, v in points], list(objectives.values()))]
+    told = ", ".join(f"{direction} {name}" for name, direction in objectives.items())
+    width = max((len(name) for name, _ in front), default=0)
+    front.sort(key=lambda point: point[1] or ())
+    lines = [f"  {name:<{width}}  {'  '.join(f'{x:<12.6g}' for x in v or ())}".rstrip() for name, v in front]
+    return [f"{len(points)} of {len(request.jobs)} possible points were measured; Pareto front ({told}):", *lines]
+
+
 def run(request: Plan, as_json: bool, quiet: bool) -> int:
     """Run the jobs and show the table; 1 when a job failed."""
     from quantlab.pipeline import run_plan
     from quantlab.report.record import report_data
     from quantlab.report.table import terminal_table
 
-    rows = [report_data(r) for r in run_plan(request, quiet=quiet or as_json)]
+    reports = run_plan(request, quiet=quiet or as_json)
+    rows = [report_data(r) for r in reports]
     failed = [r for r in rows if r["status"] == "FAILED"]
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -217,6 +238,8 @@ def run(request: Plan, as_json: bool, quiet: bool) -> int:
         console = Console() if sys.stdout.isatty() else Console(width=132)  # a file or a pipe has no width of its own
         for protocol in sorted({r["protocol"] for r in rows}):
             console.print(terminal_table([r for r in rows if r["protocol"] == protocol], protocol, caption))
+        for line in front_lines(reports, request):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     for report in failed:
         print(f"failed: {report['name']} at {report['failed_stage']}: {report['error']}", file=sys.stderr)
     return 1 if failed else 0

@@ -43,6 +43,7 @@ OPEN_NODES = (
     "quantization.modules_to_not_convert.",
     "quantization.quantization_config",
     "sweep.grid.",
+    "sweep.search.objectives",
     "launcher.settings.",
 )
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from quantlab import tracking
 from quantlab.errors import QuantlabError
-from quantlab.experiment import SweepConfig
-from quantlab.job import Session, Workbench, open_run, prepare_device, run_folder, run_job, workbench
+from quantlab.experiment import SearchConfig, SweepConfig
+from quantlab.job import Session, open_run, prepare_device, run_folder, run_job, workbench
 from quantlab.provenance import environment
 from quantlab.reports import MetricValue, RunReport
 from quantlab.resume import read_report
@@ -25,6 +25,7 @@ from quantlab.sweep import Job, plan
 
 _JOB, _END, _LOG = "job.json", "exit.json", "worker.log"
 _GRACE_S = 10.0
+Floors = Mapping[str, Mapping[str, MetricValue]]
 _MEANING = {
     "SIGSEGV": "a segmentation fault in a library",
     "SIGABRT": "a library gave up",
@@ -43,7 +44,7 @@ class Handed:
     folder: Path
 
 
-def hand_over(session: Session, bench: Workbench, job: Job, key: str) -> Handed:
+def hand_over(session: Session, job: Job, key: str, protocol: str, floors: Floors) -> Handed:
     """Write a job with all that its process needs; the reference is then in the cache, the floors are in the file."""
     import torch
 
@@ -57,12 +58,12 @@ def hand_over(session: Session, bench: Workbench, job: Job, key: str) -> Handed:
         "batch_size": job.batch_size,
         "key": key,
         "parent_run_id": session.parent_run_id,
-        "floors": {row: {k: asdict(v) for k, v in values.items()} for row, values in bench.floors.items()},
+        "floors": {row: {k: asdict(v) for k, v in values.items()} for row, values in floors.items()},
         "base_dir": str(Path.cwd()),
         "num_threads": torch.get_num_threads(),  # the reference's key depends on it
     }
     (folder / _JOB).write_text(json.dumps(data, indent=1, default=str), encoding="utf-8")
-    return Handed(job=job, key=key, protocol=bench.model.protocol, folder=folder)
+    return Handed(job=job, key=key, protocol=protocol, folder=folder)
 
 
 # -- whoever starts the process
@@ -187,7 +188,8 @@ def _read_job(folder: Path, data: Mapping[str, Any]) -> Job:
     recipe = folder / "recipe.yaml"
     recipe.write_text(data["recipe"], encoding="utf-8")
     (job,) = plan([f"recipe={recipe}"]).jobs
-    config = replace(job.config, recipe=data["recipe_name"], sweep=SweepConfig(**data["sweep"]))
+    sweep = SweepConfig(**{**data["sweep"], "search": SearchConfig(**data["sweep"]["search"])})
+    config = replace(job.config, recipe=data["recipe_name"], sweep=sweep)
     return replace(
         job, name=data["name"], config=config, overrides=tuple(data["overrides"]), batch_size=data["batch_size"]
     )

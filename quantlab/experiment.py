@@ -102,6 +102,19 @@ class TrackingConfig:
 
 
 @dataclass
+class SearchConfig:
+    """``sweep.search``: which points of a grid are run is chosen by what the points before them showed."""
+
+    num_trials: int = 0
+    """Points that are measured, those that earlier sweeps have measured included; 0: no search, the whole grid."""
+    sampler: str = "tpe"
+    """``tpe``, ``nsga2`` or ``random``, of Optuna."""
+    seed: int = 0
+    objectives: dict[str, str] = field(default_factory=dict)
+    """Metric -> ``minimize`` or ``maximize``; empty: the weights' bytes and the protocol's first headline metric."""
+
+
+@dataclass
 class SweepConfig:
     """The ``sweep`` node: at most one of ``grid`` and ``candidates``."""
 
@@ -121,6 +134,7 @@ class SweepConfig:
     where a launcher or ``timeout_s`` asks for one."""
     timeout_s: float | None = None
     """Seconds after which a job is ended and counts as failed; None: no limit."""
+    search: SearchConfig = field(default_factory=SearchConfig)
 
 
 @dataclass

@@ -21,6 +21,7 @@ from quantlab.provenance import environment
 from quantlab.report.record import report_data
 from quantlab.reports import RunReport
 from quantlab.resume import content_key, earlier_report
+from quantlab.search import Search, objectives_of, run_search
 from quantlab.sweep import FLOOR_BATCH, FLOOR_BF16, Job, Plan, floor_jobs
 
 
@@ -107,11 +108,19 @@ def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
         if plan.invalid:
             num = len(plan.invalid) + len(plan.jobs)
             say(f"skipped: {len(plan.invalid)} of {num} combinations are impossible; sweep.dry_run=true lists them")
-        reports = _finished(session, _rows(session, plan, parent), plan.jobs[0].config)
+        config, study = plan.jobs[0].config, None
+        if config.sweep.search.num_trials:
+            reports, study = _search(session, plan, parent)
+        else:
+            reports = _finished(session, _rows(session, plan, parent), config)
         protocol = reports[0].protocol if reports else ""
-        reports += [RunReport(name=c, status="SKIPPED", protocol=protocol, error=reason) for c, reason in plan.invalid]
+        if study is None:
+            reports += [RunReport(name=c, status="SKIPPED", protocol=protocol, error=why) for c, why in plan.invalid]
+        else:
+            parent.set_tags({"quantlab.search.front": ", ".join(study["front"])})
         parent.log_json(
             {
+                **({"search": study} if study else {}),
                 "rows": [report_data(r) for r in reports],
                 "skipped": [{"combination": c, "reason": r} for c, r in plan.invalid],
                 "environment": session.environment,
@@ -143,6 +152,49 @@ def _rows(session: Session, plan: Plan, parent: Any) -> list[RunReport | Handed]
     return rows
 
 
+def _search(session: Session, plan: Plan, parent: Any) -> tuple[list[RunReport], dict[str, Any]]:
+    """Floors, then the points that the search chose; and the study as JSON data. Its jobs run where a sweep's would."""
+    first = plan.jobs[0].config
+    protocol = workbench(session, first, parent).model.protocol
+    search = Search(first.sweep.search, objectives_of(first.sweep.search, protocol), plan.jobs)
+    if search.config.num_trials > len(plan.jobs):
+        say(
+            f"sweep.search.num_trials={search.config.num_trials}: the grid has {len(plan.jobs)} possible points, "
+            "so all of them are run"
+        )
+    rows: list[RunReport | Handed] = []
+    floors: dict[str, Any] = {}  # of each workbench, also after another one has taken its place
+    keys, known = {}, {}
+    for job in plan.jobs:
+        bench = workbench(session, job.config, parent)
+        if bench.key not in floors:
+            rows += [_row(session, bench, floor, apart=False) for floor in _floors(job)]
+            floors[bench.key] = bench.floors
+        keys[job.name] = (content_key(bench, job), bench.key)
+        if earlier := earlier_report(session, bench, job, keys[job.name][0]):
+            known[job.name] = earlier
+    del bench  # a job in a process of its own has the device's memory to itself
+
+    def measure(jobs: Sequence[Job]) -> list[RunReport]:
+        chosen = [(job, *keys[job.name]) for job in jobs]
+        if runs_apart(first):
+            handed = [hand_over(session, job, key, protocol, floors[shared]) for job, key, shared in chosen]
+            return _finished(session, handed, first, "points at once")
+        reports = []
+        for job, key, shared in chosen:
+            bench = workbench(session, job.config, parent)
+            bench.floors.update(floors[shared])
+            reports.append(_made(session, bench, job, key))
+        return reports
+
+    def on_trial(done: int, total: int, failed: int) -> None:
+        session.advance("points", done, total, f"{failed} failed" if done else "")
+
+    batch_size = 1 if first.launcher.engine == "serial" else first.launcher.num_workers
+    run_search(search, known, measure, batch_size, on_trial)
+    return [*_finished(session, rows, first), *search.reports], search.data()
+
+
 def _row(session: Session, bench: Workbench, job: Job, apart: bool) -> RunReport | Handed:
     """One job of a sweep; its failure is a row, never the end of the others."""
     key = content_key(bench, job)
@@ -152,7 +204,12 @@ def _row(session: Session, bench: Workbench, job: Job, apart: bool) -> RunReport
             bench.floors[job.name] = dict(earlier.quality)
         return earlier
     if apart:
-        return hand_over(session, bench, job, key)
+        return hand_over(session, job, key, bench.model.protocol, bench.floors)
+    return _made(session, bench, job, key)
+
+
+def _made(session: Session, bench: Workbench, job: Job, key: str) -> RunReport:
+    """The row of a job that is run here and now."""
     run = None
     try:
         with open_run(session, job.name, job, key=key) as run:
@@ -171,7 +228,9 @@ def _row(session: Session, bench: Workbench, job: Job, apart: bool) -> RunReport
         )
 
 
-def _finished(session: Session, rows: Sequence[RunReport | Handed], config: ExperimentConfig) -> list[RunReport]:
+def _finished(
+    session: Session, rows: Sequence[RunReport | Handed], config: ExperimentConfig, what: str = "jobs"
+) -> list[RunReport]:
     """Run what was handed over, without this process keeping the model, and put its rows in their places."""
     handed = [row for row in rows if isinstance(row, Handed)]
     if handed:
@@ -180,7 +239,7 @@ def _finished(session: Session, rows: Sequence[RunReport | Handed], config: Expe
         gc.collect()
 
         def on_end(ended: int, failed: int, running: int) -> None:
-            session.advance("jobs", ended, len(handed), f"{running} running, {failed} failed")
+            session.advance(what, ended, len(handed), f"{running} running, {failed} failed")
 
         run_handed(handed, config, on_end)
     reports = [collect(session, row) if isinstance(row, Handed) else row for row in rows]

@@ -32,6 +32,7 @@ from quantlab.datasets.calibration import check_calibration
 from quantlab.errors import ConfigError, QuantlabError
 from quantlab.experiment import ExperimentConfig
 from quantlab.recipe import check_recipe, replay_yaml
+from quantlab.search import check_search, check_space, distinct
 
 REFERENCE, FLOOR_BF16, FLOOR_BATCH = "reference", "floor_bf16", "floor_batch"
 
@@ -49,6 +50,8 @@ class Job:
 
     choices: Mapping[str, str] = field(default_factory=dict)
     """Option chosen of each config group."""
+    point: Mapping[str, str] = field(default_factory=dict)
+    """Its place in the grid: swept key -> value as typed."""
 
     @property
     def recipe_yaml(self) -> str:
@@ -92,12 +95,17 @@ def plan(overrides: Sequence[str], multirun: bool = False) -> Plan:
         composed = compose_node(fixed, recipe)
         base = typed(composed[0])
         combinations, is_sweep = _combinations(base, axes, fixed)
+        check_search(base.sweep, is_sweep)
         if is_sweep:
             jobs, invalid = _compose_jobs(combinations, fixed, recipe)
         else:
             jobs, invalid = [replace(make_job(base, fixed), choices=composed[1])], []
-    if invalid and (base.sweep.on_invalid != "skip" or not jobs) and not base.sweep.dry_run:
+    skips = base.sweep.on_invalid == "skip" or base.sweep.search.num_trials > 0  # a search is among the possible ones
+    if invalid and not (skips and jobs) and not base.sweep.dry_run:
         raise ConfigError(_refusal(invalid, len(combinations)))
+    if jobs and base.sweep.search.num_trials:
+        jobs = distinct(jobs)
+        check_space(jobs)
     return Plan(jobs=tuple(jobs), is_sweep=is_sweep, recipe=recipe, invalid=tuple(invalid), dry_run=base.sweep.dry_run)
 
 
@@ -180,7 +188,8 @@ def _compose_jobs(
         try:
             _check_axes(combination)
             node, choices = compose_node([*fixed, *combination], recipe)
-            job = replace(make_job(typed(node), [*fixed, *combination]), choices=choices)
+            point = {k: v.strip("'") for k, _, v in (c.partition("=") for c in combination)}
+            job = replace(make_job(typed(node), [*fixed, *combination]), choices=choices, point=point)
         except QuantlabError as error:
             invalid.append((" ".join(c.replace("'", "") for c in combination), str(error)))
             continue

@@ -21,7 +21,7 @@ FLOORS = {
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 HEAVY = {"torch", "diffusers", "transformers", "bitsandbytes", "torchao", "optimum", "modelopt", "mlflow", "libgguf",
-         "sklearn", "scipy", "skimage", "accelerate", "plotly", "matplotlib", "PIL", "numpy", "safetensors", "gguf"}
+         "sklearn", "scipy", "skimage", "optuna", "accelerate", "plotly", "matplotlib", "PIL", "numpy", "safetensors", "gguf"}
 
 
 def module_name(path: Path) -> str:
