@@ -6,7 +6,7 @@ Torch-free, and the only place where it is written down which combination is pos
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GroupSize = int | str  # a number, or "none": one scale a row
 
@@ -135,12 +135,12 @@ _GGUF: Rows = {
 _MODELOPT_ACTIVATIONS = ("none", "int8", "float8_e4m3")
 _MODELOPT_AWQ = ("awq_lite", "awq_clip", "awq_full", "svdquant")
 _MODELOPT_INTEGER = ("max", "mse", *_MODELOPT_AWQ, "gptq", "local_hessian")
-_MODELOPT_SIMULATED = Capability(
+_MODELOPT_INT3 = Capability(
     group_sizes=("none", *_ROW_GROUPS),
     activation_dtypes=_MODELOPT_ACTIVATIONS,
     algorithms=_MODELOPT_INTEGER,
     is_simulated_on=("cpu", "cuda"),
-    note="ModelOpt packs 8 and 4 bits only: the weight stays dense and is rounded at every use",
+    note="kept in int8: ModelOpt packs 8 and 4 bits",
 )
 _MODELOPT: Rows = {
     "int8": Capability(
@@ -152,8 +152,8 @@ _MODELOPT: Rows = {
     "int4": Capability(
         group_sizes=("none", *_ROW_GROUPS), activation_dtypes=_MODELOPT_ACTIVATIONS, algorithms=_MODELOPT_INTEGER
     ),
-    "int3": _MODELOPT_SIMULATED,
-    "int2": _MODELOPT_SIMULATED,
+    "int3": _MODELOPT_INT3,
+    "int2": replace(_MODELOPT_INT3, algorithms=tuple(a for a in _MODELOPT_INTEGER if a != "gptq")),
     "float8_e4m3": Capability(
         group_sizes=("none",),
         activation_dtypes=_MODELOPT_ACTIVATIONS,

@@ -71,14 +71,14 @@ def test_promise(dtype, group, compress, tmp_path):
     model = quantized(config)
     layer, reference = model[0][0], make_model()[0][0].weight.detach()
     stored = backend.read_back(layer)
-    is_packed = compress and "cpu" not in ROWS[dtype].is_simulated_on
-    assert (stored.dtype, stored.activation_dtype, stored.is_simulated) == (dtype, "none", not is_packed)
+    is_simulated = not compress or "cpu" in ROWS[dtype].is_simulated_on
+    assert (stored.dtype, stored.activation_dtype, stored.is_simulated) == (dtype, "none", is_simulated)
     wanted = {"int4": 128, "int3": 128, "int2": 32}.get(dtype) if group == "auto" else None if group in ("none", IN) else group
     assert stored.group_size == wanted
     assert 0 < float((stored.dense - reference).norm() / reference.norm()) < BOUNDS[dtype]
     num_scales = 1 if (dtype, group) == ("float8_e4m3", "auto") else OUT * IN // (wanted or IN)
     codes = OUT * IN // (2 if dtype == "int4" else 1)
-    assert stored_bytes(layer) == (codes + 8 * num_scales if is_packed else 4 * OUT * IN + 4 * num_scales)
+    assert stored_bytes(layer) == (codes + 8 * num_scales if compress else 4 * OUT * IN + 4 * num_scales)
     with torch.no_grad():
         y = model(inputs())
         assert y.isfinite().all()

@@ -228,6 +228,9 @@ def test_files_of_another_algorithm_are_refused(tmp_path):
     for algorithm in ("max", "svdquant"):
         with pytest.raises(ModelError, match="was saved in another format"):
             backend.load(make_model(), LAYERS, config_of("int4", algorithm), tmp_path)
+    backend.save(quantized(config_of("int3", "mse", group=32)), tmp_path)
+    with pytest.raises(ModelError, match="0 is stored as int3, not int2"):
+        backend.load(make_model(), LAYERS, config_of("int2", "mse", group=32), tmp_path)
 
 
 # -- bytes
@@ -339,6 +342,7 @@ def test_calibrated_models_can_be_copied_until_they_are_packed():
     ({"quant_type": "INT8", "algorithm": "mse"}, r"^algorithm=mse: with 8 bits .*max in silence"),
     ({"quant_type": "FP8", "algorithm": "mse"}, r"^algorithm=mse: with 8 bits"),
     ({"quant_type": "MXFP4", "algorithm": "awq_lite"}, r"^algorithm=awq_lite: the scales of MXFP4 are powers of two"),
+    ({"quant_type": "INT2", "algorithm": "gptq"}, r"^algorithm=gptq: .*outgrow weights of 2 bits; set algorithm=awq_fu"),
     ({"quant_type": "NVFP4", "algorithm": "gptq"}, r"^algorithm=gptq: .*static blocks only"),
     ({"quant_type": "INT8", "activation_scales": "static"}, r"^activation_scales=static: .*set activation_dtype=int8"),
     ({"quant_type": "INT8_MXFP8", "weight_only": False, "activation_scales": "static"}, r"each block at run time"),

@@ -123,6 +123,9 @@ def without_effect(algorithm: str, weight: str, activation_bits: Any) -> str:
     if algorithm == "mse" and weight in ("INT8", "FP8"):
         return ("with 8 bits no smaller scale than the maximum's has a smaller error, so that it would be max in "
                 "silence; set algorithm=max, or dtype=int4")
+    if algorithm == "gptq" and weight == "INT2":
+        return ("the errors that it carries from column to column outgrow weights of 2 bits; set algorithm=awq_full, "
+                "or dtype=int3")
     if algorithm != "max" and weight in ("MXFP8", "MXFP4"):
         return f"the scales of {weight} are powers of two that follow each block's maximum; set algorithm=max"
     if algorithm in ("mse", "local_hessian", "gptq") and weight == "NVFP4":

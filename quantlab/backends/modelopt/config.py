@@ -70,7 +70,7 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
 
     quant_type: str = setting("str")
     """``W`` or ``W_A`` (weights, activations), each FP8, INT8, INT4, NVFP4, MXFP8 or MXFP4; W also INT3 or INT2, which
-    Diffusers has not: they are simulated, for ModelOpt has no packed form of them."""
+    Diffusers has not, with codes in a byte each: ModelOpt packs 8 and 4 bits."""
     modules_to_not_convert: tuple[str, ...] | None = setting("names", None)
     weight_only: bool = setting("bool", True)
     """False where ``quant_type`` has an activation half."""
@@ -467,8 +467,8 @@ def calibrated_activation_cfg(config: NVIDIAModelOptConfig) -> dict[str, Any] | 
 
 
 def is_packable(config: NVIDIAModelOptConfig, weight_cfg: Mapping[str, Any]) -> bool:
-    """Whether ModelOpt has a packed form of a weight of this cfg: not of 3 and 2 bits, nor of an odd number of 4."""
+    """Whether there is a packed form of a weight of this cfg: all but blocks of an odd number of 4-bit codes."""
     bits, block = scheme(weight_cfg)[0][0], scheme(weight_cfg)[1]
     if bits == 4:
         return config.compress and block is not None and not block % 2
-    return config.compress and bits not in (2, 3)
+    return config.compress

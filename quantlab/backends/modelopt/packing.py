@@ -37,7 +37,7 @@ def holder_of(layers: list[Any]) -> Any:
 
 def _packed(quantizer: Any, weight: Any) -> Any:
     """The library's packed tensor of ``weight``; its scale goes to the quantizer."""
-    packers = {8: _packed_int8, 4: _packed_int4, (4, 3): _packed_float8}
+    packers = {8: _packed_int8, 3: _packed_int8, 2: _packed_int8, 4: _packed_int4, (4, 3): _packed_float8}
     has_blocks = bool(quantizer.block_sizes) and not isinstance(quantizer.num_bits, int)
     if quantizer.num_bits not in packers or has_blocks or quantizer.amax is None:
         return quantizer(weight)  # floats in blocks: the library uses the calibrated maximum
@@ -48,20 +48,22 @@ def _packed(quantizer: Any, weight: Any) -> Any:
 
 
 def _packed_int8(quantizer: Any, weight: Any) -> tuple[Any, Any]:
-    """Codes in -128 to 127, and scales, ``amax / 127``: (rows, 1), or (rows, blocks).
+    """Codes in a byte each, -128 to 127 for 8 bits, and scales, ``amax / 127``: (rows, 1), or (rows, blocks).
 
-    The library divides by the scale, the simulation multiplies by its inverse: this rounds ties as the latter does.
+    3 and 2 bits, which the library only simulates, take no more codes than they have and a byte for each too. The
+    library divides by the scale, the simulation multiplies by its inverse: this rounds ties as the latter does.
     """
     import torch
 
     qtensor = importlib.import_module("modelopt.torch.quantization.qtensor").INT8QTensor
-    scale = quantizer.amax.to(weight.dtype) / 127.0
+    bound = 2 ** (quantizer.num_bits - 1) - 1
+    scale = quantizer.amax.to(weight.dtype) / bound
     if quantizer.block_sizes:
         scale = scale.reshape(weight.shape[0], -1)
     amax = quantizer.amax.float().reshape(scale.shape)
-    factor = 127.0 / amax.masked_fill(amax == 0, 1)  # a block of zeros
+    factor = bound / amax.masked_fill(amax == 0, 1)  # a block of zeros
     rows = weight.float().reshape(*factor.shape, -1) if quantizer.block_sizes else weight.float()
-    codes = (rows * (factor.unsqueeze(-1) if quantizer.block_sizes else factor)).round().clamp(-128, 127)
+    codes = (rows * (factor.unsqueeze(-1) if quantizer.block_sizes else factor)).round().clamp(-bound - 1, bound)
     return qtensor(weight.shape, weight.dtype, codes.to(torch.int8).reshape(weight.shape)), scale
 
 

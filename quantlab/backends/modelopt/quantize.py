@@ -137,9 +137,9 @@ def read_back(layer: Any) -> StoredWeight:
     with torch.no_grad(), quiet_library():
         dense = _effective(layer, quantizer(layer.weight).detach().float())
     if packed:
-        dtype, scales = PACKED.get(packed, packed), quantizer._scale
+        dtype, scales = stored_dtype(layer), quantizer._scale
     else:
-        dtype, scales = _simulated_dtype(quantizer), getattr(quantizer, "_amax", None)
+        dtype, scales = stored_dtype(layer), getattr(quantizer, "_amax", None)
     num_scales = scales.numel() if scales is not None else 1
     if dtype in ("nvfp4", "mxfp8", "mxfp4") and not packed:  # its scales exist only while it computes
         num_scales = dense.numel() // quantizer.block_sizes[-1]
@@ -149,9 +149,15 @@ def read_back(layer: Any) -> StoredWeight:
         dtype=dtype,
         group_size=None if by_row else dense.numel() // num_scales,
         dense=dense,
-        is_simulated=not packed,
+        is_simulated=not packed or dtype != PACKED.get(packed),
         activation_dtype=_simulated_dtype(inputs) if inputs.is_enabled else "none",
     )
+
+
+def stored_dtype(layer: Any) -> str:
+    """The format of a layer's weight; integers of fewer bits are packed as 8, and only the quantizer knows."""
+    packed = packed_class(layer)
+    return PACKED[packed] if packed in PACKED and packed != "INT8QTensor" else _simulated_dtype(layer.weight_quantizer)
 
 
 def _effective(layer: Any, dense: Any) -> Any:

@@ -12,7 +12,14 @@ from quantlab.backends.modelopt.algorithms import PARAMETERS, PRE_SCALED
 from quantlab.backends.modelopt.config import NVIDIAModelOptConfig
 from quantlab.backends.modelopt.library import BRANCH, quiet_library
 from quantlab.backends.modelopt.packing import holder_of
-from quantlab.backends.modelopt.quantize import PACKED, begin, finish, insert_without_data, is_quantized, packed_class
+from quantlab.backends.modelopt.quantize import (
+    begin,
+    finish,
+    insert_without_data,
+    is_quantized,
+    packed_class,
+    stored_dtype,
+)
 from quantlab.dtypes import dtype_name
 from quantlab.errors import ModelError
 
@@ -38,7 +45,8 @@ def save(model: Any, folder: Any) -> None:
         if not is_quantized(layer):
             continue
         shape = [layer.out_features, layer.in_features]
-        rows[name] = {"format": packed_class(layer), "shape": shape, "compute_dtype": _compute_dtype(layer)}
+        rows[name] = {"dtype": stored_dtype(layer), "format": packed_class(layer), "shape": shape,
+                      "compute_dtype": _compute_dtype(layer)}
         for key, value in _tensors(layer).items():
             tensors[f"{name}.{key}"] = torch.empty_like(value, device="cpu").copy_(value).contiguous()
     save_file(tensors, folder / _WEIGHTS_FILE)
@@ -72,7 +80,7 @@ def load(model: Any, layers: Iterable[str], config: NVIDIAModelOptConfig, folder
     named = {name: model.get_submodule(name) for name in names}
     wanted = config.axes().dtype
     for name, layer in named.items():
-        if (stored := PACKED.get(rows[name]["format"], wanted)) != wanted:
+        if (stored := rows[name].get("dtype", wanted)) != wanted:
             raise ModelError(f"{folder}: {name} is stored as {stored}, not {wanted}; load with the config it was "
                              "quantized with")
         if list(layer.weight.shape) != rows[name]["shape"]:
