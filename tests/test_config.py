@@ -139,18 +139,28 @@ def gguf_configs():
 
 @st.composite
 def modelopt_configs(draw):
-    weight = draw(st.sampled_from(["FP8", "INT8", "INT4", "NVFP4", "MXFP8", "MXFP4"]))
+    weight = draw(st.sampled_from(list(MODELOPT_ALGORITHMS)))
     activation = draw(st.sampled_from(["", "INT8", "FP8"]))
     own = {
         "quant_type": f"{weight}_{activation}" if activation else weight,
         "weight_only": not activation,
         "modules_to_not_convert": draw(NAMES),
         "exclusion_rule": draw(RULES),
+MODELOPT_ALGORITHMS = {
+    "FP8": ["max", "awq_lite"], "INT8": ["max", "awq_lite", "gptq"], "INT4": ["max", "mse", "awq_lite"],
+    "INT3": ["max", "mse", "local_hessian"], "NVFP4": ["max", "awq_lite"], "MXFP8": ["max"], "MXFP4": ["max"],
+}
+
+
         "compress": draw(st.booleans()),
-        "algorithm": draw(st.sampled_from(["max", "mse", "awq_lite"])),
+        "algorithm": draw(st.sampled_from(MODELOPT_ALGORITHMS[weight])),
         "disable_conv_quantization": draw(st.booleans()),
     }
-    if weight in ("FP8", "INT8", "INT4"):
+    if own["algorithm"] == "awq_lite":
+        own["algorithm_settings"] = {"alpha_step": draw(st.sampled_from([0.1, 0.2]))}
+    if activation:
+        own["activation_scales"] = draw(st.sampled_from(["dynamic", "static"]))
+    if weight in ("FP8", "INT8", "INT4", "INT3"):
         own |= draw(
             st.sampled_from(
                 [
@@ -162,9 +172,10 @@ def modelopt_configs(draw):
         )
     if weight == "NVFP4":
         own |= {"channel_quantize": -1, "block_quantize": 16, "scale_channel_quantize": -1, "scale_block_quantize": 16}
-    bits = {"FP8": [4, 3], "INT8": 8, "INT4": 4}.get(weight)
+    bits = {"FP8": [4, 3], "INT8": 8, "INT4": 4, "INT3": 3}.get(weight)
     if bits and draw(st.booleans()):
-        own = {k: v for k, v in own.items() if k not in ("channel_quantize", "block_quantize", "fit_group_size")}
+        own = {k: v for k, v in own.items()
+               if k not in ("channel_quantize", "block_quantize", "fit_group_size", "activation_scales")}
         own["modelopt_config"] = {
             "algorithm": {"method": own["algorithm"]},
             "quant_cfg": draw(
@@ -319,6 +330,9 @@ def test_axes_and_back_for_every_row(backend):
     rows = [a for a in AXES if a.backend == backend]
     assert rows
     for asked in rows:
+    and not (b == "modelopt" and m == "smoothquant" and a != "int8")
+    and not (b == "torchao" and d == "int4" and m in ("awq", "smoothquant") and (
+        a == "int8" or g not in ("auto", 32, 64, 128)))
         asked = dataclasses.replace(asked, modules_to_not_convert={"own": ["a", "*.b"]})
         config = BACKENDS[backend].Config.from_axes(asked)
         shown = config.axes()

@@ -332,7 +332,7 @@ def test_a_fitted_group_size_is_written_where_it_is_one_for_all():
 
 
 ROWS = [(b, d) for b, rows in CAPABILITIES.items() if b not in ("none", "gguf") for d in rows]
-NOT_THERE = {("quanto", "float8_e5m2"), ("modelopt", "nvfp4"), ("modelopt", "mxfp8"), ("modelopt", "mxfp4")}
+NOT_THERE = {("quanto", "float8_e5m2"), *(("modelopt", d) for d in ("nvfp4", "mxfp8", "mxfp4", "int3", "int2"))}
 
 
 @pytest.mark.parametrize("library", ["diffusers", "transformers"])
