@@ -53,6 +53,7 @@ def test_the_page_holds_every_row_with_its_recipe(data):
     by_bytes = ["int4 a", "int4 b", "int8 a", "int8 b", "int4 c"]
     assert [r["name"] for r in group["rows"]] == ["reference", "floor_bf16", *by_bytes]
     assert set(group["recipes"]) == {r["run_id"] for r in group["rows"]}
+    assert "quantlab reproduce ${row.run_id}" in page(data)
     assert "override /backend: gguf" in group["recipes"][group["rows"][3]["run_id"]]
     assert [s["name"] for s in group["images"]["schemes"]] == by_bytes
     assert group["layers"]["rows"] == ["blocks.0.to_q", "blocks.0.to_k", "blocks.1.to_q"]

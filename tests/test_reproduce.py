@@ -128,6 +128,34 @@ def test_a_repetition_is_no_part_of_sweeps_and_comparisons(copy, ids):
     assert data["repeated_as"] not in listed
 
 
+@pytest.mark.slow
+def test_a_run_is_reproduced_with_its_own_number_of_threads(copy):
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        run_id = copy.rows(*WORDS, "backend=quanto", "num_threads=2")["quanto int8"]["run_id"]
+        torch.set_num_threads(1)
+        code, data = reproduced(copy, run_id)
+        assert torch.get_num_threads() == 2
+        assert (code, data["verdict"]) == (0, IDENTICAL)
+        assert "torch threads" not in {c["what"] for c in data["changes"]}
+        code, data = reproduced(copy, run_id, "num_threads=1")
+        assert code == 0
+        assert [(c["was"], c["now"]) for c in data["changes"] if c["what"] == "torch threads"] == [("2", "1")]
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", [("backend=torchao", "dtype=int8", "algorithm=awq"),
+                                    ("backend=gguf", "dtype=q4_k", "algorithm=imatrix")])
+def test_a_calibrated_run_is_reproduced_bit_by_bit(copy, scheme):
+    rows = copy.rows(*WORDS, *scheme)
+    code, data = reproduced(copy, [*rows.values()][-1]["run_id"])
+    assert (code, statuses(data)) == (0, {IDENTICAL})
+
+
 # -- weights
 
 

@@ -212,3 +212,18 @@ def test_a_killed_sweep_loses_no_finished_job(shell, tmp_path):
     assert set(killed) == {"sweep", "gguf q8_0"}
     assert killed["gguf q8_0"]["tags"]["quantlab.stage"] == "quantize"
     assert children(shell, shell.tracked()["sweep"]) == {"quanto int8", "gguf q8_0"}
+
+
+@pytest.mark.slow
+def test_an_overlapping_sweep_takes_no_row_from_an_earlier_ones_comparison(shell):
+    shell.rows(*WORDS, "backend=quanto", "dtype=int8,int4")
+    first = shell.tracked()["sweep"]["run_id"]
+    rows = shell.rows(*WORDS, "backend=quanto", "dtype=int4,int2")
+    second = shell.tracked()["sweep"]
+    assert rows["quanto int4"]["resumed"]
+    assert children(shell, second) == {*FLOORS, "quanto int4", "quanto int2"}
+    for parent, schemes in ((first, {"quanto int8", "quanto int4"}), (second["run_id"], {"quanto int4", "quanto int2"})):
+        code, out, err = shell("compare", f"sweep={parent}", "--json")
+        assert code == 0, err
+        (group,) = json.loads(out)["groups"]
+        assert {r["name"] for r in group["rows"]} - {*FLOORS} == schemes

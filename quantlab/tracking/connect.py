@@ -91,10 +91,11 @@ def first_line(error: Exception) -> str:
 
 
 def _quiet_mlflow() -> None:
-    """Before mlflow is imported: no telemetry, no hints, no addresses on stdout."""
+    """Before mlflow is imported: no telemetry, no hints, no addresses on stdout, no bars."""
     for name in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_DISABLE_AGENT_HINT", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"):
         os.environ.setdefault(name, "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     retries = logging.getLogger("urllib3.connectionpool")
     if retries.level == logging.NOTSET:  # it warns of every retry; one warning of ours is enough
         retries.setLevel(logging.ERROR)
