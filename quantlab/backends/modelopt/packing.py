@@ -10,8 +10,12 @@ import importlib
 from typing import Any
 
 
-def pack(layers: list[Any]) -> None:
-    """Replace the dense weights of calibrated layers by codes and scales, in place."""
+def pack(layers: list[Any], is_max: bool) -> None:
+    """Replace the dense weights of calibrated layers by codes and scales, in place.
+
+    ``is_max``: the scales are the maxima's, and the library packs as its ``compress`` does, bit for bit. That rounds a
+    few ties otherwise than the simulation.
+    """
     import torch
 
     compress = importlib.import_module("modelopt.torch.quantization.compress")
@@ -21,7 +25,7 @@ def pack(layers: list[Any]) -> None:
     compress.compress_convert(holder_of(layers), config, skip_real_quantize_weight=True)
     with torch.no_grad():
         for layer in layers:
-            layer.weight = wrapper(_packed(layer.weight_quantizer, layer.weight))
+            layer.weight = wrapper(_packed(layer.weight_quantizer, layer.weight, is_max))
             if layer.weight.dtype.is_floating_point:  # a row of zeros was divided by its scale, 0
                 layer.weight.data.copy_(torch.nan_to_num(layer.weight.data.float()).to(layer.weight.dtype))
 
@@ -35,12 +39,13 @@ def holder_of(layers: list[Any]) -> Any:
     return holder
 
 
-def _packed(quantizer: Any, weight: Any) -> Any:
+def _packed(quantizer: Any, weight: Any, is_max: bool) -> Any:
     """The library's packed tensor of ``weight``; its scale goes to the quantizer."""
     packers = {8: _packed_int8, 3: _packed_int8, 2: _packed_int8, 4: _packed_int4, (4, 3): _packed_float8}
     has_blocks = bool(quantizer.block_sizes) and not isinstance(quantizer.num_bits, int)
-    if quantizer.num_bits not in packers or has_blocks or quantizer.amax is None:
-        return quantizer(weight)  # floats in blocks: the library uses the calibrated maximum
+    by_library = is_max and quantizer.num_bits not in (2, 3)
+    if by_library or quantizer.num_bits not in packers or has_blocks or quantizer.amax is None:
+        return quantizer(weight)  # for floats in blocks, too, the library uses the calibrated maximum
     tensor, scale = packers[quantizer.num_bits](quantizer, weight)
     quantizer._set_buffer("_scale", scale)
     quantizer._dequantize = True

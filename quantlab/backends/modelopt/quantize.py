@@ -96,7 +96,7 @@ def finish(named: Mapping[str, Any], config: NVIDIAModelOptConfig) -> None:
     packable = {name: layer for name, layer in named.items() if is_packable(config, told[name])}
     if packable:
         with quiet_library(), named_failure(config, list(packable)):
-            pack(list(packable.values()))
+            pack(list(packable.values()), config.algorithm == "max")
     for layer in named.values():
         layer.__dict__.pop("calibrated_by", None)
     left = [name for name, layer in named.items() if not is_quantized(layer)]
