@@ -86,9 +86,10 @@ def quantize(
     calibrated = None
     if config.needs_data:
         if calibration is None:
+            name = scheme_name(replace(axes, compute_dtype="auto"))
             raise ConfigError(
-                f"calibration: {scheme_name(axes)} needs data; pass calibration=[batch, ...], batches as the module's "
-                "forward takes them"
+                f"calibration: {name} needs data; pass calibration=[batch, ...], batches as the module's forward takes "
+                "them"
             )
         feed = feed_of_batches(calibration, device, dtype)
         calibrated = calibrate_component(request, candidate, selection, feed)

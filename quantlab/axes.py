@@ -96,7 +96,7 @@ def resolve_axes(axes: QuantizationAxes) -> QuantizationAxes:
         )
     _check_choice("group_size", group, ("auto", *row.group_sizes), who)
     _check_choice("activation_dtype", axes.activation_dtype, ("auto", *row.activation_dtypes), who)
-    _check_choice("algorithm", axes.algorithm, ("auto", *row.algorithms), who, _who_has(axes.algorithm))
+    _check_choice("algorithm", axes.algorithm, ("auto", *row.algorithms), who, _who_has(axes.algorithm, axes.backend))
     _check_choice(
         "compute_dtype", axes.compute_dtype, ("auto", *(d for d in row.compute_dtypes if d in COMPUTE_DTYPES)), who
     )
@@ -110,6 +110,8 @@ def resolve_axes(axes: QuantizationAxes) -> QuantizationAxes:
     )
 
 
-def _who_has(algorithm: str) -> str:
-    names = [b for b, rows in CAPABILITIES.items() if any(algorithm in r.algorithms for r in rows.values())]
+def _who_has(algorithm: str, backend: str) -> str:
+    """Who offers an algorithm: backends, and for this one its dtypes."""
+    having = {b: [d for d, r in rows.items() if algorithm in r.algorithms] for b, rows in CAPABILITIES.items()}
+    names = [f"{b} ({_words(dtypes)})" if b == backend else b for b, dtypes in having.items() if dtypes]
     return f"; {algorithm} is offered by {_words(names)}" if names else ""

@@ -46,10 +46,18 @@ def content_key(bench: Workbench, job: Job) -> str:
         "batch_size": job.batch_size,
         "floors": config.sweep.floors,
         "saved": config.tracking.save_checkpoint,
+        "files": _file_digests(job),
         "libraries": {name: known.get(name) for name in LIBRARIES[config.quantization.backend]},
         "code": code_digest(),
     }
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
+
+
+def _file_digests(job: Job) -> dict[str, str]:
+    """Contents of the files that the scheme's settings name."""
+    settings = json.loads(job.native.to_json_string()) if job.native is not None else {}
+    paths = {k: Path(v).expanduser() for k, v in settings.items() if k.endswith("_file") and isinstance(v, str)}
+    return {k: hashlib.sha256(path.read_bytes()).hexdigest() for k, path in paths.items() if path.is_file()}
 
 
 @functools.cache

@@ -172,9 +172,15 @@ def _asked(
 ) -> dict[str, tuple[QuantizationAxes, Capability]]:
     """What is asked for each layer, and the table's row of it: the axes, or another dtype that the config gives it."""
     dtypes = native.layer_dtypes(layers)
-    own = {d: resolve_axes(replace(axes, dtype=d, group_size="auto")) for d in set(dtypes.values())}
+    own = {d: resolve_axes(_for_dtype(axes, d)) for d in set(dtypes.values())}
     per_layer = {n: own[dtypes[n]] if n in dtypes else axes for n in layers}
     return {n: (a, capability(a.backend, a.dtype)) for n, a in per_layer.items()}
+
+
+def _for_dtype(axes: QuantizationAxes, dtype: str) -> QuantizationAxes:
+    """The axes with another dtype; an algorithm that does nothing for it does not apply."""
+    algorithm = axes.algorithm if axes.algorithm in capability(axes.backend, dtype).algorithms else "auto"
+    return replace(axes, dtype=dtype, group_size="auto", algorithm=algorithm)
 
 
 def _settings(config: QuantizationConfigMixin) -> dict[str, Any]:
@@ -310,7 +316,7 @@ def _read_row(request: Request, name: str, layer: Any, original: Any, fallback: 
         scale_bytes=scale_bytes,
         weight_rel_error=error,
         is_simulated=stored.is_simulated,
-        reason=reason,
+        reason=reason or stored.note,
     )
 
 

@@ -8,12 +8,12 @@ from test_faults import SECOND, inputs, net, run
 
 import quantlab
 from quantlab import ConfigError, GGUFQuantizationConfig, NVIDIAModelOptConfig, QuantoConfig, TorchAoConfig
-from quantlab.backends.table import BACKENDS
-from quantlab.capabilities import CAPABILITIES
+from quantlab.axes import QuantizationAxes
+from quantlab.backends.table import BACKENDS, native_config
 from quantlab.layers import linear_layers
 
 ACCEPTANCE = {
-    1: "test_config.py::test_json_and_back, ::test_unknown_keys_name_the_nearest_field",
+    1: "test_config.py::test_json_and_back, contract/test_config_values.py::test_unknown_keys_name_the_nearest_field",
     2: "test_02_every_historical_shorthand_resolves_or_names_its_replacement",
     3: "contract/test_exclusion_rules.py::test_one_matcher_on_every_backend, ::test_every_backend_leaves_the_...",
     4: "test_faults.py::test_b17_..., test_config.py::test_assignment_is_refused",
@@ -21,7 +21,7 @@ ACCEPTANCE = {
     6: "test_faults.py::test_b24_...",
     7: "test_07_what_this_machine_cannot_run_is_refused_in_one_sentence",
     8: "test_interop.py::test_there_and_back, contract/test_stored_configs.py",
-    9: "test_09_no_scheme_of_the_table_needs_data_it_is_not_given",
+    9: "test_09_what_needs_data_is_calibrated_or_refused, test_calibration.py",
     10: "test_faults.py::test_b26_..., test_10_configs_hold_data_only",
 }
 
@@ -94,14 +94,28 @@ def test_07_shapes_that_crash_the_libraries_work(config):
     assert float((out - reference).norm() / reference.norm()) < 0.2
 
 
-def test_09_no_scheme_of_the_table_needs_data_it_is_not_given():
-    assert {(b, d) for b, rows in CAPABILITIES.items() for d, row in rows.items() if row.needs_calibration} == set()
-    with pytest.raises(ConfigError, match="algorithm=awq_lite: modelopt int4 offers auto, max"):
-        quantlab.compose(["backend=modelopt", "dtype=int4", "algorithm=awq_lite"])
-    with pytest.raises(
-        ConfigError, match="activations=int8: quanto's quantized activations need scales measured on data"
-    ):
-        BACKENDS["quanto"].quantize(net(64, 64), ["0"], QuantoConfig("int8", activations="int8"))
+NEED_DATA = {
+    "torchao": {"dtype": "int8", "algorithm": "smoothquant"},
+    "quanto": {"dtype": "int8", "activation_dtype": "int8"},
+    "gguf": {"dtype": "q4_0", "algorithm": "imatrix"},
+    "modelopt": {"dtype": "int4", "algorithm": "awq_lite"},
+}
+
+
+@pytest.mark.parametrize("backend", NEED_DATA)
+def test_09_what_needs_data_is_calibrated_or_refused(backend):
+    """Never quantized in silence with scales of 1, or by another algorithm."""
+    axes = QuantizationAxes(backend=backend, **NEED_DATA[backend])
+    config, original, data = native_config(axes), net(64, 64), torch.randn(8, 64)
+    assert config.needs_data
+    with pytest.raises(ConfigError, match=r"^calibration: .* needs data; pass calibration="):
+        quantlab.quantize(original, config)
+    with pytest.raises(ConfigError):
+        BACKENDS[backend].quantize(net(64, 64), ["0"], config, "float32")
+    module, report = quantlab.quantize(original, config, calibration=[data])
+    assert {r.status for r in report.layers} == {"quantized"}
+    out, reference = run(module, data), run(original, data)
+    assert 0 < float((out - reference).norm() / reference.norm()) < 0.2
 
 
 @pytest.mark.parametrize("value", [torch.zeros(1), print, object()])

@@ -251,10 +251,6 @@ def test_a_dictionary_and_an_axis_that_disagree_are_refused(words, message):
             "^quantization.quantization_config: weights_dtype='int5': QuantoConfig",
         ),
         ("{quant_method: gguf}", "add gguf_type, the format to write"),
-        (
-            "{quant_method: quanto, weights: int8, activations: int8}",
-            "^quantization.quantization_config: activation_dtype=int8",
-        ),
         ("{quant_method: torchao, quant_type: {_type: FqnToConfig, _data: {}}}", "no axes of quantlab express it"),
     ],
 )
