@@ -86,8 +86,9 @@ def workbench(session: Session, config: ExperimentConfig, run: Any) -> Workbench
     key = canonical_json([asdict(config.model), asdict(config.dataset), asdict(config.evaluation)])
     if session.bench is not None and session.bench.key == key:
         return session.bench
-    session.bench = None  # frees the other model before this one is loaded
-    gc.unfreeze()
+    if session.bench is not None:
+        session.bench = None  # frees the other model before this one is loaded
+        gc.unfreeze()
     cache = session.output_dir / "cache"
     with _stage(session, run, "load") as load:
         model = FAMILIES[config.model.family](config.model, session.device, cache, session.advance)

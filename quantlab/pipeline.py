@@ -47,6 +47,7 @@ def open_session(config: ExperimentConfig, quiet: bool = False) -> Iterator[Sess
     runs_dir = output_dir / "runs"
     tracking.close_orphans(store, runs_dir)
     tracking.push_pending(store, runs_dir)
+    gc.freeze()  # a million objects of libraries, which no stage's collection need look at
     with progress_bars(quiet) as advance:
         try:
             yield Session(
