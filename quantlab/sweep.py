@@ -295,8 +295,14 @@ def scheme_name(axes: QuantizationAxes) -> str:
     for name, own in own_settings(axes.backend).items():
         value = getattr(axes, name, own.default)
         if value != own.default:
-            words.append(name if value is True else f"{name}={value}")
+            words.append(_setting_words(name, value))
     return " ".join(words)
+
+
+def _setting_words(name: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{k}={v}" for k, v in value.items())
+    return name if value is True else str(value) if name == "activation_scales" else f"{name}={value}"
 
 
 def floor_jobs(config: ExperimentConfig) -> list[Job]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+from quantlab.errors import TrackingError
 from quantlab.experiment import TrackingConfig
-from quantlab.tracking import Store, get_artifact
+from quantlab.tracking import Store, get_artifact, open_store
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,3 +59,26 @@ class Unplugged:
             raise MlflowException("API request failed: Max retries exceeded")
 
         return fail
+
+
+@contextlib.contextmanager
+def live_server(port: int, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """An MLflow server that keeps its runs in ``folder`` and answers; dead at the end. May be started there again."""
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1",
+               "--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "kept")]
+    with (folder / "server.log").open("a") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
+    try:
+        until = time.monotonic() + 180
+        while True:
+            with contextlib.suppress(TrackingError):
+                open_store(tracking_at(f"http://127.0.0.1:{port}"), folder)
+                break
+            assert server.poll() is None, (folder / "server.log").read_text()[-2000:]
+            assert time.monotonic() < until
+            time.sleep(1)
+        yield server
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()

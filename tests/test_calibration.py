@@ -211,7 +211,8 @@ def test_the_shipped_sets_share_no_prompt_and_no_document():
 def test_a_sample_of_the_evaluation_is_refused(shell):
     config, model, seen = digits(shell)
     asked = CalibrationConfig(source="digits_classes", num_samples=10, seed=config.dataset.seed)
-    with pytest.raises(ConfigError, match=r"^calibration.source=digits_classes: 10 of its 10 samples are those of the"):
+    told = r"^calibration.source=digits_classes: it shares noise with the evaluation \(10 of 10\)"
+    with pytest.raises(ConfigError, match=told):
         calibration_inputs(asked, config.evaluation, model, seen)
 
 

@@ -48,6 +48,7 @@ def table(shell, *words):
     return code, {r["name"]: r for r in json.loads(out)}, err
 
 
+@pytest.mark.slow
 def test_a_job_that_crashes_its_process_is_a_failed_row(shell, fault):
     fault("os.kill(os.getpid(), signal.SIGSEGV)")
     code, rows, err = table(shell, "backend=quanto,torchao", "sweep.isolation=process")

@@ -189,6 +189,7 @@ gguf.quantize = lambda *_, **__: (pathlib.Path("hanging").touch(), time.sleep(60
 """
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_loses_no_finished_job(shell, tmp_path):
     words = [*WORDS, "backend=quanto,gguf", "sweep.floors=false"]
     (tmp_path / "fault").mkdir()
