@@ -1,9 +1,9 @@
 """Numbers in documents come from tracked runs: ``python -m quantlab.report.docs`` writes them.
 
 In README.md it fills what stands between ``<!-- table: RECIPE -->`` (the rows of the recipe's newest finished run),
-``<!-- calibration: RECIPE -->`` (its algorithms, each paired with the plain one on the same bits) or
-``<!-- list: WHAT -->`` (what ``quantlab list WHAT`` prints) and ``<!-- end -->``. In each recipe that has such a run it
-replaces the line ``# Expect: ...``.
+``<!-- figure: RECIPE -->`` (a picture of them, written beside the recipe), ``<!-- calibration: RECIPE -->`` (its
+algorithms, each paired with the plain one on the same bits) or ``<!-- list: WHAT -->`` (what ``quantlab list WHAT``
+prints) and ``<!-- end -->``. In each recipe that has such a run it replaces the line ``# Expect: ...``.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from quantlab.listing import LISTS
 from quantlab.metrics import HEADLINE
 from quantlab.report.compare import Comparison, compare
 from quantlab.report.comparison_table import p_text
+from quantlab.report.pareto_figure import draw_pareto
 from quantlab.report.reading import open_reader
 from quantlab.report.selection import parse_request, select
 from quantlab.report.table import LEGEND, cells, columns, markdown
 from quantlab.tracking import find_records
 
-BLOCK = re.compile(r"(<!-- (table|calibration|list): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (table|figure|calibration|list): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SHOWN_VERSIONS = (
     "torch",
     "diffusers",
@@ -115,7 +116,15 @@ def list_block(what: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def fill(text: str, runs_dir: Path) -> str:
+def figure_block(data: Mapping[str, Any], recipe: str, root: Path) -> str:
+    """Writes the picture of a sweep beside its recipe; the image with its caption."""
+    draw_pareto(data["rows"], root / "recipes" / f"{recipe}.svg")
+    rows = [r for r in data["rows"] if "quantization/coverage" in r["metrics"]]
+    what = f"{len(rows)} schemes of recipe={recipe}: quality over stored bits"
+    return f"![{what}](recipes/{recipe}.svg)\n\n{what}, measured {data['date']}; hollow: simulated.\n"
+
+
+def fill(text: str, runs_dir: Path, root: Path) -> str:
     """``text`` with every block filled that there is a run or a list for."""
 
     def content(match: re.Match[str]) -> str:
@@ -123,8 +132,11 @@ def fill(text: str, runs_dir: Path) -> str:
         if kind == "list":
             return head + list_block(name) + end
         data = newest(runs_dir, name)
-        block = calibration_block if kind == "calibration" else table_block
-        return match[0] if data is None else head + block(data) + end
+        if data is None:
+            return match[0]
+        if kind == "figure":
+            return head + figure_block(data, name, root) + end
+        return head + (calibration_block if kind == "calibration" else table_block)(data) + end
 
     return BLOCK.sub(content, text)
 
@@ -134,7 +146,7 @@ def main(root: Path, runs_dir: Path) -> list[str]:
     if not (root / "README.md").is_file():
         raise ConfigError(f"{root}: no README.md here; run this in the project's folder")
     changed = []
-    texts = {root / "README.md": fill((root / "README.md").read_text(encoding="utf-8"), runs_dir)}
+    texts = {root / "README.md": fill((root / "README.md").read_text(encoding="utf-8"), runs_dir, root)}
     for recipe in sorted((root / "recipes").glob("*.yaml")):
         data = newest(runs_dir, recipe.stem)
         if data is not None:

@@ -55,7 +55,7 @@ class Reader(Protocol):
         """Those of the runs that exist, in the given order."""
 
     def of_experiment(self, experiment_id: str, tags: Mapping[str, str]) -> list[StoredRun]:
-        """The experiment's runs that have all of ``tags``."""
+        """The experiment's runs that have all of ``tags``; in a value, ``%`` stands for any text."""
 
     def read_artifact(self, run: StoredRun, name: str) -> bytes | None:
         """An artifact's bytes; None where the run has no such artifact or it cannot be reached."""
@@ -117,7 +117,7 @@ class DatabaseReader:
         """The experiment's runs that have all of ``tags``."""
         where, values = "experiment_id = ?", [experiment_id]
         for key, value in tags.items():
-            where += " AND run_uuid IN (SELECT run_uuid FROM tags WHERE key = ? AND value = ?)"
+            where += f" AND run_uuid IN (SELECT run_uuid FROM tags WHERE key = ? AND value {_match(value)} ?)"
             values += [key, value]
         return self._runs(where, values)
 
@@ -204,7 +204,7 @@ class ServerReader:
 
     def of_experiment(self, experiment_id: str, tags: Mapping[str, str]) -> list[StoredRun]:
         """The experiment's runs that have all of ``tags``."""
-        where = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        where = " and ".join(f"tags.`{key}` {_match(value)} '{value}'" for key, value in tags.items())
         found = self._pages(self._store.client.search_runs, experiment_ids=[experiment_id], filter_string=where)
         return [_stored(run) for run in found]
 
@@ -240,6 +240,10 @@ class ServerReader:
             f"tracking.uri={self.uri}: cannot be read ({first_line(error)}); try again when it answers, or set "
             "tracking.uri=..."
         )
+
+
+def _match(value: str) -> str:
+    return "LIKE" if "%" in value else "="
 
 
 def _stored(run: Any) -> StoredRun:

@@ -18,7 +18,7 @@ from quantlab.statistics import wilson_interval
 
 IDENTICAL, WITHIN, DIFFERENT = "identical", "within its interval", "different"
 _PARTS = ("se", "ci_lo", "ci_hi", "n")
-_SHARED_TAGS = ("quantlab.device", "quantlab.weights_sha256", "quantlab.inputs_sha256")
+_SHARED_TAGS = ("quantlab.device", "quantlab.weights_sha256", "quantlab.inputs_sha256", "quantlab.judge_sha256")
 _EXACT = ("memory/", "quantization/num", "quantization/group", "quantization/coverage")
 ROUNDING = 1e-6
 """Relative difference that another order of float sums makes, added to every interval (and 1e-9 for values near 0)."""

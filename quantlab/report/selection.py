@@ -1,7 +1,8 @@
 """Which tracked runs are compared: what was typed, the runs it names, and which of them may stand in one column.
 
 Runs are comparable if they carry the same ``quantlab.reference_key``: the digest of the reference's weights, the
-evaluation's inputs and settings, the metrics' versions, the libraries and the kind of machine.
+evaluation's inputs and settings, the metrics' versions, the libraries and the kind of machine; and the same
+``quantlab.judge_sha256``, where a classifier judged the outputs.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from quantlab.report.reading import Reader, StoredRun, experiment_id
 KEY_TAG = "quantlab.reference_key"
 KIND_TAG = "quantlab.kind"
 PARENT_TAG = "mlflow.parentRunId"
+FORMER_PARENTS_TAG = "quantlab.former_parents"
 REPRODUCES_TAG = "quantlab.reproduces"
 """On a repetition: the id of the run that it repeats."""
 KEYS = ("sweep", "experiment", "metric", "margin", "tracking.uri", "tracking.experiment")
 USAGE = "quantlab compare sweep=latest, sweep=RUN_ID, experiment=NAME, or RUN_ID RUN_ID ..."
 _IRRELEVANT = ("evaluation.num_bootstrap", "evaluation.floor_batch_size")
 _SHARED = ("model.", "dataset.", "evaluation.", "device", "num_threads")
+_JUDGE_TAG = "quantlab.judge_sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +131,7 @@ def select(request: Request, reader: Reader) -> Selection:
     """
     if request.sweep:
         parents = [_sweep(request, reader)]
-        runs = _children(reader, parents[0])
+        runs = children(reader, parents[0])
     elif request.experiment:
         found = reader.of_experiment(experiment_id(reader, request.experiment, request.typed), {})
         parents = [r for r in found if r.tags.get(KIND_TAG) == "sweep"]
@@ -163,7 +166,7 @@ def differences(a: StoredRun, b: StoredRun) -> list[str]:
         return found
     found = [
         f"{k}: {a.tags.get(k, '-')[:16]} / {b.tags.get(k, '-')[:16]}"
-        for k in ("quantlab.device", "quantlab.weights_sha256", "quantlab.inputs_sha256")
+        for k in ("quantlab.device", "quantlab.weights_sha256", "quantlab.inputs_sha256", _JUDGE_TAG)
         if a.tags.get(k) != b.tags.get(k)
     ]
     ours, theirs = (_json(r.tags.get("quantlab.versions", "")) for r in (a, b))
@@ -208,12 +211,12 @@ def _sweep(request: Request, reader: Reader) -> StoredRun:
     return found[0]
 
 
-def _children(reader: Reader, parent: StoredRun) -> list[StoredRun]:
-    """The sweep's own runs, and those of earlier sweeps that it found finished and took over."""
-    own = reader.of_experiment(parent.experiment_id, {PARENT_TAG: parent.run_id})
-    known = {r.run_id for r in own}
+def children(reader: Reader, parent: StoredRun) -> list[StoredRun]:
+    """The sweep's own runs, those of earlier sweeps that it took over, and those that a later sweep took over."""
+    tags = ({PARENT_TAG: parent.run_id}, {FORMER_PARENTS_TAG: f"%{parent.run_id}%"})
+    found = {r.run_id: r for some in tags for r in reader.of_experiment(parent.experiment_id, some)}
     listed = [row.get("run_id") or "" for row in _summary(reader, parent).get("rows", [])]
-    return [*own, *reader.by_id([i for i in listed if i and i not in known])]
+    return [*found.values(), *reader.by_id([i for i in dict.fromkeys(listed) if i and i not in found])]
 
 
 def _named(request: Request, reader: Reader) -> tuple[list[StoredRun], list[StoredRun]]:
@@ -240,9 +243,9 @@ def _sweeps(request: Request, reader: Reader) -> str:
 
 def _groups(runs: Sequence[StoredRun]) -> tuple[tuple[StoredRun, ...], ...]:
     """Comparable runs, the newest of each scheme."""
-    groups: dict[str, list[StoredRun]] = {}
+    groups: dict[tuple[str, str], list[StoredRun]] = {}
     for run in runs:
-        groups.setdefault(run.tags[KEY_TAG], []).append(run)
+        groups.setdefault((run.tags[KEY_TAG], run.tags.get(_JUDGE_TAG, "")), []).append(run)
     return tuple(tuple(_own_names(_newest_each(g))) for g in sorted(groups.values(), key=len, reverse=True))
 
 

@@ -1,0 +1,69 @@
+"""What each bit buys, as a picture for documents: quality over stored bits a weight, one point a scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quantlab.metrics import HEADLINE, METRICS
+
+COLOURS = {"bitsandbytes": "#4269d0", "torchao": "#e5883a", "quanto": "#3ca951", "gguf": "#a463f2",
+           "modelopt": "#c2362b"}
+"""Backend -> colour."""
+
+
+def draw_pareto(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Write the finished rows of a sweep (``rows.json``) to ``file`` (SVG): the first headline metric with 95 %
+    intervals over stored bits a weight, the Pareto front as a line, the bf16 floor dashed; hollow points are
+    simulated, and stand where their storage is."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    found = [r for r in rows if r["status"] == "FINISHED" and "quantization/coverage" in r["metrics"]]
+    metric = METRICS[HEADLINE[found[0]["protocol"]][0]]
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.subplots()
+    for backend, colour in COLOURS.items():
+        points = [_point(r["metrics"], metric.name) for r in found if r["name"].split()[0] == backend]
+        for simulated in (False, True):
+            chosen = [p for p in points if p["simulated"] == simulated]
+            if chosen:
+                errors = [[p["value"] - p["low"] for p in chosen], [p["high"] - p["value"] for p in chosen]]
+                axes.errorbar(
+                    [p["bits"] for p in chosen], [p["value"] for p in chosen], yerr=errors, fmt="o", color=colour,
+                    mfc="white" if simulated else colour, ms=5, lw=1, label=None if simulated else backend)
+    every = sorted((_point(r["metrics"], metric.name) for r in found), key=lambda p: (p["bits"], p["value"]))
+    front = _front(every, bool(metric.higher_is_better))
+    axes.plot([p["bits"] for p in front], [p["value"] for p in front], color="#888888", lw=1, zorder=0)
+    floor = found[0]["metrics"].get(f"quality/floor/{metric.name}")
+    if floor:
+        axes.axhline(floor, color="#888888", lw=1, ls="--")
+        axes.annotate("bf16 floor", (axes.get_xlim()[1], floor), ha="right", va="bottom", fontsize=8, color="#666666")
+    axes.set_yscale("log")
+    axes.set_xlabel("stored bits per weight, scales included")
+    axes.set_ylabel(f"{metric.name} ({'higher' if metric.higher_is_better else 'lower'} is better)")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    with matplotlib.rc_context({"svg.hashsalt": "quantlab", "svg.fonttype": "none"}):  # the same file from the same run
+        figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def _point(metrics: Mapping[str, float], metric: str) -> dict[str, Any]:
+    value = metrics[f"quality/{metric}"]
+    return {
+        "bits": metrics["memory/bits_per_weight"], "value": value,
+        "low": metrics.get(f"quality/{metric}/ci_lo", value), "high": metrics.get(f"quality/{metric}/ci_hi", value),
+        "simulated": bool(metrics.get("memory/is_simulated")),
+    }
+
+
+def _front(points: Sequence[Mapping[str, Any]], higher_is_better: bool) -> list[Mapping[str, Any]]:
+    """Of points sorted by bits, those that no smaller one beats."""
+    front: list[Mapping[str, Any]] = []
+    for p in points:
+        if not front or (p["value"] > front[-1]["value"] if higher_is_better else p["value"] < front[-1]["value"]):
+            front.append(p)
+    return front
