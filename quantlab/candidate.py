@@ -154,6 +154,7 @@ def _calibrated_parts(making: Making, native: QuantizationConfigMixin) -> tuple[
         except Exception as error:  # noqa: BLE001  a backend's; only lack of memory is handled here
             if not is_out_of_memory(error) or data.batch_size == 1:
                 raise
+        parts.clear()  # half-calibrated copies, which the next attempt needs the room of
         asked = replace(asked, batch_size=halved(data.batch_size))
 
 
@@ -167,36 +168,51 @@ def _data(making: Making, asked: Any) -> CalibrationSet:
 def _evidence(
     making: Making, data: CalibrationSet, parts: Mapping[str, _Part], candidate: Candidate
 ) -> CalibrationReport:
-    """Each layer's inputs and errors, with the plain algorithm and as calibrated."""
-    num_calls = making.job.config.calibration.num_evidence_calls
+    """What calibration used, and of each layer its inputs and errors; without the layers where memory runs out."""
     layers: list[CalibratedLayer] = []
-    if num_calls and candidate.quantization is not None:
-        after_rows = {(r.component, r.name): r.weight_rel_error for r in candidate.quantization.layers}
-        for name, part in parts.items():
-            after = _energies(making, data, name, candidate.model.components[name], part.selection.taken)
-            before, before_rows = _before(making, data, name, part)
-            layers += [
-                _layer(name, layer, after[layer], before.get(layer), (before_rows.get(layer), after_rows[name, layer]))
-                for layer in part.selection.taken
-            ]
+    if making.job.config.calibration.num_evidence_calls and candidate.quantization is not None:
+        try:
+            layers = _layers(making, data, parts, candidate.model, candidate.quantization)
+        except Exception as error:  # noqa: BLE001  a library's; only lack of memory is handled here
+            if not is_out_of_memory(error):
+                raise
+            say("[yellow]out of memory[/yellow] while looking at the layers: this run goes on without "
+                "calibration_layers.json; a smaller calibration.batch_size may help, and "
+                "calibration.num_evidence_calls=0 saves the attempt")
     return CalibrationReport(
         sha256=data.sha256, num_samples=data.num_samples, batch_size=data.batch_size,
         num_calls=sum(len(calls) for calls in data.calls.values()), layers=tuple(layers),
     )
 
 
+def _layers(
+    making: Making, data: CalibrationSet, parts: Mapping[str, _Part], model: LoadedModel, report: QuantizationReport
+) -> list[CalibratedLayer]:
+    """One row for each calibrated layer that runs in the evidence's calls: with the plain algorithm, as calibrated."""
+    layers = []
+    after_rows = {(r.component, r.name): r.weight_rel_error for r in report.layers}
+    for name, part in parts.items():
+        after = _energies(making, data, name, model.components[name], part.selection.calibrated)
+        before, before_rows = _before(making, data, name, part)
+        layers += [
+            _layer(name, layer, after[layer], before.get(layer), (before_rows.get(layer), after_rows[name, layer]))
+            for layer in part.selection.calibrated if after[layer].signal
+        ]
+    return layers
+
+
 def _before(
     making: Making, data: CalibrationSet, name: str, part: _Part
 ) -> tuple[dict[str, LayerEnergies], dict[str, float | None]]:
     """The same bits with the plain algorithm that needs no data: energies, and weight errors by layer."""
-    plain = part.request.native.without_data()
+    plain = part.selection.native.without_data()
     if plain is None:
         return {}, {}
     said = plain.axes()
     axes = replace(part.request.axes, algorithm=said.algorithm, activation_dtype=said.activation_dtype)
     request = replace(part.request, native=plain, axes=axes)
     module, report = quantize_component(request, making.model.copy_of(name), making.model.components[name])
-    energies = _energies(making, data, name, module, part.selection.taken)
+    energies = _energies(making, data, name, module, part.selection.calibrated)
     return energies, {r.name: r.weight_rel_error for r in report.layers}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.table import Table
 
 from quantlab.composition import groups
 from quantlab.errors import ConfigError, QuantlabError, nearest
-from quantlab.listing import LISTS
+from quantlab.listing import BRIEF, LISTS
 from quantlab.reports import RunReport
 from quantlab.sweep import Plan, plan
 
@@ -72,6 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         code = dispatch(words)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough, as `quantlab ... | head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        code = 128 + signal.SIGPIPE
     except QuantlabError as error:
         if os.environ.get("QUANTLAB_TRACEBACK") == "1":
             raise
@@ -118,11 +123,13 @@ def show_list(words: Sequence[str], as_json: bool) -> int:
     if as_json:
         print(json.dumps(rows, indent=2))
         return 0
-    table = Table(pad_edge=False)
-    for title in rows[0] if rows else ():
-        table.add_column(title, overflow="fold")
+    keys, caption = BRIEF.get(words[0], (tuple(rows[0]) if rows else (), None))
+    table = Table(pad_edge=False, caption=caption, caption_justify="left")
+    for key in keys:
+        table.add_column(key.replace("_", " "), overflow="fold")
     for row in rows:
-        table.add_row(*(_cell(v) for v in row.values()))
+        if row.get("offered", True):
+            table.add_row(*(_cell(row[key]) for key in keys))
     Console().print(table)
     return 0
 

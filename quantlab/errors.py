@@ -6,6 +6,7 @@
     │   ├── ModelError                     a model, tokenizer or data set that cannot be read or is broken
     │   └── TrackingError                  the tracking store cannot be used
     ├── NotQuantized                       the tensors show something else than what was asked for: exit 1
+    ├── DiskFull                           there is no room for what is measured: exit 1
     └── MetricUndefined                    a number that does not exist for these samples (NaN, none left): exit 1
 
 Every message begins with the key that the user typed (``dtype=nf4: ...``) and ends with the way out.
@@ -14,6 +15,7 @@ Every message begins with the key that the user typed (``dtype=nf4: ...``) and e
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib.util
 from collections.abc import Iterable
 
@@ -46,8 +48,29 @@ class NotQuantized(QuantlabError):
     """Layers that were asked for are not what was asked for, as read from their tensors."""
 
 
+class DiskFull(QuantlabError):
+    """There is no room for what is measured; what was written before is kept."""
+
+
 class MetricUndefined(QuantlabError):
     """A metric that has no value on these samples."""
+
+
+_DISK_FULL_TEXTS = ("No space left on device", "database or disk is full", "PytorchStreamWriter failed writing file")
+"""How libraries that write files themselves (safetensors, SQLite, torch) say it."""
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether ``error``, or what it came from, is a disk (or a quota) without room."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(text in str(error) for text in _DISK_FULL_TEXTS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def nearest(word: str, options: Iterable[str]) -> str:

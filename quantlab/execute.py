@@ -58,6 +58,7 @@ def hand_over(session: Session, job: Job, key: str, protocol: str, floors: Floor
         "batch_size": job.batch_size,
         "key": key,
         "parent_run_id": session.parent_run_id,
+        "parent_record": session.parent_record,
         "floors": {row: {k: asdict(v) for k, v in values.items()} for row, values in floors.items()},
         "base_dir": str(Path.cwd()),
         "num_threads": torch.get_num_threads(),  # the reference's key depends on it
@@ -158,6 +159,8 @@ def work(folder: Path) -> int:
     torch.set_num_threads(data["num_threads"])
     session = _session(job, device)
     session.parent_run_id = data["parent_run_id"]
+    if data["parent_run_id"] and data["parent_record"]:
+        session.store.know(data["parent_run_id"], data["parent_record"])
     try:
         with open_run(session, job.name, job, key=data["key"], folder=folder) as run:
             bench = workbench(session, job.config, run)
@@ -175,7 +178,8 @@ def _session(job: Job, device: str) -> Session:
     key = f"{output_dir} {job.config.tracking}"
     if key not in _SESSIONS:
         _SESSIONS[key] = Session(
-            store=tracking.open_store(job.config.tracking, Path.cwd()),
+            # The sweep has reached it: where it is gone by now, the job is tracked in its folder and sent later.
+            store=tracking.open_store(replace(job.config.tracking, required=False), Path.cwd()),
             device=device,
             output_dir=output_dir,
             advance=lambda what, done, total, note="": None,

@@ -8,7 +8,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from quantlab import tracking
 from quantlab.backends.table import BACKENDS
 from quantlab.candidate import Making, make_candidate, write_calibration
 from quantlab.config import canonical_json
+from quantlab.datasets.calibration import calibration_inputs
 from quantlab.datasets.table import DATASETS
 from quantlab.errors import ConfigError
-from quantlab.experiment import ExperimentConfig
+from quantlab.experiment import CalibrationConfig, ExperimentConfig
 from quantlab.fingerprint import fingerprint_warning, grid_fingerprint
-from quantlab.layers import check_finite_weights
+from quantlab.layers import check_finite_weights, state_digest
 from quantlab.memory import StageMeasurement, component_memory, measure_stage
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.table import FAMILIES
@@ -37,6 +38,8 @@ KEY_TAG = "quantlab.key"
 """Content key of a job: by it a later sweep finds that it has finished."""
 MODEL_TAG = "quantlab.model_artifact"
 """On the run that holds a trained model's files: the digest of its weights."""
+JUDGE_TAG = "quantlab.judge_sha256"
+"""Digest of the classifier that judges a model's images; absent where there is none."""
 
 
 @dataclass
@@ -62,8 +65,19 @@ class Session:
     output_dir: Path
     advance: Advance
     parent_run_id: str | None = None
+    parent_record: str | None = None
+    """Id of the sweep's own record, by which it is found in any store."""
     bench: Workbench | None = None
     environment: Mapping[str, Any] = field(default_factory=dict)
+    calibrations: dict[str, list[CalibrationConfig]] = field(default_factory=dict)
+    """Key of a workbench -> the calibration sets that jobs on it will want."""
+
+    def expect(self, jobs: Sequence[Job]) -> None:
+        """Note what the jobs will want, so that bad calibration data are refused before the long work starts."""
+        for job in jobs:
+            if job.native is not None and job.native.needs_data:
+                wanted = self.calibrations.setdefault(_bench_key(job.config), [])
+                wanted += [job.config.calibration] if job.config.calibration not in wanted else []
 
 
 def prepare_device(config: ExperimentConfig) -> str:
@@ -83,7 +97,7 @@ def prepare_device(config: ExperimentConfig) -> str:
 
 def workbench(session: Session, config: ExperimentConfig, run: Any) -> Workbench:
     """The model, inputs and reference outputs for a config; the last one is kept for the jobs that share it."""
-    key = canonical_json([asdict(config.model), asdict(config.dataset), asdict(config.evaluation)])
+    key = _bench_key(config)
     if session.bench is not None and session.bench.key == key:
         return session.bench
     if session.bench is not None:
@@ -98,6 +112,8 @@ def workbench(session: Session, config: ExperimentConfig, run: Any) -> Workbench
             check_finite_weights(module, f"{typed}: {name}")
     _set_aside()
     inputs = DATASETS[config.dataset.name](config.dataset, config.evaluation, model)
+    for wanted in session.calibrations.get(key, []):
+        calibration_inputs(wanted, config.evaluation, model, inputs)
     fingerprint = grid_fingerprint(list(model.components.values()))
     if warning := fingerprint_warning(fingerprint):
         say(f"[yellow]warning[/yellow]: {warning}")
@@ -118,6 +134,10 @@ def workbench(session: Session, config: ExperimentConfig, run: Any) -> Workbench
     return bench
 
 
+def _bench_key(config: ExperimentConfig) -> str:
+    return canonical_json([asdict(config.model), asdict(config.dataset), asdict(config.evaluation)])
+
+
 def _set_aside() -> None:
     """Each stage begins with a garbage collection, which need not look at a million objects of the libraries again."""
     gc.collect()
@@ -130,9 +150,11 @@ def _step(session: Session, what: str) -> Any:
 
 def _log_shared(session: Session, run: Any, bench: Workbench) -> None:
     """Tags of what the jobs share; and once a store, the weights that quantlab trained, to be found by hash."""
-    run.set_tags(_shared_tags(bench))
+    shared = _shared_tags(bench)
+    run.set_tags(shared)
     digest = bench.model.weights_sha256
-    if "folder" in bench.model.parts and not tracking.has_run_with_tag(session.store, MODEL_TAG, digest):
+    held = {MODEL_TAG: digest, **{k: v for k, v in shared.items() if k == JUDGE_TAG}}
+    if "folder" in bench.model.parts and not tracking.has_run_with_tags(session.store, held):
         for path in sorted(Path(bench.model.parts["folder"]).glob("*.*")):
             run.log_artifact(path, f"model/{digest.removeprefix('sha256:')[:16]}")
         run.set_tags({MODEL_TAG: digest})
@@ -143,7 +165,14 @@ def _shared_tags(bench: Workbench) -> dict[str, str]:
         "quantlab.reference_key": bench.reference_key,
         "quantlab.weights_sha256": bench.model.weights_sha256,
         "quantlab.inputs_sha256": bench.inputs.sha256,
+        **({JUDGE_TAG: judge} if (judge := judge_digest(bench)) else {}),
     }
+
+
+def judge_digest(bench: Workbench) -> str:
+    """Digest of the weights of the model's own classifier; an empty text where it has none."""
+    judge = bench.model.parts.get("judge")
+    return state_digest(judge.state_dict()) if judge is not None else ""
 
 
 def floor_row(session: Session, job: Job) -> RunReport:
@@ -205,7 +234,7 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Any) -> RunReport
         protocol=bench.model.protocol,
         quantization=layers,
         calibration=made.calibration,
-        memory={name: _memory(bench.model.components[name], candidate.components[name], layers) for name in chosen},
+        memory={name: _memory(name, bench.model, candidate, layers) for name in chosen},
         disk_bytes=_disk_bytes(candidate, job, layers) if job.config.tracking.save_checkpoint else None,
         stages=(*bench.stages, *made.stages),
         params=job.resolved,
@@ -246,9 +275,11 @@ def _chosen(model: LoadedModel, config: ExperimentConfig) -> list[str]:
     return list(config.model.components or model.components)
 
 
-def _memory(original: Any, module: Any, layers: QuantizationReport | None) -> MemoryReport:
-    names = [r.name for r in layers.layers if r.status in ("quantized", "fallback")] if layers else []
-    return component_memory(module, names, original)
+def _memory(name: str, reference: LoadedModel, candidate: LoadedModel, layers: QuantizationReport | None
+            ) -> MemoryReport:
+    rows = [r for r in layers.layers if r.component == name] if layers else []
+    stored = [r.name for r in rows if r.status in ("quantized", "fallback")]
+    return component_memory(candidate.components[name], stored, reference.components[name])
 
 
 def _disk_bytes(candidate: LoadedModel, job: Job, layers: QuantizationReport | None) -> int | None:

@@ -96,6 +96,14 @@ def metrics() -> list[Row]:
     ]
 
 
+BRIEF = {
+    "combinations": (
+        ("backend", "dtype", "group_sizes", "activation_dtypes", "algorithms"),
+        "All others are refused; their reasons, and all else that the table says: --json",
+    )
+}
+"""List -> the columns that a terminal has room for, and what is said of the rest."""
+
 LISTS: dict[str, Callable[[], list[Row]]] = {
     "backends": backends,
     "dtypes": dtypes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab import tracking
-from quantlab.errors import ConfigError, QuantlabError
+from quantlab.errors import ConfigError, DiskFull, QuantlabError, is_disk_full
 from quantlab.execute import Handed, collect, hand_over
 from quantlab.experiment import ExperimentConfig
 from quantlab.job import KEY_TAG, Session, Workbench, floor_row, open_run, prepare_device, run_job, workbench
@@ -35,14 +36,45 @@ def run_plan(plan: Plan, quiet: bool = False) -> list[RunReport]:
     if plan.is_sweep:
         check_launcher(first.launcher)
     with open_session(first, quiet) as session:
+        session.expect(plan.jobs)
         return _run_sweep(session, plan) if plan.is_sweep else _run_single(session, plan.jobs[0])
 
 
 @contextlib.contextmanager
 def open_session(config: ExperimentConfig, quiet: bool = False) -> Iterator[Session]:
     """A request under way: device, store and bars are ready, and what earlier processes left is closed or pushed."""
-    device = prepare_device(config)
-    output_dir = _usable_folder(config.output_dir)
+    with _room_in(config.output_dir):
+        device = prepare_device(config)
+        output_dir = _usable_folder(config.output_dir)
+        with _ready(config, output_dir, device, quiet) as session:
+            yield session
+
+
+@contextlib.contextmanager
+def _room_in(output_dir: str) -> Iterator[None]:
+    """A disk without room, wherever it was noticed, as one message; what was written before is kept."""
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise DiskFull(
+            f"output_dir={output_dir}: the disk is full ({_free(Path(output_dir))} MB left there, "
+            f"{_free(Path(tempfile.gettempdir()))} MB for temporary files in {tempfile.gettempdir()}); make room, or "
+            "set output_dir=<a folder on another disk> for what comes next, and give the same command again: what has "
+            "finished is kept"
+        ) from error
+
+
+def _free(folder: Path) -> str:
+    try:
+        return str(shutil.disk_usage(folder.expanduser()).free // 2**20)
+    except OSError:
+        return "?"
+
+
+@contextlib.contextmanager
+def _ready(config: ExperimentConfig, output_dir: Path, device: str, quiet: bool) -> Iterator[Session]:
     store = tracking.open_store(config.tracking, Path.cwd())
     runs_dir = output_dir / "runs"
     tracking.close_orphans(store, runs_dir)
@@ -105,7 +137,7 @@ def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
     name = plan.recipe.stem if plan.recipe else "sweep"
     began = time.perf_counter()
     with told_apart(name), open_run(session, name, plan.jobs[0], kind="sweep") as parent:
-        session.parent_run_id = parent.run_id
+        session.parent_run_id, session.parent_record = parent.run_id, parent.record.summary["record"]
         if plan.invalid:
             num = len(plan.invalid) + len(plan.jobs)
             say(f"skipped: {len(plan.invalid)} of {num} combinations are impossible; sweep.dry_run=true lists them")
@@ -216,6 +248,8 @@ def _made(session: Session, bench: Workbench, job: Job, key: str) -> RunReport:
         with open_run(session, job.name, job, key=key) as run:
             return run_job(session, bench, job, run)
     except Exception as error:  # noqa: BLE001  whatever a library raises: a failing job is a row
+        if is_disk_full(error):  # no other job would fare better
+            raise
         say(f"[red]failed[/red]: {job.name}: {type(error).__name__}: {str(error)[:500]}")
         return RunReport(
             name=job.name,

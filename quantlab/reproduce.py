@@ -18,13 +18,13 @@ from quantlab import tracking
 from quantlab.composition import override_text
 from quantlab.errors import ConfigError, ModelError, TrackingError, nearest
 from quantlab.experiment import ExperimentConfig, TrackingConfig
-from quantlab.job import KEY_TAG, MODEL_TAG, Session, floor_row, open_run, run_folder, run_job, workbench
+from quantlab.job import JUDGE_TAG, KEY_TAG, MODEL_TAG, Session, floor_row, open_run, run_folder, run_job, workbench
 from quantlab.layers import state_digest
 from quantlab.models import digits_dit
 from quantlab.pipeline import open_session, told_apart
 from quantlab.report.reading import Reader, StoredRun, open_reader
 from quantlab.report.reproduction import Reproduction, compare_runs
-from quantlab.report.selection import KIND_TAG, PARENT_TAG, REPRODUCES_TAG
+from quantlab.report.selection import KIND_TAG, REPRODUCES_TAG, children
 from quantlab.resume import content_key
 from quantlab.sweep import FLOOR_BATCH, FLOOR_BF16, Job, floor_jobs, plan
 
@@ -32,6 +32,8 @@ KEYS = ("tracking.uri", "device", "num_threads", "output_dir", "model.path", "da
 """What may be said anew: where things are, and on what it runs. All else is the run's own."""
 USAGE = "quantlab reproduce RUN_ID [--json]"
 VERDICT_TAG = "quantlab.reproduction"
+Digests = tuple[str, str]
+"""Of a model's weights and of its judge; the second is empty where it is not known."""
 TRAINED = {"digits_dit": digits_dit}
 """Families that quantlab trains: their weights are in the store, by hash."""
 
@@ -156,11 +158,7 @@ def _finished_job(reader: Reader, run_id: str) -> StoredRun:
 
 def _children(reader: Reader, parent: StoredRun) -> str:
     """The jobs of a sweep, one a line, those of an earlier sweep that it took over included."""
-    summary = _artifact(reader, parent, "rows.json") or {}
-    listed = [str(row["run_id"]) for row in summary.get("rows", []) if row.get("run_id")]
-    own = reader.of_experiment(parent.experiment_id, {PARENT_TAG: parent.run_id})
-    ids = list(dict.fromkeys([*listed, *(r.run_id for r in reversed(own))]))
-    jobs = [r for r in reader.by_id(ids) if r.status == "FINISHED"]
+    jobs = [r for r in sorted(children(reader, parent), key=lambda r: r.start_ms) if r.status == "FINISHED"]
     if not jobs:
         return "none of its jobs has finished; run it again"
     return "\n".join(["give one of its jobs:", *(f"  {r.run_id}  {r.name}" for r in jobs)])
@@ -213,25 +211,27 @@ def _rebuilt(request: Request, reader: Reader, run: StoredRun, environment: Any,
 def _with_weights(config: ExperimentConfig, session: Session, run: StoredRun, scratch: Path) -> ExperimentConfig:
     """The config, with ``model.path`` where the run's weights had to be fetched from the store.
 
-    The weights in the cache count if they, and the judge beside them, have the digests of the store's.
+    The weights in the cache count if they, and the judge beside them, have the digests of the run's (of the store's,
+    where the run does not name its judge).
     """
-    wanted = run.tags.get("quantlab.weights_sha256", "")
+    wanted = (run.tags.get("quantlab.weights_sha256", ""), run.tags.get(JUDGE_TAG, ""))
     family = TRAINED.get(config.model.family)
-    if family is None or not wanted:
+    if family is None or not wanted[0]:
         return config
     models = Path(config.output_dir) / "cache" / "models"
     path: Any = config.model.path
     here = Path(path).expanduser() if path else models / family.cache_key(config.model)
     stored = _fetched(config, session, wanted, scratch / "weights")
     digests = _digests(config, here)
-    if digests is not None and digests[0] == wanted and stored in (None, digests):
+    if _are(digests, wanted) and stored in (None, digests):
         return config
     if stored is None:
+        judge = f" (judge {wanted[1]})" if wanted[1] else ""
         raise ModelError(
-            f"reproduce {run.run_id}: the weights {wanted} that it was made with are neither in {here} nor in the "
-            f"store; pass model.path=FOLDER with their {family.MODEL_FILE} and {family.JUDGE_FILE}"
+            f"reproduce {run.run_id}: the weights {wanted[0]}{judge} that it was made with are neither in {here} nor "
+            f"in the store; pass model.path=FOLDER with their {family.MODEL_FILE} and {family.JUDGE_FILE}"
         )
-    target = models / f"{wanted.removeprefix('sha256:')[:16]}-{stored[1].removeprefix('sha256:')[:8]}"
+    target = models / f"{wanted[0].removeprefix('sha256:')[:16]}-{stored[1].removeprefix('sha256:')[:8]}"
     if _digests(config, target) != stored:
         models.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(target, ignore_errors=True)
@@ -239,10 +239,15 @@ def _with_weights(config: ExperimentConfig, session: Session, run: StoredRun, sc
     return replace(config, model=replace(config.model, path=str(target)))
 
 
-def _fetched(config: ExperimentConfig, session: Session, wanted: str, folder: Path) -> tuple[str, str] | None:
-    """Fetch the weights of a digest into ``folder``; their digests, or None where the store has them not intact."""
-    name = f"model/{wanted.removeprefix('sha256:')[:16]}"
-    for holder in tracking.find_runs(session.store, status=None, tags={MODEL_TAG: wanted}):
+def _are(digests: Digests | None, wanted: Digests) -> bool:
+    """Are these the weights and the judge that are wanted? An empty digest of the judge wants any."""
+    return digests is not None and digests[0] == wanted[0] and wanted[1] in ("", digests[1])
+
+
+def _fetched(config: ExperimentConfig, session: Session, wanted: Digests, folder: Path) -> Digests | None:
+    """Fetch the wanted weights into ``folder``; their digests, or None where the store has them not intact."""
+    name = f"model/{wanted[0].removeprefix('sha256:')[:16]}"
+    for holder in tracking.find_runs(session.store, status=None, tags={MODEL_TAG: wanted[0]}):
         shutil.rmtree(folder, ignore_errors=True)
         try:
             got = tracking.get_artifact(session.store, holder["run_id"], name, folder.with_name("download"))
@@ -250,12 +255,12 @@ def _fetched(config: ExperimentConfig, session: Session, wanted: str, folder: Pa
             continue
         shutil.copytree(got, folder)
         digests = _digests(config, folder)
-        if digests is not None and digests[0] == wanted:
+        if _are(digests, wanted):
             return digests
     return None
 
 
-def _digests(config: ExperimentConfig, folder: Path) -> tuple[str, str] | None:
+def _digests(config: ExperimentConfig, folder: Path) -> Digests | None:
     """Digests of a folder's weights (in the model's dtype) and judge, computed from the tensors; None: unusable."""
     family = TRAINED[config.model.family]
     dtype = "float32" if config.model.dtype == "auto" else config.model.dtype

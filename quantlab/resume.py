@@ -15,7 +15,7 @@ from typing import Any
 from quantlab import tracking
 from quantlab.config import canonical_json
 from quantlab.errors import TrackingError
-from quantlab.job import KEY_TAG, Session, Workbench
+from quantlab.job import KEY_TAG, Session, Workbench, judge_digest
 from quantlab.provenance import versions
 from quantlab.reports import MetricValue, RunReport
 from quantlab.sweep import Job
@@ -37,6 +37,7 @@ def content_key(bench: Workbench, job: Job) -> str:
     known = versions()
     parts = {
         "reference": bench.reference_key,
+        "judge": judge_digest(bench),
         "quantization": asdict(config.quantization),
         "native": json.loads(job.native.to_json_string()) if job.native is not None else None,
         "components": config.model.components,
@@ -91,9 +92,12 @@ def earlier_report(session: Session, bench: Workbench, job: Job, key: str) -> Ru
 
 
 def _runs(session: Session, key: str, status: str) -> list[dict[str, Any]]:
-    if session.store.client is None:
-        return tracking.find_records(session.output_dir / "runs", {KEY_TAG: key}, status)
-    return tracking.find_runs(session.store, key=key, status=status)
+    """From the store, or from the runs' folders while the store is lost, also when it is lost only now."""
+    with contextlib.suppress(TrackingError):
+        found = tracking.find_runs(session.store, key=key, status=status)
+        if not session.store.is_lost:
+            return found
+    return tracking.find_records(session.output_dir / "runs", {KEY_TAG: key}, status)
 
 
 def _report(session: Session, bench: Workbench, job: Job, run: Mapping[str, Any]) -> RunReport:

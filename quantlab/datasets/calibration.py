@@ -1,13 +1,14 @@
 """What calibration may look at: the ``calibration`` node as inputs of the model's protocol, apart from evaluation's.
 
 The data sets are those of the evaluation with other content: other noise, other prompts, other documents. That the two
-share no sample is checked on the inputs themselves.
+share no noise, no prompt and no tokens is checked on the inputs themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from quantlab.datasets import digits_classes, prompts, text, wiki_extracts
@@ -54,19 +55,21 @@ def calibration_inputs(config: CalibrationConfig, evaluation: EvaluationConfig, 
     """Inputs of the model's protocol; ``seen`` are the evaluation's.
 
     Raises ConfigError, beginning with the key of ``calibration``, for data that cannot be read or is too short for
-    ``calibration.num_samples``, and where a sample is one of the evaluation's.
+    ``calibration.num_samples``, and where a sample or the whole text is the evaluation's.
     """
     try:
         dataset = DatasetConfig(name=config.source, path=config.path, seed=config.seed)
         inputs = CALIBRATION_SETS[config.source](dataset, sampling_settings(config, evaluation), model)
     except QuantlabError as error:
         raise type(error)(_in_our_words(str(error))) from error
-    shared = sorted(_fingerprints(inputs) & _fingerprints(seen))
-    if shared:
-        raise ConfigError(
-            f"calibration.source={config.source}: {len(shared)} of its {config.num_samples} samples are those of the "
-            "evaluation, so the numbers would flatter; choose another calibration.seed, calibration.path or source"
-        )
+    theirs = _contents(seen)
+    for what, mine in _contents(inputs).items():
+        if shared := mine & theirs[what]:
+            raise ConfigError(
+                f"calibration.source={config.source}: it shares {what} with the evaluation ({len(shared)} of "
+                f"{len(mine)}), so the numbers would flatter; choose another calibration.seed, calibration.path or "
+                "source"
+            )
     return inputs
 
 
@@ -82,13 +85,29 @@ def check_calibration(config: ExperimentConfig) -> None:
             raise ConfigError(f"calibration.{name}={value}: a number of at least 1 is wanted")
     if asked.num_evidence_calls < 0:
         raise ConfigError(f"calibration.num_evidence_calls={asked.num_evidence_calls}: 0 (none) or more is wanted")
+    _check_file(asked)
     if asked.source != config.dataset.name:
         return
     if asked.source == "digits_classes" and asked.seed == config.dataset.seed:
         raise ConfigError(f"calibration.seed={asked.seed}: this is the noise of the evaluation (dataset.seed); choose "
                           "another number")
-    if asked.path is not None and asked.path == config.dataset.path:
+    if asked.path is not None and config.dataset.path is not None and _same(asked.path, config.dataset.path):
         raise ConfigError(f"calibration.path={asked.path}: this is the data of the evaluation; give another file")
+
+
+def _check_file(asked: CalibrationConfig) -> None:
+    """ConfigError where the source reads a file of the user's and cannot."""
+    try:
+        if asked.source == "text":
+            text.read_text(asked.path)
+        elif asked.source == "prompts" and asked.path is not None:
+            prompts.read_prompts(asked.path)
+    except ConfigError as error:
+        raise ConfigError(_in_our_words(str(error))) from error
+
+
+def _same(path: str, other: str) -> bool:
+    return Path(path).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def _in_our_words(message: str) -> str:
@@ -99,7 +118,12 @@ def _in_our_words(message: str) -> str:
     return message
 
 
-def _fingerprints(inputs: Any) -> set[bytes]:
-    """What makes each sample itself: its initial noise, or its tokens."""
-    rows = inputs.noise if hasattr(inputs, "noise") else inputs.input_ids
-    return {row.contiguous().numpy().tobytes() for row in rows}
+def _contents(inputs: Any) -> dict[str, set[Any]]:
+    """What may not be shared, by its name: initial noise and prompts, or tokens and the text as a whole."""
+    if hasattr(inputs, "noise"):
+        return {"noise": _rows(inputs.noise), "prompts": set(inputs.conditioning.get("prompt", []))}
+    return {"tokens": _rows(inputs.input_ids), "text": {inputs.protocol["text_sha256"]}}
+
+
+def _rows(tensor: Any) -> set[bytes]:
+    return {row.contiguous().numpy().tobytes() for row in tensor}

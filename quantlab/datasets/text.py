@@ -22,13 +22,15 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
     if model.protocol not in ("language", "encoder"):
         raise ConfigError(f"{key}: text is for language models and text encoders; {model.name} is run by the protocol "
                           f"{model.protocol}: choose another dataset")
-    text = _read(key, config.path)
+    text = read_text(config.path)
     if model.protocol == "encoder":
         return encoder_inputs([line.strip() for line in text.splitlines() if line.strip()], evaluation, model, key)
     return text_inputs(text, evaluation, model, key)
 
 
-def _read(key: str, path: str | None) -> str:
+def read_text(path: str | None) -> str:
+    """The file's text. ConfigError beginning with ``dataset.path=...`` where it is missing, not UTF-8, or empty."""
+    key = f"dataset.path={path}"
     if not path:
         raise ConfigError("dataset.path=null: dataset=text needs a file; give dataset.path=FILE (UTF-8 text)")
     try:

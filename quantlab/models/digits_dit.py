@@ -39,6 +39,12 @@ from quantlab.models.loaded import LoadedModel
 MODEL_FILE, JUDGE_FILE, META_FILE = "model.safetensors", "judge.safetensors", "meta.json"
 
 
+class DamagedWeights(ModelError):
+    """A file of weights that cannot be read or is not what it says; ``reason`` is without the way out."""
+
+    reason = ""
+
+
 def load(config: DigitsModelConfig, device: str, cache_dir: Path, progress: Progress | None = None) -> LoadedModel:
     """The model, from ``model.path`` where that is set, else from the cache, else trained now (on the CPU).
 
@@ -62,7 +68,13 @@ def load(config: DigitsModelConfig, device: str, cache_dir: Path, progress: Prog
             if not folder.exists():
                 _train_into(folder, config, progress)
     dtype = "float32" if config.dtype == "auto" else config.dtype
-    model = load_cached(folder, dtype=dtype, device=device, default_exclusions=config.default_exclusions)
+    try:
+        model = load_cached(folder, dtype=dtype, device=device, default_exclusions=config.default_exclusions)
+    except DamagedWeights as error:
+        if config.path is None:
+            raise
+        raise ModelError(f"model.path={config.path}: {error.reason}; put intact copies of {MODEL_FILE} and "
+                         f"{JUDGE_FILE} there, or leave model.path out to train the model") from error
     if config.revision is not None and config.revision != model.parts["trained_sha256"]:
         raise ModelError(f"model.revision={config.revision}: the weights in {folder} are "
                          f"{model.parts['trained_sha256']}; put the wanted {MODEL_FILE} and {JUDGE_FILE} into a folder "
@@ -226,6 +238,9 @@ def _load_state(module: Any, state: Mapping[str, Any], path: Path) -> None:
         raise _broken(path, str(error)) from error
 
 
-def _broken(path: Path, reason: str) -> ModelError:
-    return ModelError(f"model=digits_dit: {path} cannot be used ({reason}); delete the folder {path.parent} and run "
-                      "again to train the model anew, or put an intact copy of the file there")
+def _broken(path: Path, reason: str) -> DamagedWeights:
+    what = f"{path} cannot be used ({reason})"
+    error = DamagedWeights(f"model=digits_dit: {what}; delete the folder {path.parent} and run again to train the "
+                           "model anew, or put an intact copy of the file there")
+    error.reason = what
+    return error

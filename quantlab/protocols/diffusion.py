@@ -148,6 +148,8 @@ def calls(
     ``evaluation.batch_size`` samples at once; at most one batch's calls are in memory.
     Raises MetricUndefined, naming sample and step, for NaN or infinity in a latent.
     """
+    # Prompts that were encoded before would not reach the text encoders again.
+    model = replace(model, parts={**model.parts, "prompt_embeddings": {}})
     batches = _batches(inputs.num_samples, [], evaluation.batch_size)
     tick = _Ticks(progress, evaluation.num_inference_steps * len(batches))
     for batch in batches:

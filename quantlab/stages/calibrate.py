@@ -143,7 +143,7 @@ def calibrate_component(request: Request, module: Any, selection: Selection, fee
 
     Returns what the quantize stage hands to the backend. Raises ConfigError where the backend cannot use this data.
     """
-    if not selection.taken:
+    if not selection.calibrated:
         return None
     backend = calibrated_backend(request.axes.backend)
-    return backend.calibrate(module, selection.taken, selection.native, request.compute_dtype, feed)
+    return backend.calibrate(module, selection.calibrated, selection.native, request.compute_dtype, feed)

@@ -63,13 +63,15 @@ def layer_energies(
     def hook_of(name: str) -> Callable[..., None]:
         layer = None if candidate is None else candidate.get_submodule(name)
 
-        def hook(_: Any, args: tuple[Any, ...], output: Any) -> None:
-            _add(found[name], name, step, args[0], output, layer)
+        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            inputs = args[0] if args else kwargs["input"]
+            if inputs.numel():  # an expert that no token chose
+                _add(found[name], name, step, inputs, output, layer)
 
         return hook
 
     modules = dict(reference.named_modules())
-    handles = [modules[name].register_forward_hook(hook_of(name)) for name in layers]
+    handles = [modules[name].register_forward_hook(hook_of(name), with_kwargs=True) for name in layers]
     try:
         for done, i in enumerate(chosen, 1):
             step = int(feed.calls[i].get("step", 0))
@@ -85,7 +87,7 @@ def layer_energies(
 def _add(row: LayerEnergies, name: str, step: int, inputs: Any, output: Any, layer: Any) -> None:
     import torch
 
-    absmax = inputs.detach().abs().float().flatten(0, -2).amax(0)
+    absmax = inputs.detach().abs().float().reshape(-1, inputs.shape[-1]).amax(0)
     if not bool(torch.isfinite(absmax).all()):
         raise MetricUndefined(
             f"calibration: {name} gets NaN or infinity on the calibration data (step {step}); the reference overflows "

@@ -51,6 +51,13 @@ class Selection:
     """Layer -> why it cannot be stored as asked (``quantization.on_mismatch`` says what becomes of it)."""
     asked: Mapping[str, tuple[QuantizationAxes, Capability]]
     idle_exclusions: tuple[str, ...] = ()
+    fallback: QuantizationConfigMixin | None = None
+    """Config of the misfits, where ``quantization.on_mismatch`` is a dtype that is quantized to."""
+
+    @property
+    def calibrated(self) -> tuple[str, ...]:
+        """The layers that calibration looks at: those taken, and the misfits whose config needs data too."""
+        return (*self.taken, *(self.misfits if self.fallback is not None and self.fallback.needs_data else ()))
 
 
 def select_layers(request: Request, module: Any) -> Selection:
@@ -86,6 +93,7 @@ def select_layers(request: Request, module: Any) -> Selection:
         misfits=misfits,
         asked=asked,
         idle_exclusions=idle,
+        fallback=_fallback_config(request, axes, {n: shapes[n] for n in misfits}),
     )
 
 
@@ -112,7 +120,7 @@ def quantize_component(
         calibrated_backend(axes.backend).quantize(module, chosen.taken, native, request.compute_dtype, calibrated)
     elif chosen.taken:
         BACKENDS[axes.backend].quantize(module, chosen.taken, native, request.compute_dtype)
-    fallback = _fall_back(request, axes, module, list(misfits)) if axes.on_mismatch != "skip" else {}
+    fallback = _fall_back(request, chosen, module, calibrated)
 
     rows = []
     layers = linear_layers(original)
@@ -237,35 +245,49 @@ def _misfit_message(axes: QuantizationAxes, misfits: Mapping[str, str], shapes: 
 
 # -- fallback
 
+_SHARED_ALGORITHMS = ("imatrix",)
+"""Algorithms that look at a layer's inputs alone: what was measured serves another dtype as well."""
 
-def _fall_back(request: Request, axes: QuantizationAxes, module: Any, names: Sequence[str]) -> dict[str, str]:
-    """Store the named layers in ``on_mismatch``'s dtype; returns name -> dtype."""
-    if not names:
-        return {}
+
+def _fallback_config(
+    request: Request, axes: QuantizationAxes, shapes: Mapping[str, Sequence[int]]
+) -> QuantizationConfigMixin | None:
+    """How layers of these shapes are stored in ``on_mismatch``'s dtype; None where none is, or where that is a cast.
+
+    NotQuantized where it does not fit either.
+    """
     dtype = axes.on_mismatch
-    if dtype in COMPUTE_DTYPES:
-        for name in names:
-            _store_as(module, name, dtype)
-        return dict.fromkeys(names, dtype)
-    other = replace(
-        axes,
-        dtype=dtype,
-        group_size="auto",
-        algorithm="auto",
-        activation_dtype="auto",
-        on_mismatch="error",
-        modules_to_not_convert={},
-    )
+    if not shapes or dtype in ("error", "skip", *COMPUTE_DTYPES):
+        return None
     row = capability(axes.backend, dtype)
-    layers = dict(module.named_modules())
-    bad = {n: r for n in names if (r := misfit(resolve_axes(other), row, layers[n].weight.shape))}
+    is_shared = axes.algorithm in _SHARED_ALGORITHMS and axes.algorithm in row.algorithms
+    other = QuantizationAxes(
+        backend=axes.backend, dtype=dtype, compute_dtype=axes.compute_dtype,
+        algorithm=axes.algorithm if is_shared else "auto",
+    )
+    bad = {n: r for n, shape in shapes.items() if (r := misfit(resolve_axes(other), row, shape))}
     if bad:
         raise NotQuantized(
             f"quantization.on_mismatch={dtype}: does not fit either: "
             f"{'; '.join(f'{n}: {r}' for n, r in bad.items())}; choose a dtype without blocks, or skip"
         )
-    native = native_config(QuantizationAxes(backend=other.backend, dtype=dtype, compute_dtype=axes.compute_dtype))
-    BACKENDS[axes.backend].quantize(module, names, native, request.compute_dtype)
+    file = getattr(request.native, "imatrix_file", None) if is_shared else None
+    return native_config(other, {"imatrix_file": file} if file else None)
+
+
+def _fall_back(request: Request, chosen: Selection, module: Any, calibrated: Any) -> dict[str, str]:
+    """Store the misfits in ``on_mismatch``'s dtype; returns name -> dtype."""
+    names, dtype = list(chosen.misfits), chosen.axes.on_mismatch
+    if not names or dtype == "skip":
+        return {}
+    backend = chosen.axes.backend
+    if chosen.fallback is None:
+        for name in names:
+            _store_as(module, name, dtype)
+    elif chosen.fallback.needs_data:
+        calibrated_backend(backend).quantize(module, names, chosen.fallback, request.compute_dtype, calibrated)
+    else:
+        BACKENDS[backend].quantize(module, names, chosen.fallback, request.compute_dtype)
     return dict.fromkeys(names, dtype)
 
 

@@ -13,7 +13,7 @@ from quantlab.tracking.query import (
     get_artifact,
     get_curve,
     get_run,
-    has_run_with_tag,
+    has_run_with_tags,
 )
 from quantlab.tracking.recovery import close_orphans, end_lost_run, push_pending
 from quantlab.tracking.run import Run
@@ -23,5 +23,5 @@ from quantlab.tracking.values import flatten
 __all__ = [
     "PARENT_TAG", "Run", "Store", "adopt", "close_orphans", "end_lost_run", "find_records", "find_runs", "flatten",
     "get_artifact", "get_curve",
-    "get_run", "has_run_with_tag", "open_store", "push_pending",
+    "get_run", "has_run_with_tags", "open_store", "push_pending",
 ]

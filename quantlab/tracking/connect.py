@@ -96,9 +96,11 @@ def _quiet_mlflow() -> None:
         os.environ.setdefault(name, "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    retries = logging.getLogger("urllib3.connectionpool")
-    if retries.level == logging.NOTSET:  # it warns of every retry; one warning of ours is enough
-        retries.setLevel(logging.ERROR)
+    # One warns of every retry, the other shows a traceback of every failure; one warning of ours is enough.
+    for name, level in (("urllib3.connectionpool", logging.ERROR), ("mlflow.store.db.utils", logging.CRITICAL)):
+        logger = logging.getLogger(name)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(level)
 
 
 def _connect_sqlite(path: Path, uri: str, experiment: str) -> tuple[Any, str]:

@@ -14,6 +14,10 @@ from quantlab.tracking.store import PARENT_TAG, Store
 
 _LOG = logging.getLogger(__name__)
 
+FORMER_PARENTS_TAG = "quantlab.former_parents"
+"""On a job that a later sweep took over: the sweeps before, by which their comparisons find it."""
+_MAX_FORMER_PARENTS = 100  # as many ids as a tag holds
+
 RunData = dict[str, Any]
 """``run_id name status params metrics tags start_ms end_ms``: params and tags are text, metrics the last values."""
 
@@ -22,12 +26,12 @@ def find_runs(
     store: Store, *, key: str | None = None, parent_run_id: str | None = None, status: str | None = "FINISHED",
     tags: Mapping[str, str] | None = None,
 ) -> list[RunData]:
-    """Runs of the store's experiment, newest first; none where the store was not reached.
+    """Runs of the store's experiment, newest first; none where the store was not reached or is lost.
 
     ``key`` is the tag ``quantlab.key`` (a candidate's content key), ``parent_run_id`` the sweep, ``status=None`` any.
     ``tags`` are others that a run must have.
     """
-    if store.client is None:
+    if store.is_lost:
         return []
     wanted = {"tags.`quantlab.key`": key, f"tags.`{PARENT_TAG}`": parent_run_id, "attributes.status": status,
               **{f"tags.`{name}`": value for name, value in (tags or {}).items()}}
@@ -40,35 +44,47 @@ def find_runs(
     try:
         return [_data(run) for run in store.search(" and ".join(terms))]
     except store_errors() as error:
+        store.lose(error)
         raise _unreadable(store, error) from error
 
 
 def find_records(runs_dir: Path, tags: Mapping[str, str], status: str | None = "FINISHED") -> list[RunData]:
-    """The same from the runs' own folders, for a store that was not reached: runs that have all of ``tags``."""
+    """The same from the runs' own folders, for a store that is lost: runs that have all of ``tags``."""
     found = []
     for folder in folders_with_records(runs_dir):
-        known = Record.load(folder).summary
+        record = Record.load(folder)
+        known = record.summary
         if known and status in (None, known["status"]) and tags.items() <= known["tags"].items():
             names = ("name", "status", "params", "metrics", "tags", "start_ms", "end_ms")
-            found.append({"run_id": f"local-{known['record']}", "folder": str(folder), **{n: known[n] for n in names}})
+            found.append({"run_id": record.run_id, "folder": str(folder), **{n: known[n] for n in names}})
     return sorted(found, key=lambda run: run["start_ms"], reverse=True)
 
 
-def has_run_with_tag(store: Store, tag: str, value: str) -> bool:
-    """Does any run of the experiment carry this tag? False for a store that was not reached."""
-    if store.client is None:
+def has_run_with_tags(store: Store, tags: Mapping[str, str]) -> bool:
+    """Does any run of the experiment carry all of these tags? False for a store that is lost."""
+    if store.is_lost:
         return False
     try:
-        return bool(store.run_ids(f"tags.`{tag}` = '{value}'"))
+        return bool(store.run_ids(" and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())))
     except store_errors():
         return False
 
 
 def adopt(store: Store, run_id: str, parent_run_id: str) -> None:
-    """Make a run the child of another parent. Of runs that the store has not taken, nothing changes."""
-    if store.client is None or run_id.startswith("local-") or parent_run_id.startswith("local-"):
+    """Make a run the child of another parent; a tag keeps the ids of its earlier ones.
+
+    Of runs that the store has not taken, nothing changes.
+    """
+    if store.is_lost or run_id.startswith("local-") or parent_run_id.startswith("local-"):
         return
     try:
+        tags = store.client.get_run(run_id).data.tags
+        before = tags.get(PARENT_TAG, "")
+        if before == parent_run_id:
+            return
+        former = dict.fromkeys([*tags.get(FORMER_PARENTS_TAG, "").split(), before])
+        kept = [parent for parent in former if parent and parent != parent_run_id][-_MAX_FORMER_PARENTS:]
+        store.client.set_tag(run_id, FORMER_PARENTS_TAG, " ".join(kept))
         store.client.set_tag(run_id, PARENT_TAG, parent_run_id)
     except store_errors() as error:
         _LOG.warning("%s: run %s stays under its earlier parent (%s)", store.uri, run_id, first_line(error))

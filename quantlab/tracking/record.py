@@ -30,6 +30,9 @@ _LOCK = Path("tracking", "lock")
 
 Event = dict[str, Any]
 
+LEFT_OPEN: set[Path] = set()
+"""Folders in which this process could not write, as on a full disk: where a run stayed open, its next start ends it."""
+
 
 @dataclass
 class Sent:
@@ -69,7 +72,12 @@ class Record:
             raise TrackingError(f"{folder}: holds the record of a run; give each run a folder of its own") from error
         except OSError as error:
             raise TrackingError(f"{folder}: cannot be written ({error}); set output_dir=<another folder>") from error
-        record.append({"op": "start", "record": uuid.uuid4().hex, **start})
+        try:
+            record.append({"op": "start", "record": uuid.uuid4().hex, **start})
+        except OSError:
+            if not record.summary:  # not even the first line found room
+                record.discard()
+            raise
         return record
 
     @classmethod
@@ -81,13 +89,29 @@ class Record:
         return record
 
     @property
+    def run_id(self) -> str:
+        """The id of the run in the store that it was sent to; ``local-...`` as long as none has taken it."""
+        sent = self.sent()
+        return sent.run_id if sent and sent.run_id else f"local-{self.summary['record']}"
+
+    def discard(self) -> None:
+        """Forget a record whose first event is not whole, so that another can begin in its folder."""
+        (self.folder / _EVENTS).unlink(missing_ok=True)
+
+    @property
     def is_open(self) -> bool:
         """Whether the run has not ended, as far as the events tell."""
         return bool(self.summary.get("status") == "RUNNING")
 
     def append(self, event: Event) -> None:
         """Write one event to the folder and add it to the summary."""
-        event = {"time_ms": now_ms(), **event}
+        try:
+            self._append({"time_ms": now_ms(), **event})
+        except OSError:
+            LEFT_OPEN.add(self.folder)
+            raise
+
+    def _append(self, event: Event) -> None:
         line = json.dumps(event, ensure_ascii=False).encode() + b"\n"
         with (self.folder / _EVENTS).open("ab+") as file:
             if file.tell() > 0:
@@ -181,5 +205,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     """All or nothing, so that a reader never sees half a file."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    try:
+        draft.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.tracking.connect import first_line, store_errors
-from quantlab.tracking.record import Record, folders_with_records
+from quantlab.tracking.record import LEFT_OPEN, Record, folders_with_records
 from quantlab.tracking.run import FAILURE_TAG, STAGE_TAG
 from quantlab.tracking.store import Store
 from quantlab.tracking.values import process_is_alive
 
 _LOG = logging.getLogger(__name__)
-_FAILURE = "the process ended without closing the run (killed, or out of memory)"
+_FAILURE = "the process ended without closing the run (killed, out of memory, or a full disk)"
 
 
 def push_pending(store: Store, runs_dir: Path) -> list[str]:
@@ -66,6 +66,9 @@ def end_lost_run(store: Store, folder: Path, error: str, log: str = "") -> dict[
     if folder not in folders_with_records(folder.parent):
         return {}
     record = Record.load(folder)
+    if not record.summary:  # it died while it wrote the first line
+        record.discard()
+        return {}
     if record.is_open:
         stage = record.summary["tags"].get(STAGE_TAG, "")
         record.append({"op": "tags", "values": {FAILURE_TAG: error}})
@@ -73,8 +76,7 @@ def end_lost_run(store: Store, folder: Path, error: str, log: str = "") -> dict[
             record.append({"op": "artifact", "name": log, "file": log, "table": False})
         record.append({"op": "finish", "status": "FAILED", "error": error, "stage": stage})
     store.sync(record)
-    sent = record.sent()
-    return {**record.summary, "run_id": (sent and sent.run_id) or f"local-{record.summary['record']}"}
+    return {**record.summary, "run_id": record.run_id}
 
 
 def _closed_record(folder: Path) -> Record | None:
@@ -86,6 +88,7 @@ def _closed_record(folder: Path) -> Record | None:
         stage = record.summary["tags"].get(STAGE_TAG, "")
         record.append({"op": "tags", "values": {FAILURE_TAG: _FAILURE}})
         record.append({"op": "finish", "status": "KILLED", "error": _FAILURE, "stage": stage})
+    LEFT_OPEN.discard(record.folder)
     return record
 
 
@@ -114,6 +117,8 @@ def _is_done(folder: Path) -> bool:
 
 def _may_be_alive(record: Record) -> bool:
     tags = record.summary["tags"]
+    if record.folder in LEFT_OPEN:
+        return False
     return tags["quantlab.host"] != socket.gethostname() or process_is_alive(tags)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import shutil
 import signal
 import threading
@@ -15,6 +17,8 @@ from typing import Any, Protocol, Self
 from quantlab.errors import TrackingError
 from quantlab.tracking.record import Record
 from quantlab.tracking.values import MAX_PARAM_CHARS, checked_key, checked_number, checked_tags, flatten
+
+_LOG = logging.getLogger(__name__)
 
 FAILURE_TAG = "quantlab.failure"
 STAGE_TAG = "quantlab.stage"
@@ -46,8 +50,7 @@ class Run:
     @property
     def run_id(self) -> str:
         """MLflow's id of the run; ``local-...`` as long as no store has taken it."""
-        sent = self.record.sent()
-        return sent.run_id if sent and sent.run_id else f"local-{self.record.summary['record']}"
+        return self.record.run_id
 
     @property
     def stage(self) -> str:
@@ -155,17 +158,25 @@ class Run:
         try:
             if not self.record.is_open:
                 return
+            self._end(error)
+        except OSError as disk:  # no room for the end; what led here is what the user is told
             if error is None:
-                self.finish("FINISHED")
-                return
-            self._log_text("".join(traceback.format_exception(error)), "failure.txt")
-            told = self._terminated or (isinstance(error, SystemExit) and error.code == _TERMINATED)  # by an outer run
-            text = "SIGTERM: the process was told to end" if told else f"{type(error).__name__}: {error}"
-            self.finish("FAILED", text)
+                raise
+            _LOG.warning("%s: the run's end is not written (%s); the next start ends it", self.record.folder, disk)
         finally:
             if self._old_handler is not None:
                 signal.signal(signal.SIGTERM, self._old_handler)
                 self._old_handler = None
+
+    def _end(self, error: BaseException | None) -> None:
+        if error is None:
+            self.finish("FINISHED")
+            return
+        with contextlib.suppress(OSError):  # a short line may find room where a long text does not
+            self._log_text("".join(traceback.format_exception(error)), "failure.txt")
+        told = self._terminated or (isinstance(error, SystemExit) and error.code == _TERMINATED)  # by an outer run
+        text = "SIGTERM: the process was told to end" if told else f"{type(error).__name__}: {error}"
+        self.finish("FAILED", text)
 
     def _terminate(self, *_: Any) -> None:
         """Schedulers end a job by SIGTERM; an exception is what closes its run."""

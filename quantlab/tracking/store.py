@@ -80,22 +80,35 @@ class Store:
 
         A store that fails is one warning; it is left alone for a while, then tried again with everything pending.
         """
-        if self.client is None or time.monotonic() < self._quiet_until:
+        if self.is_lost:
             return False
-        with record.locked() as alone:
-            if not alone:
-                return False
-            try:
+        try:
+            with record.locked() as alone:
+                if not alone:
+                    return False
                 self._send(record)
-            except store_errors() as error:
-                self._quiet_until = time.monotonic() + self._pause
-                if self._pause == _FIRST_PAUSE_S:
-                    _LOG.warning("tracking.uri=%s: the store is lost (%s); runs go on in their folders, and are sent "
-                                 "when it answers again, or at the next start", self.uri, first_line(error))
-                self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
-                return False
+        except store_errors() as error:
+            self.lose(error)
+            return False
         self._pause = _FIRST_PAUSE_S
         return True
+
+    @property
+    def is_lost(self) -> bool:
+        """Was the store not reached, or does it rest after a failure?"""
+        return self.client is None or time.monotonic() < self._quiet_until
+
+    def lose(self, error: Exception) -> None:
+        """Leave a store that failed alone for a while; the first time, say so."""
+        self._quiet_until = time.monotonic() + self._pause
+        if self._pause == _FIRST_PAUSE_S:
+            _LOG.warning("tracking.uri=%s: the store is lost (%s); runs go on in their folders, and are sent "
+                         "when it answers again, or at the next start", self.uri, first_line(error))
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
+
+    def know(self, run_id: str, record_id: str) -> None:
+        """Note the record's id of another process's run, so that a parent is found again in whichever store it is."""
+        self._records[run_id] = record_id
 
     def run_ids(self, filter_string: str) -> list[str]:
         """Ids of the experiment's runs that a filter of MLflow's search language names."""
@@ -156,7 +169,7 @@ class Store:
         """The record's id of a run, by which it is found again in another store; None where it cannot be known."""
         if run_id.startswith("local-"):
             return run_id.removeprefix("local-")
-        if run_id not in self._records and self.client is not None:
+        if run_id not in self._records and not self.is_lost:
             try:
                 self._records[run_id] = self.client.get_run(run_id).data.tags.get(RECORD_TAG, "")
             except store_errors() as error:
