@@ -55,6 +55,19 @@ outputs/runs.
 MAX_PAIRS = 10
 
 
+class Terminal(Console):
+    """Rich's console, which leaves a reader that went away to :func:`main`."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by Rich, whose own answer is exit code 1: here that is a job that failed."""
+        raise BrokenPipeError
+
+
+def terminal(width: int | None = None) -> Console:
+    """Where tables go; ``width`` is that of a file or a pipe, which has none of its own."""
+    return Terminal() if width is None or sys.stdout.isatty() else Terminal(width=width)
+
+
 def help_text() -> str:
     """The text of ``--help``."""
     width = max(map(len, groups()))
@@ -130,7 +143,7 @@ def show_list(words: Sequence[str], as_json: bool) -> int:
     for row in rows:
         if row.get("offered", True):
             table.add_row(*(_cell(row[key]) for key in keys))
-    Console().print(table)
+    terminal().print(table)
     return 0
 
 
@@ -180,7 +193,7 @@ def show_comparison(words: Sequence[str]) -> int:
     if request.as_json:
         print(json.dumps({k: data[k] for k in ("title", "groups", "failed", "skipped")}, indent=2))
     else:
-        console = Console() if sys.stdout.isatty() else Console(width=160)
+        console = terminal(160)
         for group in groups:
             console.print(comparison_table(group))
             for line in [*answer_lines(group), *pair_lines(group)[:MAX_PAIRS], *twin_lines(group), *group.notes]:
@@ -201,7 +214,7 @@ def show_reproduction(words: Sequence[str]) -> int:
     if request.as_json:
         print(json.dumps(found.data(), indent=2))
     else:
-        console = Console() if sys.stdout.isatty() else Console(width=132)
+        console = terminal(132)
         for table in reproduction_tables(found):
             console.print(table)
         for line in summary_lines(found):
@@ -242,7 +255,7 @@ def run(request: Plan, as_json: bool, quiet: bool) -> int:
         config = request.jobs[0].config
         size = f"{config.model.family}, n = {config.evaluation.num_samples}"
         caption = f"{size}; saving is against 16 bit; seconds on a CPU say nothing about a GPU"
-        console = Console() if sys.stdout.isatty() else Console(width=132)  # a file or a pipe has no width of its own
+        console = terminal(132)
         for protocol in sorted({r["protocol"] for r in rows}):
             console.print(terminal_table([r for r in rows if r["protocol"] == protocol], protocol, caption))
         for line in front_lines(reports, request):

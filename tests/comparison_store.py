@@ -101,11 +101,11 @@ def shared_sweep(template: Path) -> Sweep:
     return make_sweep(template.parent / "compared" / "my work", template)
 
 
-def make_sweep(folder: Path, template: Path) -> Sweep:
+def make_sweep(folder: Path, template: Path, store: Store | None = None) -> Sweep:
     """The sweep: reference, bf16 floor, five candidates, one failed job and one skipped combination."""
     (folder / "outputs" / "runs").mkdir(parents=True)
     shutil.copyfile(template, folder / "outputs" / "mlflow.db")
-    sweep = Sweep(folder, open_store(TrackingConfig(), folder))
+    sweep = Sweep(folder, store or open_store(TrackingConfig(), folder))
     own = folder / "outputs" / "runs" / "parent"
     with sweep.store.start_run("small grid", own, {}, {"quantlab.kind": "sweep"}) as parent:
         sweep.parent = parent.run_id

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -59,6 +60,15 @@ def test_lists_as_tables_and_as_json(quick, what):
     assert rows
     text = ok(quick, "list", what)
     assert what == "combinations" or all(str(next(iter(row.values())))[:10] in text for row in rows)
+
+
+def test_the_combinations_fit_a_terminal(quick, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = ok(quick, "list", "combinations")
+    lines = [[cell.strip() for cell in line.strip("│┃").split("│")] for line in text.splitlines() if "│" in line]
+    offered = [(r["backend"], r["dtype"]) for r in json.loads(ok(quick, "list", "combinations", "--json")) if r["offered"]]
+    assert [(row[0], row[1]) for row in lines if row[0]] == offered, "no name is broken over lines"
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_the_lists_show_what_can_be_chosen(quick):
@@ -148,6 +158,18 @@ def test_python_m_quantlab(tmp_path):
     done = python("-m", "quantlab", "list", "recipes", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "digits_backends" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["--help"], ["list", "combinations"], ["list", "combinations", "--json"]])
+def test_a_reader_that_has_seen_enough_is_no_error(words, tmp_path):
+    """As in ``quantlab ... | head``."""
+    read, write = os.pipe()
+    os.close(read)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "quantlab", *words]
+    done = subprocess.run(command, env=env, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 SIGNALLED = """
