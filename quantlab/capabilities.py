@@ -34,6 +34,8 @@ class Capability:
     """Accepted ``activation_dtype``; the first is what ``auto`` means."""
     algorithms: tuple[str, ...] = ("max",)
     """Accepted ``algorithm``; the first is what ``auto`` means."""
+    cuda_algorithms: tuple[str, ...] = ()
+    """Of these, what the library runs on CUDA only."""
     is_serialisable: bool = True
     is_trainable: bool = True
     """Gradients reach the input through the layer, as adapters need; the quantized weight itself is never trained."""
@@ -65,9 +67,9 @@ _TORCHAO: Rows = {
     "int8": Capability(
         group_sizes=("none", *_ROW_GROUPS),
         activation_dtypes=("none", "int8"),
-        algorithms=("max", "awq", "smoothquant"),
-        note="awq, smoothquant and activation_scales=static need calibration data and are prototypes of torchao; its "
-             "GPTQ converts on CUDA only and is not offered",
+        algorithms=("max", "awq", "smoothquant", "gptq"),
+        cuda_algorithms=("gptq",),
+        note="awq, smoothquant, gptq and activation_scales=static need calibration data and are prototypes of torchao",
     ),
     "float8_e4m3": Capability(
         group_sizes=("none",),

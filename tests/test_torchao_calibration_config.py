@@ -19,7 +19,8 @@ REFUSED = [
     ({"dtype": "int3", "algorithm": "awq"}, "^algorithm=awq: torchao int3 offers auto, max, hqq; awq is offered by "),
     ({"dtype": "nf4", "algorithm": "smoothquant"}, "^algorithm=smoothquant: torchao nf4 offers auto, max; "),
     ({"dtype": "float8_e4m3", "algorithm": "awq"}, "^algorithm=awq: torchao float8_e4m3 offers auto, max; "),
-    ({"algorithm": "gptq"}, "^algorithm=gptq: torchao int8 offers auto, max, awq, smoothquant"),
+    ({"algorithm": "gptq", "group_size": 64}, "^algorithm=gptq: torchao has it for Int8WeightOnlyConfig with one scale"),
+    ({"algorithm": "gptq", "activation_dtype": "int8"}, "^algorithm=gptq: torchao has it for Int8WeightOnlyConfig"),
     ({"dtype": "int4", "algorithm": "awq", "activation_dtype": "int8"},
      "^algorithm=awq: torchao int4 has it with activation_dtype=none and group_size=32, 64, 128 or auto, not "
      "activation_dtype=int8 group_size=auto"),
@@ -99,7 +100,7 @@ def test_the_library_s_steps_as_configs_are_refused_with_what_to_write():
 
     with pytest.raises(ConfigError, match="^quant_type=AWQConfig: .*write algorithm=awq"):
         TorchAoConfig(AWQConfig(Int8WeightOnlyConfig(), step="prepare"))
-    with pytest.raises(ConfigError, match="^quant_type=GPTQConfig: .*CUDA only"):
+    with pytest.raises(ConfigError, match="^quant_type=GPTQConfig: .*write algorithm=gptq .*CUDA only"):
         TorchAoConfig({"_type": "GPTQConfig", "_version": 1, "_data": {}})
     hqq = make("Int4WeightOnlyConfig", group_size=64, int4_choose_qparams_algorithm="hqq")
     with pytest.raises(ConfigError, match="^algorithm=awq: int4 has it in groups of .* without hqq"):

@@ -12,7 +12,7 @@ from typing import Any
 
 from quantlab.axes import QuantizationAxes, capability, resolve_axes
 from quantlab.backends.table import BACKENDS, calibrated_backend, native_config
-from quantlab.capabilities import Capability
+from quantlab.capabilities import CAPABILITIES, Capability
 from quantlab.config import QuantizationConfigMixin
 from quantlab.dtypes import COMPUTE_DTYPES
 from quantlab.errors import ConfigError, NotQuantized
@@ -203,6 +203,12 @@ def check_device(axes: QuantizationAxes, row: Capability, device: str, compute_d
             f"{who} runs it on {' and '.join(row.devices)} only, and this run is on {device}"
             f"{'; ' + row.note if row.note else ''}"
         )
+    if axes.algorithm in row.cuda_algorithms and device != "cuda":
+        others = [b for b, rows in CAPABILITIES.items() if b != axes.backend and axes.dtype in rows
+                  and axes.algorithm in rows[axes.dtype].algorithms]
+        other = f", or backend={others[0]}" if others else ""
+        raise ConfigError(f"algorithm={axes.algorithm}: {axes.backend} runs it on CUDA only, and this run is on "
+                          f"{device}; pass device=cuda{other}")
     if compute_dtype not in row.compute_dtypes:
         raise ConfigError(
             f"{who} computes it in {', '.join(row.compute_dtypes)} only; this run computes in {compute_dtype}: "

@@ -1,10 +1,12 @@
-"""Scales that torchao chooses on data: AWQ, SmoothQuant, static activations.
+"""What torchao chooses on data: the scales of AWQ, SmoothQuant and static activations, and the codes of GPTQ.
 
 The library's observers keep every input of a layer and concatenate them, so that its memory grows with the data and its
 batches must be equal. Here only the inputs of AWQ are kept, as rows of tokens (batches of any size), for as many layers
 at a time as ``calibration_layers_at_once`` says. SmoothQuant (Xiao et al. 2022, arXiv:2211.10438) and static scales are
 functions of the largest magnitude in each input channel, so one row a layer is enough; the library's own observer turns
 it into scales, and they equal those of all inputs. AWQ is Lin et al. 2023, arXiv:2306.00978, searched by the library.
+GPTQ (Frantar et al. 2022, arXiv:2210.17323) keeps a matrix (in_features, in_features) a layer; the library rounds by it
+on CUDA.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ class LayerScales:
     None: neither."""
     activation_scale: Any = None
     """One number, in as many dimensions as the layer's input has: the step of its static activations. None: dynamic."""
+    hessian: Any = None
+    """fp32 (in_features, in_features): second moments of the inputs, by which GPTQ rounds. None: each weight alone."""
 
 
 def measure(
@@ -45,6 +49,8 @@ def measure(
     with quiet_library():
         if config.algorithm == "awq":
             return _search_all(layers, forms, dtypes, config.calibration_layers_at_once, run)
+        if config.algorithm == "gptq":
+            return _hessians(layers, dtypes, run)
         rows = _largest_inputs(layers, dtypes, run)
         alpha = config.smoothquant_alpha if config.algorithm == "smoothquant" else None
         return {name: _from_row(layer.weight.detach().to(dtypes[name]), rows.pop(name), forms[name], alpha)
@@ -72,6 +78,11 @@ def _never_ran(name: str) -> ConfigError:
                        "modules_to_not_convert, or give data that reaches it")
 
 
+def _not_finite(name: str, dtype: Any) -> ConfigError:
+    return ConfigError(f"calibration: {name} got NaN or infinity in {dtype} on the calibration data; exclude it with "
+                       "modules_to_not_convert, or compute in float32 or bfloat16")
+
+
 # -- SmoothQuant and static activations
 
 
@@ -95,8 +106,7 @@ def _largest_inputs(layers: Mapping[str, Any], dtypes: Mapping[str, Any], run: C
         if name not in rows:
             raise _never_ran(name)
         if not bool(rows[name].isfinite().all()):
-            raise ConfigError(f"calibration: {name} got NaN or infinity in {rows[name].dtype} on the calibration data; "
-                              "exclude it with modules_to_not_convert, or compute in float32 or bfloat16")
+            raise _not_finite(name, rows[name].dtype)
     return rows
 
 
@@ -130,6 +140,35 @@ def _float8_scale(row: Any, form: Form) -> Any:
     return observer.calculate_qparams()[0]
 
 
+# -- GPTQ
+
+
+def _hessians(layers: Mapping[str, Any], dtypes: Mapping[str, Any], run: Callable[[], Any]) -> dict[str, LayerScales]:
+    """By the library's observer, fed from outside: its way puts the observer in the weight's place."""
+    observer = importlib.import_module("torchao.prototype.gptq.observer").GPTQObserverTensor
+    seen = {name: observer.from_hp(layer.weight.detach().contiguous()) for name, layer in layers.items()}
+    with _watched(layers, lambda name, x: seen[name].update_2d(x.to(dtypes[name])) if x.numel() else None):
+        run()
+    for name, found in seen.items():
+        if not int(found.total_batches):
+            raise _never_ran(name)
+        if not bool(found.hessian.isfinite().all()):
+            raise _not_finite(name, dtypes[name])
+    return {name: LayerScales(hessian=found.hessian) for name, found in seen.items()}
+
+
+def rounded_by_gptq(weight: Any, hessian: Any, form: Form) -> Any:
+    """The library's quantized tensor of ``weight``, which stays as it is; both must be on CUDA.
+
+    All columns are one block: with the library's blocks of 256 the scale of a row would be that of its first 256
+    weights, and larger ones after them would be cut.
+    """
+    api = importlib.import_module("torchao.prototype.gptq.api")
+    settings = api.GPTQConfig(step="convert", base_config=build_form(form), gptq_quantize_block_size=weight.shape[1])
+    with quiet_library():
+        return api.gptq_quantize(hessian.clone(), weight.detach().clone(), settings)
+
+
 # -- AWQ
 
 
@@ -145,6 +184,8 @@ def _search_all(
         for name in names:
             if not any(x.numel() for x in inputs[name]):
                 raise _never_ran(name)
+            if not all(bool(x.isfinite().all()) for x in inputs[name]):
+                raise _not_finite(name, dtypes[name])
             found[name] = LayerScales(pre_scale=_search(layers[name], inputs.pop(name), forms[name], dtypes[name]))
     return found
 

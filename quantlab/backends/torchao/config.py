@@ -81,7 +81,7 @@ class TorchAoConfig(QuantizationConfigMixin):
     fit_group_size: bool = setting("bool", False, ours=True)
     """``group_size=auto``: a layer that the group of ``quant_type`` does not divide takes 64, 32 or 16, else one scale
     a row. False: such a layer is refused."""
-    algorithm: str = setting("str", "auto", choices=("auto", "awq", "smoothquant"), ours=True)
+    algorithm: str = setting("str", "auto", choices=("auto", "awq", "smoothquant", "gptq"), ours=True)
     """``auto``: as ``quant_type`` says, the largest value or hqq. ``awq`` and ``smoothquant`` multiply the columns of
     the weight by scales that they choose on data, and divide the layer's input by them, for int8 and weight-only int4.
     """
@@ -249,7 +249,7 @@ class TorchAoConfig(QuantizationConfigMixin):
         if axes.activation_dtype == "int8" and axes.dtype == "int8" and axes.group_size not in ("auto", "none"):
             raise ConfigError(f"group_size={axes.group_size}: torchao int8 with activation_dtype=int8 has one scale a "
                               "row; set group_size=none, or activation_dtype=none")
-        is_scaled = axes.algorithm in ("awq", "smoothquant")
+        is_scaled = axes.algorithm in ("awq", "smoothquant", "gptq")
         if is_scaled and axes.dtype == "int4" and (
                 axes.activation_dtype != "none" or axes.group_size not in ("auto", *OPAQUE_GROUPS)):
             raise ConfigError(f"algorithm={axes.algorithm}: torchao int4 has it with activation_dtype=none and "

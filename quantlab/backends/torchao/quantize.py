@@ -10,7 +10,7 @@ from typing import Any
 
 from quantlab.backends.casting import cast_around, wanted_dtype
 from quantlab.backends.torchao.build import build_form, quiet_library
-from quantlab.backends.torchao.calibrate import LayerScales, measure
+from quantlab.backends.torchao.calibrate import LayerScales, measure, rounded_by_gptq
 from quantlab.backends.torchao.config import TorchAoConfig, layer_form
 from quantlab.backends.torchao.forms import INT4
 from quantlab.backends.torchao.readback import is_quantized
@@ -89,7 +89,11 @@ def quantize(
         own = "" if scales[name].activation_scale is None else name
         schemes.setdefault(own + canonical_json(form), []).append(name)
     for names in schemes.values():
-        _apply(model, names, forms[names[0]], scales[names[0]].activation_scale)
+        if scales[names[0]].hessian is None:
+            _apply(model, names, forms[names[0]], scales[names[0]].activation_scale)
+    for name, layer in named.items():
+        if scales[name].hessian is not None:
+            layer.weight = _parameter(rounded_by_gptq(layer.weight, scales[name].hessian, forms[name]))
     for name, layer in named.items():
         _keep_zeros(layer.weight)
         if is_quantized(layer) and scales[name].pre_scale is not None:
@@ -125,11 +129,15 @@ def _scales_of(
     return calibrated
 
 
-def _scale_weight(layer: Any, pre_scale: Any) -> None:
+def _parameter(tensor: Any) -> Any:
     import torch
 
+    return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def _scale_weight(layer: Any, pre_scale: Any) -> None:
     if pre_scale is not None:
-        layer.weight = torch.nn.Parameter(layer.weight.detach() * pre_scale, requires_grad=False)
+        layer.weight = _parameter(layer.weight.detach() * pre_scale)
 
 
 def follow_rank(layer: Any) -> None:

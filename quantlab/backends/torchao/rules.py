@@ -18,7 +18,7 @@ _WRITTEN_AS = {
     "SmoothQuantConfig": "algorithm=smoothquant with the base_config as quant_type",
     INT8_STATIC: f"{INT8_INT8} with activation_scales=static",
     FLOAT8_STATIC: f"{FLOAT8_FLOAT8} with activation_scales=static",
-    "GPTQConfig": "another algorithm (the library's GPTQ converts on CUDA only, and quantlab does not offer it)",
+    "GPTQConfig": "algorithm=gptq with the base_config as quant_type (on CUDA only)",
 }
 """Steps of calibration that the library has as configs -> how the same is said here."""
 
@@ -44,6 +44,9 @@ def check_calibration(config: Any) -> None:
 
 def _check_algorithm(config: Any, kind: str) -> None:
     key, data = f"algorithm={config.algorithm}", config.quant_type["_data"]
+    if config.algorithm == "gptq" and (kind != INT8 or data["granularity"]["_type"] != "PerRow"):
+        raise ConfigError(f"{key}: torchao has it for {INT8} with one scale a row; set dtype=int8, "
+                          "activation_dtype=none and group_size=none, or choose backend=modelopt")
     if kind not in _SCALED_KINDS:
         raise ConfigError(f"{key}: torchao scales the inputs of {', '.join(_SCALED_KINDS)}, and this is {kind}; choose "
                           "dtype=int8, or dtype=int4 with activation_dtype=none, or leave the algorithm at auto")
