@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, fields
 from typing import Any
 
-from quantlab.backends.table import PACKAGES
+from quantlab.axes import QuantizationAxes
+from quantlab.backends.table import BACKENDS, PACKAGES, own_settings
 from quantlab.capabilities import CAPABILITIES, Capability, refusal
 from quantlab.composition import conf_dir, recipes
 from quantlab.dtypes import DTYPES
+from quantlab.errors import ConfigError
 from quantlab.metrics import METRICS
 
 Row = dict[str, Any]
@@ -61,6 +64,53 @@ def combinations() -> list[Row]:
     ]
 
 
+ALGORITHMS = {
+    "max": "the library's plain rounding, by the weights alone",
+    "mse": "scales that make the weights' squared error least",
+    "hqq": "zero points by half-quadratic optimization of the weights' error (HQQ)",
+    "imatrix": "each input channel's errors weighed by its mean squared activation (llama.cpp)",
+    "smoothquant": "outliers of activations moved into the weights (arXiv 2211.10438)",
+    "awq": "channels with large activations scaled up before rounding (arXiv 2306.00978)",
+    "awq_lite": "AWQ's scales, searched over few exponents",
+    "awq_clip": "AWQ's clipping: the largest weights cut where the outputs gain",
+    "awq_full": "awq_lite, then awq_clip",
+    "svdquant": "awq_lite, and a 16-bit low-rank branch beside the weight (arXiv 2411.05007)",
+    "gptq": "column by column, later columns correct earlier ones' errors (arXiv 2210.17323)",
+    "local_hessian": "scales that make the outputs' error least, block by block of inputs",
+}
+"""Value of ``algorithm`` -> how the stored weights are found."""
+
+
+def algorithms() -> list[Row]:
+    """One row for each algorithm of each backend: the dtypes that take it, and whether it needs calibration data."""
+    pairs = dict.fromkeys((b, a) for b in BACKENDS for row in CAPABILITIES[b].values() for a in row.algorithms)
+    return [
+        {
+            "backend": backend,
+            "algorithm": algorithm,
+            "needs data": _needs_data(backend, algorithm),
+            "dtypes": " ".join(d for d, row in CAPABILITIES[backend].items() if algorithm in row.algorithms),
+            "what it is": ALGORITHMS[algorithm],
+        }
+        for backend, algorithm in pairs
+    ]
+
+
+def _needs_data(backend: str, algorithm: str) -> str:
+    """``yes``, ``no``, or which of its schemes do, as the configs themselves say."""
+    said: set[bool] = set()
+    scales: list[dict[str, Any]] = [{}]
+    scales += [{"activation_scales": "static"}] if "activation_scales" in own_settings(backend) else []
+    for dtype, row in CAPABILITIES[backend].items():
+        for activation_dtype in row.activation_dtypes if algorithm in row.algorithms else ():
+            axes = QuantizationAxes(
+                backend=backend, dtype=dtype, algorithm=algorithm, activation_dtype=activation_dtype)
+            for settings in scales:
+                with suppress(ConfigError):  # a combination that is refused
+                    said.add(BACKENDS[backend].Config.from_axes(axes, settings).needs_data)
+    return "for static activations" if len(said) > 1 else "yes" if True in said else "no"
+
+
 def _options(group: str) -> list[Row]:
     return [
         {group: f.stem, "what it is": headline(f.read_text(encoding="utf-8"))}
@@ -108,6 +158,7 @@ LISTS: dict[str, Callable[[], list[Row]]] = {
     "backends": backends,
     "dtypes": dtypes,
     "combinations": combinations,
+    "algorithms": algorithms,
     "models": lambda: _options("model"),
     "datasets": lambda: _options("dataset"),
     "evaluations": lambda: _options("evaluation"),

@@ -305,3 +305,17 @@ def test_python_needs_the_data_and_takes_it():
         quantlab.evaluate(net, [config], [batch], calibration=[batch])
     rows = quantlab.evaluate(net, [config], [torch.randn(12, 256)], calibration=[batch], num_bootstrap=50)
     assert rows[-1].name == "gguf q4_0 imatrix"
+
+
+def test_the_list_of_algorithms_says_which_need_data():
+    from quantlab.capabilities import CAPABILITIES
+    from quantlab.listing import ALGORITHMS, LISTS
+
+    rows = {(r["backend"], r["algorithm"]): r for r in LISTS["algorithms"]()}
+    assert set(ALGORITHMS) == {a for found in CAPABILITIES.values() for row in found.values() for a in row.algorithms}
+    need = {pair: row["needs data"] for pair, row in rows.items()}
+    assert need["gguf", "imatrix"] == need["torchao", "awq"] == need["modelopt", "svdquant"] == "yes"
+    assert need["gguf", "max"] == need["bitsandbytes", "max"] == need["torchao", "hqq"] == "no"
+    assert need["quanto", "max"] == need["modelopt", "max"] == "for static activations"
+    assert rows["gguf", "imatrix"]["dtypes"] == "q5_0 q5_1 q4_0 q4_1 iq4_nl q6_k q5_k q4_k q3_k q2_k iq4_xs"
+    assert rows["modelopt", "smoothquant"]["dtypes"] == "int8"

@@ -286,7 +286,7 @@ def test_inputs_that_are_not_finite_are_named():
         def forward(self, x):
             return self.first(x / 0)
 
-    with pytest.raises(ConfigError, match="^calibration: the input of first holds NaN or infinity"):
+    with pytest.raises(ConfigError, match="^calibration: first got NaN or infinity on the calibration data"):
         backend.calibrate(Overflows().requires_grad_(False), ["first"], config_of("int4", "awq_lite"), None, feed())
 
 

@@ -142,7 +142,7 @@ def _watch(name: str, seen: set[str]) -> Callable[[Any, tuple[Any, ...]], None]:
         if not args or args[0].numel():
             seen.add(name)
         if args and not bool(args[0].isfinite().all()):
-            raise ConfigError(f"calibration: the input of {name} holds NaN or infinity; clean the data, or set "
-                              "compute_dtype=float32 where the model overflows")
+            raise ConfigError(f"calibration: {name} got NaN or infinity on the calibration data; clean the data, or "
+                              "set compute_dtype=float32 where the model overflows")
 
     return look
