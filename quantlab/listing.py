@@ -74,7 +74,7 @@ ALGORITHMS = {
     "awq_lite": "AWQ's scales, searched over few exponents",
     "awq_clip": "AWQ's clipping: the largest weights cut where the outputs gain",
     "awq_full": "awq_lite, then awq_clip",
-    "svdquant": "awq_lite, and a 16-bit low-rank branch beside the weight (arXiv 2411.05007)",
+    "svdquant": "awq_lite, and an unquantized low-rank branch beside the weight (arXiv 2411.05007)",
     "gptq": "column by column, later columns correct earlier ones' errors (arXiv 2210.17323)",
     "local_hessian": "scales that make the outputs' error least, block by block of inputs",
 }
@@ -97,7 +97,9 @@ def algorithms() -> list[Row]:
 
 
 def _needs_data(backend: str, algorithm: str) -> str:
-    """``yes``, ``no``, or which of its schemes do, as the configs themselves say."""
+    """``yes``, ``no``, or which of its schemes do, as the configs themselves say; and the device, if only one."""
+    if all(algorithm in row.cuda_algorithms for row in CAPABILITIES[backend].values() if algorithm in row.algorithms):
+        return "yes, and CUDA"
     said: set[bool] = set()
     scales: list[dict[str, Any]] = [{}]
     scales += [{"activation_scales": "static"}] if "activation_scales" in own_settings(backend) else []

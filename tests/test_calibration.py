@@ -289,8 +289,7 @@ def test_other_calibration_data_is_another_job(shell):
     assert {n: r["resumed"] for n, r in again.items()} == {"gguf q4_k imatrix": False, "gguf q4_k": True}
 
 
-# -- every backend that uses data
-
+# -- from Python
 
 
 def test_python_needs_the_data_and_takes_it():
@@ -317,5 +316,6 @@ def test_the_list_of_algorithms_says_which_need_data():
     assert need["gguf", "imatrix"] == need["torchao", "awq"] == need["modelopt", "svdquant"] == "yes"
     assert need["gguf", "max"] == need["bitsandbytes", "max"] == need["torchao", "hqq"] == "no"
     assert need["quanto", "max"] == need["modelopt", "max"] == "for static activations"
+    assert need["torchao", "gptq"] == "yes, and CUDA"
     assert rows["gguf", "imatrix"]["dtypes"] == "q5_0 q5_1 q4_0 q4_1 iq4_nl q6_k q5_k q4_k q3_k q2_k iq4_xs"
     assert rows["modelopt", "smoothquant"]["dtypes"] == "int8"
