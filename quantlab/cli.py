@@ -244,7 +244,7 @@ def run(request: Plan, as_json: bool, quiet: bool) -> int:
     """Run the jobs and show the table; 1 when a job failed."""
     from quantlab.pipeline import run_plan
     from quantlab.report.record import report_data
-    from quantlab.report.table import terminal_table
+    from quantlab.report.table import MAX_SKIPPED, terminal_table
 
     reports = run_plan(request, quiet=quiet or as_json)
     rows = [report_data(r) for r in reports]
@@ -258,6 +258,8 @@ def run(request: Plan, as_json: bool, quiet: bool) -> int:
         console = terminal(132)
         for protocol in sorted({r["protocol"] for r in rows}):
             console.print(terminal_table([r for r in rows if r["protocol"] == protocol], protocol, caption))
+        for row in [r for r in rows if r["status"] == "SKIPPED"][:MAX_SKIPPED]:
+            console.print(f"skipped: {row['name']}: {row['error']}", highlight=False, markup=False, soft_wrap=True)
         for line in front_lines(reports, request):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     for report in failed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import shutil
 import tempfile
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab import tracking
-from quantlab.errors import ConfigError, DiskFull, QuantlabError, is_disk_full
+from quantlab.errors import ConfigError, DiskFull, QuantlabError, TrackingError, is_disk_full
 from quantlab.execute import Handed, collect, hand_over
 from quantlab.experiment import ExperimentConfig
 from quantlab.job import KEY_TAG, Session, Workbench, floor_row, open_run, prepare_device, run_job, workbench
@@ -46,6 +47,7 @@ def open_session(config: ExperimentConfig, quiet: bool = False) -> Iterator[Sess
     with _room_in(config.output_dir):
         device = prepare_device(config)
         output_dir = _usable_folder(config.output_dir)
+        _remove_parts(output_dir / "cache")
         with _ready(config, output_dir, device, quiet) as session:
             yield session
 
@@ -56,14 +58,24 @@ def _room_in(output_dir: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_disk_full(error):
-            raise
+        if not is_disk_full(error) or (isinstance(error, TrackingError) and str(error).startswith("tracking.")):
+            raise  # the store's disk may be another one, and its message says which
         raise DiskFull(
             f"output_dir={output_dir}: the disk is full ({_free(Path(output_dir))} MB left there, "
             f"{_free(Path(tempfile.gettempdir()))} MB for temporary files in {tempfile.gettempdir()}); make room, or "
             "set output_dir=<a folder on another disk> for what comes next, and give the same command again: what has "
             "finished is kept"
         ) from error
+
+
+def _remove_parts(cache: Path) -> None:
+    """Delete the unfinished files of processes that are gone; a full disk or a kill leaves them."""
+    import psutil
+
+    for part in cache.glob("reference/*.part"):
+        pid = part.stem.rpartition(".")[2]
+        if pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
+            part.unlink(missing_ok=True)
 
 
 def _free(folder: Path) -> str:
@@ -91,6 +103,9 @@ def _ready(config: ExperimentConfig, output_dir: Path, device: str, quiet: bool)
             )
         finally:
             gc.unfreeze()
+    if store.was_lost and store.client is not None:  # it may answer by now
+        store.wake()
+        tracking.push_pending(store, runs_dir)
 
 
 def _usable_folder(output_dir: str) -> Path:

@@ -108,15 +108,24 @@ def test_no_room_for_the_reference(shell, monkeypatch):
 
     shell.rows(*WORDS, "backend=quanto", "dtype=int8,int4")
     before = shell.tracked()
+    cache = shell.folder / "outputs" / "cache" / "reference"
+    known = set(cache.glob("*.pt"))
+
+    def save(outputs, file):
+        Path(file).write_bytes(b"the beginning")
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0")
+
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(
-            RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0")))
+        patch.setattr(torch, "save", save)
         refused_for_room(shell, *WORDS, "backend=quanto", "dtype=int8,int4", "evaluation.seed=5")
-    assert not [f for f in (shell.folder / "outputs" / "cache" / "reference").glob("*.pt") if f.stat().st_size == 0]
+    assert set(cache.glob("*.pt")) == known
+    live = cache / f"of another process.{os.getppid()}.part"
+    live.touch()
     assert {n: r["run_id"] for n, r in shell.tracked().items()} == {n: r["run_id"] for n, r in before.items()}
     rows = shell.rows(*WORDS, "backend=quanto", "dtype=int8,int4", "evaluation.seed=5")
     assert [r["resumed"] for r in rows.values()] == [False, False]
     assert shell.tracked("RUNNING") == {}
+    assert list(cache.glob("*.part")) == [live], "what was left is gone, what another writes is not"
 
 
 def test_a_store_without_room_loses_nothing(shell, monkeypatch, caplog):
@@ -221,6 +230,32 @@ def test_a_sweep_begun_on_a_lost_server_ends_whole_in_another_store(shell, tmp_p
     parent = shell.tracked()["sweep"]
     assert {r["name"] for r in find_runs(shell.store, parent_run_id=parent["run_id"])} == set(NAMES)
     assert json.loads(artifact(shell.store, parent["run_id"], "rows.json"))["rows"]
+    assert shell.tracked("RUNNING") == {}
+
+
+@pytest.mark.parametrize("answers_again", [True, False])
+def test_a_store_that_was_away_for_a_moment_has_everything_at_the_end(shell, monkeypatch, answers_again, caplog):
+    """As when a server is started anew, or a database was locked for longer than anybody waits."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    real, left = MlflowClient.log_batch, [1]
+
+    def log_batch(self, run_id, *args, **kwargs):
+        if "gguf" in (self.get_run(run_id).info.run_name or "") and left[0]:
+            left[0] -= answers_again
+            raise MlflowException("database is locked")
+        return real(self, run_id, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", log_batch)
+        rows = shell.rows(*GRID)
+    assert {r["status"] for r in rows.values()} == {"FINISHED"}
+    assert ("gguf q8_0" in shell.tracked()) == answers_again
+    assert "the store is lost" in caplog.text
+    again = shell.rows(*GRID)
+    assert [r["resumed"] for r in again.values()] == [True, True]
+    assert set(shell.tracked()) == {*NAMES, "sweep"}
     assert shell.tracked("RUNNING") == {}
 
 

@@ -95,6 +95,7 @@ def test_skipped_combinations_are_rows_with_their_reason(shell):
     assert code == 0, err
     assert "backend=quanto dtype=q8_0" in out
     assert "SKIPPED" in out
+    assert "skipped: backend=quanto dtype=q8_0: dtype=q8_0: quanto offers " in out
     assert "2 of 4 combinations are impossible" in err
     row = rows_json(shell)[1][2]
     assert (row["status"], row["name"]) == ("SKIPPED", "backend=quanto dtype=q8_0")

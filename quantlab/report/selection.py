@@ -244,8 +244,10 @@ def _sweeps(request: Request, reader: Reader) -> str:
 def _groups(runs: Sequence[StoredRun]) -> tuple[tuple[StoredRun, ...], ...]:
     """Comparable runs, the newest of each scheme."""
     groups: dict[tuple[str, str], list[StoredRun]] = {}
+    judges = {r.tags[KEY_TAG]: r.tags[_JUDGE_TAG] for r in runs if _JUDGE_TAG in r.tags}
     for run in runs:
-        groups.setdefault((run.tags[KEY_TAG], run.tags.get(_JUDGE_TAG, "")), []).append(run)
+        key = run.tags[KEY_TAG]
+        groups.setdefault((key, run.tags.get(_JUDGE_TAG, judges.get(key, ""))), []).append(run)
     return tuple(tuple(_own_names(_newest_each(g))) for g in sorted(groups.values(), key=len, reverse=True))
 
 

@@ -39,7 +39,7 @@ def cells(row: Row, protocol: str) -> list[str]:
     metrics: Mapping[str, float] = row["metrics"]
     if row["status"] != "FINISHED":
         texts = [""] * (len(columns(protocol)) - 2)
-        texts[3] = f"{row['status']}: {row['error'].splitlines()[0][:60] if row['error'] else ''}"
+        texts[3] = row["status"]
         return [row["name"], *texts, ""]
     bits = metrics.get("memory/bits_per_weight", metrics.get("memory/bits_per_weight_model"))
     simulated = "~" if metrics.get("memory/is_simulated") else ""

@@ -52,6 +52,8 @@ class Store:
         self.client = client
         self.experiment_id = experiment_id
         self._records: dict[str, str] = {}  # run id -> record id, of runs that this process knows
+        self.was_lost = False
+        """Did it fail at any time? Then runs may be pending."""
         self._quiet_until = 0.0
         self._pause = _FIRST_PAUSE_S
 
@@ -100,11 +102,16 @@ class Store:
 
     def lose(self, error: Exception) -> None:
         """Leave a store that failed alone for a while; the first time, say so."""
+        self.was_lost = True
         self._quiet_until = time.monotonic() + self._pause
         if self._pause == _FIRST_PAUSE_S:
             _LOG.warning("tracking.uri=%s: the store is lost (%s); runs go on in their folders, and are sent "
                          "when it answers again, or at the next start", self.uri, first_line(error))
         self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
+
+    def wake(self) -> None:
+        """End the rest of a store that failed: it is tried at the next call."""
+        self._quiet_until = 0.0
 
     def know(self, run_id: str, record_id: str) -> None:
         """Note the record's id of another process's run, so that a parent is found again in whichever store it is."""
