@@ -67,10 +67,7 @@ def quantize(
         ConfigError, NotQuantized: see :func:`quantlab.stages.quantize.quantize_component`.
     """
     module = _checked(module)
-    if not isinstance(config, QuantizationConfigMixin):
-        raise ConfigError(
-            f"config={type(config).__name__}: one of quantlab's configs is wanted, e.g. QuantoConfig('int8')"
-        )
+    _require_config(config)
     check_finite_weights(module, "module")
     axes = replace(config.axes(), on_mismatch=on_mismatch, replace_default_exclusions=replace_default_exclusions)
     dtype, device = _dtype_and_device(module)
@@ -85,15 +82,26 @@ def quantize(
     selection = select_layers(request, candidate)
     calibrated = None
     if config.needs_data:
-        if calibration is None:
-            name = scheme_name(replace(axes, compute_dtype="auto"))
-            raise ConfigError(
-                f"calibration: {name} needs data; pass calibration=[batch, ...], batches as the module's forward takes "
-                "them"
-            )
-        feed = feed_of_batches(calibration, device, dtype)
+        feed = feed_of_batches(_needed(config, calibration), device, dtype)
         calibrated = calibrate_component(request, candidate, selection, feed)
     return quantize_component(request, candidate, module, selection, calibrated)
+
+
+def _require_config(config: Any) -> None:
+    if not isinstance(config, QuantizationConfigMixin):
+        raise ConfigError(
+            f"config={type(config).__name__}: one of quantlab's configs is wanted, e.g. QuantoConfig('int8')"
+        )
+
+
+def _needed(config: QuantizationConfigMixin, calibration: Sequence[Any] | None) -> Sequence[Any]:
+    """``calibration``; ConfigError where a config that needs data has none."""
+    if calibration is None:
+        name = scheme_name(replace(config.axes(), compute_dtype="auto"))
+        raise ConfigError(
+            f"calibration: {name} needs data; pass calibration=[batch, ...], batches as the module's forward takes them"
+        )
+    return calibration
 
 
 def _checked(module: Any) -> Any:
@@ -153,8 +161,14 @@ def evaluate(
     if not isinstance(inputs, (list, tuple)):
         raise ConfigError(f"inputs={type(inputs).__name__}: a list of batches is wanted: [batch]")
     given = inputs_of(inputs)
-    if calibration is not None and {id(b) for b in calibration} & {id(b) for b in inputs}:
-        raise ConfigError("calibration: it holds a batch of inputs, so the numbers would flatter; give other batches")
+    for config in configs:
+        _require_config(config)
+        if config.needs_data:
+            feed_of_batches(_needed(config, calibration))
+            theirs = {inputs_of([batch]).sha256 for batch in inputs}
+            if theirs & {inputs_of([batch]).sha256 for batch in calibration or ()}:
+                raise ConfigError(
+                    "calibration: it holds a batch of inputs, so the numbers would flatter; give other batches")
     settings = EvaluationConfig(num_bootstrap=num_bootstrap)
     modes = {part: part.training for part in module.modules()}
     module.eval()

@@ -55,9 +55,11 @@ def content_key(bench: Workbench, job: Job) -> str:
 
 
 def _file_digests(job: Job) -> dict[str, str]:
-    """Contents of the files that the scheme's settings name."""
+    """Contents of the files that the scheme's settings name, and of calibration data of the user's own."""
     settings = json.loads(job.native.to_json_string()) if job.native is not None else {}
     paths = {k: Path(v).expanduser() for k, v in settings.items() if k.endswith("_file") and isinstance(v, str)}
+    if job.native is not None and job.native.needs_data and job.config.calibration.path is not None:
+        paths["calibration.path"] = Path(job.config.calibration.path).expanduser()
     return {k: hashlib.sha256(path.read_bytes()).hexdigest() for k, path in paths.items() if path.is_file()}
 
 

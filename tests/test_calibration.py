@@ -300,10 +300,21 @@ def test_python_needs_the_data_and_takes_it():
     batch = torch.randn(8, 256)
     _, report = quantlab.quantize(net, config, calibration=[batch])
     assert {r.dtype for r in report.layers} == {"q4_0"}
-    with pytest.raises(ConfigError, match=r"^calibration: it holds a batch of inputs"):
-        quantlab.evaluate(net, [config], [batch], calibration=[batch])
+    for same in (batch, batch.clone()):
+        with pytest.raises(ConfigError, match=r"^calibration: it holds a batch of inputs"):
+            quantlab.evaluate(net, [config], [batch], calibration=[same])
     rows = quantlab.evaluate(net, [config], [torch.randn(12, 256)], calibration=[batch], num_bootstrap=50)
     assert rows[-1].name == "gguf q4_0 imatrix"
+
+
+@pytest.mark.parametrize(("calibration", "message"), [
+    (None, "needs data; pass calibration="), ([], "at least one batch"), ([torch.full((2, 256), math.nan)], "NaN")])
+def test_python_refuses_bad_data_before_the_module_runs(calibration, message, monkeypatch):
+    net = nn.Sequential(nn.Linear(256, 64))
+    monkeypatch.setattr(net, "forward", lambda x: pytest.fail("it ran"))
+    plain, config = (BACKENDS["gguf"].Config(gguf_type="q4_0", algorithm=a) for a in ("max", "imatrix"))
+    with pytest.raises(ConfigError, match=f"^calibration: .*{message}"):
+        quantlab.evaluate(net, [plain, config], [torch.randn(2, 256)], calibration=calibration)
 
 
 def test_the_list_of_algorithms_says_which_need_data():

@@ -225,6 +225,17 @@ def test_evidence_leaves_out_what_is_stored_plainly(on_mismatch, shell, folders)
     assert all(r["output_sqnr_db_before"] is not None for r in evidence)
 
 
+def test_another_text_under_the_same_name_is_another_job(shell, folders, tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.write_text(OTHER)
+    words = ["backend=gguf", "dtype=q4_0", "algorithm=max,imatrix", "-m", *language(folders), f"calibration.path={mine}"]
+    resumed = []
+    for content in (OTHER, OTHER, OTHER.swapcase()):
+        mine.write_text(content)
+        resumed.append([row["resumed"] for row in shell.rows(*words).values()])
+    assert resumed == [[False, False], [True, True], [True, False]]
+
+
 # -- what calibration may not see
 
 
