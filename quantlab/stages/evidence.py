@@ -94,13 +94,20 @@ def _add(row: LayerEnergies, name: str, step: int, inputs: Any, output: Any, lay
             "there: try model.dtype=bfloat16 or float32, or exclude the layer"
         )
     row.channel_absmax = absmax if row.channel_absmax is None else torch.maximum(row.channel_absmax, absmax)
-    expected = output.detach().double()
-    row.signal[step] = row.signal.get(step, 0.0) + float(expected.square().sum())
+    expected = output.detach().float()
+    row.signal[step] = row.signal.get(step, 0.0) + _energy(expected)
     if layer is not None:
         with torch.no_grad():
             answered = layer(inputs.clone())
-        error = (answered.detach().double() - expected).square().sum()
-        row.noise[step] = row.noise.get(step, 0.0) + float(error)
+        row.noise[step] = row.noise.get(step, 0.0) + _energy(answered.detach().float() - expected)
+
+
+def _energy(tensor: Any) -> float:
+    """Sum of squares, added up in fp64."""
+    import torch
+
+    return float(tensor.square().sum(dtype=torch.float64))
+
 
 
 def evenly_spaced(num: int, num_wanted: int) -> list[int]:
