@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quantlab.composition import groups
-from quantlab.errors import ConfigError, QuantlabError, nearest
+from quantlab.errors import ConfigError, QuantlabError, is_disk_full, nearest
 from quantlab.listing import BRIEF, LISTS
 from quantlab.reports import RunReport
 from quantlab.sweep import Plan, plan
@@ -88,8 +88,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = dispatch(words)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has seen enough, as `quantlab ... | head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        _drop_output()
         code = 128 + signal.SIGPIPE
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        _drop_output()
+        print(f"quantlab: output: cannot be written ({error}); results are tracked and kept: send the output to a disk "
+              "with room, and give the same command again", file=sys.stderr)
+        code = 1
     except QuantlabError as error:
         if os.environ.get("QUANTLAB_TRACEBACK") == "1":
             raise
@@ -99,6 +106,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("quantlab: interrupted; finished jobs are kept", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _drop_output() -> None:
+    """Let go of an output that takes no more: the interpreter flushes it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def dispatch(words: list[str]) -> int:

@@ -172,6 +172,18 @@ def test_a_reader_that_has_seen_enough_is_no_error(words, tmp_path):
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("words", [["--help"], ["list", "combinations"], ["list", "combinations", "--json"]])
+def test_an_output_without_room(words, tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "quantlab", *words]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=env, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("quantlab: output: cannot be written (")
+    assert done.stderr.endswith("and give the same command again\n")
+
+
 SIGNALLED = """
 import os, signal, sys
 from quantlab.protocols.table import PROTOCOLS

@@ -331,6 +331,7 @@ BAD = [
     (["sweep=latest", "tracking.uri=sqlite:///no.db"], "tracking.uri=sqlite:///no.db: no such file"),
     (["sweep=latest", "tracking.uri=folder"], "tracking.uri=folder: MLflow's file store"),
     (["sweep=latest", "--html", "outputs/mlflow.db/x.html"], "--html outputs/mlflow.db/x.html: cannot be written"),
+    (["sweep=latest", "--csv", "outputs/mlflow.db/x.csv"], "--csv outputs/mlflow.db/x.csv: cannot be written"),
 ]
 
 

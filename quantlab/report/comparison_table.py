@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from quantlab.errors import ConfigError
 from quantlab.metrics import HEADLINE, METRICS
 from quantlab.report.compare import Comparison, Verdict, answers, bytes_of
 from quantlab.report.reading import StoredRun
@@ -166,7 +167,10 @@ def _verdict(v: Verdict) -> dict[str, Any]:
 
 
 def write_csv(data: Mapping[str, Any], path: Path) -> None:
-    """One line a run, those without a result included; the group's label tells unlike runs apart."""
+    """One line a run, those without a result included; the group's label tells unlike runs apart.
+
+    ConfigError where the file cannot be written.
+    """
     lines = []
     for group in data["groups"]:
         for row in group["rows"]:
@@ -177,11 +181,14 @@ def write_csv(data: Mapping[str, Any], path: Path) -> None:
             }
             lines.append({"group": group["label"], "status": "FINISHED", **flat, **numbers, "metric": group["metric"]})
     lines += [dict(failure) for failure in data["failed"]]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(k for line in lines for k in line)))
-        writer.writeheader()
-        writer.writerows(lines)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(k for line in lines for k in line)))
+            writer.writeheader()
+            writer.writerows(lines)
+    except OSError as error:
+        raise ConfigError(f"--csv {path}: cannot be written ({error}); name another file") from error
 
 
 def answer_lines(group: Comparison) -> list[str]:
