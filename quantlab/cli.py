@@ -30,8 +30,8 @@ HELP = """quantlab: what does each quantization scheme cost in quality, and what
   quantlab compare sweep=latest       which is better:     quantlab compare RUN_ID RUN_ID, experiment=NAME, metric=NAME,
                                       margin=VALUE, --json, --csv FILE, --html FILE (outputs/reports/<sweep>.html)
   quantlab reproduce RUN_ID [--json]  run a tracked job again: each metric identical, within its interval, different
-  quantlab list WHAT [--json]         what there is
-                                      {lists}
+  quantlab list WHAT [--json]         what there is:
+          {lists}
 
 options
   -m, --multirun    several values of a key (group_size=32,64,128) are a sweep

@@ -27,7 +27,8 @@ def push_pending(store: Store, runs_dir: Path) -> list[str]:
         return []
     pending = [Record.load(f) for f in folders_with_records(runs_dir) if not _is_done(f)]
     pushed = []
-    for record in sorted((r for r in pending if r.summary), key=lambda r: r.summary["start_ms"]):
+    known = [r for r in pending if r.summary]
+    for record in sorted(known, key=lambda r: (r.summary["start_ms"], r.summary["parent_run_id"] is not None)):
         if record.is_open and _may_be_alive(record):
             continue
         try:
