@@ -137,6 +137,9 @@ def test_several_components_share_a_set_between_jobs(shell, folders):
         assert all(r["output_sqnr_db_after"] > 10 for r in layers)
         has_plain = not name.startswith("quanto")
         assert all((r["output_sqnr_db_before"] is not None) == has_plain for r in layers)
+        excluded = json.loads(artifact(shell.store, row["run_id"], "exclusions.json"))["excluded"]
+        assert len(excluded) == row["metrics"]["quantization/num_excluded"]
+        assert all(path.startswith("transformer.") for path in excluded), "the family's own exclusions"
 
 
 # -- text
@@ -154,7 +157,9 @@ ANY_TEXT = [
 
 
 @pytest.mark.parametrize(("model", "kind", "metric"), [
-    ("causal_lm", "llama", "kld_mean"), ("encoder", "bert", "output_rel_error")])
+    ("causal_lm", "llama", "kld_mean"),
+    pytest.param("encoder", "bert", "output_rel_error", marks=pytest.mark.slow),
+])
 def test_text_models_by_every_backend(shell, folders, model, kind, metric):
     words = [f"model={model}", f"model.path={folders[kind]}", "dataset=text", f"dataset.path={folders['text']}",
              f"calibration.path={folders['other']}", "modules_to_not_convert=[]", *SMALL_TEXT]

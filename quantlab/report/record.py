@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from quantlab.report.heat_map import draw_heat_map
-from quantlab.reports import CalibrationReport, Measurements, MemoryReport, QuantizationReport, RunReport
+from quantlab.reports import (
+    CalibratedLayer,
+    CalibrationReport,
+    LayerReport,
+    Measurements,
+    MemoryReport,
+    QuantizationReport,
+    RunReport,
+)
 
 
 def flat_metrics(report: RunReport) -> dict[str, float]:
@@ -125,8 +133,15 @@ def log_quantization(run: Any, report: RunReport, tags: Mapping[str, str]) -> No
     run.log_table({k: [list(row[k]) if k == "shape" else row[k] for row in rows] for k in rows[0]}, "layers.json")
     run.log_params({f"resolved.{k}": v for k, v in report.quantization.resolved.items()})
     statuses = ("excluded", "skipped", "fallback")
-    listed = {s: {r.name: r.reason for r in report.quantization.layers if r.status == s} for s in statuses}
+    paths = _paths(report.quantization.layers)
+    listed = {s: {paths[i]: row["reason"] for i, row in enumerate(rows) if row["status"] == s} for s in statuses}
     run.log_json(listed, "exclusions.json")
+
+
+def _paths(layers: Sequence[LayerReport] | Sequence[CalibratedLayer]) -> list[str]:
+    """Names of layers, with their component's where there are several."""
+    several = len({r.component for r in layers}) > 1
+    return [f"{r.component}.{r.name}" if several else r.name for r in layers]
 
 
 def log_calibration(run: Any, report: RunReport) -> None:
@@ -148,10 +163,9 @@ def log_calibration(run: Any, report: RunReport) -> None:
 def calibration_map(found: CalibrationReport) -> dict[str, Any]:
     """``rows`` (layers), ``columns`` (denoising steps), ``values``: output SQNR in dB of each layer at each step."""
     steps = sorted({k for r in found.layers for k in r.step_sqnr_db})
-    several = len({r.component for r in found.layers}) > 1
     return {
         "title": "output SQNR (dB) by layer and denoising step, on calibration data",
-        "rows": [f"{r.component}.{r.name}" if several else r.name for r in found.layers],
+        "rows": _paths(found.layers),
         "columns": [str(k) for k in steps],
         "values": [[r.step_sqnr_db.get(k) for k in steps] for r in found.layers],
     }
