@@ -111,6 +111,18 @@ def test_a_component_that_never_runs_is_named(folders, tmp_path):
     assert not list(tmp_path.glob("calibration/*/*"))
 
 
+def test_an_input_that_cannot_be_recorded_names_the_component(folders, tmp_path):
+    model, seen = pipeline(folders, "flux", ["transformer"], tmp_path)
+
+    def sample(loaded, noise, *_):
+        loaded.components["transformer"](noise, object())
+
+    odd = model.__class__(**{**vars(model), "sample": sample})
+    told = r"^model.components=transformer: FluxTransformer2DModel takes a object, .*; leave it out of the components"
+    with pytest.raises(ConfigError, match=told):
+        calibration_set(odd, ["transformer"], PROMPTS, SAMPLING, seen, tmp_path)
+
+
 def test_only_one_batch_is_recorded_ahead(folders, tmp_path):
     model, seen = pipeline(folders, "sd3", ["transformer"], tmp_path)
     batches, sample = [], model.sample

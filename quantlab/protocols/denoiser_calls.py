@@ -17,11 +17,15 @@ from quantlab.models.compute_dtype import component_dtype
 
 
 @contextmanager
-def recorded_calls(denoiser: Any) -> Iterator[list[dict[str, Any]]]:
+def recorded_calls(
+    denoiser: Any, key: str = "evaluation.num_teacher_forced",
+    way_out: str = "set evaluation.num_teacher_forced=0 to do without the metrics of single steps",
+) -> Iterator[list[dict[str, Any]]]:
     """While open, every forward call of ``denoiser`` is appended to the list that is yielded, tensors on the CPU.
 
     Inputs are copied before the call (a denoiser may write into them). A tensor that equals the last call's is stored
-    once: prompt embeddings do not change from step to step. Raises ConfigError for an input that is not plain data.
+    once: prompt embeddings do not change from step to step. Raises ConfigError for an input that is not plain data:
+    its message begins with ``key`` and ends with ``way_out``.
     """
     calls: list[dict[str, Any]] = []
     pending: list[dict[str, Any]] = []
@@ -29,8 +33,12 @@ def recorded_calls(denoiser: Any) -> Iterator[list[dict[str, Any]]]:
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         last = calls[-1] if calls else {"args": None, "kwargs": None}
-        inputs = {"args": _stored(list(args), last["args"]), "kwargs": _stored(kwargs, last["kwargs"]), "dtype": dtype}
-        pending.append(inputs)
+        try:
+            given = {"args": _stored(list(args), last["args"]), "kwargs": _stored(kwargs, last["kwargs"])}
+        except TypeError as error:
+            raise ConfigError(f"{key}: {type(denoiser).__name__} takes {error}, which cannot be stored; {way_out}"
+                              ) from error
+        pending.append({**given, "dtype": dtype})
 
     def after(_: Any, __: tuple[Any, ...], ___: dict[str, Any], output: Any) -> None:
         calls.append({**pending.pop(), "output": _first_tensor(output).detach().to("cpu", copy=True)})
@@ -116,7 +124,4 @@ def _stored(value: Any, last: Any) -> Any:
         return tuple(items) if isinstance(value, tuple) else items
     if value is None or type(value) in (bool, int, float, str) or isinstance(value, torch.dtype):
         return value
-    raise ConfigError(
-        f"evaluation.num_teacher_forced: the denoiser takes a {type(value).__name__}, which cannot be stored with the "
-        "reference; set evaluation.num_teacher_forced=0 to do without the metrics of single steps"
-    )
+    raise TypeError(f"a {type(value).__name__}")
