@@ -128,6 +128,36 @@ def test_no_room_for_the_reference(shell, monkeypatch):
     assert list(cache.glob("*.part")) == [live], "what was left is gone, what another writes is not"
 
 
+FULL = """
+import errno, io, sys
+real, full = io.open, []
+def fill(file, mode="r", *args, **kwargs):
+    if "quantlab.execute" in " ".join(sys.orig_argv) and set(mode) & set("wax+") and "gguf" in str(file):
+        full.extend([1] if str(file).endswith("samples.json") else [])
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+    return real(file, mode, *args, **kwargs)
+io.open = fill
+"""
+
+
+@pytest.mark.slow
+def test_a_job_of_its_own_process_that_finds_no_room(shell, tmp_path, monkeypatch):
+    """Nothing that it writes finds room, its end neither: the sweep notes it."""
+    (tmp_path / "fault").mkdir()
+    (tmp_path / "fault" / "sitecustomize.py").write_text(FULL)
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path / "fault"))
+        code, out, err = shell(*GRID, "sweep.isolation=process", "--json")
+    assert code == 1, err
+    rows = {r["name"]: r for r in json.loads(out)}
+    assert (rows["quanto int8"]["status"], rows["gguf q8_0"]["status"]) == ("FINISHED", "FAILED")
+    assert rows["gguf q8_0"]["failed_stage"] == "track"
+    assert "No space left on device" in rows["gguf q8_0"]["error"]
+    assert shell.tracked("RUNNING") == {}
+    assert [r["resumed"] for r in shell.rows(*GRID).values()] == [True, False]
+
+
 def test_a_store_without_room_loses_nothing(shell, monkeypatch, caplog):
     """SQLite itself says that it is full: its file may not grow."""
     from sqlalchemy import event
