@@ -156,6 +156,7 @@ AXES = [
     and not (b == "modelopt" and m == "smoothquant" and a != "int8")
     and not (b == "torchao" and d == "int4" and m in ("awq", "smoothquant") and (
         a == "int8" or g not in ("auto", 32, 64, 128)))
+    and not (b == "torchao" and m == "gptq" and (a == "int8" or g not in ("auto", "none")))
 ]
 
 
