@@ -134,6 +134,7 @@ def test_only_one_batch_is_recorded_ahead(folders, tmp_path):
         assert len(batches) == num
 
 
+@pytest.mark.slow
 def test_several_components_share_a_set_between_jobs(shell, folders):
     """In bfloat16, a static and a smoothed scheme: each component's layers have their evidence."""
     candidate = {"backend": "modelopt", "dtype": "int8", "activation_dtype": "int8", "activation_scales": "static"}
@@ -188,6 +189,7 @@ def test_text_models_by_every_backend(shell, folders, model, kind, metric):
     assert len(list((shell.folder / "outputs/cache/calibration").glob("*/set.json"))) == 1
 
 
+@pytest.mark.slow
 def test_smollm2_imatrix_on_a_tiny_llama(shell, folders):
     """Layers that fall back get their importance too, and their evidence."""
     rows = shell.rows("recipe=smollm2_imatrix", *language(folders))
@@ -242,6 +244,7 @@ def test_evidence_leaves_out_what_is_stored_plainly(on_mismatch, shell, folders)
     assert all(r["output_sqnr_db_before"] is not None for r in evidence)
 
 
+@pytest.mark.slow
 def test_another_text_under_the_same_name_is_another_job(shell, folders, tmp_path):
     mine = tmp_path / "mine.txt"
     mine.write_text(OTHER)

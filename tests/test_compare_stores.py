@@ -145,6 +145,7 @@ def test_a_killed_sweep_keeps_its_jobs_in_its_comparison(shell, tmp_path):
 # -- the judge
 
 
+@pytest.mark.slow
 def test_another_judge_is_another_measure(shell):
     """The same weights beside another judge: neither resumed from, nor in one column with, the first."""
     from safetensors.torch import load_file, save_file

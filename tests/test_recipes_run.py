@@ -66,6 +66,7 @@ def test_a_recipe_for_a_large_pipeline_runs_on_a_tiny_one(shell, folders, recipe
         assert (metrics["quantization/num_skipped"] > 0) == (job.name in too_narrow)
 
 
+@pytest.mark.slow
 def test_smollm2_backends_runs_on_a_tiny_llama(shell, folders):
     words = ["recipe=smollm2_backends", "model=causal_lm", f"model.path={folders['llama']}", "dataset=text",
              f"dataset.path={folders['text']}", *SMALL_TEXT, "quantization.on_mismatch=skip"]

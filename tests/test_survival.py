@@ -85,6 +85,7 @@ def test_a_disk_that_fills_up_in_a_sweep(shell, monkeypatch, last, before):
     assert "full disk" in shell.tracked("KILLED")["sweep"]["tags"]["quantlab.failure"]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_still_full_at_the_next_start(shell, monkeypatch):
     with monkeypatch.context() as patch:
         fill(patch, shell, "samples.json")
@@ -103,6 +104,7 @@ def test_a_single_run_on_a_full_disk(shell, monkeypatch):
     assert shell.tracked("RUNNING") == {}
 
 
+@pytest.mark.slow
 def test_no_room_for_the_reference(shell, monkeypatch):
     import torch
 
@@ -158,6 +160,7 @@ def test_a_job_of_its_own_process_that_finds_no_room(shell, tmp_path, monkeypatc
     assert [r["resumed"] for r in shell.rows(*GRID).values()] == [True, False]
 
 
+@pytest.mark.slow
 def test_a_store_without_room_loses_nothing(shell, monkeypatch, caplog):
     """SQLite itself says that it is full: its file may not grow."""
     from sqlalchemy import event
@@ -263,6 +266,7 @@ def test_a_sweep_begun_on_a_lost_server_ends_whole_in_another_store(shell, tmp_p
     assert shell.tracked("RUNNING") == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answers_again", [True, False])
 def test_a_store_that_was_away_for_a_moment_has_everything_at_the_end(shell, monkeypatch, answers_again, caplog):
     """As when a server is started anew, or a database was locked for longer than anybody waits."""

@@ -149,6 +149,7 @@ def test_what_changes_a_number_is_run_again(shell, measured, monkeypatch):
     assert len(measured) == 10, "another backend's version changes nothing"
 
 
+@pytest.mark.slow
 def test_failed_jobs_are_retried_or_kept(shell, measured, monkeypatch):
     words = (*WORDS, "backend=quanto,gguf", "sweep.floors=false")
     with monkeypatch.context() as broken:
