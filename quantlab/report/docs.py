@@ -44,13 +44,12 @@ SHOWN_VERSIONS = (
 def newest(runs_dir: Path, recipe: str) -> dict[str, Any] | None:
     """``rows.json`` of a recipe's newest finished sweep, with ``date`` added; None without one."""
     found = find_records(runs_dir, {"quantlab.recipe": recipe, "quantlab.kind": "sweep"})
-    dated = sorted((Path(r["folder"]) / "rows.json" for r in found), key=lambda p: p.parent.name)
-    files = [f for f in dated if f.is_file()]
+    ids = {Path(r["folder"]) / "rows.json": r["run_id"] for r in found}
+    files = sorted((f for f in ids if f.is_file()), key=lambda p: p.parent.name)
     if not files:
         return None
     data: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
-    run_id, store = json.loads((files[-1].parent / "run.json").read_text(encoding="utf-8"))["run_id"], runs_dir.parent
-    data |= {"run_id": run_id, "uri": f"sqlite:///{store.absolute() / 'mlflow.db'}"}
+    data |= {"run_id": ids[files[-1]], "uri": f"sqlite:///{runs_dir.parent.absolute() / 'mlflow.db'}"}
     return {**data, "date": datetime.fromtimestamp(files[-1].stat().st_mtime, UTC).strftime("%Y-%m-%d")}
 
 
