@@ -68,6 +68,9 @@ def observe(
                 file.unlink()  # truncated by a full disk or a kill: the outputs are computed again
         outputs: dict[str, Any] = PROTOCOLS[model.protocol].observe(model, inputs, evaluation, progress)
         partial = file.with_suffix(f".{os.getpid()}.part")
-        torch.save(outputs, partial)
-        os.replace(partial, file)
+        try:
+            torch.save(outputs, partial)
+            os.replace(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)  # of a disk that is full
     return outputs
