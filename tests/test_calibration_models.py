@@ -170,7 +170,7 @@ ANY_TEXT = [
 
 
 @pytest.mark.parametrize(("model", "kind", "metric"), [
-    ("causal_lm", "llama", "kld_mean"),
+    pytest.param("causal_lm", "llama", "kld_mean", marks=pytest.mark.slow),
     pytest.param("encoder", "bert", "output_rel_error", marks=pytest.mark.slow),
 ])
 def test_text_models_by_every_backend(shell, folders, model, kind, metric):
