@@ -36,11 +36,13 @@ class Capability:
     """Accepted ``algorithm``; the first is what ``auto`` means."""
     cuda_algorithms: tuple[str, ...] = ()
     """Of these, what the library runs on CUDA only."""
-    is_serialisable: bool = True
     is_trainable: bool = True
     """Gradients reach the input through the layer, as adapters need; the quantized weight itself is never trained."""
     is_simulated_on: tuple[str, ...] = ()
     """Devices on which the weights are stored wider than the dtype's name says."""
+    may_crash_on: tuple[str, ...] = ()
+    """Devices on which the library is known to take the interpreter with it in some setting of this row: a sweep then
+    gives the job a process of its own (``sweep.isolation=auto``)."""
     is_prototype: bool = False
     note: str = ""
 
@@ -74,6 +76,7 @@ _TORCHAO: Rows = {
     "float8_e4m3": Capability(
         group_sizes=("none",),
         activation_dtypes=("none", "float8_e4m3"),
+        may_crash_on=("cuda",),  # scaled by rows, with CUDA 12.9 (pytorch/ao 4582)
         note="activation_dtype=float8_e4m3 needs CUDA, compute capability 8.9, or activation_scales=static with "
              "calibration data (a prototype)",
     ),

@@ -131,7 +131,7 @@ class SweepConfig:
     """False: a job that failed before keeps its row."""
     isolation: str = "auto"
     """``process``: each job in a process of its own; ``none``: in the sweep's (or a worker's); ``auto``: a process
-    where a launcher or ``timeout_s`` asks for one."""
+    where a launcher or ``timeout_s`` asks for one, and for schemes that are known to crash the interpreter."""
     timeout_s: float | None = None
     """Seconds after which a job is ended and counts as failed; None: no limit."""
     search: SearchConfig = field(default_factory=SearchConfig)

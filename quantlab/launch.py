@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from hydra import initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.config_store import ConfigStore
@@ -19,6 +20,8 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
+from quantlab.axes import resolve_axes
+from quantlab.capabilities import CAPABILITIES
 from quantlab.composition import conf_dir, override_text
 from quantlab.errors import ConfigError, require_package
 from quantlab.execute import Handed, has_ended, python_path, run_apart, work
@@ -46,11 +49,14 @@ def check_launcher(launcher: LauncherConfig) -> None:
         require_package(module, f"launcher={option}", extra)
 
 
-def runs_apart(config: ExperimentConfig) -> bool:
-    """Does a sweep hand its jobs over? Else they run in its own process and share the loaded model."""
-    isolation = config.sweep.isolation
-    asked = isolation == "process" or (isolation == "auto" and config.sweep.timeout_s is not None)
-    return asked or config.launcher.engine != "serial"
+def runs_apart(config: ExperimentConfig, device: str) -> bool:
+    """Does a sweep hand the job over? Else it runs in the sweep's own process and shares the loaded model."""
+    if config.launcher.engine != "serial" or config.sweep.isolation == "process":
+        return True
+    axes = resolve_axes(config.quantization)
+    row = CAPABILITIES[axes.backend].get(axes.dtype)  # none: the reference itself
+    may_crash = row is not None and device in row.may_crash_on
+    return config.sweep.isolation == "auto" and (may_crash or config.sweep.timeout_s is not None)
 
 
 def run_handed(handed: Sequence[Handed], config: ExperimentConfig, on_end: Callable[[int, int, int], None]) -> None:
@@ -62,7 +68,7 @@ def run_handed(handed: Sequence[Handed], config: ExperimentConfig, on_end: Calla
     if config.launcher.engine == "serial":
         for job in handed:
             _report_state(handed, on_end, running=1)
-            run_task(job.folder, isolated, config.sweep.timeout_s, "")
+            run_task(job.folder, isolated, config.sweep.timeout_s)
         return
     over = threading.Event()
 
@@ -87,19 +93,49 @@ def _report_state(handed: Sequence[Handed], on_end: Callable[[int, int, int], No
     on_end(sum(map(bool, ended)), ended.count("FAILED"), begun if running < 0 else running)
 
 
-def run_task(folder: Path, isolated: bool, timeout_s: float | None, cuda_device: str) -> None:
-    """What every engine runs for one job."""
-    if isolated:
-        run_apart(folder, timeout_s, cuda_device or None)
+def run_task(folder: Path, isolated: bool, timeout_s: float | None, slots: Mapping[str, str] | None = None) -> None:
+    """What every engine runs for one job; ``slots``: lock file -> the GPU that whoever holds it may use."""
+    if not isolated:
+        _keep_slot(slots or {})
+        work(folder)
         return
-    if cuda_device:
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", cuda_device)  # a worker keeps the device of its first job
-    work(folder)
+    lock, cuda_device = take_slot(slots or {})
+    try:
+        run_apart(folder, timeout_s, cuda_device)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def take_slot(slots: Mapping[str, str]) -> tuple[FileLock | None, str | None]:
+    """A GPU that no other running job has been given; (None, None) where there is nothing to choose.
+
+    There are as many slots as jobs at once, so one is always free. A lock that a killed process held is free too.
+    """
+    for file, cuda_device in slots.items():
+        lock = FileLock(file)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            continue
+        return lock, cuda_device
+    return None, None
+
+
+_KEPT: list[FileLock] = []  # of a worker that runs several jobs: CUDA sees the device of its first one until it ends
+
+
+def _keep_slot(slots: Mapping[str, str]) -> None:
+    if slots and not _KEPT:
+        lock, cuda_device = take_slot(slots)
+        if lock is not None and cuda_device is not None:
+            _KEPT.append(lock)
+            os.environ["CUDA_VISIBLE_DEVICES"] = cuda_device
 
 
 def hydra_task(config: DictConfig) -> None:
     """:func:`run_task` as Hydra calls it."""
-    run_task(Path(config.folder), config.isolated, config.timeout_s, config.cuda_device)
+    run_task(Path(config.folder), config.isolated, config.timeout_s, {str(k): str(v) for k, v in config.slots.items()})
 
 
 # -- Hydra's launchers, without a Hydra application
@@ -107,9 +143,15 @@ def hydra_task(config: DictConfig) -> None:
 
 def _launch(handed: Sequence[Handed], config: ExperimentConfig, isolated: bool) -> None:
     gpus = _visible_gpus()
-    node = {"folder": "", "cuda_device": "", "isolated": isolated, "timeout_s": config.sweep.timeout_s}
-    ConfigStore.instance().store(name=_NODE, node=node)
+    settings = _settings(config, len(gpus))
     base = handed[0].folder.parent.parent / "launcher" / handed[0].folder.name
+    slots: dict[str, str] = {}
+    if gpus and config.launcher.engine in ("joblib", "submitit_local"):  # the others give each job its device
+        base.mkdir(parents=True, exist_ok=True)
+        num_at_once = int(settings.get("n_jobs", len(handed)))
+        slots = {str(base / f"slot{i}.lock"): gpus[i % len(gpus)] for i in range(num_at_once)}
+    node = {"folder": "", "slots": slots, "isolated": isolated, "timeout_s": config.sweep.timeout_s}
+    ConfigStore.instance().store(name=_NODE, node=node)
     words = [
         f"hydra/launcher={config.launcher.engine}",
         override_text("hydra.sweep.dir", str(base)),
@@ -117,11 +159,9 @@ def _launch(handed: Sequence[Handed], config: ExperimentConfig, isolated: bool) 
         "hydra.output_subdir=null",
         "hydra/job_logging=none",
         "hydra/hydra_logging=none",
-        *(f"++{override_text(f'hydra.launcher.{k}', v)}" for k, v in _settings(config, len(gpus)).items()),
+        *(f"++{override_text(f'hydra.launcher.{k}', v)}" for k, v in settings.items()),
     ]
-    jobs = [[override_text("folder", str(job.folder)), override_text("cuda_device", "")] for job in handed]
-    if config.launcher.engine in ("joblib", "submitit_local") and gpus:
-        jobs = [[folder, override_text("cuda_device", gpus[i % len(gpus)])] for i, (folder, _) in enumerate(jobs)]
+    jobs = [[override_text("folder", str(job.folder))] for job in handed]
     current = GlobalHydra.instance()
     outer, current.hydra = current.hydra, None
     before = os.environ.get("PYTHONPATH")

@@ -194,7 +194,7 @@ def _rows(session: Session, plan: Plan, parent: Any) -> list[RunReport | Handed]
             rows += [_row(session, bench, floor, apart=False) for floor in floor_jobs(job.config)]
         if not any(isinstance(row, Handed) for row in rows):
             session.advance("jobs", i, len(plan.jobs), f"{num_failed} failed" if i else "")
-        row = _row(session, bench, job, apart=runs_apart(job.config))
+        row = _row(session, bench, job, apart=runs_apart(job.config, session.device))
         num_failed += isinstance(row, RunReport) and row.status == "FAILED"
         rows.append(row)
     return rows
@@ -225,7 +225,7 @@ def _search(session: Session, plan: Plan, parent: Any) -> tuple[list[RunReport],
 
     def measure(jobs: Sequence[Job]) -> list[RunReport]:
         chosen = [(job, *keys[job.name]) for job in jobs]
-        if runs_apart(first):
+        if any(runs_apart(job.config, session.device) for job in jobs):
             handed = [hand_over(session, job, key, protocol, floors[shared]) for job, key, shared in chosen]
             return _finished(session, handed, first, "points at once")
         reports = []

@@ -290,7 +290,7 @@ def scheme_name(axes: QuantizationAxes) -> str:
         words.append(f"g{resolved.group_size}" if isinstance(resolved.group_size, int) else "per-row")
     default = resolve_axes(replace(QuantizationAxes(), backend=resolved.backend, dtype=resolved.dtype))
     for key in ("activation_dtype", "algorithm", "compute_dtype", "on_mismatch"):
-        if getattr(resolved, key) != getattr(default, key):
+        if getattr(resolved, key) not in (getattr(default, key), "skip"):  # what was skipped is the coverage
             words.append(f"a-{resolved.activation_dtype}" if key == "activation_dtype" else str(getattr(resolved, key)))
     for name, own in own_settings(axes.backend).items():
         value = getattr(axes, name, own.default)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -12,9 +13,12 @@ import pytest
 from shell import digits_words
 from stores import ROOT, artifact
 
+from quantlab import launch
+from quantlab.axes import QuantizationAxes
+from quantlab.capabilities import CAPABILITIES
 from quantlab.errors import MissingPackage
-from quantlab.experiment import LauncherConfig
-from quantlab.launch import ENGINES, check_launcher
+from quantlab.experiment import ExperimentConfig, LauncherConfig, SweepConfig
+from quantlab.launch import ENGINES, check_launcher, runs_apart, take_slot
 from quantlab.tracking import find_runs
 
 WORDS = ("-m", *digits_words("evaluation.num_samples=10", "sweep.floors=false", "dtype=int8"))
@@ -124,6 +128,29 @@ def test_a_process_measures_the_same_numbers(shell):
     assert all(r["resumed"] for r in table(shell, *words)[1].values())
 
 
+@pytest.mark.parametrize("backend", CAPABILITIES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_is_known_to_crash_runs_apart(backend, device):
+    """The default follows the table; whoever says ``none`` gets none."""
+    for dtype, row in CAPABILITIES[backend].items():
+        config = ExperimentConfig(quantization=QuantizationAxes(backend=backend, dtype=dtype))
+        assert runs_apart(config, device) == (device in row.may_crash_on)
+        for is_apart, sweep in ((True, {"timeout_s": 5.0}), (True, {"isolation": "process"}), (False, {"isolation": "none"})):
+            assert runs_apart(dataclasses.replace(config, sweep=SweepConfig(**sweep)), device) == is_apart
+    assert not runs_apart(ExperimentConfig(quantization=QuantizationAxes(backend="none")), device)
+
+
+@pytest.mark.slow
+def test_one_scheme_runs_apart_and_the_others_share_the_model(shell, monkeypatch):
+    row = CAPABILITIES["quanto"]["int8"]
+    monkeypatch.setitem(CAPABILITIES["quanto"], "int8", dataclasses.replace(row, may_crash_on=("cpu",)))
+    code, rows, err = table(shell, "backend=quanto,torchao")
+    assert code == 0, err
+    pids = {name: run["tags"]["quantlab.pid"] for name, run in shell.tracked().items()}
+    assert pids["torchao int8"] == pids["sweep"] != pids["quanto int8"]
+    assert list(rows) == ["quanto int8", "torchao int8"], "the order asked for"
+
+
 @pytest.mark.slow
 def test_a_process_ends_with_its_sweep(shell, fault):
     """A killed sweep leaves no worker behind that goes on computing."""
@@ -181,6 +208,48 @@ def test_an_engine_runs_the_jobs(shell, engine, words):
     assert len({r["tags"]["quantlab.pid"] for r in [*found, parent]}) == 3, "three processes"
     again = table(shell, "backend=quanto,torchao")[1]
     assert all(r["resumed"] for r in again.values())
+
+
+def test_no_two_running_jobs_have_one_slot(tmp_path):
+    slots = {str(tmp_path / f"{i}.lock"): gpu for i, gpu in enumerate(["0", "1", "0"])}
+    taken = [take_slot(slots) for _ in range(3)]
+    assert [gpu for _, gpu in taken] == ["0", "1", "0"]
+    assert take_slot(slots) == (None, None)
+    taken[1][0].release()
+    assert take_slot(slots)[1] == "1", "the device of the job that ended"
+    assert take_slot({}) == (None, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isolation", ["none", "process"])
+def test_each_job_of_a_pool_sees_a_gpu_of_its_own(shell, fault, monkeypatch, isolation):
+    """Two jobs at once on two devices: each is measured with the other still running."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    seen = shell.folder / "seen"
+    seen.mkdir()
+    fault("pass")
+    monkeypatch.setenv("QUANTLAB_TEST_SEEN", str(seen))
+    (shell.folder.parent / "fault" / "sitecustomize.py").write_text(SEES)
+    monkeypatch.setattr(launch, "_visible_gpus", lambda: ["GPU-a", "GPU-b"])
+    words = ("launcher=pool", "launcher.num_workers=2", f"sweep.isolation={isolation}")
+    code, _, err = table(shell, "backend=quanto,torchao", *words)
+    assert code == 0, err
+    assert {f.read_text() for f in seen.iterdir()} == {"GPU-a", "GPU-b"}
+
+
+SEES = """
+import os, time
+from pathlib import Path
+from quantlab.protocols import diffusion
+real, seen = diffusion.measure, Path(os.environ["QUANTLAB_TEST_SEEN"])
+def measure(*args, **kwargs):
+    (seen / str(os.getpid())).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    began = time.monotonic()
+    while len(list(seen.iterdir())) < 2 and time.monotonic() < began + 60:
+        time.sleep(0.1)
+    return real(*args, **kwargs)
+diffusion.measure = measure
+"""
 
 
 @pytest.mark.slow

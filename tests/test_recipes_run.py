@@ -44,7 +44,7 @@ def layers_of(shell: Shell, name: str) -> dict[str, dict]:
 @pytest.mark.parametrize(("recipe", "kind", "too_narrow"), [
     ("flux_dev_nf4", "flux", []),
     pytest.param("sdxl_int8", "sdxl", [], marks=pytest.mark.slow),
-    pytest.param("sd35_medium_int4", "sd3", ["torchao int4 g128 skip"], marks=pytest.mark.slow),
+    pytest.param("sd35_medium_int4", "sd3", ["torchao int4 g128"], marks=pytest.mark.slow),
     pytest.param("flux_dev_svdquant", "flux", [], marks=pytest.mark.slow),
     pytest.param("sdxl_w8a8_smoothquant", "sdxl", [], marks=pytest.mark.slow),
 ])
