@@ -1,0 +1,1 @@
+"""What is true of any torch module: its layers, bytes, digests, calls."""

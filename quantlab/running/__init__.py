@@ -1,0 +1,1 @@
+"""One job, and many of them: here, apart, on engines, resumed, reproduced."""

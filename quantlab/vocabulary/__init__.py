@@ -1,0 +1,1 @@
+"""The words and the values that pass between the wings. Torch-free."""
