@@ -9,14 +9,12 @@ Importing this package imports neither torch nor any backend's library.
 """
 
 from quantlab.api import compose, evaluate, quantize, run
-from quantlab.axes import QuantizationAxes
 from quantlab.backends.bitsandbytes import BitsAndBytesConfig
 from quantlab.backends.gguf import GGUFQuantizationConfig
 from quantlab.backends.modelopt import NVIDIAModelOptConfig
 from quantlab.backends.quanto import QuantoConfig
 from quantlab.backends.table import config_from_dict, from_pretrained_config
 from quantlab.backends.torchao import TorchAoConfig
-from quantlab.config import QuantizationConfigMixin, QuantizationMethod
 from quantlab.errors import (
     ConfigError,
     MetricUndefined,
@@ -26,6 +24,8 @@ from quantlab.errors import (
     QuantlabError,
     TrackingError,
 )
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.native import QuantizationConfigMixin, QuantizationMethod
 
 __all__ = [
     "BitsAndBytesConfig",

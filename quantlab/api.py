@@ -7,22 +7,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from quantlab.calibration import feed_of_batches
-from quantlab.config import QuantizationConfigMixin
 from quantlab.errors import ConfigError
-from quantlab.experiment import EvaluationConfig
-from quantlab.layers import check_finite_weights, state_digest
-from quantlab.memory import component_memory, measure_stage
 from quantlab.models.loaded import LoadedModel
-from quantlab.pipeline import run_plan
+from quantlab.modules.feed import feed_of_batches
+from quantlab.modules.layers import check_finite_weights, state_digest
+from quantlab.modules.memory import component_memory, measure_stage
+from quantlab.planning.job import FLOOR_BF16, REFERENCE, Plan, scheme_name
+from quantlab.planning.plan import plan
 from quantlab.protocols.module import inputs_of, observe
 from quantlab.quiet import quiet_libraries
-from quantlab.reports import QuantizationReport, RunReport
+from quantlab.running.sweep import run_plan
 from quantlab.stages.calibrate import calibrate_component
 from quantlab.stages.evaluate import evaluate as evaluate_stage
 from quantlab.stages.evaluate import summarize
 from quantlab.stages.quantize import Request, quantize_component, select_layers
-from quantlab.sweep import FLOOR_BF16, REFERENCE, Plan, plan, scheme_name
+from quantlab.vocabulary.native import QuantizationConfigMixin
+from quantlab.vocabulary.reports import QuantizationReport, RunReport
+from quantlab.vocabulary.schema import EvaluationConfig
 
 
 def compose(overrides: Sequence[str] = (), recipe: str | None = None) -> Plan:

@@ -16,11 +16,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from quantlab.composition import groups
 from quantlab.errors import ConfigError, QuantlabError, is_disk_full, nearest
-from quantlab.listing import BRIEF, LISTS
-from quantlab.reports import RunReport
-from quantlab.sweep import Plan, plan
+from quantlab.planning.composition import groups
+from quantlab.planning.job import Plan
+from quantlab.planning.listing import BRIEF, LISTS
+from quantlab.planning.plan import plan
+from quantlab.vocabulary.reports import RunReport
 
 HELP = """quantlab: what does each quantization scheme cost in quality, and what does it save in bytes, on your model?
 
@@ -219,7 +220,7 @@ def show_comparison(words: Sequence[str]) -> int:
 def show_reproduction(words: Sequence[str]) -> int:
     """Run a tracked job again and show each of its numbers beside the new one; 1 where one is different."""
     from quantlab.report.reproduction import DIFFERENT, reproduction_tables, summary_lines
-    from quantlab.reproduce import parse_request, reproduce
+    from quantlab.running.reproduce import parse_request, reproduce
 
     request = parse_request(words)
     found = reproduce(request)
@@ -236,7 +237,8 @@ def show_reproduction(words: Sequence[str]) -> int:
 
 def front_lines(reports: Sequence[RunReport], request: Plan) -> list[str]:
     """The Pareto front of a search, a line a scheme; nothing where there was none."""
-    from quantlab.search import objectives_of, pareto_front, values_of
+    from quantlab.planning.space import objectives_of
+    from quantlab.running.search import pareto_front, values_of
 
     search = request.jobs[0].config.sweep.search
     if not search.num_trials or not reports:
@@ -254,9 +256,9 @@ def front_lines(reports: Sequence[RunReport], request: Plan) -> list[str]:
 
 def run(request: Plan, as_json: bool, quiet: bool) -> int:
     """Run the jobs and show the table; 1 when a job failed."""
-    from quantlab.pipeline import run_plan
-    from quantlab.report.record import report_data
     from quantlab.report.table import MAX_SKIPPED, terminal_table
+    from quantlab.running.sweep import run_plan
+    from quantlab.tracking.results import report_data
 
     reports = run_plan(request, quiet=quiet or as_json)
     rows = [report_data(r) for r in reports]

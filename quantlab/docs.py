@@ -1,4 +1,4 @@
-"""Numbers in documents come from tracked runs: ``python -m quantlab.report.docs`` writes them.
+"""Numbers in documents come from tracked runs: ``python -m quantlab.docs`` writes them.
 
 In README.md it fills what stands between ``<!-- table: RECIPE -->`` (the rows of the recipe's newest finished run),
 ``<!-- figure: RECIPE -->`` (a picture of them, written beside the recipe), ``<!-- calibration: RECIPE -->`` (its
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import ConfigError
-from quantlab.listing import LISTS
 from quantlab.metrics import HEADLINE
+from quantlab.planning.listing import LISTS
 from quantlab.report.compare import Comparison, compare
 from quantlab.report.comparison_table import p_text
 from quantlab.report.pareto_figure import draw_pareto

@@ -11,11 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from quantlab.experiment import TrackingConfig
-from quantlab.report.record import log_evaluation, log_quantization
-from quantlab.reports import LayerReport, Measurements, MemoryReport, MetricValue, QuantizationReport, RunReport
-from quantlab.statistics import mean_interval
+from quantlab.metrics.statistics import mean_interval
 from quantlab.tracking import Store, open_store
+from quantlab.tracking.results import log_evaluation, log_quantization
+from quantlab.vocabulary.reports import (
+    LayerReport,
+    Measurements,
+    MemoryReport,
+    MetricValue,
+    QuantizationReport,
+    RunReport,
+)
+from quantlab.vocabulary.schema import TrackingConfig
 
 N = 40
 EFFECT = np.random.default_rng(1).lognormal(0, 0.3, N)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from shell import TINY, Shell, make_shell
 
-from quantlab.experiment import DigitsModelConfig, TrackingConfig
 from quantlab.tracking import Store, open_store
+from quantlab.vocabulary.schema import DigitsModelConfig, TrackingConfig
 
 # -- tracking stores
 

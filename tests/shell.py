@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from quantlab.cli import main
-from quantlab.experiment import TrackingConfig
 from quantlab.tracking import Store, find_runs, open_store
+from quantlab.vocabulary.schema import TrackingConfig
 
 TINY = {"num_train_steps": 20, "train_batch_size": 16, "num_layers": 1}
 """Overrides of ``model.*`` for the digits model that the session trains once: 256 wide, so that every format fits."""

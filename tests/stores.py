@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from quantlab.errors import TrackingError
-from quantlab.experiment import TrackingConfig
 from quantlab.tracking import Store, get_artifact, open_store
+from quantlab.vocabulary.schema import TrackingConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,7 +30,7 @@ def artifact(store: Store, run_id: str, name: str) -> bytes:
 
 def python(code: str, *words: str) -> subprocess.Popen[str]:
     """A process of its own that runs ``code`` with the names of this API at hand."""
-    begin = ("import os, signal, sys, time\nfrom pathlib import Path\nfrom quantlab.experiment import TrackingConfig\n"
+    begin = ("import os, signal, sys, time\nfrom pathlib import Path\nfrom quantlab.vocabulary.schema import TrackingConfig\n"
              "from quantlab.tracking import *\nbase = Path(sys.argv[1])\nruns = base / 'outputs' / 'runs'\n")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(

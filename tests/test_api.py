@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import quantlab
-from quantlab.layers import state_digest
-from quantlab.reports import RunReport
+from quantlab.modules.layers import state_digest
+from quantlab.vocabulary.reports import RunReport
 
 torch = pytest.importorskip("torch")
 nn = torch.nn

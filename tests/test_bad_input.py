@@ -17,7 +17,7 @@ from stores import ROOT
 from tiny_pipelines import build_tiny_flux
 from tiny_text_models import save_llama
 
-from quantlab.layers import state_digest
+from quantlab.modules.layers import state_digest
 
 
 def refused(shell, *words, begins, ends):

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from quantlab.axes import QuantizationAxes
 from quantlab.backends import bitsandbytes as backend
 from quantlab.backends.bitsandbytes import BitsAndBytesConfig
-from quantlab.capabilities import CAPABILITIES
 from quantlab.errors import ConfigError, ModelError, NotQuantized
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.capabilities import CAPABILITIES
 
 pytest.importorskip("bitsandbytes")
 

@@ -10,13 +10,13 @@ from torch import nn
 
 import quantlab
 from quantlab.backends.table import BACKENDS
-from quantlab.calibration import CalibrationFeed, StoredCalls, feed_of_batches
 from quantlab.datasets import prompts
 from quantlab.datasets.calibration import CALIBRATION_SETS, calibration_inputs
 from quantlab.errors import ConfigError, MetricUndefined
-from quantlab.experiment import CalibrationConfig, EvaluationConfig
+from quantlab.modules.feed import CalibrationFeed, StoredCalls, feed_of_batches
 from quantlab.stages.calibrate import calibration_set, is_out_of_memory
 from quantlab.stages.evidence import evenly_spaced, layer_energies
+from quantlab.vocabulary.schema import CalibrationConfig, EvaluationConfig
 
 WORDS = digits_words("backend=gguf", "dtype=q4_k")
 FAST = ["calibration.num_samples=10", "calibration.batch_size=5", "calibration.num_inference_steps=2"]
@@ -247,7 +247,7 @@ def test_a_scheme_without_data_does_not_read_the_calibration_node():
 
 @pytest.mark.parametrize("source", CALIBRATION_SETS)
 def test_every_source_is_an_option_of_the_group(source):
-    from quantlab.composition import conf_dir
+    from quantlab.planning.composition import conf_dir
 
     texts = [p.read_text() for p in (conf_dir() / "calibration").glob("*.yaml")]
     assert any(f"source: {source}\n" in text for text in texts)
@@ -318,8 +318,8 @@ def test_python_refuses_bad_data_before_the_module_runs(calibration, message, mo
 
 
 def test_the_list_of_algorithms_says_which_need_data():
-    from quantlab.capabilities import CAPABILITIES
-    from quantlab.listing import ALGORITHMS, LISTS
+    from quantlab.planning.listing import ALGORITHMS, LISTS
+    from quantlab.vocabulary.capabilities import CAPABILITIES
 
     rows = {(r["backend"], r["algorithm"]): r for r in LISTS["algorithms"]()}
     assert set(ALGORITHMS) == {a for found in CAPABILITIES.values() for row in found.values() for a in row.algorithms}

@@ -12,19 +12,19 @@ from tiny_pipelines import BUILDERS
 from tiny_text_models import TEXT, load_bert, load_llama, save_bert, save_llama
 
 import quantlab
-from quantlab import candidate as candidate_module
-from quantlab import job as job_module
-from quantlab.axes import QuantizationAxes
 from quantlab.backends import gguf
 from quantlab.backends.gguf.imatrix import read_imatrix
 from quantlab.backends.table import native_config
 from quantlab.datasets import prompts, text, wiki_extracts
 from quantlab.datasets.calibration import calibration_inputs
 from quantlab.errors import ConfigError
-from quantlab.experiment import CalibrationConfig, DatasetConfig, EvaluationConfig, ModelConfig
 from quantlab.models import assets, diffusers_pipeline
 from quantlab.protocols import diffusion
+from quantlab.running import job as job_module
+from quantlab.stages import candidate as candidate_module
 from quantlab.stages.calibrate import calibration_set
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.schema import CalibrationConfig, DatasetConfig, EvaluationConfig, ModelConfig
 
 OTHER = "".join(f"Line {i}: {i % 11} slow red hens sit below box {i * 3} and wait.\n" for i in range(150))
 SAMPLING = EvaluationConfig(num_samples=4, num_inference_steps=3, height=32, width=32, batch_size=2, guidance_scale=3.0)
@@ -223,8 +223,8 @@ def test_a_recorded_importance_matrix_serves_what_falls_back(folders, tmp_path):
     assert [(r.status, r.dtype) for r in report.layers] == [("quantized", "q4_k"), ("fallback", "q5_0")]
     plain, _ = quantlab.quantize(net, gguf.Config(gguf_type="q4_k"), on_mismatch="q5_0")
     assert not torch.equal(found[2].qweight, plain[2].qweight)
-    statistics = gguf.calibrate(net, ["0", "2"], config, "float32", quantlab.calibration.feed_of_batches([batch]))
-    file = gguf.write_calibration(statistics, tmp_path, quantlab.calibration.feed_of_batches([batch]))
+    statistics = gguf.calibrate(net, ["0", "2"], config, "float32", quantlab.modules.feed.feed_of_batches([batch]))
+    file = gguf.write_calibration(statistics, tmp_path, quantlab.modules.feed.feed_of_batches([batch]))
     from_file, _ = quantlab.quantize(
         net, gguf.Config(gguf_type="q4_k", algorithm="imatrix", imatrix_file=str(file)), on_mismatch="q5_0")
     other, _ = quantlab.quantize(net, config, calibration=[batch], on_mismatch="q8_0")

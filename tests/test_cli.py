@@ -15,9 +15,9 @@ import pytest
 from shell import Shell, digits_words
 from stores import ROOT
 
-from quantlab.composition import groups, recipes
-from quantlab.listing import LISTS
-from quantlab.sweep import plan
+from quantlab.planning.composition import groups, recipes
+from quantlab.planning.listing import LISTS
+from quantlab.planning.plan import plan
 
 
 @pytest.fixture

@@ -16,13 +16,20 @@ from hypothesis import strategies as st
 from shell import Shell, digits_words
 
 from quantlab.errors import ConfigError, MetricUndefined
-from quantlab.experiment import TrackingConfig
 from quantlab.metrics import METRICS
+from quantlab.metrics.statistics import (
+    degrees_of_freedom,
+    holm,
+    mcnemar_exact,
+    paired_difference,
+    paired_differences,
+    t_test,
+)
 from quantlab.report.compare import OF_REFERENCE, _paired, compare, pareto, verdict
 from quantlab.report.reading import ServerReader, StoredRun, open_reader
 from quantlab.report.selection import Request, parse_request, select
-from quantlab.reports import MetricValue
-from quantlab.statistics import degrees_of_freedom, holm, mcnemar_exact, paired_difference, paired_differences, t_test
+from quantlab.vocabulary.reports import MetricValue
+from quantlab.vocabulary.schema import TrackingConfig
 
 # -- statistics
 

@@ -150,7 +150,7 @@ def test_another_judge_is_another_measure(shell):
     """The same weights beside another judge: neither resumed from, nor in one column with, the first."""
     from safetensors.torch import load_file, save_file
 
-    from quantlab.layers import state_digest
+    from quantlab.modules.layers import state_digest
 
     words = [*WORDS, "backend=quanto", "dtype=int8,int4"]
     first = shell.rows(*words)

@@ -5,12 +5,12 @@ import textwrap
 
 import pytest
 
-from quantlab.axes import QuantizationAxes
 from quantlab.backends.table import native_config
-from quantlab.capabilities import CAPABILITIES
-from quantlab.composition import conf_dir, groups, recipes
 from quantlab.errors import ConfigError
-from quantlab.sweep import plan
+from quantlab.planning.composition import conf_dir, groups, recipes
+from quantlab.planning.plan import plan
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.capabilities import CAPABILITIES
 
 
 def one(*words):

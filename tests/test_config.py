@@ -22,10 +22,10 @@ from quantlab import (
     QuantoConfig,
     TorchAoConfig,
 )
-from quantlab.axes import QuantizationAxes
 from quantlab.backends.table import BACKENDS, own_settings
-from quantlab.capabilities import CAPABILITIES
 from quantlab.errors import ConfigError
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.capabilities import CAPABILITIES
 
 CLASSES = [b.Config for b in BACKENDS.values()]
 ONE_OF_EACH = [
@@ -276,9 +276,9 @@ def test_from_dict_takes_overrides_and_gives_back_what_it_does_not_know():
 PROBE = """
 import os, socket, subprocess, sys
 import quantlab
-from quantlab.axes import QuantizationAxes
+from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.backends.table import BACKENDS
-from quantlab.capabilities import CAPABILITIES
+from quantlab.vocabulary.capabilities import CAPABILITIES
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):

@@ -12,15 +12,15 @@ import torch
 from tiny_pipelines import BUILDERS
 
 import quantlab
-from quantlab.composition import conf_dir
 from quantlab.datasets import prompts
 from quantlab.errors import ConfigError, ModelError
-from quantlab.experiment import DatasetConfig, EvaluationConfig, ModelConfig
-from quantlab.layers import linear_layers, matches, resolve_exclusions, state_digest
 from quantlab.models import diffusers_pipeline
 from quantlab.models.diffusers_pipeline import FAMILY_EXCLUSIONS, decode, noise_shape, sample
 from quantlab.models.loaded import LoadedModel
+from quantlab.modules.layers import linear_layers, matches, resolve_exclusions, state_digest
+from quantlab.planning.composition import conf_dir
 from quantlab.protocols import diffusion
+from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ModelConfig
 
 SMALL = EvaluationConfig(num_samples=3, batch_size=3, num_inference_steps=2, guidance_scale=3.0, height=16, width=32,
                          num_teacher_forced=2, num_bootstrap=50)

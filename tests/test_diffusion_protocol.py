@@ -11,13 +11,13 @@ import torch
 
 from quantlab.datasets import digits_classes
 from quantlab.errors import ConfigError, MetricUndefined
-from quantlab.experiment import DatasetConfig, DigitsModelConfig, EvaluationConfig
 from quantlab.metrics.trajectory import step_sqnr_db
 from quantlab.models import digits_dit
 from quantlab.models.loaded import LoadedModel
+from quantlab.modules.calls import per_sample, recorded_calls, replayed_output
 from quantlab.protocols import diffusion
-from quantlab.protocols.denoiser_calls import per_sample, recorded_calls, replayed_output
 from quantlab.protocols.teacher_forced import integration_levels
+from quantlab.vocabulary.schema import DatasetConfig, DigitsModelConfig, EvaluationConfig
 
 EVALUATION = EvaluationConfig(num_samples=20, batch_size=8, num_inference_steps=4, num_teacher_forced=12,
                               num_bootstrap=50)

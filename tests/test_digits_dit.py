@@ -13,11 +13,11 @@ import torch
 
 from quantlab.datasets import digits_classes
 from quantlab.errors import ConfigError, ModelError
-from quantlab.experiment import DatasetConfig, DigitsModelConfig, EvaluationConfig
-from quantlab.layers import state_digest
 from quantlab.models import digits_dit
 from quantlab.models.digits_training import build_transformer, digits, train_denoiser
 from quantlab.models.judge import judge_features_and_logits, train_judge
+from quantlab.modules.layers import state_digest
+from quantlab.vocabulary.schema import DatasetConfig, DigitsModelConfig, EvaluationConfig
 
 TINY = DigitsModelConfig(num_train_steps=8, train_batch_size=16, num_layers=1, num_heads=2)
 

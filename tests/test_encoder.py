@@ -10,12 +10,12 @@ from tiny_text_models import TEXT, load_bert, save_bert, with_noise
 from quantlab.datasets import text as text_file
 from quantlab.datasets import wiki_extracts
 from quantlab.errors import ConfigError, MetricUndefined, MissingPackage, ModelError
-from quantlab.experiment import DatasetConfig, EvaluationConfig, ModelConfig
-from quantlab.fingerprint import grid_fingerprint
 from quantlab.models import assets
 from quantlab.models import encoder as family
+from quantlab.modules.fingerprint import grid_fingerprint
 from quantlab.protocols import encoder
 from quantlab.protocols.encoder import encoder_inputs
+from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ModelConfig
 
 QUICK = EvaluationConfig(num_samples=10, batch_size=4, context_length=100)
 TEXTS = [line * (1 + i % 4) for i, line in enumerate(TEXT.splitlines()[:30])]

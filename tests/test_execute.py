@@ -13,13 +13,13 @@ import pytest
 from shell import digits_words
 from stores import ROOT, artifact
 
-from quantlab import launch
-from quantlab.axes import QuantizationAxes
-from quantlab.capabilities import CAPABILITIES
 from quantlab.errors import MissingPackage
-from quantlab.experiment import ExperimentConfig, LauncherConfig, SweepConfig
-from quantlab.launch import ENGINES, check_launcher, runs_apart, take_slot
+from quantlab.running import engines
+from quantlab.running.engines import ENGINES, check_launcher, runs_apart, take_slot
 from quantlab.tracking import find_runs
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.capabilities import CAPABILITIES
+from quantlab.vocabulary.schema import ExperimentConfig, LauncherConfig, SweepConfig
 
 WORDS = ("-m", *digits_words("evaluation.num_samples=10", "sweep.floors=false", "dtype=int8"))
 FAULT = """
@@ -230,7 +230,7 @@ def test_each_job_of_a_pool_sees_a_gpu_of_its_own(shell, fault, monkeypatch, iso
     fault("pass")
     monkeypatch.setenv("QUANTLAB_TEST_SEEN", str(seen))
     (shell.folder.parent / "fault" / "sitecustomize.py").write_text(SEES)
-    monkeypatch.setattr(launch, "_visible_gpus", lambda: ["GPU-a", "GPU-b"])
+    monkeypatch.setattr(engines, "_visible_gpus", lambda: ["GPU-a", "GPU-b"])
     words = ("launcher=pool", "launcher.num_workers=2", f"sweep.isolation={isolation}")
     code, _, err = table(shell, "backend=quanto,torchao", *words)
     assert code == 0, err

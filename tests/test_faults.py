@@ -29,12 +29,12 @@ from quantlab import (
     QuantoConfig,
     TorchAoConfig,
 )
-from quantlab.axes import QuantizationAxes
 from quantlab.backends.table import BACKENDS
 from quantlab.errors import ModelError
-from quantlab.layers import state_digest
-from quantlab.memory import component_memory
+from quantlab.modules.layers import state_digest
+from quantlab.modules.memory import component_memory
 from quantlab.stages.quantize import Request, quantize_component
+from quantlab.vocabulary.axes import QuantizationAxes
 
 SECOND = {
     "bitsandbytes": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),

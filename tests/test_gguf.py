@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from quantlab.axes import QuantizationAxes
 from quantlab.backends import gguf as backend
 from quantlab.backends.gguf import GGUFQuantizationConfig
-from quantlab.capabilities import CAPABILITIES
 from quantlab.errors import ConfigError, ModelError, NotQuantized
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.capabilities import CAPABILITIES
 
 gguf = pytest.importorskip("gguf")
 libgguf = pytest.importorskip("libgguf")

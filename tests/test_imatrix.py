@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from quantlab.axes import QuantizationAxes
 from quantlab.backends import gguf as backend
 from quantlab.backends.gguf import GGUFQuantizationConfig, InputSquares, read_imatrix, write_imatrix
-from quantlab.calibration import feed_of_batches
-from quantlab.capabilities import CAPABILITIES
 from quantlab.errors import ConfigError
+from quantlab.modules.feed import feed_of_batches
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.capabilities import CAPABILITIES
 
 gguf = pytest.importorskip("gguf")
 libgguf = pytest.importorskip("libgguf")

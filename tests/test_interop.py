@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import quantlab
-from quantlab import interop
-from quantlab.axes import QuantizationAxes
+from quantlab.backends import exclusions
 from quantlab.backends.table import BACKENDS
-from quantlab.capabilities import CAPABILITIES
 from quantlab.errors import ConfigError
 from quantlab.stages.quantize import Request, quantize_component
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.capabilities import CAPABILITIES
 
 METHODS = ("bitsandbytes", "torchao", "quanto", "gguf", "modelopt")
 TABLE = {  # entry -> Linear layers that it excludes from the tiny Flux under each backend's rule in Diffusers
@@ -153,7 +153,7 @@ def request(config, module, **axes):
 def test_a_pasted_dictionary_keeps_its_own_rule(method, entry, flux):
     config = quantlab.config_from_dict({**config_of(method).to_dict(), "modules_to_not_convert": [entry, "nowhere"]})
     assert config.exclusion_rule == ("library" if method in ("bitsandbytes", "torchao") else "diffusers")
-    reasons, idle = interop.expand(config, flux)
+    reasons, idle = exclusions.expand(config, flux)
     assert len(reasons) == TABLE[entry][METHODS.index(method)]
     assert set(reasons.values()) <= {f"diffusers {method}: {entry}"}
     assert "nowhere" in idle
@@ -191,14 +191,14 @@ def test_own_entries_come_on_top_by_quantlabs_matcher(flux):
 def test_the_model_settles_whose_rule_reads_an_ambiguous_dictionary(flux):
     config = quantlab.config_from_dict({"load_in_8bit": True, "llm_int8_skip_modules": ["0"]})
     assert config.exclusion_rule == "library"
-    assert len(interop.expand(config, flux)[0]) == 20  # Diffusers: "0." is somewhere in the path
+    assert len(exclusions.expand(config, flux)[0]) == 20  # Diffusers: "0." is somewhere in the path
     llama = tiny_llama()
-    found = set(interop.expand(config, llama)[0])
+    found = set(exclusions.expand(config, llama)[0])
     assert found == set()  # transformers: no path starts or ends so
     explicit = quantlab.config_from_dict(
         {"load_in_8bit": True, "llm_int8_skip_modules": ["0"], "exclusion_rule": "diffusers"}
     )
-    assert len(interop.expand(explicit, llama)[0]) == 7
+    assert len(exclusions.expand(explicit, llama)[0]) == 7
 
 
 def test_entries_of_a_modelopt_config_switch_layers_off(flux):
@@ -231,16 +231,16 @@ def test_entries_of_a_modelopt_config_switch_layers_off(flux):
 def test_a_list_says_exactly_the_layers_or_names_those_it_cannot(library, flux, paths, data):
     wanted = data.draw(st.sets(st.sampled_from(paths), max_size=12))
     for method in METHODS:
-        if (library, method) not in interop.RULES:
+        if (library, method) not in exclusions.RULES:
             continue
         try:
-            entries = interop.exclusions_for(config_of(method, sorted(wanted) or None), flux, library)
+            entries = exclusions.exclusions_for(config_of(method, sorted(wanted) or None), flux, library)
         except ConfigError as error:
             assert library == "diffusers", "every choice has an anchored regular expression"
             named = [p for p in paths if p in str(error)]
             assert set(named) & wanted
             continue
-        assert set(interop.taken(library, method, entries or [], paths)) == wanted
+        assert set(exclusions.taken(library, method, entries or [], paths)) == wanted
         if library == "transformers":
             assert entries is not None, "None means defaults of its own there"
 
@@ -253,7 +253,7 @@ def test_to_diffusers_is_resolved_by_diffusers_to_the_same_layers(method, flux):
     config = config_of(method, names)
     theirs = config.to_diffusers(flux)
     key = "llm_int8_skip_modules" if method == "bitsandbytes" else "modules_to_not_convert"
-    assert excluded_by_diffusers(method, flux, list(getattr(theirs, key))) == interop.excluded_layers(config, flux)
+    assert excluded_by_diffusers(method, flux, list(getattr(theirs, key))) == exclusions.excluded_layers(config, flux)
 
 
 @pytest.mark.parametrize("method", ["quanto", "gguf"])
@@ -285,7 +285,7 @@ def test_layers_that_the_model_keeps_in_float32_are_in_the_list_too(flux):
 def test_layers_that_quantlab_never_takes_are_left_out_for_the_library_too():
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(32, 2), "ff": nn.Linear(32, 32)})
     theirs = config_of("torchao", None).to_diffusers(model)
-    assert interop.taken("diffusers", "torchao", theirs.modules_to_not_convert, ["attn.out_proj", "ff"]) == {
+    assert exclusions.taken("diffusers", "torchao", theirs.modules_to_not_convert, ["attn.out_proj", "ff"]) == {
         "attn.out_proj": "attn"
     }
 

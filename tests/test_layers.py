@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from quantlab.errors import ConfigError, ModelError
-from quantlab.layers import (
+from quantlab.modules.layers import (
     check_finite_weights,
     linear_layers,
     matches,
@@ -228,6 +228,6 @@ def test_a_weight_that_is_not_finite_is_named(bad, dtype):
 
 
 def test_importing_imports_no_torch():
-    code = ("import sys, quantlab.layers as l, quantlab.memory; l.matches('a', 'a.b'); "
+    code = ("import sys, quantlab.modules.layers as l, quantlab.modules.memory; l.matches('a', 'a.b'); "
             "sys.exit('torch' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

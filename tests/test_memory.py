@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from quantlab import memory
 from quantlab.backends import quanto
-from quantlab.memory import component_memory, layer_memory, logical_size, measure_stage, storages
+from quantlab.modules import memory
+from quantlab.modules.memory import component_memory, layer_memory, logical_size, measure_stage, storages
 
 N, K = 64, 512
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

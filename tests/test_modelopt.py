@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantlab.axes import QuantizationAxes
 from quantlab.backends import modelopt as backend
 from quantlab.backends.modelopt import NVIDIAModelOptConfig, build_quant_cfg
-from quantlab.capabilities import CAPABILITIES
 from quantlab.errors import ConfigError, ModelError, NotQuantized
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.capabilities import CAPABILITIES
 
 ROWS = CAPABILITIES["modelopt"]
 OUT, IN = 64, 512
@@ -321,7 +321,7 @@ def test_an_integer_tensor_with_one_scale_has_no_axes():
 def test_the_config_imports_neither_torch_nor_modelopt():
     code = ("import sys\n"
             "from quantlab.backends.modelopt import Config, build_quant_cfg, resolve\n"
-            "from quantlab.axes import QuantizationAxes\n"
+            "from quantlab.vocabulary.axes import QuantizationAxes\n"
             "c = Config.from_axes(QuantizationAxes(backend='modelopt', dtype='int4'))\n"
             "build_quant_cfg(resolve(c, 'cpu'), {'a': (4, 8)}); Config.from_dict(c.to_dict())\n"
             "print([m for m in ('torch', 'modelopt', 'numpy') if m in sys.modules])")

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from quantlab.axes import QuantizationAxes, resolve_axes
 from quantlab.backends import modelopt as backend
 from quantlab.backends.modelopt import NVIDIAModelOptConfig, build_quant_cfg
 from quantlab.backends.modelopt.algorithms import ALGORITHMS, PARAMETERS
-from quantlab.calibration import feed_of_batches
-from quantlab.capabilities import CAPABILITIES
 from quantlab.errors import ConfigError, ModelError
-from quantlab.memory import layer_memory, storages
+from quantlab.modules.feed import feed_of_batches
+from quantlab.modules.memory import layer_memory, storages
+from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
+from quantlab.vocabulary.capabilities import CAPABILITIES
 
 ROWS = CAPABILITIES["modelopt"]
 IN, HIDDEN, OUT, RANK = 256, 128, 64, 16

@@ -24,11 +24,12 @@ from quantlab.backends.table import BACKENDS
 from quantlab.datasets.table import DATASETS
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.table import FAMILIES
-from quantlab.reports import LayerReport, QuantizationReport, RunReport
+from quantlab.planning.job import Job
+from quantlab.planning.plan import plan
 from quantlab.stages.evaluate import evaluate, summarize
 from quantlab.stages.observe import observe
 from quantlab.stages.quantize import Request, _read_row, quantize_component
-from quantlab.sweep import Job, plan
+from quantlab.vocabulary.reports import LayerReport, QuantizationReport, RunReport
 
 SCRIPTS = Path(__file__).parent / "independent"
 SHARED = SCRIPTS / "_digits.py"

@@ -7,7 +7,7 @@ import socket
 import subprocess
 from pathlib import Path
 
-from quantlab import provenance
+from quantlab.tracking import provenance
 
 
 def test_git_state(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantlab.axes import QuantizationAxes
 from quantlab.backends import quanto
 from quantlab.backends.quanto import QuantoConfig
-from quantlab.capabilities import CAPABILITIES
 from quantlab.errors import ConfigError, ModelError, NotQuantized
-from quantlab.layers import state_digest
+from quantlab.modules.layers import state_digest
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.capabilities import CAPABILITIES
 
 WEIGHTS = {"int8": "int8", "int4": "int4", "int2": "int2", "float8": "float8_e4m3", "float8_e5m2": "float8_e5m2"}
 MAX_ERROR = {"int8": 0.01, "int4": 0.13, "int2": 0.6, "float8": 0.03, "float8_e5m2": 0.06}
@@ -117,7 +117,7 @@ class TestConfig:
         assert config == QuantoConfig()
 
     def test_importing_and_building_a_config_imports_no_torch(self):
-        code = ("import sys; from quantlab.backends import quanto; from quantlab.axes import QuantizationAxes as A; "
+        code = ("import sys; from quantlab.backends import quanto; from quantlab.vocabulary.axes import QuantizationAxes as A; "
                 "quanto.Config.from_axes(A(backend='quanto', dtype='int4')).to_dict(); "
                 "sys.exit(bool({'torch', 'optimum.quanto'} & set(sys.modules)))")
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

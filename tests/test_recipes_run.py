@@ -13,8 +13,8 @@ from tiny_pipelines import BUILDERS
 from tiny_text_models import TEXT, save_bert, save_llama
 
 from quantlab.models.digits_training import build_transformer
+from quantlab.planning.plan import plan
 from quantlab.stages.quantize import Request, quantize_component
-from quantlab.sweep import plan
 
 SMALL = ["device=cpu", "model.dtype=float32", "evaluation.num_samples=4", "evaluation.num_inference_steps=2",
          "evaluation.num_teacher_forced=1", "evaluation.num_bootstrap=50", "evaluation.height=32",

@@ -19,7 +19,7 @@ from stores import ROOT, artifact
 from quantlab.backends.table import BACKENDS
 from quantlab.errors import ConfigError
 from quantlab.report.reproduction import DIFFERENT, IDENTICAL, WITHIN, compare_runs, reproduction_tables, summary_lines
-from quantlab.reproduce import parse_request
+from quantlab.running.reproduce import parse_request
 from quantlab.tracking import find_runs, get_run
 
 WORDS = digits_words("evaluation.num_samples=10")
@@ -173,8 +173,8 @@ def test_weights_that_are_not_in_the_cache_come_from_the_store(copy, ids):
 def test_weights_in_the_cache_that_are_others_are_not_used(copy, ids):
     from safetensors.torch import save_file
 
-    from quantlab.layers import state_digest
     from quantlab.models.digits_dit import MODEL_FILE, _read_weights
+    from quantlab.modules.layers import state_digest
 
     (folder,) = [f for f in (copy.folder / "outputs" / "cache" / "models").iterdir() if f.is_dir()]
     state, header = _read_weights(folder / MODEL_FILE)

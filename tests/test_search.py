@@ -12,12 +12,13 @@ from stores import artifact
 
 from quantlab.backends.table import BACKENDS
 from quantlab.errors import ConfigError, MissingPackage
-from quantlab.experiment import SearchConfig
+from quantlab.planning.plan import plan
+from quantlab.planning.space import SAMPLERS, check_space, objectives_of
 from quantlab.protocols.table import PROTOCOLS
-from quantlab.reports import MetricValue, RunReport
-from quantlab.search import SAMPLERS, Search, check_space, objectives_of, pareto_front, run_search
-from quantlab.sweep import plan
+from quantlab.running.search import Search, pareto_front, run_search
 from quantlab.tracking import find_runs
+from quantlab.vocabulary.reports import MetricValue, RunReport
+from quantlab.vocabulary.schema import SearchConfig
 
 OBJECTIVES = {"memory/weights_bytes": "minimize", "quality/latent_rel_mse": "minimize"}
 GRID = ("backend=bitsandbytes,torchao,quanto,gguf", "dtype=int8,int4,int2,nf4,q8_0,q6_k,q5_k,q4_k,q3_k,q2_k",

@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 
 from quantlab.errors import MetricUndefined
 from quantlab.metrics.frechet import frechet_distance
-from quantlab.statistics import (
+from quantlab.metrics.statistics import (
     bootstrap_interval,
     mean_interval,
     paired_difference,

@@ -13,11 +13,11 @@ import pytest
 from shell import digits_words
 from stores import ROOT, artifact
 
-from quantlab import resume
 from quantlab.backends.table import BACKENDS
 from quantlab.errors import ConfigError
+from quantlab.planning.plan import plan
 from quantlab.protocols.table import PROTOCOLS
-from quantlab.sweep import plan
+from quantlab.running import resume
 from quantlab.tracking import find_runs
 
 WORDS = ("-m", *digits_words("evaluation.num_samples=10"))

@@ -12,12 +12,12 @@ from tiny_text_models import TEXT, byte_tokenizer, load_llama, save_llama
 
 from quantlab.datasets import wiki_extracts
 from quantlab.errors import ConfigError, MissingPackage, ModelError
-from quantlab.experiment import DatasetConfig, EvaluationConfig, ModelConfig
-from quantlab.fingerprint import fingerprint_warning, grid_fingerprint
 from quantlab.models import assets, causal_lm, smollm2
 from quantlab.models.checkpoint import file_sha256
+from quantlab.modules.fingerprint import fingerprint_warning, grid_fingerprint
 from quantlab.protocols import language
 from quantlab.protocols.language import text_inputs
+from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ModelConfig
 
 QUICK = EvaluationConfig(num_samples=12, batch_size=4, context_length=48)
 needs_assets = pytest.mark.skipif(

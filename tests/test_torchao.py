@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantlab.axes import QuantizationAxes
 from quantlab.backends import torchao as backend
 from quantlab.backends.torchao import TorchAoConfig
 from quantlab.backends.torchao.forms import make, per_group
 from quantlab.backends.torchao.shorthands import _get_torchao_quant_type_to_method
-from quantlab.capabilities import CAPABILITIES
 from quantlab.errors import ConfigError, ModelError, NotQuantized
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.capabilities import CAPABILITIES
 
 ROWS = CAPABILITIES["torchao"]
 OUT, IN = 64, 512
@@ -419,7 +419,7 @@ def test_update_is_checked_and_all_or_nothing():
 def test_the_config_imports_neither_torch_nor_torchao():
     code = ("import sys\n"
             "from quantlab.backends.torchao import Config, TorchAoConfig, resolve\n"
-            "from quantlab.axes import QuantizationAxes\n"
+            "from quantlab.vocabulary.axes import QuantizationAxes\n"
             "c = Config.from_axes(QuantizationAxes(backend='torchao', dtype='int4'))\n"
             "resolve(c, 'cpu'); TorchAoConfig('float8wo'); TorchAoConfig.from_dict(c.to_dict())\n"
             "print([m for m in ('torch', 'torchao', 'numpy') if m in sys.modules])")

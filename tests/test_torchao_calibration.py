@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from quantlab.axes import QuantizationAxes
 from quantlab.backends import torchao as backend
 from quantlab.backends.table import native_config
 from quantlab.backends.torchao.build import build_form, quiet_library
-from quantlab.calibration import CalibrationFeed, feed_of_batches
 from quantlab.errors import ConfigError
-from quantlab.memory import layer_memory, storages
+from quantlab.modules.feed import CalibrationFeed, feed_of_batches
+from quantlab.modules.memory import layer_memory, storages
+from quantlab.vocabulary.axes import QuantizationAxes
 
 OUT, IN = 128, 512
 NAMES = ["first", "second", "third"]

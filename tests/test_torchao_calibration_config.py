@@ -12,8 +12,8 @@ from quantlab.backends import torchao as backend
 from quantlab.backends.torchao import TorchAoConfig
 from quantlab.backends.torchao.build import quiet_library
 from quantlab.backends.torchao.forms import make
-from quantlab.calibration import feed_of_batches
 from quantlab.errors import ConfigError
+from quantlab.modules.feed import feed_of_batches
 
 REFUSED = [
     ({"dtype": "int3", "algorithm": "awq"}, "^algorithm=awq: torchao int3 offers auto, max, hqq; awq is offered by "),

@@ -8,8 +8,8 @@ from test_torchao_calibration import batches, config_of, net
 
 import quantlab
 from quantlab.backends import torchao as backend
-from quantlab.calibration import feed_of_batches
 from quantlab.errors import ConfigError
+from quantlab.modules.feed import feed_of_batches
 
 
 def error(module, original, x):

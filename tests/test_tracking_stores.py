@@ -128,7 +128,7 @@ def test_four_processes_open_a_fresh_store(tmp_path: Path) -> None:
 
 
 def test_mlflow_is_imported_when_a_store_is_opened() -> None:
-    code = "import quantlab.provenance\nprint([m for m in ('mlflow', 'torch', 'sqlalchemy') if m in sys.modules])"
+    code = "import quantlab.tracking.provenance\nprint([m for m in ('mlflow', 'torch', 'sqlalchemy') if m in sys.modules])"
     assert python(code, ".").communicate()[0].strip() == "[]"
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from quantlab.experiment import ModelConfig
 from quantlab.models import causal_lm, encoder
+from quantlab.vocabulary.schema import ModelConfig
 
 SPECIAL = ("<pad>", "<s>", "</s>")
 TEXT = "".join(f"Sentence {i}: the quick brown fox number {i * i} jumps over {i % 7} lazy dogs.\n" for i in range(120))

@@ -15,13 +15,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from quantlab.axes import QuantizationAxes, resolve_axes
-from quantlab.config import EXCLUSION_RULES, QuantizationConfigMixin, QuantizationMethod, quantization_config, setting
-from quantlab.dtypes import COMPUTE_DTYPES, dtype_name
+from quantlab.backends.exclusions import build, exclusions_for, refuse_ours
 from quantlab.errors import ConfigError, ModelError, NotQuantized, nearest, require_package
-from quantlab.interop import build, exclusions_for, refuse_ours
-from quantlab.layers import replace_layer
-from quantlab.reports import StoredWeight
+from quantlab.modules.layers import replace_layer
+from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
+from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, dtype_name
+from quantlab.vocabulary.native import (
+    EXCLUSION_RULES,
+    QuantizationConfigMixin,
+    QuantizationMethod,
+    quantization_config,
+    setting,
+)
+from quantlab.vocabulary.reports import StoredWeight
 
 _FILE = "model.safetensors"
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)

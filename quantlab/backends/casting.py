@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from quantlab.dtypes import COMPUTE_DTYPES, dtype_name
 from quantlab.errors import ConfigError
+from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, dtype_name
 
 
 def wanted_dtype(layer: Any, compute_dtype: Any, backend: str) -> Any:

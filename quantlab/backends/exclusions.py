@@ -26,9 +26,9 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from quantlab.config import LIBRARY_RULE, QuantizationConfigMixin
 from quantlab.errors import ConfigError
-from quantlab.layers import linear_layers, resolve_exclusions
+from quantlab.modules.layers import linear_layers, resolve_exclusions
+from quantlab.vocabulary.native import LIBRARY_RULE, QuantizationConfigMixin
 
 Rule = Callable[[str, str], bool]
 
@@ -111,7 +111,7 @@ def expand(config: QuantizationConfigMixin, model: Any) -> tuple[dict[str, str],
     if library == LIBRARY_RULE:
         library = library_of(model)
     if library == "quantlab":
-        raise ConfigError("exclusion_rule=quantlab: its entries are matched by quantlab.layers")
+        raise ConfigError("exclusion_rule=quantlab: its entries are matched by quantlab.modules.layers")
     method = config.quant_method.value
     paths, given = _linear_paths(model), config.exclusions
     entries = tuple(given or ())

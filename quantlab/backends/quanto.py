@@ -18,15 +18,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from quantlab.axes import QuantizationAxes, resolve_axes
 from quantlab.backends.casting import cast_around, wanted_dtype
-from quantlab.calibration import CalibrationFeed
-from quantlab.config import EXCLUSION_RULES, QuantizationConfigMixin, QuantizationMethod, quantization_config, setting
-from quantlab.dtypes import dtype_name
+from quantlab.backends.exclusions import build, exclusions_for, refuse_ours
 from quantlab.errors import ConfigError, ModelError, NotQuantized
-from quantlab.interop import build, exclusions_for, refuse_ours
-from quantlab.layers import replace_layer
-from quantlab.reports import StoredWeight
+from quantlab.modules.feed import CalibrationFeed
+from quantlab.modules.layers import replace_layer
+from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
+from quantlab.vocabulary.dtypes import dtype_name
+from quantlab.vocabulary.native import (
+    EXCLUSION_RULES,
+    QuantizationConfigMixin,
+    QuantizationMethod,
+    quantization_config,
+    setting,
+)
+from quantlab.vocabulary.reports import StoredWeight
 
 _WEIGHTS_FILE = "quantized.safetensors"
 _MAP_FILE = "quantization_map.json"

@@ -8,12 +8,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from quantlab.axes import QuantizationAxes, capability, resolve_axes
 from quantlab.backends import bitsandbytes, gguf, modelopt, quanto, torchao
-from quantlab.calibration import CalibrationFeed
-from quantlab.config import EXCLUSION_RULES, LIBRARY_RULE, QuantizationConfigMixin, plain
 from quantlab.errors import ConfigError, nearest, require_package
-from quantlab.reports import StoredWeight
+from quantlab.modules.feed import CalibrationFeed
+from quantlab.vocabulary.axes import QuantizationAxes, capability, resolve_axes
+from quantlab.vocabulary.native import EXCLUSION_RULES, LIBRARY_RULE, QuantizationConfigMixin, plain
+from quantlab.vocabulary.reports import StoredWeight
 
 _CONF_BACKEND = "torchao"
 """What ``conf/config.yaml`` chooses where nobody does."""
@@ -135,7 +135,7 @@ def config_from_dict(quantization_config: Mapping[str, Any], exclusion_rule: str
 
     The class is chosen by ``quant_method`` (bitsandbytes also by its load flags). Exclusions keep the rule of the
     library that wrote them: ``exclusion_rule``, here or in the dictionary, says whose; without it, keys that only one
-    library writes; else ``library``, which is settled by the model (see :mod:`quantlab.interop`).
+    library writes; else ``library``, which is settled by the model (see :mod:`quantlab.backends.exclusions`).
 
     Raises:
         ConfigError: naming the key, for a dictionary that no native config can hold.

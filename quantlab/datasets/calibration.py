@@ -13,8 +13,8 @@ from typing import Any
 
 from quantlab.datasets import digits_classes, prompts, text, wiki_extracts
 from quantlab.errors import ConfigError, QuantlabError, nearest
-from quantlab.experiment import CalibrationConfig, DatasetConfig, EvaluationConfig, ExperimentConfig
 from quantlab.models.loaded import LoadedModel
+from quantlab.vocabulary.schema import CalibrationConfig, DatasetConfig, EvaluationConfig, ExperimentConfig
 
 Load = Callable[[DatasetConfig, EvaluationConfig, LoadedModel], Any]
 

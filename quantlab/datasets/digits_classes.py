@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 
 from quantlab.errors import ConfigError
-from quantlab.experiment import DatasetConfig, EvaluationConfig
 from quantlab.models.loaded import LoadedModel
-from quantlab.protocols.diffusion import DiffusionInputs
+from quantlab.protocols.diffusion_inputs import DiffusionInputs
+from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig
 
 NUM_CLASSES = 10
 

@@ -6,10 +6,10 @@ import hashlib
 from pathlib import Path
 
 from quantlab.errors import ConfigError
-from quantlab.experiment import DatasetConfig, EvaluationConfig
 from quantlab.models.diffusers_pipeline import noise_shape
 from quantlab.models.loaded import LoadedModel
-from quantlab.protocols.diffusion import DiffusionInputs
+from quantlab.protocols.diffusion_inputs import DiffusionInputs
+from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig
 
 SHIPPED = Path(__file__).with_name("prompts_v1.txt")
 CALIBRATION = Path(__file__).with_name("calibration_prompts_v1.txt")

@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from quantlab.errors import ConfigError
-from quantlab.experiment import DatasetConfig, EvaluationConfig
 from quantlab.models.loaded import LoadedModel
 from quantlab.protocols.encoder import EncoderInputs, encoder_inputs
 from quantlab.protocols.language import TextInputs, text_inputs
+from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig
 
 
 def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel) -> TextInputs | EncoderInputs:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from quantlab.errors import ConfigError
-from quantlab.experiment import DatasetConfig, EvaluationConfig
 from quantlab.models.assets import asset_path
 from quantlab.models.loaded import LoadedModel
 from quantlab.protocols.encoder import EncoderInputs, encoder_inputs
 from quantlab.protocols.language import TextInputs, text_inputs
+from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig
 
 KEY = "dataset=wiki_extracts"
 MIN_CHARACTERS = 200

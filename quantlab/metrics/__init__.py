@@ -1,8 +1,8 @@
 """The metrics: one file a number, and one table that says what each number means.
 
 Names are those that are logged, without the prefix ``quality/``. A metric compares a candidate with the unquantized
-reference on identical inputs; the functions return one value a sample, and ``quantlab.statistics`` makes a mean with an
-uncertainty of them.
+reference on identical inputs; the functions return one value a sample, and ``quantlab.metrics.statistics`` makes a mean
+with an uncertainty of them.
 
 To add a metric: one file here, one row below, and a line in the protocol that measures it.
 """

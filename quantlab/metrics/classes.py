@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import MetricUndefined
 from quantlab.metrics.arrays import as_float32, paired_rows
-from quantlab.statistics import require_finite
+from quantlab.metrics.statistics import require_finite
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,7 +6,7 @@ from typing import Any
 
 from quantlab.errors import MetricUndefined
 from quantlab.metrics.arrays import as_float32
-from quantlab.statistics import require_finite
+from quantlab.metrics.statistics import require_finite
 
 
 def frechet_distance(features_a: Any, features_b: Any) -> float:

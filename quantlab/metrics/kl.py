@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import MetricUndefined
-from quantlab.statistics import require_finite
+from quantlab.metrics.statistics import require_finite
 
 if TYPE_CHECKING:
     import numpy as np

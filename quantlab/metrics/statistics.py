@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import MetricUndefined
-from quantlab.reports import MetricValue
+from quantlab.vocabulary.reports import MetricValue
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from quantlab.dtypes import COMPUTE_DTYPES, dtype_name
 from quantlab.errors import ConfigError, ModelError
-from quantlab.experiment import ModelConfig
-from quantlab.layers import state_digest
+from quantlab.modules.layers import state_digest
+from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, dtype_name
+from quantlab.vocabulary.schema import ModelConfig
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def output_head_name(model: Any) -> str | None:
 
 
 def weights_sha256(model: Any, path: str | Path, revision: str | None, cache_dir: Path) -> str:
-    """:func:`~quantlab.layers.state_digest` of the model as loaded, remembered in ``cache_dir/digests.json``.
+    """:func:`~quantlab.modules.layers.state_digest` of the model as loaded, remembered in ``cache_dir/digests.json``.
 
     The key is the path, size and modification time of the weight files and the dtype they were loaded in; a model whose
     files are not found on disk is hashed each time.

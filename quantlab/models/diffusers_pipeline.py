@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from quantlab.dtypes import COMPUTE_DTYPES
 from quantlab.errors import ConfigError, ModelError, nearest
-from quantlab.experiment import EvaluationConfig, ModelConfig
 from quantlab.models.checkpoint import file_sha256, quiet_loading
-from quantlab.models.compute_dtype import component_dtype
 from quantlab.models.loaded import LoadedModel
+from quantlab.modules.compute_dtype import component_dtype
+from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
+from quantlab.vocabulary.schema import EvaluationConfig, ModelConfig
 
 _UNET = ("conv_in", "conv_out", "time_embedding", "add_embedding", "*.time_emb_proj")
 _MMDIT = ("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out")

@@ -17,12 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from quantlab.config import canonical_json
-from quantlab.dtypes import COMPUTE_DTYPES
 from quantlab.errors import ConfigError, ModelError, nearest
-from quantlab.experiment import DigitsModelConfig, EvaluationConfig
-from quantlab.layers import state_digest
-from quantlab.models.compute_dtype import component_dtype
 from quantlab.models.digits_training import (
     IMAGE_SIZE,
     NUM_CLASSES,
@@ -35,6 +30,11 @@ from quantlab.models.digits_training import (
 )
 from quantlab.models.judge import build_judge, judge_features_and_logits, train_judge
 from quantlab.models.loaded import LoadedModel
+from quantlab.modules.compute_dtype import component_dtype
+from quantlab.modules.layers import state_digest
+from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
+from quantlab.vocabulary.native import canonical_json
+from quantlab.vocabulary.schema import DigitsModelConfig, EvaluationConfig
 
 MODEL_FILE, JUDGE_FILE, META_FILE = "model.safetensors", "judge.safetensors", "meta.json"
 

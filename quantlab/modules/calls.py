@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from quantlab.dtypes import dtype_name
 from quantlab.errors import ConfigError, MetricUndefined
-from quantlab.models.compute_dtype import component_dtype
+from quantlab.modules.compute_dtype import component_dtype
+from quantlab.vocabulary.dtypes import dtype_name
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 from typing import Any
 
-from quantlab.dtypes import COMPUTE_DTYPES, dtype_name
+from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, dtype_name
 
 
 def component_dtype(component: Any, default: str = "float32") -> Any:

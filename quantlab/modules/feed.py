@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from quantlab.errors import ConfigError
-from quantlab.protocols.denoiser_calls import replay
+from quantlab.modules.calls import replay
 
 Call = Mapping[str, Any]
 """``args``, ``kwargs``, ``dtype`` (what the recorded component computed in), ``step`` (denoising step; 0 without)."""

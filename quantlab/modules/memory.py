@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantlab.reports import MemoryReport, StageReport
+from quantlab.vocabulary.reports import MemoryReport, StageReport
 
 Storages = dict[tuple[str, int], int]
 """(device, address) of a storage -> its bytes."""
@@ -93,7 +93,7 @@ def _storage(tensor: Any) -> tuple[tuple[str, int], int]:
 def logical_size(module: Any) -> tuple[int, int]:
     """(parameters, parameters and buffers) of an unquantized module, as numbers of values; shared ones count once.
 
-    Twice the second number is ``bytes_at_16_bit`` of a :class:`~quantlab.reports.MemoryReport`.
+    Twice the second number is ``bytes_at_16_bit`` of a :class:`~quantlab.vocabulary.reports.MemoryReport`.
     """
     parameters, seen = 0, {}
     for tensors, is_parameter in ((module.parameters(), True), (module.buffers(), False)):

@@ -27,16 +27,16 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from quantlab.axes import QuantizationAxes
 from quantlab.backends.table import BACKENDS, own_settings
 from quantlab.errors import ConfigError, nearest
-from quantlab.experiment import DigitsModelConfig, ExperimentConfig, ModelConfig
-from quantlab.recipe import check_recipe
+from quantlab.planning.recipe import check_recipe
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.schema import DigitsModelConfig, ExperimentConfig, ModelConfig
 
 Plugins.instance()  # its scan re-executes plugin modules, so it comes before importing one
 from hydra._internal.core_plugins.file_config_source import FileConfigSource  # noqa: E402
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str, "dtype": str}
 NUMERIC_GROUPS = ("group_size",)
 OPEN_NODES = (

@@ -7,13 +7,13 @@ from contextlib import suppress
 from dataclasses import asdict, fields
 from typing import Any
 
-from quantlab.axes import QuantizationAxes
 from quantlab.backends.table import BACKENDS, PACKAGES, own_settings
-from quantlab.capabilities import CAPABILITIES, Capability, refusal
-from quantlab.composition import conf_dir, recipes
-from quantlab.dtypes import DTYPES
 from quantlab.errors import ConfigError
 from quantlab.metrics import METRICS
+from quantlab.planning.composition import conf_dir, recipes
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.capabilities import CAPABILITIES, Capability, refusal
+from quantlab.vocabulary.dtypes import DTYPES
 
 Row = dict[str, Any]
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quantlab.errors import ConfigError, MetricUndefined, ModelError
-from quantlab.experiment import EvaluationConfig
 from quantlab.metrics.output_error import output_cosine, output_rel_error
 from quantlab.models.loaded import LoadedModel
-from quantlab.reports import Measurements
+from quantlab.vocabulary.reports import Measurements
+from quantlab.vocabulary.schema import EvaluationConfig
 
 Progress = Callable[[int, int], Any] | None
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from quantlab.experiment import EvaluationConfig
 from quantlab.metrics.classes import class_accuracy, judge_agreement
 from quantlab.metrics.frechet import frechet_distance
+from quantlab.metrics.statistics import bootstrap_interval
 from quantlab.models.judge import judge_features_and_logits
-from quantlab.reports import MetricValue
-from quantlab.statistics import bootstrap_interval
+from quantlab.vocabulary.reports import MetricValue
+from quantlab.vocabulary.schema import EvaluationConfig
 
 if TYPE_CHECKING:
-    from quantlab.protocols.diffusion import DiffusionInputs
+    from quantlab.protocols.diffusion_inputs import DiffusionInputs
 
 NUM_BOOTSTRAP = 250
 """Draws for the Frechet distance, each a decomposition of its own; fewer where evaluation.num_bootstrap is smaller."""

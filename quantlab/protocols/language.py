@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quantlab.errors import ConfigError, MetricUndefined, ModelError, nearest
-from quantlab.experiment import EvaluationConfig
 from quantlab.metrics.kl import kld_quantiles, token_statistics
 from quantlab.metrics.perplexity import ln_ppl_ratio, perplexity
-from quantlab.models.compute_dtype import component_dtype
+from quantlab.metrics.statistics import bootstrap_interval
 from quantlab.models.loaded import LoadedModel
-from quantlab.reports import Measurements, MetricValue
-from quantlab.statistics import bootstrap_interval
+from quantlab.modules.compute_dtype import component_dtype
+from quantlab.vocabulary.reports import Measurements, MetricValue
+from quantlab.vocabulary.schema import EvaluationConfig
 
 Progress = Callable[[int, int], Any] | None
 

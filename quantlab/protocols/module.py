@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantlab.errors import ConfigError, MetricUndefined
-from quantlab.experiment import EvaluationConfig
 from quantlab.metrics.output_error import output_cosine, output_rel_error
 from quantlab.models.loaded import LoadedModel
-from quantlab.reports import Measurements
+from quantlab.vocabulary.reports import Measurements
+from quantlab.vocabulary.schema import EvaluationConfig
 
 Batch = Any  # a tensor, or a tuple, list or mapping of tensors as the module's forward takes them
 

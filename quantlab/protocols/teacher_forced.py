@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import MetricUndefined
-from quantlab.experiment import EvaluationConfig
+from quantlab.metrics.statistics import mean_interval
 from quantlab.metrics.trajectory import step_sqnr_db, weighted_velocity_mse
 from quantlab.models.loaded import LoadedModel
-from quantlab.protocols.denoiser_calls import per_sample, replayed_output
-from quantlab.reports import MetricValue
-from quantlab.statistics import mean_interval
+from quantlab.modules.calls import per_sample, replayed_output
+from quantlab.vocabulary.reports import MetricValue
+from quantlab.vocabulary.schema import EvaluationConfig
 
 if TYPE_CHECKING:
-    from quantlab.protocols.diffusion import DiffusionInputs
+    from quantlab.protocols.diffusion_inputs import DiffusionInputs
 
 
 def teacher_forced_metrics(

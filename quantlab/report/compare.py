@@ -24,10 +24,17 @@ from typing import Any
 
 from quantlab.errors import ConfigError, TrackingError, nearest
 from quantlab.metrics import HEADLINE, METRICS
+from quantlab.metrics.statistics import (
+    MIN_CLUSTERS,
+    degrees_of_freedom,
+    holm,
+    mcnemar_exact,
+    paired_differences,
+    t_test,
+)
 from quantlab.report.reading import Reader, StoredRun
 from quantlab.report.selection import Request, Selection, group_labels, is_candidate
-from quantlab.reports import MetricValue
-from quantlab.statistics import MIN_CLUSTERS, degrees_of_freedom, holm, mcnemar_exact, paired_differences, t_test
+from quantlab.vocabulary.reports import MetricValue
 
 ALPHA = 0.05
 MAX_PAIRED = 20

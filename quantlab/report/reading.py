@@ -18,9 +18,9 @@ from typing import Any, Protocol
 from urllib.parse import quote, unquote, urlsplit
 
 from quantlab.errors import TrackingError, nearest
-from quantlab.experiment import TrackingConfig
 from quantlab.tracking import Store, get_artifact, open_store
 from quantlab.tracking.connect import first_line, resolved_uri, store_errors
+from quantlab.vocabulary.schema import TrackingConfig
 
 SQLITE = "sqlite:///"
 _BATCH = 500  # variables in one SQL statement

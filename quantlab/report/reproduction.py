@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quantlab.metrics import METRICS
-from quantlab.statistics import wilson_interval
+from quantlab.metrics.statistics import wilson_interval
 
 IDENTICAL, WITHIN, DIFFERENT = "identical", "within its interval", "different"
 _PARTS = ("se", "ci_lo", "ci_hi", "n")

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import ConfigError, TrackingError, nearest
-from quantlab.experiment import TrackingConfig
 from quantlab.report.reading import Reader, StoredRun, experiment_id
+from quantlab.vocabulary.schema import TrackingConfig
 
 KEY_TAG = "quantlab.reference_key"
 KIND_TAG = "quantlab.kind"

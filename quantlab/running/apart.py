@@ -16,12 +16,13 @@ from typing import Any
 
 from quantlab import tracking
 from quantlab.errors import QuantlabError
-from quantlab.experiment import SearchConfig, SweepConfig
-from quantlab.job import Session, open_run, prepare_device, run_folder, run_job, workbench
-from quantlab.provenance import environment
-from quantlab.reports import MetricValue, RunReport
-from quantlab.resume import read_report
-from quantlab.sweep import Job, plan
+from quantlab.planning.job import Job
+from quantlab.planning.plan import plan
+from quantlab.running.job import Session, open_run, prepare_device, run_folder, run_job, workbench
+from quantlab.running.resume import read_report
+from quantlab.tracking.provenance import environment
+from quantlab.vocabulary.reports import MetricValue, RunReport
+from quantlab.vocabulary.schema import SearchConfig, SweepConfig
 
 _JOB, _END, _LOG = "job.json", "exit.json", "worker.log"
 _GRACE_S = 10.0
@@ -77,7 +78,7 @@ def run_apart(folder: Path, timeout_s: float | None, cuda_device: str | None = N
     ``cuda_device`` is the only device that it sees; None: all.
     """
     env = {**os.environ, "PYTHONPATH": python_path(), **({"CUDA_VISIBLE_DEVICES": cuda_device} if cuda_device else {})}
-    code = "import sys; from quantlab.execute import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from quantlab.running.apart import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-X", "faulthandler", "-c", code, str(folder)]
     timed_out = False
     with (
@@ -100,7 +101,7 @@ def run_apart(folder: Path, timeout_s: float | None, cuda_device: str | None = N
 
 def python_path() -> str:
     """``PYTHONPATH`` by which another process finds this quantlab, also in a checkout that is not installed."""
-    return os.pathsep.join(dict.fromkeys(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])))
+    return os.pathsep.join(dict.fromkeys(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])))
 
 
 def has_ended(folder: Path) -> str:

@@ -20,13 +20,13 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
-from quantlab.axes import resolve_axes
-from quantlab.capabilities import CAPABILITIES
-from quantlab.composition import conf_dir, override_text
 from quantlab.errors import ConfigError, require_package
-from quantlab.execute import Handed, has_ended, python_path, run_apart, work
-from quantlab.experiment import ExperimentConfig, LauncherConfig
+from quantlab.planning.composition import conf_dir, override_text
 from quantlab.progress import say
+from quantlab.running.apart import Handed, has_ended, python_path, run_apart, work
+from quantlab.vocabulary.axes import resolve_axes
+from quantlab.vocabulary.capabilities import CAPABILITIES
+from quantlab.vocabulary.schema import ExperimentConfig, LauncherConfig
 
 ENGINES = {
     "serial": ("", "", ""),

@@ -15,24 +15,24 @@ from typing import Any
 
 from quantlab import tracking
 from quantlab.backends.table import BACKENDS
-from quantlab.candidate import Making, make_candidate, write_calibration
-from quantlab.config import canonical_json
 from quantlab.datasets.calibration import calibration_inputs
 from quantlab.datasets.table import DATASETS
 from quantlab.errors import ConfigError
-from quantlab.experiment import CalibrationConfig, ExperimentConfig
-from quantlab.fingerprint import fingerprint_warning, grid_fingerprint
-from quantlab.layers import check_finite_weights, state_digest
-from quantlab.memory import StageMeasurement, component_memory, measure_stage
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.table import FAMILIES
+from quantlab.modules.fingerprint import fingerprint_warning, grid_fingerprint
+from quantlab.modules.layers import check_finite_weights, state_digest
+from quantlab.modules.memory import StageMeasurement, component_memory, measure_stage
+from quantlab.planning.job import FLOOR_BATCH, FLOOR_BF16, Job
 from quantlab.progress import Advance, say
 from quantlab.quiet import quiet_libraries
-from quantlab.report.record import log_calibration, log_evaluation, log_quantization
-from quantlab.reports import MemoryReport, MetricValue, QuantizationReport, RunReport, StageReport
+from quantlab.stages.candidate import Making, make_candidate, write_calibration
 from quantlab.stages.evaluate import evaluate, summarize
 from quantlab.stages.observe import observe, reference_key
-from quantlab.sweep import FLOOR_BATCH, FLOOR_BF16, Job
+from quantlab.tracking.results import log_calibration, log_evaluation, log_quantization
+from quantlab.vocabulary.native import canonical_json
+from quantlab.vocabulary.reports import MemoryReport, MetricValue, QuantizationReport, RunReport, StageReport
+from quantlab.vocabulary.schema import CalibrationConfig, ExperimentConfig
 
 KEY_TAG = "quantlab.key"
 """Content key of a job: by it a later sweep finds that it has finished."""

@@ -15,18 +15,29 @@ from pathlib import Path
 from typing import Any
 
 from quantlab import tracking
-from quantlab.composition import override_text
 from quantlab.errors import ConfigError, ModelError, TrackingError, nearest
-from quantlab.experiment import ExperimentConfig, TrackingConfig
-from quantlab.job import JUDGE_TAG, KEY_TAG, MODEL_TAG, Session, floor_row, open_run, run_folder, run_job, workbench
-from quantlab.layers import state_digest
 from quantlab.models import digits_dit
-from quantlab.pipeline import open_session, told_apart
+from quantlab.modules.layers import state_digest
+from quantlab.planning.composition import override_text
+from quantlab.planning.job import FLOOR_BATCH, FLOOR_BF16, Job, floor_jobs
+from quantlab.planning.plan import plan
 from quantlab.report.reading import Reader, StoredRun, open_reader
 from quantlab.report.reproduction import Reproduction, compare_runs
 from quantlab.report.selection import KIND_TAG, REPRODUCES_TAG, children
-from quantlab.resume import content_key
-from quantlab.sweep import FLOOR_BATCH, FLOOR_BF16, Job, floor_jobs, plan
+from quantlab.running.job import (
+    JUDGE_TAG,
+    KEY_TAG,
+    MODEL_TAG,
+    Session,
+    floor_row,
+    open_run,
+    run_folder,
+    run_job,
+    workbench,
+)
+from quantlab.running.resume import content_key
+from quantlab.running.sweep import open_session, told_apart
+from quantlab.vocabulary.schema import ExperimentConfig, TrackingConfig
 
 KEYS = ("tracking.uri", "device", "num_threads", "output_dir", "model.path", "dataset.path")
 """What may be said anew: where things are, and on what it runs. All else is the run's own."""

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from quantlab import tracking
-from quantlab.config import canonical_json
 from quantlab.errors import TrackingError
-from quantlab.job import KEY_TAG, Session, Workbench, judge_digest
-from quantlab.provenance import versions
-from quantlab.reports import MetricValue, RunReport
-from quantlab.sweep import Job
+from quantlab.planning.job import Job
+from quantlab.running.job import KEY_TAG, Session, Workbench, judge_digest
+from quantlab.tracking.provenance import versions
+from quantlab.vocabulary.native import canonical_json
+from quantlab.vocabulary.reports import MetricValue, RunReport
 
 LIBRARIES = {
     "none": (),
@@ -66,7 +66,7 @@ def _file_digests(job: Job) -> dict[str, str]:
 @functools.cache
 def code_digest() -> str:
     """Digest of quantlab's own Python files."""
-    root = Path(__file__).parent
+    root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
         digest.update(f"{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes() + b"\0")

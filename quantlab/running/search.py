@@ -13,33 +13,14 @@ import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from quantlab.config import canonical_json
-from quantlab.errors import ConfigError, nearest, require_package
-from quantlab.experiment import SearchConfig, SweepConfig
-from quantlab.metrics import HEADLINE, METRICS
-from quantlab.report.record import flat_metrics
-from quantlab.reports import RunReport
+from quantlab.planning.job import Job
+from quantlab.planning.space import MINIMIZE
+from quantlab.tracking.results import flat_metrics
+from quantlab.vocabulary.reports import RunReport
+from quantlab.vocabulary.schema import SearchConfig
 
-if TYPE_CHECKING:
-    from quantlab.sweep import Job
-
-SAMPLERS = ("tpe", "nsga2", "random")
-MINIMIZE, MAXIMIZE = "minimize", "maximize"
-OTHERS = {
-    "memory/weights_bytes": MINIMIZE,
-    "memory/disk_bytes": MINIMIZE,
-    "memory/bits_per_weight": MINIMIZE,
-    "memory/bits_per_weight_model": MINIMIZE,
-    "memory/compression": MAXIMIZE,
-    "quantization/coverage": MAXIMIZE,
-    "quantization/weight_rel_error_mean": MINIMIZE,
-    "quantization/weight_rel_error_max": MINIMIZE,
-    "perf/evaluate_s": MINIMIZE,
-    "perf/quantize_s": MINIMIZE,
-}
-"""Objectives that are no quality metric -> the direction that is better."""
 MAX_ASKED = 50
 """Proposals that are thrown away in a row before the nearest point that is left is taken."""
 
@@ -95,98 +76,6 @@ class Search:
             ],
             "front": [trial.job.name for i, trial in enumerate(self.trials) if i in found],
         }
-
-
-# -- what is asked for
-
-
-def check_search(sweep: SweepConfig, is_sweep: bool) -> None:
-    """ConfigError for a search that cannot be carried out, MissingPackage without Optuna (which is not imported)."""
-    search = sweep.search
-    key = f"sweep.search.num_trials={search.num_trials}"
-    if search.num_trials < 0:
-        raise ConfigError(f"{key}: a number of points, or 0 for the whole grid")
-    if search.sampler not in SAMPLERS:
-        raise ConfigError(
-            f"sweep.search.sampler={search.sampler}: there are {', '.join(SAMPLERS)}{nearest(search.sampler, SAMPLERS)}"
-        )
-    for name, direction in search.objectives.items():
-        _check_objective(name, direction)
-    if not search.num_trials:
-        return
-    if sweep.candidates:
-        raise ConfigError(
-            f"{key}: a search is over axes and not over a list; write sweep.grid in place of sweep.candidates"
-        )
-    if not is_sweep:
-        raise ConfigError(
-            f"{key}: a search needs a grid; give keys several values (quantlab -m dtype=int8,int4 ...), or a recipe "
-            "with sweep.grid"
-        )
-    require_package("optuna", key, "search")
-
-
-def check_space(jobs: Sequence[Job]) -> None:
-    """ConfigError where the points have unlike references, or an engine needs to know how many to run at once."""
-    for name in ("model", "dataset", "evaluation"):
-        nodes = [vars(getattr(job.config, name)) for job in jobs]
-        for key, value in nodes[0].items():
-            if key not in ("components", "default_exclusions") and any(n.get(key) != value for n in nodes):
-                raise ConfigError(
-                    f"{name}.{key}: is an axis of the search, and its values have unlike references, which cannot be "
-                    f"ranked; give it one value and search over the scheme, or run the grid (sweep.search.num_trials=0)"
-                )
-    launcher = jobs[0].config.launcher
-    if launcher.engine != "serial" and launcher.num_workers < 1:
-        raise ConfigError(
-            f"launcher.num_workers={launcher.num_workers}: a search on {launcher.engine} asks for so many points at "
-            "once; set launcher.num_workers=4, or launcher=serial for one after the other"
-        )
-
-
-def distinct(jobs: Sequence[Job]) -> list[Job]:
-    """Without the jobs that a group size spells anew (``auto`` and 32, where a format knows only 32)."""
-    found: dict[str, Job] = {}
-    for job in jobs:
-        quantization = {k: v for k, v in job.resolved["quantization"].items() if k != "group_size"}
-        native = job.native.to_json_string() if job.native else job.resolved["quantization"]["group_size"]
-        found.setdefault(canonical_json([{**job.resolved, "quantization": quantization}, native]), job)
-    return list(found.values())
-
-
-def _check_objective(name: str, direction: str) -> None:
-    key = f"sweep.search.objectives: {name}"
-    known = [*OTHERS, *(f"quality/{metric}" for metric in METRICS)]
-    if name not in known:
-        raise ConfigError(f"{key}: no such metric{nearest(name, known)}; quantlab list metrics shows those of quality, "
-                          f"and there are {', '.join(OTHERS)}")
-    if direction not in (MINIMIZE, MAXIMIZE):
-        raise ConfigError(f"{key}: {direction}: there are {MINIMIZE}, {MAXIMIZE}")
-    better = _better(name)
-    if better not in (None, direction):
-        raise ConfigError(f"{key}: {direction} looks for the worst; write {better}")
-
-
-def _better(name: str) -> str | None:
-    if name in OTHERS:
-        return OTHERS[name]
-    higher = METRICS[name.removeprefix("quality/")].higher_is_better
-    return None if higher is None else MAXIMIZE if higher else MINIMIZE
-
-
-def objectives_of(search: SearchConfig, protocol: str) -> dict[str, str]:
-    """The objectives with their directions; ConfigError for a metric that the protocol does not measure."""
-    if not search.objectives:
-        headline = f"quality/{HEADLINE[protocol][0]}"
-        return {"memory/weights_bytes": MINIMIZE, headline: _better(headline) or MINIMIZE}
-    for name in search.objectives:
-        metric = METRICS.get(name.removeprefix("quality/"))
-        if name.startswith("quality/") and metric is not None and protocol not in metric.protocols:
-            have = ", ".join(f"quality/{m.name}" for m in METRICS.values() if protocol in m.protocols)
-            raise ConfigError(
-                f"sweep.search.objectives: {name}: is not measured on a {protocol} model; there are {have}"
-            )
-    return dict(search.objectives)
 
 
 # -- the answer

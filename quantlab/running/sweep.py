@@ -14,17 +14,18 @@ from typing import Any
 
 from quantlab import tracking
 from quantlab.errors import ConfigError, DiskFull, QuantlabError, TrackingError, is_disk_full
-from quantlab.execute import Handed, collect, hand_over
-from quantlab.experiment import ExperimentConfig
-from quantlab.job import KEY_TAG, Session, Workbench, floor_row, open_run, prepare_device, run_job, workbench
-from quantlab.launch import check_launcher, run_handed, runs_apart
+from quantlab.planning.job import FLOOR_BATCH, FLOOR_BF16, Job, Plan, floor_jobs
+from quantlab.planning.space import objectives_of
 from quantlab.progress import progress_bars, say
-from quantlab.provenance import environment
-from quantlab.report.record import report_data
-from quantlab.reports import RunReport
-from quantlab.resume import content_key, earlier_report
-from quantlab.search import Search, objectives_of, run_search
-from quantlab.sweep import FLOOR_BATCH, FLOOR_BF16, Job, Plan, floor_jobs
+from quantlab.running.apart import Handed, collect, hand_over
+from quantlab.running.engines import check_launcher, run_handed, runs_apart
+from quantlab.running.job import KEY_TAG, Session, Workbench, floor_row, open_run, prepare_device, run_job, workbench
+from quantlab.running.resume import content_key, earlier_report
+from quantlab.running.search import Search, run_search
+from quantlab.tracking.provenance import environment
+from quantlab.tracking.results import report_data
+from quantlab.vocabulary.reports import RunReport
+from quantlab.vocabulary.schema import ExperimentConfig
 
 
 def run_plan(plan: Plan, quiet: bool = False) -> list[RunReport]:
@@ -99,7 +100,7 @@ def _ready(config: ExperimentConfig, output_dir: Path, device: str, quiet: bool)
                 device=device,
                 output_dir=output_dir,
                 advance=advance,
-                environment=environment(Path(__file__).parent.parent),
+                environment=environment(Path(__file__).parents[2]),
             )
         finally:
             gc.unfreeze()

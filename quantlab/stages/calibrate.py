@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.backends.table import calibrated_backend
-from quantlab.calibration import CalibrationFeed, StoredCalls
-from quantlab.config import canonical_json
 from quantlab.datasets.calibration import calibration_inputs, sampling_settings
 from quantlab.errors import ConfigError
-from quantlab.experiment import CalibrationConfig, EvaluationConfig
 from quantlab.models.loaded import LoadedModel
+from quantlab.modules.feed import CalibrationFeed, StoredCalls
 from quantlab.progress import say
 from quantlab.protocols.table import PROTOCOLS
-from quantlab.provenance import hardware, versions
 from quantlab.stages.observe import LIBRARIES
 from quantlab.stages.quantize import Request, Selection
+from quantlab.tracking.provenance import hardware, versions
+from quantlab.vocabulary.native import canonical_json
+from quantlab.vocabulary.schema import CalibrationConfig, EvaluationConfig
 
 FORMAT = 1  # of the stored calls; a change of what is stored raises it
 Progress = Callable[[int, int], Any] | None

@@ -9,20 +9,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from quantlab.axes import QuantizationAxes
 from quantlab.backends.table import BACKENDS
-from quantlab.calibration import CalibrationFeed
-from quantlab.composition import groups
-from quantlab.config import QuantizationConfigMixin
-from quantlab.layers import linear_layers, matches
-from quantlab.memory import StageMeasurement
 from quantlab.models.loaded import LoadedModel
+from quantlab.modules.feed import CalibrationFeed
+from quantlab.modules.layers import linear_layers, matches
+from quantlab.modules.memory import StageMeasurement
+from quantlab.planning.composition import groups
+from quantlab.planning.job import Job
 from quantlab.progress import Advance, say
-from quantlab.reports import CalibratedLayer, CalibrationReport, QuantizationReport, StageReport
 from quantlab.stages.calibrate import CalibrationSet, calibrate_component, calibration_set, halved, is_out_of_memory
 from quantlab.stages.evidence import LayerEnergies, layer_energies, weight_sqnr_db
 from quantlab.stages.quantize import Request, Selection, quantize_component, select_layers
-from quantlab.sweep import Job
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.native import QuantizationConfigMixin
+from quantlab.vocabulary.reports import CalibratedLayer, CalibrationReport, QuantizationReport, StageReport
 
 Stage = Callable[[str], contextlib.AbstractContextManager[StageMeasurement]]
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from quantlab.errors import MetricUndefined
-from quantlab.experiment import EvaluationConfig
+from quantlab.metrics.statistics import mean_interval, require_finite
 from quantlab.models.loaded import LoadedModel
 from quantlab.protocols.table import PROTOCOLS
-from quantlab.reports import Measurements, MetricValue
-from quantlab.statistics import mean_interval, require_finite
+from quantlab.vocabulary.reports import Measurements, MetricValue
+from quantlab.vocabulary.schema import EvaluationConfig
 
 
 def evaluate(

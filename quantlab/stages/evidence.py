@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from quantlab.calibration import CalibrationFeed
 from quantlab.errors import MetricUndefined
+from quantlab.modules.feed import CalibrationFeed
 
 
 @dataclass

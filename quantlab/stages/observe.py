@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quantlab.config import canonical_json
-from quantlab.experiment import EvaluationConfig
 from quantlab.metrics import METRICS
 from quantlab.models.loaded import LoadedModel
 from quantlab.protocols.table import PROTOCOLS
-from quantlab.provenance import hardware, versions
+from quantlab.tracking.provenance import hardware, versions
+from quantlab.vocabulary.native import canonical_json
+from quantlab.vocabulary.schema import EvaluationConfig
 
 FORMAT = 2  # of the stored outputs; a change of what a protocol stores raises it
 NOT_OBSERVED = ("num_bootstrap", "floor_batch_size")

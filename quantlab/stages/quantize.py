@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from quantlab.axes import QuantizationAxes, capability, resolve_axes
+from quantlab.backends.exclusions import expand
 from quantlab.backends.table import BACKENDS, calibrated_backend, native_config
-from quantlab.capabilities import CAPABILITIES, Capability
-from quantlab.config import QuantizationConfigMixin
-from quantlab.dtypes import COMPUTE_DTYPES
 from quantlab.errors import ConfigError, NotQuantized
-from quantlab.interop import expand
-from quantlab.layers import linear_layers, resolve_exclusions
-from quantlab.memory import layer_memory
-from quantlab.reports import LayerReport, QuantizationReport, StoredWeight
+from quantlab.modules.layers import linear_layers, resolve_exclusions
+from quantlab.modules.memory import layer_memory
+from quantlab.vocabulary.axes import QuantizationAxes, capability, resolve_axes
+from quantlab.vocabulary.capabilities import CAPABILITIES, Capability
+from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
+from quantlab.vocabulary.native import QuantizationConfigMixin
+from quantlab.vocabulary.reports import LayerReport, QuantizationReport, StoredWeight
 
 
 @dataclass(frozen=True, kw_only=True)

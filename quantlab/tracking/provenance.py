@@ -84,4 +84,4 @@ def hardware() -> dict[str, Any]:
 
 def environment(root: Path | None = None) -> dict[str, Any]:
     """:func:`versions`, :func:`git_state` and :func:`hardware`; ``root`` is by default the folder of this code."""
-    return {"versions": versions(), "git": git_state(root or Path(__file__).parent), "hardware": hardware()}
+    return {"versions": versions(), "git": git_state(root or Path(__file__).parents[1]), "hardware": hardware()}

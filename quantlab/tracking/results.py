@@ -8,8 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from quantlab.report.heat_map import draw_heat_map
-from quantlab.reports import (
+from quantlab.tracking.heat_map import draw_heat_map
+from quantlab.vocabulary.reports import (
     CalibratedLayer,
     CalibrationReport,
     LayerReport,

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from quantlab.errors import TrackingError
-from quantlab.experiment import TrackingConfig
 from quantlab.tracking.connect import connect, first_line, is_refusal, resolved_uri, shown_uri, store_errors
 from quantlab.tracking.record import Event, Record, Sent
 from quantlab.tracking.run import Run
 from quantlab.tracking.values import MAX_PARAM_CHARS, checked_tags, shortened, this_process
+from quantlab.vocabulary.schema import TrackingConfig
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")

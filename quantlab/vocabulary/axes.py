@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from quantlab.capabilities import CAPABILITIES, Capability, refusal
-from quantlab.dtypes import COMPUTE_DTYPES
 from quantlab.errors import ConfigError, nearest
+from quantlab.vocabulary.capabilities import CAPABILITIES, Capability, refusal
+from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 
 ON_MISMATCH = ("error", "skip", *COMPUTE_DTYPES)
 

@@ -15,9 +15,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, cast, dataclass_transform
 
-from quantlab.axes import QuantizationAxes
-from quantlab.dtypes import TORCH_DTYPE_NAMES, dtype_name
 from quantlab.errors import ConfigError, nearest
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.dtypes import TORCH_DTYPE_NAMES, dtype_name
 
 _T = TypeVar("_T", bound=type)
 LIBRARY_RULE = "library"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from quantlab.axes import QuantizationAxes
+from quantlab.vocabulary.axes import QuantizationAxes
 
 
 @dataclass

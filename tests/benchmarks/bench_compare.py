@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from comparison_store import EFFECT, N, Sweep, add_run
 
 from quantlab.cli import dispatch
-from quantlab.experiment import TrackingConfig
 from quantlab.report.compare import compare
 from quantlab.report.reading import open_reader
 from quantlab.report.selection import parse_request, select
 from quantlab.tracking import find_runs, open_store
+from quantlab.vocabulary.schema import TrackingConfig
 
 NUM_FRONT = 20
 TABLES = ("runs", "latest_metrics", "params", "tags")

@@ -181,12 +181,12 @@ def _script(row: str, words: Sequence[str]) -> dict[str, Any]:
 
 
 def _quantlab(row: str, words: Sequence[str]) -> dict[str, Any]:
-    modules = ["torch", ROWS[row][1], "mlflow", "quantlab.pipeline", "scipy.linalg", "sklearn.datasets",
+    modules = ["torch", ROWS[row][1], "mlflow", "quantlab.running.sweep", "scipy.linalg", "sklearn.datasets",
                "sklearn.model_selection", "PIL.Image"]
     _, imports = _timed("import_", lambda: _import(modules))
     from quantlab import tracking
-    from quantlab.pipeline import run_plan
-    from quantlab.sweep import plan
+    from quantlab.planning.plan import plan
+    from quantlab.running.sweep import run_plan
 
     request, composed = _timed("compose_", lambda: plan(words, multirun=True))
     store, opened = _timed("store_", lambda: tracking.open_store(request.jobs[0].config.tracking, Path.cwd()))
@@ -200,8 +200,8 @@ def _quantlab(row: str, words: Sequence[str]) -> dict[str, Any]:
 def _reference(row: str, words: Sequence[str]) -> dict[str, Any]:
     from quantlab.datasets.table import DATASETS
     from quantlab.models.table import FAMILIES
+    from quantlab.planning.plan import plan
     from quantlab.stages.observe import observe, reference_key
-    from quantlab.sweep import plan
 
     config = plan(words, multirun=True).jobs[0].config
     cache = Path(config.output_dir) / "cache"

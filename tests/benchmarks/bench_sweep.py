@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ["model.num_train_steps=40", "--json", "-q"]
 SHORT, LONG = ["evaluation=quick"], ["evaluation.num_samples=400", "evaluation.num_teacher_forced=20"]
 SCHEMES = [(dtype, size) for size in (16, 32, 64, 128, 256) for dtype in ("int8", "int4", "int3", "int2")]
-IMPORTS = "import torch, torchao, mlflow, sklearn, quantlab.pipeline, quantlab.cli"
+IMPORTS = "import torch, torchao, mlflow, sklearn, quantlab.running.sweep, quantlab.cli"
 
 
 def timed(folder: Path, *command: str) -> tuple[float, float, str]:

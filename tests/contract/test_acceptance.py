@@ -8,9 +8,9 @@ from test_faults import SECOND, inputs, net, run
 
 import quantlab
 from quantlab import ConfigError, GGUFQuantizationConfig, NVIDIAModelOptConfig, QuantoConfig, TorchAoConfig
-from quantlab.axes import QuantizationAxes
 from quantlab.backends.table import BACKENDS, native_config
-from quantlab.layers import linear_layers
+from quantlab.modules.layers import linear_layers
+from quantlab.vocabulary.axes import QuantizationAxes
 
 ACCEPTANCE = {
     1: "test_config.py::test_json_and_back, contract/test_config_values.py::test_unknown_keys_name_the_nearest_field",

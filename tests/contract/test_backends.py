@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from quantlab.axes import QuantizationAxes
 from quantlab.backends.table import BACKENDS, PACKAGES, native_config
-from quantlab.calibration import feed_of_batches
-from quantlab.capabilities import CAPABILITIES
 from quantlab.errors import ConfigError, MissingPackage, NotQuantized
-from quantlab.memory import storages
+from quantlab.modules.feed import feed_of_batches
+from quantlab.modules.memory import storages
 from quantlab.stages.calibrate import calibrate_component
 from quantlab.stages.quantize import Request, quantize_component, select_layers
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.capabilities import CAPABILITIES
 
 ROWS = [(b, d, row) for b, rows in CAPABILITIES.items() if b != "none" for d, row in rows.items()]
 ON_CPU = [(b, d, row) for b, d, row in ROWS if "cpu" in row.devices]

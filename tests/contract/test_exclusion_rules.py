@@ -8,7 +8,7 @@ from test_interop import METHODS, TABLE, config_of, excluded_by_diffusers, paths
 from torch import nn
 
 import quantlab
-from quantlab import interop
+from quantlab.backends import exclusions
 from quantlab.errors import ConfigError
 from quantlab.stages.quantize import quantize_component
 
@@ -36,13 +36,13 @@ def paths(flux):
 @pytest.mark.parametrize("entry", TABLE, ids=lambda e: e or "empty")
 def test_diffusers_rules_give_the_known_counts(entry, paths):
     assert len(paths) == 28
-    assert tuple(len(interop.taken("diffusers", m, [entry], paths)) for m in METHODS) == TABLE[entry]
+    assert tuple(len(exclusions.taken("diffusers", m, [entry], paths)) for m in METHODS) == TABLE[entry]
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("entry", TABLE, ids=lambda e: e or "empty")
 def test_diffusers_own_code_leaves_out_the_same_layers(method, entry, flux, paths):
-    assert set(interop.taken("diffusers", method, [entry], paths)) == excluded_by_diffusers(method, flux, [entry])
+    assert set(exclusions.taken("diffusers", method, [entry], paths)) == excluded_by_diffusers(method, flux, [entry])
 
 
 @pytest.mark.parametrize(
@@ -59,10 +59,10 @@ def test_transformers_rule_is_its_own_function(method, entry, paths):
         with pytest.raises(re.error, match="repeat"):
             should_convert_module(paths[0], [entry])
         with pytest.raises(ConfigError, match=r"reads it as a regular expression, which it is not"):
-            interop.taken("transformers", method, [entry], paths)
+            exclusions.taken("transformers", method, [entry], paths)
         return
     wanted = {p for p in paths if not should_convert_module(p + tail, [entry])}
-    assert set(interop.taken("transformers", method, [entry], paths)) == wanted
+    assert set(exclusions.taken("transformers", method, [entry], paths)) == wanted
 
 
 def test_transformers_without_a_list_leaves_out_its_defaults():
@@ -71,18 +71,18 @@ def test_transformers_without_a_list_leaves_out_its_defaults():
     for tie in (False, True):
         model = tiny_llama(tie)
         config = quantlab.config_from_dict({"quant_method": "quanto", "weights": "int8", "activations": None})
-        reasons, idle = interop.expand(config, model)
+        reasons, idle = exclusions.expand(config, model)
         assert set(reasons) == {"lm_head"}
         assert "lm_head" in get_keys_to_not_convert(model)
         assert idle == ()
     with pytest.raises(ConfigError, match="and this is no model of transformers; name the modules"):
-        interop.expand(config, nn.Sequential(nn.Linear(4, 4)))
+        exclusions.expand(config, nn.Sequential(nn.Linear(4, 4)))
 
 
 @pytest.mark.parametrize("method", ["gguf", "modelopt"])
 def test_transformers_has_no_such_backend(method):
     with pytest.raises(ConfigError, match=f"transformers does not quantize with {method}"):
-        interop.rule_of("transformers", method)
+        exclusions.rule_of("transformers", method)
 
 
 # -- quantlab's one matcher
@@ -93,10 +93,10 @@ def test_transformers_has_no_such_backend(method):
 def test_one_matcher_on_every_backend(method, entry, flux):
     config = config_of(method, [entry])
     if entry in OURS:
-        assert len(interop.excluded_layers(config, flux)) == OURS[entry]
+        assert len(exclusions.excluded_layers(config, flux)) == OURS[entry]
     else:
         with pytest.raises(ConfigError, match=r"^modules_to_not_convert=.*: matches none of the 28 layers"):
-            interop.excluded_layers(config, flux)
+            exclusions.excluded_layers(config, flux)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -107,7 +107,7 @@ def test_the_empty_entry_is_no_entry(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_backend_leaves_the_same_layers(method, flux):
-    wanted = interop.excluded_layers(config_of("quanto", ["transformer_blocks.0"]), flux)
+    wanted = exclusions.excluded_layers(config_of("quanto", ["transformer_blocks.0"]), flux)
     config = config_of(method, ["transformer_blocks.0"])
     module = copy.deepcopy(flux)
     _, report = quantize_component(request(config, module, on_mismatch="skip"), module, flux)

@@ -11,9 +11,9 @@ from test_interop import tiny_flux
 from torch import nn
 
 import quantlab
-from quantlab import interop
+from quantlab.backends import exclusions
 from quantlab.errors import ConfigError
-from quantlab.layers import linear_layers
+from quantlab.modules.layers import linear_layers
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_a_checkpoint_that_diffusers_wrote_is_read(config, flux, tmp_path):
     assert read == quantlab.from_pretrained_config(tmp_path / "quantized" / "config.json")
     assert type(read) is type(config)
     assert read.exclusion_rule == ("diffusers" if config.exclusions else "quantlab")
-    assert interop.excluded_layers(read, flux) == interop.excluded_layers(config, flux)
+    assert exclusions.excluded_layers(read, flux) == exclusions.excluded_layers(config, flux)
     assert (read.axes().dtype, read.axes().group_size) == (config.axes().dtype, config.axes().group_size)
     done = {
         n
@@ -52,7 +52,7 @@ def test_a_checkpoint_that_diffusers_wrote_is_read(config, flux, tmp_path):
         if type(layer).__name__ == "QLinear"
         or (isinstance(layer, nn.Linear) and type(layer.weight).__name__ in ("Int8Tensor", "Float8Tensor"))
     }
-    assert done == set(linear_layers(flux)) - interop.excluded_layers(config, flux)
+    assert done == set(linear_layers(flux)) - exclusions.excluded_layers(config, flux)
 
 
 AO = {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}

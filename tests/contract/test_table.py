@@ -10,13 +10,13 @@ from test_backends import ON_CPU, ROWS, net, quantized, run, sample
 from torch import nn
 
 import quantlab
-from quantlab.axes import QuantizationAxes, resolve_axes
 from quantlab.backends.table import BACKENDS, native_config
-from quantlab.capabilities import CAPABILITIES, refusal
-from quantlab.dtypes import DTYPES
 from quantlab.errors import ConfigError, MissingPackage
-from quantlab.listing import combinations
+from quantlab.planning.listing import combinations
 from quantlab.stages.quantize import check_device
+from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
+from quantlab.vocabulary.capabilities import CAPABILITIES, refusal
+from quantlab.vocabulary.dtypes import DTYPES
 
 REFUSED = [(b, d) for b in CAPABILITIES for d in DTYPES if d not in CAPABILITIES[b]]
 IDS = [f"{b}-{d}" for b, d, _ in ON_CPU]
@@ -57,7 +57,7 @@ def test_what_is_refused_says_why_and_who_has_it(backend, dtype):
 def test_refusals_come_before_torch_and_before_the_library():
     code = f"""
 import sys
-from quantlab.axes import QuantizationAxes
+from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.backends.table import native_config
 from quantlab.errors import ConfigError
 for backend, dtype in {REFUSED!r}:

@@ -6,8 +6,8 @@ import functools
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from quantlab.dtypes import dtype_name
 from quantlab.errors import ConfigError, ModelError
+from quantlab.vocabulary.dtypes import dtype_name
 
 WEIGHTS_PER_SCALE = {
     "q8_0": 32, "q5_0": 32, "q5_1": 32, "q4_0": 32, "q4_1": 32, "iq4_nl": 32,

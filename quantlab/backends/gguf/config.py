@@ -6,13 +6,19 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
-from quantlab.axes import QuantizationAxes, resolve_axes
-from quantlab.capabilities import CAPABILITIES
-from quantlab.config import EXCLUSION_RULES, QuantizationConfigMixin, QuantizationMethod, quantization_config, setting
-from quantlab.dtypes import COMPUTE_DTYPES
+from quantlab.backends.exclusions import build, exclusions_for
 from quantlab.errors import ConfigError, nearest
-from quantlab.interop import build, exclusions_for
-from quantlab.layers import resolve_exclusions
+from quantlab.modules.layers import resolve_exclusions
+from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
+from quantlab.vocabulary.capabilities import CAPABILITIES
+from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
+from quantlab.vocabulary.native import (
+    EXCLUSION_RULES,
+    QuantizationConfigMixin,
+    QuantizationMethod,
+    quantization_config,
+    setting,
+)
 
 
 def uses_importance(gguf_type: str) -> bool:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantlab.calibration import CalibrationFeed
 from quantlab.errors import ConfigError
+from quantlab.modules.feed import CalibrationFeed
 
 _SUMS, _COUNTS, _WEIGHT = ".in_sum2", ".counts", ".weight"
 _FLOOR = 2.0**-40

@@ -16,10 +16,10 @@ from quantlab.backends.gguf.imatrix import (
     read_imatrix,
     write_imatrix,
 )
-from quantlab.calibration import CalibrationFeed
 from quantlab.errors import ConfigError, NotQuantized, require_package
-from quantlab.layers import replace_layer
-from quantlab.reports import StoredWeight
+from quantlab.modules.feed import CalibrationFeed
+from quantlab.modules.layers import replace_layer
+from quantlab.vocabulary.reports import StoredWeight
 
 
 def calibrate(

@@ -9,9 +9,9 @@ from typing import Any
 
 from quantlab.backends.gguf.blocks import WEIGHTS_PER_SCALE, linear_class, torch_dtype
 from quantlab.backends.gguf.config import GGUFQuantizationConfig
-from quantlab.dtypes import dtype_name
 from quantlab.errors import ModelError
-from quantlab.layers import replace_layer
+from quantlab.modules.layers import replace_layer
+from quantlab.vocabulary.dtypes import dtype_name
 
 _FILE = "model.gguf"
 _KEY = "quantlab.tensors"

@@ -11,7 +11,7 @@ from quantlab.backends.modelopt.calibrate import calibrate
 from quantlab.backends.modelopt.config import NVIDIAModelOptConfig, build_quant_cfg
 from quantlab.backends.modelopt.quantize import quantize, read_back, resolve
 from quantlab.backends.modelopt.storage import load, save
-from quantlab.config import QuantizationConfigMixin
+from quantlab.vocabulary.native import QuantizationConfigMixin
 
 Config: type[QuantizationConfigMixin] = NVIDIAModelOptConfig
 

@@ -11,8 +11,8 @@ from quantlab.backends.casting import wanted_dtype
 from quantlab.backends.modelopt.config import NVIDIAModelOptConfig, activation_cfg, block_of
 from quantlab.backends.modelopt.library import insert, settle, shape_of
 from quantlab.backends.modelopt.quantize import begin
-from quantlab.calibration import CalibrationFeed
 from quantlab.errors import ConfigError
+from quantlab.modules.feed import CalibrationFeed
 
 _HESSIAN_BYTES = 4 << 30
 """How much of ``gptq``'s second moments is kept at once; more layers take more passes over the data."""

@@ -7,7 +7,7 @@ import glob
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
-from quantlab.axes import QuantizationAxes, resolve_axes
+from quantlab.backends.exclusions import build, excluded_layers, exclusions_for, refuse_ours
 from quantlab.backends.modelopt.algorithms import (
     ALGORITHMS,
     CLIPPING,
@@ -28,10 +28,16 @@ from quantlab.backends.modelopt.pasted import (
     switched_off,
     with_dynamic_activations,
 )
-from quantlab.config import EXCLUSION_RULES, QuantizationConfigMixin, QuantizationMethod, quantization_config, setting
 from quantlab.errors import ConfigError, nearest
-from quantlab.interop import build, excluded_layers, exclusions_for, refuse_ours
-from quantlab.layers import linear_layers
+from quantlab.modules.layers import linear_layers
+from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
+from quantlab.vocabulary.native import (
+    EXCLUSION_RULES,
+    QuantizationConfigMixin,
+    QuantizationMethod,
+    quantization_config,
+    setting,
+)
 
 NUM_BITS: dict[str, int | tuple[int, int]] = {
     "FP8": (4, 3),

@@ -17,7 +17,7 @@ from quantlab.backends.modelopt.config import (
 from quantlab.backends.modelopt.library import BRANCH, insert, named_failure, quiet_library, settle, shape_of
 from quantlab.backends.modelopt.packing import pack
 from quantlab.errors import ConfigError, NotQuantized
-from quantlab.reports import StoredWeight
+from quantlab.vocabulary.reports import StoredWeight
 
 PACKED = {
     "INT8QTensor": "int8",

@@ -20,8 +20,8 @@ from quantlab.backends.modelopt.quantize import (
     packed_class,
     stored_dtype,
 )
-from quantlab.dtypes import dtype_name
 from quantlab.errors import ModelError
+from quantlab.vocabulary.dtypes import dtype_name
 
 _WEIGHTS_FILE, _LAYERS_FILE = "quantized.safetensors", "layers.json"
 

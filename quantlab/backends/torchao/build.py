@@ -11,8 +11,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from quantlab.config import to_json_data
 from quantlab.errors import ConfigError
+from quantlab.vocabulary.native import to_json_data
 
 _SKIP_BINARIES = "TORCHAO_FORCE_SKIP_LOADING_SO_FILES"
 _NOISY_LOGGERS = ("torchao", "torch.utils._pytree")

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-from quantlab.axes import QuantizationAxes, resolve_axes
+from quantlab.backends.exclusions import build, excluded_layers, exclusions_for, refuse_ours
 from quantlab.backends.torchao.build import build_form
 from quantlab.backends.torchao.forms import (
     DEFAULTS,
@@ -30,10 +30,16 @@ from quantlab.backends.torchao.forms import (
 )
 from quantlab.backends.torchao.rules import OPAQUE_GROUPS, check_calibration, opaque, static
 from quantlab.backends.torchao.shorthands import expand
-from quantlab.config import EXCLUSION_RULES, QuantizationConfigMixin, QuantizationMethod, quantization_config, setting
 from quantlab.errors import ConfigError
-from quantlab.interop import build, excluded_layers, exclusions_for, refuse_ours
-from quantlab.layers import linear_layers
+from quantlab.modules.layers import linear_layers
+from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
+from quantlab.vocabulary.native import (
+    EXCLUSION_RULES,
+    QuantizationConfigMixin,
+    QuantizationMethod,
+    quantization_config,
+    setting,
+)
 
 _NF4, _NVFP4, _MX = "NF4WeightOnlyConfig", "NVFP4WeightOnlyConfig", "MXDynamicActivationMXWeightConfig"
 _GRANULARITY = {INTX: "granularity", INT8_INTX: "weight_granularity", INT8: "granularity"}

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
-from quantlab.config import to_json_data
-from quantlab.dtypes import dtype_name
 from quantlab.errors import ConfigError, nearest
+from quantlab.vocabulary.dtypes import dtype_name
+from quantlab.vocabulary.native import to_json_data
 
 Form = dict[str, Any]
 

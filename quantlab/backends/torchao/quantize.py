@@ -15,10 +15,10 @@ from quantlab.backends.torchao.config import TorchAoConfig, layer_form
 from quantlab.backends.torchao.forms import INT4
 from quantlab.backends.torchao.readback import is_quantized
 from quantlab.backends.torchao.rules import FLOAT8_STATIC, OPAQUE
-from quantlab.calibration import CalibrationFeed
-from quantlab.config import canonical_json
-from quantlab.dtypes import dtype_name
 from quantlab.errors import ConfigError, NotQuantized
+from quantlab.modules.feed import CalibrationFeed
+from quantlab.vocabulary.dtypes import dtype_name
+from quantlab.vocabulary.native import canonical_json
 
 _DYNAMIC_FLOAT8 = "Float8DynamicActivationFloat8WeightConfig"
 _OWN_LAYERS = ("FqnToConfig", "ModuleFqnToConfig", "AOPerModuleConfig")

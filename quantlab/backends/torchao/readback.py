@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantlab.dtypes import dtype_name
 from quantlab.errors import NotQuantized
-from quantlab.reports import StoredWeight
+from quantlab.vocabulary.dtypes import dtype_name
+from quantlab.vocabulary.reports import StoredWeight
 
 
 def is_quantized(layer: Any) -> bool:

@@ -1,0 +1,51 @@
+"""What a diffusion model is sampled from."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DiffusionInputs:
+    """What is sampled: row i of everything is sample i, and none depends on the others."""
+
+    noise: Any
+    """Initial latents, float32 CPU tensor (n, ...)."""
+    conditioning: Mapping[str, list[Any]]
+    """Name -> one plain value a sample: ``{"class_label": [...]}`` or ``{"prompt": [...]}``."""
+    sample_ids: tuple[str, ...]
+    clusters: Any = None
+    """int array (n,): samples of one prompt share a number; None: each its own."""
+    strata: Any = None
+    """int array (n,): the class of each sample; None: one stratum."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples, n."""
+        return len(self.sample_ids)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Digest of noise and conditioning."""
+        noise = self.noise.contiguous()
+        digest = hashlib.sha256(f"{noise.dtype}|{tuple(noise.shape)}|".encode())
+        digest.update(noise.numpy().tobytes())
+        digest.update(json.dumps(dict(self.conditioning), sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def subset(self, indices: Sequence[int] | slice) -> DiffusionInputs:
+        """The samples at ``indices``, in that order."""
+        import numpy as np
+
+        rows = np.arange(self.num_samples)[indices if isinstance(indices, slice) else np.asarray(indices, dtype=int)]
+        return replace(
+            self, noise=self.noise[rows], sample_ids=tuple(self.sample_ids[i] for i in rows),
+            conditioning={name: [values[i] for i in rows] for name, values in self.conditioning.items()},
+            clusters=None if self.clusters is None else np.asarray(self.clusters)[rows],
+            strata=None if self.strata is None else np.asarray(self.strata)[rows],
+        )
