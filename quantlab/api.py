@@ -169,7 +169,8 @@ def evaluate(
             theirs = {inputs_of([batch]).sha256 for batch in inputs}
             if theirs & {inputs_of([batch]).sha256 for batch in calibration or ()}:
                 raise ConfigError(
-                    "calibration: it holds a batch of inputs, so the numbers would flatter; give other batches")
+                    "calibration: it holds a batch of inputs, so the numbers would flatter; give other batches"
+                )
     settings = EvaluationConfig(num_bootstrap=num_bootstrap)
     modes = {part: part.training for part in module.modules()}
     module.eval()

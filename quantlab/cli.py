@@ -95,8 +95,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not is_disk_full(error):
             raise
         _drop_output()
-        print(f"quantlab: output: cannot be written ({error}); results are tracked and kept: send the output to a disk "
-              "with room, and give the same command again", file=sys.stderr)
+        print(
+            f"quantlab: output: cannot be written ({error}); results are tracked and kept: send the output to a disk "
+            "with room, and give the same command again",
+            file=sys.stderr,
+        )
         code = 1
     except QuantlabError as error:
         if os.environ.get("QUANTLAB_TRACEBACK") == "1":

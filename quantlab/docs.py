@@ -71,16 +71,20 @@ def table_block(data: Mapping[str, Any]) -> str:
 
 def calibration_block(data: Mapping[str, Any]) -> str:
     """What each algorithm of a sweep costs or buys over the plain one: a Markdown table of paired differences."""
-    lines = ["| algorithm | against | metric | difference (95 % interval) | of plain | p (Holm) | verdict |",
-             "|---|---|---|---:|---:|---:|---|"]
+    lines = [
+        "| algorithm | against | metric | difference (95 % interval) | of plain | p (Holm) | verdict |",
+        "|---|---|---|---:|---:|---:|---|",
+    ]
     for group in compare_sweep(str(data["run_id"]), data["uri"]):
         values = {r.name: r.metrics[f"quality/{group.metric}"] for r in group.candidates}
         for v in group.twins:
             d = v.difference
             share = f"{values[v.a] / values[v.b]:.2f}x" if values[v.b] else ""
             interval = "" if d.ci_lo is None else f" ({d.ci_lo:+.1e}..{d.ci_hi:+.1e})"
-            lines.append(f"| {v.a} | {v.b} | {group.metric} | {d.value:+.1e}{interval} | {share} | "
-                         f"{p_text(v.p_holm)} | {v.text} |")
+            lines.append(
+                f"| {v.a} | {v.b} | {group.metric} | {d.value:+.1e}{interval} | {share} | "
+                f"{p_text(v.p_holm)} | {v.text} |"
+            )
     return "\n".join(lines) + "\n"
 
 

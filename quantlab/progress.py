@@ -13,7 +13,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console(stderr=True)
 
 
-
 class Advance(Protocol):
     """``advance(what, done, total)`` shows the state of one piece of work; ``note`` stands behind the numbers."""
 

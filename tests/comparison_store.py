@@ -57,32 +57,62 @@ FLOOR = errors(1e-5, 7)
 
 
 def add_run(
-    sweep: Sweep, name: str, values: Any, *, size: int = 16_000_000, backend: str = "none", parent: str | None = None,
-    key: str = "k1", params: Mapping[str, Any] | None = None, ids: Sequence[str] | None = None, agree: Any = None,
+    sweep: Sweep,
+    name: str,
+    values: Any,
+    *,
+    size: int = 16_000_000,
+    backend: str = "none",
+    parent: str | None = None,
+    key: str = "k1",
+    params: Mapping[str, Any] | None = None,
+    ids: Sequence[str] | None = None,
+    agree: Any = None,
 ) -> str:
     """One finished run of a candidate (or of the reference or a floor, without a backend)."""
     n = len(values)
     folder = sweep.folder / "outputs" / "runs" / f"{len(list((sweep.folder / 'outputs' / 'runs').iterdir())):03d}"
-    samples = {"latent_rel_mse": values, "judge_agreement": np.ones(n) if agree is None else agree,
-               "class_accuracy": np.arange(n) % 2 if agree is None else (np.arange(n) % 2) * agree}
+    samples = {
+        "latent_rel_mse": values,
+        "judge_agreement": np.ones(n) if agree is None else agree,
+        "class_accuracy": np.arange(n) % 2 if agree is None else (np.arange(n) % 2) * agree,
+    }
     quality = {k: mean_interval(v, None, np.arange(n) % 4) for k, v in samples.items()}
     images = np.full((2, 3, 8, 6, 1), 90, np.uint8)
     images[:, 1:] = size // 100_000
     measured = Measurements(
-        samples=samples, strata=np.arange(n) % 4, sample_ids=tuple(ids or (f"s{i}" for i in range(n))), images=images,
+        samples=samples,
+        strata=np.arange(n) % 4,
+        sample_ids=tuple(ids or (f"s{i}" for i in range(n))),
+        images=images,
         steps={"step_sqnr_db": np.array([40.0, 30.0]), "step_divergence": np.array([1e-3, 2e-2]) * values.mean()},
     )
     floor = {"latent_rel_mse": mean_interval(FLOOR), "judge_agreement": MetricValue(value=1, n=n)}
-    memory = MemoryReport(weights_bytes=size, quantized_bytes=size - 100, scale_bytes=50, other_bytes=50,
-                          bytes_at_16_bit=8_000_000, num_parameters=4_000_000)
+    memory = MemoryReport(
+        weights_bytes=size,
+        quantized_bytes=size - 100,
+        scale_bytes=50,
+        other_bytes=50,
+        bytes_at_16_bit=8_000_000,
+        num_parameters=4_000_000,
+    )
     report = RunReport(
-        name=name, status="FINISHED", protocol="diffusion", quality=quality, measurements=measured,
+        name=name,
+        status="FINISHED",
+        protocol="diffusion",
+        quality=quality,
+        measurements=measured,
         floor={} if backend == "none" else floor,
         quantization=None if backend == "none" else quantization(values),
         memory={"transformer": memory},
     )
-    asked = {"model": {"family": "digits_dit", "path": None}, "dataset": {"name": "digits_classes"},
-             "evaluation": {"num_samples": n}, "quantization": {"backend": backend, "dtype": name}, **(params or {})}
+    asked = {
+        "model": {"family": "digits_dit", "path": None},
+        "dataset": {"name": "digits_classes"},
+        "evaluation": {"num_samples": n},
+        "quantization": {"backend": backend, "dtype": name},
+        **(params or {}),
+    }
     tags = {"quantlab.kind": "job", "quantlab.device": "cpu", "quantlab.versions": {"torch": "2.13"}}
     with sweep.store.start_run(name, folder, asked, tags, parent) as run:
         (folder / "recipe.yaml").write_text(RECIPE.format(backend=backend))
@@ -96,10 +126,23 @@ def add_run(
 
 def quantization(values: Any) -> QuantizationReport:
     error = float(values.mean()) ** 0.5
-    return QuantizationReport(num_parameters=4_000_000, layers=tuple(
-        LayerReport(component="transformer", name=name, kind="Linear", shape=(1000, 1000), status="quantized",
-                    dtype="int8", bits_per_weight=8.0, weight_bytes=1_000_000, weight_rel_error=error * (1 + i))
-        for i, name in enumerate(LAYERS)))
+    return QuantizationReport(
+        num_parameters=4_000_000,
+        layers=tuple(
+            LayerReport(
+                component="transformer",
+                name=name,
+                kind="Linear",
+                shape=(1000, 1000),
+                status="quantized",
+                dtype="int8",
+                bits_per_weight=8.0,
+                weight_bytes=1_000_000,
+                weight_rel_error=error * (1 + i),
+            )
+            for i, name in enumerate(LAYERS)
+        ),
+    )
 
 
 @functools.cache

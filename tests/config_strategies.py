@@ -81,8 +81,9 @@ def torchao_configs(draw):
         if is_hqq or own.get("int4_packing_format") == "tile_packed_to_4d":
             choices = ["auto"]
         own["mapping_type"] = draw(st.sampled_from(choices))
-    if given_type in ("int8wo", "int8_weight_only", "int8dq") or (is_int4 and own["int4_packing_format"] == own["mapping_type"] == "auto"
-                                              and own["group_size"] != 256):
+    if given_type in ("int8wo", "int8_weight_only", "int8dq") or (
+        is_int4 and own["int4_packing_format"] == own["mapping_type"] == "auto" and own["group_size"] != 256
+    ):
         own["algorithm"] = draw(st.sampled_from(["auto", "awq", "smoothquant"]))
         own["calibration_layers_at_once"] = draw(st.integers(0, 9))
     if own.get("algorithm") == "smoothquant":
@@ -109,8 +110,12 @@ def quanto_configs():
 def gguf_configs():
     with_data = [f for f in FORMATS if f != "q8_0"]  # which takes no importance matrix
     algorithms = st.just({}) | st.fixed_dictionaries(
-        {"algorithm": st.just("imatrix"), "gguf_type": st.sampled_from(with_data),
-         "imatrix_file": st.none() | st.just("found.gguf")})
+        {
+            "algorithm": st.just("imatrix"),
+            "gguf_type": st.sampled_from(with_data),
+            "imatrix_file": st.none() | st.just("found.gguf"),
+        }
+    )
     return st.tuples(_gguf_settings(), algorithms).map(lambda made: GGUFQuantizationConfig(**{**made[0], **made[1]}))
 
 
@@ -128,8 +133,13 @@ def _gguf_settings():
 
 
 MODELOPT_ALGORITHMS = {
-    "FP8": ["max", "awq_lite"], "INT8": ["max", "awq_lite", "gptq"], "INT4": ["max", "mse", "awq_lite"],
-    "INT3": ["max", "mse", "local_hessian"], "NVFP4": ["max", "awq_lite"], "MXFP8": ["max"], "MXFP4": ["max"],
+    "FP8": ["max", "awq_lite"],
+    "INT8": ["max", "awq_lite", "gptq"],
+    "INT4": ["max", "mse", "awq_lite"],
+    "INT3": ["max", "mse", "local_hessian"],
+    "NVFP4": ["max", "awq_lite"],
+    "MXFP8": ["max"],
+    "MXFP4": ["max"],
 }
 
 
@@ -164,8 +174,11 @@ def modelopt_configs(draw):
         own |= {"channel_quantize": -1, "block_quantize": 16, "scale_channel_quantize": -1, "scale_block_quantize": 16}
     bits = {"FP8": [4, 3], "INT8": 8, "INT4": 4, "INT3": 3}.get(weight)
     if bits and draw(st.booleans()):
-        own = {k: v for k, v in own.items()
-               if k not in ("channel_quantize", "block_quantize", "fit_group_size", "activation_scales")}
+        own = {
+            k: v
+            for k, v in own.items()
+            if k not in ("channel_quantize", "block_quantize", "fit_group_size", "activation_scales")
+        }
         own["modelopt_config"] = {
             "algorithm": {"method": own["algorithm"]},
             "quant_cfg": draw(

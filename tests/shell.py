@@ -29,8 +29,12 @@ class Shell:
     def __call__(self, *words: str) -> tuple[int, str, str]:
         """Run ``quantlab WORDS`` there; exit code, stdout, stderr."""
         out, err = io.StringIO(), io.StringIO()
-        with contextlib.chdir(self.folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
-                pytest.raises(SystemExit) as ended:
+        with (
+            contextlib.chdir(self.folder),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as ended,
+        ):
             main(list(words))
         return int(ended.value.code or 0), out.getvalue(), err.getvalue()
 
@@ -59,5 +63,11 @@ def make_shell(folder: Path, template: Path, trained: Path) -> Shell:
 
 def digits_words(*more: str) -> list[str]:
     """Overrides that make a run on the tiny digits model last a second."""
-    return [*(f"model.{k}={v}" for k, v in TINY.items()), "evaluation=quick", "evaluation.num_inference_steps=2",
-            "evaluation.num_bootstrap=50", "evaluation.num_teacher_forced=2", *more]
+    return [
+        *(f"model.{k}={v}" for k, v in TINY.items()),
+        "evaluation=quick",
+        "evaluation.num_inference_steps=2",
+        "evaluation.num_bootstrap=50",
+        "evaluation.num_teacher_forced=2",
+        *more,
+    ]

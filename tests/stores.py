@@ -30,8 +30,10 @@ def artifact(store: Store, run_id: str, name: str) -> bytes:
 
 def python(code: str, *words: str) -> subprocess.Popen[str]:
     """A process of its own that runs ``code`` with the names of this API at hand."""
-    begin = ("import os, signal, sys, time\nfrom pathlib import Path\nfrom quantlab.vocabulary.schema import TrackingConfig\n"
-             "from quantlab.tracking import *\nbase = Path(sys.argv[1])\nruns = base / 'outputs' / 'runs'\n")
+    begin = (
+        "import os, signal, sys, time\nfrom pathlib import Path\nfrom quantlab.vocabulary.schema import TrackingConfig\n"
+        "from quantlab.tracking import *\nbase = Path(sys.argv[1])\nruns = base / 'outputs' / 'runs'\n"
+    )
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", begin + code, *words], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -64,8 +66,20 @@ class Unplugged:
 @contextlib.contextmanager
 def live_server(port: int, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """An MLflow server that keeps its runs in ``folder`` and answers; dead at the end. May be started there again."""
-    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1",
-               "--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "kept")]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        "--backend-store-uri",
+        f"sqlite:///{folder}/server.db",
+        "--artifacts-destination",
+        str(folder / "kept"),
+    ]
     with (folder / "server.log").open("a") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
     try:

@@ -194,52 +194,89 @@ INT8 = quantlab.QuantoConfig("int8")
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a bare Linear": (
         lambda: quantlab.quantize(nn.Linear(64, 8), INT8),
-        quantlab.ConfigError, r"^module: a bare Linear .*torch\.nn\.Sequential\(linear\)$"),
+        quantlab.ConfigError,
+        r"^module: a bare Linear .*torch\.nn\.Sequential\(linear\)$",
+    ),
     "a bare Linear to evaluate": (
         lambda: quantlab.evaluate(nn.Linear(64, 8), [INT8], batches()),
-        quantlab.ConfigError, r"^module: a bare Linear "),
+        quantlab.ConfigError,
+        r"^module: a bare Linear ",
+    ),
     "a word for a config": (
         lambda: quantlab.quantize(Net(), "int8"),  # type: ignore[arg-type]
-        quantlab.ConfigError, r"^config=str: one of quantlab's configs is wanted, e\.g\. QuantoConfig"),
+        quantlab.ConfigError,
+        r"^config=str: one of quantlab's configs is wanted, e\.g\. QuantoConfig",
+    ),
     "a dict for a config": (
         lambda: quantlab.evaluate(Net(), [{"quant_method": "quanto"}], batches()),  # type: ignore[list-item]
-        quantlab.ConfigError, r"^config=dict: one of quantlab's configs"),
+        quantlab.ConfigError,
+        r"^config=dict: one of quantlab's configs",
+    ),
     "no inputs": (
         lambda: quantlab.evaluate(Net(), [INT8], []),
-        quantlab.ConfigError, r"^inputs: at least one batch is wanted"),
+        quantlab.ConfigError,
+        r"^inputs: at least one batch is wanted",
+    ),
     "a batch of no rows": (
         lambda: quantlab.evaluate(Net(), [INT8], [torch.empty(0, 64)]),
-        quantlab.MetricUndefined, r"non-empty shape"),
+        quantlab.MetricUndefined,
+        r"non-empty shape",
+    ),
     "NaN weights": (
         lambda: quantlab.quantize(with_nan(), INT8),
-        quantlab.ModelError, r"^module: 1 of 2048 values of head\.weight are NaN or infinite"),
+        quantlab.ModelError,
+        r"^module: 1 of 2048 values of head\.weight are NaN or infinite",
+    ),
     "NaN weights to evaluate": (
         lambda: quantlab.evaluate(with_nan(), [INT8], batches()),
-        quantlab.QuantlabError, r"NaN or inf.*weights"),
+        quantlab.QuantlabError,
+        r"NaN or inf.*weights",
+    ),
     "NaN inputs": (
         lambda: quantlab.evaluate(Net(), [INT8], [torch.full((4, 64), float("nan"))]),
-        quantlab.MetricUndefined, r"^inputs: the output of batch 0 holds NaN or infinity"),
+        quantlab.MetricUndefined,
+        r"^inputs: the output of batch 0 holds NaN or infinity",
+    ),
     "no Linear layers": (
         lambda: quantlab.quantize(nn.Sequential(nn.Conv1d(3, 3, 3)), INT8),
-        quantlab.ConfigError, r"^model.components=model: it has no Linear layer"),
+        quantlab.ConfigError,
+        r"^model.components=model: it has no Linear layer",
+    ),
     "all layers excluded": (
         lambda: quantlab.quantize(Net(), quantlab.QuantoConfig("int8", modules_to_not_convert=["body", "head"])),
-        quantlab.ConfigError, r"^modules_to_not_convert: all 3 Linear layers of model are excluded"),
+        quantlab.ConfigError,
+        r"^modules_to_not_convert: all 3 Linear layers of model are excluded",
+    ),
     "no parameters": (
         lambda: quantlab.evaluate(nn.Sequential(nn.ReLU()), [INT8], batches()),
-        quantlab.ConfigError, r"^module: it has no parameters"),
+        quantlab.ConfigError,
+        r"^module: it has no parameters",
+    ),
     "a config instead of a list": (
-        lambda: quantlab.evaluate(Net(), INT8, batches()), quantlab.ConfigError, r"^configs=QuantoConfig: a list"),
+        lambda: quantlab.evaluate(Net(), INT8, batches()),
+        quantlab.ConfigError,
+        r"^configs=QuantoConfig: a list",
+    ),
     "a tensor instead of batches": (
-        lambda: quantlab.evaluate(Net(), [INT8], batches()[0]), quantlab.ConfigError, r"^inputs=Tensor: a list"),
+        lambda: quantlab.evaluate(Net(), [INT8], batches()[0]),
+        quantlab.ConfigError,
+        r"^inputs=Tensor: a list",
+    ),
     "a name instead of a module": (
-        lambda: quantlab.quantize("model", INT8), quantlab.ConfigError, r"^module=str: a torch.nn.Module is wanted"),
+        lambda: quantlab.quantize("model", INT8),
+        quantlab.ConfigError,
+        r"^module=str: a torch.nn.Module is wanted",
+    ),
     "an already quantized module": (
-        lambda: quantlab.quantize(quantlab.quantize(Net(), INT8)[0], INT8), quantlab.ConfigError,
-        r"^module: .*pass the unquantized one"),
+        lambda: quantlab.quantize(quantlab.quantize(Net(), INT8)[0], INT8),
+        quantlab.ConfigError,
+        r"^module: .*pass the unquantized one",
+    ),
     "an unknown fallback": (
         lambda: quantlab.quantize(Net(), INT8, on_mismatch="int5"),
-        quantlab.ConfigError, r"^quantization\.on_mismatch=int5: quanto offers error, skip, "),
+        quantlab.ConfigError,
+        r"^quantization\.on_mismatch=int5: quanto offers error, skip, ",
+    ),
 }
 
 
@@ -259,8 +296,9 @@ def test_compose_imports_no_torch_and_names_its_jobs() -> None:
         "plan = quantlab.compose(['backend=quanto', 'dtype=int8,int4'])\n"
         "print([job.name for job in plan.jobs], plan.is_sweep, 'torch' in sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                          cwd=Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
+    )
     assert done.stdout.strip() == "['quanto int8', 'quanto int4'] True False"
 
 
@@ -271,12 +309,15 @@ def test_compose_gives_the_typed_config() -> None:
     assert isinstance(job.native, quantlab.TorchAoConfig)
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["backend=quantoo"], r"^backend=quantoo: .*did you mean quanto\?"),
-    (["backend=quanto", "dtype=nf4"], r"^dtype=nf4: quanto offers .*nf4 is offered by bitsandbytes"),
-    (["evaluation.num_sample=3"], r"^evaluation\.num_sample: no such key; did you mean num_samples\?"),
-    (["backend=gguf,quanto", "dtype=q8_0"], r"^1 of 2 combinations are impossible; no job was started"),
-])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["backend=quantoo"], r"^backend=quantoo: .*did you mean quanto\?"),
+        (["backend=quanto", "dtype=nf4"], r"^dtype=nf4: quanto offers .*nf4 is offered by bitsandbytes"),
+        (["evaluation.num_sample=3"], r"^evaluation\.num_sample: no such key; did you mean num_samples\?"),
+        (["backend=gguf,quanto", "dtype=q8_0"], r"^1 of 2 combinations are impossible; no job was started"),
+    ],
+)
 def test_compose_refuses(words: list[str], message: str) -> None:
     with pytest.raises(quantlab.ConfigError, match=message):
         quantlab.compose(words)

@@ -71,16 +71,25 @@ def test_words_that_make_no_request(shell, words, begins, ends):
 def test_a_missing_package(shell, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "gguf" else real(name, *a))
-    refused(shell, "backend=gguf", begins="backend=gguf: the package gguf is not installed; ",
-            ends=r"pip install 'quantlab-recipes\[gguf\]'")
+    refused(
+        shell,
+        "backend=gguf",
+        begins="backend=gguf: the package gguf is not installed; ",
+        ends=r"pip install 'quantlab-recipes\[gguf\]'",
+    )
 
 
 def test_no_cuda_device(shell, monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused(shell, "backend=quanto", "device=cuda", begins="device=cuda: this torch sees no CUDA device; pass ",
-            ends="install a CUDA build of torch")
+    refused(
+        shell,
+        "backend=quanto",
+        "device=cuda",
+        begins="device=cuda: this torch sees no CUDA device; pass ",
+        ends="install a CUDA build of torch",
+    )
 
 
 @pytest.mark.parametrize("kind", ["file", "below a file"])
@@ -117,16 +126,20 @@ def test_everything_is_excluded(shell):
 
 
 def test_a_component_that_is_not_there(shell):
-    refused(shell, *digits_words("backend=quanto", "sweep.floors=false", "model.components=[unet]"),
-            begins="model.components=unet: digits_dit has ", ends="transformer")
-
+    refused(
+        shell,
+        *digits_words("backend=quanto", "sweep.floors=false", "model.components=[unet]"),
+        begins="model.components=unet: digits_dit has ",
+        ends="transformer",
+    )
 
 
 @pytest.mark.parametrize("model", ["digits_dit", "diffusers", "causal_lm", "encoder"])
 def test_a_model_path_that_is_not_there(shell, model, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    message = refused(shell, f"model={model}", "model.path=./nowhere", "backend=quanto",
-                      begins="model.path=./nowhere: ", ends=r".*")
+    message = refused(
+        shell, f"model={model}", "model.path=./nowhere", "backend=quanto", begins="model.path=./nowhere: ", ends=r".*"
+    )
     assert len(message.strip().splitlines()) == 1
 
 
@@ -188,8 +201,13 @@ def test_an_unreachable_server_is_refused_in_time_and_nothing_is_lost(shell, clo
     shell.rows(*digits_words("backend=quanto", "dtype=int8"))
     begun = time.monotonic()
     uri = f"tracking.uri=http://127.0.0.1:{closed_port}"
-    refused(shell, *digits_words("backend=quanto", "dtype=int4"), uri, begins=f"{uri}: no connection; ",
-            ends="set tracking.required=false, or tracking.uri=sqlite:///outputs/mlflow.db")
+    refused(
+        shell,
+        *digits_words("backend=quanto", "dtype=int4"),
+        uri,
+        begins=f"{uri}: no connection; ",
+        ends="set tracking.required=false, or tracking.uri=sqlite:///outputs/mlflow.db",
+    )
     assert time.monotonic() - begun < 15
     assert set(shell.tracked()) == {"quanto int8"}
 

@@ -214,10 +214,14 @@ def test_odd_rows_are_dequantized_as_the_library_does():
         assert torch.equal(backend.read_back(quantized(layer, config, ["0"])[0]).dense, flat.reshape(30, 33))
 
 
-@pytest.mark.parametrize(("threshold", "note"), [
-    (6.0, "at each call, input columns with a value of 6 or more are multiplied unrounded"),
-    (2.5, "at each call, input columns with a value of 2.5 or more are multiplied unrounded"), (0.0, ""),
-])
+@pytest.mark.parametrize(
+    ("threshold", "note"),
+    [
+        (6.0, "at each call, input columns with a value of 6 or more are multiplied unrounded"),
+        (2.5, "at each call, input columns with a value of 2.5 or more are multiplied unrounded"),
+        (0.0, ""),
+    ],
+)
 def test_the_threshold_reads_back_as_a_rule_of_each_call(threshold, note):
     config = BitsAndBytesConfig.from_axes(axes("int8"), {"llm_int8_threshold": threshold})
     assert not config.needs_data
@@ -227,8 +231,12 @@ def test_the_threshold_reads_back_as_a_rule_of_each_call(threshold, note):
 def test_outliers_are_kept_by_the_threshold():
     model, x = model_of(64, 48), torch.randn(16, 64)
     x[:, 3] *= 100
-    errors = [rel_error(quantized(model, BitsAndBytesConfig.from_axes(axes("int8"), {"llm_int8_threshold": t}))[0](x),
-                        model[0](x)) for t in (0.0, 6.0)]
+    errors = [
+        rel_error(
+            quantized(model, BitsAndBytesConfig.from_axes(axes("int8"), {"llm_int8_threshold": t}))[0](x), model[0](x)
+        )
+        for t in (0.0, 6.0)
+    ]
     assert errors[1] < errors[0] / 3
 
 
@@ -345,15 +353,22 @@ def test_defaults_are_diffusers_defaults():
 
 def configs():
     common = {
-        "llm_int8_threshold": st.floats(0, 100), "llm_int8_enable_fp32_cpu_offload": st.booleans(),
+        "llm_int8_threshold": st.floats(0, 100),
+        "llm_int8_enable_fp32_cpu_offload": st.booleans(),
         "llm_int8_skip_modules": st.none() | st.lists(st.text(min_size=1), max_size=3),
-        "llm_int8_has_fp16_weight": st.booleans(), "bnb_4bit_use_double_quant": st.booleans(),
+        "llm_int8_has_fp16_weight": st.booleans(),
+        "bnb_4bit_use_double_quant": st.booleans(),
         "bnb_4bit_compute_dtype": st.sampled_from(["float32", "bfloat16", "float16"]),
         "bnb_4bit_quant_type": st.sampled_from(["nf4", "fp4"]),
         "bnb_4bit_quant_storage": st.sampled_from(backend._STORAGES),
     }
-    four = st.fixed_dictionaries({**common, "load_in_4bit": st.just(True),
-                                  "bnb_4bit_blocksize": st.none() | st.sampled_from(backend._BLOCKSIZES)})
+    four = st.fixed_dictionaries(
+        {
+            **common,
+            "load_in_4bit": st.just(True),
+            "bnb_4bit_blocksize": st.none() | st.sampled_from(backend._BLOCKSIZES),
+        }
+    )
     eight = st.fixed_dictionaries({**common, "load_in_8bit": st.just(True)})
     return (four | eight).map(lambda arguments: BitsAndBytesConfig(**arguments))
 
@@ -387,34 +402,43 @@ def test_axes_round_trip(dtype, compute):
         assert backend.resolve(config, "cpu") == config
 
 
-@pytest.mark.parametrize(("given_value", "kept"), [
-    ({"llm_int8_threshold": 6}, ("llm_int8_threshold", 6.0)),
-    ({"modules_to_not_convert": ["a"]}, ("llm_int8_skip_modules", ("a",))),
-    ({"llm_int8_skip_modules": ("a", "b")}, ("modules_to_not_convert", ("a", "b"))),
-    ({"bnb_4bit_compute_dtype": torch.bfloat16}, ("bnb_4bit_compute_dtype", "bfloat16")),
-    ({"bnb_4bit_compute_dtype": "torch.float16"}, ("bnb_4bit_compute_dtype", "float16")),
-    ({"bnb_4bit_compute_dtype": None}, ("bnb_4bit_compute_dtype", "float32")),
-    ({"bnb_4bit_quant_storage": torch.float16}, ("bnb_4bit_quant_storage", "float16")),
-])
+@pytest.mark.parametrize(
+    ("given_value", "kept"),
+    [
+        ({"llm_int8_threshold": 6}, ("llm_int8_threshold", 6.0)),
+        ({"modules_to_not_convert": ["a"]}, ("llm_int8_skip_modules", ("a",))),
+        ({"llm_int8_skip_modules": ("a", "b")}, ("modules_to_not_convert", ("a", "b"))),
+        ({"bnb_4bit_compute_dtype": torch.bfloat16}, ("bnb_4bit_compute_dtype", "bfloat16")),
+        ({"bnb_4bit_compute_dtype": "torch.float16"}, ("bnb_4bit_compute_dtype", "float16")),
+        ({"bnb_4bit_compute_dtype": None}, ("bnb_4bit_compute_dtype", "float32")),
+        ({"bnb_4bit_quant_storage": torch.float16}, ("bnb_4bit_quant_storage", "float16")),
+    ],
+)
 def test_coercions(given_value, kept):
     assert getattr(BitsAndBytesConfig(load_in_4bit=True, **given_value), kept[0]) == kept[1]
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({}, "neither is true; set exactly one"),
-    ({"load_in_8bit": True, "load_in_4bit": True}, "both true; set exactly one"),
-    ({"load_in_4bit": 1}, "load_in_4bit=1: .* accepts true or false"),
-    ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, "'nf5': .* accepts fp4, nf4; did you mean"),
-    ({"load_in_4bit": True, "bnb_4bit_compute_dtype": "int8"}, "bnb_4bit_compute_dtype='int8'"),
-    ({"load_in_4bit": True, "bnb_4bit_quant_storage": "int32"}, "bnb_4bit_quant_storage='int32'"),
-    ({"load_in_4bit": True, "bnb_4bit_blocksize": 16}, "bnb_4bit_blocksize=16: .* accepts 32, 64"),
-    ({"load_in_8bit": True, "bnb_4bit_blocksize": 64}, "bnb_4bit_blocksize=64: int8 has one scale a row"),
-    ({"load_in_8bit": True, "llm_int8_threshold": -1}, "llm_int8_threshold=-1"),
-    ({"load_in_8bit": True, "llm_int8_threshold": math.nan}, "llm_int8_threshold=nan"),
-    ({"load_in_8bit": True, "llm_int8_skip_modules": "proj"}, "llm_int8_skip_modules='proj'"),
-    ({"load_in_8bit": True, "llm_int8_skip_module": ["a"]}, "did you mean llm_int8_skip_modules"),
-    ({"load_in_8bit": True, "llm_int8_skip_modules": ["a"], "modules_to_not_convert": ["b"]}, "they are one setting"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "neither is true; set exactly one"),
+        ({"load_in_8bit": True, "load_in_4bit": True}, "both true; set exactly one"),
+        ({"load_in_4bit": 1}, "load_in_4bit=1: .* accepts true or false"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, "'nf5': .* accepts fp4, nf4; did you mean"),
+        ({"load_in_4bit": True, "bnb_4bit_compute_dtype": "int8"}, "bnb_4bit_compute_dtype='int8'"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_storage": "int32"}, "bnb_4bit_quant_storage='int32'"),
+        ({"load_in_4bit": True, "bnb_4bit_blocksize": 16}, "bnb_4bit_blocksize=16: .* accepts 32, 64"),
+        ({"load_in_8bit": True, "bnb_4bit_blocksize": 64}, "bnb_4bit_blocksize=64: int8 has one scale a row"),
+        ({"load_in_8bit": True, "llm_int8_threshold": -1}, "llm_int8_threshold=-1"),
+        ({"load_in_8bit": True, "llm_int8_threshold": math.nan}, "llm_int8_threshold=nan"),
+        ({"load_in_8bit": True, "llm_int8_skip_modules": "proj"}, "llm_int8_skip_modules='proj'"),
+        ({"load_in_8bit": True, "llm_int8_skip_module": ["a"]}, "did you mean llm_int8_skip_modules"),
+        (
+            {"load_in_8bit": True, "llm_int8_skip_modules": ["a"], "modules_to_not_convert": ["b"]},
+            "they are one setting",
+        ),
+    ],
+)
 def test_refusals(arguments, message):
     with pytest.raises(ConfigError, match=message):
         BitsAndBytesConfig(**arguments)
@@ -428,22 +452,27 @@ def test_dictionaries_that_contradict_themselves_are_refused():
         BitsAndBytesConfig.from_dict({"load_in_4bit": True, "bnb_4bit_blok": 64})
 
 
-@pytest.mark.parametrize(("asked", "own", "message"), [
-    (axes("int4"), {}, "dtype=int4: bitsandbytes offers"),
-    (axes("nf4", 16), {}, "group_size=16"),
-    (axes("int8", 64), {}, "group_size=64"),
-    (axes("int8"), {"bnb_4bit_use_double_quant": True}, "double_quant=True: has no effect with dtype=int8"),
-    (axes("nf4"), {"llm_int8_threshold": 5.0}, "llm_int8_threshold=5.0: has no effect with dtype=nf4"),
-    (axes("nf4"), {"bnb_4bit_double_quant": True}, "did you mean bnb_4bit_use_double_quant"),
-    (axes("nf4"), {"load_in_8bit": True}, "quantization.load_in_8bit: bitsandbytes has no such setting"),
-])
+@pytest.mark.parametrize(
+    ("asked", "own", "message"),
+    [
+        (axes("int4"), {}, "dtype=int4: bitsandbytes offers"),
+        (axes("nf4", 16), {}, "group_size=16"),
+        (axes("int8", 64), {}, "group_size=64"),
+        (axes("int8"), {"bnb_4bit_use_double_quant": True}, "double_quant=True: has no effect with dtype=int8"),
+        (axes("nf4"), {"llm_int8_threshold": 5.0}, "llm_int8_threshold=5.0: has no effect with dtype=nf4"),
+        (axes("nf4"), {"bnb_4bit_double_quant": True}, "did you mean bnb_4bit_use_double_quant"),
+        (axes("nf4"), {"load_in_8bit": True}, "quantization.load_in_8bit: bitsandbytes has no such setting"),
+    ],
+)
 def test_axes_that_cannot_be_met_are_refused(asked, own, message):
     with pytest.raises(ConfigError, match=message):
         BitsAndBytesConfig.from_axes(asked, own)
 
 
 def test_importing_the_backend_does_not_import_torch():
-    code = "import sys, quantlab.backends.bitsandbytes, quantlab.backends.gguf; " \
-           "sys.exit('torch' in sys.modules or 'bitsandbytes' in sys.modules)"
+    code = (
+        "import sys, quantlab.backends.bitsandbytes, quantlab.backends.gguf; "
+        "sys.exit('torch' in sys.modules or 'bitsandbytes' in sys.modules)"
+    )
     root = Path(__file__).resolve().parents[1]
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=root).returncode == 0

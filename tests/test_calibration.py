@@ -28,8 +28,16 @@ FAST = ["calibration.num_samples=10", "calibration.batch_size=5", "calibration.n
 def test_stored_calls_come_back_as_they_were_and_share_tensors(tmp_path):
     shared = torch.randn(3, 4, dtype=torch.bfloat16)
     calls = StoredCalls(tmp_path / "calls")
-    given = [{"args": (torch.arange(3) + i, shared), "kwargs": {"deep": [{"x": shared}], "flag": True, "none": None},
-              "dtype": "bfloat16", "step": i, "output": shared} for i in range(3)]
+    given = [
+        {
+            "args": (torch.arange(3) + i, shared),
+            "kwargs": {"deep": [{"x": shared}], "flag": True, "none": None},
+            "dtype": "bfloat16",
+            "step": i,
+            "output": shared,
+        }
+        for i in range(3)
+    ]
     for call in given:
         calls.write(call)
     assert len(list((tmp_path / "calls").glob("tensor-*"))) == 4, "three different tensors, and one that all share"
@@ -70,12 +78,15 @@ def test_a_feed_replays_every_call_as_often_as_it_is_asked():
     assert (feed.num_samples, feed.batch_size) == (5, 3)
 
 
-@pytest.mark.parametrize(("batches", "message"), [
-    ([], r"^calibration: at least one batch is wanted"),
-    (torch.ones(2, 2), r"^calibration: at least one batch is wanted"),
-    ([{"a": 1}], r"^calibration: batch 0 holds no tensor"),
-    ([torch.ones(2), torch.tensor([math.nan])], r"^calibration: batch 1 holds NaN or infinity"),
-])
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], r"^calibration: at least one batch is wanted"),
+        (torch.ones(2, 2), r"^calibration: at least one batch is wanted"),
+        ([{"a": 1}], r"^calibration: batch 0 holds no tensor"),
+        ([torch.ones(2), torch.tensor([math.nan])], r"^calibration: batch 1 holds NaN or infinity"),
+    ],
+)
 def test_bad_batches_are_refused(batches, message):
     with pytest.raises(ConfigError, match=message):
         feed_of_batches(batches)
@@ -149,8 +160,9 @@ def test_trajectories_are_recorded_once_with_their_steps_and_guidance(shell):
     config, model, seen = digits(shell)
     cache = shell.folder / "outputs" / "cache"
     ticks = []
-    first = calibration_set(model, ["transformer"], config.calibration, config.evaluation, seen, cache,
-                            lambda i, n: ticks.append((i, n)))
+    first = calibration_set(
+        model, ["transformer"], config.calibration, config.evaluation, seen, cache, lambda i, n: ticks.append((i, n))
+    )
     assert ticks[-1] == (4, 4), "two batches of two steps"
     calls = first.calls["transformer"]
     assert [c["step"] for c in calls] == [0, 1, 0, 1]
@@ -183,17 +195,27 @@ def test_lack_of_memory_halves_the_batch_and_says_so(shell, monkeypatch, capsys)
         return sample(loaded, noise, *rest)
 
     found = calibration_set(
-        model.__class__(**{**vars(model), "sample": scarce}), ["transformer"], config.calibration, config.evaluation,
-        seen, shell.folder)
+        model.__class__(**{**vars(model), "sample": scarce}),
+        ["transformer"],
+        config.calibration,
+        config.evaluation,
+        seen,
+        shell.folder,
+    )
     assert found.batch_size == 2
     assert sizes == [5, 2, 2, 2, 2, 2]
     assert "calibration.batch_size=2 instead of 5" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("error", "expected"), [
-    (MemoryError(), True), (torch.OutOfMemoryError("x"), True), (ValueError("x"), False),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes"), True),
-])
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("x"), True),
+        (ValueError("x"), False),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes"), True),
+    ],
+)
 def test_what_counts_as_lack_of_memory(error, expected):
     wrapped = ConfigError("algorithm=awq_lite: the library failed")
     wrapped.__cause__ = error
@@ -270,7 +292,8 @@ def test_a_calibrated_run_leaves_its_evidence(shell):
     assert metrics["perf/calibrate_s"] > 0
     assert metrics["calibration/output_sqnr_db_after_mean"] > metrics["calibration/output_sqnr_db_before_mean"]
     assert metrics["calibration/weight_sqnr_db_after_mean"] < metrics["calibration/weight_sqnr_db_before_mean"], (
-        "the weights that matter are kept at the others' cost")
+        "the weights that matter are kept at the others' cost"
+    )
     (folder,) = (shell.folder / "outputs" / "runs").glob("*imatrix*")
     table = json.loads((folder / "calibration_layers.json").read_text())
     layers = json.loads((folder / "layers.json").read_text())["data"]
@@ -307,8 +330,10 @@ def test_python_needs_the_data_and_takes_it():
     assert rows[-1].name == "gguf q4_0 imatrix"
 
 
-@pytest.mark.parametrize(("calibration", "message"), [
-    (None, "needs data; pass calibration="), ([], "at least one batch"), ([torch.full((2, 256), math.nan)], "NaN")])
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [(None, "needs data; pass calibration="), ([], "at least one batch"), ([torch.full((2, 256), math.nan)], "NaN")],
+)
 def test_python_refuses_bad_data_before_the_module_runs(calibration, message, monkeypatch):
     net = nn.Sequential(nn.Linear(256, 64))
     monkeypatch.setattr(net, "forward", lambda x: pytest.fail("it ran"))

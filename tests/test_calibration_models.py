@@ -29,12 +29,29 @@ from quantlab.vocabulary.schema import CalibrationConfig, DatasetConfig, Evaluat
 OTHER = "".join(f"Line {i}: {i % 11} slow red hens sit below box {i * 3} and wait.\n" for i in range(150))
 SAMPLING = EvaluationConfig(num_samples=4, num_inference_steps=3, height=32, width=32, batch_size=2, guidance_scale=3.0)
 PROMPTS = CalibrationConfig(source="prompts", num_samples=4, batch_size=2)
-SMALL = ["device=cpu", "evaluation.num_samples=4", "evaluation.num_inference_steps=2",
-         "evaluation.num_teacher_forced=1", "evaluation.num_bootstrap=50", "evaluation.height=32",
-         "evaluation.width=32", "calibration.num_samples=4", "calibration.batch_size=2", "sweep.floors=false"]
-SMALL_TEXT = ["device=cpu", "evaluation.num_samples=6", "evaluation.batch_size=2", "evaluation.context_length=32",
-              "evaluation.num_bootstrap=50", "calibration=text", "calibration.num_samples=8",
-              "calibration.context_length=32", "sweep.floors=false"]
+SMALL = [
+    "device=cpu",
+    "evaluation.num_samples=4",
+    "evaluation.num_inference_steps=2",
+    "evaluation.num_teacher_forced=1",
+    "evaluation.num_bootstrap=50",
+    "evaluation.height=32",
+    "evaluation.width=32",
+    "calibration.num_samples=4",
+    "calibration.batch_size=2",
+    "sweep.floors=false",
+]
+SMALL_TEXT = [
+    "device=cpu",
+    "evaluation.num_samples=6",
+    "evaluation.batch_size=2",
+    "evaluation.context_length=32",
+    "evaluation.num_bootstrap=50",
+    "calibration=text",
+    "calibration.num_samples=8",
+    "calibration.context_length=32",
+    "sweep.floors=false",
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +59,13 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     (root / "text.txt").write_text(TEXT)
     (root / "other.txt").write_text(OTHER)
-    return {**{kind: build(root / kind) for kind, build in BUILDERS.items()}, "text": root / "text.txt",
-            "other": root / "other.txt", "llama": save_llama(root / "llama", hidden_size=64, intermediate_size=256),
-            "bert": save_bert(root / "bert", hidden_size=64, intermediate_size=256)}
+    return {
+        **{kind: build(root / kind) for kind, build in BUILDERS.items()},
+        "text": root / "text.txt",
+        "other": root / "other.txt",
+        "llama": save_llama(root / "llama", hidden_size=64, intermediate_size=256),
+        "bert": save_bert(root / "bert", hidden_size=64, intermediate_size=256),
+    }
 
 
 def pipeline(folders, kind, components, tmp_path, dtype="float32"):
@@ -61,8 +82,9 @@ def table_of(shell, name, file):
 
 def sweep(shell, candidates):
     """A recipe of these candidates, as a word."""
-    (shell.folder / "mine.yaml").write_text("# @package _global_\n" + yaml.safe_dump({"sweep": {
-        "candidates": candidates}}))
+    (shell.folder / "mine.yaml").write_text(
+        "# @package _global_\n" + yaml.safe_dump({"sweep": {"candidates": candidates}})
+    )
     return "recipe=mine.yaml"
 
 
@@ -70,11 +92,14 @@ def sweep(shell, candidates):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("kind", "denoiser", "encoder", "rows", "calls"), [
-    ("flux", "transformer", "text_encoder_2", 2, 4),  # guidance is an input of the network
-    ("sdxl", "unet", "text_encoder", 4, 4),  # with and without the prompt; the empty one is zeros
-    ("sd3", "transformer", "text_encoder_3", 4, 8),  # the empty prompt is encoded, beside each of the others
-])
+@pytest.mark.parametrize(
+    ("kind", "denoiser", "encoder", "rows", "calls"),
+    [
+        ("flux", "transformer", "text_encoder_2", 2, 4),  # guidance is an input of the network
+        ("sdxl", "unet", "text_encoder", 4, 4),  # with and without the prompt; the empty one is zeros
+        ("sd3", "transformer", "text_encoder_3", 4, 8),  # the empty prompt is encoded, beside each of the others
+    ],
+)
 def test_trajectories_with_guidance_and_text_encoders(folders, tmp_path, kind, denoiser, encoder, rows, calls, dtype):
     model, seen = pipeline(folders, kind, [denoiser, encoder], tmp_path, dtype)
     found = calibration_set(model, [denoiser, encoder], PROMPTS, SAMPLING, seen, tmp_path)
@@ -126,8 +151,9 @@ def test_an_input_that_cannot_be_recorded_names_the_component(folders, tmp_path)
 def test_only_one_batch_is_recorded_ahead(folders, tmp_path):
     model, seen = pipeline(folders, "sd3", ["transformer"], tmp_path)
     batches, sample = [], model.sample
-    counted = model.__class__(**{**vars(model), "sample": lambda m, noise, *rest: batches.append(len(noise)) or sample(
-        m, noise, *rest)})
+    counted = model.__class__(
+        **{**vars(model), "sample": lambda m, noise, *rest: batches.append(len(noise)) or sample(m, noise, *rest)}
+    )
     calls = diffusion.calls(counted, seen, SAMPLING, ["transformer"])
     for num in (1, 1, 1, 2, 2, 2):
         next(calls)
@@ -138,10 +164,22 @@ def test_only_one_batch_is_recorded_ahead(folders, tmp_path):
 def test_several_components_share_a_set_between_jobs(shell, folders):
     """In bfloat16, a static and a smoothed scheme: each component's layers have their evidence."""
     candidate = {"backend": "modelopt", "dtype": "int8", "activation_dtype": "int8", "activation_scales": "static"}
-    word = sweep(shell, [candidate, {**candidate, "algorithm": "smoothquant"},
-                         {"backend": "quanto", "dtype": "int8", "activation_dtype": "int8"}])
-    rows = shell.rows(word, "model=diffusers", f"model.path={folders['flux']}", "model.dtype=bfloat16",
-                      "model.components=[transformer,text_encoder]", *SMALL)
+    word = sweep(
+        shell,
+        [
+            candidate,
+            {**candidate, "algorithm": "smoothquant"},
+            {"backend": "quanto", "dtype": "int8", "activation_dtype": "int8"},
+        ],
+    )
+    rows = shell.rows(
+        word,
+        "model=diffusers",
+        f"model.path={folders['flux']}",
+        "model.dtype=bfloat16",
+        "model.components=[transformer,text_encoder]",
+        *SMALL,
+    )
     assert len(list((shell.folder / "outputs/cache/calibration").glob("*/set.json"))) == 1
     for name, row in rows.items():
         assert 0 < row["metrics"]["quality/latent_rel_mse"] < 0.1
@@ -169,13 +207,23 @@ ANY_TEXT = [
 ]
 
 
-@pytest.mark.parametrize(("model", "kind", "metric"), [
-    pytest.param("causal_lm", "llama", "kld_mean", marks=pytest.mark.slow),
-    pytest.param("encoder", "bert", "output_rel_error", marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    ("model", "kind", "metric"),
+    [
+        pytest.param("causal_lm", "llama", "kld_mean", marks=pytest.mark.slow),
+        pytest.param("encoder", "bert", "output_rel_error", marks=pytest.mark.slow),
+    ],
+)
 def test_text_models_by_every_backend(shell, folders, model, kind, metric):
-    words = [f"model={model}", f"model.path={folders[kind]}", "dataset=text", f"dataset.path={folders['text']}",
-             f"calibration.path={folders['other']}", "modules_to_not_convert=[]", *SMALL_TEXT]
+    words = [
+        f"model={model}",
+        f"model.path={folders[kind]}",
+        "dataset=text",
+        f"dataset.path={folders['text']}",
+        f"calibration.path={folders['other']}",
+        "modules_to_not_convert=[]",
+        *SMALL_TEXT,
+    ]
     words.insert(0, sweep(shell, ANY_TEXT))
     rows = shell.rows(*words)
     assert len(rows) == len(ANY_TEXT)
@@ -210,8 +258,14 @@ def test_smollm2_imatrix_on_a_tiny_llama(shell, folders):
 
 
 def language(folders):
-    return ["model=causal_lm", f"model.path={folders['llama']}", "dataset=text", f"dataset.path={folders['text']}",
-            f"calibration.path={folders['other']}", *SMALL_TEXT]
+    return [
+        "model=causal_lm",
+        f"model.path={folders['llama']}",
+        "dataset=text",
+        f"dataset.path={folders['text']}",
+        f"calibration.path={folders['other']}",
+        *SMALL_TEXT,
+    ]
 
 
 def test_a_recorded_importance_matrix_serves_what_falls_back(folders, tmp_path):
@@ -226,7 +280,8 @@ def test_a_recorded_importance_matrix_serves_what_falls_back(folders, tmp_path):
     statistics = gguf.calibrate(net, ["0", "2"], config, "float32", quantlab.modules.feed.feed_of_batches([batch]))
     file = gguf.write_calibration(statistics, tmp_path, quantlab.modules.feed.feed_of_batches([batch]))
     from_file, _ = quantlab.quantize(
-        net, gguf.Config(gguf_type="q4_k", algorithm="imatrix", imatrix_file=str(file)), on_mismatch="q5_0")
+        net, gguf.Config(gguf_type="q4_k", algorithm="imatrix", imatrix_file=str(file)), on_mismatch="q5_0"
+    )
     other, _ = quantlab.quantize(net, config, calibration=[batch], on_mismatch="q8_0")
     for i in (0, 2):
         assert torch.equal(from_file[i].qweight, found[i].qweight)
@@ -236,8 +291,14 @@ def test_a_recorded_importance_matrix_serves_what_falls_back(folders, tmp_path):
 @pytest.mark.parametrize("on_mismatch", ["skip", "bfloat16", "int8"])
 def test_evidence_leaves_out_what_is_stored_plainly(on_mismatch, shell, folders):
     """Groups of 128 fit into down_proj alone."""
-    rows = shell.rows("backend=modelopt", "dtype=int4", "group_size=128", "algorithm=awq_lite", *language(folders),
-                      f"quantization.on_mismatch={on_mismatch}")
+    rows = shell.rows(
+        "backend=modelopt",
+        "dtype=int4",
+        "group_size=128",
+        "algorithm=awq_lite",
+        *language(folders),
+        f"quantization.on_mismatch={on_mismatch}",
+    )
     (name,) = rows
     evidence = table_of(shell, name, "calibration_layers.json")
     assert [r["name"].rpartition(".")[2] for r in evidence] == ["down_proj", "down_proj"]
@@ -248,7 +309,14 @@ def test_evidence_leaves_out_what_is_stored_plainly(on_mismatch, shell, folders)
 def test_another_text_under_the_same_name_is_another_job(shell, folders, tmp_path):
     mine = tmp_path / "mine.txt"
     mine.write_text(OTHER)
-    words = ["backend=gguf", "dtype=q4_0", "algorithm=max,imatrix", "-m", *language(folders), f"calibration.path={mine}"]
+    words = [
+        "backend=gguf",
+        "dtype=q4_0",
+        "algorithm=max,imatrix",
+        "-m",
+        *language(folders),
+        f"calibration.path={mine}",
+    ]
     resumed = []
     for content in (OTHER, OTHER, OTHER.swapcase()):
         mine.write_text(content)
@@ -297,7 +365,9 @@ def test_the_text_of_the_evaluation_is_refused_however_it_is_named(folders, tmp_
     seen = text.load(DatasetConfig(name="text", path=str(folders["text"])), settings, model)
     for num in (6, 7):  # also where the windows are others
         asked = CalibrationConfig(source="text", path=str(again), num_samples=num, context_length=30 + num % 2)
-        with pytest.raises(ConfigError, match=r"^calibration.source=text: it shares text with the evaluation \(1 of 1\)"):
+        with pytest.raises(
+            ConfigError, match=r"^calibration.source=text: it shares text with the evaluation \(1 of 1\)"
+        ):
             calibration_inputs(asked, settings, model, seen)
 
 
@@ -306,7 +376,9 @@ def test_prompts_of_the_evaluation_are_refused(folders, tmp_path):
     mine = tmp_path / "mine.txt"
     mine.write_text(f"a red fox in the snow\n{seen.conditioning['prompt'][2]}\n")
     asked = CalibrationConfig(source="prompts", num_samples=2, path=str(mine))
-    with pytest.raises(ConfigError, match=r"^calibration.source=prompts: it shares prompts with the evaluation \(1 of 2"):
+    with pytest.raises(
+        ConfigError, match=r"^calibration.source=prompts: it shares prompts with the evaluation \(1 of 2"
+    ):
         calibration_inputs(asked, SAMPLING, model, seen)
 
 
@@ -316,8 +388,10 @@ def test_prompts_of_the_evaluation_are_refused(folders, tmp_path):
 @pytest.fixture
 def no_work(monkeypatch):
     """Observing the reference is the first long work."""
+
     def fail(*_):
         raise AssertionError("the reference was observed")
+
     monkeypatch.setattr(job_module, "observe", fail)
 
 
@@ -436,8 +510,9 @@ def test_lack_of_memory_in_a_backend_halves_the_batch(shell, folders, monkeypatc
         return calibrate(model, layers, config, compute_dtype, feed)
 
     monkeypatch.setattr(gguf, "calibrate", scarce)
-    code, out, err = shell("backend=gguf", "dtype=q4_0", "algorithm=imatrix", *language(folders),
-                           "calibration.batch_size=8", "--json")
+    code, out, err = shell(
+        "backend=gguf", "dtype=q4_0", "algorithm=imatrix", *language(folders), "calibration.batch_size=8", "--json"
+    )
     assert code == 0
     assert sizes == [8, 4, 2]
     (row,) = json.loads(out)
@@ -452,8 +527,9 @@ def test_lack_of_memory_at_a_batch_of_one_is_the_jobs_error(shell, folders, monk
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(gguf, "calibrate", scarce)
-    code, _, err = shell("backend=gguf", "dtype=q4_0", "algorithm=imatrix", *language(folders),
-                         "calibration.batch_size=2", "-q")
+    code, _, err = shell(
+        "backend=gguf", "dtype=q4_0", "algorithm=imatrix", *language(folders), "calibration.batch_size=2", "-q"
+    )
     assert code == 1
     assert "OutOfMemoryError" in err
 
@@ -475,15 +551,36 @@ def test_lack_of_memory_for_the_evidence_costs_the_evidence_alone(shell, folders
 # -- bits
 
 
-@pytest.mark.parametrize(("backend", "dtype", "axes", "settings", "plain"), [
-    ("modelopt", "int4", {"algorithm": "awq_lite"}, {}, {}),
-    ("modelopt", "int4", {"algorithm": "svdquant"}, {}, {"algorithm": "awq_lite"}),
-    ("modelopt", "int8", {"algorithm": "smoothquant", "activation_dtype": "int8"}, {}, {"activation_dtype": "int8"}),
-    ("modelopt", "int8", {"activation_dtype": "int8"}, {"activation_scales": "static"}, {"activation_dtype": "int8"}),
-    ("torchao", "int8", {"algorithm": "smoothquant", "activation_dtype": "int8"}, {}, {"activation_dtype": "int8"}),
-    ("torchao", "int8", {"algorithm": "awq", "activation_dtype": "int8"}, {}, {"activation_dtype": "int8"}),
-    ("torchao", "int8", {"activation_dtype": "int8"}, {"activation_scales": "static"}, {"activation_dtype": "int8"}),
-])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "axes", "settings", "plain"),
+    [
+        ("modelopt", "int4", {"algorithm": "awq_lite"}, {}, {}),
+        ("modelopt", "int4", {"algorithm": "svdquant"}, {}, {"algorithm": "awq_lite"}),
+        (
+            "modelopt",
+            "int8",
+            {"algorithm": "smoothquant", "activation_dtype": "int8"},
+            {},
+            {"activation_dtype": "int8"},
+        ),
+        (
+            "modelopt",
+            "int8",
+            {"activation_dtype": "int8"},
+            {"activation_scales": "static"},
+            {"activation_dtype": "int8"},
+        ),
+        ("torchao", "int8", {"algorithm": "smoothquant", "activation_dtype": "int8"}, {}, {"activation_dtype": "int8"}),
+        ("torchao", "int8", {"algorithm": "awq", "activation_dtype": "int8"}, {}, {"activation_dtype": "int8"}),
+        (
+            "torchao",
+            "int8",
+            {"activation_dtype": "int8"},
+            {"activation_scales": "static"},
+            {"activation_dtype": "int8"},
+        ),
+    ],
+)
 def test_bits_per_weight_count_what_the_algorithm_adds(backend, dtype, axes, settings, plain):
     net = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 256))
     batches = [torch.randn(16, 256)]

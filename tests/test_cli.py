@@ -35,8 +35,9 @@ def ok(shell, *words):
 def python(*words, cwd, path=ROOT, **settings):
     """``python WORDS`` with nothing but ``path`` to import from."""
     env = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *words], env=env, cwd=cwd, capture_output=True, text=True, check=False,
-                          **settings)
+    return subprocess.run(
+        [sys.executable, *words], env=env, cwd=cwd, capture_output=True, text=True, check=False, **settings
+    )
 
 
 # -- what there is
@@ -66,7 +67,9 @@ def test_the_combinations_fit_a_terminal(quick, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     text = ok(quick, "list", "combinations")
     lines = [[cell.strip() for cell in line.strip("│┃").split("│")] for line in text.splitlines() if "│" in line]
-    offered = [(r["backend"], r["dtype"]) for r in json.loads(ok(quick, "list", "combinations", "--json")) if r["offered"]]
+    offered = [
+        (r["backend"], r["dtype"]) for r in json.loads(ok(quick, "list", "combinations", "--json")) if r["offered"]
+    ]
     assert [(row[0], row[1]) for row in lines if row[0]] == offered, "no name is broken over lines"
     assert max(map(len, text.splitlines())) <= 80
 
@@ -110,7 +113,8 @@ def test_a_sweep_by_its_flag_in_any_place(quick, flag, position):
     text = ok(quick, *words)
     assert text.startswith("3 jobs:\n")
     assert [line.split()[:3] for line in text.splitlines()[1:4]] == [
-        ["torchao", "int4", group] for group in ("g32", "g64", "g128")]
+        ["torchao", "int4", group] for group in ("g32", "g64", "g128")
+    ]
     assert list(quick.folder.iterdir()) == [], "a dry run leaves nothing"
 
 
@@ -145,10 +149,13 @@ def test_the_table_and_json_hold_the_same_rows(shell):
 
 
 @pytest.mark.parametrize(
-    ("words", "code"), [(["--help"], 0), (["list", "models"], 0), (["backend=quanto", "dtype=nf4"], 2)])
+    ("words", "code"), [(["--help"], 0), (["list", "models"], 0), (["backend=quanto", "dtype=nf4"], 2)]
+)
 def test_torch_is_not_imported_to_answer(words, code, tmp_path):
-    program = ("import sys\nfrom quantlab.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n"
-               "    print([m for m in ('torch', 'mlflow', 'transformers', 'diffusers') if m in sys.modules])\n")
+    program = (
+        "import sys\nfrom quantlab.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n"
+        "    print([m for m in ('torch', 'mlflow', 'transformers', 'diffusers') if m in sys.modules])\n"
+    )
     done = python("-c", program, *words, cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
@@ -178,7 +185,9 @@ def test_an_output_without_room(words, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "quantlab", *words]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, env=env, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            command, env=env, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
     assert done.returncode == 1
     assert done.stderr.startswith("quantlab: output: cannot be written (")
     assert done.stderr.endswith("and give the same command again\n")
@@ -200,11 +209,19 @@ main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize(("name", "code", "failure", "said"), [
-    ("SIGTERM", 143, "SIGTERM: the process was told to end", ""),
-    pytest.param("SIGINT", 130, "KeyboardInterrupt:", "quantlab: interrupted; finished jobs are kept\n",
-                 marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    ("name", "code", "failure", "said"),
+    [
+        ("SIGTERM", 143, "SIGTERM: the process was told to end", ""),
+        pytest.param(
+            "SIGINT",
+            130,
+            "KeyboardInterrupt:",
+            "quantlab: interrupted; finished jobs are kept\n",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 def test_a_signal_leaves_a_failed_run(shell, name, code, failure, said):
     words = ["-m", *digits_words("backend=quanto", "dtype=int8,int4"), "-q", "sweep.floors=false"]
     done = python("-c", SIGNALLED, name, *words, cwd=shell.folder, timeout=120)

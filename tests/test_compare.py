@@ -101,8 +101,9 @@ def stored(name, size, value):
 @given(points=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=12))
 def test_the_front_holds_exactly_the_runs_that_nothing_dominates(metric, points):
     runs = [stored(f"r{i}", *p) for i, p in enumerate(points)]
-    undominated = {f"r{i}" for i, (s, v) in enumerate(points)
-                   if not any(t <= s and w <= v and (t, w) != (s, v) for t, w in points)}
+    undominated = {
+        f"r{i}" for i, (s, v) in enumerate(points) if not any(t <= s and w <= v and (t, w) != (s, v) for t, w in points)
+    }
     front = pareto(runs, metric)
     assert {r.name for r in front} == undominated
     sizes = [r.metrics["memory/weights_bytes"] for r in front]
@@ -176,8 +177,13 @@ def test_verdicts_front_and_pairs_of_a_sweep(sweep):
     assert group.n == N
     assert group.front == ("int4 a", "int4 b", "int8 a", "int8 b")
     texts = {name: v.text for name, v in group.verdicts.items()}
-    assert texts == {"int8 a": "inside the floor", "int8 b": "inside the floor", "int4 a": "worse", "int4 b": "worse",
-                     "int4 c": "worse"}
+    assert texts == {
+        "int8 a": "inside the floor",
+        "int8 b": "inside the floor",
+        "int4 a": "worse",
+        "int4 b": "worse",
+        "int4 c": "worse",
+    }
     pairs = {(v.a, v.b): v.text for v in group.pairs}
     assert pairs[("int4 a", "int4 b")] == "not distinguishable"
     assert pairs[("int4 a", "int8 a")] == "worse"
@@ -395,11 +401,19 @@ def test_reading_needs_neither_torch_nor_mlflow(sweep):
     import subprocess
     import sys
 
-    code = ("import sys; from quantlab.cli import dispatch; dispatch(['compare', 'sweep=latest'])\n"
-            "print([m for m in ('torch', 'mlflow', 'sklearn') if m in sys.modules], file=sys.stderr)")
+    code = (
+        "import sys; from quantlab.cli import dispatch; dispatch(['compare', 'sweep=latest'])\n"
+        "print([m for m in ('torch', 'mlflow', 'sklearn') if m in sys.modules], file=sys.stderr)"
+    )
     root = str(Path(__file__).parent.parent)
-    done = subprocess.run([sys.executable, "-c", code], cwd=sweep.folder, capture_output=True, text=True, check=True,
-                          env={"PYTHONPATH": root, "PATH": ""})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=sweep.folder,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": root, "PATH": ""},
+    )
     assert done.stderr.splitlines()[-1] == "[]"
 
 

@@ -44,9 +44,19 @@ def text_models(tmp_path_factory):
 @pytest.mark.parametrize(("family", "protocol"), [("causal_lm", "language"), ("encoder", "encoder")])
 def test_text_models_are_compared_on_their_own_metrics(shell, text_models, family, protocol):
     file, folders = text_models
-    words = ["-m", f"model={family}", f"model.path={folders[family]}", "dataset=text", f"dataset.path={file}",
-             "evaluation.num_samples=12", "evaluation.context_length=32", "evaluation.num_bootstrap=50", "device=cpu",
-             "backend=quanto", "dtype=int8,int2"]
+    words = [
+        "-m",
+        f"model={family}",
+        f"model.path={folders[family]}",
+        "dataset=text",
+        f"dataset.path={file}",
+        "evaluation.num_samples=12",
+        "evaluation.context_length=32",
+        "evaluation.num_bootstrap=50",
+        "device=cpu",
+        "backend=quanto",
+        "dtype=int8,int2",
+    ]
     shell.rows(*words)
     (group,) = compared(shell, "sweep=latest")
     rows = {r["name"]: r for r in group["rows"]}
@@ -97,8 +107,10 @@ def test_a_sweep_on_a_live_server_is_compared_and_gets_its_page(template, tmp_pa
 
 def test_a_job_that_changes_hands_remembers_its_sweeps(base, template):
     sweep = make_sweep(base.parent / "handed over", template)
-    run_id, reader = sweep.runs["int8 a"], DatabaseReader(
-        sweep.folder / "outputs" / "mlflow.db", f"sqlite:///{sweep.folder}/outputs/mlflow.db")
+    run_id, reader = (
+        sweep.runs["int8 a"],
+        DatabaseReader(sweep.folder / "outputs" / "mlflow.db", f"sqlite:///{sweep.folder}/outputs/mlflow.db"),
+    )
     first = sweep.parent
     for parent in ("second", "second", "third", first, "fourth"):
         adopt(sweep.store, run_id, parent)

@@ -20,7 +20,11 @@ def one(*words):
 
 def test_default_request():
     config = one("backend=torchao").config
-    assert (config.model.family, config.dataset.name, config.quantization.backend) == ("digits_dit", "digits_classes", "torchao")
+    assert (config.model.family, config.dataset.name, config.quantization.backend) == (
+        "digits_dit",
+        "digits_classes",
+        "torchao",
+    )
 
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g, options in groups().items() for o in options])
@@ -29,7 +33,9 @@ def test_every_option_composes(group, option):
     if group == "dtype":
         words.append(f"backend={next(b for b, rows in CAPABILITIES.items() if option in rows or option == 'auto')}")
     elif group == "group_size":
-        words += ["backend=bitsandbytes", "dtype=nf4"] if option.isdigit() and int(option) > 512 else ["backend=torchao"]
+        words += (
+            ["backend=bitsandbytes", "dtype=nf4"] if option.isdigit() and int(option) > 512 else ["backend=torchao"]
+        )
     job = one(*words)
     if group in ("backend", "dtype", "group_size"):
         assert str(getattr(job.config.quantization, group)) == option
@@ -55,7 +61,9 @@ def test_bare_axis_and_own_keys_go_to_the_quantization_node():
 
 
 def test_exclusion_groups_add_up_with_own_entries():
-    job = one("backend=quanto", "modules_to_not_convert=[norms,output]", "quantization.modules_to_not_convert.own=[proj]")
+    job = one(
+        "backend=quanto", "modules_to_not_convert=[norms,output]", "quantization.modules_to_not_convert.own=[proj]"
+    )
     assert set(job.config.quantization.modules_to_not_convert) == {"norms", "output", "own"}
     assert "proj" in job.native.modules_to_not_convert
 
@@ -63,13 +71,21 @@ def test_exclusion_groups_add_up_with_own_entries():
 BAD = [
     (["backend=torchoa"], r"^backend=torchoa: there are .*did you mean torchao\?"),
     (["backend=torchao", "dtype=int9"], r"^dtype=int9: there are"),
-    (["backend=quanto", "dtype=nf4"],
-     r"^dtype=nf4: quanto offers int8, int4, int2, float8_e4m3, float8_e5m2; nf4 is offered by bitsandbytes and torchao"),
+    (
+        ["backend=quanto", "dtype=nf4"],
+        r"^dtype=nf4: quanto offers int8, int4, int2, float8_e4m3, float8_e5m2; nf4 is offered by bitsandbytes and torchao",
+    ),
     (["backend=quanto", "group_size=64"], r"^group_size=64: quanto chooses its own group size; leave group_size=auto"),
     (["backend=gguf", "dtype=q4_k", "group_size=64"], r"^group_size=64: gguf q4_k offers auto, 32"),
     (["grup_size=64"], r"^grup_size: no such key; did you mean group_size\?"),
-    (["backend=torchao", "quantization.grup_size=64"], r"^quantization\.grup_size: no such key; did you mean group_size\?"),
-    (["backend=torchao", "bnb_4bit_use_double_quant=true"], r"bnb_4bit_use_double_quant: no such key with this backend; .*bitsandbytes"),
+    (
+        ["backend=torchao", "quantization.grup_size=64"],
+        r"^quantization\.grup_size: no such key; did you mean group_size\?",
+    ),
+    (
+        ["backend=torchao", "bnb_4bit_use_double_quant=true"],
+        r"bnb_4bit_use_double_quant: no such key with this backend; .*bitsandbytes",
+    ),
     (["evaluation.num_samples=abc"], r"^evaluation\.num_samples: .*abc"),
     (["evaluation.num_samples=0"], r"^evaluation\.num_samples=0: a number of at least 1"),
     (["evaluation.num_sampels=10"], r"^evaluation\.num_sampels: no such key; did you mean num_samples\?"),
@@ -119,12 +135,15 @@ def write(tmp_path, text, name="mine.yaml"):
 
 
 def test_own_recipe_file_and_the_command_line_wins(tmp_path):
-    recipe = write(tmp_path, """
+    recipe = write(
+        tmp_path,
+        """
         defaults:
           - override /backend: quanto
           - override /dtype: int4
         evaluation: {num_samples: 30, batch_size: 10}
-        """)
+        """,
+    )
     job = one(recipe)
     assert (job.config.quantization.dtype, job.config.evaluation.num_samples, job.config.recipe) == ("int4", 30, "mine")
     assert one(recipe, "dtype=int8").config.quantization.dtype == "int8"
@@ -140,12 +159,15 @@ def test_a_recipe_with_a_grid_is_a_sweep_and_the_command_line_replaces_an_axis(t
 
 
 def test_candidates_with_own_settings(tmp_path):
-    recipe = write(tmp_path, """
+    recipe = write(
+        tmp_path,
+        """
         sweep:
           candidates:
             - {backend: bitsandbytes, dtype: nf4, bnb_4bit_use_double_quant: true}
             - {backend: torchao, dtype: int4, group_size: 64}
-        """)
+        """,
+    )
     found = plan([recipe])
     assert found.is_sweep
     assert [j.name for j in found.jobs] == ["bitsandbytes nf4 bnb_4bit_use_double_quant", "torchao int4 g64"]
@@ -200,7 +222,9 @@ def test_a_run_as_a_recipe_composes_to_the_same_config(tmp_path, words):
     file = tmp_path / "replay.yaml"
     file.write_text(job.recipe_yaml)
     again = one(f"recipe={file}")
-    assert {k: v for k, v in again.resolved.items() if k != "recipe"} == {k: v for k, v in job.resolved.items() if k != "recipe"}
+    assert {k: v for k, v in again.resolved.items() if k != "recipe"} == {
+        k: v for k, v in job.resolved.items() if k != "recipe"
+    }
     assert again.native == job.native
 
 

@@ -35,6 +35,8 @@ ONE_OF_EACH = [
     GGUFQuantizationConfig(),
     NVIDIAModelOptConfig("INT8", channel_quantize=0),
 ]
+
+
 @pytest.mark.parametrize("backend", CONFIGS)
 def test_the_strategies_reach_every_field(backend):
     """Each field takes at least two values within some hundred examples: none is left out of the round trips."""
@@ -154,8 +156,12 @@ AXES = [
     for m in row.algorithms
     if not (b == "torchao" and a == "int8" and d == "int8" and g not in ("auto", "none"))
     and not (b == "modelopt" and m == "smoothquant" and a != "int8")
-    and not (b == "torchao" and d == "int4" and m in ("awq", "smoothquant") and (
-        a == "int8" or g not in ("auto", 32, 64, 128)))
+    and not (
+        b == "torchao"
+        and d == "int4"
+        and m in ("awq", "smoothquant")
+        and (a == "int8" or g not in ("auto", 32, 64, 128))
+    )
     and not (b == "torchao" and m == "gptq" and (a == "int8" or g not in ("auto", "none")))
 ]
 

@@ -22,8 +22,16 @@ from quantlab.planning.composition import conf_dir
 from quantlab.protocols import diffusion
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ModelConfig
 
-SMALL = EvaluationConfig(num_samples=3, batch_size=3, num_inference_steps=2, guidance_scale=3.0, height=16, width=32,
-                         num_teacher_forced=2, num_bootstrap=50)
+SMALL = EvaluationConfig(
+    num_samples=3,
+    batch_size=3,
+    num_inference_steps=2,
+    guidance_scale=3.0,
+    height=16,
+    width=32,
+    num_teacher_forced=2,
+    num_bootstrap=50,
+)
 KINDS = list(BUILDERS)
 
 
@@ -79,8 +87,16 @@ def test_sampling_and_decoding_give_what_the_pipeline_gives(models, kind):
     assert [k for k, _ in states] == [0, 1]
     assert torch.equal(states[-1][1], latents)
     pipe = copy.copy(model.parts["pipeline"])
-    expected = pipe(prompt=inputs.conditioning["prompt"], latents=inputs.noise, height=16, width=32,
-                    num_inference_steps=2, guidance_scale=3.0, output_type="pt", return_dict=False)[0]
+    expected = pipe(
+        prompt=inputs.conditioning["prompt"],
+        latents=inputs.noise,
+        height=16,
+        width=32,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        output_type="pt",
+        return_dict=False,
+    )[0]
     images = decode(model, latents)
     assert images.shape == (3, 16, 32, 3)
     assert 0 <= images.min() < images.max() <= 1
@@ -221,9 +237,17 @@ def test_every_exclusion_names_a_part_of_that_class(name):
     import diffusers
 
     with torch.device("meta"):
-        module = getattr(diffusers, name)(**({"addition_embed_type": "text_time", "addition_time_embed_dim": 8,
-                                              "projection_class_embeddings_input_dim": 64}
-                                             if name == "UNet2DConditionModel" else {}))
+        module = getattr(diffusers, name)(
+            **(
+                {
+                    "addition_embed_type": "text_time",
+                    "addition_time_embed_dim": 8,
+                    "projection_class_embeddings_input_dim": 64,
+                }
+                if name == "UNet2DConditionModel"
+                else {}
+            )
+        )
     paths = [path for path, _ in module.named_modules()]
     assert not [entry for entry in FAMILY_EXCLUSIONS[name] if not any(matches(entry, path) for path in paths)]
 
@@ -332,8 +356,11 @@ def test_an_image_to_image_pipeline_is_refused(broken, tmp_path):
 
 
 def test_an_unknown_component_or_dtype_names_what_there_is(folders, tmp_path):
-    with pytest.raises(ConfigError, match=r"^model\.components=transformers: FluxPipeline has text_encoder, "
-                                          r"text_encoder_2, transformer, vae; did you mean transformer\?$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^model\.components=transformers: FluxPipeline has text_encoder, "
+        r"text_encoder_2, transformer, vae; did you mean transformer\?$",
+    ):
         load(folders["flux"], tmp_path, components=["transformers"])
     with pytest.raises(ConfigError, match=r"^model\.dtype=bfloat: .*did you mean bfloat16\?$"):
         load(folders["flux"], tmp_path, dtype="bfloat")

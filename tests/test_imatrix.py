@@ -22,8 +22,19 @@ libgguf = pytest.importorskip("libgguf")
 
 ROWS = CAPABILITIES["gguf"]
 TAKING = [d for d, row in ROWS.items() if "imatrix" in row.algorithms]
-GAIN = {"q6_k": 1.8, "q5_k": 1.8, "q5_1": 2.5, "q5_0": 1.6, "q4_1": 2.5, "q4_0": 1.6, "q4_k": 2, "iq4_nl": 1.8,
-        "iq4_xs": 1.8, "q3_k": 1.6, "q2_k": 2.2}
+GAIN = {
+    "q6_k": 1.8,
+    "q5_k": 1.8,
+    "q5_1": 2.5,
+    "q5_0": 1.6,
+    "q4_1": 2.5,
+    "q4_0": 1.6,
+    "q4_k": 2,
+    "iq4_nl": 1.8,
+    "iq4_xs": 1.8,
+    "q3_k": 1.6,
+    "q2_k": 2.2,
+}
 """Least factor by which an importance matrix lowers the output's error where 8 of 512 channels are 30 times larger."""
 
 
@@ -41,7 +52,8 @@ def net(k=512, hidden=256, dtype=torch.float32):
 
 def config_of(dtype="q4_k", **settings):
     return GGUFQuantizationConfig.from_axes(
-        QuantizationAxes(backend="gguf", dtype=dtype, algorithm="imatrix"), settings)
+        QuantizationAxes(backend="gguf", dtype=dtype, algorithm="imatrix"), settings
+    )
 
 
 def calibrated(model, config, batches, layers=("0",)):
@@ -134,8 +146,9 @@ def test_the_error_on_outliers_falls(dtype):
     gain = error(without[0], model[0], x) / error(with_matrix[0], model[0], x)
     assert GAIN[dtype] < gain < 6
     assert backend.read_back(with_matrix[0]).dtype == dtype
-    plain = libgguf.quantize_rows(model[0].weight.detach().numpy(), libgguf.GGMLQuantizationType[dtype.upper()],
-                                  statistics["0"].mean()[0])
+    plain = libgguf.quantize_rows(
+        model[0].weight.detach().numpy(), libgguf.GGMLQuantizationType[dtype.upper()], statistics["0"].mean()[0]
+    )
     assert np.array_equal(with_matrix[0].qweight.numpy(), plain), "the bytes are ggml's for this vector"
 
 
@@ -180,8 +193,10 @@ def test_types_that_take_none_are_left_alone_among_others():
 
 
 def statistics_of(**entries):
-    return {name: InputSquares(sums=np.asarray(sums, np.float32)[None], counts=np.array([count], np.float32))
-            for name, (sums, count) in entries.items()}
+    return {
+        name: InputSquares(sums=np.asarray(sums, np.float32)[None], counts=np.array([count], np.float32))
+        for name, (sums, count) in entries.items()
+    }
 
 
 def legacy(entries, trailer=b""):
@@ -200,8 +215,12 @@ def test_the_file_is_llama_cpps_and_reads_back(tmp_path):
 
     reader = gguf.GGUFReader(path)
     fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
-    assert fields == {"general.type": "imatrix", "imatrix.datasets": [f"sha256:{feed.sha256}"],
-                      "imatrix.chunk_count": 2, "imatrix.chunk_size": 64}
+    assert fields == {
+        "general.type": "imatrix",
+        "imatrix.datasets": [f"sha256:{feed.sha256}"],
+        "imatrix.chunk_count": 2,
+        "imatrix.chunk_size": 64,
+    }
     tensors = {t.name: t for t in reader.tensors}
     assert list(tensors) == ["0.weight.in_sum2", "0.weight.counts", "2.weight.in_sum2", "2.weight.counts"]
     assert {t.tensor_type for t in tensors.values()} == {gguf.GGMLQuantizationType.F32}
@@ -257,13 +276,29 @@ def test_unusable_files_are_refused(tmp_path):
     good = tmp_path / "good.gguf"
     write_imatrix(good, statistics_of(**{"0": (np.ones(512), 4), "2": (np.ones(256), 4)}))
     whole, old = good.read_bytes(), legacy({"0.weight": (1, np.ones(512))})
-    damaged = [b"", b"GGUF", whole[:60], whole[:-100], b"no importance matrix", old[:-4], old[:30], struct.pack("<i", 0),
-               struct.pack("<i", -1), legacy({"0.weight": (1, [float("nan")])}), legacy({"0.weight": (1, [-1.0])}),
-               legacy({"0.weight": (-1, [1.0])}), legacy({"0.weight": (1, [])}), struct.pack("<ii", 1, 2**31 - 1)]
+    damaged = [
+        b"",
+        b"GGUF",
+        whole[:60],
+        whole[:-100],
+        b"no importance matrix",
+        old[:-4],
+        old[:30],
+        struct.pack("<i", 0),
+        struct.pack("<i", -1),
+        legacy({"0.weight": (1, [float("nan")])}),
+        legacy({"0.weight": (1, [-1.0])}),
+        legacy({"0.weight": (-1, [1.0])}),
+        legacy({"0.weight": (1, [])}),
+        struct.pack("<ii", 1, 2**31 - 1),
+    ]
     for data in damaged:
         (tmp_path / "bad").write_bytes(data)
-        with pytest.raises(ConfigError, match=r"^quantization\.imatrix_file=.*bad: (not a readable|holds no|0\.weight "
-                                              r"holds values that are neg).*; (record|give)"):
+        with pytest.raises(
+            ConfigError,
+            match=r"^quantization\.imatrix_file=.*bad: (not a readable|holds no|0\.weight "
+            r"holds values that are neg).*; (record|give)",
+        ):
             read_imatrix(tmp_path / "bad")
     model = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     model.add_tensor("a.weight", np.zeros(4, np.float32))
@@ -276,11 +311,14 @@ def test_unusable_files_are_refused(tmp_path):
             read_imatrix(absent)
 
 
-@pytest.mark.parametrize(("entries", "message"), [
-    ({"1": (np.ones(512), 4)}, r"holds no 0\.weight \(it holds 1\.weight\); give one recorded on this model"),
-    ({"0": (np.ones(256), 4)}, r"0\.weight has 256 values in 1 matrices, and the layer has 512 inputs"),
-    ({"0": (np.ones(512), 0)}, r"0\.weight was never used when it was recorded; give"),
-])
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"1": (np.ones(512), 4)}, r"holds no 0\.weight \(it holds 1\.weight\); give one recorded on this model"),
+        ({"0": (np.ones(256), 4)}, r"0\.weight has 256 values in 1 matrices, and the layer has 512 inputs"),
+        ({"0": (np.ones(512), 0)}, r"0\.weight was never used when it was recorded; give"),
+    ],
+)
 def test_a_file_of_another_model_is_refused(entries, message, tmp_path):
     path = write_imatrix(tmp_path / "i.gguf", statistics_of(**entries))
     with pytest.raises(ConfigError, match=rf"^quantization\.imatrix_file=.*{message}"):
@@ -291,7 +329,9 @@ def test_a_file_of_another_model_is_refused(entries, message, tmp_path):
 
 
 def test_without_data_it_is_refused_with_the_ways_out():
-    with pytest.raises(ConfigError, match=r"^algorithm=imatrix: .*quantization\.imatrix_file, or leave algorithm at max$"):
+    with pytest.raises(
+        ConfigError, match=r"^algorithm=imatrix: .*quantization\.imatrix_file, or leave algorithm at max$"
+    ):
         backend.quantize(net(), ["0"], config_of(), "float32")
     with pytest.raises(ConfigError, match="^calibration: 0 never ran"):
         backend.quantize(net(), ["0"], config_of(), "float32", {})
@@ -301,7 +341,9 @@ def test_the_type_that_ignores_it_is_refused_by_name():
     with pytest.raises(ConfigError, match="^algorithm=imatrix: gguf q8_0 offers auto, max"):
         config_of("q8_0")
     for kind in ("q8_0", None):
-        with pytest.raises(ConfigError, match="^algorithm=imatrix: ggml writes q8_0 without .* choose q5_0, q5_1.*max$"):
+        with pytest.raises(
+            ConfigError, match="^algorithm=imatrix: ggml writes q8_0 without .* choose q5_0, q5_1.*max$"
+        ):
             GGUFQuantizationConfig(gguf_type=kind, algorithm="imatrix")
     with pytest.raises(ConfigError, match="^imatrix_file=a: only algorithm=imatrix reads it; set"):
         GGUFQuantizationConfig(gguf_type="q4_k", imatrix_file="a")

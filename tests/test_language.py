@@ -49,8 +49,12 @@ def reference(model, inputs):
 def fake_model(tokenizer, max_positions=4096):
     """What ``text_inputs`` needs of a model: a tokenizer and the longest context."""
     config = type("Config", (), {"max_position_embeddings": max_positions, "get_text_config": lambda self: self})()
-    return LoadedModel(name="fake", protocol="language", components={"model": type("M", (), {"config": config})()},
-                       parts={"tokenizer": tokenizer})
+    return LoadedModel(
+        name="fake",
+        protocol="language",
+        components={"model": type("M", (), {"config": config})()},
+        parts={"tokenizer": tokenizer},
+    )
 
 
 # -- windows
@@ -68,8 +72,11 @@ def test_protocols_cut_and_score_as_their_rows_say(name, adds_bos):
     assert length - found.first_target == {"ppl/v1": 63, "ppl/gptq2048": 2047, "ppl/llamacpp512": 255}[name]
     assert found.protocol["n_tokens"] == 2 * (length - found.first_target)
     plain = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    expected = {"prepend": [1, *plain[:length - 1]], "replace": [1, *plain[1:length]],
-                "stream": [1, *plain[:length - 1]]}
+    expected = {
+        "prepend": [1, *plain[: length - 1]],
+        "replace": [1, *plain[1:length]],
+        "stream": [1, *plain[: length - 1]],
+    }
     assert found.input_ids[0].tolist() == (expected[protocol.bos] if adds_bos else plain[:length])
     begins_with_bos = [int(row[0]) == 1 for row in found.input_ids]
     assert begins_with_bos == ([True, protocol.bos != "stream"] if adds_bos else [False, False])
@@ -103,8 +110,12 @@ BAD_REQUESTS = [
 @pytest.mark.parametrize(("changes", "message"), BAD_REQUESTS)
 def test_requests_that_the_text_or_the_model_cannot_meet(changes, message):
     with pytest.raises(ConfigError) as caught:
-        text_inputs(TEXT, EvaluationConfig(**{"num_samples": 4, "context_length": 64, **changes}),
-                    fake_model(byte_tokenizer()), "dataset.path=my.txt")
+        text_inputs(
+            TEXT,
+            EvaluationConfig(**{"num_samples": 4, "context_length": 64, **changes}),
+            fake_model(byte_tokenizer()),
+            "dataset.path=my.txt",
+        )
     assert str(caught.value).startswith(message)
 
 
@@ -123,10 +134,16 @@ def test_text_file_is_read_as_one_text(model, inputs, tmp_path):
     assert text_file.load(DatasetConfig(name="text", path=str(file)), QUICK, model).sha256 == inputs.sha256
 
 
-@pytest.mark.parametrize(("content", "said"), [
-    (None, "cannot be read"), (b"", "empty"), (b" \n\t", "empty"), (b"\xff\xfe\x80abc", "not UTF-8"),
-    (b"short", "5 tokens"),
-])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read"),
+        (b"", "empty"),
+        (b" \n\t", "empty"),
+        (b"\xff\xfe\x80abc", "not UTF-8"),
+        (b"short", "5 tokens"),
+    ],
+)
 def test_bad_text_files_are_named(content, said, model, tmp_path):
     file = tmp_path / "my.txt"
     if content is not None:
@@ -182,22 +199,33 @@ def test_numbers_equal_those_from_whole_logits(model, inputs, reference):
     kld = (p.exp() * (p - q)).sum(-1)
     nll_p, nll_q = (-x.gather(-1, targets)[..., 0] for x in (p, q))
     delta = (-nll_q).exp() - (-nll_p).exp()
-    expected = {"kld_mean": kld.mean(1), "same_top1": (p.argmax(-1) == q.argmax(-1)).double().mean(1),
-                "ln_ppl_ratio": (nll_q - nll_p).mean(1), "delta_p_mean": delta.mean(1)}
+    expected = {
+        "kld_mean": kld.mean(1),
+        "same_top1": (p.argmax(-1) == q.argmax(-1)).double().mean(1),
+        "ln_ppl_ratio": (nll_q - nll_p).mean(1),
+        "delta_p_mean": delta.mean(1),
+    }
     assert set(found.samples) == set(expected)
     for name, values in expected.items():
         np.testing.assert_allclose(found.samples[name], values.numpy(), rtol=1e-4, atol=1e-6, err_msg=name)
-    for name, value in {"ppl": nll_q.mean().exp(), "ppl_ref": nll_p.mean().exp(), "kld_max": kld.max(),
-                        "kld_median": kld.quantile(0.5), "kld_p99": kld.quantile(0.99),
-                        "delta_p_rms": delta.square().mean().sqrt()}.items():
+    for name, value in {
+        "ppl": nll_q.mean().exp(),
+        "ppl_ref": nll_p.mean().exp(),
+        "kld_max": kld.max(),
+        "kld_median": kld.quantile(0.5),
+        "kld_p99": kld.quantile(0.99),
+        "delta_p_rms": delta.square().mean().sqrt(),
+    }.items():
         assert found.estimates[name].value == pytest.approx(float(value), rel=1e-4)
         assert found.estimates[name].ci_lo <= found.estimates[name].ci_hi
     np.testing.assert_array_equal(found.clusters, inputs.clusters)
 
 
 def test_more_noise_is_more_divergence(model, inputs, reference):
-    means = [language.measure(with_noise(model, size), inputs, QUICK, reference, model).samples["kld_mean"].mean()
-             for size in (0.01, 0.1, 0.5)]
+    means = [
+        language.measure(with_noise(model, size), inputs, QUICK, reference, model).samples["kld_mean"].mean()
+        for size in (0.01, 0.1, 0.5)
+    ]
     assert 0 < means[0] < means[1] < means[2]
 
 
@@ -278,11 +306,22 @@ def test_soft_capped_logits_are_honoured(tmp_path, cache):
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(0)
-    Gemma2ForCausalLM(Gemma2Config(
-        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.5, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        initializer_range=0.3,
-    )).save_pretrained(tmp_path)
+    Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=259,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            final_logit_softcapping=0.5,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            initializer_range=0.3,
+        )
+    ).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     model = load_llama(tmp_path, cache)
     evaluation = EvaluationConfig(num_samples=2, batch_size=2, context_length=32)

@@ -25,9 +25,20 @@ from quantlab.modules.layers import (
 BLOCK = tuple(
     f"transformer_blocks.0.{leaf}"
     for leaf in (
-        "norm1.linear", "norm1_context.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out", "ff.net.0.proj", "ff.net.2",
-        "ff_context.net.0.proj", "ff_context.net.2",
+        "norm1.linear",
+        "norm1_context.linear",
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
     )
 )
 BOTH_TO_Q = ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.attn.to_q")
@@ -39,15 +50,13 @@ TAKEN = {
     "transformer_blocks.0": BLOCK,
     "transformer_blocks": BLOCK,
     "*.to_q": BOTH_TO_Q,
-    "*.attn.to_?": tuple(
-        f"{where}transformer_blocks.0.attn.to_{x}" for where in ("", "single_") for x in "qkv"),
+    "*.attn.to_?": tuple(f"{where}transformer_blocks.0.attn.to_{x}" for where in ("", "single_") for x in "qkv"),
     "transformer_blocks.*.ff": ("transformer_blocks.0.ff.net.0.proj", "transformer_blocks.0.ff.net.2"),
     "*proj_out": ("single_transformer_blocks.0.proj_out", "proj_out"),
     "[xc]*_embedder": ("context_embedder", "x_embedder"),
     "re:.*to_q": BOTH_TO_Q,
     r"re:(.*\.)?proj_out": ("single_transformer_blocks.0.proj_out", "proj_out"),
-    r"re:transformer_blocks\.\d+\.attn\.add_.*": tuple(
-        f"transformer_blocks.0.attn.add_{x}_proj" for x in "qkv"),
+    r"re:transformer_blocks\.\d+\.attn\.add_.*": tuple(f"transformer_blocks.0.attn.add_{x}_proj" for x in "qkv"),
 }
 NOTHING = {
     "attn": "*.attn would match 11 of them",
@@ -76,8 +85,15 @@ def flux() -> nn.Module:
     from diffusers import FluxTransformer2DModel
 
     return FluxTransformer2DModel(
-        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
     )
 
 
@@ -133,10 +149,15 @@ class TestMatcher:
 class TestLinearLayers:
     def test_each_object_once_and_not_inside_attention(self):
         shared = nn.Linear(4, 4)
-        model = nn.ModuleDict({
-            "a": shared, "b": nn.Sequential(shared, nn.Linear(4, 2)), "mha": nn.MultiheadAttention(4, 2),
-            "normed": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "conv": nn.Conv2d(1, 1, 1),
-        })
+        model = nn.ModuleDict(
+            {
+                "a": shared,
+                "b": nn.Sequential(shared, nn.Linear(4, 2)),
+                "mha": nn.MultiheadAttention(4, 2),
+                "normed": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+                "conv": nn.Conv2d(1, 1, 1),
+            }
+        )
         assert list(linear_layers(model)) == ["a", "b.1"]
         reasons = unquantizable_linears(model)
         assert set(reasons) == {"mha.out_proj", "normed"}
@@ -184,8 +205,15 @@ class TestDigest:
         strided = torch.arange(12.0).reshape(6, 2)[:, 0] / 2
         assert state_digest(a) == state_digest({"x": strided, "y": a["y"].clone()})
         assert state_digest(a).startswith("sha256:")
-        others = [{"x": a["x"]}, {**a, "x": a["x"].double()}, {**a, "x": a["x"].reshape(2, 3)}, {**a, "x": a["x"] + 1},
-                  {"z": a["x"], "y": a["y"]}, {**a, "n": torch.zeros(0)}, {**a, "extra": "text"}]
+        others = [
+            {"x": a["x"]},
+            {**a, "x": a["x"].double()},
+            {**a, "x": a["x"].reshape(2, 3)},
+            {**a, "x": a["x"] + 1},
+            {"z": a["x"], "y": a["y"]},
+            {**a, "n": torch.zeros(0)},
+            {**a, "extra": "text"},
+        ]
         assert len({state_digest(s) for s in [a, *others]}) == len(others) + 1
 
     def test_sees_inside_tensor_subclasses(self):
@@ -228,6 +256,8 @@ def test_a_weight_that_is_not_finite_is_named(bad, dtype):
 
 
 def test_importing_imports_no_torch():
-    code = ("import sys, quantlab.modules.layers as l, quantlab.modules.memory; l.matches('a', 'a.b'); "
-            "sys.exit('torch' in sys.modules)")
+    code = (
+        "import sys, quantlab.modules.layers as l, quantlab.modules.memory; l.matches('a', 'a.b'); "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -99,7 +99,8 @@ class TestQuantized:
         model = linear(DTYPES[dtype])
         layer = bnb.nn.Linear4bit(K, N, True, quant_type="nf4", device="meta")
         layer.weight = bnb.nn.Params4bit(
-            model[0].weight.data, requires_grad=False, compress_statistics=double, quant_type="nf4", module=layer)
+            model[0].weight.data, requires_grad=False, compress_statistics=double, quant_type="nf4", module=layer
+        )
         layer.bias = model[0].bias
         layer.to("cpu")
         blocks = math.ceil(N * K / 64)
@@ -110,7 +111,8 @@ class TestQuantized:
         bnb = pytest.importorskip("bitsandbytes")
         layer = bnb.nn.Linear8bitLt(K, N, False, has_fp16_weights=False, device="meta")
         layer.weight = bnb.nn.Int8Params(
-            linear(DTYPES[dtype])[0].weight.data, requires_grad=False, has_fp16_weights=False)
+            linear(DTYPES[dtype])[0].weight.data, requires_grad=False, has_fp16_weights=False
+        )
         layer.to("cpu").eval()
         assert layer_memory(layer) == (N * K, 4 * N)
         with torch.no_grad():

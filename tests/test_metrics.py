@@ -119,8 +119,14 @@ class TestImages:
         photo = getattr(data, name)()[:200, :240]
         other = damaged(photo, damage)
         oracle = structural_similarity(
-            photo, other, win_size=11, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-            channel_axis=2, data_range=255,
+            photo,
+            other,
+            win_size=11,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            channel_axis=2,
+            data_range=255,
         )
         assert ssim(other[None], photo[None])[0] == pytest.approx(oracle, abs=1e-7)
         assert psnr_db(other[None], photo[None])[0] == pytest.approx(peak_signal_noise_ratio(photo, other), abs=1e-9)
@@ -283,8 +289,11 @@ class TestTokenStatistics:
 
     @settings(max_examples=40, deadline=None)
     @given(
-        tokens=st.integers(1, 6), vocab=st.integers(2, 3000), scale=st.floats(0.0, 50.0),
-        damage=st.sampled_from([0.0, 1e-6, 1e-4, 1e-2, 1.0]), seed=st.integers(0, 10_000),
+        tokens=st.integers(1, 6),
+        vocab=st.integers(2, 3000),
+        scale=st.floats(0.0, 50.0),
+        damage=st.sampled_from([0.0, 1e-6, 1e-4, 1e-2, 1.0]),
+        seed=st.integers(0, 10_000),
     )
     def test_divergence_is_not_negative_and_that_of_float64(self, tokens, vocab, scale, damage, seed):
         p = scale * noise(tokens, vocab, seed=seed)

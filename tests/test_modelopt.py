@@ -73,7 +73,13 @@ def test_promise(dtype, group, compress, tmp_path):
     stored = backend.read_back(layer)
     is_simulated = not compress or "cpu" in ROWS[dtype].is_simulated_on
     assert (stored.dtype, stored.activation_dtype, stored.is_simulated) == (dtype, "none", is_simulated)
-    wanted = {"int4": 128, "int3": 128, "int2": 32}.get(dtype) if group == "auto" else None if group in ("none", IN) else group
+    wanted = (
+        {"int4": 128, "int3": 128, "int2": 32}.get(dtype)
+        if group == "auto"
+        else None
+        if group in ("none", IN)
+        else group
+    )
     assert stored.group_size == wanted
     assert 0 < float((stored.dense - reference).norm() / reference.norm()) < BOUNDS[dtype]
     num_scales = 1 if (dtype, group) == ("float8_e4m3", "auto") else OUT * IN // (wanted or IN)
@@ -99,13 +105,16 @@ def test_packing_changes_no_weight(dtype):
     import torch
 
     config = NVIDIAModelOptConfig.from_axes(axes(dtype))
-    packed, loose = (backend.read_back(quantized(c)[0][0]).dense
-                     for c in (config, NVIDIAModelOptConfig.from_axes(axes(dtype), {"compress": False})))
+    packed, loose = (
+        backend.read_back(quantized(c)[0][0]).dense
+        for c in (config, NVIDIAModelOptConfig.from_axes(axes(dtype), {"compress": False}))
+    )
     assert torch.allclose(packed, loose, atol=1e-6)
 
 
-@pytest.mark.parametrize(("dtype", "compute"), [
-    (d, c) for d, row in ROWS.items() if "cpu" in row.devices for c in row.compute_dtypes])
+@pytest.mark.parametrize(
+    ("dtype", "compute"), [(d, c) for d, row in ROWS.items() if "cpu" in row.devices for c in row.compute_dtypes]
+)
 def test_compute_dtypes(dtype, compute, tmp_path):
     import torch
 
@@ -123,8 +132,17 @@ def test_compute_dtypes(dtype, compute, tmp_path):
         assert torch.equal(fresh(inputs()), y)
 
 
-@pytest.mark.parametrize(("dtype", "group"), [("int8", "auto"), ("int8", "none"), ("int4", "auto"), ("int4", "none"),
-                                              ("float8_e4m3", "auto"), ("float8_e4m3", "none")])
+@pytest.mark.parametrize(
+    ("dtype", "group"),
+    [
+        ("int8", "auto"),
+        ("int8", "none"),
+        ("int4", "auto"),
+        ("int4", "none"),
+        ("float8_e4m3", "auto"),
+        ("float8_e4m3", "none"),
+    ],
+)
 @pytest.mark.parametrize("num", [10, 9])
 def test_odd_shapes(dtype, group, num, tmp_path):
     import torch
@@ -211,8 +229,11 @@ def test_activations_are_rounded_where_the_config_says_so():
 
 
 def test_a_pasted_config():
-    entries = [{"quantizer_name": "*", "enable": False}, {"quantizer_name": "*lm_head*", "enable": False},
-               {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 8, "block_sizes": {"-1": 64}}}]
+    entries = [
+        {"quantizer_name": "*", "enable": False},
+        {"quantizer_name": "*lm_head*", "enable": False},
+        {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 8, "block_sizes": {"-1": 64}}},
+    ]
     config = NVIDIAModelOptConfig("INT8", modelopt_config={"quant_cfg": entries, "algorithm": "max"})
     assert backend.read_back(quantized(config)[0][0]).group_size == 64
     assert NVIDIAModelOptConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -245,8 +266,11 @@ def test_the_quantizer_list_denies_all_and_names_layers():
     assert made["algorithm"] == "max"
     assert made["quant_cfg"] == [
         {"quantizer_name": "*", "enable": False},
-        {"quantizer_name": "blocks[[]0].proj_out.weight_quantizer", "enable": True,
-         "cfg": {"num_bits": 4, "block_sizes": {-1: 128}}},
+        {
+            "quantizer_name": "blocks[[]0].proj_out.weight_quantizer",
+            "enable": True,
+            "cfg": {"num_bits": 4, "block_sizes": {-1: 128}},
+        },
         {"quantizer_name": "head.weight_quantizer", "enable": True, "cfg": {"num_bits": 4, "block_sizes": {-1: 40}}},
     ]
     block = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
@@ -254,44 +278,69 @@ def test_the_quantizer_list_denies_all_and_names_layers():
     assert [e["cfg"] for e in made["quant_cfg"][1:]] == [block, block]
 
 
-@pytest.mark.parametrize(("kwargs", "message"), [
-    ({"quant_type": "fp8"}, r"quant_type='fp8': W or W_A is wanted.*did you mean FP8"),
-    ({"quant_type": "FP9"}, "quant_type='FP9': W or W_A"),
-    ({"quant_type": "FP8_INT8_X"}, "quant_type='FP8_INT8_X': W or W_A"),
-    ({"quant_type": "FP8_"}, "quant_type='FP8_': W or W_A"),
-    ({"quant_type": "NF4"}, "NF4 is not offered.*bitsandbytes and torchao"),
-    ({"quant_type": 8}, "quant_type=8: NVIDIAModelOptConfig accepts a word"),
-    ({}, "quant_type: NVIDIAModelOptConfig needs it"),
-    ({"quant_type": "FP8_INT8"}, "weight_only=true: the activation half of quant_type=FP8_INT8 would be ignored"),
-    ({"quant_type": "FP8", "weight_only": False}, "weight_only=false: quant_type=FP8 names no activations"),
-    ({"quant_type": "INT4", "block_quantize": 64}, "block_quantize=64: it needs channel_quantize=-1"),
-    ({"quant_type": "INT4", "block_quantize": 64, "channel_quantize": 0}, "blocks of 1 or more run along in_features"),
-    ({"quant_type": "INT4", "block_quantize": "x", "channel_quantize": -1}, "block_quantize='x'"),
-    ({"quant_type": "INT8", "channel_quantize": -1}, "channel_quantize=-1: without block_quantize it is 0"),
-    ({"quant_type": "NVFP4", "block_quantize": 32, "channel_quantize": -1}, "NVFP4 has blocks of 16"),
-    ({"quant_type": "NVFP4", "scale_channel_quantize": -1, "scale_block_quantize": 16}, "scale_channel_quantize=-1"),
-    ({"quant_type": "INT8", "algorithm": "awq"}, "algorithm='awq': NVIDIAModelOptConfig accepts max, mse"),
-    ({"quant_type": "INT8", "fit_group_size": True}, "fit_group_size=true"),
-    ({"quant_type": "INT8", "forward_loop": print}, "forward_loop: a config holds data, not code"),
-    ({"quant_type": "INT8", "chanel_quantize": 0}, "chanel_quantize: .*did you mean channel_quantize"),
-    ({"quant_type": "INT8", "modelopt_config": {}}, "modelopt_config: it has a quant_cfg"),
-    ({"quant_type": "INT8", "modelopt_config": {"quant_cfg": [
-        {"quantizer_name": "*proj*", "cfg": {"num_bits": 4}}]}}, "quantizer '[*]proj[*]' is set for some layers only"),
-    ({"quant_type": "INT8", "modelopt_config": {"quant_cfg": []}}, "sets no [*]weight_quantizer"),
-])
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"quant_type": "fp8"}, r"quant_type='fp8': W or W_A is wanted.*did you mean FP8"),
+        ({"quant_type": "FP9"}, "quant_type='FP9': W or W_A"),
+        ({"quant_type": "FP8_INT8_X"}, "quant_type='FP8_INT8_X': W or W_A"),
+        ({"quant_type": "FP8_"}, "quant_type='FP8_': W or W_A"),
+        ({"quant_type": "NF4"}, "NF4 is not offered.*bitsandbytes and torchao"),
+        ({"quant_type": 8}, "quant_type=8: NVIDIAModelOptConfig accepts a word"),
+        ({}, "quant_type: NVIDIAModelOptConfig needs it"),
+        ({"quant_type": "FP8_INT8"}, "weight_only=true: the activation half of quant_type=FP8_INT8 would be ignored"),
+        ({"quant_type": "FP8", "weight_only": False}, "weight_only=false: quant_type=FP8 names no activations"),
+        ({"quant_type": "INT4", "block_quantize": 64}, "block_quantize=64: it needs channel_quantize=-1"),
+        (
+            {"quant_type": "INT4", "block_quantize": 64, "channel_quantize": 0},
+            "blocks of 1 or more run along in_features",
+        ),
+        ({"quant_type": "INT4", "block_quantize": "x", "channel_quantize": -1}, "block_quantize='x'"),
+        ({"quant_type": "INT8", "channel_quantize": -1}, "channel_quantize=-1: without block_quantize it is 0"),
+        ({"quant_type": "NVFP4", "block_quantize": 32, "channel_quantize": -1}, "NVFP4 has blocks of 16"),
+        (
+            {"quant_type": "NVFP4", "scale_channel_quantize": -1, "scale_block_quantize": 16},
+            "scale_channel_quantize=-1",
+        ),
+        ({"quant_type": "INT8", "algorithm": "awq"}, "algorithm='awq': NVIDIAModelOptConfig accepts max, mse"),
+        ({"quant_type": "INT8", "fit_group_size": True}, "fit_group_size=true"),
+        ({"quant_type": "INT8", "forward_loop": print}, "forward_loop: a config holds data, not code"),
+        ({"quant_type": "INT8", "chanel_quantize": 0}, "chanel_quantize: .*did you mean channel_quantize"),
+        ({"quant_type": "INT8", "modelopt_config": {}}, "modelopt_config: it has a quant_cfg"),
+        (
+            {
+                "quant_type": "INT8",
+                "modelopt_config": {"quant_cfg": [{"quantizer_name": "*proj*", "cfg": {"num_bits": 4}}]},
+            },
+            "quantizer '[*]proj[*]' is set for some layers only",
+        ),
+        ({"quant_type": "INT8", "modelopt_config": {"quant_cfg": []}}, "sets no [*]weight_quantizer"),
+    ],
+)
 def test_bad_configs(kwargs, message):
     with pytest.raises(ConfigError, match=message):
         NVIDIAModelOptConfig(**kwargs)
 
 
 def test_what_diffusers_wrote():
-    entries = {"*weight_quantizer": {"fake_quant": False, "num_bits": 4, "block_sizes": {"-1": 32}},
-               "*input_quantizer": {"enable": False}}
-    theirs = {"quant_method": "modelopt", "quant_type": "INT4", "modules_to_not_convert": ["proj_out"],
-              "weight_only": True, "channel_quantize": None, "block_quantize": None, "calib_cfg": {"method": "mse"},
-              "forward_loop": None, "scale_channel_quantize": None, "scale_block_quantize": None,
-              "modelopt_config": {"quant_cfg": entries, "algorithm": {"method": "mse"}},
-              "disable_conv_quantization": False}
+    entries = {
+        "*weight_quantizer": {"fake_quant": False, "num_bits": 4, "block_sizes": {"-1": 32}},
+        "*input_quantizer": {"enable": False},
+    }
+    theirs = {
+        "quant_method": "modelopt",
+        "quant_type": "INT4",
+        "modules_to_not_convert": ["proj_out"],
+        "weight_only": True,
+        "channel_quantize": None,
+        "block_quantize": None,
+        "calib_cfg": {"method": "mse"},
+        "forward_loop": None,
+        "scale_channel_quantize": None,
+        "scale_block_quantize": None,
+        "modelopt_config": {"quant_cfg": entries, "algorithm": {"method": "mse"}},
+        "disable_conv_quantization": False,
+    }
     config = NVIDIAModelOptConfig.from_dict(theirs)
     assert (config.quant_type, config.algorithm, config.modules_to_not_convert) == ("INT4", "mse", ("proj_out",))
     assert build_quant_cfg(config, {"a": (4, 64)})["quant_cfg"][1]["cfg"] == {"num_bits": 4, "block_sizes": {-1: 32}}
@@ -299,8 +348,11 @@ def test_what_diffusers_wrote():
 
 
 @settings(max_examples=150, deadline=None)
-@given(case=st.sampled_from(ALL_CASES), compress=st.booleans(),
-       names=st.lists(st.sampled_from(["a", "b.c", "re:x"]), unique=True))
+@given(
+    case=st.sampled_from(ALL_CASES),
+    compress=st.booleans(),
+    names=st.lists(st.sampled_from(["a", "b.c", "re:x"]), unique=True),
+)
 def test_round_trips(case, compress, names):
     exclusions = {"own": names} if names else {}
     config = NVIDIAModelOptConfig.from_axes(axes(*case, modules_to_not_convert=exclusions), {"compress": compress})
@@ -319,12 +371,14 @@ def test_an_integer_tensor_with_one_scale_has_no_axes():
 
 
 def test_the_config_imports_neither_torch_nor_modelopt():
-    code = ("import sys\n"
-            "from quantlab.backends.modelopt import Config, build_quant_cfg, resolve\n"
-            "from quantlab.vocabulary.axes import QuantizationAxes\n"
-            "c = Config.from_axes(QuantizationAxes(backend='modelopt', dtype='int4'))\n"
-            "build_quant_cfg(resolve(c, 'cpu'), {'a': (4, 8)}); Config.from_dict(c.to_dict())\n"
-            "print([m for m in ('torch', 'modelopt', 'numpy') if m in sys.modules])")
+    code = (
+        "import sys\n"
+        "from quantlab.backends.modelopt import Config, build_quant_cfg, resolve\n"
+        "from quantlab.vocabulary.axes import QuantizationAxes\n"
+        "c = Config.from_axes(QuantizationAxes(backend='modelopt', dtype='int4'))\n"
+        "build_quant_cfg(resolve(c, 'cpu'), {'a': (4, 8)}); Config.from_dict(c.to_dict())\n"
+        "print([m for m in ('torch', 'modelopt', 'numpy') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done.stderr
 

@@ -26,10 +26,15 @@ NUM_BATCHES = 2
 LAYERS = ["0", "2"]
 CASES = [(d, a) for d, row in ROWS.items() if "cpu" in row.devices for a in row.algorithms]
 ACTIVATIONS = [
-    *[("int8", a, x, "static") for a in ROWS["int8"].algorithms for x in ("int8", "float8_e4m3")
-      if (a, x) != ("smoothquant", "float8_e4m3")],
+    *[
+        ("int8", a, x, "static")
+        for a in ROWS["int8"].algorithms
+        for x in ("int8", "float8_e4m3")
+        if (a, x) != ("smoothquant", "float8_e4m3")
+    ],
     *[("int4", a, "int8", "dynamic") for a in ROWS["int4"].algorithms],
-    ("int8", "smoothquant", "int8", "dynamic"), ("float8_e4m3", "awq_lite", "float8_e4m3", "static"),
+    ("int8", "smoothquant", "int8", "dynamic"),
+    ("float8_e4m3", "awq_lite", "float8_e4m3", "static"),
     ("int3", "gptq", "int8", "static"),
 ]
 LOOSE = {"svdquant": {"lowrank": RANK}}
@@ -60,8 +65,9 @@ def feed():
 def config_of(dtype, algorithm, activation="none", scales="dynamic", group="auto", **more):
     if algorithm == "smoothquant":
         activation = "int8"
-    asked = QuantizationAxes(backend="modelopt", dtype=dtype, algorithm=algorithm, activation_dtype=activation,
-                             group_size=group)
+    asked = QuantizationAxes(
+        backend="modelopt", dtype=dtype, algorithm=algorithm, activation_dtype=activation, group_size=group
+    )
     settings = {"activation_scales": scales, "algorithm_settings": LOOSE.get(algorithm), **more}
     return NVIDIAModelOptConfig.from_axes(asked, settings)
 
@@ -101,15 +107,18 @@ def ratios(*case):
 # -- what it is for
 
 
-@pytest.mark.parametrize(("algorithm", "layer", "model"), [
-    ("mse", 0.97, 0.98),
-    ("awq_lite", 0.55, 0.85),
-    ("awq_clip", 0.55, 0.70),
-    ("awq_full", 0.45, 0.68),
-    ("svdquant", 0.45, 0.68),
-    ("gptq", 1.05, 0.88),
-    ("local_hessian", 0.55, 0.70),
-])
+@pytest.mark.parametrize(
+    ("algorithm", "layer", "model"),
+    [
+        ("mse", 0.97, 0.98),
+        ("awq_lite", 0.55, 0.85),
+        ("awq_clip", 0.55, 0.70),
+        ("awq_full", 0.45, 0.68),
+        ("svdquant", 0.45, 0.68),
+        ("gptq", 1.05, 0.88),
+        ("local_hessian", 0.55, 0.70),
+    ],
+)
 def test_four_bits_in_blocks_of_32(algorithm, layer, model):
     """Upper bounds of error over that of max; GPTQ helps layers behind the outliers only."""
     found = ratios("int4", algorithm, "none", "dynamic", 32)
@@ -138,8 +147,9 @@ def test_static_scales_are_those_of_the_data():
     assert float(model[0].input_quantizer.amax) == pytest.approx(largest, rel=1e-6)
     step = largest / 127
     x = outliers(99)
-    by_hand = nn.functional.linear((x / step).round().clamp(-128, 127) * step, backend.read_back(model[0]).dense,
-                                   reference[0].bias)
+    by_hand = nn.functional.linear(
+        (x / step).round().clamp(-128, 127) * step, backend.read_back(model[0]).dense, reference[0].bias
+    )
     assert relative(model[0](x), by_hand) < 1e-6
     assert float(config_scale(quantized(config_of("int8", "max", "int8")))) == 0
 
@@ -240,8 +250,15 @@ def test_files_of_another_algorithm_are_refused(tmp_path):
 def test_branches_and_scales_are_counted_and_leftovers_are_not():
     plain = layer_memory(quantized(config_of("int4", "max"))[0])
     assert plain == (IN * HIDDEN // 2, 2 * 4 * IN * HIDDEN // 128)
-    for algorithm, extra in {"awq_lite": IN, "awq_full": IN, "svdquant": IN + RANK * (IN + HIDDEN),
-                             "awq_clip": 0, "gptq": 0, "local_hessian": 0, "mse": 0}.items():
+    for algorithm, extra in {
+        "awq_lite": IN,
+        "awq_full": IN,
+        "svdquant": IN + RANK * (IN + HIDDEN),
+        "awq_clip": 0,
+        "gptq": 0,
+        "local_hessian": 0,
+        "mse": 0,
+    }.items():
         model = quantized(config_of("int4", algorithm))
         assert layer_memory(model[0]) == (plain[0], plain[1] + 4 * extra), algorithm
         loose = calibrated(config_of("int4", algorithm, compress=False))
@@ -335,55 +352,135 @@ def test_calibrated_models_can_be_copied_until_they_are_packed():
 # -- what is refused
 
 
-@pytest.mark.parametrize(("kwargs", "message"), [
-    ({"quant_type": "INT4", "algorithm": "smoothquant"}, r"^algorithm=smoothquant: .*in silence; set dtype=int8 and "),
-    ({"quant_type": "INT8", "algorithm": "smoothquant"}, r"^algorithm=smoothquant: it smooths INT8 activations"),
-    ({"quant_type": "FP8", "algorithm": "awq_clip"}, r"^algorithm=awq_clip: .*do max in silence; set algorithm=max$"),
-    ({"quant_type": "FP8", "algorithm": "awq_full"}, r"^algorithm=awq_full: .*set algorithm=awq_lite$"),
-    ({"quant_type": "INT8", "algorithm": "mse"}, r"^algorithm=mse: with 8 bits .*max in silence"),
-    ({"quant_type": "FP8", "algorithm": "mse"}, r"^algorithm=mse: with 8 bits"),
-    ({"quant_type": "MXFP4", "algorithm": "awq_lite"}, r"^algorithm=awq_lite: the scales of MXFP4 are powers of two"),
-    ({"quant_type": "INT2", "algorithm": "gptq"}, r"^algorithm=gptq: .*outgrow weights of 2 bits; set algorithm=awq_fu"),
-    ({"quant_type": "NVFP4", "algorithm": "gptq"}, r"^algorithm=gptq: .*static blocks only"),
-    ({"quant_type": "INT8", "activation_scales": "static"}, r"^activation_scales=static: .*set activation_dtype=int8"),
-    ({"quant_type": "INT8_MXFP8", "weight_only": False, "activation_scales": "static"}, r"each block at run time"),
-    ({"quant_type": "INT8", "activation_scales": "both"}, r"activation_scales='both': .*accepts dynamic, static"),
-    ({"quant_type": "INT4", "algorithm": "svdquant", "algorithm_settings": {"rank": 8}},
-     r"^algorithm_settings\.rank: svdquant has no such setting \(it has lowrank\); did you mean lowrank\?"),
-    ({"quant_type": "INT4", "algorithm_settings": {"alpha": 1}}, r"\.alpha: max has no such setting \(it has none\)"),
-    ({"quant_type": "INT4", "algorithm": "svdquant", "algorithm_settings": {"lowrank": 1.5}},
-     r"^algorithm_settings\.lowrank=1\.5: svdquant takes a whole number from 1 to"),
-    ({"quant_type": "INT4", "algorithm": "awq_lite", "algorithm_settings": {"alpha_step": 2}}, r"alpha_step=2: .* to 1;"),
-    ({"quant_type": "INT4", "algorithm": "mse", "algorithm_settings": {"start_multiplier": 1.0, "stop_multiplier": .5}},
-     r"start_multiplier=1\.0: it lies above stop_multiplier=0\.5"),
-    ({"quant_type": "INT8_INT8", "weight_only": False, "algorithm": "awq_lite", "modelopt_config": {"quant_cfg": [
-        {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 8, "axis": 0}},
-        {"quantizer_name": "*input_quantizer", "cfg": {"num_bits": 8, "axis": 0, "type": "dynamic"}}]}},
-     r"^algorithm=awq_lite: it takes activations with one scale for the tensor"),
-    ({"quant_type": "INT8_INT8", "weight_only": False, "activation_scales": "static", "modelopt_config": {"quant_cfg": [
-        {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 8, "axis": 0}},
-        {"quantizer_name": "*input_quantizer", "cfg": {"num_bits": 8, "type": "dynamic"}}]}},
-     r"^activation_scales=static: modelopt_config says type: dynamic"),
-    ({"quant_type": "INT4", "algorithm": "svdquant", "algorithm_settings": {"lowrank": 8}, "modelopt_config": {
-        "quant_cfg": [{"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 4, "block_sizes": {-1: 32}}}],
-        "algorithm": {"method": "svdquant", "lowrank": 4}}}, r"^algorithm_settings=.*modelopt_config says .*agree"),
-])
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (
+            {"quant_type": "INT4", "algorithm": "smoothquant"},
+            r"^algorithm=smoothquant: .*in silence; set dtype=int8 and ",
+        ),
+        ({"quant_type": "INT8", "algorithm": "smoothquant"}, r"^algorithm=smoothquant: it smooths INT8 activations"),
+        (
+            {"quant_type": "FP8", "algorithm": "awq_clip"},
+            r"^algorithm=awq_clip: .*do max in silence; set algorithm=max$",
+        ),
+        ({"quant_type": "FP8", "algorithm": "awq_full"}, r"^algorithm=awq_full: .*set algorithm=awq_lite$"),
+        ({"quant_type": "INT8", "algorithm": "mse"}, r"^algorithm=mse: with 8 bits .*max in silence"),
+        ({"quant_type": "FP8", "algorithm": "mse"}, r"^algorithm=mse: with 8 bits"),
+        (
+            {"quant_type": "MXFP4", "algorithm": "awq_lite"},
+            r"^algorithm=awq_lite: the scales of MXFP4 are powers of two",
+        ),
+        (
+            {"quant_type": "INT2", "algorithm": "gptq"},
+            r"^algorithm=gptq: .*outgrow weights of 2 bits; set algorithm=awq_fu",
+        ),
+        ({"quant_type": "NVFP4", "algorithm": "gptq"}, r"^algorithm=gptq: .*static blocks only"),
+        (
+            {"quant_type": "INT8", "activation_scales": "static"},
+            r"^activation_scales=static: .*set activation_dtype=int8",
+        ),
+        ({"quant_type": "INT8_MXFP8", "weight_only": False, "activation_scales": "static"}, r"each block at run time"),
+        ({"quant_type": "INT8", "activation_scales": "both"}, r"activation_scales='both': .*accepts dynamic, static"),
+        (
+            {"quant_type": "INT4", "algorithm": "svdquant", "algorithm_settings": {"rank": 8}},
+            r"^algorithm_settings\.rank: svdquant has no such setting \(it has lowrank\); did you mean lowrank\?",
+        ),
+        (
+            {"quant_type": "INT4", "algorithm_settings": {"alpha": 1}},
+            r"\.alpha: max has no such setting \(it has none\)",
+        ),
+        (
+            {"quant_type": "INT4", "algorithm": "svdquant", "algorithm_settings": {"lowrank": 1.5}},
+            r"^algorithm_settings\.lowrank=1\.5: svdquant takes a whole number from 1 to",
+        ),
+        (
+            {"quant_type": "INT4", "algorithm": "awq_lite", "algorithm_settings": {"alpha_step": 2}},
+            r"alpha_step=2: .* to 1;",
+        ),
+        (
+            {
+                "quant_type": "INT4",
+                "algorithm": "mse",
+                "algorithm_settings": {"start_multiplier": 1.0, "stop_multiplier": 0.5},
+            },
+            r"start_multiplier=1\.0: it lies above stop_multiplier=0\.5",
+        ),
+        (
+            {
+                "quant_type": "INT8_INT8",
+                "weight_only": False,
+                "algorithm": "awq_lite",
+                "modelopt_config": {
+                    "quant_cfg": [
+                        {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 8, "axis": 0}},
+                        {"quantizer_name": "*input_quantizer", "cfg": {"num_bits": 8, "axis": 0, "type": "dynamic"}},
+                    ]
+                },
+            },
+            r"^algorithm=awq_lite: it takes activations with one scale for the tensor",
+        ),
+        (
+            {
+                "quant_type": "INT8_INT8",
+                "weight_only": False,
+                "activation_scales": "static",
+                "modelopt_config": {
+                    "quant_cfg": [
+                        {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 8, "axis": 0}},
+                        {"quantizer_name": "*input_quantizer", "cfg": {"num_bits": 8, "type": "dynamic"}},
+                    ]
+                },
+            },
+            r"^activation_scales=static: modelopt_config says type: dynamic",
+        ),
+        (
+            {
+                "quant_type": "INT4",
+                "algorithm": "svdquant",
+                "algorithm_settings": {"lowrank": 8},
+                "modelopt_config": {
+                    "quant_cfg": [
+                        {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 4, "block_sizes": {-1: 32}}}
+                    ],
+                    "algorithm": {"method": "svdquant", "lowrank": 4},
+                },
+            },
+            r"^algorithm_settings=.*modelopt_config says .*agree",
+        ),
+    ],
+)
 def test_refused_configs(kwargs, message):
     with pytest.raises(ConfigError, match=message):
         NVIDIAModelOptConfig(**kwargs)
 
 
-@pytest.mark.parametrize(("dtype", "algorithm"), [("int4", "smoothquant"), ("int8", "mse"), ("float8_e4m3", "awq_clip"),
-                                                  ("mxfp8", "awq_lite"), ("nvfp4", "local_hessian")])
+@pytest.mark.parametrize(
+    ("dtype", "algorithm"),
+    [
+        ("int4", "smoothquant"),
+        ("int8", "mse"),
+        ("float8_e4m3", "awq_clip"),
+        ("mxfp8", "awq_lite"),
+        ("nvfp4", "local_hessian"),
+    ],
+)
 def test_the_table_refuses_the_same(dtype, algorithm):
     with pytest.raises(ConfigError, match=rf"^algorithm={algorithm}: modelopt {dtype} offers auto, max"):
         resolve_axes(QuantizationAxes(backend="modelopt", dtype=dtype, algorithm=algorithm))
 
 
-@pytest.mark.parametrize(("algorithm", "settings", "message"), [
-    ("svdquant", {"lowrank": 64}, r"^algorithm_settings\.lowrank=64: 2 \[64, 128\] has no higher rank"),
-    ("local_hessian", {"block_size": 96}, r"^algorithm_settings\.block_size=96: in_features 256 of 0 does not divide"),
-])
+@pytest.mark.parametrize(
+    ("algorithm", "settings", "message"),
+    [
+        ("svdquant", {"lowrank": 64}, r"^algorithm_settings\.lowrank=64: 2 \[64, 128\] has no higher rank"),
+        (
+            "local_hessian",
+            {"block_size": 96},
+            r"^algorithm_settings\.block_size=96: in_features 256 of 0 does not divide",
+        ),
+    ],
+)
 def test_settings_that_a_layer_cannot_take(algorithm, settings, message):
     model = make_model()
     config = config_of("int4", algorithm, algorithm_settings=settings)
@@ -432,8 +529,12 @@ def test_settings_reach_the_library(algorithm):
 
 def test_a_setting_changes_the_result():
     x = outliers(99)
-    for algorithm, setting in (("svdquant", {"lowrank": 4}), ("awq_clip", {"min_clip_ratio": 0.9}),
-                               ("local_hessian", {"block_size": 64}), ("gptq", {"perc_damp": 0.5})):
+    for algorithm, setting in (
+        ("svdquant", {"lowrank": 4}),
+        ("awq_clip", {"min_clip_ratio": 0.9}),
+        ("local_hessian", {"block_size": 64}),
+        ("gptq", {"perc_damp": 0.5}),
+    ):
         config = config_of("int4", algorithm, algorithm_settings=setting)
         assert not torch.equal(quantized(config)(x), quantized(config_of("int4", algorithm))(x)), algorithm
     smooth = {alpha: config_of("int8", "smoothquant", algorithm_settings={"alpha": alpha}) for alpha in (0.5, 1.0)}
@@ -458,8 +559,12 @@ def test_through_diffusers_and_back(algorithm, scales):
 
 
 def test_json_and_back():
-    for config in (config_of("int4", "svdquant"), config_of("int8", "smoothquant", scales="static"),
-                   config_of("int2", "awq_full"), config_of("int3", "mse")):
+    for config in (
+        config_of("int4", "svdquant"),
+        config_of("int8", "smoothquant", scales="static"),
+        config_of("int2", "awq_full"),
+        config_of("int3", "mse"),
+    ):
         for use_diff in (True, False):
             assert NVIDIAModelOptConfig.from_dict(json.loads(config.to_json_string(use_diff=use_diff))) == config
         own = {"algorithm_settings": config.algorithm_settings, "activation_scales": config.activation_scales}
@@ -467,10 +572,16 @@ def test_json_and_back():
 
 
 def test_a_pasted_config_with_static_activations_needs_data():
-    sides = [{"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 8, "axis": 0}},
-             {"quantizer_name": "*input_quantizer", "cfg": {"num_bits": 8}}]
-    config = NVIDIAModelOptConfig("INT8_INT8", weight_only=False, algorithm="smoothquant", modelopt_config={
-        "quant_cfg": sides, "algorithm": {"method": "smoothquant", "alpha": 0.6}})
+    sides = [
+        {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 8, "axis": 0}},
+        {"quantizer_name": "*input_quantizer", "cfg": {"num_bits": 8}},
+    ]
+    config = NVIDIAModelOptConfig(
+        "INT8_INT8",
+        weight_only=False,
+        algorithm="smoothquant",
+        modelopt_config={"quant_cfg": sides, "algorithm": {"method": "smoothquant", "alpha": 0.6}},
+    )
     assert (config.activation_scales, config.algorithm_settings, config.needs_data) == ("static", {"alpha": 0.6}, True)
     assert config.without_data().needs_data is False
     x, exact = outliers(99), make_model()(outliers(99))

@@ -131,8 +131,10 @@ def _printed(scripts: list[str], sweep: Sweep) -> dict[str, dict[str, float]]:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     words = [str(word) for word in (sweep.weights, sweep.reference, BATCH_SIZE, NUM_STEPS)]
     files = [str(SCRIPTS / f"{script}.py") for script in scripts]
-    code = (f"import runpy, sys\nsys.path.insert(0, {str(SCRIPTS)!r})\nfor file in {files!r}:\n"
-            f"    sys.argv = [file, *{words!r}]\n    runpy.run_path(file, run_name='__main__')\n")
+    code = (
+        f"import runpy, sys\nsys.path.insert(0, {str(SCRIPTS)!r})\nfor file in {files!r}:\n"
+        f"    sys.argv = [file, *{words!r}]\n    runpy.run_path(file, run_name='__main__')\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -154,8 +156,12 @@ def test_a_script_without_quantlab_finds_the_tracked_numbers(
 def test_the_scripts_are_short_and_import_no_quantlab(script: str) -> None:
     files = [SCRIPTS / f"{script}.py", SHARED]
     assert sum(len(file.read_text().splitlines()) for file in files) <= MAX_LINES
-    library = {"bitsandbytes_nf4": "bitsandbytes", "gguf_q8_0": "gguf", "modelopt_int8": "modelopt",
-               "quanto_int8": "optimum"}.get(script, "torchao")
+    library = {
+        "bitsandbytes_nf4": "bitsandbytes",
+        "gguf_q8_0": "gguf",
+        "modelopt_int8": "modelopt",
+        "quanto_int8": "optimum",
+    }.get(script, "torchao")
     allowed = {"torch", "diffusers", "numpy", "safetensors", library, "_digits"} | sys.stdlib_module_names
     assert _imported(files) <= allowed - {"importlib", "runpy"}
 
@@ -212,8 +218,9 @@ def model(sweep: Sweep) -> LoadedModel:
 
 def _quantized(job: Job, model: LoadedModel) -> tuple[Request, Any, QuantizationReport]:
     assert job.native is not None
-    request = Request(component="transformer", axes=job.config.quantization, native=job.native,
-                      compute_dtype="float32", device="cpu")
+    request = Request(
+        component="transformer", axes=job.config.quantization, native=job.native, compute_dtype="float32", device="cpu"
+    )
     return request, *quantize_component(request, model.copy_of("transformer"), model.components["transformer"])
 
 
@@ -239,8 +246,10 @@ def test_doubled_scales_of_one_layer_show_in_its_row_and_in_the_quality(
     with torch.no_grad():
         DOUBLE[row](transformer.get_submodule(FAULTY))
     originals = model.components["transformer"]
-    again = [_read_row(request, r.name, transformer.get_submodule(r.name), originals.get_submodule(r.name).weight,
-                       None, "") for r in report.layers]
+    again = [
+        _read_row(request, r.name, transformer.get_submodule(r.name), originals.get_submodule(r.name).weight, None, "")
+        for r in report.layers
+    ]
     changed = {new.name: new for new, old in zip(again, report.layers, strict=True) if new != old}
     assert list(changed) == [FAULTY]
     _check_error(changed[FAULTY], next(r for r in report.layers if r.name == FAULTY))

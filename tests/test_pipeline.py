@@ -138,7 +138,8 @@ def test_bytes_add_up(run):
 
 
 @pytest.mark.parametrize(
-    "scheme", ["backend=quanto dtype=int8", "backend=bitsandbytes dtype=nf4", "backend=gguf dtype=q4_k"])
+    "scheme", ["backend=quanto dtype=int8", "backend=bitsandbytes dtype=nf4", "backend=gguf dtype=q4_k"]
+)
 def test_what_is_saved_is_what_is_counted(shell, scheme):
     rows = shell.rows(*digits_words(*scheme.split(), "evaluation.num_samples=10"))
     m = list(rows.values())[-1]["metrics"]

@@ -33,8 +33,9 @@ def configs(draw: st.DrawFn) -> QuantoConfig:
     weights = draw(st.sampled_from(list(WEIGHTS)))
     optimizer = draw(st.sampled_from(["max", "hqq"])) if weights in ("int4", "int2") else "max"
     activations = draw(st.sampled_from([None, "int8", "float8", "float8_e5m2"]))
-    return QuantoConfig(weights_dtype=weights, modules_to_not_convert=draw(NAMES), optimizer=optimizer,
-                        activations=activations)
+    return QuantoConfig(
+        weights_dtype=weights, modules_to_not_convert=draw(NAMES), optimizer=optimizer, activations=activations
+    )
 
 
 class TestConfig:
@@ -58,8 +59,9 @@ class TestConfig:
     def test_every_row_of_the_table(self, dtype):
         row = CAPABILITIES["quanto"][dtype]
         for algorithm, activations in itertools.product(row.algorithms, row.activation_dtypes):
-            config = QuantoConfig.from_axes(QuantizationAxes(
-                backend="quanto", dtype=dtype, algorithm=algorithm, activation_dtype=activations))
+            config = QuantoConfig.from_axes(
+                QuantizationAxes(backend="quanto", dtype=dtype, algorithm=algorithm, activation_dtype=activations)
+            )
             axes = config.axes()
             assert (axes.dtype, axes.algorithm, axes.activation_dtype) == (dtype, algorithm, activations)
             assert config.needs_data == (activations != "none")
@@ -70,8 +72,12 @@ class TestConfig:
         stored = {"quant_method": "quanto", "weights_dtype": "float8", "modules_to_not_convert": ["proj_out"]}
         config = QuantoConfig.from_dict(stored)
         assert config.to_dict() == stored
-        theirs = {"quant_method": "quanto", "weights": "float8", "activations": None,
-                  "modules_to_not_convert": ["proj_out"]}
+        theirs = {
+            "quant_method": "quanto",
+            "weights": "float8",
+            "activations": None,
+            "modules_to_not_convert": ["proj_out"],
+        }
         assert QuantoConfig.from_dict(theirs) == config
 
     def test_the_users_list_is_copied_and_an_empty_one_is_none(self):
@@ -82,29 +88,39 @@ class TestConfig:
         assert QuantoConfig(modules_to_not_convert=[]) == QuantoConfig()
         assert QuantoConfig(modules_to_not_convert=["a", "a"]) == QuantoConfig(modules_to_not_convert=["a"])
 
-    @pytest.mark.parametrize(("data", "message"), [
-        ({"weights_dtype": "int3"}, "weights_dtype='int3': QuantoConfig accepts float8, int8"),
-        ({"weights_dtype": None}, "weights_dtype=None: QuantoConfig accepts"),
-        ({"weights": "int4", "activations": "int4"}, "activations='int4': QuantoConfig accepts int8, float8"),
-        ({"weights": "int4", "weights_dtype": "int8"}, "weights='int4': weights_dtype='int8' is given too"),
-        ({"activations_dtype": "int8"}, "activations_dtype: QuantoConfig has no such setting"),
-        ({"group_size": 64}, "group_size: QuantoConfig has no such setting"),
-        ({"modules_to_not_convert": "proj_out"}, "modules_to_not_convert='proj_out'"),
-        ({"optimizer": "hqq"}, "optimizer='hqq': quanto has it for weights_dtype int4 and int2, not int8"),
-        ({"quant_method": "torchao"}, "quant_method='torchao'"),
-    ])
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            ({"weights_dtype": "int3"}, "weights_dtype='int3': QuantoConfig accepts float8, int8"),
+            ({"weights_dtype": None}, "weights_dtype=None: QuantoConfig accepts"),
+            ({"weights": "int4", "activations": "int4"}, "activations='int4': QuantoConfig accepts int8, float8"),
+            ({"weights": "int4", "weights_dtype": "int8"}, "weights='int4': weights_dtype='int8' is given too"),
+            ({"activations_dtype": "int8"}, "activations_dtype: QuantoConfig has no such setting"),
+            ({"group_size": 64}, "group_size: QuantoConfig has no such setting"),
+            ({"modules_to_not_convert": "proj_out"}, "modules_to_not_convert='proj_out'"),
+            ({"optimizer": "hqq"}, "optimizer='hqq': quanto has it for weights_dtype int4 and int2, not int8"),
+            ({"quant_method": "torchao"}, "quant_method='torchao'"),
+        ],
+    )
     def test_refuses(self, data, message):
         with pytest.raises(ConfigError) as error:
             QuantoConfig.from_dict(data)
         assert str(error.value).startswith(message)
 
-    @pytest.mark.parametrize(("axes", "settings", "message"), [
-        ({"dtype": "nf4"}, {}, "dtype=nf4: quanto offers int8, int4, int2"),
-        ({"dtype": "int4", "group_size": 64}, {}, "group_size=64: quanto chooses its own group size"),
-        ({"dtype": "int8", "algorithm": "hqq"}, {}, "algorithm=hqq: quanto int8 offers auto, max"),
-        ({"dtype": "int8", "activation_dtype": "int4"}, {}, "activation_dtype=int4: quanto int8 offers auto, none, "),
-        ({"dtype": "int4"}, {"weights_dtype": "int8"}, "quantization.weights_dtype: quanto has no settings"),
-    ])
+    @pytest.mark.parametrize(
+        ("axes", "settings", "message"),
+        [
+            ({"dtype": "nf4"}, {}, "dtype=nf4: quanto offers int8, int4, int2"),
+            ({"dtype": "int4", "group_size": 64}, {}, "group_size=64: quanto chooses its own group size"),
+            ({"dtype": "int8", "algorithm": "hqq"}, {}, "algorithm=hqq: quanto int8 offers auto, max"),
+            (
+                {"dtype": "int8", "activation_dtype": "int4"},
+                {},
+                "activation_dtype=int4: quanto int8 offers auto, none, ",
+            ),
+            ({"dtype": "int4"}, {"weights_dtype": "int8"}, "quantization.weights_dtype: quanto has no settings"),
+        ],
+    )
     def test_refuses_axes(self, axes, settings, message):
         with pytest.raises(ConfigError) as error:
             QuantoConfig.from_axes(QuantizationAxes(backend="quanto", **axes), settings)
@@ -117,9 +133,11 @@ class TestConfig:
         assert config == QuantoConfig()
 
     def test_importing_and_building_a_config_imports_no_torch(self):
-        code = ("import sys; from quantlab.backends import quanto; from quantlab.vocabulary.axes import QuantizationAxes as A; "
-                "quanto.Config.from_axes(A(backend='quanto', dtype='int4')).to_dict(); "
-                "sys.exit(bool({'torch', 'optimum.quanto'} & set(sys.modules)))")
+        code = (
+            "import sys; from quantlab.backends import quanto; from quantlab.vocabulary.axes import QuantizationAxes as A; "
+            "quanto.Config.from_axes(A(backend='quanto', dtype='int4')).to_dict(); "
+            "sys.exit(bool({'torch', 'optimum.quanto'} & set(sys.modules)))"
+        )
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

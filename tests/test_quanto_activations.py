@@ -90,10 +90,15 @@ def test_quantize_read_back_save_and_load(torch, tmp_path, weights, activations,
             quanto.load(mlp(torch, dtype=dtype), ["0", "2"], QuantoConfig(weights, activations=extra), tmp_path)
 
 
-@pytest.mark.parametrize(("weights", "activations", "bounds"), [
-    ("int8", "int8", (0.06, 0.08)), ("int4", "int8", (0.12, 0.18)), ("float8", "float8", (0.045, 0.06)),
-    ("int8", "float8", (0.033, 0.045)),
-])
+@pytest.mark.parametrize(
+    ("weights", "activations", "bounds"),
+    [
+        ("int8", "int8", (0.06, 0.08)),
+        ("int4", "int8", (0.12, 0.18)),
+        ("float8", "float8", (0.045, 0.06)),
+        ("int8", "float8", (0.033, 0.045)),
+    ],
+)
 def test_measured_scales_are_far_better_than_none(torch, weights, activations, bounds):
     config = QuantoConfig(weights_dtype=weights, activations=activations)
     model, x = mlp(torch), outliers(torch, 256, 99)
@@ -218,8 +223,9 @@ def test_hqq_and_activations(torch):
 def test_cuda_agrees_with_the_cpu(torch):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    for weights, activations, shape in itertools.product(("int8", "int4", "float8"), ACTIVATIONS,
-                                                          ((512,), (24, 512), (2, 2, 3, 512))):
+    for weights, activations, shape in itertools.product(
+        ("int8", "int4", "float8"), ACTIVATIONS, ((512,), (24, 512), (2, 2, 3, 512))
+    ):
         config, x = QuantoConfig(weights, activations=activations), torch.randn(shape)
         here, there = mlp(torch), mlp(torch).cuda()
         calibrated(torch, here, config, [outliers(torch)])

@@ -16,19 +16,36 @@ from quantlab.models.digits_training import build_transformer
 from quantlab.planning.plan import plan
 from quantlab.stages.quantize import Request, quantize_component
 
-SMALL = ["device=cpu", "model.dtype=float32", "evaluation.num_samples=4", "evaluation.num_inference_steps=2",
-         "evaluation.num_teacher_forced=1", "evaluation.num_bootstrap=50", "evaluation.height=32",
-         "evaluation.width=32"]
-SMALL_TEXT = ["device=cpu", "evaluation.num_samples=6", "evaluation.batch_size=2", "evaluation.floor_batch_size=3",
-              "evaluation.context_length=32", "evaluation.num_bootstrap=50"]
+SMALL = [
+    "device=cpu",
+    "model.dtype=float32",
+    "evaluation.num_samples=4",
+    "evaluation.num_inference_steps=2",
+    "evaluation.num_teacher_forced=1",
+    "evaluation.num_bootstrap=50",
+    "evaluation.height=32",
+    "evaluation.width=32",
+]
+SMALL_TEXT = [
+    "device=cpu",
+    "evaluation.num_samples=6",
+    "evaluation.batch_size=2",
+    "evaluation.floor_batch_size=3",
+    "evaluation.context_length=32",
+    "evaluation.num_bootstrap=50",
+]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     (root / "text.txt").write_text(TEXT)
-    return {**{kind: build(root / kind) for kind, build in BUILDERS.items()}, "text": root / "text.txt",
-            "llama": save_llama(root / "llama"), "bert": save_bert(root / "bert")}
+    return {
+        **{kind: build(root / kind) for kind, build in BUILDERS.items()},
+        "text": root / "text.txt",
+        "llama": save_llama(root / "llama"),
+        "bert": save_bert(root / "bert"),
+    }
 
 
 def layers_of(shell: Shell, name: str) -> dict[str, dict]:
@@ -41,13 +58,16 @@ def layers_of(shell: Shell, name: str) -> dict[str, dict]:
 # -- recipes for real models
 
 
-@pytest.mark.parametrize(("recipe", "kind", "too_narrow"), [
-    ("flux_dev_nf4", "flux", []),
-    pytest.param("sdxl_int8", "sdxl", [], marks=pytest.mark.slow),
-    pytest.param("sd35_medium_int4", "sd3", ["torchao int4 g128"], marks=pytest.mark.slow),
-    pytest.param("flux_dev_svdquant", "flux", [], marks=pytest.mark.slow),
-    pytest.param("sdxl_w8a8_smoothquant", "sdxl", [], marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    ("recipe", "kind", "too_narrow"),
+    [
+        ("flux_dev_nf4", "flux", []),
+        pytest.param("sdxl_int8", "sdxl", [], marks=pytest.mark.slow),
+        pytest.param("sd35_medium_int4", "sd3", ["torchao int4 g128"], marks=pytest.mark.slow),
+        pytest.param("flux_dev_svdquant", "flux", [], marks=pytest.mark.slow),
+        pytest.param("sdxl_w8a8_smoothquant", "sdxl", [], marks=pytest.mark.slow),
+    ],
+)
 def test_a_recipe_for_a_large_pipeline_runs_on_a_tiny_one(shell, folders, recipe, kind, too_narrow):
     """``too_narrow``: rows whose groups of 128 do not fit into all of the tiny model's layers."""
     skip = ["quantization.on_mismatch=skip"] if too_narrow else []
@@ -68,8 +88,15 @@ def test_a_recipe_for_a_large_pipeline_runs_on_a_tiny_one(shell, folders, recipe
 
 @pytest.mark.slow
 def test_smollm2_backends_runs_on_a_tiny_llama(shell, folders):
-    words = ["recipe=smollm2_backends", "model=causal_lm", f"model.path={folders['llama']}", "dataset=text",
-             f"dataset.path={folders['text']}", *SMALL_TEXT, "quantization.on_mismatch=skip"]
+    words = [
+        "recipe=smollm2_backends",
+        "model=causal_lm",
+        f"model.path={folders['llama']}",
+        "dataset=text",
+        f"dataset.path={folders['text']}",
+        *SMALL_TEXT,
+        "quantization.on_mismatch=skip",
+    ]
     rows = shell.rows(*words)
     assert len(rows) == 3 + len(plan(words).jobs)
     assert rows["reference"]["metrics"]["quality/kld_mean"] == 0
@@ -95,11 +122,14 @@ def test_layers_that_do_not_fit_are_an_error_by_default(shell, folders):
     assert "does not divide by group_size 128" in err
 
 
-@pytest.mark.parametrize(("on_mismatch", "counted", "status"), [
-    ("skip", "num_skipped", "skipped"),
-    ("bfloat16", "num_fallback", "fallback"),
-    pytest.param("int8", "num_fallback", "fallback", marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    ("on_mismatch", "counted", "status"),
+    [
+        ("skip", "num_skipped", "skipped"),
+        ("bfloat16", "num_fallback", "fallback"),
+        pytest.param("int8", "num_fallback", "fallback", marks=pytest.mark.slow),
+    ],
+)
 def test_layers_that_do_not_fit_are_counted(shell, folders, on_mismatch, counted, status):
     words = [*MISFITS, f"model.path={folders['flux']}", f"quantization.on_mismatch={on_mismatch}"]
     name, row = list(shell.rows(*words).items())[-1]
@@ -127,12 +157,20 @@ GROUPS = {
         "norms,output": ["transformer_blocks.*.norm1.*", "proj_out_1", "proj_out_2"],
     },
     "flux": {
-        "norms": ["transformer_blocks.*.norm1.linear", "transformer_blocks.*.norm1_context.linear",
-                  "single_transformer_blocks.*.norm.linear", "norm_out.linear"],
+        "norms": [
+            "transformer_blocks.*.norm1.linear",
+            "transformer_blocks.*.norm1_context.linear",
+            "single_transformer_blocks.*.norm.linear",
+            "norm_out.linear",
+        ],
         "embeddings": ["x_embedder", "context_embedder", "time_text_embed.*"],
         "output": ["proj_out", "norm_out.linear"],
-        "norms,output": ["transformer_blocks.*.norm1*.linear", "single_transformer_blocks.*.norm.linear",
-                         "norm_out.linear", "proj_out"],
+        "norms,output": [
+            "transformer_blocks.*.norm1*.linear",
+            "single_transformer_blocks.*.norm.linear",
+            "norm_out.linear",
+            "proj_out",
+        ],
     },
 }
 
@@ -141,15 +179,18 @@ GROUPS = {
 def networks(folders):
     from diffusers import FluxTransformer2DModel
 
-    return {"digits": build_transformer(num_layers=1, num_heads=2),
-            "flux": FluxTransformer2DModel.from_pretrained(folders["flux"] / "transformer")}
+    return {
+        "digits": build_transformer(num_layers=1, num_heads=2),
+        "flux": FluxTransformer2DModel.from_pretrained(folders["flux"] / "transformer"),
+    }
 
 
 @pytest.mark.parametrize(("kind", "chosen"), [(kind, chosen) for kind, rows in GROUPS.items() for chosen in rows])
 def test_a_shipped_group_excludes_what_its_name_says(networks, kind, chosen):
     [job] = plan(["backend=quanto", "dtype=int8", f"modules_to_not_convert=[{chosen}]"]).jobs
-    request = Request(component="transformer", axes=job.config.quantization, native=job.native, device="cpu",
-                      compute_dtype="float32")
+    request = Request(
+        component="transformer", axes=job.config.quantization, native=job.native, device="cpu", compute_dtype="float32"
+    )
     _, report = quantize_component(request, copy.deepcopy(networks[kind]), networks[kind])
     layers = {row.name: row for row in report.layers}
     excluded = {n for n, row in layers.items() if row.status == "excluded"}
@@ -161,8 +202,15 @@ def test_a_shipped_group_excludes_what_its_name_says(networks, kind, chosen):
 
 
 def test_a_shipped_group_may_match_nothing_but_an_own_entry_may_not(shell, folders):
-    words = ["model=causal_lm", f"model.path={folders['llama']}", "dataset=text", f"dataset.path={folders['text']}",
-             *SMALL_TEXT, "backend=quanto", "dtype=int8"]
+    words = [
+        "model=causal_lm",
+        f"model.path={folders['llama']}",
+        "dataset=text",
+        f"dataset.path={folders['text']}",
+        *SMALL_TEXT,
+        "backend=quanto",
+        "dtype=int8",
+    ]
     code, out, err = shell(*words, "modules_to_not_convert=[norms]")
     assert code == 0, err
     told = "modules_to_not_convert=norms: matches no layer of this model; nothing is excluded by it"

@@ -69,7 +69,10 @@ def statuses(data):
 # -- the same machine and versions
 
 
-@pytest.mark.parametrize("name", ["quanto int4", *(pytest.param(f, marks=pytest.mark.slow) for f in ("reference", "floor_bf16", "floor_batch"))])
+@pytest.mark.parametrize(
+    "name",
+    ["quanto int4", *(pytest.param(f, marks=pytest.mark.slow) for f in ("reference", "floor_bf16", "floor_batch"))],
+)
 def test_a_run_on_the_cpu_is_reproduced_bit_by_bit(here, ids, name):
     run_id = ids[name]
     code, data = reproduced(here, run_id)
@@ -101,8 +104,12 @@ def test_the_terminal_shows_each_number_and_the_times_apart(here, ids):
 def test_another_process_reproduces_it_too(copy, ids):
     run_id = ids["quanto int4"]
     done = subprocess.run(
-        [sys.executable, "-m", "quantlab", "reproduce", run_id, "--json"], cwd=copy.folder, text=True,
-        capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+        [sys.executable, "-m", "quantlab", "reproduce", run_id, "--json"],
+        cwd=copy.folder,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["verdict"] == IDENTICAL
@@ -148,8 +155,9 @@ def test_a_run_is_reproduced_with_its_own_number_of_threads(copy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", [("backend=torchao", "dtype=int8", "algorithm=awq"),
-                                    ("backend=gguf", "dtype=q4_k", "algorithm=imatrix")])
+@pytest.mark.parametrize(
+    "scheme", [("backend=torchao", "dtype=int8", "algorithm=awq"), ("backend=gguf", "dtype=q4_k", "algorithm=imatrix")]
+)
 def test_a_calibrated_run_is_reproduced_bit_by_bit(copy, scheme):
     rows = copy.rows(*WORDS, *scheme)
     code, data = reproduced(copy, [*rows.values()][-1]["run_id"])
@@ -206,8 +214,11 @@ def test_changed_numbers_and_versions_are_told(copy, ids):
     data["versions"]["torch"] = "2.0.0"
     environment.write_text(json.dumps(data))
     with closing(sqlite3.connect(copy.folder / "outputs" / "mlflow.db")) as database, database:
-        database.execute("UPDATE latest_metrics SET value = value * 9 WHERE key LIKE 'quality/latent_rel_mse%' AND "
-                         "key NOT LIKE '%/n' AND run_uuid = ?", (run_id,))
+        database.execute(
+            "UPDATE latest_metrics SET value = value * 9 WHERE key LIKE 'quality/latent_rel_mse%' AND "
+            "key NOT LIKE '%/n' AND run_uuid = ?",
+            (run_id,),
+        )
     code, found = reproduced(copy, ids["quanto int4"])
     assert code == 1
     assert found["verdict"] == DIFFERENT
@@ -217,17 +228,36 @@ def test_changed_numbers_and_versions_are_told(copy, ids):
     assert torch["now"].startswith("2.")
 
 
-ENVIRONMENT = {"versions": {"python": "3.11.7", "torch": "2.13.0"}, "git": {"sha": "a"}, "hardware": {"torch_threads": 8}}
-BASE = {"quality/kld_mean": 0.5, "quality/kld_mean/ci_lo": 0.4, "quality/kld_mean/ci_hi": 0.6, "quality/kld_mean/n": 40.0,
-        "quality/n_identical": 198.0, "quality/n_identical/n": 200.0, "quality/step_sqnr_db/0": 30.0,
-        "memory/weights_bytes": 1000.0, "perf/evaluate_s": 5.0, "memory/load/peak_rss_bytes": 7.0,
-        "quality/weighted_velocity_mse": 1.0, "quality/weighted_velocity_mse/se": 0.1, "quality/weighted_velocity_mse/n": 2.0}
+ENVIRONMENT = {
+    "versions": {"python": "3.11.7", "torch": "2.13.0"},
+    "git": {"sha": "a"},
+    "hardware": {"torch_threads": 8},
+}
+BASE = {
+    "quality/kld_mean": 0.5,
+    "quality/kld_mean/ci_lo": 0.4,
+    "quality/kld_mean/ci_hi": 0.6,
+    "quality/kld_mean/n": 40.0,
+    "quality/n_identical": 198.0,
+    "quality/n_identical/n": 200.0,
+    "quality/step_sqnr_db/0": 30.0,
+    "memory/weights_bytes": 1000.0,
+    "perf/evaluate_s": 5.0,
+    "memory/load/peak_rss_bytes": 7.0,
+    "quality/weighted_velocity_mse": 1.0,
+    "quality/weighted_velocity_mse/se": 0.1,
+    "quality/weighted_velocity_mse/n": 2.0,
+}
 
 
 def compared(environment=None, **changed):
     was = {"run_id": "a", "name": "x", "metrics": BASE, "tags": {"quantlab.weights_sha256": "1"}}
     metrics = {**BASE, **{k: v for k, v in changed.items() if v is not None}}
-    now = {**was, "run_id": "b", "metrics": {k: v for k, v in metrics.items() if k not in changed or changed[k] is not None}}
+    now = {
+        **was,
+        "run_id": "b",
+        "metrics": {k: v for k, v in metrics.items() if k not in changed or changed[k] is not None},
+    }
     samples = {"sample_id": ["a", "b"], "kld_mean": [0.1, 0.9]}
     return compare_runs(was, now, (samples, samples), (ENVIRONMENT, environment or ENVIRONMENT))
 
@@ -263,10 +293,19 @@ def test_when_a_number_counts_as_the_same(name, now, status):
 
 
 def test_versions_code_hardware_and_new_numbers_are_listed():
-    now = {"versions": {"python": "3.12.0", "torch": "2.13.0", "gguf": "1"}, "git": {"sha": "b"}, "hardware": {"torch_threads": 1}}
+    now = {
+        "versions": {"python": "3.12.0", "torch": "2.13.0", "gguf": "1"},
+        "git": {"sha": "b"},
+        "hardware": {"torch_threads": 1},
+    }
     found = compared(now, **{"quality/psnr_db": 40.0})
     told = {c.what: (c.was, c.now) for c in found.changes}
-    assert told == {"python": ("3.11.7", "3.12.0"), "gguf": ("-", "1"), "code sha": ("a", "b"), "torch threads": ("8", "1")}
+    assert told == {
+        "python": ("3.11.7", "3.12.0"),
+        "gguf": ("-", "1"),
+        "code sha": ("a", "b"),
+        "torch threads": ("8", "1"),
+    }
     assert found.unseen == ("quality/psnr_db",)
     assert found.verdict == IDENTICAL
     assert "changed: python: 3.11.7 -> 3.12.0" in summary_lines(found)

@@ -21,9 +21,23 @@ from quantlab.vocabulary.reports import MetricValue, RunReport
 from quantlab.vocabulary.schema import SearchConfig
 
 OBJECTIVES = {"memory/weights_bytes": "minimize", "quality/latent_rel_mse": "minimize"}
-GRID = ("backend=bitsandbytes,torchao,quanto,gguf", "dtype=int8,int4,int2,nf4,q8_0,q6_k,q5_k,q4_k,q3_k,q2_k",
-        "group_size=auto,32,64")
-BITS = {"int8": 8, "int4": 4, "int2": 2, "nf4": 4, "q8_0": 8.5, "q6_k": 6.5, "q5_k": 5.5, "q4_k": 4.5, "q3_k": 3.4, "q2_k": 2.6}
+GRID = (
+    "backend=bitsandbytes,torchao,quanto,gguf",
+    "dtype=int8,int4,int2,nf4,q8_0,q6_k,q5_k,q4_k,q3_k,q2_k",
+    "group_size=auto,32,64",
+)
+BITS = {
+    "int8": 8,
+    "int4": 4,
+    "int2": 2,
+    "nf4": 4,
+    "q8_0": 8.5,
+    "q6_k": 6.5,
+    "q5_k": 5.5,
+    "q4_k": 4.5,
+    "q3_k": 3.4,
+    "q2_k": 2.6,
+}
 SMALL = ("-m", *digits_words("evaluation.num_samples=10", "backend=quanto,gguf", "dtype=int8,int4,q8_0,q4_k"))
 
 
@@ -35,14 +49,19 @@ def space():
 def made_up(job):
     """Bytes and error of a scheme: more bits are better and larger; one backend is a little better than the others."""
     bits = BITS[job.point["dtype"]] + {"auto": 0, "32": 0.5, "64": 0.25}[job.point["group_size"]]
-    error = 4.0 ** -bits * (0.5 if job.point["backend"] == "gguf" else 1.0)
+    error = 4.0**-bits * (0.5 if job.point["backend"] == "gguf" else 1.0)
     return report(job.name, weights_bytes=bits * 1e6, error=error)
 
 
 def report(name, weights_bytes, error, status="FINISHED"):
     return RunReport(
-        name=name, status=status, protocol="diffusion", quality={"latent_rel_mse": MetricValue(value=error, n=10)},
-        stored_metrics={"memory/weights_bytes": weights_bytes, "quality/latent_rel_mse": error} if status == "FINISHED" else {},
+        name=name,
+        status=status,
+        protocol="diffusion",
+        quality={"latent_rel_mse": MetricValue(value=error, n=10)},
+        stored_metrics={"memory/weights_bytes": weights_bytes, "quality/latent_rel_mse": error}
+        if status == "FINISHED"
+        else {},
     )
 
 
@@ -167,14 +186,22 @@ def test_the_front_of_a_search_is_that_of_its_trials():
     data = search.data()
     costs = {t.job.name: t.values for t in search.trials}
     for name in costs:
-        beaten = any(all(a <= b for a, b in zip(o, costs[name], strict=True)) and o != costs[name] for o in costs.values())
+        beaten = any(
+            all(a <= b for a, b in zip(o, costs[name], strict=True)) and o != costs[name] for o in costs.values()
+        )
         assert (name in data["front"]) == (not beaten)
 
 
 def test_default_objectives_follow_the_protocol():
     assert objectives_of(SearchConfig(), "diffusion") == OBJECTIVES
-    assert objectives_of(SearchConfig(), "language") == {"memory/weights_bytes": "minimize", "quality/kld_mean": "minimize"}
-    assert objectives_of(SearchConfig(), "encoder") == {"memory/weights_bytes": "minimize", "quality/output_cosine": "maximize"}
+    assert objectives_of(SearchConfig(), "language") == {
+        "memory/weights_bytes": "minimize",
+        "quality/kld_mean": "minimize",
+    }
+    assert objectives_of(SearchConfig(), "encoder") == {
+        "memory/weights_bytes": "minimize",
+        "quality/output_cosine": "maximize",
+    }
 
 
 # -- bad requests
@@ -186,18 +213,34 @@ def test_default_objectives_follow_the_protocol():
         (["sweep.search.num_trials=-1"], r"^sweep.search.num_trials=-1: a number of points, or 0"),
         (["sweep.search.num_trials=5"], r"^sweep.search.num_trials=5: a search needs a grid; give keys several values"),
         (["sweep.search.num_trails=5"], r"^sweep.search.num_trails: no such key"),
-        (["recipe=digits_backends", "sweep.search.num_trials=5"],
-         r"^sweep.search.num_trials=5: a search is over axes and not over a list; write sweep.grid"),
-        (["sweep.search.sampler=tpee"], r"^sweep.search.sampler=tpee: there are tpe, nsga2, random; did you mean tpe\?"),
-        (["sweep.search.objectives={quality/latent_rel_msee:minimize}"],
-         r"^sweep.search.objectives: quality/latent_rel_msee: no such metric; did you mean quality/latent_rel_mse\?"),
-        (["sweep.search.objectives={memory/weights_bytes:down}"],
-         r"^sweep.search.objectives: memory/weights_bytes: down: there are minimize, maximize"),
-        (["sweep.search.objectives={quality/psnr_db:minimize}"], r"psnr_db: minimize looks for the worst; write maximize"),
-        (["dtype=int8,int4", "evaluation.num_samples=10,20", "sweep.search.num_trials=2"],
-         r"^evaluation.num_samples: is an axis of the search, and its values have unlike references"),
-        (["dtype=int8,int4", "launcher=pool", "sweep.search.num_trials=2"],
-         r"^launcher.num_workers=0: a search on joblib asks for so many points at once; set launcher.num_workers=4"),
+        (
+            ["recipe=digits_backends", "sweep.search.num_trials=5"],
+            r"^sweep.search.num_trials=5: a search is over axes and not over a list; write sweep.grid",
+        ),
+        (
+            ["sweep.search.sampler=tpee"],
+            r"^sweep.search.sampler=tpee: there are tpe, nsga2, random; did you mean tpe\?",
+        ),
+        (
+            ["sweep.search.objectives={quality/latent_rel_msee:minimize}"],
+            r"^sweep.search.objectives: quality/latent_rel_msee: no such metric; did you mean quality/latent_rel_mse\?",
+        ),
+        (
+            ["sweep.search.objectives={memory/weights_bytes:down}"],
+            r"^sweep.search.objectives: memory/weights_bytes: down: there are minimize, maximize",
+        ),
+        (
+            ["sweep.search.objectives={quality/psnr_db:minimize}"],
+            r"psnr_db: minimize looks for the worst; write maximize",
+        ),
+        (
+            ["dtype=int8,int4", "evaluation.num_samples=10,20", "sweep.search.num_trials=2"],
+            r"^evaluation.num_samples: is an axis of the search, and its values have unlike references",
+        ),
+        (
+            ["dtype=int8,int4", "launcher=pool", "sweep.search.num_trials=2"],
+            r"^launcher.num_workers=0: a search on joblib asks for so many points at once; set launcher.num_workers=4",
+        ),
         (["backend=quanto", "dtype=nf4,q8_0", "sweep.search.num_trials=2"], r"^2 of 2 combinations are impossible"),
     ],
 )
@@ -209,15 +252,21 @@ def test_bad_requests(words, message):
 def test_without_optuna(monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "optuna" else real(name, *a))
-    with pytest.raises(MissingPackage, match=r"sweep.search.num_trials=2: the package optuna is not installed; "
-                                             r"pip install 'quantlab-recipes\[search\]'"):
+    with pytest.raises(
+        MissingPackage,
+        match=r"sweep.search.num_trials=2: the package optuna is not installed; "
+        r"pip install 'quantlab-recipes\[search\]'",
+    ):
         plan(["backend=quanto", "dtype=int8,int4", "sweep.search.num_trials=2"], multirun=True)
 
 
 def test_components_may_be_an_axis_and_engines_may_ask_in_batches():
     words = ["backend=quanto", "dtype=int8,int4", "sweep.search.num_trials=1"]
     check_space(plan([*words, "model.components=[transformer],[]"], multirun=True).jobs)
-    assert plan([*words, "launcher=pool", "launcher.num_workers=2"], multirun=True).jobs[0].config.launcher.num_workers == 2
+    assert (
+        plan([*words, "launcher=pool", "launcher.num_workers=2"], multirun=True).jobs[0].config.launcher.num_workers
+        == 2
+    )
 
 
 def test_a_metric_of_another_protocol_is_refused_before_a_job_runs(shell):
@@ -267,8 +316,9 @@ def test_a_search_is_tracked_shown_and_resumed(shell, measured, monkeypatch):
     assert all((state == "failed") == (name == "gguf q8_0") for name, state in states.items())
     assert code == int("gguf q8_0" in states), err
     assert parent["tags"]["quantlab.search.front"] == ", ".join(study["front"])
-    assert {t["run_id"] for t in study["trials"]} <= {r["run_id"] for r in find_runs(
-        shell.store, parent_run_id=parent["run_id"], status=None)}
+    assert {t["run_id"] for t in study["trials"]} <= {
+        r["run_id"] for r in find_runs(shell.store, parent_run_id=parent["run_id"], status=None)
+    }
     assert "3 of 4 possible points were measured; Pareto front (minimize memory/weights_bytes, minimize quality/" in out
     shown = out.split("Pareto front")[1]
     assert all(name in shown for name in study["front"])

@@ -13,15 +13,48 @@ PACKAGE = ROOT / "quantlab"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     0: ("errors", "dtypes", "capabilities", "axes", "config", "reports", "experiment", "recipe", "progress", "quiet"),
-    1: ("backends", "models", "datasets", "metrics", "protocols", "memory", "layers", "tracking", "statistics",
-        "provenance", "fingerprint", "interop", "calibration"),
+    1: (
+        "backends",
+        "models",
+        "datasets",
+        "metrics",
+        "protocols",
+        "memory",
+        "layers",
+        "tracking",
+        "statistics",
+        "provenance",
+        "fingerprint",
+        "interop",
+        "calibration",
+    ),
     2: ("stages", "report", "composition", "listing"),
     3: ("candidate", "pipeline", "job", "sweep", "resume", "execute", "launch", "reproduce", "search"),
     4: ("cli", "api", "__main__", "__init__"),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
-HEAVY = {"torch", "diffusers", "transformers", "bitsandbytes", "torchao", "optimum", "modelopt", "mlflow", "libgguf",
-         "sklearn", "scipy", "skimage", "optuna", "accelerate", "plotly", "matplotlib", "PIL", "numpy", "safetensors", "gguf"}
+HEAVY = {
+    "torch",
+    "diffusers",
+    "transformers",
+    "bitsandbytes",
+    "torchao",
+    "optimum",
+    "modelopt",
+    "mlflow",
+    "libgguf",
+    "sklearn",
+    "scipy",
+    "skimage",
+    "optuna",
+    "accelerate",
+    "plotly",
+    "matplotlib",
+    "PIL",
+    "numpy",
+    "safetensors",
+    "gguf",
+}
 
 
 def module_name(path: Path) -> str:
@@ -31,10 +64,19 @@ def module_name(path: Path) -> str:
 
 def imports(path: Path):
     tree = ast.parse(path.read_text())
-    typing_only = {id(n) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-                   for n in ast.walk(node)}
-    in_function = {id(n) for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-                   for n in ast.walk(node) if n is not node}
+    typing_only = {
+        id(n)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for n in ast.walk(node)
+    }
+    in_function = {
+        id(n)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for n in ast.walk(node)
+        if n is not node
+    }
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)) and id(node) not in typing_only:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
@@ -57,25 +99,38 @@ def test_first_party_imports_stand_at_the_top_and_heavy_ones_inside_functions(pa
     for names, _, in_function in imports(path):
         for name in names:
             top = name.split(".")[0]
-            assert not (top == "quantlab" and in_function and path.name != "cli.py"), f"{name} is imported in a function"
+            assert not (top == "quantlab" and in_function and path.name != "cli.py"), (
+                f"{name} is imported in a function"
+            )
             assert in_function or top not in HEAVY, f"{name} is imported at module level"
 
 
 def test_only_tracking_imports_mlflow():
-    users = {str(p.relative_to(PACKAGE)) for p in SOURCES for names, _, _ in imports(p) if any(
-        n.split(".")[0] == "mlflow" for n in names)}
+    users = {
+        str(p.relative_to(PACKAGE))
+        for p in SOURCES
+        for names, _, _ in imports(p)
+        if any(n.split(".")[0] == "mlflow" for n in names)
+    }
     assert users
     assert all(u.startswith("tracking") for u in users)
 
 
 def test_files_stay_small():
-    too_long = {str(p.relative_to(ROOT)): n for p in [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
-                if (n := len(p.read_text().splitlines())) > 500}
+    too_long = {
+        str(p.relative_to(ROOT)): n
+        for p in [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
+        if (n := len(p.read_text().splitlines())) > 500
+    }
     assert not too_long
 
 
-LIGHT = ["import quantlab", "import quantlab.cli", "import quantlab.backends.table",
-         "import quantlab; quantlab.compose(['backend=torchao', 'dtype=int4'])"]
+LIGHT = [
+    "import quantlab",
+    "import quantlab.cli",
+    "import quantlab.backends.table",
+    "import quantlab; quantlab.compose(['backend=torchao', 'dtype=int4'])",
+]
 
 
 @pytest.mark.parametrize("statement", LIGHT)
@@ -111,6 +166,12 @@ def test_a_recipe_states_its_question_command_and_expectation(recipe):
 def test_no_absolute_paths_or_package_hosts_in_tracked_files():
     files = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()
     bad = re.compile(r"(?<![\w.])/(?:root|home|work|tmp)/|--(?:index|extra-index|find)-(?:url|links)")
-    hits = {f for f in files if (ROOT / f).suffix in (".py", ".md", ".yaml", ".toml", ".txt") and f != "tests/test_structure.py"
-            and (ROOT / f).is_file() and bad.search((ROOT / f).read_text())}
+    hits = {
+        f
+        for f in files
+        if (ROOT / f).suffix in (".py", ".md", ".yaml", ".toml", ".txt")
+        and f != "tests/test_structure.py"
+        and (ROOT / f).is_file()
+        and bad.search((ROOT / f).read_text())
+    }
     assert not hits

@@ -61,15 +61,18 @@ def fill(monkeypatch, shell, last, events_before=0):
 def refused_for_room(shell, *words):
     code, _, err = shell(*words, "-q")
     assert code == 1, err
-    message = err[err.index("quantlab: "):].strip()
+    message = err[err.index("quantlab: ") :].strip()
     assert message.startswith("quantlab: output_dir=outputs: the disk is full (")
     assert message.endswith("and give the same command again: what has finished is kept")
     assert "Traceback" not in err
     return message
 
 
-@pytest.mark.parametrize(("last", "before"), [("events.jsonl", 0), ("events.jsonl", 6), ("samples.json", 0)],
-                         ids=["the run's first event", "a later event", "an artifact"])
+@pytest.mark.parametrize(
+    ("last", "before"),
+    [("events.jsonl", 0), ("events.jsonl", 6), ("samples.json", 0)],
+    ids=["the run's first event", "a later event", "an artifact"],
+)
 def test_a_disk_that_fills_up_in_a_sweep(shell, monkeypatch, last, before):
     with monkeypatch.context() as patch:
         disk = fill(patch, shell, last, before)
@@ -79,7 +82,9 @@ def test_a_disk_that_fills_up_in_a_sweep(shell, monkeypatch, last, before):
     assert set(kept) == {"quanto int8"}
     again = shell.rows(*GRID)
     assert [(n, r["resumed"]) for n, r in again.items()] == [("quanto int8", True), ("gguf q8_0", False)]
-    assert again["quanto int8"]["metrics"] == {k: kept["quanto int8"]["metrics"][k] for k in again["quanto int8"]["metrics"]}
+    assert again["quanto int8"]["metrics"] == {
+        k: kept["quanto int8"]["metrics"][k] for k in again["quanto int8"]["metrics"]
+    }
     assert shell.tracked("RUNNING") == {}
     assert "sweep" in shell.tracked("KILLED")
     assert "full disk" in shell.tracked("KILLED")["sweep"]["tags"]["quantlab.failure"]
@@ -231,8 +236,14 @@ def test_a_server_that_goes_away_in_a_sweep(shell, tmp_path, closed_port, isolat
         (tmp_path / "fault").mkdir()
         (tmp_path / "fault" / "sitecustomize.py").write_text(KILL.format(pid=server.pid))
         env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path / 'fault'}"}
-        done = subprocess.run([sys.executable, "-m", "quantlab", *words, uri, "--json"], env=env, cwd=shell.folder,
-                              capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "quantlab", *words, uri, "--json"],
+            env=env,
+            cwd=shell.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert server.wait(60) == -signal.SIGKILL
     assert done.returncode == 0, done.stderr
     rows = {r["name"]: r for r in json.loads(done.stdout)}
@@ -343,8 +354,9 @@ def test_damaged_weights_in_the_cache(shell, file, damage):
     code, _, err = shell(*digits_words("backend=quanto"), "-q")
     assert code == 2
     assert err.startswith(f"quantlab: model=digits_dit: {weights} cannot be used (")
-    assert err.strip().endswith(f"delete the folder {folder} and run again to train the model anew, or put an intact copy "
-                                "of the file there")
+    assert err.strip().endswith(
+        f"delete the folder {folder} and run again to train the model anew, or put an intact copy of the file there"
+    )
     code, _, err = shell(*digits_words("backend=quanto", f"model.path={folder}"), "-q")
     assert code == 2
     assert err.startswith(f"quantlab: model.path={folder}: ")

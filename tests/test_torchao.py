@@ -23,8 +23,18 @@ from quantlab.vocabulary.capabilities import CAPABILITIES
 
 ROWS = CAPABILITIES["torchao"]
 OUT, IN = 64, 512
-BOUNDS = {"int8": 0.01, "float8_e4m3": 0.03, "float8_e5m2": 0.06, "int4": 0.16, "int3": 0.35, "int2": 0.9,
-          "nf4": 0.1, "nvfp4": 0.11, "mxfp8": 0.03, "mxfp4": 0.13}
+BOUNDS = {
+    "int8": 0.01,
+    "float8_e4m3": 0.03,
+    "float8_e5m2": 0.06,
+    "int4": 0.16,
+    "int3": 0.35,
+    "int2": 0.9,
+    "nf4": 0.1,
+    "nvfp4": 0.11,
+    "mxfp8": 0.03,
+    "mxfp4": 0.13,
+}
 """dtype -> upper bound of ||W - Wq|| / ||W|| for normal weights."""
 
 
@@ -43,8 +53,14 @@ CASES = list(cpu_cases())
 
 
 def axes(dtype="int8", group_size="auto", activation_dtype="auto", algorithm="auto", **more):
-    return QuantizationAxes(backend="torchao", dtype=dtype, group_size=group_size, activation_dtype=activation_dtype,
-                            algorithm=algorithm, **more)
+    return QuantizationAxes(
+        backend="torchao",
+        dtype=dtype,
+        group_size=group_size,
+        activation_dtype=activation_dtype,
+        algorithm=algorithm,
+        **more,
+    )
 
 
 def make_model(dtype="float32", shape=(OUT, IN), seed=0):
@@ -103,8 +119,16 @@ def test_promise(dtype, group, act, algorithm, tmp_path):
     stored = backend.read_back(layer)
     assert (stored.dtype, stored.activation_dtype) == (dtype, act)
     assert stored.is_simulated == (dtype in ("int4", "int3", "int2"))
-    default = {"int8": None, "float8_e4m3": None, "float8_e5m2": None, "nf4": 64, "nvfp4": 16, "mxfp8": 32, "mxfp4": 32,
-               "int4": 32 if act == "int8" else 128}.get(dtype, 128)
+    default = {
+        "int8": None,
+        "float8_e4m3": None,
+        "float8_e5m2": None,
+        "nf4": 64,
+        "nvfp4": 16,
+        "mxfp8": 32,
+        "mxfp4": 32,
+        "int4": 32 if act == "int8" else 128,
+    }.get(dtype, 128)
     wanted = default if group == "auto" else None if group in ("none", IN) else group
     assert stored.group_size == wanted
     error = float((stored.dense - reference).norm() / reference.norm())
@@ -126,8 +150,10 @@ def test_promise(dtype, group, act, algorithm, tmp_path):
     assert TorchAoConfig.from_axes(config.axes()) == config
 
 
-@pytest.mark.parametrize(("dtype", "compute"), [
-    (d, c) for d, row in ROWS.items() for c in row.compute_dtypes if (d, c) != ("nvfp4", "float16")])
+@pytest.mark.parametrize(
+    ("dtype", "compute"),
+    [(d, c) for d, row in ROWS.items() for c in row.compute_dtypes if (d, c) != ("nvfp4", "float16")],
+)
 def test_compute_dtypes(dtype, compute):
     import torch
 
@@ -151,8 +177,10 @@ def test_another_compute_dtype_than_the_model_casts_around_the_layer(tmp_path):
         assert torch.equal(fresh(inputs()), y)
 
 
-@pytest.mark.parametrize(("dtype", "act"), [("int8", "none"), ("int8", "int8"), ("float8_e4m3", "none"),
-                                            ("int4", "none"), ("int4", "int8"), ("int2", "none")])
+@pytest.mark.parametrize(
+    ("dtype", "act"),
+    [("int8", "none"), ("int8", "int8"), ("float8_e4m3", "none"), ("int4", "none"), ("int4", "int8"), ("int2", "none")],
+)
 def test_odd_shapes(dtype, act):
     import torch
 
@@ -185,16 +213,19 @@ def test_zero_rows_stay_zero(dtype, rows):
         assert model(inputs(compute)).isfinite().all()
 
 
-@pytest.mark.parametrize(("dtype", "group", "shape", "compute", "message"), [
-    ("int8", 64, (OUT, 100), "float32", r"group_size=64: in_features 100 .*layer 0\.0, \[64, 100\]"),
-    ("int4", 128, (OUT, 96), "float32", r"group_size=128: in_features 96 does not divide"),
-    ("int2", 16, (OUT, 40), "float32", r"group_size=16: in_features 40"),
-    ("nf4", "auto", (OUT, 100), "float32", r"dtype=nf4: 6400 weights do not divide by 16384"),
-    ("nvfp4", "auto", (33, 64), "float32", r"dtype=nvfp4: both sides"),
-    ("nvfp4", "auto", (OUT, IN), "float16", r"compute_dtype=float16: torchao nvfp4"),
-    ("mxfp8", "auto", (OUT, 40), "bfloat16", r"in_features 40 does not divide by 32"),
-    ("mxfp4", "auto", (OUT, IN), "float32", r"compute_dtype=float32: .*set compute_dtype=bfloat16"),
-])
+@pytest.mark.parametrize(
+    ("dtype", "group", "shape", "compute", "message"),
+    [
+        ("int8", 64, (OUT, 100), "float32", r"group_size=64: in_features 100 .*layer 0\.0, \[64, 100\]"),
+        ("int4", 128, (OUT, 96), "float32", r"group_size=128: in_features 96 does not divide"),
+        ("int2", 16, (OUT, 40), "float32", r"group_size=16: in_features 40"),
+        ("nf4", "auto", (OUT, 100), "float32", r"dtype=nf4: 6400 weights do not divide by 16384"),
+        ("nvfp4", "auto", (33, 64), "float32", r"dtype=nvfp4: both sides"),
+        ("nvfp4", "auto", (OUT, IN), "float16", r"compute_dtype=float16: torchao nvfp4"),
+        ("mxfp8", "auto", (OUT, 40), "bfloat16", r"in_features 40 does not divide by 32"),
+        ("mxfp4", "auto", (OUT, IN), "float32", r"compute_dtype=float32: .*set compute_dtype=bfloat16"),
+    ],
+)
 def test_impossible_layers_are_refused_and_nothing_changes(dtype, group, shape, compute, message):
     import torch
 
@@ -293,24 +324,35 @@ def test_float8wo_is_e5m2():
     assert TorchAoConfig("float8_weight_only").axes().dtype == "float8_e4m3"
 
 
-@pytest.mark.parametrize(("args", "kwargs", "message"), [
-    (("int8wo",), {"grup_size": 32}, "grup_size: int8wo has no such keyword; did you mean group_size"),
-    (("int8wo",), {"group_size": 0}, "group_size=0: int8wo wants a whole number above 0"),
-    (("int4wo",), {"group_size": "64"}, "group_size='64': a whole number"),
-    (("int9wo",), {}, r"quant_type='int9wo': no such shorthand; did you mean int[48]wo"),
-    (("fp8wo_e4m3",), {}, "did you mean float8wo_e4m3"),
-    ((make("Int8WeightOnlyConfig"),), {"group_size": 32}, "group_size: TorchAoConfig has no such setting"),
-    (({"default": 3},), {}, "quant_type: a dictionary has the key default"),
-    ((7,), {}, "quant_type=7: TorchAoConfig accepts a shorthand"),
-    ((), {}, "quant_type: TorchAoConfig needs it"),
-    (("int8wo", "proj_out"), {}, "modules_to_not_convert='proj_out'"),
-    (("int8wo",), {"int4_packing_format": "tile_packed_to_4d"}, "it is for dtype=int4"),
-    (("int8wo",), {"mapping_type": "SYMMETRIC"}, "mapping_type=SYMMETRIC: it is for int4"),
-    (("int4wo",), {"mapping_type": "SYMMETRIC", "int4_packing_format": "tile_packed_to_4d"}, "is asymmetric"),
-    (({"_type": "Int8WeightOnlyConfig", "_version": 9, "_data": {}},), {}, "version 9 was written by a newer torchao"),
-    (({"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {"granulrity": 1}},), {}, "did you mean granularity"),
-    (({"_type": "IntxWeightOnlyConfig", "_version": 2, "_data": {"weight_dtype": "int9"}},), {}, "int9 is none of"),
-])
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        (("int8wo",), {"grup_size": 32}, "grup_size: int8wo has no such keyword; did you mean group_size"),
+        (("int8wo",), {"group_size": 0}, "group_size=0: int8wo wants a whole number above 0"),
+        (("int4wo",), {"group_size": "64"}, "group_size='64': a whole number"),
+        (("int9wo",), {}, r"quant_type='int9wo': no such shorthand; did you mean int[48]wo"),
+        (("fp8wo_e4m3",), {}, "did you mean float8wo_e4m3"),
+        ((make("Int8WeightOnlyConfig"),), {"group_size": 32}, "group_size: TorchAoConfig has no such setting"),
+        (({"default": 3},), {}, "quant_type: a dictionary has the key default"),
+        ((7,), {}, "quant_type=7: TorchAoConfig accepts a shorthand"),
+        ((), {}, "quant_type: TorchAoConfig needs it"),
+        (("int8wo", "proj_out"), {}, "modules_to_not_convert='proj_out'"),
+        (("int8wo",), {"int4_packing_format": "tile_packed_to_4d"}, "it is for dtype=int4"),
+        (("int8wo",), {"mapping_type": "SYMMETRIC"}, "mapping_type=SYMMETRIC: it is for int4"),
+        (("int4wo",), {"mapping_type": "SYMMETRIC", "int4_packing_format": "tile_packed_to_4d"}, "is asymmetric"),
+        (
+            ({"_type": "Int8WeightOnlyConfig", "_version": 9, "_data": {}},),
+            {},
+            "version 9 was written by a newer torchao",
+        ),
+        (
+            ({"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {"granulrity": 1}},),
+            {},
+            "did you mean granularity",
+        ),
+        (({"_type": "IntxWeightOnlyConfig", "_version": 2, "_data": {"weight_dtype": "int9"}},), {}, "int9 is none of"),
+    ],
+)
 def test_bad_configs(args, kwargs, message):
     with pytest.raises(ConfigError, match=message):
         TorchAoConfig(*args, **kwargs)
@@ -345,14 +387,21 @@ def test_one_value_from_string_dictionary_and_object():
 
 
 def test_what_older_releases_wrote():
-    old = {"quant_method": "torchao", "quant_type": "int8wo", "quant_type_kwargs": {"group_size": 32},
-           "modules_to_not_convert": ["proj_out"]}
+    old = {
+        "quant_method": "torchao",
+        "quant_type": "int8wo",
+        "quant_type_kwargs": {"group_size": 32},
+        "modules_to_not_convert": ["proj_out"],
+    }
     assert TorchAoConfig.from_dict(old) == TorchAoConfig("int8wo", ["proj_out"], group_size=32)
     v1 = {"_type": "Int8WeightOnlyConfig", "_version": 1, "_data": {"group_size": 64, "set_inductor_config": True}}
     assert TorchAoConfig({"default": v1}) == TorchAoConfig("int8wo", group_size=64)
     layout = {"_type": "TensorCoreTiledLayout", "_data": {"inner_k_tiles": 8}}
-    v1 = {"_type": "Int4WeightOnlyConfig", "_version": 1,
-          "_data": {"group_size": 64, "layout": layout, "use_hqq": False, "zero_point_domain": {}}}
+    v1 = {
+        "_type": "Int4WeightOnlyConfig",
+        "_version": 1,
+        "_data": {"group_size": 64, "layout": layout, "use_hqq": False, "zero_point_domain": {}},
+    }
     assert TorchAoConfig(v1) == TorchAoConfig("int4wo", group_size=64)
     gone = {"_type": "Int8DynamicActivationInt4WeightConfig", "_version": 1, "_data": {"group_size": 64}}
     assert TorchAoConfig(gone) == TorchAoConfig("int4dq", group_size=64)
@@ -371,10 +420,13 @@ def test_diffusers_reads_and_writes_the_same(name):
     assert TorchAoConfig.from_dict(theirs.to_dict()) == config
 
 
-SETTINGS = st.fixed_dictionaries({}, optional={
-    "int4_packing_format": st.sampled_from(["auto", "unpacked_to_int8", "tile_packed_to_4d"]),
-    "mapping_type": st.sampled_from(["auto", "SYMMETRIC", "ASYMMETRIC"]),
-})
+SETTINGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "int4_packing_format": st.sampled_from(["auto", "unpacked_to_int8", "tile_packed_to_4d"]),
+        "mapping_type": st.sampled_from(["auto", "SYMMETRIC", "ASYMMETRIC"]),
+    },
+)
 
 
 def is_possible(dtype, group, act, algorithm, int4_packing_format="auto", mapping_type="auto"):
@@ -417,12 +469,14 @@ def test_update_is_checked_and_all_or_nothing():
 
 
 def test_the_config_imports_neither_torch_nor_torchao():
-    code = ("import sys\n"
-            "from quantlab.backends.torchao import Config, TorchAoConfig, resolve\n"
-            "from quantlab.vocabulary.axes import QuantizationAxes\n"
-            "c = Config.from_axes(QuantizationAxes(backend='torchao', dtype='int4'))\n"
-            "resolve(c, 'cpu'); TorchAoConfig('float8wo'); TorchAoConfig.from_dict(c.to_dict())\n"
-            "print([m for m in ('torch', 'torchao', 'numpy') if m in sys.modules])")
+    code = (
+        "import sys\n"
+        "from quantlab.backends.torchao import Config, TorchAoConfig, resolve\n"
+        "from quantlab.vocabulary.axes import QuantizationAxes\n"
+        "c = Config.from_axes(QuantizationAxes(backend='torchao', dtype='int4'))\n"
+        "resolve(c, 'cpu'); TorchAoConfig('float8wo'); TorchAoConfig.from_dict(c.to_dict())\n"
+        "print([m for m in ('torch', 'torchao', 'numpy') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done.stderr
 

@@ -51,8 +51,9 @@ def batches(sizes=(2, 2, 2), dtype="float32", seed=1):
 
 
 def config_of(dtype="int8", activation_dtype="none", algorithm="max", group_size="auto", compute="float32", **own):
-    axes = QuantizationAxes(backend="torchao", dtype=dtype, group_size=group_size, activation_dtype=activation_dtype,
-                            algorithm=algorithm)
+    axes = QuantizationAxes(
+        backend="torchao", dtype=dtype, group_size=group_size, activation_dtype=activation_dtype, algorithm=algorithm
+    )
     return backend.resolve(native_config(axes, own), "cpu", compute)
 
 
@@ -80,11 +81,16 @@ SCHEMES = {
     "int8 int8 smoothquant": {"activation_dtype": "int8", "algorithm": "smoothquant"},
     "int8 int8 static": {"activation_dtype": "int8", "activation_scales": "static"},
     "int8 int8 static smoothquant": {
-        "activation_dtype": "int8", "activation_scales": "static", "algorithm": "smoothquant"},
-    "float8 static": {
-        "dtype": "float8_e4m3", "activation_dtype": "float8_e4m3", "activation_scales": "static"},
-    **{f"int4 {group} {algorithm}": {"dtype": "int4", "group_size": group, "algorithm": algorithm}
-       for group in (32, 64, 128) for algorithm in ("awq", "smoothquant")},
+        "activation_dtype": "int8",
+        "activation_scales": "static",
+        "algorithm": "smoothquant",
+    },
+    "float8 static": {"dtype": "float8_e4m3", "activation_dtype": "float8_e4m3", "activation_scales": "static"},
+    **{
+        f"int4 {group} {algorithm}": {"dtype": "int4", "group_size": group, "algorithm": algorithm}
+        for group in (32, 64, 128)
+        for algorithm in ("awq", "smoothquant")
+    },
 }
 BYTES = {"int8": OUT * IN, "int4": OUT * IN // 2, "float8_e4m3": OUT * IN}
 
@@ -111,7 +117,8 @@ def test_promise(scheme, tmp_path):
     if stored.activation_dtype == "none":  # the effective weight explains the output, so the scales are in it
         through = nn.functional.linear(x.float(), stored.dense, model.first.bias.float())
         assert float((through - model.first(x).float()).norm() / through.norm()) < (
-            1e-5 if compute == "float32" else 0.01)
+            1e-5 if compute == "float32" else 0.01
+        )
     weight = before["first.weight"].float()
     assert 0 < float((stored.dense - weight).norm() / weight.norm()) < (0.4 if compute == "bfloat16" else 0.06)
 
@@ -209,8 +216,18 @@ def by_the_library(make_config, compute):
     return model
 
 
-@pytest.mark.parametrize("scheme", ["int8 awq", "int8 int8 awq", "int8 int8 smoothquant", "int8 int8 static",
-                                    "int8 int8 static smoothquant", "float8 static", "int4 64 awq"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "int8 awq",
+        "int8 int8 awq",
+        "int8 int8 smoothquant",
+        "int8 int8 static",
+        "int8 int8 static smoothquant",
+        "float8 static",
+        "int4 64 awq",
+    ],
+)
 def test_equal_to_the_library(scheme):
     from quantlab.backends.torchao.config import layer_form
 
@@ -346,18 +363,23 @@ def test_files_load_in_a_new_process(tmp_path):
     opaque = config_of(dtype="int4", group_size=64, int4_packing_format="opaque")
     for name, one in (("float8", config), ("int4", opaque)):
         model = nn.Sequential(nn.Linear(64, 32)).requires_grad_(False)
-        found = backend.calibrate(model, ["0"], one, None, feed_of_batches([torch.ones(2, 64)])) if (
-            one.needs_data) else None
+        found = (
+            backend.calibrate(model, ["0"], one, None, feed_of_batches([torch.ones(2, 64)]))
+            if (one.needs_data)
+            else None
+        )
         backend.quantize(model, ["0"], one, None, found)
         backend.save(model, tmp_path / name)
         one.to_json_file(tmp_path / f"{name}.json")
         torch.save(model(torch.ones(2, 64)), tmp_path / f"{name}.pt")
-    code = ("import sys, torch\n"
-            "from quantlab.backends import torchao\n"
-            "for name in ('float8', 'int4'):\n"
-            "    model = torch.nn.Sequential(torch.nn.Linear(64, 32)).requires_grad_(False)\n"
-            "    torchao.load(model, ['0'], torchao.Config.from_json_file(name + '.json'), name)\n"
-            "    assert torch.equal(model(torch.ones(2, 64)), torch.load(name + '.pt')), name\n")
+    code = (
+        "import sys, torch\n"
+        "from quantlab.backends import torchao\n"
+        "for name in ('float8', 'int4'):\n"
+        "    model = torch.nn.Sequential(torch.nn.Linear(64, 32)).requires_grad_(False)\n"
+        "    torchao.load(model, ['0'], torchao.Config.from_json_file(name + '.json'), name)\n"
+        "    assert torch.equal(model(torch.ones(2, 64)), torch.load(name + '.pt')), name\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -395,10 +417,13 @@ def test_auto_group_sizes_are_fitted_to_the_layer():
     assert [backend.read_back(layer).group_size for layer in model] == [32, None]  # a row of 32 is a group
 
 
-@pytest.mark.parametrize(("shape", "message"), [
-    ((32, 40), r"in_features 40 divides by none of its group sizes 32, 64, 128.*layer 0, \[32, 40\]"),
-    ((33, 64), r"out_features 33 does not divide by 16 \(layer 0, \[33, 64\]\)"),
-])
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((32, 40), r"in_features 40 divides by none of its group sizes 32, 64, 128.*layer 0, \[32, 40\]"),
+        ((33, 64), r"out_features 33 does not divide by 16 \(layer 0, \[33, 64\]\)"),
+    ],
+)
 def test_layers_that_the_library_would_skip_are_refused_before_any_data_runs(shape, message):
     model = nn.Sequential(nn.Linear(shape[1], shape[0]))
     plain = feed_of_batches([torch.randn(2, shape[1])])

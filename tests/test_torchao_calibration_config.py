@@ -19,11 +19,16 @@ REFUSED = [
     ({"dtype": "int3", "algorithm": "awq"}, "^algorithm=awq: torchao int3 offers auto, max, hqq; awq is offered by "),
     ({"dtype": "nf4", "algorithm": "smoothquant"}, "^algorithm=smoothquant: torchao nf4 offers auto, max; "),
     ({"dtype": "float8_e4m3", "algorithm": "awq"}, "^algorithm=awq: torchao float8_e4m3 offers auto, max; "),
-    ({"algorithm": "gptq", "group_size": 64}, "^algorithm=gptq: torchao has it for Int8WeightOnlyConfig with one scale"),
+    (
+        {"algorithm": "gptq", "group_size": 64},
+        "^algorithm=gptq: torchao has it for Int8WeightOnlyConfig with one scale",
+    ),
     ({"algorithm": "gptq", "activation_dtype": "int8"}, "^algorithm=gptq: torchao has it for Int8WeightOnlyConfig"),
-    ({"dtype": "int4", "algorithm": "awq", "activation_dtype": "int8"},
-     "^algorithm=awq: torchao int4 has it with activation_dtype=none and group_size=32, 64, 128 or auto, not "
-     "activation_dtype=int8 group_size=auto"),
+    (
+        {"dtype": "int4", "algorithm": "awq", "activation_dtype": "int8"},
+        "^algorithm=awq: torchao int4 has it with activation_dtype=none and group_size=32, 64, 128 or auto, not "
+        "activation_dtype=int8 group_size=auto",
+    ),
     ({"dtype": "int4", "algorithm": "awq", "group_size": 256}, "^algorithm=awq: .* take algorithm=max$"),
     ({"dtype": "int4", "algorithm": "awq", "int4_packing_format": "unpacked_to_int8"}, "^algorithm=awq: .*packed int4"),
     ({"dtype": "int4", "algorithm": "awq", "mapping_type": "SYMMETRIC"}, "^algorithm=awq: .*mapping_type at auto"),
@@ -31,10 +36,19 @@ REFUSED = [
     ({"dtype": "int4", "mapping_type": "SYMMETRIC", "int4_packing_format": "opaque"}, "^mapping_type=SYMMETRIC: opaq"),
     ({"activation_scales": "static"}, "^activation_scales=static: .*this is Int8WeightOnlyConfig; set dtype and "),
     ({"dtype": "int4", "activation_dtype": "int8", "activation_scales": "static"}, "^activation_scales=static: "),
-    ({"activation_dtype": "int8", "algorithm": "awq", "activation_scales": "static"},
-     "^activation_scales=static: torchao's AWQ .*set algorithm=smoothquant"),
-    ({"dtype": "float8_e4m3", "activation_dtype": "float8_e4m3", "group_size": "none", "activation_scales": "static"},
-     "^group_size=none: .*leave group_size=auto"),
+    (
+        {"activation_dtype": "int8", "algorithm": "awq", "activation_scales": "static"},
+        "^activation_scales=static: torchao's AWQ .*set algorithm=smoothquant",
+    ),
+    (
+        {
+            "dtype": "float8_e4m3",
+            "activation_dtype": "float8_e4m3",
+            "group_size": "none",
+            "activation_scales": "static",
+        },
+        "^group_size=none: .*leave group_size=auto",
+    ),
     ({"smoothquant_alpha": 0.7}, "^smoothquant_alpha=0.7: it is for algorithm=smoothquant; leave it out"),
     ({"algorithm": "smoothquant", "smoothquant_alpha": 1.5}, "^smoothquant_alpha=1.5: a number from 0 to 1"),
     ({"algorithm": "awq", "calibration_layers_at_once": -1}, "^calibration_layers_at_once=-1: .*0 takes all"),
@@ -48,11 +62,14 @@ def test_refused(asked, message):
         config_of(**asked)
 
 
-@pytest.mark.parametrize(("scheme", "message"), [
-    ("int8 awq", "^algorithm=awq: it needs scales .*give calibration data, or set algorithm=max$"),
-    ("int4 64 smoothquant", "^algorithm=smoothquant: it needs .*or set algorithm=max$"),
-    ("int8 int8 static", "^activation_scales=static: it needs .*or set activation_scales=dynamic$"),
-])
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        ("int8 awq", "^algorithm=awq: it needs scales .*give calibration data, or set algorithm=max$"),
+        ("int4 64 smoothquant", "^algorithm=smoothquant: it needs .*or set algorithm=max$"),
+        ("int8 int8 static", "^activation_scales=static: it needs .*or set activation_scales=dynamic$"),
+    ],
+)
 def test_quantize_without_calibration(scheme, message):
     model, config = net(), config_of(**SCHEMES[scheme])
     before = copy.deepcopy(model.state_dict())

@@ -54,8 +54,11 @@ def check(device, folder):
 
 def test_it_is_refused_on_a_cpu_with_who_has_it_there():
     config = config_of(algorithm="gptq")
-    with pytest.raises(ConfigError, match=r"^algorithm=gptq: torchao runs it on CUDA only, and this run is on cpu; pass "
-                                          r"device=cuda, or backend=modelopt$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^algorithm=gptq: torchao runs it on CUDA only, and this run is on cpu; pass "
+        r"device=cuda, or backend=modelopt$",
+    ):
         quantlab.quantize(net(), config, calibration=batches())
 
 

@@ -48,8 +48,13 @@ def test_everything_comes_back(store: Store, runs: Path, base: Path) -> None:
     found = get_run(store, run.run_id)
     assert found["name"] == "int4"
     assert found["status"] == "FINISHED"
-    assert found["params"] == {"quantization.backend": "torchao", "quantization.group_size": "64", "seed": "0",
-                               "quantization.layers": '["a", "b"]', "path": "null"}
+    assert found["params"] == {
+        "quantization.backend": "torchao",
+        "quantization.group_size": "64",
+        "seed": "0",
+        "quantization.layers": '["a", "b"]',
+        "path": "null",
+    }
     assert found["metrics"] == {"quality/kld_mean": 0.25, "quality/kld_mean/n": 10.0, "step_sqnr_db": 10.25}
     assert found["tags"]["mlflow.parentRunId"] == parent.run_id
     assert found["tags"]["quantlab.stage"] == "evaluate"
@@ -57,12 +62,16 @@ def test_everything_comes_back(store: Store, runs: Path, base: Path) -> None:
     assert get_curve(store, run.run_id, "step_sqnr_db") == [30.0, 20.5, 10.25]
     assert json.loads(artifact(store, run.run_id, "recipe.json")) == {"a": [1, {"b": "ü"}]}
     assert json.loads(artifact(store, run.run_id, "layers.json")) == {
-        "columns": ["name", "bits"], "data": [["x", 4.5], ["y", 16.0]]
+        "columns": ["name", "bits"],
+        "data": [["x", 4.5], ["y", 16.0]],
     }
     assert artifact(store, run.run_id, "texts/notes.txt") == b"from outside"
     kept = base / "outputs" / "mlartifacts" / run.run_id / "artifacts"
     assert {p.relative_to(kept).as_posix() for p in kept.rglob("*.*")} == {
-        "recipe.json", "layers.json", "images/samples.png", "texts/notes.txt"
+        "recipe.json",
+        "layers.json",
+        "images/samples.png",
+        "texts/notes.txt",
     }
     with pytest.raises(TrackingError, match=r"^absent\.json: run .* has no such artifact"):
         get_artifact(store, run.run_id, "absent.json", base)
@@ -116,7 +125,13 @@ def test_unknown_run(store: Store) -> None:
 def test_flatten() -> None:
     nested = {"a": {"b": {"c": 1, "d": {}}, "e": [1, {"f": True}]}, "g": None, "h": True, "i": "text", "j": 1e-5}
     assert flatten(nested) == {
-        "a.b.c": "1", "a.b.d": "{}", "a.e": '[1, {"f": true}]', "g": "null", "h": "true", "i": "text", "j": "1e-05"
+        "a.b.c": "1",
+        "a.b.d": "{}",
+        "a.e": '[1, {"f": true}]',
+        "g": "null",
+        "h": "true",
+        "i": "text",
+        "j": "1e-05",
     }
 
 
@@ -248,8 +263,10 @@ def test_a_thread_may_run_a_job(store: Store, runs: Path) -> None:
 
 def test_killed_and_live_processes(store: Store, runs: Path, base: Path) -> None:
     """SIGKILL leaves RUNNING; the next start closes that run, and neither a live process's nor another host's."""
-    code = ("run = open_store(TrackingConfig(), base).start_run('job', runs / sys.argv[2], {}, {})\n"
-            "run.stage = 'load'\nprint('run', run.run_id, flush=True)\ntime.sleep(60)\n")
+    code = (
+        "run = open_store(TrackingConfig(), base).start_run('job', runs / sys.argv[2], {}, {})\n"
+        "run.stage = 'load'\nprint('run', run.run_id, flush=True)\ntime.sleep(60)\n"
+    )
     dead, live = python(code, str(base), "dead"), python(code, str(base), "live")
     dead_id, live_id = await_line(dead, "run"), await_line(live, "run")
     mine = store.start_run("mine", runs / "mine", {}, {})
@@ -282,8 +299,11 @@ def test_killed_and_live_processes(store: Store, runs: Path, base: Path) -> None
 
 
 def test_a_torn_last_line_is_survived(store: Store, runs: Path) -> None:
-    process = python("run = Store('sqlite:///nowhere', None, '').start_run('r', runs / 'r', {'a': 1}, {})\n"
-                      "run.log_metrics({'m': 1})\n", str(runs.parents[1]))
+    process = python(
+        "run = Store('sqlite:///nowhere', None, '').start_run('r', runs / 'r', {'a': 1}, {})\n"
+        "run.log_metrics({'m': 1})\n",
+        str(runs.parents[1]),
+    )
     assert process.wait() == 0, process.communicate()
     events = runs / "r" / "tracking" / "events.jsonl"
     with events.open("ab") as file:

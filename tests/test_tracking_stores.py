@@ -34,18 +34,21 @@ from quantlab.tracking import (
 # -- addresses
 
 
-@pytest.mark.parametrize(("uri", "why"), [
-    ("file:///var/mlruns", "maintenance mode"),
-    ("file:mlruns", "maintenance mode"),
-    ("mlruns", "maintenance mode"),
-    ("./outputs/mlruns", "maintenance mode"),
-    ("", "maintenance mode"),
-    ("sqlite:///", "kept in a file"),
-    ("sqlite:///:memory:", "kept in a file"),
-    ("sqlite:///a.db?mode=ro", r"holds \? or #"),
-    ("databricks://x", "not supported"),
-    ("postgresql://me:secret@host/db", r"postgresql://\*\*\*@host/db: not supported"),
-])
+@pytest.mark.parametrize(
+    ("uri", "why"),
+    [
+        ("file:///var/mlruns", "maintenance mode"),
+        ("file:mlruns", "maintenance mode"),
+        ("mlruns", "maintenance mode"),
+        ("./outputs/mlruns", "maintenance mode"),
+        ("", "maintenance mode"),
+        ("sqlite:///", "kept in a file"),
+        ("sqlite:///:memory:", "kept in a file"),
+        ("sqlite:///a.db?mode=ro", r"holds \? or #"),
+        ("databricks://x", "not supported"),
+        ("postgresql://me:secret@host/db", r"postgresql://\*\*\*@host/db: not supported"),
+    ],
+)
 @pytest.mark.parametrize("required", [True, False])
 def test_addresses_that_are_refused(uri: str, why: str, required: bool, tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match=rf"^tracking\.uri=.*{why}.*tracking\.uri=") as raised:
@@ -100,11 +103,13 @@ def test_deleted_experiment(store: Store, base: Path) -> None:
 
 @pytest.mark.slow
 def test_two_sweeps_on_one_store_at_once(store: Store, runs: Path, base: Path) -> None:
-    code = ("store = open_store(TrackingConfig(), base)\nname = sys.argv[2]\n"
-            "with store.start_run(name, runs / name, {}, {}) as parent:\n"
-            "    for i in range(8):\n"
-            "        with store.start_run(f'{name}{i}', runs / f'{name}{i}', {'i': i}, {}, parent.run_id) as run:\n"
-            "            run.log_metrics({'m': i})\n            run.log_json({'i': i}, 'i.json')\n")
+    code = (
+        "store = open_store(TrackingConfig(), base)\nname = sys.argv[2]\n"
+        "with store.start_run(name, runs / name, {}, {}) as parent:\n"
+        "    for i in range(8):\n"
+        "        with store.start_run(f'{name}{i}', runs / f'{name}{i}', {'i': i}, {}, parent.run_id) as run:\n"
+        "            run.log_metrics({'m': i})\n            run.log_json({'i': i}, 'i.json')\n"
+    )
     sweeps = [python(code, str(base), name) for name in "ab"]
     for sweep in sweeps:
         out, err = sweep.communicate(timeout=120)
@@ -117,8 +122,10 @@ def test_two_sweeps_on_one_store_at_once(store: Store, runs: Path, base: Path) -
 
 @pytest.mark.slow
 def test_four_processes_open_a_fresh_store(tmp_path: Path) -> None:
-    code = ("with open_store(TrackingConfig(), base).start_run('r', runs / sys.argv[2], {}, {}) as run:\n"
-            "    run.log_metrics({'m': 1})\n")
+    code = (
+        "with open_store(TrackingConfig(), base).start_run('r', runs / sys.argv[2], {}, {}) as run:\n"
+        "    run.log_metrics({'m': 1})\n"
+    )
     started = [python(code, str(tmp_path), f"r{i}") for i in range(4)]
     for process in started:
         out, err = process.communicate(timeout=180)
@@ -128,7 +135,9 @@ def test_four_processes_open_a_fresh_store(tmp_path: Path) -> None:
 
 
 def test_mlflow_is_imported_when_a_store_is_opened() -> None:
-    code = "import quantlab.tracking.provenance\nprint([m for m in ('mlflow', 'torch', 'sqlalchemy') if m in sys.modules])"
+    code = (
+        "import quantlab.tracking.provenance\nprint([m for m in ('mlflow', 'torch', 'sqlalchemy') if m in sys.modules])"
+    )
     assert python(code, ".").communicate()[0].strip() == "[]"
 
 
@@ -137,8 +146,10 @@ def test_mlflow_is_imported_when_a_store_is_opened() -> None:
 
 def test_closed_port_is_refused_at_once(closed_port: int, tmp_path: Path) -> None:
     begun = time.monotonic()
-    wanted = (rf"^tracking\.uri=http://127\.0\.0\.1:{closed_port}: no connection; start the server, "
-              r"or set tracking\.required=false, or tracking\.uri=sqlite:///outputs/mlflow\.db$")
+    wanted = (
+        rf"^tracking\.uri=http://127\.0\.0\.1:{closed_port}: no connection; start the server, "
+        r"or set tracking\.required=false, or tracking\.uri=sqlite:///outputs/mlflow\.db$"
+    )
     with pytest.raises(TrackingError, match=wanted):
         open_store(tracking_at(f"http://127.0.0.1:{closed_port}"), tmp_path)
     assert time.monotonic() - begun < 5
@@ -285,8 +296,20 @@ def test_what_the_store_refuses_does_not_hold_up_the_rest(
 @pytest.mark.slow
 def test_a_real_server_dies_in_the_middle(store: Store, runs: Path, closed_port: int, tmp_path: Path) -> None:
     uri = f"http://127.0.0.1:{closed_port}"
-    command = [sys.executable, "-m", "mlflow", "server", "--port", str(closed_port), "--workers", "1",
-               "--backend-store-uri", f"sqlite:///{tmp_path}/s.db", "--artifacts-destination", str(tmp_path / "art")]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--port",
+        str(closed_port),
+        "--workers",
+        "1",
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path}/s.db",
+        "--artifacts-destination",
+        str(tmp_path / "art"),
+    ]
     with (tmp_path / "server.log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=tmp_path)
     try:

@@ -21,8 +21,9 @@ def clip_tokenizer() -> Any:
 
     words = [*_CHARACTERS, *(f"{c}</w>" for c in _CHARACTERS), *(m.replace(" ", "") for m in _MERGES)]
     words += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[tuple(m.split()) for m in _MERGES],
-                         model_max_length=77)
+    return CLIPTokenizer(
+        vocab={word: i for i, word in enumerate(words)}, merges=[tuple(m.split()) for m in _MERGES], model_max_length=77
+    )
 
 
 def t5_tokenizer() -> Any:
@@ -40,9 +41,17 @@ def _clip(seed: int, tokenizer: Any, projected: bool) -> Any:
 
     torch.manual_seed(seed)
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
-        projection_dim=64, hidden_act="gelu", bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        projection_dim=64,
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
 
 
@@ -51,9 +60,18 @@ def _t5(seed: int, tokenizer: Any, width: int) -> Any:
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
-    return T5EncoderModel(T5Config(
-        vocab_size=len(tokenizer), d_model=width, d_kv=16, d_ff=128, num_layers=1, num_heads=4,
-        feed_forward_proj="gated-gelu", decoder_start_token_id=0)).eval()
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=width,
+            d_kv=16,
+            d_ff=128,
+            num_layers=1,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            decoder_start_token_id=0,
+        )
+    ).eval()
 
 
 def _vae(seed: int, latent_channels: int, **config: Any) -> Any:
@@ -62,9 +80,15 @@ def _vae(seed: int, latent_channels: int, **config: Any) -> Any:
 
     torch.manual_seed(seed)
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16), layers_per_block=1, latent_channels=latent_channels, norm_num_groups=4,
-        sample_size=32, **config).eval()
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=4,
+        sample_size=32,
+        **config,
+    ).eval()
 
 
 def build_tiny_flux(folder: Path) -> Path:
@@ -75,12 +99,25 @@ def build_tiny_flux(folder: Path) -> Path:
     clip, t5 = clip_tokenizer(), t5_tokenizer()
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=32, num_attention_heads=2,
-        joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=True, axes_dims_rope=(8, 12, 12))
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )
     FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        transformer=transformer.eval(),
         vae=_vae(1, 4, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=_clip(2, clip, projected=False), tokenizer=clip, text_encoder_2=_t5(3, t5, 64), tokenizer_2=t5,
+        text_encoder=_clip(2, clip, projected=False),
+        tokenizer=clip,
+        text_encoder_2=_t5(3, t5, 64),
+        tokenizer_2=t5,
     ).save_pretrained(folder)
     return folder
 
@@ -93,15 +130,28 @@ def build_tiny_sd3(folder: Path) -> Path:
     clip, t5 = clip_tokenizer(), t5_tokenizer()
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=32,
-        num_attention_heads=2, joint_attention_dim=128, caption_projection_dim=64, pooled_projection_dim=128,
-        pos_embed_max_size=16)
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=128,
+        caption_projection_dim=64,
+        pooled_projection_dim=128,
+        pos_embed_max_size=16,
+    )
     StableDiffusion3Pipeline(
-        transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_vae(1, 4, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=_clip(2, clip, projected=True), tokenizer=clip,
-        text_encoder_2=_clip(4, clip, projected=True), tokenizer_2=clip,
-        text_encoder_3=_t5(3, t5, 128), tokenizer_3=t5,
+        text_encoder=_clip(2, clip, projected=True),
+        tokenizer=clip,
+        text_encoder_2=_clip(4, clip, projected=True),
+        tokenizer_2=clip,
+        text_encoder_3=_t5(3, t5, 128),
+        tokenizer_3=t5,
     ).save_pretrained(folder)
     return folder
 
@@ -114,17 +164,32 @@ def build_tiny_sdxl(folder: Path) -> Path:
     clip = clip_tokenizer()
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 64),
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 64),
         mid_block_type=None,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=8, attention_head_dim=(2, 4), use_linear_projection=True, cross_attention_dim=128,
-        transformer_layers_per_block=1, addition_embed_type="text_time", addition_time_embed_dim=16,
-        projection_class_embeddings_input_dim=6 * 16 + 64)
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        cross_attention_dim=128,
+        transformer_layers_per_block=1,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=16,
+        projection_class_embeddings_input_dim=6 * 16 + 64,
+    )
     StableDiffusionXLPipeline(
-        unet=unet.eval(), vae=_vae(1, 4, scaling_factor=0.13025),
+        unet=unet.eval(),
+        vae=_vae(1, 4, scaling_factor=0.13025),
         scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        text_encoder=_clip(2, clip, projected=False), tokenizer=clip,
-        text_encoder_2=_clip(4, clip, projected=True), tokenizer_2=clip, add_watermarker=False,
+        text_encoder=_clip(2, clip, projected=False),
+        tokenizer=clip,
+        text_encoder_2=_clip(4, clip, projected=True),
+        tokenizer_2=clip,
+        add_watermarker=False,
     ).save_pretrained(folder)
     return folder
 

@@ -23,8 +23,9 @@ def byte_tokenizer(adds_bos=False, max_length=4096):
     core.decoder = decoders.ByteLevel()
     if adds_bos:
         core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                                   model_max_length=max_length)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=max_length
+    )
 
 
 def save_llama(folder: Path, adds_bos=False, seed=0, **sizes):
@@ -32,9 +33,18 @@ def save_llama(folder: Path, adds_bos=False, seed=0, **sizes):
 
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "intermediate_size": 64, **sizes}
-    config = LlamaConfig(vocab_size=259, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                         max_position_embeddings=4096, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
-                         pad_token_id=0, **sizes)
+    config = LlamaConfig(
+        vocab_size=259,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **sizes,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer(adds_bos).save_pretrained(folder)
     return folder
@@ -45,8 +55,14 @@ def save_bert(folder: Path, seed=0, **sizes):
 
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "intermediate_size": 64, **sizes}
-    config = BertConfig(vocab_size=259, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128,
-                        initializer_range=0.3, **sizes)
+    config = BertConfig(
+        vocab_size=259,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        **sizes,
+    )
     BertModel(config).save_pretrained(folder)
     byte_tokenizer(max_length=128).save_pretrained(folder)
     return folder

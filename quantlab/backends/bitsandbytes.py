@@ -79,8 +79,10 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
             state = "both true" if self.load_in_8bit else "neither is true"
             raise ConfigError(f"load_in_8bit, load_in_4bit: {state}; set exactly one of them")
         if self.bnb_4bit_blocksize is not None and self.load_in_8bit:
-            raise ConfigError(f"bnb_4bit_blocksize={self.bnb_4bit_blocksize}: int8 has one scale a row; "
-                              "leave it out or set load_in_4bit")
+            raise ConfigError(
+                f"bnb_4bit_blocksize={self.bnb_4bit_blocksize}: int8 has one scale a row; "
+                "leave it out or set load_in_4bit"
+            )
         if not 0 <= self.llm_int8_threshold < math.inf:
             raise ConfigError(f"llm_int8_threshold={self.llm_int8_threshold}: give a number from 0 (no outliers) on")
 
@@ -104,11 +106,15 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
     def axes(self) -> QuantizationAxes:
         """The axes; an int8 config's float32 is ``compute_dtype=auto``: LLM.int8 itself follows the input."""
         is_default = self.load_in_8bit and self.bnb_4bit_compute_dtype == "float32"
-        return resolve_axes(QuantizationAxes(
-            backend="bitsandbytes", dtype=self.dtype, group_size=self.bnb_4bit_blocksize or "auto",
-            compute_dtype="auto" if is_default else self.bnb_4bit_compute_dtype,
-            modules_to_not_convert=self._exclusion_axes(),
-        ))
+        return resolve_axes(
+            QuantizationAxes(
+                backend="bitsandbytes",
+                dtype=self.dtype,
+                group_size=self.bnb_4bit_blocksize or "auto",
+                compute_dtype="auto" if is_default else self.bnb_4bit_compute_dtype,
+                modules_to_not_convert=self._exclusion_axes(),
+            )
+        )
 
     def to_diffusers(self, model: Any = None) -> Any:
         """``diffusers.BitsAndBytesConfig``; a block size other than the library's 64 is refused."""
@@ -135,8 +141,10 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
         prefix = "llm_int8" if dtype == "int8" else "bnb_4bit"
         for key, value in (settings or {}).items():
             if key not in fields:
-                raise ConfigError(f"quantization.{key}: bitsandbytes has no such setting{nearest(key, fields)} "
-                                  f"(it has {', '.join(fields)})")
+                raise ConfigError(
+                    f"quantization.{key}: bitsandbytes has no such setting{nearest(key, fields)} "
+                    f"(it has {', '.join(fields)})"
+                )
             if not key.startswith(prefix) and value not in (None, fields[key].default):
                 raise ConfigError(f"quantization.{key}={value}: has no effect with dtype={dtype}; leave it out")
         return {k: v for k, v in (settings or {}).items() if v is not None}
@@ -147,8 +155,10 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
         if (names := kwargs.pop("modules_to_not_convert", None)) is not None:
             other = kwargs.get("llm_int8_skip_modules")
             if other is not None and list(other) != list(names):
-                raise ConfigError(f"modules_to_not_convert={list(names)}: llm_int8_skip_modules says {list(other)}; "
-                                  "they are one setting, give one of them")
+                raise ConfigError(
+                    f"modules_to_not_convert={list(names)}: llm_int8_skip_modules says {list(other)}; "
+                    "they are one setting, give one of them"
+                )
             kwargs["llm_int8_skip_modules"] = names
         return super()._fold_arguments(args, kwargs)
 
@@ -196,18 +206,27 @@ def read_back(layer: Any) -> StoredWeight:
         codes = layer.weight.data
         scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
         if codes.dtype != torch.int8 or scales is None or scales.numel() != codes.shape[0]:
-            raise NotQuantized(f"an int8 layer of shape {tuple(codes.shape)} holds {codes.dtype} and "
-                               f"{0 if scales is None else scales.numel()} row scales; quantize it again")
-        return StoredWeight(dtype="int8", group_size=None, dense=codes.float() * (scales[:, None] / 127.0),
-                            activation_dtype="int8", note=_outlier_rule(layer.state.threshold))
+            raise NotQuantized(
+                f"an int8 layer of shape {tuple(codes.shape)} holds {codes.dtype} and "
+                f"{0 if scales is None else scales.numel()} row scales; quantize it again"
+            )
+        return StoredWeight(
+            dtype="int8",
+            group_size=None,
+            dense=codes.float() * (scales[:, None] / 127.0),
+            activation_dtype="int8",
+            note=_outlier_rule(layer.state.threshold),
+        )
     if not isinstance(layer, bnb.nn.Linear4bit) or getattr(layer.weight, "quant_state", None) is None:
         raise NotQuantized(f"{type(layer).__name__} holds no bitsandbytes weight; quantize it first")
     state = layer.weight.quant_state
     num_blocks = math.ceil(math.prod(state.shape) / state.blocksize)
     num_nested = None if state.state2 is None else state.state2.absmax.numel()
     if state.absmax.numel() != num_blocks or num_nested not in (None, math.ceil(num_blocks / 256)):
-        raise NotQuantized(f"a {state.quant_type} layer of shape {tuple(state.shape)} in blocks of {state.blocksize} "
-                           f"needs {num_blocks} scales and holds {state.absmax.numel()}; quantize it again")
+        raise NotQuantized(
+            f"a {state.quant_type} layer of shape {tuple(state.shape)} in blocks of {state.blocksize} "
+            f"needs {num_blocks} scales and holds {state.absmax.numel()}; quantize it again"
+        )
     dense = _dense_4bit(layer.weight, layer.compute_dtype or state.dtype).float()
     return StoredWeight(dtype=state.quant_type, group_size=state.blocksize, dense=dense)
 
@@ -263,9 +282,10 @@ def load(model: Any, layers: Sequence[str], config: BitsAndBytesConfig, folder: 
         if owner is None:
             plain[key] = tensor
         else:
-            parts[owner][key[len(owner) + 1:]] = tensor
-    made = {name: _loaded(model.get_submodule(name), own, stored[name], f"{path}: {name}")
-            for name, own in parts.items()}
+            parts[owner][key[len(owner) + 1 :]] = tensor
+    made = {
+        name: _loaded(model.get_submodule(name), own, stored[name], f"{path}: {name}") for name, own in parts.items()
+    }
     for name in layers:
         _check_format(made[name], config, f"{path}: {name}")
     _load_plain(model, plain, parts, path)
@@ -310,11 +330,16 @@ def _quantized_4bit(name: str, linear: Any, config: BitsAndBytesConfig, compute:
     num_bytes = math.ceil(weight.numel() / 2)
     if num_bytes % storage.itemsize:
         shape = tuple(weight.shape)
-        raise ConfigError(f"bnb_4bit_quant_storage={config.bnb_4bit_quant_storage}: {name} of shape {shape} takes "
-                          f"{num_bytes} bytes, no multiple of {storage.itemsize}; use uint8")
+        raise ConfigError(
+            f"bnb_4bit_quant_storage={config.bnb_4bit_quant_storage}: {name} of shape {shape} takes "
+            f"{num_bytes} bytes, no multiple of {storage.itemsize}; use uint8"
+        )
     codes, state = bnb.functional.quantize_4bit(
-        weight, blocksize=config.bnb_4bit_blocksize or _LIBRARY_BLOCKSIZE, quant_type=config.bnb_4bit_quant_type,
-        compress_statistics=config.bnb_4bit_use_double_quant, quant_storage=storage,
+        weight,
+        blocksize=config.bnb_4bit_blocksize or _LIBRARY_BLOCKSIZE,
+        quant_type=config.bnb_4bit_quant_type,
+        compress_statistics=config.bnb_4bit_use_double_quant,
+        quant_storage=storage,
     )
     return _layer_classes()["QuantizedLinear4bit"](codes, state, linear.bias, compute)
 
@@ -344,8 +369,10 @@ def _loaded(linear: Any, own: dict[str, Any], stored: dict[str, Any], where: str
         shape = tuple(state.shape)
         layer = _layer_classes()["QuantizedLinear4bit"](own["weight"].to(device), state, bias, compute)
     if shape != tuple(linear.weight.shape):
-        raise ModelError(f"{where} has shape {shape} in the file and {tuple(linear.weight.shape)} in the model; "
-                         "load it into the model that was quantized")
+        raise ModelError(
+            f"{where} has shape {shape} in the file and {tuple(linear.weight.shape)} in the model; "
+            "load it into the model that was quantized"
+        )
     return layer
 
 
@@ -354,11 +381,16 @@ def _check_format(layer: Any, config: BitsAndBytesConfig, where: str) -> None:
     state = getattr(layer.weight, "quant_state", None)
     has_nested = None if state is None else state.nested
     found = ("int8", None, None) if state is None else (state.quant_type, state.blocksize, has_nested)
-    asked = ("int8", None, None) if config.load_in_8bit else (
-        config.dtype, config.bnb_4bit_blocksize or _LIBRARY_BLOCKSIZE, config.bnb_4bit_use_double_quant)
+    asked = (
+        ("int8", None, None)
+        if config.load_in_8bit
+        else (config.dtype, config.bnb_4bit_blocksize or _LIBRARY_BLOCKSIZE, config.bnb_4bit_use_double_quant)
+    )
     if found != asked:
-        raise ModelError(f"{where} is stored as (format, block size, double quantization) {found}, not {asked}; load "
-                         "with the config it was quantized with")
+        raise ModelError(
+            f"{where} is stored as (format, block size, double quantization) {found}, not {asked}; load "
+            "with the config it was quantized with"
+        )
 
 
 def _owner(key: str, names: Mapping[str, Any]) -> str | None:
@@ -400,7 +432,8 @@ def _dense_4bit(weight: Any, dtype: Any) -> Any:
     is_compiled = state.shape[-1] % 2 or state.blocksize >= 2048
     if weight.device.type != "cpu" or not is_compiled:
         return torch.ops.bitsandbytes.dequantize_4bit.default(
-            weight.data, absmax, state.blocksize, state.quant_type, state.shape, dtype)
+            weight.data, absmax, state.blocksize, state.quant_type, state.shape, dtype
+        )
     # The library would compile C++ here at the first call of each shape; the same arithmetic without a compiler:
     codes, num = weight.data.reshape(-1).view(torch.uint8), math.prod(state.shape)
     values = state.code[torch.stack((codes >> 4, codes & 15), dim=-1).reshape(-1)[:num].int()]
@@ -425,13 +458,27 @@ def _layer_classes() -> dict[str, Any]:
 
         def __init__(self, codes: Any, state: Any, bias: Any, compute_dtype: Any) -> None:
             out_features, in_features = state.shape
-            super().__init__(in_features, out_features, bias is not None, compute_dtype, state.nested, state.quant_type,
-                             codes.dtype, device="meta")
+            super().__init__(
+                in_features,
+                out_features,
+                bias is not None,
+                compute_dtype,
+                state.nested,
+                state.quant_type,
+                codes.dtype,
+                device="meta",
+            )
             # On CPUs with AVX512-BF16 the library's forward would repack codes and scales in place, lossily.
             self.support_avx512bf16_for_cpu = False
             self.weight = bnb.nn.Params4bit(
-                codes, quant_state=state, blocksize=state.blocksize, compress_statistics=state.nested,
-                quant_type=state.quant_type, quant_storage=codes.dtype, bnb_quantized=True)
+                codes,
+                quant_state=state,
+                blocksize=state.blocksize,
+                compress_statistics=state.nested,
+                quant_type=state.quant_type,
+                quant_storage=codes.dtype,
+                bnb_quantized=True,
+            )
             self.bias = bias
 
         def forward(self, x: Any) -> Any:
@@ -448,8 +495,9 @@ def _layer_classes() -> dict[str, Any]:
 
         def __init__(self, codes: Any, scales: Any, bias: Any, threshold: float, compute_dtype: Any) -> None:
             out_features, in_features = codes.shape
-            super().__init__(in_features, out_features, bias is not None, has_fp16_weights=False, threshold=threshold,
-                             device="meta")
+            super().__init__(
+                in_features, out_features, bias is not None, has_fp16_weights=False, threshold=threshold, device="meta"
+            )
             self.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
             self.init_8bit_state()
             self.state.is_training = False  # the library's train mode would not round the inputs

@@ -57,8 +57,10 @@ def _transformers(entry: str, path: str) -> bool:
     try:
         return re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", path) is not None or path.endswith(entry)
     except re.error as error:
-        raise ConfigError(f"modules_to_not_convert={entry}: transformers reads it as a regular expression, which it "
-                          f"is not ({error}); escape it") from error
+        raise ConfigError(
+            f"modules_to_not_convert={entry}: transformers reads it as a regular expression, which it "
+            f"is not ({error}); escape it"
+        ) from error
 
 
 def _transformers_torchao(entry: str, path: str) -> bool:
@@ -81,8 +83,9 @@ RULES: dict[tuple[str, str], Rule] = {
 def rule_of(library: str, method: str) -> Rule:
     """The row of :data:`RULES`; ConfigError where the library has no such backend."""
     if (library, method) not in RULES:
-        raise ConfigError(f"exclusion_rule={library}: {library} does not quantize with {method}; set it to diffusers "
-                          "or quantlab")
+        raise ConfigError(
+            f"exclusion_rule={library}: {library} does not quantize with {method}; set it to diffusers or quantlab"
+        )
     return RULES[library, method]
 
 
@@ -135,8 +138,10 @@ def _linear_paths(model: Any) -> list[str]:
 def _transformers_defaults(model: Any) -> tuple[str, ...]:
     """What transformers leaves out where nobody said anything."""
     if not hasattr(model, "get_output_embeddings"):
-        raise ConfigError("exclusion_rule=transformers: without modules_to_not_convert it leaves out the model's own "
-                          "output layers, and this is no model of transformers; name the modules, or [] for none")
+        raise ConfigError(
+            "exclusion_rule=transformers: without modules_to_not_convert it leaves out the model's own "
+            "output layers, and this is no model of transformers; name the modules, or [] for none"
+        )
     from transformers.quantizers.base import get_keys_to_not_convert
 
     return tuple(sorted(get_keys_to_not_convert(model)))
@@ -160,14 +165,18 @@ def exclusions_for(config: QuantizationConfigMixin, model: Any, library: str) ->
     if model is None:
         if not names and config.exclusion_rule == "quantlab":
             return [] if library == "transformers" else None  # an absent list has a meaning of its own there
-        raise ConfigError(f"modules_to_not_convert={list(names or ())}: {library}'s rule for {method} is another than "
-                          f"quantlab's; give the model, to_{library}(model), and a list is found that says the same")
+        raise ConfigError(
+            f"modules_to_not_convert={list(names or ())}: {library}'s rule for {method} is another than "
+            f"quantlab's; give the model, to_{library}(model), and a list is found that says the same"
+        )
     wanted = _left_out(config, model)
     paths = _linear_paths(model)
     kept = taken("diffusers", method, _kept_in_float32(model), paths) if library == "diffusers" else {}
     if beyond := [path for path in kept if path not in wanted]:
-        raise ConfigError(f"modules_to_not_convert: {library} also leaves out {', '.join(beyond[:8])}, which the model "
-                          "keeps in float32; add them, so that both say the same")
+        raise ConfigError(
+            f"modules_to_not_convert: {library} also leaves out {', '.join(beyond[:8])}, which the model "
+            "keeps in float32; add them, so that both say the same"
+        )
     entries = express(library, method, wanted, paths)
     return entries or ([] if library == "transformers" else None)
 
@@ -212,9 +221,11 @@ def express(library: str, method: str, wanted: set[str], paths: Sequence[str]) -
         else:
             missing.append(path)
     if missing:
-        raise ConfigError(f"modules_to_not_convert: no list of {library} says {', '.join(missing[:8])} for {method} "
-                          f"without other layers{_others(rule, missing[0], wanted, paths)}; exclude those too, or keep "
-                          "to quantlab")
+        raise ConfigError(
+            f"modules_to_not_convert: no list of {library} says {', '.join(missing[:8])} for {method} "
+            f"without other layers{_others(rule, missing[0], wanted, paths)}; exclude those too, or keep "
+            "to quantlab"
+        )
     return entries
 
 
@@ -242,8 +253,10 @@ def refuse_ours(config: QuantizationConfigMixin, library: str, held: Iterable[st
     lost = {k: v for k, v in config.extra_settings().items() if k not in held}
     if lost:
         listed = ", ".join(f"{k}={v!r}" for k, v in lost.items())
-        raise ConfigError(f"{listed}: the {type(config).__name__} of {library} has no such setting and would quantize "
-                          "otherwise without a word; leave it out, or quantize with quantlab")
+        raise ConfigError(
+            f"{listed}: the {type(config).__name__} of {library} has no such setting and would quantize "
+            "otherwise without a word; leave it out, or quantize with quantlab"
+        )
 
 
 def build(make: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
@@ -253,5 +266,7 @@ def build(make: Callable[..., Any], arguments: Mapping[str, Any], where: str) ->
             warnings.simplefilter("ignore", FutureWarning)  # Diffusers repeats its deprecation each time
             return make(**arguments)
     except (TypeError, ValueError, AttributeError, KeyError, ImportError) as error:
-        raise ConfigError(f"{where}: the installed library cannot build this config ({error}); change the setting, or "
-                          "quantize with quantlab") from error
+        raise ConfigError(
+            f"{where}: the installed library cannot build this config ({error}); change the setting, or "
+            "quantize with quantlab"
+        ) from error

@@ -40,8 +40,13 @@ _MAP_FILE = "quantization_map.json"
 _SPELLING = {"int8": "int8", "int4": "int4", "int2": "int2", "float8_e4m3": "float8", "float8_e5m2": "float8_e5m2"}
 """quantlab's dtype -> ``weights_dtype``."""
 _ACTIVATIONS = {None: "none", "int8": "int8", "float8": "float8_e4m3", "float8_e5m2": "float8_e5m2"}
-_DTYPES = {"qint8": "int8", "qint4": "int4", "qint2": "int2",
-           "qfloat8_e4m3fn": "float8_e4m3", "qfloat8_e5m2": "float8_e5m2"}
+_DTYPES = {
+    "qint8": "int8",
+    "qint4": "int4",
+    "qint2": "int2",
+    "qfloat8_e4m3fn": "float8_e4m3",
+    "qfloat8_e5m2": "float8_e5m2",
+}
 """The library's name of a format -> quantlab's dtype."""
 
 
@@ -62,8 +67,10 @@ class QuantoConfig(QuantizationConfigMixin):
     def post_init(self) -> None:
         """HQQ exists for 2 and 4 bits."""
         if self.optimizer == "hqq" and self.weights_dtype not in ("int4", "int2"):
-            raise ConfigError(f"optimizer='hqq': quanto has it for weights_dtype int4 and int2, not "
-                              f"{self.weights_dtype}; leave optimizer at max")
+            raise ConfigError(
+                f"optimizer='hqq': quanto has it for weights_dtype int4 and int2, not "
+                f"{self.weights_dtype}; leave optimizer at max"
+            )
 
     @classmethod
     def from_axes(cls, axes: QuantizationAxes, settings: Mapping[str, Any] | None = None) -> Self:
@@ -78,8 +85,10 @@ class QuantoConfig(QuantizationConfigMixin):
     def axes(self) -> QuantizationAxes:
         """The axes that :meth:`from_axes` turns into this config."""
         return QuantizationAxes(
-            backend="quanto", dtype=next(d for d, spelt in _SPELLING.items() if spelt == self.weights_dtype),
-            activation_dtype=_ACTIVATIONS[self.activations], algorithm=self.optimizer,
+            backend="quanto",
+            dtype=next(d for d, spelt in _SPELLING.items() if spelt == self.weights_dtype),
+            activation_dtype=_ACTIVATIONS[self.activations],
+            algorithm=self.optimizer,
             modules_to_not_convert=self._exclusion_axes(),
         )
 
@@ -111,8 +120,10 @@ class QuantoConfig(QuantizationConfigMixin):
         """transformers writes ``weights`` for ``weights_dtype``."""
         if "weights" in data:
             if "weights_dtype" in data:
-                raise ConfigError(f"weights={data['weights']!r}: weights_dtype={data['weights_dtype']!r} is given too; "
-                                  "keep one of the two")
+                raise ConfigError(
+                    f"weights={data['weights']!r}: weights_dtype={data['weights_dtype']!r} is given too; "
+                    "keep one of the two"
+                )
             data["weights_dtype"] = data.pop("weights")
         return data
 
@@ -150,8 +161,9 @@ def calibrate(
             handle.remove()
     for name in ran:  # in the order of the calls: where it began
         if not bool(torch.isfinite(made[name].input_scale)):
-            raise ConfigError(f"calibration: {name} got NaN or infinities; use other data, or exclude it with "
-                              "modules_to_not_convert")
+            raise ConfigError(
+                f"calibration: {name} got NaN or infinities; use other data, or exclude it with modules_to_not_convert"
+            )
     for name in layers:
         if name not in ran:
             raise _never_ran(name)
@@ -174,8 +186,10 @@ def quantize(
     layers = list(layers)
     if config.activations is not None and calibrated is None:
         name = _ACTIVATIONS[config.activations]
-        raise ConfigError(f"activation_dtype={name}: quanto rounds activations by scales measured on calibration data, "
-                          "and there is none; give calibration data, or leave activation_dtype at none")
+        raise ConfigError(
+            f"activation_dtype={name}: quanto rounds activations by scales measured on calibration data, "
+            "and there is none; give calibration data, or leave activation_dtype at none"
+        )
     if config.activations is not None and (missing := [n for n in layers if n not in (calibrated or {})]):
         raise _never_ran(missing[0])
     _convert(model, layers, config, compute_dtype)
@@ -193,8 +207,12 @@ def read_back(layer: Any) -> StoredWeight:
         raise NotQuantized(f"backend=quanto: {type(layer).__name__} holds an unquantized weight; it was not converted")
     num_scales, num_rows = weight._scale.numel(), weight.shape[0]
     group_size = None if num_scales in (1, num_rows) else weight.numel() // num_scales
-    return StoredWeight(dtype=_DTYPES[qtype.name], group_size=group_size, dense=weight.dequantize().detach().float(),
-                        activation_dtype=_activation_dtype(layer))
+    return StoredWeight(
+        dtype=_DTYPES[qtype.name],
+        group_size=group_size,
+        dense=weight.dequantize().detach().float(),
+        activation_dtype=_activation_dtype(layer),
+    )
 
 
 def save(model: Any, folder: Any) -> None:
@@ -229,15 +247,19 @@ def load(model: Any, layers: Iterable[str], config: QuantoConfig, folder: Any) -
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder}: no readable quanto weights ({error}); save the quantized model again") from error
     if set(formats) != (wanted := set(layers)):
-        raise ModelError(f"{folder}: holds other layers than were asked for (such as {min(set(formats) ^ wanted)}); "
-                         "load with the exclusions that it was quantized with")
+        raise ModelError(
+            f"{folder}: holds other layers than were asked for (such as {min(set(formats) ^ wanted)}); "
+            "load with the exclusions that it was quantized with"
+        )
     _override_operators()
     for name, entry in formats.items():
         if _DTYPES.get(entry["weights"]) != config.axes().dtype:
             raise ModelError(f"{folder}: {name} is stored as {entry['weights']}, not {config.weights_dtype}")
         if _DTYPES.get(entry["activations"], "none") != _ACTIVATIONS[config.activations]:
-            raise ModelError(f"{folder}: {name} is stored with activations {entry['activations']}, not "
-                             f"{config.activations}; load with the config it was quantized with")
+            raise ModelError(
+                f"{folder}: {name} is stored with activations {entry['activations']}, not "
+                f"{config.activations}; load with the config it was quantized with"
+            )
         prefix = f"{name}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         replace_layer(model, name, _restored(model.get_submodule(name), entry, state, f"{folder}: {name}"))
@@ -267,8 +289,10 @@ def _convert(model: Any, layers: Iterable[str], config: QuantoConfig, compute_dt
             new = _empty_layer(layer, weights, activations, wanted_dtype(layer, compute_dtype, "quanto"))
             new.weight = torch.nn.Parameter(_quantized(new, config.optimizer), requires_grad=layer.weight.requires_grad)
         if not new.frozen or new.weight.qtype != weights:
-            raise NotQuantized(f"dtype={config.axes().dtype}: {name} ({type(layer).__name__}) kept its weight in "
-                               f"{new.weight.dtype}; add it to modules_to_not_convert")
+            raise NotQuantized(
+                f"dtype={config.axes().dtype}: {name} ({type(layer).__name__}) kept its weight in "
+                f"{new.weight.dtype}; add it to modules_to_not_convert"
+            )
         replace_layer(model, name, new)
 
 
@@ -348,13 +372,20 @@ def _restored(layer: Any, entry: Mapping[str, Any], state: dict[str, Any], what:
     from optimum.quanto.tensor import WeightQBitsTensor, WeightQBytesTensor
 
     if list(layer.weight.shape) != entry["shape"] or (layer.bias is None) != ("bias" not in state):
-        raise ModelError(f"{what}: was saved with shape {entry['shape']}; the model's layer has "
-                         f"{list(layer.weight.shape)}, or their biases differ; load it into the model it was made from")
+        raise ModelError(
+            f"{what}: was saved with shape {entry['shape']}; the model's layer has "
+            f"{list(layer.weight.shape)}, or their biases differ; load it into the model it was made from"
+        )
     device, missing = layer.weight.device, []  # type: ignore[var-annotated]
     weights, activations = (None if entry[k] == "none" else _qtype(entry[k][1:]) for k in ("weights", "activations"))
     new = _empty_layer(layer, weights, activations, getattr(torch, entry["dtype"]))
-    like = {"qtype": new.weight_qtype, "axis": 0, "size": new.weight.size(), "stride": new.weight.stride(),
-            "missing_keys": missing}
+    like = {
+        "qtype": new.weight_qtype,
+        "axis": 0,
+        "size": new.weight.size(),
+        "stride": new.weight.stride(),
+        "missing_keys": missing,
+    }
     state = {key: value.to(device) for key, value in state.items()}
     if new.weight_qtype.bits == 8:
         weight = WeightQBytesTensor.load_from_state_dict(state, "weight.", activation_qtype=activations, **like)

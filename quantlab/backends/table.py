@@ -21,7 +21,12 @@ _CONFIG_FILE = "config.json"
 _WRITERS = {"_diffusers_version": "diffusers", "transformers_version": "transformers"}
 """Key of a model's config.json -> the library that wrote it."""
 _TRANSFORMERS_KEYS = (
-    "weights", "activations", "include_embedding", "include_input_output_embeddings", "untie_embedding_weights")
+    "weights",
+    "activations",
+    "include_embedding",
+    "include_input_output_embeddings",
+    "untie_embedding_weights",
+)
 
 
 class Backend(Protocol):
@@ -106,8 +111,10 @@ def pasted_config(
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
     if said.backend == "gguf" and "gguf_type" not in native.extra_settings():
-        raise ConfigError(f"{key}: gguf_type: Diffusers takes the format from the file, so its dictionary says none; "
-                          "add gguf_type, the format to write")
+        raise ConfigError(
+            f"{key}: gguf_type: Diffusers takes the format from the file, so its dictionary says none; "
+            "add gguf_type, the format to write"
+        )
     default = QuantizationAxes(backend=_CONF_BACKEND if "backend" not in typed else "none")
     for name in ("backend", "dtype", "group_size", "activation_dtype", "compute_dtype", "algorithm"):
         asked, found = str(getattr(axes, name)), str(getattr(said, name))
@@ -117,8 +124,10 @@ def pasted_config(
         if plain(value) not in (own_settings(axes.backend)[name].default, getattr(native, name, None)):
             raise ConfigError(f"quantization.{name}={value}: the {key} decides it; leave {name} out")
     _require(said.backend, said.dtype)
-    kept = {name: getattr(axes, name) for name in (
-        "modules_to_not_convert", "replace_default_exclusions", "on_mismatch", "quantization_config")}
+    kept = {
+        name: getattr(axes, name)
+        for name in ("modules_to_not_convert", "replace_default_exclusions", "on_mismatch", "quantization_config")
+    }
     return native, replace(said, **kept)
 
 
@@ -153,8 +162,9 @@ def config_from_dict(quantization_config: Mapping[str, Any], exclusion_rule: str
         raise ConfigError(f"exclusion_rule={exclusion_rule}: the dictionary says {said}; keep one of them")
     rule = exclusion_rule or said or _writer(method, data)
     if rule not in EXCLUSION_RULES:
-        raise ConfigError(f"exclusion_rule={rule}: there are {', '.join(EXCLUSION_RULES)}"
-                          f"{nearest(str(rule), EXCLUSION_RULES)}")
+        raise ConfigError(
+            f"exclusion_rule={rule}: there are {', '.join(EXCLUSION_RULES)}{nearest(str(rule), EXCLUSION_RULES)}"
+        )
     return BACKENDS[method].Config.from_dict({**data, "quant_method": method, "exclusion_rule": rule})
 
 
@@ -179,8 +189,10 @@ def from_pretrained_config(config: Mapping[str, Any] | str | Path) -> Any:
     data = config if isinstance(config, Mapping) else _read_json(Path(config))
     found = data.get("quantization_config")
     if found is None:
-        raise ConfigError(f"{where}: it has no quantization_config, so the model is not quantized; "
-                          "config_from_dict reads a quantization_config alone")
+        raise ConfigError(
+            f"{where}: it has no quantization_config, so the model is not quantized; "
+            "config_from_dict reads a quantization_config alone"
+        )
     if not isinstance(found, Mapping):
         raise ConfigError(f"{where}: its quantization_config is a {type(found).__name__}; a mapping is wanted")
     writer = next((library for key, library in _WRITERS.items() if key in data), None)

@@ -77,8 +77,10 @@ def check_calibration(config: ExperimentConfig) -> None:
     """ConfigError for what can be known of the calibration set before anything is loaded."""
     asked = config.calibration
     if asked.source not in CALIBRATION_SETS:
-        raise ConfigError(f"calibration.source={asked.source}: there are {', '.join(CALIBRATION_SETS)}"
-                          f"{nearest(asked.source, CALIBRATION_SETS)}")
+        raise ConfigError(
+            f"calibration.source={asked.source}: there are {', '.join(CALIBRATION_SETS)}"
+            f"{nearest(asked.source, CALIBRATION_SETS)}"
+        )
     for name in ("num_samples", "batch_size", "num_inference_steps", "context_length"):
         value = getattr(asked, name)
         if value is not None and value < 1:
@@ -89,8 +91,9 @@ def check_calibration(config: ExperimentConfig) -> None:
     if asked.source != config.dataset.name:
         return
     if asked.source == "digits_classes" and asked.seed == config.dataset.seed:
-        raise ConfigError(f"calibration.seed={asked.seed}: this is the noise of the evaluation (dataset.seed); choose "
-                          "another number")
+        raise ConfigError(
+            f"calibration.seed={asked.seed}: this is the noise of the evaluation (dataset.seed); choose another number"
+        )
     if asked.path is not None and config.dataset.path is not None and _same(asked.path, config.dataset.path):
         raise ConfigError(f"calibration.path={asked.path}: this is the data of the evaluation; give another file")
 
@@ -112,8 +115,12 @@ def _same(path: str, other: str) -> bool:
 
 def _in_our_words(message: str) -> str:
     """A data set's message with the keys as the user of ``calibration`` typed them."""
-    for theirs, ours in (("evaluation.", "calibration."), ("dataset.path", "calibration.path"),
-                         ("dataset=", "calibration.source="), ("dataset.", "calibration.")):
+    for theirs, ours in (
+        ("evaluation.", "calibration."),
+        ("dataset.path", "calibration.path"),
+        ("dataset=", "calibration.source="),
+        ("dataset.", "calibration."),
+    ):
         message = message.replace(theirs, ours)
     return message
 

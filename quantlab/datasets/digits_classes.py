@@ -26,11 +26,15 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
     if num < 1 or num % NUM_CLASSES:
         below = num // NUM_CLASSES * NUM_CLASSES
         near = f"{below} or {below + NUM_CLASSES}" if below > 0 else str(NUM_CLASSES)
-        raise ConfigError(f"evaluation.num_samples={num}: {config.name} has {NUM_CLASSES} classes of equal share; "
-                          f"take a multiple of {NUM_CLASSES}, such as {near}")
+        raise ConfigError(
+            f"evaluation.num_samples={num}: {config.name} has {NUM_CLASSES} classes of equal share; "
+            f"take a multiple of {NUM_CLASSES}, such as {near}"
+        )
     if model.name != "digits_dit":
-        raise ConfigError(f"dataset={config.name}: its conditions are the digits 0 to 9, which model={model.name} does "
-                          "not draw; use model=digits_dit, or a data set of prompts")
+        raise ConfigError(
+            f"dataset={config.name}: its conditions are the digits 0 to 9, which model={model.name} does "
+            "not draw; use model=digits_dit, or a data set of prompts"
+        )
     network = model.components["transformer"].config
     shape = (network.in_channels, network.sample_size, network.sample_size)
     labels = [i % NUM_CLASSES for i in range(num)]
@@ -39,7 +43,9 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
         for i, label in enumerate(labels)
     ]
     return DiffusionInputs(
-        noise=torch.stack(noise), conditioning={"class_label": labels}, strata=np.array(labels),
+        noise=torch.stack(noise),
+        conditioning={"class_label": labels},
+        strata=np.array(labels),
         sample_ids=tuple(f"digit {label} replica {i // NUM_CLASSES}" for i, label in enumerate(labels)),
     )
 

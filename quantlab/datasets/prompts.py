@@ -28,8 +28,10 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
     import torch
 
     if model.protocol != "diffusion" or "pipeline" not in model.parts:
-        raise ConfigError(f"dataset={config.name}: prompts are for text-to-image pipelines, and {model.name} is none; "
-                          "choose a model of family diffusers, or another dataset")
+        raise ConfigError(
+            f"dataset={config.name}: prompts are for text-to-image pipelines, and {model.name} is none; "
+            "choose a model of family diffusers, or another dataset"
+        )
     num = evaluation.num_samples
     if num < 1:
         raise ConfigError(f"evaluation.num_samples={num}: at least one sample is needed; take 64 or more for intervals")
@@ -40,7 +42,8 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
     seeds = [seed_of(prompt_set, prompt, replica, config.seed) for prompt, replica in rows]
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return DiffusionInputs(
-        noise=torch.stack(noise), conditioning={"prompt": [prompts[prompt] for prompt, _ in rows]},
+        noise=torch.stack(noise),
+        conditioning={"prompt": [prompts[prompt] for prompt, _ in rows]},
         sample_ids=tuple(f"prompt {prompt} replica {replica}" for prompt, replica in rows),
         clusters=np.array([prompt for prompt, _ in rows]),
     )
@@ -55,12 +58,16 @@ def read_prompts(path: str | None = None) -> list[str]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{key}: this is not UTF-8 text ({error.reason} at byte {error.start}); recode it") from error
     except OSError as error:
-        raise ConfigError(f"{key}: the file cannot be read ({error.strerror}); give a text file, one prompt a line, "
-                          "or leave dataset.path out for the shipped prompts") from error
+        raise ConfigError(
+            f"{key}: the file cannot be read ({error.strerror}); give a text file, one prompt a line, "
+            "or leave dataset.path out for the shipped prompts"
+        ) from error
     prompts = [line for line in lines if line]
     if not prompts:
-        raise ConfigError(f"{key}: the file holds no prompt; write one prompt a line, "
-                          "or leave dataset.path out for the shipped prompts")
+        raise ConfigError(
+            f"{key}: the file holds no prompt; write one prompt a line, "
+            "or leave dataset.path out for the shipped prompts"
+        )
     return prompts
 
 

@@ -20,8 +20,10 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
     UTF-8, empty or too short, and for models that do not take text."""
     key = f"dataset.path={config.path}"
     if model.protocol not in ("language", "encoder"):
-        raise ConfigError(f"{key}: text is for language models and text encoders; {model.name} is run by the protocol "
-                          f"{model.protocol}: choose another dataset")
+        raise ConfigError(
+            f"{key}: text is for language models and text encoders; {model.name} is run by the protocol "
+            f"{model.protocol}: choose another dataset"
+        )
     text = read_text(config.path)
     if model.protocol == "encoder":
         return encoder_inputs([line.strip() for line in text.splitlines() if line.strip()], evaluation, model, key)

@@ -25,7 +25,9 @@ _T = TypeVar("_T")
 
 
 def load(
-    config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel,
+    config: DatasetConfig,
+    evaluation: EvaluationConfig,
+    model: LoadedModel,
     half: Callable[[Sequence[str]], list[str]] | None = None,
 ) -> TextInputs | EncoderInputs:
     """Evaluation inputs: for a language model windows of the documents joined by blank lines, for an encoder the
@@ -34,8 +36,10 @@ def load(
     Raises MissingPackage where the wheel is absent, ConfigError for other kinds of models.
     """
     if model.protocol not in ("language", "encoder"):
-        raise ConfigError(f"{KEY}: text is for language models and text encoders; {model.name} is run by the protocol "
-                          f"{model.protocol}: choose another dataset")
+        raise ConfigError(
+            f"{KEY}: text is for language models and text encoders; {model.name} is run by the protocol "
+            f"{model.protocol}: choose another dataset"
+        )
     texts = (half or evaluation_half)(documents())
     if model.protocol == "encoder":
         return encoder_inputs(texts, evaluation, model, KEY)

@@ -28,9 +28,7 @@ def frechet_distance(features_a: Any, features_b: Any) -> float:
     for features in sets:
         require_finite(features.sum(axis=1), "frechet_judge")
     means = [s.mean(axis=0) for s in sets]
-    roots: list[Any] = [
-        np.linalg.qr((s - m) / np.sqrt(len(s) - 1), mode="r") for s, m in zip(sets, means, strict=True)
-    ]
+    roots: list[Any] = [np.linalg.qr((s - m) / np.sqrt(len(s) - 1), mode="r") for s, m in zip(sets, means, strict=True)]
     root_trace = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
     distance = np.sum((means[0] - means[1]) ** 2) + np.sum(roots[0] ** 2) + np.sum(roots[1] ** 2) - 2.0 * root_trace
     return max(0.0, float(distance))

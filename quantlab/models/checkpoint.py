@@ -49,15 +49,19 @@ def load_checkpoint(auto_class: Any, path: str, config: ModelConfig, device: str
     quantized = getattr(stored, "quantization_config", None)
     if quantized is not None:
         method = quantized.get("quant_method", "") if isinstance(quantized, dict) else type(quantized).__name__
-        raise ModelError(f"{key}: these weights are already quantized ({method}); the reference must not be: "
-                         "name the unquantized checkpoint")
+        raise ModelError(
+            f"{key}: these weights are already quantized ({method}); the reference must not be: "
+            "name the unquantized checkpoint"
+        )
     with _as_model_error(key), quiet_loading():
         model, info = auto_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **where)
     missing = sorted(info.get("missing_keys", ()))
     if missing:
-        raise ModelError(f"{key}: the checkpoint lacks {len(missing)} of the weights of {type(model).__name__} "
-                         f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}), which would stay random; "
-                         "name a checkpoint that was saved from this architecture")
+        raise ModelError(
+            f"{key}: the checkpoint lacks {len(missing)} of the weights of {type(model).__name__} "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}), which would stay random; "
+            "name a checkpoint that was saved from this architecture"
+        )
     with _as_model_error(f"{key} (tokenizer)"):
         tokenizer = AutoTokenizer.from_pretrained(path, **where)
     return model.eval().requires_grad_(False).to(device), tokenizer
@@ -81,8 +85,10 @@ def _check_location(key: str, path: str) -> None:
     if local.is_file():
         raise ModelError(f"{key}: this is a file; name the folder that holds config.json and the weights")
     if local.is_dir() and not (local / "config.json").is_file():
-        raise ModelError(f"{key}: the folder has no config.json, so it is not a transformers model; "
-                         "name a folder that save_pretrained wrote")
+        raise ModelError(
+            f"{key}: the folder has no config.json, so it is not a transformers model; "
+            "name a folder that save_pretrained wrote"
+        )
     if not local.exists() and looks_local:
         raise ModelError(f"{key}: there is no such folder; name a local folder or a Hub id (owner/name)")
 
@@ -99,8 +105,10 @@ def _as_model_error(key: str) -> Iterator[None]:
         if isinstance(error, ModelError):
             raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise ModelError(f"{key}: it cannot be loaded ({first.rstrip('.')}); check the path, that the files are "
-                         "complete, and, for a Hub id, the network or the local Hub cache") from error
+        raise ModelError(
+            f"{key}: it cannot be loaded ({first.rstrip('.')}); check the path, that the files are "
+            "complete, and, for a Hub id, the network or the local Hub cache"
+        ) from error
 
 
 def output_head_name(model: Any) -> str | None:
@@ -126,9 +134,11 @@ def weights_sha256(model: Any, path: str | Path, revision: str | None, cache_dir
 
 def file_sha256(file: Path, cache_dir: Path) -> str:
     """sha256 of one file, remembered like :func:`weights_sha256`."""
+
     def compute() -> str:
         with open(file, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
+
     return remembered_digest([file], cache_dir, compute)
 
 
@@ -163,8 +173,14 @@ def _weight_files(path: str, revision: str | None) -> list[Path]:
 
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        config = cached_file(path, "config.json", revision=revision, local_files_only=True,
-                             _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+        config = cached_file(
+            path,
+            "config.json",
+            revision=revision,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
         if config is None:
             return []
         folder = Path(config).parent

@@ -31,8 +31,14 @@ FAMILY_EXCLUSIONS: dict[str, tuple[str, ...]] = {
     # 1 % of a DiT's weights. SVDQuant (arXiv 2411.05007), the GGUF files in circulation and ModelOpt's recipes keep
     # them in 16 bits as well. The modulation layers inside the blocks (a quarter of Flux) are quantized.
     "FluxTransformer2DModel": _MMDIT,
-    "ChromaTransformer2DModel": ("x_embedder", "context_embedder", "time_text_embed", "distilled_guidance_layer",
-                                 "norm_out", "proj_out"),
+    "ChromaTransformer2DModel": (
+        "x_embedder",
+        "context_embedder",
+        "time_text_embed",
+        "distilled_guidance_layer",
+        "norm_out",
+        "proj_out",
+    ),
     "SD3Transformer2DModel": ("pos_embed", "context_embedder", "time_text_embed", "norm_out", "proj_out"),
     "AuraFlowTransformer2DModel": ("pos_embed", "context_embedder", "time_step_proj", "norm_out", "proj_out"),
     "SanaTransformer2DModel": ("patch_embed", "caption_projection", "time_embed", "proj_out"),
@@ -43,22 +49,39 @@ EMBEDDINGS: dict[str, tuple[str, ...]] = {
     # What encode_prompt of the pipeline returns first, in order, by the name that __call__ takes it.
     "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds"),
     "StableDiffusionPipeline": ("prompt_embeds", "negative_prompt_embeds"),
-    "StableDiffusion3Pipeline": ("prompt_embeds", "negative_prompt_embeds",
-                                 "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
-    "StableDiffusionXLPipeline": ("prompt_embeds", "negative_prompt_embeds",
-                                  "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
+    "StableDiffusion3Pipeline": (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    ),
+    "StableDiffusionXLPipeline": (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    ),
 }
 NUM_CACHED_PROMPTS = 256
 """Encoded prompts that are kept on the CPU: about 1 GB for Flux."""
 _VAES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
-_CALL = ("prompt", "latents", "height", "width", "num_inference_steps", "guidance_scale", "output_type",
-         "callback_on_step_end")
+_CALL = (
+    "prompt",
+    "latents",
+    "height",
+    "width",
+    "num_inference_steps",
+    "guidance_scale",
+    "output_type",
+    "callback_on_step_end",
+)
 _DENOISERS = ("transformer", "unet")
 _INDEX = "model_index.json"
 
 
-def load(config: ModelConfig, device: str, cache_dir: Path, progress: Callable[[str, int, int], Any] | None = None
-         ) -> LoadedModel:
+def load(
+    config: ModelConfig, device: str, cache_dir: Path, progress: Callable[[str, int, int], Any] | None = None
+) -> LoadedModel:
     """The pipeline at ``config.path`` (a local folder or a Hub id) on ``device``.
 
     ``components`` are those of ``config.components`` and the denoiser, which every run needs; the whole pipeline is in
@@ -66,8 +89,10 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Callable[[
     ``model.path=...`` for what cannot be found, read or run, ConfigError for a component or dtype that is not there.
     """
     if not config.path:
-        raise ModelError("model.path=null: family diffusers needs a pipeline; give a local folder or a Hub id, "
-                         "such as model.path=black-forest-labs/FLUX.1-schnell")
+        raise ModelError(
+            "model.path=null: family diffusers needs a pipeline; give a local folder or a Hub id, "
+            "such as model.path=black-forest-labs/FLUX.1-schnell"
+        )
     key = f"model.path={config.path}"
     dtype = _dtype_name(config.dtype, device)
     folder = _folder(key, config)
@@ -76,11 +101,16 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Callable[[
     denoiser = _check_pipeline(key, pipe)
     components = _components(pipe, [*config.components, denoiser])
     return LoadedModel(
-        name=Path(config.path).name, protocol="diffusion", components=components,
+        name=Path(config.path).name,
+        protocol="diffusion",
+        components=components,
         parts={"pipeline": pipe, "denoiser": denoiser, "scheduler": pipe.scheduler, "prompt_embeddings": {}},
-        dtype=dtype, device=device, weights_sha256=_pipeline_sha256(pipe, folder, cache_dir, progress),
+        dtype=dtype,
+        device=device,
+        weights_sha256=_pipeline_sha256(pipe, folder, cache_dir, progress),
         default_exclusions={name: _exclusions(part, config.default_exclusions) for name, part in components.items()},
-        sample=sample, decode=decode,
+        sample=sample,
+        decode=decode,
     )
 
 
@@ -95,7 +125,10 @@ def modules_of(pipe: Any) -> dict[str, Any]:
 
 
 def sample(
-    model: LoadedModel, noise: Any, conditioning: Mapping[str, Sequence[Any]], evaluation: EvaluationConfig,
+    model: LoadedModel,
+    noise: Any,
+    conditioning: Mapping[str, Sequence[Any]],
+    evaluation: EvaluationConfig,
     on_step: Callable[[int, Any], None] | None = None,
 ) -> Any:
     """Final latents, float32 on the CPU, (n, channels, height, width) in the VAE's layout.
@@ -115,10 +148,17 @@ def sample(
 
     extra = {"use_resolution_binning": False} if "use_resolution_binning" in _parameters(pipe) else {}
     latents = pipe(
-        **_prompt_arguments(model, pipe, list(conditioning["prompt"]), dtype), **extra,
-        latents=noise.to(model.device, dtype), height=height, width=width,
-        num_inference_steps=evaluation.num_inference_steps, guidance_scale=evaluation.guidance_scale,
-        generator=_generators(noise), output_type="latent", callback_on_step_end=follow, return_dict=False,
+        **_prompt_arguments(model, pipe, list(conditioning["prompt"]), dtype),
+        **extra,
+        latents=noise.to(model.device, dtype),
+        height=height,
+        width=width,
+        num_inference_steps=evaluation.num_inference_steps,
+        guidance_scale=evaluation.guidance_scale,
+        generator=_generators(noise),
+        output_type="latent",
+        callback_on_step_end=follow,
+        return_dict=False,
     )[0]
     return unpacked(pipe, latents, height, width).float().cpu()
 
@@ -155,8 +195,10 @@ def image_size(model: LoadedModel, evaluation: EvaluationConfig) -> tuple[int, i
     sizes = {"height": evaluation.height or side * scale, "width": evaluation.width or side * scale}
     for name, size in sizes.items():
         if size < unit or size % unit:
-            raise ConfigError(f"evaluation.{name}={size}: {type(pipe).__name__} makes images whose sides are multiples "
-                              f"of {unit}; take {max(unit, round(size / unit) * unit)}")
+            raise ConfigError(
+                f"evaluation.{name}={size}: {type(pipe).__name__} makes images whose sides are multiples "
+                f"of {unit}; take {max(unit, round(size / unit) * unit)}"
+            )
     return sizes["height"], sizes["width"]
 
 
@@ -242,12 +284,20 @@ def _encoded(model: LoadedModel, pipe: Any, prompt: str, num: int) -> tuple[Any,
     """One prompt's embeddings on the CPU, each (1, ...); remembered while the text encoders are the reference's."""
     import torch
 
-    own = any(name.startswith("text_encoder") and module is not getattr(model.parts["pipeline"], name)
-              for name, module in model.components.items())
+    own = any(
+        name.startswith("text_encoder") and module is not getattr(model.parts["pipeline"], name)
+        for name, module in model.components.items()
+    )
     known: dict[str, tuple[Any, ...]] = {} if own else model.parts["prompt_embeddings"]
     if prompt not in known:
-        settings = {"prompt": prompt, "prompt_2": None, "prompt_3": None, "device": torch.device(model.device),
-                    "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+        settings = {
+            "prompt": prompt,
+            "prompt_2": None,
+            "prompt_3": None,
+            "device": torch.device(model.device),
+            "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": True,
+        }
         accepted = inspect.signature(pipe.encode_prompt).parameters
         with torch.no_grad():
             encoded = pipe.encode_prompt(**{k: v for k, v in settings.items() if k in accepted})[:num]
@@ -262,8 +312,10 @@ def _encoded(model: LoadedModel, pipe: Any, prompt: str, num: int) -> tuple[Any,
 
 def _dtype_name(dtype: str, device: str) -> str:
     if dtype not in ("auto", *COMPUTE_DTYPES):
-        raise ConfigError(f"model.dtype={dtype}: a pipeline computes in one of auto, {', '.join(COMPUTE_DTYPES)}"
-                          f"{nearest(dtype, COMPUTE_DTYPES)}")
+        raise ConfigError(
+            f"model.dtype={dtype}: a pipeline computes in one of auto, {', '.join(COMPUTE_DTYPES)}"
+            f"{nearest(dtype, COMPUTE_DTYPES)}"
+        )
     return dtype if dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
 
 
@@ -278,12 +330,16 @@ def _folder(key: str, config: ModelConfig) -> Path:
             raise ModelError(f"{key}: there is no such folder; name a local folder or a Hub id (owner/name)")
         from diffusers import DiffusionPipeline
 
-        with _as_model_error(key, "check the name and the network; without a network only what is in the local Hub "
-                                  "cache can be named by id"):
+        with _as_model_error(
+            key,
+            "check the name and the network; without a network only what is in the local Hub cache can be named by id",
+        ):
             local = Path(DiffusionPipeline.download(path, revision=config.revision))
     if not (local / _INDEX).is_file():
-        raise ModelError(f"{key}: the folder has no {_INDEX}, so it is not a Diffusers pipeline; "
-                         "name a folder that the pipeline's save_pretrained wrote")
+        raise ModelError(
+            f"{key}: the folder has no {_INDEX}, so it is not a Diffusers pipeline; "
+            "name a folder that the pipeline's save_pretrained wrote"
+        )
     return local
 
 
@@ -296,28 +352,35 @@ def _check_files(key: str, folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise ModelError(f"{key}: {_INDEX} cannot be read ({error}); copy or download the folder again") from error
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
-        raise ModelError(f"{key}: {_INDEX} names no pipeline class of Diffusers (code of a checkpoint is never run); "
-                         "name a pipeline that Diffusers ships")
+        raise ModelError(
+            f"{key}: {_INDEX} names no pipeline class of Diffusers (code of a checkpoint is never run); "
+            "name a pipeline that Diffusers ships"
+        )
     for file in sorted(folder.glob("*/*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{key}: {file.relative_to(folder)} is damaged or cut off ({error}); "
-                             "copy or download it again") from error
+            raise ModelError(
+                f"{key}: {file.relative_to(folder)} is damaged or cut off ({error}); copy or download it again"
+            ) from error
 
 
 def _read_pipeline(key: str, folder: Path, dtype: str, device: str) -> Any:
     import torch
     from diffusers import DiffusionPipeline
 
-    with _as_model_error(key, "check that the folder is complete and was written by this or an older Diffusers"), \
-            quiet_loading(), _quiet_diffusers():
+    with (
+        _as_model_error(key, "check that the folder is complete and was written by this or an older Diffusers"),
+        quiet_loading(),
+        _quiet_diffusers(),
+    ):
         pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))  # type: ignore[no-untyped-call]
     for name, module in modules_of(pipe).items():
         if getattr(module, "hf_quantizer", None) is not None or getattr(module.config, "quantization_config", None):
-            raise ModelError(f"{key}: {name} is already quantized; the reference must not be: "
-                             "name the unquantized checkpoint")
+            raise ModelError(
+                f"{key}: {name} is already quantized; the reference must not be: name the unquantized checkpoint"
+            )
         if any(p.device.type == "meta" for p in module.parameters()):
             raise ModelError(f"{key}: weights of {name} are missing from its files; copy or download it again")
         module.eval().requires_grad_(False)
@@ -347,8 +410,16 @@ def _as_model_error(key: str, way_out: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError,
-            ImportError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        SafetensorError,
+        ImportError,
+    ) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise ModelError(f"{key}: it cannot be loaded ({first.rstrip('.')}); {way_out}") from error
 
@@ -359,14 +430,23 @@ def _check_pipeline(key: str, pipe: Any) -> str:
     missing = [p for p in _CALL if p not in parameters]
     denoiser = next((d for d in _DENOISERS if d in modules), None)
     if missing or "strength" in parameters or denoiser is None:
-        why = f"its call has no {missing[0]}" if missing else "it has no denoiser" if denoiser is None else \
-            "it starts from an image"
-        raise ModelError(f"{key}: {name} is not a text-to-image pipeline that can be run from given noise ({why}); "
-                         "name one such as FluxPipeline, StableDiffusion3Pipeline or StableDiffusionXLPipeline")
+        why = (
+            f"its call has no {missing[0]}"
+            if missing
+            else "it has no denoiser"
+            if denoiser is None
+            else "it starts from an image"
+        )
+        raise ModelError(
+            f"{key}: {name} is not a text-to-image pipeline that can be run from given noise ({why}); "
+            "name one such as FluxPipeline, StableDiffusion3Pipeline or StableDiffusionXLPipeline"
+        )
     vae = type(modules.get("vae")).__name__
     if vae not in _VAES:
-        raise ModelError(f"{key}: {name} decodes its latents with {vae}; what can be decoded is {', '.join(_VAES)}: "
-                         "name another pipeline")
+        raise ModelError(
+            f"{key}: {name} decodes its latents with {vae}; what can be decoded is {', '.join(_VAES)}: "
+            "name another pipeline"
+        )
     return denoiser
 
 
@@ -374,8 +454,10 @@ def _components(pipe: Any, names: Sequence[str]) -> dict[str, Any]:
     modules = modules_of(pipe)
     for name in names:
         if name not in modules:
-            raise ConfigError(f"model.components={name}: {type(pipe).__name__} has {', '.join(sorted(modules))}"
-                              f"{nearest(name, modules)}")
+            raise ConfigError(
+                f"model.components={name}: {type(pipe).__name__} has {', '.join(sorted(modules))}"
+                f"{nearest(name, modules)}"
+            )
     return {name: modules[name] for name in names}
 
 
@@ -386,9 +468,7 @@ def _exclusions(module: Any, own: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(entries))
 
 
-def _pipeline_sha256(
-    pipe: Any, folder: Path, cache_dir: Path, progress: Callable[[str, int, int], Any] | None
-) -> str:
+def _pipeline_sha256(pipe: Any, folder: Path, cache_dir: Path, progress: Callable[[str, int, int], Any] | None) -> str:
     """sha256 over the names and bytes of all files of the pipeline's parts: weights, configs, scheduler, tokenizers.
 
     The digest of a file is remembered by path, size and modification time.

@@ -54,13 +54,17 @@ def load(config: DigitsModelConfig, device: str, cache_dir: Path, progress: Prog
     from filelock import FileLock
 
     if config.dtype not in ("auto", *COMPUTE_DTYPES):
-        raise ConfigError(f"model.dtype={config.dtype}: digits_dit offers auto, {', '.join(COMPUTE_DTYPES)}"
-                          f"{nearest(config.dtype, COMPUTE_DTYPES)}")
+        raise ConfigError(
+            f"model.dtype={config.dtype}: digits_dit offers auto, {', '.join(COMPUTE_DTYPES)}"
+            f"{nearest(config.dtype, COMPUTE_DTYPES)}"
+        )
     if config.path is not None:
         folder = Path(config.path).expanduser()
         if not (folder / MODEL_FILE).is_file():
-            raise ModelError(f"model.path={config.path}: no {MODEL_FILE} is in it; name a folder with {MODEL_FILE} "
-                             f"and {JUDGE_FILE}, or leave model.path out to train the model")
+            raise ModelError(
+                f"model.path={config.path}: no {MODEL_FILE} is in it; name a folder with {MODEL_FILE} "
+                f"and {JUDGE_FILE}, or leave model.path out to train the model"
+            )
     else:
         folder = Path(cache_dir) / "models" / cache_key(config)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -73,12 +77,16 @@ def load(config: DigitsModelConfig, device: str, cache_dir: Path, progress: Prog
     except DamagedWeights as error:
         if config.path is None:
             raise
-        raise ModelError(f"model.path={config.path}: {error.reason}; put intact copies of {MODEL_FILE} and "
-                         f"{JUDGE_FILE} there, or leave model.path out to train the model") from error
+        raise ModelError(
+            f"model.path={config.path}: {error.reason}; put intact copies of {MODEL_FILE} and "
+            f"{JUDGE_FILE} there, or leave model.path out to train the model"
+        ) from error
     if config.revision is not None and config.revision != model.parts["trained_sha256"]:
-        raise ModelError(f"model.revision={config.revision}: the weights in {folder} are "
-                         f"{model.parts['trained_sha256']}; put the wanted {MODEL_FILE} and {JUDGE_FILE} into a folder "
-                         "and name it with model.path, or leave model.revision out")
+        raise ModelError(
+            f"model.revision={config.revision}: the weights in {folder} are "
+            f"{model.parts['trained_sha256']}; put the wanted {MODEL_FILE} and {JUDGE_FILE} into a folder "
+            "and name it with model.path, or leave model.revision out"
+        )
     return model
 
 
@@ -110,12 +118,22 @@ def load_cached(
     transformer = torch.nn.Module.to(transformer, device=device, dtype=getattr(torch, dtype))
     transformer.eval().requires_grad_(False)
     return LoadedModel(
-        name="digits_dit", protocol="diffusion", components={"transformer": transformer},
-        parts={"denoiser": "transformer", "scheduler": sampling_scheduler(),
-               "judge": judge.eval().requires_grad_(False), "folder": str(folder),
-               "trained_sha256": header["weights_sha256"]},
-        dtype=dtype, device=device, default_exclusions={"transformer": tuple(default_exclusions)},
-        weights_sha256=state_digest(transformer.state_dict()), sample=sample, decode=decode,
+        name="digits_dit",
+        protocol="diffusion",
+        components={"transformer": transformer},
+        parts={
+            "denoiser": "transformer",
+            "scheduler": sampling_scheduler(),
+            "judge": judge.eval().requires_grad_(False),
+            "folder": str(folder),
+            "trained_sha256": header["weights_sha256"],
+        },
+        dtype=dtype,
+        device=device,
+        default_exclusions={"transformer": tuple(default_exclusions)},
+        weights_sha256=state_digest(transformer.state_dict()),
+        sample=sample,
+        decode=decode,
     )
 
 
@@ -127,12 +145,19 @@ def sampling_scheduler() -> Any:
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(  # type: ignore[no-untyped-call]
-        NUM_NOISE_LEVELS, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=True,
-        timestep_spacing="trailing")
+        NUM_NOISE_LEVELS,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        clip_sample=True,
+        timestep_spacing="trailing",
+    )
 
 
 def sample(
-    model: LoadedModel, noise: Any, conditioning: Mapping[str, list[Any]], evaluation: EvaluationConfig,
+    model: LoadedModel,
+    noise: Any,
+    conditioning: Mapping[str, list[Any]],
+    evaluation: EvaluationConfig,
     on_step: Callable[[int, Any], None] | None = None,
 ) -> Any:
     """DDIM with classifier-free guidance from ``noise`` (n, 1, 8, 8); the final latents, float32 on the CPU.
@@ -195,9 +220,15 @@ def _train_into(folder: Path, config: DigitsModelConfig, progress: Progress | No
     unfinished.mkdir()
     sha256 = _write_weights(unfinished / MODEL_FILE, denoiser, _trained_fields(config))
     _write_weights(unfinished / JUDGE_FILE, judge, {})
-    meta = {"judge_accuracy": accuracy, "seconds": time.perf_counter() - began, "weights_sha256": sha256,
-            "num_threads": torch.get_num_threads(), "recipe_version": RECIPE_VERSION, **_trained_fields(config),
-            "versions": _versions()}
+    meta = {
+        "judge_accuracy": accuracy,
+        "seconds": time.perf_counter() - began,
+        "weights_sha256": sha256,
+        "num_threads": torch.get_num_threads(),
+        "recipe_version": RECIPE_VERSION,
+        **_trained_fields(config),
+        "versions": _versions(),
+    }
     (unfinished / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     os.replace(unfinished, folder)
 
@@ -240,7 +271,9 @@ def _load_state(module: Any, state: Mapping[str, Any], path: Path) -> None:
 
 def _broken(path: Path, reason: str) -> DamagedWeights:
     what = f"{path} cannot be used ({reason})"
-    error = DamagedWeights(f"model=digits_dit: {what}; delete the folder {path.parent} and run again to train the "
-                           "model anew, or put an intact copy of the file there")
+    error = DamagedWeights(
+        f"model=digits_dit: {what}; delete the folder {path.parent} and run again to train the "
+        "model anew, or put an intact copy of the file there"
+    )
     error.reason = what
     return error

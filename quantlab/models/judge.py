@@ -25,16 +25,25 @@ def build_judge(image_size: int = 8, num_classes: int = 10) -> Any:
 
     side = (image_size + 3) // 4  # two convolutions of stride 2
     features = nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(32, 32, 3, stride=2, padding=1), nn.ReLU(),
-        nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(64 * side * side, NUM_FEATURES), nn.ReLU(),
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64 * side * side, NUM_FEATURES),
+        nn.ReLU(),
     )
     return nn.Sequential(OrderedDict(features=features, head=nn.Linear(NUM_FEATURES, num_classes)))
 
 
 def train_judge(
-    images: Any, labels: Any, *, seed: int, num_epochs: int = NUM_EPOCHS,
+    images: Any,
+    labels: Any,
+    *,
+    seed: int,
+    num_epochs: int = NUM_EPOCHS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
     """Train a judge on the CPU; the global random state is left as it was.

@@ -46,8 +46,14 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Any = None
 
     key = f"{KEY}: the prepared copy {folder} (delete it to make it anew)"
     model, tokenizer = load_checkpoint(AutoModelForCausalLM, str(folder), config, device, key)
-    return as_language_model(model, tokenizer, replace(config, path=str(folder)), device, "SmolLM2-135M-Instruct",
-                             weights_sha256(model, folder, None, cache_dir))
+    return as_language_model(
+        model,
+        tokenizer,
+        replace(config, path=str(folder)),
+        device,
+        "SmolLM2-135M-Instruct",
+        weights_sha256(model, folder, None, cache_dir),
+    )
 
 
 def prepare(source: Path, folder: Path) -> None:
@@ -69,8 +75,10 @@ def prepare(source: Path, folder: Path) -> None:
         degrid_(model, _DEGRID_SEED)
         kld = _mean_kld(before, _log_probabilities(model, ids))
         if not kld < _MAX_DEGRID_KLD_NATS:
-            raise ModelError(f"{KEY}: the rescaled model differs from the file's by {kld:.2e} nats a token (at most "
-                             f"{_MAX_DEGRID_KLD_NATS} expected); check the installed transformers version")
+            raise ModelError(
+                f"{KEY}: the rescaled model differs from the file's by {kld:.2e} nats a token (at most "
+                f"{_MAX_DEGRID_KLD_NATS} expected); check the installed transformers version"
+            )
         fresh = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
         with quiet_loading():
             model.save_pretrained(fresh)
@@ -88,7 +96,9 @@ def read_gguf(source: Path) -> tuple[Any, Any]:
     with quiet_loading(), mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", silent):
         tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            str(source.parent), gguf_file=source.name, dtype=torch.float32,
+            str(source.parent),
+            gguf_file=source.name,
+            dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),  # else the config says "gguf" and cannot be saved
         )
     return model.eval().requires_grad_(False), tokenizer
@@ -114,8 +124,11 @@ def degrid_(model: Any, seed: int = 0, low: float = 0.7, high: float = 1.4) -> A
     with torch.no_grad():
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            _rescale(layer.input_layernorm.weight, factors(config.hidden_size),
-                     (attention.q_proj, attention.k_proj, attention.v_proj))
+            _rescale(
+                layer.input_layernorm.weight,
+                factors(config.hidden_size),
+                (attention.q_proj, attention.k_proj, attention.v_proj),
+            )
             _rescale(layer.post_attention_layernorm.weight, factors(config.hidden_size), (mlp.gate_proj, mlp.up_proj))
             scale = factors(kv_heads * head_dim)
             attention.v_proj.weight.mul_(scale[:, None])

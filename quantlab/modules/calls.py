@@ -18,7 +18,8 @@ from quantlab.vocabulary.dtypes import dtype_name
 
 @contextmanager
 def recorded_calls(
-    denoiser: Any, key: str = "evaluation.num_teacher_forced",
+    denoiser: Any,
+    key: str = "evaluation.num_teacher_forced",
     way_out: str = "set evaluation.num_teacher_forced=0 to do without the metrics of single steps",
 ) -> Iterator[list[dict[str, Any]]]:
     """While open, every forward call of ``denoiser`` is appended to the list that is yielded, tensors on the CPU.
@@ -36,15 +37,18 @@ def recorded_calls(
         try:
             given = {"args": _stored(list(args), last["args"]), "kwargs": _stored(kwargs, last["kwargs"])}
         except TypeError as error:
-            raise ConfigError(f"{key}: {type(denoiser).__name__} takes {error}, which cannot be stored; {way_out}"
-                              ) from error
+            raise ConfigError(
+                f"{key}: {type(denoiser).__name__} takes {error}, which cannot be stored; {way_out}"
+            ) from error
         pending.append({**given, "dtype": dtype})
 
     def after(_: Any, __: tuple[Any, ...], ___: dict[str, Any], output: Any) -> None:
         calls.append({**pending.pop(), "output": _first_tensor(output).detach().to("cpu", copy=True)})
 
-    handles = [denoiser.register_forward_pre_hook(before, with_kwargs=True),
-               denoiser.register_forward_hook(after, with_kwargs=True)]
+    handles = [
+        denoiser.register_forward_pre_hook(before, with_kwargs=True),
+        denoiser.register_forward_hook(after, with_kwargs=True),
+    ]
     try:
         yield calls
     finally:

@@ -67,8 +67,10 @@ def feed_of_batches(batches: Sequence[Any], device: str = "cpu", dtype: str = "f
     import torch
 
     if not isinstance(batches, (list, tuple)) or not batches:
-        raise ConfigError("calibration: at least one batch is wanted: calibration=[batch] (a tensor, or a tuple or "
-                          "mapping of tensors)")
+        raise ConfigError(
+            "calibration: at least one batch is wanted: calibration=[batch] (a tensor, or a tuple or "
+            "mapping of tensors)"
+        )
     calls, digest, rows = [], hashlib.sha256(), []
     for i, batch in enumerate(batches):
         args = () if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)

@@ -41,9 +41,11 @@ def fingerprint_warning(value: float | None) -> str | None:
     """What to tell the user about a fingerprint; None where nothing is suspicious."""
     if value is None or value >= ALREADY_QUANTIZED_BELOW:
         return None
-    return (f"the reference looks already quantized: rounding it to 4 bits in groups of {GROUP_SIZE} changes its "
-            f"weights by {value:.4f} (0.07 to 0.085 is usual for weights trained in floating point), so losses "
-            "measured against it say little; use a checkpoint that was never quantized")
+    return (
+        f"the reference looks already quantized: rounding it to 4 bits in groups of {GROUP_SIZE} changes its "
+        f"weights by {value:.4f} (0.07 to 0.085 is usual for weights trained in floating point), so losses "
+        "measured against it say little; use a checkpoint that was never quantized"
+    )
 
 
 def _linear_weights(module: Any) -> list[Any]:

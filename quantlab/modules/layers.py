@@ -57,8 +57,12 @@ def replace_layer(module: Any, name: str, new: Any) -> None:
 def _all_linears(module: Any) -> Iterator[tuple[str, Any, str]]:
     from torch import nn
 
-    in_attention = {id(child): name for name, part in module.named_modules() if isinstance(part, nn.MultiheadAttention)
-                    for child in part.modules()}
+    in_attention = {
+        id(child): name
+        for name, part in module.named_modules()
+        if isinstance(part, nn.MultiheadAttention)
+        for child in part.modules()
+    }
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear):
             yield name, layer, _why_not(name, layer, in_attention)
@@ -128,10 +132,11 @@ def resolve_exclusions(
 @functools.cache
 def _regex(entry: str) -> re.Pattern[str]:
     try:
-        return re.compile(entry[len("re:"):])
+        return re.compile(entry[len("re:") :])
     except re.error as error:
-        raise ConfigError(f"{_KEY}={entry}: not a regular expression ({error}); "
-                          "a plain module path or a glob needs no re:") from error
+        raise ConfigError(
+            f"{_KEY}={entry}: not a regular expression ({error}); a plain module path or a glob needs no re:"
+        ) from error
 
 
 def _with_containers(name: str) -> Iterator[str]:
@@ -222,5 +227,7 @@ def check_finite_weights(module: Any, what: str) -> None:
             values = values.float()
         num_bad = values.numel() - int(torch.isfinite(values).sum())
         if num_bad:
-            raise ModelError(f"{what}: {num_bad} of {values.numel()} values of {name} are NaN or infinite; "
-                             "nothing measured on these weights would mean anything, use an intact checkpoint")
+            raise ModelError(
+                f"{what}: {num_bad} of {values.numel()} values of {name} are NaN or infinite; "
+                "nothing measured on these weights would mean anything, use an intact checkpoint"
+            )

@@ -126,8 +126,12 @@ def component_memory(module: Any, quantized_layer_names: Iterable[str], original
     num_scales = sum(size for key, size in scales.items() if key not in codes)
     num_bytes = sum(total.values())
     return MemoryReport(
-        weights_bytes=num_bytes, quantized_bytes=num_codes, scale_bytes=num_scales,
-        other_bytes=num_bytes - num_codes - num_scales, bytes_at_16_bit=2 * num_values, num_parameters=num_parameters,
+        weights_bytes=num_bytes,
+        quantized_bytes=num_codes,
+        scale_bytes=num_scales,
+        other_bytes=num_bytes - num_codes - num_scales,
+        bytes_at_16_bit=2 * num_values,
+        num_parameters=num_parameters,
     )
 
 

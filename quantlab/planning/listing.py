@@ -106,7 +106,8 @@ def _needs_data(backend: str, algorithm: str) -> str:
     for dtype, row in CAPABILITIES[backend].items():
         for activation_dtype in row.activation_dtypes if algorithm in row.algorithms else ():
             axes = QuantizationAxes(
-                backend=backend, dtype=dtype, algorithm=algorithm, activation_dtype=activation_dtype)
+                backend=backend, dtype=dtype, algorithm=algorithm, activation_dtype=activation_dtype
+            )
             for settings in scales:
                 with suppress(ConfigError):  # a combination that is refused
                     said.add(BACKENDS[backend].Config.from_axes(axes, settings).needs_data)

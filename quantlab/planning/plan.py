@@ -235,5 +235,3 @@ def _check_isolation(config: ExperimentConfig) -> None:
         raise ConfigError(
             f"sweep.timeout_s={timeout:g}: only a process can be ended; set sweep.isolation=process, or drop the limit"
         )
-
-

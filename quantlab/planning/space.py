@@ -85,8 +85,10 @@ def _check_objective(name: str, direction: str) -> None:
     key = f"sweep.search.objectives: {name}"
     known = [*OTHERS, *(f"quality/{metric}" for metric in METRICS)]
     if name not in known:
-        raise ConfigError(f"{key}: no such metric{nearest(name, known)}; quantlab list metrics shows those of quality, "
-                          f"and there are {', '.join(OTHERS)}")
+        raise ConfigError(
+            f"{key}: no such metric{nearest(name, known)}; quantlab list metrics shows those of quality, "
+            f"and there are {', '.join(OTHERS)}"
+        )
     if direction not in (MINIMIZE, MAXIMIZE):
         raise ConfigError(f"{key}: {direction}: there are {MINIMIZE}, {MAXIMIZE}")
     better = _better(name)

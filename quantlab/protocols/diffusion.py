@@ -35,7 +35,10 @@ Progress = Callable[[int, int], Any]
 
 
 def observe(
-    model: LoadedModel, inputs: DiffusionInputs, evaluation: EvaluationConfig, progress: Progress | None = None,
+    model: LoadedModel,
+    inputs: DiffusionInputs,
+    evaluation: EvaluationConfig,
+    progress: Progress | None = None,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
     """The reference's outputs, a tree that ``torch.save`` stores and ``torch.load(weights_only=True)`` reads.
@@ -57,8 +60,13 @@ def observe(
 
 
 def measure(
-    model: LoadedModel, inputs: DiffusionInputs, evaluation: EvaluationConfig, reference: Mapping[str, Any],
-    reference_model: LoadedModel, progress: Progress | None = None, batch_size: int | None = None,
+    model: LoadedModel,
+    inputs: DiffusionInputs,
+    evaluation: EvaluationConfig,
+    reference: Mapping[str, Any],
+    reference_model: LoadedModel,
+    progress: Progress | None = None,
+    batch_size: int | None = None,
 ) -> Measurements:
     """Run a candidate on the reference's noise and compare it with what :func:`observe` stored.
 
@@ -86,18 +94,27 @@ def measure(
     if calls:
         steps["step_divergence"] = step_divergence(outputs["steps"], reference["steps"])[0]
         curves, error = teacher_forced_metrics(
-            model, calls, inputs.subset(traced), evaluation, reference_model.parts.get("scheduler"), tick)
+            model, calls, inputs.subset(traced), evaluation, reference_model.parts.get("scheduler"), tick
+        )
         steps.update(curves)
         estimates.update(error)
     return Measurements(
-        samples=samples, clusters=inputs.clusters, strata=inputs.strata, sample_ids=inputs.sample_ids,
-        estimates=estimates, steps=steps, images=_shown_images(outputs, reference, spread(inputs, NUM_SHOWN)),
+        samples=samples,
+        clusters=inputs.clusters,
+        strata=inputs.strata,
+        sample_ids=inputs.sample_ids,
+        estimates=estimates,
+        steps=steps,
+        images=_shown_images(outputs, reference, spread(inputs, NUM_SHOWN)),
         timings_ms=outputs["timings_ms"],
     )
 
 
 def calls(
-    model: LoadedModel, inputs: DiffusionInputs, evaluation: EvaluationConfig, components: Sequence[str],
+    model: LoadedModel,
+    inputs: DiffusionInputs,
+    evaluation: EvaluationConfig,
+    components: Sequence[str],
     progress: Progress | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The calls of ``components`` along the model's own trajectories, each with its ``step``, batch after batch.
@@ -112,8 +129,10 @@ def calls(
     for batch in batches:
         with ExitStack() as stack:
             way_out = "leave it out of the components, or choose an algorithm that needs no data"
-            recorded = {n: stack.enter_context(recorded_calls(model.components[n], f"model.components={n}", way_out))
-                        for n in components}
+            recorded = {
+                n: stack.enter_context(recorded_calls(model.components[n], f"model.components={n}", way_out))
+                for n in components
+            }
             _run_batch(model, inputs.subset(batch.indices), evaluation, tick, record=False, open_calls=recorded)
         for name, found in recorded.items():
             yield from ((name, call) for call in found)
@@ -159,13 +178,21 @@ class _Batch:
 def _batches(num_samples: int, traced: Sequence[int], batch_size: int) -> list[_Batch]:
     """The traced samples in batches of their own, first, then the others."""
     others = sorted(set(range(num_samples)) - set(traced))
-    return [_Batch(indices=tuple(rows[i:i + batch_size]), traced=is_traced)
-            for rows, is_traced in ((traced, True), (others, False)) for i in range(0, len(rows), batch_size)]
+    return [
+        _Batch(indices=tuple(rows[i : i + batch_size]), traced=is_traced)
+        for rows, is_traced in ((traced, True), (others, False))
+        for i in range(0, len(rows), batch_size)
+    ]
 
 
 def _run(
-    model: LoadedModel, inputs: DiffusionInputs, evaluation: EvaluationConfig, batches: Sequence[_Batch],
-    tick: Callable[[], None], *, record: bool,
+    model: LoadedModel,
+    inputs: DiffusionInputs,
+    evaluation: EvaluationConfig,
+    batches: Sequence[_Batch],
+    tick: Callable[[], None],
+    *,
+    record: bool,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Sample all batches: the tree of :func:`observe` without ``calls``, and the calls where they are recorded."""
     import torch
@@ -201,8 +228,13 @@ def _run(
 
 
 def _run_batch(
-    model: LoadedModel, inputs: DiffusionInputs, evaluation: EvaluationConfig, tick: Callable[[], None], *,
-    record: bool, open_calls: Mapping[str, list[dict[str, Any]]] = MappingProxyType({}),
+    model: LoadedModel,
+    inputs: DiffusionInputs,
+    evaluation: EvaluationConfig,
+    tick: Callable[[], None],
+    *,
+    record: bool,
+    open_calls: Mapping[str, list[dict[str, Any]]] = MappingProxyType({}),
 ) -> tuple[Any, Any, list[dict[str, Any]], list[float]]:
     """One batch: final latents, latents after each step (num_steps, b, ...), denoiser calls, seconds of each step."""
     import torch

@@ -44,7 +44,9 @@ class DiffusionInputs:
 
         rows = np.arange(self.num_samples)[indices if isinstance(indices, slice) else np.asarray(indices, dtype=int)]
         return replace(
-            self, noise=self.noise[rows], sample_ids=tuple(self.sample_ids[i] for i in rows),
+            self,
+            noise=self.noise[rows],
+            sample_ids=tuple(self.sample_ids[i] for i in rows),
             conditioning={name: [values[i] for i in rows] for name, values in self.conditioning.items()},
             clusters=None if self.clusters is None else np.asarray(self.clusters)[rows],
             strata=None if self.strata is None else np.asarray(self.strata)[rows],

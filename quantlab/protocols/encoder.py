@@ -39,8 +39,13 @@ class EncoderInputs:
         """The texts with these numbers, in this order."""
         rows = list(range(self.num_samples)[indices] if isinstance(indices, slice) else map(int, indices))
         ids, mask = self.input_ids[rows], self.attention_mask[rows]
-        return replace(self, input_ids=ids, attention_mask=mask, sample_ids=tuple(self.sample_ids[i] for i in rows),
-                       sha256=_inputs_sha256(ids, mask))
+        return replace(
+            self,
+            input_ids=ids,
+            attention_mask=mask,
+            sample_ids=tuple(self.sample_ids[i] for i in rows),
+            sha256=_inputs_sha256(ids, mask),
+        )
 
 
 def encoder_inputs(texts: Sequence[str], evaluation: EvaluationConfig, model: LoadedModel, key: str) -> EncoderInputs:
@@ -53,15 +58,19 @@ def encoder_inputs(texts: Sequence[str], evaluation: EvaluationConfig, model: Lo
     if wanted < 1:
         raise ConfigError(f"evaluation.num_samples={wanted}: at least one text is wanted")
     if len(texts) < wanted:
-        raise ConfigError(f"{key}: there are {len(texts)} texts and not evaluation.num_samples={wanted}; "
-                          "give more texts or fewer samples")
+        raise ConfigError(
+            f"{key}: there are {len(texts)} texts and not evaluation.num_samples={wanted}; "
+            "give more texts or fewer samples"
+        )
     longest = getattr(model.components["model"].config, "max_position_embeddings", None)
     if length < 3 or (isinstance(longest, int) and longest < length):
         raise ConfigError(f"evaluation.context_length={length}: {model.name} takes 3 to {longest} tokens")
     tokenizer = model.parts["tokenizer"]
     if tokenizer.pad_token_id is None:
-        raise ModelError(f"model.path: the tokenizer of {model.name} has no padding token, so texts of different "
-                         "length cannot be run together; use an encoder's tokenizer")
+        raise ModelError(
+            f"model.path: the tokenizer of {model.name} has no padding token, so texts of different "
+            "length cannot be run together; use an encoder's tokenizer"
+        )
     numbers = [i * len(texts) // wanted for i in range(wanted)]
     chosen = [texts[n] for n in numbers]
     found = tokenizer(chosen, padding=True, truncation=True, max_length=length, return_tensors="pt")
@@ -78,15 +87,25 @@ def _inputs_sha256(ids: Any, mask: Any) -> str:
     return digest.hexdigest()
 
 
-def observe(model: LoadedModel, inputs: EncoderInputs, evaluation: EvaluationConfig, progress: Progress = None,
-            batch_size: int | None = None) -> dict[str, Any]:
+def observe(
+    model: LoadedModel,
+    inputs: EncoderInputs,
+    evaluation: EvaluationConfig,
+    progress: Progress = None,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
     """``tokens``: last hidden states, fp32 (texts, length, width), zero at padding; ``pooled``: their mean over a
     text's tokens (texts, width). Raises MetricUndefined naming the text where they are NaN or infinite."""
     return _run(model, inputs, batch_size or evaluation.batch_size, progress)[0]
 
 
-def calls(model: LoadedModel, inputs: EncoderInputs, evaluation: EvaluationConfig, components: Sequence[str],
-          progress: Progress = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def calls(
+    model: LoadedModel,
+    inputs: EncoderInputs,
+    evaluation: EvaluationConfig,
+    components: Sequence[str],
+    progress: Progress = None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """The model's calls on the texts, ``evaluation.batch_size`` at once."""
     for start in range(0, inputs.num_samples, evaluation.batch_size):
         rows = slice(start, start + evaluation.batch_size)
@@ -97,26 +116,37 @@ def calls(model: LoadedModel, inputs: EncoderInputs, evaluation: EvaluationConfi
             progress(min(rows.stop, inputs.num_samples), inputs.num_samples)
 
 
-def measure(model: LoadedModel, inputs: EncoderInputs, evaluation: EvaluationConfig, reference: Mapping[str, Any],
-            reference_model: LoadedModel, progress: Progress = None, batch_size: int | None = None) -> Measurements:
+def measure(
+    model: LoadedModel,
+    inputs: EncoderInputs,
+    evaluation: EvaluationConfig,
+    reference: Mapping[str, Any],
+    reference_model: LoadedModel,
+    progress: Progress = None,
+    batch_size: int | None = None,
+) -> Measurements:
     """By text: ``output_cosine`` of the pooled embedding, ``output_rel_error`` of all token outputs."""
     found, ms_per_token = _run(model, inputs, batch_size or evaluation.batch_size, progress)
-    samples = {"output_cosine": output_cosine(found["pooled"], reference["pooled"]),
-               "output_rel_error": output_rel_error(found["tokens"], reference["tokens"])}
-    return Measurements(samples=samples, sample_ids=inputs.sample_ids,
-                        timings_ms={"prefill_ms_per_token": ms_per_token})
+    samples = {
+        "output_cosine": output_cosine(found["pooled"], reference["pooled"]),
+        "output_rel_error": output_rel_error(found["tokens"], reference["tokens"]),
+    }
+    return Measurements(
+        samples=samples, sample_ids=inputs.sample_ids, timings_ms={"prefill_ms_per_token": ms_per_token}
+    )
 
 
-def _run(model: LoadedModel, inputs: EncoderInputs, batch_size: int,
-         progress: Progress) -> tuple[dict[str, Any], float]:
+def _run(
+    model: LoadedModel, inputs: EncoderInputs, batch_size: int, progress: Progress
+) -> tuple[dict[str, Any], float]:
     import statistics
 
     import torch
 
     module, pooled, tokens, times = model.components["model"], [], [], []
     for start in range(0, inputs.num_samples, batch_size):
-        ids = inputs.input_ids[start:start + batch_size].to(model.device)
-        mask = inputs.attention_mask[start:start + batch_size].to(model.device)
+        ids = inputs.input_ids[start : start + batch_size].to(model.device)
+        mask = inputs.attention_mask[start : start + batch_size].to(model.device)
         began = time.perf_counter()
         with torch.no_grad():
             hidden = module(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -127,11 +157,15 @@ def _run(model: LoadedModel, inputs: EncoderInputs, batch_size: int,
         bad = torch.nonzero(~torch.isfinite(hidden).flatten(1).all(1))
         if len(bad):
             text = inputs.sample_ids[start + int(bad[0])]
-            raise MetricUndefined(f"quality/output_cosine: the output of {text} holds NaN or infinity; the model "
-                                  "overflows: try quantization.compute_dtype=bfloat16 or float32")
+            raise MetricUndefined(
+                f"quality/output_cosine: the output of {text} holds NaN or infinity; the model "
+                "overflows: try quantization.compute_dtype=bfloat16 or float32"
+            )
         tokens.append(hidden)
         pooled.append(hidden.sum(1) / mask.cpu().sum(1, keepdim=True).clamp_min(1))
         if progress:
             progress(min(start + batch_size, inputs.num_samples), inputs.num_samples)
-    return ({"pooled": torch.cat(pooled), "tokens": torch.cat(tokens)},
-            statistics.median(times[1:] or times))  # the first batch warms up
+    return (
+        {"pooled": torch.cat(pooled), "tokens": torch.cat(tokens)},
+        statistics.median(times[1:] or times),
+    )  # the first batch warms up

@@ -33,7 +33,12 @@ def judge_metrics(
         "judge_agreement": judge_agreement(logits, reference_logits),
     }
     distance = bootstrap_interval(
-        lambda rows: frechet_distance(features[rows], reference_features[rows]), inputs.num_samples, inputs.clusters,
-        inputs.strata, min(NUM_BOOTSTRAP, evaluation.num_bootstrap), evaluation.seed, recenter=True,
+        lambda rows: frechet_distance(features[rows], reference_features[rows]),
+        inputs.num_samples,
+        inputs.clusters,
+        inputs.strata,
+        min(NUM_BOOTSTRAP, evaluation.num_bootstrap),
+        evaluation.seed,
+        recenter=True,
     )
     return samples, distance

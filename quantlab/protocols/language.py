@@ -80,8 +80,13 @@ class TextInputs:
         """The chunks with these numbers, in this order."""
         rows = list(range(self.num_samples)[indices] if isinstance(indices, slice) else map(int, indices))
         chosen = self.input_ids[rows]
-        return replace(self, input_ids=chosen, sample_ids=tuple(self.sample_ids[i] for i in rows),
-                       clusters=self.clusters[rows], sha256=_inputs_sha256(chosen, self.protocol))
+        return replace(
+            self,
+            input_ids=chosen,
+            sample_ids=tuple(self.sample_ids[i] for i in rows),
+            clusters=self.clusters[rows],
+            sha256=_inputs_sha256(chosen, self.protocol),
+        )
 
 
 def text_inputs(text: str, evaluation: EvaluationConfig, model: LoadedModel, key: str) -> TextInputs:
@@ -105,24 +110,37 @@ def text_inputs(text: str, evaluation: EvaluationConfig, model: LoadedModel, key
     if num_windows < wanted:
         raise ConfigError(
             f"{key}: the text has {len(stream)} tokens, which is {num_windows} windows of {length} tokens and not "
-            f"evaluation.num_samples={wanted}; give a longer text, fewer samples or a shorter context_length")
+            f"evaluation.num_samples={wanted}; give a longer text, fewer samples or a shorter context_length"
+        )
     numbers = np.arange(wanted, dtype=np.int64) * num_windows // wanted
-    ids = torch.tensor([prefix + stream[n * stride:(n + 1) * stride] for n in numbers], dtype=torch.int64)
+    ids = torch.tensor([prefix + stream[n * stride : (n + 1) * stride] for n in numbers], dtype=torch.int64)
     if bos_id is not None and protocol.bos == "replace":
         ids[:, 0] = bos_id
-    record = {"protocol": evaluation.perplexity_protocol, "ctx": length, "stride": stride,
-              "bos": "none" if bos_id is None else protocol.bos,
-              "text_sha256": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
-              "n_tokens": wanted * (length - protocol.first_target(length))}
-    return TextInputs(input_ids=ids, sample_ids=tuple(f"window {n}" for n in numbers), clusters=numbers,
-                      sha256=_inputs_sha256(ids, record), protocol=record, first_target=protocol.first_target(length))
+    record = {
+        "protocol": evaluation.perplexity_protocol,
+        "ctx": length,
+        "stride": stride,
+        "bos": "none" if bos_id is None else protocol.bos,
+        "text_sha256": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
+        "n_tokens": wanted * (length - protocol.first_target(length)),
+    }
+    return TextInputs(
+        input_ids=ids,
+        sample_ids=tuple(f"window {n}" for n in numbers),
+        clusters=numbers,
+        sha256=_inputs_sha256(ids, record),
+        protocol=record,
+        first_target=protocol.first_target(length),
+    )
 
 
 def _protocol_and_length(evaluation: EvaluationConfig, model: LoadedModel) -> tuple[PerplexityProtocol, int]:
     name = evaluation.perplexity_protocol
     if name not in PERPLEXITY_PROTOCOLS:
-        raise ConfigError(f"evaluation.perplexity_protocol={name}: there are {', '.join(PERPLEXITY_PROTOCOLS)}"
-                          f"{nearest(name, PERPLEXITY_PROTOCOLS)}")
+        raise ConfigError(
+            f"evaluation.perplexity_protocol={name}: there are {', '.join(PERPLEXITY_PROTOCOLS)}"
+            f"{nearest(name, PERPLEXITY_PROTOCOLS)}"
+        )
     protocol = PERPLEXITY_PROTOCOLS[name]
     key = f"evaluation.context_length={evaluation.context_length}"
     if protocol.context_length is not None:
@@ -132,8 +150,10 @@ def _protocol_and_length(evaluation: EvaluationConfig, model: LoadedModel) -> tu
         raise ConfigError(f"{key}: a window needs at least 4 tokens; 256 and more are usual")
     longest = getattr(_text_config(model), "max_position_embeddings", None)
     if isinstance(longest, int) and longest < length:
-        raise ConfigError(f"{key}: {model.name} takes at most {longest} tokens at once; use a shorter "
-                          "evaluation.context_length with evaluation.perplexity_protocol=ppl/v1")
+        raise ConfigError(
+            f"{key}: {model.name} takes at most {longest} tokens at once; use a shorter "
+            "evaluation.context_length with evaluation.perplexity_protocol=ppl/v1"
+        )
     return protocol, length
 
 
@@ -156,8 +176,13 @@ def _text_config(model: LoadedModel) -> Any:
 # -- running a model
 
 
-def observe(model: LoadedModel, inputs: TextInputs, evaluation: EvaluationConfig, progress: Progress = None,
-            batch_size: int | None = None) -> dict[str, Any]:
+def observe(
+    model: LoadedModel,
+    inputs: TextInputs,
+    evaluation: EvaluationConfig,
+    progress: Progress = None,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
     """``{"hidden": fp32 tensor (chunks, context_length, width)}``: what the output head is given at each position.
 
     Raises MetricUndefined naming the chunk where that is NaN or infinite, ModelError where the model makes its logits
@@ -167,20 +192,32 @@ def observe(model: LoadedModel, inputs: TextInputs, evaluation: EvaluationConfig
     return {"hidden": hidden}
 
 
-def calls(model: LoadedModel, inputs: TextInputs, evaluation: EvaluationConfig, components: Sequence[str],
-          progress: Progress = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def calls(
+    model: LoadedModel,
+    inputs: TextInputs,
+    evaluation: EvaluationConfig,
+    components: Sequence[str],
+    progress: Progress = None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """The model's calls on the windows, ``evaluation.batch_size`` at once."""
     dtype = model.dtype
     for start in range(0, inputs.num_samples, evaluation.batch_size):
-        ids = inputs.input_ids[start:start + evaluation.batch_size]
+        ids = inputs.input_ids[start : start + evaluation.batch_size]
         for name in components:
             yield name, {"args": [], "kwargs": {"input_ids": ids, "use_cache": False}, "dtype": dtype, "step": 0}
         if progress:
             progress(start + len(ids), inputs.num_samples)
 
 
-def measure(model: LoadedModel, inputs: TextInputs, evaluation: EvaluationConfig, reference: Mapping[str, Any],
-            reference_model: LoadedModel, progress: Progress = None, batch_size: int | None = None) -> Measurements:
+def measure(
+    model: LoadedModel,
+    inputs: TextInputs,
+    evaluation: EvaluationConfig,
+    reference: Mapping[str, Any],
+    reference_model: LoadedModel,
+    progress: Progress = None,
+    batch_size: int | None = None,
+) -> Measurements:
     """The candidate's damage by chunk: ``kld_mean`` (nats a token, KL(reference || candidate)), ``same_top1``,
     ``ln_ppl_ratio`` (nats), ``delta_p_mean``; quantiles, perplexities and ``delta_p_rms`` as estimates.
 
@@ -195,13 +232,18 @@ def measure(model: LoadedModel, inputs: TextInputs, evaluation: EvaluationConfig
         "ln_ppl_ratio": ln_ppl_ratio(tokens["nll_candidate"], tokens["nll_reference"]).mean(1),
         "delta_p_mean": tokens["delta_p"].mean(1),
     }
-    return Measurements(samples=samples, clusters=inputs.clusters, sample_ids=inputs.sample_ids,
-                        estimates=_estimates(tokens, inputs.clusters, evaluation),
-                        timings_ms={"prefill_ms_per_token": ms_per_token})
+    return Measurements(
+        samples=samples,
+        clusters=inputs.clusters,
+        sample_ids=inputs.sample_ids,
+        estimates=_estimates(tokens, inputs.clusters, evaluation),
+        timings_ms={"prefill_ms_per_token": ms_per_token},
+    )
 
 
-def _run(model: LoadedModel, inputs: TextInputs, batch_size: int, progress: Progress,
-         check_head: bool = False) -> tuple[Any, float]:
+def _run(
+    model: LoadedModel, inputs: TextInputs, batch_size: int, progress: Progress, check_head: bool = False
+) -> tuple[Any, float]:
     """Hidden states before the output head, fp32 on the CPU, and the median time of a batch in ms a token.
 
     The hook passes only the last position on to the head: the logits of the others are made later, in fp32.
@@ -219,7 +261,7 @@ def _run(model: LoadedModel, inputs: TextInputs, batch_size: int, progress: Prog
     hook = module.get_output_embeddings().register_forward_pre_hook(catch)
     try:
         for start in range(0, inputs.num_samples, batch_size):
-            ids = inputs.input_ids[start:start + batch_size].to(model.device)
+            ids = inputs.input_ids[start : start + batch_size].to(model.device)
             began = time.perf_counter()
             with torch.no_grad():
                 logits = module(input_ids=ids, use_cache=False).logits
@@ -242,8 +284,10 @@ def _require_finite(rows: Any, sample_ids: Sequence[str], what: str) -> None:
 
     bad = torch.nonzero(~torch.isfinite(rows).all(1))
     if len(bad):
-        raise MetricUndefined(f"quality/kld_mean: the {what} of {sample_ids[int(bad[0])]} holds NaN or infinity; the "
-                              "model overflows: try quantization.compute_dtype=bfloat16 or float32, or another dtype")
+        raise MetricUndefined(
+            f"quality/kld_mean: the {what} of {sample_ids[int(bad[0])]} holds NaN or infinity; the "
+            "model overflows: try quantization.compute_dtype=bfloat16 or float32, or another dtype"
+        )
 
 
 # -- from hidden states to logits
@@ -268,8 +312,11 @@ def _logits_of(model: LoadedModel) -> Callable[[Any], Any]:
     weight = head.weight.detach().float() if plain and head.weight.is_floating_point() else None
     bias = head.bias.detach().float() if weight is not None and head.bias is not None else None
     dtype = component_dtype(model.components["model"], model.dtype)
-    settings = [(fn, getattr(config, name)) for name, fn in LOGIT_SETTINGS.items()
-                if isinstance(getattr(config, name, None), (int, float))]
+    settings = [
+        (fn, getattr(config, name))
+        for name, fn in LOGIT_SETTINGS.items()
+        if isinstance(getattr(config, name, None), (int, float))
+    ]
 
     def logits(hidden: Any) -> Any:
         with torch.no_grad():
@@ -290,26 +337,35 @@ def _check_head(model: LoadedModel, hidden: Any, logits: Any) -> None:
     own, ours = logits.float(), _logits_of(model)(hidden).to(logits.device)
     error = float((own - ours).norm() / own.norm().clamp_min(1e-30))
     if not error < 0.05:  # 16-bit logits are within 0.01
-        raise ModelError(f"model.path: {model.name} changes its logits after the output head in a way that is not "
-                         f"known here (relative difference {error:.2g}); known settings are "
-                         f"{', '.join(LOGIT_SETTINGS)}: use another model")
+        raise ModelError(
+            f"model.path: {model.name} changes its logits after the output head in a way that is not "
+            f"known here (relative difference {error:.2g}); known settings are "
+            f"{', '.join(LOGIT_SETTINGS)}: use another model"
+        )
 
 
-def _token_table(reference_head: Callable[[Any], Any], candidate_head: Callable[[Any], Any], reference: Any,
-                 candidate: Any, inputs: TextInputs) -> dict[str, Any]:
+def _token_table(
+    reference_head: Callable[[Any], Any],
+    candidate_head: Callable[[Any], Any],
+    reference: Any,
+    candidate: Any,
+    inputs: TextInputs,
+) -> dict[str, Any]:
     """The statistics of every scored token: name -> float64 array (chunks, scored tokens of a chunk)."""
     import numpy as np
 
     if reference.shape[:2] != inputs.input_ids.shape:
-        raise MetricUndefined(f"quality/kld_mean: the reference was observed on {tuple(reference.shape[:2])} tokens, "
-                              f"the inputs are {tuple(inputs.input_ids.shape)}; observe it on the same inputs")
+        raise MetricUndefined(
+            f"quality/kld_mean: the reference was observed on {tuple(reference.shape[:2])} tokens, "
+            f"the inputs are {tuple(inputs.input_ids.shape)}; observe it on the same inputs"
+        )
     length, first = inputs.input_ids.shape[1], inputs.first_target
     columns: dict[str, list[Any]] = {}
     for i, sample_id in enumerate(inputs.sample_ids):
         for start in range(first, length, TOKENS_AT_ONCE):
             end = min(start + TOKENS_AT_ONCE, length)
-            ref = reference_head(reference[i, start - 1:end - 1])
-            cand = candidate_head(candidate[i, start - 1:end - 1]).to(ref.device)
+            ref = reference_head(reference[i, start - 1 : end - 1])
+            cand = candidate_head(candidate[i, start - 1 : end - 1]).to(ref.device)
             for whose, logits in (("reference", ref), ("candidate", cand)):
                 _require_finite(logits.amax(-1).reshape(1, -1), [sample_id], f"{whose}'s logits")
             for name, values in token_statistics(ref, cand, inputs.input_ids[i, start:end]).items():
@@ -339,5 +395,7 @@ def _estimates(tokens: Mapping[str, Any], clusters: Any, evaluation: EvaluationC
         "delta_p_rms": lambda chunks: float(square[chunks].mean() ** 0.5),
     }
     num = len(square)
-    return {name: bootstrap_interval(statistic, num, clusters, None, evaluation.num_bootstrap, evaluation.seed)
-            for name, statistic in statistics.items()}
+    return {
+        name: bootstrap_interval(statistic, num, clusters, None, evaluation.num_bootstrap, evaluation.seed)
+        for name, statistic in statistics.items()
+    }

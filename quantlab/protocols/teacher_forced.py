@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 
 
 def teacher_forced_metrics(
-    model: LoadedModel, calls: Sequence[Mapping[str, Any]], inputs: DiffusionInputs, evaluation: EvaluationConfig,
-    scheduler: Any, tick: Callable[[], None],
+    model: LoadedModel,
+    calls: Sequence[Mapping[str, Any]],
+    inputs: DiffusionInputs,
+    evaluation: EvaluationConfig,
+    scheduler: Any,
+    tick: Callable[[], None],
 ) -> tuple[dict[str, Any], dict[str, MetricValue]]:
     """``step_sqnr_db`` (num_steps,) and, where the scheduler's levels are known, ``weighted_velocity_mse``.
 
@@ -35,12 +39,17 @@ def teacher_forced_metrics(
         candidate, reference = _predictions(model, [c for c in calls if c["step"] == k], inputs.sample_ids, tick)
         curve.append(step_sqnr_db([candidate], [reference])[0][0])
         if levels is not None:
-            errors += weighted_velocity_mse([candidate], [reference], levels[k:k + 2])
+            errors += weighted_velocity_mse([candidate], [reference], levels[k : k + 2])
     estimates = {}
     if levels is not None:
         estimates["weighted_velocity_mse"] = mean_interval(
-            errors, inputs.clusters, inputs.strata, evaluation.num_bootstrap, evaluation.seed,
-            sample_ids=inputs.sample_ids)
+            errors,
+            inputs.clusters,
+            inputs.strata,
+            evaluation.num_bootstrap,
+            evaluation.seed,
+            sample_ids=inputs.sample_ids,
+        )
     return {"step_sqnr_db": np.array(curve)}, estimates
 
 

@@ -46,8 +46,16 @@ SAME_BITS = ("backend", "dtype", "group_size", "activation_dtype", "activation_s
 """Settings in which a run and its twin of the plain algorithm agree."""
 LAYOUT = ("sample_id", "clusters", "strata")
 OF_REFERENCE = {
-    "latent_rel_mse": 0.0, "latent_cosine": 1.0, "psnr_db": 100.0, "ssim": 1.0, "judge_agreement": 1.0,
-    "kld_mean": 0.0, "same_top1": 1.0, "delta_p_mean": 0.0, "ln_ppl_ratio": 0.0, "output_cosine": 1.0,
+    "latent_rel_mse": 0.0,
+    "latent_cosine": 1.0,
+    "psnr_db": 100.0,
+    "ssim": 1.0,
+    "judge_agreement": 1.0,
+    "kld_mean": 0.0,
+    "same_top1": 1.0,
+    "delta_p_mean": 0.0,
+    "ln_ppl_ratio": 0.0,
+    "output_cosine": 1.0,
     "output_rel_error": 0.0,
 }
 """What a metric is for the reference itself; where it is not known beforehand, the reference's own samples are used."""
@@ -112,9 +120,7 @@ def compare(request: Request, selection: Selection, reader: Reader) -> list[Comp
     return [_compare_group(request, g, label, reader) for g, label in zip(groups, group_labels(groups), strict=True)]
 
 
-def _compare_group(
-    request: Request, runs: Sequence[StoredRun], label: str, reader: Reader
-) -> Comparison:
+def _compare_group(request: Request, runs: Sequence[StoredRun], label: str, reader: Reader) -> Comparison:
     candidates = sorted((r for r in runs if is_candidate(r)), key=bytes_of)
     protocol = protocol_of(candidates[0])
     if not protocol:
@@ -134,11 +140,18 @@ def _compare_group(
     rest = judged[len(candidates) :]
     return Comparison(
         label=label,
-        protocol=protocol, metric=metric, margin=request.margin, floor=floor, floor_cost=cost, runs=tuple(runs),
+        protocol=protocol,
+        metric=metric,
+        margin=request.margin,
+        floor=floor,
+        floor_cost=cost,
+        runs=tuple(runs),
         n=int(candidates[0].metrics.get(f"quality/{metric}/n", 0)),
-        verdicts={v.a: v for v in judged[: len(candidates)]}, pairs=tuple(rest[: len(among)]),
+        verdicts={v.a: v for v in judged[: len(candidates)]},
+        pairs=tuple(rest[: len(among)]),
         twins=tuple(rest[len(among) :]),
-        front=tuple(r.name for r in front), notes=tuple(notes),
+        front=tuple(r.name for r in front),
+        notes=tuple(notes),
     )
 
 
@@ -161,9 +174,7 @@ def logged(run: StoredRun, metric: str, prefix: str = "quality") -> MetricValue:
     """A metric as logged, with its uncertainty."""
     name = f"{prefix}/{metric}"
     se, low, high = (run.metrics.get(f"{name}/{part}") for part in ("se", "ci_lo", "ci_hi"))
-    return MetricValue(
-        value=run.metrics[name], n=int(run.metrics.get(f"{name}/n", 0)), se=se, ci_lo=low, ci_hi=high
-    )
+    return MetricValue(value=run.metrics[name], n=int(run.metrics.get(f"{name}/n", 0)), se=se, ci_lo=low, ci_hi=high)
 
 
 def pareto(runs: Sequence[StoredRun], metric: str) -> list[StoredRun]:
@@ -216,8 +227,9 @@ class _Samples:
 def _check_metric(metric: str, protocol: str, runs: Sequence[StoredRun], samples: _Samples) -> None:
     known = [m.name for m in METRICS.values() if protocol in m.protocols and f"quality/{m.name}" in runs[0].metrics]
     if metric not in known:
-        raise ConfigError(f"metric={metric}: these runs have no such metric{nearest(metric, known)}; they have "
-                          f"{', '.join(known)}")
+        raise ConfigError(
+            f"metric={metric}: these runs have no such metric{nearest(metric, known)}; they have {', '.join(known)}"
+        )
     if METRICS[metric].higher_is_better is None:
         raise ConfigError(f"metric={metric}: neither direction of it is better; choose metric={HEADLINE[protocol][0]}")
     missing = [r.name for r in runs if f"quality/{metric}" not in r.metrics]
@@ -225,8 +237,10 @@ def _check_metric(metric: str, protocol: str, runs: Sequence[StoredRun], samples
         raise ConfigError(f"metric={metric}: {missing[0]!r} has no such number; choose metric={HEADLINE[protocol][0]}")
     columns = samples.of(runs[0])
     if columns and metric not in columns:
-        raise ConfigError(f"metric={metric}: is not a mean over samples, so two runs cannot be paired by it; choose "
-                          f"another, like metric={HEADLINE[protocol][0]}")
+        raise ConfigError(
+            f"metric={metric}: is not a mean over samples, so two runs cannot be paired by it; choose "
+            f"another, like metric={HEADLINE[protocol][0]}"
+        )
 
 
 def _paired(
@@ -240,9 +254,7 @@ def _paired(
     return kept, [f"pairs are compared among {MAX_PAIRED} of {len(wanted)} candidates, spread over the sizes"]
 
 
-def _against_reference(
-    candidates: Sequence[StoredRun], runs: Sequence[StoredRun], samples: _Samples
-) -> list[Verdict]:
+def _against_reference(candidates: Sequence[StoredRun], runs: Sequence[StoredRun], samples: _Samples) -> list[Verdict]:
     """Each candidate less the reference: from the logged interval where the reference's value is known."""
     metric = samples.metric
     known = OF_REFERENCE.get(metric)
@@ -268,16 +280,24 @@ def _from_samples(candidates: Sequence[StoredRun], runs: Sequence[StoredRun], sa
     reference = reference if reference and samples.of(reference).get(metric) else None
     known = OF_REFERENCE.get(metric)
     if reference is None and known is None:
-        raise ConfigError(f"metric={metric}: needs the reference's own samples, and no run of the reference was "
-                          "chosen; compare a whole sweep, or choose another metric")
+        raise ConfigError(
+            f"metric={metric}: needs the reference's own samples, and no run of the reference was "
+            "chosen; compare a whole sweep, or choose another metric"
+        )
     found = []
     for run in candidates:
         if reference is not None:
             found += _tested([run, reference], [(0, 1)], samples, b_name="reference")
         else:
             values, clusters, strata = samples.common([run])
-            found += _test([run.name, "reference"], [values[0], [float(known or 0)] * len(values[0])], [(0, 1)],
-                           clusters, strata, samples.metric)
+            found += _test(
+                [run.name, "reference"],
+                [values[0], [float(known or 0)] * len(values[0])],
+                [(0, 1)],
+                clusters,
+                strata,
+                samples.metric,
+            )
     return found
 
 
@@ -293,8 +313,10 @@ def _twins(candidates: Sequence[StoredRun], samples: _Samples) -> list[Verdict]:
     found = []
     for run in candidates:
         twin = plain.get(_bits(run))
-        if twin is not None and run.params.get("quantization.algorithm") not in PLAIN and all(
-            samples.of(r).get(samples.metric) for r in (run, twin)
+        if (
+            twin is not None
+            and run.params.get("quantization.algorithm") not in PLAIN
+            and all(samples.of(r).get(samples.metric) for r in (run, twin))
         ):
             found += _tested([run, twin], [(0, 1)], samples)
     return found
@@ -313,8 +335,12 @@ def _tested(
 
 
 def _test(
-    names: Sequence[str], values: Sequence[Sequence[float]], pairs: Sequence[tuple[int, int]], clusters: Any,
-    strata: Any, metric: str,
+    names: Sequence[str],
+    values: Sequence[Sequence[float]],
+    pairs: Sequence[tuple[int, int]],
+    clusters: Any,
+    strata: Any,
+    metric: str,
 ) -> list[Verdict]:
     alone = clusters is None or len(set(clusters)) == len(clusters)
     binary = METRICS[metric].is_binary and alone  # McNemar's test is for independent samples
@@ -332,8 +358,15 @@ def _judged(found: Sequence[Verdict], metric: str, floor: float | None, margin: 
     with_p = [i for i, v in enumerate(found) if v.p is not None]
     adjusted = dict(zip(with_p, holm([float(found[i].p or 0.0) for i in with_p]), strict=True))
     return [
-        Verdict(a=v.a, b=v.b, difference=v.difference, test=v.test, p=v.p, p_holm=adjusted.get(i),
-                text=verdict(v.difference, adjusted.get(i), metric, floor, margin))
+        Verdict(
+            a=v.a,
+            b=v.b,
+            difference=v.difference,
+            test=v.test,
+            p=v.p,
+            p_holm=adjusted.get(i),
+            text=verdict(v.difference, adjusted.get(i), metric, floor, margin),
+        )
         for i, v in enumerate(found)
     ]
 
@@ -360,7 +393,8 @@ def answers(group: Comparison) -> list[tuple[str, str]]:
     by_bytes = sorted(group.candidates, key=bytes_of)
     cost = -1.0 if group.floor_cost is None else group.floor_cost
     lossless = [
-        r.name for r in by_bytes
+        r.name
+        for r in by_bytes
         if group.verdicts[r.name].text in (IN_FLOOR, SAME) and abs(group.verdicts[r.name].difference.value) <= cost
     ]
     found = [("smallest without measurable loss (inside the bf16 floor)", lossless[0])] if lossless else []

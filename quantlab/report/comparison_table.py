@@ -161,8 +161,14 @@ def _numbers(metrics: Mapping[str, float], name: str) -> dict[str, float | None]
 def _verdict(v: Verdict) -> dict[str, Any]:
     d = v.difference
     return {
-        "difference": d.value, "ci_lo": d.ci_lo, "ci_hi": d.ci_hi, "se": d.se, "test": v.test, "p": v.p,
-        "p_holm": v.p_holm, "verdict": v.text,
+        "difference": d.value,
+        "ci_lo": d.ci_lo,
+        "ci_hi": d.ci_hi,
+        "se": d.se,
+        "test": v.test,
+        "p": v.p,
+        "p_holm": v.p_holm,
+        "verdict": v.text,
     }
 
 
@@ -177,7 +183,8 @@ def write_csv(data: Mapping[str, Any], path: Path) -> None:
             flat = {k: v for k, v in row.items() if k != "metrics"}
             numbers = {
                 name if k == "value" else f"{name}/{k}": x
-                for name, parts in row["metrics"].items() for k, x in parts.items()
+                for name, parts in row["metrics"].items()
+                for k, x in parts.items()
             }
             lines.append({"group": group["label"], "status": "FINISHED", **flat, **numbers, "metric": group["metric"]})
     lines += [dict(failure) for failure in data["failed"]]

@@ -42,7 +42,10 @@ def image_figure(reader: Reader, runs: Sequence[StoredRun]) -> dict[str, Any] | 
         if sum(len(s["candidate"]) + len(s["difference"]) for s in schemes) + len(reference) <= IMAGE_BYTES:
             break
     return {
-        "reference": reference, "schemes": schemes, "tiles": len(tiles[0][1]), "pixels": size,
+        "reference": reference,
+        "schemes": schemes,
+        "tiles": len(tiles[0][1]),
+        "pixels": size,
         "difference_gain": DIFFERENCE_GAIN,
     }
 
@@ -57,8 +60,11 @@ def _tiles(content: bytes) -> Any:
     height, width = pixels.shape[0], pixels.shape[1] // 3
     white = (pixels == 255).all(axis=(1, 2))
     rows = max(
-        (k for k in range(1, height // 3 + 1) if height % k == 0 and white[:: height // k].all()
-         and white[height // k - 1 :: height // k].all()),
+        (
+            k
+            for k in range(1, height // 3 + 1)
+            if height % k == 0 and white[:: height // k].all() and white[height // k - 1 :: height // k].all()
+        ),
         default=1,
     )
     grid = pixels.reshape(rows, height // rows, 3, width, 3).transpose(0, 2, 1, 3, 4)
@@ -98,8 +104,11 @@ def layer_figure(reader: Reader, runs: Sequence[StoredRun]) -> dict[str, Any] | 
     if not schemes:
         return None
     return {
-        "title": "relative weight error by layer and scheme", "metric": "weight error", "higher_is_better": False,
-        "rows": layers, "columns": schemes,
+        "title": "relative weight error by layer and scheme",
+        "metric": "weight error",
+        "higher_is_better": False,
+        "rows": layers,
+        "columns": schemes,
         "values": [[_rounded(errors[s].get(layer)) for s in schemes] for layer in layers],
     }
 
@@ -125,19 +134,28 @@ def step_figures(runs: Sequence[StoredRun]) -> list[dict[str, Any]]:
             continue
         length = max(map(len, curves.values()))
         description, unit = METRICS[name].description, METRICS[name].unit
-        figures.append({
-            "title": f"{name} by scheme and step", "metric": name, "unit": unit if unit != "1" else "",
-            "description": f"{description[0].upper()}{description[1:]}.",
-            "higher_is_better": bool(METRICS[name].higher_is_better), "log": name == "step_divergence",
-            "rows": list(curves), "columns": [str(k) for k in range(length)],
-            "values": [[_rounded(v) for v in curve] + [None] * (length - len(curve)) for curve in curves.values()],
-        })
+        figures.append(
+            {
+                "title": f"{name} by scheme and step",
+                "metric": name,
+                "unit": unit if unit != "1" else "",
+                "description": f"{description[0].upper()}{description[1:]}.",
+                "higher_is_better": bool(METRICS[name].higher_is_better),
+                "log": name == "step_divergence",
+                "rows": list(curves),
+                "columns": [str(k) for k in range(length)],
+                "values": [[_rounded(v) for v in curve] + [None] * (length - len(curve)) for curve in curves.values()],
+            }
+        )
     return figures
 
 
 def _curve(run: StoredRun, prefix: str) -> list[float]:
-    points = {int(k.removeprefix(prefix)): v for k, v in run.metrics.items()
-              if k.startswith(prefix) and k.removeprefix(prefix).isdigit()}
+    points = {
+        int(k.removeprefix(prefix)): v
+        for k, v in run.metrics.items()
+        if k.startswith(prefix) and k.removeprefix(prefix).isdigit()
+    }
     return [points[k] for k in sorted(points)]
 
 

@@ -46,12 +46,20 @@ def page_data(groups: Sequence[Comparison], selection: Selection, reader: Reader
             some = f"{len(detailed)} of {len(group.candidates)}"
             shown["notes"].append(f"pictures and maps show {some} schemes, the front first")
     return data | {
-        "metrics": {m.name: {"unit": m.unit, "description": m.description, "higher_is_better": m.higher_is_better}
-                    for m in METRICS.values()},
+        "metrics": {
+            m.name: {"unit": m.unit, "description": m.description, "higher_is_better": m.higher_is_better}
+            for m in METRICS.values()
+        },
         "rules": RULES,
         "store": reader.uri,
-        "commits": sorted({r.tags["mlflow.source.git.commit"][:8] for g in groups for r in g.runs
-                           if "mlflow.source.git.commit" in r.tags}),
+        "commits": sorted(
+            {
+                r.tags["mlflow.source.git.commit"][:8]
+                for g in groups
+                for r in g.runs
+                if "mlflow.source.git.commit" in r.tags
+            }
+        ),
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 

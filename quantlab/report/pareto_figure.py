@@ -8,8 +8,13 @@ from typing import Any
 
 from quantlab.metrics import HEADLINE, METRICS
 
-COLOURS = {"bitsandbytes": "#4269d0", "torchao": "#e5883a", "quanto": "#3ca951", "gguf": "#a463f2",
-           "modelopt": "#c2362b"}
+COLOURS = {
+    "bitsandbytes": "#4269d0",
+    "torchao": "#e5883a",
+    "quanto": "#3ca951",
+    "gguf": "#a463f2",
+    "modelopt": "#c2362b",
+}
 """Backend -> colour."""
 
 
@@ -33,8 +38,16 @@ def draw_pareto(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
             if chosen:
                 errors = [[p["value"] - p["low"] for p in chosen], [p["high"] - p["value"] for p in chosen]]
                 axes.errorbar(
-                    [p["bits"] for p in chosen], [p["value"] for p in chosen], yerr=errors, fmt="o", color=colour,
-                    mfc="white" if simulated else colour, ms=5, lw=1, label=None if simulated else backend)
+                    [p["bits"] for p in chosen],
+                    [p["value"] for p in chosen],
+                    yerr=errors,
+                    fmt="o",
+                    color=colour,
+                    mfc="white" if simulated else colour,
+                    ms=5,
+                    lw=1,
+                    label=None if simulated else backend,
+                )
     every = sorted((_point(r["metrics"], metric.name) for r in found), key=lambda p: (p["bits"], p["value"]))
     front = _front(every, bool(metric.higher_is_better))
     axes.plot([p["bits"] for p in front], [p["value"] for p in front], color="#888888", lw=1, zorder=0)
@@ -54,8 +67,10 @@ def draw_pareto(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 def _point(metrics: Mapping[str, float], metric: str) -> dict[str, Any]:
     value = metrics[f"quality/{metric}"]
     return {
-        "bits": metrics["memory/bits_per_weight"], "value": value,
-        "low": metrics.get(f"quality/{metric}/ci_lo", value), "high": metrics.get(f"quality/{metric}/ci_hi", value),
+        "bits": metrics["memory/bits_per_weight"],
+        "value": value,
+        "low": metrics.get(f"quality/{metric}/ci_lo", value),
+        "high": metrics.get(f"quality/{metric}/ci_hi", value),
         "simulated": bool(metrics.get("memory/is_simulated")),
     }
 

@@ -149,7 +149,11 @@ class DatabaseReader:
         rows = self._rows(f"SELECT {columns} FROM runs WHERE {where} ORDER BY start_time DESC, run_uuid", values)
         runs = {
             row[0]: StoredRun(
-                run_id=row[0], name=row[1] or "", status=row[2], start_ms=row[3] or 0, experiment_id=str(row[4]),
+                run_id=row[0],
+                name=row[1] or "",
+                status=row[2],
+                start_ms=row[3] or 0,
+                experiment_id=str(row[4]),
                 artifact_uri=row[5] or "",
             )
             for row in rows
@@ -248,8 +252,13 @@ def _match(value: str) -> str:
 
 def _stored(run: Any) -> StoredRun:
     return StoredRun(
-        run_id=run.info.run_id, name=run.info.run_name or "", status=run.info.status,
-        start_ms=run.info.start_time or 0, experiment_id=str(run.info.experiment_id),
-        artifact_uri=run.info.artifact_uri or "", params=dict(run.data.params), tags=dict(run.data.tags),
+        run_id=run.info.run_id,
+        name=run.info.run_name or "",
+        status=run.info.status,
+        start_ms=run.info.start_time or 0,
+        experiment_id=str(run.info.experiment_id),
+        artifact_uri=run.info.artifact_uri or "",
+        params=dict(run.data.params),
+        tags=dict(run.data.tags),
         metrics=dict(run.data.metrics),
     )

@@ -97,11 +97,18 @@ def parse_request(words: Sequence[str]) -> Request:
         raise ConfigError(f"compare: {' and '.join(chosen) or 'nothing'} given; write {USAGE}")
     tracking = TrackingConfig()
     return Request(
-        sweep=values.get("sweep", ""), experiment=values.get("experiment", ""), run_ids=tuple(dict.fromkeys(run_ids)),
-        metric=values.get("metric", ""), margin=_margin(values.get("margin", "0")), as_json=as_json,
-        csv=files.get("--csv"), html=files.get("--html"),
+        sweep=values.get("sweep", ""),
+        experiment=values.get("experiment", ""),
+        run_ids=tuple(dict.fromkeys(run_ids)),
+        metric=values.get("metric", ""),
+        margin=_margin(values.get("margin", "0")),
+        as_json=as_json,
+        csv=files.get("--csv"),
+        html=files.get("--html"),
         tracking=replace(
-            tracking, uri=values.get("tracking.uri", tracking.uri), required=True,
+            tracking,
+            uri=values.get("tracking.uri", tracking.uri),
+            required=True,
             experiment=values.get("tracking.experiment", values.get("experiment", tracking.experiment)),
         ),
     )
@@ -148,7 +155,10 @@ def select(request: Request, reader: Reader) -> Selection:
     if request.run_ids and len(groups) > 1:
         raise TrackingError(_not_comparable(request, groups))
     return Selection(
-        title=_title(request, parents), groups=groups, failed=failed, parents=tuple(parents),
+        title=_title(request, parents),
+        groups=groups,
+        failed=failed,
+        parents=tuple(parents),
         skipped=tuple(s for p in parents for s in _summary(reader, p).get("skipped", [])),
     )
 

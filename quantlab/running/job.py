@@ -275,8 +275,9 @@ def _chosen(model: LoadedModel, config: ExperimentConfig) -> list[str]:
     return list(config.model.components or model.components)
 
 
-def _memory(name: str, reference: LoadedModel, candidate: LoadedModel, layers: QuantizationReport | None
-            ) -> MemoryReport:
+def _memory(
+    name: str, reference: LoadedModel, candidate: LoadedModel, layers: QuantizationReport | None
+) -> MemoryReport:
     rows = [r for r in layers.layers if r.component == name] if layers else []
     stored = [r.name for r in rows if r.status in ("quantized", "fallback")]
     return component_memory(candidate.components[name], stored, reference.components[name])

@@ -109,8 +109,9 @@ def reproduce(request: Request) -> Reproduction:
             (scratch / "cache").mkdir()
             (scratch / "cache" / "models").symlink_to(models, target_is_directory=True)
             fresh = replace(session, output_dir=scratch)
-            return _run_again(fresh, job, run, (_artifact(reader, run, "samples.json"), environment),
-                              run_folder(session, job.name))
+            return _run_again(
+                fresh, job, run, (_artifact(reader, run, "samples.json"), environment), run_folder(session, job.name)
+            )
 
 
 def _run_again(session: Session, job: Job, run: StoredRun, known: tuple[Any, Any], folder: Path) -> Reproduction:

@@ -39,14 +39,24 @@ class CalibrationSet:
     def feed(self, component: str, model: LoadedModel, on_call: Progress = None) -> CalibrationFeed:
         """The forward loop of one component."""
         return CalibrationFeed(
-            calls=self.calls[component], num_samples=self.num_samples, batch_size=self.batch_size, device=model.device,
-            dtype=model.dtype, sha256=self.sha256, on_call=on_call,
+            calls=self.calls[component],
+            num_samples=self.num_samples,
+            batch_size=self.batch_size,
+            device=model.device,
+            dtype=model.dtype,
+            sha256=self.sha256,
+            on_call=on_call,
         )
 
 
 def calibration_set(
-    model: LoadedModel, components: Sequence[str], config: CalibrationConfig, evaluation: EvaluationConfig, seen: Any,
-    cache_dir: Path, progress: Progress = None,
+    model: LoadedModel,
+    components: Sequence[str],
+    config: CalibrationConfig,
+    evaluation: EvaluationConfig,
+    seen: Any,
+    cache_dir: Path,
+    progress: Progress = None,
 ) -> CalibrationSet:
     """The calls of ``components`` while the reference runs on the calibration data: from the cache, or recorded now.
 
@@ -76,8 +86,10 @@ def calibration_set(
 
 def halved(batch_size: int) -> int:
     """The next smaller calibration batch, told to the user."""
-    say(f"[yellow]out of memory[/yellow] while calibrating: calibration.batch_size={batch_size // 2} instead of "
-        f"{batch_size}")
+    say(
+        f"[yellow]out of memory[/yellow] while calibrating: calibration.batch_size={batch_size // 2} instead of "
+        f"{batch_size}"
+    )
     return batch_size // 2
 
 
@@ -96,8 +108,13 @@ def _key(model: LoadedModel, components: Sequence[str], inputs: Any, settings: E
     used = ("batch_size", "num_inference_steps", "guidance_scale", "height", "width", "seed")
     machine, known = hardware(), versions()
     parts = {
-        "format": FORMAT, "weights": model.weights_sha256, "inputs": inputs.sha256, "protocol": model.protocol,
-        "dtype": model.dtype, "device": model.device, "components": list(components),
+        "format": FORMAT,
+        "weights": model.weights_sha256,
+        "inputs": inputs.sha256,
+        "protocol": model.protocol,
+        "dtype": model.dtype,
+        "device": model.device,
+        "components": list(components),
         "settings": {k: asdict(settings)[k] for k in used},
         "libraries": {name: known.get(name) for name in LIBRARIES},
         "machine": {k: machine.get(k) for k in ("torch_threads", "cpu_capability", "gpus")},
@@ -106,7 +123,11 @@ def _key(model: LoadedModel, components: Sequence[str], inputs: Any, settings: E
 
 
 def _record(
-    model: LoadedModel, components: Sequence[str], inputs: Any, settings: EvaluationConfig, folder: Path,
+    model: LoadedModel,
+    components: Sequence[str],
+    inputs: Any,
+    settings: EvaluationConfig,
+    folder: Path,
     progress: Progress,
 ) -> None:
     """Write the calls beside their final place and move them there when they are complete."""
@@ -134,7 +155,8 @@ def _open(folder: Path, components: Sequence[str], num_samples: int, batch_size:
     return CalibrationSet(
         calls={name: StoredCalls(folder / name) for name in components},
         sha256=hashlib.sha256(canonical_json(digests).encode()).hexdigest(),
-        num_samples=num_samples, batch_size=batch_size,
+        num_samples=num_samples,
+        batch_size=batch_size,
     )
 
 

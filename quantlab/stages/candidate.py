@@ -72,8 +72,11 @@ def make_candidate(making: Making) -> Candidate:
     axes = job.config.quantization
     if job.native is None:
         with making.stage("quantize") as measured:
-            copies = {} if axes.dtype == "auto" else {
-                name: model.copy_of(name).to(getattr(torch, axes.dtype)) for name in making.names}
+            copies = (
+                {}
+                if axes.dtype == "auto"
+                else {name: model.copy_of(name).to(getattr(torch, axes.dtype)) for name in making.names}
+            )
         return Candidate(model=model.with_components(copies), stages=(measured.report,))
     stages, data, parts = [], None, None
     if job.native.needs_data:
@@ -86,12 +89,15 @@ def make_candidate(making: Making) -> Candidate:
             making.advance(f"quantize {name}", 0, 1)
             part = parts[name] if parts else _part(making, name, job.native)
             made[name], report = quantize_component(
-                part.request, part.module, model.components[name], part.selection, part.calibrated)
+                part.request, part.module, model.components[name], part.selection, part.calibrated
+            )
             reports.append(report)
             making.advance(f"quantize {name}", 1, 1)
     stages.append(measured.report)
     candidate = Candidate(
-        model=model.with_components(made), quantization=_joined(reports), stages=tuple(stages),
+        model=model.with_components(made),
+        quantization=_joined(reports),
+        stages=tuple(stages),
         calibrated={n: (p.calibrated, data.feed(n, model)) for n, p in parts.items()} if parts and data else {},
     )
     if data is None or parts is None:
@@ -127,8 +133,11 @@ def _joined(reports: Sequence[QuantizationReport]) -> QuantizationReport:
 def _shipped_exclusions(axes: QuantizationAxes, module: Any) -> tuple[str, ...]:
     """Entries of the chosen groups of ``conf/modules_to_not_convert``; a group that takes no layer is told."""
     layers = list(linear_layers(module))
-    shipped = {g: axes.modules_to_not_convert[g] for g in groups()["modules_to_not_convert"]
-               if g in axes.modules_to_not_convert}
+    shipped = {
+        g: axes.modules_to_not_convert[g]
+        for g in groups()["modules_to_not_convert"]
+        if g in axes.modules_to_not_convert
+    }
     for group, entries in shipped.items():
         if not any(matches(entry, name) for entry in entries for name in layers):
             say(f"modules_to_not_convert={group}: matches no layer of this model; nothing is excluded by it")
@@ -149,7 +158,8 @@ def _calibrated_parts(making: Making, native: QuantizationConfigMixin) -> tuple[
                 parts[name] = _part(making, name, native)
                 feed = data.feed(name, making.model, functools.partial(making.advance, f"calibrate {name}"))
                 parts[name].calibrated = calibrate_component(
-                    parts[name].request, parts[name].module, parts[name].selection, feed)
+                    parts[name].request, parts[name].module, parts[name].selection, feed
+                )
             return parts, data
         except Exception as error:  # noqa: BLE001  a backend's; only lack of memory is handled here
             if not is_out_of_memory(error) or data.batch_size == 1:
@@ -160,7 +170,12 @@ def _calibrated_parts(making: Making, native: QuantizationConfigMixin) -> tuple[
 
 def _data(making: Making, asked: Any) -> CalibrationSet:
     return calibration_set(
-        making.model, making.names, asked, making.job.config.evaluation, making.inputs, making.cache_dir,
+        making.model,
+        making.names,
+        asked,
+        making.job.config.evaluation,
+        making.inputs,
+        making.cache_dir,
         lambda i, n: making.advance("record calibration calls", i, n),
     )
 
@@ -176,12 +191,17 @@ def _evidence(
         except Exception as error:  # noqa: BLE001  a library's; only lack of memory is handled here
             if not is_out_of_memory(error):
                 raise
-            say("[yellow]out of memory[/yellow] while looking at the layers: this run goes on without "
+            say(
+                "[yellow]out of memory[/yellow] while looking at the layers: this run goes on without "
                 "calibration_layers.json; a smaller calibration.batch_size may help, and "
-                "calibration.num_evidence_calls=0 saves the attempt")
+                "calibration.num_evidence_calls=0 saves the attempt"
+            )
     return CalibrationReport(
-        sha256=data.sha256, num_samples=data.num_samples, batch_size=data.batch_size,
-        num_calls=sum(len(calls) for calls in data.calls.values()), layers=tuple(layers),
+        sha256=data.sha256,
+        num_samples=data.num_samples,
+        batch_size=data.batch_size,
+        num_calls=sum(len(calls) for calls in data.calls.values()),
+        layers=tuple(layers),
     )
 
 
@@ -196,7 +216,8 @@ def _layers(
         before, before_rows = _before(making, data, name, part)
         layers += [
             _layer(name, layer, after[layer], before.get(layer), (before_rows.get(layer), after_rows[name, layer]))
-            for layer in part.selection.calibrated if after[layer].signal
+            for layer in part.selection.calibrated
+            if after[layer].signal
         ]
     return layers
 
@@ -220,14 +241,20 @@ def _energies(
     making: Making, data: CalibrationSet, name: str, module: Any, layers: Sequence[str]
 ) -> dict[str, LayerEnergies]:
     return layer_energies(
-        making.model.components[name], module, layers, data.feed(name, making.model),
+        making.model.components[name],
+        module,
+        layers,
+        data.feed(name, making.model),
         making.job.config.calibration.num_evidence_calls,
         lambda i, n: making.advance(f"look at layers of {name}", i, n),
     )
 
 
 def _layer(
-    component: str, name: str, after: LayerEnergies, before: LayerEnergies | None,
+    component: str,
+    name: str,
+    after: LayerEnergies,
+    before: LayerEnergies | None,
     weight_rel_errors: tuple[float | None, float | None],
 ) -> CalibratedLayer:
     return CalibratedLayer(

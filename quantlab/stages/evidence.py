@@ -45,7 +45,11 @@ class LayerEnergies:
 
 
 def layer_energies(
-    reference: Any, candidate: Any, layers: Sequence[str], feed: CalibrationFeed, num_calls: int,
+    reference: Any,
+    candidate: Any,
+    layers: Sequence[str],
+    feed: CalibrationFeed,
+    num_calls: int,
     progress: Callable[[int, int], Any] | None = None,
 ) -> dict[str, LayerEnergies]:
     """Energies of each layer over ``num_calls`` calls that are evenly spaced over the feed.
@@ -107,7 +111,6 @@ def _energy(tensor: Any) -> float:
     import torch
 
     return float(tensor.square().sum(dtype=torch.float64))
-
 
 
 def evenly_spaced(num: int, num_wanted: int) -> list[int]:

@@ -204,11 +204,16 @@ def check_device(axes: QuantizationAxes, row: Capability, device: str, compute_d
             f"{'; ' + row.note if row.note else ''}"
         )
     if axes.algorithm in row.cuda_algorithms and device != "cuda":
-        others = [b for b, rows in CAPABILITIES.items() if b != axes.backend and axes.dtype in rows
-                  and axes.algorithm in rows[axes.dtype].algorithms]
+        others = [
+            b
+            for b, rows in CAPABILITIES.items()
+            if b != axes.backend and axes.dtype in rows and axes.algorithm in rows[axes.dtype].algorithms
+        ]
         other = f", or backend={others[0]}" if others else ""
-        raise ConfigError(f"algorithm={axes.algorithm}: {axes.backend} runs it on CUDA only, and this run is on "
-                          f"{device}; pass device=cuda{other}")
+        raise ConfigError(
+            f"algorithm={axes.algorithm}: {axes.backend} runs it on CUDA only, and this run is on "
+            f"{device}; pass device=cuda{other}"
+        )
     if compute_dtype not in row.compute_dtypes:
         raise ConfigError(
             f"{who} computes it in {', '.join(row.compute_dtypes)} only; this run computes in {compute_dtype}: "
@@ -268,7 +273,9 @@ def _fallback_config(
     row = capability(axes.backend, dtype)
     is_shared = axes.algorithm in _SHARED_ALGORITHMS and axes.algorithm in row.algorithms
     other = QuantizationAxes(
-        backend=axes.backend, dtype=dtype, compute_dtype=axes.compute_dtype,
+        backend=axes.backend,
+        dtype=dtype,
+        compute_dtype=axes.compute_dtype,
         algorithm=axes.algorithm if is_shared else "auto",
     )
     bad = {n: r for n, shape in shapes.items() if (r := misfit(resolve_axes(other), row, shape))}

@@ -21,7 +21,19 @@ from quantlab.tracking.store import PARENT_TAG, Store, open_store
 from quantlab.tracking.values import flatten
 
 __all__ = [
-    "PARENT_TAG", "Run", "Store", "adopt", "close_orphans", "end_lost_run", "find_records", "find_runs", "flatten",
-    "get_artifact", "get_curve",
-    "get_run", "has_run_with_tags", "open_store", "push_pending",
+    "PARENT_TAG",
+    "Run",
+    "Store",
+    "adopt",
+    "close_orphans",
+    "end_lost_run",
+    "find_records",
+    "find_runs",
+    "flatten",
+    "get_artifact",
+    "get_curve",
+    "get_run",
+    "has_run_with_tags",
+    "open_store",
+    "push_pending",
 ]

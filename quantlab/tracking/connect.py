@@ -28,16 +28,22 @@ def resolved_uri(uri: str, base_dir: Path) -> str:
     if uri.startswith(_SQLITE):
         path = Path(uri.removeprefix(_SQLITE)).expanduser()
         if not path.name or ":memory:" in uri:
-            raise TrackingError(f"tracking.uri={uri}: runs are kept in a file; set tracking.uri=sqlite:///outputs/mlflow.db")
+            raise TrackingError(
+                f"tracking.uri={uri}: runs are kept in a file; set tracking.uri=sqlite:///outputs/mlflow.db"
+            )
         whole = base_dir.absolute() / path
         if set("?#") & set(str(whole)):
             raise TrackingError(f"tracking.uri={uri}: the path {whole} holds ? or #; set tracking.uri=sqlite:///<path>")
         return f"{_SQLITE}{whole}"
     if "://" not in uri or uri.startswith("file:"):
-        raise TrackingError(f"tracking.uri={uri}: MLflow's file store is in maintenance mode and not supported; "
-                            "set tracking.uri=sqlite:///outputs/mlflow.db")
-    raise TrackingError(f"tracking.uri={shown_uri(uri)}: not supported; set tracking.uri=sqlite:///<file>, or "
-                        "tracking.uri=http(s)://<host> of an MLflow server")
+        raise TrackingError(
+            f"tracking.uri={uri}: MLflow's file store is in maintenance mode and not supported; "
+            "set tracking.uri=sqlite:///outputs/mlflow.db"
+        )
+    raise TrackingError(
+        f"tracking.uri={shown_uri(uri)}: not supported; set tracking.uri=sqlite:///<file>, or "
+        "tracking.uri=http(s)://<host> of an MLflow server"
+    )
 
 
 def shown_uri(uri: str) -> str:
@@ -66,8 +72,10 @@ def connect(uri: str, experiment: str) -> tuple[Any, str]:
             client = MlflowClient(tracking_uri=uri)
             return client, _experiment_id(client, experiment, None)
         except store_errors() as error:
-            raise TrackingError(f"tracking.uri={shown_uri(uri)}: answers, but not as an MLflow server that takes runs "
-                                f"({first_line(error)}); {_WAY_OUT}") from error
+            raise TrackingError(
+                f"tracking.uri={shown_uri(uri)}: answers, but not as an MLflow server that takes runs "
+                f"({first_line(error)}); {_WAY_OUT}"
+            ) from error
 
 
 def store_errors() -> tuple[type[Exception], ...]:
@@ -118,11 +126,15 @@ def _connect_sqlite(path: Path, uri: str, experiment: str) -> tuple[Any, str]:
     except TrackingError:
         raise
     except Timeout as error:
-        raise TrackingError(f"tracking.uri={uri}: another process has kept {path}.lock for {_LOCK_SECONDS} s; "
-                            "end that process, or set tracking.uri=sqlite:///<another file>") from error
+        raise TrackingError(
+            f"tracking.uri={uri}: another process has kept {path}.lock for {_LOCK_SECONDS} s; "
+            "end that process, or set tracking.uri=sqlite:///<another file>"
+        ) from error
     except store_errors() as error:
-        raise TrackingError(f"tracking.uri={uri}: cannot be used ({first_line(error)}); "
-                            "set tracking.uri=sqlite:///<another file>, or tracking.required=false") from error
+        raise TrackingError(
+            f"tracking.uri={uri}: cannot be used ({first_line(error)}); "
+            "set tracking.uri=sqlite:///<another file>, or tracking.required=false"
+        ) from error
 
 
 def _check_sqlite(path: Path) -> None:
@@ -158,8 +170,10 @@ def _experiment_id(client: Any, name: str, artifacts: Path | None) -> str:
             if found is None:
                 raise TrackingError(f"tracking.experiment={name}: {first_line(error)}; choose another name") from error
     if found.lifecycle_stage == "deleted":
-        raise TrackingError(f"tracking.experiment={name}: is deleted in this store; restore it with "
-                            f"`mlflow experiments restore -x {found.experiment_id}`, or choose another name")
+        raise TrackingError(
+            f"tracking.experiment={name}: is deleted in this store; restore it with "
+            f"`mlflow experiments restore -x {found.experiment_id}`, or choose another name"
+        )
     experiment_id: str = found.experiment_id
     return experiment_id
 

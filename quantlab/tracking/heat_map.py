@@ -24,7 +24,7 @@ def draw_heat_map(heat: Mapping[str, Any], file: Path) -> None:
     image = axes.imshow(values, aspect="auto", cmap="cividis", interpolation="nearest")
     every = -(-len(rows) // MAX_LABELS)
     axes.set_yticks(range(0, len(rows), every), rows[::every], fontsize=6)
-    axes.set_xticks(range(0, len(columns), -(-len(columns) // 25)), columns[::-(-len(columns) // 25)], fontsize=7)
+    axes.set_xticks(range(0, len(columns), -(-len(columns) // 25)), columns[:: -(-len(columns) // 25)], fontsize=7)
     axes.set_xlabel("denoising step")
     axes.set_title(heat["title"], fontsize=8)
     figure.colorbar(image, label="dB; larger is better")

@@ -11,9 +11,24 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGES = (
-    "quantlab-recipes", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "scipy",
-    "scikit-learn", "hydra-core", "omegaconf", "mlflow",
-    "bitsandbytes", "torchao", "optimum-quanto", "gguf", "libgguf", "nvidia-modelopt",
+    "quantlab-recipes",
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "hydra-core",
+    "omegaconf",
+    "mlflow",
+    "bitsandbytes",
+    "torchao",
+    "optimum-quanto",
+    "gguf",
+    "libgguf",
+    "nvidia-modelopt",
 )
 
 
@@ -53,7 +68,11 @@ def _git(root: Path, *words: str) -> str | None:
     try:
         done = subprocess.run(
             ["git", "-C", str(root), *words],
-            capture_output=True, text=True, errors="surrogateescape", timeout=10, check=False,
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            timeout=10,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

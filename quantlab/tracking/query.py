@@ -23,7 +23,11 @@ RunData = dict[str, Any]
 
 
 def find_runs(
-    store: Store, *, key: str | None = None, parent_run_id: str | None = None, status: str | None = "FINISHED",
+    store: Store,
+    *,
+    key: str | None = None,
+    parent_run_id: str | None = None,
+    status: str | None = "FINISHED",
     tags: Mapping[str, str] | None = None,
 ) -> list[RunData]:
     """Runs of the store's experiment, newest first; none where the store was not reached or is lost.
@@ -33,8 +37,12 @@ def find_runs(
     """
     if store.is_lost:
         return []
-    wanted = {"tags.`quantlab.key`": key, f"tags.`{PARENT_TAG}`": parent_run_id, "attributes.status": status,
-              **{f"tags.`{name}`": value for name, value in (tags or {}).items()}}
+    wanted = {
+        "tags.`quantlab.key`": key,
+        f"tags.`{PARENT_TAG}`": parent_run_id,
+        "attributes.status": status,
+        **{f"tags.`{name}`": value for name, value in (tags or {}).items()},
+    }
     terms = []
     for name, value in wanted.items():
         if value is not None:

@@ -168,10 +168,20 @@ def _add(summary: dict[str, Any], event: Event) -> None:
     op = event["op"]
     if op == "start":
         summary.update(
-            record=event["record"], name=event["name"],
-            parent_run_id=event["parent_run_id"], parent_record=event["parent_record"],
-            start_ms=event["time_ms"], end_ms=None, status="RUNNING", stage="", error="",
-            tags=dict(event["tags"]), params={}, metrics={}, curves={}, artifacts=[],
+            record=event["record"],
+            name=event["name"],
+            parent_run_id=event["parent_run_id"],
+            parent_record=event["parent_record"],
+            start_ms=event["time_ms"],
+            end_ms=None,
+            status="RUNNING",
+            stage="",
+            error="",
+            tags=dict(event["tags"]),
+            params={},
+            metrics={},
+            curves={},
+            artifacts=[],
         )
     elif op == "metrics":
         summary["metrics"].update(event["values"])

@@ -34,8 +34,11 @@ def push_pending(store: Store, runs_dir: Path) -> list[str]:
         try:
             _forget_lost_run(store, record)
         except store_errors() as error:
-            _LOG.warning("tracking.uri=%s: the store is lost (%s); the rest is sent at the next start", store.uri,
-                         first_line(error))
+            _LOG.warning(
+                "tracking.uri=%s: the store is lost (%s); the rest is sent at the next start",
+                store.uri,
+                first_line(error),
+            )
             break
         if store.sync(record):
             pushed.append(str(record.summary["name"]))
@@ -106,8 +109,11 @@ def _close_in_store(store: Store) -> list[str]:
                 store.client.set_terminated(run.info.run_id, "KILLED")
                 closed.append(str(run.info.run_name))
     except store_errors() as error:
-        _LOG.warning("tracking.uri=%s: runs left open could not be closed (%s); the next start tries again", store.uri,
-                     first_line(error))
+        _LOG.warning(
+            "tracking.uri=%s: runs left open could not be closed (%s); the next start tries again",
+            store.uri,
+            first_line(error),
+        )
     return closed
 
 

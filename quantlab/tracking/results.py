@@ -89,7 +89,8 @@ def _quantization_metrics(q: QuantizationReport) -> dict[str, float | int | None
 
 def _calibration_metrics(c: CalibrationReport) -> dict[str, float | int | None]:
     out: dict[str, float | int | None] = {
-        "calibration/num_samples": c.num_samples, "calibration/batch_size": c.batch_size,
+        "calibration/num_samples": c.num_samples,
+        "calibration/batch_size": c.batch_size,
         "calibration/num_calls": c.num_calls,
     }
     for name in ("weight_sqnr_db", "output_sqnr_db"):

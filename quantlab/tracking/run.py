@@ -221,8 +221,10 @@ def _grid(images: Any, name: str) -> Any:
     array = np.asarray(images)
     array = array[None] if array.ndim == 4 else array
     if array.dtype != np.uint8 or array.ndim != 5 or array.shape[-1] not in (1, 3) or 0 in array.shape:
-        raise TrackingError(f"images {name!r}: {array.dtype} of shape {array.shape}; give uint8 of shape "
-                            "(rows, columns, height, width, 1 or 3)")
+        raise TrackingError(
+            f"images {name!r}: {array.dtype} of shape {array.shape}; give uint8 of shape "
+            "(rows, columns, height, width, 1 or 3)"
+        )
     scale = -(-_MIN_TILE_PIXELS // min(array.shape[2:4])) if min(array.shape[2:4]) < _MIN_TILE_PIXELS else 1
     tiles = array.repeat(scale, axis=2).repeat(scale, axis=3).repeat(3 // array.shape[-1], axis=4)
     rows, columns, height, width, _ = tiles.shape

@@ -58,7 +58,11 @@ class Store:
         self._pause = _FIRST_PAUSE_S
 
     def start_run(
-        self, name: str, folder: Path, params: Mapping[str, Any], tags: Mapping[str, Any],
+        self,
+        name: str,
+        folder: Path,
+        params: Mapping[str, Any],
+        tags: Mapping[str, Any],
         parent_run_id: str | None = None,
     ) -> Run:
         """Begin a run whose record is kept in ``folder`` (which must not hold one yet).
@@ -105,8 +109,12 @@ class Store:
         self.was_lost = True
         self._quiet_until = time.monotonic() + self._pause
         if self._pause == _FIRST_PAUSE_S:
-            _LOG.warning("tracking.uri=%s: the store is lost (%s); runs go on in their folders, and are sent "
-                         "when it answers again, or at the next start", self.uri, first_line(error))
+            _LOG.warning(
+                "tracking.uri=%s: the store is lost (%s); runs go on in their folders, and are sent "
+                "when it answers again, or at the next start",
+                self.uri,
+                first_line(error),
+            )
         self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
 
     def wake(self) -> None:
@@ -142,8 +150,12 @@ class Store:
                 if not is_refusal(error):
                     raise
                 if not sent.refused:
-                    _LOG.warning("%s: the store refuses %s (%s); it stays in the folder", record.folder, event["op"],
-                                 first_line(error))
+                    _LOG.warning(
+                        "%s: the store refuses %s (%s); it stays in the folder",
+                        record.folder,
+                        event["op"],
+                        first_line(error),
+                    )
                 sent.refused.append(f"{event['op']}: {first_line(error)}")
             sent.offset, sent.done = offset, event["op"] == "finish"
             record.save_sent(sent)

@@ -61,7 +61,7 @@ _BITSANDBYTES: Rows = {
         group_sizes=("none",),
         activation_dtypes=("int8",),
         note="LLM.int8: activations are rounded to int8 at run time, but for input columns with a value of "
-             "llm_int8_threshold or more: a rule applied at each call, nothing is calibrated",
+        "llm_int8_threshold or more: a rule applied at each call, nothing is calibrated",
     ),
 }
 
@@ -78,7 +78,7 @@ _TORCHAO: Rows = {
         activation_dtypes=("none", "float8_e4m3"),
         may_crash_on=("cuda",),  # scaled by rows, with CUDA 12.9 (pytorch/ao 4582)
         note="activation_dtype=float8_e4m3 needs CUDA, compute capability 8.9, or activation_scales=static with "
-             "calibration data (a prototype)",
+        "calibration data (a prototype)",
     ),
     "float8_e5m2": Capability(group_sizes=("none",)),
     "int4": Capability(
@@ -87,8 +87,8 @@ _TORCHAO: Rows = {
         algorithms=("max", "hqq", "awq", "smoothquant"),
         activation_dtypes=("none", "int8"),
         note="kept in int8 (unpacked_to_int8), or tile_packed_to_4d on CUDA 8.0 in bfloat16, or opaque on a CPU (a "
-             "prototype); awq and smoothquant need calibration data, a packed format, activation_dtype=none and "
-             "groups of 32, 64 or 128",
+        "prototype); awq and smoothquant need calibration data, a packed format, activation_dtype=none and "
+        "groups of 32, 64 or 128",
     ),
     "int3": Capability(group_sizes=("none", *_ROW_GROUPS), is_simulated_on=("cpu", "cuda"), algorithms=("max", "hqq")),
     "int2": Capability(group_sizes=("none", *_ROW_GROUPS), is_simulated_on=("cpu", "cuda"), algorithms=("max", "hqq")),
@@ -121,9 +121,16 @@ _TORCHAO: Rows = {
 _QUANTO_ACTIVATIONS = ("none", "int8", "float8_e4m3", "float8_e5m2")
 _QUANTO_NOTE = "activations need calibration data"
 _QUANTO: Rows = {
-    **{d: Capability(activation_dtypes=_QUANTO_ACTIVATIONS, algorithms=algorithms, note=_QUANTO_NOTE) for d, algorithms
-       in (("int8", ("max",)), ("int4", ("max", "hqq")), ("int2", ("max", "hqq")), ("float8_e4m3", ("max",)),
-           ("float8_e5m2", ("max",)))},
+    **{
+        d: Capability(activation_dtypes=_QUANTO_ACTIVATIONS, algorithms=algorithms, note=_QUANTO_NOTE)
+        for d, algorithms in (
+            ("int8", ("max",)),
+            ("int4", ("max", "hqq")),
+            ("int2", ("max", "hqq")),
+            ("float8_e4m3", ("max",)),
+            ("float8_e5m2", ("max",)),
+        )
+    },
 }
 
 _IMATRIX = ("max", "imatrix")
@@ -131,10 +138,27 @@ _Q32 = {"group_sizes": (32,), "in_features_multiple": 32, "packages": ("libgguf"
 _K = {"in_features_multiple": 256, "packages": ("libgguf",), "algorithms": _IMATRIX}
 _GGUF: Rows = {
     "q8_0": Capability(**_Q32, note="ggml's quantizer of it takes no importance matrix"),  # type: ignore[arg-type]
-    **{d: Capability(**_Q32, algorithms=_IMATRIX) for d in (  # type: ignore[arg-type]
-        "q5_0", "q5_1", "q4_0", "q4_1", "iq4_nl")},
-    **{d: Capability(**_K, group_sizes=(size,)) for d, size in (  # type: ignore[arg-type]
-        ("q6_k", 16), ("q5_k", 32), ("q4_k", 32), ("q3_k", 16), ("q2_k", 16), ("iq4_xs", 32))},
+    **{
+        d: Capability(**_Q32, algorithms=_IMATRIX)
+        for d in (  # type: ignore[arg-type]
+            "q5_0",
+            "q5_1",
+            "q4_0",
+            "q4_1",
+            "iq4_nl",
+        )
+    },
+    **{
+        d: Capability(**_K, group_sizes=(size,))
+        for d, size in (  # type: ignore[arg-type]
+            ("q6_k", 16),
+            ("q5_k", 32),
+            ("q4_k", 32),
+            ("q3_k", 16),
+            ("q2_k", 16),
+            ("iq4_xs", 32),
+        )
+    },
 }
 
 _MODELOPT_ACTIVATIONS = ("none", "int8", "float8_e4m3")
@@ -197,16 +221,22 @@ _COMMON: dict[str, str] = {
     **dict.fromkeys(_GGUF, _GGML),
 }
 _REASONS: dict[str, dict[str, str]] = {
-    "none": {d: "backend=none only casts; choose a backend" for b in (
-        _BITSANDBYTES, _TORCHAO, _QUANTO, _GGUF, _MODELOPT) for d in b},
+    "none": {
+        d: "backend=none only casts; choose a backend"
+        for b in (_BITSANDBYTES, _TORCHAO, _QUANTO, _GGUF, _MODELOPT)
+        for d in b
+    },
     "bitsandbytes": {
         **dict.fromkeys(("int4", "int3", "int2"), "its 4 bits are nf4 and fp4; it has no integers below 8 bits"),
         **dict.fromkeys(("float8_e4m3", "float8_e5m2"), "its 8-bit floats are for optimizers, not for layers"),
         **dict.fromkeys(("mxfp8", "mxfp4", "nvfp4"), _BLOCKS),
     },
     "torchao": {
-        **dict.fromkeys(_GGUF, "torchao's prototype of it (GGUFWeightOnlyConfig) leaves layers that do not fit "
-                               "unquantized without a word; gguf stores it"),
+        **dict.fromkeys(
+            _GGUF,
+            "torchao's prototype of it (GGUFWeightOnlyConfig) leaves layers that do not fit "
+            "unquantized without a word; gguf stores it",
+        ),
         "fp4": "torchao's 4-bit floats are in blocks: mxfp4, nvfp4",
     },
     "quanto": {

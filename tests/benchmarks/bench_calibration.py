@@ -17,8 +17,15 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = ["evaluation=quick", "model.num_train_steps=40", "sweep.floors=false", "calibration.num_evidence_calls=0",
-            "num_threads=1", "--json", "-q"]
+SETTINGS = [
+    "evaluation=quick",
+    "model.num_train_steps=40",
+    "sweep.floors=false",
+    "calibration.num_evidence_calls=0",
+    "num_threads=1",
+    "--json",
+    "-q",
+]
 ROWS = {
     "gguf q4_k imatrix": ["backend=gguf", "dtype=q4_k", "algorithm=imatrix"],
     "quanto int8 activations": ["backend=quanto", "dtype=int8", "activation_dtype=int8"],
@@ -26,8 +33,13 @@ ROWS = {
     "modelopt int4 gptq": ["backend=modelopt", "dtype=int4", "algorithm=gptq"],
     "torchao int8 smoothquant": ["backend=torchao", "dtype=int8", "activation_dtype=int8", "algorithm=smoothquant"],
     "torchao int8 awq": ["backend=torchao", "dtype=int8", "algorithm=awq", "group_size=none"],
-    "torchao int8 awq, 4 layers at once": ["backend=torchao", "dtype=int8", "algorithm=awq", "group_size=none",
-                                           "quantization.calibration_layers_at_once=4"],
+    "torchao int8 awq, 4 layers at once": [
+        "backend=torchao",
+        "dtype=int8",
+        "algorithm=awq",
+        "group_size=none",
+        "quantization.calibration_layers_at_once=4",
+    ],
 }
 MIB = 1024**2
 
@@ -50,8 +62,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-calibration-") as name:
         for what, words in ROWS.items():
             (time_few, peak_few), (time_many, peak_many) = (calibrated(Path(name), words, n) for n in (few, many))
-            print(f"  {what:<36} {peak_few:7.0f} {peak_many:7.0f} {peak_many / peak_few:6.2f} "
-                  f"{peak_many - peak_few:+7.0f} {time_few:7.1f} {time_many:7.1f}", flush=True)
+            print(
+                f"  {what:<36} {peak_few:7.0f} {peak_many:7.0f} {peak_many / peak_few:6.2f} "
+                f"{peak_many - peak_few:+7.0f} {time_few:7.1f} {time_many:7.1f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

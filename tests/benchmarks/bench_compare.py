@@ -50,9 +50,13 @@ def make_store(folder: Path, num_runs: int) -> None:
             new = uuid.uuid4().hex
             copy_rows(database, made, new)
             mean, half = values.mean(), 2 * values.std() / N**0.5
-            numbers = {"quality/latent_rel_mse": mean, "quality/latent_rel_mse/ci_lo": mean - half,
-                       "quality/latent_rel_mse/ci_hi": mean + half, "quality/latent_rel_mse/se": half / 2,
-                       "memory/weights_bytes": size}
+            numbers = {
+                "quality/latent_rel_mse": mean,
+                "quality/latent_rel_mse/ci_lo": mean - half,
+                "quality/latent_rel_mse/ci_hi": mean + half,
+                "quality/latent_rel_mse/se": half / 2,
+                "memory/weights_bytes": size,
+            }
             for key, value in numbers.items():
                 where = "WHERE run_uuid = ? AND key = ?"
                 database.execute(f"UPDATE latest_metrics SET value = ? {where}", (value, new, key))
@@ -92,8 +96,10 @@ def main(num_runs: int = 1000) -> dict[str, float]:
         start = time.perf_counter()
         assert len(find_runs(open_store(TrackingConfig(), Path(name)), status=None)) == num_runs
         seconds["MLflow's reader alone"] = time.perf_counter() - start
-        print(f"{num_runs} runs, a front of {len(groups[0].front)}, {len(groups[0].pairs)} pairs, "
-              f"page {page.stat().st_size / 1e6:.1f} MB")
+        print(
+            f"{num_runs} runs, a front of {len(groups[0].front)}, {len(groups[0].pairs)} pairs, "
+            f"page {page.stat().st_size / 1e6:.1f} MB"
+        )
     for what, value in seconds.items():
         print(f"{what:<24} {value:6.2f} s   {value / seconds['the whole command']:.2f} of the command")
     return seconds

@@ -87,8 +87,9 @@ def _cpu_seconds(command: Sequence[str]) -> float:
 
 def _imports_torch(words: Sequence[str]) -> bool:
     command = [sys.executable, "-X", "importtime", "-m", "quantlab", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment(),
-                          cwd=tempfile.gettempdir())
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=_environment(), cwd=tempfile.gettempdir()
+    )
     return any(line.rpartition("|")[2].strip() == "torch" for line in done.stderr.splitlines())
 
 
@@ -129,8 +130,10 @@ def bench_run(folder: Path, row: str, seconds: float, repeats: int) -> None:
     fixed = b["cpu"] - a["cpu"]
     print(f"  difference {fixed:.2f} CPU s, which is {LIMIT:.0%} of a run of {fixed / LIMIT:.0f} s")
     agree = abs(b["latent_rel_mse"] - a["latent_rel_mse"]) <= 1e-6 * a["latent_rel_mse"]
-    print(f"  same latent_rel_mse to 1e-6: {'yes' if agree else 'no'} ({b['latent_rel_mse']:.9g}, "
-          f"{a['latent_rel_mse']:.9g})")
+    print(
+        f"  same latent_rel_mse to 1e-6: {'yes' if agree else 'no'} ({b['latent_rel_mse']:.9g}, "
+        f"{a['latent_rel_mse']:.9g})"
+    )
 
 
 def _request(folder: Path, row: str, num_samples: int) -> list[str]:
@@ -142,9 +145,16 @@ def _request(folder: Path, row: str, num_samples: int) -> list[str]:
 
 
 def _settings(folder: Path) -> list[str]:
-    return [f"output_dir={folder}/outputs", f"tracking.uri=sqlite:///{folder}/mlflow.db", "num_threads=1", "device=cpu",
-            f"model.num_train_steps={TRAIN_STEPS}", f"evaluation.batch_size={BATCH_SIZE}",
-            f"evaluation.num_inference_steps={NUM_STEPS}", "evaluation.num_teacher_forced=0"]
+    return [
+        f"output_dir={folder}/outputs",
+        f"tracking.uri=sqlite:///{folder}/mlflow.db",
+        "num_threads=1",
+        "device=cpu",
+        f"model.num_train_steps={TRAIN_STEPS}",
+        f"evaluation.batch_size={BATCH_SIZE}",
+        f"evaluation.num_inference_steps={NUM_STEPS}",
+        "evaluation.num_teacher_forced=0",
+    ]
 
 
 def _work(worker: str, row: str, words: Sequence[str]) -> dict[str, Any]:
@@ -181,8 +191,16 @@ def _script(row: str, words: Sequence[str]) -> dict[str, Any]:
 
 
 def _quantlab(row: str, words: Sequence[str]) -> dict[str, Any]:
-    modules = ["torch", ROWS[row][1], "mlflow", "quantlab.running.sweep", "scipy.linalg", "sklearn.datasets",
-               "sklearn.model_selection", "PIL.Image"]
+    modules = [
+        "torch",
+        ROWS[row][1],
+        "mlflow",
+        "quantlab.running.sweep",
+        "scipy.linalg",
+        "sklearn.datasets",
+        "sklearn.model_selection",
+        "PIL.Image",
+    ]
     _, imports = _timed("import_", lambda: _import(modules))
     from quantlab import tracking
     from quantlab.planning.plan import plan
@@ -193,8 +211,14 @@ def _quantlab(row: str, words: Sequence[str]) -> dict[str, Any]:
     reports, spent = _timed("", lambda: run_plan(request, quiet=True))
     report = reports[-1]
     tracked = tracking.get_run(store, report.run_id)
-    return {**spent, **imports, **composed, **opened, "stages": {s.name: s.seconds for s in report.stages},
-            "latent_rel_mse": tracked["metrics"]["quality/latent_rel_mse"]}
+    return {
+        **spent,
+        **imports,
+        **composed,
+        **opened,
+        "stages": {s.name: s.seconds for s in report.stages},
+        "latent_rel_mse": tracked["metrics"]["quality/latent_rel_mse"],
+    }
 
 
 def _reference(row: str, words: Sequence[str]) -> dict[str, Any]:

@@ -72,8 +72,15 @@ def against_single_runs(folder: Path, num_jobs: int) -> None:
 def two_against_one(folder: Path, num_jobs: int) -> None:
     """Print the ratio of one worker process to two, without their start."""
     quantlab(folder, "backend=torchao", *LONG)  # trains the model, observes the reference, measures the floors
-    words = [recipe(folder, num_jobs), *LONG, "launcher=pool", "sweep.isolation=none", "sweep.force=true",
-             "sweep.floors=false", "num_threads=1"]
+    words = [
+        recipe(folder, num_jobs),
+        *LONG,
+        "launcher=pool",
+        "sweep.isolation=none",
+        "sweep.force=true",
+        "sweep.floors=false",
+        "num_threads=1",
+    ]
     found = {}
     print(f"{num_jobs} jobs by worker processes of one thread, warm cache, no floor rows")
     for num in (1, 2):
@@ -83,9 +90,12 @@ def two_against_one(folder: Path, num_jobs: int) -> None:
             for row in json.loads(out)
         }
         found[num] = wall, numbers
-        seconds = [row["metrics"]["perf/evaluate_s"] for row in json.loads(out) if "quantization/coverage" in
-                   row["metrics"]]
-        print(f"  {num} worker(s): {wall:.1f} s wall, {cpu:.1f} s CPU; jobs of {min(seconds):.1f} to {max(seconds):.1f} s")
+        seconds = [
+            row["metrics"]["perf/evaluate_s"] for row in json.loads(out) if "quantization/coverage" in row["metrics"]
+        ]
+        print(
+            f"  {num} worker(s): {wall:.1f} s wall, {cpu:.1f} s CPU; jobs of {min(seconds):.1f} to {max(seconds):.1f} s"
+        )
     started = timed(folder, "-c", IMPORTS)[0]
     ratio = (found[1][0] - 2 * started) / (found[2][0] - 2 * started)  # the sweep's imports, then a worker's
     identical = "identical" if found[1][1] == found[2][1] else "NOT identical"

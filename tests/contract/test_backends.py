@@ -80,7 +80,8 @@ def ways(backend, dtype, algorithm):
     for activation_dtype in row.activation_dtypes:
         for settings in ({}, {"activation_scales": "static"}):
             axes = QuantizationAxes(
-                backend=backend, dtype=dtype, algorithm=algorithm, activation_dtype=activation_dtype)
+                backend=backend, dtype=dtype, algorithm=algorithm, activation_dtype=activation_dtype
+            )
             try:
                 native_config(axes, settings)
             except ConfigError:

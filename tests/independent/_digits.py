@@ -13,17 +13,29 @@ NULL_CLASS, GUIDANCE = 10, 1.5
 def load(folder):
     with safe_open(f"{folder}/model.safetensors", framework="pt") as file:
         sizes, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    model = DiTTransformer2DModel(num_attention_heads=int(sizes["num_heads"]), attention_head_dim=32, in_channels=1,
-                                  out_channels=1, num_layers=int(sizes["num_layers"]), sample_size=8, patch_size=2,
-                                  num_embeds_ada_norm=NULL_CLASS)
+    model = DiTTransformer2DModel(
+        num_attention_heads=int(sizes["num_heads"]),
+        attention_head_dim=32,
+        in_channels=1,
+        out_channels=1,
+        num_layers=int(sizes["num_layers"]),
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=NULL_CLASS,
+    )
     model.load_state_dict(state)
     return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def sample(model, noise, labels, num_steps):
-    scheduler = DDIMScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction",
-                              clip_sample=True, timestep_spacing="trailing")
+    scheduler = DDIMScheduler(
+        1000,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        clip_sample=True,
+        timestep_spacing="trailing",
+    )
     scheduler.set_timesteps(num_steps)
     both = torch.cat([labels, torch.full_like(labels, NULL_CLASS)])
     for t in scheduler.timesteps:
@@ -44,5 +56,12 @@ def main(quantize, count_bytes):
     want, images = ref["latents"].flatten(1).double(), ((got + 1) / 2).clamp(0, 1).mul(255).round().double()
     rel_mse = (got - want).square().sum(1) / want.square().sum(1)
     psnr = -10 * ((images - ref["images"].flatten(1)) / 255).square().mean(1).clamp(min=1e-10).log10()
-    print(json.dumps({"latent_rel_mse": float(rel_mse.mean()), "psnr_db": float(psnr.mean()),
-                      "weights_bytes": count_bytes(model)}))
+    print(
+        json.dumps(
+            {
+                "latent_rel_mse": float(rel_mse.mean()),
+                "psnr_db": float(psnr.mean()),
+                "weights_bytes": count_bytes(model),
+            }
+        )
+    )

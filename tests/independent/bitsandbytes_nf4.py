@@ -7,8 +7,9 @@ from torch import nn
 
 def quantize(model):
     for name, linear in [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]:
-        layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=True, quant_type="nf4",
-                                  compress_statistics=False)
+        layer = bnb.nn.Linear4bit(
+            linear.in_features, linear.out_features, bias=True, quant_type="nf4", compress_statistics=False
+        )
         layer.load_state_dict(linear.state_dict())
         layer.support_avx512bf16_for_cpu = False  # that path repacks the weight lossily at the first call
         parent, _, leaf = name.rpartition(".")

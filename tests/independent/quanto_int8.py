@@ -6,8 +6,9 @@ from optimum import quanto
 from torch import nn
 
 LIBRARY = torch.library.Library("quanto", "IMPL")
-LIBRARY.impl("qbytes_mm", lambda a, w, s: torch.matmul(a.to(s.dtype), (w.to(s.dtype) * s).t()), "CPU",
-             allow_override=True)  # the library's own reads past rows that are not aligned
+LIBRARY.impl(
+    "qbytes_mm", lambda a, w, s: torch.matmul(a.to(s.dtype), (w.to(s.dtype) * s).t()), "CPU", allow_override=True
+)  # the library's own reads past rows that are not aligned
 
 
 def quantize(model):

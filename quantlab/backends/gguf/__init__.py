@@ -14,6 +14,16 @@ from quantlab.backends.gguf.storage import load, save
 Config = GGUFQuantizationConfig
 
 __all__ = [
-    "Config", "GGUFQuantizationConfig", "InputSquares", "calibrate", "load", "quantize", "read_back", "read_imatrix",
-    "resolve", "save", "write_calibration", "write_imatrix",
+    "Config",
+    "GGUFQuantizationConfig",
+    "InputSquares",
+    "calibrate",
+    "load",
+    "quantize",
+    "read_back",
+    "read_imatrix",
+    "resolve",
+    "save",
+    "write_calibration",
+    "write_imatrix",
 ]

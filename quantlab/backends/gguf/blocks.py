@@ -10,8 +10,18 @@ from quantlab.errors import ConfigError, ModelError
 from quantlab.vocabulary.dtypes import dtype_name
 
 WEIGHTS_PER_SCALE = {
-    "q8_0": 32, "q5_0": 32, "q5_1": 32, "q4_0": 32, "q4_1": 32, "iq4_nl": 32,
-    "q6_k": 16, "q5_k": 32, "q4_k": 32, "q3_k": 16, "q2_k": 16, "iq4_xs": 32,
+    "q8_0": 32,
+    "q5_0": 32,
+    "q5_1": 32,
+    "q4_0": 32,
+    "q4_1": 32,
+    "iq4_nl": 32,
+    "q6_k": 16,
+    "q5_k": 32,
+    "q4_k": 32,
+    "q3_k": 16,
+    "q2_k": 16,
+    "iq4_xs": 32,
 }
 """The block that has a scale of its own; in the 256-weight superblocks these scales are themselves 4 to 8 bits."""
 
@@ -42,8 +52,10 @@ def encode(name: str, weight: Any, gguf_type: str, importance: Any = None) -> An
 
     block, _ = block_size(gguf_type)
     if weight.shape[1] % block:
-        raise ConfigError(f"dtype={gguf_type}: {name} of shape {tuple(weight.shape)}: in_features {weight.shape[1]} "
-                          f"does not divide by {block}; exclude it with modules_to_not_convert or choose another dtype")
+        raise ConfigError(
+            f"dtype={gguf_type}: {name} of shape {tuple(weight.shape)}: in_features {weight.shape[1]} "
+            f"does not divide by {block}; exclude it with modules_to_not_convert or choose another dtype"
+        )
     dense = weight.float().cpu()
     if not bool(torch.isfinite(dense).all()):
         raise ModelError(f"{name}.weight: holds NaN or infinities; exclude the layer with modules_to_not_convert")
@@ -52,8 +64,10 @@ def encode(name: str, weight: Any, gguf_type: str, importance: Any = None) -> An
     with ThreadPoolExecutor(len(chunks)) as pool:
         codes = np.concatenate(list(pool.map(lambda rows: libgguf.quantize_rows(rows, kind, importance), chunks)))
     if float(dense.abs().max()) > 65504 and not np.isfinite(libgguf.dequantize_rows(codes, kind)).all():
-        raise ModelError(f"{name}.weight: holds weights too large for the float16 scales of {gguf_type}; "
-                         "exclude the layer with modules_to_not_convert")
+        raise ModelError(
+            f"{name}.weight: holds weights too large for the float16 scales of {gguf_type}; "
+            "exclude the layer with modules_to_not_convert"
+        )
     return torch.from_numpy(codes).to(weight.device)
 
 

@@ -56,8 +56,9 @@ class GGUFQuantizationConfig(QuantizationConfigMixin):
         own, known = dict(settings or {}), [f.name for f in cls._fields() if f.metadata["node"]]
         for key in own:
             if key not in known:
-                raise ConfigError(f"quantization.{key}: gguf has no such setting{nearest(key, known)} "
-                                  f"(it has {', '.join(known)})")
+                raise ConfigError(
+                    f"quantization.{key}: gguf has no such setting{nearest(key, known)} (it has {', '.join(known)})"
+                )
         axes = resolve_axes(axes)
         if axes.compute_dtype != "auto":
             own["compute_dtype"] = axes.compute_dtype
@@ -66,26 +67,36 @@ class GGUFQuantizationConfig(QuantizationConfigMixin):
 
     def axes(self) -> QuantizationAxes:
         """The axes that :meth:`from_axes` turns into this config."""
-        return resolve_axes(QuantizationAxes(
-            backend="gguf", dtype=self.dtype, compute_dtype=self.compute_dtype, algorithm=self.algorithm,
-            modules_to_not_convert=self._exclusion_axes(),
-        ))
+        return resolve_axes(
+            QuantizationAxes(
+                backend="gguf",
+                dtype=self.dtype,
+                compute_dtype=self.compute_dtype,
+                algorithm=self.algorithm,
+                modules_to_not_convert=self._exclusion_axes(),
+            )
+        )
 
     def post_init(self) -> None:
         """Types of ``tensor_types`` in quantlab's lower case; an empty mapping is none."""
         if self.algorithm == "imatrix" and not uses_importance(self.dtype):
             taking = ", ".join(kind for kind in CAPABILITIES["gguf"] if uses_importance(kind))
-            raise ConfigError(f"algorithm=imatrix: ggml writes {self.dtype} without an importance matrix, which would "
-                              f"change nothing; choose {taking}, or leave algorithm at max")
+            raise ConfigError(
+                f"algorithm=imatrix: ggml writes {self.dtype} without an importance matrix, which would "
+                f"change nothing; choose {taking}, or leave algorithm at max"
+            )
         if self.imatrix_file is not None and self.algorithm != "imatrix":
-            raise ConfigError(f"imatrix_file={self.imatrix_file}: only algorithm=imatrix reads it; set "
-                              "algorithm=imatrix, or leave imatrix_file out")
+            raise ConfigError(
+                f"imatrix_file={self.imatrix_file}: only algorithm=imatrix reads it; set "
+                "algorithm=imatrix, or leave imatrix_file out"
+            )
         given = dict(self.tensor_types or {})
         formats = tuple(CAPABILITIES["gguf"])
         for entry, kind in given.items():
             if not isinstance(kind, str) or kind.lower() not in formats:
-                raise ConfigError(f"tensor_types={entry}: {kind!r} is none of {', '.join(formats)}"
-                                  f"{nearest(str(kind), formats)}")
+                raise ConfigError(
+                    f"tensor_types={entry}: {kind!r} is none of {', '.join(formats)}{nearest(str(kind), formats)}"
+                )
         lowered = {entry: kind.lower() for entry, kind in given.items()}
         object.__setattr__(self, "tensor_types", lowered or None)
 
@@ -114,8 +125,10 @@ class GGUFQuantizationConfig(QuantizationConfigMixin):
         import torch
 
         if types := {k: v for k, v in self.extra_settings().items() if k in ("gguf_type", "tensor_types")}:
-            raise ConfigError(f"{', '.join(f'{k}={v!r}' for k, v in types.items())}: Diffusers only loads GGUF files "
-                              "and takes the types from the file; leave it out to load one")
+            raise ConfigError(
+                f"{', '.join(f'{k}={v!r}' for k, v in types.items())}: Diffusers only loads GGUF files "
+                "and takes the types from the file; leave it out to load one"
+            )
         arguments = {"compute_dtype": getattr(torch, self.compute_dtype)}
         made = build(diffusers.GGUFQuantizationConfig, arguments, "to_diffusers")
         made.modules_to_not_convert = exclusions_for(self, model, "diffusers")  # no argument of its constructor

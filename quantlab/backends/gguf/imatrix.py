@@ -71,8 +71,10 @@ def observe(model: Any, layers: Sequence[str], feed: CalibrationFeed) -> dict[st
     totals = {name: value.float().cpu().numpy() for name, value in sums.items()}
     for name, total in totals.items():
         if not np.isfinite(total).all():
-            raise ConfigError(f"calibration: {name} got NaN, infinities, or values too large to square in float32; "
-                              "use other data, or exclude it with modules_to_not_convert")
+            raise ConfigError(
+                f"calibration: {name} got NaN, infinities, or values too large to square in float32; "
+                "use other data, or exclude it with modules_to_not_convert"
+            )
     for name in layers:
         if not counts[name]:
             raise never_ran(name)
@@ -81,8 +83,9 @@ def observe(model: Any, layers: Sequence[str], feed: CalibrationFeed) -> dict[st
 
 def never_ran(layer: str) -> ConfigError:
     """The error for a layer without statistics."""
-    return ConfigError(f"calibration: {layer} never ran on the calibration data; exclude it with "
-                       "modules_to_not_convert")
+    return ConfigError(
+        f"calibration: {layer} never ran on the calibration data; exclude it with modules_to_not_convert"
+    )
 
 
 def ggml_importance(squares: InputSquares) -> Any:
@@ -148,8 +151,10 @@ def read_imatrix(path: str | Path) -> dict[str, InputSquares]:
             is_gguf = file.read(4) == b"GGUF"
         found = _read_gguf(path) if is_gguf else _read_legacy(path.read_bytes())
     except (OSError, ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
-        raise ConfigError(f"{key}: not a readable importance matrix ({error}); record it again, or leave imatrix_file "
-                          "out to measure it on calibration data") from error
+        raise ConfigError(
+            f"{key}: not a readable importance matrix ({error}); record it again, or leave imatrix_file "
+            "out to measure it on calibration data"
+        ) from error
     if not found:
         raise ConfigError(f"{key}: holds no weight's importance; give a file that llama-imatrix or quantlab wrote")
     for name, squares in found.items():

@@ -77,9 +77,11 @@ def _statistics(
     if config.imatrix_file is not None:
         return read_imatrix(config.imatrix_file)
     if calibrated is None:
-        raise ConfigError("algorithm=imatrix: the importance matrix is measured on calibration data, and there is "
-                          "none; give calibration data, name a recorded one with quantization.imatrix_file, or leave "
-                          "algorithm at max")
+        raise ConfigError(
+            "algorithm=imatrix: the importance matrix is measured on calibration data, and there is "
+            "none; give calibration data, name a recorded one with quantization.imatrix_file, or leave "
+            "algorithm at max"
+        )
     return calibrated
 
 
@@ -90,14 +92,18 @@ def _importance(statistics: Mapping[str, InputSquares], name: str, in_features: 
         return ggml_importance(squares)
     if file is None:
         raise never_ran(name)
-    key, way_out = f"quantization.imatrix_file={file}", "give one recorded on this model, or exclude the layer with " \
-        "modules_to_not_convert"
+    key, way_out = (
+        f"quantization.imatrix_file={file}",
+        "give one recorded on this model, or exclude the layer with modules_to_not_convert",
+    )
     if squares is None:
         some = ", ".join(f"{n}.weight" for n in list(statistics)[:3]) + (", ..." if len(statistics) > 3 else "")
         raise ConfigError(f"{key}: holds no {name}.weight (it holds {some}); {way_out}")
     if squares.sums.shape != (1, in_features):
-        raise ConfigError(f"{key}: {name}.weight has {squares.sums.size} values in {len(squares.counts)} matrices, and "
-                          f"the layer has {in_features} inputs; {way_out}")
+        raise ConfigError(
+            f"{key}: {name}.weight has {squares.sums.size} values in {len(squares.counts)} matrices, and "
+            f"the layer has {in_features} inputs; {way_out}"
+        )
     raise ConfigError(f"{key}: {name}.weight was never used when it was recorded; {way_out}")
 
 
@@ -108,7 +114,9 @@ def read_back(layer: Any) -> StoredWeight:
     block, num_bytes = block_size(layer.gguf_type)
     rows, row_bytes = layer.qweight.shape
     if (rows, row_bytes) != (layer.out_features, layer.in_features // block * num_bytes):
-        raise NotQuantized(f"{rows} rows of {row_bytes} bytes are not {layer.out_features} x {layer.in_features} "
-                           f"weights of {layer.gguf_type}; quantize the layer again")
+        raise NotQuantized(
+            f"{rows} rows of {row_bytes} bytes are not {layer.out_features} x {layer.in_features} "
+            f"weights of {layer.gguf_type}; quantize the layer again"
+        )
     dense = layer.dequantize().to(layer.compute_dtype).float()
     return StoredWeight(dtype=layer.gguf_type, group_size=WEIGHTS_PER_SCALE[layer.gguf_type], dense=dense)

@@ -15,8 +15,16 @@ from quantlab.vocabulary.dtypes import dtype_name
 
 _FILE = "model.gguf"
 _KEY = "quantlab.tensors"
-_NATIVE = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-           "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8"}
+_NATIVE = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+}
 """torch dtypes that GGUF has; the others are written as bytes (I8) and restored by the file's own table."""
 _MAX_DIMENSIONS = 4
 
@@ -35,8 +43,11 @@ def save(model: Any, folder: str | Path) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, linear_class()):
             layers[name] = dtype_name(layer.compute_dtype)
-            writer.add_tensor(f"{name}.weight", layer.qweight.cpu().numpy(),
-                              raw_dtype=gguf.GGMLQuantizationType[layer.gguf_type.upper()])
+            writer.add_tensor(
+                f"{name}.weight",
+                layer.qweight.cpu().numpy(),
+                raw_dtype=gguf.GGMLQuantizationType[layer.gguf_type.upper()],
+            )
     for name, tensor in model.state_dict().items():
         key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
         if name.removesuffix(".qweight") in layers or (tensor.numel() and key in seen):  # a tied tensor is written once
@@ -70,13 +81,17 @@ def load(model: Any, layers: Sequence[str], config: GGUFQuantizationConfig, fold
     known, written = {*plain, *weights}, {own[k].data_ptr() for k in plain}
     if missing := [k for k in own if k not in known and own[k].data_ptr() not in written]:
         raise ModelError(f"{path}: the file has no {missing[0]}; load it into the model that was quantized")
-    made = {name: _loaded(model.get_submodule(name), tensors[f"{name}.weight"], dtype, f"{path}: {name}")
-            for name, dtype in quantized.items()}
+    made = {
+        name: _loaded(model.get_submodule(name), tensors[f"{name}.weight"], dtype, f"{path}: {name}")
+        for name, dtype in quantized.items()
+    }
     types = config.layer_dtypes(list(layers))
     for name in layers:
         if made[name].gguf_type != (wanted := types.get(name, config.dtype)):
-            raise ModelError(f"{path}: {name} is stored as {made[name].gguf_type}, not {wanted}; load with the config "
-                             "it was quantized with")
+            raise ModelError(
+                f"{path}: {name} is stored as {made[name].gguf_type}, not {wanted}; load with the config "
+                "it was quantized with"
+            )
     try:
         model.load_state_dict(plain, strict=False)
     except RuntimeError as error:  # shapes differ
@@ -130,7 +145,9 @@ def _loaded(linear: Any, tensor: Any, compute_dtype: str, where: str) -> Any:
     gguf_type = tensor.tensor_type.name.lower()
     shape = tuple(int(n) for n in reversed(tensor.shape))
     if gguf_type not in WEIGHTS_PER_SCALE or shape != tuple(linear.weight.shape):
-        raise ModelError(f"{where} is {gguf_type} of shape {shape} in the file, and the model's has shape "
-                         f"{tuple(linear.weight.shape)}; load it into the model that was quantized")
+        raise ModelError(
+            f"{where} is {gguf_type} of shape {shape} in the file, and the model's has shape "
+            f"{tuple(linear.weight.shape)}; load it into the model that was quantized"
+        )
     codes = torch.from_numpy(np.array(tensor.data)).to(linear.weight.device)
     return linear_class()(codes, gguf_type, linear.bias, torch_dtype(compute_dtype)).train(linear.training)

@@ -75,20 +75,24 @@ def checked_settings(algorithm: str, given: Mapping[str, Any] | None) -> dict[st
     for key, value in (given or {}).items():
         if key not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
-            raise ConfigError(f"algorithm_settings.{key}: {algorithm} has no such setting ({has})"
-                              f"{nearest(str(key), known)}")
+            raise ConfigError(
+                f"algorithm_settings.{key}: {algorithm} has no such setting ({has}){nearest(str(key), known)}"
+            )
         row = known[key]
         accepted = (int,) if row.kind is int else (int, float)
         if isinstance(value, bool) or not isinstance(value, accepted) or not row.low <= value <= row.high:
             what = "a whole number" if row.kind is int else "a number"
-            raise ConfigError(f"algorithm_settings.{key}={value!r}: {algorithm} takes {what} from {row.low:g} to "
-                              f"{row.high:g}; the default is {row.default}")
+            raise ConfigError(
+                f"algorithm_settings.{key}={value!r}: {algorithm} takes {what} from {row.low:g} to "
+                f"{row.high:g}; the default is {row.default}"
+            )
         if row.kind(value) != row.default:
             kept[key] = row.kind(value)
     start, stop = ({**_defaults(algorithm), **kept}.get(f"{k}_multiplier", 0) for k in ("start", "stop"))
     if start > stop:
-        raise ConfigError(f"algorithm_settings.start_multiplier={start}: it lies above stop_multiplier={stop}; "
-                          "lower it")
+        raise ConfigError(
+            f"algorithm_settings.start_multiplier={start}: it lies above stop_multiplier={stop}; lower it"
+        )
     return kept
 
 
@@ -114,18 +118,26 @@ def without_effect(algorithm: str, weight: str, activation_bits: Any) -> str:
         activation_bits: ``num_bits`` of the activations' quantizer; None without one.
     """
     if algorithm == "smoothquant" and (weight != "INT8" or activation_bits != 8):
-        return ("it smooths INT8 activations into INT8 weights, and ModelOpt skips all others in silence; set "
-                "dtype=int8 and activation_dtype=int8, or algorithm=awq_lite")
+        return (
+            "it smooths INT8 activations into INT8 weights, and ModelOpt skips all others in silence; set "
+            "dtype=int8 and activation_dtype=int8, or algorithm=awq_lite"
+        )
     if algorithm in CLIPPING and weight == "FP8":
         alone = "max" if algorithm == "awq_clip" else "awq_lite"
-        return (f"it clips blocks of integers and of NVFP4; FP8 has none, and ModelOpt would do {alone} in silence; "
-                f"set algorithm={alone}")
+        return (
+            f"it clips blocks of integers and of NVFP4; FP8 has none, and ModelOpt would do {alone} in silence; "
+            f"set algorithm={alone}"
+        )
     if algorithm == "mse" and weight in ("INT8", "FP8"):
-        return ("with 8 bits no smaller scale than the maximum's has a smaller error, so that it would be max in "
-                "silence; set algorithm=max, or dtype=int4")
+        return (
+            "with 8 bits no smaller scale than the maximum's has a smaller error, so that it would be max in "
+            "silence; set algorithm=max, or dtype=int4"
+        )
     if algorithm == "gptq" and weight == "INT2":
-        return ("the errors that it carries from column to column outgrow weights of 2 bits; set algorithm=awq_full, "
-                "or dtype=int3")
+        return (
+            "the errors that it carries from column to column outgrow weights of 2 bits; set algorithm=awq_full, "
+            "or dtype=int3"
+        )
     if algorithm != "max" and weight in ("MXFP8", "MXFP4"):
         return f"the scales of {weight} are powers of two that follow each block's maximum; set algorithm=max"
     if algorithm in ("mse", "local_hessian", "gptq") and weight == "NVFP4":

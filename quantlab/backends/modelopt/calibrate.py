@@ -19,8 +19,9 @@ _HESSIAN_BYTES = 4 << 30
 Named = Mapping[str, Any]
 
 
-def calibrate(model: Any, layers: Iterable[str], config: NVIDIAModelOptConfig, compute_dtype: Any,
-              feed: CalibrationFeed) -> None:
+def calibrate(
+    model: Any, layers: Iterable[str], config: NVIDIAModelOptConfig, compute_dtype: Any, feed: CalibrationFeed
+) -> None:
     """Give the named ``nn.Linear`` quantizers, in place, and set their scales by ``config.algorithm``.
 
     Each pass runs ``feed`` on the whole ``model``. The layers hold all that :func:`quantize` needs to pack them; until
@@ -51,12 +52,16 @@ def _check_layers(named: Named, config: NVIDIAModelOptConfig) -> None:
         out_features, in_features = shape_of(layer)
         rank = settings.get("lowrank", 32)
         if config.algorithm == "svdquant" and rank >= min(out_features, in_features):
-            raise ConfigError(f"algorithm_settings.lowrank={rank}: {name} [{out_features}, {in_features}] has no "
-                              "higher rank, so nothing of it would be quantized; lower it, or exclude the layer")
+            raise ConfigError(
+                f"algorithm_settings.lowrank={rank}: {name} [{out_features}, {in_features}] has no "
+                "higher rank, so nothing of it would be quantized; lower it, or exclude the layer"
+            )
         block = settings.get("block_size", 1)
         if config.algorithm == "local_hessian" and in_features % block:
-            raise ConfigError(f"algorithm_settings.block_size={block}: in_features {in_features} of {name} does not "
-                              "divide by it, and ModelOpt would do mse in silence; leave it out, or choose a divisor")
+            raise ConfigError(
+                f"algorithm_settings.block_size={block}: in_features {in_features} of {name} does not "
+                "divide by it, and ModelOpt would do mse in silence; leave it out, or choose a divisor"
+            )
 
 
 def _rounds(named: Named, config: NVIDIAModelOptConfig) -> list[dict[str, Any]]:
@@ -131,8 +136,10 @@ def _first_pass_checked(named: Named, run: Callable[[], None]) -> Callable[[Any]
                 handle.remove()
         is_checked = True
         if missing := [name for name in named if name not in seen]:
-            raise ConfigError(f"calibration: {', '.join(missing[:8])} never ran on the calibration data; exclude it "
-                              "with modules_to_not_convert, or give data that uses it")
+            raise ConfigError(
+                f"calibration: {', '.join(missing[:8])} never ran on the calibration data; exclude it "
+                "with modules_to_not_convert, or give data that uses it"
+            )
 
     return forward_loop
 
@@ -142,7 +149,9 @@ def _watch(name: str, seen: set[str]) -> Callable[[Any, tuple[Any, ...]], None]:
         if not args or args[0].numel():
             seen.add(name)
         if args and not bool(args[0].isfinite().all()):
-            raise ConfigError(f"calibration: {name} got NaN or infinity on the calibration data; clean the data, or "
-                              "set compute_dtype=float32 where the model overflows")
+            raise ConfigError(
+                f"calibration: {name} got NaN or infinity on the calibration data; clean the data, or "
+                "set compute_dtype=float32 where the model overflows"
+            )
 
     return look

@@ -52,14 +52,30 @@ NUM_BITS: dict[str, int | tuple[int, int]] = {
 """Half of a ``quant_type`` -> bits, or (exponent bits, mantissa bits)."""
 BLOCKS: dict[str, tuple[int, tuple[int, int]]] = {"NVFP4": (16, (4, 3)), "MXFP8": (32, (8, 0)), "MXFP4": (32, (8, 0))}
 """Format with blocks of its own -> block size, (exponent, mantissa) bits of the scale (OCP MX 1.0; NVFP4)."""
-_SPELLING = {"int8": "INT8", "int4": "INT4", "int3": "INT3", "int2": "INT2", "float8_e4m3": "FP8", "nvfp4": "NVFP4",
-             "mxfp8": "MXFP8", "mxfp4": "MXFP4"}
+_SPELLING = {
+    "int8": "INT8",
+    "int4": "INT4",
+    "int3": "INT3",
+    "int2": "INT2",
+    "float8_e4m3": "FP8",
+    "nvfp4": "NVFP4",
+    "mxfp8": "MXFP8",
+    "mxfp4": "MXFP4",
+}
 _ALWAYS_OFF = {"*", "*input_quantizer", "*output_quantizer"}
 _DEFAULT_BLOCK = {"INT4": 128, "INT3": 128, "INT2": 32}
 _SMALLER_BLOCKS = (64, 32, 16)
 _DIFFUSERS_TYPES = ("FP8", "INT8", "INT4")
-_WIDTHS = {"INT8": (8, None), "INT4": (4, None), "INT3": (3, None), "INT2": (2, None), "FP8": ((4, 3), None),
-           "NVFP4": ((2, 1), (4, 3)), "MXFP8": ((4, 3), (8, 0)), "MXFP4": ((2, 1), (8, 0))}
+_WIDTHS = {
+    "INT8": (8, None),
+    "INT4": (4, None),
+    "INT3": (3, None),
+    "INT2": (2, None),
+    "FP8": ((4, 3), None),
+    "NVFP4": ((2, 1), (4, 3)),
+    "MXFP8": ((4, 3), (8, 0)),
+    "MXFP4": ((2, 1), (8, 0)),
+}
 """Half of a ``quant_type`` -> (bits of a weight, bits of its block's scale)."""
 
 
@@ -105,11 +121,15 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
         if self.modelopt_config is not None:
             self._check_pasted(self.modelopt_config, weight)
         elif activation and self.weight_only:
-            raise ConfigError(f"weight_only=true: the activation half of quant_type={self.quant_type} would be "
-                              f"ignored; set weight_only=false, or quant_type={weight}")
+            raise ConfigError(
+                f"weight_only=true: the activation half of quant_type={self.quant_type} would be "
+                f"ignored; set weight_only=false, or quant_type={weight}"
+            )
         elif not activation and not self.weight_only:
-            raise ConfigError(f"weight_only=false: quant_type={self.quant_type} names no activations; "
-                              f"write {weight}_INT8 or {weight}_FP8, or set weight_only=true")
+            raise ConfigError(
+                f"weight_only=false: quant_type={self.quant_type} names no activations; "
+                f"write {weight}_INT8 or {weight}_FP8, or set weight_only=true"
+            )
         self._check_blocks(weight)
         self._check_calibration(weight)
         if self.modelopt_config is not None and _is_derived(self):
@@ -122,17 +142,25 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
         settings = checked_settings(self.algorithm, self.algorithm_settings)
         object.__setattr__(self, "algorithm_settings", settings or None)
         if self.activation_scales == "static" and told is None:
-            raise ConfigError(f"activation_scales=static: quant_type={self.quant_type} leaves activations alone; leave "
-                              "it out, or set activation_dtype=int8 (quant_type=INT8_INT8, weight_only=false)")
+            raise ConfigError(
+                f"activation_scales=static: quant_type={self.quant_type} leaves activations alone; leave "
+                "it out, or set activation_dtype=int8 (quant_type=INT8_INT8, weight_only=false)"
+            )
         if self.activation_scales == "static" and scheme(told or {})[0][1] == (8, 0):
-            raise ConfigError(f"activation_scales=static: {self.activation_type} scales each block at run time; leave "
-                              "it out")
+            raise ConfigError(
+                f"activation_scales=static: {self.activation_type} scales each block at run time; leave it out"
+            )
         if why := without_effect(self.algorithm, weight, told and told.get("num_bits", 8)):
             raise ConfigError(f"algorithm={self.algorithm}: {why}")
-        if self.algorithm in PRE_SCALED and told and (told.get("axis") is not None or scheme(told)[1] and not
-                                                      scheme(told)[0][1]):
-            raise ConfigError(f"algorithm={self.algorithm}: it takes activations with one scale for the tensor, and "
-                              "modelopt_config asks for more; leave axis and block_sizes of *input_quantizer out")
+        if (
+            self.algorithm in PRE_SCALED
+            and told
+            and (told.get("axis") is not None or scheme(told)[1] and not scheme(told)[0][1])
+        ):
+            raise ConfigError(
+                f"algorithm={self.algorithm}: it takes activations with one scale for the tensor, and "
+                "modelopt_config asks for more; leave axis and block_sizes of *input_quantizer out"
+            )
 
     def _adopt_pasted(self, pasted: Mapping[str, Any], activation: Mapping[str, Any] | None) -> None:
         """Take settings and kind of activation scales from a pasted config that says them."""
@@ -155,28 +183,37 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
         if self.block_quantize not in (None, block):
             raise ConfigError(f"block_quantize={self.block_quantize}: modelopt_config says {block}; make them agree")
         if self.block_quantize is None and self.channel_quantize not in (None, told.get("axis")):
-            raise ConfigError(f"channel_quantize={self.channel_quantize}: modelopt_config says "
-                              f"axis={told.get('axis')}; make them agree")
+            raise ConfigError(
+                f"channel_quantize={self.channel_quantize}: modelopt_config says "
+                f"axis={told.get('axis')}; make them agree"
+            )
         if (algorithm := algorithm_of(pasted)) is not None and algorithm != self.algorithm:
             raise ConfigError(f"algorithm={self.algorithm}: modelopt_config says {algorithm}; make them agree")
 
     def _check_blocks(self, weight: str) -> None:
         channel, block = self.channel_quantize, self.block_quantize
         if block is not None and channel is None:
-            raise ConfigError(f"block_quantize={block}: it needs channel_quantize=-1, the axis that its "
-                              "blocks run along")
+            raise ConfigError(
+                f"block_quantize={block}: it needs channel_quantize=-1, the axis that its blocks run along"
+            )
         if block is not None and (block < 1 or channel not in (-1, 1)):
-            raise ConfigError(f"block_quantize={block}: blocks of 1 or more run along in_features; set "
-                              f"channel_quantize=-1 (it is {channel})")
+            raise ConfigError(
+                f"block_quantize={block}: blocks of 1 or more run along in_features; set "
+                f"channel_quantize=-1 (it is {channel})"
+            )
         if block is None and channel not in (None, 0, -2):
             raise ConfigError(f"channel_quantize={channel}: without block_quantize it is 0, one scale a row")
         if weight in BLOCKS and (block not in (None, BLOCKS[weight][0]) or channel in (0, -2)):
-            raise ConfigError(f"block_quantize={block}: {weight} has blocks of {BLOCKS[weight][0]} along in_features; "
-                              "leave block_quantize and channel_quantize out")
+            raise ConfigError(
+                f"block_quantize={block}: {weight} has blocks of {BLOCKS[weight][0]} along in_features; "
+                "leave block_quantize and channel_quantize out"
+            )
         given = (self.scale_channel_quantize, self.scale_block_quantize)
         if any(v is not None for v in given) and (None in given or block is None or weight != "NVFP4"):
-            raise ConfigError(f"scale_channel_quantize={given[0]}, scale_block_quantize={given[1]}: they come "
-                              "together, with block_quantize, for NVFP4; leave both out")
+            raise ConfigError(
+                f"scale_channel_quantize={given[0]}, scale_block_quantize={given[1]}: they come "
+                "together, with block_quantize, for NVFP4; leave both out"
+            )
         if self.fit_group_size and (block is None or weight in BLOCKS):
             raise ConfigError("fit_group_size=true: it lowers block_quantize of INT8, INT4 or FP8; set that too")
 
@@ -197,8 +234,10 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
         """``forward_loop`` of Diffusers holds code, which a config does not."""
         kwargs = dict(kwargs)
         if kwargs.pop("forward_loop", None) is not None:
-            raise ConfigError("forward_loop: a config holds data, not code; leave it out, and give the calibration "
-                              "data to quantize: calibration=[batch]")
+            raise ConfigError(
+                "forward_loop: a config holds data, not code; leave it out, and give the calibration "
+                "data to quantize: calibration=[batch]"
+            )
         if not args and "quant_type" not in kwargs:
             raise ConfigError(f"quant_type: {cls.__name__} needs it, such as {' or '.join(list(NUM_BITS)[:2])}")
         return super()._fold_arguments(args, kwargs)
@@ -228,9 +267,11 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
 
         refuse_ours(self, "diffusers", ("fit_group_size", "algorithm_settings", "activation_scales"))
         if self.algorithm in PRE_SCALED and activation_cfg(self) and self.activation_scales == "dynamic":
-            raise ConfigError(f"activation_scales=dynamic: with algorithm={self.algorithm} ModelOpt alone, as "
-                              "Diffusers calls it, does something else; set activation_scales=static, or quantize "
-                              "with quantlab")
+            raise ConfigError(
+                f"activation_scales=dynamic: with algorithm={self.algorithm} ModelOpt alone, as "
+                "Diffusers calls it, does something else; set activation_scales=static, or quantize "
+                "with quantlab"
+            )
         weight, activation = self._diffusers_sides(model)
         names = exclusions_for(self, model, "diffusers")
         off = [g for g in _globs_off(self.modelopt_config) if g not in _ALWAYS_OFF]
@@ -242,29 +283,39 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
     def _algorithm_for_diffusers(self) -> dict[str, Any]:
         told = library_algorithm(self.algorithm, self.algorithm_settings, self.block_quantize)
         if self.algorithm == "local_hessian":
-            raise ConfigError("algorithm=local_hessian: Diffusers has one block_size for all layers, and ModelOpt's "
-                              "default for it does nothing to integers; quantize with quantlab")
+            raise ConfigError(
+                "algorithm=local_hessian: Diffusers has one block_size for all layers, and ModelOpt's "
+                "default for it does nothing to integers; quantize with quantlab"
+            )
         return dict(told) if isinstance(told, Mapping) else {"method": told}
 
     def _diffusers_sides(self, model: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """What every layer's quantizers are told; ConfigError where Diffusers would say or do something else."""
         for kind in (self.weight_type, self.activation_type):
             if kind and kind not in _DIFFUSERS_TYPES:
-                raise ConfigError(f"quant_type={self.quant_type}: Diffusers cannot load {kind} (it sorts the keys of "
-                                  "its config, here numbers and words, or takes it for FP8); quantize with quantlab")
+                raise ConfigError(
+                    f"quant_type={self.quant_type}: Diffusers cannot load {kind} (it sorts the keys of "
+                    "its config, here numbers and words, or takes it for FP8); quantize with quantlab"
+                )
         if self.fit_group_size and model is None:
-            raise ConfigError("fit_group_size=true: Diffusers has one block size for all layers; give the model, and "
-                              "it is checked that this one divides them all, or set group_size")
+            raise ConfigError(
+                "fit_group_size=true: Diffusers has one block size for all layers; give the model, and "
+                "it is checked that this one divides them all, or set group_size"
+            )
         block = self.block_quantize or 1
         left = excluded_layers(self, model) if self.fit_group_size else set()
         shapes = {n: tuple(m.weight.shape) for n, m in linear_layers(model).items()} if self.fit_group_size else {}
         odd = [n for n, shape in shapes.items() if n not in left and shape[1] % block]
         if odd:
-            raise ConfigError(f"fit_group_size=true: {', '.join(odd[:8])} would take another block than {block}, and "
-                              "Diffusers has one for all layers; exclude them, or set group_size")
+            raise ConfigError(
+                f"fit_group_size=true: {', '.join(odd[:8])} would take another block than {block}, and "
+                "Diffusers has one for all layers; exclude them, or set group_size"
+            )
         if self.weight_type == "INT4" and self.modelopt_config is None and self.block_quantize is None:
-            raise ConfigError(f"channel_quantize={self.channel_quantize}: ModelOpt packs 4 bits in blocks only, and "
-                              "Diffusers packs always; set block_quantize")
+            raise ConfigError(
+                f"channel_quantize={self.channel_quantize}: ModelOpt packs 4 bits in blocks only, and "
+                "Diffusers packs always; set block_quantize"
+            )
         return weight_cfg(self, "", (block, block)), activation_cfg(self)
 
     @property
@@ -303,8 +354,14 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
             elif group == "none" or weight == "INT8":
                 shape = {"channel_quantize": 0}
         quant_type = weight if is_weight_only else f"{weight}_{_SPELLING[axes.activation_dtype]}"
-        return cls(quant_type=quant_type, weight_only=is_weight_only, algorithm=axes.algorithm,
-                   modules_to_not_convert=axes.exclusions() or None, **shape, **dict(settings or {}))
+        return cls(
+            quant_type=quant_type,
+            weight_only=is_weight_only,
+            algorithm=axes.algorithm,
+            modules_to_not_convert=axes.exclusions() or None,
+            **shape,
+            **dict(settings or {}),
+        )
 
     def axes(self) -> QuantizationAxes:
         """The axes that, with the config's own settings, :meth:`from_axes` turns into this config.
@@ -323,13 +380,18 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
         elif weight.get("axis") is not None:
             group = "none"
         elif self.weight_type != "FP8" or weight.get("block_sizes"):
-            raise ConfigError(f"channel_quantize: {self.quant_type} with one scale for the tensor is what no axes say; "
-                              "set channel_quantize=0")
+            raise ConfigError(
+                f"channel_quantize: {self.quant_type} with one scale for the tensor is what no axes say; "
+                "set channel_quantize=0"
+            )
         if self.modelopt_config is not None:
             width = scheme(activation)[0] if activation else None
             activation_type = next((t for t, w in _WIDTHS.items() if w == width), "")
         return QuantizationAxes(
-            backend="modelopt", dtype=dtype, group_size=group, algorithm=self.algorithm,
+            backend="modelopt",
+            dtype=dtype,
+            group_size=group,
+            algorithm=self.algorithm,
             activation_dtype=next((d for d, spelt in _SPELLING.items() if spelt == activation_type), "none"),
             modules_to_not_convert=self._exclusion_axes(),
         )
@@ -366,8 +428,10 @@ def _halves(quant_type: str) -> tuple[str, str]:
     halves = (weight, activation) if "_" in quant_type else (weight,)
     for i, half in enumerate(halves):
         if half == "NF4":
-            raise ConfigError(f"quant_type={quant_type!r}: ModelOpt's NF4 is not offered (what Diffusers calls so is "
-                              "plain INT4); nf4 is offered by bitsandbytes and torchao")
+            raise ConfigError(
+                f"quant_type={quant_type!r}: ModelOpt's NF4 is not offered (what Diffusers calls so is "
+                "plain INT4); nf4 is offered by bitsandbytes and torchao"
+            )
         offered = [kind for kind in NUM_BITS if not i or kind not in ("INT3", "INT2")]
         if half not in offered:
             near = nearest(half.upper(), offered) if half else ""
@@ -439,8 +503,10 @@ def weight_cfg(config: NVIDIAModelOptConfig, name: str, shape: tuple[int, int]) 
 
 
 def _indivisible(name: str, shape: tuple[int, int], block: int) -> str:
-    return (f"{name} {list(shape)}: in_features {shape[1]} does not divide by {block}; choose another group_size or "
-            "dtype, or exclude it with modules_to_not_convert")
+    return (
+        f"{name} {list(shape)}: in_features {shape[1]} does not divide by {block}; choose another group_size or "
+        "dtype, or exclude it with modules_to_not_convert"
+    )
 
 
 def _block_cfg(kind: str) -> dict[str, Any]:

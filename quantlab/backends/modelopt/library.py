@@ -50,8 +50,12 @@ def settle_extensions(device: str) -> None:
             del getter.extension, getter.is_left_out
 
 
-def insert(named: Mapping[str, Any], config: NVIDIAModelOptConfig, algorithm: Any = None,
-           forward_loop: Callable[[Any], None] | None = None) -> None:
+def insert(
+    named: Mapping[str, Any],
+    config: NVIDIAModelOptConfig,
+    algorithm: Any = None,
+    forward_loop: Callable[[Any], None] | None = None,
+) -> None:
     """Give the layers their quantizers and run the algorithm (``config``'s own, or another).
 
     The library sees the layers in a holder of their own, so that no other module of the model gets quantizers; it
@@ -82,8 +86,10 @@ def named_failure(config: NVIDIAModelOptConfig, names: list[str]) -> Iterator[No
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
         if getattr(error, "is_from_model", False):
             raise
-        raise ConfigError(f"quant_type={config.quant_type}: ModelOpt cannot quantize {', '.join(names[:8])}: "
-                          f"{error}; choose another dtype, group_size or algorithm, or exclude these layers") from error
+        raise ConfigError(
+            f"quant_type={config.quant_type}: ModelOpt cannot quantize {', '.join(names[:8])}: "
+            f"{error}; choose another dtype, group_size or algorithm, or exclude these layers"
+        ) from error
 
 
 def shape_of(layer: Any) -> tuple[int, int]:

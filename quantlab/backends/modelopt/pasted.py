@@ -34,8 +34,12 @@ def entries_of(modelopt_config: Mapping[str, Any]) -> list[Entry]:
 
 def _from_mapping(name: str, value: Mapping[str, Any]) -> list[Entry]:
     if name.startswith("nn."):  # a class of layers, with globs of its own below it
-        return [{**entry, "parent_class": name} for glob, inner in value.items() if isinstance(inner, Mapping)
-                for entry in _from_mapping(glob, inner)]
+        return [
+            {**entry, "parent_class": name}
+            for glob, inner in value.items()
+            if isinstance(inner, Mapping)
+            for entry in _from_mapping(glob, inner)
+        ]
     cfg = {k: v for k, v in value.items() if k not in ("enable", "fake_quant")}
     return [{"quantizer_name": "*" if name == "default" else name, "enable": value.get("enable", True), "cfg": cfg}]
 
@@ -48,8 +52,10 @@ def sides(modelopt_config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
         if name in SIDES and entry["parent_class"] is None:
             found[str(name)] = with_int_keys(cfg) if entry["enable"] and cfg else None
         elif entry["enable"] and cfg:
-            raise ConfigError(f"modelopt_config: quantizer {name!r} is set for some layers only; "
-                              f"{' and '.join(SIDES)} are read, use modules_to_not_convert for the rest")
+            raise ConfigError(
+                f"modelopt_config: quantizer {name!r} is set for some layers only; "
+                f"{' and '.join(SIDES)} are read, use modules_to_not_convert for the rest"
+            )
     weight = found.get(SIDES[0])
     if not weight:
         raise ConfigError(f"modelopt_config: its quant_cfg sets no {SIDES[0]}; add it, or leave modelopt_config out")
@@ -114,8 +120,12 @@ def scheme(weight: Mapping[str, Any]) -> tuple[tuple[Any, Any], int | None]:
     return (tuple(bits) if isinstance(bits, (list, tuple)) else bits, tuple(scale) if scale else None), block
 
 
-def for_diffusers(weight: Mapping[str, Any], activation: Mapping[str, Any] | None, algorithm: Mapping[str, Any],
-                  off: Sequence[str] = ()) -> dict[str, Any]:
+def for_diffusers(
+    weight: Mapping[str, Any],
+    activation: Mapping[str, Any] | None,
+    algorithm: Mapping[str, Any],
+    off: Sequence[str] = (),
+) -> dict[str, Any]:
     """A ``modelopt_config`` in the mapping shape, the only one to which Diffusers can add its exclusions.
 
     Only weights (and activations, where given) of Linear layers are quantized; ``off`` are globs to leave out.

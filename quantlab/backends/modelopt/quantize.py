@@ -35,8 +35,9 @@ def resolve(config: NVIDIAModelOptConfig, device: str, compute_dtype: str = "flo
     return config
 
 
-def quantize(model: Any, layers: Iterable[str], config: NVIDIAModelOptConfig, compute_dtype: Any = None,
-             calibrated: Any = None) -> None:
+def quantize(
+    model: Any, layers: Iterable[str], config: NVIDIAModelOptConfig, compute_dtype: Any = None, calibrated: Any = None
+) -> None:
     """Quantize each named ``nn.Linear`` of ``model``, in place; all are checked before the first changes.
 
     The layers are handed to ModelOpt alone, so that no other module of the model gets quantizers. ``compute_dtype`` is
@@ -59,10 +60,14 @@ def _require_calibrated(named: Mapping[str, Any], config: NVIDIAModelOptConfig) 
     left = [name for name, layer in named.items() if getattr(layer, "calibrated_by", None) != config]
     if not left:
         return
-    key, plain = (f"algorithm={config.algorithm}", "algorithm=max") if config.algorithm not in ("max", "mse") else (
-        "activation_scales=static", "activation_scales=dynamic")
-    raise ConfigError(f"{key}: {', '.join(left[:8])} saw no calibration data, which it needs; give calibration data, "
-                      f"or set {plain}")
+    key, plain = (
+        (f"algorithm={config.algorithm}", "algorithm=max")
+        if config.algorithm not in ("max", "mse")
+        else ("activation_scales=static", "activation_scales=dynamic")
+    )
+    raise ConfigError(
+        f"{key}: {', '.join(left[:8])} saw no calibration data, which it needs; give calibration data, or set {plain}"
+    )
 
 
 def begin(named: Mapping[str, Any], config: NVIDIAModelOptConfig, dtypes: Mapping[str, Any]) -> None:
@@ -70,11 +75,14 @@ def begin(named: Mapping[str, Any], config: NVIDIAModelOptConfig, dtypes: Mappin
     build_quant_cfg(config, {name: shape_of(layer) for name, layer in named.items()})
     for name, layer in named.items():
         if is_quantized(layer):
-            raise ConfigError(f"quant_type={config.quant_type}: {name} is already quantized by ModelOpt; load the "
-                              "unquantized model")
+            raise ConfigError(
+                f"quant_type={config.quant_type}: {name} is already quantized by ModelOpt; load the unquantized model"
+            )
         if {config.weight_type, config.activation_type} & set(BLOCKS) and layer.weight.device.type != "cuda":
-            raise ConfigError(f"quant_type={config.quant_type}: ModelOpt computes it on CUDA only and {name} is on "
-                              f"{layer.weight.device.type}; use int8, int4 or float8_e4m3")
+            raise ConfigError(
+                f"quant_type={config.quant_type}: ModelOpt computes it on CUDA only and {name} is on "
+                f"{layer.weight.device.type}; use int8, int4 or float8_e4m3"
+            )
     for name, layer in named.items():
         outside = layer.weight.dtype
         layer.to(dtypes[name])
@@ -101,8 +109,10 @@ def finish(named: Mapping[str, Any], config: NVIDIAModelOptConfig) -> None:
         layer.__dict__.pop("calibrated_by", None)
     left = [name for name, layer in named.items() if not is_quantized(layer)]
     if left:
-        raise NotQuantized(f"quant_type={config.quant_type}: ModelOpt left {', '.join(left[:8])} unquantized; exclude "
-                           "them with modules_to_not_convert")
+        raise NotQuantized(
+            f"quant_type={config.quant_type}: ModelOpt left {', '.join(left[:8])} unquantized; exclude "
+            "them with modules_to_not_convert"
+        )
 
 
 # -- what the tensors show
@@ -131,8 +141,9 @@ def read_back(layer: Any) -> StoredWeight:
     import torch
 
     if not is_quantized(layer):
-        raise NotQuantized(f"backend=modelopt: {type(layer).__name__} holds an unquantized weight; it was not "
-                           "converted")
+        raise NotQuantized(
+            f"backend=modelopt: {type(layer).__name__} holds an unquantized weight; it was not converted"
+        )
     quantizer, packed = layer.weight_quantizer, packed_class(layer)
     with torch.no_grad(), quiet_library():
         dense = _effective(layer, quantizer(layer.weight).detach().float())

@@ -26,7 +26,6 @@ from quantlab.vocabulary.dtypes import dtype_name
 _WEIGHTS_FILE, _LAYERS_FILE = "quantized.safetensors", "layers.json"
 
 
-
 def _tensors(layer: Any) -> dict[str, Any]:
     """A quantized layer's parameters and buffers by name, as plain tensors that share its storage."""
     return {key: value.data.detach() for key, value in layer.state_dict(keep_vars=True).items()}
@@ -45,8 +44,12 @@ def save(model: Any, folder: Any) -> None:
         if not is_quantized(layer):
             continue
         shape = [layer.out_features, layer.in_features]
-        rows[name] = {"dtype": stored_dtype(layer), "format": packed_class(layer), "shape": shape,
-                      "compute_dtype": _compute_dtype(layer)}
+        rows[name] = {
+            "dtype": stored_dtype(layer),
+            "format": packed_class(layer),
+            "shape": shape,
+            "compute_dtype": _compute_dtype(layer),
+        }
         for key, value in _tensors(layer).items():
             tensors[f"{name}.{key}"] = torch.empty_like(value, device="cpu").copy_(value).contiguous()
     save_file(tensors, folder / _WEIGHTS_FILE)
@@ -75,19 +78,25 @@ def load(model: Any, layers: Iterable[str], config: NVIDIAModelOptConfig, folder
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder}: no readable ModelOpt weights ({error}); save the quantized model again") from error
     if set(rows) != set(names):
-        raise ModelError(f"{folder}: holds other layers than were asked for (such as {min(set(rows) ^ set(names))}); "
-                         "load with the exclusions that it was quantized with")
+        raise ModelError(
+            f"{folder}: holds other layers than were asked for (such as {min(set(rows) ^ set(names))}); "
+            "load with the exclusions that it was quantized with"
+        )
     named = {name: model.get_submodule(name) for name in names}
     wanted = config.axes().dtype
     for name, layer in named.items():
         if (stored := rows[name].get("dtype", wanted)) != wanted:
-            raise ModelError(f"{folder}: {name} is stored as {stored}, not {wanted}; load with the config it was "
-                             "quantized with")
+            raise ModelError(
+                f"{folder}: {name} is stored as {stored}, not {wanted}; load with the config it was quantized with"
+            )
         if list(layer.weight.shape) != rows[name]["shape"]:
-            raise ModelError(f"{folder}: {name} was saved with shape {rows[name]['shape']}; the model's layer has "
-                             f"{list(layer.weight.shape)}; load it into the model it was made from")
-    saved = {name: {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-             for name in names}
+            raise ModelError(
+                f"{folder}: {name} was saved with shape {rows[name]['shape']}; the model's layer has "
+                f"{list(layer.weight.shape)}; load it into the model it was made from"
+            )
+    saved = {
+        name: {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")} for name in names
+    }
     begin(named, config, {name: getattr(torch, rows[name]["compute_dtype"]) for name in names})
     insert_without_data(named, config, "max")
     _add_calibrated(named, config, saved, str(folder))
@@ -96,8 +105,9 @@ def load(model: Any, layers: Iterable[str], config: NVIDIAModelOptConfig, folder
         _fill(f"{folder}: {name}", layer, saved[name], rows[name]["format"])
 
 
-def _add_calibrated(named: Mapping[str, Any], config: NVIDIAModelOptConfig, saved: Mapping[str, Any],
-                    folder: str) -> None:
+def _add_calibrated(
+    named: Mapping[str, Any], config: NVIDIAModelOptConfig, saved: Mapping[str, Any], folder: str
+) -> None:
     """The buffers that calibration with this config leaves, with the shapes of the file and no values yet."""
     import torch
 
@@ -109,8 +119,10 @@ def _add_calibrated(named: Mapping[str, Any], config: NVIDIAModelOptConfig, save
         for key, shape in _calibrated_shapes(layer, config).items():
             value = saved[name].get(key)
             if value is None or (shape and tuple(value.shape) not in shape):
-                raise ModelError(f"{folder}: {name} was saved in another format than this config gives (no fitting "
-                                 f"{key}); load with the config it was quantized with")
+                raise ModelError(
+                    f"{folder}: {name} was saved in another format than this config gives (no fitting "
+                    f"{key}); load with the config it was quantized with"
+                )
             quantizer, _, buffer = key.partition(".")
             getattr(layer, quantizer)._set_buffer(buffer, torch.empty_like(value, device=layer.weight.device))
 
@@ -136,8 +148,10 @@ def _fill(what: str, layer: Any, saved: Mapping[str, Any], packed: str) -> None:
     held = _tensors(layer)
     fits = set(held) == set(saved) and packed == packed_class(layer)
     if not fits or any(held[k].shape != v.shape or held[k].dtype != v.dtype for k, v in saved.items()):
-        raise ModelError(f"{what}: was saved in another format than this config gives ({packed or 'dense'}, now "
-                         f"{packed_class(layer) or 'dense'}); load with the config it was quantized with")
+        raise ModelError(
+            f"{what}: was saved in another format than this config gives ({packed or 'dense'}, now "
+            f"{packed_class(layer) or 'dense'}); load with the config it was quantized with"
+        )
     with torch.no_grad():
         for key, value in saved.items():
             held[key].copy_(value)

@@ -15,5 +15,13 @@ from quantlab.backends.torchao.storage import load, save
 Config = TorchAoConfig
 
 __all__ = [
-    "Config", "TorchAoConfig", "build_ao_config", "calibrate", "load", "quantize", "read_back", "resolve", "save",
+    "Config",
+    "TorchAoConfig",
+    "build_ao_config",
+    "calibrate",
+    "load",
+    "quantize",
+    "read_back",
+    "resolve",
+    "save",
 ]

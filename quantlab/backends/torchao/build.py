@@ -42,8 +42,10 @@ def build_form(stored: Mapping[str, Any], sets_inductor: bool = False) -> Any:
                 return getattr(importlib.import_module(_ELSEWHERE[kind]), kind)(**fields)
             return core.config_from_dict(form)
         except (ValueError, TypeError, AttributeError, AssertionError) as error:
-            raise ConfigError(f"quant_type={kind}: torchao cannot build it ({error}); check its fields, or "
-                              "write it again with the installed torchao") from error
+            raise ConfigError(
+                f"quant_type={kind}: torchao cannot build it ({error}); check its fields, or "
+                "write it again with the installed torchao"
+            ) from error
 
 
 def _leave_inductor_alone(value: Any) -> None:

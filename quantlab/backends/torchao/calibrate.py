@@ -39,7 +39,10 @@ class LayerScales:
 
 
 def measure(
-    layers: Mapping[str, Any], forms: Mapping[str, Form], dtypes: Mapping[str, Any], config: TorchAoConfig,
+    layers: Mapping[str, Any],
+    forms: Mapping[str, Form],
+    dtypes: Mapping[str, Any],
+    config: TorchAoConfig,
     run: Callable[[], Any],
 ) -> dict[str, LayerScales]:
     """The scales of each layer of ``layers``, which stay as they are; ``run`` passes all calibration data once.
@@ -53,15 +56,19 @@ def measure(
             return _hessians(layers, dtypes, run)
         rows = _largest_inputs(layers, dtypes, run)
         alpha = config.smoothquant_alpha if config.algorithm == "smoothquant" else None
-        return {name: _from_row(layer.weight.detach().to(dtypes[name]), rows.pop(name), forms[name], alpha)
-                for name, layer in layers.items()}
+        return {
+            name: _from_row(layer.weight.detach().to(dtypes[name]), rows.pop(name), forms[name], alpha)
+            for name, layer in layers.items()
+        }
 
 
 @contextlib.contextmanager
 def _watched(layers: Mapping[str, Any], see: Callable[[str, Any], None]) -> Iterator[None]:
     """While open, ``see(name, input)`` is called before each forward of a layer."""
-    handles = [layer.register_forward_pre_hook(functools.partial(_pass_on, see, name), with_kwargs=True)
-               for name, layer in layers.items()]
+    handles = [
+        layer.register_forward_pre_hook(functools.partial(_pass_on, see, name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
     try:
         yield
     finally:
@@ -74,13 +81,17 @@ def _pass_on(see: Callable[[str, Any], None], name: str, layer: Any, args: tuple
 
 
 def _never_ran(name: str) -> ConfigError:
-    return ConfigError(f"calibration: {name} never ran on the calibration data; exclude it with "
-                       "modules_to_not_convert, or give data that reaches it")
+    return ConfigError(
+        f"calibration: {name} never ran on the calibration data; exclude it with "
+        "modules_to_not_convert, or give data that reaches it"
+    )
 
 
 def _not_finite(name: str, dtype: Any) -> ConfigError:
-    return ConfigError(f"calibration: {name} got NaN or infinity in {dtype} on the calibration data; exclude it with "
-                       "modules_to_not_convert, or compute in float32 or bfloat16")
+    return ConfigError(
+        f"calibration: {name} got NaN or infinity in {dtype} on the calibration data; exclude it with "
+        "modules_to_not_convert, or compute in float32 or bfloat16"
+    )
 
 
 # -- SmoothQuant and static activations
@@ -173,7 +184,10 @@ def rounded_by_gptq(weight: Any, hessian: Any, form: Form) -> Any:
 
 
 def _search_all(
-    layers: Mapping[str, Any], forms: Mapping[str, Form], dtypes: Mapping[str, Any], at_once: int,
+    layers: Mapping[str, Any],
+    forms: Mapping[str, Form],
+    dtypes: Mapping[str, Any],
+    at_once: int,
     run: Callable[[], Any],
 ) -> dict[str, LayerScales]:
     found: dict[str, LayerScales] = {}
@@ -223,6 +237,4 @@ def _wake_dead_channels(inputs: list[Any]) -> None:
 
 def _chunks(names: list[str], at_once: int) -> list[list[str]]:
     size = at_once or len(names) or 1
-    return [names[i:i + size] for i in range(0, len(names), size)]
-
-
+    return [names[i : i + size] for i in range(0, len(names), size)]

@@ -109,33 +109,45 @@ class TorchAoConfig(QuantizationConfigMixin):
         packing, mapping = self.int4_packing_format, self.mapping_type
         is_int4 = kind == INT4 or (kind in _MAPPING and data["weight_dtype"]["_data"] == "int4")
         if packing != "auto" and not is_int4:
-            raise ConfigError(f"int4_packing_format={packing}: it is for dtype=int4, and this is {kind}; "
-                              "leave it at auto")
+            raise ConfigError(
+                f"int4_packing_format={packing}: it is for dtype=int4, and this is {kind}; leave it at auto"
+            )
         if packing == "tile_packed_to_4d" and (kind != INT4 or data["group_size"] not in _TILE_GROUPS):
-            raise ConfigError("int4_packing_format=tile_packed_to_4d: it keeps weight-only int4 in groups of "
-                              f"{', '.join(map(str, _TILE_GROUPS))}; choose such a group_size, or unpacked_to_int8")
+            raise ConfigError(
+                "int4_packing_format=tile_packed_to_4d: it keeps weight-only int4 in groups of "
+                f"{', '.join(map(str, _TILE_GROUPS))}; choose such a group_size, or unpacked_to_int8"
+            )
         if packing == "tile_packed_to_4d" and mapping == "SYMMETRIC":
-            raise ConfigError("mapping_type=SYMMETRIC: tile-packed int4 is asymmetric; set "
-                              "int4_packing_format=unpacked_to_int8, or leave mapping_type at auto")
+            raise ConfigError(
+                "mapping_type=SYMMETRIC: tile-packed int4 is asymmetric; set "
+                "int4_packing_format=unpacked_to_int8, or leave mapping_type at auto"
+            )
         if self.fit_group_size and kind != INT4 and kind not in _MAPPING:
             raise ConfigError(f"fit_group_size=true: it is for int4, int3 and int2, and this is {kind}; leave it out")
         if packing == "opaque" and (kind != INT4 or data["group_size"] not in OPAQUE_GROUPS):
-            raise ConfigError("int4_packing_format=opaque: it keeps weight-only int4 in groups of "
-                              f"{', '.join(map(str, OPAQUE_GROUPS))}; choose such a group_size, or unpacked_to_int8")
+            raise ConfigError(
+                "int4_packing_format=opaque: it keeps weight-only int4 in groups of "
+                f"{', '.join(map(str, OPAQUE_GROUPS))}; choose such a group_size, or unpacked_to_int8"
+            )
         if packing == "opaque" and mapping == "SYMMETRIC":
-            raise ConfigError("mapping_type=SYMMETRIC: opaque int4 is asymmetric; set "
-                              "int4_packing_format=unpacked_to_int8, or leave mapping_type at auto")
+            raise ConfigError(
+                "mapping_type=SYMMETRIC: opaque int4 is asymmetric; set "
+                "int4_packing_format=unpacked_to_int8, or leave mapping_type at auto"
+            )
         check_calibration(self)
         if mapping != "auto":
             self._set_mapping(kind, data, mapping)
 
     def _set_mapping(self, kind: str, data: Mapping[str, Any], mapping: str) -> None:
         if kind != INT4 and kind not in _MAPPING:
-            raise ConfigError(f"mapping_type={mapping}: it is for int4, int3 and int2, and this is {kind}; "
-                              "leave it at auto")
+            raise ConfigError(
+                f"mapping_type={mapping}: it is for int4, int3 and int2, and this is {kind}; leave it at auto"
+            )
         if mapping == "ASYMMETRIC" and is_hqq(data):
-            raise ConfigError("mapping_type=ASYMMETRIC: algorithm=hqq of torchao searches scales of symmetric grids "
-                              "only; leave mapping_type at auto, or set algorithm=max")
+            raise ConfigError(
+                "mapping_type=ASYMMETRIC: algorithm=hqq of torchao searches scales of symmetric grids "
+                "only; leave mapping_type at auto, or set algorithm=max"
+            )
         if kind in _MAPPING:
             changed = {**data, _MAPPING[kind]: of_enum("MappingType", mapping)}
             object.__setattr__(self, "quant_type", {**self.quant_type, "_data": changed})
@@ -168,8 +180,9 @@ class TorchAoConfig(QuantizationConfigMixin):
         """Diffusers up to 0.37 wrote a shorthand and ``quant_type_kwargs``; transformers writes flags."""
         for key in ("include_embedding", "include_input_output_embeddings", "untie_embedding_weights"):
             if data.pop(key, False) not in (False, None):
-                raise ConfigError(f"{key}=true: quantlab quantizes Linear layers only, and leaves tied weights tied; "
-                                  "leave it out")
+                raise ConfigError(
+                    f"{key}=true: quantlab quantizes Linear layers only, and leaves tied weights tied; leave it out"
+                )
         keywords = data.pop("quant_type_kwargs", None) or {}
         return {**data, **keywords}
 
@@ -199,13 +212,18 @@ class TorchAoConfig(QuantizationConfigMixin):
 
     def _to_library(self, make: Any, library: str, model: Any) -> Any:
         if self.fit_group_size and model is None:
-            raise ConfigError(f"fit_group_size=true: {library} has one group size for all layers; give the model, and "
-                              "it is checked that this one divides them all, or set group_size")
-        refuse_ours(self, library, ("int4_packing_format", "mapping_type", "fit_group_size",
-                                    "calibration_layers_at_once"))
+            raise ConfigError(
+                f"fit_group_size=true: {library} has one group size for all layers; give the model, and "
+                "it is checked that this one divides them all, or set group_size"
+            )
+        refuse_ours(
+            self, library, ("int4_packing_format", "mapping_type", "fit_group_size", "calibration_layers_at_once")
+        )
         if self.int4_packing_format == "opaque":
-            raise ConfigError(f"int4_packing_format=opaque: {library} does not offer this prototype; set it to auto, "
-                              "or quantize with quantlab")
+            raise ConfigError(
+                f"int4_packing_format=opaque: {library} does not offer this prototype; set it to auto, "
+                "or quantize with quantlab"
+            )
         form = self._one_form(model, library)
         names = exclusions_for(self, model, library)
         arguments = {"quant_type": build_form(form, sets_inductor=True), "modules_to_not_convert": names}
@@ -219,8 +237,10 @@ class TorchAoConfig(QuantizationConfigMixin):
             left = excluded_layers(self, model)
             odd = [n for n, layer in linear_layers(model).items() if n not in left and layer.in_features % group]
             if odd:
-                raise ConfigError(f"fit_group_size=true: {', '.join(odd[:8])} would take another group size than "
-                                  f"{group}, and {library} has one for all layers; exclude them, or set group_size")
+                raise ConfigError(
+                    f"fit_group_size=true: {', '.join(odd[:8])} would take another group size than "
+                    f"{group}, and {library} has one for all layers; exclude them, or set group_size"
+                )
         is_unpacked = self.int4_packing_format == "unpacked_to_int8" or self.mapping_type != "auto"
         return unpacked(self, data["group_size"]) if kind == INT4 and is_unpacked else dict(self.quant_type)
 
@@ -253,23 +273,40 @@ class TorchAoConfig(QuantizationConfigMixin):
         """
         axes = resolve_axes(axes)
         if axes.activation_dtype == "int8" and axes.dtype == "int8" and axes.group_size not in ("auto", "none"):
-            raise ConfigError(f"group_size={axes.group_size}: torchao int8 with activation_dtype=int8 has one scale a "
-                              "row; set group_size=none, or activation_dtype=none")
+            raise ConfigError(
+                f"group_size={axes.group_size}: torchao int8 with activation_dtype=int8 has one scale a "
+                "row; set group_size=none, or activation_dtype=none"
+            )
         is_scaled = axes.algorithm in ("awq", "smoothquant", "gptq")
-        if is_scaled and axes.dtype == "int4" and (
-                axes.activation_dtype != "none" or axes.group_size not in ("auto", *OPAQUE_GROUPS)):
-            raise ConfigError(f"algorithm={axes.algorithm}: torchao int4 has it with activation_dtype=none and "
-                              f"group_size={', '.join(map(str, OPAQUE_GROUPS))} or auto, not activation_dtype="
-                              f"{axes.activation_dtype} group_size={axes.group_size}; change them, or take "
-                              "algorithm=max")
+        if (
+            is_scaled
+            and axes.dtype == "int4"
+            and (axes.activation_dtype != "none" or axes.group_size not in ("auto", *OPAQUE_GROUPS))
+        ):
+            raise ConfigError(
+                f"algorithm={axes.algorithm}: torchao int4 has it with activation_dtype=none and "
+                f"group_size={', '.join(map(str, OPAQUE_GROUPS))} or auto, not activation_dtype="
+                f"{axes.activation_dtype} group_size={axes.group_size}; change them, or take "
+                "algorithm=max"
+            )
         given = dict(settings or {})
-        if given.get("activation_scales") == "static" and axes.activation_dtype.startswith("float8") and (
-                axes.group_size != "auto"):
-            raise ConfigError(f"group_size={axes.group_size}: torchao's static float8 has one scale for the whole "
-                              "weight; leave group_size=auto, or set activation_scales=dynamic")
+        if (
+            given.get("activation_scales") == "static"
+            and axes.activation_dtype.startswith("float8")
+            and (axes.group_size != "auto")
+        ):
+            raise ConfigError(
+                f"group_size={axes.group_size}: torchao's static float8 has one scale for the whole "
+                "weight; leave group_size=auto, or set activation_scales=dynamic"
+            )
         is_fitted = axes.group_size == "auto" and axes.dtype in ("int4", "int3", "int2")
-        return cls(quant_type=_form(axes), modules_to_not_convert=axes.exclusions() or None,
-                   fit_group_size=is_fitted, algorithm=axes.algorithm if is_scaled else "auto", **given)
+        return cls(
+            quant_type=_form(axes),
+            modules_to_not_convert=axes.exclusions() or None,
+            fit_group_size=is_fitted,
+            algorithm=axes.algorithm if is_scaled else "auto",
+            **given,
+        )
 
     def axes(self) -> QuantizationAxes:
         """The axes that, with the config's own settings, :meth:`from_axes` turns into this config.
@@ -277,17 +314,24 @@ class TorchAoConfig(QuantizationConfigMixin):
         Raises ConfigError for a scheme of torchao that no axes express.
         """
         kind, data = self.quant_type["_type"], self.quant_type["_data"]
-        axes = QuantizationAxes(backend="torchao", activation_dtype="none", algorithm="max",
-                                modules_to_not_convert=self._exclusion_axes())
+        axes = QuantizationAxes(
+            backend="torchao", activation_dtype="none", algorithm="max", modules_to_not_convert=self._exclusion_axes()
+        )
         if kind == INT4:
             found = {"dtype": "int4", "group_size": data["group_size"]}
         elif kind in _MAPPING:
             bits = _DTYPES.get(data["weight_dtype"]["_data"])
-            found = {"dtype": bits, "group_size": _group(data[_GRANULARITY[kind]]),
-                     "activation_dtype": "int8" if kind == INT8_INTX else "none"}
+            found = {
+                "dtype": bits,
+                "group_size": _group(data[_GRANULARITY[kind]]),
+                "activation_dtype": "int8" if kind == INT8_INTX else "none",
+            }
         elif kind in (INT8, INT8_INT8):
-            found = {"dtype": "int8", "group_size": _group(data["granularity"]),
-                     "activation_dtype": "int8" if kind == INT8_INT8 else "none"}
+            found = {
+                "dtype": "int8",
+                "group_size": _group(data["granularity"]),
+                "activation_dtype": "int8" if kind == INT8_INT8 else "none",
+            }
         elif kind in (FLOAT8, FLOAT8_FLOAT8):
             found = _float8_axes(kind, data)
         elif kind == _MX:
@@ -339,8 +383,12 @@ def _form(axes: QuantizationAxes) -> Form:
     if group == "auto":
         group = DEFAULTS[INT4][1]["group_size"] if axes.activation_dtype == "none" else 32
     if dtype == "int4" and axes.activation_dtype == "none" and group in _TILE_GROUPS:
-        return make(INT4, group_size=group, int4_packing_format="tile_packed_to_4d",
-                    **({"int4_choose_qparams_algorithm": "hqq"} if hqq else {}))
+        return make(
+            INT4,
+            group_size=group,
+            int4_packing_format="tile_packed_to_4d",
+            **({"int4_choose_qparams_algorithm": "hqq"} if hqq else {}),
+        )
     kind = INTX if axes.activation_dtype == "none" else INT8_INTX
     return _intx(kind, dtype, PER_AXIS_0 if group == "none" else per_group(int(group)), hqq)
 
@@ -355,8 +403,12 @@ def _intx(kind: str, dtype: str, granularity: Form, hqq: bool) -> Form:
 
 def unpacked(config: TorchAoConfig, group_size: int | str) -> Form:
     """The ``IntxWeightOnlyConfig`` that keeps what an ``Int4WeightOnlyConfig`` asks for in int8."""
-    form = _intx(INTX, "int4", PER_AXIS_0 if group_size == "none" else per_group(int(group_size)),
-                 is_hqq(config.quant_type["_data"]))
+    form = _intx(
+        INTX,
+        "int4",
+        PER_AXIS_0 if group_size == "none" else per_group(int(group_size)),
+        is_hqq(config.quant_type["_data"]),
+    )
     if config.mapping_type != "auto":
         form["_data"]["mapping_type"] = of_enum("MappingType", config.mapping_type)
     return form
@@ -373,8 +425,10 @@ def layer_form(config: TorchAoConfig, in_features: int) -> Form:
     group = data["group_size"] if kind == INT4 else _group(data.get(_GRANULARITY.get(kind, ""), PER_ROW))
     if isinstance(group, int) and in_features % group:
         if not config.fit_group_size:
-            raise ConfigError(f"group_size={group}: in_features {in_features} does not divide by it; choose another "
-                              "group_size, exclude the layer, or leave group_size=auto")
+            raise ConfigError(
+                f"group_size={group}: in_features {in_features} does not divide by it; choose another "
+                "group_size, exclude the layer, or leave group_size=auto"
+            )
         group = next((g for g in _SMALLER_GROUPS if g < int(group) and not in_features % g), "none")
     if config.activation_scales == "static":
         return static(form)

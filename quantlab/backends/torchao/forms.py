@@ -65,57 +65,75 @@ _MM_CONFIG = {
 
 DEFAULTS: dict[str, tuple[int, Form]] = {
     "Int8WeightOnlyConfig": (2, {"group_size": None, "granularity": PER_ROW, "set_inductor_config": True}),
-    "Int8DynamicActivationInt8WeightConfig": (2, {
-        "act_mapping_type": _SYMMETRIC,
-        "weight_only_decode": False,
-        "granularity": PER_ROW,
-        "set_inductor_config": True,
-        "reduce_range": False,
-    }),
-    "Int4WeightOnlyConfig": (2, {
-        "group_size": 128,
-        "set_inductor_config": True,
-        "int4_packing_format": of_enum("Int4PackingFormat", "PLAIN"),
-        "int4_choose_qparams_algorithm": of_enum("Int4ChooseQParamsAlgorithm", "TINYGEMM"),
-        "int4_tile_packed_ntile": 8,
-    }),
-    "IntxWeightOnlyConfig": (2, {
-        "weight_dtype": of_dtype("int8"),
-        "granularity": PER_AXIS_0,
-        "mapping_type": _SYMMETRIC,
-        "scale_dtype": None,
-        **_INTX_STORAGE,
-    }),
-    "Int8DynamicActivationIntxWeightConfig": (2, {
-        "weight_dtype": of_dtype("int8"),
-        "weight_granularity": per_group(32),
-        "weight_mapping_type": _SYMMETRIC,
-        "weight_scale_dtype": None,
-        "act_mapping_type": _ASYMMETRIC,
-        **_INTX_STORAGE,
-    }),
+    "Int8DynamicActivationInt8WeightConfig": (
+        2,
+        {
+            "act_mapping_type": _SYMMETRIC,
+            "weight_only_decode": False,
+            "granularity": PER_ROW,
+            "set_inductor_config": True,
+            "reduce_range": False,
+        },
+    ),
+    "Int4WeightOnlyConfig": (
+        2,
+        {
+            "group_size": 128,
+            "set_inductor_config": True,
+            "int4_packing_format": of_enum("Int4PackingFormat", "PLAIN"),
+            "int4_choose_qparams_algorithm": of_enum("Int4ChooseQParamsAlgorithm", "TINYGEMM"),
+            "int4_tile_packed_ntile": 8,
+        },
+    ),
+    "IntxWeightOnlyConfig": (
+        2,
+        {
+            "weight_dtype": of_dtype("int8"),
+            "granularity": PER_AXIS_0,
+            "mapping_type": _SYMMETRIC,
+            "scale_dtype": None,
+            **_INTX_STORAGE,
+        },
+    ),
+    "Int8DynamicActivationIntxWeightConfig": (
+        2,
+        {
+            "weight_dtype": of_dtype("int8"),
+            "weight_granularity": per_group(32),
+            "weight_mapping_type": _SYMMETRIC,
+            "weight_scale_dtype": None,
+            "act_mapping_type": _ASYMMETRIC,
+            **_INTX_STORAGE,
+        },
+    ),
     "Float8WeightOnlyConfig": (2, {"weight_dtype": _E4M3, "set_inductor_config": True, "granularity": PER_ROW}),
-    "Float8DynamicActivationFloat8WeightConfig": (2, {
-        "activation_dtype": _E4M3,
-        "weight_dtype": _E4M3,
-        "granularity": [PER_TENSOR, PER_TENSOR],
-        "packing_format": of_enum("Float8PackingFormat", "PLAIN"),
-        "mm_config": _MM_CONFIG,
-        "activation_value_lb": None,
-        "activation_value_ub": None,
-        "kernel_preference": of_enum("KernelPreference", "AUTO"),
-        "set_inductor_config": True,
-        "alg_id": 0,
-    }),
+    "Float8DynamicActivationFloat8WeightConfig": (
+        2,
+        {
+            "activation_dtype": _E4M3,
+            "weight_dtype": _E4M3,
+            "granularity": [PER_TENSOR, PER_TENSOR],
+            "packing_format": of_enum("Float8PackingFormat", "PLAIN"),
+            "mm_config": _MM_CONFIG,
+            "activation_value_lb": None,
+            "activation_value_ub": None,
+            "kernel_preference": of_enum("KernelPreference", "AUTO"),
+            "set_inductor_config": True,
+            "alg_id": 0,
+        },
+    ),
     "NF4WeightOnlyConfig": (1, {}),
     "NVFP4WeightOnlyConfig": (1, {"use_dynamic_per_tensor_scale": True}),
-    "MXDynamicActivationMXWeightConfig": (1, {
-        "block_size": 32,
-        "activation_dtype": _E4M3,
-        "weight_dtype": _E4M3,
-        "kernel_preference": of_enum("KernelPreference", "AUTO"),
-        "scaling_mode": of_enum("ScaleCalculationMode", "RCEIL"),
-    }),
+    "MXDynamicActivationMXWeightConfig": (
+        1,
+        {
+            "block_size": 32,
+            "activation_dtype": _E4M3,
+            "weight_dtype": _E4M3,
+            "kernel_preference": of_enum("KernelPreference", "AUTO"),
+            "scaling_mode": of_enum("ScaleCalculationMode", "RCEIL"),
+        },
+    ),
 }
 """Config of torchao 0.18 -> its version and its fields with their defaults."""
 
@@ -138,8 +156,10 @@ def make(kind: str, **given: Any) -> Form:
     version, defaults = DEFAULTS[kind]
     for key in given:
         if key not in defaults:
-            raise ConfigError(f"quant_type={kind}: it has no setting {key}{nearest(key, defaults)} "
-                              f"(it has {', '.join(defaults) or 'none'})")
+            raise ConfigError(
+                f"quant_type={kind}: it has no setting {key}{nearest(key, defaults)} "
+                f"(it has {', '.join(defaults) or 'none'})"
+            )
     data = {k: _like(f"quant_type={kind}: {k}", v, given[k]) if k in given else v for k, v in defaults.items()}
     for key, accepted in (("weight_dtype", _WEIGHT_DTYPES.get(kind, ())),):
         if key in data and data[key]["_data"] not in accepted:
@@ -160,8 +180,10 @@ def from_mapping(value: Mapping[str, Any]) -> Form:
     if set(value) == {"default"}:
         value = value["default"]
     if not isinstance(value, Mapping) or not isinstance(value.get("_type"), str):
-        raise ConfigError("quant_type: a dictionary has the key default, or torchao's _type, _version and _data; "
-                          "config_to_dict of torchao writes it")
+        raise ConfigError(
+            "quant_type: a dictionary has the key default, or torchao's _type, _version and _data; "
+            "config_to_dict of torchao writes it"
+        )
     data = dict(value.get("_data") or {})
     kind, version = value["_type"], value.get("_version", 1)
     kind, data = _upgraded(kind, version, data)
@@ -169,8 +191,10 @@ def from_mapping(value: Mapping[str, Any]) -> Form:
         form: Form = to_json_data({"_type": kind, "_version": version, "_data": data})
         return form
     if version > DEFAULTS[kind][0]:
-        raise ConfigError(f"quant_type={kind}: version {version} was written by a newer torchao; "
-                          f"this one reads up to {DEFAULTS[kind][0]}")
+        raise ConfigError(
+            f"quant_type={kind}: version {version} was written by a newer torchao; "
+            f"this one reads up to {DEFAULTS[kind][0]}"
+        )
     return make(kind, **data)
 
 
@@ -178,13 +202,17 @@ def from_object(value: Any) -> Form:
     """The stored form of an ``AOBaseConfig`` object; nothing is imported that its owner has not imported."""
     core = sys.modules.get("torchao.core.config")
     if core is None or not isinstance(value, core.AOBaseConfig):
-        raise ConfigError(f"quant_type={value!r}: TorchAoConfig accepts a shorthand such as int8wo, a config object of "
-                          "torchao, or the dictionary that config_to_dict writes")
+        raise ConfigError(
+            f"quant_type={value!r}: TorchAoConfig accepts a shorthand such as int8wo, a config object of "
+            "torchao, or the dictionary that config_to_dict writes"
+        )
     try:
         return from_mapping(core.config_to_dict(value))
     except TypeError as error:  # a tensor among its fields
-        raise ConfigError(f"quant_type={type(value).__name__}: it cannot be written as data ({error}); "
-                          "a scheme that needs measured scales cannot be stored in a config") from error
+        raise ConfigError(
+            f"quant_type={type(value).__name__}: it cannot be written as data ({error}); "
+            "a scheme that needs measured scales cannot be stored in a config"
+        ) from error
 
 
 def _like(where: str, default: Any, value: Any) -> Any:
@@ -245,8 +273,10 @@ def _upgraded(kind: str, version: int, data: Form) -> tuple[str, Form]:
         return kind, data
     layout = data.get("layout")
     if isinstance(layout, Mapping) and layout.get("_type") not in _KNOWN_LAYOUTS:
-        raise ConfigError(f"quant_type={kind}: the layout {layout.get('_type')} was removed from torchao; "
-                          "write the config again with today's torchao, without a layout")
+        raise ConfigError(
+            f"quant_type={kind}: the layout {layout.get('_type')} was removed from torchao; "
+            "write the config again with today's torchao, without a layout"
+        )
     kept = {k: v for k, v in data.items() if k not in _DROPPED}
     if kind == "Int8DynamicActivationInt4WeightConfig":
         renamed = {"weight_dtype": "int4", "weight_granularity": per_group(kept.get("group_size", 32))}

@@ -67,7 +67,10 @@ def calibrate(
 
 
 def quantize(
-    model: Any, layers: Iterable[str], config: TorchAoConfig, compute_dtype: Any = None,
+    model: Any,
+    layers: Iterable[str],
+    config: TorchAoConfig,
+    compute_dtype: Any = None,
     calibrated: Mapping[str, LayerScales] | None = None,
 ) -> None:
     """Quantize the weight of each named ``nn.Linear`` of ``model``, in place; all are checked before the first changes.
@@ -101,8 +104,10 @@ def quantize(
         follow_rank(layer)
     left = [name for name, layer in named.items() if not is_quantized(layer)]
     if left:
-        raise NotQuantized(f"quant_type={config.quant_type['_type']}: torchao left {', '.join(left[:8])} unquantized; "
-                           "exclude them with modules_to_not_convert, or choose another dtype")
+        raise NotQuantized(
+            f"quant_type={config.quant_type['_type']}: torchao left {', '.join(left[:8])} unquantized; "
+            "exclude them with modules_to_not_convert, or choose another dtype"
+        )
 
 
 def _checked(
@@ -121,11 +126,16 @@ def _scales_of(
         return dict.fromkeys(named, LayerScales())
     missing = [name for name in named if name not in (calibrated or {})]
     if missing or calibrated is None:
-        key, otherwise = (f"algorithm={config.algorithm}", "algorithm=max") if config.algorithm != "auto" else (
-            "activation_scales=static", "activation_scales=dynamic")
+        key, otherwise = (
+            (f"algorithm={config.algorithm}", "algorithm=max")
+            if config.algorithm != "auto"
+            else ("activation_scales=static", "activation_scales=dynamic")
+        )
         layers = f" for {', '.join(missing[:8])}" if calibrated else ""
-        raise ConfigError(f"{key}: it needs scales that are measured on data, and there are none{layers}; give "
-                          f"calibration data, or set {otherwise}")
+        raise ConfigError(
+            f"{key}: it needs scales that are measured on data, and there are none{layers}; give "
+            f"calibration data, or set {otherwise}"
+        )
     return calibrated
 
 
@@ -164,8 +174,10 @@ def _apply(model: Any, names: list[str], form: Mapping[str, Any], activation_sca
         try:
             library.quantize_(model, scheme, filter_fn=lambda module, name: name in wanted)
         except (AssertionError, RuntimeError, ValueError, ImportError) as error:
-            raise ConfigError(f"quant_type={form['_type']}: torchao cannot quantize {', '.join(names[:8])}: {error}; "
-                              "choose another dtype or group_size, or exclude these layers") from error
+            raise ConfigError(
+                f"quant_type={form['_type']}: torchao cannot quantize {', '.join(names[:8])}: {error}; "
+                "choose another dtype or group_size, or exclude these layers"
+            ) from error
 
 
 def _keep_zeros(weight: Any) -> None:
@@ -190,8 +202,10 @@ def _checked_form(name: str, layer: Any, config: TorchAoConfig, dtype: Any) -> d
     """The stored form for one layer; ConfigError naming it where its shape, dtype or device does not do."""
     kind = config.quant_type["_type"]
     if kind in _OWN_LAYERS:
-        raise ConfigError(f"quant_type={kind}: it names layers itself, and quantlab chooses them with "
-                          "modules_to_not_convert; give one scheme")
+        raise ConfigError(
+            f"quant_type={kind}: it names layers itself, and quantlab chooses them with "
+            "modules_to_not_convert; give one scheme"
+        )
     if is_quantized(layer):
         raise ConfigError(f"quant_type={kind}: {name} is already quantized by torchao; load the unquantized model")
     device = layer.weight.device.type
@@ -201,8 +215,10 @@ def _checked_form(name: str, layer: Any, config: TorchAoConfig, dtype: Any) -> d
     except ConfigError as error:
         raise ConfigError(f"{error} (layer {name}, {[out_features, in_features]})") from error
     if reason := _misfit(form, (out_features, in_features), dtype_name(dtype), device):
-        raise ConfigError(f"{reason} (layer {name}, {[out_features, in_features]}); exclude it with "
-                          "modules_to_not_convert, or choose another dtype")
+        raise ConfigError(
+            f"{reason} (layer {name}, {[out_features, in_features]}); exclude it with "
+            "modules_to_not_convert, or choose another dtype"
+        )
     return form
 
 
@@ -219,12 +235,19 @@ def _misfit(form: Mapping[str, Any], shape: tuple[int, int], dtype: str, device:
     if kind == "MXDynamicActivationMXWeightConfig":
         if in_features % form["_data"]["block_size"]:
             return f"dtype=mxfp8 or mxfp4: in_features {in_features} does not divide by {form['_data']['block_size']}"
-        return "" if dtype == "bfloat16" else (f"compute_dtype={dtype}: torchao mxfp8 and mxfp4 compute in bfloat16 "
-                                               "only; set compute_dtype=bfloat16")
+        return (
+            ""
+            if dtype == "bfloat16"
+            else (
+                f"compute_dtype={dtype}: torchao mxfp8 and mxfp4 compute in bfloat16 only; set compute_dtype=bfloat16"
+            )
+        )
     is_tiled = kind == INT4 and form["_data"]["int4_packing_format"]["_data"] == "TILE_PACKED_TO_4D"
     if is_tiled and (device != "cuda" or dtype != "bfloat16"):
-        return (f"int4_packing_format=tile_packed_to_4d: it needs CUDA and bfloat16, and this layer is on {device} "
-                f"in {dtype}; use int4_packing_format=unpacked_to_int8, or compute_dtype=bfloat16")
+        return (
+            f"int4_packing_format=tile_packed_to_4d: it needs CUDA and bfloat16, and this layer is on {device} "
+            f"in {dtype}; use int4_packing_format=unpacked_to_int8, or compute_dtype=bfloat16"
+        )
     if kind == OPAQUE and device != "cpu":
         return f"int4_packing_format=opaque: it is for a CPU, and this layer is on {device}; use tile_packed_to_4d"
     if kind == OPAQUE and out_features % 16:
@@ -240,7 +263,9 @@ def _dynamic_float8_misfit(shape: tuple[int, int], device: str) -> str:
     import torch
 
     if device != "cuda" or torch.cuda.get_device_capability() < (8, 9):
-        return (f"activation_dtype=float8_e4m3: torchao needs CUDA with compute capability 8.9 and this layer is on "
-                f"{device}; set activation_dtype=none, or activation_scales=static with calibration data")
+        return (
+            f"activation_dtype=float8_e4m3: torchao needs CUDA with compute capability 8.9 and this layer is on "
+            f"{device}; set activation_dtype=none, or activation_scales=static with calibration data"
+        )
     bad = [size for size in shape if size % 16]
     return f"activation_dtype=float8_e4m3: {bad[0]} features do not divide by 16" if bad else ""

@@ -95,8 +95,10 @@ def _num_blocks(weight: Any, dtype: str) -> int:
     num_rows, num_columns = weight.shape[0], weight.shape[1] // weight.block_size
     padded = -(-num_rows // 128) * 128 * (-(-num_columns // 4) * 4)
     if weight.scale.numel() not in (num_rows * num_columns, padded):
-        raise NotQuantized(f"dtype={dtype}: {weight.scale.numel()} scales do not cover blocks of {weight.block_size}; "
-                           "report this layer")
+        raise NotQuantized(
+            f"dtype={dtype}: {weight.scale.numel()} scales do not cover blocks of {weight.block_size}; "
+            "report this layer"
+        )
     return num_rows * num_columns
 
 

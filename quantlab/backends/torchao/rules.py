@@ -29,13 +29,16 @@ def check_calibration(config: Any) -> None:
     if kind in _WRITTEN_AS:
         raise ConfigError(f"quant_type={kind}: it is one step of a calibration; write {_WRITTEN_AS[kind]}")
     if config.calibration_layers_at_once < 0:
-        raise ConfigError(f"calibration_layers_at_once={config.calibration_layers_at_once}: a number of layers is "
-                          "wanted; 0 takes all at once")
+        raise ConfigError(
+            f"calibration_layers_at_once={config.calibration_layers_at_once}: a number of layers is "
+            "wanted; 0 takes all at once"
+        )
     if config.algorithm != "auto":
         _check_algorithm(config, kind)
     if config.smoothquant_alpha != 0.5 and config.algorithm != "smoothquant":
-        raise ConfigError(f"smoothquant_alpha={config.smoothquant_alpha}: it is for algorithm=smoothquant; leave it "
-                          "out")
+        raise ConfigError(
+            f"smoothquant_alpha={config.smoothquant_alpha}: it is for algorithm=smoothquant; leave it out"
+        )
     if not 0 <= config.smoothquant_alpha <= 1:
         raise ConfigError(f"smoothquant_alpha={config.smoothquant_alpha}: a number from 0 to 1 is wanted, such as 0.5")
     if config.activation_scales == "static":
@@ -45,33 +48,49 @@ def check_calibration(config: Any) -> None:
 def _check_algorithm(config: Any, kind: str) -> None:
     key, data = f"algorithm={config.algorithm}", config.quant_type["_data"]
     if config.algorithm == "gptq" and (kind != INT8 or data["granularity"]["_type"] != "PerRow"):
-        raise ConfigError(f"{key}: torchao has it for {INT8} with one scale a row; set dtype=int8, "
-                          "activation_dtype=none and group_size=none, or choose backend=modelopt")
+        raise ConfigError(
+            f"{key}: torchao has it for {INT8} with one scale a row; set dtype=int8, "
+            "activation_dtype=none and group_size=none, or choose backend=modelopt"
+        )
     if kind not in _SCALED_KINDS:
-        raise ConfigError(f"{key}: torchao scales the inputs of {', '.join(_SCALED_KINDS)}, and this is {kind}; choose "
-                          "dtype=int8, or dtype=int4 with activation_dtype=none, or leave the algorithm at auto")
+        raise ConfigError(
+            f"{key}: torchao scales the inputs of {', '.join(_SCALED_KINDS)}, and this is {kind}; choose "
+            "dtype=int8, or dtype=int4 with activation_dtype=none, or leave the algorithm at auto"
+        )
     if kind == INT4 and (data["group_size"] not in OPAQUE_GROUPS or is_hqq(data)):
-        raise ConfigError(f"{key}: int4 has it in groups of {', '.join(map(str, OPAQUE_GROUPS))} and without hqq; set "
-                          "such a group_size, or leave the algorithm at auto")
+        raise ConfigError(
+            f"{key}: int4 has it in groups of {', '.join(map(str, OPAQUE_GROUPS))} and without hqq; set "
+            "such a group_size, or leave the algorithm at auto"
+        )
     if config.int4_packing_format == "unpacked_to_int8" or config.mapping_type == "SYMMETRIC":
-        raise ConfigError(f"{key}: torchao scales the inputs of packed int4 only, which is asymmetric; leave "
-                          "int4_packing_format and mapping_type at auto")
+        raise ConfigError(
+            f"{key}: torchao scales the inputs of packed int4 only, which is asymmetric; leave "
+            "int4_packing_format and mapping_type at auto"
+        )
     if config.algorithm == "awq" and config.activation_scales == "static":
-        raise ConfigError("activation_scales=static: torchao's AWQ searches with dynamic activations; set "
-                          "algorithm=smoothquant, or activation_scales=dynamic")
+        raise ConfigError(
+            "activation_scales=static: torchao's AWQ searches with dynamic activations; set "
+            "algorithm=smoothquant, or activation_scales=dynamic"
+        )
 
 
 def _check_static(config: Any, kind: str, data: Any) -> None:
     key = "activation_scales=static"
     if kind not in _STATIC_KINDS:
-        raise ConfigError(f"{key}: torchao has it for {' and '.join(_STATIC_KINDS)}, and this is {kind}; set dtype and "
-                          "activation_dtype both to int8 or both to float8_e4m3, or activation_scales=dynamic")
+        raise ConfigError(
+            f"{key}: torchao has it for {' and '.join(_STATIC_KINDS)}, and this is {kind}; set dtype and "
+            "activation_dtype both to int8 or both to float8_e4m3, or activation_scales=dynamic"
+        )
     if kind == INT8_INT8 and (data["act_mapping_type"]["_data"] != "SYMMETRIC" or data["weight_only_decode"]):
-        raise ConfigError(f"{key}: it is measured for symmetric activations in every call; leave act_mapping_type and "
-                          "weight_only_decode at their defaults, or set activation_scales=dynamic")
+        raise ConfigError(
+            f"{key}: it is measured for symmetric activations in every call; leave act_mapping_type and "
+            "weight_only_decode at their defaults, or set activation_scales=dynamic"
+        )
     if kind == FLOAT8_FLOAT8 and any(granularity["_type"] != "PerTensor" for granularity in data["granularity"]):
-        raise ConfigError(f"{key}: static float8 has one scale for the whole weight; leave group_size=auto (the "
-                          "granularity PerTensor), or set activation_scales=dynamic")
+        raise ConfigError(
+            f"{key}: static float8 has one scale for the whole weight; leave group_size=auto (the "
+            "granularity PerTensor), or set activation_scales=dynamic"
+        )
 
 
 def static(form: Form) -> Form:
@@ -94,9 +113,14 @@ def opaque(form: Form, group: Any, in_features: int) -> Form:
     Raises ConfigError where no group size of the prototype divides ``in_features``.
     """
     if group not in OPAQUE_GROUPS:
-        raise ConfigError(f"int4_packing_format=opaque: in_features {in_features} divides by none of its group sizes "
-                          f"{', '.join(map(str, OPAQUE_GROUPS))}; exclude the layer, or set algorithm=max and "
-                          "int4_packing_format=unpacked_to_int8")
+        raise ConfigError(
+            f"int4_packing_format=opaque: in_features {in_features} divides by none of its group sizes "
+            f"{', '.join(map(str, OPAQUE_GROUPS))}; exclude the layer, or set algorithm=max and "
+            "int4_packing_format=unpacked_to_int8"
+        )
     names = ("int4_choose_qparams_algorithm", "set_inductor_config")
-    return {"_type": OPAQUE, "_version": 1,
-            "_data": {"group_size": int(group), **{name: form["_data"][name] for name in names}}}
+    return {
+        "_type": OPAQUE,
+        "_version": 1,
+        "_data": {"group_size": int(group), **{name: form["_data"][name] for name in names}},
+    }

@@ -9,12 +9,15 @@ from quantlab.backends.torchao.forms import DEFAULTS, Form, make, per_group
 from quantlab.errors import ConfigError, nearest
 
 _E5M2 = "float8_e5m2"
-_FPX = tuple(name for x in range(3, 8)
-             for name in (f"fp{x}", *(f"fp{x}_e{e}m{x - 1 - e}" for e in range(1, x))))
-_NO_FPX = ("torchao removed its X-bit floats in 0.16; float8wo_e4m3 keeps 8 bits, and the 4-bit floats are "
-           "NF4WeightOnlyConfig and NVFP4WeightOnlyConfig (dtype=nf4, dtype=nvfp4)")
-_NO_STATIC = ("it needs an activation scale that calibration measures; "
-              "float8dq measures it at run time (activation_dtype=float8_e4m3)")
+_FPX = tuple(name for x in range(3, 8) for name in (f"fp{x}", *(f"fp{x}_e{e}m{x - 1 - e}" for e in range(1, x))))
+_NO_FPX = (
+    "torchao removed its X-bit floats in 0.16; float8wo_e4m3 keeps 8 bits, and the 4-bit floats are "
+    "NF4WeightOnlyConfig and NVFP4WeightOnlyConfig (dtype=nf4, dtype=nvfp4)"
+)
+_NO_STATIC = (
+    "it needs an activation scale that calibration measures; "
+    "float8dq measures it at run time (activation_dtype=float8_e4m3)"
+)
 
 
 def _get_torchao_quant_type_to_method() -> dict[str, Form | str]:
@@ -53,9 +56,11 @@ def _get_torchao_quant_type_to_method() -> dict[str, Form | str]:
 
 
 def _no_uint(bits: str) -> str:
-    return (f"torchao's unsigned integers need the package gemlite and a GPU; the nearest is "
-            f"IntxWeightOnlyConfig(weight_dtype=torch.int{bits}, granularity=PerGroup(64)), that is dtype=int{bits} "
-            "group_size=64")
+    return (
+        f"torchao's unsigned integers need the package gemlite and a GPU; the nearest is "
+        f"IntxWeightOnlyConfig(weight_dtype=torch.int{bits}, granularity=PerGroup(64)), that is dtype=int{bits} "
+        "group_size=64"
+    )
 
 
 def expand(name: str, keywords: Mapping[str, Any]) -> Form:
@@ -66,8 +71,10 @@ def expand(name: str, keywords: Mapping[str, Any]) -> Form:
     """
     table = _get_torchao_quant_type_to_method()
     if name not in table:
-        raise ConfigError(f"quant_type={name!r}: no such shorthand{nearest(name, table)} "
-                          f"(there are {', '.join(n for n, form in table.items() if isinstance(form, dict))})")
+        raise ConfigError(
+            f"quant_type={name!r}: no such shorthand{nearest(name, table)} "
+            f"(there are {', '.join(n for n, form in table.items() if isinstance(form, dict))})"
+        )
     form = table[name]
     if isinstance(form, str):
         raise ConfigError(f"quant_type={name!r}: {form}")
@@ -76,8 +83,10 @@ def expand(name: str, keywords: Mapping[str, Any]) -> Form:
     accepted = (*DEFAULTS[kind][1], *(("group_size",) if kind in grouped else ()))
     for key in given:
         if key not in accepted:
-            raise ConfigError(f"{key}: {name} has no such keyword{nearest(key, accepted)} "
-                              f"(it has {', '.join(dict.fromkeys(accepted))})")
+            raise ConfigError(
+                f"{key}: {name} has no such keyword{nearest(key, accepted)} "
+                f"(it has {', '.join(dict.fromkeys(accepted))})"
+            )
     if kind in grouped and given.get("group_size") is not None:
         size = given.pop("group_size")
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:

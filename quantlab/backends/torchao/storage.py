@@ -64,19 +64,24 @@ def load(model: Any, layers: Iterable[str], config: TorchAoConfig, folder: Any) 
     tensors = _read(folder)
     saved = {key.removesuffix(".weight") for key in tensors if key.endswith(".weight")}
     if saved != set(names):
-        raise ModelError(f"{folder}: holds other layers than were asked for (such as {min(saved ^ set(names))}); "
-                         "load with the exclusions that it was quantized with")
+        raise ModelError(
+            f"{folder}: holds other layers than were asked for (such as {min(saved ^ set(names))}); "
+            "load with the exclusions that it was quantized with"
+        )
     wanted, changes = _dtype_of(config), []
     for name in names:
         layer = model.get_submodule(name)
         weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
         if weight.shape != layer.weight.shape or (bias is None) != (layer.bias is None):
-            raise ModelError(f"{folder}: {name} was saved with shape {list(weight.shape)}; the model's layer has "
-                             f"{list(layer.weight.shape)}, or their biases differ; load it into the model it was made "
-                             "from")
+            raise ModelError(
+                f"{folder}: {name} was saved with shape {list(weight.shape)}; the model's layer has "
+                f"{list(layer.weight.shape)}, or their biases differ; load it into the model it was made "
+                "from"
+            )
         if wanted and (stored := stored_dtype(weight)) != wanted:
-            raise ModelError(f"{folder}: {name} is stored as {stored}, not {wanted}; load with the config it was "
-                             "quantized with")
+            raise ModelError(
+                f"{folder}: {name} is stored as {stored}, not {wanted}; load with the config it was quantized with"
+            )
         changes.append((layer, weight, bias))
     for layer, weight, bias in changes:
         device, outside = layer.weight.device, layer.weight.dtype
