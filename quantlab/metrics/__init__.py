@@ -23,8 +23,14 @@ class Metric:
     higher_is_better: bool | None
     """None: neither direction is better (a property of the reference, or a signed number whose best value is 0)."""
     protocols: tuple[str, ...]
+    of_reference: float | None = None
+    """What the metric is for the reference itself, where that is known beforehand; else its own samples tell."""
     is_binary: bool = False
     """True where a sample is 0 or 1: two candidates are then compared by McNemar's test."""
+    is_curve: bool = False
+    """True where the number is one value a sampler step (``quality/<name>/<step>``), which is drawn as a map."""
+    is_log_scale: bool = False
+    """True where values span orders of magnitude, so that only their logarithms can be told apart by colour."""
     description: str
     version: int = 1
     """Raised when the definition changes: numbers of different versions are not compared."""
@@ -39,6 +45,7 @@ _ROWS = (
         unit="1",
         higher_is_better=False,
         protocols=_DIFFUSION,
+        of_reference=0.0,
         description="squared error of the final latent over the squared norm of the reference's",
     ),
     Metric(
@@ -46,6 +53,7 @@ _ROWS = (
         unit="1",
         higher_is_better=True,
         protocols=_DIFFUSION,
+        of_reference=1.0,
         description="cosine of the final latents",
     ),
     Metric(
@@ -53,6 +61,7 @@ _ROWS = (
         unit="dB",
         higher_is_better=True,
         protocols=_DIFFUSION,
+        of_reference=100.0,
         description="peak signal-to-noise ratio to the reference's image (8 bit), mean of dB, at most 100 an image",
     ),
     Metric(
@@ -67,6 +76,7 @@ _ROWS = (
         unit="1",
         higher_is_better=True,
         protocols=_DIFFUSION,
+        of_reference=1.0,
         description="structural similarity to the reference's image (Wang 2004: Gaussian window, valid region)",
     ),
     Metric(
@@ -74,6 +84,7 @@ _ROWS = (
         unit="dB",
         higher_is_better=True,
         protocols=_DIFFUSION,
+        is_curve=True,
         description="signal-to-quantization-noise of the velocity at each step, both models on the reference's input",
     ),
     Metric(
@@ -81,6 +92,8 @@ _ROWS = (
         unit="1",
         higher_is_better=False,
         protocols=_DIFFUSION,
+        is_curve=True,
+        is_log_scale=True,
         description="relative distance of the two free-running trajectories at each step",
     ),
     Metric(
@@ -104,6 +117,7 @@ _ROWS = (
         higher_is_better=True,
         protocols=_DIFFUSION,
         is_binary=True,
+        of_reference=1.0,
         description="images that a fixed classifier puts in the same class as the reference's",
     ),
     Metric(
@@ -118,6 +132,7 @@ _ROWS = (
         unit="nats/token",
         higher_is_better=False,
         protocols=_LANGUAGE,
+        of_reference=0.0,
         description="Kullback-Leibler divergence of the candidate's next-token distribution from the reference's",
     ),
     Metric(
@@ -167,6 +182,7 @@ _ROWS = (
         unit="fraction",
         higher_is_better=True,
         protocols=_LANGUAGE,
+        of_reference=1.0,
         description="tokens whose most probable successor is the reference's",
     ),
     Metric(
@@ -181,6 +197,7 @@ _ROWS = (
         unit="probability",
         higher_is_better=None,
         protocols=_LANGUAGE,
+        of_reference=0.0,
         description="mean change of the true token's probability; near 0 while the RMS is not: noise without bias",
     ),
     Metric(
@@ -188,6 +205,7 @@ _ROWS = (
         unit="nats/token",
         higher_is_better=False,
         protocols=_LANGUAGE,
+        of_reference=0.0,
         description="logarithm of the candidate's perplexity over the reference's, paired by token",
     ),
     Metric(
@@ -209,6 +227,7 @@ _ROWS = (
         unit="1",
         higher_is_better=True,
         protocols=_OUTPUTS,
+        of_reference=1.0,
         description="cosine of the output with the reference's",
     ),
     Metric(
@@ -216,6 +235,7 @@ _ROWS = (
         unit="1",
         higher_is_better=False,
         protocols=_OUTPUTS,
+        of_reference=0.0,
         description="norm of the output's error over the norm of the reference's output",
     ),
 )
