@@ -26,6 +26,7 @@ from quantlab.report.reading import open_reader
 from quantlab.report.selection import parse_request, select
 from quantlab.report.table import LEGEND, cells, columns, markdown
 from quantlab.tracking import find_records
+from quantlab.tracking.tags import KIND, RECIPE
 
 BLOCK = re.compile(r"(<!-- (table|figure|calibration|list): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SHOWN_VERSIONS = (
@@ -43,7 +44,7 @@ SHOWN_VERSIONS = (
 
 def newest(runs_dir: Path, recipe: str) -> dict[str, Any] | None:
     """``rows.json`` of a recipe's newest finished sweep, with ``date`` added; None without one."""
-    found = find_records(runs_dir, {"quantlab.recipe": recipe, "quantlab.kind": "sweep"})
+    found = find_records(runs_dir, {RECIPE: recipe, KIND: "sweep"})
     ids = {Path(r["folder"]) / "rows.json": r["run_id"] for r in found}
     files = sorted((f for f in ids if f.is_file()), key=lambda p: p.parent.name)
     if not files:

@@ -33,7 +33,7 @@ from quantlab.metrics.statistics import (
     t_test,
 )
 from quantlab.report.reading import Reader, StoredRun
-from quantlab.report.selection import Request, Selection, group_labels, is_candidate
+from quantlab.report.selection import ComparisonRequest, Selection, group_labels, is_candidate
 from quantlab.vocabulary.reports import MetricValue
 
 ALPHA = 0.05
@@ -103,7 +103,7 @@ class Comparison:
         return [r for r in self.runs if is_candidate(r)]
 
 
-def compare(request: Request, selection: Selection, reader: Reader) -> list[Comparison]:
+def compare(request: ComparisonRequest, selection: Selection, reader: Reader) -> list[Comparison]:
     """Every comparable group of a selection.
 
     Raises ConfigError for a metric that these runs do not have or that cannot be paired, and TrackingError where no
@@ -120,7 +120,7 @@ def compare(request: Request, selection: Selection, reader: Reader) -> list[Comp
     return [_compare_group(request, g, label, reader) for g, label in zip(groups, group_labels(groups), strict=True)]
 
 
-def _compare_group(request: Request, runs: Sequence[StoredRun], label: str, reader: Reader) -> Comparison:
+def _compare_group(request: ComparisonRequest, runs: Sequence[StoredRun], label: str, reader: Reader) -> Comparison:
     candidates = sorted((r for r in runs if is_candidate(r)), key=bytes_of)
     protocol = protocol_of(candidates[0])
     if not protocol:
@@ -244,7 +244,7 @@ def _check_metric(metric: str, protocol: str, runs: Sequence[StoredRun], samples
 
 
 def _paired(
-    request: Request, candidates: Sequence[StoredRun], front: Sequence[StoredRun]
+    request: ComparisonRequest, candidates: Sequence[StoredRun], front: Sequence[StoredRun]
 ) -> tuple[list[StoredRun], list[str]]:
     """The candidates whose pairs are compared, and what to say of the others."""
     wanted = list(candidates if request.run_ids else front)

@@ -16,9 +16,9 @@ from quantlab.report.compare import Comparison, Verdict, answers, bytes_of
 from quantlab.report.reading import StoredRun
 from quantlab.report.selection import Selection, is_candidate
 from quantlab.report.table import LEGEND, MIB, cells, columns
+from quantlab.tracking.tags import FAILURE, STAGE
 
 MAX_SHOWN = 60
-FAILURE_TAG, STAGE_TAG = "quantlab.failure", "quantlab.stage"
 STYLES = {"inside the floor": "green", "better": "green", "worse": "yellow"}
 
 
@@ -129,8 +129,8 @@ def failure_data(run: StoredRun) -> dict[str, str]:
         "name": run.name,
         "run_id": run.run_id,
         "status": run.status,
-        "stage": run.tags.get(STAGE_TAG, ""),
-        "error": run.tags.get(FAILURE_TAG, "" if run.status != "RUNNING" else "has not ended"),
+        "stage": run.tags.get(STAGE, ""),
+        "error": run.tags.get(FAILURE, "" if run.status != "RUNNING" else "has not ended"),
     }
 
 

@@ -15,6 +15,7 @@ from quantlab.report.comparison_table import comparison_data
 from quantlab.report.figures import calibration_figures, image_figure, layer_figure, step_figures
 from quantlab.report.reading import Reader, StoredRun
 from quantlab.report.selection import Selection
+from quantlab.tracking.tags import DEVICE, GIT_COMMIT
 
 MAX_DETAILED = 24
 """So many schemes are in the pictures and maps; the front comes first."""
@@ -52,14 +53,7 @@ def page_data(groups: Sequence[Comparison], selection: Selection, reader: Reader
         },
         "rules": RULES,
         "store": reader.uri,
-        "commits": sorted(
-            {
-                r.tags["mlflow.source.git.commit"][:8]
-                for g in groups
-                for r in g.runs
-                if "mlflow.source.git.commit" in r.tags
-            }
-        ),
+        "commits": sorted({r.tags[GIT_COMMIT][:8] for g in groups for r in g.runs if GIT_COMMIT in r.tags}),
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -99,7 +93,7 @@ def _facts(group: Comparison) -> dict[str, str]:
         "model": family if model == "null" else model,
         "data": run.params.get("dataset.name", ""),
         "samples": str(group.n),
-        "device": run.tags.get("quantlab.device", ""),
+        "device": run.tags.get(DEVICE, ""),
     }
     return {k: v for k, v in facts.items() if v}
 

@@ -15,10 +15,11 @@ from rich.text import Text
 
 from quantlab.metrics import METRICS
 from quantlab.metrics.statistics import wilson_interval
+from quantlab.tracking.tags import DEVICE, INPUTS_SHA256, JUDGE_SHA256, VERSIONS, WEIGHTS_SHA256
 
 IDENTICAL, WITHIN, DIFFERENT = "identical", "within its interval", "different"
 _PARTS = ("se", "ci_lo", "ci_hi", "n")
-_SHARED_TAGS = ("quantlab.device", "quantlab.weights_sha256", "quantlab.inputs_sha256", "quantlab.judge_sha256")
+_SHARED_TAGS = (DEVICE, WEIGHTS_SHA256, INPUTS_SHA256, JUDGE_SHA256)
 _EXACT = ("memory/", "quantization/num", "quantization/group", "quantization/coverage")
 ROUNDING = 1e-6
 """Relative difference that another order of float sums makes, added to every interval (and 1e-9 for values near 0)."""
@@ -161,7 +162,7 @@ def _sample_differences(was: Any, now: Any) -> tuple[Check, ...]:
 def _changes(was: Mapping[str, str], now: Mapping[str, str], old: Any, new: Any) -> list[Change]:
     """Differences of digests, package versions, code and hardware, in this order."""
     found = [(tag.removeprefix("quantlab."), was.get(tag), now.get(tag)) for tag in _SHARED_TAGS]
-    old = old or {"versions": _json(was.get("quantlab.versions", ""))}
+    old = old or {"versions": _json(was.get(VERSIONS, ""))}
     for part in ("versions", "git", "hardware"):
         theirs, ours = old.get(part) or {}, new.get(part) or {}
         found += [(_label(part, k), theirs.get(k), ours.get(k)) for k in {**theirs, **ours} if theirs]

@@ -16,23 +16,28 @@ from typing import Any
 
 from quantlab.errors import ConfigError, TrackingError, nearest
 from quantlab.report.reading import Reader, StoredRun, experiment_id
+from quantlab.tracking.tags import (
+    DEVICE,
+    FORMER_PARENTS,
+    INPUTS_SHA256,
+    JUDGE_SHA256,
+    KIND,
+    PARENT_RUN_ID,
+    REFERENCE_KEY,
+    REPRODUCES,
+    VERSIONS,
+    WEIGHTS_SHA256,
+)
 from quantlab.vocabulary.schema import TrackingConfig
 
-KEY_TAG = "quantlab.reference_key"
-KIND_TAG = "quantlab.kind"
-PARENT_TAG = "mlflow.parentRunId"
-FORMER_PARENTS_TAG = "quantlab.former_parents"
-REPRODUCES_TAG = "quantlab.reproduces"
-"""On a repetition: the id of the run that it repeats."""
 KEYS = ("sweep", "experiment", "metric", "margin", "tracking.uri", "tracking.experiment")
 USAGE = "quantlab compare sweep=latest, sweep=RUN_ID, experiment=NAME, or RUN_ID RUN_ID ..."
 _IRRELEVANT = ("evaluation.num_bootstrap", "evaluation.floor_batch_size")
 _SHARED = ("model.", "dataset.", "evaluation.", "device", "num_threads")
-_JUDGE_TAG = "quantlab.judge_sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class ComparisonRequest:
     """What was typed behind ``quantlab compare``."""
 
     sweep: str = ""
@@ -69,7 +74,7 @@ class Selection:
     """``combination`` and ``reason`` of what the sweeps did not run."""
 
 
-def parse_request(words: Sequence[str]) -> Request:
+def parse_request(words: Sequence[str]) -> ComparisonRequest:
     """The words behind ``quantlab compare`` as a request; ConfigError for what is none."""
     values: dict[str, str] = {}
     run_ids: list[str] = []
@@ -96,7 +101,7 @@ def parse_request(words: Sequence[str]) -> Request:
     if len(chosen) != 1:
         raise ConfigError(f"compare: {' and '.join(chosen) or 'nothing'} given; write {USAGE}")
     tracking = TrackingConfig()
-    return Request(
+    return ComparisonRequest(
         sweep=values.get("sweep", ""),
         experiment=values.get("experiment", ""),
         run_ids=tuple(dict.fromkeys(run_ids)),
@@ -130,7 +135,7 @@ def _margin(text: str) -> float:
     return margin
 
 
-def select(request: Request, reader: Reader) -> Selection:
+def select(request: ComparisonRequest, reader: Reader) -> Selection:
     """The runs that a request names.
 
     Raises TrackingError for a run, sweep or experiment that does not exist, for none that could be compared, and, for
@@ -141,14 +146,14 @@ def select(request: Request, reader: Reader) -> Selection:
         runs = children(reader, parents[0])
     elif request.experiment:
         found = reader.of_experiment(experiment_id(reader, request.experiment, request.typed), {})
-        parents = [r for r in found if r.tags.get(KIND_TAG) == "sweep"]
-        runs = [r for r in found if r.tags.get(KIND_TAG) != "sweep" and REPRODUCES_TAG not in r.tags]
+        parents = [r for r in found if r.tags.get(KIND) == "sweep"]
+        runs = [r for r in found if r.tags.get(KIND) != "sweep" and REPRODUCES not in r.tags]
     else:
         parents, runs = _named(request, reader)
-    jobs = [r for r in runs if r.tags.get(KIND_TAG) == "job" or KEY_TAG in r.tags]
+    jobs = [r for r in runs if r.tags.get(KIND) == "job" or REFERENCE_KEY in r.tags]
     if not jobs:
         raise TrackingError(f"{request.typed}: holds no job of quantlab's to compare; {_sweeps(request, reader)}")
-    finished = [r for r in jobs if r.status == "FINISHED" and KEY_TAG in r.tags]
+    finished = [r for r in jobs if r.status == "FINISHED" and REFERENCE_KEY in r.tags]
     done = {_asked(r) for r in finished}
     failed = tuple(_newest_each([r for r in jobs if r.status != "FINISHED" and _asked(r) not in done]))
     groups = _groups(finished)
@@ -176,12 +181,13 @@ def differences(a: StoredRun, b: StoredRun) -> list[str]:
         return found
     found = [
         f"{k}: {a.tags.get(k, '-')[:16]} / {b.tags.get(k, '-')[:16]}"
-        for k in ("quantlab.device", "quantlab.weights_sha256", "quantlab.inputs_sha256", _JUDGE_TAG)
+        for k in (DEVICE, WEIGHTS_SHA256, INPUTS_SHA256, JUDGE_SHA256)
         if a.tags.get(k) != b.tags.get(k)
     ]
-    ours, theirs = (_json(r.tags.get("quantlab.versions", "")) for r in (a, b))
+    ours, theirs = (_json(r.tags.get(VERSIONS, "")) for r in (a, b))
     found += [f"{k}: {ours.get(k)} / {theirs.get(k)}" for k in ours if ours.get(k) != theirs.get(k)]
-    return found or [f"{KEY_TAG}: {a.tags[KEY_TAG][:8]} / {b.tags[KEY_TAG][:8]} (metric versions, or kind of machine)"]
+    both = " / ".join(r.tags[REFERENCE_KEY][:8] for r in (a, b))
+    return found or [f"{REFERENCE_KEY}: {both} (metric versions, or kind of machine)"]
 
 
 def group_labels(groups: Sequence[Sequence[StoredRun]]) -> list[str]:
@@ -199,11 +205,11 @@ def group_labels(groups: Sequence[Sequence[StoredRun]]) -> list[str]:
 # -- the three ways to choose
 
 
-def _sweep(request: Request, reader: Reader) -> StoredRun:
+def _sweep(request: ComparisonRequest, reader: Reader) -> StoredRun:
     if request.sweep == "latest":
         name = request.tracking.experiment
         number = experiment_id(reader, name, f"tracking.experiment={name}")
-        found = reader.of_experiment(number, {KIND_TAG: "sweep"})
+        found = reader.of_experiment(number, {KIND: "sweep"})
         if not found:
             raise TrackingError(
                 f"sweep=latest: no sweep in experiment {request.tracking.experiment} of {reader.uri}; run one with "
@@ -213,37 +219,37 @@ def _sweep(request: Request, reader: Reader) -> StoredRun:
     found = reader.by_id([request.sweep])
     if not found:
         raise TrackingError(f"{request.typed}: no such run in {reader.uri}; {_sweeps(request, reader)}")
-    if found[0].tags.get(KIND_TAG) != "sweep":
+    if found[0].tags.get(KIND) != "sweep":
         raise TrackingError(
             f"{request.typed}: is the job {found[0].name!r} and not a sweep; give its id without sweep=, or "
-            f"sweep={found[0].tags.get(PARENT_TAG, 'latest')}"
+            f"sweep={found[0].tags.get(PARENT_RUN_ID, 'latest')}"
         )
     return found[0]
 
 
 def children(reader: Reader, parent: StoredRun) -> list[StoredRun]:
     """The sweep's own runs, those of earlier sweeps that it took over, and those that a later sweep took over."""
-    tags = ({PARENT_TAG: parent.run_id}, {FORMER_PARENTS_TAG: f"%{parent.run_id}%"})
+    tags = ({PARENT_RUN_ID: parent.run_id}, {FORMER_PARENTS: f"%{parent.run_id}%"})
     found = {r.run_id: r for some in tags for r in reader.of_experiment(parent.experiment_id, some)}
     listed = [row.get("run_id") or "" for row in _summary(reader, parent).get("rows", [])]
     return [*found.values(), *reader.by_id([i for i in dict.fromkeys(listed) if i and i not in found])]
 
 
-def _named(request: Request, reader: Reader) -> tuple[list[StoredRun], list[StoredRun]]:
+def _named(request: ComparisonRequest, reader: Reader) -> tuple[list[StoredRun], list[StoredRun]]:
     found = reader.by_id(request.run_ids)
     missing = [i for i in request.run_ids if i not in {r.run_id for r in found}]
     if missing:
         raise TrackingError(f"{missing[0]}: no such run in {reader.uri}; {_sweeps(request, reader)}")
-    sweeps = [r for r in found if r.tags.get(KIND_TAG) == "sweep"]
+    sweeps = [r for r in found if r.tags.get(KIND) == "sweep"]
     if sweeps:
         raise TrackingError(f"{sweeps[0].run_id}: is a whole sweep; write quantlab compare sweep={sweeps[0].run_id}")
     return [], found
 
 
-def _sweeps(request: Request, reader: Reader) -> str:
+def _sweeps(request: ComparisonRequest, reader: Reader) -> str:
     """The way out of a wrong id: the newest sweeps."""
     number = reader.experiments().get(request.tracking.experiment)
-    found = reader.of_experiment(number, {KIND_TAG: "sweep"})[:3] if number else []
+    found = reader.of_experiment(number, {KIND: "sweep"})[:3] if number else []
     listed = ", ".join(f"sweep={r.run_id} ({r.name})" for r in found)
     return f"try {listed}" if listed else "there is no sweep yet: run one with quantlab recipe=NAME"
 
@@ -254,10 +260,10 @@ def _sweeps(request: Request, reader: Reader) -> str:
 def _groups(runs: Sequence[StoredRun]) -> tuple[tuple[StoredRun, ...], ...]:
     """Comparable runs, the newest of each scheme."""
     groups: dict[tuple[str, str], list[StoredRun]] = {}
-    judges = {r.tags[KEY_TAG]: r.tags[_JUDGE_TAG] for r in runs if _JUDGE_TAG in r.tags}
+    judges = {r.tags[REFERENCE_KEY]: r.tags[JUDGE_SHA256] for r in runs if JUDGE_SHA256 in r.tags}
     for run in runs:
-        key = run.tags[KEY_TAG]
-        groups.setdefault((key, run.tags.get(_JUDGE_TAG, judges.get(key, ""))), []).append(run)
+        key = run.tags[REFERENCE_KEY]
+        groups.setdefault((key, run.tags.get(JUDGE_SHA256, judges.get(key, ""))), []).append(run)
     return tuple(tuple(_own_names(_newest_each(g))) for g in sorted(groups.values(), key=len, reverse=True))
 
 
@@ -279,7 +285,7 @@ def _own_names(runs: Sequence[StoredRun]) -> list[StoredRun]:
     return [replace(r, name=f"{r.name} #{r.run_id[:6]}") if times[r.name] > 1 else r for r in runs]
 
 
-def _not_comparable(request: Request, groups: Sequence[Sequence[StoredRun]]) -> str:
+def _not_comparable(request: ComparisonRequest, groups: Sequence[Sequence[StoredRun]]) -> str:
     a, b = groups[0][0], groups[1][0]
     what = "; ".join(differences(a, b)[:5])
     return (
@@ -301,7 +307,7 @@ def _json(text: str) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _title(request: Request, parents: Sequence[StoredRun]) -> str:
+def _title(request: ComparisonRequest, parents: Sequence[StoredRun]) -> str:
     if request.sweep:
         return f"{parents[0].name}-{parents[0].run_id[:8]}"
     return request.experiment or f"runs-{request.run_ids[0][:8]}"

@@ -1,7 +1,7 @@
 """The table at the end of a request: one row a scheme, for the terminal and as Markdown.
 
-A row is what :func:`quantlab.report.record.report_data` gives and what ``rows.json`` of a sweep holds, so the terminal
-and the documents show the same numbers.
+A row is what :func:`quantlab.tracking.results.report_data` gives and what ``rows.json`` of a sweep holds, so the
+terminal and the documents show the same numbers.
 """
 
 from __future__ import annotations

@@ -30,16 +30,23 @@ from quantlab.stages.candidate import Making, make_candidate, write_calibration
 from quantlab.stages.evaluate import evaluate, summarize
 from quantlab.stages.observe import observe, reference_key
 from quantlab.tracking.results import log_calibration, log_evaluation, log_quantization
+from quantlab.tracking.tags import (
+    DEVICE,
+    GIT_COMMIT,
+    GIT_DIRTY,
+    INPUTS_SHA256,
+    JOB_KEY,
+    JUDGE_SHA256,
+    KIND,
+    MODEL_ARTIFACT,
+    RECIPE,
+    REFERENCE_KEY,
+    VERSIONS,
+    WEIGHTS_SHA256,
+)
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.reports import MemoryReport, MetricValue, QuantizationReport, RunReport, StageReport
 from quantlab.vocabulary.schema import CalibrationConfig, ExperimentConfig
-
-KEY_TAG = "quantlab.key"
-"""Content key of a job: by it a later sweep finds that it has finished."""
-MODEL_TAG = "quantlab.model_artifact"
-"""On the run that holds a trained model's files: the digest of its weights."""
-JUDGE_TAG = "quantlab.judge_sha256"
-"""Digest of the classifier that judges a model's images; absent where there is none."""
 
 
 @dataclass
@@ -153,19 +160,19 @@ def _log_shared(session: Session, run: Any, bench: Workbench) -> None:
     shared = _shared_tags(bench)
     run.set_tags(shared)
     digest = bench.model.weights_sha256
-    held = {MODEL_TAG: digest, **{k: v for k, v in shared.items() if k == JUDGE_TAG}}
+    held = {MODEL_ARTIFACT: digest, **{k: v for k, v in shared.items() if k == JUDGE_SHA256}}
     if "folder" in bench.model.parts and not tracking.has_run_with_tags(session.store, held):
         for path in sorted(Path(bench.model.parts["folder"]).glob("*.*")):
             run.log_artifact(path, f"model/{digest.removeprefix('sha256:')[:16]}")
-        run.set_tags({MODEL_TAG: digest})
+        run.set_tags({MODEL_ARTIFACT: digest})
 
 
 def _shared_tags(bench: Workbench) -> dict[str, str]:
     return {
-        "quantlab.reference_key": bench.reference_key,
-        "quantlab.weights_sha256": bench.model.weights_sha256,
-        "quantlab.inputs_sha256": bench.inputs.sha256,
-        **({JUDGE_TAG: judge} if (judge := judge_digest(bench)) else {}),
+        REFERENCE_KEY: bench.reference_key,
+        WEIGHTS_SHA256: bench.model.weights_sha256,
+        INPUTS_SHA256: bench.inputs.sha256,
+        **({JUDGE_SHA256: judge} if (judge := judge_digest(bench)) else {}),
     }
 
 
@@ -315,12 +322,12 @@ def open_run(
     folder = folder or run_folder(session, name)
     git = session.environment["git"]
     tags = {
-        "quantlab.kind": kind,
-        "quantlab.device": session.device,
-        "quantlab.recipe": job.config.recipe or "",
-        **({KEY_TAG: key} if key else {}),
-        "quantlab.versions": session.environment["versions"],
-        **({"mlflow.source.git.commit": git["sha"], "quantlab.git_dirty": git["dirty"]} if git else {}),
+        KIND: kind,
+        DEVICE: session.device,
+        RECIPE: job.config.recipe or "",
+        **({JOB_KEY: key} if key else {}),
+        VERSIONS: session.environment["versions"],
+        **({GIT_COMMIT: git["sha"], GIT_DIRTY: git["dirty"]} if git else {}),
     }
     params = {} if kind == "sweep" else job.resolved
     run = session.store.start_run(name, folder, params, tags, session.parent_run_id)

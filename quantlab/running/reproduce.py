@@ -23,26 +23,27 @@ from quantlab.planning.job import FLOOR_BATCH, FLOOR_BF16, Job, floor_jobs
 from quantlab.planning.plan import plan
 from quantlab.report.reading import Reader, StoredRun, open_reader
 from quantlab.report.reproduction import Reproduction, compare_runs
-from quantlab.report.selection import KIND_TAG, REPRODUCES_TAG, children
-from quantlab.running.job import (
-    JUDGE_TAG,
-    KEY_TAG,
-    MODEL_TAG,
-    Session,
-    floor_row,
-    open_run,
-    run_folder,
-    run_job,
-    workbench,
-)
+from quantlab.report.selection import children
+from quantlab.running.job import Session, floor_row, open_run, run_folder, run_job, workbench
 from quantlab.running.resume import content_key
 from quantlab.running.sweep import open_session, told_apart
+from quantlab.tracking.tags import (
+    DEVICE,
+    FAILURE,
+    JOB_KEY,
+    JUDGE_SHA256,
+    KIND,
+    MODEL_ARTIFACT,
+    RECIPE,
+    REPRODUCES,
+    REPRODUCTION,
+    WEIGHTS_SHA256,
+)
 from quantlab.vocabulary.schema import ExperimentConfig, TrackingConfig
 
 KEYS = ("tracking.uri", "device", "num_threads", "output_dir", "model.path", "dataset.path")
 """What may be said anew: where things are, and on what it runs. All else is the run's own."""
 USAGE = "quantlab reproduce RUN_ID [--json]"
-VERDICT_TAG = "quantlab.reproduction"
 Digests = tuple[str, str]
 """Of a model's weights and of its judge; the second is empty where it is not known."""
 TRAINED = {"digits_dit": digits_dit}
@@ -50,7 +51,7 @@ TRAINED = {"digits_dit": digits_dit}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class ReproductionRequest:
     """What was typed behind ``quantlab reproduce``."""
 
     run_id: str
@@ -59,7 +60,7 @@ class Request:
     quiet: bool = False
 
 
-def parse_request(words: Sequence[str]) -> Request:
+def parse_request(words: Sequence[str]) -> ReproductionRequest:
     """The words behind ``quantlab reproduce`` as a request; ConfigError for what is none."""
     run_ids: list[str] = []
     values: dict[str, str] = {}
@@ -83,12 +84,12 @@ def parse_request(words: Sequence[str]) -> Request:
             )
     if len(run_ids) != 1:
         raise ConfigError(f"reproduce: {len(run_ids) or 'no'} run ids given; write {USAGE}")
-    return Request(
+    return ReproductionRequest(
         run_id=run_ids[0], words=values, as_json="--json" in flags, quiet=bool(flags & {"-q", "--quiet", "--json"})
     )
 
 
-def reproduce(request: Request) -> Reproduction:
+def reproduce(request: ReproductionRequest) -> Reproduction:
     """Run a tracked job again and compare; the repetition is itself tracked, with the tag ``quantlab.reproduces``.
 
     Raises:
@@ -117,19 +118,19 @@ def reproduce(request: Request) -> Reproduction:
 def _run_again(session: Session, job: Job, run: StoredRun, known: tuple[Any, Any], folder: Path) -> Reproduction:
     samples, environment = known
     with told_apart(job.name), open_run(session, job.name, job, folder=folder) as again:
-        again.set_tags({REPRODUCES_TAG: run.run_id})
+        again.set_tags({REPRODUCES: run.run_id})
         bench = workbench(session, job.config, again)
         again.stage = "floors"
         for floor in _floors(job, run):
             floor_row(session, floor)
-        again.set_tags({KEY_TAG: content_key(bench, job)})
+        again.set_tags({JOB_KEY: content_key(bench, job)})
         run_job(session, bench, job, again)
         now = {**again.record.summary, "run_id": again.run_id}
         ours = _json((folder / "samples.json").read_bytes()) if (folder / "samples.json").is_file() else None
         was = {"run_id": run.run_id, "name": job.name, "metrics": run.metrics, "tags": run.tags}
         found = compare_runs(was, now, (samples, ours), (environment, session.environment))
         again.log_json(found.data(), "reproduction.json")
-        again.set_tags({VERDICT_TAG: found.verdict})
+        again.set_tags({REPRODUCTION: found.verdict})
     return found
 
 
@@ -152,14 +153,14 @@ def _finished_job(reader: Reader, run_id: str) -> StoredRun:
             "their ids, and tracking.uri=... names another store"
         )
     run = found[0]
-    if run.tags.get(KIND_TAG) == "sweep":
+    if run.tags.get(KIND) == "sweep":
         raise TrackingError(f"reproduce {run_id}: is the whole sweep {run.name!r}; {_children(reader, run)}")
-    if run.tags.get(KIND_TAG) != "job":
+    if run.tags.get(KIND) != "job":
         raise TrackingError(f"reproduce {run_id}: was not made by quantlab; give the id of one of quantlab's jobs")
     if run.status == "RUNNING":
         raise TrackingError(f"reproduce {run_id}: {run.name!r} has not ended; try again when it has")
     if run.status != "FINISHED":
-        error = run.tags.get("quantlab.failure", "").splitlines()
+        error = run.tags.get(FAILURE, "").splitlines()
         raise TrackingError(
             f"reproduce {run_id}: {run.name!r} is {run.status} at {run.tags.get('quantlab.stage') or 'the start'} "
             f"({error[0][:200] if error else 'no reason was noted'}), so it has no numbers to compare with; run it "
@@ -188,7 +189,7 @@ def _json(content: bytes) -> Any:
         return None
 
 
-def _rebuilt(request: Request, reader: Reader, run: StoredRun, environment: Any, scratch: Path) -> Job:
+def _rebuilt(request: ReproductionRequest, reader: Reader, run: StoredRun, environment: Any, scratch: Path) -> Job:
     """The job as it was: its recipe with the same device and as many threads."""
     recipe = reader.read_artifact(run, "recipe.yaml")
     if recipe is None:
@@ -201,7 +202,7 @@ def _rebuilt(request: Request, reader: Reader, run: StoredRun, environment: Any,
     threads = ((environment or {}).get("hardware") or {}).get("torch_threads")
     experiments = {number: name for name, number in reader.experiments().items()}
     words: dict[str, Any] = {
-        "device": run.tags.get("quantlab.device", "auto"),
+        "device": run.tags.get(DEVICE, "auto"),
         "tracking.uri": TrackingConfig().uri,
         "tracking.experiment": experiments[run.experiment_id],
         **({"num_threads": threads} if threads else {}),
@@ -210,9 +211,7 @@ def _rebuilt(request: Request, reader: Reader, run: StoredRun, environment: Any,
     (job,) = plan([f"recipe={file}", *(override_text(k, v) for k, v in words.items())]).jobs
     name = (_artifact(reader, run, "report.json") or {}).get("name") or run.name
     floors = run.params.get("sweep.floors", "true") == "true"
-    config = replace(
-        job.config, recipe=run.tags.get("quantlab.recipe") or None, sweep=replace(job.config.sweep, floors=floors)
-    )
+    config = replace(job.config, recipe=run.tags.get(RECIPE) or None, sweep=replace(job.config.sweep, floors=floors))
     batch_size = config.evaluation.floor_batch_size if name == FLOOR_BATCH else None
     return replace(job, name=name, config=config, batch_size=batch_size)
 
@@ -226,7 +225,7 @@ def _with_weights(config: ExperimentConfig, session: Session, run: StoredRun, sc
     The weights in the cache count if they, and the judge beside them, have the digests of the run's (of the store's,
     where the run does not name its judge).
     """
-    wanted = (run.tags.get("quantlab.weights_sha256", ""), run.tags.get(JUDGE_TAG, ""))
+    wanted = (run.tags.get(WEIGHTS_SHA256, ""), run.tags.get(JUDGE_SHA256, ""))
     family = TRAINED.get(config.model.family)
     if family is None or not wanted[0]:
         return config
@@ -259,7 +258,7 @@ def _are(digests: Digests | None, wanted: Digests) -> bool:
 def _fetched(config: ExperimentConfig, session: Session, wanted: Digests, folder: Path) -> Digests | None:
     """Fetch the wanted weights into ``folder``; their digests, or None where the store has them not intact."""
     name = f"model/{wanted[0].removeprefix('sha256:')[:16]}"
-    for holder in tracking.find_runs(session.store, status=None, tags={MODEL_TAG: wanted[0]}):
+    for holder in tracking.find_runs(session.store, status=None, tags={MODEL_ARTIFACT: wanted[0]}):
         shutil.rmtree(folder, ignore_errors=True)
         try:
             got = tracking.get_artifact(session.store, holder["run_id"], name, folder.with_name("download"))

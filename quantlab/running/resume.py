@@ -15,8 +15,9 @@ from typing import Any
 from quantlab import tracking
 from quantlab.errors import TrackingError
 from quantlab.planning.job import Job
-from quantlab.running.job import KEY_TAG, Session, Workbench, judge_digest
+from quantlab.running.job import Session, Workbench, judge_digest
 from quantlab.tracking.provenance import versions
+from quantlab.tracking.tags import FAILURE, JOB_KEY, PARENT_RUN_ID, STAGE
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.reports import MetricValue, RunReport
 
@@ -83,7 +84,7 @@ def earlier_report(session: Session, bench: Workbench, job: Job, key: str) -> Ru
     statuses = ("FINISHED",) if job.config.sweep.retry_failed else ("FINISHED", "FAILED")
     for status in statuses:
         for run in _runs(session, key, status):
-            if tracking.PARENT_TAG not in run["tags"] and "folder" not in run:
+            if PARENT_RUN_ID not in run["tags"] and "folder" not in run:
                 continue  # a single run is not a part of a sweep
             with contextlib.suppress(TrackingError, OSError, ValueError):  # its report is lost: the next one, or anew
                 report = _report(session, bench, job, run)
@@ -99,14 +100,14 @@ def _runs(session: Session, key: str, status: str) -> list[dict[str, Any]]:
         found = tracking.find_runs(session.store, key=key, status=status)
         if not session.store.is_lost:
             return found
-    return tracking.find_records(session.output_dir / "runs", {KEY_TAG: key}, status)
+    return tracking.find_records(session.output_dir / "runs", {JOB_KEY: key}, status)
 
 
 def _report(session: Session, bench: Workbench, job: Job, run: Mapping[str, Any]) -> RunReport:
     if run["status"] != "FINISHED":
         data = {"name": job.name, "status": run["status"], "protocol": bench.model.protocol}
-        data |= {"metrics": run["metrics"], "error": run["tags"].get("quantlab.failure", "")}
-        data |= {"failed_stage": run["tags"].get("quantlab.stage", ""), "params": job.resolved}
+        data |= {"metrics": run["metrics"], "error": run["tags"].get(FAILURE, "")}
+        data |= {"failed_stage": run["tags"].get(STAGE, ""), "params": job.resolved}
     elif "folder" in run:
         data = json.loads((Path(run["folder"]) / "report.json").read_text(encoding="utf-8"))
     else:

@@ -19,11 +19,12 @@ from quantlab.planning.space import objectives_of
 from quantlab.progress import progress_bars, say
 from quantlab.running.apart import Handed, collect, hand_over
 from quantlab.running.engines import check_launcher, run_handed, runs_apart
-from quantlab.running.job import KEY_TAG, Session, Workbench, floor_row, open_run, prepare_device, run_job, workbench
+from quantlab.running.job import Session, Workbench, floor_row, open_run, prepare_device, run_job, workbench
 from quantlab.running.resume import content_key, earlier_report
 from quantlab.running.search import Search, run_search
 from quantlab.tracking.provenance import environment
 from quantlab.tracking.results import report_data
+from quantlab.tracking.tags import FAILED_JOBS, JOB_KEY, SEARCH_FRONT
 from quantlab.vocabulary.reports import RunReport
 from quantlab.vocabulary.schema import ExperimentConfig
 
@@ -126,7 +127,7 @@ def _run_single(session: Session, job: Job) -> list[RunReport]:
         bench = workbench(session, job.config, run)
         run.stage = "floors"
         rows = [floor_row(session, floor) for floor in _floors(job) if floor.name != job.name]
-        run.set_tags({KEY_TAG: content_key(bench, job)})
+        run.set_tags({JOB_KEY: content_key(bench, job)})
         report = run_job(session, bench, job, run)
     return [*rows, report]
 
@@ -166,7 +167,7 @@ def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
         if study is None:
             reports += [RunReport(name=c, status="SKIPPED", protocol=protocol, error=why) for c, why in plan.invalid]
         else:
-            parent.set_tags({"quantlab.search.front": ", ".join(study["front"])})
+            parent.set_tags({SEARCH_FRONT: ", ".join(study["front"])})
         parent.log_json(
             {
                 **({"search": study} if study else {}),
@@ -179,7 +180,7 @@ def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
         )
         failed = [r.name for r in reports if r.status == "FAILED"]
         if failed:
-            parent.set_tags({"quantlab.failed_jobs": ", ".join(failed)})
+            parent.set_tags({FAILED_JOBS: ", ".join(failed)})
     return reports
 
 

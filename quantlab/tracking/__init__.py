@@ -17,11 +17,10 @@ from quantlab.tracking.query import (
 )
 from quantlab.tracking.recovery import close_orphans, end_lost_run, push_pending
 from quantlab.tracking.run import Run
-from quantlab.tracking.store import PARENT_TAG, Store, open_store
+from quantlab.tracking.store import Store, open_store
 from quantlab.tracking.values import flatten
 
 __all__ = [
-    "PARENT_TAG",
     "Run",
     "Store",
     "adopt",

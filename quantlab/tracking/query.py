@@ -10,12 +10,11 @@ from typing import Any
 from quantlab.errors import TrackingError
 from quantlab.tracking.connect import first_line, store_errors
 from quantlab.tracking.record import Record, folders_with_records
-from quantlab.tracking.store import PARENT_TAG, Store
+from quantlab.tracking.store import Store
+from quantlab.tracking.tags import FORMER_PARENTS, JOB_KEY, PARENT_RUN_ID
 
 _LOG = logging.getLogger(__name__)
 
-FORMER_PARENTS_TAG = "quantlab.former_parents"
-"""On a job that a later sweep took over: the sweeps before, by which their comparisons find it."""
 _MAX_FORMER_PARENTS = 100  # as many ids as a tag holds
 
 RunData = dict[str, Any]
@@ -38,8 +37,8 @@ def find_runs(
     if store.is_lost:
         return []
     wanted = {
-        "tags.`quantlab.key`": key,
-        f"tags.`{PARENT_TAG}`": parent_run_id,
+        f"tags.`{JOB_KEY}`": key,
+        f"tags.`{PARENT_RUN_ID}`": parent_run_id,
         "attributes.status": status,
         **{f"tags.`{name}`": value for name, value in (tags or {}).items()},
     }
@@ -87,13 +86,13 @@ def adopt(store: Store, run_id: str, parent_run_id: str) -> None:
         return
     try:
         tags = store.client.get_run(run_id).data.tags
-        before = tags.get(PARENT_TAG, "")
+        before = tags.get(PARENT_RUN_ID, "")
         if before == parent_run_id:
             return
-        former = dict.fromkeys([*tags.get(FORMER_PARENTS_TAG, "").split(), before])
+        former = dict.fromkeys([*tags.get(FORMER_PARENTS, "").split(), before])
         kept = [parent for parent in former if parent and parent != parent_run_id][-_MAX_FORMER_PARENTS:]
-        store.client.set_tag(run_id, FORMER_PARENTS_TAG, " ".join(kept))
-        store.client.set_tag(run_id, PARENT_TAG, parent_run_id)
+        store.client.set_tag(run_id, FORMER_PARENTS, " ".join(kept))
+        store.client.set_tag(run_id, PARENT_RUN_ID, parent_run_id)
     except store_errors() as error:
         _LOG.warning("%s: run %s stays under its earlier parent (%s)", store.uri, run_id, first_line(error))
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from quantlab.tracking.connect import first_line, store_errors
 from quantlab.tracking.record import LEFT_OPEN, Record, folders_with_records
-from quantlab.tracking.run import FAILURE_TAG, STAGE_TAG
 from quantlab.tracking.store import Store
+from quantlab.tracking.tags import FAILURE, HOST, STAGE
 from quantlab.tracking.values import process_is_alive
 
 _LOG = logging.getLogger(__name__)
-_FAILURE = "the process ended without closing the run (killed, out of memory, or a full disk)"
+_DIED = "the process ended without closing the run (killed, out of memory, or a full disk)"
 
 
 def push_pending(store: Store, runs_dir: Path) -> list[str]:
@@ -74,8 +74,8 @@ def end_lost_run(store: Store, folder: Path, error: str, log: str = "") -> dict[
         record.discard()
         return {}
     if record.is_open:
-        stage = record.summary["tags"].get(STAGE_TAG, "")
-        record.append({"op": "tags", "values": {FAILURE_TAG: error}})
+        stage = record.summary["tags"].get(STAGE, "")
+        record.append({"op": "tags", "values": {FAILURE: error}})
         if log and (folder / log).is_file():
             record.append({"op": "artifact", "name": log, "file": log, "table": False})
         record.append({"op": "finish", "status": "FAILED", "error": error, "stage": stage})
@@ -89,9 +89,9 @@ def _closed_record(folder: Path) -> Record | None:
         record = Record.load(folder)
         if not alone or not record.summary or not record.is_open or _may_be_alive(record):
             return None
-        stage = record.summary["tags"].get(STAGE_TAG, "")
-        record.append({"op": "tags", "values": {FAILURE_TAG: _FAILURE}})
-        record.append({"op": "finish", "status": "KILLED", "error": _FAILURE, "stage": stage})
+        stage = record.summary["tags"].get(STAGE, "")
+        record.append({"op": "tags", "values": {FAILURE: _DIED}})
+        record.append({"op": "finish", "status": "KILLED", "error": _DIED, "stage": stage})
     LEFT_OPEN.discard(record.folder)
     return record
 
@@ -101,11 +101,11 @@ def _close_in_store(store: Store) -> list[str]:
     if store.client is None:
         return []
     closed = []
-    left_open = f"attributes.status = 'RUNNING' and tags.`quantlab.host` = '{socket.gethostname()}'"
+    left_open = f"attributes.status = 'RUNNING' and tags.`{HOST}` = '{socket.gethostname()}'"
     try:
         for run in list(store.search(left_open)):
             if not process_is_alive(run.data.tags):
-                store.client.set_tag(run.info.run_id, FAILURE_TAG, _FAILURE)
+                store.client.set_tag(run.info.run_id, FAILURE, _DIED)
                 store.client.set_terminated(run.info.run_id, "KILLED")
                 closed.append(str(run.info.run_name))
     except store_errors() as error:
@@ -126,7 +126,7 @@ def _may_be_alive(record: Record) -> bool:
     tags = record.summary["tags"]
     if record.folder in LEFT_OPEN:
         return False
-    return tags["quantlab.host"] != socket.gethostname() or process_is_alive(tags)
+    return tags[HOST] != socket.gethostname() or process_is_alive(tags)
 
 
 def _forget_lost_run(store: Store, record: Record) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.tracking.heat_map import draw_heat_map
+from quantlab.tracking.tags import CALIBRATION_SHA256
 from quantlab.vocabulary.reports import (
     CalibratedLayer,
     CalibrationReport,
@@ -148,7 +149,7 @@ def _paths(layers: Sequence[LayerReport] | Sequence[CalibratedLayer]) -> list[st
 def log_calibration(run: Any, report: RunReport) -> None:
     """What calibration used and what it showed of each layer; a tag says so where the scheme needs no data."""
     found = report.calibration
-    run.set_tags({"quantlab.calibration_sha256": found.sha256 if found else "none: this scheme needs no data"})
+    run.set_tags({CALIBRATION_SHA256: found.sha256 if found else "none: this scheme needs no data"})
     if found is None or not found.layers:
         return
     rows = [{k: v for k, v in asdict(r).items() if k != "step_sqnr_db"} for r in found.layers]

@@ -16,12 +16,11 @@ from typing import Any, Protocol, Self
 
 from quantlab.errors import TrackingError
 from quantlab.tracking.record import Record
+from quantlab.tracking.tags import FAILURE, STAGE
 from quantlab.tracking.values import MAX_PARAM_CHARS, checked_key, checked_number, checked_tags, flatten
 
 _LOG = logging.getLogger(__name__)
 
-FAILURE_TAG = "quantlab.failure"
-STAGE_TAG = "quantlab.stage"
 _ENDS = ("FINISHED", "FAILED", "KILLED")
 _MIN_TILE_PIXELS = 64
 _TERMINATED = 143
@@ -55,11 +54,11 @@ class Run:
     @property
     def stage(self) -> str:
         """Where the run is."""
-        return str(self.record.summary["tags"].get(STAGE_TAG, ""))
+        return str(self.record.summary["tags"].get(STAGE, ""))
 
     @stage.setter
     def stage(self, name: str) -> None:
-        self.set_tags({STAGE_TAG: name})
+        self.set_tags({STAGE: name})
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Nested mappings become dotted keys. A parameter is written once: another value for it is a TrackingError."""
@@ -142,7 +141,7 @@ class Run:
         """End the run as ``FINISHED``, ``FAILED`` or ``KILLED``; nothing can be written to it afterwards."""
         if status not in _ENDS:
             raise TrackingError(f"status={status}: a run ends as one of {', '.join(_ENDS)}")
-        tags = {FAILURE_TAG: error, STAGE_TAG: stage}
+        tags = {FAILURE: error, STAGE: stage}
         self.set_tags({k: v for k, v in tags.items() if v})
         self._write({"op": "finish", "status": status, "error": error, "stage": stage or self.stage})
 

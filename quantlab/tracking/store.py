@@ -13,15 +13,13 @@ from quantlab.errors import TrackingError
 from quantlab.tracking.connect import connect, first_line, is_refusal, resolved_uri, shown_uri, store_errors
 from quantlab.tracking.record import Event, Record, Sent
 from quantlab.tracking.run import Run
+from quantlab.tracking.tags import LOGGED_TABLES, PARENT_RUN_ID, RECORD
 from quantlab.tracking.values import MAX_PARAM_CHARS, checked_tags, shortened, this_process
 from quantlab.vocabulary.schema import TrackingConfig
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-PARENT_TAG = "mlflow.parentRunId"
-RECORD_TAG = "quantlab.record"
-_TABLES_TAG = "mlflow.loggedArtifacts"
 _FIRST_PAUSE_S = 30.0
 _LONGEST_PAUSE_S = 600.0
 
@@ -164,12 +162,12 @@ class Store:
         """The run of ``record`` in this store: found by its record's id after an earlier try, else created."""
         start = record.summary
         sent = Sent(self.uri)
-        found = self.run_ids(f"tags.`{RECORD_TAG}` = '{start['record']}'") if tried else []
+        found = self.run_ids(f"tags.`{RECORD}` = '{start['record']}'") if tried else []
         if found:
             sent.run_id = found[0]
         else:
             record.save_sent(sent)  # a creation whose answer is lost is found by its tag the next time
-            tags = {RECORD_TAG: start["record"], **self._parent_tags(start)}
+            tags = {RECORD: start["record"], **self._parent_tags(start)}
             made = self.client.create_run(
                 self.experiment_id, start_time=start["start_ms"], tags=tags, run_name=start["name"]
             )
@@ -179,10 +177,10 @@ class Store:
 
     def _parent_tags(self, start: Mapping[str, Any]) -> dict[str, str]:
         parent, record_id = start["parent_run_id"], start["parent_record"]
-        here = self.run_ids(f"tags.`{RECORD_TAG}` = '{record_id}'") if record_id else []
+        here = self.run_ids(f"tags.`{RECORD}` = '{record_id}'") if record_id else []
         if here:
-            return {PARENT_TAG: here[0]}
-        return {PARENT_TAG: parent} if parent and not parent.startswith("local-") else {}
+            return {PARENT_RUN_ID: here[0]}
+        return {PARENT_RUN_ID: parent} if parent and not parent.startswith("local-") else {}
 
     def _record_of(self, run_id: str) -> str | None:
         """The record's id of a run, by which it is found again in another store; None where it cannot be known."""
@@ -190,7 +188,7 @@ class Store:
             return run_id.removeprefix("local-")
         if run_id not in self._records and not self.is_lost:
             try:
-                self._records[run_id] = self.client.get_run(run_id).data.tags.get(RECORD_TAG, "")
+                self._records[run_id] = self.client.get_run(run_id).data.tags.get(RECORD, "")
             except store_errors() as error:
                 _LOG.debug("parent run %s is not found: %s", run_id, first_line(error))
         return self._records.get(run_id) or None
@@ -237,10 +235,10 @@ def _deliver_artifact(client: Any, run_id: str, event: Event, folder: Path) -> N
     target = Path(event["name"]).parent.as_posix()
     client.log_artifact(run_id, str(path), None if target == "." else target)
     if event["table"]:  # by this tag MLflow's page finds the tables of a run
-        known = json.loads(client.get_run(run_id).data.tags.get(_TABLES_TAG, "[]"))
+        known = json.loads(client.get_run(run_id).data.tags.get(LOGGED_TABLES, "[]"))
         entry = {"path": event["name"], "type": "table"}
         if entry not in known:
-            client.set_tag(run_id, _TABLES_TAG, json.dumps([*known, entry]))
+            client.set_tag(run_id, LOGGED_TABLES, json.dumps([*known, entry]))
 
 
 def _batches(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:

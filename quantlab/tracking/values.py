@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantlab.errors import MetricUndefined, TrackingError
+from quantlab.tracking.tags import HOST, PID, PID_STARTED
 
 MAX_KEY_CHARS = 250
 MAX_PARAM_CHARS = 6000
@@ -81,9 +82,9 @@ def this_process() -> dict[str, str]:
     import psutil
 
     return {
-        "quantlab.host": socket.gethostname(),
-        "quantlab.pid": str(os.getpid()),
-        "quantlab.pid_started": f"{psutil.Process().create_time():.2f}",
+        HOST: socket.gethostname(),
+        PID: str(os.getpid()),
+        PID_STARTED: f"{psutil.Process().create_time():.2f}",
     }
 
 
@@ -92,8 +93,8 @@ def process_is_alive(tags: Mapping[str, str]) -> bool:
     import psutil
 
     try:
-        process = psutil.Process(int(tags["quantlab.pid"]))
-        same_start = abs(process.create_time() - float(tags["quantlab.pid_started"])) < 1.0
+        process = psutil.Process(int(tags[PID]))
+        same_start = abs(process.create_time() - float(tags[PID_STARTED])) < 1.0
         return bool(same_start and process.status() != psutil.STATUS_ZOMBIE)
     except (KeyError, ValueError, psutil.NoSuchProcess):
         return False

@@ -1,0 +1,68 @@
+"""Every tag's name: what a run says of itself as text. A job, a sweep and a repetition are all found by these."""
+
+from __future__ import annotations
+
+# -- which run it is
+
+KIND = "quantlab.kind"
+"""``job`` or ``sweep``."""
+JOB_KEY = "quantlab.key"
+"""Content key of a job: by it a later sweep finds that it has finished."""
+RECIPE = "quantlab.recipe"
+"""Name of the recipe; empty where there was none."""
+PARENT_RUN_ID = "mlflow.parentRunId"
+"""On a job: the id of its sweep's run, under MLflow's own name."""
+FORMER_PARENTS = "quantlab.former_parents"
+"""On a job that a later sweep took over: the sweeps before, by which their comparisons find it."""
+RECORD = "quantlab.record"
+"""Id of the record in the run's folder, by which the run is found in any store."""
+
+# -- what its numbers hang on
+
+REFERENCE_KEY = "quantlab.reference_key"
+"""Digest of the reference: runs that share it may stand in one column."""
+WEIGHTS_SHA256 = "quantlab.weights_sha256"
+"""Digest of the unquantized model's weights."""
+INPUTS_SHA256 = "quantlab.inputs_sha256"
+"""Digest of the evaluation's inputs."""
+JUDGE_SHA256 = "quantlab.judge_sha256"
+"""Digest of the classifier that judges a model's images; absent where there is none."""
+CALIBRATION_SHA256 = "quantlab.calibration_sha256"
+"""Digest of the calibration inputs; a sentence where the scheme needs none."""
+MODEL_ARTIFACT = "quantlab.model_artifact"
+"""On the run that holds a trained model's files: the digest of its weights."""
+DEVICE = "quantlab.device"
+"""``cpu`` or ``cuda``."""
+VERSIONS = "quantlab.versions"
+"""Python and the libraries, as JSON."""
+GIT_COMMIT = "mlflow.source.git.commit"
+"""Commit of the checkout, under MLflow's own name; absent outside one, like the next."""
+GIT_DIRTY = "quantlab.git_dirty"
+"""Does the checkout differ from its commit?"""
+
+# -- how it goes and how it ended
+
+STAGE = "quantlab.stage"
+"""Where the run is, or was when it ended."""
+FAILURE = "quantlab.failure"
+"""Why it failed; a traceback is in its ``failure.txt``."""
+HOST = "quantlab.host"
+PID = "quantlab.pid"
+PID_STARTED = "quantlab.pid_started"
+"""With host and pid, the process that writes the run: when it began, in seconds since 1970."""
+FAILED_JOBS = "quantlab.failed_jobs"
+"""On a sweep: names of the jobs that failed."""
+SEARCH_FRONT = "quantlab.search.front"
+"""On a search: names of the schemes on its Pareto front."""
+
+# -- repetitions
+
+REPRODUCES = "quantlab.reproduces"
+"""On a repetition: the id of the run that it repeats."""
+REPRODUCTION = "quantlab.reproduction"
+"""On a repetition: the verdict, the worst status of all numbers."""
+
+# -- MLflow's own
+
+LOGGED_TABLES = "mlflow.loggedArtifacts"
+"""The tables among a run's artifacts, by which MLflow's page finds them."""
