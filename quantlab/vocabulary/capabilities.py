@@ -134,30 +134,14 @@ _QUANTO: Rows = {
 }
 
 _IMATRIX = ("max", "imatrix")
-_Q32 = {"group_sizes": (32,), "in_features_multiple": 32, "packages": ("libgguf",)}
-_K = {"in_features_multiple": 256, "packages": ("libgguf",), "algorithms": _IMATRIX}
+_Q32 = Capability(group_sizes=(32,), in_features_multiple=32, packages=("libgguf",))
+_K = Capability(in_features_multiple=256, packages=("libgguf",), algorithms=_IMATRIX)
 _GGUF: Rows = {
-    "q8_0": Capability(**_Q32, note="ggml's quantizer of it takes no importance matrix"),  # type: ignore[arg-type]
+    "q8_0": replace(_Q32, note="ggml's quantizer of it takes no importance matrix"),
+    **{d: replace(_Q32, algorithms=_IMATRIX) for d in ("q5_0", "q5_1", "q4_0", "q4_1", "iq4_nl")},
     **{
-        d: Capability(**_Q32, algorithms=_IMATRIX)
-        for d in (  # type: ignore[arg-type]
-            "q5_0",
-            "q5_1",
-            "q4_0",
-            "q4_1",
-            "iq4_nl",
-        )
-    },
-    **{
-        d: Capability(**_K, group_sizes=(size,))
-        for d, size in (  # type: ignore[arg-type]
-            ("q6_k", 16),
-            ("q5_k", 32),
-            ("q4_k", 32),
-            ("q3_k", 16),
-            ("q2_k", 16),
-            ("iq4_xs", 32),
-        )
+        d: replace(_K, group_sizes=(size,))
+        for d, size in (("q6_k", 16), ("q5_k", 32), ("q4_k", 32), ("q3_k", 16), ("q2_k", 16), ("iq4_xs", 32))
     },
 }
 

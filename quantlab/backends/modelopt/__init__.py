@@ -8,8 +8,9 @@ layer cannot be deep-copied: copy the model before.
 from __future__ import annotations
 
 from quantlab.backends.modelopt.calibrate import calibrate
-from quantlab.backends.modelopt.config import NVIDIAModelOptConfig, build_quant_cfg
+from quantlab.backends.modelopt.config import NVIDIAModelOptConfig
 from quantlab.backends.modelopt.quantize import quantize, read_back, resolve
+from quantlab.backends.modelopt.quantizers import build_quant_cfg
 from quantlab.backends.modelopt.storage import load, save
 from quantlab.vocabulary.native import QuantizationConfigMixin
 

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from quantlab.backends.casting import wanted_dtype
-from quantlab.backends.modelopt.config import NVIDIAModelOptConfig, activation_cfg, block_of
+from quantlab.backends.modelopt.config import NVIDIAModelOptConfig
 from quantlab.backends.modelopt.library import insert, settle, shape_of
 from quantlab.backends.modelopt.quantize import begin
+from quantlab.backends.modelopt.quantizers import activation_cfg, block_of
 from quantlab.errors import ConfigError
 from quantlab.modules.feed import CalibrationFeed
 

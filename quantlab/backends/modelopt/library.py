@@ -10,7 +10,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from quantlab.backends.modelopt.config import NVIDIAModelOptConfig, build_quant_cfg
+from quantlab.backends.modelopt.config import NVIDIAModelOptConfig
+from quantlab.backends.modelopt.quantizers import build_quant_cfg
 from quantlab.errors import ConfigError
 
 _NOISY_LOGGERS = ("torchao", "torch.utils._pytree", "diffusers", "bitsandbytes", "transformers")

@@ -6,16 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quantlab.backends.casting import cast_around, wanted_dtype
-from quantlab.backends.modelopt.config import (
-    BLOCKS,
-    NVIDIAModelOptConfig,
-    activation_cfg,
-    build_quant_cfg,
-    is_packable,
-    weight_cfg,
-)
+from quantlab.backends.modelopt.config import NVIDIAModelOptConfig
 from quantlab.backends.modelopt.library import BRANCH, insert, named_failure, quiet_library, settle, shape_of
 from quantlab.backends.modelopt.packing import pack
+from quantlab.backends.modelopt.quantizers import BLOCKS, activation_cfg, build_quant_cfg, is_packable, weight_cfg
 from quantlab.errors import ConfigError, NotQuantized
 from quantlab.vocabulary.reports import StoredWeight
 

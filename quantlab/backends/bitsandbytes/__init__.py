@@ -1,0 +1,15 @@
+"""bitsandbytes: LLM.int8 (arXiv 2208.07339) and 4-bit nf4 / fp4 blocks (QLoRA, arXiv 2305.14314).
+
+Stored bytes of a layer with n weights and o rows, blocks of b: 4 bit ``ceil(n/2) + 4 ceil(n/b) + 64``; with double
+quantization ``ceil(n/2) + ceil(n/b) + 4 ceil(ceil(n/b)/256) + 64 + 1024 + 4``; int8 ``n + 4 o``.
+"""
+
+from __future__ import annotations
+
+from quantlab.backends.bitsandbytes.config import BitsAndBytesConfig
+from quantlab.backends.bitsandbytes.quantize import quantize, read_back, resolve
+from quantlab.backends.bitsandbytes.storage import load, save
+
+Config = BitsAndBytesConfig
+
+__all__ = ["BitsAndBytesConfig", "Config", "load", "quantize", "read_back", "resolve", "save"]

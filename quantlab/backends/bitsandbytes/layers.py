@@ -1,0 +1,135 @@
+"""The two layers that stand in a ``nn.Linear``'s place: the library's own, made to take every shape and rank."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import math
+from typing import Any
+
+from quantlab.vocabulary.dtypes import dtype_name
+
+
+def library() -> Any:
+    import bitsandbytes
+
+    return bitsandbytes
+
+
+def torch_dtype(name: Any) -> Any:
+    import torch
+
+    return getattr(torch, dtype_name(name))
+
+
+def dense_4bit(weight: Any, dtype: Any) -> Any:
+    """The dequantized weight, (out_features, in_features), in ``dtype``."""
+    import torch
+
+    bnb = library()
+    state = weight.quant_state
+    absmax = state.absmax
+    if state.state2 is not None:
+        absmax = bnb.functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    is_compiled = state.shape[-1] % 2 or state.blocksize >= 2048
+    if weight.device.type != "cpu" or not is_compiled:
+        return torch.ops.bitsandbytes.dequantize_4bit.default(
+            weight.data, absmax, state.blocksize, state.quant_type, state.shape, dtype
+        )
+    # The library would compile C++ here at the first call of each shape; the same arithmetic without a compiler:
+    codes, num = weight.data.reshape(-1).view(torch.uint8), math.prod(state.shape)
+    values = state.code[torch.stack((codes >> 4, codes & 15), dim=-1).reshape(-1)[:num].int()]
+    return (values * absmax.repeat_interleave(state.blocksize)[:num]).to(dtype).reshape(state.shape)
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    """The library logs its cast to float16 at every int8 product."""
+    return "inputs will be cast from" not in record.getMessage()
+
+
+@functools.cache
+def layer_classes() -> dict[str, Any]:
+    """The two layers, made at first use because their bases need torch."""
+    import torch
+
+    bnb = library()
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_wanted)
+
+    class QuantizedLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc, name-defined]
+        """Linear4bit that never repacks its weight, takes every shape, and leaves its bias as it is."""
+
+        def __init__(self, codes: Any, state: Any, bias: Any, compute_dtype: Any) -> None:
+            out_features, in_features = state.shape
+            super().__init__(
+                in_features,
+                out_features,
+                bias is not None,
+                compute_dtype,
+                state.nested,
+                state.quant_type,
+                codes.dtype,
+                device="meta",
+            )
+            # On CPUs with AVX512-BF16 the library's forward would repack codes and scales in place, lossily.
+            self.support_avx512bf16_for_cpu = False
+            self.weight = bnb.nn.Params4bit(
+                codes,
+                quant_state=state,
+                blocksize=state.blocksize,
+                compress_statistics=state.nested,
+                quant_type=state.quant_type,
+                quant_storage=codes.dtype,
+                bnb_quantized=True,
+            )
+            self.bias = bias
+
+        def forward(self, x: Any) -> Any:
+            """x (..., in_features) -> (..., out_features), in x's dtype."""
+            inputs = x.to(self.compute_dtype)
+            bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+            if x.device.type == "cpu":
+                dense = dense_4bit(self.weight, self.compute_dtype)
+                return torch.nn.functional.linear(inputs, dense, bias).to(x.dtype)
+            return bnb.matmul_4bit(inputs, self.weight, bias=bias, quant_state=self.weight.quant_state).to(x.dtype)
+
+    class QuantizedLinear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc, name-defined]
+        """Linear8bitLt for inputs of any rank, the same in train and eval mode, that leaves its bias as it is."""
+
+        def __init__(self, codes: Any, scales: Any, bias: Any, threshold: float, compute_dtype: Any) -> None:
+            out_features, in_features = codes.shape
+            super().__init__(
+                in_features, out_features, bias is not None, has_fp16_weights=False, threshold=threshold, device="meta"
+            )
+            self.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
+            self.init_8bit_state()
+            self.state.is_training = False  # the library's train mode would not round the inputs
+            self.bias = bias
+            self.compute_dtype = compute_dtype
+
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            super()._apply(fn, recurse)
+            self.state.CB, self.state.SCB = self.weight.data, self.state.SCB.to(self.weight.device)
+            return self
+
+        def forward(self, x: Any) -> Any:
+            """x (..., in_features) -> (..., out_features), in x's dtype."""
+            inputs = x.to(self.compute_dtype).reshape(-1, x.shape[-1])
+            bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+            state = self.state
+            if self.in_features == 1:  # torch._int_mm returns unset memory on CPUs then: a column of zeros beside it
+                inputs, state = torch.nn.functional.pad(inputs, (0, 1)), copy.copy(state)
+                state.CB = torch.nn.functional.pad(state.CB, (0, 1))
+            out = bnb.matmul(inputs, self.weight, bias=bias, state=state)
+            return out.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    classes: dict[str, Any] = {c.__name__: c for c in (QuantizedLinear4bit, QuantizedLinear8bit)}
+    for name, made in classes.items():
+        made.__qualname__ = name  # found by pickle through __getattr__ below
+    return classes
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("QuantizedLinear4bit", "QuantizedLinear8bit"):
+        return layer_classes()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,52 @@
+"""Two operators of the library, replaced once per process."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+
+@functools.cache
+def override_operators() -> Any:
+    """Replace two operators of the library; returns what keeps the replacement alive.
+
+    ``qbytes_mm`` on a CPU hands bfloat16 products with int8 weights to ``torch._weight_int8pack_mm``, which reads
+    past rows that are not aligned to 16 bytes: a crash, or infinities; on a GPU it takes rounded activations of 2 or 3
+    dimensions only. ``unpack`` is compiled at its first use, by a C++ or CUDA compiler that a user need not have. Both
+    become a few tensor operations with the same result.
+    """
+    import warnings
+
+    import optimum.quanto  # noqa: F401  (defines the operators)
+    import torch
+
+    library: Any = torch.library.Library("quanto", "IMPL")  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():  # that a kernel is overridden is the purpose
+        warnings.simplefilter("ignore", UserWarning)
+        for device in ("CPU", "CUDA"):
+            library.impl("qbytes_mm", _qbytes_mm, device, allow_override=True)
+            library.impl("unpack", _unpack, device, allow_override=True)
+    return library
+
+
+def _qbytes_mm(activations: Any, weights: Any, scales: Any) -> Any:
+    """(..., k), (n, k) and (n, 1) -> (..., n) in the dtype of ``scales``."""
+    import torch
+
+    if activations.dtype.itemsize > 1:
+        return torch.matmul(activations.to(scales.dtype), (weights.to(scales.dtype) * scales).t())
+    rows = activations.reshape(-1, activations.shape[-1])
+    is_integer = rows.dtype == weights.dtype == torch.int8
+    is_aligned = len(rows) > 16 and not (len(rows) % 8 or rows.shape[1] % 8 or len(weights) % 8)  # what the kernel asks
+    if is_integer and is_aligned and rows.is_cuda:
+        sums = torch._int_mm(rows, weights.t()).float()
+    else:  # sums are kept in float32, as 8-bit kernels do
+        sums = torch.matmul(rows.float(), weights.float().t())
+    return (sums * scales.t().float()).to(scales.dtype).reshape(*activations.shape[:-1], len(weights))
+
+
+def _unpack(packed: Any, bits: int) -> Any:
+    import torch
+
+    mask = (1 << bits) - 1
+    return torch.cat([(packed >> (bits * i)) & mask for i in range(8 // bits)])

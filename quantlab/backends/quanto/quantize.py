@@ -1,0 +1,168 @@
+"""From a ``QuantoConfig`` to quantized layers, and from their tensors back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from quantlab.backends.casting import wanted_dtype
+from quantlab.backends.quanto.config import ACTIVATIONS, DTYPES, QuantoConfig
+from quantlab.backends.quanto.layers import empty_layer, library_qtype
+from quantlab.backends.quanto.operators import override_operators
+from quantlab.errors import ConfigError, NotQuantized
+from quantlab.modules.feed import CalibrationFeed
+from quantlab.modules.layers import replace_layer
+from quantlab.vocabulary.reports import StoredWeight
+
+
+def resolve(config: QuantoConfig, device: str, compute_dtype: str = "float32") -> QuantoConfig:
+    """The config itself: nothing in it depends on the device."""
+    return config
+
+
+def calibrate(
+    model: Any, layers: Sequence[str], config: QuantoConfig, compute_dtype: Any, feed: CalibrationFeed
+) -> dict[str, tuple[Any, Any]]:
+    """Layer -> the scales of its input and output, over one pass of ``feed``.
+
+    The layers become quanto layers, in place, as :func:`quantize` makes them, so that each is measured on what the
+    quantized layers before it give. Raises ConfigError naming a layer whose inputs are not finite or that never ran.
+    """
+    import torch
+    from optimum.quanto import Calibration
+
+    _convert(model, layers, config, compute_dtype)
+    made, ran = {name: model.get_submodule(name) for name in layers}, {}  # type: ignore[var-annotated]
+    for layer in made.values():  # as of no batch, if an earlier attempt ran out of memory
+        layer.input_scale, layer.output_scale = torch.ones_like(layer.input_scale), torch.ones_like(layer.output_scale)
+    hooks = {name: functools.partial(_before_measured_call, ran, name) for name in layers}
+    handles = [made[name].register_forward_pre_hook(hook, prepend=True) for name, hook in hooks.items()]
+    try:
+        with Calibration(streamline=False):
+            feed(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in ran:  # in the order of the calls: where it began
+        if not bool(torch.isfinite(made[name].input_scale)):
+            raise ConfigError(
+                f"calibration: {name} got NaN or infinities; use other data, or exclude it with modules_to_not_convert"
+            )
+    for name in layers:
+        if name not in ran:
+            raise _never_ran(name)
+    return {name: (layer.input_scale, layer.output_scale) for name, layer in made.items()}
+
+
+def quantize(
+    model: Any,
+    layers: Iterable[str],
+    config: QuantoConfig,
+    compute_dtype: Any = None,
+    calibrated: Mapping[str, tuple[Any, Any]] | None = None,
+) -> None:
+    """Replace each named ``nn.Linear`` of ``model`` by a frozen quanto layer, in place.
+
+    ``compute_dtype`` is a name or a torch dtype; None or ``auto`` keeps each layer's own. Another dtype than the
+    layer's casts its input and output. ``calibrated`` is what :func:`calibrate` returned. Raises NotQuantized naming a
+    layer that did not become what was asked for, ConfigError for activations without their scales.
+    """
+    layers = list(layers)
+    if config.activations is not None and calibrated is None:
+        name = ACTIVATIONS[config.activations]
+        raise ConfigError(
+            f"activation_dtype={name}: quanto rounds activations by scales measured on calibration data, "
+            "and there is none; give calibration data, or leave activation_dtype at none"
+        )
+    if config.activations is not None and (missing := [n for n in layers if n not in (calibrated or {})]):
+        raise _never_ran(missing[0])
+    _convert(model, layers, config, compute_dtype)
+    if config.activations is not None:
+        for name in layers:
+            layer, scales = model.get_submodule(name), dict(calibrated or {})[name]
+            layer.input_scale, layer.output_scale = (s.to(layer.weight.device, layer.weight.dtype) for s in scales)
+
+
+def read_back(layer: Any) -> StoredWeight:
+    """What the layer's tensors show; NotQuantized where it holds no quanto weight."""
+    weight: Any = getattr(layer, "weight", None)
+    qtype = getattr(weight, "qtype", None)
+    if qtype is None or qtype.name not in DTYPES:
+        raise NotQuantized(f"backend=quanto: {type(layer).__name__} holds an unquantized weight; it was not converted")
+    num_scales, num_rows = weight._scale.numel(), weight.shape[0]
+    group_size = None if num_scales in (1, num_rows) else weight.numel() // num_scales
+    return StoredWeight(
+        dtype=DTYPES[qtype.name],
+        group_size=group_size,
+        dense=weight.dequantize().detach().float(),
+        activation_dtype=_activation_dtype(layer),
+    )
+
+
+# -- one layer
+
+
+def _convert(model: Any, layers: Iterable[str], config: QuantoConfig, compute_dtype: Any) -> None:
+    """Put frozen quanto layers in the places of the named ones that are none yet; activations get no scales here."""
+    import torch
+
+    override_operators()
+    weights, activations = library_qtype(config.weights_dtype), library_qtype(config.activations)
+    for name in layers:
+        layer = model.get_submodule(name)
+        if getattr(layer, "frozen", False):  # calibration made it
+            continue
+        with torch.no_grad():
+            new = empty_layer(layer, weights, activations, wanted_dtype(layer, compute_dtype, "quanto"))
+            new.weight = torch.nn.Parameter(_quantized(new, config.optimizer), requires_grad=layer.weight.requires_grad)
+        if not new.frozen or new.weight.qtype != weights:
+            raise NotQuantized(
+                f"dtype={config.axes().dtype}: {name} ({type(layer).__name__}) kept its weight in "
+                f"{new.weight.dtype}; add it to modules_to_not_convert"
+            )
+        replace_layer(model, name, new)
+
+
+def _before_measured_call(ran: dict[str, None], name: str, layer: Any, args: tuple[Any, ...]) -> None:
+    """Runs between the library's measurement of a batch and the rounding of it.
+
+    The scale takes the layer's dtype (the input may have another), and is not 0, which would give NaN, where all
+    inputs were: it is 1 then, which the library takes for not yet measured.
+    """
+    import torch
+
+    ran[name] = None
+    scale = layer.input_scale.to(layer.weight.dtype)
+    layer.input_scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def _never_ran(name: str) -> ConfigError:
+    return ConfigError(f"calibration: {name} never ran on the calibration data; exclude it with modules_to_not_convert")
+
+
+def _activation_dtype(layer: Any) -> str:
+    """What the layer rounds its inputs to, by the hook that does it."""
+    from optimum.quanto.nn import QModuleMixin
+
+    hooks = [getattr(hook, "__func__", None) for hook in layer._forward_pre_hooks.values()]
+    return DTYPES[layer.activation_qtype.name] if QModuleMixin.quantize_input in hooks else "none"
+
+
+def _quantized(layer: Any, optimizer: str) -> Any:
+    """The quantized weight of a quanto layer, in the packing that no kernel dictates."""
+    import torch
+    from optimum.quanto.tensor import quantize_weight
+    from optimum.quanto.tensor.grouped import group
+    from optimum.quanto.tensor.optimizers import HqqOptimizer
+
+    weight, qtype, group_size = layer.weight.detach(), layer.weight_qtype, layer.weight_group_size
+    if qtype.bits == 8:
+        scale, shift = layer.optimizer(weight, qtype=qtype, axis=0), None
+    else:
+        # called below its front door, which gives a single row one scale per weight
+        search = HqqOptimizer() if optimizer == "hqq" else layer.optimizer
+        scale, shift = search.optimize(group(weight, 0, group_size) if group_size else weight, qtype, 0)
+    # where all weights of a scale are equal it may be 0, and 0 / 0 would be stored as NaN
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return quantize_weight(weight, qtype, axis=0, scale=scale, shift=shift, group_size=group_size, optimized=False)

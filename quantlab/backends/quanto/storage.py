@@ -1,0 +1,105 @@
+"""Quantized layers to files, and from files into a fresh copy of the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from quantlab.backends.quanto.config import ACTIVATIONS, DTYPES, QuantoConfig
+from quantlab.backends.quanto.layers import empty_layer, library_qtype
+from quantlab.backends.quanto.operators import override_operators
+from quantlab.errors import ModelError
+from quantlab.modules.layers import replace_layer
+from quantlab.vocabulary.dtypes import dtype_name
+
+_WEIGHTS_FILE = "quantized.safetensors"
+_MAP_FILE = "quantization_map.json"
+
+
+def save(model: Any, folder: Any) -> None:
+    """Write the quantized layers (weights, scales, biases) as safetensors, and the map of their formats as JSON."""
+    from optimum.quanto import quantization_map
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    formats: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Any] = {}
+    for name, entry in quantization_map(model).items():
+        layer = model.get_submodule(name)
+        formats[name] = {**entry, "dtype": dtype_name(layer.weight.dtype), "shape": list(layer.weight.shape)}
+        tensors |= {f"{name}.{key}": value.cpu().contiguous().clone() for key, value in layer.state_dict().items()}
+    save_file(tensors, folder / _WEIGHTS_FILE)
+    (folder / _MAP_FILE).write_text(json.dumps(formats, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load(model: Any, layers: Iterable[str], config: QuantoConfig, folder: Any) -> None:
+    """Put what :func:`save` wrote into a fresh unquantized copy of the model, in place; outputs are bit-equal.
+
+    Raises ModelError where the files are unreadable or are not those of these layers, this config and this model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        formats = json.loads((folder / _MAP_FILE).read_text(encoding="utf-8"))
+        tensors = load_file(folder / _WEIGHTS_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{folder}: no readable quanto weights ({error}); save the quantized model again") from error
+    if set(formats) != (wanted := set(layers)):
+        raise ModelError(
+            f"{folder}: holds other layers than were asked for (such as {min(set(formats) ^ wanted)}); "
+            "load with the exclusions that it was quantized with"
+        )
+    override_operators()
+    for name, entry in formats.items():
+        if DTYPES.get(entry["weights"]) != config.axes().dtype:
+            raise ModelError(f"{folder}: {name} is stored as {entry['weights']}, not {config.weights_dtype}")
+        if DTYPES.get(entry["activations"], "none") != ACTIVATIONS[config.activations]:
+            raise ModelError(
+                f"{folder}: {name} is stored with activations {entry['activations']}, not "
+                f"{config.activations}; load with the config it was quantized with"
+            )
+        prefix = f"{name}."
+        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        replace_layer(model, name, _restored(model.get_submodule(name), entry, state, f"{folder}: {name}"))
+
+
+def _restored(layer: Any, entry: Mapping[str, Any], state: dict[str, Any], what: str) -> Any:
+    """The quanto layer that was saved as ``state``, in the place and on the device of ``layer``."""
+    import torch
+    from optimum.quanto.tensor import WeightQBitsTensor, WeightQBytesTensor
+
+    if list(layer.weight.shape) != entry["shape"] or (layer.bias is None) != ("bias" not in state):
+        raise ModelError(
+            f"{what}: was saved with shape {entry['shape']}; the model's layer has "
+            f"{list(layer.weight.shape)}, or their biases differ; load it into the model it was made from"
+        )
+    device, missing = layer.weight.device, []  # type: ignore[var-annotated]
+    weights, activations = (
+        None if entry[k] == "none" else library_qtype(entry[k][1:]) for k in ("weights", "activations")
+    )
+    new = empty_layer(layer, weights, activations, getattr(torch, entry["dtype"]))
+    like = {
+        "qtype": new.weight_qtype,
+        "axis": 0,
+        "size": new.weight.size(),
+        "stride": new.weight.stride(),
+        "missing_keys": missing,
+    }
+    state = {key: value.to(device) for key, value in state.items()}
+    if new.weight_qtype.bits == 8:
+        weight = WeightQBytesTensor.load_from_state_dict(state, "weight.", activation_qtype=activations, **like)
+    else:
+        weight = WeightQBitsTensor.load_from_state_dict(state, "weight.", group_size=new.weight_group_size, **like)
+    if missing:
+        raise ModelError(f"{what}: the file lacks {', '.join(missing)}; save the quantized model again")
+    new.weight = torch.nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    with torch.no_grad():
+        for key in ("bias", "input_scale", "output_scale"):
+            if key in state:
+                getattr(new, key).data = state[key]
+    return new
