@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from shell import TINY, Shell, make_shell
 
 from quantlab.tracking import Store, open_store
 from quantlab.vocabulary.schema import DigitsModelConfig, TrackingConfig
+from tests.support.shell import TINY, Shell, make_shell
 
 # -- tracking stores
 

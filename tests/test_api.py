@@ -15,6 +15,7 @@ import pytest
 import quantlab
 from quantlab.modules.layers import state_digest
 from quantlab.vocabulary.reports import RunReport
+from tests.support.stores import ROOT
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -296,9 +297,7 @@ def test_compose_imports_no_torch_and_names_its_jobs() -> None:
         "plan = quantlab.compose(['backend=quanto', 'dtype=int8,int4'])\n"
         "print([job.name for job in plan.jobs], plan.is_sweep, 'torch' in sys.modules)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "['quanto int8', 'quanto int4'] True False"
 
 

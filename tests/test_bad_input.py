@@ -12,12 +12,12 @@ import time
 
 import pytest
 from safetensors.torch import load_file, save_file
-from shell import digits_words
-from stores import ROOT
-from tiny_pipelines import build_tiny_flux
-from tiny_text_models import save_llama
 
 from quantlab.modules.layers import state_digest
+from tests.support.shell import digits_words
+from tests.support.stores import ROOT
+from tests.support.tiny_pipelines import build_tiny_flux
+from tests.support.tiny_text_models import save_llama
 
 
 def refused(shell, *words, begins, ends):

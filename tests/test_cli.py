@@ -12,12 +12,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from shell import Shell, digits_words
-from stores import ROOT
 
 from quantlab.planning.composition import groups, recipes
 from quantlab.planning.listing import LISTS
 from quantlab.planning.plan import plan
+from tests.support.shell import Shell, digits_words
+from tests.support.stores import ROOT
 
 
 @pytest.fixture

@@ -17,9 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from comparison_store import EFFECT, N, Sweep, add_run
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from quantlab.cli import dispatch
 from quantlab.report.compare import compare
@@ -27,6 +25,7 @@ from quantlab.report.reading import open_reader
 from quantlab.report.selection import parse_request, select
 from quantlab.tracking import find_runs, open_store
 from quantlab.vocabulary.schema import TrackingConfig
+from tests.support.comparison_store import EFFECT, N, Sweep, add_run
 
 NUM_FRONT = 20
 TABLES = ("runs", "latest_metrics", "params", "tags")

@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
-from test_faults import SECOND, inputs, net, run
 
 import quantlab
 from quantlab import ConfigError, GGUFQuantizationConfig, NVIDIAModelOptConfig, QuantoConfig, TorchAoConfig
 from quantlab.backends.table import BACKENDS, native_config
 from quantlab.modules.layers import linear_layers
 from quantlab.vocabulary.axes import QuantizationAxes
+from tests.support.configs import SECOND
+from tests.support.nets import inputs, net, run
 
 ACCEPTANCE = {
     1: "test_config.py::test_json_and_back, contract/test_config_values.py::test_unknown_keys_name_the_nearest_field",

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 from omegaconf import OmegaConf
-from test_config import ONE_OF_EACH
 
 from quantlab import (
     BitsAndBytesConfig,
@@ -15,6 +14,7 @@ from quantlab import (
     QuantoConfig,
     TorchAoConfig,
 )
+from tests.support.configs import ONE_OF_EACH
 
 EVERY_BOOL = [
     (BitsAndBytesConfig, {"load_in_4bit": True}, name)

@@ -4,13 +4,14 @@ import copy
 import re
 
 import pytest
-from test_interop import METHODS, TABLE, config_of, excluded_by_diffusers, paths_of, request, tiny_flux, tiny_llama
 from torch import nn
 
 import quantlab
 from quantlab.backends import exclusions
 from quantlab.errors import ConfigError
 from quantlab.stages.quantize import quantize_component
+from tests.support.configs import METHODS, config_of
+from tests.support.exclusion_rules import TABLE, excluded_by_diffusers, paths_of, request, tiny_flux, tiny_llama
 
 OURS = {
     "proj_out": 1,

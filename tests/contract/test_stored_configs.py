@@ -6,14 +6,14 @@ import sys
 
 import pytest
 import torch
-from shell import digits_words
-from test_interop import tiny_flux
 from torch import nn
 
 import quantlab
 from quantlab.backends import exclusions
 from quantlab.errors import ConfigError
 from quantlab.modules.layers import linear_layers
+from tests.support.exclusion_rules import tiny_flux
+from tests.support.shell import digits_words
 
 
 @pytest.fixture(scope="module")

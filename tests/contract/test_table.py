@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from test_backends import ON_CPU, ROWS, net, quantized, run, sample
 from torch import nn
 
 import quantlab
@@ -17,6 +16,7 @@ from quantlab.stages.quantize import check_device
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.capabilities import CAPABILITIES, refusal
 from quantlab.vocabulary.dtypes import DTYPES
+from tests.contract.test_backends import ON_CPU, ROWS, net, quantized, run, sample
 
 REFUSED = [(b, d) for b in CAPABILITIES for d in DTYPES if d not in CAPABILITIES[b]]
 IDS = [f"{b}-{d}" for b, d, _ in ON_CPU]

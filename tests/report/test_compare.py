@@ -1,0 +1,433 @@
+"""quantlab compare: which runs, which statistics, which verdicts, and what is said of a bad request."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantlab.errors import ConfigError, MetricUndefined
+from quantlab.metrics import METRICS
+from quantlab.metrics.statistics import (
+    degrees_of_freedom,
+    holm,
+    mcnemar_exact,
+    paired_difference,
+    paired_differences,
+    t_test,
+)
+from quantlab.report.compare import OF_REFERENCE, _paired, compare, pareto, verdict
+from quantlab.report.reading import ServerReader, StoredRun, open_reader
+from quantlab.report.selection import ComparisonRequest, parse_request, select
+from quantlab.vocabulary.reports import MetricValue
+from quantlab.vocabulary.schema import TrackingConfig
+from tests.support.comparison_store import FLOOR, SCHEMES, N, Sweep, add_run, errors, shared_sweep
+from tests.support.shell import Shell, digits_words
+from tests.support.stores import ROOT
+
+# -- statistics
+
+
+def test_holm_adjusts_as_worked_out_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("only_a", "only_b", "both"), [(0, 0, 5), (6, 0, 3), (9, 2, 0), (4, 5, 1), (1, 0, 0), (30, 50, 9)]
+)
+def test_mcnemar_is_the_exact_binomial_test(only_a, only_b, both):
+    from scipy.stats import binomtest
+
+    a = np.repeat([1, 0, 1], [only_a, only_b, both])
+    b = np.repeat([0, 1, 1], [only_a, only_b, both])
+    expected = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    assert mcnemar_exact(a, b) == pytest.approx(expected, rel=1e-12)
+    assert mcnemar_exact(b, a) == mcnemar_exact(a, b)
+
+
+def test_mcnemar_refuses_other_values():
+    with pytest.raises(MetricUndefined, match="0 or 1"):
+        mcnemar_exact([0.5, 1], [0, 1])
+
+
+def test_t_test_is_that_on_the_clusters_mean_differences():
+    from scipy.stats import ttest_rel
+
+    clusters = np.repeat(np.arange(15), 4)
+    a, b = np.random.default_rng(0).normal(size=(2, 60)) + np.array([[0.2], [0.0]])
+    p = t_test(paired_difference(a, b, clusters), degrees_of_freedom(60, clusters))
+    means = [x.reshape(15, 4).mean(axis=1) for x in (a, b)]
+    assert p == pytest.approx(ttest_rel(*means).pvalue, rel=1e-9)
+    assert t_test(MetricValue(value=0.1, n=1), 0) is None
+    assert t_test(MetricValue(value=0.0, n=5, se=0.0), 4) == 1.0
+
+
+def test_many_pairs_at_once_are_the_pairs_one_by_one():
+    values = np.random.default_rng(0).lognormal(size=(4, 60))
+    labels = {"clusters": np.repeat(np.arange(30), 2), "strata": np.repeat(np.arange(30), 2) % 3}
+    pairs = [(0, 1), (3, 2), (1, 3)]
+    for (i, j), found in zip(pairs, paired_differences(values, pairs, **labels), strict=True):
+        alone = paired_difference(values[i], values[j], **labels)
+        for part in ("value", "se", "ci_lo", "ci_hi"):
+            assert getattr(found, part) == pytest.approx(getattr(alone, part), rel=1e-9), part
+
+
+def test_an_interval_that_ends_at_zero_ends_at_zero():
+    a = np.ones(40)
+    a[0] = 0
+    assert paired_differences([a, np.ones(40)], [(0, 1)])[0].ci_hi == 0
+
+
+# -- the front and the verdicts
+
+
+def stored(name, size, value):
+    metrics = {"memory/weights_bytes": size, "quality/latent_rel_mse": value, "quality/latent_cosine": -value}
+    return StoredRun(
+        run_id=name, name=name, status="FINISHED", start_ms=0, experiment_id="1", artifact_uri="", metrics=metrics
+    )
+
+
+@pytest.mark.parametrize("metric", ["latent_rel_mse", "latent_cosine"])
+@settings(deadline=None, max_examples=60)
+@given(points=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=12))
+def test_the_front_holds_exactly_the_runs_that_nothing_dominates(metric, points):
+    runs = [stored(f"r{i}", *p) for i, p in enumerate(points)]
+    undominated = {
+        f"r{i}" for i, (s, v) in enumerate(points) if not any(t <= s and w <= v and (t, w) != (s, v) for t, w in points)
+    }
+    front = pareto(runs, metric)
+    assert {r.name for r in front} == undominated
+    sizes = [r.metrics["memory/weights_bytes"] for r in front]
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize(
+    ("difference", "bounds", "p", "floor", "margin", "expected"),
+    [
+        (2.0, (1.0, 3.0), 0.001, None, 0.0, "worse"),
+        (-2.0, (-3.0, -1.0), 0.001, None, 0.0, "better"),
+        (2.0, (1.0, 3.0), 0.001, 2.0, 0.0, "inside the floor"),
+        (2.0, (1.0, 3.0), 0.001, 1.0, 2.5, "inside the margin"),
+        (2.0, (1.0, 3.0), 0.001, 1.0, 1.5, "worse"),
+        (2.0, (1.0, 3.0), 0.06, 5.0, 0.0, "not distinguishable"),
+        (2.0, (-0.1, 4.0), 0.01, None, 0.0, "not distinguishable"),
+        (2.0, (0.0, 4.0), 0.01, None, 0.0, "not distinguishable"),
+        (2.0, (None, None), 0.01, 5.0, 0.0, "too few samples"),
+        (2.0, (1.0, 3.0), None, 5.0, 0.0, "too few samples"),
+    ],
+)
+def test_a_verdict(difference, bounds, p, floor, margin, expected):
+    value = MetricValue(value=difference, n=50, se=0.5, ci_lo=bounds[0], ci_hi=bounds[1])
+    assert verdict(value, p, "latent_rel_mse", floor, margin) == expected
+
+
+def test_of_a_long_front_twenty_spread_over_the_sizes_are_paired():
+    runs = [stored(f"r{i}", i, 100 - i) for i in range(45)]
+    kept, notes = _paired(ComparisonRequest(sweep="latest"), runs, runs)
+    assert [r.name for r in kept[:2]] == ["r0", "r2"]
+    assert kept[-1].name == "r44"
+    assert len({r.name for r in kept}) == 20
+    assert notes == ["pairs are compared among 20 of 45 candidates, spread over the sizes"]
+    assert _paired(ComparisonRequest(sweep="latest"), runs, runs[:20]) == (runs[:20], [])
+
+
+def test_the_reference_values_are_of_metrics_with_a_direction_or_around_zero():
+    assert OF_REFERENCE.keys() <= METRICS.keys()
+    for name, value in OF_REFERENCE.items():
+        assert value in ((0.0,) if METRICS[name].higher_is_better is not True else (1.0, 100.0)), name
+
+
+# -- a tracked sweep
+
+
+@pytest.fixture
+def sweep(template) -> Sweep:
+    return shared_sweep(template)
+
+
+@pytest.fixture
+def own_sweep(sweep, tmp_path) -> Sweep:
+    """A copy of it, to be changed; its artifacts are those beside the database although their addresses are old."""
+    from quantlab.tracking import open_store
+
+    folder = tmp_path / "moved"
+    shutil.copytree(sweep.folder, folder)
+    return Sweep(folder, open_store(TrackingConfig(), folder), sweep.parent, dict(sweep.runs))
+
+
+def compared(sweep, *words):
+    request = parse_request(words)
+    reader = open_reader(request.tracking, sweep.folder)
+    selection = select(request, reader)
+    return compare(request, selection, reader), selection
+
+
+def test_verdicts_front_and_pairs_of_a_sweep(sweep):
+    (group,), selection = compared(sweep, "sweep=latest")
+    assert group.metric == "latent_rel_mse"
+    assert group.n == N
+    assert group.front == ("int4 a", "int4 b", "int8 a", "int8 b")
+    texts = {name: v.text for name, v in group.verdicts.items()}
+    assert texts == {
+        "int8 a": "inside the floor",
+        "int8 b": "inside the floor",
+        "int4 a": "worse",
+        "int4 b": "worse",
+        "int4 c": "worse",
+    }
+    pairs = {(v.a, v.b): v.text for v in group.pairs}
+    assert pairs[("int4 a", "int4 b")] == "not distinguishable"
+    assert pairs[("int4 a", "int8 a")] == "worse"
+    assert pairs[("int8 a", "int8 b")] == "inside the floor"
+    assert len(pairs) == 6
+    assert [r.name for r in selection.failed] == ["nf4"]
+    assert selection.skipped[0]["reason"] == "gguf has no nf4"
+
+
+def test_the_p_values_are_holm_adjusted_over_all_comparisons_of_the_group(sweep):
+    (group,), _ = compared(sweep, f"sweep={sweep.parent}")
+    family = [*group.verdicts.values(), *group.pairs]
+    assert len(family) == 5 + 6
+    assert [v.p_holm for v in family] == holm([v.p for v in family])
+    a, b = SCHEMES["int4 a"][2], SCHEMES["int4 b"][2]
+    pair = next(v for v in group.pairs if (v.a, v.b) == ("int4 a", "int4 b"))
+    expected = paired_difference(a, b, None, np.arange(N) % 4)
+    assert pair.difference.value == pytest.approx(expected.value)
+    assert pair.difference.ci_lo == pytest.approx(expected.ci_lo)
+    assert pair.p == pytest.approx(t_test(expected, N - 4))
+
+
+def test_pairing_makes_the_interval_of_a_difference_far_smaller_than_its_parts(sweep):
+    (group,), _ = compared(sweep, "sweep=latest")
+    pair = next(v for v in group.pairs if (v.a, v.b) == ("int4 a", "int4 b")).difference
+    alone = group.verdicts["int4 a"].difference
+    assert pair.ci_hi - pair.ci_lo < 0.5 * (alone.ci_hi - alone.ci_lo)
+
+
+def test_a_binary_metric_is_tested_by_mcnemar_and_against_the_reference_s_own_samples(sweep):
+    (group,), _ = compared(sweep, "sweep=latest", "metric=class_accuracy")
+    v = group.verdicts["int4 c"]
+    assert v.test == "McNemar"
+    assert v.p == pytest.approx(2 * 0.5**4)  # 4 of the 8 changed samples were right before
+    assert v.difference.value == pytest.approx(-4 / N)
+    (group,), _ = compared(sweep, "sweep=latest", "metric=judge_agreement")
+    assert group.verdicts["int4 c"].p == pytest.approx(2 * 0.5**8)
+
+
+def test_a_margin_takes_in_what_is_real_but_small(sweep):
+    (group,), _ = compared(sweep, "sweep=latest", "margin=0.0006")
+    assert group.verdicts["int4 a"].text == "inside the margin"
+    assert group.verdicts["int4 c"].text == "worse"
+
+
+def test_both_readers_find_the_same_runs(sweep):
+    reader = open_reader(TrackingConfig(), sweep.folder)
+    server = ServerReader(sweep.store)
+    number = reader.experiments()["quantlab"]
+    assert server.experiments() == reader.experiments()
+    tags = {"mlflow.parentRunId": sweep.parent}
+    ours, theirs = (sorted(r.of_experiment(number, tags), key=lambda r: r.run_id) for r in (reader, server))
+    assert len(ours) == 8
+    assert ours == theirs
+    ids = [sweep.runs["int4 a"], "0" * 32, sweep.runs["int8 a"]]
+    assert reader.by_id(ids) == server.by_id(ids)
+    assert [r.name for r in reader.by_id(ids)] == ["int4 a", "int8 a"]
+    run = ours[0]
+    assert reader.read_artifact(run, "samples.json") == server.read_artifact(run, "samples.json")
+    assert reader.read_artifact(run, "no.json") is server.read_artifact(run, "no.json") is None
+
+
+def test_run_ids_are_compared_pair_by_pair(sweep):
+    (group,), _ = compared(sweep, sweep.runs["int4 a"], sweep.runs["int4 c"])
+    assert [(v.a, v.b) for v in group.pairs] == [("int4 a", "int4 c")]
+    assert group.pairs[0].text == "better"
+    assert group.front == ("int4 a",)
+
+
+# -- runs that do not belong together
+
+
+def test_unlike_runs_are_refused_by_id_and_stand_apart_in_an_experiment(own_sweep):
+    other = add_run(own_sweep, "int4 a", errors(4e-4, 9)[:20], size=2_000_000, backend="quanto", key="k2")
+    with pytest.raises(ConfigError) as refused:
+        compared(own_sweep, own_sweep.runs["int8 a"], other)
+    text = str(refused.value)
+    assert text.startswith(f"{own_sweep.runs['int8 a']} {other}: not comparable")
+    assert "evaluation.num_samples: 40 / 20" in text
+    groups, _ = compared(own_sweep, "experiment=quantlab")
+    assert [(g.n, g.label) for g in groups] == [(40, "evaluation.num_samples=40"), (20, "evaluation.num_samples=20")]
+    assert all(len({r.tags["quantlab.reference_key"] for r in g.runs}) == 1 for g in groups)
+
+
+def test_a_repetition_replaces_the_older_run_and_a_retried_failure_is_none(own_sweep):
+    again = add_run(own_sweep, "int8 a", errors(2e-6, 11), size=4_000_000, backend="quanto")
+    asked = {"quantization": {"backend": "bitsandbytes", "dtype": "nf4"}, "model": {}, "dataset": {}, "evaluation": {}}
+    add_run(own_sweep, "nf4", errors(5e-4, 12), size=2_050_000, backend="bitsandbytes", params=asked)
+    (group,), selection = compared(own_sweep, "experiment=quantlab")
+    assert [r.run_id for r in group.runs if r.name == "int8 a"] == [again]
+    assert [r.name for r in selection.failed if r.params == {}] == []
+
+
+def test_a_resumed_sweep_takes_over_the_runs_it_found_finished(own_sweep):
+    folder = own_sweep.folder / "outputs" / "runs" / "second"
+    with own_sweep.store.start_run("small grid", folder, {}, {"quantlab.kind": "sweep"}) as parent:
+        new = add_run(own_sweep, "int6", errors(5e-5, 13), size=3_000_000, backend="gguf", parent=parent.run_id)
+        old = [own_sweep.runs[n] for n in ("reference", "int4 a", "int8 a")]
+        parent.log_json({"rows": [{"run_id": i} for i in [*old, new]], "skipped": []}, "rows.json")
+    (group,), _ = compared(own_sweep, "sweep=latest")
+    assert {r.name for r in group.runs} == {"reference", "int4 a", "int8 a", "int6"}
+
+
+def test_runs_without_common_samples_are_refused(own_sweep):
+    ids = [f"t{i}" for i in range(N)]
+    other = add_run(own_sweep, "int2", errors(1e-3, 14), size=1_000_000, backend="gguf", ids=ids)
+    typed = [own_sweep.runs["int8 a"], other]
+    with pytest.raises(ConfigError, match="no sample in common") as refused:
+        compared(own_sweep, *typed)
+    assert str(refused.value).startswith(" ".join(typed))
+
+
+def test_only_common_samples_are_paired_and_in_one_order(own_sweep):
+    ids = [f"s{i}" for i in reversed(range(N))]
+    other = add_run(own_sweep, "int4 d", SCHEMES["int4 a"][2][::-1] + 1e-6, size=2_000_001, backend="gguf", ids=ids)
+    (group,), _ = compared(own_sweep, own_sweep.runs["int4 a"], other)
+    assert group.pairs[0].difference.value == pytest.approx(-1e-6)
+    assert group.pairs[0].difference.se == pytest.approx(0, abs=1e-12)
+
+
+def test_few_samples_give_no_verdict(own_sweep):
+    few = [
+        add_run(own_sweep, f"few {i}", errors(1e-4 * (i + 1), i)[:8], size=10 - i, backend="gguf", key="k3")
+        for i in (0, 1)
+    ]
+    (group,), _ = compared(own_sweep, *few)
+    assert {v.text for v in [*group.verdicts.values(), *group.pairs]} == {"too few samples"}
+
+
+def test_a_run_whose_samples_are_gone_is_compared_with_the_reference_alone(own_sweep):
+    lost = own_sweep.runs["int4 a"]
+    for file in own_sweep.folder.rglob("samples.json"):
+        if lost in file.parts:
+            file.unlink()
+    (group,), _ = compared(own_sweep, "sweep=latest")
+    assert group.verdicts["int4 a"].text == "worse"
+    assert all("int4 a" not in (v.a, v.b) for v in group.pairs)
+
+
+# -- the command
+
+
+BAD = [
+    (["sweep=abc"], "sweep=abc: no such run in "),
+    (["abc"], "abc: no such run in "),
+    (["experiment=quantlap"], "experiment=quantlap: no such experiment"),
+    (["experiment=empty"], "experiment=empty: holds no job"),
+    (["sweep=latest", "tracking.experiment=empty"], "sweep=latest: no sweep in experiment empty"),
+    ([], "compare: nothing given"),
+    (["sweep=latest", "experiment=quantlab"], "compare: sweep and experiment given"),
+    (["sweep="], "sweep=: not a key of compare"),
+    (["swep=latest"], "swep=latest: not a key of compare; did you mean sweep?"),
+    (["sweep=latest", "--cvs", "x"], "--cvs: no such option of compare; did you mean --csv?"),
+    (["sweep=latest", "--csv"], "--csv: a file is missing"),
+    (["sweep=latest", "margin=wide"], "margin=wide: give a number"),
+    (["sweep=latest", "metric=psnr"], "metric=psnr: these runs have no such metric"),
+    (["sweep=latest", "metric=step_sqnr_db"], "metric=step_sqnr_db: these runs have no such metric"),
+    (["sweep=latest", "tracking.uri=sqlite:///no.db"], "tracking.uri=sqlite:///no.db: no such file"),
+    (["sweep=latest", "tracking.uri=folder"], "tracking.uri=folder: MLflow's file store"),
+    (["sweep=latest", "--html", "outputs/mlflow.db/x.html"], "--html outputs/mlflow.db/x.html: cannot be written"),
+    (["sweep=latest", "--csv", "outputs/mlflow.db/x.csv"], "--csv outputs/mlflow.db/x.csv: cannot be written"),
+]
+
+
+@pytest.mark.parametrize(("words", "begins"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_a_bad_request_is_told_so(sweep, words, begins):
+    if "empty" in " ".join(words):
+        from quantlab.tracking import open_store
+
+        open_store(replace(TrackingConfig(), experiment="empty"), sweep.folder)
+    code, out, err = Shell(sweep.folder)("compare", *words)
+    assert code == 2
+    assert out == ""
+    assert err.startswith(f"quantlab: {begins}")
+    assert err.count("\n") == 1
+
+
+def test_a_job_is_no_sweep_and_a_sweep_is_no_job(sweep):
+    shell = Shell(sweep.folder)
+    code, _, err = shell("compare", f"sweep={sweep.runs['int8 a']}")
+    assert code == 2
+    assert f"is the job 'int8 a' and not a sweep; give its id without sweep=, or sweep={sweep.parent}" in err
+    code, _, err = shell("compare", sweep.parent)
+    assert code == 2
+    assert f"quantlab compare sweep={sweep.parent}" in err
+    code, _, err = shell("compare", sweep.runs["reference"])
+    assert code == 2
+    assert "no finished run of a quantized model" in err
+
+
+def test_the_command_prints_a_table_and_writes_csv_json_and_the_page(own_sweep):
+    shell = Shell(own_sweep.folder)
+    code, out, err = shell("compare", "sweep=latest", "--csv", "rows.csv")
+    assert code == 0, err
+    assert "verdict on latent_rel_mse" in out
+    assert "smallest without measurable loss (inside the bf16 floor): int8 a" in out
+    assert "failed: nf4 at quantize: MemoryError: 12 GiB wanted" in out
+    with (own_sweep.folder / "rows.csv").open() as file:
+        rows = {r["name"]: r for r in csv.DictReader(file)}
+    assert rows["int4 c"]["verdict"] == "worse"
+    assert float(rows["int4 c"]["latent_rel_mse"]) == pytest.approx(SCHEMES["int4 c"][2].mean())
+    assert float(rows["int4 c"]["latent_rel_mse/floor"]) == pytest.approx(FLOOR.mean())
+    assert rows["nf4"]["status"] == "FAILED"
+    page = own_sweep.folder / "outputs" / "reports" / f"small grid-{own_sweep.parent[:8]}.html"
+    assert page.is_file()
+    logged = own_sweep.folder / "outputs" / "mlartifacts" / own_sweep.parent / "artifacts" / "reports" / page.name
+    assert logged.read_bytes() == page.read_bytes()
+    code, out, _ = shell("compare", "sweep=latest", "--json", "--html", "page.html")
+    assert code == 0
+    assert json.loads(out)["groups"][0]["front"] == ["int4 a", "int4 b", "int8 a", "int8 b"]
+    assert (own_sweep.folder / "page.html").is_file()
+
+
+def test_reading_needs_neither_torch_nor_mlflow(sweep):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from quantlab.cli import dispatch; dispatch(['compare', 'sweep=latest'])\n"
+        "print([m for m in ('torch', 'mlflow', 'sklearn') if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=sweep.folder,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+    )
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+@pytest.mark.slow
+def test_a_real_sweep_is_compared_from_what_it_tracked(shell):
+    code, _, err = shell("-m", "backend=quanto,gguf", "dtype=int8,int4,q8_0", "sweep.on_invalid=skip", *digits_words())
+    assert code == 0, err
+    code, out, err = shell("compare", "sweep=latest", "--json")
+    assert code == 0, err
+    data = json.loads(out)
+    rows = {r["name"]: r for r in data["groups"][0]["rows"]}
+    tracked = shell.tracked()
+    assert data["skipped"]
+    for name, row in rows.items():
+        assert row["metrics"]["latent_rel_mse"]["value"] == tracked[name]["metrics"]["quality/latent_rel_mse"]
+    assert rows["quanto int4"]["verdict"] == "worse"
+    assert rows["quanto int4"]["on_front"]
+    assert "Which scheme" in next((shell.folder / "outputs" / "reports").glob("*.html")).read_text()

@@ -1,0 +1,240 @@
+"""The page of quantlab compare: what is in the file, and what a real browser makes of it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from quantlab.report.compare import compare
+from quantlab.report.figures import _strip, _tiles, image_figure
+from quantlab.report.html import page, page_data, write_page
+from quantlab.report.reading import StoredRun, open_reader
+from quantlab.report.selection import parse_request, select
+from quantlab.tracking.run import _grid
+from tests.support.comparison_store import SCHEMES, Sweep, shared_sweep
+
+HOSTILE = "</script><img src=x onerror=document.title='taken'> & <b>"
+
+
+@pytest.fixture
+def sweep(template) -> Sweep:
+    return shared_sweep(template)
+
+
+@pytest.fixture
+def data(sweep):
+    request = parse_request(["sweep=latest"])
+    reader = open_reader(request.tracking, sweep.folder)
+    selection = select(request, reader)
+    return page_data(compare(request, selection, reader), selection, reader)
+
+
+# -- the file
+
+
+def test_the_page_loads_nothing(data):
+    text = page(data)
+    outside = re.sub(r'<script type="application/json".*?</script>', "", text, flags=re.DOTALL)
+    addresses = set(re.findall(r"https?://[^\s\"'`)]+", outside))
+    assert addresses == {"http://www.w3.org/2000/svg"}  # a name, which nothing loads
+    assert not re.search(r"<link[^>]*href=\"(?!data:)|<script[^>]*src=|@import|fetch\(|XMLHttpRequest", outside)
+    assert len(text) < 6_000_000
+
+
+def test_the_page_holds_every_row_with_its_recipe(data):
+    group = data["groups"][0]
+    by_bytes = ["int4 a", "int4 b", "int8 a", "int8 b", "int4 c"]
+    assert [r["name"] for r in group["rows"]] == ["reference", "floor_bf16", *by_bytes]
+    assert set(group["recipes"]) == {r["run_id"] for r in group["rows"]}
+    assert "quantlab reproduce ${row.run_id}" in page(data)
+    assert "override /backend: gguf" in group["recipes"][group["rows"][3]["run_id"]]
+    assert [s["name"] for s in group["images"]["schemes"]] == by_bytes
+    assert group["layers"]["rows"] == ["blocks.0.to_q", "blocks.0.to_k", "blocks.1.to_q"]
+    assert group["layers"]["values"][0][4] == pytest.approx(float(SCHEMES["int4 c"][2].mean()) ** 0.5, rel=1e-3)
+    assert [(m["metric"], len(m["columns"])) for m in group["steps"]] == [("step_sqnr_db", 2), ("step_divergence", 2)]
+
+
+def test_names_cannot_break_out_of_the_page(data):
+    data["title"] = HOSTILE
+    data["groups"][0]["rows"][2]["name"] = HOSTILE
+    text = page(data)
+    assert HOSTILE not in text
+    assert text.count("</script>") == 2
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 8, 8, 1), (3, 3, 70, 100, 3), (1, 3, 90, 64, 3)])
+def test_the_tracked_picture_falls_into_the_images_it_was_made_of(shape):
+    images = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
+    buffer = io.BytesIO()
+    _grid(images, "x").save(buffer, "png")
+    tiles = _tiles(buffer.getvalue())
+    scale = tiles.shape[2] // shape[2]
+    assert tiles.shape == (shape[0], 3, shape[2] * scale, shape[3] * scale, 3)
+    assert (tiles[:, :, ::scale, ::scale, 0] == images[..., 0]).all()
+    strip = Image.open(io.BytesIO(base64.b64decode(_strip(tiles, 0, max(tiles.shape[2:4])).partition(",")[2])))
+    assert strip.size[1] == tiles.shape[2]
+    if max(tiles.shape[2:4]) <= 96:
+        assert (np.asarray(strip.convert("RGB"))[:, : tiles.shape[3]] == tiles[0, 0]).all()
+
+
+def test_large_pictures_are_made_to_fit():
+    images = np.random.default_rng(0).integers(0, 255, (2, 3, 600, 600, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    _grid(images, "x").save(buffer, "png")
+
+    class Noise:
+        def read_artifact(self, run, name):
+            return buffer.getvalue()
+
+    same = {"status": "", "start_ms": 0, "experiment_id": "", "artifact_uri": ""}
+    runs = [StoredRun(run_id=str(i), name=str(i), **same) for i in range(12)]
+    figure = image_figure(Noise(), runs)
+    assert sum(len(s["candidate"]) + len(s["difference"]) for s in figure["schemes"]) <= 3_000_000
+    assert figure["pixels"] < 600
+
+
+# -- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    chromium = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
+    driver = shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("no chromium with chromedriver here: the page is not looked at")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium here: the page is not looked at")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield started
+    started.quit()
+
+
+@pytest.fixture
+def opened(browser, data, tmp_path):
+    """The page in the browser, without an error so far; :func:`look` loads it at a width."""
+    path = tmp_path / "page.html"
+    write_page(data, path)
+    look(browser, path)
+    assert browser.get_log("browser") == []
+    yield browser
+    assert browser.get_log("browser") == []
+
+
+def look(browser, path: Path, width: int = 1200) -> None:
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(path.as_uri())
+
+
+def find(browser, css: str):
+    return browser.find_elements("css selector", css)
+
+
+def names(browser) -> list[str]:
+    return [e.get_attribute("data-name") for e in find(browser, "section:nth-of-type(2) tbody tr")]
+
+
+def test_a_click_on_a_heading_sorts_and_a_second_one_turns_the_order(opened):
+    assert names(opened)[:3] == ["int4 a", "int4 b", "int8 a"]
+    heading = next(b for b in find(opened, "th button") if b.text.startswith("latent_rel_mse"))
+    heading.click()
+    best_first = names(opened)
+    assert best_first[:3] == ["reference", "int8 b", "int8 a"]
+    heading.click()
+    assert names(opened) == best_first[::-1]
+    assert "descending" in [e.get_attribute("aria-sort") for e in find(opened, "th[aria-sort]")]
+
+
+def test_hovering_shows_what_a_point_and_a_cell_are(opened):
+    from selenium.webdriver import ActionChains
+
+    tip = find(opened, "#tip")[0]
+    assert not tip.is_displayed()
+    point = next(p for p in find(opened, ".point") if p.get_attribute("data-name") == "int8 b")
+    ActionChains(opened).move_to_element(point).perform()
+    assert tip.is_displayed()
+    assert tip.text.startswith("int8 b\n4.01 MiB")
+    assert "inside the floor; on the Pareto front" in tip.text
+    cell = find(opened, ".heat")[0]
+    opened.execute_script("arguments[0].scrollIntoView({block: 'center'})", cell)
+    ActionChains(opened).move_to_element(cell).perform()
+    assert tip.text.startswith("int4 a\nblocks.0.to_q\nweight error ")
+
+
+def test_the_plot_has_the_floor_the_front_and_an_interval_a_point(opened):
+    assert len(find(opened, "line.floor")) == 1
+    assert find(opened, ".front-line")[0].get_attribute("d").count("V") == 3
+    assert {p.get_attribute("data-name") for p in find(opened, ".point")} == {*SCHEMES, "floor_bf16"}
+
+
+def test_selector_and_slider_switch_the_images(opened):
+    from selenium.webdriver.support.select import Select
+
+    image, slider = find(opened, "#candidate-image")[0], find(opened, "#scheme-slider")[0]
+    first = image.get_attribute("src")
+    assert opened.execute_script("return arguments[0].naturalWidth", image) > 0
+    Select(find(opened, "#scheme")[0]).select_by_visible_text("int4 c")
+    other = image.get_attribute("src")
+    assert other != first
+    assert slider.get_attribute("value") == "4"
+    opened.execute_script("arguments[0].value = 0; arguments[0].dispatchEvent(new Event('input'))", slider)
+    assert image.get_attribute("src") == first
+    assert Select(find(opened, "#scheme")[0]).first_selected_option.text == "int4 a"
+
+
+def test_a_row_shows_how_to_run_it_again(opened):
+    button = find(opened, "tr[data-name='int4 b'] button.again")[0]
+    button.click()
+    detail = find(opened, "tr.detail")[0]
+    assert "quantlab recipe=int4-b.yaml" in detail.text
+    assert "override /backend: gguf" in detail.text
+    find(opened, "button.copy")[0].click()
+    assert find(opened, "button.copy")[0].text in ("copied", "copy recipe")
+
+
+def test_failures_and_skipped_combinations_are_listed_with_their_reason(opened):
+    text = find(opened, "main")[0].text
+    assert "MemoryError: 12 GiB wanted" in text
+    assert "gguf has no nf4" in text
+
+
+@pytest.mark.parametrize("width", [1200, 800])
+def test_the_body_does_not_scroll_sideways(browser, data, tmp_path, width):
+    write_page(data, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html", width)
+    root = "document.documentElement"
+    assert browser.execute_script("return innerWidth") == width
+    assert browser.execute_script(f"return {root}.scrollWidth - {root}.clientWidth") == 0
+    assert find(browser, "h1")[0].text == "Which scheme for my model?"
+
+
+def test_hostile_names_are_text_in_the_browser(browser, data, tmp_path):
+    for row in data["groups"][0]["rows"]:
+        if row["name"] == "int4 c":
+            row["name"] = HOSTILE
+    write_page(data, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html")
+    assert HOSTILE in names(browser)
+    assert browser.title == "small grid-" + data["title"].partition("-")[2] + ": which scheme?"
+    assert browser.get_log("browser") == []

@@ -1,0 +1,357 @@
+"""The calibrate stage: which data, the forward loop, what it shows of each layer, and what it refuses."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import quantlab
+from quantlab.backends.table import BACKENDS
+from quantlab.datasets import prompts
+from quantlab.datasets.calibration import CALIBRATION_SETS, calibration_inputs
+from quantlab.errors import ConfigError, MetricUndefined
+from quantlab.modules.feed import CalibrationFeed, StoredCalls, feed_of_batches
+from quantlab.stages.calibrate import calibration_set, is_out_of_memory
+from quantlab.stages.evidence import evenly_spaced, layer_energies
+from quantlab.vocabulary.schema import CalibrationConfig, EvaluationConfig
+from tests.support.shell import digits_words
+
+WORDS = digits_words("backend=gguf", "dtype=q4_k")
+FAST = ["calibration.num_samples=10", "calibration.batch_size=5", "calibration.num_inference_steps=2"]
+
+
+# -- calls on disk
+
+
+def test_stored_calls_come_back_as_they_were_and_share_tensors(tmp_path):
+    shared = torch.randn(3, 4, dtype=torch.bfloat16)
+    calls = StoredCalls(tmp_path / "calls")
+    given = [
+        {
+            "args": (torch.arange(3) + i, shared),
+            "kwargs": {"deep": [{"x": shared}], "flag": True, "none": None},
+            "dtype": "bfloat16",
+            "step": i,
+            "output": shared,
+        }
+        for i in range(3)
+    ]
+    for call in given:
+        calls.write(call)
+    assert len(list((tmp_path / "calls").glob("tensor-*"))) == 4, "three different tensors, and one that all share"
+    again = StoredCalls(tmp_path / "calls")
+    assert len(again) == 3
+    for call, wanted in zip(again, given, strict=True):
+        assert torch.equal(call["args"][0], wanted["args"][0])
+        assert torch.equal(call["kwargs"]["deep"][0]["x"], shared)
+        assert (call["kwargs"]["flag"], call["kwargs"]["none"], call["step"]) == (True, None, wanted["step"])
+        assert "output" not in call
+    assert again.sha256() == calls.sha256()
+    calls.write(given[0])
+    assert calls.sha256() != again.sha256()
+
+
+def test_only_one_call_is_in_memory_at_a_time(tmp_path):
+    calls = StoredCalls(tmp_path)
+    for i in range(20):
+        calls.write({"args": [torch.full((10,), float(i))], "kwargs": {}, "dtype": "float32", "step": 0})
+    for _ in calls:
+        assert len(calls._kept) == 1
+
+
+# -- the feed
+
+
+def test_a_feed_replays_every_call_as_often_as_it_is_asked():
+    seen = []
+    net = nn.Sequential(nn.Linear(4, 4))
+    net.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[0]))
+    ticks = []
+    feed = feed_of_batches([torch.randn(3, 4), torch.randn(2, 4)])
+    feed = CalibrationFeed(**{**vars(feed), "on_call": lambda i, n: ticks.append((i, n))})
+    feed(net)
+    feed(net)
+    assert seen == [3, 2, 3, 2]
+    assert ticks == [(1, 2), (2, 2)] * 2
+    assert (feed.num_samples, feed.batch_size) == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], r"^calibration: at least one batch is wanted"),
+        (torch.ones(2, 2), r"^calibration: at least one batch is wanted"),
+        ([{"a": 1}], r"^calibration: batch 0 holds no tensor"),
+        ([torch.ones(2), torch.tensor([math.nan])], r"^calibration: batch 1 holds NaN or infinity"),
+    ],
+)
+def test_bad_batches_are_refused(batches, message):
+    with pytest.raises(ConfigError, match=message):
+        feed_of_batches(batches)
+
+
+def test_unequal_batches_are_refused_where_a_library_needs_equal_ones():
+    feed = feed_of_batches([torch.randn(4, 2), torch.randn(3, 2)])
+    with pytest.raises(ConfigError, match=r"^calibration.num_samples=7: torchao needs batches of equal size, and .*=4"):
+        feed.require_equal_batches("torchao")
+
+
+# -- evidence
+
+
+class Layered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8, bias=False), nn.Linear(8, 4, bias=False)
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def test_evidence_counts_each_layers_own_error_by_step():
+    """Noise on one layer's weight shows there, in the right size, and nowhere else."""
+    torch.manual_seed(0)
+    reference, candidate = Layered(), Layered()
+    candidate.load_state_dict(reference.state_dict())
+    with torch.no_grad():
+        candidate.first.weight.mul_(1.1)
+    batches = [torch.randn(5, 8) for _ in range(4)]
+    calls = [{"args": (b,), "kwargs": {}, "dtype": "float32", "step": i % 2} for i, b in enumerate(batches)]
+    feed = CalibrationFeed(calls=calls, num_samples=20, batch_size=5)
+    found = layer_energies(reference, candidate, ["first", "second"], feed, 4)
+    assert found["first"].sqnr_db() == pytest.approx(20, abs=1e-4), "an error of a tenth is 20 dB"
+    assert [found["first"].sqnr_db(k) for k in (0, 1)] == pytest.approx([20, 20], abs=1e-4)
+    assert found["second"].sqnr_db() is None, "the same inputs and weights: no error at all"
+    every = torch.cat(batches)
+    assert found["first"].input_absmax == pytest.approx(float(every.abs().max()))
+    channels = every.abs().amax(0)
+    assert found["first"].outlier_ratio == pytest.approx(float(channels.max() / channels.median()))
+
+
+def test_evidence_refuses_activations_that_are_nan_and_names_the_layer():
+    net = Layered()
+    with torch.no_grad():
+        net.first.weight[0, 0] = math.inf
+    feed = feed_of_batches([torch.ones(2, 8)])
+    with pytest.raises(MetricUndefined, match=r"^calibration: second gets NaN or infinity on the calibration data"):
+        layer_energies(net, None, ["first", "second"], feed, 1)
+
+
+@pytest.mark.parametrize(("num", "wanted", "expected"), [(3, 5, [0, 1, 2]), (10, 2, [0, 5]), (4, 0, [])])
+def test_evidence_is_taken_evenly(num, wanted, expected):
+    assert evenly_spaced(num, wanted) == expected
+
+
+# -- the set
+
+
+def digits(shell, *words):
+    from quantlab.datasets.table import DATASETS
+    from quantlab.models.table import FAMILIES
+
+    config = quantlab.compose([*WORDS, *FAST, *words]).jobs[0].config
+    model = FAMILIES[config.model.family](config.model, "cpu", shell.folder / "outputs" / "cache", None)
+    return config, model, DATASETS[config.dataset.name](config.dataset, config.evaluation, model)
+
+
+def test_trajectories_are_recorded_once_with_their_steps_and_guidance(shell):
+    config, model, seen = digits(shell)
+    cache = shell.folder / "outputs" / "cache"
+    ticks = []
+    first = calibration_set(
+        model, ["transformer"], config.calibration, config.evaluation, seen, cache, lambda i, n: ticks.append((i, n))
+    )
+    assert ticks[-1] == (4, 4), "two batches of two steps"
+    calls = first.calls["transformer"]
+    assert [c["step"] for c in calls] == [0, 1, 0, 1]
+    assert calls[0]["args"][0].shape[0] == 10, "five samples, with and without their class"
+    again = calibration_set(model, ["transformer"], config.calibration, config.evaluation, seen, cache, pytest.fail)
+    assert again.sha256 == first.sha256
+    config.calibration.num_inference_steps = 3  # other steps than the evaluation's
+    other = calibration_set(model, ["transformer"], config.calibration, config.evaluation, seen, cache)
+    assert other.sha256 != first.sha256
+    assert len(other.calls["transformer"]) == 6
+
+
+def test_a_set_that_was_cut_off_is_recorded_again(shell):
+    config, model, seen = digits(shell)
+    arguments = (model, ["transformer"], config.calibration, config.evaluation, seen, shell.folder)
+    first = calibration_set(*arguments)
+    (done,) = shell.folder.glob("calibration/*/set.json")
+    done.unlink()
+    assert calibration_set(*arguments).sha256 == first.sha256
+
+
+def test_lack_of_memory_halves_the_batch_and_says_so(shell, monkeypatch, capsys):
+    config, model, seen = digits(shell)
+    sample, sizes = model.sample, []
+
+    def scarce(loaded, noise, *rest):
+        sizes.append(len(noise))
+        if len(noise) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sample(loaded, noise, *rest)
+
+    found = calibration_set(
+        model.__class__(**{**vars(model), "sample": scarce}),
+        ["transformer"],
+        config.calibration,
+        config.evaluation,
+        seen,
+        shell.folder,
+    )
+    assert found.batch_size == 2
+    assert sizes == [5, 2, 2, 2, 2, 2]
+    assert "calibration.batch_size=2 instead of 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("x"), True),
+        (ValueError("x"), False),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes"), True),
+    ],
+)
+def test_what_counts_as_lack_of_memory(error, expected):
+    wrapped = ConfigError("algorithm=awq_lite: the library failed")
+    wrapped.__cause__ = error
+    assert is_out_of_memory(error) == is_out_of_memory(wrapped) == expected
+
+
+def test_the_shipped_sets_share_no_prompt_and_no_document():
+    from quantlab.datasets.wiki_extracts import calibration_half, evaluation_half
+
+    assert not set(prompts.read_prompts()) & set(prompts.read_prompts(str(prompts.CALIBRATION)))
+    items = list(range(11))
+    assert not set(calibration_half(items)) & set(evaluation_half(items))
+
+
+def test_a_sample_of_the_evaluation_is_refused(shell):
+    config, model, seen = digits(shell)
+    asked = CalibrationConfig(source="digits_classes", num_samples=10, seed=config.dataset.seed)
+    told = r"^calibration.source=digits_classes: it shares noise with the evaluation \(10 of 10\)"
+    with pytest.raises(ConfigError, match=told):
+        calibration_inputs(asked, config.evaluation, model, seen)
+
+
+def test_messages_name_the_keys_of_calibration(shell):
+    config, model, seen = digits(shell)
+    with pytest.raises(ConfigError, match=r"^calibration.num_samples=7: digits_classes has 10 classes"):
+        calibration_inputs(CalibrationConfig(num_samples=7), config.evaluation, model, seen)
+    with pytest.raises(ConfigError, match=r"^calibration.path=null: calibration.source=text needs a file|^calibration"):
+        calibration_inputs(CalibrationConfig(source="text"), EvaluationConfig(), model, seen)
+
+
+BAD = {
+    "calibration.source=wiki_extract": r"calibration.source=wiki_extract: there are .*did you mean wiki_extracts\?",
+    "calibration.num_samples=0": r"calibration.num_samples=0: a number of at least 1 is wanted",
+    "calibration.batch_size=-1": r"calibration.batch_size=-1: a number of at least 1",
+    "calibration.num_inference_steps=0": r"calibration.num_inference_steps=0: a number of at least 1",
+    "calibration.num_evidence_calls=-1": r"calibration.num_evidence_calls=-1: 0 \(none\) or more",
+    "calibration.seed=0": r"calibration.seed=0: this is the noise of the evaluation \(dataset.seed\)",
+    "calibration.num_sample=3": r"calibration.num_sample.*did you mean.*num_samples",
+}
+
+
+@pytest.mark.parametrize("word", BAD)
+def test_bad_settings_are_refused_before_anything_is_loaded(word):
+    with pytest.raises(ConfigError, match=BAD[word]):
+        quantlab.compose([*WORDS, "algorithm=imatrix", word])
+
+
+def test_a_scheme_without_data_does_not_read_the_calibration_node():
+    assert quantlab.compose([*WORDS, "calibration.seed=0"]).jobs
+
+
+@pytest.mark.parametrize("source", CALIBRATION_SETS)
+def test_every_source_is_an_option_of_the_group(source):
+    from quantlab.planning.composition import conf_dir
+
+    texts = [p.read_text() for p in (conf_dir() / "calibration").glob("*.yaml")]
+    assert any(f"source: {source}\n" in text for text in texts)
+
+
+# -- a run
+
+
+def test_a_calibrated_run_leaves_its_evidence(shell):
+    rows = shell.rows(*WORDS, *FAST, "algorithm=max,imatrix", "-m", "sweep.floors=false")
+    assert set(rows) == {"gguf q4_k", "gguf q4_k imatrix"}
+    runs = shell.tracked()
+    plain, run = runs["gguf q4_k"], runs["gguf q4_k imatrix"]
+    assert plain["tags"]["quantlab.calibration_sha256"] == "none: this scheme needs no data"
+    assert len(run["tags"]["quantlab.calibration_sha256"]) == 64
+    assert "perf/calibrate_s" not in plain["metrics"]
+    metrics = run["metrics"]
+    assert (metrics["calibration/num_samples"], metrics["calibration/batch_size"]) == (10, 5)
+    assert metrics["calibration/num_calls"] == 4
+    assert metrics["perf/calibrate_s"] > 0
+    assert metrics["calibration/output_sqnr_db_after_mean"] > metrics["calibration/output_sqnr_db_before_mean"]
+    assert metrics["calibration/weight_sqnr_db_after_mean"] < metrics["calibration/weight_sqnr_db_before_mean"], (
+        "the weights that matter are kept at the others' cost"
+    )
+    (folder,) = (shell.folder / "outputs" / "runs").glob("*imatrix*")
+    table = json.loads((folder / "calibration_layers.json").read_text())
+    layers = json.loads((folder / "layers.json").read_text())["data"]
+    assert len(table["data"]) == len(layers)
+    heat = json.loads((folder / "calibration_steps.json").read_text())
+    assert heat["columns"] == ["0", "1"]
+    assert len(heat["values"]) == len(heat["rows"]) == len(layers)
+    assert (folder / "figures" / "calibration_layers_by_step.png").stat().st_size > 1000
+    assert (folder / "calibration" / "transformer" / "imatrix.gguf").is_file()
+
+
+def test_other_calibration_data_is_another_job(shell):
+    words = [*WORDS, *FAST, "algorithm=imatrix,max", "-m", "sweep.floors=false"]
+    shell.rows(*words)
+    again = shell.rows(*words, "calibration.seed=5")
+    assert {n: r["resumed"] for n, r in again.items()} == {"gguf q4_k imatrix": False, "gguf q4_k": True}
+
+
+# -- from Python
+
+
+def test_python_needs_the_data_and_takes_it():
+    net = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 256))
+    config = BACKENDS["gguf"].Config(gguf_type="q4_0", algorithm="imatrix")
+    with pytest.raises(ConfigError, match=r"^calibration: gguf q4_0 imatrix needs data; pass calibration="):
+        quantlab.quantize(net, config)
+    batch = torch.randn(8, 256)
+    _, report = quantlab.quantize(net, config, calibration=[batch])
+    assert {r.dtype for r in report.layers} == {"q4_0"}
+    for same in (batch, batch.clone()):
+        with pytest.raises(ConfigError, match=r"^calibration: it holds a batch of inputs"):
+            quantlab.evaluate(net, [config], [batch], calibration=[same])
+    rows = quantlab.evaluate(net, [config], [torch.randn(12, 256)], calibration=[batch], num_bootstrap=50)
+    assert rows[-1].name == "gguf q4_0 imatrix"
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [(None, "needs data; pass calibration="), ([], "at least one batch"), ([torch.full((2, 256), math.nan)], "NaN")],
+)
+def test_python_refuses_bad_data_before_the_module_runs(calibration, message, monkeypatch):
+    net = nn.Sequential(nn.Linear(256, 64))
+    monkeypatch.setattr(net, "forward", lambda x: pytest.fail("it ran"))
+    plain, config = (BACKENDS["gguf"].Config(gguf_type="q4_0", algorithm=a) for a in ("max", "imatrix"))
+    with pytest.raises(ConfigError, match=f"^calibration: .*{message}"):
+        quantlab.evaluate(net, [plain, config], [torch.randn(2, 256)], calibration=calibration)
+
+
+def test_the_list_of_algorithms_says_which_need_data():
+    from quantlab.planning.listing import ALGORITHMS, LISTS
+    from quantlab.vocabulary.capabilities import CAPABILITIES
+
+    rows = {(r["backend"], r["algorithm"]): r for r in LISTS["algorithms"]()}
+    assert set(ALGORITHMS) == {a for found in CAPABILITIES.values() for row in found.values() for a in row.algorithms}
+    need = {pair: row["needs data"] for pair, row in rows.items()}
+    assert need["gguf", "imatrix"] == need["torchao", "awq"] == need["modelopt", "svdquant"] == "yes"
+    assert need["gguf", "max"] == need["bitsandbytes", "max"] == need["torchao", "hqq"] == "no"
+    assert need["quanto", "max"] == need["modelopt", "max"] == "for static activations"
+    assert need["torchao", "gptq"] == "yes, and CUDA"
+    assert rows["gguf", "imatrix"]["dtypes"] == "q5_0 q5_1 q4_0 q4_1 iq4_nl q6_k q5_k q4_k q3_k q2_k iq4_xs"
+    assert rows["modelopt", "smoothquant"]["dtypes"] == "int8"
