@@ -241,7 +241,7 @@ def show_reproduction(words: Sequence[str]) -> int:
 def front_lines(reports: Sequence[RunReport], request: Plan) -> list[str]:
     """The Pareto front of a search, a line a scheme; nothing where there was none."""
     from quantlab.planning.space import objectives_of
-    from quantlab.running.search import pareto_front, values_of
+    from quantlab.running.search import front_of, values_of
 
     search = request.jobs[0].config.sweep.search
     if not search.num_trials or not reports:
@@ -249,7 +249,7 @@ def front_lines(reports: Sequence[RunReport], request: Plan) -> list[str]:
     objectives = objectives_of(search, reports[0].protocol)
     names = {job.name for job in request.jobs}
     points = [(r.name, values_of(r, objectives)) for r in reports if r.name in names]
-    front = [points[i] for i in pareto_front([v for _, v in points], list(objectives.values()))]
+    front = [points[i] for i in front_of([v for _, v in points], objectives)]
     told = ", ".join(f"{direction} {name}" for name, direction in objectives.items())
     width = max((len(name) for name, _ in front), default=0)
     front.sort(key=lambda point: point[1] or ())

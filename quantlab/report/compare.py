@@ -32,6 +32,7 @@ from quantlab.metrics.statistics import (
     paired_differences,
     t_test,
 )
+from quantlab.report.pareto import pareto_front
 from quantlab.report.reading import Reader, StoredRun
 from quantlab.report.selection import ComparisonRequest, Selection, group_labels, is_candidate
 from quantlab.vocabulary.reports import MetricValue
@@ -45,20 +46,6 @@ PLAIN = ("auto", "max")
 SAME_BITS = ("backend", "dtype", "group_size", "activation_dtype", "activation_scales", "int4_packing_format")
 """Settings in which a run and its twin of the plain algorithm agree."""
 LAYOUT = ("sample_id", "clusters", "strata")
-OF_REFERENCE = {
-    "latent_rel_mse": 0.0,
-    "latent_cosine": 1.0,
-    "psnr_db": 100.0,
-    "ssim": 1.0,
-    "judge_agreement": 1.0,
-    "kld_mean": 0.0,
-    "same_top1": 1.0,
-    "delta_p_mean": 0.0,
-    "ln_ppl_ratio": 0.0,
-    "output_cosine": 1.0,
-    "output_rel_error": 0.0,
-}
-"""What a metric is for the reference itself; where it is not known beforehand, the reference's own samples are used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,13 +115,13 @@ def _compare_group(request: ComparisonRequest, runs: Sequence[StoredRun], label:
     samples = _Samples(request.typed, reader, request.metric or HEADLINE[protocol][0])
     metric = samples.metric
     _check_metric(metric, protocol, candidates, samples)
-    front = pareto(candidates, metric)
+    front = front_of(candidates, metric)
     paired, notes = _paired(request, candidates, front)
     among = _among(paired, samples)
     found = [*_against_reference(candidates, runs, samples), *among, *_twins(candidates, samples)]
     floor = candidates[0].metrics.get(f"quality/floor/{metric}")
     reference = reference_run(runs)
-    of_reference = reference.metrics.get(f"quality/{metric}") if reference else OF_REFERENCE.get(metric)
+    of_reference = reference.metrics.get(f"quality/{metric}") if reference else METRICS[metric].of_reference
     cost = abs(floor - of_reference) if floor is not None and of_reference is not None else None
     judged = _judged(found, metric, cost, request.margin)
     rest = judged[len(candidates) :]
@@ -177,17 +164,11 @@ def logged(run: StoredRun, metric: str, prefix: str = "quality") -> MetricValue:
     return MetricValue(value=run.metrics[name], n=int(run.metrics.get(f"{name}/n", 0)), se=se, ci_lo=low, ci_hi=high)
 
 
-def pareto(runs: Sequence[StoredRun], metric: str) -> list[StoredRun]:
-    """The runs that no other run beats in bytes and in ``metric`` (equal in one, better in the other), by bytes."""
-    sign = -1.0 if METRICS[metric].higher_is_better else 1.0
-    points = sorted(((bytes_of(r), sign * r.metrics[f"quality/{metric}"], r) for r in runs), key=lambda p: p[:2])
-    front: list[StoredRun] = []
-    best, best_bytes = math.inf, math.inf
-    for size, cost, run in points:
-        if cost < best or (cost == best and size == best_bytes):
-            front.append(run)
-            best, best_bytes = cost, size
-    return front
+def front_of(runs: Sequence[StoredRun], metric: str) -> list[StoredRun]:
+    """The runs that no other run beats in bytes and in ``metric``, by bytes."""
+    points = [(bytes_of(r), r.metrics[f"quality/{metric}"]) for r in runs]
+    front = pareto_front(points, (False, bool(METRICS[metric].higher_is_better)))
+    return [runs[i] for i in sorted(front, key=points.__getitem__)]
 
 
 # -- the comparisons
@@ -257,7 +238,7 @@ def _paired(
 def _against_reference(candidates: Sequence[StoredRun], runs: Sequence[StoredRun], samples: _Samples) -> list[Verdict]:
     """Each candidate less the reference: from the logged interval where the reference's value is known."""
     metric = samples.metric
-    known = OF_REFERENCE.get(metric)
+    known = METRICS[metric].of_reference
     if known is None or METRICS[metric].is_binary:
         return _from_samples(candidates, runs, samples)
     columns = samples.of(candidates[0])
@@ -278,7 +259,7 @@ def _from_samples(candidates: Sequence[StoredRun], runs: Sequence[StoredRun], sa
     metric = samples.metric
     reference = reference_run(runs)
     reference = reference if reference and samples.of(reference).get(metric) else None
-    known = OF_REFERENCE.get(metric)
+    known = METRICS[metric].of_reference
     if reference is None and known is None:
         raise ConfigError(
             f"metric={metric}: needs the reference's own samples, and no run of the reference was "

@@ -20,7 +20,6 @@ IMAGE_BYTES = 3_000_000
 TILE_SIZES = (256, 192, 128, 96, 64)
 EXACT_PIXELS = 96
 """Tiles up to this size are kept exactly (PNG); larger ones are scaled down and compressed."""
-STEP_METRICS = ("step_sqnr_db", "step_divergence")
 
 
 def image_figure(reader: Reader, runs: Sequence[StoredRun]) -> dict[str, Any] | None:
@@ -127,21 +126,20 @@ def calibration_figures(reader: Reader, runs: Sequence[StoredRun]) -> list[dict[
 def step_figures(runs: Sequence[StoredRun]) -> list[dict[str, Any]]:
     """The metrics that are curves over the steps, each as a map of scheme and step."""
     figures = []
-    for name in STEP_METRICS:
-        curves = {r.name: _curve(r, f"quality/{name}/") for r in runs}
+    for metric in (m for m in METRICS.values() if m.is_curve):
+        curves = {r.name: _curve(r, f"quality/{metric.name}/") for r in runs}
         curves = {scheme: curve for scheme, curve in curves.items() if curve}
         if not curves:
             continue
         length = max(map(len, curves.values()))
-        description, unit = METRICS[name].description, METRICS[name].unit
         figures.append(
             {
-                "title": f"{name} by scheme and step",
-                "metric": name,
-                "unit": unit if unit != "1" else "",
-                "description": f"{description[0].upper()}{description[1:]}.",
-                "higher_is_better": bool(METRICS[name].higher_is_better),
-                "log": name == "step_divergence",
+                "title": f"{metric.name} by scheme and step",
+                "metric": metric.name,
+                "unit": metric.unit if metric.unit != "1" else "",
+                "description": f"{metric.description[0].upper()}{metric.description[1:]}.",
+                "higher_is_better": bool(metric.higher_is_better),
+                "log": metric.is_log_scale,
                 "rows": list(curves),
                 "columns": [str(k) for k in range(length)],
                 "values": [[_rounded(v) for v in curve] + [None] * (length - len(curve)) for curve in curves.values()],

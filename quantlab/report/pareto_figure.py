@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.metrics import HEADLINE, METRICS
+from quantlab.report.pareto import pareto_front
 
 COLOURS = {
     "bitsandbytes": "#4269d0",
@@ -48,9 +49,9 @@ def draw_pareto(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
                     lw=1,
                     label=None if simulated else backend,
                 )
-    every = sorted((_point(r["metrics"], metric.name) for r in found), key=lambda p: (p["bits"], p["value"]))
-    front = _front(every, bool(metric.higher_is_better))
-    axes.plot([p["bits"] for p in front], [p["value"] for p in front], color="#888888", lw=1, zorder=0)
+    every = [(p["bits"], p["value"]) for r in found for p in [_point(r["metrics"], metric.name)]]
+    front = sorted({every[i] for i in pareto_front(every, (False, bool(metric.higher_is_better)))})
+    axes.plot([bits for bits, _ in front], [value for _, value in front], color="#888888", lw=1, zorder=0)
     floor = found[0]["metrics"].get(f"quality/floor/{metric.name}")
     if floor:
         axes.axhline(floor, color="#888888", lw=1, ls="--")
@@ -73,12 +74,3 @@ def _point(metrics: Mapping[str, float], metric: str) -> dict[str, Any]:
         "high": metrics.get(f"quality/{metric}/ci_hi", value),
         "simulated": bool(metrics.get("memory/is_simulated")),
     }
-
-
-def _front(points: Sequence[Mapping[str, Any]], higher_is_better: bool) -> list[Mapping[str, Any]]:
-    """Of points sorted by bits, those that no smaller one beats."""
-    front: list[Mapping[str, Any]] = []
-    for p in points:
-        if not front or (p["value"] > front[-1]["value"] if higher_is_better else p["value"] < front[-1]["value"]):
-            front.append(p)
-    return front

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantlab.planning.job import Job
-from quantlab.planning.space import MINIMIZE
+from quantlab.planning.space import MAXIMIZE
+from quantlab.report.pareto import pareto_front
 from quantlab.tracking.results import flat_metrics
 from quantlab.vocabulary.reports import RunReport
 from quantlab.vocabulary.schema import SearchConfig
@@ -55,7 +56,7 @@ class Search:
 
     def data(self) -> dict[str, Any]:
         """The study as JSON data."""
-        found = set(pareto_front([t.values for t in self.trials], list(self.objectives.values())))
+        found = set(front_of([t.values for t in self.trials], self.objectives))
         return {
             "sampler": self.config.sampler,
             "seed": self.config.seed,
@@ -81,15 +82,9 @@ class Search:
 # -- the answer
 
 
-def pareto_front(values: Sequence[Sequence[float] | None], directions: Sequence[str]) -> list[int]:
-    """Indices of the points that no other one beats: as good in every objective and better in one."""
-    signs = [1.0 if d == MINIMIZE else -1.0 for d in directions]
-    costs = {i: tuple(s * x for s, x in zip(signs, v, strict=True)) for i, v in enumerate(values) if v is not None}
-
-    def beaten(mine: tuple[float, ...]) -> bool:
-        return any(o != mine and all(a <= b for a, b in zip(o, mine, strict=True)) for o in costs.values())
-
-    return [i for i, cost in costs.items() if not beaten(cost)]
+def front_of(values: Sequence[Sequence[float] | None], objectives: Mapping[str, str]) -> list[int]:
+    """Indices of the points on the Pareto front of ``objectives`` (name -> direction)."""
+    return pareto_front(values, [direction == MAXIMIZE for direction in objectives.values()])
 
 
 def values_of(report: RunReport, objectives: Mapping[str, str]) -> tuple[float, ...] | None:

@@ -22,7 +22,7 @@ from quantlab.metrics.statistics import (
     paired_differences,
     t_test,
 )
-from quantlab.report.compare import OF_REFERENCE, _paired, compare, pareto, verdict
+from quantlab.report.compare import _paired, compare, front_of, verdict
 from quantlab.report.reading import ServerReader, StoredRun, open_reader
 from quantlab.report.selection import ComparisonRequest, parse_request, select
 from quantlab.vocabulary.reports import MetricValue
@@ -104,7 +104,7 @@ def test_the_front_holds_exactly_the_runs_that_nothing_dominates(metric, points)
     undominated = {
         f"r{i}" for i, (s, v) in enumerate(points) if not any(t <= s and w <= v and (t, w) != (s, v) for t, w in points)
     }
-    front = pareto(runs, metric)
+    front = front_of(runs, metric)
     assert {r.name for r in front} == undominated
     sizes = [r.metrics["memory/weights_bytes"] for r in front]
     assert sizes == sorted(sizes)
@@ -141,9 +141,9 @@ def test_of_a_long_front_twenty_spread_over_the_sizes_are_paired():
 
 
 def test_the_reference_values_are_of_metrics_with_a_direction_or_around_zero():
-    assert OF_REFERENCE.keys() <= METRICS.keys()
-    for name, value in OF_REFERENCE.items():
-        assert value in ((0.0,) if METRICS[name].higher_is_better is not True else (1.0, 100.0)), name
+    for metric in METRICS.values():
+        if metric.of_reference is not None:
+            assert metric.of_reference in ((1.0, 100.0) if metric.higher_is_better else (0.0,)), metric.name
 
 
 # -- a tracked sweep

@@ -13,7 +13,7 @@ from quantlab.errors import ConfigError, MissingPackage
 from quantlab.planning.plan import plan
 from quantlab.planning.space import SAMPLERS, check_space, objectives_of
 from quantlab.protocols.table import PROTOCOLS
-from quantlab.running.search import Search, pareto_front, run_search
+from quantlab.running.search import Search, run_search
 from quantlab.tracking import find_runs
 from quantlab.vocabulary.reports import MetricValue, RunReport
 from quantlab.vocabulary.schema import SearchConfig
@@ -164,21 +164,6 @@ def test_two_spellings_of_a_scheme_are_one_point():
 
 
 # -- the front
-
-
-@pytest.mark.parametrize(
-    ("values", "directions", "front"),
-    [
-        ([(1.0, 4.0), (2.0, 3.0), (3.0, 3.5), (4.0, 1.0)], ["minimize", "minimize"], [0, 1, 3]),
-        ([(1.0, 4.0), (2.0, 5.0), (3.0, 3.5)], ["minimize", "maximize"], [0, 1]),
-        ([(1.0, 1.0), (1.0, 1.0), None], ["minimize", "minimize"], [0, 1]),
-        ([(3.0,), (1.0,), (2.0,)], ["minimize"], [1]),
-        ([None], ["minimize"], []),
-        ([], ["minimize"], []),
-    ],
-)
-def test_the_pareto_front(values, directions, front):
-    assert pareto_front(values, directions) == front
 
 
 def test_the_front_of_a_search_is_that_of_its_trials():
