@@ -13,7 +13,7 @@ from quantlab.backends.bitsandbytes import BitsAndBytesConfig
 from quantlab.backends.gguf import GGUFQuantizationConfig
 from quantlab.backends.modelopt import NVIDIAModelOptConfig
 from quantlab.backends.quanto import QuantoConfig
-from quantlab.backends.table import config_from_dict, from_pretrained_config
+from quantlab.backends.stored import config_from_dict, from_pretrained_config
 from quantlab.backends.torchao import TorchAoConfig
 from quantlab.errors import (
     ConfigError,

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from quantlab.backends.scheme import scheme_of_config
+from quantlab.backends.table import held_packages, loggers
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.feed import feed_of_batches
@@ -20,7 +22,7 @@ from quantlab.running.sweep import run_plan
 from quantlab.stages.calibrate import calibrate_component
 from quantlab.stages.evaluate import evaluate as evaluate_stage
 from quantlab.stages.evaluate import summarize
-from quantlab.stages.quantize import Request, quantize_component, select_layers
+from quantlab.stages.quantize import QuantizationRequest, quantize_component, select_layers
 from quantlab.vocabulary.native import QuantizationConfigMixin
 from quantlab.vocabulary.reports import QuantizationReport, RunReport
 from quantlab.vocabulary.schema import EvaluationConfig
@@ -70,15 +72,9 @@ def quantize(
     module = _checked(module)
     _require_config(config)
     check_finite_weights(module, "module")
-    axes = replace(config.axes(), on_mismatch=on_mismatch, replace_default_exclusions=replace_default_exclusions)
+    scheme = scheme_of_config(config, on_mismatch=on_mismatch, replace_default_exclusions=replace_default_exclusions)
     dtype, device = _dtype_and_device(module)
-    request = Request(
-        component="model",
-        axes=axes,
-        native=config,
-        compute_dtype=dtype,
-        device=device,
-    )
+    request = QuantizationRequest(component="model", scheme=scheme, compute_dtype=dtype, device=device)
     candidate = _copied(module).eval()
     selection = select_layers(request, candidate)
     calibrated = None
@@ -98,16 +94,21 @@ def _require_config(config: Any) -> None:
 def _needed(config: QuantizationConfigMixin, calibration: Sequence[Any] | None) -> Sequence[Any]:
     """``calibration``; ConfigError where a config that needs data has none."""
     if calibration is None:
-        name = scheme_name(replace(config.axes(), compute_dtype="auto"))
+        name = _name_of(config)
         raise ConfigError(
             f"calibration: {name} needs data; pass calibration=[batch, ...], batches as the module's forward takes them"
         )
     return calibration
 
 
+def _name_of(config: QuantizationConfigMixin) -> str:
+    scheme = scheme_of_config(config, compute_dtype="auto")  # the module's own dtype is what counts
+    return scheme_name(scheme.axes, scheme)
+
+
 def _checked(module: Any) -> Any:
     """``module`` if it is one that can be quantized; ConfigError otherwise."""
-    quiet_libraries()
+    quiet_libraries(loggers())
     import torch
 
     if not isinstance(module, torch.nn.Module):
@@ -192,7 +193,7 @@ def evaluate(
         reports = [_row(name, m, q, model, reference, given, settings) for name, m, q in candidates]
         for config in configs:
             quantized, layers = quantize(module, config, calibration=calibration if config.needs_data else None)
-            name = scheme_name(replace(config.axes(), compute_dtype="auto"))  # the module's own dtype is what counts
+            name = _name_of(config)
             reports.append(_row(name, quantized, layers, model, reference, given, settings))
     finally:
         for part, training in modes.items():
@@ -219,7 +220,7 @@ def _row(
         protocol="module",
         quantization=layers,
         quality=quality,
-        memory={"model": component_memory(module, done, model.components["model"])},
+        memory={"model": component_memory(module, done, model.components["model"], held_packages())},
         measurements=measured,
         stages=(stage.report,),
     )

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from quantlab.backends.table import distributions
 from quantlab.errors import ConfigError
 from quantlab.metrics import HEADLINE
 from quantlab.planning.listing import LISTS
@@ -29,17 +30,8 @@ from quantlab.tracking import find_records
 from quantlab.tracking.tags import KIND, RECIPE
 
 BLOCK = re.compile(r"(<!-- (table|figure|calibration|list): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-SHOWN_VERSIONS = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "bitsandbytes",
-    "torchao",
-    "optimum-quanto",
-    "gguf",
-    "libgguf",
-    "nvidia-modelopt",
-)
+SHOWN_VERSIONS = ("torch", "diffusers", "transformers")
+"""Beside these, what the backends name."""
 
 
 def newest(runs_dir: Path, recipe: str) -> dict[str, Any] | None:
@@ -58,7 +50,7 @@ def table_block(data: Mapping[str, Any]) -> str:
     """Caption and Markdown table of a run."""
     rows = [r for r in data["rows"] if r["protocol"]]
     environment = data["environment"]
-    versions = ", ".join(f"{n} {environment['versions'][n]}" for n in SHOWN_VERSIONS if n in environment["versions"])
+    versions = ", ".join(f"{n} {environment['versions'][n]}" for n in (*SHOWN_VERSIONS, *distributions()) if n in environment["versions"])
     machine = environment["hardware"]
     where = ", ".join(g["name"] for g in machine["gpus"]) or f"CPU ({machine['cpu_capability']})"
     minutes = data["seconds"] / 60

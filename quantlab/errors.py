@@ -79,14 +79,14 @@ def nearest(word: str, options: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def require_package(module: str, key: str, extra: str) -> None:
+def require_package(module: str, key: str, install: str) -> None:
     """Raise :class:`MissingPackage` unless ``module`` can be imported; nothing is imported here.
 
-    ``key`` is what the user typed (``backend=gguf``), ``extra`` the extra of this project that brings the package.
+    ``key`` is what the user typed (``backend=gguf``), ``install`` what brings the package, as pip takes it.
     """
     try:
         found = importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # a parent package is absent
         found = False
     if not found:
-        raise MissingPackage(f"{key}: the package {module} is not installed; pip install 'quantlab-recipes[{extra}]'")
+        raise MissingPackage(f"{key}: the package {module} is not installed; pip install '{install}'")

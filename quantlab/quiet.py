@@ -9,15 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterable
 
 LOGGERS = (
-    "bitsandbytes",
-    "torchao",
     "torch.utils._pytree",
     "diffusers",
     "transformers",
-    "optimum",
-    "modelopt",
     "alembic",
     "mlflow",
     "torch.distributed.elastic",
@@ -30,8 +27,11 @@ WARNINGS = (
 )
 
 
-def quiet_libraries() -> None:
-    """Raise the level of the chatty loggers to ERROR; call it before the libraries are imported."""
+def quiet_libraries(loggers: Iterable[str]) -> None:
+    """Raise the level of the chatty loggers to ERROR; call it before the libraries are imported.
+
+    ``loggers`` are those of the backends (:func:`quantlab.backends.table.loggers`), beside those that all runs have.
+    """
     if os.environ.get("QUANTLAB_VERBOSE") == "1":
         return
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
@@ -39,7 +39,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    for name in LOGGERS:
+    for name in (*LOGGERS, *loggers):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)

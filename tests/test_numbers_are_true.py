@@ -20,7 +20,6 @@ import pytest
 
 import quantlab
 from quantlab import tracking
-from quantlab.backends.table import BACKENDS
 from quantlab.datasets.table import DATASETS
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.table import FAMILIES
@@ -30,6 +29,7 @@ from quantlab.stages.evaluate import evaluate, summarize
 from quantlab.stages.observe import observe
 from quantlab.stages.quantize import Request, _read_row, quantize_component
 from quantlab.vocabulary.reports import LayerReport, QuantizationReport, RunReport
+from tests.support.tables import BACKENDS
 
 SCRIPTS = Path(__file__).parent / "independent"
 SHARED = SCRIPTS / "_digits.py"

@@ -20,7 +20,6 @@ transformers               a regular expression from the start of the path up to
 
 from __future__ import annotations
 
-import fnmatch
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,32 +27,11 @@ from typing import Any
 
 from quantlab.errors import ConfigError
 from quantlab.modules.layers import linear_layers, resolve_exclusions
-from quantlab.vocabulary.native import LIBRARY_RULE, QuantizationConfigMixin
-
-Rule = Callable[[str, str], bool]
+from quantlab.vocabulary.native import LIBRARY_RULE, QuantizationConfigMixin, Rule
 
 
-def _bitsandbytes(entry: str, path: str) -> bool:
-    return entry in (path, path.rpartition(".")[2]) or f"{entry}." in path
-
-
-def _torchao(entry: str, path: str) -> bool:
-    return entry == f"{path}.weight" or f"{entry}." in f"{path}.weight"
-
-
-def _quanto(entry: str, path: str) -> bool:
-    return entry == path.rpartition(".")[2]
-
-
-def _gguf(entry: str, path: str) -> bool:
-    return entry in path.split(".")
-
-
-def _modelopt(entry: str, path: str) -> bool:
-    return fnmatch.fnmatch(f"{path}.weight_quantizer", f"*{entry}*")
-
-
-def _transformers(entry: str, path: str) -> bool:
+def taken_by_transformers(entry: str, path: str) -> bool:
+    """transformers' rule, the same for all of its backends but torchao, which gives it the path of the weight."""
     try:
         return re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", path) is not None or path.endswith(entry)
     except re.error as error:
@@ -63,35 +41,18 @@ def _transformers(entry: str, path: str) -> bool:
         ) from error
 
 
-def _transformers_torchao(entry: str, path: str) -> bool:
-    return _transformers(entry, f"{path}.weight")
-
-
-RULES: dict[tuple[str, str], Rule] = {
-    ("diffusers", "bitsandbytes"): _bitsandbytes,
-    ("diffusers", "torchao"): _torchao,
-    ("diffusers", "quanto"): _quanto,
-    ("diffusers", "gguf"): _gguf,
-    ("diffusers", "modelopt"): _modelopt,
-    ("transformers", "bitsandbytes"): _transformers,
-    ("transformers", "torchao"): _transformers_torchao,
-    ("transformers", "quanto"): _transformers,
-}
-"""(library, quant_method) -> whether an entry takes the Linear layer at a path."""
-
-
-def rule_of(library: str, method: str) -> Rule:
-    """The row of :data:`RULES`; ConfigError where the library has no such backend."""
-    if (library, method) not in RULES:
+def rule_of(config: QuantizationConfigMixin | type[QuantizationConfigMixin], library: str) -> Rule:
+    """How ``library`` reads the exclusions of this backend; ConfigError where it does not quantize with it."""
+    if library not in config.exclusion_rules:
         raise ConfigError(
-            f"exclusion_rule={library}: {library} does not quantize with {method}; set it to diffusers or quantlab"
+            f"exclusion_rule={library}: {library} does not quantize with {config.method()}; set it to "
+            f"{' or '.join([*config.exclusion_rules, 'quantlab'])}"
         )
-    return RULES[library, method]
+    return config.exclusion_rules[library]
 
 
-def taken(library: str, method: str, entries: Sequence[str], paths: Iterable[str]) -> dict[str, str]:
-    """Path -> the first entry that takes it under the library's rule."""
-    rule = rule_of(library, method)
+def taken(rule: Rule, entries: Sequence[str], paths: Iterable[str]) -> dict[str, str]:
+    """Path -> the first entry that takes it under a library's rule."""
     found = {path: next((e for e in entries if rule(e, path)), None) for path in paths}
     return {path: entry for path, entry in found.items() if entry is not None}
 
@@ -115,16 +76,15 @@ def expand(config: QuantizationConfigMixin, model: Any) -> tuple[dict[str, str],
         library = library_of(model)
     if library == "quantlab":
         raise ConfigError("exclusion_rule=quantlab: its entries are matched by quantlab.modules.layers")
-    method = config.quant_method.value
+    method, rule = config.method(), rule_of(config, library)
     paths, given = _linear_paths(model), config.exclusions
     entries = tuple(given or ())
     if given is None and library == "transformers":
         entries = _transformers_defaults(model)
-    found = taken(library, method, entries, paths)
+    found = taken(rule, entries, paths)
     reasons = {path: f"{library} {method}: {entry}" for path, entry in found.items()}
     for path, why in config.disabled_layers(paths).items():
         reasons.setdefault(path, why)
-    rule = rule_of(library, method)
     return reasons, tuple(e for e in entries if given and not any(rule(e, p) for p in paths))
 
 
@@ -158,8 +118,7 @@ def exclusions_for(config: QuantizationConfigMixin, model: Any, library: str) ->
     Raises:
         ConfigError: the list needs the model, or no list of that library says these layers (they are named).
     """
-    method, names = config.quant_method.value, config.exclusions
-    rule_of(library, method)
+    method, names, rule = config.method(), config.exclusions, rule_of(config, library)
     if config.exclusion_rule in (library, LIBRARY_RULE):
         return list(names) if names is not None else None
     if model is None:
@@ -171,13 +130,13 @@ def exclusions_for(config: QuantizationConfigMixin, model: Any, library: str) ->
         )
     wanted = _left_out(config, model)
     paths = _linear_paths(model)
-    kept = taken("diffusers", method, _kept_in_float32(model), paths) if library == "diffusers" else {}
+    kept = taken(rule, _kept_in_float32(model), paths) if library == "diffusers" else {}
     if beyond := [path for path in kept if path not in wanted]:
         raise ConfigError(
             f"modules_to_not_convert: {library} also leaves out {', '.join(beyond[:8])}, which the model "
             "keeps in float32; add them, so that both say the same"
         )
-    entries = express(library, method, wanted, paths)
+    entries = express(config, library, wanted, paths)
     return entries or ([] if library == "transformers" else None)
 
 
@@ -201,13 +160,18 @@ def _left_out(config: QuantizationConfigMixin, model: Any) -> set[str]:
     return {path for path in _linear_paths(model) if id(model.get_submodule(path)) not in done}
 
 
-def express(library: str, method: str, wanted: set[str], paths: Sequence[str]) -> list[str]:
+def express(
+    config: QuantizationConfigMixin | type[QuantizationConfigMixin],
+    library: str,
+    wanted: set[str],
+    paths: Sequence[str],
+) -> list[str]:
     """Entries that the library's rule resolves to exactly ``wanted`` among ``paths``.
 
     Raises:
         ConfigError: naming the layers that no entry takes without taking others.
     """
-    rule, entries, missing = rule_of(library, method), [], []
+    rule, entries, missing = rule_of(config, library), [], []
     covered: set[str] = set()
     for path in (p for p in paths if p in wanted):
         if path in covered:
@@ -222,7 +186,7 @@ def express(library: str, method: str, wanted: set[str], paths: Sequence[str]) -
             missing.append(path)
     if missing:
         raise ConfigError(
-            f"modules_to_not_convert: no list of {library} says {', '.join(missing[:8])} for {method} "
+            f"modules_to_not_convert: no list of {library} says {', '.join(missing[:8])} for {config.method()} "
             f"without other layers{_others(rule, missing[0], wanted, paths)}; exclude those too, or keep "
             "to quantlab"
         )

@@ -1,210 +1,279 @@
-"""The one table of backends, and the ways to a native config: from axes, and from what other libraries stored."""
+"""The one table of backends: a row says all that the rest of the code needs to know of a library.
+
+The five rows of quantlab stand below. Another package adds its own through an entry point of the group
+``quantlab.backends`` that names a :class:`Backend`; the table is read at first use, so that such a package may import
+this module. ``README.md`` beside this file says how a backend is written.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping
-from dataclasses import fields, replace
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from quantlab.backends import bitsandbytes, gguf, modelopt, quanto, torchao
-from quantlab.errors import ConfigError, nearest, require_package
-from quantlab.modules.feed import CalibrationFeed
-from quantlab.vocabulary.axes import QuantizationAxes, capability, resolve_axes
-from quantlab.vocabulary.native import EXCLUSION_RULES, LIBRARY_RULE, QuantizationConfigMixin, plain
+from quantlab.errors import ConfigError, nearest
+from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
+from quantlab.vocabulary.capabilities import OFFERS, Offer, Offers
+from quantlab.vocabulary.native import QuantizationConfigMixin
 from quantlab.vocabulary.reports import StoredWeight
 
-_CONF_BACKEND = "torchao"
-"""What ``conf/config.yaml`` chooses where nobody does."""
-_CONFIG_FILE = "config.json"
-_WRITERS = {"_diffusers_version": "diffusers", "transformers_version": "transformers"}
-"""Key of a model's config.json -> the library that wrote it."""
-_TRANSFORMERS_KEYS = (
-    "weights",
-    "activations",
-    "include_embedding",
-    "include_input_output_embeddings",
-    "untie_embedding_weights",
-)
+if TYPE_CHECKING:
+    from torch import nn
+
+    from quantlab.modules.feed import CalibrationFeed
+
+ENTRY_POINTS = "quantlab.backends"
+"""Group of the entry points by which other packages add their rows; the name of the point is that of the backend."""
+_FUNCTIONS = ("resolve", "quantize", "read_back", "save", "load")
+_MAY_BE_EMPTY = ("holds", "loggers", "same_bits", "input_algorithms")
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_COLOUR = re.compile(r"#[0-9a-f]{6}")
 
 
-class Backend(Protocol):
-    """What a backend file offers; see the package's docstring."""
+class BackendModule(Protocol):
+    """What a backend's module offers; see the package's docstring."""
 
     @property
     def Config(self) -> type[QuantizationConfigMixin]: ...
 
     def resolve(self, config: Any, device: str, compute_dtype: str) -> Any: ...
-    def quantize(self, model: Any, layers: Any, config: Any, compute_dtype: str) -> None: ...
-    def read_back(self, layer: Any) -> StoredWeight: ...
-    def save(self, model: Any, folder: Any) -> None: ...
-    def load(self, model: Any, layers: Any, config: Any, folder: Any) -> Any: ...
+    def quantize(self, model: nn.Module, layers: Any, config: Any, compute_dtype: str) -> None: ...
+    def read_back(self, layer: nn.Module) -> StoredWeight: ...
+    def save(self, model: nn.Module, folder: Path) -> None: ...
+    def load(self, model: nn.Module, layers: Any, config: Any, folder: Path) -> Any: ...
 
 
-BACKENDS: dict[str, Backend] = {
-    "bitsandbytes": bitsandbytes,
-    "torchao": torchao,
-    "quanto": quanto,
-    "gguf": gguf,
-    "modelopt": modelopt,
-}
-PACKAGES = {
-    "bitsandbytes": "bitsandbytes",
-    "torchao": "torchao",
-    "quanto": "optimum.quanto",
-    "gguf": "gguf",
-    "modelopt": "modelopt",
-}
-"""backend -> import name of its library."""
+class CalibratedModule(BackendModule, Protocol):
+    """A backend that uses data."""
+
+    def calibrate(
+        self, model: nn.Module, layers: Any, config: Any, compute_dtype: str, feed: CalibrationFeed
+    ) -> Any: ...
+    def quantize(
+        self, model: nn.Module, layers: Any, config: Any, compute_dtype: str, calibrated: Any = None
+    ) -> None: ...
 
 
-class CalibratedBackend(Backend, Protocol):
-    """A backend that uses data; see the package's docstring."""
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """One library. Nothing has a default: what does not apply is said to be empty."""
 
-    def calibrate(self, model: Any, layers: Any, config: Any, compute_dtype: str, feed: CalibrationFeed) -> Any: ...
-    def quantize(self, model: Any, layers: Any, config: Any, compute_dtype: str, calibrated: Any = None) -> None: ...
+    name: str
+    """The word behind ``backend=``."""
+    module: BackendModule
+    """What it does: see the package's docstring."""
+    imports: tuple[str, ...]
+    """Import names that must be there before it can run."""
+    distributions: tuple[str, ...]
+    """Installed packages that its numbers depend on: they are in a job's key, in ``quantlab list`` and in documents;
+    the first is the library itself."""
+    install: str
+    """What brings it, as pip takes it: ``quantlab-recipes[torchao]``."""
+    holds: tuple[str, ...]
+    """Top-level packages whose plain objects hold tensors: the byte walker looks into them."""
+    loggers: tuple[str, ...]
+    """Loggers that talk of parts that are not used; raised to ERROR."""
+    colour: str
+    """``#rrggbb`` of its points in figures."""
+    same_bits: tuple[str, ...]
+    """Its own settings in which two configs of the same stored format agree, whatever their algorithm."""
+    input_algorithms: tuple[str, ...]
+    """Algorithms whose statistics are of a layer's inputs alone, and so serve another dtype as well."""
+    offer: Offer
+    """Its rows of the capability table, and why other dtypes are not offered."""
+
+    def __post_init__(self) -> None:
+        """ConfigError naming the field that is missing or is not what it says."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type.startswith("tuple") and not (
+                isinstance(value, tuple) and all(isinstance(v, str) and v for v in value)
+            ):
+                raise self._wrong(field.name, "a tuple of words is wanted")
+            if not value and field.name not in _MAY_BE_EMPTY:
+                raise self._wrong(field.name, "it is missing")
+        if not _NAME.fullmatch(self.name):
+            raise self._wrong("name", "a lower-case word is wanted, as it is typed behind backend=")
+        if not _COLOUR.fullmatch(self.colour):
+            raise self._wrong("colour", "#rrggbb is wanted")
+        if missing := [name for name in ("Config", *_FUNCTIONS) if not hasattr(self.module, name)]:
+            raise self._wrong("module", f"it has no {missing[0]}")
+        if self.module.Config.method() != self.name:
+            raise self._wrong("module", f"the quant_method of its Config is {self.module.Config.method()}")
+        if not self.offer.rows:
+            raise self._wrong("offer", "it has no row")
+        if unknown := [s for s in self.same_bits if s not in self.settings]:
+            raise self._wrong(
+                "same_bits", f"its Config has no setting {unknown[0]}{nearest(unknown[0], self.settings)}"
+            )
+        every = {a for row in self.offer.rows.values() for a in row.algorithms}
+        if unknown := [a for a in self.input_algorithms if a not in every]:
+            raise self._wrong("input_algorithms", f"no dtype is offered with {unknown[0]}{nearest(unknown[0], every)}")
+        needing = [d for d, row in self.offer.rows.items() if len(row.algorithms) > 1]
+        if self.input_algorithms and not hasattr(self.module, "calibrate"):
+            raise self._wrong("module", f"it has no calibrate, which algorithms of {needing[0]} need")
+
+    def _wrong(self, field: str, why: str) -> ConfigError:
+        return ConfigError(f"backend {self.name or '(without a name)'}: {field}: {why}; correct its row")
+
+    @property
+    def settings(self) -> dict[str, dataclasses.Field[Any]]:
+        """The backend's own keys of the ``quantization`` node: name -> field of the native config."""
+        every = dataclasses.fields(self.module.Config)  # type: ignore[arg-type]  # made by quantization_config
+        return {f.name: f for f in every if f.metadata["node"]}
+
+    @property
+    def calibrated(self) -> CalibratedModule:
+        """The module, for a config whose ``needs_data`` is true."""
+        return cast(CalibratedModule, self.module)
 
 
-def calibrated_backend(backend: str) -> CalibratedBackend:
-    """The backend of a config whose ``needs_data`` is true."""
-    return cast(CalibratedBackend, BACKENDS[backend])
+_SHIPPED = (
+    Backend(
+        name="bitsandbytes",
+        module=bitsandbytes,
+        imports=("bitsandbytes",),
+        distributions=("bitsandbytes",),
+        install="quantlab-recipes[bitsandbytes]",
+        holds=("bitsandbytes",),
+        loggers=("bitsandbytes",),
+        colour="#4269d0",
+        same_bits=("bnb_4bit_use_double_quant", "bnb_4bit_quant_storage"),
+        input_algorithms=(),
+        offer=OFFERS["bitsandbytes"],
+    ),
+    Backend(
+        name="torchao",
+        module=torchao,
+        imports=("torchao",),
+        distributions=("torchao",),
+        install="quantlab-recipes[torchao]",
+        holds=("torchao",),
+        loggers=("torchao",),
+        colour="#e5883a",
+        same_bits=("activation_scales", "int4_packing_format", "mapping_type"),
+        input_algorithms=(),
+        offer=OFFERS["torchao"],
+    ),
+    Backend(
+        name="quanto",
+        module=quanto,
+        imports=("optimum.quanto",),
+        distributions=("optimum-quanto",),
+        install="quantlab-recipes[quanto]",
+        holds=("optimum",),
+        loggers=("optimum",),
+        colour="#3ca951",
+        same_bits=(),
+        input_algorithms=(),
+        offer=OFFERS["quanto"],
+    ),
+    Backend(
+        name="gguf",
+        module=gguf,
+        imports=("gguf",),
+        distributions=("gguf", "libgguf"),
+        install="quantlab-recipes[gguf]",
+        holds=("gguf",),
+        loggers=("gguf",),
+        colour="#a463f2",
+        same_bits=("tensor_types",),
+        input_algorithms=("imatrix",),
+        offer=OFFERS["gguf"],
+    ),
+    Backend(
+        name="modelopt",
+        module=modelopt,
+        imports=("modelopt",),
+        distributions=("nvidia-modelopt",),
+        install="quantlab-recipes[modelopt]",
+        holds=("modelopt",),
+        loggers=("modelopt",),
+        colour="#c2362b",
+        same_bits=("activation_scales", "compress"),
+        input_algorithms=(),
+        offer=OFFERS["modelopt"],
+    ),
+)
 
 
-def own_settings(backend: str) -> dict[str, Any]:
-    """The backend's own keys of the ``quantization`` node: name -> dataclass field of the native config."""
-    if backend not in BACKENDS:
-        return {}
-    return {f.name: f for f in fields(BACKENDS[backend].Config) if f.metadata["node"]}  # type: ignore[arg-type]
+@functools.cache
+def backends() -> Mapping[str, Backend]:
+    """Every backend by name: quantlab's own, then those of other packages.
 
-
-def native_config(axes: QuantizationAxes, settings: Mapping[str, Any] | None = None) -> QuantizationConfigMixin | None:
-    """Axes and the backend's own settings -> the native config; None for ``backend=none``. Torch-free.
-
-    Raises ConfigError where the combination is impossible and MissingPackage where its library is not installed.
+    Raises ConfigError for a row of another package that is incomplete, that cannot be loaded, or whose name is taken.
     """
-    axes = resolve_axes(axes)
-    if axes.backend == "none":
-        return None
-    settings = dict(settings or {})
-    for key in settings:
-        if key not in (own := own_settings(axes.backend)):
-            raise ConfigError(f"quantization.{key}: {axes.backend} has no such setting{nearest(key, own)}")
-    config = BACKENDS[axes.backend].Config.from_axes(axes, settings)
-    _require(axes.backend, axes.dtype)
-    return config
+    found = {row.name: row for row in _SHIPPED}
+    for point in sorted(metadata.entry_points(group=ENTRY_POINTS), key=lambda p: p.name):
+        row = _loaded(point)
+        if row.name in found or row.name == "none":
+            raise ConfigError(
+                f"backend {row.name}: {_origin(point)} brings one of this name, which is taken; remove it"
+            )
+        found[row.name] = row
+    return found
 
 
-def pasted_config(
-    axes: QuantizationAxes, settings: Mapping[str, Any], typed: Collection[str] = ()
-) -> tuple[QuantizationConfigMixin, QuantizationAxes]:
-    """The native config of the node's ``quantization_config``, and the node's axes with what it says filled in.
-
-    The exclusions of the node itself come on top, by quantlab's matcher. ``typed`` are the keys that the user typed:
-    the backend that ``conf`` chooses for everyone is no contradiction. Raises ConfigError for an axis or setting of the
-    node that says otherwise than the dictionary, and for a config that no axes express.
-    """
-    key = "quantization.quantization_config"
+def _loaded(point: metadata.EntryPoint) -> Backend:
     try:
-        native: QuantizationConfigMixin = config_from_dict(axes.quantization_config)
-        said = resolve_axes(native.axes())
+        row = point.load()
     except ConfigError as error:
-        raise ConfigError(f"{key}: {error}") from error
-    if said.backend == "gguf" and "gguf_type" not in native.extra_settings():
+        raise ConfigError(f"{error} (it comes from {_origin(point)})") from error
+    except Exception as error:  # whatever a stranger's module raises while it is imported
         raise ConfigError(
-            f"{key}: gguf_type: Diffusers takes the format from the file, so its dictionary says none; "
-            "add gguf_type, the format to write"
-        )
-    default = QuantizationAxes(backend=_CONF_BACKEND if "backend" not in typed else "none")
-    for name in ("backend", "dtype", "group_size", "activation_dtype", "compute_dtype", "algorithm"):
-        asked, found = str(getattr(axes, name)), str(getattr(said, name))
-        if asked not in (getattr(default, name), found):
-            raise ConfigError(f"{name}={asked}: the {key} says {found}; leave {name} out")
-    for name, value in settings.items():
-        if plain(value) not in (own_settings(axes.backend)[name].default, getattr(native, name, None)):
-            raise ConfigError(f"quantization.{name}={value}: the {key} decides it; leave {name} out")
-    _require(said.backend, said.dtype)
-    kept = {
-        name: getattr(axes, name)
-        for name in ("modules_to_not_convert", "replace_default_exclusions", "on_mismatch", "quantization_config")
-    }
-    return native, replace(said, **kept)
+            f"backend {point.name}: {_origin(point)} cannot be loaded ({type(error).__name__}: {error}); repair or "
+            "remove that package"
+        ) from error
+    if not isinstance(row, Backend):
+        raise ConfigError(f"backend {point.name}: {_origin(point)} names a {type(row).__name__}, not a Backend")
+    if row.name != point.name:
+        raise ConfigError(f"backend {point.name}: {_origin(point)} names the row of {row.name}; make them agree")
+    return row
 
 
-def _require(backend: str, dtype: str) -> None:
-    for package in (PACKAGES[backend], *capability(backend, dtype).packages):
-        require_package(package, f"backend={backend}", backend)
+def _origin(point: metadata.EntryPoint) -> str:
+    return f"{point.value} of {point.dist.name if point.dist else 'an unknown package'}"
 
 
-# -- from stored dictionaries
+def backend_of(name: str) -> Backend:
+    """The row of a backend; ConfigError where there is none."""
+    if name not in backends():
+        raise ConfigError(f"backend={name}: there are {', '.join(offers())}{nearest(name, offers())}")
+    return backends()[name]
 
 
-def config_from_dict(quantization_config: Mapping[str, Any], exclusion_rule: str | None = None) -> Any:
-    """The native config for a ``quantization_config`` as Diffusers or transformers writes it. Torch-free.
-
-    The class is chosen by ``quant_method`` (bitsandbytes also by its load flags). Exclusions keep the rule of the
-    library that wrote them: ``exclusion_rule``, here or in the dictionary, says whose; without it, keys that only one
-    library writes; else ``library``, which is settled by the model (see :mod:`quantlab.backends.exclusions`).
-
-    Raises:
-        ConfigError: naming the key, for a dictionary that no native config can hold.
-    """
-    data = dict(quantization_config)
-    method = plain(data.get("quant_method"))
-    if method is None and any(key.lstrip("_") in ("load_in_4bit", "load_in_8bit") for key in data):
-        method = "bitsandbytes"
-    if method is None:
-        raise ConfigError(f"quant_method: the dictionary has none, so its library is unknown; add one of {_listed()}")
-    if method not in BACKENDS:
-        raise ConfigError(f"quant_method={method}: there are {_listed()}{nearest(str(method), BACKENDS)}")
-    said = data.pop("exclusion_rule", None)
-    if exclusion_rule and said and exclusion_rule != said:
-        raise ConfigError(f"exclusion_rule={exclusion_rule}: the dictionary says {said}; keep one of them")
-    rule = exclusion_rule or said or _writer(method, data)
-    if rule not in EXCLUSION_RULES:
-        raise ConfigError(
-            f"exclusion_rule={rule}: there are {', '.join(EXCLUSION_RULES)}{nearest(str(rule), EXCLUSION_RULES)}"
-        )
-    return BACKENDS[method].Config.from_dict({**data, "quant_method": method, "exclusion_rule": rule})
+@functools.cache
+def offers() -> Offers:
+    """What each backend offers, ``none`` included: what axes are resolved against."""
+    return {"none": OFFERS["none"], **{name: row.offer for name, row in backends().items()}}
 
 
-def _listed() -> str:
-    return ", ".join(BACKENDS)
+def resolved(axes: QuantizationAxes) -> QuantizationAxes:
+    """Axes spelled out and checked against all backends, see :func:`~quantlab.vocabulary.axes.resolve_axes`."""
+    return resolve_axes(axes, offers())
 
 
-def _writer(method: str, data: Mapping[str, Any]) -> str:
-    """Which library's matcher reads the dictionary's exclusions, as far as its keys tell."""
-    if any(key in data for key in _TRANSFORMERS_KEYS):
-        return "transformers"
-    return "diffusers" if method in ("gguf", "modelopt", "quanto") else LIBRARY_RULE
+def own_settings(backend: str) -> dict[str, dataclasses.Field[Any]]:
+    """The own keys of a backend's ``quantization`` node; none for ``none`` and for what is no backend."""
+    return backends()[backend].settings if backend in backends() else {}
 
 
-def from_pretrained_config(config: Mapping[str, Any] | str | Path) -> Any:
-    """The native config of a quantized checkpoint: its config.json as a mapping, a file, or the folder it is in.
-
-    Raises:
-        ConfigError: the file cannot be read, or the model is not quantized.
-    """
-    where = "config" if isinstance(config, Mapping) else str(config)
-    data = config if isinstance(config, Mapping) else _read_json(Path(config))
-    found = data.get("quantization_config")
-    if found is None:
-        raise ConfigError(
-            f"{where}: it has no quantization_config, so the model is not quantized; "
-            "config_from_dict reads a quantization_config alone"
-        )
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"{where}: its quantization_config is a {type(found).__name__}; a mapping is wanted")
-    writer = next((library for key, library in _WRITERS.items() if key in data), None)
-    return config_from_dict(found, None if "exclusion_rule" in found else writer)
+def distributions() -> tuple[str, ...]:
+    """Every installed package that a backend's numbers depend on."""
+    return tuple(name for row in backends().values() for name in row.distributions)
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
-    path = path / _CONFIG_FILE if path.is_dir() else path
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: not a readable JSON file ({error})") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: a mapping is wanted, not {type(data).__name__}")
-    return data
+def held_packages() -> frozenset[str]:
+    """Packages whose plain objects hold tensors, of all backends: what the byte walker is told."""
+    return frozenset(name for row in backends().values() for name in row.holds)
+
+
+def loggers() -> tuple[str, ...]:
+    """Loggers of all backends that are kept quiet."""
+    return tuple(name for row in backends().values() for name in row.loggers)

@@ -12,7 +12,7 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,8 @@ from quantlab.vocabulary.reports import MemoryReport, StageReport
 Storages = dict[tuple[str, int], int]
 """(device, address) of a storage -> its bytes."""
 
-_PACKAGES = frozenset(
-    {"bitsandbytes", "torchao", "optimum", "modelopt", "diffusers", "gguf", "transformers", "quantlab"}
-)
-"""Plain objects of these are looked into."""
+_PACKAGES = frozenset({"diffusers", "transformers", "quantlab"})
+"""Plain objects of these are looked into, and of the packages that a caller names: those of the backends."""
 _MAX_DEPTH = 8
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -35,11 +33,12 @@ _SAMPLING_S = 0.01
 # -- what a model occupies
 
 
-def storages(obj: Any) -> Storages:
+def storages(obj: Any, packages: Collection[str] = ()) -> Storages:
     """Every tensor storage that ``obj`` holds, once: a module (with all below it), a tensor, or a container of them.
 
-    A view counts as the whole storage that it keeps alive. Tensors without an address (meta) count as they would be
-    once they are real.
+    ``packages`` are those whose plain objects hold tensors (:attr:`quantlab.backends.table.Backend.holds`), beside
+    quantlab's, Diffusers' and transformers'. A view counts as the whole storage that it keeps alive. Tensors without
+    an address (meta) count as they would be once they are real.
     """
     from torch import nn
 
@@ -47,23 +46,23 @@ def storages(obj: Any) -> Storages:
     seen: set[int] = set()
     for part in obj.modules() if isinstance(obj, nn.Module) else ():
         for value in vars(part).values():
-            _walk(value, found, seen, 0)
+            _walk(value, found, seen, packages)
     if not isinstance(obj, nn.Module):
-        _walk(obj, found, seen, 0)
+        _walk(obj, found, seen, packages)
     return found
 
 
-def _walk(value: Any, found: Storages, seen: set[int], depth: int) -> None:
+def _walk(value: Any, found: Storages, seen: set[int], packages: Collection[str], depth: int = 0) -> None:
     import torch
 
     if depth > _MAX_DEPTH or id(value) in seen or isinstance(value, (str, bytes, int, float, type, torch.nn.Module)):
         return
     seen.add(id(value))
-    for inner in _inner(value, found):
-        _walk(inner, found, seen, depth + 1)
+    for inner in _inner(value, found, packages):
+        _walk(inner, found, seen, packages, depth + 1)
 
 
-def _inner(value: Any, found: Storages) -> Iterable[Any]:
+def _inner(value: Any, found: Storages, packages: Collection[str]) -> Iterable[Any]:
     """What ``value`` holds; the storage of a plain tensor is entered into ``found``."""
     import torch
 
@@ -79,7 +78,7 @@ def _inner(value: Any, found: Storages) -> Iterable[Any]:
         return list(value.values())
     if isinstance(value, (list, tuple, set, frozenset)):
         return list(value)
-    if type(value).__module__.partition(".")[0] in _PACKAGES:
+    if (package := type(value).__module__.partition(".")[0]) in _PACKAGES or package in packages:
         return list(getattr(value, "__dict__", {}).values())
     return ()
 
@@ -105,7 +104,9 @@ def logical_size(module: Any) -> tuple[int, int]:
     return parameters, sum(seen.values())
 
 
-def component_memory(module: Any, quantized_layer_names: Iterable[str], original: Any) -> MemoryReport:
+def component_memory(
+    module: Any, quantized_layer_names: Iterable[str], original: Any, packages: Collection[str] = ()
+) -> MemoryReport:
     """The ledger of one component.
 
     Args:
@@ -115,11 +116,11 @@ def component_memory(module: Any, quantized_layer_names: Iterable[str], original
             counted from, :func:`logical_size`.
     """
     num_parameters, num_values = logical_size(original)
-    total = storages(module)
+    total = storages(module, packages)
     codes: Storages = {}
     scales: Storages = {}
     for name in quantized_layer_names:
-        layer_codes, layer_scales = _split(module.get_submodule(name))
+        layer_codes, layer_scales = _split(module.get_submodule(name), packages)
         codes.update(layer_codes)
         scales.update(layer_scales)
     num_codes = sum(codes.values())
@@ -135,29 +136,29 @@ def component_memory(module: Any, quantized_layer_names: Iterable[str], original
     )
 
 
-def layer_memory(layer: Any) -> tuple[int, int]:
+def layer_memory(layer: Any, packages: Collection[str] = ()) -> tuple[int, int]:
     """(bytes of a layer's codes, bytes of its scales, zero points and code tables); its bias is in neither.
 
     For an unquantized layer the first is its dense weight and the second is 0.
     """
-    codes, scales = _split(layer)
+    codes, scales = _split(layer, packages)
     return sum(codes.values()), sum(scales.values())
 
 
-def _split(layer: Any) -> tuple[Storages, Storages]:
+def _split(layer: Any, packages: Collection[str]) -> tuple[Storages, Storages]:
     """A layer's storages as codes and the rest, without its bias."""
-    everything = storages(layer)
-    for key in storages(getattr(layer, "bias", None)):
+    everything = storages(layer, packages)
+    for key in storages(getattr(layer, "bias", None), packages):
         everything.pop(key, None)
     weight = getattr(layer, "weight", None)
-    codes = _codes(weight) if weight is not None else {}
+    codes = _codes(weight, packages) if weight is not None else {}
     if not codes and everything:  # a layer that keeps its bytes under another name
         largest = max(everything, key=lambda key: everything[key])
         codes = {largest: everything[largest]}
     return codes, {key: size for key, size in everything.items() if key not in codes}
 
 
-def _codes(weight: Any) -> Storages:
+def _codes(weight: Any, packages: Collection[str]) -> Storages:
     """The storage of a weight's codes: its own, or of the inner tensor that is named as data, or the largest one."""
     if not hasattr(weight, "__tensor_flatten__"):
         key, size = _storage(weight)
@@ -165,8 +166,8 @@ def _codes(weight: Any) -> Storages:
     names = weight.__tensor_flatten__()[0]
     data = [name for name in names if name.endswith("data") and "scale" not in name]
     if len(data) == 1:
-        return _codes(getattr(weight, data[0]))
-    inner = storages([getattr(weight, name) for name in names])
+        return _codes(getattr(weight, data[0]), packages)
+    inner = storages([getattr(weight, name) for name in names], packages)
     largest = max(inner, key=lambda key: inner[key])
     return {largest: inner[largest]}
 

@@ -27,7 +27,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from quantlab.backends.table import BACKENDS, own_settings
+from quantlab.backends.table import backends, own_settings
 from quantlab.errors import ConfigError, nearest
 from quantlab.planning.recipe import check_recipe
 from quantlab.vocabulary.axes import QuantizationAxes
@@ -91,7 +91,9 @@ def recipe_file(value: str) -> Path:
 
 def groups() -> dict[str, list[str]]:
     """Config group -> its options."""
-    return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in sorted(conf_dir().iterdir()) if d.is_dir()}
+    found = {d.name: {f.stem for f in d.glob("*.yaml")} for d in sorted(conf_dir().iterdir()) if d.is_dir()}
+    found["backend"] |= set(backends())  # those of other packages have no file here
+    return {group: sorted(options) for group, options in found.items()}
 
 
 # -- schema
@@ -113,8 +115,12 @@ def _register_schema() -> None:
     store.store(name="schema", node=ExperimentConfig)
     store.store(group="model_schema", name="base", node=ModelConfig)
     store.store(group="model_schema", name="digits_dit", node=DigitsModelConfig)
-    for backend in ("none", *BACKENDS):
+    for backend in ("none", *backends()):
         store.store(group="quantization_schema", name=backend, node=node_class(backend))
+        if not (conf_dir() / "backend" / f"{backend}.yaml").is_file():  # what the file of ours says
+            schema = [{"/quantization_schema@_here_": backend}, "_self_"]
+            node = {"defaults": schema, "backend": backend}
+            store.store(group="backend", name=backend, package="quantization", node=node)
 
 
 class RecipeSource(FileConfigSource):
@@ -223,7 +229,7 @@ def _complete(override: str) -> str:
     if "." in key or key.startswith("+") or key in top or key in groups() or key == "recipe":
         return override
     axes = {f.name for f in dataclasses.fields(QuantizationAxes)}
-    own = {name for backend in BACKENDS for name in own_settings(backend)}
+    own = {name for backend in backends() for name in own_settings(backend)}
     if key in axes | own:
         return f"quantization.{key}={value}"
     raise ConfigError(
@@ -319,12 +325,12 @@ def _as_config_error(error: Exception, recipe: Path | None) -> ConfigError:
 
 def _nearest_key(owner: str, leaf: str) -> str:
     if owner == "quantization":
-        having = [b for b in BACKENDS if leaf in own_settings(b)]
+        having = [b for b in backends() if leaf in own_settings(b)]
         if having:
             return f" with this backend; {leaf} is a setting of {' and '.join(having)}"
         return nearest(
             leaf,
-            [f.name for f in dataclasses.fields(QuantizationAxes)] + [n for b in BACKENDS for n in own_settings(b)],
+            [f.name for f in dataclasses.fields(QuantizationAxes)] + [n for b in backends() for n in own_settings(b)],
         )
     node: Any = OmegaConf.structured(ExperimentConfig)
     node = OmegaConf.select(node, owner) if owner else node

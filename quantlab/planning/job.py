@@ -10,9 +10,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from quantlab.backends.table import own_settings
+from quantlab.backends.scheme import Scheme
 from quantlab.planning.recipe import replay_yaml
-from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
+from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.native import QuantizationConfigMixin, to_json_data
 from quantlab.vocabulary.schema import ExperimentConfig
 
@@ -21,11 +21,14 @@ REFERENCE, FLOOR_BF16, FLOOR_BATCH = "reference", "floor_bf16", "floor_batch"
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run: its typed config, its native quantization config (None: the reference), and how to ask for it again."""
+    """One run: its typed config, its scheme (None: the reference, or a cast of it), and how to ask for it again.
+
+    Everything about the scheme is decided here: whoever has a job asks neither ``conf/`` nor the tables again.
+    """
 
     name: str
     config: ExperimentConfig
-    native: QuantizationConfigMixin | None = None
+    scheme: Scheme | None = None
     overrides: tuple[str, ...] = ()
     batch_size: int | None = None
     """Another batch size than the reference's (the ``floor_batch`` row)."""
@@ -34,6 +37,16 @@ class Job:
     """Option chosen of each config group."""
     point: Mapping[str, str] = field(default_factory=dict)
     """Its place in the grid: swept key -> value as typed."""
+
+    @property
+    def axes(self) -> QuantizationAxes:
+        """The scheme's axes, spelled out; without a scheme those of the reference."""
+        return self.config.quantization if self.scheme is None else self.scheme.axes
+
+    @property
+    def native(self) -> QuantizationConfigMixin | None:
+        """What the library is told; None without a scheme."""
+        return None if self.scheme is None else self.scheme.native
 
     @property
     def recipe_yaml(self) -> str:
@@ -58,20 +71,27 @@ class Plan:
     dry_run: bool = False
 
 
-def scheme_name(axes: QuantizationAxes) -> str:
-    """A short name of what is asked for: ``torchao int4 g64``, ``bitsandbytes nf4 bnb_4bit_use_double_quant``."""
-    resolved = resolve_axes(axes)
-    if resolved.backend == "none":
-        return REFERENCE if resolved.dtype == "auto" else f"none {resolved.dtype}"
-    words = [resolved.backend, resolved.dtype]
-    if resolved.group_size != "auto":
-        words.append(f"g{resolved.group_size}" if isinstance(resolved.group_size, int) else "per-row")
-    default = resolve_axes(replace(QuantizationAxes(), backend=resolved.backend, dtype=resolved.dtype))
-    for key in ("activation_dtype", "algorithm", "compute_dtype", "on_mismatch"):
-        if getattr(resolved, key) not in (getattr(default, key), "skip"):  # what was skipped is the coverage
-            words.append(f"a-{resolved.activation_dtype}" if key == "activation_dtype" else str(getattr(resolved, key)))
-    for name, own in own_settings(axes.backend).items():
-        value = getattr(axes, name, own.default)
+def scheme_name(axes: QuantizationAxes, scheme: Scheme | None = None, settings: Mapping[str, Any] | None = None) -> str:
+    """A short name of what is asked for: ``torchao int4 g64``, ``bitsandbytes nf4 bnb_4bit_use_double_quant``.
+
+    ``axes`` are those of the request without a scheme (the reference), ``settings`` the backend's own keys.
+    """
+    if scheme is None:
+        return REFERENCE if axes.dtype == "auto" else f"none {axes.dtype}"
+    axes, row = scheme.axes, scheme.row
+    words = [axes.backend, axes.dtype]
+    if axes.group_size != "auto":
+        words.append(f"g{axes.group_size}" if isinstance(axes.group_size, int) else "per-row")
+    if axes.activation_dtype != row.activation_dtypes[0]:
+        words.append(f"a-{axes.activation_dtype}")
+    if axes.algorithm != row.algorithms[0]:
+        words.append(axes.algorithm)
+    if axes.compute_dtype != "auto":
+        words.append(axes.compute_dtype)
+    if axes.on_mismatch not in ("error", "skip"):  # what was skipped is the coverage
+        words.append(axes.on_mismatch)
+    for name, own in scheme.backend.settings.items():
+        value = (settings or {}).get(name, own.default)
         if value != own.default:
             words.append(_setting_words(name, value))
     return " ".join(words)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, fields
+from importlib import metadata
 from typing import Any
 
-from quantlab.backends.table import BACKENDS, PACKAGES, own_settings
+from quantlab.backends.table import backends as table
+from quantlab.backends.table import offers, own_settings, resolved
 from quantlab.errors import ConfigError
 from quantlab.metrics import METRICS
 from quantlab.planning.composition import conf_dir, recipes
 from quantlab.vocabulary.axes import QuantizationAxes
-from quantlab.vocabulary.capabilities import CAPABILITIES, Capability, refusal
+from quantlab.vocabulary.capabilities import Capability
 from quantlab.vocabulary.dtypes import DTYPES
 
 Row = dict[str, Any]
@@ -20,19 +22,20 @@ Row = dict[str, Any]
 
 def backends() -> list[Row]:
     """One row a backend: whether its library is installed, and its dtypes."""
-    return [{"backend": b, "installed": _installed(b), "dtypes": " ".join(rows)} for b, rows in CAPABILITIES.items()]
+    return [
+        {"backend": name, "installed": _installed(name), "dtypes": " ".join(offer.rows)}
+        for name, offer in offers().items()
+    ]
 
 
 def _installed(backend: str) -> str:
-    from importlib import metadata
-
     if backend == "none":
         return "yes"
-    name = {"optimum.quanto": "optimum-quanto", "modelopt": "nvidia-modelopt"}.get(PACKAGES[backend], PACKAGES[backend])
+    row = table()[backend]
     try:
-        return metadata.version(name)
+        return metadata.version(row.distributions[0])
     except metadata.PackageNotFoundError:
-        return f"no: pip install 'quantlab-recipes[{backend}]'"
+        return f"no: pip install '{row.install}'"
 
 
 def dtypes() -> list[Row]:
@@ -41,7 +44,7 @@ def dtypes() -> list[Row]:
         {
             "dtype": d.name,
             "bits": d.bits,
-            "backends": " ".join(b for b, rows in CAPABILITIES.items() if d.name in rows),
+            "backends": " ".join(b for b, offer in offers().items() if d.name in offer.rows),
             "what it is": d.description,
         }
         for d in DTYPES.values()
@@ -55,11 +58,11 @@ def combinations() -> list[Row]:
         {
             "backend": backend,
             "dtype": dtype,
-            "offered": dtype in rows,
-            "reason": refusal(backend, dtype),
-            **(asdict(rows[dtype]) if dtype in rows else nothing),
+            "offered": dtype in offer.rows,
+            "reason": offer.refusal(dtype),
+            **(asdict(offer.rows[dtype]) if dtype in offer.rows else nothing),
         }
-        for backend, rows in CAPABILITIES.items()
+        for backend, offer in offers().items()
         for dtype in DTYPES
     ]
 
@@ -83,14 +86,14 @@ ALGORITHMS = {
 
 def algorithms() -> list[Row]:
     """One row for each algorithm of each backend: the dtypes that take it, and whether it needs calibration data."""
-    pairs = dict.fromkeys((b, a) for b in BACKENDS for row in CAPABILITIES[b].values() for a in row.algorithms)
+    pairs = dict.fromkeys((b, a) for b in table() for row in offers()[b].rows.values() for a in row.algorithms)
     return [
         {
             "backend": backend,
             "algorithm": algorithm,
             "needs data": _needs_data(backend, algorithm),
-            "dtypes": " ".join(d for d, row in CAPABILITIES[backend].items() if algorithm in row.algorithms),
-            "what it is": ALGORITHMS[algorithm],
+            "dtypes": " ".join(d for d, row in offers()[backend].rows.items() if algorithm in row.algorithms),
+            "what it is": ALGORITHMS.get(algorithm, ""),
         }
         for backend, algorithm in pairs
     ]
@@ -98,19 +101,20 @@ def algorithms() -> list[Row]:
 
 def _needs_data(backend: str, algorithm: str) -> str:
     """``yes``, ``no``, or which of its schemes do, as the configs themselves say; and the device, if only one."""
-    if all(algorithm in row.cuda_algorithms for row in CAPABILITIES[backend].values() if algorithm in row.algorithms):
+    rows = offers()[backend].rows
+    if all(algorithm in row.cuda_algorithms for row in rows.values() if algorithm in row.algorithms):
         return "yes, and CUDA"
     said: set[bool] = set()
     scales: list[dict[str, Any]] = [{}]
     scales += [{"activation_scales": "static"}] if "activation_scales" in own_settings(backend) else []
-    for dtype, row in CAPABILITIES[backend].items():
+    for dtype, row in rows.items():
         for activation_dtype in row.activation_dtypes if algorithm in row.algorithms else ():
             axes = QuantizationAxes(
                 backend=backend, dtype=dtype, algorithm=algorithm, activation_dtype=activation_dtype
             )
             for settings in scales:
                 with suppress(ConfigError):  # a combination that is refused
-                    said.add(BACKENDS[backend].Config.from_axes(axes, settings).needs_data)
+                    said.add(table()[backend].module.Config.from_resolved(resolved(axes), settings).needs_data)
     return "for static activations" if len(said) > 1 else "yes" if True in said else "no"
 
 

@@ -12,7 +12,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from quantlab.backends.table import native_config, own_settings, pasted_config
+from quantlab.backends.scheme import Scheme, pasted_scheme, scheme_of
+from quantlab.backends.table import own_settings, resolved
 from quantlab.datasets.calibration import check_calibration
 from quantlab.errors import ConfigError, QuantlabError
 from quantlab.planning.composition import (
@@ -28,8 +29,7 @@ from quantlab.planning.composition import (
 from quantlab.planning.job import Job, Plan, scheme_name
 from quantlab.planning.recipe import check_recipe
 from quantlab.planning.space import check_search, check_space, distinct
-from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
-from quantlab.vocabulary.native import QuantizationConfigMixin
+from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.schema import ExperimentConfig
 
 
@@ -168,7 +168,7 @@ def _check_axes(combination: Sequence[str]) -> None:
         if key in ("backend", "dtype", "group_size") and value.strip("'") in options[key]:
             chosen[key] = value.strip("'")
     if {"backend", "dtype"} <= set(chosen):
-        resolve_axes(QuantizationAxes(**chosen))  # type: ignore[arg-type]
+        resolved(QuantizationAxes(**chosen))  # type: ignore[arg-type]
 
 
 def _refusal(invalid: Sequence[tuple[str, str]], num_combinations: int) -> str:
@@ -180,30 +180,27 @@ def _refusal(invalid: Sequence[tuple[str, str]], num_combinations: int) -> str:
 # -- jobs
 
 
-def settings_of(axes: QuantizationAxes) -> dict[str, Any]:
-    """The backend's own keys that a composed ``quantization`` node holds."""
-    return {name: getattr(axes, name) for name in own_settings(axes.backend) if hasattr(axes, name)}
-
-
 def make_job(config: ExperimentConfig, overrides: Sequence[str] = ()) -> Job:
     """The job of one typed config; raises ConfigError where the combination is impossible.
 
     A pasted ``quantization_config`` becomes the native config as it is, and the job's axes show what it says.
     """
-    axes = config.quantization
     _check_ranges(config)
-    native: QuantizationConfigMixin | None
+    axes, shipped = config.quantization, groups()["modules_to_not_convert"]
+    settings = {name: getattr(axes, name) for name in own_settings(axes.backend) if hasattr(axes, name)}
+    scheme: Scheme | None
     if axes.quantization_config:
         typed_keys = [o.partition("=")[0].lstrip("+").removeprefix("quantization.") for o in overrides]
-        native, axes = pasted_config(axes, settings_of(axes), typed_keys)
-        own = {name: getattr(native, name) for name in own_settings(axes.backend)}
-        config = replace(config, quantization=node_class(axes.backend)(**{**vars(axes), **own}))
-        axes = config.quantization
+        scheme = pasted_scheme(axes, settings, typed_keys, shipped)
+        settings = {name: getattr(scheme.native, name) for name in scheme.backend.settings}
+        node = node_class(scheme.backend.name)(**{**vars(scheme.axes), **settings})
+        config = replace(config, quantization=node)
     else:
-        native = native_config(axes, settings_of(axes))
-    if native is not None and native.needs_data:
+        scheme = scheme_of(axes, settings, shipped)
+    if scheme is not None and scheme.native.needs_data:
         check_calibration(config)
-    return Job(name=config.name or scheme_name(axes), config=config, native=native, overrides=tuple(overrides))
+    name = config.name or scheme_name(config.quantization, scheme, settings)
+    return Job(name=name, config=config, scheme=scheme, overrides=tuple(overrides))
 
 
 def _check_ranges(config: ExperimentConfig) -> None:

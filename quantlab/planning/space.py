@@ -50,7 +50,7 @@ def check_search(sweep: SweepConfig, is_sweep: bool) -> None:
             f"{key}: a search needs a grid; give keys several values (quantlab -m dtype=int8,int4 ...), or a recipe "
             "with sweep.grid"
         )
-    require_package("optuna", key, "search")
+    require_package("optuna", key, "quantlab-recipes[search]")
 
 
 def check_space(jobs: Sequence[Job]) -> None:

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from quantlab.backends.table import backends
 from quantlab.errors import ConfigError, TrackingError, nearest
 from quantlab.metrics import HEADLINE, METRICS
 from quantlab.metrics.statistics import (
@@ -43,7 +44,7 @@ BETTER, WORSE, SAME = "better", "worse", "not distinguishable"
 IN_FLOOR, IN_MARGIN, TOO_FEW = "inside the floor", "inside the margin", "too few samples"
 PLAIN = ("auto", "max")
 """Algorithms that take each scale from the largest weight."""
-SAME_BITS = ("backend", "dtype", "group_size", "activation_dtype", "activation_scales", "int4_packing_format")
+SAME_BITS = ("backend", "dtype", "group_size", "activation_dtype")
 """Settings in which a run and its twin of the plain algorithm agree."""
 LAYOUT = ("sample_id", "clusters", "strata")
 
@@ -304,7 +305,9 @@ def _twins(candidates: Sequence[StoredRun], samples: _Samples) -> list[Verdict]:
 
 
 def _bits(run: StoredRun) -> tuple[str | None, ...]:
-    return tuple(run.params.get(f"quantization.{k}") for k in SAME_BITS)
+    backend = backends().get(run.params.get("quantization.backend", ""))
+    keys = (*SAME_BITS, *(backend.same_bits if backend else ()))
+    return tuple(run.params.get(f"quantization.{k}") for k in keys)
 
 
 def _tested(

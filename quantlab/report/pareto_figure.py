@@ -6,18 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quantlab.backends.table import backends
 from quantlab.metrics import HEADLINE, METRICS
 from quantlab.report.pareto import pareto_front
-
-COLOURS = {
-    "bitsandbytes": "#4269d0",
-    "torchao": "#e5883a",
-    "quanto": "#3ca951",
-    "gguf": "#a463f2",
-    "modelopt": "#c2362b",
-}
-"""Backend -> colour."""
-
 
 def draw_pareto(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Write the finished rows of a sweep (``rows.json``) to ``file`` (SVG): the first headline metric with 95 %
@@ -32,7 +23,7 @@ def draw_pareto(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
-    for backend, colour in COLOURS.items():
+    for backend, row in backends().items():
         points = [_point(r["metrics"], metric.name) for r in found if r["name"].split()[0] == backend]
         for simulated in (False, True):
             chosen = [p for p in points if p["simulated"] == simulated]
@@ -43,8 +34,8 @@ def draw_pareto(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
                     [p["value"] for p in chosen],
                     yerr=errors,
                     fmt="o",
-                    color=colour,
-                    mfc="white" if simulated else colour,
+                    color=row.colour,
+                    mfc="white" if simulated else row.colour,
                     ms=5,
                     lw=1,
                     label=None if simulated else backend,

@@ -18,8 +18,9 @@ from quantlab import tracking
 from quantlab.errors import QuantlabError
 from quantlab.planning.job import Job
 from quantlab.planning.plan import plan
-from quantlab.running.job import Session, open_run, prepare_device, run_folder, run_job, workbench
-from quantlab.running.resume import read_report
+from quantlab.running.job import open_run, run_job
+from quantlab.running.rows import failed_row, finished_row
+from quantlab.running.workbench import Session, prepare_device, run_folder, workbench
 from quantlab.tracking.provenance import environment
 from quantlab.vocabulary.reports import MetricValue, RunReport
 from quantlab.vocabulary.schema import SearchConfig, SweepConfig
@@ -123,10 +124,8 @@ def collect(session: Session, handed: Handed) -> RunReport:
         run = tracking.end_lost_run(session.store, handed.folder, error)
     if run["status"] == "FINISHED":
         stored = json.loads((handed.folder / "report.json").read_text(encoding="utf-8"))
-        return read_report({**stored, "run_id": run["run_id"]})
-    known = {"metrics": run["metrics"], "error": run["error"], "failed_stage": run["stage"], "run_id": run["run_id"]}
-    row = {"name": handed.job.name, "status": "FAILED", "protocol": handed.protocol, "params": handed.job.resolved}
-    return read_report({**row, **known})
+        return finished_row(stored, run["run_id"])
+    return failed_row(handed.job, handed.protocol, run["error"], run["stage"], run["run_id"], run["metrics"])
 
 
 def _ending(folder: Path) -> str:

@@ -22,10 +22,9 @@ from omegaconf import DictConfig
 
 from quantlab.errors import ConfigError, require_package
 from quantlab.planning.composition import conf_dir, override_text
+from quantlab.planning.job import Job
 from quantlab.progress import say
 from quantlab.running.apart import Handed, has_ended, python_path, run_apart, work
-from quantlab.vocabulary.axes import resolve_axes
-from quantlab.vocabulary.capabilities import CAPABILITIES
 from quantlab.vocabulary.schema import ExperimentConfig, LauncherConfig
 
 ENGINES = {
@@ -46,16 +45,15 @@ def check_launcher(launcher: LauncherConfig) -> None:
         raise ConfigError(f"launcher.engine={launcher.engine}: there are {', '.join(ENGINES)}")
     module, option, extra = ENGINES[launcher.engine]
     if module:
-        require_package(module, f"launcher={option}", extra)
+        require_package(module, f"launcher={option}", f"quantlab-recipes[{extra}]")
 
 
-def runs_apart(config: ExperimentConfig, device: str) -> bool:
+def runs_apart(job: Job, device: str) -> bool:
     """Does a sweep hand the job over? Else it runs in the sweep's own process and shares the loaded model."""
+    config = job.config
     if config.launcher.engine != "serial" or config.sweep.isolation == "process":
         return True
-    axes = resolve_axes(config.quantization)
-    row = CAPABILITIES[axes.backend].get(axes.dtype)  # none: the reference itself
-    may_crash = row is not None and device in row.may_crash_on
+    may_crash = job.scheme is not None and device in job.scheme.row.may_crash_on
     return config.sweep.isolation == "auto" and (may_crash or config.sweep.timeout_s is not None)
 
 

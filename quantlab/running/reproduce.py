@@ -24,9 +24,10 @@ from quantlab.planning.plan import plan
 from quantlab.report.reading import Reader, StoredRun, open_reader
 from quantlab.report.reproduction import Reproduction, compare_runs
 from quantlab.report.selection import children
-from quantlab.running.job import Session, floor_row, open_run, run_folder, run_job, workbench
+from quantlab.running.job import floor_row, open_run, run_job
 from quantlab.running.resume import content_key
 from quantlab.running.sweep import open_session, told_apart
+from quantlab.running.workbench import Session, run_folder, workbench
 from quantlab.tracking.tags import (
     DEVICE,
     FAILURE,

@@ -7,35 +7,31 @@ import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from quantlab import tracking
+from quantlab.backends.table import Backend
 from quantlab.errors import TrackingError
 from quantlab.planning.job import Job
-from quantlab.running.job import Session, Workbench, judge_digest
+from quantlab.running.rows import failed_row, finished_row
+from quantlab.running.workbench import Session, Workbench, judge_digest
 from quantlab.tracking.provenance import versions
 from quantlab.tracking.tags import FAILURE, JOB_KEY, PARENT_RUN_ID, STAGE
 from quantlab.vocabulary.native import canonical_json
-from quantlab.vocabulary.reports import MetricValue, RunReport
+from quantlab.vocabulary.reports import RunReport
 
-LIBRARIES = {
-    "none": (),
-    "bitsandbytes": ("bitsandbytes",),
-    "torchao": ("torchao",),
-    "quanto": ("optimum-quanto",),
-    "gguf": ("gguf", "libgguf"),
-    "modelopt": ("nvidia-modelopt",),
-}
-"""backend -> distributions that its numbers depend on, beside those of the reference."""
+PACKAGE = Path(__file__).resolve().parents[1]
+WINGS = ("vocabulary", "modules", "backends", "models", "datasets", "protocols", "metrics", "stages")
+"""What makes a job's numbers: a change of the page, the command line or the tracking runs nothing again."""
 
 
 def content_key(bench: Workbench, job: Job) -> str:
     """Digest of all that determines a job's numbers: reference, scheme, evaluation, library versions, this code."""
-    config = job.config
-    known = versions()
+    config, known = job.config, versions()
+    backend = job.scheme.backend if job.scheme is not None else None
     parts = {
         "reference": bench.reference_key,
         "judge": judge_digest(bench),
@@ -49,8 +45,9 @@ def content_key(bench: Workbench, job: Job) -> str:
         "floors": config.sweep.floors,
         "saved": config.tracking.save_checkpoint,
         "files": _file_digests(job),
-        "libraries": {name: known.get(name) for name in LIBRARIES[config.quantization.backend]},
+        "libraries": {name: known.get(name) for name in backend.distributions} if backend is not None else {},
         "code": code_digest(),
+        "backend": _foreign_digest(backend) if backend is not None else None,
     }
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
 
@@ -65,11 +62,23 @@ def _file_digests(job: Job) -> dict[str, str]:
 
 
 @functools.cache
-def code_digest() -> str:
-    """Digest of quantlab's own Python files."""
-    root = Path(__file__).parents[1]
+def code_digest(package: Path = PACKAGE) -> str:
+    """Digest of quantlab's Python files in the :data:`WINGS` that make numbers."""
+    return _digest(package, (file for wing in WINGS for file in (package / wing).rglob("*.py")))
+
+
+def _foreign_digest(backend: Backend) -> str | None:
+    """Digest of the code of a backend that comes from another package; None for one of quantlab's."""
+    file = Path(str(getattr(backend.module, "__file__", None) or PACKAGE))
+    if file.is_relative_to(PACKAGE):
+        return None
+    is_folder = file.name == "__init__.py"
+    return _digest(file.parent, file.parent.rglob("*.py") if is_folder else [file])
+
+
+def _digest(root: Path, files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
+    for file in sorted(files):
         digest.update(f"{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()
 
@@ -105,48 +114,12 @@ def _runs(session: Session, key: str, status: str) -> list[dict[str, Any]]:
 
 def _report(session: Session, bench: Workbench, job: Job, run: Mapping[str, Any]) -> RunReport:
     if run["status"] != "FINISHED":
-        data = {"name": job.name, "status": run["status"], "protocol": bench.model.protocol}
-        data |= {"metrics": run["metrics"], "error": run["tags"].get(FAILURE, "")}
-        data |= {"failed_stage": run["tags"].get(STAGE, ""), "params": job.resolved}
-    elif "folder" in run:
+        error, stage = (run["tags"].get(tag, "") for tag in (FAILURE, STAGE))
+        return failed_row(job, bench.model.protocol, error, stage, run["run_id"], run["metrics"], is_resumed=True)
+    if "folder" in run:
         data = json.loads((Path(run["folder"]) / "report.json").read_text(encoding="utf-8"))
     else:
         with tempfile.TemporaryDirectory() as folder:
             file = tracking.get_artifact(session.store, run["run_id"], "report.json", Path(folder))
             data = json.loads(file.read_text(encoding="utf-8"))
-    return read_report({**data, "name": job.name, "run_id": run["run_id"]}, is_resumed=True)
-
-
-def read_report(data: Mapping[str, Any], is_resumed: bool = False) -> RunReport:
-    """A row's JSON (``report.json``) as a report: its numbers, without arrays and layers."""
-    metrics = {str(k): float(v) for k, v in data["metrics"].items()}
-    return RunReport(
-        name=data["name"],
-        status=data["status"],
-        protocol=data["protocol"],
-        quality=metric_values(metrics, "quality/"),
-        floor=metric_values(metrics, "quality/floor/"),
-        floor_batch=metric_values(metrics, "quality/floor_batch/"),
-        params=data["params"],
-        error=data["error"],
-        failed_stage=data["failed_stage"],
-        run_id=data["run_id"],
-        stored_metrics=metrics,
-        is_resumed=is_resumed,
-    )
-
-
-def metric_values(metrics: Mapping[str, float], prefix: str) -> dict[str, MetricValue]:
-    """The numbers with uncertainty among flat metrics whose name is ``prefix`` and one word."""
-    names = [k.removeprefix(prefix).removesuffix("/n") for k in metrics if k.startswith(prefix) and k.endswith("/n")]
-    return {
-        name: MetricValue(
-            value=metrics[prefix + name],
-            n=int(metrics[f"{prefix}{name}/n"]),
-            se=metrics.get(f"{prefix}{name}/se"),
-            ci_lo=metrics.get(f"{prefix}{name}/ci_lo"),
-            ci_hi=metrics.get(f"{prefix}{name}/ci_hi"),
-        )
-        for name in names
-        if "/" not in name
-    }
+    return finished_row(data, run["run_id"], job.name, is_resumed=True)

@@ -14,14 +14,16 @@ from typing import Any
 
 from quantlab import tracking
 from quantlab.errors import ConfigError, DiskFull, QuantlabError, TrackingError, is_disk_full
-from quantlab.planning.job import FLOOR_BATCH, FLOOR_BF16, Job, Plan, floor_jobs
+from quantlab.planning.job import Job, Plan, floor_jobs
 from quantlab.planning.space import objectives_of
 from quantlab.progress import progress_bars, say
 from quantlab.running.apart import Handed, collect, hand_over
 from quantlab.running.engines import check_launcher, run_handed, runs_apart
-from quantlab.running.job import Session, Workbench, floor_row, open_run, prepare_device, run_job, workbench
+from quantlab.running.job import floor_row, open_run, run_job
 from quantlab.running.resume import content_key, earlier_report
+from quantlab.running.rows import failed_row, skipped_row
 from quantlab.running.search import Search, run_search
+from quantlab.running.workbench import Session, Workbench, prepare_device, workbench
 from quantlab.tracking.provenance import environment
 from quantlab.tracking.results import report_data
 from quantlab.tracking.tags import FAILED_JOBS, JOB_KEY, SEARCH_FRONT
@@ -165,7 +167,7 @@ def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
             reports = _finished(session, _rows(session, plan, parent), config)
         protocol = reports[0].protocol if reports else ""
         if study is None:
-            reports += [RunReport(name=c, status="SKIPPED", protocol=protocol, error=why) for c, why in plan.invalid]
+            reports += [skipped_row(combination, protocol, why) for combination, why in plan.invalid]
         else:
             parent.set_tags({SEARCH_FRONT: ", ".join(study["front"])})
         parent.log_json(
@@ -196,7 +198,7 @@ def _rows(session: Session, plan: Plan, parent: Any) -> list[RunReport | Handed]
             rows += [_row(session, bench, floor, apart=False) for floor in floor_jobs(job.config)]
         if not any(isinstance(row, Handed) for row in rows):
             session.advance("jobs", i, len(plan.jobs), f"{num_failed} failed" if i else "")
-        row = _row(session, bench, job, apart=runs_apart(job.config, session.device))
+        row = _row(session, bench, job, apart=runs_apart(job, session.device))
         num_failed += isinstance(row, RunReport) and row.status == "FAILED"
         rows.append(row)
     return rows
@@ -227,7 +229,7 @@ def _search(session: Session, plan: Plan, parent: Any) -> tuple[list[RunReport],
 
     def measure(jobs: Sequence[Job]) -> list[RunReport]:
         chosen = [(job, *keys[job.name]) for job in jobs]
-        if any(runs_apart(job.config, session.device) for job in jobs):
+        if any(runs_apart(job, session.device) for job in jobs):
             handed = [hand_over(session, job, key, protocol, floors[shared]) for job, key, shared in chosen]
             return _finished(session, handed, first, "points at once")
         reports = []
@@ -250,8 +252,7 @@ def _row(session: Session, bench: Workbench, job: Job, apart: bool) -> RunReport
     key = content_key(bench, job)
     earlier = earlier_report(session, bench, job, key)
     if earlier is not None:
-        if job.name in (FLOOR_BF16, FLOOR_BATCH):
-            bench.floors[job.name] = dict(earlier.quality)
+        bench.keep_floor(earlier)
         return earlier
     if apart:
         return hand_over(session, job, key, bench.model.protocol, bench.floors)
@@ -268,16 +269,10 @@ def _made(session: Session, bench: Workbench, job: Job, key: str) -> RunReport:
         if is_disk_full(error):  # no other job would fare better
             raise
         say(f"[red]failed[/red]: {job.name}: {type(error).__name__}: {str(error)[:500]}")
-        return RunReport(
-            name=job.name,
-            status="FAILED",
-            protocol=bench.model.protocol,
-            error=f"{type(error).__name__}: {error}",
-            failed_stage=run.stage if run else "",
-            run_id=run.run_id if run else None,
-            params=job.resolved,
-            stored_metrics=run.record.summary["metrics"] if run else {},
-        )
+        told = f"{type(error).__name__}: {error}"
+        if run is None:  # it did not even begin
+            return failed_row(job, bench.model.protocol, told)
+        return failed_row(job, bench.model.protocol, told, run.stage, run.run_id, run.record.summary["metrics"])
 
 
 def _finished(

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from quantlab.backends.table import calibrated_backend
-from quantlab.datasets.calibration import calibration_inputs, sampling_settings
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.feed import CalibrationFeed, StoredCalls
 from quantlab.progress import say
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.stages.observe import LIBRARIES
-from quantlab.stages.quantize import Request, Selection
+from quantlab.stages.quantize import QuantizationRequest, Selection
 from quantlab.tracking.provenance import hardware, versions
 from quantlab.vocabulary.native import canonical_json
-from quantlab.vocabulary.schema import CalibrationConfig, EvaluationConfig
+from quantlab.vocabulary.schema import EvaluationConfig
 
 FORMAT = 1  # of the stored calls; a change of what is stored raises it
 Progress = Callable[[int, int], Any] | None
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,45 +52,41 @@ class CalibrationSet:
 def calibration_set(
     model: LoadedModel,
     components: Sequence[str],
-    config: CalibrationConfig,
-    evaluation: EvaluationConfig,
-    seen: Any,
+    inputs: Any,
+    settings: EvaluationConfig,
     cache_dir: Path,
     progress: Progress = None,
 ) -> CalibrationSet:
     """The calls of ``components`` while the reference runs on the calibration data: from the cache, or recorded now.
 
-    Safe when several processes ask at once. ``seen`` are the evaluation's inputs, with which no sample may be shared.
-    Where memory runs out, the batch is halved, told, and tried again.
-    Raises ConfigError for a bad set (see :func:`quantlab.datasets.calibration.calibration_inputs`), and MetricUndefined
-    for NaN on the way.
+    Safe when several processes ask at once. ``inputs`` are what calibration may look at
+    (:func:`quantlab.datasets.calibration.calibration_inputs`), ``settings`` how the model is run on them. Raises
+    ConfigError for a component that never runs, and MetricUndefined for NaN on the way.
     """
     from filelock import FileLock
 
-    inputs = calibration_inputs(config, evaluation, model, seen)
-    batch_size = min(config.batch_size, config.num_samples)
+    folder = cache_dir / "calibration" / _key(model, components, inputs, settings)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "set.json").exists():
+            _record(model, components, inputs, settings, folder, progress)
+    return _open(folder, components, settings.num_samples, settings.batch_size)
+
+
+def in_smaller_batches(attempt: Callable[[int], T], batch_size: int) -> T:
+    """``attempt(batch_size)``, and where memory runs out anew with half the batch, which is told; at least 1."""
     while True:
-        settings = sampling_settings(replace(config, batch_size=batch_size), evaluation)
-        folder = cache_dir / "calibration" / _key(model, components, inputs, settings)
-        folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(f"{folder}.lock"):
-                if not (folder / "set.json").exists():
-                    _record(model, components, inputs, settings, folder, progress)
-            return _open(folder, components, config.num_samples, batch_size)
-        except Exception as error:  # noqa: BLE001  whatever the model raises: only lack of memory is handled here
+            return attempt(batch_size)
+        except Exception as error:  # noqa: BLE001  whatever a model or backend raises: only lack of memory is handled
             if not is_out_of_memory(error) or batch_size == 1:
                 raise
-            batch_size = halved(batch_size)
-
-
-def halved(batch_size: int) -> int:
-    """The next smaller calibration batch, told to the user."""
-    say(
-        f"[yellow]out of memory[/yellow] while calibrating: calibration.batch_size={batch_size // 2} instead of "
-        f"{batch_size}"
-    )
-    return batch_size // 2
+        gc.collect()  # half-made copies, which the next attempt needs the room of
+        say(
+            f"[yellow]out of memory[/yellow] while calibrating: calibration.batch_size={batch_size // 2} instead of "
+            f"{batch_size}"
+        )
+        batch_size //= 2
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -160,12 +156,12 @@ def _open(folder: Path, components: Sequence[str], num_samples: int, batch_size:
     )
 
 
-def calibrate_component(request: Request, module: Any, selection: Selection, feed: CalibrationFeed) -> Any:
+def calibrate_component(request: QuantizationRequest, module: Any, selection: Selection, feed: CalibrationFeed) -> Any:
     """Run the backend's algorithm over ``feed`` on the selected layers of ``module``, in place.
 
     Returns what the quantize stage hands to the backend. Raises ConfigError where the backend cannot use this data.
     """
     if not selection.calibrated:
         return None
-    backend = calibrated_backend(request.axes.backend)
+    backend = request.scheme.backend.calibrated
     return backend.calibrate(module, selection.calibrated, selection.native, request.compute_dtype, feed)

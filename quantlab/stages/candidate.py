@@ -7,22 +7,29 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from quantlab.backends.table import BACKENDS
+from quantlab.backends.scheme import Scheme
+from quantlab.datasets.calibration import sampling_settings
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.feed import CalibrationFeed
 from quantlab.modules.layers import linear_layers, matches
 from quantlab.modules.memory import StageMeasurement
-from quantlab.planning.composition import groups
 from quantlab.planning.job import Job
 from quantlab.progress import Advance, say
-from quantlab.stages.calibrate import CalibrationSet, calibrate_component, calibration_set, halved, is_out_of_memory
+from quantlab.stages.calibrate import (
+    CalibrationSet,
+    calibrate_component,
+    calibration_set,
+    in_smaller_batches,
+    is_out_of_memory,
+)
 from quantlab.stages.evidence import LayerEnergies, layer_energies, weight_sqnr_db
-from quantlab.stages.quantize import Request, Selection, quantize_component, select_layers
-from quantlab.vocabulary.axes import QuantizationAxes
-from quantlab.vocabulary.native import QuantizationConfigMixin
+from quantlab.stages.quantize import QuantizationRequest, Selection, quantize_component, select_layers
 from quantlab.vocabulary.reports import CalibratedLayer, CalibrationReport, QuantizationReport, StageReport
+
+if TYPE_CHECKING:
+    import torch
 
 Stage = Callable[[str], contextlib.AbstractContextManager[StageMeasurement]]
 
@@ -33,9 +40,9 @@ class Making:
 
     model: LoadedModel
     """The unquantized model."""
-    inputs: Any
-    """The evaluation's, which calibration may not see."""
     job: Job
+    calibration_inputs: Callable[[], Any]
+    """Inputs of the model's protocol that calibration may look at; asked for where the scheme needs data."""
     names: Sequence[str]
     """Components to quantize."""
     cache_dir: Path
@@ -58,7 +65,7 @@ class Candidate:
 
 @dataclass
 class _Part:
-    request: Request
+    request: QuantizationRequest
     module: Any
     selection: Selection
     calibrated: Any = None
@@ -69,8 +76,8 @@ def make_candidate(making: Making) -> Candidate:
     import torch
 
     model, job = making.model, making.job
-    axes = job.config.quantization
-    if job.native is None:
+    axes, scheme = job.axes, job.scheme
+    if scheme is None:
         with making.stage("quantize") as measured:
             copies = (
                 {}
@@ -79,15 +86,15 @@ def make_candidate(making: Making) -> Candidate:
             )
         return Candidate(model=model.with_components(copies), stages=(measured.report,))
     stages, data, parts = [], None, None
-    if job.native.needs_data:
+    if scheme.native.needs_data:
         with making.stage("calibrate") as measured:
-            parts, data = _calibrated_parts(making, job.native)
+            parts, data = _calibrated_parts(making, scheme)
         stages.append(measured.report)
     with making.stage("quantize") as measured:
         made, reports = {}, []
         for name in making.names:
             making.advance(f"quantize {name}", 0, 1)
-            part = parts[name] if parts else _part(making, name, job.native)
+            part = parts[name] if parts else _part(making, name, scheme)
             made[name], report = quantize_component(
                 part.request, part.module, model.components[name], part.selection, part.calibrated
             )
@@ -107,17 +114,16 @@ def make_candidate(making: Making) -> Candidate:
     return replace(candidate, calibration=calibration, stages=(*stages, measured.report))
 
 
-def _part(making: Making, name: str, native: QuantizationConfigMixin) -> _Part:
-    model, axes = making.model, making.job.config.quantization
-    request = Request(
+def _part(making: Making, name: str, scheme: Scheme) -> _Part:
+    model, asked = making.model, scheme.axes.compute_dtype
+    request = QuantizationRequest(
         component=name,
-        axes=axes,
-        native=native,
-        compute_dtype=model.dtype if axes.compute_dtype == "auto" else axes.compute_dtype,
+        scheme=scheme,
+        compute_dtype=model.dtype if asked == "auto" else asked,
         device=model.device,
         default_exclusions=model.default_exclusions.get(name, ()),
-        optional_exclusions=_shipped_exclusions(axes, model.components[name]),
     )
+    _tell_idle_groups(scheme, model.components[name])
     module = model.copy_of(name)
     return _Part(request=request, module=module, selection=select_layers(request, module))
 
@@ -130,54 +136,41 @@ def _joined(reports: Sequence[QuantizationReport]) -> QuantizationReport:
     )
 
 
-def _shipped_exclusions(axes: QuantizationAxes, module: Any) -> tuple[str, ...]:
-    """Entries of the chosen groups of ``conf/modules_to_not_convert``; a group that takes no layer is told."""
+def _tell_idle_groups(scheme: Scheme, module: torch.nn.Module) -> None:
+    """Tell which of the chosen groups of ``conf/modules_to_not_convert`` take no layer."""
     layers = list(linear_layers(module))
-    shipped = {
-        g: axes.modules_to_not_convert[g]
-        for g in groups()["modules_to_not_convert"]
-        if g in axes.modules_to_not_convert
-    }
-    for group, entries in shipped.items():
+    for group, entries in scheme.shipped_exclusions.items():
         if not any(matches(entry, name) for entry in entries for name in layers):
             say(f"modules_to_not_convert={group}: matches no layer of this model; nothing is excluded by it")
-    return tuple(entry for entries in shipped.values() for entry in entries)
 
 
 # -- calibration
 
 
-def _calibrated_parts(making: Making, native: QuantizationConfigMixin) -> tuple[dict[str, _Part], CalibrationSet]:
+def _calibrated_parts(making: Making, scheme: Scheme) -> tuple[dict[str, _Part], CalibrationSet]:
     """Every component calibrated; where memory runs out, anew with half the batch, which is told and recorded."""
-    asked = making.job.config.calibration
-    while True:
-        data = _data(making, asked)
+    config, inputs = making.job.config, making.calibration_inputs()
+
+    def attempt(batch_size: int) -> tuple[dict[str, _Part], CalibrationSet]:
+        asked = replace(config.calibration, batch_size=batch_size)
+        data = calibration_set(
+            making.model,
+            making.names,
+            inputs,
+            sampling_settings(asked, config.evaluation),
+            making.cache_dir,
+            lambda i, n: making.advance("record calibration calls", i, n),
+        )
         parts: dict[str, _Part] = {}
-        try:
-            for name in making.names:
-                parts[name] = _part(making, name, native)
-                feed = data.feed(name, making.model, functools.partial(making.advance, f"calibrate {name}"))
-                parts[name].calibrated = calibrate_component(
-                    parts[name].request, parts[name].module, parts[name].selection, feed
-                )
-            return parts, data
-        except Exception as error:  # noqa: BLE001  a backend's; only lack of memory is handled here
-            if not is_out_of_memory(error) or data.batch_size == 1:
-                raise
-        parts.clear()  # half-calibrated copies, which the next attempt needs the room of
-        asked = replace(asked, batch_size=halved(data.batch_size))
+        for name in making.names:
+            parts[name] = _part(making, name, scheme)
+            feed = data.feed(name, making.model, functools.partial(making.advance, f"calibrate {name}"))
+            parts[name].calibrated = calibrate_component(
+                parts[name].request, parts[name].module, parts[name].selection, feed
+            )
+        return parts, data
 
-
-def _data(making: Making, asked: Any) -> CalibrationSet:
-    return calibration_set(
-        making.model,
-        making.names,
-        asked,
-        making.job.config.evaluation,
-        making.inputs,
-        making.cache_dir,
-        lambda i, n: making.advance("record calibration calls", i, n),
-    )
+    return in_smaller_batches(attempt, min(config.calibration.batch_size, config.calibration.num_samples))
 
 
 def _evidence(
@@ -226,12 +219,10 @@ def _before(
     making: Making, data: CalibrationSet, name: str, part: _Part
 ) -> tuple[dict[str, LayerEnergies], dict[str, float | None]]:
     """The same bits with the plain algorithm that needs no data: energies, and weight errors by layer."""
-    plain = part.selection.native.without_data()
+    plain = replace(part.request.scheme, native=part.selection.native).without_data()
     if plain is None:
         return {}, {}
-    said = plain.axes()
-    axes = replace(part.request.axes, algorithm=said.algorithm, activation_dtype=said.activation_dtype)
-    request = replace(part.request, native=plain, axes=axes)
+    request = replace(part.request, scheme=plain)
     module, report = quantize_component(request, making.model.copy_of(name), making.model.components[name])
     energies = _energies(making, data, name, module, part.selection.calibrated)
     return energies, {r.name: r.weight_rel_error for r in report.layers}
@@ -272,7 +263,7 @@ def _layer(
 
 def write_calibration(candidate: Candidate, job: Job, folder: Path) -> list[Path]:
     """The calibration statistics in the library's own file format, where its backend has one: written files."""
-    write = getattr(BACKENDS.get(job.config.quantization.backend), "write_calibration", None)
+    write = getattr(job.scheme.backend.module, "write_calibration", None) if job.scheme else None
     if write is None:
         return []
     written = []

@@ -7,69 +7,69 @@ asked for is an error that names it, unless ``quantization.on_mismatch`` says ot
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.backends.exclusions import expand
-from quantlab.backends.table import BACKENDS, calibrated_backend, native_config
+from quantlab.backends.scheme import Format, Scheme
+from quantlab.backends.table import held_packages, offers
 from quantlab.errors import ConfigError, NotQuantized
 from quantlab.modules.layers import linear_layers, resolve_exclusions
 from quantlab.modules.memory import layer_memory
-from quantlab.vocabulary.axes import QuantizationAxes, capability, resolve_axes
-from quantlab.vocabulary.capabilities import CAPABILITIES, Capability
+from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 from quantlab.vocabulary.native import QuantizationConfigMixin
 from quantlab.vocabulary.reports import LayerReport, QuantizationReport, StoredWeight
 
+if TYPE_CHECKING:
+    import torch
+
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class QuantizationRequest:
     """What is asked of the stage for one component."""
 
     component: str
-    axes: QuantizationAxes
-    native: QuantizationConfigMixin
+    scheme: Scheme
     compute_dtype: str
     device: str
     default_exclusions: tuple[str, ...] = ()
-    optional_exclusions: tuple[str, ...] = ()
-    """Entries of the request that may match nothing: those of the shipped groups, which are written for many models."""
+    """Entries of the model family, which may match nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
     """Which layers of a component are quantized, and how."""
 
-    axes: QuantizationAxes
-    """Those of the request, spelled out."""
     native: QuantizationConfigMixin
-    """The request's config with what depends on the device made concrete."""
+    """The scheme's config with what depends on the device made concrete."""
     taken: tuple[str, ...]
     excluded: Mapping[str, str]
     """Layer -> the entry that leaves it out."""
     misfits: Mapping[str, str]
     """Layer -> why it cannot be stored as asked (``quantization.on_mismatch`` says what becomes of it)."""
-    asked: Mapping[str, tuple[QuantizationAxes, Capability]]
+    asked: Mapping[str, Format]
     idle_exclusions: tuple[str, ...] = ()
-    fallback: QuantizationConfigMixin | None = None
-    """Config of the misfits, where ``quantization.on_mismatch`` is a dtype that is quantized to."""
+    fallback: Scheme | None = None
+    """How the misfits are stored, where there are any and ``quantization.on_mismatch`` is a dtype of the backend."""
 
     @property
     def calibrated(self) -> tuple[str, ...]:
         """The layers that calibration looks at: those taken, and the misfits whose config needs data too."""
-        return (*self.taken, *(self.misfits if self.fallback is not None and self.fallback.needs_data else ()))
+        is_calibrated = self.fallback is not None and self.fallback.native.needs_data
+        return (*self.taken, *(self.misfits if is_calibrated else ()))
 
 
-def select_layers(request: Request, module: Any) -> Selection:
+def select_layers(request: QuantizationRequest, module: torch.nn.Module) -> Selection:
     """Which Linear layers of ``module`` the request takes.
 
     Raises:
         ConfigError: an exclusion that matches nothing, no layer left, or a device that the scheme does not run on.
         NotQuantized: layers that the scheme cannot take.
     """
-    axes = resolve_axes(request.axes)
-    row = capability(axes.backend, axes.dtype)
-    check_device(axes, row, request.device, request.compute_dtype)
+    scheme = request.scheme
+    axes = scheme.axes
+    check_device(scheme.format, request.device, request.compute_dtype)
     layers = linear_layers(module)
     if not layers:
         raise ConfigError(f"model.components={request.component}: it has no Linear layer; nothing to quantize")
@@ -81,25 +81,29 @@ def select_layers(request: Request, module: Any) -> Selection:
             "nothing is left to quantize"
         )
     shapes = {n: tuple(layers[n].weight.shape) for n in layers}
-    asked = _asked(axes, request.native, wanted)
-    misfits = {n: reason for n in wanted if (reason := misfit(*asked[n], shapes[n]))}
+    dtypes = scheme.native.layer_dtypes(wanted)
+    asked = {n: scheme.other_formats[dtypes[n]] if n in dtypes else scheme.format for n in wanted}
+    misfits = {n: reason for n in wanted if (reason := misfit(asked[n], shapes[n]))}
     if misfits and axes.on_mismatch == "error":
         raise NotQuantized(_misfit_message(axes, misfits, shapes))
     return Selection(
-        axes=axes,
-        native=BACKENDS[axes.backend].resolve(request.native, request.device, request.compute_dtype),
+        native=scheme.backend.module.resolve(scheme.native, request.device, request.compute_dtype),
         taken=tuple(n for n in wanted if n not in misfits),
         excluded=excluded,
         misfits=misfits,
         asked=asked,
         idle_exclusions=idle,
-        fallback=_fallback_config(request, axes, {n: shapes[n] for n in misfits}),
+        fallback=_checked_fallback(scheme, {n: shapes[n] for n in misfits}),
     )
 
 
 def quantize_component(
-    request: Request, module: Any, original: Any, selection: Selection | None = None, calibrated: Any = None
-) -> tuple[Any, QuantizationReport]:
+    request: QuantizationRequest,
+    module: torch.nn.Module,
+    original: torch.nn.Module,
+    selection: Selection | None = None,
+    calibrated: Any = None,
+) -> tuple[torch.nn.Module, QuantizationReport]:
     """Quantize ``module`` in place.
 
     Args:
@@ -115,11 +119,9 @@ def quantize_component(
             else than what was asked for.
     """
     chosen = selection or select_layers(request, module)
-    axes, native, excluded, misfits = chosen.axes, chosen.native, chosen.excluded, chosen.misfits
-    if chosen.taken and native.needs_data:
-        calibrated_backend(axes.backend).quantize(module, chosen.taken, native, request.compute_dtype, calibrated)
-    elif chosen.taken:
-        BACKENDS[axes.backend].quantize(module, chosen.taken, native, request.compute_dtype)
+    scheme, native, excluded, misfits = request.scheme, chosen.native, chosen.excluded, chosen.misfits
+    if chosen.taken:
+        _hand_over(scheme, native, module, chosen.taken, request.compute_dtype, calibrated)
     fallback = _fall_back(request, chosen, module, calibrated)
 
     rows = []
@@ -151,52 +153,50 @@ def quantize_component(
                     reason=reason,
                 )
             )
-    _require({n: a for n, (a, _) in chosen.asked.items()}, [r for r in rows if r.status == "quantized"])
+    _require({n: f.axes for n, f in chosen.asked.items()}, [r for r in rows if r.status == "quantized"])
     num = sum(p.numel() for p in {id(p): p for p in original.parameters()}.values())
-    resolved = {k: v for k, v in _settings(native).items() if v != _settings(request.native).get(k)}
+    was = scheme.native.to_dict()
+    resolved = {k: v for k, v in native.to_dict().items() if v != was.get(k)}
     resolved |= {"exclusions_without_effect": ", ".join(chosen.idle_exclusions)} if chosen.idle_exclusions else {}
     return module, QuantizationReport(layers=tuple(rows), num_parameters=num, resolved=resolved)
 
 
-def _excluded(request: Request, module: Any, layers: Sequence[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+def _hand_over(
+    scheme: Scheme,
+    native: QuantizationConfigMixin,
+    module: torch.nn.Module,
+    names: Sequence[str],
+    compute_dtype: str,
+    calibrated: Any,
+) -> None:
+    """Let the backend quantize the named layers, with what calibration found where the config needs data."""
+    if native.needs_data:
+        scheme.backend.calibrated.quantize(module, names, native, compute_dtype, calibrated)
+    else:
+        scheme.backend.module.quantize(module, names, native, compute_dtype)
+
+
+def _excluded(
+    request: QuantizationRequest, module: torch.nn.Module, layers: Sequence[str]
+) -> tuple[dict[str, str], tuple[str, ...]]:
     """Layer -> why it stays as it is; and the entries under a library's rule that take no layer of the module.
 
-    By quantlab's matcher: the family's defaults, and the config's entries; or, where those keep a library's rule, the
-    entries that the node adds. An entry of quantlab's that matches nothing is a ConfigError.
+    By quantlab's matcher: the family's defaults, and the scheme's entries; beside them, where the config keeps a
+    library's rule, that library's. An entry of quantlab's that matches nothing is a ConfigError.
     """
-    native, axes = request.native, request.axes
-    defaults = () if axes.replace_default_exclusions else request.default_exclusions
+    scheme, native = request.scheme, request.scheme.native
+    defaults = () if scheme.axes.replace_default_exclusions else request.default_exclusions
     theirs, idle = ({}, ()) if native.exclusion_rule == "quantlab" else expand(native, module)
-    entries = (native.exclusions or ()) if native.exclusion_rule == "quantlab" else axes.exclusions()
     names = [n for n, _ in module.named_modules()]
-    optional = (*defaults, *request.optional_exclusions)
-    ours = resolve_exclusions(layers, [*defaults, *entries], names, optional_entries=optional)
+    optional = (*defaults, *(entry for entries in scheme.shipped_exclusions.values() for entry in entries))
+    ours = resolve_exclusions(layers, [*defaults, *scheme.exclusions], names, optional_entries=optional)
     found = {name: f"modules_to_not_convert: {entry}" for name, entry in ours.items()}
     return {**native.disabled_layers(layers), **{n: r for n, r in theirs.items() if n in layers}, **found}, idle
 
 
-def _asked(
-    axes: QuantizationAxes, native: QuantizationConfigMixin, layers: Sequence[str]
-) -> dict[str, tuple[QuantizationAxes, Capability]]:
-    """What is asked for each layer, and the table's row of it: the axes, or another dtype that the config gives it."""
-    dtypes = native.layer_dtypes(layers)
-    own = {d: resolve_axes(_for_dtype(axes, d)) for d in set(dtypes.values())}
-    per_layer = {n: own[dtypes[n]] if n in dtypes else axes for n in layers}
-    return {n: (a, capability(a.backend, a.dtype)) for n, a in per_layer.items()}
-
-
-def _for_dtype(axes: QuantizationAxes, dtype: str) -> QuantizationAxes:
-    """The axes with another dtype; an algorithm that does nothing for it does not apply."""
-    algorithm = axes.algorithm if axes.algorithm in capability(axes.backend, dtype).algorithms else "auto"
-    return replace(axes, dtype=dtype, group_size="auto", algorithm=algorithm)
-
-
-def _settings(config: QuantizationConfigMixin) -> dict[str, Any]:
-    return dict(config.to_dict())
-
-
-def check_device(axes: QuantizationAxes, row: Capability, device: str, compute_dtype: str) -> None:
+def check_device(asked: Format, device: str, compute_dtype: str) -> None:
     """ConfigError naming the requirement where the scheme does not run on this device or in this compute dtype."""
+    axes, row = asked.axes, asked.row
     who = f"dtype={axes.dtype}: {axes.backend}"
     if device not in row.devices:
         raise ConfigError(
@@ -206,8 +206,8 @@ def check_device(axes: QuantizationAxes, row: Capability, device: str, compute_d
     if axes.algorithm in row.cuda_algorithms and device != "cuda":
         others = [
             b
-            for b, rows in CAPABILITIES.items()
-            if b != axes.backend and axes.dtype in rows and axes.algorithm in rows[axes.dtype].algorithms
+            for b, offer in offers().items()
+            if b != axes.backend and axes.dtype in offer.rows and axes.algorithm in offer.rows[axes.dtype].algorithms
         ]
         other = f", or backend={others[0]}" if others else ""
         raise ConfigError(
@@ -228,8 +228,9 @@ def check_device(axes: QuantizationAxes, row: Capability, device: str, compute_d
             raise ConfigError(f"{who} needs CUDA compute capability {need}; this device has {have[0]}.{have[1]}")
 
 
-def misfit(axes: QuantizationAxes, row: Capability, shape: Sequence[int]) -> str:
+def misfit(asked: Format, shape: Sequence[int]) -> str:
     """Why a weight of ``shape`` (out_features, in_features) cannot be stored as asked; "" where it can."""
+    axes, row = asked.axes, asked.row
     out_features, in_features = shape
     group = axes.group_size
     if isinstance(group, int) and row.grouping == "row" and in_features % group:
@@ -256,65 +257,47 @@ def _misfit_message(axes: QuantizationAxes, misfits: Mapping[str, str], shapes: 
 
 # -- fallback
 
-_SHARED_ALGORITHMS = ("imatrix",)
-"""Algorithms that look at a layer's inputs alone: what was measured serves another dtype as well."""
 
-
-def _fallback_config(
-    request: Request, axes: QuantizationAxes, shapes: Mapping[str, Sequence[int]]
-) -> QuantizationConfigMixin | None:
-    """How layers of these shapes are stored in ``on_mismatch``'s dtype; None where none is, or where that is a cast.
-
-    NotQuantized where it does not fit either.
-    """
-    dtype = axes.on_mismatch
-    if not shapes or dtype in ("error", "skip", *COMPUTE_DTYPES):
+def _checked_fallback(scheme: Scheme, shapes: Mapping[str, Sequence[int]]) -> Scheme | None:
+    """The scheme of layers of these shapes; None where there are none. NotQuantized where they do not fit it either."""
+    if not shapes or scheme.fallback is None:
         return None
-    row = capability(axes.backend, dtype)
-    is_shared = axes.algorithm in _SHARED_ALGORITHMS and axes.algorithm in row.algorithms
-    other = QuantizationAxes(
-        backend=axes.backend,
-        dtype=dtype,
-        compute_dtype=axes.compute_dtype,
-        algorithm=axes.algorithm if is_shared else "auto",
-    )
-    bad = {n: r for n, shape in shapes.items() if (r := misfit(resolve_axes(other), row, shape))}
+    fallback = scheme.fallback
+    bad = {n: r for n, shape in shapes.items() if (r := misfit(fallback.format, shape))}
     if bad:
         raise NotQuantized(
-            f"quantization.on_mismatch={dtype}: does not fit either: "
+            f"quantization.on_mismatch={fallback.axes.dtype}: does not fit either: "
             f"{'; '.join(f'{n}: {r}' for n, r in bad.items())}; choose a dtype without blocks, or skip"
         )
-    file = getattr(request.native, "imatrix_file", None) if is_shared else None
-    return native_config(other, {"imatrix_file": file} if file else None)
+    return fallback
 
 
-def _fall_back(request: Request, chosen: Selection, module: Any, calibrated: Any) -> dict[str, str]:
+def _fall_back(
+    request: QuantizationRequest, chosen: Selection, module: torch.nn.Module, calibrated: Any
+) -> dict[str, str]:
     """Store the misfits in ``on_mismatch``'s dtype; returns name -> dtype."""
-    names, dtype = list(chosen.misfits), chosen.axes.on_mismatch
+    names, dtype = list(chosen.misfits), request.scheme.axes.on_mismatch
     if not names or dtype == "skip":
         return {}
-    backend = chosen.axes.backend
     if chosen.fallback is None:
         for name in names:
             _store_as(module, name, dtype)
-    elif chosen.fallback.needs_data:
-        calibrated_backend(backend).quantize(module, names, chosen.fallback, request.compute_dtype, calibrated)
     else:
-        BACKENDS[backend].quantize(module, names, chosen.fallback, request.compute_dtype)
+        _hand_over(chosen.fallback, chosen.fallback.native, module, names, request.compute_dtype, calibrated)
     return dict.fromkeys(names, dtype)
 
 
-def _store_as(module: Any, name: str, dtype: str) -> None:
+def _store_as(module: torch.nn.Module, name: str, dtype: str) -> None:
     """Keep a layer's weight in a 16- or 32-bit dtype while it computes in its input's."""
     import torch
 
     class StoredLinear(torch.nn.Linear):
         computes_in_input_dtype = True  # so its weight says nothing about what the model computes in
 
-        def forward(self, input: Any) -> Any:
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.linear(input, self.weight.to(input.dtype), self.bias)
 
-    layer = module.get_submodule(name)
+    layer = cast(torch.nn.Linear, module.get_submodule(name))
     layer.weight = torch.nn.Parameter(layer.weight.data.to(getattr(torch, dtype)), requires_grad=False)
     layer.__class__ = StoredLinear
 
@@ -322,13 +305,20 @@ def _store_as(module: Any, name: str, dtype: str) -> None:
 # -- read-back
 
 
-def _read_row(request: Request, name: str, layer: Any, original: Any, fallback: str | None, reason: str) -> LayerReport:
+def _read_row(
+    request: QuantizationRequest,
+    name: str,
+    layer: torch.nn.Module,
+    original: torch.Tensor,
+    fallback: str | None,
+    reason: str,
+) -> LayerReport:
     import torch
 
     if fallback in COMPUTE_DTYPES:
-        stored = StoredWeight(dtype=fallback, group_size=None, dense=layer.weight.detach().float())
+        stored = StoredWeight(dtype=fallback, group_size=None, dense=cast(torch.nn.Linear, layer).weight.detach().float())
     else:
-        stored = BACKENDS[request.axes.backend].read_back(layer)
+        stored = request.scheme.backend.module.read_back(layer)
     reference = original.detach().float()
     dense = stored.dense.to(reference.device)
     if dense.shape != reference.shape:
@@ -336,7 +326,7 @@ def _read_row(request: Request, name: str, layer: Any, original: Any, fallback: 
             f"{name}: reads back with shape {tuple(dense.shape)}, the weight was {tuple(reference.shape)}"
         )
     error = float(torch.linalg.vector_norm(dense - reference) / torch.linalg.vector_norm(reference).clamp_min(1e-30))
-    weight_bytes, scale_bytes = layer_memory(layer)
+    weight_bytes, scale_bytes = layer_memory(layer, held_packages())
     return LayerReport(
         component=request.component,
         name=name,

@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from quantlab.backends.table import distributions
+
 _PACKAGES = (
     "quantlab-recipes",
     "torch",
@@ -23,19 +25,14 @@ _PACKAGES = (
     "hydra-core",
     "omegaconf",
     "mlflow",
-    "bitsandbytes",
-    "torchao",
-    "optimum-quanto",
-    "gguf",
-    "libgguf",
-    "nvidia-modelopt",
 )
+"""Beside these, what the backends name."""
 
 
 def versions() -> dict[str, str]:
     """Python's version and those of the installed packages that a number can depend on."""
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *distributions()):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantlab.errors import ConfigError, nearest
-from quantlab.vocabulary.capabilities import CAPABILITIES, Capability, refusal
+from quantlab.vocabulary.capabilities import OFFERS, Capability, Offers
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 
 ON_MISMATCH = ("error", "skip", *COMPUTE_DTYPES)
@@ -47,10 +47,10 @@ def _words(options: Iterable[Any]) -> str:
     return ", ".join(str(o) for o in options)
 
 
-def _others(backend: str, dtype: str) -> str:
-    names = [b for b, rows in CAPABILITIES.items() if dtype in rows and b != backend]
+def _others(backend: str, dtype: str, offers: Offers) -> str:
+    names = [b for b, offer in offers.items() if dtype in offer.rows and b != backend]
     if not names:
-        return nearest(dtype, CAPABILITIES[backend])
+        return nearest(dtype, offers[backend].rows)
     return f"; {dtype} is offered by {' and '.join([', '.join(names[:-1]), names[-1]] if len(names) > 1 else names)}"
 
 
@@ -61,30 +61,31 @@ def _check_choice(key: str, value: Any, accepted: Iterable[Any], who: str, hint:
         )
 
 
-def capability(backend: str, dtype: str) -> Capability:
+def capability(backend: str, dtype: str, offers: Offers = OFFERS) -> Capability:
     """The table's row; ConfigError naming what the backend offers, and who offers this dtype, where there is none."""
-    if backend not in CAPABILITIES:
-        raise ConfigError(f"backend={backend}: there are {_words(CAPABILITIES)}{nearest(backend, CAPABILITIES)}")
-    if dtype not in CAPABILITIES[backend]:
-        why = f" ({refusal(backend, dtype)})" if refusal(backend, dtype) else ""
-        offers = f"{backend} offers {_words(CAPABILITIES[backend])}"
-        raise ConfigError(f"dtype={dtype}: {offers}{_others(backend, dtype)}{why}")
-    return CAPABILITIES[backend][dtype]
+    if backend not in offers:
+        raise ConfigError(f"backend={backend}: there are {_words(offers)}{nearest(backend, offers)}")
+    rows, why = offers[backend].rows, offers[backend].refusal(dtype)
+    if dtype not in rows:
+        told = f"{backend} offers {_words(rows)}{_others(backend, dtype, offers)}"
+        raise ConfigError(f"dtype={dtype}: {told}{f' ({why})' if why else ''}")
+    return rows[dtype]
 
 
-def resolve_axes(axes: QuantizationAxes) -> QuantizationAxes:
+def resolve_axes(axes: QuantizationAxes, offers: Offers = OFFERS) -> QuantizationAxes:
     """The axes with ``dtype``, ``activation_dtype`` and ``algorithm`` spelled out, checked against the table.
 
-    ``group_size=auto`` and ``compute_dtype=auto`` stay: the library and the reference decide them later.
+    ``group_size=auto`` and ``compute_dtype=auto`` stay: the library and the reference decide them later. ``offers``
+    are those of all backends that are installed (:func:`quantlab.backends.table.offers`), by default quantlab's own.
     Raises ConfigError for a combination that the backend does not offer, naming what is offered instead.
     """
-    if axes.backend not in CAPABILITIES:
-        capability(axes.backend, axes.dtype)
-    rows = CAPABILITIES[axes.backend]
+    if axes.backend not in offers:
+        capability(axes.backend, axes.dtype, offers)
+    rows = offers[axes.backend].rows
     if axes.backend == "none" and axes.dtype == "auto":
         return axes  # the reference in its own dtype
     dtype = next(iter(rows)) if axes.dtype == "auto" else axes.dtype
-    row = capability(axes.backend, dtype)
+    row = capability(axes.backend, dtype, offers)
     who = f"{axes.backend} {dtype}"
     group = axes.group_size
     if isinstance(group, str) and group.isdigit():
@@ -96,7 +97,9 @@ def resolve_axes(axes: QuantizationAxes) -> QuantizationAxes:
         )
     _check_choice("group_size", group, ("auto", *row.group_sizes), who)
     _check_choice("activation_dtype", axes.activation_dtype, ("auto", *row.activation_dtypes), who)
-    _check_choice("algorithm", axes.algorithm, ("auto", *row.algorithms), who, _who_has(axes.algorithm, axes.backend))
+    _check_choice(
+        "algorithm", axes.algorithm, ("auto", *row.algorithms), who, _who_has(axes.algorithm, axes.backend, offers)
+    )
     _check_choice(
         "compute_dtype", axes.compute_dtype, ("auto", *(d for d in row.compute_dtypes if d in COMPUTE_DTYPES)), who
     )
@@ -110,8 +113,8 @@ def resolve_axes(axes: QuantizationAxes) -> QuantizationAxes:
     )
 
 
-def _who_has(algorithm: str, backend: str) -> str:
+def _who_has(algorithm: str, backend: str, offers: Offers) -> str:
     """Who offers an algorithm: backends, and for this one its dtypes."""
-    having = {b: [d for d, r in rows.items() if algorithm in r.algorithms] for b, rows in CAPABILITIES.items()}
+    having = {b: [d for d, r in offer.rows.items() if algorithm in r.algorithms] for b, offer in offers.items()}
     names = [f"{b} ({_words(dtypes)})" if b == backend else b for b, dtypes in having.items() if dtypes]
     return f"; {algorithm} is offered by {_words(names)}" if names else ""

@@ -1,12 +1,14 @@
 """What each backend offers for each dtype: one table that validation, messages, ``quantlab list`` and tests read.
 
 A row is a promise about the pinned library versions; ``tests/contract`` walks the table and runs every promise.
-Torch-free, and the only place where it is written down which combination is possible.
+Torch-free, and the only place where it is written down which combination is possible. Backends of other packages
+bring an :class:`Offer` of their own (:mod:`quantlab.backends.table`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 GroupSize = int | str  # a number, or "none": one scale a row
 
@@ -47,7 +49,7 @@ class Capability:
     note: str = ""
 
 
-Rows = dict[str, Capability]
+Rows = Mapping[str, Capability]
 
 _ROW_GROUPS: tuple[GroupSize, ...] = (16, 32, 64, 128, 256, 512)
 _BNB_BLOCKS: tuple[GroupSize, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -187,16 +189,6 @@ _MODELOPT: Rows = {
     ),
 }
 
-CAPABILITIES: dict[str, Rows] = {
-    "none": _NONE,
-    "bitsandbytes": _BITSANDBYTES,
-    "torchao": _TORCHAO,
-    "quanto": _QUANTO,
-    "gguf": _GGUF,
-    "modelopt": _MODELOPT,
-}
-"""backend -> dtype -> what is possible; the first dtype of a backend is what ``dtype=auto`` means there."""
-
 _CASTS = "a cast, not a quantization; backend=none casts"
 _GGML = "a block format of ggml; gguf stores it"
 _BLOCKS = "a block format with kernels of its own that the library does not have"
@@ -242,8 +234,30 @@ _REASONS: dict[str, dict[str, str]] = {
 }
 
 
-def refusal(backend: str, dtype: str) -> str:
-    """Why ``backend`` does not offer ``dtype``; "" where it does (or where the dtype does not exist)."""
-    if dtype in CAPABILITIES[backend]:
-        return ""
-    return _REASONS[backend].get(dtype) or _COMMON.get(dtype, "")
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """What a backend stores, by dtype, and why it does not store the others."""
+
+    rows: Rows
+    """The first is what ``dtype=auto`` means."""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """dtype -> why it is not offered, where it is more than "the library has it not"."""
+
+    def refusal(self, dtype: str) -> str:
+        """Why ``dtype`` is not offered; "" where it is (or where no such dtype exists)."""
+        return "" if dtype in self.rows else self.reasons.get(dtype) or _COMMON.get(dtype, "")
+
+
+Offers = Mapping[str, Offer]
+OFFERS: dict[str, Offer] = {
+    backend: Offer(rows=rows, reasons=_REASONS[backend])
+    for backend, rows in (
+        ("none", _NONE),
+        ("bitsandbytes", _BITSANDBYTES),
+        ("torchao", _TORCHAO),
+        ("quanto", _QUANTO),
+        ("gguf", _GGUF),
+        ("modelopt", _MODELOPT),
+    )
+}
+"""backend -> what is possible, of the backends that come with quantlab."""

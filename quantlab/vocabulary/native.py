@@ -10,19 +10,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, cast, dataclass_transform
 
 from quantlab.errors import ConfigError, nearest
-from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.dtypes import TORCH_DTYPE_NAMES, dtype_name
 
 _T = TypeVar("_T", bound=type)
 LIBRARY_RULE = "library"
 EXCLUSION_RULES = ("quantlab", "diffusers", "transformers", LIBRARY_RULE)
 """Whose matcher reads ``modules_to_not_convert``; ``library``: that of the library whose model it is."""
+Rule = Callable[[str, str], bool]
+"""(entry, path of a Linear layer) -> whether the entry takes it."""
 
 
 class QuantizationMethod(str, Enum):  # noqa: UP042  (Diffusers' own base classes: it dumps to JSON as its value)
@@ -153,7 +155,12 @@ def quantization_config(cls: _T) -> _T:
 class QuantizationConfigMixin:
     """What the native configs share. Subclasses are made by :func:`quantization_config`."""
 
-    quant_method: ClassVar[QuantizationMethod]
+    quant_method: ClassVar[str]
+    """A :class:`QuantizationMethod`, or the name of a backend that comes from another package."""
+    exclusion_rules: ClassVar[Mapping[str, Rule]] = {}
+    """Library (``diffusers``, ``transformers``) -> how it reads the exclusions of this backend."""
+    written_rule: ClassVar[str] = "quantlab"
+    """Whose rule the exclusions of a stored dictionary keep, where its keys do not tell who wrote it."""
     exclusion_rule: str
     """One of :data:`EXCLUSION_RULES`; a field of every config, written by ``to_dict`` where it is not quantlab's."""
     _exclude_attributes_at_init: ClassVar[tuple[str, ...]] = ("quant_method",)
@@ -187,8 +194,8 @@ class QuantizationConfigMixin:
         """
         data = cls._read_dict({k: v for k, v in config_dict.items()})
         method = data.get("quant_method", cls.quant_method)
-        if plain(method) != cls.quant_method.value:
-            raise ConfigError(f"quant_method={plain(method)!r}: {cls.__name__} is for {cls.quant_method.value!r}")
+        if plain(method) != cls.method():
+            raise ConfigError(f"quant_method={plain(method)!r}: {cls.__name__} is for {cls.method()!r}")
         data = {k: v for k, v in data.items() if k not in cls._exclude_attributes_at_init}
         names = {f.name for f in cls._fields()}
         unused = {k: kwargs.pop(k) for k in list(kwargs) if return_unused_kwargs and k not in names}
@@ -202,14 +209,14 @@ class QuantizationConfigMixin:
             for f in self._fields()
             if not f.metadata["ours"] or getattr(self, f.name) != f.default
         }
-        data: dict[str, Any] = to_json_data({"quant_method": self.quant_method.value, **shown})
+        data: dict[str, Any] = to_json_data({"quant_method": self.method(), **shown})
         return data
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What differs from the defaults, and ``quant_method``; ``from_dict`` reads it back to an equal config."""
         default = {f.name: f.default for f in self._fields()}
         changed = {k: v for k, v in self._settings().items() if v != default[k]}
-        data: dict[str, Any] = to_json_data({"quant_method": self.quant_method.value, **changed})
+        data: dict[str, Any] = to_json_data({"quant_method": self.method(), **changed})
         return data
 
     def to_json_string(self, use_diff: bool = True) -> str:
@@ -245,7 +252,15 @@ class QuantizationConfigMixin:
 
     @classmethod
     def from_axes(cls, axes: QuantizationAxes, settings: Mapping[str, Any] | None = None) -> Self:
-        """The native config for backend-neutral axes; ``settings`` are the backend's own node keys."""
+        """The native config for backend-neutral axes; ``settings`` are the backend's own node keys.
+
+        Raises ConfigError for what the backend does not offer, naming what it does.
+        """
+        return cls.from_resolved(resolve_axes(axes), settings)
+
+    @classmethod
+    def from_resolved(cls, axes: QuantizationAxes, settings: Mapping[str, Any] | None = None) -> Self:
+        """:meth:`from_axes` for axes that :func:`~quantlab.vocabulary.axes.resolve_axes` has been through."""
         raise NotImplementedError
 
     def axes(self) -> QuantizationAxes:
@@ -263,9 +278,14 @@ class QuantizationConfigMixin:
 
     def to_transformers(self, model: Any = None) -> Any:
         """The installed transformers' config object that means the same; as :meth:`to_diffusers`."""
-        raise ConfigError(f"quant_method={self.quant_method.value}: transformers has no such config; use to_diffusers")
+        raise ConfigError(f"quant_method={self.method()}: transformers has no such config; use to_diffusers")
 
     # -- what the quantize stage asks
+
+    @classmethod
+    def method(cls) -> str:
+        """``quant_method`` as plain text: the backend's name."""
+        return str(plain(cls.quant_method))
 
     @property
     def exclusions(self) -> tuple[str, ...] | None:
@@ -290,6 +310,11 @@ class QuantizationConfigMixin:
     def disabled_layers(self, paths: Sequence[str]) -> dict[str, str]:
         """Layer -> why, for layers that settings beside ``modules_to_not_convert`` switch off."""
         return {}
+
+    @property
+    def other_dtypes(self) -> tuple[str, ...]:
+        """Every dtype that :meth:`layer_dtypes` may give a layer."""
+        return ()
 
     def layer_dtypes(self, paths: Sequence[str]) -> dict[str, str]:
         """Layer -> dtype, for layers that get another dtype than the others."""

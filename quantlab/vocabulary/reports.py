@@ -144,6 +144,8 @@ class Measurements:
     """Per-step curves: metric name (``step_sqnr_db``) -> float array (num_steps,)."""
     images: Any = None
     """uint8 array (n, 3, height, width, channels) of a few: reference, candidate, difference; None: no images."""
+    image_ids: tuple[str, ...] = ()
+    """Which samples these are, by their ids."""
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     """``perf/...`` names without the prefix."""
 

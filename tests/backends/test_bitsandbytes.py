@@ -19,8 +19,8 @@ from quantlab.backends import bitsandbytes as backend
 from quantlab.backends.bitsandbytes import BitsAndBytesConfig
 from quantlab.errors import ConfigError, ModelError, NotQuantized
 from quantlab.vocabulary.axes import QuantizationAxes
-from quantlab.vocabulary.capabilities import CAPABILITIES
 from tests.support.stores import ROOT
+from tests.support.tables import CAPABILITIES
 
 pytest.importorskip("bitsandbytes")
 

@@ -10,13 +10,12 @@ from torch import nn
 
 import quantlab
 from quantlab.backends import exclusions
-from quantlab.backends.table import BACKENDS
 from quantlab.errors import ConfigError
 from quantlab.stages.quantize import quantize_component
 from quantlab.vocabulary.axes import QuantizationAxes
-from quantlab.vocabulary.capabilities import CAPABILITIES
-from tests.support.configs import METHODS, config_of
+from tests.support.configs import METHODS, config_of, rule_of
 from tests.support.exclusion_rules import TABLE, excluded_by_diffusers, paths_of, request, tiny_flux, tiny_llama
+from tests.support.tables import BACKENDS, CAPABILITIES
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +114,7 @@ def test_entries_of_a_modelopt_config_switch_layers_off(flux):
 def test_a_list_says_exactly_the_layers_or_names_those_it_cannot(library, flux, paths, data):
     wanted = data.draw(st.sets(st.sampled_from(paths), max_size=12))
     for method in METHODS:
-        if (library, method) not in exclusions.RULES:
+        if library not in config_of(method).exclusion_rules:
             continue
         try:
             entries = exclusions.exclusions_for(config_of(method, sorted(wanted) or None), flux, library)
@@ -124,7 +123,7 @@ def test_a_list_says_exactly_the_layers_or_names_those_it_cannot(library, flux, 
             named = [p for p in paths if p in str(error)]
             assert set(named) & wanted
             continue
-        assert set(exclusions.taken(library, method, entries or [], paths)) == wanted
+        assert set(exclusions.taken(rule_of(method, library), entries or [], paths)) == wanted
         if library == "transformers":
             assert entries is not None, "None means defaults of its own there"
 
@@ -169,7 +168,7 @@ def test_layers_that_the_model_keeps_in_float32_are_in_the_list_too(flux):
 def test_layers_that_quantlab_never_takes_are_left_out_for_the_library_too():
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(32, 2), "ff": nn.Linear(32, 32)})
     theirs = config_of("torchao", None).to_diffusers(model)
-    assert exclusions.taken("diffusers", "torchao", theirs.modules_to_not_convert, ["attn.out_proj", "ff"]) == {
+    assert exclusions.taken(rule_of("torchao", "diffusers"), theirs.modules_to_not_convert, ["attn.out_proj", "ff"]) == {
         "attn.out_proj": "attn"
     }
 

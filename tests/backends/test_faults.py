@@ -28,15 +28,14 @@ from quantlab import (
     QuantoConfig,
     TorchAoConfig,
 )
-from quantlab.backends.table import BACKENDS
 from quantlab.errors import ModelError
 from quantlab.modules.layers import state_digest
-from quantlab.modules.memory import component_memory
 from quantlab.stages.quantize import Request, quantize_component
 from quantlab.vocabulary.axes import QuantizationAxes
-from tests.support.configs import METHODS, SECOND, config_of
+from tests.support.configs import METHODS, config_of
 from tests.support.exclusion_rules import tiny_flux
 from tests.support.nets import inputs, net, run
+from tests.support.tables import BACKENDS, component_memory
 
 each_backend = pytest.mark.parametrize("method", METHODS)
 
@@ -47,7 +46,7 @@ def python(code):
 
 @each_backend
 def test_b01_equality_and_hash_are_of_the_settings(method):
-    one, same, other = config_of(method), config_of(method), SECOND[method]
+    one, same, other = config_of(method), config_of(method), second_of(method)
     assert one == same
     assert hash(one) == hash(same)
     assert one != other
@@ -390,7 +389,7 @@ def test_b27_a_checkpoint_never_replaces_the_config_that_was_asked_for(method, t
     BACKENDS[method].save(module, tmp_path)
     fresh = copy.deepcopy(original)
     with pytest.raises(ModelError, match="load with the config|is stored as"):
-        BACKENDS[method].load(fresh, ["0"], SECOND[method], tmp_path)
+        BACKENDS[method].load(fresh, ["0"], second_of(method), tmp_path)
     assert state_digest(fresh.state_dict()) == state_digest(original.state_dict())
 
 

@@ -17,7 +17,7 @@ from quantlab.backends.quanto import QuantoConfig
 from quantlab.errors import ConfigError, ModelError, NotQuantized
 from quantlab.modules.layers import state_digest
 from quantlab.vocabulary.axes import QuantizationAxes
-from quantlab.vocabulary.capabilities import CAPABILITIES
+from tests.support.tables import CAPABILITIES
 
 WEIGHTS = {"int8": "int8", "int4": "int4", "int2": "int2", "float8": "float8_e4m3", "float8_e5m2": "float8_e5m2"}
 MAX_ERROR = {"int8": 0.01, "int4": 0.13, "int2": 0.6, "float8": 0.03, "float8_e5m2": 0.06}

@@ -7,11 +7,11 @@ import torch
 
 import quantlab
 from quantlab import ConfigError, GGUFQuantizationConfig, NVIDIAModelOptConfig, QuantoConfig, TorchAoConfig
-from quantlab.backends.table import BACKENDS, native_config
 from quantlab.modules.layers import linear_layers
 from quantlab.vocabulary.axes import QuantizationAxes
-from tests.support.configs import SECOND
+from tests.support.configs import config_of, second_of
 from tests.support.nets import inputs, net, run
+from tests.support.tables import BACKENDS, native_config
 
 ACCEPTANCE = {
     1: "test_config.py::test_json_and_back, contract/test_config_values.py::test_unknown_keys_name_the_nearest_field",
@@ -51,8 +51,8 @@ SCHEMES = [
     ("torchao int4dq", TorchAoConfig("int4dq")),
     *[(f"quanto {w}", QuantoConfig(w)) for w in ("float8", "int8", "int4", "int2")],
     *[(f"gguf {t}", GGUFQuantizationConfig(gguf_type=t)) for t in ("q8_0", "q4_0", "q4_k")],
-    ("bitsandbytes nf4", SECOND["bitsandbytes"]),
-    ("modelopt int4", SECOND["modelopt"]),
+    ("bitsandbytes nf4", config_of("bitsandbytes")),
+    ("modelopt int4", second_of("modelopt")),
 ]
 
 
@@ -86,7 +86,7 @@ def test_07_what_this_machine_cannot_run_is_refused_in_one_sentence(config, shap
         quantlab.quantize(net(*shape), config)
 
 
-@pytest.mark.parametrize("config", [SECOND["bitsandbytes"], QuantoConfig("int8")], ids=["nf4", "quanto int8"])
+@pytest.mark.parametrize("config", [config_of("bitsandbytes"), QuantoConfig("int8")], ids=["nf4", "quanto int8"])
 def test_07_shapes_that_crash_the_libraries_work(config):
     """bitsandbytes' 4 bits want multiples of 64 and 32 on this CPU; quanto's int8 in bfloat16 reads out of bounds."""
     original = net(100, 36).bfloat16()

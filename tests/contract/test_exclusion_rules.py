@@ -10,9 +10,10 @@ import quantlab
 from quantlab.backends import exclusions
 from quantlab.errors import ConfigError
 from quantlab.stages.quantize import quantize_component
-from tests.support.configs import METHODS, config_of
+from tests.support.configs import METHODS, config_of, rule_of
 from tests.support.exclusion_rules import TABLE, excluded_by_diffusers, paths_of, request, tiny_flux, tiny_llama
 
+BY_TRANSFORMERS = [m for m in METHODS if "transformers" in config_of(m).exclusion_rules]
 OURS = {
     "proj_out": 1,
     "norm_out.linear": 1,
@@ -37,13 +38,15 @@ def paths(flux):
 @pytest.mark.parametrize("entry", TABLE, ids=lambda e: e or "empty")
 def test_diffusers_rules_give_the_known_counts(entry, paths):
     assert len(paths) == 28
-    assert tuple(len(exclusions.taken("diffusers", m, [entry], paths)) for m in METHODS) == TABLE[entry]
+    assert tuple(len(exclusions.taken(rule_of(m, "diffusers"), [entry], paths)) for m in METHODS) == TABLE[entry]
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("entry", TABLE, ids=lambda e: e or "empty")
 def test_diffusers_own_code_leaves_out_the_same_layers(method, entry, flux, paths):
-    assert set(exclusions.taken("diffusers", method, [entry], paths)) == excluded_by_diffusers(method, flux, [entry])
+    assert set(exclusions.taken(rule_of(method, "diffusers"), [entry], paths)) == excluded_by_diffusers(
+        method, flux, [entry]
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,7 +54,7 @@ def test_diffusers_own_code_leaves_out_the_same_layers(method, entry, flux, path
     [*TABLE, "transformer_blocks.*.attn", "(norm|proj)_out", "to_q$", r"x_embedder\b"],
     ids=lambda e: e or "empty",
 )
-@pytest.mark.parametrize("method", ["bitsandbytes", "torchao", "quanto"])
+@pytest.mark.parametrize("method", BY_TRANSFORMERS)
 def test_transformers_rule_is_its_own_function(method, entry, paths):
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -60,10 +63,10 @@ def test_transformers_rule_is_its_own_function(method, entry, paths):
         with pytest.raises(re.error, match="repeat"):
             should_convert_module(paths[0], [entry])
         with pytest.raises(ConfigError, match=r"reads it as a regular expression, which it is not"):
-            exclusions.taken("transformers", method, [entry], paths)
+            exclusions.taken(rule_of(method, "transformers"), [entry], paths)
         return
     wanted = {p for p in paths if not should_convert_module(p + tail, [entry])}
-    assert set(exclusions.taken("transformers", method, [entry], paths)) == wanted
+    assert set(exclusions.taken(rule_of(method, "transformers"), [entry], paths)) == wanted
 
 
 def test_transformers_without_a_list_leaves_out_its_defaults():
@@ -80,10 +83,10 @@ def test_transformers_without_a_list_leaves_out_its_defaults():
         exclusions.expand(config, nn.Sequential(nn.Linear(4, 4)))
 
 
-@pytest.mark.parametrize("method", ["gguf", "modelopt"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in BY_TRANSFORMERS])
 def test_transformers_has_no_such_backend(method):
     with pytest.raises(ConfigError, match=f"transformers does not quantize with {method}"):
-        exclusions.rule_of("transformers", method)
+        exclusions.rule_of(config_of(method), "transformers")
 
 
 # -- quantlab's one matcher

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 import quantlab
-from quantlab.backends.table import BACKENDS, native_config
+from quantlab.backends.table import offers
 from quantlab.errors import ConfigError, MissingPackage
 from quantlab.planning.listing import combinations
 from quantlab.stages.quantize import check_device
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
-from quantlab.vocabulary.capabilities import CAPABILITIES, refusal
 from quantlab.vocabulary.dtypes import DTYPES
 from tests.contract.test_backends import ON_CPU, ROWS, net, quantized, run, sample
+from tests.support.tables import BACKENDS, CAPABILITIES, native_config
 
 REFUSED = [(b, d) for b in CAPABILITIES for d in DTYPES if d not in CAPABILITIES[b]]
 IDS = [f"{b}-{d}" for b, d, _ in ON_CPU]
@@ -48,8 +48,8 @@ def test_what_is_refused_says_why_and_who_has_it(backend, dtype):
         native_config(QuantizationAxes(backend=backend, dtype=dtype))
     message = str(caught.value)
     assert message.startswith(f"dtype={dtype}: {backend} offers ")
-    assert refusal(backend, dtype)
-    assert refusal(backend, dtype) in message
+    assert offers()[backend].refusal(dtype)
+    assert offers()[backend].refusal(dtype) in message
     others = [b for b, rows in CAPABILITIES.items() if dtype in rows]
     assert all(b in message.partition(" is offered by ")[2] for b in others)
 
@@ -58,11 +58,11 @@ def test_refusals_come_before_torch_and_before_the_library():
     code = f"""
 import sys
 from quantlab.vocabulary.axes import QuantizationAxes
-from quantlab.backends.table import native_config
+from quantlab.backends.scheme import scheme_of
 from quantlab.errors import ConfigError
 for backend, dtype in {REFUSED!r}:
     try:
-        native_config(QuantizationAxes(backend=backend, dtype=dtype))
+        scheme_of(QuantizationAxes(backend=backend, dtype=dtype))
     except ConfigError:
         continue
     raise SystemExit(f"{{backend}} {{dtype}} was accepted")

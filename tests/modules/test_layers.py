@@ -19,7 +19,6 @@ from quantlab.modules.layers import (
     replace_layer,
     resolve_exclusions,
     state_digest,
-    unquantizable_linears,
 )
 
 BLOCK = tuple(
@@ -104,7 +103,6 @@ def module_names(model: nn.Module) -> list[str]:
 class TestMatcher:
     def test_the_tree_has_28_layers(self, flux):
         assert len(linear_layers(flux)) == 28
-        assert unquantizable_linears(flux) == {}
 
     @pytest.mark.parametrize("entry", TAKEN)
     def test_takes_exactly(self, flux, entry):
@@ -159,10 +157,6 @@ class TestLinearLayers:
             }
         )
         assert list(linear_layers(model)) == ["a", "b.1"]
-        reasons = unquantizable_linears(model)
-        assert set(reasons) == {"mha.out_proj", "normed"}
-        assert "nn.MultiheadAttention (mha)" in reasons["mha.out_proj"]
-        assert "parametrization" in reasons["normed"]
 
     def test_subclasses_with_their_own_forward_are_left_out(self):
         class Plain(nn.Linear):
@@ -174,7 +168,6 @@ class TestLinearLayers:
 
         model = nn.Sequential(Plain(2, 2), Scaled(2, 2))
         assert list(linear_layers(model)) == ["0"]
-        assert unquantizable_linears(model) == {"1": "Scaled has its own forward"}
 
     def test_diffusers_lora_linear_counts_until_a_lora_is_set(self):
         from diffusers.models.lora import LoRACompatibleLinear
@@ -184,11 +177,10 @@ class TestLinearLayers:
         model = nn.Sequential(layer)
         assert list(linear_layers(model)) == ["0"]
         layer.lora_layer = nn.Identity()
-        assert "active LoRA" in unquantizable_linears(model)["0"]
+        assert linear_layers(model) == {}
 
     def test_the_root_is_not_listed(self):
         assert linear_layers(nn.Linear(2, 2)) == {}
-        assert "whole model" in unquantizable_linears(nn.Linear(2, 2))[""]
 
     def test_replacing_a_layer_reaches_all_its_paths(self):
         shared, new = nn.Linear(2, 2), nn.Linear(2, 2)

@@ -13,7 +13,8 @@ from torch import nn
 
 from quantlab.backends import quanto
 from quantlab.modules import memory
-from quantlab.modules.memory import component_memory, layer_memory, logical_size, measure_stage, storages
+from quantlab.modules.memory import logical_size, measure_stage
+from tests.support.tables import component_memory, layer_memory, storages
 
 N, K = 64, 512
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

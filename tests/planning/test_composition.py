@@ -5,12 +5,11 @@ import textwrap
 
 import pytest
 
-from quantlab.backends.table import native_config
 from quantlab.errors import ConfigError
 from quantlab.planning.composition import conf_dir, groups, recipes
 from quantlab.planning.plan import plan
 from quantlab.vocabulary.axes import QuantizationAxes
-from quantlab.vocabulary.capabilities import CAPABILITIES
+from tests.support.tables import CAPABILITIES, native_config
 
 
 def one(*words):

@@ -153,6 +153,7 @@ def test_every_sample_metric_has_one_finite_value_a_sample(model, inputs, refere
     assert measured.estimates["weighted_velocity_mse"].n == 12
     assert (measured.images.shape, measured.images.dtype) == ((8, 3, 8, 8, 1), np.uint8)
     assert measured.sample_ids == inputs.sample_ids
+    assert measured.image_ids == tuple(inputs.sample_ids[i] for i in diffusion.spread(inputs, 8))
 
 
 def test_larger_perturbation_of_one_weight_is_worse_in_every_view(model, inputs, reference):

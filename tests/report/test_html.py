@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from quantlab.report.compare import compare
-from quantlab.report.figures import _strip, _tiles, image_figure
+from quantlab.report.figures import image_figure
 from quantlab.report.html import page, page_data, write_page
 from quantlab.report.reading import StoredRun, open_reader
 from quantlab.report.selection import parse_request, select
-from quantlab.tracking.run import _grid
+from quantlab.tracking.pictures import SAMPLE_ARRAYS, write_samples
 from tests.support.comparison_store import SCHEMES, Sweep, shared_sweep
 
 HOSTILE = "</script><img src=x onerror=document.title='taken'> & <b>"
@@ -69,33 +69,54 @@ def test_names_cannot_break_out_of_the_page(data):
     assert text.count("</script>") == 2
 
 
-@pytest.mark.parametrize("shape", [(4, 3, 8, 8, 1), (3, 3, 70, 100, 3), (1, 3, 90, 64, 3)])
-def test_the_tracked_picture_falls_into_the_images_it_was_made_of(shape):
-    images = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
-    buffer = io.BytesIO()
-    _grid(images, "x").save(buffer, "png")
-    tiles = _tiles(buffer.getvalue())
-    scale = tiles.shape[2] // shape[2]
-    assert tiles.shape == (shape[0], 3, shape[2] * scale, shape[3] * scale, 3)
-    assert (tiles[:, :, ::scale, ::scale, 0] == images[..., 0]).all()
-    strip = Image.open(io.BytesIO(base64.b64decode(_strip(tiles, 0, max(tiles.shape[2:4])).partition(",")[2])))
-    assert strip.size[1] == tiles.shape[2]
-    if max(tiles.shape[2:4]) <= 96:
-        assert (np.asarray(strip.convert("RGB"))[:, : tiles.shape[3]] == tiles[0, 0]).all()
+class Pictures:
+    """A reader whose runs have these pictures by name, as arrays (or, of an older run, as a PNG alone)."""
+
+    def __init__(self, folder, images, ids=("s0", "s1")):
+        self.files = {}
+        for name, array in images.items():
+            write_samples(array, ids, folder / "samples.npz")
+            self.files[name] = (folder / "samples.npz").read_bytes()
+
+    def read_artifact(self, run, name):
+        return self.files.get(run.name) if name == SAMPLE_ARRAYS else b"\x89PNG"
 
 
-def test_large_pictures_are_made_to_fit():
-    images = np.random.default_rng(0).integers(0, 255, (2, 3, 600, 600, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    _grid(images, "x").save(buffer, "png")
-
-    class Noise:
-        def read_artifact(self, run, name):
-            return buffer.getvalue()
-
+def runs_named(*names):
     same = {"status": "", "start_ms": 0, "experiment_id": "", "artifact_uri": ""}
-    runs = [StoredRun(run_id=str(i), name=str(i), **same) for i in range(12)]
-    figure = image_figure(Noise(), runs)
+    return [StoredRun(run_id=name, name=name, **same) for name in names]
+
+
+def tile(address, at, size):
+    """One tile of a strip, with the strip's own gaps."""
+    strip = np.asarray(Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).convert("RGB"))
+    begin = at * (size + max(1, size // 24))
+    return strip[:, begin : begin + size]
+
+
+def test_pictures_with_white_rows_are_shown_whole(tmp_path):
+    images = np.random.default_rng(0).integers(0, 255, (2, 3, 64, 64, 3), dtype=np.uint8)
+    images[:, :, :20] = images[:, :, 30:] = 255  # like the white lines between the tiles of the tracked PNG
+    figure = image_figure(Pictures(tmp_path, {"a": images}), runs_named("a"))
+    assert figure["tiles"] == 2
+    assert figure["samples"] == ["s0", "s1"]
+    for i in range(2):
+        assert (tile(figure["reference"], i, 64) == images[i, 0]).all()
+        assert (tile(figure["schemes"][0]["candidate"], i, 64) == images[i, 1]).all()
+        assert (tile(figure["schemes"][0]["difference"], i, 64) == images[i, 2]).all()
+
+
+def test_a_run_that_has_only_the_png_shows_no_pictures(tmp_path):
+    images = np.zeros((2, 3, 8, 8, 1), np.uint8)
+    figure = image_figure(Pictures(tmp_path, {"new": images}), runs_named("old", "new"))
+    assert [s["name"] for s in figure["schemes"]] == ["new"]
+    assert image_figure(Pictures(tmp_path, {}), runs_named("old")) is None
+
+
+def test_large_pictures_are_made_to_fit(tmp_path):
+    images = np.random.default_rng(0).integers(0, 255, (2, 3, 600, 600, 3), dtype=np.uint8)
+    names = [str(i) for i in range(12)]
+    figure = image_figure(Pictures(tmp_path, dict.fromkeys(names, images)), runs_named(*names))
     assert sum(len(s["candidate"]) + len(s["difference"]) for s in figure["schemes"]) <= 3_000_000
     assert figure["pixels"] < 600
 

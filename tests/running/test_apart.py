@@ -16,10 +16,10 @@ from quantlab.running import engines
 from quantlab.running.engines import ENGINES, check_launcher, runs_apart, take_slot
 from quantlab.tracking import find_runs
 from quantlab.vocabulary.axes import QuantizationAxes
-from quantlab.vocabulary.capabilities import CAPABILITIES
 from quantlab.vocabulary.schema import ExperimentConfig, LauncherConfig, SweepConfig
 from tests.support.shell import digits_words
 from tests.support.stores import ROOT, artifact
+from tests.support.tables import CAPABILITIES
 
 WORDS = ("-m", *digits_words("evaluation.num_samples=10", "sweep.floors=false", "dtype=int8"))
 FAULT = """

@@ -14,13 +14,13 @@ from dataclasses import replace
 
 import pytest
 
-from quantlab.backends.table import BACKENDS
 from quantlab.errors import ConfigError
 from quantlab.report.reproduction import DIFFERENT, IDENTICAL, WITHIN, compare_runs, reproduction_tables, summary_lines
 from quantlab.running.reproduce import parse_request
 from quantlab.tracking import find_runs, get_run
 from tests.support.shell import digits_words, make_shell
 from tests.support.stores import ROOT, artifact
+from tests.support.tables import BACKENDS
 
 WORDS = digits_words("evaluation.num_samples=10")
 

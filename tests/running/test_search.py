@@ -8,7 +8,6 @@ from functools import cache
 
 import pytest
 
-from quantlab.backends.table import BACKENDS
 from quantlab.errors import ConfigError, MissingPackage
 from quantlab.planning.plan import plan
 from quantlab.planning.space import SAMPLERS, check_space, objectives_of
@@ -19,6 +18,7 @@ from quantlab.vocabulary.reports import MetricValue, RunReport
 from quantlab.vocabulary.schema import SearchConfig
 from tests.support.shell import digits_words
 from tests.support.stores import artifact
+from tests.support.tables import BACKENDS
 
 OBJECTIVES = {"memory/weights_bytes": "minimize", "quality/latent_rel_mse": "minimize"}
 GRID = (

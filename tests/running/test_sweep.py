@@ -11,7 +11,6 @@ import time
 
 import pytest
 
-from quantlab.backends.table import BACKENDS
 from quantlab.errors import ConfigError
 from quantlab.planning.plan import plan
 from quantlab.protocols.table import PROTOCOLS
@@ -19,6 +18,7 @@ from quantlab.running import resume
 from quantlab.tracking import find_runs
 from tests.support.shell import digits_words
 from tests.support.stores import ROOT, artifact
+from tests.support.tables import BACKENDS
 
 WORDS = ("-m", *digits_words("evaluation.num_samples=10"))
 FLOORS = ["reference", "floor_bf16", "floor_batch"]

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import quantlab
-from quantlab.backends.table import BACKENDS
 from quantlab.datasets import prompts
 from quantlab.datasets.calibration import CALIBRATION_SETS, calibration_inputs
 from quantlab.errors import ConfigError, MetricUndefined
@@ -17,6 +16,7 @@ from quantlab.stages.calibrate import calibration_set, is_out_of_memory
 from quantlab.stages.evidence import evenly_spaced, layer_energies
 from quantlab.vocabulary.schema import CalibrationConfig, EvaluationConfig
 from tests.support.shell import digits_words
+from tests.support.tables import BACKENDS
 
 WORDS = digits_words("backend=gguf", "dtype=q4_k")
 FAST = ["calibration.num_samples=10", "calibration.batch_size=5", "calibration.num_inference_steps=2"]
@@ -90,12 +90,6 @@ def test_a_feed_replays_every_call_as_often_as_it_is_asked():
 def test_bad_batches_are_refused(batches, message):
     with pytest.raises(ConfigError, match=message):
         feed_of_batches(batches)
-
-
-def test_unequal_batches_are_refused_where_a_library_needs_equal_ones():
-    feed = feed_of_batches([torch.randn(4, 2), torch.randn(3, 2)])
-    with pytest.raises(ConfigError, match=r"^calibration.num_samples=7: torchao needs batches of equal size, and .*=4"):
-        feed.require_equal_batches("torchao")
 
 
 # -- evidence
@@ -344,7 +338,7 @@ def test_python_refuses_bad_data_before_the_module_runs(calibration, message, mo
 
 def test_the_list_of_algorithms_says_which_need_data():
     from quantlab.planning.listing import ALGORITHMS, LISTS
-    from quantlab.vocabulary.capabilities import CAPABILITIES
+    from tests.support.tables import CAPABILITIES
 
     rows = {(r["backend"], r["algorithm"]): r for r in LISTS["algorithms"]()}
     assert set(ALGORITHMS) == {a for found in CAPABILITIES.values() for row in found.values() for a in row.algorithms}

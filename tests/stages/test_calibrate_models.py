@@ -11,7 +11,6 @@ import yaml
 import quantlab
 from quantlab.backends import gguf
 from quantlab.backends.gguf.imatrix import read_imatrix
-from quantlab.backends.table import native_config
 from quantlab.datasets import prompts, text, wiki_extracts
 from quantlab.datasets.calibration import calibration_inputs
 from quantlab.errors import ConfigError
@@ -23,6 +22,7 @@ from quantlab.stages.calibrate import calibration_set
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.schema import CalibrationConfig, DatasetConfig, EvaluationConfig, ModelConfig
 from tests.support.stores import artifact
+from tests.support.tables import native_config
 from tests.support.tiny_pipelines import BUILDERS
 from tests.support.tiny_text_models import TEXT, load_bert, load_llama, save_bert, save_llama
 

@@ -85,6 +85,7 @@ def add_run(
         strata=np.arange(n) % 4,
         sample_ids=tuple(ids or (f"s{i}" for i in range(n))),
         images=images,
+        image_ids=("s0", "s1"),
         steps={"step_sqnr_db": np.array([40.0, 30.0]), "step_divergence": np.array([1e-3, 2e-2]) * values.mean()},
     )
     floor = {"latent_rel_mse": mean_interval(FLOOR), "judge_agreement": MetricValue(value=1, n=n)}

@@ -11,8 +11,8 @@ from quantlab import (
     TorchAoConfig,
 )
 from quantlab.backends.torchao.shorthands import _get_torchao_quant_type_to_method
-from quantlab.vocabulary.capabilities import CAPABILITIES
 from quantlab.vocabulary.native import EXCLUSION_RULES
+from tests.support.tables import CAPABILITIES
 
 SHORTHANDS = [name for name, form in _get_torchao_quant_type_to_method().items() if isinstance(form, dict)]
 DYNAMIC = ("int8dq", "int8_dynamic_activation_int8_weight", "float8dq", "float8dq_e4m3", "float8dq_e4m3_tensor")

@@ -5,8 +5,8 @@ import copy
 import torch
 from torch import nn
 
-from quantlab.stages.quantize import Request
-from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.backends.scheme import scheme_of_config
+from quantlab.stages.quantize import QuantizationRequest
 from tests.support.configs import config_of
 
 TABLE = {  # entry -> Linear layers that it excludes from the tiny Flux under each backend's rule in Diffusers
@@ -111,5 +111,5 @@ def excluded_by_diffusers(method, model, entries):
 
 
 def request(config, module, **axes):
-    asked = config.axes() if not axes else QuantizationAxes(**{**vars(config.axes()), **axes})
-    return Request(component="model", axes=asked, native=config, compute_dtype="float32", device="cpu")
+    scheme = scheme_of_config(config, **axes)
+    return QuantizationRequest(component="model", scheme=scheme, compute_dtype="float32", device="cpu")

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from quantlab.backends import torchao as backend
-from quantlab.backends.table import native_config
 from quantlab.modules.feed import CalibrationFeed, feed_of_batches
 from quantlab.vocabulary.axes import QuantizationAxes
+from tests.support.tables import native_config
 
 OUT, IN = 128, 512
 

@@ -21,12 +21,12 @@ from quantlab import (
     QuantoConfig,
     TorchAoConfig,
 )
-from quantlab.backends.table import BACKENDS, own_settings
+from quantlab.backends.table import own_settings
 from quantlab.errors import ConfigError
 from quantlab.vocabulary.axes import QuantizationAxes
-from quantlab.vocabulary.capabilities import CAPABILITIES
 from tests.support.config_strategies import ANY, CONFIGS
 from tests.support.configs import ONE_OF_EACH
+from tests.support.tables import BACKENDS, CAPABILITIES
 
 CLASSES = [b.Config for b in BACKENDS.values()]
 
@@ -277,8 +277,7 @@ PROBE = """
 import os, socket, subprocess, sys
 import quantlab
 from quantlab.vocabulary.axes import QuantizationAxes
-from quantlab.backends.table import BACKENDS
-from quantlab.vocabulary.capabilities import CAPABILITIES
+from quantlab.backends.table import backends, offers
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
@@ -296,11 +295,11 @@ sys.meta_path.insert(0, Blocked())
 os.environ = NoEnvironment()
 os.getenv = socket.socket = socket.create_connection = subprocess.Popen = refuse
 sys.addaudithook(lambda event, args: refuse(event) if event in ("socket.connect", "subprocess.Popen") else None)
-for backend, rows in CAPABILITIES.items():
-    for dtype, row in rows.items() if backend != "none" else ():
+for backend, offer in offers().items():
+    for dtype, row in offer.rows.items() if backend != "none" else ():
         for group_size in ("auto", *row.group_sizes):
-            config = BACKENDS[backend].Config.from_axes(QuantizationAxes(backend=backend, dtype=dtype,
-                                                                         group_size=group_size))
+            axes = QuantizationAxes(backend=backend, dtype=dtype, group_size=group_size)
+            config = backends()[backend].module.Config.from_axes(axes)
             assert type(config).from_dict(config.to_dict()) == config and config.axes() and repr(config)
             assert quantlab.config_from_dict(config.to_dict()) is not None
 assert "torch" not in sys.modules

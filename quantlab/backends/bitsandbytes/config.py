@@ -6,14 +6,16 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-from quantlab.backends.exclusions import build, exclusions_for, refuse_ours
+from quantlab.backends.exclusions import build, exclusions_for, refuse_ours, taken_by_transformers
 from quantlab.errors import ConfigError, nearest
-from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
+from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 from quantlab.vocabulary.native import (
     EXCLUSION_RULES,
+    LIBRARY_RULE,
     QuantizationConfigMixin,
     QuantizationMethod,
+    Rule,
     quantization_config,
     setting,
 )
@@ -25,11 +27,20 @@ _NONE_MEANS_DEFAULT = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
 _FLAGS = ("load_in_8bit", "load_in_4bit")
 
 
+def _taken_by_diffusers(entry: str, path: str) -> bool:
+    return entry in (path, path.rpartition(".")[2]) or f"{entry}." in path
+
+
 @quantization_config
 class BitsAndBytesConfig(QuantizationConfigMixin):
     """Diffusers' and transformers' ``BitsAndBytesConfig``, and the block size that theirs cannot say."""
 
-    quant_method: ClassVar[QuantizationMethod] = QuantizationMethod.BITS_AND_BYTES
+    quant_method: ClassVar[str] = QuantizationMethod.BITS_AND_BYTES
+    exclusion_rules: ClassVar[Mapping[str, Rule]] = {
+        "diffusers": _taken_by_diffusers,
+        "transformers": taken_by_transformers,
+    }
+    written_rule: ClassVar[str] = LIBRARY_RULE
     _exclude_attributes_at_init: ClassVar[tuple[str, ...]] = ("_load_in_4bit", "_load_in_8bit", "quant_method")
     _exclusions_field: ClassVar[str] = "llm_int8_skip_modules"
 
@@ -79,9 +90,8 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
         return {**super().to_dict(), **{f"_{flag}": getattr(self, flag) for flag in _FLAGS}}
 
     @classmethod
-    def from_axes(cls, axes: QuantizationAxes, settings: Mapping[str, Any] | None = None) -> Self:
+    def from_resolved(cls, axes: QuantizationAxes, settings: Mapping[str, Any] | None = None) -> Self:
         """``compute_dtype=auto`` is stored as the library's float32; ConfigError for what has no effect or meaning."""
-        axes = resolve_axes(axes)
         is_int8 = axes.dtype == "int8"
         native = {"load_in_8bit": is_int8, "load_in_4bit": not is_int8, **cls._own(axes.dtype, settings)}
         if not is_int8:
@@ -94,14 +104,14 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
     def axes(self) -> QuantizationAxes:
         """The axes; an int8 config's float32 is ``compute_dtype=auto``: LLM.int8 itself follows the input."""
         is_default = self.load_in_8bit and self.bnb_4bit_compute_dtype == "float32"
-        return resolve_axes(
-            QuantizationAxes(
-                backend="bitsandbytes",
-                dtype=self.dtype,
-                group_size=self.bnb_4bit_blocksize or "auto",
-                compute_dtype="auto" if is_default else self.bnb_4bit_compute_dtype,
-                modules_to_not_convert=self._exclusion_axes(),
-            )
+        return QuantizationAxes(
+            backend="bitsandbytes",
+            dtype=self.dtype,
+            group_size=self.bnb_4bit_blocksize or "auto",
+            activation_dtype="int8" if self.load_in_8bit else "none",
+            compute_dtype="auto" if is_default else self.bnb_4bit_compute_dtype,
+            algorithm="max",
+            modules_to_not_convert=self._exclusion_axes(),
         )
 
     def to_diffusers(self, model: Any = None) -> Any:

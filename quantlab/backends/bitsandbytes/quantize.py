@@ -25,7 +25,7 @@ def quantize(model: Any, layers: Sequence[str], config: BitsAndBytesConfig, comp
     the inputs' dtype. Raises ModelError for weights that are not finite (int8: or exceed float16), ConfigError where
     the storage dtype does not fit a layer's size.
     """
-    require_package("bitsandbytes", "backend=bitsandbytes", "bitsandbytes")
+    require_package("bitsandbytes", "backend=bitsandbytes", "quantlab-recipes[bitsandbytes]")
     if config.llm_int8_has_fp16_weight:
         raise ConfigError("llm_int8_has_fp16_weight=True: the weights would stay in float16; leave it out")
     compute = torch_dtype(compute_dtype or config.bnb_4bit_compute_dtype)

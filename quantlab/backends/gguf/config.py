@@ -9,13 +9,14 @@ from typing import Any, ClassVar, Self
 from quantlab.backends.exclusions import build, exclusions_for
 from quantlab.errors import ConfigError, nearest
 from quantlab.modules.layers import resolve_exclusions
-from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
-from quantlab.vocabulary.capabilities import CAPABILITIES
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.capabilities import OFFERS
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 from quantlab.vocabulary.native import (
     EXCLUSION_RULES,
     QuantizationConfigMixin,
     QuantizationMethod,
+    Rule,
     quantization_config,
     setting,
 )
@@ -23,18 +24,20 @@ from quantlab.vocabulary.native import (
 
 def uses_importance(gguf_type: str) -> bool:
     """Whether ggml's quantizer of this type takes an importance matrix into account."""
-    return "imatrix" in CAPABILITIES["gguf"][gguf_type].algorithms
+    return "imatrix" in OFFERS["gguf"].rows[gguf_type].algorithms
 
 
 @quantization_config
 class GGUFQuantizationConfig(QuantizationConfigMixin):
     """Diffusers' ``GGUFQuantizationConfig``, and the type to write, which theirs cannot say (it only loads)."""
 
-    quant_method: ClassVar[QuantizationMethod] = QuantizationMethod.GGUF
+    quant_method: ClassVar[str] = QuantizationMethod.GGUF
+    exclusion_rules: ClassVar[Mapping[str, Rule]] = {"diffusers": lambda entry, path: entry in path.split(".")}
+    written_rule: ClassVar[str] = "diffusers"
 
     compute_dtype: str = setting("dtype", "float32", choices=COMPUTE_DTYPES)
     modules_to_not_convert: tuple[str, ...] | None = setting("names", None)
-    gguf_type: str | None = setting("str", None, choices=tuple(CAPABILITIES["gguf"]), ours=True)
+    gguf_type: str | None = setting("str", None, choices=tuple(OFFERS["gguf"].rows), ours=True)
     """The block format to write, also accepted in ggml's upper case; None: the first of the backend, q8_0."""
     tensor_types: Mapping[str, str] | None = setting("mapping", None, ours=True, node=True)
     """Entry of the matcher (module path, glob, ``re:`` expression) -> block format; the first that matches counts."""
@@ -48,10 +51,10 @@ class GGUFQuantizationConfig(QuantizationConfigMixin):
     @property
     def dtype(self) -> str:
         """quantlab's name of the format."""
-        return self.gguf_type or next(iter(CAPABILITIES["gguf"]))
+        return self.gguf_type or next(iter(OFFERS["gguf"].rows))
 
     @classmethod
-    def from_axes(cls, axes: QuantizationAxes, settings: Mapping[str, Any] | None = None) -> Self:
+    def from_resolved(cls, axes: QuantizationAxes, settings: Mapping[str, Any] | None = None) -> Self:
         """``compute_dtype=auto`` is stored as Diffusers' float32."""
         own, known = dict(settings or {}), [f.name for f in cls._fields() if f.metadata["node"]]
         for key in own:
@@ -59,7 +62,6 @@ class GGUFQuantizationConfig(QuantizationConfigMixin):
                 raise ConfigError(
                     f"quantization.{key}: gguf has no such setting{nearest(key, known)} (it has {', '.join(known)})"
                 )
-        axes = resolve_axes(axes)
         if axes.compute_dtype != "auto":
             own["compute_dtype"] = axes.compute_dtype
         exclusions = axes.exclusions() or None
@@ -67,20 +69,19 @@ class GGUFQuantizationConfig(QuantizationConfigMixin):
 
     def axes(self) -> QuantizationAxes:
         """The axes that :meth:`from_axes` turns into this config."""
-        return resolve_axes(
-            QuantizationAxes(
-                backend="gguf",
-                dtype=self.dtype,
-                compute_dtype=self.compute_dtype,
-                algorithm=self.algorithm,
-                modules_to_not_convert=self._exclusion_axes(),
-            )
+        return QuantizationAxes(
+            backend="gguf",
+            dtype=self.dtype,
+            activation_dtype="none",
+            compute_dtype=self.compute_dtype,
+            algorithm=self.algorithm,
+            modules_to_not_convert=self._exclusion_axes(),
         )
 
     def post_init(self) -> None:
         """Types of ``tensor_types`` in quantlab's lower case; an empty mapping is none."""
         if self.algorithm == "imatrix" and not uses_importance(self.dtype):
-            taking = ", ".join(kind for kind in CAPABILITIES["gguf"] if uses_importance(kind))
+            taking = ", ".join(kind for kind in OFFERS["gguf"].rows if uses_importance(kind))
             raise ConfigError(
                 f"algorithm=imatrix: ggml writes {self.dtype} without an importance matrix, which would "
                 f"change nothing; choose {taking}, or leave algorithm at max"
@@ -91,7 +92,7 @@ class GGUFQuantizationConfig(QuantizationConfigMixin):
                 "algorithm=imatrix, or leave imatrix_file out"
             )
         given = dict(self.tensor_types or {})
-        formats = tuple(CAPABILITIES["gguf"])
+        formats = tuple(OFFERS["gguf"].rows)
         for entry, kind in given.items():
             if not isinstance(kind, str) or kind.lower() not in formats:
                 raise ConfigError(
@@ -99,6 +100,11 @@ class GGUFQuantizationConfig(QuantizationConfigMixin):
                 )
         lowered = {entry: kind.lower() for entry, kind in given.items()}
         object.__setattr__(self, "tensor_types", lowered or None)
+
+    @property
+    def other_dtypes(self) -> tuple[str, ...]:
+        """The types of ``tensor_types``."""
+        return tuple(dict.fromkeys((self.tensor_types or {}).values()))
 
     def layer_dtypes(self, paths: Sequence[str]) -> dict[str, str]:
         """The layers that ``tensor_types`` names; ConfigError for an entry that matches none of ``paths``."""

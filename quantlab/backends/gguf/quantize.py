@@ -54,7 +54,7 @@ def quantize(
     ConfigError for a layer whose rows do not divide into blocks, or without the importance that is asked for;
     ModelError for weights that are not finite or too large for the format's float16 scales.
     """
-    require_package("libgguf", "backend=gguf", "gguf")
+    require_package("libgguf", "backend=gguf", "quantlab-recipes[gguf]")
     compute = torch_dtype(compute_dtype or config.compute_dtype)
     types = config.layer_dtypes(list(layers))
     statistics = _statistics(config, calibrated)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -29,11 +30,12 @@ from quantlab.backends.modelopt.pasted import (
 from quantlab.backends.modelopt.quantizers import BLOCKS, NUM_BITS, WIDTHS, activation_cfg, weight_cfg
 from quantlab.errors import ConfigError, nearest
 from quantlab.modules.layers import linear_layers
-from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
+from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.native import (
     EXCLUSION_RULES,
     QuantizationConfigMixin,
     QuantizationMethod,
+    Rule,
     quantization_config,
     setting,
 )
@@ -53,6 +55,10 @@ _DEFAULT_BLOCK = {"INT4": 128, "INT3": 128, "INT2": 32}
 _DIFFUSERS_TYPES = ("FP8", "INT8", "INT4")
 
 
+def _taken_by_diffusers(entry: str, path: str) -> bool:
+    return fnmatch.fnmatch(f"{path}.weight_quantizer", f"*{entry}*")
+
+
 @quantization_config
 class NVIDIAModelOptConfig(QuantizationConfigMixin):
     """Diffusers' ``NVIDIAModelOptConfig``, checked where the original replaces or ignores, and the packing.
@@ -62,7 +68,9 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
     they take are left out beside those of ``modules_to_not_convert``.
     """
 
-    quant_method: ClassVar[QuantizationMethod] = QuantizationMethod.MODELOPT
+    quant_method: ClassVar[str] = QuantizationMethod.MODELOPT
+    exclusion_rules: ClassVar[Mapping[str, Rule]] = {"diffusers": _taken_by_diffusers}
+    written_rule: ClassVar[str] = "diffusers"
 
     quant_type: str = setting("str")
     """``W`` or ``W_A`` (weights, activations), each FP8, INT8, INT4, NVFP4, MXFP8 or MXFP4; W also INT3 or INT2, which
@@ -311,13 +319,12 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
     # -- axes
 
     @classmethod
-    def from_axes(cls, axes: QuantizationAxes, settings: Mapping[str, Any] | None = None) -> Self:
+    def from_resolved(cls, axes: QuantizationAxes, settings: Mapping[str, Any] | None = None) -> Self:
         """The config for these axes and the node's own keys; ConfigError where ModelOpt does not offer them.
 
         ``group_size=auto`` is the library's own preset: one scale a row for int8, one for the tensor for float8_e4m3,
         128 for int4 (lowered for layers that it does not divide).
         """
-        axes = resolve_axes(axes)
         weight, group, is_weight_only = _SPELLING[axes.dtype], axes.group_size, axes.activation_dtype == "none"
         shape: dict[str, Any] = {}
         if weight not in BLOCKS:

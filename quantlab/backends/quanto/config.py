@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-from quantlab.backends.exclusions import build, exclusions_for, refuse_ours
+from quantlab.backends.exclusions import build, exclusions_for, refuse_ours, taken_by_transformers
 from quantlab.errors import ConfigError
-from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
+from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.native import (
     EXCLUSION_RULES,
     QuantizationConfigMixin,
     QuantizationMethod,
+    Rule,
     quantization_config,
     setting,
 )
@@ -33,7 +34,12 @@ DTYPES = {
 class QuantoConfig(QuantizationConfigMixin):
     """Diffusers' ``QuantoConfig``, and what it leaves to the library: the optimizer of the scales, e5m2."""
 
-    quant_method: ClassVar[QuantizationMethod] = QuantizationMethod.QUANTO
+    quant_method: ClassVar[str] = QuantizationMethod.QUANTO
+    exclusion_rules: ClassVar[Mapping[str, Rule]] = {
+        "diffusers": lambda entry, path: entry == path.rpartition(".")[2],
+        "transformers": taken_by_transformers,
+    }
+    written_rule: ClassVar[str] = "diffusers"
 
     weights_dtype: str = setting("str", "int8", choices=("float8", "int8", "int4", "int2", "float8_e5m2"))
     modules_to_not_convert: tuple[str, ...] | None = setting("names", None)
@@ -52,11 +58,10 @@ class QuantoConfig(QuantizationConfigMixin):
             )
 
     @classmethod
-    def from_axes(cls, axes: QuantizationAxes, settings: Mapping[str, Any] | None = None) -> Self:
+    def from_resolved(cls, axes: QuantizationAxes, settings: Mapping[str, Any] | None = None) -> Self:
         """The config for these axes; ConfigError where quanto does not offer them. It has no settings of its own."""
         for key in settings or {}:
             raise ConfigError(f"quantization.{key}: quanto has no settings beside the axes; remove it")
-        axes = resolve_axes(axes)
         native: dict[str, Any] = {"weights_dtype": SPELLING[axes.dtype], "optimizer": axes.algorithm}
         native["activations"] = next(own for own, name in ACTIVATIONS.items() if name == axes.activation_dtype)
         return cls(**native, modules_to_not_convert=axes.exclusions())

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-from quantlab.backends.exclusions import build, excluded_layers, exclusions_for, refuse_ours
+from quantlab.backends.exclusions import build, excluded_layers, exclusions_for, refuse_ours, taken_by_transformers
 from quantlab.backends.torchao.build import build_form
 from quantlab.backends.torchao.forms import (
     DEFAULTS,
@@ -32,11 +32,13 @@ from quantlab.backends.torchao.rules import OPAQUE_GROUPS, check_calibration, op
 from quantlab.backends.torchao.shorthands import expand
 from quantlab.errors import ConfigError
 from quantlab.modules.layers import linear_layers
-from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
+from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.native import (
     EXCLUSION_RULES,
+    LIBRARY_RULE,
     QuantizationConfigMixin,
     QuantizationMethod,
+    Rule,
     quantization_config,
     setting,
 )
@@ -51,6 +53,10 @@ _DTYPES = {"float8_e4m3fn": "float8_e4m3", "float8_e5m2": "float8_e5m2", "int4":
 _MX_DTYPES = {"mxfp8": "float8_e4m3fn", "mxfp4": "float4_e2m1fn_x2"}
 
 
+def _taken_by_diffusers(entry: str, path: str) -> bool:
+    return entry == f"{path}.weight" or f"{entry}." in f"{path}.weight"
+
+
 @quantization_config
 class TorchAoConfig(QuantizationConfigMixin):
     """Diffusers' ``TorchAoConfig``, torch-free, and what Diffusers leaves to the caller: how 4-bit integers are kept.
@@ -60,7 +66,12 @@ class TorchAoConfig(QuantizationConfigMixin):
     the dictionary that torchao or Diffusers wrote. All become one stored form, torchao's ``{_type, _version, _data}``.
     """
 
-    quant_method: ClassVar[QuantizationMethod] = QuantizationMethod.TORCHAO
+    quant_method: ClassVar[str] = QuantizationMethod.TORCHAO
+    exclusion_rules: ClassVar[Mapping[str, Rule]] = {
+        "diffusers": _taken_by_diffusers,
+        "transformers": lambda entry, path: taken_by_transformers(entry, f"{path}.weight"),
+    }
+    written_rule: ClassVar[str] = LIBRARY_RULE
 
     quant_type: Any = setting("any")
     """torchao's config as plain data."""
@@ -265,13 +276,12 @@ class TorchAoConfig(QuantizationConfigMixin):
     # -- axes
 
     @classmethod
-    def from_axes(cls, axes: QuantizationAxes, settings: Mapping[str, Any] | None = None) -> Self:
+    def from_resolved(cls, axes: QuantizationAxes, settings: Mapping[str, Any] | None = None) -> Self:
         """The config for these axes and the node's own keys; ConfigError where torchao does not offer them.
 
         ``group_size=auto`` is torchao's default: 128 for weight-only integers below 8 bits (its Int4WeightOnlyConfig),
         32 with int8 activations, lowered for layers that it does not divide; one scale a row for int8 and float8.
         """
-        axes = resolve_axes(axes)
         if axes.activation_dtype == "int8" and axes.dtype == "int8" and axes.group_size not in ("auto", "none"):
             raise ConfigError(
                 f"group_size={axes.group_size}: torchao int8 with activation_dtype=int8 has one scale a "

@@ -15,7 +15,7 @@ from quantlab.backends.gguf import GGUFQuantizationConfig, InputSquares, read_im
 from quantlab.errors import ConfigError
 from quantlab.modules.feed import feed_of_batches
 from quantlab.vocabulary.axes import QuantizationAxes
-from quantlab.vocabulary.capabilities import CAPABILITIES
+from tests.support.tables import CAPABILITIES
 
 gguf = pytest.importorskip("gguf")
 libgguf = pytest.importorskip("libgguf")

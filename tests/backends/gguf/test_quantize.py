@@ -18,7 +18,7 @@ from quantlab.backends import gguf as backend
 from quantlab.backends.gguf import GGUFQuantizationConfig
 from quantlab.errors import ConfigError, ModelError, NotQuantized
 from quantlab.vocabulary.axes import QuantizationAxes
-from quantlab.vocabulary.capabilities import CAPABILITIES
+from tests.support.tables import CAPABILITIES
 
 gguf = pytest.importorskip("gguf")
 libgguf = pytest.importorskip("libgguf")

@@ -16,9 +16,8 @@ from quantlab.backends.modelopt import NVIDIAModelOptConfig, build_quant_cfg
 from quantlab.backends.modelopt.algorithms import ALGORITHMS, PARAMETERS
 from quantlab.errors import ConfigError, ModelError
 from quantlab.modules.feed import feed_of_batches
-from quantlab.modules.memory import layer_memory, storages
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
-from quantlab.vocabulary.capabilities import CAPABILITIES
+from tests.support.tables import CAPABILITIES, layer_memory, storages
 
 ROWS = CAPABILITIES["modelopt"]
 IN, HIDDEN, OUT, RANK = 256, 128, 64, 16

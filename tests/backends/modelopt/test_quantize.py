@@ -15,7 +15,7 @@ from quantlab.backends import modelopt as backend
 from quantlab.backends.modelopt import NVIDIAModelOptConfig, build_quant_cfg
 from quantlab.errors import ConfigError, ModelError, NotQuantized
 from quantlab.vocabulary.axes import QuantizationAxes
-from quantlab.vocabulary.capabilities import CAPABILITIES
+from tests.support.tables import CAPABILITIES
 
 ROWS = CAPABILITIES["modelopt"]
 OUT, IN = 64, 512

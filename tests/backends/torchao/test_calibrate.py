@@ -12,12 +12,11 @@ import torch
 from torch import nn
 
 from quantlab.backends import torchao as backend
-from quantlab.backends.table import native_config
 from quantlab.backends.torchao.build import build_form, quiet_library
 from quantlab.errors import ConfigError
 from quantlab.modules.feed import CalibrationFeed, feed_of_batches
-from quantlab.modules.memory import layer_memory, storages
 from quantlab.vocabulary.axes import QuantizationAxes
+from tests.support.tables import layer_memory, native_config, storages
 from tests.support.torchao_net import IN, NAMES, OUT, SCHEMES, Net, batches, calibrated, config_of, net
 
 

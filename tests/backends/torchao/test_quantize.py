@@ -19,7 +19,7 @@ from quantlab.backends.torchao.forms import make, per_group
 from quantlab.backends.torchao.shorthands import _get_torchao_quant_type_to_method
 from quantlab.errors import ConfigError, ModelError, NotQuantized
 from quantlab.vocabulary.axes import QuantizationAxes
-from quantlab.vocabulary.capabilities import CAPABILITIES
+from tests.support.tables import CAPABILITIES
 
 ROWS = CAPABILITIES["torchao"]
 OUT, IN = 64, 512

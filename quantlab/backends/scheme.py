@@ -1,0 +1,174 @@
+"""From axes, a pasted dictionary or a native config to a scheme: the one place where a request is decided.
+
+A scheme holds all that the stages need to know of a request. What comes after planning takes it as it is, and asks
+neither the capability table nor ``conf/`` again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from quantlab.backends.stored import config_from_dict
+from quantlab.backends.table import Backend, backend_of, offers, own_settings, resolved
+from quantlab.errors import ConfigError, nearest, require_package
+from quantlab.vocabulary.axes import QuantizationAxes, capability
+from quantlab.vocabulary.capabilities import Capability
+from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
+from quantlab.vocabulary.native import QuantizationConfigMixin, plain
+
+_CONF_BACKEND = "torchao"
+"""What ``conf/config.yaml`` chooses where nobody does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """What a layer is stored as: axes spelled out, and the table's row of them."""
+
+    axes: QuantizationAxes
+    row: Capability
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """A request, decided."""
+
+    backend: Backend
+    axes: QuantizationAxes
+    """Spelled out."""
+    row: Capability
+    native: QuantizationConfigMixin
+    exclusions: tuple[str, ...] = ()
+    """Entries by quantlab's matcher: the config's own, or those that come on top of a library's rule."""
+    shipped_exclusions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of these, the lists of ``conf/modules_to_not_convert`` by name, which may match nothing."""
+    other_formats: Mapping[str, Format] = field(default_factory=dict)
+    """dtype -> format, for the dtypes that the config gives single layers."""
+    fallback: Scheme | None = None
+    """How layers that do not fit are stored, where ``on_mismatch`` is a dtype of the backend."""
+
+    @property
+    def format(self) -> Format:
+        """What all layers are stored as that get no other dtype."""
+        return Format(axes=self.axes, row=self.row)
+
+    def without_data(self) -> Scheme | None:
+        """The same bits by the plain algorithm that needs no data; None where there is none."""
+        native = self.native.without_data()
+        if native is None:
+            return None
+        said = native.axes()
+        axes = replace(self.axes, algorithm=said.algorithm, activation_dtype=said.activation_dtype)
+        return replace(self, axes=axes, native=native)
+
+
+def scheme_of(
+    axes: QuantizationAxes, settings: Mapping[str, Any] | None = None, shipped: Collection[str] = ()
+) -> Scheme | None:
+    """Axes and the backend's own settings -> the scheme; None for ``backend=none``. Torch-free.
+
+    ``shipped`` are the names of the lists of exclusions that come with quantlab. Raises ConfigError where the
+    combination is impossible and MissingPackage where its library is not installed.
+    """
+    axes = resolved(axes)
+    if axes.backend == "none":
+        return None
+    own = own_settings(axes.backend)
+    for key in settings or {}:
+        if key not in own:
+            raise ConfigError(f"quantization.{key}: {axes.backend} has no such setting{nearest(key, own)}")
+    backend = backend_of(axes.backend)
+    native = backend.module.Config.from_resolved(axes, dict(settings or {}))
+    return _made(backend, axes, native, shipped)
+
+
+def scheme_of_config(native: QuantizationConfigMixin, **more: Any) -> Scheme:
+    """The scheme of a native config; ``more`` are axes that a config does not say (``on_mismatch``).
+
+    Raises ConfigError for a config that no axes express, and as :func:`scheme_of`.
+    """
+    axes = resolved(replace(native.axes(), **more))
+    return _made(backend_of(axes.backend), axes, native)
+
+
+def pasted_scheme(
+    axes: QuantizationAxes, settings: Mapping[str, Any], typed: Collection[str] = (), shipped: Collection[str] = ()
+) -> Scheme:
+    """The scheme of the node's ``quantization_config``; its axes are the node's, filled in with what that says.
+
+    The exclusions of the node itself come on top, by quantlab's matcher. ``typed`` are the keys that the user typed:
+    the backend that ``conf`` chooses for everyone is no contradiction. Raises ConfigError for an axis or setting of the
+    node that says otherwise than the dictionary, and for a config that no axes express.
+    """
+    key = "quantization.quantization_config"
+    try:
+        native: QuantizationConfigMixin = config_from_dict(axes.quantization_config)
+        said = resolved(native.axes())
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
+    if said.backend == "gguf" and "gguf_type" not in native.extra_settings():
+        raise ConfigError(
+            f"{key}: gguf_type: Diffusers takes the format from the file, so its dictionary says none; "
+            "add gguf_type, the format to write"
+        )
+    default = QuantizationAxes(backend=_CONF_BACKEND if "backend" not in typed else "none")
+    for name in ("backend", "dtype", "group_size", "activation_dtype", "compute_dtype", "algorithm"):
+        asked, found = str(getattr(axes, name)), str(getattr(said, name))
+        if asked not in (getattr(default, name), found):
+            raise ConfigError(f"{name}={asked}: the {key} says {found}; leave {name} out")
+    for name, value in settings.items():
+        if plain(value) not in (own_settings(axes.backend)[name].default, getattr(native, name, None)):
+            raise ConfigError(f"quantization.{name}={value}: the {key} decides it; leave {name} out")
+    kept = {
+        name: getattr(axes, name)
+        for name in ("modules_to_not_convert", "replace_default_exclusions", "on_mismatch", "quantization_config")
+    }
+    return _made(backend_of(said.backend), replace(said, **kept), native, shipped)
+
+
+def _made(
+    backend: Backend, axes: QuantizationAxes, native: QuantizationConfigMixin, shipped: Collection[str] = ()
+) -> Scheme:
+    row = capability(axes.backend, axes.dtype, offers())
+    for package in (*backend.imports, *row.packages):
+        require_package(package, f"backend={backend.name}", backend.install)
+    groups = {g: tuple(entries) for g, entries in axes.modules_to_not_convert.items() if g in shipped}
+    return Scheme(
+        backend=backend,
+        axes=axes,
+        row=row,
+        native=native,
+        exclusions=(native.exclusions or ()) if native.exclusion_rule == "quantlab" else axes.exclusions(),
+        shipped_exclusions=groups,
+        other_formats={dtype: _other(axes, dtype) for dtype in native.other_dtypes},
+        fallback=_fallback(backend, axes, native),
+    )
+
+
+def _other(axes: QuantizationAxes, dtype: str) -> Format:
+    """The axes with another dtype; an algorithm that does nothing for it does not apply."""
+    row = capability(axes.backend, dtype, offers())
+    algorithm = axes.algorithm if axes.algorithm in row.algorithms else "auto"
+    other = replace(axes, dtype=dtype, group_size="auto", algorithm=algorithm)
+    return Format(axes=resolved(other), row=row)
+
+
+def _fallback(backend: Backend, axes: QuantizationAxes, native: QuantizationConfigMixin) -> Scheme | None:
+    """How misfits are stored where ``on_mismatch`` is a dtype of the backend; None where it is no dtype, or a cast."""
+    dtype = axes.on_mismatch
+    if dtype in ("error", "skip", *COMPUTE_DTYPES):
+        return None
+    row = capability(axes.backend, dtype, offers())
+    is_shared = axes.algorithm in backend.input_algorithms and axes.algorithm in row.algorithms
+    other = resolved(
+        QuantizationAxes(
+            backend=axes.backend,
+            dtype=dtype,
+            compute_dtype=axes.compute_dtype,
+            algorithm=axes.algorithm if is_shared else "auto",
+        )
+    )
+    file = getattr(native, "imatrix_file", None) if is_shared else None
+    config = backend.module.Config.from_resolved(other, {"imatrix_file": file} if file else None)
+    return _made(backend, other, config)

@@ -1,0 +1,77 @@
+"""Rows that are not measured here and now: read back from a record, failed, or never possible."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quantlab.planning.job import Job
+from quantlab.vocabulary.reports import MetricValue, RunReport
+
+
+def failed_row(
+    job: Job,
+    protocol: str,
+    error: str,
+    stage: str = "",
+    run_id: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    is_resumed: bool = False,
+) -> RunReport:
+    """The row of a job that failed at ``stage``; ``metrics`` are what it had measured by then, by tracked names."""
+    return RunReport(
+        name=job.name,
+        status="FAILED",
+        protocol=protocol,
+        error=error,
+        failed_stage=stage,
+        run_id=run_id,
+        params=job.resolved,
+        is_resumed=is_resumed,
+        **_numbers(metrics or {}),
+    )
+
+
+def skipped_row(combination: str, protocol: str, reason: str) -> RunReport:
+    """The row of a combination that no backend offers."""
+    return RunReport(name=combination, status="SKIPPED", protocol=protocol, error=reason)
+
+
+def finished_row(data: Mapping[str, Any], run_id: str | None, name: str = "", is_resumed: bool = False) -> RunReport:
+    """A run's ``report.json`` as a row: its numbers, without arrays and layers; ``name`` replaces the stored one."""
+    return RunReport(
+        name=name or data["name"],
+        status="FINISHED",
+        protocol=data["protocol"],
+        params=data["params"],
+        run_id=run_id,
+        is_resumed=is_resumed,
+        **_numbers(data["metrics"]),
+    )
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a report that hold numbers, from flat metrics."""
+    stored = {str(k): float(v) for k, v in metrics.items()}
+    return {
+        "quality": metric_values(stored, "quality/"),
+        "floor": metric_values(stored, "quality/floor/"),
+        "floor_batch": metric_values(stored, "quality/floor_batch/"),
+        "stored_metrics": stored,
+    }
+
+
+def metric_values(metrics: Mapping[str, float], prefix: str) -> dict[str, MetricValue]:
+    """The numbers with uncertainty among flat metrics whose name is ``prefix`` and one word."""
+    names = [k.removeprefix(prefix).removesuffix("/n") for k in metrics if k.startswith(prefix) and k.endswith("/n")]
+    return {
+        name: MetricValue(
+            value=metrics[prefix + name],
+            n=int(metrics[f"{prefix}{name}/n"]),
+            se=metrics.get(f"{prefix}{name}/se"),
+            ci_lo=metrics.get(f"{prefix}{name}/ci_lo"),
+            ci_hi=metrics.get(f"{prefix}{name}/ci_hi"),
+        )
+        for name in names
+        if "/" not in name
+    }

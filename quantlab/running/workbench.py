@@ -1,0 +1,211 @@
+"""What the jobs of a request share: the session with its store, and the loaded model with its reference."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from quantlab import tracking
+from quantlab.backends.table import loggers
+from quantlab.datasets.calibration import calibration_inputs
+from quantlab.datasets.table import DATASETS
+from quantlab.errors import ConfigError
+from quantlab.models.loaded import LoadedModel
+from quantlab.models.table import FAMILIES
+from quantlab.modules.fingerprint import fingerprint_warning, grid_fingerprint
+from quantlab.modules.layers import check_finite_weights, state_digest
+from quantlab.modules.memory import StageMeasurement, measure_stage
+from quantlab.planning.job import FLOOR_BATCH, FLOOR_BF16, Job
+from quantlab.progress import Advance, say
+from quantlab.quiet import quiet_libraries
+from quantlab.stages.observe import observe, reference_key
+from quantlab.tracking import Run, Store
+from quantlab.tracking.tags import (
+    INPUTS_SHA256,
+    JUDGE_SHA256,
+    MODEL_ARTIFACT,
+    REFERENCE_KEY,
+    WEIGHTS_SHA256,
+)
+from quantlab.vocabulary.native import canonical_json
+from quantlab.vocabulary.reports import MetricValue, RunReport, StageReport
+from quantlab.vocabulary.schema import ExperimentConfig
+
+
+@dataclass
+class Workbench:
+    """What jobs share: the loaded model, its inputs, the reference's outputs, and the floors."""
+
+    key: str
+    model: LoadedModel
+    inputs: Any
+    reference: Mapping[str, Any]
+    reference_key: str
+    fingerprint: float | None
+    stages: tuple[StageReport, ...] = ()
+    floors: dict[str, dict[str, MetricValue]] = field(default_factory=dict)
+    """Name of a floor's row -> what it costs, for all rows that come after it."""
+    calibrations: dict[str, Any] = field(default_factory=dict)
+    """Calibration config -> its inputs."""
+
+    def keep_floor(self, report: RunReport) -> None:
+        """Keep the numbers of a finished row if it is a floor's."""
+        if report.name in (FLOOR_BF16, FLOOR_BATCH):
+            self.floors[report.name] = dict(report.quality)
+
+    def with_floors(self, report: RunReport) -> RunReport:
+        """The row with the floors that are known."""
+        floor, batch = self.floors.get(FLOOR_BF16, {}), self.floors.get(FLOOR_BATCH, {})
+        return replace(report, floor=floor, floor_batch=batch)
+
+    def calibration_inputs(self, config: ExperimentConfig) -> Any:
+        """What calibration may look at; built and checked once. Raises ConfigError for data that cannot be used."""
+        key = canonical_json(asdict(config.calibration))
+        if key not in self.calibrations:
+            self.calibrations[key] = calibration_inputs(config.calibration, config.evaluation, self.model, self.inputs)
+        return self.calibrations[key]
+
+
+@dataclass
+class Session:
+    """One request under way."""
+
+    store: Store
+    device: str
+    output_dir: Path
+    advance: Advance
+    parent_run_id: str | None = None
+    parent_record: str | None = None
+    """Id of the sweep's own record, by which it is found in any store."""
+    bench: Workbench | None = None
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    expected: dict[str, list[ExperimentConfig]] = field(default_factory=dict)
+    """Key of a workbench -> the configs of jobs on it that will want calibration data."""
+
+    def expect(self, jobs: Sequence[Job]) -> None:
+        """Note what the jobs will want, so that bad calibration data are refused before the long work starts."""
+        for job in jobs:
+            if job.native is not None and job.native.needs_data:
+                self.expected.setdefault(bench_key(job.config), []).append(job.config)
+
+
+def prepare_device(config: ExperimentConfig) -> str:
+    """Resolve ``device``, set torch's threads; ConfigError where CUDA is asked for and there is none."""
+    quiet_libraries(loggers())
+    import torch
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device=cuda: this torch sees no CUDA device; pass device=cpu, or install a CUDA build of torch"
+        )
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    torch.backends.mha.set_fastpath_enabled(False)  # it reads .weight directly and so bypasses quantized layers
+    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def workbench(session: Session, config: ExperimentConfig, run: Run) -> Workbench:
+    """The model, inputs and reference outputs for a config; the last one is kept for the jobs that share it."""
+    key = bench_key(config)
+    if session.bench is not None and session.bench.key == key:
+        return session.bench
+    if session.bench is not None:
+        session.bench = None  # frees the other model before this one is loaded
+        gc.unfreeze()
+    cache = session.output_dir / "cache"
+    with in_stage(session, run, "load") as load:
+        model = FAMILIES[config.model.family](config.model, session.device, cache, session.advance)
+        for name, module in model.components.items():
+            path = config.model.path
+            typed = f"model.path={path}" if path else f"model={config.model.family}"
+            check_finite_weights(module, f"{typed}: {name}")
+    _set_aside()
+    inputs = DATASETS[config.dataset.name](config.dataset, config.evaluation, model)
+    expected = {canonical_json(asdict(c.calibration)): c for c in session.expected.get(key, [])}
+    calibrations = {
+        said: calibration_inputs(c.calibration, c.evaluation, model, inputs) for said, c in expected.items()
+    }
+    fingerprint = grid_fingerprint(list(model.components.values()))
+    if warning := fingerprint_warning(fingerprint):
+        say(f"[yellow]warning[/yellow]: {warning}")
+    with in_stage(session, run, "observe") as seen:
+        reference = observe(model, inputs, config.evaluation, cache, step_progress(session, "observe reference"))
+    bench = Workbench(
+        key=key,
+        model=model,
+        inputs=inputs,
+        reference=reference,
+        fingerprint=fingerprint,
+        reference_key=reference_key(model, inputs, config.evaluation),
+        stages=(load.report, seen.report),
+        calibrations=calibrations,
+    )
+    _log_shared(session, run, bench)
+    session.bench = bench
+    _set_aside()
+    return bench
+
+
+def bench_key(config: ExperimentConfig) -> str:
+    return canonical_json([asdict(config.model), asdict(config.dataset), asdict(config.evaluation)])
+
+
+def _set_aside() -> None:
+    """Each stage begins with a garbage collection, which need not look at a million objects of the libraries again."""
+    gc.collect()
+    gc.freeze()
+
+
+def step_progress(session: Session, what: str) -> Callable[[int, int], None]:
+    return lambda done, total: session.advance(what, done, total)
+
+
+def _log_shared(session: Session, run: Run, bench: Workbench) -> None:
+    """Tags of what the jobs share; and once a store, the weights that quantlab trained, to be found by hash."""
+    shared = shared_tags(bench)
+    run.set_tags(shared)
+    digest = bench.model.weights_sha256
+    held = {MODEL_ARTIFACT: digest, **{k: v for k, v in shared.items() if k == JUDGE_SHA256}}
+    if "folder" in bench.model.parts and not tracking.has_run_with_tags(session.store, held):
+        for path in sorted(Path(bench.model.parts["folder"]).glob("*.*")):
+            run.log_artifact(path, f"model/{digest.removeprefix('sha256:')[:16]}")
+        run.set_tags({MODEL_ARTIFACT: digest})
+
+
+def shared_tags(bench: Workbench) -> dict[str, str]:
+    return {
+        REFERENCE_KEY: bench.reference_key,
+        WEIGHTS_SHA256: bench.model.weights_sha256,
+        INPUTS_SHA256: bench.inputs.sha256,
+        **({JUDGE_SHA256: judge} if (judge := judge_digest(bench)) else {}),
+    }
+
+
+def judge_digest(bench: Workbench) -> str:
+    """Digest of the weights of the model's own classifier; an empty text where it has none."""
+    judge = bench.model.parts.get("judge")
+    return state_digest(judge.state_dict()) if judge is not None else ""
+
+
+def run_folder(session: Session, name: str) -> Path:
+    """A fresh folder for a run."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    slug = "".join(c if c.isalnum() else "-" for c in name)[:60]
+    base = session.output_dir / "runs"
+    base.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f"{stamp}-{slug}-", dir=base))
+
+
+@contextlib.contextmanager
+def in_stage(session: Session, run: Run | None, name: str) -> Iterator[StageMeasurement]:
+    """Measure a stage; the run's tag says where it is, so that a failure and a kill name their stage."""
+    if run is not None:
+        run.stage = name
+    with measure_stage(name, session.device) as measured:
+        yield measured
