@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING, cast
 
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig
+
+if TYPE_CHECKING:
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
 NUM_CLASSES = 10
 
@@ -35,8 +39,8 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
             f"dataset={config.name}: its conditions are the digits 0 to 9, which model={model.name} does "
             "not draw; use model=digits_dit, or a data set of prompts"
         )
-    network = model.components["transformer"].config
-    shape = (network.in_channels, network.sample_size, network.sample_size)
+    network = cast("DiTTransformer2DModel", model.components["transformer"]).config
+    shape = (network["in_channels"], network["sample_size"], network["sample_size"])
     labels = [i % NUM_CLASSES for i in range(num)]
     noise = [
         torch.randn(shape, generator=torch.Generator().manual_seed(_seed(config, label, i // NUM_CLASSES)))

@@ -3,44 +3,55 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, cast
 
 from quantlab.errors import ModelError
-from quantlab.models.checkpoint import load_checkpoint, output_head_name, weights_sha256
-from quantlab.models.loaded import LoadedModel
+from quantlab.models.checkpoint import load_checkpoint, weights_sha256
+from quantlab.models.loaded import LoadedModel, Progress
+from quantlab.models.reading import required_path
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.schema import ModelConfig
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.modeling_outputs import CausalLMOutput
 
-def load(config: ModelConfig, device: str, cache_dir: Path, progress: Any = None) -> LoadedModel:
+
+class CausalLM(Protocol):
+    """What is used of a causal language model of transformers, whose own class leaves most of it untyped."""
+
+    config: PreTrainedConfig
+
+    def __call__(self, *, input_ids: torch.Tensor, use_cache: bool) -> CausalLMOutput: ...
+    def get_output_embeddings(self) -> torch.nn.Module: ...
+
+
+def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress | None = None) -> LoadedModel:
     """The causal LM at ``config.path`` (a local folder or a Hub id) with its tokenizer.
 
     One component, ``model``. The output head is excluded from quantization by default, as is
     ``config.default_exclusions``. Raises ModelError beginning with ``model.path=...`` for whatever cannot be read.
     """
-    if not config.path:
-        raise ModelError(
-            "model.path=null: family causal_lm needs a model; give a local folder or a Hub id, "
-            "such as model.path=HuggingFaceTB/SmolLM2-135M"
-        )
+    path = required_path(config, "a model", "HuggingFaceTB/SmolLM2-135M")
     from transformers import AutoModelForCausalLM
 
-    model, tokenizer = load_checkpoint(AutoModelForCausalLM, config.path, config, device)
-    return as_language_model(
-        model,
-        tokenizer,
-        config,
-        device,
-        Path(config.path).name,
-        weights_sha256(model, config.path, config.revision, cache_dir),
-    )
+    model, tokenizer = load_checkpoint(AutoModelForCausalLM, path, config, device)
+    digest = weights_sha256(model, path, config.revision, cache_dir)
+    return as_language_model(model, tokenizer, config, device, Path(path).name, digest)
 
 
 def as_language_model(
-    model: Any, tokenizer: Any, config: ModelConfig, device: str, name: str, digest: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ModelConfig,
+    device: str,
+    name: str,
+    digest: str,
 ) -> LoadedModel:
     """A LoadedModel of the language protocol around a transformers causal LM."""
-    head = output_head_name(model)
+    embedding: torch.nn.Module | None = network_of(model).get_output_embeddings()
+    head = next((name for name, module in model.named_modules() if module is embedding), None)
     if head is None:
         raise ModelError(
             f"model.path={config.path}: {type(model).__name__} has no output embedding, so it gives no "
@@ -56,3 +67,8 @@ def as_language_model(
         weights_sha256=digest,
         default_exclusions={"model": tuple(dict.fromkeys((head, *config.default_exclusions)))},
     )
+
+
+def network_of(component: torch.nn.Module) -> CausalLM:
+    """The component of a model that :func:`as_language_model` made."""
+    return cast(CausalLM, component)

@@ -5,33 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
-from quantlab.errors import ConfigError, ModelError
+from quantlab.errors import ModelError
+from quantlab.models.reading import as_model_error, chosen_dtype, frozen, local_folder, quiet_loading
+from quantlab.modules.compute_dtype import torch_dtype
 from quantlab.modules.layers import state_digest
-from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, dtype_name
+from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.schema import ModelConfig
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """transformers' per-tensor progress bars off, and back on where they were on."""
-    from transformers.utils import logging
-
-    switch: Any = logging
-    shown = switch.is_progress_bar_enabled()
-    switch.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            switch.enable_progress_bar()
+_WAY_OUT = "check the path, that the files are complete, and, for a Hub id, the network or the local Hub cache"
 
 
-def load_checkpoint(auto_class: Any, path: str, config: ModelConfig, device: str, key: str = "") -> tuple[Any, Any]:
+def load_checkpoint(
+    auto_class: type[_BaseAutoModelClass], path: str, config: ModelConfig, device: str, key: str = ""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A transformers model in eval mode on ``device``, and its tokenizer, from a local folder or a Hub id.
 
     ``auto_class`` is ``AutoModelForCausalLM`` or ``AutoModel``; ``key`` begins the messages (default
@@ -39,12 +34,13 @@ def load_checkpoint(auto_class: Any, path: str, config: ModelConfig, device: str
     missing, unreachable, not a model, incomplete, damaged, already quantized or without a tokenizer.
     """
     key = key or f"model.path={path}"
-    dtype = torch_dtype_argument(config.dtype, device)
-    _check_location(key, path)
+    dtype = torch_dtype_argument(config, device)
+    local_folder(key, path, "config.json", "a transformers model", "save_pretrained")
     from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils import logging
 
     where = {"revision": config.revision, "trust_remote_code": False}
-    with _as_model_error(key):
+    with as_model_error(key, _WAY_OUT):
         stored = AutoConfig.from_pretrained(path, **where)
     quantized = getattr(stored, "quantization_config", None)
     if quantized is not None:
@@ -53,7 +49,7 @@ def load_checkpoint(auto_class: Any, path: str, config: ModelConfig, device: str
             f"{key}: these weights are already quantized ({method}); the reference must not be: "
             "name the unquantized checkpoint"
         )
-    with _as_model_error(key), quiet_loading():
+    with as_model_error(key, _WAY_OUT), quiet_loading(logging):
         model, info = auto_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **where)
     missing = sorted(info.get("missing_keys", ()))
     if missing:
@@ -62,65 +58,22 @@ def load_checkpoint(auto_class: Any, path: str, config: ModelConfig, device: str
             f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}), which would stay random; "
             "name a checkpoint that was saved from this architecture"
         )
-    with _as_model_error(f"{key} (tokenizer)"):
+    with as_model_error(f"{key} (tokenizer)", _WAY_OUT):
         tokenizer = AutoTokenizer.from_pretrained(path, **where)
-    return model.eval().requires_grad_(False).to(device), tokenizer
+    return frozen(model).to(device), tokenizer
 
 
-def torch_dtype_argument(dtype: str, device: str) -> Any:
+def torch_dtype_argument(config: ModelConfig, device: str) -> torch.dtype | Literal["auto"]:
     """``model.dtype`` as ``from_pretrained`` takes it: ``auto`` is float32 on a CPU (16-bit is slower there and adds
     its own error), as stored elsewhere. ConfigError for a dtype that models do not compute in."""
-    if dtype not in ("auto", *COMPUTE_DTYPES):
-        raise ConfigError(f"model.dtype={dtype}: a model computes in one of auto, {', '.join(COMPUTE_DTYPES)}")
-    import torch
-
-    if dtype == "auto":
-        return torch.float32 if device.startswith("cpu") else "auto"
-    return getattr(torch, dtype)
-
-
-def _check_location(key: str, path: str) -> None:
-    local = Path(path).expanduser()
-    looks_local = path.startswith(("/", ".", "~")) or path.count("/") != 1
-    if local.is_file():
-        raise ModelError(f"{key}: this is a file; name the folder that holds config.json and the weights")
-    if local.is_dir() and not (local / "config.json").is_file():
-        raise ModelError(
-            f"{key}: the folder has no config.json, so it is not a transformers model; "
-            "name a folder that save_pretrained wrote"
-        )
-    if not local.exists() and looks_local:
-        raise ModelError(f"{key}: there is no such folder; name a local folder or a Hub id (owner/name)")
-
-
-@contextmanager
-def _as_model_error(key: str) -> Iterator[None]:
-    """What reading a broken, missing or unreachable checkpoint raises, as one ModelError with its first line."""
-    from safetensors import SafetensorError
-
-    unreadable = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
-    try:
-        yield
-    except unreadable as error:
-        if isinstance(error, ModelError):
-            raise
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise ModelError(
-            f"{key}: it cannot be loaded ({first.rstrip('.')}); check the path, that the files are "
-            "complete, and, for a Hub id, the network or the local Hub cache"
-        ) from error
-
-
-def output_head_name(model: Any) -> str | None:
-    """Module path of the output embedding (``lm_head``) of a language model; None where it has none."""
-    head = model.get_output_embeddings()
-    return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
+    name = chosen_dtype(config, "float32" if device.startswith("cpu") else "auto")
+    return "auto" if name == "auto" else torch_dtype(name)
 
 
 # -- digests
 
 
-def weights_sha256(model: Any, path: str | Path, revision: str | None, cache_dir: Path) -> str:
+def weights_sha256(model: PreTrainedModel, path: str | Path, revision: str | None, cache_dir: Path) -> str:
     """:func:`~quantlab.modules.layers.state_digest` of the model as loaded, remembered in ``cache_dir/digests.json``.
 
     The key is the path, size and modification time of the weight files and the dtype they were loaded in; a model whose

@@ -12,17 +12,29 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.errors import ConfigError, ModelError, nearest
-from quantlab.models.checkpoint import file_sha256, quiet_loading
-from quantlab.models.loaded import LoadedModel
-from quantlab.modules.compute_dtype import component_dtype
-from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
+from quantlab.models.checkpoint import file_sha256
+from quantlab.models.loaded import Conditioning, LoadedModel, OnStep, Progress, TextToImage
+from quantlab.models.reading import (
+    as_model_error,
+    chosen_dtype,
+    frozen,
+    local_folder,
+    quiet_loading,
+    require_index,
+    required_path,
+)
+from quantlab.modules.compute_dtype import component_dtype, torch_dtype
 from quantlab.vocabulary.schema import EvaluationConfig, ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from torch import Tensor, nn
 
 _UNET = ("conv_in", "conv_out", "time_embedding", "add_embedding", "*.time_emb_proj")
 _MMDIT = ("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out")
@@ -79,29 +91,23 @@ _DENOISERS = ("transformer", "unet")
 _INDEX = "model_index.json"
 
 
-def load(
-    config: ModelConfig, device: str, cache_dir: Path, progress: Callable[[str, int, int], Any] | None = None
-) -> LoadedModel:
+def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress | None = None) -> LoadedModel:
     """The pipeline at ``config.path`` (a local folder or a Hub id) on ``device``.
 
     ``components`` are those of ``config.components`` and the denoiser, which every run needs; the whole pipeline is in
     ``parts["pipeline"]``, the denoiser's name in ``parts["denoiser"]``. Raises ModelError beginning with
     ``model.path=...`` for what cannot be found, read or run, ConfigError for a component or dtype that is not there.
     """
-    if not config.path:
-        raise ModelError(
-            "model.path=null: family diffusers needs a pipeline; give a local folder or a Hub id, "
-            "such as model.path=black-forest-labs/FLUX.1-schnell"
-        )
-    key = f"model.path={config.path}"
-    dtype = _dtype_name(config.dtype, device)
-    folder = _folder(key, config)
+    path = required_path(config, "a pipeline", "black-forest-labs/FLUX.1-schnell")
+    key = f"model.path={path}"
+    dtype = chosen_dtype(config, "bfloat16" if device.startswith("cuda") else "float32")
+    folder = _folder(key, path, config.revision)
     _check_files(key, folder)
     pipe = _read_pipeline(key, folder, dtype, device)
     denoiser = _check_pipeline(key, pipe)
     components = _components(pipe, [*config.components, denoiser])
     return LoadedModel(
-        name=Path(config.path).name,
+        name=Path(path).name,
         protocol="diffusion",
         components=components,
         parts={"pipeline": pipe, "denoiser": denoiser, "scheduler": pipe.scheduler, "prompt_embeddings": {}},
@@ -114,7 +120,7 @@ def load(
     )
 
 
-def modules_of(pipe: Any) -> dict[str, Any]:
+def modules_of(pipe: TextToImage) -> dict[str, nn.Module]:
     """Name -> module, for the components of a pipeline that are modules (not tokenizers or schedulers)."""
     from torch import nn
 
@@ -126,11 +132,11 @@ def modules_of(pipe: Any) -> dict[str, Any]:
 
 def sample(
     model: LoadedModel,
-    noise: Any,
-    conditioning: Mapping[str, Sequence[Any]],
+    noise: Tensor,
+    conditioning: Conditioning,
     evaluation: EvaluationConfig,
-    on_step: Callable[[int, Any], None] | None = None,
-) -> Any:
+    on_step: OnStep | None = None,
+) -> Tensor:
     """Final latents, float32 on the CPU, (n, channels, height, width) in the VAE's layout.
 
     ``noise`` is (n, *:func:`noise_shape`), ``conditioning["prompt"]`` n texts. ``on_step(k, latents)`` follows each
@@ -141,7 +147,7 @@ def sample(
     height, width = image_size(model, evaluation)
     dtype = component_dtype(getattr(pipe, model.parts["denoiser"]), model.dtype)
 
-    def follow(_pipe: Any, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+    def follow(_pipe: TextToImage, step: int, _timestep: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
         if on_step is not None:
             on_step(step, unpacked(pipe, values["latents"], height, width))
         return {}
@@ -163,20 +169,20 @@ def sample(
     return unpacked(pipe, latents, height, width).float().cpu()
 
 
-def decode(model: LoadedModel, latents: Any) -> Any:
+def decode(model: LoadedModel, latents: Tensor) -> Tensor:
     """Latents as :func:`sample` returns them -> images, float32 on the CPU, (n, height, width, 3) in [0, 1].
 
     One image at a time: the result does not depend on the batch, and the VAE is the part that needs the most memory.
     """
     import torch
 
-    vae = model.components.get("vae", model.parts["pipeline"].vae)
-    dtype = component_dtype(vae, model.dtype)
+    part = model.components.get("vae", model.parts["pipeline"].vae)
+    vae, dtype = cast("AutoencoderKL", part), component_dtype(part, model.dtype)  # or one of its relatives
     if dtype == torch.float16 and vae.config.get("force_upcast"):  # SDXL's VAE overflows in float16
-        vae, dtype = copy.deepcopy(vae).float(), torch.float32
+        vae, dtype = cast("AutoencoderKL", copy.deepcopy(part).float()), torch.float32
     images = []
     with torch.no_grad():
-        for latent in latents.split(1):
+        for latent in torch.split(latents, 1):
             scaled = _unscaled(latent.to(model.device, dtype), vae.config)
             image = vae.decode(scaled, return_dict=False)[0].float()
             images.append((image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu())
@@ -213,7 +219,7 @@ def noise_shape(model: LoadedModel, evaluation: EvaluationConfig) -> tuple[int, 
     return ((rows // 2) * (columns // 2), channels) if _packs(pipe) else (channels, rows, columns)
 
 
-def unpacked(pipe: Any, latents: Any, height: int, width: int) -> Any:
+def unpacked(pipe: TextToImage, latents: Tensor, height: int, width: int) -> Tensor:
     """(n, tokens, 4 c) of a packing pipeline -> (n, c, height, width) of the latents; others stay as they are."""
     if not _packs(pipe):
         return latents
@@ -222,7 +228,7 @@ def unpacked(pipe: Any, latents: Any, height: int, width: int) -> Any:
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(latents), -1, 2 * rows, 2 * columns)
 
 
-def pipeline_of(model: LoadedModel) -> Any:
+def pipeline_of(model: LoadedModel) -> TextToImage:
     """A shallow copy of the reference's pipeline with the model's components in it."""
     reference = model.parts["pipeline"]
     pipe = copy.copy(reference)
@@ -233,15 +239,15 @@ def pipeline_of(model: LoadedModel) -> Any:
     return pipe
 
 
-def _packs(pipe: Any) -> bool:
+def _packs(pipe: TextToImage) -> bool:
     return hasattr(pipe, "_unpack_latents")
 
 
-def _parameters(pipe: Any) -> Mapping[str, Any]:
+def _parameters(pipe: TextToImage) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(type(pipe).__call__).parameters
 
 
-def _unscaled(latents: Any, config: Any) -> Any:
+def _unscaled(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
     import torch
 
     mean, std = config.get("latents_mean"), config.get("latents_std")
@@ -251,7 +257,7 @@ def _unscaled(latents: Any, config: Any) -> Any:
     return latents / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
 
 
-def _generators(noise: Any) -> list[Any]:
+def _generators(noise: Tensor) -> list[torch.Generator]:
     import torch
 
     digests = [hashlib.sha256(one.contiguous().float().numpy().tobytes()).hexdigest() for one in noise.cpu()]
@@ -261,7 +267,9 @@ def _generators(noise: Any) -> list[Any]:
 # -- prompts
 
 
-def _prompt_arguments(model: LoadedModel, pipe: Any, prompts: list[str], dtype: Any) -> dict[str, Any]:
+def _prompt_arguments(
+    model: LoadedModel, pipe: TextToImage, prompts: list[str], dtype: torch.dtype
+) -> dict[str, list[str] | Tensor]:
     """The prompts as the pipeline's call takes them: encoded, in the denoiser's dtype, where we know how.
 
     The pipeline then loses its text encoders: SDXL would cast the embeddings to their dtype, which need not be the
@@ -273,14 +281,16 @@ def _prompt_arguments(model: LoadedModel, pipe: Any, prompts: list[str], dtype: 
     if names is None:
         return {"prompt": prompts}
     columns = zip(*(_encoded(model, pipe, prompt, len(names)) for prompt in prompts), strict=True)
-    embeddings = {name: torch.cat(rows).to(model.device, dtype) for name, rows in zip(names, columns, strict=True)}
+    embeddings: dict[str, list[str] | Tensor] = {
+        name: torch.cat(rows).to(model.device, dtype) for name, rows in zip(names, columns, strict=True)
+    }
     for name in modules_of(pipe):
         if name.startswith("text_encoder"):
             setattr(pipe, name, None)
     return embeddings
 
 
-def _encoded(model: LoadedModel, pipe: Any, prompt: str, num: int) -> tuple[Any, ...]:
+def _encoded(model: LoadedModel, pipe: TextToImage, prompt: str, num: int) -> tuple[Tensor, ...]:
     """One prompt's embeddings on the CPU, each (1, ...); remembered while the text encoders are the reference's."""
     import torch
 
@@ -288,7 +298,7 @@ def _encoded(model: LoadedModel, pipe: Any, prompt: str, num: int) -> tuple[Any,
         name.startswith("text_encoder") and module is not getattr(model.parts["pipeline"], name)
         for name, module in model.components.items()
     )
-    known: dict[str, tuple[Any, ...]] = {} if own else model.parts["prompt_embeddings"]
+    known: dict[str, tuple[Tensor, ...]] = {} if own else model.parts["prompt_embeddings"]
     if prompt not in known:
         settings = {
             "prompt": prompt,
@@ -310,37 +320,19 @@ def _encoded(model: LoadedModel, pipe: Any, prompt: str, num: int) -> tuple[Any,
 # -- reading it
 
 
-def _dtype_name(dtype: str, device: str) -> str:
-    if dtype not in ("auto", *COMPUTE_DTYPES):
-        raise ConfigError(
-            f"model.dtype={dtype}: a pipeline computes in one of auto, {', '.join(COMPUTE_DTYPES)}"
-            f"{nearest(dtype, COMPUTE_DTYPES)}"
-        )
-    return dtype if dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
-
-
-def _folder(key: str, config: ModelConfig) -> Path:
+def _folder(key: str, path: str, revision: str | None) -> Path:
     """The local folder, or the Hub's snapshot of it (downloaded unless offline)."""
-    path = str(config.path)
-    local = Path(path).expanduser()
-    if local.is_file():
-        raise ModelError(f"{key}: this is a file; name the folder that holds {_INDEX}")
-    if not local.exists():
-        if path.startswith(("/", ".", "~")) or path.count("/") != 1:
-            raise ModelError(f"{key}: there is no such folder; name a local folder or a Hub id (owner/name)")
-        from diffusers import DiffusionPipeline
+    said = (_INDEX, "a Diffusers pipeline", "the pipeline's save_pretrained")
+    local = local_folder(key, path, *said)
+    if local is not None:
+        return local
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-        with _as_model_error(
-            key,
-            "check the name and the network; without a network only what is in the local Hub cache can be named by id",
-        ):
-            local = Path(DiffusionPipeline.download(path, revision=config.revision))
-    if not (local / _INDEX).is_file():
-        raise ModelError(
-            f"{key}: the folder has no {_INDEX}, so it is not a Diffusers pipeline; "
-            "name a folder that the pipeline's save_pretrained wrote"
-        )
-    return local
+    way_out = "check the name and the network; without a network only what is in the local Hub cache can be named by id"
+    with as_model_error(key, way_out):
+        snapshot = Path(DiffusionPipeline.download(path, revision=revision))
+    require_index(key, snapshot, *said)
+    return snapshot
 
 
 def _check_files(key: str, folder: Path) -> None:
@@ -366,16 +358,17 @@ def _check_files(key: str, folder: Path) -> None:
             ) from error
 
 
-def _read_pipeline(key: str, folder: Path, dtype: str, device: str) -> Any:
-    import torch
-    from diffusers import DiffusionPipeline
+def _read_pipeline(key: str, folder: Path, dtype: str, device: str) -> TextToImage:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging
 
     with (
-        _as_model_error(key, "check that the folder is complete and was written by this or an older Diffusers"),
-        quiet_loading(),
-        _quiet_diffusers(),
+        as_model_error(key, "check that the folder is complete and was written by this or an older Diffusers"),
+        quiet_loading(logging),
+        quiet_loading(diffusers_logging),
     ):
-        pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))  # type: ignore[no-untyped-call]
+        pipe = cast(TextToImage, DiffusionPipeline.from_pretrained(folder, dtype=torch_dtype(dtype)))
     for name, module in modules_of(pipe).items():
         if getattr(module, "hf_quantizer", None) is not None or getattr(module.config, "quantization_config", None):
             raise ModelError(
@@ -383,48 +376,11 @@ def _read_pipeline(key: str, folder: Path, dtype: str, device: str) -> Any:
             )
         if any(p.device.type == "meta" for p in module.parameters()):
             raise ModelError(f"{key}: weights of {name} are missing from its files; copy or download it again")
-        module.eval().requires_grad_(False)
+        frozen(module)
     return pipe.to(device)
 
 
-@contextmanager
-def _quiet_diffusers() -> Iterator[None]:
-    from diffusers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def _as_model_error(key: str, way_out: str) -> Iterator[None]:
-    """What a broken or unreachable checkpoint raises, as one ModelError; running out of memory stays what it is."""
-    import torch
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        SafetensorError,
-        ImportError,
-    ) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise ModelError(f"{key}: it cannot be loaded ({first.rstrip('.')}); {way_out}") from error
-
-
-def _check_pipeline(key: str, pipe: Any) -> str:
+def _check_pipeline(key: str, pipe: TextToImage) -> str:
     """The denoiser's name; ModelError for a pipeline that is not text to image, or whose latents we cannot decode."""
     name, parameters, modules = type(pipe).__name__, _parameters(pipe), modules_of(pipe)
     missing = [p for p in _CALL if p not in parameters]
@@ -450,7 +406,7 @@ def _check_pipeline(key: str, pipe: Any) -> str:
     return denoiser
 
 
-def _components(pipe: Any, names: Sequence[str]) -> dict[str, Any]:
+def _components(pipe: TextToImage, names: Sequence[str]) -> dict[str, nn.Module]:
     modules = modules_of(pipe)
     for name in names:
         if name not in modules:
@@ -461,14 +417,14 @@ def _components(pipe: Any, names: Sequence[str]) -> dict[str, Any]:
     return {name: modules[name] for name in names}
 
 
-def _exclusions(module: Any, own: Sequence[str]) -> tuple[str, ...]:
+def _exclusions(module: nn.Module, own: Sequence[str]) -> tuple[str, ...]:
     """Entries of ``modules_to_not_convert``: the family's, what the class keeps in float32 (T5's ``wo``), ``own``."""
     kept = sorted(getattr(module, "_keep_in_fp32_modules", None) or ())
     entries = [*FAMILY_EXCLUSIONS.get(type(module).__name__, ()), *(e for n in kept for e in (n, f"*.{n}")), *own]
     return tuple(dict.fromkeys(entries))
 
 
-def _pipeline_sha256(pipe: Any, folder: Path, cache_dir: Path, progress: Callable[[str, int, int], Any] | None) -> str:
+def _pipeline_sha256(pipe: TextToImage, folder: Path, cache_dir: Path, progress: Progress | None) -> str:
     """sha256 over the names and bytes of all files of the pipeline's parts: weights, configs, scheduler, tokenizers.
 
     The digest of a file is remembered by path, size and modification time.

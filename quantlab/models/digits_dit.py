@@ -12,29 +12,32 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from quantlab.errors import ConfigError, ModelError, nearest
+from quantlab.errors import ConfigError, ModelError
 from quantlab.models.digits_training import (
     IMAGE_SIZE,
     NUM_CLASSES,
     NUM_NOISE_LEVELS,
     RECIPE_VERSION,
-    Progress,
     build_transformer,
     digits,
     train_denoiser,
 )
 from quantlab.models.judge import build_judge, judge_features_and_logits, train_judge
-from quantlab.models.loaded import LoadedModel
-from quantlab.modules.compute_dtype import component_dtype
+from quantlab.models.loaded import Conditioning, LoadedModel, OnStep, Progress
+from quantlab.models.reading import chosen_dtype, frozen
+from quantlab.modules.compute_dtype import component_dtype, torch_dtype
 from quantlab.modules.layers import state_digest
-from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 from quantlab.vocabulary.native import canonical_json
-from quantlab.vocabulary.schema import DigitsModelConfig, EvaluationConfig
+from quantlab.vocabulary.schema import DigitsModelConfig, EvaluationConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+    from torch import Tensor, nn
 
 MODEL_FILE, JUDGE_FILE, META_FILE = "model.safetensors", "judge.safetensors", "meta.json"
 
@@ -45,7 +48,7 @@ class DamagedWeights(ModelError):
     reason = ""
 
 
-def load(config: DigitsModelConfig, device: str, cache_dir: Path, progress: Progress | None = None) -> LoadedModel:
+def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress | None = None) -> LoadedModel:
     """The model, from ``model.path`` where that is set, else from the cache, else trained now (on the CPU).
 
     ``progress`` is called as ``progress(what, done, total)`` while training, and not at all on a cache hit.
@@ -53,11 +56,8 @@ def load(config: DigitsModelConfig, device: str, cache_dir: Path, progress: Prog
     """
     from filelock import FileLock
 
-    if config.dtype not in ("auto", *COMPUTE_DTYPES):
-        raise ConfigError(
-            f"model.dtype={config.dtype}: digits_dit offers auto, {', '.join(COMPUTE_DTYPES)}"
-            f"{nearest(config.dtype, COMPUTE_DTYPES)}"
-        )
+    config = _digits_config(config)
+    dtype = chosen_dtype(config, "float32")
     if config.path is not None:
         folder = Path(config.path).expanduser()
         if not (folder / MODEL_FILE).is_file():
@@ -71,7 +71,6 @@ def load(config: DigitsModelConfig, device: str, cache_dir: Path, progress: Prog
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
                 _train_into(folder, config, progress)
-    dtype = "float32" if config.dtype == "auto" else config.dtype
     try:
         model = load_cached(folder, dtype=dtype, device=device, default_exclusions=config.default_exclusions)
     except DamagedWeights as error:
@@ -90,9 +89,16 @@ def load(config: DigitsModelConfig, device: str, cache_dir: Path, progress: Prog
     return model
 
 
-def cache_key(config: DigitsModelConfig) -> str:
+def _digits_config(config: ModelConfig) -> DigitsModelConfig:
+    """The config, which is this model's only where ``model=digits_dit`` chose its schema."""
+    if not isinstance(config, DigitsModelConfig):
+        raise ConfigError("model.family=digits_dit: it has settings of its own; choose it by model=digits_dit")
+    return config
+
+
+def cache_key(config: ModelConfig) -> str:
     """SHA-256 of what determines the trained weights, up to the rounding that the number of threads decides."""
-    data = {**_trained_fields(config), "recipe_version": RECIPE_VERSION, "versions": _versions()}
+    data = {**_trained_fields(_digits_config(config)), "recipe_version": RECIPE_VERSION, "versions": _versions()}
     return hashlib.sha256(canonical_json(data).encode()).hexdigest()
 
 
@@ -115,16 +121,15 @@ def load_cached(
     judge = build_judge(IMAGE_SIZE, NUM_CLASSES)
     _load_state(judge, judge_state, folder / JUDGE_FILE)
     # Diffusers' own ``to`` warns of modules to keep in float32 even where the list of them is empty, as here.
-    transformer = torch.nn.Module.to(transformer, device=device, dtype=getattr(torch, dtype))
-    transformer.eval().requires_grad_(False)
+    transformer = torch.nn.Module.to(transformer, device=device, dtype=torch_dtype(dtype))
     return LoadedModel(
         name="digits_dit",
         protocol="diffusion",
-        components={"transformer": transformer},
+        components={"transformer": frozen(transformer)},
         parts={
             "denoiser": "transformer",
             "scheduler": sampling_scheduler(),
-            "judge": judge.eval().requires_grad_(False),
+            "judge": frozen(judge),
             "folder": str(folder),
             "trained_sha256": header["weights_sha256"],
         },
@@ -140,11 +145,11 @@ def load_cached(
 # -- sampling
 
 
-def sampling_scheduler() -> Any:
+def sampling_scheduler() -> DDIMScheduler:
     """DDIM over the same levels, starting at the last one (trailing spacing, arXiv 2305.08891)."""
-    from diffusers import DDIMScheduler
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-    return DDIMScheduler(  # type: ignore[no-untyped-call]
+    return DDIMScheduler(
         NUM_NOISE_LEVELS,
         beta_schedule="squaredcos_cap_v2",
         prediction_type="v_prediction",
@@ -155,19 +160,21 @@ def sampling_scheduler() -> Any:
 
 def sample(
     model: LoadedModel,
-    noise: Any,
-    conditioning: Mapping[str, list[Any]],
+    noise: Tensor,
+    conditioning: Conditioning,
     evaluation: EvaluationConfig,
-    on_step: Callable[[int, Any], None] | None = None,
-) -> Any:
+    on_step: OnStep | None = None,
+) -> Tensor:
     """DDIM with classifier-free guidance from ``noise`` (n, 1, 8, 8); the final latents, float32 on the CPU.
 
     The denoiser gets the labelled samples and then the same with the null label as one batch, in its own dtype (no null
     half at ``guidance_scale`` 1); latents and guidance stay in float32. ``on_step(k, latents)`` follows each step.
     """
     import torch
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     transformer, scheduler = model.components["transformer"], model.parts["scheduler"]
+    assert isinstance(scheduler, DDIMScheduler), "load puts it there"
     dtype, scale = component_dtype(transformer, model.dtype), evaluation.guidance_scale
     labels = torch.tensor(conditioning["class_label"], device=model.device)
     latents = noise.to(model.device, torch.float32)
@@ -191,7 +198,7 @@ def sample(
     return latents.cpu()
 
 
-def decode(model: LoadedModel, latents: Any) -> Any:
+def decode(model: LoadedModel, latents: Tensor) -> Tensor:
     """Latents (n, 1, 8, 8) in [-1, 1] -> images, float tensor (n, 8, 8, 1) in [0, 1]."""
     return ((latents.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)
 
@@ -237,7 +244,7 @@ def _versions() -> dict[str, str]:
     return {package: metadata.version(package) for package in ("torch", "diffusers", "scikit-learn")}
 
 
-def _write_weights(path: Path, module: Any, header: Mapping[str, int]) -> str:
+def _write_weights(path: Path, module: nn.Module, header: Mapping[str, int]) -> str:
     """Write a module's weights with their digest in the file's header; returns the digest."""
     from safetensors.torch import save_file
 
@@ -247,7 +254,7 @@ def _write_weights(path: Path, module: Any, header: Mapping[str, int]) -> str:
     return sha256
 
 
-def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of a file that :func:`_write_weights` wrote; ModelError where it is not that any more."""
     from safetensors import SafetensorError, safe_open
 
@@ -262,7 +269,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return state, header
 
 
-def _load_state(module: Any, state: Mapping[str, Any], path: Path) -> None:
+def _load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     try:
         module.load_state_dict(state)
     except RuntimeError as error:

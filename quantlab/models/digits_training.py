@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
+from quantlab.models.loaded import Progress
+from quantlab.models.reading import frozen
 from quantlab.vocabulary.schema import DigitsModelConfig
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+    from torch import Tensor
 
 RECIPE_VERSION = 1
 """Raise it with every change to the training here or of the judge: it is part of the cache key."""
@@ -17,14 +24,13 @@ NUM_NOISE_LEVELS = 1000
 PEAK_LR = 1e-3
 LABEL_DROPOUT = 0.1
 EMA_DECAY = 0.998
-Progress = Callable[[str, int, int], None]
 
 
-def build_transformer(num_layers: int, num_heads: int) -> Any:
+def build_transformer(num_layers: int, num_heads: int) -> DiTTransformer2DModel:
     """The untrained network: heads of 32, 2x2 patches of an 8x8 image, 10 classes and the null class 10."""
-    from diffusers import DiTTransformer2DModel
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
-    model: Any = DiTTransformer2DModel(  # type: ignore[no-untyped-call]
+    model = DiTTransformer2DModel(
         num_attention_heads=num_heads,
         attention_head_dim=32,
         in_channels=1,
@@ -41,16 +47,16 @@ def build_transformer(num_layers: int, num_heads: int) -> Any:
     return model
 
 
-def training_scheduler() -> Any:
+def training_scheduler() -> DDPMScheduler:
     """The 1000 noise levels of training: squared-cosine schedule (arXiv 2102.09672), v-prediction (2202.00512)."""
-    from diffusers import DDPMScheduler
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-    return DDPMScheduler(  # type: ignore[no-untyped-call]
+    return DDPMScheduler(
         NUM_NOISE_LEVELS, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=True
     )
 
 
-def digits() -> tuple[Any, Any, Any, Any]:
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """scikit-learn's digits as float tensors (n, 8, 8, 1) in [0, 1] and labels: training part, held-out part (360)."""
     import torch
     from sklearn.datasets import load_digits
@@ -63,7 +69,9 @@ def digits() -> tuple[Any, Any, Any, Any]:
     return train_images, train_labels.long(), held_out_images, held_out_labels.long()
 
 
-def train_denoiser(images: Any, labels: Any, config: DigitsModelConfig, progress: Progress | None = None) -> Any:
+def train_denoiser(
+    images: Tensor, labels: Tensor, config: DigitsModelConfig, progress: Progress | None = None
+) -> DiTTransformer2DModel:
     """Train on the CPU from ``config.train_seed``; the global random state is left as it was.
 
     Velocity prediction with AdamW (1e-3, warm-up, cosine to 3 %), gradients clipped at 1, one in ten labels replaced by
@@ -85,7 +93,7 @@ def train_denoiser(images: Any, labels: Any, config: DigitsModelConfig, progress
             chosen = torch.randint(len(images), (config.train_batch_size,), generator=draw)
             loss = _loss(model, scheduler, images[chosen], labels[chosen], draw)
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -98,10 +106,12 @@ def train_denoiser(images: Any, labels: Any, config: DigitsModelConfig, progress
         with torch.no_grad():
             for kept, parameter in zip(average, model.parameters(), strict=True):
                 parameter.copy_(kept)
-    return model.eval().requires_grad_(False)
+    return frozen(model)
 
 
-def _loss(model: Any, scheduler: Any, images: Any, labels: Any, draw: Any) -> Any:
+def _loss(
+    model: DiTTransformer2DModel, scheduler: DDPMScheduler, images: Tensor, labels: Tensor, draw: torch.Generator
+) -> Tensor:
     """Mean squared error of the velocity on one batch; noise, levels and dropped labels come from ``draw``."""
     import torch
 
@@ -109,18 +119,19 @@ def _loss(model: Any, scheduler: Any, images: Any, labels: Any, draw: Any) -> An
     dropped = torch.rand(len(labels), generator=draw) < LABEL_DROPOUT
     noise = torch.randn(clean.shape, generator=draw)
     timesteps = torch.randint(NUM_NOISE_LEVELS, (len(labels),), generator=draw)
-    noisy = scheduler.add_noise(clean, noise, timesteps)
+    noisy = scheduler.add_noise(clean, noise, timesteps)  # type: ignore[arg-type]  # any integers will do
     predicted = model(noisy, timestep=timesteps, class_labels=torch.where(dropped, NUM_CLASSES, labels)).sample
-    return torch.nn.functional.mse_loss(predicted, scheduler.get_velocity(clean, noise, timesteps))
+    wanted = scheduler.get_velocity(clean, noise, timesteps)  # type: ignore[arg-type]
+    return torch.nn.functional.mse_loss(predicted, wanted)
 
 
-def _zero_init(model: Any) -> None:
+def _zero_init(model: DiTTransformer2DModel) -> None:
     """Every block starts as the identity and the output as zero (adaLN-Zero, arXiv 2212.09748)."""
     from torch import nn
 
-    for layer in [*(block.norm1.linear for block in model.transformer_blocks), model.proj_out_2]:
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+    for layer in [*(block.get_submodule("norm1.linear") for block in model.transformer_blocks), model.proj_out_2]:
+        nn.init.zeros_(layer.get_parameter("weight"))
+        nn.init.zeros_(layer.get_parameter("bias"))
 
 
 def _lr_factor(step: int, num_steps: int) -> float:

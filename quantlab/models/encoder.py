@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from quantlab.models.assets import asset_path
 from quantlab.models.checkpoint import load_checkpoint, weights_sha256
-from quantlab.models.loaded import LoadedModel
+from quantlab.models.loaded import LoadedModel, Progress
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.schema import ModelConfig
 
 
-def load(config: ModelConfig, device: str, cache_dir: Path, progress: Any = None) -> LoadedModel:
+def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress | None = None) -> LoadedModel:
     """The encoder at ``config.path``; without a path all-MiniLM-L6-v2 of the asset wheel (22.7 M parameters, fp32).
 
     One component, ``model``; nothing is excluded from quantization but ``config.default_exclusions``. Raises

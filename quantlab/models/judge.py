@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from quantlab.models.reading import frozen
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
 
 NUM_EPOCHS = 40
 BATCH_SIZE = 64
@@ -19,7 +23,7 @@ PEAK_LR = 3e-3
 NUM_FEATURES = 64
 
 
-def build_judge(image_size: int = 8, num_classes: int = 10) -> Any:
+def build_judge(image_size: int = 8, num_classes: int = 10) -> nn.Sequential:
     """The untrained network: convolutions 1-32-32(stride 2)-64(stride 2), a layer of 64 features, a linear head."""
     from torch import nn
 
@@ -39,13 +43,13 @@ def build_judge(image_size: int = 8, num_classes: int = 10) -> Any:
 
 
 def train_judge(
-    images: Any,
-    labels: Any,
+    images: Tensor,
+    labels: Tensor,
     *,
     seed: int,
     num_epochs: int = NUM_EPOCHS,
-    progress: Callable[[int, int], None] | None = None,
-) -> Any:
+    progress: Callable[[int, int], object] | None = None,
+) -> nn.Sequential:
     """Train a judge on the CPU; the global random state is left as it was.
 
     Args:
@@ -68,27 +72,31 @@ def train_judge(
         inputs = _network_input(images)
         for epoch in range(num_epochs):
             for batch in torch.split(torch.randperm(len(inputs), generator=order), BATCH_SIZE):
-                loss: Any = torch.nn.functional.cross_entropy(judge(inputs[batch]), labels[batch])
+                loss = torch.nn.functional.cross_entropy(judge(inputs[batch]), labels[batch])
                 optimizer.zero_grad()
-                loss.backward()
+                torch.autograd.backward(loss)
                 optimizer.step()
                 schedule.step()
             if progress is not None:
                 progress(epoch + 1, num_epochs)
-    return judge.eval().requires_grad_(False)
+    return frozen(judge)
 
 
-def judge_features_and_logits(judge: Any, images: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def judge_features_and_logits(
+    judge: nn.Module, images: Tensor | NDArray[np.floating]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Features (n, 64) and logits (n, classes) of ``images``, floats (n, size, size, 1) from 0 to 1."""
     import torch
 
     device = next(judge.parameters()).device
     with torch.no_grad():
-        features = judge.features(_network_input(torch.as_tensor(images, dtype=torch.float32)).to(device))
-        logits = judge.head(features)
+        features = judge.get_submodule("features")(
+            _network_input(torch.as_tensor(images, dtype=torch.float32)).to(device)
+        )
+        logits = judge.get_submodule("head")(features)
     return features.cpu().numpy(), logits.cpu().numpy()
 
 
-def _network_input(images: Any) -> Any:
+def _network_input(images: Tensor) -> Tensor:
     """(n, size, size, 1) in [0, 1] -> (n, 1, size, size) in [-1, 1]."""
     return images.permute(0, 3, 1, 2) * 2 - 1

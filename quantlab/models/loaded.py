@@ -3,9 +3,69 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypedDict
+
+from quantlab.vocabulary.schema import EvaluationConfig
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+    from transformers import PreTrainedTokenizerBase
+
+Progress = Callable[[str, int, int], object]
+"""Told (what, done, total) while a model is made ready: trained, converted, hashed."""
+OnStep = Callable[[int, "torch.Tensor"], None]
+"""Told (step, latents after it) while a diffusion model samples."""
+Conditioning = Mapping[str, Sequence[Any]]
+"""Name -> one plain value a sample: ``{"class_label": [...]}`` or ``{"prompt": [...]}``."""
+
+
+class TextToImage(Protocol):
+    """What is used of a text-to-image pipeline of Diffusers; :mod:`quantlab.models.diffusers_pipeline` checks it."""
+
+    scheduler: SchedulerMixin
+    vae: torch.nn.Module
+    vae_scale_factor: int
+
+    @property
+    def components(self) -> Mapping[str, object]: ...
+    def __call__(self, **arguments: object) -> Sequence[torch.Tensor]: ...
+    def encode_prompt(self, **arguments: object) -> Sequence[torch.Tensor]: ...
+    def set_progress_bar_config(self, **settings: object) -> None: ...
+    def to(self, device: str) -> Self: ...
+
+
+class Parts(TypedDict, total=False):
+    """What a family's functions need beside the components; each family fills in what it has."""
+
+    tokenizer: PreTrainedTokenizerBase
+    denoiser: str
+    """Diffusion: the name of the component that is called at each step."""
+    scheduler: SchedulerMixin
+    pipeline: TextToImage
+    prompt_embeddings: dict[str, tuple[torch.Tensor, ...]]
+    """Prompt -> what the text encoders made of it, on the CPU."""
+    judge: torch.nn.Module
+    """The classifier that reads generated images, see :mod:`quantlab.models.judge`."""
+    folder: str
+    """Where the files of weights are that quantlab trained; absent for weights of others."""
+    trained_sha256: str
+    """Digest of these weights as trained, whatever dtype they were loaded in."""
+
+
+class Sample(Protocol):
+    """Runs a diffusion model from given noise: the final latents, float32 on the CPU, (n, ...)."""
+
+    def __call__(
+        self,
+        model: LoadedModel,
+        noise: torch.Tensor,
+        conditioning: Conditioning,
+        evaluation: EvaluationConfig,
+        on_step: OnStep | None = None,
+    ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,23 +79,23 @@ class LoadedModel:
     name: str
     protocol: str
     """Row of ``protocols.PROTOCOLS``: how it is run and compared."""
-    components: Mapping[str, Any]
-    parts: Mapping[str, Any] = field(default_factory=dict)
+    components: Mapping[str, torch.nn.Module]
+    parts: Parts = field(default_factory=Parts)
     dtype: str = "float32"
     """Compute dtype of the reference, and of every candidate."""
     device: str = "cpu"
     default_exclusions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """component -> entries of the family's own ``modules_to_not_convert``."""
     weights_sha256: str = ""
-    sample: Any = None
-    """Diffusion families: ``sample(model, noise, conditioning, evaluation, on_step) -> final latents``, fp32 on CPU."""
-    decode: Any = None
+    sample: Sample | None = None
+    """Diffusion families only."""
+    decode: Callable[[LoadedModel, torch.Tensor], torch.Tensor] | None = None
     """Diffusion families: ``decode(model, latents) -> images`` in [0, 1], (n, height, width, channels)."""
 
-    def with_components(self, components: Mapping[str, Any]) -> LoadedModel:
+    def with_components(self, components: Mapping[str, torch.nn.Module]) -> LoadedModel:
         """The same model with some components replaced."""
         return replace(self, components={**self.components, **components})
 
-    def copy_of(self, component: str) -> Any:
+    def copy_of(self, component: str) -> torch.nn.Module:
         """A deep copy of one component, to be quantized in place (some libraries cannot copy afterwards)."""
         return copy.deepcopy(self.components[component])

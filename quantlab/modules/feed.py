@@ -11,13 +11,18 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from quantlab.errors import ConfigError
-from quantlab.modules.calls import replay
+from quantlab.modules.calls import Call, Progress, replay
+from quantlab.vocabulary.dtypes import dtype_name
 
-Call = Mapping[str, Any]
-"""``args``, ``kwargs``, ``dtype`` (what the recorded component computed in), ``step`` (denoising step; 0 without)."""
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Batch = Any
+"""A tensor, or a tuple, list or mapping of tensors, as a module's forward takes them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,15 +39,15 @@ class CalibrationFeed:
     dtype: str = "float32"
     """Compute dtype of a module whose own cannot be told from its parameters."""
     sha256: str = ""
-    on_call: Callable[[int, int], Any] | None = None
+    on_call: Progress | None = None
     """Told (calls done, calls of this pass) after each call: the progress bar."""
 
-    def __call__(self, module: Any) -> None:
+    def __call__(self, module: torch.nn.Module) -> None:
         """Replay every call on ``module`` without gradients; outputs are dropped."""
         for i in range(len(self.calls)):
             self.step(module, i)
 
-    def step(self, module: Any, i: int) -> int:
+    def step(self, module: torch.nn.Module, i: int) -> int:
         """Replay call ``i`` alone and return its denoising step."""
         call = self.calls[i]
         replay(module, call, self.device, self.dtype)
@@ -50,16 +55,8 @@ class CalibrationFeed:
             self.on_call(i + 1, len(self.calls))
         return int(call.get("step", 0))
 
-    def require_equal_batches(self, who: str) -> None:
-        """ConfigError where the last batch is smaller than the others, for observers that concatenate inputs."""
-        if self.num_samples % self.batch_size:
-            raise ConfigError(
-                f"calibration.num_samples={self.num_samples}: {who} needs batches of equal size, and "
-                f"calibration.batch_size={self.batch_size} does not divide it; take a multiple of it"
-            )
 
-
-def feed_of_batches(batches: Sequence[Any], device: str = "cpu", dtype: str = "float32") -> CalibrationFeed:
+def feed_of_batches(batches: Sequence[Batch], device: str = "cpu", dtype: str = "float32") -> CalibrationFeed:
     """A feed of the user's own batches: tensors, or tuples or mappings of them, as the module's forward takes them.
 
     Raises ConfigError where there are none, or where one holds NaN or infinity.
@@ -71,10 +68,10 @@ def feed_of_batches(batches: Sequence[Any], device: str = "cpu", dtype: str = "f
             "calibration: at least one batch is wanted: calibration=[batch] (a tensor, or a tuple or "
             "mapping of tensors)"
         )
-    calls, digest, rows = [], hashlib.sha256(), []
+    calls: list[Call] = []
+    digest, rows = hashlib.sha256(), []
     for i, batch in enumerate(batches):
-        args = () if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
-        kwargs = dict(batch) if isinstance(batch, Mapping) else {}
+        args, kwargs = arguments_of(batch)
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
         if not tensors:
             raise ConfigError(f"calibration: batch {i} holds no tensor; give what the module's forward takes")
@@ -85,11 +82,18 @@ def feed_of_batches(batches: Sequence[Any], device: str = "cpu", dtype: str = "f
             digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
         rows.append(len(tensors[0]) if tensors[0].ndim else 1)
         floating = next((t.dtype for t in tensors if t.is_floating_point()), None)
-        recorded = dtype if floating is None else str(floating).removeprefix("torch.")
+        recorded = dtype if floating is None else dtype_name(floating)
         calls.append({"args": args, "kwargs": kwargs, "dtype": recorded, "step": 0})
     return CalibrationFeed(
         calls=calls, num_samples=sum(rows), batch_size=max(rows), device=device, dtype=dtype, sha256=digest.hexdigest()
     )
+
+
+def arguments_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a batch is in a call: positional and named arguments."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return tuple(batch) if isinstance(batch, (list, tuple)) else (batch,), {}
 
 
 # -- calls on disk
@@ -101,7 +105,7 @@ class StoredCalls(Sequence[Call]):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = sorted(folder.glob("call-*.pt"))
-        self._kept: dict[str, Any] = {}  # tensors of the last call read
+        self._kept: dict[str, Tensor] = {}  # tensors of the last call read
 
     def __len__(self) -> int:
         return len(self._files)
@@ -118,7 +122,7 @@ class StoredCalls(Sequence[Call]):
         stored = torch.load(self._files[i], weights_only=True)
         known, self._kept = self._kept, {}
 
-        def tensor(name: str) -> Any:
+        def tensor(name: str) -> Tensor:
             if name not in self._kept:
                 found = known.get(name)
                 self._kept[name] = torch.load(self.folder / name, weights_only=True) if found is None else found
@@ -133,7 +137,7 @@ class StoredCalls(Sequence[Call]):
 
         self.folder.mkdir(parents=True, exist_ok=True)
 
-        def stored(value: Any) -> Any:
+        def stored(value: object) -> dict[str, str] | None:
             if not isinstance(value, torch.Tensor):
                 return None
             raw = value.detach().cpu().contiguous()

@@ -9,14 +9,17 @@ language models, encoders and image transformers); weights that came from such a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 GROUP_SIZE = 32
 NUM_LEVELS = 16
 ALREADY_QUANTIZED_BELOW = 0.05
 
 
-def grid_fingerprint(layers: Any, max_layers: int = 32) -> float | None:
+def grid_fingerprint(layers: nn.Module | Sequence[nn.Module | Tensor], max_layers: int = 32) -> float | None:
     """Relative error ||W - Wq|| / ||W|| of int4 round-to-nearest, group 32, asymmetric; mean weighted by parameters.
 
     Args:
@@ -28,7 +31,7 @@ def grid_fingerprint(layers: Any, max_layers: int = 32) -> float | None:
         The fingerprint, or None where no layer's in_features divides by 32.
     """
     given = layers if isinstance(layers, Sequence) else [layers]
-    weights = [w for item in given for w in (_linear_weights(item) if hasattr(item, "modules") else [item])]
+    weights = [w for item in given for w in _linear_weights(item)]
     weights = [w for w in weights if w.dim() == 2 and w.shape[1] % GROUP_SIZE == 0 and w.is_floating_point()]
     if not weights:
         return None
@@ -48,14 +51,17 @@ def fingerprint_warning(value: float | None) -> str | None:
     )
 
 
-def _linear_weights(module: Any) -> list[Any]:
+def _linear_weights(item: nn.Module | Tensor) -> list[Tensor]:
     import torch
 
-    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
-    return [m.weight for m in module.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    if isinstance(item, torch.Tensor):
+        return [item]
+    output_embeddings = getattr(item, "get_output_embeddings", None)
+    head = output_embeddings() if output_embeddings is not None else None
+    return [m.weight for m in item.modules() if isinstance(m, torch.nn.Linear) and m is not head]
 
 
-def _rel_error(weight: Any) -> float:
+def _rel_error(weight: Tensor) -> float:
     """One layer's error. The minimum is a float, not a rounded zero point: with that the Q4_1 grid is met exactly."""
     groups = weight.detach().float().reshape(-1, GROUP_SIZE)
     low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)

@@ -20,9 +20,12 @@ import functools
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from quantlab.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _KEY = "modules_to_not_convert"
 _GLOB_CHARACTERS = frozenset("*?[")
@@ -31,21 +34,26 @@ _GLOB_CHARACTERS = frozenset("*?[")
 # -- layers
 
 
-def linear_layers(module: Any) -> dict[str, Any]:
+def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
     """Full path -> layer of every ``nn.Linear`` below ``module`` that can be replaced by a quantized one.
 
-    A layer that sits at several paths is listed once, at the first. Layers that :func:`unquantizable_linears` names
-    are left out. ``module`` itself is never listed: it has no parent to replace it in.
+    A layer that sits at several paths is listed once, at the first. Left out are layers inside
+    ``nn.MultiheadAttention``, which reads their weights directly, layers whose weight is computed from other
+    parameters, and those with a forward or an active LoRA of their own. ``module`` itself is never listed: it has no
+    parent to replace it in.
     """
-    return {name: layer for name, layer, reason in _all_linears(module) if not reason}
+    from torch import nn
+
+    attentions = [part for part in module.modules() if isinstance(part, nn.MultiheadAttention)]
+    in_attention = {id(child) for part in attentions for child in part.modules()}
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if name and isinstance(layer, nn.Linear) and id(layer) not in in_attention and _is_replaceable(layer)
+    }
 
 
-def unquantizable_linears(module: Any) -> dict[str, str]:
-    """Full path -> reason, for every ``nn.Linear`` below ``module`` that must stay as it is."""
-    return {name: reason for name, _, reason in _all_linears(module) if reason}
-
-
-def replace_layer(module: Any, name: str, new: Any) -> None:
+def replace_layer(module: nn.Module, name: str, new: nn.Module) -> None:
     """Put ``new`` in the place of the layer at ``name``, at every other path of the same layer too."""
     old = module.get_submodule(name)
     paths = [path for path, found in module.named_modules(remove_duplicate=False) if found is old]
@@ -54,35 +62,15 @@ def replace_layer(module: Any, name: str, new: Any) -> None:
         setattr(module.get_submodule(parent), leaf, new)
 
 
-def _all_linears(module: Any) -> Iterator[tuple[str, Any, str]]:
+def _is_replaceable(layer: nn.Linear) -> bool:
+    """Whether a quantized layer in the place of ``layer`` would do the same work."""
     from torch import nn
 
-    in_attention = {
-        id(child): name
-        for name, part in module.named_modules()
-        if isinstance(part, nn.MultiheadAttention)
-        for child in part.modules()
-    }
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear):
-            yield name, layer, _why_not(name, layer, in_attention)
-
-
-def _why_not(name: str, layer: Any, in_attention: Mapping[int, str]) -> str:
-    from torch import nn
-
-    if not name:
-        return "it is the whole model: nothing holds it, so it cannot be replaced"
-    if id(layer) in in_attention:
-        where = in_attention[id(layer)] or "the model"
-        return f"inside nn.MultiheadAttention ({where}), which reads the weight directly"
     if not isinstance(layer._parameters.get("weight"), nn.Parameter) or hasattr(layer, "parametrizations"):
-        return "its weight is computed from other parameters (a parametrization)"
+        return False  # the weight is computed from other parameters
     if getattr(layer, "lora_layer", None) is not None:
-        return "it carries an active LoRA layer; fuse it first"
-    if type(layer).forward is not nn.Linear.forward and type(layer).__name__ != "LoRACompatibleLinear":
-        return f"{type(layer).__name__} has its own forward"
-    return ""
+        return False  # an active LoRA layer: it has to be fused first
+    return type(layer).forward is nn.Linear.forward or type(layer).__name__ == "LoRACompatibleLinear"
 
 
 # -- the matcher
@@ -179,7 +167,7 @@ def _some(names: list[str], num: int = 3) -> str:
 # -- digests and checks
 
 
-def state_digest(state_dict: Mapping[str, Any]) -> str:
+def state_digest(state_dict: Mapping[str, object]) -> str:
     """``sha256:...`` over names, dtypes, shapes and bytes of a state dict, in name order.
 
     Tensor subclasses are digested as the tensors that they hold; values that are not tensors by their ``repr``.
@@ -191,8 +179,10 @@ def state_digest(state_dict: Mapping[str, Any]) -> str:
     return "sha256:" + digest.hexdigest()
 
 
-def _flat_tensors(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if hasattr(value, "__tensor_flatten__"):
+def _flat_tensors(name: str, value: object) -> Iterator[tuple[str, object]]:
+    import torch
+
+    if isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__"):
         yield name, f"{type(value).__name__}|{value.dtype}|{tuple(value.shape)}"
         for inner in value.__tensor_flatten__()[0]:
             yield from _flat_tensors(f"{name}.{inner}", getattr(value, inner))
@@ -200,7 +190,7 @@ def _flat_tensors(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _digest_tensor(digest: Any, name: str, value: Any) -> None:
+def _digest_tensor(digest: hashlib._Hash, name: str, value: object) -> None:
     import torch
 
     if not isinstance(value, torch.Tensor):
@@ -212,7 +202,7 @@ def _digest_tensor(digest: Any, name: str, value: Any) -> None:
         digest.update(data.numpy().data)
 
 
-def check_finite_weights(module: Any, what: str) -> None:
+def check_finite_weights(module: nn.Module, what: str) -> None:
     """ModelError ``<what>: ...`` naming the first floating-point parameter with NaN or infinity, if there is one.
 
     ``what`` is what the user typed, as ``model.path=...``.

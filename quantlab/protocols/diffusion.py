@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import MetricUndefined
 from quantlab.metrics.latent import latent_cosine, latent_rel_mse
@@ -22,16 +22,21 @@ from quantlab.metrics.psnr import num_identical, psnr_db, to_uint8
 from quantlab.metrics.ssim import WINDOW, ssim
 from quantlab.metrics.trajectory import step_divergence
 from quantlab.models.loaded import LoadedModel
-from quantlab.modules.calls import recorded_calls
+from quantlab.modules.calls import Call, Progress, recorded_calls
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
 from quantlab.protocols.judged import judge_metrics
 from quantlab.protocols.teacher_forced import teacher_forced_metrics
 from quantlab.vocabulary.reports import Measurements, MetricValue
 from quantlab.vocabulary.schema import EvaluationConfig
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+HEADLINE = ("latent_rel_mse", "psnr_db")
 NUM_SHOWN = 8
 DIFFERENCE_GAIN = 4
-Progress = Callable[[int, int], Any]
 
 
 def observe(
@@ -81,7 +86,7 @@ def measure(
     outputs, _ = _run(model, inputs, evaluation, batches, tick, record=False)
     latents, expected = outputs["latents"], reference["latents"]
     samples = {"latent_rel_mse": latent_rel_mse(latents, expected), "latent_cosine": latent_cosine(latents, expected)}
-    steps: dict[str, Any] = {}
+    steps: dict[str, NDArray[np.float64]] = {}
     estimates: dict[str, MetricValue] = {}
     if "images" in outputs and "images" in reference:
         pair = outputs["images"].numpy(), reference["images"].numpy()
@@ -98,6 +103,7 @@ def measure(
         )
         steps.update(curves)
         estimates.update(error)
+    shown = spread(inputs, NUM_SHOWN)
     return Measurements(
         samples=samples,
         clusters=inputs.clusters,
@@ -105,7 +111,8 @@ def measure(
         sample_ids=inputs.sample_ids,
         estimates=estimates,
         steps=steps,
-        images=_shown_images(outputs, reference, spread(inputs, NUM_SHOWN)),
+        images=_shown_images(outputs, reference, shown),
+        image_ids=tuple(inputs.sample_ids[i] for i in shown),
         timings_ms=outputs["timings_ms"],
     )
 
@@ -116,7 +123,7 @@ def calls(
     evaluation: EvaluationConfig,
     components: Sequence[str],
     progress: Progress | None = None,
-) -> Iterator[tuple[str, dict[str, Any]]]:
+) -> Iterator[tuple[str, Call]]:
     """The calls of ``components`` along the model's own trajectories, each with its ``step``, batch after batch.
 
     ``evaluation.batch_size`` samples at once; at most one batch's calls are in memory.
@@ -193,14 +200,14 @@ def _run(
     tick: Callable[[], None],
     *,
     record: bool,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[dict[str, Any], list[Call]]:
     """Sample all batches: the tree of :func:`observe` without ``calls``, and the calls where they are recorded."""
     import torch
 
-    latents: list[Any] = []
-    images: list[Any] = []
-    states: list[Any] = []
-    calls: list[dict[str, Any]] = []
+    latents: list[Tensor] = []
+    images: list[Tensor] = []
+    states: list[Tensor] = []
+    calls: list[Call] = []
     seconds: list[tuple[_Batch, list[float]]] = []
     for batch in batches:
         part = inputs.subset(batch.indices)
@@ -213,7 +220,10 @@ def _run(
         latents.append(final)
         seconds.append((batch, times))
         if model.decode is not None:
-            images.append(_decoded(model, final, part.sample_ids))
+            with torch.no_grad():
+                decoded = model.decode(model, final).float().cpu()
+            _require_finite(decoded, part.sample_ids, "decoded image")
+            images.append(torch.from_numpy(to_uint8(decoded)))
     order = torch.tensor([i for b in batches for i in b.indices]).argsort()
     outputs = {
         "latents": torch.cat(latents)[order],
@@ -234,21 +244,22 @@ def _run_batch(
     tick: Callable[[], None],
     *,
     record: bool,
-    open_calls: Mapping[str, list[dict[str, Any]]] = MappingProxyType({}),
-) -> tuple[Any, Any, list[dict[str, Any]], list[float]]:
+    open_calls: Mapping[str, list[Call]] = MappingProxyType({}),
+) -> tuple[Tensor, Tensor, list[Call], list[float]]:
     """One batch: final latents, latents after each step (num_steps, b, ...), denoiser calls, seconds of each step."""
     import torch
 
-    states: list[Any] = []
+    assert model.sample is not None, "families of this protocol have a sampler"
+    states: list[Tensor] = []
     seconds: list[float] = []
     began = time.perf_counter()
 
     with ExitStack() as stack:
-        calls: list[dict[str, Any]] = []
+        calls: list[Call] = []
         if record:
             calls = stack.enter_context(recorded_calls(model.components[model.parts["denoiser"]]))
 
-        def on_step(k: int, latents: Any) -> None:
+        def on_step(k: int, latents: Tensor) -> None:
             nonlocal began
             state = latents.detach().to("cpu", torch.float32, copy=True)  # waits for the device
             seconds.append(time.perf_counter() - began)
@@ -265,16 +276,7 @@ def _run_batch(
     return final.float().cpu(), torch.stack(states), list(calls), seconds[1:] or seconds
 
 
-def _decoded(model: LoadedModel, latents: Any, sample_ids: Sequence[str]) -> Any:
-    import torch
-
-    with torch.no_grad():
-        images = model.decode(model, latents).float().cpu()
-    _require_finite(images, sample_ids, "decoded image")
-    return torch.from_numpy(to_uint8(images))
-
-
-def _require_finite(tensor: Any, sample_ids: Sequence[str], what: str) -> None:
+def _require_finite(tensor: Tensor, sample_ids: Sequence[str], what: str) -> None:
     import torch
 
     bad = (~torch.isfinite(tensor.reshape(len(tensor), -1)).all(dim=1)).nonzero().flatten().tolist()
@@ -296,14 +298,16 @@ def _step_ms(seconds: Sequence[tuple[_Batch, Sequence[float]]]) -> float:
 # -- images
 
 
-def _image_metrics(candidate: Any, reference: Any) -> dict[str, Any]:
+def _image_metrics(candidate: NDArray[np.uint8], reference: NDArray[np.uint8]) -> dict[str, NDArray[np.float64]]:
     found = {"psnr_db": psnr_db(candidate, reference)}
     if min(reference.shape[1:3]) >= WINDOW:
         found["ssim"] = ssim(candidate, reference)
     return found
 
 
-def _shown_images(outputs: Mapping[str, Any], reference: Mapping[str, Any], rows: Sequence[int]) -> Any:
+def _shown_images(
+    outputs: Mapping[str, Any], reference: Mapping[str, Any], rows: Sequence[int]
+) -> NDArray[np.uint8] | None:
     """uint8 (k, 3, height, width, channels): reference, candidate, 4 * |difference| cut off at 255; None without."""
     import numpy as np
 

@@ -5,23 +5,29 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
+
+from quantlab.models.loaded import Conditioning
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DiffusionInputs:
     """What is sampled: row i of everything is sample i, and none depends on the others."""
 
-    noise: Any
+    noise: Tensor
     """Initial latents, float32 CPU tensor (n, ...)."""
-    conditioning: Mapping[str, list[Any]]
-    """Name -> one plain value a sample: ``{"class_label": [...]}`` or ``{"prompt": [...]}``."""
+    conditioning: Conditioning
     sample_ids: tuple[str, ...]
-    clusters: Any = None
+    clusters: NDArray[np.int64] | None = None
     """int array (n,): samples of one prompt share a number; None: each its own."""
-    strata: Any = None
+    strata: NDArray[np.int64] | None = None
     """int array (n,): the class of each sample; None: one stratum."""
 
     @property

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError, MetricUndefined, ModelError
 from quantlab.metrics.output_error import output_cosine, output_rel_error
 from quantlab.models.loaded import LoadedModel
+from quantlab.modules.calls import Call, Progress
 from quantlab.vocabulary.reports import Measurements
 from quantlab.vocabulary.schema import EvaluationConfig
 
-Progress = Callable[[int, int], Any] | None
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HEADLINE = ("output_cosine", "output_rel_error")
 
 
 @dataclass(frozen=True)
 class EncoderInputs:
     """Tokenized texts, all padded to the longest, so that batches of any size see the same shapes."""
 
-    input_ids: Any
+    input_ids: Tensor
     """int64 tensor (texts, length)."""
-    attention_mask: Any
+    attention_mask: Tensor
     """int64 tensor (texts, length): 1 for tokens, 0 for padding."""
     sample_ids: tuple[str, ...]
     sha256: str
@@ -80,7 +84,7 @@ def encoder_inputs(texts: Sequence[str], evaluation: EvaluationConfig, model: Lo
     return EncoderInputs(ids, mask, tuple(f"text {n}" for n in numbers), _inputs_sha256(ids, mask), record)
 
 
-def _inputs_sha256(ids: Any, mask: Any) -> str:
+def _inputs_sha256(ids: Tensor, mask: Tensor) -> str:
     digest = hashlib.sha256(repr(tuple(ids.shape)).encode())
     digest.update(ids.numpy().tobytes())
     digest.update(mask.numpy().tobytes())
@@ -91,7 +95,7 @@ def observe(
     model: LoadedModel,
     inputs: EncoderInputs,
     evaluation: EvaluationConfig,
-    progress: Progress = None,
+    progress: Progress | None = None,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
     """``tokens``: last hidden states, fp32 (texts, length, width), zero at padding; ``pooled``: their mean over a
@@ -104,8 +108,8 @@ def calls(
     inputs: EncoderInputs,
     evaluation: EvaluationConfig,
     components: Sequence[str],
-    progress: Progress = None,
-) -> Iterator[tuple[str, dict[str, Any]]]:
+    progress: Progress | None = None,
+) -> Iterator[tuple[str, Call]]:
     """The model's calls on the texts, ``evaluation.batch_size`` at once."""
     for start in range(0, inputs.num_samples, evaluation.batch_size):
         rows = slice(start, start + evaluation.batch_size)
@@ -122,7 +126,7 @@ def measure(
     evaluation: EvaluationConfig,
     reference: Mapping[str, Any],
     reference_model: LoadedModel,
-    progress: Progress = None,
+    progress: Progress | None = None,
     batch_size: int | None = None,
 ) -> Measurements:
     """By text: ``output_cosine`` of the pooled embedding, ``output_rel_error`` of all token outputs."""
@@ -137,8 +141,8 @@ def measure(
 
 
 def _run(
-    model: LoadedModel, inputs: EncoderInputs, batch_size: int, progress: Progress
-) -> tuple[dict[str, Any], float]:
+    model: LoadedModel, inputs: EncoderInputs, batch_size: int, progress: Progress | None
+) -> tuple[dict[str, Tensor], float]:
     import statistics
 
     import torch

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantlab.metrics.classes import class_accuracy, judge_agreement
 from quantlab.metrics.frechet import frechet_distance
 from quantlab.metrics.statistics import bootstrap_interval
 from quantlab.models.judge import judge_features_and_logits
+from quantlab.protocols.diffusion_inputs import DiffusionInputs
 from quantlab.vocabulary.reports import MetricValue
 from quantlab.vocabulary.schema import EvaluationConfig
 
 if TYPE_CHECKING:
-    from quantlab.protocols.diffusion_inputs import DiffusionInputs
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import nn
 
 NUM_BOOTSTRAP = 250
 """Draws for the Frechet distance, each a decomposition of its own; fewer where evaluation.num_bootstrap is smaller."""
 
 
 def judge_metrics(
-    judge: Any, candidate: Any, reference: Any, inputs: DiffusionInputs, evaluation: EvaluationConfig
-) -> tuple[dict[str, Any], MetricValue]:
+    judge: nn.Module,
+    candidate: NDArray[np.uint8],
+    reference: NDArray[np.uint8],
+    inputs: DiffusionInputs,
+    evaluation: EvaluationConfig,
+) -> tuple[dict[str, NDArray[np.float64]], MetricValue]:
     """``class_accuracy`` and ``judge_agreement`` (n,), and ``frechet_judge`` with its interval.
 
     ``candidate`` and ``reference`` are 8-bit images (n, height, width, channels). The Frechet distance is between the

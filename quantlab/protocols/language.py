@@ -11,19 +11,27 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError, MetricUndefined, ModelError, nearest
 from quantlab.metrics.kl import kld_quantiles, token_statistics
 from quantlab.metrics.perplexity import ln_ppl_ratio, perplexity
 from quantlab.metrics.statistics import bootstrap_interval
+from quantlab.models.causal_lm import network_of
 from quantlab.models.loaded import LoadedModel
+from quantlab.modules.calls import Call, Progress
 from quantlab.modules.compute_dtype import component_dtype
 from quantlab.vocabulary.reports import Measurements, MetricValue
 from quantlab.vocabulary.schema import EvaluationConfig
 
-Progress = Callable[[int, int], Any] | None
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+HEADLINE = ("kld_mean", "same_top1", "ppl")
 TOKENS_AT_ONCE = 512
 """Positions whose logits exist at the same time, in fp32, for both models."""
 
@@ -60,10 +68,10 @@ PERPLEXITY_PROTOCOLS: dict[str, PerplexityProtocol] = {
 class TextInputs:
     """Windows of one text as token ids."""
 
-    input_ids: Any
+    input_ids: Tensor
     """int64 tensor (chunks, context_length)."""
     sample_ids: tuple[str, ...]
-    clusters: Any
+    clusters: NDArray[np.int64]
     """int64 array (chunks,): the window's number in the text."""
     sha256: str
     """Of the token ids and the protocol record."""
@@ -157,20 +165,20 @@ def _protocol_and_length(evaluation: EvaluationConfig, model: LoadedModel) -> tu
     return protocol, length
 
 
-def _bos_id(tokenizer: Any) -> int | None:
+def _bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The id of BOS where the tokenizer itself begins a text with it; having a BOS token is not enough (SmolLM2)."""
     ids = tokenizer("a")["input_ids"]
     bos: int | None = tokenizer.bos_token_id
     return bos if bos is not None and ids and ids[0] == bos else None
 
 
-def _inputs_sha256(ids: Any, record: Mapping[str, Any]) -> str:
+def _inputs_sha256(ids: Tensor, record: Mapping[str, Any]) -> str:
     head = repr((tuple(ids.shape), sorted(record.items()))).encode()
     return hashlib.sha256(head + ids.numpy().tobytes()).hexdigest()
 
 
-def _text_config(model: LoadedModel) -> Any:
-    return model.components["model"].config.get_text_config()
+def _text_config(model: LoadedModel) -> PreTrainedConfig:
+    return network_of(model.components["model"]).config.get_text_config()
 
 
 # -- running a model
@@ -180,7 +188,7 @@ def observe(
     model: LoadedModel,
     inputs: TextInputs,
     evaluation: EvaluationConfig,
-    progress: Progress = None,
+    progress: Progress | None = None,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
     """``{"hidden": fp32 tensor (chunks, context_length, width)}``: what the output head is given at each position.
@@ -197,8 +205,8 @@ def calls(
     inputs: TextInputs,
     evaluation: EvaluationConfig,
     components: Sequence[str],
-    progress: Progress = None,
-) -> Iterator[tuple[str, dict[str, Any]]]:
+    progress: Progress | None = None,
+) -> Iterator[tuple[str, Call]]:
     """The model's calls on the windows, ``evaluation.batch_size`` at once."""
     dtype = model.dtype
     for start in range(0, inputs.num_samples, evaluation.batch_size):
@@ -215,7 +223,7 @@ def measure(
     evaluation: EvaluationConfig,
     reference: Mapping[str, Any],
     reference_model: LoadedModel,
-    progress: Progress = None,
+    progress: Progress | None = None,
     batch_size: int | None = None,
 ) -> Measurements:
     """The candidate's damage by chunk: ``kld_mean`` (nats a token, KL(reference || candidate)), ``same_top1``,
@@ -242,8 +250,8 @@ def measure(
 
 
 def _run(
-    model: LoadedModel, inputs: TextInputs, batch_size: int, progress: Progress, check_head: bool = False
-) -> tuple[Any, float]:
+    model: LoadedModel, inputs: TextInputs, batch_size: int, progress: Progress | None, check_head: bool = False
+) -> tuple[Tensor, float]:
     """Hidden states before the output head, fp32 on the CPU, and the median time of a batch in ms a token.
 
     The hook passes only the last position on to the head: the logits of the others are made later, in fp32.
@@ -252,9 +260,12 @@ def _run(
 
     import torch
 
-    module, caught, found, times = model.components["model"], [], [], []
+    module = network_of(model.components["model"])
+    caught: list[Tensor] = []
+    found: list[Tensor] = []
+    times: list[float] = []
 
-    def catch(_head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def catch(_head: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         caught.append(args[0].detach())
         return (args[0][:, -1:], *args[1:])
 
@@ -265,6 +276,7 @@ def _run(
             began = time.perf_counter()
             with torch.no_grad():
                 logits = module(input_ids=ids, use_cache=False).logits
+            assert logits is not None, "a causal language model returns them"
             if ids.is_cuda:
                 torch.cuda.synchronize(ids.device)
             times.append((time.perf_counter() - began) * 1000 / ids.numel())
@@ -279,7 +291,7 @@ def _run(
     return torch.cat(found), statistics.median(times[1:] or times)  # the first batch warms up
 
 
-def _require_finite(rows: Any, sample_ids: Sequence[str], what: str) -> None:
+def _require_finite(rows: Tensor, sample_ids: Sequence[str], what: str) -> None:
     import torch
 
     bad = torch.nonzero(~torch.isfinite(rows).all(1))
@@ -292,7 +304,7 @@ def _require_finite(rows: Any, sample_ids: Sequence[str], what: str) -> None:
 
 # -- from hidden states to logits
 
-LOGIT_SETTINGS: dict[str, Callable[[Any, float], Any]] = {
+LOGIT_SETTINGS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "final_logit_softcapping": lambda logits, cap: (logits / cap).tanh() * cap,  # Gemma
     "logits_scaling": lambda logits, scale: logits / scale,  # Granite
     "logit_scale": lambda logits, scale: logits * scale,  # Cohere
@@ -300,17 +312,19 @@ LOGIT_SETTINGS: dict[str, Callable[[Any, float], Any]] = {
 """Keys of a model's config that change its logits after the output head."""
 
 
-def _logits_of(model: LoadedModel) -> Callable[[Any], Any]:
+def _logits_of(model: LoadedModel) -> Callable[[Tensor], Tensor]:
     """A function from hidden states (..., width) to fp32 logits (..., vocabulary) with the model's own output head.
 
     A plain head is applied in fp32 whatever its dtype; a quantized one runs as it is, in the model's dtype.
     """
     import torch
 
-    head, config = model.components["model"].get_output_embeddings(), _text_config(model)
-    plain = type(head) is torch.nn.Linear and type(head.weight) in (torch.nn.Parameter, torch.Tensor)
-    weight = head.weight.detach().float() if plain and head.weight.is_floating_point() else None
-    bias = head.bias.detach().float() if weight is not None and head.bias is not None else None
+    head, config = network_of(model.components["model"]).get_output_embeddings(), _text_config(model)
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    if type(head) is torch.nn.Linear and type(head.weight) in (torch.nn.Parameter, torch.Tensor):
+        weight = head.weight.detach().float() if head.weight.is_floating_point() else None
+        bias = head.bias.detach().float() if weight is not None and head.bias is not None else None
     dtype = component_dtype(model.components["model"], model.dtype)
     settings = [
         (fn, getattr(config, name))
@@ -318,7 +332,7 @@ def _logits_of(model: LoadedModel) -> Callable[[Any], Any]:
         if isinstance(getattr(config, name, None), (int, float))
     ]
 
-    def logits(hidden: Any) -> Any:
+    def logits(hidden: Tensor) -> Tensor:
         with torch.no_grad():
             if weight is not None:
                 out = torch.nn.functional.linear(hidden.to(weight.device), weight, bias)
@@ -332,7 +346,7 @@ def _logits_of(model: LoadedModel) -> Callable[[Any], Any]:
     return logits
 
 
-def _check_head(model: LoadedModel, hidden: Any, logits: Any) -> None:
+def _check_head(model: LoadedModel, hidden: Tensor, logits: Tensor) -> None:
     """That the model's own logits (n, vocabulary) are what :func:`_logits_of` makes of its hidden states (n, width)."""
     own, ours = logits.float(), _logits_of(model)(hidden).to(logits.device)
     error = float((own - ours).norm() / own.norm().clamp_min(1e-30))
@@ -345,12 +359,12 @@ def _check_head(model: LoadedModel, hidden: Any, logits: Any) -> None:
 
 
 def _token_table(
-    reference_head: Callable[[Any], Any],
-    candidate_head: Callable[[Any], Any],
-    reference: Any,
-    candidate: Any,
+    reference_head: Callable[[Tensor], Tensor],
+    candidate_head: Callable[[Tensor], Tensor],
+    reference: Tensor,
+    candidate: Tensor,
     inputs: TextInputs,
-) -> dict[str, Any]:
+) -> dict[str, NDArray[np.float64]]:
     """The statistics of every scored token: name -> float64 array (chunks, scored tokens of a chunk)."""
     import numpy as np
 
@@ -360,7 +374,7 @@ def _token_table(
             f"the inputs are {tuple(inputs.input_ids.shape)}; observe it on the same inputs"
         )
     length, first = inputs.input_ids.shape[1], inputs.first_target
-    columns: dict[str, list[Any]] = {}
+    columns: dict[str, list[NDArray[np.float64]]] = {}
     for i, sample_id in enumerate(inputs.sample_ids):
         for start in range(first, length, TOKENS_AT_ONCE):
             end = min(start + TOKENS_AT_ONCE, length)
@@ -373,22 +387,24 @@ def _token_table(
     return {name: np.concatenate(parts).reshape(inputs.num_samples, length - first) for name, parts in columns.items()}
 
 
-def _estimates(tokens: Mapping[str, Any], clusters: Any, evaluation: EvaluationConfig) -> dict[str, MetricValue]:
+def _estimates(
+    tokens: Mapping[str, NDArray[np.float64]], clusters: NDArray[np.int64], evaluation: EvaluationConfig
+) -> dict[str, MetricValue]:
     """The numbers that are not means over chunks, with intervals from resampled chunks."""
     known: dict[bytes, dict[str, float]] = {}
 
-    def quantiles(chunks: Any) -> dict[str, float]:
+    def quantiles(chunks: NDArray[np.int64]) -> dict[str, float]:
         key = chunks.tobytes()  # all quantiles see the same draws: each draw is sorted once
         if key not in known:
             known[key] = kld_quantiles(tokens["kld"][chunks].reshape(-1))
         return known[key]
 
-    def quantile(name: str) -> Callable[[Any], float]:
+    def quantile(name: str) -> Callable[[NDArray[np.int64]], float]:
         return lambda chunks: quantiles(chunks)[name]
 
     square = (tokens["delta_p"] ** 2).mean(1)
     nll = {"ppl": tokens["nll_candidate"].mean(1), "ppl_ref": tokens["nll_reference"].mean(1)}  # chunks of one length
-    statistics: dict[str, Callable[[Any], float]] = {
+    statistics: dict[str, Callable[[NDArray[np.int64]], float]] = {
         **{name: quantile(name) for name in ("kld_median", "kld_p90", "kld_p99", "kld_p999", "kld_max", "kld_min")},
         "ppl": lambda chunks: perplexity(nll["ppl"][chunks]),
         "ppl_ref": lambda chunks: perplexity(nll["ppl_ref"][chunks]),

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError, MetricUndefined
 from quantlab.metrics.output_error import output_cosine, output_rel_error
 from quantlab.models.loaded import LoadedModel
+from quantlab.modules.calls import Call, Progress
+from quantlab.modules.compute_dtype import torch_dtype
+from quantlab.modules.feed import Batch, arguments_of
 from quantlab.vocabulary.reports import Measurements
 from quantlab.vocabulary.schema import EvaluationConfig
 
-Batch = Any  # a tensor, or a tuple, list or mapping of tensors as the module's forward takes them
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+HEADLINE = ("output_cosine", "output_rel_error")
 
 
 @dataclass(frozen=True)
@@ -35,14 +42,14 @@ def inputs_of(batches: Sequence[Batch]) -> ModuleInputs:
     return ModuleInputs(batches=tuple(batches), sha256=digest.hexdigest())
 
 
-def _tensors(tree: Any) -> list[Any]:
+def _tensors(tree: Any) -> list[Tensor]:
     if hasattr(tree, "detach"):
         return [tree]
     items = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (list, tuple)) else ()
     return [t for item in items for t in _tensors(item)]
 
 
-def _cast(tree: Any, device: str, dtype: Any) -> Any:
+def _cast(tree: Any, device: str, dtype: torch.dtype) -> Any:
     if hasattr(tree, "detach"):
         return tree.to(device=device, dtype=dtype if tree.is_floating_point() else None)
     if isinstance(tree, Mapping):
@@ -50,7 +57,7 @@ def _cast(tree: Any, device: str, dtype: Any) -> Any:
     return type(tree)(_cast(v, device, dtype) for v in tree) if isinstance(tree, (list, tuple)) else tree
 
 
-def _compute_dtype(module: Any) -> Any:
+def _compute_dtype(module: nn.Module) -> torch.dtype | None:
     import torch
 
     return next((p.dtype for p in module.parameters() if type(p.data) is torch.Tensor and p.is_floating_point()), None)
@@ -60,7 +67,7 @@ def observe(
     model: LoadedModel,
     inputs: ModuleInputs,
     evaluation: EvaluationConfig,
-    progress: Callable[[int, int], Any] | None = None,
+    progress: Progress | None = None,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
     """Outputs of the module, concatenated over batches: fp32 tensor of shape (rows, ...).
@@ -70,19 +77,15 @@ def observe(
     import torch
 
     module = model.components["model"]
-    dtype = getattr(torch, model.dtype) if _compute_dtype(module) is None else _compute_dtype(module)
+    dtype = _compute_dtype(module) or torch_dtype(model.dtype)
     batches = [
         part for b in inputs.batches for part in (b.split(batch_size) if batch_size and hasattr(b, "split") else [b])
     ]
     outputs = []
     with torch.no_grad():
         for i, batch in enumerate(batches):
-            batch = _cast(batch, model.device, dtype)
-            if isinstance(batch, Mapping):
-                out = module(**batch)
-            else:
-                out = module(*batch) if isinstance(batch, (list, tuple)) else module(batch)
-            out = _tensors([out])[0] if not isinstance(out, Mapping) else _tensors(out)[0]
+            args, kwargs = arguments_of(_cast(batch, model.device, dtype))
+            out = _tensors([module(*args, **kwargs)])[0]
             outputs.append((out.dequantize() if hasattr(out, "qtype") else out).detach().float().cpu())
             if not bool(torch.isfinite(outputs[-1]).all()):
                 raise MetricUndefined(
@@ -93,13 +96,29 @@ def observe(
     return {"outputs": torch.cat(outputs)}
 
 
+def calls(
+    model: LoadedModel,
+    inputs: ModuleInputs,
+    evaluation: EvaluationConfig,
+    components: Sequence[str],
+    progress: Progress | None = None,
+) -> Iterator[tuple[str, Call]]:
+    """The module's calls on the batches, as they were given."""
+    for i, batch in enumerate(inputs.batches):
+        args, kwargs = arguments_of(batch)
+        for name in components:
+            yield name, {"args": args, "kwargs": kwargs, "dtype": model.dtype, "step": 0}
+        if progress:
+            progress(i + 1, len(inputs.batches))
+
+
 def measure(
     model: LoadedModel,
     inputs: ModuleInputs,
     evaluation: EvaluationConfig,
     reference: Mapping[str, Any],
     reference_model: LoadedModel,
-    progress: Callable[[int, int], Any] | None = None,
+    progress: Progress | None = None,
     batch_size: int | None = None,
 ) -> Measurements:
     """``output_cosine`` and ``output_rel_error`` of each output row against the reference's."""

@@ -1,20 +1,63 @@
-"""The protocols: how a kind of model is run on its inputs and compared with the reference.
-
-A protocol is one file with ``observe(model, inputs, evaluation, progress, batch_size)``, the model's outputs as a tree
-that ``torch.save`` stores, and
-``measure(model, inputs, evaluation, reference, reference_model, progress, batch_size)``,
-which runs a candidate the same way and returns :class:`~quantlab.vocabulary.reports.Measurements`; and
-``calls(model, inputs, settings, components, progress)``, an iterator of (component, call): the forward calls that the
-named components get while the model runs on the inputs, as :mod:`quantlab.modules.calls` stores a call.
-"""
+"""The protocols: how a kind of model is run on its inputs and compared with the reference; a protocol is one file."""
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
+from quantlab.models.loaded import LoadedModel
+from quantlab.modules.calls import Call, Progress
 from quantlab.protocols import diffusion, encoder, language, module
+from quantlab.vocabulary.reports import Measurements
+from quantlab.vocabulary.schema import EvaluationConfig
 
-PROTOCOLS: dict[str, ModuleType] = {
+InputsT = TypeVar("InputsT", contravariant=True)
+
+
+class EvaluationProtocol(Protocol[InputsT]):
+    """What the file of a protocol holds; ``InputsT`` is what its models are run on.
+
+    ``progress(done, total)`` is told after each part of the work; ``batch_size`` stands in for the evaluation's.
+    """
+
+    @property
+    def HEADLINE(self) -> tuple[str, ...]:
+        """The metrics that the terminal's table shows, the one that schemes are judged by first; all are logged."""
+
+    def observe(
+        self,
+        model: LoadedModel,
+        inputs: InputsT,
+        evaluation: EvaluationConfig,
+        progress: Progress | None = None,
+        batch_size: int | None = None,
+    ) -> dict[str, Any]:
+        """The model's outputs, a tree that ``torch.save`` stores and ``torch.load(weights_only=True)`` reads."""
+
+    def measure(
+        self,
+        model: LoadedModel,
+        inputs: InputsT,
+        evaluation: EvaluationConfig,
+        reference: Mapping[str, Any],
+        reference_model: LoadedModel,
+        progress: Progress | None = None,
+        batch_size: int | None = None,
+    ) -> Measurements:
+        """A candidate run the same way, compared with what ``observe`` returned of the reference."""
+
+    def calls(
+        self,
+        model: LoadedModel,
+        inputs: InputsT,
+        evaluation: EvaluationConfig,
+        components: Sequence[str],
+        progress: Progress | None = None,
+    ) -> Iterator[tuple[str, Call]]:
+        """(component, call): the forward calls that ``components`` get while the model runs on the inputs."""
+
+
+PROTOCOLS: dict[str, EvaluationProtocol[Any]] = {
     "diffusion": diffusion,
     "language": language,
     "encoder": encoder,

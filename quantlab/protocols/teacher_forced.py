@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from quantlab.errors import MetricUndefined
 from quantlab.metrics.statistics import mean_interval
 from quantlab.metrics.trajectory import step_sqnr_db, weighted_velocity_mse
 from quantlab.models.loaded import LoadedModel
-from quantlab.modules.calls import per_sample, replayed_output
+from quantlab.modules.calls import Call, per_sample, replayed_output
+from quantlab.protocols.diffusion_inputs import DiffusionInputs
 from quantlab.vocabulary.reports import MetricValue
 from quantlab.vocabulary.schema import EvaluationConfig
 
 if TYPE_CHECKING:
-    from quantlab.protocols.diffusion_inputs import DiffusionInputs
+    import numpy as np
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 
 def teacher_forced_metrics(
     model: LoadedModel,
-    calls: Sequence[Mapping[str, Any]],
+    calls: Sequence[Call],
     inputs: DiffusionInputs,
     evaluation: EvaluationConfig,
-    scheduler: Any,
+    scheduler: SchedulerMixin | None,
     tick: Callable[[], None],
-) -> tuple[dict[str, Any], dict[str, MetricValue]]:
+) -> tuple[dict[str, NDArray[np.float64]], dict[str, MetricValue]]:
     """``step_sqnr_db`` (num_steps,) and, where the scheduler's levels are known, ``weighted_velocity_mse``.
 
     ``calls`` are the recorded calls of the samples ``inputs``. All predictions of a sample at one step (with and
@@ -53,7 +57,7 @@ def teacher_forced_metrics(
     return {"step_sqnr_db": np.array(curve)}, estimates
 
 
-def integration_levels(scheduler: Any, num_steps: int) -> Any:
+def integration_levels(scheduler: SchedulerMixin | None, num_steps: int) -> NDArray[np.float64] | None:
     """The variable s, num_steps + 1 values, in which one sampler step is x' = x + (s_{k+1} - s_k) * prediction.
 
     It depends on what the network predicts. For flow matching s is the scheduler's sigma. For noise (epsilon) it is
@@ -66,10 +70,11 @@ def integration_levels(scheduler: Any, num_steps: int) -> Any:
 
     config = getattr(scheduler, "config", {})
     kind = "flow_prediction" if "FlowMatch" in type(scheduler).__name__ else config.get("prediction_type", "epsilon")
-    if getattr(scheduler, "sigmas", None) is not None:
-        sigmas = np.asarray([float(s) for s in scheduler.sigmas])
-    elif getattr(scheduler, "alphas_cumprod", None) is not None:
-        kept = np.asarray([float(scheduler.alphas_cumprod[int(t)]) for t in scheduler.timesteps])
+    levels, products = (getattr(scheduler, name, None) for name in ("sigmas", "alphas_cumprod"))
+    if levels is not None:
+        sigmas = np.asarray([float(s) for s in levels])
+    elif products is not None:
+        kept = np.asarray([float(products[int(t)]) for t in getattr(scheduler, "timesteps", ())])
         sigmas = np.append(np.sqrt((1 - kept) / kept), 0.0)
     else:
         return None
@@ -79,13 +84,13 @@ def integration_levels(scheduler: Any, num_steps: int) -> Any:
 
 
 def _predictions(
-    model: LoadedModel, calls: Sequence[Mapping[str, Any]], sample_ids: Sequence[str], tick: Callable[[], None]
-) -> tuple[Any, Any]:
+    model: LoadedModel, calls: Sequence[Call], sample_ids: Sequence[str], tick: Callable[[], None]
+) -> tuple[Tensor, Tensor]:
     """Outputs of the candidate and of the reference on the calls of one step: two float32 tensors (m, d)."""
     import torch
 
     denoiser = model.components[model.parts["denoiser"]]
-    pairs: dict[int, list[tuple[Any, Any]]] = {}
+    pairs: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for call in calls:
         num = call["stop"] - call["start"]
         output = per_sample(replayed_output(denoiser, call, model.device, model.dtype), num)

@@ -1,0 +1,120 @@
+"""What every family checks of ``model.path`` and ``model.dtype``, and one clear error for all that a library raises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from quantlab.errors import ConfigError, ModelError, nearest
+from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
+from quantlab.vocabulary.schema import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+_Module = TypeVar("_Module", bound="torch.nn.Module")
+
+
+def required_path(config: ModelConfig, what: str, example: str) -> str:
+    """``model.path``; ModelError where a family that has no model of its own is given none.
+
+    ``what`` is what the path leads to (``"a pipeline"``), ``example`` a Hub id.
+    """
+    if not config.path:
+        raise ModelError(
+            f"model.path=null: family {config.family} needs {what}; give a local folder or a Hub id, such as "
+            f"model.path={example}"
+        )
+    return config.path
+
+
+def local_folder(key: str, path: str, index: str, what: str, writer: str) -> Path | None:
+    """The folder that ``path`` names, or None where it can only be a Hub id.
+
+    ModelError for a file, for a path that leads nowhere, and for a folder without ``index``, which makes it no
+    ``what``; ``writer`` is what would have written it.
+    """
+    local = Path(path).expanduser()
+    if local.is_file():
+        raise ModelError(f"{key}: this is a file; name the folder that holds {index}")
+    if local.exists():
+        require_index(key, local, index, what, writer)
+        return local
+    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+        raise ModelError(f"{key}: there is no such folder; name a local folder or a Hub id (owner/name)")
+    return None
+
+
+def require_index(key: str, folder: Path, index: str, what: str, writer: str) -> None:
+    """ModelError where ``folder`` has no file ``index``."""
+    if not (folder / index).is_file():
+        raise ModelError(f"{key}: the folder has no {index}, so it is not {what}; name a folder that {writer} wrote")
+
+
+def chosen_dtype(config: ModelConfig, auto: str) -> str:
+    """``model.dtype``, with ``auto`` spelled out; ConfigError for a dtype that models do not compute in."""
+    if config.dtype not in ("auto", *COMPUTE_DTYPES):
+        raise ConfigError(
+            f"model.dtype={config.dtype}: a model computes in one of auto, {', '.join(COMPUTE_DTYPES)}"
+            f"{nearest(config.dtype, COMPUTE_DTYPES)}"
+        )
+    return auto if config.dtype == "auto" else config.dtype
+
+
+@contextmanager
+def as_model_error(key: str, way_out: str) -> Iterator[None]:
+    """What reading a broken, missing or unreachable checkpoint raises, as one ModelError with its first line.
+
+    Running out of memory stays what it is.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    unreadable = (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        SafetensorError,
+    )
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except unreadable as error:
+        if isinstance(error, ModelError):
+            raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise ModelError(f"{key}: it cannot be loaded ({first.rstrip('.')}); {way_out}") from error
+
+
+def frozen(module: _Module) -> _Module:
+    """The module, from now on in eval mode and without gradients."""
+    module.eval()
+    module.requires_grad_(False)
+    return module
+
+
+class _ProgressBars(Protocol):
+    """The logging module of transformers, and that of Diffusers."""
+
+    def is_progress_bar_enabled(self) -> bool: ...
+    def disable_progress_bar(self) -> None: ...
+    def enable_progress_bar(self) -> None: ...
+
+
+@contextmanager
+def quiet_loading(bars: _ProgressBars) -> Iterator[None]:
+    """A library's bars (one a tensor) off, and back on where they were on; ``bars`` is its ``utils.logging``."""
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
