@@ -9,12 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from quantlab.metrics import METRICS
+from quantlab.protocols.diffusion import DIFFERENCE_GAIN
 from quantlab.report.reading import Reader, StoredRun
+from quantlab.tracking.pictures import SAMPLE_ARRAYS, read_samples, shown_tiles
 
-IMAGES = "images/reference_quantized_difference.png"
-"""One row a sample; three columns: reference, candidate, difference."""
-DIFFERENCE_GAIN = 4
-"""By how much the tracked difference is brighter than it is."""
 IMAGE_BYTES = 3_000_000
 """What all pictures of a page may weigh together."""
 TILE_SIZES = (256, 192, 128, 96, 64)
@@ -27,11 +25,12 @@ def image_figure(reader: Reader, runs: Sequence[StoredRun]) -> dict[str, Any] | 
 
     Pictures that would not fit into the page together are scaled down.
     """
-    found = [(r, reader.read_artifact(r, IMAGES)) for r in runs]
-    tiles = [(r, _tiles(content)) for r, content in found if content]
-    tiles = [(r, t) for r, t in tiles if t.shape == tiles[0][1].shape]
-    if not tiles:
+    found = [(r, read_samples(reader.read_artifact(r, SAMPLE_ARRAYS) or b"")) for r in runs]
+    known = [(r, *samples) for r, samples in found if samples is not None]
+    if not known:
         return None
+    _, first, ids = known[0]
+    tiles = [(r, shown_tiles(t)) for r, t, own in known if t.shape == first.shape and own == ids]
     largest = min(max(tiles[0][1].shape[2:4]), TILE_SIZES[0])
     for size in [largest, *(s for s in TILE_SIZES if s < largest)]:
         schemes = [
@@ -43,31 +42,11 @@ def image_figure(reader: Reader, runs: Sequence[StoredRun]) -> dict[str, Any] | 
     return {
         "reference": reference,
         "schemes": schemes,
-        "tiles": len(tiles[0][1]),
+        "tiles": len(first),
+        "samples": ids,
         "pixels": size,
         "difference_gain": DIFFERENCE_GAIN,
     }
-
-
-def _tiles(content: bytes) -> Any:
-    """uint8 (samples, 3, height, width, 3) of a picture whose tiles have a white frame of one pixel."""
-    import numpy as np
-    from PIL import Image
-
-    with Image.open(io.BytesIO(content)) as picture:
-        pixels = np.asarray(picture.convert("RGB"))
-    height, width = pixels.shape[0], pixels.shape[1] // 3
-    white = (pixels == 255).all(axis=(1, 2))
-    rows = max(
-        (
-            k
-            for k in range(1, height // 3 + 1)
-            if height % k == 0 and white[:: height // k].all() and white[height // k - 1 :: height // k].all()
-        ),
-        default=1,
-    )
-    grid = pixels.reshape(rows, height // rows, 3, width, 3).transpose(0, 2, 1, 3, 4)
-    return grid[:, :, 1:-1, 1:-1]
 
 
 def _strip(tiles: Any, column: int, size: int) -> str:

@@ -339,7 +339,7 @@ function pairTable(group, pairs = group.pairs) {
 // -- images
 
 function imagePanel(group) {
-  const { schemes, reference, pixels, difference_gain: stored } = group.images;
+  const { schemes, reference, samples, pixels, difference_gain: stored } = group.images;
   const smooth = pixels > 128 ? "smooth" : null;
   const first = Math.max(0, schemes.findIndex((s) => s.name === group.front[0]));
   const candidate = make("img", { alt: "", class: `${smooth || ""} swap`, id: "candidate-image" });
@@ -369,7 +369,7 @@ function imagePanel(group) {
   const name = (text, small) => make("div", { class: "what" }, text, small);
   return [
     make("div", { class: "controls" }, make("label", {}, "scheme ", choose), make("label", {}, "smallest ", slider, " largest"), make("label", {}, "difference dark ", gain, " bright")),
-    make("div", { class: "strips", style: `max-width:${Math.max(380, group.images.tiles * 124 + 144)}px` }, name("reference"), make("img", { src: reference, alt: "images of the reference", class: smooth }), name(label, make("small", {}, "hold to see the reference")),
+    make("div", { class: "strips", style: `max-width:${Math.max(380, group.images.tiles * 124 + 144)}px` }, name("reference"), make("img", { src: reference, alt: `images of the reference: ${samples.join(", ")}`, title: samples.join(", "), class: smooth }), name(label, make("small", {}, "hold to see the reference")),
       candidate, name("difference", gainText), difference)];
 }
 

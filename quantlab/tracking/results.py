@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.tracking.heat_map import draw_heat_map
+from quantlab.tracking.pictures import SAMPLE_ARRAYS, SAMPLE_GRID, write_samples
 from quantlab.tracking.tags import CALIBRATION_SHA256
 from quantlab.vocabulary.reports import (
     CalibratedLayer,
@@ -158,8 +159,9 @@ def log_calibration(run: Any, report: RunReport) -> None:
     run.log_json(heat, "calibration_steps.json")
     if len(heat["columns"]) > 1:
         with tempfile.TemporaryDirectory(prefix="quantlab-figure-") as folder:
-            draw_heat_map(heat, Path(folder) / "map.png")
-            run.log_image_grid(Path(folder) / "map.png", "figures/calibration_layers_by_step.png")
+            picture = Path(folder) / "calibration_layers_by_step.png"
+            draw_heat_map(heat, picture)
+            run.log_artifact(picture, "figures")
 
 
 def calibration_map(found: CalibrationReport) -> dict[str, Any]:
@@ -196,4 +198,8 @@ def _log_measurements(run: Any, measured: Measurements) -> None:
     if measured.steps:
         run.log_json({name: [float(v) for v in curve] for name, curve in measured.steps.items()}, "steps.json")
     if measured.images is not None:
-        run.log_image_grid(measured.images, "images/reference_quantized_difference.png")
+        run.log_image_grid(measured.images, SAMPLE_GRID)
+        with tempfile.TemporaryDirectory(prefix="quantlab-images-") as folder:
+            file = Path(folder) / Path(SAMPLE_ARRAYS).name
+            write_samples(measured.images, measured.image_ids, file)
+            run.log_artifact(file, Path(SAMPLE_ARRAYS).parent.as_posix())

@@ -12,17 +12,20 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from quantlab.errors import TrackingError
+from quantlab.tracking.pictures import framed_grid
 from quantlab.tracking.record import Record
 from quantlab.tracking.tags import FAILURE, STAGE
 from quantlab.tracking.values import MAX_PARAM_CHARS, checked_key, checked_number, checked_tags, flatten
 
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
 _LOG = logging.getLogger(__name__)
 
 _ENDS = ("FINISHED", "FAILED", "KILLED")
-_MIN_TILE_PIXELS = 64
 _TERMINATED = 143
 """Exit code of a process that SIGTERM ended."""
 
@@ -119,22 +122,15 @@ class Run:
         table = {"columns": list(columns), "data": [list(row) for row in zip(*columns.values(), strict=True)]}
         self._log_text(json.dumps(table, ensure_ascii=False, default=str), name, table=True)
 
-    def log_image_grid(self, images: Any, name: str = "images/samples.png") -> None:
-        """A picture of many: the path of a PNG, or a uint8 array (rows, columns, height, width, channels).
+    def log_image_grid(self, images: ArrayLike, name: str = "images/samples.png") -> None:
+        """A picture of many: a uint8 array (rows, columns, height, width, 1 or 3), as one PNG.
 
         An array (columns, height, width, channels) is one row. Images under 64 pixels are enlarged by whole factors.
         """
         name = _artifact_name(name)
-        if isinstance(images, (str, Path)):
-            if not Path(images).is_file():
-                raise TrackingError(f"artifact {images}: no such file; an artifact is one file")
-            target = self._place(name)
-            if Path(images).absolute() != target:
-                shutil.copyfile(images, target)
-        else:
-            picture = _grid(images, name)
-            target = self._place(name)
-            picture.save(target)
+        picture = framed_grid(images, name)
+        target = self._place(name)
+        picture.save(target)
         self._write_artifact(name, target)
 
     def finish(self, status: str, error: str = "", stage: str = "") -> None:
@@ -210,23 +206,3 @@ def _artifact_name(name: str) -> str:
     if name == "run.json" or Path(name).parts[:1] == ("tracking",):
         raise TrackingError(f"artifact {name!r}: the name is taken by the run's own record; choose another")
     return checked_key(name, "artifact")
-
-
-def _grid(images: Any, name: str) -> Any:
-    """A PIL image of an array (rows, columns, height, width, channels) or (columns, height, width, channels)."""
-    import numpy as np
-    from PIL import Image
-
-    array = np.asarray(images)
-    array = array[None] if array.ndim == 4 else array
-    if array.dtype != np.uint8 or array.ndim != 5 or array.shape[-1] not in (1, 3) or 0 in array.shape:
-        raise TrackingError(
-            f"images {name!r}: {array.dtype} of shape {array.shape}; give uint8 of shape "
-            "(rows, columns, height, width, 1 or 3)"
-        )
-    scale = -(-_MIN_TILE_PIXELS // min(array.shape[2:4])) if min(array.shape[2:4]) < _MIN_TILE_PIXELS else 1
-    tiles = array.repeat(scale, axis=2).repeat(scale, axis=3).repeat(3 // array.shape[-1], axis=4)
-    rows, columns, height, width, _ = tiles.shape
-    framed = np.full((rows, columns, height + 2, width + 2, 3), 255, np.uint8)
-    framed[:, :, 1:-1, 1:-1] = tiles
-    return Image.fromarray(framed.transpose(0, 2, 1, 3, 4).reshape(rows * (height + 2), columns * (width + 2), 3))

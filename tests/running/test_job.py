@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from quantlab.protocols.table import PROTOCOLS
+from quantlab.tracking.pictures import read_samples
 from tests.support.shell import digits_words, make_shell
 from tests.support.stores import artifact
 
@@ -73,6 +74,9 @@ def test_the_artifacts_of_a_run(run):
     steps = json_artifact(shell, found, "steps.json")
     assert all(len(curve) == 2 for curve in steps.values())
     assert artifact(shell.store, found["run_id"], "images/reference_quantized_difference.png").startswith(b"\x89PNG")
+    images, ids = read_samples(artifact(shell.store, found["run_id"], "images/samples.npz"))
+    assert images.shape == (8, 3, 8, 8, 1)
+    assert set(ids) <= set(samples["sample_id"])
     assert json_artifact(shell, found, "environment.json")["versions"]["torchao"]
     assert set(json_artifact(shell, found, "exclusions.json")) == {"excluded", "skipped", "fallback"}
     assert json_artifact(shell, found, "report.json")["metrics"] == rows["torchao int4 g64"]["metrics"]

@@ -1,0 +1,72 @@
+"""Pictures of samples: one PNG of all tiles for people, and the array itself for whoever compares runs later."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantlab.errors import TrackingError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+    from PIL.Image import Image as Picture
+
+SAMPLE_GRID = "images/reference_quantized_difference.png"
+"""One row a sample; three columns: reference, candidate, difference."""
+SAMPLE_ARRAYS = "images/samples.npz"
+"""The same as arrays: ``images`` uint8 (samples, 3, height, width, channels), and their ``sample_ids``."""
+_MIN_TILE_PIXELS = 64
+
+
+def shown_tiles(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """uint8 (rows, columns, height, width, 1 or 3) in RGB, those under 64 pixels enlarged by a whole factor."""
+    smallest = min(images.shape[2:4])
+    scale = -(-_MIN_TILE_PIXELS // smallest) if smallest < _MIN_TILE_PIXELS else 1
+    return images.repeat(scale, axis=2).repeat(scale, axis=3).repeat(3 // images.shape[-1], axis=4)
+
+
+def framed_grid(images: ArrayLike, name: str) -> Picture:
+    """A picture of an array (rows, columns, height, width, channels), or of one row without the first axis.
+
+    Every tile has a white frame of one pixel. TrackingError, naming ``name``, for another shape or dtype.
+    """
+    import numpy as np
+    from PIL import Image
+
+    array = np.asarray(images)
+    array = array[None] if array.ndim == 4 else array
+    if array.dtype != np.uint8 or array.ndim != 5 or array.shape[-1] not in (1, 3) or 0 in array.shape:
+        raise TrackingError(
+            f"images {name!r}: {array.dtype} of shape {array.shape}; give uint8 of shape "
+            "(rows, columns, height, width, 1 or 3)"
+        )
+    tiles = shown_tiles(array)
+    rows, columns, height, width, _ = tiles.shape
+    framed = np.full((rows, columns, height + 2, width + 2, 3), 255, np.uint8)
+    framed[:, :, 1:-1, 1:-1] = tiles
+    return Image.fromarray(framed.transpose(0, 2, 1, 3, 4).reshape(rows * (height + 2), columns * (width + 2), 3))
+
+
+def write_samples(images: NDArray[np.uint8], sample_ids: Sequence[str], file: Path) -> None:
+    """Write ``images`` (samples, 3, height, width, channels) and their ids to ``file`` (.npz)."""
+    import numpy as np
+
+    np.savez_compressed(file, images=images, sample_ids=np.array(sample_ids, dtype=str))
+
+
+def read_samples(content: bytes) -> tuple[NDArray[np.uint8], list[str]] | None:
+    """``images`` and ``sample_ids`` of a file like :data:`SAMPLE_ARRAYS`; None for what is no such file."""
+    import numpy as np
+
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            images, ids = arrays["images"], arrays["sample_ids"]
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error):
+        return None
+    usable = images.dtype == np.uint8 and images.ndim == 5 and images.shape[1] == 3 and images.shape[-1] in (1, 3)
+    return (images, [str(i) for i in ids]) if usable and 0 not in images.shape else None
