@@ -18,8 +18,8 @@ from typing import Any
 
 from quantlab.backends.table import distributions
 from quantlab.errors import ConfigError
-from quantlab.metrics import HEADLINE
 from quantlab.planning.listing import LISTS
+from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.compare import Comparison, compare
 from quantlab.report.comparison_table import p_text
 from quantlab.report.pareto_figure import draw_pareto
@@ -50,11 +50,13 @@ def table_block(data: Mapping[str, Any]) -> str:
     """Caption and Markdown table of a run."""
     rows = [r for r in data["rows"] if r["protocol"]]
     environment = data["environment"]
-    versions = ", ".join(f"{n} {environment['versions'][n]}" for n in (*SHOWN_VERSIONS, *distributions()) if n in environment["versions"])
+    versions = ", ".join(
+        f"{n} {environment['versions'][n]}" for n in (*SHOWN_VERSIONS, *distributions()) if n in environment["versions"]
+    )
     machine = environment["hardware"]
     where = ", ".join(g["name"] for g in machine["gpus"]) or f"CPU ({machine['cpu_capability']})"
     minutes = data["seconds"] / 60
-    n = next(iter(r["metrics"][f"quality/{HEADLINE[r['protocol']][0]}/n"] for r in rows))
+    n = next(iter(r["metrics"][f"quality/{PROTOCOLS[r['protocol']].HEADLINE[0]}/n"] for r in rows))
     caption = (
         f"Measured {data['date']} in {minutes:.1f} min on a {where} with {machine['torch_threads']} threads, "
         f"n = {n:.0f}. {LEGEND}.\n\n*{versions}*"
@@ -91,7 +93,7 @@ def compare_sweep(run_id: str, uri: str) -> list[Comparison]:
 def expectation(data: Mapping[str, Any]) -> str:
     """The recipe header's line: cost, and the best and worst row."""
     rows = [r for r in data["rows"] if r["status"] == "FINISHED" and "quantization/coverage" in r["metrics"]]
-    metric = HEADLINE[rows[0]["protocol"]][0]
+    metric = PROTOCOLS[rows[0]["protocol"]].HEADLINE[0]
     index = columns(rows[0]["protocol"]).index("saving") + 1
     ranked = sorted(rows, key=lambda r: r["metrics"][f"quality/{metric}"])
     best, worst = ranked[0], ranked[-1]

@@ -212,7 +212,7 @@ DOUBLE: dict[str, Callable[[Any], Any]] = {
 @pytest.fixture(scope="module")
 def model(sweep: Sweep) -> LoadedModel:
     config = next(iter(sweep.jobs.values())).config
-    loaded: LoadedModel = FAMILIES["digits_dit"](config.model, "cpu", sweep.cache, None)
+    loaded: LoadedModel = FAMILIES["digits_dit"].load(config.model, "cpu", sweep.cache, None)
     return loaded
 
 
@@ -226,7 +226,7 @@ def _quantized(job: Job, model: LoadedModel) -> tuple[Request, Any, Quantization
 
 def _latent_rel_mse(sweep: Sweep, job: Job, model: LoadedModel, transformer: Any) -> float:
     settings = job.config.evaluation
-    inputs = DATASETS["digits_classes"](job.config.dataset, settings, model)
+    inputs = DATASETS["digits_classes"].load(job.config.dataset, settings, model)
     reference = observe(model, inputs, settings, sweep.cache)
     candidate = model.with_components({"transformer": transformer})
     return summarize(evaluate(candidate, model, reference, inputs, settings), settings)["latent_rel_mse"].value

@@ -6,34 +6,19 @@ share no noise, no prompt and no tokens is checked on the inputs themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from quantlab.datasets import digits_classes, prompts, text, wiki_extracts
+from quantlab.datasets.table import CALIBRATION_SETS, DATASETS
 from quantlab.errors import ConfigError, QuantlabError, nearest
 from quantlab.models.loaded import LoadedModel
+from quantlab.protocols.diffusion_inputs import DiffusionInputs
+from quantlab.protocols.table import Inputs
 from quantlab.vocabulary.schema import CalibrationConfig, DatasetConfig, EvaluationConfig, ExperimentConfig
 
-Load = Callable[[DatasetConfig, EvaluationConfig, LoadedModel], Any]
-
-
-def _prompts(config: DatasetConfig, settings: EvaluationConfig, model: LoadedModel) -> Any:
-    return prompts.load(replace(config, path=config.path or str(prompts.CALIBRATION)), settings, model)
-
-
-def _wiki_extracts(config: DatasetConfig, settings: EvaluationConfig, model: LoadedModel) -> Any:
-    return wiki_extracts.load(config, settings, model, wiki_extracts.calibration_half)
-
-
-CALIBRATION_SETS: dict[str, Load] = {
-    "digits_classes": digits_classes.load,
-    "prompts": _prompts,
-    "wiki_extracts": _wiki_extracts,
-    "text": text.load,
-}
-"""``calibration.source`` -> its inputs."""
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def sampling_settings(config: CalibrationConfig, evaluation: EvaluationConfig) -> EvaluationConfig:
@@ -51,7 +36,9 @@ def sampling_settings(config: CalibrationConfig, evaluation: EvaluationConfig) -
     )
 
 
-def calibration_inputs(config: CalibrationConfig, evaluation: EvaluationConfig, model: LoadedModel, seen: Any) -> Any:
+def calibration_inputs(
+    config: CalibrationConfig, evaluation: EvaluationConfig, model: LoadedModel, seen: Inputs
+) -> Inputs:
     """Inputs of the model's protocol; ``seen`` are the evaluation's.
 
     Raises ConfigError, beginning with the key of ``calibration``, for data that cannot be read or is too short for
@@ -90,7 +77,7 @@ def check_calibration(config: ExperimentConfig) -> None:
     _check_file(asked)
     if asked.source != config.dataset.name:
         return
-    if asked.source == "digits_classes" and asked.seed == config.dataset.seed:
+    if DATASETS[asked.source].seed_is_content and asked.seed == config.dataset.seed:
         raise ConfigError(
             f"calibration.seed={asked.seed}: this is the noise of the evaluation (dataset.seed); choose another number"
         )
@@ -100,11 +87,11 @@ def check_calibration(config: ExperimentConfig) -> None:
 
 def _check_file(asked: CalibrationConfig) -> None:
     """ConfigError where the source reads a file of the user's and cannot."""
+    read = DATASETS[asked.source].read_file
+    if read is None:
+        return
     try:
-        if asked.source == "text":
-            text.read_text(asked.path)
-        elif asked.source == "prompts" and asked.path is not None:
-            prompts.read_prompts(asked.path)
+        read(asked.path)
     except ConfigError as error:
         raise ConfigError(_in_our_words(str(error))) from error
 
@@ -125,12 +112,12 @@ def _in_our_words(message: str) -> str:
     return message
 
 
-def _contents(inputs: Any) -> dict[str, set[Any]]:
+def _contents(inputs: Inputs) -> dict[str, set[bytes] | set[str]]:
     """What may not be shared, by its name: initial noise and prompts, or tokens and the text as a whole."""
-    if hasattr(inputs, "noise"):
+    if isinstance(inputs, DiffusionInputs):
         return {"noise": _rows(inputs.noise), "prompts": set(inputs.conditioning.get("prompt", []))}
     return {"tokens": _rows(inputs.input_ids), "text": {inputs.protocol["text_sha256"]}}
 
 
-def _rows(tensor: Any) -> set[bytes]:
+def _rows(tensor: Tensor) -> set[bytes]:
     return {row.contiguous().numpy().tobytes() for row in tensor}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 from quantlab.errors import ConfigError
@@ -47,6 +48,11 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
         sample_ids=tuple(f"prompt {prompt} replica {replica}" for prompt, replica in rows),
         clusters=np.array([prompt for prompt, _ in rows]),
     )
+
+
+def load_calibration(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel) -> DiffusionInputs:
+    """As :func:`load`, of other prompts where the user names none."""
+    return load(replace(config, path=config.path or str(CALIBRATION)), evaluation, model)
 
 
 def read_prompts(path: str | None = None) -> list[str]:

@@ -1,15 +1,91 @@
-"""The data sets: name -> ``load(config, evaluation, model)``, the evaluation inputs of the model's protocol."""
+"""The data sets: one row each, and a data set is one file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 from quantlab.datasets import digits_classes, prompts, text, wiki_extracts
+from quantlab.errors import ConfigError, nearest
+from quantlab.models.loaded import LoadedModel
+from quantlab.models.table import family_of
+from quantlab.protocols.table import Inputs
+from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ExperimentConfig
 
-DATASETS: dict[str, Callable[..., Any]] = {
-    "digits_classes": digits_classes.load,
-    "prompts": prompts.load,
-    "wiki_extracts": wiki_extracts.load,
-    "text": text.load,
+Load = Callable[[DatasetConfig, EvaluationConfig, LoadedModel], Inputs]
+"""Makes the inputs of the model's protocol; ConfigError, beginning with the key, for data that are not usable."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """One source of data. Nothing has a default: what does not apply is None."""
+
+    name: str
+    """The word behind ``dataset.name=`` and ``calibration.source=``."""
+    protocols: tuple[str, ...]
+    """The protocols whose models it has inputs for."""
+    load: Load
+    """The evaluation's inputs."""
+    load_calibration: Load | None
+    """Inputs with other content than the evaluation's; None: not for calibration."""
+    read_file: Callable[[str | None], object] | None
+    """Reads the file of the user's that ``path`` names, to refuse a bad one before anything is loaded; None: there is
+    no such file."""
+    seed_is_content: bool
+    """True where two sets differ by their seed alone, so that calibration may not have the evaluation's."""
+
+
+_ROWS = (
+    Dataset(
+        name="digits_classes",
+        protocols=("diffusion",),
+        load=digits_classes.load,
+        load_calibration=digits_classes.load,
+        read_file=None,
+        seed_is_content=True,
+    ),
+    Dataset(
+        name="prompts",
+        protocols=("diffusion",),
+        load=prompts.load,
+        load_calibration=prompts.load_calibration,
+        read_file=prompts.read_prompts,
+        seed_is_content=False,
+    ),
+    Dataset(
+        name="wiki_extracts",
+        protocols=("language", "encoder"),
+        load=wiki_extracts.load,
+        load_calibration=wiki_extracts.load_calibration,
+        read_file=None,
+        seed_is_content=False,
+    ),
+    Dataset(
+        name="text",
+        protocols=("language", "encoder"),
+        load=text.load,
+        load_calibration=text.load,
+        read_file=text.read_text,
+        seed_is_content=False,
+    ),
+)
+
+DATASETS: dict[str, Dataset] = {row.name: row for row in _ROWS}
+CALIBRATION_SETS: dict[str, Load] = {
+    row.name: row.load_calibration for row in _ROWS if row.load_calibration is not None
 }
+"""``calibration.source`` -> its inputs."""
+
+
+def check_dataset(config: ExperimentConfig) -> None:
+    """ConfigError, before anything is loaded, for a family or a data set that there is none of, and where the data set
+    has no inputs for the family's models."""
+    family, name = family_of(config.model), config.dataset.name
+    if name not in DATASETS:
+        raise ConfigError(f"dataset.name={name}: there are {', '.join(DATASETS)}{nearest(name, DATASETS)}")
+    if family.protocol not in DATASETS[name].protocols:
+        fitting = [row.name for row in _ROWS if family.protocol in row.protocols]
+        raise ConfigError(
+            f"dataset={name}: it has no inputs for model.family={family.name}, whose models are run by the protocol "
+            f"{family.protocol}; choose one of {', '.join(fitting)}"
+        )

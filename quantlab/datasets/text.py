@@ -6,6 +6,7 @@ so calibrate on another file); an encoder on its non-empty lines.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from quantlab.errors import ConfigError
@@ -19,15 +20,28 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
     """Evaluation inputs from the file. ConfigError beginning with ``dataset.path=...`` for a file that is missing, not
     UTF-8, empty or too short, and for models that do not take text."""
     key = f"dataset.path={config.path}"
+    require_text_model(key, model)
+    text = read_text(config.path)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return inputs_of(text, lines, evaluation, model, key)
+
+
+def require_text_model(key: str, model: LoadedModel) -> None:
+    """ConfigError for a model that does not take text."""
     if model.protocol not in ("language", "encoder"):
         raise ConfigError(
             f"{key}: text is for language models and text encoders; {model.name} is run by the protocol "
             f"{model.protocol}: choose another dataset"
         )
-    text = read_text(config.path)
+
+
+def inputs_of(
+    whole: str, parts: Sequence[str], evaluation: EvaluationConfig, model: LoadedModel, key: str
+) -> TextInputs | EncoderInputs:
+    """Windows of the whole text for a language model, the parts one by one for an encoder; ``key`` begins errors."""
     if model.protocol == "encoder":
-        return encoder_inputs([line.strip() for line in text.splitlines() if line.strip()], evaluation, model, key)
-    return text_inputs(text, evaluation, model, key)
+        return encoder_inputs(parts, evaluation, model, key)
+    return text_inputs(whole, evaluation, model, key)
 
 
 def read_text(path: str | None) -> str:

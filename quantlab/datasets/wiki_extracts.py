@@ -10,11 +10,11 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from quantlab.errors import ConfigError
+from quantlab.datasets.text import inputs_of, require_text_model
 from quantlab.models.assets import asset_path
 from quantlab.models.loaded import LoadedModel
-from quantlab.protocols.encoder import EncoderInputs, encoder_inputs
-from quantlab.protocols.language import TextInputs, text_inputs
+from quantlab.protocols.encoder import EncoderInputs
+from quantlab.protocols.language import TextInputs
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig
 
 KEY = "dataset=wiki_extracts"
@@ -24,26 +24,28 @@ MIN_CHARACTERS = 200
 _T = TypeVar("_T")
 
 
-def load(
-    config: DatasetConfig,
-    evaluation: EvaluationConfig,
-    model: LoadedModel,
-    half: Callable[[Sequence[str]], list[str]] | None = None,
-) -> TextInputs | EncoderInputs:
+def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel) -> TextInputs | EncoderInputs:
     """Evaluation inputs: for a language model windows of the documents joined by blank lines, for an encoder the
-    documents one by one, cut at ``evaluation.context_length`` tokens. ``half`` chooses the documents (evaluation's).
+    documents one by one, cut at ``evaluation.context_length`` tokens.
 
     Raises MissingPackage where the wheel is absent, ConfigError for other kinds of models.
     """
-    if model.protocol not in ("language", "encoder"):
-        raise ConfigError(
-            f"{KEY}: text is for language models and text encoders; {model.name} is run by the protocol "
-            f"{model.protocol}: choose another dataset"
-        )
-    texts = (half or evaluation_half)(documents())
-    if model.protocol == "encoder":
-        return encoder_inputs(texts, evaluation, model, KEY)
-    return text_inputs("\n\n".join(texts), evaluation, model, KEY)
+    return _inputs(evaluation_half, evaluation, model)
+
+
+def load_calibration(
+    config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
+) -> TextInputs | EncoderInputs:
+    """As :func:`load`, of the other documents."""
+    return _inputs(calibration_half, evaluation, model)
+
+
+def _inputs(
+    half: Callable[[Sequence[str]], list[str]], evaluation: EvaluationConfig, model: LoadedModel
+) -> TextInputs | EncoderInputs:
+    require_text_model(KEY, model)
+    texts = half(documents())
+    return inputs_of("\n\n".join(texts), texts, evaluation, model, KEY)
 
 
 def documents() -> list[str]:

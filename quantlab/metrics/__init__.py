@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PROTOCOLS = ("diffusion", "language", "encoder", "module")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
@@ -23,6 +21,7 @@ class Metric:
     higher_is_better: bool | None
     """None: neither direction is better (a property of the reference, or a signed number whose best value is 0)."""
     protocols: tuple[str, ...]
+    """Rows of ``protocols.PROTOCOLS`` that measure it."""
     of_reference: float | None = None
     """What the metric is for the reference itself, where that is known beforehand; else its own samples tell."""
     is_binary: bool = False
@@ -241,11 +240,3 @@ _ROWS = (
 )
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ROWS}
-
-HEADLINE: dict[str, tuple[str, ...]] = {
-    "diffusion": ("latent_rel_mse", "psnr_db"),
-    "language": ("kld_mean", "same_top1", "ppl"),
-    "encoder": ("output_cosine", "output_rel_error"),
-    "module": ("output_cosine", "output_rel_error"),
-}
-"""The metrics of each protocol that the terminal's table shows; all others are logged."""

@@ -1,22 +1,80 @@
-"""The model families: name -> how it is loaded. A family is one file with a ``load`` function.
-
-``load(config, device, cache_dir, progress)`` returns a :class:`~quantlab.models.loaded.LoadedModel`; it raises
-ModelError (key ``model.path``) for what cannot be read.
-"""
+"""The model families: one row each, and a family is one file with a ``load`` function."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
+from quantlab.errors import ConfigError, nearest
 from quantlab.models import causal_lm, diffusers_pipeline, digits_dit, encoder, smollm2
-from quantlab.models.loaded import LoadedModel
+from quantlab.models.loaded import LoadedModel, Progress
+from quantlab.vocabulary.schema import ModelConfig
 
-FAMILIES: dict[str, Callable[..., LoadedModel]] = {
-    "digits_dit": digits_dit.load,
-    "diffusers": diffusers_pipeline.load,
-    "smollm2": smollm2.load,
-    "causal_lm": causal_lm.load,
-    "encoder": encoder.load,
-}
-Progress = Callable[[str, int, int], Any]
+
+class Load(Protocol):
+    """Loads what ``config`` names; ModelError (key ``model.path``) for what cannot be read."""
+
+    def __call__(
+        self, config: ModelConfig, device: str, cache_dir: Path, progress: Progress | None = None
+    ) -> LoadedModel: ...
+
+
+class LoadTrained(Protocol):
+    """The model from a folder of weights that quantlab trained; ModelError where they are not intact."""
+
+    def __call__(self, folder: Path, *, dtype: str) -> LoadedModel: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """Where the weights are that quantlab itself trains: tracked once, and found again by their digest."""
+
+    files: tuple[str, str]
+    """Names of the files with the model's weights and with its judge's."""
+    cache_key: Callable[[ModelConfig], str]
+    """The folder below ``cache/models`` that a config's weights are trained into."""
+    load: LoadTrained
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One kind of model. Nothing has a default: what does not apply is None."""
+
+    name: str
+    """The word behind ``model.family=``."""
+    protocol: str
+    """Row of ``protocols.PROTOCOLS``: how its models are run and compared."""
+    load: Load
+    trained: Trained | None
+    """None: the weights are of others."""
+
+
+_ROWS = (
+    Family(
+        name="digits_dit",
+        protocol="diffusion",
+        load=digits_dit.load,
+        trained=Trained(
+            files=(digits_dit.MODEL_FILE, digits_dit.JUDGE_FILE),
+            cache_key=digits_dit.cache_key,
+            load=digits_dit.load_cached,
+        ),
+    ),
+    Family(name="diffusers", protocol="diffusion", load=diffusers_pipeline.load, trained=None),
+    Family(name="smollm2", protocol="language", load=smollm2.load, trained=None),
+    Family(name="causal_lm", protocol="language", load=causal_lm.load, trained=None),
+    Family(name="encoder", protocol="encoder", load=encoder.load, trained=None),
+)
+
+FAMILIES: dict[str, Family] = {row.name: row for row in _ROWS}
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The row of ``model.family``; ConfigError for a family that there is none of."""
+    if config.family not in FAMILIES:
+        raise ConfigError(
+            f"model.family={config.family}: there are {', '.join(FAMILIES)}{nearest(config.family, FAMILIES)}"
+        )
+    return FAMILIES[config.family]

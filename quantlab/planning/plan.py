@@ -15,6 +15,7 @@ from typing import Any
 from quantlab.backends.scheme import Scheme, pasted_scheme, scheme_of
 from quantlab.backends.table import own_settings, resolved
 from quantlab.datasets.calibration import check_calibration
+from quantlab.datasets.table import check_dataset
 from quantlab.errors import ConfigError, QuantlabError
 from quantlab.planning.composition import (
     compose_node,
@@ -186,6 +187,7 @@ def make_job(config: ExperimentConfig, overrides: Sequence[str] = ()) -> Job:
     A pasted ``quantization_config`` becomes the native config as it is, and the job's axes show what it says.
     """
     _check_ranges(config)
+    check_dataset(config)
     axes, shipped = config.quantization, groups()["modules_to_not_convert"]
     settings = {name: getattr(axes, name) for name in own_settings(axes.backend) if hasattr(axes, name)}
     scheme: Scheme | None

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quantlab.errors import ConfigError, nearest, require_package
-from quantlab.metrics import HEADLINE, METRICS
+from quantlab.metrics import METRICS
 from quantlab.planning.job import Job
+from quantlab.protocols.table import PROTOCOLS
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.schema import SearchConfig, SweepConfig
 
@@ -106,7 +107,7 @@ def _better(name: str) -> str | None:
 def objectives_of(search: SearchConfig, protocol: str) -> dict[str, str]:
     """The objectives with their directions; ConfigError for a metric that the protocol does not measure."""
     if not search.objectives:
-        headline = f"quality/{HEADLINE[protocol][0]}"
+        headline = f"quality/{PROTOCOLS[protocol].HEADLINE[0]}"
         return {"memory/weights_bytes": MINIMIZE, headline: _better(headline) or MINIMIZE}
     for name in search.objectives:
         metric = METRICS.get(name.removeprefix("quality/"))

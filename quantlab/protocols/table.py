@@ -8,9 +8,14 @@ from typing import Any, Protocol, TypeVar
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
 from quantlab.protocols import diffusion, encoder, language, module
+from quantlab.protocols.diffusion_inputs import DiffusionInputs
+from quantlab.protocols.encoder import EncoderInputs
+from quantlab.protocols.language import TextInputs
 from quantlab.vocabulary.reports import Measurements
 from quantlab.vocabulary.schema import EvaluationConfig
 
+Inputs = DiffusionInputs | TextInputs | EncoderInputs
+"""What a data set becomes: the inputs of a model's protocol."""
 InputsT = TypeVar("InputsT", contravariant=True)
 
 

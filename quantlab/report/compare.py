@@ -24,7 +24,7 @@ from typing import Any
 
 from quantlab.backends.table import backends
 from quantlab.errors import ConfigError, TrackingError, nearest
-from quantlab.metrics import HEADLINE, METRICS
+from quantlab.metrics import METRICS
 from quantlab.metrics.statistics import (
     MIN_CLUSTERS,
     degrees_of_freedom,
@@ -33,6 +33,7 @@ from quantlab.metrics.statistics import (
     paired_differences,
     t_test,
 )
+from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.pareto import pareto_front
 from quantlab.report.reading import Reader, StoredRun
 from quantlab.report.selection import ComparisonRequest, Selection, group_labels, is_candidate
@@ -113,7 +114,7 @@ def _compare_group(request: ComparisonRequest, runs: Sequence[StoredRun], label:
     protocol = protocol_of(candidates[0])
     if not protocol:
         raise TrackingError(f"{request.typed}: {candidates[0].name!r} has no quality number; choose runs that ended")
-    samples = _Samples(request.typed, reader, request.metric or HEADLINE[protocol][0])
+    samples = _Samples(request.typed, reader, request.metric or PROTOCOLS[protocol].HEADLINE[0])
     metric = samples.metric
     _check_metric(metric, protocol, candidates, samples)
     front = front_of(candidates, metric)
@@ -145,7 +146,7 @@ def _compare_group(request: ComparisonRequest, runs: Sequence[StoredRun], label:
 
 def protocol_of(run: StoredRun) -> str:
     """The protocol whose first headline metric the run has."""
-    return next((p for p, names in HEADLINE.items() if f"quality/{names[0]}" in run.metrics), "")
+    return next((p for p, row in PROTOCOLS.items() if f"quality/{row.HEADLINE[0]}" in run.metrics), "")
 
 
 def reference_run(runs: Sequence[StoredRun]) -> StoredRun | None:
@@ -213,15 +214,19 @@ def _check_metric(metric: str, protocol: str, runs: Sequence[StoredRun], samples
             f"metric={metric}: these runs have no such metric{nearest(metric, known)}; they have {', '.join(known)}"
         )
     if METRICS[metric].higher_is_better is None:
-        raise ConfigError(f"metric={metric}: neither direction of it is better; choose metric={HEADLINE[protocol][0]}")
+        raise ConfigError(
+            f"metric={metric}: neither direction of it is better; choose metric={PROTOCOLS[protocol].HEADLINE[0]}"
+        )
     missing = [r.name for r in runs if f"quality/{metric}" not in r.metrics]
     if missing:
-        raise ConfigError(f"metric={metric}: {missing[0]!r} has no such number; choose metric={HEADLINE[protocol][0]}")
+        raise ConfigError(
+            f"metric={metric}: {missing[0]!r} has no such number; choose metric={PROTOCOLS[protocol].HEADLINE[0]}"
+        )
     columns = samples.of(runs[0])
     if columns and metric not in columns:
         raise ConfigError(
             f"metric={metric}: is not a mean over samples, so two runs cannot be paired by it; choose "
-            f"another, like metric={HEADLINE[protocol][0]}"
+            f"another, like metric={PROTOCOLS[protocol].HEADLINE[0]}"
         )
 
 

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from quantlab.errors import ConfigError
-from quantlab.metrics import HEADLINE, METRICS
+from quantlab.metrics import METRICS
+from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.compare import Comparison, Verdict, answers, bytes_of
 from quantlab.report.reading import StoredRun
 from quantlab.report.selection import Selection, is_candidate
@@ -24,7 +25,7 @@ STYLES = {"inside the floor": "green", "better": "green", "worse": "yellow"}
 
 def shown_metrics(group: Comparison) -> list[str]:
     """The metric that was asked for, and the protocol's headline metrics."""
-    return list(dict.fromkeys([group.metric, *HEADLINE[group.protocol]]))
+    return list(dict.fromkeys([group.metric, *PROTOCOLS[group.protocol].HEADLINE]))
 
 
 def in_order(group: Comparison) -> list[StoredRun]:
@@ -47,7 +48,7 @@ def comparison_table(group: Comparison) -> Table:
     caption = Text("\n".join(lines), justify="left")
     table = Table(title=group.label or None, caption=caption, caption_justify="left", pad_edge=False)
     titles = columns(group.protocol)[:-1]
-    extra = [] if group.metric in HEADLINE[group.protocol] else [group.metric]
+    extra = [] if group.metric in PROTOCOLS[group.protocol].HEADLINE else [group.metric]
     for i, title in enumerate([*titles, *extra, "front", "p (Holm)", f"verdict on {group.metric}"]):
         text = i == 0 or title.startswith("verdict")
         table.add_column(Text(title), justify="left" if text else "right", overflow="fold", no_wrap=i == 0)

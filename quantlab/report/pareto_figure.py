@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.backends.table import backends
-from quantlab.metrics import HEADLINE, METRICS
+from quantlab.metrics import METRICS
+from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.pareto import pareto_front
+
 
 def draw_pareto(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Write the finished rows of a sweep (``rows.json``) to ``file`` (SVG): the first headline metric with 95 %
@@ -19,7 +21,7 @@ def draw_pareto(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     from matplotlib.figure import Figure
 
     found = [r for r in rows if r["status"] == "FINISHED" and "quantization/coverage" in r["metrics"]]
-    metric = METRICS[HEADLINE[found[0]["protocol"]][0]]
+    metric = METRICS[PROTOCOLS[found[0]["protocol"]].HEADLINE[0]]
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()

@@ -12,7 +12,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from quantlab.metrics import HEADLINE, METRICS
+from quantlab.metrics import METRICS
+from quantlab.protocols.table import PROTOCOLS
 
 MIB = 1024**2
 MAX_SKIPPED = 8  # rows of impossible combinations that a terminal shows
@@ -24,7 +25,15 @@ LEGEND = (
 
 def columns(protocol: str) -> list[str]:
     """Column titles of a protocol's table."""
-    return ["scheme", "bits/weight", "MiB", "saving", *(_title(m) for m in HEADLINE[protocol]), "coverage", "s"]
+    return [
+        "scheme",
+        "bits/weight",
+        "MiB",
+        "saving",
+        *(_title(m) for m in PROTOCOLS[protocol].HEADLINE),
+        "coverage",
+        "s",
+    ]
 
 
 def _title(metric: str) -> str:
@@ -48,7 +57,7 @@ def cells(row: Row, protocol: str) -> list[str]:
         _shown(bits, "{:.2f}"),
         simulated + _shown(metrics.get("memory/weights_bytes"), "{:.2f}", MIB),
         _shown(metrics.get("memory/compression"), "{:.2f}x"),
-        *(_quality(metrics, m) for m in HEADLINE[protocol]),
+        *(_quality(metrics, m) for m in PROTOCOLS[protocol].HEADLINE),
         _shown(metrics.get("quantization/coverage"), "{:.1f} %", 0.01),
         _shown(metrics.get("perf/evaluate_s"), "{:.1f}"),
     ]

@@ -16,7 +16,7 @@ from typing import Any
 
 from quantlab import tracking
 from quantlab.errors import ConfigError, ModelError, TrackingError, nearest
-from quantlab.models import digits_dit
+from quantlab.models.table import Trained, family_of
 from quantlab.modules.layers import state_digest
 from quantlab.planning.composition import override_text
 from quantlab.planning.job import FLOOR_BATCH, FLOOR_BF16, Job, floor_jobs
@@ -47,8 +47,6 @@ KEYS = ("tracking.uri", "device", "num_threads", "output_dir", "model.path", "da
 USAGE = "quantlab reproduce RUN_ID [--json]"
 Digests = tuple[str, str]
 """Of a model's weights and of its judge; the second is empty where it is not known."""
-TRAINED = {"digits_dit": digits_dit}
-"""Families that quantlab trains: their weights are in the store, by hash."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,24 +225,24 @@ def _with_weights(config: ExperimentConfig, session: Session, run: StoredRun, sc
     where the run does not name its judge).
     """
     wanted = (run.tags.get(WEIGHTS_SHA256, ""), run.tags.get(JUDGE_SHA256, ""))
-    family = TRAINED.get(config.model.family)
-    if family is None or not wanted[0]:
+    trained = family_of(config.model).trained
+    if trained is None or not wanted[0]:
         return config
     models = Path(config.output_dir) / "cache" / "models"
     path: Any = config.model.path
-    here = Path(path).expanduser() if path else models / family.cache_key(config.model)
-    stored = _fetched(config, session, wanted, scratch / "weights")
-    digests = _digests(config, here)
+    here = Path(path).expanduser() if path else models / trained.cache_key(config.model)
+    stored = _fetched(config, trained, session, wanted, scratch / "weights")
+    digests = _digests(config, trained, here)
     if _are(digests, wanted) and stored in (None, digests):
         return config
     if stored is None:
         judge = f" (judge {wanted[1]})" if wanted[1] else ""
         raise ModelError(
             f"reproduce {run.run_id}: the weights {wanted[0]}{judge} that it was made with are neither in {here} nor "
-            f"in the store; pass model.path=FOLDER with their {family.MODEL_FILE} and {family.JUDGE_FILE}"
+            f"in the store; pass model.path=FOLDER with their {' and '.join(trained.files)}"
         )
     target = models / f"{wanted[0].removeprefix('sha256:')[:16]}-{stored[1].removeprefix('sha256:')[:8]}"
-    if _digests(config, target) != stored:
+    if _digests(config, trained, target) != stored:
         models.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(scratch / "weights", target)
@@ -256,7 +254,9 @@ def _are(digests: Digests | None, wanted: Digests) -> bool:
     return digests is not None and digests[0] == wanted[0] and wanted[1] in ("", digests[1])
 
 
-def _fetched(config: ExperimentConfig, session: Session, wanted: Digests, folder: Path) -> Digests | None:
+def _fetched(
+    config: ExperimentConfig, trained: Trained, session: Session, wanted: Digests, folder: Path
+) -> Digests | None:
     """Fetch the wanted weights into ``folder``; their digests, or None where the store has them not intact."""
     name = f"model/{wanted[0].removeprefix('sha256:')[:16]}"
     for holder in tracking.find_runs(session.store, status=None, tags={MODEL_ARTIFACT: wanted[0]}):
@@ -266,18 +266,17 @@ def _fetched(config: ExperimentConfig, session: Session, wanted: Digests, folder
         except TrackingError:
             continue
         shutil.copytree(got, folder)
-        digests = _digests(config, folder)
+        digests = _digests(config, trained, folder)
         if _are(digests, wanted):
             return digests
     return None
 
 
-def _digests(config: ExperimentConfig, folder: Path) -> Digests | None:
+def _digests(config: ExperimentConfig, trained: Trained, folder: Path) -> Digests | None:
     """Digests of a folder's weights (in the model's dtype) and judge, computed from the tensors; None: unusable."""
-    family = TRAINED[config.model.family]
     dtype = "float32" if config.model.dtype == "auto" else config.model.dtype
     try:
-        model = family.load_cached(folder, dtype=dtype)
+        model = trained.load(folder, dtype=dtype)
     except ModelError:
         return None
     return model.weights_sha256, state_digest(model.parts["judge"].state_dict())

@@ -17,7 +17,7 @@ from quantlab.datasets.calibration import calibration_inputs
 from quantlab.datasets.table import DATASETS
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
-from quantlab.models.table import FAMILIES
+from quantlab.models.table import family_of
 from quantlab.modules.fingerprint import fingerprint_warning, grid_fingerprint
 from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import StageMeasurement, measure_stage
@@ -120,13 +120,13 @@ def workbench(session: Session, config: ExperimentConfig, run: Run) -> Workbench
         gc.unfreeze()
     cache = session.output_dir / "cache"
     with in_stage(session, run, "load") as load:
-        model = FAMILIES[config.model.family](config.model, session.device, cache, session.advance)
+        model = family_of(config.model).load(config.model, session.device, cache, session.advance)
         for name, module in model.components.items():
             path = config.model.path
             typed = f"model.path={path}" if path else f"model={config.model.family}"
             check_finite_weights(module, f"{typed}: {name}")
     _set_aside()
-    inputs = DATASETS[config.dataset.name](config.dataset, config.evaluation, model)
+    inputs = DATASETS[config.dataset.name].load(config.dataset, config.evaluation, model)
     expected = {canonical_json(asdict(c.calibration)): c for c in session.expected.get(key, [])}
     calibrations = {
         said: calibration_inputs(c.calibration, c.evaluation, model, inputs) for said, c in expected.items()

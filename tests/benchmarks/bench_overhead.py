@@ -229,8 +229,8 @@ def _reference(row: str, words: Sequence[str]) -> dict[str, Any]:
 
     config = plan(words, multirun=True).jobs[0].config
     cache = Path(config.output_dir) / "cache"
-    model = FAMILIES[config.model.family](config.model, config.device, cache, None)
-    inputs = DATASETS[config.dataset.name](config.dataset, config.evaluation, model)
+    model = FAMILIES[config.model.family].load(config.model, config.device, cache, None)
+    inputs = DATASETS[config.dataset.name].load(config.dataset, config.evaluation, model)
     _, spent = _timed("", lambda: observe(model, inputs, config.evaluation, cache))
     file = cache / "reference" / f"{reference_key(model, inputs, config.evaluation)}.pt"
     return {**spent, "weights": model.parts["folder"], "file": str(file)}

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantlab.errors import MetricUndefined
-from quantlab.metrics import HEADLINE, METRICS, PROTOCOLS
+from quantlab.metrics import METRICS
 from quantlab.metrics.classes import class_accuracy, judge_agreement
 from quantlab.metrics.frechet import frechet_distance
 from quantlab.metrics.kl import QUANTILES, ROWS_AT_ONCE, kld_quantiles, token_statistics
@@ -23,6 +23,7 @@ from quantlab.metrics.perplexity import ln_ppl_ratio, perplexity
 from quantlab.metrics.psnr import num_identical, psnr_db, to_uint8
 from quantlab.metrics.ssim import ssim
 from quantlab.metrics.trajectory import step_divergence, step_sqnr_db, weighted_velocity_mse
+from quantlab.protocols.table import PROTOCOLS
 
 PHOTOS = ("astronaut", "coffee", "chelsea")
 SELF_VALUES = [
@@ -55,8 +56,8 @@ class TestTable:
 
     @pytest.mark.parametrize("protocol", PROTOCOLS)
     def test_headline_metrics_are_of_their_protocol_and_have_a_direction(self, protocol):
-        assert HEADLINE[protocol]
-        for name in HEADLINE[protocol]:
+        assert PROTOCOLS[protocol].HEADLINE
+        for name in PROTOCOLS[protocol].HEADLINE:
             assert protocol in METRICS[name].protocols
             assert METRICS[name].higher_is_better is not None
 

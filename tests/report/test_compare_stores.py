@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from quantlab.metrics import HEADLINE
+from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.reading import DatabaseReader, ServerReader
 from quantlab.report.selection import children
 from quantlab.tracking import adopt, get_run, open_store
@@ -63,7 +63,7 @@ def test_text_models_are_compared_on_their_own_metrics(shell, text_models, famil
     rows = {r["name"]: r for r in group["rows"]}
     assert {"reference", "floor_bf16", "quanto int8", "quanto int2"} <= set(rows)
     assert rows["quanto int2"]["verdict"] == "worse"
-    headline = HEADLINE[protocol][0]
+    headline = PROTOCOLS[protocol].HEADLINE[0]
     assert group["metric"] == headline
     tracked = shell.tracked()
     for name in ("quanto int8", "quanto int2"):

@@ -9,7 +9,8 @@ from torch import nn
 
 import quantlab
 from quantlab.datasets import prompts
-from quantlab.datasets.calibration import CALIBRATION_SETS, calibration_inputs
+from quantlab.datasets.calibration import calibration_inputs
+from quantlab.datasets.table import CALIBRATION_SETS
 from quantlab.errors import ConfigError, MetricUndefined
 from quantlab.modules.feed import CalibrationFeed, StoredCalls, feed_of_batches
 from quantlab.stages.calibrate import calibration_set, is_out_of_memory
@@ -146,8 +147,8 @@ def digits(shell, *words):
     from quantlab.models.table import FAMILIES
 
     config = quantlab.compose([*WORDS, *FAST, *words]).jobs[0].config
-    model = FAMILIES[config.model.family](config.model, "cpu", shell.folder / "outputs" / "cache", None)
-    return config, model, DATASETS[config.dataset.name](config.dataset, config.evaluation, model)
+    model = FAMILIES[config.model.family].load(config.model, "cpu", shell.folder / "outputs" / "cache", None)
+    return config, model, DATASETS[config.dataset.name].load(config.dataset, config.evaluation, model)
 
 
 def test_trajectories_are_recorded_once_with_their_steps_and_guidance(shell):
