@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from quantlab.errors import MetricUndefined
 
 if TYPE_CHECKING:
     import numpy as np
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
+    from torch import Tensor
+
+Values: TypeAlias = "Tensor | ArrayLike"
+"""A torch tensor of any dtype and device, or anything that numpy takes."""
 
 
-def as_float32(tensor: Any) -> NDArray[np.float32]:
-    """A torch tensor of any dtype and device, or anything that numpy takes, as an fp32 numpy array."""
+def as_float32(values: Values) -> NDArray[np.float32]:
+    """As an fp32 numpy array: numpy knows neither bfloat16 nor other devices."""
     import numpy as np
 
-    if hasattr(tensor, "detach"):  # numpy knows neither bfloat16 nor other devices
-        tensor = tensor.detach().float().cpu().numpy()
-    return np.asarray(tensor, dtype=np.float32)
+    if hasattr(values, "detach"):
+        values = values.detach().float().cpu().numpy()
+    return np.asarray(values, dtype=np.float32)
 
 
-def paired_rows(candidate: Any, reference: Any, name: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def as_array(values: Values) -> NDArray[Any]:
+    """As a numpy array of its own dtype."""
+    import numpy as np
+
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+
+
+def paired_rows(candidate: Values, reference: Values, name: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Two tensors of one shape (n, ...) as fp32 arrays of shape (n, d); :class:`MetricUndefined` for other shapes."""
     cand, ref = as_float32(candidate), as_float32(reference)
     if cand.shape != ref.shape or cand.ndim < 2 or not cand.size:
@@ -51,7 +62,7 @@ def relative(numerator: NDArray[np.float64], denominator: NDArray[np.float64], n
     return numerator / denominator
 
 
-def cosine(candidate: Any, reference: Any, name: str) -> NDArray[np.float64]:
+def cosine(candidate: Values, reference: Values, name: str) -> NDArray[np.float64]:
     """Cosine of the angle between the samples of two tensors (n, ...), each taken as one vector: (n,), in [-1, 1]."""
     import numpy as np
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantlab.errors import MetricUndefined
-from quantlab.metrics.arrays import as_float32, paired_rows
+from quantlab.metrics.arrays import Values, as_array, as_float32, paired_rows
 from quantlab.metrics.statistics import require_finite
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def class_accuracy(logits: Any, labels: Any) -> NDArray[np.float64]:
+def class_accuracy(logits: Values, labels: Values) -> NDArray[np.float64]:
     """1 where the judge's class is the one that was asked for, else 0: (n,), from logits (n, classes), labels (n,).
 
     Raises :class:`~quantlab.errors.MetricUndefined` for NaN in the logits and for labels of another number or range.
@@ -21,7 +21,7 @@ def class_accuracy(logits: Any, labels: Any) -> NDArray[np.float64]:
     import numpy as np
 
     scores = as_float32(logits)
-    asked = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
+    asked = as_array(labels)
     if scores.ndim != 2 or asked.shape != scores.shape[:1]:
         raise MetricUndefined(
             f"class_accuracy: logits of shape {scores.shape} and labels of shape {asked.shape}; "
@@ -36,7 +36,7 @@ def class_accuracy(logits: Any, labels: Any) -> NDArray[np.float64]:
     return (scores.argmax(axis=1) == asked).astype(np.float64)
 
 
-def judge_agreement(candidate_logits: Any, reference_logits: Any) -> NDArray[np.float64]:
+def judge_agreement(candidate_logits: Values, reference_logits: Values) -> NDArray[np.float64]:
     """1 where the judge puts the candidate's image in the class of the reference's, else 0: (n,), from (n, classes).
 
     Raises :class:`~quantlab.errors.MetricUndefined` for NaN in the logits and for shapes that differ.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from quantlab.errors import MetricUndefined
-from quantlab.metrics.arrays import as_float32
+from quantlab.metrics.arrays import Values, as_float32
 from quantlab.metrics.statistics import require_finite
 
 
-def frechet_distance(features_a: Any, features_b: Any) -> float:
+def frechet_distance(features_a: Values, features_b: Values) -> float:
     """||m_a - m_b||^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), unbiased covariances, float64; features (n, d) and (m, d).
 
     Dowson and Landau 1982; Heusel et al. 2017 (FID, there of Inception features). It is biased upward for few samples:

@@ -5,14 +5,15 @@ Natural logarithms; the direction is KL(reference || candidate), p the reference
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantlab.errors import MetricUndefined
 from quantlab.metrics.statistics import require_finite
 
 if TYPE_CHECKING:
     import numpy as np
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
+    from torch import Tensor
 
 ROWS_AT_ONCE = 256
 """Tokens worked on together: bounds the fp32 copies to 5 x 256 x vocabulary x 4 bytes (0.7 GB for 131k)."""
@@ -20,7 +21,9 @@ SMALLEST_KLD = -1e-6
 QUANTILES = {"kld_median": 0.5, "kld_p90": 0.9, "kld_p99": 0.99, "kld_p999": 0.999, "kld_max": 1.0, "kld_min": 0.0}
 
 
-def token_statistics(reference_logits: Any, candidate_logits: Any, targets: Any) -> dict[str, NDArray[np.float64]]:
+def token_statistics(
+    reference_logits: Tensor, candidate_logits: Tensor, targets: Tensor
+) -> dict[str, NDArray[np.float64]]:
     """Per-token numbers of two models on the same tokens: a dict of float64 arrays (tokens,).
 
     Takes torch logits (tokens, vocabulary) of fp32 (or fp64) on one device, any number of tokens, and the true next
@@ -41,7 +44,7 @@ def token_statistics(reference_logits: Any, candidate_logits: Any, targets: Any)
     return found
 
 
-def kld_quantiles(kld: Any) -> dict[str, float]:
+def kld_quantiles(kld: ArrayLike) -> dict[str, float]:
     """Quantiles over tokens (linear interpolation), in nats, under the names of ``QUANTILES``.
 
     Raises :class:`~quantlab.errors.MetricUndefined` for no token, NaN, and a divergence below -1e-6, which no two
@@ -60,7 +63,7 @@ def kld_quantiles(kld: Any) -> dict[str, float]:
     return {name: float(value) for name, value in zip(QUANTILES, found, strict=True)}
 
 
-def _check(reference_logits: Any, candidate_logits: Any, targets: Any) -> None:
+def _check(reference_logits: Tensor, candidate_logits: Tensor, targets: Tensor) -> None:
     for whose, logits in (("reference", reference_logits), ("candidate", candidate_logits)):
         if not logits.is_floating_point() or logits.element_size() < 4:
             raise MetricUndefined(
@@ -80,7 +83,7 @@ def _check(reference_logits: Any, candidate_logits: Any, targets: Any) -> None:
         )
 
 
-def _rows(reference: Any, candidate: Any, targets: Any) -> dict[str, NDArray[np.float64]]:
+def _rows(reference: Tensor, candidate: Tensor, targets: Tensor) -> dict[str, NDArray[np.float64]]:
     import torch
 
     with torch.no_grad():

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from quantlab.metrics.arrays import cosine, paired_rows, relative, row_dots
+from quantlab.metrics.arrays import Values, cosine, paired_rows, relative, row_dots
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 
-def output_cosine(candidate: Any, reference: Any) -> NDArray[np.float64]:
+def output_cosine(candidate: Values, reference: Values) -> NDArray[np.float64]:
     """Cosine of the outputs (n, ...), each sample taken as one vector: (n,), 1 for equal directions.
 
     Raises :class:`~quantlab.errors.MetricUndefined` for different shapes and where an output is all zeros.
@@ -19,7 +19,7 @@ def output_cosine(candidate: Any, reference: Any) -> NDArray[np.float64]:
     return cosine(candidate, reference, "output_cosine")
 
 
-def output_rel_error(candidate: Any, reference: Any) -> NDArray[np.float64]:
+def output_rel_error(candidate: Values, reference: Values) -> NDArray[np.float64]:
     """||y_q - y_r|| / ||y_r|| of the outputs (n, ...), Frobenius norm by sample: (n,), 0 for equal outputs.
 
     Raises :class:`~quantlab.errors.MetricUndefined` for different shapes and for a reference of zeros.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantlab.errors import MetricUndefined
 from quantlab.metrics.statistics import require_finite
 
 if TYPE_CHECKING:
     import numpy as np
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
 
-def perplexity(nll: Any) -> float:
+def perplexity(nll: ArrayLike) -> float:
     """exp(mean of the negative log-likelihoods (tokens,), in nats), float64.
 
     Raises :class:`~quantlab.errors.MetricUndefined` for no token, and for NaN or infinity.
@@ -24,7 +24,7 @@ def perplexity(nll: Any) -> float:
     return float(np.exp(values.mean()))
 
 
-def ln_ppl_ratio(nll_candidate: Any, nll_reference: Any) -> NDArray[np.float64]:
+def ln_ppl_ratio(nll_candidate: ArrayLike, nll_reference: ArrayLike) -> NDArray[np.float64]:
     """NLL_q - NLL_p of the same tokens (tokens,), in nats; its mean is ln(PPL_q / PPL_p).
 
     Raises :class:`~quantlab.errors.MetricUndefined` for different numbers of tokens.

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantlab.errors import MetricUndefined
-from quantlab.metrics.arrays import as_float32
+from quantlab.metrics.arrays import Values, as_array, as_float32
 from quantlab.metrics.statistics import require_finite
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
 CAP_DB = 100.0
 """PSNR of identical images: infinity has no mean, and tracking stores turn it into 1.8e308."""
 
 
-def to_uint8(images: Any) -> NDArray[np.uint8]:
+def to_uint8(images: Tensor | NDArray[np.floating]) -> NDArray[np.uint8]:
     """Float images (n, ...) in [0, 1], tensor or array, clipped and rounded to 256 values; the layout stays.
 
     Raises :class:`~quantlab.errors.MetricUndefined` for images that are not float, and for NaN or infinity in one.
     """
     import numpy as np
 
-    is_tensor = hasattr(images, "is_floating_point")
-    if not (images.is_floating_point() if is_tensor else np.issubdtype(np.asarray(images).dtype, np.floating)):
+    is_float = (
+        np.issubdtype(images.dtype, np.floating) if isinstance(images, np.ndarray) else images.is_floating_point()
+    )
+    if not is_float:
         raise MetricUndefined(f"images: to_uint8 takes floats in [0, 1], not {images.dtype}; 8-bit images are ready")
     array = as_float32(images)
     require_finite(array.reshape(len(array), -1).sum(axis=1), "images")
     return (np.clip(array, 0.0, 1.0) * 255.0).round().astype(np.uint8)
 
 
-def paired_images(candidate: Any, reference: Any, name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def paired_images(candidate: Values, reference: Values, name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Two arrays or tensors of 8-bit images (n, height, width, channels), checked.
 
     Raises :class:`~quantlab.errors.MetricUndefined` for floats (how they are rounded changes the number) and for shapes
@@ -39,7 +42,7 @@ def paired_images(candidate: Any, reference: Any, name: str) -> tuple[NDArray[np
     """
     import numpy as np
 
-    pair = [np.asarray(i.detach().cpu() if hasattr(i, "detach") else i) for i in (candidate, reference)]
+    pair = [as_array(images) for images in (candidate, reference)]
     for images in pair:
         if images.dtype != np.uint8:
             raise MetricUndefined(
@@ -54,7 +57,7 @@ def paired_images(candidate: Any, reference: Any, name: str) -> tuple[NDArray[np
     return pair[0], pair[1]
 
 
-def psnr_db(candidate: Any, reference: Any) -> NDArray[np.float64]:
+def psnr_db(candidate: Values, reference: Values) -> NDArray[np.float64]:
     """min(100, 10 log10(1 / MSE)) in dB by image, of 8-bit images (n, height, width, channels) read as [0, 1]: (n,).
 
     The mean over images is the mean of dB, not the dB of the mean error (the two differ by up to 1 dB).
@@ -69,7 +72,7 @@ def psnr_db(candidate: Any, reference: Any) -> NDArray[np.float64]:
     return -10.0 * np.log10(np.maximum(mse, smallest))
 
 
-def num_identical(candidate: Any, reference: Any) -> int:
+def num_identical(candidate: Values, reference: Values) -> int:
     """How many of the 8-bit images (n, height, width, channels) equal the reference's in every value."""
     cand, ref = paired_images(candidate, reference, "n_identical")
     return int((cand == ref).all(axis=(1, 2, 3)).sum())

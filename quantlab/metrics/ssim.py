@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantlab.errors import MetricUndefined
+from quantlab.metrics.arrays import Values
 from quantlab.metrics.psnr import paired_images
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ WINDOW, SIGMA = 11, 1.5
 K1, K2 = 0.01, 0.03
 
 
-def ssim(candidate: Any, reference: Any) -> NDArray[np.float64]:
+def ssim(candidate: Values, reference: Values) -> NDArray[np.float64]:
     """Structural similarity by image, of 8-bit images (n, height, width, channels): (n,), 1 for equal images.
 
     Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment: from error visibility to structural similarity",

@@ -29,7 +29,7 @@ from quantlab.vocabulary.reports import MetricValue
 
 if TYPE_CHECKING:
     import numpy as np
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
 MIN_CLUSTERS = 10
 """Fewer clusters than this: no interval."""
@@ -37,7 +37,7 @@ Z_95 = 1.959963984540054
 TAILS = (0.025, 0.975)
 
 
-def require_finite(values: Any, name: str, sample_ids: Sequence[str] = ()) -> None:
+def require_finite(values: ArrayLike, name: str, sample_ids: Sequence[str] = ()) -> None:
     """Raise :class:`MetricUndefined` where ``values`` (n,) has no sample, or NaN or infinity, naming the first one."""
     import numpy as np
 
@@ -57,9 +57,9 @@ def require_finite(values: Any, name: str, sample_ids: Sequence[str] = ()) -> No
 
 
 def mean_interval(
-    values: Any,
-    clusters: Any = None,
-    strata: Any = None,
+    values: ArrayLike,
+    clusters: ArrayLike | None = None,
+    strata: ArrayLike | None = None,
     num_bootstrap: int = 2000,
     seed: int = 0,
     *,
@@ -85,8 +85,8 @@ def mean_interval(
 def bootstrap_interval(
     statistic: Callable[[NDArray[np.int64]], float],
     num_samples: int,
-    clusters: Any = None,
-    strata: Any = None,
+    clusters: ArrayLike | None = None,
+    strata: ArrayLike | None = None,
     num_bootstrap: int = 2000,
     seed: int = 0,
     *,
@@ -124,44 +124,19 @@ def bootstrap_interval(
     return MetricValue(value=value, n=num_samples, se=float(found.std(ddof=1)), ci_lo=float(low), ci_hi=float(high))
 
 
-def paired_difference(
-    values_a: Any,
-    values_b: Any,
-    clusters: Any = None,
-    strata: Any = None,
-    num_bootstrap: int = 2000,
-    seed: int = 0,
-    *,
-    sample_ids: Sequence[str] = (),
-) -> MetricValue:
-    """Mean of a - b over the same samples in the same order, with the uncertainty of the difference.
-
-    Raises :class:`MetricUndefined` for different numbers of samples, and as :func:`mean_interval`.
-    """
-    import numpy as np
-
-    a, b = np.asarray(values_a, dtype=np.float64), np.asarray(values_b, dtype=np.float64)
-    if a.shape != b.shape:
-        raise MetricUndefined(
-            f"difference: {a.size} samples against {b.size}; compare runs with the same evaluation inputs"
-        )
-    require_finite(a, "value of the first run", sample_ids)
-    require_finite(b, "value of the second run", sample_ids)
-    return mean_interval(a - b, clusters, strata, num_bootstrap, seed, sample_ids=sample_ids)
-
-
 def paired_differences(
-    values: Sequence[Any],
+    values: Sequence[ArrayLike],
     pairs: Sequence[tuple[int, int]],
-    clusters: Any = None,
-    strata: Any = None,
+    clusters: ArrayLike | None = None,
+    strata: ArrayLike | None = None,
     num_bootstrap: int = 2000,
     seed: int = 0,
 ) -> list[MetricValue]:
-    """:func:`paired_difference` of many pairs (i, j) of ``values``, which are arrays (n,) over the same samples.
+    """Mean of the first less the second of each pair (i, j) of ``values``, arrays (n,) over the same samples.
 
-    Residuals and bootstrap means are linear in the values, so each array's are made once, whatever the number of pairs.
-    Raises :class:`MetricUndefined` as :func:`mean_interval`.
+    :func:`mean_interval` of the samples' differences, up to rounding: residuals and bootstrap means are linear in the
+    values, so each array's are made once, whatever the number of pairs. What two runs share cancels.
+    Raises :class:`MetricUndefined` as :func:`mean_interval`, and for different numbers of samples.
     """
     import numpy as np
 
@@ -170,6 +145,7 @@ def paired_differences(
         return []
     for array in arrays:
         require_finite(array, "value")
+        _require_same_samples(arrays[0], array)
     layout = _layout(arrays[0].size, clusters, strata)
     residuals = [_residuals(a, layout) for a in arrays]
     deviations = [_deviations(r, layout, num_bootstrap, seed) for r in residuals]
@@ -196,13 +172,13 @@ def t_test(difference: MetricValue, degrees: int) -> float | None:
     return float(2 * stdtr(degrees, -abs(difference.value) / difference.se))
 
 
-def degrees_of_freedom(num_samples: int, clusters: Any = None, strata: Any = None) -> int:
+def degrees_of_freedom(num_samples: int, clusters: ArrayLike | None = None, strata: ArrayLike | None = None) -> int:
     """Clusters less strata: what a standard error of :func:`mean_interval` rests on."""
     layout = _layout(num_samples, clusters, strata)
     return int(layout.cluster_sizes.size - layout.stratum_starts.size)
 
 
-def mcnemar_exact(values_a: Any, values_b: Any) -> float:
+def mcnemar_exact(values_a: ArrayLike, values_b: ArrayLike) -> float:
     """Two-sided p-value of McNemar's exact test (1947) on two 0/1 arrays (n,) over the same independent samples.
 
     The samples on which the two differ fall on either side like a fair coin if neither is better: a binomial test.
@@ -212,16 +188,20 @@ def mcnemar_exact(values_a: Any, values_b: Any) -> float:
     from scipy.special import bdtr
 
     a, b = np.asarray(values_a), np.asarray(values_b)
-    if a.shape != b.shape:
-        raise MetricUndefined(
-            f"difference: {a.size} samples against {b.size}; compare runs with the same evaluation inputs"
-        )
+    _require_same_samples(a, b)
     if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
         raise MetricUndefined("difference: McNemar's test is for samples that are 0 or 1; use the paired t-test")
     only_a, only_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
     if only_a == only_b:
         return 1.0
     return float(min(1.0, 2 * bdtr(min(only_a, only_b), only_a + only_b, 0.5)))
+
+
+def _require_same_samples(a: NDArray[Any], b: NDArray[Any]) -> None:
+    if a.shape != b.shape:
+        raise MetricUndefined(
+            f"difference: {a.size} samples against {b.size}; compare runs with the same evaluation inputs"
+        )
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -319,7 +299,7 @@ def _mean_value(
     return MetricValue(value=mean, n=n, se=se, ci_lo=low, ci_hi=high)
 
 
-def _layout(num_samples: int, clusters: Any, strata: Any) -> _Layout:
+def _layout(num_samples: int, clusters: ArrayLike | None, strata: ArrayLike | None) -> _Layout:
     import numpy as np
 
     first, cluster = _labels(clusters, num_samples, "clusters")
@@ -342,7 +322,7 @@ def _layout(num_samples: int, clusters: Any, strata: Any) -> _Layout:
     return _Layout(cluster, np.bincount(cluster), starts)
 
 
-def _labels(labels: Any, num_samples: int, what: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _labels(labels: ArrayLike | None, num_samples: int, what: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The first sample of each label, and the number of each sample's label."""
     import numpy as np
 

@@ -1,25 +1,25 @@
-"""Where along the sampler's steps the error comes from (teacher-forced) and how it grows (free-running).
-
-All functions take tensors of shape (num_steps, n, ...) or a sequence of num_steps tensors (n, ...).
-"""
+"""Where along the sampler's steps the error comes from (teacher-forced) and how it grows (free-running)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from quantlab.errors import MetricUndefined
-from quantlab.metrics.arrays import as_float32, paired_rows, relative, row_dots
+from quantlab.metrics.arrays import Values, as_float32, paired_rows, relative, row_dots
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
+Steps: TypeAlias = "Tensor | NDArray[np.floating] | Sequence[Tensor] | Sequence[NDArray[np.floating]]"
+"""Of shape (num_steps, n, ...), or num_steps of shape (n, ...)."""
 CAP_DB = 100.0
 
 
 def step_sqnr_db(
-    candidate_velocities: Any, reference_velocities: Any
+    candidate_velocities: Steps, reference_velocities: Steps
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """10 log10(||v_r||^2 / ||v_q - v_r||^2) in dB, at most 100, of velocities on the reference's inputs x_t.
 
@@ -33,7 +33,7 @@ def step_sqnr_db(
     return table.mean(axis=1), table
 
 
-def step_divergence(candidate_steps: Any, reference_steps: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def step_divergence(candidate_steps: Steps, reference_steps: Steps) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """||x_k^q - x_k^r|| / ||x_k^r|| of the states of two free-running samplers, no unit.
 
     Returns the mean over samples (num_steps,) and the table (num_steps, n); a sample's value is its column's mean.
@@ -45,7 +45,9 @@ def step_divergence(candidate_steps: Any, reference_steps: Any) -> tuple[NDArray
     return table.mean(axis=1), table
 
 
-def weighted_velocity_mse(candidate_velocities: Any, reference_velocities: Any, sigmas: Any) -> NDArray[np.float64]:
+def weighted_velocity_mse(
+    candidate_velocities: Steps, reference_velocities: Steps, sigmas: Values
+) -> NDArray[np.float64]:
     """sum_k (sigma_{k+1} - sigma_k)^2 * mean((v_q - v_r)^2) by sample: (n,), in squared units of the latent.
 
     ``sigmas`` are the num_steps + 1 noise levels of the sampler. For an Euler flow sampler with velocities on the
@@ -67,7 +69,7 @@ def weighted_velocity_mse(candidate_velocities: Any, reference_velocities: Any, 
     return np.diff(levels) ** 2 @ errors
 
 
-def _error_ratios(candidate: Any, reference: Any, name: str) -> NDArray[np.float64]:
+def _error_ratios(candidate: Steps, reference: Steps, name: str) -> NDArray[np.float64]:
     """||c - r||^2 / ||r||^2 by step and sample: (num_steps, n)."""
     import numpy as np
 
@@ -78,7 +80,9 @@ def _error_ratios(candidate: Any, reference: Any, name: str) -> NDArray[np.float
     return table
 
 
-def _step_pairs(candidate: Any, reference: Any, name: str) -> Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+def _step_pairs(
+    candidate: Steps, reference: Steps, name: str
+) -> Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     if len(candidate) != len(reference) or not len(reference):
         raise MetricUndefined(
             f"{name}: the candidate has {len(candidate)} steps, the reference {len(reference)}; "

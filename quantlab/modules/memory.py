@@ -15,9 +15,12 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from quantlab.vocabulary.reports import MemoryReport, StageReport
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Storages = dict[tuple[str, int], int]
 """(device, address) of a storage -> its bytes."""
@@ -33,7 +36,7 @@ _SAMPLING_S = 0.01
 # -- what a model occupies
 
 
-def storages(obj: Any, packages: Collection[str] = ()) -> Storages:
+def storages(obj: object, packages: Collection[str] = ()) -> Storages:
     """Every tensor storage that ``obj`` holds, once: a module (with all below it), a tensor, or a container of them.
 
     ``packages`` are those whose plain objects hold tensors (:attr:`quantlab.backends.table.Backend.holds`), beside
@@ -52,7 +55,7 @@ def storages(obj: Any, packages: Collection[str] = ()) -> Storages:
     return found
 
 
-def _walk(value: Any, found: Storages, seen: set[int], packages: Collection[str], depth: int = 0) -> None:
+def _walk(value: object, found: Storages, seen: set[int], packages: Collection[str], depth: int = 0) -> None:
     import torch
 
     if depth > _MAX_DEPTH or id(value) in seen or isinstance(value, (str, bytes, int, float, type, torch.nn.Module)):
@@ -62,7 +65,7 @@ def _walk(value: Any, found: Storages, seen: set[int], packages: Collection[str]
         _walk(inner, found, seen, packages, depth + 1)
 
 
-def _inner(value: Any, found: Storages, packages: Collection[str]) -> Iterable[Any]:
+def _inner(value: object, found: Storages, packages: Collection[str]) -> Iterable[object]:
     """What ``value`` holds; the storage of a plain tensor is entered into ``found``."""
     import torch
 
@@ -83,13 +86,13 @@ def _inner(value: Any, found: Storages, packages: Collection[str]) -> Iterable[A
     return ()
 
 
-def _storage(tensor: Any) -> tuple[tuple[str, int], int]:
+def _storage(tensor: Tensor) -> tuple[tuple[str, int], int]:
     storage = tensor.untyped_storage()
     address = 0 if tensor.is_meta else storage.data_ptr()
     return (str(tensor.device), address or -storage._cdata), storage.nbytes()
 
 
-def logical_size(module: Any) -> tuple[int, int]:
+def logical_size(module: nn.Module) -> tuple[int, int]:
     """(parameters, parameters and buffers) of an unquantized module, as numbers of values; shared ones count once.
 
     Twice the second number is ``bytes_at_16_bit`` of a :class:`~quantlab.vocabulary.reports.MemoryReport`.
@@ -105,7 +108,7 @@ def logical_size(module: Any) -> tuple[int, int]:
 
 
 def component_memory(
-    module: Any, quantized_layer_names: Iterable[str], original: Any, packages: Collection[str] = ()
+    module: nn.Module, quantized_layer_names: Iterable[str], original: nn.Module, packages: Collection[str] = ()
 ) -> MemoryReport:
     """The ledger of one component.
 
@@ -136,7 +139,7 @@ def component_memory(
     )
 
 
-def layer_memory(layer: Any, packages: Collection[str] = ()) -> tuple[int, int]:
+def layer_memory(layer: nn.Module, packages: Collection[str] = ()) -> tuple[int, int]:
     """(bytes of a layer's codes, bytes of its scales, zero points and code tables); its bias is in neither.
 
     For an unquantized layer the first is its dense weight and the second is 0.
@@ -145,7 +148,7 @@ def layer_memory(layer: Any, packages: Collection[str] = ()) -> tuple[int, int]:
     return sum(codes.values()), sum(scales.values())
 
 
-def _split(layer: Any, packages: Collection[str]) -> tuple[Storages, Storages]:
+def _split(layer: nn.Module, packages: Collection[str]) -> tuple[Storages, Storages]:
     """A layer's storages as codes and the rest, without its bias."""
     everything = storages(layer, packages)
     for key in storages(getattr(layer, "bias", None), packages):
@@ -158,7 +161,7 @@ def _split(layer: Any, packages: Collection[str]) -> tuple[Storages, Storages]:
     return codes, {key: size for key, size in everything.items() if key not in codes}
 
 
-def _codes(weight: Any, packages: Collection[str]) -> Storages:
+def _codes(weight: Tensor, packages: Collection[str]) -> Storages:
     """The storage of a weight's codes: its own, or of the inner tensor that is named as data, or the largest one."""
     if not hasattr(weight, "__tensor_flatten__"):
         key, size = _storage(weight)

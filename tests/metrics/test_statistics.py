@@ -14,7 +14,7 @@ from quantlab.metrics.frechet import frechet_distance
 from quantlab.metrics.statistics import (
     bootstrap_interval,
     mean_interval,
-    paired_difference,
+    paired_differences,
     require_finite,
     wilson_interval,
 )
@@ -215,22 +215,22 @@ class TestDifference:
         rng = np.random.default_rng(16)
         shared = 10 * rng.normal(size=100)
         a, b = shared + 0.5 + 0.1 * rng.normal(size=100), shared
-        found = paired_difference(a, b)
+        found, reverse = paired_differences([a, b], [(0, 1), (1, 0)])
         assert found.value == pytest.approx(0.5, abs=0.05)
         assert found.ci_lo > 0
         assert found.se < 0.05 * mean_interval(a).se
-        assert paired_difference(b, a).value == pytest.approx(-found.value)
+        assert reverse.value == pytest.approx(-found.value)
 
     def test_takes_clusters_and_strata(self):
         values, clusters = clustered(np.random.default_rng(17), 20, 3)
-        zeros = np.zeros_like(values)
-        assert paired_difference(values, zeros, clusters, clusters % 2) == mean_interval(values, clusters, clusters % 2)
+        (found,) = paired_differences([values, np.zeros_like(values)], [(0, 1)], clusters, clusters % 2)
+        assert found == mean_interval(values, clusters, clusters % 2)
 
     def test_refusals(self):
         with pytest.raises(MetricUndefined, match=r"^difference: 3 samples against 2; .*same evaluation inputs$"):
-            paired_difference([1, 2, 3], [1, 2])
-        with pytest.raises(MetricUndefined, match=r"^value of the second run: sample 'b' \(row 1\) is inf"):
-            paired_difference([1, 2], [1, math.inf], sample_ids=("a", "b"))
+            paired_differences([[1, 2, 3], [1, 2]], [(0, 1)])
+        with pytest.raises(MetricUndefined, match=r"^value: sample 1 is inf"):
+            paired_differences([[1, 2], [1, math.inf]], [(0, 1)])
 
 
 class TestWilson:
