@@ -1,9 +1,10 @@
-"""The architecture as tests: floors, heavy imports, shipped files, documents that tell the truth."""
+"""The architecture as tests: wings, heavy imports, shipped files, documents that tell the truth."""
 
 import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,58 +12,42 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "quantlab"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-FLOORS = {
-    0: ("errors", "dtypes", "capabilities", "axes", "config", "reports", "experiment", "recipe", "progress", "quiet"),
-    1: (
-        "backends",
-        "models",
-        "datasets",
-        "metrics",
-        "protocols",
-        "memory",
-        "layers",
-        "tracking",
-        "statistics",
-        "provenance",
-        "fingerprint",
-        "interop",
-        "calibration",
-    ),
-    2: ("stages", "report", "composition", "listing"),
-    3: ("candidate", "pipeline", "job", "sweep", "resume", "execute", "launch", "reproduce", "search"),
-    4: ("cli", "api", "__main__", "__init__"),
-}
-FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
+WINGS = (
+    "vocabulary",
+    "modules",
+    "backends",
+    "metrics",
+    "models",
+    "protocols",
+    "datasets",
+    "tracking",
+    "report",
+    "planning",
+    "stages",
+    "running",
+)
+"""Each imports only what stands before it, and the ground below."""
+GROUND = ("errors", "progress", "quiet")
+"""Files that every wing may import."""
+TOP = ("docs", "api", "cli", "__main__", "__init__")
+"""Files that import the wings."""
+FLOOR_OF = {name: floor for floor, name in enumerate((*GROUND, *WINGS, *TOP))}
+MAX_TOP_FILES = 9
+MAX_ANY_SHARE = 0.08
 HEAVY = {
-    "torch",
-    "diffusers",
-    "transformers",
-    "bitsandbytes",
-    "torchao",
-    "optimum",
-    "modelopt",
-    "mlflow",
-    "libgguf",
-    "sklearn",
-    "scipy",
-    "skimage",
-    "optuna",
-    "accelerate",
-    "plotly",
-    "matplotlib",
-    "PIL",
-    "numpy",
-    "safetensors",
-    "gguf",
-}
+    "torch", "diffusers", "transformers", "bitsandbytes", "torchao", "optimum", "modelopt", "mlflow", "libgguf",
+    "sklearn", "scipy", "skimage", "optuna", "accelerate", "plotly", "matplotlib", "PIL", "numpy", "safetensors", "gguf",
+}  # fmt: skip
+MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in SOURCES}
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return parts[0] if parts else "__init__"
+def wing_of(module: str) -> str:
+    """``backends`` of ``quantlab.backends.gguf.config``; ``__init__`` of ``quantlab``."""
+    return (module.split(".") + ["__init__"])[1]
 
 
-def imports(path: Path):
+def imported(path: Path):
+    """(module, is in a function, is for types only) for each import of a file; of quantlab the file that it names."""
     tree = ast.parse(path.read_text())
     typing_only = {
         id(n)
@@ -78,42 +63,95 @@ def imports(path: Path):
         if n is not node
     }
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Import, ast.ImportFrom)) and id(node) not in typing_only:
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            full = [f"{node.module}.{a.name}" for a in node.names] if isinstance(node, ast.ImportFrom) else names
-            yield names, full, id(node) in in_function
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: imports of quantlab are absolute"
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES else str(node.module) for name in whole]
+        else:
+            continue
+        for name in names:
+            yield name, id(node) in in_function, id(node) in typing_only
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_go_down_only(path):
-    own = FLOOR_OF[module_name(path)]
-    for names, full, _ in imports(path):
-        for name, whole in zip(names, full * len(names) if len(full) < len(names) else full, strict=False):
-            if name.split(".")[0] == "quantlab":
-                target = (whole if name == "quantlab" else name).split(".")[1]
-                assert FLOOR_OF[target] <= own, f"{path.name} (floor {own}) imports {target} (floor {FLOOR_OF[target]})"
+EDGES = {
+    module: {name for name, _, _ in imported(path) if name.split(".")[0] == "quantlab" and name != module}
+    for module, path in MODULES.items()
+}
+
+
+def test_every_file_stands_in_a_wing():
+    assert {wing_of(m) for m in MODULES} == set(FLOOR_OF)
+    assert len([p for p in PACKAGE.iterdir() if p.suffix == ".py"]) <= MAX_TOP_FILES
+    assert all((PACKAGE / wing / "__init__.py").is_file() for wing in WINGS)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_wing_imports_only_those_below_it(module):
+    """Imports for types count: what a file must know to be read is what it depends on."""
+    own = FLOOR_OF[wing_of(module)]
+    upward = {name for name in EDGES[module] if FLOOR_OF[wing_of(name)] > own}
+    assert not upward
+    assert own >= len(GROUND) or not EDGES[module]
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    done, cycles = set(), []
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        if module in path:
+            cycles.append([*path[path.index(module) :], module])
+        elif module not in done:
+            for name in sorted(EDGES.get(module, ())):
+                visit(name, (*path, module))
+            done.add(module)
+
+    for module in sorted(MODULES):
+        visit(module, ())
+    assert not cycles
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_first_party_imports_stand_at_the_top_and_heavy_ones_inside_functions(path):
-    for names, _, in_function in imports(path):
-        for name in names:
-            top = name.split(".")[0]
-            assert not (top == "quantlab" and in_function and path.name != "cli.py"), (
-                f"{name} is imported in a function"
-            )
-            assert in_function or top not in HEAVY, f"{name} is imported at module level"
+    for name, in_function, typing_only in imported(path):
+        top = name.split(".")[0]
+        assert not (top == "quantlab" and in_function and path.name != "cli.py"), f"{name} is imported in a function"
+        assert in_function or typing_only or top not in HEAVY, f"{name} is imported at module level"
+
+
+def test_annotations_say_something():
+    """Of what a function takes and gives and what a field holds, few are exactly ``Any``."""
+    found, total = [], 0
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            here = []
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                arguments += [a for a in (node.args.vararg, node.args.kwarg) if a]
+                here = [a.annotation for a in arguments if a.annotation] + ([node.returns] if node.returns else [])
+            elif isinstance(node, ast.AnnAssign):
+                here = [node.annotation]
+            total += len(here)
+            found += [str(path.relative_to(PACKAGE)) for a in here if isinstance(a, ast.Name) and a.id == "Any"]
+    assert len(found) <= MAX_ANY_SHARE * total, (len(found), total, Counter(found).most_common(12))
+
+
+def test_backends_are_named_in_their_wing_and_in_the_vocabulary_only():
+    names = re.compile(r'"(torchao|bitsandbytes|quanto|gguf|modelopt)"')
+    hits = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in SOURCES
+        if wing_of(".".join(path.relative_to(ROOT).with_suffix("").parts)) not in ("backends", "vocabulary")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if names.search(line)
+    ]
+    assert not hits
 
 
 def test_only_tracking_imports_mlflow():
-    users = {
-        str(p.relative_to(PACKAGE))
-        for p in SOURCES
-        for names, _, _ in imports(p)
-        if any(n.split(".")[0] == "mlflow" for n in names)
-    }
-    assert users
-    assert all(u.startswith("tracking") for u in users)
+    users = {wing_of(m) for m, p in MODULES.items() if any(n.split(".")[0] == "mlflow" for n, _, _ in imported(p))}
+    assert users == {"tracking"}
 
 
 def test_files_stay_small():
