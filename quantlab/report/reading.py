@@ -18,8 +18,9 @@ from typing import Any, Protocol
 from urllib.parse import quote, unquote, urlsplit
 
 from quantlab.errors import TrackingError, nearest
-from quantlab.tracking import Store, get_artifact, open_store
-from quantlab.tracking.connect import first_line, resolved_uri, store_errors
+from quantlab.tracking import RunData, Store, get_artifact, get_run, open_store
+from quantlab.tracking.connect import resolved_uri, store_errors
+from quantlab.tracking.query import experiment_runs, experiments
 from quantlab.vocabulary.schema import TrackingConfig
 
 SQLITE = "sqlite:///"
@@ -117,7 +118,8 @@ class DatabaseReader:
         """The experiment's runs that have all of ``tags``."""
         where, values = "experiment_id = ?", [experiment_id]
         for key, value in tags.items():
-            where += f" AND run_uuid IN (SELECT run_uuid FROM tags WHERE key = ? AND value {_match(value)} ?)"
+            match = "LIKE" if "%" in value else "="
+            where += f" AND run_uuid IN (SELECT run_uuid FROM tags WHERE key = ? AND value {match} ?)"
             values += [key, value]
         return self._runs(where, values)
 
@@ -164,7 +166,7 @@ class DatabaseReader:
                 getattr(runs[run_id], kind)[key] = value
         return list(runs.values())
 
-    def _rows(self, query: str, values: Sequence[str] = ()) -> list[Any]:
+    def _rows(self, query: str, values: Sequence[str] = ()) -> list[tuple[Any, ...]]:
         try:
             with contextlib.closing(sqlite3.connect(f"file:{quote(str(self.database))}?mode=ro", uri=True)) as database:
                 return database.execute(query, values).fetchall()
@@ -176,12 +178,10 @@ class DatabaseReader:
 
 
 class ServerReader:
-    """A store that is read through MLflow's client."""
+    """A store that is read through MLflow's client; TrackingError for one that was not reached."""
 
     def __init__(self, store: Store) -> None:
-        if store.client is None:
-            raise TrackingError(f"tracking.uri={store.uri}: was not reached; start the server, or name another store")
-        self._store = store
+        self._store, self._client = store, store.client
 
     @property
     def uri(self) -> str:
@@ -190,27 +190,16 @@ class ServerReader:
 
     def experiments(self) -> dict[str, str]:
         """Experiment name -> id."""
-        return {e.name: str(e.experiment_id) for e in self._pages(self._store.client.search_experiments)}
+        return experiments(self._store)
 
     def by_id(self, run_ids: Sequence[str]) -> list[StoredRun]:
         """Those of the runs that exist, in the given order."""
-        found = []
-        for run_id in run_ids:
-            try:
-                run = self._store.client.get_run(run_id)
-            except store_errors() as error:
-                if getattr(error, "error_code", None) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                    continue
-                raise self._unreadable(error) from error
-            if run.info.lifecycle_stage == "active":
-                found.append(_stored(run))
-        return found
+        found = (get_run(self._store, run_id) for run_id in run_ids)
+        return [_stored(run) for run in found if run is not None]
 
     def of_experiment(self, experiment_id: str, tags: Mapping[str, str]) -> list[StoredRun]:
         """The experiment's runs that have all of ``tags``."""
-        where = " and ".join(f"tags.`{key}` {_match(value)} '{value}'" for key, value in tags.items())
-        found = self._pages(self._store.client.search_runs, experiment_ids=[experiment_id], filter_string=where)
-        return [_stored(run) for run in found]
+        return [_stored(run) for run in experiment_runs(self._store, experiment_id, tags)]
 
     def read_artifact(self, run: StoredRun, name: str) -> bytes | None:
         """An artifact's bytes; None where the run has no such artifact."""
@@ -221,44 +210,21 @@ class ServerReader:
     def add_artifact(self, run: StoredRun, path: Path, folder: str) -> bool:
         """Send a file to ``folder`` of a run's artifacts; False where the store does not take it."""
         try:
-            self._store.client.log_artifact(run.run_id, str(path), folder)
+            self._client.log_artifact(run.run_id, str(path), folder)
         except store_errors():
             return False
         return True
 
-    def _pages(self, search: Any, **query: Any) -> list[Any]:
-        found: list[Any] = []
-        token = None
-        try:
-            while True:
-                page = search(**query, max_results=1000, page_token=token)
-                found += page
-                token = page.token
-                if not token:
-                    return found
-        except store_errors() as error:
-            raise self._unreadable(error) from error
 
-    def _unreadable(self, error: Exception) -> TrackingError:
-        return TrackingError(
-            f"tracking.uri={self.uri}: cannot be read ({first_line(error)}); try again when it answers, or set "
-            "tracking.uri=..."
-        )
-
-
-def _match(value: str) -> str:
-    return "LIKE" if "%" in value else "="
-
-
-def _stored(run: Any) -> StoredRun:
+def _stored(run: RunData) -> StoredRun:
     return StoredRun(
-        run_id=run.info.run_id,
-        name=run.info.run_name or "",
-        status=run.info.status,
-        start_ms=run.info.start_time or 0,
-        experiment_id=str(run.info.experiment_id),
-        artifact_uri=run.info.artifact_uri or "",
-        params=dict(run.data.params),
-        tags=dict(run.data.tags),
-        metrics=dict(run.data.metrics),
+        run_id=run["run_id"],
+        name=run["name"],
+        status=run["status"],
+        start_ms=run["start_ms"],
+        experiment_id=run["experiment_id"],
+        artifact_uri=run["artifact_uri"],
+        params=run["params"],
+        tags=run["tags"],
+        metrics=run["metrics"],
     )

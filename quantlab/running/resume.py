@@ -7,10 +7,9 @@ import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from quantlab import tracking
 from quantlab.backends.table import Backend
@@ -103,16 +102,16 @@ def earlier_report(session: Session, bench: Workbench, job: Job, key: str) -> Ru
     return None
 
 
-def _runs(session: Session, key: str, status: str) -> list[dict[str, Any]]:
+def _runs(session: Session, key: str, status: str) -> list[tracking.RunData]:
     """From the store, or from the runs' folders while the store is lost, also when it is lost only now."""
     with contextlib.suppress(TrackingError):
-        found = tracking.find_runs(session.store, key=key, status=status)
+        found = tracking.find_runs(session.store, {JOB_KEY: key}, status)
         if not session.store.is_lost:
             return found
     return tracking.find_records(session.output_dir / "runs", {JOB_KEY: key}, status)
 
 
-def _report(session: Session, bench: Workbench, job: Job, run: Mapping[str, Any]) -> RunReport:
+def _report(session: Session, bench: Workbench, job: Job, run: tracking.RunData) -> RunReport:
     if run["status"] != "FINISHED":
         error, stage = (run["tags"].get(tag, "") for tag in (FAILURE, STAGE))
         return failed_row(job, bench.model.protocol, error, stage, run["run_id"], run["metrics"], is_resumed=True)

@@ -107,7 +107,7 @@ def _ready(config: ExperimentConfig, output_dir: Path, device: str, quiet: bool)
             )
         finally:
             gc.unfreeze()
-    if store.was_lost and store.client is not None:  # it may answer by now
+    if store.was_lost and store.is_reached:  # it may answer by now
         store.wake()
         tracking.push_pending(store, runs_dir)
 

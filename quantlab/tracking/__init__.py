@@ -7,11 +7,11 @@ package is the only importer of mlflow, and imports it when a store is opened.
 from __future__ import annotations
 
 from quantlab.tracking.query import (
+    RunData,
     adopt,
     find_records,
     find_runs,
     get_artifact,
-    get_curve,
     get_run,
     has_run_with_tags,
 )
@@ -22,6 +22,7 @@ from quantlab.tracking.values import flatten
 
 __all__ = [
     "Run",
+    "RunData",
     "Store",
     "adopt",
     "close_orphans",
@@ -30,7 +31,6 @@ __all__ = [
     "find_runs",
     "flatten",
     "get_artifact",
-    "get_curve",
     "get_run",
     "has_run_with_tags",
     "open_store",

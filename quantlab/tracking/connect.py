@@ -7,10 +7,13 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
 from quantlab.errors import TrackingError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 _PROBE_SECONDS = 5
 _LOCK_SECONDS = 120
@@ -54,7 +57,7 @@ def shown_uri(uri: str) -> str:
     return urlunsplit(parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]))
 
 
-def connect(uri: str, experiment: str) -> tuple[Any, str]:
+def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     """A client on the store at ``uri`` and the id of ``experiment``, which is created where it is missing.
 
     Raises TrackingError within 15 s where a server does not answer, and for a database that cannot be used.
@@ -111,7 +114,7 @@ def _quiet_mlflow() -> None:
             logger.setLevel(level)
 
 
-def _connect_sqlite(path: Path, uri: str, experiment: str) -> tuple[Any, str]:
+def _connect_sqlite(path: Path, uri: str, experiment: str) -> tuple[MlflowClient, str]:
     """The constructor makes some 65 tables; two processes doing that on a fresh file break it for good."""
     from filelock import FileLock, Timeout
 
@@ -156,7 +159,7 @@ def _check_sqlite(path: Path) -> None:
         raise OSError("it is a database, but not one of MLflow")
 
 
-def _experiment_id(client: Any, name: str, artifacts: Path | None) -> str:
+def _experiment_id(client: MlflowClient, name: str, artifacts: Path | None) -> str:
     """The id of the experiment ``name``, created by whichever process comes first."""
     found = client.get_experiment_by_name(name)
     if found is None:

@@ -5,65 +5,74 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from quantlab.errors import TrackingError
 from quantlab.tracking.connect import first_line, store_errors
 from quantlab.tracking.record import Record, folders_with_records
 from quantlab.tracking.store import Store
-from quantlab.tracking.tags import FORMER_PARENTS, JOB_KEY, PARENT_RUN_ID
+from quantlab.tracking.tags import FORMER_PARENTS, PARENT_RUN_ID
+
+if TYPE_CHECKING:
+    from mlflow import entities
 
 _LOG = logging.getLogger(__name__)
 
 _MAX_FORMER_PARENTS = 100  # as many ids as a tag holds
 
-RunData = dict[str, Any]
-"""``run_id name status params metrics tags start_ms end_ms``: params and tags are text, metrics the last values."""
+
+class RunData(TypedDict):
+    """A run that was found; params and tags are text, metrics the last values."""
+
+    run_id: str
+    name: str
+    status: str
+    start_ms: int
+    end_ms: int | None
+    params: dict[str, str]
+    tags: dict[str, str]
+    metrics: dict[str, float]
+    folder: NotRequired[str]
+    """Of a run that was found in its own folder; the next two of one that was found in the store."""
+    experiment_id: NotRequired[str]
+    artifact_uri: NotRequired[str]
 
 
-def find_runs(
-    store: Store,
-    *,
-    key: str | None = None,
-    parent_run_id: str | None = None,
-    status: str | None = "FINISHED",
-    tags: Mapping[str, str] | None = None,
-) -> list[RunData]:
-    """Runs of the store's experiment, newest first; none where the store was not reached or is lost.
+def find_runs(store: Store, tags: Mapping[str, str] | None = None, status: str | None = "FINISHED") -> list[RunData]:
+    """Runs of the store's experiment that have all of ``tags``, newest first; ``status=None``: however they ended.
 
-    ``key`` is the tag ``quantlab.key`` (a candidate's content key), ``parent_run_id`` the sweep, ``status=None`` any.
-    ``tags`` are others that a run must have.
+    None where the store was not reached or is lost. Raises TrackingError where it fails now.
     """
     if store.is_lost:
         return []
-    wanted = {
-        f"tags.`{JOB_KEY}`": key,
-        f"tags.`{PARENT_RUN_ID}`": parent_run_id,
-        "attributes.status": status,
-        **{f"tags.`{name}`": value for name, value in (tags or {}).items()},
-    }
-    terms = []
-    for name, value in wanted.items():
-        if value is not None:
-            if "'" in value or "\\" in value:
-                raise TrackingError(f"{name}={value}: a run is not found by a value with a quote or backslash")
-            terms.append(f"{name} = '{value}'")
+    where = _where(tags or {}, status)
     try:
-        return [_data(run) for run in store.search(" and ".join(terms))]
+        return [_data(run) for run in store.search(where)]
     except store_errors() as error:
         store.lose(error)
-        raise _unreadable(store, error) from error
+        raise store.unreadable(error) from error
 
 
 def find_records(runs_dir: Path, tags: Mapping[str, str], status: str | None = "FINISHED") -> list[RunData]:
     """The same from the runs' own folders, for a store that is lost: runs that have all of ``tags``."""
-    found = []
+    found: list[RunData] = []
     for folder in folders_with_records(runs_dir):
         record = Record.load(folder)
         known = record.summary
         if known and status in (None, known["status"]) and tags.items() <= known["tags"].items():
-            names = ("name", "status", "params", "metrics", "tags", "start_ms", "end_ms")
-            found.append({"run_id": record.run_id, "folder": str(folder), **{n: known[n] for n in names}})
+            found.append(
+                {
+                    "run_id": record.run_id,
+                    "name": known["name"],
+                    "status": known["status"],
+                    "start_ms": known["start_ms"],
+                    "end_ms": known["end_ms"],
+                    "params": known["params"],
+                    "tags": known["tags"],
+                    "metrics": known["metrics"],
+                    "folder": str(folder),
+                }
+            )
     return sorted(found, key=lambda run: run["start_ms"], reverse=True)
 
 
@@ -72,9 +81,49 @@ def has_run_with_tags(store: Store, tags: Mapping[str, str]) -> bool:
     if store.is_lost:
         return False
     try:
-        return bool(store.run_ids(" and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())))
+        return bool(store.run_ids(_where(tags)))
     except store_errors():
         return False
+
+
+def get_run(store: Store, run_id: str) -> RunData | None:
+    """One run by its id, of whichever experiment; None where the store has none such, or it is deleted.
+
+    Raises TrackingError where the store fails.
+    """
+    try:
+        run = store.client.get_run(run_id)
+    except store_errors() as error:
+        if getattr(error, "error_code", None) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise store.unreadable(error) from error
+    return _data(run) if run.info.lifecycle_stage == "active" else None
+
+
+def experiment_runs(store: Store, experiment_id: str, tags: Mapping[str, str]) -> list[RunData]:
+    """All runs of an experiment that have all of ``tags``, newest first; in a value, ``%`` stands for any text.
+
+    Raises TrackingError where the store fails.
+    """
+    try:
+        return [_data(run) for run in store.search(_where(tags), experiment_id)]
+    except store_errors() as error:
+        raise store.unreadable(error) from error
+
+
+def experiments(store: Store) -> dict[str, str]:
+    """Name -> id of all experiments; TrackingError where the store fails."""
+    found: dict[str, str] = {}
+    token = None
+    try:
+        while True:
+            page = store.client.search_experiments(max_results=1000, page_token=token)
+            found |= {e.name: str(e.experiment_id) for e in page}
+            token = page.token
+            if not token:
+                return found
+    except store_errors() as error:
+        raise store.unreadable(error) from error
 
 
 def adopt(store: Store, run_id: str, parent_run_id: str) -> None:
@@ -97,24 +146,8 @@ def adopt(store: Store, run_id: str, parent_run_id: str) -> None:
         _LOG.warning("%s: run %s stays under its earlier parent (%s)", store.uri, run_id, first_line(error))
 
 
-def get_run(store: Store, run_id: str) -> RunData:
-    """One run by its id; TrackingError where the store has none such."""
-    return _data(_raw_run(store, run_id))
-
-
-def get_curve(store: Store, run_id: str, name: str) -> list[float]:
-    """The values of a metric over its steps, in order; empty where the run has no such metric."""
-    _raw_run(store, run_id)
-    try:
-        points = store.client.get_metric_history(run_id, name)
-    except store_errors() as error:
-        raise _unreadable(store, error) from error
-    return [point.value for point in sorted(points, key=lambda p: (p.step, p.timestamp))]
-
-
 def get_artifact(store: Store, run_id: str, name: str, folder: Path) -> Path:
     """Copy one artifact of a run into ``folder`` and return its path there; TrackingError where there is none such."""
-    _raw_run(store, run_id)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return Path(store.client.download_artifacts(run_id, name, str(folder)))
@@ -124,35 +157,25 @@ def get_artifact(store: Store, run_id: str, name: str, folder: Path) -> Path:
         ) from error
 
 
-def _raw_run(store: Store, run_id: str) -> Any:
-    if store.client is None:
-        raise TrackingError(f"tracking.uri={store.uri}: was not reached; start the server, or name another store")
-    try:
-        return store.client.get_run(run_id)
-    except store_errors() as error:
-        if getattr(error, "error_code", None) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise TrackingError(
-                f"run_id={run_id}: no such run in {store.uri}; `mlflow ui --backend-store-uri "
-                f"{store.uri}` shows those it has, or set tracking.uri=..."
-            ) from error
-        raise _unreadable(store, error) from error
+def _where(tags: Mapping[str, str], status: str | None = None) -> str:
+    """The words of MLflow's search language for runs that have all of ``tags``; ``%`` stands for any text."""
+    wanted = {**({"attributes.status": status} if status else {}), **{f"tags.`{k}`": v for k, v in tags.items()}}
+    for name, value in wanted.items():
+        if "'" in value or "\\" in value:
+            raise TrackingError(f"{name}={value}: a run is not found by a value with a quote or backslash")
+    return " and ".join(f"{name} {'LIKE' if '%' in value else '='} '{value}'" for name, value in wanted.items())
 
 
-def _unreadable(store: Store, error: Exception) -> TrackingError:
-    return TrackingError(
-        f"tracking.uri={store.uri}: cannot be read ({first_line(error)}); try again when it answers, "
-        "or set tracking.uri=..."
-    )
-
-
-def _data(run: Any) -> RunData:
+def _data(run: entities.Run) -> RunData:
     return {
         "run_id": run.info.run_id,
-        "name": run.info.run_name,
+        "name": run.info.run_name or "",
         "status": run.info.status,
         "params": dict(run.data.params),
         "metrics": dict(run.data.metrics),
         "tags": dict(run.data.tags),
-        "start_ms": run.info.start_time,
+        "start_ms": run.info.start_time or 0,
         "end_ms": run.info.end_time,
+        "experiment_id": str(run.info.experiment_id),
+        "artifact_uri": run.info.artifact_uri or "",
     }

@@ -20,15 +20,14 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from quantlab.errors import TrackingError
+from quantlab.tracking.events import Event, RunSummary, add_event
 
 _EVENTS = Path("tracking", "events.jsonl")
 _SENT = Path("tracking", "sent.json")
 _LOCK = Path("tracking", "lock")
-
-Event = dict[str, Any]
 
 LEFT_OPEN: set[Path] = set()
 """Folders in which this process could not write, as on a full disk: where a run stayed open, its next start ends it."""
@@ -58,10 +57,17 @@ class Record:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
-        self.summary: dict[str, Any] = {}
+        self.summary: RunSummary = {}
 
     @classmethod
-    def create(cls, folder: Path, start: Mapping[str, Any]) -> Record:
+    def create(
+        cls,
+        folder: Path,
+        name: str,
+        tags: Mapping[str, str],
+        parent_run_id: str | None = None,
+        parent_record: str | None = None,
+    ) -> Record:
         """Begin a record in ``folder``; TrackingError where one is there already or the folder cannot be written."""
         record = cls(folder)
         events = record.folder / _EVENTS
@@ -73,7 +79,16 @@ class Record:
         except OSError as error:
             raise TrackingError(f"{folder}: cannot be written ({error}); set output_dir=<another folder>") from error
         try:
-            record.append({"op": "start", "record": uuid.uuid4().hex, **start})
+            record.append(
+                {
+                    "op": "start",
+                    "record": uuid.uuid4().hex,
+                    "name": name,
+                    "tags": dict(tags),
+                    "parent_run_id": parent_run_id,
+                    "parent_record": parent_record,
+                }
+            )
         except OSError:
             if not record.summary:  # not even the first line found room
                 record.discard()
@@ -85,7 +100,7 @@ class Record:
         """Read the record in ``folder``."""
         record = cls(folder)
         for event, _ in record.events(0):
-            _add(record.summary, event)
+            add_event(record.summary, event)
         return record
 
     @property
@@ -106,7 +121,7 @@ class Record:
     def append(self, event: Event) -> None:
         """Write one event to the folder and add it to the summary."""
         try:
-            self._append({"time_ms": now_ms(), **event})
+            self._append(cast(Event, {"time_ms": now_ms(), **event}))
         except OSError:
             LEFT_OPEN.add(self.folder)
             raise
@@ -119,7 +134,7 @@ class Record:
                 if file.read(1) != b"\n":  # a process died while it wrote the last line
                     line = b"\n" + line
             file.write(line)
-        _add(self.summary, event)
+        add_event(self.summary, event)
         _write_json(self.folder / "run.json", self.summary)
 
     def events(self, offset: int) -> Iterator[tuple[Event, int]]:
@@ -163,45 +178,12 @@ def folders_with_records(runs_dir: Path) -> list[Path]:
     return sorted(path.parent.parent for path in found)
 
 
-def _add(summary: dict[str, Any], event: Event) -> None:
-    """Fold one event into the summary."""
-    op = event["op"]
-    if op == "start":
-        summary.update(
-            record=event["record"],
-            name=event["name"],
-            parent_run_id=event["parent_run_id"],
-            parent_record=event["parent_record"],
-            start_ms=event["time_ms"],
-            end_ms=None,
-            status="RUNNING",
-            stage="",
-            error="",
-            tags=dict(event["tags"]),
-            params={},
-            metrics={},
-            curves={},
-            artifacts=[],
-        )
-    elif op == "metrics":
-        summary["metrics"].update(event["values"])
-    elif op in ("params", "tags"):
-        summary[op].update(event["values"])
-    elif op == "curve":
-        summary["curves"][event["name"]] = event["values"]
-    elif op == "artifact":
-        if event["name"] not in summary["artifacts"]:
-            summary["artifacts"].append(event["name"])
-    elif op == "finish":
-        summary.update(status=event["status"], error=event["error"], stage=event["stage"], end_ms=event["time_ms"])
-
-
 def _parsed(line: bytes) -> Event | None:
     try:
         event = json.loads(line)
     except ValueError:  # torn by the death of its writer
         return None
-    return event if isinstance(event, dict) and "op" in event else None
+    return cast(Event, event) if isinstance(event, dict) and "op" in event else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -212,7 +194,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+def _write_json(path: Path, data: Mapping[str, object]) -> None:
     """All or nothing, so that a reader never sees half a file."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:

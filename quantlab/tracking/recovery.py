@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import socket
 from pathlib import Path
-from typing import Any
 
 from quantlab.tracking.connect import first_line, store_errors
+from quantlab.tracking.events import EndedRun
 from quantlab.tracking.record import LEFT_OPEN, Record, folders_with_records
 from quantlab.tracking.store import Store
 from quantlab.tracking.tags import FAILURE, HOST, STAGE
@@ -23,7 +23,7 @@ def push_pending(store: Store, runs_dir: Path) -> list[str]:
     May be called again, and by several processes: what has arrived is not sent twice. Runs that are being written by
     a live process are left to it. Parents go before their children.
     """
-    if store.client is None:
+    if not store.is_reached:
         return []
     pending = [Record.load(f) for f in folders_with_records(runs_dir) if not _is_done(f)]
     pushed = []
@@ -61,7 +61,7 @@ def close_orphans(store: Store, runs_dir: Path) -> list[str]:
     return closed + _close_in_store(store)
 
 
-def end_lost_run(store: Store, folder: Path, error: str, log: str = "") -> dict[str, Any]:
+def end_lost_run(store: Store, folder: Path, error: str, log: str = "") -> EndedRun:
     """What is known of the run in ``folder``, ended FAILED with ``error`` where its process left it open.
 
     For whoever started that process and saw it end. Empty where the process died before it began the run; else the
@@ -98,7 +98,7 @@ def _closed_record(folder: Path) -> Record | None:
 
 def _close_in_store(store: Store) -> list[str]:
     """The same for runs whose folder is gone or elsewhere."""
-    if store.client is None:
+    if not store.is_reached:
         return []
     closed = []
     left_open = f"attributes.status = 'RUNNING' and tags.`{HOST}` = '{socket.gethostname()}'"

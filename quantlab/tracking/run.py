@@ -9,12 +9,13 @@ import shutil
 import signal
 import threading
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Protocol, Self, SupportsFloat
 
 from quantlab.errors import TrackingError
+from quantlab.tracking.events import Event
 from quantlab.tracking.pictures import framed_grid
 from quantlab.tracking.record import Record
 from quantlab.tracking.tags import FAILURE, STAGE
@@ -46,7 +47,7 @@ class Run:
     def __init__(self, sink: Sink, record: Record) -> None:
         self.record = record
         self._sink = sink
-        self._old_handler: Any = None
+        self._old_handler: Callable[[int, FrameType | None], object] | int | None = None
         self._terminated = False
 
     @property
@@ -63,7 +64,7 @@ class Run:
     def stage(self, name: str) -> None:
         self.set_tags({STAGE: name})
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
+    def log_params(self, params: Mapping[str, object]) -> None:
         """Nested mappings become dotted keys. A parameter is written once: another value for it is a TrackingError."""
         flat = {checked_key(key, "parameter"): value for key, value in flatten(params).items()}
         known = self.record.summary["params"]
@@ -76,18 +77,13 @@ class Run:
         if flat:
             self._write({"op": "params", "values": flat})
 
-    def log_metrics(self, metrics: Mapping[str, Any], step: int = 0) -> None:
+    def log_metrics(self, metrics: Mapping[str, SupportsFloat | None]) -> None:
         """Numbers by name; None is left out, NaN and infinities are a MetricUndefined, and nothing is logged then."""
         values = {checked_key(k, "metric"): checked_number(k, v) for k, v in metrics.items() if v is not None}
         if values:
-            self._write({"op": "metrics", "values": values, "step": step})
+            self._write({"op": "metrics", "values": values})
 
-    def log_curve(self, name: str, values: Iterable[Any]) -> None:
-        """One metric over the steps 0, 1, 2...; every value a finite number."""
-        numbers = [checked_number(f"{name}[{step}]", value) for step, value in enumerate(values)]
-        self._write({"op": "curve", "name": checked_key(name, "metric"), "values": numbers})
-
-    def set_tags(self, tags: Mapping[str, Any]) -> None:
+    def set_tags(self, tags: Mapping[str, object]) -> None:
         """Text by name; a later value replaces an earlier one. Text over 5000 characters is cut, visibly."""
         values = checked_tags(tags)
         if values:
@@ -108,11 +104,11 @@ class Run:
             path = copy
         self._write_artifact(name, path)
 
-    def log_json(self, data: Any, name: str) -> None:
+    def log_json(self, data: object, name: str) -> None:
         """Plain data as a JSON file."""
         self._log_text(json.dumps(data, indent=1, ensure_ascii=False, default=str) + "\n", name)
 
-    def log_table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None:
+    def log_table(self, columns: Mapping[str, Sequence[object]], name: str) -> None:
         """Columns of equal length as a table that MLflow's page shows (``layers.json``)."""
         lengths = {key: len(values) for key, values in columns.items()}
         if len(set(lengths.values())) > 1:
@@ -173,12 +169,12 @@ class Run:
         text = "SIGTERM: the process was told to end" if told else f"{type(error).__name__}: {error}"
         self.finish("FAILED", text)
 
-    def _terminate(self, *_: Any) -> None:
+    def _terminate(self, *_: object) -> None:
         """Schedulers end a job by SIGTERM; an exception is what closes its run."""
         self._terminated = True
         raise SystemExit(_TERMINATED)
 
-    def _write(self, event: dict[str, Any]) -> None:
+    def _write(self, event: Event) -> None:
         if not self.record.is_open:
             raise TrackingError(f"run {self.record.summary['name']!r}: has ended; start another for what comes later")
         self.record.append(event)

@@ -7,15 +7,19 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from quantlab.errors import TrackingError
 from quantlab.tracking.connect import connect, first_line, is_refusal, resolved_uri, shown_uri, store_errors
-from quantlab.tracking.record import Event, Record, Sent
+from quantlab.tracking.events import Artifact, Event, RunSummary
+from quantlab.tracking.record import Record, Sent
 from quantlab.tracking.run import Run
 from quantlab.tracking.tags import LOGGED_TABLES, PARENT_RUN_ID, RECORD
 from quantlab.tracking.values import MAX_PARAM_CHARS, checked_tags, shortened, this_process
 from quantlab.vocabulary.schema import TrackingConfig
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient, entities
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -43,11 +47,11 @@ def open_store(config: TrackingConfig, base_dir: Path) -> Store:
 
 
 class Store:
-    """One experiment of one MLflow store. ``client`` is None where it was not reached."""
+    """One experiment of one MLflow store, reached or not."""
 
-    def __init__(self, uri: str, client: Any, experiment_id: str) -> None:
+    def __init__(self, uri: str, client: MlflowClient | None, experiment_id: str) -> None:
         self.uri = uri
-        self.client = client
+        self._client = client
         self.experiment_id = experiment_id
         self._records: dict[str, str] = {}  # run id -> record id, of runs that this process knows
         self.was_lost = False
@@ -59,21 +63,17 @@ class Store:
         self,
         name: str,
         folder: Path,
-        params: Mapping[str, Any],
-        tags: Mapping[str, Any],
+        params: Mapping[str, object],
+        tags: Mapping[str, object],
         parent_run_id: str | None = None,
     ) -> Run:
         """Begin a run whose record is kept in ``folder`` (which must not hold one yet).
 
         ``parent_run_id`` is the ``run_id`` of the sweep's run. Raises TrackingError for names the store does not take.
         """
-        start = {
-            "name": name,
-            "tags": {**checked_tags(tags), **this_process()},
-            "parent_run_id": parent_run_id,
-            "parent_record": self._record_of(parent_run_id) if parent_run_id else None,
-        }
-        run = Run(self, Record.create(folder, start))
+        parent_record = self._record_of(parent_run_id) if parent_run_id else None
+        known = {**checked_tags(tags), **this_process()}
+        run = Run(self, Record.create(folder, name, known, parent_run_id, parent_record))
         run.log_params(params)
         self.sync(run.record)
         self._records[run.run_id] = run.record.summary["record"]
@@ -98,9 +98,21 @@ class Store:
         return True
 
     @property
+    def client(self) -> MlflowClient:
+        """MLflow's client; TrackingError where the store was not reached."""
+        if self._client is None:
+            raise TrackingError(f"tracking.uri={self.uri}: was not reached; start the server, or name another store")
+        return self._client
+
+    @property
+    def is_reached(self) -> bool:
+        """Did the store answer when it was opened?"""
+        return self._client is not None
+
+    @property
     def is_lost(self) -> bool:
         """Was the store not reached, or does it rest after a failure?"""
-        return self.client is None or time.monotonic() < self._quiet_until
+        return self._client is None or time.monotonic() < self._quiet_until
 
     def lose(self, error: Exception) -> None:
         """Leave a store that failed alone for a while; the first time, say so."""
@@ -119,6 +131,13 @@ class Store:
         """End the rest of a store that failed: it is tried at the next call."""
         self._quiet_until = 0.0
 
+    def unreadable(self, error: Exception) -> TrackingError:
+        """What a user is told where a question to the store failed."""
+        return TrackingError(
+            f"tracking.uri={self.uri}: cannot be read ({first_line(error)}); try again when it answers, or set "
+            "tracking.uri=..."
+        )
+
     def know(self, run_id: str, record_id: str) -> None:
         """Note the record's id of another process's run, so that a parent is found again in whichever store it is."""
         self._records[run_id] = record_id
@@ -127,11 +146,11 @@ class Store:
         """Ids of the experiment's runs that a filter of MLflow's search language names."""
         return [run.info.run_id for run in self.search(filter_string)]
 
-    def search(self, filter_string: str) -> Iterator[Any]:
-        """MLflow's runs of this experiment, newest first."""
-        token = None
+    def search(self, filter_string: str, experiment_id: str | None = None) -> Iterator[entities.Run]:
+        """MLflow's runs of this experiment, or of another one, newest first."""
+        ids, token = [experiment_id or self.experiment_id], None
         while True:
-            page = self.client.search_runs([self.experiment_id], filter_string, max_results=1000, page_token=token)
+            page = self.client.search_runs(ids, filter_string, max_results=1000, page_token=token)
             yield from page
             token = page.token
             if not token:
@@ -175,7 +194,7 @@ class Store:
         record.save_sent(sent)
         return sent
 
-    def _parent_tags(self, start: Mapping[str, Any]) -> dict[str, str]:
+    def _parent_tags(self, start: RunSummary) -> dict[str, str]:
         parent, record_id = start["parent_run_id"], start["parent_record"]
         here = self.run_ids(f"tags.`{RECORD}` = '{record_id}'") if record_id else []
         if here:
@@ -194,32 +213,27 @@ class Store:
         return self._records.get(run_id) or None
 
 
-def _deliver(client: Any, run_id: str, event: Event, folder: Path) -> None:
+def _deliver(client: MlflowClient, run_id: str, event: Event, folder: Path) -> None:
     """One event to the store. Sending the same event again changes nothing there."""
     from mlflow.entities import Metric, RunTag
 
-    op = event["op"]
-    if op in ("start", "tags"):
-        tags = event["tags"] if op == "start" else event["values"]
+    if event["op"] == "start" or event["op"] == "tags":
+        tags = event["tags"] if event["op"] == "start" else event["values"]
         for some in _batches([RunTag(k, v) for k, v in tags.items()], 100):
             client.log_batch(run_id, tags=some)
-    elif op == "params":
+    elif event["op"] == "params":
         _deliver_params(client, run_id, event["values"])
-    elif op == "metrics":
-        values = [Metric(k, v, event["time_ms"], event["step"]) for k, v in event["values"].items()]
+    elif event["op"] == "metrics":
+        values = [Metric(k, v, event["time_ms"], 0) for k, v in event["values"].items()]
         for batch in _batches(values, 1000):
             client.log_batch(run_id, metrics=batch)
-    elif op == "curve":
-        points = [Metric(event["name"], v, event["time_ms"], step) for step, v in enumerate(event["values"])]
-        for batch in _batches(points, 1000):
-            client.log_batch(run_id, metrics=batch)
-    elif op == "artifact":
+    elif event["op"] == "artifact":
         _deliver_artifact(client, run_id, event, folder)
-    elif op == "finish":
+    elif event["op"] == "finish":
         client.set_terminated(run_id, event["status"], event["time_ms"])
 
 
-def _deliver_params(client: Any, run_id: str, values: Mapping[str, str]) -> None:
+def _deliver_params(client: MlflowClient, run_id: str, values: Mapping[str, str]) -> None:
     from mlflow.entities import Param
 
     short = {key: shortened(value, MAX_PARAM_CHARS, f"whole in params/{key}.txt") for key, value in values.items()}
@@ -227,7 +241,7 @@ def _deliver_params(client: Any, run_id: str, values: Mapping[str, str]) -> None
         client.log_batch(run_id, params=some)
 
 
-def _deliver_artifact(client: Any, run_id: str, event: Event, folder: Path) -> None:
+def _deliver_artifact(client: MlflowClient, run_id: str, event: Artifact, folder: Path) -> None:
     path = folder / event["file"]
     if not path.is_file():
         _LOG.warning("%s: the file is gone and cannot be sent to the store", path)

@@ -9,7 +9,7 @@ import posixpath
 import re
 import socket
 from collections.abc import Mapping
-from typing import Any
+from typing import SupportsFloat
 
 from quantlab.errors import MetricUndefined, TrackingError
 from quantlab.tracking.tags import HOST, PID, PID_STARTED
@@ -21,7 +21,7 @@ MAX_TAG_CHARS = 5000
 _KEY = re.compile(r"[\w\-. :/]+", re.ASCII)
 
 
-def flatten(mapping: Mapping[str, Any]) -> dict[str, str]:
+def flatten(mapping: Mapping[str, object]) -> dict[str, str]:
     """Nested mappings to dotted keys; values as text: lists as JSON, true/false/null as YAML writes them."""
     flat: dict[str, str] = {}
     for key, value in mapping.items():
@@ -32,7 +32,7 @@ def flatten(mapping: Mapping[str, Any]) -> dict[str, str]:
     return flat
 
 
-def as_text(value: Any) -> str:
+def as_text(value: object) -> str:
     """One value as the text of a parameter or tag."""
     if isinstance(value, str):
         return str(value)
@@ -55,7 +55,7 @@ def checked_key(key: str, what: str) -> str:
     return key
 
 
-def checked_number(name: str, value: Any) -> float:
+def checked_number(name: str, value: SupportsFloat) -> float:
     """``value`` as a float; MetricUndefined for NaN and infinities, TrackingError for what is no number."""
     try:
         number = float(value)
@@ -66,7 +66,7 @@ def checked_number(name: str, value: Any) -> float:
     return number
 
 
-def checked_tags(tags: Mapping[str, Any]) -> dict[str, str]:
+def checked_tags(tags: Mapping[str, object]) -> dict[str, str]:
     """Tags with checked names and texts of at most 5000 characters."""
     return {checked_key(k, "tag"): shortened(as_text(v), MAX_TAG_CHARS, "cut here") for k, v in tags.items()}
 

@@ -67,7 +67,9 @@ def test_a_job_that_crashes_its_process_is_a_failed_row(shell, fault):
 
     run = shell.tracked("FAILED")["quanto int8"]
     parent = shell.tracked()["sweep"]
-    assert {r["name"] for r in find_runs(shell.store, parent_run_id=parent["run_id"], status=None)} == set(rows)
+    assert {r["name"] for r in find_runs(shell.store, {"mlflow.parentRunId": parent["run_id"]}, status=None)} == set(
+        rows
+    )
     assert run["run_id"] == row["run_id"]
     assert run["tags"]["quantlab.failure"] == row["error"]
     assert run["tags"]["quantlab.stage"] == "evaluate"
@@ -208,7 +210,7 @@ def test_an_engine_runs_the_jobs(shell, engine, words):
     assert code == 0, err
     assert [(n, r["status"]) for n, r in rows.items()] == [("quanto int8", "FINISHED"), ("torchao int8", "FINISHED")]
     parent = shell.tracked()["sweep"]
-    found = find_runs(shell.store, parent_run_id=parent["run_id"])
+    found = find_runs(shell.store, {"mlflow.parentRunId": parent["run_id"]})
     assert {r["name"] for r in found} == set(rows)
     assert len({r["tags"]["quantlab.pid"] for r in [*found, parent]}) == 3, "three processes"
     again = table(shell, "backend=quanto,torchao")[1]

@@ -302,7 +302,7 @@ def test_a_search_is_tracked_shown_and_resumed(shell, measured, monkeypatch):
     assert code == int("gguf q8_0" in states), err
     assert parent["tags"]["quantlab.search.front"] == ", ".join(study["front"])
     assert {t["run_id"] for t in study["trials"]} <= {
-        r["run_id"] for r in find_runs(shell.store, parent_run_id=parent["run_id"], status=None)
+        r["run_id"] for r in find_runs(shell.store, {"mlflow.parentRunId": parent["run_id"]}, status=None)
     }
     assert "3 of 4 possible points were measured; Pareto front (minimize memory/weights_bytes, minimize quality/" in out
     shown = out.split("Pareto front")[1]

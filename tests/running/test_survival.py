@@ -272,7 +272,7 @@ def test_a_sweep_begun_on_a_lost_server_ends_whole_in_another_store(shell, tmp_p
         subprocess.run(command, env=env, cwd=shell.folder, check=True, capture_output=True)
     shell.rows(*digits_words("backend=none", "sweep.floors=false"))  # another start, on the store beside
     parent = shell.tracked()["sweep"]
-    assert {r["name"] for r in find_runs(shell.store, parent_run_id=parent["run_id"])} == set(NAMES)
+    assert {r["name"] for r in find_runs(shell.store, {"mlflow.parentRunId": parent["run_id"]})} == set(NAMES)
     assert json.loads(artifact(shell.store, parent["run_id"], "rows.json"))["rows"]
     assert shell.tracked("RUNNING") == {}
 

@@ -39,7 +39,7 @@ def rows_json(shell):
 
 
 def children(shell, parent):
-    return {r["name"] for r in find_runs(shell.store, parent_run_id=parent["run_id"], status=None)}
+    return {r["name"] for r in find_runs(shell.store, {"mlflow.parentRunId": parent["run_id"]}, status=None)}
 
 
 def failing(monkeypatch, backend):

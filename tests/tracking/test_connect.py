@@ -24,7 +24,6 @@ from quantlab.tracking import (
     connect,
     find_records,
     find_runs,
-    get_curve,
     get_run,
     open_store,
     push_pending,
@@ -86,7 +85,7 @@ def test_sqlite_files_that_cannot_be_used(kind: str, tmp_path: Path, caplog: pyt
     with pytest.raises(TrackingError, match=r"^tracking\.uri=sqlite:///.*cannot be used \(.+\); set tracking\.uri="):
         open_store(tracking_at(), tmp_path)
     assert time.monotonic() - begun < 15
-    assert open_store(tracking_at(required=False), tmp_path).client is None
+    assert open_store(tracking_at(required=False), tmp_path).is_reached is False
     assert len(caplog.records) == 1
     if kind == "foreign":
         assert (tmp_path / "outputs" / "mlflow.db").stat().st_size < 20_000, "MLflow's tables were written into it"
@@ -116,7 +115,7 @@ def test_two_sweeps_on_one_store_at_once(store: Store, runs: Path, base: Path) -
         assert (sweep.returncode, out, err) == (0, "", "")  # and no noise
     parents = {r["name"]: r["run_id"] for r in find_runs(store) if r["name"] in "ab"}
     for name in "ab":
-        children = find_runs(store, parent_run_id=parents[name])
+        children = find_runs(store, {"mlflow.parentRunId": parents[name]})
         assert sorted((r["name"], r["metrics"]["m"]) for r in children) == [(f"{name}{i}", float(i)) for i in range(8)]
 
 
@@ -197,7 +196,7 @@ def test_unreached_store_is_filled_later(
 
     assert push_pending(store, runs) == ["sweep", "job"]  # the parent first
     assert push_pending(store, runs) == []
-    [job] = find_runs(store, key="k")
+    [job] = find_runs(store, {"quantlab.key": "k"})
     [sweep] = [r for r in find_runs(store) if r["name"] == "sweep"]
     assert job["tags"]["mlflow.parentRunId"] == sweep["run_id"]
     assert (job["params"], job["metrics"]) == ({"a": "1"}, {"m": 2.5})
@@ -206,20 +205,19 @@ def test_unreached_store_is_filled_later(
 
 
 def test_store_lost_in_the_middle_of_a_run(store: Store, runs: Path, caplog: pytest.LogCaptureFixture) -> None:
-    plugged, unplugged = store.client, Unplugged()
+    plugged, unplugged = store._client, Unplugged()
     with store.start_run("sweep", runs / "sweep", {}, {}) as parent:
         with store.start_run("before", runs / "before", {}, {}, parent.run_id) as run:
             run.log_metrics({"m": 1})
-            store.client = unplugged
+            store._client = unplugged
             run.log_metrics({"n": 2})
-            run.log_curve("curve", [3.0, 2.0])
             run.log_json({"x": 1}, "x.json")
         with store.start_run("after", runs / "after", {}, {}, parent.run_id) as late:
             late.log_metrics({"m": 4})
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     assert unplugged.calls == 1, "a store that is gone must not cost time at each call"
 
-    store.client = plugged
+    store._client = plugged
     assert get_run(store, run.run_id)["status"] == "RUNNING"
     again = Store(store.uri, plugged, store.experiment_id)  # the next start
     assert push_pending(again, runs) == ["sweep", "before", "after"]
@@ -227,8 +225,7 @@ def test_store_lost_in_the_middle_of_a_run(store: Store, runs: Path, caplog: pyt
     assert close_orphans(again, runs) == []
     found = {r["name"]: r for r in find_runs(again)}
     assert set(found) == {"sweep", "before", "after"}
-    assert found["before"]["metrics"] == {"m": 1.0, "n": 2.0, "curve": 2.0}
-    assert get_curve(again, run.run_id, "curve") == [3.0, 2.0]
+    assert found["before"]["metrics"] == {"m": 1.0, "n": 2.0}
     assert found["after"]["tags"]["mlflow.parentRunId"] == parent.run_id == found["sweep"]["run_id"]
     assert json.loads(artifact(again, run.run_id, "x.json")) == {"x": 1}
 
@@ -236,11 +233,11 @@ def test_store_lost_in_the_middle_of_a_run(store: Store, runs: Path, caplog: pyt
 def test_store_that_answers_again_gets_everything(store: Store, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantlab.tracking.store._FIRST_PAUSE_S", 0.0)
     store._pause = 0.0
-    plugged = store.client
+    plugged = store._client
     with store.start_run("r", runs / "r", {}, {}) as run:
-        store.client = Unplugged()
+        store._client = Unplugged()
         run.log_metrics({"m": 1})
-        store.client = plugged
+        store._client = plugged
         run.log_metrics({"n": 2})
         assert get_run(store, run.run_id)["metrics"] == {"m": 1.0, "n": 2.0}
 
@@ -250,9 +247,8 @@ def test_another_store_gets_all_of_an_unfinished_record(store: Store, runs: Path
     parent = store.start_run("sweep", runs / "sweep", {"p": 1}, {})
     child = store.start_run("job", runs / "job", {"a": 1}, {}, parent.run_id)
     child.log_metrics({"m": 1})
-    child.log_curve("curve", [1.0, 2.0])
     old_id = parent.run_id
-    store.client = Unplugged()
+    store._client = Unplugged()
     child.finish("FINISHED")
     parent.finish("FINISHED")
     shutil.copyfile(template, base / "other.db")
@@ -265,13 +261,13 @@ def test_another_store_gets_all_of_an_unfinished_record(store: Store, runs: Path
     assert len(find_runs(other)) == 2
     assert found["job"]["tags"]["mlflow.parentRunId"] == found["sweep"]["run_id"] != old_id
     assert found["job"]["params"] == {"a": "1"}
-    assert get_curve(other, found["job"]["run_id"], "curve") == [1.0, 2.0]
+    assert found["job"]["metrics"] == {"m": 1.0}
 
 
 def test_store_made_anew_under_the_same_address(store: Store, runs: Path, base: Path, template: Path) -> None:
     run = store.start_run("r", runs / "r", {"a": 1}, {})
     run.log_metrics({"m": 1})
-    store.client = Unplugged()
+    store._client = Unplugged()
     run.finish("FINISHED")
     shutil.copyfile(template, base / "new.db")
     new = open_store(tracking_at("sqlite:///new.db"), base)
@@ -335,6 +331,6 @@ def test_a_real_server_dies_in_the_middle(store: Store, runs: Path, closed_port:
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
     assert push_pending(store, runs) == ["sweep", "job"]
-    [job] = find_runs(store, key="k")
+    [job] = find_runs(store, {"quantlab.key": "k"})
     assert job["metrics"] == {"m": 1.0, "n": 2.0}
     assert json.loads(artifact(store, job["run_id"], "x.json")) == {"x": 1}
