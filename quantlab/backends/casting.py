@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, dtype_name
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
-def wanted_dtype(layer: Any, compute_dtype: Any, backend: str) -> Any:
+
+def wanted_dtype(layer: nn.Linear, compute_dtype: str | torch.dtype | None, backend: str) -> torch.dtype:
     """The torch dtype that ``layer`` shall compute in; None and ``auto`` mean the dtype of its weight.
 
     Raises ConfigError for a name that is not one of float32, bfloat16, float16.
@@ -24,16 +28,16 @@ def wanted_dtype(layer: Any, compute_dtype: Any, backend: str) -> Any:
     return getattr(torch, name)
 
 
-def cast_around(layer: Any, inside: Any, outside: Any) -> None:
+def cast_around(layer: nn.Module, inside: torch.dtype, outside: torch.dtype) -> None:
     """Let ``layer`` see its input in the dtype ``inside`` and give its output in ``outside``; nothing where equal."""
     if inside != outside:
         layer.register_forward_pre_hook(functools.partial(_cast_input, inside))
         layer.register_forward_hook(functools.partial(_cast_output, outside))
 
 
-def _cast_input(dtype: Any, layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _cast_input(dtype: torch.dtype, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (args[0].to(dtype), *args[1:])
 
 
-def _cast_output(dtype: Any, layer: Any, args: tuple[Any, ...], output: Any) -> Any:
+def _cast_output(dtype: torch.dtype, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return output.to(dtype)

@@ -23,11 +23,16 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from quantlab.errors import ConfigError
 from quantlab.modules.layers import linear_layers, resolve_exclusions
 from quantlab.vocabulary.native import LIBRARY_RULE, QuantizationConfigMixin, Rule
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_Made = TypeVar("_Made")
 
 
 def taken_by_transformers(entry: str, path: str) -> bool:
@@ -60,12 +65,12 @@ def taken(rule: Rule, entries: Sequence[str], paths: Iterable[str]) -> dict[str,
 # -- a library's list on a model
 
 
-def library_of(model: Any) -> str:
+def library_of(model: nn.Module) -> str:
     """``transformers`` for a model of transformers, else ``diffusers``: who would have read its config.json."""
     return "transformers" if hasattr(model, "get_output_embeddings") else "diffusers"
 
 
-def expand(config: QuantizationConfigMixin, model: Any) -> tuple[dict[str, str], tuple[str, ...]]:
+def expand(config: QuantizationConfigMixin, model: nn.Module) -> tuple[dict[str, str], tuple[str, ...]]:
     """The Linear layers of ``model`` that a config with a library's rule leaves out.
 
     Returns:
@@ -88,14 +93,14 @@ def expand(config: QuantizationConfigMixin, model: Any) -> tuple[dict[str, str],
     return reasons, tuple(e for e in entries if given and not any(rule(e, p) for p in paths))
 
 
-def _linear_paths(model: Any) -> list[str]:
+def _linear_paths(model: nn.Module) -> list[str]:
     """Paths of every Linear layer, at each place where it sits, as the libraries walk them."""
     from torch import nn
 
     return [n for n, m in model.named_modules(remove_duplicate=False) if n and isinstance(m, nn.Linear)]
 
 
-def _transformers_defaults(model: Any) -> tuple[str, ...]:
+def _transformers_defaults(model: nn.Module) -> tuple[str, ...]:
     """What transformers leaves out where nobody said anything."""
     if not hasattr(model, "get_output_embeddings"):
         raise ConfigError(
@@ -110,7 +115,7 @@ def _transformers_defaults(model: Any) -> tuple[str, ...]:
 # -- a choice of layers as a library's list
 
 
-def exclusions_for(config: QuantizationConfigMixin, model: Any, library: str) -> list[str] | None:
+def exclusions_for(config: QuantizationConfigMixin, model: nn.Module | None, library: str) -> list[str] | None:
     """A list that ``library`` resolves, on ``model``, to exactly the layers that ``config`` leaves out.
 
     ``model=None`` is enough where the list is that library's own already, or empty.
@@ -140,11 +145,11 @@ def exclusions_for(config: QuantizationConfigMixin, model: Any, library: str) ->
     return entries or ([] if library == "transformers" else None)
 
 
-def _kept_in_float32(model: Any) -> tuple[str, ...]:
+def _kept_in_float32(model: nn.Module) -> tuple[str, ...]:
     return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
-def excluded_layers(config: QuantizationConfigMixin, model: Any) -> set[str]:
+def excluded_layers(config: QuantizationConfigMixin, model: nn.Module) -> set[str]:
     """Paths of the Linear layers of ``model`` that the config's exclusions take, by whichever rule it has."""
     layers = linear_layers(model)
     if config.exclusion_rule != "quantlab":
@@ -153,7 +158,7 @@ def excluded_layers(config: QuantizationConfigMixin, model: Any) -> set[str]:
     return {*resolve_exclusions(list(layers), config.exclusions or (), every), *config.disabled_layers(list(layers))}
 
 
-def _left_out(config: QuantizationConfigMixin, model: Any) -> set[str]:
+def _left_out(config: QuantizationConfigMixin, model: nn.Module) -> set[str]:
     """Paths of the Linear layers that quantlab would not quantize with this config, at each place where they sit."""
     out = excluded_layers(config, model)
     done = {id(layer) for name, layer in linear_layers(model).items() if name not in out}
@@ -223,7 +228,7 @@ def refuse_ours(config: QuantizationConfigMixin, library: str, held: Iterable[st
         )
 
 
-def build(make: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
+def build(make: Callable[..., _Made], arguments: Mapping[str, Any], where: str) -> _Made:
     """Construct a library's config object; its refusal becomes a ConfigError."""
     try:
         with warnings.catch_warnings():

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quantlab.backends.stored import config_from_dict
-from quantlab.backends.table import Backend, backend_of, offers, own_settings, resolved
+from quantlab.backends.table import Backend, backend_of, offers, own_settings
 from quantlab.errors import ConfigError, nearest, require_package
-from quantlab.vocabulary.axes import QuantizationAxes, capability
+from quantlab.vocabulary.axes import QuantizationAxes, capability, resolve_axes
 from quantlab.vocabulary.capabilities import Capability
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 from quantlab.vocabulary.native import QuantizationConfigMixin, plain
@@ -71,7 +71,7 @@ def scheme_of(
     ``shipped`` are the names of the lists of exclusions that come with quantlab. Raises ConfigError where the
     combination is impossible and MissingPackage where its library is not installed.
     """
-    axes = resolved(axes)
+    axes = resolve_axes(axes, offers())
     if axes.backend == "none":
         return None
     own = own_settings(axes.backend)
@@ -88,7 +88,7 @@ def scheme_of_config(native: QuantizationConfigMixin, **more: Any) -> Scheme:
 
     Raises ConfigError for a config that no axes express, and as :func:`scheme_of`.
     """
-    axes = resolved(replace(native.axes(), **more))
+    axes = resolve_axes(replace(native.axes(), **more), offers())
     return _made(backend_of(axes.backend), axes, native)
 
 
@@ -104,7 +104,7 @@ def pasted_scheme(
     key = "quantization.quantization_config"
     try:
         native: QuantizationConfigMixin = config_from_dict(axes.quantization_config)
-        said = resolved(native.axes())
+        said = resolve_axes(native.axes(), offers())
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
     if said.backend == "gguf" and "gguf_type" not in native.extra_settings():
@@ -151,7 +151,7 @@ def _other(axes: QuantizationAxes, dtype: str) -> Format:
     row = capability(axes.backend, dtype, offers())
     algorithm = axes.algorithm if axes.algorithm in row.algorithms else "auto"
     other = replace(axes, dtype=dtype, group_size="auto", algorithm=algorithm)
-    return Format(axes=resolved(other), row=row)
+    return Format(axes=resolve_axes(other, offers()), row=row)
 
 
 def _fallback(backend: Backend, axes: QuantizationAxes, native: QuantizationConfigMixin) -> Scheme | None:
@@ -161,14 +161,13 @@ def _fallback(backend: Backend, axes: QuantizationAxes, native: QuantizationConf
         return None
     row = capability(axes.backend, dtype, offers())
     is_shared = axes.algorithm in backend.input_algorithms and axes.algorithm in row.algorithms
-    other = resolved(
-        QuantizationAxes(
-            backend=axes.backend,
-            dtype=dtype,
-            compute_dtype=axes.compute_dtype,
-            algorithm=axes.algorithm if is_shared else "auto",
-        )
+    asked = QuantizationAxes(
+        backend=axes.backend,
+        dtype=dtype,
+        compute_dtype=axes.compute_dtype,
+        algorithm=axes.algorithm if is_shared else "auto",
     )
+    other = resolve_axes(asked, offers())
     file = getattr(native, "imatrix_file", None) if is_shared else None
     config = backend.module.Config.from_resolved(other, {"imatrix_file": file} if file else None)
     return _made(backend, other, config)

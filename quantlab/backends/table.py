@@ -10,15 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from quantlab.backends import bitsandbytes, gguf, modelopt, quanto, torchao
 from quantlab.errors import ConfigError, nearest
-from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.capabilities import OFFERS, Offer, Offers
 from quantlab.vocabulary.native import QuantizationConfigMixin
 from quantlab.vocabulary.reports import StoredWeight
@@ -34,29 +33,38 @@ _FUNCTIONS = ("resolve", "quantize", "read_back", "save", "load")
 _MAY_BE_EMPTY = ("holds", "loggers", "same_bits", "input_algorithms")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _COLOUR = re.compile(r"#[0-9a-f]{6}")
+_Native = TypeVar("_Native", bound=QuantizationConfigMixin)
+"""The native config class of a backend."""
+_Found = TypeVar("_Found")
+"""What calibration hands to quantization: the table does not look into it."""
 
 
-class BackendModule(Protocol):
+class BackendModule(Protocol[_Native]):
     """What a backend's module offers; see the package's docstring."""
 
     @property
-    def Config(self) -> type[QuantizationConfigMixin]: ...
+    def Config(self) -> type[_Native]: ...
 
-    def resolve(self, config: Any, device: str, compute_dtype: str) -> Any: ...
-    def quantize(self, model: nn.Module, layers: Any, config: Any, compute_dtype: str) -> None: ...
+    def resolve(self, config: _Native, device: str, compute_dtype: str) -> _Native: ...
+    def quantize(self, model: nn.Module, layers: Sequence[str], config: _Native, compute_dtype: str) -> None: ...
     def read_back(self, layer: nn.Module) -> StoredWeight: ...
     def save(self, model: nn.Module, folder: Path) -> None: ...
-    def load(self, model: nn.Module, layers: Any, config: Any, folder: Path) -> Any: ...
+    def load(self, model: nn.Module, layers: Sequence[str], config: _Native, folder: Path) -> None: ...
 
 
-class CalibratedModule(BackendModule, Protocol):
+class CalibratedModule(BackendModule[_Native], Protocol[_Native, _Found]):
     """A backend that uses data."""
 
     def calibrate(
-        self, model: nn.Module, layers: Any, config: Any, compute_dtype: str, feed: CalibrationFeed
-    ) -> Any: ...
+        self, model: nn.Module, layers: Sequence[str], config: _Native, compute_dtype: str, feed: CalibrationFeed
+    ) -> _Found: ...
     def quantize(
-        self, model: nn.Module, layers: Any, config: Any, compute_dtype: str, calibrated: Any = None
+        self,
+        model: nn.Module,
+        layers: Sequence[str],
+        config: _Native,
+        compute_dtype: str,
+        calibrated: _Found | None = None,
     ) -> None: ...
 
 
@@ -66,7 +74,7 @@ class Backend:
 
     name: str
     """The word behind ``backend=``."""
-    module: BackendModule
+    module: BackendModule[Any]
     """What it does: see the package's docstring."""
     imports: tuple[str, ...]
     """Import names that must be there before it can run."""
@@ -125,13 +133,13 @@ class Backend:
     @property
     def settings(self) -> dict[str, dataclasses.Field[Any]]:
         """The backend's own keys of the ``quantization`` node: name -> field of the native config."""
-        every = dataclasses.fields(self.module.Config)  # type: ignore[arg-type]  # made by quantization_config
+        every = dataclasses.fields(self.module.Config)
         return {f.name: f for f in every if f.metadata["node"]}
 
     @property
-    def calibrated(self) -> CalibratedModule:
+    def calibrated(self) -> CalibratedModule[Any, Any]:
         """The module, for a config whose ``needs_data`` is true."""
-        return cast(CalibratedModule, self.module)
+        return cast("CalibratedModule[Any, Any]", self.module)
 
 
 _SHIPPED = (
@@ -250,13 +258,8 @@ def backend_of(name: str) -> Backend:
 
 @functools.cache
 def offers() -> Offers:
-    """What each backend offers, ``none`` included: what axes are resolved against."""
+    """What each backend offers, ``none`` included: what :func:`~quantlab.vocabulary.axes.resolve_axes` is given."""
     return {"none": OFFERS["none"], **{name: row.offer for name, row in backends().items()}}
-
-
-def resolved(axes: QuantizationAxes) -> QuantizationAxes:
-    """Axes spelled out and checked against all backends, see :func:`~quantlab.vocabulary.axes.resolve_axes`."""
-    return resolve_axes(axes, offers())
 
 
 def own_settings(backend: str) -> dict[str, dataclasses.Field[Any]]:

@@ -4,10 +4,30 @@ from __future__ import annotations
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.errors import ConfigError, ModelError
 from quantlab.vocabulary.dtypes import dtype_name
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    class GGUFLinear(nn.Module):
+        """What :func:`linear_class` makes, as far as others use it."""
+
+        qweight: Tensor
+        gguf_type: str
+        compute_dtype: torch.dtype
+        out_features: int
+        in_features: int
+
+        def __init__(self, codes: Tensor, gguf_type: str, bias: Tensor | None, compute_dtype: torch.dtype) -> None: ...
+        def dequantize(self) -> Tensor: ...
+
+    LinearClass = type[GGUFLinear]
 
 WEIGHTS_PER_SCALE = {
     "q8_0": 32,
@@ -26,7 +46,7 @@ WEIGHTS_PER_SCALE = {
 """The block that has a scale of its own; in the 256-weight superblocks these scales are themselves 4 to 8 bits."""
 
 
-def torch_dtype(name: Any) -> Any:
+def torch_dtype(name: str | torch.dtype) -> torch.dtype:
     import torch
 
     return getattr(torch, dtype_name(name))
@@ -40,7 +60,7 @@ def block_size(gguf_type: str) -> tuple[int, int]:
     return sizes
 
 
-def encode(name: str, weight: Any, gguf_type: str, importance: Any = None) -> Any:
+def encode(name: str, weight: Tensor, gguf_type: str, importance: NDArray[np.float32] | None = None) -> Tensor:
     """A weight (out_features, in_features) as blocks: uint8 tensor (out_features, bytes of a row), on its device.
 
     ``importance``: float32 array (in_features,), how much each input channel's error counts; None: all the same.
@@ -71,7 +91,7 @@ def encode(name: str, weight: Any, gguf_type: str, importance: Any = None) -> An
     return torch.from_numpy(codes).to(weight.device)
 
 
-def decode(codes: Any, gguf_type: str) -> Any:
+def decode(codes: Tensor, gguf_type: str) -> Tensor:
     """Blocks (out_features, bytes of a row) -> fp32 weight (out_features, in_features): the same values everywhere."""
     import torch
 
@@ -89,14 +109,16 @@ def decode(codes: Any, gguf_type: str) -> Any:
 
 
 @functools.cache
-def linear_class() -> Any:
+def linear_class() -> LinearClass:
     """The layer's class, made at first use because its base needs torch."""
     import torch
 
     class GGUFLinear(torch.nn.Module):
         """A Linear whose weight is kept as ggml blocks: ``qweight``, uint8 (out_features, bytes of a row)."""
 
-        def __init__(self, codes: Any, gguf_type: str, bias: Any, compute_dtype: Any) -> None:
+        qweight: Tensor
+
+        def __init__(self, codes: Tensor, gguf_type: str, bias: Tensor | None, compute_dtype: torch.dtype) -> None:
             super().__init__()
             block, num_bytes = block_size(gguf_type)
             self.gguf_type = gguf_type
@@ -106,11 +128,11 @@ def linear_class() -> Any:
             self.register_buffer("qweight", codes)
             self.bias = bias
 
-        def dequantize(self) -> Any:
+        def dequantize(self) -> Tensor:
             """The weight, fp32 (out_features, in_features)."""
             return decode(self.qweight, self.gguf_type)
 
-        def forward(self, x: Any) -> Any:
+        def forward(self, x: Tensor) -> Tensor:
             """x (..., in_features) -> (..., out_features), in x's dtype."""
             weight = self.dequantize().to(self.compute_dtype)
             bias = None if self.bias is None else self.bias.to(self.compute_dtype)
@@ -120,7 +142,7 @@ def linear_class() -> Any:
             return f"in_features={self.in_features}, out_features={self.out_features}, {self.gguf_type}"
 
     GGUFLinear.__qualname__ = "GGUFLinear"  # found by pickle through __getattr__ below
-    return GGUFLinear
+    return cast("LinearClass", GGUFLinear)
 
 
 def __getattr__(name: str) -> Any:

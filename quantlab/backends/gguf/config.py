@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from quantlab.backends.exclusions import build, exclusions_for
 from quantlab.errors import ConfigError, nearest
@@ -20,6 +20,10 @@ from quantlab.vocabulary.native import (
     quantization_config,
     setting,
 )
+
+if TYPE_CHECKING:
+    import diffusers
+    from torch import nn
 
 
 def uses_importance(gguf_type: str) -> bool:
@@ -121,7 +125,7 @@ class GGUFQuantizationConfig(QuantizationConfigMixin):
         """The same types without an importance matrix; None where there is none anyway."""
         return None if self.algorithm == "max" else dataclasses.replace(self, algorithm="max", imatrix_file=None)
 
-    def to_diffusers(self, model: Any = None) -> Any:
+    def to_diffusers(self, model: nn.Module | None = None) -> diffusers.GGUFQuantizationConfig:
         """``diffusers.GGUFQuantizationConfig``, which only loads: the types are the file's, so ours are refused.
 
         How the blocks were found (``algorithm``) is dropped: they are ordinary blocks, and loading them needs neither
@@ -136,7 +140,7 @@ class GGUFQuantizationConfig(QuantizationConfigMixin):
                 "and takes the types from the file; leave it out to load one"
             )
         arguments = {"compute_dtype": getattr(torch, self.compute_dtype)}
-        made = build(diffusers.GGUFQuantizationConfig, arguments, "to_diffusers")
+        made: Any = build(diffusers.GGUFQuantizationConfig, arguments, "to_diffusers")
         made.modules_to_not_convert = exclusions_for(self, model, "diffusers")  # no argument of its constructor
         return made
 

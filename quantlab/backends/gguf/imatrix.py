@@ -9,13 +9,18 @@ Layouts as llama.cpp's ``llama-imatrix`` writes them; weights are named ``<modul
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError
 from quantlab.modules.feed import CalibrationFeed
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
 
 _SUMS, _COUNTS, _WEIGHT = ".in_sum2", ".counts", ".weight"
 _FLOOR = 2.0**-40
@@ -27,12 +32,12 @@ block ggml would store zeros for its weights, which other inputs may need; any p
 class InputSquares:
     """What one weight's inputs were like; kept as the file keeps it, so that writing and reading changes nothing."""
 
-    sums: Any
+    sums: NDArray[np.float32]
     """float32 array (matrices, in_features): squares summed over tokens; a Linear has one matrix."""
-    counts: Any
+    counts: NDArray[np.float32]
     """float32 array (matrices,): tokens summed over."""
 
-    def mean(self) -> Any:
+    def mean(self) -> NDArray[np.float32]:
         """float32 array (matrices, in_features): mean squares; 1 where no token was seen."""
         import numpy as np
 
@@ -40,7 +45,7 @@ class InputSquares:
         return np.where(counts > 0, self.sums / np.where(counts > 0, counts, 1), 1).astype(np.float32)
 
 
-def observe(model: Any, layers: Sequence[str], feed: CalibrationFeed) -> dict[str, InputSquares]:
+def observe(model: nn.Module, layers: Sequence[str], feed: CalibrationFeed) -> dict[str, InputSquares]:
     """Layer -> the squares of its inputs over one pass of ``feed``; nothing but the sums is kept.
 
     Squares are taken in float32 and summed in float64. Raises ConfigError naming a layer whose inputs are not finite
@@ -49,11 +54,11 @@ def observe(model: Any, layers: Sequence[str], feed: CalibrationFeed) -> dict[st
     import numpy as np
     import torch
 
-    sums: dict[str, Any] = {}
+    sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(layers, 0)
 
-    def hook_of(name: str) -> Any:
-        def add(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = (args[0] if args else kwargs["input"]).detach()
             rows = inputs.reshape(-1, inputs.shape[-1]).float()
             squares = rows.square().sum(0, dtype=torch.float64)
@@ -88,7 +93,7 @@ def never_ran(layer: str) -> ConfigError:
     )
 
 
-def ggml_importance(squares: InputSquares) -> Any:
+def ggml_importance(squares: InputSquares) -> NDArray[np.float32]:
     """The vector for ggml, float32 (in_features,): mean squares, scaled by a power of two to at most 1, none of them 0.
 
     The scaling changes no byte of the result, and keeps ggml's float32 sums from overflowing.

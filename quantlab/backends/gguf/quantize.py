@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from quantlab.backends.gguf.blocks import WEIGHTS_PER_SCALE, block_size, encode, linear_class, torch_dtype
 from quantlab.backends.gguf.config import GGUFQuantizationConfig, uses_importance
@@ -16,14 +16,25 @@ from quantlab.backends.gguf.imatrix import (
     read_imatrix,
     write_imatrix,
 )
+from quantlab.backends.linears import linear_at
 from quantlab.errors import ConfigError, NotQuantized, require_package
 from quantlab.modules.feed import CalibrationFeed
 from quantlab.modules.layers import replace_layer
 from quantlab.vocabulary.reports import StoredWeight
 
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+    from torch import nn
+
 
 def calibrate(
-    model: Any, layers: Sequence[str], config: GGUFQuantizationConfig, compute_dtype: Any, feed: CalibrationFeed
+    model: nn.Module,
+    layers: Sequence[str],
+    config: GGUFQuantizationConfig,
+    compute_dtype: str | torch.dtype | None,
+    feed: CalibrationFeed,
 ) -> dict[str, InputSquares]:
     """The importance matrix: layer -> squares of its inputs, for the named layers whose type takes one.
 
@@ -41,10 +52,10 @@ def write_calibration(calibrated: dict[str, InputSquares], folder: str | Path, f
 
 
 def quantize(
-    model: Any,
+    model: nn.Module,
     layers: Sequence[str],
     config: GGUFQuantizationConfig,
-    compute_dtype: Any = None,
+    compute_dtype: str | torch.dtype | None = None,
     calibrated: Mapping[str, InputSquares] | None = None,
 ) -> None:
     """Replace each named ``nn.Linear`` by a :class:`GGUFLinear`, in place, on its device; codes are made on the CPU.
@@ -59,7 +70,7 @@ def quantize(
     types = config.layer_dtypes(list(layers))
     statistics = _statistics(config, calibrated)
     for name in layers:
-        linear, kind = model.get_submodule(name), types.get(name, config.dtype)
+        linear, kind = linear_at(model, name), types.get(name, config.dtype)
         importance = None
         if statistics is not None and uses_importance(kind):
             importance = _importance(statistics, name, linear.in_features, config.imatrix_file)
@@ -85,7 +96,9 @@ def _statistics(
     return calibrated
 
 
-def _importance(statistics: Mapping[str, InputSquares], name: str, in_features: int, file: str | None) -> Any:
+def _importance(
+    statistics: Mapping[str, InputSquares], name: str, in_features: int, file: str | None
+) -> NDArray[np.float32]:
     """The layer's vector for ggml; ConfigError where there is none, or one of another length."""
     squares = statistics.get(name)
     if squares is not None and squares.sums.shape == (1, in_features) and squares.counts[0]:
@@ -107,7 +120,7 @@ def _importance(statistics: Mapping[str, InputSquares], name: str, in_features: 
     raise ConfigError(f"{key}: {name}.weight was never used when it was recorded; {way_out}")
 
 
-def read_back(layer: Any) -> StoredWeight:
+def read_back(layer: nn.Module) -> StoredWeight:
     """What the layer's bytes show. Raises NotQuantized where they are not whole blocks of the layer's type."""
     if not isinstance(layer, linear_class()):
         raise NotQuantized(f"{type(layer).__name__} holds no GGUF weight; quantize it first")

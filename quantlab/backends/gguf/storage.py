@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.gguf.blocks import WEIGHTS_PER_SCALE, linear_class, torch_dtype
 from quantlab.backends.gguf.config import GGUFQuantizationConfig
+from quantlab.backends.linears import linear_at
 from quantlab.errors import ModelError
 from quantlab.modules.layers import replace_layer
 from quantlab.vocabulary.dtypes import dtype_name
+
+if TYPE_CHECKING:
+    import gguf
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from quantlab.backends.gguf.blocks import GGUFLinear
 
 _FILE = "model.gguf"
 _KEY = "quantlab.tensors"
@@ -29,7 +37,7 @@ _NATIVE = {
 _MAX_DIMENSIONS = 4
 
 
-def save(model: Any, folder: str | Path) -> None:
+def save(model: nn.Module, folder: str | Path) -> None:
     """All tensors of the model to one GGUF file, ``model.gguf``, named by their module paths.
 
     A quantized weight is an ordinary GGUF tensor of its type, ``<path>.weight``; the key ``quantlab.tensors`` holds as
@@ -63,7 +71,7 @@ def save(model: Any, folder: str | Path) -> None:
     writer.close()
 
 
-def load(model: Any, layers: Sequence[str], config: GGUFQuantizationConfig, folder: str | Path) -> None:
+def load(model: nn.Module, layers: Sequence[str], config: GGUFQuantizationConfig, folder: str | Path) -> None:
     """What :func:`save` wrote into a fresh, unquantized copy of the model, in place; outputs are bit-equal.
 
     Compute dtypes are the file's. Raises ModelError where the file differs from the model or the config.
@@ -82,7 +90,7 @@ def load(model: Any, layers: Sequence[str], config: GGUFQuantizationConfig, fold
     if missing := [k for k in own if k not in known and own[k].data_ptr() not in written]:
         raise ModelError(f"{path}: the file has no {missing[0]}; load it into the model that was quantized")
     made = {
-        name: _loaded(model.get_submodule(name), tensors[f"{name}.weight"], dtype, f"{path}: {name}")
+        name: _loaded(linear_at(model, name), tensors[f"{name}.weight"], dtype, f"{path}: {name}")
         for name, dtype in quantized.items()
     }
     types = config.layer_dtypes(list(layers))
@@ -100,7 +108,7 @@ def load(model: Any, layers: Sequence[str], config: GGUFQuantizationConfig, fold
         replace_layer(model, name, layer)
 
 
-def _as_array(tensor: Any) -> tuple[Any, str]:
+def _as_array(tensor: Tensor) -> tuple[NDArray[Any], str]:
     """A contiguous CPU tensor as the array and the type name that the writer takes."""
     import torch
 
@@ -112,7 +120,7 @@ def _as_array(tensor: Any) -> tuple[Any, str]:
     return tensor.numpy(), kind
 
 
-def _as_tensor(data: Any, dtype: str, shape: Sequence[int]) -> Any:
+def _as_tensor(data: NDArray[Any], dtype: str, shape: Sequence[int]) -> Tensor:
     """The inverse of :func:`_as_array`, from the reader's array; the memory is the tensor's own."""
     import numpy as np
     import torch
@@ -121,7 +129,7 @@ def _as_tensor(data: Any, dtype: str, shape: Sequence[int]) -> Any:
     return torch.from_numpy(flat).view(torch_dtype(dtype)).reshape(tuple(shape))
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read(path: Path) -> tuple[dict[str, gguf.ReaderTensor], dict[str, Any]]:
     """The file's tensors by name, and quantlab's table; ModelError for a file that has none or cannot be read."""
     import gguf
 
@@ -137,7 +145,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return {t.name: t for t in reader.tensors}, json.loads(field.contents())
 
 
-def _loaded(linear: Any, tensor: Any, compute_dtype: str, where: str) -> Any:
+def _loaded(linear: nn.Linear, tensor: gguf.ReaderTensor, compute_dtype: str, where: str) -> GGUFLinear:
     """A quantized layer from the file's tensor; its bias is the replaced layer's, whose values are loaded with it."""
     import numpy as np
     import torch
