@@ -24,8 +24,3 @@ def asset_path(module: str, relative: str, key: str) -> Path:
     if not path.exists():
         raise MissingPackage(f"{key}: the installed package {module} has no {relative}; reinstall it: {INSTALL}")
     return path
-
-
-def has_asset(module: str) -> bool:
-    """Whether the asset wheel that provides ``module`` is installed."""
-    return importlib.util.find_spec(module) is not None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Required, TypedDict
 
 from quantlab.errors import ConfigError, MetricUndefined
 from quantlab.modules.compute_dtype import component_dtype, torch_dtype
+from quantlab.modules.trees import replaced
 from quantlab.vocabulary.dtypes import dtype_name
 
 if TYPE_CHECKING:
@@ -87,17 +88,15 @@ def replay(module: torch.nn.Module, call: Call, device: str, default_dtype: str 
 
     source, target = torch_dtype(call["dtype"]), component_dtype(module, default_dtype)
 
-    def placed(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            cast = value.dtype == source and value.ndim > 1
-            # A copy where nothing changes: the record must survive a module that writes into its inputs.
-            return value.to(device=device, dtype=target if cast else value.dtype, copy=True)
-        if isinstance(value, Mapping):
-            return {k: placed(v) for k, v in value.items()}
-        return type(value)(placed(v) for v in value) if isinstance(value, (list, tuple)) else value
+    def placed(value: object) -> Tensor | None:
+        if not isinstance(value, torch.Tensor):
+            return None
+        cast = value.dtype == source and value.ndim > 1
+        # A copy where nothing changes: the record must survive a module that writes into its inputs.
+        return value.to(device=device, dtype=target if cast else value.dtype, copy=True)
 
     with torch.no_grad():
-        return module(*placed(call["args"]), **placed(call["kwargs"]))
+        return module(*replaced(call["args"], placed), **replaced(call["kwargs"], placed))
 
 
 def replayed_output(denoiser: torch.nn.Module, call: Call, device: str, default_dtype: str = "float32") -> Tensor:

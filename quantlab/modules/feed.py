@@ -8,21 +8,19 @@ are read one at a time, so that memory does not grow with their number.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 from quantlab.errors import ConfigError
 from quantlab.modules.calls import Call, Progress, replay
+from quantlab.modules.trees import Batch, add_to_digest, arguments_of, replaced
 from quantlab.vocabulary.dtypes import dtype_name
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-Batch = Any
-"""A tensor, or a tuple, list or mapping of tensors, as a module's forward takes them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,8 +76,7 @@ def feed_of_batches(batches: Sequence[Batch], device: str = "cpu", dtype: str = 
         for tensor in tensors:
             if not bool(torch.isfinite(tensor).all()):
                 raise ConfigError(f"calibration: batch {i} holds NaN or infinity; clean the data")
-            digest.update(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-            digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
+            add_to_digest(digest, tensor)
         rows.append(len(tensors[0]) if tensors[0].ndim else 1)
         floating = next((t.dtype for t in tensors if t.is_floating_point()), None)
         recorded = dtype if floating is None else dtype_name(floating)
@@ -87,13 +84,6 @@ def feed_of_batches(batches: Sequence[Batch], device: str = "cpu", dtype: str = 
     return CalibrationFeed(
         calls=calls, num_samples=sum(rows), batch_size=max(rows), device=device, dtype=dtype, sha256=digest.hexdigest()
     )
-
-
-def arguments_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a batch is in a call: positional and named arguments."""
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return tuple(batch) if isinstance(batch, (list, tuple)) else (batch,), {}
 
 
 # -- calls on disk
@@ -128,7 +118,7 @@ class StoredCalls(Sequence[Call]):
                 self._kept[name] = torch.load(self.folder / name, weights_only=True) if found is None else found
             return self._kept[name]
 
-        call: Call = _replaced(stored, lambda v: tensor(v[TENSOR]) if isinstance(v, dict) and TENSOR in v else None)
+        call: Call = replaced(stored, lambda v: tensor(v[TENSOR]) if isinstance(v, dict) and TENSOR in v else None)
         return call
 
     def write(self, call: Call) -> None:
@@ -149,7 +139,7 @@ class StoredCalls(Sequence[Call]):
             return {TENSOR: name}
 
         file = self.folder / f"call-{len(self):06d}.pt"
-        torch.save({k: _replaced(v, stored) for k, v in call.items() if k != "output"}, file)
+        torch.save({k: replaced(v, stored) for k, v in call.items() if k != "output"}, file)
         self._files.append(file)
 
     def sha256(self) -> str:
@@ -164,13 +154,3 @@ class StoredCalls(Sequence[Call]):
 
 TENSOR = "quantlab.tensor"
 """In a stored call, ``{TENSOR: file name}`` stands for a tensor."""
-
-
-def _replaced(tree: Any, change: Callable[[Any], Any]) -> Any:
-    """``tree`` with every value for which ``change`` returns something replaced by that."""
-    changed = change(tree)
-    if changed is not None:
-        return changed
-    if isinstance(tree, Mapping):
-        return {k: _replaced(v, change) for k, v in tree.items()}
-    return type(tree)(_replaced(v, change) for v in tree) if isinstance(tree, (list, tuple)) else tree

@@ -24,6 +24,7 @@ from quantlab.metrics.trajectory import step_divergence
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress, recorded_calls
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
+from quantlab.protocols.finite import bad_rows
 from quantlab.protocols.judged import judge_metrics
 from quantlab.protocols.teacher_forced import teacher_forced_metrics
 from quantlab.vocabulary.reports import Measurements, MetricValue
@@ -277,9 +278,7 @@ def _run_batch(
 
 
 def _require_finite(tensor: Tensor, sample_ids: Sequence[str], what: str) -> None:
-    import torch
-
-    bad = (~torch.isfinite(tensor.reshape(len(tensor), -1)).all(dim=1)).nonzero().flatten().tolist()
+    bad = bad_rows(tensor)
     if bad:
         raise MetricUndefined(
             f"sample {sample_ids[bad[0]]}: the {what} is NaN or infinite, as for {len(bad)} of {len(tensor)} samples "

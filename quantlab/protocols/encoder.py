@@ -12,6 +12,7 @@ from quantlab.errors import ConfigError, MetricUndefined, ModelError
 from quantlab.metrics.output_error import output_cosine, output_rel_error
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
+from quantlab.protocols.finite import bad_rows
 from quantlab.vocabulary.reports import Measurements
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -158,9 +159,8 @@ def _run(
             torch.cuda.synchronize(ids.device)
         times.append((time.perf_counter() - began) * 1000 / ids.numel())
         hidden = hidden.detach().float().masked_fill(mask[..., None] == 0, 0.0).cpu()
-        bad = torch.nonzero(~torch.isfinite(hidden).flatten(1).all(1))
-        if len(bad):
-            text = inputs.sample_ids[start + int(bad[0])]
+        if bad := bad_rows(hidden):
+            text = inputs.sample_ids[start + bad[0]]
             raise MetricUndefined(
                 f"quality/output_cosine: the output of {text} holds NaN or infinity; the model "
                 "overflows: try quantization.compute_dtype=bfloat16 or float32"

@@ -21,6 +21,7 @@ from quantlab.models.causal_lm import network_of
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
 from quantlab.modules.compute_dtype import component_dtype
+from quantlab.protocols.finite import bad_rows
 from quantlab.vocabulary.reports import Measurements, MetricValue
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -292,12 +293,10 @@ def _run(
 
 
 def _require_finite(rows: Tensor, sample_ids: Sequence[str], what: str) -> None:
-    import torch
-
-    bad = torch.nonzero(~torch.isfinite(rows).all(1))
-    if len(bad):
+    bad = bad_rows(rows)
+    if bad:
         raise MetricUndefined(
-            f"quality/kld_mean: the {what} of {sample_ids[int(bad[0])]} holds NaN or infinity; the "
+            f"quality/kld_mean: the {what} of {sample_ids[bad[0]]} holds NaN or infinity; the "
             "model overflows: try quantization.compute_dtype=bfloat16 or float32, or another dtype"
         )
 

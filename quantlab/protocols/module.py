@@ -12,13 +12,14 @@ from quantlab.metrics.output_error import output_cosine, output_rel_error
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
 from quantlab.modules.compute_dtype import torch_dtype
-from quantlab.modules.feed import Batch, arguments_of
+from quantlab.modules.trees import Batch, add_to_digest, arguments_of, replaced, tensors_in
+from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.reports import Measurements
 from quantlab.vocabulary.schema import EvaluationConfig
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
 HEADLINE = ("output_cosine", "output_rel_error")
 
@@ -36,31 +37,28 @@ def inputs_of(batches: Sequence[Batch]) -> ModuleInputs:
     if not batches:
         raise ConfigError("inputs: at least one batch is wanted (a tensor, or a tuple or mapping of tensors)")
     digest = hashlib.sha256()
-    for tensor in _tensors(list(batches)):
-        digest.update(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
+    for tensor in tensors_in(list(batches)):
+        add_to_digest(digest, tensor)
     return ModuleInputs(batches=tuple(batches), sha256=digest.hexdigest())
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    if hasattr(tree, "detach"):
-        return [tree]
-    items = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (list, tuple)) else ()
-    return [t for item in items for t in _tensors(item)]
-
-
-def _cast(tree: Any, device: str, dtype: torch.dtype) -> Any:
-    if hasattr(tree, "detach"):
-        return tree.to(device=device, dtype=dtype if tree.is_floating_point() else None)
-    if isinstance(tree, Mapping):
-        return {k: _cast(v, device, dtype) for k, v in tree.items()}
-    return type(tree)(_cast(v, device, dtype) for v in tree) if isinstance(tree, (list, tuple)) else tree
-
-
-def _compute_dtype(module: nn.Module) -> torch.dtype | None:
+def _cast(batch: Batch, device: str, dtype: torch.dtype) -> Batch:
     import torch
 
-    return next((p.dtype for p in module.parameters() if type(p.data) is torch.Tensor and p.is_floating_point()), None)
+    def cast(value: object) -> Tensor | None:
+        if not isinstance(value, torch.Tensor):
+            return None
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+
+    return replaced(batch, cast)
+
+
+def _compute_dtype(model: LoadedModel) -> torch.dtype:
+    import torch
+
+    parameters = model.components["model"].parameters()
+    own = (p.dtype for p in parameters if type(p.data) is torch.Tensor and p.is_floating_point())
+    return next(own, torch_dtype(model.dtype))
 
 
 def observe(
@@ -77,7 +75,7 @@ def observe(
     import torch
 
     module = model.components["model"]
-    dtype = _compute_dtype(module) or torch_dtype(model.dtype)
+    dtype = _compute_dtype(model)
     batches = [
         part for b in inputs.batches for part in (b.split(batch_size) if batch_size and hasattr(b, "split") else [b])
     ]
@@ -85,7 +83,7 @@ def observe(
     with torch.no_grad():
         for i, batch in enumerate(batches):
             args, kwargs = arguments_of(_cast(batch, model.device, dtype))
-            out = _tensors([module(*args, **kwargs)])[0]
+            out = tensors_in(module(*args, **kwargs))[0]
             outputs.append((out.dequantize() if hasattr(out, "qtype") else out).detach().float().cpu())
             if not bool(torch.isfinite(outputs[-1]).all()):
                 raise MetricUndefined(
@@ -103,11 +101,12 @@ def calls(
     components: Sequence[str],
     progress: Progress | None = None,
 ) -> Iterator[tuple[str, Call]]:
-    """The module's calls on the batches, as they were given."""
+    """The module's calls on the batches, of the size that they have."""
+    dtype = _compute_dtype(model)
     for i, batch in enumerate(inputs.batches):
-        args, kwargs = arguments_of(batch)
+        args, kwargs = arguments_of(_cast(batch, "cpu", dtype))
         for name in components:
-            yield name, {"args": args, "kwargs": kwargs, "dtype": model.dtype, "step": 0}
+            yield name, {"args": args, "kwargs": kwargs, "dtype": dtype_name(dtype), "step": 0}
         if progress:
             progress(i + 1, len(inputs.batches))
 

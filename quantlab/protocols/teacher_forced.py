@@ -11,6 +11,7 @@ from quantlab.metrics.trajectory import step_sqnr_db, weighted_velocity_mse
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, per_sample, replayed_output
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
+from quantlab.protocols.finite import bad_rows
 from quantlab.vocabulary.reports import MetricValue
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -94,8 +95,7 @@ def _predictions(
     for call in calls:
         num = call["stop"] - call["start"]
         output = per_sample(replayed_output(denoiser, call, model.device, model.dtype), num)
-        bad = (~torch.isfinite(output).all(dim=1)).nonzero().flatten().tolist()
-        if bad:
+        if bad := bad_rows(output):
             raise MetricUndefined(
                 f"sample {sample_ids[call['start'] + bad[0]]}: the denoiser's output at step {call['step']} is NaN or "
                 "infinite on the reference's input; try compute_dtype=bfloat16 or float32, or a wider dtype"

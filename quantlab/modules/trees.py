@@ -1,0 +1,47 @@
+"""Nested tuples, lists and mappings of tensors and plain values: what a module's forward takes and returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import hashlib
+
+    from torch import Tensor
+
+Batch = Any
+"""A tensor, or a tuple, list or mapping of tensors, as a module's forward takes them."""
+
+
+def arguments_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a batch is in a call: positional and named arguments."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return tuple(batch) if isinstance(batch, (list, tuple)) else (batch,), {}
+
+
+def replaced(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """``tree`` with every value for which ``change`` returns something replaced by that."""
+    changed = change(tree)
+    if changed is not None:
+        return changed
+    if isinstance(tree, Mapping):
+        return {k: replaced(v, change) for k, v in tree.items()}
+    return type(tree)(replaced(v, change) for v in tree) if isinstance(tree, (list, tuple)) else tree
+
+
+def tensors_in(tree: object) -> list[Tensor]:
+    """The tensors of ``tree``, in order."""
+    import torch
+
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    items = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (list, tuple)) else ()
+    return [t for item in items for t in tensors_in(item)]
+
+
+def add_to_digest(digest: hashlib._Hash, tensor: Tensor) -> None:
+    """Dtype, shape and values, as float32, of a tensor of the user's."""
+    digest.update(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+    digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
