@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from quantlab.backends.exclusions import build, exclusions_for, refuse_ours, taken_by_transformers
 from quantlab.errors import ConfigError, nearest
@@ -20,6 +20,12 @@ from quantlab.vocabulary.native import (
     setting,
 )
 
+if TYPE_CHECKING:
+    import diffusers
+    import transformers
+    from torch import nn
+
+_Made = TypeVar("_Made")
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 LIBRARY_BLOCKSIZE = 64
 _STORAGES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
@@ -114,19 +120,19 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
             modules_to_not_convert=self._exclusion_axes(),
         )
 
-    def to_diffusers(self, model: Any = None) -> Any:
+    def to_diffusers(self, model: nn.Module | None = None) -> diffusers.BitsAndBytesConfig:
         """``diffusers.BitsAndBytesConfig``; a block size other than the library's 64 is refused."""
         import diffusers
 
         return self._to_library(diffusers.BitsAndBytesConfig, "diffusers", model)
 
-    def to_transformers(self, model: Any = None) -> Any:
+    def to_transformers(self, model: nn.Module | None = None) -> transformers.BitsAndBytesConfig:
         """``transformers.BitsAndBytesConfig``; a block size other than the library's 64 is refused."""
         import transformers
 
         return self._to_library(transformers.BitsAndBytesConfig, "transformers", model)
 
-    def _to_library(self, make: Any, library: str, model: Any) -> Any:
+    def _to_library(self, make: Callable[..., _Made], library: str, model: nn.Module | None) -> _Made:
         refuse_ours(self, library, ("bnb_4bit_blocksize",) if self.bnb_4bit_blocksize == LIBRARY_BLOCKSIZE else ())
         held = {f.name: getattr(self, f.name) for f in self._fields() if not f.metadata["ours"]}
         names = exclusions_for(self, model, library)

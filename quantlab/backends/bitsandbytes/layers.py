@@ -6,24 +6,32 @@ import copy
 import functools
 import logging
 import math
-from typing import Any
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Self
 
 from quantlab.vocabulary.dtypes import dtype_name
 
+if TYPE_CHECKING:
+    import torch
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn.modules import Params4bit
+    from torch import Tensor
 
-def library() -> Any:
+
+def library() -> ModuleType:
     import bitsandbytes
 
     return bitsandbytes
 
 
-def torch_dtype(name: Any) -> Any:
+def torch_dtype(name: str | torch.dtype) -> torch.dtype:
     import torch
 
     return getattr(torch, dtype_name(name))
 
 
-def dense_4bit(weight: Any, dtype: Any) -> Any:
+def dense_4bit(weight: Params4bit, dtype: torch.dtype) -> Tensor:
     """The dequantized weight, (out_features, in_features), in ``dtype``."""
     import torch
 
@@ -59,7 +67,7 @@ def layer_classes() -> dict[str, Any]:
     class QuantizedLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc, name-defined]
         """Linear4bit that never repacks its weight, takes every shape, and leaves its bias as it is."""
 
-        def __init__(self, codes: Any, state: Any, bias: Any, compute_dtype: Any) -> None:
+        def __init__(self, codes: Tensor, state: QuantState, bias: Tensor | None, compute_dtype: torch.dtype) -> None:
             out_features, in_features = state.shape
             super().__init__(
                 in_features,
@@ -84,7 +92,7 @@ def layer_classes() -> dict[str, Any]:
             )
             self.bias = bias
 
-        def forward(self, x: Any) -> Any:
+        def forward(self, x: Tensor) -> Tensor:
             """x (..., in_features) -> (..., out_features), in x's dtype."""
             inputs = x.to(self.compute_dtype)
             bias = None if self.bias is None else self.bias.to(self.compute_dtype)
@@ -96,7 +104,9 @@ def layer_classes() -> dict[str, Any]:
     class QuantizedLinear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc, name-defined]
         """Linear8bitLt for inputs of any rank, the same in train and eval mode, that leaves its bias as it is."""
 
-        def __init__(self, codes: Any, scales: Any, bias: Any, threshold: float, compute_dtype: Any) -> None:
+        def __init__(
+            self, codes: Tensor, scales: Tensor, bias: Tensor | None, threshold: float, compute_dtype: torch.dtype
+        ) -> None:
             out_features, in_features = codes.shape
             super().__init__(
                 in_features, out_features, bias is not None, has_fp16_weights=False, threshold=threshold, device="meta"
@@ -107,12 +117,12 @@ def layer_classes() -> dict[str, Any]:
             self.bias = bias
             self.compute_dtype = compute_dtype
 
-        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
             super()._apply(fn, recurse)
             self.state.CB, self.state.SCB = self.weight.data, self.state.SCB.to(self.weight.device)
             return self
 
-        def forward(self, x: Any) -> Any:
+        def forward(self, x: Tensor) -> Tensor:
             """x (..., in_features) -> (..., out_features), in x's dtype."""
             inputs = x.to(self.compute_dtype).reshape(-1, x.shape[-1])
             bias = None if self.bias is None else self.bias.to(self.compute_dtype)

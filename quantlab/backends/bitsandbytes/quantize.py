@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from quantlab.backends.bitsandbytes.config import LIBRARY_BLOCKSIZE, BitsAndBytesConfig
 from quantlab.backends.bitsandbytes.layers import dense_4bit, layer_classes, library, torch_dtype
+from quantlab.backends.linears import linear_at
 from quantlab.errors import ConfigError, ModelError, NotQuantized, require_package
 from quantlab.modules.layers import replace_layer
 from quantlab.vocabulary.reports import StoredWeight
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 
 def resolve(config: BitsAndBytesConfig, device: str, compute_dtype: str = "float32") -> BitsAndBytesConfig:
@@ -18,7 +23,12 @@ def resolve(config: BitsAndBytesConfig, device: str, compute_dtype: str = "float
     return config
 
 
-def quantize(model: Any, layers: Sequence[str], config: BitsAndBytesConfig, compute_dtype: Any = None) -> None:
+def quantize(
+    model: nn.Module,
+    layers: Sequence[str],
+    config: BitsAndBytesConfig,
+    compute_dtype: str | torch.dtype | None = None,
+) -> None:
     """Replace each named ``nn.Linear`` by its quantized form, in place, on its device.
 
     ``compute_dtype`` (a name or a torch dtype; None: the config's) is what the matrix products run in; outputs have
@@ -30,12 +40,12 @@ def quantize(model: Any, layers: Sequence[str], config: BitsAndBytesConfig, comp
         raise ConfigError("llm_int8_has_fp16_weight=True: the weights would stay in float16; leave it out")
     compute = torch_dtype(compute_dtype or config.bnb_4bit_compute_dtype)
     for name in layers:
-        linear = model.get_submodule(name)
+        linear = linear_at(model, name)
         build = _quantized_8bit if config.load_in_8bit else _quantized_4bit
         replace_layer(model, name, build(name, linear, config, compute).train(linear.training))
 
 
-def read_back(layer: Any) -> StoredWeight:
+def read_back(layer: nn.Module) -> StoredWeight:
     """What the layer's codes and scales show. Raises NotQuantized where they do not belong together."""
     import torch
 
@@ -79,7 +89,7 @@ def _outlier_rule(threshold: float) -> str:
 # -- building the layers
 
 
-def _finite_weight(name: str, linear: Any, dtype: Any) -> Any:
+def _finite_weight(name: str, linear: nn.Linear, dtype: torch.dtype) -> Tensor:
     """The layer's weight in ``dtype``; ModelError where a value is not finite in it."""
     import torch
 
@@ -91,7 +101,7 @@ def _finite_weight(name: str, linear: Any, dtype: Any) -> Any:
     return weight
 
 
-def _quantized_4bit(name: str, linear: Any, config: BitsAndBytesConfig, compute: Any) -> Any:
+def _quantized_4bit(name: str, linear: nn.Linear, config: BitsAndBytesConfig, compute: torch.dtype) -> nn.Module:
     import torch
 
     bnb = library()
@@ -115,7 +125,7 @@ def _quantized_4bit(name: str, linear: Any, config: BitsAndBytesConfig, compute:
     return layer_classes()["QuantizedLinear4bit"](codes, state, linear.bias, compute)
 
 
-def _quantized_8bit(name: str, linear: Any, config: BitsAndBytesConfig, compute: Any) -> Any:
+def _quantized_8bit(name: str, linear: nn.Linear, config: BitsAndBytesConfig, compute: torch.dtype) -> nn.Module:
     import torch
 
     bnb = library()

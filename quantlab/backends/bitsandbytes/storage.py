@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.bitsandbytes.config import LIBRARY_BLOCKSIZE, BitsAndBytesConfig
 from quantlab.backends.bitsandbytes.layers import layer_classes, library, torch_dtype
+from quantlab.backends.linears import linear_at
 from quantlab.errors import ModelError
 from quantlab.modules.layers import replace_layer
 from quantlab.vocabulary.dtypes import dtype_name
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 _FILE = "model.safetensors"
 
 
-def save(model: Any, folder: str | Path) -> None:
+def save(model: nn.Module, folder: str | Path) -> None:
     """All tensors of the model to ``model.safetensors``, under the names that Diffusers and transformers use."""
     from safetensors.torch import save_file
 
@@ -38,7 +42,7 @@ def save(model: Any, folder: str | Path) -> None:
     save_file(tensors, Path(folder) / _FILE, metadata={"format": "pt", "quantlab": json.dumps({"layers": layers})})
 
 
-def load(model: Any, layers: Sequence[str], config: BitsAndBytesConfig, folder: str | Path) -> None:
+def load(model: nn.Module, layers: Sequence[str], config: BitsAndBytesConfig, folder: str | Path) -> None:
     """What :func:`save` wrote into a fresh, unquantized copy of the model, in place; outputs are bit-equal.
 
     Compute dtypes and thresholds are the file's. Raises ModelError where the file differs from the model or the config.
@@ -61,9 +65,7 @@ def load(model: Any, layers: Sequence[str], config: BitsAndBytesConfig, folder: 
             plain[key] = tensor
         else:
             parts[owner][key[len(owner) + 1 :]] = tensor
-    made = {
-        name: _loaded(model.get_submodule(name), own, stored[name], f"{path}: {name}") for name, own in parts.items()
-    }
+    made = {name: _loaded(linear_at(model, name), own, stored[name], f"{path}: {name}") for name, own in parts.items()}
     for name in layers:
         _check_format(made[name], config, f"{path}: {name}")
     _load_plain(model, plain, parts, path)
@@ -71,7 +73,7 @@ def load(model: Any, layers: Sequence[str], config: BitsAndBytesConfig, folder: 
         replace_layer(model, name, layer.train(model.get_submodule(name).training))
 
 
-def _loaded(linear: Any, own: dict[str, Any], stored: dict[str, Any], where: str) -> Any:
+def _loaded(linear: nn.Linear, own: dict[str, Tensor], stored: dict[str, Any], where: str) -> nn.Module:
     """One quantized layer from its tensors; ``own`` has the layer's keys without its name."""
     import torch
 
@@ -95,7 +97,7 @@ def _loaded(linear: Any, own: dict[str, Any], stored: dict[str, Any], where: str
     return layer
 
 
-def _check_format(layer: Any, config: BitsAndBytesConfig, where: str) -> None:
+def _check_format(layer: nn.Module, config: BitsAndBytesConfig, where: str) -> None:
     """ModelError where a loaded layer is another format than the config's."""
     state = getattr(layer.weight, "quant_state", None)
     has_nested = None if state is None else state.nested
@@ -121,7 +123,7 @@ def _owner(key: str, names: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _load_plain(model: Any, plain: Mapping[str, Any], quantized: Mapping[str, Any], path: Path) -> None:
+def _load_plain(model: nn.Module, plain: Mapping[str, Tensor], quantized: Mapping[str, Any], path: Path) -> None:
     """The tensors that are not quantized; each of the model must come from the file, itself or by its tied twin."""
     own = model.state_dict()
     if unknown := [k for k in plain if k not in own] + [k for k in quantized if f"{k}.weight" not in own]:
