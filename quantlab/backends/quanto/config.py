@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from quantlab.backends.exclusions import build, exclusions_for, refuse_ours, taken_by_transformers
 from quantlab.errors import ConfigError
@@ -16,6 +16,11 @@ from quantlab.vocabulary.native import (
     quantization_config,
     setting,
 )
+
+if TYPE_CHECKING:
+    import diffusers
+    import transformers
+    from torch import nn
 
 SPELLING = {"int8": "int8", "int4": "int4", "int2": "int2", "float8_e4m3": "float8", "float8_e5m2": "float8_e5m2"}
 """quantlab's dtype -> ``weights_dtype``."""
@@ -81,7 +86,7 @@ class QuantoConfig(QuantizationConfigMixin):
         """The scales of activations are measured."""
         return self.activations is not None
 
-    def to_diffusers(self, model: Any = None) -> Any:
+    def to_diffusers(self, model: nn.Module | None = None) -> diffusers.QuantoConfig:
         """``diffusers.QuantoConfig``; it has no activations, no optimizer and no e5m2."""
         import diffusers
 
@@ -90,7 +95,7 @@ class QuantoConfig(QuantizationConfigMixin):
         arguments = {"weights_dtype": self.weights_dtype, "modules_to_not_convert": names}
         return build(diffusers.QuantoConfig, arguments, f"weights_dtype={self.weights_dtype}")
 
-    def to_transformers(self, model: Any = None) -> Any:
+    def to_transformers(self, model: nn.Module | None = None) -> transformers.QuantoConfig:
         """``transformers.QuantoConfig``; it has activations, but no optimizer and no e5m2."""
         import transformers
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from quantlab.backends.casting import cast_around
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
-def library_qtype(name: str | None) -> Any:
+    from quantlab.backends.quanto.library_types import QLinear, QTensor, qtype
+
+
+def library_qtype(name: str | None) -> qtype | None:
     """The library's object for ``weights_dtype`` or ``activations``."""
     from optimum.quanto import qtypes
 
     return None if name is None else qtypes["qfloat8_e4m3fn" if name == "float8" else f"q{name}"]
 
 
-def empty_layer(layer: Any, weights: Any, activations: Any, dtype: Any) -> Any:
+def empty_layer(layer: nn.Linear, weights: qtype | None, activations: qtype | None, dtype: torch.dtype) -> QLinear:
     """A quanto layer with ``layer``'s unquantized weight and bias in ``dtype``, and its input and output dtype."""
     import torch
     from optimum.quanto.nn import QLinear
@@ -23,7 +29,7 @@ def empty_layer(layer: Any, weights: Any, activations: Any, dtype: Any) -> Any:
     source.weight = layer.weight if layer.weight.dtype == dtype else torch.nn.Parameter(layer.weight.detach().to(dtype))
     if layer.bias is not None:
         source.bias = layer.bias if layer.bias.dtype == dtype else torch.nn.Parameter(layer.bias.detach().to(dtype))
-    new = QLinear.from_module(source, weights=weights, activations=activations)
+    new: QLinear = QLinear.from_module(source, weights=weights, activations=activations)
     new.train(layer.training)
     if activations is not None:
         new.disable_output_quantization()
@@ -36,5 +42,5 @@ def empty_layer(layer: Any, weights: Any, activations: Any, dtype: Any) -> Any:
     return new
 
 
-def _multiply_values(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _multiply_values(layer: nn.Module, args: tuple[QTensor, ...]) -> tuple[Tensor, ...]:
     return (args[0].dequantize(),)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @functools.cache
-def override_operators() -> Any:
+def override_operators() -> torch.library.Library:
     """Replace two operators of the library; returns what keeps the replacement alive.
 
     ``qbytes_mm`` on a CPU hands bfloat16 products with int8 weights to ``torch._weight_int8pack_mm``, which reads
@@ -29,7 +33,7 @@ def override_operators() -> Any:
     return library
 
 
-def _qbytes_mm(activations: Any, weights: Any, scales: Any) -> Any:
+def _qbytes_mm(activations: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
     """(..., k), (n, k) and (n, 1) -> (..., n) in the dtype of ``scales``."""
     import torch
 
@@ -45,7 +49,7 @@ def _qbytes_mm(activations: Any, weights: Any, scales: Any) -> Any:
     return (sums * scales.t().float()).to(scales.dtype).reshape(*activations.shape[:-1], len(weights))
 
 
-def _unpack(packed: Any, bits: int) -> Any:
+def _unpack(packed: Tensor, bits: int) -> Tensor:
     import torch
 
     mask = (1 << bits) - 1

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.backends.casting import wanted_dtype
+from quantlab.backends.linears import linear_at
 from quantlab.backends.quanto.config import ACTIVATIONS, DTYPES, QuantoConfig
 from quantlab.backends.quanto.layers import empty_layer, library_qtype
 from quantlab.backends.quanto.operators import override_operators
@@ -15,6 +16,12 @@ from quantlab.modules.feed import CalibrationFeed
 from quantlab.modules.layers import replace_layer
 from quantlab.vocabulary.reports import StoredWeight
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from quantlab.backends.quanto.library_types import QLinear, QTensor, qtype
+
 
 def resolve(config: QuantoConfig, device: str, compute_dtype: str = "float32") -> QuantoConfig:
     """The config itself: nothing in it depends on the device."""
@@ -22,8 +29,12 @@ def resolve(config: QuantoConfig, device: str, compute_dtype: str = "float32") -
 
 
 def calibrate(
-    model: Any, layers: Sequence[str], config: QuantoConfig, compute_dtype: Any, feed: CalibrationFeed
-) -> dict[str, tuple[Any, Any]]:
+    model: nn.Module,
+    layers: Sequence[str],
+    config: QuantoConfig,
+    compute_dtype: str | torch.dtype | None,
+    feed: CalibrationFeed,
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Layer -> the scales of its input and output, over one pass of ``feed``.
 
     The layers become quanto layers, in place, as :func:`quantize` makes them, so that each is measured on what the
@@ -33,7 +44,8 @@ def calibrate(
     from optimum.quanto import Calibration
 
     _convert(model, layers, config, compute_dtype)
-    made, ran = {name: model.get_submodule(name) for name in layers}, {}  # type: ignore[var-annotated]
+    made = {name: cast("QLinear", model.get_submodule(name)) for name in layers}
+    ran: dict[str, None] = {}
     for layer in made.values():  # as of no batch, if an earlier attempt ran out of memory
         layer.input_scale, layer.output_scale = torch.ones_like(layer.input_scale), torch.ones_like(layer.output_scale)
     hooks = {name: functools.partial(_before_measured_call, ran, name) for name in layers}
@@ -56,11 +68,11 @@ def calibrate(
 
 
 def quantize(
-    model: Any,
+    model: nn.Module,
     layers: Iterable[str],
     config: QuantoConfig,
-    compute_dtype: Any = None,
-    calibrated: Mapping[str, tuple[Any, Any]] | None = None,
+    compute_dtype: str | torch.dtype | None = None,
+    calibrated: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> None:
     """Replace each named ``nn.Linear`` of ``model`` by a frozen quanto layer, in place.
 
@@ -80,43 +92,45 @@ def quantize(
     _convert(model, layers, config, compute_dtype)
     if config.activations is not None:
         for name in layers:
-            layer, scales = model.get_submodule(name), dict(calibrated or {})[name]
+            layer, scales = cast("QLinear", model.get_submodule(name)), dict(calibrated or {})[name]
             layer.input_scale, layer.output_scale = (s.to(layer.weight.device, layer.weight.dtype) for s in scales)
 
 
-def read_back(layer: Any) -> StoredWeight:
+def read_back(layer: nn.Module) -> StoredWeight:
     """What the layer's tensors show; NotQuantized where it holds no quanto weight."""
-    weight: Any = getattr(layer, "weight", None)
-    qtype = getattr(weight, "qtype", None)
-    if qtype is None or qtype.name not in DTYPES:
+    kind: qtype | None = getattr(getattr(layer, "weight", None), "qtype", None)
+    if kind is None or kind.name not in DTYPES:
         raise NotQuantized(f"backend=quanto: {type(layer).__name__} holds an unquantized weight; it was not converted")
+    weight = cast("QTensor", layer.weight)
     num_scales, num_rows = weight._scale.numel(), weight.shape[0]
     group_size = None if num_scales in (1, num_rows) else weight.numel() // num_scales
     return StoredWeight(
-        dtype=DTYPES[qtype.name],
+        dtype=DTYPES[kind.name],
         group_size=group_size,
         dense=weight.dequantize().detach().float(),
-        activation_dtype=_activation_dtype(layer),
+        activation_dtype=_activation_dtype(cast("QLinear", layer)),
     )
 
 
 # -- one layer
 
 
-def _convert(model: Any, layers: Iterable[str], config: QuantoConfig, compute_dtype: Any) -> None:
+def _convert(
+    model: nn.Module, layers: Iterable[str], config: QuantoConfig, compute_dtype: str | torch.dtype | None
+) -> None:
     """Put frozen quanto layers in the places of the named ones that are none yet; activations get no scales here."""
     import torch
 
     override_operators()
     weights, activations = library_qtype(config.weights_dtype), library_qtype(config.activations)
     for name in layers:
-        layer = model.get_submodule(name)
+        layer = linear_at(model, name)
         if getattr(layer, "frozen", False):  # calibration made it
             continue
         with torch.no_grad():
             new = empty_layer(layer, weights, activations, wanted_dtype(layer, compute_dtype, "quanto"))
             new.weight = torch.nn.Parameter(_quantized(new, config.optimizer), requires_grad=layer.weight.requires_grad)
-        if not new.frozen or new.weight.qtype != weights:
+        if not new.frozen or cast("QTensor", new.weight).qtype != weights:
             raise NotQuantized(
                 f"dtype={config.axes().dtype}: {name} ({type(layer).__name__}) kept its weight in "
                 f"{new.weight.dtype}; add it to modules_to_not_convert"
@@ -124,7 +138,7 @@ def _convert(model: Any, layers: Iterable[str], config: QuantoConfig, compute_dt
         replace_layer(model, name, new)
 
 
-def _before_measured_call(ran: dict[str, None], name: str, layer: Any, args: tuple[Any, ...]) -> None:
+def _before_measured_call(ran: dict[str, None], name: str, layer: QLinear, args: tuple[Any, ...]) -> None:
     """Runs between the library's measurement of a batch and the rounding of it.
 
     The scale takes the layer's dtype (the input may have another), and is not 0, which would give NaN, where all
@@ -141,15 +155,16 @@ def _never_ran(name: str) -> ConfigError:
     return ConfigError(f"calibration: {name} never ran on the calibration data; exclude it with modules_to_not_convert")
 
 
-def _activation_dtype(layer: Any) -> str:
+def _activation_dtype(layer: QLinear) -> str:
     """What the layer rounds its inputs to, by the hook that does it."""
     from optimum.quanto.nn import QModuleMixin
 
     hooks = [getattr(hook, "__func__", None) for hook in layer._forward_pre_hooks.values()]
-    return DTYPES[layer.activation_qtype.name] if QModuleMixin.quantize_input in hooks else "none"
+    kind = layer.activation_qtype
+    return DTYPES[kind.name] if kind is not None and QModuleMixin.quantize_input in hooks else "none"
 
 
-def _quantized(layer: Any, optimizer: str) -> Any:
+def _quantized(layer: QLinear, optimizer: str) -> QTensor:
     """The quantized weight of a quanto layer, in the packing that no kernel dictates."""
     import torch
     from optimum.quanto.tensor import quantize_weight

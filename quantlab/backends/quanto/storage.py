@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from quantlab.backends.linears import linear_at
 from quantlab.backends.quanto.config import ACTIVATIONS, DTYPES, QuantoConfig
 from quantlab.backends.quanto.layers import empty_layer, library_qtype
 from quantlab.backends.quanto.operators import override_operators
@@ -14,11 +15,16 @@ from quantlab.errors import ModelError
 from quantlab.modules.layers import replace_layer
 from quantlab.vocabulary.dtypes import dtype_name
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from quantlab.backends.quanto.library_types import QLinear
+
 _WEIGHTS_FILE = "quantized.safetensors"
 _MAP_FILE = "quantization_map.json"
 
 
-def save(model: Any, folder: Any) -> None:
+def save(model: nn.Module, folder: str | Path) -> None:
     """Write the quantized layers (weights, scales, biases) as safetensors, and the map of their formats as JSON."""
     from optimum.quanto import quantization_map
     from safetensors.torch import save_file
@@ -28,14 +34,14 @@ def save(model: Any, folder: Any) -> None:
     formats: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Any] = {}
     for name, entry in quantization_map(model).items():
-        layer = model.get_submodule(name)
+        layer = linear_at(model, name)
         formats[name] = {**entry, "dtype": dtype_name(layer.weight.dtype), "shape": list(layer.weight.shape)}
         tensors |= {f"{name}.{key}": value.cpu().contiguous().clone() for key, value in layer.state_dict().items()}
     save_file(tensors, folder / _WEIGHTS_FILE)
     (folder / _MAP_FILE).write_text(json.dumps(formats, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def load(model: Any, layers: Iterable[str], config: QuantoConfig, folder: Any) -> None:
+def load(model: nn.Module, layers: Iterable[str], config: QuantoConfig, folder: str | Path) -> None:
     """Put what :func:`save` wrote into a fresh unquantized copy of the model, in place; outputs are bit-equal.
 
     Raises ModelError where the files are unreadable or are not those of these layers, this config and this model.
@@ -65,10 +71,10 @@ def load(model: Any, layers: Iterable[str], config: QuantoConfig, folder: Any) -
             )
         prefix = f"{name}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        replace_layer(model, name, _restored(model.get_submodule(name), entry, state, f"{folder}: {name}"))
+        replace_layer(model, name, _restored(linear_at(model, name), entry, state, f"{folder}: {name}"))
 
 
-def _restored(layer: Any, entry: Mapping[str, Any], state: dict[str, Any], what: str) -> Any:
+def _restored(layer: nn.Linear, entry: Mapping[str, Any], state: dict[str, Tensor], what: str) -> QLinear:
     """The quanto layer that was saved as ``state``, in the place and on the device of ``layer``."""
     import torch
     from optimum.quanto.tensor import WeightQBitsTensor, WeightQBytesTensor
@@ -78,7 +84,8 @@ def _restored(layer: Any, entry: Mapping[str, Any], state: dict[str, Any], what:
             f"{what}: was saved with shape {entry['shape']}; the model's layer has "
             f"{list(layer.weight.shape)}, or their biases differ; load it into the model it was made from"
         )
-    device, missing = layer.weight.device, []  # type: ignore[var-annotated]
+    device = layer.weight.device
+    missing: list[str] = []
     weights, activations = (
         None if entry[k] == "none" else library_qtype(entry[k][1:]) for k in ("weights", "activations")
     )
