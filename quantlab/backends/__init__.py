@@ -22,7 +22,7 @@ A backend file has, at module level and without importing torch or its library t
     the quantized weights to files, and from files into a fresh unquantized copy of the model, in place, so that the
     outputs are bit-equal.
 
-To add a backend: one file here, one row below, its rows in ``capabilities.py``, one option in ``conf/backend``.
+``README.md`` beside this file says how a backend is written, in order.
 """
 
 from __future__ import annotations

@@ -9,11 +9,11 @@ from importlib import metadata
 from typing import Any
 
 from quantlab.backends.table import backends as table
-from quantlab.backends.table import offers, own_settings, resolved
+from quantlab.backends.table import offers, own_settings
 from quantlab.errors import ConfigError
 from quantlab.metrics import METRICS
 from quantlab.planning.composition import conf_dir, recipes
-from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.capabilities import Capability
 from quantlab.vocabulary.dtypes import DTYPES
 
@@ -114,7 +114,9 @@ def _needs_data(backend: str, algorithm: str) -> str:
             )
             for settings in scales:
                 with suppress(ConfigError):  # a combination that is refused
-                    said.add(table()[backend].module.Config.from_resolved(resolved(axes), settings).needs_data)
+                    said.add(
+                        table()[backend].module.Config.from_resolved(resolve_axes(axes, offers()), settings).needs_data
+                    )
     return "for static activations" if len(said) > 1 else "yes" if True in said else "no"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.backends.scheme import Scheme, pasted_scheme, scheme_of
-from quantlab.backends.table import own_settings, resolved
+from quantlab.backends.table import offers, own_settings
 from quantlab.datasets.calibration import check_calibration
 from quantlab.datasets.table import check_dataset
 from quantlab.errors import ConfigError, QuantlabError
@@ -30,7 +30,7 @@ from quantlab.planning.composition import (
 from quantlab.planning.job import Job, Plan, scheme_name
 from quantlab.planning.recipe import check_recipe
 from quantlab.planning.space import check_search, check_space, distinct
-from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.schema import ExperimentConfig
 
 
@@ -169,7 +169,7 @@ def _check_axes(combination: Sequence[str]) -> None:
         if key in ("backend", "dtype", "group_size") and value.strip("'") in options[key]:
             chosen[key] = value.strip("'")
     if {"backend", "dtype"} <= set(chosen):
-        resolved(QuantizationAxes(**chosen))  # type: ignore[arg-type]
+        resolve_axes(QuantizationAxes(**chosen), offers())  # type: ignore[arg-type]
 
 
 def _refusal(invalid: Sequence[tuple[str, str]], num_combinations: int) -> str:

@@ -241,7 +241,9 @@ def test_a_missing_library_is_named_with_its_extra(backend, monkeypatch):
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda n, *a: None if n == backends()[backend].imports[0] else real(n, *a)
     )
-    with pytest.raises(MissingPackage, match=rf"^backend={backend}: .* pip install '{re.escape(backends()[backend].install)}'"):
+    with pytest.raises(
+        MissingPackage, match=rf"^backend={backend}: .* pip install '{re.escape(backends()[backend].install)}'"
+    ):
         native_config(QuantizationAxes(backend=backend))
 
 

@@ -100,7 +100,9 @@ def _defaults(algorithm: str) -> dict[str, Any]:
     return {key: row.default for key, row in PARAMETERS[algorithm].items() if row.default is not None}
 
 
-def library_algorithm(algorithm: str, settings: Mapping[str, Any] | None, block: int | None = None) -> Any:
+def library_algorithm(
+    algorithm: str, settings: Mapping[str, Any] | None, block: int | None = None
+) -> str | dict[str, Any]:
     """The ``algorithm`` of ModelOpt's config: a name, or a mapping that spells every setting out."""
     if algorithm == "max":
         return algorithm
@@ -110,7 +112,7 @@ def library_algorithm(algorithm: str, settings: Mapping[str, Any] | None, block:
     return told
 
 
-def without_effect(algorithm: str, weight: str, activation_bits: Any) -> str:
+def without_effect(algorithm: str, weight: str, activation_bits: object) -> str:
     """Why ``algorithm`` would silently be ``max`` (or another algorithm) for these formats; "" where it works.
 
     Args:

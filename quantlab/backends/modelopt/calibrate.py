@@ -5,23 +5,34 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.casting import wanted_dtype
 from quantlab.backends.modelopt.config import NVIDIAModelOptConfig
-from quantlab.backends.modelopt.library import insert, settle, shape_of
+from quantlab.backends.modelopt.library import insert, layers_at, settle, shape_of
 from quantlab.backends.modelopt.quantize import begin
 from quantlab.backends.modelopt.quantizers import activation_cfg, block_of
 from quantlab.errors import ConfigError
 from quantlab.modules.feed import CalibrationFeed
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from quantlab.backends.modelopt.library_types import QuantLinear
+
+    Named = Mapping[str, QuantLinear]
+
 _HESSIAN_BYTES = 4 << 30
 """How much of ``gptq``'s second moments is kept at once; more layers take more passes over the data."""
-Named = Mapping[str, Any]
 
 
 def calibrate(
-    model: Any, layers: Iterable[str], config: NVIDIAModelOptConfig, compute_dtype: Any, feed: CalibrationFeed
+    model: nn.Module,
+    layers: Iterable[str],
+    config: NVIDIAModelOptConfig,
+    compute_dtype: str | torch.dtype | None,
+    feed: CalibrationFeed,
 ) -> None:
     """Give the named ``nn.Linear`` quantizers, in place, and set their scales by ``config.algorithm``.
 
@@ -31,13 +42,13 @@ def calibrate(
     Raises:
         ConfigError: a layer that the scheme cannot take, that never ran, or whose input is not finite.
     """
-    named = {name: model.get_submodule(name) for name in layers}
+    named = layers_at(model, layers)
     _check_layers(named, config)
     begin(named, config, {name: wanted_dtype(layer, compute_dtype, "modelopt") for name, layer in named.items()})
     run = _first_pass_checked(named, _on_the_terminal(model, feed))
     rounds = _rounds(named, config)
     before = {name: layer.weight.detach().clone() for name, layer in named.items()} if len(rounds) > 1 else {}
-    done: dict[str, Any] = {}
+    done: dict[str, QuantLinear] = {}
     for part in rounds:
         with _as_before(done, before):
             insert(part, config, forward_loop=run)
@@ -65,13 +76,13 @@ def _check_layers(named: Named, config: NVIDIAModelOptConfig) -> None:
             )
 
 
-def _rounds(named: Named, config: NVIDIAModelOptConfig) -> list[dict[str, Any]]:
+def _rounds(named: Named, config: NVIDIAModelOptConfig) -> list[dict[str, QuantLinear]]:
     """The layers that the library calibrates together.
 
     ``local_hessian`` has one block size for all that it sees, and ``gptq`` is held to :data:`_HESSIAN_BYTES`. With more
     than one round a copy of the dense weights is kept until the end.
     """
-    parts: dict[Any, dict[str, Any]] = {}
+    parts: dict[int, dict[str, QuantLinear]] = {}
     kept = turn = 0
     for name, layer in named.items():
         key = 0
@@ -87,7 +98,7 @@ def _rounds(named: Named, config: NVIDIAModelOptConfig) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _as_before(done: Named, weights: Mapping[str, Any]) -> Iterator[None]:
+def _as_before(done: Named, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """While open, layers that are done compute as they did, so that the rounds see what one round would."""
     quantizers = [q for layer in done.values() for q in (layer.weight_quantizer, layer.input_quantizer) if q.is_enabled]
     now = {name: layer.weight.data for name, layer in done.items()}
@@ -104,7 +115,7 @@ def _as_before(done: Named, weights: Mapping[str, Any]) -> Iterator[None]:
             quantizer.enable()
 
 
-def _on_the_terminal(model: Any, feed: CalibrationFeed) -> Callable[[], None]:
+def _on_the_terminal(model: nn.Module, feed: CalibrationFeed) -> Callable[[], None]:
     """``feed(model)`` with the output streams of now: the library is made quiet, the progress bar is not."""
     out, err = sys.stdout, sys.stderr
 
@@ -119,11 +130,11 @@ def _on_the_terminal(model: Any, feed: CalibrationFeed) -> Callable[[], None]:
     return run
 
 
-def _first_pass_checked(named: Named, run: Callable[[], None]) -> Callable[[Any], None]:
+def _first_pass_checked(named: Named, run: Callable[[], None]) -> Callable[[nn.Module], None]:
     """A forward loop for the library; its first pass finds the layers that do not run, and broken inputs."""
     is_checked = False
 
-    def forward_loop(_: Any) -> None:
+    def forward_loop(_: nn.Module) -> None:
         nonlocal is_checked
         if is_checked:
             run()
@@ -145,8 +156,8 @@ def _first_pass_checked(named: Named, run: Callable[[], None]) -> Callable[[Any]
     return forward_loop
 
 
-def _watch(name: str, seen: set[str]) -> Callable[[Any, tuple[Any, ...]], None]:
-    def look(_: Any, args: tuple[Any, ...]) -> None:
+def _watch(name: str, seen: set[str]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def look(_: nn.Module, args: tuple[Any, ...]) -> None:
         if not args or args[0].numel():
             seen.add(name)
         if args and not bool(args[0].isfinite().all()):

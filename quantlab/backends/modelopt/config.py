@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from quantlab.backends.exclusions import build, excluded_layers, exclusions_for, refuse_ours
 from quantlab.backends.modelopt.algorithms import (
@@ -39,6 +39,10 @@ from quantlab.vocabulary.native import (
     quantization_config,
     setting,
 )
+
+if TYPE_CHECKING:
+    import diffusers
+    from torch import nn
 
 _SPELLING = {
     "int8": "INT8",
@@ -240,7 +244,7 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
 
     # -- to Diffusers
 
-    def to_diffusers(self, model: Any = None) -> Any:
+    def to_diffusers(self, model: nn.Module | None = None) -> diffusers.NVIDIAModelOptConfig:
         """``diffusers.NVIDIAModelOptConfig``, built around its constructor, which fails with ModelOpt 0.44 and later.
 
         What the settings mean goes into ``modelopt_config``; all but Linear layers are switched off.
@@ -271,7 +275,7 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
             )
         return dict(told) if isinstance(told, Mapping) else {"method": told}
 
-    def _diffusers_sides(self, model: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    def _diffusers_sides(self, model: nn.Module | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """What every layer's quantizers are told; ConfigError where Diffusers would say or do something else."""
         for kind in (self.weight_type, self.activation_type):
             if kind and kind not in _DIFFUSERS_TYPES:
@@ -285,8 +289,9 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
                 "it is checked that this one divides them all, or set group_size"
             )
         block = self.block_quantize or 1
-        left = excluded_layers(self, model) if self.fit_group_size else set()
-        shapes = {n: tuple(m.weight.shape) for n, m in linear_layers(model).items()} if self.fit_group_size else {}
+        fitted = model if self.fit_group_size else None
+        left = excluded_layers(self, fitted) if fitted is not None else set()
+        shapes = {n: tuple(m.weight.shape) for n, m in linear_layers(fitted).items()} if fitted is not None else {}
         odd = [n for n, shape in shapes.items() if n not in left and shape[1] % block]
         if odd:
             raise ConfigError(

@@ -7,12 +7,18 @@ import importlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.backends.modelopt.config import NVIDIAModelOptConfig
 from quantlab.backends.modelopt.quantizers import build_quant_cfg
 from quantlab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from quantlab.backends.modelopt.library_types import QuantLinear, TensorQuantizer
 
 _NOISY_LOGGERS = ("torchao", "torch.utils._pytree", "diffusers", "bitsandbytes", "transformers")
 BRANCH = ("svdquant_lora_a", "svdquant_lora_b")
@@ -21,7 +27,7 @@ _EXTENSIONS = ("get_cuda_ext", "get_cuda_ext_fp8", "get_cuda_ext_mx")
 
 
 @contextlib.contextmanager
-def quiet_library() -> Iterator[Any]:
+def quiet_library() -> Iterator[ModuleType]:
     """``modelopt.torch.quantization`` without what it and the libraries that it imports print."""
     levels = {name: logging.getLogger(name).level for name in _NOISY_LOGGERS}
     for name in _NOISY_LOGGERS:
@@ -51,11 +57,16 @@ def settle_extensions(device: str) -> None:
             del getter.extension, getter.is_left_out
 
 
+def layers_at(model: nn.Module, names: Iterable[str]) -> dict[str, QuantLinear]:
+    """Path -> layer, for paths of ``nn.Linear``, which the library turns into its own class in place."""
+    return {name: cast("QuantLinear", model.get_submodule(name)) for name in names}
+
+
 def insert(
-    named: Mapping[str, Any],
+    named: Mapping[str, QuantLinear],
     config: NVIDIAModelOptConfig,
-    algorithm: Any = None,
-    forward_loop: Callable[[Any], None] | None = None,
+    algorithm: str | None = None,
+    forward_loop: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Give the layers their quantizers and run the algorithm (``config``'s own, or another).
 
@@ -93,12 +104,12 @@ def named_failure(config: NVIDIAModelOptConfig, names: list[str]) -> Iterator[No
         ) from error
 
 
-def shape_of(layer: Any) -> tuple[int, int]:
+def shape_of(layer: nn.Linear) -> tuple[int, int]:
     """(out_features, in_features)."""
     return int(layer.weight.shape[0]), int(layer.weight.shape[1])
 
 
-def settle(layer: Any, config: NVIDIAModelOptConfig, activation: Mapping[str, Any] | None) -> None:
+def settle(layer: QuantLinear, config: NVIDIAModelOptConfig, activation: Mapping[str, Any] | None) -> None:
     """Leave in a calibrated layer what its forward needs, where a state dict finds it, and nothing else.
 
     ``activation`` is what the config tells the activations' quantizer; None: there is none. The library's searches
@@ -123,7 +134,7 @@ def settle(layer: Any, config: NVIDIAModelOptConfig, activation: Mapping[str, An
             quantizer._calibrator = calib.MaxCalibrator(quantizer._num_bits, quantizer._axis, quantizer._unsigned)
 
 
-def _register_branch(quantizer: Any) -> None:
+def _register_branch(quantizer: TensorQuantizer) -> None:
     """Make the low-rank branch of ``svdquant`` buffers.
 
     For weights in blocks the library changes the quantizer's class after it has made it one with a branch, so that the

@@ -7,10 +7,15 @@ what ``mse``, ``awq_clip``, ``gptq`` and ``local_hessian`` found. Here the codes
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from quantlab.backends.modelopt.library_types import BaseQuantizedTensor, QuantLinear, TensorQuantizer
 
 
-def pack(layers: list[Any], is_max: bool) -> None:
+def pack(layers: list[QuantLinear], is_max: bool) -> None:
     """Replace the dense weights of calibrated layers by codes and scales, in place.
 
     ``is_max``: the scales are the maxima's, and the library packs as its ``compress`` does, bit for bit. That rounds a
@@ -30,7 +35,7 @@ def pack(layers: list[Any], is_max: bool) -> None:
                 layer.weight.data.copy_(torch.nan_to_num(layer.weight.data.float()).to(layer.weight.dtype))
 
 
-def holder_of(layers: list[Any]) -> Any:
+def holder_of(layers: list[QuantLinear]) -> nn.ModuleList:
     """The layers in a module that the library takes for one it has converted."""
     import torch
 
@@ -39,20 +44,20 @@ def holder_of(layers: list[Any]) -> Any:
     return holder
 
 
-def _packed(quantizer: Any, weight: Any, is_max: bool) -> Any:
+def _packed(quantizer: TensorQuantizer, weight: Tensor, is_max: bool) -> BaseQuantizedTensor:
     """The library's packed tensor of ``weight``; its scale goes to the quantizer."""
     packers = {8: _packed_int8, 3: _packed_int8, 2: _packed_int8, 4: _packed_int4, (4, 3): _packed_float8}
     has_blocks = bool(quantizer.block_sizes) and not isinstance(quantizer.num_bits, int)
     by_library = is_max and quantizer.num_bits not in (2, 3)
-    if by_library or quantizer.num_bits not in packers or has_blocks or quantizer.amax is None:
+    if by_library or quantizer.num_bits not in packers or has_blocks or (amax := quantizer.amax) is None:
         return quantizer(weight)  # for floats in blocks, too, the library uses the calibrated maximum
-    tensor, scale = packers[quantizer.num_bits](quantizer, weight)
+    tensor, scale = packers[quantizer.num_bits](quantizer, amax, weight)
     quantizer._set_buffer("_scale", scale)
     quantizer._dequantize = True
     return tensor
 
 
-def _packed_int8(quantizer: Any, weight: Any) -> tuple[Any, Any]:
+def _packed_int8(quantizer: TensorQuantizer, amax: Tensor, weight: Tensor) -> tuple[BaseQuantizedTensor, Tensor]:
     """Codes in a byte each, -128 to 127 for 8 bits, and scales, ``amax / 127``: (rows, 1), or (rows, blocks).
 
     3 and 2 bits, which the library only simulates, take no more codes than they have and a byte for each too. The
@@ -61,34 +66,34 @@ def _packed_int8(quantizer: Any, weight: Any) -> tuple[Any, Any]:
     import torch
 
     qtensor = importlib.import_module("modelopt.torch.quantization.qtensor").INT8QTensor
-    bound = 2 ** (quantizer.num_bits - 1) - 1
-    scale = quantizer.amax.to(weight.dtype) / bound
+    bound = 2 ** (cast("int", quantizer.num_bits) - 1) - 1
+    scale = amax.to(weight.dtype) / bound
     if quantizer.block_sizes:
         scale = scale.reshape(weight.shape[0], -1)
-    amax = quantizer.amax.float().reshape(scale.shape)
+    amax = amax.float().reshape(scale.shape)
     factor = bound / amax.masked_fill(amax == 0, 1)  # a block of zeros
     rows = weight.float().reshape(*factor.shape, -1) if quantizer.block_sizes else weight.float()
     codes = (rows * (factor.unsqueeze(-1) if quantizer.block_sizes else factor)).round().clamp(-bound - 1, bound)
     return qtensor(weight.shape, weight.dtype, codes.to(torch.int8).reshape(weight.shape)), scale
 
 
-def _packed_int4(quantizer: Any, weight: Any) -> tuple[Any, Any]:
+def _packed_int4(quantizer: TensorQuantizer, amax: Tensor, weight: Tensor) -> tuple[BaseQuantizedTensor, Tensor]:
     """Two codes a byte, the first in the high half, each code + 8; and factors, ``7 / amax``, (blocks, 1)."""
     import torch
 
     qtensor = importlib.import_module("modelopt.torch.quantization.qtensor").INT4QTensor
-    factor = 7 / quantizer.amax.to(weight.dtype).reshape(-1, 1)  # infinite for a block of zeros, which it divides
+    factor = 7 / amax.to(weight.dtype).reshape(-1, 1)  # infinite for a block of zeros, which it divides
     blocks = weight.reshape(len(factor), -1)
     codes = torch.nan_to_num((blocks * factor).round()).clamp(-8, 7).add(8).to(torch.uint8).reshape(-1, 2)
     data = torch.bitwise_or(codes[:, 0] << 4, codes[:, 1]).reshape(weight.shape[0], -1)
     return qtensor(weight.shape, weight.dtype, data), factor
 
 
-def _packed_float8(quantizer: Any, weight: Any) -> tuple[Any, Any]:
+def _packed_float8(quantizer: TensorQuantizer, amax: Tensor, weight: Tensor) -> tuple[BaseQuantizedTensor, Tensor]:
     """Codes as ``float8_e4m3fn`` and scales, ``amax / 448``: (rows, 1), or one number; ties as for 8-bit integers."""
     import torch
 
     qtensor = importlib.import_module("modelopt.torch.quantization.qtensor").FP8QTensor
-    amax = quantizer.amax.float()
-    codes = (weight.float() * (448.0 / amax.masked_fill(amax == 0, 1))).clamp(-448, 448).to(torch.float8_e4m3fn)
-    return qtensor(weight.shape, weight.dtype, codes), quantizer.amax / 448.0
+    wide = amax.float()
+    codes = (weight.float() * (448.0 / wide.masked_fill(wide == 0, 1))).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return qtensor(weight.shape, weight.dtype, codes), amax / 448.0

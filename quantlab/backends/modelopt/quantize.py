@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
 from quantlab.backends.casting import cast_around, wanted_dtype
 from quantlab.backends.modelopt.config import NVIDIAModelOptConfig
-from quantlab.backends.modelopt.library import BRANCH, insert, named_failure, quiet_library, settle, shape_of
+from quantlab.backends.modelopt.library import BRANCH, insert, layers_at, named_failure, quiet_library, settle, shape_of
 from quantlab.backends.modelopt.packing import pack
 from quantlab.backends.modelopt.quantizers import BLOCKS, activation_cfg, build_quant_cfg, is_packable, weight_cfg
 from quantlab.errors import ConfigError, NotQuantized
 from quantlab.vocabulary.reports import StoredWeight
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from quantlab.backends.modelopt.library_types import QuantLinear, TensorQuantizer
 
 PACKED = {
     "INT8QTensor": "int8",
@@ -30,7 +36,11 @@ def resolve(config: NVIDIAModelOptConfig, device: str, compute_dtype: str = "flo
 
 
 def quantize(
-    model: Any, layers: Iterable[str], config: NVIDIAModelOptConfig, compute_dtype: Any = None, calibrated: Any = None
+    model: nn.Module,
+    layers: Iterable[str],
+    config: NVIDIAModelOptConfig,
+    compute_dtype: str | torch.dtype | None = None,
+    calibrated: None = None,
 ) -> None:
     """Quantize each named ``nn.Linear`` of ``model``, in place; all are checked before the first changes.
 
@@ -41,7 +51,7 @@ def quantize(
     Raises ConfigError naming a layer that the scheme cannot take or that was not calibrated, and NotQuantized naming
     one that the library left as it was.
     """
-    named = {name: model.get_submodule(name) for name in layers}
+    named = layers_at(model, layers)
     if config.needs_data:
         _require_calibrated(named, config)
     else:
@@ -50,7 +60,7 @@ def quantize(
     finish(named, config)
 
 
-def _require_calibrated(named: Mapping[str, Any], config: NVIDIAModelOptConfig) -> None:
+def _require_calibrated(named: Mapping[str, QuantLinear], config: NVIDIAModelOptConfig) -> None:
     left = [name for name, layer in named.items() if getattr(layer, "calibrated_by", None) != config]
     if not left:
         return
@@ -64,7 +74,7 @@ def _require_calibrated(named: Mapping[str, Any], config: NVIDIAModelOptConfig) 
     )
 
 
-def begin(named: Mapping[str, Any], config: NVIDIAModelOptConfig, dtypes: Mapping[str, Any]) -> None:
+def begin(named: Mapping[str, QuantLinear], config: NVIDIAModelOptConfig, dtypes: Mapping[str, torch.dtype]) -> None:
     """Check all layers, then bring each into the dtype that it shall compute in."""
     build_quant_cfg(config, {name: shape_of(layer) for name, layer in named.items()})
     for name, layer in named.items():
@@ -83,7 +93,7 @@ def begin(named: Mapping[str, Any], config: NVIDIAModelOptConfig, dtypes: Mappin
         cast_around(layer, dtypes[name], outside)
 
 
-def insert_without_data(named: Mapping[str, Any], config: NVIDIAModelOptConfig, algorithm: str | None) -> None:
+def insert_without_data(named: Mapping[str, QuantLinear], config: NVIDIAModelOptConfig, algorithm: str | None) -> None:
     """Quantizers with scales from the weights alone, by ``config``'s algorithm or another."""
     if not named:
         return
@@ -92,7 +102,7 @@ def insert_without_data(named: Mapping[str, Any], config: NVIDIAModelOptConfig, 
         settle(layer, config, activation_cfg(config))
 
 
-def finish(named: Mapping[str, Any], config: NVIDIAModelOptConfig) -> None:
+def finish(named: Mapping[str, QuantLinear], config: NVIDIAModelOptConfig) -> None:
     """Pack what ModelOpt has a packed form of; NotQuantized naming the layers without a quantizer."""
     told = {name: weight_cfg(config, name, shape_of(layer)) for name, layer in named.items()}
     packable = {name: layer for name, layer in named.items() if is_packable(config, told[name])}
@@ -112,19 +122,19 @@ def finish(named: Mapping[str, Any], config: NVIDIAModelOptConfig) -> None:
 # -- what the tensors show
 
 
-def is_quantized(layer: Any) -> bool:
+def is_quantized(layer: nn.Module) -> TypeGuard[QuantLinear]:
     """Whether the layer has a weight quantizer that is switched on."""
     quantizer = getattr(layer, "weight_quantizer", None)
     return quantizer is not None and bool(quantizer.is_enabled)
 
 
-def packed_class(layer: Any) -> str:
+def packed_class(layer: nn.Linear) -> str:
     """Name of the class of a packed weight; "" where the weight is dense."""
     metadata = getattr(layer.weight, "metadata", None) or {}
     return getattr(metadata.get("qtensor_class"), "__name__", "")
 
 
-def read_back(layer: Any) -> StoredWeight:
+def read_back(layer: nn.Module) -> StoredWeight:
     """What the layer's tensors show; the group size is counted from the number of scales.
 
     ``dense`` is the weight in effect: scales of the input's channels and a low-rank branch are part of it.
@@ -141,13 +151,11 @@ def read_back(layer: Any) -> StoredWeight:
     quantizer, packed = layer.weight_quantizer, packed_class(layer)
     with torch.no_grad(), quiet_library():
         dense = _effective(layer, quantizer(layer.weight).detach().float())
-    if packed:
-        dtype, scales = stored_dtype(layer), quantizer._scale
-    else:
-        dtype, scales = stored_dtype(layer), getattr(quantizer, "_amax", None)
+    dtype, blocks = stored_dtype(layer), quantizer.block_sizes
+    scales: Tensor | None = quantizer._scale if packed else getattr(quantizer, "_amax", None)
     num_scales = scales.numel() if scales is not None else 1
-    if dtype in ("nvfp4", "mxfp8", "mxfp4") and not packed:  # its scales exist only while it computes
-        num_scales = dense.numel() // quantizer.block_sizes[-1]
+    if dtype in ("nvfp4", "mxfp8", "mxfp4") and not packed and blocks:  # its scales exist only while it computes
+        num_scales = dense.numel() // blocks[-1]
     by_row = num_scales in (1, dense.shape[0])
     inputs = layer.input_quantizer
     return StoredWeight(
@@ -159,13 +167,13 @@ def read_back(layer: Any) -> StoredWeight:
     )
 
 
-def stored_dtype(layer: Any) -> str:
+def stored_dtype(layer: QuantLinear) -> str:
     """The format of a layer's weight; integers of fewer bits are packed as 8, and only the quantizer knows."""
     packed = packed_class(layer)
     return PACKED[packed] if packed in PACKED and packed != "INT8QTensor" else _simulated_dtype(layer.weight_quantizer)
 
 
-def _effective(layer: Any, dense: Any) -> Any:
+def _effective(layer: QuantLinear, dense: Tensor) -> Tensor:
     """What the layer multiplies its input by: the rounded weight with the low-rank branch and the input's scales."""
     down, up = (getattr(layer.weight_quantizer, key, None) for key in BRANCH)
     if down is not None and up is not None:
@@ -174,11 +182,12 @@ def _effective(layer: Any, dense: Any) -> Any:
     return dense if scale is None else dense * scale.float().reshape(1, -1)
 
 
-def _simulated_dtype(quantizer: Any) -> str:
+def _simulated_dtype(quantizer: TensorQuantizer) -> str:
     bits, blocks = quantizer.num_bits, quantizer.block_sizes or {}
     if isinstance(bits, int):
         return f"int{bits}"
     scale_bits = blocks.get("scale_bits")
-    names = {(2, 1, (4, 3)): "nvfp4", (2, 1, (8, 0)): "mxfp4", (4, 3, (8, 0)): "mxfp8"}
-    wide = {(4, 3): "float8_e4m3", (5, 2): "float8_e5m2"}.get(tuple(bits), f"float_e{bits[0]}m{bits[1]}")
-    return names.get((*bits, tuple(scale_bits) if scale_bits else None), wide)
+    names: dict[object, str] = {(2, 1, (4, 3)): "nvfp4", (2, 1, (8, 0)): "mxfp4", (4, 3, (8, 0)): "mxfp8"}
+    wide: dict[tuple[int, ...], str] = {(4, 3): "float8_e4m3", (5, 2): "float8_e5m2"}
+    plain = wide.get(tuple(bits), f"float_e{bits[0]}m{bits[1]}")
+    return names.get((*bits, tuple(scale_bits) if scale_bits else None), plain)

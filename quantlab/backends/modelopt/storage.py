@@ -6,11 +6,11 @@ import importlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.modelopt.algorithms import PARAMETERS, PRE_SCALED
 from quantlab.backends.modelopt.config import NVIDIAModelOptConfig
-from quantlab.backends.modelopt.library import BRANCH, quiet_library
+from quantlab.backends.modelopt.library import BRANCH, layers_at, quiet_library
 from quantlab.backends.modelopt.packing import holder_of
 from quantlab.backends.modelopt.quantize import (
     begin,
@@ -23,15 +23,20 @@ from quantlab.backends.modelopt.quantize import (
 from quantlab.errors import ModelError
 from quantlab.vocabulary.dtypes import dtype_name
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from quantlab.backends.modelopt.library_types import QuantLinear
+
 _WEIGHTS_FILE, _LAYERS_FILE = "quantized.safetensors", "layers.json"
 
 
-def _tensors(layer: Any) -> dict[str, Any]:
+def _tensors(layer: nn.Module) -> dict[str, Tensor]:
     """A quantized layer's parameters and buffers by name, as plain tensors that share its storage."""
     return {key: value.data.detach() for key, value in layer.state_dict(keep_vars=True).items()}
 
 
-def save(model: Any, folder: Any) -> None:
+def save(model: nn.Module, folder: str | Path) -> None:
     """Write the quantized layers (codes, scales, biases) as safetensors, and a JSON list of them."""
     import torch
     from safetensors.torch import save_file
@@ -56,12 +61,12 @@ def save(model: Any, folder: Any) -> None:
     (folder / _LAYERS_FILE).write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _compute_dtype(layer: Any) -> str:
+def _compute_dtype(layer: nn.Linear) -> str:
     metadata = getattr(layer.weight, "metadata", None) or {}
     return dtype_name(metadata.get("dtype", layer.weight.dtype))
 
 
-def load(model: Any, layers: Iterable[str], config: NVIDIAModelOptConfig, folder: Any) -> None:
+def load(model: nn.Module, layers: Iterable[str], config: NVIDIAModelOptConfig, folder: str | Path) -> None:
     """Put what :func:`save` wrote into a fresh unquantized copy of the model, in place; outputs are bit-equal.
 
     The layers are quantized anew, which gives them the structure, and then take codes and scales from the file.
@@ -82,7 +87,7 @@ def load(model: Any, layers: Iterable[str], config: NVIDIAModelOptConfig, folder
             f"{folder}: holds other layers than were asked for (such as {min(set(rows) ^ set(names))}); "
             "load with the exclusions that it was quantized with"
         )
-    named = {name: model.get_submodule(name) for name in names}
+    named = layers_at(model, names)
     wanted = config.axes().dtype
     for name, layer in named.items():
         if (stored := rows[name].get("dtype", wanted)) != wanted:
@@ -106,7 +111,10 @@ def load(model: Any, layers: Iterable[str], config: NVIDIAModelOptConfig, folder
 
 
 def _add_calibrated(
-    named: Mapping[str, Any], config: NVIDIAModelOptConfig, saved: Mapping[str, Any], folder: str
+    named: Mapping[str, QuantLinear],
+    config: NVIDIAModelOptConfig,
+    saved: Mapping[str, Mapping[str, Tensor]],
+    folder: str,
 ) -> None:
     """The buffers that calibration with this config leaves, with the shapes of the file and no values yet."""
     import torch
@@ -127,7 +135,7 @@ def _add_calibrated(
             getattr(layer, quantizer)._set_buffer(buffer, torch.empty_like(value, device=layer.weight.device))
 
 
-def _calibrated_shapes(layer: Any, config: NVIDIAModelOptConfig) -> dict[str, tuple[tuple[int, ...], ...]]:
+def _calibrated_shapes(layer: nn.Linear, config: NVIDIAModelOptConfig) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Key of a buffer -> the shapes that it may have; none: any."""
     out_features, in_features = layer.weight.shape
     rank = (config.algorithm_settings or {}).get("lowrank", PARAMETERS["svdquant"]["lowrank"].default)
@@ -142,7 +150,7 @@ def _calibrated_shapes(layer: Any, config: NVIDIAModelOptConfig) -> dict[str, tu
     return found
 
 
-def _fill(what: str, layer: Any, saved: Mapping[str, Any], packed: str) -> None:
+def _fill(what: str, layer: QuantLinear, saved: Mapping[str, Tensor], packed: str) -> None:
     import torch
 
     held = _tensors(layer)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
 
-    class qtype(Protocol):  # noqa: N801  (the library's name)
+    class qtype(Protocol):
         """A stored format."""
 
         name: str

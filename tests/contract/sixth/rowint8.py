@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from quantlab.backends.table import Backend
+from quantlab.backends.table import Backend, offers
 from quantlab.errors import ConfigError, ModelError, NotQuantized
 from quantlab.modules.layers import replace_layer
-from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.capabilities import Capability, Offer
 from quantlab.vocabulary.native import EXCLUSION_RULES, QuantizationConfigMixin, quantization_config, setting
 from quantlab.vocabulary.reports import StoredWeight
@@ -47,9 +47,7 @@ class RowInt8Config(QuantizationConfigMixin):
     @classmethod
     def from_axes(cls, axes: QuantizationAxes, settings: Mapping[str, Any] | None = None) -> Self:
         """As :meth:`from_resolved`, for axes as they were typed."""
-        from quantlab.backends.table import resolved
-
-        return cls.from_resolved(resolved(axes), settings)
+        return cls.from_resolved(resolve_axes(axes, offers()), settings)
 
     def axes(self) -> QuantizationAxes:
         """The axes that :meth:`from_resolved` turns into this config."""
