@@ -9,10 +9,13 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError
 from quantlab.vocabulary.native import to_json_data
+
+if TYPE_CHECKING:
+    from torchao.core.config import AOBaseConfig
 
 _SKIP_BINARIES = "TORCHAO_FORCE_SKIP_LOADING_SO_FILES"
 _NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
@@ -24,7 +27,7 @@ _ELSEWHERE = {
 """Config -> its module, which is not among those that the library's own reader looks into."""
 
 
-def build_form(stored: Mapping[str, Any], sets_inductor: bool = False) -> Any:
+def build_form(stored: Mapping[str, Any], sets_inductor: bool = False) -> AOBaseConfig:
     """The ``AOBaseConfig`` object of a stored form.
 
     Without ``sets_inductor``, ``set_inductor_config`` is switched off: it would change torch's compiler options for the
@@ -48,7 +51,7 @@ def build_form(stored: Mapping[str, Any], sets_inductor: bool = False) -> Any:
             ) from error
 
 
-def _leave_inductor_alone(value: Any) -> None:
+def _leave_inductor_alone(value: object) -> None:
     if isinstance(value, dict):
         if "set_inductor_config" in value:
             value["set_inductor_config"] = False

@@ -16,7 +16,7 @@ import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.torchao.build import build_form, quiet_library
 from quantlab.backends.torchao.config import TorchAoConfig
@@ -24,26 +24,35 @@ from quantlab.backends.torchao.forms import Form
 from quantlab.backends.torchao.rules import FLOAT8_STATIC
 from quantlab.errors import ConfigError
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from quantlab.backends.torchao.library_types import TorchAOBaseTensor
+
+    Linears = Mapping[str, nn.Linear]
+    Dtypes = Mapping[str, torch.dtype]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerScales:
     """What was measured for one layer."""
 
-    pre_scale: Any = None
+    pre_scale: Tensor | None = None
     """(in_features,): the weight's columns are multiplied by it before they are rounded, and the input divided by it.
     None: neither."""
-    activation_scale: Any = None
+    activation_scale: Tensor | None = None
     """One number, in as many dimensions as the layer's input has: the step of its static activations. None: dynamic."""
-    hessian: Any = None
+    hessian: Tensor | None = None
     """fp32 (in_features, in_features): second moments of the inputs, by which GPTQ rounds. None: each weight alone."""
 
 
 def measure(
-    layers: Mapping[str, Any],
+    layers: Linears,
     forms: Mapping[str, Form],
-    dtypes: Mapping[str, Any],
+    dtypes: Dtypes,
     config: TorchAoConfig,
-    run: Callable[[], Any],
+    run: Callable[[], None],
 ) -> dict[str, LayerScales]:
     """The scales of each layer of ``layers``, which stay as they are; ``run`` passes all calibration data once.
 
@@ -63,7 +72,7 @@ def measure(
 
 
 @contextlib.contextmanager
-def _watched(layers: Mapping[str, Any], see: Callable[[str, Any], None]) -> Iterator[None]:
+def _watched(layers: Linears, see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """While open, ``see(name, input)`` is called before each forward of a layer."""
     handles = [
         layer.register_forward_pre_hook(functools.partial(_pass_on, see, name), with_kwargs=True)
@@ -76,7 +85,9 @@ def _watched(layers: Mapping[str, Any], see: Callable[[str, Any], None]) -> Iter
             handle.remove()
 
 
-def _pass_on(see: Callable[[str, Any], None], name: str, layer: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+def _pass_on(
+    see: Callable[[str, Tensor], None], name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
     see(name, (args[0] if args else kwargs["input"]).detach())
 
 
@@ -87,7 +98,7 @@ def _never_ran(name: str) -> ConfigError:
     )
 
 
-def _not_finite(name: str, dtype: Any) -> ConfigError:
+def _not_finite(name: str, dtype: torch.dtype) -> ConfigError:
     return ConfigError(
         f"calibration: {name} got NaN or infinity in {dtype} on the calibration data; exclude it with "
         "modules_to_not_convert, or compute in float32 or bfloat16"
@@ -97,13 +108,13 @@ def _not_finite(name: str, dtype: Any) -> ConfigError:
 # -- SmoothQuant and static activations
 
 
-def _largest_inputs(layers: Mapping[str, Any], dtypes: Mapping[str, Any], run: Callable[[], Any]) -> dict[str, Any]:
+def _largest_inputs(layers: Linears, dtypes: Dtypes, run: Callable[[], None]) -> dict[str, Tensor]:
     """Layer -> the largest magnitude in each input channel, (1, ..., 1, in_features) as its input has dimensions."""
     import torch
 
-    rows: dict[str, Any] = {}
+    rows: dict[str, Tensor] = {}
 
-    def see(name: str, x: Any) -> None:
+    def see(name: str, x: Tensor) -> None:
         if not x.numel():
             return
         x = x.to(dtypes[name])
@@ -121,7 +132,7 @@ def _largest_inputs(layers: Mapping[str, Any], dtypes: Mapping[str, Any], run: C
     return rows
 
 
-def _from_row(weight: Any, row: Any, form: Form, alpha: float | None) -> LayerScales:
+def _from_row(weight: Tensor, row: Tensor, form: Form, alpha: float | None) -> LayerScales:
     """``alpha`` None: no smoothing."""
     import torch
 
@@ -138,7 +149,7 @@ def _from_row(weight: Any, row: Any, form: Form, alpha: float | None) -> LayerSc
     return LayerScales(pre_scale=None if alpha is None else factor, activation_scale=activation_scale)
 
 
-def _float8_scale(row: Any, form: Form) -> Any:
+def _float8_scale(row: Tensor, form: Form) -> Tensor:
     """By the observer that the library puts on a layer; the layer's own size does not matter to it."""
     import torch
 
@@ -154,7 +165,7 @@ def _float8_scale(row: Any, form: Form) -> Any:
 # -- GPTQ
 
 
-def _hessians(layers: Mapping[str, Any], dtypes: Mapping[str, Any], run: Callable[[], Any]) -> dict[str, LayerScales]:
+def _hessians(layers: Linears, dtypes: Dtypes, run: Callable[[], None]) -> dict[str, LayerScales]:
     """By the library's observer, fed from outside: its way puts the observer in the weight's place."""
     observer = importlib.import_module("torchao.prototype.gptq.observer").GPTQObserverTensor
     seen = {name: observer.from_hp(layer.weight.detach().contiguous()) for name, layer in layers.items()}
@@ -168,7 +179,7 @@ def _hessians(layers: Mapping[str, Any], dtypes: Mapping[str, Any], run: Callabl
     return {name: LayerScales(hessian=found.hessian) for name, found in seen.items()}
 
 
-def rounded_by_gptq(weight: Any, hessian: Any, form: Form) -> Any:
+def rounded_by_gptq(weight: Tensor, hessian: Tensor, form: Form) -> TorchAOBaseTensor:
     """The library's quantized tensor of ``weight``, which stays as it is; both must be on CUDA.
 
     All columns are one block: with the library's blocks of 256 the scale of a row would be that of its first 256
@@ -184,15 +195,15 @@ def rounded_by_gptq(weight: Any, hessian: Any, form: Form) -> Any:
 
 
 def _search_all(
-    layers: Mapping[str, Any],
+    layers: Linears,
     forms: Mapping[str, Form],
-    dtypes: Mapping[str, Any],
+    dtypes: Dtypes,
     at_once: int,
-    run: Callable[[], Any],
+    run: Callable[[], None],
 ) -> dict[str, LayerScales]:
     found: dict[str, LayerScales] = {}
     for names in _chunks(list(layers), at_once):
-        inputs: dict[str, list[Any]] = {name: [] for name in names}
+        inputs: dict[str, list[Tensor]] = {name: [] for name in names}
         with _watched({name: layers[name] for name in names}, functools.partial(_keep, inputs, dtypes)):
             run()
         for name in names:
@@ -204,12 +215,12 @@ def _search_all(
     return found
 
 
-def _keep(inputs: Mapping[str, list[Any]], dtypes: Mapping[str, Any], name: str, x: Any) -> None:
+def _keep(inputs: Mapping[str, list[Tensor]], dtypes: Dtypes, name: str, x: Tensor) -> None:
     """A copy: what follows the layer may write into its input."""
     inputs[name].append(x.reshape(-1, x.shape[-1]).to("cpu", dtypes[name], copy=True))
 
 
-def _search(layer: Any, inputs: list[Any], form: Form, dtype: Any) -> Any:
+def _search(layer: nn.Linear, inputs: list[Tensor], form: Form, dtype: torch.dtype) -> Tensor:
     _wake_dead_channels(inputs)
     core = importlib.import_module("torchao.prototype.awq.core")
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
@@ -219,7 +230,7 @@ def _search(layer: Any, inputs: list[Any], form: Form, dtype: Any) -> Any:
     return observer.calculate_qparams()
 
 
-def _wake_dead_channels(inputs: list[Any]) -> None:
+def _wake_dead_channels(inputs: list[Tensor]) -> None:
     """A channel that is 0 throughout counts as the quietest one that is not, in place.
 
     The library would scale its weights by almost nothing, which rounds them away: should the channel hold anything

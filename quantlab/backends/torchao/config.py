@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 from quantlab.backends.exclusions import build, excluded_layers, exclusions_for, refuse_ours, taken_by_transformers
 from quantlab.backends.torchao.build import build_form
@@ -43,6 +43,12 @@ from quantlab.vocabulary.native import (
     setting,
 )
 
+if TYPE_CHECKING:
+    import diffusers
+    import transformers
+    from torch import nn
+
+_Made = TypeVar("_Made")
 _NF4, _NVFP4, _MX = "NF4WeightOnlyConfig", "NVFP4WeightOnlyConfig", "MXDynamicActivationMXWeightConfig"
 _GRANULARITY = {INTX: "granularity", INT8_INTX: "weight_granularity", INT8: "granularity"}
 _MAPPING = {INTX: "mapping_type", INT8_INTX: "weight_mapping_type"}
@@ -209,19 +215,19 @@ class TorchAoConfig(QuantizationConfigMixin):
 
     # -- to other libraries
 
-    def to_diffusers(self, model: Any = None) -> Any:
+    def to_diffusers(self, model: nn.Module | None = None) -> diffusers.TorchAoConfig:
         """``diffusers.TorchAoConfig``; ``auto`` packing of int4 is what ``quant_type`` says (CUDA's tile-packed)."""
         import diffusers
 
         return self._to_library(diffusers.TorchAoConfig, "diffusers", model)
 
-    def to_transformers(self, model: Any = None) -> Any:
+    def to_transformers(self, model: nn.Module | None = None) -> transformers.TorchAoConfig:
         """``transformers.TorchAoConfig``; as :meth:`to_diffusers`."""
         import transformers
 
         return self._to_library(transformers.TorchAoConfig, "transformers", model)
 
-    def _to_library(self, make: Any, library: str, model: Any) -> Any:
+    def _to_library(self, make: Callable[..., _Made], library: str, model: nn.Module | None) -> _Made:
         if self.fit_group_size and model is None:
             raise ConfigError(
                 f"fit_group_size=true: {library} has one group size for all layers; give the model, and "
@@ -240,11 +246,11 @@ class TorchAoConfig(QuantizationConfigMixin):
         arguments = {"quant_type": build_form(form, sets_inductor=True), "modules_to_not_convert": names}
         return build(make, arguments, f"quant_type={form['_type']}")
 
-    def _one_form(self, model: Any, library: str) -> Form:
+    def _one_form(self, model: nn.Module | None, library: str) -> Form:
         """What every layer is told; ConfigError where ``fit_group_size`` tells some another group size."""
         kind, data = self.quant_type["_type"], self.quant_type["_data"]
-        if self.fit_group_size:
-            group: Any = data["group_size"] if kind == INT4 else _group(data[_GRANULARITY[kind]])
+        if self.fit_group_size and model is not None:
+            group: int = data["group_size"] if kind == INT4 else cast("int", _group(data[_GRANULARITY[kind]]))
             left = excluded_layers(self, model)
             odd = [n for n, layer in linear_layers(model).items() if n not in left and layer.in_features % group]
             if odd:

@@ -198,7 +198,7 @@ def from_mapping(value: Mapping[str, Any]) -> Form:
     return make(kind, **data)
 
 
-def from_object(value: Any) -> Form:
+def from_object(value: object) -> Form:
     """The stored form of an ``AOBaseConfig`` object; nothing is imported that its owner has not imported."""
     core = sys.modules.get("torchao.core.config")
     if core is None or not isinstance(value, core.AOBaseConfig):

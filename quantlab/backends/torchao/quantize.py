@@ -6,13 +6,14 @@ import dataclasses
 import functools
 import importlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.backends.casting import cast_around, wanted_dtype
+from quantlab.backends.linears import linear_at
 from quantlab.backends.torchao.build import build_form, quiet_library
 from quantlab.backends.torchao.calibrate import LayerScales, measure, rounded_by_gptq
 from quantlab.backends.torchao.config import TorchAoConfig, layer_form
-from quantlab.backends.torchao.forms import INT4
+from quantlab.backends.torchao.forms import INT4, Form
 from quantlab.backends.torchao.readback import is_quantized
 from quantlab.backends.torchao.rules import FLOAT8_STATIC, OPAQUE
 from quantlab.errors import ConfigError, NotQuantized
@@ -20,11 +21,18 @@ from quantlab.modules.feed import CalibrationFeed
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.native import canonical_json
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from torchao.core.config import AOBaseConfig
+
+    from quantlab.backends.torchao.library_types import Float8Tensor, NVFP4Tensor, TorchAOBaseTensor
+
 _DYNAMIC_FLOAT8 = "Float8DynamicActivationFloat8WeightConfig"
 _OWN_LAYERS = ("FqnToConfig", "ModuleFqnToConfig", "AOPerModuleConfig")
 
 
-def resolve(config: TorchAoConfig, device: str, compute_dtype: Any = None) -> TorchAoConfig:
+def resolve(config: TorchAoConfig, device: str, compute_dtype: str | torch.dtype | None = None) -> TorchAoConfig:
     """The config with ``int4_packing_format=auto`` made concrete for ``device`` (``cpu`` or ``cuda``).
 
     On CUDA the answer depends on the dtype that the layers compute in: without ``compute_dtype`` the config stays as it
@@ -46,7 +54,7 @@ def resolve(config: TorchAoConfig, device: str, compute_dtype: Any = None) -> To
     return dataclasses.replace(config, int4_packing_format=packing)
 
 
-def build_ao_config(config: TorchAoConfig | Mapping[str, Any]) -> Any:
+def build_ao_config(config: TorchAoConfig | Mapping[str, Any]) -> AOBaseConfig:
     """The ``AOBaseConfig`` object for a config or a stored form of one; it leaves torch's compiler options alone.
 
     Raises ConfigError for what the installed torchao cannot build.
@@ -55,7 +63,11 @@ def build_ao_config(config: TorchAoConfig | Mapping[str, Any]) -> Any:
 
 
 def calibrate(
-    model: Any, layers: Iterable[str], config: TorchAoConfig, compute_dtype: Any, feed: CalibrationFeed
+    model: nn.Module,
+    layers: Iterable[str],
+    config: TorchAoConfig,
+    compute_dtype: str | torch.dtype | None,
+    feed: CalibrationFeed,
 ) -> dict[str, LayerScales]:
     """Measure the scales that :func:`quantize` needs of each named layer; the model stays as it is.
 
@@ -67,10 +79,10 @@ def calibrate(
 
 
 def quantize(
-    model: Any,
+    model: nn.Module,
     layers: Iterable[str],
     config: TorchAoConfig,
-    compute_dtype: Any = None,
+    compute_dtype: str | torch.dtype | None = None,
     calibrated: Mapping[str, LayerScales] | None = None,
 ) -> None:
     """Quantize the weight of each named ``nn.Linear`` of ``model``, in place; all are checked before the first changes.
@@ -95,12 +107,12 @@ def quantize(
         if scales[names[0]].hessian is None:
             _apply(model, names, forms[names[0]], scales[names[0]].activation_scale)
     for name, layer in named.items():
-        if scales[name].hessian is not None:
-            layer.weight = _parameter(rounded_by_gptq(layer.weight, scales[name].hessian, forms[name]))
+        if (hessian := scales[name].hessian) is not None:
+            layer.weight = _parameter(rounded_by_gptq(layer.weight, hessian, forms[name]))
     for name, layer in named.items():
         _keep_zeros(layer.weight)
-        if is_quantized(layer) and scales[name].pre_scale is not None:
-            layer.weight.act_pre_scale = 1.0 / scales[name].pre_scale
+        if is_quantized(layer) and (pre_scale := scales[name].pre_scale) is not None:
+            cast("TorchAOBaseTensor", layer.weight).act_pre_scale = 1.0 / pre_scale
         follow_rank(layer)
     left = [name for name, layer in named.items() if not is_quantized(layer)]
     if left:
@@ -111,16 +123,16 @@ def quantize(
 
 
 def _checked(
-    model: Any, layers: Iterable[str], config: TorchAoConfig, compute_dtype: Any
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]]:
+    model: nn.Module, layers: Iterable[str], config: TorchAoConfig, compute_dtype: str | torch.dtype | None
+) -> tuple[dict[str, nn.Linear], dict[str, torch.dtype], dict[str, Form]]:
     """The layers, the dtypes that they will compute in, and what torchao is told for each."""
-    named = {name: model.get_submodule(name) for name in layers}
+    named = {name: linear_at(model, name) for name in layers}
     dtypes = {name: wanted_dtype(layer, compute_dtype, "torchao") for name, layer in named.items()}
     return named, dtypes, {n: _checked_form(n, layer, config, dtypes[n]) for n, layer in named.items()}
 
 
 def _scales_of(
-    named: Mapping[str, Any], config: TorchAoConfig, calibrated: Mapping[str, LayerScales] | None
+    named: Mapping[str, nn.Linear], config: TorchAoConfig, calibrated: Mapping[str, LayerScales] | None
 ) -> Mapping[str, LayerScales]:
     if not config.needs_data:
         return dict.fromkeys(named, LayerScales())
@@ -139,18 +151,18 @@ def _scales_of(
     return calibrated
 
 
-def _parameter(tensor: Any) -> Any:
+def _parameter(tensor: Tensor) -> nn.Parameter:
     import torch
 
     return torch.nn.Parameter(tensor, requires_grad=False)
 
 
-def _scale_weight(layer: Any, pre_scale: Any) -> None:
+def _scale_weight(layer: nn.Linear, pre_scale: Tensor | None) -> None:
     if pre_scale is not None:
         layer.weight = _parameter(layer.weight.detach() * pre_scale)
 
 
-def follow_rank(layer: Any) -> None:
+def follow_rank(layer: nn.Linear) -> None:
     """Let a layer with a static activation scale take inputs of any number of dimensions.
 
     The library wants the scale to have as many as the input, and keeps it with those of the calibration data.
@@ -159,13 +171,14 @@ def follow_rank(layer: Any) -> None:
         layer.register_forward_pre_hook(_fit_scale, with_kwargs=True)
 
 
-def _fit_scale(layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    scale, rank = layer.weight.act_quant_scale, (args[0] if args else kwargs["input"]).ndim
+def _fit_scale(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    weight, rank = cast("TorchAOBaseTensor", layer.weight), (args[0] if args else kwargs["input"]).ndim
+    scale = cast("Tensor", weight.act_quant_scale)
     if scale.ndim != rank:
-        layer.weight.act_quant_scale = scale.reshape((1,) * rank)
+        weight.act_quant_scale = scale.reshape((1,) * rank)
 
 
-def _apply(model: Any, names: list[str], form: Mapping[str, Any], activation_scale: Any = None) -> None:
+def _apply(model: nn.Module, names: list[str], form: Form, activation_scale: Tensor | None = None) -> None:
     with quiet_library():
         library = importlib.import_module("torchao.quantization")
         wanted, scheme = frozenset(names), build_ao_config(form)
@@ -180,25 +193,27 @@ def _apply(model: Any, names: list[str], form: Mapping[str, Any], activation_sca
             ) from error
 
 
-def _keep_zeros(weight: Any) -> None:
+def _keep_zeros(weight: Tensor) -> None:
     """Codes of rows of zeros, which the library divides by a scale of 0 into NaN, become zeros again."""
     import torch
 
     kind = type(weight).__name__
     with torch.no_grad():
         if kind in ("Float8Tensor", "PrototypeFloat8Tensor"):
-            is_zero = (weight.scale == 0).expand(-1, weight.shape[1]) if weight.scale.ndim == 2 else weight.scale == 0
-            if bool(is_zero.any()) and weight.scale.shape[-1] == 1:
-                codes = weight.qdata.float().masked_fill(is_zero, 0.0)
-                weight.qdata.copy_(codes.to(weight.qdata.dtype))
-        elif kind == "NVFP4Tensor" and weight.per_tensor_scale is not None and float(weight.per_tensor_scale) == 0:
-            weight.scale.copy_(torch.zeros_like(weight.scale, dtype=torch.float32).to(weight.scale.dtype))
+            scale, codes = cast("Float8Tensor", weight).scale, cast("Float8Tensor", weight).qdata
+            is_zero = (scale == 0).expand(-1, weight.shape[1]) if scale.ndim == 2 else scale == 0
+            if bool(is_zero.any()) and scale.shape[-1] == 1:
+                codes.copy_(codes.float().masked_fill(is_zero, 0.0).to(codes.dtype))
+        elif kind == "NVFP4Tensor":
+            scale, whole = cast("NVFP4Tensor", weight).scale, cast("NVFP4Tensor", weight).per_tensor_scale
+            if whole is not None and float(whole) == 0:
+                scale.copy_(torch.zeros_like(scale, dtype=torch.float32).to(scale.dtype))
 
 
 # -- what a scheme asks of a layer
 
 
-def _checked_form(name: str, layer: Any, config: TorchAoConfig, dtype: Any) -> dict[str, Any]:
+def _checked_form(name: str, layer: nn.Linear, config: TorchAoConfig, dtype: torch.dtype) -> Form:
     """The stored form for one layer; ConfigError naming it where its shape, dtype or device does not do."""
     kind = config.quant_type["_type"]
     if kind in _OWN_LAYERS:

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.errors import NotQuantized
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.reports import StoredWeight
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
-def is_quantized(layer: Any) -> bool:
+    from quantlab.backends.torchao.library_types import (
+        Float8Tensor,
+        Int4OpaqueTensor,
+        Int4TilePackedTo4dTensor,
+        Int8Tensor,
+        IntxUnpackedToInt8Tensor,
+        MXTensor,
+        NF4Tensor,
+        NVFP4Tensor,
+    )
+
+
+def is_quantized(layer: nn.Module) -> bool:
     """Whether the layer's weight is one of torchao's tensor classes."""
     return any(kind.__name__ in _READERS for kind in type(getattr(layer, "weight", None)).__mro__)
 
 
-def read_back(layer: Any) -> StoredWeight:
+def read_back(layer: nn.Module) -> StoredWeight:
     """What the layer's tensors show; the group size is counted from the number of scales.
 
     Raises NotQuantized where the layer holds no weight of torchao, or one whose scales do not add up.
     """
     if not is_quantized(layer):
         raise NotQuantized(f"backend=torchao: {type(layer).__name__} holds an unquantized weight; it was not converted")
-    weight = layer.weight
+    weight = cast("Tensor", layer.weight)
     kind = _kind(weight)
     dtype, num_scales, activation = _READERS[kind](weight)
     numel, num_rows = weight.numel(), weight.shape[0]
@@ -36,26 +52,26 @@ def read_back(layer: Any) -> StoredWeight:
     )
 
 
-def stored_dtype(weight: Any) -> str:
+def stored_dtype(weight: Tensor) -> str:
     """The format of a weight of one of torchao's tensor classes."""
     return _READERS[_kind(weight)](weight)[0]
 
 
-def _kind(weight: Any) -> str:
+def _kind(weight: Tensor) -> str:
     return next(k.__name__ for k in type(weight).__mro__ if k.__name__ in _READERS)
 
 
-def _read_int8(weight: Any) -> tuple[str, int, str]:
+def _read_int8(weight: Int8Tensor) -> tuple[str, int, str]:
     dtype = dtype_name(weight.qdata.dtype)
     return dtype, weight.scale.numel(), "none" if weight.act_quant_kwargs is None else "int8"
 
 
-def _read_intx(weight: Any) -> tuple[str, int, str]:
+def _read_intx(weight: IntxUnpackedToInt8Tensor) -> tuple[str, int, str]:
     activation = weight.activation_quantization
     return dtype_name(weight.target_dtype), weight.scale.numel(), "none" if activation is None else "int8"
 
 
-def _read_tile_packed(weight: Any) -> tuple[str, int, str]:
+def _read_tile_packed(weight: Int4TilePackedTo4dTensor) -> tuple[str, int, str]:
     """The scales stand in a (padded in_features / group, padded out_features, 2) tensor beside the zero points."""
     num_groups = weight.scale_and_zero.shape[-3]
     padded_in_features = weight.qdata.shape[-3] * 128  # inner_k_tiles 8 times a tile of 16
@@ -63,34 +79,34 @@ def _read_tile_packed(weight: Any) -> tuple[str, int, str]:
     return "int4", num_scales, "none"
 
 
-def _read_float8(weight: Any) -> tuple[str, int, str]:
+def _read_float8(weight: Float8Tensor) -> tuple[str, int, str]:
     dtype = _float8_name(weight.qdata.dtype)
     return dtype, weight.scale.numel(), "none" if weight.act_quant_kwargs is None else dtype
 
 
-def _float8_name(dtype: Any) -> str:
+def _float8_name(dtype: torch.dtype) -> str:
     return {"float8_e4m3fn": "float8_e4m3"}.get(dtype_name(dtype), dtype_name(dtype))
 
 
-def _read_opaque(weight: Any) -> tuple[str, int, str]:
+def _read_opaque(weight: Int4OpaqueTensor) -> tuple[str, int, str]:
     """The scales stand beside the zero points, (in_features / group, out_features, 2)."""
     return "int4", weight.scale_and_zero.numel() // 2, "none"
 
 
-def _read_nf4(weight: Any) -> tuple[str, int, str]:
+def _read_nf4(weight: NF4Tensor) -> tuple[str, int, str]:
     return "nf4", weight.quantized_scalers.numel(), "none"
 
 
-def _read_nvfp4(weight: Any) -> tuple[str, int, str]:
+def _read_nvfp4(weight: NVFP4Tensor) -> tuple[str, int, str]:
     return "nvfp4", _num_blocks(weight, "nvfp4"), "none" if weight.act_quant_kwargs is None else "nvfp4"
 
 
-def _read_mx(weight: Any) -> tuple[str, int, str]:
+def _read_mx(weight: MXTensor) -> tuple[str, int, str]:
     dtype = {"float8_e4m3fn": "mxfp8", "float4_e2m1fn_x2": "mxfp4"}.get(dtype_name(weight.elem_dtype), "mx")
     return dtype, _num_blocks(weight, dtype), "none" if weight.act_quant_kwargs is None else dtype
 
 
-def _num_blocks(weight: Any, dtype: str) -> int:
+def _num_blocks(weight: NVFP4Tensor | MXTensor, dtype: str) -> int:
     """Blocks of an MX or NVFP4 weight; its swizzled scales are padded to tiles of 128 rows and 4 columns (cuBLAS)."""
     num_rows, num_columns = weight.shape[0], weight.shape[1] // weight.block_size
     padded = -(-num_rows // 128) * 128 * (-(-num_columns // 4) * 4)
@@ -102,7 +118,7 @@ def _num_blocks(weight: Any, dtype: str) -> int:
     return num_rows * num_columns
 
 
-_READERS = {
+_READERS: dict[str, Callable[[Any], tuple[str, int, str]]] = {
     "Int8Tensor": _read_int8,
     "IntxUnpackedToInt8Tensor": _read_intx,
     "Int4TilePackedTo4dTensor": _read_tile_packed,
@@ -116,30 +132,31 @@ _READERS = {
 """Tensor class of torchao -> (dtype, number of scales, activation dtype) of a weight of it."""
 
 
-def _dense(weight: Any, kind: str) -> Any:
+def _dense(weight: Tensor, kind: str) -> Tensor:
     """The weight that a layer multiplies its own input with, fp32: dequantized, its columns scaled as the input is."""
     import torch
 
     with torch.no_grad():
-        dense, pre_scale = _dequantized(weight, kind), getattr(weight, "act_pre_scale", None)
+        dense = _dequantized(weight, kind)
+        pre_scale: Tensor | None = getattr(weight, "act_pre_scale", None)
         return dense if pre_scale is None else dense * pre_scale.float()
 
 
-def _dequantized(weight: Any, kind: str) -> Any:
+def _dequantized(weight: Tensor, kind: str) -> Tensor:
     import torch
 
     with torch.no_grad():
         if kind == "Int4OpaqueTensor":
-            return _from_opaque(weight)
+            return _from_opaque(cast("Int4OpaqueTensor", weight))
         if kind == "NF4Tensor":
-            return weight.get_original_weight().float()
+            return cast("NF4Tensor", weight).get_original_weight().float()
         if kind == "Int4TilePackedTo4dTensor":  # it multiplies and does nothing else: the identity gives the weight
             eye = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
             return torch.nn.functional.linear(eye, weight).t().float()
         return weight.dequantize().float()
 
 
-def _from_opaque(weight: Any) -> Any:
+def _from_opaque(weight: Int4OpaqueTensor) -> Tensor:
     """Its layout differs between processors, so the kernel itself unpacks it: codes times the identity.
 
     With scales of 1 and zero points of 0 the products are the codes minus 8, whole numbers that bfloat16 holds exactly;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 from quantlab.backends.torchao.forms import FLOAT8_FLOAT8, INT4, INT8, INT8_INT8, PER_TENSOR, Form, is_hqq
 from quantlab.errors import ConfigError
@@ -23,7 +23,26 @@ _WRITTEN_AS = {
 """Steps of calibration that the library has as configs -> how the same is said here."""
 
 
-def check_calibration(config: Any) -> None:
+class Settings(Protocol):
+    """What is read of a ``TorchAoConfig``, which itself asks these rules."""
+
+    @property
+    def quant_type(self) -> Form: ...
+    @property
+    def int4_packing_format(self) -> str: ...
+    @property
+    def mapping_type(self) -> str: ...
+    @property
+    def algorithm(self) -> str: ...
+    @property
+    def smoothquant_alpha(self) -> float: ...
+    @property
+    def activation_scales(self) -> str: ...
+    @property
+    def calibration_layers_at_once(self) -> int: ...
+
+
+def check_calibration(config: Settings) -> None:
     """ConfigError where the settings of a ``TorchAoConfig`` that concern calibration contradict its ``quant_type``."""
     kind, data = config.quant_type["_type"], config.quant_type["_data"]
     if kind in _WRITTEN_AS:
@@ -42,10 +61,10 @@ def check_calibration(config: Any) -> None:
     if not 0 <= config.smoothquant_alpha <= 1:
         raise ConfigError(f"smoothquant_alpha={config.smoothquant_alpha}: a number from 0 to 1 is wanted, such as 0.5")
     if config.activation_scales == "static":
-        _check_static(config, kind, data)
+        _check_static(kind, data)
 
 
-def _check_algorithm(config: Any, kind: str) -> None:
+def _check_algorithm(config: Settings, kind: str) -> None:
     key, data = f"algorithm={config.algorithm}", config.quant_type["_data"]
     if config.algorithm == "gptq" and (kind != INT8 or data["granularity"]["_type"] != "PerRow"):
         raise ConfigError(
@@ -74,7 +93,7 @@ def _check_algorithm(config: Any, kind: str) -> None:
         )
 
 
-def _check_static(config: Any, kind: str, data: Any) -> None:
+def _check_static(kind: str, data: Form) -> None:
     key = "activation_scales=static"
     if kind not in _STATIC_KINDS:
         raise ConfigError(
@@ -96,7 +115,7 @@ def _check_static(config: Any, kind: str, data: Any) -> None:
 def static(form: Form) -> Form:
     """The static counterpart of a config with dynamic activations; its activation scale is set when it is built."""
     data = form["_data"]
-    granularity: Any
+    granularity: Form | list[Form]
     if form["_type"] == INT8_INT8:
         kind, granularity = INT8_STATIC, [PER_TENSOR, data["granularity"]]
         shared: tuple[str, ...] = ("act_mapping_type", "reduce_range", "set_inductor_config")
@@ -107,12 +126,12 @@ def static(form: Form) -> Form:
     return {"_type": kind, "_version": 1, "_data": fields}
 
 
-def opaque(form: Form, group: Any, in_features: int) -> Form:
+def opaque(form: Form, group: int | str | None, in_features: int) -> Form:
     """The prototype that packs an ``Int4WeightOnlyConfig`` for a CPU, in groups of ``group``.
 
     Raises ConfigError where no group size of the prototype divides ``in_features``.
     """
-    if group not in OPAQUE_GROUPS:
+    if not isinstance(group, int) or group not in OPAQUE_GROUPS:
         raise ConfigError(
             f"int4_packing_format=opaque: in_features {in_features} divides by none of its group sizes "
             f"{', '.join(map(str, OPAQUE_GROUPS))}; exclude the layer, or set algorithm=max and "
@@ -122,5 +141,5 @@ def opaque(form: Form, group: Any, in_features: int) -> Form:
     return {
         "_type": OPAQUE,
         "_version": 1,
-        "_data": {"group_size": int(group), **{name: form["_data"][name] for name in names}},
+        "_data": {"group_size": group, **{name: form["_data"][name] for name in names}},
     }

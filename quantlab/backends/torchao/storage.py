@@ -6,14 +6,18 @@ import importlib
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from quantlab.backends.casting import cast_around
+from quantlab.backends.linears import linear_at
 from quantlab.backends.torchao.build import quiet_library
 from quantlab.backends.torchao.config import TorchAoConfig
 from quantlab.backends.torchao.quantize import follow_rank
 from quantlab.backends.torchao.readback import is_quantized, stored_dtype
 from quantlab.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 _SAFETENSORS_FILE, _TORCH_FILE = "quantized.safetensors", "quantized.pt"
 _SUPPORT = "torchao.prototype.safetensors.safetensors_support"
@@ -24,7 +28,7 @@ _MODULES_OF_TENSORS = (
 )
 
 
-def save(model: Any, folder: Any) -> None:
+def save(model: nn.Module, folder: str | Path) -> None:
     """Write the quantized layers (weights and biases) into ``folder``.
 
     Safetensors in torchao's own layout, or ``torch.save`` for the weights that it has no layout for (nf4, opaque int4,
@@ -37,7 +41,7 @@ def save(model: Any, folder: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for stale in (_SAFETENSORS_FILE, _TORCH_FILE):
         (folder / stale).unlink(missing_ok=True)
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in model.named_modules():
         if is_quantized(layer):
             tensors[f"{name}.weight"] = layer.weight.detach()
@@ -53,7 +57,7 @@ def save(model: Any, folder: Any) -> None:
     save_file({key: value.contiguous() for key, value in data.items()}, folder / _SAFETENSORS_FILE, metadata=metadata)
 
 
-def load(model: Any, layers: Iterable[str], config: TorchAoConfig, folder: Any) -> None:
+def load(model: nn.Module, layers: Iterable[str], config: TorchAoConfig, folder: str | Path) -> None:
     """Put what :func:`save` wrote into a fresh unquantized copy of the model, in place; outputs are bit-equal.
 
     Raises ModelError where the file is unreadable or is not that of these layers, this config and this model.
@@ -70,7 +74,7 @@ def load(model: Any, layers: Iterable[str], config: TorchAoConfig, folder: Any) 
         )
     wanted, changes = _dtype_of(config), []
     for name in names:
-        layer = model.get_submodule(name)
+        layer = linear_at(model, name)
         weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
         if weight.shape != layer.weight.shape or (bias is None) != (layer.bias is None):
             raise ModelError(
@@ -100,7 +104,7 @@ def _dtype_of(config: TorchAoConfig) -> str:
         return ""
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read(folder: Path) -> dict[str, Tensor]:
     import torch
     from safetensors import SafetensorError, safe_open
 
@@ -111,7 +115,7 @@ def _read(folder: Path) -> dict[str, Any]:
             importlib.import_module(module)
         try:
             if (folder / _TORCH_FILE).exists():
-                data: dict[str, Any] = torch.load(folder / _TORCH_FILE, map_location="cpu", weights_only=True)
+                data: dict[str, Tensor] = torch.load(folder / _TORCH_FILE, map_location="cpu", weights_only=True)
                 return data
             with safe_open(folder / _SAFETENSORS_FILE, "pt") as file:
                 flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
@@ -120,5 +124,5 @@ def _read(folder: Path) -> dict[str, Any]:
             raise ModelError(f"{folder}: no readable torchao weights ({error}); {way_out}") from error
     if left:
         raise ModelError(f"{folder}: holds incomplete weights (such as {min(left)}); {way_out}")
-    complete: dict[str, Any] = tensors
+    complete: dict[str, Tensor] = tensors
     return complete
