@@ -5,6 +5,7 @@ import textwrap
 
 import pytest
 
+from quantlab.datasets.table import DATASETS
 from quantlab.errors import ConfigError
 from quantlab.planning.composition import conf_dir, groups, recipes
 from quantlab.planning.plan import plan
@@ -35,6 +36,8 @@ def test_every_option_composes(group, option):
         words += (
             ["backend=bitsandbytes", "dtype=nf4"] if option.isdigit() and int(option) > 512 else ["backend=torchao"]
         )
+    elif group == "dataset" and "language" in DATASETS[option].protocols:
+        words.append("model=smollm2_135m")
     job = one(*words)
     if group in ("backend", "dtype", "group_size"):
         assert str(getattr(job.config.quantization, group)) == option
@@ -43,6 +46,22 @@ def test_every_option_composes(group, option):
 def test_a_model_brings_its_data_set_and_evaluation_and_the_command_line_wins():
     assert one("model=smollm2_135m", "backend=quanto").config.dataset.name == "wiki_extracts"
     assert one("model=smollm2_135m", "backend=quanto", "dataset=text").config.dataset.name == "text"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model.family=digits"], r"^model.family=digits: there are digits_dit, .*did you mean digits_dit\?"),
+        (["dataset.name=prompt"], r"^dataset.name=prompt: there are digits_classes, .*did you mean prompts\?"),
+        (
+            ["model=smollm2_135m", "dataset=prompts"],
+            r"^dataset=prompts: .*model.family=smollm2, .*protocol language; choose one of wiki_extracts, text$",
+        ),
+    ],
+)
+def test_an_unknown_family_or_data_set_and_one_that_does_not_fit_are_refused_before_loading(words, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(words)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [(b, d) for b, rows in CAPABILITIES.items() for d in rows])
