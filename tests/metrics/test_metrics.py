@@ -54,13 +54,6 @@ class TestTable:
         assert all(metric.protocols and set(metric.protocols) <= set(PROTOCOLS) for metric in METRICS.values())
         assert set(QUANTILES) <= set(METRICS)
 
-    @pytest.mark.parametrize("protocol", PROTOCOLS)
-    def test_headline_metrics_are_of_their_protocol_and_have_a_direction(self, protocol):
-        assert PROTOCOLS[protocol].HEADLINE
-        for name in PROTOCOLS[protocol].HEADLINE:
-            assert protocol in METRICS[name].protocols
-            assert METRICS[name].higher_is_better is not None
-
     def test_the_table_needs_neither_torch_nor_numpy(self):
         code = "import sys, quantlab.metrics; print(sorted({'torch', 'numpy', 'scipy'} & set(sys.modules)))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,31 @@
+"""The rows of the data sets, and the options that choose them."""
+
+import pytest
+import yaml
+
+from quantlab.datasets.table import CALIBRATION_SETS, DATASETS
+from quantlab.planning.composition import conf_dir
+from quantlab.protocols.table import PROTOCOLS
+
+
+def chosen(group: str, key: str) -> set[str]:
+    files = sorted((conf_dir() / group).glob("*.yaml"))
+    return {yaml.safe_load(file.read_text(encoding="utf-8"))[key] for file in files}
+
+
+def test_rows_are_named_by_their_key_and_belong_to_protocols():
+    for name, row in DATASETS.items():
+        assert name == row.name
+        assert row.protocols
+        assert set(row.protocols) <= set(PROTOCOLS)
+
+
+def test_every_data_set_has_an_option_and_every_option_a_data_set():
+    assert chosen("dataset", "name") == set(DATASETS)
+    assert chosen("calibration", "source") == set(CALIBRATION_SETS)
+
+
+@pytest.mark.parametrize("name", [name for name, row in DATASETS.items() if row.read_file is not None])
+def test_a_file_of_the_users_is_refused_before_loading_by_its_key(name, tmp_path):
+    with pytest.raises(ValueError, match=r"^dataset.path=.*absent.txt: the file cannot be read"):
+        DATASETS[name].read_file(str(tmp_path / "absent.txt"))
