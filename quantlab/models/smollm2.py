@@ -113,7 +113,9 @@ def read_gguf(source: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
             str(source.parent),
             gguf_file=source.name,
             dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),  # else the config says "gguf" and cannot be saved
+            quantization_config=GgufConfig(
+                dequantize=True
+            ),  # else its config names the file's format and cannot be saved
         )
     assert isinstance(model, LlamaForCausalLM), type(model)
     return frozen(model), tokenizer
