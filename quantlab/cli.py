@@ -11,7 +11,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -163,7 +162,7 @@ def show_list(words: Sequence[str], as_json: bool) -> int:
     return 0
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else ""
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else "" if value is None else str(value)
@@ -191,7 +190,8 @@ def show_jobs(request: Plan) -> int:
 def show_comparison(words: Sequence[str]) -> int:
     """Compare tracked runs: a table or JSON here, a page in a file and at the sweep's run, a CSV file if asked for."""
     from quantlab.report.compare import compare
-    from quantlab.report.comparison_table import answer_lines, comparison_table, pair_lines, twin_lines, write_csv
+    from quantlab.report.comparison_data import write_csv
+    from quantlab.report.comparison_table import answer_lines, comparison_table, pair_lines, twin_lines
     from quantlab.report.html import page_data, write_page
     from quantlab.report.reading import open_reader
     from quantlab.report.selection import parse_request, select
@@ -202,12 +202,13 @@ def show_comparison(words: Sequence[str]) -> int:
     groups = compare(request, selection, reader)
     data = page_data(groups, selection, reader)
     if request.csv:
-        write_csv(data, request.csv)
+        write_csv(data["groups"], data["failed"], request.csv)
     page = request.html or Path("outputs", "reports", f"{selection.title}.html")
     write_page(data, page)
     logged = request.sweep and reader.add_artifact(selection.parents[0], page, "reports")
     if request.as_json:
-        print(json.dumps({k: data[k] for k in ("title", "groups", "failed", "skipped")}, indent=2))
+        told = ("title", "groups", "failed", "skipped")
+        print(json.dumps({k: v for k, v in data.items() if k in told}, indent=2))
     else:
         console = terminal(160)
         for group in groups:

@@ -1,6 +1,6 @@
 """Numbers in documents come from tracked runs: ``python -m quantlab.docs`` writes them.
 
-In README.md it fills what stands between ``<!-- table: RECIPE -->`` (the rows of the recipe's newest finished run),
+In the :data:`DOCUMENTS` it fills what stands between ``<!-- table: RECIPE -->`` (the rows of its newest finished run),
 ``<!-- figure: RECIPE -->`` (a picture of them, written beside the recipe), ``<!-- calibration: RECIPE -->`` (its
 algorithms, each paired with the plain one on the same bits) or ``<!-- list: WHAT -->`` (what ``quantlab list WHAT``
 prints) and ``<!-- end -->``. In each recipe that has such a run it replaces the line ``# Expect: ...``.
@@ -9,12 +9,11 @@ prints) and ``<!-- end -->``. In each recipe that has such a run it replaces the
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from quantlab.backends.table import distributions
 from quantlab.errors import ConfigError
@@ -27,6 +26,7 @@ from quantlab.report.reading import open_reader
 from quantlab.report.selection import parse_request, select
 from quantlab.report.table import LEGEND, cells, columns, markdown
 from quantlab.tracking import find_records
+from quantlab.tracking.results import SweepResults
 from quantlab.tracking.tags import KIND, RECIPE
 
 BLOCK = re.compile(r"(<!-- (table|figure|calibration|list): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -34,19 +34,35 @@ SHOWN_VERSIONS = ("torch", "diffusers", "transformers")
 """Beside these, what the backends name."""
 
 
-def newest(runs_dir: Path, recipe: str) -> dict[str, Any] | None:
-    """``rows.json`` of a recipe's newest finished sweep, with ``date`` added; None without one."""
+DOCUMENTS = ("README.md", "recipes/README.md", "quantlab/README.md", "quantlab/metrics/README.md")
+"""Where blocks are filled; those that a checkout does not have are passed over."""
+
+
+class Sweep(SweepResults):
+    """``rows.json`` of a finished sweep, and where and when it was tracked."""
+
+    run_id: str
+    uri: str
+    date: str
+
+
+def newest(runs_dir: Path, recipe: str) -> Sweep | None:
+    """The newest finished sweep of a recipe; None without one."""
     found = find_records(runs_dir, {RECIPE: recipe, KIND: "sweep"})
     ids = {Path(r["folder"]) / "rows.json": r["run_id"] for r in found}
     files = sorted((f for f in ids if f.is_file()), key=lambda p: p.parent.name)
     if not files:
         return None
-    data: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
-    data |= {"run_id": ids[files[-1]], "uri": f"sqlite:///{runs_dir.parent.absolute() / 'mlflow.db'}"}
-    return {**data, "date": datetime.fromtimestamp(files[-1].stat().st_mtime, UTC).strftime("%Y-%m-%d")}
+    data: SweepResults = json.loads(files[-1].read_text(encoding="utf-8"))
+    return {
+        **data,
+        "run_id": ids[files[-1]],
+        "uri": f"sqlite:///{runs_dir.parent.absolute() / 'mlflow.db'}",
+        "date": datetime.fromtimestamp(files[-1].stat().st_mtime, UTC).strftime("%Y-%m-%d"),
+    }
 
 
-def table_block(data: Mapping[str, Any]) -> str:
+def table_block(data: Sweep) -> str:
     """Caption and Markdown table of a run."""
     rows = [r for r in data["rows"] if r["protocol"]]
     environment = data["environment"]
@@ -64,13 +80,13 @@ def table_block(data: Mapping[str, Any]) -> str:
     return f"{markdown(rows, rows[0]['protocol'])}\n\n{caption}\n"
 
 
-def calibration_block(data: Mapping[str, Any]) -> str:
+def calibration_block(data: Sweep) -> str:
     """What each algorithm of a sweep costs or buys over the plain one: a Markdown table of paired differences."""
     lines = [
         "| algorithm | against | metric | difference (95 % interval) | of plain | p (Holm) | verdict |",
         "|---|---|---|---:|---:|---:|---|",
     ]
-    for group in compare_sweep(str(data["run_id"]), data["uri"]):
+    for group in compare_sweep(data["run_id"], data["uri"]):
         values = {r.name: r.metrics[f"quality/{group.metric}"] for r in group.candidates}
         for v in group.twins:
             d = v.difference
@@ -90,7 +106,7 @@ def compare_sweep(run_id: str, uri: str) -> list[Comparison]:
     return compare(request, select(request, reader), reader)
 
 
-def expectation(data: Mapping[str, Any]) -> str:
+def expectation(data: Sweep) -> str:
     """The recipe header's line: cost, and the best and worst row."""
     rows = [r for r in data["rows"] if r["status"] == "FINISHED" and "quantization/coverage" in r["metrics"]]
     metric = PROTOCOLS[rows[0]["protocol"]].HEADLINE[0]
@@ -114,16 +130,18 @@ def list_block(what: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def figure_block(data: Mapping[str, Any], recipe: str, root: Path) -> str:
-    """Writes the picture of a sweep beside its recipe; the image with its caption."""
-    draw_pareto(data["rows"], root / "recipes" / f"{recipe}.svg")
+def figure_block(data: Sweep, recipe: str, root: Path, document: Path) -> str:
+    """Writes the picture of a sweep beside its recipe; the image with its caption, for ``document``."""
+    file = root / "recipes" / f"{recipe}.svg"
+    draw_pareto(data["rows"], file)
+    link = Path(os.path.relpath(file, document.parent)).as_posix()
     rows = [r for r in data["rows"] if "quantization/coverage" in r["metrics"]]
     what = f"{len(rows)} schemes of recipe={recipe}: quality over stored bits"
-    return f"![{what}](recipes/{recipe}.svg)\n\n{what}, measured {data['date']}; hollow: simulated.\n"
+    return f"![{what}]({link})\n\n{what}, measured {data['date']}; hollow: simulated.\n"
 
 
-def fill(text: str, runs_dir: Path, root: Path) -> str:
-    """``text`` with every block filled that there is a run or a list for."""
+def fill(document: Path, runs_dir: Path, root: Path) -> str:
+    """The text of ``document`` with every block filled that there is a run or a list for."""
 
     def content(match: re.Match[str]) -> str:
         head, kind, name, end = match.groups()
@@ -133,18 +151,19 @@ def fill(text: str, runs_dir: Path, root: Path) -> str:
         if data is None:
             return match[0]
         if kind == "figure":
-            return head + figure_block(data, name, root) + end
+            return head + figure_block(data, name, root, document) + end
         return head + (calibration_block if kind == "calibration" else table_block)(data) + end
 
-    return BLOCK.sub(content, text)
+    return BLOCK.sub(content, document.read_text(encoding="utf-8"))
 
 
 def main(root: Path, runs_dir: Path) -> list[str]:
-    """Update README.md and the recipes below ``root``; returns what was changed."""
+    """Update the documents and the recipes below ``root``; returns what was changed, as paths from there."""
     if not (root / "README.md").is_file():
         raise ConfigError(f"{root}: no README.md here; run this in the project's folder")
     changed = []
-    texts = {root / "README.md": fill((root / "README.md").read_text(encoding="utf-8"), runs_dir, root)}
+    documents = [root / name for name in DOCUMENTS if (root / name).is_file()]
+    texts = {document: fill(document, runs_dir, root) for document in documents}
     for recipe in sorted((root / "recipes").glob("*.yaml")):
         data = newest(runs_dir, recipe.stem)
         if data is not None:
@@ -153,7 +172,7 @@ def main(root: Path, runs_dir: Path) -> list[str]:
     for path, text in texts.items():
         if path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
-            changed.append(path.name)
+            changed.append(path.relative_to(root).as_posix())
     return changed
 
 

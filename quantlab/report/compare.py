@@ -16,7 +16,6 @@ Against the reference the logged intervals are used: a fidelity metric is itself
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,7 +34,7 @@ from quantlab.metrics.statistics import (
 )
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.pareto import pareto_front
-from quantlab.report.reading import Reader, StoredRun
+from quantlab.report.reading import Reader, StoredRun, read_json
 from quantlab.report.selection import ComparisonRequest, Selection, group_labels, is_candidate
 from quantlab.vocabulary.reports import MetricValue
 
@@ -48,6 +47,8 @@ PLAIN = ("auto", "max")
 SAME_BITS = ("backend", "dtype", "group_size", "activation_dtype")
 """Settings in which a run and its twin of the plain algorithm agree."""
 LAYOUT = ("sample_id", "clusters", "strata")
+Labels = list[int] | None
+"""The cluster, or the stratum, of each sample; None: each is its own, or all are of one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,17 +182,16 @@ class _Samples:
 
     def __init__(self, typed: str, reader: Reader, metric: str) -> None:
         self.typed, self.metric, self._reader = typed, metric, reader
-        self._known: dict[str, dict[str, Any]] = {}
+        self._known: dict[str, dict[str, list[Any]]] = {}
 
-    def of(self, run: StoredRun) -> dict[str, Any]:
+    def of(self, run: StoredRun) -> dict[str, list[Any]]:
         """The columns of samples.json; empty where it is missing."""
         if run.run_id not in self._known:
-            content = self._reader.read_artifact(run, "samples.json")
-            data = json.loads(content) if content else {}
+            data = read_json(self._reader, run, "samples.json")
             self._known[run.run_id] = {k: data[k] for k in (*LAYOUT, self.metric) if k in data}
         return self._known[run.run_id]
 
-    def common(self, runs: Sequence[StoredRun]) -> tuple[list[list[float]], Any, Any]:
+    def common(self, runs: Sequence[StoredRun]) -> tuple[list[list[float]], Labels, Labels]:
         """The runs' values on the samples that all have, in one order, with their clusters and strata."""
         columns = [self.of(r) for r in runs]
         ids = [c.get("sample_id", list(range(len(c[self.metric])))) for c in columns]
@@ -327,8 +327,8 @@ def _test(
     names: Sequence[str],
     values: Sequence[Sequence[float]],
     pairs: Sequence[tuple[int, int]],
-    clusters: Any,
-    strata: Any,
+    clusters: Labels,
+    strata: Labels,
     metric: str,
 ) -> list[Verdict]:
     alone = clusters is None or len(set(clusters)) == len(clusters)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from quantlab.metrics import METRICS
 from quantlab.protocols.diffusion import DIFFERENCE_GAIN
-from quantlab.report.reading import Reader, StoredRun
+from quantlab.report.reading import Reader, StoredRun, read_json
+from quantlab.tracking.heat_map import HeatMap
 from quantlab.tracking.pictures import SAMPLE_ARRAYS, read_samples, shown_tiles
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 IMAGE_BYTES = 3_000_000
 """What all pictures of a page may weigh together."""
@@ -20,7 +24,48 @@ EXACT_PIXELS = 96
 """Tiles up to this size are kept exactly (PNG); larger ones are scaled down and compressed."""
 
 
-def image_figure(reader: Reader, runs: Sequence[StoredRun]) -> dict[str, Any] | None:
+class Strips(TypedDict):
+    """One scheme's images side by side, as data addresses."""
+
+    name: str
+    candidate: str
+    difference: str
+
+
+class ImageFigure(TypedDict):
+    """The pictures of a page; a strip has ``tiles`` tiles of at most ``pixels`` pixels, of these ``samples``."""
+
+    reference: str
+    schemes: list[Strips]
+    tiles: int
+    samples: list[str]
+    pixels: int
+    difference_gain: int
+
+
+class LayerMap(HeatMap):
+    """A map of layers and schemes."""
+
+    metric: str
+    higher_is_better: bool
+
+
+class StepMap(LayerMap):
+    """A map of schemes and steps; ``log``: its values span orders of magnitude."""
+
+    unit: str
+    description: str
+    log: bool
+
+
+class CalibrationMap(HeatMap):
+    """A map of layers and steps of one run."""
+
+    name: str
+    metric: str
+
+
+def image_figure(reader: Reader, runs: Sequence[StoredRun]) -> ImageFigure | None:
     """Strips of all samples: the reference once, candidate and difference of each run; None without pictures.
 
     Pictures that would not fit into the page together are scaled down.
@@ -33,7 +78,7 @@ def image_figure(reader: Reader, runs: Sequence[StoredRun]) -> dict[str, Any] | 
     tiles = [(r, shown_tiles(t)) for r, t, own in known if t.shape == first.shape and own == ids]
     largest = min(max(tiles[0][1].shape[2:4]), TILE_SIZES[0])
     for size in [largest, *(s for s in TILE_SIZES if s < largest)]:
-        schemes = [
+        schemes: list[Strips] = [
             {"name": r.name, "candidate": _strip(t, 1, size), "difference": _strip(t, 2, size)} for r, t in tiles
         ]
         reference = _strip(tiles[0][1], 0, size)
@@ -49,7 +94,7 @@ def image_figure(reader: Reader, runs: Sequence[StoredRun]) -> dict[str, Any] | 
     }
 
 
-def _strip(tiles: Any, column: int, size: int) -> str:
+def _strip(tiles: NDArray[np.uint8], column: int, size: int) -> str:
     """The tiles of one column side by side, each at most ``size`` pixels high and wide, as a data address."""
     import numpy as np
     from PIL import Image
@@ -68,11 +113,11 @@ def _strip(tiles: Any, column: int, size: int) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def layer_figure(reader: Reader, runs: Sequence[StoredRun]) -> dict[str, Any] | None:
+def layer_figure(reader: Reader, runs: Sequence[StoredRun]) -> LayerMap | None:
     """Relative weight error of every layer under every scheme; None where no run has a layer table."""
     errors: dict[str, dict[str, float]] = {}
     for run in runs:
-        table = json.loads(reader.read_artifact(run, "layers.json") or b"{}")
+        table = read_json(reader, run, "layers.json")
         if not table:
             continue
         name, error = table["columns"].index("name"), table["columns"].index("weight_rel_error")
@@ -91,20 +136,29 @@ def layer_figure(reader: Reader, runs: Sequence[StoredRun]) -> dict[str, Any] | 
     }
 
 
-def calibration_figures(reader: Reader, runs: Sequence[StoredRun]) -> list[dict[str, Any]]:
+def calibration_figures(reader: Reader, runs: Sequence[StoredRun]) -> list[CalibrationMap]:
     """One map of layers and denoising steps for each run that was calibrated."""
-    figures = []
+    figures: list[CalibrationMap] = []
     for run in runs:
-        heat = json.loads(reader.read_artifact(run, "calibration_steps.json") or b"{}")
+        heat = read_json(reader, run, "calibration_steps.json")
         if heat.get("rows"):
             values = [[_rounded(v) for v in row] for row in heat["values"]]
-            figures.append({"name": run.name, "metric": "output SQNR", **heat, "values": values})
+            figures.append(
+                {
+                    "name": run.name,
+                    "metric": "output SQNR",
+                    "title": heat["title"],
+                    "rows": heat["rows"],
+                    "columns": heat["columns"],
+                    "values": values,
+                }
+            )
     return figures
 
 
-def step_figures(runs: Sequence[StoredRun]) -> list[dict[str, Any]]:
+def step_figures(runs: Sequence[StoredRun]) -> list[StepMap]:
     """The metrics that are curves over the steps, each as a map of scheme and step."""
-    figures = []
+    figures: list[StepMap] = []
     for metric in (m for m in METRICS.values() if m.is_curve):
         curves = {r.name: _curve(r, f"quality/{metric.name}/") for r in runs}
         curves = {scheme: curve for scheme, curve in curves.items() if curve}

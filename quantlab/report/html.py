@@ -6,15 +6,25 @@ import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from quantlab.errors import ConfigError
 from quantlab.metrics import METRICS
 from quantlab.report.compare import BETTER, IN_FLOOR, IN_MARGIN, SAME, TOO_FEW, WORSE, Comparison, bytes_of
-from quantlab.report.comparison_table import comparison_data
-from quantlab.report.figures import calibration_figures, image_figure, layer_figure, step_figures
+from quantlab.report.comparison_data import Failure, GroupData, failure_data, group_data
+from quantlab.report.figures import (
+    CalibrationMap,
+    ImageFigure,
+    LayerMap,
+    StepMap,
+    calibration_figures,
+    image_figure,
+    layer_figure,
+    step_figures,
+)
 from quantlab.report.reading import Reader, StoredRun
 from quantlab.report.selection import Selection
+from quantlab.tracking.results import Skipped
 from quantlab.tracking.tags import DEVICE, GIT_COMMIT
 
 MAX_DETAILED = 24
@@ -30,23 +40,46 @@ RULES = {
 }
 
 
-def page_data(groups: Sequence[Comparison], selection: Selection, reader: Reader) -> dict[str, Any]:
-    """What the page shows, as JSON data: the comparison, its pictures, maps and recipes."""
-    data = comparison_data(groups, selection)
-    for group, shown in zip(groups, data["groups"], strict=True):
-        detailed = _detailed(group)
-        shown |= {
-            "facts": _facts(group),
-            "images": image_figure(reader, detailed),
-            "layers": layer_figure(reader, detailed),
-            "steps": step_figures(detailed),
-            "calibrated": calibration_figures(reader, detailed),
-            "recipes": _recipes(reader, group.runs[:MAX_RECIPES]),
-        }
-        if len(detailed) < len(group.candidates):
-            some = f"{len(detailed)} of {len(group.candidates)}"
-            shown["notes"].append(f"pictures and maps show {some} schemes, the front first")
-    return data | {
+class PageGroup(GroupData):
+    """One comparable group with its pictures, maps and recipes."""
+
+    facts: dict[str, str]
+    images: ImageFigure | None
+    layers: LayerMap | None
+    steps: list[StepMap]
+    calibrated: list[CalibrationMap]
+    recipes: dict[str, str]
+
+
+class MetricWords(TypedDict):
+    """What the page says of a metric."""
+
+    unit: str
+    description: str
+    higher_is_better: bool | None
+
+
+class PageData(TypedDict):
+    """What the page shows."""
+
+    title: str
+    groups: list[PageGroup]
+    failed: list[Failure]
+    skipped: list[Skipped]
+    metrics: dict[str, MetricWords]
+    rules: dict[str, str]
+    store: str
+    commits: list[str]
+    created: str
+
+
+def page_data(groups: Sequence[Comparison], selection: Selection, reader: Reader) -> PageData:
+    """The comparison, its pictures, maps and recipes, as JSON data."""
+    return {
+        "title": selection.title,
+        "groups": [_page_group(group, reader) for group in groups],
+        "failed": [failure_data(r) for r in selection.failed],
+        "skipped": list(selection.skipped),
         "metrics": {
             m.name: {"unit": m.unit, "description": m.description, "higher_is_better": m.higher_is_better}
             for m in METRICS.values()
@@ -58,7 +91,24 @@ def page_data(groups: Sequence[Comparison], selection: Selection, reader: Reader
     }
 
 
-def page(data: dict[str, Any]) -> str:
+def _page_group(group: Comparison, reader: Reader) -> PageGroup:
+    detailed = _detailed(group)
+    data = group_data(group)
+    if len(detailed) < len(group.candidates):
+        some = f"{len(detailed)} of {len(group.candidates)}"
+        data["notes"].append(f"pictures and maps show {some} schemes, the front first")
+    return {
+        **data,
+        "facts": _facts(group),
+        "images": image_figure(reader, detailed),
+        "layers": layer_figure(reader, detailed),
+        "steps": step_figures(detailed),
+        "calibrated": calibration_figures(reader, detailed),
+        "recipes": _recipes(reader, group.runs[:MAX_RECIPES]),
+    }
+
+
+def page(data: PageData) -> str:
     """The HTML text; nothing in the data can end the element that holds it."""
     folder = Path(__file__).parent
     text = {name: (folder / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
@@ -69,7 +119,7 @@ def page(data: dict[str, Any]) -> str:
     return pieces[0] + "".join(parts[name] + rest for name, _, rest in (p.partition("}}") for p in pieces[1:]))
 
 
-def write_page(data: dict[str, Any], path: Path) -> None:
+def write_page(data: PageData, path: Path) -> None:
     """Write the page; ConfigError where the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quantlab.backends.table import backends
 from quantlab.metrics import METRICS
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.pareto import pareto_front
+from quantlab.tracking.results import Row
 
 
-def draw_pareto(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _Point:
+    """A scheme: stored bits a weight, and the metric with its interval (the value alone where there is none)."""
+
+    bits: float
+    value: float
+    low: float
+    high: float
+    is_simulated: bool
+
+
+def draw_pareto(rows: Sequence[Row], file: Path) -> None:
     """Write the finished rows of a sweep (``rows.json``) to ``file`` (SVG): the first headline metric with 95 %
     intervals over stored bits a weight, the Pareto front as a line, the bf16 floor dashed; hollow points are
     simulated, and stand where their storage is."""
@@ -28,12 +40,12 @@ def draw_pareto(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     for backend, row in backends().items():
         points = [_point(r["metrics"], metric.name) for r in found if r["name"].split()[0] == backend]
         for simulated in (False, True):
-            chosen = [p for p in points if p["simulated"] == simulated]
+            chosen = [p for p in points if p.is_simulated == simulated]
             if chosen:
-                errors = [[p["value"] - p["low"] for p in chosen], [p["high"] - p["value"] for p in chosen]]
+                errors = [[p.value - p.low for p in chosen], [p.high - p.value for p in chosen]]
                 axes.errorbar(
-                    [p["bits"] for p in chosen],
-                    [p["value"] for p in chosen],
+                    [p.bits for p in chosen],
+                    [p.value for p in chosen],
                     yerr=errors,
                     fmt="o",
                     color=row.colour,
@@ -42,7 +54,7 @@ def draw_pareto(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
                     lw=1,
                     label=None if simulated else backend,
                 )
-    every = [(p["bits"], p["value"]) for r in found for p in [_point(r["metrics"], metric.name)]]
+    every = [(p.bits, p.value) for p in (_point(r["metrics"], metric.name) for r in found)]
     front = sorted({every[i] for i in pareto_front(every, (False, bool(metric.higher_is_better)))})
     axes.plot([bits for bits, _ in front], [value for _, value in front], color="#888888", lw=1, zorder=0)
     floor = found[0]["metrics"].get(f"quality/floor/{metric.name}")
@@ -58,12 +70,12 @@ def draw_pareto(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
-def _point(metrics: Mapping[str, float], metric: str) -> dict[str, Any]:
+def _point(metrics: Mapping[str, float], metric: str) -> _Point:
     value = metrics[f"quality/{metric}"]
-    return {
-        "bits": metrics["memory/bits_per_weight"],
-        "value": value,
-        "low": metrics.get(f"quality/{metric}/ci_lo", value),
-        "high": metrics.get(f"quality/{metric}/ci_hi", value),
-        "simulated": bool(metrics.get("memory/is_simulated")),
-    }
+    return _Point(
+        bits=metrics["memory/bits_per_weight"],
+        value=value,
+        low=metrics.get(f"quality/{metric}/ci_lo", value),
+        high=metrics.get(f"quality/{metric}/ci_hi", value),
+        is_simulated=bool(metrics.get("memory/is_simulated")),
+    )

@@ -8,6 +8,7 @@ half a second. The tables that are read (``runs``, ``latest_metrics``, ``params`
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import sqlite3
 import tempfile
@@ -92,6 +93,20 @@ def experiment_id(reader: Reader, name: str, typed: str) -> str:
         have = ", ".join(sorted(known)) or "none"
         raise TrackingError(f"{typed}: no such experiment in {reader.uri}{nearest(name, known)}; it has {have}")
     return known[name]
+
+
+def read_json(reader: Reader, run: StoredRun, name: str) -> dict[str, Any]:
+    """An artifact that is a JSON object; empty where the run has none such."""
+    return json_object(reader.read_artifact(run, name) or b"")
+
+
+def json_object(text: str | bytes) -> dict[str, Any]:
+    """The JSON object in ``text``; empty for anything else."""
+    try:
+        data = json.loads(text)
+    except ValueError:
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from rich.table import Table
 from rich.text import Text
 
 from quantlab.metrics import METRICS
 from quantlab.metrics.statistics import wilson_interval
+from quantlab.report.reading import json_object
 from quantlab.tracking.tags import DEVICE, INPUTS_SHA256, JUDGE_SHA256, VERSIONS, WEIGHTS_SHA256
 
 IDENTICAL, WITHIN, DIFFERENT = "identical", "within its interval", "different"
@@ -26,6 +27,15 @@ ROUNDING = 1e-6
 NO_INTERVAL = 1e-3
 """Relative difference up to which a number without an uncertainty (a point of a curve, a weight error) is the same."""
 _STYLES = {IDENTICAL: "green", WITHIN: "yellow", DIFFERENT: "red"}
+
+
+class RunNumbers(TypedDict):
+    """A run as it is compared."""
+
+    run_id: str
+    name: str
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +87,12 @@ class Reproduction:
 
 
 def compare_runs(
-    was: Mapping[str, Any], now: Mapping[str, Any], samples: tuple[Any, Any], environments: tuple[Any, Any]
+    was: RunNumbers,
+    now: RunNumbers,
+    samples: tuple[Mapping[str, object], Mapping[str, object]],
+    environments: tuple[Mapping[str, Any], Mapping[str, Any]],
 ) -> Reproduction:
-    """Two runs as mappings with ``run_id name metrics tags``; samples and environments as their JSON files have them.
+    """Two runs with their samples and environments as those JSON files have them, empty where there is none.
 
     An interval is that of the first run, never the union of both.
     """
@@ -143,8 +156,8 @@ def _interval(name: str, metrics: Mapping[str, float]) -> tuple[float | None, fl
     return None, None
 
 
-def _sample_differences(was: Any, now: Any) -> tuple[Check, ...]:
-    if not isinstance(was, Mapping) or not isinstance(now, Mapping):
+def _sample_differences(was: Mapping[str, object], now: Mapping[str, object]) -> tuple[Check, ...]:
+    if not was or not now:
         return ()
     found = []
     for name, theirs in was.items():
@@ -159,10 +172,12 @@ def _sample_differences(was: Any, now: Any) -> tuple[Check, ...]:
     return tuple(found)
 
 
-def _changes(was: Mapping[str, str], now: Mapping[str, str], old: Any, new: Any) -> list[Change]:
+def _changes(
+    was: Mapping[str, str], now: Mapping[str, str], old: Mapping[str, Any], new: Mapping[str, Any]
+) -> list[Change]:
     """Differences of digests, package versions, code and hardware, in this order."""
     found = [(tag.removeprefix("quantlab."), was.get(tag), now.get(tag)) for tag in _SHARED_TAGS]
-    old = old or {"versions": _json(was.get(VERSIONS, ""))}
+    old = old or {"versions": json_object(was.get(VERSIONS, ""))}
     for part in ("versions", "git", "hardware"):
         theirs, ours = old.get(part) or {}, new.get(part) or {}
         found += [(_label(part, k), theirs.get(k), ours.get(k)) for k in {**theirs, **ours} if theirs]
@@ -173,16 +188,8 @@ def _label(part: str, key: str) -> str:
     return key if part == "versions" else f"code {key}" if part == "git" else key.replace("_", " ")
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return "-" if value is None else value if isinstance(value, str) else json.dumps(value)
-
-
-def _json(text: str) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except ValueError:
-        return {}
-    return data if isinstance(data, dict) else {}
 
 
 # -- for the terminal

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from quantlab.errors import ConfigError, TrackingError, nearest
-from quantlab.report.reading import Reader, StoredRun, experiment_id
+from quantlab.report.reading import Reader, StoredRun, experiment_id, json_object, read_json
+from quantlab.tracking.results import Skipped
 from quantlab.tracking.tags import (
     DEVICE,
     FORMER_PARENTS,
@@ -70,8 +70,8 @@ class Selection:
     failed: tuple[StoredRun, ...] = ()
     """Jobs without a result: failed, killed, or not ended."""
     parents: tuple[StoredRun, ...] = ()
-    skipped: tuple[Mapping[str, str], ...] = ()
-    """``combination`` and ``reason`` of what the sweeps did not run."""
+    skipped: tuple[Skipped, ...] = ()
+    """What the sweeps did not run."""
 
 
 def parse_request(words: Sequence[str]) -> ComparisonRequest:
@@ -164,7 +164,7 @@ def select(request: ComparisonRequest, reader: Reader) -> Selection:
         groups=groups,
         failed=failed,
         parents=tuple(parents),
-        skipped=tuple(s for p in parents for s in _summary(reader, p).get("skipped", [])),
+        skipped=tuple(s for p in parents for s in read_json(reader, p, "rows.json").get("skipped", [])),
     )
 
 
@@ -184,7 +184,7 @@ def differences(a: StoredRun, b: StoredRun) -> list[str]:
         for k in (DEVICE, WEIGHTS_SHA256, INPUTS_SHA256, JUDGE_SHA256)
         if a.tags.get(k) != b.tags.get(k)
     ]
-    ours, theirs = (_json(r.tags.get(VERSIONS, "")) for r in (a, b))
+    ours, theirs = (json_object(r.tags.get(VERSIONS, "")) for r in (a, b))
     found += [f"{k}: {ours.get(k)} / {theirs.get(k)}" for k in ours if ours.get(k) != theirs.get(k)]
     both = " / ".join(r.tags[REFERENCE_KEY][:8] for r in (a, b))
     return found or [f"{REFERENCE_KEY}: {both} (metric versions, or kind of machine)"]
@@ -231,7 +231,7 @@ def children(reader: Reader, parent: StoredRun) -> list[StoredRun]:
     """The sweep's own runs, those of earlier sweeps that it took over, and those that a later sweep took over."""
     tags = ({PARENT_RUN_ID: parent.run_id}, {FORMER_PARENTS: f"%{parent.run_id}%"})
     found = {r.run_id: r for some in tags for r in reader.of_experiment(parent.experiment_id, some)}
-    listed = [row.get("run_id") or "" for row in _summary(reader, parent).get("rows", [])]
+    listed = [row.get("run_id") or "" for row in read_json(reader, parent, "rows.json").get("rows", [])]
     return [*found.values(), *reader.by_id([i for i in dict.fromkeys(listed) if i and i not in found])]
 
 
@@ -292,19 +292,6 @@ def _not_comparable(request: ComparisonRequest, groups: Sequence[Sequence[Stored
         f"{request.typed}: not comparable: {a.name!r} and {b.name!r} differ in {what}; choose runs of one sweep, or "
         "run them again with the same model, evaluation and versions"
     )
-
-
-def _summary(reader: Reader, parent: StoredRun) -> dict[str, Any]:
-    """What a sweep wrote at its end; empty for one that was killed."""
-    return _json((reader.read_artifact(parent, "rows.json") or b"").decode("utf-8", "replace"))
-
-
-def _json(text: str) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except ValueError:
-        return {}
-    return data if isinstance(data, dict) else {}
 
 
 def _title(request: ComparisonRequest, parents: Sequence[StoredRun]) -> str:

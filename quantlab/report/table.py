@@ -7,17 +7,16 @@ terminal and the documents show the same numbers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from quantlab.metrics import METRICS
 from quantlab.protocols.table import PROTOCOLS
+from quantlab.tracking.results import Measured, Row
 
 MIB = 1024**2
 MAX_SKIPPED = 8  # rows of impossible combinations that a terminal shows
-Row = Mapping[str, Any]
 LEGEND = (
     "(low..high): 95 % interval; ° no worse than the bf16 noise floor; ~ simulated: stored wider than the dtype says"
 )
@@ -43,9 +42,9 @@ def _title(metric: str) -> str:
     return f"{metric.removesuffix('_db')}{unit}{arrow}"
 
 
-def cells(row: Row, protocol: str) -> list[str]:
+def cells(row: Measured, protocol: str) -> list[str]:
     """One row's texts, in the order of :func:`columns`."""
-    metrics: Mapping[str, float] = row["metrics"]
+    metrics = row["metrics"]
     if row["status"] != "FINISHED":
         texts = [""] * (len(columns(protocol)) - 2)
         texts[3] = row["status"]

@@ -6,7 +6,6 @@ taken from the cache of outputs: the reference and the floors are computed again
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -21,8 +20,8 @@ from quantlab.modules.layers import state_digest
 from quantlab.planning.composition import override_text
 from quantlab.planning.job import FLOOR_BATCH, FLOOR_BF16, Job, floor_jobs
 from quantlab.planning.plan import plan
-from quantlab.report.reading import Reader, StoredRun, open_reader
-from quantlab.report.reproduction import Reproduction, compare_runs
+from quantlab.report.reading import Reader, StoredRun, json_object, open_reader, read_json
+from quantlab.report.reproduction import Reproduction, RunNumbers, compare_runs
 from quantlab.report.selection import children
 from quantlab.running.job import floor_row, open_run, run_job
 from quantlab.running.resume import content_key
@@ -45,6 +44,7 @@ from quantlab.vocabulary.schema import ExperimentConfig, TrackingConfig
 KEYS = ("tracking.uri", "device", "num_threads", "output_dir", "model.path", "dataset.path")
 """What may be said anew: where things are, and on what it runs. All else is the run's own."""
 USAGE = "quantlab reproduce RUN_ID [--json]"
+Json = dict[str, Any]
 Digests = tuple[str, str]
 """Of a model's weights and of its judge; the second is empty where it is not known."""
 
@@ -100,7 +100,7 @@ def reproduce(request: ReproductionRequest) -> Reproduction:
     run = _finished_job(reader, request.run_id)
     with tempfile.TemporaryDirectory(prefix="quantlab-reproduce-") as folder:
         scratch = Path(folder)
-        environment = _artifact(reader, run, "environment.json")
+        environment = read_json(reader, run, "environment.json")
         job = _rebuilt(request, reader, run, environment, scratch)
         with open_session(job.config, request.quiet) as session:
             job = replace(job, config=_with_weights(job.config, session, run, scratch))
@@ -110,11 +110,11 @@ def reproduce(request: ReproductionRequest) -> Reproduction:
             (scratch / "cache" / "models").symlink_to(models, target_is_directory=True)
             fresh = replace(session, output_dir=scratch)
             return _run_again(
-                fresh, job, run, (_artifact(reader, run, "samples.json"), environment), run_folder(session, job.name)
+                fresh, job, run, (read_json(reader, run, "samples.json"), environment), run_folder(session, job.name)
             )
 
 
-def _run_again(session: Session, job: Job, run: StoredRun, known: tuple[Any, Any], folder: Path) -> Reproduction:
+def _run_again(session: Session, job: Job, run: StoredRun, known: tuple[Json, Json], folder: Path) -> Reproduction:
     samples, environment = known
     with told_apart(job.name), open_run(session, job.name, job, folder=folder) as again:
         again.set_tags({REPRODUCES: run.run_id})
@@ -124,9 +124,15 @@ def _run_again(session: Session, job: Job, run: StoredRun, known: tuple[Any, Any
             floor_row(session, floor)
         again.set_tags({JOB_KEY: content_key(bench, job)})
         run_job(session, bench, job, again)
-        now = {**again.record.summary, "run_id": again.run_id}
-        ours = _json((folder / "samples.json").read_bytes()) if (folder / "samples.json").is_file() else None
-        was = {"run_id": run.run_id, "name": job.name, "metrics": run.metrics, "tags": run.tags}
+        summary = again.record.summary
+        now: RunNumbers = {
+            "run_id": again.run_id,
+            "name": job.name,
+            "metrics": summary["metrics"],
+            "tags": summary["tags"],
+        }
+        ours = json_object((folder / "samples.json").read_bytes()) if (folder / "samples.json").is_file() else {}
+        was: RunNumbers = {"run_id": run.run_id, "name": job.name, "metrics": run.metrics, "tags": run.tags}
         found = compare_runs(was, now, (samples, ours), (environment, session.environment))
         again.log_json(found.data(), "reproduction.json")
         again.set_tags({REPRODUCTION: found.verdict})
@@ -176,19 +182,7 @@ def _children(reader: Reader, parent: StoredRun) -> str:
     return "\n".join(["give one of its jobs:", *(f"  {r.run_id}  {r.name}" for r in jobs)])
 
 
-def _artifact(reader: Reader, run: StoredRun, name: str) -> Any:
-    content = reader.read_artifact(run, name)
-    return None if content is None else _json(content)
-
-
-def _json(content: bytes) -> Any:
-    try:
-        return json.loads(content)
-    except ValueError:
-        return None
-
-
-def _rebuilt(request: ReproductionRequest, reader: Reader, run: StoredRun, environment: Any, scratch: Path) -> Job:
+def _rebuilt(request: ReproductionRequest, reader: Reader, run: StoredRun, environment: Json, scratch: Path) -> Job:
     """The job as it was: its recipe with the same device and as many threads."""
     recipe = reader.read_artifact(run, "recipe.yaml")
     if recipe is None:
@@ -198,7 +192,7 @@ def _rebuilt(request: ReproductionRequest, reader: Reader, run: StoredRun, envir
         )
     file = scratch / "recipe.yaml"
     file.write_bytes(recipe)
-    threads = ((environment or {}).get("hardware") or {}).get("torch_threads")
+    threads = (environment.get("hardware") or {}).get("torch_threads")
     experiments = {number: name for name, number in reader.experiments().items()}
     words: dict[str, Any] = {
         "device": run.tags.get(DEVICE, "auto"),
@@ -208,7 +202,7 @@ def _rebuilt(request: ReproductionRequest, reader: Reader, run: StoredRun, envir
         **{k: int(v) if v.isdigit() else v for k, v in request.words.items()},
     }
     (job,) = plan([f"recipe={file}", *(override_text(k, v) for k, v in words.items())]).jobs
-    name = (_artifact(reader, run, "report.json") or {}).get("name") or run.name
+    name = read_json(reader, run, "report.json").get("name") or run.name
     floors = run.params.get("sweep.floors", "true") == "true"
     config = replace(job.config, recipe=run.tags.get(RECIPE) or None, sweep=replace(job.config.sweep, floors=floors))
     batch_size = config.evaluation.floor_batch_size if name == FLOOR_BATCH else None

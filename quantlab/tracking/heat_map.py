@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 MAX_LABELS = 60
 """More rows than this are labelled in part."""
 
 
-def draw_heat_map(heat: Mapping[str, Any], file: Path) -> None:
-    """Write ``heat`` (``title``, ``rows``, ``columns``, ``values``; None stays blank) to ``file`` as PNG."""
+class HeatMap(TypedDict):
+    """A number for each row and column; None where there is none."""
+
+    title: str
+    rows: list[str]
+    columns: list[str]
+    values: list[list[float | None]]
+
+
+def draw_heat_map(heat: HeatMap, file: Path) -> None:
+    """Write ``heat`` to ``file`` as PNG; None stays blank."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

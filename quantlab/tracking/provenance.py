@@ -8,7 +8,7 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from quantlab.backends.table import distributions
 
@@ -29,6 +29,43 @@ _PACKAGES = (
 """Beside these, what the backends name."""
 
 
+class GitState(TypedDict):
+    """A checkout; ``diff_sha256`` is None for a clean one."""
+
+    sha: str
+    dirty: bool
+    diff_sha256: str | None
+
+
+class Gpu(TypedDict):
+    """One device that torch sees."""
+
+    name: str
+    compute_capability: str
+    memory_bytes: int
+
+
+class Hardware(TypedDict):
+    """What float sums, speed and peak memory depend on; ``cuda`` and ``hip`` are torch's, None where it has none."""
+
+    machine: str
+    num_cpus: int | None
+    cpu_capability: str
+    torch_threads: int
+    memory_bytes: int
+    cuda: str | None
+    hip: str | None
+    gpus: list[Gpu]
+
+
+class Environment(TypedDict):
+    """What a run was made with (``environment.json``)."""
+
+    versions: dict[str, str]
+    git: GitState | None
+    hardware: Hardware
+
+
 def versions() -> dict[str, str]:
     """Python's version and those of the installed packages that a number can depend on."""
     found = {"python": platform.python_version()}
@@ -40,7 +77,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_state(root: Path) -> dict[str, Any] | None:
+def git_state(root: Path) -> GitState | None:
     """``sha``, ``dirty`` and ``diff_sha256`` of the checkout that holds ``root``; None outside one.
 
     A folder of which the checkout holds no file (an installed package in somebody's project) counts as outside.
@@ -76,7 +113,7 @@ def _git(root: Path, *words: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def hardware() -> dict[str, Any]:
+def hardware() -> Hardware:
     """What float sums, speed and peak memory depend on. No host or user name."""
     import psutil
     import torch
@@ -98,6 +135,6 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def environment(root: Path | None = None) -> dict[str, Any]:
+def environment(root: Path | None = None) -> Environment:
     """:func:`versions`, :func:`git_state` and :func:`hardware`; ``root`` is by default the folder of this code."""
     return {"versions": versions(), "git": git_state(root or Path(__file__).parents[1]), "hardware": hardware()}

@@ -6,10 +6,12 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-from quantlab.tracking.heat_map import draw_heat_map
+from quantlab.tracking.heat_map import HeatMap, draw_heat_map
 from quantlab.tracking.pictures import SAMPLE_ARRAYS, SAMPLE_GRID, write_samples
+from quantlab.tracking.provenance import Environment
+from quantlab.tracking.run import Run
 from quantlab.tracking.tags import CALIBRATION_SHA256
 from quantlab.vocabulary.reports import (
     CalibratedLayer,
@@ -20,6 +22,41 @@ from quantlab.vocabulary.reports import (
     QuantizationReport,
     RunReport,
 )
+
+
+class Measured(TypedDict):
+    """What a table shows of a row."""
+
+    name: str
+    status: str
+    metrics: Mapping[str, float]
+
+
+class Row(Measured):
+    """One row of a request (``report.json``): a report without arrays."""
+
+    protocol: str
+    error: str
+    failed_stage: str
+    run_id: str | None
+    resumed: bool
+    params: Mapping[str, object]
+
+
+class Skipped(TypedDict):
+    """A combination that no backend offers."""
+
+    combination: str
+    reason: str
+
+
+class SweepResults(TypedDict):
+    """What a sweep writes at its end (``rows.json``)."""
+
+    rows: list[Row]
+    skipped: list[Skipped]
+    environment: Environment
+    seconds: float
 
 
 def flat_metrics(report: RunReport) -> dict[str, float]:
@@ -111,7 +148,7 @@ def sum_memory(reports: Iterable[MemoryReport]) -> MemoryReport | None:
     return MemoryReport(**{k: sum(getattr(r, k) for r in reports) for k in asdict(reports[0])})
 
 
-def report_data(report: RunReport) -> dict[str, Any]:
+def report_data(report: RunReport) -> Row:
     """A report as JSON data, without arrays."""
     return {
         "name": report.name,
@@ -126,7 +163,7 @@ def report_data(report: RunReport) -> dict[str, Any]:
     }
 
 
-def log_quantization(run: Any, report: RunReport, tags: Mapping[str, str]) -> None:
+def log_quantization(run: Run, report: RunReport, tags: Mapping[str, str]) -> None:
     """What the quantize stage found out: it stays even if the evaluation fails."""
     run.log_metrics(flat_metrics(report))
     run.set_tags(tags)
@@ -147,7 +184,7 @@ def _paths(layers: Sequence[LayerReport] | Sequence[CalibratedLayer]) -> list[st
     return [f"{r.component}.{r.name}" if several else r.name for r in layers]
 
 
-def log_calibration(run: Any, report: RunReport) -> None:
+def log_calibration(run: Run, report: RunReport) -> None:
     """What calibration used and what it showed of each layer; a tag says so where the scheme needs no data."""
     found = report.calibration
     run.set_tags({CALIBRATION_SHA256: found.sha256 if found else "none: this scheme needs no data"})
@@ -164,7 +201,7 @@ def log_calibration(run: Any, report: RunReport) -> None:
             run.log_artifact(picture, "figures")
 
 
-def calibration_map(found: CalibrationReport) -> dict[str, Any]:
+def calibration_map(found: CalibrationReport) -> HeatMap:
     """``rows`` (layers), ``columns`` (denoising steps), ``values``: output SQNR in dB of each layer at each step."""
     steps = sorted({k for r in found.layers for k in r.step_sqnr_db})
     return {
@@ -175,7 +212,7 @@ def calibration_map(found: CalibrationReport) -> dict[str, Any]:
     }
 
 
-def log_evaluation(run: Any, report: RunReport, fingerprint: float | None) -> None:
+def log_evaluation(run: Run, report: RunReport, fingerprint: float | None) -> None:
     """What the evaluate stage found out, and the whole report as JSON."""
     before = flat_metrics(replace(report, quality={}, floor={}, floor_batch={}, measurements=None, stages=()))
     metrics = {k: v for k, v in flat_metrics(report).items() if k not in before}
@@ -187,9 +224,9 @@ def log_evaluation(run: Any, report: RunReport, fingerprint: float | None) -> No
     run.log_json(report_data(report), "report.json")
 
 
-def _log_measurements(run: Any, measured: Measurements) -> None:
+def _log_measurements(run: Run, measured: Measurements) -> None:
     ids = list(measured.sample_ids)
-    columns: dict[str, Any] = {"sample_id": ids} if ids else {}
+    columns: dict[str, Sequence[object]] = {"sample_id": ids} if ids else {}
     for name in ("clusters", "strata"):
         if getattr(measured, name) is not None:
             columns[name] = [int(v) for v in getattr(measured, name)]

@@ -1,0 +1,207 @@
+"""A comparison as JSON data, which the page holds and ``--json`` prints, and as CSV."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+from quantlab.errors import ConfigError
+from quantlab.metrics import METRICS
+from quantlab.protocols.table import PROTOCOLS
+from quantlab.report.compare import Comparison, Verdict, answers, bytes_of
+from quantlab.report.reading import StoredRun
+from quantlab.report.selection import is_candidate
+from quantlab.tracking.tags import FAILURE, STAGE
+
+
+class Numbers(TypedDict):
+    """A metric with its interval, and what the bf16 cast of the reference has."""
+
+    value: float
+    ci_lo: float | None
+    ci_hi: float | None
+    floor: float | None
+
+
+class VerdictData(TypedDict, total=False):
+    """One comparison; a row that is no candidate has none."""
+
+    difference: float
+    ci_lo: float | None
+    ci_hi: float | None
+    se: float | None
+    test: str
+    p: float | None
+    p_holm: float | None
+    verdict: str
+
+
+class PairData(VerdictData):
+    """``a`` less ``b``."""
+
+    a: str
+    b: str
+
+
+class RowData(VerdictData):
+    """One run; the verdict is against the reference."""
+
+    name: str
+    run_id: str
+    role: str
+    backend: str
+    weights_bytes: float | None
+    bits_per_weight: float | None
+    compression: float | None
+    is_simulated: bool
+    coverage: float | None
+    metrics: dict[str, Numbers]
+    on_front: bool
+
+
+class Answer(TypedDict):
+    """A question, and the name of the run that answers it."""
+
+    question: str
+    name: str
+
+
+class GroupData(TypedDict):
+    """One comparable group."""
+
+    label: str
+    protocol: str
+    metric: str
+    unit: str
+    higher_is_better: bool | None
+    n: int
+    margin: float
+    floor: float | None
+    front: list[str]
+    answers: list[Answer]
+    notes: list[str]
+    rows: list[RowData]
+    pairs: list[PairData]
+    twins: list[PairData]
+
+
+class Failure(TypedDict):
+    """A job without a result: where and why."""
+
+    name: str
+    run_id: str
+    status: str
+    stage: str
+    error: str
+
+
+def group_data(group: Comparison) -> GroupData:
+    """One comparable group."""
+    metric = METRICS[group.metric]
+    return {
+        "label": group.label,
+        "protocol": group.protocol,
+        "metric": group.metric,
+        "unit": metric.unit,
+        "higher_is_better": metric.higher_is_better,
+        "n": group.n,
+        "margin": group.margin,
+        "floor": group.floor,
+        "front": list(group.front),
+        "answers": [{"question": q, "name": name} for q, name in answers(group)],
+        "notes": list(group.notes),
+        "rows": [_row(r, group) for r in in_order(group)],
+        "pairs": [{"a": v.a, "b": v.b, **_verdict(v)} for v in group.pairs],
+        "twins": [{"a": v.a, "b": v.b, **_verdict(v)} for v in group.twins],
+    }
+
+
+def failure_data(run: StoredRun) -> Failure:
+    """A job without a result: where and why."""
+    return {
+        "name": run.name,
+        "run_id": run.run_id,
+        "status": run.status,
+        "stage": run.tags.get(STAGE, ""),
+        "error": run.tags.get(FAILURE, "" if run.status != "RUNNING" else "has not ended"),
+    }
+
+
+def _row(run: StoredRun, group: Comparison) -> RowData:
+    m = run.metrics
+    v = group.verdicts.get(run.name)
+    row: RowData = {
+        "name": run.name,
+        "run_id": run.run_id,
+        "role": "candidate" if is_candidate(run) else "baseline",
+        "backend": run.params.get("quantization.backend", ""),
+        "weights_bytes": m.get("memory/weights_bytes"),
+        "bits_per_weight": m.get("memory/bits_per_weight", m.get("memory/bits_per_weight_model")),
+        "compression": m.get("memory/compression"),
+        "is_simulated": bool(m.get("memory/is_simulated")),
+        "coverage": m.get("quantization/coverage"),
+        "metrics": {name: _numbers(m, name) for name in shown_metrics(group) if f"quality/{name}" in m},
+        "on_front": run.name in group.front,
+    }
+    return {**row, **_verdict(v)} if v else row
+
+
+def _numbers(metrics: Mapping[str, float], name: str) -> Numbers:
+    return {
+        "value": metrics[f"quality/{name}"],
+        "ci_lo": metrics.get(f"quality/{name}/ci_lo"),
+        "ci_hi": metrics.get(f"quality/{name}/ci_hi"),
+        "floor": metrics.get(f"quality/floor/{name}"),
+    }
+
+
+def _verdict(v: Verdict) -> VerdictData:
+    d = v.difference
+    return {
+        "difference": d.value,
+        "ci_lo": d.ci_lo,
+        "ci_hi": d.ci_hi,
+        "se": d.se,
+        "test": v.test,
+        "p": v.p,
+        "p_holm": v.p_holm,
+        "verdict": v.text,
+    }
+
+
+def write_csv(groups: Sequence[GroupData], failed: Sequence[Failure], path: Path) -> None:
+    """One line a run, those without a result included; the group's label tells unlike runs apart.
+
+    ConfigError where the file cannot be written.
+    """
+    lines = []
+    for group in groups:
+        for row in group["rows"]:
+            flat = {k: v for k, v in row.items() if k != "metrics"}
+            numbers = {
+                name if k == "value" else f"{name}/{k}": x
+                for name, parts in row["metrics"].items()
+                for k, x in parts.items()
+            }
+            lines.append({"group": group["label"], "status": "FINISHED", **flat, **numbers, "metric": group["metric"]})
+    lines += [dict(failure) for failure in failed]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(k for line in lines for k in line)))
+            writer.writeheader()
+            writer.writerows(lines)
+    except OSError as error:
+        raise ConfigError(f"--csv {path}: cannot be written ({error}); name another file") from error
+
+
+def shown_metrics(group: Comparison) -> list[str]:
+    """The metric that was asked for, and the protocol's headline metrics."""
+    return list(dict.fromkeys([group.metric, *PROTOCOLS[group.protocol].HEADLINE]))
+
+
+def in_order(group: Comparison) -> list[StoredRun]:
+    """The reference and the floors, then the candidates by bytes."""
+    return [*(r for r in group.runs if not is_candidate(r)), *sorted(group.candidates, key=bytes_of)]

@@ -1,0 +1,80 @@
+"""Documents whose tables come from tracked runs: every block is filled in every document, and nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from quantlab.backends.table import backends
+from quantlab.docs import main
+from quantlab.errors import ConfigError
+from quantlab.tracking import Store
+
+METRICS = {
+    "quality/latent_rel_mse/n": 20.0,
+    "quality/floor/latent_rel_mse": 1e-5,
+    "memory/weights_bytes": 2.0**20,
+    "memory/compression": 3.0,
+    "quantization/coverage": 0.9,
+}
+ENVIRONMENT = {
+    "versions": {"python": "3.11", "torch": "2.13"},
+    "git": None,
+    "hardware": {"gpus": [], "cpu_capability": "AVX2", "torch_threads": 2},
+}
+TEXT = "before\n<!-- {kind}: {name} -->\nold\n<!-- end -->\nafter\n"
+
+
+def row(name: str, bits: float, error: float) -> dict[str, object]:
+    metrics = {**METRICS, "memory/bits_per_weight": bits, "quality/latent_rel_mse": error}
+    return {"name": name, "status": "FINISHED", "protocol": "diffusion", "metrics": metrics, "error": ""}
+
+
+@pytest.fixture
+def project(store: Store, runs: Path, base: Path) -> Path:
+    """A project with a tracked sweep of its recipe."""
+    first, *_ = backends()
+    rows = [row(f"{first} a", 4.0, 5e-4), row(f"{first} b", 8.0, 1e-5), row(f"{first} c", 8.0, 1e-4)]
+    tags = {"quantlab.recipe": "mine", "quantlab.kind": "sweep"}
+    with store.start_run("mine", runs / "20260101-000000-mine", {}, tags) as run:
+        run.log_json({"rows": rows, "skipped": [], "environment": ENVIRONMENT, "seconds": 90.0}, "rows.json")
+    (base / "recipes").mkdir()
+    (base / "recipes" / "mine.yaml").write_text("# What?\n# Expect: not yet run\na: 1\n")
+    (base / "README.md").write_text(TEXT.format(kind="figure", name="mine"))
+    (base / "recipes" / "README.md").write_text(
+        TEXT.format(kind="figure", name="mine") + TEXT.format(kind="table", name="mine")
+    )
+    return base
+
+
+def test_every_document_is_filled(project: Path, runs: Path) -> None:
+    assert main(project, runs) == ["README.md", "recipes/README.md", "recipes/mine.yaml"]
+    front, recipes = ((project / name).read_text() for name in ("README.md", "recipes/README.md"))
+    assert "](recipes/mine.svg)" in front
+    assert "](mine.svg)" in recipes
+    assert "| 5.0e-4 |" in recipes
+    assert "Measured" in recipes
+    for text in (front, recipes):
+        assert text.startswith("before\n<!-- ")
+        assert text.endswith("<!-- end -->\nafter\n")
+        assert "old" not in text
+    assert "# Expect: measured" in (project / "recipes" / "mine.yaml").read_text()
+    assert (project / "recipes" / "mine.svg").read_text().startswith("<?xml")
+    assert main(project, runs) == []
+
+
+def test_a_block_without_a_run_stays(project: Path, runs: Path) -> None:
+    (project / "quantlab" / "metrics").mkdir(parents=True)
+    texts = {"README.md": TEXT.format(kind="table", name="other"), "quantlab/README.md": "no block\n"}
+    for name, text in texts.items():
+        (project / name).write_text(text)
+    (project / "quantlab" / "metrics" / "README.md").write_text(TEXT.format(kind="list", name="metrics"))
+    assert {"README.md", "quantlab/README.md"}.isdisjoint(main(project, runs))
+    assert {name: (project / name).read_text() for name in texts} == texts
+    assert "latent_rel_mse" in (project / "quantlab" / "metrics" / "README.md").read_text()
+
+
+def test_elsewhere_it_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no README"):
+        main(tmp_path, tmp_path / "outputs" / "runs")
