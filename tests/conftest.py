@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 from collections.abc import Iterator
@@ -13,6 +14,13 @@ import pytest
 from quantlab.tracking import Store, open_store
 from quantlab.vocabulary.schema import DigitsModelConfig, TrackingConfig
 from tests.support.shell import TINY, Shell, make_shell
+
+
+def pytest_configure() -> None:
+    """One thread a worker, also in the processes that it starts: more than there are cores wait for each other."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which is later
+
 
 # -- tracking stores
 

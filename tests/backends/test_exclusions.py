@@ -168,9 +168,9 @@ def test_layers_that_the_model_keeps_in_float32_are_in_the_list_too(flux):
 def test_layers_that_quantlab_never_takes_are_left_out_for_the_library_too():
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(32, 2), "ff": nn.Linear(32, 32)})
     theirs = config_of("torchao", None).to_diffusers(model)
-    assert exclusions.taken(rule_of("torchao", "diffusers"), theirs.modules_to_not_convert, ["attn.out_proj", "ff"]) == {
-        "attn.out_proj": "attn"
-    }
+    assert exclusions.taken(
+        rule_of("torchao", "diffusers"), theirs.modules_to_not_convert, ["attn.out_proj", "ff"]
+    ) == {"attn.out_proj": "attn"}
 
 
 # -- the libraries' objects

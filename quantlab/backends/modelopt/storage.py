@@ -20,6 +20,7 @@ from quantlab.backends.modelopt.quantize import (
     packed_class,
     stored_dtype,
 )
+from quantlab.backends.strides import strides_of, with_strides
 from quantlab.errors import ModelError
 from quantlab.vocabulary.dtypes import dtype_name
 
@@ -48,14 +49,15 @@ def save(model: nn.Module, folder: str | Path) -> None:
     for name, layer in model.named_modules():
         if not is_quantized(layer):
             continue
-        shape = [layer.out_features, layer.in_features]
+        held = _tensors(layer)
         rows[name] = {
             "dtype": stored_dtype(layer),
             "format": packed_class(layer),
-            "shape": shape,
+            "shape": [layer.out_features, layer.in_features],
             "compute_dtype": _compute_dtype(layer),
+            "strides": strides_of(held),
         }
-        for key, value in _tensors(layer).items():
+        for key, value in held.items():
             tensors[f"{name}.{key}"] = torch.empty_like(value, device="cpu").copy_(value).contiguous()
     save_file(tensors, folder / _WEIGHTS_FILE)
     (folder / _LAYERS_FILE).write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -100,7 +102,11 @@ def load(model: nn.Module, layers: Iterable[str], config: NVIDIAModelOptConfig, 
                 f"{list(layer.weight.shape)}; load it into the model it was made from"
             )
     saved = {
-        name: {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")} for name in names
+        name: with_strides(
+            {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")},
+            rows[name].get("strides", {}),
+        )
+        for name in names
     }
     begin(named, config, {name: getattr(torch, rows[name]["compute_dtype"]) for name in names})
     insert_without_data(named, config, "max")
@@ -116,7 +122,7 @@ def _add_calibrated(
     saved: Mapping[str, Mapping[str, Tensor]],
     folder: str,
 ) -> None:
-    """The buffers that calibration with this config leaves, with the shapes of the file and no values yet."""
+    """The buffers that calibration with this config leaves, with the file's shapes and strides and no values yet."""
     import torch
 
     if config.algorithm == "svdquant" and named:

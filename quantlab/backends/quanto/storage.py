@@ -11,6 +11,7 @@ from quantlab.backends.linears import linear_at
 from quantlab.backends.quanto.config import ACTIVATIONS, DTYPES, QuantoConfig
 from quantlab.backends.quanto.layers import empty_layer, library_qtype
 from quantlab.backends.quanto.operators import override_operators
+from quantlab.backends.strides import strides_of, with_strides
 from quantlab.errors import ModelError
 from quantlab.modules.layers import replace_layer
 from quantlab.vocabulary.dtypes import dtype_name
@@ -35,8 +36,15 @@ def save(model: nn.Module, folder: str | Path) -> None:
     tensors: dict[str, Any] = {}
     for name, entry in quantization_map(model).items():
         layer = linear_at(model, name)
-        formats[name] = {**entry, "dtype": dtype_name(layer.weight.dtype), "shape": list(layer.weight.shape)}
-        tensors |= {f"{name}.{key}": value.cpu().contiguous().clone() for key, value in layer.state_dict().items()}
+        held = layer.state_dict()
+        formats[name] = {
+            **entry,
+            "dtype": dtype_name(layer.weight.dtype),
+            "shape": list(layer.weight.shape),
+            "stride": list(layer.weight.stride()),
+            "strides": strides_of(held),
+        }
+        tensors |= {f"{name}.{key}": value.cpu().contiguous().clone() for key, value in held.items()}
     save_file(tensors, folder / _WEIGHTS_FILE)
     (folder / _MAP_FILE).write_text(json.dumps(formats, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -71,6 +79,7 @@ def load(model: nn.Module, layers: Iterable[str], config: QuantoConfig, folder: 
             )
         prefix = f"{name}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        state = with_strides(state, entry.get("strides", {}))
         replace_layer(model, name, _restored(linear_at(model, name), entry, state, f"{folder}: {name}"))
 
 
@@ -94,7 +103,7 @@ def _restored(layer: nn.Linear, entry: Mapping[str, Any], state: dict[str, Tenso
         "qtype": new.weight_qtype,
         "axis": 0,
         "size": new.weight.size(),
-        "stride": new.weight.stride(),
+        "stride": tuple(entry.get("stride", new.weight.stride())),
         "missing_keys": missing,
     }
     state = {key: value.to(device) for key, value in state.items()}

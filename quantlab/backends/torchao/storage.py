@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from quantlab.backends.casting import cast_around
 from quantlab.backends.linears import linear_at
+from quantlab.backends.strides import strides_of, with_strides
 from quantlab.backends.torchao.build import quiet_library
 from quantlab.backends.torchao.config import TorchAoConfig
 from quantlab.backends.torchao.quantize import follow_rank
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _SAFETENSORS_FILE, _TORCH_FILE = "quantized.safetensors", "quantized.pt"
+_STRIDES = "quantlab.strides"
+"""Key of the file's metadata: JSON of the strides of what does not lie row after row."""
 _SUPPORT = "torchao.prototype.safetensors.safetensors_support"
 _MODULES_OF_TENSORS = (
     "torchao.prototype._nf4tensor_api",
@@ -54,6 +58,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
         except ValueError:  # it has no layout for this tensor class
             torch.save(tensors, folder / _TORCH_FILE)
             return
+    metadata[_STRIDES] = json.dumps(strides_of(data))
     save_file({key: value.contiguous() for key, value in data.items()}, folder / _SAFETENSORS_FILE, metadata=metadata)
 
 
@@ -119,7 +124,9 @@ def _read(folder: Path) -> dict[str, Tensor]:
                 return data
             with safe_open(folder / _SAFETENSORS_FILE, "pt") as file:
                 flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
-                tensors, left = support.unflatten_tensor_state_dict(flat, file.metadata() or {})
+                metadata = file.metadata() or {}
+                flat = with_strides(flat, json.loads(metadata.pop(_STRIDES, "{}")))
+                tensors, left = support.unflatten_tensor_state_dict(flat, metadata)
         except (OSError, SafetensorError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
             raise ModelError(f"{folder}: no readable torchao weights ({error}); {way_out}") from error
     if left:
