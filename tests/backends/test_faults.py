@@ -32,7 +32,7 @@ from quantlab.errors import ModelError
 from quantlab.modules.layers import state_digest
 from quantlab.stages.quantize import Request, quantize_component
 from quantlab.vocabulary.axes import QuantizationAxes
-from tests.support.configs import METHODS, config_of
+from tests.support.configs import METHODS, config_of, second_of
 from tests.support.exclusion_rules import tiny_flux
 from tests.support.nets import inputs, net, run
 from tests.support.tables import BACKENDS, component_memory
