@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quantlab.backends.table import backends
@@ -347,15 +347,7 @@ def _judged(found: Sequence[Verdict], metric: str, floor: float | None, margin: 
     with_p = [i for i, v in enumerate(found) if v.p is not None]
     adjusted = dict(zip(with_p, holm([float(found[i].p or 0.0) for i in with_p]), strict=True))
     return [
-        Verdict(
-            a=v.a,
-            b=v.b,
-            difference=v.difference,
-            test=v.test,
-            p=v.p,
-            p_holm=adjusted.get(i),
-            text=verdict(v.difference, adjusted.get(i), metric, floor, margin),
-        )
+        replace(v, p_holm=adjusted.get(i), text=verdict(v.difference, adjusted.get(i), metric, floor, margin))
         for i, v in enumerate(found)
     ]
 

@@ -6,14 +6,25 @@ from rich.table import Table
 from rich.text import Text
 
 from quantlab.protocols.table import PROTOCOLS
-from quantlab.report.compare import Comparison, Verdict, answers, bytes_of
+from quantlab.report.compare import (
+    BETTER,
+    IN_FLOOR,
+    IN_MARGIN,
+    SAME,
+    TOO_FEW,
+    WORSE,
+    Comparison,
+    Verdict,
+    answers,
+    bytes_of,
+)
 from quantlab.report.comparison_data import in_order
 from quantlab.report.selection import is_candidate
 from quantlab.report.table import LEGEND, MIB, cells, columns
 from quantlab.tracking.results import Measured
 
 MAX_SHOWN = 60
-STYLES = {"inside the floor": "green", "better": "green", "worse": "yellow"}
+STYLES = {IN_FLOOR: "green", BETTER: "green", WORSE: "yellow"}
 
 
 def p_text(p: float | None) -> str:
@@ -47,8 +58,9 @@ def comparison_table(group: Comparison) -> Table:
 
 def pair_lines(group: Comparison) -> list[str]:
     """The pairs as sentences, those that cannot be told apart first."""
-    order = {"not distinguishable": 0, "too few samples": 1, "inside the floor": 2, "inside the margin": 3}
-    return [pair_text(v, group.metric) for v in sorted(group.pairs, key=lambda v: order.get(v.text, 4))]
+    order = (SAME, TOO_FEW, IN_FLOOR, IN_MARGIN)
+    place = {text: i for i, text in enumerate(order)}
+    return [pair_text(v, group.metric) for v in sorted(group.pairs, key=lambda v: place.get(v.text, len(order)))]
 
 
 def twin_lines(group: Comparison) -> list[str]:
@@ -60,7 +72,7 @@ def pair_text(v: Verdict, metric: str) -> str:
     """One pair as a sentence."""
     d = v.difference
     interval = "" if d.ci_lo is None else f" ({d.ci_lo:.2g}..{d.ci_hi:.2g})"
-    what = {"better": f"{v.a} is better than {v.b}", "worse": f"{v.b} is better than {v.a}"}
+    what = {BETTER: f"{v.a} is better than {v.b}", WORSE: f"{v.b} is better than {v.a}"}
     said = what.get(v.text, f"{v.a} and {v.b}: {v.text}")
     return f"{said}; {metric} differs by {d.value:.2g}{interval}, p {p_text(v.p_holm) or '-'}"
 

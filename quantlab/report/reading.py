@@ -19,9 +19,8 @@ from typing import Any, Protocol
 from urllib.parse import quote, unquote, urlsplit
 
 from quantlab.errors import TrackingError, nearest
-from quantlab.tracking import RunData, Store, get_artifact, get_run, open_store
+from quantlab.tracking import RunData, Store, experiment_runs, experiments, get_artifact, get_run, open_store
 from quantlab.tracking.connect import resolved_uri, store_errors
-from quantlab.tracking.query import experiment_runs, experiments
 from quantlab.vocabulary.schema import TrackingConfig
 
 SQLITE = "sqlite:///"

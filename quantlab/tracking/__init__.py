@@ -9,6 +9,8 @@ from __future__ import annotations
 from quantlab.tracking.query import (
     RunData,
     adopt,
+    experiment_runs,
+    experiments,
     find_records,
     find_runs,
     get_artifact,
@@ -18,7 +20,6 @@ from quantlab.tracking.query import (
 from quantlab.tracking.recovery import close_orphans, end_lost_run, push_pending
 from quantlab.tracking.run import Run
 from quantlab.tracking.store import Store, open_store
-from quantlab.tracking.values import flatten
 
 __all__ = [
     "Run",
@@ -27,9 +28,10 @@ __all__ = [
     "adopt",
     "close_orphans",
     "end_lost_run",
+    "experiment_runs",
+    "experiments",
     "find_records",
     "find_runs",
-    "flatten",
     "get_artifact",
     "get_run",
     "has_run_with_tags",

@@ -74,13 +74,18 @@ def end_lost_run(store: Store, folder: Path, error: str, log: str = "") -> Ended
         record.discard()
         return {}
     if record.is_open:
-        stage = record.summary["tags"].get(STAGE, "")
-        record.append({"op": "tags", "values": {FAILURE: error}})
         if log and (folder / log).is_file():
             record.append({"op": "artifact", "name": log, "file": log, "table": False})
-        record.append({"op": "finish", "status": "FAILED", "error": error, "stage": stage})
+        _end(record, "FAILED", error)
     store.sync(record)
     return {**record.summary, "run_id": record.run_id}
+
+
+def _end(record: Record, status: str, error: str) -> None:
+    """What a process would have written at the end of its run."""
+    record.append({"op": "tags", "values": {FAILURE: error}})
+    stage = record.summary["tags"].get(STAGE, "")
+    record.append({"op": "finish", "status": status, "error": error, "stage": stage})
 
 
 def _closed_record(folder: Path) -> Record | None:
@@ -89,9 +94,7 @@ def _closed_record(folder: Path) -> Record | None:
         record = Record.load(folder)
         if not alone or not record.summary or not record.is_open or _may_be_alive(record):
             return None
-        stage = record.summary["tags"].get(STAGE, "")
-        record.append({"op": "tags", "values": {FAILURE: _DIED}})
-        record.append({"op": "finish", "status": "KILLED", "error": _DIED, "stage": stage})
+        _end(record, "KILLED", _DIED)
     LEFT_OPEN.discard(record.folder)
     return record
 

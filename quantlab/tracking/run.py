@@ -118,7 +118,7 @@ class Run:
         table = {"columns": list(columns), "data": [list(row) for row in zip(*columns.values(), strict=True)]}
         self._log_text(json.dumps(table, ensure_ascii=False, default=str), name, table=True)
 
-    def log_image_grid(self, images: ArrayLike, name: str = "images/samples.png") -> None:
+    def log_image_grid(self, images: ArrayLike, name: str) -> None:
         """A picture of many: a uint8 array (rows, columns, height, width, 1 or 3), as one PNG.
 
         An array (columns, height, width, channels) is one row. Images under 64 pixels are enlarged by whole factors.

@@ -20,11 +20,11 @@ from quantlab.tracking import (
     close_orphans,
     find_records,
     find_runs,
-    flatten,
     get_artifact,
     get_run,
     push_pending,
 )
+from quantlab.tracking.values import flatten
 from tests.support.stores import artifact, await_line, python
 
 # -- what is written is what is read
@@ -38,7 +38,7 @@ def test_everything_comes_back(store: Store, runs: Path, base: Path) -> None:
         run.log_metrics({"quality/kld_mean": np.float32(0.25), "quality/kld_mean/n": 10, "memory/absent": None})
         run.log_json({"a": [1, {"b": "ü"}]}, "recipe.json")
         run.log_table({"name": ["x", "y"], "bits": [4.5, 16.0]}, "layers.json")
-        run.log_image_grid(np.arange(2 * 3 * 8 * 8, dtype=np.uint8).reshape(2, 3, 8, 8, 1))
+        run.log_image_grid(np.arange(2 * 3 * 8 * 8, dtype=np.uint8).reshape(2, 3, 8, 8, 1), "images/samples.png")
         (base / "notes.txt").write_text("from outside")
         run.log_artifact(base / "notes.txt", "texts")
     parent.finish("FINISHED")
@@ -86,7 +86,7 @@ def test_image_grid_keeps_every_pixel(store: Store, runs: Path) -> None:
 
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 16, 3), dtype=np.uint8)
     with store.start_run("images", runs / "images", {}, {}) as run:
-        run.log_image_grid(images)
+        run.log_image_grid(images, "images/samples.png")
         with pytest.raises(TrackingError, match=r"uint8 of shape \(rows"):
             run.log_image_grid(images.astype(np.float32), "other.png")
     picture = np.asarray(Image.open(io.BytesIO(artifact(store, run.run_id, "images/samples.png"))))
