@@ -37,6 +37,7 @@ from quantlab.tracking.tags import (
     RECIPE,
     REPRODUCES,
     REPRODUCTION,
+    STAGE,
     WEIGHTS_SHA256,
 )
 from quantlab.vocabulary.schema import ExperimentConfig, TrackingConfig
@@ -167,7 +168,7 @@ def _finished_job(reader: Reader, run_id: str) -> StoredRun:
     if run.status != "FINISHED":
         error = run.tags.get(FAILURE, "").splitlines()
         raise TrackingError(
-            f"reproduce {run_id}: {run.name!r} is {run.status} at {run.tags.get('quantlab.stage') or 'the start'} "
+            f"reproduce {run_id}: {run.name!r} is {run.status} at {run.tags.get(STAGE) or 'the start'} "
             f"({error[0][:200] if error else 'no reason was noted'}), so it has no numbers to compare with; run it "
             "again with the recipe.yaml among its artifacts: quantlab recipe=FILE"
         )
