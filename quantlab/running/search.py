@@ -18,7 +18,7 @@ from typing import Any
 from quantlab.planning.job import Job
 from quantlab.planning.space import MAXIMIZE
 from quantlab.report.pareto import pareto_front
-from quantlab.tracking.results import flat_metrics
+from quantlab.vocabulary.numbers import flat_metrics
 from quantlab.vocabulary.reports import RunReport
 from quantlab.vocabulary.schema import SearchConfig
 

@@ -316,7 +316,8 @@ def _read_row(
     import torch
 
     if fallback in COMPUTE_DTYPES:
-        stored = StoredWeight(dtype=fallback, group_size=None, dense=cast(torch.nn.Linear, layer).weight.detach().float())
+        dense = cast(torch.nn.Linear, layer).weight.detach().float()
+        stored = StoredWeight(dtype=fallback, group_size=None, dense=dense)
     else:
         stored = request.scheme.backend.module.read_back(layer)
     reference = original.detach().float()

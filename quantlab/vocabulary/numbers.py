@@ -1,0 +1,97 @@
+"""A report's numbers by their tracked names: what each name means is written here, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+
+from quantlab.vocabulary.reports import CalibrationReport, MemoryReport, QuantizationReport, RunReport
+
+
+def flat_metrics(report: RunReport) -> dict[str, float]:
+    """Every number of a report by its MLflow name; what was not measured is absent."""
+    if report.stored_metrics is not None:
+        return dict(report.stored_metrics)
+    out: dict[str, float | int | None] = {}
+    groups = (("quality", report.quality), ("quality/floor", report.floor), ("quality/floor_batch", report.floor_batch))
+    for prefix, values in groups:
+        for name, v in values.items():
+            out |= {
+                f"{prefix}/{name}": v.value,
+                f"{prefix}/{name}/se": v.se,
+                f"{prefix}/{name}/ci_lo": v.ci_lo,
+                f"{prefix}/{name}/ci_hi": v.ci_hi,
+                f"{prefix}/{name}/n": v.n,
+            }
+    total = sum_memory(report.memory.values())
+    if total is not None:
+        out |= _memory_metrics("memory", total)
+        out |= {k: v for name, m in report.memory.items() for k, v in _memory_metrics(f"memory/{name}", m).items()}
+    out["memory/disk_bytes"] = report.disk_bytes
+    if report.quantization is not None:
+        out |= _quantization_metrics(report.quantization)
+    if report.calibration is not None:
+        out |= _calibration_metrics(report.calibration)
+    for stage in report.stages:
+        out |= {f"perf/{stage.name}_s": stage.seconds}
+        out |= {f"memory/{stage.name}/{k}": v for k, v in asdict(stage).items() if k.endswith("_bytes")}
+    if report.measurements is not None:
+        out |= {f"perf/{k}": v for k, v in report.measurements.timings_ms.items()}
+        on_gpu = any(s.peak_alloc_bytes is not None for s in report.stages)
+        out["perf/representative"] = float(on_gpu)  # the order of the schemes' times on a CPU is not that on a GPU
+        for name, curve in report.measurements.steps.items():
+            out |= {f"quality/{name}/{k}": float(v) for k, v in enumerate(curve)}
+    return {k: float(v) for k, v in out.items() if v is not None}
+
+
+def _memory_metrics(prefix: str, m: MemoryReport) -> dict[str, float | int | None]:
+    return {
+        f"{prefix}/weights_bytes": m.weights_bytes,
+        f"{prefix}/quantized_bytes": m.quantized_bytes,
+        f"{prefix}/scale_bytes": m.scale_bytes,
+        f"{prefix}/other_bytes": m.other_bytes,
+        f"{prefix}/bits_per_weight_model": m.bits_per_weight,
+        f"{prefix}/compression": m.bytes_at_16_bit / m.weights_bytes,
+    }
+
+
+def _quantization_metrics(q: QuantizationReport) -> dict[str, float | int | None]:
+    done = [r for r in q.layers if r.status in ("quantized", "fallback")]
+    sizes = [r.group_size or r.shape[1] for r in done if r.status == "quantized"]
+    numel = sum(r.shape[0] * r.shape[1] for r in done)
+    errors = [r.weight_rel_error for r in done if r.weight_rel_error is not None]
+    return {
+        "quantization/coverage": q.coverage,
+        "quantization/num_layers": len(done),
+        "quantization/num_skipped": sum(r.status == "skipped" for r in q.layers),
+        "quantization/num_fallback": sum(r.status == "fallback" for r in q.layers),
+        "quantization/num_excluded": sum(r.status == "excluded" for r in q.layers),
+        "quantization/group_size_min": min(sizes, default=None),
+        "quantization/group_size_max": max(sizes, default=None),
+        "quantization/weight_rel_error_mean": sum(errors) / len(errors) if errors else None,
+        "quantization/weight_rel_error_max": max(errors, default=None),
+        "memory/bits_per_weight": 8 * sum(r.weight_bytes + r.scale_bytes for r in done) / numel if numel else None,
+        "memory/is_simulated": float(any(r.is_simulated for r in done)),
+    }
+
+
+def _calibration_metrics(c: CalibrationReport) -> dict[str, float | int | None]:
+    out: dict[str, float | int | None] = {
+        "calibration/num_samples": c.num_samples,
+        "calibration/batch_size": c.batch_size,
+        "calibration/num_calls": c.num_calls,
+    }
+    for name in ("weight_sqnr_db", "output_sqnr_db"):
+        for when in ("before", "after"):
+            values = [v for r in c.layers if (v := getattr(r, f"{name}_{when}")) is not None]
+            out[f"calibration/{name}_{when}_mean"] = sum(values) / len(values) if values else None
+    worst = [r.output_sqnr_db_after for r in c.layers if r.output_sqnr_db_after is not None]
+    return {**out, "calibration/output_sqnr_db_after_min": min(worst, default=None)}
+
+
+def sum_memory(reports: Iterable[MemoryReport]) -> MemoryReport | None:
+    """All components' bytes together; None for no component."""
+    reports = list(reports)
+    if not reports:
+        return None
+    return MemoryReport(**{k: sum(getattr(r, k) for r in reports) for k in asdict(reports[0])})
