@@ -109,13 +109,10 @@ def read_gguf(source: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     silent = functools.partial(tqdm, disable=True)  # this bar does not obey transformers' switch
     with quiet_loading(logging), mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", silent):
         tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+        # Without this the model's config names the file's format, and it cannot be saved.
+        plain = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(
-            str(source.parent),
-            gguf_file=source.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(
-                dequantize=True
-            ),  # else its config names the file's format and cannot be saved
+            str(source.parent), gguf_file=source.name, dtype=torch.float32, quantization_config=plain
         )
     assert isinstance(model, LlamaForCausalLM), type(model)
     return frozen(model), tokenizer
