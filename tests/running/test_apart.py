@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from quantlab.errors import MissingPackage
+from quantlab.planning.plan import make_job
 from quantlab.running import engines
 from quantlab.running.engines import ENGINES, check_launcher, runs_apart, take_slot
 from quantlab.tracking import find_runs
@@ -137,14 +138,16 @@ def test_what_is_known_to_crash_runs_apart(backend, device):
     """The default follows the table; whoever says ``none`` gets none."""
     for dtype, row in CAPABILITIES[backend].items():
         config = ExperimentConfig(quantization=QuantizationAxes(backend=backend, dtype=dtype))
-        assert runs_apart(config, device) == (device in row.may_crash_on)
+        job = make_job(config)
+        assert runs_apart(job, device) == (device in row.may_crash_on)
         for is_apart, sweep in (
             (True, {"timeout_s": 5.0}),
             (True, {"isolation": "process"}),
             (False, {"isolation": "none"}),
         ):
-            assert runs_apart(dataclasses.replace(config, sweep=SweepConfig(**sweep)), device) == is_apart
-    assert not runs_apart(ExperimentConfig(quantization=QuantizationAxes(backend="none")), device)
+            asked = dataclasses.replace(config, sweep=SweepConfig(**sweep))
+            assert runs_apart(dataclasses.replace(job, config=asked), device) == is_apart
+    assert not runs_apart(make_job(ExperimentConfig(quantization=QuantizationAxes(backend="none"))), device)
 
 
 @pytest.mark.slow
