@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from quantlab.tracking import Store, open_store
 from quantlab.vocabulary.schema import DigitsModelConfig, TrackingConfig
@@ -22,15 +23,27 @@ def pytest_configure() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which is later
 
 
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that ``make`` fills once for all workers of a session; nobody writes into it afterwards."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            partial = folder.with_suffix(".part")
+            partial.mkdir()
+            make(partial)
+            partial.rename(folder)
+    return folder
+
+
 # -- tracking stores
 
 
 @pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with its tables and no experiment of ours."""
-    folder = tmp_path_factory.mktemp("template")
-    open_store(TrackingConfig(uri="sqlite:///template.db", experiment="only in the template"), folder)
-    return folder / "template.db"
+    config = TrackingConfig(uri="sqlite:///template.db", experiment="only in the template")
+    return made_once(tmp_path_factory, "template", lambda folder: open_store(config, folder)) / "template.db"
 
 
 @pytest.fixture
@@ -77,11 +90,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder with the tiny digits model and its judge."""
     from quantlab.models import digits_dit, judge
 
-    cache = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits_dit, "train_judge", partial(judge.train_judge, num_epochs=2))
-        digits_dit.load(DigitsModelConfig(**TINY), "cpu", cache)
-    return cache
+    def train(cache: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(digits_dit, "train_judge", partial(judge.train_judge, num_epochs=2))
+            digits_dit.load(DigitsModelConfig(**TINY), "cpu", cache)
+
+    return made_once(tmp_path_factory, "trained", train)
 
 
 @pytest.fixture

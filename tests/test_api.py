@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 import quantlab
 from quantlab.modules.layers import state_digest
 from quantlab.vocabulary.reports import RunReport
+from tests.support.shell import digits_words
 from tests.support.stores import ROOT
 
 torch = pytest.importorskip("torch")
@@ -330,10 +330,7 @@ def test_compose_refuses_an_unknown_recipe() -> None:
 def test_run_returns_the_rows_and_tracks_them(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained, tmp_path / "outputs" / "cache")
-    words = ["backend=quanto", "dtype=int8", "evaluation=quick", "evaluation.num_inference_steps=2"]
-    (header,) = (json.loads(file.read_text()) for file in trained.glob("models/*/meta.json"))
-    words += [f"model.{key}={header[key]}" for key in ("num_train_steps", "num_layers")]
-    reports = quantlab.run(overrides=words, quiet=True)
+    reports = quantlab.run(overrides=digits_words("backend=quanto", "dtype=int8"), quiet=True)
     assert [r.name for r in reports] == ["reference", "floor_bf16", "floor_batch", "quanto int8"]
     rows = {r.name: r for r in reports}
     assert rows["reference"].quality["latent_rel_mse"].value == 0.0

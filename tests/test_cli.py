@@ -209,17 +209,12 @@ main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "code", "failure", "said"),
     [
         ("SIGTERM", 143, "SIGTERM: the process was told to end", ""),
-        pytest.param(
-            "SIGINT",
-            130,
-            "KeyboardInterrupt:",
-            "quantlab: interrupted; finished jobs are kept\n",
-            marks=pytest.mark.slow,
-        ),
+        ("SIGINT", 130, "KeyboardInterrupt:", "quantlab: interrupted; finished jobs are kept\n"),
     ],
 )
 def test_a_signal_leaves_a_failed_run(shell, name, code, failure, said):

@@ -332,6 +332,7 @@ print("survived")
 """
 
 
+@pytest.mark.slow
 def test_bfloat16_with_rows_that_are_not_aligned_does_not_crash():
     pytest.importorskip("optimum.quanto")
     done = subprocess.run([sys.executable, "-c", UNALIGNED], check=False, capture_output=True, text=True)

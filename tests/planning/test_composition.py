@@ -1,5 +1,6 @@
 """From words to typed configs: every option composes, the command line wins, bad words get one clear message."""
 
+import functools
 import itertools
 import textwrap
 
@@ -215,14 +216,18 @@ def test_a_recipe_is_data(tmp_path, text, message):
         plan([write(tmp_path, text)])
 
 
+@functools.cache
+def shipped(name):
+    return plan([f"recipe={name}"])
+
+
 @pytest.mark.parametrize("name", sorted(recipes()))
 def test_every_shipped_recipe_composes(name):
-    found = plan([f"recipe={name}"])
-    assert found.jobs
+    assert shipped(name).jobs
 
 
 def test_digits_bitwidths_has_thirty_combinations_over_all_backends():
-    jobs = plan(["recipe=digits_bitwidths"]).jobs
+    jobs = shipped("digits_bitwidths").jobs
     assert len(jobs) >= 30
     assert {j.config.quantization.backend for j in jobs} == set(CAPABILITIES) - {"none"}
 

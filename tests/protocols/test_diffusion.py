@@ -18,6 +18,7 @@ from quantlab.modules.calls import per_sample, recorded_calls, replayed_output
 from quantlab.protocols import diffusion
 from quantlab.protocols.teacher_forced import integration_levels
 from quantlab.vocabulary.schema import DatasetConfig, DigitsModelConfig, EvaluationConfig
+from tests.support.shell import TINY
 
 EVALUATION = EvaluationConfig(
     num_samples=20, batch_size=8, num_inference_steps=4, num_teacher_forced=12, num_bootstrap=50
@@ -26,9 +27,8 @@ NUM_BATCHES = 3  # 12 traced samples in two batches, 8 others in one
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> LoadedModel:
-    config = DigitsModelConfig(num_train_steps=20, train_batch_size=16, num_layers=1, num_heads=2)
-    return digits_dit.load(config, "cpu", tmp_path_factory.mktemp("cache"))
+def model(trained) -> LoadedModel:
+    return digits_dit.load(DigitsModelConfig(**TINY), "cpu", trained)
 
 
 @pytest.fixture(scope="module")

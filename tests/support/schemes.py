@@ -28,17 +28,23 @@ class Scheme:
 
 
 def schemes_on_cpu() -> Iterator[Scheme]:
-    """By backend, dtype, activation dtype, algorithm and, where the backend has the choice, kind of scales."""
+    """Every dtype with every algorithm, by the first activation dtype that it goes with; and with every activation
+    dtype, by the first algorithm; both with each kind of scales that the backend has."""
     for backend in BACKENDS:
         for dtype, row in CAPABILITIES[backend].items():
             if "cpu" not in row.devices:
                 continue
-            for activation in row.activation_dtypes:
-                for algorithm in (a for a in row.algorithms if a not in row.cuda_algorithms):
-                    yield from _of(backend, dtype, activation, algorithm, row.compute_dtypes[0])
+            algorithms = [a for a in row.algorithms if a not in row.cuda_algorithms]
+            pairs = [(activation, algorithms[0]) for activation in row.activation_dtypes]
+            for algorithm in algorithms[1:]:
+                pairs.append(
+                    next((a, algorithm) for a in row.activation_dtypes if any(_of(backend, dtype, a, algorithm)))
+                )
+            for activation, algorithm in pairs:
+                yield from _of(backend, dtype, activation, algorithm)
 
 
-def _of(backend: str, dtype: str, activation: str, algorithm: str, compute: str) -> Iterator[Scheme]:
+def _of(backend: str, dtype: str, activation: str, algorithm: str) -> Iterator[Scheme]:
     axes = QuantizationAxes(backend=backend, dtype=dtype, activation_dtype=activation, algorithm=algorithm)
     found: list[Any] = []
     for settings in ({}, {"activation_scales": "static"}):
@@ -56,5 +62,5 @@ def _of(backend: str, dtype: str, activation: str, algorithm: str, compute: str)
                 activation_dtype=activation,
                 algorithm=algorithm,
                 native=native,
-                compute_dtype=compute,
+                compute_dtype=CAPABILITIES[backend][dtype].compute_dtypes[0],
             )

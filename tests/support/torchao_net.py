@@ -11,8 +11,6 @@ from quantlab.vocabulary.axes import QuantizationAxes
 from tests.support.tables import native_config
 
 OUT, IN = 128, 512
-
-
 NAMES = ["first", "second", "third"]
 
 

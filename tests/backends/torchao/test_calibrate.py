@@ -48,7 +48,7 @@ def test_promise(scheme, tmp_path):
     assert stored.group_size == (asked["group_size"] if isinstance(asked.get("group_size"), int) else None)
     assert stored.activation_dtype == asked.get("activation_dtype", "none")
     assert not stored.is_simulated
-    x = torch.cat(batches(dtype=compute, seed=5))
+    x = torch.cat(batches((1,), dtype=compute, seed=5))
     if stored.activation_dtype == "none":  # the effective weight explains the output, so the scales are in it
         through = nn.functional.linear(x.float(), stored.dense, model.first.bias.float())
         assert float((through - model.first(x).float()).norm() / through.norm()) < (
@@ -219,7 +219,7 @@ def test_batches_may_be_uneven_and_their_cut_does_not_matter(scheme):
     config = config_of(**SCHEMES[scheme])
     uneven = calibrated(config, data=list(whole.split(2)))
     one = calibrated(config, data=[whole])
-    x = torch.cat(batches(seed=5))
+    x = torch.cat(batches((1,), seed=5))
     assert torch.equal(uneven.first(x), one.first(x))
 
 
@@ -271,7 +271,7 @@ def test_a_channel_that_was_silent_may_speak_later(scheme):
 def test_inputs_of_any_number_of_dimensions():
     for asked in ("int8 int8 static", "float8 static"):
         model = calibrated(config_of(**SCHEMES[asked]))
-        x = torch.cat(batches(seed=5))
+        x = torch.cat(batches((2,), seed=5))
         y = model.first(x)
         assert torch.equal(model.first(x[0]), y[0])
         single = model.first(x[0, 0])  # the kernel for one row may add up in another order
@@ -293,6 +293,7 @@ def test_another_compute_dtype_than_the_model(tmp_path):
     assert torch.equal(fresh(x), model(x))
 
 
+@pytest.mark.slow
 def test_files_load_in_a_new_process(tmp_path):
     config = config_of(dtype="float8_e4m3", activation_dtype="float8_e4m3", activation_scales="static")
     opaque = config_of(dtype="int4", group_size=64, int4_packing_format="opaque")
