@@ -323,7 +323,13 @@ def _as_config_error(error: Exception, recipe: Path | None) -> ConfigError:
     return ConfigError(where + text)
 
 
+RENAMED = {"evaluation.seed": "evaluation.bootstrap_seed seeds the intervals, and dataset.seed what is sampled from"}
+"""Key of an earlier version -> what says the same today."""
+
+
 def _nearest_key(owner: str, leaf: str) -> str:
+    if f"{owner}.{leaf}" in RENAMED:
+        return f"; {RENAMED[f'{owner}.{leaf}']}"
     if owner == "quantization":
         having = [b for b in backends() if leaf in own_settings(b)]
         if having:

@@ -97,19 +97,21 @@ def _combinations(
     base: ExperimentConfig, axes: Mapping[str, list[str]], fixed: Sequence[str]
 ) -> tuple[list[list[str]], bool]:
     typed_keys = {o.key_or_group for o in parse(fixed)} | set(axes)
+    swept = {k: [f"{k}='{v}'" if k in groups() else f"{k}={v}" for v in vs] for k, vs in axes.items()}
     if base.sweep.candidates:
         clash = [k for k in typed_keys if k in _candidate_keys(base)]
         if clash:
             raise ConfigError(
                 f"{clash[0]}: recipe={base.recipe} lists its candidates; drop {clash[0]}=... or drop the recipe"
             )
-        return [[_candidate_override(k, v) for k, v in c.items()] for c in base.sweep.candidates], True
+        candidates = [[_candidate_override(k, v) for k, v in c.items()] for c in base.sweep.candidates]
+        # what is swept changes slowest: candidates on one model and data set come one after the other
+        return [[*words, *c] for words in itertools.product(*swept.values()) for c in candidates], True
     grid = {
         k: [override_text(_full_key(k), v) for v in _listed(k, vs)]
         for k, vs in base.sweep.grid.items()
         if _full_key(k) not in typed_keys
     }
-    swept = {k: [f"{k}='{v}'" if k in groups() else f"{k}={v}" for v in vs] for k, vs in axes.items()}
     every = {**grid, **swept}
     combos = [list(c) for c in itertools.product(*every.values())]
     return combos, bool(every)
@@ -140,7 +142,7 @@ def _candidate_override(key: str, value: Any) -> str:
 def _compose_jobs(
     combinations: Sequence[Sequence[str]], fixed: Sequence[str], recipe: Path | None
 ) -> tuple[list[Job], list[tuple[str, str]]]:
-    jobs: dict[str, Job] = {}
+    jobs: list[Job] = []
     invalid = []
     for combination in combinations:
         try:
@@ -151,10 +153,23 @@ def _compose_jobs(
         except QuantlabError as error:
             invalid.append((" ".join(c.replace("'", "") for c in combination), str(error)))
             continue
-        if job.name in jobs and jobs[job.name].resolved != job.resolved:
-            job = replace(job, name=f"{job.name} ({' '.join(combination)})")
-        jobs.setdefault(job.name, job)
-    return list(jobs.values()), invalid
+        if all(job.resolved != other.resolved for other in jobs if other.name == job.name):
+            jobs.append(job)
+    return _told_apart(jobs), invalid
+
+
+def _told_apart(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs, with what sets them apart behind names that several have: ``quanto int8 (dataset.seed=7)``."""
+    same: dict[str, list[Job]] = {}
+    for job in jobs:
+        same.setdefault(job.name, []).append(job)
+
+    def name(job: Job) -> str:
+        others = same[job.name]
+        varied = [k for k, v in job.point.items() if any(other.point.get(k) != v for other in others)]
+        return f"{job.name} ({' '.join(f'{k}={job.point[k]}' for k in varied)})" if varied else job.name
+
+    return [replace(job, name=name(job)) for job in jobs]
 
 
 def _check_axes(combination: Sequence[str]) -> None:

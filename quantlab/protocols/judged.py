@@ -45,7 +45,7 @@ def judge_metrics(
         inputs.clusters,
         inputs.strata,
         min(NUM_BOOTSTRAP, evaluation.num_bootstrap),
-        evaluation.seed,
+        evaluation.bootstrap_seed,
         recenter=True,
     )
     return samples, distance

@@ -411,6 +411,6 @@ def _estimates(
     }
     num = len(square)
     return {
-        name: bootstrap_interval(statistic, num, clusters, None, evaluation.num_bootstrap, evaluation.seed)
+        name: bootstrap_interval(statistic, num, clusters, None, evaluation.num_bootstrap, evaluation.bootstrap_seed)
         for name, statistic in statistics.items()
     }

@@ -52,7 +52,7 @@ def teacher_forced_metrics(
             inputs.clusters,
             inputs.strata,
             evaluation.num_bootstrap,
-            evaluation.seed,
+            evaluation.bootstrap_seed,
             sample_ids=inputs.sample_ids,
         )
     return {"step_sqnr_db": np.array(curve)}, estimates

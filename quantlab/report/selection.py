@@ -32,7 +32,7 @@ from quantlab.vocabulary.schema import TrackingConfig
 
 KEYS = ("sweep", "experiment", "metric", "margin", "tracking.uri", "tracking.experiment")
 USAGE = "quantlab compare sweep=latest, sweep=RUN_ID, experiment=NAME, or RUN_ID RUN_ID ..."
-_IRRELEVANT = ("evaluation.num_bootstrap", "evaluation.floor_batch_size")
+_IRRELEVANT = ("evaluation.num_bootstrap", "evaluation.bootstrap_seed", "evaluation.floor_batch_size")
 _SHARED = ("model.", "dataset.", "evaluation.", "device", "num_threads")
 
 

@@ -38,7 +38,8 @@ def floor_row(session: Session, job: Job) -> RunReport:
     """A reference or floor row beside a single run: measured once, then found in the cache by content."""
     bench = session.bench
     assert bench is not None, "the workbench is made before the floors"
-    settings = [_chosen(bench.model, job.config), job.batch_size, job.config.evaluation.num_bootstrap]
+    drawn = job.config.evaluation
+    settings = [_chosen(bench.model, job.config), job.batch_size, drawn.num_bootstrap, drawn.bootstrap_seed]
     digest = hashlib.sha256(canonical_json(settings).encode()).hexdigest()[:16]
     file = session.output_dir / "cache" / "reference" / f"{bench.reference_key}.{job.name}.{digest}.json"
     if file.exists():

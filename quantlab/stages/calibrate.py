@@ -101,7 +101,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _key(model: LoadedModel, components: Sequence[str], inputs: Any, settings: EvaluationConfig) -> str:
-    used = ("batch_size", "num_inference_steps", "guidance_scale", "height", "width", "seed")
+    used = ("batch_size", "num_inference_steps", "guidance_scale", "height", "width")
     machine, known = hardware(), versions()
     parts = {
         "format": FORMAT,

@@ -35,7 +35,7 @@ def summarize(measured: Measurements, evaluation: EvaluationConfig) -> dict[str,
     for name, samples in measured.samples.items():
         require_finite(samples, name, measured.sample_ids)
         values[name] = mean_interval(
-            samples, measured.clusters, measured.strata, evaluation.num_bootstrap, evaluation.seed
+            samples, measured.clusters, measured.strata, evaluation.num_bootstrap, evaluation.bootstrap_seed
         )
     both = set(values) & set(measured.estimates)
     if both:

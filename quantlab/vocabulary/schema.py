@@ -56,7 +56,8 @@ class EvaluationConfig:
     floor_batch_size: int = 50
     """Batch size of the ``floor_batch`` row."""
     num_bootstrap: int = 2000
-    seed: int = 0
+    bootstrap_seed: int = 0
+    """Of the draws that make the intervals; what is sampled from has ``dataset.seed``."""
     # diffusion
     num_inference_steps: int = 20
     guidance_scale: float = 1.5

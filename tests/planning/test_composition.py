@@ -194,6 +194,37 @@ def test_candidates_with_own_settings(tmp_path):
         plan([recipe, "dtype=int8"])
 
 
+def test_candidates_and_swept_keys_are_multiplied(tmp_path):
+    recipe = write(tmp_path, "sweep: {candidates: [{backend: quanto, dtype: int8}, {backend: gguf, dtype: q4_k}]}")
+    jobs = plan([recipe, "dataset.seed=7,8"], multirun=True).jobs
+    assert [(j.name, j.config.dataset.seed) for j in jobs] == [
+        ("quanto int8 (dataset.seed=7)", 7),
+        ("gguf q4_k (dataset.seed=7)", 7),
+        ("quanto int8 (dataset.seed=8)", 8),
+        ("gguf q4_k (dataset.seed=8)", 8),
+    ]
+    words = [recipe, "dataset.seed=7,8", "evaluation.num_inference_steps=2,3"]
+    assert len({j.name for j in plan(words, multirun=True).jobs}) == 8
+    with pytest.raises(ConfigError, match=r"^backend: recipe=mine lists its candidates"):
+        plan([recipe, "backend=quanto,torchao"], multirun=True)
+
+
+def test_a_name_says_what_sets_jobs_of_one_scheme_apart():
+    jobs = plan(["backend=quanto", "dtype=int8,int4", "dataset.seed=0,1"], multirun=True).jobs
+    assert [j.name for j in jobs] == [
+        "quanto int8 (dataset.seed=0)",
+        "quanto int8 (dataset.seed=1)",
+        "quanto int4 (dataset.seed=0)",
+        "quanto int4 (dataset.seed=1)",
+    ]
+
+
+def test_the_seed_of_the_intervals_is_called_so():
+    with pytest.raises(ConfigError, match=r"^evaluation.seed: .*evaluation.bootstrap_seed .*dataset.seed"):
+        one("evaluation.seed=3")
+    assert one("evaluation.bootstrap_seed=3").config.evaluation.bootstrap_seed == 3
+
+
 REFUSED = [
     ("hydra: {callbacks: {x: {_target_: os.system}}}", "hydra is not allowed"),
     ("model: {_target_: os.system}", "_target_ is not allowed"),

@@ -124,12 +124,12 @@ def test_no_room_for_the_reference(shell, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save)
-        refused_for_room(shell, *WORDS, "backend=quanto", "dtype=int8,int4", "evaluation.seed=5")
+        refused_for_room(shell, *WORDS, "backend=quanto", "dtype=int8,int4", "dataset.seed=5")
     assert set(cache.glob("*.pt")) == known
     live = cache / f"of another process.{os.getppid()}.part"
     live.touch()
     assert {n: r["run_id"] for n, r in shell.tracked().items()} == {n: r["run_id"] for n, r in before.items()}
-    rows = shell.rows(*WORDS, "backend=quanto", "dtype=int8,int4", "evaluation.seed=5")
+    rows = shell.rows(*WORDS, "backend=quanto", "dtype=int8,int4", "dataset.seed=5")
     assert [r["resumed"] for r in rows.values()] == [False, False]
     assert shell.tracked("RUNNING") == {}
     assert list(cache.glob("*.part")) == [live], "what was left is gone, what another writes is not"
