@@ -10,7 +10,7 @@ import pytest
 
 from quantlab.models.digits_training import build_transformer
 from quantlab.planning.plan import plan
-from quantlab.stages.quantize import Request, quantize_component
+from quantlab.stages.quantize import QuantizationRequest, quantize_component
 from tests.support.shell import Shell
 from tests.support.stores import artifact
 from tests.support.tiny_pipelines import BUILDERS
@@ -188,9 +188,7 @@ def networks(folders):
 @pytest.mark.parametrize(("kind", "chosen"), [(kind, chosen) for kind, rows in GROUPS.items() for chosen in rows])
 def test_a_shipped_group_excludes_what_its_name_says(networks, kind, chosen):
     [job] = plan(["backend=quanto", "dtype=int8", f"modules_to_not_convert=[{chosen}]"]).jobs
-    request = Request(
-        component="transformer", axes=job.config.quantization, native=job.native, device="cpu", compute_dtype="float32"
-    )
+    request = QuantizationRequest(component="transformer", scheme=job.scheme, compute_dtype="float32", device="cpu")
     _, report = quantize_component(request, copy.deepcopy(networks[kind]), networks[kind])
     layers = {row.name: row for row in report.layers}
     excluded = {n for n, row in layers.items() if row.status == "excluded"}
