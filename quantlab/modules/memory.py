@@ -36,7 +36,7 @@ _SAMPLING_S = 0.01
 # -- what a model occupies
 
 
-def storages(obj: object, packages: Collection[str] = ()) -> Storages:
+def storages(obj: object, packages: Collection[str]) -> Storages:
     """Every tensor storage that ``obj`` holds, once: a module (with all below it), a tensor, or a container of them.
 
     ``packages`` are those whose plain objects hold tensors (:attr:`quantlab.backends.table.Backend.holds`), beside
@@ -108,7 +108,7 @@ def logical_size(module: nn.Module) -> tuple[int, int]:
 
 
 def component_memory(
-    module: nn.Module, quantized_layer_names: Iterable[str], original: nn.Module, packages: Collection[str] = ()
+    module: nn.Module, quantized_layer_names: Iterable[str], original: nn.Module, packages: Collection[str]
 ) -> MemoryReport:
     """The ledger of one component.
 
@@ -139,7 +139,7 @@ def component_memory(
     )
 
 
-def layer_memory(layer: nn.Module, packages: Collection[str] = ()) -> tuple[int, int]:
+def layer_memory(layer: nn.Module, packages: Collection[str]) -> tuple[int, int]:
     """(bytes of a layer's codes, bytes of its scales, zero points and code tables); its bias is in neither.
 
     For an unquantized layer the first is its dense weight and the second is 0.

@@ -13,9 +13,10 @@ from quantlab.datasets.calibration import calibration_inputs
 from quantlab.datasets.table import CALIBRATION_SETS
 from quantlab.errors import ConfigError, MetricUndefined
 from quantlab.modules.feed import CalibrationFeed, StoredCalls, feed_of_batches
-from quantlab.stages.calibrate import calibration_set, is_out_of_memory
+from quantlab.stages.calibrate import is_out_of_memory
 from quantlab.stages.evidence import evenly_spaced, layer_energies
 from quantlab.vocabulary.schema import CalibrationConfig, EvaluationConfig
+from tests.support.calibration import recorded_set
 from tests.support.shell import digits_words
 from tests.support.tables import BACKENDS
 
@@ -155,17 +156,17 @@ def test_trajectories_are_recorded_once_with_their_steps_and_guidance(shell):
     config, model, seen = digits(shell)
     cache = shell.folder / "outputs" / "cache"
     ticks = []
-    first = calibration_set(
+    first = recorded_set(
         model, ["transformer"], config.calibration, config.evaluation, seen, cache, lambda i, n: ticks.append((i, n))
     )
     assert ticks[-1] == (4, 4), "two batches of two steps"
     calls = first.calls["transformer"]
     assert [c["step"] for c in calls] == [0, 1, 0, 1]
     assert calls[0]["args"][0].shape[0] == 10, "five samples, with and without their class"
-    again = calibration_set(model, ["transformer"], config.calibration, config.evaluation, seen, cache, pytest.fail)
+    again = recorded_set(model, ["transformer"], config.calibration, config.evaluation, seen, cache, pytest.fail)
     assert again.sha256 == first.sha256
     config.calibration.num_inference_steps = 3  # other steps than the evaluation's
-    other = calibration_set(model, ["transformer"], config.calibration, config.evaluation, seen, cache)
+    other = recorded_set(model, ["transformer"], config.calibration, config.evaluation, seen, cache)
     assert other.sha256 != first.sha256
     assert len(other.calls["transformer"]) == 6
 
@@ -173,10 +174,10 @@ def test_trajectories_are_recorded_once_with_their_steps_and_guidance(shell):
 def test_a_set_that_was_cut_off_is_recorded_again(shell):
     config, model, seen = digits(shell)
     arguments = (model, ["transformer"], config.calibration, config.evaluation, seen, shell.folder)
-    first = calibration_set(*arguments)
+    first = recorded_set(*arguments)
     (done,) = shell.folder.glob("calibration/*/set.json")
     done.unlink()
-    assert calibration_set(*arguments).sha256 == first.sha256
+    assert recorded_set(*arguments).sha256 == first.sha256
 
 
 def test_lack_of_memory_halves_the_batch_and_says_so(shell, monkeypatch, capsys):
@@ -189,7 +190,7 @@ def test_lack_of_memory_halves_the_batch_and_says_so(shell, monkeypatch, capsys)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return sample(loaded, noise, *rest)
 
-    found = calibration_set(
+    found = recorded_set(
         model.__class__(**{**vars(model), "sample": scarce}),
         ["transformer"],
         config.calibration,

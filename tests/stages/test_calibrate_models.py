@@ -18,9 +18,9 @@ from quantlab.models import diffusers_pipeline
 from quantlab.protocols import diffusion
 from quantlab.running import job as job_module
 from quantlab.stages import candidate as candidate_module
-from quantlab.stages.calibrate import calibration_set
 from quantlab.vocabulary.schema import CalibrationConfig, DatasetConfig, EvaluationConfig, ModelConfig
 from tests.support.assets import needs
+from tests.support.calibration import recorded_set
 from tests.support.stores import artifact
 from tests.support.tiny_pipelines import BUILDERS
 from tests.support.tiny_text_models import TEXT, load_bert, load_llama, save_bert, save_llama
@@ -101,7 +101,7 @@ def sweep(shell, candidates):
 )
 def test_trajectories_with_guidance_and_text_encoders(folders, tmp_path, kind, denoiser, encoder, rows, calls, dtype):
     model, seen = pipeline(folders, kind, [denoiser, encoder], tmp_path, dtype)
-    found = calibration_set(model, [denoiser, encoder], PROMPTS, SAMPLING, seen, tmp_path)
+    found = recorded_set(model, [denoiser, encoder], PROMPTS, SAMPLING, seen, tmp_path)
     recorded = list(found.calls[denoiser])
     assert [call["step"] for call in recorded] == [0, 1, 2] * 2
     assert {call["dtype"] for call in recorded} == {dtype}
@@ -122,8 +122,8 @@ def test_text_encoders_run_however_often_their_prompts_were_encoded_before(folde
     """Also after the evaluation, after another set of the same prompts, and after memory ran out half way."""
     model, seen = pipeline(folders, "flux", ["transformer", "text_encoder"], tmp_path)
     names = ["transformer", "text_encoder"]
-    first = calibration_set(model, names, PROMPTS, SAMPLING, seen, tmp_path / "one")
-    again = calibration_set(model, names, PROMPTS, SAMPLING, seen, tmp_path / "two")
+    first = recorded_set(model, names, PROMPTS, SAMPLING, seen, tmp_path / "one")
+    again = recorded_set(model, names, PROMPTS, SAMPLING, seen, tmp_path / "two")
     assert len(again.calls["text_encoder"]) == len(first.calls["text_encoder"]) == 4
     assert again.sha256 == first.sha256
 
@@ -131,7 +131,7 @@ def test_text_encoders_run_however_often_their_prompts_were_encoded_before(folde
 def test_a_component_that_never_runs_is_named(folders, tmp_path):
     model, seen = pipeline(folders, "flux", ["transformer", "vae"], tmp_path)
     with pytest.raises(ConfigError, match=r"^model.components=vae: it never ran on the calibration data; leave it out"):
-        calibration_set(model, ["transformer", "vae"], PROMPTS, SAMPLING, seen, tmp_path)
+        recorded_set(model, ["transformer", "vae"], PROMPTS, SAMPLING, seen, tmp_path)
     assert not list(tmp_path.glob("calibration/*/*"))
 
 
@@ -144,7 +144,7 @@ def test_an_input_that_cannot_be_recorded_names_the_component(folders, tmp_path)
     odd = model.__class__(**{**vars(model), "sample": sample})
     told = r"^model.components=transformer: FluxTransformer2DModel takes a object, .*; leave it out of the components"
     with pytest.raises(ConfigError, match=told):
-        calibration_set(odd, ["transformer"], PROMPTS, SAMPLING, seen, tmp_path)
+        recorded_set(odd, ["transformer"], PROMPTS, SAMPLING, seen, tmp_path)
 
 
 def test_only_one_batch_is_recorded_ahead(folders, tmp_path):
