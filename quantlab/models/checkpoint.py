@@ -72,11 +72,13 @@ def torch_dtype_argument(config: ModelConfig, device: str) -> torch.dtype | Lite
 
 # -- digests
 
+_NUM_BLOCKS, _BLOCK_BYTES = 16, 4096
+
 
 def weights_sha256(model: PreTrainedModel, path: str | Path, revision: str | None, cache_dir: Path) -> str:
     """:func:`~quantlab.modules.layers.state_digest` of the model as loaded, remembered in ``cache_dir/digests.json``.
 
-    The key is the path, size and modification time of the weight files and the dtype they were loaded in; a model whose
+    The key is what the weight files are known by and the dtype they were loaded in; a model whose
     files are not found on disk is hashed each time.
     """
     files = _weight_files(str(path), revision)
@@ -96,10 +98,14 @@ def file_sha256(file: Path, cache_dir: Path) -> str:
 
 
 def remembered_digest(files: Sequence[Path], cache_dir: Path, compute: Callable[[], str], also: str = "") -> str:
-    """``compute()``, or what it returned for the same files (path, size, modification time) and ``also`` before."""
+    """``compute()``, or what it returned for the same files and ``also`` before.
+
+    A file is the same by its path, size, times and inode, and by a sample of its blocks: tools that copy files may set
+    the time of what they replace.
+    """
     from filelock import FileLock
 
-    stamp = ";".join([*(f"{f.resolve()}|{f.stat().st_size}|{f.stat().st_mtime_ns}" for f in files), also])
+    stamp = ";".join([*map(_stamp, files), also])
     store = Path(cache_dir) / "digests.json"
     store.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{store}.lock"):
@@ -110,6 +116,18 @@ def remembered_digest(files: Sequence[Path], cache_dir: Path, compute: Callable[
             fresh.write_text(json.dumps(known, indent=1, sort_keys=True), encoding="utf-8")
             os.replace(fresh, store)
     return known[stamp]
+
+
+def _stamp(file: Path) -> str:
+    """What a file is known by, without reading it whole."""
+    found = file.stat()
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        for i in range(_NUM_BLOCKS):
+            stream.seek(i * max(found.st_size - _BLOCK_BYTES, 0) // (_NUM_BLOCKS - 1))
+            digest.update(stream.read(_BLOCK_BYTES))
+    times = f"{found.st_mtime_ns}|{found.st_ctime_ns}|{found.st_ino}"
+    return f"{file.resolve()}|{found.st_size}|{times}|{digest.hexdigest()[:32]}"
 
 
 def _read_digests(store: Path) -> dict[str, str]:

@@ -427,7 +427,7 @@ def _exclusions(module: nn.Module, own: Sequence[str]) -> tuple[str, ...]:
 def _pipeline_sha256(pipe: TextToImage, folder: Path, cache_dir: Path, progress: Progress | None) -> str:
     """sha256 over the names and bytes of all files of the pipeline's parts: weights, configs, scheduler, tokenizers.
 
-    The digest of a file is remembered by path, size and modification time.
+    The digest of a file is remembered by what it is known by.
     """
     files = [file for name, part in pipe.components.items() if part is not None for file in _files_of(folder / name)]
     total = hashlib.sha256()

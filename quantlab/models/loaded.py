@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypedDict, cast
 
+from quantlab.models.identity import identity_of
 from quantlab.vocabulary.schema import EvaluationConfig
 
 if TYPE_CHECKING:
@@ -91,6 +93,14 @@ class LoadedModel:
     """Diffusion families only."""
     decode: Callable[[LoadedModel, torch.Tensor], torch.Tensor] | None = None
     """Diffusion families: ``decode(model, latents) -> images`` in [0, 1], (n, height, width, channels)."""
+
+    @functools.cached_property
+    def identity(self) -> Mapping[str, str]:
+        """Part -> digest, of all that the model was built from: its weights, and what :func:`identity_of` says."""
+        return {
+            "weights": self.weights_sha256,
+            **identity_of(self.components, cast("Mapping[str, object]", self.parts)),
+        }
 
     def with_components(self, components: Mapping[str, torch.nn.Module]) -> LoadedModel:
         """The same model with some components replaced."""

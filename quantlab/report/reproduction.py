@@ -16,7 +16,7 @@ from rich.text import Text
 from quantlab.metrics import METRICS
 from quantlab.metrics.statistics import wilson_interval
 from quantlab.report.reading import json_object
-from quantlab.tracking.tags import DEVICE, INPUTS_SHA256, JUDGE_SHA256, VERSIONS, WEIGHTS_SHA256
+from quantlab.tracking.tags import DEVICE, INPUTS_SHA256, JUDGE_SHA256, MODEL_PARTS, VERSIONS, WEIGHTS_SHA256
 
 IDENTICAL, WITHIN, DIFFERENT = "identical", "within its interval", "different"
 _PARTS = ("se", "ci_lo", "ci_hi", "n")
@@ -177,6 +177,8 @@ def _changes(
 ) -> list[Change]:
     """Differences of digests, package versions, code and hardware, in this order."""
     found = [(tag.removeprefix("quantlab."), was.get(tag), now.get(tag)) for tag in _SHARED_TAGS]
+    parts, ours = (json_object(tags.get(MODEL_PARTS, "")) for tags in (was, now))
+    found += [(f"the model's {k}", parts.get(k), ours.get(k)) for k in {**parts, **ours} if parts]
     old = old or {"versions": json_object(was.get(VERSIONS, ""))}
     for part in ("versions", "git", "hardware"):
         theirs, ours = old.get(part) or {}, new.get(part) or {}
@@ -207,7 +209,7 @@ def summary_lines(found: Reproduction) -> list[str]:
         lines.append(f"per-sample values: {same} of {len(found.samples)} metrics identical in every sample{differ}")
     lines += [f"changed: {c.what}: {c.was} -> {c.now}" for c in found.changes]
     if not found.changes:
-        lines.append("versions, code, hardware, weights and inputs are those of the run")
+        lines.append("versions, code, hardware, model and inputs are those of the run")
     if found.unseen:
         lines.append(f"new: {', '.join(found.unseen)}")
     return lines

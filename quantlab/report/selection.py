@@ -22,6 +22,7 @@ from quantlab.tracking.tags import (
     INPUTS_SHA256,
     JUDGE_SHA256,
     KIND,
+    MODEL_PARTS,
     PARENT_RUN_ID,
     REFERENCE_KEY,
     REPRODUCES,
@@ -184,8 +185,10 @@ def differences(a: StoredRun, b: StoredRun) -> list[str]:
         for k in (DEVICE, WEIGHTS_SHA256, INPUTS_SHA256, JUDGE_SHA256)
         if a.tags.get(k) != b.tags.get(k)
     ]
-    ours, theirs = (json_object(r.tags.get(VERSIONS, "")) for r in (a, b))
-    found += [f"{k}: {ours.get(k)} / {theirs.get(k)}" for k in ours if ours.get(k) != theirs.get(k)]
+    for tag, what in ((MODEL_PARTS, "the model's "), (VERSIONS, "")):
+        ours, theirs = (json_object(r.tags.get(tag, "")) for r in (a, b))
+        keys = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
+        found += [f"{what}{k}: {ours.get(k)} / {theirs.get(k)}" for k in keys]
     both = " / ".join(r.tags[REFERENCE_KEY][:8] for r in (a, b))
     return found or [f"{REFERENCE_KEY}: {both} (metric versions, or kind of machine)"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from quantlab.tracking.tags import (
     INPUTS_SHA256,
     JUDGE_SHA256,
     MODEL_ARTIFACT,
+    MODEL_PARTS,
     REFERENCE_KEY,
     WEIGHTS_SHA256,
 )
@@ -182,6 +184,7 @@ def shared_tags(bench: Workbench) -> dict[str, str]:
     return {
         REFERENCE_KEY: bench.reference_key,
         WEIGHTS_SHA256: bench.model.weights_sha256,
+        MODEL_PARTS: json.dumps({k: v[:16] for k, v in bench.model.identity.items() if k != "weights"}),
         INPUTS_SHA256: bench.inputs.sha256,
         **({JUDGE_SHA256: judge} if (judge := judge_digest(bench)) else {}),
     }

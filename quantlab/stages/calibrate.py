@@ -105,7 +105,7 @@ def _key(model: LoadedModel, components: Sequence[str], inputs: Any, settings: E
     machine, known = hardware(), versions()
     parts = {
         "format": FORMAT,
-        "weights": model.weights_sha256,
+        "model": dict(model.identity),
         "inputs": inputs.sha256,
         "protocol": model.protocol,
         "dtype": model.dtype,

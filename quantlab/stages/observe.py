@@ -27,7 +27,7 @@ def reference_key(model: LoadedModel, inputs: Any, evaluation: EvaluationConfig)
     known = versions()
     parts = {
         "format": FORMAT,
-        "weights": model.weights_sha256,
+        "model": dict(model.identity),
         "inputs": inputs.sha256,
         "protocol": model.protocol,
         "dtype": model.dtype,
