@@ -344,3 +344,16 @@ def test_run_raises_for_a_single_bad_request(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(quantlab.ConfigError, match=r"^dtype=nf4: quanto offers"):
         quantlab.run(overrides=["backend=quanto", "dtype=nf4"])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("on_mismatch", ["skip", "bfloat16", "q8_0"])
+def test_a_scheme_that_fits_nowhere_is_refused(on_mismatch):
+    narrow = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 32))
+    message = r"^dtype=q4_k: fits none of the 2 layers of model .* 0 \[64, 64\]: in_features 64 .*256"
+    with pytest.raises(quantlab.NotQuantized, match=message) as caught:
+        quantlab.quantize(narrow, quantlab.GGUFQuantizationConfig(gguf_type="q4_k"), on_mismatch=on_mismatch)
+    assert ("dtype=q8_0 fits them" in str(caught.value)) == (on_mismatch == "q8_0")
+    wide = torch.nn.Sequential(torch.nn.Linear(256, 64), torch.nn.Linear(64, 32))
+    config = quantlab.GGUFQuantizationConfig(gguf_type="q4_k")
+    _, report = quantlab.quantize(wide, config, on_mismatch=on_mismatch)
+    assert {r.status for r in report.layers} == {"quantized", "skipped" if on_mismatch == "skip" else "fallback"}

@@ -86,6 +86,8 @@ def select_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
     misfits = {n: reason for n in wanted if (reason := misfit(asked[n], shapes[n]))}
     if misfits and axes.on_mismatch == "error":
         raise NotQuantized(_misfit_message(axes, misfits, shapes))
+    if len(misfits) == len(wanted):
+        raise NotQuantized(_nothing_message(axes, request.component, misfits, shapes))
     return Selection(
         native=scheme.backend.module.resolve(scheme.native, request.device, request.compute_dtype),
         taken=tuple(n for n in wanted if n not in misfits),
@@ -252,6 +254,19 @@ def _misfit_message(axes: QuantizationAxes, misfits: Mapping[str, str], shapes: 
         f"{key}: {len(misfits)} layers cannot be stored as {axes.backend} {axes.dtype}: {listed}{more}. "
         "Choose another group size or dtype, exclude them with modules_to_not_convert, or pass "
         "quantization.on_mismatch=skip (or a dtype to fall back to)"
+    )
+
+
+def _nothing_message(
+    axes: QuantizationAxes, component: str, misfits: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> str:
+    """A scheme that fits nowhere is none, whatever becomes of the layers."""
+    name, why = next(iter(misfits.items()))
+    instead = "" if axes.on_mismatch in ("skip", *COMPUTE_DTYPES) else f" (dtype={axes.on_mismatch} fits them)"
+    return (
+        f"dtype={axes.dtype}: fits none of the {len(misfits)} layers of {component} that it should quantize, such as "
+        f"{name} {list(shapes[name])}: {why}; choose another dtype or group size{instead}, or leave the component out "
+        "of model.components"
     )
 
 
