@@ -48,6 +48,14 @@ def fault(tmp_path, monkeypatch):
     return put
 
 
+@pytest.fixture
+def fresh_pool():
+    """joblib keeps a pool's workers, with the environment that they began with, for the next pool of this process."""
+    loky = pytest.importorskip("joblib.externals.loky")
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    loky.get_reusable_executor().shutdown(kill_workers=True)
+
+
 def table(shell, *words):
     code, out, err = shell(*WORDS, *words, "--json")
     return code, {r["name"]: r for r in json.loads(out)}, err
@@ -232,9 +240,8 @@ def test_no_two_running_jobs_have_one_slot(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isolation", ["none", "process"])
-def test_each_job_of_a_pool_sees_a_gpu_of_its_own(shell, fault, monkeypatch, isolation):
+def test_each_job_of_a_pool_sees_a_gpu_of_its_own(shell, fault, fresh_pool, monkeypatch, isolation):
     """Two jobs at once on two devices: each is measured with the other still running."""
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     seen = shell.folder / "seen"
     seen.mkdir()
     fault("pass")
@@ -263,8 +270,7 @@ diffusion.measure = measure
 
 
 @pytest.mark.slow
-def test_a_crash_in_a_pool_costs_one_job(shell, fault):
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+def test_a_crash_in_a_pool_costs_one_job(shell, fault, fresh_pool):
     fault("os.kill(os.getpid(), signal.SIGSEGV)")
     code, rows, _ = table(shell, "backend=quanto,torchao", "launcher=pool", "launcher.num_workers=2")
     assert code == 1
