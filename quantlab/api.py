@@ -11,6 +11,7 @@ from quantlab.backends.scheme import scheme_of_config
 from quantlab.backends.table import held_packages, loggers
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
+from quantlab.modules.compute_dtype import component_dtype
 from quantlab.modules.feed import feed_of_batches
 from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import component_memory, measure_stage
@@ -23,6 +24,7 @@ from quantlab.stages.calibrate import calibrate_component
 from quantlab.stages.evaluate import evaluate as evaluate_stage
 from quantlab.stages.evaluate import summarize
 from quantlab.stages.quantize import QuantizationRequest, quantize_component, select_layers
+from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.native import QuantizationConfigMixin
 from quantlab.vocabulary.reports import QuantizationReport, RunReport
 from quantlab.vocabulary.schema import EvaluationConfig
@@ -121,8 +123,7 @@ def _checked(module: Any) -> Any:
 
 
 def _dtype_and_device(module: Any) -> tuple[str, str]:
-    first = next(module.parameters())
-    return str(first.dtype).removeprefix("torch."), "cuda" if first.is_cuda else "cpu"
+    return dtype_name(component_dtype(module)), "cuda" if next(module.parameters()).is_cuda else "cpu"
 
 
 def _copied(module: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -21,16 +20,30 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+_STANDS_FOR = "_quantlab_stands_for"
+"""Attribute of a quantized layer: dtype and number of elements of the weight in whose place its codes are."""
+
+
+def stand_for(layer: torch.nn.Module, weight: torch.Tensor) -> None:
+    """Note on a layer that was quantized which weight it stands for."""
+    if dtype_name(weight.dtype) in COMPUTE_DTYPES:
+        object.__setattr__(layer, _STANDS_FOR, (dtype_name(weight.dtype), weight.numel()))
+
+
 def component_dtype(component: torch.nn.Module, default: str = "float32") -> torch.dtype:
     """The torch dtype in which a component wants its floating inputs.
 
-    It is the dtype of most parameter elements among float32, bfloat16 and float16: stored codes (uint8, 8-bit floats)
-    do not count, and a few norms kept in float32 do not outvote the rest. ``default`` names it where no such parameter
-    is left.
+    It is the dtype of most parameter elements among float32, bfloat16 and float16, so that a few norms kept in float32
+    do not outvote the rest; a quantized layer votes with the weight that it stands for (:func:`stand_for`), whatever
+    its codes are. ``default`` names it where there is nothing to go by.
     """
     votes: Counter[str] = Counter()
-    telling = (part for part in component.modules() if not getattr(part, "computes_in_input_dtype", False))
-    for parameter in itertools.chain.from_iterable(part.parameters(recurse=False) for part in telling):
-        if dtype_name(parameter.dtype) in COMPUTE_DTYPES:
-            votes[dtype_name(parameter.dtype)] += parameter.numel()
+    for part in component.modules():
+        stood_for = getattr(part, _STANDS_FOR, None)
+        if stood_for is not None:
+            votes[stood_for[0]] += stood_for[1]
+            continue
+        for parameter in part.parameters(recurse=False):
+            if dtype_name(parameter.dtype) in COMPUTE_DTYPES:
+                votes[dtype_name(parameter.dtype)] += parameter.numel()
     return torch_dtype(votes.most_common(1)[0][0] if votes else default)

@@ -11,7 +11,7 @@ from quantlab.errors import ConfigError, MetricUndefined
 from quantlab.metrics.output_error import output_cosine, output_rel_error
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
-from quantlab.modules.compute_dtype import torch_dtype
+from quantlab.modules.compute_dtype import component_dtype
 from quantlab.modules.trees import Batch, add_to_digest, arguments_of, replaced, tensors_in
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.reports import Measurements
@@ -53,14 +53,6 @@ def _cast(batch: Batch, device: str, dtype: torch.dtype) -> Batch:
     return replaced(batch, cast)
 
 
-def _compute_dtype(model: LoadedModel) -> torch.dtype:
-    import torch
-
-    parameters = model.components["model"].parameters()
-    own = (p.dtype for p in parameters if type(p.data) is torch.Tensor and p.is_floating_point())
-    return next(own, torch_dtype(model.dtype))
-
-
 def observe(
     model: LoadedModel,
     inputs: ModuleInputs,
@@ -75,7 +67,7 @@ def observe(
     import torch
 
     module = model.components["model"]
-    dtype = _compute_dtype(model)
+    dtype = component_dtype(model.components["model"], model.dtype)
     batches = [
         part for b in inputs.batches for part in (b.split(batch_size) if batch_size and hasattr(b, "split") else [b])
     ]
@@ -102,7 +94,7 @@ def calls(
     progress: Progress | None = None,
 ) -> Iterator[tuple[str, Call]]:
     """The module's calls on the batches, of the size that they have."""
-    dtype = _compute_dtype(model)
+    dtype = component_dtype(model.components["model"], model.dtype)
     for i, batch in enumerate(inputs.batches):
         args, kwargs = arguments_of(_cast(batch, "cpu", dtype))
         for name in components:

@@ -164,4 +164,6 @@ def calibrate_component(request: QuantizationRequest, module: Any, selection: Se
     if not selection.calibrated:
         return None
     backend = request.scheme.backend.calibrated
-    return backend.calibrate(module, selection.calibrated, selection.native, request.compute_dtype, feed)
+    own = {selection.compute_dtypes[name] for name in selection.calibrated}
+    dtype = own.pop() if len(own) == 1 else "auto"  # each layer's own
+    return backend.calibrate(module, selection.calibrated, selection.native, dtype, feed)

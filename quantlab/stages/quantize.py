@@ -14,10 +14,11 @@ from quantlab.backends.exclusions import expand
 from quantlab.backends.scheme import Format, Scheme
 from quantlab.backends.table import held_packages, offers
 from quantlab.errors import ConfigError, NotQuantized
+from quantlab.modules.compute_dtype import stand_for
 from quantlab.modules.layers import linear_layers, resolve_exclusions
 from quantlab.modules.memory import layer_memory
 from quantlab.vocabulary.axes import QuantizationAxes
-from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
+from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, dtype_name
 from quantlab.vocabulary.native import QuantizationConfigMixin
 from quantlab.vocabulary.reports import LayerReport, QuantizationReport, StoredWeight
 
@@ -32,6 +33,7 @@ class QuantizationRequest:
     component: str
     scheme: Scheme
     compute_dtype: str
+    """Of the component; or of the layers, where the scheme's axes say one."""
     device: str
     default_exclusions: tuple[str, ...] = ()
     """Entries of the model family, which may match nothing."""
@@ -49,6 +51,8 @@ class Selection:
     misfits: Mapping[str, str]
     """Layer -> why it cannot be stored as asked (``quantization.on_mismatch`` says what becomes of it)."""
     asked: Mapping[str, Format]
+    compute_dtypes: Mapping[str, str]
+    """Layer -> the dtype that it computes in: where the axes leave it open its own, if the format computes in it."""
     idle_exclusions: tuple[str, ...] = ()
     fallback: Scheme | None = None
     """How the misfits are stored, where there are any and ``quantization.on_mismatch`` is a dtype of the backend."""
@@ -88,7 +92,11 @@ def select_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
         raise NotQuantized(_misfit_message(axes, misfits, shapes))
     if len(misfits) == len(wanted):
         raise NotQuantized(_nothing_message(axes, request.component, misfits, shapes))
+    kept = {n: dtype_name(layers[n].weight.dtype) for n in wanted} if axes.compute_dtype == "auto" else {}
     return Selection(
+        compute_dtypes={
+            n: kept[n] if kept.get(n) in asked[n].row.compute_dtypes else request.compute_dtype for n in wanted
+        },
         native=scheme.backend.module.resolve(scheme.native, request.device, request.compute_dtype),
         taken=tuple(n for n in wanted if n not in misfits),
         excluded=excluded,
@@ -123,7 +131,7 @@ def quantize_component(
     chosen = selection or select_layers(request, module)
     scheme, native, excluded, misfits = request.scheme, chosen.native, chosen.excluded, chosen.misfits
     if chosen.taken:
-        _hand_over(scheme, native, module, chosen.taken, request.compute_dtype, calibrated)
+        _hand_over(scheme, native, module, {n: chosen.compute_dtypes[n] for n in chosen.taken}, calibrated)
     fallback = _fall_back(request, chosen, module, calibrated)
 
     rows = []
@@ -131,6 +139,7 @@ def quantize_component(
     originals = dict(original.named_modules())
     for name in layers:
         if name in chosen.taken or name in fallback:
+            stand_for(module.get_submodule(name), originals[name].weight)
             rows.append(
                 _read_row(
                     request,
@@ -167,15 +176,16 @@ def _hand_over(
     scheme: Scheme,
     native: QuantizationConfigMixin,
     module: torch.nn.Module,
-    names: Sequence[str],
-    compute_dtype: str,
+    compute_dtypes: Mapping[str, str],
     calibrated: Any,
 ) -> None:
-    """Let the backend quantize the named layers, with what calibration found where the config needs data."""
-    if native.needs_data:
-        scheme.backend.calibrated.quantize(module, names, native, compute_dtype, calibrated)
-    else:
-        scheme.backend.module.quantize(module, names, native, compute_dtype)
+    """Let the backend quantize layers (name -> compute dtype), with what calibration found where it was asked for."""
+    for dtype in dict.fromkeys(compute_dtypes.values()):
+        names = [name for name, own in compute_dtypes.items() if own == dtype]
+        if native.needs_data:
+            scheme.backend.calibrated.quantize(module, names, native, dtype, calibrated)
+        else:
+            scheme.backend.module.quantize(module, names, native, dtype)
 
 
 def _excluded(
@@ -298,7 +308,8 @@ def _fall_back(
         for name in names:
             _store_as(module, name, dtype)
     else:
-        _hand_over(chosen.fallback, chosen.fallback.native, module, names, request.compute_dtype, calibrated)
+        dtypes = {name: chosen.compute_dtypes[name] for name in names}
+        _hand_over(chosen.fallback, chosen.fallback.native, module, dtypes, calibrated)
     return dict.fromkeys(names, dtype)
 
 
@@ -307,8 +318,6 @@ def _store_as(module: torch.nn.Module, name: str, dtype: str) -> None:
     import torch
 
     class StoredLinear(torch.nn.Linear):
-        computes_in_input_dtype = True  # so its weight says nothing about what the model computes in
-
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.linear(input, self.weight.to(input.dtype), self.bias)
 
