@@ -1,4 +1,4 @@
-"""The calibrate stage: which data, the forward loop, what it shows of each layer, and what it refuses."""
+"""The calibrate stage: which data, what a run leaves of it, and what it refuses."""
 
 import json
 import math
@@ -11,10 +11,8 @@ import quantlab
 from quantlab.datasets import prompts
 from quantlab.datasets.calibration import calibration_inputs
 from quantlab.datasets.table import CALIBRATION_SETS
-from quantlab.errors import ConfigError, MetricUndefined
-from quantlab.modules.feed import CalibrationFeed, StoredCalls, feed_of_batches
+from quantlab.errors import ConfigError
 from quantlab.stages.calibrate import is_out_of_memory
-from quantlab.stages.evidence import evenly_spaced, layer_energies
 from quantlab.vocabulary.schema import CalibrationConfig, EvaluationConfig
 from tests.support.calibration import recorded_set
 from tests.support.shell import digits_words
@@ -22,122 +20,6 @@ from tests.support.tables import BACKENDS
 
 WORDS = digits_words("backend=gguf", "dtype=q4_k")
 FAST = ["calibration.num_samples=10", "calibration.batch_size=5", "calibration.num_inference_steps=2"]
-
-
-# -- calls on disk
-
-
-def test_stored_calls_come_back_as_they_were_and_share_tensors(tmp_path):
-    shared = torch.randn(3, 4, dtype=torch.bfloat16)
-    calls = StoredCalls(tmp_path / "calls")
-    given = [
-        {
-            "args": (torch.arange(3) + i, shared),
-            "kwargs": {"deep": [{"x": shared}], "flag": True, "none": None},
-            "dtype": "bfloat16",
-            "step": i,
-            "output": shared,
-        }
-        for i in range(3)
-    ]
-    for call in given:
-        calls.write(call)
-    assert len(list((tmp_path / "calls").glob("tensor-*"))) == 4, "three different tensors, and one that all share"
-    again = StoredCalls(tmp_path / "calls")
-    assert len(again) == 3
-    for call, wanted in zip(again, given, strict=True):
-        assert torch.equal(call["args"][0], wanted["args"][0])
-        assert torch.equal(call["kwargs"]["deep"][0]["x"], shared)
-        assert (call["kwargs"]["flag"], call["kwargs"]["none"], call["step"]) == (True, None, wanted["step"])
-        assert "output" not in call
-    assert again.sha256() == calls.sha256()
-    calls.write(given[0])
-    assert calls.sha256() != again.sha256()
-
-
-def test_only_one_call_is_in_memory_at_a_time(tmp_path):
-    calls = StoredCalls(tmp_path)
-    for i in range(20):
-        calls.write({"args": [torch.full((10,), float(i))], "kwargs": {}, "dtype": "float32", "step": 0})
-    for _ in calls:
-        assert len(calls._kept) == 1
-
-
-# -- the feed
-
-
-def test_a_feed_replays_every_call_as_often_as_it_is_asked():
-    seen = []
-    net = nn.Sequential(nn.Linear(4, 4))
-    net.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[0]))
-    ticks = []
-    feed = feed_of_batches([torch.randn(3, 4), torch.randn(2, 4)])
-    feed = CalibrationFeed(**{**vars(feed), "on_call": lambda i, n: ticks.append((i, n))})
-    feed(net)
-    feed(net)
-    assert seen == [3, 2, 3, 2]
-    assert ticks == [(1, 2), (2, 2)] * 2
-    assert (feed.num_samples, feed.batch_size) == (5, 3)
-
-
-@pytest.mark.parametrize(
-    ("batches", "message"),
-    [
-        ([], r"^calibration: at least one batch is wanted"),
-        (torch.ones(2, 2), r"^calibration: at least one batch is wanted"),
-        ([{"a": 1}], r"^calibration: batch 0 holds no tensor"),
-        ([torch.ones(2), torch.tensor([math.nan])], r"^calibration: batch 1 holds NaN or infinity"),
-    ],
-)
-def test_bad_batches_are_refused(batches, message):
-    with pytest.raises(ConfigError, match=message):
-        feed_of_batches(batches)
-
-
-# -- evidence
-
-
-class Layered(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(8, 8, bias=False), nn.Linear(8, 4, bias=False)
-
-    def forward(self, x):
-        return self.second(self.first(x))
-
-
-def test_evidence_counts_each_layers_own_error_by_step():
-    """Noise on one layer's weight shows there, in the right size, and nowhere else."""
-    torch.manual_seed(0)
-    reference, candidate = Layered(), Layered()
-    candidate.load_state_dict(reference.state_dict())
-    with torch.no_grad():
-        candidate.first.weight.mul_(1.1)
-    batches = [torch.randn(5, 8) for _ in range(4)]
-    calls = [{"args": (b,), "kwargs": {}, "dtype": "float32", "step": i % 2} for i, b in enumerate(batches)]
-    feed = CalibrationFeed(calls=calls, num_samples=20, batch_size=5)
-    found = layer_energies(reference, candidate, ["first", "second"], feed, 4)
-    assert found["first"].sqnr_db() == pytest.approx(20, abs=1e-4), "an error of a tenth is 20 dB"
-    assert [found["first"].sqnr_db(k) for k in (0, 1)] == pytest.approx([20, 20], abs=1e-4)
-    assert found["second"].sqnr_db() is None, "the same inputs and weights: no error at all"
-    every = torch.cat(batches)
-    assert found["first"].input_absmax == pytest.approx(float(every.abs().max()))
-    channels = every.abs().amax(0)
-    assert found["first"].outlier_ratio == pytest.approx(float(channels.max() / channels.median()))
-
-
-def test_evidence_refuses_activations_that_are_nan_and_names_the_layer():
-    net = Layered()
-    with torch.no_grad():
-        net.first.weight[0, 0] = math.inf
-    feed = feed_of_batches([torch.ones(2, 8)])
-    with pytest.raises(MetricUndefined, match=r"^calibration: second gets NaN or infinity on the calibration data"):
-        layer_energies(net, None, ["first", "second"], feed, 1)
-
-
-@pytest.mark.parametrize(("num", "wanted", "expected"), [(3, 5, [0, 1, 2]), (10, 2, [0, 5]), (4, 0, [])])
-def test_evidence_is_taken_evenly(num, wanted, expected):
-    assert evenly_spaced(num, wanted) == expected
 
 
 # -- the set

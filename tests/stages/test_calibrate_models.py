@@ -16,7 +16,7 @@ from quantlab.datasets.calibration import calibration_inputs
 from quantlab.errors import ConfigError
 from quantlab.models import diffusers_pipeline
 from quantlab.protocols import diffusion
-from quantlab.running import job as job_module
+from quantlab.running import workbench
 from quantlab.stages import candidate as candidate_module
 from quantlab.vocabulary.schema import CalibrationConfig, DatasetConfig, EvaluationConfig, ModelConfig
 from tests.support.assets import needs
@@ -371,7 +371,7 @@ def no_work(monkeypatch):
     def fail(*_):
         raise AssertionError("the reference was observed")
 
-    monkeypatch.setattr(job_module, "observe", fail)
+    monkeypatch.setattr(workbench, "observe", fail)
 
 
 LATE = {
