@@ -20,6 +20,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from quantlab.errors import ConfigError, ModelError
@@ -200,6 +201,27 @@ def _digest_tensor(digest: hashlib._Hash, name: str, value: object) -> None:
     if value.numel():
         data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(data.numpy().data)
+
+
+@contextmanager
+def changed_tensors(module: nn.Module) -> Iterator[list[str]]:
+    """A list that is empty inside; afterwards it has the names of the parameters and buffers whose values changed.
+
+    By the sum of each tensor's bytes, before and after: a change that leaves it as it is goes unseen.
+    """
+    before = _byte_sums(module)
+    changed: list[str] = []
+    yield changed
+    after = _byte_sums(module)
+    changed += [name for name, found in after.items() if before.get(name) != found]
+
+
+def _byte_sums(module: nn.Module) -> dict[str, int]:
+    import torch
+
+    named = [*module.named_parameters(), *module.named_buffers()]
+    tensors = {name: t.detach() for name, t in named if t.numel() and not t.is_meta}
+    return {name: int(t.contiguous().reshape(-1).view(torch.uint8).sum()) for name, t in tensors.items()}
 
 
 def check_finite_weights(module: nn.Module, what: str) -> None:

@@ -13,6 +13,7 @@ from quantlab.metrics.output_error import output_cosine, output_rel_error
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
 from quantlab.protocols.finite import bad_rows
+from quantlab.protocols.unchanged import must_stay_unchanged
 from quantlab.vocabulary.reports import Measurements
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -90,6 +91,12 @@ def _inputs_sha256(ids: Tensor, mask: Tensor) -> str:
     digest.update(ids.numpy().tobytes())
     digest.update(mask.numpy().tobytes())
     return digest.hexdigest()
+
+
+def check(model: LoadedModel, inputs: EncoderInputs) -> None:
+    """ModelError for a model that changes itself when it runs."""
+    with must_stay_unchanged(model):
+        _run(model, inputs.subset([0]), 1, None)
 
 
 def observe(

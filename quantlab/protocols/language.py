@@ -13,15 +13,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from quantlab.errors import ConfigError, MetricUndefined, ModelError, nearest
+from quantlab.errors import ConfigError, MetricUndefined, nearest
 from quantlab.metrics.kl import kld_quantiles, token_statistics
 from quantlab.metrics.perplexity import ln_ppl_ratio, perplexity
 from quantlab.metrics.statistics import bootstrap_interval
 from quantlab.models.causal_lm import network_of
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
-from quantlab.modules.compute_dtype import component_dtype
 from quantlab.protocols.finite import bad_rows
+from quantlab.protocols.language_checks import check_language_model
+from quantlab.protocols.output_head import logits_of, text_config
 from quantlab.vocabulary.reports import Measurements, MetricValue
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
     from torch import Tensor
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 HEADLINE = ("kld_mean", "same_top1", "ppl")
 TOKENS_AT_ONCE = 512
@@ -157,7 +158,7 @@ def _protocol_and_length(evaluation: EvaluationConfig, model: LoadedModel) -> tu
     length = protocol.context_length or evaluation.context_length
     if length < 4:
         raise ConfigError(f"{key}: a window needs at least 4 tokens; 256 and more are usual")
-    longest = getattr(_text_config(model), "max_position_embeddings", None)
+    longest = getattr(text_config(model), "max_position_embeddings", None)
     if isinstance(longest, int) and longest < length:
         raise ConfigError(
             f"{key}: {model.name} takes at most {longest} tokens at once; use a shorter "
@@ -178,11 +179,12 @@ def _inputs_sha256(ids: Tensor, record: Mapping[str, Any]) -> str:
     return hashlib.sha256(head + ids.numpy().tobytes()).hexdigest()
 
 
-def _text_config(model: LoadedModel) -> PreTrainedConfig:
-    return network_of(model.components["model"]).config.get_text_config()
-
-
 # -- running a model
+
+
+def check(model: LoadedModel, inputs: TextInputs) -> None:
+    """ModelError for a model whose numbers would mean nothing; see :func:`check_language_model`."""
+    check_language_model(model, inputs.input_ids[:1])
 
 
 def observe(
@@ -194,10 +196,9 @@ def observe(
 ) -> dict[str, Any]:
     """``{"hidden": fp32 tensor (chunks, context_length, width)}``: what the output head is given at each position.
 
-    Raises MetricUndefined naming the chunk where that is NaN or infinite, ModelError where the model makes its logits
-    from it in a way that is not known here.
+    Raises MetricUndefined naming the chunk where that is NaN or infinite.
     """
-    hidden, _ = _run(model, inputs, batch_size or evaluation.batch_size, progress, check_head=True)
+    hidden, _ = _run(model, inputs, batch_size or evaluation.batch_size, progress)
     return {"hidden": hidden}
 
 
@@ -234,7 +235,7 @@ def measure(
     logits are NaN or infinite.
     """
     hidden, ms_per_token = _run(model, inputs, batch_size or evaluation.batch_size, progress)
-    tokens = _token_table(_logits_of(reference_model), _logits_of(model), reference["hidden"], hidden, inputs)
+    tokens = _token_table(logits_of(reference_model), logits_of(model), reference["hidden"], hidden, inputs)
     samples = {
         "kld_mean": tokens["kld"].mean(1),
         "same_top1": tokens["same_top1"].mean(1),
@@ -250,9 +251,7 @@ def measure(
     )
 
 
-def _run(
-    model: LoadedModel, inputs: TextInputs, batch_size: int, progress: Progress | None, check_head: bool = False
-) -> tuple[Tensor, float]:
+def _run(model: LoadedModel, inputs: TextInputs, batch_size: int, progress: Progress | None) -> tuple[Tensor, float]:
     """Hidden states before the output head, fp32 on the CPU, and the median time of a batch in ms a token.
 
     The hook passes only the last position on to the head: the logits of the others are made later, in fp32.
@@ -276,15 +275,12 @@ def _run(
             ids = inputs.input_ids[start : start + batch_size].to(model.device)
             began = time.perf_counter()
             with torch.no_grad():
-                logits = module(input_ids=ids, use_cache=False).logits
-            assert logits is not None, "a causal language model returns them"
+                module(input_ids=ids, use_cache=False)
             if ids.is_cuda:
                 torch.cuda.synchronize(ids.device)
             times.append((time.perf_counter() - began) * 1000 / ids.numel())
             found.append(caught.pop().float().cpu())
             _require_finite(found[-1].flatten(1), inputs.sample_ids[start:], "last hidden state")
-            if check_head and start == 0:
-                _check_head(model, found[-1][:, -1], logits[:, -1])
             if progress:
                 progress(min(start + batch_size, inputs.num_samples), inputs.num_samples)
     finally:
@@ -302,59 +298,6 @@ def _require_finite(rows: Tensor, sample_ids: Sequence[str], what: str) -> None:
 
 
 # -- from hidden states to logits
-
-LOGIT_SETTINGS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "final_logit_softcapping": lambda logits, cap: (logits / cap).tanh() * cap,  # Gemma
-    "logits_scaling": lambda logits, scale: logits / scale,  # Granite
-    "logit_scale": lambda logits, scale: logits * scale,  # Cohere
-}
-"""Keys of a model's config that change its logits after the output head."""
-
-
-def _logits_of(model: LoadedModel) -> Callable[[Tensor], Tensor]:
-    """A function from hidden states (..., width) to fp32 logits (..., vocabulary) with the model's own output head.
-
-    A plain head is applied in fp32 whatever its dtype; a quantized one runs as it is, in the model's dtype.
-    """
-    import torch
-
-    head, config = network_of(model.components["model"]).get_output_embeddings(), _text_config(model)
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    if type(head) is torch.nn.Linear and type(head.weight) in (torch.nn.Parameter, torch.Tensor):
-        weight = head.weight.detach().float() if head.weight.is_floating_point() else None
-        bias = head.bias.detach().float() if weight is not None and head.bias is not None else None
-    dtype = component_dtype(model.components["model"], model.dtype)
-    settings = [
-        (fn, getattr(config, name))
-        for name, fn in LOGIT_SETTINGS.items()
-        if isinstance(getattr(config, name, None), (int, float))
-    ]
-
-    def logits(hidden: Tensor) -> Tensor:
-        with torch.no_grad():
-            if weight is not None:
-                out = torch.nn.functional.linear(hidden.to(weight.device), weight, bias)
-            else:
-                out = head(hidden.to(device=model.device, dtype=dtype))
-                out = (out.dequantize() if hasattr(out, "qtype") else out).float()
-            for change, value in settings:
-                out = change(out, float(value))
-            return out
-
-    return logits
-
-
-def _check_head(model: LoadedModel, hidden: Tensor, logits: Tensor) -> None:
-    """That the model's own logits (n, vocabulary) are what :func:`_logits_of` makes of its hidden states (n, width)."""
-    own, ours = logits.float(), _logits_of(model)(hidden).to(logits.device)
-    error = float((own - ours).norm() / own.norm().clamp_min(1e-30))
-    if not error < 0.05:  # 16-bit logits are within 0.01
-        raise ModelError(
-            f"model.path: {model.name} changes its logits after the output head in a way that is not "
-            f"known here (relative difference {error:.2g}); known settings are "
-            f"{', '.join(LOGIT_SETTINGS)}: use another model"
-        )
 
 
 def _token_table(

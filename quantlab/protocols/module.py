@@ -53,6 +53,10 @@ def _cast(batch: Batch, device: str, dtype: torch.dtype) -> Batch:
     return replaced(batch, cast)
 
 
+def check(model: LoadedModel, inputs: ModuleInputs) -> None:
+    """Nothing is asked of these models before they run."""
+
+
 def observe(
     model: LoadedModel,
     inputs: ModuleInputs,

@@ -24,6 +24,7 @@ from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import StageMeasurement, measure_stage
 from quantlab.planning.job import FLOOR_BATCH, FLOOR_BF16, Job
 from quantlab.progress import Advance, say
+from quantlab.protocols.table import PROTOCOLS
 from quantlab.quiet import quiet_libraries
 from quantlab.stages.observe import observe, reference_key
 from quantlab.tracking import Run, Store
@@ -137,6 +138,7 @@ def workbench(session: Session, config: ExperimentConfig, run: Run) -> Workbench
     if warning := fingerprint_warning(fingerprint):
         say(f"[yellow]warning[/yellow]: {warning}")
     with in_stage(session, run, "observe") as seen:
+        PROTOCOLS[model.protocol].check(model, inputs)
         reference = observe(model, inputs, config.evaluation, cache, step_progress(session, "observe reference"))
     bench = Workbench(
         key=key,

@@ -338,4 +338,4 @@ def test_logits_made_in_an_unknown_way_are_refused(model, inputs):
     module = copy.deepcopy(model.components["model"])
     module.config.logits_scaling = 8.0  # Llama's code does not read it, so the two ways differ
     with pytest.raises(ModelError, match="in a way that is not known"):
-        language.observe(model.with_components({"model": module}), inputs, QUICK)
+        language.check(model.with_components({"model": module}), inputs)
