@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import quantlab
+from quantlab.backends.scheme import Format
 from quantlab.backends.table import offers
 from quantlab.errors import ConfigError, MissingPackage
 from quantlab.planning.listing import combinations
@@ -82,11 +83,11 @@ def test_values_outside_the_row_are_refused(backend, dtype, row):
     wrong = {"group_size": 48, "activation_dtype": "int5", "algorithm": "best", "compute_dtype": "float64"}
     for key, value in wrong.items():
         with pytest.raises(ConfigError, match=rf"^{key}={value}: {backend} (chooses its own|{dtype} offers )"):
-            resolve_axes(QuantizationAxes(backend=backend, dtype=dtype, **{key: value}))
+            resolve_axes(QuantizationAxes(backend=backend, dtype=dtype, **{key: value}), offers())
     for compute_dtype in {"float32", "bfloat16", "float16"} - set(row.compute_dtypes):
-        axes = resolve_axes(QuantizationAxes(backend=backend, dtype=dtype))
+        axes = resolve_axes(QuantizationAxes(backend=backend, dtype=dtype), offers())
         with pytest.raises(ConfigError, match=rf"{backend} computes it in .* only; .* in {compute_dtype}: "):
-            check_device(axes, row, row.devices[0], compute_dtype)
+            check_device(Format(axes=axes, row=row), row.devices[0], compute_dtype)
 
 
 @pytest.mark.parametrize(("backend", "dtype", "row"), ON_CPU, ids=IDS)
@@ -137,13 +138,13 @@ def test_an_extra_package_that_is_missing_is_named(backend, dtype, row, monkeypa
 
 @pytest.mark.parametrize(("backend", "dtype", "row"), [r for r in ROWS if r[2].min_compute_capability])
 def test_an_older_device_is_refused(backend, dtype, row, monkeypatch):
-    axes = resolve_axes(QuantizationAxes(backend=backend, dtype=dtype))
+    axes = resolve_axes(QuantizationAxes(backend=backend, dtype=dtype), offers())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     need = ".".join(map(str, row.min_compute_capability))
     with pytest.raises(ConfigError, match=f"needs CUDA compute capability {need}; this device has 7.5"):
-        check_device(axes, row, "cuda", row.compute_dtypes[0])
+        check_device(Format(axes=axes, row=row), "cuda", row.compute_dtypes[0])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: row.min_compute_capability)
-    check_device(axes, row, "cuda", row.compute_dtypes[0])
+    check_device(Format(axes=axes, row=row), "cuda", row.compute_dtypes[0])
 
 
 @pytest.mark.gpu
