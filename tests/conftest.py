@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import socket
@@ -21,6 +22,13 @@ def pytest_configure() -> None:
     """One thread a worker, also in the processes that it starts: more than there are cores wait for each other."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which is later
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled() -> None:
+    """What is alive when a file begins, libraries above all, is left out of the collections that each stage does."""
+    gc.collect()
+    gc.freeze()
 
 
 def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
