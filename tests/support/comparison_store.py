@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -148,8 +149,8 @@ def quantization(values: Any) -> QuantizationReport:
 
 @functools.cache
 def shared_sweep(template: Path) -> Sweep:
-    """The sweep that all tests of a session read and none changes."""
-    return make_sweep(template.parent / "compared" / "my work", template)
+    """The sweep that all tests of a worker read and none changes (the template is shared by the workers)."""
+    return make_sweep(template.parent / f"compared {os.getpid()}" / "my work", template)
 
 
 def make_sweep(folder: Path, template: Path, store: Store | None = None) -> Sweep:
