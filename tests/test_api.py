@@ -357,3 +357,20 @@ def test_a_scheme_that_fits_nowhere_is_refused(on_mismatch):
     config = quantlab.GGUFQuantizationConfig(gguf_type="q4_k")
     _, report = quantlab.quantize(wide, config, on_mismatch=on_mismatch)
     assert {r.status for r in report.layers} == {"quantized", "skipped" if on_mismatch == "skip" else "fallback"}
+
+
+@pytest.mark.parametrize(
+    "config", [quantlab.QuantoConfig("int8"), quantlab.NVIDIAModelOptConfig("INT8", channel_quantize=0)]
+)
+def test_a_layer_with_one_input_is_stored_exactly_and_that_is_no_fault(config):
+    torch.manual_seed(0)
+    thin = torch.nn.Sequential(torch.nn.Linear(1, 64), torch.nn.ReLU())
+    _, report = quantlab.quantize(thin, config)
+    assert [r.status for r in report.layers] == ["quantized"]
+    assert report.layers[0].weight_rel_error < 1e-6
+    rounded = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False))
+    with torch.no_grad():
+        rounded[0].weight.copy_(torch.randint(-127, 128, (64, 64)).float())
+        rounded[0].weight[:, 0] = 127.0
+    with pytest.raises(quantlab.NotQuantized, match="no weight changed at all"):
+        quantlab.quantize(rounded, config)

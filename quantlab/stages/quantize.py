@@ -393,8 +393,9 @@ def _require(asked: Mapping[str, QuantizationAxes], rows: Sequence[LayerReport])
             raise NotQuantized(
                 f"dtype={axes.dtype}: the weight of {where} is lost (relative error {r.weight_rel_error:.3g})"
             )
-    if rows and not any(r.weight_rel_error for r in rows):
-        axes = asked[rows[0].name]
+    telling = [r for r in rows if (r.group_size or r.shape[1]) > 1]  # a scale for each weight stores it exactly
+    if telling and not any(r.weight_rel_error for r in telling):
+        axes = asked[telling[0].name]
         raise NotQuantized(
             f"dtype={axes.dtype}: no weight changed at all; the model looks already quantized to this grid, "
             f"or {axes.backend} did nothing"
