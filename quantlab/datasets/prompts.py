@@ -60,7 +60,7 @@ def read_prompts(path: str | None = None) -> list[str]:
     file = SHIPPED if path is None else Path(path).expanduser()
     key = f"dataset.path={path}"
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise ConfigError(f"{key}: this is not UTF-8 text ({error.reason} at byte {error.start}); recode it") from error
     except OSError as error:

@@ -50,7 +50,7 @@ def read_text(path: str | None) -> str:
     if not path:
         raise ConfigError("dataset.path=null: dataset=text needs a file; give dataset.path=FILE (UTF-8 text)")
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = Path(path).expanduser().read_bytes().decode("utf-8-sig")  # line ends stay, a byte order mark is none
     except UnicodeDecodeError as error:
         raise ConfigError(f"{key}: not UTF-8 text ({error.reason} at byte {error.start}); convert the file") from error
     except OSError as error:

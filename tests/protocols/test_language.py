@@ -9,6 +9,7 @@ import torch
 
 from quantlab.datasets import text as text_file
 from quantlab.datasets import wiki_extracts
+from quantlab.datasets.prompts import read_prompts
 from quantlab.errors import ConfigError, MetricUndefined, ModelError
 from quantlab.models.loaded import LoadedModel
 from quantlab.protocols import language
@@ -151,6 +152,25 @@ def test_bad_text_files_are_named(content, said, model, tmp_path):
     with pytest.raises(ConfigError, match=said) as caught:
         text_file.load(DatasetConfig(name="text", path=str(file)), QUICK, model)
     assert str(caught.value).startswith(f"dataset.path={file}")
+
+
+def test_a_byte_order_mark_is_no_text_and_line_ends_are(model, tmp_path):
+    """A file is the bytes that other programs see: with other line ends it is another text."""
+    found = {}
+    for name, content in (("plain", TEXT), ("marked", "\ufeff" + TEXT), ("crlf", TEXT.replace("\n", "\r\n"))):
+        file = tmp_path / f"{name}.txt"
+        file.write_bytes(content.encode())
+        found[name] = text_file.load(DatasetConfig(name="text", path=str(file)), QUICK, model)
+    assert found["marked"].sha256 == found["plain"].sha256
+    assert torch.equal(found["marked"].input_ids, found["plain"].input_ids)
+    assert found["crlf"].protocol["text_sha256"] != found["plain"].protocol["text_sha256"]
+    assert "\r\n" in model.parts["tokenizer"].decode(found["crlf"].input_ids.flatten())
+
+
+def test_prompts_begin_behind_a_byte_order_mark(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa cat\r\na dog\r\n".encode())
+    assert read_prompts(str(file)) == ["a cat", "a dog"]
 
 
 @pytest.mark.parametrize("load", [text_file.load, wiki_extracts.load])
