@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -27,8 +28,9 @@ NUM_BATCHES = 3  # 12 traced samples in two batches, 8 others in one
 
 
 @pytest.fixture(scope="module")
-def model(trained) -> LoadedModel:
-    return digits_dit.load(DigitsModelConfig(**TINY), "cpu", trained)
+def model(trained, tmp_path_factory) -> LoadedModel:
+    cache = shutil.copytree(trained, tmp_path_factory.mktemp("diffusion") / "cache")
+    return digits_dit.load(DigitsModelConfig(**TINY), "cpu", cache)
 
 
 @pytest.fixture(scope="module")
