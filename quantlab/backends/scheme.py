@@ -60,7 +60,8 @@ class Scheme:
             return None
         said = native.axes()
         axes = replace(self.axes, algorithm=said.algorithm, activation_dtype=said.activation_dtype)
-        return replace(self, axes=axes, native=native)
+        fallback = self.fallback and (self.fallback.without_data() or self.fallback)
+        return replace(self, axes=axes, native=native, fallback=fallback)
 
 
 def scheme_of(

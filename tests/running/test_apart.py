@@ -54,6 +54,8 @@ def fresh_pool():
     loky = pytest.importorskip("joblib.externals.loky")
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     loky.get_reusable_executor().shutdown(kill_workers=True)
+    yield
+    loky.get_reusable_executor().shutdown(kill_workers=True)
 
 
 def table(shell, *words):
