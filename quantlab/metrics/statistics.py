@@ -6,14 +6,15 @@ cluster; strata cannot fluctuate, so their differences do not count as error.
 
 Estimator: the mean over all samples, which is the ratio (sum of cluster sums) / (sum of cluster sizes) in each stratum,
 weighted by the stratum's share of the samples. Its standard error is the linearised one of a ratio (Cochran, Sampling
-Techniques, 1977, 6.3 and 11.8); for clusters of one size and one stratum that is SD of the cluster means / sqrt(C).
-Intervals are percentile bootstraps over clusters, within strata, of C_h - 1 draws out of C_h: with that number the
-bootstrap's variance is that of the estimator also for few clusters in a stratum (McCarthy and Snowden 1985; Rao and Wu
-1988), where C_h draws make it too small by (C_h - 1) / C_h. A stratum with a single cluster shows no spread, so such
-strata are taken together (with the smallest other one if there is only one): the error rather comes out too large.
+Techniques, 1977, 6.3 and 11.8); for clusters of one size and one stratum that is SD of the cluster means / sqrt(C). It
+has as many degrees of freedom as there are clusters less strata. A stratum with a single cluster shows no spread, so
+such strata are taken together (with the smallest other one if there is only one): the error rather comes out too large.
 
-What the interval holds, simulated: normal values: the truth in 91% of cases at 10 clusters, 94% at 20;
-very skewed ones (log-normal, sigma 1): 81% at 10, 88% at 40, 92% at 100.
+Intervals of means: :mod:`quantlab.metrics.skewed`, on the clusters' values; their shape is that of all clusters
+together (a stratum of two shows none), their spread that within strata. Of numbers that are no means: percentiles of a
+bootstrap over clusters, within strata, of C_h - 1 draws out of C_h: with that its variance is the estimator's also
+for few clusters in a stratum (McCarthy and Snowden 1985; Rao and Wu 1988). The percentiles lie as far out as Student's
+t does for so many clusters (Hesterberg, The American Statistician 69, 2015, 371-386).
 """
 
 from __future__ import annotations
@@ -21,20 +22,23 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from quantlab.errors import MetricUndefined
+from quantlab.metrics.significance import require_same_samples
+from quantlab.metrics.skewed import TAILS, skewed_bounds
 from quantlab.vocabulary.reports import MetricValue
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
-MIN_CLUSTERS = 10
-"""Fewer clusters than this: no interval."""
+MIN_CLUSTERS = 5
+"""Fewer clusters than this: no interval of a mean."""
+MIN_DRAWN = 10
+"""Fewer clusters than this: no bootstrap, which needs something to draw from."""
 Z_95 = 1.959963984540054
-TAILS = (0.025, 0.975)
 
 
 def require_finite(values: ArrayLike, name: str, sample_ids: Sequence[str] = ()) -> None:
@@ -68,8 +72,8 @@ def mean_interval(
     """Mean of ``values`` (n,) with its standard error and 95% interval; the method is that of the module's docstring.
 
     ``clusters`` and ``strata`` are labels (n,), None for each sample its own cluster and for one stratum. ``n`` of the
-    result counts samples. No interval below 10 clusters, no standard error below 2. Equal seeds give equal results, and
-    metrics of one layout share their draws.
+    result counts samples. No interval below 5 clusters, no standard error below 2; no bound below 0 of values that are
+    all 0 or more. ``num_bootstrap`` draws, by ``seed``, make the interval; metrics of one layout share them.
     Raises :class:`MetricUndefined` for NaN or infinity (naming the sample), for no samples, and for labels that do not
     fit.
     """
@@ -78,8 +82,10 @@ def mean_interval(
     require_finite(values, "value", sample_ids)
     array = np.asarray(values, dtype=np.float64)
     layout = _layout(array.size, clusters, strata)
-    residuals = _residuals(array, layout)
-    return _mean_value(float(array.mean()), residuals, _deviations(residuals, layout, num_bootstrap, seed), layout)
+    found = _mean_value(float(array.mean()), _sums(array, layout), layout, num_bootstrap, seed)
+    if found.ci_lo is not None and found.ci_lo < 0 <= array.min():
+        return replace(found, ci_lo=0.0)
+    return found
 
 
 def bootstrap_interval(
@@ -95,8 +101,7 @@ def bootstrap_interval(
     """A number that is no mean (quantile, perplexity, Frechet distance) with the SD and 95% interval of its bootstrap.
 
     ``statistic`` takes an array of sample numbers, with repetitions, and returns the number on those samples; its value
-    is that of all samples in order. Clusters are drawn as for :func:`mean_interval`. Below 10 clusters there is neither
-    interval nor standard error: a bootstrap of few clusters is too narrow.
+    is that of all samples in order. Below 10 clusters there is neither interval nor standard error.
     ``recenter``: the draws are shifted so that their mean is the value. For numbers that repetitions bias (a Frechet
     distance grows with every repeated sample), whose plain interval may lie beside the value.
     Raises :class:`MetricUndefined` for a statistic that is NaN or infinite, for no samples, and for labels that do not
@@ -111,7 +116,7 @@ def bootstrap_interval(
         raise MetricUndefined(f"value: {value} on all {num_samples} samples; look at the samples one by one")
     layout = _layout(num_samples, clusters, strata)
     num_clusters = layout.cluster_sizes.size
-    if num_clusters < MIN_CLUSTERS:
+    if num_clusters < MIN_DRAWN:
         return MetricValue(value=value, n=num_samples)
     order = np.argsort(layout.cluster_of_sample, kind="stable")
     members = np.split(order, np.cumsum(layout.cluster_sizes)[:-1])
@@ -120,7 +125,7 @@ def bootstrap_interval(
     found = np.array([statistic(np.concatenate([members[c] for c in draw])) for draw in draws], dtype=np.float64)
     require_finite(found, "value of a bootstrap draw")
     shift = value - found.mean() if recenter else 0.0
-    low, high = np.quantile(found + shift, TAILS)
+    low, high = np.quantile(found + shift, _wider_tails(layout))
     return MetricValue(value=value, n=num_samples, se=float(found.std(ddof=1)), ci_lo=float(low), ci_hi=float(high))
 
 
@@ -134,8 +139,8 @@ def paired_differences(
 ) -> list[MetricValue]:
     """Mean of the first less the second of each pair (i, j) of ``values``, arrays (n,) over the same samples.
 
-    :func:`mean_interval` of the samples' differences, up to rounding: residuals and bootstrap means are linear in the
-    values, so each array's are made once, whatever the number of pairs. What two runs share cancels.
+    :func:`mean_interval` of the samples' differences, up to rounding: clusters' sums are made once an array, whatever
+    the number of pairs. What two runs share cancels.
     Raises :class:`MetricUndefined` as :func:`mean_interval`, and for different numbers of samples.
     """
     import numpy as np
@@ -145,74 +150,24 @@ def paired_differences(
         return []
     for array in arrays:
         require_finite(array, "value")
-        _require_same_samples(arrays[0], array)
+        require_same_samples(arrays[0], array)
     layout = _layout(arrays[0].size, clusters, strata)
-    residuals = [_residuals(a, layout) for a in arrays]
-    deviations = [_deviations(r, layout, num_bootstrap, seed) for r in residuals]
-    found = []
-    for i, j in pairs:
-        of_i, of_j = deviations[i], deviations[j]
-        change = None if of_i is None or of_j is None else of_i - of_j
-        found.append(_mean_value(float((arrays[i] - arrays[j]).mean()), residuals[i] - residuals[j], change, layout))
-    return found
+    sums, means = [_sums(a, layout) for a in arrays], [float(a.mean()) for a in arrays]
+    return [_mean_value(means[i] - means[j], sums[i] - sums[j], layout, num_bootstrap, seed) for i, j in pairs]
 
 
-def t_test(difference: MetricValue, degrees: int) -> float | None:
-    """Two-sided p-value of ``difference`` being 0: the paired t-test on cluster differences, by ``degrees`` of freedom.
+def cluster_means(values: ArrayLike, clusters: ArrayLike | None = None) -> NDArray[np.float64]:
+    """Mean of ``values`` (n,) in each cluster, (C,), in the order of the labels."""
+    import numpy as np
 
-    For one stratum and clusters of one size it is the t-test on the clusters' mean differences. None where the
-    difference has no standard error; one that is the same in every cluster has p = 0, or 1 if it is 0.
-    """
-    from scipy.special import stdtr
-
-    if difference.se is None or degrees < 1:
-        return None
-    if difference.se == 0:
-        return 1.0 if difference.value == 0 else 0.0
-    return float(2 * stdtr(degrees, -abs(difference.value) / difference.se))
+    array = np.asarray(values, dtype=np.float64)
+    _, cluster = _labels(clusters, array.size, "clusters")
+    return np.bincount(cluster, weights=array) / np.bincount(cluster)
 
 
 def degrees_of_freedom(num_samples: int, clusters: ArrayLike | None = None, strata: ArrayLike | None = None) -> int:
     """Clusters less strata: what a standard error of :func:`mean_interval` rests on."""
-    layout = _layout(num_samples, clusters, strata)
-    return int(layout.cluster_sizes.size - layout.stratum_starts.size)
-
-
-def mcnemar_exact(values_a: ArrayLike, values_b: ArrayLike) -> float:
-    """Two-sided p-value of McNemar's exact test (1947) on two 0/1 arrays (n,) over the same independent samples.
-
-    The samples on which the two differ fall on either side like a fair coin if neither is better: a binomial test.
-    Raises :class:`MetricUndefined` for values other than 0 and 1 and for different numbers of samples.
-    """
-    import numpy as np
-    from scipy.special import bdtr
-
-    a, b = np.asarray(values_a), np.asarray(values_b)
-    _require_same_samples(a, b)
-    if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
-        raise MetricUndefined("difference: McNemar's test is for samples that are 0 or 1; use the paired t-test")
-    only_a, only_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
-    if only_a == only_b:
-        return 1.0
-    return float(min(1.0, 2 * bdtr(min(only_a, only_b), only_a + only_b, 0.5)))
-
-
-def _require_same_samples(a: NDArray[Any], b: NDArray[Any]) -> None:
-    if a.shape != b.shape:
-        raise MetricUndefined(
-            f"difference: {a.size} samples against {b.size}; compare runs with the same evaluation inputs"
-        )
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment (1979) of the p-values of one family, in the given order; each is at most 1."""
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    adjusted = [1.0] * len(p_values)
-    largest = 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = largest
-    return adjusted
+    return _degrees(_layout(num_samples, clusters, strata))
 
 
 def wilson_interval(k: int, n: int) -> MetricValue:
@@ -254,47 +209,50 @@ class _Layout:
         return np.diff(self.stratum_starts, append=self.cluster_sizes.size)
 
 
-def _residuals(array: NDArray[np.float64], layout: _Layout) -> NDArray[np.float64]:
+def _sums(array: NDArray[np.float64], layout: _Layout) -> NDArray[np.float64]:
+    """Each cluster's sum, (C,)."""
+    import numpy as np
+
+    return np.asarray(np.bincount(layout.cluster_of_sample, weights=array), dtype=np.float64)
+
+
+def _residuals(sums: NDArray[np.float64], layout: _Layout) -> NDArray[np.float64]:
     """Each cluster's sum less what its size and its stratum's mean make expect, (C,)."""
     import numpy as np
 
-    sums = np.bincount(layout.cluster_of_sample, weights=array)
     ratios = np.add.reduceat(sums, layout.stratum_starts) / layout.stratum_sizes
     expected = layout.cluster_sizes * np.repeat(ratios, layout.clusters_per_stratum)
     return np.asarray(sums - expected, dtype=np.float64)
 
 
-def _deviations(
-    residuals: NDArray[np.float64], layout: _Layout, num_bootstrap: int, seed: int
-) -> NDArray[np.float64] | None:
-    """The bootstrap's means less the mean, (num_bootstrap,); None below 10 clusters."""
+def _wider_tails(layout: _Layout) -> tuple[float, float]:
+    """The bootstrap's percentiles: those that the normal distribution has where Student's t has 2.5 and 97.5%."""
+    from scipy.special import ndtr, stdtrit
+
+    low = float(ndtr(stdtrit(_degrees(layout), TAILS[0])))
+    return low, 1 - low
+
+
+def _degrees(layout: _Layout) -> int:
+    return int(layout.cluster_sizes.size - layout.stratum_starts.size)
+
+
+def _mean_value(mean: float, sums: NDArray[np.float64], layout: _Layout, num_draws: int, seed: int) -> MetricValue:
     import numpy as np
 
-    if layout.cluster_sizes.size < MIN_CLUSTERS:
-        return None
-    starts, per_stratum = layout.stratum_starts, layout.clusters_per_stratum
-    draws = _draws(tuple(int(c) for c in per_stratum), num_bootstrap, seed)
-    draw_starts = starts - np.arange(starts.size)  # each stratum draws one cluster less than it has
-    spread = np.add.reduceat(residuals[draws], draw_starts, axis=1)
-    sizes = np.add.reduceat(layout.cluster_sizes[draws], draw_starts, axis=1)
-    deviations: NDArray[np.float64] = (spread / sizes) @ (layout.stratum_sizes / layout.cluster_of_sample.size)
-    return deviations
-
-
-def _mean_value(
-    mean: float, residuals: NDArray[np.float64], deviations: NDArray[np.float64] | None, layout: _Layout
-) -> MetricValue:
-    import numpy as np
-
-    n = int(layout.cluster_of_sample.size)
-    if layout.cluster_sizes.size < 2:
+    n, num_clusters = int(layout.cluster_of_sample.size), layout.cluster_sizes.size
+    if num_clusters < 2:
         return MetricValue(value=mean, n=n)
     per_stratum = layout.clusters_per_stratum
+    residuals = _residuals(sums, layout)
     variance = np.add.reduceat(residuals**2, layout.stratum_starts) * per_stratum / (per_stratum - 1)
     se = math.sqrt(variance.sum()) / n
-    if deviations is None:
+    if num_clusters < MIN_CLUSTERS:
         return MetricValue(value=mean, n=n, se=se)
-    bounds = [mean + float(d) for d in np.quantile(deviations, TAILS)]
+    shape = sums - mean * layout.cluster_sizes
+    spread = float(shape.std(ddof=1))
+    scale = se * math.sqrt(num_clusters) / spread if spread > 0 else 0.0
+    bounds = skewed_bounds(mean + scale * (shape - shape.mean()), _degrees(layout), num_draws, seed)
     low, high = (0.0 if abs(b) < 1e-12 * abs(mean) else b for b in bounds)  # an interval that ends at 0, rounded
     return MetricValue(value=mean, n=n, se=se, ci_lo=low, ci_hi=high)
 

@@ -128,7 +128,7 @@ class TestInterval:
 
     @pytest.mark.parametrize(
         ("num_clusters", "has_se", "has_ci"),
-        [(1, False, False), (2, True, False), (9, True, False), (10, True, True)],
+        [(1, False, False), (2, True, False), (4, True, False), (5, True, True), (10, True, True)],
     )
     def test_few_clusters_give_no_interval(self, num_clusters, has_se, has_ci):
         values, clusters = clustered(np.random.default_rng(10), num_clusters, 20)
@@ -137,7 +137,7 @@ class TestInterval:
         with_strata = mean_interval(values, clusters, strata=clusters % 2)
         assert (with_strata.se is not None, with_strata.ci_lo is not None) == (has_se, has_ci)
         other = bootstrap_interval(lambda i: float(np.median(values[i])), values.size, clusters, num_bootstrap=20)
-        assert (other.se is not None, other.ci_lo is not None) == (has_ci, has_ci)
+        assert (other.se is not None, other.ci_lo is not None) == (num_clusters >= 10,) * 2
 
     def test_equal_values_have_no_width(self):
         found = mean_interval(np.full(30, 0.1), strata=np.arange(30) % 4)
@@ -264,3 +264,19 @@ class TestRefusals:
             mean_interval([1, 2, 3], clusters=[0, 1])
         with pytest.raises(MetricUndefined, match=r"^strata: the cluster of sample 1 lies in two strata"):
             mean_interval([1, 2, 3], clusters=[0, 0, 1], strata=["a", "b", "b"])
+
+
+def test_many_pairs_at_once_are_the_pairs_one_by_one():
+    values = np.random.default_rng(0).lognormal(size=(4, 60))
+    labels = {"clusters": np.repeat(np.arange(30), 2), "strata": np.repeat(np.arange(30), 2) % 3}
+    pairs = [(0, 1), (3, 2), (1, 3)]
+    for (i, j), found in zip(pairs, paired_differences(values, pairs, **labels), strict=True):
+        alone = mean_interval(values[i] - values[j], **labels)
+        for part in ("value", "se", "ci_lo", "ci_hi"):
+            assert getattr(found, part) == pytest.approx(getattr(alone, part), rel=1e-9), part
+
+
+def test_an_error_has_no_bound_below_zero():
+    few = mean_interval([0.001, 0.002, 0.1, 0.001, 0.003, 0.002])
+    assert few.ci_lo == 0
+    assert few.value - 2 * few.se < 0

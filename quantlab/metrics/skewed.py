@@ -1,0 +1,98 @@
+"""A 95% interval of a mean that holds for few and for skewed values.
+
+It is the union of two intervals: Student's t, which is right for normal values, and the generalised interval of a
+log-normal mean (Krishnamoorthy and Mathew, J. Stat. Plan. Inference 115, 2003, 103-121) of the values shifted, and
+turned where they are skewed to the left, so that their logarithms have no skewness left. Without skewness the shift is
+far away and the second interval is the first; the more skewed the values are, the longer its far tail. Both are needed:
+the skewness of few values is itself uncertain.
+
+Why no bootstrap: of 10 log-normal values (sigma 1) the percentile bootstrap holds the truth in 81% of cases, the
+studentized one in 91%. What this interval holds is simulated in the README of this folder.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+TAILS = (0.025, 0.975)
+FARTHEST = 4.0
+"""Decimal logarithm of the farthest shift in ranges of the values: there the logarithms are as good as linear."""
+NEAREST = 4.0
+"""The nearest shift is this / n^2 ranges from the outermost value: few values cannot show that they end just there."""
+BISECTIONS = 30
+
+
+def t_bounds(mean: float, se: float, degrees: int) -> tuple[float, float]:
+    """Student's 95% interval of a mean by its standard error with ``degrees`` of freedom."""
+    from scipy.special import stdtrit
+
+    half = float(stdtrit(degrees, TAILS[1])) * se
+    return mean - half, mean + half
+
+
+def skewed_bounds(values: NDArray[np.float64], degrees: int, num_draws: int, seed: int) -> tuple[float, float]:
+    """The 95% interval of the mean of ``values`` (n,), by the method of the module's docstring.
+
+    ``degrees`` of freedom are those that the values' spread rests on, n - 1 or fewer; ``num_draws`` are drawn of the
+    generalised pivot. Values that are all the same have no interval beyond themselves.
+    """
+    import numpy as np
+
+    n, mean = values.size, float(values.mean())
+    spread = float(values.std(ddof=1))
+    low, high = t_bounds(mean, spread / n**0.5, degrees)
+    if not spread > 1e-12 * abs(mean):
+        return low, high
+    turn = 1.0 if _skewness(values) >= 0 else -1.0
+    unit = (values - mean) * turn / spread
+    shift = _shift(unit)
+    logs = np.log(unit - shift)
+    z, chi = _pivot(n, degrees, num_draws, seed)
+    log_sd = float(logs.std(ddof=1))
+    drawn = logs.mean() - log_sd * z / (chi * n**0.5) + 0.5 * (log_sd / chi) ** 2
+    first, last = (mean + turn * spread * (float(np.exp(q)) + shift) for q in np.quantile(drawn, TAILS))
+    return min(low, first, last), max(high, first, last)
+
+
+def _skewness(values: NDArray[np.float64]) -> float:
+    import numpy as np
+
+    deviations = values - values.mean()
+    variance = float(np.mean(deviations**2))
+    return float(np.mean(deviations**3)) / variance**1.5 if variance > 0 else 0.0
+
+
+def _shift(values: NDArray[np.float64]) -> float:
+    """The shift below all ``values`` (skewed to the right) that leaves their logarithms without skewness."""
+    import math
+
+    import numpy as np
+
+    smallest = float(values.min())
+    extent = float(values.max()) - smallest
+    near, far = math.log10(NEAREST / values.size**2), FARTHEST
+    near = max(near, -8.0)
+    for _ in range(BISECTIONS):
+        middle = (near + far) / 2
+        if _skewness(np.log(values - (smallest - extent * 10**middle))) < 0:
+            near = middle
+        else:
+            far = middle
+    return smallest - extent * float(10**far)
+
+
+@functools.lru_cache(maxsize=4)
+def _pivot(n: int, degrees: int, num_draws: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Draws of a standard normal, and of a standard deviation over its true value; shared by all of one layout."""
+    import numpy as np
+
+    generator = np.random.default_rng(seed)
+    z = generator.standard_normal(num_draws)
+    chi = np.sqrt(generator.chisquare(degrees, num_draws) / degrees)
+    z.flags.writeable = chi.flags.writeable = False
+    return z, chi
