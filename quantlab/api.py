@@ -15,7 +15,7 @@ from quantlab.modules.compute_dtype import component_dtype
 from quantlab.modules.feed import feed_of_batches
 from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import component_memory, measure_stage
-from quantlab.planning.job import FLOOR_BF16, REFERENCE, Plan, scheme_name
+from quantlab.planning.job import Plan, scheme_name
 from quantlab.planning.plan import plan
 from quantlab.protocols.module import inputs_of, observe
 from quantlab.quiet import quiet_libraries
@@ -26,6 +26,7 @@ from quantlab.stages.evaluate import summarize
 from quantlab.stages.quantize import QuantizationRequest, quantize_component, select_layers
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.native import QuantizationConfigMixin
+from quantlab.vocabulary.numbers import FLOOR_BF16, FLOOR_FP32, FLOORS, REFERENCE
 from quantlab.vocabulary.reports import QuantizationReport, RunReport
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -153,11 +154,10 @@ def evaluate(
         calibration: other batches, for configs that need data; a batch of ``inputs`` among them is refused.
 
     Returns:
-        Reports of the reference, the bf16 floor and each config: ``output_cosine`` and ``output_rel_error`` with
-        intervals over output rows, bytes, and the read-back table. Nothing is tracked.
+        Reports of the reference, its floor (another dtype) and each config: ``output_cosine`` and ``output_rel_error``
+        with intervals over output rows, bytes, and the read-back table. Nothing is tracked.
     """
     module = _checked(module)
-    import torch
 
     if not isinstance(configs, (list, tuple)):
         raise ConfigError(f"configs={type(configs).__name__}: a list of configs is wanted: [config]")
@@ -187,11 +187,10 @@ def evaluate(
             weights_sha256=state_digest(module.state_dict()),
         )
         reference = observe(model, given, settings)
-        candidates: list[tuple[str, Any, QuantizationReport | None]] = [
-            (REFERENCE, module, None),
-            (FLOOR_BF16, _copied(module).to(torch.bfloat16), None),
+        reports = [
+            _row(REFERENCE, module, None, model, reference, given, settings),
+            _floor_row(module, model, reference, given, settings),
         ]
-        reports = [_row(name, m, q, model, reference, given, settings) for name, m, q in candidates]
         for config in configs:
             quantized, layers = quantize(module, config, calibration=calibration if config.needs_data else None)
             name = _name_of(config)
@@ -199,7 +198,20 @@ def evaluate(
     finally:
         for part, training in modes.items():
             part.training = training
-    return [replace(r, floor=reports[1].quality) for r in reports]
+    floors = {r.name: r.quality for r in reports if r.name in FLOORS and r.status == "FINISHED"}
+    return [replace(r, floors=floors) for r in reports]
+
+
+def _floor_row(module: Any, model: LoadedModel, reference: Any, given: Any, settings: EvaluationConfig) -> RunReport:
+    """The module in another dtype: bfloat16, or float32 where it is narrower; a row even where it cannot run so."""
+    import torch
+
+    name, dtype = (FLOOR_BF16, torch.bfloat16) if model.dtype == "float32" else (FLOOR_FP32, torch.float32)
+    try:
+        return _row(name, _copied(module).to(dtype), None, model, reference, given, settings)
+    except Exception as error:  # noqa: BLE001  the module's own code: one that casts to float32 knows no other dtype
+        told = f"{type(error).__name__}: {error}"
+        return RunReport(name=name, status="FAILED", protocol="module", error=told, failed_stage="evaluate")
 
 
 def _row(

@@ -113,7 +113,7 @@ def test_evaluate_has_a_row_for_the_reference_the_floor_and_each_config(rows: di
     assert len({report.name for report in rows.values()}) == len(rows)
     assert {r.status for r in rows.values()} == {"FINISHED"}
     assert all(v.n == NUM_ROWS for r in rows.values() for v in r.quality.values())
-    assert all(r.floor == rows[FLOOR].quality for r in rows.values())
+    assert all(r.floors == {FLOOR: rows[FLOOR].quality} for r in rows.values())
 
 
 def test_the_reference_row_is_exact(rows: dict[str, RunReport]) -> None:

@@ -13,7 +13,7 @@ from quantlab.tracking import Store
 
 METRICS = {
     "quality/latent_rel_mse/n": 20.0,
-    "quality/floor/latent_rel_mse": 1e-5,
+    "quality/floor_bf16/latent_rel_mse": 1e-5,
     "memory/weights_bytes": 2.0**20,
     "memory/compression": 3.0,
     "quantization/coverage": 0.9,
@@ -27,7 +27,7 @@ TEXT = "before\n<!-- {kind}: {name} -->\nold\n<!-- end -->\nafter\n"
 
 
 def row(name: str, bits: float, error: float) -> dict[str, object]:
-    metrics = {**METRICS, "memory/bits_per_weight": bits, "quality/latent_rel_mse": error}
+    metrics = {**METRICS, "memory/bits_per_weight_quantized": bits, "quality/latent_rel_mse": error}
     return {"name": name, "status": "FINISHED", "protocol": "diffusion", "metrics": metrics, "error": ""}
 
 

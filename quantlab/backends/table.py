@@ -87,6 +87,8 @@ class Backend:
     """Top-level packages whose plain objects hold tensors: the byte walker looks into them."""
     loggers: tuple[str, ...]
     """Loggers that talk of parts that are not used; raised to ERROR."""
+    saves: str
+    """What the files of ``save`` hold: the ``model``, or its quantized ``layers`` alone."""
     colour: str
     """``#rrggbb`` of its points in figures."""
     same_bits: tuple[str, ...]
@@ -108,6 +110,8 @@ class Backend:
                 raise self._wrong(field.name, "it is missing")
         if not _NAME.fullmatch(self.name):
             raise self._wrong("name", "a lower-case word is wanted, as it is typed behind backend=")
+        if self.saves not in ("model", "layers"):
+            raise self._wrong("saves", "model or layers is wanted")
         if not _COLOUR.fullmatch(self.colour):
             raise self._wrong("colour", "#rrggbb is wanted")
         if missing := [name for name in ("Config", *_FUNCTIONS) if not hasattr(self.module, name)]:
@@ -151,6 +155,7 @@ _SHIPPED = (
         install="quantlab-recipes[bitsandbytes]",
         holds=("bitsandbytes",),
         loggers=("bitsandbytes",),
+        saves="model",
         colour="#4269d0",
         same_bits=("bnb_4bit_use_double_quant", "bnb_4bit_quant_storage"),
         input_algorithms=(),
@@ -164,6 +169,7 @@ _SHIPPED = (
         install="quantlab-recipes[torchao]",
         holds=("torchao",),
         loggers=("torchao",),
+        saves="layers",
         colour="#e5883a",
         same_bits=("activation_scales", "int4_packing_format", "mapping_type"),
         input_algorithms=(),
@@ -177,6 +183,7 @@ _SHIPPED = (
         install="quantlab-recipes[quanto]",
         holds=("optimum",),
         loggers=("optimum",),
+        saves="layers",
         colour="#3ca951",
         same_bits=(),
         input_algorithms=(),
@@ -190,6 +197,7 @@ _SHIPPED = (
         install="quantlab-recipes[gguf]",
         holds=("gguf",),
         loggers=("gguf",),
+        saves="model",
         colour="#a463f2",
         same_bits=("tensor_types",),
         input_algorithms=("imatrix",),
@@ -203,6 +211,7 @@ _SHIPPED = (
         install="quantlab-recipes[modelopt]",
         holds=("modelopt",),
         loggers=("modelopt",),
+        saves="layers",
         colour="#c2362b",
         same_bits=("activation_scales", "compress"),
         input_algorithms=(),

@@ -24,6 +24,10 @@ class Metric:
     """Rows of ``protocols.PROTOCOLS`` that measure it."""
     of_reference: float | None = None
     """What the metric is for the reference itself, where that is known beforehand; else its own samples tell."""
+    at_most: float | None = None
+    """The largest value that can be; an interval ends there."""
+    error_metric: str = ""
+    """The metric on whose scale distances are judged, where this one has no zero (decibels); empty: itself."""
     is_binary: bool = False
     """True where a sample is 0 or 1: two candidates are then compared by McNemar's test."""
     is_curve: bool = False
@@ -53,6 +57,7 @@ _ROWS = (
         higher_is_better=True,
         protocols=_DIFFUSION,
         of_reference=1.0,
+        at_most=1.0,
         description="cosine of the final latents",
     ),
     Metric(
@@ -61,7 +66,17 @@ _ROWS = (
         higher_is_better=True,
         protocols=_DIFFUSION,
         of_reference=100.0,
+        at_most=100.0,
+        error_metric="image_mse",
         description="peak signal-to-noise ratio to the reference's image (8 bit), mean of dB, at most 100 an image",
+    ),
+    Metric(
+        name="image_mse",
+        unit="1",
+        higher_is_better=False,
+        protocols=_DIFFUSION,
+        of_reference=0.0,
+        description="mean squared error of the image, full scale 1: what PSNR is the logarithm of, before its limit",
     ),
     Metric(
         name="n_identical",
@@ -76,6 +91,7 @@ _ROWS = (
         higher_is_better=True,
         protocols=_DIFFUSION,
         of_reference=1.0,
+        at_most=1.0,
         description="structural similarity to the reference's image (Wang 2004: Gaussian window, valid region)",
     ),
     Metric(
@@ -106,6 +122,7 @@ _ROWS = (
         name="class_accuracy",
         unit="fraction",
         higher_is_better=True,
+        at_most=1.0,
         protocols=_DIFFUSION,
         is_binary=True,
         description="images that a fixed classifier takes for the class that was asked for",
@@ -117,6 +134,7 @@ _ROWS = (
         protocols=_DIFFUSION,
         is_binary=True,
         of_reference=1.0,
+        at_most=1.0,
         description="images that a fixed classifier puts in the same class as the reference's",
     ),
     Metric(
@@ -182,6 +200,7 @@ _ROWS = (
         higher_is_better=True,
         protocols=_LANGUAGE,
         of_reference=1.0,
+        at_most=1.0,
         description="tokens whose most probable successor is the reference's",
     ),
     Metric(
@@ -227,6 +246,7 @@ _ROWS = (
         higher_is_better=True,
         protocols=_OUTPUTS,
         of_reference=1.0,
+        at_most=1.0,
         description="cosine of the output with the reference's",
     ),
     Metric(

@@ -65,11 +65,24 @@ def psnr_db(candidate: Values, reference: Values) -> NDArray[np.float64]:
     """
     import numpy as np
 
-    cand, ref = paired_images(candidate, reference, "psnr_db")
-    squares = [float(np.sum((c.astype(np.int32) - r) ** 2, dtype=np.int64)) for c, r in zip(cand, ref, strict=True)]
-    mse = np.array(squares) / (cand[0].size * 255.0**2)
     smallest = 10.0 ** (-CAP_DB / 10.0)
-    return -10.0 * np.log10(np.maximum(mse, smallest))
+    return -10.0 * np.log10(np.maximum(_mse(*paired_images(candidate, reference, "psnr_db")), smallest))
+
+
+def image_mse(candidate: Values, reference: Values) -> NDArray[np.float64]:
+    """Mean squared error by image, of 8-bit images (n, height, width, channels) read as [0, 1]: (n,).
+
+    Raises :class:`~quantlab.errors.MetricUndefined` for images that are not 8-bit and for shapes that differ.
+    """
+    return _mse(*paired_images(candidate, reference, "image_mse"))
+
+
+def _mse(candidate: NDArray[np.uint8], reference: NDArray[np.uint8]) -> NDArray[np.float64]:
+    import numpy as np
+
+    pairs = zip(candidate, reference, strict=True)
+    squares = [float(np.sum((c.astype(np.int32) - r) ** 2, dtype=np.int64)) for c, r in pairs]
+    return np.array(squares) / (candidate[0].size * 255.0**2)
 
 
 def num_identical(candidate: Values, reference: Values) -> int:

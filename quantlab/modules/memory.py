@@ -266,3 +266,13 @@ def _sample_rss() -> Callable[[], int | None]:
         return max(peak, process.memory_info().rss)
 
     return stop
+
+
+def free_bytes(device: str) -> int:
+    """Bytes that a new tensor may take on ``device`` (``cpu``, ``cuda``) now."""
+    import psutil
+    import torch
+
+    if device == "cpu":
+        return int(psutil.virtual_memory().available)
+    return int(torch.cuda.mem_get_info()[0]) + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

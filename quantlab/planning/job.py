@@ -14,9 +14,8 @@ from quantlab.backends.scheme import Scheme
 from quantlab.planning.recipe import replay_yaml
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.native import QuantizationConfigMixin, to_json_data
+from quantlab.vocabulary.numbers import FLOOR_ATTENTION, FLOOR_BATCH, FLOOR_BF16, FLOOR_FP32, REFERENCE
 from quantlab.vocabulary.schema import ExperimentConfig
-
-REFERENCE, FLOOR_BF16, FLOOR_BATCH = "reference", "floor_bf16", "floor_batch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +31,8 @@ class Job:
     overrides: tuple[str, ...] = ()
     batch_size: int | None = None
     """Another batch size than the reference's (the ``floor_batch`` row)."""
+    plain_attention: bool = False
+    """Attention by plain matrix products instead of a fused kernel (the ``floor_attention`` row)."""
 
     choices: Mapping[str, str] = field(default_factory=dict)
     """Option chosen of each config group."""
@@ -103,12 +104,20 @@ def _setting_words(name: str, value: Any) -> str:
     return name if value is True else str(value) if name == "activation_scales" else f"{name}={value}"
 
 
-def floor_jobs(config: ExperimentConfig) -> list[Job]:
-    """The rows that every comparison needs: the reference through the candidates' path, and the two noise floors."""
+def floor_jobs(config: ExperimentConfig, dtype: str) -> list[Job]:
+    """The rows that every comparison needs: the reference through the candidates' path, and its noise floors.
+
+    A floor is another execution of the same weights that nobody would call wrong. One of ``dtype`` float32 is cast to
+    bfloat16; one of 16 bits, whose cast would be itself, is computed by another attention kernel and in float32.
+    """
     bare = replace(config, quantization=QuantizationAxes(), name="")
-    bf16 = replace(bare, quantization=QuantizationAxes(dtype="bfloat16"))
-    return [
-        Job(name=REFERENCE, config=bare),
-        Job(name=FLOOR_BF16, config=bf16),
-        Job(name=FLOOR_BATCH, config=bare, batch_size=config.evaluation.floor_batch_size),
-    ]
+    batch = Job(name=FLOOR_BATCH, config=bare, batch_size=config.evaluation.floor_batch_size)
+    reference = Job(name=REFERENCE, config=bare)
+    if dtype == "float32":
+        return [reference, Job(name=FLOOR_BF16, config=_cast(bare, "bfloat16")), batch]
+    attention = Job(name=FLOOR_ATTENTION, config=bare, plain_attention=True)
+    return [reference, batch, attention, Job(name=FLOOR_FP32, config=_cast(bare, "float32"))]
+
+
+def _cast(config: ExperimentConfig, dtype: str) -> ExperimentConfig:
+    return replace(config, quantization=QuantizationAxes(dtype=dtype))

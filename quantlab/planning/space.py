@@ -15,8 +15,8 @@ SAMPLERS = ("tpe", "nsga2", "random")
 MINIMIZE, MAXIMIZE = "minimize", "maximize"
 OTHERS = {
     "memory/weights_bytes": MINIMIZE,
-    "memory/disk_bytes": MINIMIZE,
-    "memory/bits_per_weight": MINIMIZE,
+    "memory/disk_bytes_model": MINIMIZE,
+    "memory/bits_per_weight_quantized": MINIMIZE,
     "memory/bits_per_weight_model": MINIMIZE,
     "memory/compression": MAXIMIZE,
     "quantization/coverage": MAXIMIZE,

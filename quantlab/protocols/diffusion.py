@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import MetricUndefined
 from quantlab.metrics.latent import latent_cosine, latent_rel_mse
-from quantlab.metrics.psnr import num_identical, psnr_db, to_uint8
+from quantlab.metrics.psnr import image_mse, num_identical, psnr_db, to_uint8
 from quantlab.metrics.ssim import WINDOW, ssim
 from quantlab.metrics.trajectory import step_divergence
 from quantlab.models.loaded import LoadedModel
@@ -302,7 +302,7 @@ def _step_ms(seconds: Sequence[tuple[_Batch, Sequence[float]]]) -> float:
 
 
 def _image_metrics(candidate: NDArray[np.uint8], reference: NDArray[np.uint8]) -> dict[str, NDArray[np.float64]]:
-    found = {"psnr_db": psnr_db(candidate, reference)}
+    found = {"psnr_db": psnr_db(candidate, reference), "image_mse": image_mse(candidate, reference)}
     if min(reference.shape[1:3]) >= WINDOW:
         found["ssim"] = ssim(candidate, reference)
     return found

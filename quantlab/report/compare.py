@@ -1,16 +1,7 @@
 """Which scheme is better, and is the difference real: every candidate against the reference, and pairs of candidates.
 
-Rules (one comparison, metric m, reference or other candidate r):
-
-* the difference is that of the means on the same samples, with its bootstrap interval over clusters;
-* p is the paired t-test's on cluster differences, exact McNemar's for a metric of 0 and 1, and Holm-adjusted over all
-  comparisons of the group: each candidate against the reference, the pairs among the Pareto front (among all
-  candidates where runs were named one by one), and each algorithm against the plain one on the same bits;
-* **not distinguishable**: the interval holds 0, or the adjusted p is 0.05 or more;
-* **inside the floor**: real, and not larger than what casting the reference to bf16 costs;
-* **inside the margin**: real, and not larger than the declared margin;
-* **better**, **worse**: none of these; **too few samples**: below 10 clusters there is no interval.
-
+Compared are each candidate and the reference, the pairs among the Pareto front (among all candidates where runs were
+named one by one), and each algorithm and the plain one on the same bits; :mod:`quantlab.report.verdicts` has the rules.
 Against the reference the logged intervals are used: a fidelity metric is itself the paired difference.
 """
 
@@ -19,29 +10,36 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.table import backends
 from quantlab.errors import ConfigError, TrackingError, nearest
 from quantlab.metrics import METRICS
-from quantlab.metrics.statistics import (
-    MIN_CLUSTERS,
-    degrees_of_freedom,
-    holm,
-    mcnemar_exact,
-    paired_differences,
-    t_test,
-)
+from quantlab.metrics.significance import is_skewed, mcnemar_exact, rank_test, t_test
+from quantlab.metrics.statistics import MIN_CLUSTERS, cluster_means, degrees_of_freedom, paired_differences
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.pareto import pareto_front
 from quantlab.report.reading import Reader, StoredRun, read_json
 from quantlab.report.selection import ComparisonRequest, Selection, group_labels, is_candidate
+from quantlab.report.verdicts import (
+    IN_FLOOR,
+    TOO_FEW,
+    Floor,
+    Verdict,
+    distinguishable_front,
+    error_metric,
+    judged,
+    largest_floor,
+    less,
+)
+from quantlab.vocabulary.numbers import REFERENCE, metric_value
 from quantlab.vocabulary.reports import MetricValue
 
-ALPHA = 0.05
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 MAX_PAIRED = 20
-BETTER, WORSE, SAME = "better", "worse", "not distinguishable"
-IN_FLOOR, IN_MARGIN, TOO_FEW = "inside the floor", "inside the margin", "too few samples"
 PLAIN = ("auto", "max")
 """Algorithms that take each scale from the largest weight."""
 SAME_BITS = ("backend", "dtype", "group_size", "activation_dtype")
@@ -49,19 +47,6 @@ SAME_BITS = ("backend", "dtype", "group_size", "activation_dtype")
 LAYOUT = ("sample_id", "clusters", "strata")
 Labels = list[int] | None
 """The cluster, or the stratum, of each sample; None: each is its own, or all are of one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """One comparison: ``a`` less ``b``."""
-
-    a: str
-    b: str
-    difference: MetricValue
-    test: str
-    p: float | None = None
-    p_holm: float | None = None
-    text: str = TOO_FEW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +59,12 @@ class Comparison:
     metric: str
     margin: float
     n: int
-    floor: float | None
-    """The metric of the reference cast to bf16."""
-    floor_cost: float | None
-    """Its distance from the reference's."""
+    floor: Floor | None
+    """The largest that was measured; None: none is known."""
     runs: tuple[StoredRun, ...]
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     front: tuple[str, ...] = ()
-    """Names of the candidates that no other beats in bytes and quality, by bytes."""
+    """Names of the candidates that are surely better than every smaller one on it, by bytes."""
     pairs: tuple[Verdict, ...] = ()
     twins: tuple[Verdict, ...] = ()
     """Each run of an algorithm less the run of the plain algorithm that stores the same bits."""
@@ -118,29 +101,33 @@ def _compare_group(request: ComparisonRequest, runs: Sequence[StoredRun], label:
     samples = _Samples(request.typed, reader, request.metric or PROTOCOLS[protocol].HEADLINE[0])
     metric = samples.metric
     _check_metric(metric, protocol, candidates, samples)
-    front = front_of(candidates, metric)
-    paired, notes = _paired(request, candidates, front)
+    points = front_of(candidates, metric)
+    paired, notes = _paired(request, candidates, points)
     among = _among(paired, samples)
     found = [*_against_reference(candidates, runs, samples), *among, *_twins(candidates, samples)]
-    floor = candidates[0].metrics.get(f"quality/floor/{metric}")
     reference = reference_run(runs)
-    of_reference = reference.metrics.get(f"quality/{metric}") if reference else METRICS[metric].of_reference
-    cost = abs(floor - of_reference) if floor is not None and of_reference is not None else None
-    judged = _judged(found, metric, cost, request.margin)
-    rest = judged[len(candidates) :]
+    floor = largest_floor(candidates[0].metrics, metric, reference.metrics if reference else None)
+    verdicts = judged(found, metric, floor, request.margin)
+    rest = verdicts[len(candidates) :]
+    pairs = rest[: len(among)]
+    front = distinguishable_front([r.name for r in points], pairs)
+    if len(front) < len(points):
+        alike = ", ".join(r.name for r in points if r.name not in front)
+        notes.append(f"not on the front, since no better than a smaller scheme as far as can be told: {alike}")
+    if floor is None:
+        notes.append("no floor is known: no other execution of the reference was measured, or each gave its outputs")
     return Comparison(
         label=label,
         protocol=protocol,
         metric=metric,
         margin=request.margin,
         floor=floor,
-        floor_cost=cost,
         runs=tuple(runs),
         n=int(candidates[0].metrics.get(f"quality/{metric}/n", 0)),
-        verdicts={v.a: v for v in judged[: len(candidates)]},
-        pairs=tuple(rest[: len(among)]),
+        verdicts={v.a: v for v in verdicts[: len(candidates)]},
+        pairs=tuple(pairs),
         twins=tuple(rest[len(among) :]),
-        front=tuple(r.name for r in front),
+        front=tuple(front),
         notes=tuple(notes),
     )
 
@@ -152,19 +139,12 @@ def protocol_of(run: StoredRun) -> str:
 
 def reference_run(runs: Sequence[StoredRun]) -> StoredRun | None:
     """The unquantized model's own row, if it was tracked."""
-    return next((r for r in runs if r.name.split(" #")[0] == "reference" and not is_candidate(r)), None)
+    return next((r for r in runs if r.name.split(" #")[0] == REFERENCE and not is_candidate(r)), None)
 
 
 def bytes_of(run: StoredRun) -> float:
     """The model's bytes as stored; infinite where they were not measured."""
     return run.metrics.get("memory/weights_bytes", math.inf)
-
-
-def logged(run: StoredRun, metric: str, prefix: str = "quality") -> MetricValue:
-    """A metric as logged, with its uncertainty."""
-    name = f"{prefix}/{metric}"
-    se, low, high = (run.metrics.get(f"{name}/{part}") for part in ("se", "ci_lo", "ci_hi"))
-    return MetricValue(value=run.metrics[name], n=int(run.metrics.get(f"{name}/n", 0)), se=se, ci_lo=low, ci_hi=high)
 
 
 def front_of(runs: Sequence[StoredRun], metric: str) -> list[StoredRun]:
@@ -177,8 +157,20 @@ def front_of(runs: Sequence[StoredRun], metric: str) -> list[StoredRun]:
 # -- the comparisons
 
 
+@dataclass(frozen=True)
+class _Common:
+    """Values of several runs on the samples that all of them have."""
+
+    metric: str
+    values: list[list[float]]
+    errors: list[list[float]] | None
+    """The same on the metric's scale of errors, where that is another metric."""
+    clusters: Labels
+    strata: Labels
+
+
 class _Samples:
-    """Per-sample values of one metric, read once a run."""
+    """Per-sample values of one metric, and of the one behind it, read once a run."""
 
     def __init__(self, typed: str, reader: Reader, metric: str) -> None:
         self.typed, self.metric, self._reader = typed, metric, reader
@@ -188,10 +180,11 @@ class _Samples:
         """The columns of samples.json; empty where it is missing."""
         if run.run_id not in self._known:
             data = read_json(self._reader, run, "samples.json")
-            self._known[run.run_id] = {k: data[k] for k in (*LAYOUT, self.metric) if k in data}
+            wanted = (*LAYOUT, self.metric, error_metric(self.metric))
+            self._known[run.run_id] = {k: data[k] for k in wanted if k in data}
         return self._known[run.run_id]
 
-    def common(self, runs: Sequence[StoredRun]) -> tuple[list[list[float]], Labels, Labels]:
+    def common(self, runs: Sequence[StoredRun]) -> _Common:
         """The runs' values on the samples that all have, in one order, with their clusters and strata."""
         columns = [self.of(r) for r in runs]
         ids = [c.get("sample_id", list(range(len(c[self.metric])))) for c in columns]
@@ -202,9 +195,14 @@ class _Samples:
                 f"{self.typed}: {runs[0].name!r} and the others have no sample in common; choose runs of one sweep"
             )
         rows = [{name: n for n, name in enumerate(own)} for own in ids]
-        values = [[c[self.metric][at[i]] for i in order] for c, at in zip(columns, rows, strict=True)]
         labels = [[columns[0][k][rows[0][i]] for i in order] if k in columns[0] else None for k in LAYOUT[1:]]
-        return values, labels[0], labels[1]
+
+        def of(metric: str) -> list[list[float]]:
+            return [[c[metric][at[i]] for i in order] for c, at in zip(columns, rows, strict=True)]
+
+        error = error_metric(self.metric)
+        has_errors = error != self.metric and all(error in c for c in columns)
+        return _Common(self.metric, of(self.metric), of(error) if has_errors else None, labels[0], labels[1])
 
 
 def _check_metric(metric: str, protocol: str, runs: Sequence[StoredRun], samples: _Samples) -> None:
@@ -250,14 +248,23 @@ def _against_reference(candidates: Sequence[StoredRun], runs: Sequence[StoredRun
     columns = samples.of(candidates[0])
     found = []
     for run in candidates:
-        v = logged(run, metric)
-        low, high = (None if bound is None else bound - known for bound in (v.ci_lo, v.ci_hi))
-        shifted = MetricValue(value=v.value - known, n=v.n, se=v.se, ci_lo=low, ci_hi=high)
-        same = len(columns.get(metric, ())) == v.n
-        degrees = degrees_of_freedom(v.n, columns.get("clusters"), columns.get("strata")) if same else v.n - 1
+        shifted = less(metric_value(run.metrics, f"quality/{metric}"), known)
+        n = shifted.n
+        same = len(columns.get(metric, ())) == n
+        degrees = degrees_of_freedom(n, columns.get("clusters"), columns.get("strata")) if same else n - 1
         p = t_test(shifted, degrees)
-        found.append(Verdict(a=run.name, b="reference", difference=shifted, test="paired t", p=p))
+        in_error = _logged_error(run, metric)
+        found.append(Verdict(a=run.name, b=REFERENCE, difference=shifted, test="paired t", p=p, in_error=in_error))
     return found
+
+
+def _logged_error(run: StoredRun, metric: str) -> MetricValue | None:
+    """The run's distance from the reference on the metric's scale of errors; None where it was not logged."""
+    error = error_metric(metric)
+    known = METRICS[error].of_reference
+    if known is None or f"quality/{error}" not in run.metrics:
+        return None
+    return less(metric_value(run.metrics, f"quality/{error}"), known)
 
 
 def _from_samples(candidates: Sequence[StoredRun], runs: Sequence[StoredRun], samples: _Samples) -> list[Verdict]:
@@ -274,17 +281,11 @@ def _from_samples(candidates: Sequence[StoredRun], runs: Sequence[StoredRun], sa
     found = []
     for run in candidates:
         if reference is not None:
-            found += _tested([run, reference], [(0, 1)], samples, b_name="reference")
+            found += _tested([run, reference], [(0, 1)], samples, b_name=REFERENCE)
         else:
-            values, clusters, strata = samples.common([run])
-            found += _test(
-                [run.name, "reference"],
-                [values[0], [float(known or 0)] * len(values[0])],
-                [(0, 1)],
-                clusters,
-                strata,
-                samples.metric,
-            )
+            alone = samples.common([run])
+            own = [float(known or 0)] * len(alone.values[0])
+            found += _test([run.name, REFERENCE], replace(alone, values=[*alone.values, own], errors=None), [(0, 1)])
     return found
 
 
@@ -318,52 +319,42 @@ def _bits(run: StoredRun) -> tuple[str | None, ...]:
 def _tested(
     runs: Sequence[StoredRun], pairs: Sequence[tuple[int, int]], samples: _Samples, b_name: str = ""
 ) -> list[Verdict]:
-    values, clusters, strata = samples.common(runs)
     names = [r.name for r in runs[:-1]] + [b_name or runs[-1].name]
-    return _test(names, values, pairs, clusters, strata, samples.metric)
+    return _test(names, samples.common(runs), pairs)
 
 
-def _test(
-    names: Sequence[str],
-    values: Sequence[Sequence[float]],
-    pairs: Sequence[tuple[int, int]],
-    clusters: Labels,
-    strata: Labels,
-    metric: str,
-) -> list[Verdict]:
+def _test(names: Sequence[str], common: _Common, pairs: Sequence[tuple[int, int]]) -> list[Verdict]:
+    values, clusters, strata = common.values, common.clusters, common.strata
     alone = clusters is None or len(set(clusters)) == len(clusters)
-    binary = METRICS[metric].is_binary and alone  # McNemar's test is for independent samples
+    binary = METRICS[common.metric].is_binary and alone  # McNemar's test is for independent samples
     degrees = degrees_of_freedom(len(values[0]), clusters, strata)
+    differences = paired_differences(values, pairs, clusters, strata)
+    in_error = paired_differences(common.errors, pairs, clusters, strata) if common.errors else [None] * len(pairs)
+    means = [cluster_means(v, clusters) for v in values]
     found = []
-    for (i, j), difference in zip(pairs, paired_differences(values, pairs, clusters, strata), strict=True):
+    for (i, j), difference, error in zip(pairs, differences, in_error, strict=True):
         p = mcnemar_exact(values[i], values[j]) if binary else t_test(difference, degrees)
-        test = "McNemar" if binary else "paired t"
-        found.append(Verdict(a=names[i], b=names[j], difference=difference, test=test, p=p))
+        by_cluster = means[i] - means[j]
+        ranked = not binary and is_skewed(by_cluster)
+        found.append(
+            Verdict(
+                a=names[i],
+                b=names[j],
+                difference=difference,
+                test="McNemar" if binary else "paired t",
+                p=p,
+                in_error=error,
+                p_rank=rank_test(by_cluster) if ranked else None,
+                share_worse=_share_worse(by_cluster, common.metric) if ranked else None,
+            )
+        )
     return found
 
 
-def _judged(found: Sequence[Verdict], metric: str, floor: float | None, margin: float) -> list[Verdict]:
-    """The comparisons with Holm's p over all of them, and their verdicts."""
-    with_p = [i for i, v in enumerate(found) if v.p is not None]
-    adjusted = dict(zip(with_p, holm([float(found[i].p or 0.0) for i in with_p]), strict=True))
-    return [
-        replace(v, p_holm=adjusted.get(i), text=verdict(v.difference, adjusted.get(i), metric, floor, margin))
-        for i, v in enumerate(found)
-    ]
-
-
-def verdict(difference: MetricValue, p: float | None, metric: str, floor: float | None, margin: float) -> str:
-    """The verdict on one difference; ``p`` is adjusted, ``floor`` what the bf16 cast of the reference costs."""
-    size, low, high = abs(difference.value), difference.ci_lo, difference.ci_hi
-    if low is None or high is None or p is None:
-        return TOO_FEW
-    if low <= 0 <= high or p >= ALPHA:
-        return SAME
-    if floor is not None and size <= floor:
-        return IN_FLOOR
-    if size <= margin:
-        return IN_MARGIN
-    return BETTER if (difference.value > 0) == METRICS[metric].higher_is_better else WORSE
+def _share_worse(differences: NDArray[np.float64], metric: str) -> float:
+    """Share of the clusters in which the first is worse; equal ones count half."""
+    up = 1 if METRICS[metric].higher_is_better else -1
+    return float((differences * up < 0).mean() + (differences == 0).mean() / 2)
 
 
 # -- the answer
@@ -372,16 +363,11 @@ def verdict(difference: MetricValue, p: float | None, metric: str, floor: float 
 def answers(group: Comparison) -> list[tuple[str, str]]:
     """(question, run name) of the schemes that a reader asks for first; a question without an answer is left out."""
     by_bytes = sorted(group.candidates, key=bytes_of)
-    cost = -1.0 if group.floor_cost is None else group.floor_cost
-    lossless = [
-        r.name
-        for r in by_bytes
-        if group.verdicts[r.name].text in (IN_FLOOR, SAME) and abs(group.verdicts[r.name].difference.value) <= cost
-    ]
-    found = [("smallest without measurable loss (inside the bf16 floor)", lossless[0])] if lossless else []
+    lossless = [r.name for r in by_bytes if group.verdicts[r.name].text == IN_FLOOR]
+    found = [("smallest without measurable loss (inside the floor)", lossless[0])] if lossless else []
     if group.margin:
-        near = [r.name for r in by_bytes if _surely_inside(group.verdicts[r.name], group.margin)]
-        found += [(f"smallest that is surely inside the margin of {group.margin:g}", near[0])] if near else []
+        inside = (v.a for v in map(group.verdicts.__getitem__, (r.name for r in by_bytes)) if _within(v, group.margin))
+        found += [(f"smallest that is surely inside the margin of {group.margin:g}", name) for name in [*inside][:1]]
     if group.front:
         found += [("closest to the reference", group.front[-1]), ("smallest on the Pareto front", group.front[0])]
     if by_bytes and group.verdicts[by_bytes[0].name].text == TOO_FEW:
@@ -389,7 +375,7 @@ def answers(group: Comparison) -> list[tuple[str, str]]:
     return found
 
 
-def _surely_inside(v: Verdict, margin: float) -> bool:
+def _within(v: Verdict, margin: float) -> bool:
     """Non-inferiority: the whole interval is inside the margin."""
     low, high = v.difference.ci_lo, v.difference.ci_hi
     return low is not None and high is not None and max(abs(low), abs(high)) <= margin

@@ -10,14 +10,15 @@ from typing import TypedDict
 from quantlab.errors import ConfigError
 from quantlab.metrics import METRICS
 from quantlab.protocols.table import PROTOCOLS
-from quantlab.report.compare import Comparison, Verdict, answers, bytes_of
+from quantlab.report.compare import Comparison, answers, bytes_of
 from quantlab.report.reading import StoredRun
 from quantlab.report.selection import is_candidate
+from quantlab.report.verdicts import Verdict, largest_floor
 from quantlab.tracking.tags import FAILURE, STAGE
 
 
 class Numbers(TypedDict):
-    """A metric with its interval, and what the bf16 cast of the reference has."""
+    """A metric with its interval, and what the largest floor has."""
 
     value: float
     ci_lo: float | None
@@ -35,6 +36,9 @@ class VerdictData(TypedDict, total=False):
     test: str
     p: float | None
     p_holm: float | None
+    p_rank: float | None
+    """Wilcoxon's, adjusted; only where the differences are skewed."""
+    share_worse: float | None
     verdict: str
 
 
@@ -53,7 +57,10 @@ class RowData(VerdictData):
     role: str
     backend: str
     weights_bytes: float | None
-    bits_per_weight: float | None
+    bits_per_weight_model: float | None
+    """Stored bits a weight of the whole components: what the bytes say."""
+    bits_per_weight_quantized: float | None
+    """Of the quantized layers alone: what the format says."""
     compression: float | None
     is_simulated: bool
     coverage: float | None
@@ -79,6 +86,8 @@ class GroupData(TypedDict):
     n: int
     margin: float
     floor: float | None
+    floor_name: str | None
+    """Row of the largest floor; None: none is known."""
     front: list[str]
     answers: list[Answer]
     notes: list[str]
@@ -108,7 +117,8 @@ def group_data(group: Comparison) -> GroupData:
         "higher_is_better": metric.higher_is_better,
         "n": group.n,
         "margin": group.margin,
-        "floor": group.floor,
+        "floor": group.floor.value if group.floor else None,
+        "floor_name": group.floor.name if group.floor else None,
         "front": list(group.front),
         "answers": [{"question": q, "name": name} for q, name in answers(group)],
         "notes": list(group.notes),
@@ -138,7 +148,8 @@ def _row(run: StoredRun, group: Comparison) -> RowData:
         "role": "candidate" if is_candidate(run) else "baseline",
         "backend": run.params.get("quantization.backend", ""),
         "weights_bytes": m.get("memory/weights_bytes"),
-        "bits_per_weight": m.get("memory/bits_per_weight", m.get("memory/bits_per_weight_model")),
+        "bits_per_weight_model": m.get("memory/bits_per_weight_model"),
+        "bits_per_weight_quantized": m.get("memory/bits_per_weight_quantized"),
         "compression": m.get("memory/compression"),
         "is_simulated": bool(m.get("memory/is_simulated")),
         "coverage": m.get("quantization/coverage"),
@@ -149,11 +160,12 @@ def _row(run: StoredRun, group: Comparison) -> RowData:
 
 
 def _numbers(metrics: Mapping[str, float], name: str) -> Numbers:
+    floor = largest_floor(metrics, name)
     return {
         "value": metrics[f"quality/{name}"],
         "ci_lo": metrics.get(f"quality/{name}/ci_lo"),
         "ci_hi": metrics.get(f"quality/{name}/ci_hi"),
-        "floor": metrics.get(f"quality/floor/{name}"),
+        "floor": floor.value if floor else None,
     }
 
 
@@ -167,6 +179,8 @@ def _verdict(v: Verdict) -> VerdictData:
         "test": v.test,
         "p": v.p,
         "p_holm": v.p_holm,
+        "p_rank": v.p_rank,
+        "share_worse": v.share_worse,
         "verdict": v.text,
     }
 

@@ -6,25 +6,26 @@ from rich.table import Table
 from rich.text import Text
 
 from quantlab.protocols.table import PROTOCOLS
-from quantlab.report.compare import (
-    BETTER,
-    IN_FLOOR,
-    IN_MARGIN,
-    SAME,
-    TOO_FEW,
-    WORSE,
-    Comparison,
-    Verdict,
-    answers,
-    bytes_of,
-)
+from quantlab.report.compare import Comparison, answers, bytes_of
 from quantlab.report.comparison_data import in_order
 from quantlab.report.selection import is_candidate
 from quantlab.report.table import LEGEND, MIB, cells, columns
+from quantlab.report.verdicts import (
+    BETTER,
+    BETTER_BY_RANK,
+    IN_FLOOR,
+    IN_MARGIN,
+    NEAR_FLOOR,
+    SAME,
+    TOO_FEW,
+    WORSE,
+    WORSE_BY_RANK,
+    Verdict,
+)
 from quantlab.tracking.results import Measured
 
 MAX_SHOWN = 60
-STYLES = {IN_FLOOR: "green", BETTER: "green", WORSE: "yellow"}
+STYLES = {IN_FLOOR: "green", BETTER: "green", WORSE: "yellow", WORSE_BY_RANK: "yellow"}
 
 
 def p_text(p: float | None) -> str:
@@ -58,7 +59,7 @@ def comparison_table(group: Comparison) -> Table:
 
 def pair_lines(group: Comparison) -> list[str]:
     """The pairs as sentences, those that cannot be told apart first."""
-    order = (SAME, TOO_FEW, IN_FLOOR, IN_MARGIN)
+    order = (SAME, TOO_FEW, IN_FLOOR, IN_MARGIN, NEAR_FLOOR, BETTER_BY_RANK, WORSE_BY_RANK)
     place = {text: i for i, text in enumerate(order)}
     return [pair_text(v, group.metric) for v in sorted(group.pairs, key=lambda v: place.get(v.text, len(order)))]
 
@@ -74,15 +75,18 @@ def pair_text(v: Verdict, metric: str) -> str:
     interval = "" if d.ci_lo is None else f" ({d.ci_lo:.2g}..{d.ci_hi:.2g})"
     what = {BETTER: f"{v.a} is better than {v.b}", WORSE: f"{v.b} is better than {v.a}"}
     said = what.get(v.text, f"{v.a} and {v.b}: {v.text}")
-    return f"{said}; {metric} differs by {d.value:.2g}{interval}, p {p_text(v.p_holm) or '-'}"
+    ranked = ""
+    if v.p_rank is not None and v.share_worse is not None:
+        ranked = f"; {v.a} is worse on {100 * v.share_worse:.0f} % of the samples, rank test p {p_text(v.p_rank)}"
+    return f"{said}; {metric} differs by {d.value:.2g}{interval}, p {p_text(v.p_holm) or '-'}{ranked}"
 
 
 def _method(group: Comparison) -> str:
     margin = f", margin {group.margin:g}" if group.margin else ""
-    return (
-        f"* on the Pareto front of bytes and {group.metric}; n = {group.n}{margin}; p: paired, Holm-adjusted over "
-        f"{len(group.verdicts) + len(group.pairs) + len(group.twins)} comparisons"
-    )
+    floor = f"; floor: {group.floor.name}" if group.floor else "; no floor is known"
+    front = f"* on the front of bytes and {group.metric}: surely better than all smaller schemes there"
+    num = len(group.verdicts) + len(group.pairs) + len(group.twins)
+    return f"{front}; n = {group.n}{margin}{floor}; p: paired, Holm-adjusted over {num} comparisons"
 
 
 def answer_lines(group: Comparison) -> list[str]:

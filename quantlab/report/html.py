@@ -10,7 +10,7 @@ from typing import TypedDict
 
 from quantlab.errors import ConfigError
 from quantlab.metrics import METRICS
-from quantlab.report.compare import BETTER, IN_FLOOR, IN_MARGIN, SAME, TOO_FEW, WORSE, Comparison, bytes_of
+from quantlab.report.compare import Comparison, bytes_of
 from quantlab.report.comparison_data import Failure, GroupData, failure_data, group_data
 from quantlab.report.figures import (
     CalibrationMap,
@@ -24,20 +24,13 @@ from quantlab.report.figures import (
 )
 from quantlab.report.reading import Reader, StoredRun
 from quantlab.report.selection import Selection
+from quantlab.report.verdicts import RULES
 from quantlab.tracking.results import Skipped
 from quantlab.tracking.tags import DEVICE, GIT_COMMIT
 
 MAX_DETAILED = 24
 """So many schemes are in the pictures and maps; the front comes first."""
 MAX_RECIPES = 1000
-RULES = {
-    IN_FLOOR: "costs no more than casting the unquantized model to bf16 does",
-    SAME: "the interval of the difference holds 0, or its adjusted p is 0.05 or more",
-    IN_MARGIN: "a real difference, no larger than the declared margin",
-    BETTER: "a real difference in favour, beyond the floor and the margin",
-    WORSE: "a real loss, beyond the floor and the margin",
-    TOO_FEW: "fewer than 10 independent samples: no interval, no verdict",
-}
 
 
 class PageGroup(GroupData):

@@ -154,7 +154,8 @@ function tickText(value, log) {
 }
 
 function tipOf(row, group) {
-  const lines = [row.name, `${bytes(row.weights_bytes)}, ${number(row.bits_per_weight)} bits per weight`];
+  const inLayers = row.bits_per_weight_quantized ? `, ${number(row.bits_per_weight_quantized)} in quantized layers` : "";
+  const lines = [row.name, `${bytes(row.weights_bytes)}, ${number(row.bits_per_weight_model)} bits per weight${inLayers}`];
   for (const [name, m] of Object.entries(row.metrics)) {
     const range = interval(m.ci_lo, m.ci_hi);
     lines.push(`${name} ${number(m.value)} ${unitOf(name)}${range ? ` (95 %: ${range})` : ""}`);
@@ -165,7 +166,7 @@ function tipOf(row, group) {
 
 function paretoPlot(group, width) {
   const height = Math.max(380, Math.min(500, width * 0.46)), left = 74, right = 22, top = 18, bottom = 52;
-  const shown = group.rows.filter((r) => r.weights_bytes && r.metrics[group.metric] && (r.role === "candidate" || r.name === "floor_bf16"));
+  const shown = group.rows.filter((r) => r.weights_bytes && r.metrics[group.metric] && (r.role === "candidate" || r.name === group.floor_name));
   const of = (r) => r.metrics[group.metric];
   const values = shown.flatMap((r) => [of(r).value, of(r).ci_lo ?? of(r).value, of(r).ci_hi ?? of(r).value]).concat(group.floor ?? []);
   const positive = values.filter((v) => v > 0);
@@ -180,7 +181,7 @@ function paretoPlot(group, width) {
     const at = y.at(group.floor), good = group.higher_is_better ? [top, at] : [at, bottomY];
     svg.append(make("rect", { x: left, y: good[0], width: width - left - right, height: Math.max(0, good[1] - good[0]), fill: "#e2f3ec" }),
       make("line", { x1: left, x2: width - right, y1: at, y2: at, stroke: "#00664b", "stroke-width": 1.5, "stroke-dasharray": "6 4", class: "floor" }),
-      make("text", { x: width - right - 8, y: floorText(at), "text-anchor": "end", class: "soft" }, "no measurable loss: inside the bf16 floor"));
+      make("text", { x: width - right - 8, y: floorText(at), "text-anchor": "end", class: "soft" }, `no measurable loss: inside the floor (${group.floor_name})`));
   }
   for (const t of ticks(y, 6)) {
     svg.append(make("line", { x1: left, x2: width - right, y1: y.at(t), y2: y.at(t), stroke: "#1c2430", "stroke-opacity": 0.09 }),
@@ -278,7 +279,7 @@ function sortable(columns, rows, start, detail, longest = 60) {
 }
 
 function pill(verdict, text) {
-  const kind = { "inside the floor": "floor", worse: "worse", better: "better", "inside the margin": "margin" }[verdict] || "";
+  const kind = { "inside the floor": "floor", worse: "worse", better: "better", "inside the margin": "margin", "worse by rank": "worse", "better by rank": "better" }[verdict] || "";
   return verdict ? make("span", { class: `pill ${kind}` }, text || verdict) : "";
 }
 
@@ -294,12 +295,13 @@ function schemeTable(group) {
   });
   const columns = [
     { title: "scheme", text: true, name: true, value: (r) => r.name, cell: (r) => make("span", { class: "who" }, r.role === "candidate" ? key(group, r.backend) : null, make("span", {}, r.name)) },
-    { title: "bits", sub: "per weight", value: (r) => r.bits_per_weight, cell: (r) => r.bits_per_weight?.toFixed(2) ?? "" },
+    { title: "bits", sub: "per weight", value: (r) => r.bits_per_weight_model, cell: (r) => r.bits_per_weight_model?.toFixed(2) ?? "" },
+    { title: "bits", sub: "in quantized layers", value: (r) => r.bits_per_weight_quantized, cell: (r) => r.bits_per_weight_quantized?.toFixed(2) ?? "" },
     { title: "size", sub: "MiB", value: (r) => r.weights_bytes, cell: (r) => (r.is_simulated ? "~" : "") + (r.weights_bytes ? (r.weights_bytes / MIB).toFixed(2) : "") },
     { title: "saving", sub: "of 16 bit", down: true, value: (r) => r.compression, cell: (r) => (r.compression ? `${r.compression.toFixed(2)}\u00d7` : "") },
     quality(metrics[0]),
     { title: "verdict", text: true, value: (r) => r.verdict, cell: (r) => [pill(r.verdict), r.verdict ? make("span", { class: "interval" }, `p ${probability(r.p_holm)}`) : ""] },
-    { title: "\u2605", text: true, down: true, value: (r) => Number(Boolean(r.on_front)), cell: (r) => (r.on_front ? make("span", { "data-tip": "No other scheme is both smaller and better" }, "\u2605") : "") },
+    { title: "\u2605", text: true, down: true, value: (r) => Number(Boolean(r.on_front)), cell: (r) => (r.on_front ? make("span", { "data-tip": "Surely better than every smaller scheme on the front" }, "\u2605") : "") },
     ...metrics.slice(1).map(quality),
     { title: "again", text: true, cell: (r, toggle, isOpen) => (group.recipes[r.run_id] ? make("button", { type: "button", class: "again", onclick: toggle, "aria-expanded": isOpen }, isOpen ? "close" : "recipe") : "") },
   ];
@@ -322,7 +324,8 @@ function copyText(text, pre, button) {
 }
 
 function winner(v) {
-  return v.verdict === "better" ? `${v.a} is better` : v.verdict === "worse" ? `${v.b} is better` : v.verdict;
+  const rank = v.verdict.endsWith(" by rank") ? " by rank" : "";
+  return v.verdict.startsWith("better") ? `${v.a} is better${rank}` : v.verdict.startsWith("worse") ? `${v.b} is better${rank}` : v.verdict;
 }
 
 function pairTable(group, pairs = group.pairs) {
@@ -330,8 +333,8 @@ function pairTable(group, pairs = group.pairs) {
     { title: "scheme A", text: true, name: true, value: (v) => v.a, cell: (v) => v.a },
     { title: "scheme B", text: true, name: true, value: (v) => v.b, cell: (v) => v.b },
     { title: "A \u2212 B", sub: group.metric, value: (v) => v.difference, cell: (v) => [number(v.difference), make("span", { class: "interval" }, interval(v.ci_lo, v.ci_hi))] },
-    { title: "p", sub: "Holm", down: true, value: (v) => v.p_holm, cell: (v) => probability(v.p_holm) },
-    { title: "verdict", text: true, value: winner, cell: (v) => pill(["better", "worse"].includes(v.verdict) ? "better" : v.verdict, winner(v)) },
+    { title: "p", sub: "Holm", down: true, value: (v) => v.p_holm, cell: (v) => [probability(v.p_holm), v.share_worse === null ? "" : make("span", { class: "interval" }, `rank ${probability(v.p_rank)}`)] },
+    { title: "verdict", text: true, value: winner, cell: (v) => pill(/^(better|worse)/.test(v.verdict) ? "better" : v.verdict, winner(v)) },
   ];
   return sortable(columns, pairs, 3, () => [], 12);
 }

@@ -10,6 +10,7 @@ from quantlab.backends.table import backends
 from quantlab.metrics import METRICS
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.pareto import pareto_front
+from quantlab.report.verdicts import largest_floor
 from quantlab.tracking.results import Row
 
 
@@ -26,8 +27,8 @@ class _Point:
 
 def draw_pareto(rows: Sequence[Row], file: Path) -> None:
     """Write the finished rows of a sweep (``rows.json``) to ``file`` (SVG): the first headline metric with 95 %
-    intervals over stored bits a weight, the Pareto front as a line, the bf16 floor dashed; hollow points are
-    simulated, and stand where their storage is."""
+    intervals over stored bits a weight, the Pareto front of these points as a line, the largest floor dashed; hollow
+    points are simulated, and stand where their storage is."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -57,12 +58,14 @@ def draw_pareto(rows: Sequence[Row], file: Path) -> None:
     every = [(p.bits, p.value) for p in (_point(r["metrics"], metric.name) for r in found)]
     front = sorted({every[i] for i in pareto_front(every, (False, bool(metric.higher_is_better)))})
     axes.plot([bits for bits, _ in front], [value for _, value in front], color="#888888", lw=1, zorder=0)
-    floor = found[0]["metrics"].get(f"quality/floor/{metric.name}")
+    floor = largest_floor(found[0]["metrics"], metric.name)
     if floor:
-        axes.axhline(floor, color="#888888", lw=1, ls="--")
-        axes.annotate("bf16 floor", (axes.get_xlim()[1], floor), ha="right", va="bottom", fontsize=8, color="#666666")
+        axes.axhline(floor.value, color="#888888", lw=1, ls="--")
+        axes.annotate(
+            floor.name, (axes.get_xlim()[1], floor.value), ha="right", va="bottom", fontsize=8, color="#666666"
+        )
     axes.set_yscale("log")
-    axes.set_xlabel("stored bits per weight, scales included")
+    axes.set_xlabel("stored bits per weight of the quantized layers, scales included")
     axes.set_ylabel(f"{metric.name} ({'higher' if metric.higher_is_better else 'lower'} is better)")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
@@ -73,7 +76,7 @@ def draw_pareto(rows: Sequence[Row], file: Path) -> None:
 def _point(metrics: Mapping[str, float], metric: str) -> _Point:
     value = metrics[f"quality/{metric}"]
     return _Point(
-        bits=metrics["memory/bits_per_weight"],
+        bits=metrics["memory/bits_per_weight_quantized"],
         value=value,
         low=metrics.get(f"quality/{metric}/ci_lo", value),
         high=metrics.get(f"quality/{metric}/ci_hi", value),

@@ -13,12 +13,15 @@ from rich.text import Text
 
 from quantlab.metrics import METRICS
 from quantlab.protocols.table import PROTOCOLS
+from quantlab.report.verdicts import error_metric, is_inside, largest_floor, less
 from quantlab.tracking.results import Measured, Row
+from quantlab.vocabulary.numbers import metric_value
 
 MIB = 1024**2
 MAX_SKIPPED = 8  # rows of impossible combinations that a terminal shows
 LEGEND = (
-    "(low..high): 95 % interval; ° no worse than the bf16 noise floor; ~ simulated: stored wider than the dtype says"
+    "bits/weight: of the whole model (of its quantized layers); (low..high): 95 % interval; ° surely inside the "
+    "noise floor; ~ simulated: stored wider than the dtype says"
 )
 
 
@@ -49,11 +52,11 @@ def cells(row: Measured, protocol: str) -> list[str]:
         texts = [""] * (len(columns(protocol)) - 2)
         texts[3] = row["status"]
         return [row["name"], *texts, ""]
-    bits = metrics.get("memory/bits_per_weight", metrics.get("memory/bits_per_weight_model"))
     simulated = "~" if metrics.get("memory/is_simulated") else ""
     return [
         row["name"],
-        _shown(bits, "{:.2f}"),
+        _shown(metrics.get("memory/bits_per_weight_model"), "{:.2f}")
+        + _shown(metrics.get("memory/bits_per_weight_quantized"), " ({:.2f})"),
         simulated + _shown(metrics.get("memory/weights_bytes"), "{:.2f}", MIB),
         _shown(metrics.get("memory/compression"), "{:.2f}x"),
         *(_quality(metrics, m) for m in PROTOCOLS[protocol].HEADLINE),
@@ -85,12 +88,13 @@ def _quality(metrics: Mapping[str, float], metric: str) -> str:
 
 
 def inside_floor(metric: str, metrics: Mapping[str, float]) -> bool:
-    """Is a quantized row's value no worse than the bf16 noise floor's?"""
-    value, floor = metrics.get(f"quality/{metric}"), metrics.get(f"quality/floor/{metric}")
-    better = METRICS[metric].higher_is_better
-    if value is None or floor is None or better is None or "quantization/coverage" not in metrics:
+    """Does a quantized row surely cost no more than another execution of the reference does?"""
+    error = error_metric(metric)
+    known = METRICS[error].of_reference
+    if known is None or f"quality/{error}" not in metrics or "quantization/coverage" not in metrics:
         return False
-    return value >= floor if better else value <= floor
+    floor = largest_floor(metrics, metric)
+    return floor is not None and bool(is_inside(less(metric_value(metrics, f"quality/{error}"), known), floor.cost))
 
 
 def terminal_table(rows: Iterable[Row], protocol: str, caption: str = "") -> Table:

@@ -16,7 +16,7 @@ from quantlab.models.loaded import LoadedModel
 from quantlab.planning.job import Job
 from quantlab.running.workbench import Session, Workbench, in_stage, run_folder, shared_tags, step_progress
 from quantlab.stages.candidate import Making, make_candidate, write_calibration
-from quantlab.stages.evaluate import evaluate, summarize
+from quantlab.stages.evaluate import evaluate, plain_attention, summarize
 from quantlab.stages.weigh import saved_bytes, weigh
 from quantlab.tracking import Run
 from quantlab.tracking.results import log_calibration, log_evaluation, log_quantization
@@ -39,7 +39,13 @@ def floor_row(session: Session, job: Job) -> RunReport:
     bench = session.bench
     assert bench is not None, "the workbench is made before the floors"
     drawn = job.config.evaluation
-    settings = [_chosen(bench.model, job.config), job.batch_size, drawn.num_bootstrap, drawn.bootstrap_seed]
+    settings = [
+        _chosen(bench.model, job.config),
+        job.batch_size,
+        job.plain_attention,
+        drawn.num_bootstrap,
+        drawn.bootstrap_seed,
+    ]
     digest = hashlib.sha256(canonical_json(settings).encode()).hexdigest()[:16]
     file = session.output_dir / "cache" / "reference" / f"{bench.reference_key}.{job.name}.{digest}.json"
     if file.exists():
@@ -91,7 +97,7 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         quantization=layers,
         calibration=made.calibration,
         memory=weigh(bench.model, candidate, chosen, layers),
-        disk_bytes=saved_bytes(candidate, chosen, job.scheme) if is_saved and job.scheme else None,
+        disk_bytes=saved_bytes(candidate, chosen, job.scheme, layers) if is_saved and job.scheme else None,
         stages=(*bench.stages, *made.stages),
         params=job.resolved,
         run_id=run.run_id if run else None,
@@ -104,9 +110,10 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
                 run.log_artifact(file, f"calibration/{file.parent.name}")
     with in_stage(session, run, "evaluate") as evaluated:
         progress = step_progress(session, job.name)
-        measured = evaluate(
-            candidate, bench.model, bench.reference, bench.inputs, job.config.evaluation, progress, job.batch_size
-        )
+        with plain_attention() if job.plain_attention else contextlib.nullcontext():
+            measured = evaluate(
+                candidate, bench.model, bench.reference, bench.inputs, job.config.evaluation, progress, job.batch_size
+            )
         quality = summarize(measured, job.config.evaluation)
     stages = (*report.stages, evaluated.report)
     report = replace(report, quality=quality, measurements=measured, stages=stages)

@@ -18,7 +18,7 @@ from quantlab.errors import ConfigError, ModelError, TrackingError, nearest
 from quantlab.models.table import Trained, family_of
 from quantlab.modules.layers import state_digest
 from quantlab.planning.composition import override_text
-from quantlab.planning.job import FLOOR_BATCH, FLOOR_BF16, Job, floor_jobs
+from quantlab.planning.job import Job
 from quantlab.planning.plan import plan
 from quantlab.report.reading import Reader, StoredRun, json_object, open_reader, read_json
 from quantlab.report.reproduction import Reproduction, RunNumbers, compare_runs
@@ -40,6 +40,7 @@ from quantlab.tracking.tags import (
     STAGE,
     WEIGHTS_SHA256,
 )
+from quantlab.vocabulary.numbers import FLOOR_ATTENTION, FLOOR_BATCH
 from quantlab.vocabulary.schema import ExperimentConfig, TrackingConfig
 
 KEYS = ("tracking.uri", "device", "num_threads", "output_dir", "model.path", "dataset.path")
@@ -121,8 +122,9 @@ def _run_again(session: Session, job: Job, run: StoredRun, known: tuple[Json, Js
         again.set_tags({REPRODUCES: run.run_id})
         bench = workbench(session, job.config, again)
         again.stage = "floors"
-        for floor in _floors(job, run):
-            floor_row(session, floor)
+        for floor in bench.floor_jobs(job.config):
+            if floor.name != job.name and any(m.startswith(f"quality/{floor.name}/") for m in run.metrics):
+                floor_row(session, floor)
         again.set_tags({JOB_KEY: content_key(bench, job)})
         run_job(session, bench, job, again)
         summary = again.record.summary
@@ -138,13 +140,6 @@ def _run_again(session: Session, job: Job, run: StoredRun, known: tuple[Json, Js
         again.log_json(found.data(), "reproduction.json")
         again.set_tags({REPRODUCTION: found.verdict})
     return found
-
-
-def _floors(job: Job, run: StoredRun) -> list[Job]:
-    """The floors that the run had beside it, in the order in which they are measured."""
-    prefixes = {FLOOR_BF16: "quality/floor/", FLOOR_BATCH: "quality/floor_batch/"}
-    had = {name for name, prefix in prefixes.items() if any(m.startswith(prefix) for m in run.metrics)}
-    return [floor for floor in floor_jobs(job.config) if floor.name in had - {job.name}]
 
 
 # -- what the store has
@@ -207,7 +202,7 @@ def _rebuilt(request: ReproductionRequest, reader: Reader, run: StoredRun, envir
     floors = run.params.get("sweep.floors", "true") == "true"
     config = replace(job.config, recipe=run.tags.get(RECIPE) or None, sweep=replace(job.config.sweep, floors=floors))
     batch_size = config.evaluation.floor_batch_size if name == FLOOR_BATCH else None
-    return replace(job, name=name, config=config, batch_size=batch_size)
+    return replace(job, name=name, config=config, batch_size=batch_size, plain_attention=name == FLOOR_ATTENTION)
 
 
 # -- weights that quantlab trained

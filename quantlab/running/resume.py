@@ -41,6 +41,7 @@ def content_key(bench: Workbench, job: Job) -> str:
         "evaluation": asdict(config.evaluation),
         "calibration": asdict(config.calibration) if job.native is not None and job.native.needs_data else None,
         "batch_size": job.batch_size,
+        "plain_attention": job.plain_attention,
         "floors": config.sweep.floors,
         "saved": config.tracking.save_checkpoint,
         "files": _file_digests(job),

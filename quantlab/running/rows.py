@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantlab.planning.job import Job
+from quantlab.vocabulary.numbers import FLOORS, metric_value
 from quantlab.vocabulary.reports import MetricValue, RunReport
 
 
@@ -55,8 +56,7 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
     stored = {str(k): float(v) for k, v in metrics.items()}
     return {
         "quality": metric_values(stored, "quality/"),
-        "floor": metric_values(stored, "quality/floor/"),
-        "floor_batch": metric_values(stored, "quality/floor_batch/"),
+        "floors": {row: found for row in FLOORS if (found := metric_values(stored, f"quality/{row}/"))},
         "stored_metrics": stored,
     }
 
@@ -64,14 +64,4 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def metric_values(metrics: Mapping[str, float], prefix: str) -> dict[str, MetricValue]:
     """The numbers with uncertainty among flat metrics whose name is ``prefix`` and one word."""
     names = [k.removeprefix(prefix).removesuffix("/n") for k in metrics if k.startswith(prefix) and k.endswith("/n")]
-    return {
-        name: MetricValue(
-            value=metrics[prefix + name],
-            n=int(metrics[f"{prefix}{name}/n"]),
-            se=metrics.get(f"{prefix}{name}/se"),
-            ci_lo=metrics.get(f"{prefix}{name}/ci_lo"),
-            ci_hi=metrics.get(f"{prefix}{name}/ci_hi"),
-        )
-        for name in names
-        if "/" not in name
-    }
+    return {name: metric_value(metrics, prefix + name) for name in names if "/" not in name}

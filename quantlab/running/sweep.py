@@ -12,9 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from quantlab import tracking
 from quantlab.errors import ConfigError, DiskFull, QuantlabError, TrackingError, is_disk_full
-from quantlab.planning.job import Job, Plan, floor_jobs
+from quantlab.planning.job import Job, Plan
 from quantlab.planning.space import objectives_of
 from quantlab.progress import progress_bars, say
 from quantlab.running.apart import Handed, collect, hand_over
@@ -128,14 +130,22 @@ def _run_single(session: Session, job: Job) -> list[RunReport]:
     with told_apart(job.name), open_run(session, job.name, job) as run:
         bench = workbench(session, job.config, run)
         run.stage = "floors"
-        rows = [floor_row(session, floor) for floor in _floors(job) if floor.name != job.name]
+        rows = [_floor(session, bench, floor) for floor in bench.floor_jobs(job.config) if floor.name != job.name]
         run.set_tags({JOB_KEY: content_key(bench, job)})
         report = run_job(session, bench, job, run)
     return [*rows, report]
 
 
-def _floors(job: Job) -> list[Job]:
-    return floor_jobs(job.config) if job.config.sweep.floors else []
+def _floor(session: Session, bench: Workbench, floor: Job) -> RunReport:
+    """The row of a floor; one that fails costs its numbers and not the run: a module may know one dtype only."""
+    try:
+        return floor_row(session, floor)
+    except Exception as error:  # noqa: BLE001  whatever a library raises: the run itself may do well
+        if is_disk_full(error):
+            raise
+        told = f"{type(error).__name__}: {error}"
+        say(f"[red]failed[/red]: {escape(floor.name)}: {escape(told[:500])}; verdicts use the other floors")
+        return failed_row(floor, bench.model.protocol, told, "floors")
 
 
 @contextlib.contextmanager
@@ -193,9 +203,9 @@ def _rows(session: Session, plan: Plan, parent: Any) -> list[RunReport | Handed]
     num_failed = 0
     for i, job in enumerate(plan.jobs):
         bench = workbench(session, job.config, parent)
-        if job.config.sweep.floors and bench.key not in known:
+        if bench.key not in known:
             known.add(bench.key)
-            rows += [_row(session, bench, floor, apart=False) for floor in floor_jobs(job.config)]
+            rows += [_row(session, bench, floor, apart=False) for floor in bench.floor_jobs(job.config)]
         if not any(isinstance(row, Handed) for row in rows):
             session.advance("jobs", i, len(plan.jobs), f"{num_failed} failed" if i else "")
         row = _row(session, bench, job, apart=runs_apart(job, session.device))
@@ -220,7 +230,7 @@ def _search(session: Session, plan: Plan, parent: Any) -> tuple[list[RunReport],
     for job in plan.jobs:
         bench = workbench(session, job.config, parent)
         if bench.key not in floors:
-            rows += [_row(session, bench, floor, apart=False) for floor in _floors(job)]
+            rows += [_row(session, bench, floor, apart=False) for floor in bench.floor_jobs(job.config)]
             floors[bench.key] = bench.floors
         keys[job.name] = (content_key(bench, job), bench.key)
         if earlier := earlier_report(session, bench, job, keys[job.name][0]):

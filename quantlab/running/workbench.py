@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import tempfile
@@ -21,8 +22,8 @@ from quantlab.models.loaded import LoadedModel
 from quantlab.models.table import family_of
 from quantlab.modules.fingerprint import fingerprint_warning, grid_fingerprint
 from quantlab.modules.layers import check_finite_weights, state_digest
-from quantlab.modules.memory import StageMeasurement, measure_stage
-from quantlab.planning.job import FLOOR_BATCH, FLOOR_BF16, Job
+from quantlab.modules.memory import StageMeasurement, free_bytes, measure_stage
+from quantlab.planning.job import Job, floor_jobs
 from quantlab.progress import Advance, say
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.quiet import quiet_libraries
@@ -37,6 +38,7 @@ from quantlab.tracking.tags import (
     WEIGHTS_SHA256,
 )
 from quantlab.vocabulary.native import canonical_json
+from quantlab.vocabulary.numbers import FLOOR_FP32, FLOORS
 from quantlab.vocabulary.reports import MetricValue, RunReport, StageReport
 from quantlab.vocabulary.schema import ExperimentConfig
 
@@ -59,13 +61,36 @@ class Workbench:
 
     def keep_floor(self, report: RunReport) -> None:
         """Keep the numbers of a finished row if it is a floor's."""
-        if report.name in (FLOOR_BF16, FLOOR_BATCH):
+        if report.name in FLOORS and report.status == "FINISHED":
             self.floors[report.name] = dict(report.quality)
 
     def with_floors(self, report: RunReport) -> RunReport:
         """The row with the floors that are known."""
-        floor, batch = self.floors.get(FLOOR_BF16, {}), self.floors.get(FLOOR_BATCH, {})
-        return replace(report, floor=floor, floor_batch=batch)
+        return replace(report, floors={name: self.floors[name] for name in FLOORS if name in self.floors})
+
+    def floor_jobs(self, config: ExperimentConfig) -> list[Job]:
+        """The reference's row and its floors, if they are wanted, without a wider copy that memory would not hold."""
+        if not config.sweep.floors:
+            return []
+        jobs = floor_jobs(config, self.model.dtype)
+        if self._fits_in_float32:
+            return jobs
+        return [job for job in jobs if job.name != FLOOR_FP32]
+
+    @functools.cached_property
+    def _fits_in_float32(self) -> bool:
+        """Is there room for a float32 copy of the components; told once where it is not and would be wanted."""
+        if self.model.dtype == "float32":
+            return True
+        needed = 4 * sum(p.numel() for module in self.model.components.values() for p in module.parameters())
+        free = free_bytes(self.model.device)
+        if needed <= 0.8 * free:
+            return True
+        say(
+            f"{FLOOR_FP32}: left out, it needs {needed / 2**30:.1f} GiB for a float32 copy and "
+            f"{free / 2**30:.1f} GiB are free; verdicts use the other floors"
+        )
+        return False
 
     def calibration_inputs(self, config: ExperimentConfig) -> Any:
         """What calibration may look at; built and checked once. Raises ConfigError for data that cannot be used."""

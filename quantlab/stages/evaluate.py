@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from quantlab.errors import MetricUndefined
+from quantlab.metrics import METRICS
 from quantlab.metrics.statistics import mean_interval, require_finite
 from quantlab.models.loaded import LoadedModel
 from quantlab.protocols.table import PROTOCOLS
@@ -29,15 +32,31 @@ def evaluate(
     return measured
 
 
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention by plain matrix products, where torch would choose a fused kernel: another order of the same sums."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
 def summarize(measured: Measurements, evaluation: EvaluationConfig) -> dict[str, MetricValue]:
-    """Means over samples with clustered errors and bootstrap intervals, beside the protocol's own estimates."""
+    """Means over samples with clustered errors and intervals, beside the protocol's own estimates."""
     values = {}
     for name, samples in measured.samples.items():
         require_finite(samples, name, measured.sample_ids)
-        values[name] = mean_interval(
+        found = mean_interval(
             samples, measured.clusters, measured.strata, evaluation.num_bootstrap, evaluation.bootstrap_seed
         )
+        values[name] = _at_most(found, METRICS[name].at_most)
     both = set(values) & set(measured.estimates)
     if both:
         raise MetricUndefined(f"{sorted(both)[0]}: measured twice, as a mean and as an estimate")
     return {**values, **measured.estimates}
+
+
+def _at_most(found: MetricValue, limit: float | None) -> MetricValue:
+    if limit is None or found.ci_hi is None or found.ci_hi <= limit:
+        return found
+    return replace(found, ci_hi=limit)

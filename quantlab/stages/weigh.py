@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quantlab.backends.scheme import Scheme
 from quantlab.backends.table import held_packages
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.memory import component_memory
-from quantlab.vocabulary.reports import MemoryReport, QuantizationReport
+from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
+from quantlab.vocabulary.reports import LayerReport, MemoryReport, QuantizationReport
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def weigh(
@@ -28,11 +33,38 @@ def weigh(
     }
 
 
-def saved_bytes(candidate: LoadedModel, names: Sequence[str], scheme: Scheme) -> int:
-    """Bytes of the files that the backend saves of the named components (they are removed afterwards)."""
+def saved_bytes(candidate: LoadedModel, names: Sequence[str], scheme: Scheme, layers: QuantizationReport | None) -> int:
+    """Bytes of the named components on disk, whole: the files that the backend saves, and beside them, for one that
+    saves its layers alone, all other tensors as safetensors. The files are removed afterwards."""
+    rows = layers.layers if layers else ()
     with tempfile.TemporaryDirectory(prefix="quantlab-save-") as folder:
         for name in names:
             target = Path(folder) / name
             target.mkdir()
             scheme.backend.module.save(candidate.components[name], target)
+            if scheme.backend.saves == "layers":
+                saved = {r.name for r in rows if r.component == name and r.status == "quantized"}
+                saved |= {r.name for r in rows if r.component == name and r.status == "fallback" and not _is_float(r)}
+                _save_others(candidate.components[name], saved, target)
         return sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
+
+
+def _is_float(row: LayerReport) -> bool:
+    """A fallback to a dtype of plain tensors, which no library saves."""
+    return row.dtype in COMPUTE_DTYPES
+
+
+def _save_others(module: nn.Module, saved: Collection[str], folder: Path) -> None:
+    """All tensors outside the ``saved`` layers, a tied one once, to ``others.safetensors``."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in module.state_dict().items():
+        if any(name.startswith(f"{layer}.") for layer in saved):
+            continue
+        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        if not tensor.numel() or key not in seen:
+            seen.add(key)
+            tensors[name] = tensor.detach().cpu().contiguous()
+    save_file(tensors, folder / "others.safetensors")

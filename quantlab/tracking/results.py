@@ -124,7 +124,7 @@ def calibration_map(found: CalibrationReport) -> HeatMap:
 
 def log_evaluation(run: Run, report: RunReport, fingerprint: float | None) -> None:
     """What the evaluate stage found out, and the whole report as JSON."""
-    before = flat_metrics(replace(report, quality={}, floor={}, floor_batch={}, measurements=None, stages=()))
+    before = flat_metrics(replace(report, quality={}, floors={}, measurements=None, stages=()))
     metrics = {k: v for k, v in flat_metrics(report).items() if k not in before}
     if fingerprint is not None:
         metrics["quality/reference_grid_fingerprint"] = fingerprint

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
-from quantlab.vocabulary.reports import CalibrationReport, MemoryReport, QuantizationReport, RunReport
+from quantlab.vocabulary.reports import CalibrationReport, MemoryReport, MetricValue, QuantizationReport, RunReport
+
+REFERENCE = "reference"
+FLOOR_BF16, FLOOR_BATCH, FLOOR_ATTENTION, FLOOR_FP32 = "floor_bf16", "floor_batch", "floor_attention", "floor_fp32"
+FLOORS = (FLOOR_BF16, FLOOR_BATCH, FLOOR_ATTENTION, FLOOR_FP32)
+"""Rows of other executions of the reference; their numbers are ``quality/<floor>/...`` in every row."""
 
 
 def flat_metrics(report: RunReport) -> dict[str, float]:
@@ -13,8 +18,8 @@ def flat_metrics(report: RunReport) -> dict[str, float]:
     if report.stored_metrics is not None:
         return dict(report.stored_metrics)
     out: dict[str, float | int | None] = {}
-    groups = (("quality", report.quality), ("quality/floor", report.floor), ("quality/floor_batch", report.floor_batch))
-    for prefix, values in groups:
+    groups = {"quality": report.quality, **{f"quality/{row}": values for row, values in report.floors.items()}}
+    for prefix, values in groups.items():
         for name, v in values.items():
             out |= {
                 f"{prefix}/{name}": v.value,
@@ -27,7 +32,7 @@ def flat_metrics(report: RunReport) -> dict[str, float]:
     if total is not None:
         out |= _memory_metrics("memory", total)
         out |= {k: v for name, m in report.memory.items() for k, v in _memory_metrics(f"memory/{name}", m).items()}
-    out["memory/disk_bytes"] = report.disk_bytes
+    out["memory/disk_bytes_model"] = report.disk_bytes
     if report.quantization is not None:
         out |= _quantization_metrics(report.quantization)
     if report.calibration is not None:
@@ -42,6 +47,17 @@ def flat_metrics(report: RunReport) -> dict[str, float]:
         for name, curve in report.measurements.steps.items():
             out |= {f"quality/{name}/{k}": float(v) for k, v in enumerate(curve)}
     return {k: float(v) for k, v in out.items() if v is not None}
+
+
+def metric_value(metrics: Mapping[str, float], name: str) -> MetricValue:
+    """A metric among flat ``metrics``, with its uncertainty; KeyError where it is not among them."""
+    return MetricValue(
+        value=metrics[name],
+        n=int(metrics.get(f"{name}/n", 0)),
+        se=metrics.get(f"{name}/se"),
+        ci_lo=metrics.get(f"{name}/ci_lo"),
+        ci_hi=metrics.get(f"{name}/ci_hi"),
+    )
 
 
 def _memory_metrics(prefix: str, m: MemoryReport) -> dict[str, float | int | None]:
@@ -70,7 +86,9 @@ def _quantization_metrics(q: QuantizationReport) -> dict[str, float | int | None
         "quantization/group_size_max": max(sizes, default=None),
         "quantization/weight_rel_error_mean": sum(errors) / len(errors) if errors else None,
         "quantization/weight_rel_error_max": max(errors, default=None),
-        "memory/bits_per_weight": 8 * sum(r.weight_bytes + r.scale_bytes for r in done) / numel if numel else None,
+        "memory/bits_per_weight_quantized": 8 * sum(r.weight_bytes + r.scale_bytes for r in done) / numel
+        if numel
+        else None,
         "memory/is_simulated": float(any(r.is_simulated for r in done)),
     }
 

@@ -186,10 +186,8 @@ class RunReport:
     """None: the scheme needs no data."""
     memory: Mapping[str, MemoryReport] = field(default_factory=dict)
     quality: Mapping[str, MetricValue] = field(default_factory=dict)
-    floor: Mapping[str, MetricValue] = field(default_factory=dict)
-    """The same metrics of the reference cast to bf16."""
-    floor_batch: Mapping[str, MetricValue] = field(default_factory=dict)
-    """The same metrics of the reference in its own dtype at another batch size."""
+    floors: Mapping[str, Mapping[str, MetricValue]] = field(default_factory=dict)
+    """Row of another execution of the reference (``floor_bf16``, ``floor_batch``...) -> the same metrics of it."""
     measurements: Measurements | None = None
     stages: tuple[StageReport, ...] = ()
     disk_bytes: int | None = None

@@ -99,7 +99,7 @@ class TrackingConfig:
     required: bool = True
     """False: a store that does not answer is a warning; results stay in the run's folder and are pushed later."""
     save_checkpoint: bool = True
-    """Write the quantized weights to the run's folder to measure ``memory/disk_bytes`` (removed afterwards)."""
+    """Write the quantized weights to the run's folder to measure ``memory/disk_bytes_model`` (removed afterwards)."""
 
 
 @dataclass

@@ -117,7 +117,7 @@ def test_a_job_is_read_back_and_its_bytes_add_up(swept):
     assert metrics["memory/quantized_bytes"] > 0
     assert metrics["memory/quantized_bytes"] == rows["quanto int8"]["metrics"]["memory/quantized_bytes"]
     assert metrics["memory/scale_bytes"] > 0
-    assert metrics["memory/disk_bytes"] > metrics["memory/quantized_bytes"]
+    assert metrics["memory/disk_bytes_model"] > metrics["memory/quantized_bytes"]
 
 
 def test_it_is_resumed_until_its_package_changes(swept, site, tmp_path):

@@ -44,7 +44,7 @@ def test_a_run_is_complete_in_the_store(run):
     for name in ("latent_rel_mse", "psnr_db"):
         for suffix in ("", "/se", "/ci_lo", "/ci_hi", "/n"):
             assert f"quality/{name}{suffix}" in metrics
-        assert f"quality/floor/{name}" in metrics
+        assert f"quality/floor_bf16/{name}" in metrics
         assert f"quality/floor_batch/{name}" in metrics
     assert metrics["quality/psnr_db/n"] == 20
     assert metrics["quality/psnr_db/ci_lo"] < metrics["quality/psnr_db"] < metrics["quality/psnr_db/ci_hi"]
@@ -138,17 +138,24 @@ def test_bytes_add_up(run):
     assert reference["memory/compression"] == 0.5
     assert bf16["memory/compression"] == 1
     assert found["metrics"]["memory/is_simulated"] == 1, "int4 is kept in int8 on a CPU"
-    assert found["metrics"]["memory/bits_per_weight"] > 8
+    assert found["metrics"]["memory/bits_per_weight_quantized"] > 8
 
 
 @pytest.mark.parametrize(
-    "scheme", ["backend=quanto dtype=int8", "backend=bitsandbytes dtype=nf4", "backend=gguf dtype=q4_k"]
+    "scheme",
+    [
+        "backend=quanto dtype=int8 modules_to_not_convert=[norms]",
+        "backend=bitsandbytes dtype=nf4",
+        "backend=gguf dtype=q4_k",
+        "backend=torchao dtype=nf4 quantization.on_mismatch=bfloat16",
+        "backend=modelopt dtype=int4",
+    ],
 )
 def test_what_is_saved_is_what_is_counted(shell, scheme):
     rows = shell.rows(*digits_words(*scheme.split(), "evaluation.num_samples=10"))
     m = list(rows.values())[-1]["metrics"]
     assert m["memory/is_simulated"] == 0
-    assert m["memory/disk_bytes"] == pytest.approx(m["memory/weights_bytes"], rel=0.05)
+    assert m["memory/disk_bytes_model"] == pytest.approx(m["memory/weights_bytes"], rel=0.05)
 
 
 # -- what is computed once
@@ -179,7 +186,7 @@ def test_a_second_run_finds_reference_and_floors(shell, calls):
     for name in ("reference", "floor_bf16", "floor_batch"):
         quality = {k: v for k, v in first[name]["metrics"].items() if k.startswith("quality/") and "rel_mse" in k}
         assert quality.items() <= second[name]["metrics"].items()
-    assert "quality/floor/psnr_db" in second["quanto int4"]["metrics"]
+    assert "quality/floor_bf16/psnr_db" in second["quanto int4"]["metrics"]
     shell.rows(*words, "evaluation.num_bootstrap=60")
     assert calls == {"observe": 1, "measure": 9}, "other intervals are measured anew, on the same reference"
 

@@ -104,7 +104,7 @@ def add_run(
         protocol="diffusion",
         quality=quality,
         measurements=measured,
-        floor={} if backend == "none" else floor,
+        floors={} if backend == "none" else {"floor_bf16": floor},
         quantization=None if backend == "none" else quantization(values),
         memory={"transformer": memory},
     )

@@ -154,6 +154,7 @@ BACKEND = Backend(
     install="rowint8",
     holds=("rowint8",),
     loggers=(),
+    saves="layers",
     colour="#808000",
     same_bits=("largest_code",),
     input_algorithms=(),

@@ -1,0 +1,103 @@
+"""The floors of a reference: other executions of the same weights, whatever its dtype."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import quantlab
+from quantlab.metrics import METRICS
+from quantlab.report.verdicts import largest_floor
+from quantlab.running import sweep, workbench
+from tests.support.shell import digits_words, make_shell
+
+WORDS = ("backend=quanto", "dtype=int8", "evaluation.num_samples=10")
+HALF = [*digits_words(*WORDS), "model.dtype=bfloat16"]
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory, template, trained):
+    return make_shell(tmp_path_factory.mktemp("half"), template, trained).rows(*HALF)
+
+
+def test_a_16_bit_reference_has_floors_that_are_no_copies_of_itself(half):
+    assert list(half) == ["reference", "floor_batch", "floor_attention", "floor_fp32", "quanto int8"]
+    assert half["reference"]["metrics"]["quality/latent_rel_mse"] == 0
+    assert half["floor_fp32"]["metrics"]["quality/latent_rel_mse"] > 1e-7
+    assert (
+        half["floor_fp32"]["metrics"]["memory/weights_bytes"]
+        == 2 * half["reference"]["metrics"]["memory/weights_bytes"]
+    )
+
+
+def test_verdicts_use_the_largest_of_them(half):
+    metrics = half["quanto int8"]["metrics"]
+    found = largest_floor(metrics, "latent_rel_mse")
+    costs = {k: metrics[f"quality/{k}/latent_rel_mse"] for k in ("floor_batch", "floor_attention", "floor_fp32")}
+    assert found.name == max(costs, key=costs.get)
+    assert found.value == max(costs.values()) > 0
+
+
+def test_a_copy_that_memory_would_not_hold_is_left_out_with_a_word(shell, monkeypatch):
+    told = []
+    monkeypatch.setattr(workbench, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(workbench, "say", told.append)
+    rows = shell.rows(*HALF)
+    assert list(rows) == ["reference", "floor_batch", "floor_attention", "quanto int8"]
+    assert any(line.startswith("floor_fp32: left out") for line in told)
+
+
+def test_a_floor_that_fails_costs_its_row_alone(shell, monkeypatch):
+    real = sweep.floor_row
+
+    def failing(session, job):
+        if job.name == "floor_bf16":
+            raise RuntimeError("expected scalar type Float [/but found] BFloat16")
+        return real(session, job)
+
+    monkeypatch.setattr(sweep, "floor_row", failing)
+    code, out, err = shell(*digits_words(*WORDS), "--json")
+    assert code == 1
+    assert "[/but found]" in err
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert rows["floor_bf16"]["status"] == "FAILED"
+    assert rows["quanto int8"]["status"] == "FINISHED"
+    assert "quality/floor_bf16/latent_rel_mse" not in rows["quanto int8"]["metrics"]
+
+
+class Casting(torch.nn.Module):
+    """Knows float32 only."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(32, 32), torch.nn.Linear(32, 8)
+
+    def forward(self, x):
+        return self.head(self.body(x).float())
+
+
+def test_a_module_that_knows_one_dtype_keeps_its_other_rows():
+    torch.manual_seed(0)
+    rows = quantlab.evaluate(Casting(), [quantlab.QuantoConfig("int8")], [torch.randn(20, 32)])
+    assert [(r.name, r.status) for r in rows][:2] == [("reference", "FINISHED"), ("floor_bf16", "FAILED")]
+    assert "dtype" in rows[1].error
+    assert rows[2].status == "FINISHED"
+    assert rows[2].floors == {}
+
+
+def test_a_16_bit_module_is_compared_with_itself_in_float32():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 8)).to(torch.bfloat16)
+    rows = quantlab.evaluate(net, [quantlab.QuantoConfig("int8")], [torch.randn(20, 32, dtype=torch.bfloat16)])
+    assert rows[1].name == "floor_fp32"
+    assert rows[1].quality["output_rel_error"].value > 0
+    assert set(rows[2].floors) == {"floor_fp32"}
+
+
+def test_every_metric_that_runs_are_judged_by_can_have_a_floor():
+    for metric in METRICS.values():
+        if metric.error_metric:
+            assert METRICS[metric.error_metric].protocols == metric.protocols
+            assert METRICS[metric.error_metric].of_reference == 0
