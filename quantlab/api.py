@@ -106,7 +106,8 @@ def _needed(config: QuantizationConfigMixin, calibration: Sequence[Any] | None) 
 
 def _name_of(config: QuantizationConfigMixin) -> str:
     scheme = scheme_of_config(config, compute_dtype="auto")  # the module's own dtype is what counts
-    return scheme_name(scheme.axes, scheme)
+    settings = {name: getattr(config, name) for name in scheme.backend.settings}
+    return scheme_name(scheme.axes, scheme, settings)
 
 
 def _checked(module: Any) -> Any:

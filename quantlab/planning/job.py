@@ -30,7 +30,8 @@ class Job:
     scheme: Scheme | None = None
     overrides: tuple[str, ...] = ()
     batch_size: int | None = None
-    """Another batch size than the reference's (the ``floor_batch`` row)."""
+    """Another batch size than the reference's: that of the ``floor_batch`` row, and 1 for a scheme whose samples would
+    depend on what else is in their batch."""
     plain_attention: bool = False
     """Attention by plain matrix products instead of a fused kernel (the ``floor_attention`` row)."""
 
@@ -84,7 +85,7 @@ def scheme_name(axes: QuantizationAxes, scheme: Scheme | None = None, settings: 
     if axes.group_size != "auto":
         words.append(f"g{axes.group_size}" if isinstance(axes.group_size, int) else "per-row")
     if axes.activation_dtype != row.activation_dtypes[0]:
-        words.append(f"a-{axes.activation_dtype}")
+        words.append(f"a-{axes.activation_dtype} {scheme.native.activation_granularity}")
     if axes.algorithm != row.algorithms[0]:
         words.append(axes.algorithm)
     if axes.compute_dtype != "auto":
@@ -93,7 +94,7 @@ def scheme_name(axes: QuantizationAxes, scheme: Scheme | None = None, settings: 
         words.append(axes.on_mismatch)
     for name, own in scheme.backend.settings.items():
         value = (settings or {}).get(name, own.default)
-        if value != own.default:
+        if value != own.default and name != "activation_scales":  # the activations' words have it
             words.append(_setting_words(name, value))
     return " ".join(words)
 
@@ -101,7 +102,7 @@ def scheme_name(axes: QuantizationAxes, scheme: Scheme | None = None, settings: 
 def _setting_words(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
         return " ".join(f"{k}={v}" for k, v in value.items())
-    return name if value is True else str(value) if name == "activation_scales" else f"{name}={value}"
+    return name if value is True else f"{name}={value}"
 
 
 def floor_jobs(config: ExperimentConfig, dtype: str) -> list[Job]:

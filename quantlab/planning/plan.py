@@ -217,7 +217,8 @@ def make_job(config: ExperimentConfig, overrides: Sequence[str] = ()) -> Job:
     if scheme is not None and scheme.native.needs_data:
         check_calibration(config)
     name = config.name or scheme_name(config.quantization, scheme, settings)
-    return Job(name=name, config=config, scheme=scheme, overrides=tuple(overrides))
+    alone = 1 if scheme is not None and scheme.native.depends_on_neighbours else None
+    return Job(name=name, config=config, scheme=scheme, overrides=tuple(overrides), batch_size=alone)
 
 
 def _check_ranges(config: ExperimentConfig) -> None:

@@ -90,6 +90,8 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
     )
     candidate, layers = made.model, made.quantization
     is_saved = job.config.tracking.save_checkpoint and layers is not None
+    if layers is not None and job.batch_size is not None:
+        layers = replace(layers, resolved={**layers.resolved, "evaluation.batch_size": job.batch_size})
     report = RunReport(
         name=job.name,
         status="FINISHED",

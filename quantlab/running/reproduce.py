@@ -201,7 +201,7 @@ def _rebuilt(request: ReproductionRequest, reader: Reader, run: StoredRun, envir
     name = read_json(reader, run, "report.json").get("name") or run.name
     floors = run.params.get("sweep.floors", "true") == "true"
     config = replace(job.config, recipe=run.tags.get(RECIPE) or None, sweep=replace(job.config.sweep, floors=floors))
-    batch_size = config.evaluation.floor_batch_size if name == FLOOR_BATCH else None
+    batch_size = config.evaluation.floor_batch_size if name == FLOOR_BATCH else job.batch_size
     return replace(job, name=name, config=config, batch_size=batch_size, plain_attention=name == FLOOR_ATTENTION)
 
 

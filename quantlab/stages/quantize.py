@@ -169,6 +169,8 @@ def quantize_component(
     was = scheme.native.to_dict()
     resolved = {k: v for k, v in native.to_dict().items() if v != was.get(k)}
     resolved |= {"exclusions_without_effect": ", ".join(chosen.idle_exclusions)} if chosen.idle_exclusions else {}
+    shared = sorted({r.activation_granularity for r in rows if r.activation_granularity})
+    resolved |= {"activation_granularity": ", ".join(shared)} if shared else {}
     return module, QuantizationReport(layers=tuple(rows), num_parameters=num, resolved=resolved)
 
 
@@ -361,6 +363,7 @@ def _read_row(
         dtype=stored.dtype,
         group_size=stored.group_size,
         activation_dtype=stored.activation_dtype,
+        activation_granularity=stored.activation_granularity,
         bits_per_weight=8 * (weight_bytes + scale_bytes) / reference.numel(),
         weight_bytes=weight_bytes,
         scale_bytes=scale_bytes,

@@ -303,6 +303,17 @@ class QuantizationConfigMixin:
         """Whether the backend must see calibration data before it can quantize by this config."""
         return False
 
+    @property
+    def activation_granularity(self) -> str:
+        """Which activations share a scale: ``per-tensor`` (all of a call), ``per-token`` or ``per-block``, with
+        `` static`` behind it where calibration measured it; "" where activations are left alone."""
+        return ""
+
+    @property
+    def depends_on_neighbours(self) -> bool:
+        """Does what else is in a batch change a sample: one scale for all of a call does it."""
+        return self.activation_granularity == "per-tensor"
+
     def without_data(self) -> Self | None:
         """The same bits with the plain algorithm that needs no data, to compare with; None where there is none."""
         return None

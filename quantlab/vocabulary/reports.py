@@ -20,6 +20,9 @@ class StoredWeight:
     is_simulated: bool = False
     """True where the storage is wider than the dtype's name says."""
     activation_dtype: str = "none"
+    activation_granularity: str = ""
+    """Which activations share a scale, as the layer shows it: ``per-tensor``, ``per-token``, ``per-block``, with
+    `` static`` behind it where it was measured; "" where activations are left alone."""
     note: str = ""
     """What the layer decides at each call, which dtypes do not say."""
 
@@ -37,6 +40,7 @@ class LayerReport:
     dtype: str
     group_size: int | None = None
     activation_dtype: str = "none"
+    activation_granularity: str = ""
     bits_per_weight: float | None = None
     """Stored bits per weight, scales and zero points included, bias not."""
     weight_bytes: int = 0

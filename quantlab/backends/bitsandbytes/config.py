@@ -91,6 +91,16 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
         if not 0 <= self.llm_int8_threshold < math.inf:
             raise ConfigError(f"llm_int8_threshold={self.llm_int8_threshold}: give a number from 0 (no outliers) on")
 
+    @property
+    def activation_granularity(self) -> str:
+        """LLM.int8 scales each token by its largest value."""
+        return "per-token" if self.load_in_8bit else ""
+
+    @property
+    def depends_on_neighbours(self) -> bool:
+        """An outlier in one sample takes its column out of int8 for all samples of the call."""
+        return self.load_in_8bit and self.llm_int8_threshold > 0
+
     def to_dict(self) -> dict[str, Any]:
         """As Diffusers writes it: each load flag under both of its spellings."""
         return {**super().to_dict(), **{f"_{flag}": getattr(self, flag) for flag in _FLAGS}}

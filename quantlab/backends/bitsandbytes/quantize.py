@@ -63,6 +63,7 @@ def read_back(layer: nn.Module) -> StoredWeight:
             group_size=None,
             dense=codes.float() * (scales[:, None] / 127.0),
             activation_dtype="int8",
+            activation_granularity="per-token",
             note=_outlier_rule(layer.state.threshold),
         )
     if not isinstance(layer, bnb.nn.Linear4bit) or getattr(layer.weight, "quant_state", None) is None:

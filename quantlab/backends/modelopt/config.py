@@ -20,6 +20,7 @@ from quantlab.backends.modelopt.pasted import (
     algorithm_of,
     entries_of,
     for_diffusers,
+    granularity,
     is_static,
     scheme,
     settings_of,
@@ -309,6 +310,12 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
     def needs_data(self) -> bool:
         """Static activation scales, and every algorithm that looks at activations."""
         return self.algorithm not in DATA_FREE or self.activation_scales == "static"
+
+    @property
+    def activation_granularity(self) -> str:
+        """One scale for all inputs of a layer's call, or one a block of the microscaled formats."""
+        told = activation_cfg(self)
+        return "" if told is None else granularity(told)
 
     def without_data(self) -> Self | None:
         """The same bits by ``max`` with dynamic activation scales; None where this config is that already."""

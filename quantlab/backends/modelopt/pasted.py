@@ -103,6 +103,13 @@ def is_static(activation: Mapping[str, Any]) -> bool:
     return "dynamic" not in (activation.get("type"), (activation.get("block_sizes") or {}).get("type"))
 
 
+def granularity(activation: Mapping[str, Any]) -> str:
+    """Which activations share a scale, by the attributes of their quantizer."""
+    if activation.get("block_sizes"):
+        return "per-block"
+    return ("per-tensor" if activation.get("axis") is None else "per-token") + " static" * is_static(activation)
+
+
 def with_dynamic_activations(modelopt_config: Mapping[str, Any]) -> dict[str, Any]:
     """The same config with algorithm ``max`` and activation scales that are taken at run time."""
     entries = entries_of(modelopt_config)

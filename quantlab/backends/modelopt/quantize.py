@@ -164,6 +164,7 @@ def read_back(layer: nn.Module) -> StoredWeight:
         dense=dense,
         is_simulated=not packed or dtype != PACKED.get(packed),
         activation_dtype=_simulated_dtype(inputs) if inputs.is_enabled else "none",
+        activation_granularity=_granularity(inputs) if inputs.is_enabled else "",
     )
 
 
@@ -180,6 +181,12 @@ def _effective(layer: QuantLinear, dense: Tensor) -> Tensor:
         dense = dense + up.float() @ down.float()
     scale = layer.input_quantizer.pre_quant_scale
     return dense if scale is None else dense * scale.float().reshape(1, -1)
+
+
+def _granularity(inputs: TensorQuantizer) -> str:
+    if inputs.block_sizes:
+        return "per-block"
+    return ("per-tensor" if inputs.axis is None else "per-token") + " static" * (not inputs._dynamic)
 
 
 def _simulated_dtype(quantizer: TensorQuantizer) -> str:

@@ -86,6 +86,11 @@ class QuantoConfig(QuantizationConfigMixin):
         """The scales of activations are measured."""
         return self.activations is not None
 
+    @property
+    def activation_granularity(self) -> str:
+        """One scale for each layer's inputs, measured on data."""
+        return "per-tensor static" if self.activations is not None else ""
+
     def to_diffusers(self, model: nn.Module | None = None) -> diffusers.QuantoConfig:
         """``diffusers.QuantoConfig``; it has no activations, no optimizer and no e5m2."""
         import diffusers

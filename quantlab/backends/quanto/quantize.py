@@ -104,11 +104,13 @@ def read_back(layer: nn.Module) -> StoredWeight:
     weight = cast("QTensor", layer.weight)
     num_scales, num_rows = weight._scale.numel(), weight.shape[0]
     group_size = None if num_scales in (1, num_rows) else weight.numel() // num_scales
+    activation = _activation_dtype(cast("QLinear", layer))
     return StoredWeight(
         dtype=DTYPES[kind.name],
         group_size=group_size,
         dense=weight.dequantize().detach().float(),
-        activation_dtype=_activation_dtype(cast("QLinear", layer)),
+        activation_dtype=activation,
+        activation_granularity="" if activation == "none" else "per-tensor static",
     )
 
 

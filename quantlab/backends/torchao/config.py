@@ -268,6 +268,20 @@ class TorchAoConfig(QuantizationConfigMixin):
         """Whether scales of this config are measured on data."""
         return self.algorithm != "auto" or self.activation_scales == "static"
 
+    @property
+    def activation_granularity(self) -> str:
+        """By the config that the library gets; static activations have one scale a layer."""
+        if self.activation_scales == "static":
+            return "per-tensor static"
+        kind, data = self.quant_type["_type"], self.quant_type["_data"]
+        if kind == INT8_INTX:
+            return "per-token"
+        if kind in (INT8_INT8, FLOAT8_FLOAT8):
+            of = data["granularity"]
+            first = of[0] if isinstance(of, (list, tuple)) else of
+            return "per-tensor" if first["_type"] == "PerTensor" else "per-token"
+        return "per-block" if kind == _MX else ""
+
     def without_data(self) -> Self | None:
         """This config with plain rounding and dynamic activation scales.
 

@@ -49,7 +49,20 @@ def read_back(layer: nn.Module) -> StoredWeight:
         dense=_dense(weight, kind),
         is_simulated=kind == "IntxUnpackedToInt8Tensor" and dtype != "int8",
         activation_dtype=activation,
+        activation_granularity=_granularity(weight) if activation != "none" else "",
     )
+
+
+def _granularity(weight: Any) -> str:
+    """Which activations share a scale, by what the weight tells the library to do with them."""
+    if getattr(weight, "act_quant_scale", None) is not None:
+        return "per-tensor static"
+    told = getattr(weight, "act_quant_kwargs", None)
+    if told is None:
+        return "per-token"  # of the integer formats that dequantize: their only kind
+    if hasattr(told, "block_size"):
+        return "per-block"
+    return "per-tensor" if type(told.granularity).__name__ == "PerTensor" else "per-token"
 
 
 def stored_dtype(weight: Tensor) -> str:
