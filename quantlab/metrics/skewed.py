@@ -1,10 +1,11 @@
 """A 95% interval of a mean that holds for few and for skewed values.
 
-It is the union of two intervals: Student's t, which is right for normal values, and the generalised interval of a
+It is put together from two intervals: Student's t, which is right for normal values, and the generalised interval of a
 log-normal mean (Krishnamoorthy and Mathew, J. Stat. Plan. Inference 115, 2003, 103-121) of the values shifted, and
 turned where they are skewed to the left, so that their logarithms have no skewness left. Without skewness the shift is
-far away and the second interval is the first; the more skewed the values are, the longer its far tail. Both are needed:
-the skewness of few values is itself uncertain.
+far away and the second interval is the first; the more skewed the values are, the longer its far tail. Both are needed,
+since the skewness of few values is itself uncertain: towards the far tail the farther bound counts, towards the near one
+the middle of the two.
 
 Why no bootstrap: of 10 log-normal values (sigma 1) the percentile bootstrap holds the truth in 81% of cases, the
 studentized one in 91%. What this interval holds is simulated in the README of this folder.
@@ -55,8 +56,8 @@ def skewed_bounds(values: NDArray[np.float64], degrees: int, num_draws: int, see
     z, chi = _pivot(n, degrees, num_draws, seed)
     log_sd = float(logs.std(ddof=1))
     drawn = logs.mean() - log_sd * z / (chi * n**0.5) + 0.5 * (log_sd / chi) ** 2
-    first, last = (mean + turn * spread * (float(np.exp(q)) + shift) for q in np.quantile(drawn, TAILS))
-    return min(low, first, last), max(high, first, last)
+    near, far = (mean + turn * spread * (float(np.exp(q)) + shift) for q in np.quantile(drawn, TAILS))
+    return ((low + near) / 2, max(high, far)) if turn > 0 else (min(low, far), (high + near) / 2)
 
 
 def _skewness(values: NDArray[np.float64]) -> float:
