@@ -1,13 +1,14 @@
 """Quantize: choose the layers, hand them to the backend, and read back from the tensors what they became.
 
 A backend's word is not evidence. Every layer that was asked for is looked at afterwards; one that is not what was
-asked for is an error that names it, unless ``quantization.on_mismatch`` says otherwise.
+asked for is an error that names it, unless ``quantization.on_mismatch`` says otherwise; and so is one with rows that
+are farther from the original weights than the format rounds (:mod:`quantlab.stages.weight_errors`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.backends.exclusions import expand
@@ -17,8 +18,9 @@ from quantlab.errors import ConfigError, NotQuantized
 from quantlab.modules.compute_dtype import stand_for
 from quantlab.modules.layers import linear_layers, resolve_exclusions
 from quantlab.modules.memory import layer_memory
+from quantlab.stages.weight_errors import WeightErrors, weight_errors
 from quantlab.vocabulary.axes import QuantizationAxes
-from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, dtype_name
+from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, FLOAT16_SCALE, dtype_name
 from quantlab.vocabulary.native import QuantizationConfigMixin
 from quantlab.vocabulary.reports import LayerReport, QuantizationReport, StoredWeight
 
@@ -135,6 +137,7 @@ def quantize_component(
     fallback = _fall_back(request, chosen, module, calibrated)
 
     rows = []
+    lost: dict[str, str] = {}
     layers = linear_layers(original)
     originals = dict(original.named_modules())
     for name in layers:
@@ -148,6 +151,7 @@ def quantize_component(
                     originals[name].weight,
                     None if name in chosen.taken else fallback[name],
                     misfits.get(name, ""),
+                    lost,
                 )
             )
         else:
@@ -165,6 +169,8 @@ def quantize_component(
                 )
             )
     _require({n: f.axes for n, f in chosen.asked.items()}, [r for r in rows if r.status == "quantized"])
+    if lost:
+        raise NotQuantized(_lost_message(request, chosen.compute_dtypes[min(lost)], lost))
     num = sum(p.numel() for p in {id(p): p for p in original.parameters()}.values())
     was = scheme.native.to_dict()
     resolved = {k: v for k, v in native.to_dict().items() if v != was.get(k)}
@@ -338,21 +344,27 @@ def _read_row(
     original: torch.Tensor,
     fallback: str | None,
     reason: str,
+    lost: dict[str, str],
 ) -> LayerReport:
+    """The layer's row; ``lost`` gets an entry where rows are farther off than the format explains."""
     import torch
 
     if fallback in COMPUTE_DTYPES:
         dense = cast(torch.nn.Linear, layer).weight.detach().float()
-        stored = StoredWeight(dtype=fallback, group_size=None, dense=dense)
+        floor = FLOAT16_SCALE if fallback == "float16" else 0.0
+        stored = StoredWeight(dtype=fallback, group_size=None, dense=dense, floor=floor)
     else:
         stored = request.scheme.backend.module.read_back(layer)
     reference = original.detach().float()
-    dense = stored.dense.to(reference.device)
+    dense = stored.dense.detach().to(reference.device)
     if dense.shape != reference.shape:
         raise NotQuantized(
             f"{name}: reads back with shape {tuple(dense.shape)}, the weight was {tuple(reference.shape)}"
         )
-    error = float(torch.linalg.vector_norm(dense - reference) / torch.linalg.vector_norm(reference).clamp_min(1e-30))
+    found = weight_errors(replace(stored, dense=dense), reference, request.scheme.axes.algorithm != "max")
+    if found.lost_rows:
+        lost[name] = _lost_text(name, reference, found)
+    zeroed = f"{found.num_zeroed} of {len(reference)} rows are too small for the format's scales: stored as zeros"
     weight_bytes, scale_bytes = layer_memory(layer, held_packages())
     return LayerReport(
         component=request.component,
@@ -367,9 +379,32 @@ def _read_row(
         bits_per_weight=8 * (weight_bytes + scale_bytes) / reference.numel(),
         weight_bytes=weight_bytes,
         scale_bytes=scale_bytes,
-        weight_rel_error=error,
+        weight_rel_error=found.layer,
+        worst_row_rel_error=found.worst_row,
         is_simulated=stored.is_simulated,
-        reason=reason or stored.note,
+        reason="; ".join(filter(None, (reason or stored.note, zeroed if found.num_zeroed else ""))),
+    )
+
+
+def _lost_text(name: str, original: torch.Tensor, found: WeightErrors) -> str:
+    rows = found.lost_rows
+    listed = ", ".join(map(str, rows[:4])) + (", ..." if len(rows) > 4 else "")
+    return (
+        f"{name} {list(original.shape)}: {len(rows)} of {len(original)} rows ({listed}; their largest weight is "
+        f"{found.lost_absmax:.3g})"
+    )
+
+
+def _lost_message(request: QuantizationRequest, compute_dtype: str, lost: Mapping[str, str]) -> str:
+    """The error of a layer hides them, so that this is no matter of degree."""
+    axes = request.scheme.axes
+    listed = "; ".join(list(lost.values())[:4]) + (f"; and {len(lost) - 4} more layers" if len(lost) > 4 else "")
+    wider = ""
+    if compute_dtype == "float16":
+        wider = "float16 may be too narrow for their scales: pass model.dtype=bfloat16 or compute_dtype=float32, or "
+    return (
+        f"dtype={axes.dtype}: {axes.backend} loses weights beyond the rounding of {axes.dtype} in {listed}; {wider}"
+        "choose another dtype or group_size, or exclude these layers with modules_to_not_convert"
     )
 
 

@@ -23,6 +23,15 @@ class StoredWeight:
     activation_granularity: str = ""
     """Which activations share a scale, as the layer shows it: ``per-tensor``, ``per-token``, ``per-block``, with
     `` static`` behind it where it was measured; "" where activations are left alone."""
+    column_scale: Any = None
+    """fp32 (in_features,): what the weight's columns were multiplied by before they were rounded; None: nothing."""
+    span: int | None = None
+    """Weights whose blocks' scales are rounded beside one another, or that have one scale all together; None: the
+    scale of each block (or row) stands alone."""
+    span_error: float | None = None
+    """How large an error that makes, as a share of the largest weight of the span; None: as the dtype's codes do."""
+    floor: float = 0.0
+    """The absolute error that the format's own scales leave in any weight, where they are 16-bit numbers."""
     note: str = ""
     """What the layer decides at each call, which dtypes do not say."""
 
@@ -47,6 +56,8 @@ class LayerReport:
     scale_bytes: int = 0
     weight_rel_error: float | None = None
     """||W - Wq|| / ||W|| (Frobenius), fp32."""
+    worst_row_rel_error: float | None = None
+    """The same of the row (output feature) where it is largest, of those that are not all zeros."""
     is_simulated: bool = False
     reason: str = ""
 

@@ -41,11 +41,12 @@ def dense_4bit(weight: Params4bit, dtype: torch.dtype) -> Tensor:
     if state.state2 is not None:
         absmax = bnb.functional.dequantize_blockwise(absmax, state.state2) + state.offset
     is_compiled = state.shape[-1] % 2 or state.blocksize >= 2048
-    if weight.device.type != "cpu" or not is_compiled:
+    is_crossing = state.shape[-1] % state.blocksize  # blocks over the ends of rows, which its CPU kernel misreads
+    if weight.device.type != "cpu" or not (is_compiled or is_crossing):
         return torch.ops.bitsandbytes.dequantize_4bit.default(
             weight.data, absmax, state.blocksize, state.quant_type, state.shape, dtype
         )
-    # The library would compile C++ here at the first call of each shape; the same arithmetic without a compiler:
+    # The library would compile C++ at the first call of each shape, or take other blocks' scales; so by hand:
     codes, num = weight.data.reshape(-1).view(torch.uint8), math.prod(state.shape)
     values = state.code[torch.stack((codes >> 4, codes & 15), dim=-1).reshape(-1)[:num].int()]
     return (values * absmax.repeat_interleave(state.blocksize)[:num]).to(dtype).reshape(state.shape)

@@ -11,11 +11,15 @@ from quantlab.backends.bitsandbytes.layers import dense_4bit, layer_classes, lib
 from quantlab.backends.linears import linear_at
 from quantlab.errors import ConfigError, ModelError, NotQuantized, require_package
 from quantlab.modules.layers import replace_layer
+from quantlab.vocabulary.dtypes import FLOAT16_SCALE
 from quantlab.vocabulary.reports import StoredWeight
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+_NESTED_ERROR = 0.01
+"""Of scales that are 8-bit numbers themselves (double quantization): half of the widest gap of the library's map."""
 
 
 def resolve(config: BitsAndBytesConfig, device: str, compute_dtype: str = "float32") -> BitsAndBytesConfig:
@@ -62,6 +66,7 @@ def read_back(layer: nn.Module) -> StoredWeight:
             dtype="int8",
             group_size=None,
             dense=codes.float() * (scales[:, None] / 127.0),
+            floor=FLOAT16_SCALE,
             activation_dtype="int8",
             activation_granularity="per-token",
             note=_outlier_rule(layer.state.threshold),
@@ -77,7 +82,13 @@ def read_back(layer: nn.Module) -> StoredWeight:
             f"needs {num_blocks} scales and holds {state.absmax.numel()}; quantize it again"
         )
     dense = dense_4bit(layer.weight, layer.compute_dtype or state.dtype).float()
-    return StoredWeight(dtype=state.quant_type, group_size=state.blocksize, dense=dense)
+    return StoredWeight(
+        dtype=state.quant_type,
+        group_size=state.blocksize,
+        dense=dense,
+        span=None if state.state2 is None else state.blocksize * state.state2.blocksize,
+        span_error=_NESTED_ERROR,
+    )
 
 
 def _outlier_rule(threshold: float) -> str:

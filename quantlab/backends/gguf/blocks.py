@@ -45,6 +45,24 @@ WEIGHTS_PER_SCALE = {
 }
 """The block that has a scale of its own; in the 256-weight superblocks these scales are themselves 4 to 8 bits."""
 
+SUPERBLOCK = 256
+SCALES: dict[str, tuple[int, float | None]] = {
+    "q8_0": (127, None),
+    "q5_0": (16, None),
+    "q5_1": (31 + 1, None),
+    "q4_0": (8, None),
+    "q4_1": (15 + 1, None),
+    "iq4_nl": (127, None),
+    "q6_k": (32 * 127, 0.5 / 127),
+    "q5_k": ((31 + 1) * 63, 1.5 / 63),
+    "q4_k": ((15 + 1) * 63, 1.5 / 63),
+    "q3_k": (4 * 31, 0.5 / 31),
+    "q2_k": ((3 + 1) * 15, 1.5 / 15),
+    "iq4_xs": (127 * 31, 0.5 / 31),
+}
+"""Type -> by how much its codes multiply the float16 scale (and minimum), and for superblocks the error of a block's
+own integer scale (and minimum) as a share of the superblock's largest weight."""
+
 
 def torch_dtype(name: str | torch.dtype) -> torch.dtype:
     import torch

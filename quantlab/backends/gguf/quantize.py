@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantlab.backends.gguf.blocks import WEIGHTS_PER_SCALE, block_size, encode, linear_class, torch_dtype
+from quantlab.backends.gguf.blocks import (
+    SCALES,
+    SUPERBLOCK,
+    WEIGHTS_PER_SCALE,
+    block_size,
+    encode,
+    linear_class,
+    torch_dtype,
+)
 from quantlab.backends.gguf.config import GGUFQuantizationConfig, uses_importance
 from quantlab.backends.gguf.imatrix import (
     InputSquares,
@@ -20,6 +28,7 @@ from quantlab.backends.linears import linear_at
 from quantlab.errors import ConfigError, NotQuantized, require_package
 from quantlab.modules.feed import CalibrationFeed
 from quantlab.modules.layers import replace_layer
+from quantlab.vocabulary.dtypes import FLOAT16_SCALE
 from quantlab.vocabulary.reports import StoredWeight
 
 if TYPE_CHECKING:
@@ -132,4 +141,12 @@ def read_back(layer: nn.Module) -> StoredWeight:
             f"weights of {layer.gguf_type}; quantize the layer again"
         )
     dense = layer.dequantize().to(layer.compute_dtype).float()
-    return StoredWeight(dtype=layer.gguf_type, group_size=WEIGHTS_PER_SCALE[layer.gguf_type], dense=dense)
+    factor, span_error = SCALES[layer.gguf_type]
+    return StoredWeight(
+        dtype=layer.gguf_type,
+        group_size=WEIGHTS_PER_SCALE[layer.gguf_type],
+        dense=dense,
+        span=None if span_error is None else SUPERBLOCK,
+        span_error=span_error,
+        floor=FLOAT16_SCALE * factor,
+    )

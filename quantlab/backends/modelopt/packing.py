@@ -48,8 +48,10 @@ def _packed(quantizer: TensorQuantizer, weight: Tensor, is_max: bool) -> BaseQua
     """The library's packed tensor of ``weight``; its scale goes to the quantizer."""
     packers = {8: _packed_int8, 3: _packed_int8, 2: _packed_int8, 4: _packed_int4, (4, 3): _packed_float8}
     has_blocks = bool(quantizer.block_sizes) and not isinstance(quantizer.num_bits, int)
-    by_library = is_max and quantizer.num_bits not in (2, 3)
-    if by_library or quantizer.num_bits not in packers or has_blocks or (amax := quantizer.amax) is None:
+    if quantizer.num_bits not in packers or has_blocks or (amax := quantizer.amax) is None:
+        return quantizer(weight)
+    by_library = is_max and quantizer.num_bits not in (2, 3) and not _needs_wide_factor(quantizer, amax, weight)
+    if by_library:
         return quantizer(weight)  # for floats in blocks, too, the library uses the calibrated maximum
     tensor, scale = packers[quantizer.num_bits](quantizer, amax, weight)
     quantizer._set_buffer("_scale", scale)
@@ -78,15 +80,27 @@ def _packed_int8(quantizer: TensorQuantizer, amax: Tensor, weight: Tensor) -> tu
 
 
 def _packed_int4(quantizer: TensorQuantizer, amax: Tensor, weight: Tensor) -> tuple[BaseQuantizedTensor, Tensor]:
-    """Two codes a byte, the first in the high half, each code + 8; and factors, ``7 / amax``, (blocks, 1)."""
+    """Two codes a byte, the first in the high half, each code + 8; and factors, ``7 / amax``, (blocks, 1).
+
+    The factors are of the weight's dtype, or float32 where that is too narrow for one of them.
+    """
     import torch
 
     qtensor = importlib.import_module("modelopt.torch.quantization.qtensor").INT4QTensor
-    factor = 7 / amax.to(weight.dtype).reshape(-1, 1)  # infinite for a block of zeros, which it divides
+    dtype = torch.float32 if _needs_wide_factor(quantizer, amax, weight) else weight.dtype
+    factor = 7 / amax.to(dtype).reshape(-1, 1)  # infinite for a block of zeros, which it divides
     blocks = weight.reshape(len(factor), -1)
     codes = torch.nan_to_num((blocks * factor).round()).clamp(-8, 7).add(8).to(torch.uint8).reshape(-1, 2)
     data = torch.bitwise_or(codes[:, 0] << 4, codes[:, 1]).reshape(weight.shape[0], -1)
     return qtensor(weight.shape, weight.dtype, data), factor
+
+
+def _needs_wide_factor(quantizer: TensorQuantizer, amax: Tensor, weight: Tensor) -> bool:
+    """Whether float16 would take the factor of a block of 4-bit codes for infinite, which are then read as zeros."""
+    import torch
+
+    is_small = (amax > 0) & ~(7 / amax.to(weight.dtype)).isfinite()
+    return quantizer.num_bits == 4 and weight.dtype == torch.float16 and bool(is_small.any())
 
 
 def _packed_float8(quantizer: TensorQuantizer, amax: Tensor, weight: Tensor) -> tuple[BaseQuantizedTensor, Tensor]:

@@ -11,6 +11,7 @@ from quantlab.backends.modelopt.library import BRANCH, insert, layers_at, named_
 from quantlab.backends.modelopt.packing import pack
 from quantlab.backends.modelopt.quantizers import BLOCKS, activation_cfg, build_quant_cfg, is_packable, weight_cfg
 from quantlab.errors import ConfigError, NotQuantized
+from quantlab.vocabulary.dtypes import E4M3_SCALE
 from quantlab.vocabulary.reports import StoredWeight
 
 if TYPE_CHECKING:
@@ -158,10 +159,14 @@ def read_back(layer: nn.Module) -> StoredWeight:
         num_scales = dense.numel() // blocks[-1]
     by_row = num_scales in (1, dense.shape[0])
     inputs = layer.input_quantizer
+    pre_scale = inputs.pre_quant_scale
     return StoredWeight(
         dtype=dtype,
         group_size=None if by_row else dense.numel() // num_scales,
         dense=dense,
+        column_scale=None if pre_scale is None else 1 / pre_scale.float().flatten(),
+        span=dense.numel() if num_scales == 1 or dtype == "nvfp4" else None,
+        span_error=E4M3_SCALE if dtype == "nvfp4" else None,
         is_simulated=not packed or dtype != PACKED.get(packed),
         activation_dtype=_simulated_dtype(inputs) if inputs.is_enabled else "none",
         activation_granularity=_granularity(inputs) if inputs.is_enabled else "",

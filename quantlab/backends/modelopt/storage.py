@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from quantlab.backends.modelopt.library_types import QuantLinear
 
 _WEIGHTS_FILE, _LAYERS_FILE = "quantized.safetensors", "layers.json"
+_FACTORS = "weight_quantizer._scale"
 
 
 def _tensors(layer: nn.Module) -> dict[str, Tensor]:
@@ -160,6 +161,9 @@ def _fill(what: str, layer: QuantLinear, saved: Mapping[str, Tensor], packed: st
     import torch
 
     held = _tensors(layer)
+    if packed == "INT4QTensor" and _FACTORS in held and _FACTORS in saved:  # float32 where float16 was too narrow
+        layer.weight_quantizer._set_buffer("_scale", held[_FACTORS].to(saved[_FACTORS].dtype))
+        held = _tensors(layer)
     fits = set(held) == set(saved) and packed == packed_class(layer)
     if not fits or any(held[k].shape != v.shape or held[k].dtype != v.dtype for k, v in saved.items()):
         raise ModelError(

@@ -111,6 +111,7 @@ def read_back(layer: nn.Module) -> StoredWeight:
         dense=weight.dequantize().detach().float(),
         activation_dtype=activation,
         activation_granularity="" if activation == "none" else "per-tensor static",
+        span=weight.numel() if num_scales == 1 else None,
     )
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
         scale: Tensor
         act_quant_kwargs: object | None
 
+        def __init__(self, qdata: Tensor, scale: Tensor, **settings: object) -> None: ...
+
     class IntxUnpackedToInt8Tensor(TorchAOBaseTensor):
         scale: Tensor
         target_dtype: torch.dtype
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 
     class NF4Tensor(Tensor):
         quantized_scalers: Tensor
+        block_size: int
+        scaler_block_size: int
 
         def get_original_weight(self) -> Tensor: ...
 

@@ -13,7 +13,7 @@ from quantlab.backends.linears import linear_at
 from quantlab.backends.torchao.build import build_form, quiet_library
 from quantlab.backends.torchao.calibrate import LayerScales, measure, rounded_by_gptq
 from quantlab.backends.torchao.config import TorchAoConfig, layer_form
-from quantlab.backends.torchao.forms import INT4, Form
+from quantlab.backends.torchao.forms import FLOAT8, INT4, Form
 from quantlab.backends.torchao.readback import is_quantized
 from quantlab.backends.torchao.rules import FLOAT8_STATIC, OPAQUE
 from quantlab.errors import ConfigError, NotQuantized
@@ -99,6 +99,8 @@ def quantize(
         layer.to(dtypes[name])
         cast_around(layer, dtypes[name], outside)
         _scale_weight(layer, scales[name].pre_scale)
+        if forms[name]["_type"] == FLOAT8 and dtype_name(dtypes[name]) == "float16":
+            layer.weight = _parameter(layer.weight.detach().float())  # float16 would take small rows' scales for 0
     schemes: dict[str, list[str]] = {}
     for name, form in forms.items():  # a measured activation scale makes a scheme of its own
         own = "" if scales[name].activation_scale is None else name
@@ -110,6 +112,8 @@ def quantize(
         if (hessian := scales[name].hessian) is not None:
             layer.weight = _parameter(rounded_by_gptq(layer.weight, hessian, forms[name]))
     for name, layer in named.items():
+        if forms[name]["_type"] == FLOAT8 and is_quantized(layer) and layer.weight.dtype != dtypes[name]:
+            layer.weight = _parameter(_giving(cast("Float8Tensor", layer.weight), dtypes[name]))
         _keep_zeros(layer.weight)
         if is_quantized(layer) and (pre_scale := scales[name].pre_scale) is not None:
             cast("TorchAOBaseTensor", layer.weight).act_pre_scale = 1.0 / pre_scale
@@ -155,6 +159,13 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
     import torch
 
     return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def _giving(weight: Float8Tensor, dtype: torch.dtype) -> Float8Tensor:
+    """The same codes and (float32) scales, as a weight that computes in ``dtype``."""
+    settings = ("block_size", "mm_config", "act_quant_kwargs", "kernel_preference")
+    kept = {key: getattr(weight, key) for key in settings}
+    return type(weight)(weight.qdata, weight.scale, **kept, dtype=dtype)
 
 
 def _scale_weight(layer: nn.Linear, pre_scale: Tensor | None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.errors import NotQuantized
-from quantlab.vocabulary.dtypes import dtype_name
+from quantlab.vocabulary.dtypes import E4M3_SCALE, dtype_name
 from quantlab.vocabulary.reports import StoredWeight
 
 if TYPE_CHECKING:
@@ -43,10 +43,15 @@ def read_back(layer: nn.Module) -> StoredWeight:
     numel, num_rows = weight.numel(), weight.shape[0]
     if num_scales not in (1, num_rows) and numel % num_scales:
         raise NotQuantized(f"dtype={dtype}: {num_scales} scales for {numel} weights do not add up; report this layer")
+    span, span_error = _span(weight, kind, num_scales)
+    pre_scale: Tensor | None = getattr(weight, "act_pre_scale", None)
     return StoredWeight(
         dtype=dtype,
         group_size=None if num_scales in (1, num_rows) else numel // num_scales,
         dense=_dense(weight, kind),
+        column_scale=None if pre_scale is None else 1 / pre_scale.float().flatten(),
+        span=span,
+        span_error=span_error,
         is_simulated=kind == "IntxUnpackedToInt8Tensor" and dtype != "int8",
         activation_dtype=activation,
         activation_granularity=_granularity(weight) if activation != "none" else "",
@@ -63,6 +68,16 @@ def _granularity(weight: Any) -> str:
     if hasattr(told, "block_size"):
         return "per-block"
     return "per-tensor" if type(told.granularity).__name__ == "PerTensor" else "per-token"
+
+
+def _span(weight: Tensor, kind: str, num_scales: int) -> tuple[int | None, float | None]:
+    """``StoredWeight.span`` and ``span_error``."""
+    if kind == "NF4Tensor":  # the blocks' scales less their mean are 8-bit integers, with a scale for 256 of them
+        nested = cast("NF4Tensor", weight)
+        return nested.scaler_block_size * nested.block_size, 1 / 127
+    if kind == "NVFP4Tensor" and cast("NVFP4Tensor", weight).per_tensor_scale is not None:
+        return weight.numel(), E4M3_SCALE
+    return weight.numel() if num_scales == 1 else None, None
 
 
 def stored_dtype(weight: Tensor) -> str:
