@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantlab.backends.unseen import never_ran, only_zeros
 from quantlab.errors import ConfigError
 from quantlab.modules.feed import CalibrationFeed
 
@@ -82,15 +83,10 @@ def observe(model: nn.Module, layers: Sequence[str], feed: CalibrationFeed) -> d
             )
     for name in layers:
         if not counts[name]:
-            raise never_ran(name)
+            raise never_ran([name])
+        if not totals[name].any():
+            raise only_zeros([name])
     return {n: InputSquares(sums=totals[n][None], counts=np.array([counts[n]], np.float32)) for n in layers}
-
-
-def never_ran(layer: str) -> ConfigError:
-    """The error for a layer without statistics."""
-    return ConfigError(
-        f"calibration: {layer} never ran on the calibration data; exclude it with modules_to_not_convert"
-    )
 
 
 def ggml_importance(squares: InputSquares) -> NDArray[np.float32]:

@@ -19,12 +19,12 @@ from quantlab.backends.gguf.config import GGUFQuantizationConfig, uses_importanc
 from quantlab.backends.gguf.imatrix import (
     InputSquares,
     ggml_importance,
-    never_ran,
     observe,
     read_imatrix,
     write_imatrix,
 )
 from quantlab.backends.linears import linear_at
+from quantlab.backends.unseen import never_ran
 from quantlab.errors import ConfigError, NotQuantized, require_package
 from quantlab.modules.feed import CalibrationFeed
 from quantlab.modules.layers import replace_layer
@@ -113,7 +113,7 @@ def _importance(
     if squares is not None and squares.sums.shape == (1, in_features) and squares.counts[0]:
         return ggml_importance(squares)
     if file is None:
-        raise never_ran(name)
+        raise never_ran([name])
     key, way_out = (
         f"quantization.imatrix_file={file}",
         "give one recorded on this model, or exclude the layer with modules_to_not_convert",

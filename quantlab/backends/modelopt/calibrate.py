@@ -12,6 +12,8 @@ from quantlab.backends.modelopt.config import NVIDIAModelOptConfig
 from quantlab.backends.modelopt.library import insert, layers_at, settle, shape_of
 from quantlab.backends.modelopt.quantize import begin
 from quantlab.backends.modelopt.quantizers import activation_cfg, block_of
+from quantlab.backends.modelopt.silent import shielded, unclip
+from quantlab.backends.unseen import never_ran, only_zeros
 from quantlab.errors import ConfigError
 from quantlab.modules.feed import CalibrationFeed
 
@@ -45,14 +47,16 @@ def calibrate(
     named = layers_at(model, layers)
     _check_layers(named, config)
     begin(named, config, {name: wanted_dtype(layer, compute_dtype, "modelopt") for name, layer in named.items()})
-    run = _first_pass_checked(named, _on_the_terminal(model, feed))
+    loudest: dict[str, Tensor] = {}
+    run = _first_pass_checked(named, loudest, _on_the_terminal(model, feed))
     rounds = _rounds(named, config)
     before = {name: layer.weight.detach().clone() for name, layer in named.items()} if len(rounds) > 1 else {}
     done: dict[str, QuantLinear] = {}
     for part in rounds:
-        with _as_before(done, before):
+        with _as_before(done, before), shielded(part, loudest, config.algorithm):
             insert(part, config, forward_loop=run)
-        for layer in part.values():
+        for name, layer in part.items():
+            unclip(layer, loudest[name] == 0, config.algorithm)
             settle(layer, config, activation_cfg(config))
             layer.calibrated_by = config
         done |= part
@@ -130,8 +134,13 @@ def _on_the_terminal(model: nn.Module, feed: CalibrationFeed) -> Callable[[], No
     return run
 
 
-def _first_pass_checked(named: Named, run: Callable[[], None]) -> Callable[[nn.Module], None]:
-    """A forward loop for the library; its first pass finds the layers that do not run, and broken inputs."""
+def _first_pass_checked(
+    named: Named, loudest: dict[str, Tensor], run: Callable[[], None]
+) -> Callable[[nn.Module], None]:
+    """A forward loop for the library; its first pass finds the layers that do not run, and broken inputs.
+
+    ``loudest`` gets the largest magnitude in each input channel of each layer.
+    """
     is_checked = False
 
     def forward_loop(_: nn.Module) -> None:
@@ -139,28 +148,33 @@ def _first_pass_checked(named: Named, run: Callable[[], None]) -> Callable[[nn.M
         if is_checked:
             run()
             return
-        seen: set[str] = set()
-        handles = [layer.register_forward_pre_hook(_watch(name, seen)) for name, layer in named.items()]
+        handles = [
+            layer.register_forward_pre_hook(_watch(name, loudest), with_kwargs=True) for name, layer in named.items()
+        ]
         try:
             run()
         finally:
             for handle in handles:
                 handle.remove()
         is_checked = True
-        if missing := [name for name in named if name not in seen]:
-            raise ConfigError(
-                f"calibration: {', '.join(missing[:8])} never ran on the calibration data; exclude it "
-                "with modules_to_not_convert, or give data that uses it"
-            )
+        if missing := [name for name in named if name not in loudest]:
+            raise never_ran(missing)
+        if silent := [name for name in named if not bool(loudest[name].any())]:
+            raise only_zeros(silent)
 
     return forward_loop
 
 
-def _watch(name: str, seen: set[str]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def look(_: nn.Module, args: tuple[Any, ...]) -> None:
-        if not args or args[0].numel():
-            seen.add(name)
-        if args and not bool(args[0].isfinite().all()):
+def _watch(name: str, loudest: dict[str, Tensor]) -> Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], None]:
+    def look(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        import torch
+
+        inputs = (args[0] if args else kwargs["input"]).detach()
+        if not inputs.numel():
+            return
+        largest = inputs.abs().reshape(-1, inputs.shape[-1]).amax(0)
+        loudest[name] = torch.maximum(loudest[name], largest) if name in loudest else largest
+        if not bool(largest.isfinite().all()):
             raise ConfigError(
                 f"calibration: {name} got NaN or infinity on the calibration data; clean the data, or "
                 "set compute_dtype=float32 where the model overflows"

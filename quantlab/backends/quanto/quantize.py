@@ -11,6 +11,7 @@ from quantlab.backends.linears import linear_at
 from quantlab.backends.quanto.config import ACTIVATIONS, DTYPES, QuantoConfig
 from quantlab.backends.quanto.layers import empty_layer, library_qtype
 from quantlab.backends.quanto.operators import override_operators
+from quantlab.backends.unseen import never_ran, only_zeros
 from quantlab.errors import ConfigError, NotQuantized
 from quantlab.modules.feed import CalibrationFeed
 from quantlab.modules.layers import replace_layer
@@ -35,35 +36,36 @@ def calibrate(
     compute_dtype: str | torch.dtype | None,
     feed: CalibrationFeed,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer -> the scales of its input and output, over one pass of ``feed``.
+    """Layer -> the scales of its input (of the largest value over one pass of ``feed``) and of its output (1, unused).
 
     The layers become quanto layers, in place, as :func:`quantize` makes them, so that each is measured on what the
-    quantized layers before it give. Raises ConfigError naming a layer whose inputs are not finite or that never ran.
+    quantized layers before it give. The library's own calibration keeps a moving average of the calls' maxima, which
+    depends on their order and cuts what lies above it. Raises ConfigError naming a layer whose inputs are not finite
+    or all zero, or that never ran.
     """
     import torch
-    from optimum.quanto import Calibration
 
     _convert(model, layers, config, compute_dtype)
     made = {name: cast("QLinear", model.get_submodule(name)) for name in layers}
-    ran: dict[str, None] = {}
+    found: dict[str, Tensor] = {}
     for layer in made.values():  # as of no batch, if an earlier attempt ran out of memory
         layer.input_scale, layer.output_scale = torch.ones_like(layer.input_scale), torch.ones_like(layer.output_scale)
-    hooks = {name: functools.partial(_before_measured_call, ran, name) for name in layers}
+    hooks = {name: functools.partial(_measure, found, name) for name in layers}
     handles = [made[name].register_forward_pre_hook(hook, prepend=True) for name, hook in hooks.items()]
     try:
-        with Calibration(streamline=False):
-            feed(model)
+        feed(model)
     finally:
         for handle in handles:
             handle.remove()
-    for name in ran:  # in the order of the calls: where it began
-        if not bool(torch.isfinite(made[name].input_scale)):
+    for name, scale in found.items():  # in the order of the calls: where it began
+        if not bool(torch.isfinite(scale)):
             raise ConfigError(
                 f"calibration: {name} got NaN or infinities; use other data, or exclude it with modules_to_not_convert"
             )
-    for name in layers:
-        if name not in ran:
-            raise _never_ran(name)
+    if missing := [name for name in layers if name not in found]:
+        raise never_ran(missing[:1])
+    if silent := [name for name in layers if not found[name]]:
+        raise only_zeros(silent[:1])
     return {name: (layer.input_scale, layer.output_scale) for name, layer in made.items()}
 
 
@@ -88,7 +90,7 @@ def quantize(
             "and there is none; give calibration data, or leave activation_dtype at none"
         )
     if config.activations is not None and (missing := [n for n in layers if n not in (calibrated or {})]):
-        raise _never_ran(missing[0])
+        raise never_ran(missing[:1])
     _convert(model, layers, config, compute_dtype)
     if config.activations is not None:
         for name in layers:
@@ -141,21 +143,19 @@ def _convert(
         replace_layer(model, name, new)
 
 
-def _before_measured_call(ran: dict[str, None], name: str, layer: QLinear, args: tuple[Any, ...]) -> None:
-    """Runs between the library's measurement of a batch and the rounding of it.
+def _measure(found: dict[str, Tensor], name: str, layer: QLinear, args: tuple[Any, ...]) -> None:
+    """Runs before a batch is rounded, with the largest scale so far, in the layer's dtype; a batch may be empty.
 
-    The scale takes the layer's dtype (the input may have another), and is not 0, which would give NaN, where all
-    inputs were: it is 1 then, which the library takes for not yet measured.
+    Where all inputs were 0 until now the scale that is rounded with is 1: 0 would give NaN.
     """
     import torch
+    from optimum.quanto import absmax_scale
 
-    ran[name] = None
-    scale = layer.input_scale.to(layer.weight.dtype)
-    layer.input_scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-
-
-def _never_ran(name: str) -> ConfigError:
-    return ConfigError(f"calibration: {name} never ran on the calibration data; exclude it with modules_to_not_convert")
+    if not args[0].numel():
+        return
+    scale = absmax_scale(args[0].detach().float(), layer.activation_qtype).to(layer.weight.dtype)
+    found[name] = torch.maximum(found[name], scale) if name in found else scale
+    layer.input_scale = torch.where(found[name] == 0, torch.ones_like(scale), found[name])
 
 
 def _activation_dtype(layer: QLinear) -> str:

@@ -22,6 +22,7 @@ from quantlab.backends.torchao.build import build_form, quiet_library
 from quantlab.backends.torchao.config import TorchAoConfig
 from quantlab.backends.torchao.forms import Form
 from quantlab.backends.torchao.rules import FLOAT8_STATIC
+from quantlab.backends.unseen import never_ran, only_zeros, with_silent_channels
 from quantlab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -91,13 +92,6 @@ def _pass_on(
     see(name, (args[0] if args else kwargs["input"]).detach())
 
 
-def _never_ran(name: str) -> ConfigError:
-    return ConfigError(
-        f"calibration: {name} never ran on the calibration data; exclude it with "
-        "modules_to_not_convert, or give data that reaches it"
-    )
-
-
 def _not_finite(name: str, dtype: torch.dtype) -> ConfigError:
     return ConfigError(
         f"calibration: {name} got NaN or infinity in {dtype} on the calibration data; exclude it with "
@@ -126,9 +120,11 @@ def _largest_inputs(layers: Linears, dtypes: Dtypes, run: Callable[[], None]) ->
         run()
     for name in layers:
         if name not in rows:
-            raise _never_ran(name)
+            raise never_ran([name])
         if not bool(rows[name].isfinite().all()):
             raise _not_finite(name, rows[name].dtype)
+        if not bool(rows[name].any()):
+            raise only_zeros([name])
     return rows
 
 
@@ -144,8 +140,7 @@ def _from_row(weight: Tensor, row: Tensor, form: Form, alpha: float | None) -> L
     kwargs = base.get_act_quant_kwargs() if hasattr(base, "get_act_quant_kwargs") else None
     with torch.no_grad():
         factor, activation_scale, _ = observer.calculate_qparams(weight_quant_kwargs=kwargs)
-    # A channel that was 0 throughout would get a factor near 0, and blow up whatever it holds later.
-    factor = torch.where(row.flatten() == 0, torch.ones_like(factor), factor)
+    factor = with_silent_channels(factor, row.flatten() == 0)
     return LayerScales(pre_scale=None if alpha is None else factor, activation_scale=activation_scale)
 
 
@@ -173,9 +168,11 @@ def _hessians(layers: Linears, dtypes: Dtypes, run: Callable[[], None]) -> dict[
         run()
     for name, found in seen.items():
         if not int(found.total_batches):
-            raise _never_ran(name)
+            raise never_ran([name])
         if not bool(found.hessian.isfinite().all()):
             raise _not_finite(name, dtypes[name])
+        if not bool(found.hessian.any()):
+            raise only_zeros([name])
     return {name: LayerScales(hessian=found.hessian) for name, found in seen.items()}
 
 
@@ -208,9 +205,11 @@ def _search_all(
             run()
         for name in names:
             if not any(x.numel() for x in inputs[name]):
-                raise _never_ran(name)
+                raise never_ran([name])
             if not all(bool(x.isfinite().all()) for x in inputs[name]):
                 raise _not_finite(name, dtypes[name])
+            if not any(bool(x.any()) for x in inputs[name]):
+                raise only_zeros([name])
             found[name] = LayerScales(pre_scale=_search(layers[name], inputs.pop(name), forms[name], dtypes[name]))
     return found
 
@@ -221,29 +220,29 @@ def _keep(inputs: Mapping[str, list[Tensor]], dtypes: Dtypes, name: str, x: Tens
 
 
 def _search(layer: nn.Linear, inputs: list[Tensor], form: Form, dtype: torch.dtype) -> Tensor:
-    _wake_dead_channels(inputs)
+    is_silent = _wake_silent_channels(inputs).to(layer.weight.device)
     core = importlib.import_module("torchao.prototype.awq.core")
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
     observer = core.AWQObserver(layer.weight.detach().to(dtype), bias, build_form(form))
     for x in inputs:
         observer(x, None)
-    return observer.calculate_qparams()
+    return with_silent_channels(observer.calculate_qparams(), is_silent)
 
 
-def _wake_dead_channels(inputs: list[Tensor]) -> None:
-    """A channel that is 0 throughout counts as the quietest one that is not, in place.
+def _wake_silent_channels(inputs: list[Tensor]) -> Tensor:
+    """A channel that is 0 throughout counts as the quietest one that is not, in place; bool (in_features,): which.
 
-    The library would scale its weights by almost nothing, which rounds them away: should the channel hold anything
-    later, the output would be noise many times its size.
+    The library divides all factors by the root of the smallest, which would be that of a silent channel.
     """
     import torch
 
     loudness = torch.stack([x.float().abs().sum(dim=0) for x in inputs]).sum(dim=0)
-    is_dead = loudness == 0
-    if bool(is_dead.any()) and not bool(is_dead.all()):
-        quietest = loudness[~is_dead].min() / sum(len(x) for x in inputs)
+    is_silent = loudness == 0
+    if bool(is_silent.any()):
+        quietest = loudness[~is_silent].min() / sum(len(x) for x in inputs)
         for x in inputs:
-            x[:, is_dead] = quietest.to(x.dtype)
+            x[:, is_silent] = quietest.to(x.dtype)
+    return is_silent
 
 
 def _chunks(names: list[str], at_once: int) -> list[list[str]]:

@@ -14,6 +14,7 @@ from quantlab.backends.torchao.build import build_form, quiet_library
 from quantlab.backends.torchao.calibrate import LayerScales, measure, rounded_by_gptq
 from quantlab.backends.torchao.config import TorchAoConfig, layer_form
 from quantlab.backends.torchao.forms import FLOAT8, INT4, Form
+from quantlab.backends.torchao.layers import take_any_input
 from quantlab.backends.torchao.readback import is_quantized
 from quantlab.backends.torchao.rules import FLOAT8_STATIC, OPAQUE
 from quantlab.errors import ConfigError, NotQuantized
@@ -117,7 +118,7 @@ def quantize(
         _keep_zeros(layer.weight)
         if is_quantized(layer) and (pre_scale := scales[name].pre_scale) is not None:
             cast("TorchAOBaseTensor", layer.weight).act_pre_scale = 1.0 / pre_scale
-        follow_rank(layer)
+        take_any_input(layer)
     left = [name for name, layer in named.items() if not is_quantized(layer)]
     if left:
         raise NotQuantized(
@@ -171,22 +172,6 @@ def _giving(weight: Float8Tensor, dtype: torch.dtype) -> Float8Tensor:
 def _scale_weight(layer: nn.Linear, pre_scale: Tensor | None) -> None:
     if pre_scale is not None:
         layer.weight = _parameter(layer.weight.detach() * pre_scale)
-
-
-def follow_rank(layer: nn.Linear) -> None:
-    """Let a layer with a static activation scale take inputs of any number of dimensions.
-
-    The library wants the scale to have as many as the input, and keeps it with those of the calibration data.
-    """
-    if getattr(layer.weight, "act_quant_scale", None) is not None:
-        layer.register_forward_pre_hook(_fit_scale, with_kwargs=True)
-
-
-def _fit_scale(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    weight, rank = cast("TorchAOBaseTensor", layer.weight), (args[0] if args else kwargs["input"]).ndim
-    scale = cast("Tensor", weight.act_quant_scale)
-    if scale.ndim != rank:
-        weight.act_quant_scale = scale.reshape((1,) * rank)
 
 
 def _apply(model: nn.Module, names: list[str], form: Form, activation_scale: Tensor | None = None) -> None:

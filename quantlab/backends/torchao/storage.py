@@ -14,7 +14,7 @@ from quantlab.backends.linears import linear_at
 from quantlab.backends.strides import strides_of, with_strides
 from quantlab.backends.torchao.build import quiet_library
 from quantlab.backends.torchao.config import TorchAoConfig
-from quantlab.backends.torchao.quantize import follow_rank
+from quantlab.backends.torchao.layers import take_any_input
 from quantlab.backends.torchao.readback import is_quantized, stored_dtype
 from quantlab.errors import ConfigError, ModelError
 
@@ -98,7 +98,7 @@ def load(model: nn.Module, layers: Iterable[str], config: TorchAoConfig, folder:
         if bias is not None:
             layer.bias = torch.nn.Parameter(bias.to(device), requires_grad=layer.bias.requires_grad)
         cast_around(layer, weight.dtype, outside)
-        follow_rank(layer)
+        take_any_input(layer)
 
 
 def _dtype_of(config: TorchAoConfig) -> str:
