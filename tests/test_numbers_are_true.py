@@ -24,6 +24,7 @@ from quantlab import tracking
 from quantlab.datasets.table import DATASETS
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.table import FAMILIES
+from quantlab.modules.kept import read_tree
 from quantlab.planning.job import Job
 from quantlab.planning.plan import plan
 from quantlab.stages.evaluate import evaluate, summarize
@@ -87,7 +88,13 @@ class Sweep:
 
     @property
     def reference(self) -> Path:
-        (file,) = self.cache.glob("reference/*.pt")
+        """The reference's outputs as torch alone reads them."""
+        (kept,) = self.cache.glob("reference/*.safetensors")
+        file = self.cache / "reference.pt"
+        if not file.exists():
+            import torch
+
+            torch.save(read_tree(kept), file)
         return file
 
 

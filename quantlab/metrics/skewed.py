@@ -4,8 +4,8 @@ It is put together from two intervals: Student's t, which is right for normal va
 log-normal mean (Krishnamoorthy and Mathew, J. Stat. Plan. Inference 115, 2003, 103-121) of the values shifted, and
 turned where they are skewed to the left, so that their logarithms have no skewness left. Without skewness the shift is
 far away and the second interval is the first; the more skewed the values are, the longer its far tail. Both are needed,
-since the skewness of few values is itself uncertain: towards the far tail the farther bound counts, towards the near one
-the middle of the two.
+since the skewness of few values is itself uncertain: towards the far tail the farther bound counts, towards the near
+one the middle of the two.
 
 Why no bootstrap: of 10 log-normal values (sigma 1) the percentile bootstrap holds the truth in 81% of cases, the
 studentized one in 91%. What this interval holds is simulated in the README of this folder.

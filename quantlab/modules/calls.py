@@ -1,7 +1,6 @@
 """The denoiser's calls: recorded while the reference samples, replayed on a candidate (teacher forcing).
 
-A call is a dictionary of tensors and plain values that ``torch.save`` stores and ``torch.load(weights_only=True)``
-reads.
+A call is a dictionary of tensors and plain values, which :mod:`quantlab.modules.kept` stores.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, overload
 
 from quantlab.errors import ConfigError
 from quantlab.modules.calls import Call, Progress, replay
+from quantlab.modules.kept import SUFFIX, Damaged, read_tree, write_tree
 from quantlab.modules.trees import Batch, add_to_digest, arguments_of, replaced
 from quantlab.vocabulary.dtypes import dtype_name
 
@@ -94,7 +95,7 @@ class StoredCalls(Sequence[Call]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files = sorted(folder.glob("call-*.pt"))
+        self._files = sorted(folder.glob(f"call-*{SUFFIX}"))
         self._kept: dict[str, Tensor] = {}  # tensors of the last call read
 
     def __len__(self) -> int:
@@ -105,17 +106,15 @@ class StoredCalls(Sequence[Call]):
     @overload
     def __getitem__(self, i: slice) -> Sequence[Call]: ...
     def __getitem__(self, i: int | slice) -> Call | Sequence[Call]:
-        import torch
-
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
-        stored = torch.load(self._files[i], weights_only=True)
+        stored = read_tree(self._files[i])
         known, self._kept = self._kept, {}
 
         def tensor(name: str) -> Tensor:
             if name not in self._kept:
                 found = known.get(name)
-                self._kept[name] = torch.load(self.folder / name, weights_only=True) if found is None else found
+                self._kept[name] = read_tree(self.folder / name) if found is None else found
             return self._kept[name]
 
         call: Call = replaced(stored, lambda v: tensor(v[TENSOR]) if isinstance(v, dict) and TENSOR in v else None)
@@ -133,23 +132,29 @@ class StoredCalls(Sequence[Call]):
             raw = value.detach().cpu().contiguous()
             digest = hashlib.sha256(f"{raw.dtype}|{tuple(raw.shape)}|".encode())
             digest.update(raw.flatten().view(torch.uint8).numpy().tobytes() if raw.numel() else b"")
-            name = f"tensor-{digest.hexdigest()[:40]}.pt"
+            name = f"tensor-{digest.hexdigest()[:40]}{SUFFIX}"
             if not (self.folder / name).exists():
-                torch.save(raw.clone(), self.folder / name)
+                write_tree(raw, self.folder / name)
             return {TENSOR: name}
 
-        file = self.folder / f"call-{len(self):06d}.pt"
-        torch.save({k: replaced(v, stored) for k, v in call.items() if k != "output"}, file)
+        file = self.folder / f"call-{len(self):06d}{SUFFIX}"
+        write_tree({k: replaced(v, stored) for k, v in call.items() if k != "output"}, file)
         self._files.append(file)
 
     def sha256(self) -> str:
         """Digest of all calls in their order: which tensors, as which arguments, at which step."""
-        import torch
-
         digest = hashlib.sha256()
         for file in self._files:
-            digest.update(repr(torch.load(file, weights_only=True)).encode())
+            digest.update(repr(read_tree(file)).encode())
         return digest.hexdigest()
+
+    def check(self) -> None:
+        """Read every file; :class:`~quantlab.modules.kept.Damaged` for one that is not what was written."""
+        for file in self.folder.glob(f"*{SUFFIX}"):
+            try:
+                read_tree(file)
+            except Damaged as error:
+                raise Damaged(f"{file.name}: {error}") from error
 
 
 TENSOR = "quantlab.tensor"

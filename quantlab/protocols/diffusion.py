@@ -51,7 +51,7 @@ def observe(
     progress: Progress | None = None,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """The reference's outputs, a tree that ``torch.save`` stores and ``torch.load(weights_only=True)`` reads.
+    """The reference's outputs, a tree that :mod:`quantlab.modules.kept` stores.
 
     ``latents`` (n, ...) float32; ``images`` uint8 (n, height, width, channels), absent without ``decode``;
     ``step_indices`` (m,): which samples are traced; for these, where m > 0, ``steps`` (num_steps, m, ...) float32, the

@@ -40,7 +40,7 @@ class EvaluationProtocol(Protocol[InputsT]):
         progress: Progress | None = None,
         batch_size: int | None = None,
     ) -> dict[str, Any]:
-        """The model's outputs, a tree that ``torch.save`` stores and ``torch.load(weights_only=True)`` reads."""
+        """The model's outputs, a tree that :mod:`quantlab.modules.kept` stores."""
 
     def measure(
         self,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -13,6 +12,7 @@ from typing import Any
 
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
+from quantlab.modules.kept import Damaged, read_json, set_aside, write_json
 from quantlab.planning.job import Job
 from quantlab.running.workbench import Session, Workbench, in_stage, run_folder, shared_tags, step_progress
 from quantlab.stages.candidate import Making, make_candidate, write_calibration
@@ -49,14 +49,16 @@ def floor_row(session: Session, job: Job) -> RunReport:
     digest = hashlib.sha256(canonical_json(settings).encode()).hexdigest()[:16]
     file = session.output_dir / "cache" / "reference" / f"{bench.reference_key}.{job.name}.{digest}.json"
     if file.exists():
-        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
-            report = _cached_row(job, bench.model.protocol, json.loads(file.read_text()))
+        try:
+            report = _cached_row(job, bench.model.protocol, read_json(file))
             bench.keep_floor(report)
             return bench.with_floors(report)
+        except Damaged as error:
+            set_aside(file, error)
     report = run_job(session, bench, job, None)
     quality = {k: asdict(v) for k, v in report.quality.items()}
     memory = {k: asdict(v) for k, v in report.memory.items()}
-    file.write_text(json.dumps({"quality": quality, "memory": memory}))
+    write_json({"quality": quality, "memory": memory}, file)
     return report
 
 

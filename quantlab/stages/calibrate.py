@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.feed import CalibrationFeed, StoredCalls
+from quantlab.modules.kept import Damaged, read_json, set_aside, write_json
 from quantlab.progress import say
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.stages.observe import LIBRARIES
@@ -22,7 +22,7 @@ from quantlab.tracking.provenance import hardware, versions
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.schema import EvaluationConfig
 
-FORMAT = 1  # of the stored calls; a change of what is stored raises it
+FORMAT = 2  # of the stored calls; a change of what is stored raises it
 Progress = Callable[[int, int], Any] | None
 T = TypeVar("T")
 
@@ -68,6 +68,11 @@ def calibration_set(
     folder = cache_dir / "calibration" / _key(model, components, inputs, settings)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
+        if (folder / "set.json").exists():
+            try:
+                _check(folder, components)
+            except Damaged as error:
+                set_aside(folder, error)
         if not (folder / "set.json").exists():
             _record(model, components, inputs, settings, folder, progress)
     return _open(folder, components, settings.num_samples, settings.batch_size)
@@ -140,14 +145,24 @@ def _record(
                 "or choose an algorithm that needs no data"
             )
         digests = {name: calls.sha256() for name, calls in stored.items()}
-        (partial / "set.json").write_text(json.dumps(digests))
+        write_json(digests, partial / "set.json")
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _check(folder: Path, components: Sequence[str]) -> None:
+    """:class:`~quantlab.modules.kept.Damaged` where a stored set is not what was recorded."""
+    digests = read_json(folder / "set.json")
+    for name in components:
+        calls = StoredCalls(folder / name)
+        calls.check()
+        if calls.sha256() != digests.get(name):
+            raise Damaged(f"{name}: its calls are not those that were recorded")
+
+
 def _open(folder: Path, components: Sequence[str], num_samples: int, batch_size: int) -> CalibrationSet:
-    digests = json.loads((folder / "set.json").read_text())
+    digests = read_json(folder / "set.json")
     return CalibrationSet(
         calls={name: StoredCalls(folder / name) for name in components},
         sha256=hashlib.sha256(canonical_json(digests).encode()).hexdigest(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import Any
 
 from quantlab.metrics import METRICS
 from quantlab.models.loaded import LoadedModel
+from quantlab.modules.kept import SUFFIX, Damaged, read_tree, set_aside, write_tree
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.tracking.provenance import hardware, versions
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.schema import EvaluationConfig
 
-FORMAT = 2  # of the stored outputs; a change of what a protocol stores raises it
+FORMAT = 3  # of the stored outputs; a change of what a protocol stores raises it
 NOT_OBSERVED = ("num_bootstrap", "bootstrap_seed", "floor_batch_size")
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "scikit-learn")
 
@@ -49,28 +49,20 @@ def observe(
 ) -> dict[str, Any]:
     """The reference's outputs, from the cache or computed now; safe when several processes ask at once.
 
-    A cached file that cannot be read is computed again.
+    A cached file that is not what was written is set aside, and computed again.
     """
-    import pickle
-
-    import torch
     from filelock import FileLock
 
     folder = cache_dir / "reference"
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{reference_key(model, inputs, evaluation)}.pt"
+    file = folder / f"{reference_key(model, inputs, evaluation)}{SUFFIX}"
     with FileLock(f"{file}.lock"):
         if file.exists():
             try:
-                stored: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu")
+                stored: dict[str, Any] = read_tree(file)
                 return stored
-            except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
-                file.unlink()  # truncated by a full disk or a kill: the outputs are computed again
+            except Damaged as error:
+                set_aside(file, error)
         outputs: dict[str, Any] = PROTOCOLS[model.protocol].observe(model, inputs, evaluation, progress)
-        partial = file.with_suffix(f".{os.getpid()}.part")
-        try:
-            torch.save(outputs, partial)
-            os.replace(partial, file)
-        finally:
-            partial.unlink(missing_ok=True)  # of a disk that is full
+        write_tree(outputs, file)
     return outputs

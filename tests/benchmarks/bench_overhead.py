@@ -222,8 +222,11 @@ def _quantlab(row: str, words: Sequence[str]) -> dict[str, Any]:
 
 
 def _reference(row: str, words: Sequence[str]) -> dict[str, Any]:
+    import torch
+
     from quantlab.datasets.table import DATASETS
     from quantlab.models.table import FAMILIES
+    from quantlab.modules.kept import read_tree
     from quantlab.planning.plan import plan
     from quantlab.stages.observe import observe, reference_key
 
@@ -232,7 +235,9 @@ def _reference(row: str, words: Sequence[str]) -> dict[str, Any]:
     model = FAMILIES[config.model.family].load(config.model, config.device, cache, None)
     inputs = DATASETS[config.dataset.name].load(config.dataset, config.evaluation, model)
     _, spent = _timed("", lambda: observe(model, inputs, config.evaluation, cache))
-    file = cache / "reference" / f"{reference_key(model, inputs, config.evaluation)}.pt"
+    kept = cache / "reference" / f"{reference_key(model, inputs, config.evaluation)}.safetensors"
+    file = cache / "reference.pt"
+    torch.save(read_tree(kept), file)
     return {**spent, "weights": model.parts["folder"], "file": str(file)}
 
 

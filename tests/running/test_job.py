@@ -205,15 +205,19 @@ def test_a_sweep_observes_once_and_is_a_parent(shell, calls):
 
 
 def test_a_damaged_reference_is_observed_again(shell, calls):
+    """One whose bytes were flipped is believed otherwise, and every row is measured against it."""
     words = digits_words("backend=quanto", "dtype=int8", "evaluation.num_samples=10")
     first = shell.rows(*words)
-    [stored] = (shell.folder / "outputs" / "cache" / "reference").glob("*.pt")
-    stored.write_bytes(stored.read_bytes()[:1000])
+    [stored] = (shell.folder / "outputs" / "cache" / "reference").glob("*.safetensors")
+    held = stored.read_bytes()
+    flipped = len(held) * 2 // 3
     for floor in stored.parent.glob("*.json"):
-        floor.write_text("{")
+        floor.write_text(floor.read_text().replace("0.", "1.", 1))
+    stored.write_bytes(held[:flipped] + bytes(b ^ 255 for b in held[flipped : flipped + 256]) + held[flipped + 256 :])
     again = shell.rows(*words)
     assert calls == {"observe": 2, "measure": 8}
     assert again["quanto int8"]["metrics"]["quality/psnr_db"] == first["quanto int8"]["metrics"]["quality/psnr_db"]
+    assert stored.with_name(f"{stored.name}.damaged").exists()
 
 
 # -- failures

@@ -111,21 +111,22 @@ def test_a_single_run_on_a_full_disk(shell, monkeypatch):
 
 @pytest.mark.slow
 def test_no_room_for_the_reference(shell, monkeypatch):
-    import torch
+    import safetensors.torch
+    from safetensors import SafetensorError
 
     shell.rows(*WORDS, "backend=quanto", "dtype=int8,int4")
     before = shell.tracked()
     cache = shell.folder / "outputs" / "cache" / "reference"
-    known = set(cache.glob("*.pt"))
+    known = set(cache.glob("*.safetensors"))
 
-    def save(outputs, file):
+    def save(outputs, file, metadata):
         Path(file).write_bytes(b"the beginning")
-        raise RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", save)
+        patch.setattr(safetensors.torch, "save_file", save)
         refused_for_room(shell, *WORDS, "backend=quanto", "dtype=int8,int4", "dataset.seed=5")
-    assert set(cache.glob("*.pt")) == known
+    assert set(cache.glob("*.safetensors")) == known
     live = cache / f"of another process.{os.getppid()}.part"
     live.touch()
     assert {n: r["run_id"] for n, r in shell.tracked().items()} == {n: r["run_id"] for n, r in before.items()}
