@@ -12,6 +12,7 @@ from quantlab.backends.table import held_packages, loggers
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.compute_dtype import component_dtype
+from quantlab.modules.emulated import emulated_products, lacking
 from quantlab.modules.feed import feed_of_batches
 from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import component_memory, measure_stage
@@ -187,7 +188,8 @@ def evaluate(
             device=device,
             weights_sha256=state_digest(module.state_dict()),
         )
-        reference = observe(model, given, settings)
+        with emulated_products(lacking(device)):
+            reference = observe(model, given, settings)
         reports = [
             _row(REFERENCE, module, None, model, reference, given, settings),
             _floor_row(module, model, reference, given, settings),
@@ -224,7 +226,7 @@ def _row(
     given: Any,
     settings: EvaluationConfig,
 ) -> RunReport:
-    with measure_stage("evaluate", model.device) as stage:
+    with measure_stage("evaluate", model.device) as stage, emulated_products(lacking(model.device)):
         measured = evaluate_stage(model.with_components({"model": module}), model, reference, given, settings)
         quality = summarize(measured, settings)
     done = [r.name for r in layers.layers if r.status in ("quantized", "fallback")] if layers else []

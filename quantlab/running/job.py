@@ -12,6 +12,7 @@ from typing import Any
 
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
+from quantlab.modules import emulated
 from quantlab.modules.kept import Damaged, read_json, set_aside, write_json
 from quantlab.planning.job import Job
 from quantlab.running.workbench import Session, Workbench, in_stage, run_folder, shared_tags, step_progress
@@ -112,6 +113,7 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         with tempfile.TemporaryDirectory(prefix="quantlab-calibration-") as folder:
             for file in write_calibration(made, job, Path(folder)):
                 run.log_artifact(file, f"calibration/{file.parent.name}")
+    num_native = emulated.num_emulated
     with in_stage(session, run, "evaluate") as evaluated:
         progress = step_progress(session, job.name)
         with plain_attention() if job.plain_attention else contextlib.nullcontext():
@@ -121,6 +123,10 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         quality = summarize(measured, job.config.evaluation)
     stages = (*report.stages, evaluated.report)
     report = replace(report, quality=quality, measurements=measured, stages=stages)
+    if emulated.num_emulated > num_native:
+        report = replace(report, params={**report.params, "compute": "emulated"})
+        if run is not None:
+            run.log_params({"compute": "emulated"})
     bench.keep_floor(report)
     report = bench.with_floors(report)
     if run is not None:

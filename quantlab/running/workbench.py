@@ -20,6 +20,7 @@ from quantlab.datasets.table import DATASETS
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.table import family_of
+from quantlab.modules.emulated import emulated_products, lacking
 from quantlab.modules.fingerprint import fingerprint_warning, grid_fingerprint
 from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import StageMeasurement, free_bytes, measure_stage
@@ -41,6 +42,9 @@ from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.numbers import FLOOR_FP32, FLOORS
 from quantlab.vocabulary.reports import MetricValue, RunReport, StageReport
 from quantlab.vocabulary.schema import ExperimentConfig
+
+RUNNING = ("observe", "calibrate", "evidence", "evaluate")
+"""Stages in which a model runs."""
 
 
 @dataclass
@@ -237,5 +241,6 @@ def in_stage(session: Session, run: Run | None, name: str) -> Iterator[StageMeas
     """Measure a stage; the run's tag says where it is, so that a failure and a kill name their stage."""
     if run is not None:
         run.stage = name
-    with measure_stage(name, session.device) as measured:
+    emulated = lacking(session.device) if name in RUNNING else ()
+    with measure_stage(name, session.device) as measured, emulated_products(emulated):
         yield measured

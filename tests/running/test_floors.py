@@ -101,3 +101,16 @@ def test_every_metric_that_runs_are_judged_by_can_have_a_floor():
         if metric.error_metric:
             assert METRICS[metric.error_metric].protocols == metric.protocols
             assert METRICS[metric.error_metric].of_reference == 0
+
+
+def test_a_processor_without_16_bit_arithmetic_computes_the_same_floor(shell, monkeypatch):
+    words = digits_words(*WORDS)
+    native = shell.rows(*words)["floor_bf16"]
+    assert "compute" not in native["params"]
+    monkeypatch.setattr(workbench, "lacking", lambda device: (torch.bfloat16, torch.float16))
+    emulated = shell.rows(*words, "dataset.seed=0", "evaluation.num_bootstrap=60")
+    assert emulated["floor_bf16"]["params"]["compute"] == "emulated"
+    assert "compute" not in emulated["quanto int8"]["params"], "all of it is float32"
+    value = emulated["floor_bf16"]["metrics"]["quality/latent_rel_mse"]
+    low, high = (native["metrics"][f"quality/latent_rel_mse/{bound}"] for bound in ("ci_lo", "ci_hi"))
+    assert low <= value <= high
