@@ -29,8 +29,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from quantlab.backends.table import backends, own_settings
 from quantlab.errors import ConfigError, nearest
+from quantlab.planning.data import check_data, no_resolvers
 from quantlab.planning.recipe import check_recipe
 from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.launching import LAUNCHER_SETTINGS
 from quantlab.vocabulary.schema import DigitsModelConfig, ExperimentConfig, ModelConfig
 
 Plugins.instance()  # its scan re-executes plugin modules, so it comes before importing one
@@ -44,7 +46,6 @@ OPEN_NODES = (
     "quantization.quantization_config",
     "sweep.grid.",
     "sweep.search.objectives",
-    "launcher.settings.",
 )
 
 
@@ -115,6 +116,8 @@ def _register_schema() -> None:
     store.store(name="schema", node=ExperimentConfig)
     store.store(group="model_schema", name="base", node=ModelConfig)
     store.store(group="model_schema", name="digits_dit", node=DigitsModelConfig)
+    for engine, settings in LAUNCHER_SETTINGS.items():
+        store.store(group="launcher_schema", name=engine, node=settings)
     for backend in ("none", *backends()):
         store.store(group="quantization_schema", name=backend, node=node_class(backend))
         if not (conf_dir() / "backend" / f"{backend}.yaml").is_file():  # what the file of ours says
@@ -295,9 +298,10 @@ def compose_node(overrides: Sequence[str], recipe: Path | None = None) -> tuple[
     _check_options(parsed)
     words = [o.input_line for o in parsed]
     if recipe is not None:
-        words = [f"recipe={recipe.stem}", *_reapply_choices(parsed, check_recipe(recipe)), *words]
+        words = [f"recipe={recipe.stem}", *_reapply_choices(parsed, check_recipe(recipe, groups())), *words]
     try:
-        whole = hydra_compose("config", overrides=words, return_hydra_config=True)
+        with no_resolvers():
+            whole = hydra_compose("config", overrides=words, return_hydra_config=True)
     except HydraException as error:
         raise _as_config_error(error, recipe) from error
     known = groups()
@@ -344,11 +348,14 @@ def _nearest_key(owner: str, leaf: str) -> str:
 
 
 def typed(node: DictConfig) -> ExperimentConfig:
-    """The composed node as dataclasses; ConfigError naming the key for a missing or mistyped value."""
+    """The composed node as dataclasses; ConfigError naming the key for what is no data, missing or mistyped."""
+    check_data(OmegaConf.to_container(node, resolve=False))
     try:
-        config = OmegaConf.to_object(node)
+        with no_resolvers():
+            config = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{getattr(error, 'full_key', '')}: {str(error).splitlines()[0]}") from error
     if not isinstance(config, ExperimentConfig):
         raise ConfigError("config: the composed node lost its schema; conf/config.yaml must start with - schema")
+    check_data(dataclasses.asdict(config), references=False)
     return config

@@ -16,7 +16,7 @@ from quantlab.backends.scheme import Scheme, pasted_scheme, scheme_of
 from quantlab.backends.table import offers, own_settings
 from quantlab.datasets.calibration import check_calibration
 from quantlab.datasets.table import check_dataset
-from quantlab.errors import ConfigError, QuantlabError
+from quantlab.errors import ConfigError, QuantlabError, nearest
 from quantlab.planning.composition import (
     compose_node,
     groups,
@@ -30,7 +30,10 @@ from quantlab.planning.composition import (
 from quantlab.planning.job import Job, Plan, scheme_name
 from quantlab.planning.recipe import check_recipe
 from quantlab.planning.space import check_search, check_space, distinct
+from quantlab.protocols.language import PERPLEXITY_PROTOCOLS
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
+from quantlab.vocabulary.fields import check_values
+from quantlab.vocabulary.launching import LAUNCHER_SETTINGS, LauncherSettings
 from quantlab.vocabulary.schema import ExperimentConfig
 
 
@@ -46,12 +49,28 @@ def plan(overrides: Sequence[str], multirun: bool = False) -> Plan:
             combinations.
     """
     recipe, words = _split_recipe(overrides)
+    try:
+        return _plan(recipe, words, multirun)
+    except ConfigError as error:
+        if recipe is None or str(error).startswith(_typed(words)):
+            raise
+        raise type(error)(f"recipe={recipe.name}: {str(error).removeprefix(f'recipe={recipe.name}: ')}") from error
+
+
+def _typed(words: Sequence[str]) -> tuple[str, ...]:
+    """How a message about what the user typed begins."""
+    keys = [word.partition("=")[0].lstrip("+~") for word in words]
+    return tuple(f"{key}{end}" for key in keys for end in (":", "=", ".") if key)
+
+
+def _plan(recipe: Path | None, words: Sequence[str], multirun: bool) -> Plan:
     if recipe:
-        check_recipe(recipe)
+        check_recipe(recipe, groups())
     with session(recipe):
         fixed, axes = _split_sweep(words, multirun)
         composed = compose_node(fixed, recipe)
         base = typed(composed[0])
+        check_values(base)
         combinations, is_sweep = _combinations(base, axes, fixed)
         check_search(base.sweep, is_sweep)
         if is_sweep:
@@ -99,7 +118,8 @@ def _combinations(
     typed_keys = {o.key_or_group for o in parse(fixed)} | set(axes)
     swept = {k: [f"{k}='{v}'" if k in groups() else f"{k}={v}" for v in vs] for k, vs in axes.items()}
     if base.sweep.candidates:
-        clash = [k for k in typed_keys if k in _candidate_keys(base)]
+        named = _candidate_keys(base)
+        clash = [k for k in typed_keys if k in named]
         if clash:
             raise ConfigError(
                 f"{clash[0]}: recipe={base.recipe} lists its candidates; drop {clash[0]}=... or drop the recipe"
@@ -107,6 +127,8 @@ def _combinations(
         candidates = [[_candidate_override(k, v) for k, v in c.items()] for c in base.sweep.candidates]
         # what is swept changes slowest: candidates on one model and data set come one after the other
         return [[*words, *c] for words in itertools.product(*swept.values()) for c in candidates], True
+    for key in base.sweep.grid:
+        _check_key("sweep.grid", key)
     grid = {
         k: [override_text(_full_key(k), v) for v in _listed(k, vs)]
         for k, vs in base.sweep.grid.items()
@@ -124,7 +146,19 @@ def _listed(key: str, values: Any) -> list[Any]:
 
 
 def _candidate_keys(base: ExperimentConfig) -> set[str]:
+    for candidate in base.sweep.candidates:
+        for key in candidate:
+            _check_key("sweep.candidates", str(key))
     return {_full_key(k) for c in base.sweep.candidates for k in c}
+
+
+def _check_key(where: str, key: str) -> None:
+    """ConfigError unless a grid or a candidate may set ``key``: one of our groups, or a key of a job's config."""
+    top = {f.name for f in fields(ExperimentConfig)} - {"recipe", "sweep"}
+    full = _full_key(key)
+    if full in groups() or (full.split(".")[0] in top and all(part.isidentifier() for part in full.split("."))):
+        return
+    raise ConfigError(f"{where}: {key}: no such key{nearest(key, [*groups(), *top])}")
 
 
 def _full_key(key: str) -> str:
@@ -201,7 +235,7 @@ def make_job(config: ExperimentConfig, overrides: Sequence[str] = ()) -> Job:
 
     A pasted ``quantization_config`` becomes the native config as it is, and the job's axes show what it says.
     """
-    _check_ranges(config)
+    _check_config(config)
     check_dataset(config)
     axes, shipped = config.quantization, groups()["modules_to_not_convert"]
     settings = {name: getattr(axes, name) for name in own_settings(axes.backend) if hasattr(axes, name)}
@@ -221,32 +255,20 @@ def make_job(config: ExperimentConfig, overrides: Sequence[str] = ()) -> Job:
     return Job(name=name, config=config, scheme=scheme, overrides=tuple(overrides), batch_size=alone)
 
 
-def _check_ranges(config: ExperimentConfig) -> None:
-    for node, names in (
-        (
-            config.evaluation,
-            ("num_samples", "batch_size", "floor_batch_size", "num_inference_steps", "num_bootstrap", "context_length"),
-        ),
-    ):
-        for name in names:
-            if getattr(node, name) < 1:
-                raise ConfigError(f"evaluation.{name}={getattr(node, name)}: a number of at least 1 is wanted")
-    if config.num_threads < 0:
-        raise ConfigError(f"num_threads={config.num_threads}: 0 (what is free) or a number of threads")
-    if config.device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device={config.device}: there are auto, cpu, cuda")
-    if config.sweep.on_invalid not in ("error", "skip"):
-        raise ConfigError(f"sweep.on_invalid={config.sweep.on_invalid}: there are error, skip")
-    _check_isolation(config)
-
-
-def _check_isolation(config: ExperimentConfig) -> None:
-    isolation, timeout = config.sweep.isolation, config.sweep.timeout_s
-    if isolation not in ("auto", "none", "process"):
-        raise ConfigError(f"sweep.isolation={isolation}: there are auto, none, process")
-    if timeout is not None and timeout <= 0:
-        raise ConfigError(f"sweep.timeout_s={timeout:g}: a number of seconds above 0, or null for no limit")
-    if timeout is not None and isolation == "none":
+def _check_config(config: ExperimentConfig) -> None:
+    """ConfigError for a value outside the range that the schema declares, and for values that exclude each other."""
+    check_values(config)
+    engine, settings = config.launcher.engine, config.launcher.settings
+    if type(settings) not in (LauncherSettings, LAUNCHER_SETTINGS[engine]):
+        raise ConfigError(f"launcher.engine={engine}: its settings are another engine's; choose it with launcher=")
+    name = config.evaluation.perplexity_protocol
+    if name not in PERPLEXITY_PROTOCOLS:
+        raise ConfigError(
+            f"evaluation.perplexity_protocol={name}: there are {', '.join(PERPLEXITY_PROTOCOLS)}"
+            f"{nearest(name, PERPLEXITY_PROTOCOLS)}"
+        )
+    timeout = config.sweep.timeout_s
+    if timeout is not None and config.sweep.isolation == "none":
         raise ConfigError(
             f"sweep.timeout_s={timeout:g}: only a process can be ended; set sweep.isolation=process, or drop the limit"
         )

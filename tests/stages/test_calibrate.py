@@ -126,9 +126,9 @@ def test_messages_name_the_keys_of_calibration(shell):
 
 BAD = {
     "calibration.source=wiki_extract": r"calibration.source=wiki_extract: there are .*did you mean wiki_extracts\?",
-    "calibration.num_samples=0": r"calibration.num_samples=0: a number of at least 1 is wanted",
-    "calibration.batch_size=-1": r"calibration.batch_size=-1: a number of at least 1",
-    "calibration.num_inference_steps=0": r"calibration.num_inference_steps=0: a number of at least 1",
+    "calibration.num_samples=0": r"calibration.num_samples=0: a whole number from 1 to",
+    "calibration.batch_size=-1": r"calibration.batch_size=-1: a whole number from 1 to",
+    "calibration.num_inference_steps=0": r"calibration.num_inference_steps=0: a whole number from 1 to",
     "calibration.num_evidence_calls=-1": r"calibration.num_evidence_calls=-1: 0 \(none\) or more",
     "calibration.seed=0": r"calibration.seed=0: this is the noise of the evaluation \(dataset.seed\)",
     "calibration.num_sample=3": r"calibration.num_sample.*did you mean.*num_samples",
