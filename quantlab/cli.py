@@ -20,6 +20,7 @@ from quantlab.planning.composition import groups
 from quantlab.planning.job import Plan
 from quantlab.planning.listing import BRIEF, LISTS
 from quantlab.planning.plan import plan
+from quantlab.planning.trust import is_trusted, question, remember, require_trust
 from quantlab.vocabulary.reports import RunReport
 
 HELP = """quantlab: what does each quantization scheme cost in quality, and what does it save in bytes, on your model?
@@ -37,6 +38,7 @@ options
   -m, --multirun    several values of a key (group_size=32,64,128) are a sweep
   --json            the result rows as JSON on stdout instead of the table
   --cfg             print the composed config of each job and stop
+  --trust           agree to the places that a recipe of others decides (tracking, output_dir, paths, launcher)
   -q, --quiet       no progress bars
   -h, --help        this text
 
@@ -124,7 +126,7 @@ def dispatch(words: list[str]) -> int:
         return show_reproduction(words[1:])
     flags = {w for w in words if w.startswith("-")}
     rest = [w for w in words if not w.startswith("-")]
-    known = {"-m", "--multirun", "--json", "--cfg", "-q", "--quiet", "-h", "--help"}
+    known = {"-m", "--multirun", "--json", "--cfg", "-q", "--quiet", "-h", "--help", "--trust"}
     if unknown := sorted(flags - known):
         raise ConfigError(f"{unknown[0]}: no such option{nearest(unknown[0], known)}; quantlab --help shows them")
     if flags & {"-h", "--help"} or not words:
@@ -139,7 +141,19 @@ def dispatch(words: list[str]) -> int:
         return show_configs(request)
     if request.dry_run:
         return show_jobs(request)
+    agree(request, "--trust" in flags)
     return run(request, "--json" in flags, bool(flags & {"-q", "--quiet"}))
+
+
+def agree(request: Plan, trust: bool) -> None:
+    """Ask for what a stranger's recipe decides, where someone can answer; ConfigError where nobody agrees."""
+    if trust or is_trusted(request) or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        require_trust(request, trust)
+        return
+    print(f"{question(request)}\nrun it so? (y/N) ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise ConfigError(f"recipe={request.recipe.name if request.recipe else ''}: not agreed to; nothing was run")
+    remember(request)
 
 
 def show_list(words: Sequence[str], as_json: bool) -> int:
@@ -264,7 +278,7 @@ def run(request: Plan, as_json: bool, quiet: bool) -> int:
     from quantlab.running.sweep import run_plan
     from quantlab.tracking.results import report_data
 
-    reports = run_plan(request, quiet=quiet or as_json)
+    reports = run_plan(request, quiet=quiet or as_json, trust=True)
     rows = [report_data(r) for r in reports]
     failed = [r for r in rows if r["status"] == "FAILED"]
     if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -58,6 +59,14 @@ def progress_bars(quiet: bool = False) -> Iterator[Advance]:
                 bars.remove_task(tasks.pop(what))
 
         yield advance
+
+
+def printable(text: str, most: int = 2000) -> str:
+    """``text`` for a terminal: on one line, what is no visible character written out, cut after ``most`` characters."""
+    cut = text if len(text) <= most else f"{text[: most - 1]}…"
+    return "".join(
+        c if unicodedata.category(c)[0] not in "C" and c not in "\u2028\u2029" else ascii(c)[1:-1] for c in cut
+    )
 
 
 def say(text: str) -> None:

@@ -62,10 +62,15 @@ def conf_dir() -> Path:
     return _data_dir("_conf", "conf")
 
 
+def shipped_recipes() -> Path:
+    """The folder of the recipes that come with quantlab."""
+    return _data_dir("_recipes", "recipes")
+
+
 def recipe_dirs() -> list[Path]:
     """Folders with recipes: ``QUANTLAB_RECIPES``, ``./recipes``, and the shipped ones last."""
     own = [Path(p).expanduser() for p in os.environ.get("QUANTLAB_RECIPES", "").split(os.pathsep) if p]
-    places = [*own, Path.cwd() / "recipes", _data_dir("_recipes", "recipes")]
+    places = [*own, Path.cwd() / "recipes", shipped_recipes()]
     return list(dict.fromkeys(p.resolve() for p in places if p.is_dir()))
 
 

@@ -30,6 +30,7 @@ from quantlab.planning.composition import (
 from quantlab.planning.job import Job, Plan, scheme_name
 from quantlab.planning.recipe import check_recipe
 from quantlab.planning.space import check_search, check_space, distinct
+from quantlab.planning.trust import asked_for, digest_of
 from quantlab.protocols.language import PERPLEXITY_PROTOCOLS
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.fields import check_values
@@ -77,13 +78,22 @@ def _plan(recipe: Path | None, words: Sequence[str], multirun: bool) -> Plan:
             jobs, invalid = _compose_jobs(combinations, fixed, recipe)
         else:
             jobs, invalid = [replace(make_job(base, fixed), choices=composed[1])], []
+        asks = asked_for(recipe, jobs, words)
     skips = base.sweep.on_invalid == "skip" or base.sweep.search.num_trials > 0  # a search is among the possible ones
     if invalid and not (skips and jobs) and not base.sweep.dry_run:
         raise ConfigError(_refusal(invalid, len(combinations)))
     if jobs and base.sweep.search.num_trials:
         jobs = distinct(jobs)
         check_space(jobs)
-    return Plan(jobs=tuple(jobs), is_sweep=is_sweep, recipe=recipe, invalid=tuple(invalid), dry_run=base.sweep.dry_run)
+    return Plan(
+        jobs=tuple(jobs),
+        is_sweep=is_sweep,
+        recipe=recipe,
+        recipe_digest=digest_of(recipe) if recipe else "",
+        asked_for=asks,
+        invalid=tuple(invalid),
+        dry_run=base.sweep.dry_run,
+    )
 
 
 def _split_recipe(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:

@@ -18,6 +18,7 @@ from quantlab import tracking
 from quantlab.errors import ConfigError, DiskFull, QuantlabError, TrackingError, is_disk_full
 from quantlab.planning.job import Job, Plan
 from quantlab.planning.space import objectives_of
+from quantlab.planning.trust import require_trust
 from quantlab.progress import progress_bars, say
 from quantlab.running.apart import Handed, collect, hand_over
 from quantlab.running.engines import check_launcher, run_handed, runs_apart
@@ -33,12 +34,14 @@ from quantlab.vocabulary.reports import RunReport
 from quantlab.vocabulary.schema import ExperimentConfig
 
 
-def run_plan(plan: Plan, quiet: bool = False) -> list[RunReport]:
+def run_plan(plan: Plan, quiet: bool = False, trust: bool = False) -> list[RunReport]:
     """Run every job of a plan; one report a row, floors and reference first, in a sweep's order.
 
     In a sweep a failing job is a FAILED row and the others go on; in a single run its error is raised.
-    Errors of what all jobs share (model, data, store) are raised in both.
+    Errors of what all jobs share (model, data, store) are raised in both. What a recipe that does not come with
+    quantlab decides (:mod:`quantlab.planning.trust`) is refused unless the user agreed to it or ``trust`` says so.
     """
+    require_trust(plan, trust)
     first = plan.jobs[0].config
     if plan.is_sweep:
         check_launcher(first.launcher)

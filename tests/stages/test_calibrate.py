@@ -129,7 +129,7 @@ BAD = {
     "calibration.num_samples=0": r"calibration.num_samples=0: a whole number from 1 to",
     "calibration.batch_size=-1": r"calibration.batch_size=-1: a whole number from 1 to",
     "calibration.num_inference_steps=0": r"calibration.num_inference_steps=0: a whole number from 1 to",
-    "calibration.num_evidence_calls=-1": r"calibration.num_evidence_calls=-1: 0 \(none\) or more",
+    "calibration.num_evidence_calls=-1": r"calibration.num_evidence_calls=-1: a whole number from 0 to",
     "calibration.seed=0": r"calibration.seed=0: this is the noise of the evaluation \(dataset.seed\)",
     "calibration.num_sample=3": r"calibration.num_sample.*did you mean.*num_samples",
 }
