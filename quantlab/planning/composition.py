@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from quantlab.backends.table import backends, own_settings
 from quantlab.errors import ConfigError, nearest
-from quantlab.planning.data import check_data, no_resolvers
+from quantlab.planning.data import check_data, check_text, no_resolvers
 from quantlab.planning.recipe import check_recipe
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.launching import LAUNCHER_SETTINGS
@@ -40,6 +40,7 @@ from hydra._internal.core_plugins.file_config_source import FileConfigSource  # 
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str, "dtype": str}
+_MAX_KEY = 200
 NUMERIC_GROUPS = ("group_size",)
 OPEN_NODES = (
     "quantization.modules_to_not_convert.",
@@ -210,11 +211,23 @@ def parse(overrides: Sequence[str]) -> list[Any]:
                 f"{word}: an override is key=value{nearest(word, ['run', 'list', 'compare', 'reproduce'])}; "
                 "quantlab --help shows examples"
             )
+    parser = OverridesParser.create()
+    return [_parsed(parser, word) for word in overrides]
+
+
+def _parsed(parser: OverridesParser, word: str) -> Any:
+    """One word; ConfigError that begins with it where Hydra's grammar or :func:`check_text` does not take it."""
+    key = word.partition("=")[0]
+    if len(key) > _MAX_KEY:
+        raise ConfigError(f"{key[:_MAX_KEY]}...: no such key; quantlab --help lists the groups")
+    check_text(word, key)
     try:
-        return OverridesParser.create().parse_overrides([_complete(quote_numbers(o)) for o in overrides])
+        return parser.parse_override(_complete(quote_numbers(word)))
     except (OverrideParseException, HydraException) as error:
+        shown = word if len(word) <= _MAX_KEY else f"{word[:_MAX_KEY]}..."
         raise ConfigError(
-            f"{' '.join(overrides)}: {str(error).splitlines()[0]}; quote values with special characters"
+            f"{shown}: Hydra's grammar does not take it ({str(error).splitlines()[0]}); put the value into quotes, "
+            f"and for the shell once more: {key[:40]}='\"...\"'"
         ) from error
 
 

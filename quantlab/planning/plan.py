@@ -6,7 +6,9 @@ here imports torch, so an impossible combination is refused at once.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -36,6 +38,8 @@ from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.fields import check_values
 from quantlab.vocabulary.launching import LAUNCHER_SETTINGS, LauncherSettings
 from quantlab.vocabulary.schema import ExperimentConfig
+
+MAX_NAME = 200
 
 
 def plan(overrides: Sequence[str], multirun: bool = False) -> Plan:
@@ -213,7 +217,14 @@ def _told_apart(jobs: Sequence[Job]) -> list[Job]:
         varied = [k for k, v in job.point.items() if any(other.point.get(k) != v for other in others)]
         return f"{job.name} ({' '.join(f'{k}={job.point[k]}' for k in varied)})" if varied else job.name
 
-    return [replace(job, name=name(job)) for job in jobs]
+    return [replace(job, name=_short(name(job))) for job in jobs]
+
+
+def _short(name: str) -> str:
+    """A name that fits a table and the store: of a long one the beginning, and what tells it from others."""
+    if len(name) <= MAX_NAME:
+        return name
+    return f"{name[: MAX_NAME - 10]}… {hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _check_axes(combination: Sequence[str]) -> None:
@@ -260,7 +271,7 @@ def make_job(config: ExperimentConfig, overrides: Sequence[str] = ()) -> Job:
         scheme = scheme_of(axes, settings, shipped)
     if scheme is not None and scheme.native.needs_data:
         check_calibration(config)
-    name = config.name or scheme_name(config.quantization, scheme, settings)
+    name = _short(config.name or scheme_name(config.quantization, scheme, settings))
     alone = 1 if scheme is not None and scheme.native.depends_on_neighbours else None
     return Job(name=name, config=config, scheme=scheme, overrides=tuple(overrides), batch_size=alone)
 
@@ -277,6 +288,12 @@ def _check_config(config: ExperimentConfig) -> None:
             f"evaluation.perplexity_protocol={name}: there are {', '.join(PERPLEXITY_PROTOCOLS)}"
             f"{nearest(name, PERPLEXITY_PROTOCOLS)}"
         )
+    for name in config.quantization.modules_to_not_convert:
+        if not re.fullmatch(r"[\w-]{1,60}", name, re.ASCII):
+            raise ConfigError(
+                f"quantization.modules_to_not_convert.{name[:60]}: a list is called by letters, digits, _ and -; "
+                "the entries stand in it, as in quantization.modules_to_not_convert.mine='[proj_out]'"
+            )
     timeout = config.sweep.timeout_s
     if timeout is not None and config.sweep.isolation == "none":
         raise ConfigError(

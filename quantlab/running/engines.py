@@ -81,7 +81,7 @@ def run_handed(handed: Sequence[Handed], config: ExperimentConfig, on_end: Calla
     try:
         _launch(handed, config, isolated)
     except Exception as error:  # noqa: BLE001  an engine's failure; what its jobs did is in their folders
-        say(f"[red]launcher[/red]: {config.launcher.engine}: {type(error).__name__}: {str(error)[:500]}")
+        say(f"{config.launcher.engine}: {type(error).__name__}: {str(error)[:500]}", "launcher")
     finally:
         over.set()
         watcher.join()

@@ -281,7 +281,7 @@ def _made(session: Session, bench: Workbench, job: Job, key: str) -> RunReport:
     except Exception as error:  # noqa: BLE001  whatever a library raises: a failing job is a row
         if is_disk_full(error):  # no other job would fare better
             raise
-        say(f"[red]failed[/red]: {job.name}: {type(error).__name__}: {str(error)[:500]}")
+        say(f"{job.name}: {type(error).__name__}: {str(error)[:500]}", "failed")
         told = f"{type(error).__name__}: {error}"
         if run is None:  # it did not even begin
             return failed_row(job, bench.model.protocol, told)
@@ -305,5 +305,5 @@ def _finished(
     reports = [collect(session, row) if isinstance(row, Handed) else row for row in rows]
     for report, row in zip(reports, rows, strict=True):
         if isinstance(row, Handed) and report.status == "FAILED":
-            say(f"[red]failed[/red]: {report.name} at {report.failed_stage}: {report.error[:500]}")
+            say(f"{report.name} at {report.failed_stage}: {report.error[:500]}", "failed")
     return reports

@@ -23,6 +23,11 @@ def choice(default: str, *options: str) -> Any:
     return dataclasses.field(default=default, metadata={"choices": (default, *options)})
 
 
+def text(default: str, most: int) -> Any:
+    """A dataclass field for text of at most ``most`` characters."""
+    return dataclasses.field(default=default, metadata={"most_characters": most})
+
+
 def check_values(node: Any, path: str = "") -> None:
     """ConfigError naming the first key of a dataclass, and of those in it, that is outside its range."""
     for field in dataclasses.fields(node):
@@ -31,6 +36,10 @@ def check_values(node: Any, path: str = "") -> None:
             check_values(value, f"{key}.")
         elif "least" in said and value is not None:
             _check_number(key, value, said, " or null" if field.default is None else "")
+        elif "most_characters" in said and len(value) > said["most_characters"]:
+            raise ConfigError(
+                f"{key}={value[:40]}...: {len(value)} characters; {said['most_characters']} are the most, shorten it"
+            )
         elif "choices" in said and value not in said["choices"]:
             raise ConfigError(f"{key}={value}: there are {', '.join(said['choices'])}{nearest(value, said['choices'])}")
 

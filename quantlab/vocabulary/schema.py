@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantlab.vocabulary.axes import QuantizationAxes
-from quantlab.vocabulary.fields import SEED, choice, number
+from quantlab.vocabulary.fields import SEED, choice, number, text
 from quantlab.vocabulary.launching import LauncherConfig
 
 __all__ = ["LauncherConfig"]
@@ -100,8 +100,8 @@ class CalibrationConfig:
 class TrackingConfig:
     """The ``tracking`` node."""
 
-    uri: str = "sqlite:///outputs/mlflow.db"
-    experiment: str = "quantlab"
+    uri: str = text("sqlite:///outputs/mlflow.db", 4096)
+    experiment: str = text("quantlab", 250)
     required: bool = True
     """False: a store that does not answer is a warning; results stay in the run's folder and are pushed later."""
     save_checkpoint: bool = True
@@ -148,11 +148,11 @@ class SweepConfig:
 class ExperimentConfig:
     """One job."""
 
-    name: str = ""
+    name: str = text("", 200)
     device: str = choice("auto", "cpu", "cuda")
     num_threads: int = number(0, 0, 512)
     """Threads of torch on the CPU; 0: what is free."""
-    output_dir: str = "outputs"
+    output_dir: str = text("outputs", 4096)
     recipe: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
