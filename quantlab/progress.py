@@ -86,8 +86,8 @@ def plain(text: str, most: int = 200) -> Text:
 
 
 def file_name(text: str, most: int = 60) -> str:
-    """``text`` from outside as a part of a file's name: ASCII letters and digits, never a path."""
-    return "".join(c if c.isascii() and (c.isalnum() or c in "_.") else "-" for c in text)[:most]
+    """``text`` from outside as a part of a file's name: ASCII letters, digits, dots and spaces, never a path."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in "_. ") else "-" for c in text)[:most]
 
 
 def say(text: str, kind: str = "") -> None:

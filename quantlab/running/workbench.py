@@ -228,7 +228,7 @@ def run_folder(session: Session, name: str) -> Path:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     base = session.output_dir / "runs"
     base.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=f"{stamp}-{file_name(name)}-", dir=base))
+    return Path(tempfile.mkdtemp(prefix=f"{stamp}-{file_name(name).replace(' ', '-')}-", dir=base))
 
 
 @contextlib.contextmanager
