@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from quantlab.errors import ConfigError, QuantlabError, is_disk_full, nearest
-from quantlab.planning.composition import groups
 from quantlab.planning.job import Plan
 from quantlab.planning.listing import BRIEF, LISTS
+from quantlab.planning.places import groups
 from quantlab.planning.plan import plan
 from quantlab.planning.trust import is_trusted, question, remember, require_trust
 from quantlab.progress import file_name, plain, printable

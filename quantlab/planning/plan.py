@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -19,20 +20,13 @@ from quantlab.backends.table import offers, own_settings
 from quantlab.datasets.calibration import check_calibration
 from quantlab.datasets.table import check_dataset
 from quantlab.errors import ConfigError, QuantlabError, nearest
-from quantlab.planning.composition import (
-    compose_node,
-    groups,
-    node_class,
-    override_text,
-    parse,
-    recipe_file,
-    session,
-    typed,
-)
+from quantlab.planning.composition import compose_node, node_class, session, typed
 from quantlab.planning.job import Job, Plan, scheme_name
+from quantlab.planning.places import groups, recipe_file
 from quantlab.planning.recipe import check_recipe
 from quantlab.planning.space import check_search, check_space, distinct
 from quantlab.planning.trust import asked_for, digest_of
+from quantlab.planning.words import MAX_COMBINATIONS, override_text, parse, swept_values
 from quantlab.protocols.language import PERPLEXITY_PROTOCOLS
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.fields import check_values
@@ -84,7 +78,7 @@ def _plan(recipe: Path | None, words: Sequence[str], multirun: bool) -> Plan:
             jobs, invalid = [replace(make_job(base, fixed), choices=composed[1])], []
         asks = asked_for(recipe, jobs, words)
     skips = base.sweep.on_invalid == "skip" or base.sweep.search.num_trials > 0  # a search is among the possible ones
-    if invalid and not (skips and jobs) and not base.sweep.dry_run:
+    if invalid and not (jobs and (skips or base.sweep.dry_run)):
         raise ConfigError(_refusal(invalid, len(combinations)))
     if jobs and base.sweep.search.num_trials:
         jobs = distinct(jobs)
@@ -117,10 +111,7 @@ def _split_sweep(words: Sequence[str], multirun: bool) -> tuple[list[str], dict[
         if not parsed.is_sweep_override():
             fixed.append(parsed.input_line)
         elif multirun:
-            axes[parsed.key_or_group] = [
-                str(v).strip("'\"") if parsed.key_or_group in groups() else str(v)
-                for v in parsed.sweep_string_iterator()
-            ]
+            axes[parsed.key_or_group] = swept_values(parsed)
         else:
             raise ConfigError(f"{parsed.input_line.replace(chr(39), '')}: several values are a sweep; add -m")
     return fixed, axes
@@ -130,7 +121,10 @@ def _combinations(
     base: ExperimentConfig, axes: Mapping[str, list[str]], fixed: Sequence[str]
 ) -> tuple[list[list[str]], bool]:
     typed_keys = {o.key_or_group for o in parse(fixed)} | set(axes)
-    swept = {k: [f"{k}='{v}'" if k in groups() else f"{k}={v}" for v in vs] for k, vs in axes.items()}
+    swept = {
+        k: [f"{k}='{v}'" if k in groups() and not v.startswith("[") else f"{k}={v}" for v in vs]
+        for k, vs in axes.items()
+    }
     if base.sweep.candidates:
         named = _candidate_keys(base)
         clash = [k for k in typed_keys if k in named]
@@ -140,6 +134,7 @@ def _combinations(
             )
         candidates = [[_candidate_override(k, v) for k, v in c.items()] for c in base.sweep.candidates]
         # what is swept changes slowest: candidates on one model and data set come one after the other
+        _check_size({**swept, "sweep.candidates": candidates})
         return [[*words, *c] for words in itertools.product(*swept.values()) for c in candidates], True
     for key in base.sweep.grid:
         _check_key("sweep.grid", key)
@@ -149,8 +144,16 @@ def _combinations(
         if _full_key(k) not in typed_keys
     }
     every = {**grid, **swept}
+    _check_size(every)
     combos = [list(c) for c in itertools.product(*every.values())]
     return combos, bool(every)
+
+
+def _check_size(axes: Mapping[str, Sequence[Any]]) -> None:
+    num = math.prod(map(len, axes.values()))
+    if num > MAX_COMBINATIONS:
+        longest = max(axes, key=lambda key: len(axes[key]))
+        raise ConfigError(f"{longest}: more than {MAX_COMBINATIONS} combinations; give it fewer values")
 
 
 def _listed(key: str, values: Any) -> list[Any]:
@@ -161,6 +164,10 @@ def _listed(key: str, values: Any) -> list[Any]:
 
 def _candidate_keys(base: ExperimentConfig) -> set[str]:
     for candidate in base.sweep.candidates:
+        if not candidate:
+            raise ConfigError(
+                "sweep.candidates: an entry is empty; name a scheme, as in {backend: quanto, dtype: int8}"
+            )
         for key in candidate:
             _check_key("sweep.candidates", str(key))
     return {_full_key(k) for c in base.sweep.candidates for k in c}
@@ -245,7 +252,8 @@ def _check_axes(combination: Sequence[str]) -> None:
 def _refusal(invalid: Sequence[tuple[str, str]], num_combinations: int) -> str:
     lines = [f"{len(invalid)} of {num_combinations} combinations are impossible; no job was started:"]
     lines += [f"  {combination}\n      {reason}" for combination, reason in invalid]
-    return "\n".join([*lines, "sweep.on_invalid=skip runs the others"])
+    others = len(invalid) < num_combinations
+    return "\n".join([*lines, "sweep.on_invalid=skip runs the others" if others else "none is left; change a value"])
 
 
 # -- jobs

@@ -17,8 +17,10 @@ from omegaconf import OmegaConf
 
 from quantlab.backends.table import own_settings
 from quantlab.errors import ConfigError
-from quantlab.planning.composition import compose_node, conf_dir, groups, parse, shipped_recipes, typed
+from quantlab.planning.composition import compose_node, typed
 from quantlab.planning.job import Job, Plan
+from quantlab.planning.places import conf_dir, groups, shipped_recipes
+from quantlab.planning.words import parse
 from quantlab.progress import printable
 from quantlab.vocabulary.launching import COMMANDS
 from quantlab.vocabulary.schema import ExperimentConfig

@@ -22,8 +22,9 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from quantlab.errors import ConfigError, require_package
-from quantlab.planning.composition import conf_dir, override_text
 from quantlab.planning.job import Job
+from quantlab.planning.places import conf_dir
+from quantlab.planning.words import override_text
 from quantlab.progress import say
 from quantlab.running.apart import Handed, has_ended, python_path, run_apart, work
 from quantlab.vocabulary.launching import COMMANDS, LauncherConfig

@@ -8,7 +8,7 @@ import pytest
 
 from quantlab.datasets.table import DATASETS
 from quantlab.errors import ConfigError
-from quantlab.planning.composition import conf_dir, groups, recipes
+from quantlab.planning.places import conf_dir, groups, recipes
 from quantlab.planning.plan import plan
 from quantlab.vocabulary.axes import QuantizationAxes
 from tests.support.tables import CAPABILITIES, native_config

@@ -12,7 +12,7 @@ import pytest
 import quantlab
 from quantlab.cli import agree
 from quantlab.errors import ConfigError
-from quantlab.planning.composition import recipes
+from quantlab.planning.places import recipes
 from quantlab.planning.plan import plan
 from quantlab.planning.trust import is_trusted, question, remember, trusted_file
 from quantlab.running import sweep

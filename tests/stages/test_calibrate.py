@@ -147,7 +147,7 @@ def test_a_scheme_without_data_does_not_read_the_calibration_node():
 
 @pytest.mark.parametrize("source", CALIBRATION_SETS)
 def test_every_source_is_an_option_of_the_group(source):
-    from quantlab.planning.composition import conf_dir
+    from quantlab.planning.places import conf_dir
 
     texts = [p.read_text() for p in (conf_dir() / "calibration").glob("*.yaml")]
     assert any(f"source: {source}\n" in text for text in texts)
