@@ -113,7 +113,7 @@ def _split_sweep(words: Sequence[str], multirun: bool) -> tuple[list[str], dict[
         elif multirun:
             axes[parsed.key_or_group] = swept_values(parsed)
         else:
-            raise ConfigError(f"{parsed.input_line.replace(chr(39), '')}: several values are a sweep; add -m")
+            raise ConfigError(f"{parsed.input_line.lstrip('+').replace(chr(39), '')}: several values are a sweep; add -m")
     return fixed, axes
 
 

@@ -48,6 +48,11 @@ def test_several_values_need_their_flag(word):
         plan(["backend=torchao", "dtype=int4", word] if "dtype" not in word else ["backend=torchao", word])
 
 
+def test_a_key_of_a_free_mapping_needs_the_flag_too():
+    with pytest.raises(ConfigError, match=r"^sweep.grid.x=range\(1,3\): several values are a sweep; add -m$"):
+        plan(["sweep.grid.x=range(1,3)"])
+
+
 REFUSED = {
     "evaluation.guidance_scale=interval(0,1)": r"^evaluation.guidance_scale: interval\(\) has no single values; .*range",
     "dtype=interval(0,1)": r"^dtype: interval\(\)",
