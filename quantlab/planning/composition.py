@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -20,6 +19,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -28,14 +28,11 @@ from quantlab.backends.table import backends, own_settings
 from quantlab.errors import ConfigError, nearest
 from quantlab.planning.data import check_data, no_resolvers
 from quantlab.planning.places import conf_dir, groups
-from quantlab.planning.recipe import check_recipe
+from quantlab.planning.recipe import Recipe
 from quantlab.planning.words import check_options, literal, parse
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.launching import LAUNCHER_SETTINGS
 from quantlab.vocabulary.schema import DigitsModelConfig, ExperimentConfig, ModelConfig
-
-Plugins.instance()  # its scan re-executes plugin modules, so it comes before importing one
-from hydra._internal.core_plugins.file_config_source import FileConfigSource  # noqa: E402
 
 _TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str, "dtype": str}
 
@@ -69,8 +66,12 @@ def _register_schema() -> None:
             store.store(group="backend", name=backend, package="quantization", node=node)
 
 
-class RecipeSource(FileConfigSource):
-    """``recipes://FILE`` serves one recipe file as the only option of the group ``recipe``."""
+_RECIPE: list[Recipe] = []  # the recipe of the composition under way; Hydra builds the plugins, so it cannot be passed
+_OPTION = "chosen"
+
+
+class RecipeSource(ConfigSource):
+    """``recipes://`` serves the recipe under way, as it was read and checked, as the only option of ``recipe``."""
 
     @staticmethod
     def scheme() -> str:
@@ -78,31 +79,27 @@ class RecipeSource(FileConfigSource):
         return "recipes"
 
     def available(self) -> bool:
-        """Is the recipe file there?"""
-        return Path(self.path).is_file()
+        """Is there a recipe?"""
+        return bool(_RECIPE)
 
     def is_group(self, config_path: str) -> bool:
         """Only the root and ``recipe`` are groups."""
         return config_path in ("", "recipe")
 
     def is_config(self, config_path: str) -> bool:
-        """Only ``recipe/<file name>`` is a config."""
-        return config_path.removesuffix(".yaml") == f"recipe/{Path(self.path).stem}"
+        """Only the one option is a config."""
+        return config_path.removesuffix(".yaml") == f"recipe/{_OPTION}"
 
-    def load_config(self, config_path: str) -> Any:
-        """The recipe, read by Hydra's own file source so that its header and defaults list are honoured."""
-        file = Path(self.path)
-        source = FileConfigSource(provider=self.provider, path=f"file://{file.parent}")
-        return source.load_config(file.name)
+    def load_config(self, config_path: str) -> ConfigResult:
+        """The recipe's content; its keys are ours."""
+        config = OmegaConf.create(dict(_RECIPE[0].content))
+        return ConfigResult(self.provider, f"recipes://{_RECIPE[0].file}", config, header={"package": "_global_"})
 
-    def list(self, config_path: str, results_filter: ObjectType | None) -> Any:
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         """Options below ``config_path``."""
         if config_path == "":
             return [] if results_filter == ObjectType.CONFIG else ["recipe"]
-        return [Path(self.path).stem] if config_path == "recipe" and results_filter != ObjectType.GROUP else []
-
-
-_RECIPE: list[Path] = []  # the recipe of the composition under way; Hydra builds the plugin, so it cannot be passed
+        return [_OPTION] if config_path == "recipe" and results_filter != ObjectType.GROUP else []
 
 
 class RecipePath(SearchPathPlugin):
@@ -110,8 +107,8 @@ class RecipePath(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Called by Hydra for each session."""
-        for file in _RECIPE:
-            search_path.append("quantlab", f"recipes://{file}")
+        if _RECIPE:
+            search_path.append("quantlab", "recipes://chosen")
 
 
 def _register_plugins() -> None:
@@ -120,7 +117,7 @@ def _register_plugins() -> None:
 
 
 @contextmanager
-def session(recipe: Path | None = None) -> Iterator[None]:
+def session(recipe: Recipe | None = None) -> Iterator[None]:
     """A Hydra session on ``conf/``, also inside a running Hydra application."""
     current = GlobalHydra.instance()
     outer, current.hydra = current.hydra, None
@@ -138,7 +135,7 @@ def session(recipe: Path | None = None) -> Iterator[None]:
 # -- composition
 
 
-def _reapply_choices(parsed: Sequence[Any], recipe: dict[str, Any]) -> list[str]:
+def _reapply_choices(parsed: Sequence[Any], recipe: Mapping[str, Any]) -> list[str]:
     """Values of options chosen on the command line that the recipe's own values would hide: the command line wins."""
     out = []
     for override in parsed:
@@ -151,7 +148,7 @@ def _reapply_choices(parsed: Sequence[Any], recipe: dict[str, Any]) -> list[str]
     return out
 
 
-def compose_node(overrides: Sequence[str], recipe: Path | None = None) -> tuple[DictConfig, dict[str, str]]:
+def compose_node(overrides: Sequence[str], recipe: Recipe | None = None) -> tuple[DictConfig, dict[str, str]]:
     """Compose inside a running :func:`session`: the typed node, and the option chosen of each group.
 
     Raises ConfigError for a key or value that the schema does not take.
@@ -160,7 +157,7 @@ def compose_node(overrides: Sequence[str], recipe: Path | None = None) -> tuple[
     check_options(parsed)
     words = [o.input_line for o in parsed]
     if recipe is not None:
-        words = [f"recipe={recipe.stem}", *_reapply_choices(parsed, check_recipe(recipe, groups())), *words]
+        words = [f"recipe={_OPTION}", *_reapply_choices(parsed, recipe.content), *words]
     try:
         with no_resolvers():
             whole = hydra_compose("config", overrides=words, return_hydra_config=True)
@@ -171,11 +168,11 @@ def compose_node(overrides: Sequence[str], recipe: Path | None = None) -> tuple[
     with open_dict(whole):
         del whole["hydra"]
     if recipe is not None:
-        whole.recipe = recipe.stem
+        whole.recipe = recipe.file.stem
     return whole, choices
 
 
-def _as_config_error(error: Exception, words: Sequence[str], recipe: Path | None) -> ConfigError:
+def _as_config_error(error: Exception, words: Sequence[str], recipe: Recipe | None) -> ConfigError:
     lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines() if line.strip()]
     text = " ".join(
         dict.fromkeys(line for line in lines if not line.startswith(("To append", "object_type", "reference_type")))
@@ -186,7 +183,9 @@ def _as_config_error(error: Exception, words: Sequence[str], recipe: Path | None
         owner, _, leaf = key[1].rpartition(".")
         return ConfigError(f"{key[1]}: no such key{_nearest_key(owner, leaf)}")
     merged = re.search(r"Error merging override \+*([\w./-]+)=", text)
-    where = merged[1] if merged else key[1] if key else f"recipe={recipe.name}" if recipe else " ".join(words)[:200]
+    where = (
+        merged[1] if merged else key[1] if key else f"recipe={recipe.file.name}" if recipe else " ".join(words)[:200]
+    )
     return ConfigError(f"{where}: {text}")
 
 

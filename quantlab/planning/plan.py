@@ -23,9 +23,9 @@ from quantlab.errors import ConfigError, QuantlabError, nearest
 from quantlab.planning.composition import compose_node, node_class, session, typed
 from quantlab.planning.job import Job, Plan, scheme_name
 from quantlab.planning.places import groups, recipe_file
-from quantlab.planning.recipe import check_recipe
+from quantlab.planning.recipe import Recipe, read_recipe
 from quantlab.planning.space import check_search, check_space, distinct
-from quantlab.planning.trust import asked_for, digest_of
+from quantlab.planning.trust import asked_for
 from quantlab.planning.words import MAX_COMBINATIONS, override_text, parse, swept_values
 from quantlab.protocols.language import PERPLEXITY_PROTOCOLS
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
@@ -47,13 +47,14 @@ def plan(overrides: Sequence[str], multirun: bool = False) -> Plan:
         ConfigError: a bad word; or, in a sweep with ``sweep.on_invalid=error``, one message with all impossible
             combinations.
     """
-    recipe, words = _split_recipe(overrides)
+    file, words = _split_recipe(overrides)
+    recipe = read_recipe(file) if file else None
     try:
         return _plan(recipe, words, multirun)
     except ConfigError as error:
-        if recipe is None or str(error).startswith(_typed(words)):
+        if file is None or str(error).startswith(_typed(words)):
             raise
-        raise type(error)(f"recipe={recipe.name}: {str(error).removeprefix(f'recipe={recipe.name}: ')}") from error
+        raise type(error)(f"recipe={file.name}: {error}") from error
 
 
 def _typed(words: Sequence[str]) -> tuple[str, ...]:
@@ -62,9 +63,7 @@ def _typed(words: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{key}{end}" for key in keys for end in (":", "=", ".") if key)
 
 
-def _plan(recipe: Path | None, words: Sequence[str], multirun: bool) -> Plan:
-    if recipe:
-        check_recipe(recipe, groups())
+def _plan(recipe: Recipe | None, words: Sequence[str], multirun: bool) -> Plan:
     with session(recipe):
         fixed, axes = _split_sweep(words, multirun)
         composed = compose_node(fixed, recipe)
@@ -86,8 +85,8 @@ def _plan(recipe: Path | None, words: Sequence[str], multirun: bool) -> Plan:
     return Plan(
         jobs=tuple(jobs),
         is_sweep=is_sweep,
-        recipe=recipe,
-        recipe_digest=digest_of(recipe) if recipe else "",
+        recipe=recipe.file if recipe else None,
+        recipe_digest=recipe.digest if recipe else "",
         asked_for=asks,
         invalid=tuple(invalid),
         dry_run=base.sweep.dry_run,
@@ -113,7 +112,9 @@ def _split_sweep(words: Sequence[str], multirun: bool) -> tuple[list[str], dict[
         elif multirun:
             axes[parsed.key_or_group] = swept_values(parsed)
         else:
-            raise ConfigError(f"{parsed.input_line.lstrip('+').replace(chr(39), '')}: several values are a sweep; add -m")
+            raise ConfigError(
+                f"{parsed.input_line.lstrip('+').replace(chr(39), '')}: several values are a sweep; add -m"
+            )
     return fixed, axes
 
 
@@ -195,7 +196,7 @@ def _candidate_override(key: str, value: Any) -> str:
 
 
 def _compose_jobs(
-    combinations: Sequence[Sequence[str]], fixed: Sequence[str], recipe: Path | None
+    combinations: Sequence[Sequence[str]], fixed: Sequence[str], recipe: Recipe | None
 ) -> tuple[list[Job], list[tuple[str, str]]]:
     jobs: list[Job] = []
     invalid = []

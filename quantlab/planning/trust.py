@@ -7,7 +7,6 @@ asked for again; what the user typed on the command line is never asked for.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from quantlab.errors import ConfigError
 from quantlab.planning.composition import compose_node, typed
 from quantlab.planning.job import Job, Plan
 from quantlab.planning.places import conf_dir, groups, shipped_recipes
+from quantlab.planning.recipe import Recipe
 from quantlab.planning.words import parse
 from quantlab.progress import printable
 from quantlab.vocabulary.launching import COMMANDS
@@ -30,17 +30,12 @@ _GROUPS = ("tracking", "launcher", "model", "dataset", "calibration")
 _SHOWN_CHARACTERS = 200
 
 
-def digest_of(recipe: Path) -> str:
-    """``sha256:...`` of a recipe's bytes."""
-    return f"sha256:{hashlib.sha256(recipe.read_bytes()).hexdigest()}"
-
-
-def asked_for(recipe: Path | None, jobs: Sequence[Job], words: Sequence[str]) -> dict[str, str]:
+def asked_for(recipe: Recipe | None, jobs: Sequence[Job], words: Sequence[str]) -> dict[str, str]:
     """Key -> value of all that a recipe decides and must ask for; nothing of a recipe that comes with quantlab.
 
     Called inside a session of the composition. Raises ConfigError for what is never taken from a recipe: commands.
     """
-    if recipe is None or recipe.parent == shipped_recipes().resolve():
+    if recipe is None or all(file.parent == shipped_recipes().resolve() for file in recipe.files):
         return {}
     parsed = parse(words)
     keys = {o.key_or_group for o in parsed} - set(groups())
