@@ -45,13 +45,17 @@ def compose(overrides: Sequence[str] = (), recipe: str | None = None) -> Plan:
     return plan([*([f"recipe={recipe}"] if recipe else []), *overrides], multirun=True)
 
 
-def run(recipe: str | None = None, overrides: Sequence[str] = (), quiet: bool = False) -> list[RunReport]:
+def run(
+    recipe: str | None = None, overrides: Sequence[str] = (), quiet: bool = False, trust: bool = False
+) -> list[RunReport]:
     """Run a request and return a report a row (reference and floors first); everything is tracked as from the shell.
+
+    ``trust``: agree to the places and addresses that a recipe which does not come with quantlab decides.
 
     Raises:
         QuantlabError: a bad request; in a sweep, a failing job is a row with status ``FAILED`` instead.
     """
-    return run_plan(compose(overrides, recipe), quiet=quiet)
+    return run_plan(compose(overrides, recipe), quiet=quiet, trust=trust)
 
 
 def quantize(

@@ -16,10 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from quantlab.errors import ConfigError, QuantlabError, is_disk_full, nearest
-from quantlab.planning.composition import groups
 from quantlab.planning.job import Plan
 from quantlab.planning.listing import BRIEF, LISTS
+from quantlab.planning.places import groups
 from quantlab.planning.plan import plan
+from quantlab.planning.trust import is_trusted, question, remember, require_trust
+from quantlab.progress import file_name, plain, printable
 from quantlab.vocabulary.reports import RunReport
 
 HELP = """quantlab: what does each quantization scheme cost in quality, and what does it save in bytes, on your model?
@@ -37,6 +39,7 @@ options
   -m, --multirun    several values of a key (group_size=32,64,128) are a sweep
   --json            the result rows as JSON on stdout instead of the table
   --cfg             print the composed config of each job and stop
+  --trust           agree to the places that a recipe of others decides (tracking, output_dir, paths, launcher)
   -q, --quiet       no progress bars
   -h, --help        this text
 
@@ -65,7 +68,8 @@ class Terminal(Console):
 
 def terminal(width: int | None = None) -> Console:
     """Where tables go; ``width`` is that of a file or a pipe, which has none of its own."""
-    return Terminal() if width is None or sys.stdout.isatty() else Terminal(width=width)
+    wide = None if width is None or sys.stdout.isatty() else width
+    return Terminal(width=wide, markup=False, highlight=False, emoji=False)  # what is printed is text, never markup
 
 
 def help_text() -> str:
@@ -103,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except QuantlabError as error:
         if os.environ.get("QUANTLAB_TRACEBACK") == "1":
             raise
-        print(f"quantlab: {error}", file=sys.stderr)
+        print(f"quantlab: {printable(str(error), 20_000, lines=True)}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
         print("quantlab: interrupted; finished jobs are kept", file=sys.stderr)
@@ -124,7 +128,7 @@ def dispatch(words: list[str]) -> int:
         return show_reproduction(words[1:])
     flags = {w for w in words if w.startswith("-")}
     rest = [w for w in words if not w.startswith("-")]
-    known = {"-m", "--multirun", "--json", "--cfg", "-q", "--quiet", "-h", "--help"}
+    known = {"-m", "--multirun", "--json", "--cfg", "-q", "--quiet", "-h", "--help", "--trust"}
     if unknown := sorted(flags - known):
         raise ConfigError(f"{unknown[0]}: no such option{nearest(unknown[0], known)}; quantlab --help shows them")
     if flags & {"-h", "--help"} or not words:
@@ -139,7 +143,19 @@ def dispatch(words: list[str]) -> int:
         return show_configs(request)
     if request.dry_run:
         return show_jobs(request)
+    agree(request, "--trust" in flags)
     return run(request, "--json" in flags, bool(flags & {"-q", "--quiet"}))
+
+
+def agree(request: Plan, trust: bool) -> None:
+    """Ask for what a stranger's recipe decides, where someone can answer; ConfigError where nobody agrees."""
+    if trust or is_trusted(request) or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        require_trust(request, trust)
+        return
+    print(f"{question(request)}\nrun it so? (y/N) ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise ConfigError(f"recipe={request.recipe.name if request.recipe else ''}: not agreed to; nothing was run")
+    remember(request)
 
 
 def show_list(words: Sequence[str], as_json: bool) -> int:
@@ -157,7 +173,7 @@ def show_list(words: Sequence[str], as_json: bool) -> int:
         table.add_column(key.replace("_", " "), overflow="fold")
     for row in rows:
         if row.get("offered", True):
-            table.add_row(*(_cell(row[key]) for key in keys))
+            table.add_row(*(plain(_cell(row[key]), 1000) for key in keys))
     terminal().print(table)
     return 0
 
@@ -181,9 +197,9 @@ def show_jobs(request: Plan) -> int:
     trials = request.jobs[0].config.sweep.search.num_trials
     print(f"{len(request.jobs)} jobs{f', of which a search runs {min(trials, len(request.jobs))}' if trials else ''}:")
     for job in request.jobs:
-        print(f"  {job.name:<40} {' '.join(job.overrides)}")
+        print(printable(f"  {job.name:<40} {' '.join(job.overrides)}"))
     for combination, reason in request.invalid:
-        print(f"  impossible: {combination}\n      {reason}")
+        print(printable(f"  impossible: {combination}\n      {reason}", lines=True))
     return 0
 
 
@@ -203,7 +219,7 @@ def show_comparison(words: Sequence[str]) -> int:
     data = page_data(groups, selection, reader)
     if request.csv:
         write_csv(data["groups"], data["failed"], request.csv)
-    page = request.html or Path("outputs", "reports", f"{selection.title}.html")
+    page = request.html or Path("outputs", "reports", f"{file_name(selection.title, 100)}.html")
     write_page(data, page)
     logged = request.sweep and reader.add_artifact(selection.parents[0], page, "reports")
     if request.as_json:
@@ -214,10 +230,10 @@ def show_comparison(words: Sequence[str]) -> int:
         for group in groups:
             console.print(comparison_table(group))
             for line in [*answer_lines(group), *pair_lines(group)[:MAX_PAIRS], *twin_lines(group), *group.notes]:
-                console.print(line, highlight=False, markup=False)
+                console.print(plain(line, 1000))
         for run in data["failed"]:
-            console.print(f"failed: {run['name']} at {run['stage']}: {run['error']}", highlight=False, markup=False)
-    print(f"page: {page}{' (and at the run of the sweep)' if logged else ''}", file=sys.stderr)
+            console.print(plain(f"failed: {run['name']} at {run['stage']}: {run['error']}", 1000))
+    print(f"page: {printable(str(page))}{' (and at the run of the sweep)' if logged else ''}", file=sys.stderr)
     return 0
 
 
@@ -235,7 +251,7 @@ def show_reproduction(words: Sequence[str]) -> int:
         for table in reproduction_tables(found):
             console.print(table)
         for line in summary_lines(found):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            console.print(plain(line, 1000), soft_wrap=True)
     return 1 if found.verdict == DIFFERENT else 0
 
 
@@ -264,7 +280,7 @@ def run(request: Plan, as_json: bool, quiet: bool) -> int:
     from quantlab.running.sweep import run_plan
     from quantlab.tracking.results import report_data
 
-    reports = run_plan(request, quiet=quiet or as_json)
+    reports = run_plan(request, quiet=quiet or as_json, trust=True)
     rows = [report_data(r) for r in reports]
     failed = [r for r in rows if r["status"] == "FAILED"]
     if as_json:
@@ -277,9 +293,10 @@ def run(request: Plan, as_json: bool, quiet: bool) -> int:
         for protocol in sorted({r["protocol"] for r in rows}):
             console.print(terminal_table([r for r in rows if r["protocol"] == protocol], protocol, caption))
         for row in [r for r in rows if r["status"] == "SKIPPED"][:MAX_SKIPPED]:
-            console.print(f"skipped: {row['name']}: {row['error']}", highlight=False, markup=False, soft_wrap=True)
+            console.print(plain(f"skipped: {row['name']}: {row['error']}", 1000), soft_wrap=True)
         for line in front_lines(reports, request):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            console.print(plain(line, 1000), soft_wrap=True)
     for report in failed:
-        print(f"failed: {report['name']} at {report['failed_stage']}: {report['error']}", file=sys.stderr)
+        told = f"failed: {report['name']} at {report['failed_stage']}: {report['error']}"
+        print(printable(told, lines=True), file=sys.stderr)
     return 1 if failed else 0

@@ -1,8 +1,11 @@
-"""Progress of long work: a bar with time left on a terminal, a line a stage elsewhere. All of it goes to stderr."""
+"""What is shown while work goes on, and text from outside as text.
+
+Progress of long work: a bar with time left on a terminal, a line a stage elsewhere. All of it goes to stderr."""
 
 from __future__ import annotations
 
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -18,8 +21,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False, highlight=False, emoji=False)
 
 
 class Advance(Protocol):
@@ -35,19 +39,20 @@ def progress_bars(quiet: bool = False) -> Iterator[Advance]:
         yield lambda what, done, total, note="": None
         return
     columns: tuple[ProgressColumn, ...] = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     began = time.monotonic()
     with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, TaskID] = {}
 
         def advance(what: str, done: int, total: int, note: str = "") -> None:
+            what, note = printable(what, 60), printable(note, 120)
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total, note=note)
             bars.update(tasks[what], completed=done, total=total, note=note)
@@ -60,6 +65,32 @@ def progress_bars(quiet: bool = False) -> Iterator[Advance]:
         yield advance
 
 
-def say(text: str) -> None:
-    """One line for the user, beside the bars."""
-    console.print(text, highlight=False, soft_wrap=True)
+_COLOURS = {"failed": "red", "launcher": "red", "warning": "yellow", "out of memory": "yellow"}
+"""How a line begins -> the colour of that word."""
+
+
+def printable(text: str, most: int = 2000, lines: bool = False) -> str:
+    """``text`` from outside as a terminal may show it: what is no visible character (control characters, escapes, marks
+    that turn a line around) is written out, line ends only with ``lines`` kept, and cut after ``most`` characters."""
+    cut = text if len(text) <= most else f"{text[: most - 1]}…"
+    kept = "\n\t" if lines else ""
+    return "".join(c if c in kept or unicodedata.category(c) not in _UNSEEN else ascii(c)[1:-1] for c in cut)
+
+
+_UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+def plain(text: str, most: int = 200) -> Text:
+    """``text`` from outside as a cell or line of rich: never markup, an emoji's name or an escape."""
+    return Text(printable(text, most))
+
+
+def file_name(text: str, most: int = 60) -> str:
+    """``text`` from outside as a part of a file's name: ASCII letters, digits, dots and spaces, never a path."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in "_. ") else "-" for c in text)[:most]
+
+
+def say(text: str, kind: str = "") -> None:
+    """One line for the user, beside the bars; ``kind`` (``failed``, ``warning``...) stands before it in its colour."""
+    line = Text(printable(text, lines=True))
+    console.print(Text.assemble((kind, _COLOURS[kind]), ": ", line) if kind else line, soft_wrap=True)

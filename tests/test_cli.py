@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from quantlab.planning.composition import groups, recipes
 from quantlab.planning.listing import LISTS
+from quantlab.planning.places import groups, recipes
 from quantlab.planning.plan import plan
 from tests.support.shell import Shell, digits_words
 from tests.support.stores import ROOT

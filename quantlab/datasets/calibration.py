@@ -68,12 +68,6 @@ def check_calibration(config: ExperimentConfig) -> None:
             f"calibration.source={asked.source}: there are {', '.join(CALIBRATION_SETS)}"
             f"{nearest(asked.source, CALIBRATION_SETS)}"
         )
-    for name in ("num_samples", "batch_size", "num_inference_steps", "context_length"):
-        value = getattr(asked, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"calibration.{name}={value}: a number of at least 1 is wanted")
-    if asked.num_evidence_calls < 0:
-        raise ConfigError(f"calibration.num_evidence_calls={asked.num_evidence_calls}: 0 (none) or more is wanted")
     _check_file(asked)
     if asked.source != config.dataset.name:
         return

@@ -69,6 +69,9 @@ class Plan:
     jobs: tuple[Job, ...]
     is_sweep: bool
     recipe: Path | None = None
+    recipe_digest: str = ""
+    asked_for: Mapping[str, str] = field(default_factory=dict)
+    """What a recipe that does not come with quantlab decides and the user must agree to: key -> value."""
     invalid: tuple[tuple[str, str], ...] = ()
     dry_run: bool = False
 

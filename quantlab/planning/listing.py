@@ -12,7 +12,7 @@ from quantlab.backends.table import backends as table
 from quantlab.backends.table import offers, own_settings
 from quantlab.errors import ConfigError
 from quantlab.metrics import METRICS
-from quantlab.planning.composition import conf_dir, recipes
+from quantlab.planning.places import conf_dir, recipes
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.capabilities import Capability
 from quantlab.vocabulary.dtypes import DTYPES

@@ -6,7 +6,10 @@ here imports torch, so an impossible combination is refused at once.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -16,22 +19,21 @@ from quantlab.backends.scheme import Scheme, pasted_scheme, scheme_of
 from quantlab.backends.table import offers, own_settings
 from quantlab.datasets.calibration import check_calibration
 from quantlab.datasets.table import check_dataset
-from quantlab.errors import ConfigError, QuantlabError
-from quantlab.planning.composition import (
-    compose_node,
-    groups,
-    node_class,
-    override_text,
-    parse,
-    recipe_file,
-    session,
-    typed,
-)
+from quantlab.errors import ConfigError, QuantlabError, nearest
+from quantlab.planning.composition import compose_node, node_class, session, typed
 from quantlab.planning.job import Job, Plan, scheme_name
-from quantlab.planning.recipe import check_recipe
+from quantlab.planning.places import groups, recipe_file
+from quantlab.planning.recipe import Recipe, read_recipe
 from quantlab.planning.space import check_search, check_space, distinct
+from quantlab.planning.trust import asked_for
+from quantlab.planning.words import MAX_COMBINATIONS, override_text, parse, swept_values
+from quantlab.protocols.language import PERPLEXITY_PROTOCOLS
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
+from quantlab.vocabulary.fields import check_values
+from quantlab.vocabulary.launching import LAUNCHER_SETTINGS, LauncherSettings
 from quantlab.vocabulary.schema import ExperimentConfig
+
+MAX_NAME = 200
 
 
 def plan(overrides: Sequence[str], multirun: bool = False) -> Plan:
@@ -45,26 +47,50 @@ def plan(overrides: Sequence[str], multirun: bool = False) -> Plan:
         ConfigError: a bad word; or, in a sweep with ``sweep.on_invalid=error``, one message with all impossible
             combinations.
     """
-    recipe, words = _split_recipe(overrides)
-    if recipe:
-        check_recipe(recipe)
+    file, words = _split_recipe(overrides)
+    recipe = read_recipe(file) if file else None
+    try:
+        return _plan(recipe, words, multirun)
+    except ConfigError as error:
+        if file is None or str(error).startswith(_typed(words)):
+            raise
+        raise type(error)(f"recipe={file.name}: {error}") from error
+
+
+def _typed(words: Sequence[str]) -> tuple[str, ...]:
+    """How a message about what the user typed begins."""
+    keys = [word.partition("=")[0].lstrip("+~") for word in words]
+    return tuple(f"{key}{end}" for key in keys for end in (":", "=", ".") if key)
+
+
+def _plan(recipe: Recipe | None, words: Sequence[str], multirun: bool) -> Plan:
     with session(recipe):
         fixed, axes = _split_sweep(words, multirun)
         composed = compose_node(fixed, recipe)
         base = typed(composed[0])
+        check_values(base)
         combinations, is_sweep = _combinations(base, axes, fixed)
         check_search(base.sweep, is_sweep)
         if is_sweep:
             jobs, invalid = _compose_jobs(combinations, fixed, recipe)
         else:
             jobs, invalid = [replace(make_job(base, fixed), choices=composed[1])], []
+        asks = asked_for(recipe, jobs, words)
     skips = base.sweep.on_invalid == "skip" or base.sweep.search.num_trials > 0  # a search is among the possible ones
-    if invalid and not (skips and jobs) and not base.sweep.dry_run:
+    if invalid and not (jobs and (skips or base.sweep.dry_run)):
         raise ConfigError(_refusal(invalid, len(combinations)))
     if jobs and base.sweep.search.num_trials:
         jobs = distinct(jobs)
         check_space(jobs)
-    return Plan(jobs=tuple(jobs), is_sweep=is_sweep, recipe=recipe, invalid=tuple(invalid), dry_run=base.sweep.dry_run)
+    return Plan(
+        jobs=tuple(jobs),
+        is_sweep=is_sweep,
+        recipe=recipe.file if recipe else None,
+        recipe_digest=recipe.digest if recipe else "",
+        asked_for=asks,
+        invalid=tuple(invalid),
+        dry_run=base.sweep.dry_run,
+    )
 
 
 def _split_recipe(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -84,12 +110,11 @@ def _split_sweep(words: Sequence[str], multirun: bool) -> tuple[list[str], dict[
         if not parsed.is_sweep_override():
             fixed.append(parsed.input_line)
         elif multirun:
-            axes[parsed.key_or_group] = [
-                str(v).strip("'\"") if parsed.key_or_group in groups() else str(v)
-                for v in parsed.sweep_string_iterator()
-            ]
+            axes[parsed.key_or_group] = swept_values(parsed)
         else:
-            raise ConfigError(f"{parsed.input_line.replace(chr(39), '')}: several values are a sweep; add -m")
+            raise ConfigError(
+                f"{parsed.input_line.lstrip('+').replace(chr(39), '')}: several values are a sweep; add -m"
+            )
     return fixed, axes
 
 
@@ -97,24 +122,39 @@ def _combinations(
     base: ExperimentConfig, axes: Mapping[str, list[str]], fixed: Sequence[str]
 ) -> tuple[list[list[str]], bool]:
     typed_keys = {o.key_or_group for o in parse(fixed)} | set(axes)
-    swept = {k: [f"{k}='{v}'" if k in groups() else f"{k}={v}" for v in vs] for k, vs in axes.items()}
+    swept = {
+        k: [f"{k}='{v}'" if k in groups() and not v.startswith("[") else f"{k}={v}" for v in vs]
+        for k, vs in axes.items()
+    }
     if base.sweep.candidates:
-        clash = [k for k in typed_keys if k in _candidate_keys(base)]
+        named = _candidate_keys(base)
+        clash = [k for k in typed_keys if k in named]
         if clash:
             raise ConfigError(
                 f"{clash[0]}: recipe={base.recipe} lists its candidates; drop {clash[0]}=... or drop the recipe"
             )
         candidates = [[_candidate_override(k, v) for k, v in c.items()] for c in base.sweep.candidates]
         # what is swept changes slowest: candidates on one model and data set come one after the other
+        _check_size({**swept, "sweep.candidates": candidates})
         return [[*words, *c] for words in itertools.product(*swept.values()) for c in candidates], True
+    for key in base.sweep.grid:
+        _check_key("sweep.grid", key)
     grid = {
         k: [override_text(_full_key(k), v) for v in _listed(k, vs)]
         for k, vs in base.sweep.grid.items()
         if _full_key(k) not in typed_keys
     }
     every = {**grid, **swept}
+    _check_size(every)
     combos = [list(c) for c in itertools.product(*every.values())]
     return combos, bool(every)
+
+
+def _check_size(axes: Mapping[str, Sequence[Any]]) -> None:
+    num = math.prod(map(len, axes.values()))
+    if num > MAX_COMBINATIONS:
+        longest = max(axes, key=lambda key: len(axes[key]))
+        raise ConfigError(f"{longest}: more than {MAX_COMBINATIONS} combinations; give it fewer values")
 
 
 def _listed(key: str, values: Any) -> list[Any]:
@@ -124,7 +164,23 @@ def _listed(key: str, values: Any) -> list[Any]:
 
 
 def _candidate_keys(base: ExperimentConfig) -> set[str]:
+    for candidate in base.sweep.candidates:
+        if not candidate:
+            raise ConfigError(
+                "sweep.candidates: an entry is empty; name a scheme, as in {backend: quanto, dtype: int8}"
+            )
+        for key in candidate:
+            _check_key("sweep.candidates", str(key))
     return {_full_key(k) for c in base.sweep.candidates for k in c}
+
+
+def _check_key(where: str, key: str) -> None:
+    """ConfigError unless a grid or a candidate may set ``key``: one of our groups, or a key of a job's config."""
+    top = {f.name for f in fields(ExperimentConfig)} - {"recipe", "sweep"}
+    full = _full_key(key)
+    if full in groups() or (full.split(".")[0] in top and all(part.isidentifier() for part in full.split("."))):
+        return
+    raise ConfigError(f"{where}: {key}: no such key{nearest(key, [*groups(), *top])}")
 
 
 def _full_key(key: str) -> str:
@@ -140,7 +196,7 @@ def _candidate_override(key: str, value: Any) -> str:
 
 
 def _compose_jobs(
-    combinations: Sequence[Sequence[str]], fixed: Sequence[str], recipe: Path | None
+    combinations: Sequence[Sequence[str]], fixed: Sequence[str], recipe: Recipe | None
 ) -> tuple[list[Job], list[tuple[str, str]]]:
     jobs: list[Job] = []
     invalid = []
@@ -169,7 +225,14 @@ def _told_apart(jobs: Sequence[Job]) -> list[Job]:
         varied = [k for k, v in job.point.items() if any(other.point.get(k) != v for other in others)]
         return f"{job.name} ({' '.join(f'{k}={job.point[k]}' for k in varied)})" if varied else job.name
 
-    return [replace(job, name=name(job)) for job in jobs]
+    return [replace(job, name=_short(name(job))) for job in jobs]
+
+
+def _short(name: str) -> str:
+    """A name that fits a table and the store: of a long one the beginning, and what tells it from others."""
+    if len(name) <= MAX_NAME:
+        return name
+    return f"{name[: MAX_NAME - 10]}… {hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _check_axes(combination: Sequence[str]) -> None:
@@ -190,7 +253,8 @@ def _check_axes(combination: Sequence[str]) -> None:
 def _refusal(invalid: Sequence[tuple[str, str]], num_combinations: int) -> str:
     lines = [f"{len(invalid)} of {num_combinations} combinations are impossible; no job was started:"]
     lines += [f"  {combination}\n      {reason}" for combination, reason in invalid]
-    return "\n".join([*lines, "sweep.on_invalid=skip runs the others"])
+    others = len(invalid) < num_combinations
+    return "\n".join([*lines, "sweep.on_invalid=skip runs the others" if others else "none is left; change a value"])
 
 
 # -- jobs
@@ -201,7 +265,7 @@ def make_job(config: ExperimentConfig, overrides: Sequence[str] = ()) -> Job:
 
     A pasted ``quantization_config`` becomes the native config as it is, and the job's axes show what it says.
     """
-    _check_ranges(config)
+    _check_config(config)
     check_dataset(config)
     axes, shipped = config.quantization, groups()["modules_to_not_convert"]
     settings = {name: getattr(axes, name) for name in own_settings(axes.backend) if hasattr(axes, name)}
@@ -216,37 +280,31 @@ def make_job(config: ExperimentConfig, overrides: Sequence[str] = ()) -> Job:
         scheme = scheme_of(axes, settings, shipped)
     if scheme is not None and scheme.native.needs_data:
         check_calibration(config)
-    name = config.name or scheme_name(config.quantization, scheme, settings)
+    name = _short(config.name or scheme_name(config.quantization, scheme, settings))
     alone = 1 if scheme is not None and scheme.native.depends_on_neighbours else None
     return Job(name=name, config=config, scheme=scheme, overrides=tuple(overrides), batch_size=alone)
 
 
-def _check_ranges(config: ExperimentConfig) -> None:
-    for node, names in (
-        (
-            config.evaluation,
-            ("num_samples", "batch_size", "floor_batch_size", "num_inference_steps", "num_bootstrap", "context_length"),
-        ),
-    ):
-        for name in names:
-            if getattr(node, name) < 1:
-                raise ConfigError(f"evaluation.{name}={getattr(node, name)}: a number of at least 1 is wanted")
-    if config.num_threads < 0:
-        raise ConfigError(f"num_threads={config.num_threads}: 0 (what is free) or a number of threads")
-    if config.device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device={config.device}: there are auto, cpu, cuda")
-    if config.sweep.on_invalid not in ("error", "skip"):
-        raise ConfigError(f"sweep.on_invalid={config.sweep.on_invalid}: there are error, skip")
-    _check_isolation(config)
-
-
-def _check_isolation(config: ExperimentConfig) -> None:
-    isolation, timeout = config.sweep.isolation, config.sweep.timeout_s
-    if isolation not in ("auto", "none", "process"):
-        raise ConfigError(f"sweep.isolation={isolation}: there are auto, none, process")
-    if timeout is not None and timeout <= 0:
-        raise ConfigError(f"sweep.timeout_s={timeout:g}: a number of seconds above 0, or null for no limit")
-    if timeout is not None and isolation == "none":
+def _check_config(config: ExperimentConfig) -> None:
+    """ConfigError for a value outside the range that the schema declares, and for values that exclude each other."""
+    check_values(config)
+    engine, settings = config.launcher.engine, config.launcher.settings
+    if type(settings) not in (LauncherSettings, LAUNCHER_SETTINGS[engine]):
+        raise ConfigError(f"launcher.engine={engine}: its settings are another engine's; choose it with launcher=")
+    name = config.evaluation.perplexity_protocol
+    if name not in PERPLEXITY_PROTOCOLS:
+        raise ConfigError(
+            f"evaluation.perplexity_protocol={name}: there are {', '.join(PERPLEXITY_PROTOCOLS)}"
+            f"{nearest(name, PERPLEXITY_PROTOCOLS)}"
+        )
+    for name in config.quantization.modules_to_not_convert:
+        if not re.fullmatch(r"[\w-]{1,60}", name, re.ASCII):
+            raise ConfigError(
+                f"quantization.modules_to_not_convert.{name[:60]}: a list is called by letters, digits, _ and -; "
+                "the entries stand in it, as in quantization.modules_to_not_convert.mine='[proj_out]'"
+            )
+    timeout = config.sweep.timeout_s
+    if timeout is not None and config.sweep.isolation == "none":
         raise ConfigError(
             f"sweep.timeout_s={timeout:g}: only a process can be ended; set sweep.isolation=process, or drop the limit"
         )

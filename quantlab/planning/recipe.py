@@ -1,70 +1,164 @@
 """A recipe is data: what it may hold, and a run written as one.
 
-A recipe is a Hydra config of the group ``recipe`` (``# @package _global_``): a defaults list that overrides our groups,
-values for our keys, and at most one of ``sweep.grid`` and ``sweep.candidates``. It never names code.
+A recipe is a Hydra config of the group ``recipe`` (``# @package _global_``): a defaults list that overrides our groups
+and may build on another recipe, values for our keys, and at most one of ``sweep.grid`` and ``sweep.candidates``. It
+never names code.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf._utils import get_yaml_loader
 
-from quantlab.errors import ConfigError
+from quantlab.errors import ConfigError, nearest
+from quantlab.planning.data import check_data
+from quantlab.planning.places import groups, recipe_file
 
 AXIS_GROUPS = ("backend", "dtype", "group_size")
 
 
-def check_recipe(file: Path) -> dict[str, Any]:
-    """The recipe's content, or ConfigError for what a recipe may not hold.
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as it is composed: read and checked once, with those that it builds on merged into it."""
 
-    Refused: a ``hydra`` key, a ``_target_`` anywhere, interpolations that leave the config (resolvers), literal
-    axes in ``quantization`` (a group choice says the same and the command line can override it), and a grid beside
-    a list of candidates.
+    file: Path
+    content: Mapping[str, Any]
+    files: tuple[Path, ...]
+    """Its own file and those that it builds on."""
+    digest: str
+    """``sha256:...`` of the bytes of all files."""
+
+
+def read_recipe(file: Path) -> Recipe:
+    """The recipe in ``file``, or ConfigError for what a recipe may not hold.
+
+    Refused: a ``hydra`` key, whatever says more than data (:func:`quantlab.planning.data.check_data`), a defaults list
+    that does more than choose from our groups and build on another recipe, literal axes in ``quantization`` (a group
+    choice says the same and the command line can override it), and a grid beside a list of candidates.
     """
+    content, texts = _read(file, ())
+    digest = hashlib.sha256(b"\0".join(texts.values())).hexdigest()
+    return Recipe(file=file, content=content, files=tuple(texts), digest=f"sha256:{digest}")
+
+
+def _read(file: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Path, bytes]]:
+    """``file`` over the recipe that it builds on, and the bytes of all files; ``above``: those that build on it."""
     where = f"recipe={file.name}"
+    if file in above:
+        raise ConfigError(
+            f"{where}: builds on itself ({' -> '.join(f.stem for f in (*above, file))}); drop one of them"
+        )
     try:
-        content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except (OSError, UnicodeDecodeError, OmegaConfBaseException, ValueError) as error:
+        raw = file.read_bytes()
+        text = raw.decode("utf-8")
+        content = yaml.load(text, Loader=get_yaml_loader())
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where}: not a readable YAML file ({str(error).splitlines()[0]})") from error
     except Exception as error:  # noqa: BLE001  yaml's errors share no base with the above; re-raised as ours
         raise ConfigError(f"{where}: not valid YAML ({' '.join(str(error).split())[:200]})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{where}: a recipe is a mapping of our keys, not {type(content).__name__}")
-    if not re.match(r"#\s*@package\s+_global_\s*$", file.read_text(encoding="utf-8").partition("\n")[0]):
+    if not re.match(r"#\s*@package\s+_global_\s*$", text.partition("\n")[0]):
         raise ConfigError(f"{where}: its keys are ours only under a header; make the first line: # @package _global_")
-    _refuse_code(where, content, "")
-    axes = {"backend", "dtype", "group_size"} & set(content.get("quantization") or {})
-    if axes:
+    try:
+        base, choices = _defaults(file, content.get("defaults") or [])
+        content = {str(k): v for k, v in content.items() if k != "defaults"}
+        _check_content(content)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if base is None:
+        return {"defaults": choices, **content}, {file: raw}
+    under, texts = _read(base, (*above, file))
+    said = {next(iter(entry)) for entry in choices}
+    choices = [*(entry for entry in under.pop("defaults") if next(iter(entry)) not in said), *choices]
+    return {"defaults": choices, **_over(under, content)}, {file: raw, **texts}
+
+
+def _over(under: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+    """``content`` over ``under``: mappings are merged, other values replaced; of grid and candidates one stays."""
+    merged = dict(under)
+    for key, value in content.items():
+        old = merged.get(key)
+        if key == "sweep" and isinstance(old, dict) and isinstance(value, dict) and {"grid", "candidates"} & set(value):
+            old = {k: v for k, v in old.items() if k not in ("grid", "candidates")}
+        merged[key] = _over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _check_content(content: dict[str, Any]) -> None:
+    if "hydra" in content:
+        raise ConfigError("hydra is not allowed: a recipe is data and never names code to run")
+    if "recipe" in content:
+        raise ConfigError("recipe: another recipe is built on in the defaults list: - /recipe: NAME")
+    check_data(content)
+    if bad := [k for k in content if not str(k).isidentifier()]:
+        raise ConfigError(f"{bad[0]}: no such key; nest it, as in evaluation: {{num_samples: 50}}")
+    nodes = {name: content.get(name) or {} for name in ("quantization", "sweep", "launcher")}
+    if bad := [name for name, node in nodes.items() if not isinstance(node, dict)]:
+        raise ConfigError(f"{bad[0]}: a mapping of keys is wanted, not {nodes[bad[0]]!r}")
+    if axes := {"backend", "dtype", "group_size"} & set(nodes["quantization"]):
         key = sorted(axes)[0]
         raise ConfigError(
-            f"{where}: quantization.{key} hides {key}=... of the command line; "
+            f"quantization.{key} hides {key}=... of the command line; "
             f"choose it in the defaults list: - override /{key}: ..."
         )
-    sweep = content.get("sweep") or {}
+    sweep = nodes["sweep"]
     if sweep.get("grid") and sweep.get("candidates"):
-        raise ConfigError(f"{where}: sweep.grid and sweep.candidates exclude each other; keep one")
-    return {str(k): v for k, v in content.items()}
+        raise ConfigError("sweep.grid and sweep.candidates exclude each other; keep one")
 
 
-def _refuse_code(where: str, node: Any, path: str) -> None:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            here = f"{path}.{key}" if path else str(key)
-            if key == "_target_" or here == "hydra":
-                raise ConfigError(f"{where}: {here} is not allowed: a recipe is data and never names code to run")
-            _refuse_code(where, value, here)
-    elif isinstance(node, list):
-        for value in node:
-            _refuse_code(where, value, path)
-        if path == "defaults" and any("hydra/" in str(v) for v in node):
-            raise ConfigError(f"{where}: a defaults list overrides our groups, never hydra's")
-    elif isinstance(node, str) and re.search(r"\$\{[^}]*:", node):
-        raise ConfigError(f"{where}: {path}: {node} reaches outside the config; write the value itself")
+def _defaults(file: Path, entries: Any) -> tuple[Path | None, list[dict[str, Any]]]:
+    """What a defaults list says: the recipe that is built on, and the choices from our groups.
+
+    ConfigError for an entry that is neither: Hydra's own groups and files elsewhere are none.
+    """
+    options = groups()
+    base: Path | None = None
+    choices = []
+    for entry in entries if isinstance(entries, list) else [entries]:
+        said, chosen = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (entry, None)
+        group = str(said).removeprefix("override ").strip().removeprefix("/")
+        if "hydra" in str(entry):
+            raise ConfigError("defaults: a defaults list overrides our groups, never hydra's")
+        if entry == "_self_":
+            continue
+        if isinstance(entry, str) or group == "recipe":
+            if base is not None:
+                raise ConfigError(f"defaults: {str(entry)[:80]}: a recipe builds on one other; put that one on this")
+            base = _named_recipe(file, str(chosen if group == "recipe" else entry))
+        elif str(said).startswith("override ") and group in options:
+            choices.append({f"override /{group}": chosen})
+            _check_choice(group, chosen, options[group])
+        else:
+            raise ConfigError(
+                f"defaults: {str(entry)[:80]}: a choice from our groups is wanted, as in - override /backend: quanto; "
+                f"there are {', '.join(options)}"
+            )
+    return base, choices
+
+
+def _check_choice(group: str, chosen: Any, options: Sequence[str]) -> None:
+    for option in chosen if isinstance(chosen, list) else [chosen]:
+        if str(option) not in options:
+            raise ConfigError(
+                f"defaults: {group}={str(option)[:80]}: there are {', '.join(options)}{nearest(str(option), options)}"
+            )
+
+
+def _named_recipe(file: Path, name: str) -> Path:
+    """The recipe beside ``file`` of that name, else the one that ``recipe=NAME`` finds; never a path."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ConfigError(f"defaults: {name[:80]}: a recipe is built on by its name, as in - /recipe: digits_backends")
+    sibling = file.parent / f"{name.removesuffix('.yaml')}.yaml"
+    return sibling.resolve() if sibling.is_file() and sibling.resolve() != file else recipe_file(name)
 
 
 def replay_yaml(resolved: Mapping[str, Any], choices: Mapping[str, str]) -> str:

@@ -11,7 +11,6 @@ from quantlab.protocols.table import PROTOCOLS
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.schema import SearchConfig, SweepConfig
 
-SAMPLERS = ("tpe", "nsga2", "random")
 MINIMIZE, MAXIMIZE = "minimize", "maximize"
 OTHERS = {
     "memory/weights_bytes": MINIMIZE,
@@ -33,12 +32,6 @@ def check_search(sweep: SweepConfig, is_sweep: bool) -> None:
     """ConfigError for a search that cannot be carried out, MissingPackage without Optuna (which is not imported)."""
     search = sweep.search
     key = f"sweep.search.num_trials={search.num_trials}"
-    if search.num_trials < 0:
-        raise ConfigError(f"{key}: a number of points, or 0 for the whole grid")
-    if search.sampler not in SAMPLERS:
-        raise ConfigError(
-            f"sweep.search.sampler={search.sampler}: there are {', '.join(SAMPLERS)}{nearest(search.sampler, SAMPLERS)}"
-        )
     for name, direction in search.objectives.items():
         _check_objective(name, direction)
     if not search.num_trials:

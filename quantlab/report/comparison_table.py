@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
+from quantlab.progress import plain
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.compare import Comparison, answers, bytes_of
 from quantlab.report.comparison_data import in_order
@@ -41,7 +42,9 @@ def comparison_table(group: Comparison) -> Table:
     if len(shown) < len(runs):
         lines.append(f"{len(runs) - len(shown)} runs off the front are in the page and in --csv FILE")
     caption = Text("\n".join(lines), justify="left")
-    table = Table(title=group.label or None, caption=caption, caption_justify="left", pad_edge=False)
+    table = Table(
+        title=plain(group.label) if group.label else None, caption=caption, caption_justify="left", pad_edge=False
+    )
     titles = columns(group.protocol)[:-1]
     extra = [] if group.metric in PROTOCOLS[group.protocol].HEADLINE else [group.metric]
     for i, title in enumerate([*titles, *extra, "front", "p (Holm)", f"verdict on {group.metric}"]):
@@ -53,7 +56,7 @@ def comparison_table(group: Comparison) -> Table:
         more = [f"{run.metrics[f'quality/{m}']:.3g}" for m in extra]
         front = "*" if run.name in group.front else ""
         texts = [*cells(row, group.protocol)[:-1], *more, front, p_text(v.p_holm if v else None), v.text if v else ""]
-        table.add_row(*map(Text, texts), style=STYLES.get(v.text) if v else "dim")
+        table.add_row(*map(plain, texts), style=STYLES.get(v.text) if v else "dim")
     return table
 
 

@@ -116,7 +116,7 @@ def write_page(data: PageData, path: Path) -> None:
     """Write the page; ConfigError where the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page(data), encoding="utf-8")
+        path.write_text(page(data), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise ConfigError(f"--html {path}: cannot be written ({error}); name another file") from error
 

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
 
 from rich.table import Table
-from rich.text import Text
 
 from quantlab.metrics import METRICS
 from quantlab.metrics.statistics import wilson_interval
+from quantlab.progress import plain
 from quantlab.report.reading import json_object
 from quantlab.tracking.tags import DEVICE, INPUTS_SHA256, JUDGE_SHA256, MODEL_PARTS, VERSIONS, WEIGHTS_SHA256
 
@@ -224,14 +224,14 @@ def reproduction_tables(found: Reproduction) -> list[Table]:
     for check in [c for c in found.checks if c not in hidden]:
         interval = "" if check.ci_lo is None else f"{check.ci_lo:.6g}..{check.ci_hi:.6g}"
         texts = [check.name, _number(check.was), interval, _number(check.now), check.status]
-        table.add_row(*(Text(t) for t in texts), style=_STYLES[check.status])
+        table.add_row(*(plain(t) for t in texts), style=_STYLES[check.status])
     if hidden:
         table.add_row(f"and {len(hidden)} of floors, components and steps", "", "", "", IDENTICAL, style="dim")
     times = Table(title="measured on the machine, not judged", title_justify="left", pad_edge=False)
     for title in ("number", "was", "now"):
         times.add_column(title, justify="left" if title == "number" else "right")
     for check in found.times:
-        times.add_row(check.name, _number(check.was), _number(check.now), style="dim")
+        times.add_row(plain(check.name), _number(check.was), _number(check.now), style="dim")
     return [table, times]
 
 

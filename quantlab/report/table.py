@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quantlab.metrics import METRICS
+from quantlab.progress import plain, printable
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.verdicts import error_metric, is_inside, largest_floor, less
 from quantlab.tracking.results import Measured, Row
@@ -99,7 +100,9 @@ def inside_floor(metric: str, metrics: Mapping[str, float]) -> bool:
 
 def terminal_table(rows: Iterable[Row], protocol: str, caption: str = "") -> Table:
     """The rows as a rich table."""
-    table = Table(caption=Text(f"{LEGEND}\n{caption}", justify="left"), caption_justify="left", pad_edge=False)
+    table = Table(
+        caption=Text(f"{LEGEND}\n{printable(caption)}", justify="left"), caption_justify="left", pad_edge=False
+    )
     for i, title in enumerate(columns(protocol)):
         table.add_column(Text(title), justify="left" if i == 0 else "right", overflow="fold", no_wrap=i == 0)
     rows = list(rows)
@@ -109,15 +112,25 @@ def terminal_table(rows: Iterable[Row], protocol: str, caption: str = "") -> Tab
         style = "red" if row["status"] == "FAILED" else "dim" if dim else None
         name, *texts = cells(row, protocol)
         name += " (resumed)" if row.get("resumed") else ""
-        table.add_row(Text(name), *(Text(c) for c in texts), style=style)
+        table.add_row(plain(name), *(plain(c) for c in texts), style=style)
     if len(skipped) > MAX_SKIPPED:
         table.add_row(f"and {len(skipped) - MAX_SKIPPED} more skipped (rows.json)", style="dim")
     return table
+
+
+def _in_markdown(text: str) -> str:
+    """One cell: nothing in it ends the cell, opens an element or a link."""
+    shown = printable(text, 200)
+    return "".join(f"\\{c}" if c in "|<[`*\\" else c for c in shown)
 
 
 def markdown(rows: Sequence[Row], protocol: str) -> str:
     """The rows as a Markdown table."""
     head = columns(protocol)
     lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] + ["---:"] * (len(head) - 1)) + "|"]
-    lines += ["| " + " | ".join(cells(row, protocol)) + " |" for row in rows if row["status"] != "SKIPPED"]
+    lines += [
+        "| " + " | ".join(_in_markdown(c) for c in cells(row, protocol)) + " |"
+        for row in rows
+        if row["status"] != "SKIPPED"
+    ]
     return "\n".join(lines)

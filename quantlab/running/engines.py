@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,16 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from quantlab.errors import ConfigError, require_package
-from quantlab.planning.composition import conf_dir, override_text
 from quantlab.planning.job import Job
+from quantlab.planning.places import conf_dir
+from quantlab.planning.words import override_text
 from quantlab.progress import say
 from quantlab.running.apart import Handed, has_ended, python_path, run_apart, work
-from quantlab.vocabulary.schema import ExperimentConfig, LauncherConfig
+from quantlab.vocabulary.launching import COMMANDS, LauncherConfig
+from quantlab.vocabulary.schema import ExperimentConfig
 
 ENGINES = {
     "serial": ("", "", ""),
@@ -79,7 +82,7 @@ def run_handed(handed: Sequence[Handed], config: ExperimentConfig, on_end: Calla
     try:
         _launch(handed, config, isolated)
     except Exception as error:  # noqa: BLE001  an engine's failure; what its jobs did is in their folders
-        say(f"[red]launcher[/red]: {config.launcher.engine}: {type(error).__name__}: {str(error)[:500]}")
+        say(f"{config.launcher.engine}: {type(error).__name__}: {str(error)[:500]}", "launcher")
     finally:
         over.set()
         watcher.join()
@@ -141,7 +144,7 @@ def hydra_task(config: DictConfig) -> None:
 
 def _launch(handed: Sequence[Handed], config: ExperimentConfig, isolated: bool) -> None:
     gpus = _visible_gpus()
-    settings = _settings(config, len(gpus))
+    settings = launcher_settings(config.launcher, len(gpus))
     base = handed[0].folder.parent.parent / "launcher" / handed[0].folder.name
     slots: dict[str, str] = {}
     if gpus and config.launcher.engine in ("joblib", "submitit_local"):  # the others give each job its device
@@ -157,7 +160,6 @@ def _launch(handed: Sequence[Handed], config: ExperimentConfig, isolated: bool) 
         "hydra.output_subdir=null",
         "hydra/job_logging=none",
         "hydra/hydra_logging=none",
-        *(f"++{override_text(f'hydra.launcher.{k}', v)}" for k, v in settings.items()),
     ]
     jobs = [[override_text("folder", str(job.folder))] for job in handed]
     current = GlobalHydra.instance()
@@ -168,6 +170,8 @@ def _launch(handed: Sequence[Handed], config: ExperimentConfig, isolated: bool) 
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             hydra: Any = GlobalHydra.instance().hydra
             whole = hydra.compose_config(_NODE, words, RunMode.MULTIRUN, with_log_configuration=False)
+            for key, value in settings.items():  # values, not words: nothing in them is read again
+                OmegaConf.update(whole.hydra.launcher, key, value, force_add=True)
             context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks())
             launcher = Plugins.instance().instantiate_launcher(
                 hydra_context=context, task_function=hydra_task, config=whole
@@ -180,20 +184,24 @@ def _launch(handed: Sequence[Handed], config: ExperimentConfig, isolated: bool) 
             os.environ["PYTHONPATH"] = before
 
 
-def _settings(config: ExperimentConfig, num_gpus: int) -> Mapping[str, Any]:
-    """Settings of the launcher by dotted key; a machine without GPUs asks for none."""
-    settings = _flat(config.launcher.settings)
-    if config.launcher.engine == "joblib":
-        settings["n_jobs"] = config.launcher.num_workers or num_gpus or max(2, (os.cpu_count() or 1) // 4)
+def launcher_settings(launcher: LauncherConfig, num_gpus: int) -> dict[str, Any]:
+    """What the launcher is told, by dotted key of its own schema; a machine without GPUs asks for none."""
+    settings = _flat(asdict(launcher.settings))
+    if launcher.engine == "joblib":
+        settings["n_jobs"] = launcher.num_workers or num_gpus or max(2, (os.cpu_count() or 1) // 4)
     if not num_gpus:
         settings = {k: 0 if k == "ray.remote.num_gpus" else v for k, v in settings.items()}
     return settings
 
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves by dotted key, without those that are left to the launcher; ``additional_parameters`` is one leaf."""
     out: dict[str, Any] = {}
     for key, value in node.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        if isinstance(value, Mapping) and key not in COMMANDS:
+            out |= _flat(value, f"{prefix}{key}.")
+        elif value is not None and value not in ([], {}):
+            out[f"{prefix}{key}"] = value
     return out
 
 

@@ -17,9 +17,9 @@ from quantlab import tracking
 from quantlab.errors import ConfigError, ModelError, TrackingError, nearest
 from quantlab.models.table import Trained, family_of
 from quantlab.modules.layers import state_digest
-from quantlab.planning.composition import override_text
 from quantlab.planning.job import Job
 from quantlab.planning.plan import plan
+from quantlab.planning.words import override_text
 from quantlab.report.reading import Reader, StoredRun, json_object, open_reader, read_json
 from quantlab.report.reproduction import Reproduction, RunNumbers, compare_runs
 from quantlab.report.selection import children

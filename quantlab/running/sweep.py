@@ -18,6 +18,7 @@ from quantlab import tracking
 from quantlab.errors import ConfigError, DiskFull, QuantlabError, TrackingError, is_disk_full
 from quantlab.planning.job import Job, Plan
 from quantlab.planning.space import objectives_of
+from quantlab.planning.trust import require_trust
 from quantlab.progress import progress_bars, say
 from quantlab.running.apart import Handed, collect, hand_over
 from quantlab.running.engines import check_launcher, run_handed, runs_apart
@@ -33,12 +34,14 @@ from quantlab.vocabulary.reports import RunReport
 from quantlab.vocabulary.schema import ExperimentConfig
 
 
-def run_plan(plan: Plan, quiet: bool = False) -> list[RunReport]:
+def run_plan(plan: Plan, quiet: bool = False, trust: bool = False) -> list[RunReport]:
     """Run every job of a plan; one report a row, floors and reference first, in a sweep's order.
 
     In a sweep a failing job is a FAILED row and the others go on; in a single run its error is raised.
-    Errors of what all jobs share (model, data, store) are raised in both.
+    Errors of what all jobs share (model, data, store) are raised in both. What a recipe that does not come with
+    quantlab decides (:mod:`quantlab.planning.trust`) is refused unless the user agreed to it or ``trust`` says so.
     """
+    require_trust(plan, trust)
     first = plan.jobs[0].config
     if plan.is_sweep:
         check_launcher(first.launcher)
@@ -278,7 +281,7 @@ def _made(session: Session, bench: Workbench, job: Job, key: str) -> RunReport:
     except Exception as error:  # noqa: BLE001  whatever a library raises: a failing job is a row
         if is_disk_full(error):  # no other job would fare better
             raise
-        say(f"[red]failed[/red]: {job.name}: {type(error).__name__}: {str(error)[:500]}")
+        say(f"{job.name}: {type(error).__name__}: {str(error)[:500]}", "failed")
         told = f"{type(error).__name__}: {error}"
         if run is None:  # it did not even begin
             return failed_row(job, bench.model.protocol, told)
@@ -302,5 +305,5 @@ def _finished(
     reports = [collect(session, row) if isinstance(row, Handed) else row for row in rows]
     for report, row in zip(reports, rows, strict=True):
         if isinstance(row, Handed) and report.status == "FAILED":
-            say(f"[red]failed[/red]: {report.name} at {report.failed_stage}: {report.error[:500]}")
+            say(f"{report.name} at {report.failed_stage}: {report.error[:500]}", "failed")
     return reports

@@ -25,7 +25,7 @@ from quantlab.modules.fingerprint import fingerprint_warning, grid_fingerprint
 from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import StageMeasurement, free_bytes, measure_stage
 from quantlab.planning.job import Job, floor_jobs
-from quantlab.progress import Advance, say
+from quantlab.progress import Advance, file_name, say
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.quiet import quiet_libraries
 from quantlab.stages.observe import observe, reference_key
@@ -165,7 +165,7 @@ def workbench(session: Session, config: ExperimentConfig, run: Run) -> Workbench
     }
     fingerprint = grid_fingerprint(list(model.components.values()))
     if warning := fingerprint_warning(fingerprint):
-        say(f"[yellow]warning[/yellow]: {warning}")
+        say(warning, "warning")
     with in_stage(session, run, "observe") as seen:
         PROTOCOLS[model.protocol].check(model, inputs)
         reference = observe(model, inputs, config.evaluation, cache, step_progress(session, "observe reference"))
@@ -230,10 +230,9 @@ def judge_digest(bench: Workbench) -> str:
 def run_folder(session: Session, name: str) -> Path:
     """A fresh folder for a run."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    slug = "".join(c if c.isalnum() else "-" for c in name)[:60]
     base = session.output_dir / "runs"
     base.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=f"{stamp}-{slug}-", dir=base))
+    return Path(tempfile.mkdtemp(prefix=f"{stamp}-{file_name(name).replace(' ', '-')}-", dir=base))
 
 
 @contextlib.contextmanager

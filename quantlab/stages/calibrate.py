@@ -87,10 +87,7 @@ def in_smaller_batches(attempt: Callable[[int], T], batch_size: int) -> T:
             if not is_out_of_memory(error) or batch_size == 1:
                 raise
         gc.collect()  # half-made copies, which the next attempt needs the room of
-        say(
-            f"[yellow]out of memory[/yellow] while calibrating: calibration.batch_size={batch_size // 2} instead of "
-            f"{batch_size}"
-        )
+        say(f"while calibrating, calibration.batch_size={batch_size // 2} instead of {batch_size}", "out of memory")
         batch_size //= 2
 
 

@@ -186,9 +186,10 @@ def _evidence(
             if not is_out_of_memory(error):
                 raise
             say(
-                "[yellow]out of memory[/yellow] while looking at the layers: this run goes on without "
+                "while looking at the layers: this run goes on without "
                 "calibration_layers.json; a smaller calibration.batch_size may help, and "
-                "calibration.num_evidence_calls=0 saves the attempt"
+                "calibration.num_evidence_calls=0 saves the attempt",
+                "out of memory",
             )
     return CalibrationReport(
         sha256=data.sha256,

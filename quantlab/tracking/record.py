@@ -127,7 +127,7 @@ class Record:
             raise
 
     def _append(self, event: Event) -> None:
-        line = json.dumps(event, ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(event, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         with (self.folder / _EVENTS).open("ab+") as file:
             if file.tell() > 0:
                 file.seek(-1, os.SEEK_END)
@@ -198,7 +198,9 @@ def _write_json(path: Path, data: Mapping[str, object]) -> None:
     """All or nothing, so that a reader never sees half a file."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        draft.write_text(
+            json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace"
+        )
         draft.replace(path)
     except OSError:
         draft.unlink(missing_ok=True)

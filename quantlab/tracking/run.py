@@ -183,7 +183,7 @@ class Run:
     def _log_text(self, text: str, name: str, table: bool = False) -> None:
         name = _artifact_name(name)
         path = self._place(name)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
         self._write_artifact(name, path, table)
 
     def _write_artifact(self, name: str, path: Path, table: bool = False) -> None:

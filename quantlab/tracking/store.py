@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from quantlab.errors import TrackingError
+from quantlab.progress import printable
 from quantlab.tracking.connect import connect, first_line, is_refusal, resolved_uri, shown_uri, store_errors
 from quantlab.tracking.events import Artifact, Event, RunSummary
 from quantlab.tracking.record import Record, Sent
 from quantlab.tracking.run import Run
 from quantlab.tracking.tags import LOGGED_TABLES, PARENT_RUN_ID, RECORD
-from quantlab.tracking.values import MAX_PARAM_CHARS, checked_tags, shortened, this_process
+from quantlab.tracking.values import MAX_KEY_CHARS, MAX_PARAM_CHARS, checked_tags, shortened, this_process
 from quantlab.vocabulary.schema import TrackingConfig
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Store:
         """
         parent_record = self._record_of(parent_run_id) if parent_run_id else None
         known = {**checked_tags(tags), **this_process()}
-        run = Run(self, Record.create(folder, name, known, parent_run_id, parent_record))
+        run = Run(self, Record.create(folder, printable(name, MAX_KEY_CHARS), known, parent_run_id, parent_record))
         run.log_params(params)
         self.sync(run.record)
         self._records[run.run_id] = run.record.summary["record"]

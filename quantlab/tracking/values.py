@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import SupportsFloat
 
 from quantlab.errors import MetricUndefined, TrackingError
+from quantlab.progress import printable
 from quantlab.tracking.tags import HOST, PID, PID_STARTED
 
 MAX_KEY_CHARS = 250
@@ -22,25 +23,34 @@ _KEY = re.compile(r"[\w\-. :/]+", re.ASCII)
 
 
 def flatten(mapping: Mapping[str, object]) -> dict[str, str]:
-    """Nested mappings to dotted keys; values as text: lists as JSON, true/false/null as YAML writes them."""
+    """Nested mappings to dotted keys; values as text: lists as JSON, true/false/null as YAML writes them.
+
+    A mapping whose keys are no names for the store (patterns, paths of modules that are long) is one JSON text.
+    """
     flat: dict[str, str] = {}
     for key, value in mapping.items():
-        if isinstance(value, Mapping) and value:
-            flat.update({f"{key}.{inner}": text for inner, text in flatten(value).items()})
+        inner = {f"{key}.{k}": text for k, text in flatten(value).items()} if isinstance(value, Mapping) else {}
+        if inner and all(_is_key(k) for k in inner):
+            flat.update(inner)
         else:
             flat[str(key)] = as_text(value)
     return flat
 
 
 def as_text(value: object) -> str:
-    """One value as the text of a parameter or tag."""
+    """One value as the text of a parameter or tag, without characters that no store or page takes."""
     if isinstance(value, str):
-        return str(value)
+        return printable(value, len(value), lines=True)
     if isinstance(value, (set, frozenset)):
         value = sorted(value, key=str)
     if value is None or isinstance(value, (bool, list, tuple, Mapping)):
-        return json.dumps(value, default=str, ensure_ascii=False)
+        return json.dumps(value, default=str, ensure_ascii=False).encode(errors="backslashreplace").decode()
     return str(value)
+
+
+def _is_key(key: str) -> bool:
+    plain = posixpath.normpath(key) == key and key != "." and not key.startswith(("/", ".."))
+    return plain and len(key) <= MAX_KEY_CHARS and _KEY.fullmatch(key) is not None
 
 
 def checked_key(key: str, what: str) -> str:

@@ -6,6 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.fields import SEED, choice, number, text
+from quantlab.vocabulary.launching import LauncherConfig
+
+__all__ = ["LauncherConfig"]
+_MANY = 10**6
+SAMPLERS = ("tpe", "nsga2", "random")
 
 
 @dataclass
@@ -29,11 +35,11 @@ class ModelConfig:
 class DigitsModelConfig(ModelConfig):
     """``model=digits_dit``: trained on first use, then found in the cache by content."""
 
-    num_train_steps: int = 500
-    train_batch_size: int = 64
-    train_seed: int = 0
-    num_layers: int = 3
-    num_heads: int = 8
+    num_train_steps: int = number(500, 1, _MANY)
+    train_batch_size: int = number(64, 1, 1797)
+    train_seed: int = number(0, 0, SEED)
+    num_layers: int = number(3, 1, 64)
+    num_heads: int = number(8, 1, 64)
 
 
 @dataclass
@@ -44,29 +50,29 @@ class DatasetConfig:
     """Row of ``datasets.DATASETS``."""
     path: str | None = None
     """A file of the user's own (prompts, one a line; or text)."""
-    seed: int = 0
+    seed: int = number(0, 0, SEED)
 
 
 @dataclass
 class EvaluationConfig:
     """The ``evaluation`` node. A protocol reads the fields it needs."""
 
-    num_samples: int = 200
-    batch_size: int = 100
-    floor_batch_size: int = 50
+    num_samples: int = number(200, 1, _MANY)
+    batch_size: int = number(100, 1, _MANY)
+    floor_batch_size: int = number(50, 1, _MANY)
     """Batch size of the ``floor_batch`` row."""
-    num_bootstrap: int = 2000
-    bootstrap_seed: int = 0
+    num_bootstrap: int = number(2000, 2, _MANY)
+    bootstrap_seed: int = number(0, 0, SEED)
     """Of the draws that make the intervals; what is sampled from has ``dataset.seed``."""
     # diffusion
-    num_inference_steps: int = 20
-    guidance_scale: float = 1.5
-    height: int | None = None
-    width: int | None = None
-    num_teacher_forced: int = 50
+    num_inference_steps: int = number(20, 1, 1000)
+    guidance_scale: float = number(1.5, 0, 1000)
+    height: int | None = number(None, 8, 16384)
+    width: int | None = number(None, 8, 16384)
+    num_teacher_forced: int = number(50, 0, _MANY)
     """Samples of which each denoiser call is replayed on the reference's inputs; 0: no teacher-forced metric."""
     # language, encoder
-    context_length: int = 256
+    context_length: int = number(256, 4, 2**24)
     perplexity_protocol: str = "ppl/v1"
 
 
@@ -78,24 +84,24 @@ class CalibrationConfig:
     """Row of ``datasets.CALIBRATION_SETS``."""
     path: str | None = None
     """A file of the user's own (prompts, one a line; or text)."""
-    num_samples: int = 40
-    batch_size: int = 20
-    seed: int = 1
-    num_evidence_calls: int = 40
+    num_samples: int = number(40, 1, _MANY)
+    batch_size: int = number(20, 1, _MANY)
+    seed: int = number(1, 0, SEED)
+    num_evidence_calls: int = number(40, 0, _MANY)
     """Forward calls, evenly spaced over the set, on which each layer's error is measured; 0: none."""
     # diffusion; null: as in the evaluation
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
+    num_inference_steps: int | None = number(None, 1, 1000)
+    guidance_scale: float | None = number(None, 0, 1000)
     # language, encoder
-    context_length: int = 256
+    context_length: int = number(256, 4, 2**24)
 
 
 @dataclass
 class TrackingConfig:
     """The ``tracking`` node."""
 
-    uri: str = "sqlite:///outputs/mlflow.db"
-    experiment: str = "quantlab"
+    uri: str = text("sqlite:///outputs/mlflow.db", 4096)
+    experiment: str = text("quantlab", 250)
     required: bool = True
     """False: a store that does not answer is a warning; results stay in the run's folder and are pushed later."""
     save_checkpoint: bool = True
@@ -106,11 +112,11 @@ class TrackingConfig:
 class SearchConfig:
     """``sweep.search``: which points of a grid are run is chosen by what the points before them showed."""
 
-    num_trials: int = 0
+    num_trials: int = number(0, 0, _MANY)
     """Points that are measured, those that earlier sweeps have measured included; 0: no search, the whole grid."""
-    sampler: str = "tpe"
-    """``tpe``, ``nsga2`` or ``random``, of Optuna."""
-    seed: int = 0
+    sampler: str = choice(*SAMPLERS)
+    """Of Optuna."""
+    seed: int = number(0, 0, SEED)
     objectives: dict[str, str] = field(default_factory=dict)
     """Metric -> ``minimize`` or ``maximize``; empty: the weights' bytes and the protocol's first headline metric."""
 
@@ -123,42 +129,30 @@ class SweepConfig:
     candidates: list[dict[str, Any]] = field(default_factory=list)
     floors: bool = True
     """Measure the noise floors as rows of their own."""
-    on_invalid: str = "error"
+    on_invalid: str = choice("error", "skip")
     """``error``: an impossible combination refuses the sweep; ``skip``: it is a row with its reason."""
     dry_run: bool = False
     force: bool = False
     """Run also what has finished before."""
     retry_failed: bool = True
     """False: a job that failed before keeps its row."""
-    isolation: str = "auto"
+    isolation: str = choice("auto", "none", "process")
     """``process``: each job in a process of its own; ``none``: in the sweep's (or a worker's); ``auto``: a process
     where a launcher or ``timeout_s`` asks for one, and for schemes that are known to crash the interpreter."""
-    timeout_s: float | None = None
+    timeout_s: float | None = number(None, 0, 1e9, above=True)
     """Seconds after which a job is ended and counts as failed; None: no limit."""
     search: SearchConfig = field(default_factory=SearchConfig)
-
-
-@dataclass
-class LauncherConfig:
-    """The ``launcher`` node: who runs the jobs of a sweep."""
-
-    engine: str = "serial"
-    """``serial``, or the name of a launcher of Hydra's: ``joblib submitit_local submitit_slurm ray``."""
-    num_workers: int = 0
-    """Processes at once (joblib); 0: one a GPU, or one for every 4 CPUs."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Settings of Hydra's launcher under their own names."""
 
 
 @dataclass
 class ExperimentConfig:
     """One job."""
 
-    name: str = ""
-    device: str = "auto"
-    num_threads: int = 0
+    name: str = text("", 200)
+    device: str = choice("auto", "cpu", "cuda")
+    num_threads: int = number(0, 0, 512)
     """Threads of torch on the CPU; 0: what is free."""
-    output_dir: str = "outputs"
+    output_dir: str = text("outputs", 4096)
     recipe: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from quantlab.datasets.table import CALIBRATION_SETS, DATASETS
-from quantlab.planning.composition import conf_dir
+from quantlab.planning.places import conf_dir
 from quantlab.protocols.table import PROTOCOLS
 
 

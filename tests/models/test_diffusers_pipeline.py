@@ -17,7 +17,7 @@ from quantlab.models import diffusers_pipeline
 from quantlab.models.diffusers_pipeline import FAMILY_EXCLUSIONS, decode, noise_shape, sample
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.layers import linear_layers, matches, resolve_exclusions, state_digest
-from quantlab.planning.composition import conf_dir
+from quantlab.planning.places import conf_dir
 from quantlab.protocols import diffusion
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ModelConfig
 from tests.support.tiny_pipelines import BUILDERS

@@ -8,7 +8,7 @@ import pytest
 
 from quantlab.datasets.table import DATASETS
 from quantlab.errors import ConfigError
-from quantlab.planning.composition import conf_dir, groups, recipes
+from quantlab.planning.places import conf_dir, groups, recipes
 from quantlab.planning.plan import plan
 from quantlab.vocabulary.axes import QuantizationAxes
 from tests.support.tables import CAPABILITIES, native_config
@@ -106,7 +106,7 @@ BAD = [
         r"bnb_4bit_use_double_quant: no such key with this backend; .*bitsandbytes",
     ),
     (["evaluation.num_samples=abc"], r"^evaluation\.num_samples: .*abc"),
-    (["evaluation.num_samples=0"], r"^evaluation\.num_samples=0: a number of at least 1"),
+    (["evaluation.num_samples=0"], r"^evaluation\.num_samples=0: a whole number from 1 to"),
     (["evaluation.num_sampels=10"], r"^evaluation\.num_sampels: no such key; did you mean num_samples\?"),
     (["device=tpu"], r"^device=tpu: there are auto, cpu, cuda"),
     (["+dtype=int4"], r"^\+dtype=int4: keys are neither added nor removed"),

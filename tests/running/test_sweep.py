@@ -78,7 +78,7 @@ def test_a_dry_run_prints_the_jobs_and_runs_none(shell):
     ("words", "message"),
     [
         (["sweep.isolation=proces"], r"^sweep.isolation=proces: there are auto, none, process"),
-        (["sweep.timeout_s=0"], r"^sweep.timeout_s=0: a number of seconds above 0"),
+        (["sweep.timeout_s=0"], r"^sweep.timeout_s=0: a number above 0, at most"),
         (["sweep.timeout_s=5", "sweep.isolation=none"], r"^sweep.timeout_s=5: only a process can be ended; set"),
         (["sweep.retry_faild=true"], r"^sweep.retry_faild: no such key; did you mean retry_failed"),
         (["launcher=slrm"], r"^launcher=slrm: there are .*did you mean slurm"),

@@ -1,0 +1,180 @@
+"""The words of a request as Hydra reads them: parsed one by one, completed, checked against our groups. Torch-free."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, QuotedString
+from hydra.errors import HydraException, OverrideParseException
+
+from quantlab.backends.table import backends, own_settings
+from quantlab.errors import ConfigError, nearest
+from quantlab.planning.data import check_text
+from quantlab.planning.places import groups
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.schema import ExperimentConfig
+
+_MAX_KEY = 200
+MAX_COMBINATIONS = 10_000
+"""Of a grid: each is composed and checked before the first job, which takes a tenth of a second."""
+MULTIPLE_GROUPS = ("modules_to_not_convert",)
+"""Groups of which several options are chosen at once."""
+_HYDRAS = {
+    "hydra.run": "output_dir=... says where runs go",
+    "hydra.sweep": "output_dir=... says where runs go",
+    "hydra.launcher": "launcher.settings... has its engine's keys",
+    "hydra/launcher": "launcher=... chooses who runs the jobs",
+    "hydra.sweeper": "sweep... has what a sweep may be told",
+    "hydra.verbose": "QUANTLAB_TRACEBACK=1 shows where an error comes from",
+    "hydra.job.chdir": "jobs run where quantlab was started",
+}
+"""Key of Hydra's -> what does its work here."""
+NUMERIC_GROUPS = ("group_size",)
+OPEN_NODES = (
+    "quantization.modules_to_not_convert.",
+    "quantization.quantization_config",
+    "sweep.grid.",
+    "sweep.search.objectives",
+)
+
+
+def parse(overrides: Sequence[str]) -> list[Any]:
+    """Hydra's parsed overrides, bare ``quantization`` keys completed; ConfigError for what is no override."""
+    parser = OverridesParser.create()
+    return [_parsed(parser, word) for word in overrides]
+
+
+def _parsed(parser: OverridesParser, word: str) -> Any:
+    """One word; ConfigError that begins with it where Hydra's grammar or our schema does not take it."""
+    key, has_value, _ = word.partition("=")
+    shown = word if len(word) <= _MAX_KEY else f"{word[:_MAX_KEY]}..."
+    if not has_value or not key:
+        verbs = nearest(word, ["run", "list", "compare", "reproduce"])
+        raise ConfigError(f"{shown or repr('')}: an override is key=value{verbs}; quantlab --help shows examples")
+    if len(key) > _MAX_KEY:
+        raise ConfigError(f"{shown}: no such key; quantlab --help lists the groups")
+    check_text(word, key)
+    try:
+        return parser.parse_override(_complete(quote_numbers(_unsigned(word))))
+    except (OverrideParseException, HydraException) as error:
+        raise ConfigError(
+            f"{shown}: Hydra's grammar does not take it ({str(error).splitlines()[0]}); put the value into quotes, "
+            f"and for the shell once more: {key[:40]}='\"...\"'"
+        ) from error
+
+
+def _unsigned(word: str) -> str:
+    """``word`` without Hydra's signs: ``++`` sets a key that is there, ``+`` adds one where keys are free."""
+    bare = word.lstrip("+")
+    if word.startswith("~"):
+        raise ConfigError(f"{word[:_MAX_KEY]}: no key is removed; write key=null, or the choice that means none")
+    if len(word) - len(bare) == 1 and not bare.startswith(OPEN_NODES):
+        raise ConfigError(f"{word[:_MAX_KEY]}: keys are neither added nor removed; write key=value")
+    if len(word) - len(bare) > 2:
+        raise ConfigError(f"{word[:_MAX_KEY]}: no such key; write key=value")
+    return bare
+
+
+def quote_numbers(override: str) -> str:
+    """``group_size=32,64`` -> ``group_size='32','64'``: Hydra takes the choice of a group only as a string."""
+    key, _, value = override.partition("=")
+    items = [v.strip() for v in value.split(",")]
+    if key in NUMERIC_GROUPS and all(re.fullmatch(r"\w+", v) for v in items):
+        return f"{key}=" + ",".join(f"'{v}'" for v in items)
+    return override
+
+
+def _complete(override: str) -> str:
+    key, _, value = override.partition("=")
+    if re.match(r"hydra\b", key):
+        way = next(
+            (way for start, way in _HYDRAS.items() if key.startswith(start)), "quantlab --help shows its own keys"
+        )
+        raise ConfigError(f"{key}: Hydra's own keys do nothing here; {way}")
+    if "@" in key or ("/" in key and not key.startswith(OPEN_NODES)):
+        raise ConfigError(f"{key}: no such key; a group is chosen by its name, as in backend=quanto")
+    top = {f.name for f in dataclasses.fields(ExperimentConfig)}
+    if key == "quantization_config":
+        return f"++quantization.{override}"
+    if key.startswith(OPEN_NODES):
+        return f"++{override}"  # Hydra's sign for a new key of a mapping whose keys are free
+    if "." in key or key in top or key in groups() or key == "recipe":
+        return override
+    axes = {f.name for f in dataclasses.fields(QuantizationAxes)}
+    own = {name for backend in backends() for name in own_settings(backend)}
+    if key in axes | own:
+        return f"quantization.{key}={value}"
+    if not re.fullmatch(r"\w+", key):
+        raise ConfigError(f"{override[:_MAX_KEY]}: an override is key=value; quantlab --help shows examples")
+    raise ConfigError(
+        f"{key}: no such key{nearest(key, [*groups(), *top, *axes, *own])}; quantlab --help lists the groups"
+    )
+
+
+def check_options(parsed: Sequence[Any]) -> None:
+    """ConfigError for a choice that is no option of its group."""
+    known = groups()
+    for override in parsed:
+        group, value = override.key_or_group, override.value()
+        if group not in known:
+            continue
+        options = known[group]
+        several = isinstance(value, list)
+        if several and group not in MULTIPLE_GROUPS:
+            raise ConfigError(f"{group}={_shown(value)}: one choice is wanted; there are {', '.join(options)}")
+        for choice in value if several else [value]:
+            if not isinstance(choice, (str, int, QuotedString)) or str(choice) not in options:
+                near = nearest(str(choice), options)
+                none = f", and {group}=[] for none" if group in MULTIPLE_GROUPS else ""
+                raise ConfigError(f"{group}={_shown(choice)}: there are {', '.join(options)}{none}{near}")
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= _MAX_KEY else f"{text[:_MAX_KEY]}..."
+
+
+def swept_values(parsed: Any) -> list[str]:
+    """The values of a key that several are given for, as typed; ConfigError for what is no list of values.
+
+    ``glob()`` chooses among a group's options, ``range()`` counts; ``interval()`` has no single values.
+    """
+    key, options = parsed.key_or_group, groups().get(parsed.key_or_group)
+    if parsed.is_interval_sweep():
+        raise ConfigError(f"{key}: interval() has no single values; write them out, or range(start,stop,step)")
+    if isinstance(parsed._value, Glob):
+        if options is None:
+            raise ConfigError(
+                f"{key}: glob() chooses among the options of a group, and this is a key; write the values"
+            )
+        names = parsed._value.filter(options)
+        if not names:
+            raise ConfigError(f"{key}: glob() matches none of {', '.join(options)}")
+        return list(names)
+    values = list(itertools.islice(parsed.sweep_string_iterator(), MAX_COMBINATIONS + 1))
+    return [str(v).strip("'\"") if options is not None and not str(v).startswith("[") else str(v) for v in values]
+
+
+def literal(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(literal(v) for v in value) + "]"
+    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'" if isinstance(value, str) else text
+
+
+def override_text(key: str, value: Any) -> str:
+    """One ``key=value`` of a recipe's grid or candidate, as it would be typed."""
+    if key in groups() and not isinstance(value, (list, dict)):
+        return f"{key}='{value}'" if key in NUMERIC_GROUPS else f"{key}={value}"
+    return f"{key}={literal(value)}"

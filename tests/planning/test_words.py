@@ -1,0 +1,151 @@
+"""Hydra's words as its users know them: they do what Hydra does with them, or are refused in words."""
+
+from __future__ import annotations
+
+import pytest
+
+from quantlab.cli import dispatch
+from quantlab.errors import ConfigError
+from quantlab.planning.plan import plan
+from quantlab.planning.words import MAX_COMBINATIONS
+
+SWEPT = {
+    "dtype=glob(int*)": ["torchao int8", "torchao int4", "torchao int3", "torchao int2"],
+    "dtype=glob([int*,nf*],exclude=int?)": ["torchao nf4"],
+    "modules_to_not_convert=[],[norms]": [{}, {"norms"}],
+    "modules_to_not_convert=[norms],[output,norms],[]": [{"norms"}, {"output", "norms"}, {}],
+    "evaluation.num_samples=range(10,40,10)": [10, 20, 30],
+    "evaluation.guidance_scale=range(1,2,0.5)": [1.0, 1.5],
+    "evaluation.num_samples=choice(10,20)": [10, 20],
+    "dataset.seed=sort(3,1,2)": [1, 2, 3],
+    "group_size=64,32": [64, 32],
+    "group_size=choice(64,32)": [64, 32],
+}
+
+
+def what(word, job):
+    key = word.partition("=")[0]
+    if key == "dtype":
+        return job.name
+    if key == "modules_to_not_convert":
+        return set(job.config.quantization.modules_to_not_convert) or {}
+    if key == "group_size":
+        return job.config.quantization.group_size
+    node, name = key.split(".")
+    return getattr(getattr(job.config, node), name)
+
+
+@pytest.mark.parametrize("word", SWEPT)
+def test_several_values(word):
+    usual = ["backend=torchao", "sweep.on_invalid=skip", *(["dtype=int4"] if "dtype" not in word else [])]
+    found = [what(word, job) for job in plan([*usual, word], multirun=True).jobs]
+    assert sorted(map(str, found)) == sorted(map(str, SWEPT[word]))
+
+
+@pytest.mark.parametrize("word", [*SWEPT, "evaluation.guidance_scale=interval(0,1)"])
+def test_several_values_need_their_flag(word):
+    with pytest.raises(ConfigError, match=r"several values are a sweep; add -m$"):
+        plan(["backend=torchao", "dtype=int4", word] if "dtype" not in word else ["backend=torchao", word])
+
+
+def test_a_key_of_a_free_mapping_needs_the_flag_too():
+    with pytest.raises(ConfigError, match=r"^sweep.grid.x=range\(1,3\): several values are a sweep; add -m$"):
+        plan(["sweep.grid.x=range(1,3)"])
+
+
+REFUSED = {
+    "evaluation.guidance_scale=interval(0,1)": r"^evaluation.guidance_scale: interval\(\) has no single values; .*range",
+    "dtype=interval(0,1)": r"^dtype: interval\(\)",
+    "dtype=glob(zzz*)": r"^dtype: glob\(\) matches none of ",
+    "device=glob(*)": r"^device: glob\(\) chooses among the options of a group",
+    "evaluation.num_samples=range(1,1000000000)": rf"^evaluation.num_samples: more than {MAX_COMBINATIONS} combinations",
+    "dataset.seed=range(0,200),": r"^dataset.seed=range\(0,200\),: Hydra's grammar",
+}
+
+
+@pytest.mark.parametrize("word", REFUSED)
+def test_what_is_no_list_of_values(word):
+    with pytest.raises(ConfigError, match=REFUSED[word]):
+        plan(["backend=torchao", word], multirun=True)
+
+
+def test_the_size_of_a_grid_counts_all_its_axes():
+    words = ["backend=torchao", "dataset.seed=range(0,200)", "evaluation.bootstrap_seed=range(0,200)"]
+    with pytest.raises(ConfigError, match=r"^dataset.seed: more than \d+ combinations"):
+        plan(words, multirun=True)
+
+
+SIGNS = {
+    "++evaluation.num_samples=30": ("evaluation", "num_samples", 30),
+    "++device=cpu": (None, "device", "cpu"),
+    "+quantization.modules_to_not_convert.mine=[proj_out]": (
+        "quantization",
+        "modules_to_not_convert",
+        {"mine": ["proj_out"]},
+    ),
+    "++quantization.modules_to_not_convert.mine=[a]": ("quantization", "modules_to_not_convert", {"mine": ["a"]}),
+}
+
+
+@pytest.mark.parametrize("word", SIGNS)
+def test_signs_that_do_what_hydra_does(word):
+    node, name, value = SIGNS[word]
+    (job,) = plan(["backend=quanto", word]).jobs
+    assert getattr(getattr(job.config, node) if node else job.config, name) == value
+
+
+@pytest.mark.parametrize(
+    "word", ["+dtype=int8", "~dtype", "~dtype=int8", "+evaluation.x=1", "~quantization", "+++device=cpu", "~"]
+)
+def test_signs_that_are_refused(word):
+    with pytest.raises(ConfigError) as caught:
+        plan(["backend=quanto", word])
+    assert str(caught.value).startswith(word.split("=")[0])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "hydra.run.dir",
+        "hydra.sweep.dir",
+        "hydra.job.chdir",
+        "hydra.verbose",
+        "hydra/launcher",
+        "hydra.launcher.n_jobs",
+        "hydra",
+    ],
+)
+def test_hydras_own_keys_are_refused_with_what_does_their_work(key):
+    for sign in ("", "+", "++"):
+        with pytest.raises(ConfigError, match=rf"^\+*{key}(: Hydra's own keys do nothing here; |=x: keys are neither)"):
+            plan(["backend=quanto", f"{sign}{key}=x"])
+
+
+@pytest.mark.parametrize(
+    "word", ["quantization.x=['", "name='a", "name=a]b", "name={a", "evaluation={num_samples:", "name=(", "a.b.=1"]
+)
+def test_the_grammars_errors_name_the_bad_word(word):
+    with pytest.raises(ConfigError) as caught:
+        plan(["backend=quanto", "dtype=int8", word, "device=cpu"])
+    assert str(caught.value).startswith(word)
+
+
+ONLY_IMPOSSIBLE = ["backend=quanto", "dtype=nf4,fp4"]
+
+
+@pytest.mark.parametrize("more", [[], ["sweep.dry_run=true"], ["sweep.search.num_trials=2"], ["--cfg"]])
+@pytest.mark.parametrize("skip", [[], ["sweep.on_invalid=skip"]])
+def test_a_sweep_of_nothing_but_impossible_points_is_refused_with_each(more, skip):
+    with pytest.raises(ConfigError) as caught:
+        dispatch(["-m", *ONLY_IMPOSSIBLE, *skip, *more])
+    text = str(caught.value)
+    assert text.startswith("2 of 2 combinations are impossible")
+    assert "sweep.on_invalid=skip" not in text, "the advice would be what is set, or would change nothing"
+    assert text.endswith("none is left; change a value")
+
+
+def test_a_grid_that_is_empty_says_which_list(tmp_path):
+    with pytest.raises(ConfigError, match=r"^sweep.grid.dtype: a list of values is wanted, not \[\]"):
+        plan(["backend=quanto", "sweep.grid.dtype=[]"])
+    with pytest.raises(ConfigError, match=r"^sweep.candidates: an entry is empty"):
+        plan(["sweep.candidates=[{}]"])
