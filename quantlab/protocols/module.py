@@ -13,6 +13,7 @@ from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
 from quantlab.modules.compute_dtype import component_dtype
 from quantlab.modules.trees import Batch, add_to_digest, arguments_of, replaced, tensors_in
+from quantlab.protocols.defined import defined
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.reports import Measurements
 from quantlab.vocabulary.schema import EvaluationConfig
@@ -119,7 +120,13 @@ def measure(
     """``output_cosine`` and ``output_rel_error`` of each output row against the reference's."""
     out = observe(model, inputs, evaluation, progress, batch_size)["outputs"]
     ref = reference["outputs"]
+    metrics = {
+        "output_cosine": lambda: output_cosine(out, ref),
+        "output_rel_error": lambda: output_rel_error(out, ref),
+    }
+    undefined: dict[str, str] = {}
     return Measurements(
-        samples={"output_cosine": output_cosine(out, ref), "output_rel_error": output_rel_error(out, ref)},
+        samples=defined(metrics, undefined),
         sample_ids=tuple(f"row {i}" for i in range(len(ref))),
+        undefined=undefined,
     )

@@ -10,10 +10,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.kept import Damaged, read_json, set_aside, write_json
 from quantlab.planning.job import Job
+from quantlab.progress import say
 from quantlab.running.workbench import Session, Workbench, in_stage, run_folder, shared_tags, step_progress
 from quantlab.stages.candidate import Making, make_candidate, write_calibration
 from quantlab.stages.evaluate import evaluate, plain_attention, summarize
@@ -119,6 +122,8 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
                 candidate, bench.model, bench.reference, bench.inputs, job.config.evaluation, progress, job.batch_size
             )
         quality = summarize(measured, job.config.evaluation)
+        for why in measured.undefined.values():
+            say(f"[yellow]undefined[/yellow]: {escape(job.name)}: {escape(why)}")
     stages = (*report.stages, evaluated.report)
     report = replace(report, quality=quality, measurements=measured, stages=stages)
     bench.keep_floor(report)

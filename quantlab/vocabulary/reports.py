@@ -163,6 +163,10 @@ class Measurements:
     """Which samples these are, by their ids."""
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     """``perf/...`` names without the prefix."""
+    undefined: Mapping[str, str] = field(default_factory=dict)
+    """Metrics that have no value on these samples, and why; the others stand."""
+    resolved: Mapping[str, str] = field(default_factory=dict)
+    """How it was measured, where the protocol chose: parameters ``resolved.<name>``."""
 
 
 @dataclass(frozen=True, kw_only=True)
