@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from torch import Tensor
 
-LOGITS_AT_ONCE = 2**21
+LOGITS_AT_ONCE = 2**20
 """Logits of a model that are worked on together, whole tokens at a time: bounds the copies that are made of them to
-64 MiB for any vocabulary, and keeps them near the processor."""
+32 MiB for any vocabulary, and keeps them near the processor."""
 SMALLEST_KLD = -1e-6
 QUANTILES = {"kld_median": 0.5, "kld_p90": 0.9, "kld_p99": 0.99, "kld_p999": 0.999, "kld_max": 1.0, "kld_min": 0.0}
 
