@@ -43,6 +43,19 @@ def inputs_of(batches: Sequence[Batch]) -> ModuleInputs:
     return ModuleInputs(batches=tuple(batches), sha256=digest.hexdigest())
 
 
+def samples_of(batches: Sequence[Batch]) -> set[str]:
+    """Digests of the samples in ``batches``: of each row of a batch's largest tensor (an image's pixels, and not its
+    label), by content, whatever the batch, its order or its dtype. A row of one number throughout tells nothing."""
+    found = set()
+    for batch in batches:
+        tensors = [t for t in tensors_in(batch) if t.dim() > 0 and t.numel()]
+        largest = max(tensors, key=lambda t: t.numel(), default=None)
+        for row in largest.reshape(len(largest), -1) if largest is not None else ():
+            if bool((row != row[0]).any()):
+                found.add(hashlib.sha256(row.detach().cpu().double().numpy().tobytes()).hexdigest())
+    return found
+
+
 def _cast(batch: Batch, device: str, dtype: torch.dtype) -> Batch:
     import torch
 

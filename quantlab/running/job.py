@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.markup import escape
 
+from quantlab.datasets.overlap import overlap
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.kept import Damaged, read_json, set_aside, write_json
@@ -33,7 +34,7 @@ from quantlab.tracking.tags import (
     VERSIONS,
 )
 from quantlab.vocabulary.native import canonical_json
-from quantlab.vocabulary.reports import MemoryReport, MetricValue, RunReport
+from quantlab.vocabulary.reports import CalibrationReport, MemoryReport, MetricValue, RunReport
 from quantlab.vocabulary.schema import ExperimentConfig
 
 
@@ -102,7 +103,7 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         status="FINISHED",
         protocol=bench.model.protocol,
         quantization=layers,
-        calibration=made.calibration,
+        calibration=_with_overlap(made.calibration, bench, job),
         memory=weigh(bench.model, candidate, chosen, layers),
         disk_bytes=saved_bytes(candidate, chosen, job.scheme, layers) if is_saved and job.scheme else None,
         stages=(*bench.stages, *made.stages),
@@ -132,6 +133,18 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         with in_stage(session, run, "track"):
             log_evaluation(run, report, bench.fingerprint)
     return report
+
+
+def _with_overlap(made: CalibrationReport | None, bench: Workbench, job: Job) -> CalibrationReport | None:
+    """The report with how much text calibration and evaluation share."""
+    if made is None:
+        return None
+    found = overlap(bench.calibration_inputs(job.config), bench.inputs)
+    return replace(
+        made,
+        shared_tokens_of_calibration=found.of_calibration,
+        shared_tokens_of_evaluation=found.of_evaluation,
+    )
 
 
 def _chosen(model: LoadedModel, config: ExperimentConfig) -> list[str]:

@@ -119,6 +119,9 @@ class CalibrationReport:
     """As used: smaller than asked for where memory ran out."""
     num_calls: int
     layers: tuple[CalibratedLayer, ...] = ()
+    shared_tokens_of_calibration: float = 0.0
+    """Share of its tokens that lie in runs which the evaluation has too; text and prompts."""
+    shared_tokens_of_evaluation: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
