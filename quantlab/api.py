@@ -18,7 +18,7 @@ from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import component_memory, measure_stage
 from quantlab.planning.job import Plan, scheme_name
 from quantlab.planning.plan import plan
-from quantlab.protocols.module import inputs_of, observe
+from quantlab.protocols.module import inputs_of, observe, samples_of
 from quantlab.quiet import quiet_libraries
 from quantlab.running.sweep import run_plan
 from quantlab.stages.calibrate import calibrate_component
@@ -157,7 +157,7 @@ def evaluate(
         module: any ``torch.nn.Module`` that returns a tensor, or a tuple or mapping whose first tensor counts.
         configs: native quantization configs.
         inputs: batches as the module's forward takes them: tensors, or tuples or mappings of tensors.
-        calibration: other batches, for configs that need data; a batch of ``inputs`` among them is refused.
+        calibration: other batches, for configs that need data; a sample of ``inputs`` among them is refused.
 
     Returns:
         Reports of the reference, its floor (another dtype) and each config: ``output_cosine`` and ``output_rel_error``
@@ -174,10 +174,11 @@ def evaluate(
         _require_config(config)
         if config.needs_data:
             feed_of_batches(_needed(config, calibration))
-            theirs = {inputs_of([batch]).sha256 for batch in inputs}
-            if theirs & {inputs_of([batch]).sha256 for batch in calibration or ()}:
+            mine = samples_of(calibration or ())
+            if shared := mine & samples_of(inputs):
                 raise ConfigError(
-                    "calibration: it holds a batch of inputs, so the numbers would flatter; give other batches"
+                    f"calibration: {len(shared)} of its {len(mine)} different samples are samples of inputs, so the "
+                    "numbers would flatter; give other batches"
                 )
     settings = EvaluationConfig(num_bootstrap=num_bootstrap)
     modes = {part: part.training for part in module.modules()}

@@ -1,7 +1,9 @@
 """What calibration may look at: the ``calibration`` node as inputs of the model's protocol, apart from evaluation's.
 
-The data sets are those of the evaluation with other content: other noise, other prompts, other documents. That the two
-share no noise, no prompt and no tokens is checked on the inputs themselves.
+The data sets are those of the evaluation with other content: other noise, other prompts, other documents. That is
+checked on the inputs themselves: the two may share no noise, no text, window or prompt as a whole, and of the tokens of
+either at most 1 % may lie in runs of 32 that the other has too (see :mod:`quantlab.datasets.overlap`). What they share
+below that is told, and recorded with the run.
 """
 
 from __future__ import annotations
@@ -10,15 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantlab.datasets.overlap import normalised, overlap
 from quantlab.datasets.table import CALIBRATION_SETS, DATASETS
 from quantlab.errors import ConfigError, QuantlabError, nearest
 from quantlab.models.loaded import LoadedModel
+from quantlab.progress import say
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
 from quantlab.protocols.table import Inputs
 from quantlab.vocabulary.schema import CalibrationConfig, DatasetConfig, EvaluationConfig, ExperimentConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+MAX_SHARED = 0.01
+"""Share of the tokens of calibration, or of the evaluation, that may lie in runs which both have. Half of a 256-token
+window of 32 is more; a licence or a header that two documents have is less."""
 
 
 def sampling_settings(config: CalibrationConfig, evaluation: EvaluationConfig) -> EvaluationConfig:
@@ -42,7 +50,7 @@ def calibration_inputs(
     """Inputs of the model's protocol; ``seen`` are the evaluation's.
 
     Raises ConfigError, beginning with the key of ``calibration``, for data that cannot be read or is too short for
-    ``calibration.num_samples``, and where a sample or the whole text is the evaluation's.
+    ``calibration.num_samples``, and where it holds what the evaluation sees. A little that both hold is told.
     """
     try:
         dataset = DatasetConfig(name=config.source, path=config.path, seed=config.seed)
@@ -57,6 +65,19 @@ def calibration_inputs(
                 f"{len(mine)}), so the numbers would flatter; choose another calibration.seed, calibration.path or "
                 "source"
             )
+    found = overlap(inputs, seen)
+    if not found.of_calibration:
+        return inputs
+    told = (
+        f"calibration.source={config.source}: {found.of_calibration:.2%} of its tokens and {found.of_evaluation:.2%} "
+        f"of the evaluation's lie in runs of {found.run_tokens} tokens that both have"
+    )
+    if found.num_whole or max(found.of_calibration, found.of_evaluation) > MAX_SHARED:
+        raise ConfigError(
+            f"{told} (at most {MAX_SHARED:.0%}, and nothing as a whole), so the numbers would flatter; take the shared "
+            "text out, or choose another calibration.path, calibration.source or dataset"
+        )
+    say(f"[yellow]warning[/yellow]: {told}")
     return inputs
 
 
@@ -107,10 +128,10 @@ def _in_our_words(message: str) -> str:
 
 
 def _contents(inputs: Inputs) -> dict[str, set[bytes] | set[str]]:
-    """What may not be shared, by its name: initial noise and prompts, or tokens and the text as a whole."""
+    """What may not be shared at all, by its name: initial noise and prompts, or the text as a whole."""
     if isinstance(inputs, DiffusionInputs):
-        return {"noise": _rows(inputs.noise), "prompts": set(inputs.conditioning.get("prompt", []))}
-    return {"tokens": _rows(inputs.input_ids), "text": {inputs.protocol["text_sha256"]}}
+        return {"noise": _rows(inputs.noise), "prompts": {normalised(p) for p in inputs.conditioning.get("prompt", [])}}
+    return {"text": {inputs.protocol["text_sha256"]}}
 
 
 def _rows(tensor: Tensor) -> set[bytes]:

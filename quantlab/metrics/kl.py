@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from torch import Tensor
 
-ROWS_AT_ONCE = 256
-"""Tokens worked on together: bounds the fp32 copies to 5 x 256 x vocabulary x 4 bytes (0.7 GB for 131k)."""
+LOGITS_AT_ONCE = 2**20
+"""Logits of a model that are worked on together, whole tokens at a time: bounds the copies that are made of them to
+32 MiB for any vocabulary, and keeps them near the processor."""
 SMALLEST_KLD = -1e-6
 QUANTILES = {"kld_median": 0.5, "kld_p90": 0.9, "kld_p99": 0.99, "kld_p999": 0.999, "kld_max": 1.0, "kld_min": 0.0}
 
@@ -29,37 +30,42 @@ def token_statistics(
     Takes torch logits (tokens, vocabulary) of fp32 (or fp64) on one device, any number of tokens, and the true next
     tokens (tokens,). Returns ``kld`` = sum_v p (log p - log q) in nats; ``same_top1`` (0/1): the most probable token is
     the same; ``delta_p`` = q(target) - p(target); ``nll_reference`` and ``nll_candidate`` in nats. fp32 log-softmax,
-    sums in float64, renormalised there so that rounding cannot make a divergence negative.
+    sums in float64, renormalised there so that rounding cannot make a divergence negative. ``kld`` is infinite where
+    the candidate excludes (logit -inf) a token that the reference allows, a ``nll`` where a model excludes the target.
     Raises :class:`~quantlab.errors.MetricUndefined` for 16-bit logits, for shapes that do not fit, for targets outside
-    the vocabulary, and for NaN or an infinite divergence.
+    the vocabulary, and for NaN.
     """
     import numpy as np
 
     _check(reference_logits, candidate_logits, targets)
-    slices = [slice(i, i + ROWS_AT_ONCE) for i in range(0, len(targets), ROWS_AT_ONCE)]
+    rows_at_once = max(1, LOGITS_AT_ONCE // reference_logits.shape[1])
+    slices = [slice(i, i + rows_at_once) for i in range(0, len(targets), rows_at_once)]
     parts = [_rows(reference_logits[rows], candidate_logits[rows], targets[rows]) for rows in slices]
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    for name in ("kld", "nll_reference", "nll_candidate"):
-        require_finite(found[name], f"{name} of tokens")
+    for name, values in found.items():
+        require_finite(np.where(np.isnan(values), values, 0.0), f"{name} of tokens")
     return found
 
 
 def kld_quantiles(kld: ArrayLike) -> dict[str, float]:
     """Quantiles over tokens (linear interpolation), in nats, under the names of ``QUANTILES``.
 
+    Infinite where a divergence is: then the largest, and the quantiles that it reaches.
     Raises :class:`~quantlab.errors.MetricUndefined` for no token, NaN, and a divergence below -1e-6, which no two
     distributions have: the logits were rounded or are not of the same tokens.
     """
     import numpy as np
 
     values = np.asarray(kld, dtype=np.float64)
-    require_finite(values, "kld of tokens")
+    require_finite(np.where(np.isinf(values), 0.0, values), "kld of tokens")
     if values.min() < SMALLEST_KLD:
         raise MetricUndefined(
             f"kld_min: token {int(values.argmin())} has a divergence of {values.min():.3g} nats, which cannot be; "
             "compute the log-probabilities in fp32 from fp32 logits"
         )
-    found = np.quantile(values, list(QUANTILES.values()))
+    with np.errstate(invalid="ignore"):  # between two infinite values: NaN
+        found = np.quantile(values, list(QUANTILES.values()))
+    found = np.where(np.isnan(found), np.inf, found)
     return {name: float(value) for name, value in zip(QUANTILES, found, strict=True)}
 
 

@@ -68,8 +68,8 @@ def _skewness(values: NDArray[np.float64]) -> float:
     import numpy as np
 
     deviations = values - values.mean()
-    variance = float(np.mean(deviations**2))
-    return float(np.mean(deviations**3)) / variance**1.5 if variance > 0 else 0.0
+    scale = float(np.mean(deviations**2)) ** 1.5
+    return float(np.mean(deviations**3)) / scale if scale > 0 else 0.0  # 0 where deviations below 1e-107 underflow
 
 
 def _shift(values: NDArray[np.float64]) -> float:

@@ -23,6 +23,7 @@ from quantlab.metrics.ssim import WINDOW, ssim
 from quantlab.metrics.trajectory import step_divergence
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress, recorded_calls
+from quantlab.protocols.defined import defined
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
 from quantlab.protocols.finite import bad_rows
 from quantlab.protocols.judged import judge_metrics
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HEADLINE = ("latent_rel_mse", "psnr_db")
+IMAGE_METRICS = ("psnr_db", "ssim", "n_identical", "class_accuracy", "judge_agreement", "frechet_judge")
+"""What is measured of decoded images."""
 NUM_SHOWN = 8
 DIFFERENCE_GAIN = 4
 
@@ -59,7 +62,7 @@ def observe(
     of ``step_indices`` that they belong to; ``timings_ms``; ``noise`` and ``conditioning``, so
     that the file alone is enough to repeat the measurement.
     ``progress(done, total)`` counts denoising steps over all batches.
-    Raises MetricUndefined, naming sample and step, for NaN or infinity in a latent.
+    Raises MetricUndefined, naming sample and step, for NaN or infinity in a latent or an image.
     """
     traced = spread(inputs, evaluation.num_teacher_forced)
     batches = _batches(inputs.num_samples, traced, batch_size or evaluation.batch_size)
@@ -82,7 +85,8 @@ def measure(
 
     The judge and the sampler's noise levels are those of ``reference_model``. ``progress(done, total)`` counts
     denoising steps over all batches and then replayed calls.
-    Raises MetricUndefined, naming sample and step, for NaN or infinity in a latent or a denoiser's output.
+    What has no value (of images that are NaN, of a replayed call that is, of one image's distribution) is undefined, by
+    itself. Raises MetricUndefined, naming sample and step, for NaN or infinity in a latent.
     """
     traced = [int(i) for i in reference["step_indices"]]
     batches = _batches(inputs.num_samples, traced, batch_size or evaluation.batch_size)
@@ -90,7 +94,12 @@ def measure(
     tick = _Ticks(progress, evaluation.num_inference_steps * len(batches) + len(calls))
     outputs, _ = _run(model, inputs, evaluation, batches, tick, record=False)
     latents, expected = outputs["latents"], reference["latents"]
-    samples = {"latent_rel_mse": latent_rel_mse(latents, expected), "latent_cosine": latent_cosine(latents, expected)}
+    undefined: dict[str, str] = dict(outputs.get("undefined", {}))
+    means = {
+        "latent_rel_mse": lambda: latent_rel_mse(latents, expected),
+        "latent_cosine": lambda: latent_cosine(latents, expected),
+    }
+    samples = defined(means, undefined)
     steps: dict[str, NDArray[np.float64]] = {}
     estimates: dict[str, MetricValue] = {}
     if "images" in outputs and "images" in reference:
@@ -98,16 +107,16 @@ def measure(
         estimates["n_identical"] = MetricValue(value=float(num_identical(*pair)), n=inputs.num_samples)
         samples.update(_image_metrics(*pair))
         if "judge" in reference_model.parts and "class_label" in inputs.conditioning:
-            judged, distance = judge_metrics(reference_model.parts["judge"], *pair, inputs, evaluation)
+            judged, distances = judge_metrics(reference_model.parts["judge"], *pair, inputs, evaluation, undefined)
             samples.update(judged)
-            estimates["frechet_judge"] = distance
+            estimates.update(distances)
     if calls:
-        steps["step_divergence"] = step_divergence(outputs["steps"], reference["steps"])[0]
-        curves, error = teacher_forced_metrics(
-            model, calls, inputs.subset(traced), evaluation, reference_model.parts.get("scheduler"), tick
-        )
-        steps.update(curves)
-        estimates.update(error)
+        curves = {"step_divergence": lambda: step_divergence(outputs["steps"], reference["steps"])[0]}
+        steps.update(defined(curves, undefined))
+        part, scheduler = inputs.subset(traced), reference_model.parts.get("scheduler")
+        forced, errors = teacher_forced_metrics(model, calls, part, evaluation, scheduler, tick, undefined)
+        steps.update(forced)
+        estimates.update(errors)
     shown = spread(inputs, NUM_SHOWN)
     return Measurements(
         samples=samples,
@@ -118,6 +127,7 @@ def measure(
         steps=steps,
         images=_shown_images(outputs, reference, shown),
         image_ids=tuple(inputs.sample_ids[i] for i in shown),
+        undefined=undefined,
         timings_ms=outputs["timings_ms"],
     )
 
@@ -206,7 +216,10 @@ def _run(
     *,
     record: bool,
 ) -> tuple[dict[str, Any], list[Call]]:
-    """Sample all batches: the tree of :func:`observe` without ``calls``, and the calls where they are recorded."""
+    """Sample all batches: the tree of :func:`observe` without ``calls``, and the calls where they are recorded.
+
+    Where an image of a candidate (``record`` is false) is NaN there are no images, and ``undefined`` says why.
+    """
     import torch
 
     latents: list[Tensor] = []
@@ -214,6 +227,7 @@ def _run(
     states: list[Tensor] = []
     calls: list[Call] = []
     seconds: list[tuple[_Batch, list[float]]] = []
+    undefined: dict[str, str] = {}
     for batch in batches:
         part = inputs.subset(batch.indices)
         recorded = record and batch.traced
@@ -227,7 +241,13 @@ def _run(
         if model.decode is not None:
             with torch.no_grad():
                 decoded = model.decode(model, final).float().cpu()
-            _require_finite(decoded, part.sample_ids, "decoded image")
+            try:
+                _require_finite(decoded, part.sample_ids, "decoded image")
+            except MetricUndefined as error:
+                if record:
+                    raise
+                undefined = dict.fromkeys(IMAGE_METRICS, str(error))
+                continue
             images.append(torch.from_numpy(to_uint8(decoded)))
     order = torch.tensor([i for b in batches for i in b.indices]).argsort()
     outputs = {
@@ -235,7 +255,9 @@ def _run(
         "step_indices": torch.tensor([i for b in batches if b.traced for i in b.indices], dtype=torch.int64),
         "timings_ms": {"denoise_step_ms": _step_ms(seconds)},
     }
-    if images:
+    if undefined:
+        outputs["undefined"] = undefined
+    elif images:
         outputs["images"] = torch.cat(images)[order]
     if states:
         outputs["steps"] = torch.cat(states, dim=1)

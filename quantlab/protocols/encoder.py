@@ -12,6 +12,7 @@ from quantlab.errors import ConfigError, MetricUndefined, ModelError
 from quantlab.metrics.output_error import output_cosine, output_rel_error
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
+from quantlab.protocols.defined import defined
 from quantlab.protocols.finite import bad_rows
 from quantlab.protocols.unchanged import must_stay_unchanged
 from quantlab.vocabulary.reports import Measurements
@@ -139,12 +140,16 @@ def measure(
 ) -> Measurements:
     """By text: ``output_cosine`` of the pooled embedding, ``output_rel_error`` of all token outputs."""
     found, ms_per_token = _run(model, inputs, batch_size or evaluation.batch_size, progress)
-    samples = {
-        "output_cosine": output_cosine(found["pooled"], reference["pooled"]),
-        "output_rel_error": output_rel_error(found["tokens"], reference["tokens"]),
+    metrics = {
+        "output_cosine": lambda: output_cosine(found["pooled"], reference["pooled"]),
+        "output_rel_error": lambda: output_rel_error(found["tokens"], reference["tokens"]),
     }
+    undefined: dict[str, str] = {}
     return Measurements(
-        samples=samples, sample_ids=inputs.sample_ids, timings_ms={"prefill_ms_per_token": ms_per_token}
+        samples=defined(metrics, undefined),
+        sample_ids=inputs.sample_ids,
+        undefined=undefined,
+        timings_ms={"prefill_ms_per_token": ms_per_token},
     )
 
 

@@ -2,16 +2,20 @@
 
 The reference's last hidden states are stored, not its logits (31 times smaller for a vocabulary of 128k, and exact):
 its logits are made anew, block by block, from its own output head in fp32. So are the candidate's; 16-bit logits would
-inflate the divergence of a good model by a quarter. The unit of uncertainty is the chunk of text.
+inflate the divergence of a good model by a quarter. A model whose logits are not what its head makes has its own
+forward make them, window by window (the parameter ``resolved.logits`` says ``head`` or ``own``, for reference, floors
+and candidates alike). The unit of uncertainty is the chunk of text.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
 
 from quantlab.errors import ConfigError, MetricUndefined, nearest
 from quantlab.metrics.kl import kld_quantiles, token_statistics
@@ -20,9 +24,11 @@ from quantlab.metrics.statistics import bootstrap_interval
 from quantlab.models.causal_lm import network_of
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
+from quantlab.progress import say
+from quantlab.protocols.defined import defined
 from quantlab.protocols.finite import bad_rows
-from quantlab.protocols.language_checks import check_language_model
-from quantlab.protocols.output_head import logits_of, text_config
+from quantlab.protocols.language_checks import check_language_model, way_of_logits
+from quantlab.protocols.output_head import LogitsByParts, logits_by_parts, text_config
 from quantlab.vocabulary.reports import Measurements, MetricValue
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -34,8 +40,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HEADLINE = ("kld_mean", "same_top1", "ppl")
-TOKENS_AT_ONCE = 512
-"""Positions whose logits exist at the same time, in fp32, for both models."""
+TOKENS_AT_ONCE = 256
+"""Positions whose logits exist at the same time, in fp32, for both models; a head's products are the same for 512."""
 
 
 # -- what is scored
@@ -48,10 +54,14 @@ class PerplexityProtocol:
     context_length: int | None
     """Tokens of a window; None: ``evaluation.context_length``."""
     bos: str
-    """``prepend``: every window begins with BOS; ``replace``: BOS takes the place of a window's first token (both only
-    where the tokenizer itself begins texts with BOS); ``stream``: what the tokenizer adds, at the text's start."""
+    """``prepend``: every window begins with BOS; ``stream``: the text as a whole begins as the tokenizer begins it;
+    ``replace``: it begins with BOS, which then also takes the place of every window's first token. BOS is added only
+    where the tokenizer itself begins texts with it."""
     second_half_only: bool
     """Score the targets after the window's middle; else every target but the first token."""
+    is_file_of_text: bool
+    """True where ``</s>`` in the text is four characters and one line end at the text's end is left out; else special
+    markers become what the tokenizer makes of them, which is their tokens."""
     source: str
 
     def first_target(self, context_length: int) -> int:
@@ -60,9 +70,10 @@ class PerplexityProtocol:
 
 
 PERPLEXITY_PROTOCOLS: dict[str, PerplexityProtocol] = {
-    "ppl/v1": PerplexityProtocol(None, "prepend", False, "this project"),
-    "ppl/gptq2048": PerplexityProtocol(2048, "stream", False, "GPTQ (arXiv 2210.17323) and AWQ papers, 2047 of 2048"),
-    "ppl/llamacpp512": PerplexityProtocol(512, "replace", True, "llama.cpp's perplexity program, 255 of 512"),
+    "ppl/v1": PerplexityProtocol(None, "prepend", False, False, "this project"),
+    "ppl/gptq2048": PerplexityProtocol(2048, "stream", False, False, "GPTQ (arXiv 2210.17323) and AWQ, 2047 of 2048"),
+    # llama-perplexity -f FILE: common/arg.cpp drops the last line end, common_tokenize leaves parse_special at false
+    "ppl/llamacpp512": PerplexityProtocol(512, "replace", True, True, "llama.cpp's llama-perplexity, 255 of 512"),
 }
 
 
@@ -112,7 +123,7 @@ def text_inputs(text: str, evaluation: EvaluationConfig, model: LoadedModel, key
     tokenizer = model.parts["tokenizer"]
     bos_id = _bos_id(tokenizer)
     prefix = [bos_id] if bos_id is not None and protocol.bos == "prepend" else []
-    stream = tokenizer(text, add_special_tokens=protocol.bos == "stream", verbose=False)["input_ids"]
+    stream = _stream(text, evaluation, protocol, tokenizer)
     stride = length - len(prefix)
     num_windows, wanted = len(stream) // stride, evaluation.num_samples
     if wanted < 1:
@@ -126,6 +137,8 @@ def text_inputs(text: str, evaluation: EvaluationConfig, model: LoadedModel, key
     ids = torch.tensor([prefix + stream[n * stride : (n + 1) * stride] for n in numbers], dtype=torch.int64)
     if bos_id is not None and protocol.bos == "replace":
         ids[:, 0] = bos_id
+    if not protocol.is_file_of_text:
+        _tell_markers(text, ids[0, :2].tolist(), tokenizer, key)
     record = {
         "protocol": evaluation.perplexity_protocol,
         "ctx": length,
@@ -167,6 +180,39 @@ def _protocol_and_length(evaluation: EvaluationConfig, model: LoadedModel) -> tu
     return protocol, length
 
 
+def _stream(
+    text: str, evaluation: EvaluationConfig, protocol: PerplexityProtocol, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """The whole text as tokens, with BOS where the protocol wants it at the text's start."""
+    if not protocol.is_file_of_text:
+        plain: list[int] = tokenizer(text, add_special_tokens=protocol.bos == "stream", verbose=False)["input_ids"]
+        return plain
+    try:
+        ids: list[int] = tokenizer(
+            text.removesuffix("\n"), add_special_tokens=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
+    except ValueError as error:
+        raise ConfigError(
+            f"evaluation.perplexity_protocol={evaluation.perplexity_protocol}: this tokenizer cannot read special "
+            f"markers as text ({error}); use evaluation.perplexity_protocol=ppl/v1"
+        ) from error
+    bos_id = _bos_id(tokenizer)
+    return ids if bos_id is None else [bos_id, *ids]
+
+
+def _tell_markers(text: str, first: Sequence[int], tokenizer: PreTrainedTokenizerBase, key: str) -> None:
+    """Say which special markers the text holds; ``first`` are the first two tokens of the first window."""
+    found = {marker: num for marker in tokenizer.all_special_tokens if (num := text.count(marker))}
+    if found:
+        listed = ", ".join(f"{num} x {marker}" for marker, num in found.items())
+        doubled = list(first) == [_bos_id(tokenizer)] * 2
+        note = "; it begins with two start tokens, its own and the tokenizer's: take its own away" if doubled else ""
+        say(
+            f"[yellow]warning[/yellow]: {escape(key)}: special markers in the text are read as tokens "
+            f"({escape(listed)}), by ppl/llamacpp512 as text{note}"
+        )
+
+
 def _bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The id of BOS where the tokenizer itself begins a text with it; having a BOS token is not enough (SmolLM2)."""
     ids = tokenizer("a")["input_ids"]
@@ -194,12 +240,13 @@ def observe(
     progress: Progress | None = None,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """``{"hidden": fp32 tensor (chunks, context_length, width)}``: what the output head is given at each position.
+    """``hidden``: fp32 tensor (chunks, context_length, width), what the output head is given at each position;
+    ``logits``: how logits are to be made of it, see :mod:`quantlab.protocols.output_head`.
 
-    Raises MetricUndefined naming the chunk where that is NaN or infinite.
+    Raises MetricUndefined naming the chunk where a hidden state is NaN or infinite.
     """
     hidden, _ = _run(model, inputs, batch_size or evaluation.batch_size, progress)
-    return {"hidden": hidden}
+    return {"hidden": hidden, "logits": way_of_logits(model, inputs.input_ids[:1])}
 
 
 def calls(
@@ -231,22 +278,28 @@ def measure(
     """The candidate's damage by chunk: ``kld_mean`` (nats a token, KL(reference || candidate)), ``same_top1``,
     ``ln_ppl_ratio`` (nats), ``delta_p_mean``; quantiles, perplexities and ``delta_p_rms`` as estimates.
 
-    Reference against itself with one batch size gives 0 and 1 exactly. Raises MetricUndefined naming the chunk whose
-    logits are NaN or infinite.
+    Reference against itself with one batch size gives 0 and 1 exactly. A number that is infinite (a token of
+    probability 0) is undefined, by itself. Raises MetricUndefined naming the chunk whose logits are NaN or all of
+    whose numbers are infinite.
     """
     hidden, ms_per_token = _run(model, inputs, batch_size or evaluation.batch_size, progress)
-    tokens = _token_table(logits_of(reference_model), logits_of(model), reference["hidden"], hidden, inputs)
+    way = reference["logits"]
+    models = logits_by_parts(reference_model, way), logits_by_parts(model, way)
+    tokens = _token_table(*models, reference["hidden"], hidden, inputs)
     samples = {
         "kld_mean": tokens["kld"].mean(1),
         "same_top1": tokens["same_top1"].mean(1),
         "ln_ppl_ratio": ln_ppl_ratio(tokens["nll_candidate"], tokens["nll_reference"]).mean(1),
         "delta_p_mean": tokens["delta_p"].mean(1),
     }
+    undefined: dict[str, str] = {}
     return Measurements(
         samples=samples,
         clusters=inputs.clusters,
         sample_ids=inputs.sample_ids,
-        estimates=_estimates(tokens, inputs.clusters, evaluation),
+        estimates=_estimates(tokens, inputs.clusters, evaluation, undefined),
+        undefined=undefined,
+        resolved={"logits": way},
         timings_ms={"prefill_ms_per_token": ms_per_token},
     )
 
@@ -301,11 +354,7 @@ def _require_finite(rows: Tensor, sample_ids: Sequence[str], what: str) -> None:
 
 
 def _token_table(
-    reference_head: Callable[[Tensor], Tensor],
-    candidate_head: Callable[[Tensor], Tensor],
-    reference: Tensor,
-    candidate: Tensor,
-    inputs: TextInputs,
+    of_reference: LogitsByParts, of_candidate: LogitsByParts, reference: Tensor, candidate: Tensor, inputs: TextInputs
 ) -> dict[str, NDArray[np.float64]]:
     """The statistics of every scored token: name -> float64 array (chunks, scored tokens of a chunk)."""
     import numpy as np
@@ -316,23 +365,30 @@ def _token_table(
             f"the inputs are {tuple(inputs.input_ids.shape)}; observe it on the same inputs"
         )
     length, first = inputs.input_ids.shape[1], inputs.first_target
+    targets = [slice(start, min(start + TOKENS_AT_ONCE, length)) for start in range(first, length, TOKENS_AT_ONCE)]
+    parts = [slice(part.start - 1, part.stop - 1) for part in targets]
     columns: dict[str, list[NDArray[np.float64]]] = {}
     for i, sample_id in enumerate(inputs.sample_ids):
-        for start in range(first, length, TOKENS_AT_ONCE):
-            end = min(start + TOKENS_AT_ONCE, length)
-            ref = reference_head(reference[i, start - 1 : end - 1])
-            cand = candidate_head(candidate[i, start - 1 : end - 1]).to(ref.device)
+        ids = inputs.input_ids[i]
+        refs, cands = of_reference(ids, reference[i], parts), of_candidate(ids, candidate[i], parts)
+        for part in targets:
+            ref = next(refs)
+            cand = next(cands).to(ref.device)
             for whose, logits in (("reference", ref), ("candidate", cand)):
                 _require_finite(logits.amax(-1).reshape(1, -1), [sample_id], f"{whose}'s logits")
-            for name, values in token_statistics(ref, cand, inputs.input_ids[i, start:end]).items():
+            for name, values in token_statistics(ref, cand, ids[part]).items():
                 columns.setdefault(name, []).append(values)
+            del ref, cand, logits  # before the next ones are made
     return {name: np.concatenate(parts).reshape(inputs.num_samples, length - first) for name, parts in columns.items()}
 
 
 def _estimates(
-    tokens: Mapping[str, NDArray[np.float64]], clusters: NDArray[np.int64], evaluation: EvaluationConfig
+    tokens: Mapping[str, NDArray[np.float64]],
+    clusters: NDArray[np.int64],
+    evaluation: EvaluationConfig,
+    undefined: MutableMapping[str, str],
 ) -> dict[str, MetricValue]:
-    """The numbers that are not means over chunks, with intervals from resampled chunks."""
+    """The numbers that are not means over chunks, with intervals from resampled chunks; the ``undefined`` apart."""
     known: dict[bytes, dict[str, float]] = {}
 
     def quantiles(chunks: NDArray[np.int64]) -> dict[str, float]:
@@ -352,8 +408,9 @@ def _estimates(
         "ppl_ref": lambda chunks: perplexity(nll["ppl_ref"][chunks]),
         "delta_p_rms": lambda chunks: float(square[chunks].mean() ** 0.5),
     }
-    num = len(square)
-    return {
-        name: bootstrap_interval(statistic, num, clusters, None, evaluation.num_bootstrap, evaluation.bootstrap_seed)
-        for name, statistic in statistics.items()
-    }
+    num, drawn = len(square), (evaluation.num_bootstrap, evaluation.bootstrap_seed)
+
+    def interval(statistic: Callable[[NDArray[np.int64]], float]) -> Callable[[], MetricValue]:
+        return lambda: bootstrap_interval(statistic, num, clusters, None, *drawn)
+
+    return defined({name: interval(statistic) for name, statistic in statistics.items()}, undefined)

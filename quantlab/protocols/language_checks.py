@@ -1,17 +1,21 @@
 """What must hold of a language model before its numbers mean anything, tried on one window of the text.
 
-Its logits are what is made here of its hidden states; no position sees the tokens that it is scored on; and running it
-changes nothing in it.
+It is known how its logits are made of its hidden states; no position sees the tokens that it is scored on; and running
+it changes nothing in it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from rich.markup import escape
 
 from quantlab.errors import ModelError
 from quantlab.models.causal_lm import CausalLM, network_of
 from quantlab.models.loaded import LoadedModel
-from quantlab.protocols.output_head import LOGIT_SETTINGS, logits_of
+from quantlab.progress import say
+from quantlab.protocols.output_head import HEAD, OWN, logits_of, own_logits, with_settings
 from quantlab.protocols.unchanged import must_stay_unchanged
 
 if TYPE_CHECKING:
@@ -28,10 +32,8 @@ def check_language_model(model: LoadedModel, window: Tensor) -> None:
     """Try ``model`` on ``window``, token ids (1, context_length) of at least 2.
 
     Raises ModelError, naming what is wrong, for a model that changes itself when it runs, that sees later tokens, or
-    that makes its logits in a way that is not known here; and for tokens beyond its embedding.
+    whose logits depend on more than hidden states and tokens; and for tokens beyond its embedding.
     """
-    import torch
-
     module = network_of(model.components["model"])
     key = f"model.path: {model.name}"
     size = module.get_input_embeddings().weight.shape[0]
@@ -41,36 +43,64 @@ def check_language_model(model: LoadedModel, window: Tensor) -> None:
             "that belongs to the weights"
         )
     ids = window.to(model.device)
-    with must_stay_unchanged(model), torch.no_grad():
-        hidden, logits = _hidden_and_logits(module, ids)
-    _check_causal(key, module, ids, hidden)
-    _check_head(key, model, hidden, logits)
+    with must_stay_unchanged(model):
+        ran = _run(key, module, ids)
+    _check_causal(key, module, ids, ran.hidden.float())
+    if _way_of_logits(key, model, ids, ran) == OWN:
+        say(
+            f"{escape(key)} changes its logits after its output head in a way that is not known here: logits=own, they "
+            "are taken from its own forward, in its own dtype, which takes longer"
+        )
 
 
-def _hidden_and_logits(module: CausalLM, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What the output head is given, and the model's own logits, both fp32: (1, length, width), (1, length, words)."""
-    caught: list[Tensor] = []
+def way_of_logits(model: LoadedModel, window: Tensor) -> str:
+    """``head`` where the model's own logits on ``window``, token ids (1, length), are what :func:`logits_of` makes of
+    its hidden states, at every position; else ``own``. ModelError where they depend on more."""
+    key, ids = f"model.path: {model.name}", window.to(model.device)
+    return _way_of_logits(key, model, ids, _run(key, network_of(model.components["model"]), ids))
 
-    def catch(_head: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-        caught.append(args[0].detach())
 
-    hook = module.get_output_embeddings().register_forward_pre_hook(catch)
+@dataclass(frozen=True)
+class _Ran:
+    """One forward on one window, in the model's dtype."""
+
+    hidden: Tensor
+    """(1, length, width): what the output head was given."""
+    projected: Tensor
+    """(1, length, vocabulary): what it made of that."""
+    logits: Tensor
+    """(1, length, vocabulary)"""
+
+
+def _run(key: str, module: CausalLM, ids: Tensor) -> _Ran:
+    import torch
+
+    caught: list[tuple[Tensor, Tensor]] = []
+
+    def catch(_head: torch.nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        out = out.dequantize() if hasattr(out, "qtype") else out
+        caught.append((args[0].detach(), out.detach().clone()))  # the model may change it in place
+
+    hook = module.get_output_embeddings().register_forward_hook(catch)
     try:
-        logits = module(input_ids=ids, use_cache=False).logits
+        with torch.no_grad():
+            logits = module(input_ids=ids, use_cache=False).logits
     finally:
         hook.remove()
     assert logits is not None, "a causal language model returns them"
-    return caught[-1].float(), logits.float()
+    if not caught:
+        raise ModelError(
+            f"{key} makes its logits without running its output embedding, so that its last hidden states cannot be "
+            "seen; use another model"
+        )
+    return _Ran(*caught[-1], logits.detach())
 
 
 def _check_causal(key: str, module: CausalLM, ids: Tensor, hidden: Tensor) -> None:
     """That another last token moves no earlier position."""
-    import torch
-
     other = ids.clone()
     other[:, -1] = ids[:, 0] if int(ids[0, 0]) != int(ids[0, -1]) else (ids[:, -1] + 1) % int(ids.max() + 1)
-    with torch.no_grad():
-        again, _ = _hidden_and_logits(module, other)
+    again = _run(key, module, other).hidden.float()
     moved = (again - hidden)[:, :-1].norm() / hidden[:, :-1].norm().clamp_min(1e-30)
     if not float(moved) < _HIDDEN_ERROR:
         raise ModelError(
@@ -80,16 +110,28 @@ def _check_causal(key: str, module: CausalLM, ids: Tensor, hidden: Tensor) -> No
         )
 
 
-def _check_head(key: str, model: LoadedModel, hidden: Tensor, logits: Tensor) -> None:
-    """That the model's own logits are what :func:`logits_of` makes of its hidden states, at every position."""
+def _way_of_logits(key: str, model: LoadedModel, ids: Tensor, ran: _Ran) -> str:
     import torch
 
-    ours = logits_of(model)(hidden).to(logits.device)
-    dtype = next(p.dtype for p in network_of(model.components["model"]).get_output_embeddings().parameters())
-    rounding = 2 * torch.finfo(dtype).eps * float(logits.abs().max()) if dtype.is_floating_point else 0.0
-    error = float((logits.log_softmax(-1) - ours.log_softmax(-1)).abs().max())
-    if not error < _LOG_PROB_ERROR + rounding:
-        raise ModelError(
-            f"{key} changes its logits after the output head in a way that is not known here (a log-probability "
-            f"differs by {error:.2g} nats); known settings are {', '.join(LOGIT_SETTINGS)}: use another model"
-        )
+    eps = torch.finfo(ran.projected.dtype).eps
+    rounding = 2 * eps * float(ran.projected.float().abs().nan_to_num(posinf=0.0).max())
+    change = with_settings(model)
+    # Each of the two ways of rounding in between that models have; where nothing is set, nothing may differ.
+    after_head = (change(ran.projected.clone()), change(ran.projected.float().clone()))
+    same_after = any(_log_prob_error(ran.logits, one) < _LOG_PROB_ERROR for one in after_head)
+    ours = logits_of(model)(ran.hidden.float())
+    if same_after and _log_prob_error(after_head[1], ours) < _LOG_PROB_ERROR + rounding:
+        return HEAD
+    again = own_logits(model, ids[0], ran.hidden[0].float())[None]
+    if (error := _log_prob_error(ran.logits, again)) < _LOG_PROB_ERROR:
+        return OWN
+    raise ModelError(
+        f"{key} gives other logits for the same tokens and hidden states when it runs again (a log-probability differs "
+        f"by {error:.2g} nats); switch off what is random or remembered in it, or use another model"
+    )
+
+
+def _log_prob_error(logits: Tensor, other: Tensor) -> float:
+    """The largest difference of a log-probability, in nats; infinite where one alone excludes a token."""
+    ours, theirs = logits.float().log_softmax(-1), other.to(logits.device).float().log_softmax(-1)
+    return float((ours - theirs).abs().nan_to_num(nan=0.0, posinf=float("inf")).max())

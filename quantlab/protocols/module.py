@@ -13,6 +13,7 @@ from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
 from quantlab.modules.compute_dtype import component_dtype
 from quantlab.modules.trees import Batch, add_to_digest, arguments_of, replaced, tensors_in
+from quantlab.protocols.defined import defined
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.reports import Measurements
 from quantlab.vocabulary.schema import EvaluationConfig
@@ -40,6 +41,19 @@ def inputs_of(batches: Sequence[Batch]) -> ModuleInputs:
     for tensor in tensors_in(list(batches)):
         add_to_digest(digest, tensor)
     return ModuleInputs(batches=tuple(batches), sha256=digest.hexdigest())
+
+
+def samples_of(batches: Sequence[Batch]) -> set[str]:
+    """Digests of the samples in ``batches``: of each row of a batch's largest tensor (an image's pixels, and not its
+    label), by content, whatever the batch, its order or its dtype. A row of one number throughout tells nothing."""
+    found = set()
+    for batch in batches:
+        tensors = [t for t in tensors_in(batch) if t.dim() > 0 and t.numel()]
+        largest = max(tensors, key=lambda t: t.numel(), default=None)
+        for row in largest.reshape(len(largest), -1) if largest is not None else ():
+            if bool((row != row[0]).any()):
+                found.add(hashlib.sha256(row.detach().cpu().double().numpy().tobytes()).hexdigest())
+    return found
 
 
 def _cast(batch: Batch, device: str, dtype: torch.dtype) -> Batch:
@@ -119,7 +133,13 @@ def measure(
     """``output_cosine`` and ``output_rel_error`` of each output row against the reference's."""
     out = observe(model, inputs, evaluation, progress, batch_size)["outputs"]
     ref = reference["outputs"]
+    metrics = {
+        "output_cosine": lambda: output_cosine(out, ref),
+        "output_rel_error": lambda: output_rel_error(out, ref),
+    }
+    undefined: dict[str, str] = {}
     return Measurements(
-        samples={"output_cosine": output_cosine(out, ref), "output_rel_error": output_rel_error(out, ref)},
+        samples=defined(metrics, undefined),
         sample_ids=tuple(f"row {i}" for i in range(len(ref))),
+        undefined=undefined,
     )

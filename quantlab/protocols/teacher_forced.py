@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from quantlab.errors import MetricUndefined
@@ -10,6 +11,7 @@ from quantlab.metrics.statistics import mean_interval
 from quantlab.metrics.trajectory import step_sqnr_db, weighted_velocity_mse
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, per_sample, replayed_output
+from quantlab.protocols.defined import defined
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
 from quantlab.protocols.finite import bad_rows
 from quantlab.vocabulary.reports import MetricValue
@@ -29,33 +31,45 @@ def teacher_forced_metrics(
     evaluation: EvaluationConfig,
     scheduler: SchedulerMixin | None,
     tick: Callable[[], None],
+    undefined: MutableMapping[str, str],
 ) -> tuple[dict[str, NDArray[np.float64]], dict[str, MetricValue]]:
     """``step_sqnr_db`` (num_steps,) and, where the scheduler's levels are known, ``weighted_velocity_mse``.
 
     ``calls`` are the recorded calls of the samples ``inputs``. All predictions of a sample at one step (with and
-    without its condition) are one vector. ``weighted_velocity_mse`` is the mean over samples, with its interval.
+    without its condition) are one vector. ``weighted_velocity_mse`` is the mean over samples, with its interval. Both
+    are ``undefined`` where an output of the candidate is NaN or infinite, each by itself where it alone has no value.
     """
     import numpy as np
 
     num_steps = 1 + max(call["step"] for call in calls)
     levels = integration_levels(scheduler, num_steps)
-    curve, errors = [], np.zeros(inputs.num_samples)
-    for k in range(num_steps):
-        candidate, reference = _predictions(model, [c for c in calls if c["step"] == k], inputs.sample_ids, tick)
-        curve.append(step_sqnr_db([candidate], [reference])[0][0])
-        if levels is not None:
-            errors += weighted_velocity_mse([candidate], [reference], levels[k : k + 2])
-    estimates = {}
+    measures: dict[str, Callable[[int, Tensor, Tensor], NDArray[np.float64]]]
+    measures = {"step_sqnr_db": lambda _, candidate, reference: step_sqnr_db([candidate], [reference])[0]}
     if levels is not None:
-        estimates["weighted_velocity_mse"] = mean_interval(
-            errors,
-            inputs.clusters,
-            inputs.strata,
-            evaluation.num_bootstrap,
-            evaluation.bootstrap_seed,
-            sample_ids=inputs.sample_ids,
+        measures["weighted_velocity_mse"] = lambda k, candidate, reference: weighted_velocity_mse(
+            [candidate], [reference], levels[k : k + 2]
         )
-    return {"step_sqnr_db": np.array(curve)}, estimates
+    by_step: dict[str, list[NDArray[np.float64]]] = {name: [] for name in measures}
+    try:
+        for k in range(num_steps):
+            pair = _predictions(model, [c for c in calls if c["step"] == k], inputs.sample_ids, tick)
+            left = {name: partial(measure, k, *pair) for name, measure in measures.items() if name not in undefined}
+            for name, values in defined(left, undefined).items():
+                by_step[name].append(values)
+    except MetricUndefined as error:
+        undefined.update(dict.fromkeys(measures, str(error)))
+
+    def mean_error() -> MetricValue:
+        errors = sum(by_step["weighted_velocity_mse"], np.zeros(inputs.num_samples))
+        drawn = (evaluation.num_bootstrap, evaluation.bootstrap_seed)
+        return mean_interval(errors, inputs.clusters, inputs.strata, *drawn, sample_ids=inputs.sample_ids)
+
+    curves, estimates = {}, {}
+    if "step_sqnr_db" not in undefined:
+        curves["step_sqnr_db"] = np.concatenate(by_step["step_sqnr_db"])
+    if levels is not None and "weighted_velocity_mse" not in undefined:
+        estimates = defined({"weighted_velocity_mse": mean_error}, undefined)
+    return curves, estimates
 
 
 def integration_levels(scheduler: SchedulerMixin | None, num_steps: int) -> NDArray[np.float64] | None:

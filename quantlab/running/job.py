@@ -10,11 +10,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
+from quantlab.datasets.overlap import overlap
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules import emulated
 from quantlab.modules.kept import Damaged, read_json, set_aside, write_json
 from quantlab.planning.job import Job
+from quantlab.progress import say
 from quantlab.running.workbench import Session, Workbench, in_stage, run_folder, shared_tags, step_progress
 from quantlab.stages.candidate import Making, make_candidate, write_calibration
 from quantlab.stages.evaluate import evaluate, plain_attention, summarize
@@ -31,7 +35,7 @@ from quantlab.tracking.tags import (
     VERSIONS,
 )
 from quantlab.vocabulary.native import canonical_json
-from quantlab.vocabulary.reports import MemoryReport, MetricValue, RunReport
+from quantlab.vocabulary.reports import CalibrationReport, MemoryReport, MetricValue, RunReport
 from quantlab.vocabulary.schema import ExperimentConfig
 
 
@@ -100,7 +104,7 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         status="FINISHED",
         protocol=bench.model.protocol,
         quantization=layers,
-        calibration=made.calibration,
+        calibration=_with_overlap(made.calibration, bench, job),
         memory=weigh(bench.model, candidate, chosen, layers),
         disk_bytes=saved_bytes(candidate, chosen, job.scheme, layers) if is_saved and job.scheme else None,
         stages=(*bench.stages, *made.stages),
@@ -121,6 +125,8 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
                 candidate, bench.model, bench.reference, bench.inputs, job.config.evaluation, progress, job.batch_size
             )
         quality = summarize(measured, job.config.evaluation)
+        for why in measured.undefined.values():
+            say(f"[yellow]undefined[/yellow]: {escape(job.name)}: {escape(why)}")
     stages = (*report.stages, evaluated.report)
     report = replace(report, quality=quality, measurements=measured, stages=stages)
     if emulated.num_emulated > num_native:
@@ -133,6 +139,18 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         with in_stage(session, run, "track"):
             log_evaluation(run, report, bench.fingerprint)
     return report
+
+
+def _with_overlap(made: CalibrationReport | None, bench: Workbench, job: Job) -> CalibrationReport | None:
+    """The report with how much text calibration and evaluation share."""
+    if made is None:
+        return None
+    found = overlap(bench.calibration_inputs(job.config), bench.inputs)
+    return replace(
+        made,
+        shared_tokens_of_calibration=found.of_calibration,
+        shared_tokens_of_evaluation=found.of_evaluation,
+    )
 
 
 def _chosen(model: LoadedModel, config: ExperimentConfig) -> list[str]:

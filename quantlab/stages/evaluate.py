@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from quantlab.errors import MetricUndefined
 from quantlab.metrics import METRICS
 from quantlab.metrics.statistics import mean_interval, require_finite
 from quantlab.models.loaded import LoadedModel
+from quantlab.protocols.defined import defined
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.vocabulary.reports import Measurements, MetricValue
 from quantlab.vocabulary.schema import EvaluationConfig
@@ -25,11 +26,29 @@ def evaluate(
     progress: Callable[[int, int], Any] | None = None,
     batch_size: int | None = None,
 ) -> Measurements:
-    """Run ``candidate`` on ``inputs`` by its protocol and compare it with the stored ``reference`` outputs."""
+    """Run ``candidate`` on ``inputs`` by its protocol and compare it with the stored ``reference`` outputs.
+
+    A metric that is NaN or infinite for a sample is among the ``undefined`` ones and no longer among the ``samples``.
+    Raises MetricUndefined where none is left.
+    """
     measured: Measurements = PROTOCOLS[candidate.protocol].measure(
         candidate, inputs, evaluation, reference, reference_model, progress, batch_size
     )
-    return measured
+    undefined = dict(measured.undefined)
+
+    def checked(name: str, values: Any, sample_ids: Sequence[str] = ()) -> Callable[[], Any]:
+        def check() -> Any:
+            require_finite(values, name, sample_ids)
+            return values
+
+        return check
+
+    ids = measured.sample_ids
+    samples = defined({name: checked(name, values, ids) for name, values in measured.samples.items()}, undefined)
+    steps = defined({name: checked(name, curve) for name, curve in measured.steps.items()}, undefined)
+    if undefined and not (samples or measured.estimates):
+        raise MetricUndefined(next(iter(undefined.values())))
+    return replace(measured, samples=samples, steps=steps, undefined=undefined)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -12,7 +13,7 @@ from quantlab.tracking.heat_map import HeatMap, draw_heat_map
 from quantlab.tracking.pictures import SAMPLE_ARRAYS, SAMPLE_GRID, write_samples
 from quantlab.tracking.provenance import Environment
 from quantlab.tracking.run import Run
-from quantlab.tracking.tags import CALIBRATION_SHA256
+from quantlab.tracking.tags import CALIBRATION_SHA256, UNDEFINED
 from quantlab.vocabulary.numbers import flat_metrics
 from quantlab.vocabulary.reports import (
     CalibratedLayer,
@@ -40,6 +41,8 @@ class Row(Measured):
     run_id: str | None
     resumed: bool
     params: Mapping[str, object]
+    undefined: Mapping[str, str]
+    """Metrics that have no value on these samples, and why."""
 
 
 class Skipped(TypedDict):
@@ -70,6 +73,7 @@ def report_data(report: RunReport) -> Row:
         "run_id": report.run_id,
         "resumed": report.is_resumed,
         "params": report.params,
+        "undefined": dict(report.measurements.undefined) if report.measurements else {},
     }
 
 
@@ -135,6 +139,9 @@ def log_evaluation(run: Run, report: RunReport, fingerprint: float | None) -> No
 
 
 def _log_measurements(run: Run, measured: Measurements) -> None:
+    run.log_params({f"resolved.{k}": v for k, v in measured.resolved.items()})
+    if measured.undefined:
+        run.set_tags({UNDEFINED: json.dumps(dict(measured.undefined))})
     ids = list(measured.sample_ids)
     columns: dict[str, Sequence[object]] = {"sample_id": ids} if ids else {}
     for name in ("clusters", "strata"):

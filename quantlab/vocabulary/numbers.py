@@ -101,6 +101,8 @@ def _calibration_metrics(c: CalibrationReport) -> dict[str, float | int | None]:
         "calibration/num_samples": c.num_samples,
         "calibration/batch_size": c.batch_size,
         "calibration/num_calls": c.num_calls,
+        "calibration/shared_tokens_of_calibration": c.shared_tokens_of_calibration,
+        "calibration/shared_tokens_of_evaluation": c.shared_tokens_of_evaluation,
     }
     for name in ("weight_sqnr_db", "output_sqnr_db"):
         for when in ("before", "after"):

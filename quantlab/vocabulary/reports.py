@@ -119,6 +119,9 @@ class CalibrationReport:
     """As used: smaller than asked for where memory ran out."""
     num_calls: int
     layers: tuple[CalibratedLayer, ...] = ()
+    shared_tokens_of_calibration: float = 0.0
+    """Share of its tokens that lie in runs which the evaluation has too; text and prompts."""
+    shared_tokens_of_evaluation: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +166,10 @@ class Measurements:
     """Which samples these are, by their ids."""
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     """``perf/...`` names without the prefix."""
+    undefined: Mapping[str, str] = field(default_factory=dict)
+    """Metrics that have no value on these samples, and why; the others stand."""
+    resolved: Mapping[str, str] = field(default_factory=dict)
+    """How it was measured, where the protocol chose: parameters ``resolved.<name>``."""
 
 
 @dataclass(frozen=True, kw_only=True)

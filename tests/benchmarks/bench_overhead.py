@@ -1,6 +1,7 @@
-"""What quantlab itself costs: commands without torch, a run beside the plain script of its row, a shared reference.
+"""What quantlab itself costs: commands without torch, a run beside the plain script of its row, a shared reference, and
+the memory of scoring a language model with a large vocabulary.
 
-``python tests/benchmarks/bench_overhead.py [--seconds 60] [--row torchao_int8] [--only commands|run|sweep]``
+``python tests/benchmarks/bench_overhead.py [--seconds 60] [--row torchao_int8] [--only commands|run|sweep|score]``
 
 Ratios of one session on one machine; each side of a ratio runs on one thread, and CPU seconds stand beside wall seconds
 because other work on the machine disturbs only the latter. Needs the checkout and the libraries, no network.
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="length of the timed run, about")
     parser.add_argument("--row", choices=ROWS, default="torchao_int8")
     parser.add_argument("--repeats", type=int, default=1, help="of each side, alternating; the best counts")
-    parser.add_argument("--only", choices=("commands", "run", "sweep"))
+    parser.add_argument("--only", choices=("commands", "run", "sweep", "score"))
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -63,6 +64,8 @@ def main() -> None:
             bench_run(Path(folder), asked.row, asked.seconds, asked.repeats)
         if asked.only in (None, "sweep"):
             bench_sweep(Path(folder))
+    if asked.only in (None, "score"):
+        bench_score(asked.row, asked.repeats)
 
 
 # -- commands that need no torch
@@ -268,7 +271,92 @@ def _sweep(row: str, words: Sequence[str]) -> dict[str, Any]:
     return {"rows": len(reports), "observed": len(calls)}
 
 
-WORKERS = {"quantlab": _quantlab, "reference": _reference, "script": _script, "sweep": _sweep}
+# -- scoring a large vocabulary
+
+
+SCORED, VOCABULARY = 512, 152_064
+
+
+def bench_score(row: str, repeats: int) -> None:
+    one_set = SCORED * VOCABULARY * 4
+    found = {worker: [_work(worker, row, []) for _ in range(repeats)] for worker in ("score_plainly", "score")}
+    print(f"\nscoring {SCORED} positions x {VOCABULARY} logits (one set: {one_set / 2**20:.0f} MiB), one thread")
+    for worker, title in (("score_plainly", "all positions at once"), ("score", "quantlab's language protocol")):
+        peak = min(run["peak_bytes"] for run in found[worker])
+        spent = min(run["wall"] for run in found[worker])
+        print(f"  {title + ':':<32} peak {peak / one_set:5.2f} sets, {spent:6.2f} s")
+    walls = [min(run["wall"] for run in found[worker]) for worker in ("score", "score_plainly")]
+    same = found["score"][0]["kld"] == found["score_plainly"][0]["kld"]
+    print(f"  ratio of times: {walls[0] / walls[1]:.3f}; same kld to the last bit: {'yes' if same else 'no'}")
+
+
+def _score(row: str, words: Sequence[str]) -> dict[str, Any]:
+    from quantlab.protocols import language
+    from quantlab.protocols.output_head import HEAD, logits_by_parts
+
+    model, candidate, inputs, hidden = _large_vocabulary()
+    models = logits_by_parts(model, HEAD), logits_by_parts(candidate, HEAD)
+    return _with_peak(lambda: language._token_table(*models, hidden, hidden, inputs)["kld"][0].tolist())
+
+
+def _score_plainly(row: str, words: Sequence[str]) -> dict[str, Any]:
+    import torch
+
+    model, candidate, inputs, hidden = _large_vocabulary()
+
+    def kld() -> list[float]:
+        with torch.no_grad():
+            log_p, log_q = (m.components["model"].lm_head(hidden[0, :-1]).log_softmax(-1) for m in (model, candidate))
+            p = log_p.exp()
+            mass, other = p.sum(-1, dtype=torch.float64), log_q.exp().sum(-1, dtype=torch.float64)
+            terms = torch.where(p > 0, p * (log_p - log_q), 0.0)
+            found = terms.sum(-1, dtype=torch.float64) / mass - (mass.log() - other.log())
+            return found.tolist()
+
+    return _with_peak(kld)
+
+
+def _large_vocabulary() -> tuple[Any, Any, Any, Any]:
+    """A model, another one, one window of tokens, and hidden states for it."""
+    import numpy as np
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from quantlab.models.loaded import LoadedModel
+    from quantlab.protocols.language import TextInputs
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    models = []
+    for _ in range(2):
+        net = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.3, **sizes)).eval()
+        models.append(LoadedModel(name="large", protocol="language", components={"model": net}))
+    ids = torch.randint(0, VOCABULARY, (1, SCORED + 1))
+    inputs = TextInputs(ids, ("window 0",), np.zeros(1, dtype=np.int64), "", {})
+    return *models, inputs, torch.randn(1, SCORED + 1, 64)
+
+
+def _with_peak(call: Callable[[], list[float]]) -> dict[str, Any]:
+    """Wall seconds, and by how much the process grew at most meanwhile."""
+    import psutil
+
+    before = psutil.Process().memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    found, spent = _timed("", call)
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    return {"kld": found, "peak_bytes": peak - before, **spent}
+
+
+WORKERS = {
+    "quantlab": _quantlab,
+    "reference": _reference,
+    "script": _script,
+    "sweep": _sweep,
+    "score": _score,
+    "score_plainly": _score_plainly,
+}
 
 if __name__ == "__main__":
     main()

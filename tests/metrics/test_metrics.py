@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantlab.errors import MetricUndefined
-from quantlab.metrics import METRICS
+from quantlab.metrics import METRICS, kl
 from quantlab.metrics.classes import class_accuracy, judge_agreement
 from quantlab.metrics.frechet import frechet_distance
-from quantlab.metrics.kl import QUANTILES, ROWS_AT_ONCE, kld_quantiles, token_statistics
+from quantlab.metrics.kl import QUANTILES, kld_quantiles, token_statistics
 from quantlab.metrics.latent import latent_cosine, latent_rel_mse
 from quantlab.metrics.output_error import output_cosine, output_rel_error
 from quantlab.metrics.perplexity import ln_ppl_ratio, perplexity
@@ -302,10 +303,10 @@ class TestTokenStatistics:
     @settings(max_examples=20, deadline=None)
     @given(cut=st.integers(1, 299), seed=st.integers(0, 1000))
     def test_batches_may_be_split_anywhere(self, cut, seed):
-        assert ROWS_AT_ONCE < 300
         p, q = 3 * noise(300, 50, seed=seed), 3 * noise(300, 50, seed=seed + 1)
         targets = torch.arange(300) % 50
-        whole = token_statistics(p, q, targets)
+        with mock.patch.object(kl, "LOGITS_AT_ONCE", 50 * 37):
+            whole = token_statistics(p, q, targets)
         parts = [token_statistics(p[s], q[s], targets[s]) for s in (slice(cut), slice(cut, None))]
         for name, values in whole.items():
             joined = np.concatenate([part[name] for part in parts])
@@ -324,6 +325,20 @@ class TestTokenStatistics:
         np.testing.assert_allclose(
             token_statistics(*masked, targets)["kld"], token_statistics(p, q, targets)["kld"], rtol=1e-5
         )
+
+    def test_an_excluded_token_makes_what_it_reaches_infinite_and_nothing_else(self):
+        p = noise(3, 10)
+        q = p.clone()
+        q[1, 4] = -math.inf  # the candidate gives token 4 no probability, where the reference does
+        found = token_statistics(p, q, torch.tensor([0, 1, 2]))
+        assert np.isinf(found["kld"]).tolist() == [False, True, False]
+        assert all(np.isfinite(found[name]).all() for name in found if name != "kld")
+        hit = token_statistics(p, q, torch.tensor([0, 4, 2]))
+        assert np.isinf(hit["nll_candidate"]).tolist() == [False, True, False]
+        assert hit["delta_p"][1] == pytest.approx(-float(p[1].softmax(0)[4]))
+        both = token_statistics(q, q, torch.tensor([0, 4, 2]))
+        assert np.isnan(ln_ppl_ratio(both["nll_candidate"], both["nll_reference"])).tolist() == [False, True, False]
+        assert np.isfinite(both["kld"]).all()
 
     def test_16_bit_logits_would_inflate_the_divergence_and_are_refused(self):
         p = 4 * noise(50, 2000)
@@ -355,6 +370,13 @@ class TestTokenStatistics:
             {"kld_median": 0.5, "kld_p90": 0.9, "kld_p99": 0.99, "kld_p999": 0.999, "kld_max": 1.0, "kld_min": 0.0}
         )
         assert kld_quantiles(kld - 5e-7)["kld_min"] == pytest.approx(-5e-7)
+        with_infinite = kld_quantiles(np.where(np.arange(1001) >= 990, np.inf, kld))
+        assert {name for name, value in with_infinite.items() if math.isinf(value)} == {
+            "kld_p99",
+            "kld_p999",
+            "kld_max",
+        }
+        assert with_infinite["kld_p90"] == pytest.approx(0.9)
         with pytest.raises(MetricUndefined, match=r"^kld_min: token 7 has a divergence of -2e-06 nats.*fp32 logits$"):
             kld_quantiles(np.where(np.arange(10) == 7, -2e-6, 0.1))
 
@@ -371,5 +393,8 @@ class TestPerplexity:
             perplexity([1.0, math.inf])
         with pytest.raises(MetricUndefined, match="^ppl: no samples"):
             perplexity([])
+        assert math.isfinite(perplexity([709.0]))
+        with pytest.raises(MetricUndefined, match=r"^ppl: exp\(1000\).* is beyond float64"):
+            perplexity([500.0, 1500.0])
         with pytest.raises(MetricUndefined, match="^ln_ppl_ratio: .*score the same tokens$"):
             ln_ppl_ratio([1.0], [1.0, 2.0])

@@ -280,3 +280,10 @@ def test_an_error_has_no_bound_below_zero():
     few = mean_interval([0.001, 0.002, 0.1, 0.001, 0.003, 0.002])
     assert few.ci_lo == 0
     assert few.value - 2 * few.se < 0
+
+
+def test_an_interval_of_very_small_values():
+    """Squares and cubes of them are 0 in float64: probabilities that a loud model gives to the true tokens."""
+    values = 1e-150 * np.random.default_rng(0).lognormal(size=20)
+    found = mean_interval(values)
+    assert found.ci_lo < found.value < found.ci_hi

@@ -201,8 +201,13 @@ def test_nan_that_only_the_replay_meets_names_sample_and_step(model, inputs, ref
     spoiled[2] = float("inf")
     calls[5]["args"] = [spoiled]
     name = inputs.sample_ids[int(reference["step_indices"][8 + 2])]
-    with pytest.raises(MetricUndefined, match=f"^sample {name}: the denoiser's output at step 1 is NaN"):
-        diffusion.measure(model, inputs, EVALUATION, {**reference, "calls": calls}, model)
+    found = diffusion.measure(model, inputs, EVALUATION, {**reference, "calls": calls}, model)
+    assert set(found.undefined) == {"step_sqnr_db", "weighted_velocity_mse"}
+    for said in found.undefined.values():
+        assert said.endswith("or a wider dtype")
+        assert f"sample {name}: the denoiser's output at step 1 is NaN" in said
+    assert set(found.steps) == {"step_divergence"}
+    assert (found.samples["latent_rel_mse"] == 0).all()
 
 
 def test_progress_counts_steps_over_batches_and_replayed_calls(model, inputs, reference):

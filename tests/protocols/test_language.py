@@ -1,6 +1,5 @@
 """Language models: the text's windows, divergence and perplexity against direct computation."""
 
-import copy
 import math
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from quantlab.datasets import text as text_file
 from quantlab.datasets import wiki_extracts
 from quantlab.datasets.prompts import read_prompts
-from quantlab.errors import ConfigError, MetricUndefined, ModelError
+from quantlab.errors import ConfigError, MetricUndefined
 from quantlab.models.loaded import LoadedModel
 from quantlab.protocols import language
 from quantlab.protocols.language import PERPLEXITY_PROTOCOLS, text_inputs
@@ -72,16 +71,61 @@ def test_protocols_cut_and_score_as_their_rows_say(name, adds_bos):
     assert found.input_ids.shape == (2, length)
     assert length - found.first_target == {"ppl/v1": 63, "ppl/gptq2048": 2047, "ppl/llamacpp512": 255}[name]
     assert found.protocol["n_tokens"] == 2 * (length - found.first_target)
-    plain = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    expected = {
-        "prepend": [1, *plain[: length - 1]],
-        "replace": [1, *plain[1:length]],
-        "stream": [1, *plain[: length - 1]],
-    }
-    assert found.input_ids[0].tolist() == (expected[protocol.bos] if adds_bos else plain[:length])
-    begins_with_bos = [int(row[0]) == 1 for row in found.input_ids]
-    assert begins_with_bos == ([True, protocol.bos != "stream"] if adds_bos else [False, False])
+    text = TEXT.removesuffix("\n") if protocol.is_file_of_text else TEXT
+    stream = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if adds_bos and protocol.bos != "prepend":
+        stream = [1, *stream]
+    prefix = [1] if adds_bos and protocol.bos == "prepend" else []
+    stride = length - len(prefix)
+    assert max(found.clusters) > 0
+    for number, window in zip(found.clusters, found.input_ids.tolist(), strict=True):
+        expected = prefix + stream[number * stride : (number + 1) * stride]
+        assert window == ([1, *expected[1:]] if adds_bos and protocol.bos == "replace" else expected)
     assert found.protocol["bos"] == (protocol.bos if adds_bos else "none")
+
+
+MARKED = {
+    "head": ("<s>" + TEXT, "1 x <s>"),
+    "within": (TEXT[:300] + "</s> <pad></s>" + TEXT, "2 x </s>, 1 x <pad>"),
+    "none": (TEXT, ""),
+}
+
+
+@pytest.mark.parametrize("name", PERPLEXITY_PROTOCOLS)
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("marked", MARKED)
+def test_special_markers_in_the_text_are_text_or_told(marked, adds_bos, name, capsys):
+    """llama.cpp's program reads them as text (``parse_special`` is false); the tokenizer's own reading is told."""
+    text, told = MARKED[marked]
+    evaluation = EvaluationConfig(num_samples=2, context_length=64, perplexity_protocol=name)
+    tokenizer = byte_tokenizer(adds_bos)
+    found = text_inputs(text, evaluation, fake_model(tokenizer), "dataset.path=a[b].txt")
+    said = " ".join(capsys.readouterr().err.split())
+    if PERPLEXITY_PROTOCOLS[name].is_file_of_text:
+        assert said == ""
+        windows = found.input_ids[:, 1:] if adds_bos else found.input_ids
+        assert int(windows.min()) > 2
+        assert tokenizer.decode(found.input_ids[0][int(adds_bos) :]) == text[: 512 - int(adds_bos)]
+        return
+    assert (told in said) if told else (said == "")
+    assert not told or "dataset.path=a[b].txt: special markers" in said
+    doubled = marked == "head" and adds_bos
+    assert ("begins with two start tokens" in said) is doubled
+    assert (found.input_ids[0, :2].tolist() == [1, 1]) is doubled
+
+
+def test_a_tokenizer_that_cannot_read_markers_as_text_is_refused():
+    class Own(type(byte_tokenizer())):  # type: ignore[misc]  # as mistral-common's
+        def __call__(self, text, split_special_tokens=False, **settings):
+            if split_special_tokens:
+                raise ValueError("`split_special_tokens` is not supported")
+            return super().__call__(text, **settings)
+
+    tokenizer = byte_tokenizer()
+    tokenizer.__class__ = Own
+    evaluation = EvaluationConfig(num_samples=1, perplexity_protocol="ppl/llamacpp512")
+    with pytest.raises(ConfigError, match=r"^evaluation.perplexity_protocol=ppl/llamacpp512: .*use .*ppl/v1$"):
+        text_inputs(TEXT, evaluation, fake_model(tokenizer), "dataset=text")
 
 
 def test_windows_are_disjoint_evenly_spaced_and_repeatable(model, inputs):
@@ -320,42 +364,3 @@ def test_a_head_that_is_not_plain_runs_as_it_is(model, inputs, reference):
         p = model.components["model"](inputs.input_ids).logits[:, :-1].double()
     q, p = (p / 2).log_softmax(-1), p.log_softmax(-1)
     np.testing.assert_allclose(found.samples["kld_mean"], (p.exp() * (p - q)).sum(-1).mean(1).numpy(), rtol=1e-4)
-
-
-def test_soft_capped_logits_are_honoured(tmp_path, cache):
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    torch.manual_seed(0)
-    Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size=259,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=16,
-            final_logit_softcapping=0.5,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            initializer_range=0.3,
-        )
-    ).save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    model = load_llama(tmp_path, cache)
-    evaluation = EvaluationConfig(num_samples=2, batch_size=2, context_length=32)
-    inputs = text_inputs(TEXT, evaluation, model, "dataset=text")
-    found = language.measure(model, inputs, evaluation, language.observe(model, inputs, evaluation), model)
-    with torch.no_grad():
-        logits = model.components["model"](inputs.input_ids).logits
-    assert logits.abs().max() <= 0.5
-    nll = -logits[:, :-1].log_softmax(-1).gather(-1, inputs.input_ids[:, 1:, None]).mean()
-    assert found.estimates["ppl"].value == pytest.approx(math.exp(float(nll)), rel=1e-5)
-
-
-def test_logits_made_in_an_unknown_way_are_refused(model, inputs):
-    module = copy.deepcopy(model.components["model"])
-    module.config.logits_scaling = 8.0  # Llama's code does not read it, so the two ways differ
-    with pytest.raises(ModelError, match="in a way that is not known"):
-        language.check(model.with_components({"model": module}), inputs)

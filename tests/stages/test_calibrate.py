@@ -201,9 +201,10 @@ def test_python_needs_the_data_and_takes_it():
     batch = torch.randn(8, 256)
     _, report = quantlab.quantize(net, config, calibration=[batch])
     assert {r.dtype for r in report.layers} == {"q4_0"}
-    for same in (batch, batch.clone()):
-        with pytest.raises(ConfigError, match=r"^calibration: it holds a batch of inputs"):
-            quantlab.evaluate(net, [config], [batch], calibration=[same])
+    other = torch.randn(3, 256)
+    for same in (batch, batch.clone(), torch.cat([other, batch[2:3]]), batch.double().flip(0), batch[4:]):
+        with pytest.raises(ConfigError, match=r"^calibration: \d of its \d+ different samples are samples of inputs"):
+            quantlab.evaluate(net, [config], [batch], calibration=[other, same])
     rows = quantlab.evaluate(net, [config], [torch.randn(12, 256)], calibration=[batch], num_bootstrap=50)
     assert rows[-1].name == "gguf q4_0 imatrix"
 
