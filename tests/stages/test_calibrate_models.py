@@ -230,6 +230,7 @@ def test_text_models_by_every_backend(shell, folders, model, kind, metric):
         assert row["status"] == "FINISHED", row["error"]
         assert row["metrics"][f"quality/{metric}"] > 0
         assert row["metrics"]["calibration/num_samples"] == 8
+        assert row["metrics"]["calibration/shared_tokens_of_calibration"] == 0
         assert row["metrics"]["calibration/output_sqnr_db_after_mean"] > 10, name
         has_plain = not name.startswith("quanto")
         assert ("calibration/output_sqnr_db_before_mean" in row["metrics"]) == has_plain, name
