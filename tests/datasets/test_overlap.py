@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantlab.datasets.calibration import MAX_SHARED, calibration_inputs
+from quantlab.datasets.calibration import calibration_inputs
 from quantlab.datasets.overlap import overlap
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
