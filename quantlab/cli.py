@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from quantlab.errors import ConfigError, QuantlabError, is_disk_full, nearest
+from quantlab.planning.completion import SCRIPT, completions
 from quantlab.planning.job import Plan
 from quantlab.planning.listing import BRIEF, LISTS
-from quantlab.planning.places import groups
+from quantlab.planning.places import conf_dir, groups, recipe_dirs
 from quantlab.planning.plan import plan
-from quantlab.planning.trust import is_trusted, question, remember, require_trust
+from quantlab.planning.trust import is_trusted, question, remember, require_trust, trusted_file
 from quantlab.progress import file_name, plain, printable
 from quantlab.vocabulary.reports import RunReport
 
@@ -38,7 +39,10 @@ HELP = """quantlab: what does each quantization scheme cost in quality, and what
 options
   -m, --multirun    several values of a key (group_size=32,64,128) are a sweep
   --json            the result rows as JSON on stdout instead of the table
-  --cfg             print the composed config of each job and stop
+  --cfg [job]       print the composed config of each job and stop (--resolve: it always is)
+  --info            print where the vocabulary and the recipes are looked for
+  --version         print the version
+  --shell-completion  print what a shell evaluates: eval "$(quantlab --shell-completion)"
   --trust           agree to the places that a recipe of others decides (tracking, output_dir, paths, launcher)
   -q, --quiet       no progress bars
   -h, --help        this text
@@ -56,6 +60,23 @@ outputs/runs.
 """
 
 MAX_PAIRS = 10
+HELPS = "quantlab --help shows them"
+LONG = {"-h": "--help", "--info": "-i", "--shell-completion": "-sc"}
+KNOWN_FLAGS = {
+    *("-m", "--multirun", "--json", "--cfg", "--resolve", "-q", "--quiet", "-h", "--help", "--trust"),
+    *("--version", "--info", "-i", "--shell-completion", "-sc"),
+}
+HYDRAS_FLAGS = {
+    "--config-path": "the vocabulary is quantlab's; recipe=path/to/mine.yaml is your own",
+    "--config-name": "the vocabulary is quantlab's; recipe=path/to/mine.yaml is your own",
+    "--package": "the whole config is printed by --cfg job",
+    "-p": "the whole config is printed by --cfg job",
+    "--run": "is what quantlab key=value does",
+    "-r": "is what quantlab key=value does",
+    "--experimental-rerun": "quantlab recipe=outputs/runs/RUN/recipe.yaml runs a job again",
+    "--hydra-help": "Hydra's own keys do nothing here",
+}
+"""Flag of Hydra's -> what does its work here."""
 
 
 class Terminal(Console):
@@ -126,14 +147,21 @@ def dispatch(words: list[str]) -> int:
         return show_comparison(words[1:])
     if words[:1] == ["reproduce"] and not {"-h", "--help"} & set(words):
         return show_reproduction(words[1:])
+    if words[:1] == ["--complete"]:
+        print("\n".join(completions(*words[1:3])))
+        return 0
+    words = _config_words(words)
     flags = {w for w in words if w.startswith("-")}
     rest = [w for w in words if not w.startswith("-")]
-    known = {"-m", "--multirun", "--json", "--cfg", "-q", "--quiet", "-h", "--help", "--trust"}
-    if unknown := sorted(flags - known):
-        raise ConfigError(f"{unknown[0]}: no such option{nearest(unknown[0], known)}; quantlab --help shows them")
-    if flags & {"-h", "--help"} or not words:
-        print(help_text())
-        return 0
+    if unknown := [w for w in words if w in flags - KNOWN_FLAGS]:
+        near = nearest(unknown[0], KNOWN_FLAGS)
+        raise ConfigError(
+            f"{unknown[0]}: {HYDRAS_FLAGS.get(unknown[0].partition('=')[0], f'no such option{near}')}; {HELPS}"
+        )
+    for flag, text in {"-h": help_text, "--version": version, "--info": info, "--shell-completion": script}.items():
+        if {flag, LONG.get(flag, flag)} & flags or (flag == "-h" and not words):
+            print(text())
+            return 0
     if rest and rest[0] == "list":
         return show_list(rest[1:], "--json" in flags)
     if rest and rest[0] == "run":
@@ -156,6 +184,46 @@ def agree(request: Plan, trust: bool) -> None:
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise ConfigError(f"recipe={request.recipe.name if request.recipe else ''}: not agreed to; nothing was run")
     remember(request)
+
+
+def _config_words(words: Sequence[str]) -> list[str]:
+    """The words with ``--cfg job`` (or ``-c job``, ``--cfg=job``) as ``--cfg`` alone."""
+    out: list[str] = []
+    for word in words:
+        flag, has_value, value = word.partition("=")
+        if out and out[-1] == "--cfg" and word in ("job", "hydra", "all"):
+            flag, has_value, value = out.pop(), "=", word
+        if flag in ("-c", "--cfg"):
+            if has_value and value != "job":
+                raise ConfigError(
+                    f"--cfg {value}: quantlab has no settings of Hydra's own; --cfg job prints what would run"
+                )
+            out.append("--cfg")
+        else:
+            out.append(word)
+    return out
+
+
+def version() -> str:
+    """``quantlab 0.1.0``."""
+    from importlib import metadata
+
+    try:
+        return f"quantlab {metadata.version('quantlab-recipes')}"
+    except metadata.PackageNotFoundError:
+        return "quantlab (not installed: it runs from its sources)"
+
+
+def info() -> str:
+    """Where the vocabulary and the recipes are looked for, first ones first, and where the user's answers are kept."""
+    rows = [("version", version()), ("conf", conf_dir()), *(("recipes", folder) for folder in recipe_dirs())]
+    rows.append(("agreed to", trusted_file()))
+    return "\n".join(f"{name:<10} {printable(str(value))}" for name, value in rows)
+
+
+def script() -> str:
+    """What a shell evaluates for completion."""
+    return SCRIPT
 
 
 def show_list(words: Sequence[str], as_json: bool) -> int:

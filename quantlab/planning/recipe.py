@@ -21,8 +21,7 @@ from omegaconf._utils import get_yaml_loader
 from quantlab.errors import ConfigError, nearest
 from quantlab.planning.data import check_data
 from quantlab.planning.places import groups, recipe_file
-
-AXIS_GROUPS = ("backend", "dtype", "group_size")
+from quantlab.planning.words import AXIS_GROUPS
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def _check_content(content: dict[str, Any]) -> None:
     nodes = {name: content.get(name) or {} for name in ("quantization", "sweep", "launcher")}
     if bad := [name for name, node in nodes.items() if not isinstance(node, dict)]:
         raise ConfigError(f"{bad[0]}: a mapping of keys is wanted, not {nodes[bad[0]]!r}")
-    if axes := {"backend", "dtype", "group_size"} & set(nodes["quantization"]):
+    if axes := set(AXIS_GROUPS) & set(nodes["quantization"]):
         key = sorted(axes)[0]
         raise ConfigError(
             f"quantization.{key} hides {key}=... of the command line; "

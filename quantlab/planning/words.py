@@ -22,6 +22,7 @@ from quantlab.vocabulary.schema import ExperimentConfig
 _MAX_KEY = 200
 MAX_COMBINATIONS = 10_000
 """Of a grid: each is composed and checked before the first job, which takes a tenth of a second."""
+AXIS_GROUPS = ("backend", "dtype", "group_size")
 MULTIPLE_GROUPS = ("modules_to_not_convert",)
 """Groups of which several options are chosen at once."""
 _HYDRAS = {
@@ -60,7 +61,7 @@ def _parsed(parser: OverridesParser, word: str) -> Any:
         raise ConfigError(f"{shown}: no such key; quantlab --help lists the groups")
     check_text(word, key)
     try:
-        return parser.parse_override(_complete(quote_numbers(_unsigned(word))))
+        return parser.parse_override(quote_numbers(_complete(_unsigned(word))))
     except (OverrideParseException, HydraException) as error:
         raise ConfigError(
             f"{shown}: Hydra's grammar does not take it ({str(error).splitlines()[0]}); put the value into quotes, "
@@ -98,6 +99,10 @@ def _complete(override: str) -> str:
         raise ConfigError(f"{key}: Hydra's own keys do nothing here; {way}")
     if "@" in key or ("/" in key and not key.startswith(OPEN_NODES)):
         raise ConfigError(f"{key}: no such key; a group is chosen by its name, as in backend=quanto")
+    if (
+        key.removeprefix("quantization.") in AXIS_GROUPS
+    ):  # what runs can be replayed by the choice, and by no other word
+        return f"{key.removeprefix('quantization.')}={value}"
     top = {f.name for f in dataclasses.fields(ExperimentConfig)}
     if key == "quantization_config":
         return f"++quantization.{override}"
