@@ -73,9 +73,11 @@ def table_block(data: Sweep) -> str:
     where = ", ".join(g["name"] for g in machine["gpus"]) or f"CPU ({machine['cpu_capability']})"
     minutes = data["seconds"] / 60
     n = next(iter(r["metrics"][f"quality/{PROTOCOLS[r['protocol']].HEADLINE[0]}/n"] for r in rows))
+    bits = max(r["metrics"].get("memory/bits_per_weight_model", 0) for r in rows)
+    computed = "float32" if bits > 24 else "16 bits"
     caption = (
         f"Measured {data['date']} in {minutes:.1f} min on a {where} with {machine['torch_threads']} threads, "
-        f"n = {n:.0f}. {LEGEND}.\n\n*{versions}*"
+        f"n = {n:.0f}; the model, kept layers and scales are in {computed}. {LEGEND}.\n\n*{versions}*"
     )
     return f"{markdown(rows, rows[0]['protocol'])}\n\n{caption}\n"
 

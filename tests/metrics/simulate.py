@@ -110,8 +110,8 @@ def main() -> None:
     num = int(sys.argv[1]) if len(sys.argv) > 1 else 4000
     text = README.read_text(encoding="utf-8")
     for name, table in (("coverage", coverage_table(num)), ("verdicts", verdict_table(num))):
-        said = f"<!-- table: {name} -->\n{table}\n\n{num} simulations a cell.\n<!-- end -->"
-        text = re.sub(rf"<!-- table: {name} -->.*?<!-- end -->", lambda _, said=said: said, text, flags=re.DOTALL)
+        said = f"<!-- simulated: {name} -->\n{table}\n\n{num} simulations a cell.\n<!-- end -->"
+        text = re.sub(rf"<!-- simulated: {name} -->.*?<!-- end -->", lambda _, said=said: said, text, flags=re.DOTALL)
         print(table, "\n")
     README.write_text(text, encoding="utf-8")
 
