@@ -65,7 +65,7 @@ def progress_bars(quiet: bool = False) -> Iterator[Advance]:
         yield advance
 
 
-_COLOURS = {"failed": "red", "launcher": "red", "warning": "yellow", "out of memory": "yellow"}
+_COLOURS = {"failed": "red", "launcher": "red", "warning": "yellow", "undefined": "yellow", "out of memory": "yellow"}
 """How a line begins -> the colour of that word."""
 
 

@@ -77,7 +77,7 @@ def calibration_inputs(
             f"{told} (at most {MAX_SHARED:.0%}, and nothing as a whole), so the numbers would flatter; take the shared "
             "text out, or choose another calibration.path, calibration.source or dataset"
         )
-    say(f"[yellow]warning[/yellow]: {told}")
+    say(told, "warning")
     return inputs
 
 

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-
 from quantlab.errors import ConfigError, MetricUndefined, nearest
 from quantlab.metrics.kl import kld_quantiles, token_statistics
 from quantlab.metrics.perplexity import ln_ppl_ratio, perplexity
@@ -208,8 +206,8 @@ def _tell_markers(text: str, first: Sequence[int], tokenizer: PreTrainedTokenize
         doubled = list(first) == [_bos_id(tokenizer)] * 2
         note = "; it begins with two start tokens, its own and the tokenizer's: take its own away" if doubled else ""
         say(
-            f"[yellow]warning[/yellow]: {escape(key)}: special markers in the text are read as tokens "
-            f"({escape(listed)}), by ppl/llamacpp512 as text{note}"
+            f"{key}: special markers in the text are read as tokens ({listed}), by ppl/llamacpp512 as text{note}",
+            "warning",
         )
 
 

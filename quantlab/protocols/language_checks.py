@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
-
 from quantlab.errors import ModelError
 from quantlab.models.causal_lm import CausalLM, network_of
 from quantlab.models.loaded import LoadedModel
@@ -48,7 +46,7 @@ def check_language_model(model: LoadedModel, window: Tensor) -> None:
     _check_causal(key, module, ids, ran.hidden.float())
     if _way_of_logits(key, model, ids, ran) == OWN:
         say(
-            f"{escape(key)} changes its logits after its output head in a way that is not known here: logits=own, they "
+            f"{key} changes its logits after its output head in a way that is not known here: logits=own, they "
             "are taken from its own forward, in its own dtype, which takes longer"
         )
 

@@ -10,8 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from quantlab.datasets.overlap import overlap
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
@@ -126,7 +124,7 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
             )
         quality = summarize(measured, job.config.evaluation)
         for why in measured.undefined.values():
-            say(f"[yellow]undefined[/yellow]: {escape(job.name)}: {escape(why)}")
+            say(f"{job.name}: {why}", "undefined")
     stages = (*report.stages, evaluated.report)
     report = replace(report, quality=quality, measurements=measured, stages=stages)
     if emulated.num_emulated > num_native:

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from quantlab import tracking
 from quantlab.errors import ConfigError, DiskFull, QuantlabError, TrackingError, is_disk_full
 from quantlab.planning.job import Job, Plan
@@ -147,7 +145,7 @@ def _floor(session: Session, bench: Workbench, floor: Job) -> RunReport:
         if is_disk_full(error):
             raise
         told = f"{type(error).__name__}: {error}"
-        say(f"[red]failed[/red]: {escape(floor.name)}: {escape(told[:500])}; verdicts use the other floors")
+        say(f"{floor.name}: {told[:500]}; verdicts use the other floors", "failed")
         return failed_row(floor, bench.model.protocol, told, "floors")
 
 
