@@ -9,13 +9,14 @@ from typing import Any
 
 from quantlab.backends.scheme import scheme_of_config
 from quantlab.backends.table import held_packages, loggers
-from quantlab.errors import ConfigError
+from quantlab.errors import ConfigError, QuantlabError
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.compute_dtype import component_dtype
 from quantlab.modules.emulated import emulated_products, lacking
 from quantlab.modules.feed import feed_of_batches
 from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import component_memory, measure_stage
+from quantlab.modules.reached import check_weights_are_here, uncalled
 from quantlab.planning.job import Plan, scheme_name
 from quantlab.planning.plan import plan
 from quantlab.protocols.module import inputs_of, observe, samples_of
@@ -126,6 +127,7 @@ def _checked(module: Any) -> Any:
         raise ConfigError("module: a bare Linear cannot be replaced in itself; wrap it: torch.nn.Sequential(linear)")
     if next(module.parameters(), None) is None:
         raise ConfigError("module: it has no parameters, nothing to quantize; pass the part with the weights")
+    check_weights_are_here(module, "module")
     return module
 
 
@@ -202,12 +204,38 @@ def evaluate(
         for config in configs:
             quantized, layers = quantize(module, config, calibration=calibration if config.needs_data else None)
             name = _name_of(config)
-            reports.append(_row(name, quantized, layers, model, reference, given, settings))
+            try:
+                reports.append(_row(name, quantized, layers, model, reference, given, settings))
+            except QuantlabError:
+                raise
+            except Exception as error:  # noqa: BLE001  the module's own code, on layers that it does not know
+                raise ConfigError(_why_it_fails(error, name, layers, model, inputs, settings)) from error
     finally:
         for part, training in modes.items():
             part.training = training
     floors = {r.name: r.quality for r in reports if r.name in FLOORS and r.status == "FINISHED"}
     return [replace(r, floors=floors) for r in reports]
+
+
+def _why_it_fails(
+    error: Exception,
+    name: str,
+    layers: QuantizationReport,
+    model: LoadedModel,
+    inputs: Sequence[Any],
+    settings: EvaluationConfig,
+) -> str:
+    """What to say of a module that runs as it is, and not quantized."""
+    module = model.components["model"]
+    done = [r.name for r in layers.layers if r.status in ("quantized", "fallback")]
+    read = uncalled(module, done, lambda: observe(model, inputs_of(inputs[:1]), settings))
+    said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if not read:
+        return f"module: {name}: it runs as it is, and fails quantized ({said}); exclude the layer that it names"
+    return (
+        f"module: {name}: it reads the weights of {', '.join(read[:5])} instead of calling the layers, which fails on "
+        f"quantized ones ({said}); leave them out: modules_to_not_convert={read[:5]}"
+    )
 
 
 def _floor_row(module: Any, model: LoadedModel, reference: Any, given: Any, settings: EvaluationConfig) -> RunReport:

@@ -23,6 +23,17 @@ _MAX_KEY = 200
 MAX_COMBINATIONS = 10_000
 """Of a grid: each is composed and checked before the first job, which takes a tenth of a second."""
 AXIS_GROUPS = ("backend", "dtype", "group_size")
+WHOLE_NODES = {
+    "quantization": "dtype=int8",
+    "sweep": "grid.dtype=[int8,int4]",
+    "model": "path=PATH",
+    "dataset": "seed=1",
+    "evaluation": "num_samples=50",
+    "calibration": "num_samples=20",
+    "tracking": "uri=http://host:5000",
+    "launcher": "num_workers=2",
+}
+"""Nodes whose keys are typed one by one -> an example: one word for all would pass by the groups."""
 MULTIPLE_GROUPS = ("modules_to_not_convert",)
 """Groups of which several options are chosen at once."""
 _HYDRAS = {
@@ -37,9 +48,9 @@ _HYDRAS = {
 """Key of Hydra's -> what does its work here."""
 NUMERIC_GROUPS = ("group_size",)
 OPEN_NODES = (
-    "quantization.modules_to_not_convert.",
+    "quantization.modules_to_not_convert",
     "quantization.quantization_config",
-    "sweep.grid.",
+    "sweep.grid",
     "sweep.search.objectives",
 )
 
@@ -97,6 +108,8 @@ def _complete(override: str) -> str:
             (way for start, way in _HYDRAS.items() if key.startswith(start)), "quantlab --help shows its own keys"
         )
         raise ConfigError(f"{key}: Hydra's own keys do nothing here; {way}")
+    if key in WHOLE_NODES and value.lstrip().startswith("{"):
+        raise ConfigError(f"{key}: its keys are set one by one, as in {key}.{WHOLE_NODES[key]}")
     if "@" in key or ("/" in key and not key.startswith(OPEN_NODES)):
         raise ConfigError(f"{key}: no such key; a group is chosen by its name, as in backend=quanto")
     if (

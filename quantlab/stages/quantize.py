@@ -18,6 +18,7 @@ from quantlab.errors import ConfigError, NotQuantized
 from quantlab.modules.compute_dtype import stand_for
 from quantlab.modules.layers import linear_layers, resolve_exclusions
 from quantlab.modules.memory import layer_memory
+from quantlab.modules.reached import other_matrices
 from quantlab.stages.weight_errors import WeightErrors, weight_errors
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, FLOAT16_SCALE, dtype_name
@@ -78,9 +79,19 @@ def select_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
     check_device(scheme.format, request.device, request.compute_dtype)
     layers = linear_layers(module)
     if not layers:
-        raise ConfigError(f"model.components={request.component}: it has no Linear layer; nothing to quantize")
+        others = other_matrices(module)
+        told = (
+            f"; its matrices are in {others} layers, which no backend replaces" if others else "; nothing to quantize"
+        )
+        raise ConfigError(f"model.components={request.component}: it has no nn.Linear layer{told}")
     excluded, idle = _excluded(request, module, list(layers))
     wanted = [n for n in layers if n not in excluded]
+    if not wanted and (others := other_matrices(module)):
+        raise ConfigError(
+            f"model.components={request.component}: its matrices are in {others} layers, which are no nn.Linear and which "
+            f"no backend replaces; its {len(layers)} Linear layers ({', '.join(list(layers)[:3])}) are excluded, so nothing "
+            "is left to quantize: choose another model"
+        )
     if not wanted:
         raise ConfigError(
             f"modules_to_not_convert: all {len(layers)} Linear layers of {request.component} are excluded; "

@@ -42,6 +42,7 @@ def setting(
     default: Any = dataclasses.MISSING,
     *,
     choices: Sequence[Any] = (),
+    means: Mapping[str, str] | None = None,
     ours: bool = False,
     node: bool = False,
 ) -> Any:
@@ -50,10 +51,11 @@ def setting(
     Args:
         kind: ``bool int float str dtype names mapping any``; ``names`` is a tuple of strings, ``mapping`` plain data.
         choices: accepted values, where they are few.
+        means: other names of a format -> the choice that it is; told, never guessed by how they are spelled.
         ours: not a field of Diffusers' class; written by ``to_dict`` only where it differs from the default.
         node: may be set in the ``quantization`` node of a recipe (an axis decides the others).
     """
-    metadata = {"kind": kind, "choices": tuple(choices), "ours": ours, "node": node}
+    metadata = {"kind": kind, "choices": tuple(choices), "means": dict(means or {}), "ours": ours, "node": node}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -132,7 +134,8 @@ def coerce(owner: str, field: dataclasses.Field[Any], value: Any) -> Any:
     if kind == "names":
         value = tuple(value)
     if choices and value not in choices:
-        near = nearest(value, choices) if isinstance(value, str) else ""
+        means = field.metadata["means"].get(value) if isinstance(value, str) else None
+        near = f"; {value} is called {means}" if means else nearest(value, choices) if isinstance(value, str) else ""
         raise ConfigError(f"{field.name}={value!r}: {owner} accepts {', '.join(map(str, choices))}{near}")
     return value
 

@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 
 SPELLING = {"int8": "int8", "int4": "int4", "int2": "int2", "float8_e4m3": "float8", "float8_e5m2": "float8_e5m2"}
 """quantlab's dtype -> ``weights_dtype``."""
+_CHOICES = ("float8", "int8", "int4", "int2", "float8_e5m2")
+_E4M3 = ("float8_e4m3", "float8_e4m3fn", "qfloat8", "qfloat8_e4m3fn", "fp8", "fp8_e4m3", "e4m3")
+_MEANS = {
+    **dict.fromkeys(_E4M3, "float8"),
+    **dict.fromkeys(("qfloat8_e5m2", "fp8_e5m2", "e5m2", "float8_e5m2fn"), "float8_e5m2"),
+    **{f"q{name}": name for name in ("int8", "int4", "int2")},
+}
 ACTIVATIONS = {None: "none", "int8": "int8", "float8": "float8_e4m3", "float8_e5m2": "float8_e5m2"}
 DTYPES = {
     "qint8": "int8",
@@ -46,11 +53,11 @@ class QuantoConfig(QuantizationConfigMixin):
     }
     written_rule: ClassVar[str] = "diffusers"
 
-    weights_dtype: str = setting("str", "int8", choices=("float8", "int8", "int4", "int2", "float8_e5m2"))
+    weights_dtype: str = setting("str", "int8", choices=_CHOICES, means=_MEANS)
     modules_to_not_convert: tuple[str, ...] | None = setting("names", None)
     optimizer: str = setting("str", "max", choices=("max", "hqq"), ours=True)
     """``max``: from the extremes; ``hqq``: half-quadratic search of the shifts, 2 and 4 bits only."""
-    activations: str | None = setting("str", None, choices=("int8", "float8", "float8_e5m2"), ours=True)
+    activations: str | None = setting("str", None, choices=("int8", "float8", "float8_e5m2"), means=_MEANS, ours=True)
     """What the inputs of the layers are rounded to, by scales measured on calibration data."""
     exclusion_rule: str = setting("str", "quantlab", choices=EXCLUSION_RULES, ours=True)
 
