@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from quantlab.backends.scheme import scheme_of_config
+from quantlab.backends.scheme import Scheme, scheme_of_config
 from quantlab.backends.table import held_packages, loggers
 from quantlab.errors import ConfigError, QuantlabError
 from quantlab.models.loaded import LoadedModel
@@ -205,7 +205,9 @@ def evaluate(
             quantized, layers = quantize(module, config, calibration=calibration if config.needs_data else None)
             name = _name_of(config)
             try:
-                reports.append(_row(name, quantized, layers, model, reference, given, settings))
+                reports.append(
+                    _row(name, quantized, layers, model, reference, given, settings, scheme_of_config(config))
+                )
             except QuantlabError:
                 raise
             except Exception as error:  # noqa: BLE001  the module's own code, on layers that it does not know
@@ -258,9 +260,11 @@ def _row(
     reference: Any,
     given: Any,
     settings: EvaluationConfig,
+    scheme: Scheme | None = None,
 ) -> RunReport:
     with measure_stage("evaluate", model.device) as stage, emulated_products(lacking(model.device)):
-        measured = evaluate_stage(model.with_components({"model": module}), model, reference, given, settings)
+        candidate = model.with_components({"model": module})
+        measured = evaluate_stage(candidate, model, reference, given, settings, scheme=scheme)
         quality = summarize(measured, settings)
     done = [r.name for r in layers.layers if r.status in ("quantized", "fallback")] if layers else []
     return RunReport(

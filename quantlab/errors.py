@@ -8,6 +8,7 @@
     ├── NotQuantized                       the tensors show something else than what was asked for: exit 1
     ├── DiskFull                           there is no room for what is measured: exit 1
     └── MetricUndefined                    a number that does not exist for these samples (NaN, none left): exit 1
+        └── NotFinite                      because an output is NaN or infinite
 
 Every message begins with the key that the user typed (``dtype=nf4: ...``) and ends with the way out.
 """
@@ -54,6 +55,14 @@ class DiskFull(QuantlabError):
 
 class MetricUndefined(QuantlabError):
     """A metric that has no value on these samples."""
+
+
+class NotFinite(MetricUndefined):
+    """An output that holds NaN or infinity; ``what`` names it: ``the final latent of sample 3``."""
+
+    def __init__(self, message: str, what: str) -> None:
+        super().__init__(message)
+        self.what = what
 
 
 _DISK_FULL_TEXTS = ("No space left on device", "database or disk is full", "PytorchStreamWriter failed writing file")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from quantlab.errors import MetricUndefined
+from quantlab.errors import NotFinite
 from quantlab.metrics.latent import latent_cosine, latent_rel_mse
 from quantlab.metrics.psnr import image_mse, num_identical, psnr_db, to_uint8
 from quantlab.metrics.ssim import WINDOW, ssim
@@ -306,9 +306,10 @@ def _run_batch(
 def _require_finite(tensor: Tensor, sample_ids: Sequence[str], what: str) -> None:
     bad = bad_rows(tensor)
     if bad:
-        raise MetricUndefined(
+        raise NotFinite(
             f"sample {sample_ids[bad[0]]}: the {what} is NaN or infinite, as for {len(bad)} of {len(tensor)} samples "
-            "of its batch; the model overflows: try compute_dtype=bfloat16 or float32, or a wider dtype"
+            "of its batch; the model overflows: try compute_dtype=bfloat16 or float32, or a wider dtype",
+            f"the {what} of sample {sample_ids[bad[0]]}",
         )
 
 

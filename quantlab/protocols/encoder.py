@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from quantlab.errors import ConfigError, MetricUndefined, ModelError
+from quantlab.errors import ConfigError, ModelError, NotFinite
 from quantlab.metrics.output_error import output_cosine, output_rel_error
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
@@ -108,7 +108,7 @@ def observe(
     batch_size: int | None = None,
 ) -> dict[str, Any]:
     """``tokens``: last hidden states, fp32 (texts, length, width), zero at padding; ``pooled``: their mean over a
-    text's tokens (texts, width). Raises MetricUndefined naming the text where they are NaN or infinite."""
+    text's tokens (texts, width). Raises NotFinite naming the text where they are NaN or infinite."""
     return _run(model, inputs, batch_size or evaluation.batch_size, progress)[0]
 
 
@@ -173,9 +173,10 @@ def _run(
         hidden = hidden.detach().float().masked_fill(mask[..., None] == 0, 0.0).cpu()
         if bad := bad_rows(hidden):
             text = inputs.sample_ids[start + bad[0]]
-            raise MetricUndefined(
+            raise NotFinite(
                 f"quality/output_cosine: the output of {text} holds NaN or infinity; the model "
-                "overflows: try quantization.compute_dtype=bfloat16 or float32"
+                "overflows: try quantization.compute_dtype=bfloat16 or float32",
+                f"the output of {text}",
             )
         tokens.append(hidden)
         pooled.append(hidden.sum(1) / mask.cpu().sum(1, keepdim=True).clamp_min(1))

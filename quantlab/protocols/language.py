@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from quantlab.errors import ConfigError, MetricUndefined, nearest
+from quantlab.errors import ConfigError, MetricUndefined, NotFinite, nearest
 from quantlab.metrics.kl import kld_quantiles, token_statistics
 from quantlab.metrics.perplexity import ln_ppl_ratio, perplexity
 from quantlab.metrics.statistics import bootstrap_interval
@@ -342,9 +342,10 @@ def _run(model: LoadedModel, inputs: TextInputs, batch_size: int, progress: Prog
 def _require_finite(rows: Tensor, sample_ids: Sequence[str], what: str) -> None:
     bad = bad_rows(rows)
     if bad:
-        raise MetricUndefined(
+        raise NotFinite(
             f"quality/kld_mean: the {what} of {sample_ids[bad[0]]} holds NaN or infinity; the "
-            "model overflows: try quantization.compute_dtype=bfloat16 or float32, or another dtype"
+            "model overflows: try quantization.compute_dtype=bfloat16 or float32, or another dtype",
+            f"the {what} of {sample_ids[bad[0]]}",
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from quantlab.errors import ConfigError, MetricUndefined
+from quantlab.errors import ConfigError, NotFinite
 from quantlab.metrics.output_error import output_cosine, output_rel_error
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
@@ -80,7 +80,7 @@ def observe(
 ) -> dict[str, Any]:
     """Outputs of the module, concatenated over batches: fp32 tensor of shape (rows, ...).
 
-    ``batch_size`` cuts the user's batches smaller, where they are single tensors. MetricUndefined for NaN or infinity.
+    ``batch_size`` cuts the user's batches smaller, where they are single tensors. NotFinite for NaN or infinity.
     """
     import torch
 
@@ -96,8 +96,9 @@ def observe(
             out = tensors_in(module(*args, **kwargs))[0]
             outputs.append((out.dequantize() if hasattr(out, "qtype") else out).detach().float().cpu())
             if not bool(torch.isfinite(outputs[-1]).all()):
-                raise MetricUndefined(
-                    f"inputs: the output of batch {i} holds NaN or infinity; check weights and inputs"
+                raise NotFinite(
+                    f"inputs: the output of batch {i} holds NaN or infinity; check weights and inputs",
+                    f"the output of batch {i}",
                 )
             if progress:
                 progress(i + 1, len(batches))

@@ -6,7 +6,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from quantlab.errors import MetricUndefined
+from quantlab.errors import NotFinite
 from quantlab.metrics.statistics import mean_interval
 from quantlab.metrics.trajectory import step_sqnr_db, weighted_velocity_mse
 from quantlab.models.loaded import LoadedModel
@@ -110,9 +110,11 @@ def _predictions(
         num = call["stop"] - call["start"]
         output = per_sample(replayed_output(denoiser, call, model.device, model.dtype), num)
         if bad := bad_rows(output):
-            raise MetricUndefined(
-                f"sample {sample_ids[call['start'] + bad[0]]}: the denoiser's output at step {call['step']} is NaN or "
-                "infinite on the reference's input; try compute_dtype=bfloat16 or float32, or a wider dtype"
+            sample, what = sample_ids[call["start"] + bad[0]], f"the denoiser's output at step {call['step']}"
+            raise NotFinite(
+                f"sample {sample}: {what} is NaN or infinite on the reference's input; try compute_dtype=bfloat16 or "
+                "float32, or a wider dtype",
+                f"{what} of sample {sample}, on the reference's input,",
             )
         pairs.setdefault(call["start"], []).append((output, per_sample(call["output"].float(), num)))
         tick()

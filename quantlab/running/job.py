@@ -120,7 +120,14 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         progress = step_progress(session, job.name)
         with plain_attention() if job.plain_attention else contextlib.nullcontext():
             measured = evaluate(
-                candidate, bench.model, bench.reference, bench.inputs, job.config.evaluation, progress, job.batch_size
+                candidate,
+                bench.model,
+                bench.reference,
+                bench.inputs,
+                job.config.evaluation,
+                progress,
+                job.batch_size,
+                job.scheme,
             )
         quality = summarize(measured, job.config.evaluation)
         for why in measured.undefined.values():

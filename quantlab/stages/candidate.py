@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.scheme import Scheme
 from quantlab.datasets.calibration import sampling_settings
-from quantlab.errors import NotQuantized
+from quantlab.errors import NotFinite, NotQuantized
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.feed import CalibrationFeed
 from quantlab.modules.layers import linear_layers, matches
@@ -227,9 +227,9 @@ def _before(
     request = replace(part.request, scheme=plain)
     try:
         module, report = quantize_component(request, making.model.copy_of(name), making.model.components[name])
-    except NotQuantized:  # the plain algorithm loses what the calibrated one keeps
+        energies = _energies(making, data, name, module, part.selection.calibrated)
+    except (NotQuantized, NotFinite):  # the plain algorithm loses, or overflows in, what the calibrated one does not
         return {}, {}
-    energies = _energies(making, data, name, module, part.selection.calibrated)
     return energies, {r.name: r.weight_rel_error for r in report.layers}
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from quantlab.errors import MetricUndefined
+from quantlab.backends.scheme import Scheme
+from quantlab.errors import MetricUndefined, NotFinite
 from quantlab.metrics import METRICS
 from quantlab.metrics.statistics import mean_interval, require_finite
 from quantlab.models.loaded import LoadedModel
@@ -25,15 +26,22 @@ def evaluate(
     evaluation: EvaluationConfig,
     progress: Callable[[int, int], Any] | None = None,
     batch_size: int | None = None,
+    scheme: Scheme | None = None,
 ) -> Measurements:
     """Run ``candidate`` on ``inputs`` by its protocol and compare it with the stored ``reference`` outputs.
 
     A metric that is NaN or infinite for a sample is among the ``undefined`` ones and no longer among the ``samples``.
-    Raises MetricUndefined where none is left.
+    Raises MetricUndefined where none is left, and NotFinite for outputs that are NaN or infinite; it names ``scheme``,
+    the candidate's, as the reference has none.
     """
-    measured: Measurements = PROTOCOLS[candidate.protocol].measure(
-        candidate, inputs, evaluation, reference, reference_model, progress, batch_size
-    )
+    try:
+        measured: Measurements = PROTOCOLS[candidate.protocol].measure(
+            candidate, inputs, evaluation, reference, reference_model, progress, batch_size
+        )
+    except NotFinite as error:
+        if scheme is None:
+            raise
+        raise NotFinite(_overflow_message(scheme, candidate.dtype, error.what), error.what) from error
     undefined = dict(measured.undefined)
 
     def checked(name: str, values: Any, sample_ids: Sequence[str] = ()) -> Callable[[], Any]:
@@ -49,6 +57,19 @@ def evaluate(
     if undefined and not (samples or measured.estimates):
         raise MetricUndefined(next(iter(undefined.values())))
     return replace(measured, samples=samples, steps=steps, undefined=undefined)
+
+
+def _overflow_message(scheme: Scheme, dtype: str, what: str) -> str:
+    axes, row = scheme.axes, scheme.row
+    computed = dtype if axes.compute_dtype == "auto" else axes.compute_dtype
+    who = f"{axes.backend} {axes.dtype}"
+    why = f"{who} is known to overflow in {computed} ({row.note}); " if computed in row.overflows_in else ""
+    wider = [d for d in row.compute_dtypes if d != computed and d not in row.overflows_in and d != "float16"]
+    way = f"set compute_dtype={' or '.join(wider)}, or " if computed == "float16" and wider else ""
+    return (
+        f"dtype={axes.dtype}: {what} by {who} is NaN or infinite where the reference's is not; {why}{way}"
+        "choose another dtype, group_size or algorithm, or exclude the layers that overflow"
+    )
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from quantlab.errors import MetricUndefined
+from quantlab.errors import MetricUndefined, NotFinite
 from quantlab.modules.feed import CalibrationFeed
 
 
@@ -103,7 +103,14 @@ def _add(row: LayerEnergies, name: str, step: int, inputs: Any, output: Any, lay
     if layer is not None:
         with torch.no_grad():
             answered = layer(inputs.clone())
-        row.noise[step] = row.noise.get(step, 0.0) + _energy(answered.detach().float() - expected)
+        noise = _energy(answered.detach().float() - expected)
+        if not math.isfinite(noise):
+            raise NotFinite(
+                f"calibration: {name}, quantized, gives NaN or infinity on the calibration data (step {step}); "
+                "set compute_dtype=float32 or bfloat16, choose another dtype, or exclude the layer",
+                f"the output of {name}",
+            )
+        row.noise[step] = row.noise.get(step, 0.0) + noise
 
 
 def _energy(tensor: Any) -> float:

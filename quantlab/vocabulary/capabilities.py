@@ -32,6 +32,8 @@ class Capability:
     packages: tuple[str, ...] = ()
     """Import names needed beyond the backend's own."""
     compute_dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    overflows_in: tuple[str, ...] = ()
+    """Of these, dtypes in which some setting of this row gives infinities where the unquantized layer does not."""
     activation_dtypes: tuple[str, ...] = ("none",)
     """Accepted ``activation_dtype``; the first is what ``auto`` means."""
     algorithms: tuple[str, ...] = ("max",)
@@ -73,7 +75,10 @@ _TORCHAO: Rows = {
         activation_dtypes=("none", "int8"),
         algorithms=("max", "awq", "smoothquant", "gptq"),
         cuda_algorithms=("gptq",),
-        note="awq, smoothquant, gptq and activation_scales=static need calibration data and are prototypes of torchao",
+        overflows_in=("float16",),
+        note="in float16 with one scale a row, an output beyond 65504 / 127 = 516 times the row's largest weight is "
+        "infinite, as the scale comes last; awq, smoothquant, gptq and activation_scales=static need calibration data "
+        "and are prototypes of torchao",
     ),
     "float8_e4m3": Capability(
         group_sizes=("none",),
