@@ -1,14 +1,16 @@
 """Does a reference look already quantized? A dequantized checkpoint makes every comparison against it an artefact.
 
-The fingerprint is the relative weight error of plain round-to-nearest int4 with groups of 32 and a minimum of their
-own (the grid of ggml's Q4_1). Weights that were trained in floating point give 0.07 to 0.085 (measured on small
-language models, encoders and image transformers); weights that came from such a grid give 0. Grids of other kinds
-(codebooks, larger groups) are only seen where this grid happens to contain them.
+Two looks at a sample of each layer's rows. The fingerprint is the relative weight error of plain round-to-nearest int4
+with groups of 32 and a minimum of their own (the grid of ggml's Q4_1). Weights that were trained in floating point give
+0.07 to 0.085 (measured on small language models, encoders and image transformers); weights that came from such a grid
+give 0. The other formats are recognized by their codes: 16 neighbours in a row share a scale in all of them, so that
+all of the 16 are multiples of one number by codes of the format, whatever that number is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +19,44 @@ if TYPE_CHECKING:
 GROUP_SIZE = 32
 NUM_LEVELS = 16
 ALREADY_QUANTIZED_BELOW = 0.05
+CHUNK = 16
+_ROWS, _CHUNKS = 64, 12
+"""How many rows of a layer are looked at, and of how many of them how many chunks."""
+_FEW = 3
+"""Different magnitudes that say nothing: constant, one-hot and ternary weights are on every grid."""
+_ON_GRID = 0.9
+"""Share of chunks that makes a layer one of a grid."""
+_NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+"""QLoRA's codes (arXiv 2305.14314, appendix E); libraries differ in the later digits."""
+_FP4 = tuple(sign * code / 192 for sign in (-1, 1) for code in (0, 1, 32, 48, 64, 96, 128, 192))
+"""The codes of bitsandbytes' fp4."""
+_E2M1 = tuple(sign * code for sign in (-1, 1) for code in (0, 0.5, 1, 1.5, 2, 3, 4, 6))
+
+
+@dataclass(frozen=True)
+class _Grid:
+    name: str
+    fits: Callable[[Tensor, float], Tensor]
+    """Chunks (n, 16), of which the largest magnitude is 1, and a relative tolerance -> bool (n,)."""
+    num_different: int
+    """Magnitudes that a chunk must have to tell this grid from finer ones and from chance."""
 
 
 def grid_fingerprint(layers: nn.Module | Sequence[nn.Module | Tensor], max_layers: int = 32) -> float | None:
@@ -28,27 +68,60 @@ def grid_fingerprint(layers: nn.Module | Sequence[nn.Module | Tensor], max_layer
         max_layers: how many layers, evenly spaced, are looked at.
 
     Returns:
-        The fingerprint, or None where no layer's in_features divides by 32.
+        The fingerprint, or None where no layer's in_features divides by 32, or none has groups of more than three
+        different weights.
     """
-    given = layers if isinstance(layers, Sequence) else [layers]
-    weights = [w for item in given for w in _linear_weights(item)]
-    weights = [w for w in weights if w.dim() == 2 and w.shape[1] % GROUP_SIZE == 0 and w.is_floating_point()]
-    if not weights:
+    sample = [w for w in _sampled(layers, max_layers) if w.shape[1] % GROUP_SIZE == 0]
+    errors = [(error, w.numel()) for w in sample if (error := _rel_error(w)) is not None]
+    total = sum(num for _, num in errors)
+    return sum(error * num for error, num in errors) / total if total else None
+
+
+def known_grid(layers: nn.Module | Sequence[nn.Module | Tensor], max_layers: int = 32) -> str | None:
+    """The format whose codes most weights of the layers are, whatever its scales' granularity; None: no such.
+
+    4-bit floats, nf4, fp4, float8 and integers of up to 8 bits are told, in float32 and after a cast to 16 bits.
+    Arguments as for :func:`grid_fingerprint`.
+    """
+    votes: dict[str | None, int] = {}
+    for weight in _sampled(layers, max_layers):
+        is_telling, name = _layer_grid(weight)
+        if is_telling:
+            votes[name] = votes.get(name, 0) + weight.numel()
+    if not votes:
         return None
-    num = min(max_layers, len(weights))
-    sample = [weights[i * len(weights) // num] for i in range(num)]
-    return sum(_rel_error(w) * w.numel() for w in sample) / sum(w.numel() for w in sample)
+    name = max(votes, key=lambda n: votes[n])
+    return name if votes[name] * 2 > sum(votes.values()) else None
 
 
-def fingerprint_warning(value: float | None) -> str | None:
-    """What to tell the user about a fingerprint; None where nothing is suspicious."""
-    if value is None or value >= ALREADY_QUANTIZED_BELOW:
+def fingerprint_warning(value: float | None, grid: str | None = None) -> str | None:
+    """What to tell the user about a fingerprint and a known grid; None where nothing is suspicious."""
+    if grid is not None:
+        seen = f"its weights are {grid} times a scale"
+    elif value is not None and value < ALREADY_QUANTIZED_BELOW:
+        seen = (
+            f"rounding it to 4 bits in groups of {GROUP_SIZE} changes its weights by {value:.4f} (0.07 to 0.085 is "
+            "usual for weights trained in floating point)"
+        )
+    else:
         return None
     return (
-        f"the reference looks already quantized: rounding it to 4 bits in groups of {GROUP_SIZE} changes its "
-        f"weights by {value:.4f} (0.07 to 0.085 is usual for weights trained in floating point), so losses "
-        "measured against it say little; use a checkpoint that was never quantized"
+        f"the reference looks already quantized: {seen}, so losses measured against it say little; use a checkpoint "
+        "that was never quantized"
     )
+
+
+# -- the sample
+
+
+def _sampled(layers: nn.Module | Sequence[nn.Module | Tensor], max_layers: int) -> list[Tensor]:
+    """Evenly spaced rows of evenly spaced layers: weights (rows, in_features)."""
+    given = layers if isinstance(layers, Sequence) else [layers]
+    weights = [w for item in given for w in _linear_weights(item)]
+    weights = [w for w in weights if w.dim() == 2 and w.is_floating_point() and w.numel()]
+    chosen = [weights[i * len(weights) // max_layers] for i in range(min(max_layers, len(weights)))]
+    chosen = weights if len(weights) <= max_layers else chosen
+    return [w.detach()[:: -(-len(w) // _ROWS)].float() for w in chosen]
 
 
 def _linear_weights(item: nn.Module | Tensor) -> list[Tensor]:
@@ -61,11 +134,114 @@ def _linear_weights(item: nn.Module | Tensor) -> list[Tensor]:
     return [m.weight for m in item.modules() if isinstance(m, torch.nn.Linear) and m is not head]
 
 
-def _rel_error(weight: Tensor) -> float:
-    """One layer's error. The minimum is a float, not a rounded zero point: with that the Q4_1 grid is met exactly."""
-    groups = weight.detach().float().reshape(-1, GROUP_SIZE)
+# -- int4 with a minimum
+
+
+def _rel_error(weight: Tensor) -> float | None:
+    """One layer's error, about its mean. The minimum is a float, not a rounded zero point: with that the Q4_1 grid is met exactly."""
+    groups = weight.reshape(-1, GROUP_SIZE)
+    groups = groups[_num_different(groups) > _FEW]
+    if not len(groups):
+        return None
     low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
     step = ((high - low) / (NUM_LEVELS - 1)).clamp_min(1e-30)
     rounded = ((groups - low) / step).round() * step + low
-    norm = float(groups.norm())
-    return float((groups - rounded).norm()) / norm if norm else 0.0
+    spread = float((groups - groups.mean()).norm())  # of weights far from zero the size says nothing
+    return float((groups - rounded).norm()) / max(spread, 1e-30)
+
+
+def _num_different(groups: Tensor) -> Tensor:
+    """int (n,): how many different values each row holds."""
+    ordered = groups.sort(dim=1).values
+    return 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(1)
+
+
+# -- codes times a scale
+
+
+def _layer_grid(weight: Tensor) -> tuple[bool, str | None]:
+    """Whether the layer has chunks that tell, and the grid that nearly all of them are on."""
+    width = weight.shape[1] // CHUNK
+    if not width:
+        return False, None
+    chunks = weight[:, : width * CHUNK].reshape(len(weight), width, CHUNK)
+    chunks = chunks[:: -(-len(weight) // _CHUNKS), :: -(-width // _CHUNKS)].reshape(-1, CHUNK)
+    tolerance, smallest = _precision(weight)
+    largest = chunks.abs().amax(1)
+    chunks, largest = chunks[largest > smallest], largest[largest > smallest]
+    num = _num_different(chunks.abs())
+    is_telling = num > _FEW
+    if int(is_telling.sum()) < 4:
+        return False, None
+    ratios, num = (chunks / largest[:, None])[is_telling], num[is_telling]
+    for grid in _grids():
+        enough = num >= grid.num_different
+        if int(enough.sum()) >= 4 and float(grid.fits(ratios[enough], tolerance).float().mean()) >= _ON_GRID:
+            return True, grid.name
+    return True, None
+
+
+def _precision(weight: Tensor) -> tuple[float, float]:
+    """The relative rounding of the weights (float32's, or that of a narrower dtype that they went through), doubled as
+    the scale is a weight too; and the magnitude below which the dtype's own grid is too coarse."""
+
+    if bool((weight.bfloat16().float() == weight).all()):
+        return 2.0**-7, 0.0
+    if bool((weight.half().float() == weight).all()):
+        return 2.0**-10, 2.0**-12
+    return 2.0**-16, 0.0
+
+
+def _grids() -> tuple[_Grid, ...]:
+    """Coarse ones first, since finer ones hold their codes."""
+    return (
+        _Grid("integers of 3 bits", lambda r, t: _fits_integers(r, 1, 5, t), 4),
+        _Grid("4-bit floats (e2m1, as in mxfp4 and nvfp4)", lambda r, t: _fits_codes(r, _E2M1, t), 4),
+        _Grid("the codes of nf4", lambda r, t: _fits_codes(r, _NF4, t + 1e-3), 5),
+        _Grid("the codes of fp4", lambda r, t: _fits_codes(r, _FP4, t), 4),
+        _Grid("integers of 4 or 5 bits", lambda r, t: _fits_integers(r, 1, 17, t), 5),
+        _Grid("8-bit floats (e5m2)", lambda r, t: _fits_floats(r, 4, t), 6),
+        _Grid("8-bit floats (e4m3, as in mxfp8)", lambda r, t: _fits_floats(r, 8, t), 7),
+        _Grid("integers of 6 to 8 bits (as in int8 and q8_0)", lambda r, t: _fits_integers(r, 17, 129, t), 8),
+        _Grid("integers of 2 to 5 bits with a minimum of their own (as in q4_1 and q4_k)", _fits_above_minimum, 4),
+    )
+
+
+def _fits_codes(ratios: Tensor, codes: Sequence[float], tolerance: float) -> Tensor:
+    """Whether all of a chunk are codes of a table, one of which the largest is."""
+    import torch
+
+    table = torch.tensor(codes, device=ratios.device)
+    signed = ratios / ratios.gather(1, ratios.abs().argmax(1, keepdim=True))  # the largest is 1
+    scaled = signed[:, None, :] * table[table != 0][:, None]
+    apart = (scaled[..., None] - table).abs()
+    return (apart <= tolerance * table.abs() + 1e-6).any(-1).all(-1).any(-1)
+
+
+def _fits_integers(ratios: Tensor, low: int, high: int, tolerance: float) -> Tensor:
+    """Whether all of a chunk are integers, of which the largest is at least ``low`` and below ``high``."""
+    import torch
+
+    scaled = ratios[:, None, :] * torch.arange(low, high, device=ratios.device)[:, None]
+    return ((scaled - scaled.round()).abs() <= tolerance * scaled.abs() + 1e-4).all(-1).any(-1)
+
+
+def _fits_above_minimum(ratios: Tensor, tolerance: float) -> Tensor:
+    """Whether all of a chunk less its smallest are integers below 32."""
+    import torch
+
+    above = ratios - ratios.amin(1, keepdim=True)
+    spread = above.amax(1, keepdim=True)
+    scaled = (above / spread)[:, None, :] * torch.arange(3, 32, device=ratios.device)[:, None]
+    allowed = tolerance / spread[..., None] * torch.arange(3, 32, device=ratios.device)[:, None]
+    return (((scaled - scaled.round()).abs() <= allowed + 1e-4) & (allowed < 0.25)).all(-1).any(-1)
+
+
+def _fits_floats(ratios: Tensor, num_significands: int, tolerance: float) -> Tensor:
+    """Whether all of a chunk, but for those so small that they may be subnormal, have one of 4 or 8 significands."""
+    import torch
+
+    steps = 1 + torch.arange(num_significands, device=ratios.device) / num_significands
+    significands = (ratios[:, None, :] * steps[:, None]).abs().frexp().mantissa * 2 * num_significands
+    is_near = (significands - significands.round()).abs() <= tolerance * significands
+    return (is_near | (ratios.abs() < 2.0**-6)[:, None, :]).all(-1).any(-1)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from quantlab.errors import NotFinite
+from quantlab.errors import MetricUndefined, NotFinite
 from quantlab.metrics.latent import latent_cosine, latent_rel_mse
 from quantlab.metrics.psnr import image_mse, num_identical, psnr_db, to_uint8
 from quantlab.metrics.ssim import WINDOW, ssim

@@ -6,7 +6,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from quantlab.errors import NotFinite
+from quantlab.errors import MetricUndefined, NotFinite
 from quantlab.metrics.statistics import mean_interval
 from quantlab.metrics.trajectory import step_sqnr_db, weighted_velocity_mse
 from quantlab.models.loaded import LoadedModel

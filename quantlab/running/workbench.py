@@ -21,7 +21,7 @@ from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.table import family_of
 from quantlab.modules.emulated import emulated_products, lacking
-from quantlab.modules.fingerprint import fingerprint_warning, grid_fingerprint
+from quantlab.modules.fingerprint import fingerprint_warning, grid_fingerprint, known_grid
 from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import StageMeasurement, free_bytes, measure_stage
 from quantlab.planning.job import Job, floor_jobs
@@ -163,8 +163,9 @@ def workbench(session: Session, config: ExperimentConfig, run: Run) -> Workbench
     calibrations = {
         said: calibration_inputs(c.calibration, c.evaluation, model, inputs) for said, c in expected.items()
     }
-    fingerprint = grid_fingerprint(list(model.components.values()))
-    if warning := fingerprint_warning(fingerprint):
+    components = list(model.components.values())
+    fingerprint = grid_fingerprint(components)
+    if warning := fingerprint_warning(fingerprint, known_grid(components)):
         say(warning, "warning")
     with in_stage(session, run, "observe") as seen:
         PROTOCOLS[model.protocol].check(model, inputs)
