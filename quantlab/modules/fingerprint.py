@@ -138,7 +138,10 @@ def _linear_weights(item: nn.Module | Tensor) -> list[Tensor]:
 
 
 def _rel_error(weight: Tensor) -> float | None:
-    """One layer's error, about its mean. The minimum is a float, not a rounded zero point: with that the Q4_1 grid is met exactly."""
+    """One layer's error, over its size about its mean; None where no group tells anything.
+
+    The minimum is a float, not a rounded zero point: with that the Q4_1 grid is met exactly.
+    """
     groups = weight.reshape(-1, GROUP_SIZE)
     groups = groups[_num_different(groups) > _FEW]
     if not len(groups):
