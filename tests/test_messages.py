@@ -8,6 +8,7 @@ from torch import nn
 
 import quantlab
 from quantlab.errors import ConfigError
+from quantlab.modules.layers import linear_layers
 from quantlab.modules.reached import check_weights_are_here, other_matrices, uncalled
 from quantlab.planning.plan import plan
 
@@ -43,6 +44,10 @@ class Own(nn.Linear):
         return x @ self.weight.T
 
 
+class Kept(nn.Linear):
+    """A Linear of another name, with a Linear's forward."""
+
+
 class Conv1D(nn.Module):
     def __init__(self):
         super().__init__()
@@ -73,7 +78,7 @@ def test_matrices_that_are_no_linear_are_blamed_and_not_the_exclusions(layer):
         quantlab.quantize(model, config)
     assert "modules_to_not_convert" not in str(caught.value)
     del model["head"]
-    with pytest.raises(ConfigError, match=r"no nn.Linear layer; its matrices are in 2 (Conv1D|Own) layers"):
+    with pytest.raises(ConfigError, match=r"no Linear layer; its matrices are in 2 (Conv1D|Own) layers"):
         quantlab.quantize(model, quantlab.QuantoConfig("int8"))
 
 
@@ -81,17 +86,22 @@ def test_exclusions_that_leave_nothing_are_still_blamed():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     with pytest.raises(ConfigError, match=r"^modules_to_not_convert: all 2 Linear layers"):
         quantlab.quantize(model, quantlab.QuantoConfig("int8", modules_to_not_convert=["*"]))
-    assert other_matrices(model) == ""
+    assert other_matrices(model, linear_layers(model).values()) == ""
+    kept = nn.Sequential(Kept(64, 64), Kept(64, 64))
+    with pytest.raises(ConfigError, match=r"^modules_to_not_convert: all 2 Linear layers"):
+        quantlab.quantize(kept, quantlab.QuantoConfig("int8", modules_to_not_convert=["*"]))
 
 
 @pytest.mark.parametrize("call", ["quantize", "evaluate"])
 def test_weights_that_are_not_here_are_named(call):
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, device="meta"))
+    config = quantlab.QuantoConfig("int8")
+    calls = {
+        "quantize": lambda: quantlab.quantize(model, config),
+        "evaluate": lambda: quantlab.evaluate(model, [config], [torch.randn(2, 64)]),
+    }
     with pytest.raises(ConfigError, match=r"^module: 2 of 4 weights have no values here \(1.weight: offloaded"):
-        if call == "quantize":
-            quantlab.quantize(model, quantlab.QuantoConfig("int8"))
-        else:
-            quantlab.evaluate(model, [quantlab.QuantoConfig("int8")], [torch.randn(2, 64)])
+        calls[call]()
 
 
 def test_a_module_offloaded_by_accelerate_is_named():

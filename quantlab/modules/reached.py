@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from quantlab.errors import ConfigError
@@ -37,18 +37,14 @@ def check_weights_are_here(module: nn.Module, what: str) -> None:
         )
 
 
-def other_matrices(module: nn.Module) -> str:
-    """The layers with a weight matrix that are no ``nn.Linear`` as the libraries replace it: ``12 Conv1D``, or nothing."""
+def other_matrices(module: nn.Module, replaceable: Iterable[nn.Module]) -> str:
+    """The layers with a weight matrix that are none of the ``replaceable`` ones: ``12 Conv1D``, or nothing."""
     from torch import nn
 
+    known = {id(layer) for layer in replaceable}
     found: Counter[str] = Counter()
     for part in module.modules():
         weight = part._parameters.get("weight")
-        if (
-            weight is not None
-            and weight.dim() == 2
-            and not isinstance(part, nn.Embedding)
-            and type(part) is not nn.Linear
-        ):
+        if weight is not None and weight.dim() == 2 and id(part) not in known and not isinstance(part, nn.Embedding):
             found[type(part).__name__] += 1
     return " and ".join(f"{num} {name}" for name, num in found.most_common(3))

@@ -79,18 +79,18 @@ def select_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
     check_device(scheme.format, request.device, request.compute_dtype)
     layers = linear_layers(module)
     if not layers:
-        others = other_matrices(module)
+        others = other_matrices(module, ())
         told = (
             f"; its matrices are in {others} layers, which no backend replaces" if others else "; nothing to quantize"
         )
-        raise ConfigError(f"model.components={request.component}: it has no nn.Linear layer{told}")
+        raise ConfigError(f"model.components={request.component}: it has no Linear layer{told}")
     excluded, idle = _excluded(request, module, list(layers))
     wanted = [n for n in layers if n not in excluded]
-    if not wanted and (others := other_matrices(module)):
+    if not wanted and (others := other_matrices(module, layers.values())):
         raise ConfigError(
-            f"model.components={request.component}: its matrices are in {others} layers, which are no nn.Linear and which "
-            f"no backend replaces; its {len(layers)} Linear layers ({', '.join(list(layers)[:3])}) are excluded, so nothing "
-            "is left to quantize: choose another model"
+            f"model.components={request.component}: its matrices are in {others} layers, which are no nn.Linear and "
+            f"which no backend replaces; its {len(layers)} Linear layers ({', '.join(list(layers)[:3])}) are excluded, "
+            "so nothing is left to quantize: choose another model"
         )
     if not wanted:
         raise ConfigError(
