@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from quantlab.errors import TrackingError
 from quantlab.tracking.connect import first_line, store_errors
-from quantlab.tracking.record import Record, folders_with_records
+from quantlab.tracking.record import records
 from quantlab.tracking.store import Store
 from quantlab.tracking.tags import FORMER_PARENTS, PARENT_RUN_ID
 
@@ -56,8 +56,7 @@ def find_runs(store: Store, tags: Mapping[str, str] | None = None, status: str |
 def find_records(runs_dir: Path, tags: Mapping[str, str], status: str | None = "FINISHED") -> list[RunData]:
     """The same from the runs' own folders, for a store that is lost: runs that have all of ``tags``."""
     found: list[RunData] = []
-    for folder in folders_with_records(runs_dir):
-        record = Record.load(folder)
+    for record in records(runs_dir):
         known = record.summary
         if known and status in (None, known["status"]) and tags.items() <= known["tags"].items():
             found.append(
@@ -70,7 +69,7 @@ def find_records(runs_dir: Path, tags: Mapping[str, str], status: str | None = "
                     "params": known["params"],
                     "tags": known["tags"],
                     "metrics": known["metrics"],
-                    "folder": str(folder),
+                    "folder": str(record.folder),
                 }
             )
     return sorted(found, key=lambda run: run["start_ms"], reverse=True)

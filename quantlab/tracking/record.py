@@ -7,7 +7,9 @@ In the run's folder::
     tracking/sent.json      the store, the run's id there, and the byte up to which the events have arrived
     layers.json images/...  the artifacts, under the names that they have in the store
 
-The events are the truth. A process killed at any point leaves a prefix of them (a torn last line is ignored).
+The events are the truth. A process killed at any point leaves a prefix of them: a line that does not end like one is
+ignored. Each line carries the version of its form and a checksum; a record with a line that was changed, or of a form
+that is not known, is damaged: nothing of it is believed.
 """
 
 from __future__ import annotations
@@ -17,20 +19,39 @@ import json
 import os
 import time
 import uuid
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from quantlab.errors import TrackingError
+from quantlab.progress import say
 from quantlab.tracking.events import Event, RunSummary, add_event
 
 _EVENTS = Path("tracking", "events.jsonl")
 _SENT = Path("tracking", "sent.json")
 _LOCK = Path("tracking", "lock")
 
+VERSION = 1
+"""Of the form of a line; raised when one is read differently."""
+_CHECK = "crc32"
+_FORMS: dict[str, dict[str, type]] = {
+    "start": {"record": str, "name": str, "tags": dict},
+    "params": {"values": dict},
+    "tags": {"values": dict},
+    "metrics": {"values": dict},
+    "artifact": {"name": str, "file": str, "table": bool},
+    "finish": {"status": str, "error": str, "stage": str},
+}
+"""Event -> what it must hold."""
+
 LEFT_OPEN: set[Path] = set()
 """Folders in which this process could not write, as on a full disk: where a run stayed open, its next start ends it."""
+
+
+class DamagedRecord(TrackingError):
+    """A record that is not what was written; the message names its folder."""
 
 
 @dataclass
@@ -97,11 +118,16 @@ class Record:
 
     @classmethod
     def load(cls, folder: Path) -> Record:
-        """Read the record in ``folder``."""
+        """Read the record in ``folder``; :class:`DamagedRecord` where it is not what was written."""
         record = cls(folder)
         for event, _ in record.events(0):
+            if (event["op"] == "start") == bool(record.summary):
+                raise record._damaged("its first event is not the only start")
             add_event(record.summary, event)
         return record
+
+    def _damaged(self, why: str) -> DamagedRecord:
+        return DamagedRecord(f"{self.folder}: damaged ({why}); move the folder away, or bring an intact copy")
 
     @property
     def run_id(self) -> str:
@@ -127,7 +153,7 @@ class Record:
             raise
 
     def _append(self, event: Event) -> None:
-        line = json.dumps(event, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+        line = json.dumps(_with_check(event), ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         with (self.folder / _EVENTS).open("ab+") as file:
             if file.tell() > 0:
                 file.seek(-1, os.SEEK_END)
@@ -138,18 +164,41 @@ class Record:
         _write_json(self.folder / "run.json", self.summary)
 
     def events(self, offset: int) -> Iterator[tuple[Event, int]]:
-        """The events from byte ``offset`` on, each with the offset behind it."""
+        """The events from byte ``offset`` on, each with the offset behind it.
+
+        Raises :class:`DamagedRecord` at a line that is not what was written.
+        """
         with (self.folder / _EVENTS).open("rb") as file:
             file.seek(offset)
             for line in file:
+                try:
+                    event = _parsed(line) if line.endswith(b"\n") else None
+                except ValueError as error:
+                    raise self._damaged(f"event at byte {offset}: {error}") from error
                 offset += len(line)
-                if line.endswith(b"\n") and (event := _parsed(line)) is not None:
+                if event is not None:
                     yield event, offset
 
     def sent(self) -> Sent | None:
-        """How much has arrived; None where nothing was ever tried."""
-        data = _read_json(self.folder / _SENT)
-        return Sent(**data) if data else None
+        """How much has arrived; None where nothing was ever tried.
+
+        A note that cannot be read says only that something was: the run is looked for in the store, and sent again.
+        """
+        path = self.folder / _SENT
+        if not path.exists():
+            return None
+        data = _read_json(path)
+        wanted: dict[str, type | tuple[type, ...]] = {
+            "uri": str,
+            "run_id": (str, type(None)),
+            "offset": int,
+            "done": bool,
+            "refused": list,
+        }
+        if set(data) != set(wanted) or not all(isinstance(data[k], kind) for k, kind in wanted.items()):
+            return Sent(uri="")
+        size = (self.folder / _EVENTS).stat().st_size
+        return Sent(**data) if 0 <= data["offset"] <= size else Sent(uri="")
 
     def save_sent(self, sent: Sent) -> None:
         """Note how much has arrived."""
@@ -178,12 +227,50 @@ def folders_with_records(runs_dir: Path) -> list[Path]:
     return sorted(path.parent.parent for path in found)
 
 
+def records(runs_dir: Path) -> Iterator[Record]:
+    """The records below ``runs_dir``; a damaged one is named, and left out."""
+    for folder in folders_with_records(runs_dir):
+        try:
+            yield Record.load(folder)
+        except (DamagedRecord, OSError) as error:
+            if folder not in _TOLD:
+                _TOLD.add(folder)
+                say(f"{error}; it is left out")
+
+
+_TOLD: set[Path] = set()
+"""Damaged folders that were named already."""
+
+
+def _with_check(event: Event) -> dict[str, Any]:
+    data = {"v": VERSION, **event}
+    return {**data, _CHECK: _checksum(data)}
+
+
+def _checksum(data: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(data, sort_keys=True, ensure_ascii=False).encode(errors="backslashreplace"))
+
+
 def _parsed(line: bytes) -> Event | None:
+    """The event of a line; None for one that was torn by the death of its writer, ValueError for a changed one."""
     try:
         event = json.loads(line)
-    except ValueError:  # torn by the death of its writer
+    except ValueError:
+        if line.rstrip().endswith(b"}"):
+            raise ValueError("is no JSON") from None
         return None
-    return cast(Event, event) if isinstance(event, dict) and "op" in event else None
+    if not isinstance(event, dict) or event.get("op") not in _FORMS:
+        raise ValueError("is no event")
+    version = event.pop("v", None)
+    if version is not None:
+        if version != VERSION:
+            raise ValueError(f"has the form {version}, and this version of quantlab knows {VERSION}")
+        if event.pop(_CHECK, None) != _checksum({"v": version, **event}):
+            raise ValueError("is not what was written")
+    form = {"time_ms": int, **_FORMS[event["op"]]}
+    if missing := [k for k, kind in form.items() if not isinstance(event.get(k), kind)]:
+        raise ValueError(f"has no {missing[0]}")
+    return cast(Event, event)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -6,14 +6,17 @@ import logging
 import socket
 from pathlib import Path
 
+from quantlab.progress import say
 from quantlab.tracking.connect import first_line, store_errors
 from quantlab.tracking.events import EndedRun
-from quantlab.tracking.record import LEFT_OPEN, Record, folders_with_records
+from quantlab.tracking.record import LEFT_OPEN, DamagedRecord, Record, folders_with_records, records
 from quantlab.tracking.store import Store
 from quantlab.tracking.tags import FAILURE, HOST, STAGE
 from quantlab.tracking.values import process_is_alive
 
 _LOG = logging.getLogger(__name__)
+MANY = 1000
+"""More runs than this are not looked for one by one at each start."""
 _DIED = "the process ended without closing the run (killed, out of memory, or a full disk)"
 
 
@@ -25,7 +28,8 @@ def push_pending(store: Store, runs_dir: Path) -> list[str]:
     """
     if not store.is_reached:
         return []
-    pending = [Record.load(f) for f in folders_with_records(runs_dir) if not _is_done(f)]
+    gone = _gone_from(store, runs_dir)
+    pending = [r for r in records(runs_dir) if not _is_done(r.folder) or r.folder in gone]
     pushed = []
     known = [r for r in pending if r.summary]
     for record in sorted(known, key=lambda r: (r.summary["start_ms"], r.summary["parent_run_id"] is not None)):
@@ -51,10 +55,10 @@ def close_orphans(store: Store, runs_dir: Path) -> list[str]:
     A run belongs to the process whose pid and start time its tags hold; one on another host is never touched.
     """
     closed = []
-    for folder in folders_with_records(runs_dir):
-        if _is_done(folder):
+    for found in records(runs_dir):
+        if _is_done(found.folder):
             continue
-        record = _closed_record(folder)
+        record = _closed_record(found.folder)
         if record is not None:
             store.sync(record)
             closed.append(str(record.summary["name"]))
@@ -69,7 +73,11 @@ def end_lost_run(store: Store, folder: Path, error: str, log: str = "") -> Ended
     """
     if folder not in folders_with_records(folder.parent):
         return {}
-    record = Record.load(folder)
+    try:
+        record = Record.load(folder)
+    except DamagedRecord as damage:
+        say(str(damage))
+        return {}
     if not record.summary:  # it died while it wrote the first line
         record.discard()
         return {}
@@ -120,6 +128,37 @@ def _close_in_store(store: Store) -> list[str]:
     return closed
 
 
+def _gone_from(store: Store, runs_dir: Path) -> set[Path]:
+    """Folders of runs that arrived whole, and are not in the store any more: it was emptied, or lost them.
+
+    What a note says was sent is not what is there. Of very many runs a few are looked at; one that is missing has all
+    looked at.
+    """
+    done = {}
+    for folder in folders_with_records(runs_dir):
+        sent = Record(folder).sent()
+        if sent is not None and sent.done and sent.uri == store.uri and sent.run_id:
+            done[sent.run_id] = folder.absolute()
+    try:
+        if len(done) > MANY and all(_is_there(store, i) for i in [*done][:: len(done) // 8]):
+            return set()
+        there = set(store.run_ids("")) if done else set()
+        return {folder for run_id, folder in done.items() if run_id not in there and not _is_there(store, run_id)}
+    except store_errors():
+        return set()
+
+
+def _is_there(store: Store, run_id: str) -> bool:
+    """Does the store know the run, deleted ones included (who deletes one does not want it back)?"""
+    try:
+        store.client.get_run(run_id)
+    except store_errors() as error:
+        if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+    return True
+
+
 def _is_done(folder: Path) -> bool:
     sent = Record(folder).sent()
     return sent is not None and sent.done
@@ -142,5 +181,5 @@ def _forget_lost_run(store: Store, record: Record) -> None:
     except store_errors() as error:
         if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
             raise
-        sent.run_id, sent.offset = None, 0
+        sent.run_id, sent.offset, sent.done = None, 0, False
         record.save_sent(sent)
