@@ -14,6 +14,7 @@ from quantlab.models.loaded import LoadedModel
 from quantlab.modules.compute_dtype import component_dtype
 from quantlab.modules.emulated import emulated_products, lacking
 from quantlab.modules.feed import feed_of_batches
+from quantlab.modules.hooks import check_offloading
 from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import component_memory, measure_stage
 from quantlab.modules.reached import check_weights_are_here, uncalled
@@ -127,6 +128,7 @@ def _checked(module: Any) -> Any:
         raise ConfigError("module: a bare Linear cannot be replaced in itself; wrap it: torch.nn.Sequential(linear)")
     if next(module.parameters(), None) is None:
         raise ConfigError("module: it has no parameters, nothing to quantize; pass the part with the weights")
+    check_offloading(module, "module")
     check_weights_are_here(module, "module")
     return module
 

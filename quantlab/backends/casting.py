@@ -29,14 +29,21 @@ def wanted_dtype(layer: nn.Linear, compute_dtype: str | torch.dtype | None, back
 
 
 def cast_around(layer: nn.Module, inside: torch.dtype, outside: torch.dtype) -> None:
-    """Let ``layer`` see its input in the dtype ``inside`` and give its output in ``outside``; nothing where equal."""
+    """Let ``layer`` see its input in the dtype ``inside`` and give its output in ``outside``; nothing where equal.
+
+    Hooks that are on the layer see both in ``outside``, as they did.
+    """
     if inside != outside:
-        layer.register_forward_pre_hook(functools.partial(_cast_input, inside))
-        layer.register_forward_hook(functools.partial(_cast_output, outside))
+        layer.register_forward_pre_hook(functools.partial(_cast_input, inside), with_kwargs=True)
+        layer.register_forward_hook(functools.partial(_cast_output, outside), prepend=True)
 
 
-def _cast_input(dtype: torch.dtype, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (args[0].to(dtype), *args[1:])
+def _cast_input(
+    dtype: torch.dtype, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (args[0].to(dtype), *args[1:]), kwargs
+    return args, {**kwargs, "input": kwargs["input"].to(dtype)}
 
 
 def _cast_output(dtype: torch.dtype, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

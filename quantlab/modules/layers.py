@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from quantlab.errors import ConfigError, ModelError
+from quantlab.modules.hooks import adapter_parts, adapters, inherit
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,40 +39,71 @@ _GLOB_CHARACTERS = frozenset("*?[")
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
     """Full path -> layer of every ``nn.Linear`` below ``module`` that can be replaced by a quantized one.
 
-    A layer that sits at several paths is listed once, at the first. Left out are layers inside
-    ``nn.MultiheadAttention``, which reads their weights directly, layers whose weight is computed from other
-    parameters, and those with a forward or an active LoRA of their own. ``module`` itself is never listed: it has no
-    parent to replace it in.
+    A layer that sits at several paths is listed once, at the first. Left out are those of :func:`layers_left_alone`.
+    ``module`` itself is never listed: it has no parent to replace it in.
     """
-    from torch import nn
+    return {name: layer for name, layer, reason in _judged(module) if not reason}
 
-    attentions = [part for part in module.modules() if isinstance(part, nn.MultiheadAttention)]
-    in_attention = {id(child) for part in attentions for child in part.modules()}
-    return {
-        name: layer
-        for name, layer in module.named_modules()
-        if name and isinstance(layer, nn.Linear) and id(layer) not in in_attention and _is_replaceable(layer)
-    }
+
+def layers_left_alone(module: nn.Module) -> dict[str, str]:
+    """Full path -> why, for every ``nn.Linear`` below ``module`` in whose place a quantized layer would do other work.
+
+    These are the layers inside ``nn.MultiheadAttention``, which reads their weights directly; those whose weight is
+    computed from other parameters; those with a class, a forward or an active LoRA of their own; and the layers of a
+    PEFT adapter, which stay as they are around a quantized base layer.
+    """
+    return {name: reason for name, _, reason in _judged(module) if reason}
 
 
 def replace_layer(module: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` in the place of the layer at ``name``, at every other path of the same layer too."""
+    """Put ``new`` in the place of the layer at ``name``, at every other path of the same layer too.
+
+    Hooks and attributes that users set on the layer move to ``new``, see :func:`quantlab.modules.hooks.inherit`.
+    """
     old = module.get_submodule(name)
+    inherit(new, old)
     paths = [path for path, found in module.named_modules(remove_duplicate=False) if found is old]
     for path in paths:
         parent, _, leaf = path.rpartition(".")
         setattr(module.get_submodule(parent), leaf, new)
 
 
-def _is_replaceable(layer: nn.Linear) -> bool:
-    """Whether a quantized layer in the place of ``layer`` would do the same work."""
+def _judged(module: nn.Module) -> Iterator[tuple[str, nn.Linear, str]]:
+    """(path, layer, why it is left alone or "") of each Linear below ``module``."""
     from torch import nn
 
-    if not isinstance(layer._parameters.get("weight"), nn.Parameter) or hasattr(layer, "parametrizations"):
-        return False  # the weight is computed from other parameters
+    attentions = [part for part in module.modules() if isinstance(part, nn.MultiheadAttention)]
+    in_attention = {id(child) for part in attentions for child in part.modules()}
+    in_adapter = {id(part): path for path, adapter in adapters(module).items() for part in adapter_parts(adapter)}
+    for name, layer in module.named_modules():
+        if not name or not isinstance(layer, nn.Linear):
+            continue
+        if id(layer) in in_attention:
+            yield name, layer, "nn.MultiheadAttention reads its weight directly"
+        elif id(layer) in in_adapter:
+            yield name, layer, f"a part of the adapter {in_adapter[id(layer)]}"
+        else:
+            yield name, layer, _own_work(layer)
+
+
+def _own_work(layer: nn.Linear) -> str:
+    """What ``layer`` does that a quantized one in its place would not; "" for nothing."""
+    from torch import nn
+
+    has_plain_bias = layer.bias is None or isinstance(layer._parameters.get("bias"), nn.Parameter)
+    if (
+        not isinstance(layer._parameters.get("weight"), nn.Parameter)
+        or not has_plain_bias
+        or hasattr(layer, "parametrizations")
+    ):
+        return (
+            "computed from other parameters at each call (remove the parametrization or weight norm to have it taken)"
+        )
     if getattr(layer, "lora_layer", None) is not None:
-        return False  # an active LoRA layer: it has to be fused first
-    return type(layer).forward is nn.Linear.forward or type(layer).__name__ == "LoRACompatibleLinear"
+        return "an active LoRA of its own (fuse it to have it taken)"
+    if type(layer).forward is nn.Linear.forward or type(layer).__name__ == "LoRACompatibleLinear":
+        return ""
+    return f"{type(layer).__name__} has a forward of its own"
 
 
 # -- the matcher

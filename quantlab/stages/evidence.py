@@ -64,18 +64,27 @@ def layer_energies(
     chosen = evenly_spaced(len(feed.calls), num_calls)
     step = 0
 
-    def hook_of(name: str) -> Callable[..., None]:
+    def hooks_of(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        """The candidate's layer has the hooks that users set on the reference's: it gets what those were given."""
         layer = None if candidate is None else candidate.get_submodule(name)
 
-        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given[name] = args[0] if args else kwargs["input"]
+
+        def after(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             inputs = args[0] if args else kwargs["input"]
             if inputs.numel():  # an expert that no token chose
-                _add(found[name], name, step, inputs, output, layer)
+                _add(found[name], name, step, inputs, output, layer, given.pop(name))
 
-        return hook
+        return before, after
 
+    given: dict[str, Any] = {}
+    handles = []
     modules = dict(reference.named_modules())
-    handles = [modules[name].register_forward_hook(hook_of(name), with_kwargs=True) for name in layers]
+    for name in layers:
+        before, after = hooks_of(name)
+        handles.append(modules[name].register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+        handles.append(modules[name].register_forward_hook(after, with_kwargs=True))
     try:
         for done, i in enumerate(chosen, 1):
             step = int(feed.calls[i].get("step", 0))
@@ -88,7 +97,7 @@ def layer_energies(
     return found
 
 
-def _add(row: LayerEnergies, name: str, step: int, inputs: Any, output: Any, layer: Any) -> None:
+def _add(row: LayerEnergies, name: str, step: int, inputs: Any, output: Any, layer: Any, given: Any) -> None:
     import torch
 
     absmax = inputs.detach().abs().float().reshape(-1, inputs.shape[-1]).amax(0)
@@ -102,7 +111,7 @@ def _add(row: LayerEnergies, name: str, step: int, inputs: Any, output: Any, lay
     row.signal[step] = row.signal.get(step, 0.0) + _energy(expected)
     if layer is not None:
         with torch.no_grad():
-            answered = layer(inputs.clone())
+            answered = layer(given.clone())
         noise = _energy(answered.detach().float() - expected)
         if not math.isfinite(noise):
             raise NotFinite(

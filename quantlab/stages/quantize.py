@@ -16,9 +16,10 @@ from quantlab.backends.scheme import Format, Scheme
 from quantlab.backends.table import held_packages, offers
 from quantlab.errors import ConfigError, NotQuantized
 from quantlab.modules.compute_dtype import stand_for
-from quantlab.modules.layers import linear_layers, resolve_exclusions
+from quantlab.modules.hooks import check_forwards, check_offloading
+from quantlab.modules.layers import layers_left_alone, linear_layers, resolve_exclusions
 from quantlab.modules.memory import layer_memory
-from quantlab.modules.reached import other_matrices
+from quantlab.modules.reached import check_weights_are_here, other_matrices
 from quantlab.stages.weight_errors import WeightErrors, weight_errors
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, FLOAT16_SCALE, dtype_name
@@ -72,11 +73,14 @@ def select_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
 
     Raises:
         ConfigError: an exclusion that matches nothing, no layer left, or a device that the scheme does not run on.
+        ModelError: a layer whose work a quantized one would not do (:func:`quantlab.modules.hooks.check_forwards`).
         NotQuantized: layers that the scheme cannot take.
     """
     scheme = request.scheme
     axes = scheme.axes
     check_device(scheme.format, request.device, request.compute_dtype)
+    check_offloading(module, f"model.components={request.component}")
+    check_weights_are_here(module, f"model.components={request.component}")
     layers = linear_layers(module)
     if not layers:
         others = other_matrices(module, ())
@@ -97,6 +101,7 @@ def select_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
             f"modules_to_not_convert: all {len(layers)} Linear layers of {request.component} are excluded; "
             "nothing is left to quantize"
         )
+    check_forwards(module, wanted, f"model.components={request.component}")
     shapes = {n: tuple(layers[n].weight.shape) for n in layers}
     dtypes = scheme.native.layer_dtypes(wanted)
     asked = {n: scheme.other_formats[dtypes[n]] if n in dtypes else scheme.format for n in wanted}
@@ -147,38 +152,19 @@ def quantize_component(
         _hand_over(scheme, native, module, {n: chosen.compute_dtypes[n] for n in chosen.taken}, calibrated)
     fallback = _fall_back(request, chosen, module, calibrated)
 
+    kept = {n: ("skipped", reason) for n, reason in misfits.items() if n not in fallback}
+    kept |= {n: ("excluded", reason) for n, reason in (*excluded.items(), *layers_left_alone(original).items())}
     rows = []
     lost: dict[str, str] = {}
-    layers = linear_layers(original)
-    originals = dict(original.named_modules())
-    for name in layers:
-        if name in chosen.taken or name in fallback:
-            stand_for(module.get_submodule(name), originals[name].weight)
-            rows.append(
-                _read_row(
-                    request,
-                    name,
-                    module.get_submodule(name),
-                    originals[name].weight,
-                    None if name in chosen.taken else fallback[name],
-                    misfits.get(name, ""),
-                    lost,
-                )
-            )
-        else:
-            status = "excluded" if name in excluded else "skipped"
-            reason = excluded[name] if name in excluded else misfits[name]
-            rows.append(
-                LayerReport(
-                    component=request.component,
-                    name=name,
-                    kind="Linear",
-                    shape=tuple(layers[name].weight.shape),
-                    status=status,
-                    dtype=str(layers[name].weight.dtype).removeprefix("torch."),
-                    reason=reason,
-                )
-            )
+    for name, part in original.named_modules():
+        if name in kept:
+            status, reason = kept[name]
+            rows.append(_kept_row(request.component, name, cast("torch.nn.Linear", part), status, reason))
+        elif name in chosen.taken or name in fallback:
+            weight = cast("torch.nn.Linear", part).weight
+            stand_for(module.get_submodule(name), weight)
+            to, reason = (None if name in chosen.taken else fallback[name]), misfits.get(name, "")
+            rows.append(_read_row(request, name, module.get_submodule(name), weight, to, reason, lost))
     _require({n: f.axes for n, f in chosen.asked.items()}, [r for r in rows if r.status == "quantized"])
     if lost:
         raise NotQuantized(_lost_message(request, chosen.compute_dtypes[min(lost)], lost))
@@ -346,6 +332,18 @@ def _store_as(module: torch.nn.Module, name: str, dtype: str) -> None:
 
 
 # -- read-back
+
+
+def _kept_row(component: str, name: str, layer: torch.nn.Linear, status: str, reason: str) -> LayerReport:
+    return LayerReport(
+        component=component,
+        name=name,
+        kind="Linear",
+        shape=tuple(layer.weight.shape),
+        status=status,
+        dtype=dtype_name(layer.weight.dtype),
+        reason=reason,
+    )
 
 
 def _read_row(

@@ -40,6 +40,20 @@ def test_evidence_counts_each_layers_own_error_by_step():
     assert found["first"].outlier_ratio == pytest.approx(float(channels.max() / channels.median()))
 
 
+def test_evidence_gives_a_layer_with_hooks_what_the_hooks_were_given():
+    """They are on the candidate's layer too: an input that they changed already would be changed twice."""
+    torch.manual_seed(0)
+    reference, candidate = Layered(), Layered()
+    candidate.load_state_dict(reference.state_dict())
+    for each in (reference, candidate):
+        each.first.register_forward_pre_hook(lambda module, args: (args[0] * 7,))
+        each.first.register_forward_hook(lambda module, args, output: output + 1)
+    batch = torch.randn(5, 8)
+    found = layer_energies(reference, candidate, ["first"], feed_of_batches([batch]), 1)
+    assert found["first"].sqnr_db() is None, "the same layer: no error at all"
+    assert found["first"].input_absmax == pytest.approx(7 * float(batch.abs().max())), "of what is multiplied"
+
+
 def test_evidence_refuses_activations_that_are_nan_and_names_the_layer():
     net = Layered()
     with torch.no_grad():

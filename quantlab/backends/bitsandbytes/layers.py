@@ -93,14 +93,14 @@ def layer_classes() -> dict[str, Any]:
             )
             self.bias = bias
 
-        def forward(self, x: Tensor) -> Tensor:
-            """x (..., in_features) -> (..., out_features), in x's dtype."""
-            inputs = x.to(self.compute_dtype)
+        def forward(self, input: Tensor) -> Tensor:
+            """input (..., in_features) -> (..., out_features), in its dtype; named as ``nn.Linear`` names it."""
+            inputs = input.to(self.compute_dtype)
             bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-            if x.device.type == "cpu":
+            if input.device.type == "cpu":
                 dense = dense_4bit(self.weight, self.compute_dtype)
-                return torch.nn.functional.linear(inputs, dense, bias).to(x.dtype)
-            return bnb.matmul_4bit(inputs, self.weight, bias=bias, quant_state=self.weight.quant_state).to(x.dtype)
+                return torch.nn.functional.linear(inputs, dense, bias).to(input.dtype)
+            return bnb.matmul_4bit(inputs, self.weight, bias=bias, quant_state=self.weight.quant_state).to(input.dtype)
 
     class QuantizedLinear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc, name-defined]
         """Linear8bitLt for inputs of any rank, the same in train and eval mode, that leaves its bias as it is."""
@@ -123,16 +123,16 @@ def layer_classes() -> dict[str, Any]:
             self.state.CB, self.state.SCB = self.weight.data, self.state.SCB.to(self.weight.device)
             return self
 
-        def forward(self, x: Tensor) -> Tensor:
-            """x (..., in_features) -> (..., out_features), in x's dtype."""
-            inputs = x.to(self.compute_dtype).reshape(-1, x.shape[-1])
+        def forward(self, input: Tensor) -> Tensor:
+            """input (..., in_features) -> (..., out_features), in its dtype; named as ``nn.Linear`` names it."""
+            inputs = input.to(self.compute_dtype).reshape(-1, input.shape[-1])
             bias = None if self.bias is None else self.bias.to(self.compute_dtype)
             state = self.state
             if self.in_features == 1:  # torch._int_mm returns unset memory on CPUs then: a column of zeros beside it
                 inputs, state = torch.nn.functional.pad(inputs, (0, 1)), copy.copy(state)
                 state.CB = torch.nn.functional.pad(state.CB, (0, 1))
             out = bnb.matmul(inputs, self.weight, bias=bias, state=state)
-            return out.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+            return out.reshape(*input.shape[:-1], self.out_features).to(input.dtype)
 
     classes: dict[str, Any] = {c.__name__: c for c in (QuantizedLinear4bit, QuantizedLinear8bit)}
     for name, made in classes.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.backends.casting import wanted_dtype
@@ -20,6 +20,7 @@ from quantlab.vocabulary.reports import StoredWeight
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
 
     from quantlab.backends.quanto.library_types import QLinear, QTensor, qtype
 
@@ -50,8 +51,7 @@ def calibrate(
     found: dict[str, Tensor] = {}
     for layer in made.values():  # as of no batch, if an earlier attempt ran out of memory
         layer.input_scale, layer.output_scale = torch.ones_like(layer.input_scale), torch.ones_like(layer.output_scale)
-    hooks = {name: functools.partial(_measure, found, name) for name in layers}
-    handles = [made[name].register_forward_pre_hook(hook, prepend=True) for name, hook in hooks.items()]
+    handles = [_before_rounding(layer, functools.partial(_measure, found, name)) for name, layer in made.items()]
     try:
         feed(model)
     finally:
@@ -141,6 +141,16 @@ def _convert(
                 f"{new.weight.dtype}; add it to modules_to_not_convert"
             )
         replace_layer(model, name, new)
+
+
+def _before_rounding(layer: QLinear, hook: Callable[..., None]) -> RemovableHandle:
+    """Register ``hook`` between what users hung on the layer, which may change its input, and the library's rounding."""
+    handle = layer.register_forward_pre_hook(hook)
+    hooks = layer._forward_pre_hooks
+    ids = list(hooks)
+    for own in ids[ids.index(layer._quantize_hooks["input"].id) : -1]:
+        hooks[own] = hooks.pop(own)
+    return handle
 
 
 def _measure(found: dict[str, Tensor], name: str, layer: QLinear, args: tuple[Any, ...]) -> None:
