@@ -16,6 +16,9 @@ transformers               a regular expression from the start of the path up to
                            torchao: of the weight's path); no list at all: tied weights, the last module and the output
                            embeddings
 =========================  =========================================================================================
+
+Both add to any list what the model's class keeps in float32 (``_keep_in_fp32_modules``: T5's ``wo``), and read it by
+the same rule. ``_keep_in_fp32_modules_strict`` of transformers is about dtypes alone: its layers are quantized.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from quantlab.errors import ConfigError
+from quantlab.modules.hooks import before_adapters
 from quantlab.modules.layers import linear_layers, resolve_exclusions
 from quantlab.vocabulary.native import LIBRARY_RULE, QuantizationConfigMixin, Rule
 
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _Made = TypeVar("_Made")
+_KEPT = "which its class keeps in float32"
 
 
 def taken_by_transformers(entry: str, path: str) -> bool:
@@ -70,8 +75,12 @@ def library_of(model: nn.Module) -> str:
     return "transformers" if hasattr(model, "get_output_embeddings") else "diffusers"
 
 
-def expand(config: QuantizationConfigMixin, model: nn.Module) -> tuple[dict[str, str], tuple[str, ...]]:
+def expand(
+    config: QuantizationConfigMixin, model: nn.Module, keep: bool = True
+) -> tuple[dict[str, str], tuple[str, ...]]:
     """The Linear layers of ``model`` that a config with a library's rule leaves out.
+
+    ``keep``: those too that the model's class keeps in float32.
 
     Returns:
         Full path -> why; and the entries that take no layer (the libraries accept those without a word).
@@ -86,11 +95,30 @@ def expand(config: QuantizationConfigMixin, model: nn.Module) -> tuple[dict[str,
     entries = tuple(given or ())
     if given is None and library == "transformers":
         entries = _transformers_defaults(model)
-    found = taken(rule, entries, paths)
-    reasons = {path: f"{library} {method}: {entry}" for path, entry in found.items()}
+    plain = before_adapters(model, paths)
+    found = taken(rule, entries, plain)
+    reasons = {plain[p]: f"{library} {method}: {entry}" for p, entry in found.items()}
+    if keep:
+        kept = taken(rule, _kept_in_float32(model), plain)
+        reasons = {plain[p]: f"{library} {method}: {entry}, {_KEPT}" for p, entry in kept.items()} | reasons
     for path, why in config.disabled_layers(paths).items():
         reasons.setdefault(path, why)
     return reasons, tuple(e for e in entries if given and not any(rule(e, p) for p in paths))
+
+
+def kept_in_float32(model: nn.Module) -> dict[str, str]:
+    """Layer -> why, for the Linear layers that classes of ``model`` keep in float32 when they are loaded.
+
+    They are left out by default, whatever quantizes: they lose most, and code of theirs may look at the weight's dtype.
+    """
+    found: dict[str, str] = {}
+    for root, part in model.named_modules():
+        for entry in _kept_in_float32(part):
+            inside = f".{entry.removesuffix('.weight')}."
+            for path in linear_layers(part):
+                if inside in f".{path}.":
+                    found.setdefault(f"{root}.{path}".lstrip("."), f"{type(part).__name__}: {entry}, {_KEPT}")
+    return found
 
 
 def _linear_paths(model: nn.Module) -> list[str]:
@@ -135,7 +163,7 @@ def exclusions_for(config: QuantizationConfigMixin, model: nn.Module | None, lib
         )
     wanted = _left_out(config, model)
     paths = _linear_paths(model)
-    kept = taken(rule, _kept_in_float32(model), paths) if library == "diffusers" else {}
+    kept = taken(rule, _kept_in_float32(model), paths)
     if beyond := [path for path in kept if path not in wanted]:
         raise ConfigError(
             f"modules_to_not_convert: {library} also leaves out {', '.join(beyond[:8])}, which the model "
@@ -146,7 +174,8 @@ def exclusions_for(config: QuantizationConfigMixin, model: nn.Module | None, lib
 
 
 def _kept_in_float32(model: nn.Module) -> tuple[str, ...]:
-    return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    entries = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return (entries,) if isinstance(entries, str) else tuple(sorted(entries))
 
 
 def excluded_layers(config: QuantizationConfigMixin, model: nn.Module) -> set[str]:
@@ -155,7 +184,8 @@ def excluded_layers(config: QuantizationConfigMixin, model: nn.Module) -> set[st
     if config.exclusion_rule != "quantlab":
         return set(expand(config, model)[0])
     every = [name for name, _ in model.named_modules()]
-    return {*resolve_exclusions(list(layers), config.exclusions or (), every), *config.disabled_layers(list(layers))}
+    own = resolve_exclusions(list(layers), config.exclusions or (), every)
+    return {*own, *config.disabled_layers(list(layers)), *kept_in_float32(model)}
 
 
 def _left_out(config: QuantizationConfigMixin, model: nn.Module) -> set[str]:

@@ -14,13 +14,6 @@ from quantlab.vocabulary.native import EXCLUSION_RULES, QuantizationConfigMixin,
 _CONFIG_FILE = "config.json"
 _WRITERS = {"_diffusers_version": "diffusers", "transformers_version": "transformers"}
 """Key of a model's config.json -> the library that wrote it."""
-_TRANSFORMERS_KEYS = (
-    "weights",
-    "activations",
-    "include_embedding",
-    "include_input_output_embeddings",
-    "untie_embedding_weights",
-)
 
 
 def config_from_dict(
@@ -46,23 +39,17 @@ def config_from_dict(
     said = data.pop("exclusion_rule", None)
     if exclusion_rule and said and exclusion_rule != said:
         raise ConfigError(f"exclusion_rule={exclusion_rule}: the dictionary says {said}; keep one of them")
-    rule = exclusion_rule or said or _writer(method, data)
-    if rule not in EXCLUSION_RULES:
+    rule = exclusion_rule or said
+    if rule not in (None, *EXCLUSION_RULES):
         raise ConfigError(
             f"exclusion_rule={rule}: there are {', '.join(EXCLUSION_RULES)}{nearest(str(rule), EXCLUSION_RULES)}"
         )
-    return backends()[method].module.Config.from_dict({**data, "quant_method": method, "exclusion_rule": rule})
+    known = {"exclusion_rule": rule} if rule else {}
+    return backends()[method].module.Config.from_dict({**data, "quant_method": method, **known})
 
 
 def _listed() -> str:
     return ", ".join(backends())
-
-
-def _writer(method: str, data: Mapping[str, Any]) -> str:
-    """Which library's matcher reads the dictionary's exclusions, as far as its keys tell."""
-    if any(key in data for key in _TRANSFORMERS_KEYS):
-        return "transformers"
-    return backends()[method].module.Config.written_rule
 
 
 def from_pretrained_config(config: Mapping[str, Any] | str | Path) -> QuantizationConfigMixin:

@@ -418,10 +418,8 @@ def _components(pipe: TextToImage, names: Sequence[str]) -> dict[str, nn.Module]
 
 
 def _exclusions(module: nn.Module, own: Sequence[str]) -> tuple[str, ...]:
-    """Entries of ``modules_to_not_convert``: the family's, what the class keeps in float32 (T5's ``wo``), ``own``."""
-    kept = sorted(getattr(module, "_keep_in_fp32_modules", None) or ())
-    entries = [*FAMILY_EXCLUSIONS.get(type(module).__name__, ()), *(e for n in kept for e in (n, f"*.{n}")), *own]
-    return tuple(dict.fromkeys(entries))
+    """Entries of ``modules_to_not_convert``: the family's, ``own``."""
+    return tuple(dict.fromkeys((*FAMILY_EXCLUSIONS.get(type(module).__name__, ()), *own)))
 
 
 def _pipeline_sha256(pipe: TextToImage, folder: Path, cache_dir: Path, progress: Progress | None) -> str:

@@ -70,14 +70,14 @@ def adapter_parts(adapter: nn.Module) -> Iterator[nn.Module]:
             yield from child.modules()
 
 
-def base_path(module: nn.Module, path: str) -> str:
-    """The path that the layer at ``path`` had before adapters were put around it."""
-    around = adapters(module)
-    parts: list[str] = []
-    for i, part in enumerate(names := path.split(".")):
-        if not (part == "base_layer" and ".".join(names[:i]) in around):
-            parts.append(part)
-    return ".".join(parts)
+def before_adapters(module: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+    """The path that a layer had before adapters were put around it -> its path now, for ``paths`` of now."""
+    around, found = adapters(module), {}
+    for path in paths:
+        names = path.split(".")
+        added = [i for i, name in enumerate(names) if name == "base_layer" and ".".join(names[:i]) in around]
+        found[".".join(name for i, name in enumerate(names) if i not in added)] = path
+    return found
 
 
 def _is_of(thing: object, package: str, name: str) -> bool:

@@ -153,7 +153,7 @@ def _split(layer: nn.Module, packages: Collection[str]) -> tuple[Storages, Stora
     everything = storages(layer, packages)
     for key in storages(getattr(layer, "bias", None), packages):
         everything.pop(key, None)
-    weight = getattr(layer, "weight", None)
+    weight = layer._parameters.get("weight")  # not one that is made of the codes when it is asked for
     codes = _codes(weight, packages) if weight is not None else {}
     if not codes and everything:  # a layer that keeps its bytes under another name
         largest = max(everything, key=lambda key: everything[key])

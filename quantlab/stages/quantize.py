@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from quantlab.backends.exclusions import expand
+from quantlab.backends.exclusions import expand, kept_in_float32
 from quantlab.backends.scheme import Format, Scheme
 from quantlab.backends.table import held_packages, offers
 from quantlab.errors import ConfigError, NotQuantized
@@ -198,12 +198,16 @@ def _excluded(
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Layer -> why it stays as it is; and the entries under a library's rule that take no layer of the module.
 
-    By quantlab's matcher: the family's defaults, and the scheme's entries; beside them, where the config keeps a
-    library's rule, that library's. An entry of quantlab's that matches nothing is a ConfigError.
+    By quantlab's matcher: the family's defaults, and the scheme's entries; beside them what the model's class keeps in
+    float32, and where the config keeps a library's rule, that library's. An entry of quantlab's that matches nothing is
+    a ConfigError.
     """
     scheme, native = request.scheme, request.scheme.native
     defaults = () if scheme.axes.replace_default_exclusions else request.default_exclusions
-    theirs, idle = ({}, ()) if native.exclusion_rule == "quantlab" else expand(native, module)
+    keep = not scheme.axes.replace_default_exclusions
+    theirs, idle = kept_in_float32(module) if keep else {}, tuple[str, ...]()
+    if native.exclusion_rule != "quantlab":
+        theirs, idle = expand(native, module, keep)
     names = [n for n, _ in module.named_modules()]
     optional = (*defaults, *(entry for entries in scheme.shipped_exclusions.values() for entry in entries))
     ours = resolve_exclusions(layers, [*defaults, *scheme.exclusions], names, optional_entries=optional)

@@ -23,6 +23,14 @@ _T = TypeVar("_T", bound=type)
 LIBRARY_RULE = "library"
 EXCLUSION_RULES = ("quantlab", "diffusers", "transformers", LIBRARY_RULE)
 """Whose matcher reads ``modules_to_not_convert``; ``library``: that of the library whose model it is."""
+_TRANSFORMERS_KEYS = (
+    "weights",
+    "activations",
+    "include_embedding",
+    "include_input_output_embeddings",
+    "untie_embedding_weights",
+)
+"""Keys of a stored dictionary that transformers alone writes."""
 Rule = Callable[[str, str], bool]
 """(entry, path of a Linear layer) -> whether the entry takes it."""
 
@@ -192,6 +200,9 @@ class QuantizationConfigMixin:
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Build from what ``to_dict``, Diffusers or transformers wrote; ``kwargs`` override.
 
+        A dictionary that does not say whose ``exclusion_rule`` its exclusions have keeps the rule of the library that
+        writes such dictionaries: :meth:`to_dict` says it where that is not the config's own.
+
         Returns the config, or ``(config, unused kwargs)`` with ``return_unused_kwargs``. An unknown key of
         ``config_dict`` is a ConfigError, as is an unknown keyword that is not returned.
         """
@@ -200,27 +211,30 @@ class QuantizationConfigMixin:
         if plain(method) != cls.method():
             raise ConfigError(f"quant_method={plain(method)!r}: {cls.__name__} is for {cls.method()!r}")
         data = {k: v for k, v in data.items() if k not in cls._exclude_attributes_at_init}
+        if "exclusion_rule" not in {**data, **kwargs} and cls._exclusions_field not in kwargs:
+            data["exclusion_rule"] = cls._unsaid_rule(config_dict)
         names = {f.name for f in cls._fields()}
         unused = {k: kwargs.pop(k) for k in list(kwargs) if return_unused_kwargs and k not in names}
         config = cls(**{**data, **kwargs})
         return (config, unused) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain JSON data in Diffusers' spelling (fields of ours only where they are not default)."""
+        """Everything, as plain JSON data in Diffusers' spelling (fields of ours only where they are not default).
+
+        ``exclusion_rule`` is there where the dictionary would be read by another without it.
+        """
         shown = {
             f.name: getattr(self, f.name)
             for f in self._fields()
             if not f.metadata["ours"] or getattr(self, f.name) != f.default
         }
-        data: dict[str, Any] = to_json_data({"quant_method": self.method(), **shown})
-        return data
+        return self._with_rule(to_json_data({"quant_method": self.method(), **shown}))
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What differs from the defaults, and ``quant_method``; ``from_dict`` reads it back to an equal config."""
         default = {f.name: f.default for f in self._fields()}
         changed = {k: v for k, v in self._settings().items() if v != default[k]}
-        data: dict[str, Any] = to_json_data({"quant_method": self.method(), **changed})
-        return data
+        return self._with_rule(to_json_data({"quant_method": self.method(), **changed}))
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """JSON text of :meth:`to_diff_dict` or :meth:`to_dict`."""
@@ -372,6 +386,17 @@ class QuantizationConfigMixin:
                     f"{key}: {cls.__name__} has no such setting{nearest(key, names)} (it has {', '.join(names)})"
                 )
         return args, kwargs
+
+    @classmethod
+    def _unsaid_rule(cls, stored: Mapping[str, Any]) -> str:
+        """Whose rule the exclusions of a dictionary have that does not say it."""
+        return "transformers" if any(key in stored for key in _TRANSFORMERS_KEYS) else cls.written_rule
+
+    def _with_rule(self, data: dict[str, Any]) -> dict[str, Any]:
+        said = {k: v for k, v in data.items() if k != "exclusion_rule"}
+        read = dataclasses.replace(self, exclusion_rule=self._unsaid_rule(said))  # type: ignore[type-var]
+        is_same = read.exclusion_rule == self.exclusion_rule and read.exclusions == self.exclusions
+        return said if is_same else {**said, "exclusion_rule": self.exclusion_rule}
 
     @classmethod
     def _read_dict(cls, data: dict[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from quantlab.backends import exclusions
 from quantlab.errors import ConfigError, ModelError
-from tests.support.configs import dtypes_on_cpu
+from tests.support.configs import config_of, dtypes_on_cpu
 from tests.support.copies import inputs, net, quantized
+from tests.support.exclusion_rules import tiny_llama
 from tests.support.tables import BACKENDS, CAPABILITIES
 
 EACH = [(b, d) for b in BACKENDS for d in dtypes_on_cpu(b)[:2]]
@@ -118,6 +120,18 @@ def test_the_effect_of_a_lora_of_diffusers_survives(backend):
             each.disable_adapters()
             moved.append(with_lora - each(**call).sample)
     assert torch.linalg.vector_norm(moved[1] - moved[0]) < 0.5 * torch.linalg.vector_norm(moved[0])
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if "transformers" in config_of(b).exclusion_rules])
+def test_a_librarys_rule_reads_the_paths_from_before_the_adapter(backend):
+    """Its entries were written for the model without: the output layer is left out with an adapter on it too."""
+    import peft
+
+    model = tiny_llama()
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["lm_head", "up_proj"]), model)
+    config = config_of(backend, ["lm_head"], exclusion_rule="transformers")
+    assert {n for n in exclusions.expand(config, model)[0] if "lora_" not in n} == {"lm_head.base_layer"}
+    assert exclusions.excluded_layers(config_of(backend, ["lm_head"]), model) == {"lm_head.base_layer"}
 
 
 def others():

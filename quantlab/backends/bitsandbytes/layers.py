@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Self
 
+from quantlab.errors import ModelError
 from quantlab.vocabulary.dtypes import dtype_name
 
 if TYPE_CHECKING:
@@ -50,6 +51,16 @@ def dense_4bit(weight: Params4bit, dtype: torch.dtype) -> Tensor:
     codes, num = weight.data.reshape(-1).view(torch.uint8), math.prod(state.shape)
     values = state.code[torch.stack((codes >> 4, codes & 15), dim=-1).reshape(-1)[:num].int()]
     return (values * absmax.repeat_interleave(state.blocksize)[:num]).to(dtype).reshape(state.shape)
+
+
+def _floating(input: Tensor) -> Tensor:
+    """``input``; ModelError where it is of integers, as when a model casts to the dtype of this layer's codes."""
+    if not input.is_floating_point():
+        raise ModelError(
+            f"modules_to_not_convert: a layer of bitsandbytes got inputs of {dtype_name(input.dtype)}, as the model "
+            "casts them to the dtype of the layer's weight, which is codes now; exclude the layer (in T5: *.wo)"
+        )
+    return input
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
@@ -95,7 +106,7 @@ def layer_classes() -> dict[str, Any]:
 
         def forward(self, input: Tensor) -> Tensor:
             """input (..., in_features) -> (..., out_features), in its dtype; named as ``nn.Linear`` names it."""
-            inputs = input.to(self.compute_dtype)
+            inputs = _floating(input).to(self.compute_dtype)
             bias = None if self.bias is None else self.bias.to(self.compute_dtype)
             if input.device.type == "cpu":
                 dense = dense_4bit(self.weight, self.compute_dtype)
@@ -125,7 +136,7 @@ def layer_classes() -> dict[str, Any]:
 
         def forward(self, input: Tensor) -> Tensor:
             """input (..., in_features) -> (..., out_features), in its dtype; named as ``nn.Linear`` names it."""
-            inputs = input.to(self.compute_dtype).reshape(-1, input.shape[-1])
+            inputs = _floating(input).to(self.compute_dtype).reshape(-1, input.shape[-1])
             bias = None if self.bias is None else self.bias.to(self.compute_dtype)
             state = self.state
             if self.in_features == 1:  # torch._int_mm returns unset memory on CPUs then: a column of zeros beside it

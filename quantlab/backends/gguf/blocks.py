@@ -150,11 +150,15 @@ def linear_class() -> LinearClass:
             """The weight, fp32 (out_features, in_features)."""
             return decode(self.qweight, self.gguf_type)
 
+        @property
+        def weight(self) -> Tensor:
+            """The weight in the compute dtype, made anew at each use: models look at the dtypes of their layers."""
+            return self.dequantize().to(self.compute_dtype)
+
         def forward(self, input: Tensor) -> Tensor:
             """input (..., in_features) -> (..., out_features), in its dtype; named as ``nn.Linear`` names it."""
-            weight = self.dequantize().to(self.compute_dtype)
             bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-            return torch.nn.functional.linear(input.to(self.compute_dtype), weight, bias).to(input.dtype)
+            return torch.nn.functional.linear(input.to(self.compute_dtype), self.weight, bias).to(input.dtype)
 
         def extra_repr(self) -> str:
             return f"in_features={self.in_features}, out_features={self.out_features}, {self.gguf_type}"

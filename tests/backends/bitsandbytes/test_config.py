@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -29,7 +30,8 @@ def axes(dtype, group_size="auto", **more):
 def test_defaults_are_diffusers_defaults():
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.BitsAndBytesConfig(load_in_4bit=True).to_dict()
-    assert {**BitsAndBytesConfig(load_in_4bit=True).to_dict()} == {**theirs, "quant_method": "bitsandbytes"}
+    said = {"quant_method": "bitsandbytes", "exclusion_rule": "quantlab"}  # without it the model's library decides
+    assert BitsAndBytesConfig(load_in_4bit=True).to_dict() == {**theirs, **said}
 
 
 def configs():
@@ -68,7 +70,9 @@ def test_dictionaries_round_trip(config):
 def test_round_trip_through_diffusers(config):
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.BitsAndBytesConfig(**config.to_dict())
-    assert BitsAndBytesConfig.from_dict(theirs.to_dict()) == config
+    again = BitsAndBytesConfig.from_dict(theirs.to_dict())
+    assert again.exclusion_rule == "library"
+    assert dataclasses.replace(again, exclusion_rule="quantlab") == config
 
 
 @pytest.mark.parametrize("dtype", ROWS)
@@ -128,7 +132,8 @@ def test_refusals(arguments, message):
 def test_dictionaries_that_contradict_themselves_are_refused():
     with pytest.raises(ConfigError, match="load_in_4bit=False: the same dictionary says _load_in_4bit=True"):
         BitsAndBytesConfig.from_dict({"_load_in_4bit": True, "load_in_4bit": False, "load_in_8bit": True})
-    assert BitsAndBytesConfig.from_dict({"_load_in_8bit": True}) == BitsAndBytesConfig(load_in_8bit=True)
+    ours = {"_load_in_8bit": True, "exclusion_rule": "quantlab"}
+    assert BitsAndBytesConfig.from_dict(ours) == BitsAndBytesConfig(load_in_8bit=True)
     with pytest.raises(ConfigError, match="bnb_4bit_blok"):
         BitsAndBytesConfig.from_dict({"load_in_4bit": True, "bnb_4bit_blok": 64})
 
