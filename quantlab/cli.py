@@ -266,6 +266,8 @@ def show_jobs(request: Plan) -> int:
     print(f"{len(request.jobs)} jobs{f', of which a search runs {min(trials, len(request.jobs))}' if trials else ''}:")
     for job in request.jobs:
         print(printable(f"  {job.name:<40} {' '.join(job.overrides)}"))
+    for one in request.merged:
+        print(printable(f"  one scheme: {' = '.join(one.spellings)} ({one.name})"))
     for combination, reason in request.invalid:
         print(printable(f"  impossible: {combination}\n      {reason}", lines=True))
     return 0

@@ -16,7 +16,7 @@ from quantlab.errors import ConfigError, nearest, require_package
 from quantlab.vocabulary.axes import QuantizationAxes, capability, resolve_axes
 from quantlab.vocabulary.capabilities import Capability
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
-from quantlab.vocabulary.native import QuantizationConfigMixin, plain
+from quantlab.vocabulary.native import QuantizationConfigMixin, plain, to_json_data
 
 _CONF_BACKEND = "torchao"
 """What ``conf/config.yaml`` chooses where nobody does."""
@@ -52,6 +52,36 @@ class Scheme:
     def format(self) -> Format:
         """What all layers are stored as that get no other dtype."""
         return Format(axes=self.axes, row=self.row)
+
+    def spelled_out(self, device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
+        """Plain data that two schemes have in common where they are one in other words.
+
+        ``device`` and ``dtype`` (of the model) are the request's, as far as it says them; for ``cpu`` no torch is
+        needed. A group size that the library chose, and lowers for layers that it does not divide, is the same as that
+        number where other sizes are errors: the number gives the same bits or fails.
+        """
+        known = self.native if device == "auto" else self.backend.module.resolve(self.native, device, dtype)
+        native = known.spelled_out()
+        if self.axes.on_mismatch == "error":
+            native.pop("fit_group_size", None)
+        is_own = self.axes.compute_dtype == "auto" and dtype == "float32"  # no layer of such a model has another
+        data: dict[str, Any] = to_json_data(
+            {
+                "backend": self.backend.name,
+                "native": native,
+                "compute_dtype": "float32" if is_own else self.axes.compute_dtype,
+                "exclusions": sorted(set(self.exclusions)),
+                "fallback": self.fallback and self.fallback.spelled_out(device, dtype),
+            }
+        )
+        kept = ("dtype", "activation_dtype", "algorithm", "replace_default_exclusions", "on_mismatch")
+        return {**data, **{name: getattr(self.axes, name) for name in kept}}
+
+    @property
+    def num_forgiven(self) -> int:
+        """How much of it may miss: of schemes that are one in other words, the one with most never fails alone."""
+        shipped = {entry for entries in self.shipped_exclusions.values() for entry in entries}
+        return len(shipped) + bool(getattr(self.native, "fit_group_size", False))
 
     def without_data(self) -> Scheme | None:
         """The same bits by the plain algorithm that needs no data; None where there is none."""

@@ -58,7 +58,7 @@ def load_checkpoint(
             f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}), which would stay random; "
             "name a checkpoint that was saved from this architecture"
         )
-    with as_model_error(f"{key} (tokenizer)", _WAY_OUT):
+    with as_model_error(f"{key} (tokenizer)", _WAY_OUT, lambda: _has_own_tokenizer(path, config.revision)):
         tokenizer = AutoTokenizer.from_pretrained(path, **where)
     return frozen(model).to(device), tokenizer
 
@@ -138,8 +138,23 @@ def _read_digests(store: Path) -> dict[str, str]:
     return data if isinstance(data, dict) else {}
 
 
+def _has_own_tokenizer(path: str, revision: str | None) -> bool:
+    """Whether the checkpoint says that the class of its tokenizer is in a file of its own."""
+    folder = _folder(path, revision)
+    try:
+        data = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")) if folder else {}
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and "AutoTokenizer" in (data.get("auto_map") or {})
+
+
 def _weight_files(path: str, revision: str | None) -> list[Path]:
-    """The safetensors files of a local folder, or of a Hub id in the local Hub cache."""
+    folder = _folder(path, revision)
+    return sorted(folder.glob("*.safetensors")) if folder else []
+
+
+def _folder(path: str, revision: str | None) -> Path | None:
+    """The local folder, or that of a Hub id in the local Hub cache; None where it is not there."""
     from transformers.utils.hub import cached_file
 
     folder = Path(path).expanduser()
@@ -152,7 +167,5 @@ def _weight_files(path: str, revision: str | None) -> list[Path]:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        if config is None:
-            return []
-        folder = Path(config).parent
-    return sorted(folder.glob("*.safetensors"))
+        return None if config is None else Path(config).parent
+    return folder

@@ -25,6 +25,7 @@ from quantlab.models.reading import (
     frozen,
     local_folder,
     quiet_loading,
+    remote_code,
     require_index,
     required_path,
 )
@@ -343,11 +344,10 @@ def _check_files(key: str, folder: Path) -> None:
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{key}: {_INDEX} cannot be read ({error}); copy or download the folder again") from error
-    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
-        raise ModelError(
-            f"{key}: {_INDEX} names no pipeline class of Diffusers (code of a checkpoint is never run); "
-            "name a pipeline that Diffusers ships"
-        )
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), (str, list)):
+        raise ModelError(f"{key}: {_INDEX} names no pipeline class; name a pipeline that Diffusers ships")
+    if asks := _code_of_its_own(folder, index):
+        raise remote_code(key, asks)
     for file in sorted(folder.glob("*/*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
@@ -356,6 +356,30 @@ def _check_files(key: str, folder: Path) -> None:
             raise ModelError(
                 f"{key}: {file.relative_to(folder)} is damaged or cut off ({error}); copy or download it again"
             ) from error
+
+
+def _code_of_its_own(folder: Path, index: Mapping[str, Any]) -> str:
+    """What in a pipeline is to be run from Python files that come with it; "" for nothing.
+
+    Diffusers would look for some of these classes in its own modules, find none, and say that and no more.
+    """
+    import diffusers
+
+    name = index["_class_name"]
+    if isinstance(name, list) or not hasattr(diffusers, name) and any(folder.glob("*.py")):
+        return f"{_INDEX} names the pipeline class {name[-1] if isinstance(name, list) else name} of its own files"
+    for part, found in index.items():
+        if not isinstance(found, list) or len(found) != 2:
+            continue
+        if (folder / part / f"{found[0]}.py").is_file():
+            return f"{_INDEX} names the class {found[1]} of {part}/{found[0]}.py"
+        if str(found[1]).startswith("Auto") and '"auto_map"' in _text(folder / part / "config.json"):
+            return f"{part}/config.json names a class of its own files (auto_map)"
+    return ""
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
 def _read_pipeline(key: str, folder: Path, dtype: str, device: str) -> TextToImage:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -14,6 +14,8 @@ from quantlab.vocabulary.schema import ModelConfig
 if TYPE_CHECKING:
     import torch
 
+_ASKS_FOR_CODE = "trust_remote_code"
+"""In every message with which transformers and Diffusers refuse to run a checkpoint's code."""
 _Module = TypeVar("_Module", bound="torch.nn.Module")
 
 
@@ -63,11 +65,21 @@ def chosen_dtype(config: ModelConfig, auto: str) -> str:
     return auto if config.dtype == "auto" else config.dtype
 
 
+def remote_code(key: str, what: str) -> ModelError:
+    """The refusal of a checkpoint that runs only with code which it brings; ``what`` says where it asks for that."""
+    return ModelError(
+        f"{key}: {what}, which is remote code: not run, by policy; name a model of a class that the library itself "
+        "ships, or load this one yourself and give the module to quantlab.evaluate in Python"
+    )
+
+
 @contextmanager
-def as_model_error(key: str, way_out: str) -> Iterator[None]:
+def as_model_error(key: str, way_out: str, brings_code: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """What reading a broken, missing or unreachable checkpoint raises, as one ModelError with its first line.
 
-    Running out of memory stays what it is.
+    A checkpoint that needs code of its own is one that :func:`remote_code` tells of: the library says so, or its files
+    do where that looks for a class elsewhere and finds none (``brings_code``). Running out of memory stays what
+    it is.
     """
     import torch
     from safetensors import SafetensorError
@@ -89,6 +101,8 @@ def as_model_error(key: str, way_out: str) -> Iterator[None]:
     except unreadable as error:
         if isinstance(error, ModelError):
             raise
+        if _ASKS_FOR_CODE in str(error) or brings_code():
+            raise remote_code(key, "it asks for code of its own") from error
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise ModelError(f"{key}: it cannot be loaded ({first.rstrip('.')}); {way_out}") from error
 

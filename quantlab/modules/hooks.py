@@ -114,9 +114,11 @@ def check_forwards(module: nn.Module, layers: Iterable[str], key: str) -> None:
             )
     known = {id(part) for part in parts.values()}
     for name, part in parts.items():
+        if "forward" not in vars(part):
+            continue
         if "_diffusers_hook" not in vars(part) and not any(t.startswith(f"{name}.") or not name for t in taken):
             continue  # it runs the same weights as its copy would
-        if any(id(used) not in known for used in _modules_of(vars(part).get("forward"))):
+        if any(id(used) not in known for used in _modules_of(vars(part)["forward"])):
             raise ModelError(
                 f"{key}: {name or 'the module'} has a forward that was set on the instance and runs modules outside of "
                 "the copy that is quantized; make it a method of the class, or take it off"

@@ -63,6 +63,16 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Merged:
+    """Points of a grid that are one scheme in other words: it is run once."""
+
+    name: str
+    """Of the job that is run."""
+    spellings: tuple[str, ...]
+    """What they differ in, as typed; first that of the job that is run."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The checked jobs of a request. ``invalid`` pairs a combination with the reason why it cannot run."""
 
@@ -73,6 +83,7 @@ class Plan:
     asked_for: Mapping[str, str] = field(default_factory=dict)
     """What a recipe that does not come with quantlab decides and the user must agree to: key -> value."""
     invalid: tuple[tuple[str, str], ...] = ()
+    merged: tuple[Merged, ...] = ()
     dry_run: bool = False
 
 

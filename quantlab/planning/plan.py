@@ -21,7 +21,7 @@ from quantlab.datasets.calibration import check_calibration
 from quantlab.datasets.table import check_dataset
 from quantlab.errors import ConfigError, QuantlabError, nearest
 from quantlab.planning.composition import compose_node, node_class, session, typed
-from quantlab.planning.job import Job, Plan, scheme_name
+from quantlab.planning.job import Job, Merged, Plan, scheme_name
 from quantlab.planning.places import groups, recipe_file
 from quantlab.planning.recipe import Recipe, read_recipe
 from quantlab.planning.space import check_search, check_space, distinct
@@ -71,8 +71,11 @@ def _plan(recipe: Recipe | None, words: Sequence[str], multirun: bool) -> Plan:
         check_values(base)
         combinations, is_sweep = _combinations(base, axes, fixed)
         check_search(base.sweep, is_sweep)
+        merged: list[Merged] = []
         if is_sweep:
-            jobs, invalid = _compose_jobs(combinations, fixed, recipe)
+            every, invalid = _compose_jobs(combinations, fixed, recipe)
+            jobs, merged = distinct(every)
+            jobs = _told_apart(jobs)
         else:
             jobs, invalid = [replace(make_job(base, fixed), choices=composed[1])], []
         asks = asked_for(recipe, jobs, words)
@@ -80,7 +83,6 @@ def _plan(recipe: Recipe | None, words: Sequence[str], multirun: bool) -> Plan:
     if invalid and not (jobs and (skips or base.sweep.dry_run)):
         raise ConfigError(_refusal(invalid, len(combinations)))
     if jobs and base.sweep.search.num_trials:
-        jobs = distinct(jobs)
         check_space(jobs)
     return Plan(
         jobs=tuple(jobs),
@@ -89,6 +91,7 @@ def _plan(recipe: Recipe | None, words: Sequence[str], multirun: bool) -> Plan:
         recipe_digest=recipe.digest if recipe else "",
         asked_for=asks,
         invalid=tuple(invalid),
+        merged=tuple(merged),
         dry_run=base.sweep.dry_run,
     )
 
@@ -209,9 +212,8 @@ def _compose_jobs(
         except QuantlabError as error:
             invalid.append((" ".join(c.replace("'", "") for c in combination), str(error)))
             continue
-        if all(job.resolved != other.resolved for other in jobs if other.name == job.name):
-            jobs.append(job)
-    return _told_apart(jobs), invalid
+        jobs.append(job)
+    return jobs, invalid
 
 
 def _told_apart(jobs: Sequence[Job]) -> list[Job]:

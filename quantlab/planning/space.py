@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from quantlab.errors import ConfigError, nearest, require_package
 from quantlab.metrics import METRICS
-from quantlab.planning.job import Job
+from quantlab.planning.job import Job, Merged
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.schema import SearchConfig, SweepConfig
@@ -66,14 +66,37 @@ def check_space(jobs: Sequence[Job]) -> None:
         )
 
 
-def distinct(jobs: Sequence[Job]) -> list[Job]:
-    """Without the jobs that a group size spells anew (``auto`` and 32, where a format knows only 32)."""
-    found: dict[str, Job] = {}
+def distinct(jobs: Sequence[Job]) -> tuple[list[Job], list[Merged]]:
+    """The jobs, each scheme once whatever words it was asked for by; and which words were one."""
+    found: dict[str, list[Job]] = {}
     for job in jobs:
-        quantization = {k: v for k, v in job.resolved["quantization"].items() if k != "group_size"}
-        native = job.native.to_json_string() if job.native else job.resolved["quantization"]["group_size"]
-        found.setdefault(canonical_json([{**job.resolved, "quantization": quantization}, native]), job)
-    return list(found.values())
+        found.setdefault(_identity(job), []).append(job)
+    kept, merged = [], []
+    for same in found.values():
+        best = max(same, key=lambda job: job.scheme.num_forgiven if job.scheme else 0)
+        kept.append(best)
+        if spellings := _spellings(best, same):
+            merged.append(Merged(name=best.name, spellings=spellings))
+    return kept, merged
+
+
+def _identity(job: Job) -> str:
+    """What a job measures, as text: its scheme in one spelling, and all of its config that bears on it."""
+    config, scheme = job.config, job.scheme
+    unread = {"quantization", *(() if scheme and scheme.native.needs_data else ("calibration",))}
+    others = {k: v for k, v in job.resolved.items() if k not in unread}
+    device = config.device if config.device == "cpu" else "auto"
+    own = scheme.spelled_out(device, config.model.dtype) if scheme else {"dtype": config.quantization.dtype}
+    return canonical_json([others, own])
+
+
+def _spellings(best: Job, same: Sequence[Job]) -> tuple[str, ...]:
+    """The places in the grid of jobs that are one, as typed and without what they share; the one that is run first."""
+    ordered = [best, *(job for job in same if job is not best)]
+    keys = dict.fromkeys(key for job in ordered for key in job.point)
+    varied = [key for key in keys if len({job.point.get(key) for job in ordered}) > 1]
+    texts = (" ".join(f"{k.removeprefix('quantization.')}={job.point.get(k, '')}" for k in varied) for job in ordered)
+    return tuple(dict.fromkeys(text for text in texts if text))
 
 
 def _check_objective(name: str, direction: str) -> None:

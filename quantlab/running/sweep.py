@@ -14,7 +14,7 @@ from typing import Any
 
 from quantlab import tracking
 from quantlab.errors import ConfigError, DiskFull, QuantlabError, TrackingError, is_disk_full
-from quantlab.planning.job import Job, Plan
+from quantlab.planning.job import Job, Merged, Plan
 from quantlab.planning.space import objectives_of
 from quantlab.planning.trust import require_trust
 from quantlab.progress import progress_bars, say
@@ -30,6 +30,8 @@ from quantlab.tracking.results import report_data
 from quantlab.tracking.tags import FAILED_JOBS, JOB_KEY, SEARCH_FRONT
 from quantlab.vocabulary.reports import RunReport
 from quantlab.vocabulary.schema import ExperimentConfig
+
+_MAX_TOLD = 8
 
 
 def run_plan(plan: Plan, quiet: bool = False, trust: bool = False) -> list[RunReport]:
@@ -171,6 +173,8 @@ def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
         if plan.invalid:
             num = len(plan.invalid) + len(plan.jobs)
             say(f"skipped: {len(plan.invalid)} of {num} combinations are impossible; sweep.dry_run=true lists them")
+        if plan.merged:
+            say(f"run once, as these are one scheme in several words: {escape(_spelled(plan.merged))}")
         config, study = plan.jobs[0].config, None
         if config.sweep.search.num_trials:
             reports, study = _search(session, plan, parent)
@@ -195,6 +199,11 @@ def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
         if failed:
             parent.set_tags({FAILED_JOBS: ", ".join(failed)})
     return reports
+
+
+def _spelled(merged: Sequence[Merged]) -> str:
+    shown = "; ".join(f"{' = '.join(one.spellings)} ({one.name})" for one in merged[:_MAX_TOLD])
+    return f"{shown}; and {len(merged) - _MAX_TOLD} more, see sweep.dry_run=true" if len(merged) > _MAX_TOLD else shown
 
 
 def _rows(session: Session, plan: Plan, parent: Any) -> list[RunReport | Handed]:

@@ -348,6 +348,13 @@ class QuantizationConfigMixin:
         """Layer -> dtype, for layers that get another dtype than the others."""
         return {}
 
+    def spelled_out(self) -> dict[str, Any]:
+        """The settings as plain data, equal where two configs say the same in other words: they store the same bits."""
+        data: dict[str, Any] = to_json_data(self._settings())
+        if (names := self.exclusions) is not None:
+            data[self._exclusions_field] = sorted(names)
+        return data
+
     def extra_settings(self) -> dict[str, Any]:
         """The settings of quantlab's own, beyond Diffusers' class, that are not at their default."""
         ours = {f.name: f.default for f in self._fields() if f.metadata["ours"]}

@@ -315,7 +315,7 @@ def test_a_folder_or_file_that_is_no_pipeline(folders, tmp_path):
         load(folders["flux"] / "model_index.json", tmp_path)
 
 
-@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"_class_name": ["pipeline", "Mine"]}'])
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"_class_name": 3}'])
 def test_an_index_that_names_no_class_of_diffusers(broken, tmp_path, index):
     (broken / "model_index.json").write_text(index)
     with pytest.raises(ModelError, match=r"^model\.path=.*model_index\.json (cannot be read|names no pipeline class)"):

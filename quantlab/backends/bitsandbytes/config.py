@@ -105,6 +105,14 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
         """As Diffusers writes it: each load flag under both of its spellings."""
         return {**super().to_dict(), **{f"_{flag}": getattr(self, flag) for flag in _FLAGS}}
 
+    def spelled_out(self) -> dict[str, Any]:
+        """Without what has no influence: the flag for device maps, and the settings of the other width."""
+        data, other = super().spelled_out(), "bnb_4bit_" if self.load_in_8bit else "llm_int8_threshold"
+        if self.load_in_4bit:
+            data["bnb_4bit_blocksize"] = self.bnb_4bit_blocksize or LIBRARY_BLOCKSIZE
+        kept = (k for k in data if not k.startswith(other) and k != "llm_int8_enable_fp32_cpu_offload")
+        return {key: data[key] for key in kept}
+
     @classmethod
     def from_resolved(cls, axes: QuantizationAxes, settings: Mapping[str, Any] | None = None) -> Self:
         """``compute_dtype=auto`` is stored as the library's float32; ConfigError for what has no effect or meaning."""

@@ -116,6 +116,10 @@ class GGUFQuantizationConfig(QuantizationConfigMixin):
         found = resolve_exclusions(paths, entries, key="tensor_types") if entries else {}
         return {path: dict(self.tensor_types or {})[entry] for path, entry in found.items()}
 
+    def spelled_out(self) -> dict[str, Any]:
+        """With the type by name."""
+        return {**super().spelled_out(), "gguf_type": self.dtype}
+
     @property
     def needs_data(self) -> bool:
         """An importance matrix is measured, unless a file holds it already."""

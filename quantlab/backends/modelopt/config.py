@@ -328,6 +328,10 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
         """The layers that entries of ``modelopt_config`` switch off."""
         return {} if self.modelopt_config is None else switched_off(self.modelopt_config, paths)
 
+    def spelled_out(self) -> dict[str, Any]:
+        """Without the setting for convolutions, which are not quantized."""
+        return {k: v for k, v in super().spelled_out().items() if k != "disable_conv_quantization"}
+
     # -- axes
 
     @classmethod

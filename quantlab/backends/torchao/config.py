@@ -41,6 +41,7 @@ from quantlab.vocabulary.native import (
     Rule,
     quantization_config,
     setting,
+    to_json_data,
 )
 
 if TYPE_CHECKING:
@@ -154,6 +155,16 @@ class TorchAoConfig(QuantizationConfigMixin):
         check_calibration(self)
         if mapping != "auto":
             self._set_mapping(kind, data, mapping)
+
+    def spelled_out(self) -> dict[str, Any]:
+        """Packing and zero point, where they are known, as what the library is told for a layer that fits."""
+        data, kind = super().spelled_out(), self.quant_type["_type"]
+        if kind in _MAPPING:  # it is in quant_type
+            return {k: v for k, v in data.items() if k != "mapping_type"}
+        if kind == INT4 and self.int4_packing_format != "auto":
+            told = {k: v for k, v in data.items() if k not in ("mapping_type", "int4_packing_format")}
+            return {**told, "quant_type": to_json_data(layer_form(self, 1 << 12))}
+        return data
 
     def _set_mapping(self, kind: str, data: Mapping[str, Any], mapping: str) -> None:
         if kind != INT4 and kind not in _MAPPING:
