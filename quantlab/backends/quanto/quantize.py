@@ -144,7 +144,7 @@ def _convert(
 
 
 def _before_rounding(layer: QLinear, hook: Callable[..., None]) -> RemovableHandle:
-    """Register ``hook`` between what users hung on the layer, which may change its input, and the library's rounding."""
+    """Register ``hook`` after what users hung on the layer, which may change its input, and before it is rounded."""
     handle = layer.register_forward_pre_hook(hook)
     hooks = layer._forward_pre_hooks
     ids = list(hooks)
