@@ -114,7 +114,6 @@ def test_a_module_offloaded_by_accelerate_is_named():
 CONFIGS = {
     "bitsandbytes nf4": quantlab.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     "bitsandbytes int8": quantlab.BitsAndBytesConfig(load_in_8bit=True),
-    "gguf": quantlab.GGUFQuantizationConfig(gguf_type="q8_0"),
     "torchao": quantlab.TorchAoConfig("int8wo"),
 }
 
@@ -131,6 +130,15 @@ def test_a_weight_that_a_parent_reads_is_named_with_the_exclusion_that_helps(nam
     data = config.to_dict()
     field = config._exclusions_field
     quantlab.evaluate(model, [type(config).from_dict({**data, field: ["a"], "exclusion_rule": "quantlab"})], inputs)
+
+
+@pytest.mark.parametrize("config", [quantlab.GGUFQuantizationConfig(gguf_type="q8_0"), quantlab.QuantoConfig("int8")])
+def test_a_weight_that_a_parent_reads_is_the_quantized_one_where_it_can_be_read(config):
+    model, x = Reads(), torch.randn(4, 64)
+    made, report = quantlab.quantize(model, config)
+    assert {r.name for r in report.layers if r.status == "quantized"} == {"a", "b"}
+    error = torch.linalg.vector_norm(made(x) - model(x)) / torch.linalg.vector_norm(model(x))
+    assert 1e-4 < float(error) < 0.1
 
 
 def test_which_layers_are_called():

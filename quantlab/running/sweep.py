@@ -174,7 +174,7 @@ def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
             num = len(plan.invalid) + len(plan.jobs)
             say(f"skipped: {len(plan.invalid)} of {num} combinations are impossible; sweep.dry_run=true lists them")
         if plan.merged:
-            say(f"run once, as these are one scheme in several words: {escape(_spelled(plan.merged))}")
+            say(f"run once, as these are one scheme in several words: {_spelled(plan.merged)}")
         config, study = plan.jobs[0].config, None
         if config.sweep.search.num_trials:
             reports, study = _search(session, plan, parent)
