@@ -68,7 +68,18 @@ _ROWS = (
         of_reference=100.0,
         at_most=100.0,
         error_metric="image_mse",
-        description="peak signal-to-noise ratio to the reference's image (8 bit), mean of dB, at most 100 an image",
+        description="peak signal-to-noise ratio to the reference's image, both rounded to 8 bits as files have them; "
+        "mean of dB over images, where an identical one counts 100 (n_identical says how many these are)",
+    ),
+    Metric(
+        name="psnr_pooled_db",
+        unit="dB",
+        higher_is_better=True,
+        protocols=_DIFFUSION,
+        of_reference=100.0,
+        at_most=100.0,
+        description="peak signal-to-noise ratio of the error's mean over all 8-bit images, as some publish it: never "
+        "above psnr_db, which identical images raise",
     ),
     Metric(
         name="image_mse",
@@ -92,7 +103,8 @@ _ROWS = (
         protocols=_DIFFUSION,
         of_reference=1.0,
         at_most=1.0,
-        description="structural similarity to the reference's image (Wang 2004: Gaussian window, valid region)",
+        description="structural similarity to the reference's image, both rounded to 8 bits (Wang 2004: Gaussian "
+        "window, valid region)",
     ),
     Metric(
         name="step_sqnr_db",
@@ -100,7 +112,9 @@ _ROWS = (
         higher_is_better=True,
         protocols=_DIFFUSION,
         is_curve=True,
-        description="signal-to-quantization-noise of the velocity at each step, both models on the reference's input",
+        description="signal-to-quantization-noise, at each step, of what the sampler steps along (predictions with and "
+        "without the condition put together by guidance), both models on the reference's input",
+        version=2,
     ),
     Metric(
         name="step_divergence",
@@ -116,7 +130,9 @@ _ROWS = (
         unit="1",
         higher_is_better=False,
         protocols=_DIFFUSION,
-        description="velocity error on the reference's inputs, each step weighted by its squared length",
+        description="error of what the sampler steps along, on the reference's inputs, each step weighted by its "
+        "squared length",
+        version=2,
     ),
     Metric(
         name="class_accuracy",

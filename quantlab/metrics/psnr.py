@@ -60,13 +60,28 @@ def paired_images(candidate: Values, reference: Values, name: str) -> tuple[NDAr
 def psnr_db(candidate: Values, reference: Values) -> NDArray[np.float64]:
     """min(100, 10 log10(1 / MSE)) in dB by image, of 8-bit images (n, height, width, channels) read as [0, 1]: (n,).
 
-    The mean over images is the mean of dB, not the dB of the mean error (the two differ by up to 1 dB).
+    Images as files have them: rounded to 8 bits, which for small errors is an error of its own (of unrounded images
+    the number is several dB higher). The mean over images is the mean of dB, and identical images count 100; the dB of
+    the mean error is :func:`psnr_pooled_db`.
     Raises :class:`~quantlab.errors.MetricUndefined` for images that are not 8-bit and for shapes that differ.
     """
     import numpy as np
 
     smallest = 10.0 ** (-CAP_DB / 10.0)
     return -10.0 * np.log10(np.maximum(_mse(*paired_images(candidate, reference, "psnr_db")), smallest))
+
+
+def psnr_pooled_db(mse: Values) -> float:
+    """min(100, 10 log10(1 / mean MSE)) in dB, of the images' :func:`image_mse` (n,): their mean first, then dB.
+
+    Never above the mean of :func:`psnr_db`, and far below it where many images are identical, which count 100 there.
+    Raises :class:`~quantlab.errors.MetricUndefined` for no image, NaN and infinity.
+    """
+    import numpy as np
+
+    values = np.asarray(mse, dtype=np.float64)
+    require_finite(values, "psnr_pooled_db")
+    return float(-10.0 * np.log10(max(float(values.mean()), 10.0 ** (-CAP_DB / 10.0))))
 
 
 def image_mse(candidate: Values, reference: Values) -> NDArray[np.float64]:

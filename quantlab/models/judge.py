@@ -6,6 +6,7 @@ features are named ``frechet_judge`` and never FID.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -85,16 +86,19 @@ def train_judge(
 def judge_features_and_logits(
     judge: nn.Module, images: Tensor | NDArray[np.floating]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Features (n, 64) and logits (n, classes) of ``images``, floats (n, size, size, 1) from 0 to 1."""
+    """Features (n, 64) and logits (n, classes) of ``images``, floats (n, size, size, 1) from 0 to 1.
+
+    In float64, rounded to float32 at the end: the order of sums, which threads and batches change, leaves no trace.
+    """
     import torch
 
     device = next(judge.parameters()).device
+    judge = copy.deepcopy(judge).double()
     with torch.no_grad():
-        features = judge.get_submodule("features")(
-            _network_input(torch.as_tensor(images, dtype=torch.float32)).to(device)
-        )
+        inputs = _network_input(torch.as_tensor(images, dtype=torch.float64)).to(device)
+        features = judge.get_submodule("features")(inputs)
         logits = judge.get_submodule("head")(features)
-    return features.cpu().numpy(), logits.cpu().numpy()
+    return features.float().cpu().numpy(), logits.float().cpu().numpy()
 
 
 def _network_input(images: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ class Call(TypedDict, total=False):
     """What the recorded component computed in."""
     output: Tensor
     """The first tensor of what it returned, on the CPU."""
+    velocity: Tensor
+    """What the sampler stepped along, on the CPU, float32 (n, ...); of the first call of a step, where it is known."""
     step: int
     """Denoising step; 0 for models without. Whoever records adds it, and which samples the call belongs to."""
     start: int
@@ -106,7 +108,7 @@ def replayed_output(denoiser: torch.nn.Module, call: Call, device: str, default_
 
 
 def per_sample(output: Tensor, num_samples: int) -> Tensor:
-    """An output (k * n, ...) as (n, d): guidance runs k conditions of the same n samples one after the other.
+    """An output (k * n, ...) as (n, k, d): guidance runs k conditions of the same n samples one after the other.
 
     Raises MetricUndefined where the output's batch is not a multiple of ``num_samples``.
     """
@@ -116,7 +118,7 @@ def per_sample(output: Tensor, num_samples: int) -> Tensor:
             "to no known sample; set evaluation.batch_size=1, or evaluation.num_teacher_forced=0 to do without"
         )
     conditions = output.reshape(len(output) // num_samples, num_samples, -1)
-    return conditions.transpose(0, 1).reshape(num_samples, -1)
+    return conditions.transpose(0, 1)
 
 
 def _first_tensor(output: Any) -> Tensor:

@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import MetricUndefined, NotFinite
 from quantlab.metrics.latent import latent_cosine, latent_rel_mse
-from quantlab.metrics.psnr import image_mse, num_identical, psnr_db, to_uint8
+from quantlab.metrics.psnr import image_mse, num_identical, psnr_db, psnr_pooled_db, to_uint8
 from quantlab.metrics.ssim import WINDOW, ssim
+from quantlab.metrics.statistics import bootstrap_interval
 from quantlab.metrics.trajectory import step_divergence
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress, recorded_calls
 from quantlab.protocols.defined import defined
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
 from quantlab.protocols.finite import bad_rows
+from quantlab.protocols.guidance import recorded_velocities
 from quantlab.protocols.judged import judge_metrics
 from quantlab.protocols.teacher_forced import teacher_forced_metrics
 from quantlab.vocabulary.reports import Measurements, MetricValue
@@ -37,7 +39,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HEADLINE = ("latent_rel_mse", "psnr_db")
-IMAGE_METRICS = ("psnr_db", "ssim", "n_identical", "class_accuracy", "judge_agreement", "frechet_judge")
+IMAGE_METRICS = (
+    "psnr_db",
+    "psnr_pooled_db",
+    "image_mse",
+    "ssim",
+    "n_identical",
+    "class_accuracy",
+    "judge_agreement",
+    "frechet_judge",
+)
 """What is measured of decoded images."""
 NUM_SHOWN = 8
 DIFFERENCE_GAIN = 4
@@ -58,9 +69,9 @@ def observe(
 
     ``latents`` (n, ...) float32; ``images`` uint8 (n, height, width, channels), absent without ``decode``;
     ``step_indices`` (m,): which samples are traced; for these, where m > 0, ``steps`` (num_steps, m, ...) float32, the
-    latents after each step, and ``calls``: the denoiser's calls with their ``step`` and the rows ``start`` to ``stop``
-    of ``step_indices`` that they belong to; ``timings_ms``; ``noise`` and ``conditioning``, so
-    that the file alone is enough to repeat the measurement.
+    latents after each step, and ``calls``: the denoiser's calls with their ``step``, the rows ``start`` to ``stop``
+    of ``step_indices`` that they belong to, and the ``velocity`` that the scheduler was given; ``timings_ms``;
+    ``noise`` and ``conditioning``, so that the file alone is enough to repeat the measurement.
     ``progress(done, total)`` counts denoising steps over all batches.
     Raises MetricUndefined, naming sample and step, for NaN or infinity in a latent or an image.
     """
@@ -106,6 +117,7 @@ def measure(
         pair = outputs["images"].numpy(), reference["images"].numpy()
         estimates["n_identical"] = MetricValue(value=float(num_identical(*pair)), n=inputs.num_samples)
         samples.update(_image_metrics(*pair))
+        estimates["psnr_pooled_db"] = _pooled(samples["image_mse"], inputs, evaluation)
         if "judge" in reference_model.parts and "class_label" in inputs.conditioning:
             judged, distances = judge_metrics(reference_model.parts["judge"], *pair, inputs, evaluation, undefined)
             samples.update(judged)
@@ -283,7 +295,9 @@ def _run_batch(
 
     with ExitStack() as stack:
         calls: list[Call] = []
+        velocities: list[Tensor] = []
         if record:
+            velocities = stack.enter_context(recorded_velocities(model.parts.get("scheduler")))
             calls = stack.enter_context(recorded_calls(model.components[model.parts["denoiser"]]))
 
         def on_step(k: int, latents: Tensor) -> None:
@@ -292,6 +306,9 @@ def _run_batch(
             seconds.append(time.perf_counter() - began)
             _require_finite(state, inputs.sample_ids, f"latent after step {k} of {evaluation.num_inference_steps}")
             states.append(state)
+            if len(velocities) == 1 and (new := [call for call in calls if "step" not in call]):
+                new[0]["velocity"] = velocities[0]
+            velocities.clear()
             for call in itertools.chain(calls, *open_calls.values()):
                 call.setdefault("step", k)
             tick()
@@ -329,6 +346,13 @@ def _image_metrics(candidate: NDArray[np.uint8], reference: NDArray[np.uint8]) -
     if min(reference.shape[1:3]) >= WINDOW:
         found["ssim"] = ssim(candidate, reference)
     return found
+
+
+def _pooled(mse: NDArray[np.float64], inputs: DiffusionInputs, evaluation: EvaluationConfig) -> MetricValue:
+    drawn = (evaluation.num_bootstrap, evaluation.bootstrap_seed)
+    return bootstrap_interval(
+        lambda rows: psnr_pooled_db(mse[rows]), inputs.num_samples, inputs.clusters, inputs.strata, *drawn
+    )
 
 
 def _shown_images(

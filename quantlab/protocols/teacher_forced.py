@@ -14,6 +14,7 @@ from quantlab.modules.calls import Call, per_sample, replayed_output
 from quantlab.protocols.defined import defined
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
 from quantlab.protocols.finite import bad_rows
+from quantlab.protocols.guidance import combined, guidance_weights
 from quantlab.vocabulary.reports import MetricValue
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -35,9 +36,10 @@ def teacher_forced_metrics(
 ) -> tuple[dict[str, NDArray[np.float64]], dict[str, MetricValue]]:
     """``step_sqnr_db`` (num_steps,) and, where the scheduler's levels are known, ``weighted_velocity_mse``.
 
-    ``calls`` are the recorded calls of the samples ``inputs``. All predictions of a sample at one step (with and
-    without its condition) are one vector. ``weighted_velocity_mse`` is the mean over samples, with its interval. Both
-    are ``undefined`` where an output of the candidate is NaN or infinite, each by itself where it alone has no value.
+    ``calls`` are the recorded calls of the samples ``inputs``. What is compared is what the sampler steps along: the
+    predictions of a step put together by guidance (:mod:`quantlab.protocols.guidance`). ``weighted_velocity_mse`` is
+    the mean over samples, with its interval. Both are ``undefined`` where an output of the candidate is NaN or infinite
+    or guidance is no weighted sum, each by itself where it alone has no value.
     """
     import numpy as np
 
@@ -52,7 +54,7 @@ def teacher_forced_metrics(
     by_step: dict[str, list[NDArray[np.float64]]] = {name: [] for name in measures}
     try:
         for k in range(num_steps):
-            pair = _predictions(model, [c for c in calls if c["step"] == k], inputs.sample_ids, tick)
+            pair = _velocities(model, [c for c in calls if c["step"] == k], inputs.sample_ids, tick)
             left = {name: partial(measure, k, *pair) for name, measure in measures.items() if name not in undefined}
             for name, values in defined(left, undefined).items():
                 by_step[name].append(values)
@@ -98,14 +100,14 @@ def integration_levels(scheduler: SchedulerMixin | None, num_steps: int) -> NDAr
     return np.arctan(sigmas) if kind == "v_prediction" else sigmas
 
 
-def _predictions(
+def _velocities(
     model: LoadedModel, calls: Sequence[Call], sample_ids: Sequence[str], tick: Callable[[], None]
 ) -> tuple[Tensor, Tensor]:
-    """Outputs of the candidate and of the reference on the calls of one step: two float32 tensors (m, d)."""
+    """What candidate and reference step along at one step, on the reference's calls: two float32 tensors (m, d)."""
     import torch
 
     denoiser = model.components[model.parts["denoiser"]]
-    pairs: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    batches: dict[int, list[tuple[Call, Tensor]]] = {}
     for call in calls:
         num = call["stop"] - call["start"]
         output = per_sample(replayed_output(denoiser, call, model.device, model.dtype), num)
@@ -116,8 +118,23 @@ def _predictions(
                 "float32, or a wider dtype",
                 f"{what} of sample {sample}, on the reference's input,",
             )
-        pairs.setdefault(call["start"], []).append((output, per_sample(call["output"].float(), num)))
+        batches.setdefault(call["start"], []).append((call, output))
         tick()
-    batches = [pairs[start] for start in sorted(pairs)]
-    candidate, reference = (torch.cat([torch.cat([p[i] for p in rows], dim=1) for rows in batches]) for i in (0, 1))
+    pairs = [_pair(batches[start]) for start in sorted(batches)]
+    candidate, reference = (torch.cat([pair[i] for pair in pairs]) for i in (0, 1))
     return candidate, reference
+
+
+def _pair(batch: Sequence[tuple[Call, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The velocities of one batch: the calls' predictions put together as the reference's sampler did."""
+    import torch
+
+    num = batch[0][0]["stop"] - batch[0][0]["start"]
+    candidate = torch.cat([output for _, output in batch], dim=1)
+    reference = torch.cat([per_sample(call["output"].float(), num) for call, _ in batch], dim=1)
+    given = next((call["velocity"] for call, _ in batch if "velocity" in call), None)
+    velocity = None if given is None else given.reshape(num, -1)
+    if velocity is not None and reference.shape[2] == 2 * velocity.shape[1]:  # the other channels are variances
+        candidate, reference = (part[..., : velocity.shape[1]] for part in (candidate, reference))
+    weights = guidance_weights(reference, velocity)
+    return combined(candidate, weights), combined(reference, weights)

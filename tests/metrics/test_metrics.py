@@ -21,7 +21,7 @@ from quantlab.metrics.kl import QUANTILES, kld_quantiles, token_statistics
 from quantlab.metrics.latent import latent_cosine, latent_rel_mse
 from quantlab.metrics.output_error import output_cosine, output_rel_error
 from quantlab.metrics.perplexity import ln_ppl_ratio, perplexity
-from quantlab.metrics.psnr import num_identical, psnr_db, to_uint8
+from quantlab.metrics.psnr import image_mse, num_identical, psnr_db, psnr_pooled_db, to_uint8
 from quantlab.metrics.ssim import ssim
 from quantlab.metrics.trajectory import step_divergence, step_sqnr_db, weighted_velocity_mse
 from quantlab.protocols.table import PROTOCOLS
@@ -143,6 +143,38 @@ class TestImages:
         assert to_uint8(images).tolist() == [[0, 255, 128, 255, 0, 0, 1]]
         assert to_uint8(images.bfloat16()).dtype == np.uint8
         assert to_uint8(images.numpy()).tolist() == to_uint8(images).tolist()
+
+    def test_images_are_those_that_people_save(self, tmp_path):
+        """The number of a script on PNG files: rounded to 8 bits, 6 dB from that of the unrounded images here."""
+        from PIL import Image
+
+        generator = np.random.default_rng(0)
+        images = generator.random((5, 24, 24, 3)).astype(np.float32)
+        others = np.clip(images + 4e-4 * generator.standard_normal(images.shape), 0, 1).astype(np.float32)
+        squares = []
+        for pair in zip(others, images, strict=True):
+            saved = []
+            for side, image in enumerate(pair):  # as a pipeline of Diffusers gives them to PIL
+                Image.fromarray((image * 255).round().astype("uint8")).save(tmp_path / f"{side}.png")
+                saved.append(np.asarray(Image.open(tmp_path / f"{side}.png")).astype(float))
+            squares.append(np.mean((saved[0] - saved[1]) ** 2))
+        found = psnr_db(to_uint8(others), to_uint8(images))
+        np.testing.assert_allclose(found, [10 * math.log10(255**2 / square) for square in squares])
+        unrounded = -10 * np.log10(np.mean((others - images) ** 2, axis=(1, 2, 3)))
+        assert (unrounded - found > 6).all()
+        pooled = psnr_pooled_db(image_mse(to_uint8(others), to_uint8(images)))
+        assert pooled == pytest.approx(10 * math.log10(255**2 / np.mean(squares)))
+
+    def test_identical_images_raise_the_mean_of_db_and_not_the_pooled_number(self):
+        images = np.zeros((4, 16, 16, 1), np.uint8)
+        other = images.copy()
+        other[0, 0, 0] = 1
+        one = 10 * math.log10(255**2 * 256)
+        assert psnr_db(other, images).mean() == pytest.approx((3 * 100 + one) / 4)
+        assert psnr_pooled_db(image_mse(other, images)) == pytest.approx(one + 10 * math.log10(4))
+        assert psnr_pooled_db(image_mse(images, images)) == 100.0
+        with pytest.raises(MetricUndefined, match=r"^psnr_pooled_db: sample 1 is nan"):
+            psnr_pooled_db([0.1, math.nan])
 
     def test_refusals(self):
         x = np.zeros((1, 10, 30, 3), np.uint8)

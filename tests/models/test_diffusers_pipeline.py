@@ -14,9 +14,11 @@ import quantlab
 from quantlab.backends.exclusions import kept_in_float32
 from quantlab.datasets import prompts
 from quantlab.errors import ConfigError, ModelError
+from quantlab.metrics.trajectory import step_sqnr_db
 from quantlab.models import diffusers_pipeline
 from quantlab.models.diffusers_pipeline import FAMILY_EXCLUSIONS, decode, noise_shape, sample
 from quantlab.models.loaded import LoadedModel
+from quantlab.modules.calls import per_sample, replayed_output
 from quantlab.modules.layers import linear_layers, matches, resolve_exclusions, state_digest
 from quantlab.planning.places import conf_dir
 from quantlab.protocols import diffusion
@@ -200,6 +202,28 @@ def test_the_diffusion_protocol_compares_a_candidate_with_the_reference(models, 
     assert worse.steps["step_sqnr_db"].shape == worse.steps["step_divergence"].shape == (2,)
     assert worse.estimates["weighted_velocity_mse"].value > 0
     assert same.clusters.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_curve_is_that_of_the_guided_velocity(models, kind):
+    """By hand: Diffusers asks without the condition first, in one batch, and steps along u + s (c - u)."""
+    model = models[kind]
+    inputs = inputs_of(model)
+    reference = diffusion.observe(model, inputs, SMALL)
+    candidate = changed_denoiser(model)
+    found = diffusion.measure(candidate, inputs, SMALL, reference, model)
+    assert found.undefined == {}
+    denoiser = candidate.components[candidate.parts["denoiser"]]
+    for k, value in enumerate(found.steps["step_sqnr_db"]):
+        guided = [[], []]
+        for call in (c for c in reference["calls"] if c["step"] == k):
+            num = call["stop"] - call["start"]
+            for whose, answer in zip(guided, (replayed_output(denoiser, call, "cpu"), call["output"]), strict=True):
+                parts = per_sample(answer.float(), num)
+                u, c = parts[:, 0], parts[:, -1]
+                whose.append(u + SMALL.guidance_scale * (c - u) if parts.shape[1] == 2 else u)
+        expected = step_sqnr_db(*([torch.cat(part)] for part in guided))[0][0]
+        assert value == pytest.approx(expected, abs=1e-3)
 
 
 # -- sizes and noise

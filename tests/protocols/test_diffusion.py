@@ -146,7 +146,8 @@ def test_reference_against_itself_is_exact(model, inputs, reference, batch_size)
 def test_every_sample_metric_has_one_finite_value_a_sample(model, inputs, reference):
     candidate = model.with_components({"transformer": model.copy_of("transformer").to(torch.bfloat16)})
     measured = diffusion.measure(candidate, inputs, EVALUATION, reference, model)
-    assert set(measured.samples) == {"latent_rel_mse", "latent_cosine", "psnr_db", "class_accuracy", "judge_agreement"}
+    images = {"psnr_db", "image_mse", "class_accuracy", "judge_agreement"}
+    assert set(measured.samples) == images | {"latent_rel_mse", "latent_cosine"}
     for values in measured.samples.values():
         assert values.shape == (20,)
         assert np.isfinite(values).all()
@@ -284,7 +285,7 @@ def test_input_that_cannot_be_stored_is_refused_and_the_hooks_are_gone_after():
 
 def test_guided_outputs_belong_to_their_samples():
     output = torch.arange(6.0).reshape(6, 1)  # two conditions of three samples
-    assert per_sample(output, 3).tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert per_sample(output, 3)[..., 0].tolist() == [[0, 3], [1, 4], [2, 5]]
     with pytest.raises(MetricUndefined, match="6 rows for 4 samples.*num_teacher_forced=0"):
         per_sample(output, 4)
 
@@ -311,9 +312,15 @@ def test_teacher_forced_curve_is_that_of_the_denoiser_by_hand(model, inputs, ref
     call = [c for c in reference["calls"] if c["step"] == 2]
     with torch.no_grad():
         rows = [candidate.components["transformer"](c["args"][0], **c["kwargs"]).sample for c in call]
-    pairs = [[per_sample(t, len(t) // 2) for t in (row, c["output"])] for row, c in zip(rows, call, strict=True)]
-    expected = step_sqnr_db([torch.cat([p[0] for p in pairs])], [torch.cat([p[1] for p in pairs])])[0][0]
-    assert measured.steps["step_sqnr_db"][2] == pytest.approx(expected, abs=1e-6)
+    guided = [[], []]
+    for answers in zip(rows, (c["output"] for c in call), strict=True):
+        for whose, answer in zip(guided, answers, strict=True):
+            labelled, null = answer.chunk(2)
+            whose.append(null + EVALUATION.guidance_scale * (labelled - null))
+    expected = step_sqnr_db(*([torch.cat(part)] for part in guided))[0][0]
+    assert measured.steps["step_sqnr_db"][2] == pytest.approx(expected, abs=1e-4)
+    apart = step_sqnr_db([torch.cat(rows)], [torch.cat([c["output"] for c in call])])[0][0]
+    assert abs(measured.steps["step_sqnr_db"][2] - apart) > 0.1  # dB: it is not that of the two predictions
 
 
 # -- the weights of the velocity error

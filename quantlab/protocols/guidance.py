@@ -1,0 +1,80 @@
+"""What a sampler steps along: the denoiser's predictions of a step, put together by guidance.
+
+Classifier-free guidance steps along u + s (c - u), of the predictions with (c) and without (u) the condition; an error
+of both counts in that combination and not by itself. Which one a pipeline makes (in which order it asks, at what scale,
+with which rescaling) is not known beforehand. But the scheduler is given the result, and it is a weighted sum: its
+weights are found from the reference, sample by sample, and the candidate's predictions are put together with the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from quantlab.errors import MetricUndefined
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_RESIDUAL = 0.03
+"""Relative error up to which a weighted sum is what the scheduler was given: 16-bit arithmetic of guidance rounds."""
+
+
+@contextmanager
+def recorded_velocities(scheduler: object | None) -> Iterator[list[Tensor]]:
+    """While open, what ``scheduler.step`` is given as the model's output is appended, float32 on the CPU."""
+    seen: list[Tensor] = []
+    own = getattr(scheduler, "step", None)
+    if own is None:
+        yield seen
+        return
+    before = vars(scheduler).get("step")
+
+    @functools.wraps(own)  # pipelines look which arguments it takes
+    def step(*args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        given = args[0] if args else kwargs.get("model_output")
+        if isinstance(given, torch.Tensor):
+            seen.append(given.detach().to("cpu", torch.float32, copy=True))
+        return own(*args, **kwargs)
+
+    vars(scheduler)["step"] = step
+    try:
+        yield seen
+    finally:
+        if before is None:
+            del vars(scheduler)["step"]
+        else:
+            vars(scheduler)["step"] = before
+
+
+def guidance_weights(predictions: Tensor, velocity: Tensor | None) -> Tensor:
+    """The weights (n, conditions), float64, with which ``predictions`` (n, conditions, d) make ``velocity`` (n, d).
+
+    Least squares, sample by sample. ``velocity`` None: not recorded, and a single prediction is the velocity itself.
+    Raises MetricUndefined where no weighted sum is what the scheduler was given.
+    """
+    import torch
+
+    if velocity is None and predictions.shape[1] == 1:
+        return torch.ones(predictions.shape[:2], dtype=torch.float64)
+    if velocity is not None and velocity.shape == (len(predictions), predictions.shape[2]):
+        columns, wanted = predictions.double().transpose(1, 2), velocity.double()[..., None]
+        weights = torch.linalg.lstsq(columns, wanted, driver="gelsy").solution
+        missed = (columns @ weights - wanted).norm(dim=1) / wanted.norm(dim=1).clamp_min(1e-300)
+        if bool((missed <= _RESIDUAL).all()):
+            return weights[..., 0]
+    raise MetricUndefined(
+        "step_sqnr_db: what the sampler steps along is no weighted sum of the denoiser's predictions, so that their "
+        "errors cannot be put together; look at step_divergence, or take guidance_scale=1"
+    )
+
+
+def combined(predictions: Tensor, weights: Tensor) -> Tensor:
+    """Predictions (n, conditions, d) put together with ``weights`` (n, conditions): (n, d), float32."""
+    import torch
+
+    return torch.einsum("nkd,nk->nd", predictions.double(), weights).float()
