@@ -7,7 +7,8 @@ in its format can make (``Dtype`` and ``StoredWeight`` say it), computed from th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from quantlab.vocabulary.dtypes import DTYPES
@@ -27,6 +28,7 @@ NOISE = 4.0
 one outlier in 128 weights come to sqrt(128) / 3."""
 _SCALE_ROUNDING = 2.0**-8
 """Scales, and what is computed with them, may be in bfloat16."""
+_WEIGHTS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,56 +55,91 @@ def weight_errors(stored: StoredWeight, original: Tensor, is_searched: bool = Fa
     import torch
 
     norm = torch.linalg.vector_norm
-    difference = stored.dense - original
-    rows, sizes = norm(difference, dim=1), norm(original, dim=1)
-    layer = float(norm(rows) / norm(sizes).clamp_min(1e-30))
-    relative = (rows / sizes)[sizes > 0]
-    if not len(relative):
-        return WeightErrors(layer=layer, worst_row=None)
-    worst = float(relative.max())
-    if stored.column_scale is not None:  # as it was rounded
-        scale = stored.column_scale.to(original.device)
-        original, difference = original * scale, difference * scale
-        rows, sizes = norm(difference, dim=1), norm(original, dim=1)
-    lost = _unexplained(stored, original, difference, SLACK_SEARCHED if is_searched else SLACK)
-    alive = sizes > 0
-    lost |= alive & ~(rows <= NOISE * sizes.clamp_min(float(sizes[alive].median())))
-    gone = alive & (rows >= 0.999 * sizes)
+    if stored.column_scale is not None:
+        stored = replace(stored, column_scale=stored.column_scale.to(original.device))
+    largest = norm(original if stored.column_scale is None else original * stored.column_scale, ord=torch.inf, dim=1)
+    if not bool((largest > 0).any()):
+        error = float(norm(stored.dense) / 1e-30) if bool(stored.dense.any()) else 0.0
+        return WeightErrors(layer=error, worst_row=None)
+    bound = _Bound(
+        stored=stored,
+        slack=SLACK_SEARCHED if is_searched else SLACK,
+        largest=float(largest.max()),
+        negligible=NEGLIGIBLE * float(largest[largest > 0].median()),
+    )
+    parts = [_rows(stored.dense[rows], original[rows], bound) for rows in _slices(original, stored)]
+    plain, size, rounded, scaled, lost, zeroed = (torch.cat(found) for found in zip(*parts, strict=True))
+    alive = scaled > 0
+    lost |= alive & ~(rounded <= NOISE * scaled.clamp_min(float(scaled[alive].median())))
+    gone = alive & (rounded >= 0.999 * scaled)
     if int(gone.sum()) * 2 > int(alive.sum()):  # whatever the format's reason
         lost |= gone
     found = lost.nonzero().flatten().tolist()
     return WeightErrors(
-        layer=layer,
-        worst_row=worst,
+        layer=float(norm(plain) / norm(size)),
+        worst_row=float((plain / size)[size > 0].max()),
         lost_rows=tuple(found),
         lost_absmax=float(original[found].abs().max()) if found else 0.0,
-        num_zeroed=int((alive & (stored.dense == 0).all(1)).sum()),
+        num_zeroed=int((alive & zeroed).sum()),
     )
 
 
-def _unexplained(stored: StoredWeight, original: Tensor, difference: Tensor, slack: float) -> Tensor:
-    """bool (out_features,): rows with a block that is zero, or farther off, than its format's rounding explains."""
+@dataclass(frozen=True, kw_only=True)
+class _Bound:
+    """What the rows of a weight are held against."""
+
+    stored: StoredWeight
+    slack: float
+    largest: float
+    """Magnitude in the whole weight, as it was rounded."""
+    negligible: float
+
+
+def _slices(original: Tensor, stored: StoredWeight) -> list[slice]:
+    """Rows that are looked at together: whole blocks (and spans of them), and no more memory than that takes."""
+    num_rows, in_features = original.shape
+    together = stored.group_size or in_features
+    if stored.span is not None and stored.span < original.numel():
+        together = math.lcm(together, stored.span)
+    least = math.lcm(in_features, together) // in_features
+    step = least * max(1, _WEIGHTS_AT_ONCE // (least * in_features))
+    return [slice(start, start + step) for start in range(0, num_rows, step)]
+
+
+def _rows(dense: Tensor, original: Tensor, bound: _Bound) -> tuple[Tensor, ...]:
+    """Of each row: error and size; both as it was rounded; whether a block of it is lost, whether it became zeros."""
     import torch
 
-    num_rows, in_features = original.shape
+    norm = torch.linalg.vector_norm
+    difference = dense - original
+    plain = error, size = norm(difference, dim=1), norm(original, dim=1)
+    if bound.stored.column_scale is not None:
+        original, difference = original * bound.stored.column_scale, difference * bound.stored.column_scale
+        error, size = norm(difference, dim=1), norm(original, dim=1)
+    return (*plain, error, size, _unexplained(original, difference, bound), (dense == 0).all(1))
+
+
+def _unexplained(original: Tensor, difference: Tensor, bound: _Bound) -> Tensor:
+    """bool (rows,): those with a block that is zero, or farther off, than its format's rounding explains."""
+    import torch
+
+    stored, (num_rows, in_features) = bound.stored, original.shape
     unit = stored.group_size or in_features
     weights, errors = (_in_units(t, unit) for t in (original, difference))
-    largest, length = weights.abs().amax(1), unit**0.5
-    row_largest = original.abs().amax(1)
-    negligible = NEGLIGIBLE * float(row_largest[row_largest > 0].median())
+    largest = torch.linalg.vector_norm(weights, ord=torch.inf, dim=1)
     known = DTYPES.get(stored.dtype)
     shared = torch.full_like(largest, stored.floor)
     if stored.span is not None and known is not None:
         share = known.max_error if stored.span_error is None else stored.span_error
-        shared += share * _largest_in_span(largest, max(1, stored.span // unit))
-    is_zero = (errors == -weights).all(1) & (largest > 2 * shared)
-    is_bad = is_zero
+        is_whole = stored.span > original.numel() or unit >= stored.span
+        shared += share * (bound.largest if is_whole else _largest_in_span(largest, stored.span // unit))
+    is_bad = (errors == -weights).all(1) & (largest > 2 * shared)
     if known is not None:
-        bound = (known.rel_error + _SCALE_ROUNDING) * torch.linalg.vector_norm(weights, dim=1)
-        bound += length * (known.max_error * largest + shared)
-        is_bad = is_bad | ~(torch.linalg.vector_norm(errors, dim=1) <= slack * bound)
+        allowed = (known.rel_error + _SCALE_ROUNDING) * torch.linalg.vector_norm(weights, dim=1)
+        allowed += unit**0.5 * (known.max_error * largest + shared)
+        is_bad |= ~(torch.linalg.vector_norm(errors, dim=1) <= bound.slack * allowed)
     found = torch.zeros(num_rows, dtype=torch.bool, device=original.device)
-    starts = (is_bad & (largest > negligible)).nonzero().flatten() * unit
+    starts = (is_bad & (largest > bound.negligible)).nonzero().flatten() * unit
     for offset in range(0, unit, in_features):  # a block of a flat format may cover rows
         found[((starts + offset) // in_features).clamp_max(num_rows - 1)] = True
     return found

@@ -73,8 +73,9 @@ FIRST = list({(b, d): c for b, d, c in reversed(ON_CPU)}.items())
 
 
 @pytest.mark.parametrize(("which", "compute"), FIRST, ids=["-".join(which) for which, _ in FIRST])
-def test_a_planted_loss_is_seen(which, compute):
-    """A row or block that decodes to zeros, one that is twice as large, NaN: exactly that row is named."""
+def test_a_planted_loss_is_seen(which, compute, monkeypatch):
+    """A row or block that decodes to zeros, one that is twice as large, NaN: exactly that row is named; also where a
+    large weight is looked at in parts."""
     backend, dtype = which
     module = one_layer(weights(), compute)
     made, _ = quantized(backend, dtype, module, compute)
@@ -93,6 +94,9 @@ def test_a_planted_loss_is_seen(which, compute):
         assert found.lost_rows == (5,), fault
         assert found.lost_absmax == pytest.approx(float(original[5].abs().max()))
         assert found.worst_row > 0.1 or fault == "nan"
+        with monkeypatch.context() as small:
+            small.setattr("quantlab.stages.weight_errors._WEIGHTS_AT_ONCE", 1)
+            assert fault == "nan" or weight_errors(replace(stored, dense=dense), original) == found
 
 
 KEPT_WIDER = {

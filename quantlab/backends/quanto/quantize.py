@@ -15,6 +15,7 @@ from quantlab.backends.unseen import never_ran, only_zeros
 from quantlab.errors import ConfigError, NotQuantized
 from quantlab.modules.feed import CalibrationFeed
 from quantlab.modules.layers import replace_layer
+from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.reports import StoredWeight
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def calibrate(
         for handle in handles:
             handle.remove()
     for name, scale in found.items():  # in the order of the calls: where it began
-        if not bool(torch.isfinite(scale)):
+        if not bool(torch.isfinite(scale.to(made[name].weight.dtype))):
             raise ConfigError(
                 f"calibration: {name} got NaN or infinities; use other data, or exclude it with modules_to_not_convert"
             )
@@ -66,6 +67,12 @@ def calibrate(
         raise never_ran(missing[:1])
     if silent := [name for name in layers if not found[name]]:
         raise only_zeros(silent[:1])
+    for name, layer in made.items():
+        if not found[name].to(layer.weight.dtype):
+            raise ConfigError(
+                f"calibration: the largest inputs of {name} give a scale of {float(found[name]):.2g}, which "
+                f"{dtype_name(layer.weight.dtype)} takes for 0; set compute_dtype=float32 or bfloat16, or exclude it"
+            )
     return {name: (layer.input_scale, layer.output_scale) for name, layer in made.items()}
 
 
@@ -154,7 +161,7 @@ def _before_rounding(layer: QLinear, hook: Callable[..., None]) -> RemovableHand
 
 
 def _measure(found: dict[str, Tensor], name: str, layer: QLinear, args: tuple[Any, ...]) -> None:
-    """Runs before a batch is rounded, with the largest scale so far, in the layer's dtype; a batch may be empty.
+    """Runs before a batch is rounded, with the largest scale so far; a batch may be empty.
 
     Where all inputs were 0 until now the scale that is rounded with is 1: 0 would give NaN.
     """
@@ -163,9 +170,10 @@ def _measure(found: dict[str, Tensor], name: str, layer: QLinear, args: tuple[An
 
     if not args[0].numel():
         return
-    scale = absmax_scale(args[0].detach().float(), layer.activation_qtype).to(layer.weight.dtype)
+    scale = absmax_scale(args[0].detach().float(), layer.activation_qtype)
     found[name] = torch.maximum(found[name], scale) if name in found else scale
-    layer.input_scale = torch.where(found[name] == 0, torch.ones_like(scale), found[name])
+    scale = found[name].to(layer.weight.dtype)
+    layer.input_scale = torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
 def _activation_dtype(layer: QLinear) -> str:

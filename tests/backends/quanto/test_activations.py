@@ -123,6 +123,13 @@ def test_the_scale_is_of_the_largest_value_in_whatever_order(torch):
         assert float(model[0].input_scale) == float(scales["0"][0])
 
 
+def test_a_scale_that_float16_takes_for_zero_is_refused(torch):
+    """The library's would be 0, and all inputs would be rounded away."""
+    config = QuantoConfig(activations="float8_e5m2")
+    with pytest.raises(ConfigError, match=r"^calibration: the largest inputs of 0 give a scale of .*, which float16"):
+        calibrated(torch, mlp(torch).half(), config, [torch.full((2, 512), 1e-4).half()])
+
+
 def test_a_batch_of_zeros_first_does_no_harm(torch):
     for activations in ACTIVATIONS:
         model = mlp(torch, bias=False)
