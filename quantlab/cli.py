@@ -21,6 +21,7 @@ from quantlab.planning.job import Plan
 from quantlab.planning.listing import BRIEF, LISTS
 from quantlab.planning.places import conf_dir, groups, recipe_dirs
 from quantlab.planning.plan import plan
+from quantlab.planning.ready import check_ready
 from quantlab.planning.trust import is_trusted, question, remember, require_trust, trusted_file
 from quantlab.progress import file_name, plain, printable
 from quantlab.vocabulary.reports import RunReport
@@ -261,7 +262,8 @@ def show_configs(request: Plan) -> int:
 
 
 def show_jobs(request: Plan) -> int:
-    """Print what a sweep would run, and what it would not."""
+    """Print what a sweep would run, and what it would not; what cannot run is refused as by the run itself."""
+    check_ready(request.jobs)
     trials = request.jobs[0].config.sweep.search.num_trials
     print(f"{len(request.jobs)} jobs{f', of which a search runs {min(trials, len(request.jobs))}' if trials else ''}:")
     for job in request.jobs:

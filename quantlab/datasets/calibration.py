@@ -89,7 +89,7 @@ def check_calibration(config: ExperimentConfig) -> None:
             f"calibration.source={asked.source}: there are {', '.join(CALIBRATION_SETS)}"
             f"{nearest(asked.source, CALIBRATION_SETS)}"
         )
-    _check_file(asked)
+    _check_source(asked)
     if asked.source != config.dataset.name:
         return
     if DATASETS[asked.source].seed_is_content and asked.seed == config.dataset.seed:
@@ -100,13 +100,14 @@ def check_calibration(config: ExperimentConfig) -> None:
         raise ConfigError(f"calibration.path={asked.path}: this is the data of the evaluation; give another file")
 
 
-def _check_file(asked: CalibrationConfig) -> None:
-    """ConfigError where the source reads a file of the user's and cannot."""
-    read = DATASETS[asked.source].read_file
-    if read is None:
-        return
+def _check_source(asked: CalibrationConfig) -> None:
+    """ConfigError where the source reads a file of the user's and cannot, or cannot have so many samples."""
+    row = DATASETS[asked.source]
     try:
-        read(asked.path)
+        if row.check_samples:
+            row.check_samples(asked.num_samples)
+        if row.read_file:
+            row.read_file(asked.path)
     except ConfigError as error:
         raise ConfigError(_in_our_words(str(error))) from error
 

@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 NUM_CLASSES = 10
 
 
+def check_samples(num: int) -> None:
+    """ConfigError for a number of samples that is no multiple of ten."""
+    if num < 1 or num % NUM_CLASSES:
+        below = num // NUM_CLASSES * NUM_CLASSES
+        near = f"{below} or {below + NUM_CLASSES}" if below > 0 else str(NUM_CLASSES)
+        raise ConfigError(
+            f"evaluation.num_samples={num}: digits_classes has {NUM_CLASSES} classes of equal share; "
+            f"take a multiple of {NUM_CLASSES}, such as {near}"
+        )
+
+
 def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel) -> DiffusionInputs:
     """``evaluation.num_samples`` samples, a tenth of each class; a sample is its own cluster, a class a stratum.
 
@@ -27,13 +38,7 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
     import torch
 
     num = evaluation.num_samples
-    if num < 1 or num % NUM_CLASSES:
-        below = num // NUM_CLASSES * NUM_CLASSES
-        near = f"{below} or {below + NUM_CLASSES}" if below > 0 else str(NUM_CLASSES)
-        raise ConfigError(
-            f"evaluation.num_samples={num}: {config.name} has {NUM_CLASSES} classes of equal share; "
-            f"take a multiple of {NUM_CLASSES}, such as {near}"
-        )
+    check_samples(num)
     if model.name != "digits_dit":
         raise ConfigError(
             f"dataset={config.name}: its conditions are the digits 0 to 9, which model={model.name} does "

@@ -31,6 +31,8 @@ class Dataset:
     read_file: Callable[[str | None], object] | None
     """Reads the file of the user's that ``path`` names, to refuse a bad one before anything is loaded; None: there is
     no such file."""
+    check_samples: Callable[[int], None] | None
+    """ConfigError for a number of samples that it cannot have, known before anything is loaded; None: it takes any."""
     seed_is_content: bool
     """True where two sets differ by their seed alone, so that calibration may not have the evaluation's."""
 
@@ -42,6 +44,7 @@ _ROWS = (
         load=digits_classes.load,
         load_calibration=digits_classes.load,
         read_file=None,
+        check_samples=digits_classes.check_samples,
         seed_is_content=True,
     ),
     Dataset(
@@ -50,6 +53,7 @@ _ROWS = (
         load=prompts.load,
         load_calibration=prompts.load_calibration,
         read_file=prompts.read_prompts,
+        check_samples=None,
         seed_is_content=False,
     ),
     Dataset(
@@ -58,6 +62,7 @@ _ROWS = (
         load=wiki_extracts.load,
         load_calibration=wiki_extracts.load_calibration,
         read_file=None,
+        check_samples=None,
         seed_is_content=False,
     ),
     Dataset(
@@ -66,6 +71,7 @@ _ROWS = (
         load=text.load,
         load_calibration=text.load,
         read_file=text.read_text,
+        check_samples=None,
         seed_is_content=False,
     ),
 )
@@ -89,3 +95,11 @@ def check_dataset(config: ExperimentConfig) -> None:
             f"dataset={name}: it has no inputs for model.family={family.name}, whose models are run by the protocol "
             f"{family.protocol}; choose one of {', '.join(fitting)}"
         )
+    if check := DATASETS[name].check_samples:
+        check(config.evaluation.num_samples)
+
+
+def check_file(config: ExperimentConfig) -> None:
+    """ConfigError where the data set reads a file of the user's and cannot."""
+    if read := DATASETS[config.dataset.name].read_file:
+        read(config.dataset.path)

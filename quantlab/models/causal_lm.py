@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.modeling_outputs import CausalLMOutput
 
+NEEDS_PATH = ("a model", "HuggingFaceTB/SmolLM2-135M")
+"""What ``model.path`` leads to, and an example."""
+
 
 class CausalLM(Protocol):
     """What is used of a causal language model of transformers, whose own class leaves most of it untyped."""
@@ -34,7 +37,7 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
     One component, ``model``. The output head is excluded from quantization by default, as is
     ``config.default_exclusions``. Raises ModelError beginning with ``model.path=...`` for whatever cannot be read.
     """
-    path = required_path(config, "a model", "HuggingFaceTB/SmolLM2-135M")
+    path = required_path(config, *NEEDS_PATH)
     from transformers import AutoModelForCausalLM
 
     model, tokenizer = load_checkpoint(AutoModelForCausalLM, path, config, device)

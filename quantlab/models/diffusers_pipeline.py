@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from torch import Tensor, nn
 
+NEEDS_PATH = ("a pipeline", "black-forest-labs/FLUX.1-schnell")
+"""What ``model.path`` leads to, and an example."""
+
 _UNET = ("conv_in", "conv_out", "time_embedding", "add_embedding", "*.time_emb_proj")
 _MMDIT = ("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out")
 FAMILY_EXCLUSIONS: dict[str, tuple[str, ...]] = {
@@ -99,7 +102,7 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
     ``parts["pipeline"]``, the denoiser's name in ``parts["denoiser"]``. Raises ModelError beginning with
     ``model.path=...`` for what cannot be found, read or run, ConfigError for a component or dtype that is not there.
     """
-    path = required_path(config, "a pipeline", "black-forest-labs/FLUX.1-schnell")
+    path = required_path(config, *NEEDS_PATH)
     key = f"model.path={path}"
     dtype = chosen_dtype(config, "bfloat16" if device.startswith("cuda") else "float32")
     folder = _folder(key, path, config.revision)

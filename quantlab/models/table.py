@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from quantlab.errors import ConfigError, nearest
+from quantlab.errors import ConfigError, ModelError, nearest
 from quantlab.models import causal_lm, diffusers_pipeline, digits_dit, encoder, smollm2
 from quantlab.models.loaded import LoadedModel, Progress
+from quantlab.models.reading import required_path
 from quantlab.vocabulary.schema import ModelConfig
 
 
@@ -47,6 +48,8 @@ class Family:
     protocol: str
     """Row of ``protocols.PROTOCOLS``: how its models are run and compared."""
     load: Load
+    needs_path: tuple[str, str] | None
+    """What ``model.path`` leads to, and an example; None: the family has a model of its own."""
     trained: Trained | None
     """None: the weights are of others."""
 
@@ -56,19 +59,35 @@ _ROWS = (
         name="digits_dit",
         protocol="diffusion",
         load=digits_dit.load,
+        needs_path=None,
         trained=Trained(
             files=(digits_dit.MODEL_FILE, digits_dit.JUDGE_FILE),
             cache_key=digits_dit.cache_key,
             load=digits_dit.load_cached,
         ),
     ),
-    Family(name="diffusers", protocol="diffusion", load=diffusers_pipeline.load, trained=None),
-    Family(name="smollm2", protocol="language", load=smollm2.load, trained=None),
-    Family(name="causal_lm", protocol="language", load=causal_lm.load, trained=None),
-    Family(name="encoder", protocol="encoder", load=encoder.load, trained=None),
+    Family(
+        name="diffusers",
+        protocol="diffusion",
+        load=diffusers_pipeline.load,
+        needs_path=diffusers_pipeline.NEEDS_PATH,
+        trained=None,
+    ),
+    Family(name="smollm2", protocol="language", load=smollm2.load, needs_path=None, trained=None),
+    Family(name="causal_lm", protocol="language", load=causal_lm.load, needs_path=causal_lm.NEEDS_PATH, trained=None),
+    Family(name="encoder", protocol="encoder", load=encoder.load, needs_path=None, trained=None),
 )
 
 FAMILIES: dict[str, Family] = {row.name: row for row in _ROWS}
+
+
+def check_path(config: ModelConfig) -> None:
+    """ModelError, before anything is loaded, for a path that can only be a local folder and is none."""
+    path = config.path
+    if path and (path.startswith(("/", ".", "~")) or path.count("/") > 1) and not Path(path).expanduser().exists():
+        raise ModelError(f"model.path={path}: there is no such folder; name a local folder or a Hub id (owner/name)")
+    if needs := family_of(config).needs_path:
+        required_path(config, *needs)
 
 
 def family_of(config: ModelConfig) -> Family:

@@ -63,7 +63,9 @@ def parse(overrides: Sequence[str]) -> list[Any]:
 
 def _parsed(parser: OverridesParser, word: str) -> Any:
     """One word; ConfigError that begins with it where Hydra's grammar or our schema does not take it."""
-    key, has_value, _ = word.partition("=")
+    key, has_value, value = word.partition("=")
+    if value.startswith("~") and "'" not in value:  # a home folder: the shell leaves it, and Hydra's grammar has no ~
+        word = f"{key}='{value}'"
     shown = word if len(word) <= _MAX_KEY else f"{word[:_MAX_KEY]}..."
     if not has_value or not key:
         verbs = nearest(word, ["run", "list", "compare", "reproduce"])

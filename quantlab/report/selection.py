@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from quantlab.errors import ConfigError, TrackingError, nearest
+from quantlab.progress import say
 from quantlab.report.reading import Reader, StoredRun, experiment_id, json_object, read_json
 from quantlab.tracking.results import Skipped
 from quantlab.tracking.tags import (
@@ -218,7 +219,16 @@ def _sweep(request: ComparisonRequest, reader: Reader) -> StoredRun:
                 f"sweep=latest: no sweep in experiment {request.tracking.experiment} of {reader.uri}; run one with "
                 "quantlab recipe=NAME, or name another tracking.experiment or tracking.uri"
             )
-        return found[0]
+        for sweep in found:
+            if any(r.status == "FINISHED" and r.tags.get(KIND) == "job" for r in children(reader, sweep)):
+                if sweep is not found[0]:
+                    newest = f"{found[0].name} ({found[0].run_id[:8]})"
+                    say(f"sweep=latest: {newest} is newer, and none of its jobs has finished")
+                return sweep
+        raise TrackingError(
+            f"sweep=latest: none of the {len(found)} sweeps in experiment {name} of {reader.uri} has a finished job; "
+            "wait for one, or run one with quantlab recipe=NAME"
+        )
     found = reader.by_id([request.sweep])
     if not found:
         raise TrackingError(f"{request.typed}: no such run in {reader.uri}; {_sweeps(request, reader)}")

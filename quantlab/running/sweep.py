@@ -15,6 +15,7 @@ from typing import Any
 from quantlab import tracking
 from quantlab.errors import ConfigError, DiskFull, QuantlabError, TrackingError, is_disk_full
 from quantlab.planning.job import Job, Merged, Plan
+from quantlab.planning.ready import check_ready
 from quantlab.planning.space import objectives_of
 from quantlab.planning.trust import require_trust
 from quantlab.progress import progress_bars, say
@@ -42,6 +43,7 @@ def run_plan(plan: Plan, quiet: bool = False, trust: bool = False) -> list[RunRe
     quantlab decides (:mod:`quantlab.planning.trust`) is refused unless the user agreed to it or ``trust`` says so.
     """
     require_trust(plan, trust)
+    check_ready(plan.jobs)
     first = plan.jobs[0].config
     if plan.is_sweep:
         check_launcher(first.launcher)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 from quantlab.vocabulary.fields import SEED, choice, number, text
 from quantlab.vocabulary.launching import LauncherConfig
 
@@ -25,7 +26,7 @@ class ModelConfig:
     revision: str | None = None
     components: list[str] = field(default_factory=list)
     """Components to quantize; empty: the family's main one (the denoiser, the model)."""
-    dtype: str = "auto"
+    dtype: str = choice("auto", *COMPUTE_DTYPES)
     """Compute dtype of the reference; auto: float32 on CPU for the small shipped models, else as stored."""
     default_exclusions: list[str] = field(default_factory=list)
     """The family's own entries of ``modules_to_not_convert``."""

@@ -65,6 +65,7 @@ DATASET_ROW = """    Dataset(
         load=digits_even.load,
         load_calibration=None,
         read_file=None,
+        check_samples=None,
         seed_is_content=True,
     ),
 """

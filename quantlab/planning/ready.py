@@ -1,0 +1,22 @@
+"""What can be known of a request before anything is loaded, from the disk: files and folders that are not there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple
+
+from quantlab.datasets.table import check_file
+from quantlab.models.table import check_path
+from quantlab.planning.job import Job
+
+
+def check_ready(jobs: Sequence[Job]) -> None:
+    """ConfigError for the first model or data set of these jobs whose path leads nowhere; each is looked at once."""
+    known = set()
+    for job in jobs:
+        config = job.config
+        where = (str(astuple(config.model)), str(astuple(config.dataset)))
+        if where not in known:
+            known.add(where)
+            check_path(config.model)
+            check_file(config)

@@ -1,0 +1,91 @@
+"""What can be known is refused before weights load, also by a dry run, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import pytest
+
+from quantlab.datasets.table import DATASETS
+from quantlab.errors import ConfigError
+from quantlab.models.table import FAMILIES
+from quantlab.planning.plan import plan
+from quantlab.running.sweep import run_plan
+from tests.support.shell import Shell, digits_words
+
+AT_ONCE = {
+    "evaluation.num_samples=12": "digits_classes has 10 classes of equal share; take a multiple of 10, such as 10 or 20",
+    "evaluation.num_samples=5": "such as 10",
+    "evaluation.guidance_scale=nan": "a number from 0 to",
+    "evaluation.perplexity_protocol=ppl/v2": "there are ppl/v1",
+    "model.dtype=float8": "there are auto, float32",
+    "model.num_layers=0": "from 1 to",
+    "evaluation.height=0": "from 8 to",
+}
+TEXT = ["model=smollm2_135m", "dataset=text"]
+FROM_DISK = {
+    "a data set's file": [*TEXT, "dataset.path=nowhere.txt"],
+    "no file": [*TEXT, "dataset.path=null"],
+    "a folder for a file": [*TEXT, "dataset.path=."],
+    "prompts": ["model=flux_schnell", "dataset.path=nowhere.txt"],
+    "a pipeline": ["model=diffusers", "model.path=./nowhere"],
+    "a language model": ["model=causal_lm", "model.path=~/nowhere/at/all"],
+    "no path": ["model=causal_lm"],
+    "no pipeline": ["model=diffusers"],
+    "weights of digits": ["model.path=/nowhere"],
+}
+
+
+@pytest.mark.parametrize("word", AT_ONCE)
+def test_what_no_file_is_needed_for_is_refused_by_the_plan(word):
+    with pytest.raises(ConfigError) as caught:
+        plan(["backend=quanto", word])
+    key = word.partition("=")[0]
+    assert str(caught.value).startswith(f"{key}=")
+    assert AT_ONCE[word] in str(caught.value)
+
+
+def test_a_calibration_sets_number_too():
+    with pytest.raises(ConfigError, match=r"^calibration.num_samples=12: digits_classes has 10 classes"):
+        plan(["backend=gguf", "dtype=q4_k", "algorithm=imatrix", "calibration.num_samples=12"])
+
+
+def test_a_grid_lists_the_numbers_that_cannot_be():
+    with pytest.raises(ConfigError, match=r"(?s)^1 of 2 combinations are impossible.*num_samples=12\n"):
+        plan(["backend=quanto", "evaluation.num_samples=12,20"], multirun=True)
+
+
+@pytest.mark.parametrize("what", FROM_DISK)
+def test_what_lies_nowhere_is_refused_by_the_dry_run_and_by_the_run(tmp_path, what):
+    shell = Shell(tmp_path)
+    words = ["backend=quanto", *FROM_DISK[what]]
+    plan(words)  # a config may be written before its files are there
+    for more in (["sweep.dry_run=true"], ["-m", "dtype=int8,int4"]):
+        code, _, err = shell(*words, *more)
+        assert code == 2
+        assert err.startswith(("quantlab: model.path=", "quantlab: dataset.path=")), err
+        assert len(err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_sweep_leaves_no_run(tmp_path):
+    code, _, err = Shell(tmp_path)(
+        "-m", *digits_words("backend=quanto", "dtype=int8,int4", "evaluation.num_samples=12")
+    )
+    assert code == 2
+    assert "evaluation.num_samples=12" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_family_and_data_set_says_what_it_needs():
+    assert {name for name, row in FAMILIES.items() if row.needs_path} == {"diffusers", "causal_lm"}
+    assert {name for name, row in DATASETS.items() if row.read_file} == {"prompts", "text"}
+
+
+def test_each_place_is_looked_at_once(monkeypatch):
+    looked = []
+    monkeypatch.setattr("quantlab.planning.ready.check_path", lambda config: looked.append(config.path))
+    monkeypatch.setattr(
+        "quantlab.running.sweep.open_session", lambda *args: (_ for _ in ()).throw(ConfigError("begun"))
+    )
+    with pytest.raises(ConfigError, match="begun"):
+        run_plan(plan(["backend=quanto", "dtype=int8,int4", "dataset.seed=1,2"], multirun=True))
+    assert len(looked) == 2

@@ -1,0 +1,48 @@
+"""``sweep=latest`` is the latest sweep that has something to compare."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from quantlab.errors import TrackingError
+from quantlab.report.reading import open_reader
+from quantlab.report.selection import parse_request, select
+from tests.support.comparison_store import N, add_run, fail, make_sweep
+
+
+def latest(sweep):
+    request = parse_request(["sweep=latest"])
+    return select(request, open_reader(request.tracking, sweep.folder)).parents[0].run_id
+
+
+def begun(sweep, name, status=None):
+    folder = sweep.folder / "outputs" / "runs" / name
+    run = sweep.store.start_run(name, folder, {}, {"quantlab.kind": "sweep"})
+    if status:
+        run.finish(status)
+    return run.run_id
+
+
+@pytest.fixture
+def sweep(tmp_path, template):
+    return make_sweep(tmp_path / "my work", template)
+
+
+def test_a_newer_one_without_a_finished_job_is_told_and_left(sweep, capsys, monkeypatch):
+    failed, running = begun(sweep, "failed", "FAILED"), begun(sweep, "running")
+    fail(sweep, "int3", failed)
+    assert latest(sweep) == sweep.parent
+    assert f"sweep=latest: running ({running[:8]}) is newer" in " ".join(capsys.readouterr().err.split())
+    add_run(sweep, "again", np.full(N, 1e-4), backend="quanto", parent=running)
+    assert latest(sweep) == running
+
+
+def test_where_no_job_has_finished_it_says_so(tmp_path, base, store):
+    from tests.support.comparison_store import Sweep
+
+    sweep = Sweep(base, store)
+    begun(sweep, "a", "FAILED")
+    begun(sweep, "b")
+    with pytest.raises(TrackingError, match=r"^sweep=latest: none of the 2 sweeps .*run one with"):
+        latest(sweep)
