@@ -128,7 +128,7 @@ def test_hydras_own_keys_are_refused_with_what_does_their_work(key):
 
 
 @pytest.mark.parametrize(
-    "word", ["quantization.x=['", "name='a", "name=a]b", "name={a", "evaluation={num_samples:", "name=(", "a.b.=1"]
+    "word", ["quantization.x=['", "name='a", "name=a]b", "name={a", "name=(", "a.b.=1"]
 )
 def test_the_grammars_errors_name_the_bad_word(word):
     with pytest.raises(ConfigError) as caught:
