@@ -173,7 +173,9 @@ def _dense(weight: Tensor, kind: str) -> Tensor:
     with torch.no_grad():
         dense = _dequantized(weight, kind)
         pre_scale: Tensor | None = getattr(weight, "act_pre_scale", None)
-        return dense if pre_scale is None else dense * pre_scale.float()
+        if pre_scale is None or kind == "Int4TilePackedTo4dTensor":  # whose product has it already
+            return dense
+        return dense * pre_scale.float()
 
 
 def _dequantized(weight: Tensor, kind: str) -> Tensor:
