@@ -78,6 +78,7 @@ _ROWS = (
         protocols=_DIFFUSION,
         of_reference=100.0,
         at_most=100.0,
+        error_metric="image_mse",
         description="peak signal-to-noise ratio of the error's mean over all 8-bit images, as some publish it: never "
         "above psnr_db, which identical images raise",
     ),
