@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from quantlab.backends.table import backends
 from quantlab.errors import ConfigError, nearest
+from quantlab.vocabulary.files import read_json
 from quantlab.vocabulary.native import EXCLUSION_RULES, QuantizationConfigMixin, plain
 
 _CONFIG_FILE = "config.json"
@@ -74,10 +74,7 @@ def from_pretrained_config(config: Mapping[str, Any] | str | Path) -> Quantizati
 
 def _read_json(path: Path) -> Mapping[str, Any]:
     path = path / _CONFIG_FILE if path.is_dir() else path
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: not a readable JSON file ({error})") from error
+    data = read_json(path, str(path), "give a config.json, or a folder that holds one")
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a mapping is wanted, not {type(data).__name__}")
     return data

@@ -10,6 +10,7 @@ from quantlab.errors import ConfigError
 from quantlab.models.diffusers_pipeline import noise_shape
 from quantlab.models.loaded import LoadedModel
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
+from quantlab.vocabulary.files import read_text
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig
 
 SHIPPED = Path(__file__).with_name("prompts_v1.txt")
@@ -50,6 +51,10 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
     )
 
 
+MAX_PROMPT_CHARS = 10_000
+"""More than any text encoder reads."""
+
+
 def load_calibration(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel) -> DiffusionInputs:
     """As :func:`load`, of other prompts where the user names none."""
     return load(replace(config, path=config.path or str(CALIBRATION)), evaluation, model)
@@ -59,16 +64,13 @@ def read_prompts(path: str | None = None) -> list[str]:
     """The non-empty lines of a UTF-8 file (default: the shipped one). ConfigError ``dataset.path=...`` without any."""
     file = SHIPPED if path is None else Path(path).expanduser()
     key = f"dataset.path={path}"
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{key}: this is not UTF-8 text ({error.reason} at byte {error.start}); recode it") from error
-    except OSError as error:
+    way_out = "give a text file, one prompt a line, or leave dataset.path out for the shipped prompts"
+    prompts = [line.strip() for line in read_text(file, key, way_out).splitlines() if line.strip()]
+    if too_long := [i for i, prompt in enumerate(prompts, 1) if len(prompt) > MAX_PROMPT_CHARS]:
         raise ConfigError(
-            f"{key}: the file cannot be read ({error.strerror}); give a text file, one prompt a line, "
-            "or leave dataset.path out for the shipped prompts"
-        ) from error
-    prompts = [line for line in lines if line]
+            f"{key}: prompt {too_long[0]} has {len(prompts[too_long[0] - 1])} characters and at most "
+            f"{MAX_PROMPT_CHARS} are taken; {way_out}"
+        )
     if not prompts:
         raise ConfigError(
             f"{key}: the file holds no prompt; write one prompt a line, "

@@ -7,12 +7,12 @@ so calibrate on another file); an encoder on its non-empty lines.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
 from quantlab.protocols.encoder import EncoderInputs, encoder_inputs
 from quantlab.protocols.language import TextInputs, text_inputs
+from quantlab.vocabulary import files
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig
 
 
@@ -49,12 +49,7 @@ def read_text(path: str | None) -> str:
     key = f"dataset.path={path}"
     if not path:
         raise ConfigError("dataset.path=null: dataset=text needs a file; give dataset.path=FILE (UTF-8 text)")
-    try:
-        text = Path(path).expanduser().read_bytes().decode("utf-8-sig")  # line ends stay, a byte order mark is none
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{key}: not UTF-8 text ({error.reason} at byte {error.start}); convert the file") from error
-    except OSError as error:
-        raise ConfigError(f"{key}: the file cannot be read ({error.strerror}); give the path of a text file") from error
+    text = files.read_text(path, key, "give the path of a text file (UTF-8)", files.MAX_TEXT_BYTES)
     if not text.strip():
         raise ConfigError(f"{key}: the file is empty; give a file with text")
     return text

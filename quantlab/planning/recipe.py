@@ -22,6 +22,7 @@ from quantlab.errors import ConfigError, nearest
 from quantlab.planning.data import check_data
 from quantlab.planning.places import groups, recipe_file
 from quantlab.planning.words import AXIS_GROUPS
+from quantlab.vocabulary.files import read_text
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,11 @@ def _read(file: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Pat
             f"{where}: builds on itself ({' -> '.join(f.stem for f in (*above, file))}); drop one of them"
         )
     try:
-        raw = file.read_bytes()
-        text = raw.decode("utf-8")
+        text = read_text(file, where, "give a recipe: a YAML file")
+        raw = text.encode()
         content = yaml.load(text, Loader=get_yaml_loader())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where}: not a readable YAML file ({str(error).splitlines()[0]})") from error
+    except ConfigError:
+        raise
     except Exception as error:  # noqa: BLE001  yaml's errors share no base with the above; re-raised as ours
         raise ConfigError(f"{where}: not valid YAML ({' '.join(str(error).split())[:200]})") from error
     if not isinstance(content, dict):

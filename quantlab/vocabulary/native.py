@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Self, TypeVar, cast, dataclass_transform
 from quantlab.errors import ConfigError, nearest
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.dtypes import TORCH_DTYPE_NAMES, dtype_name
+from quantlab.vocabulary.files import read_json
 
 _T = TypeVar("_T", bound=type)
 LIBRARY_RULE = "library"
@@ -247,10 +248,7 @@ class QuantizationConfigMixin:
     @classmethod
     def from_json_file(cls, json_file_path: str | Path) -> Self:
         """Read what :meth:`to_json_file` wrote."""
-        try:
-            data = json.loads(Path(json_file_path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{json_file_path}: not a readable JSON file ({error})") from error
+        data = read_json(json_file_path, str(json_file_path), "give a file that to_json_file wrote")
         if not isinstance(data, dict):
             raise ConfigError(f"{json_file_path}: a mapping of settings is wanted, not {type(data).__name__}")
         config: Self = cls.from_dict(data)

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantlab.backends.gguf.header import check_header
 from quantlab.backends.unseen import never_ran, only_zeros
 from quantlab.errors import ConfigError
 from quantlab.modules.feed import CalibrationFeed
+from quantlab.vocabulary.files import MAX_TEXT_BYTES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -150,6 +152,8 @@ def read_imatrix(path: str | Path) -> dict[str, InputSquares]:
     try:
         with path.open("rb") as file:
             is_gguf = file.read(4) == b"GGUF"
+        if not is_gguf and path.stat().st_size > MAX_TEXT_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes, where a layer has a few thousand")
         found = _read_gguf(path) if is_gguf else _read_legacy(path.read_bytes())
     except (OSError, ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
         raise ConfigError(
@@ -169,6 +173,7 @@ def _read_gguf(path: Path) -> dict[str, InputSquares]:
     import gguf
     import numpy as np
 
+    check_header(path)
     reader = gguf.GGUFReader(path)
     tensors = {t.name: t for t in reader.tensors}
     for name, tensor in tensors.items():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.gguf.blocks import WEIGHTS_PER_SCALE, linear_class, torch_dtype
 from quantlab.backends.gguf.config import GGUFQuantizationConfig
+from quantlab.backends.gguf.header import check_header
 from quantlab.backends.linears import linear_at
 from quantlab.errors import ModelError
 from quantlab.modules.layers import replace_layer
@@ -136,8 +137,15 @@ def _read(path: Path) -> tuple[dict[str, gguf.ReaderTensor], dict[str, Any]]:
     if not path.is_file():
         raise ModelError(f"{path}: there is no such file; save the quantized model there first")
     try:
+        check_header(path)
         reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError) as error:  # what the reader raises for a cut or foreign file
+    except (
+        OSError,
+        ValueError,
+        IndexError,
+        KeyError,
+        OverflowError,
+    ) as error:  # what the reader raises for a cut or foreign file
         raise ModelError(f"{path}: not a readable GGUF file ({error}); save the quantized model again") from error
     field = reader.get_field(_KEY)
     if field is None:

@@ -127,7 +127,9 @@ def _read(folder: Path) -> dict[str, Tensor]:
                 metadata = file.metadata() or {}
                 flat = with_strides(flat, json.loads(metadata.pop(_STRIDES, "{}")))
                 tensors, left = support.unflatten_tensor_state_dict(flat, metadata)
-        except (OSError, SafetensorError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        except pickle.UnpicklingError as error:
+            raise ModelError(f"{folder}: no readable torchao weights (not what quantlab wrote); {way_out}") from error
+        except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
             raise ModelError(f"{folder}: no readable torchao weights ({error}); {way_out}") from error
     if left:
         raise ModelError(f"{folder}: holds incomplete weights (such as {min(left)}); {way_out}")

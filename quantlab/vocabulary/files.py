@@ -1,0 +1,50 @@
+"""Files of the user's: their sizes are known before they are read, and what is no text is refused as such."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from quantlab.errors import ConfigError
+
+MIB = 2**20
+MAX_TEXT_BYTES, MAX_DATA_BYTES = 256 * MIB, 16 * MIB
+"""Of a text to evaluate on; of a recipe, a configuration or a list of prompts."""
+
+
+def read_text(path: str | Path, key: str, way_out: str, max_bytes: int = MAX_DATA_BYTES) -> str:
+    """The file as UTF-8 text; line ends stay as they are, a byte order mark is none.
+
+    Raises ConfigError that begins with ``key`` and ends with ``way_out``, for a file that cannot be read, is larger
+    than ``max_bytes``, holds NUL characters or is not UTF-8.
+    """
+    path = Path(path).expanduser()
+    try:
+        if not path.is_file():
+            why = "is a folder" if path.is_dir() else "is no file" if path.exists() else "there is no such file"
+            raise ConfigError(f"{key}: the file cannot be read ({why}); {way_out}")
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise ConfigError(
+                f"{key}: the file has {size / MIB:.0f} MiB and at most {max_bytes / MIB:.0f} are read; {way_out}"
+            )
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{key}: the file cannot be read ({error.strerror}); {way_out}") from error
+    if b"\0" in content:
+        raise ConfigError(f"{key}: not text (a NUL byte at {content.index(0)}); {way_out}")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{key}: not UTF-8 text ({error.reason} at byte {error.start}); {way_out}") from error
+
+
+def read_json(path: str | Path, key: str, way_out: str) -> Any:
+    """The file as JSON data; ConfigError as for :func:`read_text`, and for what is no JSON."""
+    text = read_text(path, key, way_out)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        why = str(error) if isinstance(error, ValueError) else "nested too deep"
+        raise ConfigError(f"{key}: not a readable JSON file ({why}); {way_out}") from error
