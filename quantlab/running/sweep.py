@@ -35,6 +35,10 @@ from quantlab.vocabulary.schema import ExperimentConfig
 _MAX_TOLD = 8
 
 
+PLACES = ("runs", "cache", "cache/reference", "cache/calibration", "cache/models", "mlartifacts")
+"""Below ``output_dir``, what a run writes to."""
+
+
 def run_plan(plan: Plan, quiet: bool = False, trust: bool = False) -> list[RunReport]:
     """Run every job of a plan; one report a row, floors and reference first, in a sweep's order.
 
@@ -120,15 +124,23 @@ def _ready(config: ExperimentConfig, output_dir: Path, device: str, quiet: bool)
 
 
 def _usable_folder(output_dir: str) -> Path:
+    """The folder, with each place below it that is written to: found before any work, with the path and the reason."""
     folder = Path(output_dir).expanduser().absolute()
-    try:
-        (folder / "runs").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder / "runs"):
-            return folder
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir={output_dir}: cannot be written ({error}); set output_dir=<a folder of yours>"
-        ) from error
+    for name in PLACES:
+        place = folder / name
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=place) as file:
+                file.write(b"x" * 4096)
+        except OSError as error:
+            if is_disk_full(error):
+                raise
+            why = error.strerror or str(error)
+            raise ConfigError(
+                f"output_dir={output_dir}: {place} cannot be written ({why}); make it a folder that you may write to, "
+                "or set output_dir=<a folder of yours>"
+            ) from error
+    return folder
 
 
 def _run_single(session: Session, job: Job) -> list[RunReport]:

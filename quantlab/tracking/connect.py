@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from quantlab.errors import TrackingError
@@ -15,7 +16,12 @@ from quantlab.errors import TrackingError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+_T = TypeVar("_T")
 _PROBE_SECONDS = 5
+ANSWER_SECONDS = 15
+"""A server's answer is whole by then, or it counts as lost."""
+SLOWEST_BYTES_S = 100_000
+"""An upload may take longer: as long as it goes on at this pace."""
 _LOCK_SECONDS = 120
 _SQLITE = "sqlite:///"
 _WAY_OUT = "set tracking.required=false, or tracking.uri=sqlite:///outputs/mlflow.db"
@@ -73,7 +79,7 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     with _environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(_PROBE_SECONDS)):
         try:
             client = MlflowClient(tracking_uri=uri)
-            return client, _experiment_id(client, experiment, None)
+            return client, within(_PROBE_SECONDS, lambda: _experiment_id(client, experiment, None))
         except store_errors() as error:
             raise TrackingError(
                 f"tracking.uri={shown_uri(uri)}: answers, but not as an MLflow server that takes runs "
@@ -187,15 +193,40 @@ def _probe(uri: str) -> None:
 
     for attempt in (1, 2):
         try:
-            requests.get(f"{uri}/health", timeout=_PROBE_SECONDS)
+            within(_PROBE_SECONDS, lambda: requests.get(f"{uri}/health", timeout=_PROBE_SECONDS))
             return
         except requests.exceptions.SSLError:  # it answers; whether its certificate is trusted is MLflow's setting
             return
-        except requests.RequestException as error:
+        except (requests.RequestException, TimeoutError) as error:
             if attempt == 2:
-                mute = isinstance(error, requests.Timeout)
+                mute = isinstance(error, (requests.Timeout, TimeoutError))
                 why = f"no answer within {_PROBE_SECONDS} s, twice" if mute else "no connection"
                 raise TrackingError(f"tracking.uri={shown_uri(uri)}: {why}; start the server, or {_WAY_OUT}") from error
+
+
+def within(seconds: float, call: Callable[[], _T]) -> _T:
+    """What ``call`` returns; TimeoutError where it takes longer, whatever it waits for.
+
+    The timeouts of HTTP clients are those of a single read: a server that sends a byte a second holds them for good.
+    The call goes on in a thread of its own, which ends with its connection or with the process.
+    """
+    done: list[_T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(call())
+        except BaseException as error:  # noqa: BLE001  whatever it is, it is raised where it was called
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failed:
+        raise failed[0]
+    if not done:
+        raise TimeoutError(f"no whole answer within {seconds:g} s")
+    return done[0]
 
 
 @contextlib.contextmanager

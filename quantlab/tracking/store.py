@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, TypeVar
 
 from quantlab.errors import TrackingError
 from quantlab.progress import printable
-from quantlab.tracking.connect import connect, first_line, is_refusal, resolved_uri, shown_uri, store_errors
+from quantlab.tracking.connect import (
+    ANSWER_SECONDS,
+    SLOWEST_BYTES_S,
+    connect,
+    first_line,
+    is_refusal,
+    resolved_uri,
+    shown_uri,
+    store_errors,
+    within,
+)
 from quantlab.tracking.events import Artifact, Event, RunSummary
 from quantlab.tracking.record import Record, Sent
 from quantlab.tracking.run import Run
@@ -163,7 +173,7 @@ class Store:
             sent = self._arrive(record, tried=sent is not None)
         for event, offset in record.events(sent.offset):
             try:
-                _deliver(self.client, str(sent.run_id), event, record.folder)
+                self._deliver(str(sent.run_id), event, record.folder)
             except store_errors() as error:
                 if not is_refusal(error):
                     raise
@@ -177,6 +187,16 @@ class Store:
                 sent.refused.append(f"{event['op']}: {first_line(error)}")
             sent.offset, sent.done = offset, event["op"] == "finish"
             record.save_sent(sent)
+
+    def _deliver(self, run_id: str, event: Event, folder: Path) -> None:
+        """One event to the store; TimeoutError where a server takes too long for its whole answer."""
+        if not self.uri.startswith("http"):
+            _deliver(self.client, run_id, event, folder)
+            return
+        seconds = float(ANSWER_SECONDS)
+        if event["op"] == "artifact" and (file := folder / event["file"]).is_file():
+            seconds += file.stat().st_size / SLOWEST_BYTES_S
+        within(seconds, lambda: _deliver(self.client, run_id, event, folder))
 
     def _arrive(self, record: Record, tried: bool) -> Sent:
         """The run of ``record`` in this store: found by its record's id after an earlier try, else created."""

@@ -127,9 +127,7 @@ def test_hydras_own_keys_are_refused_with_what_does_their_work(key):
             plan(["backend=quanto", f"{sign}{key}=x"])
 
 
-@pytest.mark.parametrize(
-    "word", ["quantization.x=['", "name='a", "name=a]b", "name={a", "name=(", "a.b.=1"]
-)
+@pytest.mark.parametrize("word", ["quantization.x=['", "name='a", "name=a]b", "name={a", "name=(", "a.b.=1"])
 def test_the_grammars_errors_name_the_bad_word(word):
     with pytest.raises(ConfigError) as caught:
         plan(["backend=quanto", "dtype=int8", word, "device=cpu"])

@@ -13,6 +13,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -334,3 +336,73 @@ def test_a_real_server_dies_in_the_middle(store: Store, runs: Path, closed_port:
     [job] = find_runs(store, {"quantlab.key": "k"})
     assert job["metrics"] == {"m": 1.0, "n": 2.0}
     assert json.loads(artifact(store, job["run_id"], "x.json")) == {"x": 1}
+
+
+class _Drip(http.server.BaseHTTPRequestHandler):
+    """Answers with one byte at a time, and never comes to an end."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "1000000")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(200):
+                self.wfile.write(b"{")
+                self.wfile.flush()
+                time.sleep(0.05)
+
+    do_POST = do_GET
+
+    def log_message(self, *args: object) -> None:
+        """No noise."""
+
+
+@pytest.fixture
+def dripping() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Drip)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_that_drips_is_refused_in_time(dripping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connect, "_PROBE_SECONDS", 0.4)
+    begun = time.monotonic()
+    with pytest.raises(TrackingError, match=r": no answer within 0\.4 s, twice; start the server"):
+        open_store(tracking_at(dripping), tmp_path)
+    assert time.monotonic() - begun < 5
+
+
+def test_a_server_that_begins_to_drip_is_lost_and_the_run_goes_on(
+    dripping: str, store: Store, runs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow import MlflowClient
+
+    from quantlab.tracking import store as store_module
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(store_module, "ANSWER_SECONDS", 0.5)
+    with store.start_run("dripped on", runs / "20260101-000000-drip", {}, {}) as run:
+        known = run.record.sent()
+        assert known is not None
+        monkeypatch.setattr(store, "uri", dripping)
+        run.record.save_sent(replace(known, uri=dripping))
+        monkeypatch.setattr(store, "_client", MlflowClient(tracking_uri=dripping))
+        begun = time.monotonic()
+        run.log_metrics({"m": 1.0})
+        assert time.monotonic() - begun < 3
+        assert store.is_lost
+    assert run.record.summary["metrics"] == {"m": 1.0}
+    assert sum("the store is lost (no whole answer within" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_what_a_call_raises_is_raised_where_it_was_called() -> None:
+    assert connect.within(5, lambda: 3) == 3
+    with pytest.raises(KeyError):
+        connect.within(5, lambda: {}["x"])
+    with pytest.raises(TimeoutError, match=r"^no whole answer within 0\.1 s$"):
+        connect.within(0.1, lambda: time.sleep(5))

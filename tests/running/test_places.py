@@ -1,0 +1,46 @@
+"""Places that cannot be written are found before any work, with the path and the reason."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from quantlab.errors import ConfigError
+from quantlab.running import sweep
+from quantlab.running.sweep import PLACES
+from tests.support.shell import digits_words
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_file_where_a_folder_should_be(place, tmp_path):
+    target = tmp_path / "outputs" / place
+    target.parent.mkdir(parents=True)
+    target.write_text("no folder")
+    began = time.perf_counter()
+    with pytest.raises(
+        ConfigError, match=r"^output_dir=.*outputs: .* cannot be written \((File exists|Not a dir).*set "
+    ):
+        sweep._usable_folder(str(tmp_path / "outputs"))
+    assert time.perf_counter() - began < 1
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_folder_that_refuses(place, tmp_path, monkeypatch):
+    real = sweep.tempfile.TemporaryFile
+
+    def refusing(dir):
+        if dir == tmp_path / place:
+            raise PermissionError(13, "Permission denied")
+        return real(dir=dir)
+
+    monkeypatch.setattr(sweep.tempfile, "TemporaryFile", refusing)
+    with pytest.raises(ConfigError, match=rf"{place} cannot be written \(Permission denied\)"):
+        sweep._usable_folder(str(tmp_path))
+
+
+def test_the_command_says_so_before_it_loads_anything(shell):
+    (shell.folder / "outputs" / "mlartifacts").write_text("no folder")
+    code, _, err = shell(*digits_words("backend=quanto", "dtype=int8"))
+    assert code == 2
+    assert "mlartifacts cannot be written (File exists)" in " ".join(err.split())
