@@ -57,10 +57,12 @@ def weight_errors(stored: StoredWeight, original: Tensor, is_searched: bool = Fa
     norm = torch.linalg.vector_norm
     if stored.column_scale is not None:
         stored = replace(stored, column_scale=stored.column_scale.to(original.device))
-    largest = norm(original if stored.column_scale is None else original * stored.column_scale, ord=torch.inf, dim=1)
+    largest = _largest(original if stored.column_scale is None else original * stored.column_scale)
     if not bool((largest > 0).any()):
         error = float(norm(stored.dense) / 1e-30) if bool(stored.dense.any()) else 0.0
         return WeightErrors(layer=error, worst_row=None)
+    if float(largest.max()) < 1e-15:  # whose squares float32 takes for 0
+        stored, original, largest = replace(stored, dense=stored.dense.double()), original.double(), largest.double()
     bound = _Bound(
         stored=stored,
         slack=SLACK_SEARCHED if is_searched else SLACK,
@@ -116,24 +118,24 @@ def _rows(dense: Tensor, original: Tensor, bound: _Bound) -> tuple[Tensor, ...]:
     if bound.stored.column_scale is not None:
         original, difference = original * bound.stored.column_scale, difference * bound.stored.column_scale
         error, size = norm(difference, dim=1), norm(original, dim=1)
-    return (*plain, error, size, _unexplained(original, difference, bound), (dense == 0).all(1))
+    return (*plain, error, size, _unexplained(dense, original, difference, bound), _largest(dense) == 0)
 
 
-def _unexplained(original: Tensor, difference: Tensor, bound: _Bound) -> Tensor:
+def _unexplained(dense: Tensor, original: Tensor, difference: Tensor, bound: _Bound) -> Tensor:
     """bool (rows,): those with a block that is zero, or farther off, than its format's rounding explains."""
     import torch
 
     stored, (num_rows, in_features) = bound.stored, original.shape
     unit = stored.group_size or in_features
     weights, errors = (_in_units(t, unit) for t in (original, difference))
-    largest = torch.linalg.vector_norm(weights, ord=torch.inf, dim=1)
+    largest = _largest(weights)
     known = DTYPES.get(stored.dtype)
     shared = torch.full_like(largest, stored.floor)
     if stored.span is not None and known is not None:
         share = known.max_error if stored.span_error is None else stored.span_error
         is_whole = stored.span > original.numel() or unit >= stored.span
         shared += share * (bound.largest if is_whole else _largest_in_span(largest, stored.span // unit))
-    is_bad = (errors == -weights).all(1) & (largest > 2 * shared)
+    is_bad = (_largest(_in_units(dense, unit)) == 0) & (largest > 2 * shared)
     if known is not None:
         allowed = (known.rel_error + _SCALE_ROUNDING) * torch.linalg.vector_norm(weights, dim=1)
         allowed += unit**0.5 * (known.max_error * largest + shared)
@@ -145,12 +147,20 @@ def _unexplained(original: Tensor, difference: Tensor, bound: _Bound) -> Tensor:
     return found
 
 
+def _largest(rows: Tensor) -> Tensor:
+    """The largest magnitude of each row, in half the time of ``rows.abs().amax(1)``."""
+    import torch
+
+    return torch.maximum(rows.amax(1), -rows.amin(1))
+
+
 def _in_units(tensor: Tensor, unit: int) -> Tensor:
     """(units, unit), the last one filled up with zeros."""
     import torch
 
-    flat = tensor.reshape(-1)
-    return torch.nn.functional.pad(flat, (0, -flat.numel() % unit)).reshape(-1, unit)
+    if tensor.numel() % unit:
+        tensor = torch.nn.functional.pad(tensor.reshape(-1), (0, -tensor.numel() % unit))
+    return tensor.reshape(-1, unit)
 
 
 def _largest_in_span(largest: Tensor, num: int) -> Tensor:

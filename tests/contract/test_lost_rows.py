@@ -13,6 +13,7 @@ from quantlab.backends.bitsandbytes.layers import dense_4bit
 from quantlab.stages.quantize import QuantizationRequest, quantize_component
 from quantlab.stages.weight_errors import weight_errors
 from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.reports import StoredWeight
 from tests.support.tables import BACKENDS, CAPABILITIES, native_config, the_scheme
 
 ON_CPU = [
@@ -97,6 +98,19 @@ def test_a_planted_loss_is_seen(which, compute, monkeypatch):
         with monkeypatch.context() as small:
             small.setattr("quantlab.stages.weight_errors._WEIGHTS_AT_ONCE", 1)
             assert fault == "nan" or weight_errors(replace(stored, dense=dense), original) == found
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1.0, 1e15])
+def test_weights_of_any_size_are_compared(size):
+    weight = weights() * size
+    dense = weight * 1.001
+    dense[5] = 0
+    found = weight_errors(StoredWeight(dtype="int8", group_size=None, dense=dense), weight)
+    assert found.lost_rows == (5,)
+    assert found.worst_row == pytest.approx(1)
+    assert found.layer == pytest.approx(float(weight[5].double().norm() / weight.double().norm()), rel=0.01)
+    nothing = weight_errors(StoredWeight(dtype="int8", group_size=None, dense=weight * 0), weight * 0)
+    assert (nothing.layer, nothing.worst_row, nothing.lost_rows) == (0, None, ())
 
 
 KEPT_WIDER = {
