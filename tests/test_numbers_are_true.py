@@ -25,6 +25,7 @@ from quantlab.datasets.table import DATASETS
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.table import FAMILIES
 from quantlab.modules.kept import read_tree
+from quantlab.modules.trees import replaced
 from quantlab.planning.job import Job
 from quantlab.planning.plan import plan
 from quantlab.stages.evaluate import evaluate, summarize
@@ -94,7 +95,10 @@ class Sweep:
         if not file.exists():
             import torch
 
-            torch.save(read_tree(kept), file)
+            def own(value):  # tensors that are read back are views of one storage, which torch.save does not take
+                return value.clone() if isinstance(value, torch.Tensor) else None
+
+            torch.save(replaced(read_tree(kept), own), file)
         return file
 
 
@@ -115,7 +119,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory, trained: Path, one_thread: N
     recipe = folder / "six_rows.yaml"
     recipe.write_text(RECIPE)
     words = [f"output_dir={folder}/outputs", f"tracking.uri=sqlite:///{folder}/mlflow.db"]
-    reports = quantlab.run(str(recipe), words, quiet=True)
+    reports = quantlab.run(str(recipe), words, quiet=True, trust=True)
     jobs = plan([f"recipe={recipe}", *words], multirun=True).jobs
     store = tracking.open_store(jobs[0].config.tracking, folder)
     runs = [tracking.get_run(store, str(report.run_id)) for report in reports]
@@ -254,7 +258,9 @@ def test_doubled_scales_of_one_layer_show_in_its_row_and_in_the_quality(
         DOUBLE[row](transformer.get_submodule(FAULTY))
     originals = model.components["transformer"]
     again = [
-        _read_row(request, r.name, transformer.get_submodule(r.name), originals.get_submodule(r.name).weight, None, "")
+        _read_row(
+            request, r.name, transformer.get_submodule(r.name), originals.get_submodule(r.name).weight, None, "", {}
+        )
         for r in report.layers
     ]
     changed = {new.name: new for new, old in zip(again, report.layers, strict=True) if new != old}
