@@ -14,7 +14,7 @@ from quantlab.errors import ConfigError, ModelError
 from tests.support.configs import config_of, dtypes_on_cpu
 from tests.support.copies import inputs, net, quantized
 from tests.support.exclusion_rules import tiny_llama
-from tests.support.tables import BACKENDS, CAPABILITIES
+from tests.support.tables import BACKENDS
 
 EACH = [(b, d) for b in BACKENDS for d in dtypes_on_cpu(b)[:2]]
 
@@ -355,19 +355,3 @@ def detached(model):
             if isinstance(value, torch.Tensor):
                 vars(part)[name] = value.detach()
     return model
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_calibration_sees_what_the_hooks_make_of_the_input(backend):
-    """A pre-hook that enlarges the input: scales that were measured before it would clip all of it."""
-    rows = CAPABILITIES[backend].items()
-    found = [d for d, row in rows if "int8" in row.activation_dtypes and d == "int8" and backend != "bitsandbytes"]
-    if not found:
-        pytest.skip("no rounded activations on a CPU")
-    model = net()
-    model[2].register_forward_pre_hook(lambda module, args: (args[0] * 50,))
-    more = {"activation_scales": "static"} if backend in ("torchao", "modelopt") else {}
-    made, _ = quantized(model, backend, found[0], [inputs(16)], settings=more, activation_dtype="int8")
-    with torch.no_grad():
-        expected, given = model(inputs()), made(inputs())
-    assert torch.linalg.vector_norm(given - expected) < 0.1 * torch.linalg.vector_norm(expected)

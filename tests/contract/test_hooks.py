@@ -1,13 +1,17 @@
 """What hangs on a layer is on the quantized layer too: one rule on every backend."""
 
+import contextlib
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
+from quantlab.errors import ConfigError
 from quantlab.vocabulary.axes import QuantizationAxes
 from tests.support.configs import dtypes_on_cpu
 from tests.support.copies import inputs, net, quantized
-from tests.support.tables import BACKENDS, the_scheme
+from tests.support.tables import BACKENDS, CAPABILITIES, native_config, the_scheme
 
 EACH = [(b, d) for b in BACKENDS for d in dtypes_on_cpu(b)[:2]]
 
@@ -141,3 +145,52 @@ def test_hooks_see_the_models_dtype_where_the_layer_computes_in_another(backend)
         assert [c[0] for c in made[2].probe.calls] == ["pre", "post"]
         assert made[2].probe.calls[0][-1] == made[2].probe.calls[1][1] == torch.float32
         assert torch.equal(made[0](input=inputs()), made[0](inputs()))
+
+
+# -- with data
+
+
+class Scaled(nn.Module):
+    """Channels of the input of ``down`` are enlarged, by a module or by a hook."""
+
+    def __init__(self, by_hook):
+        super().__init__()
+        self.up, self.down = net()[0], net()[2]
+        self.by_hook = by_hook
+        self.register_buffer("factors", torch.linspace(1, 50, 256))
+        if by_hook:
+            self.down.register_buffer("factors", self.factors)
+            self.down.register_forward_pre_hook(lambda module, args: (args[0] * module.factors,))
+
+    def forward(self, x):
+        h = self.up(x)
+        return self.down(h if self.by_hook else h * self.factors)
+
+
+def needing_data():
+    """(backend, dtype, algorithm and activations, settings) that calibrate on a CPU, for one dtype of each."""
+    found = {}
+    for backend, dtype in ((b, d) for b in BACKENDS for d in dtypes_on_cpu(b)):
+        row = CAPABILITIES[backend][dtype]
+        ways = itertools.product(row.algorithms, row.activation_dtypes, ({}, {"activation_scales": "static"}))
+        for algorithm, activations, settings in ways:
+            names = {"algorithm": algorithm, "activation_dtype": activations}
+            with contextlib.suppress(ConfigError):
+                native = native_config(QuantizationAxes(backend=backend, dtype=dtype, **names), settings)
+                if native.needs_data and algorithm not in row.cuda_algorithms:
+                    found.setdefault((backend, *names.values()), (backend, dtype, names, settings))
+    return list(found.values())
+
+
+@pytest.mark.parametrize(("backend", "dtype", "names", "settings"), needing_data())
+def test_calibration_sees_what_the_hooks_make_of_the_input(backend, dtype, names, settings):
+    """To the bit as where a module of its own does what the hook does."""
+    batches = [torch.randn(128, 256, generator=torch.Generator().manual_seed(i)) for i in (1, 2, 3)]
+    outputs = []
+    for by_hook in (True, False):
+        model = Scaled(by_hook).eval().requires_grad_(False)
+        made, _ = quantized(model, backend, dtype, batches, settings, **names)
+        with torch.no_grad():
+            outputs.append(made(inputs()))
+    assert torch.equal(*outputs)
+    assert torch.isfinite(outputs[0]).all()
