@@ -19,8 +19,10 @@ from typing import Any, Protocol
 from urllib.parse import quote, unquote, urlsplit
 
 from quantlab.errors import TrackingError, nearest
+from quantlab.progress import say
 from quantlab.tracking import RunData, Store, experiment_runs, experiments, get_artifact, get_run, open_store
 from quantlab.tracking.connect import resolved_uri, store_errors
+from quantlab.tracking.values import is_as_written
 from quantlab.vocabulary.schema import TrackingConfig
 
 SQLITE = "sqlite:///"
@@ -95,8 +97,18 @@ def experiment_id(reader: Reader, name: str, typed: str) -> str:
 
 
 def read_json(reader: Reader, run: StoredRun, name: str) -> dict[str, Any]:
-    """An artifact that is a JSON object; empty where the run has none such."""
-    return json_object(reader.read_artifact(run, name) or b"")
+    """An artifact that is a JSON object; empty where the run has none such, and, with a word, where it was changed."""
+    content = reader.read_artifact(run, name) or b""
+    if content and not is_as_written(run.tags, name, content):
+        if (run.run_id, name) not in _TOLD:
+            _TOLD.add((run.run_id, name))
+            say(f"{run.name} ({run.run_id}): {name} is not what the run wrote; it is left out, run the job again")
+        return {}
+    return json_object(content)
+
+
+_TOLD: set[tuple[str, str]] = set()
+"""Changed artifacts that were named already."""
 
 
 def json_object(text: str | bytes) -> dict[str, Any]:

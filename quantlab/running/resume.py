@@ -15,10 +15,12 @@ from quantlab import tracking
 from quantlab.backends.table import Backend
 from quantlab.errors import TrackingError
 from quantlab.planning.job import Job
+from quantlab.progress import say
 from quantlab.running.rows import failed_row, finished_row
 from quantlab.running.workbench import Session, Workbench, judge_digest
 from quantlab.tracking.provenance import versions
 from quantlab.tracking.tags import FAILURE, JOB_KEY, PARENT_RUN_ID, STAGE
+from quantlab.tracking.values import is_as_written
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.reports import RunReport
 
@@ -117,9 +119,11 @@ def _report(session: Session, bench: Workbench, job: Job, run: tracking.RunData)
         error, stage = (run["tags"].get(tag, "") for tag in (FAILURE, STAGE))
         return failed_row(job, bench.model.protocol, error, stage, run["run_id"], run["metrics"], is_resumed=True)
     if "folder" in run:
-        data = json.loads((Path(run["folder"]) / "report.json").read_text(encoding="utf-8"))
+        content = (Path(run["folder"]) / "report.json").read_bytes()
     else:
         with tempfile.TemporaryDirectory() as folder:
-            file = tracking.get_artifact(session.store, run["run_id"], "report.json", Path(folder))
-            data = json.loads(file.read_text(encoding="utf-8"))
-    return finished_row(data, run["run_id"], job.name, is_resumed=True)
+            content = tracking.get_artifact(session.store, run["run_id"], "report.json", Path(folder)).read_bytes()
+    if not is_as_written(run["tags"], "report.json", content):
+        say(f"{run['name']} ({run['run_id']}): report.json is not what the run wrote; the job is run again")
+        raise ValueError("report.json was changed")
+    return finished_row(json.loads(content), run["run_id"], job.name, is_resumed=True)

@@ -18,8 +18,8 @@ from quantlab.errors import TrackingError
 from quantlab.tracking.events import Event
 from quantlab.tracking.pictures import framed_grid
 from quantlab.tracking.record import Record
-from quantlab.tracking.tags import FAILURE, STAGE
-from quantlab.tracking.values import MAX_PARAM_CHARS, checked_key, checked_number, checked_tags, flatten
+from quantlab.tracking.tags import ARTIFACT_DIGESTS, FAILURE, STAGE
+from quantlab.tracking.values import MAX_PARAM_CHARS, checked_key, checked_number, checked_tags, digest_of, flatten
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -49,6 +49,7 @@ class Run:
         self._sink = sink
         self._old_handler: Callable[[int, FrameType | None], object] | int | None = None
         self._terminated = False
+        self._digests: dict[str, str] = {}
 
     @property
     def run_id(self) -> str:
@@ -183,8 +184,12 @@ class Run:
     def _log_text(self, text: str, name: str, table: bool = False) -> None:
         name = _artifact_name(name)
         path = self._place(name)
-        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        content = text.encode(errors="backslashreplace")
+        path.write_bytes(content)
         self._write_artifact(name, path, table)
+        if name.endswith(".json"):
+            self._digests[name] = digest_of(content)
+            self.set_tags({ARTIFACT_DIGESTS: json.dumps(self._digests)})
 
     def _write_artifact(self, name: str, path: Path, table: bool = False) -> None:
         if Path(name).name != path.name:

@@ -46,6 +46,8 @@ GIT_DIRTY = "quantlab.git_dirty"
 
 STAGE = "quantlab.stage"
 """Where the run is, or was when it ended."""
+ARTIFACT_DIGESTS = "quantlab.artifact_sha256"
+"""JSON: name of a JSON artifact -> the first 16 digits of its digest, so that one that was changed is not believed."""
 FAILURE = "quantlab.failure"
 """Why it failed; a traceback is in its ``failure.txt``."""
 HOST = "quantlab.host"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from typing import SupportsFloat
 
 from quantlab.errors import MetricUndefined, TrackingError
 from quantlab.progress import printable
-from quantlab.tracking.tags import HOST, PID, PID_STARTED
+from quantlab.tracking.tags import ARTIFACT_DIGESTS, HOST, PID, PID_STARTED
 
 MAX_KEY_CHARS = 250
 MAX_PARAM_CHARS = 6000
@@ -110,3 +111,17 @@ def process_is_alive(tags: Mapping[str, str]) -> bool:
         return False
     except psutil.AccessDenied:  # another user's process: it exists
         return True
+
+
+def digest_of(content: bytes) -> str:
+    """The first 16 digits of the SHA-256 of an artifact."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def is_as_written(tags: Mapping[str, str], name: str, content: bytes) -> bool:
+    """Is an artifact what its run logged, as far as the run's tags say?"""
+    try:
+        known = json.loads(tags.get(ARTIFACT_DIGESTS, "{}"))
+    except ValueError:
+        return False
+    return not isinstance(known, dict) or known.get(name, digest_of(content)) == digest_of(content)

@@ -17,7 +17,7 @@ from quantlab.metrics import METRICS
 from quantlab.metrics.significance import holm, t_test
 from quantlab.metrics.statistics import mean_interval
 from quantlab.report.compare import _paired, compare, front_of
-from quantlab.report.reading import ServerReader, StoredRun, open_reader
+from quantlab.report.reading import ServerReader, StoredRun, open_reader, read_json
 from quantlab.report.selection import ComparisonRequest, parse_request, select
 from quantlab.vocabulary.schema import TrackingConfig
 from tests.support.comparison_store import FLOOR, SCHEMES, N, Sweep, add_run, errors, shared_sweep
@@ -349,3 +349,18 @@ def test_a_real_sweep_is_compared_from_what_it_tracked(shell):
     assert rows["quanto int4"]["verdict"] == "worse"
     assert rows["quanto int4"]["on_front"]
     assert "Which scheme" in next((shell.folder / "outputs" / "reports").glob("*.html")).read_text()
+
+
+def test_samples_that_were_changed_are_left_out_with_a_word(own_sweep, capsys):
+    """Another valid file, where a number was changed by hand or by a fault."""
+    for run_id in own_sweep.runs.values():
+        for file in own_sweep.folder.rglob(f"{run_id}/artifacts/samples.json"):
+            text = file.read_text()
+            assert '"latent_rel_mse": [' in text
+            if run_id == own_sweep.runs["int4 a"]:
+                file.write_text(text.replace('"latent_rel_mse": [', '"latent_rel_mse": [ 0.5, ', 1))
+    reader = open_reader(TrackingConfig(), own_sweep.folder)
+    by_name = {r.name: r for r in reader.by_id([*own_sweep.runs.values()])}
+    assert read_json(reader, by_name["int4 a"], "samples.json") == {}
+    assert "samples.json is not what the run wrote" in " ".join(capsys.readouterr().err.split())
+    assert len(read_json(reader, by_name["int4 b"], "samples.json")["latent_rel_mse"]) == N

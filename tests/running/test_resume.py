@@ -1,10 +1,12 @@
 """What a job is known by: the code that makes its numbers, and no other."""
 
+import json
 import shutil
 
 import pytest
 
 from quantlab.running.resume import PACKAGE, WINGS, code_digest
+from tests.support.shell import digits_words
 
 
 @pytest.fixture
@@ -57,3 +59,18 @@ def test_a_change_of_anything_else_does_not(package, path):
 
 def test_where_the_package_lies_is_no_part_of_the_key(package):
     assert code_digest.__wrapped__(package) == code_digest.__wrapped__(PACKAGE)
+
+
+def test_a_report_that_was_changed_is_not_taken_over(shell):
+    words = ("-m", *digits_words("backend=quanto", "dtype=int8", "evaluation.num_samples=10", "sweep.floors=false"))
+    first = shell.rows(*words)["quanto int8"]
+    assert shell.rows(*words)["quanto int8"]["resumed"]
+    for file in (shell.folder / "outputs").rglob("report.json"):
+        text = file.read_text()
+        file.write_text(text.replace('"quality/psnr_db": ', '"quality/psnr_db": 1'))
+    code, out, err = shell(*words, "--json")
+    assert code == 0
+    assert "report.json is not what the run wrote" in " ".join(err.split())
+    (again,) = [r for r in json.loads(out) if r["name"] == "quanto int8"]
+    assert not again["resumed"]
+    assert again["metrics"]["quality/psnr_db"] == first["metrics"]["quality/psnr_db"]
