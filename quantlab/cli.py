@@ -256,7 +256,7 @@ def _cell(value: object) -> str:
 def show_configs(request: Plan) -> int:
     """Print each job as a recipe."""
     for job in request.jobs:
-        header, _, rest = job.recipe_yaml.partition("\n")  # Hydra reads the header from the first line alone
+        header, _, rest = job.whole_yaml.partition("\n")  # Hydra reads the header from the first line alone
         print(f"{header}\n# {job.name}\n{rest}")
     return 0
 

@@ -52,8 +52,13 @@ class Job:
 
     @property
     def recipe_yaml(self) -> str:
-        """The job as a recipe that anyone can run again."""
+        """The job as a recipe that anyone can run again, wherever they are."""
         return replay_yaml(self.resolved, self.choices)
+
+    @property
+    def whole_yaml(self) -> str:
+        """The job as a recipe that says also where things go and lie on this machine."""
+        return replay_yaml(self.resolved, self.choices, whole=True)
 
     @functools.cached_property
     def resolved(self) -> dict[str, Any]:

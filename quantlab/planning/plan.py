@@ -66,6 +66,8 @@ def _typed(words: Sequence[str]) -> tuple[str, ...]:
 def _plan(recipe: Recipe | None, words: Sequence[str], multirun: bool) -> Plan:
     with session(recipe):
         fixed, axes = _split_sweep(words, multirun)
+        if recipe is not None:
+            recipe.check_given({o.key_or_group for o in parse(words)})
         composed = compose_node(fixed, recipe)
         base = typed(composed[0])
         check_values(base)

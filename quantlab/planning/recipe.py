@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf._utils import get_yaml_loader
 
 from quantlab.errors import ConfigError, nearest
 from quantlab.planning.data import check_data
 from quantlab.planning.places import groups, recipe_file
 from quantlab.planning.words import AXIS_GROUPS
+from quantlab.progress import printable
 from quantlab.vocabulary.files import read_text
 
 
@@ -35,6 +36,20 @@ class Recipe:
     """Its own file and those that it builds on."""
     digest: str
     """``sha256:...`` of the bytes of all files."""
+
+    def check_given(self, keys: Collection[str]) -> None:
+        """ConfigError for a key that it leaves open (``???``) and that is not among those that the user gives."""
+        for key in _open_keys(self.content, ""):
+            if key not in keys:
+                raise ConfigError(f"{key}: is left to whoever runs this recipe; give {key}=...")
+
+
+def _open_keys(node: Mapping[str, Any], path: str) -> Iterator[str]:
+    for key, value in node.items():
+        if value == MISSING:
+            yield f"{path}{key}"
+        elif isinstance(value, Mapping):
+            yield from _open_keys(value, f"{path}{key}.")
 
 
 def read_recipe(file: Path) -> Recipe:
@@ -161,18 +176,36 @@ def _named_recipe(file: Path, name: str) -> Path:
     return sibling.resolve() if sibling.is_file() and sibling.resolve() != file else recipe_file(name)
 
 
-def replay_yaml(resolved: Mapping[str, Any], choices: Mapping[str, str]) -> str:
+OWN_PATHS = ("model.path", "dataset.path", "calibration.path", "quantization.imatrix_file")
+"""Keys that may lead to files of the user's own."""
+
+
+def replay_yaml(resolved: Mapping[str, Any], choices: Mapping[str, str], *, whole: bool = False) -> str:
     """One job as a recipe: ``quantlab recipe=FILE`` composes the identical config again.
+
+    It is for anyone: without ``whole`` it says nothing of where things go (``output_dir``, ``tracking``), and an
+    absolute path is left open (``???``), a key of its own for whoever runs it.
 
     Args:
         resolved: the whole resolved config, plain data.
         choices: option of each group that the job chose.
     """
-    quantization = dict(resolved["quantization"])
-    chosen = {**choices, **{g: str(quantization.pop(g)) for g in AXIS_GROUPS}}
-    chosen.pop("launcher", None)  # who runs a job is no part of it
+    left_out = {"sweep", "recipe", "launcher", *(() if whole else ("output_dir", "tracking"))}
+    body = {k: dict(v) if isinstance(v, Mapping) else v for k, v in resolved.items() if k not in left_out}
+    chosen = {**choices, **{g: str(body["quantization"].pop(g)) for g in AXIS_GROUPS}}
+    chosen = {g: c for g, c in chosen.items() if g not in left_out}
     chosen["modules_to_not_convert"] = "[]"  # its lists are written out below
-    body = {k: v for k, v in resolved.items() if k not in ("sweep", "recipe", "quantization", "launcher")}
+    header = "# @package _global_\n# Written by a run; quantlab recipe=THIS_FILE repeats it.\n"
+    if not whole:
+        if resolved["tracking"]["save_checkpoint"] is False:  # decides what is measured, and not where it goes
+            body["tracking"] = {"save_checkpoint": False}
+        for key in OWN_PATHS:
+            node, _, name = key.partition(".")
+            path = body[node].get(name)
+            if path and Path(path).expanduser().is_absolute():
+                body[node][name] = "???"
+                header += f"# Give it {key}=... as well: its author's own was {printable(Path(path).name)}.\n"
+    quantization = body.pop("quantization")
     defaults = [{f"override /{g}": [] if c == "[]" else c} for g, c in chosen.items()]
     text: str = OmegaConf.to_yaml(OmegaConf.create({"defaults": defaults, **body, "quantization": quantization}))
-    return "# @package _global_\n# Written by a run; quantlab recipe=THIS_FILE repeats it.\n" + text
+    return header + text

@@ -52,7 +52,7 @@ def hand_over(session: Session, job: Job, key: str, protocol: str, floors: Floor
 
     folder = run_folder(session, job.name)
     data = {
-        "recipe": job.recipe_yaml,
+        "recipe": job.whole_yaml,
         "name": job.name,
         "recipe_name": job.config.recipe,
         "sweep": asdict(job.config.sweep),

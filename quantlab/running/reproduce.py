@@ -19,6 +19,7 @@ from quantlab.models.table import Trained, family_of
 from quantlab.modules.layers import state_digest
 from quantlab.planning.job import Job
 from quantlab.planning.plan import plan
+from quantlab.planning.recipe import OWN_PATHS
 from quantlab.planning.words import override_text
 from quantlab.report.reading import Reader, StoredRun, json_object, open_reader, read_json
 from quantlab.report.reproduction import Reproduction, RunNumbers, compare_runs
@@ -190,7 +191,9 @@ def _rebuilt(request: ReproductionRequest, reader: Reader, run: StoredRun, envir
     file.write_bytes(recipe)
     threads = (environment.get("hardware") or {}).get("torch_threads")
     experiments = {number: name for name, number in reader.experiments().items()}
+    own = {key: run.params.get(key, "null") for key in OWN_PATHS}  # what a recipe leaves open; read, never written to
     words: dict[str, Any] = {
+        **{key: value for key, value in own.items() if value != "null"},
         "device": run.tags.get(DEVICE, "auto"),
         "tracking.uri": TrackingConfig().uri,
         "tracking.experiment": experiments[run.experiment_id],
