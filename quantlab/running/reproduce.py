@@ -195,6 +195,7 @@ def _rebuilt(request: ReproductionRequest, reader: Reader, run: StoredRun, envir
     words: dict[str, Any] = {
         **{key: value for key, value in own.items() if value != "null"},
         "device": run.tags.get(DEVICE, "auto"),
+        "output_dir": ExperimentConfig().output_dir,  # where this goes is for whoever reproduces it to say
         "tracking.uri": TrackingConfig().uri,
         "tracking.experiment": experiments[run.experiment_id],
         **({"num_threads": threads} if threads else {}),
