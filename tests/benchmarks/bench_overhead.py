@@ -230,6 +230,7 @@ def _reference(row: str, words: Sequence[str]) -> dict[str, Any]:
     from quantlab.datasets.table import DATASETS
     from quantlab.models.table import FAMILIES
     from quantlab.modules.kept import read_tree
+    from quantlab.modules.trees import replaced
     from quantlab.planning.plan import plan
     from quantlab.stages.observe import observe, reference_key
 
@@ -240,7 +241,8 @@ def _reference(row: str, words: Sequence[str]) -> dict[str, Any]:
     _, spent = _timed("", lambda: observe(model, inputs, config.evaluation, cache))
     kept = cache / "reference" / f"{reference_key(model, inputs, config.evaluation)}.safetensors"
     file = cache / "reference.pt"
-    torch.save(read_tree(kept), file)
+    own = replaced(read_tree(kept), lambda value: value.clone() if isinstance(value, torch.Tensor) else None)
+    torch.save(own, file)  # which does not take tensors that are views of one storage
     return {**spent, "weights": model.parts["folder"], "file": str(file)}
 
 
