@@ -75,7 +75,7 @@ TWO = {
     "misfits that are errors or not": (["backend=quanto"], "quantization.on_mismatch=error,skip"),
     "data that is calibrated on": (
         ["backend=gguf", "dtype=q4_k", "algorithm=imatrix"],
-        "calibration.num_samples=8,16",
+        "calibration.num_samples=10,20",
     ),
     "double quantization": (["backend=bitsandbytes", "dtype=nf4"], "quantization.bnb_4bit_use_double_quant=false,true"),
     "another seed": (["backend=quanto"], "dataset.seed=1,2"),
