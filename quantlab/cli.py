@@ -19,7 +19,7 @@ from quantlab.errors import ConfigError, QuantlabError, is_disk_full, nearest
 from quantlab.planning.completion import SCRIPT, completions
 from quantlab.planning.job import Plan
 from quantlab.planning.listing import BRIEF, LISTS
-from quantlab.planning.places import conf_dir, groups, recipe_dirs
+from quantlab.planning.places import groups, option_dirs, own_options, recipe_dirs
 from quantlab.planning.plan import plan
 from quantlab.planning.ready import check_ready
 from quantlab.planning.trust import is_trusted, question, remember, require_trust, trusted_file
@@ -41,6 +41,7 @@ options
   -m, --multirun    several values of a key (group_size=32,64,128) are a sweep
   --json            the result rows as JSON on stdout instead of the table
   --cfg [job]       print the composed config of each job and stop (--resolve: it always is)
+  --config-dir DIR  options of your own: DIR/dtype/mine.yaml, DIR/model/mine.yaml, ... as those in conf/ are written
   --info            print where the vocabulary and the recipes are looked for
   --version         print the version
   --shell-completion  print what a shell evaluates: eval "$(quantlab --shell-completion)"
@@ -151,7 +152,12 @@ def dispatch(words: list[str]) -> int:
     if words[:1] == ["--complete"]:
         print("\n".join(completions(*words[1:3])))
         return 0
-    words = _config_words(words)
+    words, folder = _config_dir(_config_words(words))
+    with own_options(folder):
+        return _dispatch(words)
+
+
+def _dispatch(words: list[str]) -> int:
     flags = {w for w in words if w.startswith("-")}
     rest = [w for w in words if not w.startswith("-")]
     if unknown := [w for w in words if w in flags - KNOWN_FLAGS]:
@@ -205,6 +211,19 @@ def _config_words(words: Sequence[str]) -> list[str]:
     return out
 
 
+def _config_dir(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """The words without ``--config-dir FOLDER`` (``-cd FOLDER``, ``--config-dir=FOLDER``), and the folder."""
+    out, found = [], None
+    left = iter(words)
+    for word in left:
+        flag, has_value, value = word.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            found = value if has_value else next(left, "")
+        else:
+            out.append(word)
+    return out, found
+
+
 def version() -> str:
     """``quantlab 0.1.0``."""
     from importlib import metadata
@@ -217,7 +236,11 @@ def version() -> str:
 
 def info() -> str:
     """Where the vocabulary and the recipes are looked for, first ones first, and where the user's answers are kept."""
-    rows = [("version", version()), ("conf", conf_dir()), *(("recipes", folder) for folder in recipe_dirs())]
+    rows = [
+        ("version", version()),
+        *(("conf", folder) for folder in option_dirs()),
+        *(("recipes", folder) for folder in recipe_dirs()),
+    ]
     rows.append(("agreed to", trusted_file()))
     return "\n".join(f"{name:<10} {printable(str(value))}" for name, value in rows)
 

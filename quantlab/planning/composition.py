@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from quantlab.backends.table import backends, own_settings
 from quantlab.errors import ConfigError, nearest
 from quantlab.planning.data import check_data, no_resolvers
-from quantlab.planning.places import conf_dir, groups
+from quantlab.planning.places import conf_dir, groups, option_dirs
 from quantlab.planning.recipe import Recipe
 from quantlab.planning.words import check_options, literal, parse
 from quantlab.vocabulary.axes import QuantizationAxes
@@ -103,10 +103,12 @@ class RecipeSource(ConfigSource):
 
 
 class RecipePath(SearchPathPlugin):
-    """Puts the recipe under way on Hydra's search path."""
+    """Puts the user's own options and the recipe under way on Hydra's search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Called by Hydra for each session."""
+        for folder in option_dirs()[1:]:
+            search_path.append("quantlab", f"file://{folder}")
         if _RECIPE:
             search_path.append("quantlab", "recipes://chosen")
 
@@ -140,8 +142,9 @@ def _reapply_choices(parsed: Sequence[Any], recipe: Mapping[str, Any]) -> list[s
     out = []
     for override in parsed:
         group = override.key_or_group
-        option = conf_dir() / group / f"{override.value()}.yaml"
-        if group in recipe and isinstance(recipe[group], dict) and option.is_file():
+        files = (folder / group / f"{override.value()}.yaml" for folder in option_dirs())
+        option = next((file for file in files if file.is_file()), None)
+        if group in recipe and isinstance(recipe[group], dict) and option is not None:
             node = OmegaConf.to_container(OmegaConf.load(option))
             values = node.get(group, node) if isinstance(node, dict) else {}
             out += [f"{group}.{k}={literal(v)}" for k, v in values.items() if k in recipe[group] and k != "defaults"]

@@ -12,7 +12,7 @@ from quantlab.backends.table import backends as table
 from quantlab.backends.table import offers, own_settings
 from quantlab.errors import ConfigError
 from quantlab.metrics import METRICS
-from quantlab.planning.places import conf_dir, recipes
+from quantlab.planning.places import option_dirs, recipes
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.capabilities import Capability
 from quantlab.vocabulary.dtypes import DTYPES
@@ -123,7 +123,8 @@ def _needs_data(backend: str, algorithm: str) -> str:
 def _options(group: str) -> list[Row]:
     return [
         {group: f.stem, "what it is": headline(f.read_text(encoding="utf-8"))}
-        for f in sorted((conf_dir() / group).glob("*.yaml"))
+        for folder in option_dirs()
+        for f in sorted((folder / group).glob("*.yaml"))
     ]
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from quantlab.backends.table import backends
 from quantlab.errors import ConfigError, nearest
 
+AXIS_GROUPS = ("backend", "dtype", "group_size")
+"""Groups of one key of the ``quantization`` node each, which all have a choice at all times."""
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -54,8 +58,54 @@ def recipe_file(value: str) -> Path:
     return known[value]
 
 
-def groups() -> dict[str, list[str]]:
-    """Config group -> its options."""
+_OWN: list[Path] = []  # the folder of --config-dir, as long as its request lasts; Hydra's plugins cannot be given it
+
+
+@contextmanager
+def own_options(folder: str | None) -> Iterator[None]:
+    """Inside, the groups have also the options in ``folder`` (``dtype/mine.yaml``), none of which hides a shipped one.
+
+    Raises ConfigError, beginning with ``--config-dir``, for a folder that is none or an option of a name that is taken.
+    """
+    if folder is None:
+        yield
+        return
+    own, shipped = Path(folder).expanduser().resolve(), groups()
+    if not own.is_dir():
+        raise ConfigError(f"--config-dir {folder}: no such folder; name one with groups in it, as in dtype/mine.yaml")
+    found = [file for group in shipped for file in sorted((own / group).glob("*.yaml"))]
+    if taken := [file for file in found if file.stem in shipped[file.parent.name]]:
+        name = taken[0].relative_to(own)
+        raise ConfigError(f"--config-dir {folder}: {name} has the name of a shipped option; rename it")
+    if not found:
+        raise ConfigError(f"--config-dir {folder}: no option in it; there are the groups {', '.join(shipped)}")
+    for file in found:
+        said = {line.partition(":")[0] for line in file.read_text(encoding="utf-8", errors="replace").splitlines()}
+        if hidden := {file.parent.name} & set(AXIS_GROUPS) and said & set(AXIS_GROUPS) - {file.parent.name}:
+            name, key = file.relative_to(own), sorted(hidden)[0]
+            raise ConfigError(
+                f"--config-dir {folder}: {name} sets {key}, which the choice {key}=... hides; drop it there"
+            )
+    _OWN.append(own)
+    try:
+        yield
+    finally:
+        _OWN.remove(own)
+
+
+def option_dirs() -> list[Path]:
+    """Folders with options of our groups: the shipped one, and the user's."""
+    return [conf_dir(), *_OWN]
+
+
+def shipped_groups() -> dict[str, list[str]]:
+    """Config group -> the options that anyone has."""
     found = {d.name: {f.stem for f in d.glob("*.yaml")} for d in sorted(conf_dir().iterdir()) if d.is_dir()}
     found["backend"] |= set(backends())  # those of other packages have no file here
     return {group: sorted(options) for group, options in found.items()}
+
+
+def groups() -> dict[str, list[str]]:
+    """Config group -> its options, the user's own (``--config-dir``) last."""
+    own = {group: sorted(f.stem for d in _OWN for f in (d / group).glob("*.yaml")) for group in shipped_groups()}
+    return {group: [*options, *own[group]] for group, options in shipped_groups().items()}

@@ -22,7 +22,7 @@ from quantlab.datasets.table import check_dataset
 from quantlab.errors import ConfigError, QuantlabError, nearest
 from quantlab.planning.composition import compose_node, node_class, session, typed
 from quantlab.planning.job import Job, Merged, Plan, scheme_name
-from quantlab.planning.places import groups, recipe_file
+from quantlab.planning.places import groups, recipe_file, shipped_groups
 from quantlab.planning.recipe import Recipe, read_recipe
 from quantlab.planning.space import check_search, check_space, distinct
 from quantlab.planning.trust import asked_for
@@ -244,7 +244,7 @@ def _check_axes(combination: Sequence[str]) -> None:
 
     Most of a grid over backends and dtypes is impossible, and composing takes a tenth of a second a combination.
     """
-    options = groups()
+    options = shipped_groups()  # of the user's own no more is known than their file says
     chosen: dict[str, str] = {}
     for word in combination:
         key, _, value = word.partition("=")

@@ -20,8 +20,8 @@ from omegaconf._utils import get_yaml_loader
 
 from quantlab.errors import ConfigError, nearest
 from quantlab.planning.data import check_data
-from quantlab.planning.places import groups, recipe_file
-from quantlab.planning.words import AXIS_GROUPS
+from quantlab.planning.places import AXIS_GROUPS, groups, recipe_file, shipped_groups
+from quantlab.planning.words import MULTIPLE_GROUPS
 from quantlab.progress import printable
 from quantlab.vocabulary.files import read_text
 
@@ -176,6 +176,11 @@ def _named_recipe(file: Path, name: str) -> Path:
     return sibling.resolve() if sibling.is_file() and sibling.resolve() != file else recipe_file(name)
 
 
+def _option_of(family: str) -> str:
+    """A shipped option of ``model`` whose schema fits the family."""
+    return family if family in shipped_groups()["model"] else "causal_lm"
+
+
 OWN_PATHS = ("model.path", "dataset.path", "calibration.path", "quantization.imatrix_file")
 """Keys that may lead to files of the user's own."""
 
@@ -194,6 +199,10 @@ def replay_yaml(resolved: Mapping[str, Any], choices: Mapping[str, str], *, whol
     body = {k: dict(v) if isinstance(v, Mapping) else v for k, v in resolved.items() if k not in left_out}
     chosen = {**choices, **{g: str(body["quantization"].pop(g)) for g in AXIS_GROUPS}}
     chosen = {g: c for g, c in chosen.items() if g not in left_out}
+    own = [g for g, c in chosen.items() if c not in ("[]", *shipped_groups()[g]) and g not in MULTIPLE_GROUPS]
+    chosen = {g: c for g, c in chosen.items() if g not in own}  # their values are written out, and others lack the file
+    if "model" in own:  # its schema: that of an option of the same family
+        chosen["model"] = _option_of(resolved["model"]["family"])
     chosen["modules_to_not_convert"] = "[]"  # its lists are written out below
     header = "# @package _global_\n# Written by a run; quantlab recipe=THIS_FILE repeats it.\n"
     if not whole:

@@ -15,14 +15,13 @@ from hydra.errors import HydraException, OverrideParseException
 from quantlab.backends.table import backends, own_settings
 from quantlab.errors import ConfigError, nearest
 from quantlab.planning.data import check_text
-from quantlab.planning.places import groups
+from quantlab.planning.places import AXIS_GROUPS, groups
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.schema import ExperimentConfig
 
 _MAX_KEY = 200
 MAX_COMBINATIONS = 10_000
 """Of a grid: each is composed and checked before the first job, which takes a tenth of a second."""
-AXIS_GROUPS = ("backend", "dtype", "group_size")
 WHOLE_NODES = {
     "quantization": "dtype=int8",
     "sweep": "grid.dtype=[int8,int4]",
