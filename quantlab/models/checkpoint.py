@@ -35,7 +35,8 @@ def load_checkpoint(
     """
     key = key or f"model.path={path}"
     dtype = torch_dtype_argument(config, device)
-    local_folder(key, path, "config.json", "a transformers model", "save_pretrained")
+    local = local_folder(key, path, "config.json", "a transformers model", "save_pretrained")
+    path = str(local) if local is not None else path  # a home folder's ~ is no name that transformers knows
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 
@@ -50,7 +51,9 @@ def load_checkpoint(
             "name the unquantized checkpoint"
         )
     with as_model_error(key, _WAY_OUT), quiet_loading(logging):
-        model, info = auto_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **where)
+        model, info = auto_class.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, variant=config.variant, **where
+        )
     missing = sorted(info.get("missing_keys", ()))
     if missing:
         raise ModelError(

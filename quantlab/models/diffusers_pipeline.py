@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -105,9 +105,10 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
     path = required_path(config, *NEEDS_PATH)
     key = f"model.path={path}"
     dtype = chosen_dtype(config, "bfloat16" if device.startswith("cuda") else "float32")
-    folder = _folder(key, path, config.revision)
-    _check_files(key, folder)
-    pipe = _read_pipeline(key, folder, dtype, device)
+    folder = _folder(key, path, config)
+    index = _check_files(key, folder)
+    _check_choice(folder, index, config)
+    pipe = _read_pipeline(key, folder, dtype, device, config.variant, _left_out(config, index))
     denoiser = _check_pipeline(key, pipe)
     components = _components(pipe, [*config.components, denoiser])
     return LoadedModel(
@@ -324,7 +325,7 @@ def _encoded(model: LoadedModel, pipe: TextToImage, prompt: str, num: int) -> tu
 # -- reading it
 
 
-def _folder(key: str, path: str, revision: str | None) -> Path:
+def _folder(key: str, path: str, config: ModelConfig) -> Path:
     """The local folder, or the Hub's snapshot of it (downloaded unless offline)."""
     said = (_INDEX, "a Diffusers pipeline", "the pipeline's save_pretrained")
     local = local_folder(key, path, *said)
@@ -334,13 +335,41 @@ def _folder(key: str, path: str, revision: str | None) -> Path:
 
     way_out = "check the name and the network; without a network only what is in the local Hub cache can be named by id"
     with as_model_error(key, way_out):
-        snapshot = Path(DiffusionPipeline.download(path, revision=revision))
+        snapshot = Path(DiffusionPipeline.download(path, revision=config.revision, variant=config.variant))
     require_index(key, snapshot, *said)
     return snapshot
 
 
-def _check_files(key: str, folder: Path) -> None:
-    """ModelError for an index that is not one, for code in the checkpoint, and for a damaged safetensors file."""
+def _check_choice(folder: Path, index: Mapping[str, Any], config: ModelConfig) -> None:
+    """ConfigError for a variant that no file is of, and for parts to leave out that are not there."""
+    if config.variant is not None:
+        names = {file.name for file in folder.glob("*/*.safetensors")}
+        there = sorted({parts[1] for name in names if len(parts := name.split(".")) > 2 and not parts[1].isdigit()})
+        there = [v for v in there if "-" not in v]
+        if config.variant not in there:
+            have = f"there are {', '.join(there)}" if there else "this checkpoint has none"
+            raise ConfigError(
+                f"model.variant={config.variant}: no weight file is of it ({have}){nearest(config.variant, there)}; "
+                "leave model.variant out for the files without one"
+            )
+    parts = [name for name, found in index.items() if isinstance(found, list) and found[0] is not None]
+    for name in config.without:
+        if name not in parts:
+            raise ConfigError(
+                f"model.without={name}: the pipeline has no such part{nearest(name, parts)}; it has {', '.join(parts)}"
+            )
+        if name in (*_DENOISERS, *config.components, "vae", "scheduler"):
+            raise ConfigError(f"model.without={name}: it is needed to run the pipeline; leave it in")
+
+
+def _left_out(config: ModelConfig, parts: Collection[str]) -> dict[str, None]:
+    """What is not loaded; the tokenizer of a text encoder goes with it."""
+    tokenizers = [name.replace("text_encoder", "tokenizer") for name in config.without]
+    return dict.fromkeys(name for name in (*config.without, *tokenizers) if name in parts)
+
+
+def _check_files(key: str, folder: Path) -> dict[str, Any]:
+    """The pipeline's index. ModelError for one that is none, for code in the checkpoint, and for a damaged file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -359,6 +388,7 @@ def _check_files(key: str, folder: Path) -> None:
             raise ModelError(
                 f"{key}: {file.relative_to(folder)} is damaged or cut off ({error}); copy or download it again"
             ) from error
+    return index
 
 
 def _code_of_its_own(folder: Path, index: Mapping[str, Any]) -> str:
@@ -385,7 +415,9 @@ def _text(file: Path) -> str:
     return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
-def _read_pipeline(key: str, folder: Path, dtype: str, device: str) -> TextToImage:
+def _read_pipeline(
+    key: str, folder: Path, dtype: str, device: str, variant: str | None, without: Mapping[str, None]
+) -> TextToImage:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging
@@ -395,7 +427,8 @@ def _read_pipeline(key: str, folder: Path, dtype: str, device: str) -> TextToIma
         quiet_loading(logging),
         quiet_loading(diffusers_logging),
     ):
-        pipe = cast(TextToImage, DiffusionPipeline.from_pretrained(folder, dtype=torch_dtype(dtype)))
+        made = DiffusionPipeline.from_pretrained(folder, dtype=torch_dtype(dtype), variant=variant, **without)
+        pipe = cast(TextToImage, made)
     for name, module in modules_of(pipe).items():
         if getattr(module, "hf_quantizer", None) is not None or getattr(module.config, "quantization_config", None):
             raise ModelError(

@@ -24,6 +24,10 @@ class ModelConfig:
     path: str | None = None
     """Local folder or Hub id."""
     revision: str | None = None
+    variant: str | None = None
+    """Which of a checkpoint's weight files are read: ``fp16`` for ``model.fp16.safetensors``; null: those without."""
+    without: list[str] = field(default_factory=list)
+    """Components of a pipeline that are not loaded, where it can do without (SD 3's ``text_encoder_3``)."""
     components: list[str] = field(default_factory=list)
     """Components to quantize; empty: the family's main one (the denoiser, the model)."""
     dtype: str = choice("auto", *COMPUTE_DTYPES)

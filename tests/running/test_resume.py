@@ -62,7 +62,10 @@ def test_where_the_package_lies_is_no_part_of_the_key(package):
 
 
 def test_a_report_that_was_changed_is_not_taken_over(shell):
-    words = ("-m", *digits_words("backend=quanto", "dtype=int8,int4", "evaluation.num_samples=10", "sweep.floors=false"))
+    words = (
+        "-m",
+        *digits_words("backend=quanto", "dtype=int8,int4", "evaluation.num_samples=10", "sweep.floors=false"),
+    )
     first = shell.rows(*words)["quanto int8"]
     assert shell.rows(*words)["quanto int8"]["resumed"]
     for file in (shell.folder / "outputs").rglob("report.json"):
