@@ -416,7 +416,8 @@ def _lost_message(request: QuantizationRequest, compute_dtype: str, lost: Mappin
     if compute_dtype == "float16":
         wider = "float16 may be too narrow for their scales: pass model.dtype=bfloat16 or compute_dtype=float32, or "
     return (
-        f"dtype={axes.dtype}: {axes.backend} loses weights beyond the rounding of {axes.dtype} in {listed}; {wider}"
+        f"dtype={axes.dtype}: {axes.backend} loses weights (an error beyond the rounding of {axes.dtype}, or as large "
+        f"as they are) in {listed}; {wider}"
         "choose another dtype or group_size, or exclude these layers with modules_to_not_convert"
     )
 
@@ -440,10 +441,6 @@ def _require(asked: Mapping[str, QuantizationAxes], rows: Sequence[LayerReport])
             raise NotQuantized(f"group_size=none: {axes.backend} gave {where} groups of {r.group_size}")
         if axes.activation_dtype != "none" and r.activation_dtype != axes.activation_dtype:
             raise NotQuantized(f"activation_dtype={axes.activation_dtype}: {where} reads back {r.activation_dtype}")
-        if r.weight_rel_error is not None and not 0 <= r.weight_rel_error < 1:
-            raise NotQuantized(
-                f"dtype={axes.dtype}: the weight of {where} is lost (relative error {r.weight_rel_error:.3g})"
-            )
     telling = [r for r in rows if (r.group_size or r.shape[1]) > 1]  # a scale for each weight stores it exactly
     if telling and not any(r.weight_rel_error for r in telling):
         axes = asked[telling[0].name]

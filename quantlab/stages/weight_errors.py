@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 SLACK = 2.0
 """Times the largest rounding error, where scales follow each block's maximum."""
-SLACK_SEARCHED = 8.0
-"""The same for algorithms that choose scales or codes otherwise: they trade the weights' error for the outputs'."""
 NEGLIGIBLE = 2.0**-16
 """A block is no loss whose largest weight is this share of the median row's: no 16-bit sum would show it."""
 NOISE = 4.0
@@ -50,7 +48,8 @@ def weight_errors(stored: StoredWeight, original: Tensor, is_searched: bool = Fa
     """Compare ``stored.dense`` with ``original``, fp32 tensors (out_features, in_features) on one device.
 
     Args:
-        is_searched: the scales do not follow the maxima of blocks, so that a wider bound holds.
+        is_searched: the algorithm trades the weights' error for that of the outputs, so that the bound of rounding
+            does not hold: only what is gone is lost.
     """
     import torch
 
@@ -59,13 +58,13 @@ def weight_errors(stored: StoredWeight, original: Tensor, is_searched: bool = Fa
         stored = replace(stored, column_scale=stored.column_scale.to(original.device))
     largest = _largest(original if stored.column_scale is None else original * stored.column_scale)
     if not bool((largest > 0).any()):
-        error = float(norm(stored.dense) / 1e-30) if bool(stored.dense.any()) else 0.0
-        return WeightErrors(layer=error, worst_row=None)
+        made = stored.dense.any(1).nonzero().flatten().tolist()
+        return WeightErrors(layer=float("inf") if made else 0.0, worst_row=None, lost_rows=tuple(made))
     if float(largest.max()) < 1e-15:  # whose squares float32 takes for 0
         stored, original, largest = replace(stored, dense=stored.dense.double()), original.double(), largest.double()
     bound = _Bound(
         stored=stored,
-        slack=SLACK_SEARCHED if is_searched else SLACK,
+        is_searched=is_searched,
         largest=float(largest.max()),
         negligible=NEGLIGIBLE * float(largest[largest > 0].median()),
     )
@@ -76,6 +75,8 @@ def weight_errors(stored: StoredWeight, original: Tensor, is_searched: bool = Fa
     gone = alive & (rounded >= 0.999 * scaled)
     if int(gone.sum()) * 2 > int(alive.sum()):  # whatever the format's reason
         lost |= gone
+    if float(norm(rounded[rounded.isfinite()])) >= float(norm(scaled)):  # the rows that are not, are lost already
+        lost[:] = True
     found = lost.nonzero().flatten().tolist()
     return WeightErrors(
         layer=float(norm(plain) / norm(size)),
@@ -91,7 +92,7 @@ class _Bound:
     """What the rows of a weight are held against."""
 
     stored: StoredWeight
-    slack: float
+    is_searched: bool
     largest: float
     """Magnitude in the whole weight, as it was rounded."""
     negligible: float
@@ -136,10 +137,10 @@ def _unexplained(dense: Tensor, original: Tensor, difference: Tensor, bound: _Bo
         is_whole = stored.span > original.numel() or unit >= stored.span
         shared += share * (bound.largest if is_whole else _largest_in_span(largest, stored.span // unit))
     is_bad = (_largest(_in_units(dense, unit)) == 0) & (largest > 2 * shared)
-    if known is not None:
+    if known is not None and not bound.is_searched:
         allowed = (known.rel_error + _SCALE_ROUNDING) * torch.linalg.vector_norm(weights, dim=1)
         allowed += unit**0.5 * (known.max_error * largest + shared)
-        is_bad |= ~(torch.linalg.vector_norm(errors, dim=1) <= bound.slack * allowed)
+        is_bad |= ~(torch.linalg.vector_norm(errors, dim=1) <= SLACK * allowed)
     found = torch.zeros(num_rows, dtype=torch.bool, device=original.device)
     starts = (is_bad & (largest > bound.negligible)).nonzero().flatten() * unit
     for offset in range(0, unit, in_features):  # a block of a flat format may cover rows

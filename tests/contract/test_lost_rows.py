@@ -203,3 +203,24 @@ def test_bitsandbytes_blocks_over_the_ends_of_rows_have_their_own_scales(kind, b
     assert bool(((dense - weight).abs() <= bound).all())
     x = torch.randn(3, in_features)
     assert torch.allclose(module(x), x @ dense.T, rtol=1e-4, atol=1e-5)
+
+
+SEARCHED = {
+    "gguf q5_1 imatrix": QuantizationAxes(backend="gguf", dtype="q5_1", algorithm="imatrix"),
+    "modelopt int8 awq_clip": QuantizationAxes(backend="modelopt", dtype="int8", algorithm="awq_clip"),
+    "modelopt int8 local_hessian": QuantizationAxes(backend="modelopt", dtype="int8", algorithm="local_hessian"),
+    "torchao int4 awq": QuantizationAxes(backend="torchao", dtype="int4", algorithm="awq"),
+    "torchao int4 smoothquant": QuantizationAxes(backend="torchao", dtype="int4", algorithm="smoothquant"),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_an_algorithm_may_give_up_weights_that_hardly_count(name):
+    """A few channels a thousand times as loud as the others: the error that counts is that of the outputs."""
+    module = one_layer(torch.distributions.StudentT(4.0).sample((64, 512)) * 0.02)
+    x = torch.randn(128, 512, generator=torch.Generator().manual_seed(1))
+    x[:, ::100] *= 1000
+    axes = SEARCHED[name]
+    made, report = quantlab.quantize(module, native_config(axes), calibration=[x])
+    assert [r.status for r in report.layers] == ["quantized"]
+    assert float((made(x) - module(x)).norm() / module(x).norm()) < 0.02
