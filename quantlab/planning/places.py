@@ -9,6 +9,7 @@ from pathlib import Path
 
 from quantlab.backends.table import backends
 from quantlab.errors import ConfigError, nearest
+from quantlab.vocabulary.fields import checked_path
 
 AXIS_GROUPS = ("backend", "dtype", "group_size")
 """Groups of one key of the ``quantization`` node each, which all have a choice at all times."""
@@ -45,7 +46,7 @@ def recipes() -> dict[str, Path]:
 def recipe_file(value: str) -> Path:
     """``NAME`` or a path to a YAML file -> the file; ConfigError with the nearest name where there is none."""
     if value.endswith((".yaml", ".yml")):
-        path = Path(value).expanduser().resolve()
+        path = checked_path("recipe", value).resolve()
         if not path.is_file():
             raise ConfigError(f"recipe={value}: no such file; quantlab list recipes shows the named ones")
         return path
@@ -70,7 +71,7 @@ def own_options(folder: str | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    own, shipped = Path(folder).expanduser().resolve(), groups()
+    own, shipped = checked_path("--config-dir", folder).resolve(), groups()
     if not own.is_dir():
         raise ConfigError(f"--config-dir {folder}: no such folder; name one with groups in it, as in dtype/mine.yaml")
     found = [file for group in shipped for file in sorted((own / group).glob("*.yaml"))]

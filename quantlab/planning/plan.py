@@ -29,7 +29,7 @@ from quantlab.planning.trust import asked_for
 from quantlab.planning.words import MAX_COMBINATIONS, override_text, parse, swept_values
 from quantlab.protocols.language import PERPLEXITY_PROTOCOLS
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
-from quantlab.vocabulary.fields import check_values
+from quantlab.vocabulary.fields import check_values, checked_path
 from quantlab.vocabulary.launching import LAUNCHER_SETTINGS, LauncherSettings
 from quantlab.vocabulary.schema import ExperimentConfig
 
@@ -307,6 +307,10 @@ def _check_config(config: ExperimentConfig) -> None:
                 f"quantization.modules_to_not_convert.{name[:60]}: a list is called by letters, digits, _ and -; "
                 "the entries stand in it, as in quantization.modules_to_not_convert.mine='[proj_out]'"
             )
+    for name, field in own_settings(config.quantization.backend).items():
+        value = getattr(config.quantization, name, None)
+        if field.metadata["kind"] == "str" and not field.metadata["choices"] and value is not None:  # a file's
+            checked_path(f"quantization.{name}", value)
     timeout = config.sweep.timeout_s
     if timeout is not None and config.sweep.isolation == "none":
         raise ConfigError(

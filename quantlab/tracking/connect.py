@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from quantlab.errors import TrackingError
+from quantlab.progress import printable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -104,7 +105,7 @@ def is_refusal(error: Exception) -> bool:
 def first_line(error: Exception) -> str:
     """The beginning of an error's text, on one line."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
+    return printable(text.splitlines()[0], 200)
 
 
 def _quiet_mlflow() -> None:

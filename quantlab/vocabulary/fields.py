@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from quantlab.errors import ConfigError, nearest
@@ -28,6 +29,22 @@ def text(default: str, most: int) -> Any:
     return dataclasses.field(default=default, metadata={"most_characters": most})
 
 
+def path(default: str | None) -> Any:
+    """A dataclass field for the path of a file or folder."""
+    return dataclasses.field(default=default, metadata={"path": True})
+
+
+def checked_path(key: str, value: str) -> Path:
+    """``value`` as a path, its home folder written out; ConfigError where no file can be called so."""
+    shown = value if len(value) <= 80 else f"{value[:80]}..."
+    if "\0" in value or len(value) > 4096 or any(len(part.encode(errors="replace")) > 255 for part in value.split("/")):
+        raise ConfigError(f"{key}={shown}: no file can be called so; give the path of one")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{key}={shown}: there is no such home folder; write the whole path") from error
+
+
 def check_values(node: Any, path: str = "") -> None:
     """ConfigError naming the first key of a dataclass, and of those in it, that is outside its range."""
     for field in dataclasses.fields(node):
@@ -36,6 +53,8 @@ def check_values(node: Any, path: str = "") -> None:
             check_values(value, f"{key}.")
         elif "least" in said and value is not None:
             _check_number(key, value, said, " or null" if field.default is None else "")
+        elif "path" in said and value is not None:
+            checked_path(key, value)
         elif "most_characters" in said and len(value) > said["most_characters"]:
             raise ConfigError(
                 f"{key}={value[:40]}...: {len(value)} characters; {said['most_characters']} are the most, shorten it"

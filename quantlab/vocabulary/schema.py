@@ -7,7 +7,7 @@ from typing import Any
 
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
-from quantlab.vocabulary.fields import SEED, choice, number, text
+from quantlab.vocabulary.fields import SEED, choice, number, path, text
 from quantlab.vocabulary.launching import LauncherConfig
 
 __all__ = ["LauncherConfig"]
@@ -21,7 +21,7 @@ class ModelConfig:
 
     family: str = "digits_dit"
     """Row of ``models.FAMILIES``."""
-    path: str | None = None
+    path: str | None = path(None)
     """Local folder or Hub id."""
     revision: str | None = None
     variant: str | None = None
@@ -53,7 +53,7 @@ class DatasetConfig:
 
     name: str = "digits_classes"
     """Row of ``datasets.DATASETS``."""
-    path: str | None = None
+    path: str | None = path(None)
     """A file of the user's own (prompts, one a line; or text)."""
     seed: int = number(0, 0, SEED)
 
@@ -87,7 +87,7 @@ class CalibrationConfig:
 
     source: str = "digits_classes"
     """Row of ``datasets.CALIBRATION_SETS``."""
-    path: str | None = None
+    path: str | None = path(None)
     """A file of the user's own (prompts, one a line; or text)."""
     num_samples: int = number(40, 1, _MANY)
     batch_size: int = number(20, 1, _MANY)
@@ -157,7 +157,7 @@ class ExperimentConfig:
     device: str = choice("auto", "cpu", "cuda")
     num_threads: int = number(0, 0, 512)
     """Threads of torch on the CPU; 0: what is free."""
-    output_dir: str = text("outputs", 4096)
+    output_dir: str = path("outputs")
     recipe: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)

@@ -66,6 +66,32 @@ def test_what_lies_nowhere_is_refused_by_the_dry_run_and_by_the_run(tmp_path, wh
     assert list(tmp_path.iterdir()) == []
 
 
+LONG = "x" * 3000
+ODD = [
+    "recipe=\0.yaml",
+    f"recipe={LONG}.yaml",
+    "recipe=~no_such_user/x.yaml",
+    f"model.path=/{LONG}",
+    "model.path=~no_such_user/x",
+    f"dataset.path={LONG}",
+    "dataset.path=~no_such_user/x",
+    f"calibration.path={LONG}",
+    "output_dir=~no_such_user/x",
+    f"output_dir=a/{LONG}",
+    f"quantization.imatrix_file={LONG}",
+    "quantization.imatrix_file=~no_such_user/x",
+    "output_dir=" + "a/" * 3000,
+]
+
+
+@pytest.mark.parametrize("word", ODD, ids=lambda w: ascii(w)[:30])
+def test_a_path_that_no_file_has_is_refused_in_words(word):
+    with pytest.raises(ConfigError) as caught:
+        plan(["backend=gguf", "dtype=q4_k", word])
+    assert str(caught.value).startswith(word[:12])
+    assert "no file can be called so" in str(caught.value) or "no such home folder" in str(caught.value)
+
+
 def test_a_refused_sweep_leaves_no_run(tmp_path):
     code, _, err = Shell(tmp_path)(
         "-m", *digits_words("backend=quanto", "dtype=int8,int4", "evaluation.num_samples=12")
