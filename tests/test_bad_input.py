@@ -96,7 +96,9 @@ def test_no_cuda_device(shell, monkeypatch):
 def test_an_output_folder_that_cannot_be_written(shell, kind):
     (shell.folder / "taken").write_text("a file")
     typed = "output_dir=taken" + ("/below" if kind != "file" else "")
-    refused(shell, "backend=quanto", typed, begins=f"{typed}: /", ends=r"runs cannot be written \(.*set output_dir=<.*>")
+    refused(
+        shell, "backend=quanto", typed, begins=f"{typed}: /", ends=r"runs cannot be written \(.*set output_dir=<.*>"
+    )
 
 
 def test_a_traceback_is_shown_where_it_is_asked_for(shell):

@@ -37,8 +37,7 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from torch import Tensor, nn
 
-NEEDS_PATH = ("a pipeline", "black-forest-labs/FLUX.1-schnell")
-"""What ``model.path`` leads to, and an example."""
+NEEDS_PATH = ("a pipeline", "black-forest-labs/FLUX.1-schnell")  # what model.path leads to, and an example
 
 _UNET = ("conv_in", "conv_out", "time_embedding", "add_embedding", "*.time_emb_proj")
 _MMDIT = ("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out")
