@@ -63,7 +63,7 @@ def checked(line: list[str]) -> None:
     message = err.getvalue()
     assert ended.value.code in (0, 2), message
     assert "Traceback" not in message
-    assert seconds < 2, f"{seconds:.1f} s"
+    assert seconds < (6 if "-m" in line else 2), f"{seconds:.1f} s"  # a sweep composes each of its jobs
     if ended.value.code == 0:
         assert message == ""
         return
@@ -89,7 +89,7 @@ QUIET = settings(
 )
 
 
-@settings(QUIET, max_examples=40)
+@settings(QUIET, max_examples=20)
 @given(command_lines())
 def test_a_few_command_lines_at_random(line):
     checked(line)
