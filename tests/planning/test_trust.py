@@ -117,7 +117,9 @@ def test_an_option_of_the_users_does_not_cover_the_recipes_own_value(tmp_path):
     assert plan([recipe, "tracking=server"]).asked_for == {"tracking.save_checkpoint": "False"}
 
 
-@pytest.mark.parametrize("name", ["digits_backends", "flux_dev_nf4", "smollm2_imatrix"])
+@pytest.mark.parametrize(
+    "name", ["flux_dev_nf4", *(pytest.param(n, marks=pytest.mark.slow) for n in ("digits_backends", "smollm2_imatrix"))]
+)
 def test_a_shipped_recipe_asks_for_nothing_and_its_copy_neither(tmp_path, name):
     assert plan([f"recipe={name}"]).asked_for == {}
     shutil.copyfile(recipes()[name], tmp_path / "copy.yaml")
