@@ -17,6 +17,7 @@ from quantlab.modules.feed import feed_of_batches
 from quantlab.modules.hooks import check_offloading
 from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import component_memory, measure_stage
+from quantlab.modules.precision import exact_arithmetic
 from quantlab.modules.reached import check_weights_are_here, uncalled
 from quantlab.planning.job import Plan, scheme_name
 from quantlab.planning.plan import plan
@@ -147,6 +148,7 @@ def _copied(module: Any) -> Any:
         ) from error
 
 
+@exact_arithmetic()
 def evaluate(
     module: Any,
     configs: Sequence[QuantizationConfigMixin],

@@ -10,22 +10,21 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.errors import ConfigError, ModelError, nearest
 from quantlab.models.checkpoint import file_sha256
 from quantlab.models.loaded import Conditioning, LoadedModel, OnStep, Progress, TextToImage
+from quantlab.models.pipeline_files import DENOISERS, INDEX, check_choice, check_files, left_out
 from quantlab.models.reading import (
     as_model_error,
     chosen_dtype,
     frozen,
     local_folder,
     quiet_loading,
-    remote_code,
     require_index,
     required_path,
 )
@@ -90,8 +89,6 @@ _CALL = (
     "output_type",
     "callback_on_step_end",
 )
-_DENOISERS = ("transformer", "unet")
-_INDEX = "model_index.json"
 
 
 def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress | None = None) -> LoadedModel:
@@ -105,9 +102,9 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
     key = f"model.path={path}"
     dtype = chosen_dtype(config, "bfloat16" if device.startswith("cuda") else "float32")
     folder = _folder(key, path, config)
-    index = _check_files(key, folder)
-    _check_choice(folder, index, config)
-    pipe = _read_pipeline(key, folder, dtype, device, config.variant, _left_out(config, index))
+    index = check_files(key, folder)
+    check_choice(folder, index, config)
+    pipe = _read_pipeline(key, folder, dtype, device, config.variant, left_out(config, index))
     denoiser = _check_pipeline(key, pipe)
     components = _components(pipe, [*config.components, denoiser])
     return LoadedModel(
@@ -326,7 +323,7 @@ def _encoded(model: LoadedModel, pipe: TextToImage, prompt: str, num: int) -> tu
 
 def _folder(key: str, path: str, config: ModelConfig) -> Path:
     """The local folder, or the Hub's snapshot of it (downloaded unless offline)."""
-    said = (_INDEX, "a Diffusers pipeline", "the pipeline's save_pretrained")
+    said = (INDEX, "a Diffusers pipeline", "the pipeline's save_pretrained")
     local = local_folder(key, path, *said)
     if local is not None:
         return local
@@ -337,81 +334,6 @@ def _folder(key: str, path: str, config: ModelConfig) -> Path:
         snapshot = Path(DiffusionPipeline.download(path, revision=config.revision, variant=config.variant))
     require_index(key, snapshot, *said)
     return snapshot
-
-
-def _check_choice(folder: Path, index: Mapping[str, Any], config: ModelConfig) -> None:
-    """ConfigError for a variant that no file is of, and for parts to leave out that are not there."""
-    if config.variant is not None:
-        names = {file.name for file in folder.glob("*/*.safetensors")}
-        there = sorted({parts[1] for name in names if len(parts := name.split(".")) > 2 and not parts[1].isdigit()})
-        there = [v for v in there if "-" not in v]
-        if config.variant not in there:
-            have = f"there are {', '.join(there)}" if there else "this checkpoint has none"
-            raise ConfigError(
-                f"model.variant={config.variant}: no weight file is of it ({have}){nearest(config.variant, there)}; "
-                "leave model.variant out for the files without one"
-            )
-    parts = [name for name, found in index.items() if isinstance(found, list) and found[0] is not None]
-    for name in config.without:
-        if name not in parts:
-            raise ConfigError(
-                f"model.without={name}: the pipeline has no such part{nearest(name, parts)}; it has {', '.join(parts)}"
-            )
-        if name in (*_DENOISERS, *config.components, "vae", "scheduler"):
-            raise ConfigError(f"model.without={name}: it is needed to run the pipeline; leave it in")
-
-
-def _left_out(config: ModelConfig, parts: Collection[str]) -> dict[str, None]:
-    """What is not loaded; the tokenizer of a text encoder goes with it."""
-    tokenizers = [name.replace("text_encoder", "tokenizer") for name in config.without]
-    return dict.fromkeys(name for name in (*config.without, *tokenizers) if name in parts)
-
-
-def _check_files(key: str, folder: Path) -> dict[str, Any]:
-    """The pipeline's index. ModelError for one that is none, for code in the checkpoint, and for a damaged file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{key}: {_INDEX} cannot be read ({error}); copy or download the folder again") from error
-    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), (str, list)):
-        raise ModelError(f"{key}: {_INDEX} names no pipeline class; name a pipeline that Diffusers ships")
-    if asks := _code_of_its_own(folder, index):
-        raise remote_code(key, asks)
-    for file in sorted(folder.glob("*/*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise ModelError(
-                f"{key}: {file.relative_to(folder)} is damaged or cut off ({error}); copy or download it again"
-            ) from error
-    return index
-
-
-def _code_of_its_own(folder: Path, index: Mapping[str, Any]) -> str:
-    """What in a pipeline is to be run from Python files that come with it; "" for nothing.
-
-    Diffusers would look for some of these classes in its own modules, find none, and say that and no more.
-    """
-    import diffusers
-
-    name = index["_class_name"]
-    if isinstance(name, list) or not hasattr(diffusers, name) and any(folder.glob("*.py")):
-        return f"{_INDEX} names the pipeline class {name[-1] if isinstance(name, list) else name} of its own files"
-    for part, found in index.items():
-        if not isinstance(found, list) or len(found) != 2:
-            continue
-        if (folder / part / f"{found[0]}.py").is_file():
-            return f"{_INDEX} names the class {found[1]} of {part}/{found[0]}.py"
-        if str(found[1]).startswith("Auto") and '"auto_map"' in _text(folder / part / "config.json"):
-            return f"{part}/config.json names a class of its own files (auto_map)"
-    return ""
-
-
-def _text(file: Path) -> str:
-    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
 def _read_pipeline(
@@ -443,7 +365,7 @@ def _check_pipeline(key: str, pipe: TextToImage) -> str:
     """The denoiser's name; ModelError for a pipeline that is not text to image, or whose latents we cannot decode."""
     name, parameters, modules = type(pipe).__name__, _parameters(pipe), modules_of(pipe)
     missing = [p for p in _CALL if p not in parameters]
-    denoiser = next((d for d in _DENOISERS if d in modules), None)
+    denoiser = next((d for d in DENOISERS if d in modules), None)
     if missing or "strength" in parameters or denoiser is None:
         why = (
             f"its call has no {missing[0]}"

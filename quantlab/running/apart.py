@@ -16,6 +16,7 @@ from typing import Any
 
 from quantlab import tracking
 from quantlab.errors import QuantlabError
+from quantlab.modules.precision import exact_arithmetic
 from quantlab.planning.job import Job
 from quantlab.planning.plan import plan
 from quantlab.running.job import open_run, run_job
@@ -162,7 +163,10 @@ def work(folder: Path) -> int:
     if data["parent_run_id"] and data["parent_record"]:
         session.store.know(data["parent_run_id"], data["parent_record"])
     try:
-        with open_run(session, job.name, job, key=data["key"], folder=folder) as run:
+        with (
+            exact_arithmetic(job.config.evaluation.deterministic),
+            open_run(session, job.name, job, key=data["key"], folder=folder) as run,
+        ):
             bench = workbench(session, job.config, run)
             for row, values in data["floors"].items():
                 bench.floors[row] = {k: MetricValue(**v) for k, v in values.items()}

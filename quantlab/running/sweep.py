@@ -14,6 +14,7 @@ from typing import Any
 
 from quantlab import tracking
 from quantlab.errors import ConfigError, DiskFull, QuantlabError, TrackingError, is_disk_full
+from quantlab.modules.precision import exact_arithmetic
 from quantlab.planning.job import Job, Merged, Plan
 from quantlab.planning.ready import check_ready
 from quantlab.planning.space import objectives_of
@@ -63,7 +64,7 @@ def open_session(config: ExperimentConfig, quiet: bool = False) -> Iterator[Sess
         device = prepare_device(config)
         output_dir = _usable_folder(config.output_dir)
         _remove_parts(output_dir / "cache")
-        with _ready(config, output_dir, device, quiet) as session:
+        with exact_arithmetic(config.evaluation.deterministic), _ready(config, output_dir, device, quiet) as session:
             yield session
 
 

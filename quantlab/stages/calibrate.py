@@ -18,7 +18,7 @@ from quantlab.progress import say
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.stages.observe import LIBRARIES
 from quantlab.stages.quantize import QuantizationRequest, Selection
-from quantlab.tracking.provenance import hardware, versions
+from quantlab.tracking.provenance import arithmetic, versions
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -104,7 +104,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _key(model: LoadedModel, components: Sequence[str], inputs: Any, settings: EvaluationConfig) -> str:
     used = ("batch_size", "num_inference_steps", "guidance_scale", "height", "width")
-    machine, known = hardware(), versions()
+    known = versions()
     parts = {
         "format": FORMAT,
         "model": dict(model.identity),
@@ -115,7 +115,7 @@ def _key(model: LoadedModel, components: Sequence[str], inputs: Any, settings: E
         "components": list(components),
         "settings": {k: asdict(settings)[k] for k in used},
         "libraries": {name: known.get(name) for name in LIBRARIES},
-        "machine": {k: machine.get(k) for k in ("torch_threads", "cpu_capability", "gpus")},
+        "arithmetic": arithmetic(model.device),
     }
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
 

@@ -12,7 +12,7 @@ from quantlab.metrics import METRICS
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.kept import SUFFIX, Damaged, read_tree, set_aside, write_tree
 from quantlab.protocols.table import PROTOCOLS
-from quantlab.tracking.provenance import hardware, versions
+from quantlab.tracking.provenance import arithmetic, versions
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -23,7 +23,6 @@ LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "scikit-learn")
 
 def reference_key(model: LoadedModel, inputs: Any, evaluation: EvaluationConfig) -> str:
     """Digest of all that determines the reference's outputs, bit for bit: model, inputs, settings, machine kind."""
-    machine = hardware()
     known = versions()
     parts = {
         "format": FORMAT,
@@ -35,7 +34,7 @@ def reference_key(model: LoadedModel, inputs: Any, evaluation: EvaluationConfig)
         "evaluation": {k: v for k, v in asdict(evaluation).items() if k not in NOT_OBSERVED},
         "libraries": {name: known.get(name) for name in LIBRARIES},
         "metrics": {name: m.version for name, m in METRICS.items() if model.protocol in m.protocols},
-        "machine": {k: machine.get(k) for k in ("torch_threads", "cpu_capability", "gpus")},
+        "arithmetic": arithmetic(model.device),
     }
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
 

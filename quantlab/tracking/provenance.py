@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from quantlab.backends.table import distributions
+from quantlab.modules.precision import precision
 
 _PACKAGES = (
     "quantlab-recipes",
@@ -132,6 +133,33 @@ def hardware() -> Hardware:
             {"name": gpu.name, "compute_capability": f"{gpu.major}.{gpu.minor}", "memory_bytes": gpu.total_memory}
             for gpu in gpus
         ],
+    }
+
+
+def arithmetic(device: str) -> dict[str, object]:
+    """What the numbers of a model on ``device`` depend on beside the model: the device in use and torch's switches.
+
+    Not what else is visible: a process that sees four cards and one that sees the first of them compute the same.
+    """
+    import torch
+
+    if not device.startswith("cuda"):
+        return {"threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    gpu = torch.cuda.get_device_properties(torch.device(device))
+    return {
+        "name": gpu.name,
+        "compute_capability": f"{gpu.major}.{gpu.minor}",
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "attention": [
+            torch.backends.cuda.flash_sdp_enabled(),  # type: ignore[no-untyped-call]
+            torch.backends.cuda.mem_efficient_sdp_enabled(),  # type: ignore[no-untyped-call]
+            torch.backends.cuda.math_sdp_enabled(),  # type: ignore[no-untyped-call]
+            torch.backends.cuda.cudnn_sdp_enabled(),  # type: ignore[no-untyped-call]
+        ],
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        **precision(),
     }
 
 

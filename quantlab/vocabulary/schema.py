@@ -69,6 +69,8 @@ class EvaluationConfig:
     num_bootstrap: int = number(2000, 2, _MANY)
     bootstrap_seed: int = number(0, 0, SEED)
     """Of the draws that make the intervals; what is sampled from has ``dataset.seed``."""
+    deterministic: bool = True
+    """On a GPU cuDNN takes the same algorithm each time; float32 is float32 (no TF32) either way."""
     # diffusion
     num_inference_steps: int = number(20, 1, 1000)
     guidance_scale: float = number(1.5, 0, 1000)

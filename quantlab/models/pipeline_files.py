@@ -1,0 +1,91 @@
+"""The files of a pipeline of Diffusers, looked at before any of it is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from quantlab.errors import ConfigError, ModelError, nearest
+from quantlab.models.reading import remote_code
+from quantlab.vocabulary.schema import ModelConfig
+
+INDEX = "model_index.json"
+DENOISERS = ("transformer", "unet")
+"""Names of the component that is called at each step."""
+
+
+def check_choice(folder: Path, index: Mapping[str, Any], config: ModelConfig) -> None:
+    """ConfigError for a variant that no file is of, and for parts to leave out that are not there."""
+    if config.variant is not None:
+        names = {file.name for file in folder.glob("*/*.safetensors")}
+        there = sorted({parts[1] for name in names if len(parts := name.split(".")) > 2 and not parts[1].isdigit()})
+        there = [v for v in there if "-" not in v]
+        if config.variant not in there:
+            have = f"there are {', '.join(there)}" if there else "this checkpoint has none"
+            raise ConfigError(
+                f"model.variant={config.variant}: no weight file is of it ({have}){nearest(config.variant, there)}; "
+                "leave model.variant out for the files without one"
+            )
+    parts = [name for name, found in index.items() if isinstance(found, list) and found[0] is not None]
+    for name in config.without:
+        if name not in parts:
+            raise ConfigError(
+                f"model.without={name}: the pipeline has no such part{nearest(name, parts)}; it has {', '.join(parts)}"
+            )
+        if name in (*DENOISERS, *config.components, "vae", "scheduler"):
+            raise ConfigError(f"model.without={name}: it is needed to run the pipeline; leave it in")
+
+
+def left_out(config: ModelConfig, parts: Collection[str]) -> dict[str, None]:
+    """What is not loaded; the tokenizer of a text encoder goes with it."""
+    tokenizers = [name.replace("text_encoder", "tokenizer") for name in config.without]
+    return dict.fromkeys(name for name in (*config.without, *tokenizers) if name in parts)
+
+
+def check_files(key: str, folder: Path) -> dict[str, Any]:
+    """The pipeline's index. ModelError for one that is none, for code in the checkpoint, and for a damaged file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{key}: {INDEX} cannot be read ({error}); copy or download the folder again") from error
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), (str, list)):
+        raise ModelError(f"{key}: {INDEX} names no pipeline class; name a pipeline that Diffusers ships")
+    if asks := _code_of_its_own(folder, index):
+        raise remote_code(key, asks)
+    for file in sorted(folder.glob("*/*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"{key}: {file.relative_to(folder)} is damaged or cut off ({error}); copy or download it again"
+            ) from error
+    return index
+
+
+def _code_of_its_own(folder: Path, index: Mapping[str, Any]) -> str:
+    """What in a pipeline is to be run from Python files that come with it; "" for nothing.
+
+    Diffusers would look for some of these classes in its own modules, find none, and say that and no more.
+    """
+    import diffusers
+
+    name = index["_class_name"]
+    if isinstance(name, list) or not hasattr(diffusers, name) and any(folder.glob("*.py")):
+        return f"{INDEX} names the pipeline class {name[-1] if isinstance(name, list) else name} of its own files"
+    for part, found in index.items():
+        if not isinstance(found, list) or len(found) != 2:
+            continue
+        if (folder / part / f"{found[0]}.py").is_file():
+            return f"{INDEX} names the class {found[1]} of {part}/{found[0]}.py"
+        if str(found[1]).startswith("Auto") and '"auto_map"' in _text(folder / part / "config.json"):
+            return f"{part}/config.json names a class of its own files (auto_map)"
+    return ""
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""

@@ -1,0 +1,102 @@
+"""torch's switches are set for everyone alike, put back, and part of what a reference is known by."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+import quantlab
+from quantlab.modules.precision import exact_arithmetic, precision
+from quantlab.tracking.provenance import arithmetic
+from tests.support.shell import digits_words
+
+
+@pytest.fixture
+def loose():
+    """A user's own switches: fast and not exact."""
+    before = precision()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    yield precision()
+    torch.set_float32_matmul_precision(before["float32_matmul_precision"])
+    torch.backends.cuda.matmul.allow_tf32 = before["matmul_allow_tf32"]
+    torch.backends.cudnn.allow_tf32 = before["cudnn_allow_tf32"]
+    torch.backends.cudnn.benchmark = before["cudnn_benchmark"]
+
+
+def test_float32_is_float32_while_it_counts_and_the_user_s_switches_come_back(loose):
+    with contextlib.suppress(RuntimeError), exact_arithmetic():
+        inside = precision()
+        raise RuntimeError("stop")
+    assert not inside["matmul_allow_tf32"]
+    assert not inside["cudnn_allow_tf32"]
+    assert inside["cudnn_deterministic"]
+    assert not inside["cudnn_benchmark"]
+    assert precision() == loose
+    with exact_arithmetic(deterministic=False):
+        assert precision()["cudnn_benchmark"]
+        assert not precision()["cudnn_allow_tf32"]
+
+
+class Looking(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.seen = torch.nn.Linear(32, 32), []
+
+    def forward(self, x):
+        SEEN.append(precision())
+        return self.layer(x)
+
+
+SEEN: list = []
+
+
+def test_python_s_evaluation_runs_so_and_puts_back(loose):
+    SEEN.clear()
+    quantlab.evaluate(torch.nn.Sequential(Looking()), [quantlab.QuantoConfig("int8")], [torch.randn(8, 32)])
+    assert len(SEEN) >= 3, "reference, floor and candidate"
+    assert all(not s["cudnn_allow_tf32"] and s["cudnn_deterministic"] for s in SEEN)
+    assert precision() == loose
+
+
+def test_a_command_runs_so(shell, loose, monkeypatch):
+    from quantlab.protocols.table import PROTOCOLS
+
+    seen, real = [], PROTOCOLS["diffusion"].measure
+
+    def measure(*args, **more):
+        seen.append(precision())
+        return real(*args, **more)
+
+    monkeypatch.setattr(PROTOCOLS["diffusion"], "measure", measure)
+    shell.rows(*digits_words("backend=quanto", "dtype=int8", "evaluation.num_samples=10"))
+    assert len(seen) == 4
+    assert not any(s["cudnn_allow_tf32"] for s in seen)
+    assert precision() == loose
+
+
+class Card:
+    def __init__(self, name, major=9):
+        self.name, self.major, self.minor, self.total_memory = name, major, 0, 2**36
+
+
+def test_what_is_visible_is_no_part_of_the_arithmetic(monkeypatch):
+    """A sweep's process sees four cards, a worker of its pool one: both compute the same."""
+    cards = [Card("H100"), Card("H100"), Card("A100", 8)]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: cards[torch.device(device).index or 0])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    seen = arithmetic("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert arithmetic("cuda") == seen == arithmetic("cuda:1")
+    assert arithmetic("cuda:2") != seen
+    with exact_arithmetic():
+        exact = arithmetic("cuda")
+    torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+    assert arithmetic("cuda") != seen
+    torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+    assert exact != seen, "the switches are part of it"
+
+
+def test_a_cpu_is_known_by_its_threads_and_instructions():
+    assert set(arithmetic("cpu")) == {"threads", "cpu_capability"}
