@@ -31,6 +31,7 @@ from quantlab.planning.places import conf_dir, groups, option_dirs
 from quantlab.planning.recipe import Recipe
 from quantlab.planning.words import check_options, literal, parse
 from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.fields import check_types
 from quantlab.vocabulary.launching import LAUNCHER_SETTINGS
 from quantlab.vocabulary.schema import DigitsModelConfig, ExperimentConfig, ModelConfig
 
@@ -222,5 +223,6 @@ def typed(node: DictConfig) -> ExperimentConfig:
         raise ConfigError(f"{getattr(error, 'full_key', '')}: {str(error).splitlines()[0]}") from error
     if not isinstance(config, ExperimentConfig):
         raise ConfigError("config: the composed node lost its schema; conf/config.yaml must start with - schema")
+    check_types(config)
     check_data(dataclasses.asdict(config), references=False)
     return config

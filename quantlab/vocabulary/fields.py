@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,32 @@ def checked_path(key: str, value: str) -> Path:
         return Path(value).expanduser()
     except RuntimeError as error:
         raise ConfigError(f"{key}={shown}: there is no such home folder; write the whole path") from error
+
+
+def check_types(node: Any, path: str = "") -> None:
+    """ConfigError naming the first key of a dataclass, and of those in it, whose value is not of its declared type: a
+    reference to another key brings whatever is there."""
+    for name, hint in typing.get_type_hints(type(node)).items():
+        value = getattr(node, name)
+        if dataclasses.is_dataclass(value):
+            check_types(value, f"{path}{name}.")
+        if not _fits(value, hint):
+            raise ConfigError(f"{path}{name}: {str(value)[:80]!r} is no value of it; write the value itself")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(v, inner[1]) for v in value.values())
+    if origin in (list, tuple):
+        return isinstance(value, (list, tuple)) and all(_fits(v, inner[0]) for v in value)
+    if inner:  # a union
+        return any(_fits(value, one) for one in inner)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
 
 def check_values(node: Any, path: str = "") -> None:

@@ -233,3 +233,29 @@ def test_keys_of_the_config_itself_may_be_meant(tmp_path):
 def test_keys_that_are_not_there_are_refused(tmp_path, text):
     with pytest.raises(ConfigError, match=r"^recipe=mine.yaml: name: "):
         plan([written(tmp_path, text), "backend=quanto"])
+
+
+REFERENCES = {
+    "modules_to_not_convert": "quantization.modules_to_not_convert=${name}",
+    "one of its lists": "quantization.modules_to_not_convert.mine=${name}",
+    "quantization_config": "quantization.quantization_config=${name}",
+    "model.components": "model.components=${name}",
+    "a list of nodes": "model.components=[${sweep}]",
+    "sweep.grid": "sweep.grid=${name}",
+    "sweep.candidates": "sweep.candidates=${name}",
+    "one of the candidates": "sweep.candidates=[${name}]",
+    "sweep.search": "sweep.search=${name}",
+    "launcher.settings": "launcher.settings=${tracking}",
+    "a word": "name=${model}",
+    "a number": "num_threads=${model.family}",
+    "a mapping": "tracking.uri=${sweep.grid}",
+    "itself": "model.path=${model.path}",
+}
+
+
+@pytest.mark.parametrize("what", REFERENCES)
+def test_a_reference_to_something_of_another_kind_is_refused(what):
+    word = REFERENCES[what]
+    with pytest.raises(ConfigError) as caught:
+        plan(["backend=quanto", *(["name=word"] if what != "a word" else []), word])
+    assert str(caught.value).startswith(word.partition("=")[0].removesuffix(".mine"))

@@ -404,7 +404,7 @@ UNREADABLE = {
     "text  ": ("empty.txt", "calibration.path=empty.txt: the file is empty"),
     "prompts  ": ("empty.txt", "calibration.path=empty.txt: the file holds no prompt"),
     "text   ": ("latin.txt", "calibration.path=latin.txt: not UTF-8"),
-    "prompts   ": ("latin.txt", "calibration.path=latin.txt: this is not UTF-8"),
+    "prompts   ": ("latin.txt", "calibration.path=latin.txt: not UTF-8"),
 }
 
 
