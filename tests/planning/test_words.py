@@ -75,7 +75,7 @@ def test_the_size_of_a_grid_counts_all_its_axes():
         plan(words, multirun=True)
 
 
-@pytest.mark.parametrize("path", ["~", "~/models/x", "~user/a b", "~/a.b-c/[1]"])
+@pytest.mark.parametrize("path", ["~", "~/models/x", "~root/a b", "~/a.b-c/[1]"])
 def test_a_home_folder_needs_no_quotes(path):
     (job,) = plan(["model=causal_lm", f"model.path={path}", "backend=quanto"]).jobs
     assert job.config.model.path == path

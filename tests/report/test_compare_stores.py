@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 
@@ -120,7 +120,7 @@ def test_a_job_that_changes_hands_remembers_its_sweeps(base, template):
     assert set(tags[FORMER_PARENTS].split()) == {first, "second", "third"}
     (run,) = reader.by_id([run_id])
     for name in (first, "second", "third", "fourth"):
-        parent = SimpleNamespace(run_id=name, experiment_id=run.experiment_id, artifact_uri=str(base / "none"))
+        parent = replace(run, run_id=name, artifact_uri=str(base / "none"))
         for each in (reader, ServerReader(sweep.store)):
             found = [r.run_id for r in children(each, parent)]
             assert run_id in found
