@@ -253,7 +253,7 @@ def test_smollm2_imatrix_on_a_tiny_llama(shell, folders):
     assert set(evidence) == {n for n, r in layers.items() if r["status"] in ("quantized", "fallback")}
     gains = [evidence[n]["output_sqnr_db_after"] - evidence[n]["output_sqnr_db_before"] for n in fallback]
     assert sum(gains) / len(gains) > 0.1
-    (written,) = (shell.folder / "outputs/runs").glob("*q4-k*imatrix*/calibration/model/imatrix.gguf")
+    (written,) = (shell.folder / "outputs/runs").glob("*q4*k*imatrix*/calibration/model/imatrix.gguf")
     assert set(read_imatrix(written)) == set(evidence)
 
 
