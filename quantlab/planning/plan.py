@@ -285,7 +285,7 @@ def make_job(config: ExperimentConfig, overrides: Sequence[str] = ()) -> Job:
     if scheme is not None and scheme.native.needs_data:
         check_calibration(config)
     name = _short(config.name or scheme_name(config.quantization, scheme, settings))
-    alone = 1 if scheme is not None and scheme.native.depends_on_neighbours else None
+    alone = 1 if scheme is not None and scheme.native.activation_granularity == "per-tensor" else None
     return Job(name=name, config=config, scheme=scheme, overrides=tuple(overrides), batch_size=alone)
 
 

@@ -31,6 +31,7 @@ from quantlab.report.verdicts import (
     judged,
     largest_floor,
     less,
+    with_other_batch,
 )
 from quantlab.vocabulary.numbers import REFERENCE, metric_value
 from quantlab.vocabulary.reports import MetricValue
@@ -248,7 +249,7 @@ def _against_reference(candidates: Sequence[StoredRun], runs: Sequence[StoredRun
     columns = samples.of(candidates[0])
     found = []
     for run in candidates:
-        shifted = less(metric_value(run.metrics, f"quality/{metric}"), known)
+        shifted = less(_logged(run, metric), known)
         n = shifted.n
         same = len(columns.get(metric, ())) == n
         degrees = degrees_of_freedom(n, columns.get("clusters"), columns.get("strata")) if same else n - 1
@@ -258,13 +259,17 @@ def _against_reference(candidates: Sequence[StoredRun], runs: Sequence[StoredRun
     return found
 
 
+def _logged(run: StoredRun, metric: str) -> MetricValue:
+    return with_other_batch(metric_value(run.metrics, f"quality/{metric}"), run.metrics, metric)
+
+
 def _logged_error(run: StoredRun, metric: str) -> MetricValue | None:
     """The run's distance from the reference on the metric's scale of errors; None where it was not logged."""
     error = error_metric(metric)
     known = METRICS[error].of_reference
     if known is None or f"quality/{error}" not in run.metrics:
         return None
-    return less(metric_value(run.metrics, f"quality/{error}"), known)
+    return less(_logged(run, error), known)
 
 
 def _from_samples(candidates: Sequence[StoredRun], runs: Sequence[StoredRun], samples: _Samples) -> list[Verdict]:

@@ -14,7 +14,7 @@ from rich.text import Text
 from quantlab.metrics import METRICS
 from quantlab.progress import plain, printable
 from quantlab.protocols.table import PROTOCOLS
-from quantlab.report.verdicts import error_metric, is_inside, largest_floor, less
+from quantlab.report.verdicts import error_metric, is_inside, largest_floor, less, with_other_batch
 from quantlab.tracking.results import Measured, Row
 from quantlab.vocabulary.numbers import metric_value
 
@@ -95,7 +95,8 @@ def inside_floor(metric: str, metrics: Mapping[str, float]) -> bool:
     if known is None or f"quality/{error}" not in metrics or "quantization/coverage" not in metrics:
         return False
     floor = largest_floor(metrics, metric)
-    return floor is not None and bool(is_inside(less(metric_value(metrics, f"quality/{error}"), known), floor.cost))
+    value = with_other_batch(metric_value(metrics, f"quality/{error}"), metrics, error)
+    return floor is not None and bool(is_inside(less(value, known), floor.cost))
 
 
 def terminal_table(rows: Iterable[Row], protocol: str, caption: str = "") -> Table:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 
 from quantlab.metrics import METRICS
 from quantlab.metrics.significance import ALPHA, holm
-from quantlab.vocabulary.numbers import FLOORS, metric_value
+from quantlab.vocabulary.numbers import FLOORS, OTHER_BATCH, metric_value
 from quantlab.vocabulary.reports import MetricValue
 
 BETTER, WORSE, SAME = "better", "worse", "not distinguishable"
@@ -115,6 +115,14 @@ def less(value: MetricValue, known: float) -> MetricValue:
     """``value`` as a difference from an exact number."""
     low, high = (None if bound is None else bound - known for bound in (value.ci_lo, value.ci_hi))
     return MetricValue(value=value.value - known, n=value.n, se=value.se, ci_lo=low, ci_hi=high)
+
+
+def with_other_batch(value: MetricValue, metrics: Mapping[str, float], metric: str) -> MetricValue:
+    """``value`` with bounds that hold the number at another batch size too, where a row has one."""
+    other = metrics.get(f"{OTHER_BATCH}/{metric}")
+    if other is None or value.ci_lo is None or value.ci_hi is None:
+        return value
+    return replace(value, ci_lo=min(value.ci_lo, other), ci_hi=max(value.ci_hi, other))
 
 
 def _least(low: float, high: float) -> float:

@@ -132,8 +132,9 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         quality = summarize(measured, job.config.evaluation)
         for why in measured.undefined.values():
             say(f"{job.name}: {why}", "undefined")
+        other = _at_other_batch(session, bench, job, candidate)
     stages = (*report.stages, evaluated.report)
-    report = replace(report, quality=quality, measurements=measured, stages=stages)
+    report = replace(report, quality=quality, measurements=measured, stages=stages, other_batch=other)
     if emulated.num_emulated > num_native:
         report = replace(report, params={**report.params, "compute": "emulated"})
         if run is not None:
@@ -156,6 +157,25 @@ def _with_overlap(made: CalibrationReport | None, bench: Workbench, job: Job) ->
         shared_tokens_of_calibration=found.of_calibration,
         shared_tokens_of_evaluation=found.of_evaluation,
     )
+
+
+def _at_other_batch(session: Session, bench: Workbench, job: Job, candidate: LoadedModel) -> dict[str, MetricValue]:
+    """The metrics at another batch size, where a rule that looks at all of a call makes samples depend on it."""
+    if job.scheme is None or job.batch_size is not None or not job.scheme.native.depends_on_neighbours:
+        return {}
+    settings = job.config.evaluation
+    progress = step_progress(session, f"{job.name}, other batches")
+    measured = evaluate(
+        candidate,
+        bench.model,
+        bench.reference,
+        bench.inputs,
+        settings,
+        progress,
+        settings.floor_batch_size,
+        job.scheme,
+    )
+    return summarize(measured, settings)
 
 
 def _chosen(model: LoadedModel, config: ExperimentConfig) -> list[str]:

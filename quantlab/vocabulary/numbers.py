@@ -9,6 +9,8 @@ from quantlab.vocabulary.reports import CalibrationReport, MemoryReport, MetricV
 
 REFERENCE = "reference"
 FLOOR_BF16, FLOOR_BATCH, FLOOR_ATTENTION, FLOOR_FP32 = "floor_bf16", "floor_batch", "floor_attention", "floor_fp32"
+OTHER_BATCH = "quality/other_batch"
+"""Prefix of a candidate's own numbers at another batch size."""
 FLOORS = (FLOOR_BF16, FLOOR_BATCH, FLOOR_ATTENTION, FLOOR_FP32)
 """Rows of other executions of the reference; their numbers are ``quality/<floor>/...`` in every row."""
 
@@ -18,7 +20,8 @@ def flat_metrics(report: RunReport) -> dict[str, float]:
     if report.stored_metrics is not None:
         return dict(report.stored_metrics)
     out: dict[str, float | int | None] = {}
-    groups = {"quality": report.quality, **{f"quality/{row}": values for row, values in report.floors.items()}}
+    groups = {"quality": report.quality, OTHER_BATCH: report.other_batch}
+    groups |= {f"quality/{row}": values for row, values in report.floors.items()}
     for prefix, values in groups.items():
         for name, v in values.items():
             out |= {

@@ -210,6 +210,8 @@ class RunReport:
     quality: Mapping[str, MetricValue] = field(default_factory=dict)
     floors: Mapping[str, Mapping[str, MetricValue]] = field(default_factory=dict)
     """Row of another execution of the reference (``floor_bf16``, ``floor_batch``...) -> the same metrics of it."""
+    other_batch: Mapping[str, MetricValue] = field(default_factory=dict)
+    """The same metrics at another batch size, of a scheme whose samples depend on what else is in their batch."""
     measurements: Measurements | None = None
     stages: tuple[StageReport, ...] = ()
     disk_bytes: int | None = None

@@ -9,7 +9,10 @@ import quantlab
 from quantlab.backends.scheme import Scheme
 from quantlab.backends.table import own_settings
 from quantlab.planning.plan import plan
+from quantlab.report.verdicts import with_other_batch
 from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.reports import MetricValue
+from tests.support.shell import digits_words
 from tests.support.tables import CAPABILITIES, the_scheme
 
 ON_CUDA = {("torchao", "float8_e4m3")}
@@ -86,7 +89,7 @@ def test_a_sample_that_its_neighbours_change_is_evaluated_alone():
             "backend=quanto dtype=int8",
         )
     }
-    assert list(sizes.values()) == [1, 1, None, None, None, None]
+    assert list(sizes.values()) == [1, None, None, None, None, None]
 
 
 def test_python_rows_tell_apart_what_their_settings_tell_apart():
@@ -107,3 +110,20 @@ def test_python_rows_tell_apart_what_their_settings_tell_apart():
     rows = quantlab.evaluate(net, configs, [torch.randn(8, 64)], calibration=[torch.randn(8, 64)])
     names = [r.name for r in rows]
     assert len(set(names)) == len(names), names
+
+
+def test_a_rule_that_looks_at_all_of_a_call_is_seen_at_another_batch_size_too(shell):
+    words = digits_words("backend=bitsandbytes", "dtype=int8", "evaluation.num_samples=10", "sweep.floors=false")
+    metrics = shell.rows(*words)["bitsandbytes int8"]["metrics"]
+    assert metrics["quality/other_batch/latent_rel_mse"] > 0
+    assert metrics["quality/other_batch/psnr_db"] == pytest.approx(metrics["quality/psnr_db"], abs=5)
+    more = shell.rows(*words, "quantization.llm_int8_threshold=0.0")
+    (row,) = more.values()
+    assert not [k for k in row["metrics"] if k.startswith("quality/other_batch")]
+
+
+def test_bounds_hold_the_number_at_the_other_batch_size():
+    value = MetricValue(value=1.0, n=20, ci_lo=0.8, ci_hi=1.2)
+    wide = with_other_batch(value, {"quality/other_batch/kld_mean": 2.0}, "kld_mean")
+    assert (wide.ci_lo, wide.ci_hi) == (0.8, 2.0)
+    assert with_other_batch(value, {}, "kld_mean") == value
