@@ -327,7 +327,7 @@ class QuantizationConfigMixin:
     @property
     def depends_on_neighbours(self) -> bool:
         """Does what else is in a batch change a sample: one scale for all of a call does it (such a scheme is evaluated
-        sample by sample), and a rule that looks at all of a call (such a one is evaluated at another batch size too)."""
+        sample by sample), and a rule that looks at all of a call (such a one is evaluated at two batch sizes)."""
         return self.activation_granularity == "per-tensor"
 
     def without_data(self) -> Self | None:
