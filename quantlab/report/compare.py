@@ -374,10 +374,15 @@ def answers(group: Comparison) -> list[tuple[str, str]]:
         inside = (v.a for v in map(group.verdicts.__getitem__, (r.name for r in by_bytes)) if _within(v, group.margin))
         found += [(f"smallest that is surely inside the margin of {group.margin:g}", name) for name in [*inside][:1]]
     if group.front:
-        found += [("closest to the reference", group.front[-1]), ("smallest on the Pareto front", group.front[0])]
+        found += [("closest to the reference", _closest(group)), ("smallest on the Pareto front", group.front[0])]
     if by_bytes and group.verdicts[by_bytes[0].name].text == TOO_FEW:
         found.append((f"too few samples for a verdict: take {MIN_CLUSTERS} or more", ""))
     return found
+
+
+def _closest(group: Comparison) -> str:
+    up = 1 if METRICS[group.metric].higher_is_better else -1
+    return max(group.candidates, key=lambda r: up * r.metrics[f"quality/{group.metric}"]).name
 
 
 def _within(v: Verdict, margin: float) -> bool:

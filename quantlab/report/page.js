@@ -469,7 +469,7 @@ function draw(chosen) {
   }
   page.replaceChildren(...title, answers(group));
   const room = page.clientWidth - (innerWidth <= 860 ? 62 : 98), backends = [...new Set(group.rows.filter((r) => r.role === "candidate").map((r) => r.backend))].sort();
-  page.append(section("What does each byte buy?", `Schemes on the line (dark outline) are the Pareto front: none is both smaller and better. Bars are 95 % intervals. n = ${group.n}.`,
+  page.append(section("What does each byte buy?", `Schemes on the line (dark outline) are the Pareto front: each is surely better than all that are smaller. Bars are 95 % intervals. n = ${group.n}.`,
     make("div", { class: "legend" }, ...backends.map((b) => make("span", {}, key(group, b), b))), paretoPlot(group, room)));
   page.append(section("All schemes", `Verdicts compare ${group.metric} with the reference (p: Holm-adjusted); \u2605 is the Pareto front. Click a heading to sort; \u201crecipe\u201d shows how to run that row again.`, schemeTable(group), ...group.notes.map((n) => make("p", { class: "hint" }, n))));
   if (group.pairs.length) {

@@ -16,7 +16,7 @@ from quantlab.errors import ConfigError
 from quantlab.metrics import METRICS
 from quantlab.metrics.significance import holm, t_test
 from quantlab.metrics.statistics import mean_interval
-from quantlab.report.compare import _paired, compare, front_of
+from quantlab.report.compare import _paired, answers, compare, front_of
 from quantlab.report.reading import ServerReader, StoredRun, open_reader, read_json
 from quantlab.report.selection import ComparisonRequest, parse_request, select
 from quantlab.vocabulary.schema import TrackingConfig
@@ -364,3 +364,9 @@ def test_samples_that_were_changed_are_left_out_with_a_word(own_sweep, capsys):
     assert read_json(reader, by_name["int4 a"], "samples.json") == {}
     assert "samples.json is not what the run wrote" in " ".join(capsys.readouterr().err.split())
     assert len(read_json(reader, by_name["int4 b"], "samples.json")["latent_rel_mse"]) == N
+
+
+def test_the_closest_is_the_best_value_also_off_the_front(sweep):
+    (group,), _ = compared(sweep, "sweep=latest")
+    assert group.front[-1] == "int8 a"
+    assert dict(answers(group))["closest to the reference"] == "int8 b"
