@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,12 +102,19 @@ def option_dirs() -> list[Path]:
 
 def shipped_groups() -> dict[str, list[str]]:
     """Config group -> the options that anyone has."""
-    found = {d.name: {f.stem for f in d.glob("*.yaml")} for d in sorted(conf_dir().iterdir()) if d.is_dir()}
-    found["backend"] |= set(backends())  # those of other packages have no file here
-    return {group: sorted(options) for group, options in found.items()}
+    found = _files_by_group(conf_dir())
+    more = {"backend": set(backends())}  # those of other packages have no file here
+    return {group: sorted(options | more.get(group, set())) for group, options in found.items()}
+
+
+@functools.cache
+def _files_by_group(conf: Path) -> dict[str, frozenset[str]]:
+    """The shipped options, read from the disk once: a grid asks for them once a value."""
+    return {d.name: frozenset(f.stem for f in d.glob("*.yaml")) for d in sorted(conf.iterdir()) if d.is_dir()}
 
 
 def groups() -> dict[str, list[str]]:
     """Config group -> its options, the user's own (``--config-dir``) last."""
-    own = {group: sorted(f.stem for d in _OWN for f in (d / group).glob("*.yaml")) for group in shipped_groups()}
-    return {group: [*options, *own[group]] for group, options in shipped_groups().items()}
+    shipped = shipped_groups()
+    own = {group: sorted(f.stem for d in _OWN for f in (d / group).glob("*.yaml")) for group in shipped}
+    return {group: [*options, *own[group]] for group, options in shipped.items()}
