@@ -7,8 +7,8 @@ far away and the second interval is the first; the more skewed the values are, t
 since the skewness of few values is itself uncertain: towards the far tail the farther bound counts, towards the near
 one a bound between the two.
 
-Why no bootstrap: of 10 log-normal values (sigma 1) the percentile bootstrap holds the truth in 81% of cases, the
-studentized one in 91%. What this interval holds is simulated in the README of this folder.
+Why no bootstrap: of few skewed values the percentile bootstrap, and also the studentized one, hold the truth far less
+often than they say. What this interval holds is simulated in the README of this folder.
 """
 
 from __future__ import annotations

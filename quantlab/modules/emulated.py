@@ -1,6 +1,6 @@
 """16-bit arithmetic on processors that have none, as what it means.
 
-Where a CPU multiplies no bfloat16 (or float16) numbers, torch does it one by one, up to 65 times slower than float32.
+Where a CPU multiplies no bfloat16 (or float16) numbers, torch does it one by one, far slower than in float32.
 The same product is the operands as they are (16 bits), multiplied and summed in float32, and the result rounded to 16
 bits: what native arithmetic does, up to the order of its sums.
 """

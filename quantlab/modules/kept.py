@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,12 +91,11 @@ def read_json(file: Path) -> Any:
 
 
 def set_aside(path: Path, error: Damaged) -> None:
-    """Give a damaged file or folder another name, and say so: it is made again."""
+    """Give a damaged file or folder another name, and say so: it is made again. The last one aside is kept."""
     aside = path.with_name(f"{path.name}.damaged")
-    if not aside.exists():
-        path.rename(aside)
-    elif path.is_file():
-        path.unlink()
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    path.replace(aside)
     say(f"{path}: damaged ({error}); it is made again, and what was there is kept as {aside.name}")
 
 

@@ -80,7 +80,7 @@ def test_a_good_file_of_others_is_damaged_too(tmp_path):
 
 def test_what_is_not_data_is_refused_and_leaves_nothing(tmp_path):
     with pytest.raises(TypeError, match=r"^calls\.0: a function is not data"):
-        write_tree({"calls": [print.__class__, len][1:] and [lambda: 1]}, tmp_path / "tree.safetensors")
+        write_tree({"calls": [lambda: 1]}, tmp_path / "tree.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -104,8 +104,6 @@ def test_damaged_files_and_folders_are_set_aside_with_a_word(tmp_path, capsys):
         for _ in range(2):
             path.mkdir() if path.name == "folder" else path.write_text("{")
             set_aside(path, Damaged("it ends early"))
-            assert not path.exists() or path.is_dir()
-            if path.is_dir():
-                path.rmdir()
+            assert not path.exists(), "a damaged set that stays in its place is read the next time"
         assert (tmp_path / f"{path.name}.damaged").exists()
     assert "damaged (it ends early); it is made again" in " ".join(capsys.readouterr().err.split())
