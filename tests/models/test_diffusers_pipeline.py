@@ -22,19 +22,9 @@ from quantlab.modules.calls import per_sample, replayed_output
 from quantlab.modules.layers import linear_layers, matches, resolve_exclusions, state_digest
 from quantlab.planning.places import conf_dir
 from quantlab.protocols import diffusion
-from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ModelConfig
-from tests.support.tiny_pipelines import BUILDERS
+from quantlab.vocabulary.schema import DatasetConfig, ModelConfig
+from tests.support.tiny_pipelines import BUILDERS, SMALL
 
-SMALL = EvaluationConfig(
-    num_samples=3,
-    batch_size=3,
-    num_inference_steps=2,
-    guidance_scale=3.0,
-    height=16,
-    width=32,
-    num_teacher_forced=2,
-    num_bootstrap=50,
-)
 KINDS = list(BUILDERS)
 
 

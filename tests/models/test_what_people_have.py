@@ -10,19 +10,8 @@ import torch
 from quantlab.datasets import prompts
 from quantlab.errors import ConfigError
 from quantlab.models import diffusers_pipeline
-from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ModelConfig
-from tests.support.tiny_pipelines import build_tiny_flux, build_tiny_sd3
-
-SMALL = EvaluationConfig(
-    num_samples=3,
-    batch_size=3,
-    num_inference_steps=2,
-    guidance_scale=3.0,
-    height=16,
-    width=32,
-    num_teacher_forced=2,
-    num_bootstrap=50,
-)
+from quantlab.vocabulary.schema import DatasetConfig, ModelConfig
+from tests.support.tiny_pipelines import SMALL, build_tiny_flux, build_tiny_sd3
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from quantlab.vocabulary.schema import EvaluationConfig
+
 _CHARACTERS = string.ascii_lowercase + string.digits + string.punctuation
 _MERGES = ["t h", "e r</w>", "a n", "th e</w>", "i n", "o n</w>", "r e", "a t</w>"]
+
+SMALL = EvaluationConfig(
+    num_samples=3,
+    batch_size=3,
+    num_inference_steps=2,
+    guidance_scale=3.0,
+    height=16,
+    width=32,
+    num_teacher_forced=2,
+    num_bootstrap=50,
+)
+"""What a tiny pipeline is run with: images of 16 by 32 pixels in two steps."""
 
 
 def clip_tokenizer() -> Any:
