@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from quantlab.backends.scheme import Scheme, scheme_of_config
 from quantlab.backends.table import held_packages, loggers
 from quantlab.errors import ConfigError, QuantlabError
+from quantlab.models.defaults import default_exclusions
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.compute_dtype import component_dtype
 from quantlab.modules.emulated import emulated_products, lacking
@@ -19,6 +19,7 @@ from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import component_memory, measure_stage
 from quantlab.modules.precision import exact_arithmetic
 from quantlab.modules.reached import check_weights_are_here, uncalled
+from quantlab.modules.ties import copied
 from quantlab.planning.job import Plan, scheme_name
 from quantlab.planning.plan import plan
 from quantlab.protocols.module import inputs_of, observe, samples_of
@@ -27,7 +28,8 @@ from quantlab.running.sweep import run_plan
 from quantlab.stages.calibrate import calibrate_component
 from quantlab.stages.evaluate import evaluate as evaluate_stage
 from quantlab.stages.evaluate import summarize
-from quantlab.stages.quantize import QuantizationRequest, quantize_component, select_layers
+from quantlab.stages.quantize import quantize_component
+from quantlab.stages.select import QuantizationRequest, select_layers
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.native import QuantizationConfigMixin
 from quantlab.vocabulary.numbers import FLOOR_BF16, FLOOR_FP32, FLOORS, REFERENCE
@@ -75,6 +77,8 @@ def quantize(
         module: a container with ``nn.Linear`` layers inside (a bare Linear cannot be replaced in itself).
         config: one of the five native configs; its ``modules_to_not_convert`` uses quantlab's matcher.
         calibration: batches as the module's forward takes them, for configs whose ``needs_data`` is true.
+        replace_default_exclusions: quantize also what the command line leaves out of a model of this class (output
+            heads, what the class keeps in float32).
         on_mismatch: ``error``, ``skip``, or a dtype to fall back to, for layers whose shape does not fit.
 
     Raises:
@@ -85,7 +89,13 @@ def quantize(
     check_finite_weights(module, "module")
     scheme = scheme_of_config(config, on_mismatch=on_mismatch, replace_default_exclusions=replace_default_exclusions)
     dtype, device = _dtype_and_device(module)
-    request = QuantizationRequest(component="model", scheme=scheme, compute_dtype=dtype, device=device)
+    request = QuantizationRequest(
+        component="model",
+        scheme=scheme,
+        compute_dtype=dtype,
+        device=device,
+        default_exclusions=default_exclusions(module),
+    )
     candidate = _copied(module).eval()
     selection = select_layers(request, candidate)
     calibrated = None
@@ -140,7 +150,7 @@ def _dtype_and_device(module: Any) -> tuple[str, str]:
 
 def _copied(module: Any) -> Any:
     try:
-        return copy.deepcopy(module)
+        return copied(module)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise ConfigError(
             f"module: it cannot be copied ({str(error).splitlines()[0]}); a module that is already quantized is often "

@@ -30,7 +30,8 @@ from quantlab.planning.job import Job
 from quantlab.planning.plan import plan
 from quantlab.stages.evaluate import evaluate, summarize
 from quantlab.stages.observe import observe
-from quantlab.stages.quantize import QuantizationRequest, _read_row, quantize_component
+from quantlab.stages.quantize import _read_row, quantize_component
+from quantlab.stages.select import QuantizationRequest
 from quantlab.vocabulary.reports import LayerReport, QuantizationReport, RunReport
 from tests.support.shell import TINY
 from tests.support.tables import BACKENDS

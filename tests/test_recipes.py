@@ -10,7 +10,8 @@ import pytest
 
 from quantlab.models.digits_training import build_transformer
 from quantlab.planning.plan import plan
-from quantlab.stages.quantize import QuantizationRequest, quantize_component
+from quantlab.stages.quantize import quantize_component
+from quantlab.stages.select import QuantizationRequest
 from tests.support.shell import Shell
 from tests.support.stores import artifact
 from tests.support.tiny_pipelines import BUILDERS

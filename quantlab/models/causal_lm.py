@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from quantlab.errors import ModelError
 from quantlab.models.checkpoint import load_checkpoint, weights_sha256
+from quantlab.models.defaults import default_exclusions, output_head
 from quantlab.models.loaded import LoadedModel, Progress
 from quantlab.models.reading import required_path
 from quantlab.vocabulary.dtypes import dtype_name
@@ -54,9 +55,7 @@ def as_language_model(
     digest: str,
 ) -> LoadedModel:
     """A LoadedModel of the language protocol around a transformers causal LM."""
-    embedding: torch.nn.Module | None = network_of(model).get_output_embeddings()
-    head = next((name for name, module in model.named_modules() if module is embedding), None)
-    if head is None:
+    if not output_head(model):
         raise ModelError(
             f"model.path={config.path}: {type(model).__name__} has no output embedding, so it gives no "
             "token probabilities; name a causal language model"
@@ -69,7 +68,7 @@ def as_language_model(
         dtype=dtype_name(model.dtype),
         device=device,
         weights_sha256=digest,
-        default_exclusions={"model": tuple(dict.fromkeys((head, *config.default_exclusions)))},
+        default_exclusions={"model": default_exclusions(model, config.default_exclusions)},
     )
 
 

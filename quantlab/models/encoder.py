@@ -6,6 +6,7 @@ from pathlib import Path
 
 from quantlab.models.assets import asset_path
 from quantlab.models.checkpoint import load_checkpoint, weights_sha256
+from quantlab.models.defaults import default_exclusions
 from quantlab.models.loaded import LoadedModel, Progress
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.schema import ModelConfig
@@ -28,6 +29,6 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
         parts={"tokenizer": tokenizer},
         dtype=dtype_name(model.dtype),
         device=device,
-        default_exclusions={"model": tuple(config.default_exclusions)},
+        default_exclusions={"model": default_exclusions(model, config.default_exclusions)},
         weights_sha256=weights_sha256(model, path, config.revision, cache_dir),
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypedDict, cast
 
 from quantlab.models.identity import identity_of
+from quantlab.modules.ties import copied
 from quantlab.vocabulary.schema import EvaluationConfig
 
 if TYPE_CHECKING:
@@ -108,4 +108,4 @@ class LoadedModel:
 
     def copy_of(self, component: str) -> torch.nn.Module:
         """A deep copy of one component, to be quantized in place (some libraries cannot copy afterwards)."""
-        return copy.deepcopy(self.components[component])
+        return copied(self.components[component])

@@ -73,8 +73,7 @@ def _inner(value: object, found: Storages, packages: Collection[str]) -> Iterabl
         if hasattr(value, "__tensor_flatten__"):
             held = [getattr(value, name) for name in value.__tensor_flatten__()[0]]
         else:
-            key, num_bytes = _storage(value)
-            found[key] = num_bytes
+            found[storage_of(value)] = value.untyped_storage().nbytes()
             held = []
         return [*held, *getattr(value, "__dict__", {}).values()]
     if isinstance(value, Mapping):
@@ -86,21 +85,23 @@ def _inner(value: object, found: Storages, packages: Collection[str]) -> Iterabl
     return ()
 
 
-def _storage(tensor: Tensor) -> tuple[tuple[str, int], int]:
+def storage_of(tensor: Tensor) -> tuple[str, int]:
+    """What the storage of a plain tensor is known by: its device and address (without one, by the object)."""
     storage = tensor.untyped_storage()
     address = 0 if tensor.is_meta else storage.data_ptr()
-    return (str(tensor.device), address or -storage._cdata), storage.nbytes()
+    return str(tensor.device), address or -storage._cdata
 
 
 def logical_size(module: nn.Module) -> tuple[int, int]:
-    """(parameters, parameters and buffers) of an unquantized module, as numbers of values; shared ones count once.
+    """(parameters, parameters and buffers) of an unquantized module, as numbers of values; shared ones, and transposed
+    views of them, count once.
 
     Twice the second number is ``bytes_at_16_bit`` of a :class:`~quantlab.vocabulary.reports.MemoryReport`.
     """
     parameters, seen = 0, {}
     for tensors, is_parameter in ((module.parameters(), True), (module.buffers(), False)):
         for tensor in tensors:
-            key = (_storage(tensor)[0], tensor.storage_offset(), tuple(tensor.shape))
+            key = (storage_of(tensor), tensor.storage_offset(), tensor.numel())
             if key not in seen:
                 seen[key] = tensor.numel()
                 parameters += tensor.numel() if is_parameter else 0
@@ -164,8 +165,7 @@ def _split(layer: nn.Module, packages: Collection[str]) -> tuple[Storages, Stora
 def _codes(weight: Tensor, packages: Collection[str]) -> Storages:
     """The storage of a weight's codes: its own, or of the inner tensor that is named as data, or the largest one."""
     if not hasattr(weight, "__tensor_flatten__"):
-        key, size = _storage(weight)
-        return {key: size}
+        return {storage_of(weight): weight.untyped_storage().nbytes()}
     names = weight.__tensor_flatten__()[0]
     data = [name for name in names if name.endswith("data") and "scale" not in name]
     if len(data) == 1:

@@ -17,7 +17,7 @@ from quantlab.modules.kept import Damaged, read_json, set_aside, write_json
 from quantlab.progress import say
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.stages.observe import LIBRARIES
-from quantlab.stages.quantize import QuantizationRequest, Selection
+from quantlab.stages.select import QuantizationRequest, Selection
 from quantlab.tracking.provenance import arithmetic, versions
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.schema import EvaluationConfig

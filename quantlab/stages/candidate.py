@@ -26,7 +26,8 @@ from quantlab.stages.calibrate import (
     is_out_of_memory,
 )
 from quantlab.stages.evidence import LayerEnergies, layer_energies, weight_sqnr_db
-from quantlab.stages.quantize import QuantizationRequest, Selection, quantize_component, select_layers
+from quantlab.stages.quantize import quantize_component
+from quantlab.stages.select import QuantizationRequest, Selection, select_layers
 from quantlab.vocabulary.reports import CalibratedLayer, CalibrationReport, QuantizationReport, StageReport
 
 if TYPE_CHECKING:

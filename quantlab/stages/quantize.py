@@ -8,18 +8,16 @@ are farther from the original weights than the format rounds (:mod:`quantlab.sta
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from quantlab.backends.exclusions import expand, kept_in_float32
-from quantlab.backends.scheme import Format, Scheme
-from quantlab.backends.table import held_packages, offers
-from quantlab.errors import ConfigError, NotQuantized
+from quantlab.backends.scheme import Scheme
+from quantlab.backends.table import held_packages
+from quantlab.errors import NotQuantized
 from quantlab.modules.compute_dtype import stand_for
-from quantlab.modules.hooks import check_forwards, check_offloading
-from quantlab.modules.layers import layers_left_alone, linear_layers, resolve_exclusions
-from quantlab.modules.memory import layer_memory
-from quantlab.modules.reached import check_weights_are_here, other_matrices
+from quantlab.modules.layers import layers_left_alone
+from quantlab.modules.memory import layer_memory, logical_size
+from quantlab.stages.select import QuantizationRequest, Selection, select_layers
 from quantlab.stages.weight_errors import WeightErrors, weight_errors
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, FLOAT16_SCALE, dtype_name
@@ -28,101 +26,6 @@ from quantlab.vocabulary.reports import LayerReport, QuantizationReport, StoredW
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizationRequest:
-    """What is asked of the stage for one component."""
-
-    component: str
-    scheme: Scheme
-    compute_dtype: str
-    """Of the component; or of the layers, where the scheme's axes say one."""
-    device: str
-    default_exclusions: tuple[str, ...] = ()
-    """Entries of the model family, which may match nothing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Selection:
-    """Which layers of a component are quantized, and how."""
-
-    native: QuantizationConfigMixin
-    """The scheme's config with what depends on the device made concrete."""
-    taken: tuple[str, ...]
-    excluded: Mapping[str, str]
-    """Layer -> the entry that leaves it out."""
-    misfits: Mapping[str, str]
-    """Layer -> why it cannot be stored as asked (``quantization.on_mismatch`` says what becomes of it)."""
-    asked: Mapping[str, Format]
-    compute_dtypes: Mapping[str, str]
-    """Layer -> the dtype that it computes in: where the axes leave it open its own, if the format computes in it."""
-    idle_exclusions: tuple[str, ...] = ()
-    fallback: Scheme | None = None
-    """How the misfits are stored, where there are any and ``quantization.on_mismatch`` is a dtype of the backend."""
-
-    @property
-    def calibrated(self) -> tuple[str, ...]:
-        """The layers that calibration looks at: those taken, and the misfits whose config needs data too."""
-        is_calibrated = self.fallback is not None and self.fallback.native.needs_data
-        return (*self.taken, *(self.misfits if is_calibrated else ()))
-
-
-def select_layers(request: QuantizationRequest, module: torch.nn.Module) -> Selection:
-    """Which Linear layers of ``module`` the request takes.
-
-    Raises:
-        ConfigError: an exclusion that matches nothing, no layer left, or a device that the scheme does not run on.
-        ModelError: a layer whose work a quantized one would not do (:func:`quantlab.modules.hooks.check_forwards`).
-        NotQuantized: layers that the scheme cannot take.
-    """
-    scheme = request.scheme
-    axes = scheme.axes
-    check_device(scheme.format, request.device, request.compute_dtype)
-    check_offloading(module, f"model.components={request.component}")
-    check_weights_are_here(module, f"model.components={request.component}")
-    layers = linear_layers(module)
-    if not layers:
-        others = other_matrices(module, ())
-        told = (
-            f"; its matrices are in {others} layers, which no backend replaces" if others else "; nothing to quantize"
-        )
-        raise ConfigError(f"model.components={request.component}: it has no Linear layer{told}")
-    excluded, idle = _excluded(request, module, list(layers))
-    wanted = [n for n in layers if n not in excluded]
-    if not wanted and (others := other_matrices(module, layers.values())):
-        raise ConfigError(
-            f"model.components={request.component}: its matrices are in {others} layers, which are no nn.Linear and "
-            f"which no backend replaces; its {len(layers)} Linear layers ({', '.join(list(layers)[:3])}) are excluded, "
-            "so nothing is left to quantize: choose another model"
-        )
-    if not wanted:
-        raise ConfigError(
-            f"modules_to_not_convert: all {len(layers)} Linear layers of {request.component} are excluded; "
-            "nothing is left to quantize"
-        )
-    check_forwards(module, wanted, f"model.components={request.component}")
-    shapes = {n: tuple(layers[n].weight.shape) for n in layers}
-    dtypes = scheme.native.layer_dtypes(wanted)
-    asked = {n: scheme.other_formats[dtypes[n]] if n in dtypes else scheme.format for n in wanted}
-    misfits = {n: reason for n in wanted if (reason := misfit(asked[n], shapes[n]))}
-    if misfits and axes.on_mismatch == "error":
-        raise NotQuantized(_misfit_message(axes, misfits, shapes))
-    if len(misfits) == len(wanted):
-        raise NotQuantized(_nothing_message(axes, request.component, misfits, shapes))
-    kept = {n: dtype_name(layers[n].weight.dtype) for n in wanted} if axes.compute_dtype == "auto" else {}
-    return Selection(
-        compute_dtypes={
-            n: kept[n] if kept.get(n) in asked[n].row.compute_dtypes else request.compute_dtype for n in wanted
-        },
-        native=scheme.backend.module.resolve(scheme.native, request.device, request.compute_dtype),
-        taken=tuple(n for n in wanted if n not in misfits),
-        excluded=excluded,
-        misfits=misfits,
-        asked=asked,
-        idle_exclusions=idle,
-        fallback=_checked_fallback(scheme, {n: shapes[n] for n in misfits}),
-    )
 
 
 def quantize_component(
@@ -157,6 +60,8 @@ def quantize_component(
     rows = []
     lost: dict[str, str] = {}
     for name, part in original.named_modules():
+        if name in chosen.same:
+            continue
         if name in kept:
             status, reason = kept[name]
             rows.append(_kept_row(request.component, name, cast("torch.nn.Linear", part), status, reason))
@@ -168,13 +73,21 @@ def quantize_component(
     _require({n: f.axes for n, f in chosen.asked.items()}, [r for r in rows if r.status == "quantized"])
     if lost:
         raise NotQuantized(_lost_message(request, chosen.compute_dtypes[min(lost)], lost))
-    num = sum(p.numel() for p in {id(p): p for p in original.parameters()}.values())
+    rows = _with_shared(rows, chosen.same, [name for name, _ in original.named_modules()])
     was = scheme.native.to_dict()
     resolved = {k: v for k, v in native.to_dict().items() if v != was.get(k)}
     resolved |= {"exclusions_without_effect": ", ".join(chosen.idle_exclusions)} if chosen.idle_exclusions else {}
     shared = sorted({r.activation_granularity for r in rows if r.activation_granularity})
     resolved |= {"activation_granularity": ", ".join(shared)} if shared else {}
-    return module, QuantizationReport(layers=tuple(rows), num_parameters=num, resolved=resolved)
+    return module, QuantizationReport(layers=tuple(rows), num_parameters=logical_size(original)[0], resolved=resolved)
+
+
+def _with_shared(rows: Sequence[LayerReport], same: Mapping[str, str], order: Sequence[str]) -> list[LayerReport]:
+    """The rows, and one for each layer whose weight is stored with another's: the same, and no bytes of its own."""
+    found = {row.name: row for row in rows}
+    for name, first in same.items():
+        found[name] = replace(found[first], name=name, shares=first, weight_bytes=0, scale_bytes=0)
+    return [found[name] for name in order if name in found]
 
 
 def _hand_over(
@@ -193,117 +106,7 @@ def _hand_over(
             scheme.backend.module.quantize(module, names, native, dtype)
 
 
-def _excluded(
-    request: QuantizationRequest, module: torch.nn.Module, layers: Sequence[str]
-) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Layer -> why it stays as it is; and the entries under a library's rule that take no layer of the module.
-
-    By quantlab's matcher: the family's defaults, and the scheme's entries; beside them what the model's class keeps in
-    float32, and where the config keeps a library's rule, that library's. An entry of quantlab's that matches nothing is
-    a ConfigError.
-    """
-    scheme, native = request.scheme, request.scheme.native
-    defaults = () if scheme.axes.replace_default_exclusions else request.default_exclusions
-    keep = not scheme.axes.replace_default_exclusions
-    theirs, idle = kept_in_float32(module) if keep else {}, tuple[str, ...]()
-    if native.exclusion_rule != "quantlab":
-        theirs, idle = expand(native, module, keep)
-    names = [n for n, _ in module.named_modules()]
-    optional = (*defaults, *(entry for entries in scheme.shipped_exclusions.values() for entry in entries))
-    ours = resolve_exclusions(layers, [*defaults, *scheme.exclusions], names, optional_entries=optional)
-    found = {name: f"modules_to_not_convert: {entry}" for name, entry in ours.items()}
-    return {**native.disabled_layers(layers), **{n: r for n, r in theirs.items() if n in layers}, **found}, idle
-
-
-def check_device(asked: Format, device: str, compute_dtype: str) -> None:
-    """ConfigError naming the requirement where the scheme does not run on this device or in this compute dtype."""
-    axes, row = asked.axes, asked.row
-    who = f"dtype={axes.dtype}: {axes.backend}"
-    if device not in row.devices:
-        raise ConfigError(
-            f"{who} runs it on {' and '.join(row.devices)} only, and this run is on {device}"
-            f"{'; ' + row.note if row.note else ''}"
-        )
-    if axes.algorithm in row.cuda_algorithms and device != "cuda":
-        others = [
-            b
-            for b, offer in offers().items()
-            if b != axes.backend and axes.dtype in offer.rows and axes.algorithm in offer.rows[axes.dtype].algorithms
-        ]
-        other = f", or backend={others[0]}" if others else ""
-        raise ConfigError(
-            f"algorithm={axes.algorithm}: {axes.backend} runs it on CUDA only, and this run is on "
-            f"{device}; pass device=cuda{other}"
-        )
-    if compute_dtype not in row.compute_dtypes:
-        raise ConfigError(
-            f"{who} computes it in {', '.join(row.compute_dtypes)} only; this run computes in {compute_dtype}: "
-            f"pass compute_dtype={row.compute_dtypes[0]}"
-        )
-    if device == "cuda" and row.min_compute_capability is not None:
-        import torch
-
-        have = torch.cuda.get_device_capability()
-        if have < row.min_compute_capability:
-            need = ".".join(map(str, row.min_compute_capability))
-            raise ConfigError(f"{who} needs CUDA compute capability {need}; this device has {have[0]}.{have[1]}")
-
-
-def misfit(asked: Format, shape: Sequence[int]) -> str:
-    """Why a weight of ``shape`` (out_features, in_features) cannot be stored as asked; "" where it can."""
-    axes, row = asked.axes, asked.row
-    out_features, in_features = shape
-    group = axes.group_size
-    if isinstance(group, int) and row.grouping == "row" and in_features % group:
-        return f"in_features {in_features} does not divide by group_size {group}"
-    if in_features % row.in_features_multiple:
-        return f"in_features {in_features} does not divide by {row.in_features_multiple}, the block of {axes.dtype}"
-    if out_features % row.out_features_multiple:
-        return f"out_features {out_features} does not divide by {row.out_features_multiple}"
-    if (out_features * in_features) % row.numel_multiple:
-        return f"{out_features} x {in_features} weights do not divide by {row.numel_multiple}"
-    return ""
-
-
-def _misfit_message(axes: QuantizationAxes, misfits: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    key = f"group_size={axes.group_size}" if any("group_size" in r for r in misfits.values()) else f"dtype={axes.dtype}"
-    listed = "; ".join(f"{n} {list(shapes[n])}: {r}" for n, r in list(misfits.items())[:8])
-    more = f"; and {len(misfits) - 8} more" if len(misfits) > 8 else ""
-    return (
-        f"{key}: {len(misfits)} layers cannot be stored as {axes.backend} {axes.dtype}: {listed}{more}. "
-        "Choose another group size or dtype, exclude them with modules_to_not_convert, or pass "
-        "quantization.on_mismatch=skip (or a dtype to fall back to)"
-    )
-
-
-def _nothing_message(
-    axes: QuantizationAxes, component: str, misfits: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
-) -> str:
-    """A scheme that fits nowhere is none, whatever becomes of the layers."""
-    name, why = next(iter(misfits.items()))
-    instead = "" if axes.on_mismatch in ("skip", *COMPUTE_DTYPES) else f" (dtype={axes.on_mismatch} fits them)"
-    return (
-        f"dtype={axes.dtype}: fits none of the {len(misfits)} layers of {component} that it should quantize, such as "
-        f"{name} {list(shapes[name])}: {why}; choose another dtype or group size{instead}, or leave the component out "
-        "of model.components"
-    )
-
-
 # -- fallback
-
-
-def _checked_fallback(scheme: Scheme, shapes: Mapping[str, Sequence[int]]) -> Scheme | None:
-    """The scheme of layers of these shapes; None where there are none. NotQuantized where they do not fit it either."""
-    if not shapes or scheme.fallback is None:
-        return None
-    fallback = scheme.fallback
-    bad = {n: r for n, shape in shapes.items() if (r := misfit(fallback.format, shape))}
-    if bad:
-        raise NotQuantized(
-            f"quantization.on_mismatch={fallback.axes.dtype}: does not fit either: "
-            f"{'; '.join(f'{n}: {r}' for n, r in bad.items())}; choose a dtype without blocks, or skip"
-        )
-    return fallback
 
 
 def _fall_back(

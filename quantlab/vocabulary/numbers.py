@@ -75,7 +75,7 @@ def _memory_metrics(prefix: str, m: MemoryReport) -> dict[str, float | int | Non
 
 
 def _quantization_metrics(q: QuantizationReport) -> dict[str, float | int | None]:
-    done = [r for r in q.layers if r.status in ("quantized", "fallback")]
+    done = [r for r in q.layers if r.status in ("quantized", "fallback") and not r.shares]
     sizes = [r.group_size or r.shape[1] for r in done if r.status == "quantized"]
     numel = sum(r.shape[0] * r.shape[1] for r in done)
     errors = [r.weight_rel_error for r in done if r.weight_rel_error is not None]

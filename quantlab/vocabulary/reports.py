@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
+
 
 @dataclass(frozen=True, kw_only=True)
 class StoredWeight:
@@ -60,6 +62,8 @@ class LayerReport:
     """The same of the row (output feature) where it is largest, of those that are not all zeros."""
     is_simulated: bool = False
     reason: str = ""
+    shares: str = ""
+    """Name of the layer in whose weight this one's is stored; "": it has its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +77,12 @@ class QuantizationReport:
 
     @property
     def coverage(self) -> float:
-        """Share of the components' parameters that are quantized (fallback layers to a quantized dtype count)."""
+        """Share of the components' parameters that are quantized (fallback layers to a quantized dtype count), each
+        stored weight once."""
         done = ("quantized", "fallback")
-        num = sum(_numel(r.shape) for r in self.layers if r.status in done and r.bits_per_weight is not None)
+        num = sum(
+            _numel(r.shape) for r in self.layers if r.status in done and not r.shares and r.dtype not in COMPUTE_DTYPES
+        )
         return num / self.num_parameters if self.num_parameters else 0.0
 
 
@@ -141,8 +148,8 @@ class MemoryReport:
 
     @property
     def bits_per_weight(self) -> float:
-        """8 * weights_bytes / logical parameters of the component."""
-        return 8 * self.weights_bytes / self.num_parameters
+        """Bits of each logical value, buffers included, as ``weights_bytes`` has them too."""
+        return 16 * self.weights_bytes / self.bytes_at_16_bit
 
 
 @dataclass(frozen=True, kw_only=True)

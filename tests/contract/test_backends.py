@@ -12,7 +12,8 @@ from quantlab.backends.table import backends
 from quantlab.errors import ConfigError, MissingPackage, NotQuantized
 from quantlab.modules.feed import feed_of_batches
 from quantlab.stages.calibrate import calibrate_component
-from quantlab.stages.quantize import QuantizationRequest, quantize_component, select_layers
+from quantlab.stages.quantize import quantize_component
+from quantlab.stages.select import QuantizationRequest, select_layers
 from quantlab.vocabulary.axes import QuantizationAxes
 from tests.support.configs import dtypes_on_cpu
 from tests.support.tables import BACKENDS, CAPABILITIES, native_config, storages, the_scheme

@@ -10,7 +10,8 @@ from torch import nn
 import quantlab
 from quantlab import BitsAndBytesConfig, NotQuantized, NVIDIAModelOptConfig, QuantoConfig, TorchAoConfig
 from quantlab.backends.bitsandbytes.layers import dense_4bit
-from quantlab.stages.quantize import QuantizationRequest, quantize_component
+from quantlab.stages.quantize import quantize_component
+from quantlab.stages.select import QuantizationRequest
 from quantlab.stages.weight_errors import weight_errors
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.reports import StoredWeight

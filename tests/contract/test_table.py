@@ -13,7 +13,7 @@ from quantlab.backends.scheme import Format
 from quantlab.backends.table import offers
 from quantlab.errors import ConfigError, MissingPackage
 from quantlab.planning.listing import combinations
-from quantlab.stages.quantize import check_device
+from quantlab.stages.select import check_device
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.dtypes import DTYPES
 from tests.contract.test_backends import ON_CPU, ROWS, net, quantized, run, sample

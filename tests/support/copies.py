@@ -7,7 +7,8 @@ from torch import nn
 
 from quantlab.modules.feed import feed_of_batches
 from quantlab.stages.calibrate import calibrate_component
-from quantlab.stages.quantize import QuantizationRequest, quantize_component, select_layers
+from quantlab.stages.quantize import quantize_component
+from quantlab.stages.select import QuantizationRequest, select_layers
 from quantlab.vocabulary.axes import QuantizationAxes
 from tests.support.tables import CAPABILITIES, the_scheme
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from quantlab.backends.scheme import scheme_of_config
-from quantlab.stages.quantize import QuantizationRequest
+from quantlab.stages.select import QuantizationRequest
 from tests.support.configs import config_of
 
 TABLE = {  # entry -> Linear layers that it excludes from the tiny Flux under each backend's rule in Diffusers
