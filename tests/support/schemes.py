@@ -1,4 +1,4 @@
-"""Every scheme of the capability table that a CPU runs, as native configs."""
+"""Every scheme of the capability table that a device runs, as native configs."""
 
 from __future__ import annotations
 
@@ -28,27 +28,31 @@ class Scheme:
 
 
 def schemes_on_cpu() -> Iterator[Scheme]:
+    return schemes_on("cpu")
+
+
+def schemes_on(device: str) -> Iterator[Scheme]:
     """Every dtype with every algorithm, by the first activation dtype that it goes with; and with every activation
     dtype, by the first algorithm; both with each kind of scales that the backend has."""
     for backend in BACKENDS:
         for dtype, row in CAPABILITIES[backend].items():
-            if "cpu" not in row.devices:
+            if device not in row.devices:
                 continue
-            algorithms = [a for a in row.algorithms if a not in row.cuda_algorithms]
+            algorithms = [a for a in row.algorithms if device == "cuda" or a not in row.cuda_algorithms]
             pairs = [(activation, algorithms[0]) for activation in row.activation_dtypes]
             for algorithm in algorithms[1:]:
                 pairs.append(
-                    next((a, algorithm) for a in row.activation_dtypes if any(_of(backend, dtype, a, algorithm)))
+                    next((a, algorithm) for a in row.activation_dtypes if any(_of(device, backend, dtype, a, algorithm)))
                 )
             for activation, algorithm in pairs:
-                yield from _of(backend, dtype, activation, algorithm)
+                yield from _of(device, backend, dtype, activation, algorithm)
 
 
-def _of(backend: str, dtype: str, activation: str, algorithm: str) -> Iterator[Scheme]:
+def _of(device: str, backend: str, dtype: str, activation: str, algorithm: str) -> Iterator[Scheme]:
     axes = QuantizationAxes(backend=backend, dtype=dtype, activation_dtype=activation, algorithm=algorithm)
     found: list[Any] = []
     for settings in ({}, {"activation_scales": "static"}):
-        if backend == "torchao" and activation == "float8_e4m3" and not settings:
+        if device == "cpu" and backend == "torchao" and activation == "float8_e4m3" and not settings:
             continue  # its kernel is CUDA's, which the table has no column for
         try:
             native = BACKENDS[backend].Config.from_axes(axes, settings)

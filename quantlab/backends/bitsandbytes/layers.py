@@ -136,7 +136,8 @@ def layer_classes() -> dict[str, Any]:
 
         def forward(self, input: Tensor) -> Tensor:
             """input (..., in_features) -> (..., out_features), in its dtype; named as ``nn.Linear`` names it."""
-            inputs = _floating(input).to(self.compute_dtype).reshape(-1, input.shape[-1])
+            # The CUDA kernel that rounds the inputs reads memory row after row, whatever the strides say.
+            inputs = _floating(input).to(self.compute_dtype).reshape(-1, input.shape[-1]).contiguous()
             bias = None if self.bias is None else self.bias.to(self.compute_dtype)
             state = self.state
             if self.in_features == 1:  # torch._int_mm returns unset memory on CPUs then: a column of zeros beside it

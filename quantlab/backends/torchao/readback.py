@@ -80,12 +80,6 @@ def _span(weight: Tensor, kind: str, num_scales: int) -> tuple[int | None, float
     return weight.numel() if num_scales == 1 else None, None
 
 
-def rounds_inputs(layer: nn.Module) -> bool:
-    """Whether a layer that holds a weight of torchao rounds its inputs too."""
-    weight = getattr(layer, "weight", None)
-    return is_quantized(layer) and _READERS[_kind(cast("Tensor", weight))](weight)[2] != "none"
-
-
 def stored_dtype(weight: Tensor) -> str:
     """The format of a weight of one of torchao's tensor classes."""
     return _READERS[_kind(weight)](weight)[0]
