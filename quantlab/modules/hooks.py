@@ -12,6 +12,8 @@ One rule for all backends, whether they replace a layer or change it in place:
 
 from __future__ import annotations
 
+import contextlib
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +55,19 @@ def inherit(new: nn.Module, old: nn.Module) -> None:
     for name, value in vars(old).items():
         if name not in (*_REPLACED, *_FORWARDS) and not hasattr(new, name):
             vars(new)[name] = value
+
+
+@contextlib.contextmanager
+def without_hooks_of(layer: nn.Module, original: nn.Module) -> Iterator[None]:
+    """While open, ``layer`` runs without the forward hooks that it has from ``original``; those of its own stay."""
+    keys = ("_forward_pre_hooks", "_forward_hooks")
+    kept = {key: vars(layer)[key] for key in keys}
+    for key, hooks in kept.items():
+        vars(layer)[key] = OrderedDict((i, hook) for i, hook in hooks.items() if i not in vars(original)[key])
+    try:
+        yield
+    finally:
+        vars(layer).update(kept)
 
 
 # -- what stays around

@@ -21,6 +21,7 @@ OTHERS = {
     "quantization/coverage": MAXIMIZE,
     "quantization/weight_rel_error_mean": MINIMIZE,
     "quantization/weight_rel_error_max": MINIMIZE,
+    "quantization/product_rel_error_max": MINIMIZE,
     "quantization/worst_row_rel_error_max": MINIMIZE,
     "perf/evaluate_s": MINIMIZE,
     "perf/quantize_s": MINIMIZE,

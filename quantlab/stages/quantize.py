@@ -2,11 +2,13 @@
 
 A backend's word is not evidence. Every layer that was asked for is looked at afterwards; one that is not what was
 asked for is an error that names it, unless ``quantization.on_mismatch`` says otherwise; and so is one with rows that
-are farther from the original weights than the format rounds (:mod:`quantlab.stages.weight_errors`).
+are farther from the original weights than the format rounds (:mod:`quantlab.stages.weight_errors`), and one that
+multiplies by something else than it holds (:mod:`quantlab.stages.products`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -15,8 +17,10 @@ from quantlab.backends.scheme import Scheme
 from quantlab.backends.table import held_packages
 from quantlab.errors import NotQuantized
 from quantlab.modules.compute_dtype import stand_for
+from quantlab.modules.hooks import without_hooks_of
 from quantlab.modules.layers import layers_left_alone
 from quantlab.modules.memory import layer_memory, logical_size
+from quantlab.stages.products import Product, product
 from quantlab.stages.select import QuantizationRequest, Selection, select_layers
 from quantlab.stages.weight_errors import WeightErrors, weight_errors
 from quantlab.vocabulary.axes import QuantizationAxes
@@ -69,7 +73,7 @@ def quantize_component(
             weight = cast("torch.nn.Linear", part).weight
             stand_for(module.get_submodule(name), weight)
             to, reason = (None if name in chosen.taken else fallback[name]), misfits.get(name, "")
-            rows.append(_read_row(request, name, module.get_submodule(name), weight, to, reason, lost))
+            rows.append(_read_row(request, name, module.get_submodule(name), part, weight, to, reason, lost))
     _require({n: f.axes for n, f in chosen.asked.items()}, [r for r in rows if r.status == "quantized"])
     if lost:
         raise NotQuantized(_lost_message(request, chosen.compute_dtypes[min(lost)], lost))
@@ -157,12 +161,15 @@ def _read_row(
     request: QuantizationRequest,
     name: str,
     layer: torch.nn.Module,
+    part: torch.nn.Module,
     original: torch.Tensor,
     fallback: str | None,
     reason: str,
     lost: dict[str, str],
 ) -> LayerReport:
-    """The layer's row; ``lost`` gets an entry where rows are farther off than the format explains."""
+    """The row of ``layer``, which was ``part`` with the weight ``original``.
+
+    ``lost`` gets an entry where rows are farther off than the format explains."""
     import torch
 
     if fallback in COMPUTE_DTYPES:
@@ -180,6 +187,10 @@ def _read_row(
     found = weight_errors(replace(stored, dense=dense), reference, request.scheme.axes.algorithm != "max")
     if found.lost_rows:
         lost[name] = _lost_text(name, reference, found)
+    with without_hooks_of(layer, part):  # what users hung on it is not the layer's own answer
+        answered = None if fallback in COMPUTE_DTYPES else product(layer, stored, original.dtype)
+    if answered is not None and not answered.is_explained:
+        raise NotQuantized(_wrong_product(request, name, tuple(reference.shape), answered))
     zeroed = f"{found.num_zeroed} of {len(reference)} rows are too small for the format's scales: stored as zeros"
     weight_bytes, scale_bytes = layer_memory(layer, held_packages())
     return LayerReport(
@@ -197,8 +208,20 @@ def _read_row(
         scale_bytes=scale_bytes,
         weight_rel_error=found.layer,
         worst_row_rel_error=found.worst_row,
+        product_rel_error=None if answered is None else answered.rel_error,
+        kernel="" if answered is None else answered.kernel,
         is_simulated=stored.is_simulated,
         reason="; ".join(filter(None, (reason or stored.note, zeroed if found.num_zeroed else ""))),
+    )
+
+
+def _wrong_product(request: QuantizationRequest, name: str, shape: tuple[int, ...], found: Product) -> str:
+    off = "NaN or infinite" if math.isinf(found.rel_error) else f"{found.rel_error:.2g} of their size off"
+    return (
+        f"dtype={request.scheme.axes.dtype}: {name} {list(shape)} multiplies by something else than the weight that it "
+        f"holds: its outputs for random inputs are {off}, and rounding explains {found.tolerance:g} "
+        f"({request.scheme.axes.backend}, by {found.kernel or 'no known kernel'}); choose another dtype, group_size or "
+        "algorithm, or exclude it with modules_to_not_convert"
     )
 
 

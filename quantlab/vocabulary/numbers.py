@@ -89,6 +89,9 @@ def _quantization_metrics(q: QuantizationReport) -> dict[str, float | int | None
         "quantization/group_size_max": max(sizes, default=None),
         "quantization/weight_rel_error_mean": sum(errors) / len(errors) if errors else None,
         "quantization/weight_rel_error_max": max(errors, default=None),
+        "quantization/product_rel_error_max": max(
+            (r.product_rel_error for r in done if r.product_rel_error is not None), default=None
+        ),
         "quantization/worst_row_rel_error_max": max(
             (r.worst_row_rel_error for r in done if r.worst_row_rel_error is not None), default=None
         ),

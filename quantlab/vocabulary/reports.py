@@ -60,6 +60,11 @@ class LayerReport:
     """||W - Wq|| / ||W|| (Frobenius), fp32."""
     worst_row_rel_error: float | None = None
     """The same of the row (output feature) where it is largest, of those that are not all zeros."""
+    product_rel_error: float | None = None
+    """Of a few random rows: the layer's answer against the product of its decoded weight; None: not asked (static
+    activation scales)."""
+    kernel: str = ""
+    """The operator that multiplied, by torch's name."""
     is_simulated: bool = False
     reason: str = ""
     shares: str = ""

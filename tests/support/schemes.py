@@ -42,7 +42,9 @@ def schemes_on(device: str) -> Iterator[Scheme]:
             pairs = [(activation, algorithms[0]) for activation in row.activation_dtypes]
             for algorithm in algorithms[1:]:
                 pairs.append(
-                    next((a, algorithm) for a in row.activation_dtypes if any(_of(device, backend, dtype, a, algorithm)))
+                    next(
+                        (a, algorithm) for a in row.activation_dtypes if any(_of(device, backend, dtype, a, algorithm))
+                    )
                 )
             for activation, algorithm in pairs:
                 yield from _of(device, backend, dtype, activation, algorithm)

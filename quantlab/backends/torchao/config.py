@@ -476,6 +476,12 @@ def layer_form(config: TorchAoConfig, in_features: int) -> Form:
     if kind == INT4 and config.int4_packing_format == "opaque":
         return opaque(form, group, in_features)
     if kind == INT4:
+        if config.algorithm != "auto" and group not in OPAQUE_GROUPS:
+            raise ConfigError(
+                f"algorithm={config.algorithm}: torchao scales the inputs of packed int4 only, and in_features "
+                f"{in_features} divides by none of its group sizes {', '.join(map(str, OPAQUE_GROUPS))}; exclude the "
+                "layer, or set algorithm=max"
+            )
         if config.int4_packing_format == "unpacked_to_int8" or group not in _TILE_GROUPS:
             return unpacked(config, group or "none")
         packing = {"int4_packing_format": of_enum("Int4PackingFormat", "TILE_PACKED_TO_4D")}

@@ -257,7 +257,7 @@ def _misfit(form: Mapping[str, Any], shape: tuple[int, int], dtype: str, device:
     if is_tiled and (device != "cuda" or dtype != "bfloat16"):
         return (
             f"int4_packing_format=tile_packed_to_4d: it needs CUDA and bfloat16, and this layer is on {device} "
-            f"in {dtype}; use int4_packing_format=unpacked_to_int8, or compute_dtype=bfloat16"
+            f"in {dtype}; set compute_dtype=bfloat16, or, without an algorithm, int4_packing_format=unpacked_to_int8"
         )
     if kind == OPAQUE and device != "cpu":
         return f"int4_packing_format=opaque: it is for a CPU, and this layer is on {device}; use tile_packed_to_4d"

@@ -1,0 +1,82 @@
+"""Whether a quantized layer multiplies by the weight that it reads back as, and with which kernel.
+
+Read-back decodes what is stored; a layer's own forward may still do something else with it: a scale that is applied
+twice or never, a kernel that was not launched, a layout that is read wrongly. So each layer answers a few random rows
+once, beside the plain product of its decoded weight.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from quantlab.vocabulary.reports import StoredWeight
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_NUM_ROWS = 8
+_LARGEST_OUTPUT = 1000.0
+"""Inputs are made smaller where outputs would be larger: 16 bits end at 65,504, and that is no fault of a layer."""
+_WEIGHT_ONLY, _FOUR_BIT_INPUTS = 0.05, 0.5
+_ROUNDED_INPUTS = 0.1
+_PRODUCTS = ("mm", "mv", "gemv", "gemm", "linear", "matmul")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """What a layer answered."""
+
+    rel_error: float
+    """||found - wanted|| / ||wanted|| over all rows, without the bias; infinite where the answer is not finite."""
+    tolerance: float
+    """What rounding of the inputs and 16-bit sums explain, with room; beyond it the layer computes something else."""
+    kernel: str
+    """The operator that multiplied, by torch's name: ``aten::addmm`` is a dense product, after dequantization."""
+
+    @property
+    def is_explained(self) -> bool:
+        return self.rel_error <= self.tolerance
+
+
+def product(layer: torch.nn.Module, stored: StoredWeight, dtype: torch.dtype) -> Product | None:
+    """Ask ``layer`` for random rows of ``dtype``, normally distributed where its inputs are rounded.
+
+    None where the layer rounds its inputs by scales that were measured: which inputs it takes only its data know.
+    """
+    import torch
+    from torch.autograd.profiler_legacy import profile
+
+    if stored.activation_granularity.endswith("static"):
+        return None
+    dense: Tensor = stored.dense.detach().float()
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(_NUM_ROWS, dense.shape[1], generator=draw).to(dense.device)
+    if stored.column_scale is not None:
+        x = x * stored.column_scale.to(x)
+    x = (x * min(1.0, _LARGEST_OUTPUT / max(1.0, float((x @ dense.T).abs().max())))).to(dtype)
+    wanted = x.float() @ dense.T
+    with torch.no_grad(), profile() as profiled:
+        found = layer(x).float()
+    bias: Tensor | None = getattr(layer, "bias", None)
+    difference = found - wanted if bias is None else found - bias.detach().float() - wanted
+    norm = float(torch.linalg.vector_norm(wanted))
+    error = float(torch.linalg.vector_norm(difference)) / (norm or 1.0)
+    return Product(
+        rel_error=error if math.isfinite(error) else math.inf,
+        tolerance=_tolerance(stored.activation_dtype),
+        kernel=_kernel([event.name for event in profiled.function_events]),
+    )
+
+
+def _tolerance(activation_dtype: str) -> float:
+    if activation_dtype == "none":
+        return _WEIGHT_ONLY
+    return _FOUR_BIT_INPUTS if activation_dtype.endswith("4") else _ROUNDED_INPUTS
+
+
+def _kernel(operators: list[str]) -> str:
+    """The innermost operator that multiplies: the last one that was begun."""
+    return next((name for name in reversed(operators) if name.rsplit("_")[-1].split("::")[-1] in _PRODUCTS), "")

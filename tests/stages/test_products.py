@@ -1,0 +1,104 @@
+"""A quantized layer multiplies by the weight that it reads back as; one that does something else is an error."""
+
+import pytest
+import torch
+from torch import nn
+
+import quantlab
+from quantlab import BitsAndBytesConfig, GGUFQuantizationConfig, NotQuantized, NVIDIAModelOptConfig, QuantoConfig
+from quantlab.backends.torchao.config import layer_form
+from quantlab.errors import ConfigError
+from quantlab.stages import quantize as stage
+from quantlab.stages.products import product
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.reports import StoredWeight
+from tests.support.schemes import schemes_on_cpu
+from tests.support.tables import BACKENDS, CAPABILITIES, native_config
+
+SCHEMES = {str(s): s for s in schemes_on_cpu()}
+PLAIN = {name: s for name, s in SCHEMES.items() if not s.native.needs_data}
+
+
+def model_of(compute_dtype="float32"):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(512, 96)).to(getattr(torch, compute_dtype)).eval()
+
+
+@pytest.mark.parametrize("name", [n if n in PLAIN else pytest.param(n, marks=pytest.mark.slow) for n in SCHEMES])
+def test_every_scheme_answers_by_its_weight(name):
+    scheme = SCHEMES[name]
+    model = model_of(scheme.compute_dtype)
+    data = [
+        torch.randn(32, 512, generator=torch.Generator().manual_seed(i)).to(model[0].weight.dtype) for i in range(3)
+    ]
+    made, report = quantlab.quantize(model, scheme.native, calibration=data if scheme.native.needs_data else None)
+    row = report.layers[0]
+    if row.activation_granularity.endswith("static"):
+        assert (row.product_rel_error, row.kernel) == (None, "")
+        return
+    limit = {"none": 0.01, "mxfp4": 0.25}.get(row.activation_dtype, 0.05)
+    assert 0 <= row.product_rel_error < limit
+    assert "::" in row.kernel
+    stored = BACKENDS[scheme.backend].read_back(made[0])
+    stored.dense[:, :256] *= 3.0
+    assert not product(made[0], stored, model[0].weight.dtype).is_explained
+
+
+@pytest.mark.parametrize(
+    "config",
+    [QuantoConfig("int8"), BitsAndBytesConfig(load_in_4bit=True), GGUFQuantizationConfig(gguf_type="q8_0"),
+     NVIDIAModelOptConfig("INT8", channel_quantize=0)],
+    ids=lambda config: config.quant_method,
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (lambda y: y * 1.2, "0.2 of their size off"),
+        (lambda y: y * float("nan"), "NaN or infinite"),
+        (lambda y: torch.zeros_like(y), "of their size off"),
+        (lambda y: y.roll(1, dims=-1), "of their size off"),
+    ],
+    ids=["scaled", "not a number", "not launched", "shifted"],
+)
+def test_another_product_is_an_error(config, fault, told, monkeypatch):
+    hand_over = stage._hand_over
+
+    def faulty(scheme, native, module, *rest):
+        hand_over(scheme, native, module, *rest)
+        module[0].register_forward_hook(lambda layer, args, output: fault(output))
+
+    monkeypatch.setattr(stage, "_hand_over", faulty)
+    with pytest.raises(
+        NotQuantized, match=r"^dtype=\w+: 0 \[96, 512\] multiplies by something else than the"
+    ) as caught:
+        quantlab.quantize(model_of(), config)
+    assert told in str(caught.value)
+    assert "exclude it with modules_to_not_convert" in str(caught.value)
+
+
+def test_large_outputs_are_asked_with_smaller_inputs():
+    layer = nn.Linear(64, 8, bias=False).half()
+    layer.weight.data.fill_(2000.0)
+    stored = StoredWeight(dtype="int8", group_size=None, dense=layer.weight.detach().float())
+    assert product(layer, stored, torch.float16).is_explained
+
+
+def test_weights_of_zeros_are_answered_by_zeros():
+    layer = nn.Linear(64, 8)
+    layer.weight.data.zero_()
+    assert product(layer, StoredWeight(dtype="int8", group_size=None, dense=layer.weight.detach()), torch.float32) \
+        .rel_error == 0  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "algorithm", [a for a in CAPABILITIES["torchao"]["int4"].algorithms if a in ("awq", "smoothquant")]
+)
+@pytest.mark.parametrize("packing", ["opaque", "tile_packed_to_4d"])
+def test_torchao_scales_inputs_of_packed_int4_only(algorithm, packing):
+    """Found on a GPU: a layer that no group size divides was kept unpacked, and its inputs were not divided."""
+    config = native_config(
+        QuantizationAxes(backend="torchao", dtype="int4", algorithm=algorithm), {"int4_packing_format": packing}
+    )
+    with pytest.raises(ConfigError, match="in_features 130 divides by none of its group sizes"):
+        layer_form(config, 130)
+    assert layer_form(config, 192)["_data"]["group_size"] == 64
