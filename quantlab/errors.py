@@ -18,7 +18,8 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib.util
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 
 
 class QuantlabError(Exception):
@@ -71,15 +72,60 @@ _DISK_FULL_TEXTS = ("No space left on device", "database or disk is full", "Pyto
 
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether ``error``, or what it came from, is a disk (or a quota) without room."""
+    return any(
+        (isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT))
+        or any(text in str(one) for text in _DISK_FULL_TEXTS)
+        for one in _origins(error)
+    )
+
+
+_NO_MEMORY_TYPES = ("OutOfMemoryError",)
+"""torch's, by its name: this file imports no library. numpy's is a MemoryError."""
+_NO_MEMORY_TEXT = re.compile(
+    "out of memory|out_of_memory|not enough memory|can't allocate memory|cannot allocate memory|bad_alloc"
+    "|_alloc_failed|cudaerrormemoryallocation",
+    re.IGNORECASE,
+)
+"""How torch, CUDA's driver and runtime, cuBLAS, cuDNN, Triton and torch's allocator on a CPU say it."""
+_LOST_DEVICE_TEXT = re.compile(
+    "device-side assert|illegal memory access|illegal address|illegal instruction|misaligned address"
+    "|unspecified launch failure|hardware stack error|device context is invalid|uncorrectable ecc|device is lost"
+    "|fallen off the bus|context is destroyed|cuda_error_(assert|illegal_|misaligned_|launch_failed|hardware_stack)",
+    re.IGNORECASE,
+)
+"""Errors after which each later call of the process on the device fails too."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether ``error``, or what it came from, says that the memory of the device or of the host ran out."""
+    return any(
+        isinstance(one, MemoryError)
+        or type(one).__name__ in _NO_MEMORY_TYPES
+        or (isinstance(one, OSError) and one.errno == errno.ENOMEM)
+        or (isinstance(one, RuntimeError) and _NO_MEMORY_TEXT.search(str(one)) is not None)
+        for one in _origins(error)
+    )
+
+
+def is_device_lost(error: BaseException | None) -> bool:
+    """Whether ``error``, or what it came from, leaves this process without its GPU: only a new process has one."""
+    return any(
+        isinstance(one, RuntimeError) and _LOST_DEVICE_TEXT.search(str(one)) is not None for one in _origins(error)
+    )
+
+
+def is_of_the_machine(error: BaseException | None) -> bool:
+    """Is it no fault of the request: out of memory, or a GPU that answers no more? It is told as what it is."""
+    return is_out_of_memory(error) or is_device_lost(error)
+
+
+def _origins(error: BaseException | None) -> Iterator[BaseException]:
+    """``error`` and what it came from, each once."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(text in str(error) for text in _DISK_FULL_TEXTS):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def nearest(word: str, options: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantlab.errors import ConfigError, ModelError
+from quantlab.errors import ConfigError, ModelError, is_of_the_machine
 from quantlab.models.digits_training import (
     IMAGE_SIZE,
     NUM_CLASSES,
@@ -273,6 +273,8 @@ def _load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> N
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
+        if is_of_the_machine(error):
+            raise
         raise _broken(path, str(error)) from error
 
 

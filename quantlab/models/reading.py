@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from quantlab.errors import ConfigError, ModelError, nearest
+from quantlab.errors import ConfigError, ModelError, is_of_the_machine, nearest
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 from quantlab.vocabulary.schema import ModelConfig
 
@@ -81,7 +81,6 @@ def as_model_error(key: str, way_out: str, brings_code: Callable[[], bool] = lam
     do where that looks for a class elsewhere and finds none (``brings_code``). Running out of memory stays what
     it is.
     """
-    import torch
     from safetensors import SafetensorError
 
     unreadable = (
@@ -96,10 +95,8 @@ def as_model_error(key: str, way_out: str, brings_code: Callable[[], bool] = lam
     )
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except unreadable as error:
-        if isinstance(error, ModelError):
+        if isinstance(error, ModelError) or is_of_the_machine(error):
             raise
         if _ASKS_FOR_CODE in str(error) or brings_code():
             raise remote_code(key, "it asks for code of its own") from error

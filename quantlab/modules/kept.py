@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantlab.errors import is_out_of_memory
 from quantlab.progress import say
 from quantlab.vocabulary.dtypes import dtype_name
 
@@ -64,6 +65,8 @@ def read_tree(file: Path) -> Any:
     except Damaged:
         raise
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        if is_out_of_memory(error):  # the file may be whole
+            raise
         raise Damaged(str(error) or type(error).__name__) from error
 
 

@@ -14,6 +14,7 @@ regular expression
 
 from __future__ import annotations
 
+import copy
 import difflib
 import fnmatch
 import functools
@@ -195,6 +196,38 @@ def _nearest_paths(entry: str, paths: list[str], num: int = 3) -> list[str]:
 
 def _some(names: list[str], num: int = 3) -> str:
     return ", ".join(names[:num]) + (f" and {len(names) - num} more" if len(names) > num else "") if names else "none"
+
+
+# -- copies
+
+
+def view_of(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` with hooks and all, whose parameters and buffers are ``module``'s own memory.
+
+    Whoever changes a layer of it in place calls :func:`own_tensors` first. Tensors of a subclass are copied.
+    """
+    import torch
+
+    shared: dict[int, object] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if type(tensor) is torch.nn.Parameter:
+            shared[id(tensor)] = torch.nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+        elif type(tensor) is torch.Tensor:
+            shared[id(tensor)] = tensor.detach()
+    return copy.deepcopy(module, shared)
+
+
+def own_tensors(layer: nn.Module) -> None:
+    """Give ``layer`` copies of its parameters and buffers."""
+    import torch
+
+    for name, parameter in layer._parameters.items():
+        if parameter is not None:
+            own = parameter.detach().clone()
+            layer._parameters[name] = torch.nn.Parameter(own, requires_grad=parameter.requires_grad)
+    for name, buffer in layer._buffers.items():
+        if buffer is not None:
+            layer._buffers[name] = buffer.detach().clone()
 
 
 # -- digests and checks

@@ -8,7 +8,6 @@ The libraries hide storage in three places: tensor subclasses (``__tensor_flatte
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import threading
 import time
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantlab.modules.device import give_back, kind_of
 from quantlab.vocabulary.reports import MemoryReport, StageReport
 
 if TYPE_CHECKING:
@@ -190,33 +190,44 @@ def measure_stage(name: str, device: str = "cpu") -> Iterator[StageMeasurement]:
     """Time and peak memory of the block: ``with measure_stage("quantize", device) as stage: ...; stage.report``.
 
     The resident set's peak is exact where Linux lets a process reset it; elsewhere it is sampled every 10 ms and
-    may miss a short spike; where neither is possible it is None. CUDA peaks are None on other devices. Blocks must not
-    be nested: an inner one resets the peaks of the outer.
+    may miss a short spike; where neither is possible it is None. CUDA peaks are None on other devices. Baselines are
+    what was there when the block began. Blocks must not be nested: an inner one resets the peaks of the outer.
+
+    An error of the GPU shows in a later call than the one that made it: the block ends when the GPU has done what it
+    began. A block that fails raises its own error, whatever a GPU that answers no more says to being measured.
     """
     measurement = StageMeasurement()
-    on_cuda = str(device).startswith("cuda")
-    gc.collect()
-    if on_cuda:
-        _reset_cuda(device)
-    read_rss = _start_rss()
+    on_cuda = kind_of(str(device)) == "cuda"
+    give_back(str(device))
+    began = _begin_cuda(device) if on_cuda else {}
+    read_rss, resident = _start_rss(), _resident()
     start = time.perf_counter()
+    peaks: dict[str, int] = {}
     try:
         yield measurement
+        peaks = _read_cuda(device) if on_cuda else {}
+    except BaseException:
+        if on_cuda:
+            with contextlib.suppress(RuntimeError):
+                peaks = _read_cuda(device)
+        raise
     finally:
-        cuda = _read_cuda(device) if on_cuda else {}  # synchronizes, so it comes before the clock is read
         seconds = time.perf_counter() - start
-        measurement.report = StageReport(name=name, seconds=seconds, peak_rss_bytes=read_rss(), **cuda)
+        measurement.report = StageReport(
+            name=name, seconds=seconds, baseline_rss_bytes=resident, peak_rss_bytes=read_rss(), **began, **peaks
+        )
 
 
-def _reset_cuda(device: str) -> None:
+def _begin_cuda(device: str) -> dict[str, int]:
     import torch
 
     torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
+    return {"baseline_alloc_bytes": torch.cuda.memory_allocated(device)}
 
 
 def _read_cuda(device: str) -> dict[str, int]:
+    """The peaks; first it waits for what was begun, whose errors show here."""
     import torch
 
     torch.cuda.synchronize(device)
@@ -225,6 +236,15 @@ def _read_cuda(device: str) -> dict[str, int]:
         "peak_requested_bytes": torch.cuda.memory_stats(device)["requested_bytes.all.peak"],
         "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
     }
+
+
+def _resident() -> int | None:
+    """Bytes of the process that are in memory; None where that is not known."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return int(psutil.Process().memory_info().rss)
 
 
 def _start_rss() -> Callable[[], int | None]:
@@ -266,13 +286,3 @@ def _sample_rss() -> Callable[[], int | None]:
         return max(peak, process.memory_info().rss)
 
     return stop
-
-
-def free_bytes(device: str) -> int:
-    """Bytes that a new tensor may take on ``device`` (``cpu``, ``cuda``) now."""
-    import psutil
-    import torch
-
-    if device == "cpu":
-        return int(psutil.virtual_memory().available)
-    return int(torch.cuda.mem_get_info()[0]) + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from quantlab import tracking
-from quantlab.errors import QuantlabError
+from quantlab.errors import QuantlabError, is_device_lost
+from quantlab.modules.device import answers
 from quantlab.modules.precision import exact_arithmetic
 from quantlab.planning.job import Job
 from quantlab.planning.plan import plan
-from quantlab.running.job import open_run, run_job
+from quantlab.running.job import floor_rows, open_run, run_job
+from quantlab.running.resume import content_key
 from quantlab.running.rows import failed_row, finished_row
 from quantlab.running.workbench import Session, prepare_device, run_folder, workbench
 from quantlab.tracking.provenance import environment
+from quantlab.tracking.tags import AFTER_LOST_DEVICE, JOB_KEY
 from quantlab.vocabulary.reports import MetricValue, RunReport
 from quantlab.vocabulary.schema import SearchConfig, SweepConfig
 
@@ -45,10 +48,15 @@ class Handed:
     key: str
     protocol: str
     folder: Path
+    after: str = ""
+    """The job after which the sweep's process had no GPU any more, so that this one runs apart."""
 
 
-def hand_over(session: Session, job: Job, key: str, protocol: str, floors: Floors) -> Handed:
-    """Write a job with all that its process needs; the reference is then in the cache, the floors are in the file."""
+def hand_over(session: Session, job: Job, key: str, protocol: str, floors: Floors | None) -> Handed:
+    """Write a job with all that its process needs; the reference is then in the cache, the floors are in the file.
+
+    ``key`` "" and ``floors`` None: this process could not find them out, the job's own does.
+    """
     import torch
 
     folder = run_folder(session, job.name)
@@ -59,15 +67,19 @@ def hand_over(session: Session, job: Job, key: str, protocol: str, floors: Floor
         "sweep": asdict(job.config.sweep),
         "overrides": job.overrides,
         "batch_size": job.batch_size,
+        "plain_attention": job.plain_attention,
+        "after_lost_device": session.lost_device,
         "key": key,
         "parent_run_id": session.parent_run_id,
         "parent_record": session.parent_record,
-        "floors": {row: {k: asdict(v) for k, v in values.items()} for row, values in floors.items()},
+        "floors": None
+        if floors is None
+        else {row: {k: asdict(v) for k, v in values.items()} for row, values in floors.items()},
         "base_dir": str(Path.cwd()),
         "num_threads": torch.get_num_threads(),  # the reference's key depends on it
     }
     (folder / _JOB).write_text(json.dumps(data, indent=1, default=str), encoding="utf-8")
-    return Handed(job=job, key=key, protocol=protocol, folder=folder)
+    return Handed(job=job, key=key, protocol=protocol, folder=folder, after=session.lost_device)
 
 
 # -- whoever starts the process
@@ -125,8 +137,12 @@ def collect(session: Session, handed: Handed) -> RunReport:
         run = tracking.end_lost_run(session.store, handed.folder, error)
     if run["status"] == "FINISHED":
         stored = json.loads((handed.folder / "report.json").read_text(encoding="utf-8"))
-        return finished_row(stored, run["run_id"])
-    return failed_row(handed.job, handed.protocol, run["error"], run["stage"], run["run_id"], run["metrics"])
+        row = finished_row(stored, run["run_id"])
+    else:
+        row = failed_row(handed.job, handed.protocol, run["error"], run["stage"], run["run_id"], run["metrics"])
+    if not handed.after:
+        return row
+    return replace(row, params={**row.params, "process": f"its own, as {handed.after} had lost the sweep's GPU"})
 
 
 def _ending(folder: Path) -> str:
@@ -146,6 +162,7 @@ def _ending(folder: Path) -> str:
 
 # -- the process itself
 
+_LOST: list[str] = []  # the job that left this process without its GPU
 _SESSIONS: dict[str, Session] = {}  # of a worker that runs several jobs: they share the loaded model
 
 
@@ -167,14 +184,27 @@ def work(folder: Path) -> int:
             exact_arithmetic(job.config.evaluation.deterministic),
             open_run(session, job.name, job, key=data["key"], folder=folder) as run,
         ):
+            if data["after_lost_device"]:
+                run.set_tags({AFTER_LOST_DEVICE: data["after_lost_device"]})
             bench = workbench(session, job.config, run)
-            for row, values in data["floors"].items():
+            if not data["key"]:
+                run.set_tags({JOB_KEY: content_key(bench, job)})
+            if data["floors"] is None:
+                floor_rows(session, bench, job)
+            for row, values in (data["floors"] or {}).items():
                 bench.floors[row] = {k: MetricValue(**v) for k, v in values.items()}
             run_job(session, bench, job, run)
     except Exception as error:  # noqa: BLE001  the run has it; this process has nothing else to do
+        if is_device_lost(error) or not answers(device):
+            _LOST.append(job.name)
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def has_lost_device() -> bool:
+    """Has a job that ran in this process left it without its GPU?"""
+    return bool(_LOST)
 
 
 def _session(job: Job, device: str) -> Session:
@@ -199,7 +229,12 @@ def _read_job(folder: Path, data: Mapping[str, Any]) -> Job:
     sweep = SweepConfig(**{**data["sweep"], "search": SearchConfig(**data["sweep"]["search"])})
     config = replace(job.config, recipe=data["recipe_name"], sweep=sweep)
     return replace(
-        job, name=data["name"], config=config, overrides=tuple(data["overrides"]), batch_size=data["batch_size"]
+        job,
+        name=data["name"],
+        config=config,
+        overrides=tuple(data["overrides"]),
+        batch_size=data["batch_size"],
+        plain_attention=data["plain_attention"],
     )
 
 

@@ -26,7 +26,7 @@ from quantlab.planning.job import Job
 from quantlab.planning.places import conf_dir
 from quantlab.planning.words import override_text
 from quantlab.progress import say
-from quantlab.running.apart import Handed, has_ended, python_path, run_apart, work
+from quantlab.running.apart import Handed, has_ended, has_lost_device, python_path, run_apart, work
 from quantlab.vocabulary.launching import COMMANDS, LauncherConfig
 from quantlab.vocabulary.schema import ExperimentConfig
 
@@ -60,12 +60,19 @@ def runs_apart(job: Job, device: str) -> bool:
     return config.sweep.isolation == "auto" and (may_crash or config.sweep.timeout_s is not None)
 
 
-def run_handed(handed: Sequence[Handed], config: ExperimentConfig, on_end: Callable[[int, int, int], None]) -> None:
+def run_handed(
+    handed: Sequence[Handed],
+    config: ExperimentConfig,
+    on_end: Callable[[int, int, int], None],
+    *,
+    always_apart: bool = False,
+) -> None:
     """Run all jobs that were handed over; how each ended is in its folder. Never raises for a job's failure.
 
-    ``on_end(ended, failed, running)`` is called now and then.
+    ``on_end(ended, failed, running)`` is called now and then. ``always_apart``: whatever ``sweep.isolation`` says, as
+    this process has lost its GPU.
     """
-    isolated = config.sweep.isolation != "none"
+    isolated = always_apart or config.sweep.isolation != "none"
     if config.launcher.engine == "serial":
         for job in handed:
             _report_state(handed, on_end, running=1)
@@ -96,7 +103,7 @@ def _report_state(handed: Sequence[Handed], on_end: Callable[[int, int, int], No
 
 def run_task(folder: Path, isolated: bool, timeout_s: float | None, slots: Mapping[str, str] | None = None) -> None:
     """What every engine runs for one job; ``slots``: lock file -> the GPU that whoever holds it may use."""
-    if not isolated:
+    if not isolated and not has_lost_device():
         _keep_slot(slots or {})
         work(folder)
         return
@@ -143,7 +150,7 @@ def hydra_task(config: DictConfig) -> None:
 
 
 def _launch(handed: Sequence[Handed], config: ExperimentConfig, isolated: bool) -> None:
-    gpus = _visible_gpus()
+    gpus = [] if config.device == "cpu" else _visible_gpus()
     settings = launcher_settings(config.launcher, len(gpus))
     base = handed[0].folder.parent.parent / "launcher" / handed[0].folder.name
     slots: dict[str, str] = {}
@@ -206,8 +213,13 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _visible_gpus() -> list[str]:
-    """The names by which CUDA_VISIBLE_DEVICES chooses each GPU that this process sees."""
+    """The names by which CUDA_VISIBLE_DEVICES chooses each GPU that this process sees: numbers, UUIDs, MIG slices.
+
+    As CUDA reads the list: what follows the first name that is no device (``-1``, an empty one) counts for nothing,
+    and torch counts the devices that are left.
+    """
     import torch
 
-    named = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
-    return named or [str(i) for i in range(torch.cuda.device_count())]
+    num, chosen = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    named = [str(i) for i in range(num)] if chosen is None else [word.strip() for word in chosen.split(",")]
+    return named[:num]

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.datasets.overlap import overlap
-from quantlab.errors import ConfigError
+from quantlab.errors import ConfigError, is_disk_full
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules import emulated
 from quantlab.modules.kept import Damaged, read_json, set_aside, write_json
 from quantlab.planning.job import Job
 from quantlab.progress import say
+from quantlab.running.rows import failed_row
 from quantlab.running.workbench import Session, Workbench, in_stage, run_folder, shared_tags, step_progress
 from quantlab.stages.candidate import Making, make_candidate, write_calibration
 from quantlab.stages.evaluate import evaluate, plain_attention, summarize
@@ -63,6 +64,24 @@ def floor_row(session: Session, job: Job) -> RunReport:
     memory = {k: asdict(v) for k, v in report.memory.items()}
     write_json({"quality": quality, "memory": memory}, file)
     return report
+
+
+def floor_rows(session: Session, bench: Workbench, job: Job) -> list[RunReport]:
+    """The rows of the reference and the floors beside ``job``; one that fails costs its numbers and not the run:
+    a module may know one dtype only."""
+    rows = []
+    for floor in bench.floor_jobs(job.config):
+        if floor.name == job.name:
+            continue
+        try:
+            rows.append(floor_row(session, floor))
+        except Exception as error:  # noqa: BLE001  whatever a library raises: the run itself may do well
+            if is_disk_full(error):
+                raise
+            told = f"{type(error).__name__}: {error}"
+            say(f"{floor.name}: {told[:500]}; verdicts use the other floors", "failed")
+            rows.append(failed_row(floor, bench.model.protocol, told, "floors"))
+    return rows
 
 
 def _cached_row(job: Job, protocol: str, stored: Mapping[str, Any]) -> RunReport:

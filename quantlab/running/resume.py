@@ -17,7 +17,7 @@ from quantlab.errors import TrackingError
 from quantlab.planning.job import Job
 from quantlab.progress import say
 from quantlab.running.rows import failed_row, finished_row
-from quantlab.running.workbench import Session, Workbench, judge_digest
+from quantlab.running.workbench import Session, Workbench
 from quantlab.tracking.provenance import versions
 from quantlab.tracking.tags import FAILURE, JOB_KEY, PARENT_RUN_ID, STAGE
 from quantlab.tracking.values import is_as_written
@@ -35,7 +35,7 @@ def content_key(bench: Workbench, job: Job) -> str:
     backend = job.scheme.backend if job.scheme is not None else None
     parts = {
         "reference": bench.reference_key,
-        "judge": judge_digest(bench),
+        "judge": bench.judge_sha256,
         "quantization": asdict(config.quantization),
         "native": json.loads(job.native.to_json_string()) if job.native is not None else None,
         "components": config.model.components,

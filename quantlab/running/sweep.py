@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from quantlab import tracking
-from quantlab.errors import ConfigError, DiskFull, QuantlabError, TrackingError, is_disk_full
+from quantlab.errors import ConfigError, DiskFull, QuantlabError, TrackingError, is_device_lost, is_disk_full
+from quantlab.modules.device import answers
 from quantlab.modules.precision import exact_arithmetic
 from quantlab.planning.job import Job, Merged, Plan
 from quantlab.planning.ready import check_ready
@@ -22,14 +23,15 @@ from quantlab.planning.trust import require_trust
 from quantlab.progress import progress_bars, say
 from quantlab.running.apart import Handed, collect, hand_over
 from quantlab.running.engines import check_launcher, run_handed, runs_apart
-from quantlab.running.job import floor_row, open_run, run_job
+from quantlab.running.job import floor_rows, open_run, run_job
 from quantlab.running.resume import content_key, earlier_report
 from quantlab.running.rows import failed_row, skipped_row
 from quantlab.running.search import Search, run_search
-from quantlab.running.workbench import Session, Workbench, prepare_device, workbench
+from quantlab.running.workbench import Session, Workbench, has_bench, let_go_of_bench, prepare_device, workbench
 from quantlab.tracking.provenance import environment
 from quantlab.tracking.results import report_data
 from quantlab.tracking.tags import FAILED_JOBS, JOB_KEY, SEARCH_FRONT
+from quantlab.vocabulary.numbers import FLOORS
 from quantlab.vocabulary.reports import RunReport
 from quantlab.vocabulary.schema import ExperimentConfig
 
@@ -148,22 +150,10 @@ def _run_single(session: Session, job: Job) -> list[RunReport]:
     with told_apart(job.name), open_run(session, job.name, job) as run:
         bench = workbench(session, job.config, run)
         run.stage = "floors"
-        rows = [_floor(session, bench, floor) for floor in bench.floor_jobs(job.config) if floor.name != job.name]
+        rows = floor_rows(session, bench, job)
         run.set_tags({JOB_KEY: content_key(bench, job)})
         report = run_job(session, bench, job, run)
     return [*rows, report]
-
-
-def _floor(session: Session, bench: Workbench, floor: Job) -> RunReport:
-    """The row of a floor; one that fails costs its numbers and not the run: a module may know one dtype only."""
-    try:
-        return floor_row(session, floor)
-    except Exception as error:  # noqa: BLE001  whatever a library raises: the run itself may do well
-        if is_disk_full(error):
-            raise
-        told = f"{type(error).__name__}: {error}"
-        say(f"{floor.name}: {told[:500]}; verdicts use the other floors", "failed")
-        return failed_row(floor, bench.model.protocol, told, "floors")
 
 
 @contextlib.contextmanager
@@ -227,16 +217,27 @@ def _rows(session: Session, plan: Plan, parent: Any) -> list[RunReport | Handed]
     known: set[str] = set()
     num_failed = 0
     for i, job in enumerate(plan.jobs):
-        bench = workbench(session, job.config, parent)
-        if bench.key not in known:
-            known.add(bench.key)
-            rows += [_row(session, bench, floor, apart=False) for floor in bench.floor_jobs(job.config)]
         if not any(isinstance(row, Handed) for row in rows):
             session.advance("jobs", i, len(plan.jobs), f"{num_failed} failed" if i else "")
-        row = _row(session, bench, job, apart=runs_apart(job, session.device))
-        num_failed += isinstance(row, RunReport) and row.status == "FAILED"
-        rows.append(row)
+        made = _rows_of(session, job, parent, known)
+        num_failed += isinstance(made[-1], RunReport) and made[-1].status == "FAILED"
+        rows += made
     return rows
+
+
+def _rows_of(session: Session, job: Job, parent: Any, known: set[str]) -> list[RunReport | Handed]:
+    """The row of a job, behind the floors of a workbench that is not ``known`` yet.
+
+    Nothing holds the workbench when this returns: the next job may need the room for another model.
+    """
+    if session.lost_device and not has_bench(session, job.config):
+        return [hand_over(session, job, "", session.bench.model.protocol if session.bench else "", None)]
+    bench = workbench(session, job.config, parent)
+    rows: list[RunReport | Handed] = []
+    if bench.key not in known:
+        known.add(bench.key)
+        rows += [_row(session, bench, floor, apart=False) for floor in bench.floor_jobs(job.config)]
+    return [*rows, _row(session, bench, job, apart=runs_apart(job, session.device))]
 
 
 def _search(session: Session, plan: Plan, parent: Any) -> tuple[list[RunReport], dict[str, Any]]:
@@ -252,27 +253,28 @@ def _search(session: Session, plan: Plan, parent: Any) -> tuple[list[RunReport],
     rows: list[RunReport | Handed] = []
     floors: dict[str, Any] = {}  # of each workbench, also after another one has taken its place
     keys, known = {}, {}
-    for job in plan.jobs:
+
+    def look_up(job: Job) -> None:  # a call of its own: nothing holds the workbench when the next one is loaded
         bench = workbench(session, job.config, parent)
         if bench.key not in floors:
-            rows += [_row(session, bench, floor, apart=False) for floor in bench.floor_jobs(job.config)]
+            rows.extend(_row(session, bench, floor, apart=False) for floor in bench.floor_jobs(job.config))
             floors[bench.key] = bench.floors
         keys[job.name] = (content_key(bench, job), bench.key)
         if earlier := earlier_report(session, bench, job, keys[job.name][0]):
             known[job.name] = earlier
-    del bench  # a job in a process of its own has the device's memory to itself
+
+    def run_point(job: Job, key: str, shared: str) -> RunReport | Handed:
+        if session.lost_device or runs_apart(job, session.device):
+            return hand_over(session, job, key, protocol, floors[shared])
+        bench = workbench(session, job.config, parent)
+        bench.floors.update(floors[shared])
+        return _made(session, bench, job, key)
+
+    for job in plan.jobs:
+        look_up(job)
 
     def measure(jobs: Sequence[Job]) -> list[RunReport]:
-        chosen = [(job, *keys[job.name]) for job in jobs]
-        if any(runs_apart(job, session.device) for job in jobs):
-            handed = [hand_over(session, job, key, protocol, floors[shared]) for job, key, shared in chosen]
-            return _finished(session, handed, first, "points at once")
-        reports = []
-        for job, key, shared in chosen:
-            bench = workbench(session, job.config, parent)
-            bench.floors.update(floors[shared])
-            reports.append(_made(session, bench, job, key))
-        return reports
+        return _finished(session, [run_point(job, *keys[job.name]) for job in jobs], first, "points at once")
 
     def on_trial(done: int, total: int, failed: int) -> None:
         session.advance("points", done, total, f"{failed} failed" if done else "")
@@ -289,8 +291,12 @@ def _row(session: Session, bench: Workbench, job: Job, apart: bool) -> RunReport
     if earlier is not None:
         bench.keep_floor(earlier)
         return earlier
-    if apart:
-        return hand_over(session, job, key, bench.model.protocol, bench.floors)
+    if apart or session.lost_device:
+        wanted = {floor.name for floor in bench.floor_jobs(job.config)} & set(FLOORS)
+        is_cut = bool(session.lost_device) and not wanted <= set(
+            bench.floors
+        )  # the GPU was lost before they were known
+        return hand_over(session, job, key, bench.model.protocol, None if is_cut else bench.floors)
     return _made(session, bench, job, key)
 
 
@@ -303,8 +309,11 @@ def _made(session: Session, bench: Workbench, job: Job, key: str) -> RunReport:
     except Exception as error:  # noqa: BLE001  whatever a library raises: a failing job is a row
         if is_disk_full(error):  # no other job would fare better
             raise
-        say(f"{job.name}: {type(error).__name__}: {str(error)[:500]}", "failed")
         told = f"{type(error).__name__}: {error}"
+        say(f"{job.name}: {told[:500]}", "failed")
+        if is_device_lost(error) or not answers(session.device):
+            session.lost_device = job.name
+            told += "; the GPU answered this process no more, so the jobs after it ran in processes of their own"
         if run is None:  # it did not even begin
             return failed_row(job, bench.model.protocol, told)
         return failed_row(job, bench.model.protocol, told, run.stage, run.run_id, run.record.summary["metrics"])
@@ -316,14 +325,12 @@ def _finished(
     """Run what was handed over, without this process keeping the model, and put its rows in their places."""
     handed = [row for row in rows if isinstance(row, Handed)]
     if handed:
-        session.bench = None
-        gc.unfreeze()
-        gc.collect()
+        let_go_of_bench(session)
 
         def on_end(ended: int, failed: int, running: int) -> None:
             session.advance(what, ended, len(handed), f"{running} running, {failed} failed")
 
-        run_handed(handed, config, on_end)
+        run_handed(handed, config, on_end, always_apart=bool(session.lost_device))
     reports = [collect(session, row) if isinstance(row, Handed) else row for row in rows]
     for report, row in zip(reports, rows, strict=True):
         if isinstance(row, Handed) and report.status == "FAILED":

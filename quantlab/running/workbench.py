@@ -20,10 +20,11 @@ from quantlab.datasets.table import DATASETS
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.table import family_of
+from quantlab.modules.device import free_bytes, give_back
 from quantlab.modules.emulated import emulated_products, lacking
 from quantlab.modules.fingerprint import fingerprint_warning, grid_fingerprint, known_grid
 from quantlab.modules.layers import check_finite_weights, state_digest
-from quantlab.modules.memory import StageMeasurement, free_bytes, measure_stage
+from quantlab.modules.memory import StageMeasurement, measure_stage
 from quantlab.planning.job import Job, floor_jobs
 from quantlab.progress import Advance, file_name, say
 from quantlab.protocols.table import PROTOCOLS
@@ -96,6 +97,12 @@ class Workbench:
         )
         return False
 
+    @functools.cached_property
+    def judge_sha256(self) -> str:
+        """Digest of the weights of the model's own classifier; an empty text where it has none."""
+        judge = self.model.parts.get("judge")
+        return state_digest(judge.state_dict()) if judge is not None else ""
+
     def calibration_inputs(self, config: ExperimentConfig) -> Any:
         """What calibration may look at; built and checked once. Raises ConfigError for data that cannot be used."""
         key = canonical_json(asdict(config.calibration))
@@ -117,6 +124,8 @@ class Session:
     """Id of the sweep's own record, by which it is found in any store."""
     bench: Workbench | None = None
     environment: Mapping[str, Any] = field(default_factory=dict)
+    lost_device: str = ""
+    """The job after whose error the GPU answers this process no more; empty as long as it does."""
     expected: dict[str, list[ExperimentConfig]] = field(default_factory=dict)
     """Key of a workbench -> the configs of jobs on it that will want calibration data."""
 
@@ -147,9 +156,7 @@ def workbench(session: Session, config: ExperimentConfig, run: Run) -> Workbench
     key = bench_key(config)
     if session.bench is not None and session.bench.key == key:
         return session.bench
-    if session.bench is not None:
-        session.bench = None  # frees the other model before this one is loaded
-        gc.unfreeze()
+    let_go_of_bench(session)
     cache = session.output_dir / "cache"
     with in_stage(session, run, "load") as load:
         model = family_of(config.model).load(config.model, session.device, cache, session.advance)
@@ -186,6 +193,18 @@ def workbench(session: Session, config: ExperimentConfig, run: Run) -> Workbench
     return bench
 
 
+def has_bench(session: Session, config: ExperimentConfig) -> bool:
+    """Is the workbench of ``config`` the one that is there?"""
+    return session.bench is not None and session.bench.key == bench_key(config)
+
+
+def let_go_of_bench(session: Session) -> None:
+    """Give back the memory of the loaded model, for another one or for other processes; callers hold no workbench."""
+    session.bench = None
+    gc.unfreeze()
+    give_back(session.device)
+
+
 def bench_key(config: ExperimentConfig) -> str:
     return canonical_json([asdict(config.model), asdict(config.dataset), asdict(config.evaluation)])
 
@@ -218,14 +237,8 @@ def shared_tags(bench: Workbench) -> dict[str, str]:
         WEIGHTS_SHA256: bench.model.weights_sha256,
         MODEL_PARTS: json.dumps({k: v[:16] for k, v in bench.model.identity.items() if k != "weights"}),
         INPUTS_SHA256: bench.inputs.sha256,
-        **({JUDGE_SHA256: judge} if (judge := judge_digest(bench)) else {}),
+        **({JUDGE_SHA256: bench.judge_sha256} if bench.judge_sha256 else {}),
     }
-
-
-def judge_digest(bench: Workbench) -> str:
-    """Digest of the weights of the model's own classifier; an empty text where it has none."""
-    judge = bench.model.parts.get("judge")
-    return state_digest(judge.state_dict()) if judge is not None else ""
 
 
 def run_folder(session: Session, name: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from quantlab.errors import ConfigError
+from quantlab.errors import ConfigError, is_out_of_memory
 from quantlab.models.loaded import LoadedModel
+from quantlab.modules.device import give_back, kind_of, let_go
 from quantlab.modules.feed import CalibrationFeed, StoredCalls
 from quantlab.modules.kept import Damaged, read_json, set_aside, write_json
 from quantlab.progress import say
@@ -78,7 +78,7 @@ def calibration_set(
     return _open(folder, components, settings.num_samples, settings.batch_size)
 
 
-def in_smaller_batches(attempt: Callable[[int], T], batch_size: int) -> T:
+def in_smaller_batches(attempt: Callable[[int], T], batch_size: int, device: str) -> T:
     """``attempt(batch_size)``, and where memory runs out anew with half the batch, which is told; at least 1."""
     while True:
         try:
@@ -86,20 +86,10 @@ def in_smaller_batches(attempt: Callable[[int], T], batch_size: int) -> T:
         except Exception as error:  # noqa: BLE001  whatever a model or backend raises: only lack of memory is handled
             if not is_out_of_memory(error) or batch_size == 1:
                 raise
-        gc.collect()  # half-made copies, which the next attempt needs the room of
+            let_go(error)
+        give_back(device)  # half-made copies, some in cycles, which the next attempt needs the room of
         say(f"while calibrating, calibration.batch_size={batch_size // 2} instead of {batch_size}", "out of memory")
         batch_size //= 2
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that device or host memory ran out; backends may wrap it in one of ours."""
-    import torch
-
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    if isinstance(error, RuntimeError) and "not enough memory" in str(error):
-        return True  # torch's allocator on the CPU
-    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
 
 
 def _key(model: LoadedModel, components: Sequence[str], inputs: Any, settings: EvaluationConfig) -> str:
@@ -111,7 +101,7 @@ def _key(model: LoadedModel, components: Sequence[str], inputs: Any, settings: E
         "inputs": inputs.sha256,
         "protocol": model.protocol,
         "dtype": model.dtype,
-        "device": model.device,
+        "device": kind_of(model.device),
         "components": list(components),
         "settings": {k: asdict(settings)[k] for k in used},
         "libraries": {name: known.get(name) for name in LIBRARIES},

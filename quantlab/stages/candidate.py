@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.scheme import Scheme
 from quantlab.datasets.calibration import sampling_settings
-from quantlab.errors import NotFinite, NotQuantized
+from quantlab.errors import NotFinite, NotQuantized, is_out_of_memory
 from quantlab.models.loaded import LoadedModel
+from quantlab.modules.device import give_back, let_go
 from quantlab.modules.feed import CalibrationFeed
-from quantlab.modules.layers import linear_layers, matches
+from quantlab.modules.layers import linear_layers, matches, view_of
 from quantlab.modules.memory import StageMeasurement
 from quantlab.planning.job import Job
 from quantlab.progress import Advance, say
@@ -23,7 +24,6 @@ from quantlab.stages.calibrate import (
     calibrate_component,
     calibration_set,
     in_smaller_batches,
-    is_out_of_memory,
 )
 from quantlab.stages.evidence import LayerEnergies, layer_energies, weight_sqnr_db
 from quantlab.stages.quantize import quantize_component
@@ -33,6 +33,7 @@ from quantlab.vocabulary.reports import CalibratedLayer, CalibrationReport, Quan
 if TYPE_CHECKING:
     import torch
 
+_WRITER = "write_calibration"
 Stage = Callable[[str], contextlib.AbstractContextManager[StageMeasurement]]
 
 
@@ -62,7 +63,8 @@ class Candidate:
     calibration: CalibrationReport | None = None
     stages: tuple[StageReport, ...] = ()
     calibrated: Mapping[str, tuple[Any, CalibrationFeed]] = field(default_factory=dict)
-    """Component -> what the backend's ``calibrate`` returned, and the feed that it had."""
+    """Component -> what the backend's ``calibrate`` returned, and the feed that it had; where the backend has a file
+    format for it, as it may hold matrices for each layer."""
 
 
 @dataclass
@@ -100,6 +102,8 @@ def make_candidate(making: Making) -> Candidate:
             made[name], report = quantize_component(
                 part.request, part.module, model.components[name], part.selection, part.calibrated
             )
+            if not hasattr(scheme.backend.module, _WRITER):
+                part.calibrated = None
             reports.append(report)
             making.advance(f"quantize {name}", 1, 1)
     stages.append(measured.report)
@@ -107,7 +111,9 @@ def make_candidate(making: Making) -> Candidate:
         model=model.with_components(made),
         quantization=_joined(reports),
         stages=tuple(stages),
-        calibrated={n: (p.calibrated, data.feed(n, model)) for n, p in parts.items()} if parts and data else {},
+        calibrated={n: (p.calibrated, data.feed(n, model)) for n, p in parts.items() if p.calibrated is not None}
+        if parts and data
+        else {},
     )
     if data is None or parts is None:
         return candidate
@@ -172,7 +178,8 @@ def _calibrated_parts(making: Making, scheme: Scheme) -> tuple[dict[str, _Part],
             )
         return parts, data
 
-    return in_smaller_batches(attempt, min(config.calibration.batch_size, config.calibration.num_samples))
+    batch_size = min(config.calibration.batch_size, config.calibration.num_samples)
+    return in_smaller_batches(attempt, batch_size, making.model.device)
 
 
 def _evidence(
@@ -186,12 +193,14 @@ def _evidence(
         except Exception as error:  # noqa: BLE001  a library's; only lack of memory is handled here
             if not is_out_of_memory(error):
                 raise
+            let_go(error)
             say(
                 "while looking at the layers: this run goes on without "
                 "calibration_layers.json; a smaller calibration.batch_size may help, and "
                 "calibration.num_evidence_calls=0 saves the attempt",
                 "out of memory",
             )
+            give_back(making.model.device)
     return CalibrationReport(
         sha256=data.sha256,
         num_samples=data.num_samples,
@@ -225,9 +234,9 @@ def _before(
     plain = replace(part.request.scheme, native=part.selection.native).without_data()
     if plain is None:
         return {}, {}
-    request = replace(part.request, scheme=plain)
+    request, original = replace(part.request, scheme=plain), making.model.components[name]
     try:
-        module, report = quantize_component(request, making.model.copy_of(name), making.model.components[name])
+        module, report = quantize_component(request, view_of(original), original, is_view=True)
         energies = _energies(making, data, name, module, part.selection.calibrated)
     except (NotQuantized, NotFinite):  # the plain algorithm loses, or overflows in, what the calibrated one does not
         return {}, {}
@@ -269,13 +278,12 @@ def _layer(
 
 def write_calibration(candidate: Candidate, job: Job, folder: Path) -> list[Path]:
     """The calibration statistics in the library's own file format, where its backend has one: written files."""
-    write = getattr(job.scheme.backend.module, "write_calibration", None) if job.scheme else None
+    write = getattr(job.scheme.backend.module, _WRITER, None) if job.scheme else None
     if write is None:
         return []
     written = []
     for name, (calibrated, feed) in candidate.calibrated.items():
-        if calibrated is not None:
-            target = folder / name
-            target.mkdir(parents=True, exist_ok=True)
-            written.append(Path(write(calibrated, target, feed)))
+        target = folder / name
+        target.mkdir(parents=True, exist_ok=True)
+        written.append(Path(write(calibrated, target, feed)))
     return written

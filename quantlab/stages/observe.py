@@ -10,6 +10,7 @@ from typing import Any
 
 from quantlab.metrics import METRICS
 from quantlab.models.loaded import LoadedModel
+from quantlab.modules.device import kind_of
 from quantlab.modules.kept import SUFFIX, Damaged, read_tree, set_aside, write_tree
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.tracking.provenance import arithmetic, versions
@@ -30,7 +31,7 @@ def reference_key(model: LoadedModel, inputs: Any, evaluation: EvaluationConfig)
         "inputs": inputs.sha256,
         "protocol": model.protocol,
         "dtype": model.dtype,
-        "device": model.device,
+        "device": kind_of(model.device),
         "evaluation": {k: v for k, v in asdict(evaluation).items() if k not in NOT_OBSERVED},
         "libraries": {name: known.get(name) for name in LIBRARIES},
         "metrics": {name: m.version for name, m in METRICS.items() if model.protocol in m.protocols},

@@ -18,7 +18,7 @@ from quantlab.backends.table import held_packages
 from quantlab.errors import NotQuantized
 from quantlab.modules.compute_dtype import stand_for
 from quantlab.modules.hooks import without_hooks_of
-from quantlab.modules.layers import layers_left_alone
+from quantlab.modules.layers import layers_left_alone, own_tensors
 from quantlab.modules.memory import layer_memory, logical_size
 from quantlab.stages.products import Product, product
 from quantlab.stages.select import QuantizationRequest, Selection, select_layers
@@ -38,6 +38,8 @@ def quantize_component(
     original: torch.nn.Module,
     selection: Selection | None = None,
     calibrated: Any = None,
+    *,
+    is_view: bool = False,
 ) -> tuple[torch.nn.Module, QuantizationReport]:
     """Quantize ``module`` in place.
 
@@ -45,6 +47,8 @@ def quantize_component(
         original: the unquantized module (may be ``module``'s source on another device); read, never changed.
         selection: what :func:`select_layers` chose; None: choose now.
         calibrated: what the calibrate stage returned, for a config that needs data.
+        is_view: ``module`` has its tensors in common with ``original`` (:func:`quantlab.modules.layers.view_of`).
+            Each layer gets its own before it is handed over, one after the other: never a whole dense copy.
 
     Returns:
         The module and its report, one row for each Linear layer.
@@ -55,8 +59,12 @@ def quantize_component(
     """
     chosen = selection or select_layers(request, module)
     scheme, native, excluded, misfits = request.scheme, chosen.native, chosen.excluded, chosen.misfits
-    if chosen.taken:
-        _hand_over(scheme, native, module, {n: chosen.compute_dtypes[n] for n in chosen.taken}, calibrated)
+    for names in _portions(chosen, is_view):
+        for name in names if is_view else ():
+            own_tensors(module.get_submodule(name))
+        _hand_over(scheme, native, module, {n: chosen.compute_dtypes[n] for n in names}, calibrated)
+    for name in chosen.misfits if is_view else ():
+        own_tensors(module.get_submodule(name))
     fallback = _fall_back(request, chosen, module, calibrated)
 
     kept = {n: ("skipped", reason) for n, reason in misfits.items() if n not in fallback}
@@ -92,6 +100,13 @@ def _with_shared(rows: Sequence[LayerReport], same: Mapping[str, str], order: Se
     for name, first in same.items():
         found[name] = replace(found[first], name=name, shares=first, weight_bytes=0, scale_bytes=0)
     return [found[name] for name in order if name in found]
+
+
+def _portions(chosen: Selection, is_view: bool) -> list[Sequence[str]]:
+    """The layers that are handed over together: all; or one by one, unless the config says of which layer it speaks."""
+    if not is_view or chosen.native.layer_dtypes(chosen.taken):
+        return [chosen.taken] if chosen.taken else []
+    return [(name,) for name in chosen.taken]
 
 
 def _hand_over(

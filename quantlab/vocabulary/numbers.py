@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
-from quantlab.vocabulary.reports import CalibrationReport, MemoryReport, MetricValue, QuantizationReport, RunReport
+from quantlab.vocabulary.reports import (
+    CalibrationReport,
+    MemoryReport,
+    MetricValue,
+    QuantizationReport,
+    RunReport,
+    StageReport,
+)
 
 REFERENCE = "reference"
 FLOOR_BF16, FLOOR_BATCH, FLOOR_ATTENTION, FLOOR_FP32 = "floor_bf16", "floor_batch", "floor_attention", "floor_fp32"
@@ -43,6 +50,8 @@ def flat_metrics(report: RunReport) -> dict[str, float]:
     for stage in report.stages:
         out |= {f"perf/{stage.name}_s": stage.seconds}
         out |= {f"memory/{stage.name}/{k}": v for k, v in asdict(stage).items() if k.endswith("_bytes")}
+    if total is not None:
+        out["memory/needed_bytes"] = needed_bytes(total, report.stages)
     if report.measurements is not None:
         out |= {f"perf/{k}": v for k, v in report.measurements.timings_ms.items()}
         on_gpu = any(s.peak_alloc_bytes is not None for s in report.stages)
@@ -50,6 +59,19 @@ def flat_metrics(report: RunReport) -> dict[str, float]:
         for name, curve in report.measurements.steps.items():
             out |= {f"quality/{name}/{k}": float(v) for k, v in enumerate(curve)}
     return {k: float(v) for k, v in out.items() if v is not None}
+
+
+def needed_bytes(weights: MemoryReport, stages: Iterable[StageReport]) -> int | None:
+    """What the components need by themselves on a GPU: their weights, and what evaluating them took beside them.
+
+    The peak of the stage ``evaluate`` also holds what was there before it: the reference, encoders, the weights
+    themselves. None on a CPU: its resident set also grows by metrics, imported libraries and freed memory that the
+    process keeps, so that the number would depend on which job came first.
+    """
+    for stage in stages:
+        if stage.name == "evaluate" and stage.peak_alloc_bytes is not None and stage.baseline_alloc_bytes is not None:
+            return weights.weights_bytes + stage.peak_alloc_bytes - stage.baseline_alloc_bytes
+    return None
 
 
 def metric_value(metrics: Mapping[str, float], name: str) -> MetricValue:

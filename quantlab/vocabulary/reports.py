@@ -197,10 +197,15 @@ class MetricValue:
 
 @dataclass(frozen=True, kw_only=True)
 class StageReport:
-    """Time and peak memory of one stage; what cannot be measured on the device is None and not logged."""
+    """Time and peak memory of one stage; what cannot be measured on the device is None and not logged.
+
+    A peak holds what was there when the stage began (the reference, encoders, libraries): the baseline.
+    """
 
     name: str
     seconds: float
+    baseline_rss_bytes: int | None = None
+    baseline_alloc_bytes: int | None = None
     peak_rss_bytes: int | None = None
     peak_alloc_bytes: int | None = None
     peak_requested_bytes: int | None = None

@@ -10,7 +10,8 @@ import torch
 import quantlab
 from quantlab.metrics import METRICS
 from quantlab.report.verdicts import largest_floor
-from quantlab.running import sweep, workbench
+from quantlab.running import job as job_module
+from quantlab.running import workbench
 from tests.support.shell import digits_words, make_shell
 
 WORDS = ("backend=quanto", "dtype=int8", "evaluation.num_samples=10")
@@ -50,14 +51,14 @@ def test_a_copy_that_memory_would_not_hold_is_left_out_with_a_word(shell, monkey
 
 
 def test_a_floor_that_fails_costs_its_row_alone(shell, monkeypatch):
-    real = sweep.floor_row
+    real = job_module.floor_row
 
     def failing(session, job):
         if job.name == "floor_bf16":
             raise RuntimeError("expected scalar type Float [/but found] BFloat16")
         return real(session, job)
 
-    monkeypatch.setattr(sweep, "floor_row", failing)
+    monkeypatch.setattr(job_module, "floor_row", failing)
     code, out, err = shell(*digits_words(*WORDS), "--json")
     assert code == 1
     assert "[/but found]" in err

@@ -11,8 +11,7 @@ import quantlab
 from quantlab.datasets import prompts
 from quantlab.datasets.calibration import calibration_inputs
 from quantlab.datasets.table import CALIBRATION_SETS
-from quantlab.errors import ConfigError
-from quantlab.stages.calibrate import is_out_of_memory
+from quantlab.errors import ConfigError, is_out_of_memory
 from quantlab.vocabulary.schema import CalibrationConfig, EvaluationConfig
 from tests.support.calibration import recorded_set
 from tests.support.shell import digits_words

@@ -29,4 +29,4 @@ def recorded_set(
         settings = sampling_settings(replace(config, batch_size=batch_size), evaluation)
         return calibration_set(model, components, inputs, settings, cache_dir, progress)
 
-    return in_smaller_batches(attempt, min(config.batch_size, config.num_samples))
+    return in_smaller_batches(attempt, min(config.batch_size, config.num_samples), model.device)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quantlab.backends.bitsandbytes.config import LIBRARY_BLOCKSIZE, BitsAndBytesConfig
 from quantlab.backends.bitsandbytes.layers import layer_classes, library, torch_dtype
 from quantlab.backends.linears import linear_at
-from quantlab.errors import ModelError
+from quantlab.errors import ModelError, is_of_the_machine
 from quantlab.modules.layers import replace_layer
 from quantlab.vocabulary.dtypes import dtype_name
 
@@ -135,4 +135,6 @@ def _load_plain(model: nn.Module, plain: Mapping[str, Tensor], quantized: Mappin
     try:
         model.load_state_dict(dict(plain), strict=False)
     except RuntimeError as error:  # shapes differ
+        if is_of_the_machine(error):
+            raise
         raise ModelError(f"{path}: {error}; load it into the model that was quantized") from error

@@ -11,7 +11,7 @@ from quantlab.backends.gguf.blocks import WEIGHTS_PER_SCALE, linear_class, torch
 from quantlab.backends.gguf.config import GGUFQuantizationConfig
 from quantlab.backends.gguf.header import check_header
 from quantlab.backends.linears import linear_at
-from quantlab.errors import ModelError
+from quantlab.errors import ModelError, is_of_the_machine
 from quantlab.modules.layers import replace_layer
 from quantlab.vocabulary.dtypes import dtype_name
 
@@ -104,6 +104,8 @@ def load(model: nn.Module, layers: Sequence[str], config: GGUFQuantizationConfig
     try:
         model.load_state_dict(plain, strict=False)
     except RuntimeError as error:  # shapes differ
+        if is_of_the_machine(error):
+            raise
         raise ModelError(f"{path}: {error}; load it into the model that was quantized") from error
     for name, layer in made.items():
         replace_layer(model, name, layer)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.backends.modelopt.config import NVIDIAModelOptConfig
 from quantlab.backends.modelopt.quantizers import build_quant_cfg
-from quantlab.errors import ConfigError
+from quantlab.errors import ConfigError, is_of_the_machine
 
 if TYPE_CHECKING:
     from torch import nn
@@ -85,15 +85,13 @@ def insert(
 
 @contextlib.contextmanager
 def named_failure(config: NVIDIAModelOptConfig, names: list[str]) -> Iterator[None]:
-    """What the library throws, as a ConfigError with the names of the layers; want of memory stays what it is."""
-    import torch
-
+    """What the library throws, as a ConfigError with the names of the layers; what is the machine's stays as it is."""
     try:
         yield
-    except (ConfigError, torch.OutOfMemoryError):
+    except ConfigError:
         raise
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
-        if getattr(error, "is_from_model", False):
+        if getattr(error, "is_from_model", False) or is_of_the_machine(error):
             raise
         raise ConfigError(
             f"quant_type={config.quant_type}: ModelOpt cannot quantize {', '.join(names[:8])}: "

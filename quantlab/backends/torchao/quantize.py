@@ -17,7 +17,7 @@ from quantlab.backends.torchao.forms import FLOAT8, INT4, Form
 from quantlab.backends.torchao.layers import take_any_input
 from quantlab.backends.torchao.readback import is_quantized
 from quantlab.backends.torchao.rules import FLOAT8_STATIC, OPAQUE
-from quantlab.errors import ConfigError, NotQuantized
+from quantlab.errors import ConfigError, NotQuantized, is_of_the_machine
 from quantlab.modules.feed import CalibrationFeed
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.native import canonical_json
@@ -183,6 +183,8 @@ def _apply(model: nn.Module, names: list[str], form: Form, activation_scale: Ten
         try:
             library.quantize_(model, scheme, filter_fn=lambda module, name: name in wanted)
         except (AssertionError, RuntimeError, ValueError, ImportError) as error:
+            if is_of_the_machine(error):
+                raise
             raise ConfigError(
                 f"quant_type={form['_type']}: torchao cannot quantize {', '.join(names[:8])}: {error}; "
                 "choose another dtype or group_size, or exclude these layers"

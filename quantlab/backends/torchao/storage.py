@@ -16,7 +16,7 @@ from quantlab.backends.torchao.build import quiet_library
 from quantlab.backends.torchao.config import TorchAoConfig
 from quantlab.backends.torchao.layers import take_any_input
 from quantlab.backends.torchao.readback import is_quantized, stored_dtype
-from quantlab.errors import ConfigError, ModelError
+from quantlab.errors import ConfigError, ModelError, is_of_the_machine
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -130,6 +130,8 @@ def _read(folder: Path) -> dict[str, Tensor]:
         except pickle.UnpicklingError as error:
             raise ModelError(f"{folder}: no readable torchao weights (not what quantlab wrote); {way_out}") from error
         except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+            if is_of_the_machine(error):
+                raise
             raise ModelError(f"{folder}: no readable torchao weights ({error}); {way_out}") from error
     if left:
         raise ModelError(f"{folder}: holds incomplete weights (such as {min(left)}); {way_out}")

@@ -1,0 +1,71 @@
+"""The device that a model is on: what it has left, how its memory is given back, and whether it still answers."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import traceback
+from collections.abc import Iterator
+
+
+def kind_of(device: str) -> str:
+    """``cpu`` or ``cuda``, whatever the number behind it."""
+    return device.partition(":")[0]
+
+
+@contextlib.contextmanager
+def current(device: str) -> Iterator[None]:
+    """While open, ``device`` is the GPU that libraries mean where they name none; nothing on a CPU."""
+    import torch
+
+    if kind_of(device) != "cuda":
+        yield
+        return
+    with torch.cuda.device(torch.device(device)):
+        yield
+
+
+def free_bytes(device: str) -> int:
+    """Bytes that a new tensor may take on ``device`` (``cpu``, ``cuda``, ``cuda:1``) now."""
+    import psutil
+    import torch
+
+    if kind_of(device) == "cpu":
+        return int(psutil.virtual_memory().available)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + cached
+
+
+def give_back(device: str) -> None:
+    """Collect what is unreachable and return the memory that the GPU's allocator keeps; also after an error of it."""
+    import torch
+
+    gc.collect()
+    if kind_of(device) == "cuda":
+        with contextlib.suppress(RuntimeError):  # a GPU that answers no more
+            torch.cuda.empty_cache()
+
+
+def let_go(error: BaseException | None) -> None:
+    """Drop what the frames of an error, and of those that it came from, still hold: half-made copies of a model.
+
+    The frames that are running stay as they are.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def answers(device: str) -> bool:
+    """Does the GPU still do what it is told? After an assert in a kernel it does not, in this process."""
+    import torch
+
+    if kind_of(device) != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,74 @@
+"""Memory at each hand-over of a sweep: one model at a time, none while other processes run."""
+
+from __future__ import annotations
+
+import json
+import weakref
+
+import pytest
+import torch
+
+from quantlab.models.table import family_of
+from quantlab.running import engines, workbench
+from tests.support.shell import digits_words
+
+WORDS = ("-m", *digits_words("evaluation.num_samples=10", "backend=quanto", "--json", "sweep.floors=false"))
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """Weak references to the modules of each model that was loaded; a model is only loaded when no other is alive."""
+    refs = []
+
+    class Watched:
+        def __init__(self, family):
+            self.family = family
+
+        def load(self, *args):
+            assert living(refs) == 0, "the old model is there while the next one is loaded"
+            model = self.family.load(*args)
+            refs.extend(weakref.ref(part) for part in model.components.values())
+            return model
+
+    monkeypatch.setattr(workbench, "family_of", lambda config: Watched(family_of(config)))
+    return refs
+
+
+def living(refs):
+    return sum(ref() is not None for ref in refs)
+
+
+def test_one_model_goes_before_the_next_is_loaded(shell, loaded):
+    code, out, err = shell(*WORDS, "dtype=int8", "evaluation.guidance_scale=1,2")
+    assert code == 0, err
+    assert len(loaded) == len(json.loads(out)) == 2
+    assert living(loaded) == 0
+
+
+@pytest.mark.slow
+def test_a_search_holds_one_model_too(shell, loaded):
+    code, _, err = shell(*WORDS, "dtype=int8", "evaluation.guidance_scale=1,2", "sweep.search.num_trials=2")
+    assert code == 0, err
+    assert len(loaded) >= 2
+
+
+@pytest.mark.parametrize("words", [("sweep.isolation=process",), ("sweep.search.num_trials=2", "sweep.timeout_s=60")])
+def test_nothing_is_kept_while_jobs_run_apart(shell, loaded, words, monkeypatch):
+    emptied, seen = [], []
+    real = workbench.give_back
+    monkeypatch.setattr(workbench, "give_back", lambda device: emptied.append(device) or real(device))
+
+    def run_task(folder, isolated, timeout_s, slots=None):
+        big = [t for t in tensors() if t.numel() >= 256 * 256]
+        seen.append((living(loaded), len(big), len(emptied)))
+
+    monkeypatch.setattr(engines, "run_task", run_task)
+    shell(*WORDS, "dtype=int8,int4", *words)
+    assert [(models, num) for models, num, _ in seen] == [(0, 0)] * 2
+    assert all(times for _, _, times in seen), "the allocator's memory is given back before the first one starts"
+
+
+def tensors():
+    import gc
+
+    return [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
