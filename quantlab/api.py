@@ -8,10 +8,11 @@ from typing import Any
 
 from quantlab.backends.scheme import Scheme, scheme_of_config
 from quantlab.backends.table import held_packages, loggers
-from quantlab.errors import ConfigError, QuantlabError
+from quantlab.errors import ConfigError, QuantlabError, is_of_the_machine
 from quantlab.models.defaults import default_exclusions
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.compute_dtype import component_dtype
+from quantlab.modules.device import current
 from quantlab.modules.emulated import emulated_products, lacking
 from quantlab.modules.feed import feed_of_batches
 from quantlab.modules.hooks import check_offloading
@@ -96,13 +97,14 @@ def quantize(
         device=device,
         default_exclusions=default_exclusions(module),
     )
-    candidate = _copied(module).eval()
-    selection = select_layers(request, candidate)
-    calibrated = None
-    if config.needs_data:
-        feed = feed_of_batches(_needed(config, calibration), device, dtype)
-        calibrated = calibrate_component(request, candidate, selection, feed)
-    return quantize_component(request, candidate, module, selection, calibrated)
+    with current(device):
+        candidate = _copied(module).eval()
+        selection = select_layers(request, candidate)
+        calibrated = None
+        if config.needs_data:
+            feed = feed_of_batches(_needed(config, calibration), device, dtype)
+            calibrated = calibrate_component(request, candidate, selection, feed)
+        return quantize_component(request, candidate, module, selection, calibrated)
 
 
 def _require_config(config: Any) -> None:
@@ -145,13 +147,16 @@ def _checked(module: Any) -> Any:
 
 
 def _dtype_and_device(module: Any) -> tuple[str, str]:
-    return dtype_name(component_dtype(module)), "cuda" if next(module.parameters()).is_cuda else "cpu"
+    """The dtype that it computes in, and its device with the number (``cuda:1``)."""
+    return dtype_name(component_dtype(module)), str(next(module.parameters()).device)
 
 
 def _copied(module: Any) -> Any:
     try:
         return copied(module)
     except (RuntimeError, TypeError, NotImplementedError) as error:
+        if is_of_the_machine(error):
+            raise
         raise ConfigError(
             f"module: it cannot be copied ({str(error).splitlines()[0]}); a module that is already quantized is often "
             "so: pass the unquantized one"
@@ -209,28 +214,43 @@ def evaluate(
             device=device,
             weights_sha256=state_digest(module.state_dict()),
         )
-        with emulated_products(lacking(device)):
-            reference = observe(model, given, settings)
-        reports = [
-            _row(REFERENCE, module, None, model, reference, given, settings),
-            _floor_row(module, model, reference, given, settings),
-        ]
-        for config in configs:
-            quantized, layers = quantize(module, config, calibration=calibration if config.needs_data else None)
-            name = _name_of(config)
-            try:
-                reports.append(
-                    _row(name, quantized, layers, model, reference, given, settings, scheme_of_config(config))
-                )
-            except QuantlabError:
-                raise
-            except Exception as error:  # noqa: BLE001  the module's own code, on layers that it does not know
-                raise ConfigError(_why_it_fails(error, name, layers, model, inputs, settings)) from error
+        with current(device):
+            with emulated_products(lacking(device)):
+                reference = observe(model, given, settings)
+            reports = [
+                _row(REFERENCE, module, None, model, reference, given, settings),
+                _floor_row(module, model, reference, given, settings),
+            ]
+            for config in configs:
+                data = calibration if config.needs_data else None
+                reports.append(_config_row(config, data, model, reference, given, inputs, settings))
     finally:
         for part, training in modes.items():
             part.training = training
     floors = {r.name: r.quality for r in reports if r.name in FLOORS and r.status == "FINISHED"}
     return [replace(r, floors=floors) for r in reports]
+
+
+def _config_row(
+    config: QuantizationConfigMixin,
+    calibration: Sequence[Any] | None,
+    model: LoadedModel,
+    reference: Any,
+    given: Any,
+    inputs: Sequence[Any],
+    settings: EvaluationConfig,
+) -> RunReport:
+    """The row of a config; its candidate is gone when this returns."""
+    quantized, layers = quantize(model.components["model"], config, calibration=calibration)
+    name = _name_of(config)
+    try:
+        return _row(name, quantized, layers, model, reference, given, settings, scheme_of_config(config))
+    except QuantlabError:
+        raise
+    except Exception as error:  # noqa: BLE001  the module's own code, on layers that it does not know
+        if is_of_the_machine(error):
+            raise
+        raise ConfigError(_why_it_fails(error, name, layers, model, inputs, settings)) from error
 
 
 def _why_it_fails(

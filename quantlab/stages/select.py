@@ -10,6 +10,7 @@ from quantlab.backends.exclusions import expand, kept_in_float32
 from quantlab.backends.scheme import Format, Scheme
 from quantlab.backends.table import offers
 from quantlab.errors import ConfigError, NotQuantized
+from quantlab.modules.device import kind_of
 from quantlab.modules.hooks import check_forwards, check_offloading
 from quantlab.modules.layers import linear_layers, resolve_exclusions
 from quantlab.modules.reached import check_weights_are_here, other_matrices
@@ -115,7 +116,7 @@ def select_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
         compute_dtypes={
             n: kept[n] if kept.get(n) in asked[n].row.compute_dtypes else request.compute_dtype for n in wanted
         },
-        native=scheme.backend.module.resolve(scheme.native, request.device, request.compute_dtype),
+        native=scheme.backend.module.resolve(scheme.native, kind_of(request.device), request.compute_dtype),
         taken=tuple(n for n in wanted if n not in misfits),
         excluded=excluded,
         misfits=misfits,
@@ -152,12 +153,12 @@ def check_device(asked: Format, device: str, compute_dtype: str) -> None:
     """ConfigError naming the requirement where the scheme does not run on this device or in this compute dtype."""
     axes, row = asked.axes, asked.row
     who = f"dtype={axes.dtype}: {axes.backend}"
-    if device not in row.devices:
+    if kind_of(device) not in row.devices:
         raise ConfigError(
             f"{who} runs it on {' and '.join(row.devices)} only, and this run is on {device}"
             f"{'; ' + row.note if row.note else ''}"
         )
-    if axes.algorithm in row.cuda_algorithms and device != "cuda":
+    if axes.algorithm in row.cuda_algorithms and kind_of(device) != "cuda":
         others = [
             b
             for b, offer in offers().items()
@@ -173,10 +174,10 @@ def check_device(asked: Format, device: str, compute_dtype: str) -> None:
             f"{who} computes it in {', '.join(row.compute_dtypes)} only; this run computes in {compute_dtype}: "
             f"pass compute_dtype={row.compute_dtypes[0]}"
         )
-    if device == "cuda" and row.min_compute_capability is not None:
+    if kind_of(device) == "cuda" and row.min_compute_capability is not None:
         import torch
 
-        have = torch.cuda.get_device_capability()
+        have = torch.cuda.get_device_capability(device)
         if have < row.min_compute_capability:
             need = ".".join(map(str, row.min_compute_capability))
             raise ConfigError(f"{who} needs CUDA compute capability {need}; this device has {have[0]}.{have[1]}")

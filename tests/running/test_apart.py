@@ -278,3 +278,26 @@ def test_a_crash_in_a_pool_costs_one_job(shell, fault, fresh_pool):
     assert code == 1
     assert rows["quanto int8"]["error"].startswith("SIGSEGV")
     assert rows["torchao int8"]["status"] == "FINISHED"
+
+
+VISIBLE = {
+    None: (4, ["0", "1", "2", "3"]),
+    "": (0, []),
+    "-1": (0, []),
+    "2": (1, ["2"]),
+    "2, 0": (2, ["2", "0"]),
+    "0,-1,1": (1, ["0"]),
+    "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6,GPU-1d": (2, ["GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "GPU-1d"]),
+    "MIG-GPU-8932f937/1/2,MIG-3f": (2, ["MIG-GPU-8932f937/1/2", "MIG-3f"]),
+    "0,,1": (1, ["0"]),
+}
+
+
+@pytest.mark.parametrize("chosen", VISIBLE)
+def test_gpus_are_counted_and_named_as_cuda_reads_the_list(chosen, monkeypatch):
+    num, names = VISIBLE[chosen]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert engines._visible_gpus() == names
