@@ -12,6 +12,7 @@ Diffusers torchao          the path of the weight (``...to_q.weight``), or ``ent
 Diffusers quanto           the layer's own name
 Diffusers gguf             any one component of the path
 Diffusers modelopt         the glob ``*entry*`` on the path of the weight's quantizer (``...to_q.weight_quantizer``)
+ModelOpt's export          the glob ``entry`` on the layer's path, or on that of a module around it
 transformers               a regular expression from the start of the path up to a dot, or an ending of the path (for
                            torchao: of the weight's path); no list at all: tied weights, the last module and the output
                            embeddings

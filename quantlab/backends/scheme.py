@@ -10,11 +10,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from quantlab.backends.stored import config_from_dict
+from quantlab.backends.stored import block_of, config_from_dict
 from quantlab.backends.table import Backend, backend_of, offers, own_settings
 from quantlab.errors import ConfigError, nearest, require_package
 from quantlab.vocabulary.axes import QuantizationAxes, capability, resolve_axes
-from quantlab.vocabulary.capabilities import Capability
+from quantlab.vocabulary.capabilities import CUSTOM, CUSTOM_ROW, Capability
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 from quantlab.vocabulary.native import QuantizationConfigMixin, plain, to_json_data
 
@@ -117,9 +117,9 @@ def scheme_of(
 def scheme_of_config(native: QuantizationConfigMixin, **more: Any) -> Scheme:
     """The scheme of a native config; ``more`` are axes that a config does not say (``on_mismatch``).
 
-    Raises ConfigError for a config that no axes express, and as :func:`scheme_of`.
+    The axes of a config that no axes express read ``custom``. Raises ConfigError as :func:`scheme_of`.
     """
-    axes = resolve_axes(replace(native.axes(), **more), offers())
+    axes = _resolved(replace(native.axes(), **more))
     return _made(backend_of(axes.backend), axes, native)
 
 
@@ -130,12 +130,13 @@ def pasted_scheme(
 
     The exclusions of the node itself come on top, by quantlab's matcher. ``typed`` are the keys that the user typed:
     the backend that ``conf`` chooses for everyone is no contradiction. Raises ConfigError for an axis or setting of the
-    node that says otherwise than the dictionary, and for a config that no axes express.
+    node that says otherwise than the dictionary.
     """
     key = "quantization.quantization_config"
     try:
-        native: QuantizationConfigMixin = config_from_dict(axes.quantization_config)
-        said = resolve_axes(native.axes(), offers())
+        block = block_of(axes.quantization_config)
+        native: QuantizationConfigMixin = config_from_dict(block)
+        said = _resolved(native.axes())
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
     if said.backend == "gguf" and "gguf_type" not in native.extra_settings():
@@ -152,16 +153,19 @@ def pasted_scheme(
         if plain(value) not in (own_settings(axes.backend)[name].default, getattr(native, name, None)):
             raise ConfigError(f"quantization.{name}={value}: the {key} decides it; leave {name} out")
     kept = {
-        name: getattr(axes, name)
-        for name in ("modules_to_not_convert", "replace_default_exclusions", "on_mismatch", "quantization_config")
+        name: getattr(axes, name) for name in ("modules_to_not_convert", "replace_default_exclusions", "on_mismatch")
     }
-    return _made(backend_of(said.backend), replace(said, **kept), native, shipped)
+    return _made(backend_of(said.backend), replace(said, quantization_config=block, **kept), native, shipped)
+
+
+def _resolved(said: QuantizationAxes) -> QuantizationAxes:
+    return said if said.dtype == CUSTOM else resolve_axes(said, offers())
 
 
 def _made(
     backend: Backend, axes: QuantizationAxes, native: QuantizationConfigMixin, shipped: Collection[str] = ()
 ) -> Scheme:
-    row = capability(axes.backend, axes.dtype, offers())
+    row = CUSTOM_ROW if axes.dtype == CUSTOM else capability(axes.backend, axes.dtype, offers())
     for package in (*backend.imports, *row.packages):
         require_package(package, f"backend={backend.name}", backend.install)
     groups = {g: tuple(entries) for g, entries in axes.modules_to_not_convert.items() if g in shipped}

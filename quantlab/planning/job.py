@@ -35,6 +35,8 @@ class Job:
     plain_attention: bool = False
     """Attention by plain matrix products instead of a fused kernel (the ``floor_attention`` row)."""
 
+    pasted_file: str = ""
+    """The file that its ``quantization_config`` was read from."""
     choices: Mapping[str, str] = field(default_factory=dict)
     """Option chosen of each config group."""
     point: Mapping[str, str] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.backends.scheme import Scheme, pasted_scheme, scheme_of
+from quantlab.backends.stored import pasted_file
 from quantlab.backends.table import offers, own_settings
 from quantlab.datasets.calibration import check_calibration
 from quantlab.datasets.table import check_dataset
@@ -286,7 +287,8 @@ def make_job(config: ExperimentConfig, overrides: Sequence[str] = ()) -> Job:
         check_calibration(config)
     name = _short(config.name or scheme_name(config.quantization, scheme, settings))
     alone = 1 if scheme is not None and scheme.native.activation_granularity == "per-tensor" else None
-    return Job(name=name, config=config, scheme=scheme, overrides=tuple(overrides), batch_size=alone)
+    file = pasted_file(axes.quantization_config)
+    return Job(name=name, config=config, scheme=scheme, overrides=tuple(overrides), batch_size=alone, pasted_file=file)
 
 
 def _check_config(config: ExperimentConfig) -> None:

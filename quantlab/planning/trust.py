@@ -27,6 +27,7 @@ from quantlab.vocabulary.schema import ExperimentConfig
 
 _GROUPS = ("tracking", "launcher", "model", "dataset", "calibration")
 """Groups whose options hold guarded keys; an option that the user chose is the user's word."""
+_PASTED = "quantization.quantization_config"
 _SHOWN_CHARACTERS = 200
 
 
@@ -43,7 +44,7 @@ def asked_for(recipe: Recipe | None, jobs: Sequence[Job], words: Sequence[str]) 
     usual = dict(_guarded(typed(compose_node(chosen)[0])))
     found: dict[str, list[str]] = {}
     for job in jobs:
-        for key, value in _guarded(job.config):
+        for key, value in (*_guarded(job.config), (_PASTED, job.pasted_file or None)):
             by_user = any(key == k or key.startswith(f"{k}.") for k in keys)
             if not by_user and value != usual.get(key) and not (key == "model.path" and value in _shipped_paths()):
                 found.setdefault(key, []).append(printable(str(value), _SHOWN_CHARACTERS))

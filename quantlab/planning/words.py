@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -63,7 +64,9 @@ def parse(overrides: Sequence[str]) -> list[Any]:
 def _parsed(parser: OverridesParser, word: str) -> Any:
     """One word; ConfigError that begins with it where Hydra's grammar or our schema does not take it."""
     key, has_value, value = word.partition("=")
-    if value.startswith("~") and "'" not in value:  # a home folder: the shell leaves it, and Hydra's grammar has no ~
+    if key.lstrip("+").removeprefix("quantization.") == "quantization_config":
+        word = f"{key}{'=' * bool(has_value)}{_quoted(value)}"
+    elif value.startswith("~") and "'" not in value:  # a home folder: the shell leaves it, and Hydra's grammar has no ~
         word = f"{key}='{value}'"
     shown = word if len(word) <= _MAX_KEY else f"{word[:_MAX_KEY]}..."
     if not has_value or not key:
@@ -79,6 +82,28 @@ def _parsed(parser: OverridesParser, word: str) -> Any:
             f"{shown}: Hydra's grammar does not take it ({str(error).splitlines()[0]}); put the value into quotes, "
             f"and for the shell once more: {key[:40]}='\"...\"'"
         ) from error
+
+
+def _quoted(value: str) -> str:
+    """What was pasted as a ``quantization_config``, in the quotes that Hydra's grammar wants around JSON and paths.
+
+    Several with commas between them are several values; what is a mapping or a string of Hydra's stays as it is.
+    """
+    found, rest = [], value.strip()
+    while rest:
+        if rest[0] == "{":
+            try:
+                said, end = json.JSONDecoder().raw_decode(rest)
+            except (ValueError, RecursionError):
+                return value
+        else:
+            said, end = True, rest.find(",") if "," in rest else len(rest)
+        item, rest = rest[:end].strip(), rest[end:].lstrip()
+        if not said or item[:1] in ("'", '"', "[", "") or item == "null" or rest[:1] not in (",", ""):
+            return value
+        found.append(literal(item))
+        rest = rest[1:].lstrip()
+    return ",".join(found)
 
 
 def _unsigned(word: str) -> str:

@@ -24,6 +24,7 @@ from quantlab.stages.products import Product, product
 from quantlab.stages.select import QuantizationRequest, Selection, select_layers
 from quantlab.stages.weight_errors import WeightErrors, weight_errors
 from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.capabilities import CUSTOM
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, FLOAT16_SCALE, dtype_name
 from quantlab.vocabulary.native import QuantizationConfigMixin
 from quantlab.vocabulary.reports import LayerReport, QuantizationReport, StoredWeight
@@ -257,7 +258,7 @@ def _lost_message(request: QuantizationRequest, compute_dtype: str, lost: Mappin
     if compute_dtype == "float16":
         wider = "float16 may be too narrow for their scales: pass model.dtype=bfloat16 or compute_dtype=float32, or "
     return (
-        f"dtype={axes.dtype}: {axes.backend} loses weights (an error beyond the rounding of {axes.dtype}, or as large "
+        f"dtype={axes.dtype}: {axes.backend} loses weights (an error beyond the format's rounding, or as large "
         f"as they are) in {listed}; {wider}"
         "choose another dtype or group_size, or exclude these layers with modules_to_not_convert"
     )
@@ -268,6 +269,8 @@ def _require(asked: Mapping[str, QuantizationAxes], rows: Sequence[LayerReport])
     for r in rows:
         axes = asked[r.name]
         where = f"{r.name} {list(r.shape)}"
+        if axes.dtype == CUSTOM:  # what it is stored as is what the row says
+            continue
         if r.dtype != axes.dtype:
             raise NotQuantized(
                 f"dtype={axes.dtype}: {axes.backend} left {where} as {r.dtype}; exclude it, or report this"

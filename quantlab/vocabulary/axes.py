@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantlab.errors import ConfigError, nearest
-from quantlab.vocabulary.capabilities import OFFERS, Capability, Offers
+from quantlab.vocabulary.capabilities import CUSTOM, OFFERS, Capability, Offers
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 
 ON_MISMATCH = ("error", "skip", *COMPUTE_DTYPES)
@@ -34,13 +34,25 @@ class QuantizationAxes:
     on_mismatch: str = "error"
     """What happens to a layer that the backend cannot take: ``error``, ``skip``, or a dtype to fall back to
     (float32, bfloat16, float16, or another dtype of the backend)."""
-    quantization_config: dict[str, Any] = field(default_factory=dict)
-    """A whole dictionary of Diffusers or transformers, as in a model's config.json: it takes the place of the axes
-    above, which then show what it says. Its exclusions keep that library's rule."""
+    quantization_config: Any = field(default_factory=dict)
+    """A whole dictionary of Diffusers, transformers or ModelOpt, as in a model's config.json (a mapping, JSON text, or
+    the path of the file): it takes the place of the axes above, which then show what it says. Its exclusions keep that
+    library's rule."""
 
     def exclusions(self) -> tuple[str, ...]:
         """All entries of ``modules_to_not_convert``, in order, each once."""
         return tuple(dict.fromkeys(entry for entries in self.modules_to_not_convert.values() for entry in entries))
+
+
+def custom_axes(backend: str, exclusions: dict[str, list[str]]) -> QuantizationAxes:
+    """The axes of a library's config that no axes spell."""
+    return QuantizationAxes(
+        backend=backend,
+        dtype=CUSTOM,
+        activation_dtype=CUSTOM,
+        algorithm=CUSTOM,
+        modules_to_not_convert=exclusions,
+    )
 
 
 def _words(options: Iterable[Any]) -> str:

@@ -53,6 +53,10 @@ class Capability:
 
 Rows = Mapping[str, Capability]
 
+CUSTOM = "custom"
+"""What the axes of a pasted config read that no axes spell: what it stores is in the report of its layers alone."""
+CUSTOM_ROW = Capability(activation_dtypes=(CUSTOM,), algorithms=(CUSTOM,), may_crash_on=("cuda",))
+
 _ROW_GROUPS: tuple[GroupSize, ...] = (16, 32, 64, 128, 256, 512)
 _BNB_BLOCKS: tuple[GroupSize, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 

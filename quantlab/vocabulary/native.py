@@ -22,8 +22,9 @@ from quantlab.vocabulary.files import read_json
 
 _T = TypeVar("_T", bound=type)
 LIBRARY_RULE = "library"
-EXCLUSION_RULES = ("quantlab", "diffusers", "transformers", LIBRARY_RULE)
-"""Whose matcher reads ``modules_to_not_convert``; ``library``: that of the library whose model it is."""
+EXCLUSION_RULES = ("quantlab", "diffusers", "transformers", "modelopt", LIBRARY_RULE)
+"""Whose matcher reads ``modules_to_not_convert``; ``modelopt``: that of its exported checkpoints; ``library``: that of
+the library whose model it is."""
 _TRANSFORMERS_KEYS = (
     "weights",
     "activations",
@@ -187,7 +188,7 @@ class QuantizationConfigMixin:
     def _settle_exclusions(self) -> None:
         """An entry counts once; no entries are None, and need no rule, except to transformers (None: its defaults)."""
         names = tuple(dict.fromkeys(self.exclusions or ()))
-        if not names and self.exclusion_rule in ("quantlab", "diffusers"):
+        if not names and self.exclusion_rule not in ("transformers", LIBRARY_RULE):
             object.__setattr__(self, "exclusion_rule", "quantlab")
         keeps_empty = self.exclusions is not None and self.exclusion_rule in ("transformers", LIBRARY_RULE)
         object.__setattr__(self, self._exclusions_field, names if names or keeps_empty else None)

@@ -251,7 +251,10 @@ def test_a_dictionary_and_an_axis_that_disagree_are_refused(words, message):
             "^quantization.quantization_config: weights_dtype='int5': QuantoConfig",
         ),
         ("{quant_method: gguf}", "add gguf_type, the format to write"),
-        ("{quant_method: torchao, quant_type: {_type: FqnToConfig, _data: {}}}", "no axes of quantlab express it"),
+        (
+            "{quant_method: torchao, quant_type: {_type: FqnToConfig, _data: {}}}",
+            "it names no module; give fqn_to_config",
+        ),
     ],
 )
 def test_a_dictionary_that_cannot_be_run_is_refused_at_composition(text, message):

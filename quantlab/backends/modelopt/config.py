@@ -28,10 +28,11 @@ from quantlab.backends.modelopt.pasted import (
     switched_off,
     with_dynamic_activations,
 )
+from quantlab.backends.modelopt.published import from_published, is_published, taken_by_export
 from quantlab.backends.modelopt.quantizers import BLOCKS, NUM_BITS, WIDTHS, activation_cfg, weight_cfg
 from quantlab.errors import ConfigError, nearest
 from quantlab.modules.layers import linear_layers
-from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.axes import QuantizationAxes, custom_axes
 from quantlab.vocabulary.native import (
     EXCLUSION_RULES,
     QuantizationConfigMixin,
@@ -74,7 +75,7 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
     """
 
     quant_method: ClassVar[str] = QuantizationMethod.MODELOPT
-    exclusion_rules: ClassVar[Mapping[str, Rule]] = {"diffusers": _taken_by_diffusers}
+    exclusion_rules: ClassVar[Mapping[str, Rule]] = {"diffusers": _taken_by_diffusers, "modelopt": taken_by_export}
     written_rule: ClassVar[str] = "diffusers"
 
     quant_type: str = setting("str")
@@ -231,7 +232,10 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
 
     @classmethod
     def _read_dict(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """Diffusers writes ``algorithm`` as ``calib_cfg``, and always the ``modelopt_config`` that it derived."""
+        """Diffusers writes ``algorithm`` as ``calib_cfg``, and always the ``modelopt_config`` that it derived;
+        ModelOpt's own exporter writes a format's name (:mod:`quantlab.backends.modelopt.published`)."""
+        if is_published(data):
+            return from_published(data)
         calib = data.pop("calib_cfg", None)
         if isinstance(calib, Mapping) and "method" in calib:
             data.setdefault("algorithm", calib["method"])
@@ -363,7 +367,7 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
     def axes(self) -> QuantizationAxes:
         """The axes that, with the config's own settings, :meth:`from_axes` turns into this config.
 
-        A pasted ``modelopt_config`` has axes too, which say the same of the weights. Raises ConfigError for what no
+        A pasted ``modelopt_config`` has axes too, which say the same of the weights. They read ``custom`` for what no
         axes say: one scale for an integer tensor, blocks along out_features.
         """
         dtype = next(d for d, spelt in _SPELLING.items() if spelt == self.weight_type)
@@ -377,10 +381,7 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
         elif weight.get("axis") is not None:
             group = "none"
         elif self.weight_type != "FP8" or weight.get("block_sizes"):
-            raise ConfigError(
-                f"channel_quantize: {self.quant_type} with one scale for the tensor is what no axes say; "
-                "set channel_quantize=0"
-            )
+            return custom_axes("modelopt", self._exclusion_axes())
         if self.modelopt_config is not None:
             width = scheme(activation)[0] if activation else None
             activation_type = next((t for t, w in WIDTHS.items() if w == width), "")

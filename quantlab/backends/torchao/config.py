@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 from quantlab.backends.exclusions import build, excluded_layers, exclusions_for, refuse_ours, taken_by_transformers
@@ -18,21 +18,24 @@ from quantlab.backends.torchao.forms import (
     INT8_INTX,
     INTX,
     PER_AXIS_0,
+    PER_MODULE,
     PER_ROW,
     PER_TENSOR,
     Form,
+    form_of_layer,
     from_mapping,
     from_object,
+    group_of,
     is_hqq,
     make,
     of_enum,
     per_group,
 )
-from quantlab.backends.torchao.rules import OPAQUE_GROUPS, check_calibration, opaque, static
+from quantlab.backends.torchao.rules import OPAQUE_GROUPS, check_calibration, granularity_of, opaque, static
 from quantlab.backends.torchao.shorthands import expand
 from quantlab.errors import ConfigError
 from quantlab.modules.layers import linear_layers
-from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.axes import QuantizationAxes, custom_axes
 from quantlab.vocabulary.native import (
     EXCLUSION_RULES,
     LIBRARY_RULE,
@@ -153,12 +156,35 @@ class TorchAoConfig(QuantizationConfigMixin):
                 "int4_packing_format=unpacked_to_int8, or leave mapping_type at auto"
             )
         check_calibration(self)
+        self._inner()
         if mapping != "auto":
             self._set_mapping(kind, data, mapping)
+
+    def _inner(self) -> list[Self]:
+        """The configs inside a per-module one; ConfigError for one that could not stand alone."""
+        told = self.quant_type["_data"]["fqn_to_config"].values() if self.quant_type["_type"] == PER_MODULE else ()
+        return [dataclasses.replace(self, quant_type=form) for form in told if form is not None]
+
+    def of_layer(self, path: str) -> Self:
+        """The config of one layer, which for a per-module one is what it says of this one."""
+        form = form_of_layer(self.quant_type, path)
+        return self if form is None or form is self.quant_type else dataclasses.replace(self, quant_type=form)
+
+    def disabled_layers(self, paths: Sequence[str]) -> dict[str, str]:
+        """The layers that a per-module config leaves alone."""
+        kind = self.quant_type["_type"]
+        return {path: f"quant_type: {kind}" for path in paths if form_of_layer(self.quant_type, path) is None}
+
+    def _canonical(self) -> str:
+        """With the order of a per-module config's names, of which the first that matches counts."""
+        return f"{super()._canonical()} {list(self.quant_type['_data'].get('fqn_to_config', ()))}"
 
     def spelled_out(self) -> dict[str, Any]:
         """Packing and zero point, where they are known, as what the library is told for a layer that fits."""
         data, kind = super().spelled_out(), self.quant_type["_type"]
+        if kind == PER_MODULE:  # of which the order counts
+            data["quant_type"] = [[name, form] for name, form in self.quant_type["_data"]["fqn_to_config"].items()]
+            return data
         if kind in _MAPPING:  # it is in quant_type
             return {k: v for k, v in data.items() if k != "mapping_type"}
         if kind == INT4 and self.int4_packing_format != "auto":
@@ -261,7 +287,7 @@ class TorchAoConfig(QuantizationConfigMixin):
         """What every layer is told; ConfigError where ``fit_group_size`` tells some another group size."""
         kind, data = self.quant_type["_type"], self.quant_type["_data"]
         if self.fit_group_size and model is not None:
-            group: int = data["group_size"] if kind == INT4 else cast("int", _group(data[_GRANULARITY[kind]]))
+            group: int = data["group_size"] if kind == INT4 else cast("int", group_of(data[_GRANULARITY[kind]]))
             left = excluded_layers(self, model)
             odd = [n for n, layer in linear_layers(model).items() if n not in left and layer.in_features % group]
             if odd:
@@ -284,14 +310,7 @@ class TorchAoConfig(QuantizationConfigMixin):
         """By the config that the library gets; static activations have one scale a layer."""
         if self.activation_scales == "static":
             return "per-tensor static"
-        kind, data = self.quant_type["_type"], self.quant_type["_data"]
-        if kind == INT8_INTX:
-            return "per-token"
-        if kind in (INT8_INT8, FLOAT8_FLOAT8):
-            of = data["granularity"]
-            first = of[0] if isinstance(of, (list, tuple)) else of
-            return "per-tensor" if first["_type"] == "PerTensor" else "per-token"
-        return "per-block" if kind == _MX else ""
+        return granularity_of(self.quant_type)
 
     def without_data(self) -> Self | None:
         """This config with plain rounding and dynamic activation scales.
@@ -350,10 +369,8 @@ class TorchAoConfig(QuantizationConfigMixin):
         )
 
     def axes(self) -> QuantizationAxes:
-        """The axes that, with the config's own settings, :meth:`from_axes` turns into this config.
-
-        Raises ConfigError for a scheme of torchao that no axes express.
-        """
+        """The axes that, with the config's own settings, :meth:`from_axes` turns into this config; ``custom`` where no
+        axes express it."""
         kind, data = self.quant_type["_type"], self.quant_type["_data"]
         axes = QuantizationAxes(
             backend="torchao", activation_dtype="none", algorithm="max", modules_to_not_convert=self._exclusion_axes()
@@ -364,13 +381,13 @@ class TorchAoConfig(QuantizationConfigMixin):
             bits = _DTYPES.get(data["weight_dtype"]["_data"])
             found = {
                 "dtype": bits,
-                "group_size": _group(data[_GRANULARITY[kind]]),
+                "group_size": group_of(data[_GRANULARITY[kind]]),
                 "activation_dtype": "int8" if kind == INT8_INTX else "none",
             }
         elif kind in (INT8, INT8_INT8):
             found = {
                 "dtype": "int8",
-                "group_size": _group(data["granularity"]),
+                "group_size": group_of(data["granularity"]),
                 "activation_dtype": "int8" if kind == INT8_INT8 else "none",
             }
         elif kind in (FLOAT8, FLOAT8_FLOAT8):
@@ -382,7 +399,7 @@ class TorchAoConfig(QuantizationConfigMixin):
             fixed = {_NF4: ("nf4", 64), _NVFP4: ("nvfp4", 16)}.get(kind)
             found = {"dtype": fixed[0], "group_size": fixed[1]} if fixed else {}
         if None in found.values() or not found:
-            raise ConfigError(f"quant_type={kind}: no axes of quantlab express it; keep it as a quantization_config")
+            return custom_axes("torchao", self._exclusion_axes())
         found |= {"group_size": "auto"} if self.fit_group_size else {}
         algorithm = self.algorithm if self.algorithm != "auto" else "hqq" if is_hqq(data) else "max"
         return dataclasses.replace(axes, **found, algorithm=algorithm)
@@ -392,17 +409,9 @@ def _float8_axes(kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
     granularity = data["granularity"] if kind == FLOAT8 else data["granularity"][1]
     dtype = _DTYPES[data["weight_dtype"]["_data"]]
     if kind == FLOAT8:
-        return {"dtype": dtype, "group_size": _group(granularity)}
-    group = "auto" if granularity["_type"] == "PerTensor" else _group(granularity)
+        return {"dtype": dtype, "group_size": group_of(granularity)}
+    group = "auto" if granularity["_type"] == "PerTensor" else group_of(granularity)
     return {"dtype": dtype, "group_size": group, "activation_dtype": dtype}
-
-
-def _group(granularity: Mapping[str, Any]) -> int | str | None:
-    """A granularity as a group size; None where no group size says it."""
-    kind, data = granularity["_type"], granularity["_data"]
-    if kind == "PerGroup":
-        return int(data["group_size"])
-    return "none" if kind == "PerRow" or (kind == "PerAxis" and data["axis"] == 0) else None
 
 
 def _form(axes: QuantizationAxes) -> Form:
@@ -463,7 +472,7 @@ def layer_form(config: TorchAoConfig, in_features: int) -> Form:
     """
     form = config.quant_type
     kind, data = form["_type"], form["_data"]
-    group = data["group_size"] if kind == INT4 else _group(data.get(_GRANULARITY.get(kind, ""), PER_ROW))
+    group = data["group_size"] if kind == INT4 else group_of(data.get(_GRANULARITY.get(kind, ""), PER_ROW))
     if isinstance(group, int) and in_features % group:
         if not config.fit_group_size:
             raise ConfigError(

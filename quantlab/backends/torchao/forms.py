@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -23,6 +24,8 @@ Form = dict[str, Any]
 INT4, INTX = "Int4WeightOnlyConfig", "IntxWeightOnlyConfig"
 INT8_INTX = "Int8DynamicActivationIntxWeightConfig"
 INT8, INT8_INT8 = "Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"
+PER_MODULE = "FqnToConfig"
+_PER_MODULE = (PER_MODULE, "ModuleFqnToConfig", "AOPerModuleConfig")
 FLOAT8, FLOAT8_FLOAT8 = "Float8WeightOnlyConfig", "Float8DynamicActivationFloat8WeightConfig"
 
 
@@ -169,6 +172,14 @@ def make(kind: str, **given: Any) -> Form:
     return copy.deepcopy({"_type": kind, "_version": version, "_data": data})
 
 
+def group_of(granularity: Mapping[str, Any]) -> int | str | None:
+    """A granularity as a group size; None where no group size says it."""
+    kind, data = granularity["_type"], granularity["_data"]
+    if kind == "PerGroup":
+        return int(data["group_size"])
+    return "none" if kind == "PerRow" or (kind == "PerAxis" and data["axis"] == 0) else None
+
+
 def is_hqq(data: Mapping[str, Any]) -> bool:
     """Whether a config's fields ask for a search of half-quadratic quantization."""
     names = (data.get(k, {}).get("_data") for k in ("int4_choose_qparams_algorithm", "intx_choose_qparams_algorithm"))
@@ -186,6 +197,8 @@ def from_mapping(value: Mapping[str, Any]) -> Form:
         )
     data = dict(value.get("_data") or {})
     kind, version = value["_type"], value.get("_version", 1)
+    if kind in _PER_MODULE:
+        return _per_module(kind, data)
     kind, data = _upgraded(kind, version, data)
     if kind not in DEFAULTS:
         form: Form = to_json_data({"_type": kind, "_version": version, "_data": data})
@@ -196,6 +209,30 @@ def from_mapping(value: Mapping[str, Any]) -> Form:
             f"this one reads up to {DEFAULTS[kind][0]}"
         )
     return make(kind, **data)
+
+
+def _per_module(kind: str, data: Form) -> Form:
+    """A config a module, under whichever of its three names, with each config inside in its stored form."""
+    given = data.get("fqn_to_config") or data.get("module_fqn_to_config") or {}
+    if not isinstance(given, Mapping) or not given:
+        raise ConfigError(f"quant_type={kind}: it names no module; give fqn_to_config, a mapping from names to configs")
+    inner = {str(name): None if form is None else from_mapping(form) for name, form in given.items()}
+    return {"_type": PER_MODULE, "_version": 1, "_data": {"fqn_to_config": inner}}
+
+
+def form_of_layer(form: Form, path: str) -> Form | None:
+    """What ``form`` asks of the layer at ``path``, by torchao's precedence; None where it leaves the layer alone."""
+    if form["_type"] != PER_MODULE:
+        return form
+    told: dict[str, Form | None] = form["_data"]["fqn_to_config"]
+    for name in (f"{path}.weight", path):
+        if name in told:
+            return told[name]
+    for name in (f"{path}.weight", path):
+        for key, inner in told.items():
+            if key.startswith("re:") and re.fullmatch(key.removeprefix("re:"), name):
+                return inner
+    return told.get("_default")
 
 
 def from_object(value: object) -> Form:
@@ -263,27 +300,48 @@ def _data(value: Any) -> Any:
 
 # -- what older releases wrote
 
-_KNOWN_LAYOUTS = ("PlainLayout", "TensorCoreTiledLayout")
+_STORAGE_LAYOUTS = (
+    *("PlainLayout", "TensorCoreTiledLayout", "QDQLayout", "Int4CPULayout", "Int4XPULayout"),
+    *("Int8DynamicActInt4WeightCPULayout", "PackedLinearInt8DynamicActivationIntxWeightLayout"),
+)
+"""Layouts that said how the same numbers are kept."""
+_PRUNING_LAYOUTS = ("MarlinSparseLayout", "SemiSparseLayout", "CutlassSemiSparseLayout")
 _DROPPED = ("layout", "use_hqq", "zero_point_domain", "preserve_zero", "packing_format")
+
+
+def check_layout(where: str, layout: Any) -> None:
+    """ConfigError for the ``layout`` of an older torchao that says more than how numbers are kept.
+
+    It is torchao's dictionary, or ``[name, fields]`` as transformers wrote it.
+    """
+    name = layout.get("_type") if isinstance(layout, Mapping) else layout
+    name = name[0] if isinstance(name, (list, tuple)) and name else name
+    if name is None or name in _STORAGE_LAYOUTS:
+        return
+    if name in _PRUNING_LAYOUTS:
+        raise ConfigError(
+            f"{where}: {name} keeps two of four weights, and torchao has it no more; leave the layout out for the "
+            "format without pruning"
+        )
+    raise ConfigError(
+        f"{where}: the layout {name} was removed from torchao; "
+        "write the config again with today's torchao, without a layout"
+    )
 
 
 def _upgraded(kind: str, version: int, data: Form) -> tuple[str, Form]:
     """A config of an older torchao as the config that means the same today; ConfigError where there is none."""
-    if kind in DEFAULTS and version == DEFAULTS[kind][0]:
+    dropped = [k for k in _DROPPED if k in data and k not in DEFAULTS.get(kind, (0, {}))[1]]
+    if kind in DEFAULTS and version == DEFAULTS[kind][0] and not dropped:
         return kind, data
-    layout = data.get("layout")
-    if isinstance(layout, Mapping) and layout.get("_type") not in _KNOWN_LAYOUTS:
-        raise ConfigError(
-            f"quant_type={kind}: the layout {layout.get('_type')} was removed from torchao; "
-            "write the config again with today's torchao, without a layout"
-        )
-    kept = {k: v for k, v in data.items() if k not in _DROPPED}
+    check_layout(f"quant_type={kind}", data.get("layout"))
+    kept = {k: v for k, v in data.items() if k not in _DROPPED or k in DEFAULTS.get(kind, (0, {}))[1]}
     if kind == "Int8DynamicActivationInt4WeightConfig":
         renamed = {"weight_dtype": "int4", "weight_granularity": per_group(kept.get("group_size", 32))}
         for old, new in (("mapping_type", "weight_mapping_type"), ("act_mapping_type", "act_mapping_type")):
             renamed |= {new: kept[old]} if old in kept else {}
         return "Int8DynamicActivationIntxWeightConfig", renamed
     if kind == "Int4WeightOnlyConfig":
-        kept |= {"int4_packing_format": "tile_packed_to_4d"}
+        kept = {"int4_packing_format": "tile_packed_to_4d", **kept}
         kept |= {"int4_choose_qparams_algorithm": "hqq"} if data.get("use_hqq") else {}
     return kind, kept if kind in DEFAULTS else data

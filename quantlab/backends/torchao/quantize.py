@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from quantlab.backends.torchao.library_types import Float8Tensor, NVFP4Tensor, TorchAOBaseTensor
 
 _DYNAMIC_FLOAT8 = "Float8DynamicActivationFloat8WeightConfig"
-_OWN_LAYERS = ("FqnToConfig", "ModuleFqnToConfig", "AOPerModuleConfig")
 
 
 def resolve(config: TorchAoConfig, device: str, compute_dtype: str | torch.dtype | None = None) -> TorchAoConfig:
@@ -213,12 +212,8 @@ def _keep_zeros(weight: Tensor) -> None:
 
 def _checked_form(name: str, layer: nn.Linear, config: TorchAoConfig, dtype: torch.dtype) -> Form:
     """The stored form for one layer; ConfigError naming it where its shape, dtype or device does not do."""
+    config = config.of_layer(name)
     kind = config.quant_type["_type"]
-    if kind in _OWN_LAYERS:
-        raise ConfigError(
-            f"quant_type={kind}: it names layers itself, and quantlab chooses them with "
-            "modules_to_not_convert; give one scheme"
-        )
     if is_quantized(layer):
         raise ConfigError(f"quant_type={kind}: {name} is already quantized by torchao; load the unquantized model")
     device = layer.weight.device.type

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from quantlab.backends.torchao.forms import FLOAT8_FLOAT8, INT4, INT8, INT8_INT8, PER_TENSOR, Form, is_hqq
+from quantlab.backends.torchao.forms import (
+    DEFAULTS,
+    FLOAT8_FLOAT8,
+    INT4,
+    INT8,
+    INT8_INT8,
+    INT8_INTX,
+    PER_MODULE,
+    PER_TENSOR,
+    Form,
+    is_hqq,
+)
 from quantlab.errors import ConfigError
 
 OPAQUE = "PrototypeInt4WeightOnlyConfig"
@@ -110,6 +121,26 @@ def _check_static(kind: str, data: Form) -> None:
             f"{key}: static float8 has one scale for the whole weight; leave group_size=auto (the "
             "granularity PerTensor), or set activation_scales=dynamic"
         )
+
+
+def granularity_of(form: Form) -> str:
+    """Which activations share a scale in a config that takes their scales at run time; "" where they are left alone.
+
+    Of a config a module the coarsest. What is not known counts as one scale for all of a call.
+    """
+    kind, data = form["_type"], form["_data"]
+    if kind == PER_MODULE:
+        found = {granularity_of(inner) for inner in data["fqn_to_config"].values() if inner is not None}
+        return next((name for name in ("per-tensor", "per-token", "per-block") if name in found), "")
+    if kind == INT8_INTX:
+        return "per-token"
+    if kind in (INT8_INT8, FLOAT8_FLOAT8):
+        of = data["granularity"]
+        first = of[0] if isinstance(of, (list, tuple)) else of
+        return "per-tensor" if first["_type"] == "PerTensor" else "per-token"
+    if kind not in DEFAULTS:
+        return "per-tensor" if "Activation" in kind else ""
+    return "per-block" if kind.startswith("MX") else ""
 
 
 def static(form: Form) -> Form:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quantlab.backends.torchao.forms import DEFAULTS, Form, make, per_group
+from quantlab.backends.torchao.forms import DEFAULTS, Form, check_layout, make, per_group
 from quantlab.errors import ConfigError, nearest
 
 _E5M2 = "float8_e5m2"
@@ -79,6 +79,7 @@ def expand(name: str, keywords: Mapping[str, Any]) -> Form:
     if isinstance(form, str):
         raise ConfigError(f"quant_type={name!r}: {form}")
     kind, given = form["_type"], dict(keywords)
+    check_layout(f"quant_type={name!r}", given.pop("layout", None))
     grouped = {"Int8WeightOnlyConfig": "granularity", "Int8DynamicActivationIntxWeightConfig": "weight_granularity"}
     accepted = (*DEFAULTS[kind][1], *(("group_size",) if kind in grouped else ()))
     for key in given:

@@ -128,9 +128,8 @@ def test_round_trips(case, compress, names):
     assert (config == NVIDIAModelOptConfig.from_axes(axes("int8", 16))) == is_same
 
 
-def test_an_integer_tensor_with_one_scale_has_no_axes():
-    with pytest.raises(ConfigError, match="channel_quantize: INT8 with one scale for the tensor"):
-        NVIDIAModelOptConfig("INT8").axes()
+def test_the_axes_of_an_integer_tensor_with_one_scale_read_custom():
+    assert NVIDIAModelOptConfig("INT8").axes().dtype == "custom"
 
 
 def test_the_config_imports_neither_torch_nor_modelopt():
