@@ -21,6 +21,7 @@ from quantlab.errors import ConfigError, nearest
 from quantlab.vocabulary.capabilities import OFFERS, Offer, Offers
 from quantlab.vocabulary.native import QuantizationConfigMixin
 from quantlab.vocabulary.reports import StoredWeight
+from quantlab.vocabulary.sizes import DenseLayer, StoredBytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "quantlab.backends"
 """Group of the entry points by which other packages add their rows; the name of the point is that of the backend."""
-_FUNCTIONS = ("resolve", "quantize", "read_back", "save", "load")
+_FUNCTIONS = ("resolve", "layer_bytes", "quantize", "read_back", "save", "load")
 _MAY_BE_EMPTY = ("holds", "loggers", "same_bits", "input_algorithms")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _COLOUR = re.compile(r"#[0-9a-f]{6}")
@@ -46,6 +47,9 @@ class BackendModule(Protocol[_Native]):
     def Config(self) -> type[_Native]: ...
 
     def resolve(self, config: _Native, device: str, compute_dtype: str) -> _Native: ...
+    def layer_bytes(
+        self, config: _Native, layer: DenseLayer, dtype: str, compute_dtype: str, device: str
+    ) -> StoredBytes: ...
     def quantize(self, model: nn.Module, layers: Sequence[str], config: _Native, compute_dtype: str) -> None: ...
     def read_back(self, layer: nn.Module) -> StoredWeight: ...
     def save(self, model: nn.Module, folder: Path) -> None: ...

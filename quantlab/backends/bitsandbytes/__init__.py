@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from quantlab.backends.bitsandbytes.config import BitsAndBytesConfig
 from quantlab.backends.bitsandbytes.quantize import quantize, read_back, resolve
+from quantlab.backends.bitsandbytes.sizes import layer_bytes
 from quantlab.backends.bitsandbytes.storage import load, save
 
 Config = BitsAndBytesConfig
 
-__all__ = ["BitsAndBytesConfig", "Config", "load", "quantize", "read_back", "resolve", "save"]
+__all__ = ["BitsAndBytesConfig", "Config", "layer_bytes", "load", "quantize", "read_back", "resolve", "save"]

@@ -11,6 +11,7 @@ from quantlab.backends.modelopt.calibrate import calibrate
 from quantlab.backends.modelopt.config import NVIDIAModelOptConfig
 from quantlab.backends.modelopt.quantize import quantize, read_back, resolve
 from quantlab.backends.modelopt.quantizers import build_quant_cfg
+from quantlab.backends.modelopt.sizes import layer_bytes
 from quantlab.backends.modelopt.storage import load, save
 from quantlab.vocabulary.native import QuantizationConfigMixin
 
@@ -21,6 +22,7 @@ __all__ = [
     "NVIDIAModelOptConfig",
     "build_quant_cfg",
     "calibrate",
+    "layer_bytes",
     "load",
     "quantize",
     "read_back",

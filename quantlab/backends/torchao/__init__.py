@@ -10,6 +10,7 @@ from __future__ import annotations
 from quantlab.backends.torchao.config import TorchAoConfig
 from quantlab.backends.torchao.quantize import build_ao_config, calibrate, quantize, resolve
 from quantlab.backends.torchao.readback import read_back
+from quantlab.backends.torchao.sizes import layer_bytes
 from quantlab.backends.torchao.storage import load, save
 
 Config = TorchAoConfig
@@ -19,6 +20,7 @@ __all__ = [
     "TorchAoConfig",
     "build_ao_config",
     "calibrate",
+    "layer_bytes",
     "load",
     "quantize",
     "read_back",

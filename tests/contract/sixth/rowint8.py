@@ -1,6 +1,6 @@
 """A sixth backend, outside quantlab: 8-bit integers with a scale a row, in plain torch.
 
-It is what an author of another package writes: a config, six functions and a row. An entry point of the group
+It is what an author of another package writes: a config, seven functions and a row. An entry point of the group
 ``quantlab.backends`` makes it known (``rowint8 = rowint8:BACKEND``).
 """
 
@@ -19,6 +19,7 @@ from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.capabilities import Capability, Offer
 from quantlab.vocabulary.native import EXCLUSION_RULES, QuantizationConfigMixin, quantization_config, setting
 from quantlab.vocabulary.reports import StoredWeight
+from quantlab.vocabulary.sizes import DenseLayer, StoredBytes
 
 _FILE = "rowint8.safetensors"
 
@@ -99,6 +100,13 @@ def layer_class() -> Any:
 def resolve(config: RowInt8Config, device: str, compute_dtype: str = "float32") -> RowInt8Config:
     """The config itself: nothing in it depends on the device."""
     return config
+
+
+def layer_bytes(
+    config: RowInt8Config, layer: DenseLayer, dtype: str, compute_dtype: str, device: str
+) -> StoredBytes:
+    """A byte a weight and a float32 scale a row."""
+    return StoredBytes(codes=layer.numel, scales=4 * layer.rows, bias_dtype=layer.bias_dtype)
 
 
 def quantize(model: Any, layers: Sequence[str], config: RowInt8Config, compute_dtype: Any = None) -> None:
