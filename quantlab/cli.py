@@ -33,6 +33,8 @@ HELP = """quantlab: what does each quantization scheme cost in quality, and what
   quantlab recipe=NAME [key=value]    run a recipe:        quantlab recipe=digits_backends
   quantlab compare sweep=latest       which is better:     quantlab compare RUN_ID RUN_ID, experiment=NAME, metric=NAME,
                                       margin=VALUE, --json, --csv FILE, --html FILE (outputs/reports/<sweep>.html)
+  quantlab plan key=value ...         will it fit?         quantlab plan model=flux_dev backend=bitsandbytes dtype=nf4
+                                      memory.device_gib=24 (any request; reads configurations, no weights; --json)
   quantlab reproduce RUN_ID [--json]  run a tracked job again: each metric identical, within its interval, different
   quantlab list WHAT [--json]         what there is:
           {lists}
@@ -172,6 +174,8 @@ def _dispatch(words: list[str]) -> int:
             return 0
     if rest and rest[0] == "list":
         return show_list(rest[1:], "--json" in flags)
+    if rest and rest[0] == "plan":
+        return show_prices(rest[1:], flags)
     if rest and rest[0] == "run":
         rest = rest[1:]
     request = plan(rest, multirun=bool(flags & {"-m", "--multirun"}))
@@ -297,6 +301,23 @@ def show_jobs(request: Plan) -> int:
     for combination, reason in request.invalid:
         print(printable(f"  impossible: {combination}\n      {reason}", lines=True))
     return 0
+
+
+def show_prices(words: Sequence[str], flags: set[str]) -> int:
+    """Print what each combination will occupy; 2 where none is possible."""
+    from quantlab.report.price_table import price_tables
+    from quantlab.running.forecast import forecast
+
+    request = plan([*words, "sweep.dry_run=true"], multirun=bool(flags & {"-m", "--multirun"}))
+    agree(request, "--trust" in flags)  # it may name a path of its own, or one to be asked for on the Hub
+    prices = forecast(request)
+    if "--json" in flags:
+        print(json.dumps([price.data() for price in prices], indent=2))
+    else:
+        console = terminal(132)
+        for told in price_tables(prices):
+            console.print(plain(told, 2000) if isinstance(told, str) else told, soft_wrap=isinstance(told, str))
+    return 0 if any(price.components for price in prices) else ConfigError.exit_code
 
 
 def show_comparison(words: Sequence[str]) -> int:

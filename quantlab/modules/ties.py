@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -115,7 +115,7 @@ def same_layers(module: nn.Module, names: Iterable[str]) -> tuple[dict[str, str]
     return one, left
 
 
-def unite(module: nn.Module, same: dict[str, str]) -> None:
+def unite(module: nn.Module, same: Mapping[str, str]) -> None:
     """Put the one layer of :func:`same_layers` at the paths of the others, in place."""
     for name, first in same.items():
         replace_layer(module, name, module.get_submodule(first))

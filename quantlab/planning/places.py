@@ -14,6 +14,8 @@ from quantlab.vocabulary.fields import checked_path
 
 AXIS_GROUPS = ("backend", "dtype", "group_size")
 """Groups of one key of the ``quantization`` node each, which all have a choice at all times."""
+ARCHITECTURES = "architectures"
+"""Folder of ``conf/`` with data and no options: what models are made of."""
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -110,7 +112,11 @@ def shipped_groups() -> dict[str, list[str]]:
 @functools.cache
 def _files_by_group(conf: Path) -> dict[str, frozenset[str]]:
     """The shipped options, read from the disk once: a grid asks for them once a value."""
-    return {d.name: frozenset(f.stem for f in d.glob("*.yaml")) for d in sorted(conf.iterdir()) if d.is_dir()}
+    return {d.name: frozenset(f.stem for f in d.glob("*.yaml")) for d in sorted(conf.iterdir()) if _is_group(d)}
+
+
+def _is_group(folder: Path) -> bool:
+    return folder.is_dir() and folder.name != ARCHITECTURES
 
 
 def groups() -> dict[str, list[str]]:

@@ -73,11 +73,19 @@ def select_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
         ModelError: a layer whose work a quantized one would not do (:func:`quantlab.modules.hooks.check_forwards`).
         NotQuantized: layers that the scheme cannot take.
     """
-    scheme = request.scheme
-    axes = scheme.axes
-    check_device(scheme.format, request.device, request.compute_dtype)
+    check_device(request.scheme.format, request.device, request.compute_dtype)
     check_offloading(module, f"model.components={request.component}")
     check_weights_are_here(module, f"model.components={request.component}")
+    chosen = choose_layers(request, module)
+    unite(module, chosen.same)
+    return chosen
+
+
+def choose_layers(request: QuantizationRequest, module: torch.nn.Module) -> Selection:
+    """As :func:`select_layers`, of a module that may be on the meta device and stays as it is; whether the scheme runs
+    on the device is not asked."""
+    scheme = request.scheme
+    axes = scheme.axes
     layers = linear_layers(module)
     if not layers:
         others = other_matrices(module, ())
@@ -110,7 +118,6 @@ def select_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
         raise NotQuantized(_misfit_message(axes, misfits, shapes))
     if len(misfits) == len(wanted):
         raise NotQuantized(_nothing_message(axes, request.component, misfits, shapes))
-    unite(module, same)
     kept = {n: dtype_name(layers[n].weight.dtype) for n in wanted} if axes.compute_dtype == "auto" else {}
     return Selection(
         compute_dtypes={
@@ -177,6 +184,8 @@ def check_device(asked: Format, device: str, compute_dtype: str) -> None:
     if kind_of(device) == "cuda" and row.min_compute_capability is not None:
         import torch
 
+        if not torch.cuda.is_available():  # planned for a device that is elsewhere
+            return
         have = torch.cuda.get_device_capability(device)
         if have < row.min_compute_capability:
             need = ".".join(map(str, row.min_compute_capability))

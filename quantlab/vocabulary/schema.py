@@ -103,6 +103,23 @@ class CalibrationConfig:
     context_length: int = number(256, 4, 2**24)
 
 
+PLACEMENTS = ("resident", "streamed")
+
+
+@dataclass
+class MemoryConfig:
+    """The ``memory`` node: what there is, and where a run's parts lie. Results do not depend on it."""
+
+    device_gib: float | None = number(None, 0, 1e6, above=True)
+    """Memory of the device that a run may use, in GiB; null: what it has free."""
+    host_gib: float | None = number(None, 0, 1e6, above=True)
+    """The same of the host."""
+    placement: str = choice("auto", *PLACEMENTS)
+    """``resident``: reference and candidate lie on the device together, a candidate is quantized from a copy.
+    ``streamed``: each layer of a candidate goes from the checkpoint's file to the device and is quantized there.
+    ``auto``: resident, where the budget holds it."""
+
+
 @dataclass
 class TrackingConfig:
     """The ``tracking`` node."""
@@ -165,6 +182,7 @@ class ExperimentConfig:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     quantization: QuantizationAxes = field(default_factory=QuantizationAxes)
     sweep: SweepConfig = field(default_factory=SweepConfig)

@@ -37,7 +37,8 @@ def compared(backend, dtype, shapes, model_dtype, compute_dtype="auto", settings
     torch.manual_seed(0)
     original = Net(shapes, model_dtype).eval().requires_grad_(False)
     scheme = the_scheme(
-        QuantizationAxes(backend=backend, dtype=dtype, on_mismatch="skip", compute_dtype=compute_dtype, **axes), settings
+        QuantizationAxes(backend=backend, dtype=dtype, on_mismatch="skip", compute_dtype=compute_dtype, **axes),
+        settings,
     )
     compute = model_dtype if compute_dtype == "auto" else compute_dtype
     request = QuantizationRequest(component="model", scheme=scheme, compute_dtype=compute, device="cpu")
@@ -140,6 +141,12 @@ def test_what_calibration_leaves_in_a_layer(backend, dtype, algorithm, activatio
     model = CAPABILITIES[backend][dtype].compute_dtypes[0]
     check(
         compared(
-            backend, dtype, ((64, 256), (48, 256)), model, settings=settings, algorithm=algorithm, activation_dtype=activation
+            backend,
+            dtype,
+            ((64, 256), (48, 256)),
+            model,
+            settings=settings,
+            algorithm=algorithm,
+            activation_dtype=activation,
         )
     )

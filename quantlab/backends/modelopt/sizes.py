@@ -19,7 +19,7 @@ def layer_bytes(
     """
     item, bias_dtype = item_bytes(compute_dtype), compute_dtype if layer.bias_dtype else ""
     cfg = weight_cfg(config, "layer", (layer.rows, layer.columns))
-    blocks = cfg.get("block_sizes")
+    blocks = cfg.get("block_sizes") or {}
     if config.weight_type in BLOCKS:  # their scales are in the packed weight; nvfp4 has a float32 one and its maximum
         codes = layer.numel // 2 if dtype in _FOUR_BIT else layer.numel
         whole = 8 if dtype == "nvfp4" else 0

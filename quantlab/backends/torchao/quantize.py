@@ -49,7 +49,8 @@ def resolve(config: TorchAoConfig, device: str, compute_dtype: str | torch.dtype
             return config
         import torch
 
-        if dtype_name(compute_dtype) == "bfloat16" and torch.cuda.get_device_capability() >= (8, 0):
+        is_elsewhere = not torch.cuda.is_available()  # a plan; such devices have been sold since 2020
+        if dtype_name(compute_dtype) == "bfloat16" and (is_elsewhere or torch.cuda.get_device_capability() >= (8, 0)):
             packing = "tile_packed_to_4d"
     return dataclasses.replace(config, int4_packing_format=packing)
 

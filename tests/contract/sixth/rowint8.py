@@ -102,9 +102,7 @@ def resolve(config: RowInt8Config, device: str, compute_dtype: str = "float32") 
     return config
 
 
-def layer_bytes(
-    config: RowInt8Config, layer: DenseLayer, dtype: str, compute_dtype: str, device: str
-) -> StoredBytes:
+def layer_bytes(config: RowInt8Config, layer: DenseLayer, dtype: str, compute_dtype: str, device: str) -> StoredBytes:
     """A byte a weight and a float32 scale a row."""
     return StoredBytes(codes=layer.numel, scales=4 * layer.rows, bias_dtype=layer.bias_dtype)
 

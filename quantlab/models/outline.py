@@ -1,0 +1,133 @@
+"""A model on the meta device: shapes, dtypes and ties as they will be once it is loaded, and no values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from quantlab.errors import ModelError
+from quantlab.models.architectures import Architecture, Part, class_of
+from quantlab.models.reading import frozen, quiet_loading
+from quantlab.modules.compute_dtype import torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """What a family's model will be made of."""
+
+    components: Mapping[str, nn.Module]
+    """Every module that is loaded, on the meta device, those that are quantized first."""
+    quantized: tuple[str, ...]
+    """The components that a scheme is for."""
+    dtype: str
+    """Compute dtype of the reference."""
+    denoiser: str = ""
+    """Diffusion: the component that is called at each step."""
+    default_exclusions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def build(key: str, architecture: Architecture, dtype: str) -> dict[str, nn.Module]:
+    """Component -> module on the meta device, as ``from_pretrained`` with ``dtype`` would make it.
+
+    Raises ModelError, beginning with ``key``, for a configuration that cannot be built without values.
+    """
+    return {name: _built(f"{key} ({name})", part, dtype) for name, part in architecture.parts.items()}
+
+
+def _built(key: str, part: Part, dtype: str) -> nn.Module:
+    import diffusers
+    import torch
+    from transformers.utils import logging
+
+    made = class_of(part.class_name)
+    if made is None:
+        raise ModelError(f"{key}: the installed libraries have no class {part.class_name}; name another model")
+    config = {k: v for k, v in part.config.items() if k not in ("quantization_config", "auto_map")}
+    try:
+        with _default_dtype(torch_dtype(dtype)), torch.device("meta"), quiet_loading(logging), _silent(logging):
+            is_diffusers = issubclass(made, diffusers.ModelMixin)
+            module = made.from_config(config) if is_diffusers else made(made.config_class.from_dict(config))
+            if hasattr(module, "tie_weights"):
+                module.tie_weights()
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, NotImplementedError, ImportError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise ModelError(
+            f"{key}: {part.class_name} cannot be built from its configuration alone ({first.rstrip('.')}); "
+            "check that the installed library is the one that wrote it"
+        ) from error
+    return frozen(as_loaded(module, dtype))
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def _silent(logging: Any) -> Iterator[None]:
+    """Without what a library tells of configurations."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def as_loaded(module: nn.Module, dtype: str) -> nn.Module:
+    """The module, its tensors in the dtypes that ``from_pretrained(dtype=...)`` gives them; in place, ties kept.
+
+    Diffusers keeps what ``_keep_in_fp32_modules`` of the class names in float32; transformers does so for float16, and
+    for bfloat16 what ``_keep_in_fp32_modules_strict`` names. Buffers that are in no checkpoint stay as they were made.
+    """
+    import torch
+
+    target = torch_dtype(dtype)
+    changed: dict[int, tuple[Tensor, Tensor]] = {}  # with the old one: an id is only one's own while it lives
+    kept = _kept_rule(module, dtype)
+    for path, part in module.named_modules():
+        for name, value in (*part._parameters.items(), *part._buffers.items()):
+            if value is None or not value.is_floating_point() or name in part._non_persistent_buffers_set:
+                continue
+            wanted = torch.float32 if kept(f"{path}.{name}".lstrip(".")) else target
+            if value.dtype == wanted:
+                continue
+            if id(value) not in changed:
+                cast = value.detach().to(wanted)
+                is_parameter = isinstance(value, torch.nn.Parameter)
+                changed[id(value)] = torch.nn.Parameter(cast, requires_grad=False) if is_parameter else cast, value
+            new = changed[id(value)][0]
+            holder = part._parameters if name in part._parameters else part._buffers
+            holder[name] = new
+    return module
+
+
+def _kept_rule(module: nn.Module, dtype: str) -> Any:
+    """Path of a tensor -> whether loading keeps it in float32."""
+    entries = set(_names(module, "_keep_in_fp32_modules_strict")) if dtype != "float32" else set()
+    if not hasattr(module, "get_output_embeddings"):  # Diffusers' rule: a component of the path
+        entries = set(_names(module, "_keep_in_fp32_modules"))
+        return lambda path: not entries.isdisjoint(path.split("."))
+    if dtype == "float16":
+        entries |= set(_names(module, "_keep_in_fp32_modules"))
+    patterns = [re.compile(rf"(?:^|\.){entry}(?:$|\.)") for entry in entries]
+    return lambda path: any(p.search(path) for p in patterns)
+
+
+def _names(module: nn.Module, attribute: str) -> tuple[str, ...]:
+    found = getattr(module, attribute, None) or ()
+    return (found,) if isinstance(found, str) else tuple(found)

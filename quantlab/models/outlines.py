@@ -1,0 +1,103 @@
+"""The outline of each family: what its ``load`` would give, from configurations alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from quantlab.errors import ConfigError, ModelError, nearest
+from quantlab.models.architectures import Architecture, read_architecture
+from quantlab.models.defaults import default_exclusions
+from quantlab.models.digits_training import build_transformer
+from quantlab.models.outline import Outline, build
+from quantlab.models.pipeline_files import DENOISERS
+from quantlab.models.reading import chosen_dtype, frozen
+from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
+from quantlab.vocabulary.schema import DigitsModelConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Shipped = Callable[[str | None], Architecture | None]
+"""Hub id -> the architecture that comes with quantlab; None where there is none."""
+OWN_MODELS = {
+    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "encoder": "sentence-transformers/all-MiniLM-L6-v2",
+}
+"""Family -> the model that it has of its own."""
+
+
+def outline(config: ModelConfig, device: str, shipped: Shipped) -> Outline:
+    """What the family's ``load`` would give on ``device`` (``cpu`` or ``cuda``), on the meta device.
+
+    Raises ModelError, beginning with ``model.path=``, for a model that cannot be found, read or built.
+    """
+    if config.family == "digits_dit":
+        return _digits(config)
+    path = config.path or OWN_MODELS.get(config.family)
+    if not path:
+        raise ModelError(
+            f"model.path=null: family {config.family} needs a model; give a local folder or a Hub id, such as "
+            "model.path=black-forest-labs/FLUX.1-schnell"
+        )
+    key = f"model.path={path}"
+    is_pipeline = config.family == "diffusers"
+    known = shipped(path) or read_architecture(config, "" if is_pipeline else "model")
+    return _pipeline(key, config, known, device) if is_pipeline else _one_model(key, config, known, device)
+
+
+def _pipeline(key: str, config: ModelConfig, known: Architecture, device: str) -> Outline:
+    dtype = chosen_dtype(config, "bfloat16" if device.startswith("cuda") else "float32")
+    without = set(config.without)
+    parts = {name: part for name, part in known.parts.items() if name not in without}
+    modules = build(key, Architecture(path=known.path, dtype=known.dtype, parts=parts), dtype)
+    denoiser = next((name for name in DENOISERS if name in modules), "")
+    if not denoiser:
+        raise ModelError(f"{key}: it has no denoiser ({', '.join(modules)}); name a pipeline that generates")
+    chosen = config.components or [denoiser]
+    for name in chosen:
+        if name not in modules:
+            raise ConfigError(
+                f"model.components={name}: {key} has {', '.join(sorted(modules))}{nearest(name, modules)}"
+            )
+    return Outline(
+        components={name: modules[name] for name in dict.fromkeys([*chosen, *modules])},
+        quantized=tuple(dict.fromkeys(chosen)),
+        dtype=dtype,
+        denoiser=denoiser,
+        default_exclusions=_exclusions(modules, config),
+    )
+
+
+def _one_model(key: str, config: ModelConfig, known: Architecture, device: str) -> Outline:
+    stored = known.dtype if known.dtype in COMPUTE_DTYPES else "float32"
+    dtype = chosen_dtype(config, "float32" if device == "cpu" else stored)
+    modules = build(key, known, dtype)
+    for name in config.components:
+        if name not in modules:
+            raise ConfigError(f"model.components={name}: {key} has {', '.join(modules)}{nearest(name, modules)}")
+    return Outline(
+        components=modules, quantized=tuple(modules), dtype=dtype, default_exclusions=_exclusions(modules, config)
+    )
+
+
+def _digits(config: ModelConfig) -> Outline:
+    import torch
+
+    if not isinstance(config, DigitsModelConfig):
+        raise ConfigError("model.family=digits_dit: it has settings of its own; choose it by model=digits_dit")
+    dtype = chosen_dtype(config, "float32")
+    with torch.device("meta"):
+        module = build_transformer(config.num_layers, config.num_heads)
+    modules: dict[str, nn.Module] = {"transformer": frozen(torch.nn.Module.to(module, dtype=getattr(torch, dtype)))}
+    return Outline(
+        components=modules,
+        quantized=("transformer",),
+        dtype=dtype,
+        denoiser="transformer",
+        default_exclusions={"transformer": tuple(config.default_exclusions)},
+    )
+
+
+def _exclusions(modules: dict[str, nn.Module], config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    return {name: default_exclusions(module, config.default_exclusions) for name, module in modules.items()}

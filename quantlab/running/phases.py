@@ -1,0 +1,207 @@
+"""The phases of a run and what lies on the device and on the host in each: weights exactly, activations estimated.
+
+``resident`` is a run that keeps the whole reference on the device and quantizes a copy of the component beside it.
+``streamed`` is the least that the same work takes: prompts are encoded and the encoders freed, the reference is
+observed alone (by groups of layers where the budget does not hold it), a candidate's layers go from the checkpoint's
+file to the device one by one, and the decoder comes last; no two of them are there together.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from quantlab.models.outline import Outline
+from quantlab.modules.memory import storages
+from quantlab.vocabulary.prices import ComponentPrice, Phase
+from quantlab.vocabulary.schema import EvaluationConfig
+from quantlab.vocabulary.sizes import item_bytes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_WIDEST, _ORDINARY = 2, 7
+"""Tensors that a transformer's block holds at once: of its widest layer's inputs, and of its own width. FLUX.1 at 1024
+pixels: 0.448 GiB by this, 0.453 GiB by torch's MemTracker."""
+_UNET_TENSORS = 12
+"""Tensors of the first block's size that a UNet holds, with the skips that wait for the way up; SDXL at 1024 pixels
+with guidance: 241 MB (MixDQ, arXiv 2405.17873)."""
+_DECODER_TENSORS = 6
+"""Tensors of the image's size and the decoder's first width; FLUX.1's decoder at 1024 pixels: 1.50 GiB (MemTracker)."""
+_PROMPT_TOKENS = 512
+_SIDE = 1024
+
+
+def phases(
+    outline: Outline,
+    prices: Sequence[ComponentPrice],
+    evaluation: EvaluationConfig,
+    needs_data: bool,
+    device_bytes: int,
+) -> dict[str, tuple[Phase, ...]]:
+    """Placement -> its phases. ``device_bytes`` is the budget, 0 for none."""
+    told = {p.name: p for p in prices}
+    item = item_bytes(outline.dtype)
+    if not outline.denoiser:
+        active = _language_activations(outline.components[outline.quantized[0]], evaluation, item)
+        return _language(told, active, needs_data)
+    modules = outline.components
+    active = _denoiser_activations(modules, outline.denoiser, evaluation, item)
+    decoding = _decoder_activations(modules.get("vae"), evaluation, item)
+    reading = max((_widths(m)[0] for n, m in modules.items() if _is_encoder(n)), default=0)
+    reading = _PROMPT_TOKENS * (_WIDEST + _ORDINARY) * reading * item
+    every = sum(p.original_bytes for p in prices)
+    encoders = [p for p in prices if _is_encoder(p.name)]
+    rest = [p for p in prices if not _is_encoder(p.name) and p.name != "vae"]
+    before, after = sum(p.original_bytes for p in rest), sum(p.memory.weights_bytes for p in rest)
+    decoder = told["vae"].memory.weights_bytes if "vae" in told else 0
+    copied = sum(p.original_bytes for p in prices if p.scheme)
+    made = sum(p.memory.weights_bytes for p in prices if p.scheme)
+    layer = max((p.largest_layer_bytes for p in prices if p.scheme), default=0)
+    read = sum(max(p.original_bytes, p.memory.weights_bytes) for p in encoders)
+    group = 2 * max((_largest_group(modules[p.name]) for p in rest), default=0)
+    fits = not device_bytes or before + active <= device_bytes
+    alone = Phase(name="reference", device_bytes=before + active, host_bytes=0, activation_bytes=active)
+    grouped = Phase(
+        name="reference, by groups", device_bytes=group + active, host_bytes=before, activation_bytes=active
+    )
+    together = every + copied if copied else every
+    calibrating = Phase(
+        name="calibrate",
+        device_bytes=(before if fits else group) + active,
+        host_bytes=0 if fits else before,
+        activation_bytes=active,
+    )
+    return {
+        "resident": _made(
+            ("encode prompts", every, reading),
+            ("reference", every, active),
+            *([("calibrate", together, active)] if needs_data and copied else []),
+            *([("quantize", together + layer, 0)] if copied else []),
+            ("evaluate", every + made, active),
+            ("decode", every + made, decoding),
+        ),
+        "streamed": (
+            *_made(("encode prompts", read, reading)),
+            alone if fits else grouped,
+            *([calibrating] if needs_data and copied else []),
+            *(_made(("quantize", after + layer, 0)) if copied else ()),
+            *_made(("evaluate", after, active), ("decode", decoder, decoding)),
+        ),
+    }
+
+
+def _language(told: Mapping[str, ComponentPrice], active: int, needs_data: bool) -> dict[str, tuple[Phase, ...]]:
+    before, after = sum(p.original_bytes for p in told.values()), sum(p.memory.weights_bytes for p in told.values())
+    layer = max((p.largest_layer_bytes for p in told.values()), default=0)
+    is_quantized = any(p.scheme for p in told.values())
+    beside = before if is_quantized else 0
+    resident = _made(
+        ("reference", before, active),
+        *([("calibrate", before + beside, active)] if needs_data else []),
+        *([("quantize", before + beside + layer, 0)] if is_quantized else []),
+        ("evaluate", before + (after if is_quantized else 0), active),
+    )
+    streamed = _made(
+        ("reference", before, active),
+        *([("calibrate", before, active)] if needs_data else []),
+        *([("quantize", after + layer, 0)] if is_quantized else []),
+        ("evaluate", after, active),
+    )
+    return {"resident": resident, "streamed": streamed}
+
+
+def _made(*rows: tuple[str, int, int]) -> tuple[Phase, ...]:
+    return tuple(
+        Phase(name=name, device_bytes=weights + active, host_bytes=0, activation_bytes=active)
+        for name, weights, active in rows
+    )
+
+
+def _is_encoder(name: str) -> bool:
+    return name.startswith(("text_encoder", "image_encoder"))
+
+
+# -- activations
+
+
+@functools.lru_cache(maxsize=32)
+def _widths(module: nn.Module) -> tuple[int, int]:
+    """(inputs of the widest Linear layer in a block, inputs of most of them)."""
+    from torch import nn
+
+    widths = [p.in_features for n, p in module.named_modules() if isinstance(p, nn.Linear) and _in_block(n)]
+    return (max(widths), max(set(widths), key=widths.count)) if widths else (0, 0)
+
+
+def _in_block(path: str) -> bool:
+    return any(part.isdigit() for part in path.split("."))
+
+
+def _token_activations(module: nn.Module, tokens: int, item: int) -> int:
+    widest, ordinary = _widths(module)
+    return tokens * (_WIDEST * widest + _ORDINARY * ordinary) * item
+
+
+def _language_activations(module: nn.Module, evaluation: EvaluationConfig, item: int) -> int:
+    tokens = evaluation.batch_size * evaluation.context_length
+    words = int(getattr(getattr(module, "config", None), "vocab_size", 0) or 0)
+    return _token_activations(module, tokens, item) + tokens * words * (item + 4)  # logits, and in float32
+
+
+def _config(module: Any, name: str, default: Any) -> Any:
+    found: Any = getattr(module, "config", None)
+    value = found.get(name, default) if isinstance(found, Mapping) else getattr(found, name, default)
+    return default if value is None else value
+
+
+def _scale(vae: Any) -> int:
+    """Pixels of a side that become one latent."""
+    spatial = _config(vae, "scale_factor_spatial", 0)
+    return int(spatial) if spatial else 2 ** max(len(_config(vae, "block_out_channels", (0, 0, 0, 0))) - 1, 0)
+
+
+def _sides(modules: Mapping[str, nn.Module], denoiser: str, evaluation: EvaluationConfig) -> tuple[int, int]:
+    side = _config(modules[denoiser], "sample_size", 0)
+    default = int(side) * _scale(modules["vae"]) if isinstance(side, int) and side and "vae" in modules else _SIDE
+    return evaluation.height or default, evaluation.width or default
+
+
+def _denoiser_activations(
+    modules: Mapping[str, nn.Module], denoiser: str, evaluation: EvaluationConfig, item: int
+) -> int:
+    module, vae = modules[denoiser], modules.get("vae")
+    height, width = _sides(modules, denoiser, evaluation)
+    if vae is None:  # the model's own pixels
+        side = int(_config(module, "sample_size", 8))
+        return _token_activations(module, 2 * evaluation.batch_size * side * side, item)
+    scale = _scale(vae)
+    area = (height // scale) * (width // scale)
+    if hasattr(module, "down_blocks"):
+        first = int(_config(module, "block_out_channels", (320,))[0])
+        return 2 * evaluation.batch_size * area * first * _UNET_TENSORS * item
+    latent = int(_config(vae, "latent_channels", 0) or _config(vae, "z_dim", 0))
+    packs = latent and int(_config(module, "in_channels", latent)) >= 4 * latent
+    patch = _config(module, "patch_size", 1)
+    unit = 2 if packs else int(patch[-1] if isinstance(patch, (list, tuple)) else patch)
+    tokens = area // (unit * unit) + _PROMPT_TOKENS
+    return _token_activations(module, evaluation.batch_size * tokens, item)
+
+
+def _decoder_activations(vae: Any, evaluation: EvaluationConfig, item: int) -> int:
+    if vae is None:
+        return 0
+    pixels = (evaluation.height or _SIDE) * (evaluation.width or _SIDE)
+    widths = _config(vae, "block_out_channels", None)
+    first = int(widths[0] if widths else _config(vae, "decoder_base_dim", None) or _config(vae, "base_dim", 128))
+    return pixels * first * _DECODER_TENSORS * item
+
+
+@functools.lru_cache(maxsize=32)
+def _largest_group(module: nn.Module) -> int:
+    """Bytes of the largest block of a list of blocks, which group offloading moves at once."""
+    from torch import nn
+
+    blocks = [block for part in module.modules() if isinstance(part, nn.ModuleList) for block in part]
+    return max((sum(storages(block, ()).values()) for block in blocks), default=0)

@@ -1,0 +1,275 @@
+"""Price: what a scheme will occupy, from a module on the meta device, to the byte.
+
+Which layers are taken is decided by the same function as in a run (:func:`quantlab.stages.select.choose_layers`), and
+what each will occupy by its backend's ``layer_bytes``; there is no other arithmetic.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from quantlab.backends.scheme import Scheme
+from quantlab.backends.table import held_packages
+from quantlab.errors import ConfigError, ModelError, NotQuantized
+from quantlab.modules.layers import layers_left_alone, linear_layers, matches
+from quantlab.modules.memory import Storages, logical_size, storage_of, storages
+from quantlab.stages.select import QuantizationRequest, Selection, check_device, choose_layers, misfit
+from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, dtype_name
+from quantlab.vocabulary.prices import ComponentPrice, Kept, Kind
+from quantlab.vocabulary.reports import MemoryReport
+from quantlab.vocabulary.sizes import DenseLayer, StoredBytes, item_bytes, plain_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+NO_BACKEND = "no backend replaces"
+"""How the rule begins of weights that are in no Linear layer."""
+
+
+def price_component(
+    name: str, module: nn.Module, request: QuantizationRequest | None, scheme_name: str = ""
+) -> ComponentPrice:
+    """The price of a component that is on the meta device; it is not changed.
+
+    ``request`` is what a run would be asked; None: it stays as it is. What a run would refuse is in ``refused``, and
+    the rest is priced as if it were not asked for.
+    """
+    if request is None:
+        return _priced(name, module, None, _Choice(), scheme_name)
+    asked, unmatched, refused = _askable(request, module)
+    try:
+        chosen = choose_layers(asked, module)
+    except (ConfigError, ModelError, NotQuantized) as error:
+        price = _priced(name, module, None, _Choice(), scheme_name)
+        return replace(price, unmatched=unmatched, refused=(*refused, str(error)))
+    if chosen.misfits and request.scheme.axes.on_mismatch == "error":
+        refused = (*refused, _misfits_told(request, chosen, module))
+    price = _priced(name, module, asked, _Choice.of(chosen), scheme_name)
+    return replace(price, unmatched=unmatched, refused=refused)
+
+
+def _askable(
+    request: QuantizationRequest, module: nn.Module
+) -> tuple[QuantizationRequest, tuple[str, ...], tuple[str, ...]]:
+    """The request without what would make a run refuse it whole; the entries that take no layer; and the refusals."""
+    scheme, refused = request.scheme, []
+    layers = list(linear_layers(module))
+    defaults = () if scheme.axes.replace_default_exclusions else request.default_exclusions
+    unmatched = [e for e in (*defaults, *scheme.exclusions) if not any(matches(e, n) for n in layers)]
+    shipped = {entry for entries in scheme.shipped_exclusions.values() for entry in entries}
+    wrong = [e for e in unmatched if e in scheme.exclusions and e not in shipped and e not in defaults]
+    if wrong and layers and scheme.native.exclusion_rule == "quantlab":
+        refused.append(
+            f"modules_to_not_convert={wrong[0]}: matches none of the {len(layers)} layers of {request.component}"
+        )
+    try:
+        check_device(scheme.format, request.device, request.compute_dtype)
+    except ConfigError as error:
+        refused.append(str(error))
+    axes = scheme.axes if scheme.axes.on_mismatch != "error" else replace(scheme.axes, on_mismatch="skip")
+    kept = tuple(e for e in scheme.exclusions if e not in wrong)
+    asked = replace(request, scheme=replace(scheme, axes=axes, exclusions=kept))
+    return asked, tuple(dict.fromkeys(unmatched)), tuple(refused)
+
+
+def _misfits_told(request: QuantizationRequest, chosen: Selection, module: nn.Module) -> str:
+    axes = request.scheme.axes
+    name, why = next(iter(chosen.misfits.items()))
+    return (
+        f"dtype={axes.dtype}: {len(chosen.misfits)} layers of {request.component} cannot be stored as {axes.backend} "
+        f"{axes.dtype}, such as {name} {list(dense_layer(module.get_submodule(name)).shape)}: {why}; "
+        "quantization.on_mismatch=skip keeps them"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choice:
+    """Layer -> what becomes of its weight."""
+
+    selection: Selection | None = None
+    taken: Collection[str] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """Layer -> why it is kept."""
+
+    @classmethod
+    def of(cls, chosen: Selection) -> _Choice:
+        reasons = {**chosen.excluded, **{n: f"does not fit: {why}" for n, why in chosen.misfits.items()}}
+        return cls(selection=chosen, taken=frozenset((*chosen.taken, *chosen.misfits)), reasons=reasons)
+
+
+def _priced(
+    name: str, module: nn.Module, request: QuantizationRequest | None, choice: _Choice, scheme_name: str
+) -> ComponentPrice:
+    counted = _Count()
+    stored = _stored(request, choice.selection, module)
+    skipped = set(choice.selection.same) if choice.selection else set()
+    alone = layers_left_alone(module)
+    for path, part in module.named_modules():
+        if path in skipped:
+            continue
+        if path in stored:
+            counted.add_stored(part, *stored[path])
+            continue
+        reason = choice.reasons.get(path) or alone.get(path, "")
+        counted.add_part(path, part, reason if request is not None else "it has no scheme")
+    facts = _facts(module)
+    counted.add_others(facts.storages)
+    parameters, values = facts.size
+    memory = MemoryReport(
+        weights_bytes=sum(counted.kinds[k][1] for k in counted.kinds),
+        quantized_bytes=counted.of("codes"),
+        scale_bytes=counted.of("scales"),
+        other_bytes=sum(n for (what, _), (_, n) in counted.kinds.items() if what not in ("codes", "scales")),
+        bytes_at_16_bit=2 * values,
+        num_parameters=parameters,
+    )
+    return ComponentPrice(
+        name=name,
+        memory=memory,
+        quantized_parameters=sum(n for (what, _), (n, _) in counted.kinds.items() if what == "codes"),
+        kinds=tuple(
+            Kind(what=what, dtype=dtype, parameters=n, num_bytes=num_bytes)
+            for (what, dtype), (n, num_bytes) in sorted(counted.kinds.items(), key=lambda item: -item[1][1])
+        ),
+        kept=tuple(
+            Kept(rule=rule, modules=tuple(paths), num_bytes=sum(paths.values()))
+            for rule, paths in sorted(counted.kept.items(), key=lambda item: -sum(item[1].values()))
+        ),
+        original_bytes=sum(facts.storages.values()),
+        largest_layer_bytes=facts.largest_layer_bytes,
+        scheme=scheme_name if request is not None else "",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """What is asked of a module each time that it is priced."""
+
+    storages: Storages
+    size: tuple[int, int]
+    largest_layer_bytes: int
+
+
+@functools.lru_cache(maxsize=32)
+def _facts(module: nn.Module) -> _Facts:
+    layers = (sum(t.nbytes for t in part._parameters.values() if t is not None) for part in module.modules())
+    return _Facts(
+        storages=storages(module, held_packages()),
+        size=logical_size(module),
+        largest_layer_bytes=max(layers, default=0),
+    )
+
+
+def _stored(
+    request: QuantizationRequest | None, chosen: Selection | None, module: nn.Module
+) -> dict[str, tuple[str, StoredBytes]]:
+    """Layer -> dtype and bytes, of those that are stored otherwise: taken, or misfits with a dtype to fall back to."""
+    if request is None or chosen is None:
+        return {}
+    known: dict[tuple[object, ...], StoredBytes] = {}
+    found = {}
+    for path in (*chosen.taken, *chosen.misfits):
+        layer = module.get_submodule(path)
+        dense = dense_layer(layer)
+        if path in chosen.misfits:
+            told = _fallback_bytes(request.scheme, chosen, dense, chosen.compute_dtypes[path], request.device)
+            if told is not None:
+                found[path] = told
+            continue
+        dtype, compute = chosen.asked[path].axes.dtype, chosen.compute_dtypes[path]
+        key = (dense, dtype, compute)
+        if key not in known:
+            known[key] = request.scheme.backend.module.layer_bytes(chosen.native, dense, dtype, compute, request.device)
+        found[path] = (dtype, known[key])
+    return found
+
+
+def dense_layer(layer: nn.Module) -> DenseLayer:
+    """An unquantized layer as far as bytes are concerned."""
+    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
+    assert weight is not None
+    return DenseLayer(
+        shape=tuple(weight.shape),
+        dtype=dtype_name(weight.dtype),
+        bias_dtype="" if bias is None else dtype_name(bias.dtype),
+    )
+
+
+def _fallback_bytes(
+    scheme: Scheme, chosen: Selection, dense: DenseLayer, compute_dtype: str, device: str
+) -> tuple[str, StoredBytes] | None:
+    """What ``on_mismatch`` makes of a layer; None where it stays as it is."""
+    dtype = scheme.axes.on_mismatch
+    if dtype in COMPUTE_DTYPES:
+        return dtype, StoredBytes(codes=plain_bytes(dense, dtype), scales=0, bias_dtype=dense.bias_dtype)
+    if chosen.fallback is None or misfit(chosen.fallback.format, dense.shape):
+        return None
+    other = chosen.fallback
+    native = other.backend.module.resolve(other.native, device, compute_dtype)
+    return dtype, other.backend.module.layer_bytes(native, dense, dtype, compute_dtype, device)
+
+
+class _Count:
+    """Bytes by kind, each storage once."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[tuple[str, str], tuple[int, int]] = defaultdict(lambda: (0, 0))
+        self.kept: dict[str, dict[str, int]] = defaultdict(dict)
+        self.seen: set[object] = set()
+        self.replaced: set[object] = set()
+
+    def of(self, kind: str) -> int:
+        return sum(n for (what, _), (_, n) in self.kinds.items() if what == kind)
+
+    def _add(self, what: str, dtype: str, parameters: int, num_bytes: int) -> None:
+        known = self.kinds[what, dtype]
+        self.kinds[what, dtype] = known[0] + parameters, known[1] + num_bytes
+
+    def add_stored(self, layer: nn.Module, dtype: str, stored: StoredBytes) -> None:
+        """A layer whose weight is replaced."""
+        weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
+        assert weight is not None
+        self.replaced.add(storage_of(weight))
+        self._add("codes", dtype, weight.numel(), stored.codes)
+        self._add("scales", dtype, 0, stored.scales)
+        if bias is None:
+            return
+        if stored.bias_dtype == dtype_name(bias.dtype):
+            self._tensor("biases", bias, is_parameter=True)
+        else:
+            self.replaced.add(storage_of(bias))
+            num_bytes = bias.numel() * item_bytes(stored.bias_dtype)
+            self._add("biases", stored.bias_dtype, bias.numel(), num_bytes)
+
+    def _tensor(self, what: str, tensor: Tensor, is_parameter: bool) -> int:
+        """Bytes of a tensor whose storage was not seen before; else 0."""
+        key = storage_of(tensor)
+        if key in self.seen:
+            return 0
+        self.seen.add(key)
+        num_bytes = tensor.untyped_storage().nbytes()
+        self._add(what, dtype_name(tensor.dtype), tensor.numel() if is_parameter else 0, num_bytes)
+        return num_bytes
+
+    def add_part(self, path: str, part: nn.Module, reason: str) -> None:
+        """The parameters and buffers of one module itself, as they are."""
+        for name, tensor in part._parameters.items():
+            if tensor is None:
+                continue
+            is_weight = name != "bias"
+            num_bytes = self._tensor(type(part).__name__ if is_weight else "biases", tensor, is_parameter=True)
+            if is_weight and num_bytes:
+                self.kept[reason or f"{NO_BACKEND} {type(part).__name__}"][path] = num_bytes
+        for buffer in part._buffers.values():
+            if buffer is not None:
+                self._tensor("buffers", buffer, is_parameter=False)
+
+    def add_others(self, every: Storages) -> None:
+        """Tensors that are held otherwise."""
+        for key, num_bytes in every.items():
+            if key not in self.seen and key not in self.replaced:
+                self._add("other", "", 0, num_bytes)

@@ -1,0 +1,152 @@
+"""What a scheme will occupy, computed without weights. Plain values, torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantlab.vocabulary.reports import MemoryReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """Bytes of one kind in a component; all kinds together are the component."""
+
+    what: str
+    """``codes``, ``scales``, the class of a layer whose weight is kept, ``biases``, ``buffers``, ``other``."""
+    dtype: str
+    parameters: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Weights that stay as they are, and why."""
+
+    rule: str
+    modules: tuple[str, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentPrice:
+    """One component under its scheme."""
+
+    name: str
+    memory: MemoryReport
+    """As the ledger of a run will show it."""
+    quantized_parameters: int
+    kinds: tuple[Kind, ...]
+    kept: tuple[Kept, ...]
+    original_bytes: int
+    """Unquantized."""
+    largest_layer_bytes: int
+    """Of the largest layer, unquantized."""
+    unmatched: tuple[str, ...] = ()
+    """Entries of ``modules_to_not_convert`` that take no layer; those of a family's defaults may."""
+    refused: tuple[str, ...] = ()
+    """Why a run would refuse it."""
+    scheme: str = ""
+    """Name of the scheme; "": it stays as it is."""
+
+    @property
+    def bits_per_quantized_weight(self) -> float | None:
+        """Codes and scales, over the weights that they stand for."""
+        if not self.quantized_parameters:
+            return None
+        return 8 * (self.memory.quantized_bytes + self.memory.scale_bytes) / self.quantized_parameters
+
+    def data(self) -> dict[str, Any]:
+        """Plain data, as ``quantlab plan --json`` prints it."""
+        return {
+            "name": self.name,
+            "scheme": self.scheme,
+            "parameters": self.memory.num_parameters,
+            "bytes": self.memory.weights_bytes,
+            "original_bytes": self.original_bytes,
+            "quantized_parameters": self.quantized_parameters,
+            "bits_per_weight": self.memory.bits_per_weight,
+            "bits_per_quantized_weight": self.bits_per_quantized_weight,
+            "kinds": [
+                {"kind": k.what, "dtype": k.dtype, "parameters": k.parameters, "bytes": k.num_bytes} for k in self.kinds
+            ],
+            "kept": [{"rule": k.rule, "modules": list(k.modules), "bytes": k.num_bytes} for k in self.kept],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """What one phase of a run needs."""
+
+    name: str
+    device_bytes: int
+    """Weights, exactly, and activations, estimated."""
+    host_bytes: int
+    """Weights that wait in the host's memory."""
+    activation_bytes: int = 0
+    """Of ``device_bytes``, what is an estimate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Price:
+    """One combination."""
+
+    name: str
+    backend: str
+    dtype: str
+    group_size: int | str
+    device: str
+    compute_dtype: str
+    components: tuple[ComponentPrice, ...] = ()
+    phases: Mapping[str, tuple[Phase, ...]] = field(default_factory=dict)
+    """Placement -> the phases of a run with it."""
+    placement: str = ""
+    """The placement that fits the budget; "": none does, or there is no budget."""
+    budget: Mapping[str, int] = field(default_factory=dict)
+    """``device_bytes`` and ``host_bytes`` that there are, as far as they are known."""
+    advice: str = ""
+    """The nearest change that would fit, where nothing does."""
+    refused: tuple[str, ...] = ()
+    """Why this combination cannot run."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights of the whole model, the components without a scheme too."""
+        return sum(c.memory.weights_bytes for c in self.components)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether some placement fits the budget; None where there is no budget."""
+        return bool(self.placement) if self.budget else None
+
+    def data(self) -> dict[str, Any]:
+        """Plain data, as ``quantlab plan --json`` prints it."""
+        chosen = self.placement or next(iter(self.phases), "")
+        return {
+            "name": self.name,
+            "backend": self.backend,
+            "dtype": self.dtype,
+            "group_size": self.group_size,
+            "device": self.device,
+            "compute_dtype": self.compute_dtype,
+            "total_bytes": self.total_bytes,
+            "components": [c.data() for c in self.components],
+            "unmatched": sorted({entry for c in self.components for entry in c.unmatched}),
+            "refused": [*self.refused, *(reason for c in self.components for reason in c.refused)],
+            "placement": chosen,
+            "phases": [_phase(p) for p in self.phases.get(chosen, ())],
+            "placements": {name: [_phase(p) for p in phases] for name, phases in self.phases.items()},
+            "budget": dict(self.budget),
+            "fits": self.fits,
+            "advice": self.advice,
+        }
+
+
+def _phase(phase: Phase) -> dict[str, Any]:
+    return {
+        "name": phase.name,
+        "device_bytes": phase.device_bytes,
+        "host_bytes": phase.host_bytes,
+        "estimated_activation_bytes": phase.activation_bytes,
+    }
