@@ -16,7 +16,7 @@ from quantlab.backends.table import loggers, offers
 from quantlab.errors import ConfigError, MissingPackage
 from quantlab.models.outline import Outline
 from quantlab.models.outlines import outline
-from quantlab.modules.memory import free_bytes
+from quantlab.modules.device import free_bytes
 from quantlab.planning.architectures import shipped_architecture
 from quantlab.planning.job import Plan
 from quantlab.quiet import quiet_libraries

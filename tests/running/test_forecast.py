@@ -197,7 +197,10 @@ def on_disk(tmp_path, kind):
     return BUILDERS[kind](tmp_path / kind)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["bfloat16", pytest.param("float32", marks=pytest.mark.slow), pytest.param("float16", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_an_outline_is_what_is_loaded(tmp_path, kind, dtype):
     """Every component of a local pipeline: the same names, shapes, dtypes, ties and bytes as after from_pretrained."""
@@ -226,7 +229,11 @@ def as_run(module, request, price):
 EVERY = [(b, d) for b, rows in CAPABILITIES.items() if b != "none" for d, row in rows.items() if "cpu" in row.devices]
 
 
-@pytest.mark.parametrize(("backend", "dtype"), EVERY, ids=["-".join(c) for c in EVERY])
+FIRST = {backend: dtype for backend, dtype in reversed(EVERY)}
+CASES = [pytest.param(b, d, id=f"{b}-{d}", marks=[] if FIRST[b] == d else [pytest.mark.slow]) for b, d in EVERY]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), CASES)
 def test_planned_is_measured_on_a_real_pipeline(tmp_path, backend, dtype):
     """Transformer and T5 of a tiny Flux on this CPU, in bfloat16: codes, scales, the rest, all to the byte."""
     from diffusers import FluxTransformer2DModel
