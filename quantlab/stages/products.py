@@ -58,7 +58,7 @@ def product(layer: torch.nn.Module, stored: StoredWeight, dtype: torch.dtype) ->
         x = x * stored.column_scale.to(x)
     x = (x * min(1.0, _LARGEST_OUTPUT / max(1.0, float((x @ dense.T).abs().max())))).to(dtype)
     wanted = x.float() @ dense.T
-    with torch.no_grad(), profile() as profiled:
+    with torch.no_grad(), profile() as profiled:  # type: ignore[no-untyped-call]
         found = layer(x).float()
     bias: Tensor | None = getattr(layer, "bias", None)
     difference = found - wanted if bias is None else found - bias.detach().float() - wanted

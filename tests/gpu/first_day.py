@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BACKENDS = ("bitsandbytes", "torchao", "quanto", "gguf", "modelopt")
-QUICK = ("evaluation=quick", "num_threads=2")
+QUICK = ("evaluation=quick", "num_threads=4")
 TINY = (*QUICK, "model.num_train_steps=20", "model.train_batch_size=16", "model.num_layers=1")
 
 
@@ -202,6 +202,17 @@ def marked(device, folder):
 SECTIONS = {s.__name__: s for s in (machine, kernels, jobs, handovers, after_an_assert, marked)}
 
 
+def in_folder(name, device, folder):
+    """The findings of a section; one that breaks off is a finding."""
+    folder.mkdir()
+    found = []
+    try:
+        found.extend(SECTIONS[name](device, folder))
+    except Exception as error:  # noqa: BLE001 the other sections are to be told all the same
+        found.append((False, f"{name} broke off: {type(error).__name__}: {error}", None))
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -214,9 +225,11 @@ def main():
         return held(given.held) if given.held else asserting(given.asserting)
     findings, is_fine = [], True
     with tempfile.TemporaryDirectory() as folder:
-        for name in given.sections:
+        pool = ThreadPoolExecutor(len(given.sections))  # nothing here is timed, and most of it waits for a processor
+        running = {name: pool.submit(in_folder, name, given.device, Path(folder) / name) for name in given.sections}
+        for name, found in running.items():
             print(f"== {name}: {SECTIONS[name].__doc__}", flush=True)
-            for fine, told, data in SECTIONS[name](given.device, Path(folder)):
+            for fine, told, data in found.result():
                 print(f"{'ok   ' if fine else 'FAULT'} {told}", flush=True)
                 findings.append({"section": name, "ok": fine, "told": told, "data": data})
                 is_fine &= fine
