@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from quantlab.metrics.statistics import bootstrap_interval
 from quantlab.metrics.trajectory import step_divergence
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress, recorded_calls
+from quantlab.modules.timing import Clock
 from quantlab.protocols.defined import defined
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
 from quantlab.protocols.finite import bad_rows
@@ -290,8 +290,7 @@ def _run_batch(
 
     assert model.sample is not None, "families of this protocol have a sampler"
     states: list[Tensor] = []
-    seconds: list[float] = []
-    began = time.perf_counter()
+    clock = Clock(model.device)
 
     with ExitStack() as stack:
         calls: list[Call] = []
@@ -301,9 +300,8 @@ def _run_batch(
             calls = stack.enter_context(recorded_calls(model.components[model.parts["denoiser"]]))
 
         def on_step(k: int, latents: Tensor) -> None:
-            nonlocal began
-            state = latents.detach().to("cpu", torch.float32, copy=True)  # waits for the device
-            seconds.append(time.perf_counter() - began)
+            clock.stop()
+            state = latents.detach().to("cpu", torch.float32, copy=True)
             _require_finite(state, inputs.sample_ids, f"latent after step {k} of {evaluation.num_inference_steps}")
             states.append(state)
             if len(velocities) == 1 and (new := [call for call in calls if "step" not in call]):
@@ -312,11 +310,13 @@ def _run_batch(
             for call in itertools.chain(calls, *open_calls.values()):
                 call.setdefault("step", k)
             tick()
-            began = time.perf_counter()
+            clock.start()
 
+        clock.start()
         final = model.sample(model, inputs.noise, inputs.conditioning, evaluation, on_step)
     _require_finite(final, inputs.sample_ids, "final latent")
-    # The first step's time holds what comes before it, such as the text encoders.
+    seconds = clock.seconds()
+    # The first step's time holds what comes before it, such as the text encoders, and kernels that are chosen then.
     return final.float().cpu(), torch.stack(states), list(calls), seconds[1:] or seconds
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from quantlab.errors import ConfigError, ModelError, NotFinite
 from quantlab.metrics.output_error import output_cosine, output_rel_error
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
+from quantlab.modules.timing import Clock, ms_per_token
 from quantlab.protocols.defined import defined
 from quantlab.protocols.finite import bad_rows
 from quantlab.protocols.unchanged import must_stay_unchanged
@@ -139,7 +139,7 @@ def measure(
     batch_size: int | None = None,
 ) -> Measurements:
     """By text: ``output_cosine`` of the pooled embedding, ``output_rel_error`` of all token outputs."""
-    found, ms_per_token = _run(model, inputs, batch_size or evaluation.batch_size, progress)
+    found, ms = _run(model, inputs, batch_size or evaluation.batch_size, progress)
     metrics = {
         "output_cosine": lambda: output_cosine(found["pooled"], reference["pooled"]),
         "output_rel_error": lambda: output_rel_error(found["tokens"], reference["tokens"]),
@@ -149,27 +149,25 @@ def measure(
         samples=defined(metrics, undefined),
         sample_ids=inputs.sample_ids,
         undefined=undefined,
-        timings_ms={"prefill_ms_per_token": ms_per_token},
+        timings_ms={"prefill_ms_per_token": ms},
     )
 
 
 def _run(
     model: LoadedModel, inputs: EncoderInputs, batch_size: int, progress: Progress | None
 ) -> tuple[dict[str, Tensor], float]:
-    import statistics
-
     import torch
 
-    module, pooled, tokens, times = model.components["model"], [], [], []
+    module, pooled, tokens, shapes = model.components["model"], [], [], []
+    clock = Clock(model.device)
     for start in range(0, inputs.num_samples, batch_size):
         ids = inputs.input_ids[start : start + batch_size].to(model.device)
         mask = inputs.attention_mask[start : start + batch_size].to(model.device)
-        began = time.perf_counter()
+        clock.start()
         with torch.no_grad():
             hidden = module(input_ids=ids, attention_mask=mask).last_hidden_state
-        if ids.is_cuda:
-            torch.cuda.synchronize(ids.device)
-        times.append((time.perf_counter() - began) * 1000 / ids.numel())
+        clock.stop()
+        shapes.append(tuple(ids.shape))
         hidden = hidden.detach().float().masked_fill(mask[..., None] == 0, 0.0).cpu()
         if bad := bad_rows(hidden):
             text = inputs.sample_ids[start + bad[0]]
@@ -182,7 +180,4 @@ def _run(
         pooled.append(hidden.sum(1) / mask.cpu().sum(1, keepdim=True).clamp_min(1))
         if progress:
             progress(min(start + batch_size, inputs.num_samples), inputs.num_samples)
-    return (
-        {"pooled": torch.cat(pooled), "tokens": torch.cat(tokens)},
-        statistics.median(times[1:] or times),
-    )  # the first batch warms up
+    return {"pooled": torch.cat(pooled), "tokens": torch.cat(tokens)}, ms_per_token(shapes, clock)

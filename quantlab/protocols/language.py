@@ -10,7 +10,6 @@ and candidates alike). The unit of uncertainty is the chunk of text.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from quantlab.metrics.statistics import bootstrap_interval
 from quantlab.models.causal_lm import network_of
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
+from quantlab.modules.timing import Clock, ms_per_token
 from quantlab.progress import say
 from quantlab.protocols.defined import defined
 from quantlab.protocols.finite import bad_rows
@@ -280,7 +280,7 @@ def measure(
     probability 0) is undefined, by itself. Raises MetricUndefined naming the chunk whose logits are NaN or all of
     whose numbers are infinite.
     """
-    hidden, ms_per_token = _run(model, inputs, batch_size or evaluation.batch_size, progress)
+    hidden, ms = _run(model, inputs, batch_size or evaluation.batch_size, progress)
     way = reference["logits"]
     models = logits_by_parts(reference_model, way), logits_by_parts(model, way)
     tokens = _token_table(*models, reference["hidden"], hidden, inputs)
@@ -298,23 +298,22 @@ def measure(
         estimates=_estimates(tokens, inputs.clusters, evaluation, undefined),
         undefined=undefined,
         resolved={"logits": way},
-        timings_ms={"prefill_ms_per_token": ms_per_token},
+        timings_ms={"prefill_ms_per_token": ms},
     )
 
 
 def _run(model: LoadedModel, inputs: TextInputs, batch_size: int, progress: Progress | None) -> tuple[Tensor, float]:
-    """Hidden states before the output head, fp32 on the CPU, and the median time of a batch in ms a token.
+    """Hidden states before the output head, fp32 on the CPU, and the typical time of a batch in ms a token.
 
     The hook passes only the last position on to the head: the logits of the others are made later, in fp32.
     """
-    import statistics
-
     import torch
 
     module = network_of(model.components["model"])
     caught: list[Tensor] = []
     found: list[Tensor] = []
-    times: list[float] = []
+    shapes: list[tuple[int, ...]] = []
+    clock = Clock(model.device)
 
     def catch(_head: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         caught.append(args[0].detach())
@@ -324,19 +323,18 @@ def _run(model: LoadedModel, inputs: TextInputs, batch_size: int, progress: Prog
     try:
         for start in range(0, inputs.num_samples, batch_size):
             ids = inputs.input_ids[start : start + batch_size].to(model.device)
-            began = time.perf_counter()
+            clock.start()
             with torch.no_grad():
                 module(input_ids=ids, use_cache=False)
-            if ids.is_cuda:
-                torch.cuda.synchronize(ids.device)
-            times.append((time.perf_counter() - began) * 1000 / ids.numel())
+            clock.stop()
+            shapes.append(tuple(ids.shape))
             found.append(caught.pop().float().cpu())
             _require_finite(found[-1].flatten(1), inputs.sample_ids[start:], "last hidden state")
             if progress:
                 progress(min(start + batch_size, inputs.num_samples), inputs.num_samples)
     finally:
         hook.remove()
-    return torch.cat(found), statistics.median(times[1:] or times)  # the first batch warms up
+    return torch.cat(found), ms_per_token(shapes, clock)
 
 
 def _require_finite(rows: Tensor, sample_ids: Sequence[str], what: str) -> None:

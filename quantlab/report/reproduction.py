@@ -17,6 +17,7 @@ from quantlab.metrics.statistics import wilson_interval
 from quantlab.progress import plain
 from quantlab.report.reading import json_object
 from quantlab.tracking.tags import DEVICE, INPUTS_SHA256, JUDGE_SHA256, MODEL_PARTS, VERSIONS, WEIGHTS_SHA256
+from quantlab.vocabulary.numbers import NEEDED_BYTES
 
 IDENTICAL, WITHIN, DIFFERENT = "identical", "within its interval", "different"
 _PARTS = ("se", "ci_lo", "ci_hi", "n")
@@ -112,8 +113,8 @@ def compare_runs(
 
 
 def is_of_the_machine(name: str) -> bool:
-    """Is this number a time or a peak of memory, which no two runs share?"""
-    return name.startswith("perf/") or "/peak_" in name
+    """Is this number a time, or of memory that a stage happened to find or took, which no two runs share?"""
+    return name.startswith("perf/") or "/peak_" in name or "/baseline_" in name or name == NEEDED_BYTES
 
 
 def _is_part(name: str, metrics: Mapping[str, float]) -> bool:

@@ -14,13 +14,14 @@ from quantlab.datasets.overlap import overlap
 from quantlab.errors import ConfigError, is_disk_full
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules import emulated
+from quantlab.modules.device import kind_of
 from quantlab.modules.kept import Damaged, read_json, set_aside, write_json
 from quantlab.planning.job import Job
 from quantlab.progress import say
 from quantlab.running.rows import failed_row
 from quantlab.running.workbench import Session, Workbench, in_stage, run_folder, shared_tags, step_progress
 from quantlab.stages.candidate import Making, make_candidate, write_calibration
-from quantlab.stages.evaluate import evaluate, plain_attention, summarize
+from quantlab.stages.evaluate import evaluate, plain_attention, summarize, warm_up
 from quantlab.stages.weigh import saved_bytes, weigh
 from quantlab.tracking import Run
 from quantlab.tracking.results import log_calibration, log_evaluation, log_quantization
@@ -135,9 +136,13 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
             for file in write_calibration(made, job, Path(folder)):
                 run.log_artifact(file, f"calibration/{file.parent.name}")
     num_native = emulated.num_emulated
+    if kind_of(session.device) == "cuda":
+        with in_stage(session, run, "warm_up") as warmed, _attention(job):
+            warm_up(candidate, bench.inputs, job.config.evaluation, job.batch_size)
+        report = replace(report, stages=(*report.stages, warmed.report))
     with in_stage(session, run, "evaluate") as evaluated:
         progress = step_progress(session, job.name)
-        with plain_attention() if job.plain_attention else contextlib.nullcontext():
+        with _attention(job):
             measured = evaluate(
                 candidate,
                 bench.model,
@@ -164,6 +169,10 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         with in_stage(session, run, "track"):
             log_evaluation(run, report, bench.fingerprint)
     return report
+
+
+def _attention(job: Job) -> contextlib.AbstractContextManager[None]:
+    return plain_attention() if job.plain_attention else contextlib.nullcontext()
 
 
 def _with_overlap(made: CalibrationReport | None, bench: Workbench, job: Job) -> CalibrationReport | None:

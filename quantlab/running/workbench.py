@@ -44,7 +44,7 @@ from quantlab.vocabulary.numbers import FLOOR_FP32, FLOORS
 from quantlab.vocabulary.reports import MetricValue, RunReport, StageReport
 from quantlab.vocabulary.schema import ExperimentConfig
 
-RUNNING = ("observe", "calibrate", "evidence", "evaluate")
+RUNNING = ("observe", "calibrate", "evidence", "warm_up", "evaluate")
 """Stages in which a model runs."""
 
 

@@ -59,6 +59,20 @@ def evaluate(
     return replace(measured, samples=samples, steps=steps, undefined=undefined)
 
 
+def warm_up(model: LoadedModel, inputs: Any, evaluation: EvaluationConfig, batch_size: int | None = None) -> None:
+    """Run one batch of each size that :func:`evaluate` will run, for a few steps and for nothing.
+
+    On a GPU kernels are chosen, compiled and tuned when a shape is first seen, which is no time of the scheme's.
+    Outputs that are NaN are left to :func:`evaluate`, which says whose they are.
+    """
+    size = batch_size or evaluation.batch_size
+    brief = replace(evaluation, num_inference_steps=min(2, evaluation.num_inference_steps), num_teacher_forced=0)
+    for num in dict.fromkeys((min(size, inputs.num_samples), inputs.num_samples % size)):
+        if num:
+            with contextlib.suppress(MetricUndefined):
+                PROTOCOLS[model.protocol].observe(model, inputs.subset(range(num)), brief, None, num)
+
+
 def _overflow_message(scheme: Scheme, dtype: str, what: str) -> str:
     axes, row = scheme.axes, scheme.row
     computed = dtype if axes.compute_dtype == "auto" else axes.compute_dtype

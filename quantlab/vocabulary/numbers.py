@@ -16,6 +16,8 @@ from quantlab.vocabulary.reports import (
 
 REFERENCE = "reference"
 FLOOR_BF16, FLOOR_BATCH, FLOOR_ATTENTION, FLOOR_FP32 = "floor_bf16", "floor_batch", "floor_attention", "floor_fp32"
+NEEDED_BYTES = "memory/needed_bytes"
+"""What a scheme needs by itself on a GPU, see :func:`needed_bytes`."""
 OTHER_BATCH = "quality/other_batch"
 """Prefix of a candidate's own numbers at another batch size."""
 FLOORS = (FLOOR_BF16, FLOOR_BATCH, FLOOR_ATTENTION, FLOOR_FP32)
@@ -51,7 +53,7 @@ def flat_metrics(report: RunReport) -> dict[str, float]:
         out |= {f"perf/{stage.name}_s": stage.seconds}
         out |= {f"memory/{stage.name}/{k}": v for k, v in asdict(stage).items() if k.endswith("_bytes")}
     if total is not None:
-        out["memory/needed_bytes"] = needed_bytes(total, report.stages)
+        out[NEEDED_BYTES] = needed_bytes(total, report.stages)
     if report.measurements is not None:
         out |= {f"perf/{k}": v for k, v in report.measurements.timings_ms.items()}
         on_gpu = any(s.peak_alloc_bytes is not None for s in report.stages)

@@ -15,7 +15,15 @@ from dataclasses import replace
 import pytest
 
 from quantlab.errors import ConfigError
-from quantlab.report.reproduction import DIFFERENT, IDENTICAL, WITHIN, compare_runs, reproduction_tables, summary_lines
+from quantlab.report.reproduction import (
+    DIFFERENT,
+    IDENTICAL,
+    WITHIN,
+    compare_runs,
+    is_of_the_machine,
+    reproduction_tables,
+    summary_lines,
+)
 from quantlab.running.reproduce import parse_request
 from quantlab.tracking import find_runs, get_run
 from tests.support.shell import digits_words, make_shell
@@ -291,6 +299,11 @@ def test_when_a_number_counts_as_the_same(name, now, status):
     assert {c.name for c in found.times} == {"perf/evaluate_s", "memory/load/peak_rss_bytes"}
     assert sum(c.status != IDENTICAL for c in found.checks) == (status != IDENTICAL)
     assert reproduction_tables(found)[0].row_count >= 5
+
+
+@pytest.mark.parametrize("name", ["memory/needed_bytes", "memory/load/baseline_rss_bytes", "perf/warm_up_s"])
+def test_what_a_stage_happened_to_find_or_take_is_no_number_of_the_scheme(name):
+    assert is_of_the_machine(name)
 
 
 def test_versions_code_hardware_and_new_numbers_are_listed():
