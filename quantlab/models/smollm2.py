@@ -51,7 +51,7 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
     from transformers import AutoModelForCausalLM
 
     key = f"{KEY}: the prepared copy {folder} (delete it to make it anew)"
-    model, tokenizer = load_checkpoint(AutoModelForCausalLM, str(folder), config, device, key)
+    model, tokenizer = load_checkpoint([AutoModelForCausalLM], str(folder), config, device, key)
     return as_language_model(
         model,
         tokenizer,

@@ -1,0 +1,114 @@
+"""Models that see and read are loaded as what they are; text alone is read, and what never runs is not quantized."""
+
+import pytest
+import torch
+
+from quantlab.errors import ModelError
+from quantlab.models import causal_lm
+from quantlab.stages.quantize import quantize_component
+from quantlab.stages.select import QuantizationRequest
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.schema import ModelConfig
+from tests.support.tables import the_scheme
+from tests.support.tiny_text_models import byte_tokenizer, save_llama
+
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 259,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+SEEING = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+SEEING |= {"image_size": 28, "patch_size": 14}
+
+
+def gemma3():
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {**TEXT, "head_dim": 8, "sliding_window": 64}
+    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=SEEING, mm_tokens_per_image=4))
+
+
+def mistral3():
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    text = {**TEXT, "model_type": "mistral", "head_dim": 8}
+    seeing = {**SEEING, "model_type": "pixtral", "head_dim": 8}
+    return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=seeing))
+
+
+def qwen2_vl():
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    text = {**TEXT, "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}
+    seeing = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 14, "mlp_ratio": 2}
+    return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=seeing))
+
+
+BESIDE = {"gemma3": "vision_tower", "mistral3": "vision_tower", "qwen2_vl": "visual"}
+MAKERS = {"gemma3": gemma3, "mistral3": mistral3, "qwen2_vl": qwen2_vl}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def checkpoint(request, tmp_path_factory):
+    torch.manual_seed(0)
+    model, folder = MAKERS[request.param]().eval(), tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return request.param, model, folder
+
+
+def loaded(folder, cache):
+    return causal_lm.load(ModelConfig(family="causal_lm", path=str(folder)), "cpu", cache)
+
+
+def test_it_is_loaded_as_what_it_is(checkpoint, tmp_path):
+    _, model, folder = checkpoint
+    found = loaded(folder, tmp_path)
+    assert type(found.components["model"]) is type(model)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        want = model(input_ids=ids, use_cache=False).logits
+        assert torch.equal(found.components["model"](input_ids=ids, use_cache=False).logits, want)
+
+
+def test_what_is_quantized_is_what_reads_text(checkpoint, tmp_path):
+    name, _, folder = checkpoint
+    found = loaded(folder, tmp_path)
+    request = QuantizationRequest(
+        component="model",
+        scheme=the_scheme(QuantizationAxes(backend="torchao", dtype="int8")),
+        compute_dtype="float32",
+        device="cpu",
+        default_exclusions=found.default_exclusions["model"],
+    )
+    quantized, report = quantize_component(request, found.copy_of("model"), found.components["model"])
+    layers = {row.name: row.status for row in report.layers}
+    seeing = {n: s for n, s in layers.items() if BESIDE[name] in n or "projector" in n}
+    assert len(seeing) >= 5
+    assert set(seeing.values()) == {"excluded"}
+    assert {s for n, s in layers.items() if n not in seeing and n != "lm_head"} == {"quantized"}
+    assert torch.isfinite(quantized(input_ids=torch.arange(3, 40)[None], use_cache=False).logits).all()
+
+
+def test_a_tokenizer_that_knows_no_text_is_an_error(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    folder = save_llama(tmp_path / "llama")
+    empty = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="<pad>", eos_token="</s>")
+    empty.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"\(tokenizer\): it knows 2 tokens and none of text"):
+        loaded(folder, tmp_path / "cache")
+
+
+def test_a_model_of_text_alone_has_nothing_beside_it(tmp_path):
+    folder = save_llama(tmp_path / "llama")
+    assert loaded(folder, tmp_path / "cache").default_exclusions["model"] == ("lm_head",)
