@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from quantlab.backends import bitsandbytes, gguf, modelopt, quanto, torchao
 from quantlab.errors import ConfigError, nearest
+from quantlab.progress import say
 from quantlab.vocabulary.capabilities import OFFERS, Offer, Offers
 from quantlab.vocabulary.native import QuantizationConfigMixin
 from quantlab.vocabulary.reports import StoredWeight
@@ -283,6 +284,27 @@ def own_settings(backend: str) -> dict[str, dataclasses.Field[Any]]:
 def distributions() -> tuple[str, ...]:
     """Every installed package that a backend's numbers depend on."""
     return tuple(name for row in backends().values() for name in row.distributions)
+
+
+@functools.cache
+def unprobed(backend: str) -> str:
+    """The packages of a backend that are installed in another version than its rows were probed on; "" for none."""
+    found = []
+    for name, probed in offers()[backend].probed.items():
+        try:
+            installed = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if installed.partition("+")[0] != probed:
+            found.append(f"{name} {installed} (probed: {probed})")
+    return ", ".join(found)
+
+
+@functools.cache
+def warn_unprobed(backend: str) -> None:
+    """Say once in a process that a backend's packages are not those that its rows were probed on."""
+    if other := unprobed(backend):
+        say(f"backend={backend}: {other}; it may do less than quantlab list says, or otherwise", "warning")
 
 
 def held_packages() -> frozenset[str]:

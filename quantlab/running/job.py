@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from quantlab.backends.table import unprobed
 from quantlab.datasets.overlap import overlap
 from quantlab.errors import ConfigError, is_disk_full
 from quantlab.models.loaded import LoadedModel
@@ -32,6 +33,7 @@ from quantlab.tracking.tags import (
     JOB_KEY,
     KIND,
     RECIPE,
+    UNPROBED,
     VERSIONS,
 )
 from quantlab.vocabulary.native import canonical_json
@@ -223,12 +225,14 @@ def open_run(
     """The tracked run of a job or of a whole sweep; ``key`` is the job's content key, ``folder`` one made before."""
     folder = folder or run_folder(session, name)
     git = session.environment["git"]
+    other = unprobed(job.scheme.backend.name) if job.scheme is not None and kind != "sweep" else ""
     tags = {
         KIND: kind,
         DEVICE: session.device,
         RECIPE: job.config.recipe or "",
         **({JOB_KEY: key} if key else {}),
         VERSIONS: session.environment["versions"],
+        **({UNPROBED: other} if other else {}),
         **({GIT_COMMIT: git["sha"], GIT_DIRTY: git["dirty"]} if git else {}),
     }
     params = {} if kind == "sweep" else job.resolved

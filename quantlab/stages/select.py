@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from quantlab.backends.exclusions import expand, kept_in_float32
 from quantlab.backends.scheme import Format, Scheme
-from quantlab.backends.table import offers
+from quantlab.backends.table import offers, warn_unprobed
 from quantlab.errors import ConfigError, NotQuantized
 from quantlab.modules.device import kind_of
 from quantlab.modules.hooks import check_forwards, check_offloading
@@ -73,6 +73,7 @@ def select_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
         ModelError: a layer whose work a quantized one would not do (:func:`quantlab.modules.hooks.check_forwards`).
         NotQuantized: layers that the scheme cannot take.
     """
+    warn_unprobed(request.scheme.backend.name)
     check_device(request.scheme.format, request.device, request.compute_dtype)
     check_offloading(module, f"model.components={request.component}")
     check_weights_are_here(module, f"model.components={request.component}")

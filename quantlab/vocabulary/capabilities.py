@@ -252,14 +252,25 @@ class Offer:
     reasons: Mapping[str, str] = field(default_factory=dict)
     """dtype -> why it is not offered, where it is more than "the library has it not"."""
 
+    probed: Mapping[str, str] = field(default_factory=dict)
+    """Installed package -> the version that the rows were probed on; another one may do less, or otherwise."""
+
     def refusal(self, dtype: str) -> str:
         """Why ``dtype`` is not offered; "" where it is (or where no such dtype exists)."""
         return "" if dtype in self.rows else self.reasons.get(dtype) or _COMMON.get(dtype, "")
 
 
+_PROBED: dict[str, dict[str, str]] = {
+    "none": {},
+    "bitsandbytes": {"bitsandbytes": "0.50.2"},
+    "torchao": {"torchao": "0.18.0"},
+    "quanto": {"optimum-quanto": "0.2.7"},
+    "gguf": {"gguf": "0.19.0", "libgguf": "0.2.2"},
+    "modelopt": {"nvidia-modelopt": "0.47.0"},
+}
 Offers = Mapping[str, Offer]
 OFFERS: dict[str, Offer] = {
-    backend: Offer(rows=rows, reasons=_REASONS[backend])
+    backend: Offer(rows=rows, reasons=_REASONS[backend], probed=_PROBED[backend])
     for backend, rows in (
         ("none", _NONE),
         ("bitsandbytes", _BITSANDBYTES),

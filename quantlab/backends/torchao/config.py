@@ -172,8 +172,7 @@ class TorchAoConfig(QuantizationConfigMixin):
 
     def disabled_layers(self, paths: Sequence[str]) -> dict[str, str]:
         """The layers that a per-module config leaves alone."""
-        kind = self.quant_type["_type"]
-        return {path: f"quant_type: {kind}" for path in paths if form_of_layer(self.quant_type, path) is None}
+        return {path: f"quant_type: {PER_MODULE}" for path in paths if form_of_layer(self.quant_type, path) is None}
 
     def _canonical(self) -> str:
         """With the order of a per-module config's names, of which the first that matches counts."""
@@ -183,8 +182,7 @@ class TorchAoConfig(QuantizationConfigMixin):
         """Packing and zero point, where they are known, as what the library is told for a layer that fits."""
         data, kind = super().spelled_out(), self.quant_type["_type"]
         if kind == PER_MODULE:  # of which the order counts
-            data["quant_type"] = [[name, form] for name, form in self.quant_type["_data"]["fqn_to_config"].items()]
-            return data
+            return {**data, "quant_type": [list(pair) for pair in self.quant_type["_data"]["fqn_to_config"].items()]}
         if kind in _MAPPING:  # it is in quant_type
             return {k: v for k, v in data.items() if k != "mapping_type"}
         if kind == INT4 and self.int4_packing_format != "auto":
