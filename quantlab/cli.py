@@ -44,6 +44,7 @@ options
   --json            the result rows as JSON on stdout instead of the table
   --cfg [job]       print the composed config of each job and stop (--resolve: it always is)
   --config-dir DIR  options of your own: DIR/dtype/mine.yaml, DIR/model/mine.yaml, ... as those in conf/ are written
+                    (--config-dir conf for ./conf, which is not read by itself: other people's checkouts have one too)
   --info            print where the vocabulary and the recipes are looked for
   --version         print the version
   --shell-completion  print what a shell evaluates: eval "$(quantlab --shell-completion)"

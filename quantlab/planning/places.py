@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,6 +96,15 @@ def own_options(folder: str | None) -> Iterator[None]:
         yield
     finally:
         _OWN.remove(own)
+
+
+def own_option(group: str, name: str) -> str:
+    """What to say where ``./conf`` has an option of that name: it is read only where the user says so.
+
+    A folder of that name comes with other people's checkouts too, and an option may say where results go.
+    """
+    is_there = re.fullmatch(r"[\w.-]+", name) and Path("conf", group, f"{name}.yaml").is_file()
+    return f"; conf/{group}/{name}.yaml is read by --config-dir conf" if is_there and not _OWN else ""
 
 
 def option_dirs() -> list[Path]:

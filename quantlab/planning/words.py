@@ -16,7 +16,7 @@ from hydra.errors import HydraException, OverrideParseException
 from quantlab.backends.table import backends, own_settings
 from quantlab.errors import ConfigError, nearest
 from quantlab.planning.data import check_text
-from quantlab.planning.places import AXIS_GROUPS, groups
+from quantlab.planning.places import AXIS_GROUPS, groups, own_option
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.schema import ExperimentConfig
 
@@ -173,7 +173,7 @@ def check_options(parsed: Sequence[Any]) -> None:
             raise ConfigError(f"{group}={_shown(value)}: one choice is wanted; there are {', '.join(options)}")
         for choice in value if several else [value]:
             if not isinstance(choice, (str, int, QuotedString)) or str(choice) not in options:
-                near = nearest(str(choice), options)
+                near = own_option(group, str(choice)) or nearest(str(choice), options)
                 none = f", and {group}=[] for none" if group in MULTIPLE_GROUPS else ""
                 raise ConfigError(f"{group}={_shown(choice)}: there are {', '.join(options)}{none}{near}")
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from quantlab.cli import dispatch
+from quantlab.cli import dispatch, help_text
 from quantlab.errors import ConfigError
 from quantlab.planning.places import groups, own_options
 from quantlab.planning.plan import plan
@@ -128,3 +128,21 @@ def test_a_recipe_that_chooses_one_asks_for_what_it_decides(folder):
     with own_options(str(folder)):
         asked = plan([f"recipe={folder.parent / 'r.yaml'}", "backend=quanto"]).asked_for
     assert asked == {"model.path": "my/model", "dataset.path": "mine.txt"}
+
+
+@pytest.mark.parametrize("word", CHOSEN)
+def test_a_folder_conf_is_read_only_where_it_is_named(folder, monkeypatch, word):
+    monkeypatch.chdir(folder.parent)
+    group, _, name = word.partition("=")
+    name = name.strip("[]").partition(",")[0]
+    with pytest.raises(ConfigError, match=rf"^{group}=.*; conf/{group}/{name}.yaml is read by --config-dir conf$"):
+        plan(["backend=torchao", word])
+    with own_options("conf"):
+        assert plan(["backend=torchao", word]).jobs
+    with pytest.raises(ConfigError) as refused:
+        plan([f"{group}=../{group}/{name}"])
+    assert "--config-dir" not in str(refused.value)
+
+
+def test_help_says_how_a_folder_of_ones_own_is_read():
+    assert "--config-dir conf for ./conf" in help_text()
