@@ -1,7 +1,7 @@
-"""What quantlab itself costs: commands without torch, a run beside the plain script of its row, a shared reference, and
-the memory of scoring a language model with a large vocabulary.
+"""What quantlab itself costs: commands without torch, a run beside the plain script of its row, a shared reference, the
+README's main job beside its model's own arithmetic, and the memory of scoring a language model with a large vocabulary.
 
-``python tests/benchmarks/bench_overhead.py [--seconds 60] [--row torchao_int8] [--only commands|run|sweep|score]``
+``python tests/benchmarks/bench_overhead.py [--seconds 60] [--row torchao_int8] [--only commands|run|sweep|main|score]``
 
 Ratios of one session on one machine; each side of a ratio runs on one thread, and CPU seconds stand beside wall seconds
 because other work on the machine disturbs only the latter. Needs the checkout and the libraries, no network.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -43,6 +44,8 @@ COMMANDS = {
 }
 BATCH_SIZE, NUM_STEPS, TRAIN_STEPS, PILOT_SAMPLES = 100, 20, 40, 100
 LIMIT = 0.05
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+"""What makes torch compute as on a processor that has neither AVX-512 nor 16-bit products."""
 
 
 def main() -> None:
@@ -50,7 +53,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="length of the timed run, about")
     parser.add_argument("--row", choices=ROWS, default="torchao_int8")
     parser.add_argument("--repeats", type=int, default=1, help="of each side, alternating; the best counts")
-    parser.add_argument("--only", choices=("commands", "run", "sweep", "score"))
+    parser.add_argument("--only", choices=("commands", "run", "sweep", "main", "score"))
+    parser.add_argument("--avx2", action="store_true", help="main: as on a processor without 16-bit arithmetic")
+    parser.add_argument("--threads", type=int, default=2, help="main: of the job")
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -64,6 +69,8 @@ def main() -> None:
             bench_run(Path(folder), asked.row, asked.seconds, asked.repeats)
         if asked.only in (None, "sweep"):
             bench_sweep(Path(folder))
+        if asked.only in (None, "main"):
+            bench_main(Path(folder), asked.threads, AVX2 if asked.avx2 else {})
     if asked.only in (None, "score"):
         bench_score(asked.row, asked.repeats)
 
@@ -160,10 +167,10 @@ def _settings(folder: Path) -> list[str]:
     ]
 
 
-def _work(worker: str, row: str, words: Sequence[str]) -> dict[str, Any]:
-    """Run one worker of this file in a process of its own."""
+def _work(worker: str, row: str, words: Sequence[str], **more: str) -> dict[str, Any]:
+    """Run one worker of this file in a process of its own; ``more`` goes into its environment."""
     command = [sys.executable, __file__, "--worker", worker, "--row", row, "--", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**_environment(), **more})
     if done.returncode:
         raise SystemExit(f"{worker} failed: {done.stderr[-2000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -273,6 +280,67 @@ def _sweep(row: str, words: Sequence[str]) -> dict[str, Any]:
     return {"rows": len(reports), "observed": len(calls)}
 
 
+# -- the README's main job
+
+
+def bench_main(folder: Path, threads: int, simulated: dict[str, str]) -> None:
+    """The share of ``quantlab recipe=digits_backends`` that is not what its model computes, in training and in use."""
+    words = [f"output_dir={folder}/main", f"tracking.uri=sqlite:///{folder}/main.db", "sweep.isolation=none"]
+    count = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    found = _work("main", "torchao_int8", [*words, f"num_threads={threads}", "device=cpu"], **count, **simulated)
+    title = f"quantlab recipe=digits_backends, {threads} threads, torch computes with {found['cpu_capability']}"
+    print(f"\n{title}: {found['rows']} rows, {found['num_emulated']} rows emulated")
+    print(f"  {'':<44} {'wall s':>8} {'CPU s':>8}")
+    parts = {"all of it": "", "training, once": "train_", "its model's forwards after that": "forward_"}
+    for name, key in parts.items():
+        print(f"  {name:<44} {found[f'{key}wall']:8.2f} {found[f'{key}cpu']:8.2f}")
+    for kind in ("wall", "cpu"):
+        rest = found[kind] - found[f"train_{kind}"] - found[f"forward_{kind}"]
+        print(f"  share that is not the model's own arithmetic ({kind}): {rest / found[kind]:.3f}")
+    for name, seconds in found["seconds"].items():
+        print(f"    {name:<24} {seconds:6.1f} s")
+
+
+def _main(row: str, words: Sequence[str]) -> dict[str, Any]:
+    import diffusers
+    import torch
+
+    import quantlab
+    from quantlab.models import digits_dit
+
+    spent = {f"{part}_{kind}": 0.0 for part in ("train", "forward") for kind in ("wall", "cpu")}
+    outermost: list[str] = []
+
+    def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if outermost:
+                return call(*args, **kwargs)
+            outermost.append(part)
+            try:
+                result, took = _timed("", lambda: call(*args, **kwargs))
+            finally:
+                outermost.clear()
+            for kind in ("wall", "cpu"):
+                spent[f"{part}_{kind}"] += took[kind]
+            return result
+
+        return wrapped
+
+    digits_dit.train_denoiser = timed("train", digits_dit.train_denoiser)
+    network = diffusers.DiTTransformer2DModel
+    network.forward = timed("forward", network.forward)
+    reports, whole = _timed("", lambda: quantlab.run(recipe="digits_backends", overrides=list(words), quiet=True))
+    return {
+        **spent,
+        **whole,
+        "rows": len(reports),
+        "num_emulated": sum(report.params.get("compute") == "emulated" for report in reports),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "seconds": {report.name: sum(stage.seconds for stage in report.stages) for report in reports},
+    }
+
+
 # -- scoring a large vocabulary
 
 
@@ -356,6 +424,7 @@ WORKERS = {
     "reference": _reference,
     "script": _script,
     "sweep": _sweep,
+    "main": _main,
     "score": _score,
     "score_plainly": _score_plainly,
 }
