@@ -204,7 +204,7 @@ _SHIPPED = (
         loggers=("gguf",),
         saves="model",
         colour="#a463f2",
-        same_bits=("tensor_types",),
+        same_bits=("tensor_types", "file_type"),
         input_algorithms=("imatrix",),
         offer=OFFERS["gguf"],
     ),

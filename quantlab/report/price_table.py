@@ -37,6 +37,10 @@ def _one(price: Price) -> Iterator[RenderableType | str]:
         if component.scheme and component.kept:
             yield f"{component.name} keeps:"
             yield from (f"  {line}" for line in _kept_lines(component.kept))
+        if component.file_bytes is not None:
+            bits = 8 * component.file_bytes / component.memory.num_parameters
+            told = f"{component.file_bytes:,} bytes of tensors, {bits:.4f} bits/weight"
+            yield f"{component.name} in a file of llama.cpp: {told}"
         if component.unmatched:
             yield f"unmatched in {component.name}: {', '.join(component.unmatched)}"
     yield from _refusals(price)

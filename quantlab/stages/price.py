@@ -49,7 +49,16 @@ def price_component(
     if chosen.misfits and request.scheme.axes.on_mismatch == "error":
         refused = (*refused, _misfits_told(request, chosen, module))
     price = _priced(name, module, asked, _Choice.of(chosen), scheme_name)
-    return replace(price, unmatched=unmatched, refused=refused)
+    return replace(price, unmatched=unmatched, refused=refused, file_bytes=_file_bytes(request.scheme, module))
+
+
+def _file_bytes(scheme: Scheme, module: nn.Module) -> int | None:
+    """What the file of another program would hold, where the backend knows one."""
+    count = getattr(scheme.backend.module, "file_bytes", None)
+    if count is None:
+        return None
+    found: int | None = count(scheme.native, {n: tuple(p.shape) for n, p in module.named_parameters()})
+    return found
 
 
 def _askable(

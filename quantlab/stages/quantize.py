@@ -105,7 +105,7 @@ def _with_shared(rows: Sequence[LayerReport], same: Mapping[str, str], order: Se
 
 def _portions(chosen: Selection, is_view: bool) -> list[Sequence[str]]:
     """The layers that are handed over together: all; or one by one, unless the config says of which layer it speaks."""
-    if not is_view or chosen.native.layer_dtypes(chosen.taken):
+    if not is_view or chosen.native.other_dtypes:
         return [chosen.taken] if chosen.taken else []
     return [(name,) for name in chosen.taken]
 

@@ -112,7 +112,8 @@ def choose_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
         )
     check_forwards(module, wanted, f"model.components={request.component}")
     shapes = {n: tuple(layers[n].weight.shape) for n in layers}
-    dtypes = scheme.native.layer_dtypes(wanted)
+    native = scheme.native.measured(shapes)
+    dtypes = native.layer_dtypes({n: shapes[n] for n in wanted})
     asked = {n: scheme.other_formats[dtypes[n]] if n in dtypes else scheme.format for n in wanted}
     misfits = {n: reason for n in wanted if (reason := misfit(asked[n], shapes[n]))}
     if misfits and axes.on_mismatch == "error":
@@ -124,7 +125,7 @@ def choose_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
         compute_dtypes={
             n: kept[n] if kept.get(n) in asked[n].row.compute_dtypes else request.compute_dtype for n in wanted
         },
-        native=scheme.backend.module.resolve(scheme.native, kind_of(request.device), request.compute_dtype),
+        native=scheme.backend.module.resolve(native, kind_of(request.device), request.compute_dtype),
         taken=tuple(n for n in wanted if n not in misfits),
         excluded=excluded,
         misfits=misfits,

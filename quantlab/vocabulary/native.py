@@ -344,9 +344,14 @@ class QuantizationConfigMixin:
         """Every dtype that :meth:`layer_dtypes` may give a layer."""
         return ()
 
-    def layer_dtypes(self, paths: Sequence[str]) -> dict[str, str]:
-        """Layer -> dtype, for layers that get another dtype than the others."""
+    def layer_dtypes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        """Layer -> dtype, for layers that get another dtype than the others; ``shapes`` are of their weights."""
         return {}
+
+    def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
+        """The config with what it must know of a whole model, whose layers have weights of these ``shapes``, before it
+        is told of some of them."""
+        return self
 
     def spelled_out(self) -> dict[str, Any]:
         """The settings as plain data, equal where two configs say the same in other words: they store the same bits."""

@@ -47,6 +47,8 @@ class ComponentPrice:
     """Entries of ``modules_to_not_convert`` that take no layer; those of a family's defaults may."""
     refused: tuple[str, ...] = ()
     """Why a run would refuse it."""
+    file_bytes: int | None = None
+    """Tensors of the file of another program under this scheme (llama.cpp's), where it names one."""
     scheme: str = ""
     """Name of the scheme; "": it stays as it is."""
 
@@ -68,6 +70,7 @@ class ComponentPrice:
             "quantized_parameters": self.quantized_parameters,
             "bits_per_weight": self.memory.bits_per_weight,
             "bits_per_quantized_weight": self.bits_per_quantized_weight,
+            "file_bytes": self.file_bytes,
             "kinds": [
                 {"kind": k.what, "dtype": k.dtype, "parameters": k.parameters, "bytes": k.num_bytes} for k in self.kinds
             ],

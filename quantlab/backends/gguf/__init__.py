@@ -9,7 +9,7 @@ from __future__ import annotations
 from quantlab.backends.gguf.config import GGUFQuantizationConfig, resolve
 from quantlab.backends.gguf.imatrix import InputSquares, read_imatrix, write_imatrix
 from quantlab.backends.gguf.quantize import calibrate, quantize, read_back, write_calibration
-from quantlab.backends.gguf.sizes import layer_bytes
+from quantlab.backends.gguf.sizes import file_bytes, layer_bytes
 from quantlab.backends.gguf.storage import load, save
 
 Config = GGUFQuantizationConfig
@@ -19,6 +19,7 @@ __all__ = [
     "GGUFQuantizationConfig",
     "InputSquares",
     "calibrate",
+    "file_bytes",
     "layer_bytes",
     "load",
     "quantize",

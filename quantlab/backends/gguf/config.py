@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from quantlab.backends.exclusions import build, exclusions_for
+from quantlab.backends.gguf.mixes import BASES, OTHERS, Measures, format_of, measures
 from quantlab.errors import ConfigError, nearest
 from quantlab.modules.layers import resolve_exclusions
 from quantlab.vocabulary.axes import QuantizationAxes
@@ -45,6 +46,11 @@ class GGUFQuantizationConfig(QuantizationConfigMixin):
     """The block format to write, also accepted in ggml's upper case; None: the first of the backend, q8_0."""
     tensor_types: Mapping[str, str] | None = setting("mapping", None, ours=True, node=True)
     """Entry of the matcher (module path, glob, ``re:`` expression) -> block format; the first that matches counts."""
+    file_type: str | None = setting("str", None, choices=tuple(BASES), ours=True, node=True)
+    """A file type of llama.cpp, such as ``q4_k_m``: its mix of formats over the layers, those of the dtype's base. The
+    model's own output matrix and embeddings stay as they are; what llama.cpp's file would hold is in the plan."""
+    file_type_measures: Mapping[str, int] | None = setting("mapping", None, ours=True)
+    """What the mix asks of the whole model (:class:`quantlab.backends.gguf.mixes.Measures`); None: not known yet."""
     algorithm: str = setting("str", "max", choices=("max", "imatrix"), ours=True)
     """``imatrix``: ggml weighs each input channel's rounding errors by the mean of its squared inputs, the importance
     matrix, measured on calibration data or read from ``imatrix_file``."""
@@ -95,6 +101,12 @@ class GGUFQuantizationConfig(QuantizationConfigMixin):
                 f"imatrix_file={self.imatrix_file}: only algorithm=imatrix reads it; set "
                 "algorithm=imatrix, or leave imatrix_file out"
             )
+        if self.file_type is not None and (base := BASES[self.file_type]) != self.dtype:
+            raise ConfigError(f"file_type={self.file_type}: most of its layers are {base}; set dtype={base}")
+        if self.file_type is not None and self.tensor_types:
+            raise ConfigError(
+                f"file_type={self.file_type}: tensor_types says the same otherwise; leave one of them out"
+            )
         given = dict(self.tensor_types or {})
         formats = tuple(OFFERS["gguf"].rows)
         for entry, kind in given.items():
@@ -107,14 +119,27 @@ class GGUFQuantizationConfig(QuantizationConfigMixin):
 
     @property
     def other_dtypes(self) -> tuple[str, ...]:
-        """The types of ``tensor_types``."""
+        """The types of ``tensor_types``, or of the file type."""
+        if self.file_type is not None:
+            return OTHERS[self.file_type]
         return tuple(dict.fromkeys((self.tensor_types or {}).values()))
 
-    def layer_dtypes(self, paths: Sequence[str]) -> dict[str, str]:
-        """The layers that ``tensor_types`` names; ConfigError for an entry that matches none of ``paths``."""
+    def layer_dtypes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        """The layers that ``tensor_types`` names, or that the file type gives another format; ConfigError for an entry
+        that matches none of them."""
+        if self.file_type is not None:
+            model = Measures(**self.file_type_measures) if self.file_type_measures else measures(shapes)
+            told = {p: format_of(self.file_type, p, shape[-1], model) for p, shape in shapes.items()}
+            return {p: kind for p, kind in told.items() if kind in OTHERS[self.file_type]}
         entries = tuple(self.tensor_types or {})
-        found = resolve_exclusions(paths, entries, key="tensor_types") if entries else {}
+        found = resolve_exclusions(list(shapes), entries, key="tensor_types") if entries else {}
         return {path: dict(self.tensor_types or {})[entry] for path, entry in found.items()}
+
+    def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
+        """With the model's number of layers and heads, where a file type asks for them."""
+        if self.file_type is None:
+            return self
+        return dataclasses.replace(self, file_type_measures=dataclasses.asdict(measures(shapes)))
 
     def spelled_out(self) -> dict[str, Any]:
         """With the type by name."""
@@ -138,7 +163,7 @@ class GGUFQuantizationConfig(QuantizationConfigMixin):
         import diffusers
         import torch
 
-        if types := {k: v for k, v in self.extra_settings().items() if k in ("gguf_type", "tensor_types")}:
+        if types := {k: v for k, v in self.extra_settings().items() if k in ("gguf_type", "tensor_types", "file_type")}:
             raise ConfigError(
                 f"{', '.join(f'{k}={v!r}' for k, v in types.items())}: Diffusers only loads GGUF files "
                 "and takes the types from the file; leave it out to load one"

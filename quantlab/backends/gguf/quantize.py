@@ -49,8 +49,12 @@ def calibrate(
 
     The model is left as it is. Raises ConfigError naming a layer that never ran, or whose inputs are not finite.
     """
-    types = config.layer_dtypes(list(layers))
+    types = config.layer_dtypes(_shapes(model, layers))
     return observe(model, [n for n in layers if uses_importance(types.get(n, config.dtype))], feed)
+
+
+def _shapes(model: nn.Module, layers: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(linear_at(model, name).weight.shape) for name in layers}
 
 
 def write_calibration(calibrated: dict[str, InputSquares], folder: str | Path, feed: CalibrationFeed) -> Path:
@@ -76,7 +80,7 @@ def quantize(
     """
     require_package("libgguf", "backend=gguf", "quantlab-recipes[gguf]")
     compute = torch_dtype(compute_dtype or config.compute_dtype)
-    types = config.layer_dtypes(list(layers))
+    types = config.layer_dtypes(_shapes(model, layers))
     statistics = _statistics(config, calibrated)
     for name in layers:
         linear, kind = linear_at(model, name), types.get(name, config.dtype)

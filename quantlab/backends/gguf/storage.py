@@ -94,7 +94,7 @@ def load(model: nn.Module, layers: Sequence[str], config: GGUFQuantizationConfig
         name: _loaded(linear_at(model, name), tensors[f"{name}.weight"], dtype, f"{path}: {name}")
         for name, dtype in quantized.items()
     }
-    types = config.layer_dtypes(list(layers))
+    types = config.layer_dtypes({name: tuple(linear_at(model, name).weight.shape) for name in layers})
     for name in layers:
         if made[name].gguf_type != (wanted := types.get(name, config.dtype)):
             raise ModelError(
