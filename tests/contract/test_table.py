@@ -139,11 +139,12 @@ def test_an_extra_package_that_is_missing_is_named(backend, dtype, row, monkeypa
 @pytest.mark.parametrize(("backend", "dtype", "row"), [r for r in ROWS if r[2].min_compute_capability])
 def test_an_older_device_is_refused(backend, dtype, row, monkeypatch):
     axes = resolve_axes(QuantizationAxes(backend=backend, dtype=dtype), offers())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     need = ".".join(map(str, row.min_compute_capability))
     with pytest.raises(ConfigError, match=f"needs CUDA compute capability {need}; this device has 7.5"):
         check_device(Format(axes=axes, row=row), "cuda", row.compute_dtypes[0])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: row.min_compute_capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: row.min_compute_capability)
     check_device(Format(axes=axes, row=row), "cuda", row.compute_dtypes[0])
 
 

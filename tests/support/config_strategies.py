@@ -10,6 +10,7 @@ from quantlab import (
     QuantoConfig,
     TorchAoConfig,
 )
+from quantlab.backends.gguf.mixes import BASES
 from quantlab.backends.torchao.shorthands import _get_torchao_quant_type_to_method
 from quantlab.vocabulary.native import EXCLUSION_RULES
 from tests.support.tables import CAPABILITIES
@@ -116,7 +117,16 @@ def gguf_configs():
             "imatrix_file": st.none() | st.just("found.gguf"),
         }
     )
-    return st.tuples(_gguf_settings(), algorithms).map(lambda made: GGUFQuantizationConfig(**{**made[0], **made[1]}))
+    plain = st.tuples(_gguf_settings(), algorithms).map(lambda made: GGUFQuantizationConfig(**{**made[0], **made[1]}))
+    mixes = st.sampled_from(sorted(BASES)).flatmap(
+        lambda kind: st.builds(
+            GGUFQuantizationConfig,
+            gguf_type=st.just(BASES[kind]),
+            file_type=st.just(kind),
+            file_type_measures=st.none() | st.just({"num_layers": 8, "heads_per_kv_head": 4}),
+        )
+    )
+    return plain | mixes
 
 
 def _gguf_settings():
