@@ -1,14 +1,15 @@
-"""``dataset=prompts``: texts for a text-to-image pipeline, from ``prompts_v1.txt`` or a file of the user's own."""
+"""``dataset=prompts``: texts for a pipeline, from ``prompts_v1.txt`` or a file of the user's own."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from quantlab.errors import ConfigError
-from quantlab.models.diffusers_pipeline import noise_shape
 from quantlab.models.loaded import LoadedModel
+from quantlab.models.pipeline_call import check_conditions
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
 from quantlab.vocabulary.files import read_text
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig
@@ -21,7 +22,7 @@ CALIBRATION = Path(__file__).with_name("calibration_prompts_v1.txt")
 def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel) -> DiffusionInputs:
     """``evaluation.num_samples`` samples: each prompt once, then each again with other noise (a replica), and so on.
 
-    The samples of one prompt are a cluster. The noise of a sample comes from a CPU generator of its own, seeded by
+    The samples of one prompt are a cluster. What a sample draws comes from a CPU generator of its own, seeded by
     prompt set (the file's name), line, replica and ``config.seed``: it depends neither on the number of samples nor on
     batches, and a prompt appended to the file leaves the noise of the others as it was.
     Raises ConfigError for a file that cannot be read or holds no prompt, and for a model that takes no prompts.
@@ -29,26 +30,29 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
     import numpy as np
     import torch
 
-    if model.protocol != "diffusion" or "pipeline" not in model.parts:
-        raise ConfigError(
-            f"dataset={config.name}: prompts are for text-to-image pipelines, and {model.name} is none; "
-            "choose a model of family diffusers, or another dataset"
-        )
     num = evaluation.num_samples
     if num < 1:
         raise ConfigError(f"evaluation.num_samples={num}: at least one sample is needed; take 64 or more for intervals")
+    require_pipeline(config, model, ("prompt",))
     prompts = read_prompts(config.path)
     prompt_set = SHIPPED.stem if config.path is None else Path(config.path).stem
-    shape = noise_shape(model, evaluation)
     rows = [(i % len(prompts), i // len(prompts)) for i in range(num)]
-    seeds = [seed_of(prompt_set, prompt, replica, config.seed) for prompt, replica in rows]
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return DiffusionInputs(
-        noise=torch.stack(noise),
+        noise=torch.tensor([seed_of(prompt_set, prompt, replica, config.seed) for prompt, replica in rows]),
         conditioning={"prompt": [prompts[prompt] for prompt, _ in rows]},
         sample_ids=tuple(f"prompt {prompt} replica {replica}" for prompt, replica in rows),
         clusters=np.array([prompt for prompt, _ in rows]),
     )
+
+
+def require_pipeline(config: DatasetConfig, model: LoadedModel, conditions: Sequence[str]) -> None:
+    """ConfigError for a model that is no pipeline, or whose call does not take these conditions."""
+    if model.protocol != "diffusion" or "pipeline" not in model.parts:
+        raise ConfigError(
+            f"dataset={config.name}: it is for pipelines of Diffusers, and {model.name} is none; "
+            "choose a model of family diffusers, or another dataset"
+        )
+    check_conditions(type(model.parts["pipeline"]), config.name, conditions, model.parts.get("call", {}))
 
 
 MAX_PROMPT_CHARS = 10_000

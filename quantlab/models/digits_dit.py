@@ -28,7 +28,7 @@ from quantlab.models.digits_training import (
     train_denoiser,
 )
 from quantlab.models.judge import build_judge, judge_features_and_logits, train_judge
-from quantlab.models.loaded import Conditioning, LoadedModel, OnStep, Progress
+from quantlab.models.loaded import Conditioning, LoadedModel, OnStep, Progress, Sampled
 from quantlab.models.reading import chosen_dtype, frozen
 from quantlab.modules.compute_dtype import component_dtype, torch_dtype
 from quantlab.modules.layers import state_digest
@@ -127,7 +127,7 @@ def load_cached(
         protocol="diffusion",
         components={"transformer": frozen(transformer)},
         parts={
-            "denoiser": "transformer",
+            "denoisers": ("transformer",),
             "scheduler": sampling_scheduler(),
             "judge": frozen(judge),
             "folder": str(folder),
@@ -138,7 +138,6 @@ def load_cached(
         default_exclusions={"transformer": tuple(default_exclusions)},
         weights_sha256=state_digest(transformer.state_dict()),
         sample=sample,
-        decode=decode,
     )
 
 
@@ -164,8 +163,8 @@ def sample(
     conditioning: Conditioning,
     evaluation: EvaluationConfig,
     on_step: OnStep | None = None,
-) -> Tensor:
-    """DDIM with classifier-free guidance from ``noise`` (n, 1, 8, 8); the final latents, float32 on the CPU.
+) -> Sampled:
+    """DDIM with classifier-free guidance from ``noise`` (n, 1, 8, 8): the final latents, and images of them.
 
     The denoiser gets the labelled samples and then the same with the null label as one batch, in its own dtype (no null
     half at ``guidance_scale`` 1); latents and guidance stay in float32. ``on_step(k, latents)`` follows each step.
@@ -195,10 +194,11 @@ def sample(
             latents = scheduler.step(velocity, timestep, latents, use_clipped_model_output=True).prev_sample
             if on_step is not None:
                 on_step(k, latents)
-    return latents.cpu()
+    latents = latents.cpu()
+    return Sampled(latents=latents, media={"images": decode(latents)})
 
 
-def decode(model: LoadedModel, latents: Tensor) -> Tensor:
+def decode(latents: Tensor) -> Tensor:
     """Latents (n, 1, 8, 8) in [-1, 1] -> images, float tensor (n, 8, 8, 1) in [0, 1]."""
     return ((latents.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)
 

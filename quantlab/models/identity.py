@@ -51,6 +51,9 @@ def identity_of(components: Mapping[str, nn.Module], parts: Mapping[str, object]
         for what, data in _described(part).items():
             text = json.dumps(data, sort_keys=True, default=str)
             found[f"{name}.{what}" if what else name] = hashlib.sha256(text.encode()).hexdigest()
+    if parts.get("call"):
+        text = json.dumps(parts["call"], sort_keys=True, default=str)
+        found["call"] = hashlib.sha256(text.encode()).hexdigest()
     return found
 
 

@@ -21,20 +21,20 @@ Progress = Callable[[str, int, int], object]
 OnStep = Callable[[int, "torch.Tensor"], None]
 """Told (step, latents after it) while a diffusion model samples."""
 Conditioning = Mapping[str, Sequence[Any]]
-"""Name -> one plain value a sample: ``{"class_label": [...]}`` or ``{"prompt": [...]}``."""
+"""Name -> one value a sample: ``{"class_label": [...]}``, ``{"prompt": [...]}``; ``image`` and ``mask`` are uint8
+tensors (height, width, 3 or 1)."""
 
 
-class TextToImage(Protocol):
-    """What is used of a text-to-image pipeline of Diffusers; :mod:`quantlab.models.diffusers_pipeline` checks it."""
+class Pipeline(Protocol):
+    """What is used of a pipeline of Diffusers, whatever it makes."""
 
     scheduler: SchedulerMixin
-    vae: torch.nn.Module
-    vae_scale_factor: int
 
     @property
     def components(self) -> Mapping[str, object]: ...
-    def __call__(self, **arguments: object) -> Sequence[torch.Tensor]: ...
-    def encode_prompt(self, **arguments: object) -> Sequence[torch.Tensor]: ...
+    @property
+    def config(self) -> Mapping[str, object]: ...
+    def __call__(self, **arguments: object) -> Mapping[str, object]: ...
     def set_progress_bar_config(self, **settings: object) -> None: ...
     def to(self, device: str) -> Self: ...
 
@@ -43,12 +43,12 @@ class Parts(TypedDict, total=False):
     """What a family's functions need beside the components; each family fills in what it has."""
 
     tokenizer: PreTrainedTokenizerBase
-    denoiser: str
-    """Diffusion: the name of the component that is called at each step."""
+    denoisers: tuple[str, ...]
+    """Diffusion: the names of the components that are called at a step."""
     scheduler: SchedulerMixin
-    pipeline: TextToImage
-    prompt_embeddings: dict[str, tuple[torch.Tensor, ...]]
-    """Prompt -> what the text encoders made of it, on the CPU."""
+    pipeline: Pipeline
+    call: Mapping[str, object]
+    """Arguments of the pipeline's call that the user chose (``model.call``)."""
     judge: torch.nn.Module
     """The classifier that reads generated images, see :mod:`quantlab.models.judge`."""
     folder: str
@@ -57,8 +57,19 @@ class Parts(TypedDict, total=False):
     """Digest of these weights as trained, whatever dtype they were loaded in."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """What a diffusion model made of n samples."""
+
+    latents: torch.Tensor | None
+    """The final ones, float32 on the CPU, (n, ...); None where no scheduler was heard to step."""
+    media: Mapping[str, torch.Tensor]
+    """Float32 on the CPU, by kind: ``images`` (n, height, width, channels) and ``frames`` (n, frames, height, width,
+    channels) in [0, 1], ``audio`` (n, channels, samples)."""
+
+
 class Sample(Protocol):
-    """Runs a diffusion model from given noise: the final latents, float32 on the CPU, (n, ...)."""
+    """Runs a diffusion model. ``noise``: initial latents (n, ...), or int64 (n,), the seeds of a pipeline's draws."""
 
     def __call__(
         self,
@@ -67,7 +78,7 @@ class Sample(Protocol):
         conditioning: Conditioning,
         evaluation: EvaluationConfig,
         on_step: OnStep | None = None,
-    ) -> torch.Tensor: ...
+    ) -> Sampled: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +102,6 @@ class LoadedModel:
     weights_sha256: str = ""
     sample: Sample | None = None
     """Diffusion families only."""
-    decode: Callable[[LoadedModel, torch.Tensor], torch.Tensor] | None = None
-    """Diffusion families: ``decode(model, latents) -> images`` in [0, 1], (n, height, width, channels)."""
 
     @functools.cached_property
     def identity(self) -> Mapping[str, str]:

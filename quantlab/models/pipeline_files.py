@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from quantlab.models.reading import remote_code
 from quantlab.vocabulary.schema import ModelConfig
 
 INDEX = "model_index.json"
-DENOISERS = ("transformer", "unet")
-"""Names of the component that is called at each step."""
+DENOISER = re.compile(r"(transformer|unet)(_\d+)?")
+"""Names of the components that are called at a step."""
+NO_DENOISER = re.compile(r"vae|vq|movq|encod|embed|project|safety|feature|vocoder|controlnet|language_model")
+"""What is in the names of other modules, where no component is called so."""
 
 
 def check_choice(folder: Path, index: Mapping[str, Any], config: ModelConfig) -> None:
@@ -34,8 +38,40 @@ def check_choice(folder: Path, index: Mapping[str, Any], config: ModelConfig) ->
             raise ConfigError(
                 f"model.without={name}: the pipeline has no such part{nearest(name, parts)}; it has {', '.join(parts)}"
             )
-        if name in (*DENOISERS, *config.components, "vae", "scheduler"):
+        if DENOISER.fullmatch(name) or name in (*config.components, "vae", "scheduler"):
             raise ConfigError(f"model.without={name}: it is needed to run the pipeline; leave it in")
+
+
+def pipeline_class(index: Mapping[str, Any]) -> type | None:
+    """The class of Diffusers that an index names; None for one that it has not."""
+    import diffusers
+
+    found = getattr(diffusers, str(index["_class_name"]), None)
+    return found if isinstance(found, type) else None
+
+
+def check_parts(key: str, folder: Path, index: Mapping[str, Any], pipeline: type) -> None:
+    """ModelError for a part that the pipeline needs and has not, or that it does not know; None is a part, too."""
+    made: Any = pipeline
+    known = {k: v for k, v in inspect.signature(made.__init__).parameters.items() if k not in ("self", "kwargs")}
+    listed = {name: found for name, found in index.items() if isinstance(found, list)}
+    optional = getattr(made, "_optional_components", [])
+    for name, found in listed.items():
+        if name not in known:
+            raise ModelError(
+                f"{key}: {INDEX} lists {name}, which {made.__name__} does not have{nearest(name, known)}; it has "
+                f"{', '.join(known)}: take the part out, or name the pipeline's own class"
+            )
+        if found[0] is not None and not (folder / name).is_dir():
+            raise ModelError(
+                f"{key}: {INDEX} lists {name}, and the folder has none; copy or download it again, or write "
+                f'"{name}": [null, null] there if the pipeline can do without'
+            )
+    for name, parameter in known.items():
+        if parameter.default is parameter.empty and name not in optional and name not in index:
+            raise ModelError(
+                f"{key}: {made.__name__} needs {name}, and {INDEX} does not list it; copy or download the folder again"
+            )
 
 
 def left_out(config: ModelConfig, parts: Collection[str]) -> dict[str, None]:

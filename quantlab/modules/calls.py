@@ -33,6 +33,8 @@ class Call(TypedDict, total=False):
     """The first tensor of what it returned, on the CPU."""
     velocity: Tensor
     """What the sampler stepped along, on the CPU, float32 (n, ...); of the first call of a step, where it is known."""
+    component: str
+    """Which denoiser was called, where a model has several."""
     step: int
     """Denoising step; 0 for models without. Whoever records adds it, and which samples the call belongs to."""
     start: int

@@ -1,8 +1,8 @@
 """Diffusion models: a candidate samples from the reference's noise and conditioning, and each sample is compared.
 
 Two views of the error, over a subset of the samples: *free-running*, where the candidate's trajectory goes its own way,
-and *teacher-forced*, where it answers the denoiser calls that the reference made. Generic over the model: ``sample``,
-``decode`` and the module named by ``parts["denoiser"]`` are used, and ``parts["judge"]`` where there is one.
+and *teacher-forced*, where it answers the denoiser calls that the reference made. Generic over the model: ``sample``
+and the modules named by ``parts["denoisers"]`` are used, and ``parts["judge"]`` where there is one.
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from quantlab.errors import MetricUndefined, NotFinite
+from quantlab.errors import ConfigError, MetricUndefined, ModelError, NotFinite
 from quantlab.metrics.latent import latent_cosine, latent_rel_mse
-from quantlab.metrics.psnr import image_mse, num_identical, psnr_db, psnr_pooled_db, to_uint8
-from quantlab.metrics.ssim import WINDOW, ssim
+from quantlab.metrics.psnr import num_identical, psnr_pooled_db, to_uint8
 from quantlab.metrics.statistics import bootstrap_interval
 from quantlab.metrics.trajectory import step_divergence
-from quantlab.models.loaded import LoadedModel
+from quantlab.models.loaded import LoadedModel, Sampled
 from quantlab.modules.calls import Call, Progress, recorded_calls
 from quantlab.modules.timing import Clock
 from quantlab.protocols.defined import defined
@@ -29,6 +28,7 @@ from quantlab.protocols.diffusion_inputs import DiffusionInputs
 from quantlab.protocols.finite import bad_rows
 from quantlab.protocols.guidance import recorded_velocities
 from quantlab.protocols.judged import judge_metrics
+from quantlab.protocols.media import METRICS_OF, SAID_OF, image_metrics, moving_metrics, shown_images
 from quantlab.protocols.teacher_forced import teacher_forced_metrics
 from quantlab.vocabulary.reports import Measurements, MetricValue
 from quantlab.vocabulary.schema import EvaluationConfig
@@ -39,19 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HEADLINE = ("latent_rel_mse", "psnr_db")
-IMAGE_METRICS = (
-    "psnr_db",
-    "psnr_pooled_db",
-    "image_mse",
-    "ssim",
-    "n_identical",
-    "class_accuracy",
-    "judge_agreement",
-    "frechet_judge",
-)
-"""What is measured of decoded images."""
 NUM_SHOWN = 8
-DIFFERENCE_GAIN = 4
 
 
 def check(model: LoadedModel, inputs: DiffusionInputs) -> None:
@@ -67,18 +55,21 @@ def observe(
 ) -> dict[str, Any]:
     """The reference's outputs, a tree that :mod:`quantlab.modules.kept` stores.
 
-    ``latents`` (n, ...) float32; ``images`` uint8 (n, height, width, channels), absent without ``decode``;
+    ``latents`` (n, ...) float32, absent where no scheduler steps; ``images`` uint8 (n, height, width, channels),
+    ``frames`` uint8 (n, frames, height, width, channels) and ``audio`` float32 (n, channels, samples), of what is made;
     ``step_indices`` (m,): which samples are traced; for these, where m > 0, ``steps`` (num_steps, m, ...) float32, the
     latents after each step, and ``calls``: the denoiser's calls with their ``step``, the rows ``start`` to ``stop``
     of ``step_indices`` that they belong to, and the ``velocity`` that the scheduler was given; ``timings_ms``;
     ``noise`` and ``conditioning``, so that the file alone is enough to repeat the measurement.
     ``progress(done, total)`` counts denoising steps over all batches.
-    Raises MetricUndefined, naming sample and step, for NaN or infinity in a latent or an image.
+    Raises MetricUndefined, naming sample and step, for NaN or infinity in a latent or an image, and ModelError for a
+    model that does not repeat itself bit for bit.
     """
     traced = spread(inputs, evaluation.num_teacher_forced)
-    batches = _batches(inputs.num_samples, traced, batch_size or evaluation.batch_size)
+    batches = _batches(inputs, traced, batch_size or evaluation.batch_size)
     tick = _Ticks(progress, evaluation.num_inference_steps * len(batches))
     outputs, calls = _run(model, inputs, evaluation, batches, tick, record=True)
+    _check_repeats(model, inputs, evaluation, min(batches, key=lambda batch: len(batch.indices)), outputs)
     given = {"noise": inputs.noise, "conditioning": dict(inputs.conditioning)}
     return {**outputs, **given, "calls": calls} if calls else {**outputs, **given}
 
@@ -100,31 +91,35 @@ def measure(
     itself. Raises MetricUndefined, naming sample and step, for NaN or infinity in a latent.
     """
     traced = [int(i) for i in reference["step_indices"]]
-    batches = _batches(inputs.num_samples, traced, batch_size or evaluation.batch_size)
+    batches = _batches(inputs, traced, batch_size or evaluation.batch_size)
     calls = reference.get("calls", [])
     tick = _Ticks(progress, evaluation.num_inference_steps * len(batches) + len(calls))
     outputs, _ = _run(model, inputs, evaluation, batches, tick, record=False)
-    latents, expected = outputs["latents"], reference["latents"]
     undefined: dict[str, str] = dict(outputs.get("undefined", {}))
-    means = {
-        "latent_rel_mse": lambda: latent_rel_mse(latents, expected),
-        "latent_cosine": lambda: latent_cosine(latents, expected),
-    }
-    samples = defined(means, undefined)
+    samples: dict[str, NDArray[np.float64]] = {}
+    if "latents" in reference:
+        latents, expected = outputs["latents"], reference["latents"]
+        means = {
+            "latent_rel_mse": lambda: latent_rel_mse(latents, expected),
+            "latent_cosine": lambda: latent_cosine(latents, expected),
+        }
+        samples = defined(means, undefined)
     steps: dict[str, NDArray[np.float64]] = {}
     estimates: dict[str, MetricValue] = {}
     if "images" in outputs and "images" in reference:
         pair = outputs["images"].numpy(), reference["images"].numpy()
         estimates["n_identical"] = MetricValue(value=float(num_identical(*pair)), n=inputs.num_samples)
-        samples.update(_image_metrics(*pair))
+        samples.update(image_metrics(*pair))
         estimates["psnr_pooled_db"] = _pooled(samples["image_mse"], inputs, evaluation)
         if "judge" in reference_model.parts and "class_label" in inputs.conditioning:
             judged, distances = judge_metrics(reference_model.parts["judge"], *pair, inputs, evaluation, undefined)
             samples.update(judged)
             estimates.update(distances)
+    samples.update(defined(moving_metrics(outputs, reference), undefined))
     if calls:
-        curves = {"step_divergence": lambda: step_divergence(outputs["steps"], reference["steps"])[0]}
-        steps.update(defined(curves, undefined))
+        if "steps" in reference:
+            curves = {"step_divergence": lambda: step_divergence(outputs["steps"], reference["steps"])[0]}
+            steps.update(defined(curves, undefined))
         part, scheduler = inputs.subset(traced), reference_model.parts.get("scheduler")
         forced, errors = teacher_forced_metrics(model, calls, part, evaluation, scheduler, tick, undefined)
         steps.update(forced)
@@ -137,7 +132,7 @@ def measure(
         sample_ids=inputs.sample_ids,
         estimates=estimates,
         steps=steps,
-        images=_shown_images(outputs, reference, shown),
+        images=shown_images(outputs, reference, shown),
         image_ids=tuple(inputs.sample_ids[i] for i in shown),
         undefined=undefined,
         timings_ms=outputs["timings_ms"],
@@ -156,9 +151,7 @@ def calls(
     ``evaluation.batch_size`` samples at once; at most one batch's calls are in memory.
     Raises MetricUndefined, naming sample and step, for NaN or infinity in a latent.
     """
-    # Prompts that were encoded before would not reach the text encoders again.
-    model = replace(model, parts={**model.parts, "prompt_embeddings": {}})
-    batches = _batches(inputs.num_samples, [], evaluation.batch_size)
+    batches = _batches(inputs, [], evaluation.batch_size)
     tick = _Ticks(progress, evaluation.num_inference_steps * len(batches))
     for batch in batches:
         with ExitStack() as stack:
@@ -209,9 +202,10 @@ class _Batch:
     traced: bool
 
 
-def _batches(num_samples: int, traced: Sequence[int], batch_size: int) -> list[_Batch]:
+def _batches(inputs: DiffusionInputs, traced: Sequence[int], batch_size: int) -> list[_Batch]:
     """The traced samples in batches of their own, first, then the others."""
-    others = sorted(set(range(num_samples)) - set(traced))
+    others = sorted(set(range(inputs.num_samples)) - set(traced))
+    batch_size = 1 if inputs.one_at_a_time else batch_size
     return [
         _Batch(indices=tuple(rows[i : i + batch_size]), traced=is_traced)
         for rows, is_traced in ((traced, True), (others, False))
@@ -234,46 +228,81 @@ def _run(
     """
     import torch
 
-    latents: list[Tensor] = []
-    images: list[Tensor] = []
+    rows: dict[str, list[Tensor]] = {}
     states: list[Tensor] = []
     calls: list[Call] = []
     seconds: list[tuple[_Batch, list[float]]] = []
     undefined: dict[str, str] = {}
+    num_traced = 0
     for batch in batches:
         part = inputs.subset(batch.indices)
         recorded = record and batch.traced
-        final, trajectory, batch_calls, times = _run_batch(model, part, evaluation, tick, record=recorded)
+        sampled, trajectory, batch_calls, times = _run_batch(model, part, evaluation, tick, record=recorded)
         if batch.traced:
-            start = sum(int(s.shape[1]) for s in states)
-            states.append(trajectory)
-            calls += [{**call, "start": start, "stop": start + part.num_samples} for call in batch_calls]
-        latents.append(final)
+            states += [] if trajectory is None else [trajectory]
+            calls += [{**call, "start": num_traced, "stop": num_traced + part.num_samples} for call in batch_calls]
+            num_traced += part.num_samples
         seconds.append((batch, times))
-        if model.decode is not None:
-            with torch.no_grad():
-                decoded = model.decode(model, final).float().cpu()
+        if sampled.latents is not None:
+            rows.setdefault("latents", []).append(sampled.latents)
+        for kind, made in sampled.media.items():
             try:
-                _require_finite(decoded, part.sample_ids, "decoded image")
+                _require_finite(made, part.sample_ids, SAID_OF[kind])
             except MetricUndefined as error:
                 if record:
                     raise
-                undefined = dict.fromkeys(IMAGE_METRICS, str(error))
+                undefined |= dict.fromkeys(METRICS_OF[kind], str(error))
                 continue
-            images.append(torch.from_numpy(to_uint8(decoded)))
+            rows.setdefault(kind, []).append(made if kind == "audio" else torch.from_numpy(to_uint8(made)))
     order = torch.tensor([i for b in batches for i in b.indices]).argsort()
-    outputs = {
-        "latents": torch.cat(latents)[order],
+    outputs: dict[str, Any] = {
         "step_indices": torch.tensor([i for b in batches if b.traced for i in b.indices], dtype=torch.int64),
         "timings_ms": {"denoise_step_ms": _step_ms(seconds)},
     }
     if undefined:
         outputs["undefined"] = undefined
-    elif images:
-        outputs["images"] = torch.cat(images)[order]
-    if states:
+    for kind, parts in rows.items():
+        if len(parts) == len(batches):
+            outputs[kind] = _joined(parts, kind)[order]
+    if states and len({state.shape[0] for state in states}) == 1:
         outputs["steps"] = torch.cat(states, dim=1)
     return outputs, calls
+
+
+def _joined(parts: Sequence[Tensor], kind: str) -> Tensor:
+    import torch
+
+    shapes = {tuple(part.shape[1:]) for part in parts}
+    if len(shapes) > 1:
+        raise ConfigError(
+            f"evaluation.height=null: the {kind} are of {len(shapes)} sizes ({', '.join(map(str, sorted(shapes)))}), "
+            "and samples are compared at one; set evaluation.height and evaluation.width"
+        )
+    return torch.cat(list(parts))
+
+
+def _check_repeats(
+    model: LoadedModel,
+    inputs: DiffusionInputs,
+    evaluation: EvaluationConfig,
+    batch: _Batch,
+    outputs: Mapping[str, Any],
+) -> None:
+    """ModelError unless a batch that runs again gives the same, bit for bit: else noise would count as an error."""
+    import torch
+
+    again, _ = _run(model, inputs.subset(batch.indices), evaluation, [_whole(batch)], lambda: None, record=True)
+    for kind in ("latents", *METRICS_OF):
+        if kind in outputs and not torch.equal(outputs[kind][list(batch.indices)], again[kind]):
+            raise ModelError(
+                f"model={model.name}: run twice on the same inputs with the same generators, the reference differs "
+                f"from itself ({kind}), so no candidate can be paired with it: something draws noise that no generator "
+                "of a sample gives; take device=cpu, or a scheduler that draws from the generator"
+            )
+
+
+def _whole(batch: _Batch) -> _Batch:
+    return _Batch(indices=tuple(range(len(batch.indices))), traced=False)
 
 
 def _run_batch(
@@ -284,8 +313,11 @@ def _run_batch(
     *,
     record: bool,
     open_calls: Mapping[str, list[Call]] = MappingProxyType({}),
-) -> tuple[Tensor, Tensor, list[Call], list[float]]:
-    """One batch: final latents, latents after each step (num_steps, b, ...), denoiser calls, seconds of each step."""
+) -> tuple[Sampled, Tensor | None, list[Call], list[float]]:
+    """One batch: what is made, latents after each step (num_steps, b, ...), denoisers' calls, seconds of each step.
+
+    There are no latents of steps where they change their shape on the way.
+    """
     import torch
 
     assert model.sample is not None, "families of this protocol have a sampler"
@@ -293,31 +325,43 @@ def _run_batch(
     clock = Clock(model.device)
 
     with ExitStack() as stack:
-        calls: list[Call] = []
+        calls: dict[str, list[Call]] = {}
         velocities: list[Tensor] = []
         if record:
             velocities = stack.enter_context(recorded_velocities(model.parts.get("scheduler")))
-            calls = stack.enter_context(recorded_calls(model.components[model.parts["denoiser"]]))
+            for name in model.parts["denoisers"]:
+                calls[name] = stack.enter_context(recorded_calls(model.components[name]))
 
         def on_step(k: int, latents: Tensor) -> None:
             clock.stop()
             state = latents.detach().to("cpu", torch.float32, copy=True)
             _require_finite(state, inputs.sample_ids, f"latent after step {k} of {evaluation.num_inference_steps}")
             states.append(state)
-            if len(velocities) == 1 and (new := [call for call in calls if "step" not in call]):
+            new = [call for found in calls.values() for call in found if "step" not in call]
+            if len(velocities) == 1 and new:
                 new[0]["velocity"] = velocities[0]
             velocities.clear()
-            for call in itertools.chain(calls, *open_calls.values()):
+            for name, found in calls.items():
+                for call in found:
+                    call.setdefault("component", name)
+            for call in itertools.chain(*calls.values(), *open_calls.values()):
                 call.setdefault("step", k)
             tick()
             clock.start()
 
         clock.start()
-        final = model.sample(model, inputs.noise, inputs.conditioning, evaluation, on_step)
-    _require_finite(final, inputs.sample_ids, "final latent")
+        sampled = model.sample(model, inputs.noise, inputs.conditioning, evaluation, on_step)
+        if not states:
+            clock.stop()
+    if sampled.latents is not None:
+        _require_finite(sampled.latents, inputs.sample_ids, "final latent")
+    for call in itertools.chain(*open_calls.values()):
+        call.setdefault("step", max(len(states) - 1, 0))
+    trajectory = torch.stack(states) if states and len({s.shape for s in states}) == 1 else None
+    heard = sorted((c for found in calls.values() for c in found if "step" in c), key=lambda call: call["step"])
     seconds = clock.seconds()
     # The first step's time holds what comes before it, such as the text encoders, and kernels that are chosen then.
-    return final.float().cpu(), torch.stack(states), list(calls), seconds[1:] or seconds
+    return sampled, trajectory, heard, seconds[1:] or seconds
 
 
 def _require_finite(tensor: Tensor, sample_ids: Sequence[str], what: str) -> None:
@@ -338,31 +382,8 @@ def _step_ms(seconds: Sequence[tuple[_Batch, Sequence[float]]]) -> float:
     return 1e3 * statistics.median(s for batch, times in timed if len(batch.indices) == largest for s in times)
 
 
-# -- images
-
-
-def _image_metrics(candidate: NDArray[np.uint8], reference: NDArray[np.uint8]) -> dict[str, NDArray[np.float64]]:
-    found = {"psnr_db": psnr_db(candidate, reference), "image_mse": image_mse(candidate, reference)}
-    if min(reference.shape[1:3]) >= WINDOW:
-        found["ssim"] = ssim(candidate, reference)
-    return found
-
-
 def _pooled(mse: NDArray[np.float64], inputs: DiffusionInputs, evaluation: EvaluationConfig) -> MetricValue:
     drawn = (evaluation.num_bootstrap, evaluation.bootstrap_seed)
     return bootstrap_interval(
         lambda rows: psnr_pooled_db(mse[rows]), inputs.num_samples, inputs.clusters, inputs.strata, *drawn
     )
-
-
-def _shown_images(
-    outputs: Mapping[str, Any], reference: Mapping[str, Any], rows: Sequence[int]
-) -> NDArray[np.uint8] | None:
-    """uint8 (k, 3, height, width, channels): reference, candidate, 4 * |difference| cut off at 255; None without."""
-    import numpy as np
-
-    if "images" not in outputs or "images" not in reference:
-        return None
-    ref, cand = (tree["images"].numpy()[list(rows)] for tree in (reference, outputs))
-    difference = np.abs(cand.astype(np.int32) - ref) * DIFFERENCE_GAIN
-    return np.stack([ref, cand, np.minimum(difference, 255).astype(np.uint8)], axis=1)

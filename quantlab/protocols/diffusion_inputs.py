@@ -22,13 +22,18 @@ class DiffusionInputs:
     """What is sampled: row i of everything is sample i, and none depends on the others."""
 
     noise: Tensor
-    """Initial latents, float32 CPU tensor (n, ...)."""
+    """Initial latents, float32 CPU tensor (n, ...); of a pipeline, which draws by itself, the seeds: int64 (n,)."""
     conditioning: Conditioning
     sample_ids: tuple[str, ...]
     clusters: NDArray[np.int64] | None = None
     """int array (n,): samples of one prompt share a number; None: each its own."""
     strata: NDArray[np.int64] | None = None
     """int array (n,): the class of each sample; None: one stratum."""
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether samples run alone: to a pipeline, a list of pictures may be many of one sample."""
+        return "image" in self.conditioning
 
     @property
     def num_samples(self) -> int:
@@ -41,7 +46,7 @@ class DiffusionInputs:
         noise = self.noise.contiguous()
         digest = hashlib.sha256(f"{noise.dtype}|{tuple(noise.shape)}|".encode())
         digest.update(noise.numpy().tobytes())
-        digest.update(json.dumps(dict(self.conditioning), sort_keys=True).encode())
+        digest.update(json.dumps(dict(self.conditioning), sort_keys=True, default=_said).encode())
         return digest.hexdigest()
 
     def subset(self, indices: Sequence[int] | slice) -> DiffusionInputs:
@@ -57,3 +62,8 @@ class DiffusionInputs:
             clusters=None if self.clusters is None else np.asarray(self.clusters)[rows],
             strata=None if self.strata is None else np.asarray(self.strata)[rows],
         )
+
+
+def _said(picture: Tensor) -> str:
+    raw = picture.contiguous()
+    return f"{tuple(raw.shape)}|{hashlib.sha256(raw.numpy().tobytes()).hexdigest()}"

@@ -8,12 +8,12 @@ weights are found from the reference, sample by sample, and the candidate's pred
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantlab.errors import MetricUndefined
+from quantlab.modules.stepping import heard_steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,29 +26,14 @@ _RESIDUAL = 0.03
 def recorded_velocities(scheduler: object | None) -> Iterator[list[Tensor]]:
     """While open, what ``scheduler.step`` is given as the model's output is appended, float32 on the CPU."""
     seen: list[Tensor] = []
-    own = getattr(scheduler, "step", None)
-    if own is None:
-        yield seen
-        return
-    before = vars(scheduler).get("step")
 
-    @functools.wraps(own)  # pipelines look which arguments it takes
-    def step(*args: Any, **kwargs: Any) -> Any:
+    def told(given: Tensor, _: Tensor) -> None:
         import torch
 
-        given = args[0] if args else kwargs.get("model_output")
-        if isinstance(given, torch.Tensor):
-            seen.append(given.detach().to("cpu", torch.float32, copy=True))
-        return own(*args, **kwargs)
+        seen.append(given.detach().to("cpu", torch.float32, copy=True))
 
-    vars(scheduler)["step"] = step
-    try:
+    with heard_steps(scheduler, told):
         yield seen
-    finally:
-        if before is None:
-            del vars(scheduler)["step"]
-        else:
-            vars(scheduler)["step"] = before
 
 
 def guidance_weights(predictions: Tensor, velocity: Tensor | None) -> Tensor:

@@ -106,10 +106,10 @@ def _velocities(
     """What candidate and reference step along at one step, on the reference's calls: two float32 tensors (m, d)."""
     import torch
 
-    denoiser = model.components[model.parts["denoiser"]]
     batches: dict[int, list[tuple[Call, Tensor]]] = {}
     for call in calls:
         num = call["stop"] - call["start"]
+        denoiser = model.components[call.get("component", model.parts["denoisers"][0])]
         output = per_sample(replayed_output(denoiser, call, model.device, model.dtype), num)
         if bad := bad_rows(output):
             sample, what = sample_ids[call["start"] + bad[0]], f"the denoiser's output at step {call['step']}"
@@ -133,8 +133,9 @@ def _pair(batch: Sequence[tuple[Call, Tensor]]) -> tuple[Tensor, Tensor]:
     candidate = torch.cat([output for _, output in batch], dim=1)
     reference = torch.cat([per_sample(call["output"].float(), num) for call, _ in batch], dim=1)
     given = next((call["velocity"] for call, _ in batch if "velocity" in call), None)
-    velocity = None if given is None else given.reshape(num, -1)
-    if velocity is not None and reference.shape[2] == 2 * velocity.shape[1]:  # the other channels are variances
+    velocity = None if given is None else given[:num].reshape(num, -1)
+    if velocity is not None and reference.shape[2] > velocity.shape[1]:
+        # The other channels are variances, or the other tokens those of a picture that was given.
         candidate, reference = (part[..., : velocity.shape[1]] for part in (candidate, reference))
     weights = guidance_weights(reference, velocity)
     return combined(candidate, weights), combined(reference, weights)

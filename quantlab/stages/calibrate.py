@@ -22,7 +22,7 @@ from quantlab.tracking.provenance import arithmetic, versions
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.schema import EvaluationConfig
 
-FORMAT = 2  # of the stored calls; a change of what is stored raises it
+FORMAT = 3  # of the stored calls; a change of what is stored raises it
 Progress = Callable[[int, int], Any] | None
 T = TypeVar("T")
 
@@ -93,7 +93,7 @@ def in_smaller_batches(attempt: Callable[[int], T], batch_size: int, device: str
 
 
 def _key(model: LoadedModel, components: Sequence[str], inputs: Any, settings: EvaluationConfig) -> str:
-    used = ("batch_size", "num_inference_steps", "guidance_scale", "height", "width")
+    used = ("batch_size", "num_inference_steps", "guidance_scale", "height", "width", "num_frames")
     known = versions()
     parts = {
         "format": FORMAT,

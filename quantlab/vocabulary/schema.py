@@ -29,7 +29,9 @@ class ModelConfig:
     without: list[str] = field(default_factory=list)
     """Components of a pipeline that are not loaded, where it can do without (SD 3's ``text_encoder_3``)."""
     components: list[str] = field(default_factory=list)
-    """Components to quantize; empty: the family's main one (the denoiser, the model)."""
+    """Components to quantize; empty: the family's main ones (the denoisers, the model)."""
+    call: dict[str, Any] = field(default_factory=dict)
+    """Arguments of a pipeline's own call: ``{negative_prompt: "", true_cfg_scale: 4.0}``."""
     dtype: str = choice("auto", *COMPUTE_DTYPES)
     """Compute dtype of the reference; auto: float32 on CPU for the small shipped models, else as stored."""
     default_exclusions: list[str] = field(default_factory=list)
@@ -76,6 +78,8 @@ class EvaluationConfig:
     guidance_scale: float = number(1.5, 0, 1000)
     height: int | None = number(None, 8, 16384)
     width: int | None = number(None, 8, 16384)
+    num_frames: int | None = number(None, 1, 16384)
+    """Of a video; null: the pipeline's own. A number that it would round is refused."""
     num_teacher_forced: int = number(50, 0, _MANY)
     """Samples of which each denoiser call is replayed on the reference's inputs; 0: no teacher-forced metric."""
     # language, encoder

@@ -57,6 +57,17 @@ def with_changed_weight(model: LoadedModel, change) -> LoadedModel:
     return model.with_components({"transformer": transformer})
 
 
+def made_of(model: LoadedModel, change):
+    """The model's sampler, with its images changed (None: there are none)."""
+
+    def sample(*arguments):
+        sampled = model.sample(*arguments)
+        images = change(sampled.media["images"])
+        return dataclasses.replace(sampled, media={} if images is None else {"images": images})
+
+    return sample
+
+
 # -- the reference
 
 
@@ -84,8 +95,8 @@ def test_rows_stand_in_the_order_of_the_samples_whatever_the_batches(model, inpu
     for i in (0, 5, 6, 19):
         one = inputs.subset([i])
         alone = model.sample(model, one.noise, one.conditioning, EVALUATION)
-        torch.testing.assert_close(reference["latents"][[i]], alone, atol=1e-4, rtol=1e-4)
-        shown = (model.decode(model, alone) * 255).round()
+        torch.testing.assert_close(reference["latents"][[i]], alone.latents, atol=1e-4, rtol=1e-4)
+        shown = (alone.media["images"] * 255).round()
         torch.testing.assert_close(reference["images"][[i]].float(), shown, atol=1, rtol=0)
 
 
@@ -222,7 +233,8 @@ def test_progress_counts_steps_over_batches_and_replayed_calls(model, inputs, re
 
 
 def test_model_without_decoder_or_judge_has_latent_metrics_only(model, inputs):
-    bare = dataclasses.replace(model, decode=None, parts={k: v for k, v in model.parts.items() if k != "judge"})
+    parts = {k: v for k, v in model.parts.items() if k != "judge"}
+    bare = dataclasses.replace(model, sample=made_of(model, lambda images: None), parts=parts)
     tree = diffusion.observe(bare, inputs, EVALUATION)
     assert "images" not in tree
     measured = diffusion.measure(bare, inputs, EVALUATION, tree, bare)
@@ -231,7 +243,7 @@ def test_model_without_decoder_or_judge_has_latent_metrics_only(model, inputs):
 
 
 def test_structural_similarity_from_eleven_pixels_on(model, inputs):
-    large = dataclasses.replace(model, decode=lambda m, z: digits_dit.decode(m, z).repeat(1, 2, 2, 1))
+    large = dataclasses.replace(model, sample=made_of(model, lambda images: images.repeat(1, 2, 2, 1)))
     tree = diffusion.observe(large, inputs, EVALUATION)
     no_judge = dataclasses.replace(large, parts={k: v for k, v in model.parts.items() if k != "judge"})
     assert diffusion.measure(large, inputs, EVALUATION, tree, no_judge).samples["ssim"] == pytest.approx(1)

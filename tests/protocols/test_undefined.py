@@ -18,6 +18,7 @@ from quantlab.models.loaded import LoadedModel
 from quantlab.protocols import diffusion, encoder, language, module
 from quantlab.protocols.encoder import encoder_inputs
 from quantlab.protocols.language import text_inputs
+from quantlab.protocols.media import IMAGE_METRICS
 from quantlab.stages.evaluate import evaluate, summarize
 from quantlab.vocabulary.schema import DatasetConfig, DigitsModelConfig, EvaluationConfig
 from tests.support.shell import TINY
@@ -155,19 +156,19 @@ def digits_inputs(model):
 def test_images_that_are_nan_leave_the_latents(digits):
     inputs = digits_inputs(digits)
 
-    def broken(model, latents):
-        images = digits.decode(model, latents)
-        images[0, 0, 0] = math.nan
-        return images
+    def broken(*arguments):
+        sampled = digits.sample(*arguments)
+        sampled.media["images"][0, 0, 0] = math.nan
+        return sampled
 
     reference = diffusion.observe(digits, inputs, IMAGES)
-    found = evaluate(dataclasses.replace(digits, decode=broken), digits, reference, inputs, IMAGES)
-    assert set(found.undefined) == set(diffusion.IMAGE_METRICS)
+    found = evaluate(dataclasses.replace(digits, sample=broken), digits, reference, inputs, IMAGES)
+    assert set(found.undefined) == set(IMAGE_METRICS)
     assert "decoded image is NaN" in found.undefined["psnr_db"]
     assert set(found.samples) == {"latent_rel_mse", "latent_cosine"}
     assert set(found.steps) == {"step_sqnr_db", "step_divergence"}
     with pytest.raises(MetricUndefined, match="decoded image"):
-        diffusion.observe(dataclasses.replace(digits, decode=broken), inputs, IMAGES)
+        diffusion.observe(dataclasses.replace(digits, sample=broken), inputs, IMAGES)
 
 
 def test_one_image_has_no_distribution_and_all_else(digits):

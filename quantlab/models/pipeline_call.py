@@ -1,0 +1,295 @@
+"""How a pipeline of Diffusers is called: as its users call it, end to end, with a seeded CPU generator a sample.
+
+Nothing here knows a pipeline's class. What its call takes is read from its signature; latents are heard where its
+scheduler steps, and what it returns is what is compared.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from quantlab.errors import ConfigError, MetricUndefined, ModelError, nearest
+from quantlab.models.loaded import Conditioning, LoadedModel, OnStep, Pipeline, Sampled
+from quantlab.modules.stepping import full_precision_draws, heard_steps, in_their_dtypes
+from quantlab.progress import say
+from quantlab.vocabulary.schema import EvaluationConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+TAKEN_FROM = {"prompt": "prompt", "class_label": "class_labels", "image": "image", "mask": "mask_image"}
+"""Name of a condition -> argument of a pipeline's call that it is given as."""
+_OURS = {
+    **dict.fromkeys(("prompt", "image", "mask_image", "class_labels", "batch_size"), "the data set gives it"),
+    **dict.fromkeys(("generator", "latents"), "dataset.seed gives it"),
+    **dict.fromkeys(("num_inference_steps", "guidance_scale", "height", "width"), "set evaluation.{name}"),
+    **dict.fromkeys(("output_type", "return_dict", "callback", "callback_on_step_end"), "it is what is heard"),
+    **dict.fromkeys(
+        ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt"), "set evaluation.num_samples"
+    ),
+}
+"""Arguments that the recipe has other keys for, and which."""
+_KINDS = {"images": "images", "frames": "frames", "videos": "frames", "audios": "audio", "audio": "audio"}
+"""Field of what a pipeline returns -> kind of medium."""
+
+
+def parameters_of(pipeline: type) -> Mapping[str, inspect.Parameter]:
+    """What a pipeline's call takes."""
+    taken: Any = pipeline
+    return {k: v for k, v in inspect.signature(taken.__call__).parameters.items() if k != "self"}
+
+
+def check_arguments(pipeline: type, call: Mapping[str, object]) -> None:
+    """ConfigError ``model.call.NAME: ...`` for an argument that the pipeline's call has not, or that has a key."""
+    known = parameters_of(pipeline)
+    for name in call:
+        if name not in known:
+            raise ConfigError(
+                f"model.call.{name}: {pipeline.__name__} takes no such argument{nearest(name, known)}; it takes "
+                f"{', '.join(known)}"
+            )
+        if name in _OURS:
+            raise ConfigError(
+                f"model.call.{name}: a recipe says it elsewhere ({_OURS[name].format(name=name)}); leave it out of "
+                "model.call"
+            )
+
+
+def check_conditions(pipeline: type, dataset: str, conditions: Sequence[str], call: Mapping[str, object]) -> None:
+    """ConfigError ``dataset=...`` where a pipeline's call takes none of a condition, or needs what is not given.
+
+    ``conditions`` are those that the data set gives, by the name of the argument.
+    """
+    known = parameters_of(pipeline)
+    for name in conditions:
+        if name not in known and name != "mask_image":
+            takes = [own for own in (*TAKEN_FROM.values(), "batch_size") if own in known]
+            raise ConfigError(
+                f"dataset={dataset}: {pipeline.__name__} takes no {name} (of what data sets give it takes "
+                f"{', '.join(takes) or 'nothing'}); choose {_fitting(known)}"
+            )
+    needed = [n for n, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if "image" in known and ("strength" in known or "mask_image" in known):
+        needed.append("image")  # None is its default, and no picture is made of None
+    for name in needed:
+        if name not in (*conditions, *call):
+            way_out = f"choose {_fitting(known)}" if name in TAKEN_FROM.values() else f"give it by model.call.{name}"
+            raise ConfigError(f"dataset={dataset}: {pipeline.__name__} needs {name}, which it does not give; {way_out}")
+
+
+def _fitting(known: Mapping[str, object]) -> str:
+    if "image" in known:
+        return "dataset=image_prompts"
+    return "dataset=prompts" if "prompt" in known else "dataset=classes" if "class_labels" in known else "dataset=none"
+
+
+# -- one call
+
+
+def sample(
+    model: LoadedModel,
+    noise: Tensor,
+    conditioning: Conditioning,
+    evaluation: EvaluationConfig,
+    on_step: OnStep | None = None,
+) -> Sampled:
+    """What the pipeline makes of n samples. ``noise`` is int64 (n,): the seed of each sample's own CPU generator.
+
+    All that is drawn comes from these generators, in float32: neither the batch, the device nor a candidate's dtype
+    changes the noise of a sample. ``on_step(k, latents)`` follows each step of ``pipeline.scheduler``.
+    Raises ConfigError for a size that the pipeline rounds, ModelError where it refuses its inputs.
+    """
+    import torch
+
+    pipe, num, states = pipeline_of(model), len(noise), 0
+    last: Tensor | None = None
+    check_sizes(pipe, model.parts["denoisers"], evaluation)
+    arguments = _arguments(model, pipe, noise, conditioning, evaluation)
+
+    def told(_: Tensor, after: Tensor) -> None:
+        nonlocal last, states
+        last = by_sample(after, num)
+        if on_step is not None:
+            on_step(states, last)
+        states += 1
+
+    originals = {name: getattr(model.parts["pipeline"], name) for name in model.components}
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(_devices(model.device)),
+        full_precision_draws(),
+        in_their_dtypes(model.components, originals, model.dtype),
+        heard_steps(pipe.scheduler, told),
+    ):
+        torch.manual_seed(int(noise[0]))  # of what a pipeline draws without a generator
+        try:
+            made = pipe(**arguments)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ModelError(
+                f"model={model.name}: {type(pipe).__name__} refuses what it is given ({_first_line(error)}); "
+                f"it was called with {', '.join(arguments)}: change the data set, evaluation or model.call"
+            ) from error
+    media = _media(pipe, made, num)
+    _check_made(pipe, media, arguments)
+    return Sampled(latents=None if last is None else last.float().cpu(), media=media)
+
+
+def pipeline_of(model: LoadedModel) -> Pipeline:
+    """The reference's pipeline with the model's components in it, built anew: some hold others that share them."""
+    reference = model.parts["pipeline"]
+    made: Any = type(reference)
+    held = {**reference.config, **reference.components, **model.components}
+    pipe: Pipeline = made(**{name: held[name] for name in inspect.signature(made.__init__).parameters if name in held})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def by_sample(state: Tensor, num: int) -> Tensor:
+    """The scheduler's (k * n, ...) as (n, ...), or (n, k, ...) where k conditions of the samples follow one another."""
+    if len(state) == num:
+        return state
+    if len(state) % num:
+        raise MetricUndefined(
+            f"latent_rel_mse: the scheduler steps {len(state)} rows for {num} samples, so that a row belongs to no "
+            "known sample; set evaluation.batch_size=1"
+        )
+    return state.reshape(len(state) // num, num, *state.shape[1:]).transpose(0, 1)
+
+
+def check_sizes(pipe: Pipeline, denoisers: Sequence[str], evaluation: EvaluationConfig) -> None:
+    """ConfigError ``evaluation.height=...`` for a size that the pipeline would surely round or refuse."""
+    scale = getattr(pipe, "vae_scale_factor", None)
+    patch = getattr(pipe, denoisers[0]).config.get("patch_size") or 1
+    unit = 1
+    if isinstance(scale, int) and isinstance(patch, int):
+        unit = math.lcm(8, scale * (2 if hasattr(pipe, "_unpack_latents") else patch))
+    for name, size in (("height", evaluation.height), ("width", evaluation.width)):
+        if size is not None and (size < unit or size % unit):
+            raise ConfigError(
+                f"evaluation.{name}={size}: {type(pipe).__name__} makes images whose sides are multiples of {unit}; "
+                f"take {max(unit, round(size / unit) * unit)}"
+            )
+    ratio = getattr(pipe, "vae_scale_factor_temporal", None) or getattr(pipe, "vae_temporal_compression_ratio", None)
+    frames = evaluation.num_frames
+    if frames is not None and isinstance(ratio, int) and frames % ratio not in (0, 1 % ratio):
+        raise ConfigError(
+            f"evaluation.num_frames={frames}: {type(pipe).__name__} makes one frame and {ratio} for each further latent"
+            f"; take {frames // ratio * ratio + 1}"
+        )
+
+
+def _arguments(
+    model: LoadedModel, pipe: Pipeline, noise: Tensor, conditioning: Conditioning, evaluation: EvaluationConfig
+) -> dict[str, Any]:
+    """The call's arguments: what the pipeline has names for, and what the user chose."""
+    import torch
+
+    known, num, call = parameters_of(type(pipe)), len(noise), dict(model.parts.get("call", {}))
+    frames = "frames" if "num_frames" not in known else "num_frames"
+    asked = {
+        "height": evaluation.height,
+        "width": evaluation.width,
+        frames: evaluation.num_frames,
+        "num_inference_steps": evaluation.num_inference_steps,
+        "guidance_scale": evaluation.guidance_scale,
+        "output_type": "np",
+        "batch_size": num,
+    }
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in noise]
+    one = num == 1  # as a user calls it, where some pipelines take no lists
+    given = {TAKEN_FROM[name]: _given(name, values, one) for name, values in conditioning.items()}
+    if "batch_size" in known and given:
+        known = {name: parameter for name, parameter in known.items() if name != "batch_size" or "image" not in given}
+    chosen = {k: [v] * num if isinstance(v, str) and "prompt" in k and not one else v for k, v in call.items()}
+    found = {name: value for name, value in asked.items() if name in known and value is not None}
+    return {**found, "generator": generators[0] if one else generators, **given, **chosen}
+
+
+def _given(name: str, values: Sequence[Any], one: bool) -> object:
+    from PIL import Image
+
+    if name in ("image", "mask"):
+        values = [Image.fromarray(v.squeeze(-1).numpy() if v.shape[-1] == 1 else v.numpy()) for v in values]
+    return values[0] if one and name != "class_label" else list(values)
+
+
+def tell_unused(pipeline: type, evaluation: EvaluationConfig) -> None:
+    """Tell which settings of the evaluation a pipeline has no argument for."""
+    known = parameters_of(pipeline)
+    for name in ("num_inference_steps", "guidance_scale", "height", "width"):
+        if name not in known and getattr(evaluation, name) is not None:
+            say(f"evaluation.{name}={getattr(evaluation, name)}: {pipeline.__name__} has no such argument", "not used")
+
+
+def _devices(device: str) -> list[int]:
+    import torch
+
+    return [torch.cuda.current_device()] if device.startswith("cuda") else []
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")
+
+
+# -- what it returns
+
+
+def _media(pipe: Pipeline, made: Mapping[str, object], num: int) -> dict[str, Tensor]:
+    """Images, frames and sound of what a pipeline returned, one row a sample."""
+    import numpy as np
+    import torch
+
+    found: dict[str, Tensor] = {}
+    for name, value in made.items():
+        if name not in _KINDS or value is None:
+            continue
+        array = _as_array(value)
+        kind = "frames" if array.ndim == 5 else _KINDS[name]
+        if kind == "audio":
+            array = array.reshape(num, -1, array.shape[-1])
+        elif kind == "frames" and array.ndim == 4:
+            array = array.reshape(num, -1, *array.shape[1:])
+        if np.issubdtype(array.dtype, np.integer):
+            array = array / 255.0
+        found[kind] = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    if not found or any(len(value) != num for value in found.values()):
+        shapes = {name: tuple(value.shape) for name, value in found.items()} or list(made)
+        raise ModelError(
+            f"model.path: {type(pipe).__name__} returns {shapes} for {num} samples, and what is compared is one image, "
+            "video or sound a sample; name a pipeline that makes these, or set evaluation.batch_size=1"
+        )
+    return found
+
+
+def _as_array(value: Any) -> np.ndarray[Any, Any]:
+    """Tensors, arrays, pictures, and lists of them, as one array."""
+    import numpy as np
+
+    if hasattr(value, "detach"):
+        return np.asarray(value.detach().float().cpu().numpy())
+    if isinstance(value, (list, tuple)):
+        return np.stack([_as_array(item) for item in value])
+    array = np.asarray(value)
+    return array[..., None] if array.ndim == 2 and hasattr(value, "mode") else array  # a grey picture
+
+
+def _check_made(pipe: Pipeline, media: Mapping[str, Tensor], arguments: Mapping[str, object]) -> None:
+    """ConfigError for a size or number of frames that was asked for and not made."""
+    shown = media.get("frames", media.get("images"))
+    if shown is None:
+        return
+    frames = "num_frames" if "num_frames" in arguments else "frames"
+    made = {"height": shown.shape[-3], "width": shown.shape[-2], frames: shown.shape[1] if shown.ndim == 5 else None}
+    for name, size in made.items():
+        asked = arguments.get(name, size)
+        if size is not None and asked != size:
+            raise ConfigError(
+                f"evaluation.{'num_frames' if name == frames else name}={asked}: {type(pipe).__name__} made {size} of "
+                f"it; take {size}"
+            )
