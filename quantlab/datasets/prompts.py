@@ -30,9 +30,7 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
     import numpy as np
     import torch
 
-    num = evaluation.num_samples
-    if num < 1:
-        raise ConfigError(f"evaluation.num_samples={num}: at least one sample is needed; take 64 or more for intervals")
+    num = require_samples(evaluation)
     require_pipeline(config, model, ("prompt",))
     prompts = read_prompts(config.path)
     prompt_set = SHIPPED.stem if config.path is None else Path(config.path).stem
@@ -43,6 +41,14 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
         sample_ids=tuple(f"prompt {prompt} replica {replica}" for prompt, replica in rows),
         clusters=np.array([prompt for prompt, _ in rows]),
     )
+
+
+def require_samples(evaluation: EvaluationConfig) -> int:
+    """``evaluation.num_samples``; ConfigError for none."""
+    num = evaluation.num_samples
+    if num < 1:
+        raise ConfigError(f"evaluation.num_samples={num}: at least one sample is needed; take 64 or more for intervals")
+    return num
 
 
 def require_pipeline(config: DatasetConfig, model: LoadedModel, conditions: Sequence[str]) -> None:

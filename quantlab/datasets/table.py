@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from quantlab.datasets import digits_classes, prompts, text, wiki_extracts
+from quantlab.datasets import digits_classes, image_prompts, prompts, text, unprompted, wiki_extracts
 from quantlab.errors import ConfigError, nearest
 from quantlab.models.loaded import LoadedModel
+from quantlab.models.pipeline_call import check_conditions
 from quantlab.models.table import family_of
 from quantlab.protocols.table import Inputs
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ExperimentConfig
@@ -33,6 +34,8 @@ class Dataset:
     no such file."""
     check_samples: Callable[[int], None] | None
     """ConfigError for a number of samples that it cannot have, known before anything is loaded; None: it takes any."""
+    conditions: Callable[[str | None], tuple[str, ...]] | None
+    """What it gives to a pipeline, for ``path``, by the names of a call's arguments; None: it is not for pipelines."""
     seed_is_content: bool
     """True where two sets differ by their seed alone, so that calibration may not have the evaluation's."""
 
@@ -45,6 +48,7 @@ _ROWS = (
         load_calibration=digits_classes.load,
         read_file=None,
         check_samples=digits_classes.check_samples,
+        conditions=None,
         seed_is_content=True,
     ),
     Dataset(
@@ -54,7 +58,38 @@ _ROWS = (
         load_calibration=prompts.load_calibration,
         read_file=prompts.read_prompts,
         check_samples=None,
+        conditions=lambda path: ("prompt",),
         seed_is_content=False,
+    ),
+    Dataset(
+        name="image_prompts",
+        protocols=("diffusion",),
+        load=image_prompts.load,
+        load_calibration=image_prompts.load,
+        read_file=image_prompts.read,
+        check_samples=None,
+        conditions=image_prompts.conditions,
+        seed_is_content=False,
+    ),
+    Dataset(
+        name="classes",
+        protocols=("diffusion",),
+        load=unprompted.load_classes,
+        load_calibration=unprompted.load_classes,
+        read_file=None,
+        check_samples=None,
+        conditions=lambda path: ("class_labels",),
+        seed_is_content=True,
+    ),
+    Dataset(
+        name="none",
+        protocols=("diffusion",),
+        load=unprompted.load_none,
+        load_calibration=unprompted.load_none,
+        read_file=None,
+        check_samples=None,
+        conditions=lambda path: (),
+        seed_is_content=True,
     ),
     Dataset(
         name="wiki_extracts",
@@ -63,6 +98,7 @@ _ROWS = (
         load_calibration=wiki_extracts.load_calibration,
         read_file=None,
         check_samples=None,
+        conditions=None,
         seed_is_content=False,
     ),
     Dataset(
@@ -72,6 +108,7 @@ _ROWS = (
         load_calibration=text.load,
         read_file=text.read_text,
         check_samples=None,
+        conditions=None,
         seed_is_content=False,
     ),
 )
@@ -97,6 +134,21 @@ def check_dataset(config: ExperimentConfig) -> None:
         )
     if check := DATASETS[name].check_samples:
         check(config.evaluation.num_samples)
+
+
+def check_call(config: ExperimentConfig) -> None:
+    """ConfigError for what can be known of a pipeline's call before its weights are loaded."""
+    look = family_of(config.model).look
+    if look is None:
+        if config.model.call:
+            raise ConfigError(
+                f"model.call.{next(iter(config.model.call))}: models of family {config.model.family} are no pipelines; "
+                "leave model.call out"
+            )
+        return
+    pipeline, row = look(config.model), DATASETS[config.dataset.name]
+    if pipeline is not None and row.conditions is not None:
+        check_conditions(pipeline, row.name, row.conditions(config.dataset.path), config.model.call)
 
 
 def check_file(config: ExperimentConfig) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.errors import ConfigError, ModelError, nearest
 from quantlab.models.checkpoint import file_sha256
@@ -42,9 +42,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 NEEDS_PATH = ("a pipeline", "black-forest-labs/FLUX.1-schnell")  # what model.path leads to, and an example
+_SAID = (INDEX, "a Diffusers pipeline", "the pipeline's save_pretrained")
 
 _UNET = ("conv_in", "conv_out", "time_embedding", "add_embedding", "*.time_emb_proj")
 _MMDIT = ("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out")
+_OUTSIDE = 0.1
 FAMILY_EXCLUSIONS: dict[str, tuple[str, ...]] = {
     # The way in, the way out and the conditioning on time: every pixel of every step passes them, and they hold below
     # 1 % of a DiT's weights. SVDQuant (arXiv 2411.05007), the GGUF files in circulation and ModelOpt's recipes keep
@@ -78,12 +80,7 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
     key = f"model.path={path}"
     dtype = chosen_dtype(config, "bfloat16" if device.startswith("cuda") else "float32")
     folder = _folder(key, path, config)
-    index = check_files(key, folder)
-    check_choice(folder, index, config)
-    made = pipeline_class(index)
-    if made is not None:
-        check_parts(key, folder, index, made)
-        check_arguments(made, config.call)
+    index = _looked_at(key, folder, config)
     pipe = _read_pipeline(key, folder, dtype, device, config.variant, left_out(config, index))
     check_arguments(type(pipe), config.call)
     denoisers = _denoisers(key, pipe)
@@ -101,6 +98,36 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
     )
 
 
+def look(config: ModelConfig) -> type | None:
+    """The class of the pipeline in a local folder, without loading it; None for a Hub id.
+
+    Raises ModelError and ConfigError for files, parts, arguments and components that are not there.
+    """
+    path = required_path(config, *NEEDS_PATH)
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return None
+    require_index(f"model.path={path}", folder, *_SAID)
+    return pipeline_class(_looked_at(f"model.path={path}", folder, config))
+
+
+def _looked_at(key: str, folder: Path, config: ModelConfig) -> dict[str, Any]:
+    """The pipeline's index, what it names looked at."""
+    index = check_files(key, folder)
+    check_choice(folder, index, config)
+    made = pipeline_class(index)
+    if made is not None:
+        check_parts(key, folder, index, made)
+        check_arguments(made, config.call)
+    parts = [name for name, found in index.items() if isinstance(found, list) and found[0] is not None]
+    for name in config.components:
+        if name not in parts:
+            raise ConfigError(
+                f"model.components={name}: {index['_class_name']} has {', '.join(sorted(parts))}{nearest(name, parts)}"
+            )
+    return index
+
+
 def modules_of(pipe: Pipeline) -> dict[str, nn.Module]:
     """Name -> module, for the components of a pipeline that are modules (not tokenizers or schedulers)."""
     from torch import nn
@@ -113,8 +140,7 @@ def modules_of(pipe: Pipeline) -> dict[str, nn.Module]:
 
 def _folder(key: str, path: str, config: ModelConfig) -> Path:
     """The local folder, or the Hub's snapshot of it (downloaded unless offline)."""
-    said = (INDEX, "a Diffusers pipeline", "the pipeline's save_pretrained")
-    local = local_folder(key, path, *said)
+    local = local_folder(key, path, *_SAID)
     if local is not None:
         return local
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -122,7 +148,7 @@ def _folder(key: str, path: str, config: ModelConfig) -> Path:
     way_out = "check the name and the network; without a network only what is in the local Hub cache can be named by id"
     with as_model_error(key, way_out):
         snapshot = Path(DiffusionPipeline.download(path, revision=config.revision, variant=config.variant))
-    require_index(key, snapshot, *said)
+    require_index(key, snapshot, *_SAID)
     return snapshot
 
 
@@ -176,8 +202,25 @@ def _components(pipe: Pipeline, names: Sequence[str]) -> dict[str, nn.Module]:
 
 
 def _exclusions(module: nn.Module, own: Sequence[str]) -> tuple[str, ...]:
-    """Entries of ``modules_to_not_convert``: the family's, ``own``."""
-    return tuple(dict.fromkeys((*FAMILY_EXCLUSIONS.get(type(module).__name__, ()), *own)))
+    """Entries of ``modules_to_not_convert``: the family's, else what stands outside of its blocks; and ``own``."""
+    family = FAMILY_EXCLUSIONS.get(type(module).__name__)
+    return tuple(dict.fromkeys((*(_outside_blocks(module) if family is None else family), *own)))
+
+
+def _outside_blocks(module: nn.Module) -> tuple[str, ...]:
+    """The parts with Linear layers and no list of blocks: the way in, the way out, the conditioning on time.
+
+    None where they hold more than a tenth of the weights, and no block would be left.
+    """
+    from torch import nn
+
+    kinds = {name: list(part.modules()) for name, part in module.named_children()}
+    found = {
+        name: sum(p.numel() for p in module.get_submodule(name).parameters())
+        for name, parts in kinds.items()
+        if any(isinstance(p, nn.Linear) for p in parts) and not any(isinstance(p, nn.ModuleList) for p in parts)
+    }
+    return tuple(found) if sum(found.values()) <= _OUTSIDE * sum(p.numel() for p in module.parameters()) else ()
 
 
 def _pipeline_sha256(pipe: Pipeline, folder: Path, cache_dir: Path, progress: Progress | None) -> str:

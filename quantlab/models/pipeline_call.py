@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantlab.errors import ConfigError, MetricUndefined, ModelError, nearest
+from quantlab.errors import ConfigError, MetricUndefined, MissingPackage, ModelError, nearest
 from quantlab.models.loaded import Conditioning, LoadedModel, OnStep, Pipeline, Sampled
 from quantlab.modules.stepping import full_precision_draws, heard_steps, in_their_dtypes
 from quantlab.progress import say
@@ -66,7 +66,7 @@ def check_conditions(pipeline: type, dataset: str, conditions: Sequence[str], ca
     """
     known = parameters_of(pipeline)
     for name in conditions:
-        if name not in known and name != "mask_image":
+        if name not in known:
             takes = [own for own in (*TAKEN_FROM.values(), "batch_size") if own in known]
             raise ConfigError(
                 f"dataset={dataset}: {pipeline.__name__} takes no {name} (of what data sets give it takes "
@@ -128,6 +128,12 @@ def sample(
         torch.manual_seed(int(noise[0]))  # of what a pipeline draws without a generator
         try:
             made = pipe(**arguments)
+        except (ImportError, NameError) as error:
+            package = getattr(error, "name", None) or _first_line(error)
+            raise MissingPackage(
+                f"model={model.name}: {type(pipe).__name__} needs {package}, which is not installed; "
+                f"pip install {package}"
+            ) from error
         except (TypeError, ValueError) as error:
             if isinstance(error, ConfigError):
                 raise

@@ -50,6 +50,9 @@ class Family:
     load: Load
     needs_path: tuple[str, str] | None
     """What ``model.path`` leads to, and an example; None: the family has a model of its own."""
+    look: Callable[[ModelConfig], type | None] | None
+    """The class of a pipeline that lies in a local folder, its files, call and components looked at, without loading;
+    None for one of the Hub, and None instead: models of the family are no pipelines."""
     trained: Trained | None
     """None: the weights are of others."""
 
@@ -60,6 +63,7 @@ _ROWS = (
         protocol="diffusion",
         load=digits_dit.load,
         needs_path=None,
+        look=None,
         trained=Trained(
             files=(digits_dit.MODEL_FILE, digits_dit.JUDGE_FILE),
             cache_key=digits_dit.cache_key,
@@ -71,11 +75,19 @@ _ROWS = (
         protocol="diffusion",
         load=diffusers_pipeline.load,
         needs_path=diffusers_pipeline.NEEDS_PATH,
+        look=diffusers_pipeline.look,
         trained=None,
     ),
-    Family(name="smollm2", protocol="language", load=smollm2.load, needs_path=None, trained=None),
-    Family(name="causal_lm", protocol="language", load=causal_lm.load, needs_path=causal_lm.NEEDS_PATH, trained=None),
-    Family(name="encoder", protocol="encoder", load=encoder.load, needs_path=None, trained=None),
+    Family(name="smollm2", protocol="language", load=smollm2.load, needs_path=None, look=None, trained=None),
+    Family(
+        name="causal_lm",
+        protocol="language",
+        load=causal_lm.load,
+        needs_path=causal_lm.NEEDS_PATH,
+        look=None,
+        trained=None,
+    ),
+    Family(name="encoder", protocol="encoder", load=encoder.load, needs_path=None, look=None, trained=None),
 )
 
 FAMILIES: dict[str, Family] = {row.name: row for row in _ROWS}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Required, TypedDict
 
 from quantlab.errors import ConfigError, MetricUndefined
 from quantlab.modules.compute_dtype import component_dtype, torch_dtype
+from quantlab.modules.stepping import cast_call
 from quantlab.modules.trees import replaced
 from quantlab.vocabulary.dtypes import dtype_name
 
@@ -84,22 +85,19 @@ def recorded_calls(
 def replay(module: torch.nn.Module, call: Call, device: str, default_dtype: str = "float32") -> Any:
     """What ``module`` returns on a recorded call's inputs, without gradients.
 
-    Inputs that the recorded module got in its own compute dtype are cast to this one's, except scalars and vectors
-    (timesteps, guidance scales), which models cast themselves after embedding them.
+    Inputs that the recorded module got in its own compute dtype are cast to this one's, see
+    :func:`~quantlab.modules.stepping.cast_call`.
     """
     import torch
 
     source, target = torch_dtype(call["dtype"]), component_dtype(module, default_dtype)
 
     def placed(value: object) -> Tensor | None:
-        if not isinstance(value, torch.Tensor):
-            return None
-        cast = value.dtype == source and value.ndim > 1
         # A copy where nothing changes: the record must survive a module that writes into its inputs.
-        return value.to(device=device, dtype=target if cast else value.dtype, copy=True)
+        return value.to(device=device, copy=True) if isinstance(value, torch.Tensor) else None
 
     with torch.no_grad():
-        return module(*replaced(call["args"], placed), **replaced(call["kwargs"], placed))
+        return cast_call(module, replaced(call["args"], placed), replaced(call["kwargs"], placed), source, target)
 
 
 def replayed_output(denoiser: torch.nn.Module, call: Call, device: str, default_dtype: str = "float32") -> Tensor:

@@ -77,45 +77,53 @@ def in_their_dtypes(
 ) -> Iterator[None]:
     """While open, a component that computes in another dtype than the one it stands for is given and gives that one's.
 
-    Inputs are cast but scalars and vectors (timesteps, guidance scales), which models cast themselves after embedding
-    them. ``originals`` are the components as the pipeline was loaded with them.
+    ``originals`` are the components as the pipeline was loaded with them. See :func:`cast_call`.
     """
-    handles = []
+    changed = []
     for name, module in modules.items():
         inside, outside = component_dtype(module, default), component_dtype(originals[name], default)
-        if module is originals[name] or inside == outside:
-            continue
-        handles += [
-            module.register_forward_pre_hook(_inputs_cast(outside, inside), with_kwargs=True),
-            module.register_forward_hook(_outputs_cast(inside, outside)),
-        ]
+        if module is not originals[name] and inside != outside:
+            changed.append((module, vars(module).get("forward")))
+            vars(module)["forward"] = _between(module.forward, outside, inside)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for module, before in changed:
+            del vars(module)["forward"]
+            if before is not None:
+                vars(module)["forward"] = before
 
 
-def _inputs_cast(source: torch.dtype, target: torch.dtype) -> Callable[..., Any]:
-    cast = _cast(source, target, least_ndim=2)
-
-    def before(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return replaced(args, cast), replaced(kwargs, cast)
-
-    return before
-
-
-def _outputs_cast(source: torch.dtype, target: torch.dtype) -> Callable[..., Any]:
-    cast = _cast(source, target, least_ndim=0)
-
-    def after(_: object, __: tuple[Any, ...], output: Any) -> Any:
+def _between(own: Callable[..., Any], outside: torch.dtype, inside: torch.dtype) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = cast_call(own, args, kwargs, outside, inside)
+        back = _cast(inside, outside, least_ndim=0)
         if not hasattr(output, "to_tuple"):
-            return replaced(output, cast)
+            return replaced(output, back)
         for name in list(output):  # of the output classes of Diffusers and transformers
-            output[name] = replaced(output[name], cast)
+            output[name] = replaced(output[name], back)
         return output
 
-    return after
+    return forward
+
+
+def cast_call(
+    function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], source: torch.dtype, target: torch.dtype
+) -> Any:
+    """What ``function`` returns, its inputs of dtype ``source`` cast to ``target``: of a call by another dtype's rules.
+
+    Scalars and vectors (timesteps, guidance scales) stay as they are, for models cast them themselves after embedding
+    them, unless the function fails on that: some take the dtype of what they compute from their timesteps.
+    """
+    for least in (2, 0):
+        cast = _cast(source, target, least)
+        try:
+            return function(*replaced(args, cast), **replaced(kwargs, cast))
+        except RuntimeError as error:
+            if least == 0 or source == target or "dtype" not in str(error):
+                raise
+    raise AssertionError("a call returns or raises")
 
 
 def _cast(source: torch.dtype, target: torch.dtype, least_ndim: int) -> Callable[[Any], Tensor | None]:

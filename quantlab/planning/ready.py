@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple
 
-from quantlab.datasets.table import check_file
+from quantlab.datasets.table import check_call, check_file
 from quantlab.models.table import check_path
 from quantlab.planning.job import Job
 
@@ -20,3 +20,4 @@ def check_ready(jobs: Sequence[Job]) -> None:
             known.add(where)
             check_path(config.model)
             check_file(config)
+            check_call(config)

@@ -22,6 +22,10 @@ _RESIDUAL = 0.03
 """Relative error up to which a weighted sum is what the scheduler was given: 16-bit arithmetic of guidance rounds."""
 
 
+_VALUES = 8
+"""Values of a token for each weight that is found from them: fewer would fit whatever they are."""
+
+
 @contextmanager
 def recorded_velocities(scheduler: object | None) -> Iterator[list[Tensor]]:
     """While open, what ``scheduler.step`` is given as the model's output is appended, float32 on the CPU."""
@@ -34,6 +38,30 @@ def recorded_velocities(scheduler: object | None) -> Iterator[list[Tensor]]:
 
     with heard_steps(scheduler, told):
         yield seen
+
+
+def guided(candidate: Tensor, reference: Tensor, velocity: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+    """What candidate and reference step along, (n, d) each: their predictions (n, conditions, d), put together.
+
+    By weights of a sample where these make the ``velocity`` of the reference, else by weights of a token (the last
+    ``width`` values of a prediction): some pipelines give each token the norm of the conditioned prediction's.
+    """
+    try:
+        weights = guidance_weights(reference, velocity)
+    except MetricUndefined:
+        num, conditions, size = reference.shape
+        if velocity is None or width < _VALUES * conditions or size % width:
+            raise
+        weights = guidance_weights(_tokens(reference, width), velocity.reshape(-1, width))
+        parts = (combined(_tokens(part, width), weights).reshape(num, size) for part in (candidate, reference))
+        return next(parts), next(parts)
+    return combined(candidate, weights), combined(reference, weights)
+
+
+def _tokens(predictions: Tensor, width: int) -> Tensor:
+    """(n, conditions, tokens * width) as (n * tokens, conditions, width)."""
+    num, conditions, _ = predictions.shape
+    return predictions.reshape(num, conditions, -1, width).transpose(1, 2).reshape(-1, conditions, width)
 
 
 def guidance_weights(predictions: Tensor, velocity: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from quantlab.modules.calls import Call, per_sample, replayed_output
 from quantlab.protocols.defined import defined
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
 from quantlab.protocols.finite import bad_rows
-from quantlab.protocols.guidance import combined, guidance_weights
+from quantlab.protocols.guidance import guided
 from quantlab.vocabulary.reports import MetricValue
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -137,5 +137,4 @@ def _pair(batch: Sequence[tuple[Call, Tensor]]) -> tuple[Tensor, Tensor]:
     if velocity is not None and reference.shape[2] > velocity.shape[1]:
         # The other channels are variances, or the other tokens those of a picture that was given.
         candidate, reference = (part[..., : velocity.shape[1]] for part in (candidate, reference))
-    weights = guidance_weights(reference, velocity)
-    return combined(candidate, weights), combined(reference, weights)
+    return guided(candidate, reference, velocity, width=int(batch[0][0]["output"].shape[-1]))

@@ -66,6 +66,7 @@ DATASET_ROW = """    Dataset(
         load_calibration=None,
         read_file=None,
         check_samples=None,
+        conditions=None,
         seed_is_content=True,
     ),
 """

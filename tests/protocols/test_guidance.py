@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from quantlab.errors import MetricUndefined
 from quantlab.models import digits_dit
 from quantlab.models.judge import build_judge, judge_features_and_logits
-from quantlab.protocols.guidance import combined, guidance_weights, recorded_velocities
+from quantlab.protocols.guidance import combined, guidance_weights, guided, recorded_velocities
 
 PREDICTIONS = torch.randn(4, 2, 300, generator=torch.Generator().manual_seed(0))
 
@@ -45,7 +46,24 @@ def test_what_is_no_weighted_sum_is_undefined(velocity):
     assert guidance_weights(PREDICTIONS[:, :1], None).tolist() == [[1.0]] * 4
 
 
+def test_a_norm_for_each_token_is_undone_token_by_token():
+    """As Qwen-Image and its like guide: u + s (c - u), each token with the norm that c has there."""
+    u, c = torch.randn(2, 3, 5, 64, generator=torch.Generator().manual_seed(1))
+    mixed = u + 4 * (c - u)
+    velocity = (mixed * c.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True)).flatten(1)
+    predictions = torch.stack([c.flatten(1), u.flatten(1)], dim=1)
+    with pytest.raises(MetricUndefined):
+        guidance_weights(predictions, velocity)
+    candidate, reference = guided(1.5 * predictions, predictions, velocity, width=64)
+    np.testing.assert_allclose(reference, velocity, atol=1e-4)
+    np.testing.assert_allclose(candidate, 1.5 * velocity, atol=1e-4)
+    with pytest.raises(MetricUndefined):
+        guided(predictions, predictions, velocity, width=5)
+
+
 def test_a_scheduler_is_as_before_afterwards():
+    from diffusers import DDIMScheduler
+
     scheduler = digits_dit.sampling_scheduler()
     own = inspect.signature(scheduler.step)
     with recorded_velocities(scheduler) as seen:
@@ -56,6 +74,21 @@ def test_a_scheduler_is_as_before_afterwards():
         scheduler.step(2 * x, scheduler.timesteps[1], x)
     assert [torch.equal(a, b) for a, b in zip(seen, (x, 2 * x), strict=True)] == [True, True]
     assert "step" not in vars(scheduler)
+    assert type(scheduler) is DDIMScheduler
+
+
+def test_a_copy_of_a_scheduler_steps_by_itself_and_is_not_heard():
+    """Pipelines that make two things at once copy their scheduler for the second."""
+    scheduler, x = digits_dit.sampling_scheduler(), torch.randn(1, 1, 8, 8)
+    scheduler.set_timesteps(2)
+    with recorded_velocities(scheduler) as seen:
+        other = copy.deepcopy(scheduler)
+        other.set_timesteps(4)
+        other.step(x, other.timesteps[0], x)
+        assert seen == []
+        scheduler.step(x, scheduler.timesteps[0], x)
+    assert len(seen) == 1
+    assert scheduler.num_inference_steps == 2
     with recorded_velocities(None) as seen:
         assert seen == []
 

@@ -6,15 +6,11 @@ linear layers take a multiple of 64 inputs (those of the entry and of the time e
 
 from __future__ import annotations
 
-import string
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from quantlab.vocabulary.schema import EvaluationConfig
-
-_CHARACTERS = string.ascii_lowercase + string.digits + string.punctuation
-_MERGES = ["t h", "e r</w>", "a n", "th e</w>", "i n", "o n</w>", "r e", "a t</w>"]
+from tests.support.tiny_parts import clip, clip_tokenizer, t5, t5_tokenizer, vae
 
 SMALL = EvaluationConfig(
     num_samples=3,
@@ -29,88 +25,12 @@ SMALL = EvaluationConfig(
 """What a tiny pipeline is run with: images of 16 by 32 pixels in two steps."""
 
 
-def clip_tokenizer() -> Any:
-    """A CLIP tokenizer over single characters and a few merges; its last two ids are start and end of text."""
-    from transformers import CLIPTokenizer
-
-    words = [*_CHARACTERS, *(f"{c}</w>" for c in _CHARACTERS), *(m.replace(" ", "") for m in _MERGES)]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={word: i for i, word in enumerate(words)}, merges=[tuple(m.split()) for m in _MERGES], model_max_length=77
-    )
-
-
-def t5_tokenizer() -> Any:
-    """A T5 (unigram) tokenizer over single characters and a few words."""
-    from transformers import T5TokenizerFast
-
-    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    words += [(c, -4.0) for c in _CHARACTERS] + [(f"▁{w}", -3.0) for w in ("a", "the", "of", "red", "blue", "two")]
-    return T5TokenizerFast(vocab=words, extra_ids=0, model_max_length=512)
-
-
-def _clip(seed: int, tokenizer: Any, projected: bool) -> Any:
-    import torch
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    torch.manual_seed(seed)
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        projection_dim=64,
-        hidden_act="gelu",
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
-
-
-def _t5(seed: int, tokenizer: Any, width: int) -> Any:
-    import torch
-    from transformers import T5Config, T5EncoderModel
-
-    torch.manual_seed(seed)
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=width,
-            d_kv=16,
-            d_ff=128,
-            num_layers=1,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            decoder_start_token_id=0,
-        )
-    ).eval()
-
-
-def _vae(seed: int, latent_channels: int, **config: Any) -> Any:
-    import torch
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(seed)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        latent_channels=latent_channels,
-        norm_num_groups=4,
-        sample_size=32,
-        **config,
-    ).eval()
-
-
 def build_tiny_flux(folder: Path) -> Path:
     """A FluxPipeline with guidance embeddings, as FLUX.1-dev: packed latents of 16 channels, 16 px at least."""
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-    clip, t5 = clip_tokenizer(), t5_tokenizer()
+    words, pieces = clip_tokenizer(), t5_tokenizer()
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
         patch_size=1,
@@ -127,11 +47,11 @@ def build_tiny_flux(folder: Path) -> Path:
     FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         transformer=transformer.eval(),
-        vae=_vae(1, 4, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=_clip(2, clip, projected=False),
-        tokenizer=clip,
-        text_encoder_2=_t5(3, t5, 64),
-        tokenizer_2=t5,
+        vae=vae(1, 4, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip(2, words, projected=False),
+        tokenizer=words,
+        text_encoder_2=t5(3, pieces, 64),
+        tokenizer_2=pieces,
     ).save_pretrained(folder)
     return folder
 
@@ -141,7 +61,7 @@ def build_tiny_sd3(folder: Path) -> Path:
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
-    clip, t5 = clip_tokenizer(), t5_tokenizer()
+    words, pieces = clip_tokenizer(), t5_tokenizer()
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
         sample_size=16,
@@ -159,13 +79,13 @@ def build_tiny_sd3(folder: Path) -> Path:
     StableDiffusion3Pipeline(
         transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_vae(1, 4, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=_clip(2, clip, projected=True),
-        tokenizer=clip,
-        text_encoder_2=_clip(4, clip, projected=True),
-        tokenizer_2=clip,
-        text_encoder_3=_t5(3, t5, 128),
-        tokenizer_3=t5,
+        vae=vae(1, 4, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip(2, words, projected=True),
+        tokenizer=words,
+        text_encoder_2=clip(4, words, projected=True),
+        tokenizer_2=words,
+        text_encoder_3=t5(3, pieces, 128),
+        tokenizer_3=pieces,
     ).save_pretrained(folder)
     return folder
 
@@ -175,7 +95,7 @@ def build_tiny_sdxl(folder: Path) -> Path:
     import torch
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
-    clip = clip_tokenizer()
+    words = clip_tokenizer()
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=16,
@@ -197,12 +117,12 @@ def build_tiny_sdxl(folder: Path) -> Path:
     )
     StableDiffusionXLPipeline(
         unet=unet.eval(),
-        vae=_vae(1, 4, scaling_factor=0.13025),
+        vae=vae(1, 4, scaling_factor=0.13025),
         scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        text_encoder=_clip(2, clip, projected=False),
-        tokenizer=clip,
-        text_encoder_2=_clip(4, clip, projected=True),
-        tokenizer_2=clip,
+        text_encoder=clip(2, words, projected=False),
+        tokenizer=words,
+        text_encoder_2=clip(4, words, projected=True),
+        tokenizer_2=words,
         add_watermarker=False,
     ).save_pretrained(folder)
     return folder

@@ -1,0 +1,181 @@
+"""``dataset=image_prompts``: pictures of the user's, with or without prompts, for pipelines that start from one.
+
+``dataset.path`` is a folder or a file of JSON lines. A folder holds pictures, beside each ``NAME.txt`` with its prompt
+(or no such file at all, for pipelines that take none) and ``NAME.mask.png`` where a pipeline takes a mask (white is
+made anew). A line of a file is ``{"image": "a.png", "prompt": "...", "mask": "b.png"}``, with paths below its folder.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from quantlab.datasets.prompts import require_pipeline, require_samples, seed_of
+from quantlab.errors import ConfigError, nearest
+from quantlab.models.loaded import LoadedModel
+from quantlab.protocols.diffusion_inputs import DiffusionInputs
+from quantlab.vocabulary.files import read_text
+from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_KEYS = ("image", "prompt", "mask")
+_WAY_OUT = "name a folder of pictures, each with its prompt in a .txt file of the same name, or a file of JSON lines"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One row of the data set."""
+
+    image: Path
+    prompt: str | None
+    mask: Path | None
+
+
+def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel) -> DiffusionInputs:
+    """``evaluation.num_samples`` samples: each picture once, then each again with other noise, and so on.
+
+    Pictures are cut to the shape of ``evaluation.height`` and ``width``, around their middle, and resized to it; left
+    open, they must be of one size. The samples of one picture are a cluster. Raises ConfigError for what cannot be read.
+    """
+    import numpy as np
+    import torch
+
+    rows = read(config.path)
+    require_pipeline(config, model, conditions(config.path))
+    num, key = require_samples(evaluation), f"dataset.path={config.path}"
+    size = (evaluation.width, evaluation.height)
+    used = rows[:num]
+    pictures = [_pixels(row.image, key, size, "RGB") for row in used]
+    shapes = {tuple(picture.shape[:2]) for picture in pictures}
+    if len(shapes) > 1:
+        raise ConfigError(
+            f"{key}: the pictures are of {len(shapes)} sizes, and samples are compared at one; set evaluation.height "
+            "and evaluation.width"
+        )
+    order = [(i % len(rows), i // len(rows)) for i in range(num)]
+    given: dict[str, list[object]] = {"image": [pictures[row] for row, _ in order]}
+    if used[0].prompt is not None:
+        given["prompt"] = [rows[row].prompt for row, _ in order]
+    if used[0].mask is not None:
+        masks = [_pixels(row.mask, key, size, "L") for row in used if row.mask is not None]
+        given["mask"] = [masks[row] for row, _ in order]
+    return DiffusionInputs(
+        noise=torch.tensor([seed_of(config.name, row, replica, config.seed) for row, replica in order]),
+        conditioning=given,
+        sample_ids=tuple(f"{rows[row].image.name} replica {replica}" for row, replica in order),
+        clusters=np.array([row for row, _ in order]),
+    )
+
+
+def conditions(path: str | None) -> tuple[str, ...]:
+    """What the rows give to a pipeline, by the names of its arguments."""
+    first = read(path)[0]
+    found = {"image": first.image, "prompt": first.prompt, "mask_image": first.mask}
+    return tuple(name for name, value in found.items() if value is not None)
+
+
+def read(path: str | None) -> list[Picture]:
+    """The rows, their pictures looked at; ConfigError ``dataset.path=...`` for what is missing or cannot be read."""
+    key = f"dataset.path={path}"
+    if path is None:
+        raise ConfigError(f"dataset.path=null: image_prompts are of your own; {_WAY_OUT}")
+    place = Path(path).expanduser()
+    rows = _of_folder(place, key) if place.is_dir() else _of_lines(place, key)
+    if not rows:
+        raise ConfigError(f"{key}: no picture is in it ({', '.join(PICTURES)}); {_WAY_OUT}")
+    for what in ("prompt", "mask"):
+        have = [row for row in rows if getattr(row, what) is not None]
+        if have and len(have) < len(rows):
+            without = next(row for row in rows if getattr(row, what) is None)
+            raise ConfigError(
+                f"{key}: {without.image.name} has no {what}, and {len(have)} of {len(rows)} have one; "
+                "give each picture one, or none"
+            )
+    for row in rows:
+        for file in (row.image, row.mask):
+            if file is not None:
+                _looked_at(file, key)
+    return rows
+
+
+def _of_folder(folder: Path, key: str) -> list[Picture]:
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in PICTURES and f.is_file())
+    masks = {f.name.removesuffix(f.suffix).removesuffix(".mask"): f for f in files if f.stem.endswith(".mask")}
+    return [
+        Picture(
+            image=file,
+            prompt=_prompt(file.with_suffix(".txt"), key),
+            mask=masks.get(file.stem),
+        )
+        for file in files
+        if not file.stem.endswith(".mask")
+    ]
+
+
+def _prompt(file: Path, key: str) -> str | None:
+    return " ".join(read_text(file, key, _WAY_OUT).split()) if file.exists() else None
+
+
+def _of_lines(file: Path, key: str) -> list[Picture]:
+    rows = []
+    for number, line in enumerate(read_text(file, key, _WAY_OUT).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{key}: line {number} is no JSON ({error}); {_WAY_OUT}") from error
+        if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()) or "image" not in found:
+            raise ConfigError(f'{key}: line {number} is not like {{"image": "a.png", "prompt": "a fox"}}; {_WAY_OUT}')
+        if unknown := [name for name in found if name not in _KEYS]:
+            raise ConfigError(
+                f"{key}: line {number} has {unknown[0]}{nearest(unknown[0], _KEYS)}; a line has {', '.join(_KEYS)}"
+            )
+        places = {name: _below(file.parent, found[name], key, number) for name in ("image", "mask") if name in found}
+        rows.append(Picture(image=places["image"], prompt=found.get("prompt"), mask=places.get("mask")))
+    return rows
+
+
+def _below(folder: Path, name: str, key: str, line: int) -> Path:
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in name or "\0" in name:
+        raise ConfigError(f"{key}: line {line} names {name!r}, which is not below the file's folder; move it there")
+    return folder / parts
+
+
+def _looked_at(file: Path, key: str) -> None:
+    """ConfigError unless ``file`` is a picture by its first bytes and its structure."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as picture:
+            picture.verify()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ConfigError(
+            f"{key}: {file.name} cannot be read as a picture ({error}); put an intact one there, or take it out"
+        ) from error
+
+
+def _pixels(file: Path, key: str, size: tuple[int | None, int | None], mode: str) -> Tensor:
+    """A picture as uint8 (height, width, 3 or 1), upright, cut and resized where ``size`` (width, height) is given."""
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as opened:
+            picture = ImageOps.exif_transpose(opened).convert(mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ConfigError(
+            f"{key}: {file.name} cannot be read as a picture ({error}); put an intact one there, or take it out"
+        ) from error
+    width, height = size[0] or picture.width, size[1] or picture.height
+    if (width, height) != picture.size:
+        picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    pixels = np.array(picture)
+    return torch.from_numpy(pixels[..., None] if pixels.ndim == 2 else pixels)

@@ -1,0 +1,647 @@
+"""Tiny pipelines of Diffusers' families that make images: each function builds one, of the real classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tests.support.tiny_parts import (
+    FLOW_VAE,
+    WIDTH,
+    chat_tokenizer,
+    clip,
+    clip_tokenizer,
+    clip_vision,
+    language_model,
+    qwen_vl,
+    seeded,
+    t5,
+    t5_tokenizer,
+    vae,
+    wide_vae,
+)
+
+
+def _flow(**config: Any) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(**config)
+
+
+# -- UNets
+
+
+def _unet(**config: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return seeded(
+        0,
+        UNet2DConditionModel,
+        **{
+            "sample_size": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "layers_per_block": 1,
+            "block_out_channels": (16, 32),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "norm_num_groups": 8,
+            "attention_head_dim": 4,
+            "cross_attention_dim": WIDTH,
+            **config,
+        },
+    )
+
+
+def _stable_diffusion(name: str, in_channels: int = 4, **parts: Any) -> Any:
+    import diffusers
+
+    words = clip_tokenizer()
+    return getattr(diffusers, name)(
+        **{
+            "unet": _unet(in_channels=in_channels),
+            "vae": vae(1, 4),
+            "scheduler": diffusers.DDIMScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+            ),
+            "text_encoder": clip(2, words, projected=False),
+            "tokenizer": words,
+            "safety_checker": None,
+            "feature_extractor": None,
+            "requires_safety_checker": False,
+            **parts,
+        }
+    )
+
+
+def stable_diffusion() -> Any:
+    return _stable_diffusion("StableDiffusionPipeline")
+
+
+def stable_diffusion_img2img() -> Any:
+    return _stable_diffusion("StableDiffusionImg2ImgPipeline")
+
+
+def stable_diffusion_inpaint() -> Any:
+    return _stable_diffusion("StableDiffusionInpaintPipeline", in_channels=9)
+
+
+def instruct_pix2pix() -> Any:
+    from diffusers import PNDMScheduler
+
+    return _stable_diffusion(
+        "StableDiffusionInstructPix2PixPipeline", in_channels=8, scheduler=PNDMScheduler(skip_prk_steps=True)
+    )
+
+
+def sdxl() -> Any:
+    from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
+
+    words = clip_tokenizer()
+    return StableDiffusionXLPipeline(
+        unet=_unet(
+            cross_attention_dim=2 * WIDTH,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=16,
+            projection_class_embeddings_input_dim=6 * 16 + WIDTH,
+        ),
+        vae=vae(1, 4),
+        scheduler=EulerAncestralDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        text_encoder=clip(2, words, projected=False),
+        tokenizer=words,
+        text_encoder_2=clip(4, words, projected=True),
+        tokenizer_2=words,
+        add_watermarker=False,
+    )
+
+
+def ddpm() -> Any:
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = seeded(
+        0,
+        UNet2DModel,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=16,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    return DDPMPipeline(unet=unet, scheduler=DDPMScheduler())
+
+
+def kandinsky_2_2() -> Any:
+    """Two pipelines in one: the prior makes an image's embedding of the prompt, the decoder an image of that."""
+    import torch
+    from diffusers import DDIMScheduler, KandinskyV22CombinedPipeline, PriorTransformer, UnCLIPScheduler, VQModel
+    from transformers import CLIPImageProcessor
+
+    words = clip_tokenizer()
+    unet = _unet(
+        out_channels=8,
+        addition_embed_type="image",
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        encoder_hid_dim=WIDTH,
+        encoder_hid_dim_type="image_proj",
+        resnet_time_scale_shift="scale_shift",
+    )
+    prior = seeded(5, PriorTransformer, num_attention_heads=2, attention_head_dim=32, embedding_dim=WIDTH, num_layers=1)
+    prior.clip_std = torch.nn.Parameter(torch.ones(1, WIDTH))
+    movq = seeded(
+        1,
+        VQModel,
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+        latent_channels=4,
+        norm_num_groups=4,
+        norm_type="spatial",
+        num_vq_embeddings=12,
+        vq_embed_dim=4,
+    )
+    return KandinskyV22CombinedPipeline(
+        unet=unet,
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1),
+        movq=movq,
+        prior_prior=prior,
+        prior_image_encoder=clip_vision(3),
+        prior_text_encoder=clip(2, words, projected=True),
+        prior_tokenizer=words,
+        prior_scheduler=UnCLIPScheduler(
+            variance_type="fixed_small_log", prediction_type="sample", clip_sample=True, clip_sample_range=10.0
+        ),
+        prior_image_processor=CLIPImageProcessor(size=32, crop_size=32),
+    )
+
+
+# -- transformers on Flux's plan
+
+
+def _flux_transformer(in_channels: int = 16, **config: Any) -> Any:
+    from diffusers import FluxTransformer2DModel
+
+    return seeded(
+        0,
+        FluxTransformer2DModel,
+        patch_size=1,
+        in_channels=in_channels,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+        **config,
+    )
+
+
+def _flux(name: str, transformer: Any) -> Any:
+    import diffusers
+
+    words, pieces = clip_tokenizer(), t5_tokenizer()
+    return getattr(diffusers, name)(
+        scheduler=_flow(),
+        transformer=transformer,
+        vae=vae(1, 4, **FLOW_VAE),
+        text_encoder=clip(2, words, projected=False),
+        tokenizer=words,
+        text_encoder_2=t5(3, pieces),
+        tokenizer_2=pieces,
+    )
+
+
+def flux() -> Any:
+    return _flux("FluxPipeline", _flux_transformer())
+
+
+def flux_kontext() -> Any:
+    return _flux("FluxKontextPipeline", _flux_transformer())
+
+
+def flux_fill() -> Any:
+    # 16 of the latent, 16 of the masked picture, and 4 x 4 pixels of the mask for a packed latent of 2 x 2
+    return _flux("FluxFillPipeline", _flux_transformer(48, out_channels=16))
+
+
+def flux2_klein() -> Any:
+    from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+
+    words = chat_tokenizer()
+    transformer = seeded(
+        0,
+        Flux2Transformer2DModel,
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    decoder = seeded(
+        1,
+        AutoencoderKLFlux2,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    return Flux2KleinPipeline(
+        scheduler=_flow(),
+        vae=decoder,
+        text_encoder=language_model(2, words, "Qwen3ForCausalLM"),
+        tokenizer=words,
+        transformer=transformer,
+    )
+
+
+def chroma() -> Any:
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel
+
+    pieces = t5_tokenizer()
+    transformer = seeded(
+        0,
+        ChromaTransformer2DModel,
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=16,
+        approximator_hidden_dim=32,
+        approximator_layers=1,
+    )
+    return ChromaPipeline(
+        scheduler=_flow(),
+        vae=vae(1, 4, **FLOW_VAE),
+        text_encoder=t5(3, pieces),
+        tokenizer=pieces,
+        transformer=transformer,
+        image_encoder=None,
+        feature_extractor=None,
+    )
+
+
+# -- other transformers
+
+
+def sd3() -> Any:
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    words, pieces = clip_tokenizer(), t5_tokenizer()
+    transformer = seeded(
+        0,
+        SD3Transformer2DModel,
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=2 * WIDTH,
+        caption_projection_dim=WIDTH,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=16,
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=_flow(shift=3.0),
+        vae=vae(1, 4, **FLOW_VAE),
+        text_encoder=clip(2, words, projected=True),
+        tokenizer=words,
+        text_encoder_2=clip(4, words, projected=True),
+        tokenizer_2=words,
+        text_encoder_3=t5(3, pieces, 2 * WIDTH),
+        tokenizer_3=pieces,
+    )
+
+
+def qwen_image() -> Any:
+    import diffusers
+
+    words = chat_tokenizer()
+    transformer = seeded(
+        0,
+        diffusers.QwenImageTransformer2DModel,
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 4, 8),
+    )
+    decoder = seeded(
+        1,
+        diffusers.AutoencoderKLQwenImage,
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    return diffusers.QwenImagePipeline(
+        scheduler=_flow(),
+        vae=decoder,
+        text_encoder=qwen_vl(2, words),
+        tokenizer=words,
+        transformer=transformer,
+    )
+
+
+def z_image() -> Any:
+    import torch
+    from diffusers import ZImagePipeline, ZImageTransformer2DModel
+
+    words = chat_tokenizer()
+    transformer = seeded(
+        0,
+        ZImageTransformer2DModel,
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=4,
+        dim=64,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=4,
+        n_kv_heads=4,
+        cap_feat_dim=WIDTH,
+        axes_dims=[8, 4, 4],
+        axes_lens=[512, 32, 32],
+    )
+    with torch.no_grad():  # of these the class makes whatever lies in memory
+        transformer.x_pad_token.fill_(0.5)
+        transformer.cap_pad_token.fill_(0.5)
+    return ZImagePipeline(
+        scheduler=_flow(),
+        vae=vae(1, 4, **FLOW_VAE),
+        text_encoder=language_model(2, words, "Qwen3Model"),
+        tokenizer=words,
+        transformer=transformer,
+    )
+
+
+def pixart_sigma() -> Any:
+    from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+
+    pieces = t5_tokenizer()
+    transformer = seeded(
+        0,
+        PixArtTransformer2DModel,
+        sample_size=8,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        caption_channels=WIDTH,
+        in_channels=4,
+        cross_attention_dim=32,
+        out_channels=8,
+    )
+    return PixArtSigmaPipeline(
+        tokenizer=pieces,
+        text_encoder=t5(3, pieces),
+        vae=vae(1, 4),
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(),
+    )
+
+
+def sana() -> Any:
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+
+    words = chat_tokenizer()
+    transformer = seeded(
+        0,
+        SanaTransformer2DModel,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=WIDTH,
+        sample_size=16,
+    )
+    decoder = seeded(
+        1,
+        AutoencoderDC,
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41407,
+    )
+    return SanaPipeline(
+        tokenizer=words,
+        text_encoder=language_model(2, words, "Gemma2Model"),
+        vae=decoder,
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    )
+
+
+def lumina2() -> Any:
+    from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
+
+    words = chat_tokenizer()
+    transformer = seeded(
+        0,
+        Lumina2Transformer2DModel,
+        sample_size=4,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=64,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        multiple_of=16,
+        axes_dim_rope=(4, 6, 6),
+        axes_lens=(512, 64, 64),
+        cap_feat_dim=WIDTH,
+    )
+    return Lumina2Pipeline(
+        transformer=transformer,
+        scheduler=_flow(),
+        vae=wide_vae(1, 4, **FLOW_VAE),
+        text_encoder=language_model(2, words, "Gemma2Model"),
+        tokenizer=words,
+    )
+
+
+def hunyuan_dit() -> Any:
+    from diffusers import DDPMScheduler, HunyuanDiT2DModel, HunyuanDiTPipeline
+    from transformers import BertConfig, BertModel
+
+    words, pieces = clip_tokenizer(), t5_tokenizer(256)
+    transformer = seeded(
+        0,
+        HunyuanDiT2DModel,
+        sample_size=4,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        in_channels=4,
+        cross_attention_dim=WIDTH,
+        cross_attention_dim_t5=WIDTH,
+        pooled_projection_dim=16,
+        hidden_size=64,
+        activation_fn="gelu-approximate",
+    )
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128
+    )
+    return HunyuanDiTPipeline(
+        vae=wide_vae(1, 4),
+        text_encoder=seeded(2, BertModel, config),
+        tokenizer=words,
+        transformer=transformer,
+        scheduler=DDPMScheduler(prediction_type="v_prediction"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        text_encoder_2=t5(3, pieces),
+        tokenizer_2=pieces,
+    )
+
+
+def cogview4() -> Any:
+    from diffusers import CogView4Pipeline, CogView4Transformer2DModel
+
+    words = t5_tokenizer()  # it has an end for the empty prompt
+    transformer = seeded(
+        0,
+        CogView4Transformer2DModel,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        out_channels=4,
+        text_embed_dim=WIDTH,
+        time_embed_dim=32,
+        condition_dim=16,
+        rope_axes_dim=(32, 32),
+        sample_size=16,
+    )
+    return CogView4Pipeline(
+        tokenizer=words,
+        text_encoder=language_model(2, words, "GlmForCausalLM"),
+        vae=vae(1, 4, **FLOW_VAE),
+        transformer=transformer,
+        scheduler=_flow(
+            base_shift=0.25, max_shift=0.75, base_image_seq_len=256, use_dynamic_shifting=True, time_shift_type="linear"
+        ),
+    )
+
+
+def aura_flow() -> Any:
+    from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel
+
+    pieces = t5_tokenizer()
+    transformer = seeded(
+        0,
+        AuraFlowTransformer2DModel,
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=64,
+        out_channels=4,
+        pos_embed_max_size=64,
+    )
+    return AuraFlowPipeline(
+        tokenizer=pieces,
+        text_encoder=t5(3, pieces, kind="UMT5"),
+        vae=vae(1, 4),
+        transformer=transformer,
+        scheduler=_flow(),
+    )
+
+
+def dit() -> Any:
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    transformer = seeded(
+        0,
+        DiTTransformer2DModel,
+        sample_size=8,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        in_channels=4,
+        out_channels=8,
+        attention_bias=True,
+        num_embeds_ada_norm=1000,
+    )
+    return DiTPipeline(transformer=transformer, vae=vae(1, 4), scheduler=DDIMScheduler())
+
+
+BUILDERS: dict[str, Callable[[], Any]] = {
+    build.__name__: build
+    for build in (
+        stable_diffusion,
+        sdxl,
+        sd3,
+        flux,
+        flux_kontext,
+        flux_fill,
+        flux2_klein,
+        qwen_image,
+        z_image,
+        pixart_sigma,
+        sana,
+        lumina2,
+        hunyuan_dit,
+        cogview4,
+        chroma,
+        aura_flow,
+        kandinsky_2_2,
+        stable_diffusion_img2img,
+        stable_diffusion_inpaint,
+        instruct_pix2pix,
+        ddpm,
+        dit,
+    )
+}
