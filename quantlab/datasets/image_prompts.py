@@ -40,7 +40,8 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
     """``evaluation.num_samples`` samples: each picture once, then each again with other noise, and so on.
 
     Pictures are cut to the shape of ``evaluation.height`` and ``width``, around their middle, and resized to it; left
-    open, they must be of one size. The samples of one picture are a cluster. Raises ConfigError for what cannot be read.
+    open, they must be of one size. The samples of one picture are a cluster.
+    Raises ConfigError for what cannot be read.
     """
     import numpy as np
     import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from quantlab.datasets.prompts import require_pipeline, require_samples, seed_of
 from quantlab.errors import ConfigError
@@ -62,7 +63,7 @@ def _inputs(
 
 def _num_classes(config: DatasetConfig, model: LoadedModel) -> int:
     for name in model.parts["denoisers"]:
-        settings = model.components[name].config
+        settings: Any = model.components[name].config
         for key in _NUM_CLASSES:
             if isinstance(found := settings.get(key), int) and found > 0:
                 return found

@@ -25,6 +25,7 @@ from quantlab.models.pipeline_files import (
     check_parts,
     left_out,
     pipeline_class,
+    read_index,
 )
 from quantlab.models.reading import (
     as_model_error,
@@ -80,7 +81,8 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
     key = f"model.path={path}"
     dtype = chosen_dtype(config, "bfloat16" if device.startswith("cuda") else "float32")
     folder = _folder(key, path, config)
-    index = _looked_at(key, folder, config)
+    index = check_files(key, folder)
+    _check_index(key, folder, index, config)
     pipe = _read_pipeline(key, folder, dtype, device, config.variant, left_out(config, index))
     check_arguments(type(pipe), config.call)
     denoisers = _denoisers(key, pipe)
@@ -107,13 +109,15 @@ def look(config: ModelConfig) -> type | None:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return None
-    require_index(f"model.path={path}", folder, *_SAID)
-    return pipeline_class(_looked_at(f"model.path={path}", folder, config))
+    key = f"model.path={path}"
+    require_index(key, folder, *_SAID)
+    index = read_index(key, folder)
+    _check_index(key, folder, index, config)
+    return pipeline_class(index)
 
 
-def _looked_at(key: str, folder: Path, config: ModelConfig) -> dict[str, Any]:
-    """The pipeline's index, what it names looked at."""
-    index = check_files(key, folder)
+def _check_index(key: str, folder: Path, index: Mapping[str, Any], config: ModelConfig) -> None:
+    """What an index names, against the folder, the class, and what the user chose."""
     check_choice(folder, index, config)
     made = pipeline_class(index)
     if made is not None:
@@ -125,7 +129,6 @@ def _looked_at(key: str, folder: Path, config: ModelConfig) -> dict[str, Any]:
             raise ConfigError(
                 f"model.components={name}: {index['_class_name']} has {', '.join(sorted(parts))}{nearest(name, parts)}"
             )
-    return index
 
 
 def modules_of(pipe: Pipeline) -> dict[str, nn.Module]:

@@ -81,17 +81,10 @@ def left_out(config: ModelConfig, parts: Collection[str]) -> dict[str, None]:
 
 
 def check_files(key: str, folder: Path) -> dict[str, Any]:
-    """The pipeline's index. ModelError for one that is none, for code in the checkpoint, and for a damaged file."""
+    """The pipeline's index. ModelError as :func:`read_index`, and for a damaged file of weights."""
     from safetensors import SafetensorError, safe_open
 
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{key}: {INDEX} cannot be read ({error}); copy or download the folder again") from error
-    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), (str, list)):
-        raise ModelError(f"{key}: {INDEX} names no pipeline class; name a pipeline that Diffusers ships")
-    if asks := _code_of_its_own(folder, index):
-        raise remote_code(key, asks)
+    index = read_index(key, folder)
     for file in sorted(folder.glob("*/*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
@@ -100,6 +93,19 @@ def check_files(key: str, folder: Path) -> dict[str, Any]:
             raise ModelError(
                 f"{key}: {file.relative_to(folder)} is damaged or cut off ({error}); copy or download it again"
             ) from error
+    return index
+
+
+def read_index(key: str, folder: Path) -> dict[str, Any]:
+    """The pipeline's index. ModelError for one that is none, and for code in the checkpoint."""
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{key}: {INDEX} cannot be read ({error}); copy or download the folder again") from error
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), (str, list)):
+        raise ModelError(f"{key}: {INDEX} names no pipeline class; name a pipeline that Diffusers ships")
+    if asks := _code_of_its_own(folder, index):
+        raise remote_code(key, asks)
     return index
 
 

@@ -24,6 +24,8 @@ def heard_steps(scheduler: object | None, told: Told) -> Iterator[None]:
 
     The scheduler is of a subclass of its class meanwhile: a copy steps by itself, and signatures stay what they are.
     """
+    import torch
+
     own: Any = type(scheduler)
     if not hasattr(own, "step"):
         yield
@@ -34,7 +36,7 @@ def heard_steps(scheduler: object | None, told: Told) -> Iterator[None]:
         given = args[0] if args else kwargs.get("model_output")
         result = own.step(self, *args, **kwargs)
         after = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
-        if self is scheduler and hasattr(given, "detach") and hasattr(after, "detach"):
+        if self is scheduler and isinstance(given, torch.Tensor) and isinstance(after, torch.Tensor):
             told(given, after)
         return result
 

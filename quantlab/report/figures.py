@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 from quantlab.metrics import METRICS
-from quantlab.protocols.diffusion import DIFFERENCE_GAIN
+from quantlab.protocols.media import DIFFERENCE_GAIN
 from quantlab.report.reading import Reader, StoredRun, read_json
 from quantlab.tracking.heat_map import HeatMap
 from quantlab.tracking.pictures import SAMPLE_ARRAYS, read_samples, shown_tiles

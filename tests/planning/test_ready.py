@@ -23,6 +23,7 @@ AT_ONCE = {
 TEXT = ["model=smollm2_135m", "dataset=text"]
 FROM_DISK = {
     "a data set's file": [*TEXT, "dataset.path=nowhere.txt"],
+    "no pictures": ["model=flux_schnell", "dataset=image_prompts", "dataset.path=."],
     "no file": [*TEXT, "dataset.path=null"],
     "a folder for a file": [*TEXT, "dataset.path=."],
     "prompts": ["model=flux_schnell", "dataset.path=nowhere.txt"],
@@ -103,7 +104,7 @@ def test_a_refused_sweep_leaves_no_run(tmp_path):
 
 def test_every_family_and_data_set_says_what_it_needs():
     assert {name for name, row in FAMILIES.items() if row.needs_path} == {"diffusers", "causal_lm"}
-    assert {name for name, row in DATASETS.items() if row.read_file} == {"prompts", "text"}
+    assert {name for name, row in DATASETS.items() if row.read_file} == {"prompts", "text", "image_prompts"}
 
 
 def test_each_place_is_looked_at_once(monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from tests.support.tiny_parts import (
@@ -277,9 +276,3 @@ def stable_audio() -> Any:
         transformer=transformer,
         scheduler=EDMDPMSolverMultistepScheduler(prediction_type="v_prediction", sigma_schedule="exponential"),
     )
-
-
-BUILDERS: dict[str, Callable[[], Any]] = {
-    build.__name__: build
-    for build in (wan_2_1, wan_2_2, wan_image_to_video, ltx, cogvideox, hunyuan_video, stable_audio)
-}
