@@ -129,9 +129,13 @@ def _in_our_words(message: str) -> str:
 
 
 def _contents(inputs: Inputs) -> dict[str, set[bytes] | set[str]]:
-    """What may not be shared at all, by its name: initial noise and prompts, or the text as a whole."""
+    """What may not be shared at all, by its name: initial noise, prompts and pictures, or the text as a whole."""
     if isinstance(inputs, DiffusionInputs):
-        return {"noise": _rows(inputs.noise), "prompts": {normalised(p) for p in inputs.conditioning.get("prompt", [])}}
+        return {
+            "noise": _rows(inputs.noise),
+            "prompts": {normalised(p) for p in inputs.conditioning.get("prompt", [])},
+            "pictures": {p.contiguous().numpy().tobytes() for p in inputs.conditioning.get("image", [])},
+        }
     return {"text": {inputs.protocol["text_sha256"]}}
 
 

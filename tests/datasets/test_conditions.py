@@ -1,0 +1,229 @@
+"""What a pipeline is given: classes, noise alone, pictures with prompts; and what of it is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from quantlab.datasets import image_prompts, unprompted
+from quantlab.datasets.calibration import calibration_inputs
+from quantlab.errors import ConfigError
+from quantlab.models.loaded import LoadedModel
+from quantlab.vocabulary.schema import CalibrationConfig, DatasetConfig, EvaluationConfig
+from tests.support.tiny_families import write_pictures
+
+FOUR = EvaluationConfig(num_samples=4, height=32, width=48)
+
+
+class Editing:
+    def __call__(self, image=None, prompt=None, generator=None): ...
+
+
+class Inpainting:
+    def __call__(self, prompt=None, image=None, mask_image=None, strength=0.8, generator=None): ...
+
+
+class OfClasses:
+    def __call__(self, class_labels, generator=None): ...
+
+
+class OfNoise:
+    def __call__(self, batch_size=1, generator=None): ...
+
+
+def model_of(pipeline, **config):
+    denoiser = SimpleNamespace(config=config)
+    return LoadedModel(
+        name="tiny",
+        protocol="diffusion",
+        components={"unet": denoiser},
+        parts={"pipeline": pipeline(), "denoisers": ("unet",)},
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_pictures(tmp_path / "pictures", mask=False)
+
+
+def load(path, model=None, evaluation=FOUR):
+    return image_prompts.load(
+        DatasetConfig(name="image_prompts", path=None if path is None else str(path)),
+        evaluation,
+        model or model_of(Editing),
+    )
+
+
+def test_pictures_and_their_prompts(folder):
+    inputs = load(folder)
+    assert inputs.conditioning["prompt"] == ["the astronaut in red", "the coffee in red"] * 2
+    assert inputs.sample_ids[2] == "astronaut.png replica 1"
+    assert inputs.clusters.tolist() == [0, 1, 0, 1]
+    assert {tuple(p.shape) for p in inputs.conditioning["image"]} == {(32, 48, 3)}
+    assert inputs.conditioning["image"][0].dtype == torch.uint8
+    assert inputs.one_at_a_time
+    assert len(set(inputs.noise.tolist())) == 4
+    assert inputs.sha256 == load(folder).sha256
+    other = {**inputs.conditioning, "image": [p + 1 for p in inputs.conditioning["image"]]}
+    assert replace(inputs, conditioning=other).sha256 != inputs.sha256
+    assert inputs.subset([3]).conditioning["prompt"] == ["the coffee in red"]
+
+
+def test_a_picture_is_cut_around_its_middle_and_stands_upright(tmp_path):
+    tmp_path.joinpath("set").mkdir()
+    wide = np.zeros((40, 120, 3), np.uint8)
+    wide[:, 40:80] = 200
+    upright = Image.fromarray(wide)
+    exif = Image.Exif()
+    exif[274] = 6  # turned by a quarter
+    upright.save(tmp_path / "set" / "a.jpg", exif=exif)
+    found = load(tmp_path / "set", evaluation=replace(FOUR, num_samples=1, height=40, width=40))
+    assert "prompt" not in found.conditioning
+    assert abs(found.conditioning["image"][0].float().mean() - 200) < 5
+    open_size = load(tmp_path / "set", evaluation=replace(FOUR, num_samples=1, height=None, width=None))
+    assert tuple(open_size.conditioning["image"][0].shape) == (120, 40, 3)
+
+
+def test_lines_name_pictures_prompts_and_masks(folder):
+    Image.fromarray(np.full((48, 64), 255, np.uint8)).save(folder / "all.png")
+    lines = [{"image": "coffee.png", "prompt": "a cup", "mask": "all.png"}]
+    file = folder / "mine.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    inputs = load(file, model_of(Inpainting), replace(FOUR, num_samples=2))
+    assert inputs.conditioning["prompt"] == ["a cup"] * 2
+    assert tuple(inputs.conditioning["mask"][0].shape) == (32, 48, 1)
+    assert image_prompts.conditions(str(file)) == ("image", "prompt", "mask_image")
+
+
+def test_masks_beside_pictures(tmp_path):
+    inputs = load(write_pictures(tmp_path / "p", mask=True), model_of(Inpainting))
+    assert set(inputs.conditioning) == {"image", "prompt", "mask"}
+    assert inputs.conditioning["mask"][0].unique().tolist() == [0, 255] or inputs.conditioning["mask"][0].max() == 255
+
+
+def broken(folder, how):
+    if how == "empty":
+        return folder.parent
+    if how == "not a picture":
+        (folder / "coffee.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    elif how == "cut off":
+        file = folder / "coffee.png"
+        file.write_bytes(file.read_bytes()[:300])
+    elif how == "a prompt is missing":
+        (folder / "coffee.txt").unlink()
+    elif how == "no text":
+        (folder / "coffee.txt").write_bytes(b"\xff\xfe\x00")
+    else:
+        file = folder / "mine.jsonl"
+        file.write_text(
+            {
+                "no JSON": "{",
+                "a list": "[1]",
+                "no image": '{"prompt": "a"}',
+                "another key": '{"image": "coffee.png", "promt": "a"}',
+                "outside": '{"image": "../coffee.png"}',
+                "absolute": '{"image": "/coffee.png"}',
+                "nowhere": '{"image": "tea.png"}',
+                "no line": "\n",
+            }[how]
+        )
+        return file
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("empty", "no picture is in it"),
+        ("not a picture", "coffee.png cannot be read as a picture"),
+        ("cut off", "coffee.png cannot be read as a picture"),
+        ("a prompt is missing", "coffee.png has no prompt, and 1 of 2 have one; give each"),
+        ("no text", "NUL|not UTF-8"),
+        ("no JSON", "line 1 is no JSON"),
+        ("a list", "line 1 is not like"),
+        ("no image", "line 1 is not like"),
+        ("another key", "line 1 has promt; did you mean prompt"),
+        ("outside", "not below the file's folder"),
+        ("absolute", "not below the file's folder"),
+        ("nowhere", "tea.png cannot be read"),
+        ("no line", "no picture is in it"),
+    ],
+)
+def test_what_cannot_be_used_is_named(folder, how, told):
+    path = broken(folder, how)
+    with pytest.raises(ConfigError, match=rf"^dataset\.path=.*({told})"):
+        image_prompts.read(str(path))
+
+
+def test_no_path_and_pictures_of_two_sizes(folder):
+    with pytest.raises(ConfigError, match=r"^dataset\.path=null: image_prompts are of your own; name a folder"):
+        load(None)
+    Image.new("RGB", (20, 20)).save(folder / "coffee.png")
+    with pytest.raises(ConfigError, match=r"of 2 sizes, .*; set evaluation\.height and evaluation\.width$"):
+        load(folder, evaluation=replace(FOUR, height=None, width=None))
+
+
+# -- classes and noise alone
+
+
+def test_classes_are_spread_over_those_that_the_model_knows():
+    config = DatasetConfig(name="classes")
+    few = unprompted.load_classes(config, FOUR, model_of(OfClasses, num_embeds_ada_norm=1000))
+    assert few.conditioning == {"class_label": [0, 250, 500, 750]}
+    many = unprompted.load_classes(config, replace(FOUR, num_samples=7), model_of(OfClasses, num_class_embeds=3))
+    assert many.conditioning["class_label"] == [0, 1, 2, 0, 1, 2, 0]
+    assert many.clusters.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert many.sample_ids[3] == "class 0 replica 1"
+    assert len(set(many.noise.tolist())) == 7
+    with pytest.raises(ConfigError, match=r"^dataset=classes: .* does not say how many classes"):
+        unprompted.load_classes(config, FOUR, model_of(OfClasses))
+
+
+def test_noise_alone():
+    inputs = unprompted.load_none(DatasetConfig(name="none"), FOUR, model_of(OfNoise))
+    assert inputs.conditioning == {}
+    assert inputs.clusters is None
+    assert len(set(inputs.noise.tolist())) == 4
+    other = unprompted.load_none(DatasetConfig(name="none", seed=1), FOUR, model_of(OfNoise))
+    assert not set(other.noise.tolist()) & set(inputs.noise.tolist())
+
+
+# -- what fits what
+
+
+@pytest.mark.parametrize(
+    ("make", "pipeline", "told"),
+    [
+        (unprompted.load_none, OfClasses, "dataset=none: OfClasses needs class_labels, .*; choose dataset=classes$"),
+        (unprompted.load_none, Inpainting, "dataset=none: Inpainting needs image, .*; choose dataset=image_prompts$"),
+        (unprompted.load_classes, OfNoise, "dataset=classes: OfNoise takes no class_labels .* choose dataset=none$"),
+        (unprompted.load_classes, Editing, "dataset=classes: Editing takes no class_labels .*dataset=image_prompts$"),
+    ],
+)
+def test_a_data_set_that_a_pipeline_cannot_use(make, pipeline, told):
+    name = told.split(":")[0].removeprefix("dataset=")
+    with pytest.raises(ConfigError, match=f"^{told}"):
+        make(DatasetConfig(name=name), FOUR, model_of(pipeline, num_classes=3))
+
+
+def test_calibration_may_not_look_at_the_evaluations_pictures(folder, tmp_path):
+    model, seen = model_of(Editing), load(folder)
+    config = CalibrationConfig(source="image_prompts", path=str(folder), num_samples=2, seed=5)
+    for name in ("astronaut", "coffee"):
+        (folder / f"{name}.txt").write_text(f"another prompt for the {name}")
+    with pytest.raises(
+        ConfigError, match=r"^calibration\.source=image_prompts: it shares pictures with the evaluation"
+    ):
+        calibration_inputs(config, FOUR, model, seen)
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (40, 40), (10, 200, 30)).save(other / "green.png")
+    (other / "green.txt").write_text("paint it blue")
+    found = calibration_inputs(replace(config, path=str(other)), FOUR, model, seen)
+    assert found.num_samples == 2
