@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.errors import ConfigError, ModelError, nearest
 from quantlab.models.checkpoint import file_sha256
+from quantlab.models.defaults import default_exclusions
 from quantlab.models.loaded import LoadedModel, Pipeline, Progress
 from quantlab.models.pipeline_call import check_arguments, sample
 from quantlab.models.pipeline_files import (
-    DENOISER,
     INDEX,
-    NO_DENOISER,
     check_choice,
     check_files,
     check_parts,
+    denoisers_of,
     left_out,
     pipeline_class,
     read_index,
@@ -45,29 +45,6 @@ if TYPE_CHECKING:
 NEEDS_PATH = ("a pipeline", "black-forest-labs/FLUX.1-schnell")  # what model.path leads to, and an example
 _SAID = (INDEX, "a Diffusers pipeline", "the pipeline's save_pretrained")
 
-_UNET = ("conv_in", "conv_out", "time_embedding", "add_embedding", "*.time_emb_proj")
-_MMDIT = ("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out")
-_OUTSIDE = 0.1
-FAMILY_EXCLUSIONS: dict[str, tuple[str, ...]] = {
-    # The way in, the way out and the conditioning on time: every pixel of every step passes them, and they hold below
-    # 1 % of a DiT's weights. SVDQuant (arXiv 2411.05007), the GGUF files in circulation and ModelOpt's recipes keep
-    # them in 16 bits as well. The modulation layers inside the blocks (a quarter of Flux) are quantized.
-    "FluxTransformer2DModel": _MMDIT,
-    "ChromaTransformer2DModel": (
-        "x_embedder",
-        "context_embedder",
-        "time_text_embed",
-        "distilled_guidance_layer",
-        "norm_out",
-        "proj_out",
-    ),
-    "SD3Transformer2DModel": ("pos_embed", "context_embedder", "time_text_embed", "norm_out", "proj_out"),
-    "AuraFlowTransformer2DModel": ("pos_embed", "context_embedder", "time_step_proj", "norm_out", "proj_out"),
-    "SanaTransformer2DModel": ("patch_embed", "caption_projection", "time_embed", "proj_out"),
-    # A UNet's time projections sit in every residual block; ModelOpt's diffusion recipes leave them out.
-    "UNet2DConditionModel": _UNET,
-}
-
 
 def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress | None = None) -> LoadedModel:
     """The pipeline at ``config.path`` (a local folder or a Hub id) on ``device``.
@@ -85,7 +62,7 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
     _check_index(key, folder, index, config)
     pipe = _read_pipeline(key, folder, dtype, device, config.variant, left_out(config, index))
     check_arguments(type(pipe), config.call)
-    denoisers = _denoisers(key, pipe)
+    denoisers = denoisers_of(key, modules_of(pipe))
     components = _components(pipe, [*config.components, *denoisers])
     return LoadedModel(
         name=Path(path).name,
@@ -95,7 +72,10 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
         dtype=dtype,
         device=device,
         weights_sha256=_pipeline_sha256(pipe, folder, cache_dir, progress),
-        default_exclusions={name: _exclusions(part, config.default_exclusions) for name, part in components.items()},
+        default_exclusions={
+            name: default_exclusions(part, config.default_exclusions, is_denoiser=name in denoisers)
+            for name, part in components.items()
+        },
         sample=sample,
     )
 
@@ -180,19 +160,6 @@ def _read_pipeline(
     return pipe.to(device)
 
 
-def _denoisers(key: str, pipe: Pipeline) -> tuple[str, ...]:
-    """The names of the components that are called at a step: by their names, else the largest of what may be one."""
-    modules = modules_of(pipe)
-    if named := tuple(name for name in modules if DENOISER.fullmatch(name)):
-        return named
-    others = {
-        name: sum(p.numel() for p in m.parameters()) for name, m in modules.items() if not NO_DENOISER.search(name)
-    }
-    if not others:
-        raise ModelError(f"{key}: {type(pipe).__name__} has no denoiser to quantize; name a diffusion pipeline")
-    return (max(others, key=others.__getitem__),)
-
-
 def _components(pipe: Pipeline, names: Sequence[str]) -> dict[str, nn.Module]:
     modules = modules_of(pipe)
     for name in names:
@@ -202,28 +169,6 @@ def _components(pipe: Pipeline, names: Sequence[str]) -> dict[str, nn.Module]:
                 f"{nearest(name, modules)}"
             )
     return {name: modules[name] for name in names}
-
-
-def _exclusions(module: nn.Module, own: Sequence[str]) -> tuple[str, ...]:
-    """Entries of ``modules_to_not_convert``: the family's, else what stands outside of its blocks; and ``own``."""
-    family = FAMILY_EXCLUSIONS.get(type(module).__name__)
-    return tuple(dict.fromkeys((*(_outside_blocks(module) if family is None else family), *own)))
-
-
-def _outside_blocks(module: nn.Module) -> tuple[str, ...]:
-    """The parts with Linear layers and no list of blocks: the way in, the way out, the conditioning on time.
-
-    None where they hold more than a tenth of the weights, and no block would be left.
-    """
-    from torch import nn
-
-    kinds = {name: list(part.modules()) for name, part in module.named_children()}
-    found = {
-        name: sum(p.numel() for p in module.get_submodule(name).parameters())
-        for name, parts in kinds.items()
-        if any(isinstance(p, nn.Linear) for p in parts) and not any(isinstance(p, nn.ModuleList) for p in parts)
-    }
-    return tuple(found) if sum(found.values()) <= _OUTSIDE * sum(p.numel() for p in module.parameters()) else ()
 
 
 def _pipeline_sha256(pipe: Pipeline, folder: Path, cache_dir: Path, progress: Progress | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from quantlab.errors import ConfigError, ModelError, nearest
@@ -10,7 +10,7 @@ from quantlab.models.architectures import Architecture, read_architecture
 from quantlab.models.defaults import default_exclusions
 from quantlab.models.digits_training import build_transformer
 from quantlab.models.outline import Outline, build
-from quantlab.models.pipeline_files import DENOISERS
+from quantlab.models.pipeline_files import denoisers_of
 from quantlab.models.reading import chosen_dtype, frozen
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 from quantlab.vocabulary.schema import DigitsModelConfig, ModelConfig
@@ -51,10 +51,8 @@ def _pipeline(key: str, config: ModelConfig, known: Architecture, device: str) -
     without = set(config.without)
     parts = {name: part for name, part in known.parts.items() if name not in without}
     modules = build(key, Architecture(path=known.path, dtype=known.dtype, parts=parts), dtype)
-    denoiser = next((name for name in DENOISERS if name in modules), "")
-    if not denoiser:
-        raise ModelError(f"{key}: it has no denoiser ({', '.join(modules)}); name a pipeline that generates")
-    chosen = config.components or [denoiser]
+    denoisers = denoisers_of(key, modules)
+    chosen = config.components or list(denoisers)
     for name in chosen:
         if name not in modules:
             raise ConfigError(
@@ -64,8 +62,8 @@ def _pipeline(key: str, config: ModelConfig, known: Architecture, device: str) -
         components={name: modules[name] for name in dict.fromkeys([*chosen, *modules])},
         quantized=tuple(dict.fromkeys(chosen)),
         dtype=dtype,
-        denoiser=denoiser,
-        default_exclusions=_exclusions(modules, config),
+        denoiser=denoisers[0],
+        default_exclusions=_exclusions(modules, config, denoisers),
     )
 
 
@@ -99,5 +97,8 @@ def _digits(config: ModelConfig) -> Outline:
     )
 
 
-def _exclusions(modules: dict[str, nn.Module], config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    return {name: default_exclusions(module, config.default_exclusions) for name, module in modules.items()}
+def _exclusions(
+    modules: dict[str, nn.Module], config: ModelConfig, denoisers: Collection[str] = ()
+) -> dict[str, tuple[str, ...]]:
+    own = config.default_exclusions
+    return {name: default_exclusions(m, own, is_denoiser=name in denoisers) for name, m in modules.items()}

@@ -7,17 +7,30 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError, ModelError, nearest
 from quantlab.models.reading import remote_code
 from quantlab.vocabulary.schema import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import nn
 
 INDEX = "model_index.json"
 DENOISER = re.compile(r"(transformer|unet)(_\d+)?")
 """Names of the components that are called at a step."""
 NO_DENOISER = re.compile(r"vae|vq|movq|encod|embed|project|safety|feature|vocoder|controlnet|language_model")
 """What is in the names of other modules, where no component is called so."""
+
+
+def denoisers_of(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """The names of the components that are called at a step: by their names, else the largest of what may be one."""
+    if named := tuple(name for name in modules if DENOISER.fullmatch(name)):
+        return named
+    others = {n: sum(p.numel() for p in m.parameters()) for n, m in modules.items() if not NO_DENOISER.search(n)}
+    if not others:
+        raise ModelError(f"{key}: it has no denoiser ({', '.join(modules)}); name a pipeline that generates")
+    return (max(others, key=others.__getitem__),)
 
 
 def check_choice(folder: Path, index: Mapping[str, Any], config: ModelConfig) -> None:

@@ -15,7 +15,7 @@ from quantlab.datasets import prompts
 from quantlab.errors import ConfigError, ModelError
 from quantlab.metrics.trajectory import step_sqnr_db
 from quantlab.models import diffusers_pipeline
-from quantlab.models.diffusers_pipeline import FAMILY_EXCLUSIONS
+from quantlab.models.defaults import FAMILY_EXCLUSIONS, default_exclusions
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.pipeline_call import sample
 from quantlab.modules.calls import per_sample, replayed_output
@@ -250,6 +250,26 @@ def test_every_exclusion_names_a_part_of_that_class(name):
         )
     paths = [path for path, _ in module.named_modules()]
     assert not [entry for entry in FAMILY_EXCLUSIONS[name] if not any(matches(entry, path) for path in paths)]
+
+
+def test_of_another_denoiser_what_stands_outside_of_its_blocks_is_left_out():
+    from diffusers import QwenImageTransformer2DModel, WanTransformer3DModel
+
+    with torch.device("meta"):
+        wan, qwen = WanTransformer3DModel(num_layers=4), QwenImageTransformer2DModel(num_layers=4)
+    assert default_exclusions(wan, is_denoiser=True) == ("condition_embedder", "proj_out")
+    assert default_exclusions(qwen, ["re:x"], is_denoiser=True) == (
+        "time_text_embed",
+        "img_in",
+        "txt_in",
+        "norm_out",
+        "proj_out",
+        "re:x",
+    )
+    assert default_exclusions(wan) == ()
+    head, blocks = torch.nn.Linear(64, 64), torch.nn.ModuleList([torch.nn.Linear(64, 64)])
+    mostly_outside = torch.nn.ModuleDict({"head": head, "blocks": blocks})
+    assert default_exclusions(mostly_outside, is_denoiser=True) == ()
 
 
 # -- identity
