@@ -103,7 +103,8 @@ def _check_index(key: str, folder: Path, index: Mapping[str, Any], config: Model
     if made is not None:
         check_parts(key, folder, index, made)
         check_arguments(made, config.call)
-    parts = [name for name, found in index.items() if isinstance(found, list) and found[0] is not None]
+    listed = [name for name, found in index.items() if isinstance(found, list) and found[0] is not None]
+    parts = [name for name in listed if any(f.suffix in (".safetensors", ".bin") for f in (folder / name).glob("*"))]
     for name in config.components:
         if name not in parts:
             raise ConfigError(

@@ -256,7 +256,7 @@ def test_of_another_denoiser_what_stands_outside_of_its_blocks_is_left_out():
     from diffusers import QwenImageTransformer2DModel, WanTransformer3DModel
 
     with torch.device("meta"):
-        wan, qwen = WanTransformer3DModel(num_layers=4), QwenImageTransformer2DModel(num_layers=4)
+        wan, qwen = WanTransformer3DModel(num_layers=10), QwenImageTransformer2DModel(num_layers=4)
     assert default_exclusions(wan, is_denoiser=True) == ("condition_embedder", "proj_out")
     assert default_exclusions(qwen, ["re:x"], is_denoiser=True) == (
         "time_text_embed",
