@@ -236,7 +236,10 @@ def tell_unused(pipeline: type, evaluation: EvaluationConfig) -> None:
 def _devices(device: str) -> list[int]:
     import torch
 
-    return [torch.cuda.current_device()] if device.startswith("cuda") else []
+    if not device.startswith("cuda"):
+        return []
+    index = torch.device(device).index
+    return [torch.cuda.current_device() if index is None else index]
 
 
 def _first_line(error: Exception) -> str:
