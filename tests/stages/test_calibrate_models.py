@@ -21,36 +21,14 @@ from quantlab.stages import candidate as candidate_module
 from quantlab.vocabulary.schema import CalibrationConfig, DatasetConfig, EvaluationConfig, ModelConfig
 from tests.support.assets import needs
 from tests.support.calibration import recorded_set
+from tests.support.shell import pipeline_words, text_words
 from tests.support.stores import artifact
 from tests.support.tiny_pipelines import BUILDERS
-from tests.support.tiny_text_models import TEXT, load_bert, load_llama, save_bert, save_llama
+from tests.support.tiny_text_models import OTHER, TEXT, load_bert, load_llama, save_bert, save_llama
 
-OTHER = "".join(f"Line {i}: {i % 11} slow red hens sit below box {i * 3} and wait.\n" for i in range(150))
 SAMPLING = EvaluationConfig(num_samples=4, num_inference_steps=3, height=32, width=32, batch_size=2, guidance_scale=3.0)
 PROMPTS = CalibrationConfig(source="prompts", num_samples=4, batch_size=2)
-SMALL = [
-    "device=cpu",
-    "evaluation.num_samples=4",
-    "evaluation.num_inference_steps=2",
-    "evaluation.num_teacher_forced=1",
-    "evaluation.num_bootstrap=50",
-    "evaluation.height=32",
-    "evaluation.width=32",
-    "calibration.num_samples=4",
-    "calibration.batch_size=2",
-    "sweep.floors=false",
-]
-SMALL_TEXT = [
-    "device=cpu",
-    "evaluation.num_samples=6",
-    "evaluation.batch_size=2",
-    "evaluation.context_length=32",
-    "evaluation.num_bootstrap=50",
-    "calibration=text",
-    "calibration.num_samples=8",
-    "calibration.context_length=32",
-    "sweep.floors=false",
-]
+SMALL, SMALL_TEXT = pipeline_words("cpu"), text_words("cpu")
 
 
 @pytest.fixture(scope="module")

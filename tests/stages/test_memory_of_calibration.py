@@ -10,48 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from quantlab.backends.scheme import scheme_of_config
-from quantlab.modules.feed import feed_of_batches
 from quantlab.modules.layers import own_tensors, state_digest, view_of
 from quantlab.modules.memory import storages
 from quantlab.stages.calibrate import calibrate_component, in_smaller_batches
 from quantlab.stages.quantize import quantize_component
 from quantlab.stages.select import QuantizationRequest, select_layers
-from tests.support.schemes import schemes_on_cpu
-
-
-def calibrated_schemes():
-    """One scheme of each calibrated algorithm, and of static activations, of each backend."""
-    found = {}
-    for scheme in schemes_on_cpu():
-        if scheme.native.needs_data:
-            static = getattr(scheme.native, "activation_scales", "")
-            found.setdefault((scheme.backend, scheme.algorithm, static), scheme)
-    return list(found.values())
-
+from tests.support.calibrated import calibrated_schemes, data, net, request_of
 
 SCHEMES = calibrated_schemes()
-
-
-def net(dtype):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256)).to(getattr(torch, dtype)).eval()
-
-
-def asked(scheme):
-    return QuantizationRequest(
-        component="model",
-        scheme=scheme_of_config(scheme.native),
-        compute_dtype=scheme.compute_dtype,
-        device="cpu",
-    )
-
-
-def data(scheme, num=3):
-    torch.manual_seed(1)
-    return feed_of_batches(
-        [torch.randn(4, 256).to(getattr(torch, scheme.compute_dtype)) for _ in range(num)], "cpu", scheme.compute_dtype
-    )
 
 
 def references(module):
@@ -88,7 +54,7 @@ def test_the_table_has_such_schemes():
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_nothing_of_an_attempt_that_ran_out_of_memory_is_there_in_the_next(scheme):
-    original, request, refs = net(scheme.compute_dtype), asked(scheme), []
+    original, request, refs = net(scheme.compute_dtype), request_of(scheme), []
     throwaway = copy.deepcopy(original)  # libraries are imported now: pytest keeps what they log, with its frames
     calibrate_component(request, throwaway, select_layers(request, throwaway), data(scheme))
 
@@ -111,7 +77,7 @@ def test_nothing_of_an_attempt_that_ran_out_of_memory_is_there_in_the_next(schem
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_evidence_compares_with_the_plain_algorithm_without_a_third_dense_copy(scheme, monkeypatch):
     """Layer by layer on the reference's own memory: the same numbers, and the reference stays as it is."""
-    request = asked(scheme)
+    request = request_of(scheme)
     plain = request.scheme.without_data()
     if plain is None:
         pytest.skip("no such format without data")

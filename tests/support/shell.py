@@ -71,3 +71,36 @@ def digits_words(*more: str) -> list[str]:
         "evaluation.num_teacher_forced=2",
         *more,
     ]
+
+
+def pipeline_words(device: str, *more: str) -> list[str]:
+    """Overrides that make a run on a tiny pipeline short, with calibration data that are there already."""
+    return [
+        f"device={device}",
+        "evaluation.num_samples=4",
+        "evaluation.num_inference_steps=2",
+        "evaluation.num_teacher_forced=1",
+        "evaluation.num_bootstrap=50",
+        "evaluation.height=32",
+        "evaluation.width=32",
+        "calibration.num_samples=4",
+        "calibration.batch_size=2",
+        "sweep.floors=false",
+        *more,
+    ]
+
+
+def text_words(device: str, *more: str) -> list[str]:
+    """The same for a tiny model of text, whose calibration text is a file."""
+    return [
+        f"device={device}",
+        "evaluation.num_samples=6",
+        "evaluation.batch_size=2",
+        "evaluation.context_length=32",
+        "evaluation.num_bootstrap=50",
+        "calibration=text",
+        "calibration.num_samples=8",
+        "calibration.context_length=32",
+        "sweep.floors=false",
+        *more,
+    ]

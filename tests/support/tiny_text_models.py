@@ -9,6 +9,8 @@ from quantlab.vocabulary.schema import ModelConfig
 
 SPECIAL = ("<pad>", "<s>", "</s>")
 TEXT = "".join(f"Sentence {i}: the quick brown fox number {i * i} jumps over {i % 7} lazy dogs.\n" for i in range(120))
+OTHER = "".join(f"Line {i}: {i % 11} slow red hens sit below box {i * 3} and wait.\n" for i in range(150))
+"""Of which no line is in the other."""
 
 
 def byte_tokenizer(adds_bos=False, max_length=4096):
