@@ -18,7 +18,7 @@ from rich.table import Table
 from quantlab.errors import ConfigError, QuantlabError, is_disk_full, nearest
 from quantlab.planning.completion import SCRIPT, completions
 from quantlab.planning.job import Plan
-from quantlab.planning.listing import BRIEF, LISTS
+from quantlab.planning.listing import BRIEF, DEVICES, LISTS, Row, combinations
 from quantlab.planning.places import groups, option_dirs, own_options, recipe_dirs
 from quantlab.planning.plan import plan
 from quantlab.planning.ready import check_ready
@@ -68,6 +68,7 @@ outputs/runs.
 MAX_PAIRS = 10
 HELPS = "quantlab --help shows them"
 LONG = {"-h": "--help", "--info": "-i", "--shell-completion": "-sc"}
+CPU_SECONDS = "; seconds on a CPU say nothing about a GPU"
 KNOWN_FLAGS = {
     *("-m", "--multirun", "--json", "--cfg", "--resolve", "-q", "--quiet", "-h", "--help", "--trust"),
     *("--version", "--info", "-i", "--shell-completion", "-sc"),
@@ -258,14 +259,17 @@ def script() -> str:
 
 def show_list(words: Sequence[str], as_json: bool) -> int:
     """Print one of the lists."""
-    if len(words) != 1 or words[0] not in LISTS:
+    if not words or words[0] not in LISTS:
         what = words[0] if words else ""
         raise ConfigError(f"{' '.join(['list', *words[:1]])}: there are {', '.join(LISTS)}{nearest(what, LISTS)}")
-    rows = LISTS[words[0]]()
+    rows = _on_device(words[1:]) if words[0] == "combinations" else LISTS[words[0]]() if not words[1:] else None
+    if rows is None:
+        raise ConfigError(f"{words[1]}: list {words[0]} takes no further word; leave it out")
     if as_json:
         print(json.dumps(rows, indent=2))
         return 0
-    keys, caption = BRIEF.get(words[0], (tuple(rows[0]) if rows else (), None))
+    of = "combinations of a device" if words[1:] else words[0]
+    keys, caption = BRIEF.get(of, (tuple(rows[0]) if rows else (), None))
     table = Table(pad_edge=False, caption=caption, caption_justify="left")
     for key in keys:
         table.add_column(key.replace("_", " "), overflow="fold")
@@ -274,6 +278,15 @@ def show_list(words: Sequence[str], as_json: bool) -> int:
             table.add_row(*(plain(_cell(row[key]), 1000) for key in keys))
     terminal().print(table)
     return 0
+
+
+def _on_device(words: Sequence[str]) -> list[Row]:
+    """The combinations, of all devices or of the one that ``device=...`` says."""
+    key, _, value = words[0].partition("=") if words else ("device", "", "")
+    if key != "device" or len(words) > 1 or (words and value not in DEVICES):
+        wrong = words[-1] if key == "device" else words[0]
+        raise ConfigError(f"{wrong}: list combinations takes device={' or device='.join(DEVICES)}")
+    return combinations(value)
 
 
 def _cell(value: object) -> str:
@@ -406,7 +419,8 @@ def run(request: Plan, as_json: bool, quiet: bool) -> int:
     else:
         config = request.jobs[0].config
         size = f"{config.model.family}, n = {config.evaluation.num_samples}"
-        caption = f"{size}; saving is against 16 bit; seconds on a CPU say nothing about a GPU"
+        here = "" if any(r["metrics"].get("perf/representative") for r in rows) else CPU_SECONDS
+        caption = f"{size}; saving is against 16 bit{here}"
         console = terminal(132)
         for protocol in sorted({r["protocol"] for r in rows}):
             console.print(terminal_table([r for r in rows if r["protocol"] == protocol], protocol, caption))

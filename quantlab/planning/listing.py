@@ -51,20 +51,31 @@ def dtypes() -> list[Row]:
     ]
 
 
-def combinations() -> list[Row]:
-    """One row for each dtype of each backend: what the capability table says, or why it is refused."""
+DEVICES = ("cpu", "cuda")
+
+
+def combinations(device: str = "") -> list[Row]:
+    """One row for each dtype of each backend: what the capability table says, or why it is refused.
+
+    ``device``: of one kind of device, whether such a device is here or not, with what it and the shapes must be.
+    """
     nothing = dict.fromkeys(f.name for f in fields(Capability))
     return [
         {
             "backend": backend,
             "dtype": dtype,
-            "offered": dtype in offer.rows,
-            "reason": offer.refusal(dtype),
+            "offered": dtype in offer.rows and (not device or device in offer.rows[dtype].devices),
+            "reason": _not_there(offer.rows[dtype], device) if dtype in offer.rows else offer.refusal(dtype),
+            "needs": offer.rows[dtype].needs(device or "cuda") if dtype in offer.rows else None,
             **(asdict(offer.rows[dtype]) if dtype in offer.rows else nothing),
         }
         for backend, offer in offers().items()
         for dtype in DTYPES
     ]
+
+
+def _not_there(row: Capability, device: str) -> str:
+    return f"runs on {' and '.join(row.devices)} only" if device and device not in row.devices else ""
 
 
 ALGORITHMS = {
@@ -159,8 +170,13 @@ def metrics() -> list[Row]:
 BRIEF = {
     "combinations": (
         ("backend", "dtype", "group_sizes", "activation_dtypes", "algorithms"),
-        "All others are refused; their reasons, and all else that the table says: --json",
-    )
+        "All others are refused; their reasons, and all else that the table says: --json; device=cuda or device=cpu "
+        "lists what runs there, and what it needs",
+    ),
+    "combinations of a device": (
+        ("backend", "dtype", "activation_dtypes", "needs"),
+        "Of shapes, of the device and of the machine; all else that the table says: --json",
+    ),
 }
 """List -> the columns that a terminal has room for, and what is said of the rest."""
 

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _NUM_ROWS = 8
-_LARGEST_OUTPUT = 1000.0
-"""Inputs are made smaller where outputs would be larger: 16 bits end at 65,504, and that is no fault of a layer."""
+_LARGEST_OUTPUT, _PER_WEIGHT = 1000.0, 100.0
+"""Inputs are made smaller where outputs would be larger, or larger than so many times the largest weight: float16 ends
+at 65,504, and where it scales last the sums of codes up to 127 end there too. That is no fault of a layer."""
 _WEIGHT_ONLY, _FOUR_BIT_INPUTS = 0.05, 0.5
 _ROUNDED_INPUTS = 0.1
 _PRODUCTS = ("mm", "mv", "gemv", "gemm", "linear", "matmul")
@@ -56,7 +57,9 @@ def product(layer: torch.nn.Module, stored: StoredWeight, dtype: torch.dtype) ->
     x = torch.randn(_NUM_ROWS, dense.shape[1], generator=draw).to(dense.device)
     if stored.column_scale is not None:
         x = x * stored.column_scale.to(x)
-    x = (x * min(1.0, _LARGEST_OUTPUT / max(1.0, float((x @ dense.T).abs().max())))).to(dtype)
+    limit = min(_LARGEST_OUTPUT, _PER_WEIGHT * float(dense.abs().max()))
+    largest = float((x @ dense.T).abs().max())
+    x = (x * min(1.0, limit / largest) if largest else x).to(dtype)
     wanted = x.float() @ dense.T
     with torch.no_grad(), profile() as profiled:  # type: ignore[no-untyped-call]
         found = layer(x).float()

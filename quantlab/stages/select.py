@@ -10,6 +10,7 @@ from quantlab.backends.exclusions import expand, kept_in_float32
 from quantlab.backends.scheme import Format, Scheme
 from quantlab.backends.table import offers, warn_unprobed
 from quantlab.errors import ConfigError, NotQuantized
+from quantlab.modules.compiler import missing_compiler
 from quantlab.modules.device import kind_of
 from quantlab.modules.hooks import check_forwards, check_offloading
 from quantlab.modules.layers import linear_layers, resolve_exclusions
@@ -183,13 +184,18 @@ def check_device(asked: Format, device: str, compute_dtype: str) -> None:
             f"{who} computes it in {', '.join(row.compute_dtypes)} only; this run computes in {compute_dtype}: "
             f"pass compute_dtype={row.compute_dtypes[0]}"
         )
-    if kind_of(device) == "cuda" and row.min_compute_capability is not None:
+    if kind_of(device) == "cuda" and (row.min_compute_capability is not None or row.needs_nvcc):
         import torch
 
         if not torch.cuda.is_available():  # planned for a device that is elsewhere
             return
+        if row.needs_nvcc and (missing := missing_compiler()):
+            raise ConfigError(
+                f"{who} compiles CUDA code for it, and {missing} is not on this machine; install the CUDA toolkit and "
+                "ninja, or choose another dtype (quantlab list combinations device=cuda)"
+            )
         have = torch.cuda.get_device_capability(device)
-        if have < row.min_compute_capability:
+        if row.min_compute_capability is not None and have < row.min_compute_capability:
             need = ".".join(map(str, row.min_compute_capability))
             raise ConfigError(f"{who} needs CUDA compute capability {need}; this device has {have[0]}.{have[1]}")
 

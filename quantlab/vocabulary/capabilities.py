@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
+
 GroupSize = int | str  # a number, or "none": one scale a row
 
 
@@ -29,6 +31,10 @@ class Capability:
     devices: tuple[str, ...] = ("cpu", "cuda")
     min_compute_capability: tuple[int, int] | None = None
     """CUDA compute capability that the library's kernel asks for; None: any."""
+    cuda_activations: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Of ``activation_dtypes``, those whose kernel asks for CUDA -> the compute capability; static scales may not."""
+    needs_nvcc: bool = False
+    """The library compiles CUDA code at first use: ``nvcc`` and ``ninja`` must be there."""
     packages: tuple[str, ...] = ()
     """Import names needed beyond the backend's own."""
     compute_dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
@@ -49,6 +55,27 @@ class Capability:
     gives the job a process of its own (``sweep.isolation=auto``)."""
     is_prototype: bool = False
     note: str = ""
+
+    def needs(self, device: str) -> str:
+        """What the row asks of shapes, of the machine and of the device (``cpu`` or ``cuda``), in words."""
+        of_shapes = {
+            "in_features": self.in_features_multiple,
+            "out_features": self.out_features_multiple,
+            "weights": self.numel_multiple,
+        }
+        said = [f"{what} % {multiple}" for what, multiple in of_shapes.items() if multiple > 1]
+        if device == "cuda":
+            said += [f"CUDA {_version(self.min_compute_capability)}"] if self.min_compute_capability else []
+            said += [f"activations {a}: CUDA {_version(v)}" for a, v in self.cuda_activations.items()]
+            said += ["nvcc and ninja"] if self.needs_nvcc else []
+        said += [f"{', '.join(self.packages)} installed"] if self.packages else []
+        if len(self.compute_dtypes) < len(COMPUTE_DTYPES):
+            said.append(f"computes in {' or '.join(self.compute_dtypes)}")
+        return "; ".join(said)
+
+
+def _version(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 Rows = Mapping[str, Capability]
@@ -87,6 +114,7 @@ _TORCHAO: Rows = {
     "float8_e4m3": Capability(
         group_sizes=("none",),
         activation_dtypes=("none", "float8_e4m3"),
+        cuda_activations={"float8_e4m3": (8, 9)},
         may_crash_on=("cuda",),  # scaled by rows, with CUDA 12.9 (pytorch/ao 4582)
         note="activation_dtype=float8_e4m3 needs CUDA, compute capability 8.9, or activation_scales=static with "
         "calibration data (a prototype)",
@@ -190,12 +218,16 @@ _MODELOPT: Rows = {
         min_compute_capability=(8, 9),
         algorithms=("max", *_MODELOPT_AWQ),
     ),
-    "mxfp8": Capability(
-        group_sizes=(32,), in_features_multiple=32, devices=("cuda",), note="compiles a CUDA extension"
-    ),
-    "mxfp4": Capability(
-        group_sizes=(32,), in_features_multiple=32, devices=("cuda",), note="compiles a CUDA extension"
-    ),
+    **{
+        d: Capability(
+            group_sizes=(32,),
+            in_features_multiple=32,
+            devices=("cuda",),
+            needs_nvcc=True,
+            note="only its CUDA code rounds to it, compiled at first use",
+        )
+        for d in ("mxfp8", "mxfp4")
+    },
 }
 
 _CASTS = "a cast, not a quantization; backend=none casts"

@@ -47,8 +47,22 @@ def dense_4bit(weight: Params4bit, dtype: torch.dtype) -> Tensor:
         return torch.ops.bitsandbytes.dequantize_4bit.default(
             weight.data, absmax, state.blocksize, state.quant_type, state.shape, dtype
         )
-    # The library would compile C++ at the first call of each shape, or take other blocks' scales; so by hand:
-    codes, num = weight.data.reshape(-1).view(torch.uint8), math.prod(state.shape)
+    return decoded_4bit(weight, dtype)  # the library would compile C++ at each shape, or take other blocks' scales
+
+
+def decoded_4bit(weight: Params4bit, dtype: torch.dtype) -> Tensor:
+    """The same by the format's definition, without a kernel of the library: what read-back holds its layers against.
+
+    Two codes a byte, the first in the high half, are indices into the 16 values of the type; times the block's scale,
+    which with double quantization is itself an index into 256 values, times a scale a block of blocks, plus a mean.
+    """
+    import torch
+
+    state, num = weight.quant_state, math.prod(weight.quant_state.shape)
+    codes, absmax = weight.data.reshape(-1).view(torch.uint8), state.absmax
+    if (nested := state.state2) is not None:
+        scales = nested.absmax.repeat_interleave(nested.blocksize)[: absmax.numel()]
+        absmax = nested.code[absmax.int()] * scales + state.offset
     values = state.code[torch.stack((codes >> 4, codes & 15), dim=-1).reshape(-1)[:num].int()]
     return (values * absmax.repeat_interleave(state.blocksize)[:num]).to(dtype).reshape(state.shape)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from quantlab.backends.bitsandbytes.config import LIBRARY_BLOCKSIZE, BitsAndBytesConfig
-from quantlab.backends.bitsandbytes.layers import dense_4bit, layer_classes, library, torch_dtype
+from quantlab.backends.bitsandbytes.layers import decoded_4bit, layer_classes, library, torch_dtype
 from quantlab.backends.linears import linear_at
 from quantlab.errors import ConfigError, ModelError, NotQuantized, require_package
 from quantlab.modules.layers import replace_layer
@@ -81,7 +81,7 @@ def read_back(layer: nn.Module) -> StoredWeight:
             f"a {state.quant_type} layer of shape {tuple(state.shape)} in blocks of {state.blocksize} "
             f"needs {num_blocks} scales and holds {state.absmax.numel()}; quantize it again"
         )
-    dense = dense_4bit(layer.weight, layer.compute_dtype or state.dtype).float()
+    dense = decoded_4bit(layer.weight, layer.compute_dtype or state.dtype).float()
     return StoredWeight(
         dtype=state.quant_type,
         group_size=state.blocksize,

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.backends.modelopt.config import NVIDIAModelOptConfig
+from quantlab.backends.modelopt.extensions import build_mx, leave_out
 from quantlab.backends.modelopt.quantizers import build_quant_cfg
 from quantlab.errors import ConfigError, is_of_the_machine
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _NOISY_LOGGERS = ("torchao", "torch.utils._pytree", "diffusers", "bitsandbytes", "transformers")
 BRANCH = ("svdquant_lora_a", "svdquant_lora_b")
 """Attributes of a weight's quantizer with a low-rank branch: (rank, in_features), then (out_features, rank)."""
-_EXTENSIONS = ("get_cuda_ext", "get_cuda_ext_fp8")
+_MX = ("MXFP8", "MXFP4")
 
 
 @contextlib.contextmanager
@@ -40,18 +41,6 @@ def quiet_library() -> Iterator[ModuleType]:
         for name, level in levels.items():
             if logging.getLogger(name).level == logging.ERROR:  # else the library chose one while it was imported
                 logging.getLogger(name).setLevel(level)
-
-
-def settle_extensions() -> None:
-    """Keep the library from its compiled kernels of integers and of FP8: it computes the same with torch's.
-
-    They round otherwise (half away from zero, after 8 was added in 16 bits: 3 % of the codes), launch no thread for
-    blocks above 2,048 weights and do not say so, and are there only where a CUDA compiler is: one scheme would have
-    two sets of numbers.
-    """
-    extensions = importlib.import_module("modelopt.torch.quantization.extensions")
-    for name in _EXTENSIONS:
-        getattr(extensions, name).extension = None
 
 
 def layers_at(model: nn.Module, names: Iterable[str]) -> dict[str, QuantLinear]:
@@ -72,13 +61,15 @@ def insert(
     """
     import torch
 
+    if used := [kind for kind in (config.weight_type, config.activation_type) if kind in _MX]:
+        build_mx(used[0])
     layers = list(named.values())
     holder = torch.nn.ModuleList(layers)
     shapes = {str(i): shape_of(layer) for i, layer in enumerate(layers)}
     cfg = build_quant_cfg(config, shapes)
     cfg["algorithm"] = cfg["algorithm"] if algorithm is None else algorithm
     with quiet_library() as library, torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
-        settle_extensions()
+        leave_out()
         with named_failure(config, list(named)):
             library.quantize(holder, cfg, forward_loop)
 

@@ -167,9 +167,7 @@ def _dense(weight: Tensor, kind: str) -> Tensor:
     with torch.no_grad():
         dense = _dequantized(weight, kind)
         pre_scale: Tensor | None = getattr(weight, "act_pre_scale", None)
-        if pre_scale is None or kind == "Int4TilePackedTo4dTensor":  # whose product has it already
-            return dense
-        return dense * pre_scale.float()
+        return dense if pre_scale is None else dense * pre_scale.float()
 
 
 def _dequantized(weight: Tensor, kind: str) -> Tensor:
@@ -180,10 +178,27 @@ def _dequantized(weight: Tensor, kind: str) -> Tensor:
             return _from_opaque(cast("Int4OpaqueTensor", weight))
         if kind == "NF4Tensor":
             return cast("NF4Tensor", weight).get_original_weight().float()
-        if kind == "Int4TilePackedTo4dTensor":  # it multiplies and does nothing else: the identity gives the weight
-            eye = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-            return torch.nn.functional.linear(eye, weight).t().float()
+        if kind == "Int4TilePackedTo4dTensor":
+            return _from_tiles(cast("Int4TilePackedTo4dTensor", weight))
         return weight.dequantize().float()
+
+
+def _from_tiles(weight: Int4TilePackedTo4dTensor) -> Tensor:
+    """Codes from the layout of ``aten::_convert_weight_to_int4pack``, whose product would have hidden its own faults.
+
+    A tile is 8 rows by 16 columns, as a warp's 32 lanes take operand B of ``mma.m16n8k16``; a lane holds pairs of
+    neighbouring columns, 8 apart, of two tiles in one 32-bit word: first the even columns', then the odd ones'.
+    """
+    import torch
+
+    num_tiles, num_outer, _, num_words = weight.qdata.shape
+    shifts = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], device=weight.qdata.device, dtype=torch.int32)
+    codes = ((weight.qdata.unsqueeze(-1) >> shifts) & 15).reshape(num_tiles, num_outer, 8, 4, num_words, 4, 2)
+    codes = codes.permute(0, 2, 1, 4, 5, 3, 6).reshape(num_tiles * 8, -1)
+    group = codes.shape[1] // weight.scale_and_zero.shape[0]
+    scales, zeros = weight.scale_and_zero.float().repeat_interleave(group, dim=0).transpose(0, 1).unbind(-1)
+    dense = ((codes - 8) * scales[: len(codes)] + zeros[: len(codes)]).to(torch.bfloat16)
+    return dense[: weight.shape[0], : weight.shape[1]].float()
 
 
 def _from_opaque(weight: Int4OpaqueTensor) -> Tensor:

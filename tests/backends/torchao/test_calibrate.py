@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from quantlab.backends import torchao as backend
-from quantlab.backends.torchao import readback
 from quantlab.backends.torchao.build import build_form, quiet_library
 from quantlab.errors import ConfigError
 from quantlab.modules.feed import CalibrationFeed, feed_of_batches
@@ -222,23 +221,6 @@ def test_batches_may_be_uneven_and_their_cut_does_not_matter(scheme):
     one = calibrated(config, data=[whole])
     x = torch.cat(batches((1,), seed=5))
     assert torch.equal(uneven.first(x), one.first(x))
-
-
-def test_the_tile_packed_weight_is_read_with_its_scale_once():
-    """Its product, by which it is read, multiplies the input by the scale itself; here a stand-in for CUDA's."""
-
-    class Int4TilePackedTo4dTensor(torch.Tensor):
-        act_pre_scale = torch.linspace(0.5, 2, 8)
-
-        @classmethod
-        def __torch_function__(cls, func, types, args=(), kwargs=None):
-            if func is torch.nn.functional.linear:
-                return (args[0] * cls.act_pre_scale) @ args[1].as_subclass(torch.Tensor).t()
-            return super().__torch_function__(func, types, args, kwargs or {})
-
-    codes = torch.randn(4, 8)
-    dense = readback._dense(codes.as_subclass(Int4TilePackedTo4dTensor), "Int4TilePackedTo4dTensor")
-    assert torch.allclose(dense, codes * Int4TilePackedTo4dTensor.act_pre_scale)
 
 
 def test_inputs_that_are_written_into_later_are_kept_as_they_were():
