@@ -107,6 +107,17 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     )
 
 
+def in_words(error: BaseException) -> str:
+    """What a library raised, for a row or a line: its type and text, and the way out where the machine gave up."""
+    text = f"{type(error).__name__}: {error}"
+    if is_out_of_memory(error):
+        return (
+            f"{text}; out of memory: set a smaller evaluation.batch_size (or calibration.batch_size where it "
+            "calibrates), quantize fewer model.components, or run fewer jobs at once (launcher.num_workers)"
+        )
+    return text
+
+
 def is_device_lost(error: BaseException | None) -> bool:
     """Whether ``error``, or what it came from, leaves this process without its GPU: only a new process has one."""
     return any(

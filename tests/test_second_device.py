@@ -30,6 +30,7 @@ def test_python_takes_a_modules_own_device(device):
 def asked(monkeypatch):
     """Devices whose capability was asked for."""
     found = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: found.append(str(device)) or (7, 0))
     return found
 
@@ -47,6 +48,7 @@ def test_the_capability_is_that_of_the_modules_device(backend, dtype, asked):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_runs_on_a_gpu_runs_on_the_second_one(backend, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     for dtype, row in CAPABILITIES[backend].items():
         scheme = the_scheme(QuantizationAxes(backend=backend, dtype=dtype))

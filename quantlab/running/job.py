@@ -12,7 +12,7 @@ from typing import Any
 
 from quantlab.backends.table import unprobed
 from quantlab.datasets.overlap import overlap
-from quantlab.errors import ConfigError, is_disk_full
+from quantlab.errors import ConfigError, in_words, is_disk_full
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules import emulated
 from quantlab.modules.device import kind_of
@@ -81,7 +81,7 @@ def floor_rows(session: Session, bench: Workbench, job: Job) -> list[RunReport]:
         except Exception as error:  # noqa: BLE001  whatever a library raises: the run itself may do well
             if is_disk_full(error):
                 raise
-            told = f"{type(error).__name__}: {error}"
+            told = in_words(error)
             say(f"{floor.name}: {told[:500]}; verdicts use the other floors", "failed")
             rows.append(failed_row(floor, bench.model.protocol, told, "floors"))
     return rows

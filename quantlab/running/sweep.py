@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab import tracking
-from quantlab.errors import ConfigError, DiskFull, QuantlabError, TrackingError, is_device_lost, is_disk_full
+from quantlab.errors import ConfigError, DiskFull, QuantlabError, TrackingError, in_words, is_device_lost, is_disk_full
 from quantlab.modules.device import answers
 from quantlab.modules.precision import exact_arithmetic
 from quantlab.planning.job import Job, Merged, Plan
@@ -165,7 +165,7 @@ def told_apart(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise QuantlabError(
-            f"{name}: failed with {type(error).__name__}: {error}; the run's failure.txt says where, and "
+            f"{name}: failed with {in_words(error)}; the run's failure.txt says where, and "
             "QUANTLAB_TRACEBACK=1 shows it here"
         ) from error
 
@@ -309,14 +309,14 @@ def _made(session: Session, bench: Workbench, job: Job, key: str) -> RunReport:
     except Exception as error:  # noqa: BLE001  whatever a library raises: a failing job is a row
         if is_disk_full(error):  # no other job would fare better
             raise
-        told = f"{type(error).__name__}: {error}"
-        say(f"{job.name}: {told[:500]}", "failed")
+        text = in_words(error)
+        say(f"{job.name}: {text[:500]}", "failed")
         if is_device_lost(error) or not answers(session.device):
             session.lost_device = job.name
-            told += "; the GPU answered this process no more, so the jobs after it ran in processes of their own"
+            text += "; the GPU answered this process no more, so the jobs after it ran in processes of their own"
         if run is None:  # it did not even begin
-            return failed_row(job, bench.model.protocol, told)
-        return failed_row(job, bench.model.protocol, told, run.stage, run.run_id, run.record.summary["metrics"])
+            return failed_row(job, bench.model.protocol, text)
+        return failed_row(job, bench.model.protocol, text, run.stage, run.run_id, run.record.summary["metrics"])
 
 
 def _finished(

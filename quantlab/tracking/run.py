@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, SupportsFloat
 
-from quantlab.errors import TrackingError
+from quantlab.errors import TrackingError, in_words
 from quantlab.tracking.events import Event
 from quantlab.tracking.pictures import framed_grid
 from quantlab.tracking.record import Record
@@ -167,7 +167,7 @@ class Run:
         with contextlib.suppress(OSError):  # a short line may find room where a long text does not
             self._log_text("".join(traceback.format_exception(error)), "failure.txt")
         told = self._terminated or (isinstance(error, SystemExit) and error.code == _TERMINATED)  # by an outer run
-        text = "SIGTERM: the process was told to end" if told else f"{type(error).__name__}: {error}"
+        text = "SIGTERM: the process was told to end" if told else in_words(error)
         self.finish("FAILED", text)
 
     def _terminate(self, *_: object) -> None:
