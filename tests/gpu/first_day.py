@@ -191,7 +191,19 @@ def marked(device, folder):
     """The tests that are marked ``gpu``: memory that does not suffice, pools, pipelines, language models and more."""
     if device != "cuda":
         return
-    words = ["-m", "pytest", "-m", "gpu", f"-n{min(8, os.cpu_count() or 1)}", "-q", "--maxfail=40", "-p", "no:cacheprovider", ROOT / "tests"]
+    words = [
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        f"-n{min(8, os.cpu_count() or 1)}",
+        "--dist=worksteal",
+        "-q",
+        "--maxfail=40",
+        "-p",
+        "no:cacheprovider",
+        ROOT / "tests",
+    ]
     code, out, err, seconds = call(words, ROOT)
     yield not code, f"exit {code}, {seconds:.0f} s: {out.strip().splitlines()[-1:]}", {"out": out[-20000:]}
     for line in out.splitlines():
