@@ -146,7 +146,14 @@ def held(device):
 
     sweep.run_job = watched
     rows = quantlab.run(
-        overrides=[f"device={device}", "backend=quanto,gguf,torchao", "evaluation.guidance_scale=1.5,2.5", *TINY],
+        overrides=[
+            f"device={device}",
+            # float8 of torchao runs apart on CUDA, and what the others hold must be gone by then
+            "sweep.candidates=[{backend: quanto, dtype: int8}, {backend: torchao, dtype: float8_e4m3},"
+            " {backend: gguf, dtype: q8_0}]",
+            "evaluation.guidance_scale=1.5,2.5",
+            *TINY,
+        ],
         quiet=True,
     )
     sys.exit(any(row.status != "FINISHED" for row in rows))
@@ -187,6 +194,31 @@ def asserting(device):
         print(json.dumps({"name": row.name, "status": row.status, "error": row.error or ""}), flush=True)
 
 
+def cards(device, folder):
+    """With two devices: a pool of two, a device each, and what compare makes of it."""
+    import torch
+
+    if device != "cuda" or torch.cuda.device_count() < 2:
+        yield True, "fewer than two devices: not run", None
+        return
+    words = [
+        "-m",
+        "quantlab",
+        "-m",
+        "backend=quanto,gguf,bitsandbytes",
+        "launcher=pool",
+        "launcher.jobs=2",
+        *TINY,
+        "--json",
+    ]
+    code, out, err, seconds = call(words, folder)
+    rows = json.loads(out) if out.startswith("[") else []
+    fine = not code and all(row["status"] == "FINISHED" for row in rows)
+    yield fine, f"pool: exit {code}, {dict(Counter(row['status'] for row in rows))}, {seconds:.0f} s", rows
+    code, out, err, seconds = call(["-m", "quantlab", "compare", "sweep=latest", "--json"], folder)
+    yield not code, f"compare: exit {code}: {err[-300:]}", {"out": out}
+
+
 def marked(device, folder):
     """The tests that are marked ``gpu``: memory that does not suffice, pools, pipelines, language models and more."""
     if device != "cuda":
@@ -211,7 +243,7 @@ def marked(device, folder):
             yield False, f"  {line[:300]}", None
 
 
-SECTIONS = {s.__name__: s for s in (machine, kernels, jobs, handovers, after_an_assert, marked)}
+SECTIONS = {s.__name__: s for s in (machine, kernels, jobs, handovers, after_an_assert, cards, marked)}
 
 
 def in_folder(name, device, folder):
