@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -119,3 +120,20 @@ def test_a_view_has_hooks_and_ties_and_no_memory_of_its_own():
     view["norm"].to(torch.float64)
     assert module["a"].weight.any()
     assert module["norm"].weight.dtype == torch.float32
+
+
+def test_a_config_that_speaks_of_layers_is_handed_all_of_them(monkeypatch):
+    """Alone, a layer would leave the entry of another one without a match."""
+    from quantlab.backends.scheme import scheme_of_config
+    from tests.support.tables import BACKENDS
+
+    gguf, original, handed = BACKENDS["gguf"], net("float32"), []
+    real = gguf.quantize
+    monkeypatch.setattr(
+        gguf, "quantize", lambda model, layers, *more: handed.append(list(layers)) or real(model, layers, *more)
+    )
+    config = gguf.Config(gguf_type="q4_0", tensor_types={"2": "q8_0"})
+    request = replace(request_of(SCHEMES[0]), scheme=scheme_of_config(config), compute_dtype="float32")
+    _, report = quantize_component(request, view_of(original), original, is_view=True)
+    assert handed == [["0", "2"]]
+    assert [row.dtype for row in report.layers] == ["q4_0", "q8_0"]
