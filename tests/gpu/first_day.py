@@ -207,7 +207,7 @@ def cards(device, folder):
         "-m",
         "backend=quanto,gguf,bitsandbytes",
         "launcher=pool",
-        "launcher.jobs=2",
+        "launcher.num_workers=2",
         *TINY,
         "--json",
     ]
