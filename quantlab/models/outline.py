@@ -12,6 +12,7 @@ from quantlab.errors import ModelError
 from quantlab.models.architectures import Architecture, Part, class_of
 from quantlab.models.reading import frozen, quiet_loading
 from quantlab.modules.compute_dtype import torch_dtype
+from quantlab.modules.source import uninitialized
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,14 @@ class Outline:
     default_exclusions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
+def empty(key: str, part: Part, dtype: str) -> nn.Module:
+    """One component whose parameters are on the meta device and whose buffers have values: to be filled from its files.
+
+    Raises ModelError as :func:`build` does.
+    """
+    return _built(key, part, dtype, is_filled=True)
+
+
 def build(key: str, architecture: Architecture, dtype: str) -> dict[str, nn.Module]:
     """Component -> module on the meta device, as ``from_pretrained`` with ``dtype`` would make it.
 
@@ -41,7 +50,7 @@ def build(key: str, architecture: Architecture, dtype: str) -> dict[str, nn.Modu
     return {name: _built(f"{key} ({name})", part, dtype) for name, part in architecture.parts.items()}
 
 
-def _built(key: str, part: Part, dtype: str) -> nn.Module:
+def _built(key: str, part: Part, dtype: str, is_filled: bool = False) -> nn.Module:
     import diffusers
     import torch
     from transformers.utils import logging
@@ -51,11 +60,12 @@ def _built(key: str, part: Part, dtype: str) -> nn.Module:
         raise ModelError(f"{key}: the installed libraries have no class {part.class_name}; name another model")
     config = {k: v for k, v in part.config.items() if k not in ("quantization_config", "auto_map")}
     try:
-        with _default_dtype(torch_dtype(dtype)), torch.device("meta"), quiet_loading(logging), _silent(logging):
+        where = uninitialized() if is_filled else torch.device("meta")
+        with _default_dtype(torch_dtype(dtype)), where, quiet_loading(logging), _silent(logging):
             is_diffusers = issubclass(made, diffusers.ModelMixin)
             module = made.from_config(config) if is_diffusers else made(made.config_class.from_dict(config))
-            if hasattr(module, "tie_weights"):
-                module.tie_weights()
+        if hasattr(module, "tie_weights"):  # out there, where what is assigned is what is held
+            module.tie_weights()
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, NotImplementedError, ImportError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise ModelError(

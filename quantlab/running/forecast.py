@@ -27,7 +27,7 @@ from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, DTYPES
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.prices import ComponentPrice, Phase, Price
-from quantlab.vocabulary.schema import ExperimentConfig
+from quantlab.vocabulary.schema import PLACEMENTS, ExperimentConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -178,7 +178,7 @@ def _advice(book: _Book, config: ExperimentConfig, scheme: Scheme | None, price:
     if any(c.refused for c in price.components):
         return ""
     if config.memory.placement != "auto" and (other := _placement(price, budget, "auto")):
-        return f"memory.placement={other} fits"
+        return f"memory.placement={other} fits" if other in PLACEMENTS else "part by part it fits"
     for words, other_config, other_scheme in _changes(book, config, scheme):
         wider = _Book(outline=replace(book.outline, quantized=tuple(other_config.model.components)))
         changed = _price(wider if other_config is not config else book, other_config, other_scheme, words)

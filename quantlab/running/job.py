@@ -19,6 +19,7 @@ from quantlab.modules.device import kind_of
 from quantlab.modules.kept import Damaged, read_json, set_aside, write_json
 from quantlab.planning.job import Job
 from quantlab.progress import say
+from quantlab.running.placement import source_for
 from quantlab.running.rows import failed_row
 from quantlab.running.workbench import Session, Workbench, in_stage, run_folder, shared_tags, step_progress
 from quantlab.stages.candidate import Making, make_candidate, write_calibration
@@ -113,6 +114,7 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
             cache_dir=session.output_dir / "cache",
             advance=session.advance,
             stage=lambda name: in_stage(session, run, name),
+            source=source_for(bench.model, job, chosen),
         )
     )
     candidate, layers = made.model, made.quantization

@@ -1,9 +1,10 @@
 """The phases of a run and what lies on the device and on the host in each: weights exactly, activations estimated.
 
-``resident`` is a run that keeps the whole reference on the device and quantizes a copy of the component beside it.
-``streamed`` is the least that the same work takes: prompts are encoded and the encoders freed, the reference is
-observed alone (by groups of layers where the budget does not hold it), a candidate's layers go from the checkpoint's
-file to the device one by one, and the decoder comes last; no two of them are there together.
+``resident``: the reference stays on the device, and a copy of the component is quantized beside it.
+``streamed``: the reference stays, and a candidate's layers come from the checkpoint's files, one by one: no copy.
+``alone``: the least that the same work takes, each part by itself: prompts are encoded and the encoders freed, the
+reference is observed (by groups of layers where the budget does not hold it) and freed, a candidate is streamed, and
+the decoder comes last.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def phases(
         host_bytes=0 if fits else before,
         activation_bytes=active,
     )
-    return {
+    found = {
         "resident": _made(
             ("encode prompts", every, reading),
             ("reference", every, active),
@@ -82,7 +83,14 @@ def phases(
             ("evaluate", every + made, active),
             ("decode", every + made, decoding),
         ),
-        "streamed": (
+        "streamed": _made(
+            ("encode prompts", every, reading),
+            ("reference", every, active),
+            *([("quantize", every + made + layer, 0)] if copied else []),
+            ("evaluate", every + made, active),
+            ("decode", every + made, decoding),
+        ),
+        "alone": (
             *_made(("encode prompts", read, reading)),
             alone if fits else grouped,
             *([calibrating] if needs_data and copied else []),
@@ -90,6 +98,7 @@ def phases(
             *_made(("evaluate", after, active), ("decode", decoder, decoding)),
         ),
     }
+    return _possible(found, needs_data)
 
 
 def _language(told: Mapping[str, ComponentPrice], active: int, needs_data: bool) -> dict[str, tuple[Phase, ...]]:
@@ -105,11 +114,21 @@ def _language(told: Mapping[str, ComponentPrice], active: int, needs_data: bool)
     )
     streamed = _made(
         ("reference", before, active),
+        *([("quantize", before + after + layer, 0)] if is_quantized else []),
+        ("evaluate", before + (after if is_quantized else 0), active),
+    )
+    alone = _made(
+        ("reference", before, active),
         *([("calibrate", before, active)] if needs_data else []),
         *([("quantize", after + layer, 0)] if is_quantized else []),
         ("evaluate", after, active),
     )
-    return {"resident": resident, "streamed": streamed}
+    return _possible({"resident": resident, "streamed": streamed, "alone": alone}, needs_data)
+
+
+def _possible(found: dict[str, tuple[Phase, ...]], needs_data: bool) -> dict[str, tuple[Phase, ...]]:
+    """What is calibrated needs the whole model, so it is not streamed."""
+    return {name: rows for name, rows in found.items() if not (needs_data and name == "streamed")}
 
 
 def _made(*rows: tuple[str, int, int]) -> tuple[Phase, ...]:

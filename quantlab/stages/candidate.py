@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from quantlab.modules.device import give_back, let_go
 from quantlab.modules.feed import CalibrationFeed
 from quantlab.modules.layers import linear_layers, matches, view_of
 from quantlab.modules.memory import StageMeasurement
+from quantlab.modules.source import Source
 from quantlab.planning.job import Job
 from quantlab.progress import Advance, say
 from quantlab.stages.calibrate import (
@@ -27,7 +29,7 @@ from quantlab.stages.calibrate import (
 )
 from quantlab.stages.evidence import LayerEnergies, layer_energies, weight_sqnr_db
 from quantlab.stages.quantize import quantize_component
-from quantlab.stages.select import QuantizationRequest, Selection, select_layers
+from quantlab.stages.select import QuantizationRequest, Selection, select_layers, select_streamed
 from quantlab.vocabulary.reports import CalibratedLayer, CalibrationReport, QuantizationReport, StageReport
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ class Making:
     advance: Advance
     stage: Stage
     """Opens and measures a stage of this name."""
+    source: Callable[[str], Source] | None = None
+    """Component -> the files that it is streamed from; None: it is copied from the reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +77,7 @@ class _Part:
     module: Any
     selection: Selection
     calibrated: Any = None
+    source: Source | None = None
 
 
 def make_candidate(making: Making) -> Candidate:
@@ -100,7 +105,12 @@ def make_candidate(making: Making) -> Candidate:
             making.advance(f"quantize {name}", 0, 1)
             part = parts[name] if parts else _part(making, name, scheme)
             made[name], report = quantize_component(
-                part.request, part.module, model.components[name], part.selection, part.calibrated
+                part.request,
+                part.module,
+                part.source.module if part.source else model.components[name],
+                part.selection,
+                part.calibrated,
+                source=part.source,
             )
             if not hasattr(scheme.backend.module, _WRITER):
                 part.calibrated = None
@@ -132,6 +142,10 @@ def _part(making: Making, name: str, scheme: Scheme) -> _Part:
         default_exclusions=model.default_exclusions.get(name, ()),
     )
     _tell_idle_groups(scheme, model.components[name])
+    if making.source is not None:
+        source = making.source(name)
+        module = copy.deepcopy(source.module)
+        return _Part(request=request, module=module, selection=select_streamed(request, module), source=source)
     module = model.copy_of(name)
     return _Part(request=request, module=module, selection=select_layers(request, module))
 

@@ -8,6 +8,7 @@ multiplies by something else than it holds (:mod:`quantlab.stages.products`).
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from quantlab.modules.compute_dtype import stand_for
 from quantlab.modules.hooks import without_hooks_of
 from quantlab.modules.layers import layers_left_alone, own_tensors
 from quantlab.modules.memory import layer_memory, logical_size
+from quantlab.modules.source import Source, freed_at_once
 from quantlab.stages.products import Product, product
 from quantlab.stages.select import QuantizationRequest, Selection, select_layers
 from quantlab.stages.weight_errors import WeightErrors, weight_errors
@@ -41,6 +43,7 @@ def quantize_component(
     calibrated: Any = None,
     *,
     is_view: bool = False,
+    source: Source | None = None,
 ) -> tuple[torch.nn.Module, QuantizationReport]:
     """Quantize ``module`` in place.
 
@@ -50,6 +53,8 @@ def quantize_component(
         calibrated: what the calibrate stage returned, for a config that needs data.
         is_view: ``module`` has its tensors in common with ``original`` (:func:`quantlab.modules.layers.view_of`).
             Each layer gets its own before it is handed over, one after the other: never a whole dense copy.
+        source: where the tensors of ``module`` are, which has none yet, nor has ``original``: each layer's are read
+            when its turn comes, and once more to compare with; the peak is the quantized model and one layer.
 
     Returns:
         The module and its report, one row for each Linear layer.
@@ -59,13 +64,28 @@ def quantize_component(
             else than what was asked for.
     """
     chosen = selection or select_layers(request, module)
+    with contextlib.nullcontext() if source is None else freed_at_once():
+        return _quantized(request, module, original, chosen, calibrated, is_view, source)
+
+
+def _quantized(
+    request: QuantizationRequest,
+    module: torch.nn.Module,
+    original: torch.nn.Module,
+    chosen: Selection,
+    calibrated: Any,
+    is_view: bool,
+    source: Source | None,
+) -> tuple[torch.nn.Module, QuantizationReport]:
     scheme, native, excluded, misfits = request.scheme, chosen.native, chosen.excluded, chosen.misfits
-    for names in _portions(chosen, is_view):
-        for name in names if is_view else ():
-            own_tensors(module.get_submodule(name))
+    if source is not None:
+        source.fill_others(module, {*chosen.taken, *chosen.misfits, *chosen.same})
+    for names in _portions(chosen, is_view or source is not None):
+        for name in names:
+            _bring(module, name, is_view, source)
         _hand_over(scheme, native, module, {n: chosen.compute_dtypes[n] for n in names}, calibrated)
-    for name in chosen.misfits if is_view else ():
-        own_tensors(module.get_submodule(name))
+    for name in chosen.misfits:
+        _bring(module, name, is_view, source)
     fallback = _fall_back(request, chosen, module, calibrated)
 
     kept = {n: ("skipped", reason) for n, reason in misfits.items() if n not in fallback}
@@ -79,6 +99,7 @@ def quantize_component(
             status, reason = kept[name]
             rows.append(_kept_row(request.component, name, cast("torch.nn.Linear", part), status, reason))
         elif name in chosen.taken or name in fallback:
+            part = part if source is None else source.original(name)
             weight = cast("torch.nn.Linear", part).weight
             stand_for(module.get_submodule(name), weight)
             to, reason = (None if name in chosen.taken else fallback[name]), misfits.get(name, "")
@@ -93,6 +114,14 @@ def quantize_component(
     shared = sorted({r.activation_granularity for r in rows if r.activation_granularity})
     resolved |= {"activation_granularity": ", ".join(shared)} if shared else {}
     return module, QuantizationReport(layers=tuple(rows), num_parameters=logical_size(original)[0], resolved=resolved)
+
+
+def _bring(module: torch.nn.Module, name: str, is_view: bool, source: Source | None) -> None:
+    """Give the layer at ``name`` tensors that are its own, on its device."""
+    if source is not None:
+        source.fill(module, name)
+    elif is_view:
+        own_tensors(module.get_submodule(name))
 
 
 def _with_shared(rows: Sequence[LayerReport], same: Mapping[str, str], order: Sequence[str]) -> list[LayerReport]:
@@ -194,7 +223,7 @@ def _read_row(
         stored = StoredWeight(dtype=fallback, group_size=None, dense=dense, floor=floor)
     else:
         stored = request.scheme.backend.module.read_back(layer)
-    reference = original.detach().float()
+    reference = original.detach()
     dense = stored.dense.detach().to(reference.device)
     if dense.shape != reference.shape:
         raise NotQuantized(

@@ -83,6 +83,22 @@ def select_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
     return chosen
 
 
+def select_streamed(request: QuantizationRequest, module: torch.nn.Module) -> Selection:
+    """As :func:`select_layers`, of a module whose tensors are still on the disk.
+
+    Raises ConfigError where the scheme needs data: it is calibrated on the whole model.
+    """
+    check_device(request.scheme.format, request.device, request.compute_dtype)
+    if request.scheme.native.needs_data:
+        raise ConfigError(
+            f"memory.placement=streamed: {request.scheme.axes.backend} measures algorithm="
+            f"{request.scheme.axes.algorithm} on the whole model; pass memory.placement=resident, or algorithm=max"
+        )
+    chosen = choose_layers(request, module)
+    unite(module, chosen.same)
+    return chosen
+
+
 def choose_layers(request: QuantizationRequest, module: torch.nn.Module) -> Selection:
     """As :func:`select_layers`, of a module that may be on the meta device and stays as it is; whether the scheme runs
     on the device is not asked."""

@@ -26,7 +26,7 @@ NOISE = 4.0
 one outlier in 128 weights come to sqrt(128) / 3."""
 _SCALE_ROUNDING = 2.0**-8
 """Scales, and what is computed with them, may be in bfloat16."""
-_WEIGHTS_AT_ONCE = 1 << 24
+_WEIGHTS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class WeightErrors:
 
 
 def weight_errors(stored: StoredWeight, original: Tensor, is_searched: bool = False) -> WeightErrors:
-    """Compare ``stored.dense`` with ``original``, fp32 tensors (out_features, in_features) on one device.
+    """Compare ``stored.dense``, fp32, with ``original``, tensors (out_features, in_features) on one device.
 
     Args:
         is_searched: the algorithm trades the weights' error for that of the outputs, so that the bound of rounding
@@ -56,7 +56,8 @@ def weight_errors(stored: StoredWeight, original: Tensor, is_searched: bool = Fa
     norm = torch.linalg.vector_norm
     if stored.column_scale is not None:
         stored = replace(stored, column_scale=stored.column_scale.to(original.device))
-    largest = _largest(original if stored.column_scale is None else original * stored.column_scale)
+        original = original.float()
+    largest = _largest(original if stored.column_scale is None else original * stored.column_scale).float()
     if not bool((largest > 0).any()):
         made = stored.dense.any(1).nonzero().flatten().tolist()
         return WeightErrors(layer=float("inf") if made else 0.0, worst_row=None, lost_rows=tuple(made))
@@ -68,7 +69,8 @@ def weight_errors(stored: StoredWeight, original: Tensor, is_searched: bool = Fa
         largest=float(largest.max()),
         negligible=NEGLIGIBLE * float(largest[largest > 0].median()),
     )
-    parts = [_rows(stored.dense[rows], original[rows], bound) for rows in _slices(original, stored)]
+    wide = stored.dense.dtype  # the original is widened piece by piece: a whole copy would be the largest tensor here
+    parts = [_rows(stored.dense[rows], original[rows].to(wide), bound) for rows in _slices(original, stored)]
     plain, size, rounded, scaled, lost, zeroed = (torch.cat(found) for found in zip(*parts, strict=True))
     alive = scaled > 0
     lost |= alive & ~(rounded <= NOISE * scaled.clamp_min(float(scaled[alive].median())))

@@ -324,11 +324,12 @@ def test_the_nearest_change_that_would_fit():
     assert price.fits is False
     assert price.advice
     [larger] = prices("model=flux_dev", "backend=bitsandbytes", "dtype=int8", "memory.device_gib=24")
-    assert (larger.fits, larger.placement) == (True, "streamed")
-    [asked] = prices(
-        "model=flux_dev", "backend=bitsandbytes", "dtype=int8", "memory.device_gib=24", "memory.placement=resident"
-    )
-    assert asked.advice == "memory.placement=streamed fits"
+    assert (larger.fits, larger.placement) == (True, "alone")
+    small = ["model=llama_3_2_1b", "backend=bitsandbytes", "dtype=nf4", "memory.device_gib=5"]
+    [asked] = prices(*small, "memory.placement=resident")
+    assert (asked.fits, asked.advice) == (False, "memory.placement=streamed fits")
+    [free] = prices(*small)
+    assert free.placement == "streamed"
 
 
 def test_an_exclusion_that_matches_nothing_is_told_and_the_rest_is_priced():

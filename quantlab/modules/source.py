@@ -1,0 +1,209 @@
+"""Where the tensors of a component lie on the disk, and how one layer of it is brought to a device.
+
+A component that is quantized while it is read is never whole in memory: its module has its parameters on the meta
+device, and each layer's tensors come from the memory-mapped safetensors file when they are needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantlab.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+_MMAP_THRESHOLD = -3
+"""glibc's ``M_MMAP_THRESHOLD``."""
+_AGAIN = "copy or download it again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """The tensors of a checkpoint by name, read one at a time."""
+
+    key: str
+    """What the user typed, as ``model.path=...``: with it messages begin."""
+    files: Mapping[str, Path]
+    """Name of a tensor -> the file that holds it."""
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor as it is stored; its memory is the file's. ModelError where there is none or it is damaged."""
+        from safetensors import SafetensorError, safe_open
+
+        if name not in self.files:
+            raise ModelError(f"{self.key}: its files hold no {name}; {_AGAIN}, or pass memory.placement=resident")
+        try:
+            with safe_open(self.files[name], framework="pt", device="cpu") as file:
+                found: Tensor = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{self.key}: {self.files[name].name} is damaged ({error}); {_AGAIN}") from error
+        return found
+
+
+def shards_of(key: str, folder: Path, variant: str | None = None) -> Shards:
+    """The safetensors files of one component's folder, their headers read and checked against the index.
+
+    Raises ModelError, beginning with ``key``, where there are none, where one is cut off, and where the index names
+    files or tensors that are not there.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    indices = [f for f in sorted(folder.glob("*.safetensors.index*.json")) if _is_of(f.name, variant)]
+    mapped: dict[str, str] = {}
+    for index in indices[:1]:
+        try:
+            mapped = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{key}: {index.name} cannot be read ({error}); {_AGAIN}") from error
+    names = sorted(set(mapped.values())) or [f.name for f in sorted(folder.glob("*.safetensors"))]
+    names = [n for n in names if mapped or _is_of(n, variant)]
+    if not names:
+        raise ModelError(
+            f"{key}: {folder.name} has no safetensors file to stream from; save it as safetensors, or pass "
+            "memory.placement=resident"
+        )
+    files: dict[str, Path] = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise ModelError(f"{key}: {indices[0].name} names {name}, which is not there; {_AGAIN}")
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                files |= dict.fromkeys(file.keys(), folder / name)  # noqa: SIM118  (no mapping)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{key}: {name} is damaged or cut off ({error}); {_AGAIN}") from error
+    if absent := [n for n, name in mapped.items() if files.get(n) != folder / name]:
+        raise ModelError(f"{key}: {indices[0].name} says that {mapped[absent[0]]} holds {absent[0]}, which it does not")
+    return Shards(key=key, files=files)
+
+
+def _is_of(name: str, variant: str | None) -> bool:
+    """Whether a file is of the variant: ``model.fp16.safetensors``, ``model.safetensors.index.fp16.json``."""
+    parts = [p for p in name.removesuffix(".json").replace(".safetensors", "").replace(".index", "").split(".")[1:]]
+    said = [p.partition("-")[0] for p in parts]
+    return said == ([variant] if variant else [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A component that is on the disk: its empty module and its tensors."""
+
+    module: nn.Module
+    """Parameters on the meta device in the dtypes that they are loaded in; buffers that are in no file have values."""
+    shards: Shards
+    device: str
+    _made: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """id of a tensor that several places share -> itself, and what was brought for it."""
+
+    @functools.cached_property
+    def _places(self) -> dict[str, list[str]]:
+        """Path of a tensor that sits at several -> all of them."""
+        found: dict[int, list[str]] = {}
+        for path, part in self.module.named_modules(remove_duplicate=False):
+            for name, tensor in (*part._parameters.items(), *part._buffers.items()):
+                if tensor is not None:
+                    found.setdefault(id(tensor), []).append(f"{path}.{name}".lstrip("."))
+        return {path: paths for paths in found.values() if len(paths) > 1 for path in paths}
+
+    def fill(self, module: nn.Module, path: str) -> None:
+        """Bring the own tensors of the part of ``module`` at ``path``, which has those of :attr:`module`."""
+        part = module.get_submodule(path) if path else module
+        self._fill(part, part, path)
+
+    def fill_others(self, module: nn.Module, without: Collection[str]) -> None:
+        """Bring all tensors but those of the parts at the paths ``without``."""
+        for path, part in module.named_modules():
+            if path not in without:
+                self._fill(part, part, path)
+
+    def original(self, path: str) -> nn.Module:
+        """The layer at ``path``, unquantized, with tensors of its own."""
+        import copy
+
+        empty = self.module.get_submodule(path)
+        layer = copy.copy(empty)
+        layer._parameters, layer._buffers = dict(empty._parameters), dict(empty._buffers)
+        self._fill(layer, empty, path, alone=True)
+        return layer
+
+    def _fill(self, part: nn.Module, empty: nn.Module, path: str, alone: bool = False) -> None:
+        import torch
+
+        for name, tensor in list(part._parameters.items()):
+            if tensor is None or not (tensor.is_meta or alone):
+                continue
+            full = f"{path}.{name}".lstrip(".")
+            new = self._brought(full, tensor, alone)
+            made = new if isinstance(new, torch.nn.Parameter) else torch.nn.Parameter(new, requires_grad=False)
+            if full in self._places and not alone:
+                self._made[id(tensor)] = tensor, made
+            part._parameters[name] = made
+        for name, buffer in list(part._buffers.items()):
+            if buffer is None:
+                continue
+            full = f"{path}.{name}".lstrip(".")
+            if name in part._non_persistent_buffers_set or full not in self.shards.files:
+                if buffer.is_meta:
+                    raise ModelError(f"{self.shards.key}: its files hold no {full}; pass memory.placement=resident")
+                part._buffers[name] = buffer.to(self.device)
+            else:
+                part._buffers[name] = self._brought(full, buffer, alone)
+
+    def _brought(self, path: str, like: Tensor, alone: bool) -> Tensor:
+        if not alone and id(like) in self._made:
+            return self._made[id(like)][1]
+        names = [path, *self._places.get(path, ())]
+        stored = self.shards.tensor(next((n for n in names if n in self.shards.files), path))
+        if stored.shape != like.shape:
+            raise ModelError(
+                f"{self.shards.key}: {path} has shape {list(stored.shape)} in the file and {list(like.shape)} by the "
+                "configuration; they are not of one model"
+            )
+        return stored.to(self.device, like.dtype, copy=True)
+
+
+@contextlib.contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Inside, memory of tensors from 1 MiB goes back to the system as soon as they are freed.
+
+    glibc keeps blocks of up to 32 MiB, between those that are in use; a model that comes layer by layer would leave a
+    trail of them, as large as itself.
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt"):  # not glibc
+        yield
+        return
+    library.mallopt(_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        library.mallopt(_MMAP_THRESHOLD, 32 << 20)  # where its own choice ends
+
+
+@contextlib.contextmanager
+def uninitialized() -> Iterator[None]:
+    """Inside, modules are made with their parameters on the meta device and no values drawn for them; buffers are real,
+    as some are in no checkpoint."""
+    from unittest import mock
+
+    import torch
+    from accelerate import init_empty_weights
+
+    drawn = [n for n in dir(torch.nn.init) if n.endswith("_") and not n.startswith("_")]
+    with contextlib.ExitStack() as stack:
+        for name in drawn:
+            stack.enter_context(mock.patch.object(torch.nn.init, name, _as_it_is))
+        stack.enter_context(init_empty_weights(include_buffers=False))
+        yield
+
+
+def _as_it_is(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    return tensor

@@ -1,0 +1,52 @@
+"""Where a candidate's layers come from: copied from the reference on the device, or streamed from its files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from quantlab.backends.table import held_packages
+from quantlab.errors import ConfigError
+from quantlab.models.loaded import LoadedModel
+from quantlab.models.sources import component_source
+from quantlab.modules.memory import storages
+from quantlab.modules.source import Source
+from quantlab.planning.job import Job
+from quantlab.progress import say
+
+GIB = 2**30
+
+
+def source_for(model: LoadedModel, job: Job, names: Sequence[str]) -> Callable[[str], Source] | None:
+    """What a job's candidate is streamed from; None where it is copied.
+
+    ``memory.placement=auto`` copies, unless ``memory.device_gib`` would not hold the copy beside the reference. Raises
+    ConfigError where the budget does not hold the largest layer that is to be quantized.
+    """
+    settings = job.config.memory
+    if job.scheme is None or settings.placement == "resident":
+        return None
+    if settings.placement == "auto" and (settings.device_gib is None or job.scheme.native.needs_data):
+        return None
+    budget = None if settings.device_gib is None else int(settings.device_gib * GIB)
+    if budget is not None:
+        _check_layers(model, names, budget)
+    if settings.placement == "auto":
+        whole = sum(storages(list(model.components.values()), held_packages()).values())
+        copied = sum(sum(storages(model.components[n], held_packages()).values()) for n in names)
+        if budget is None or whole + copied <= budget:
+            return None
+        say(f"{job.name}: streamed from its files, as {budget / GIB:.4g} GiB hold no copy beside the reference")
+    return lambda name: component_source(
+        name, model.components[name], model.dtype, model.device, job.config.model.variant
+    )
+
+
+def _check_layers(model: LoadedModel, names: Sequence[str], budget: int) -> None:
+    for name in names:
+        for path, part in model.components[name].named_modules():
+            size = sum(p.nbytes for p in part._parameters.values() if p is not None)
+            if size > budget:
+                raise ConfigError(
+                    f"memory.device_gib={budget / GIB:.4g}: {path} of {name} alone takes {size / GIB:.4g} GiB; "
+                    "give it more, or another model"
+                )

@@ -1,0 +1,176 @@
+"""Peak memory and time of quantizing a model that lies on the disk: streamed layer by layer, and loaded whole as before.
+
+    python tests/benchmarks/bench_memory.py [--parameters 1e9] [--only BACKEND]
+
+A random transformer in bfloat16 is written in shards. Each way runs in a process of its own. The ratio is of the peak of
+anonymous memory (``RssAnon``: without the pages of files) over (quantized bytes + the largest layer in float32 + 300 MiB
+of libraries); 1.15 is to be kept. ``slower`` is streaming's time over that of loading whole and quantizing; 1.3 is to be
+kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from quantlab.models.architectures import read_architecture
+from quantlab.models.outline import empty
+from quantlab.modules.source import Source, shards_of
+from quantlab.stages.quantize import quantize_component
+from quantlab.stages.select import QuantizationRequest, select_layers, select_streamed
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.schema import ModelConfig
+from tests.support.tables import storages, the_scheme
+
+MIB = 2**20
+LIBRARIES = 300 * MIB
+SCHEMES = {
+    "bitsandbytes": "nf4",
+    "torchao": "int8",
+    "quanto": "int4",
+    "gguf": "q8_0",
+    "modelopt": "int4",
+}
+MAX_PEAK, MAX_SLOWER = 1.15, 1.3
+
+
+def write_model(folder: Path, parameters: float) -> None:
+    """A Llama without embeddings to speak of, about so many parameters, in shards of 500 MB."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    width = 2048
+    layer = 4 * width * width + 3 * width * 4 * width
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=max(1, round(parameters / layer)),
+        num_attention_heads=16,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="500MB")
+
+
+def request_of(backend: str) -> QuantizationRequest:
+    axes = QuantizationAxes(backend=backend, dtype=SCHEMES[backend])
+    return QuantizationRequest(
+        component="model",
+        scheme=the_scheme(axes),
+        compute_dtype="bfloat16",
+        device="cpu",
+        default_exclusions=("lm_head",),
+    )
+
+
+def anonymous() -> int:
+    """Bytes of this process that no file holds."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("no RssAnon here")
+
+
+class Peak:
+    """The largest RssAnon while open, looked at every 2 ms."""
+
+    def __enter__(self) -> Peak:
+        self.value, self.done = anonymous(), threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self.done.wait(0.002):
+            self.value = max(self.value, anonymous())
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+        self.value = max(self.value, anonymous())
+
+
+def streamed(folder: Path, backend: str) -> torch.nn.Module:
+    part = read_architecture(ModelConfig(family="causal_lm", path=str(folder)), "model").parts["model"]
+    source = Source(module=empty("model", part, "bfloat16"), shards=shards_of("model", folder), device="cpu")
+    module, request = copy.deepcopy(source.module), request_of(backend)
+    return quantize_component(request, module, source.module, select_streamed(request, module), source=source)[0]
+
+
+def whole(folder: Path, backend: str) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().requires_grad_(False)
+    module, request = copy.deepcopy(original), request_of(backend)
+    return quantize_component(request, module, original, select_layers(request, module))[0]
+
+
+WAYS = {"streamed": streamed, "whole": whole}
+
+
+def measure(folder: Path, backend: str, way: str) -> dict[str, float]:
+    """In this process: libraries are warm before the clock starts, and what they hold counts."""
+    small = torch.nn.ModuleDict({"a": torch.nn.Linear(512, 512, dtype=torch.bfloat16)})
+    quantize_component(request_of(backend), copy.deepcopy(small), small)
+    before = anonymous()
+    began = time.perf_counter()
+    with Peak() as peak:
+        module = WAYS[way](folder, backend)
+    seconds = time.perf_counter() - began
+    held = sum(storages(module).values())
+    layer = max(p.numel() for p in [torch.empty(2048, 8192, device="meta")]) * 4
+    allowed = held + layer + LIBRARIES
+    return {
+        "peak_mib": peak.value / MIB,
+        "libraries_mib": before / MIB,
+        "quantized_mib": held / MIB,
+        "ratio": peak.value / allowed,
+        "ratio_above_libraries": (peak.value - before) / (allowed - LIBRARIES),
+        "seconds": seconds,
+    }
+
+
+def apart(folder: Path, backend: str, way: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--measure", str(folder), backend, way]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--parameters", type=float, default=1e9)
+    parser.add_argument("--only", choices=SCHEMES)
+    parser.add_argument("--measure", nargs=3)
+    args = parser.parse_args()
+    if args.measure:
+        folder, backend, way = args.measure
+        print(json.dumps(measure(Path(folder), backend, way)))
+        return 0
+    good = True
+    with tempfile.TemporaryDirectory(prefix="quantlab-bench-") as name:
+        write_model(Path(name), args.parameters)
+        print("backend       dtype  quantized  libraries   streamed  ratio  above   whole  ratio  slower   [MiB]")
+        for backend in [args.only] if args.only else SCHEMES:
+            new, old = apart(Path(name), backend, "streamed"), apart(Path(name), backend, "whole")
+            slower = new["seconds"] / old["seconds"]
+            good &= new["ratio"] <= MAX_PEAK and slower <= MAX_SLOWER
+            print(
+                f"{backend:<13} {SCHEMES[backend]:<5} {new['quantized_mib']:10.0f} {new['libraries_mib']:10.0f} "
+                f"{new['peak_mib']:10.0f} {new['ratio']:6.2f} {new['ratio_above_libraries']:6.2f} "
+                f"{old['peak_mib']:7.0f} {old['ratio']:6.2f} {slower:7.2f}"
+            )
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

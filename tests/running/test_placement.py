@@ -1,0 +1,83 @@
+"""Where a candidate's layers come from changes no number."""
+
+import pytest
+
+import quantlab
+from quantlab.errors import ConfigError, ModelError
+from quantlab.running import placement
+from tests.support.tiny_pipelines import BUILDERS
+from tests.support.tiny_text_models import TEXT, save_llama
+
+SMALL = ["device=cpu", "evaluation.num_samples=3", "evaluation.num_bootstrap=50", "sweep.floors=false"]
+
+
+@pytest.fixture
+def text_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    save_llama(tmp_path / "model", hidden_size=64, intermediate_size=128)
+    return [
+        *("model=causal_lm", f"model.path={tmp_path / 'model'}", "dataset=text", "dataset.path=text.txt"),
+        *("evaluation.context_length=32", "evaluation.batch_size=2", "evaluation.floor_batch_size=3", *SMALL),
+    ]
+
+
+def row_of(*words):
+    return quantlab.run(overrides=list(words))[-1]
+
+
+def numbers(report):
+    return report.quality, report.memory, report.quantization.layers, report.disk_bytes
+
+
+SCHEMES = [
+    ("bitsandbytes", "nf4"),
+    *(pytest.param(*s, marks=pytest.mark.slow) for s in [("torchao", "int8"), ("gguf", "q8_0")]),
+]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), SCHEMES)
+def test_a_language_models_row_is_the_same(text_model, backend, dtype):
+    words = [*text_model, f"backend={backend}", f"dtype={dtype}"]
+    resident = row_of(*words)
+    streamed = row_of(*words, "memory.placement=streamed", "sweep.force=true")
+    assert numbers(streamed) == numbers(resident)
+    assert streamed.quantization.coverage > 0.5
+
+
+@pytest.mark.slow
+def test_a_pipelines_row_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = BUILDERS["flux"](tmp_path / "flux")
+    (tmp_path / "prompts.txt").write_text("a red fox\nthe blue cat\ntwo of a kind\n")
+    words = [
+        *("model=diffusers", f"model.path={folder}", "dataset.path=prompts.txt", "backend=quanto", "dtype=int8"),
+        *("model.components=[transformer,text_encoder_2]", "evaluation.num_inference_steps=2", "evaluation.height=32"),
+        *("evaluation.width=32", "evaluation.num_teacher_forced=1", *SMALL),
+    ]
+    resident = row_of(*words)
+    assert numbers(row_of(*words, "memory.placement=streamed", "sweep.force=true")) == numbers(resident)
+
+
+def test_a_budget_that_holds_no_copy_streams(text_model, monkeypatch):
+    asked = []
+    true = placement.component_source
+    monkeypatch.setattr(placement, "component_source", lambda *args: asked.append(args[0]) or true(*args))
+    words = [*text_model, "backend=quanto", "dtype=int8", "sweep.force=true"]
+    row_of(*words, "memory.device_gib=1")
+    assert not asked
+    row_of(*words, "memory.device_gib=0.0004")
+    assert asked == ["model"]
+
+
+def test_a_budget_below_the_largest_layer_is_refused(text_model):
+    with pytest.raises(ConfigError, match=r"^memory.device_gib=.* alone takes .* GiB"):
+        row_of(*text_model, "backend=quanto", "dtype=int8", "memory.device_gib=1e-6")
+
+
+def test_what_has_no_files_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["model=digits_dit", "model.num_train_steps=1", "model.train_batch_size=8", "evaluation=quick", *SMALL]
+    words += ["evaluation.num_samples=10"]
+    with pytest.raises((ConfigError, ModelError), match=r"^memory.placement=streamed: transformer"):
+        row_of(*words, "backend=quanto", "dtype=int8", "memory.placement=streamed")

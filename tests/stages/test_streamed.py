@@ -1,0 +1,208 @@
+"""A component that is quantized while it is read from its files is, bit for bit, the one that was loaded whole."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from quantlab.errors import ConfigError, ModelError
+from quantlab.models.architectures import Part, read_architecture
+from quantlab.models.outline import empty
+from quantlab.modules.layers import state_digest
+from quantlab.modules.source import Source, shards_of
+from quantlab.stages.quantize import quantize_component
+from quantlab.stages.select import QuantizationRequest, select_streamed
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.schema import ModelConfig
+from tests.support.tables import CAPABILITIES, storages, the_scheme
+from tests.support.tiny_pipelines import BUILDERS
+from tests.support.tiny_text_models import save_llama
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A tied Llama in shards with an index, whose rows of 256 fit every block."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("llama")
+    save_llama(folder / "one", hidden_size=256, intermediate_size=512, tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_pretrained(folder / "one")
+    model.to(torch.bfloat16).save_pretrained(folder / "shards", max_shard_size="700KB")
+    assert len(list((folder / "shards").glob("*.safetensors"))) > 2
+    return folder / "shards"
+
+
+def source_of(folder, dtype="bfloat16", key="model.path=x"):
+    part = read_architecture(ModelConfig(family="causal_lm", path=str(folder)), "model").parts["model"]
+    return Source(module=empty(key, part, dtype), shards=shards_of(key, folder), device="cpu")
+
+
+def request_of(backend, dtype, compute_dtype="bfloat16", settings=None, **axes):
+    scheme = the_scheme(QuantizationAxes(backend=backend, dtype=dtype, on_mismatch="skip", **axes), settings)
+    return QuantizationRequest(
+        component="model",
+        scheme=scheme,
+        compute_dtype=compute_dtype,
+        device="cpu",
+        default_exclusions=("lm_head",),
+    )
+
+
+def streamed(source, request):
+    module = copy.deepcopy(source.module)
+    chosen = select_streamed(request, module)
+    return quantize_component(request, module, source.module, chosen, source=source)
+
+
+def answer(module):
+    with torch.no_grad():
+        return module(input_ids=torch.arange(1, 33)[None]).logits
+
+
+EVERY = [
+    (b, d, next(c for c in ("bfloat16", "float32") if c in row.compute_dtypes))
+    for b, rows in CAPABILITIES.items()
+    if b != "none"
+    for d, row in rows.items()
+    if "cpu" in row.devices
+]
+
+
+@pytest.mark.parametrize(("backend", "dtype", "compute"), EVERY, ids=["-".join(c[:2]) for c in EVERY])
+def test_bits_are_those_of_a_model_that_was_loaded_whole(llama, backend, dtype, compute):
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(llama, dtype=getattr(torch, compute)).eval().requires_grad_(False)
+    request = request_of(backend, dtype, compute)
+    made, report = streamed(source_of(llama, compute), request)
+    resident, known = quantize_component(request, copy.deepcopy(whole), whole)
+    assert report == known
+    assert report.coverage > 0.5
+    assert torch.equal(answer(made), answer(resident))
+    assert state_digest(made.state_dict()) == state_digest(resident.state_dict())
+    assert sum(storages(made).values()) == sum(storages(resident).values())
+    assert not [n for n, p in made.named_parameters() if p.is_meta]
+
+
+@pytest.mark.parametrize("name", ["transformer", "text_encoder", "text_encoder_2", "vae"])
+def test_every_part_of_a_pipeline_is_filled_as_it_is_loaded(tmp_path, name):
+    """Names, dtypes, ties, and buffers that are in no file; with no scheme at all."""
+    from diffusers import DiffusionPipeline
+
+    folder = BUILDERS["flux"](tmp_path / "flux")
+    part = read_architecture(ModelConfig(family="diffusers", path=str(folder))).parts[name]
+    source = Source(module=empty("k", part, "bfloat16"), shards=shards_of("k", folder / name), device="cpu")
+    module = copy.deepcopy(source.module)
+    source.fill_others(module, ())
+    whole = getattr(DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16), name)
+    assert state_digest(dict(module.named_buffers())) == state_digest(dict(whole.named_buffers()))
+    assert state_digest(module.state_dict()) == state_digest(whole.state_dict())
+    assert sum(storages(module).values()) == sum(storages(whole).values())
+
+
+def test_a_mix_of_formats_and_a_fallback_are_streamed_too(llama):
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).eval().requires_grad_(False)
+    for settings, axes in (({"file_type": "q4_k_m"}, {}), ({"tensor_types": {"*.q_proj": "q8_0"}}, {})):
+        request = request_of("gguf", "q4_k", settings=settings, **axes)
+        made, report = streamed(source_of(llama), request)
+        resident, known = quantize_component(request, copy.deepcopy(whole), whole)
+        assert report == known
+        assert len({row.dtype for row in report.layers}) > 2
+        assert state_digest(made.state_dict()) == state_digest(resident.state_dict())
+
+
+def test_what_needs_data_is_refused(llama):
+    source = source_of(llama)
+    with pytest.raises(ConfigError, match="^memory.placement=streamed: .*algorithm=awq"):
+        streamed(source, request_of("torchao", "int8", algorithm="awq"))
+
+
+def broken(llama, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(llama, folder)
+    return folder, sorted(folder.glob("*.safetensors")), folder / "model.safetensors.index.json"
+
+
+def cut_off(folder, files, index):
+    files[0].write_bytes(files[0].read_bytes()[:-100])
+
+
+def missing(folder, files, index):
+    files[1].unlink()
+
+
+def lying(folder, files, index):
+    data = json.loads(index.read_text())
+    name = next(n for n, f in data["weight_map"].items() if f == files[0].name)
+    data["weight_map"][name] = files[1].name
+    index.write_text(json.dumps(data))
+
+
+def no_index(folder, files, index):
+    index.write_text("{")
+
+
+def with_down_proj(files):
+    for file in files:
+        tensors = load_file(file)
+        if found := [n for n in tensors if n.endswith("down_proj.weight")]:
+            return file, tensors, found[0]
+    raise AssertionError("no shard has one")
+
+
+def lost(folder, files, index):
+    file, tensors, name = with_down_proj(files)
+    del tensors[name]
+    save_file(tensors, file)
+    data = json.loads(index.read_text())
+    del data["weight_map"][name]
+    index.write_text(json.dumps(data))
+
+
+def other_shape(folder, files, index):
+    file, tensors, name = with_down_proj(files)
+    tensors[name] = tensors[name][:, :64].contiguous()
+    save_file(tensors, file)
+
+
+def none_at_all(folder, files, index):
+    for file in [*files, index]:
+        file.unlink()
+
+
+@pytest.mark.parametrize("damage", [cut_off, missing, lying, no_index, lost, other_shape, none_at_all])
+def test_damaged_files_are_one_message(llama, tmp_path, damage):
+    folder, files, index = broken(llama, tmp_path)
+    damage(folder, files, index)
+    with pytest.raises(ModelError) as caught:
+        streamed(source_of(folder), request_of("bitsandbytes", "nf4"))
+    assert str(caught.value).startswith("model.path=x"), caught.value
+
+
+def test_layers_are_read_one_at_a_time(llama, monkeypatch):
+    """While one layer is quantized, no other unquantized layer has values."""
+    source, seen = source_of(llama), []
+    module = copy.deepcopy(source.module)
+    request = request_of("quanto", "int8")
+    chosen = select_streamed(request, module)
+    true = request.scheme.backend.module.quantize
+
+    def watch(model, names, *args):
+        dense = [n for n, m in model.named_modules() if n in chosen.taken and type(m) is nn.Linear]
+        seen.append([n for n in dense if not model.get_submodule(n).weight.is_meta])
+        true(model, names, *args)
+
+    monkeypatch.setattr(request.scheme.backend.module, "quantize", watch)
+    quantize_component(request, module, source.module, chosen, source=source)
+    assert seen == [[name] for name in chosen.taken]
+
+
+def test_a_class_that_no_library_has_is_refused():
+    with pytest.raises(ModelError, match="^k: .*NoSuchClass"):
+        empty("k", Part(class_name="NoSuchClass", config={}), "float32")
