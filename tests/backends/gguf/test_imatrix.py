@@ -96,6 +96,29 @@ def test_many_small_batches_lose_no_precision():
     assert float(found["0"].sums[0, 0]) == pytest.approx(3000 * float(np.float32(0.1) ** 2), rel=1e-6)
 
 
+def test_a_large_batch_is_squared_in_parts():
+    """Found on a GPU: the copies of one sample in 16 bits took several times its room."""
+    model, batches = net(), [outliers(64).reshape(4, 16, 512).bfloat16().float()]
+    copied = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            if func._overloadpacket is torch.ops.aten.pow:
+                copied.append(found.numel())
+            return found
+
+    whole, _ = calibrated(model, config_of(), batches, ("0", "2"))
+    with pytest.MonkeyPatch.context() as patch, Watch():
+        patch.setattr("quantlab.backends.gguf.imatrix._NUMBERS_AT_ONCE", 5 * 512)
+        parts, _ = calibrated(model, config_of(), batches, ("0", "2"))
+    assert copied
+    assert max(copied) <= 5 * 512
+    for name in ("0", "2"):
+        np.testing.assert_allclose(parts[name].sums, whole[name].sums, rtol=1e-6)
+        assert parts[name].counts.tolist() == whole[name].counts.tolist()
+
+
 def test_half_precision_inputs_do_not_overflow():
     model = net(32, 32, torch.float16)
     found, _ = calibrated(model, config_of("q4_0"), [torch.full((4, 32), 6e4, dtype=torch.float16)])
