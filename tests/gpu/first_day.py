@@ -19,6 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BACKENDS = ("bitsandbytes", "torchao", "quanto", "gguf", "modelopt")
+PARTS = {"modelopt": 6, "torchao": 2}
+"""Backends with so many schemes that they take several processes."""
 QUICK = ("evaluation=quick", "num_threads=4")
 TINY = (*QUICK, "model.num_train_steps=20", "model.train_batch_size=16", "model.num_layers=1")
 
@@ -54,23 +56,19 @@ def without_nvcc():
     return {"PATH": os.pathsep.join(kept), "CUDA_HOME": "/nonexistent"}
 
 
-def kernels(device, folder, backends=BACKENDS, schemes=()):
-    """Every scheme, dtype, shape and view against the decoded weight, a process a backend."""
+def kernels(device, folder):
+    """Every scheme, dtype, shape and view against the decoded weight, in processes of their own."""
 
     def one(told):
-        backend, env = told
-        words = [
-            ROOT / "tests/gpu/kernels.py",
-            backend,
-            "--device",
-            device,
-            *(["--schemes", *schemes] if schemes else []),
-        ]
-        return backend + (" without nvcc" if env else ""), call(words, folder, {"OMP_NUM_THREADS": "2", **(env or {})})
+        name, words, env = told
+        words = [ROOT / "tests/gpu/kernels.py", *words, "--device", device]
+        return name, call(words, folder, {"OMP_NUM_THREADS": "2", **env})
 
-    asked = [(backend, None) for backend in backends]
-    if "modelopt" in backends and device == "cuda" and shutil.which("nvcc"):
-        asked.append(("modelopt", without_nvcc()))
+    asked = [(backend, [backend], {}) for backend in BACKENDS if backend not in PARTS]
+    for backend, parts in PARTS.items():
+        asked += [(f"{backend} {i + 1}/{parts}", [backend, "--part", i, parts], {}) for i in range(parts)]
+    if device == "cuda" and shutil.which("nvcc"):
+        asked.append(("modelopt without nvcc", ["modelopt", "--plain"], without_nvcc()))
     with ThreadPoolExecutor(len(asked)) as pool:
         for name, (code, out, err, seconds) in pool.map(one, asked):
             rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]

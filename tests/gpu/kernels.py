@@ -54,11 +54,11 @@ def cases(in_features, dtype, device):
         yield name, x.to(device, getattr(torch, dtype))
 
 
-def rows_of(backend, device, names=None, dtypes=None):
+def rows_of(backend, device, names=None, dtypes=None, is_wanted=lambda number, scheme: True):
     """A dictionary for each scheme, compute dtype, shape and case; ``error`` is None where something was raised."""
-    for scheme in schemes_on(device):
+    for number, scheme in enumerate(schemes_on(device)):
         row = CAPABILITIES[scheme.backend][scheme.dtype]
-        if scheme.backend != backend or (names and str(scheme) not in names):
+        if scheme.backend != backend or (names and str(scheme) not in names) or not is_wanted(number, scheme):
             continue
         for dtype, shape in itertools.product(row.compute_dtypes, shapes(row)):
             if dtypes is None or dtype in dtypes:
@@ -108,6 +108,14 @@ if __name__ == "__main__":
     parser.add_argument("backend", choices=BACKENDS)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--schemes", nargs="*")
+    parser.add_argument(
+        "--part", nargs=2, type=int, default=(0, 1), metavar=("I", "N"), help="each Nth scheme, from I on"
+    )
+    parser.add_argument("--plain", action="store_true", help="without calibration data")
     given = parser.parse_args()
-    for found in rows_of(given.backend, given.device, given.schemes):
+
+    def is_wanted(number, scheme):
+        return number % given.part[1] == given.part[0] and not (given.plain and scheme.native.needs_data)
+
+    for found in rows_of(given.backend, given.device, given.schemes, is_wanted=is_wanted):
         print(json.dumps(found), flush=True)
