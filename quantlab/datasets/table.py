@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from quantlab.datasets import digits_classes, image_prompts, prompts, text, unprompted, wiki_extracts
 from quantlab.errors import ConfigError, nearest
 from quantlab.models.loaded import LoadedModel
-from quantlab.models.pipeline_call import check_conditions
+from quantlab.models.pipeline_call import check_conditions, tell_unused
 from quantlab.models.table import family_of
 from quantlab.protocols.table import Inputs
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ExperimentConfig
@@ -149,6 +149,7 @@ def check_call(config: ExperimentConfig) -> None:
     pipeline, row = look(config.model), DATASETS[config.dataset.name]
     if pipeline is not None and row.conditions is not None:
         check_conditions(pipeline, row.name, row.conditions(config.dataset.path), config.model.call)
+        tell_unused(pipeline, config.evaluation)
 
 
 def check_file(config: ExperimentConfig) -> None:

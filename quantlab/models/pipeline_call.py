@@ -74,7 +74,7 @@ def check_conditions(pipeline: type, dataset: str, conditions: Sequence[str], ca
             )
     needed = [n for n, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if "image" in known and ("strength" in known or "mask_image" in known):
-        needed.append("image")  # None is its default, and no picture is made of None
+        needed += [n for n in ("image", "mask_image") if n in known]  # their default is None, and nothing comes of it
     for name in needed:
         if name not in (*conditions, *call):
             way_out = f"choose {_fitting(known)}" if name in TAKEN_FROM.values() else f"give it by model.call.{name}"
@@ -230,7 +230,8 @@ def tell_unused(pipeline: type, evaluation: EvaluationConfig) -> None:
     known = parameters_of(pipeline)
     for name in ("num_inference_steps", "guidance_scale", "height", "width"):
         if name not in known and getattr(evaluation, name) is not None:
-            say(f"evaluation.{name}={getattr(evaluation, name)}: {pipeline.__name__} has no such argument", "not used")
+            value = getattr(evaluation, name)
+            say(f"evaluation.{name}={value}: {pipeline.__name__} takes no such argument; it is not used", "warning")
 
 
 def _devices(device: str) -> list[int]:

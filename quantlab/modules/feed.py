@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, overload
 from quantlab.errors import ConfigError
 from quantlab.modules.calls import Call, Progress, replay
 from quantlab.modules.kept import SUFFIX, Damaged, read_tree, write_tree
-from quantlab.modules.trees import Batch, add_to_digest, arguments_of, replaced
+from quantlab.modules.trees import Batch, add_to_digest, arguments_of, in_order, replaced
 from quantlab.vocabulary.dtypes import dtype_name
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class StoredCalls(Sequence[Call]):
         def stored(value: object) -> dict[str, str] | None:
             if not isinstance(value, torch.Tensor):
                 return None
-            raw = value.detach().cpu().contiguous()
+            raw = in_order(value.detach().cpu())
             digest = hashlib.sha256(f"{raw.dtype}|{tuple(raw.shape)}|".encode())
             digest.update(raw.flatten().view(torch.uint8).numpy().tobytes() if raw.numel() else b"")
             name = f"tensor-{digest.hexdigest()[:40]}{SUFFIX}"

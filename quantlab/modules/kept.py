@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import is_out_of_memory
+from quantlab.modules.trees import in_order
 from quantlab.progress import say
 from quantlab.vocabulary.dtypes import dtype_name
 
@@ -109,7 +110,7 @@ def _said(value: object, place: str, tensors: dict[str, Tensor], known: dict[int
     if isinstance(value, torch.Tensor):
         name = known.setdefault(id(value), place or "tensor")
         if name not in tensors:
-            tensors[name] = value.detach().cpu().contiguous()
+            tensors[name] = in_order(value.detach().cpu())
         strides = {} if value.is_contiguous() else {"stride": list(value.stride())}
         return {"tensor": name, **strides}
     if isinstance(value, torch.dtype):

@@ -31,6 +31,15 @@ def replaced(tree: Any, change: Callable[[Any], Any]) -> Any:
     return type(tree)(replaced(v, change) for v in tree) if isinstance(tree, (list, tuple)) else tree
 
 
+def in_order(tensor: Tensor) -> Tensor:
+    """The tensor contiguous, with the strides of its shape: one value that was expanded has a stride of 0 and counts as
+    contiguous, but its bytes cannot be looked at."""
+    import torch
+
+    plain = tensor.contiguous()
+    return plain.clone(memory_format=torch.contiguous_format) if 0 in plain.stride() else plain
+
+
 def tensors_in(tree: object) -> list[Tensor]:
     """The tensors of ``tree``, in order."""
     import torch

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple
 
+from quantlab.backends.table import loggers
 from quantlab.datasets.table import check_call, check_file
 from quantlab.models.table import check_path
 from quantlab.planning.job import Job
+from quantlab.quiet import quiet_libraries
 
 
 def check_ready(jobs: Sequence[Job]) -> None:
     """ConfigError for the first model or data set of these jobs whose path leads nowhere; each is looked at once."""
+    quiet_libraries(loggers())  # a pipeline's class is looked at, which imports its library
     known = set()
     for job in jobs:
         config = job.config

@@ -50,6 +50,7 @@ NUMERIC_GROUPS = ("group_size",)
 OPEN_NODES = (
     "quantization.modules_to_not_convert",
     "quantization.quantization_config",
+    "model.call",
     "sweep.grid",
     "sweep.search.objectives",
 )

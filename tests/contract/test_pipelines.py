@@ -9,6 +9,7 @@ import torch
 
 import quantlab
 from quantlab.backends.scheme import scheme_of_config
+from quantlab.modules.kept import read_tree, write_tree
 from quantlab.modules.layers import linear_layers
 from quantlab.protocols import diffusion
 from quantlab.protocols.media import METRICS_OF
@@ -45,7 +46,8 @@ def check_contract(name, folder):
     row = FAMILIES[name]
     settings = row.settings
     model, inputs = family_model(name, folder)
-    reference = diffusion.observe(model, inputs, settings)
+    write_tree(diffusion.observe(model, inputs, settings), folder / "kept.safetensors")
+    reference = read_tree(folder / "kept.safetensors")
     assert row.medium in reference
 
     def measured(candidate, batch_size=None):

@@ -42,6 +42,17 @@ def test_a_tree_comes_back_as_it_was(tmp_path):
     assert same(read_tree(file), SHARED)
 
 
+def test_one_value_that_was_expanded_is_kept(tmp_path):
+    """A timestep of a batch of one, as pipelines make it: its stride is 0."""
+    file = tmp_path / "tree.safetensors"
+    timestep = torch.tensor(999).expand(1)
+    assert timestep.stride() == (0,)
+    write_tree([timestep, torch.ones(1, 3)[:, :1].expand(1, 1)], file)
+    found = read_tree(file)
+    assert found[0].tolist() == [999]
+    assert found[1].tolist() == [[1.0]]
+
+
 def test_any_changed_byte_is_seen(tmp_path):
     file = tmp_path / "tree.safetensors"
     write_tree({"x": torch.randn(40), "y": [1, 2.5, "three"]}, file)
