@@ -24,7 +24,7 @@ from quantlab.report.comparison_table import p_text
 from quantlab.report.pareto_figure import draw_pareto
 from quantlab.report.reading import open_reader
 from quantlab.report.selection import parse_request, select
-from quantlab.report.table import LEGEND, cells, columns, markdown
+from quantlab.report.table import LEGEND, cells, columns, headline, markdown
 from quantlab.tracking import find_records
 from quantlab.tracking.results import SweepResults
 from quantlab.tracking.tags import KIND, RECIPE
@@ -112,10 +112,11 @@ def expectation(data: Sweep) -> str:
     """The recipe header's line: cost, and the best and worst row."""
     rows = [r for r in data["rows"] if r["status"] == "FINISHED" and "quantization/coverage" in r["metrics"]]
     metric = PROTOCOLS[rows[0]["protocol"]].HEADLINE[0]
-    index = columns(rows[0]["protocol"]).index("saving") + 1
+    shown = headline(rows[0]["protocol"], rows)
+    index = columns(shown).index("saving") + 1
     ranked = sorted(rows, key=lambda r: r["metrics"][f"quality/{metric}"])
     best, worst = ranked[0], ranked[-1]
-    text = [f"{metric} {cells(r, r['protocol'])[index]} ({r['name']})" for r in (best, worst)]
+    text = [f"{metric} {cells(r, shown)[index]} ({r['name']})" for r in (best, worst)]
     machine = data["environment"]["hardware"]
     where = ", ".join(g["name"] for g in machine["gpus"]) or f"{machine['torch_threads']} CPU threads"
     return (

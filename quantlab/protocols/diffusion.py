@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-HEADLINE = ("latent_rel_mse", "psnr_db")
+HEADLINE = ("latent_rel_mse", "psnr_db", "frame_psnr_db", "temporal_rel_error", "audio_snr_db")
 NUM_SHOWN = 8
 
 

@@ -32,6 +32,7 @@ METRICS_OF: dict[str, tuple[str, ...]] = {
 """Kind of medium -> what is measured of it."""
 SAID_OF = {"images": "decoded image", "frames": "decoded video", "audio": "decoded sound"}
 DIFFERENCE_GAIN = 4
+NUM_FRAMES_SHOWN = 16
 
 
 def image_metrics(candidate: NDArray[np.uint8], reference: NDArray[np.uint8]) -> dict[str, NDArray[np.float64]]:
@@ -68,7 +69,7 @@ def shown_images(
 ) -> NDArray[np.uint8] | None:
     """uint8 (k, 3, height, width, channels): reference, candidate, 4 * |difference| cut off at 255; None without.
 
-    Of a video the frame in its middle.
+    Of videos (k, 3, frames, height, width, channels), of at most :data:`NUM_FRAMES_SHOWN` frames, evenly spread.
     """
     import numpy as np
 
@@ -77,6 +78,8 @@ def shown_images(
         return None
     ref, cand = (tree[kind].numpy()[list(rows)] for tree in (reference, outputs))
     if kind == "frames":
-        ref, cand = (part[:, part.shape[1] // 2] for part in (ref, cand))
+        num = min(ref.shape[1], NUM_FRAMES_SHOWN)
+        shown = [i * ref.shape[1] // num for i in range(num)]
+        ref, cand = ref[:, shown], cand[:, shown]
     difference = np.abs(cand.astype(np.int32) - ref) * DIFFERENCE_GAIN
     return np.stack([ref, cand, np.minimum(difference, 255).astype(np.uint8)], axis=1)

@@ -10,7 +10,7 @@ from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.compare import Comparison, answers, bytes_of
 from quantlab.report.comparison_data import in_order
 from quantlab.report.selection import is_candidate
-from quantlab.report.table import LEGEND, MIB, cells, columns
+from quantlab.report.table import LEGEND, MIB, cells, columns, headline
 from quantlab.report.verdicts import (
     BETTER,
     BETTER_BY_RANK,
@@ -45,17 +45,18 @@ def comparison_table(group: Comparison) -> Table:
     table = Table(
         title=plain(group.label) if group.label else None, caption=caption, caption_justify="left", pad_edge=False
     )
-    titles = columns(group.protocol)[:-1]
+    measured: list[Measured] = [{"name": r.name, "status": r.status, "metrics": r.metrics} for r in shown]
+    metrics = headline(group.protocol, measured)
+    titles = columns(metrics)[:-1]
     extra = [] if group.metric in PROTOCOLS[group.protocol].HEADLINE else [group.metric]
     for i, title in enumerate([*titles, *extra, "front", "p (Holm)", f"verdict on {group.metric}"]):
         text = i == 0 or title.startswith("verdict")
         table.add_column(Text(title), justify="left" if text else "right", overflow="fold", no_wrap=i == 0)
-    for run in shown:
-        row: Measured = {"name": run.name, "status": run.status, "metrics": run.metrics}
+    for run, row in zip(shown, measured, strict=True):
         v = group.verdicts.get(run.name)
         more = [f"{run.metrics[f'quality/{m}']:.3g}" for m in extra]
         front = "*" if run.name in group.front else ""
-        texts = [*cells(row, group.protocol)[:-1], *more, front, p_text(v.p_holm if v else None), v.text if v else ""]
+        texts = [*cells(row, metrics)[:-1], *more, front, p_text(v.p_holm if v else None), v.text if v else ""]
         table.add_row(*map(plain, texts), style=STYLES.get(v.text) if v else "dim")
     return table
 

@@ -11,7 +11,7 @@ from quantlab.metrics import METRICS
 from quantlab.protocols.media import DIFFERENCE_GAIN
 from quantlab.report.reading import Reader, StoredRun, read_json
 from quantlab.tracking.heat_map import HeatMap
-from quantlab.tracking.pictures import SAMPLE_ARRAYS, read_samples, shown_tiles
+from quantlab.tracking.pictures import SAMPLE_ARRAYS, read_samples, save_animation, shown_tiles
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,7 +76,7 @@ def image_figure(reader: Reader, runs: Sequence[StoredRun]) -> ImageFigure | Non
         return None
     _, first, ids = known[0]
     tiles = [(r, shown_tiles(t)) for r, t, own in known if t.shape == first.shape and own == ids]
-    largest = min(max(tiles[0][1].shape[2:4]), TILE_SIZES[0])
+    largest = min(max(tiles[0][1].shape[-3:-1]), TILE_SIZES[0])
     for size in [largest, *(s for s in TILE_SIZES if s < largest)]:
         schemes: list[Strips] = [
             {"name": r.name, "candidate": _strip(t, 1, size), "difference": _strip(t, 2, size)} for r, t in tiles
@@ -95,22 +95,35 @@ def image_figure(reader: Reader, runs: Sequence[StoredRun]) -> ImageFigure | Non
 
 
 def _strip(tiles: NDArray[np.uint8], column: int, size: int) -> str:
-    """The tiles of one column side by side, each at most ``size`` pixels high and wide, as a data address."""
+    """The tiles of one column side by side, each at most ``size`` pixels high and wide, as a data address.
+
+    Of videos, which have one axis more, an animation.
+    """
+    from PIL import Image
+
+    chosen, buffer = tiles[:, column], io.BytesIO()
+    exact = max(chosen.shape[-3:-1]) <= EXACT_PIXELS
+    if chosen.ndim == 5:
+        frames = [Image.fromarray(_side_by_side(chosen[:, k], size)) for k in range(chosen.shape[1])]
+        save_animation(frames, buffer, exact=exact)
+        kind = "webp"
+    else:
+        kind = "png" if exact else "webp"
+        settings = {"optimize": True} if exact else {"quality": 82}
+        Image.fromarray(_side_by_side(chosen, size)).save(buffer, kind, **settings)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _side_by_side(tiles: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     import numpy as np
     from PIL import Image
 
-    chosen = [Image.fromarray(t) for t in tiles[:, column]]
-    exact = max(chosen[0].size) <= EXACT_PIXELS
+    chosen = [Image.fromarray(tile) for tile in tiles]
     for tile in chosen:
         tile.thumbnail((size, size), Image.Resampling.LANCZOS)
     height = chosen[0].size[1]
     gap = np.full((height, max(1, height // 24), 3), 255, np.uint8)
-    parts = [p for tile in chosen for p in (np.asarray(tile), gap)][:-1]
-    buffer = io.BytesIO()
-    kind = "png" if exact else "webp"
-    settings = {"optimize": True} if exact else {"quality": 82}
-    Image.fromarray(np.concatenate(parts, axis=1)).save(buffer, kind, **settings)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return np.concatenate([p for tile in chosen for p in (np.asarray(tile), gap)][:-1], axis=1)
 
 
 def layer_figure(reader: Reader, runs: Sequence[StoredRun]) -> LayerMap | None:

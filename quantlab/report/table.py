@@ -26,14 +26,21 @@ LEGEND = (
 )
 
 
-def columns(protocol: str) -> list[str]:
-    """Column titles of a protocol's table."""
+def headline(protocol: str, rows: Iterable[Measured]) -> list[str]:
+    """The protocol's headline metrics that a row has: of images, of videos or of sound; the first two of rows of none."""
+    metrics = [row["metrics"] for row in rows]
+    found = [m for m in PROTOCOLS[protocol].HEADLINE if any(f"quality/{m}" in known for known in metrics)]
+    return found or list(PROTOCOLS[protocol].HEADLINE[:2])
+
+
+def columns(shown: Sequence[str]) -> list[str]:
+    """Column titles of a table with these metrics."""
     return [
         "scheme",
         "bits/weight",
         "MiB",
         "saving",
-        *(_title(m) for m in PROTOCOLS[protocol].HEADLINE),
+        *(_title(m) for m in shown),
         "coverage",
         "s",
     ]
@@ -46,11 +53,11 @@ def _title(metric: str) -> str:
     return f"{metric.removesuffix('_db')}{unit}{arrow}"
 
 
-def cells(row: Measured, protocol: str) -> list[str]:
+def cells(row: Measured, shown: Sequence[str]) -> list[str]:
     """One row's texts, in the order of :func:`columns`."""
     metrics = row["metrics"]
     if row["status"] != "FINISHED":
-        texts = [""] * (len(columns(protocol)) - 2)
+        texts = [""] * (len(columns(shown)) - 2)
         texts[3] = row["status"]
         return [row["name"], *texts, ""]
     simulated = "~" if metrics.get("memory/is_simulated") else ""
@@ -60,7 +67,7 @@ def cells(row: Measured, protocol: str) -> list[str]:
         + _shown(metrics.get("memory/bits_per_weight_quantized"), " ({:.2f})"),
         simulated + _shown(metrics.get("memory/weights_bytes"), "{:.2f}", MIB),
         _shown(metrics.get("memory/compression"), "{:.2f}x"),
-        *(_quality(metrics, m) for m in PROTOCOLS[protocol].HEADLINE),
+        *(_quality(metrics, m) for m in shown),
         _shown(metrics.get("quantization/coverage"), "{:.1f} %", 0.01),
         _shown(metrics.get("perf/evaluate_s"), "{:.1f}"),
     ]
@@ -104,14 +111,15 @@ def terminal_table(rows: Iterable[Row], protocol: str, caption: str = "") -> Tab
     table = Table(
         caption=Text(f"{LEGEND}\n{printable(caption)}", justify="left"), caption_justify="left", pad_edge=False
     )
-    for i, title in enumerate(columns(protocol)):
-        table.add_column(Text(title), justify="left" if i == 0 else "right", overflow="fold", no_wrap=i == 0)
     rows = list(rows)
+    shown = headline(protocol, rows)
+    for i, title in enumerate(columns(shown)):
+        table.add_column(Text(title), justify="left" if i == 0 else "right", overflow="fold", no_wrap=i == 0)
     skipped = [r for r in rows if r["status"] == "SKIPPED"]
     for row in [r for r in rows if r not in skipped] + skipped[:MAX_SKIPPED]:
         dim = "quantization/coverage" not in row["metrics"]
         style = "red" if row["status"] == "FAILED" else "dim" if dim else None
-        name, *texts = cells(row, protocol)
+        name, *texts = cells(row, shown)
         name += " (resumed)" if row.get("resumed") else ""
         table.add_row(plain(name), *(plain(c) for c in texts), style=style)
     if len(skipped) > MAX_SKIPPED:
@@ -127,10 +135,11 @@ def _in_markdown(text: str) -> str:
 
 def markdown(rows: Sequence[Row], protocol: str) -> str:
     """The rows as a Markdown table."""
-    head = columns(protocol)
+    shown = headline(protocol, rows)
+    head = columns(shown)
     lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] + ["---:"] * (len(head) - 1)) + "|"]
     lines += [
-        "| " + " | ".join(_in_markdown(c) for c in cells(row, protocol)) + " |"
+        "| " + " | ".join(_in_markdown(c) for c in cells(row, shown)) + " |"
         for row in rows
         if row["status"] != "SKIPPED"
     ]

@@ -19,15 +19,22 @@ if TYPE_CHECKING:
 SAMPLE_GRID = "images/reference_quantized_difference.png"
 """One row a sample; three columns: reference, candidate, difference."""
 SAMPLE_ARRAYS = "images/samples.npz"
-"""The same as arrays: ``images`` uint8 (samples, 3, height, width, channels), and their ``sample_ids``."""
+"""The same as arrays: ``images`` uint8 (samples, 3, height, width, channels), and their ``sample_ids``.
+
+Of videos (samples, 3, frames, height, width, channels)."""
+SAMPLE_ANIMATION = "images/reference_quantized_difference.webp"
+"""Of videos: one row a sample, the same three columns, moving; the grid has their frames side by side instead, three
+rows a sample."""
+FRAME_MS = 125
+"""How long an animation shows a frame."""
 _MIN_TILE_PIXELS = 64
 
 
 def shown_tiles(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """uint8 (rows, columns, height, width, 1 or 3) in RGB, those under 64 pixels enlarged by a whole factor."""
-    smallest = min(images.shape[2:4])
+    """uint8 (rows, columns, ..., height, width, 1 or 3) in RGB, those under 64 pixels enlarged by a whole factor."""
+    smallest = min(images.shape[-3:-1])
     scale = -(-_MIN_TILE_PIXELS // smallest) if smallest < _MIN_TILE_PIXELS else 1
-    return images.repeat(scale, axis=2).repeat(scale, axis=3).repeat(3 // images.shape[-1], axis=4)
+    return images.repeat(scale, axis=-3).repeat(scale, axis=-2).repeat(3 // images.shape[-1], axis=-1)
 
 
 def framed_grid(images: ArrayLike, name: str) -> Picture:
@@ -52,8 +59,24 @@ def framed_grid(images: ArrayLike, name: str) -> Picture:
     return Image.fromarray(framed.transpose(0, 2, 1, 3, 4).reshape(rows * (height + 2), columns * (width + 2), 3))
 
 
+def contact_sheet(videos: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Videos (samples, 3, frames, height, width, channels) as rows of frames: (samples * 3, frames, height, ...)."""
+    return videos.reshape(-1, *videos.shape[2:])
+
+
+def save_animation(frames: Sequence[Picture], target: Path | io.BytesIO, *, exact: bool) -> None:
+    """Write pictures of one size as an animated WebP that repeats; ``exact``: without loss."""
+    settings = {"lossless": True} if exact else {"quality": 82}
+    frames[0].save(target, "webp", save_all=True, append_images=list(frames[1:]), duration=FRAME_MS, loop=0, **settings)
+
+
+def animated_grid(videos: NDArray[np.uint8], name: str) -> list[Picture]:
+    """The frames of an animation of all videos (rows, columns, frames, height, width, channels), framed in white."""
+    return [framed_grid(videos[:, :, k], name) for k in range(videos.shape[2])]
+
+
 def write_samples(images: NDArray[np.uint8], sample_ids: Sequence[str], file: Path) -> None:
-    """Write ``images`` (samples, 3, height, width, channels) and their ids to ``file`` (.npz)."""
+    """Write ``images`` (samples, 3, height, width, channels), or videos, and their ids to ``file`` (.npz)."""
     import numpy as np
 
     np.savez_compressed(file, images=images, sample_ids=np.array(sample_ids, dtype=str))
@@ -68,5 +91,5 @@ def read_samples(content: bytes) -> tuple[NDArray[np.uint8], list[str]] | None:
             images, ids = arrays["images"], arrays["sample_ids"]
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error):
         return None
-    usable = images.dtype == np.uint8 and images.ndim == 5 and images.shape[1] == 3 and images.shape[-1] in (1, 3)
+    usable = images.dtype == np.uint8 and images.ndim in (5, 6) and images.shape[1] == 3 and images.shape[-1] in (1, 3)
     return (images, [str(i) for i in ids]) if usable and 0 not in images.shape else None

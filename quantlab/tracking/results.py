@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import TypedDict
 
 from quantlab.tracking.heat_map import HeatMap, draw_heat_map
-from quantlab.tracking.pictures import SAMPLE_ARRAYS, SAMPLE_GRID, write_samples
+from quantlab.tracking.pictures import (
+    SAMPLE_ANIMATION,
+    SAMPLE_ARRAYS,
+    SAMPLE_GRID,
+    animated_grid,
+    contact_sheet,
+    save_animation,
+    write_samples,
+)
 from quantlab.tracking.provenance import Environment
 from quantlab.tracking.run import Run
 from quantlab.tracking.tags import CALIBRATION_SHA256, UNDEFINED
@@ -152,8 +160,13 @@ def _log_measurements(run: Run, measured: Measurements) -> None:
     if measured.steps:
         run.log_json({name: [float(v) for v in curve] for name, curve in measured.steps.items()}, "steps.json")
     if measured.images is not None:
-        run.log_image_grid(measured.images, SAMPLE_GRID)
+        is_video = measured.images.ndim == 6
+        run.log_image_grid(contact_sheet(measured.images) if is_video else measured.images, SAMPLE_GRID)
         with tempfile.TemporaryDirectory(prefix="quantlab-images-") as folder:
+            if is_video:
+                moving = Path(folder) / Path(SAMPLE_ANIMATION).name
+                save_animation(animated_grid(measured.images, SAMPLE_ANIMATION), moving, exact=False)
+                run.log_artifact(moving, Path(SAMPLE_ANIMATION).parent.as_posix())
             file = Path(folder) / Path(SAMPLE_ARRAYS).name
             write_samples(measured.images, measured.image_ids, file)
             run.log_artifact(file, Path(SAMPLE_ARRAYS).parent.as_posix())

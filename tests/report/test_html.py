@@ -121,6 +121,19 @@ def test_large_pictures_are_made_to_fit(tmp_path):
     assert figure["pixels"] < 600
 
 
+def test_videos_move(tmp_path):
+    """A strip of videos is one animation; the small ones are exact."""
+    videos = np.random.default_rng(0).integers(0, 255, (2, 3, 4, 64, 64, 3), dtype=np.uint8)
+    figure = image_figure(Pictures(tmp_path, {"a": videos}), runs_named("a"))
+    assert figure["tiles"] == 2
+    kind, _, data = figure["schemes"][0]["candidate"].partition(",")
+    assert kind == "data:image/webp;base64"
+    with Image.open(io.BytesIO(base64.b64decode(data))) as moving:
+        assert moving.n_frames == 4
+        moving.seek(2)
+        assert (np.asarray(moving.convert("RGB"))[:64, :64] == videos[0, 1, 2]).all()
+
+
 # -- in a browser
 
 

@@ -10,12 +10,21 @@ import numpy as np
 import pytest
 
 from quantlab.errors import TrackingError
-from quantlab.tracking.pictures import framed_grid, read_samples, shown_tiles, write_samples
+from quantlab.tracking.pictures import (
+    animated_grid,
+    contact_sheet,
+    framed_grid,
+    read_samples,
+    save_animation,
+    shown_tiles,
+    write_samples,
+)
 
 SHAPES = [(4, 3, 8, 8, 1), (3, 3, 70, 100, 3), (1, 3, 90, 64, 3)]
+VIDEOS = (2, 3, 5, 16, 24, 3)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, VIDEOS])
 @pytest.mark.parametrize("white", [False, True])
 def test_arrays_come_back(tmp_path: Path, shape: tuple[int, ...], white: bool) -> None:
     images = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
@@ -77,3 +86,19 @@ def test_every_pixel_is_in_the_framed_grid(shape: tuple[int, ...]) -> None:
 def test_other_arrays_are_refused() -> None:
     with pytest.raises(TrackingError, match=r"images 'x': float32 of shape .* uint8 of shape \(rows"):
         framed_grid(np.zeros((1, 1, 2, 2, 3), np.float32), "x")
+
+
+def test_videos_are_shown_frame_by_frame_and_moving(tmp_path: Path) -> None:
+    from PIL import Image
+
+    videos = np.random.default_rng(0).integers(0, 255, VIDEOS, dtype=np.uint8)
+    sheet = contact_sheet(videos)
+    assert np.array_equal(sheet[4, 3], videos[1, 1, 3])
+    frames = animated_grid(videos, "x")
+    save_animation(frames, tmp_path / "a.webp", exact=True)
+    with Image.open(tmp_path / "a.webp") as found:
+        assert found.n_frames == 5
+        for k, frame in enumerate(frames):
+            found.seek(k)
+            assert np.array_equal(np.asarray(found.convert("RGB")), np.asarray(frame))
+            assert np.array_equal(np.asarray(frame), np.asarray(framed_grid(videos[:, :, k], "x")))
