@@ -27,8 +27,8 @@ class EvaluationProtocol(Protocol[InputsT]):
 
     @property
     def HEADLINE(self) -> tuple[str, ...]:
-        """The metrics that the terminal's table shows of those that a run has, the one that schemes are judged by first;
-        all are logged."""
+        """The metrics that the terminal's table shows, of those that a run has; by the first schemes are judged. All are
+        logged."""
 
     def check(self, model: LoadedModel, inputs: InputsT) -> None:
         """ModelError for a model whose numbers would mean nothing; tried before the reference is taken or made."""

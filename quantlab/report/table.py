@@ -27,7 +27,7 @@ LEGEND = (
 
 
 def headline(protocol: str, rows: Iterable[Measured]) -> list[str]:
-    """The protocol's headline metrics that a row has: of images, of videos or of sound; the first two of rows of none."""
+    """The protocol's headline metrics that a row has (of images, videos or sound); the first two of none."""
     metrics = [row["metrics"] for row in rows]
     found = [m for m in PROTOCOLS[protocol].HEADLINE if any(f"quality/{m}" in known for known in metrics)]
     return found or list(PROTOCOLS[protocol].HEADLINE[:2])
