@@ -27,7 +27,7 @@ class EvaluationProtocol(Protocol[InputsT]):
 
     @property
     def HEADLINE(self) -> tuple[str, ...]:
-        """The metrics that the terminal's table shows, of those that a run has; by the first schemes are judged. All are
+        """The metrics that the terminal's table shows, of those that a run has; schemes are judged by the first. All are
         logged."""
 
     def check(self, model: LoadedModel, inputs: InputsT) -> None:
