@@ -35,7 +35,7 @@ from quantlab.vocabulary.reports import CalibratedLayer, CalibrationReport, Quan
 if TYPE_CHECKING:
     import torch
 
-_WRITER = "write_calibration"
+_WRITER, _PREPARE = "write_calibration", "prepare"
 Stage = Callable[[str], contextlib.AbstractContextManager[StageMeasurement]]
 
 
@@ -94,6 +94,10 @@ def make_candidate(making: Making) -> Candidate:
                 else {name: model.copy_of(name).to(getattr(torch, axes.dtype)) for name in making.names}
             )
         return Candidate(model=model.with_components(copies), stages=(measured.report,))
+    if prepare := getattr(scheme.backend.module, _PREPARE, None):
+        making.advance("prepare", 0, 1)
+        prepare(scheme.native, model.device)
+        making.advance("prepare", 1, 1)
     stages, data, parts = [], None, None
     if scheme.native.needs_data:
         with making.stage("calibrate") as measured:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from quantlab.backends.modelopt.calibrate import calibrate
 from quantlab.backends.modelopt.config import NVIDIAModelOptConfig
+from quantlab.backends.modelopt.library import prepare
 from quantlab.backends.modelopt.quantize import quantize, read_back, resolve
 from quantlab.backends.modelopt.quantizers import build_quant_cfg
 from quantlab.backends.modelopt.sizes import layer_bytes
@@ -24,6 +25,7 @@ __all__ = [
     "calibrate",
     "layer_bytes",
     "load",
+    "prepare",
     "quantize",
     "read_back",
     "resolve",

@@ -43,6 +43,16 @@ def quiet_library() -> Iterator[ModuleType]:
                 logging.getLogger(name).setLevel(level)
 
 
+def prepare(config: NVIDIAModelOptConfig, device: str) -> None:
+    """Have the CUDA code that the scheme's kernels need, which is compiled at the first use on a machine.
+
+    Raises ConfigError where it cannot be compiled.
+    """
+    used = [kind for kind in (config.weight_type, config.activation_type) if kind in _MX]
+    if used and device.startswith("cuda"):
+        build_mx(used[0])
+
+
 def layers_at(model: nn.Module, names: Iterable[str]) -> dict[str, QuantLinear]:
     """Path -> layer, for paths of ``nn.Linear``, which the library turns into its own class in place."""
     return {name: cast("QuantLinear", model.get_submodule(name)) for name in names}
@@ -61,8 +71,7 @@ def insert(
     """
     import torch
 
-    if used := [kind for kind in (config.weight_type, config.activation_type) if kind in _MX]:
-        build_mx(used[0])
+    prepare(config, named[next(iter(named))].weight.device.type)
     layers = list(named.values())
     holder = torch.nn.ModuleList(layers)
     shapes = {str(i): shape_of(layer) for i, layer in enumerate(layers)}

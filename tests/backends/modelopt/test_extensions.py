@@ -7,7 +7,9 @@ import time
 import pytest
 from filelock import FileLock
 
-from quantlab.backends.modelopt import extensions
+from quantlab.backends import modelopt as backend
+from quantlab.backends.modelopt import NVIDIAModelOptConfig, extensions
+from quantlab.backends.modelopt import library as library_module
 from quantlab.errors import ConfigError
 
 LIBRARY = "modelopt.torch.quantization.extensions"
@@ -103,3 +105,15 @@ def test_without_a_compiler_it_is_refused(monkeypatch):
         ConfigError, match="^quant_type=MXFP4: ModelOpt compiles CUDA code for it, and nvcc is not here"
     ):
         extensions.build_mx("MXFP4")
+
+
+@pytest.mark.parametrize(("config", "device", "is_built"), [
+    (NVIDIAModelOptConfig("MXFP8"), "cuda:1", True),
+    (NVIDIAModelOptConfig("MXFP4"), "cpu", False),
+    (NVIDIAModelOptConfig("INT8", channel_quantize=0), "cuda", False),
+], ids=str)  # fmt: skip
+def test_it_is_built_before_a_stage_is_measured(config, device, is_built, monkeypatch):
+    built = []
+    monkeypatch.setattr(library_module, "build_mx", built.append)
+    backend.prepare(config, device)
+    assert bool(built) == is_built
