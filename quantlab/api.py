@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,12 +19,13 @@ from quantlab.modules.feed import feed_of_batches
 from quantlab.modules.hooks import check_offloading
 from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import component_memory, measure_stage
+from quantlab.modules.packed import stored_at
 from quantlab.modules.precision import exact_arithmetic
-from quantlab.modules.reached import check_weights_are_here, uncalled
+from quantlab.modules.reached import check_weights_are_here, recorded_reads, uncalled
 from quantlab.modules.ties import copied
 from quantlab.planning.job import Plan, scheme_name
 from quantlab.planning.plan import plan
-from quantlab.protocols.module import inputs_of, observe, samples_of
+from quantlab.protocols.module import ModuleInputs, inputs_of, observe, samples_of
 from quantlab.quiet import quiet_libraries
 from quantlab.running.sweep import run_plan
 from quantlab.stages.calibrate import calibrate_component
@@ -71,6 +73,8 @@ def quantize(
     calibration: Sequence[Any] | None = None,
     on_mismatch: str = "error",
     replace_default_exclusions: bool = False,
+    layer_kinds: Sequence[str] = ("linear",),
+    inputs: Sequence[Any] = (),
 ) -> tuple[Any, QuantizationReport]:
     """A quantized copy of any ``torch.nn.Module``, and what each Linear layer became, read back from its tensors.
 
@@ -78,6 +82,9 @@ def quantize(
         module: a container with ``nn.Linear`` layers inside (a bare Linear cannot be replaced in itself).
         config: one of the five native configs; its ``modules_to_not_convert`` uses quantlab's matcher.
         calibration: batches as the module's forward takes them, for configs whose ``needs_data`` is true.
+        layer_kinds: ``linear``, ``conv``, ``embedding``, ``expert``: which kinds of layers are quantized.
+        inputs: batches as the module's forward takes them: run once, to see which weights the module reads instead of
+            calling their layers; these are stored so that reading gives dequantized values.
         replace_default_exclusions: quantize also what the command line leaves out of a model of this class (output
             heads, what the class keeps in float32).
         on_mismatch: ``error``, ``skip``, or a dtype to fall back to, for layers whose shape does not fit.
@@ -88,7 +95,22 @@ def quantize(
     module = _checked(module)
     _require_config(config)
     check_finite_weights(module, "module")
-    scheme = scheme_of_config(config, on_mismatch=on_mismatch, replace_default_exclusions=replace_default_exclusions)
+    scheme = scheme_of_config(
+        config,
+        on_mismatch=on_mismatch,
+        replace_default_exclusions=replace_default_exclusions,
+        layer_kinds=list(layer_kinds),
+    )
+    read: Sequence[str] = ()
+    if inputs:
+        with in_eval_mode(module), recorded_reads(module) as read:
+            observe(_loaded(module), _given(module, inputs[:1]), EvaluationConfig())
+    return _quantized(module, scheme, calibration, read)
+
+
+def _quantized(
+    module: Any, scheme: Scheme, calibration: Sequence[Any] | None, read: Sequence[str]
+) -> tuple[Any, QuantizationReport]:
     dtype, device = _dtype_and_device(module)
     request = QuantizationRequest(
         component="model",
@@ -96,15 +118,47 @@ def quantize(
         compute_dtype=dtype,
         device=device,
         default_exclusions=default_exclusions(module),
+        read=tuple(read),
     )
     with current(device):
         candidate = _copied(module).eval()
         selection = select_layers(request, candidate)
         calibrated = None
-        if config.needs_data:
-            feed = feed_of_batches(_needed(config, calibration), device, dtype)
+        if scheme.native.needs_data:
+            feed = feed_of_batches(_needed(scheme.native, calibration), device, dtype)
             calibrated = calibrate_component(request, candidate, selection, feed)
         return quantize_component(request, candidate, module, selection, calibrated)
+
+
+def _loaded(module: Any) -> LoadedModel:
+    """The user's module as the stages take it."""
+    dtype, device = _dtype_and_device(module)
+    return LoadedModel(
+        name="module",
+        protocol="module",
+        components={"model": module},
+        dtype=dtype,
+        device=device,
+        weights_sha256=state_digest(module.state_dict()),
+    )
+
+
+def _given(module: Any, inputs: Sequence[Any]) -> ModuleInputs:
+    """The user's batches; a module of one dtype is given that, one of several what the user gives."""
+    dtypes = {dtype_name(p.dtype) for p in module.parameters() if p.is_floating_point()}
+    return inputs_of(inputs, _dtype_and_device(module)[0] if len(dtypes) == 1 else None)
+
+
+@contextlib.contextmanager
+def in_eval_mode(module: Any) -> Iterator[None]:
+    """The module in eval mode, and each of its parts as it was afterwards."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 def _require_config(config: Any) -> None:
@@ -124,8 +178,8 @@ def _needed(config: QuantizationConfigMixin, calibration: Sequence[Any] | None) 
     return calibration
 
 
-def _name_of(config: QuantizationConfigMixin) -> str:
-    scheme = scheme_of_config(config, compute_dtype="auto")  # the module's own dtype is what counts
+def _name_of(config: QuantizationConfigMixin, **more: Any) -> str:
+    scheme = scheme_of_config(config, compute_dtype="auto", **more)  # the module's own dtype is what counts
     settings = {name: getattr(config, name) for name in scheme.backend.settings}
     return scheme_name(scheme.axes, scheme, settings)
 
@@ -142,6 +196,12 @@ def _checked(module: Any) -> Any:
     if next(module.parameters(), None) is None:
         raise ConfigError("module: it has no parameters, nothing to quantize; pass the part with the weights")
     check_offloading(module, "module")
+    for name, parameter in module.named_parameters():
+        if parameter.dtype == torch.float64:
+            raise ConfigError(
+                f"module: {name} is of float64, and modules are quantized and compared in float32, bfloat16 or "
+                "float16; pass module.float(), or copy.deepcopy(module).float() to keep yours"
+            )
     check_weights_are_here(module, "module")
     return module
 
@@ -171,14 +231,21 @@ def evaluate(
     *,
     calibration: Sequence[Any] | None = None,
     num_bootstrap: int = 2000,
+    floors: bool = True,
+    layer_kinds: Sequence[str] = ("linear",),
 ) -> list[RunReport]:
     """Quantize ``module`` by each config and compare its outputs with the unquantized module's, row by row.
 
     Args:
-        module: any ``torch.nn.Module`` that returns a tensor, or a tuple or mapping whose first tensor counts.
+        module: any ``torch.nn.Module`` that returns a tensor, or a tuple or mapping of tensors, of which each is
+            compared and the one that moves most counts.
         configs: native quantization configs.
-        inputs: batches as the module's forward takes them: tensors, or tuples or mappings of tensors.
+        inputs: batches as the module's forward takes them: a tensor, a tuple of positional arguments, a mapping of
+            named ones, or a pair (tuple, mapping) of both; values that are no tensors are passed on as they are.
         calibration: other batches, for configs that need data; a sample of ``inputs`` among them is refused.
+        floors: measure the noise floor (the module in another dtype) as a row of its own; it is FAILED, with the
+            reason, where the module does not run so.
+        layer_kinds: see :func:`quantize`.
 
     Returns:
         Reports of the reference, its floor (another dtype) and each config: ``output_cosine`` and ``output_rel_error``
@@ -190,7 +257,8 @@ def evaluate(
         raise ConfigError(f"configs={type(configs).__name__}: a list of configs is wanted: [config]")
     if not isinstance(inputs, (list, tuple)):
         raise ConfigError(f"inputs={type(inputs).__name__}: a list of batches is wanted: [batch]")
-    given = inputs_of(inputs)
+    given = _given(module, inputs)
+    kinds = {"layer_kinds": list(layer_kinds)}
     for config in configs:
         _require_config(config)
         if config.needs_data:
@@ -201,56 +269,44 @@ def evaluate(
                     f"calibration: {len(shared)} of its {len(mine)} different samples are samples of inputs, so the "
                     "numbers would flatter; give other batches"
                 )
+    schemes = [(config, scheme_of_config(config, **kinds)) for config in configs]
     settings = EvaluationConfig(num_bootstrap=num_bootstrap)
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        dtype, device = _dtype_and_device(module)
-        model = LoadedModel(
-            name="module",
-            protocol="module",
-            components={"model": module},
-            dtype=dtype,
-            device=device,
-            weights_sha256=state_digest(module.state_dict()),
-        )
-        with current(device):
-            with emulated_products(lacking(device)):
+    with in_eval_mode(module):
+        model = _loaded(module)
+        check_finite_weights(module, "module")
+        with current(model.device):
+            with emulated_products(lacking(model.device)), recorded_reads(module) as read:
                 reference = observe(model, given, settings)
-            reports = [
-                _row(REFERENCE, module, None, model, reference, given, settings),
-                _floor_row(module, model, reference, given, settings),
-            ]
-            for config in configs:
+            reports = [_row(REFERENCE, module, None, model, reference, given, settings)]
+            reports += [_floor_row(module, model, reference, given, settings)] if floors else []
+            for config, scheme in schemes:
                 data = calibration if config.needs_data else None
-                reports.append(_config_row(config, data, model, reference, given, inputs, settings))
-    finally:
-        for part, training in modes.items():
-            part.training = training
-    floors = {r.name: r.quality for r in reports if r.name in FLOORS and r.status == "FINISHED"}
-    return [replace(r, floors=floors) for r in reports]
+                name = _name_of(config, **kinds)
+                reports.append(_config_row(name, scheme, data, read, model, reference, given, settings))
+    known = {r.name: r.quality for r in reports if r.name in FLOORS and r.status == "FINISHED"}
+    return [replace(r, floors=known) for r in reports]
 
 
 def _config_row(
-    config: QuantizationConfigMixin,
+    name: str,
+    scheme: Scheme,
     calibration: Sequence[Any] | None,
+    read: Sequence[str],
     model: LoadedModel,
     reference: Any,
-    given: Any,
-    inputs: Sequence[Any],
+    given: ModuleInputs,
     settings: EvaluationConfig,
 ) -> RunReport:
     """The row of a config; its candidate is gone when this returns."""
-    quantized, layers = quantize(model.components["model"], config, calibration=calibration)
-    name = _name_of(config)
+    quantized, layers = _quantized(model.components["model"], scheme, calibration, read)
     try:
-        return _row(name, quantized, layers, model, reference, given, settings, scheme_of_config(config))
+        return _row(name, quantized, layers, model, reference, given, settings, scheme)
     except QuantlabError:
         raise
     except Exception as error:  # noqa: BLE001  the module's own code, on layers that it does not know
         if is_of_the_machine(error):
             raise
-        raise ConfigError(_why_it_fails(error, name, layers, model, inputs, settings)) from error
+        raise ConfigError(_why_it_fails(error, name, layers, model, given, settings)) from error
 
 
 def _why_it_fails(
@@ -258,19 +314,19 @@ def _why_it_fails(
     name: str,
     layers: QuantizationReport,
     model: LoadedModel,
-    inputs: Sequence[Any],
+    given: ModuleInputs,
     settings: EvaluationConfig,
 ) -> str:
     """What to say of a module that runs as it is, and not quantized."""
     module = model.components["model"]
-    done = [r.name for r in layers.layers if r.status in ("quantized", "fallback")]
-    read = uncalled(module, done, lambda: observe(model, inputs_of(inputs[:1]), settings))
+    done = [r.name for r in layers.layers if r.status in ("quantized", "fallback") and r.kind == "linear"]
+    read = uncalled(module, done, lambda: observe(model, given, settings))
     said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if not read:
         return f"module: {name}: it runs as it is, and fails quantized ({said}); exclude the layer that it names"
     return (
-        f"module: {name}: it reads the weights of {', '.join(read[:5])} instead of calling the layers, which fails on "
-        f"quantized ones ({said}); leave them out: modules_to_not_convert={read[:5]}"
+        f"module: {name}: it never calls {', '.join(read[:5])}, and fails with these layers quantized ({said}); leave "
+        f"them out: modules_to_not_convert={read[:5]}"
     )
 
 
@@ -282,7 +338,8 @@ def _floor_row(module: Any, model: LoadedModel, reference: Any, given: Any, sett
     try:
         return _row(name, _copied(module).to(dtype), None, model, reference, given, settings)
     except Exception as error:  # noqa: BLE001  the module's own code: one that casts to float32 knows no other dtype
-        told = f"{type(error).__name__}: {error}"
+        why = f"{type(error).__name__}: {error}"
+        told = f"{name}: the module does not run in {dtype_name(dtype)} ({why}); floors=False does without this row"
         return RunReport(name=name, status="FAILED", protocol="module", error=told, failed_stage="evaluate")
 
 
@@ -301,6 +358,7 @@ def _row(
         measured = evaluate_stage(candidate, model, reference, given, settings, scheme=scheme)
         quality = summarize(measured, settings)
     done = [r.name for r in layers.layers if r.status in ("quantized", "fallback")] if layers else []
+    done = [stored_at(module, name) for name in done]
     return RunReport(
         name=name,
         status="FINISHED",

@@ -407,6 +407,7 @@ def front_lines(reports: Sequence[RunReport], request: Plan) -> list[str]:
 
 def run(request: Plan, as_json: bool, quiet: bool) -> int:
     """Run the jobs and show the table; 1 when a job failed."""
+    from quantlab.report.said_first import said_first
     from quantlab.report.table import MAX_SKIPPED, terminal_table
     from quantlab.running.sweep import run_plan
     from quantlab.tracking.results import report_data
@@ -422,6 +423,8 @@ def run(request: Plan, as_json: bool, quiet: bool) -> int:
         here = "" if any(r["metrics"].get("perf/representative") for r in rows) else CPU_SECONDS
         caption = f"{size}; saving is against 16 bit{here}"
         console = terminal(132)
+        for line in said_first((r["name"], r["unquantized"]) for r in rows):
+            console.print(plain(line, 1000), style="yellow", soft_wrap=True)
         for protocol in sorted({r["protocol"] for r in rows}):
             console.print(terminal_table([r for r in rows if r["protocol"] == protocol], protocol, caption))
         for row in [r for r in rows if r["status"] == "SKIPPED"][:MAX_SKIPPED]:

@@ -23,6 +23,7 @@ from quantlab.report.compare import Comparison, compare
 from quantlab.report.comparison_table import p_text
 from quantlab.report.pareto_figure import draw_pareto
 from quantlab.report.reading import open_reader
+from quantlab.report.said_first import said_first
 from quantlab.report.selection import parse_request, select
 from quantlab.report.table import LEGEND, cells, columns, headline, markdown
 from quantlab.tracking import find_records
@@ -79,7 +80,8 @@ def table_block(data: Sweep) -> str:
         f"Measured {data['date']} in {minutes:.1f} min on a {where} with {machine['torch_threads']} threads, "
         f"n = {n:.0f}; the model, kept layers and scales are in {computed}. {LEGEND}.\n\n*{versions}*"
     )
-    return f"{markdown(rows, rows[0]['protocol'])}\n\n{caption}\n"
+    first = "".join(f"{line}.\n\n" for line in said_first((r["name"], r.get("unquantized", ())) for r in rows))
+    return f"{first}{markdown(rows, rows[0]['protocol'])}\n\n{caption}\n"
 
 
 def calibration_block(data: Sweep) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D as GPT2Layer
 
 import quantlab
 from quantlab.errors import ConfigError
-from quantlab.modules.layers import linear_layers
-from quantlab.modules.reached import check_weights_are_here, other_matrices, uncalled
+from quantlab.modules.reached import check_weights_are_here, uncalled
 from quantlab.planning.plan import plan
 
 E4M3 = ["float8_e4m3", "float8_e4m3fn", "qfloat8", "fp8", "e4m3"]
@@ -68,28 +68,38 @@ class Reads(nn.Module):
         return self.b(x @ self.a.weight.T)
 
 
-@pytest.mark.parametrize("layer", [Conv1D, lambda: Own(64, 64)], ids=["no Linear", "a forward of its own"])
-def test_matrices_that_are_no_linear_are_blamed_and_not_the_exclusions(layer):
-    model = nn.ModuleDict({"h": nn.Sequential(layer(), layer()), "head": nn.Linear(64, 64)})
-    config = quantlab.QuantoConfig("int8", modules_to_not_convert=["head"])
+def test_what_is_no_linear_is_told_by_kind_with_the_key_that_takes_it():
+    model = nn.ModuleDict({"h": nn.Conv2d(8, 8, 3), "embed": nn.Embedding(64, 64), "head": nn.Linear(64, 64)})
+    own = nn.Sequential(Conv1D())
     with pytest.raises(
-        ConfigError, match=r"^model.components=model: its matrices are in 2 (Conv1D|Own) layers, .*head"
-    ) as caught:
-        quantlab.quantize(model, config)
-    assert "modules_to_not_convert" not in str(caught.value)
+        ConfigError, match=r"no Linear layer; its weights are in Conv1D \(4,096\): no backend stores them$"
+    ):
+        quantlab.quantize(own, quantlab.QuantoConfig("int8"))
+    told = r"its weights are in embedding \(4,096\) and conv \(576\): quantization.layer_kinds=\[embedding,conv\] takes them$"
+    with pytest.raises(ConfigError, match=rf"^modules_to_not_convert: all 1 Linear layers .*; {told}"):
+        quantlab.quantize(model, quantlab.QuantoConfig("int8", modules_to_not_convert=["head"]))
     del model["head"]
-    with pytest.raises(ConfigError, match=r"no Linear layer; its matrices are in 2 (Conv1D|Own) layers"):
+    with pytest.raises(ConfigError, match=rf"^model.components=model: it has no Linear layer; {told}"):
         quantlab.quantize(model, quantlab.QuantoConfig("int8"))
+
+
+@pytest.mark.parametrize(
+    "layer", [lambda: GPT2Layer(64, 64), lambda: Own(64, 64)], ids=["no Linear", "a forward of its own"]
+)
+@pytest.mark.parametrize("config", [quantlab.QuantoConfig("int8"), quantlab.GGUFQuantizationConfig(gguf_type="q8_0")])
+def test_what_reads_its_weight_itself_is_taken_as_linear(layer, config):
+    model = nn.Sequential(layer(), layer()).eval()
+    made, report = quantlab.quantize(model, config)
+    assert [(r.kind, r.status) for r in report.layers] == [("linear", "quantized")] * 2
+    x = torch.randn(4, 64)
+    assert 0 < torch.linalg.vector_norm(made(x) - model(x)) < 0.05 * torch.linalg.vector_norm(model(x))
 
 
 def test_exclusions_that_leave_nothing_are_still_blamed():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-    with pytest.raises(ConfigError, match=r"^modules_to_not_convert: all 2 Linear layers"):
-        quantlab.quantize(model, quantlab.QuantoConfig("int8", modules_to_not_convert=["*"]))
-    assert other_matrices(model, linear_layers(model).values()) == ""
-    kept = nn.Sequential(Kept(64, 64), Kept(64, 64))
-    with pytest.raises(ConfigError, match=r"^modules_to_not_convert: all 2 Linear layers"):
-        quantlab.quantize(kept, quantlab.QuantoConfig("int8", modules_to_not_convert=["*"]))
+    for modules in (model, nn.Sequential(Kept(64, 64), Kept(64, 64))):
+        with pytest.raises(ConfigError, match=r"^modules_to_not_convert: all 2 Linear layers"):
+            quantlab.quantize(modules, quantlab.QuantoConfig("int8", modules_to_not_convert=["*"]))
 
 
 @pytest.mark.parametrize("call", ["quantize", "evaluate"])
@@ -119,17 +129,15 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_weight_that_a_parent_reads_is_named_with_the_exclusion_that_helps(name):
-    model, inputs = Reads(), [torch.randn(4, 64), torch.randn(4, 64)]
-    with pytest.raises(
-        ConfigError, match=r"^module: .*it reads the weights of a instead of calling the layers"
-    ) as caught:
-        quantlab.evaluate(model, [CONFIGS[name]], inputs)
-    assert str(caught.value).endswith("leave them out: modules_to_not_convert=['a']")
-    config = type(CONFIGS[name]).from_dict({**CONFIGS[name].to_dict()})
-    data = config.to_dict()
-    field = config._exclusions_field
-    quantlab.evaluate(model, [type(config).from_dict({**data, field: ["a"], "exclusion_rule": "quantlab"})], inputs)
+def test_a_weight_that_a_parent_reads_is_packed_or_left_and_told(name):
+    _, _, row = quantlab.evaluate(Reads(), [CONFIGS[name]], [torch.randn(4, 64), torch.randn(4, 64)])
+    rows = {r.name: r for r in row.quantization.layers}
+    assert rows["a"].status == ("excluded" if name == "bitsandbytes int8" else "quantized")
+    assert rows["b"].status == "quantized"
+    assert "the part around it reads its weight" in rows["a"].reason
+    assert 0 < row.quality["output_rel_error"].value < 0.2
+    _, report = quantlab.quantize(Reads(), CONFIGS[name], inputs=[torch.randn(4, 64)])
+    assert {r.name: r.reason for r in report.layers} == {r.name: r.reason for r in row.quantization.layers}
 
 
 @pytest.mark.parametrize("config", [quantlab.GGUFQuantizationConfig(gguf_type="q8_0"), quantlab.QuantoConfig("int8")])

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from quantlab.errors import ConfigError
+from quantlab.modules.holders import holders
 from quantlab.modules.hooks import before_adapters
 from quantlab.modules.layers import linear_layers, resolve_exclusions
 from quantlab.vocabulary.native import LIBRARY_RULE, QuantizationConfigMixin, Rule
@@ -108,7 +109,7 @@ def expand(
 
 
 def kept_in_float32(model: nn.Module) -> dict[str, str]:
-    """Layer -> why, for the Linear layers that classes of ``model`` keep in float32 when they are loaded.
+    """Layer -> why, for the holders of weights that classes of ``model`` keep in float32 when they are loaded.
 
     They are left out by default, whatever quantizes: they lose most, and code of theirs may look at the weight's dtype.
     """
@@ -116,7 +117,7 @@ def kept_in_float32(model: nn.Module) -> dict[str, str]:
     for root, part in model.named_modules():
         for entry in _kept_in_float32(part):
             inside = f".{entry.removesuffix('.weight')}."
-            for path in linear_layers(part):
+            for path in holders(part):
                 if inside in f".{path}.":
                     found.setdefault(f"{root}.{path}".lstrip("."), f"{type(part).__name__}: {entry}, {_KEPT}")
     return found
@@ -186,7 +187,7 @@ def excluded_layers(config: QuantizationConfigMixin, model: nn.Module) -> set[st
         return set(expand(config, model)[0])
     every = [name for name, _ in model.named_modules()]
     own = resolve_exclusions(list(layers), config.exclusions or (), every)
-    return {*own, *config.disabled_layers(list(layers)), *kept_in_float32(model)}
+    return {*own, *config.disabled_layers(list(layers)), *(set(kept_in_float32(model)) & set(layers))}
 
 
 def _left_out(config: QuantizationConfigMixin, model: nn.Module) -> set[str]:

@@ -75,7 +75,19 @@ class Scheme:
             }
         )
         kept = ("dtype", "activation_dtype", "algorithm", "replace_default_exclusions", "on_mismatch")
-        return {**data, **{name: getattr(self.axes, name) for name in kept}}
+        kinds = sorted(set(self.axes.layer_kinds))
+        return {**data, **{name: getattr(self.axes, name) for name in kept}, "layer_kinds": kinds}
+
+    @property
+    def why_not_packed(self) -> str:
+        """Why a weight that is read, and in no layer that is called, cannot be stored by this scheme; "" if it can."""
+        if self.axes.dtype == CUSTOM:
+            return "a config that no axes spell is of layers that are called"
+        if self.axes.activation_dtype != "none":
+            return f"activation_dtype={self.axes.activation_dtype} rounds the inputs of layers that are called"
+        if self.native.needs_data:
+            return f"algorithm={self.axes.algorithm} looks at the inputs of layers that are called"
+        return ""
 
     @property
     def num_forgiven(self) -> int:
@@ -153,7 +165,8 @@ def pasted_scheme(
         if plain(value) not in (own_settings(axes.backend)[name].default, getattr(native, name, None)):
             raise ConfigError(f"quantization.{name}={value}: the {key} decides it; leave {name} out")
     kept = {
-        name: getattr(axes, name) for name in ("modules_to_not_convert", "replace_default_exclusions", "on_mismatch")
+        name: getattr(axes, name)
+        for name in ("modules_to_not_convert", "replace_default_exclusions", "on_mismatch", "layer_kinds")
     }
     return _made(backend_of(said.backend), replace(said, quantization_config=block, **kept), native, shipped)
 

@@ -7,7 +7,7 @@ left out of quantization by default.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from quantlab.errors import ModelError
 from quantlab.models.checkpoint import load_checkpoint, weights_sha256
@@ -83,7 +83,8 @@ def _beside_the_language_model(model: PreTrainedModel) -> list[str]:
     """Paths of the parts of a multimodal model that text does not reach: its towers, and what joins them to it."""
     if model.config.get_text_config() is model.config:
         return []
-    text = {id(part) for part in model.get_decoder().modules()}
+    decoder: torch.nn.Module = cast(Any, model).get_decoder()
+    text = {id(part) for part in decoder.modules()}
     found: list[str] = []
     for name, part in model.named_modules():
         reaches_text = any(id(inner) in text for inner in part.modules())

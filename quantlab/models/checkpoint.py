@@ -2,48 +2,77 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from quantlab.errors import ModelError
 from quantlab.models.reading import as_model_error, chosen_dtype, frozen, local_folder, quiet_loading
 from quantlab.modules.compute_dtype import torch_dtype
 from quantlab.modules.layers import state_digest
+from quantlab.progress import say
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.schema import ModelConfig
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 _WAY_OUT = "check the path, that the files are complete, and, for a Hub id, the network or the local Hub cache"
 
 
 def load_checkpoint(
-    auto_classes: Sequence[type[_BaseAutoModelClass]], path: str, config: ModelConfig, device: str, key: str = ""
+    auto_classes: Sequence[type[_BaseAutoModelClass] | type[PreTrainedModel]],
+    path: str,
+    config: ModelConfig,
+    device: str,
+    key: str = "",
+    is_base: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A transformers model in eval mode on ``device``, and its tokenizer, from a local folder or a Hub id.
 
-    Of ``auto_classes`` the first that knows the checkpoint's architecture loads it; ``key`` begins the messages
-    (default ``model.path=<path>``). Code that a checkpoint brings along is never run. Raises one ModelError for a path
-    that is missing, unreachable, not a model, incomplete, damaged, already quantized or without a tokenizer.
+    Of ``auto_classes`` the first that knows the checkpoint's architecture loads it, see :func:`load_model`; ModelError
+    also for a checkpoint without a tokenizer.
     """
     key = key or f"model.path={path}"
+    model = load_model(auto_classes, path, config, device, key, is_base)
+    from transformers import AutoTokenizer
+
+    path = str(Path(path).expanduser()) if Path(path).expanduser().exists() else path
+    where = {"revision": config.revision, "trust_remote_code": False}
+    with as_model_error(f"{key} (tokenizer)", _WAY_OUT, lambda: _has_own_tokenizer(path, config.revision)):
+        tokenizer = AutoTokenizer.from_pretrained(path, **where)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # some versions make one of no files, which reads no text
+        raise ModelError(f"{key} (tokenizer): it knows {len(tokenizer)} tokens and none of text; {_WAY_OUT}")
+    return model, tokenizer
+
+
+def load_model(
+    auto_classes: Sequence[type[_BaseAutoModelClass] | type[PreTrainedModel]],
+    path: str,
+    config: ModelConfig,
+    device: str,
+    key: str,
+    is_base: bool = False,
+) -> PreTrainedModel:
+    """A transformers model in eval mode on ``device``, whole.
+
+    ``auto_classes`` are ``AutoModelForCausalLM``, ``AutoModel``..., or one class; ``key`` begins the messages. Code
+    that a checkpoint brings along is never run. ``is_base``: only what gives hidden states is measured, so a head in the
+    checkpoint is left (and told of), and a pooler that it lacks is not built. Raises one ModelError for a path that is
+    missing, unreachable, not a model, incomplete, damaged or already quantized, and for a checkpoint with weights that
+    the class does not use.
+    """
     dtype = torch_dtype_argument(config, device)
     local = local_folder(key, path, "config.json", "a transformers model", "save_pretrained")
     path = str(local) if local is not None else path  # a home folder's ~ is no name that transformers knows
-    from transformers import AutoConfig, AutoTokenizer
-    from transformers.utils import logging
-
-    where = {"revision": config.revision, "trust_remote_code": False}
-    with as_model_error(key, _WAY_OUT):
-        stored = AutoConfig.from_pretrained(path, **where)
-    auto_class = next((auto for auto in auto_classes if type(stored) in auto._model_mapping), auto_classes[0])
+    stored = read_config(path, config, key)
+    auto_class = next((auto for auto in auto_classes if _knows(auto, stored)), auto_classes[0])
     parts = (stored, stored.get_text_config())  # a multimodal model's language model may be what is quantized
     quantized = next((q for part in parts if (q := getattr(part, "quantization_config", None)) is not None), None)
     if quantized is not None:
@@ -52,22 +81,103 @@ def load_checkpoint(
             f"{key}: these weights are already quantized ({method}); the reference must not be: "
             "name the unquantized checkpoint"
         )
-    with as_model_error(key, _WAY_OUT), quiet_loading(logging):
-        model, info = auto_class.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, variant=config.variant, **where
-        )
+    model, info = _read(auto_class, path, config, dtype, key)
     missing = sorted(info.get("missing_keys", ()))
+    if missing and is_base and all("pooler" in name.split(".") for name in missing):
+        model, info = _read(auto_class, path, config, dtype, key, add_pooling_layer=False)
+        missing = sorted(info.get("missing_keys", ()))
     if missing:
         raise ModelError(
             f"{key}: the checkpoint lacks {len(missing)} of the weights of {type(model).__name__} "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}), which would stay random; "
-            "name a checkpoint that was saved from this architecture"
+            f"({_some(missing)}), which would stay random; name a checkpoint that was saved from this architecture"
         )
-    with as_model_error(f"{key} (tokenizer)", _WAY_OUT, lambda: _has_own_tokenizer(path, config.revision)):
-        tokenizer = AutoTokenizer.from_pretrained(path, **where)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # some versions make one of no files, which reads no text
-        raise ModelError(f"{key} (tokenizer): it knows {len(tokenizer)} tokens and none of text; {_WAY_OUT}")
-    return frozen(model).to(device), tokenizer
+    unused, architecture = sorted(info.get("unexpected_keys", ())), _architecture(stored)
+    if unused and is_base and is_base_with_head(stored):
+        say(f"{key}: {len(unused)} weights of the head of {architecture} ({_some(unused)}) are not measured")
+    elif unused:
+        raise ModelError(
+            f"{key}: {type(model).__name__} does not use {len(unused)} weights of the checkpoint ({_some(unused)}), "
+            f"which was saved from {architecture or 'another class'}: a part of the model would be measured as if it "
+            "were whole; model.family=auto chooses the family that loads all of it"
+        )
+    whole: PreTrainedModel = frozen(model).to(device)
+    return whole
+
+
+def read_config(path: str, config: ModelConfig, key: str) -> PreTrainedConfig:
+    """The checkpoint's configuration; ModelError where it cannot be read."""
+    from transformers import AutoConfig
+
+    with as_model_error(key, _WAY_OUT):
+        found: PreTrainedConfig = AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=False)
+    return found
+
+
+def _read(
+    auto_class: Any, path: str, config: ModelConfig, dtype: torch.dtype | str, key: str, **more: object
+) -> tuple[Any, Mapping[str, Any]]:
+    """The model and what transformers says of its loading, with the keys that a class of another architecture than the
+    checkpoint's is written to pass over."""
+    from transformers.utils import logging
+
+    with as_model_error(key, _WAY_OUT), quiet_loading(logging), _ignoring_nothing(auto_class, path, config):
+        model, info = auto_class.from_pretrained(
+            path,
+            dtype=dtype,
+            output_loading_info=True,
+            variant=config.variant,
+            revision=config.revision,
+            trust_remote_code=False,
+            **more,
+        )
+    return model, info
+
+
+@contextlib.contextmanager
+def _ignoring_nothing(auto_class: Any, path: str, config: ModelConfig) -> Iterator[None]:
+    """T5's encoder passes over a decoder without a word, where the checkpoint is that of the whole model."""
+    from transformers import AutoConfig
+
+    stored = AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=False)
+    mapping = getattr(auto_class, "_model_mapping", None)
+    kind = auto_class if mapping is None else mapping.get(type(stored), None)
+    kind = kind[0] if isinstance(kind, (tuple, list)) else kind
+    name = "_keys_to_ignore_on_load_unexpected"
+    if kind is None or kind.__name__ == _architecture(stored) or not getattr(kind, name, None):
+        yield
+        return
+    own, kept = name in vars(kind), getattr(kind, name)
+    setattr(kind, name, None)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(kind, name, kept)
+        else:
+            delattr(kind, name)
+
+
+def _knows(auto_class: Any, stored: PreTrainedConfig) -> bool:
+    return type(stored) in getattr(auto_class, "_model_mapping", ())
+
+
+def _architecture(stored: PreTrainedConfig) -> str:
+    return (getattr(stored, "architectures", None) or [""])[0]
+
+
+def is_base_with_head(stored: PreTrainedConfig) -> bool:
+    """Whether a checkpoint is of a model that only encodes, with a head on it (MLM, classification)."""
+    if getattr(stored, "is_encoder_decoder", False):
+        return False
+    return _architecture(stored).rpartition("For")[2] in HEADS
+
+
+HEADS = ("MaskedLM", "PreTraining", "SequenceClassification", "TokenClassification", "QuestionAnswering")
+"""What stands behind ``For`` in the class of an encoder with a head."""
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def torch_dtype_argument(config: ModelConfig, device: str) -> torch.dtype | Literal["auto"]:

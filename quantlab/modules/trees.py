@@ -11,13 +11,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Batch = Any
-"""A tensor, or a tuple, list or mapping of tensors, as a module's forward takes them."""
+"""A tensor; a tuple or list of positional arguments; a mapping of named ones; or a pair (tuple, mapping) of both."""
 
 
 def arguments_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a batch is in a call: positional and named arguments."""
     if isinstance(batch, Mapping):
         return (), dict(batch)
+    if isinstance(batch, (list, tuple)) and len(batch) == 2:
+        args, kwargs = batch
+        if isinstance(args, (list, tuple)) and isinstance(kwargs, Mapping):
+            return tuple(args), dict(kwargs)
     return tuple(batch) if isinstance(batch, (list, tuple)) else (batch,), {}
 
 
@@ -28,7 +32,10 @@ def replaced(tree: Any, change: Callable[[Any], Any]) -> Any:
         return changed
     if isinstance(tree, Mapping):
         return {k: replaced(v, change) for k, v in tree.items()}
-    return type(tree)(replaced(v, change) for v in tree) if isinstance(tree, (list, tuple)) else tree
+    if not isinstance(tree, (list, tuple)):
+        return tree
+    items = [replaced(v, change) for v in tree]
+    return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)  # a named tuple takes them one by one
 
 
 def in_order(tensor: Tensor) -> Tensor:
@@ -50,7 +57,20 @@ def tensors_in(tree: object) -> list[Tensor]:
     return [t for item in items for t in tensors_in(item)]
 
 
+def named_tensors(tree: object, name: str = "") -> dict[str, Tensor]:
+    """The tensors of ``tree`` by their place in it: ``logits``, ``hidden_states.3``; "" for one that stands alone."""
+    import torch
+
+    if isinstance(tree, torch.Tensor):
+        return {name: tree}
+    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    return {n: t for key, item in items for n, t in named_tensors(item, f"{name}.{key}".lstrip(".")).items()}
+
+
 def add_to_digest(digest: hashlib._Hash, tensor: Tensor) -> None:
     """Dtype, shape and values, as float32, of a tensor of the user's."""
+    import torch
+
     digest.update(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())

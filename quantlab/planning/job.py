@@ -113,6 +113,9 @@ def scheme_name(axes: QuantizationAxes, scheme: Scheme | None = None, settings: 
         words.append(axes.compute_dtype)
     if axes.on_mismatch not in ("error", "skip"):  # what was skipped is the coverage
         words.append(axes.on_mismatch)
+    words += [f"+{kind}" for kind in axes.layer_kinds if kind != "linear"]
+    if "linear" not in axes.layer_kinds:
+        words.append("-linear")
     for name, own in scheme.backend.settings.items():
         value = (settings or {}).get(name, own.default)
         if value != own.default and name != "activation_scales":  # the activations' words have it

@@ -78,6 +78,36 @@ def _not_there(row: Capability, device: str) -> str:
     return f"runs on {' and '.join(row.devices)} only" if device and device not in row.devices else ""
 
 
+KINDS = {
+    "linear": "`nn.Linear`, its subclasses, GPT-2's `Conv1D`, the matrices of `nn.MultiheadAttention`",
+    "conv": "`nn.Conv1d` to `nn.Conv3d`, transposed ones too",
+    "embedding": "`nn.Embedding`; one that is tied to the output head is stored once for both",
+    "expert": "packed experts: a parameter with a matrix for each (Mixtral, Qwen3-MoE, gpt-oss, DeepSeek)",
+}
+"""Value of ``quantization.layer_kinds`` -> the layers."""
+
+
+def kinds() -> list[Row]:
+    """One row a kind of layer: which dtypes of each backend store it."""
+    return [
+        {
+            "kind": kind,
+            **{
+                name: _some([d for d, row in offers()[name].rows.items() if kind in row.layer_kinds], name)
+                for name in table()
+            },
+            "what it is": what,
+        }
+        for kind, what in KINDS.items()
+    ]
+
+
+def _some(dtypes: list[str], backend: str) -> str:
+    """Dtypes of a backend in few words: all of them, or all but a few."""
+    others = [d for d in offers()[backend].rows if d not in dtypes]
+    return "all" if not others else f"all but {' '.join(others)}" if dtypes else "none"
+
+
 ALGORITHMS = {
     "max": "the library's plain rounding, by the weights alone",
     "mse": "scales that make the weights' squared error least",
@@ -184,6 +214,7 @@ LISTS: dict[str, Callable[[], list[Row]]] = {
     "backends": backends,
     "dtypes": dtypes,
     "combinations": combinations,
+    "kinds": kinds,
     "algorithms": algorithms,
     "models": lambda: _options("model"),
     "datasets": lambda: _options("dataset"),

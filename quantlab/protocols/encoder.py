@@ -70,7 +70,8 @@ def encoder_inputs(texts: Sequence[str], evaluation: EvaluationConfig, model: Lo
             "give more texts or fewer samples"
         )
     longest = getattr(model.components["model"].config, "max_position_embeddings", None)
-    if length < 3 or (isinstance(longest, int) and longest < length):
+    longest = longest if isinstance(longest, int) and longest > 0 else None  # XLNet's has no end: -1
+    if length < 3 or (longest is not None and longest < length):
         raise ConfigError(f"evaluation.context_length={length}: {model.name} takes 3 to {longest} tokens")
     tokenizer = model.parts["tokenizer"]
     if tokenizer.pad_token_id is None:

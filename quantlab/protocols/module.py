@@ -11,15 +11,17 @@ from quantlab.errors import ConfigError, NotFinite
 from quantlab.metrics.output_error import output_cosine, output_rel_error
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
-from quantlab.modules.compute_dtype import component_dtype
-from quantlab.modules.trees import Batch, add_to_digest, arguments_of, replaced, tensors_in
+from quantlab.modules.compute_dtype import component_dtype, torch_dtype
+from quantlab.modules.trees import Batch, add_to_digest, arguments_of, named_tensors, replaced, tensors_in
 from quantlab.protocols.defined import defined
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.reports import Measurements
 from quantlab.vocabulary.schema import EvaluationConfig
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
 HEADLINE = ("output_cosine", "output_rel_error")
@@ -33,14 +35,16 @@ class ModuleInputs:
     sha256: str
 
 
-def inputs_of(batches: Sequence[Batch]) -> ModuleInputs:
-    """The user's batches with their digest; ConfigError when there are none."""
+def inputs_of(batches: Sequence[Batch], dtype: str | None = None) -> ModuleInputs:
+    """The user's batches, their floating tensors in ``dtype`` (None: as given), with their digest; ConfigError when
+    there are none."""
     if not batches:
         raise ConfigError("inputs: at least one batch is wanted (a tensor, or a tuple or mapping of tensors)")
     digest = hashlib.sha256()
     for tensor in tensors_in(list(batches)):
         add_to_digest(digest, tensor)
-    return ModuleInputs(batches=tuple(batches), sha256=digest.hexdigest())
+    cast = tuple(_cast(b, None, torch_dtype(dtype)) if dtype else b for b in batches)
+    return ModuleInputs(batches=cast, sha256=digest.hexdigest())
 
 
 def samples_of(batches: Sequence[Batch]) -> set[str]:
@@ -56,13 +60,15 @@ def samples_of(batches: Sequence[Batch]) -> set[str]:
     return found
 
 
-def _cast(batch: Batch, device: str, dtype: torch.dtype) -> Batch:
+def _cast(batch: Batch, device: str | None, dtype: torch.dtype, only: torch.dtype | None = None) -> Batch:
+    """The batch on ``device``, its floating tensors (those of dtype ``only``) in ``dtype``."""
     import torch
 
     def cast(value: object) -> Tensor | None:
         if not isinstance(value, torch.Tensor):
             return None
-        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+        is_cast = value.is_floating_point() and only in (None, value.dtype)
+        return value.to(device=device, dtype=dtype if is_cast else None)
 
     return replaced(batch, cast)
 
@@ -78,31 +84,50 @@ def observe(
     progress: Progress | None = None,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """Outputs of the module, concatenated over batches: fp32 tensor of shape (rows, ...).
+    """Each floating tensor that the module returns, by its place in what it returns ("" for one alone), as a list
+    with one fp32 tensor a batch; and ``rows``, the number of rows of each batch: of the first tensor's.
 
     ``batch_size`` cuts the user's batches smaller, where they are single tensors. NotFinite for NaN or infinity.
     """
     import torch
 
     module = model.components["model"]
-    dtype = component_dtype(model.components["model"], model.dtype)
+    dtype, usual = component_dtype(model.components["model"], model.dtype), torch_dtype(model.dtype)
     batches = [
         part for b in inputs.batches for part in (b.split(batch_size) if batch_size and hasattr(b, "split") else [b])
     ]
-    outputs = []
+    outputs: dict[str, list[Tensor]] = {}
+    rows: list[int] = []
     with torch.no_grad():
         for i, batch in enumerate(batches):
-            args, kwargs = arguments_of(_cast(batch, model.device, dtype))
-            out = tensors_in(module(*args, **kwargs))[0]
-            outputs.append((out.dequantize() if hasattr(out, "qtype") else out).detach().float().cpu())
-            if not bool(torch.isfinite(outputs[-1]).all()):
-                raise NotFinite(
-                    f"inputs: the output of batch {i} holds NaN or infinity; check weights and inputs",
-                    f"the output of batch {i}",
+            args, kwargs = arguments_of(_cast(batch, model.device, dtype, only=usual))
+            found = _floating(module(*args, **kwargs))
+            if not found or (outputs and set(found) != set(outputs)):
+                raise ConfigError(
+                    f"module: on batch {i} of inputs it returns {', '.join(found) or 'no floating tensor'}"
+                    f"{f', and {chr(44).join(outputs)} before' if outputs else ''}; give batches that are answered "
+                    "alike, with tensors to compare"
                 )
+            for name, out in found.items():
+                outputs.setdefault(name, []).append(out)
+                if not bool(torch.isfinite(out).all()):
+                    which = f"the output {name} of batch {i}" if name else f"the output of batch {i}"
+                    raise NotFinite(f"inputs: {which} holds NaN or infinity; check weights and inputs", which)
+            first = next(iter(found.values()))
+            rows.append(len(first) if first.dim() else 1)
             if progress:
                 progress(i + 1, len(batches))
-    return {"outputs": torch.cat(outputs)}
+    return {"outputs": outputs, "rows": rows}
+
+
+def _floating(returned: object) -> dict[str, Tensor]:
+    """The floating tensors of what a module returns, as fp32 on the CPU."""
+    found = {}
+    for name, tensor in named_tensors(returned).items():
+        dense = tensor.dequantize() if hasattr(tensor, "qtype") else tensor
+        if dense.is_floating_point():
+            found[name] = dense.detach().float().cpu()
+    return found
 
 
 def calls(
@@ -115,7 +140,7 @@ def calls(
     """The module's calls on the batches, of the size that they have."""
     dtype = component_dtype(model.components["model"], model.dtype)
     for i, batch in enumerate(inputs.batches):
-        args, kwargs = arguments_of(_cast(batch, "cpu", dtype))
+        args, kwargs = arguments_of(_cast(batch, "cpu", dtype, only=torch_dtype(model.dtype)))
         for name in components:
             yield name, {"args": args, "kwargs": kwargs, "dtype": dtype_name(dtype), "step": 0}
         if progress:
@@ -131,16 +156,50 @@ def measure(
     progress: Progress | None = None,
     batch_size: int | None = None,
 ) -> Measurements:
-    """``output_cosine`` and ``output_rel_error`` of each output row against the reference's."""
-    out = observe(model, inputs, evaluation, progress, batch_size)["outputs"]
-    ref = reference["outputs"]
+    """``output_cosine`` and ``output_rel_error`` of each output row against the reference's, of the tensor that moves
+    most (by its mean relative error); what the others do is in ``resolved``.
+
+    A tensor without a row for each row of the first is compared as a whole, batch by batch.
+    """
+    found = observe(model, inputs, evaluation, progress, batch_size)
+    undefined: dict[str, str] = {}
+    measured = {
+        name: _compared(outputs, reference["outputs"][name], found["rows"], undefined)
+        for name, outputs in found["outputs"].items()
+    }
+    errors = {name: float(m["output_rel_error"].mean()) for name, m in measured.items() if "output_rel_error" in m}
+    worst = max(errors, key=lambda name: errors[name], default=next(iter(measured)))
+    told = {"compared_output": worst, "output_rel_errors": ", ".join(f"{n}: {e:.3g}" for n, e in errors.items())}
+    return Measurements(
+        samples=measured[worst],
+        sample_ids=tuple(f"row {i}" for i in range(sum(found["rows"]))),
+        undefined={} if len(measured[worst]) == len(HEADLINE) else undefined,
+        resolved=told if len(measured) > 1 else {},
+    )
+
+
+def _compared(
+    outputs: Sequence[Tensor], reference: Sequence[Tensor], rows: Sequence[int], undefined: dict[str, str]
+) -> dict[str, NDArray[np.float64]]:
+    """The metrics of one of the returned tensors, a value a row."""
+    import numpy as np
+    import torch
+
+    by_rows = all(t.dim() and len(t) == num for t, num in zip(outputs, rows, strict=True))
+    if by_rows:
+        out, ref, times = torch.cat(list(outputs)), torch.cat(list(reference)), None
+    else:
+        out, ref = _flat(outputs), _flat(reference)
+        times = list(rows)
     metrics = {
         "output_cosine": lambda: output_cosine(out, ref),
         "output_rel_error": lambda: output_rel_error(out, ref),
     }
-    undefined: dict[str, str] = {}
-    return Measurements(
-        samples=defined(metrics, undefined),
-        sample_ids=tuple(f"row {i}" for i in range(len(ref))),
-        undefined=undefined,
-    )
+    return {n: v if times is None else np.repeat(v, times) for n, v in defined(metrics, undefined).items()}
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """One row a tensor; shorter ones are filled with zeros, which add nothing to a norm."""
+    import torch
+
+    return torch.nn.utils.rnn.pad_sequence([t.reshape(-1) for t in tensors], batch_first=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -12,9 +14,10 @@ from quantlab.metrics import METRICS
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.compare import Comparison, answers, bytes_of
 from quantlab.report.reading import StoredRun
+from quantlab.report.said_first import said_first
 from quantlab.report.selection import is_candidate
 from quantlab.report.verdicts import Verdict, largest_floor
-from quantlab.tracking.tags import FAILURE, STAGE
+from quantlab.tracking.tags import FAILURE, STAGE, UNQUANTIZED
 
 
 class Numbers(TypedDict):
@@ -90,6 +93,8 @@ class GroupData(TypedDict):
     """Row of the largest floor; None: none is known."""
     front: list[str]
     answers: list[Answer]
+    unquantized: list[str]
+    """What is said before the numbers: what stays unquantized under which schemes."""
     notes: list[str]
     rows: list[RowData]
     pairs: list[PairData]
@@ -121,11 +126,25 @@ def group_data(group: Comparison) -> GroupData:
         "floor_name": group.floor.name if group.floor else None,
         "front": list(group.front),
         "answers": [{"question": q, "name": name} for q, name in answers(group)],
+        "unquantized": unquantized(group.runs),
         "notes": list(group.notes),
         "rows": [_row(r, group) for r in in_order(group)],
         "pairs": [{"a": v.a, "b": v.b, **_verdict(v)} for v in group.pairs],
         "twins": [{"a": v.a, "b": v.b, **_verdict(v)} for v in group.twins],
     }
+
+
+def unquantized(runs: Iterable[StoredRun]) -> list[str]:
+    """What stays unquantized under which of the runs, where that is much."""
+    return said_first((r.name, _sentences(r.tags.get(UNQUANTIZED, "[]"))) for r in runs)
+
+
+def _sentences(text: str) -> list[str]:
+    """A tag's list; empty for what somebody else made of it."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(text)
+        return [str(s) for s in found] if isinstance(found, list) else []
+    return []
 
 
 def failure_data(run: StoredRun) -> Failure:

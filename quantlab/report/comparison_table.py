@@ -8,7 +8,7 @@ from rich.text import Text
 from quantlab.progress import plain
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.compare import Comparison, answers, bytes_of
-from quantlab.report.comparison_data import in_order
+from quantlab.report.comparison_data import in_order, unquantized
 from quantlab.report.selection import is_candidate
 from quantlab.report.table import LEGEND, MIB, cells, columns, headline
 from quantlab.report.verdicts import (
@@ -42,8 +42,13 @@ def comparison_table(group: Comparison) -> Table:
     if len(shown) < len(runs):
         lines.append(f"{len(runs) - len(shown)} runs off the front are in the page and in --csv FILE")
     caption = Text("\n".join(lines), justify="left")
+    first = [*([group.label] if group.label else []), *unquantized(group.runs)]
     table = Table(
-        title=plain(group.label) if group.label else None, caption=caption, caption_justify="left", pad_edge=False
+        title=plain("\n".join(first), 2000) if first else None,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        pad_edge=False,
     )
     measured: list[Measured] = [{"name": r.name, "status": r.status, "metrics": r.metrics} for r in shown]
     metrics = headline(group.protocol, measured)

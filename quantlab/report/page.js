@@ -467,6 +467,7 @@ function draw(chosen) {
     title.push(make("div", { class: "groups" }, make("label", {}, "These runs are not all comparable; shown are those with ",
       make("select", { id: "group", onchange: (e) => draw(e.target.selectedIndex) }, ...DATA.groups.map((g, i) => make("option", { selected: i === chosen ? "" : null }, g.label))))));
   }
+  title.push(...group.unquantized.map((line) => make("p", { class: "warning" }, line)));
   page.replaceChildren(...title, answers(group));
   const room = page.clientWidth - (innerWidth <= 860 ? 62 : 98), backends = [...new Set(group.rows.filter((r) => r.role === "candidate").map((r) => r.backend))].sort();
   page.append(section("What does each byte buy?", `Schemes on the line (dark outline) are the Pareto front: each is surely better than all that are smaller. Bars are 95 % intervals. n = ${group.n}.`,

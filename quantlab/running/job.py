@@ -111,6 +111,7 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
             calibration_inputs=lambda: bench.calibration_inputs(job.config),
             job=job,
             names=chosen,
+            reads=bench.reads,
             cache_dir=session.output_dir / "cache",
             advance=session.advance,
             stage=lambda name: in_stage(session, run, name),
@@ -132,7 +133,10 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         stages=(*bench.stages, *made.stages),
         params=job.resolved,
         run_id=run.run_id if run else None,
+        unquantized=layers.unquantized if layers else (),
     )
+    for told in bench.not_told(report.unquantized):
+        say(f"{job.name}: {told}", "warning")
     if run is not None:
         log_quantization(run, report, shared_tags(bench))
         log_calibration(run, report)

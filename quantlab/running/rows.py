@@ -47,6 +47,7 @@ def finished_row(data: Mapping[str, Any], run_id: str | None, name: str = "", is
         params=data["params"],
         run_id=run_id,
         is_resumed=is_resumed,
+        unquantized=tuple(data.get("unquantized", ())),
         **_numbers(data["metrics"]),
     )
 

@@ -30,6 +30,7 @@ from quantlab.progress import Advance, file_name, say
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.quiet import quiet_libraries
 from quantlab.stages.observe import observe, reference_key
+from quantlab.stages.reads import weights_read
 from quantlab.tracking import Run, Store
 from quantlab.tracking.tags import (
     INPUTS_SHA256,
@@ -58,11 +59,21 @@ class Workbench:
     reference: Mapping[str, Any]
     reference_key: str
     fingerprint: float | None
+    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Component -> its layers whose weights it reads."""
     stages: tuple[StageReport, ...] = ()
     floors: dict[str, dict[str, MetricValue]] = field(default_factory=dict)
     """Name of a floor's row -> what it costs, for all rows that come after it."""
+    told: set[str] = field(default_factory=set)
+    """What the user knows of what stays unquantized."""
     calibrations: dict[str, Any] = field(default_factory=dict)
     """Calibration config -> its inputs."""
+
+    def not_told(self, sentences: Sequence[str]) -> list[str]:
+        """Those that no job before has told the user."""
+        found = [s for s in sentences if s not in self.told]
+        self.told.update(found)
+        return found
 
     def keep_floor(self, report: RunReport) -> None:
         """Keep the numbers of a finished row if it is a floor's."""
@@ -176,6 +187,7 @@ def workbench(session: Session, config: ExperimentConfig, run: Run) -> Workbench
         say(warning, "warning")
     with in_stage(session, run, "observe") as seen:
         PROTOCOLS[model.protocol].check(model, inputs)
+        reads = weights_read(model, inputs, config.evaluation, list(model.components))
         reference = observe(model, inputs, config.evaluation, cache, step_progress(session, "observe reference"))
     bench = Workbench(
         key=key,
@@ -183,6 +195,7 @@ def workbench(session: Session, config: ExperimentConfig, run: Run) -> Workbench
         inputs=inputs,
         reference=reference,
         fingerprint=fingerprint,
+        reads=reads,
         reference_key=reference_key(model, inputs, config.evaluation),
         stages=(load.report, seen.report),
         calibrations=calibrations,

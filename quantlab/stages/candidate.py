@@ -50,6 +50,8 @@ class Making:
     """Inputs of the model's protocol that calibration may look at; asked for where the scheme needs data."""
     names: Sequence[str]
     """Components to quantize."""
+    reads: Mapping[str, tuple[str, ...]]
+    """Component -> its layers whose weights it reads (:func:`quantlab.stages.reads.weights_read`)."""
     cache_dir: Path
     advance: Advance
     stage: Stage
@@ -144,6 +146,7 @@ def _part(making: Making, name: str, scheme: Scheme) -> _Part:
         compute_dtype=model.dtype if asked == "auto" else asked,
         device=model.device,
         default_exclusions=model.default_exclusions.get(name, ()),
+        read=making.reads.get(name, ()),
     )
     _tell_idle_groups(scheme, model.components[name])
     if making.source is not None:
@@ -159,6 +162,7 @@ def _joined(reports: Sequence[QuantizationReport]) -> QuantizationReport:
         layers=tuple(row for r in reports for row in r.layers),
         num_parameters=sum(r.num_parameters for r in reports),
         resolved={k: v for r in reports for k, v in r.resolved.items()},
+        unquantized=tuple(told for r in reports for told in r.unquantized),
     )
 
 

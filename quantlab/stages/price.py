@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from quantlab.backends.scheme import Scheme
 from quantlab.backends.table import held_packages
 from quantlab.errors import ConfigError, ModelError, NotQuantized
-from quantlab.modules.layers import layers_left_alone, linear_layers, matches
+from quantlab.modules.holders import PACK, Holder, holders
+from quantlab.modules.layers import matches
 from quantlab.modules.memory import Storages, logical_size, storage_of, storages
 from quantlab.stages.select import QuantizationRequest, Selection, check_device, choose_layers, misfit
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, dtype_name
@@ -66,7 +67,7 @@ def _askable(
 ) -> tuple[QuantizationRequest, tuple[str, ...], tuple[str, ...]]:
     """The request without what would make a run refuse it whole; the entries that take no layer; and the refusals."""
     scheme, refused = request.scheme, []
-    layers = list(linear_layers(module))
+    layers = [n for n, h in holders(module).items() if h.way and h.kind in scheme.axes.layer_kinds]
     defaults = () if scheme.axes.replace_default_exclusions else request.default_exclusions
     unmatched = [e for e in (*defaults, *scheme.exclusions) if not any(matches(e, n) for n in layers)]
     shipped = {entry for entries in scheme.shipped_exclusions.values() for entry in entries}
@@ -90,7 +91,7 @@ def _misfits_told(request: QuantizationRequest, chosen: Selection, module: nn.Mo
     name, why = next(iter(chosen.misfits.items()))
     return (
         f"dtype={axes.dtype}: {len(chosen.misfits)} layers of {request.component} cannot be stored as {axes.backend} "
-        f"{axes.dtype}, such as {name} {list(dense_layer(module.get_submodule(name)).shape)}: {why}; "
+        f"{axes.dtype}, such as {name} {list(holders(module)[name].view.matrix_shape)}: {why}; "
         "quantization.on_mismatch=skip keeps them"
     )
 
@@ -106,7 +107,7 @@ class _Choice:
 
     @classmethod
     def of(cls, chosen: Selection) -> _Choice:
-        reasons = {**chosen.excluded, **{n: f"does not fit: {why}" for n, why in chosen.misfits.items()}}
+        reasons = {**chosen.left, **chosen.excluded, **{n: f"does not fit: {why}" for n, why in chosen.misfits.items()}}
         return cls(selection=chosen, taken=frozenset((*chosen.taken, *chosen.misfits)), reasons=reasons)
 
 
@@ -114,17 +115,25 @@ def _priced(
     name: str, module: nn.Module, request: QuantizationRequest | None, choice: _Choice, scheme_name: str
 ) -> ComponentPrice:
     counted = _Count()
-    stored = _stored(request, choice.selection, module)
-    skipped = set(choice.selection.same) if choice.selection else set()
-    alone = layers_left_alone(module)
+    found = holders(module, request.read if request is not None else ())
+    stored = _stored(request, choice.selection, found)
+    shared = {**choice.selection.same, **choice.selection.packed} if choice.selection else {}
+    of_part: dict[int, list[Holder]] = defaultdict(list)
+    for holder in found.values():
+        of_part[id(holder.owner)].append(holder)
     for path, part in module.named_modules():
-        if path in skipped:
+        if choice.selection and path in choice.selection.same:
             continue
-        if path in stored:
-            counted.add_stored(part, *stored[path])
-            continue
-        reason = choice.reasons.get(path) or alone.get(path, "")
-        counted.add_part(path, part, reason if request is not None else "it has no scheme")
+        done, reasons = set[str](), dict[str, str]()
+        for holder in of_part[id(part)]:
+            if holder.name in stored:
+                counted.add_stored(holder, *stored[holder.name])
+                done |= {holder.parameter} if holder.way == PACK else {holder.parameter, "bias"}
+            elif shared.get(holder.name) in stored:
+                done.add(holder.parameter)
+            else:
+                reasons[holder.parameter] = choice.reasons.get(holder.name) or holder.reason
+        counted.add_part(path, part, reasons if request is not None else None, done)
     facts = _facts(module)
     counted.add_others(facts.storages)
     parameters, values = facts.size
@@ -174,36 +183,34 @@ def _facts(module: nn.Module) -> _Facts:
 
 
 def _stored(
-    request: QuantizationRequest | None, chosen: Selection | None, module: nn.Module
+    request: QuantizationRequest | None, chosen: Selection | None, found: Mapping[str, Holder]
 ) -> dict[str, tuple[str, StoredBytes]]:
-    """Layer -> dtype and bytes, of those that are stored otherwise: taken, or misfits with a dtype to fall back to."""
+    """Holder -> dtype and bytes, of those that are stored otherwise: taken, or misfits with a dtype to fall back to."""
     if request is None or chosen is None:
         return {}
     known: dict[tuple[object, ...], StoredBytes] = {}
-    found = {}
-    for path in (*chosen.taken, *chosen.misfits):
-        layer = module.get_submodule(path)
-        dense = dense_layer(layer)
-        if path in chosen.misfits:
-            told = _fallback_bytes(request.scheme, chosen, dense, chosen.compute_dtypes[path], request.device)
+    stored = {}
+    for name in (*chosen.taken, *chosen.misfits):
+        dense = dense_layer(found[name])
+        if name in chosen.misfits:
+            told = _fallback_bytes(request.scheme, chosen, dense, chosen.compute_dtypes[name], request.device)
             if told is not None:
-                found[path] = told
+                stored[name] = told
             continue
-        dtype, compute = chosen.asked[path].axes.dtype, chosen.compute_dtypes[path]
+        dtype, compute = chosen.asked[name].axes.dtype, chosen.compute_dtypes[name]
         key = (dense, dtype, compute)
         if key not in known:
             known[key] = request.scheme.backend.module.layer_bytes(chosen.native, dense, dtype, compute, request.device)
-        found[path] = (dtype, known[key])
-    return found
+        stored[name] = (dtype, known[key])
+    return stored
 
 
-def dense_layer(layer: nn.Module) -> DenseLayer:
-    """An unquantized layer as far as bytes are concerned."""
-    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
-    assert weight is not None
+def dense_layer(holder: Holder) -> DenseLayer:
+    """An unquantized weight as far as bytes are concerned; a packed one's bias stays where it is."""
+    bias = None if holder.way == PACK else holder.owner._parameters.get("bias")
     return DenseLayer(
-        shape=tuple(weight.shape),
-        dtype=dtype_name(weight.dtype),
+        shape=holder.view.matrix_shape,
+        dtype=dtype_name(holder.weight.dtype),
         bias_dtype="" if bias is None else dtype_name(bias.dtype),
     )
 
@@ -238,13 +245,12 @@ class _Count:
         known = self.kinds[what, dtype]
         self.kinds[what, dtype] = known[0] + parameters, known[1] + num_bytes
 
-    def add_stored(self, layer: nn.Module, dtype: str, stored: StoredBytes) -> None:
-        """A layer whose weight is replaced."""
-        weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
-        assert weight is not None
-        self.replaced.add(storage_of(weight))
-        self._add("codes", dtype, weight.numel(), stored.codes)
+    def add_stored(self, holder: Holder, dtype: str, stored: StoredBytes) -> None:
+        """A weight that is replaced, and the bias that moves with it."""
+        self.replaced.add(storage_of(holder.weight))
+        self._add("codes", dtype, holder.weight.numel(), stored.codes)
         self._add("scales", dtype, 0, stored.scales)
+        bias = None if holder.way == PACK else holder.owner._parameters.get("bias")
         if bias is None:
             return
         if stored.bias_dtype == dtype_name(bias.dtype):
@@ -264,14 +270,18 @@ class _Count:
         self._add(what, dtype_name(tensor.dtype), tensor.numel() if is_parameter else 0, num_bytes)
         return num_bytes
 
-    def add_part(self, path: str, part: nn.Module, reason: str) -> None:
-        """The parameters and buffers of one module itself, as they are."""
+    def add_part(
+        self, path: str, part: nn.Module, reasons: Mapping[str, str] | None, done: Collection[str] = ()
+    ) -> None:
+        """The parameters and buffers of one module itself that are not ``done``, as they are; ``reasons`` says of each
+        parameter why, None: the component has no scheme."""
         for name, tensor in part._parameters.items():
-            if tensor is None:
+            if tensor is None or name in done:
                 continue
             is_weight = name != "bias"
             num_bytes = self._tensor(type(part).__name__ if is_weight else "biases", tensor, is_parameter=True)
             if is_weight and num_bytes:
+                reason = "it has no scheme" if reasons is None else reasons.get(name, "")
                 self.kept[reason or f"{NO_BACKEND} {type(part).__name__}"][path] = num_bytes
         for buffer in part._buffers.values():
             if buffer is not None:

@@ -9,8 +9,9 @@ multiplies by something else than it holds (:mod:`quantlab.stages.products`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,12 +19,15 @@ from quantlab.backends.scheme import Scheme
 from quantlab.backends.table import held_packages
 from quantlab.errors import NotQuantized
 from quantlab.modules.compute_dtype import stand_for
+from quantlab.modules.holders import PACK, Holder, holders
 from quantlab.modules.hooks import without_hooks_of
-from quantlab.modules.layers import layers_left_alone, own_tensors
+from quantlab.modules.layers import own_tensors
 from quantlab.modules.memory import layer_memory, logical_size
+from quantlab.modules.packed import read_by, stored_at
 from quantlab.modules.source import Source, freed_at_once
 from quantlab.stages.products import Product, product
-from quantlab.stages.select import QuantizationRequest, Selection, select_layers
+from quantlab.stages.select import QuantizationRequest, Selection, make_ready, select_layers, share_packed
+from quantlab.stages.unquantized import unquantized
 from quantlab.stages.weight_errors import WeightErrors, weight_errors
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.capabilities import CUSTOM
@@ -78,57 +82,80 @@ def _quantized(
     source: Source | None,
 ) -> tuple[torch.nn.Module, QuantizationReport]:
     scheme, native, excluded, misfits = request.scheme, chosen.native, chosen.excluded, chosen.misfits
+    found = holders(original, request.read)
+    names = [*chosen.taken, *(misfits if scheme.axes.on_mismatch != "skip" else ())]
     if source is not None:
-        source.fill_others(module, {*chosen.taken, *chosen.misfits, *chosen.same})
-    for names in _portions(chosen, is_view or source is not None):
-        for name in names:
-            _bring(module, name, is_view, source)
-        _hand_over(scheme, native, module, {n: chosen.compute_dtypes[n] for n in names}, calibrated)
-    for name in chosen.misfits:
-        _bring(module, name, is_view, source)
-    fallback = _fall_back(request, chosen, module, calibrated)
+        owners = {found[n].owner_path for n in (*names, *chosen.same, *chosen.packed)}
+        source.fill_others(module, owners)
+    streamed = holders(module, request.read) if source is not None else {}
+    paths: dict[str, str] = {}
+
+    def bring(name: str) -> str:
+        """Give the layer in which ``name`` is stored tensors that are its own, on its device; its path."""
+        if source is not None:
+            source.fill(module, found[name].owner_path)
+            make_ready(module, streamed[name], chosen)
+        paths[name] = stored_at(module, name)
+        if source is None and is_view:
+            own_tensors(module.get_submodule(paths[name]))
+        return paths[name]
+
+    for portion in _portions(chosen, is_view or source is not None):
+        dtypes = {bring(n): chosen.compute_dtypes[n] for n in portion}
+        _hand_over(scheme, native, module, dtypes, calibrated)
+    for name in names:
+        if name not in paths:
+            bring(name)
+    if source is not None:
+        for name in chosen.packed:
+            source.fill(module, found[name].owner_path)
+        share_packed(streamed, chosen)
+    fallback = _fall_back(request, chosen, module, calibrated, paths)
+    for name, path in paths.items():
+        if fallback.get(name) not in COMPUTE_DTYPES:
+            read_by(module, path, functools.partial(_dense, scheme.backend.module.read_back))
 
     kept = {n: ("skipped", reason) for n, reason in misfits.items() if n not in fallback}
-    kept |= {n: ("excluded", reason) for n, reason in (*excluded.items(), *layers_left_alone(original).items())}
+    kept |= {n: ("excluded", reason) for n, reason in excluded.items()}
     rows = []
     lost: dict[str, str] = {}
-    for name, part in original.named_modules():
-        if name in chosen.same:
+    shared = {**chosen.same, **chosen.packed}
+    for name, holder in found.items():
+        if name in shared:
             continue
-        if name in kept:
-            status, reason = kept[name]
-            rows.append(_kept_row(request.component, name, cast("torch.nn.Linear", part), status, reason))
-        elif name in chosen.taken or name in fallback:
-            part = part if source is None else source.original(name)
-            weight = cast("torch.nn.Linear", part).weight
-            stand_for(module.get_submodule(name), weight)
+        if name in chosen.left or name in kept:
+            status = "excluded" if holder.kind == "linear" else "left"
+            status, reason = kept.get(name) or (status, chosen.left[name])
+            rows.append(_kept_row(request.component, holder, status, reason))
+        elif name in paths:
+            layer = module.get_submodule(paths[name])
+            if source is not None:
+                holder = replace(holder, owner=source.original(holder.owner_path))  # noqa: PLW2901
+            stand_for(layer, holder.weight)
             to, reason = (None if name in chosen.taken else fallback[name]), misfits.get(name, "")
-            rows.append(_read_row(request, name, module.get_submodule(name), part, weight, to, reason, lost))
+            rows.append(_read_row(request, holder, layer, to, reason, lost))
     _require({n: f.axes for n, f in chosen.asked.items()}, [r for r in rows if r.status == "quantized"])
     if lost:
         raise NotQuantized(_lost_message(request, chosen.compute_dtypes[min(lost)], lost))
-    rows = _with_shared(rows, chosen.same, [name for name, _ in original.named_modules()])
+    rows = _with_shared(rows, shared, found)
     was = scheme.native.to_dict()
     resolved = {k: v for k, v in native.to_dict().items() if v != was.get(k)}
     resolved |= {"exclusions_without_effect": ", ".join(chosen.idle_exclusions)} if chosen.idle_exclusions else {}
-    shared = sorted({r.activation_granularity for r in rows if r.activation_granularity})
-    resolved |= {"activation_granularity": ", ".join(shared)} if shared else {}
-    return module, QuantizationReport(layers=tuple(rows), num_parameters=logical_size(original)[0], resolved=resolved)
+    granularities = sorted({r.activation_granularity for r in rows if r.activation_granularity})
+    resolved |= {"activation_granularity": ", ".join(granularities)} if granularities else {}
+    report = QuantizationReport(layers=tuple(rows), num_parameters=logical_size(original)[0], resolved=resolved)
+    told = unquantized(request.component, scheme, report)
+    return module, replace(report, unquantized=(told,) if told else ())
 
 
-def _bring(module: torch.nn.Module, name: str, is_view: bool, source: Source | None) -> None:
-    """Give the layer at ``name`` tensors that are its own, on its device."""
-    if source is not None:
-        source.fill(module, name)
-    elif is_view:
-        own_tensors(module.get_submodule(name))
-
-
-def _with_shared(rows: Sequence[LayerReport], same: Mapping[str, str], order: Sequence[str]) -> list[LayerReport]:
-    """The rows, and one for each layer whose weight is stored with another's: the same, and no bytes of its own."""
+def _with_shared(
+    rows: Sequence[LayerReport], same: Mapping[str, str], order: Mapping[str, Holder]
+) -> list[LayerReport]:
+    """The rows, and one for each holder whose weight is stored with another's: the same, and no bytes of its own."""
     found = {row.name: row for row in rows}
     for name, first in same.items():
-        found[name] = replace(found[first], name=name, shares=first, weight_bytes=0, scale_bytes=0)
+        kind = order[name].kind
+        found[name] = replace(found[first], name=name, kind=kind, shares=first, weight_bytes=0, scale_bytes=0)
     return [found[name] for name in order if name in found]
 
 
@@ -137,6 +164,12 @@ def _portions(chosen: Selection, is_view: bool) -> list[Sequence[str]]:
     if not is_view or chosen.native.other_dtypes:
         return [chosen.taken] if chosen.taken else []
     return [(name,) for name in chosen.taken]
+
+
+def _dense(read_back: Callable[[torch.nn.Module], StoredWeight], layer: torch.nn.Module) -> torch.Tensor:
+    """The matrix that a backend's layer holds, for whoever reads it: float32 (out_features, in_features)."""
+    dense: torch.Tensor = read_back(layer).dense
+    return dense.detach()
 
 
 def _hand_over(
@@ -159,7 +192,11 @@ def _hand_over(
 
 
 def _fall_back(
-    request: QuantizationRequest, chosen: Selection, module: torch.nn.Module, calibrated: Any
+    request: QuantizationRequest,
+    chosen: Selection,
+    module: torch.nn.Module,
+    calibrated: Any,
+    paths: Mapping[str, str],
 ) -> dict[str, str]:
     """Store the misfits in ``on_mismatch``'s dtype; returns name -> dtype."""
     names, dtype = list(chosen.misfits), request.scheme.axes.on_mismatch
@@ -167,9 +204,9 @@ def _fall_back(
         return {}
     if chosen.fallback is None:
         for name in names:
-            _store_as(module, name, dtype)
+            _store_as(module, paths[name], dtype)
     else:
-        dtypes = {name: chosen.compute_dtypes[name] for name in names}
+        dtypes = {paths[name]: chosen.compute_dtypes[name] for name in names}
         _hand_over(chosen.fallback, chosen.fallback.native, module, dtypes, calibrated)
     return dict.fromkeys(names, dtype)
 
@@ -190,29 +227,27 @@ def _store_as(module: torch.nn.Module, name: str, dtype: str) -> None:
 # -- read-back
 
 
-def _kept_row(component: str, name: str, layer: torch.nn.Linear, status: str, reason: str) -> LayerReport:
+def _kept_row(component: str, holder: Holder, status: str, reason: str) -> LayerReport:
     return LayerReport(
         component=component,
-        name=name,
-        kind="Linear",
-        shape=tuple(layer.weight.shape),
+        name=holder.name,
+        kind=holder.kind,
+        shape=holder.view.matrix_shape,
         status=status,
-        dtype=dtype_name(layer.weight.dtype),
+        dtype=dtype_name(holder.weight.dtype) if holder.has_weight else "",
         reason=reason,
     )
 
 
 def _read_row(
     request: QuantizationRequest,
-    name: str,
+    holder: Holder,
     layer: torch.nn.Module,
-    part: torch.nn.Module,
-    original: torch.Tensor,
     fallback: str | None,
     reason: str,
     lost: dict[str, str],
 ) -> LayerReport:
-    """The row of ``layer``, which was ``part`` with the weight ``original``.
+    """The row of ``layer``, in which the weight of ``holder`` is stored.
 
     ``lost`` gets an entry where rows are farther off than the format explains."""
     import torch
@@ -223,7 +258,7 @@ def _read_row(
         stored = StoredWeight(dtype=fallback, group_size=None, dense=dense, floor=floor)
     else:
         stored = request.scheme.backend.module.read_back(layer)
-    reference = original.detach()
+    name, reference = holder.name, holder.view.matrix(holder.weight.detach())
     dense = stored.dense.detach().to(reference.device)
     if dense.shape != reference.shape:
         raise NotQuantized(
@@ -232,16 +267,19 @@ def _read_row(
     found = weight_errors(replace(stored, dense=dense), reference, request.scheme.axes.algorithm != "max")
     if found.lost_rows:
         lost[name] = _lost_text(name, reference, found)
-    with without_hooks_of(layer, part):  # what users hung on it is not the layer's own answer
-        answered = None if fallback in COMPUTE_DTYPES else product(layer, stored, original.dtype)
+    with without_hooks_of(layer, holder.owner):  # what users hung on it is not the layer's own answer
+        is_called = fallback not in COMPUTE_DTYPES and holder.way != PACK
+        answered = product(layer, stored, holder.weight.dtype) if is_called else None
     if answered is not None and not answered.is_explained:
         raise NotQuantized(_wrong_product(request, name, tuple(reference.shape), answered))
     zeroed = f"{found.num_zeroed} of {len(reference)} rows are too small for the format's scales: stored as zeros"
+    how = f"packed: dequantized when it is read{f' ({holder.reason})' if holder.reason else ''}"
+    how = how if holder.way == PACK else ""
     weight_bytes, scale_bytes = layer_memory(layer, held_packages())
     return LayerReport(
         component=request.component,
         name=name,
-        kind="Linear",
+        kind=holder.kind,
         shape=tuple(reference.shape),
         status="fallback" if fallback else "quantized",
         dtype=stored.dtype,
@@ -256,7 +294,7 @@ def _read_row(
         product_rel_error=None if answered is None else answered.rel_error,
         kernel="" if answered is None else answered.kernel,
         is_simulated=stored.is_simulated,
-        reason="; ".join(filter(None, (reason or stored.note, zeroed if found.num_zeroed else ""))),
+        reason="; ".join(filter(None, (reason or stored.note, how, zeroed if found.num_zeroed else ""))),
     )
 
 

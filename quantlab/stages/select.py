@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,14 @@ from quantlab.backends.table import offers, warn_unprobed
 from quantlab.errors import ConfigError, NotQuantized
 from quantlab.modules.compiler import missing_compiler
 from quantlab.modules.device import kind_of
+from quantlab.modules.holders import PACK, TURN, Holder, holders
 from quantlab.modules.hooks import check_forwards, check_offloading
-from quantlab.modules.layers import linear_layers, resolve_exclusions
-from quantlab.modules.reached import check_weights_are_here, other_matrices
-from quantlab.modules.ties import same_layers, unite
+from quantlab.modules.layers import resolve_exclusions
+from quantlab.modules.packed import pack, share, turn
+from quantlab.modules.reached import check_weights_are_here
+from quantlab.modules.ties import ties, unite
 from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.capabilities import LAYER_KINDS
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, dtype_name
 from quantlab.vocabulary.native import QuantizationConfigMixin
 
@@ -35,6 +39,8 @@ class QuantizationRequest:
     device: str
     default_exclusions: tuple[str, ...] = ()
     """Entries of the model family, which may match nothing."""
+    read: tuple[str, ...] = ()
+    """Layers whose weights something in the component reads (:func:`quantlab.modules.reached.recorded_reads`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +52,16 @@ class Selection:
     taken: tuple[str, ...]
     excluded: Mapping[str, str]
     """Layer -> the entry that leaves it out."""
+    left: Mapping[str, str]
+    """Holder of weights -> why it is none of those that the request is about: its kind, or that nobody can store it."""
     misfits: Mapping[str, str]
     """Layer -> why it cannot be stored as asked (``quantization.on_mismatch`` says what becomes of it)."""
     asked: Mapping[str, Format]
     compute_dtypes: Mapping[str, str]
     """Layer -> the dtype that it computes in: where the axes leave it open its own, if the format computes in it."""
     idle_exclusions: tuple[str, ...] = ()
+    packed: Mapping[str, str] = field(default_factory=dict)
+    """Holder -> the one of ``taken`` or ``misfits`` whose packed weight both read."""
     same: Mapping[str, str] = field(default_factory=dict)
     """Layer -> the one of ``taken`` or ``misfits`` that is stored for both, as they share weight and bias."""
     fallback: Scheme | None = None
@@ -65,9 +75,10 @@ class Selection:
 
 
 def select_layers(request: QuantizationRequest, module: torch.nn.Module) -> Selection:
-    """Which Linear layers of ``module`` the request takes.
+    """Which holders of weights in ``module`` the request takes.
 
-    Those that are one layer in several places, as they share weight and bias, are made one, in place.
+    They are made ready, in place: layers that are one in several places, as they share weight and bias, become one;
+    weights that are read rather than called are packed (:mod:`quantlab.modules.packed`).
 
     Raises:
         ConfigError: an exclusion that matches nothing, no layer left, or a device that the scheme does not run on.
@@ -79,7 +90,7 @@ def select_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
     check_offloading(module, f"model.components={request.component}")
     check_weights_are_here(module, f"model.components={request.component}")
     chosen = choose_layers(request, module)
-    unite(module, chosen.same)
+    _prepare(module, holders(module, request.read), chosen, axes=request.scheme.axes)
     return chosen
 
 
@@ -104,31 +115,24 @@ def choose_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
     on the device is not asked."""
     scheme = request.scheme
     axes = scheme.axes
-    layers = linear_layers(module)
-    if not layers:
-        others = other_matrices(module, ())
-        told = (
-            f"; its matrices are in {others} layers, which no backend replaces" if others else "; nothing to quantize"
-        )
-        raise ConfigError(f"model.components={request.component}: it has no Linear layer{told}")
+    found = holders(module, request.read)
+    offered, left = _offered(scheme, found)
+    if not offered:
+        raise ConfigError(f"model.components={request.component}: {_nothing_of_the_kind(axes, found, left)}")
+    layers = {n: found[n] for n in offered}
     excluded, idle = _excluded(request, module, list(layers))
-    same, tied = same_layers(module, [n for n in layers if n not in excluded])
-    excluded |= tied
-    wanted = [n for n in layers if n not in excluded and n not in same]
-    if not wanted and (others := other_matrices(module, layers.values())):
-        raise ConfigError(
-            f"model.components={request.component}: its matrices are in {others} layers, which are no nn.Linear and "
-            f"which no backend replaces; its {len(layers)} Linear layers ({', '.join(list(layers)[:3])}) are excluded, "
-            "so nothing is left to quantize: choose another model"
-        )
+    same, packed, tied = ties(module, [h for n, h in layers.items() if n not in excluded], not scheme.why_not_packed)
+    excluded |= {n: r for n, r in tied.items() if n not in excluded}
+    wanted = [n for n in layers if n not in excluded and n not in same and n not in packed]
     if not wanted:
         told = f" ({next(iter(tied))}: {tied[next(iter(tied))]})" if tied else ""
+        others = "" if tied else _others(found, layers)
         raise ConfigError(
-            f"modules_to_not_convert: all {len(layers)} Linear layers of {request.component} are excluded{told}; "
-            "nothing is left to quantize"
+            f"modules_to_not_convert: all {len(layers)} {_words(axes.layer_kinds)} layers of "
+            f"{request.component} are excluded{told}; nothing is left to quantize{others}"
         )
-    check_forwards(module, wanted, f"model.components={request.component}")
-    shapes = {n: tuple(layers[n].weight.shape) for n in layers}
+    check_forwards(module, [n for n in wanted if layers[n].way != PACK], f"model.components={request.component}")
+    shapes = {n: layers[n].view.matrix_shape for n in layers}
     native = scheme.native.measured(shapes)
     dtypes = native.layer_dtypes({n: shapes[n] for n in wanted})
     asked = {n: scheme.other_formats[dtypes[n]] if n in dtypes else scheme.format for n in wanted}
@@ -145,12 +149,82 @@ def choose_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
         native=scheme.backend.module.resolve(native, kind_of(request.device), request.compute_dtype),
         taken=tuple(n for n in wanted if n not in misfits),
         excluded=excluded,
+        left=left,
         misfits=misfits,
         same=same,
+        packed=packed,
         asked=asked,
         idle_exclusions=idle,
         fallback=_checked_fallback(scheme, {n: shapes[n] for n in misfits}),
     )
+
+
+def _offered(scheme: Scheme, found: Mapping[str, Holder]) -> tuple[list[str], dict[str, str]]:
+    """The holders that the scheme could store; and holder -> why not, for the others."""
+    offered, left = [], {}
+    for name, holder in found.items():
+        if not holder.way:
+            left[name] = holder.reason
+        elif holder.kind not in scheme.axes.layer_kinds:
+            left[name] = f"quantization.layer_kinds: {holder.kind} is not among them"
+        elif holder.way == PACK and scheme.why_not_packed:
+            left[name] = f"{holder.reason or f'its weight ({holder.kind}) is read'}, and {scheme.why_not_packed}"
+        else:
+            offered.append(name)
+    return offered, left
+
+
+def _words(kinds: Sequence[str]) -> str:
+    return " and ".join("Linear" if kind == "linear" else kind for kind in kinds)
+
+
+def _nothing_of_the_kind(axes: QuantizationAxes, found: Mapping[str, Holder], left: Mapping[str, str]) -> str:
+    """What is said of a component without a layer of the kinds that are asked for."""
+    others = _others(found, ())
+    kinds = _words(axes.layer_kinds)
+    if any(h.kind in axes.layer_kinds for h in found.values()):
+        name = next(n for n, h in found.items() if h.kind in axes.layer_kinds)
+        return (
+            f"none of its {kinds} layers can be quantized by {axes.backend} {axes.dtype} ({name}: {left[name]}){others}"
+        )
+    return f"it has no {kinds} layer{others or '; nothing to quantize'}"
+
+
+def _others(found: Mapping[str, Holder], taken: Collection[str]) -> str:
+    """Where the weights are that are not ``taken``, and which kinds would take them."""
+    sizes: Counter[str] = Counter()
+    for name, holder in found.items():
+        if name not in taken and holder.has_weight:
+            sizes[holder.kind if holder.way else f"{type(holder.owner).__name__}"] += holder.weight.numel()
+    kinds = [kind for kind, _ in sizes.most_common() if kind in LAYER_KINDS]
+    told = " and ".join(f"{kind} ({size:,})" for kind, size in sizes.most_common(4))
+    way_out = f"quantization.layer_kinds=[{','.join(kinds)}] takes them" if kinds else "no backend stores them"
+    return f"; its weights are in {told}: {way_out}" if told else ""
+
+
+def _prepare(
+    module: torch.nn.Module, found: Mapping[str, Holder], chosen: Selection, *, axes: QuantizationAxes
+) -> None:
+    """Let the backend find a plain ``nn.Linear`` for each layer that it is given."""
+    unite(module, chosen.same)
+    for name in (*chosen.taken, *(chosen.misfits if axes.on_mismatch != "skip" else ())):
+        make_ready(module, found[name], chosen)
+    share_packed(found, chosen)
+
+
+def make_ready(module: torch.nn.Module, holder: Holder, chosen: Selection) -> None:
+    """Put a plain ``nn.Linear`` where the backend is told to find the holder's weight; nothing where there is one."""
+    if holder.way == PACK or holder.name in chosen.packed.values():
+        pack(holder)
+    elif holder.way == TURN:
+        turn(module, holder)
+
+
+def share_packed(found: Mapping[str, Holder], chosen: Selection) -> None:
+    """Let holders of one weight read the layer that it was packed into."""
+    for name, first in chosen.packed.items():
+        if not found[first].has_weight:
+            share(found[name], found[first])
 
 
 def _excluded(

@@ -11,6 +11,7 @@ from quantlab.backends.scheme import Scheme
 from quantlab.backends.table import held_packages
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.memory import component_memory
+from quantlab.modules.packed import stored_at
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 from quantlab.vocabulary.reports import LayerReport, MemoryReport, QuantizationReport
 
@@ -23,14 +24,18 @@ def weigh(
 ) -> dict[str, MemoryReport]:
     """The ledger of each named component; ``layers`` is what the quantize stage read back, None where nothing was."""
     rows = layers.layers if layers else ()
-    stored = {
-        name: [r.name for r in rows if r.component == name and r.status in ("quantized", "fallback")] for name in names
-    }
+    stored = {name: _stored(candidate.components[name], name, rows) for name in names}
     packages = held_packages()
     return {
         name: component_memory(candidate.components[name], stored[name], reference.components[name], packages)
         for name in names
     }
+
+
+def _stored(module: nn.Module, component: str, rows: Sequence[LayerReport]) -> list[str]:
+    """Paths of the layers that hold codes."""
+    done = [r.name for r in rows if r.component == component and r.status in ("quantized", "fallback")]
+    return [stored_at(module, name) for name in done]
 
 
 def saved_bytes(candidate: LoadedModel, names: Sequence[str], scheme: Scheme, layers: QuantizationReport | None) -> int:
@@ -43,9 +48,8 @@ def saved_bytes(candidate: LoadedModel, names: Sequence[str], scheme: Scheme, la
             target.mkdir()
             scheme.backend.module.save(candidate.components[name], target)
             if scheme.backend.saves == "layers":
-                saved = {r.name for r in rows if r.component == name and r.status == "quantized"}
-                saved |= {r.name for r in rows if r.component == name and r.status == "fallback" and not _is_float(r)}
-                _save_others(candidate.components[name], saved, target)
+                done = [r for r in rows if r.status == "quantized" or (r.status == "fallback" and not _is_float(r))]
+                _save_others(candidate.components[name], _stored(candidate.components[name], name, done), target)
         return sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
 
 

@@ -21,7 +21,7 @@ from quantlab.tracking.pictures import (
 )
 from quantlab.tracking.provenance import Environment
 from quantlab.tracking.run import Run
-from quantlab.tracking.tags import CALIBRATION_SHA256, UNDEFINED
+from quantlab.tracking.tags import CALIBRATION_SHA256, NOTE, UNDEFINED, UNQUANTIZED
 from quantlab.vocabulary.numbers import flat_metrics
 from quantlab.vocabulary.reports import (
     CalibratedLayer,
@@ -49,6 +49,8 @@ class Row(Measured):
     run_id: str | None
     resumed: bool
     params: Mapping[str, object]
+    unquantized: list[str]
+    """A sentence for each component of which much stays unquantized."""
     undefined: Mapping[str, str]
     """Metrics that have no value on these samples, and why."""
 
@@ -81,6 +83,7 @@ def report_data(report: RunReport) -> Row:
         "run_id": report.run_id,
         "resumed": report.is_resumed,
         "params": report.params,
+        "unquantized": list(report.unquantized),
         "undefined": dict(report.measurements.undefined) if report.measurements else {},
     }
 
@@ -89,12 +92,14 @@ def log_quantization(run: Run, report: RunReport, tags: Mapping[str, str]) -> No
     """What the quantize stage found out: it stays even if the evaluation fails."""
     run.log_metrics(flat_metrics(report))
     run.set_tags(tags)
+    if report.unquantized:
+        run.set_tags({UNQUANTIZED: json.dumps(list(report.unquantized)), NOTE: "\n\n".join(report.unquantized)})
     if report.quantization is None:
         return
     rows = [asdict(r) for r in report.quantization.layers]
     run.log_table({k: [list(row[k]) if k == "shape" else row[k] for row in rows] for k in rows[0]}, "layers.json")
     run.log_params({f"resolved.{k}": v for k, v in report.quantization.resolved.items()})
-    statuses = ("excluded", "skipped", "fallback")
+    statuses = ("excluded", "left", "skipped", "fallback")
     paths = _paths(report.quantization.layers)
     listed = {s: {paths[i]: row["reason"] for i, row in enumerate(rows) if row["status"] == s} for s in statuses}
     run.log_json(listed, "exclusions.json")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantlab.errors import ConfigError, nearest
-from quantlab.vocabulary.capabilities import CUSTOM, OFFERS, Capability, Offers
+from quantlab.vocabulary.capabilities import CUSTOM, LAYER_KINDS, OFFERS, Capability, Offers
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 
 ON_MISMATCH = ("error", "skip", *COMPUTE_DTYPES)
@@ -34,6 +34,8 @@ class QuantizationAxes:
     on_mismatch: str = "error"
     """What happens to a layer that the backend cannot take: ``error``, ``skip``, or a dtype to fall back to
     (float32, bfloat16, float16, or another dtype of the backend)."""
+    layer_kinds: list[str] = field(default_factory=lambda: ["linear"])
+    """Kinds of layers that are quantized: ``linear``, ``conv``, ``embedding``, ``expert``."""
     quantization_config: Any = field(default_factory=dict)
     """A whole dictionary of Diffusers, transformers or ModelOpt, as in a model's config.json (a mapping, JSON text, or
     the path of the file): it takes the place of the axes above, which then show what it says. Its exclusions keep that
@@ -116,6 +118,7 @@ def resolve_axes(axes: QuantizationAxes, offers: Offers = OFFERS) -> Quantizatio
         "compute_dtype", axes.compute_dtype, ("auto", *(d for d in row.compute_dtypes if d in COMPUTE_DTYPES)), who
     )
     _check_choice("quantization.on_mismatch", axes.on_mismatch, (*ON_MISMATCH, *rows), axes.backend)
+    _check_kinds(axes, row, who)
     return dataclasses.replace(
         axes,
         dtype=dtype,
@@ -123,6 +126,22 @@ def resolve_axes(axes: QuantizationAxes, offers: Offers = OFFERS) -> Quantizatio
         activation_dtype=row.activation_dtypes[0] if axes.activation_dtype == "auto" else axes.activation_dtype,
         algorithm=row.algorithms[0] if axes.algorithm == "auto" else axes.algorithm,
     )
+
+
+def _check_kinds(axes: QuantizationAxes, row: Capability, who: str) -> None:
+    if not axes.layer_kinds:
+        raise ConfigError(f"quantization.layer_kinds=[]: nothing would be quantized; choose of {_words(LAYER_KINDS)}")
+    for kind in axes.layer_kinds:
+        if kind not in LAYER_KINDS:
+            raise ConfigError(
+                f"quantization.layer_kinds={kind}: there are {_words(LAYER_KINDS)}{nearest(kind, LAYER_KINDS)}"
+            )
+        activations = row.activation_dtypes[0] if axes.activation_dtype == "auto" else axes.activation_dtype
+        if kind != "linear" and activations != "none":
+            raise ConfigError(
+                f"quantization.layer_kinds={kind}: {who} rounds inputs to {activations}, which only linear "
+                "layers have; choose a dtype with activation_dtype=none, or layer_kinds=[linear]"
+            )
 
 
 def _who_has(algorithm: str, backend: str, offers: Offers) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 
+LAYER_KINDS = ("linear", "conv", "embedding", "expert")
 GroupSize = int | str  # a number, or "none": one scale a row
 
 
@@ -27,7 +28,8 @@ class Capability:
     numel_multiple: int = 1
     grouping: str = "row"
     """``row``: a group stays in a row, so it divides in_features; ``flat``: blocks run over the flat tensor."""
-    layer_kinds: tuple[str, ...] = ("Linear",)
+    layer_kinds: tuple[str, ...] = LAYER_KINDS
+    """Accepted ``quantization.layer_kinds``; all but linear are packed, and dequantized when they are read."""
     devices: tuple[str, ...] = ("cpu", "cuda")
     min_compute_capability: tuple[int, int] | None = None
     """CUDA compute capability that the library's kernel asks for; None: any."""
@@ -82,7 +84,9 @@ Rows = Mapping[str, Capability]
 
 CUSTOM = "custom"
 """What the axes of a pasted config read that no axes spell: what it stores is in the report of its layers alone."""
-CUSTOM_ROW = Capability(activation_dtypes=(CUSTOM,), algorithms=(CUSTOM,), may_crash_on=("cuda",))
+CUSTOM_ROW = Capability(
+    activation_dtypes=(CUSTOM,), algorithms=(CUSTOM,), layer_kinds=("linear",), may_crash_on=("cuda",)
+)
 
 _ROW_GROUPS: tuple[GroupSize, ...] = (16, 32, 64, 128, 256, 512)
 _BNB_BLOCKS: tuple[GroupSize, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -95,6 +99,7 @@ _BITSANDBYTES: Rows = {
     "int8": Capability(
         group_sizes=("none",),
         activation_dtypes=("int8",),
+        layer_kinds=("linear",),
         note="LLM.int8: activations are rounded to int8 at run time, but for input columns with a value of "
         "llm_int8_threshold or more: a rule applied at each call, nothing is calibrated",
     ),
@@ -143,6 +148,7 @@ _TORCHAO: Rows = {
         group_sizes=(32,),
         in_features_multiple=32,
         activation_dtypes=("mxfp8",),
+        layer_kinds=("linear",),
         is_trainable=False,
         compute_dtypes=("bfloat16",),
         is_prototype=True,
@@ -151,6 +157,7 @@ _TORCHAO: Rows = {
         group_sizes=(32,),
         in_features_multiple=32,
         activation_dtypes=("mxfp4",),
+        layer_kinds=("linear",),
         is_trainable=False,
         compute_dtypes=("bfloat16",),
         is_prototype=True,

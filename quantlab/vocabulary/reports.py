@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,14 +41,18 @@ class StoredWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """One row of the read-back table: a layer that could have been quantized, and what it became."""
+    """One row of the read-back table: a holder of weights, and what it became."""
 
     component: str
     name: str
+    """Path of the layer; of the parameter, for one that is in no layer (experts)."""
     kind: str
+    """``linear``, ``conv``, ``embedding``, ``expert``, ``recurrent`` or ``other``."""
     shape: tuple[int, ...]
+    """(out_features, in_features), as backends store it."""
     status: str
-    """``quantized``, ``fallback`` (another dtype, by on_mismatch), ``skipped`` (on_mismatch=skip) or ``excluded``."""
+    """``quantized``, ``fallback`` (another dtype, by on_mismatch), ``skipped`` (on_mismatch=skip), ``excluded``, or
+    ``left``: of a kind that is not asked for, or that no backend stores."""
     dtype: str
     group_size: int | None = None
     activation_dtype: str = "none"
@@ -70,6 +75,16 @@ class LayerReport:
     shares: str = ""
     """Name of the layer in whose weight this one's is stored; "": it has its own."""
 
+    @property
+    def num_weights(self) -> int:
+        """Weights that are in the holder."""
+        return math.prod(self.shape)
+
+    @property
+    def is_stored_quantized(self) -> bool:
+        """Quantized, or fallen back to a quantized dtype."""
+        return self.status in ("quantized", "fallback") and self.dtype not in COMPUTE_DTYPES
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationReport:
@@ -79,23 +94,15 @@ class QuantizationReport:
     num_parameters: int
     resolved: Mapping[str, Any] = field(default_factory=dict)
     """Backend-own settings that were ``auto`` and what the stage made of them."""
+    unquantized: tuple[str, ...] = ()
+    """A sentence for each component of which much stays unquantized: share, largest holders, way out."""
 
     @property
     def coverage(self) -> float:
         """Share of the components' parameters that are quantized (fallback layers to a quantized dtype count), each
         stored weight once."""
-        done = ("quantized", "fallback")
-        num = sum(
-            _numel(r.shape) for r in self.layers if r.status in done and not r.shares and r.dtype not in COMPUTE_DTYPES
-        )
+        num = sum(r.num_weights for r in self.layers if r.is_stored_quantized and not r.shares)
         return num / self.num_parameters if self.num_parameters else 0.0
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    num = 1
-    for n in shape:
-        num *= n
-    return num
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +243,8 @@ class RunReport:
     error: str = ""
     failed_stage: str = ""
     run_id: str | None = None
+    unquantized: tuple[str, ...] = ()
+    """See :attr:`QuantizationReport.unquantized`; what is said before the numbers."""
     stored_metrics: Mapping[str, float] | None = None
     """All numbers by their tracked names, of a run that was read back from its record; None: made here and now."""
     is_resumed: bool = False

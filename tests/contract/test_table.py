@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from torch import nn
 
 import quantlab
 from quantlab.backends.scheme import Format
@@ -106,24 +105,6 @@ def test_trainable_means_that_gradients_reach_the_input(backend, dtype, row):
         return
     cosine = torch.nn.functional.cosine_similarity(gradient(module), gradient(original), dim=0)
     assert float(cosine) > (0.8 if "2" in dtype.removeprefix("float8_e5m") else 0.95)
-
-
-@pytest.mark.parametrize(("backend", "dtype", "row"), ON_CPU, ids=IDS)
-def test_layers_of_other_kinds_stay_and_are_not_claimed(backend, dtype, row):
-    assert row.layer_kinds == ("Linear",)
-    original = (
-        nn.ModuleDict(
-            {"conv": nn.Conv2d(512, 512, 1), "embedding": nn.Embedding(512, 512), "linear": nn.Linear(512, 512)}
-        )
-        .to(getattr(torch, row.compute_dtypes[0]))
-        .eval()
-    )
-    module, report = quantlab.quantize(original, native_config(QuantizationAxes(backend=backend, dtype=dtype)))
-    assert [r.name for r in report.layers] == ["linear"]
-    for name in ("conv", "embedding"):
-        assert type(module[name]) is type(original[name])
-        assert torch.equal(module[name].weight, original[name].weight)
-    assert report.coverage < 0.5
 
 
 @pytest.mark.parametrize(

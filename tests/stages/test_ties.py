@@ -74,7 +74,7 @@ def test_layers_that_share_a_weight_are_stored_once(method, tie):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("how", ["embedding", "transposed", "own bias", "excluded", "hooked", "bare parameter"])
+@pytest.mark.parametrize("how", ["embedding", "transposed", "excluded", "bare parameter"])
 def test_a_weight_that_another_place_needs_is_left_and_told(method, how):
     """The model never grows by what was meant to shrink it."""
     net, config = Net(), config_of(method)
@@ -90,12 +90,7 @@ def test_a_weight_that_another_place_needs_is_left_and_told(method, how):
     else:
         net.layers[3].weight = net.layers[1].weight
         partner = "layers.1.weight"
-        if how == "own bias":
-            net.layers[3].bias = nn.Parameter(torch.ones(256), requires_grad=False)
-        elif how == "hooked":
-            net.layers[1].register_forward_hook(lambda *_: None)
-        else:
-            config = config_of(method, ["layers.1"], exclusion_rule="quantlab")
+        config = config_of(method, ["layers.1"], exclusion_rule="quantlab")
     made, report = quantlab.quantize(net, config)
     row = rows_of(report)["layers.3"]
     assert row.status == "excluded"
@@ -106,6 +101,26 @@ def test_a_weight_that_another_place_needs_is_left_and_told(method, how):
     assert ledger.weights_bytes <= 4 * ledger.num_parameters
     assert report.coverage < 1
     assert made.layers[3].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("how", ["own bias", "hooked"])
+def test_layers_that_are_not_one_share_what_they_read(method, how):
+    """Each keeps its bias and its hooks."""
+    net, calls = Net(), []
+    net.layers[3].weight = net.layers[1].weight
+    if how == "own bias":
+        net.layers[3].bias = nn.Parameter(torch.ones(256), requires_grad=False)
+    else:
+        net.layers[1].register_forward_hook(lambda *_: calls.append(1))
+    made, report = quantlab.quantize(net, config_of(method))
+    rows = rows_of(report)
+    assert rows["layers.3"].shares == "layers.1"
+    assert torch.equal(made.layers[3].weight, made.layers[1].weight)
+    expected = net(IDS)
+    calls.clear()
+    assert torch.linalg.vector_norm(made(IDS) - expected) < 0.4 * torch.linalg.vector_norm(expected)
+    assert len(calls) == (how == "hooked")
 
 
 def test_parts_of_one_storage_that_do_not_overlap_are_not_tied():

@@ -1,0 +1,33 @@
+"""Which weights a model reads instead of calling their layers: found by one run of the unquantized model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from quantlab.errors import QuantlabError
+from quantlab.models.loaded import LoadedModel
+from quantlab.modules.calls import replay
+from quantlab.modules.reached import recorded_reads
+from quantlab.protocols.table import PROTOCOLS
+from quantlab.vocabulary.schema import EvaluationConfig
+
+_NUM_STEPS = 2
+
+
+def weights_read(
+    model: LoadedModel, inputs: Any, evaluation: EvaluationConfig, components: Sequence[str]
+) -> Mapping[str, tuple[str, ...]]:
+    """Component -> the paths of its layers whose weights something reads beside them, on one sample.
+
+    Nothing where the sample cannot be run alone; what then reads a quantized weight fails by itself.
+    """
+    settings = replace(evaluation, batch_size=1, num_inference_steps=min(evaluation.num_inference_steps, _NUM_STEPS))
+    with contextlib.ExitStack() as stack:
+        found = {name: stack.enter_context(recorded_reads(model.components[name])) for name in components}
+        with contextlib.suppress(QuantlabError, RuntimeError, ValueError, TypeError, LookupError, AttributeError):
+            for name, call in PROTOCOLS[model.protocol].calls(model, inputs.subset([0]), settings, components):
+                replay(model.components[name], call, model.device, model.dtype)
+    return {name: tuple(paths) for name, paths in found.items()}

@@ -1,0 +1,58 @@
+"""What a scheme leaves of a component, in a sentence, wherever that is much: it is said before any number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quantlab.backends.scheme import Scheme
+from quantlab.vocabulary.capabilities import LAYER_KINDS
+from quantlab.vocabulary.reports import LayerReport, QuantizationReport
+
+MUCH = 0.1
+"""A share of a component's weights above which what stays unquantized is said first."""
+_NUM_NAMED = 3
+
+
+def unquantized(component: str, scheme: Scheme, report: QuantizationReport) -> str:
+    """Share, largest holders by name and kind, and what would take them; "" where little stays unquantized."""
+    share = 1 - report.coverage
+    if share <= MUCH:
+        return ""
+    stay = sorted((r for r in report.layers if not r.is_stored_quantized), key=lambda r: -r.num_weights)
+    total = report.num_parameters
+    named = ", ".join(f"{r.name} ({r.kind}, {_percent(r.num_weights / total)})" for r in stay[:_NUM_NAMED])
+    more = f" and {len(stay) - _NUM_NAMED} more" if len(stay) > _NUM_NAMED else ""
+    largest = f"; the largest are {named}{more}" if named else "; they are in vectors, which no backend stores"
+    ways = "; ".join(_ways_out(scheme, [r for r in stay if r.num_weights > MUCH * share * total]))
+    return f"{component}: {_percent(share)} of its weights stay unquantized{largest}{f'; {ways}' if ways else ''}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.01 else "under 1 %"
+
+
+def _ways_out(scheme: Scheme, stay: Sequence[LayerReport]) -> list[str]:
+    asked = scheme.axes.layer_kinds
+    kinds = list(dict.fromkeys(r.kind for r in stay if r.status == "left" and r.kind in LAYER_KINDS))
+    found = []
+    if kinds:
+        key = f"quantization.layer_kinds=[{','.join([*asked, *kinds])}]"
+        other = "" if not scheme.why_not_packed else f" with {_other(scheme)} ({scheme.why_not_packed})"
+        found.append(f"{key} takes {' and '.join(kinds)}{other}")
+    if names := [r.name for r in stay if r.status == "left" and r.kind not in LAYER_KINDS]:
+        found.append(f"no backend stores {names[0]}")
+    if skipped := [r for r in stay if r.status == "skipped"]:
+        found.append(f"{skipped[0].name} does not fit ({skipped[0].reason}): choose another dtype or group_size")
+    if excluded := [r for r in stay if r.status == "excluded"]:
+        found.append(f"{excluded[0].name} is left out ({excluded[0].reason})")
+    return found
+
+
+def _other(scheme: Scheme) -> str:
+    """A dtype of the same backend that leaves inputs alone."""
+    if scheme.native.needs_data:
+        return "an algorithm that needs no data"
+    rows = scheme.backend.offer.rows
+    found = [d for d, row in rows.items() if "none" in row.activation_dtypes]
+    same = scheme.axes.dtype in found
+    return "activation_dtype=none" if same else f"dtype={found[0]}" if found else "another backend"

@@ -1,0 +1,95 @@
+"""What stays unquantized is said before any number, wherever it is more than a tenth."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import quantlab
+from quantlab.report.said_first import said_first
+from tests.support.tiny_text_models import TEXT, save_llama
+
+
+def model(num_embeddings=4096, num_experts=0):
+    torch.manual_seed(0)
+    parts = {"embed": nn.Embedding(num_embeddings, 256), "mid": nn.Linear(256, 256), "head": nn.Linear(256, 256)}
+    made = nn.ModuleDict(parts)
+    if num_experts:
+        made.bank = nn.Parameter(torch.randn(num_experts, 256, 256))
+    return made.eval().requires_grad_(False)
+
+
+def told(net, config, **more):
+    return quantlab.quantize(net, config, **more)[1].unquantized
+
+
+def test_share_holders_and_way_out_are_named():
+    (sentence,) = told(model(num_experts=16), quantlab.QuantoConfig("int8"))
+    assert sentence == (
+        "model: 94 % of its weights stay unquantized; the largest are bank (expert, 47 %), embed (embedding, 47 %); "
+        "quantization.layer_kinds=[linear,expert,embedding] takes expert and embedding"
+    )
+    kinds = ["linear", "embedding", "expert"]
+    assert told(model(num_experts=16), quantlab.QuantoConfig("int8"), layer_kinds=kinds) == ()
+
+
+def test_little_is_not_worth_a_sentence():
+    assert told(model(num_embeddings=50), quantlab.QuantoConfig("int8")) == ()
+
+
+@pytest.mark.parametrize(
+    ("config", "way"),
+    [
+        (quantlab.BitsAndBytesConfig(load_in_8bit=True), "with dtype=nf4 (activation_dtype=int8 rounds"),
+        (quantlab.TorchAoConfig("int8dq"), "with activation_dtype=none (activation_dtype=int8 rounds"),
+    ],
+)
+def test_a_scheme_that_rounds_inputs_names_one_that_takes_them(config, way):
+    (sentence,) = told(model(), config)
+    assert f"quantization.layer_kinds=[linear,embedding] takes embedding {way}" in sentence
+
+
+def test_what_is_left_out_or_does_not_fit_is_told_with_its_reason():
+    (sentence,) = told(model(50), quantlab.GGUFQuantizationConfig(gguf_type="q8_0", modules_to_not_convert=["mid"]))
+    assert sentence.endswith("mid is left out (modules_to_not_convert: mid)")
+    odd = nn.Sequential(nn.Linear(33, 64), nn.Linear(64, 32))
+    (sentence,) = told(odd, quantlab.GGUFQuantizationConfig(gguf_type="q8_0"), on_mismatch="skip")
+    assert "0 does not fit (in_features 33 does not divide by 32, the block of q8_0)" in sentence
+    cell = nn.ModuleDict({"cell": nn.LSTM(256, 256), "head": nn.Linear(256, 256)})
+    (sentence,) = told(cell, quantlab.QuantoConfig("int8"))
+    assert sentence.endswith("no backend stores cell.weight_ih_l0")
+
+
+def test_schemes_that_leave_the_same_are_told_together():
+    rows = [("a", ["x"]), ("b", ["x", "y"]), ("c", []), ("d", ["x"]), ("e", ["x"])]
+    assert said_first(rows) == ["a, b, d and 1 more: x", "b: y"]
+
+
+def test_terminal_store_and_page_say_it_first(shell):
+    folder = save_llama(shell.folder / "model", hidden_size=64, intermediate_size=64)
+    (shell.folder / "text.txt").write_text(TEXT)
+    words = ["model=causal_lm", f"model.path={folder}", "dataset=text", "dataset.path=text.txt", "device=cpu"]
+    words += ["evaluation.num_samples=4", "evaluation.context_length=32", "evaluation.num_bootstrap=50"]
+    words += ["sweep.floors=false", "backend=quanto", "dtype=int8,int4", "-m"]
+    code, out, err = shell(*words)
+    assert code == 0, err
+    sentence = "model: 44 % of its weights stay unquantized; the largest are"
+    assert out.startswith("quanto int8, quanto int4: model: ")
+    assert err.count("stay unquantized") == 1
+    runs = shell.tracked()
+    stored = json.loads(runs["quanto int8"]["tags"]["quantlab.unquantized"])
+    assert runs["quanto int8"]["tags"]["mlflow.note.content"] == stored[0]
+    assert "quantization.layer_kinds=[linear,embedding] takes embedding" in stored[0]
+    assert stored[0].startswith("model: ")
+    assert sentence.split(";")[0].partition("%")[2] in stored[0]
+    _, again, _ = shell(*words)
+    assert again.startswith("quanto int8, quanto int4: model: ")
+    code, compared, err = shell("compare", "sweep=latest", "--html", "page.html")
+    assert code == 0, err
+    assert compared.lstrip().startswith("quanto int8, quanto int4: model: ")
+    assert stored[0] in (shell.folder / "page.html").read_text()
+    kinds = "quantization.layer_kinds=[linear,embedding]"
+    (row,) = [r for r in shell.rows(*words[:-3], "backend=quanto", "dtype=int8", kinds).values()]
+    assert row["name"] == "quanto int8 +embedding"
+    assert row["metrics"]["quantization/coverage"] > 0.7
