@@ -63,10 +63,10 @@ def load_model(
     """A transformers model in eval mode on ``device``, whole.
 
     ``auto_classes`` are ``AutoModelForCausalLM``, ``AutoModel``..., or one class; ``key`` begins the messages. Code
-    that a checkpoint brings along is never run. ``is_base``: only what gives hidden states is measured, so a head in the
-    checkpoint is left (and told of), and a pooler that it lacks is not built. Raises one ModelError for a path that is
-    missing, unreachable, not a model, incomplete, damaged or already quantized, and for a checkpoint with weights that
-    the class does not use.
+    that a checkpoint brings along is never run. ``is_base``: only what gives hidden states is measured, so a head in
+    the checkpoint is left (and told of), and a pooler that it lacks is not built. Raises one ModelError for a path
+    that is missing, unreachable, not a model, incomplete, damaged or already quantized, and for a checkpoint with
+    weights that the class does not use.
     """
     dtype = torch_dtype_argument(config, device)
     local = local_folder(key, path, "config.json", "a transformers model", "save_pretrained")
