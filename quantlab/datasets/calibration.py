@@ -19,6 +19,7 @@ from quantlab.models.loaded import LoadedModel
 from quantlab.progress import say
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
 from quantlab.protocols.table import Inputs
+from quantlab.protocols.vision import VisionInputs
 from quantlab.vocabulary.schema import CalibrationConfig, DatasetConfig, EvaluationConfig, ExperimentConfig
 
 if TYPE_CHECKING:
@@ -136,6 +137,8 @@ def _contents(inputs: Inputs) -> dict[str, set[bytes] | set[str]]:
             "prompts": {normalised(p) for p in inputs.conditioning.get("prompt", [])},
             "pictures": {p.contiguous().numpy().tobytes() for p in inputs.conditioning.get("image", [])},
         }
+    if isinstance(inputs, VisionInputs):
+        return {"pictures": _rows(inputs.pixel_values)}
     return {"text": {inputs.protocol["text_sha256"]}}
 
 

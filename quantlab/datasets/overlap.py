@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
 from quantlab.protocols.encoder import EncoderInputs
+from quantlab.protocols.seq2seq import PairInputs
 from quantlab.protocols.table import Inputs
+from quantlab.protocols.vision import VisionInputs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,6 +80,10 @@ def _sequences(inputs: Inputs) -> list[NDArray[np.uint64]]:
             return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
         return [np.array([number(word) for word in prompt.split()], dtype=np.uint64) for prompt in prompts]
+    if isinstance(inputs, VisionInputs):
+        return []
+    if isinstance(inputs, PairInputs):
+        return [_spread(row[row >= 0].numpy().astype(np.uint64)) for row in inputs.targets]
     rows = inputs.input_ids.numpy().astype(np.uint64)
     if isinstance(inputs, EncoderInputs):
         kept = inputs.attention_mask.numpy().astype(bool)
@@ -86,7 +92,9 @@ def _sequences(inputs: Inputs) -> list[NDArray[np.uint64]]:
 
 
 def _are_characters(inputs: Inputs) -> bool:
-    return not isinstance(inputs, DiffusionInputs) and int(inputs.input_ids.max()) < LARGEST_OF_CHARACTERS
+    return (
+        not isinstance(inputs, (DiffusionInputs, VisionInputs)) and int(inputs.input_ids.max()) < LARGEST_OF_CHARACTERS
+    )
 
 
 def _spread(tokens: NDArray[np.uint64]) -> NDArray[np.uint64]:

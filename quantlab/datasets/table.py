@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from quantlab.datasets import digits_classes, image_prompts, prompts, text, unprompted, wiki_extracts
+from quantlab.datasets import digits_classes, image_prompts, images, pairs, prompts, text, unprompted, wiki_extracts
 from quantlab.errors import ConfigError, nearest
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.pipeline_call import check_conditions, tell_unused
@@ -92,8 +92,28 @@ _ROWS = (
         seed_is_content=True,
     ),
     Dataset(
+        name="images",
+        protocols=("vision",),
+        load=images.load,
+        load_calibration=images.load,
+        read_file=image_prompts.read,
+        check_samples=None,
+        conditions=None,
+        seed_is_content=False,
+    ),
+    Dataset(
+        name="pairs",
+        protocols=("seq2seq",),
+        load=pairs.load,
+        load_calibration=pairs.load,
+        read_file=pairs.read,
+        check_samples=None,
+        conditions=None,
+        seed_is_content=False,
+    ),
+    Dataset(
         name="wiki_extracts",
-        protocols=("language", "encoder"),
+        protocols=("language", "encoder", "seq2seq"),
         load=wiki_extracts.load,
         load_calibration=wiki_extracts.load_calibration,
         read_file=None,

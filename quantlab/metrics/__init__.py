@@ -40,7 +40,8 @@ class Metric:
 
 
 _DIFFUSION, _LANGUAGE = ("diffusion",), ("language",)
-_OUTPUTS = ("encoder", "module")
+_OUTPUTS = ("encoder", "vision", "module")
+_WRITTEN = (*_LANGUAGE, "seq2seq")
 
 _ROWS = (
     Metric(
@@ -227,7 +228,7 @@ _ROWS = (
         name="kld_mean",
         unit="nats/token",
         higher_is_better=False,
-        protocols=_LANGUAGE,
+        protocols=_WRITTEN,
         of_reference=0.0,
         description="Kullback-Leibler divergence of the candidate's next-token distribution from the reference's",
     ),
@@ -277,7 +278,7 @@ _ROWS = (
         name="same_top1",
         unit="fraction",
         higher_is_better=True,
-        protocols=_LANGUAGE,
+        protocols=_WRITTEN,
         of_reference=1.0,
         at_most=1.0,
         description="tokens whose most probable successor is the reference's",
@@ -293,7 +294,7 @@ _ROWS = (
         name="delta_p_mean",
         unit="probability",
         higher_is_better=None,
-        protocols=_LANGUAGE,
+        protocols=_WRITTEN,
         of_reference=0.0,
         description="mean change of the true token's probability; near 0 while the RMS is not: noise without bias",
     ),
@@ -301,7 +302,7 @@ _ROWS = (
         name="ln_ppl_ratio",
         unit="nats/token",
         higher_is_better=False,
-        protocols=_LANGUAGE,
+        protocols=_WRITTEN,
         of_reference=0.0,
         description="logarithm of the candidate's perplexity over the reference's, paired by token",
     ),
@@ -309,14 +310,14 @@ _ROWS = (
         name="ppl",
         unit="1",
         higher_is_better=False,
-        protocols=_LANGUAGE,
+        protocols=_WRITTEN,
         description="the candidate's perplexity; comparable only under one protocol and tokenizer",
     ),
     Metric(
         name="ppl_ref",
         unit="1",
         higher_is_better=None,
-        protocols=_LANGUAGE,
+        protocols=_WRITTEN,
         description="the reference's perplexity on the same tokens",
     ),
     Metric(

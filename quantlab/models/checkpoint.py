@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from quantlab.errors import ModelError
+from quantlab.models.auto import HEADS
 from quantlab.models.reading import as_model_error, chosen_dtype, frozen, local_folder, quiet_loading
 from quantlab.modules.compute_dtype import torch_dtype
 from quantlab.modules.layers import state_digest
@@ -59,6 +60,7 @@ def load_model(
     device: str,
     key: str,
     is_base: bool = False,
+    is_half: bool = False,
 ) -> PreTrainedModel:
     """A transformers model in eval mode on ``device``, whole.
 
@@ -66,7 +68,7 @@ def load_model(
     that a checkpoint brings along is never run. ``is_base``: only what gives hidden states is measured, so a head in
     the checkpoint is left (and told of), and a pooler that it lacks is not built. Raises one ModelError for a path
     that is missing, unreachable, not a model, incomplete, damaged or already quantized, and for a checkpoint with
-    weights that the class does not use.
+    weights that the class does not use, unless ``is_half`` says that it is meant to.
     """
     dtype = torch_dtype_argument(config, device)
     local = local_folder(key, path, "config.json", "a transformers model", "save_pretrained")
@@ -92,6 +94,8 @@ def load_model(
             f"({_some(missing)}), which would stay random; name a checkpoint that was saved from this architecture"
         )
     unused, architecture = sorted(info.get("unexpected_keys", ())), _architecture(stored)
+    if is_half:  # whoever loads it tells
+        unused = []
     if unused and is_base and is_base_with_head(stored):
         say(f"{key}: {len(unused)} weights of the head of {architecture} ({_some(unused)}) are not measured")
     elif unused:
@@ -170,10 +174,6 @@ def is_base_with_head(stored: PreTrainedConfig) -> bool:
     if getattr(stored, "is_encoder_decoder", False):
         return False
     return _architecture(stored).rpartition("For")[2] in HEADS
-
-
-HEADS = ("MaskedLM", "PreTraining", "SequenceClassification", "TokenClassification", "QuestionAnswering")
-"""What stands behind ``For`` in the class of an encoder with a head."""
 
 
 def _some(names: Sequence[str]) -> str:

@@ -45,7 +45,7 @@ def identity_of(components: Mapping[str, nn.Module], parts: Mapping[str, object]
     pipeline = parts.get("pipeline")
     if pipeline is not None:
         named |= {**cast("Mapping[str, object]", getattr(pipeline, "components", {})), "pipeline": pipeline}
-    named |= {name: parts[name] for name in ("tokenizer", "scheduler") if name in parts}
+    named |= {name: parts[name] for name in ("tokenizer", "scheduler", "processor") if name in parts}
     found: dict[str, str] = {}
     for name, part in sorted(named.items()):
         for what, data in _described(part).items():

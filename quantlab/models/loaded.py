@@ -42,6 +42,8 @@ class Pipeline(Protocol):
 class Parts(TypedDict, total=False):
     """What a family's functions need beside the components; each family fills in what it has."""
 
+    processor: object
+    """What makes a model's inputs of pictures or of sound."""
     tokenizer: PreTrainedTokenizerBase
     denoisers: tuple[str, ...]
     """Diffusion: the names of the components that are called at a step."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 from quantlab.errors import ConfigError, ModelError, nearest
-from quantlab.models import causal_lm, diffusers_pipeline, digits_dit, encoder, smollm2
+from quantlab.models import causal_lm, diffusers_pipeline, digits_dit, encoder, seq2seq, smollm2, vision
+from quantlab.models.auto import AUTO, family_of_checkpoint
 from quantlab.models.loaded import LoadedModel, Progress
 from quantlab.models.reading import required_path
 from quantlab.vocabulary.schema import ModelConfig
@@ -88,6 +89,10 @@ _ROWS = (
         trained=None,
     ),
     Family(name="encoder", protocol="encoder", load=encoder.load, needs_path=None, look=None, trained=None),
+    Family(
+        name="seq2seq", protocol="seq2seq", load=seq2seq.load, needs_path=seq2seq.NEEDS_PATH, look=None, trained=None
+    ),
+    Family(name="vision", protocol="vision", load=vision.load, needs_path=vision.NEEDS_PATH, look=None, trained=None),
 )
 
 FAMILIES: dict[str, Family] = {row.name: row for row in _ROWS}
@@ -103,7 +108,9 @@ def check_path(config: ModelConfig) -> None:
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The row of ``model.family``; ConfigError for a family that there is none of."""
+    """The row of ``model.family``, for ``auto`` by what the checkpoint says; ConfigError for one that there is not."""
+    if config.family == AUTO:
+        return FAMILIES[family_of_checkpoint(config.path, config.revision)]
     if config.family not in FAMILIES:
         raise ConfigError(
             f"model.family={config.family}: there are {', '.join(FAMILIES)}{nearest(config.family, FAMILIES)}"

@@ -21,6 +21,7 @@ from quantlab.backends.table import offers, own_settings
 from quantlab.datasets.calibration import check_calibration
 from quantlab.datasets.table import check_dataset
 from quantlab.errors import ConfigError, QuantlabError, nearest
+from quantlab.planning.auto import chosen_family
 from quantlab.planning.composition import compose_node, node_class, session, typed
 from quantlab.planning.job import Job, Merged, Plan, scheme_name
 from quantlab.planning.places import groups, recipe_file, shipped_groups
@@ -48,7 +49,7 @@ def plan(overrides: Sequence[str], multirun: bool = False) -> Plan:
         ConfigError: a bad word; or, in a sweep with ``sweep.on_invalid=error``, one message with all impossible
             combinations.
     """
-    file, words = _split_recipe(overrides)
+    file, words = _split_recipe(chosen_family(overrides))
     recipe = read_recipe(file) if file else None
     try:
         return _plan(recipe, words, multirun)

@@ -7,14 +7,16 @@ from typing import Any, Protocol, TypeVar
 
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
-from quantlab.protocols import diffusion, encoder, language, module
+from quantlab.protocols import diffusion, encoder, language, module, seq2seq, vision
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
 from quantlab.protocols.encoder import EncoderInputs
 from quantlab.protocols.language import TextInputs
+from quantlab.protocols.seq2seq import PairInputs
+from quantlab.protocols.vision import VisionInputs
 from quantlab.vocabulary.reports import Measurements
 from quantlab.vocabulary.schema import EvaluationConfig
 
-Inputs = DiffusionInputs | TextInputs | EncoderInputs
+Inputs = DiffusionInputs | TextInputs | EncoderInputs | PairInputs | VisionInputs
 """What a data set becomes: the inputs of a model's protocol."""
 InputsT = TypeVar("InputsT", contravariant=True)
 
@@ -70,5 +72,7 @@ PROTOCOLS: dict[str, EvaluationProtocol[Any]] = {
     "diffusion": diffusion,
     "language": language,
     "encoder": encoder,
+    "seq2seq": seq2seq,
+    "vision": vision,
     "module": module,
 }

@@ -39,6 +39,7 @@ WHISPER = {
     "eos_token_id": 2,
     "decoder_start_token_id": 1,
     "begin_suppress_tokens": None,
+    "init_std": 0.3,
 }
 CLIP = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 

@@ -1,0 +1,35 @@
+"""``dataset=images dataset.path=FOLDER``: pictures of the user's own, for models that read images."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from quantlab.datasets.image_prompts import read
+from quantlab.errors import ConfigError
+from quantlab.models.loaded import LoadedModel
+from quantlab.protocols.vision import VisionInputs
+from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig
+
+
+def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel) -> VisionInputs:
+    """``evaluation.num_samples`` of the pictures, evenly spaced, as the model's own processor makes them.
+
+    ConfigError beginning with ``dataset.path=...`` where there are fewer, or where one cannot be read.
+    """
+    from PIL import Image, ImageOps
+
+    key, files = f"dataset.path={config.path}", [row.image for row in read(config.path)]
+    wanted = evaluation.num_samples
+    if len(files) < wanted:
+        raise ConfigError(
+            f"{key}: there are {len(files)} pictures and not evaluation.num_samples={wanted}; give more pictures or "
+            "fewer samples"
+        )
+    chosen = [files[i * len(files) // wanted] for i in range(wanted)]
+    pictures = []
+    for file in chosen:
+        with Image.open(file) as opened:
+            pictures.append(ImageOps.exif_transpose(opened).convert("RGB"))
+    processor = cast(Any, model.parts)["processor"]
+    pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
+    return VisionInputs(pixel_values=pixels.float(), sample_ids=tuple(file.name for file in chosen))

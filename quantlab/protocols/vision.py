@@ -1,0 +1,100 @@
+"""Models that read images: how far each tensor that they return moves from the reference's; the worst one counts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from quantlab.models.loaded import LoadedModel
+from quantlab.modules.calls import Call, Progress
+from quantlab.protocols import module
+from quantlab.protocols.unchanged import must_stay_unchanged
+from quantlab.vocabulary.reports import Measurements
+from quantlab.vocabulary.schema import EvaluationConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HEADLINE = module.HEADLINE
+
+
+@dataclass(frozen=True, eq=False)
+class VisionInputs:
+    """Images as the model's processor makes them."""
+
+    pixel_values: Tensor
+    """fp32 (images, channels, height, width)"""
+    sample_ids: tuple[str, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """Number of images."""
+        return len(self.sample_ids)
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the pixels."""
+        digest = hashlib.sha256(repr(tuple(self.pixel_values.shape)).encode())
+        digest.update(self.pixel_values.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def subset(self, indices: Sequence[int] | slice) -> VisionInputs:
+        """The images with these numbers, in this order."""
+        rows = list(range(self.num_samples)[indices] if isinstance(indices, slice) else map(int, indices))
+        return replace(self, pixel_values=self.pixel_values[rows], sample_ids=tuple(self.sample_ids[i] for i in rows))
+
+
+def check(model: LoadedModel, inputs: VisionInputs) -> None:
+    """ModelError for a model that changes itself when it runs."""
+    with must_stay_unchanged(model):
+        module.observe(model, _batches(model, inputs.subset([0]), 1), EvaluationConfig())
+
+
+def observe(
+    model: LoadedModel,
+    inputs: VisionInputs,
+    evaluation: EvaluationConfig,
+    progress: Progress | None = None,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
+    """``outputs``: name of each tensor that the model returns -> fp32 (images, ...)."""
+    import torch
+
+    found = module.observe(model, _batches(model, inputs, batch_size or evaluation.batch_size), evaluation, progress)
+    return {"outputs": {name: torch.cat(parts) for name, parts in found["outputs"].items()}}
+
+
+def calls(
+    model: LoadedModel,
+    inputs: VisionInputs,
+    evaluation: EvaluationConfig,
+    components: Sequence[str],
+    progress: Progress | None = None,
+) -> Iterator[tuple[str, Call]]:
+    """The model's calls on the images, ``evaluation.batch_size`` at once."""
+    yield from module.calls(model, _batches(model, inputs, evaluation.batch_size), evaluation, components, progress)
+
+
+def measure(
+    model: LoadedModel,
+    inputs: VisionInputs,
+    evaluation: EvaluationConfig,
+    reference: Mapping[str, Any],
+    reference_model: LoadedModel,
+    progress: Progress | None = None,
+    batch_size: int | None = None,
+) -> Measurements:
+    """By image: ``output_cosine`` and ``output_rel_error`` of the tensor that moves most."""
+    whole = {name: [tensor] for name, tensor in reference["outputs"].items()}
+    given = _batches(model, inputs, batch_size or evaluation.batch_size)
+    found = module.measure(model, given, evaluation, {"outputs": whole}, reference_model, progress)
+    return replace(found, sample_ids=inputs.sample_ids)
+
+
+def _batches(model: LoadedModel, inputs: VisionInputs, batch_size: int) -> module.ModuleInputs:
+    import torch
+
+    parts = torch.split(inputs.pixel_values, batch_size)
+    return module.inputs_of([{"pixel_values": part} for part in parts], model.dtype)
