@@ -32,10 +32,10 @@ def test_the_calls_of_a_module_are_those_that_it_is_observed_by(dtype):
     net = Both().to(getattr(torch, dtype))
     model = LoadedModel(name="module", protocol="module", components={"model": net}, dtype=dtype)
     first, second = torch.randn(2, 4), torch.randn(3, 4)
-    inputs = module.inputs_of([first, {"x": second, "scale": 2.0}])
+    inputs = module.inputs_of([first, ((second,), {"scale": 2.0})], dtype)
     seen, told = EvaluationConfig(), []
     calls = list(module.calls(model, inputs, seen, ["model"], lambda *done: told.append(done)))
     assert [name for name, _ in calls] == ["model", "model"]
     assert told == [(1, 2), (2, 2)]
     replayed = torch.cat([replay(net, call, "cpu")["y"].float() for _, call in calls])
-    assert torch.equal(replayed, module.observe(model, inputs, seen)["outputs"])
+    assert torch.equal(replayed, torch.cat(module.observe(model, inputs, seen)["outputs"]["y"]))
