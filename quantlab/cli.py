@@ -30,7 +30,7 @@ HELP = """quantlab: what does each quantization scheme cost in quality, and what
 
   quantlab key=value ...              run one scheme:      quantlab backend=torchao dtype=int4 group_size=64
   quantlab -m key=a,b ...             run a grid:          quantlab -m backend=quanto,torchao dtype=int8,int4
-  quantlab recipe=NAME [key=value]    run a recipe:        quantlab recipe=digits_backends
+  quantlab recipe=NAME [key=value]    run a recipe:        quantlab recipe=digits_backends, recipe=path/to/mine.yaml
   quantlab compare sweep=latest       which is better:     quantlab compare RUN_ID RUN_ID, experiment=NAME, metric=NAME,
                                       margin=VALUE, --json, --csv FILE, --html FILE (outputs/reports/<sweep>.html)
   quantlab plan key=value ...         will it fit?         quantlab plan model=flux_dev backend=bitsandbytes dtype=nf4
@@ -40,14 +40,16 @@ HELP = """quantlab: what does each quantization scheme cost in quality, and what
           {lists}
 
 options
-  -m, --multirun    several values of a key (group_size=32,64,128) are a sweep
+  -m, --multirun    several values of a key (group_size=32,64,128, range(1,4), dtype='glob(int*)') are a sweep
   --json            the result rows as JSON on stdout instead of the table
-  --cfg [job]       print the composed config of each job and stop (--resolve: it always is)
-  --config-dir DIR  options of your own: DIR/dtype/mine.yaml, DIR/model/mine.yaml, ... as those in conf/ are written
+  -c, --cfg [job]   print the composed config of each job and stop (--resolve: it always is)
+  -cd, --config-dir DIR
+                    options of your own: DIR/dtype/mine.yaml, DIR/model/mine.yaml, ... as those in conf/ are written
                     (--config-dir conf for ./conf, which is not read by itself: other people's checkouts have one too)
-  --info            print where the vocabulary and the recipes are looked for
+  -i, --info        print where the vocabulary and the recipes are looked for
   --version         print the version
-  --shell-completion  print what a shell evaluates: eval "$(quantlab --shell-completion)"
+  -sc, --shell-completion
+                    print what a shell evaluates: eval "$(quantlab --shell-completion)"
   --trust           agree to the places that a recipe of others decides (tracking, output_dir, paths, launcher)
   -q, --quiet       no progress bars
   -h, --help        this text
@@ -62,7 +64,9 @@ single keys, for example
   sweep.dry_run=true   sweep.on_invalid=skip   sweep.search.num_trials=12
 
 Results: a table here, everything in MLflow (outputs/mlflow.db; look at it with mlflow ui), a folder a run in
-outputs/runs.
+outputs/runs. Recipes are also looked for in ./recipes and in the folders of QUANTLAB_RECIPES. QUANTLAB_TRACEBACK=1
+shows where an error comes from, QUANTLAB_VERBOSE=1 what the libraries print.
+From Python: import quantlab; quantlab.run(recipe="digits_backends").
 """
 
 MAX_PAIRS = 10

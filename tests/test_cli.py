@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from quantlab import cli
+from quantlab.cli import KNOWN_FLAGS, help_text
 from quantlab.planning.listing import LISTS
 from quantlab.planning.places import groups, recipes
 from quantlab.planning.plan import plan
@@ -272,3 +276,18 @@ def test_a_wheel_holds_the_vocabulary_and_the_recipes(wheel, tmp_path):
 
 def names_of_recipes():
     return {p.stem for p in (ROOT / "recipes").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("way", sorted({*KNOWN_FLAGS, "-c", "-cd", "--config-dir"}))
+def test_help_shows_every_flag(way):
+    assert re.search(rf"(?<![\w-]){re.escape(way)}(?![\w-])", help_text())
+
+
+def test_help_shows_every_command_group_list_and_variable():
+    text = help_text()
+    commands = re.findall(r'words\[:1\] == \["(\w+)"\]', inspect.getsource(cli)) + ["list"]
+    assert {"compare", "reproduce"} <= set(commands)
+    sources = "".join(file.read_text() for file in Path(cli.__file__).parent.rglob("*.py"))
+    variables = set(re.findall(r'"(QUANTLAB_[A-Z]+)"', sources))
+    for word in [*(f"quantlab {command}" for command in commands), *groups(), *LISTS, *variables]:
+        assert word in text, word
