@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("commands", "run", "sweep", "main", "score"))
     parser.add_argument("--avx2", action="store_true", help="main: as on a processor without 16-bit arithmetic")
     parser.add_argument("--threads", type=int, default=2, help="main: of the job")
+    parser.add_argument("--samples", type=int, default=200, help="main: of the evaluation")
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -70,7 +71,7 @@ def main() -> None:
         if asked.only in (None, "sweep"):
             bench_sweep(Path(folder))
         if asked.only in (None, "main"):
-            bench_main(Path(folder), asked.threads, AVX2 if asked.avx2 else {})
+            bench_main(Path(folder), asked.threads, asked.samples, AVX2 if asked.avx2 else {})
     if asked.only in (None, "score"):
         bench_score(asked.row, asked.repeats)
 
@@ -283,12 +284,15 @@ def _sweep(row: str, words: Sequence[str]) -> dict[str, Any]:
 # -- the README's main job
 
 
-def bench_main(folder: Path, threads: int, simulated: dict[str, str]) -> None:
+def bench_main(folder: Path, threads: int, samples: int, simulated: dict[str, str]) -> None:
     """The share of ``quantlab recipe=digits_backends`` that is not what its model computes, in training and in use."""
     words = [f"output_dir={folder}/main", f"tracking.uri=sqlite:///{folder}/main.db", "sweep.isolation=none"]
+    words.append(f"evaluation.num_samples={samples}")
     count = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     found = _work("main", "torchao_int8", [*words, f"num_threads={threads}", "device=cpu"], **count, **simulated)
-    title = f"quantlab recipe=digits_backends, {threads} threads, torch computes with {found['cpu_capability']}"
+    title = (
+        f"quantlab recipe=digits_backends, {samples} samples, {threads} threads, torch uses {found['cpu_capability']}"
+    )
     print(f"\n{title}: {found['rows']} rows, {found['num_emulated']} rows emulated")
     print(f"  {'':<44} {'wall s':>8} {'CPU s':>8}")
     parts = {"all of it": "", "training, once": "train_", "its model's forwards after that": "forward_"}

@@ -48,7 +48,7 @@ def rows_of(done):
 
 def numbers(rows):
     return {
-        name: {k: v for k, v in row["metrics"].items() if k.startswith(("quality/", "memory/"))}
+        name: {k: v for k, v in row["metrics"].items() if k.startswith(("quality/", "quantization/"))}
         for name, row in rows.items()
     }
 
