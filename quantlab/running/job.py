@@ -19,7 +19,7 @@ from quantlab.modules.device import kind_of
 from quantlab.modules.kept import Damaged, read_json, set_aside, write_json
 from quantlab.planning.job import Job
 from quantlab.progress import say
-from quantlab.running.placement import source_for
+from quantlab.running.placement import planned, source_for
 from quantlab.running.rows import failed_row
 from quantlab.running.workbench import Session, Workbench, in_stage, run_folder, shared_tags, step_progress
 from quantlab.stages.candidate import Making, make_candidate, write_calibration
@@ -37,6 +37,7 @@ from quantlab.tracking.tags import (
     UNPROBED,
     VERSIONS,
 )
+from quantlab.vocabulary.ledger import warning as ledger_warning
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.reports import CalibrationReport, MemoryReport, MetricValue, RunReport
 from quantlab.vocabulary.schema import ExperimentConfig
@@ -129,6 +130,7 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         quantization=layers,
         calibration=_with_overlap(made.calibration, bench, job),
         memory=weigh(bench.model, candidate, chosen, layers),
+        planned=planned(bench.model, job, chosen),
         disk_bytes=saved_bytes(candidate, chosen, job.scheme, layers) if is_saved and job.scheme else None,
         stages=(*bench.stages, *made.stages),
         params=job.resolved,
@@ -137,6 +139,8 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
     )
     for told in bench.not_told(report.unquantized):
         say(f"{job.name}: {told}", "warning")
+    if told := ledger_warning(report):
+        say(told, "warning")
     if run is not None:
         log_quantization(run, report, shared_tags(bench))
         log_calibration(run, report)

@@ -12,6 +12,9 @@ from quantlab.modules.memory import storages
 from quantlab.modules.source import Source
 from quantlab.planning.job import Job
 from quantlab.progress import say
+from quantlab.stages.price import price_component
+from quantlab.stages.select import QuantizationRequest
+from quantlab.vocabulary.reports import MemoryReport
 
 GIB = 2**30
 
@@ -31,14 +34,33 @@ def source_for(model: LoadedModel, job: Job, names: Sequence[str]) -> Callable[[
     if budget is not None:
         _check_layers(model, names, budget)
     if settings.placement == "auto":
-        whole = sum(storages(list(model.components.values()), held_packages()).values())
-        copied = sum(sum(storages(model.components[n], held_packages()).values()) for n in names)
-        if budget is None or whole + copied <= budget:
+        sizes = {name: sum(storages(part, held_packages()).values()) for name, part in model.components.items()}
+        if budget is None or sum(sizes.values()) + sum(sizes[name] for name in names) <= budget:
             return None
         say(f"{job.name}: streamed from its files, as {budget / GIB:.4g} GiB hold no copy beside the reference")
     return lambda name: component_source(
         name, model.components[name], model.dtype, model.device, job.config.model.variant
     )
+
+
+def planned(model: LoadedModel, job: Job, names: Sequence[str]) -> dict[str, MemoryReport]:
+    """The ledger that each component should have, from the reference's shapes; nothing for a cast, which has none."""
+    if job.scheme is None:
+        return {}
+    asked = job.scheme.axes.compute_dtype
+    found = {}
+    for name in names:
+        request = QuantizationRequest(
+            component=name,
+            scheme=job.scheme,
+            compute_dtype=model.dtype if asked == "auto" else asked,
+            device=model.device,
+            default_exclusions=model.default_exclusions.get(name, ()),
+        )
+        price = price_component(name, model.components[name], request)
+        if not price.refused:
+            found[name] = price.memory
+    return found
 
 
 def _check_layers(model: LoadedModel, names: Sequence[str], budget: int) -> None:

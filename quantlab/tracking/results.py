@@ -22,6 +22,7 @@ from quantlab.tracking.pictures import (
 from quantlab.tracking.provenance import Environment
 from quantlab.tracking.run import Run
 from quantlab.tracking.tags import CALIBRATION_SHA256, NOTE, UNDEFINED, UNQUANTIZED
+from quantlab.vocabulary.ledger import ledger
 from quantlab.vocabulary.numbers import flat_metrics
 from quantlab.vocabulary.reports import (
     CalibratedLayer,
@@ -146,6 +147,8 @@ def log_evaluation(run: Run, report: RunReport, fingerprint: float | None) -> No
     if fingerprint is not None:
         metrics["quality/reference_grid_fingerprint"] = fingerprint
     run.log_metrics(metrics)
+    rows = ledger(report)
+    run.log_table({k: [row[k] for row in rows] for k in rows[0]}, "ledger.json")
     if report.measurements is not None:
         _log_measurements(run, report.measurements)
     run.log_json(report_data(report), "report.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
+from quantlab.vocabulary.ledger import remainders
 from quantlab.vocabulary.reports import (
     CalibrationReport,
     MemoryReport,
@@ -44,6 +45,8 @@ def flat_metrics(report: RunReport) -> dict[str, float]:
     if total is not None:
         out |= _memory_metrics("memory", total)
         out |= {k: v for name, m in report.memory.items() for k, v in _memory_metrics(f"memory/{name}", m).items()}
+    out |= {f"memory/{name}/planned_bytes": m.weights_bytes for name, m in report.planned.items()}
+    out |= {f"memory/{name}/unexplained_bytes": n for name, n in remainders(report).items()}
     out["memory/disk_bytes_model"] = report.disk_bytes
     if report.quantization is not None:
         out |= _quantization_metrics(report.quantization)

@@ -231,6 +231,8 @@ class RunReport:
     calibration: CalibrationReport | None = None
     """None: the scheme needs no data."""
     memory: Mapping[str, MemoryReport] = field(default_factory=dict)
+    planned: Mapping[str, MemoryReport] = field(default_factory=dict)
+    """The same as :attr:`memory`, computed from shapes before anything was quantized."""
     quality: Mapping[str, MetricValue] = field(default_factory=dict)
     floors: Mapping[str, Mapping[str, MetricValue]] = field(default_factory=dict)
     """Row of another execution of the reference (``floor_bf16``, ``floor_batch``...) -> the same metrics of it."""

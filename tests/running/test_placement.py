@@ -43,6 +43,7 @@ def test_a_language_models_row_is_the_same(text_model, backend, dtype):
     streamed = row_of(*words, "memory.placement=streamed", "sweep.force=true")
     assert numbers(streamed) == numbers(resident)
     assert streamed.quantization.coverage > 0.5
+    assert streamed.planned == streamed.memory
 
 
 @pytest.mark.slow
