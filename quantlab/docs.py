@@ -3,7 +3,8 @@
 In the :data:`DOCUMENTS` it fills what stands between ``<!-- table: RECIPE -->`` (the rows of its newest finished run),
 ``<!-- figure: RECIPE -->`` (a picture of them, written beside the recipe), ``<!-- calibration: RECIPE -->`` (its
 algorithms, each paired with the plain one on the same bits) or ``<!-- list: WHAT -->`` (what ``quantlab list WHAT``
-prints) and ``<!-- end -->``. In each recipe that has such a run it replaces the line ``# Expect: ...``.
+prints) or ``<!-- plan: NAME -->`` (the phases of one of :data:`PLANS`) and ``<!-- end -->``. In each recipe that has
+such a run it replaces the line ``# Expect: ...``, and in each for a GPU the memory that its plan needs.
 """
 
 from __future__ import annotations
@@ -18,23 +19,33 @@ from pathlib import Path
 from quantlab.backends.table import distributions
 from quantlab.errors import ConfigError
 from quantlab.planning.listing import LISTS
+from quantlab.planning.plan import plan
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.compare import Comparison, compare
 from quantlab.report.comparison_table import p_text
 from quantlab.report.pareto_figure import draw_pareto
+from quantlab.report.price_table import phases_markdown
 from quantlab.report.reading import open_reader
 from quantlab.report.said_first import said_first
 from quantlab.report.selection import parse_request, select
 from quantlab.report.table import LEGEND, cells, columns, headline, markdown
+from quantlab.running.forecast import forecast
 from quantlab.tracking import find_records
 from quantlab.tracking.results import SweepResults
 from quantlab.tracking.tags import KIND, RECIPE
+from quantlab.vocabulary.schema import PLACEMENTS
 
-BLOCK = re.compile(r"(<!-- (table|figure|calibration|list): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (table|figure|calibration|list|plan): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SHOWN_VERSIONS = ("torch", "diffusers", "transformers")
 """Beside these, what the backends name."""
 
 
+PLANS = {
+    "flux_dev_24_gib": "model=flux_dev backend=bitsandbytes dtype=nf4 memory.device_gib=24 memory.host_gib=32",
+}
+"""Name of a block -> the request that it shows."""
+NEEDS = re.compile(r"\(one GPU with \d+ GiB or more\)")
+"""How a recipe says the memory that it needs."""
 DOCUMENTS = ("README.md", "recipes/README.md", "quantlab/README.md", "quantlab/metrics/README.md")
 """Where blocks are filled; those that a checkout does not have are passed over."""
 
@@ -145,6 +156,22 @@ def figure_block(data: Sweep, recipe: str, root: Path, document: Path) -> str:
     return f"![{what}]({link})\n\n{what}, measured {data['date']}; hollow: simulated.\n"
 
 
+def plan_block(name: str) -> str:
+    """The command of a plan and its phases."""
+    [price] = forecast(plan(PLANS[name].split()))
+    return f"```bash\nquantlab plan {PLANS[name]}\n```\n\n{phases_markdown(price)}"
+
+
+def needed_gib(recipe: Path) -> int:
+    """GiB of a GPU that the largest phase of a recipe takes, in the better placement of those that a run has."""
+    request = plan([f"recipe={recipe}", "sweep.dry_run=true"])
+    needed = [
+        min(max(phase.device_bytes for phase in rows) for name, rows in price.phases.items() if name in PLACEMENTS)
+        for price in forecast(request)
+    ]
+    return -(-max(needed) // 2**30)
+
+
 def fill(document: Path, runs_dir: Path, root: Path) -> str:
     """The text of ``document`` with every block filled that there is a run or a list for."""
 
@@ -152,6 +179,8 @@ def fill(document: Path, runs_dir: Path, root: Path) -> str:
         head, kind, name, end = match.groups()
         if kind == "list":
             return head + list_block(name) + end
+        if kind == "plan":
+            return head + plan_block(name) + end
         data = newest(runs_dir, name)
         if data is None:
             return match[0]
@@ -170,9 +199,11 @@ def main(root: Path, runs_dir: Path) -> list[str]:
     documents = [root / name for name in DOCUMENTS if (root / name).is_file()]
     texts = {document: fill(document, runs_dir, root) for document in documents}
     for recipe in sorted((root / "recipes").glob("*.yaml")):
-        data = newest(runs_dir, recipe.stem)
+        data, text = newest(runs_dir, recipe.stem), recipe.read_text(encoding="utf-8")
+        if NEEDS.search(text):
+            texts[recipe] = text = NEEDS.sub(f"(one GPU with {needed_gib(recipe)} GiB or more)", text)
         if data is not None:
-            lines = recipe.read_text(encoding="utf-8").split("\n")
+            lines = text.split("\n")
             texts[recipe] = "\n".join(expectation(data) if line.startswith("# Expect:") else line for line in lines)
     for path, text in texts.items():
         if path.read_text(encoding="utf-8") != text:

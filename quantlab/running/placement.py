@@ -8,6 +8,7 @@ from quantlab.backends.table import held_packages
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.sources import component_source
+from quantlab.modules.device import free_bytes, kind_of
 from quantlab.modules.memory import storages
 from quantlab.modules.source import Source
 from quantlab.planning.job import Job
@@ -22,22 +23,26 @@ GIB = 2**30
 def source_for(model: LoadedModel, job: Job, names: Sequence[str]) -> Callable[[str], Source] | None:
     """What a job's candidate is streamed from; None where it is copied.
 
-    ``memory.placement=auto`` copies, unless ``memory.device_gib`` would not hold the copy beside the reference. Raises
-    ConfigError where the budget does not hold the largest layer that is to be quantized.
+    ``memory.placement=auto`` copies, unless ``memory.device_gib`` (without it: what a GPU has free) would not hold the
+    copy beside the reference. Raises ConfigError where the budget does not hold the largest layer.
     """
     settings = job.config.memory
     if job.scheme is None or settings.placement == "resident":
         return None
-    if settings.placement == "auto" and (settings.device_gib is None or job.scheme.native.needs_data):
+    if settings.placement == "auto" and job.scheme.native.needs_data:
         return None
     budget = None if settings.device_gib is None else int(settings.device_gib * GIB)
     if budget is not None:
         _check_layers(model, names, budget)
     if settings.placement == "auto":
         sizes = {name: sum(storages(part, held_packages()).values()) for name, part in model.components.items()}
-        if budget is None or sum(sizes.values()) + sum(sizes[name] for name in names) <= budget:
+        copied = sum(sizes[name] for name in names)
+        room = free_bytes(model.device) if budget is None else budget - sum(sizes.values())
+        if copied <= room or (budget is None and kind_of(model.device) == "cpu"):
             return None
-        say(f"{job.name}: streamed from its files, as {budget / GIB:.4g} GiB hold no copy beside the reference")
+        say(
+            f"{job.name}: streamed from its files, as a copy of {copied / GIB:.4g} GiB has no room beside the reference"
+        )
     return lambda name: component_source(
         name, model.components[name], model.dtype, model.device, job.config.model.variant
     )
