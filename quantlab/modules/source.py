@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from quantlab.errors import ModelError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 _MMAP_THRESHOLD = -3
@@ -190,20 +189,9 @@ def freed_at_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def uninitialized() -> Iterator[None]:
-    """Inside, modules are made with their parameters on the meta device and no values drawn for them; buffers are real,
-    as some are in no checkpoint."""
-    from unittest import mock
-
-    import torch
+    """Inside, modules are made with their parameters on the meta device, where values that are drawn for them cost
+    nothing; buffers are real, as some are in no checkpoint."""
     from accelerate import init_empty_weights
 
-    drawn = [n for n in dir(torch.nn.init) if n.endswith("_") and not n.startswith("_")]
-    with contextlib.ExitStack() as stack:
-        for name in drawn:
-            stack.enter_context(mock.patch.object(torch.nn.init, name, _as_it_is))
-        stack.enter_context(init_empty_weights(include_buffers=False))
+    with init_empty_weights(include_buffers=False):
         yield
-
-
-def _as_it_is(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-    return tensor
