@@ -155,3 +155,24 @@ def test_where_every_layer_is_read_nothing_that_rounds_inputs_is_run(name, metho
     make, inputs = MODELS[name]
     with pytest.raises(quantlab.ConfigError, match=r"reads its weight instead .*rounds the inputs of layers that are"):
         quantlab.evaluate(built(make), [ROUNDS_INPUTS[method]], [inputs], num_bootstrap=10, floors=False)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "torchao"])
+def test_a_job_finds_by_itself_what_its_model_reads(method, shell):
+    """By one forward of the unquantized model: Mamba multiplies by a layer's weight."""
+    import transformers
+
+    from tests.support.tiny_text_models import TEXT, byte_tokenizer
+
+    config = transformers.MambaConfig(
+        vocab_size=259, hidden_size=64, num_hidden_layers=1, state_size=8, time_step_rank=64, initializer_range=0.3
+    )
+    folder = shell.folder / "model"
+    built(lambda: transformers.MambaForCausalLM(config)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    (shell.folder / "text.txt").write_text(TEXT)
+    words = [f"model.path={folder}", "dataset=text", "dataset.path=text.txt", "evaluation.num_samples=2"]
+    words += ["evaluation.context_length=32", "evaluation.num_bootstrap=20", "device=cpu", "sweep.floors=false"]
+    dtype = "nf4" if method == "bitsandbytes" else "int4"
+    (row,) = shell.rows("model=auto", *words, f"backend={method}", f"dtype={dtype}").values()
+    assert 0 < row["metrics"]["quality/kld_mean"] < 5
