@@ -68,7 +68,8 @@ def _parts(price: Price) -> Table:
         total = part.memory.weights_bytes
         table.add_row("", "all", "", _num(part.memory.num_parameters), _num(total), _gib(total), bits, end_section=True)
     parameters = sum(p.memory.num_parameters for p in price.components)
-    bits = f"{8 * price.total_bytes / parameters:.3f}" if parameters else ""
+    at_16_bits = sum(p.memory.bytes_at_16_bit for p in price.components)
+    bits = f"{16 * price.total_bytes / at_16_bits:.3f}" if at_16_bits else ""
     table.add_row("total", "", "", _num(parameters), _num(price.total_bytes), _gib(price.total_bytes), bits)
     table.caption = "bits/weight: of the component (of its quantized weights, scales included)"
     table.caption_justify = "left"
