@@ -29,8 +29,7 @@ class EvaluationProtocol(Protocol[InputsT]):
 
     @property
     def HEADLINE(self) -> tuple[str, ...]:
-        """The metrics that the terminal's table shows, of those that a run has; schemes are judged by the first. All are
-        logged."""
+        """The metrics that the terminal's table shows, of those that a run has; schemes are judged by the first."""
 
     def check(self, model: LoadedModel, inputs: InputsT) -> None:
         """ModelError for a model whose numbers would mean nothing; tried before the reference is taken or made."""
