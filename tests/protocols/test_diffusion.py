@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from quantlab.datasets import digits_classes
-from quantlab.errors import ConfigError, MetricUndefined
+from quantlab.errors import ConfigError, MetricUndefined, ModelError
 from quantlab.metrics.trajectory import step_sqnr_db
 from quantlab.models import digits_dit
 from quantlab.models.loaded import LoadedModel
@@ -132,6 +132,19 @@ def test_traced_samples_spread_over_the_strata(strata, clusters, num, expected):
         noise=torch.zeros(n, 1), conditioning={}, sample_ids=tuple("abcdefghi"[:n]), strata=strata, clusters=clusters
     )
     assert diffusion.spread(inputs, num) == expected
+
+
+def test_a_model_that_does_not_repeat_itself_is_refused(model, inputs):
+    """Noise that no sample's generator gives would count as an error of every candidate."""
+
+    def sample(*arguments):
+        sampled = model.sample(*arguments)
+        return dataclasses.replace(sampled, latents=sampled.latents + 1e-6 * torch.randn(sampled.latents.shape))
+
+    with pytest.raises(
+        ModelError, match=r"^model=digits_dit: run twice .* differs from itself \(latents\), .*take device"
+    ):
+        diffusion.observe(dataclasses.replace(model, sample=sample), inputs, EVALUATION)
 
 
 # -- the candidates

@@ -1,0 +1,67 @@
+"""Draws, dtypes and steps of a pipeline: heard and paired, and as before afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quantlab.modules.stepping import cast_call, full_precision_draws, heard_steps, in_their_dtypes
+
+
+def drawn(dtype, seed=3):
+    return torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_noise_is_the_same_in_whatever_dtype(dtype):
+    assert not torch.equal(drawn(dtype), drawn(torch.float32).to(dtype))  # what torch does by itself
+    with full_precision_draws():
+        inside = drawn(dtype)
+        plain = drawn(torch.float32)
+    assert torch.equal(inside, drawn(torch.float32).to(dtype))
+    assert torch.equal(plain, drawn(torch.float32))
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x, timestep):
+        seen.append((x.dtype, timestep.dtype))
+        return {"sample": self.linear(x) + timestep.to(x.dtype)}
+
+
+class Strict(Block):
+    """Takes the dtype of what it computes from its timesteps."""
+
+    def forward(self, x, timestep):
+        return self.linear(x + 0 * x.to(timestep.dtype).sum() if timestep.dtype == x.dtype else x.to(timestep.dtype))
+
+
+seen: list[tuple[torch.dtype, torch.dtype]] = []
+
+
+def test_a_component_of_another_dtype_is_given_and_gives_the_pipelines():
+    original, narrow = Block(), Block().to(torch.bfloat16)
+    x, timestep = torch.ones(2, 4), torch.tensor([999.0, 999.0])
+    seen.clear()
+    with in_their_dtypes({"unet": narrow}, {"unet": original}, "float32"):
+        assert narrow(x, timestep[:1])["sample"].dtype == torch.float32
+    assert seen == [(torch.bfloat16, torch.float32)]  # 999 is no number of bfloat16
+    assert "forward" not in vars(narrow)
+    with in_their_dtypes({"unet": original}, {"unet": original}, "float32"):
+        assert "forward" not in vars(original)
+
+
+def test_vectors_are_cast_where_a_model_asks_for_it():
+    narrow = Strict().to(torch.bfloat16)
+    found = cast_call(narrow, [torch.ones(2, 4), torch.ones(2)], {}, torch.float32, torch.bfloat16)
+    assert found.dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="shapes"):
+        cast_call(narrow, [torch.ones(2, 3), torch.ones(2)], {}, torch.float32, torch.bfloat16)
+
+
+def test_what_has_no_step_is_left_alone():
+    with heard_steps(None, lambda *_: None), heard_steps(object(), lambda *_: None):
+        pass
