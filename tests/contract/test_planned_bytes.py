@@ -12,7 +12,7 @@ from quantlab.stages.quantize import QuantizationRequest, quantize_component, se
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.sizes import DenseLayer
-from tests.contract.test_backends import GROUPS, ON_CPU, ways
+from tests.contract.test_backends import GROUPS, ON_CPU, ROWS, ways
 from tests.support.tables import BACKENDS, CAPABILITIES, the_scheme
 
 SHAPES = ((64, 1024), (96, 512))
@@ -32,16 +32,16 @@ class Net(nn.Module):
         return [layer(x[..., : layer.in_features]) for layer in self.layers]
 
 
-def compared(backend, dtype, shapes, model_dtype, compute_dtype="auto", settings=None, **axes):
+def compared(backend, dtype, shapes, model_dtype, compute_dtype="auto", settings=None, device="cpu", **axes):
     """[(shape, planned, measured)] of (bytes of codes, of scales, of the bias)."""
     torch.manual_seed(0)
-    original = Net(shapes, model_dtype).eval().requires_grad_(False)
+    original = Net(shapes, model_dtype).eval().requires_grad_(False).to(device)
     scheme = the_scheme(
         QuantizationAxes(backend=backend, dtype=dtype, on_mismatch="skip", compute_dtype=compute_dtype, **axes),
         settings,
     )
     compute = model_dtype if compute_dtype == "auto" else compute_dtype
-    request = QuantizationRequest(component="model", scheme=scheme, compute_dtype=compute, device="cpu")
+    request = QuantizationRequest(component="model", scheme=scheme, compute_dtype=compute, device=device)
     module = copy.deepcopy(original)
     chosen = select_layers(request, module)
     calibrated = None
@@ -60,7 +60,7 @@ def compared(backend, dtype, shapes, model_dtype, compute_dtype="auto", settings
             dtype=dtype_name(layer.weight.dtype),
             bias_dtype="" if layer.bias is None else dtype_name(layer.bias.dtype),
         )
-        planned = BACKENDS[backend].layer_bytes(chosen.native, dense, dtype, chosen.compute_dtypes[row.name], "cpu")
+        planned = BACKENDS[backend].layer_bytes(chosen.native, dense, dtype, chosen.compute_dtypes[row.name], device)
         kept = "" if bias is None else dtype_name(bias.dtype)
         found.append(
             (
@@ -150,3 +150,17 @@ def test_what_calibration_leaves_in_a_layer(backend, dtype, algorithm, activatio
             activation_dtype=activation,
         )
     )
+
+
+ON_CUDA = [(b, d, row) for b, d, row in ROWS if "cuda" in row.devices]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("backend", "dtype", "row"), ON_CUDA, ids=[f"{b}-{d}" for b, d, _ in ON_CUDA])
+def test_each_row_on_a_gpu(backend, dtype, row):
+    """Formats that only a GPU packs: tile-packed int4, nvfp4, the MX formats of ModelOpt."""
+    if row.min_compute_capability and torch.cuda.get_device_capability() < row.min_compute_capability:
+        pytest.skip(f"compute capability {torch.cuda.get_device_capability()}")
+    compute = "bfloat16" if "bfloat16" in row.compute_dtypes else row.compute_dtypes[0]
+    check(compared(backend, dtype, (*SHAPES, (64, 256)), compute, device="cuda"))

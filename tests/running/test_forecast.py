@@ -308,6 +308,15 @@ def test_the_fields_that_are_promised():
     assert data["placement"] == "resident"
 
 
+def test_a_grid_is_built_once(monkeypatch):
+    built = []
+    true = outline
+    monkeypatch.setattr("quantlab.running.forecast.outline", lambda *args: built.append(args[0].path) or true(*args))
+    found = prices("model=qwen3_0_6b", "backend=bitsandbytes,quanto,torchao", "dtype=int8,int4", "group_size=auto,none")
+    assert len([p for p in found if p.components]) > 4
+    assert len(built) == 1
+
+
 def test_a_grid_tells_the_reason_of_what_is_impossible():
     found = prices("model=llama_3_2_1b", "backend=bitsandbytes,gguf", "dtype=nf4,q4_k")
     assert [(p.backend, p.dtype, bool(p.components)) for p in found] == [
