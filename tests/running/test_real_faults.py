@@ -95,7 +95,7 @@ def test_a_reference_that_rotted_is_computed_again_with_a_word(shell):
     kept.write_bytes(content)
     other = (*WORDS[:-2], "backend=gguf", "dtype=q8_0")
     done = quantlab(shell, *other, "--json")
-    assert "set aside" in done.stderr
+    assert "it is made again, and what was there is kept as" in done.stderr
     assert rows_of(done)["gguf q8_0"]["status"] == "FINISHED"
     assert kept.is_file()
     again = rows_of(quantlab(shell, *WORDS, "--json"))
