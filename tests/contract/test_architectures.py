@@ -32,6 +32,13 @@ def t5():
     return T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu"))
 
 
+def wan():
+    from diffusers import WanTransformer3DModel
+
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4, "text_dim": 32}
+    return WanTransformer3DModel(**sizes, freq_dim=32, ffn_dim=64, num_layers=2, rope_max_seq_len=32)
+
+
 def encoder_layers():
     layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, dropout=0.0)
     return nn.TransformerEncoder(layer, 2)
@@ -61,7 +68,14 @@ class Casts(nn.Module):
 
 
 FLOATS = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(0))
+WAN = {
+    "hidden_states": torch.randn(1, 4, 2, 8, 8, generator=torch.Generator().manual_seed(0)),
+    "timestep": torch.tensor([500]),
+    "encoder_hidden_states": torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(1)),
+    "return_dict": False,
+}
 MODELS = {
+    "Wan": (wan, WAN),
     "GPT-2": (gpt2(vocab_size=V, n_embd=64, n_layer=2, n_head=4), IDS),
     "Falcon": (causal("Falcon", **SIZES), IDS),
     "Mamba": (causal("Mamba", vocab_size=V, hidden_size=64, num_hidden_layers=2, state_size=8, time_step_rank=64), IDS),
@@ -110,6 +124,7 @@ def test_what_people_run_runs_and_is_quantized(name, method):
     assert {r.reason for r in linear if r.status != "quantized"} <= {
         "modules_to_not_convert: lm_head",
         "T5EncoderModel: wo, which its class keeps in float32",
+        "WanTransformer3DModel: time_embedder, which its class keeps in float32",
     }
     assert len(taken) >= 2
     assert row.memory["model"].weights_bytes < 4 * row.memory["model"].num_parameters

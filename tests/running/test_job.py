@@ -78,7 +78,7 @@ def test_the_artifacts_of_a_run(run):
     assert images.shape == (8, 3, 8, 8, 1)
     assert set(ids) <= set(samples["sample_id"])
     assert json_artifact(shell, found, "environment.json")["versions"]["torchao"]
-    assert set(json_artifact(shell, found, "exclusions.json")) == {"excluded", "skipped", "fallback"}
+    assert set(json_artifact(shell, found, "exclusions.json")) == {"excluded", "left", "skipped", "fallback"}
     assert json_artifact(shell, found, "report.json")["metrics"] == rows["torchao int4 g64"]["metrics"]
 
 
