@@ -1,0 +1,60 @@
+"""``quantlab plan`` as it is typed."""
+
+import json
+
+import pytest
+
+from quantlab import cli
+from quantlab.planning.architectures import shipped_architectures
+from quantlab.planning.plan import plan
+from quantlab.running.forecast import forecast
+
+OPTIONS = sorted(set(shipped_architectures()) - {"minilm_l6"})
+
+
+def run(capsys, *words):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", *words])
+    return ended.value.code, capsys.readouterr().out
+
+
+def test_one_combination_is_tables_and_a_verdict(capsys):
+    code, out = run(capsys, "model=qwen3_0_6b", "backend=gguf", "dtype=q4_k", "quantization.file_type=q4_k_m",
+                    "memory.device_gib=8")  # fmt: skip
+    assert code == 0
+    assert "model in a file of llama.cpp: " in out
+    assert "fits 8 GiB on the device: resident" in out
+    assert "model keeps:" in out
+
+
+def test_a_grid_is_a_table_and_its_reasons(capsys):
+    code, out = run(capsys, "-m", "model=qwen3_0_6b", "backend=quanto,gguf", "dtype=int8,q8_0")
+    assert code == 0
+    assert "quanto int8" in out
+    assert "gguf q8_0" in out
+    assert out.count("impossible: ") == 2
+
+
+def test_a_recipe_as_json(capsys):
+    code, out = run(capsys, "recipe=smollm2_bitwidths", "--json")
+    found = json.loads(out)
+    assert code == 0
+    possible = [row for row in found if row["components"]]
+    assert len(possible) > 2
+    assert all(row["refused"] for row in found if row not in possible)
+    assert {row["components"][0]["parameters"] for row in possible} == {134_515_008}
+
+
+def test_nothing_possible_is_a_bad_request(capsys):
+    assert run(capsys, "model=qwen3_0_6b", "backend=quanto", "dtype=nf4")[0] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_shipped_model_has_a_plan(option):
+    [price] = forecast(plan([f"model={option}", "backend=quanto", "dtype=int8", "memory.device_gib=24"]))
+    assert price.total_bytes > 0
+    assert price.fits is not None
+    for rows in price.phases.values():
+        assert all(phase.device_bytes >= phase.activation_bytes >= 0 for phase in rows)
+        assert any(phase.activation_bytes for phase in rows)
