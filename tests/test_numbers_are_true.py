@@ -24,6 +24,7 @@ from quantlab import tracking
 from quantlab.datasets.table import DATASETS
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.table import FAMILIES
+from quantlab.modules.holders import holders
 from quantlab.modules.kept import read_tree
 from quantlab.modules.trees import replaced
 from quantlab.planning.job import Job
@@ -257,14 +258,10 @@ def test_doubled_scales_of_one_layer_show_in_its_row_and_in_the_quality(
 
     with torch.no_grad():
         DOUBLE[row](transformer.get_submodule(FAULTY))
-    originals = model.components["transformer"]
-    again = [
-        _read_row(
-            request, r.name, transformer.get_submodule(r.name), originals.get_submodule(r.name).weight, None, "", {}
-        )
-        for r in report.layers
-    ]
-    changed = {new.name: new for new, old in zip(again, report.layers, strict=True) if new != old}
+    found = holders(model.components["transformer"])
+    rows = [r for r in report.layers if r.status == "quantized"]
+    again = [_read_row(request, found[r.name], transformer.get_submodule(r.name), None, "", {}) for r in rows]
+    changed = {new.name: new for new, old in zip(again, rows, strict=True) if new != old}
     assert list(changed) == [FAULTY]
     _check_error(changed[FAULTY], next(r for r in report.layers if r.name == FAULTY))
     # twice the noise of an int8 model is still little: the fault of one layer must stand far above the rounding of all
