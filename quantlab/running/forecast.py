@@ -185,7 +185,8 @@ def _advice(book: _Book, config: ExperimentConfig, scheme: Scheme | None, price:
         if found := _placement(changed, budget, "auto"):
             return f"{words} would fit ({found}, {_largest(changed, found) / GIB:.1f} GiB)"
     name = list(price.phases)[-1]
-    phase = max(price.phases[name], key=lambda p: p.device_bytes)
+    short = _short(price.phases[name], budget)
+    phase = next(p for p in price.phases[name] if not short or p.name == short)
     return (
         f"nothing found that fits: {phase.name} needs {phase.device_bytes / GIB:.1f} GiB on the device and "
         f"{phase.host_bytes / GIB:.1f} GiB on the host ({name})"
