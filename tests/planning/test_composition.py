@@ -29,7 +29,7 @@ def test_default_request():
 
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g, options in groups().items() for o in options])
-def test_every_option_composes(group, option):
+def test_every_option_composes(group, option, tmp_path):
     words = [f"{group}={option}"]
     if group == "dtype":
         words.append(f"backend={next(b for b, rows in CAPABILITIES.items() if option in rows or option == 'auto')}")
@@ -41,6 +41,11 @@ def test_every_option_composes(group, option):
         words.append("model=smollm2_135m" if option == "language" else "model=flux_schnell")
     elif group == "dataset" and "language" in DATASETS[option].protocols:
         words.append("model=smollm2_135m")
+    elif group == "dataset" and DATASETS[option].protocols in (("vision",), ("seq2seq",)):
+        words.append(f"model={DATASETS[option].protocols[0]}")
+    elif (group, option) == ("model", "auto"):  # it looks at a checkpoint
+        (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+        words.append(f"model.path={tmp_path}")
     job = one(*words)
     if group in ("backend", "dtype", "group_size"):
         assert str(getattr(job.config.quantization, group)) == option
