@@ -273,7 +273,9 @@ def show_list(words: Sequence[str], as_json: bool) -> int:
         print(json.dumps(rows, indent=2))
         return 0
     of = "combinations of a device" if words[1:] else words[0]
-    keys, caption = BRIEF.get(of, (tuple(rows[0]) if rows else (), None))
+    every = tuple(rows[0]) if rows else ()
+    keys, caption = BRIEF.get(of, (every, None))
+    keys = keys or every[:-1]
     table = Table(pad_edge=False, caption=caption, caption_justify="left")
     for key in keys:
         table.add_column(key.replace("_", " "), overflow="fold")

@@ -197,12 +197,13 @@ def metrics() -> list[Row]:
     ]
 
 
-BRIEF = {
+BRIEF: dict[str, tuple[tuple[str, ...], str | None]] = {
     "combinations": (
         ("backend", "dtype", "group_sizes", "activation_dtypes", "algorithms"),
         "All others are refused; their reasons, and all else that the table says: --json; device=cuda or device=cpu "
         "lists what runs there, and what it needs",
     ),
+    "kinds": ((), "What each kind is: --json"),
     "combinations of a device": (
         ("backend", "dtype", "activation_dtypes", "needs"),
         "Of shapes, of the device and of the machine; all else that the table says: --json",

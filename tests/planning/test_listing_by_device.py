@@ -59,3 +59,11 @@ def test_what_must_be_compiled_is_refused_before_work(dtype, monkeypatch):
         select.check_device(scheme.format, "cuda", "bfloat16")
     monkeypatch.setattr(select, "missing_compiler", lambda: "")
     select.check_device(scheme.format, "cuda", "bfloat16")
+
+
+def test_the_kinds_fit_a_terminal(shell, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = shell("list", "kinds")
+    assert code == 0
+    assert all(name in out for name in CAPABILITIES if name != "none")
+    assert max(map(len, out.splitlines())) <= 80
