@@ -50,6 +50,7 @@ def test_the_capability_is_that_of_the_modules_device(backend, dtype, asked):
 def test_what_runs_on_a_gpu_runs_on_the_second_one(backend, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr("quantlab.stages.select.missing_compiler", lambda: "")
     for dtype, row in CAPABILITIES[backend].items():
         scheme = the_scheme(QuantizationAxes(backend=backend, dtype=dtype))
         for device in ("cuda", "cuda:1", "cpu"):
@@ -80,7 +81,7 @@ def test_one_candidate_of_python_goes_before_the_next(monkeypatch):
     import weakref
 
     refs = []
-    real = api.quantize
+    real = api._quantized
 
     def quantize(*args, **kwargs):
         assert not any(ref() is not None for ref in refs)
@@ -88,7 +89,7 @@ def test_one_candidate_of_python_goes_before_the_next(monkeypatch):
         refs.append(weakref.ref(made))
         return made, report
 
-    monkeypatch.setattr(api, "quantize", quantize)
+    monkeypatch.setattr(api, "_quantized", quantize)
     net = torch.nn.Sequential(torch.nn.Linear(32, 32))
     configs = [quantlab.QuantoConfig("int8"), quantlab.QuantoConfig("int4"), quantlab.QuantoConfig("int8")]
     quantlab.evaluate(net, configs, [torch.randn(4, 32)], num_bootstrap=50)

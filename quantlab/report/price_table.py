@@ -59,18 +59,19 @@ def _parts(price: Price) -> Table:
         rows = [(k.what, k.dtype, k.parameters, k.num_bytes) for k in part.kinds]
         for i, (what, dtype, parameters, num_bytes) in enumerate(rows):
             bits = f"{8 * num_bytes / parameters:.3f}" if parameters and what == "codes" else ""
-            table.add_row(
-                part.name if not i else "", what, dtype, _num(parameters), _num(num_bytes), _gib(num_bytes), bits
-            )
+            told = (part.name if not i else "", what, dtype, _num(parameters), _num(num_bytes), _gib(num_bytes), bits)
+            table.add_row(*map(plain, told))
         bits = f"{part.memory.bits_per_weight:.3f}"
         if part.bits_per_quantized_weight is not None:
             bits += f" ({part.bits_per_quantized_weight:.3f})"
         total = part.memory.weights_bytes
-        table.add_row("", "all", "", _num(part.memory.num_parameters), _num(total), _gib(total), bits, end_section=True)
+        told = ("", "all", "", _num(part.memory.num_parameters), _num(total), _gib(total), bits)
+        table.add_row(*map(plain, told), end_section=True)
     parameters = sum(p.memory.num_parameters for p in price.components)
     at_16_bits = sum(p.memory.bytes_at_16_bit for p in price.components)
     bits = f"{16 * price.total_bytes / at_16_bits:.3f}" if at_16_bits else ""
-    table.add_row("total", "", "", _num(parameters), _num(price.total_bytes), _gib(price.total_bytes), bits)
+    told = ("total", "", "", _num(parameters), _num(price.total_bytes), _gib(price.total_bytes), bits)
+    table.add_row(*map(plain, told))
     table.caption = "bits/weight: of the component (of its quantized weights, scales included)"
     table.caption_justify = "left"
     return table
@@ -100,8 +101,10 @@ def phase_table(price: Price) -> Table:
     table.add_column("fits")
     for placement, rows in price.phases.items():
         for i, phase in enumerate(rows):
-            told = (_gib(phase.device_bytes), _gib(phase.activation_bytes), _gib(phase.host_bytes), _fits(price, phase))
-            table.add_row("" if i else placement, phase.name, *told, end_section=i == len(rows) - 1)
+            first = "" if i else placement
+            needs = (phase.device_bytes, phase.activation_bytes, phase.host_bytes)
+            told = (first, phase.name, *map(_gib, needs), _fits(price, phase))
+            table.add_row(*map(plain, told), end_section=i == len(rows) - 1)
     return table
 
 

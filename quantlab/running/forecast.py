@@ -6,7 +6,6 @@ A model is built once on the meta device, and priced as often as there are combi
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from quantlab.errors import ConfigError, MissingPackage
 from quantlab.models.outline import Outline
 from quantlab.models.outlines import outline
 from quantlab.modules.device import free_bytes
+from quantlab.modules.remembered import remembered
 from quantlab.planning.architectures import shipped_architecture
 from quantlab.planning.job import Plan
 from quantlab.quiet import quiet_libraries
@@ -112,9 +112,13 @@ def _component(
     return price_component(part, module, request, name)
 
 
-@functools.lru_cache(maxsize=32)
+@remembered
+def _unquantized(module: nn.Module) -> ComponentPrice:
+    return price_component("", module, None)
+
+
 def _as_it_is(part: str, module: nn.Module) -> ComponentPrice:
-    return price_component(part, module, None)
+    return replace(_unquantized(module), name=part)
 
 
 def _cast(module: nn.Module, dtype: str) -> nn.Module:

@@ -9,12 +9,12 @@ the decoder comes last.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantlab.models.outline import Outline
 from quantlab.modules.memory import storages
+from quantlab.modules.remembered import remembered
 from quantlab.vocabulary.prices import ComponentPrice, Phase
 from quantlab.vocabulary.schema import EvaluationConfig
 from quantlab.vocabulary.sizes import item_bytes
@@ -145,7 +145,7 @@ def _is_encoder(name: str) -> bool:
 # -- activations
 
 
-@functools.lru_cache(maxsize=32)
+@remembered
 def _widths(module: nn.Module) -> tuple[int, int]:
     """(inputs of the widest Linear layer in a block, inputs of most of them)."""
     from torch import nn
@@ -217,7 +217,7 @@ def _decoder_activations(vae: Any, evaluation: EvaluationConfig, item: int) -> i
     return pixels * first * _DECODER_TENSORS * item
 
 
-@functools.lru_cache(maxsize=32)
+@remembered
 def _largest_group(module: nn.Module) -> int:
     """Bytes of the largest block of a list of blocks, which group offloading moves at once."""
     from torch import nn

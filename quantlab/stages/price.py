@@ -6,7 +6,6 @@ what each will occupy by its backend's ``layer_bytes``; there is no other arithm
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from quantlab.errors import ConfigError, ModelError, NotQuantized
 from quantlab.modules.holders import PACK, Holder, holders
 from quantlab.modules.layers import matches
 from quantlab.modules.memory import Storages, logical_size, storage_of, storages
+from quantlab.modules.remembered import remembered
 from quantlab.stages.select import QuantizationRequest, Selection, check_device, choose_layers, misfit
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, dtype_name
 from quantlab.vocabulary.prices import ComponentPrice, Kept, Kind
@@ -172,7 +172,7 @@ class _Facts:
     largest_layer_bytes: int
 
 
-@functools.lru_cache(maxsize=32)
+@remembered
 def _facts(module: nn.Module) -> _Facts:
     layers = (sum(t.nbytes for t in part._parameters.values() if t is not None) for part in module.modules())
     return _Facts(

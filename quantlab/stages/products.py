@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from quantlab.errors import is_of_the_machine
 from quantlab.vocabulary.reports import StoredWeight
 
 if TYPE_CHECKING:
@@ -34,8 +35,10 @@ class Product:
     """||found - wanted|| / ||wanted|| over all rows, without the bias; infinite where the answer is not finite."""
     tolerance: float
     """What rounding of the inputs and 16-bit sums explain, with room; beyond it the layer computes something else."""
-    kernel: str
+    kernel: str = ""
     """The operator that multiplied, by torch's name: ``aten::addmm`` is a dense product, after dequantization."""
+    raised: str = ""
+    """What the library raised instead of an answer."""
 
     @property
     def is_explained(self) -> bool:
@@ -61,8 +64,13 @@ def product(layer: torch.nn.Module, stored: StoredWeight, dtype: torch.dtype) ->
     largest = float((x @ dense.T).abs().max())
     x = (x * min(1.0, limit / largest) if largest else x).to(dtype)
     wanted = x.float() @ dense.T
-    with torch.no_grad(), profile() as profiled:  # type: ignore[no-untyped-call]
-        found = layer(x).float()
+    try:
+        with torch.no_grad(), profile() as profiled:  # type: ignore[no-untyped-call]
+            found = layer(x).float()
+    except (AssertionError, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        if is_of_the_machine(error):
+            raise
+        return Product(rel_error=math.inf, tolerance=_WEIGHT_ONLY, raised=f"{type(error).__name__}: {error}")
     bias: Tensor | None = getattr(layer, "bias", None)
     difference = found - wanted if bias is None else found - bias.detach().float() - wanted
     norm = float(torch.linalg.vector_norm(wanted))

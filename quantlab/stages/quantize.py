@@ -299,12 +299,17 @@ def _read_row(
 
 
 def _wrong_product(request: QuantizationRequest, name: str, shape: tuple[int, ...], found: Product) -> str:
+    way_out = "choose another dtype, group_size or algorithm, or exclude it with modules_to_not_convert"
+    if found.raised:
+        return (
+            f"dtype={request.scheme.axes.dtype}: {name} {list(shape)} cannot be run by {request.scheme.axes.backend} "
+            f"({found.raised.splitlines()[0][:300]}); {way_out}"
+        )
     off = "NaN or infinite" if math.isinf(found.rel_error) else f"{found.rel_error:.2g} of their size off"
     return (
         f"dtype={request.scheme.axes.dtype}: {name} {list(shape)} multiplies by something else than the weight that it "
         f"holds: its outputs for random inputs are {off}, and rounding explains {found.tolerance:g} "
-        f"({request.scheme.axes.backend}, by {found.kernel or 'no known kernel'}); choose another dtype, group_size or "
-        "algorithm, or exclude it with modules_to_not_convert"
+        f"({request.scheme.axes.backend}, by {found.kernel or 'no known kernel'}); {way_out}"
     )
 
 

@@ -25,6 +25,8 @@ class Capability:
     in_features_multiple: int = 1
     """in_features must divide by it, whatever the group size."""
     out_features_multiple: int = 1
+    min_out_features: int = 1
+    """Fewer rows than these the library's product does not take."""
     numel_multiple: int = 1
     grouping: str = "row"
     """``row``: a group stays in a row, so it divides in_features; ``flat``: blocks run over the flat tensor."""
@@ -66,6 +68,7 @@ class Capability:
             "weights": self.numel_multiple,
         }
         said = [f"{what} % {multiple}" for what, multiple in of_shapes.items() if multiple > 1]
+        said += [f"out_features >= {self.min_out_features}"] if self.min_out_features > 1 else []
         if device == "cuda":
             said += [f"CUDA {_version(self.min_compute_capability)}"] if self.min_compute_capability else []
             said += [f"activations {a}: CUDA {_version(v)}" for a, v in self.cuda_activations.items()]
@@ -156,6 +159,7 @@ _TORCHAO: Rows = {
     "mxfp4": Capability(
         group_sizes=(32,),
         in_features_multiple=32,
+        min_out_features=2,
         activation_dtypes=("mxfp4",),
         layer_kinds=("linear",),
         is_trainable=False,

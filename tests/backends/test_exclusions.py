@@ -49,7 +49,7 @@ def test_pasted_exclusions_are_shown_with_their_reason(flux):
     config = quantlab.config_from_dict(
         {"quant_method": "quanto", "weights_dtype": "int8", "modules_to_not_convert": ["proj_out", "norm_out"]}
     )
-    _, report = quantlab.quantize(flux, config)
+    _, report = quantlab.quantize(flux, config, replace_default_exclusions=True)
     excluded = {r.name: r.reason for r in report.layers if r.status == "excluded"}
     assert excluded == {
         "proj_out": "diffusers quanto: proj_out",
@@ -101,7 +101,7 @@ def test_entries_of_a_modelopt_config_switch_layers_off(flux):
             ],
         },
     }
-    _, report = quantlab.quantize(flux, quantlab.config_from_dict(pasted))
+    _, report = quantlab.quantize(flux, quantlab.config_from_dict(pasted), replace_default_exclusions=True)
     excluded = {r.name: r.reason for r in report.layers if r.status == "excluded"}
     assert excluded == dict.fromkeys(
         ("proj_out", "single_transformer_blocks.0.proj_out"), "modelopt_config: *proj_out.*"

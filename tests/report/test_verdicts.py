@@ -88,11 +88,16 @@ def test_decibels_are_judged_by_the_squared_error_behind_them():
     assert verdict(near, "psnr_db", known, 0.0) == "inside the floor"
 
 
-def test_every_metric_in_decibels_names_a_scale_of_errors():
+def test_every_ratio_in_decibels_names_a_scale_of_errors():
+    """Not a distance between levels, which is an error itself: the lower the better, and 0 at best."""
     for metric in METRICS.values():
-        if metric.unit == "dB" and not metric.is_curve:
+        if metric.unit == "dB" and not metric.is_curve and metric.higher_is_better:
             assert error_metric(metric.name) != metric.name
-        assert METRICS[error_metric(metric.name)].unit != "dB" or metric.is_curve
+        assert (
+            METRICS[error_metric(metric.name)].higher_is_better is False
+            or METRICS[error_metric(metric.name)].unit != "dB"
+            or metric.is_curve
+        )
 
 
 def test_the_largest_floor_counts_and_is_named():

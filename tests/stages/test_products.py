@@ -76,6 +76,24 @@ def test_another_product_is_an_error(config, fault, told, monkeypatch):
     assert "exclude it with modules_to_not_convert" in str(caught.value)
 
 
+def test_a_layer_that_cannot_be_run_is_an_error_of_its_own(monkeypatch):
+    """torchao's mxfp4 of one row is an AssertionError at the first call."""
+    hand_over = stage._hand_over
+
+    def faulty(scheme, native, module, *rest):
+        hand_over(scheme, native, module, *rest)
+        module[0].register_forward_hook(lambda layer, args, output: output.view(-1, 7))
+
+    monkeypatch.setattr(stage, "_hand_over", faulty)
+    with pytest.raises(
+        NotQuantized, match=r"^dtype=int8: 0 \[96, 512\] cannot be run by quanto \(RuntimeError: .*exclude"
+    ):
+        quantlab.quantize(model_of(), QuantoConfig("int8"))
+    one_row = nn.Sequential(nn.Linear(64, 1)).bfloat16()
+    with pytest.raises(NotQuantized, match="out_features 1 is below 2"):
+        quantlab.quantize(one_row, native_config(QuantizationAxes(backend="torchao", dtype="mxfp4")))
+
+
 def test_large_outputs_are_asked_with_smaller_inputs():
     layer = nn.Linear(64, 8, bias=False).half()
     layer.weight.data.fill_(2000.0)

@@ -158,6 +158,7 @@ def layer_classes() -> dict[str, Any]:
                 inputs, state = torch.nn.functional.pad(inputs, (0, 1)), copy.copy(state)
                 state.CB = torch.nn.functional.pad(state.CB, (0, 1))
             out = bnb.matmul(inputs, self.weight, bias=bias, state=state)
+            self.state.idx = None  # the outliers' columns of this call, which would lie in the layer until the next
             return out.reshape(*input.shape[:-1], self.out_features).to(input.dtype)
 
     classes: dict[str, Any] = {c.__name__: c for c in (QuantizedLinear4bit, QuantizedLinear8bit)}
