@@ -128,7 +128,7 @@ def test_everything_is_excluded(shell):
         shell,
         *words,
         begins="modules_to_not_convert: all ",
-        ends="quantization.layer_kinds=[embedding,conv] takes them",
+        ends="quantization\\.layer_kinds=\\[embedding,conv\\] takes them",
     )
 
 

@@ -145,7 +145,7 @@ def _grid(prices: Sequence[Price]) -> Table:
         bits = " ".join(_bits(c) for c in chosen)
         largest = [_gib(max(p.device_bytes for p in rows)) for rows in price.phases.values()]
         fits = [price.placement or "no"] if price.budget else []
-        table.add_row(plain(price.name, 200), _gib(price.total_bytes), bits, *largest, *fits)
+        table.add_row(plain(price.name, 200), *map(plain, (_gib(price.total_bytes), bits, *largest, *fits)))
     return table
 
 

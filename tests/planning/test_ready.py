@@ -106,7 +106,9 @@ def test_every_family_and_data_set_says_what_it_needs():
     assert {name for name, row in FAMILIES.items() if row.needs_path} == {
         "diffusers", "causal_lm", "seq2seq", "vision",
     }  # fmt: skip
-    assert {name for name, row in DATASETS.items() if row.read_file} == {"prompts", "text", "image_prompts"}
+    assert {name for name, row in DATASETS.items() if row.read_file} == {
+        "prompts", "text", "image_prompts", "pairs", "images",
+    }  # fmt: skip
 
 
 def test_each_place_is_looked_at_once(monkeypatch):
