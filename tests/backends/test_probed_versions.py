@@ -56,6 +56,7 @@ def test_python_is_told_once(another_quanto, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_the_run_says_it(another_quanto, shell):
     shell.rows(*digits_words("backend=quanto", "dtype=int8"))
     runs = shell.tracked()

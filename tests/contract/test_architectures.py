@@ -112,7 +112,10 @@ def evaluated(make, inputs, method, **more):
     return row
 
 
-@pytest.mark.parametrize("method", METHODS)
+EACH = [m if i < 2 else pytest.param(m, marks=pytest.mark.slow) for i, m in enumerate(METHODS)]
+
+
+@pytest.mark.parametrize("method", EACH)
 @pytest.mark.parametrize("name", MODELS)
 def test_what_people_run_runs_and_is_quantized(name, method):
     make, inputs = MODELS[name]
@@ -130,7 +133,7 @@ def test_what_people_run_runs_and_is_quantized(name, method):
     assert row.memory["model"].weights_bytes < 4 * row.memory["model"].num_parameters
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EACH)
 @pytest.mark.parametrize("name", [n if n == "gpt-oss" else pytest.param(n, marks=pytest.mark.slow) for n in EXPERTS])
 def test_experts_are_told_and_taken_where_they_are_asked_for(name, method):
     plain = evaluated(EXPERTS[name], IDS, method)

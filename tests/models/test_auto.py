@@ -122,7 +122,12 @@ WRITERS = ["T5ForConditionalGeneration", "BartForConditionalGeneration", "Whispe
 SEERS = ["ViTModel", "Dinov2Model", "ViTForImageClassification", "CLIPModel"]
 
 
-@pytest.mark.parametrize("name", [*WRITERS, *SEERS])
+SOME = ("T5ForConditionalGeneration", "ViTForImageClassification")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in SOME else pytest.param(n, marks=pytest.mark.slow) for n in (*WRITERS, *SEERS)]
+)
 def test_models_that_write_and_models_that_see_run_whole(name, shell):
     _, config_name, sizes = FOLDERS[name]
     folder = saved(shell.folder / "model", name, config_name, **sizes)

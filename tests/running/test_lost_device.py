@@ -49,7 +49,7 @@ def table(shell, *words):
     return code, {row["name"]: row for row in json.loads(out)}, err
 
 
-@pytest.mark.parametrize("isolation", ["auto", "none"])
+@pytest.mark.parametrize("isolation", ["auto", pytest.param("none", marks=pytest.mark.slow)])
 def test_the_jobs_after_it_run_in_processes_of_their_own(shell, asserting, handed, isolation):
     code, rows, err = table(shell, BOTH, "sweep.floors=false", f"sweep.isolation={isolation}")
     assert code == 1

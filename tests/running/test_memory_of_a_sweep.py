@@ -52,7 +52,13 @@ def test_a_search_holds_one_model_too(shell, loaded):
     assert len(loaded) >= 2
 
 
-@pytest.mark.parametrize("words", [("sweep.isolation=process",), ("sweep.search.num_trials=2", "sweep.timeout_s=60")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("sweep.isolation=process",),
+        pytest.param(("sweep.search.num_trials=2", "sweep.timeout_s=60"), marks=pytest.mark.slow),
+    ],
+)
 def test_nothing_is_kept_while_jobs_run_apart(shell, loaded, words, monkeypatch):
     emptied, seen = [], []
     real = workbench.give_back

@@ -90,6 +90,7 @@ def test_a_folder_with_a_part_too_many_or_too_few(wan):
     finished(wan.rows(*WAN, "dtype=int8"))
 
 
+@pytest.mark.slow
 def test_noise_alone_and_pictures_with_masks(shell):
     ddpm().save_pretrained(shell.folder / "ddpm")
     code, _, err = shell(*SMALL, "model.path=ddpm", "dtype=int8")

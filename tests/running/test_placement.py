@@ -71,11 +71,13 @@ def test_a_budget_that_holds_no_copy_streams(text_model, monkeypatch):
     assert asked == ["model"]
 
 
+@pytest.mark.slow
 def test_a_budget_below_the_largest_layer_is_refused(text_model):
     with pytest.raises(ConfigError, match=r"^memory.device_gib=.* alone takes .* GiB"):
         row_of(*text_model, "backend=quanto", "dtype=int8", "memory.device_gib=1e-6")
 
 
+@pytest.mark.slow
 def test_what_has_no_files_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["model=digits_dit", "model.num_train_steps=1", "model.train_batch_size=8", "evaluation=quick", *SMALL]
