@@ -67,10 +67,10 @@ def product(layer: torch.nn.Module, stored: StoredWeight, dtype: torch.dtype) ->
     try:
         with torch.no_grad(), profile() as profiled:  # type: ignore[no-untyped-call]
             found = layer(x).float()
-    except (AssertionError, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        if is_of_the_machine(error):
+    except (AssertionError, RuntimeError, ValueError, TypeError, NotImplementedError) as raised:
+        if is_of_the_machine(raised):
             raise
-        return Product(rel_error=math.inf, tolerance=_WEIGHT_ONLY, raised=f"{type(error).__name__}: {error}")
+        return Product(rel_error=math.inf, tolerance=_WEIGHT_ONLY, raised=f"{type(raised).__name__}: {raised}")
     bias: Tensor | None = getattr(layer, "bias", None)
     difference = found - wanted if bias is None else found - bias.detach().float() - wanted
     norm = float(torch.linalg.vector_norm(wanted))
