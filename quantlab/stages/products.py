@@ -8,6 +8,7 @@ once, beside the plain product of its decoded weight.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -90,4 +91,7 @@ def _tolerance(activation_dtype: str) -> float:
 
 def _kernel(operators: list[str]) -> str:
     """The innermost operator that multiplies: the last one that was begun."""
-    return next((name for name in reversed(operators) if name.rsplit("_")[-1].split("::")[-1] in _PRODUCTS), "")
+    words = {name: re.split("[_:]+", name) for name in operators}
+    whole = (name for name in reversed(operators) if words[name][-1] in _PRODUCTS)
+    part = (name for name in reversed(operators) if not {*_PRODUCTS}.isdisjoint(words[name]))  # ..._mm_for_cpu
+    return next(whole, next(part, ""))

@@ -45,13 +45,6 @@ def test_one_model_goes_before_the_next_is_loaded(shell, loaded):
     assert living(loaded) == 0
 
 
-@pytest.mark.slow
-def test_a_search_holds_one_model_too(shell, loaded):
-    code, _, err = shell(*WORDS, "dtype=int8", "evaluation.guidance_scale=1,2", "sweep.search.num_trials=2")
-    assert code == 0, err
-    assert len(loaded) >= 2
-
-
 @pytest.mark.parametrize(
     "words",
     [
