@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quantlab.errors import ModelError
+from quantlab.errors import ConfigError, ModelError
+from quantlab.vocabulary.files import read_json
 
 AUTO = "auto"
+_OFFLINE = "check the name and the network; without a network name a local folder"
 HEADS = ("MaskedLM", "PreTraining", "SequenceClassification", "TokenClassification", "QuestionAnswering")
 """What stands behind ``For`` in the class of an encoder with a head."""
 _TEXT_ENCODERS = ("EncoderModel", "TextModel", "TextModelWithProjection")
@@ -20,8 +21,8 @@ _WRITES = ("ForConditionalGeneration", "LMHeadModel", "ForCausalLM")
 def family_of_checkpoint(path: str | None, revision: str | None = None) -> str:
     """``diffusers``, ``causal_lm``, ``encoder``, ``seq2seq`` or ``vision``.
 
-    Raises ModelError, beginning with ``model.path=...``, for what cannot be read, and for an architecture of another
-    kind.
+    Raises ModelError, beginning with ``model.path=...``, for what is no checkpoint or cannot be had, and for an
+    architecture of another kind; ConfigError for a damaged configuration.
     """
     key = f"model.path={path}"
     if not path:
@@ -32,7 +33,7 @@ def family_of_checkpoint(path: str | None, revision: str | None = None) -> str:
     if config is None:
         raise ModelError(
             f"{key}: neither a config.json nor a model_index.json is there; name a folder that save_pretrained wrote, "
-            "or a Hub id that can be reached"
+            "or the Hub id of a model"
         )
     name = (config.get("architectures") or [""])[0]
     found = _family(name, config)
@@ -63,18 +64,28 @@ def _sees(config: Mapping[str, Any]) -> bool:
 
 
 def _read(path: str, name: str, revision: str | None) -> dict[str, Any] | None:
-    """The JSON file of a local folder or of a Hub id; None where it is not there."""
-    folder = Path(path).expanduser()
+    """The JSON file of a local folder or of a Hub id; None where the folder or the repository has no such file.
+
+    Raises ConfigError for a file that is damaged, ModelError for a Hub that cannot be asked.
+    """
+    key, folder = f"model.path={path}", Path(path).expanduser()
     file = folder / name
     if not folder.exists() and path.count("/") == 1 and not path.startswith((".", "~", "/")):
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
             file = Path(hf_hub_download(path, name, revision=revision))
-        except Exception:  # noqa: BLE001  whatever the Hub's client raises: it is not there
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):  # the Hub was not asked
+                raise ModelError(f"{key}: {name} is not here and the Hub cannot be reached; {_OFFLINE}") from error
             return None
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            raise ModelError(f"{key}: {name} cannot be had from the Hub ({reason}); {_OFFLINE}") from error
+    if not file.exists():
         return None
-    return data if isinstance(data, dict) else None
+    data = read_json(file, f"{key}: {name}", "copy or download it again")
+    if not isinstance(data, dict):
+        raise ConfigError(f"{key}: {name}: a mapping is wanted, not {type(data).__name__}; copy or download it again")
+    return data

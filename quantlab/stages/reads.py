@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from quantlab.errors import QuantlabError
+from quantlab.errors import QuantlabError, is_of_the_machine
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import replay
 from quantlab.modules.reached import recorded_reads
+from quantlab.progress import say
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -22,12 +23,20 @@ def weights_read(
 ) -> Mapping[str, tuple[str, ...]]:
     """Component -> the paths of its layers whose weights something reads beside them, on one sample.
 
-    Nothing where the sample cannot be run alone; what then reads a quantized weight fails by itself.
+    What was seen until then, and a word, where the sample cannot be run alone: what then reads a quantized weight fails
+    by itself. Want of memory and a lost GPU are raised.
     """
     settings = replace(evaluation, batch_size=1, num_inference_steps=min(evaluation.num_inference_steps, _NUM_STEPS))
     with contextlib.ExitStack() as stack:
         found = {name: stack.enter_context(recorded_reads(model.components[name])) for name in components}
-        with contextlib.suppress(QuantlabError, RuntimeError, ValueError, TypeError, LookupError, AttributeError):
+        try:
             for name, call in PROTOCOLS[model.protocol].calls(model, inputs.subset([0]), settings, components):
                 replay(model.components[name], call, model.device, model.dtype)
+        except (QuantlabError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            if is_of_the_machine(error):
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            say(
+                f"one sample alone cannot be run, so weights that {model.name} reads may be missed: {reason}", "warning"
+            )
     return {name: tuple(paths) for name, paths in found.items()}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantlab.errors import ModelError
+from quantlab.errors import ConfigError, ModelError
 from quantlab.models import seq2seq, vision
 from quantlab.models.auto import family_of_checkpoint
 from quantlab.vocabulary.schema import ModelConfig
@@ -63,7 +63,6 @@ def test_a_checkpoint_says_which_family_it_is_of(name, tmp_path):
     ("files", "told"),
     [
         ({}, "neither a config.json nor a model_index.json"),
-        ({"config.json": "{"}, "neither a config.json nor"),
         ({"config.json": json.dumps({"architectures": ["SomethingForDepthEstimation"]})}, "knows no family for Some"),
         ({"config.json": json.dumps({"model_type": "odd"})}, "knows no family for odd"),
     ],
@@ -75,6 +74,38 @@ def test_what_is_of_no_family_is_told(files, told, tmp_path):
         family_of_checkpoint(str(tmp_path))
     with pytest.raises(ModelError, match=r"^model.path=null: model=auto looks at a checkpoint"):
         family_of_checkpoint(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("config.json", "{", "config.json: not a readable JSON file"),
+        ("config.json", "[1]", "config.json: a mapping is wanted, not list"),
+        ("model_index.json", "{'a'", "model_index.json: not a readable JSON file"),
+    ],
+)
+def test_a_damaged_configuration_is_told_as_what_it_is(name, text, told, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=rf"^model.path={tmp_path}: {told}.*copy or download it again$"):
+        family_of_checkpoint(str(tmp_path))
+
+
+def test_a_hub_that_cannot_be_asked_is_no_missing_file(monkeypatch):
+    from huggingface_hub import errors
+
+    def answer(error):
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(error))
+
+    answer(errors.LocalEntryNotFoundError("offline"))
+    with pytest.raises(ModelError, match="^model.path=some/model: model_index.json is not here and the Hub cannot be"):
+        family_of_checkpoint("some/model")
+    answer(OSError("401 Client Error"))
+    with pytest.raises(ModelError, match="cannot be had from the Hub .401 Client Error.; check the name"):
+        family_of_checkpoint("some/model")
+    answer(errors.EntryNotFoundError("404"))
+    with pytest.raises(ModelError, match="neither a config.json nor a model_index.json is there"):
+        family_of_checkpoint("some/model")
 
 
 def pictures(folder, num=6):
