@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _SUMS, _COUNTS, _WEIGHT = ".in_sum2", ".counts", ".weight"
 _NUMBERS_AT_ONCE = 1 << 22
-"""Inputs that are squared at a time: in one go their copies take six times what a batch in 16 bits does."""
+"""Inputs that are squared at a time: in one go their wide copies take several times the room of a batch."""
 _FLOOR = 2.0**-40
 """Importance of a channel that was never active, relative to the most important one. With zeros for all channels of a
 block ggml would store zeros for its weights, which other inputs may need; any positive number keeps them."""

@@ -18,9 +18,9 @@ from quantlab.modules.compiler import missing_compiler
 from quantlab.progress import say
 
 _WITH_TORCH = ("get_cuda_ext", "get_cuda_ext_fp8")
-"""Kernels for integers and FP8. They round otherwise than torch (half away from zero, after 8 was added in 16 bits: 3 %
-of the codes), launch no thread for blocks above 2,048 weights and do not say so, and are there only where a compiler
-is: with them one scheme would have two sets of numbers."""
+"""Kernels for integers and FP8. They round otherwise than torch (half away from zero, after 8 was added in 16 bits),
+launch no thread for blocks above 2,048 weights and do not say so, and are there only where a compiler is: with them one
+scheme would have two sets of numbers."""
 _MX = "modelopt_cuda_ext_mx"
 _BUILD = "from modelopt.torch.quantization.extensions import get_cuda_ext_mx as g; g(raise_if_failed=True)"
 BUILD_TIMEOUT_S = 900.0
