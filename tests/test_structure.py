@@ -24,6 +24,7 @@ WINGS = (
     "report",
     "planning",
     "stages",
+    "exporting",
     "running",
 )
 """Each imports only what stands before it, and the ground below."""
