@@ -166,7 +166,7 @@ def check_call(config: ExperimentConfig) -> None:
                 "leave model.call out"
             )
         return
-    pipeline, row = look(config.model), DATASETS[config.dataset.name]
+    pipeline, row = look(config.model, config.evaluation), DATASETS[config.dataset.name]
     if pipeline is not None and row.conditions is not None:
         check_conditions(pipeline, row.name, row.conditions(config.dataset.path), config.model.call)
         tell_unused(pipeline, config.evaluation)

@@ -8,6 +8,7 @@ stands in :mod:`quantlab.models.pipeline_call`.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +19,7 @@ from quantlab.models.defaults import default_exclusions
 from quantlab.models.loaded import LoadedModel, Pipeline, Progress
 from quantlab.models.pipeline_call import check_arguments, sample
 from quantlab.models.pipeline_files import (
+    DENOISER,
     INDEX,
     check_choice,
     check_files,
@@ -26,6 +28,13 @@ from quantlab.models.pipeline_files import (
     left_out,
     pipeline_class,
     read_index,
+)
+from quantlab.models.pipeline_sizes import (
+    asked_sizes,
+    check_frames,
+    check_refusals,
+    check_sides,
+    empty_pipeline,
 )
 from quantlab.models.reading import (
     as_model_error,
@@ -36,8 +45,9 @@ from quantlab.models.reading import (
     require_index,
     required_path,
 )
+from quantlab.models.repository import Repository, of_folder, of_hub
 from quantlab.modules.compute_dtype import torch_dtype
-from quantlab.vocabulary.schema import ModelConfig
+from quantlab.vocabulary.schema import EvaluationConfig, ModelConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,7 +69,7 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
     dtype = chosen_dtype(config, "bfloat16" if device.startswith("cuda") else "float32")
     folder = _folder(key, path, config)
     index = check_files(key, folder)
-    _check_index(key, folder, index, config)
+    _check_index(key, of_folder(folder), index, config)
     pipe = _read_pipeline(key, folder, dtype, device, config.variant, left_out(config, index))
     check_arguments(type(pipe), config.call)
     denoisers = denoisers_of(key, modules_of(pipe))
@@ -80,31 +90,43 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
     )
 
 
-def look(config: ModelConfig) -> type | None:
-    """The class of the pipeline in a local folder, without loading it; None for a Hub id.
+def look(config: ModelConfig, evaluation: EvaluationConfig) -> type | None:
+    """The class of a pipeline, known without loading it; None for a Hub id of which nothing can be had.
 
-    Raises ModelError and ConfigError for files, parts, arguments and components that are not there.
+    Raises ModelError and ConfigError for files, parts, arguments and components that are not there, for packages that
+    are missing, and for sizes that the pipeline would round or refuse.
     """
     path = required_path(config, *NEEDS_PATH)
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        return None
     key = f"model.path={path}"
-    require_index(key, folder, *_SAID)
-    index = read_index(key, folder)
-    _check_index(key, folder, index, config)
-    return pipeline_class(index)
+    local = local_folder(key, path, *_SAID)
+    files = of_folder(local) if local is not None else of_hub(key, path, config.revision, INDEX)
+    if files is None:
+        return None
+    if INDEX not in files.names:
+        raise ModelError(f"{key}: it has no {INDEX}, so it is not {_SAID[1]}; name the Hub id of one")
+    index = read_index(key, files)
+    _check_index(key, files, index, config)
+    made = pipeline_class(index)
+    if made is not None and (sizes := asked_sizes(made, evaluation, config.call)):
+        pipe = empty_pipeline(key, made, index, lambda name: json.loads(files.text(name) or "{}"), config)
+        if pipe is not None:
+            named = [name for name in pipe.components if DENOISER.fullmatch(name)]
+            check_sides(pipe, named, sizes)
+            check_frames(pipe, sizes)
+            check_refusals(pipe, sizes)
+    return made
 
 
-def _check_index(key: str, folder: Path, index: Mapping[str, Any], config: ModelConfig) -> None:
-    """What an index names, against the folder, the class, and what the user chose."""
-    check_choice(folder, index, config)
+def _check_index(key: str, files: Repository, index: Mapping[str, Any], config: ModelConfig) -> None:
+    """What an index names, against the files, the class, and what the user chose."""
+    check_choice(files, index, config)
     made = pipeline_class(index)
     if made is not None:
-        check_parts(key, folder, index, made)
+        check_parts(key, files, index, made, left_out(config, index))
         check_arguments(made, config.call)
     listed = [name for name, found in index.items() if isinstance(found, list) and found[0] is not None]
-    parts = [name for name in listed if any(f.suffix in (".safetensors", ".bin") for f in (folder / name).glob("*"))]
+    weights = {name.partition("/")[0] for name in files.names if name.endswith((".safetensors", ".bin"))}
+    parts = [name for name in listed if name in weights]
     for name in config.components:
         if name not in parts:
             raise ConfigError(

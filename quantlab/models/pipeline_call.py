@@ -7,12 +7,12 @@ scheduler steps, and what it returns is what is compared.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError, MetricUndefined, MissingPackage, ModelError, nearest
 from quantlab.models.loaded import Conditioning, LoadedModel, OnStep, Pipeline, Sampled
+from quantlab.models.pipeline_sizes import asked_sizes, check_sides
 from quantlab.modules.stepping import full_precision_draws, heard_steps, in_their_dtypes
 from quantlab.progress import say
 from quantlab.vocabulary.schema import EvaluationConfig
@@ -107,7 +107,7 @@ def sample(
 
     pipe, num, states = pipeline_of(model), len(noise), 0
     last: Tensor | None = None
-    check_sizes(pipe, model.parts["denoisers"], evaluation)
+    check_sides(pipe, model.parts["denoisers"], asked_sizes(type(pipe), evaluation, model.parts.get("call", {})))
     arguments = _arguments(model, pipe, noise, conditioning, evaluation)
 
     def told(_: Tensor, after: Tensor) -> None:
@@ -166,28 +166,6 @@ def by_sample(state: Tensor, num: int) -> Tensor:
             "known sample; set evaluation.batch_size=1"
         )
     return state.reshape(len(state) // num, num, *state.shape[1:]).transpose(0, 1)
-
-
-def check_sizes(pipe: Pipeline, denoisers: Sequence[str], evaluation: EvaluationConfig) -> None:
-    """ConfigError ``evaluation.height=...`` for a size that the pipeline would surely round or refuse."""
-    scale = getattr(pipe, "vae_scale_factor", None)
-    patch = getattr(pipe, denoisers[0]).config.get("patch_size") or 1
-    unit = 1
-    if isinstance(scale, int) and isinstance(patch, int):
-        unit = math.lcm(8, scale * (2 if hasattr(pipe, "_unpack_latents") else patch))
-    for name, size in (("height", evaluation.height), ("width", evaluation.width)):
-        if size is not None and (size < unit or size % unit):
-            raise ConfigError(
-                f"evaluation.{name}={size}: {type(pipe).__name__} makes images whose sides are multiples of {unit}; "
-                f"take {max(unit, round(size / unit) * unit)}"
-            )
-    ratio = getattr(pipe, "vae_scale_factor_temporal", None) or getattr(pipe, "vae_temporal_compression_ratio", None)
-    frames = evaluation.num_frames
-    if frames is not None and isinstance(ratio, int) and frames % ratio not in (0, 1 % ratio):
-        raise ConfigError(
-            f"evaluation.num_frames={frames}: {type(pipe).__name__} makes one frame and {ratio} for each further latent"
-            f"; take {frames // ratio * ratio + 1}"
-        )
 
 
 def _arguments(

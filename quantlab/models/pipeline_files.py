@@ -9,8 +9,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantlab.errors import ConfigError, ModelError, nearest
+from quantlab.errors import ConfigError, MissingPackage, ModelError, nearest
 from quantlab.models.reading import remote_code
+from quantlab.models.repository import Repository, of_folder
 from quantlab.vocabulary.schema import ModelConfig
 
 if TYPE_CHECKING:
@@ -33,10 +34,10 @@ def denoisers_of(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
     return (max(others, key=others.__getitem__),)
 
 
-def check_choice(folder: Path, index: Mapping[str, Any], config: ModelConfig) -> None:
+def check_choice(files: Repository, index: Mapping[str, Any], config: ModelConfig) -> None:
     """ConfigError for a variant that no file is of, and for parts to leave out that are not there."""
     if config.variant is not None:
-        names = {file.name for file in folder.glob("*/*.safetensors")}
+        names = {name.partition("/")[2] for name in files.names if name.endswith(".safetensors")}
         there = sorted({parts[1] for name in names if len(parts := name.split(".")) > 2 and not parts[1].isdigit()})
         there = [v for v in there if "-" not in v]
         if config.variant not in there:
@@ -63,8 +64,13 @@ def pipeline_class(index: Mapping[str, Any]) -> type | None:
     return found if isinstance(found, type) else None
 
 
-def check_parts(key: str, folder: Path, index: Mapping[str, Any], pipeline: type) -> None:
-    """ModelError for a part that the pipeline needs and has not, or that it does not know; None is a part, too."""
+def check_parts(
+    key: str, files: Repository, index: Mapping[str, Any], pipeline: type, without: Collection[str] = ()
+) -> None:
+    """ModelError for a part that the pipeline needs and has not, or that it does not know; None is a part, too.
+
+    MissingPackage for one whose class wants a package that is not installed; ``without`` are not loaded.
+    """
     made: Any = pipeline
     known = {k: v for k, v in inspect.signature(made.__init__).parameters.items() if k not in ("self", "kwargs")}
     listed = {name: found for name, found in index.items() if isinstance(found, list)}
@@ -75,7 +81,7 @@ def check_parts(key: str, folder: Path, index: Mapping[str, Any], pipeline: type
                 f"{key}: {INDEX} lists {name}, which {made.__name__} does not have{nearest(name, known)}; it has "
                 f"{', '.join(known)}: take the part out, or name the pipeline's own class"
             )
-        if found[0] is not None and not (folder / name).is_dir():
+        if found[0] is not None and not files.holds(name):
             raise ModelError(
                 f"{key}: {INDEX} lists {name}, and the folder has none; copy or download it again, or write "
                 f'"{name}": [null, null] there if the pipeline can do without'
@@ -85,6 +91,28 @@ def check_parts(key: str, folder: Path, index: Mapping[str, Any], pipeline: type
             raise ModelError(
                 f"{key}: {made.__name__} needs {name}, and {INDEX} does not list it; copy or download the folder again"
             )
+    for name, found in listed.items():
+        if found[0] is not None and name not in without and (package := _wanting(*map(str, found))):
+            raise MissingPackage(
+                f"{key}: its {name}, a {found[1]}, needs the package {package}, which is not installed; "
+                f"pip install {package}, of a version that goes with the installed torch"
+            )
+
+
+def _wanting(library: str, name: str) -> str:
+    """The first package that a class of a library needs and that is not there; "" for none."""
+    import importlib
+    from importlib.util import find_spec
+
+    try:
+        made = getattr(importlib.import_module(library), name, None)
+    except ImportError:
+        return ""
+    needs = list(getattr(made, "_backends", ()))  # a stand-in for a class that could not be imported
+    attributes = getattr(made, "get_attributes", None)  # of a processor: what it is put together of
+    if attributes is not None and "video_processor" in attributes():
+        needs.append("torchvision")  # in every version of transformers since it reads videos
+    return next((package for package in needs if isinstance(package, str) and not find_spec(package)), "")
 
 
 def left_out(config: ModelConfig, parts: Collection[str]) -> dict[str, None]:
@@ -97,7 +125,7 @@ def check_files(key: str, folder: Path) -> dict[str, Any]:
     """The pipeline's index. ModelError as :func:`read_index`, and for a damaged file of weights."""
     from safetensors import SafetensorError, safe_open
 
-    index = read_index(key, folder)
+    index = read_index(key, of_folder(folder))
     for file in sorted(folder.glob("*/*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
@@ -109,20 +137,20 @@ def check_files(key: str, folder: Path) -> dict[str, Any]:
     return index
 
 
-def read_index(key: str, folder: Path) -> dict[str, Any]:
+def read_index(key: str, files: Repository) -> dict[str, Any]:
     """The pipeline's index. ModelError for one that is none, and for code in the checkpoint."""
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = json.loads(files.fetch(INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{key}: {INDEX} cannot be read ({error}); copy or download the folder again") from error
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), (str, list)):
         raise ModelError(f"{key}: {INDEX} names no pipeline class; name a pipeline that Diffusers ships")
-    if asks := _code_of_its_own(folder, index):
+    if asks := _code_of_its_own(files, index):
         raise remote_code(key, asks)
     return index
 
 
-def _code_of_its_own(folder: Path, index: Mapping[str, Any]) -> str:
+def _code_of_its_own(files: Repository, index: Mapping[str, Any]) -> str:
     """What in a pipeline is to be run from Python files that come with it; "" for nothing.
 
     Diffusers would look for some of these classes in its own modules, find none, and say that and no more.
@@ -130,17 +158,14 @@ def _code_of_its_own(folder: Path, index: Mapping[str, Any]) -> str:
     import diffusers
 
     name = index["_class_name"]
-    if isinstance(name, list) or not hasattr(diffusers, name) and any(folder.glob("*.py")):
+    has_code = any(file.endswith(".py") and "/" not in file for file in files.names)
+    if isinstance(name, list) or not hasattr(diffusers, name) and has_code:
         return f"{INDEX} names the pipeline class {name[-1] if isinstance(name, list) else name} of its own files"
     for part, found in index.items():
         if not isinstance(found, list) or len(found) != 2:
             continue
-        if (folder / part / f"{found[0]}.py").is_file():
+        if f"{part}/{found[0]}.py" in files.names:
             return f"{INDEX} names the class {found[1]} of {part}/{found[0]}.py"
-        if str(found[1]).startswith("Auto") and '"auto_map"' in _text(folder / part / "config.json"):
+        if str(found[1]).startswith("Auto") and '"auto_map"' in files.text(f"{part}/config.json"):
             return f"{part}/config.json names a class of its own files (auto_map)"
     return ""
-
-
-def _text(file: Path) -> str:
-    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""

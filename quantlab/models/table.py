@@ -12,7 +12,7 @@ from quantlab.models import causal_lm, diffusers_pipeline, digits_dit, encoder, 
 from quantlab.models.auto import AUTO, family_of_checkpoint
 from quantlab.models.loaded import LoadedModel, Progress
 from quantlab.models.reading import required_path
-from quantlab.vocabulary.schema import ModelConfig
+from quantlab.vocabulary.schema import EvaluationConfig, ModelConfig
 
 
 class Load(Protocol):
@@ -51,9 +51,9 @@ class Family:
     load: Load
     needs_path: tuple[str, str] | None
     """What ``model.path`` leads to, and an example; None: the family has a model of its own."""
-    look: Callable[[ModelConfig], type | None] | None
-    """The class of a pipeline that lies in a local folder, its files, call and components looked at, without loading;
-    None for one of the Hub, and None instead: models of the family are no pipelines."""
+    look: Callable[[ModelConfig, EvaluationConfig], type | None] | None
+    """The class of a pipeline, its files, call, components and sizes looked at, without loading; None for one of the
+    Hub of which nothing can be had, and None instead: models of the family are no pipelines."""
     trained: Trained | None
     """None: the weights are of others."""
 

@@ -72,11 +72,23 @@ def test_what_a_pipeline_has_not_is_refused_before_its_weights(wan, words, told)
     assert not list((wan.folder / "outputs").glob("runs/*"))
 
 
-@pytest.mark.parametrize(("frames", "told"), [(7, "makes one frame and 4 for each"), (8, "made 9 of it; take 9")])
-def test_a_number_of_frames_that_is_rounded(wan, frames, told):
-    code, _, err = wan(*WAN, "dtype=int8", f"evaluation.num_frames={frames}")
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("evaluation.num_frames=7", "makes videos of another number of frames, 4 for each latent; take 5"),
+        ("evaluation.num_frames=8", "makes videos of another number of frames, 4 for each latent; take 9"),
+        ("model.call.num_frames=6", "makes videos of another number of frames, 4 for each latent; take 5"),
+        ("evaluation.height=24", "makes images whose sides are multiples of 16; take 32"),
+    ],
+)
+def test_a_size_that_is_rounded_is_refused_before_weights(wan, word, told):
+    for file in wan.folder.glob("wan/*/*.safetensors"):
+        file.write_bytes(b"")  # none of them is read
+    key, _, value = word.partition("=")
+    words = [w for w in WAN if not (key.startswith("model.call") and w.startswith("evaluation.num_frames"))]
+    code, _, err = wan(*words, "dtype=int8", word)
     assert code == 2
-    assert f"evaluation.num_frames={frames}: WanPipeline {told}" in err
+    assert f"{key}={value}: WanPipeline {told}" in err
 
 
 def test_a_folder_with_a_part_too_many_or_too_few(wan):

@@ -71,6 +71,12 @@ FAMILIES: dict[str, TinyFamily] = {
         evaluation={"height": 64, "width": 64},
     ),
     "qwen_image": TinyFamily(build=images.qwen_image, call={"negative_prompt": "", "true_cfg_scale": 4.0}),
+    "qwen_image_edit": TinyFamily(
+        build=images.qwen_image_edit,
+        dataset="image_prompts",
+        call={"negative_prompt": "", "true_cfg_scale": 4.0},
+        evaluation={"num_samples": 1, "batch_size": 1},
+    ),
     "z_image": TinyFamily(build=images.z_image),
     "pixart_sigma": TinyFamily(build=images.pixart_sigma, call=NO_BINS),
     "sana": TinyFamily(build=images.sana, call={**NO_BINS, "complex_human_instruction": None}),
@@ -144,7 +150,7 @@ def family_model(name: str, folder: Path) -> tuple[LoadedModel, DiffusionInputs]
         call=dict(row.call),
         default_exclusions=list(row.exclusions),
     )
-    assert diffusers_pipeline.look(config) is type(pipe)
+    assert diffusers_pipeline.look(config, row.settings) is type(pipe)
     model = diffusers_pipeline.load(config, "cpu", folder / "cache")
     pictures = row.dataset == "image_prompts"
     path = str(write_pictures(folder / "pictures", row.mask, row.prompt)) if pictures else None

@@ -182,7 +182,8 @@ def sd3() -> Any:
     )
 
 
-def qwen_image() -> Any:
+def _qwen_parts(halvings: int = 2) -> dict[str, Any]:
+    """Denoiser, image decoder and text encoder of Qwen-Image; each halving makes a latent of twice the pixels."""
     import diffusers
 
     words = chat_tokenizer()
@@ -201,21 +202,40 @@ def qwen_image() -> Any:
     decoder = seeded(
         1,
         diffusers.AutoencoderKLQwenImage,
-        base_dim=8,
+        base_dim=8 if halvings == 2 else 4,
         z_dim=4,
-        dim_mult=[1, 2, 2],
+        dim_mult=[1, 2, 2] if halvings == 2 else [1] * (halvings + 1),
         num_res_blocks=1,
-        temperal_downsample=[False, True],
+        temperal_downsample=[False] * (halvings - 1) + [True],
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )
-    return diffusers.QwenImagePipeline(
-        scheduler=_flow(),
-        vae=decoder,
-        text_encoder=qwen_vl(2, words),
-        tokenizer=words,
-        transformer=transformer,
-    )
+    return {
+        "scheduler": _flow(),
+        "vae": decoder,
+        "text_encoder": qwen_vl(2, words),
+        "tokenizer": words,
+        "transformer": transformer,
+    }
+
+
+def qwen_image() -> Any:
+    import diffusers
+
+    return diffusers.QwenImagePipeline(**_qwen_parts())
+
+
+def qwen_image_edit() -> Any:
+    """Its processor is of another class than the published one, which reads videos, too, and wants torchvision."""
+    import diffusers
+    from transformers import PaddleOCRVLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    parts = _qwen_parts(halvings=4)  # a picture is edited at a million pixels
+    words = chat_tokenizer(image_token="<|image_pad|>")
+    pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56})
+    parts |= {"tokenizer": words, "processor": PaddleOCRVLProcessor(pictures, words)}
+    return diffusers.QwenImageEditPipeline(**parts)
 
 
 def z_image() -> Any:

@@ -47,15 +47,18 @@ def t5_tokenizer(length: int = 512) -> Any:
     return T5TokenizerFast(vocab=words, extra_ids=0, model_max_length=length)
 
 
-def chat_tokenizer() -> Any:
-    """A byte-level tokenizer with the special tokens and a chat template of Qwen."""
+def chat_tokenizer(**named: str) -> Any:
+    """A byte-level tokenizer with the special tokens and a chat template of Qwen; ``named``: tokens it has names for."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
     words = [*special, "<|video_pad|>", *sorted(ByteLevel.alphabet())]
     tokenizer = Qwen2Tokenizer(
-        vocab={word: i for i, word in enumerate(words)}, merges=[], additional_special_tokens=special[1:]
+        vocab={word: i for i, word in enumerate(words)},
+        merges=[],
+        additional_special_tokens=special[1:],
+        **({"extra_special_tokens": named} if named else {}),
     )
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

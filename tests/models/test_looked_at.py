@@ -1,0 +1,112 @@
+"""What is known of a pipeline before its weights are there: of a folder, and of a Hub id by its configurations."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from quantlab.datasets.table import check_call
+from quantlab.errors import ConfigError, MissingPackage, ModelError
+from quantlab.models import diffusers_pipeline
+from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ExperimentConfig, ModelConfig
+from tests.support import tiny_images, tiny_unets, tiny_videos
+from tests.support.hub import local_hub
+
+UNSIZED = EvaluationConfig(height=None, width=None)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {
+        "wan": tiny_videos.wan_2_1(),
+        "cogvideox": tiny_videos.cogvideox(),
+        "ltx": tiny_videos.ltx(),
+        "hunyuan_video": tiny_videos.hunyuan_video(),
+        "inpaint": tiny_unets.stable_diffusion_inpaint(),
+        "sana": tiny_images.sana(),
+    }
+    folder = tmp_path_factory.mktemp("pipelines")
+    for name, pipe in made.items():
+        pipe.save_pretrained(folder / name)
+        for weights in (folder / name).glob("*/*.safetensors"):
+            weights.write_bytes(b"none of this is read")
+    return {name: folder / name for name in made}
+
+
+def look(path, evaluation=UNSIZED, **config):
+    return diffusers_pipeline.look(ModelConfig(family="diffusers", path=str(path), **config), evaluation)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "told"),
+    [
+        ("wan", {"num_frames": 7}, "num_frames=7: .* 4 for each latent; take 5"),
+        ("wan", {"height": 24}, "height=24: .*multiples of 16"),
+        ("ltx", {"width": 40}, "width=40: .*divisible by 32"),
+        ("ltx", {"num_frames": 12}, "num_frames=12: .*take 13"),
+        ("cogvideox", {"num_frames": 5}, "num_frames=5: .*take"),
+        ("hunyuan_video", {"width": 40}, "width=40: .*divisible by 16 but are 32 and 40"),
+        ("hunyuan_video", {"num_frames": 8}, "num_frames=8: .*take 9"),
+        ("sana", {"height": 40}, "height=40: .*divisible by 32"),
+    ],
+)
+def test_a_size_that_a_pipeline_rounds_or_refuses_is_known_of_its_configurations(folders, name, sizes, told):
+    with pytest.raises(ConfigError, match=rf"^evaluation\.{told}"):
+        look(folders[name], EvaluationConfig(**{"height": 32, "width": 32, **sizes}))
+
+
+@pytest.mark.parametrize(
+    ("name", "frames"), [("wan", 5), ("wan", 81), ("ltx", 9), ("cogvideox", 9), ("hunyuan_video", 5), ("sana", None)]
+)
+def test_a_size_that_it_makes_is_taken(folders, name, frames):
+    look(folders[name], EvaluationConfig(height=64, width=96, num_frames=frames))
+
+
+def test_the_key_is_that_by_which_the_user_said_it(folders):
+    with pytest.raises(ConfigError, match=r"^model\.call\.num_frames=6: WanPipeline"):
+        look(folders["wan"], call={"num_frames": 6})
+
+
+def test_a_hub_id_is_looked_at_by_its_configurations_alone(folders, tmp_path, monkeypatch):
+    def check(evaluation=UNSIZED, dataset="prompts", **config):
+        model = ModelConfig(family="diffusers", path="some/wan", **config)
+        check_call(ExperimentConfig(model=model, dataset=DatasetConfig(name=dataset), evaluation=evaluation))
+
+    with local_hub({"some/wan": folders["wan"]}, tmp_path, monkeypatch) as fetched:
+        check()
+        with pytest.raises(ConfigError, match="^dataset=classes: WanPipeline takes no class_labels"):
+            check(dataset="classes")
+        with pytest.raises(ConfigError, match=r"^model\.call\.negative_promt: .*did you mean negative_prompt"):
+            check(call={"negative_promt": ""})
+        with pytest.raises(ConfigError, match=r"^model\.components=unet: WanPipeline has"):
+            check(components=["unet"])
+        with pytest.raises(ConfigError, match=r"^model\.variant=fp16: no weight file"):
+            check(variant="fp16")
+        with pytest.raises(ConfigError, match=r"^evaluation\.num_frames=7: WanPipeline"):
+            check(EvaluationConfig(height=32, width=32, num_frames=7))
+        with pytest.raises(
+            ModelError, match=r"^model\.path=some/other: it cannot be had from the Hub .*check the name"
+        ):
+            look("some/other")
+    assert fetched
+    assert all(name.endswith(".json") for name in fetched)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert look("some/nothing") is None  # loading says so
+
+
+def test_a_part_whose_class_wants_a_package_is_told_before_weights(folders, tmp_path, monkeypatch):
+    index = {"_class_name": "QwenImageEditPipeline", "_diffusers_version": "0.38.0"}
+    parts = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer", "processor")
+    for part in parts:
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text("{}")
+    index |= {part: ["diffusers", "Any"] for part in parts} | {"processor": ["transformers", "Qwen2VLProcessor"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingPackage) as caught:
+        look(tmp_path)
+    assert str(caught.value).startswith(f"model.path={tmp_path}: its processor, a Qwen2VLProcessor, needs the package")
+    assert "pip install torchvision" in str(caught.value)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert look(tmp_path).__name__ == "QwenImageEditPipeline"
