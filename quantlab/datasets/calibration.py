@@ -107,8 +107,9 @@ def _check_source(asked: CalibrationConfig) -> None:
     try:
         if row.check_samples:
             row.check_samples(asked.num_samples)
-        if row.read_file:
-            row.read_file(asked.path)
+        found = row.read_file(asked.path) if row.read_file else None
+        if row.check_rows:
+            row.check_rows(found, asked.num_samples, f"dataset.path={asked.path}")
     except ConfigError as error:
         raise ConfigError(_in_our_words(str(error))) from error
 

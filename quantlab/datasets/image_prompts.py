@@ -8,11 +8,12 @@ made anew). A line of a file is ``{"image": "a.png", "prompt": "...", "mask": "b
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from quantlab.datasets.prompts import require_pipeline, require_samples, seed_of
+from quantlab.datasets.prompts import require_pipeline, require_samples, seed_of, tell_fewer
 from quantlab.errors import ConfigError, nearest
 from quantlab.models.loaded import LoadedModel
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
@@ -40,7 +41,7 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
     """``evaluation.num_samples`` samples: each picture once, then each again with other noise, and so on.
 
     Pictures are cut to the shape of ``evaluation.height`` and ``width``, around their middle, and resized to it; left
-    open, they must be of one size. The samples of one picture are a cluster.
+    open, they must be of one size. The samples of one picture are a cluster, whatever is said of it.
     Raises ConfigError for what cannot be read.
     """
     import numpy as np
@@ -58,6 +59,7 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
             f"{key}: the pictures are of {len(shapes)} sizes, and samples are compared at one; set evaluation.height "
             "and evaluation.width"
         )
+    files = [row.image for row in rows]
     order = [(i % len(rows), i // len(rows)) for i in range(num)]
     given: dict[str, list[object]] = {"image": [pictures[row] for row, _ in order]}
     if used[0].prompt is not None:
@@ -69,8 +71,13 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
         noise=torch.tensor([seed_of(config.name, row, replica, config.seed) for row, replica in order]),
         conditioning=given,
         sample_ids=tuple(f"{rows[row].image.name} replica {replica}" for row, replica in order),
-        clusters=np.array([row for row, _ in order]),
+        clusters=np.array([files.index(files[row]) for row, _ in order]),
     )
+
+
+def tell_replicas(rows: Sequence[Picture], num_samples: int, key: str) -> None:
+    """Tell where several samples are of one picture: the uncertainty is over pictures."""
+    tell_fewer(len({row.image for row in rows}), num_samples, key, "picture")
 
 
 def conditions(path: str | None) -> tuple[str, ...]:

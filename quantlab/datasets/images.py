@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from quantlab.datasets.image_prompts import read
@@ -20,11 +21,7 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
 
     key, files = f"dataset.path={config.path}", [row.image for row in read(config.path)]
     wanted = evaluation.num_samples
-    if len(files) < wanted:
-        raise ConfigError(
-            f"{key}: there are {len(files)} pictures and not evaluation.num_samples={wanted}; give more pictures or "
-            "fewer samples"
-        )
+    check_number(files, wanted, key)
     chosen = [files[i * len(files) // wanted] for i in range(wanted)]
     pictures = []
     for file in chosen:
@@ -33,3 +30,12 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
     processor = cast(Any, model.parts)["processor"]
     pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
     return VisionInputs(pixel_values=pixels.float(), sample_ids=tuple(file.name for file in chosen))
+
+
+def check_number(rows: Sequence[object], wanted: int, key: str) -> None:
+    """ConfigError where there are fewer pictures than samples: a model that sees draws no noise to vary them."""
+    if len(rows) < wanted:
+        raise ConfigError(
+            f"{key}: there are {len(rows)} pictures and not evaluation.num_samples={wanted}; give more pictures or "
+            "fewer samples"
+        )

@@ -68,12 +68,17 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
 
 def spaced(rows: Sequence[Any], wanted: int, key: str) -> list[Any]:
     """``wanted`` of the rows, evenly spaced; ConfigError where there are fewer."""
+    check_number(rows, wanted, key)
+    return [rows[i * len(rows) // wanted] for i in range(wanted)]
+
+
+def check_number(rows: Sequence[object], wanted: int, key: str) -> None:
+    """ConfigError where there are fewer pairs than samples."""
     if len(rows) < wanted:
         raise ConfigError(
             f"{key}: there are {len(rows)} pairs and not evaluation.num_samples={wanted}; give more pairs or fewer "
             "samples"
         )
-    return [rows[i * len(rows) // wanted] for i in range(wanted)]
 
 
 def pair_inputs(

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from quantlab.errors import ConfigError
+from quantlab.metrics.statistics import MIN_CLUSTERS
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.pipeline_call import check_conditions
+from quantlab.progress import say
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
 from quantlab.vocabulary.files import read_text
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig
@@ -22,9 +24,9 @@ CALIBRATION = Path(__file__).with_name("calibration_prompts_v1.txt")
 def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel) -> DiffusionInputs:
     """``evaluation.num_samples`` samples: each prompt once, then each again with other noise (a replica), and so on.
 
-    The samples of one prompt are a cluster. What a sample draws comes from a CPU generator of its own, seeded by
-    prompt set (the file's name), line, replica and ``config.seed``: it depends neither on the number of samples nor on
-    batches, and a prompt appended to the file leaves the noise of the others as it was.
+    The samples of one prompt are a cluster, whichever lines it stands in. What a sample draws comes from a CPU
+    generator of its own, seeded by prompt set (the file's name), line, replica and ``config.seed``: it depends neither
+    on the number of samples nor on batches, and a prompt appended to the file leaves the noise of the others as it was.
     Raises ConfigError for a file that cannot be read or holds no prompt, and for a model that takes no prompts.
     """
     import numpy as np
@@ -39,7 +41,25 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
         noise=torch.tensor([seed_of(prompt_set, prompt, replica, config.seed) for prompt, replica in rows]),
         conditioning={"prompt": [prompts[prompt] for prompt, _ in rows]},
         sample_ids=tuple(f"prompt {prompt} replica {replica}" for prompt, replica in rows),
-        clusters=np.array([prompt for prompt, _ in rows]),
+        clusters=np.array([prompts.index(prompts[prompt]) for prompt, _ in rows]),
+    )
+
+
+def tell_replicas(prompts: Sequence[str], num_samples: int, key: str) -> None:
+    """Tell where samples are replicas: the uncertainty is over prompts, however many samples there are of each."""
+    tell_fewer(len(set(prompts)), num_samples, key, "prompt")
+
+
+def tell_fewer(num: int, num_samples: int, key: str, what: str) -> None:
+    """Tell that ``num_samples`` samples are of ``num`` prompts or pictures, and what their intervals are of."""
+    if num >= num_samples:
+        return
+    kinds = f"{num} different {what}{'s' * (num > 1)}"
+    rests = f"intervals are over the {kinds}" if num >= MIN_CLUSTERS else f"of {kinds} there is no interval"
+    say(
+        f"{key}: {num_samples} samples of {kinds}: each again with other noise, which is no further {what}; {rests}. "
+        f"For more give more {what}s, or set evaluation.num_samples={num}",
+        "warning",
     )
 
 

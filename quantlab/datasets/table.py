@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from quantlab.datasets import digits_classes, image_prompts, images, pairs, prompts, text, unprompted, wiki_extracts
 from quantlab.errors import ConfigError, nearest
@@ -32,6 +33,11 @@ class Dataset:
     read_file: Callable[[str | None], object] | None
     """Reads the file of the user's that ``path`` names, to refuse a bad one before anything is loaded; None: there is
     no such file."""
+    check_rows: Callable[[Any, int, str], None] | None
+    """ConfigError where what ``read_file`` gave is too little for a number of samples; then the key. None: any number
+    is drawn of it."""
+    tell_rows: Callable[[Any, int, str], None] | None
+    """As ``check_rows``: tells what samples are that are more than the rows; None: nothing is drawn twice."""
     check_samples: Callable[[int], None] | None
     """ConfigError for a number of samples that it cannot have, known before anything is loaded; None: it takes any."""
     conditions: Callable[[str | None], tuple[str, ...]] | None
@@ -47,6 +53,8 @@ _ROWS = (
         load=digits_classes.load,
         load_calibration=digits_classes.load,
         read_file=None,
+        check_rows=None,
+        tell_rows=None,
         check_samples=digits_classes.check_samples,
         conditions=None,
         seed_is_content=True,
@@ -57,6 +65,8 @@ _ROWS = (
         load=prompts.load,
         load_calibration=prompts.load_calibration,
         read_file=prompts.read_prompts,
+        check_rows=None,
+        tell_rows=prompts.tell_replicas,
         check_samples=None,
         conditions=lambda path: ("prompt",),
         seed_is_content=False,
@@ -67,6 +77,8 @@ _ROWS = (
         load=image_prompts.load,
         load_calibration=image_prompts.load,
         read_file=image_prompts.read,
+        check_rows=None,
+        tell_rows=image_prompts.tell_replicas,
         check_samples=None,
         conditions=image_prompts.conditions,
         seed_is_content=False,
@@ -77,6 +89,8 @@ _ROWS = (
         load=unprompted.load_classes,
         load_calibration=unprompted.load_classes,
         read_file=None,
+        check_rows=None,
+        tell_rows=None,
         check_samples=None,
         conditions=lambda path: ("class_labels",),
         seed_is_content=True,
@@ -87,6 +101,8 @@ _ROWS = (
         load=unprompted.load_none,
         load_calibration=unprompted.load_none,
         read_file=None,
+        check_rows=None,
+        tell_rows=None,
         check_samples=None,
         conditions=lambda path: (),
         seed_is_content=True,
@@ -97,6 +113,8 @@ _ROWS = (
         load=images.load,
         load_calibration=images.load,
         read_file=image_prompts.read,
+        check_rows=images.check_number,
+        tell_rows=None,
         check_samples=None,
         conditions=None,
         seed_is_content=False,
@@ -107,6 +125,8 @@ _ROWS = (
         load=pairs.load,
         load_calibration=pairs.load,
         read_file=pairs.read,
+        check_rows=pairs.check_number,
+        tell_rows=None,
         check_samples=None,
         conditions=None,
         seed_is_content=False,
@@ -117,6 +137,8 @@ _ROWS = (
         load=wiki_extracts.load,
         load_calibration=wiki_extracts.load_calibration,
         read_file=None,
+        check_rows=None,
+        tell_rows=None,
         check_samples=None,
         conditions=None,
         seed_is_content=False,
@@ -127,6 +149,8 @@ _ROWS = (
         load=text.load,
         load_calibration=text.load,
         read_file=text.read_text,
+        check_rows=None,
+        tell_rows=None,
         check_samples=None,
         conditions=None,
         seed_is_content=False,
@@ -173,6 +197,9 @@ def check_call(config: ExperimentConfig) -> None:
 
 
 def check_file(config: ExperimentConfig) -> None:
-    """ConfigError where the data set reads a file of the user's and cannot."""
-    if read := DATASETS[config.dataset.name].read_file:
-        read(config.dataset.path)
+    """ConfigError where the data set reads a file of the user's and cannot, or finds too little in it."""
+    row, path, num = DATASETS[config.dataset.name], config.dataset.path, config.evaluation.num_samples
+    found = row.read_file(path) if row.read_file else None
+    for look in (row.check_rows, row.tell_rows):
+        if look:
+            look(found, num, f"dataset.path={path}")

@@ -18,7 +18,8 @@ def check_ready(jobs: Sequence[Job]) -> None:
     known = set()
     for job in jobs:
         config = job.config
-        sizes = (config.evaluation.height, config.evaluation.width, config.evaluation.num_frames)
+        asked = config.evaluation
+        sizes = (asked.num_samples, asked.height, asked.width, asked.num_frames)
         where = (str(astuple(config.model)), str(astuple(config.dataset)), str(sizes))
         if where not in known:
             known.add(where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,11 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-from quantlab.datasets import image_prompts, unprompted
-from quantlab.datasets.calibration import calibration_inputs
+from quantlab.datasets import image_prompts, prompts, unprompted
+from quantlab.datasets.calibration import calibration_inputs, check_calibration
+from quantlab.datasets.table import check_file
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
-from quantlab.vocabulary.schema import CalibrationConfig, DatasetConfig, EvaluationConfig
+from quantlab.vocabulary.schema import (
+    CalibrationConfig,
+    DatasetConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    ModelConfig,
+)
 from tests.support.tiny_families import write_pictures
 
 FOUR = EvaluationConfig(num_samples=4, height=32, width=48)
@@ -227,3 +235,54 @@ def test_calibration_may_not_look_at_the_evaluations_pictures(folder, tmp_path):
     (other / "green.txt").write_text("paint it blue")
     found = calibration_inputs(replace(config, path=str(other)), FOUR, model, seen)
     assert found.num_samples == 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "num", "told"),
+    [
+        ("a fox\na hen\n", 8, "8 samples of 2 different prompts: .*of 2 different prompts there is no interval"),
+        ("a fox\na fox\n", 2, "2 samples of 1 different prompt: .*set evaluation.num_samples=1$"),
+        ("\n".join(map(str, range(6))), 12, "12 samples of 6 different prompts: .*intervals are over the 6 different"),
+        ("a fox\na hen\n", 2, ""),
+    ],
+)
+def test_samples_beyond_the_prompts_are_told_before_anything_is_loaded(tmp_path, capsys, lines, num, told):
+    (tmp_path / "prompts.txt").write_text(lines)
+    config = ExperimentConfig(
+        model=ModelConfig(family="diffusers", path="nowhere"),
+        dataset=DatasetConfig(name="prompts", path=str(tmp_path / "prompts.txt")),
+        evaluation=EvaluationConfig(num_samples=num),
+    )
+    check_file(config)
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(rf"dataset.path=\S+: {told}", said) if told else not said
+
+
+def test_one_prompt_on_two_lines_is_one_cluster_and_so_is_one_picture(tmp_path, folder):
+    (tmp_path / "prompts.txt").write_text("a fox\na hen\na fox\n")
+    config = DatasetConfig(name="prompts", path=str(tmp_path / "prompts.txt"))
+    inputs = prompts.load(config, EvaluationConfig(num_samples=6), model_of(Editing))
+    assert inputs.clusters.tolist() == [0, 1, 0, 0, 1, 0]
+    assert len(set(inputs.noise.tolist())) == 6
+    lines = [{"image": "coffee.png", "prompt": p} for p in ("red", "blue")]
+    (folder / "set.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert load(folder / "set.jsonl").clusters.tolist() == [0, 0, 0, 0]
+
+
+def test_too_few_pictures_or_pairs_are_refused_before_anything_is_loaded(tmp_path, folder):
+    def check(name, path, num):
+        model = ModelConfig(family="vision", path="nowhere")
+        dataset = DatasetConfig(name=name, path=str(path))
+        check_file(ExperimentConfig(model=model, dataset=dataset, evaluation=EvaluationConfig(num_samples=num)))
+
+    check("images", folder, 2)
+    with pytest.raises(ConfigError, match=r"^dataset\.path=.*: there are 2 pictures and not evaluation.num_samples=3"):
+        check("images", folder, 3)
+    (tmp_path / "pairs.jsonl").write_text('{"source": "a", "target": "b"}')
+    with pytest.raises(ConfigError, match=r"^dataset\.path=.*: there are 1 pairs and not evaluation.num_samples=3"):
+        check("pairs", tmp_path / "pairs.jsonl", 3)
+    calibration = CalibrationConfig(source="images", path=str(folder), num_samples=16)
+    with pytest.raises(
+        ConfigError, match=r"^calibration\.path=.*: there are 2 pictures and not calibration.num_samples"
+    ):
+        check_calibration(ExperimentConfig(calibration=calibration))

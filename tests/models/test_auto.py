@@ -209,7 +209,7 @@ BAD = {
     "mixed": ('{"source": "a", "target": "b"}\n{"audio": "a.wav", "target": "b"}', "line 2 has audio, target"),
     "a number": ('{"source": 1, "target": "b"}', "line 1 is no pair"),
     "too few": ('{"source": "a", "target": "b"}', "there are 1 pairs and not evaluation.num_samples=4"),
-    "sound for a reader": ('{"audio": "a.wav", "target": "b"}', "reads text, and the lines have audio"),
+    "sound for a reader": ('{"audio": "a.wav", "target": "b"}\n' * 4, "reads text, and the lines have audio"),
 }
 
 
