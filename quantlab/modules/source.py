@@ -166,7 +166,8 @@ class Source:
                 f"{self.shards.key}: {path} has shape {list(stored.shape)} in the file and {list(like.shape)} by the "
                 "configuration; they are not of one model"
             )
-        return stored.to(self.device, like.dtype, copy=True)
+        # what is only read may be the file's own pages, which are no memory of the process
+        return stored.to(self.device, like.dtype, copy=not alone)
 
 
 @contextlib.contextmanager
@@ -185,6 +186,14 @@ def freed_at_once() -> Iterator[None]:
         yield
     finally:
         library.mallopt(_MMAP_THRESHOLD, 32 << 20)  # where its own choice ends
+        trim()
+
+
+def trim() -> None:
+    """Give the system back what the heap holds and nothing uses: blocks below the size that goes back by itself."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):  # glibc
+        library.malloc_trim(0)
 
 
 @contextlib.contextmanager

@@ -46,13 +46,21 @@ class Product:
         return self.rel_error <= self.tolerance
 
 
-def product(layer: torch.nn.Module, stored: StoredWeight, dtype: torch.dtype) -> Product | None:
-    """Ask ``layer`` for random rows of ``dtype``, normally distributed where its inputs are rounded.
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """Random rows, and what the plain product of the decoded weight answers: the weight itself is needed no more."""
+
+    rows: Tensor
+    wanted: Tensor
+    tolerance: float
+
+
+def question(stored: StoredWeight, dtype: torch.dtype) -> Question | None:
+    """Random rows of ``dtype`` for a layer, normally distributed where its inputs are rounded.
 
     None where the layer rounds its inputs by scales that were measured: which inputs it takes only its data know.
     """
     import torch
-    from torch.autograd.profiler_legacy import profile
 
     if stored.activation_granularity.endswith("static"):
         return None
@@ -61,13 +69,22 @@ def product(layer: torch.nn.Module, stored: StoredWeight, dtype: torch.dtype) ->
     x = torch.randn(_NUM_ROWS, dense.shape[1], generator=draw).to(dense.device)
     if stored.column_scale is not None:
         x = x * stored.column_scale.to(x)
-    limit = min(_LARGEST_OUTPUT, _PER_WEIGHT * float(dense.abs().max()))
+    low, high = dense.aminmax()  # a copy of magnitudes would be as large as the layer
+    limit = min(_LARGEST_OUTPUT, _PER_WEIGHT * max(-float(low), float(high)))
     largest = float((x @ dense.T).abs().max())
     x = (x * min(1.0, limit / largest) if largest else x).to(dtype)
-    wanted = x.float() @ dense.T
+    return Question(rows=x, wanted=x.float() @ dense.T, tolerance=_tolerance(stored.activation_dtype))
+
+
+def product(layer: torch.nn.Module, asked: Question) -> Product:
+    """What ``layer`` answers."""
+    import torch
+    from torch.autograd.profiler_legacy import profile
+
+    wanted = asked.wanted
     try:
         with torch.no_grad(), profile() as profiled:  # type: ignore[no-untyped-call]
-            found = layer(x).float()
+            found = layer(asked.rows).float()
     except (AssertionError, RuntimeError, ValueError, TypeError, NotImplementedError) as raised:
         if is_of_the_machine(raised):
             raise
@@ -78,7 +95,7 @@ def product(layer: torch.nn.Module, stored: StoredWeight, dtype: torch.dtype) ->
     error = float(torch.linalg.vector_norm(difference)) / (norm or 1.0)
     return Product(
         rel_error=error if math.isfinite(error) else math.inf,
-        tolerance=_tolerance(stored.activation_dtype),
+        tolerance=asked.tolerance,
         kernel=_kernel([event.name for event in profiled.function_events]),
     )
 

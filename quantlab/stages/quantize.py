@@ -24,8 +24,8 @@ from quantlab.modules.hooks import without_hooks_of
 from quantlab.modules.layers import own_tensors
 from quantlab.modules.memory import layer_memory, logical_size
 from quantlab.modules.packed import read_by, stored_at
-from quantlab.modules.source import Source, freed_at_once
-from quantlab.stages.products import Product, product
+from quantlab.modules.source import Source, freed_at_once, trim
+from quantlab.stages.products import Product, product, question
 from quantlab.stages.select import QuantizationRequest, Selection, make_ready, select_layers, share_packed
 from quantlab.stages.unquantized import unquantized
 from quantlab.stages.weight_errors import WeightErrors, weight_errors
@@ -88,6 +88,7 @@ def _quantized(
         owners = {found[n].owner_path for n in (*names, *chosen.same, *chosen.packed)}
         source.fill_others(module, owners)
     streamed = holders(module, request.read) if source is not None else {}
+    read = {*chosen.packed, *chosen.packed.values()}
     paths: dict[str, str] = {}
 
     def bring(name: str) -> str:
@@ -95,6 +96,8 @@ def _quantized(
         if source is not None:
             source.fill(module, found[name].owner_path)
             make_ready(module, streamed[name], chosen)
+            if name not in read:
+                del streamed[name]  # a backend's layer takes its owner's place, whose dense weight it would keep
         paths[name] = stored_at(module, name)
         if source is None and is_view:
             own_tensors(module.get_submodule(paths[name]))
@@ -103,6 +106,8 @@ def _quantized(
     for portion in _portions(chosen, is_view or source is not None):
         dtypes = {bring(n): chosen.compute_dtypes[n] for n in portion}
         _hand_over(scheme, native, module, dtypes, calibrated)
+        if source is not None:
+            trim()
     for name in names:
         if name not in paths:
             bring(name)
@@ -134,6 +139,9 @@ def _quantized(
             stand_for(layer, holder.weight)
             to, reason = (None if name in chosen.taken else fallback[name]), misfits.get(name, "")
             rows.append(_read_row(request, holder, layer, to, reason, lost))
+            if source is not None:
+                del holder
+                trim()
     _require({n: f.axes for n, f in chosen.asked.items()}, [r for r in rows if r.status == "quantized"])
     if lost:
         raise NotQuantized(_lost_message(request, chosen.compute_dtypes[min(lost)], lost))
@@ -269,7 +277,10 @@ def _read_row(
         lost[name] = _lost_text(name, reference, found)
     with without_hooks_of(layer, holder.owner):  # what users hung on it is not the layer's own answer
         is_called = fallback not in COMPUTE_DTYPES and holder.way != PACK
-        answered = product(layer, stored, holder.weight.dtype) if is_called else None
+        asked = question(stored, holder.weight.dtype) if is_called else None
+        del dense
+        stored = replace(stored, dense=torch.empty(0))  # the layer may make one of its own
+        answered = None if asked is None else product(layer, asked)
     if answered is not None and not answered.is_explained:
         raise NotQuantized(_wrong_product(request, name, tuple(reference.shape), answered))
     zeroed = f"{found.num_zeroed} of {len(reference)} rows are too small for the format's scales: stored as zeros"

@@ -1,11 +1,12 @@
 """Peak memory and time of quantizing a model that lies on the disk: streamed layer by layer, and loaded whole as before.
 
-    python tests/benchmarks/bench_memory.py [--parameters 1e9] [--only BACKEND]
+    python tests/benchmarks/bench_memory.py [--parameters 1e9] [--only BACKEND] [--streamed]
 
 A random transformer in bfloat16 is written in shards. Each way runs in a process of its own. The ratio is of the peak of
 anonymous memory (``RssAnon``: without the pages of files) over (quantized bytes + the largest layer in float32 + 300 MiB
-of libraries); 1.15 is to be kept. ``slower`` is streaming's time over that of loading whole and quantizing; 1.3 is to be
-kept.
+of libraries); 1.15 is to be kept. What the libraries and the model's code truly hold once they are imported stands
+beside it, and ``above`` is the ratio of what came on top of that. ``slower`` is streaming's processor time over that of
+loading whole and quantizing; 1.3 is to be kept. ``--streamed`` leaves the other way out.
 """
 
 from __future__ import annotations
@@ -119,13 +120,15 @@ WAYS = {"streamed": streamed, "whole": whole}
 
 def measure(folder: Path, backend: str, way: str) -> dict[str, float]:
     """In this process: libraries are warm before the clock starts, and what they hold counts."""
+    part = read_architecture(ModelConfig(family="causal_lm", path=str(folder)), "model").parts["model"]
+    empty("model", part, "bfloat16")  # the model's own code
     small = torch.nn.ModuleDict({"a": torch.nn.Linear(512, 512, dtype=torch.bfloat16)})
     quantize_component(request_of(backend), copy.deepcopy(small), small)
     before = anonymous()
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     with Peak() as peak:
         module = WAYS[way](folder, backend)
-    seconds = time.perf_counter() - began
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - busy
     held = sum(storages(module).values())
     layer = max(p.numel() for p in [torch.empty(2048, 8192, device="meta")]) * 4
     allowed = held + layer + LIBRARIES
@@ -136,6 +139,7 @@ def measure(folder: Path, backend: str, way: str) -> dict[str, float]:
         "ratio": peak.value / allowed,
         "ratio_above_libraries": (peak.value - before) / (allowed - LIBRARIES),
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
     }
 
 
@@ -150,6 +154,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--parameters", type=float, default=1e9)
     parser.add_argument("--only", choices=SCHEMES)
+    parser.add_argument("--streamed", action="store_true")
     parser.add_argument("--measure", nargs=3)
     args = parser.parse_args()
     if args.measure:
@@ -161,13 +166,18 @@ def main() -> int:
         write_model(Path(name), args.parameters)
         print("backend       dtype  quantized  libraries   streamed  ratio  above   whole  ratio  slower   [MiB]")
         for backend in [args.only] if args.only else SCHEMES:
-            new, old = apart(Path(name), backend, "streamed"), apart(Path(name), backend, "whole")
-            slower = new["seconds"] / old["seconds"]
-            good &= new["ratio"] <= MAX_PEAK and slower <= MAX_SLOWER
+            new = apart(Path(name), backend, "streamed")
+            good &= new["ratio"] <= MAX_PEAK
+            beside = ""
+            if not args.streamed:
+                old = apart(Path(name), backend, "whole")
+                slower = new["cpu_seconds"] / old["cpu_seconds"]
+                good &= slower <= MAX_SLOWER
+                beside = f"{old['peak_mib']:7.0f} {old['ratio']:6.2f} {slower:7.2f}"
             print(
                 f"{backend:<13} {SCHEMES[backend]:<5} {new['quantized_mib']:10.0f} {new['libraries_mib']:10.0f} "
-                f"{new['peak_mib']:10.0f} {new['ratio']:6.2f} {new['ratio_above_libraries']:6.2f} "
-                f"{old['peak_mib']:7.0f} {old['ratio']:6.2f} {slower:7.2f}"
+                f"{new['peak_mib']:10.0f} {new['ratio']:6.2f} {new['ratio_above_libraries']:6.2f} {beside}",
+                flush=True,
             )
     return 0 if good else 1
 

@@ -9,7 +9,7 @@ from quantlab import BitsAndBytesConfig, GGUFQuantizationConfig, NotQuantized, N
 from quantlab.backends.torchao.config import layer_form
 from quantlab.errors import ConfigError
 from quantlab.stages import quantize as stage
-from quantlab.stages.products import product
+from quantlab.stages.products import Product, product, question
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.reports import StoredWeight
 from tests.support.schemes import schemes_on_cpu
@@ -17,6 +17,12 @@ from tests.support.tables import BACKENDS, CAPABILITIES, native_config
 
 SCHEMES = {str(s): s for s in schemes_on_cpu()}
 PLAIN = {name: s for name, s in SCHEMES.items() if not s.native.needs_data}
+
+
+def answer(layer: nn.Module, stored: StoredWeight, dtype: torch.dtype) -> Product:
+    asked = question(stored, dtype)
+    assert asked is not None
+    return product(layer, asked)
 
 
 def model_of(compute_dtype="float32"):
@@ -41,7 +47,7 @@ def test_every_scheme_answers_by_its_weight(name):
     assert "::" in row.kernel
     stored = BACKENDS[scheme.backend].read_back(made[0])
     stored.dense[:, :256] *= 3.0
-    assert not product(made[0], stored, model[0].weight.dtype).is_explained
+    assert not answer(made[0], stored, model[0].weight.dtype).is_explained
 
 
 @pytest.mark.parametrize(
@@ -98,13 +104,13 @@ def test_large_outputs_are_asked_with_smaller_inputs():
     layer = nn.Linear(64, 8, bias=False).half()
     layer.weight.data.fill_(2000.0)
     stored = StoredWeight(dtype="int8", group_size=None, dense=layer.weight.detach().float())
-    assert product(layer, stored, torch.float16).is_explained
+    assert answer(layer, stored, torch.float16).is_explained
 
 
 def test_weights_of_zeros_are_answered_by_zeros():
     layer = nn.Linear(64, 8)
     layer.weight.data.zero_()
-    assert product(layer, StoredWeight(dtype="int8", group_size=None, dense=layer.weight.detach()), torch.float32) \
+    assert answer(layer, StoredWeight(dtype="int8", group_size=None, dense=layer.weight.detach()), torch.float32) \
         .rel_error == 0  # fmt: skip
 
 

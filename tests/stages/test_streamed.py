@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -206,3 +207,20 @@ def test_layers_are_read_one_at_a_time(llama, monkeypatch):
 def test_a_class_that_no_library_has_is_refused():
     with pytest.raises(ModelError, match="^k: .*NoSuchClass"):
         empty("k", Part(class_name="NoSuchClass", config={}), "float32")
+
+
+@pytest.mark.parametrize("backend", [b for b in CAPABILITIES if b != "none"])
+def test_the_dense_weight_of_a_layer_is_gone_before_the_next_is_read(llama, backend, monkeypatch):
+    dtype, compute = next((d, c) for b, d, c in EVERY if b == backend and d not in ("float8_e5m2",))
+    request, source, seen, alive = request_of(backend, dtype, compute), source_of(llama, compute), {}, []
+    fill = Source.fill
+
+    def watched(self, module, path):
+        alive.append([n for n, weight in seen.items() if weight() is not None])
+        fill(self, module, path)
+        seen[path] = weakref.ref(module.get_submodule(path).weight)
+
+    monkeypatch.setattr(Source, "fill", watched)
+    streamed(source, request)
+    assert len(seen) > 4
+    assert max(map(len, alive)) <= 1

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any, Self
 from quantlab.errors import ModelError
 from quantlab.vocabulary.dtypes import dtype_name
 
+WEIGHTS_AT_ONCE = 1 << 20
+"""What is made of weights on a CPU is made of so many at once; a multiple of every block size."""
+
 if TYPE_CHECKING:
     import torch
     from bitsandbytes.functional import QuantState
@@ -50,8 +53,10 @@ def dense_4bit(weight: Params4bit, dtype: torch.dtype) -> Tensor:
     return decoded_4bit(weight, dtype)  # the library would compile C++ at each shape, or take other blocks' scales
 
 
-def decoded_4bit(weight: Params4bit, dtype: torch.dtype) -> Tensor:
+def decoded_4bit(weight: Params4bit, dtype: torch.dtype, kept_in: torch.dtype | None = None) -> Tensor:
     """The same by the format's definition, without a kernel of the library: what read-back holds its layers against.
+
+    ``kept_in``: the dtype of the result, whose values are those of ``dtype``; None: it too.
 
     Two codes a byte, the first in the high half, are indices into the 16 values of the type; times the block's scale,
     which with double quantization is itself an index into 256 values, times a scale a block of blocks, plus a mean.
@@ -63,8 +68,15 @@ def decoded_4bit(weight: Params4bit, dtype: torch.dtype) -> Tensor:
     if (nested := state.state2) is not None:
         scales = nested.absmax.repeat_interleave(nested.blocksize)[: absmax.numel()]
         absmax = nested.code[absmax.int()] * scales + state.offset
-    values = state.code[torch.stack((codes >> 4, codes & 15), dim=-1).reshape(-1)[:num].int()]
-    return (values * absmax.repeat_interleave(state.blocksize)[:num]).to(dtype).reshape(state.shape)
+    made = torch.empty(num, dtype=kept_in or dtype, device=codes.device)
+    per_piece = WEIGHTS_AT_ONCE // state.blocksize  # whole, the indices alone would be eight times the codes
+    for first in range(0, absmax.numel(), per_piece):
+        rows = slice(first * state.blocksize, min((first + per_piece) * state.blocksize, num))
+        pairs = codes[rows.start // 2 : -(-rows.stop // 2)]
+        values = state.code[torch.stack((pairs >> 4, pairs & 15), dim=-1).reshape(-1)[: rows.stop - rows.start].int()]
+        scales = absmax[first : first + per_piece].repeat_interleave(state.blocksize)[: len(values)]
+        made[rows] = (values * scales).to(dtype)
+    return made.reshape(state.shape)
 
 
 def _floating(input: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from quantlab.backends.bitsandbytes.config import LIBRARY_BLOCKSIZE, BitsAndBytesConfig
-from quantlab.backends.bitsandbytes.layers import decoded_4bit, layer_classes, library, torch_dtype
+from quantlab.backends.bitsandbytes.layers import WEIGHTS_AT_ONCE, decoded_4bit, layer_classes, library, torch_dtype
 from quantlab.backends.linears import linear_at
 from quantlab.errors import ConfigError, ModelError, NotQuantized, require_package
 from quantlab.modules.layers import replace_layer
@@ -16,6 +16,7 @@ from quantlab.vocabulary.reports import StoredWeight
 
 if TYPE_CHECKING:
     import torch
+    from bitsandbytes.functional import QuantState
     from torch import Tensor, nn
 
 _NESTED_ERROR = 0.01
@@ -81,7 +82,7 @@ def read_back(layer: nn.Module) -> StoredWeight:
             f"a {state.quant_type} layer of shape {tuple(state.shape)} in blocks of {state.blocksize} "
             f"needs {num_blocks} scales and holds {state.absmax.numel()}; quantize it again"
         )
-    dense = decoded_4bit(layer.weight, layer.compute_dtype or state.dtype).float()
+    dense = decoded_4bit(layer.weight, layer.compute_dtype or state.dtype, torch.float32)
     return StoredWeight(
         dtype=state.quant_type,
         group_size=state.blocksize,
@@ -116,7 +117,6 @@ def _finite_weight(name: str, linear: nn.Linear, dtype: torch.dtype) -> Tensor:
 def _quantized_4bit(name: str, linear: nn.Linear, config: BitsAndBytesConfig, compute: torch.dtype) -> nn.Module:
     import torch
 
-    bnb = library()
     supported = (torch.float32, torch.float16, torch.bfloat16)
     weight = _finite_weight(name, linear, linear.weight.dtype if linear.weight.dtype in supported else torch.float32)
     storage = torch_dtype(config.bnb_4bit_quant_storage)
@@ -127,14 +127,33 @@ def _quantized_4bit(name: str, linear: nn.Linear, config: BitsAndBytesConfig, co
             f"bnb_4bit_quant_storage={config.bnb_4bit_quant_storage}: {name} of shape {shape} takes "
             f"{num_bytes} bytes, no multiple of {storage.itemsize}; use uint8"
         )
-    codes, state = bnb.functional.quantize_4bit(
-        weight,
-        blocksize=config.bnb_4bit_blocksize or LIBRARY_BLOCKSIZE,
-        quant_type=config.bnb_4bit_quant_type,
-        compress_statistics=config.bnb_4bit_use_double_quant,
-        quant_storage=storage,
-    )
+    codes, state = _codes_4bit(weight, config, storage)
     return layer_classes()["QuantizedLinear4bit"](codes, state, linear.bias, compute)
+
+
+def _codes_4bit(weight: Tensor, config: BitsAndBytesConfig, storage: torch.dtype) -> tuple[Tensor, QuantState]:
+    """The library's codes and scales; on a CPU piece by piece, as its code there makes four float32 copies at once."""
+    import torch
+
+    functional, whole = library().functional, weight.device.type != "cpu" or weight.numel() <= WEIGHTS_AT_ONCE
+    made = [
+        functional.quantize_4bit(
+            piece,
+            blocksize=config.bnb_4bit_blocksize or LIBRARY_BLOCKSIZE,
+            quant_type=config.bnb_4bit_quant_type,
+            compress_statistics=whole and config.bnb_4bit_use_double_quant,
+            quant_storage=storage,
+        )
+        for piece in ([weight] if whole else torch.split(weight.reshape(-1), WEIGHTS_AT_ONCE))
+    ]
+    codes, state = made[0]
+    if whole:
+        return codes, state
+    state.shape, state.absmax = weight.shape, torch.cat([own.absmax for _, own in made])
+    if config.bnb_4bit_use_double_quant:  # as the library does it, of all scales together
+        state.nested, state.offset = True, state.absmax.mean()
+        state.absmax, state.state2 = functional.quantize_blockwise(state.absmax - state.offset, blocksize=256)
+    return torch.cat([own for own, _ in made]), state
 
 
 def _quantized_8bit(name: str, linear: nn.Linear, config: BitsAndBytesConfig, compute: torch.dtype) -> nn.Module:

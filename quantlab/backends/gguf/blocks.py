@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
         in_features: int
 
         def __init__(self, codes: Tensor, gguf_type: str, bias: Tensor | None, compute_dtype: torch.dtype) -> None: ...
-        def dequantize(self) -> Tensor: ...
+        def dequantize(self, dtype: torch.dtype | None = None) -> Tensor: ...
 
     LinearClass = type[GGUFLinear]
 
@@ -45,6 +46,7 @@ WEIGHTS_PER_SCALE = {
 }
 """The block that has a scale of its own; in the 256-weight superblocks these scales are themselves 4 to 8 bits."""
 
+_WEIGHTS_AT_ONCE = 1 << 20
 SUPERBLOCK = 256
 SCALES: dict[str, tuple[int, float | None]] = {
     "q8_0": (127, None),
@@ -94,36 +96,54 @@ def encode(name: str, weight: Tensor, gguf_type: str, importance: NDArray[np.flo
             f"dtype={gguf_type}: {name} of shape {tuple(weight.shape)}: in_features {weight.shape[1]} "
             f"does not divide by {block}; exclude it with modules_to_not_convert or choose another dtype"
         )
-    dense = weight.float().cpu()
-    if not bool(torch.isfinite(dense).all()):
-        raise ModelError(f"{name}.weight: holds NaN or infinities; exclude the layer with modules_to_not_convert")
     kind = libgguf.GGMLQuantizationType[gguf_type.upper()]
-    chunks = np.array_split(dense.numpy(), max(1, min(torch.get_num_threads(), len(dense))))  # rows are independent
-    with ThreadPoolExecutor(len(chunks)) as pool:
-        codes = np.concatenate(list(pool.map(lambda rows: libgguf.quantize_rows(rows, kind, importance), chunks)))
-    if float(dense.abs().max()) > 65504 and not np.isfinite(libgguf.dequantize_rows(codes, kind)).all():
-        raise ModelError(
-            f"{name}.weight: holds weights too large for the float16 scales of {gguf_type}; "
-            "exclude the layer with modules_to_not_convert"
-        )
-    return torch.from_numpy(codes).to(weight.device)
+
+    def encoded(rows: Tensor) -> NDArray[np.uint8]:
+        dense = rows.float().cpu()
+        if not bool(torch.isfinite(dense).all()):
+            raise ModelError(f"{name}.weight: holds NaN or infinities; exclude the layer with modules_to_not_convert")
+        codes: NDArray[np.uint8] = libgguf.quantize_rows(dense.numpy(), kind, importance)
+        if float(dense.abs().max()) > 65504 and not np.isfinite(libgguf.dequantize_rows(codes, kind)).all():
+            raise ModelError(
+                f"{name}.weight: holds weights too large for the float16 scales of {gguf_type}; "
+                "exclude the layer with modules_to_not_convert"
+            )
+        return codes
+
+    pieces = torch.split(weight.detach(), _rows_at_once(weight.shape, torch.get_num_threads()))  # rows are independent
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return torch.from_numpy(np.concatenate(list(pool.map(encoded, pieces)))).to(weight.device)
 
 
-def decode(codes: Tensor, gguf_type: str) -> Tensor:
-    """Blocks (out_features, bytes of a row) -> fp32 weight (out_features, in_features): the same values everywhere."""
+def _rows_at_once(shape: Sequence[int], num_threads: int) -> int:
+    """Rows of a piece: a share for each thread, and no more than a few megabytes in float32."""
+    rows, columns = shape
+    return max(1, min(-(-rows // num_threads), _WEIGHTS_AT_ONCE // columns))
+
+
+def decode(codes: Tensor, gguf_type: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Blocks (out_features, bytes of a row) -> weight (out_features, in_features): the same values everywhere.
+
+    ``dtype``: of the result, to which the float32 values are rounded; None: they stay as they are."""
     import torch
 
     if codes.device.type == "cpu":
         import libgguf
 
         kind = libgguf.GGMLQuantizationType[gguf_type.upper()]
-        return torch.from_numpy(libgguf.dequantize_rows(codes.numpy(), kind))
+        block, num_bytes = block_size(gguf_type)
+        made = torch.empty(codes.shape[0], codes.shape[1] // num_bytes * block, dtype=dtype or torch.float32)
+        step = _rows_at_once(made.shape, 1)
+        for rows, own in zip(torch.split(made, step), torch.split(codes, step), strict=True):
+            rows.copy_(torch.from_numpy(libgguf.dequantize_rows(own.numpy(), kind)))
+        return made
     from libgguf import libgguf_torch  # torch operations; exact when the scales are taken in fp32
 
     block, num_bytes = block_size(gguf_type)
     shape = (codes.shape[0], codes.shape[1] // num_bytes * block)
     kind = libgguf_torch.GGMLQuantizationType[gguf_type.upper()]
-    return libgguf_torch.dequantize(codes, kind, shape, dtype=torch.float32)
+    dense: Tensor = libgguf_torch.dequantize(codes, kind, shape, dtype=torch.float32)
+    return dense.to(dtype or torch.float32)
 
 
 @functools.cache
@@ -146,14 +166,14 @@ def linear_class() -> LinearClass:
             self.register_buffer("qweight", codes)
             self.bias = bias
 
-        def dequantize(self) -> Tensor:
-            """The weight, fp32 (out_features, in_features)."""
-            return decode(self.qweight, self.gguf_type)
+        def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+            """The weight (out_features, in_features), in float32 or rounded to ``dtype``."""
+            return decode(self.qweight, self.gguf_type, dtype)
 
         @property
         def weight(self) -> Tensor:
             """The weight in the compute dtype, made anew at each use: models look at the dtypes of their layers."""
-            return self.dequantize().to(self.compute_dtype)
+            return self.dequantize(self.compute_dtype)
 
         def forward(self, input: Tensor) -> Tensor:
             """input (..., in_features) -> (..., out_features), in its dtype; named as ``nn.Linear`` names it."""

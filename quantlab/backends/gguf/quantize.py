@@ -137,6 +137,8 @@ def read_back(layer: nn.Module) -> StoredWeight:
     """What the layer's bytes show. Raises NotQuantized where they are not whole blocks of the layer's type."""
     if not isinstance(layer, linear_class()):
         raise NotQuantized(f"{type(layer).__name__} holds no GGUF weight; quantize it first")
+    import torch
+
     block, num_bytes = block_size(layer.gguf_type)
     rows, row_bytes = layer.qweight.shape
     if (rows, row_bytes) != (layer.out_features, layer.in_features // block * num_bytes):
@@ -144,7 +146,10 @@ def read_back(layer: nn.Module) -> StoredWeight:
             f"{rows} rows of {row_bytes} bytes are not {layer.out_features} x {layer.in_features} "
             f"weights of {layer.gguf_type}; quantize the layer again"
         )
-    dense = layer.dequantize().to(layer.compute_dtype).float()
+    dense = layer.dequantize()
+    step = max(1, (1 << 20) // layer.in_features)
+    for piece in torch.split(dense, step):  # as it multiplies by them, without a second copy of all
+        piece.copy_(piece.to(layer.compute_dtype))
     factor, span_error = SCALES[layer.gguf_type]
     return StoredWeight(
         dtype=layer.gguf_type,

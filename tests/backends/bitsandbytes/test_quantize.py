@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 import math
 import pickle
@@ -335,3 +336,19 @@ def test_loading_says_what_differs(tmp_path):
         backend.load(nn.Sequential(*model_of(64, 48), nn.Linear(2, 2)), ["0"], config, tmp_path)
     with pytest.raises(ModelError, match="the model has no"):
         backend.load(model_of(64, 48)[:2], ["0"], config, tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(96, 1000), (33, 777), (64, 256)], ids=str)
+@pytest.mark.parametrize(("dtype", "group_size", "own"), [r for r in REQUESTS if r[0] != "int8"])
+def test_pieces_of_a_weight_are_what_the_library_makes_of_it_whole(dtype, group_size, own, shape, monkeypatch):
+    model = model_of(*shape, torch.bfloat16)
+    config = BitsAndBytesConfig.from_axes(axes(dtype, group_size), own)
+    whole = quantized(model, config)
+    dense = [backend.read_back(whole[i]).dense for i in (0, 2)]
+    for module in ("quantize", "layers"):
+        monkeypatch.setattr(importlib.import_module(f"{backend.__name__}.{module}"), "WEIGHTS_AT_ONCE", 4096)
+    made = quantized(model, config)
+    known = whole.state_dict()
+    assert all(torch.equal(v, known[k]) for k, v in made.state_dict().items())
+    assert set(made.state_dict()) == set(known)
+    assert all(torch.equal(backend.read_back(made[i]).dense, was) for i, was in zip((0, 2), dense, strict=True))

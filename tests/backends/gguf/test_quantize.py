@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import math
 import pickle
 
@@ -338,3 +339,17 @@ def test_unquantized_and_damaged_layers_do_not_read_back():
     made[0].gguf_type = "q4_0"
     with pytest.raises(NotQuantized, match="48 rows of 68 bytes are not 48 x 64 weights of q4_0"):
         backend.read_back(made[0])
+
+
+@pytest.mark.parametrize("dtype", ROWS)
+def test_pieces_of_a_weight_are_what_the_library_makes_of_it_whole(dtype, monkeypatch):
+    model = model_of(512, 70, torch.bfloat16)
+    monkeypatch.setattr(importlib.import_module(f"{backend.__name__}.blocks"), "_WEIGHTS_AT_ONCE", 4096)
+    layer = quantized(model, config_of(dtype))[0]
+    kind = libgguf.GGMLQuantizationType[dtype.upper()]
+    codes = libgguf.quantize_rows(model[0].weight.detach().float().numpy(), kind, None)
+    assert np.array_equal(layer.qweight.numpy(), codes)
+    dense = torch.from_numpy(libgguf.dequantize_rows(codes, kind))
+    assert torch.equal(layer.dequantize(), dense)
+    assert torch.equal(layer.weight, dense.bfloat16())
+    assert torch.equal(backend.read_back(layer).dense, dense.bfloat16().float())
