@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from quantlab.errors import ConfigError, QuantlabError, is_disk_full, nearest
 from quantlab.planning.completion import SCRIPT, completions
@@ -23,7 +22,8 @@ from quantlab.planning.places import groups, option_dirs, own_options, recipe_di
 from quantlab.planning.plan import plan
 from quantlab.planning.ready import check_ready
 from quantlab.planning.trust import is_trusted, question, remember, require_trust, trusted_file
-from quantlab.progress import file_name, plain, printable
+from quantlab.progress import file_name, plain, printable, spell_out
+from quantlab.report.terminal import Column, Sheet, show
 from quantlab.vocabulary.reports import RunReport
 
 HELP = """quantlab: what does each quantization scheme cost in quality, and what does it save in bytes, on your model?
@@ -42,6 +42,7 @@ HELP = """quantlab: what does each quantization scheme cost in quality, and what
 options
   -m, --multirun    several values of a key (group_size=32,64,128, range(1,4), dtype='glob(int*)') are a sweep
   --json            the result rows as JSON on stdout instead of the table
+  --plain, --wide   the table tab-separated; or whole, where a narrow terminal hides columns
   -c, --cfg [job]   print the composed config of each job and stop (--resolve: it always is)
   -cd, --config-dir DIR
                     options of your own: DIR/dtype/mine.yaml, DIR/model/mine.yaml, ... as those in conf/ are written
@@ -74,7 +75,20 @@ HELPS = "quantlab --help shows them"
 LONG = {"-h": "--help", "--info": "-i", "--shell-completion": "-sc"}
 CPU_SECONDS = "; seconds on a CPU say nothing about a GPU"
 KNOWN_FLAGS = {
-    *("-m", "--multirun", "--json", "--cfg", "--resolve", "-q", "--quiet", "-h", "--help", "--trust"),
+    *(
+        "-m",
+        "--multirun",
+        "--json",
+        "--cfg",
+        "--resolve",
+        "-q",
+        "--quiet",
+        "-h",
+        "--help",
+        "--trust",
+        "--plain",
+        "--wide",
+    ),
     *("--version", "--info", "-i", "--shell-completion", "-sc"),
 }
 HYDRAS_FLAGS = {
@@ -100,7 +114,8 @@ class Terminal(Console):
 
 def terminal(width: int | None = None) -> Console:
     """Where tables go; ``width`` is that of a file or a pipe, which has none of its own."""
-    wide = None if width is None or sys.stdout.isatty() else width
+    is_known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    wide = None if is_known else width
     return Terminal(width=wide, markup=False, highlight=False, emoji=False)  # what is printed is text, never markup
 
 
@@ -120,6 +135,7 @@ def _wrap(text: str, indent: int) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; never shows a traceback for an error of ours unless ``QUANTLAB_TRACEBACK=1``."""
     words = list(sys.argv[1:] if argv is None else argv)
+    spell_out(sys.stdout, sys.stderr)
     try:
         code = dispatch(words)
         sys.stdout.flush()
@@ -179,7 +195,7 @@ def _dispatch(words: list[str]) -> int:
             print(text())
             return 0
     if rest and rest[0] == "list":
-        return show_list(rest[1:], "--json" in flags)
+        return show_list(rest[1:], flags)
     if rest and rest[0] == "plan":
         return show_prices(rest[1:], flags)
     if rest and rest[0] == "run":
@@ -190,7 +206,7 @@ def _dispatch(words: list[str]) -> int:
     if request.dry_run:
         return show_jobs(request)
     agree(request, "--trust" in flags)
-    return run(request, "--json" in flags, bool(flags & {"-q", "--quiet"}))
+    return run(request, flags)
 
 
 def agree(request: Plan, trust: bool) -> None:
@@ -261,7 +277,7 @@ def script() -> str:
     return SCRIPT
 
 
-def show_list(words: Sequence[str], as_json: bool) -> int:
+def show_list(words: Sequence[str], flags: set[str]) -> int:
     """Print one of the lists."""
     if not words or words[0] not in LISTS:
         what = words[0] if words else ""
@@ -269,21 +285,21 @@ def show_list(words: Sequence[str], as_json: bool) -> int:
     rows = _on_device(words[1:]) if words[0] == "combinations" else LISTS[words[0]]() if not words[1:] else None
     if rows is None:
         raise ConfigError(f"{words[1]}: list {words[0]} takes no further word; leave it out")
-    if as_json:
+    if "--json" in flags:
         print(json.dumps(rows, indent=2))
         return 0
     of = "combinations of a device" if words[1:] else words[0]
     every = tuple(rows[0]) if rows else ()
-    keys, caption = BRIEF.get(of, (every, None))
+    keys, caption = BRIEF.get(of, (every, ""))
     keys = keys or every[:-1]
-    table = Table(pad_edge=False, caption=caption, caption_justify="left")
-    for key in keys:
-        table.add_column(key.replace("_", " "), overflow="fold")
-    for row in rows:
-        if row.get("offered", True):
-            table.add_row(*(plain(_cell(row[key]), 1000) for key in keys))
-    terminal().print(table)
+    columns = [Column(title=key.replace("_", " "), is_text=True, may_wrap=key != keys[0]) for key in keys]
+    texts = [[_cell(row[key]) for key in keys] for row in rows if row.get("offered", True)]
+    show(terminal(), Sheet(columns=columns, rows=texts, caption=[caption]), **_look(flags))
     return 0
+
+
+def _look(flags: set[str]) -> dict[str, bool]:
+    return {"is_plain": "--plain" in flags, "wide": "--wide" in flags}
 
 
 def _on_device(words: Sequence[str]) -> list[Row]:
@@ -344,7 +360,7 @@ def show_comparison(words: Sequence[str]) -> int:
     """Compare tracked runs: a table or JSON here, a page in a file and at the sweep's run, a CSV file if asked for."""
     from quantlab.report.compare import compare
     from quantlab.report.comparison_data import write_csv
-    from quantlab.report.comparison_table import answer_lines, comparison_table, pair_lines, twin_lines
+    from quantlab.report.comparison_table import answer_lines, comparison_sheet, pair_lines, twin_lines
     from quantlab.report.html import page_data, write_page
     from quantlab.report.reading import open_reader
     from quantlab.report.selection import parse_request, select
@@ -365,7 +381,7 @@ def show_comparison(words: Sequence[str]) -> int:
     else:
         console = terminal(160)
         for group in groups:
-            console.print(comparison_table(group))
+            show(console, comparison_sheet(group), is_plain=request.is_plain, wide=request.is_wide)
             for line in [*answer_lines(group), *pair_lines(group)[:MAX_PAIRS], *twin_lines(group), *group.notes]:
                 console.print(plain(line, 1000))
         for run in data["failed"]:
@@ -376,7 +392,7 @@ def show_comparison(words: Sequence[str]) -> int:
 
 def show_reproduction(words: Sequence[str]) -> int:
     """Run a tracked job again and show each of its numbers beside the new one; 1 where one is different."""
-    from quantlab.report.reproduction import DIFFERENT, reproduction_tables, summary_lines
+    from quantlab.report.reproduction import DIFFERENT, reproduction_sheets, summary_lines
     from quantlab.running.reproduce import parse_request, reproduce
 
     request = parse_request(words)
@@ -385,8 +401,8 @@ def show_reproduction(words: Sequence[str]) -> int:
         print(json.dumps(found.data(), indent=2))
     else:
         console = terminal(132)
-        for table in reproduction_tables(found):
-            console.print(table)
+        for sheet in reproduction_sheets(found):
+            show(console, sheet)
         for line in summary_lines(found):
             console.print(plain(line, 1000), soft_wrap=True)
     return 1 if found.verdict == DIFFERENT else 0
@@ -411,14 +427,15 @@ def front_lines(reports: Sequence[RunReport], request: Plan) -> list[str]:
     return [f"{len(points)} of {len(request.jobs)} possible points were measured; Pareto front ({told}):", *lines]
 
 
-def run(request: Plan, as_json: bool, quiet: bool) -> int:
+def run(request: Plan, flags: set[str]) -> int:
     """Run the jobs and show the table; 1 when a job failed."""
     from quantlab.report.said_first import said_first
-    from quantlab.report.table import MAX_SKIPPED, terminal_table
+    from quantlab.report.table import MAX_SKIPPED, rows_sheet
     from quantlab.running.sweep import run_plan
     from quantlab.tracking.results import report_data
 
-    reports = run_plan(request, quiet=quiet or as_json, trust=True)
+    as_json = "--json" in flags
+    reports = run_plan(request, quiet=as_json or bool(flags & {"-q", "--quiet"}), trust=True)
     rows = [report_data(r) for r in reports]
     failed = [r for r in rows if r["status"] == "FAILED"]
     if as_json:
@@ -432,7 +449,8 @@ def run(request: Plan, as_json: bool, quiet: bool) -> int:
         for line in said_first((r["name"], r["unquantized"]) for r in rows):
             console.print(plain(line, 1000), style="yellow", soft_wrap=True)
         for protocol in sorted({r["protocol"] for r in rows}):
-            console.print(terminal_table([r for r in rows if r["protocol"] == protocol], protocol, caption))
+            sheet = rows_sheet([r for r in rows if r["protocol"] == protocol], protocol, caption)
+            show(console, sheet, **_look(flags))
         for row in [r for r in rows if r["status"] == "SKIPPED"][:MAX_SKIPPED]:
             console.print(plain(f"skipped: {row['name']}: {row['error']}", 1000), soft_wrap=True)
         for line in front_lines(reports, request):

@@ -28,7 +28,7 @@ from quantlab.report.price_table import phases_markdown
 from quantlab.report.reading import open_reader
 from quantlab.report.said_first import said_first
 from quantlab.report.selection import parse_request, select
-from quantlab.report.table import LEGEND, cells, columns, headline, markdown
+from quantlab.report.table import cells, columns, headline, legend, markdown
 from quantlab.running.forecast import forecast
 from quantlab.tracking import find_records
 from quantlab.tracking.results import SweepResults
@@ -87,12 +87,14 @@ def table_block(data: Sweep) -> str:
     n = next(iter(r["metrics"][f"quality/{PROTOCOLS[r['protocol']].HEADLINE[0]}/n"] for r in rows))
     bits = max(r["metrics"].get("memory/bits_per_weight_model", 0) for r in rows)
     computed = "float32" if bits > 24 else "16 bits"
+    protocol = rows[0]["protocol"]
+    marks = legend(cells(r, headline(protocol, rows)) for r in rows)
     caption = (
         f"Measured {data['date']} in {minutes:.1f} min on a {where} with {machine['torch_threads']} threads, "
-        f"n = {n:.0f}; the model, kept layers and scales are in {computed}. {LEGEND}.\n\n*{versions}*"
+        f"n = {n:.0f}; the model, kept layers and scales are in {computed}. {marks}.\n\n*{versions}*"
     )
     first = "".join(f"{line}.\n\n" for line in said_first((r["name"], r.get("unquantized", ())) for r in rows))
-    return f"{first}{markdown(rows, rows[0]['protocol'])}\n\n{caption}\n"
+    return f"{first}{markdown(rows, protocol)}\n\n{caption}\n"
 
 
 def calibration_block(data: Sweep) -> str:

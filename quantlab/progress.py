@@ -4,6 +4,8 @@ Progress of long work: a bar with time left on a terminal, a line a stage elsewh
 
 from __future__ import annotations
 
+import codecs
+import io
 import time
 import unicodedata
 from collections.abc import Iterator
@@ -83,6 +85,24 @@ _UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 def plain(text: str, most: int = 200) -> Text:
     """``text`` from outside as a cell or line of rich: never markup, an emoji's name or an escape."""
     return Text(printable(text, most))
+
+
+_ASCII = {"°": "*", "±": "+-", "↑": "^", "↓": "v", "…": "...", "×": "x", "–": "-", "—": "-", "≤": "<=", "≥": ">="}
+
+
+def spell_out(*streams: object) -> None:
+    """Let streams whose encoding lacks a character (an ASCII terminal) get another spelling of it, not an error."""
+    codecs.register_error("quantlab.spell_out", _spelled)
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "backslashreplace"):
+            stream.reconfigure(errors="quantlab.spell_out")
+
+
+def _spelled(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lost = error.object[error.start : error.end]
+    return "".join(_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lost), error.end
 
 
 def file_name(text: str, most: int = 60) -> str:

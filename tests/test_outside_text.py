@@ -17,8 +17,9 @@ from quantlab.planning.listing import LISTS
 from quantlab.planning.plan import plan
 from quantlab.progress import file_name, plain, printable, progress_bars, say
 from quantlab.report.html import page
-from quantlab.report.reproduction import Check, Reproduction, reproduction_tables
-from quantlab.report.table import markdown, terminal_table
+from quantlab.report.reproduction import Check, Reproduction, reproduction_sheets
+from quantlab.report.table import markdown, rows_sheet
+from quantlab.report.terminal import Sheet, show
 from quantlab.tracking import find_runs
 from quantlab.tracking.values import flatten
 from quantlab.vocabulary.reports import RunReport
@@ -90,7 +91,7 @@ def rendered(*what) -> str:
     with contextlib.redirect_stdout(out):
         console = cli.terminal(400)
         for one in what:
-            console.print(one)
+            show(console, one) if isinstance(one, Sheet) else console.print(one)
     return out.getvalue()
 
 
@@ -112,8 +113,8 @@ def test_tables(text):
     object.__setattr__(found, "checks", (check,))
     object.__setattr__(found, "times", (check,))
     for out in (
-        rendered(terminal_table([row(text)], "diffusion", text)),
-        rendered(*reproduction_tables(found)),
+        rendered(rows_sheet([row(text)], "diffusion", text)),
+        rendered(*reproduction_sheets(found)),
         rendered(plain(text)),
     ):
         assert is_clean(out)
@@ -125,11 +126,11 @@ def test_tables(text):
 def test_lists_and_results_of_a_request(monkeypatch, capsys, text):
     monkeypatch.setitem(LISTS, "recipes", lambda: [{"recipe": text, "question": text}])
     monkeypatch.setenv("COLUMNS", "400")
-    cli.show_list(["recipes"], as_json=False)
+    cli.show_list(["recipes"], set())
     report = RunReport(name=text, status="FAILED", protocol="diffusion", error=text, failed_stage="load")
     skipped = RunReport(name=text, status="SKIPPED", protocol="diffusion", error=text)
     monkeypatch.setattr("quantlab.running.sweep.run_plan", lambda *args, **kwargs: [report, skipped])
-    assert cli.run(plan(["backend=quanto"]), False, True) == 1
+    assert cli.run(plan(["backend=quanto"]), {"--quiet"}) == 1
     said = capsys.readouterr()
     assert is_clean(said.out)
     assert is_clean(said.err)

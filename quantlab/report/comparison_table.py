@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from rich.table import Table
-from rich.text import Text
-
-from quantlab.progress import plain
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.compare import Comparison, answers, bytes_of
 from quantlab.report.comparison_data import in_order, unquantized
 from quantlab.report.selection import is_candidate
-from quantlab.report.table import LEGEND, MIB, cells, columns, headline
+from quantlab.report.table import MIB, cells, headline, legend, sheet_columns
+from quantlab.report.terminal import Column, Sheet
 from quantlab.report.verdicts import (
     BETTER,
     BETTER_BY_RANK,
@@ -34,36 +31,41 @@ def p_text(p: float | None) -> str:
     return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def comparison_table(group: Comparison) -> Table:
-    """One group as a rich table; of more than 60 runs, the reference, the floors and the front."""
+def comparison_sheet(group: Comparison) -> Sheet:
+    """One group for a terminal; of more than 60 runs, the reference, the floors and the front."""
     runs = in_order(group)
     shown = runs if len(runs) <= MAX_SHOWN else [r for r in runs if not is_candidate(r) or r.name in group.front]
-    lines = [LEGEND, _method(group)]
-    if len(shown) < len(runs):
-        lines.append(f"{len(runs) - len(shown)} runs off the front are in the page and in --csv FILE")
-    caption = Text("\n".join(lines), justify="left")
     first = [*([group.label] if group.label else []), *unquantized(group.runs)]
-    table = Table(
-        title=plain("\n".join(first), 2000) if first else None,
-        title_justify="left",
-        caption=caption,
-        caption_justify="left",
-        pad_edge=False,
-    )
     measured: list[Measured] = [{"name": r.name, "status": r.status, "metrics": r.metrics} for r in shown]
     metrics = headline(group.protocol, measured)
-    titles = columns(metrics)[:-1]
     extra = [] if group.metric in PROTOCOLS[group.protocol].HEADLINE else [group.metric]
-    for i, title in enumerate([*titles, *extra, "front", "p (Holm)", f"verdict on {group.metric}"]):
-        text = i == 0 or title.startswith("verdict")
-        table.add_column(Text(title), justify="left" if text else "right", overflow="fold", no_wrap=i == 0)
-    for run, row in zip(shown, measured, strict=True):
+    columns = [
+        *sheet_columns(metrics, group.metric)[:-1],  # without the seconds
+        *(Column(title=m, keep=8) for m in extra),
+        Column(title="front", keep=6),
+        Column(title="p (Holm)", keep=3),
+        Column(title=f"verdict on {group.metric}", is_text=True, may_wrap=True),
+    ]
+    rows, styles = [], {}
+    for i, (run, row) in enumerate(zip(shown, measured, strict=True)):
         v = group.verdicts.get(run.name)
         more = [f"{run.metrics[f'quality/{m}']:.3g}" for m in extra]
         front = "*" if run.name in group.front else ""
-        texts = [*cells(row, metrics)[:-1], *more, front, p_text(v.p_holm if v else None), v.text if v else ""]
-        table.add_row(*map(plain, texts), style=STYLES.get(v.text) if v else "dim")
-    return table
+        said = verdict_text(v, group) if v else ""
+        rows.append([*cells(row, metrics, bounds=False)[:-1], *more, front, p_text(v.p_holm if v else None), said])
+        styles[i] = STYLES.get(v.text, "") if v else "dim"
+    off = len(runs) - len(shown)
+    caption = (
+        legend(row[: -len(extra) - 3] for row in rows),
+        _method(group),
+        f"{off} runs off the front are in the page and in --csv FILE" if off else "",
+    )
+    return Sheet(columns=columns, rows=rows, styles=styles, title="\n".join(first), caption=caption)
+
+
+def verdict_text(v: Verdict, group: Comparison) -> str:
+    """A verdict against the reference; without a floor each loss is ``worse``, and that is said."""
+    return f"{v.text} (no floor)" if v.text == WORSE and group.floor is None else v.text
 
 
 def pair_lines(group: Comparison) -> list[str]:

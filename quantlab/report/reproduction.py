@@ -10,12 +10,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
 
-from rich.table import Table
-
 from quantlab.metrics import METRICS
 from quantlab.metrics.statistics import wilson_interval
-from quantlab.progress import plain
 from quantlab.report.reading import json_object
+from quantlab.report.terminal import Column, Sheet
 from quantlab.tracking.tags import DEVICE, INPUTS_SHA256, JUDGE_SHA256, MODEL_PARTS, VERSIONS, WEIGHTS_SHA256
 from quantlab.vocabulary.numbers import NEEDED_BYTES
 
@@ -216,24 +214,36 @@ def summary_lines(found: Reproduction) -> list[str]:
     return lines
 
 
-def reproduction_tables(found: Reproduction) -> list[Table]:
+def reproduction_sheets(found: Reproduction) -> list[Sheet]:
     """The numbers (identical ones of curves and floors are counted, not listed), and the times apart."""
-    table = Table(pad_edge=False)
-    for title in ("metric", "was", "interval", "now", ""):
-        table.add_column(title, justify="left" if title in ("metric", "") else "right", overflow="fold")
     hidden = [c for c in found.checks if c.status == IDENTICAL and _is_detail(c.name)]
-    for check in [c for c in found.checks if c not in hidden]:
+    shown = [c for c in found.checks if c not in hidden]
+    rows = []
+    for check in shown:
         interval = "" if check.ci_lo is None else f"{check.ci_lo:.6g}..{check.ci_hi:.6g}"
-        texts = [check.name, _number(check.was), interval, _number(check.now), check.status]
-        table.add_row(*(plain(t) for t in texts), style=_STYLES[check.status])
+        rows.append([check.name, _number(check.was), interval, _number(check.now), check.status])
+    styles = {i: _STYLES[check.status] for i, check in enumerate(shown)}
     if hidden:
-        table.add_row(f"and {len(hidden)} of floors, components and steps", "", "", "", IDENTICAL, style="dim")
-    times = Table(title="measured on the machine, not judged", title_justify="left", pad_edge=False)
-    for title in ("number", "was", "now"):
-        times.add_column(title, justify="left" if title == "number" else "right")
-    for check in found.times:
-        times.add_row(plain(check.name), _number(check.was), _number(check.now), style="dim")
-    return [table, times]
+        styles[len(rows)] = "dim"
+        rows.append([f"and {len(hidden)} of floors, components and steps", "", "", "", IDENTICAL])
+    numbers = Sheet(
+        columns=[
+            Column(title="metric", is_text=True),
+            Column(title="was"),
+            Column(title="interval", keep=3),
+            Column(title="now"),
+            Column(title="verdict", is_text=True),
+        ],
+        rows=rows,
+        styles=styles,
+    )
+    times = Sheet(
+        title="measured on the machine, not judged",
+        columns=[Column(title="number", is_text=True), Column(title="was"), Column(title="now")],
+        rows=[[c.name, _number(c.was), _number(c.now)] for c in found.times],
+        styles=dict.fromkeys(range(len(found.times)), "dim"),
+    )
+    return [numbers, times]
 
 
 def _is_detail(name: str) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from quantlab.errors import ConfigError, TrackingError, nearest
+from quantlab.metrics import METRICS
 from quantlab.progress import say
 from quantlab.report.reading import Reader, StoredRun, experiment_id, json_object, read_json
 from quantlab.tracking.results import Skipped
@@ -33,6 +34,7 @@ from quantlab.tracking.tags import (
 from quantlab.vocabulary.schema import TrackingConfig
 
 KEYS = ("sweep", "experiment", "metric", "margin", "tracking.uri", "tracking.experiment")
+FLAGS = ("--json", "--plain", "--wide")
 USAGE = "quantlab compare sweep=latest, sweep=RUN_ID, experiment=NAME, or RUN_ID RUN_ID ..."
 _IRRELEVANT = ("evaluation.num_bootstrap", "evaluation.bootstrap_seed", "evaluation.floor_batch_size")
 _SHARED = ("model.", "dataset.", "evaluation.", "device", "num_threads")
@@ -51,6 +53,8 @@ class ComparisonRequest:
     """The smallest difference that matters, in the metric's unit."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     as_json: bool = False
+    is_plain: bool = False
+    is_wide: bool = False
     csv: Path | None = None
     html: Path | None = None
 
@@ -81,16 +85,16 @@ def parse_request(words: Sequence[str]) -> ComparisonRequest:
     values: dict[str, str] = {}
     run_ids: list[str] = []
     files: dict[str, Path] = {}
-    as_json = False
+    flags: set[str] = set()
     rest = iter(words)
     for word in rest:
         key, has_value, value = word.partition("=")
-        if word == "--json":
-            as_json = True
+        if word in FLAGS:
+            flags.add(word)
         elif key in ("--csv", "--html"):
             files[key] = _file(key, value if has_value else next(rest, ""))
         elif word.startswith("-"):
-            options = ("--json", "--csv", "--html")
+            options = (*FLAGS, "--csv", "--html")
             listed = ", ".join(options)
             raise ConfigError(f"{word}: no such option of compare{nearest(word, options)}; there are {listed}")
         elif not has_value:
@@ -107,9 +111,11 @@ def parse_request(words: Sequence[str]) -> ComparisonRequest:
         sweep=values.get("sweep", ""),
         experiment=values.get("experiment", ""),
         run_ids=tuple(dict.fromkeys(run_ids)),
-        metric=values.get("metric", ""),
+        metric=metric_called(values.get("metric", "")),
         margin=_margin(values.get("margin", "0")),
-        as_json=as_json,
+        as_json="--json" in flags,
+        is_plain="--plain" in flags,
+        is_wide="--wide" in flags,
         csv=files.get("--csv"),
         html=files.get("--html"),
         tracking=replace(
@@ -119,6 +125,13 @@ def parse_request(words: Sequence[str]) -> ComparisonRequest:
             experiment=values.get("tracking.experiment", values.get("experiment", tracking.experiment)),
         ),
     )
+
+
+def metric_called(text: str) -> str:
+    """The metric's name of what people write: MLflow's (``quality/psnr_db``), or one without its unit (``psnr``)."""
+    name = text.removeprefix("quality/")
+    short = [m for m in METRICS if m.rpartition("_")[0] == name and METRICS[m].unit.lower() == m.rpartition("_")[2]]
+    return short[0] if name not in METRICS and len(short) == 1 else name
 
 
 def _file(option: str, value: str) -> Path:

@@ -6,24 +6,29 @@ terminal and the documents show the same numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from rich.table import Table
-from rich.text import Text
-
 from quantlab.metrics import METRICS
-from quantlab.progress import plain, printable
+from quantlab.progress import printable
 from quantlab.protocols.table import PROTOCOLS
+from quantlab.report.terminal import Column, Sheet
 from quantlab.report.verdicts import error_metric, is_inside, largest_floor, less, with_other_batch
 from quantlab.tracking.results import Measured, Row
 from quantlab.vocabulary.numbers import metric_value
 
 MIB = 1024**2
 MAX_SKIPPED = 8  # rows of impossible combinations that a terminal shows
-LEGEND = (
-    "bits/weight: of the whole model (of its quantized layers); (low..high): 95 % interval; ° surely inside the "
-    "noise floor; ~ simulated: stored wider than the dtype says"
-)
+MARKS = {
+    "(": "bits/weight: of the whole model (of its quantized layers)",
+    "..": "(low..high): 95 % interval",
+    "±": "±: the longer half of the 95 % interval, in the same power of ten",
+    "°": "° surely inside the noise floor",
+    "~": "~ simulated: stored wider than the dtype says",
+}
+"""What may stand in a cell -> what it means."""
+KEEP = {"scheme": 9, "MiB": 8, "bits/weight": 6, "saving": 3, "coverage": 2, "s": 1}
+"""Column -> how long it stays where the terminal is narrow; see :class:`quantlab.report.terminal.Column`."""
 
 
 def headline(protocol: str, rows: Iterable[Measured]) -> list[str]:
@@ -53,8 +58,14 @@ def _title(metric: str) -> str:
     return f"{metric.removesuffix('_db')}{unit}{arrow}"
 
 
-def cells(row: Measured, shown: Sequence[str]) -> list[str]:
-    """One row's texts, in the order of :func:`columns`."""
+def legend(rows: Iterable[Sequence[str]]) -> str:
+    """What the marks in these cells mean, and of no others; names of schemes are no marks."""
+    told = [text for row in rows for text in row[1:]]
+    return "; ".join(said for mark, said in MARKS.items() if any(mark in text for text in told))
+
+
+def cells(row: Measured, shown: Sequence[str], bounds: bool = True) -> list[str]:
+    """One row's texts, in the order of :func:`columns`; ``bounds``: intervals with both their ends."""
     metrics = row["metrics"]
     if row["status"] != "FINISHED":
         texts = [""] * (len(columns(shown)) - 2)
@@ -67,7 +78,7 @@ def cells(row: Measured, shown: Sequence[str]) -> list[str]:
         + _shown(metrics.get("memory/bits_per_weight_quantized"), " ({:.2f})"),
         simulated + _shown(metrics.get("memory/weights_bytes"), "{:.2f}", MIB),
         _shown(metrics.get("memory/compression"), "{:.2f}x"),
-        *(_quality(metrics, m) for m in shown),
+        *(_quality(metrics, m, bounds) for m in shown),
         _shown(metrics.get("quantization/coverage"), "{:.1f} %", 0.01),
         _shown(metrics.get("perf/evaluate_s"), "{:.1f}"),
     ]
@@ -84,14 +95,28 @@ def _number(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
-def _quality(metrics: Mapping[str, float], metric: str) -> str:
+def with_half_width(value: float, half: float) -> str:
+    """``40.1 ±0.3``; in ``2.3e-6 ±0.3`` the half-width has the value's power of ten. One digit of it is shown, two
+    where the first is a 1."""
+    largest = max(abs(value), half)
+    if not half or not math.isfinite(largest):
+        return _number(value)
+    power = math.floor(math.log10(largest)) if not 1e-3 <= largest < 1e5 else 0
+    scaled, width = value / 10**power, half / 10**power
+    first = f"{width:.1e}"
+    digits = min(max(0, -int(first.partition("e")[2]) + first.startswith("1")), 6)
+    return f"{scaled:.{digits}f}{f'e{power}' if power else ''} ±{width:.{digits}f}"
+
+
+def _quality(metrics: Mapping[str, float], metric: str, bounds: bool) -> str:
     value = metrics.get(f"quality/{metric}")
     if value is None:
         return ""
     text = _number(value)
     low, high = (metrics.get(f"quality/{metric}/{bound}") for bound in ("ci_lo", "ci_hi"))
     if low is not None and high is not None and low != high:
-        text += f" ({_number(low)}..{_number(high)})"
+        half = max(high - value, value - low)
+        text = f"{text} ({_number(low)}..{_number(high)})" if bounds else with_half_width(value, half)
     return text + ("°" if inside_floor(metric, metrics) else "")
 
 
@@ -106,25 +131,29 @@ def inside_floor(metric: str, metrics: Mapping[str, float]) -> bool:
     return floor is not None and bool(is_inside(less(value, known), floor.cost))
 
 
-def terminal_table(rows: Iterable[Row], protocol: str, caption: str = "") -> Table:
-    """The rows as a rich table."""
-    table = Table(
-        caption=Text(f"{LEGEND}\n{printable(caption)}", justify="left"), caption_justify="left", pad_edge=False
-    )
+def rows_sheet(rows: Iterable[Row], protocol: str, caption: str = "") -> Sheet:
+    """The rows for a terminal."""
     rows = list(rows)
     shown = headline(protocol, rows)
-    for i, title in enumerate(columns(shown)):
-        table.add_column(Text(title), justify="left" if i == 0 else "right", overflow="fold", no_wrap=i == 0)
     skipped = [r for r in rows if r["status"] == "SKIPPED"]
-    for row in [r for r in rows if r not in skipped] + skipped[:MAX_SKIPPED]:
-        dim = "quantization/coverage" not in row["metrics"]
-        style = "red" if row["status"] == "FAILED" else "dim" if dim else None
-        name, *texts = cells(row, shown)
-        name += " (resumed)" if row.get("resumed") else ""
-        table.add_row(plain(name), *(plain(c) for c in texts), style=style)
-    if len(skipped) > MAX_SKIPPED:
-        table.add_row(f"and {len(skipped) - MAX_SKIPPED} more skipped (rows.json)", style="dim")
-    return table
+    listed = [r for r in rows if r not in skipped] + skipped[:MAX_SKIPPED]
+    texts = [cells(row, shown, bounds=False) for row in listed]
+    marks = legend(texts)
+    styles = {}
+    for i, row in enumerate(listed):
+        texts[i][0] += " (resumed)" if row.get("resumed") else ""
+        if row["status"] == "FAILED" or "quantization/coverage" not in row["metrics"]:
+            styles[i] = "red" if row["status"] == "FAILED" else "dim"
+    left = len(skipped) - MAX_SKIPPED
+    more = f"and {left} more skipped (rows.json)" if left > 0 else ""
+    return Sheet(columns=sheet_columns(shown), rows=texts, styles=styles, caption=(more, marks, caption))
+
+
+def sheet_columns(shown: Sequence[str], first: str = "") -> list[Column]:
+    """:func:`columns` for a terminal; of the metrics ``first`` stays longest, or else the first one."""
+    keep = {_title(m): 7 if m == (first or shown[0]) else 5 - min(i, 1) for i, m in enumerate(shown)}
+    titles = columns(shown)
+    return [Column(title=t, is_text=i == 0, keep=keep[t] if t in keep else KEEP[t]) for i, t in enumerate(titles)]
 
 
 def _in_markdown(text: str) -> str:

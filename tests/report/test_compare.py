@@ -257,7 +257,7 @@ BAD = [
     (["sweep=latest", "--cvs", "x"], "--cvs: no such option of compare; did you mean --csv?"),
     (["sweep=latest", "--csv"], "--csv: a file is missing"),
     (["sweep=latest", "margin=wide"], "margin=wide: give a number"),
-    (["sweep=latest", "metric=psnr"], "metric=psnr: these runs have no such metric"),
+    (["sweep=latest", "metric=psn"], "metric=psn: these runs have no such metric"),
     (["sweep=latest", "metric=step_sqnr_db"], "metric=step_sqnr_db: these runs have no such metric"),
     (["sweep=latest", "tracking.uri=sqlite:///no.db"], "tracking.uri=sqlite:///no.db: no such file"),
     (["sweep=latest", "tracking.uri=folder"], "tracking.uri=folder: MLflow's file store"),

@@ -21,7 +21,7 @@ from quantlab.report.reproduction import (
     WITHIN,
     compare_runs,
     is_of_the_machine,
-    reproduction_tables,
+    reproduction_sheets,
     summary_lines,
 )
 from quantlab.running.reproduce import parse_request
@@ -298,7 +298,7 @@ def test_when_a_number_counts_as_the_same(name, now, status):
     assert found.verdict == status
     assert {c.name for c in found.times} == {"perf/evaluate_s", "memory/load/peak_rss_bytes"}
     assert sum(c.status != IDENTICAL for c in found.checks) == (status != IDENTICAL)
-    assert reproduction_tables(found)[0].row_count >= 5
+    assert len(reproduction_sheets(found)[0].rows) >= 5
 
 
 @pytest.mark.parametrize("name", ["memory/needed_bytes", "memory/load/baseline_rss_bytes", "perf/warm_up_s"])

@@ -1,0 +1,148 @@
+"""Tables as a terminal can show them: no number and no word is ever broken; columns give way instead, and it is said.
+
+A :class:`Sheet` is text in rows and columns. :func:`rich_table` gives what fits a width, :func:`tab_separated` all of
+it for other programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from quantlab.progress import plain, printable
+
+MAX_NAME, MAX_CELL, MAX_LINE = 200, 1000, 2000  # characters
+WIDE = 10_000  # columns of a terminal that has no end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column; those with the lowest ``keep`` give way first, the rightmost of equal ones."""
+
+    title: str
+    is_text: bool = False
+    """Left-aligned; goes on in the next line, between two words, where it takes more than half of the terminal."""
+    may_wrap: bool = False
+    """Sentences: goes on in the next line wherever others need the room."""
+    keep: int = 9
+    """9 never gives way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """A table as text; ``rows[i][j]`` stands under ``columns[j]``."""
+
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[str]]
+    styles: Mapping[int, str] = field(default_factory=dict)
+    """Row -> rich style."""
+    sections: frozenset[int] = frozenset()
+    """Rows below which a line is drawn."""
+    title: str = ""
+    caption: Sequence[str] = ()
+
+
+def show(console: Console, sheet: Sheet, *, is_plain: bool = False, wide: bool = False) -> None:
+    """Print a sheet as a table that fits the console; ``wide``: whole; ``is_plain``: tab-separated."""
+    if is_plain:
+        for line in tab_separated(sheet):
+            print(line, file=console.file)  # rich would make spaces of tabs
+        return
+    narrow = console.width
+    console.width = WIDE if wide else narrow
+    console.print(rich_table(sheet, console.width))
+    console.width = narrow
+
+
+def tab_separated(sheet: Sheet) -> Iterator[str]:
+    """The titles and the rows, a line each; no cell holds a tab or a line end."""
+    yield "\t".join(printable(c.title) for c in sheet.columns)
+    for row in sheet.rows:
+        yield "\t".join(printable(text, MAX_CELL) for text in row)
+
+
+def rich_table(sheet: Sheet, width: int) -> Table:
+    """What fits ``width`` columns of a terminal; which columns are hidden is said below it."""
+    shown = _shown(sheet, width)
+    hidden = [c.title for j, c in enumerate(sheet.columns) if j not in shown]
+    told = [printable(line, MAX_LINE) for line in sheet.caption if line]
+    if hidden:
+        told.append(f"... {len(hidden)} columns hidden ({', '.join(map(printable, hidden))}): --wide")
+    table = Table(
+        title=plain(sheet.title, MAX_LINE) if sheet.title else None,
+        title_justify="left",
+        caption=Text("\n".join(told), justify="left") if told else None,
+        caption_justify="left",
+        pad_edge=False,
+    )
+    for j, num in zip(shown, _widths(sheet, shown, width), strict=True):
+        column = sheet.columns[j]
+        table.add_column(Text(column.title), justify=_side(column), overflow="fold", width=num)
+    for i, row in enumerate(sheet.rows):
+        table.add_row(
+            *(plain(row[j], _most(sheet.columns[j])) for j in shown),
+            style=sheet.styles.get(i),
+            end_section=i in sheet.sections,
+        )
+    return table
+
+
+def _most(column: Column) -> int:
+    return MAX_CELL if column.may_wrap else MAX_NAME
+
+
+def _side(column: Column) -> str:
+    return "left" if column.is_text else "right"
+
+
+def _shown(sheet: Sheet, width: int) -> list[int]:
+    """Columns that stay: they give way in their order until the rest fits, or none may any more."""
+    shown = list(range(len(sheet.columns)))
+    going = sorted((c.keep, -j) for j, c in enumerate(sheet.columns) if c.keep < 9)
+    for _, j in going:
+        if sum(_least(sheet, k, width) for k in shown) + _frame(len(shown)) <= width:
+            break
+        shown.remove(-j)
+    return shown
+
+
+def _frame(num_columns: int) -> int:
+    """What the lines between and the padding beside ``num_columns`` take."""
+    return 3 * num_columns - 1
+
+
+def _least(sheet: Sheet, j: int, width: int) -> int:
+    """What a column needs, so that no number, no name and no word of a sentence is broken."""
+    column = sheet.columns[j]
+    cells = [printable(row[j], _most(column)) for row in sheet.rows]
+    wraps = column.may_wrap or (column.is_text and _longest(cells) > width // 2)
+    return max(
+        _longest([word for cell in cells for word in (cell.split() if wraps else [cell])]),
+        _longest(column.title.split()),
+        1,
+    )
+
+
+def _longest(texts: Sequence[str]) -> int:
+    return max(map(cell_len, texts), default=0)
+
+
+def _wish(sheet: Sheet, j: int) -> int:
+    column = sheet.columns[j]
+    return max(_longest([column.title, *(printable(row[j], _most(column)) for row in sheet.rows)]), 1)
+
+
+def _widths(sheet: Sheet, shown: Sequence[int], width: int) -> list[int]:
+    """Of each shown column: what it needs, and of what is left over a share by what it would like."""
+    least = [_least(sheet, j, width) for j in shown]
+    wishes = [_wish(sheet, j) - need for j, need in zip(shown, least, strict=True)]
+    over = max(width - sum(least) - _frame(len(shown)), 0)
+    more = [wish * over // sum(wishes) if sum(wishes) > over else wish for wish in wishes]
+    too_much = max(sum(least) + _frame(len(shown)) - width, 0)  # of names alone: the longest is folded
+    least[0] = max(least[0] - too_much, min(least[0], 12)) if least else 1
+    return [need + add for need, add in zip(least, more, strict=True)]

@@ -1,0 +1,184 @@
+"""Tables where the terminal is narrow: no number and no word is broken; what is hidden is said; other programs get tabs."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from quantlab.progress import spell_out
+from quantlab.report.selection import metric_called
+from quantlab.report.table import cells, columns, legend, rows_sheet, with_half_width
+from quantlab.report.terminal import Column, Sheet, show
+
+
+def printed(sheet, width, **look):
+    file = io.StringIO()
+    show(Console(file=file, width=width, markup=False, highlight=False, emoji=False), sheet, **look)
+    return file.getvalue()
+
+
+def measured(name, value=0.0123, half=0.0004, **more):
+    metrics = {
+        "memory/bits_per_weight_model": 4.5123,
+        "memory/bits_per_weight_quantized": 4.25,
+        "memory/weights_bytes": 123_456_789,
+        "memory/compression": 3.55,
+        "quantization/coverage": 0.973,
+        "perf/evaluate_s": 12.3,
+    }
+    for i, metric in enumerate(("psnr_db", "ssim", "lpips_proxy", "latent_rel_mse", "latent_cosine")):
+        metrics |= {f"quality/{metric}": value * (i + 1), f"quality/{metric}/ci_lo": value * (i + 1) - half / 2}
+        metrics |= {f"quality/{metric}/ci_hi": value * (i + 1) + half}
+    return {"name": name, "status": "FINISHED", "metrics": metrics | more, "protocol": "diffusion", "error": ""}
+
+
+ROWS = [measured("torchao int4 g128 awq"), measured("bitsandbytes nf4", 31.2, 0.44)]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 132, 200])
+def test_no_cell_is_broken_at_any_width(width):
+    sheet = rows_sheet(ROWS, "diffusion", "n = 100")
+    text = printed(sheet, width)
+    assert max(map(len, text.splitlines())) <= width
+    body = [line.strip("│") for line in text.splitlines() if "torchao" in line]
+    assert len(body) == 1, "the row stands in one line"
+    shown = [cell.strip() for cell in body[0].split("│")]
+    whole = list(sheet.rows[0])
+    assert all(cell in whole for cell in shown)
+    hidden = len(sheet.columns) - len(shown)
+    flat = " ".join(text.split())
+    assert (f"... {hidden} columns hidden" in flat) == bool(hidden)
+    assert (hidden == 0) == (width >= 132), "all of it from 132 columns on"
+
+
+def test_a_long_name_goes_on_between_its_words():
+    name = "torchao int4 g128 modules=[norms, output] layer_kinds=linear,embedding"
+    text = printed(rows_sheet([measured(name)], "diffusion"), 80)
+    first = [line.split("│")[1].strip() for line in text.splitlines() if "│" in line]
+    assert " ".join(part for part in first if part) == name
+
+
+def test_columns_give_way_in_their_order():
+    sheet = Sheet(
+        columns=[Column(title=t, keep=k) for t, k in zip("abcd", (9, 1, 5, 1), strict=True)], rows=[["1" * 20] * 4]
+    )
+    assert [re.findall(r"[a-d]", printed(sheet, w).splitlines()[1]) for w in (100, 80, 60, 40)] == [
+        ["a", "b", "c", "d"],
+        ["a", "b", "c"],
+        ["a", "c"],
+        ["a"],
+    ]
+
+
+def test_wide_hides_and_breaks_nothing():
+    text = printed(rows_sheet(ROWS, "diffusion"), 40, wide=True)
+    assert "hidden" not in text
+    assert all(cell in text for row in rows_sheet(ROWS, "diffusion").rows for cell in row)
+
+
+def test_tabs_for_other_programs():
+    sheet = rows_sheet([measured("a\tb\nc"), *ROWS], "diffusion", "a caption")
+    lines = printed(sheet, 40, is_plain=True).splitlines()
+    assert [len(line.split("\t")) for line in lines] == [len(sheet.columns)] * 4
+    assert lines[0].split("\t") == [c.title for c in sheet.columns]
+
+
+words = st.text(alphabet="abcdefgh.0123456789µ漢", min_size=1, max_size=18)
+sentences = st.lists(words, min_size=1, max_size=8).map(" ".join)
+
+
+@given(
+    rows=st.lists(st.tuples(words, words, sentences, words), min_size=1, max_size=4),
+    width=st.integers(min_value=62, max_value=150),
+)
+def test_words_of_sentences_and_numbers_stay_whole(rows, width):
+    columns = [
+        Column(title="name", is_text=True),
+        Column(title="number", keep=5),
+        Column(title="what it is", is_text=True, may_wrap=True),
+        Column(title="more", keep=1),
+    ]
+    text = printed(Sheet(columns=columns, rows=rows), width)
+    found = set(re.split(r"[\s│┃]+", text))
+    for name, _, sentence, _ in rows:
+        assert {name, *sentence.split()} <= found
+
+
+@pytest.mark.parametrize(
+    ("value", "half", "text"),
+    [
+        (2.31e-6, 3.4e-7, "2.3e-6 ±0.3"),
+        (2.31e-6, 1.4e-7, "2.31e-6 ±0.14"),
+        (40.123, 0.31, "40.1 ±0.3"),
+        (40.123, 12.0, "40 ±12"),
+        (0.9987, 0.00021, "0.9987 ±0.0002"),
+        (-0.0123, 0.0041, "-0.012 ±0.004"),
+        (0.0, 2.0e-5, "0e-5 ±2"),
+        (123456.0, 1900.0, "1.235e5 ±0.019"),
+        (5.0, 0.0, "5"),
+        (1e-12, 0.5, "0.0 ±0.5"),
+        (40.0, 0.96, "40.0 ±1.0"),
+    ],
+)
+def test_a_value_with_its_half_width(value, half, text):
+    assert with_half_width(value, half) == text
+
+
+def test_the_half_width_is_the_longer_one():
+    [row] = rows_sheet([measured("x", 10.0, 0.4)], "diffusion").rows
+    assert "10.0 ±0.4" in row
+
+
+def test_the_legend_names_the_marks_that_are_there():
+    plain = [["a°~ (name)", "4.50", "1"]]
+    assert legend(plain) == ""
+    assert legend([["x", "4.50 (4.25)", "~1.00"]]).split("; ") == [
+        "bits/weight: of the whole model (of its quantized layers)",
+        "~ simulated: stored wider than the dtype says",
+    ]
+    assert "±" in legend([["x", "1.0 ±0.2"]])
+    assert "°" in legend([["x", "1.0°"]])
+
+
+def test_documents_have_both_ends_of_an_interval():
+    assert "10.00 (9.8..10.40)" in cells(measured("x", 10.0, 0.4), ["psnr_db"])
+    assert len(columns(["psnr_db"])) == len(cells(measured("x"), ["psnr_db"]))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_without_these_characters_gets_others(encoding):
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding)
+    spell_out(stream)
+    stream.write("10 ±0.2° ↑ … 漢\n")
+    stream.flush()
+    text = raw.getvalue().decode(encoding)
+    assert (
+        text
+        == {
+            "ascii": "10 +-0.2* ^ ... \\u6f22\n",
+            "latin-1": "10 ±0.2° ^ ... \\u6f22\n",
+            "utf-8": "10 ±0.2° ↑ … 漢\n",
+        }[encoding]
+    )
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("psnr_db", "psnr_db"),
+        ("psnr", "psnr_db"),
+        ("quality/psnr_db", "psnr_db"),
+        ("quality/psnr", "psnr_db"),
+        ("quality/kld_mean", "kld_mean"),
+        ("kld", "kld"),
+        ("", ""),
+    ],
+)
+def test_a_metric_by_the_names_that_people_read(typed, name):
+    assert metric_called(typed) == name
