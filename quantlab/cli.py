@@ -294,7 +294,7 @@ def show_list(words: Sequence[str], flags: set[str]) -> int:
     keys = keys or every[:-1]
     columns = [Column(title=key.replace("_", " "), is_text=True, may_wrap=key != keys[0]) for key in keys]
     texts = [[_cell(row[key]) for key in keys] for row in rows if row.get("offered", True)]
-    show(terminal(), Sheet(columns=columns, rows=texts, caption=[caption]), **_look(flags))
+    show(terminal(), Sheet(columns=columns, rows=texts, caption=[caption or ""]), **_look(flags))
     return 0
 
 

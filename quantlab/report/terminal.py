@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -96,7 +97,7 @@ def _most(column: Column) -> int:
     return MAX_CELL if column.may_wrap else MAX_NAME
 
 
-def _side(column: Column) -> str:
+def _side(column: Column) -> Literal["left", "right"]:
     return "left" if column.is_text else "right"
 
 
