@@ -36,6 +36,8 @@ HELP = """quantlab: what does each quantization scheme cost in quality, and what
   quantlab plan key=value ...         will it fit?         quantlab plan model=flux_dev backend=bitsandbytes dtype=nf4
                                       memory.device_gib=24 (any request; reads configurations, no weights; --json)
   quantlab reproduce RUN_ID [--json]  run a tracked job again: each metric identical, within its interval, different
+  quantlab export RUN_ID DIR          the run's quantized model as Diffusers or transformers load it (RUN_ID or latest;
+                                      while it is measured: export.path=DIR, in a sweep with export.winner=true)
   quantlab list WHAT [--json]         what there is:
           {lists}
 
@@ -172,6 +174,8 @@ def dispatch(words: list[str]) -> int:
     """Run one command; returns the exit code."""
     if words[:1] == ["compare"] and not {"-h", "--help"} & set(words):
         return show_comparison(words[1:])
+    if words[:1] == ["export"] and not {"-h", "--help"} & set(words):
+        return show_export(words[1:])
     if words[:1] == ["reproduce"] and not {"-h", "--help"} & set(words):
         return show_reproduction(words[1:])
     if words[:1] == ["--complete"]:
@@ -406,6 +410,15 @@ def show_reproduction(words: Sequence[str]) -> int:
         for line in summary_lines(found):
             console.print(plain(line, 1000), soft_wrap=True)
     return 1 if found.verdict == DIFFERENT else 0
+
+
+def show_export(words: Sequence[str]) -> int:
+    """Write a tracked job's quantized model as others load it, and tell what the check in a fresh process found."""
+    from quantlab.running.export import export_run, parse_request
+
+    for line in export_run(parse_request(words)).lines():
+        print(printable(line))
+    return 0
 
 
 def front_lines(reports: Sequence[RunReport], request: Plan) -> list[str]:

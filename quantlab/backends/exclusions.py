@@ -93,7 +93,7 @@ def expand(
     if library == "quantlab":
         raise ConfigError("exclusion_rule=quantlab: its entries are matched by quantlab.modules.layers")
     method, rule = config.method(), rule_of(config, library)
-    paths, given = _linear_paths(model), config.exclusions
+    paths, given = linear_paths(model), config.exclusions
     entries = tuple(given or ())
     if given is None and library == "transformers":
         entries = _transformers_defaults(model)
@@ -123,7 +123,7 @@ def kept_in_float32(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _linear_paths(model: nn.Module) -> list[str]:
+def linear_paths(model: nn.Module) -> list[str]:
     """Paths of every Linear layer, at each place where it sits, as the libraries walk them."""
     from torch import nn
 
@@ -164,7 +164,7 @@ def exclusions_for(config: QuantizationConfigMixin, model: nn.Module | None, lib
             f"quantlab's; give the model, to_{library}(model), and a list is found that says the same"
         )
     wanted = _left_out(config, model)
-    paths = _linear_paths(model)
+    paths = linear_paths(model)
     kept = taken(rule, _kept_in_float32(model), paths)
     if beyond := [path for path in kept if path not in wanted]:
         raise ConfigError(
@@ -173,6 +173,13 @@ def exclusions_for(config: QuantizationConfigMixin, model: nn.Module | None, lib
         )
     entries = express(config, library, wanted, paths)
     return entries or ([] if library == "transformers" else None)
+
+
+def kept_by_loader(
+    config: QuantizationConfigMixin, library: str, model: nn.Module, paths: Sequence[str]
+) -> dict[str, str]:
+    """Of the Linear layers at ``paths`` those that ``library`` leaves out whatever its list says -> the entry."""
+    return taken(rule_of(config, library), _kept_in_float32(model), paths)
 
 
 def _kept_in_float32(model: nn.Module) -> tuple[str, ...]:
@@ -194,7 +201,7 @@ def _left_out(config: QuantizationConfigMixin, model: nn.Module) -> set[str]:
     """Paths of the Linear layers that quantlab would not quantize with this config, at each place where they sit."""
     out = excluded_layers(config, model)
     done = {id(layer) for name, layer in linear_layers(model).items() if name not in out}
-    return {path for path in _linear_paths(model) if id(model.get_submodule(path)) not in done}
+    return {path for path in linear_paths(model) if id(model.get_submodule(path)) not in done}
 
 
 def express(

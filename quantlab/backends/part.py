@@ -1,8 +1,9 @@
 """What an export hands to a backend, and what it gets back: the one door between :mod:`quantlab.exporting` and formats.
 
-Most backends need no code for it: their layers stand in the ecosystem's checkpoints as they are, so that
-:mod:`quantlab.exporting.checkpoint` lets ``save_pretrained`` write them under the config that ``to_diffusers`` or
-``to_transformers`` gives. A backend with a file format of its own (GGUF) offers the optional function
+Most backends' layers stand in the ecosystem's checkpoints as they are: :mod:`quantlab.exporting.checkpoint` lets
+``save_pretrained`` write them, under the config that the backend's ``as_stored`` makes for the library's loader.
+
+A backend with a file format of its own (GGUF) offers the optional function
 
     ``export(part: Part, folder: Path) -> Written``
 
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from quantlab.errors import ConfigError
 from quantlab.vocabulary.native import QuantizationConfigMixin
 from quantlab.vocabulary.reports import LayerReport
 
@@ -43,8 +45,23 @@ class Part:
     """The rows that were read back of this component, excluded and left ones included."""
     dtype: str
     """What it computes in: ``float32``, ``bfloat16``, ``float16``."""
+    compute_dtype: str
+    """The same of its quantized layers, where the scheme says another; else the part's."""
     tokenizer: object | None = None
     """That of a language model, for formats that hold it."""
+
+    @property
+    def quantized(self) -> dict[str, LayerReport]:
+        """Path -> row of the layers that are stored as the scheme says."""
+        return {row.name: row for row in self.layers if row.status == "quantized"}
+
+    def require_own_compute_dtype(self) -> None:
+        """ConfigError where the layers compute in another dtype than the model, which loaders do not let them."""
+        if self.compute_dtype != self.dtype:
+            raise ConfigError(
+                f"compute_dtype={self.compute_dtype}: a loaded checkpoint of {self.config.method()} computes in the "
+                f"dtype of its model, {self.dtype}; leave compute_dtype at auto, or set model.dtype"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +76,8 @@ class Written:
     """Its class method: ``from_pretrained`` or ``from_single_file``."""
     file: str = ""
     """For ``from_single_file``: the file's name in the folder. Else the folder is loaded."""
+    needs_gpu: bool = False
+    """The loader refuses machines without one; where this is such a machine, that one check is set aside."""
     arguments: Mapping[str, object] = field(default_factory=dict)
     """Further arguments, as JSON has them; ``dtype`` by its name."""
     state: Mapping[str, str] | None = None

@@ -15,7 +15,7 @@ from quantlab.planning.recipe import replay_yaml
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.native import QuantizationConfigMixin, to_json_data
 from quantlab.vocabulary.numbers import FLOOR_ATTENTION, FLOOR_BATCH, FLOOR_BF16, FLOOR_FP32, REFERENCE
-from quantlab.vocabulary.schema import ExperimentConfig
+from quantlab.vocabulary.schema import ExperimentConfig, ExportConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +91,8 @@ class Plan:
     """What a recipe that does not come with quantlab decides and the user must agree to: key -> value."""
     invalid: tuple[tuple[str, str], ...] = ()
     merged: tuple[Merged, ...] = ()
+    export: ExportConfig = field(default_factory=ExportConfig)
+    """What is exported at the end."""
     dry_run: bool = False
 
 

@@ -24,6 +24,7 @@ from quantlab.errors import ConfigError, QuantlabError, nearest
 from quantlab.planning.auto import chosen_family
 from quantlab.planning.composition import compose_node, node_class, session, typed
 from quantlab.planning.job import Job, Merged, Plan, scheme_name
+from quantlab.planning.picking import check_export
 from quantlab.planning.places import groups, recipe_file, shipped_groups
 from quantlab.planning.recipe import Recipe, read_recipe
 from quantlab.planning.space import check_search, check_space, distinct
@@ -33,7 +34,7 @@ from quantlab.protocols.language import PERPLEXITY_PROTOCOLS
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.fields import check_values, checked_path
 from quantlab.vocabulary.launching import LAUNCHER_SETTINGS, LauncherSettings
-from quantlab.vocabulary.schema import ExperimentConfig
+from quantlab.vocabulary.schema import ExperimentConfig, ExportConfig
 
 MAX_NAME = 200
 
@@ -75,6 +76,7 @@ def _plan(recipe: Recipe | None, words: Sequence[str], multirun: bool) -> Plan:
         check_values(base)
         combinations, is_sweep = _combinations(base, axes, fixed)
         check_search(base.sweep, is_sweep)
+        check_export(base.export, is_sweep)
         merged: list[Merged] = []
         if is_sweep:
             every, invalid = _compose_jobs(combinations, fixed, recipe)
@@ -83,6 +85,8 @@ def _plan(recipe: Recipe | None, words: Sequence[str], multirun: bool) -> Plan:
         else:
             jobs, invalid = [replace(make_job(base, fixed), choices=composed[1])], []
         asks = asked_for(recipe, jobs, words)
+        if is_sweep:  # one of them is exported at its end: no job's own business
+            jobs = [replace(job, config=replace(job.config, export=ExportConfig())) for job in jobs]
     skips = base.sweep.on_invalid == "skip" or base.sweep.search.num_trials > 0  # a search is among the possible ones
     if invalid and not (jobs and (skips or base.sweep.dry_run)):
         raise ConfigError(_refusal(invalid, len(combinations)))
@@ -97,6 +101,7 @@ def _plan(recipe: Recipe | None, words: Sequence[str], multirun: bool) -> Plan:
         invalid=tuple(invalid),
         merged=tuple(merged),
         dry_run=base.sweep.dry_run,
+        export=base.export,
     )
 
 

@@ -188,14 +188,20 @@ OWN_PATHS = ("model.path", "dataset.path", "calibration.path", "quantization.ima
 def replay_yaml(resolved: Mapping[str, Any], choices: Mapping[str, str], *, whole: bool = False) -> str:
     """One job as a recipe: ``quantlab recipe=FILE`` composes the identical config again.
 
-    It is for anyone: without ``whole`` it says nothing of where things go (``output_dir``, ``tracking``), and an
-    absolute path is left open (``???``), a key of its own for whoever runs it.
+    It is for anyone: without ``whole`` it says nothing of where things go (``output_dir``, ``tracking``, ``export``),
+    and an absolute path is left open (``???``), a key of its own for whoever runs it.
 
     Args:
         resolved: the whole resolved config, plain data.
         choices: option of each group that the job chose.
     """
-    left_out = {"sweep", "recipe", "launcher", *(() if whole else ("output_dir", "tracking"))}
+    left_out = {
+        "sweep",
+        "recipe",
+        "launcher",
+        *(() if whole else ("export",)),
+        *(() if whole else ("output_dir", "tracking")),
+    }
     body = {k: dict(v) if isinstance(v, Mapping) else v for k, v in resolved.items() if k not in left_out}
     chosen = {**choices, **{g: str(body["quantization"].pop(g)) for g in AXIS_GROUPS}}
     chosen = {g: c for g, c in chosen.items() if g not in left_out}

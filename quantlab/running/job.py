@@ -13,6 +13,8 @@ from typing import Any
 from quantlab.backends.table import unprobed
 from quantlab.datasets.overlap import overlap
 from quantlab.errors import ConfigError, in_words, is_disk_full
+from quantlab.exporting.card import Described
+from quantlab.exporting.whole import check_exportable, export
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules import emulated
 from quantlab.modules.device import kind_of
@@ -22,11 +24,12 @@ from quantlab.progress import say
 from quantlab.running.placement import planned, source_for
 from quantlab.running.rows import failed_row
 from quantlab.running.workbench import Session, Workbench, in_stage, run_folder, shared_tags, step_progress
-from quantlab.stages.candidate import Making, make_candidate, write_calibration
+from quantlab.stages.candidate import Candidate, Making, make_candidate, write_calibration
 from quantlab.stages.evaluate import evaluate, plain_attention, summarize, warm_up
 from quantlab.stages.weigh import saved_bytes, weigh
 from quantlab.tracking import Run
-from quantlab.tracking.results import log_calibration, log_evaluation, log_quantization
+from quantlab.tracking.pictures import SAMPLE_GRID
+from quantlab.tracking.results import log_calibration, log_evaluation, log_quantization, report_data
 from quantlab.tracking.tags import (
     DEVICE,
     GIT_COMMIT,
@@ -39,6 +42,7 @@ from quantlab.tracking.tags import (
 )
 from quantlab.vocabulary.ledger import warning as ledger_warning
 from quantlab.vocabulary.native import canonical_json
+from quantlab.vocabulary.numbers import NEEDED_BYTES, flat_metrics
 from quantlab.vocabulary.reports import CalibrationReport, MemoryReport, MetricValue, RunReport
 from quantlab.vocabulary.schema import ExperimentConfig
 
@@ -49,7 +53,7 @@ def floor_row(session: Session, job: Job) -> RunReport:
     assert bench is not None, "the workbench is made before the floors"
     drawn = job.config.evaluation
     settings = [
-        _chosen(bench.model, job.config),
+        components_of(bench.model, job.config),
         job.batch_size,
         job.plain_attention,
         drawn.num_bootstrap,
@@ -105,21 +109,12 @@ def _cached_row(job: Job, protocol: str, stored: Mapping[str, Any]) -> RunReport
 
 def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> RunReport:
     """Quantize, evaluate and record one job. ``run`` is its tracked run, or None for a row that is not tracked."""
-    chosen = _chosen(bench.model, job.config)
-    made = make_candidate(
-        Making(
-            model=bench.model,
-            calibration_inputs=lambda: bench.calibration_inputs(job.config),
-            job=job,
-            names=chosen,
-            reads=bench.reads,
-            cache_dir=session.output_dir / "cache",
-            advance=session.advance,
-            stage=lambda name: in_stage(session, run, name),
-            source=source_for(bench.model, job, chosen),
-        )
-    )
+    chosen = components_of(bench.model, job.config)
+    made = make(session, bench, job, run)
     candidate, layers = made.model, made.quantization
+    target = job.config.export.path
+    if target is not None:
+        check_exportable(target, job, bench.model, candidate, layers)
     is_saved = job.config.tracking.save_checkpoint and layers is not None
     if layers is not None and job.batch_size is not None:
         layers = replace(layers, resolved={**layers.resolved, "evaluation.batch_size": job.batch_size})
@@ -180,7 +175,43 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
     if run is not None:
         with in_stage(session, run, "track"):
             log_evaluation(run, report, bench.fingerprint)
+    if target is not None and run is not None:
+        with in_stage(session, run, "export"):
+            picture = run.record.folder / SAMPLE_GRID
+            described = Described(row=report_data(report), memory_bytes=planned_bytes(report), picture=picture)
+            exported = export(target, job, bench.model, candidate, layers, bench.inputs, described)
+        run.log_metrics(exported.metrics)
+        run.set_tags(exported.tags)
+        say("; ".join(exported.lines()))
     return report
+
+
+def make(session: Session, bench: Workbench, job: Job, run: Run | None) -> Candidate:
+    """The job's candidate."""
+    chosen = components_of(bench.model, job.config)
+    return make_candidate(
+        Making(
+            model=bench.model,
+            calibration_inputs=lambda: bench.calibration_inputs(job.config),
+            job=job,
+            names=chosen,
+            reads=bench.reads,
+            cache_dir=session.output_dir / "cache",
+            advance=session.advance,
+            stage=lambda name: in_stage(session, run, name),
+            source=source_for(bench.model, job, chosen),
+        )
+    )
+
+
+def planned_bytes(report: RunReport) -> dict[str, int]:
+    """What a card says of the memory that a candidate needs."""
+    weights = sum(part.weights_bytes for part in report.planned.values())
+    needed = flat_metrics(report).get(NEEDED_BYTES)
+    return {
+        **({"weights, as planned": weights} if weights else {}),
+        **({"to run the quantized components on a GPU": int(needed)} if needed else {}),
+    }
 
 
 def _attention(job: Job) -> contextlib.AbstractContextManager[None]:
@@ -218,7 +249,7 @@ def _at_other_batch(session: Session, bench: Workbench, job: Job, candidate: Loa
     return summarize(measured, settings)
 
 
-def _chosen(model: LoadedModel, config: ExperimentConfig) -> list[str]:
+def components_of(model: LoadedModel, config: ExperimentConfig) -> list[str]:
     unknown = [c for c in config.model.components if c not in model.components]
     if unknown:
         raise ConfigError(f"model.components={unknown[0]}: {model.name} has {', '.join(model.components)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -100,13 +100,13 @@ def reproduce(request: ReproductionRequest) -> Reproduction:
     """
     uri = request.words.get("tracking.uri", TrackingConfig().uri)
     reader = open_reader(TrackingConfig(uri=uri), Path.cwd())
-    run = _finished_job(reader, request.run_id)
+    run = finished_job(reader, request.run_id, "reproduce")
     with tempfile.TemporaryDirectory(prefix="quantlab-reproduce-") as folder:
         scratch = Path(folder)
         environment = read_json(reader, run, "environment.json")
-        job = _rebuilt(request, reader, run, environment, scratch)
+        job = rebuilt(request.words, reader, run, environment, scratch)
         with open_session(job.config, request.quiet) as session:
-            job = replace(job, config=_with_weights(job.config, session, run, scratch))
+            job = replace(job, config=with_weights(job.config, session, run, scratch))
             models = session.output_dir / "cache" / "models"
             models.mkdir(parents=True, exist_ok=True)
             (scratch / "cache").mkdir()
@@ -146,26 +146,26 @@ def _run_again(session: Session, job: Job, run: StoredRun, known: tuple[Json, Js
 # -- what the store has
 
 
-def _finished_job(reader: Reader, run_id: str) -> StoredRun:
-    """The run, if it can be reproduced; TrackingError with the way out otherwise."""
+def finished_job(reader: Reader, run_id: str, verb: str) -> StoredRun:
+    """The run, if it can be rebuilt for ``verb`` (reproduce, export); TrackingError with the way out otherwise."""
     found = reader.by_id([run_id])
     if not found:
         raise TrackingError(
-            f"reproduce {run_id}: no such run in {reader.uri}; quantlab compare sweep=latest --json lists runs with "
+            f"{verb} {run_id}: no such run in {reader.uri}; quantlab compare sweep=latest --json lists runs with "
             "their ids, and tracking.uri=... names another store"
         )
     run = found[0]
     if run.tags.get(KIND) == "sweep":
-        raise TrackingError(f"reproduce {run_id}: is the whole sweep {run.name!r}; {_children(reader, run)}")
+        raise TrackingError(f"{verb} {run_id}: is the whole sweep {run.name!r}; {_children(reader, run)}")
     if run.tags.get(KIND) != "job":
-        raise TrackingError(f"reproduce {run_id}: was not made by quantlab; give the id of one of quantlab's jobs")
+        raise TrackingError(f"{verb} {run_id}: was not made by quantlab; give the id of one of quantlab's jobs")
     if run.status == "RUNNING":
-        raise TrackingError(f"reproduce {run_id}: {run.name!r} has not ended; try again when it has")
+        raise TrackingError(f"{verb} {run_id}: {run.name!r} has not ended; try again when it has")
     if run.status != "FINISHED":
         error = run.tags.get(FAILURE, "").splitlines()
         raise TrackingError(
-            f"reproduce {run_id}: {run.name!r} is {run.status} at {run.tags.get(STAGE) or 'the start'} "
-            f"({error[0][:200] if error else 'no reason was noted'}), so it has no numbers to compare with; run it "
+            f"{verb} {run_id}: {run.name!r} is {run.status} at {run.tags.get(STAGE) or 'the start'} "
+            f"({error[0][:200] if error else 'no reason was noted'}), so it has no numbers; run it "
             "again with the recipe.yaml among its artifacts: quantlab recipe=FILE"
         )
     return run
@@ -179,12 +179,14 @@ def _children(reader: Reader, parent: StoredRun) -> str:
     return "\n".join(["give one of its jobs:", *(f"  {r.run_id}  {r.name}" for r in jobs)])
 
 
-def _rebuilt(request: ReproductionRequest, reader: Reader, run: StoredRun, environment: Json, scratch: Path) -> Job:
-    """The job as it was: its recipe with the same device and as many threads."""
+def rebuilt(
+    typed: Mapping[str, str], reader: Reader, run: StoredRun, environment: Json, scratch: Path, verb: str = "reproduce"
+) -> Job:
+    """The job as it was: its recipe with the same device and as many threads, and what was ``typed`` anew."""
     recipe = reader.read_artifact(run, "recipe.yaml")
     if recipe is None:
         raise TrackingError(
-            f"reproduce {run.run_id}: its recipe.yaml is not among the store's artifacts any more, and without it the "
+            f"{verb} {run.run_id}: its recipe.yaml is not among the store's artifacts any more, and without it the "
             "run cannot be rebuilt; bring the artifacts back, or choose another run"
         )
     file = scratch / "recipe.yaml"
@@ -199,7 +201,7 @@ def _rebuilt(request: ReproductionRequest, reader: Reader, run: StoredRun, envir
         "tracking.uri": TrackingConfig().uri,
         "tracking.experiment": experiments[run.experiment_id],
         **({"num_threads": threads} if threads else {}),
-        **{k: int(v) if v.isdigit() else v for k, v in request.words.items()},
+        **{k: int(v) if v.isdigit() else v for k, v in typed.items()},
     }
     (job,) = plan([f"recipe={file}", *(override_text(k, v) for k, v in words.items())]).jobs
     name = read_json(reader, run, "report.json").get("name") or run.name
@@ -212,7 +214,7 @@ def _rebuilt(request: ReproductionRequest, reader: Reader, run: StoredRun, envir
 # -- weights that quantlab trained
 
 
-def _with_weights(config: ExperimentConfig, session: Session, run: StoredRun, scratch: Path) -> ExperimentConfig:
+def with_weights(config: ExperimentConfig, session: Session, run: StoredRun, scratch: Path) -> ExperimentConfig:
     """The config, with ``model.path`` where the run's weights had to be fetched from the store.
 
     The weights in the cache count if they, and the judge beside them, have the digests of the run's (of the store's,
@@ -232,7 +234,7 @@ def _with_weights(config: ExperimentConfig, session: Session, run: StoredRun, sc
     if stored is None:
         judge = f" (judge {wanted[1]})" if wanted[1] else ""
         raise ModelError(
-            f"reproduce {run.run_id}: the weights {wanted[0]}{judge} that it was made with are neither in {here} nor "
+            f"{run.run_id}: the weights {wanted[0]}{judge} that it was made with are neither in {here} nor "
             f"in the store; pass model.path=FOLDER with their {' and '.join(trained.files)}"
         )
     target = models / f"{wanted[0].removeprefix('sha256:')[:16]}-{stored[1].removeprefix('sha256:')[:8]}"

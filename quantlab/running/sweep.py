@@ -14,6 +14,7 @@ from typing import Any
 
 from quantlab import tracking
 from quantlab.errors import ConfigError, DiskFull, QuantlabError, TrackingError, in_words, is_device_lost, is_disk_full
+from quantlab.exporting.folder import check_target
 from quantlab.modules.device import answers
 from quantlab.modules.precision import exact_arithmetic
 from quantlab.planning.job import Job, Merged, Plan
@@ -27,6 +28,7 @@ from quantlab.running.job import floor_rows, open_run, run_job
 from quantlab.running.resume import content_key, earlier_report
 from quantlab.running.rows import failed_row, skipped_row
 from quantlab.running.search import Search, run_search
+from quantlab.running.winner import export_chosen
 from quantlab.running.workbench import Session, Workbench, has_bench, let_go_of_bench, prepare_device, workbench
 from quantlab.tracking.provenance import environment
 from quantlab.tracking.results import report_data
@@ -51,6 +53,8 @@ def run_plan(plan: Plan, quiet: bool = False, trust: bool = False) -> list[RunRe
     """
     require_trust(plan, trust)
     check_ready(plan.jobs)
+    if plan.export.path is not None:
+        check_target("export.path", plan.export.path)
     first = plan.jobs[0].config
     if plan.is_sweep:
         check_launcher(first.launcher)
@@ -203,6 +207,9 @@ def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
         failed = [r.name for r in reports if r.status == "FAILED"]
         if failed:
             parent.set_tags({FAILED_JOBS: ", ".join(failed)})
+        if plan.export.path is not None:
+            parent.stage = "export"
+            export_chosen(session, plan, reports)
     return reports
 
 

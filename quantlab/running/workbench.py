@@ -162,7 +162,7 @@ def prepare_device(config: ExperimentConfig) -> str:
     return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def workbench(session: Session, config: ExperimentConfig, run: Run) -> Workbench:
+def workbench(session: Session, config: ExperimentConfig, run: Run | None) -> Workbench:
     """The model, inputs and reference outputs for a config; the last one is kept for the jobs that share it."""
     key = bench_key(config)
     if session.bench is not None and session.bench.key == key:
@@ -200,7 +200,8 @@ def workbench(session: Session, config: ExperimentConfig, run: Run) -> Workbench
         stages=(load.report, seen.report),
         calibrations=calibrations,
     )
-    _log_shared(session, run, bench)
+    if run is not None:
+        _log_shared(session, run, bench)
     session.bench = bench
     _set_aside()
     return bench

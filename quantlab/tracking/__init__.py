@@ -9,6 +9,7 @@ from __future__ import annotations
 from quantlab.tracking.query import (
     RunData,
     adopt,
+    annotate,
     experiment_runs,
     experiments,
     find_records,
@@ -26,6 +27,7 @@ __all__ = [
     "RunData",
     "Store",
     "adopt",
+    "annotate",
     "close_orphans",
     "end_lost_run",
     "experiment_runs",

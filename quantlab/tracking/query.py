@@ -12,6 +12,7 @@ from quantlab.tracking.connect import first_line, store_errors
 from quantlab.tracking.record import records
 from quantlab.tracking.store import Store
 from quantlab.tracking.tags import FORMER_PARENTS, PARENT_RUN_ID
+from quantlab.tracking.values import checked_tags
 
 if TYPE_CHECKING:
     from mlflow import entities
@@ -143,6 +144,21 @@ def adopt(store: Store, run_id: str, parent_run_id: str) -> None:
         store.client.set_tag(run_id, PARENT_RUN_ID, parent_run_id)
     except store_errors() as error:
         _LOG.warning("%s: run %s stays under its earlier parent (%s)", store.uri, run_id, first_line(error))
+
+
+def annotate(store: Store, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> bool:
+    """Add numbers and tags to a run that has ended; False, with a word, where the store does not take them."""
+    if store.is_lost or run_id.startswith("local-"):
+        return False
+    try:
+        for key, value in checked_tags(tags).items():
+            store.client.set_tag(run_id, key, value)
+        for name, number in metrics.items():
+            store.client.log_metric(run_id, name, number)
+    except store_errors() as error:
+        _LOG.warning("%s: run %s is not told of its export (%s)", store.uri, run_id, first_line(error))
+        return False
+    return True
 
 
 def get_artifact(store: Store, run_id: str, name: str, folder: Path) -> Path:

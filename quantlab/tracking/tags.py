@@ -69,6 +69,15 @@ FAILED_JOBS = "quantlab.failed_jobs"
 SEARCH_FRONT = "quantlab.search.front"
 """On a search: names of the schemes on its Pareto front."""
 
+# -- exports
+
+EXPORT_PATH = "quantlab.export"
+"""On a run that was exported: the folder."""
+EXPORT_LOADS_WITH = "export/loads_with"
+"""The loaders that gave back its bits in a process without quantlab."""
+EXPORT_OUTPUTS = "export/outputs_identical"
+"""``yes``, or how far outputs are off and why."""
+
 # -- repetitions
 
 REPRODUCES = "quantlab.reproduces"

@@ -137,6 +137,18 @@ class TrackingConfig:
 
 
 @dataclass
+class ExportConfig:
+    """The ``export`` node: what is done with a measured candidate. Numbers do not depend on it."""
+
+    path: str | None = path(None)
+    """A folder that is not there, or an earlier export: the quantized model as Diffusers or transformers load it."""
+    winner: bool = False
+    """In a sweep: the smallest scheme that is surely inside the floor."""
+    pick: str = text("", 500)
+    """In a sweep: the smallest scheme with these numbers: ``psnr_db>=40, latent_rel_mse<0.01``."""
+
+
+@dataclass
 class SearchConfig:
     """``sweep.search``: which points of a grid are run is chosen by what the points before them showed."""
 
@@ -191,3 +203,4 @@ class ExperimentConfig:
     quantization: QuantizationAxes = field(default_factory=QuantizationAxes)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)

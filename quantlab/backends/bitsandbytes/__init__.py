@@ -9,8 +9,20 @@ from __future__ import annotations
 from quantlab.backends.bitsandbytes.config import BitsAndBytesConfig
 from quantlab.backends.bitsandbytes.quantize import quantize, read_back, resolve
 from quantlab.backends.bitsandbytes.sizes import layer_bytes
-from quantlab.backends.bitsandbytes.storage import load, save
+from quantlab.backends.bitsandbytes.storage import as_stored, load, save
 
 Config = BitsAndBytesConfig
+DIFFUSERS_NEEDS_GPU = True
+"""Its loader refuses machines without one, which the library itself runs on."""
 
-__all__ = ["BitsAndBytesConfig", "Config", "layer_bytes", "load", "quantize", "read_back", "resolve", "save"]
+__all__ = [
+    "BitsAndBytesConfig",
+    "Config",
+    "as_stored",
+    "layer_bytes",
+    "load",
+    "quantize",
+    "read_back",
+    "resolve",
+    "save",
+]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.backends.bitsandbytes.config import LIBRARY_BLOCKSIZE, BitsAndBytesConfig
 from quantlab.backends.bitsandbytes.layers import layer_classes, library, torch_dtype
 from quantlab.backends.linears import linear_at
-from quantlab.errors import ModelError, is_of_the_machine
+from quantlab.backends.part import Part
+from quantlab.errors import ConfigError, ModelError, is_of_the_machine
 from quantlab.modules.layers import replace_layer
 from quantlab.vocabulary.dtypes import dtype_name
 
@@ -71,6 +73,22 @@ def load(model: nn.Module, layers: Sequence[str], config: BitsAndBytesConfig, fo
     _load_plain(model, plain, parts, path)
     for name, layer in made.items():
         replace_layer(model, name, layer.train(model.get_submodule(name).training))
+
+
+def as_stored(part: Part) -> BitsAndBytesConfig:
+    """The config that a checkpoint says it is of, for its library's loader; the block size is in the tensors.
+
+    Raises ConfigError for codes that Diffusers takes for those of another shape.
+    """
+    config = cast(BitsAndBytesConfig, part.config)
+    if config.load_in_8bit:
+        part.require_own_compute_dtype()
+    elif part.library == "diffusers" and config.bnb_4bit_quant_storage != "uint8":
+        raise ConfigError(
+            f"bnb_4bit_quant_storage={config.bnb_4bit_quant_storage}: Diffusers takes the codes in a checkpoint for "
+            "uint8 and would not load it; leave it at uint8, which holds the same codes"
+        )
+    return dataclasses.replace(config, bnb_4bit_compute_dtype=part.compute_dtype, bnb_4bit_blocksize=None)
 
 
 def _loaded(linear: nn.Linear, own: dict[str, Tensor], stored: dict[str, Any], where: str) -> nn.Module:

@@ -15,8 +15,19 @@ from __future__ import annotations
 from quantlab.backends.quanto.config import QuantoConfig
 from quantlab.backends.quanto.quantize import calibrate, quantize, read_back, resolve
 from quantlab.backends.quanto.sizes import layer_bytes
-from quantlab.backends.quanto.storage import load, save
+from quantlab.backends.quanto.storage import as_stored, load, save
 
 Config = QuantoConfig
 
-__all__ = ["Config", "QuantoConfig", "calibrate", "layer_bytes", "load", "quantize", "read_back", "resolve", "save"]
+__all__ = [
+    "Config",
+    "QuantoConfig",
+    "as_stored",
+    "calibrate",
+    "layer_bytes",
+    "load",
+    "quantize",
+    "read_back",
+    "resolve",
+    "save",
+]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.backends.linears import linear_at
+from quantlab.backends.part import Part
 from quantlab.backends.quanto.config import ACTIVATIONS, DTYPES, QuantoConfig
 from quantlab.backends.quanto.layers import empty_layer, library_qtype
 from quantlab.backends.quanto.operators import override_operators
 from quantlab.backends.strides import strides_of, with_strides
-from quantlab.errors import ModelError
+from quantlab.errors import ConfigError, ModelError
 from quantlab.modules.layers import replace_layer
 from quantlab.vocabulary.dtypes import dtype_name
 
@@ -81,6 +82,30 @@ def load(model: nn.Module, layers: Iterable[str], config: QuantoConfig, folder: 
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         state = with_strides(state, entry.get("strides", {}))
         replace_layer(model, name, _restored(linear_at(model, name), entry, state, f"{folder}: {name}"))
+
+
+def as_stored(part: Part) -> QuantoConfig:
+    """The config that a checkpoint says it is of, for its library's loader; how scales were found is gone.
+
+    Raises ConfigError for what no loader reads: anything with transformers, activations, and e5m2.
+    """
+    config = cast(QuantoConfig, part.config)
+    part.require_own_compute_dtype()
+    if part.library != "diffusers":
+        raise ConfigError(
+            "backend=quanto: transformers quantizes with quanto and does not load what was quantized, so there is no "
+            "checkpoint of it; choose backend=torchao or backend=bitsandbytes"
+        )
+    if config.weights_dtype == "float8_e5m2":
+        raise ConfigError(
+            "dtype=float8_e5m2: Diffusers' loader of quanto knows float8_e4m3, int8, int4 and int2; choose one of them"
+        )
+    if config.activations is not None:
+        raise ConfigError(
+            f"activation_dtype={ACTIVATIONS[config.activations]}: Diffusers' loader of quanto has weights alone, so "
+            "inputs would not be rounded; set activation_dtype=none"
+        )
+    return QuantoConfig(weights_dtype=config.weights_dtype)
 
 
 def _restored(layer: nn.Linear, entry: Mapping[str, Any], state: dict[str, Tensor], what: str) -> QLinear:

@@ -11,13 +11,14 @@ from quantlab.backends.torchao.config import TorchAoConfig
 from quantlab.backends.torchao.quantize import build_ao_config, calibrate, quantize, resolve
 from quantlab.backends.torchao.readback import read_back
 from quantlab.backends.torchao.sizes import layer_bytes
-from quantlab.backends.torchao.storage import load, save
+from quantlab.backends.torchao.storage import as_stored, load, save
 
 Config = TorchAoConfig
 
 __all__ = [
     "Config",
     "TorchAoConfig",
+    "as_stored",
     "build_ao_config",
     "calibrate",
     "layer_bytes",

@@ -7,15 +7,18 @@ import json
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from quantlab.backends.casting import cast_around
 from quantlab.backends.linears import linear_at
+from quantlab.backends.part import Part
 from quantlab.backends.strides import strides_of, with_strides
 from quantlab.backends.torchao.build import quiet_library
-from quantlab.backends.torchao.config import TorchAoConfig
+from quantlab.backends.torchao.config import TorchAoConfig, layer_form
+from quantlab.backends.torchao.forms import PER_MODULE
 from quantlab.backends.torchao.layers import take_any_input
 from quantlab.backends.torchao.readback import is_quantized, stored_dtype
+from quantlab.backends.torchao.rules import OPAQUE
 from quantlab.errors import ConfigError, ModelError, is_of_the_machine
 
 if TYPE_CHECKING:
@@ -99,6 +102,33 @@ def load(model: nn.Module, layers: Iterable[str], config: TorchAoConfig, folder:
             layer.bias = torch.nn.Parameter(bias.to(device), requires_grad=layer.bias.requires_grad)
         cast_around(layer, weight.dtype, outside)
         take_any_input(layer)
+
+
+def as_stored(part: Part) -> TorchAoConfig:
+    """The config that a checkpoint says it is of, for its library's loader.
+
+    How codes were found (algorithm, fitting, packing by device) is gone: what is stored says it. Layers of different
+    group sizes are told apart by a per-module config. Raises ConfigError for weights that torchao has no safetensors
+    layout for.
+    """
+    part.require_own_compute_dtype()
+    config = cast(TorchAoConfig, part.config)
+    if config.activation_scales == "static":
+        raise ConfigError(
+            "activation_scales=static: torchao has no safetensors layout for measured activation scales, so no loader "
+            "would find them; set activation_scales=dynamic"
+        )
+    forms = {n: layer_form(config.of_layer(n), row.shape[1]) for n, row in part.quantized.items()}
+    kinds = {form["_type"] for form in forms.values()}
+    if left := kinds & {"NF4WeightOnlyConfig", OPAQUE}:
+        raise ConfigError(
+            f"quant_type={min(left)}: torchao has no safetensors layout for it, so {part.library} could not load it; "
+            "choose another dtype, or int4_packing_format=unpacked_to_int8 without an algorithm"
+        )
+    first = next(iter(forms.values()))
+    one = all(form == first for form in forms.values())
+    stored = first if one else {"_type": PER_MODULE, "_version": 1, "_data": {"fqn_to_config": forms}}
+    return TorchAoConfig(quant_type=stored)
 
 
 def _dtype_of(config: TorchAoConfig) -> str:

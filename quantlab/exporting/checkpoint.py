@@ -1,0 +1,175 @@
+"""A quantized component as a checkpoint of Diffusers or transformers, written by that library's ``save_pretrained``.
+
+What a loader builds is decided by the quantizer that ``config.json`` names. So a shadow of the component, which shares
+its tensors, gets the library's quantizer and config, and is saved; the component itself stays as it is. What the loader
+would quantize otherwise than was measured is refused by name before anything is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantlab.backends.exclusions import express, kept_by_loader, linear_paths
+from quantlab.backends.part import LIBRARIES, Part, Written
+from quantlab.backends.table import backend_of, loggers
+from quantlab.errors import ConfigError, is_disk_full, is_of_the_machine
+from quantlab.models.reading import quiet_loading
+from quantlab.quiet import quiet_libraries
+from quantlab.vocabulary.reports import LayerReport
+
+if TYPE_CHECKING:
+    from torch import nn
+
+WAY_OUT = "leave it out of the export, or export another scheme"
+_EXPORT, _AS_STORED = "export", "as_stored"
+MAX_SHARD = "5GB"
+"""As the libraries themselves cut checkpoints."""
+
+
+def library_of(module: nn.Module, name: str) -> str:
+    """Whose class a component is; ConfigError for one that no library loads."""
+    library = type(module).__module__.partition(".")[0]
+    if library not in LIBRARIES:
+        raise ConfigError(
+            f"export.path: {name} is a {type(module).__name__} of {library}, which neither Diffusers nor transformers "
+            "loads; save it yourself"
+        )
+    return library
+
+
+def check_part(part: Part) -> None:
+    """ConfigError for a part that :func:`write_part` would refuse."""
+    _check_rows(part)
+    if not hasattr(backend_of(part.config.method()).module, _EXPORT):
+        stored_config(part)
+
+
+def write_part(part: Part, folder: Path, max_shard: str = MAX_SHARD) -> Written:
+    """Write one component into ``folder``, which is there; ConfigError naming what its format cannot hold."""
+    _check_rows(part)
+    module = backend_of(part.config.method()).module
+    if (own := getattr(module, _EXPORT, None)) is not None:
+        written: Written = own(part, folder)
+        return written
+    shadow = _shadow(part)
+    save(shadow, folder, max_shard, f"{part.config.method()} {part.name}")
+    kind = type(part.module).__name__
+    is_diffusers = part.library == "diffusers"
+    needs_gpu = is_diffusers and bool(getattr(module, "DIFFUSERS_NEEDS_GPU", False))
+    return Written(
+        loader=f"{part.library} {kind}.from_pretrained",
+        target=f"{part.library}:{kind}",
+        arguments={"dtype": part.dtype},
+        needs_gpu=needs_gpu,
+    )
+
+
+def save(module: Any, folder: Path, max_shard: str = MAX_SHARD, what: str = "") -> None:
+    """``save_pretrained`` as sharded safetensors; what a library cannot write is a ConfigError."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging
+
+    quiet_libraries(loggers())
+    try:
+        with quiet_loading(logging), quiet_loading(diffusers_logging):
+            module.save_pretrained(folder, max_shard_size=max_shard)
+    except Exception as error:
+        if is_disk_full(error) or is_of_the_machine(error) or isinstance(error, OSError):
+            raise
+        raise ConfigError(
+            f"export.path: {what or type(module).__name__}: the library cannot write it "
+            f"({type(error).__name__}: {str(error)[:300]}); export another scheme"
+        ) from error
+
+
+# -- what a loader would do otherwise
+
+
+def _check_rows(part: Part) -> None:
+    """ConfigError naming the layers that stand in no checkpoint as they are stored here."""
+    packed = [r for r in part.layers if r.is_stored_quantized and r.kind != "linear"]
+    if packed:
+        raise ConfigError(
+            f"quantization.layer_kinds: {_some(packed)} of {part.name}: loaders quantize Linear layers alone, so no "
+            "checkpoint holds these; export with layer_kinds=[linear]"
+        )
+    turned = [r for r in part.layers if r.is_stored_quantized and not _is_linear(part.original, r.name)]
+    if turned:
+        raise ConfigError(
+            f"export.path: {_some(turned)} of {part.name}: quantlab puts its own layers there "
+            f"({type(part.original.get_submodule(turned[0].name)).__name__}), which no loader does; exclude them with "
+            "modules_to_not_convert"
+        )
+    other = [r for r in part.layers if r.status == "fallback"]
+    if other:
+        raise ConfigError(
+            f"quantization.on_mismatch={other[0].dtype}: {_some(other)} of {part.name} fell back to it, and a "
+            "checkpoint has one scheme; set on_mismatch=skip, or exclude them"
+        )
+    if not part.quantized:
+        raise ConfigError(f"export.path: nothing of {part.name} is quantized; {WAY_OUT}")
+
+
+def _is_linear(original: nn.Module, name: str) -> bool:
+    from torch import nn
+
+    with contextlib.suppress(AttributeError):
+        return isinstance(original.get_submodule(name), nn.Linear)
+    return False
+
+
+def _some(rows: Sequence[LayerReport]) -> str:
+    return ", ".join(r.name for r in rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
+
+
+def stored_config(part: Part) -> Any:
+    """The library's config object for the checkpoint: what is in it, and which layers are left out."""
+    module = backend_of(part.config.method()).module
+    as_stored = getattr(module, _AS_STORED, None)
+    if as_stored is None:
+        raise ConfigError(
+            f"backend={part.config.method()}: neither Diffusers nor transformers loads what it quantizes, so there is "
+            "no checkpoint of it; choose another backend"
+        )
+    native = as_stored(part)
+    paths = linear_paths(part.original)
+    taken = {id(part.original.get_submodule(name)) for name in part.quantized}
+    left = {path for path in paths if id(part.original.get_submodule(path)) not in taken}
+    if kept := [path for path in kept_by_loader(native, part.library, part.original, paths) if path not in left]:
+        raise ConfigError(
+            f"quantization.replace_default_exclusions: {part.library} keeps {', '.join(kept[:8])} of {part.name} in "
+            "float32 whatever a checkpoint says; leave the default exclusions as they are"
+        )
+    names = tuple(express(native, part.library, left, paths))
+    said = {native._exclusions_field: names, "exclusion_rule": part.library}
+    if not names and part.library != "transformers":
+        said = {native._exclusions_field: None}
+    native = dataclasses.replace(native, **said)  # type: ignore[type-var]
+    return native.to_diffusers(part.original) if part.library == "diffusers" else native.to_transformers(part.original)
+
+
+def _shadow(part: Part) -> Any:
+    """A second object of the component's class with the same tensors, which the library's quantizer is set on."""
+    config = stored_config(part)
+    shadow = copy.copy(part.module)
+    vars(shadow).update(vars(part.module))
+    made: Any = shadow
+    if part.library == "transformers":
+        from transformers.quantizers import AutoHfQuantizer
+
+        made.config = copy.deepcopy(made.config)
+        made.config.quantization_config = config
+        made.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+        if not made.hf_quantizer.is_serializable():
+            raise ConfigError(f"backend={part.config.method()}: transformers saves no checkpoint of it; {WAY_OUT}")
+        return made
+    from diffusers.quantizers import DiffusersAutoQuantizer
+
+    made.hf_quantizer = DiffusersAutoQuantizer.from_config(config, pre_quantized=False)
+    made._internal_dict = type(made._internal_dict)({**made._internal_dict, "quantization_config": config})
+    return made

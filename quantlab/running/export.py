@@ -1,0 +1,125 @@
+"""``quantlab export RUN_ID DIR``: a run is rebuilt from the tracking store, and its candidate written and checked."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from quantlab import tracking
+from quantlab.errors import ConfigError, TrackingError, nearest
+from quantlab.exporting.card import Described, as_row
+from quantlab.exporting.folder import check_target
+from quantlab.exporting.whole import Exported
+from quantlab.report.reading import Reader, StoredRun, experiment_id, open_reader, read_json
+from quantlab.report.selection import is_candidate
+from quantlab.running.reproduce import KEYS, finished_job, rebuilt, with_weights
+from quantlab.running.sweep import open_session
+from quantlab.running.winner import made_and_exported
+from quantlab.running.workbench import workbench
+from quantlab.tracking.pictures import SAMPLE_GRID
+from quantlab.tracking.tags import KIND
+from quantlab.vocabulary.numbers import NEEDED_BYTES
+from quantlab.vocabulary.schema import TrackingConfig
+
+USAGE = "quantlab export RUN_ID DIR (or latest instead of the id)"
+LATEST = "latest"
+_KEYS = (*KEYS, "tracking.experiment")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """What was typed behind ``quantlab export``."""
+
+    run_id: str
+    target: str
+    words: Mapping[str, str] = field(default_factory=dict)
+    quiet: bool = False
+
+
+def parse_request(words: Sequence[str]) -> ExportRequest:
+    """The words behind ``quantlab export`` as a request; ConfigError for what is none."""
+    given: list[str] = []
+    values: dict[str, str] = {}
+    quiet = False
+    for word in words:
+        key, has_value, value = word.partition("=")
+        if word in ("-q", "--quiet"):
+            quiet = True
+        elif word.startswith("-"):
+            raise ConfigError(f"{word}: no such option of export{nearest(word, ['--quiet'])}; there is -q")
+        elif has_value and key in _KEYS and value:
+            values[key] = value
+        elif has_value and key.replace(".", "").replace("_", "").isalnum() and "/" not in key:
+            raise ConfigError(
+                f"{word}: a run is exported as it was measured{nearest(key, _KEYS)}; only {', '.join(_KEYS)} can be set"
+            )
+        else:
+            given.append(word)
+    if len(given) != 2:
+        raise ConfigError(f"export: {len(given) or 'no'} words given; write {USAGE}")
+    return ExportRequest(run_id=given[0], target=given[1], words=values, quiet=quiet)
+
+
+def export_run(request: ExportRequest) -> Exported:
+    """Make the candidate of a finished run again, compare it with the run's record, and write it.
+
+    Raises:
+        TrackingError: no such run, or one without what is needed: a sweep, a failed job, artifacts that are gone.
+        ConfigError, NotQuantized, DiskFull: see :func:`quantlab.exporting.whole.export`.
+    """
+    check_target("export", request.target)
+    tracked = TrackingConfig(uri=request.words.get("tracking.uri", TrackingConfig().uri))
+    reader = open_reader(tracked, Path.cwd())
+    run = run_of(reader, request.run_id, request.words.get("tracking.experiment", TrackingConfig().experiment))
+    said = {k: v for k, v in request.words.items() if k in KEYS}
+    with tempfile.TemporaryDirectory(prefix="quantlab-export-") as folder:
+        scratch = Path(folder)
+        job = rebuilt(said, reader, run, read_json(reader, run, "environment.json"), scratch, "export")
+        if job.scheme is None:
+            raise ConfigError(f"export {run.run_id}: {run.name!r} is not quantized; give the id of a run that is")
+        with open_session(job.config, request.quiet) as session:
+            job = replace(job, config=with_weights(job.config, session, run, scratch))
+            bench = workbench(session, job.config, None)
+            described = _described(reader, run, scratch)
+            recorded = read_json(reader, run, "layers.json")
+            exported = made_and_exported(session, bench, job, request.target, described, run, recorded)
+            tracking.annotate(session.store, run.run_id, exported.metrics, exported.tags)
+            return exported
+
+
+def run_of(reader: Reader, run_id: str, experiment: str) -> StoredRun:
+    """The finished job of an id; of ``latest`` the newest finished one of the experiment that quantized."""
+    if run_id != LATEST:
+        return finished_job(reader, run_id, "export")
+    found = reader.of_experiment(experiment_id(reader, experiment, f"tracking.experiment={experiment}"), {KIND: "job"})
+    for run in found:
+        if run.status == "FINISHED" and is_candidate(run):
+            return run
+    raise TrackingError(
+        f"export {LATEST}: no finished job of experiment {experiment} in {reader.uri} is quantized; run one, or name "
+        "another tracking.experiment or tracking.uri"
+    )
+
+
+def _described(reader: Reader, run: StoredRun, scratch: Path) -> Described:
+    row = as_row(read_json(reader, run, "report.json"))
+    picture = None
+    if (content := reader.read_artifact(run, SAMPLE_GRID)) is not None:
+        picture = scratch / Path(SAMPLE_GRID).name
+        picture.write_bytes(content)
+    ledger = read_json(reader, run, "ledger.json")
+    return Described(row=row, memory_bytes=_memory(ledger, run.metrics), picture=picture)
+
+
+def _memory(ledger: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, int]:
+    """What was planned of the weights, and what running took on a GPU, where that is known."""
+    rows = [dict(zip(ledger.get("columns", ()), values, strict=False)) for values in ledger.get("data", ())]
+    planned = next((r.get("planned_bytes") for r in rows if r.get("what") == "unexplained remainder"), None)
+    needed = metrics.get(NEEDED_BYTES)
+    return {
+        **({"weights, as planned": int(planned)} if planned else {}),
+        **({"to run the quantized components on a GPU": int(needed)} if needed else {}),
+    }

@@ -1,0 +1,153 @@
+"""The candidate of a job that was measured, made once more and exported: a run's, or the one that a sweep chose.
+
+A run keeps no quantized weights. Its scheme is deterministic, so the candidate is made again from its recipe; what the
+tensors show is compared with what the run recorded before anything is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quantlab import tracking
+from quantlab.errors import ModelError, NotQuantized, TrackingError
+from quantlab.exporting.card import Described
+from quantlab.exporting.whole import Exported, export
+from quantlab.planning.job import Job, Plan
+from quantlab.planning.picking import conditions
+from quantlab.progress import say
+from quantlab.report.compare import answers, compare
+from quantlab.report.reading import StoredRun, open_reader, read_json
+from quantlab.report.selection import ComparisonRequest, select
+from quantlab.report.verdicts import IN_FLOOR
+from quantlab.running.job import make, planned_bytes
+from quantlab.running.workbench import Session, Workbench, workbench
+from quantlab.tracking.results import report_data
+from quantlab.tracking.tags import WEIGHTS_SHA256
+from quantlab.vocabulary.reports import QuantizationReport, RunReport
+from quantlab.vocabulary.schema import TrackingConfig
+
+_SAME = ("status", "dtype", "group_size", "weight_bytes", "scale_bytes")
+"""What a layer's row must have of the run's own."""
+_REL_TOLERANCE = 1e-4
+"""Errors of rounding may differ in their last digits: sums of other threads."""
+
+
+def made_and_exported(
+    session: Session,
+    bench: Workbench,
+    job: Job,
+    target: str,
+    described: Described,
+    run: StoredRun | None,
+    recorded: Mapping[str, Any],
+) -> Exported:
+    if run is not None and (digest := run.tags.get(WEIGHTS_SHA256)) not in (None, bench.model.weights_sha256):
+        raise ModelError(
+            f"model.path: these weights are not those that run {run.run_id} measured (digest "
+            f"{bench.model.weights_sha256[:16]}, the run's {str(digest)[:16]}); give model.path=... of those"
+        )
+    made = make(session, bench, job, None)
+    if recorded and made.quantization is not None:
+        check_same(recorded, made.quantization)
+    return export(target, job, bench.model, made.model, made.quantization, bench.inputs, described, "export")
+
+
+def check_same(recorded: Mapping[str, Any], layers: QuantizationReport) -> None:
+    """NotQuantized where a layer is something else than the run's ``layers.json`` says."""
+    columns = list(recorded.get("columns", ()))
+    rows = [dict(zip(columns, values, strict=True)) for values in recorded.get("data", ())]
+    was = {(row["component"], row["name"]): row for row in rows if {"component", "name"} <= set(row)}
+    for row in layers.layers:
+        old = was.get((row.component, row.name))
+        if old is None:
+            raise NotQuantized(f"export: the run had no layer {row.name} of {row.component}; run the job again")
+        other = [name for name in _SAME if name in old and old[name] != getattr(row, name)]
+        if other:
+            raise NotQuantized(
+                f"export: {row.name} of {row.component} has {other[0]} {getattr(row, other[0])} now and had "
+                f"{old[other[0]]} in the run (other versions, or another machine); run the job again, and export that"
+            )
+        errors = (old.get("weight_rel_error"), row.weight_rel_error)
+        if None not in errors and not math.isclose(*errors, rel_tol=_REL_TOLERANCE, abs_tol=1e-12):
+            raise NotQuantized(
+                f"export: {row.name} of {row.component} rounds its weights otherwise than in the run (relative error "
+                f"{errors[1]:.6g}, it was {errors[0]:.6g}); run the job again, and export that"
+            )
+
+
+# -- which one a sweep exports
+
+
+def export_chosen(session: Session, plan: Plan, reports: Sequence[RunReport]) -> Exported | None:
+    """Export the scheme that ``export.winner`` or ``export.pick`` chooses among a sweep's rows; None where none is.
+
+    Where nothing is chosen it is told why: the sweep itself has done what it should.
+    """
+    target = plan.export.path
+    if target is None:
+        return None
+    found, why = _picked(plan, reports) if plan.export.pick else _winner(session, plan.jobs[0].config.tracking, reports)
+    job = next((job for job in plan.jobs if found is not None and job.name == found.name), None)
+    if found is None or job is None:
+        say(f"export.path={target}: nothing is exported: {why}", "warning")
+        return None
+    bench = workbench(session, job.config, None)
+    described = Described(row=report_data(found), memory_bytes=planned_bytes(found))
+    recorded = _recorded(session, job.config.tracking, found)
+    exported = made_and_exported(session, bench, job, target, described, None, recorded)
+    if found.run_id:
+        tracking.annotate(session.store, found.run_id, exported.metrics, exported.tags)
+    say(f"{found.name}: {'; '.join(exported.lines())}")
+    return exported
+
+
+def _candidates(plan: Plan, reports: Sequence[RunReport]) -> list[RunReport]:
+    """The finished rows of the plan's own jobs, the smallest first."""
+    names = {job.name for job in plan.jobs if job.scheme is not None}
+    done = [r for r in reports if r.name in names and r.status == "FINISHED"]
+    return sorted(done, key=lambda r: report_data(r)["metrics"].get("memory/weights_bytes", math.inf))
+
+
+def _picked(plan: Plan, reports: Sequence[RunReport]) -> tuple[RunReport | None, str]:
+    wanted = conditions(plan.export.pick)
+    every = _candidates(plan, reports)
+    for report in every:
+        metrics = report_data(report)["metrics"]
+        if all(one.holds(metrics) for one in wanted):
+            return report, ""
+    return None, f"none of the {len(every)} finished schemes has {plan.export.pick}"
+
+
+def _winner(session: Session, settings: TrackingConfig, reports: Sequence[RunReport]) -> tuple[RunReport | None, str]:
+    """The smallest that is surely inside the floor, by the comparison that ``quantlab compare`` shows."""
+    if session.parent_run_id is None or session.store.is_lost:
+        return None, "the store does not answer, and verdicts are made of what it has"
+    request = ComparisonRequest(sweep=session.parent_run_id, tracking=settings)
+    try:
+        reader = open_reader(settings, Path.cwd())
+        groups = compare(request, select(request, reader), reader)
+    except TrackingError as error:
+        return None, str(error)
+    smallest = [(group, name) for group in groups for question, name in answers(group) if IN_FLOOR in question]
+    if len(smallest) != 1:
+        what = "several models were measured" if smallest else "no scheme is surely inside the floor"
+        return (
+            None,
+            f"{what}; quantlab compare sweep={session.parent_run_id} shows them, export.pick chooses by numbers",
+        )
+    group, name = smallest[0]
+    run_id = next(run.run_id for run in group.candidates if run.name == name)
+    return next((r for r in reports if r.run_id == run_id), None), f"{name} is no row of this sweep"
+
+
+def _recorded(session: Session, settings: TrackingConfig, found: RunReport) -> Mapping[str, Any]:
+    """The run's table of layers; nothing where it cannot be read."""
+    try:
+        reader = open_reader(settings, Path.cwd())
+        runs = reader.by_id([found.run_id]) if found.run_id else []
+    except TrackingError:
+        return {}
+    return read_json(reader, runs[0], "layers.json") if runs else {}
