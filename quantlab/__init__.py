@@ -12,6 +12,7 @@ from quantlab.api import compose, evaluate, quantize, run
 from quantlab.backends.bitsandbytes import BitsAndBytesConfig
 from quantlab.backends.gguf import GGUFQuantizationConfig
 from quantlab.backends.modelopt import NVIDIAModelOptConfig
+from quantlab.backends.pipelines import from_pipeline_config, to_pipeline_config
 from quantlab.backends.quanto import QuantoConfig
 from quantlab.backends.stored import config_from_dict, from_pretrained_config
 from quantlab.backends.torchao import TorchAoConfig
@@ -46,7 +47,9 @@ __all__ = [
     "compose",
     "config_from_dict",
     "evaluate",
+    "from_pipeline_config",
     "from_pretrained_config",
     "quantize",
     "run",
+    "to_pipeline_config",
 ]

@@ -355,7 +355,9 @@ def _row(
 ) -> RunReport:
     with measure_stage("evaluate", model.device) as stage, emulated_products(lacking(model.device)):
         candidate = model.with_components({"model": module})
-        measured = evaluate_stage(candidate, model, reference, given, settings, scheme=scheme)
+        measured = evaluate_stage(
+            candidate, model, reference, given, settings, schemes={"": scheme} if scheme is not None else None
+        )
         quality = summarize(measured, settings)
     done = [r.name for r in layers.layers if r.status in ("quantized", "fallback")] if layers else []
     done = [stored_at(module, name) for name in done]

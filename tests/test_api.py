@@ -305,7 +305,7 @@ def test_compose_gives_the_typed_config() -> None:
     (job,) = quantlab.compose(["backend=torchao", "dtype=int4", "group_size=64", "evaluation.num_samples=30"]).jobs
     assert job.name == "torchao int4 g64"
     assert job.config.evaluation.num_samples == 30
-    assert isinstance(job.native, quantlab.TorchAoConfig)
+    assert isinstance(job.schemes[""].native, quantlab.TorchAoConfig)
 
 
 @pytest.mark.parametrize(

@@ -232,8 +232,10 @@ def model(sweep: Sweep) -> LoadedModel:
 
 
 def _quantized(job: Job, model: LoadedModel) -> tuple[QuantizationRequest, Any, QuantizationReport]:
-    assert job.scheme is not None
-    request = QuantizationRequest(component="transformer", scheme=job.scheme, compute_dtype="float32", device="cpu")
+    assert job.schemes[""] is not None
+    request = QuantizationRequest(
+        component="transformer", scheme=job.schemes[""], compute_dtype="float32", device="cpu"
+    )
     return request, *quantize_component(request, model.copy_of("transformer"), model.components["transformer"])
 
 

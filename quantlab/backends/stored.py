@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -108,10 +108,21 @@ def block_of(pasted: Mapping[str, Any] | str) -> dict[str, Any]:
         return _block_in(_read(checked_path(_FILE_KEY, file)), file, is_block=True)
     if isinstance(pasted, str):
         try:
-            pasted = json.loads(pasted)
+            pasted = json.loads(pasted, object_pairs_hook=_each_once)
+        except ConfigError:
+            raise
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"the text is no JSON ({error}); copy it whole, from {{ to }}") from error
     return _block_in(cast("Mapping[str, Any]", pasted), "the text", is_block=True)
+
+
+def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of JSON; ConfigError for a key that it has twice: the last would win without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ConfigError(f"{next(k for k in keys if keys.count(k) > 1)}: is in it twice; keep one")
+    return found
 
 
 def pasted_file(pasted: object) -> str:

@@ -149,16 +149,23 @@ def _is_hub_id(path: str | None) -> bool:
 
 
 def _scheme(job: Job, parts: Mapping[str, tuple[Part, Written]]) -> str:
-    axes = job.axes
+    schemes = {name: scheme for name in parts if (scheme := job.scheme_of(name)) is not None}
     said = {
-        "backend": axes.backend,
-        "dtype": axes.dtype,
-        "group size": axes.group_size,
-        "activations": axes.activation_dtype,
-        "algorithm": axes.algorithm,
-        "computes in": next(part.dtype for part, _ in parts.values()),
+        name: {
+            "backend": scheme.axes.backend,
+            "dtype": scheme.axes.dtype,
+            "group size": scheme.axes.group_size,
+            "activations": scheme.axes.activation_dtype,
+            "algorithm": scheme.axes.algorithm,
+            "computes in": parts[name][0].dtype,
+        }
+        for name, scheme in schemes.items()
     }
-    lines = ["## Scheme", "", "| | |", "|---|---|", *(f"| {k} | {text(v)} |" for k, v in said.items())]
+    same = len({str(words) for words in said.values()}) == 1
+    titles = [""] if same else [f"`{name}`" for name in said]
+    shown = list(said.values())[: len(titles)]
+    lines = ["## Scheme", "", f"| | {' | '.join(titles)} |", "|---|" + "---|" * len(titles)]
+    lines += [f"| {k} | {' | '.join(text(words[k]) for words in shown)} |" for k in shown[0]]
     for name, (part, _) in parts.items():
         kept = [r for r in part.layers if r.status != "quantized" and not r.shares]
         num = len(part.quantized)

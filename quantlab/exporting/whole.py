@@ -134,25 +134,25 @@ def parts_of(
     job: Job, reference: LoadedModel, candidate: LoadedModel, layers: QuantizationReport | None
 ) -> dict[str, Part]:
     """The quantized components; ConfigError where there is nothing to export, or the model has no one checkpoint."""
-    if job.scheme is None or layers is None:
+    if not job.schemes or layers is None:
         raise ConfigError(f"export.path: {job.name} is not quantized; export a run that is")
     names = list(dict.fromkeys(row.component for row in layers.layers))
     if "pipeline" not in candidate.parts and len(names) != 1:
         raise ConfigError(f"export.path: {candidate.name} has no one checkpoint for {', '.join(names)}")
-    compute = job.scheme.axes.compute_dtype
+    schemes = {name: scheme for name in names if (scheme := job.scheme_of(name)) is not None}
     return {
         name: Part(
             name=name,
             module=candidate.components[name],
             original=reference.components[name],
             library=library_of(reference.components[name], name),
-            config=_config(job.scheme, reference, name, layers),
+            config=_config(scheme, reference, name, layers),
             layers=[row for row in layers.layers if row.component == name],
             dtype=candidate.dtype,
-            compute_dtype=candidate.dtype if compute == "auto" else compute,
+            compute_dtype=candidate.dtype if scheme.axes.compute_dtype == "auto" else scheme.axes.compute_dtype,
             tokenizer=candidate.parts.get("tokenizer"),
         )
-        for name in names
+        for name, scheme in schemes.items()
     }
 
 

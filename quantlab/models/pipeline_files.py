@@ -34,6 +34,15 @@ def denoisers_of(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
     return (max(others, key=others.__getitem__),)
 
 
+def named_denoisers(index: Path) -> tuple[str, ...]:
+    """The parts of an index that are called like denoisers; none of a damaged one, which loading tells."""
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ()
+    return tuple(name for name in parts if DENOISER.fullmatch(name)) if isinstance(parts, dict) else ()
+
+
 def check_choice(files: Repository, index: Mapping[str, Any], config: ModelConfig) -> None:
     """ConfigError for a variant that no file is of, and for parts to leave out that are not there."""
     if config.variant is not None:

@@ -11,6 +11,7 @@ from quantlab.errors import ConfigError, ModelError, nearest
 from quantlab.models import causal_lm, diffusers_pipeline, digits_dit, encoder, seq2seq, smollm2, vision
 from quantlab.models.auto import AUTO, family_of_checkpoint
 from quantlab.models.loaded import LoadedModel, Progress
+from quantlab.models.pipeline_files import INDEX, named_denoisers
 from quantlab.models.reading import required_path
 from quantlab.vocabulary.schema import EvaluationConfig, ModelConfig
 
@@ -49,6 +50,8 @@ class Family:
     protocol: str
     """Row of ``protocols.PROTOCOLS``: how its models are run and compared."""
     load: Load
+    components: tuple[str, ...] | None
+    """Names of its components; None: they are in the files of each pipeline."""
     needs_path: tuple[str, str] | None
     """What ``model.path`` leads to, and an example; None: the family has a model of its own."""
     look: Callable[[ModelConfig, EvaluationConfig], type | None] | None
@@ -58,11 +61,13 @@ class Family:
     """None: the weights are of others."""
 
 
+_ONE = ("model",)
 _ROWS = (
     Family(
         name="digits_dit",
         protocol="diffusion",
         load=digits_dit.load,
+        components=("transformer",),
         needs_path=None,
         look=None,
         trained=Trained(
@@ -75,24 +80,50 @@ _ROWS = (
         name="diffusers",
         protocol="diffusion",
         load=diffusers_pipeline.load,
+        components=None,
         needs_path=diffusers_pipeline.NEEDS_PATH,
         look=diffusers_pipeline.look,
         trained=None,
     ),
-    Family(name="smollm2", protocol="language", load=smollm2.load, needs_path=None, look=None, trained=None),
+    Family(
+        name="smollm2",
+        protocol="language",
+        load=smollm2.load,
+        components=_ONE,
+        needs_path=None,
+        look=None,
+        trained=None,
+    ),
     Family(
         name="causal_lm",
         protocol="language",
         load=causal_lm.load,
+        components=_ONE,
         needs_path=causal_lm.NEEDS_PATH,
         look=None,
         trained=None,
     ),
-    Family(name="encoder", protocol="encoder", load=encoder.load, needs_path=None, look=None, trained=None),
     Family(
-        name="seq2seq", protocol="seq2seq", load=seq2seq.load, needs_path=seq2seq.NEEDS_PATH, look=None, trained=None
+        name="encoder", protocol="encoder", load=encoder.load, components=_ONE, needs_path=None, look=None, trained=None
     ),
-    Family(name="vision", protocol="vision", load=vision.load, needs_path=vision.NEEDS_PATH, look=None, trained=None),
+    Family(
+        name="seq2seq",
+        protocol="seq2seq",
+        load=seq2seq.load,
+        components=_ONE,
+        needs_path=seq2seq.NEEDS_PATH,
+        look=None,
+        trained=None,
+    ),
+    Family(
+        name="vision",
+        protocol="vision",
+        load=vision.load,
+        components=_ONE,
+        needs_path=vision.NEEDS_PATH,
+        look=None,
+        trained=None,
+    ),
 )
 
 FAMILIES: dict[str, Family] = {row.name: row for row in _ROWS}
@@ -105,6 +136,29 @@ def check_path(config: ModelConfig) -> None:
         raise ModelError(f"model.path={path}: there is no such folder; name a local folder or a Hub id (owner/name)")
     if needs := family_of(config).needs_path:
         required_path(config, *needs)
+
+
+def components_of_family(config: ModelConfig) -> tuple[str, ...]:
+    """The components that are quantized where ``model.components`` names none, as far as that is known without
+    loading: of a pipeline that lies in a local folder, those that are called like denoisers."""
+    if config.family == AUTO:
+        return ()
+    fixed = family_of(config).components
+    if fixed is not None:
+        return fixed
+    index = Path(config.path or "").expanduser() / INDEX
+    return named_denoisers(index) if config.path and index.is_file() else ()
+
+
+def check_components(config: ModelConfig) -> None:
+    """ConfigError, before anything is loaded, for a component that the family has not."""
+    fixed = family_of(config).components
+    for name in config.components:
+        if fixed is not None and name not in fixed:
+            raise ConfigError(
+                f"model.components={name}: a model of family {config.family} has {', '.join(fixed)}"
+                f"{nearest(name, fixed)}"
+            )
 
 
 def family_of(config: ModelConfig) -> Family:

@@ -29,7 +29,7 @@ from quantlab.errors import ConfigError, nearest
 from quantlab.planning.data import check_data, no_resolvers
 from quantlab.planning.places import conf_dir, groups, option_dirs
 from quantlab.planning.recipe import Recipe
-from quantlab.planning.words import check_options, literal, parse
+from quantlab.planning.words import COMPONENTS, check_options, literal, parse
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.fields import check_types
 from quantlab.vocabulary.launching import LAUNCHER_SETTINGS
@@ -161,7 +161,8 @@ def compose_node(overrides: Sequence[str], recipe: Recipe | None = None) -> tupl
     check_options(parsed)
     words = [o.input_line for o in parsed]
     if recipe is not None:
-        words = [f"recipe={_OPTION}", *_reapply_choices(parsed, recipe.content), *words]
+        replaced = [f"~{o.key_or_group}" for o in parsed if _replaces(o, recipe)]
+        words = [f"recipe={_OPTION}", *_reapply_choices(parsed, recipe.content), *replaced, *words]
     try:
         with no_resolvers():
             whole = hydra_compose("config", overrides=words, return_hydra_config=True)
@@ -174,6 +175,13 @@ def compose_node(overrides: Sequence[str], recipe: Recipe | None = None) -> tupl
     if recipe is not None:
         whole.recipe = recipe.file.stem
     return whole, choices
+
+
+def _replaces(override: Any, recipe: Recipe) -> bool:
+    """Whether a word gives a component of the recipe another scheme: nothing of the recipe's is then left in it."""
+    node, _, name = override.key_or_group.partition(".")
+    own = recipe.content.get(COMPONENTS)
+    return node == COMPONENTS and isinstance(own, Mapping) and name in own and isinstance(override.value(), Mapping)
 
 
 def _as_config_error(error: Exception, words: Sequence[str], recipe: Recipe | None) -> ConfigError:

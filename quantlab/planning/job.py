@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,32 +11,37 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from quantlab.backends.scheme import Scheme
+from quantlab.backends.table import Backend
+from quantlab.planning.components import DEFAULT, NO_SCHEME, names_of
 from quantlab.planning.recipe import replay_yaml
+from quantlab.planning.words import COMPONENTS
 from quantlab.vocabulary.axes import QuantizationAxes
-from quantlab.vocabulary.native import QuantizationConfigMixin, to_json_data
+from quantlab.vocabulary.native import to_json_data
 from quantlab.vocabulary.numbers import FLOOR_ATTENTION, FLOOR_BATCH, FLOOR_BF16, FLOOR_FP32, REFERENCE
 from quantlab.vocabulary.schema import ExperimentConfig, ExportConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run: its typed config, its scheme (None: the reference, or a cast of it), and how to ask for it again.
+    """One run: its typed config, its schemes (none: the reference, or a cast of it), and how to ask for it again.
 
-    Everything about the scheme is decided here: whoever has a job asks neither ``conf/`` nor the tables again.
+    Everything about the schemes is decided here: whoever has a job asks neither ``conf/`` nor the tables again.
     """
 
     name: str
     config: ExperimentConfig
-    scheme: Scheme | None = None
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
+    """Component -> its scheme; :data:`DEFAULT`: that of the components which ``model.components`` names, or the family
+    quantizes by default."""
     overrides: tuple[str, ...] = ()
     batch_size: int | None = None
-    """Another batch size than the reference's: that of the ``floor_batch`` row, and 1 for a scheme whose samples would
+    """Another batch size than the reference's: that of the ``floor_batch`` row, and 1 where a scheme makes samples
     depend on what else is in their batch."""
     plain_attention: bool = False
     """Attention by plain matrix products instead of a fused kernel (the ``floor_attention`` row)."""
 
-    pasted_file: str = ""
-    """The file that its ``quantization_config`` was read from."""
+    pasted_files: Mapping[str, str] = field(default_factory=dict)
+    """Key of a ``quantization_config`` -> the file that it was read from."""
     choices: Mapping[str, str] = field(default_factory=dict)
     """Option chosen of each config group."""
     point: Mapping[str, str] = field(default_factory=dict)
@@ -44,13 +49,33 @@ class Job:
 
     @property
     def axes(self) -> QuantizationAxes:
-        """The scheme's axes, spelled out; without a scheme those of the reference."""
-        return self.config.quantization if self.scheme is None else self.scheme.axes
+        """The axes of the request as a whole, spelled out; without such a scheme those of the reference."""
+        return self.schemes[DEFAULT].axes if DEFAULT in self.schemes else self.config.quantization
+
+    def components(self, default: Sequence[str]) -> dict[str, Scheme | None]:
+        """Component -> its scheme, None for one that stays as it is (or is cast), of all that the job is about.
+
+        ``default`` are those that the family quantizes, where ``model.components`` names none.
+        """
+        return {name: self.scheme_of(name) for name in names_of(self.config, default)}
+
+    def scheme_of(self, component: str) -> Scheme | None:
+        """The scheme of a component that the job is about: its own, or the whole request's."""
+        return self.schemes.get(component if component in self.config.components else DEFAULT)
+
+    def key_of(self, component: str) -> str:
+        """How messages about the component's scheme begin; "" where it is the whole request's."""
+        return f"{COMPONENTS}.{component}" if component in self.schemes else ""
 
     @property
-    def native(self) -> QuantizationConfigMixin | None:
-        """What the library is told; None without a scheme."""
-        return None if self.scheme is None else self.scheme.native
+    def needs_data(self) -> bool:
+        """Whether a scheme is calibrated."""
+        return any(scheme.native.needs_data for scheme in self.schemes.values())
+
+    @property
+    def backends(self) -> tuple[Backend, ...]:
+        """The libraries of its schemes, each once."""
+        return tuple({scheme.backend.name: scheme.backend for scheme in self.schemes.values()}.values())
 
     @property
     def recipe_yaml(self) -> str:
@@ -125,19 +150,28 @@ def scheme_name(axes: QuantizationAxes, scheme: Scheme | None = None, settings: 
     return " ".join(words)
 
 
+def joined_name(default: str, own: Mapping[str, str]) -> str:
+    """The name of a job with schemes of single components (name -> that of its scheme) beside the whole request's, if
+    any: ``transformer: bitsandbytes nf4 + text_encoder_2: quanto int8``."""
+    parts = [*([default] if default else []), *(f"{name}: {said}" for name, said in own.items())]
+    return " + ".join(parts) or REFERENCE
+
+
 def _setting_words(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
         return " ".join(f"{k}={v}" for k, v in value.items())
     return name if value is True else f"{name}={value}"
 
 
-def floor_jobs(config: ExperimentConfig, dtype: str) -> list[Job]:
+def floor_jobs(config: ExperimentConfig, dtype: str, names: Sequence[str]) -> list[Job]:
     """The rows that every comparison needs: the reference through the candidates' path, and its noise floors.
 
     A floor is another execution of the same weights that nobody would call wrong. One of ``dtype`` float32 is cast to
     bfloat16; one of 16 bits, whose cast would be itself, is computed by another attention kernel and in float32.
+    ``names`` are the components that the jobs quantize.
     """
-    bare = replace(config, quantization=QuantizationAxes(), name="")
+    own = {name: dict(NO_SCHEME) for name in names} if config.components else {}
+    bare = replace(config, quantization=QuantizationAxes(), components=own, name="")
     batch = Job(name=FLOOR_BATCH, config=bare, batch_size=config.evaluation.floor_batch_size)
     reference = Job(name=REFERENCE, config=bare)
     if dtype == "float32":

@@ -9,30 +9,42 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from quantlab.backends.scheme import Scheme, pasted_scheme, scheme_of
 from quantlab.backends.stored import pasted_file
-from quantlab.backends.table import offers, own_settings
+from quantlab.backends.table import offers
 from quantlab.datasets.calibration import check_calibration
 from quantlab.datasets.table import check_dataset
 from quantlab.errors import ConfigError, QuantlabError, nearest
+from quantlab.models.table import components_of_family
 from quantlab.planning.auto import chosen_family
-from quantlab.planning.composition import compose_node, node_class, session, typed
-from quantlab.planning.job import Job, Merged, Plan, scheme_name
+from quantlab.planning.components import (
+    DEFAULT,
+    check_contradiction,
+    check_node,
+    check_said_once,
+    component_nodes,
+    decided,
+    spread,
+    told_under,
+    with_those_of_others,
+    without_default,
+    written_out,
+)
+from quantlab.planning.composition import compose_node, session, typed
+from quantlab.planning.job import Job, Merged, Plan, joined_name, scheme_name
 from quantlab.planning.picking import check_export
 from quantlab.planning.places import groups, recipe_file, shipped_groups
 from quantlab.planning.recipe import Recipe, read_recipe
 from quantlab.planning.space import check_search, check_space, distinct
 from quantlab.planning.trust import asked_for
-from quantlab.planning.words import MAX_COMBINATIONS, override_text, parse, swept_values
+from quantlab.planning.words import COMPONENTS, MAX_COMBINATIONS, override_text, parse, swept_values
 from quantlab.protocols.language import PERPLEXITY_PROTOCOLS
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
-from quantlab.vocabulary.fields import check_values, checked_path
+from quantlab.vocabulary.fields import check_values
 from quantlab.vocabulary.launching import LAUNCHER_SETTINGS, LauncherSettings
 from quantlab.vocabulary.schema import ExperimentConfig, ExportConfig
 
@@ -69,6 +81,7 @@ def _typed(words: Sequence[str]) -> tuple[str, ...]:
 def _plan(recipe: Recipe | None, words: Sequence[str], multirun: bool) -> Plan:
     with session(recipe):
         fixed, axes = _split_sweep(words, multirun)
+        check_said_once(words)
         if recipe is not None:
             recipe.check_given({o.key_or_group for o in parse(words)})
         composed = compose_node(fixed, recipe)
@@ -80,10 +93,10 @@ def _plan(recipe: Recipe | None, words: Sequence[str], multirun: bool) -> Plan:
         merged: list[Merged] = []
         if is_sweep:
             every, invalid = _compose_jobs(combinations, fixed, recipe)
-            jobs, merged = distinct(every)
+            jobs, merged = distinct(_counting_the_same(every))
             jobs = _told_apart(jobs)
         else:
-            jobs, invalid = [replace(make_job(base, fixed), choices=composed[1])], []
+            jobs, invalid = [replace(make_job(base, fixed, recipe), choices=composed[1])], []
         asks = asked_for(recipe, jobs, words)
         if is_sweep:  # one of them is exported at its end: no job's own business
             jobs = [replace(job, config=replace(job.config, export=ExportConfig())) for job in jobs]
@@ -140,7 +153,7 @@ def _combinations(
     }
     if base.sweep.candidates:
         named = _candidate_keys(base)
-        clash = [k for k in typed_keys if k in named]
+        clash = [k for k in typed_keys if any(_is_within(k, n) or _is_within(n, k) for n in named)]
         if clash:
             raise ConfigError(
                 f"{clash[0]}: recipe={base.recipe} lists its candidates; drop {clash[0]}=... or drop the recipe"
@@ -160,6 +173,11 @@ def _combinations(
     _check_size(every)
     combos = [list(c) for c in itertools.product(*every.values())]
     return combos, bool(every)
+
+
+def _is_within(key: str, other: str) -> bool:
+    """Whether a key is another one, or of the component that it is."""
+    return key == other or (other.startswith(f"{COMPONENTS}.") and key.startswith(f"{other}."))
 
 
 def _check_size(axes: Mapping[str, Sequence[Any]]) -> None:
@@ -217,12 +235,17 @@ def _compose_jobs(
             _check_axes(combination)
             node, choices = compose_node([*fixed, *combination], recipe)
             point = {k: v.strip("'") for k, _, v in (c.partition("=") for c in combination)}
-            job = replace(make_job(typed(node), [*fixed, *combination]), choices=choices, point=point)
+            job = replace(make_job(typed(node), [*fixed, *combination], recipe), choices=choices, point=point)
         except QuantlabError as error:
             invalid.append((" ".join(c.replace("'", "") for c in combination), str(error)))
             continue
         jobs.append(job)
     return jobs, invalid
+
+
+def _counting_the_same(jobs: Sequence[Job]) -> list[Job]:
+    configs = with_those_of_others([job.config for job in jobs])
+    return [replace(job, config=config) for job, config in zip(jobs, configs, strict=True)]
 
 
 def _told_apart(jobs: Sequence[Job]) -> list[Job]:
@@ -271,30 +294,44 @@ def _refusal(invalid: Sequence[tuple[str, str]], num_combinations: int) -> str:
 # -- jobs
 
 
-def make_job(config: ExperimentConfig, overrides: Sequence[str] = ()) -> Job:
+def make_job(config: ExperimentConfig, overrides: Sequence[str] = (), recipe: Recipe | None = None) -> Job:
     """The job of one typed config; raises ConfigError where the combination is impossible.
 
     A pasted ``quantization_config`` becomes the native config as it is, and the job's axes show what it says.
     """
     _check_config(config)
     check_dataset(config)
-    axes, shipped = config.quantization, groups()["modules_to_not_convert"]
-    settings = {name: getattr(axes, name) for name in own_settings(axes.backend) if hasattr(axes, name)}
-    scheme: Scheme | None
-    if axes.quantization_config:
-        typed_keys = [o.partition("=")[0].lstrip("+").removeprefix("quantization.") for o in overrides]
-        scheme = pasted_scheme(axes, settings, typed_keys, shipped)
-        settings = {name: getattr(scheme.native, name) for name in scheme.backend.settings}
-        node = node_class(scheme.backend.name)(**{**vars(scheme.axes), **settings})
-        config = replace(config, quantization=node)
-    else:
-        scheme = scheme_of(axes, settings, shipped)
-    if scheme is not None and scheme.native.needs_data:
+    file = pasted_file(config.quantization.quantization_config)
+    config = spread(config)
+    keys = {o.partition("=")[0].lstrip("+") for o in overrides}
+    config = without_default(config, keys | (recipe.chosen if recipe else set()))
+    own_nodes = component_nodes(config)
+    config = replace(config, components={name: config.components[name] for name in own_nodes})
+    check_contradiction(config, config.model.components or components_of_family(config.model))
+    whole = decided(config.quantization, {key.removeprefix("quantization.") for key in keys})
+    schemes, files = {DEFAULT: whole.scheme}, {"quantization": file}
+    names, nodes = dict[str, str](), dict[str, dict[str, Any]]()
+    for name, node in own_nodes.items():
+        with told_under(f"{COMPONENTS}.{name}"):
+            own = decided(node, ("backend",))
+        schemes[name], files[f"{COMPONENTS}.{name}"] = own.scheme, own.file
+        nodes[name] = written_out(name, config.components[name], own)
+        if own.scheme is not None:
+            names[name] = scheme_name(own.axes, own.scheme, own.settings)
+    config = replace(config, quantization=whole.axes, components=nodes)
+    found = {name: scheme for name, scheme in schemes.items() if scheme is not None}
+    if any(scheme.native.needs_data for scheme in found.values()):
         check_calibration(config)
-    name = _short(config.name or scheme_name(config.quantization, scheme, settings))
-    alone = 1 if scheme is not None and scheme.native.activation_granularity == "per-tensor" else None
-    file = pasted_file(axes.quantization_config)
-    return Job(name=name, config=config, scheme=scheme, overrides=tuple(overrides), batch_size=alone, pasted_file=file)
+    default = scheme_name(whole.axes, whole.scheme, whole.settings)
+    alone = any(scheme.native.activation_granularity == "per-tensor" for scheme in found.values())
+    return Job(
+        name=_short(config.name or (joined_name("" if DEFAULT not in found else default, names) if names else default)),
+        config=config,
+        schemes=found,
+        overrides=tuple(overrides),
+        batch_size=1 if alone else None,
+        pasted_files={f"{key}.quantization_config": file for key, file in files.items() if file},
+    )
 
 
 def _check_config(config: ExperimentConfig) -> None:
@@ -309,16 +346,7 @@ def _check_config(config: ExperimentConfig) -> None:
             f"evaluation.perplexity_protocol={name}: there are {', '.join(PERPLEXITY_PROTOCOLS)}"
             f"{nearest(name, PERPLEXITY_PROTOCOLS)}"
         )
-    for name in config.quantization.modules_to_not_convert:
-        if not re.fullmatch(r"[\w-]{1,60}", name, re.ASCII):
-            raise ConfigError(
-                f"quantization.modules_to_not_convert.{name[:60]}: a list is called by letters, digits, _ and -; "
-                "the entries stand in it, as in quantization.modules_to_not_convert.mine='[proj_out]'"
-            )
-    for name, field in own_settings(config.quantization.backend).items():
-        value = getattr(config.quantization, name, None)
-        if field.metadata["kind"] == "str" and not field.metadata["choices"] and value is not None:  # a file's
-            checked_path(f"quantization.{name}", value)
+    check_node(config.quantization)
     timeout = config.sweep.timeout_s
     if timeout is not None and config.sweep.isolation == "none":
         raise ConfigError(

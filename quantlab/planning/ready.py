@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 from quantlab.backends.table import loggers
 from quantlab.datasets.table import check_call, check_file
-from quantlab.models.table import check_path
+from quantlab.models.table import check_components, check_path
+from quantlab.planning.components import named_by_users
 from quantlab.planning.job import Job
 from quantlab.quiet import quiet_libraries
 
@@ -18,11 +19,13 @@ def check_ready(jobs: Sequence[Job]) -> None:
     known = set()
     for job in jobs:
         config = job.config
-        asked = config.evaluation
+        whole, asked = config.model_with(), config.evaluation
         sizes = (asked.num_samples, asked.height, asked.width, asked.num_frames)
-        where = (str(astuple(config.model)), str(astuple(config.dataset)), str(sizes))
+        where = (str(astuple(whole)), str(astuple(config.dataset)), str(sizes))
         if where not in known:
             known.add(where)
             check_path(config.model)
             check_file(config)
-            check_call(config)
+            with named_by_users(config):
+                check_components(whole)
+                check_call(replace(config, model=whole))

@@ -7,7 +7,9 @@ never names code.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import operator
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +38,14 @@ class Recipe:
     """Its own file and those that it builds on."""
     digest: str
     """``sha256:...`` of the bytes of all files."""
+
+    @property
+    def chosen(self) -> set[str]:
+        """The groups that it chooses from, and the keys of ``quantization`` that it sets."""
+        entries = (str(next(iter(entry))) for entry in self.content.get("defaults") or [])
+        node = self.content.get("quantization")
+        keys = node if isinstance(node, Mapping) else ()
+        return {*(entry.removeprefix("override /") for entry in entries), *(f"quantization.{key}" for key in keys)}
 
     def check_given(self, keys: Collection[str]) -> None:
         """ConfigError for a key that it leaves open (``???``) and that is not among those that the user gives."""
@@ -181,8 +191,12 @@ def _option_of(family: str) -> str:
     return family if family in shipped_groups()["model"] else "causal_lm"
 
 
-OWN_PATHS = ("model.path", "dataset.path", "calibration.path", "quantization.imatrix_file")
-"""Keys that may lead to files of the user's own."""
+_PATHS = ("model.path", "dataset.path", "calibration.path", "quantization.imatrix_file")
+
+
+def own_paths(components: Collection[str]) -> tuple[str, ...]:
+    """Keys that may lead to files of the user's own; ``components`` are those with schemes of their own."""
+    return (*_PATHS, *(f"components.{name}.imatrix_file" for name in components))
 
 
 def replay_yaml(resolved: Mapping[str, Any], choices: Mapping[str, str], *, whole: bool = False) -> str:
@@ -214,11 +228,13 @@ def replay_yaml(resolved: Mapping[str, Any], choices: Mapping[str, str], *, whol
     if not whole:
         if resolved["tracking"]["save_checkpoint"] is False:  # decides what is measured, and not where it goes
             body["tracking"] = {"save_checkpoint": False}
-        for key in OWN_PATHS:
-            node, _, name = key.partition(".")
-            path = body[node].get(name)
+        body["components"] = {name: dict(said) for name, said in body["components"].items()}
+        for key in own_paths(resolved["components"]):
+            *nodes, name = key.split(".")
+            node: Any = functools.reduce(operator.getitem, nodes, body)
+            path = node.get(name)
             if path and Path(path).expanduser().is_absolute():
-                body[node][name] = "???"
+                node[name] = "???"
                 header += f"# Give it {key}=... as well: its author's own was {printable(Path(path).name)}.\n"
     quantization = body.pop("quantization")
     defaults = [{f"override /{g}": [] if c == "[]" else c} for g, c in chosen.items()]

@@ -74,7 +74,7 @@ def distinct(jobs: Sequence[Job]) -> tuple[list[Job], list[Merged]]:
         found.setdefault(_identity(job), []).append(job)
     kept, merged = [], []
     for same in found.values():
-        best = max(same, key=lambda job: job.scheme.num_forgiven if job.scheme else 0)
+        best = max(same, key=lambda job: sum(scheme.num_forgiven for scheme in job.schemes.values()))
         kept.append(best)
         if spellings := _spellings(best, same):
             merged.append(Merged(name=best.name, spellings=spellings))
@@ -82,13 +82,13 @@ def distinct(jobs: Sequence[Job]) -> tuple[list[Job], list[Merged]]:
 
 
 def _identity(job: Job) -> str:
-    """What a job measures, as text: its scheme in one spelling, and all of its config that bears on it."""
-    config, scheme = job.config, job.scheme
-    unread = {"quantization", *(() if scheme and scheme.native.needs_data else ("calibration",))}
+    """What a job measures, as text: its schemes in one spelling, and all of its config that bears on it."""
+    config = job.config
+    unread = {"quantization", "components", *(() if job.needs_data else ("calibration",))}
     others = {k: v for k, v in job.resolved.items() if k not in unread}
     device = config.device if config.device == "cpu" else "auto"
-    own = scheme.spelled_out(device, config.model.dtype) if scheme else {"dtype": config.quantization.dtype}
-    return canonical_json([others, own])
+    own = {name: scheme.spelled_out(device, config.model.dtype) for name, scheme in job.schemes.items()}
+    return canonical_json([others, own, sorted(config.components), "" if own else config.quantization.dtype])
 
 
 def _spellings(best: Job, same: Sequence[Job]) -> tuple[str, ...]:

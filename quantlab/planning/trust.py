@@ -20,14 +20,13 @@ from quantlab.planning.composition import compose_node, typed
 from quantlab.planning.job import Job, Plan
 from quantlab.planning.places import conf_dir, groups, shipped_recipes
 from quantlab.planning.recipe import Recipe
-from quantlab.planning.words import parse
+from quantlab.planning.words import COMPONENTS, parse
 from quantlab.progress import printable
 from quantlab.vocabulary.launching import COMMANDS
 from quantlab.vocabulary.schema import ExperimentConfig
 
 _GROUPS = ("tracking", "launcher", "model", "dataset", "calibration")
 """Groups whose options hold guarded keys; an option that the user chose is the user's word."""
-_PASTED = "quantization.quantization_config"
 _SHOWN_CHARACTERS = 200
 
 
@@ -44,7 +43,7 @@ def asked_for(recipe: Recipe | None, jobs: Sequence[Job], words: Sequence[str]) 
     usual = dict(_guarded(typed(compose_node(chosen)[0])))
     found: dict[str, list[str]] = {}
     for job in jobs:
-        for key, value in (*_guarded(job.config), (_PASTED, job.pasted_file or None)):
+        for key, value in (*_guarded(job.config), *job.pasted_files.items()):
             by_user = any(key == k or key.startswith(f"{k}.") for k in keys)
             if not by_user and value != usual.get(key) and not (key == "model.path" and value in _shipped_paths()):
                 found.setdefault(key, []).append(printable(str(value), _SHOWN_CHARACTERS))
@@ -67,9 +66,13 @@ def _guarded(config: ExperimentConfig) -> Iterator[tuple[str, Any]]:
             yield f"launcher.settings{key}", value
     yield "launcher.engine", config.launcher.engine
     yield "launcher.num_workers", config.launcher.num_workers
-    for name, field in own_settings(config.quantization.backend).items():
-        if field.metadata["kind"] == "str" and not field.metadata["choices"]:  # free text: a file, as far as one knows
-            yield f"quantization.{name}", getattr(config.quantization, name, None)
+    own = {f"{COMPONENTS}.{name}": said for name, said in config.components.items()}
+    for node, said in {"quantization": vars(config.quantization), **own}.items():
+        for name, field in own_settings(str(said.get("backend"))).items():
+            if (
+                field.metadata["kind"] == "str" and not field.metadata["choices"]
+            ):  # free text: a file, as far as one knows
+                yield f"{node}.{name}", said.get(name)
 
 
 def _leaves(prefix: str, node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

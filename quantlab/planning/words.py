@@ -21,6 +21,8 @@ from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.schema import ExperimentConfig
 
 _MAX_KEY = 200
+_PASTED = re.compile(r"\+*(quantization\.|components\.\w+\.)?quantization_config")
+"""Keys whose value is pasted."""
 MAX_COMBINATIONS = 10_000
 """Of a grid: each is composed and checked before the first job, which takes a tenth of a second."""
 WHOLE_NODES = {
@@ -47,7 +49,10 @@ _HYDRAS = {
 }
 """Key of Hydra's -> what does its work here."""
 NUMERIC_GROUPS = ("group_size",)
+COMPONENTS = "components"
+"""The node of the schemes of single components, whose keys are their names."""
 OPEN_NODES = (
+    COMPONENTS,
     "quantization.modules_to_not_convert",
     "quantization.quantization_config",
     "model.call",
@@ -65,7 +70,7 @@ def parse(overrides: Sequence[str]) -> list[Any]:
 def _parsed(parser: OverridesParser, word: str) -> Any:
     """One word; ConfigError that begins with it where Hydra's grammar or our schema does not take it."""
     key, has_value, value = word.partition("=")
-    if key.lstrip("+").removeprefix("quantization.") == "quantization_config":
+    if _PASTED.fullmatch(key):
         word = f"{key}{'=' * bool(has_value)}{_quoted(value)}"
     elif value.startswith("~") and "'" not in value:  # a home folder: the shell leaves it, and Hydra's grammar has no ~
         word = f"{key}='{value}'"

@@ -20,7 +20,7 @@ from quantlab.metrics.statistics import MIN_CLUSTERS, cluster_means, degrees_of_
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.pareto import pareto_front
 from quantlab.report.reading import Reader, StoredRun, read_json
-from quantlab.report.selection import ComparisonRequest, Selection, group_labels, is_candidate
+from quantlab.report.selection import ComparisonRequest, Selection, group_labels, is_candidate, scheme_nodes
 from quantlab.report.verdicts import (
     IN_FLOOR,
     TOO_FEW,
@@ -302,23 +302,26 @@ def _among(runs: Sequence[StoredRun], samples: _Samples) -> list[Verdict]:
 
 def _twins(candidates: Sequence[StoredRun], samples: _Samples) -> list[Verdict]:
     """Each run of an algorithm less its twin, where both have samples."""
-    plain = {_bits(r): r for r in candidates if r.params.get("quantization.algorithm") in PLAIN}
+    plain = {_bits(r): r for r in candidates if _is_plain(r)}
     found = []
     for run in candidates:
         twin = plain.get(_bits(run))
-        if (
-            twin is not None
-            and run.params.get("quantization.algorithm") not in PLAIN
-            and all(samples.of(r).get(samples.metric) for r in (run, twin))
-        ):
+        if twin is not None and not _is_plain(run) and all(samples.of(r).get(samples.metric) for r in (run, twin)):
             found += _tested([run, twin], [(0, 1)], samples)
     return found
 
 
+def _is_plain(run: StoredRun) -> bool:
+    return all(run.params.get(f"{node}.algorithm") in PLAIN for node in scheme_nodes(run.params))
+
+
 def _bits(run: StoredRun) -> tuple[str | None, ...]:
-    backend = backends().get(run.params.get("quantization.backend", ""))
-    keys = (*SAME_BITS, *(backend.same_bits if backend else ()))
-    return tuple(run.params.get(f"quantization.{k}") for k in keys)
+    found: list[str | None] = []
+    for node, name in scheme_nodes(run.params).items():
+        backend = backends().get(name)
+        keys = (*SAME_BITS, *(backend.same_bits if backend else ()))
+        found += [node, *(run.params.get(f"{node}.{k}") for k in keys)]
+    return tuple(found)
 
 
 def _tested(

@@ -15,7 +15,7 @@ from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.compare import Comparison, answers, bytes_of
 from quantlab.report.reading import StoredRun
 from quantlab.report.said_first import said_first
-from quantlab.report.selection import is_candidate
+from quantlab.report.selection import is_candidate, scheme_nodes
 from quantlab.report.verdicts import Verdict, largest_floor
 from quantlab.tracking.tags import FAILURE, STAGE, UNQUANTIZED
 
@@ -165,7 +165,7 @@ def _row(run: StoredRun, group: Comparison) -> RowData:
         "name": run.name,
         "run_id": run.run_id,
         "role": "candidate" if is_candidate(run) else "baseline",
-        "backend": run.params.get("quantization.backend", ""),
+        "backend": " + ".join(sorted(set(scheme_nodes(run.params).values()))),
         "weights_bytes": m.get("memory/weights_bytes"),
         "bits_per_weight_model": m.get("memory/bits_per_weight_model"),
         "bits_per_weight_quantized": m.get("memory/bits_per_weight_quantized"),

@@ -13,6 +13,9 @@ from quantlab.report.pareto import pareto_front
 from quantlab.report.verdicts import largest_floor
 from quantlab.tracking.results import Row
 
+_SEVERAL = "by component"
+"""How the points are called whose components have schemes of their own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Point:
@@ -38,8 +41,9 @@ def draw_pareto(rows: Sequence[Row], file: Path) -> None:
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
-    for backend, row in backends().items():
-        points = [_point(r["metrics"], metric.name) for r in found if r["name"].split()[0] == backend]
+    colours = {name: row.colour for name, row in backends().items()}
+    for backend, colour in {**colours, _SEVERAL: "#666666"}.items():
+        points = [_point(r["metrics"], metric.name) for r in found if _backend(r, colours) == backend]
         for simulated in (False, True):
             chosen = [p for p in points if p.is_simulated == simulated]
             if chosen:
@@ -49,8 +53,8 @@ def draw_pareto(rows: Sequence[Row], file: Path) -> None:
                     [p.value for p in chosen],
                     yerr=errors,
                     fmt="o",
-                    color=row.colour,
-                    mfc="white" if simulated else row.colour,
+                    color=colour,
+                    mfc="white" if simulated else colour,
                     ms=5,
                     lw=1,
                     label=None if simulated else backend,
@@ -71,6 +75,12 @@ def draw_pareto(rows: Sequence[Row], file: Path) -> None:
     axes.legend(fontsize=8)
     with matplotlib.rc_context({"svg.hashsalt": "quantlab", "svg.fonttype": "none"}):  # the same file from the same run
         figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def _backend(row: Row, known: Mapping[str, str]) -> str:
+    """The backend that a row's name begins with; a name of components begins with the first of them."""
+    first = row["name"].split()[0]
+    return first if first in known else _SEVERAL
 
 
 def _point(metrics: Mapping[str, float], metric: str) -> _Point:

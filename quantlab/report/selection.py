@@ -8,8 +8,9 @@ evaluation's inputs and settings, the metrics' versions, the libraries and the k
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -36,7 +37,13 @@ from quantlab.vocabulary.schema import TrackingConfig
 KEYS = ("sweep", "experiment", "metric", "margin", "tracking.uri", "tracking.experiment")
 FLAGS = ("--json", "--plain", "--wide")
 USAGE = "quantlab compare sweep=latest, sweep=RUN_ID, experiment=NAME, or RUN_ID RUN_ID ..."
-_IRRELEVANT = ("evaluation.num_bootstrap", "evaluation.bootstrap_seed", "evaluation.floor_batch_size")
+_IRRELEVANT = (
+    "evaluation.num_bootstrap",
+    "evaluation.bootstrap_seed",
+    "evaluation.floor_batch_size",
+    "evaluation.attribute",
+)
+_IS_BACKEND = re.compile(r"components\.\w+\.backend")
 _SHARED = ("model.", "dataset.", "evaluation.", "device", "num_threads")
 
 
@@ -188,6 +195,15 @@ def is_candidate(run: StoredRun) -> bool:
     return "quantization/coverage" in run.metrics
 
 
+def scheme_nodes(params: Mapping[str, str]) -> dict[str, str]:
+    """Node of a scheme among a run's parameters (``quantization``, ``components.NAME``) -> its backend; without any
+    scheme ``quantization`` alone."""
+    whole = params.get("quantization.backend", "")
+    own = {key.removesuffix(".backend"): v for key, v in sorted(params.items()) if _IS_BACKEND.fullmatch(key)}
+    found = {node: backend for node, backend in {"quantization": whole, **own}.items() if backend != "none"}
+    return found or {"quantization": whole}
+
+
 def differences(a: StoredRun, b: StoredRun) -> list[str]:
     """What makes two runs incomparable, as ``key: value / value``; by the digests where no setting differs."""
     keys = sorted(k for k in {**a.params, **b.params} if k.startswith(_SHARED) and k not in _IRRELEVANT)
@@ -295,7 +311,7 @@ def _groups(runs: Sequence[StoredRun]) -> tuple[tuple[StoredRun, ...], ...]:
 
 def _asked(run: StoredRun) -> tuple[str, str]:
     """What a run was asked for: another run of the same is a repetition of it."""
-    asked = {k: v for k, v in run.params.items() if k.startswith(("quantization.", *_SHARED))}
+    asked = {k: v for k, v in run.params.items() if k.startswith(("quantization.", "components.", *_SHARED))}
     return run.name, json.dumps(asked, sort_keys=True)
 
 

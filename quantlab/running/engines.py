@@ -56,7 +56,7 @@ def runs_apart(job: Job, device: str) -> bool:
     config = job.config
     if config.launcher.engine != "serial" or config.sweep.isolation == "process":
         return True
-    may_crash = job.scheme is not None and device in job.scheme.row.may_crash_on
+    may_crash = any(device in scheme.row.may_crash_on for scheme in job.schemes.values())
     return config.sweep.isolation == "auto" and (may_crash or config.sweep.timeout_s is not None)
 
 

@@ -78,7 +78,7 @@ def export_run(request: ExportRequest) -> Exported:
     with tempfile.TemporaryDirectory(prefix="quantlab-export-") as folder:
         scratch = Path(folder)
         job = rebuilt(said, reader, run, read_json(reader, run, "environment.json"), scratch, "export")
-        if job.scheme is None:
+        if not job.schemes:
             raise ConfigError(f"export {run.run_id}: {run.name!r} is not quantized; give the id of a run that is")
         with open_session(job.config, request.quiet) as session:
             job = replace(job, config=with_weights(job.config, session, run, scratch))

@@ -6,19 +6,21 @@ A model is built once on the meta device, and priced as often as there are combi
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from quantlab.backends.scheme import Scheme, scheme_of
 from quantlab.backends.table import loggers, offers
-from quantlab.errors import ConfigError, MissingPackage
+from quantlab.errors import ConfigError, MissingPackage, nearest
 from quantlab.models.outline import Outline
 from quantlab.models.outlines import outline
 from quantlab.modules.device import free_bytes
 from quantlab.modules.remembered import remembered
 from quantlab.planning.architectures import shipped_architecture
-from quantlab.planning.job import Plan
+from quantlab.planning.components import DEFAULT, check_contradiction, told
+from quantlab.planning.job import Job, Plan, scheme_name
+from quantlab.planning.words import COMPONENTS
 from quantlab.quiet import quiet_libraries
 from quantlab.running.phases import phases
 from quantlab.stages.price import price_component
@@ -48,7 +50,7 @@ def forecast(plan: Plan) -> list[Price]:
         key = canonical_json([asdict(job.config.model), _device(job.config)])
         if key not in books:
             books[key] = _Book(outline=outline(job.config.model, _device(job.config), shipped_architecture))
-        prices.append(price_of(books[key], job.config, job.scheme, job.name))
+        prices.append(price_of(books[key], job))
     return [*prices, *(_impossible(combination, reason) for combination, reason in plan.invalid)]
 
 
@@ -63,53 +65,75 @@ def _device(config: ExperimentConfig) -> str:
     return "cpu" if config.device == "cpu" else "cuda"
 
 
-def price_of(book: _Book, config: ExperimentConfig, scheme: Scheme | None, name: str) -> Price:
+def price_of(book: _Book, job: Job) -> Price:
     """The price of one combination on a model that is built already."""
-    price = _price(book, config, scheme, name)
-    budget = _budget(config, price.device)
+    price = _price(book, job)
+    budget = _budget(job.config, price.device)
     price = replace(price, budget=budget)
     if not budget:
         return price
-    placed = replace(price, placement=_placement(price, budget, config.memory.placement))
+    placed = replace(price, placement=_placement(price, budget, job.config.memory.placement))
     if placed.placement:
         return placed
-    return replace(placed, advice=_advice(book, config, scheme, price))
+    return replace(placed, advice=_advice(book, job, price))
 
 
-def _price(book: _Book, config: ExperimentConfig, scheme: Scheme | None, name: str) -> Price:
-    made, device = book.outline, _device(config)
-    components = [_component(made, part, scheme, config, device, name) for part in made.components]
-    axes = scheme.axes if scheme is not None else config.quantization
-    budget = _budget(config, device)
-    needs_data = scheme is not None and scheme.native.needs_data
+def _price(book: _Book, job: Job) -> Price:
+    made, device = book.outline, _device(job.config)
+    schemes = _schemes(made, job)
+    components = [_component(made, part, schemes, job, device) for part in made.components]
+    axes = [scheme.axes for scheme in schemes.values() if scheme is not None] or [job.config.quantization]
+    budget = _budget(job.config, device)
     return Price(
-        name=name,
-        backend=axes.backend,
-        dtype=axes.dtype,
-        group_size=axes.group_size,
+        name=job.name,
+        backend=_joined(a.backend for a in axes),
+        dtype=_joined(a.dtype for a in axes),
+        group_size=axes[0].group_size
+        if len({a.group_size for a in axes}) == 1
+        else _joined(a.group_size for a in axes),
         device=device,
-        compute_dtype=made.dtype if axes.compute_dtype == "auto" else axes.compute_dtype,
+        compute_dtype=_joined(made.dtype if a.compute_dtype == "auto" else a.compute_dtype for a in axes),
         components=tuple(components),
-        phases=phases(made, components, config.evaluation, needs_data, budget.get("device_bytes", 0)),
+        phases=phases(made, components, job.config.evaluation, job.needs_data, budget.get("device_bytes", 0)),
     )
 
 
-def _component(
-    made: Outline, part: str, scheme: Scheme | None, config: ExperimentConfig, device: str, name: str
-) -> ComponentPrice:
-    module = made.components[part]
-    if part not in made.quantized or (scheme is None and config.quantization.dtype == "auto"):
-        return _as_it_is(part, module)
+def _joined(words: Iterable[object]) -> str:
+    return " + ".join(dict.fromkeys(map(str, words)))
+
+
+def _schemes(made: Outline, job: Job) -> dict[str, Scheme | None]:
+    """Component -> its scheme, of all that the job is about; ConfigError for one that the model has not."""
+    check_contradiction(job.config, made.quantized)
+    for name in job.config.components:
+        if name not in made.components:
+            raise ConfigError(
+                f"{COMPONENTS}.{name}: {job.config.model.path or job.config.model.family} has "
+                f"{', '.join(sorted(made.components))}{nearest(name, made.components)}"
+            )
+    return job.components(made.quantized)
+
+
+def _component(made: Outline, part: str, schemes: Mapping[str, Scheme | None], job: Job, device: str) -> ComponentPrice:
+    module, scheme, cast = made.components[part], schemes.get(part), job.config.quantization.dtype
+    is_cast = part in schemes and job.config.quantization.backend == "none" and cast != "auto"
+    if scheme is None and is_cast:
+        return replace(price_component(part, _cast(module, cast), None), scheme=job.name)
     if scheme is None:
-        return replace(price_component(part, _cast(module, config.quantization.dtype), None), scheme=name)
+        return _as_it_is(part, module)
     request = QuantizationRequest(
         component=part,
         scheme=scheme,
         compute_dtype=made.dtype if scheme.axes.compute_dtype == "auto" else scheme.axes.compute_dtype,
         device=device,
         default_exclusions=made.default_exclusions.get(part, ()),
+        typed=job.key_of(part),
     )
-    return price_component(part, module, request, name)
+    axes, key = scheme.axes, job.key_of(part)
+    settings = {name: getattr(scheme.native, name) for name in scheme.backend.settings}
+    price = price_component(part, module, request, scheme_name(axes, scheme, settings) if key else job.name)
+    refused = tuple(told(key, reason) for reason in price.refused)
+    return replace(price, backend=axes.backend, dtype=axes.dtype, group_size=axes.group_size, refused=refused)
 
 
 @remembered
@@ -176,18 +200,16 @@ def _short(rows: Sequence[Phase], budget: Mapping[str, int]) -> str:
     return ""
 
 
-def _advice(book: _Book, config: ExperimentConfig, scheme: Scheme | None, price: Price) -> str:
+def _advice(book: _Book, job: Job, price: Price) -> str:
     """The nearest change that would fit: a placement, a narrower dtype, another component; else what is missing."""
     budget = price.budget
     if any(c.refused for c in price.components):
         return ""
-    if config.memory.placement != "auto" and (other := _placement(price, budget, "auto")):
+    if job.config.memory.placement != "auto" and (other := _placement(price, budget, "auto")):
         return f"memory.placement={other} fits" if other in PLACEMENTS else "part by part it fits"
-    for words, other_config, other_scheme in _changes(book, config, scheme):
-        wider = _Book(outline=replace(book.outline, quantized=tuple(other_config.model.components)))
-        changed = _price(wider if other_config is not config else book, other_config, other_scheme, words)
-        if found := _placement(changed, budget, "auto"):
-            return f"{words} would fit ({found}, {_largest(changed, found) / GIB:.1f} GiB)"
+    for words, changed in _changes(book, job):
+        if found := _placement(found_price := _price(book, changed), budget, "auto"):
+            return f"{words} would fit ({found}, {_largest(found_price, found) / GIB:.1f} GiB)"
     name = list(price.phases)[-1]
     short = _short(price.phases[name], budget)
     phase = next(p for p in price.phases[name] if not short or p.name == short)
@@ -201,26 +223,39 @@ def _largest(price: Price, placement: str) -> int:
     return max(p.device_bytes for p in price.phases[placement])
 
 
-def _changes(
-    book: _Book, config: ExperimentConfig, scheme: Scheme | None
-) -> Iterator[tuple[str, ExperimentConfig, Scheme | None]]:
-    """Other requests, the nearest first: (what to type, config, scheme)."""
-    rows = offers()[scheme.axes.backend if scheme is not None else config.quantization.backend].rows
-    bits = DTYPES[scheme.axes.dtype].bits if scheme is not None else 32
-    narrower = sorted((d for d in rows if DTYPES[d].bits < bits), key=lambda d: -DTYPES[d].bits)
-    schemes = {dtype: _other(scheme, dtype) for dtype in narrower if scheme is not None}
-    encoders = [n for n in book.outline.components if n not in book.outline.quantized and n != "vae"]
-    largest = max(encoders, key=lambda n: _num(book.outline.components[n]), default="")
-    wider = [*book.outline.quantized, largest] if largest else []
-    if wider and scheme is not None:
-        yield f"model.components=[{','.join(wider)}]", _with_components(config, wider), scheme
-    for dtype, other in schemes.items():
-        if other is not None:
-            yield f"dtype={dtype}", config, other
-    for dtype, other in schemes.items():
-        if other is not None and wider:
-            typed = f"dtype={dtype} model.components=[{','.join(wider)}]"
-            yield typed, _with_components(config, wider), other
+def _changes(book: _Book, job: Job) -> Iterator[tuple[str, Job]]:
+    """Other requests, the nearest first: (what to type, the job)."""
+    modules, done = book.outline.components, job.components(book.outline.quantized)
+    encoders = [n for n in modules if n not in done and n != "vae"]
+    largest = max(encoders, key=lambda n: _num(modules[n]), default="")
+    for key, scheme in job.schemes.items():
+        if largest:
+            yield _wider(job, key, scheme, largest, list(done))
+        start = f"{COMPONENTS}.{key}." if key else ""
+        others = {dtype: other for dtype in _narrower(scheme) if (other := _other(scheme, dtype)) is not None}
+        changed = {dtype: replace(job, schemes={**job.schemes, key: other}) for dtype, other in others.items()}
+        yield from ((f"{start}dtype={dtype}", narrow) for dtype, narrow in changed.items())
+        for dtype, narrow in changed.items():
+            if largest:
+                words, both = _wider(narrow, key, others[dtype], largest, list(done))
+                yield f"{start}dtype={dtype} {words}", both
+
+
+def _narrower(scheme: Scheme) -> list[str]:
+    rows, bits = offers()[scheme.axes.backend].rows, DTYPES[scheme.axes.dtype].bits
+    return sorted((d for d in rows if DTYPES[d].bits < bits), key=lambda d: -DTYPES[d].bits)
+
+
+def _wider(job: Job, key: str, scheme: Scheme, name: str, done: Sequence[str]) -> tuple[str, Job]:
+    """The job with one more component, quantized as that of ``key`` is."""
+    config = job.config
+    if key == DEFAULT:
+        names = [*(config.model.components or [n for n in done if n not in config.components]), name]
+        return f"model.components=[{','.join(names)}]", replace(job, config=_with_components(config, names))
+    node = {k: v for k, v in config.components[key].items() if k in ("backend", "dtype")}
+    words = f"{COMPONENTS}.{name}={{backend: {node['backend']}, dtype: {scheme.axes.dtype}}}"
+    own = replace(config, components={**config.components, name: node})
+    return words, replace(job, config=own, schemes={**job.schemes, name: scheme})
 
 
 def _num(module: nn.Module) -> int:

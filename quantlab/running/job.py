@@ -10,9 +10,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from quantlab.backends.scheme import Scheme
 from quantlab.backends.table import unprobed
 from quantlab.datasets.overlap import overlap
-from quantlab.errors import ConfigError, in_words, is_disk_full
+from quantlab.errors import in_words, is_disk_full
 from quantlab.exporting.card import Described
 from quantlab.exporting.whole import check_exportable, export
 from quantlab.models.loaded import LoadedModel
@@ -23,7 +24,7 @@ from quantlab.planning.job import Job
 from quantlab.progress import say
 from quantlab.running.placement import planned, source_for
 from quantlab.running.rows import failed_row
-from quantlab.running.workbench import Session, Workbench, in_stage, run_folder, shared_tags, step_progress
+from quantlab.running.workbench import Session, Workbench, chosen, in_stage, run_folder, shared_tags, step_progress
 from quantlab.stages.candidate import Candidate, Making, make_candidate, write_calibration
 from quantlab.stages.evaluate import evaluate, plain_attention, summarize, warm_up
 from quantlab.stages.weigh import saved_bytes, weigh
@@ -44,7 +45,6 @@ from quantlab.vocabulary.ledger import warning as ledger_warning
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.numbers import NEEDED_BYTES, flat_metrics
 from quantlab.vocabulary.reports import CalibrationReport, MemoryReport, MetricValue, RunReport
-from quantlab.vocabulary.schema import ExperimentConfig
 
 
 def floor_row(session: Session, job: Job) -> RunReport:
@@ -53,7 +53,7 @@ def floor_row(session: Session, job: Job) -> RunReport:
     assert bench is not None, "the workbench is made before the floors"
     drawn = job.config.evaluation
     settings = [
-        components_of(bench.model, job.config),
+        list(chosen(bench.model, job)),
         job.batch_size,
         job.plain_attention,
         drawn.num_bootstrap,
@@ -109,7 +109,7 @@ def _cached_row(job: Job, protocol: str, stored: Mapping[str, Any]) -> RunReport
 
 def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> RunReport:
     """Quantize, evaluate and record one job. ``run`` is its tracked run, or None for a row that is not tracked."""
-    chosen = components_of(bench.model, job.config)
+    schemes = chosen(bench.model, job)
     made = make(session, bench, job, run)
     candidate, layers = made.model, made.quantization
     target = job.config.export.path
@@ -124,9 +124,9 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         protocol=bench.model.protocol,
         quantization=layers,
         calibration=_with_overlap(made.calibration, bench, job),
-        memory=weigh(bench.model, candidate, chosen, layers),
-        planned=planned(bench.model, job, chosen),
-        disk_bytes=saved_bytes(candidate, chosen, job.scheme, layers) if is_saved and job.scheme else None,
+        memory=weigh(bench.model, candidate, list(schemes), layers),
+        planned=planned(bench.model, job, schemes),
+        disk_bytes=saved_bytes(candidate, schemes, layers) if is_saved else None,
         stages=(*bench.stages, *made.stages),
         params=job.resolved,
         run_id=run.run_id if run else None,
@@ -140,7 +140,7 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         log_quantization(run, report, shared_tags(bench))
         log_calibration(run, report)
         with tempfile.TemporaryDirectory(prefix="quantlab-calibration-") as folder:
-            for file in write_calibration(made, job, Path(folder)):
+            for file in write_calibration(made, schemes, Path(folder)):
                 run.log_artifact(file, f"calibration/{file.parent.name}")
     num_native = emulated.num_emulated
     if kind_of(session.device) == "cuda":
@@ -158,7 +158,7 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
                 job.config.evaluation,
                 progress,
                 job.batch_size,
-                job.scheme,
+                by_key(job),
             )
         quality = summarize(measured, job.config.evaluation)
         for why in measured.undefined.values():
@@ -188,18 +188,18 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
 
 def make(session: Session, bench: Workbench, job: Job, run: Run | None) -> Candidate:
     """The job's candidate."""
-    chosen = components_of(bench.model, job.config)
+    schemes = chosen(bench.model, job)
     return make_candidate(
         Making(
             model=bench.model,
             calibration_inputs=lambda: bench.calibration_inputs(job.config),
             job=job,
-            names=chosen,
+            schemes=schemes,
             reads=bench.reads,
             cache_dir=session.output_dir / "cache",
             advance=session.advance,
             stage=lambda name: in_stage(session, run, name),
-            source=source_for(bench.model, job, chosen),
+            source=source_for(bench.model, job, schemes),
         )
     )
 
@@ -232,7 +232,7 @@ def _with_overlap(made: CalibrationReport | None, bench: Workbench, job: Job) ->
 
 def _at_other_batch(session: Session, bench: Workbench, job: Job, candidate: LoadedModel) -> dict[str, MetricValue]:
     """The metrics at another batch size, where a rule that looks at all of a call makes samples depend on it."""
-    if job.scheme is None or job.batch_size is not None or not job.scheme.native.depends_on_neighbours:
+    if job.batch_size is not None or not any(s.native.depends_on_neighbours for s in job.schemes.values()):
         return {}
     settings = job.config.evaluation
     progress = step_progress(session, f"{job.name}, other batches")
@@ -244,16 +244,14 @@ def _at_other_batch(session: Session, bench: Workbench, job: Job, candidate: Loa
         settings,
         progress,
         settings.floor_batch_size,
-        job.scheme,
+        by_key(job),
     )
     return summarize(measured, settings)
 
 
-def components_of(model: LoadedModel, config: ExperimentConfig) -> list[str]:
-    unknown = [c for c in config.model.components if c not in model.components]
-    if unknown:
-        raise ConfigError(f"model.components={unknown[0]}: {model.name} has {', '.join(model.components)}")
-    return list(config.model.components or model.components)
+def by_key(job: Job) -> dict[str, Scheme]:
+    """How messages about a scheme begin -> the scheme."""
+    return {job.key_of(name) if name else "": scheme for name, scheme in job.schemes.items()}
 
 
 # -- tracking
@@ -266,7 +264,7 @@ def open_run(
     """The tracked run of a job or of a whole sweep; ``key`` is the job's content key, ``folder`` one made before."""
     folder = folder or run_folder(session, name)
     git = session.environment["git"]
-    other = unprobed(job.scheme.backend.name) if job.scheme is not None and kind != "sweep" else ""
+    other = ", ".join(filter(None, (unprobed(b.name) for b in job.backends))) if kind != "sweep" else ""
     tags = {
         KIND: kind,
         DEVICE: session.device,

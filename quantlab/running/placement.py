@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from quantlab.backends.scheme import Scheme
 from quantlab.backends.table import held_packages
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
@@ -20,16 +21,16 @@ from quantlab.vocabulary.reports import MemoryReport
 GIB = 2**30
 
 
-def source_for(model: LoadedModel, job: Job, names: Sequence[str]) -> Callable[[str], Source] | None:
+def source_for(model: LoadedModel, job: Job, schemes: Mapping[str, Scheme | None]) -> Callable[[str], Source] | None:
     """What a job's candidate is streamed from; None where it is copied.
 
     ``memory.placement=auto`` copies, unless ``memory.device_gib`` (without it: what a GPU has free) would not hold the
     copy beside the reference. Raises ConfigError where the budget does not hold the largest layer.
     """
-    settings = job.config.memory
-    if job.scheme is None or settings.placement == "resident":
+    settings, names = job.config.memory, [name for name, scheme in schemes.items() if scheme is not None]
+    if not names or settings.placement == "resident":
         return None
-    if settings.placement == "auto" and job.scheme.native.needs_data:
+    if settings.placement == "auto" and job.needs_data:
         return None
     budget = None if settings.device_gib is None else int(settings.device_gib * GIB)
     if budget is not None:
@@ -48,16 +49,16 @@ def source_for(model: LoadedModel, job: Job, names: Sequence[str]) -> Callable[[
     )
 
 
-def planned(model: LoadedModel, job: Job, names: Sequence[str]) -> dict[str, MemoryReport]:
-    """The ledger that each component should have, from the reference's shapes; nothing for a cast, which has none."""
-    if job.scheme is None:
-        return {}
-    asked = job.scheme.axes.compute_dtype
+def planned(model: LoadedModel, job: Job, schemes: Mapping[str, Scheme | None]) -> dict[str, MemoryReport]:
+    """The ledger that each component with a scheme should have, from the reference's shapes."""
     found = {}
-    for name in names:
+    for name, scheme in schemes.items():
+        if scheme is None:
+            continue
+        asked = scheme.axes.compute_dtype
         request = QuantizationRequest(
             component=name,
-            scheme=job.scheme,
+            scheme=scheme,
             compute_dtype=model.dtype if asked == "auto" else asked,
             device=model.device,
             default_exclusions=model.default_exclusions.get(name, ()),

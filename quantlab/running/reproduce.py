@@ -19,7 +19,7 @@ from quantlab.models.table import Trained, family_of
 from quantlab.modules.layers import state_digest
 from quantlab.planning.job import Job
 from quantlab.planning.plan import plan
-from quantlab.planning.recipe import OWN_PATHS
+from quantlab.planning.recipe import own_paths
 from quantlab.planning.words import override_text
 from quantlab.report.reading import Reader, StoredRun, json_object, open_reader, read_json
 from quantlab.report.reproduction import Reproduction, RunNumbers, compare_runs
@@ -193,7 +193,10 @@ def rebuilt(
     file.write_bytes(recipe)
     threads = (environment.get("hardware") or {}).get("torch_threads")
     experiments = {number: name for name, number in reader.experiments().items()}
-    own = {key: run.params.get(key, "null") for key in OWN_PATHS}  # what a recipe leaves open; read, never written to
+    names = {key.split(".")[1] for key in run.params if key.startswith("components.")}
+    own = {
+        key: run.params.get(key, "null") for key in own_paths(sorted(names))
+    }  # what a recipe leaves open; read, never written to
     words: dict[str, Any] = {
         **{key: value for key, value in own.items() if value != "null"},
         "device": run.tags.get(DEVICE, "auto"),

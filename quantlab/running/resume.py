@@ -32,33 +32,37 @@ WINGS = ("vocabulary", "modules", "backends", "models", "datasets", "protocols",
 def content_key(bench: Workbench, job: Job) -> str:
     """Digest of all that determines a job's numbers: reference, scheme, evaluation, library versions, this code."""
     config, known = job.config, versions()
-    backend = job.scheme.backend if job.scheme is not None else None
     parts = {
         "reference": bench.reference_key,
         "judge": bench.judge_sha256,
         "quantization": asdict(config.quantization),
-        "native": json.loads(job.native.to_json_string()) if job.native is not None else None,
+        "own": config.components,
+        "native": {name: json.loads(scheme.native.to_json_string()) for name, scheme in job.schemes.items()},
         "components": config.model.components,
         "exclusions": config.model.default_exclusions,
         "evaluation": asdict(config.evaluation),
-        "calibration": asdict(config.calibration) if job.native is not None and job.native.needs_data else None,
+        "calibration": asdict(config.calibration) if job.needs_data else None,
         "batch_size": job.batch_size,
         "plain_attention": job.plain_attention,
         "floors": config.sweep.floors,
         "saved": config.tracking.save_checkpoint,
         "files": _file_digests(job),
-        "libraries": {name: known.get(name) for name in backend.distributions} if backend is not None else {},
+        "libraries": {name: known.get(name) for backend in job.backends for name in backend.distributions},
         "code": code_digest(),
-        "backend": _foreign_digest(backend) if backend is not None else None,
+        "backends": [_foreign_digest(backend) for backend in job.backends],
     }
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
 
 
 def _file_digests(job: Job) -> dict[str, str]:
     """Contents of the files that the scheme's settings name, and of calibration data of the user's own."""
-    settings = json.loads(job.native.to_json_string()) if job.native is not None else {}
-    paths = {k: Path(v).expanduser() for k, v in settings.items() if k.endswith("_file") and isinstance(v, str)}
-    if job.native is not None and job.native.needs_data and job.config.calibration.path is not None:
+    paths = {
+        f"{name}.{k}": Path(v).expanduser()
+        for name, scheme in job.schemes.items()
+        for k, v in json.loads(scheme.native.to_json_string()).items()
+        if k.endswith("_file") and isinstance(v, str)
+    }
+    if job.needs_data and job.config.calibration.path is not None:
         paths["calibration.path"] = Path(job.config.calibration.path).expanduser()
     return {k: hashlib.sha256(path.read_bytes()).hexdigest() for k, path in paths.items() if path.is_file()}
 

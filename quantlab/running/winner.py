@@ -106,7 +106,7 @@ def export_chosen(session: Session, plan: Plan, reports: Sequence[RunReport]) ->
 
 def _candidates(plan: Plan, reports: Sequence[RunReport]) -> list[RunReport]:
     """The finished rows of the plan's own jobs, the smallest first."""
-    names = {job.name for job in plan.jobs if job.scheme is not None}
+    names = {job.name for job in plan.jobs if job.schemes}
     done = [r for r in reports if r.name in names and r.status == "FINISHED"]
     return sorted(done, key=lambda r: report_data(r)["metrics"].get("memory/weights_bytes", math.inf))
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from quantlab import tracking
+from quantlab.backends.scheme import Scheme
 from quantlab.backends.table import loggers
 from quantlab.datasets.calibration import calibration_inputs
 from quantlab.datasets.table import DATASETS
-from quantlab.errors import ConfigError
+from quantlab.errors import ConfigError, nearest
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.table import family_of
 from quantlab.modules.device import free_bytes, give_back
@@ -25,7 +26,9 @@ from quantlab.modules.emulated import emulated_products, lacking
 from quantlab.modules.fingerprint import fingerprint_warning, grid_fingerprint, known_grid
 from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import StageMeasurement, measure_stage
+from quantlab.planning.components import check_contradiction, named_by_users, names_of
 from quantlab.planning.job import Job, floor_jobs
+from quantlab.planning.words import COMPONENTS
 from quantlab.progress import Advance, file_name, say
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.quiet import quiet_libraries
@@ -88,7 +91,7 @@ class Workbench:
         """The reference's row and its floors, if they are wanted, without a wider copy that memory would not hold."""
         if not config.sweep.floors:
             return []
-        jobs = floor_jobs(config, self.model.dtype)
+        jobs = floor_jobs(config, self.model.dtype, names_of(config, default_of(self.model)))
         if self._fits_in_float32:
             return jobs
         return [job for job in jobs if job.name != FLOOR_FP32]
@@ -143,7 +146,7 @@ class Session:
     def expect(self, jobs: Sequence[Job]) -> None:
         """Note what the jobs will want, so that bad calibration data are refused before the long work starts."""
         for job in jobs:
-            if job.native is not None and job.native.needs_data:
+            if job.needs_data:
                 self.expected.setdefault(bench_key(job.config), []).append(job.config)
 
 
@@ -165,12 +168,13 @@ def prepare_device(config: ExperimentConfig) -> str:
 def workbench(session: Session, config: ExperimentConfig, run: Run | None) -> Workbench:
     """The model, inputs and reference outputs for a config; the last one is kept for the jobs that share it."""
     key = bench_key(config)
-    if session.bench is not None and session.bench.key == key:
+    if has_bench(session, config) and session.bench is not None:
         return session.bench
     let_go_of_bench(session)
     cache = session.output_dir / "cache"
     with in_stage(session, run, "load") as load:
-        model = family_of(config.model).load(config.model, session.device, cache, session.advance)
+        with named_by_users(config):
+            model = family_of(config.model).load(config.model_with(), session.device, cache, session.advance)
         for name, module in model.components.items():
             path = config.model.path
             typed = f"model.path={path}" if path else f"model={config.model.family}"
@@ -207,9 +211,29 @@ def workbench(session: Session, config: ExperimentConfig, run: Run | None) -> Wo
     return bench
 
 
+def default_of(model: LoadedModel) -> tuple[str, ...]:
+    """The components that the family quantizes where nobody names any."""
+    return model.parts.get("denoisers") or tuple(model.components)
+
+
+def chosen(model: LoadedModel, job: Job) -> dict[str, Scheme | None]:
+    """Component -> its scheme, of all that the job is about; ConfigError for one that the model has not, or that has
+    two schemes."""
+    config, default = job.config, default_of(model)
+    check_contradiction(config, config.model.components or default)
+    for name in config.model_with().components:
+        if name not in model.components:
+            key = f"model.components={name}" if name in config.model.components else f"{COMPONENTS}.{name}"
+            raise ConfigError(f"{key}: {model.name} has {', '.join(model.components)}{nearest(name, model.components)}")
+    return job.components(default)
+
+
 def has_bench(session: Session, config: ExperimentConfig) -> bool:
     """Is the workbench of ``config`` the one that is there?"""
-    return session.bench is not None and session.bench.key == bench_key(config)
+    bench = session.bench
+    return (
+        bench is not None and bench.key == bench_key(config) and set(config.components) <= set(bench.model.components)
+    )
 
 
 def let_go_of_bench(session: Session) -> None:

@@ -17,8 +17,9 @@ from quantlab.models.loaded import LoadedModel
 from quantlab.modules.device import give_back, let_go
 from quantlab.modules.feed import CalibrationFeed
 from quantlab.modules.layers import linear_layers, matches, view_of
-from quantlab.modules.memory import StageMeasurement
+from quantlab.modules.memory import StageMeasurement, logical_size
 from quantlab.modules.source import Source
+from quantlab.planning.components import named_by_users, told_under, with_keys_of
 from quantlab.planning.job import Job
 from quantlab.progress import Advance, say
 from quantlab.stages.calibrate import (
@@ -48,8 +49,8 @@ class Making:
     job: Job
     calibration_inputs: Callable[[], Any]
     """Inputs of the model's protocol that calibration may look at; asked for where the scheme needs data."""
-    names: Sequence[str]
-    """Components to quantize."""
+    schemes: Mapping[str, Scheme | None]
+    """Component -> its scheme, None for one that stays as it is, or is cast."""
     reads: Mapping[str, tuple[str, ...]]
     """Component -> its layers whose weights it reads (:func:`quantlab.stages.reads.weights_read`)."""
     cache_dir: Path
@@ -58,6 +59,16 @@ class Making:
     """Opens and measures a stage of this name."""
     source: Callable[[str], Source] | None = None
     """Component -> the files that it is streamed from; None: it is copied from the reference."""
+
+    @property
+    def quantized(self) -> dict[str, Scheme]:
+        """The components that have a scheme."""
+        return {name: scheme for name, scheme in self.schemes.items() if scheme is not None}
+
+    @property
+    def calibrated(self) -> list[str]:
+        """The components whose scheme needs data."""
+        return [name for name, scheme in self.quantized.items() if scheme.native.needs_data]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,58 +95,60 @@ class _Part:
 
 def make_candidate(making: Making) -> Candidate:
     """Copy, calibrate (where the scheme needs data), quantize, and look at each layer on the calibration data."""
-    import torch
 
-    model, job = making.model, making.job
-    axes, scheme = job.axes, job.scheme
-    if scheme is None:
-        with making.stage("quantize") as measured:
-            copies = (
-                {}
-                if axes.dtype == "auto"
-                else {name: model.copy_of(name).to(getattr(torch, axes.dtype)) for name in making.names}
-            )
-        return Candidate(model=model.with_components(copies), stages=(measured.report,))
-    if prepare := getattr(scheme.backend.module, _PREPARE, None):
-        making.advance("prepare", 0, 1)
-        prepare(scheme.native, model.device)
-        making.advance("prepare", 1, 1)
-    stages, data, parts = [], None, None
-    if scheme.native.needs_data:
+    model, quantized = making.model, making.quantized
+    for scheme in quantized.values():
+        if prepare := getattr(scheme.backend.module, _PREPARE, None):
+            making.advance("prepare", 0, 1)
+            prepare(scheme.native, model.device)
+            making.advance("prepare", 1, 1)
+    stages, data, parts = [], None, dict[str, _Part]()
+    if making.calibrated:
         with making.stage("calibrate") as measured:
-            parts, data = _calibrated_parts(making, scheme)
+            parts, data = _calibrated_parts(making)
         stages.append(measured.report)
     with making.stage("quantize") as measured:
-        made, reports = {}, []
-        for name in making.names:
+        made, reports = _casts(making), dict[str, QuantizationReport]()
+        for name, scheme in quantized.items():
             making.advance(f"quantize {name}", 0, 1)
-            part = parts[name] if parts else _part(making, name, scheme)
-            made[name], report = quantize_component(
-                part.request,
-                part.module,
-                part.source.module if part.source else model.components[name],
-                part.selection,
-                part.calibrated,
-                source=part.source,
-            )
+            with told_under(making.job.key_of(name)):
+                part = parts[name] if name in parts else _part(making, name, scheme)
+                made[name], reports[name] = quantize_component(
+                    part.request,
+                    part.module,
+                    part.source.module if part.source else model.components[name],
+                    part.selection,
+                    part.calibrated,
+                    source=part.source,
+                )
             if not hasattr(scheme.backend.module, _WRITER):
                 part.calibrated = None
-            reports.append(report)
             making.advance(f"quantize {name}", 1, 1)
     stages.append(measured.report)
     candidate = Candidate(
         model=model.with_components(made),
-        quantization=_joined(reports),
+        quantization=_joined(making, reports) if reports else None,
         stages=tuple(stages),
         calibrated={n: (p.calibrated, data.feed(n, model)) for n, p in parts.items() if p.calibrated is not None}
-        if parts and data
+        if data
         else {},
     )
-    if data is None or parts is None:
+    if data is None:
         return candidate
     with making.stage("evidence") as measured:
         calibration = _evidence(making, data, parts, candidate)
     return replace(candidate, calibration=calibration, stages=(*stages, measured.report))
+
+
+def _casts(making: Making) -> dict[str, torch.nn.Module]:
+    """The components without a scheme, in the dtype that the request casts them to; none where it does not."""
+    import torch
+
+    dtype, model = making.job.config.quantization.dtype, making.model
+    if making.job.config.quantization.backend != "none" or dtype == "auto":
+        return {}
+    left = [name for name in making.schemes if name not in making.quantized]
+    return {name: model.copy_of(name).to(getattr(torch, dtype)) for name in left}
 
 
 def _part(making: Making, name: str, scheme: Scheme) -> _Part:
@@ -147,6 +160,7 @@ def _part(making: Making, name: str, scheme: Scheme) -> _Part:
         device=model.device,
         default_exclusions=model.default_exclusions.get(name, ()),
         read=making.reads.get(name, ()),
+        typed=making.job.key_of(name),
     )
     _tell_idle_groups(scheme, model.components[name])
     if making.source is not None:
@@ -157,13 +171,31 @@ def _part(making: Making, name: str, scheme: Scheme) -> _Part:
     return _Part(request=request, module=module, selection=select_layers(request, module))
 
 
-def _joined(reports: Sequence[QuantizationReport]) -> QuantizationReport:
+def _joined(making: Making, reports: Mapping[str, QuantizationReport]) -> QuantizationReport:
+    """The reports of all components as one; those that stay as they are count among the parameters."""
+    left = [making.model.components[name] for name in making.schemes if name not in reports]
     return QuantizationReport(
-        layers=tuple(row for r in reports for row in r.layers),
-        num_parameters=sum(r.num_parameters for r in reports),
-        resolved={k: v for r in reports for k, v in r.resolved.items()},
-        unquantized=tuple(told for r in reports for told in r.unquantized),
+        layers=tuple(row for r in reports.values() for row in r.layers),
+        num_parameters=sum(r.num_parameters for r in reports.values()) + sum(logical_size(m)[0] for m in left),
+        resolved=_resolved(reports),
+        unquantized=tuple(
+            with_keys_of(making.job.key_of(n), text) for n, r in reports.items() for text in r.unquantized
+        ),
     )
+
+
+def _resolved(reports: Mapping[str, QuantizationReport]) -> dict[str, Any]:
+    """What each found out; under the component's name where they do not all say the same."""
+    keys = dict.fromkeys(key for r in reports.values() for key in r.resolved)
+    found: dict[str, Any] = {}
+    for key in keys:
+        values = {name: r.resolved.get(key) for name, r in reports.items()}
+        first = next(iter(values.values()))
+        if all(value == first for value in values.values()):
+            found[key] = first
+        else:
+            found |= {f"{name}.{key}": r.resolved[key] for name, r in reports.items() if key in r.resolved}
+    return found
 
 
 def _tell_idle_groups(scheme: Scheme, module: torch.nn.Module) -> None:
@@ -177,27 +209,28 @@ def _tell_idle_groups(scheme: Scheme, module: torch.nn.Module) -> None:
 # -- calibration
 
 
-def _calibrated_parts(making: Making, scheme: Scheme) -> tuple[dict[str, _Part], CalibrationSet]:
-    """Every component calibrated; where memory runs out, anew with half the batch, which is told and recorded."""
+def _calibrated_parts(making: Making) -> tuple[dict[str, _Part], CalibrationSet]:
+    """Every component whose scheme needs data, calibrated on the reference's own calls; where memory runs out, anew
+    with half the batch, which is told and recorded."""
     config, inputs = making.job.config, making.calibration_inputs()
 
     def attempt(batch_size: int) -> tuple[dict[str, _Part], CalibrationSet]:
         asked = replace(config.calibration, batch_size=batch_size)
-        data = calibration_set(
-            making.model,
-            making.names,
-            inputs,
-            sampling_settings(asked, config.evaluation),
-            making.cache_dir,
-            lambda i, n: making.advance("record calibration calls", i, n),
-        )
-        parts: dict[str, _Part] = {}
-        for name in making.names:
-            parts[name] = _part(making, name, scheme)
-            feed = data.feed(name, making.model, functools.partial(making.advance, f"calibrate {name}"))
-            parts[name].calibrated = calibrate_component(
-                parts[name].request, parts[name].module, parts[name].selection, feed
+        with named_by_users(config):
+            data = calibration_set(
+                making.model,
+                making.calibrated,
+                inputs,
+                sampling_settings(asked, config.evaluation),
+                making.cache_dir,
+                lambda i, n: making.advance("record calibration calls", i, n),
             )
+        parts: dict[str, _Part] = {}
+        for name in making.calibrated:
+            with told_under(making.job.key_of(name)):
+                parts[name] = part = _part(making, name, making.quantized[name])
+                feed = data.feed(name, making.model, functools.partial(making.advance, f"calibrate {name}"))
+                part.calibrated = calibrate_component(part.request, part.module, part.selection, feed)
         return parts, data
 
     batch_size = min(config.calibration.batch_size, config.calibration.num_samples)
@@ -298,13 +331,14 @@ def _layer(
     )
 
 
-def write_calibration(candidate: Candidate, job: Job, folder: Path) -> list[Path]:
-    """The calibration statistics in the library's own file format, where its backend has one: written files."""
-    write = getattr(job.scheme.backend.module, _WRITER, None) if job.scheme else None
-    if write is None:
-        return []
+def write_calibration(candidate: Candidate, schemes: Mapping[str, Scheme | None], folder: Path) -> list[Path]:
+    """The calibration statistics in their library's own file format, where its backend has one: written files."""
     written = []
     for name, (calibrated, feed) in candidate.calibrated.items():
+        scheme = schemes[name]
+        write = getattr(scheme.backend.module, _WRITER, None) if scheme else None
+        if write is None:
+            continue
         target = folder / name
         target.mkdir(parents=True, exist_ok=True)
         written.append(Path(write(calibrated, target, feed)))

@@ -12,6 +12,7 @@ from quantlab.errors import MetricUndefined, NotFinite
 from quantlab.metrics import METRICS
 from quantlab.metrics.statistics import mean_interval, require_finite
 from quantlab.models.loaded import LoadedModel
+from quantlab.planning.components import told
 from quantlab.protocols.defined import defined
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.vocabulary.reports import Measurements, MetricValue
@@ -26,22 +27,24 @@ def evaluate(
     evaluation: EvaluationConfig,
     progress: Callable[[int, int], Any] | None = None,
     batch_size: int | None = None,
-    scheme: Scheme | None = None,
+    schemes: Mapping[str, Scheme] | None = None,
 ) -> Measurements:
     """Run ``candidate`` on ``inputs`` by its protocol and compare it with the stored ``reference`` outputs.
 
     A metric that is NaN or infinite for a sample is among the ``undefined`` ones and no longer among the ``samples``.
-    Raises MetricUndefined where none is left, and NotFinite for outputs that are NaN or infinite; it names ``scheme``,
-    the candidate's, as the reference has none.
+    Raises MetricUndefined where none is left, and NotFinite for outputs that are NaN or infinite; it names
+    ``schemes`` (key of the component, "" for the whole request's -> scheme), as the reference has none.
     """
     try:
         measured: Measurements = PROTOCOLS[candidate.protocol].measure(
             candidate, inputs, evaluation, reference, reference_model, progress, batch_size
         )
     except NotFinite as error:
-        if scheme is None:
+        if not schemes:
             raise
-        raise NotFinite(_overflow_message(scheme, candidate.dtype, error.what), error.what) from error
+        messages = {key: _overflow_message(scheme, candidate.dtype, error.what) for key, scheme in schemes.items()}
+        text = "; or ".join(told(key, message) for key, message in messages.items())
+        raise NotFinite(text, error.what) from error
     undefined = dict(measured.undefined)
 
     def checked(name: str, values: Any, sample_ids: Sequence[str] = ()) -> Callable[[], Any]:

@@ -41,6 +41,13 @@ class QuantizationRequest:
     """Entries of the model family, which may match nothing."""
     read: tuple[str, ...] = ()
     """Layers whose weights something in the component reads (:func:`quantlab.modules.reached.recorded_reads`)."""
+    typed: str = ""
+    """The key that the component's scheme was asked for by; "": the request's, as ``model.components`` says."""
+
+    @property
+    def key(self) -> str:
+        """How messages about the component begin."""
+        return self.typed or f"model.components={self.component}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +94,8 @@ def select_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
     """
     warn_unprobed(request.scheme.backend.name)
     check_device(request.scheme.format, request.device, request.compute_dtype)
-    check_offloading(module, f"model.components={request.component}")
-    check_weights_are_here(module, f"model.components={request.component}")
+    check_offloading(module, request.key)
+    check_weights_are_here(module, request.key)
     chosen = choose_layers(request, module)
     _prepare(module, holders(module, request.read), chosen, axes=request.scheme.axes)
     return chosen
@@ -118,7 +125,7 @@ def choose_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
     found = holders(module, request.read)
     offered, left = _offered(scheme, found)
     if not offered:
-        raise ConfigError(f"model.components={request.component}: {_nothing_of_the_kind(axes, found, left)}")
+        raise ConfigError(f"{request.key}: {_nothing_of_the_kind(axes, found, left)}")
     layers = {n: found[n] for n in offered}
     excluded, idle = _excluded(request, module, list(layers))
     same, packed, tied = ties(module, [h for n, h in layers.items() if n not in excluded], not scheme.why_not_packed)
@@ -131,7 +138,7 @@ def choose_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
             f"modules_to_not_convert: all {len(layers)} {_words(axes.layer_kinds)} layers of "
             f"{request.component} are excluded{told}; nothing is left to quantize{others}"
         )
-    check_forwards(module, [n for n in wanted if layers[n].way != PACK], f"model.components={request.component}")
+    check_forwards(module, [n for n in wanted if layers[n].way != PACK], request.key)
     shapes = {n: layers[n].view.matrix_shape for n in layers}
     native = scheme.native.measured(shapes)
     dtypes = native.layer_dtypes({n: shapes[n] for n in wanted})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,14 +38,18 @@ def _stored(module: nn.Module, component: str, rows: Sequence[LayerReport]) -> l
     return [stored_at(module, name) for name in done]
 
 
-def saved_bytes(candidate: LoadedModel, names: Sequence[str], scheme: Scheme, layers: QuantizationReport | None) -> int:
-    """Bytes of the named components on disk, whole: the files that the backend saves, and beside them, for one that
-    saves its layers alone, all other tensors as safetensors. The files are removed afterwards."""
+def saved_bytes(candidate: LoadedModel, schemes: Mapping[str, Scheme | None], layers: QuantizationReport | None) -> int:
+    """Bytes of the components on disk, whole: the files that the backend of each saves, and beside them, for one that
+    saves its layers alone, all other tensors as safetensors; one without a scheme is such tensors. The files are
+    removed afterwards."""
     rows = layers.layers if layers else ()
     with tempfile.TemporaryDirectory(prefix="quantlab-save-") as folder:
-        for name in names:
+        for name, scheme in schemes.items():
             target = Path(folder) / name
             target.mkdir()
+            if scheme is None:
+                _save_others(candidate.components[name], (), target)
+                continue
             scheme.backend.module.save(candidate.components[name], target)
             if scheme.backend.saves == "layers":
                 done = [r for r in rows if r.status == "quantized" or (r.status == "fallback" and not _is_float(r))]

@@ -51,6 +51,9 @@ class ComponentPrice:
     """Tensors of the file of another program under this scheme (llama.cpp's), where it names one."""
     scheme: str = ""
     """Name of the scheme; "": it stays as it is."""
+    backend: str = ""
+    dtype: str = ""
+    group_size: int | str = ""
 
     @property
     def bits_per_quantized_weight(self) -> float | None:
@@ -64,6 +67,9 @@ class ComponentPrice:
         return {
             "name": self.name,
             "scheme": self.scheme,
+            "backend": self.backend,
+            "dtype": self.dtype,
+            "group_size": self.group_size,
             "parameters": self.memory.num_parameters,
             "bytes": self.memory.weights_bytes,
             "original_bytes": self.original_bytes,

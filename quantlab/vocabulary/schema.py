@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quantlab.vocabulary.axes import QuantizationAxes
@@ -71,6 +71,8 @@ class EvaluationConfig:
     num_bootstrap: int = number(2000, 2, _MANY)
     bootstrap_seed: int = number(0, 0, SEED)
     """Of the draws that make the intervals; what is sampled from has ``dataset.seed``."""
+    attribute: bool = False
+    """Of a job with several quantized components: measure also each alone, paired with all together."""
     deterministic: bool = True
     """On a GPU cuDNN takes the same algorithm each time; float32 is float32 (no TF32) either way."""
     # diffusion
@@ -201,6 +203,14 @@ class ExperimentConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     quantization: QuantizationAxes = field(default_factory=QuantizationAxes)
+    """The scheme of the components that ``model.components`` names, or the family quantizes by default."""
+    components: dict[str, Any] = field(default_factory=dict)
+    """Component -> its own scheme: axes, and settings of its backend, as in ``quantization``; with ``backend: none`` it
+    is counted, and stays as it is."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+
+    def model_with(self) -> ModelConfig:
+        """The ``model`` node with all components that are asked for by name, those of ``components`` too."""
+        return replace(self.model, components=list(dict.fromkeys([*self.model.components, *self.components])))

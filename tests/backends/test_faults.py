@@ -358,7 +358,7 @@ def test_b25_a_pipelines_quantization_is_data_for_every_backend(method, tmp_path
     file = tmp_path / "again.yaml"
     file.write_text(job.recipe_yaml)
     again = quantlab.compose(recipe=str(file)).jobs[0]
-    assert again.native == job.native
+    assert again.schemes[""].native == job.schemes[""].native
     assert again.resolved["model"]["components"] == ["transformer"]
     with pytest.raises(ConfigError, match="no such key"):
         quantlab.compose([*words, "quantization.load_in_4bitt=true"])

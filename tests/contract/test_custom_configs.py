@@ -194,5 +194,5 @@ def test_a_per_module_scheme_runs_from_the_command_line_and_again_from_its_recip
     job = quantlab.compose(words).jobs[0]
     (tmp_path / "again.yaml").write_text(job.recipe_yaml)
     again = quantlab.compose(recipe=str(tmp_path / "again.yaml")).jobs[0]
-    assert again.native == job.native
-    assert again.scheme.spelled_out() == job.scheme.spelled_out()
+    assert again.schemes[""].native == job.schemes[""].native
+    assert again.schemes[""].spelled_out() == job.schemes[""].spelled_out()

@@ -90,7 +90,7 @@ def test_a_file_is_read(tmp_path, wrapped):
     (tmp_path / "config.json").write_text(json.dumps(content))
     job = composed(tmp_path / "config.json")
     assert seen(job) == PUBLISHED["bnb nf4 that skips layers"][1]
-    assert job.native.exclusion_rule == ("transformers" if wrapped else "library")
+    assert job.schemes[""].native.exclusion_rule == ("transformers" if wrapped else "library")
     assert job.resolved["quantization"]["quantization_config"]["llm_int8_skip_modules"][0] == "lm_head"
 
 
@@ -142,7 +142,7 @@ def test_what_was_read_from_a_file_is_handed_on_without_it(tmp_path):
     (tmp_path / "again.yaml").write_text(job.recipe_yaml)
     (tmp_path / "config.json").unlink()
     assert str(tmp_path) not in job.recipe_yaml
-    assert quantlab.compose(recipe=str(tmp_path / "again.yaml")).jobs[0].native == job.native
+    assert quantlab.compose(recipe=str(tmp_path / "again.yaml")).jobs[0].schemes[""].native == job.schemes[""].native
 
 
 RECIPE = "# @package _global_\nquantization:\n  quantization_config: {}\n"

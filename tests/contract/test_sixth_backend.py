@@ -92,7 +92,7 @@ def test_another_process_finds_it_too(site):
 def test_it_is_composed_and_checked_like_the_others(site):
     (job,) = plan(["backend=rowint8", "dtype=auto", "quantization.largest_code=100"]).jobs
     assert job.name == "rowint8 int8 largest_code=100"
-    assert (job.native.largest_code, job.axes.dtype, job.axes.group_size) == (100, "int8", "auto")
+    assert (job.schemes[""].native.largest_code, job.axes.dtype, job.axes.group_size) == (100, "int8", "auto")
     with pytest.raises(ConfigError, match=r"largest_cod: no such key; did you mean largest_code"):
         plan(["backend=rowint8", "largest_cod=3"])
     with pytest.raises(ConfigError, match=r"quantization.largest_code: .* is a setting of rowint8"):
@@ -105,7 +105,7 @@ def test_it_is_composed_and_checked_like_the_others(site):
 
 def test_a_pasted_dictionary_finds_it(site):
     (job,) = plan(["quantization.quantization_config={quant_method:rowint8,largest_code:90}"]).jobs
-    assert (job.name, job.native.largest_code) == ("rowint8 int8 per-row largest_code=90", 90)
+    assert (job.name, job.schemes[""].native.largest_code) == ("rowint8 int8 per-row largest_code=90", 90)
 
 
 def test_a_job_is_read_back_and_its_bytes_add_up(swept):

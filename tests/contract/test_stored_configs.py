@@ -196,7 +196,7 @@ def test_models_that_are_not_quantized_or_not_readable(tmp_path):
 def test_a_dictionary_on_the_command_line_shows_its_axes():
     text = "{quant_method: torchao, quant_type: int4dq, modules_to_not_convert: [proj_out]}"
     job = quantlab.compose([f"quantization_config={text}"]).jobs[0]
-    assert job.native == quantlab.TorchAoConfig("int4dq", ["proj_out"], exclusion_rule="library")
+    assert job.schemes[""].native == quantlab.TorchAoConfig("int4dq", ["proj_out"], exclusion_rule="library")
     shown = job.resolved["quantization"]
     assert {k: shown[k] for k in ("backend", "dtype", "group_size", "activation_dtype", "algorithm")} == {
         "backend": "torchao",
@@ -221,7 +221,7 @@ def test_a_recipe_holds_a_dictionary_and_a_run_can_be_repeated(tmp_path):
     again = tmp_path / "again.yaml"
     again.write_text(job.recipe_yaml)
     repeated = quantlab.compose(recipe=str(again)).jobs[0]
-    assert repeated.native == job.native
+    assert repeated.schemes[""].native == job.schemes[""].native
     assert repeated.resolved["quantization"] == job.resolved["quantization"]
 
 

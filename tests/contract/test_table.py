@@ -152,4 +152,4 @@ def test_gguf_types_by_pattern():
     axes = QuantizationAxes(backend="gguf", dtype="q4_0")
     assert BACKENDS["gguf"].Config.from_axes(axes, {"tensor_types": {"head": "q8_0"}}).tensor_types == {"head": "q8_0"}
     job = quantlab.compose(["backend=gguf", "dtype=q4_0", "quantization.tensor_types={head: q8_0}"]).jobs[0]
-    assert job.native.tensor_types == {"head": "q8_0"}
+    assert job.schemes[""].native.tensor_types == {"head": "q8_0"}

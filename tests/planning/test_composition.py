@@ -83,7 +83,7 @@ def test_bare_axis_and_own_keys_go_to_the_quantization_node():
     job = one("backend=torchao", "dtype=int8", "activation_dtype=int8")
     assert job.config.quantization.activation_dtype == "int8"
     job = one("backend=bitsandbytes", "dtype=nf4", "bnb_4bit_use_double_quant=true")
-    assert job.native.bnb_4bit_use_double_quant is True
+    assert job.schemes[""].native.bnb_4bit_use_double_quant is True
 
 
 def test_exclusion_groups_add_up_with_own_entries():
@@ -91,7 +91,7 @@ def test_exclusion_groups_add_up_with_own_entries():
         "backend=quanto", "modules_to_not_convert=[norms,output]", "quantization.modules_to_not_convert.own=[proj]"
     )
     assert set(job.config.quantization.modules_to_not_convert) == {"norms", "output", "own"}
-    assert "proj" in job.native.modules_to_not_convert
+    assert "proj" in job.schemes[""].native.modules_to_not_convert
 
 
 BAD = [
@@ -286,7 +286,7 @@ def test_a_run_as_a_recipe_composes_to_the_same_config(tmp_path, words):
     assert {k: v for k, v in again.resolved.items() if k != "recipe"} == {
         k: v for k, v in job.resolved.items() if k != "recipe"
     }
-    assert again.native == job.native
+    assert again.schemes[""].native == job.schemes[""].native
 
 
 def test_every_conf_file_is_an_option_of_the_table():

@@ -107,11 +107,13 @@ def test_the_one_that_never_fails_alone_is_run():
         assert plan.merged[0].spellings == ("group_size=auto", "group_size=128")
         assert plan.jobs[0].axes.group_size == "auto"
     shipped = quantlab.compose(["backend=quanto", "modules_to_not_convert=[output]"]).jobs[0]
-    axes = replace(shipped.axes, modules_to_not_convert={"own": list(shipped.scheme.exclusions)})
-    typed = replace(shipped, scheme=the_scheme(axes), point={"own": "typed"})
+    axes = replace(shipped.axes, modules_to_not_convert={"own": list(shipped.schemes[""].exclusions)})
+    typed = replace(shipped, schemes={"": the_scheme(axes)}, point={"own": "typed"})
     for order in ([typed, shipped], [shipped, typed]):
         kept, merged = distinct(order)
-        assert [dict(job.scheme.shipped_exclusions) for job in kept] == [{"output": shipped.scheme.exclusions}]
+        assert [dict(job.schemes[""].shipped_exclusions) for job in kept] == [
+            {"output": shipped.schemes[""].exclusions}
+        ]
         assert merged[0].name == shipped.name
 
 
@@ -148,7 +150,7 @@ def test_candidates_that_are_one_and_those_with_names_of_their_own(tmp_path):
 def test_a_search_has_each_scheme_once():
     words = ["backend=torchao,modelopt,bitsandbytes,gguf", "dtype=int4,nf4,q4_k", "group_size=auto,32,64,128"]
     plan = quantlab.compose([*words, "sweep.on_invalid=skip", "sweep.search.num_trials=4"])
-    told = [canonical for canonical in (str(job.scheme.spelled_out()) for job in plan.jobs)]
+    told = [canonical for canonical in (str(job.schemes[""].spelled_out()) for job in plan.jobs)]
     assert len(told) == len(set(told))
     assert {one.name for one in plan.merged} == {
         "torchao int4",
