@@ -35,6 +35,8 @@ HELP = """quantlab: what does each quantization scheme cost in quality, and what
                                       margin=VALUE, --json, --csv FILE, --html FILE (outputs/reports/<sweep>.html)
   quantlab plan key=value ...         will it fit?         quantlab plan model=flux_dev backend=bitsandbytes dtype=nf4
                                       memory.device_gib=24 (any request; reads configurations, no weights; --json)
+  quantlab reference export DIR key=value ...
+                                      the unquantized model's outputs, for runs elsewhere: reference.path=DIR
   quantlab reproduce RUN_ID [--json]  run a tracked job again: each metric identical, within its interval, different
   quantlab export RUN_ID DIR          the run's quantized model as Diffusers or transformers load it (RUN_ID or latest;
                                       while it is measured: export.path=DIR, in a sweep with export.winner=true)
@@ -202,6 +204,8 @@ def _dispatch(words: list[str]) -> int:
         return show_list(rest[1:], flags)
     if rest and rest[0] == "plan":
         return show_prices(rest[1:], flags)
+    if rest and rest[0] == "reference":
+        return export_reference(rest[1:], flags)
     if rest and rest[0] == "run":
         rest = rest[1:]
     request = plan(rest, multirun=bool(flags & {"-m", "--multirun"}))
@@ -358,6 +362,19 @@ def show_prices(words: Sequence[str], flags: set[str]) -> int:
         for told in price_tables(prices):
             console.print(plain(told, 2000) if isinstance(told, str) else told, soft_wrap=isinstance(told, str))
     return 0 if any(price.components for price in prices) else ConfigError.exit_code
+
+
+def export_reference(words: Sequence[str], flags: set[str]) -> int:
+    """Write the reference of a request to a folder."""
+    from quantlab.running.reference import USAGE
+    from quantlab.running.reference import export_reference as export
+
+    if words[:1] != ["export"] or len(words) < 2 or "=" in words[1]:
+        raise ConfigError(f"reference: write {USAGE}")
+    request = plan(list(words[2:]))
+    agree(request, "--trust" in flags)
+    print(f"reference: {printable(str(export(request, words[1], bool(flags & {'-q', '--quiet'}))))}", file=sys.stderr)
+    return 0
 
 
 def show_comparison(words: Sequence[str]) -> int:

@@ -191,7 +191,7 @@ def _option_of(family: str) -> str:
     return family if family in shipped_groups()["model"] else "causal_lm"
 
 
-_PATHS = ("model.path", "dataset.path", "calibration.path", "quantization.imatrix_file")
+_PATHS = ("model.path", "dataset.path", "calibration.path", "reference.path", "quantization.imatrix_file")
 
 
 def own_paths(components: Collection[str]) -> tuple[str, ...]:

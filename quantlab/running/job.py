@@ -46,6 +46,9 @@ from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.numbers import NEEDED_BYTES, flat_metrics
 from quantlab.vocabulary.reports import CalibrationReport, MemoryReport, MetricValue, RunReport
 
+REFERENCE_MADE_ON = "reference_made_on"
+"""Parameter of a row whose reference was made elsewhere: device, dtype, library."""
+
 
 def floor_row(session: Session, job: Job) -> RunReport:
     """A reference or floor row beside a single run: measured once, then found in the cache by content."""
@@ -128,7 +131,7 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         planned=planned(bench.model, job, schemes),
         disk_bytes=saved_bytes(candidate, schemes, layers) if is_saved else None,
         stages=(*bench.stages, *made.stages),
-        params=job.resolved,
+        params=job.resolved if bench.brought is None else {**job.resolved, REFERENCE_MADE_ON: bench.brought.made_on},
         run_id=run.run_id if run else None,
         unquantized=layers.unquantized if layers else (),
     )
@@ -137,6 +140,8 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
     if told := ledger_warning(report):
         say(told, "warning")
     if run is not None:
+        if bench.brought is not None:
+            run.log_params({REFERENCE_MADE_ON: bench.brought.made_on})
         log_quantization(run, report, shared_tags(bench))
         log_calibration(run, report)
         with tempfile.TemporaryDirectory(prefix="quantlab-calibration-") as folder:

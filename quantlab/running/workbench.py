@@ -32,6 +32,7 @@ from quantlab.planning.words import COMPONENTS
 from quantlab.progress import Advance, file_name, say
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.quiet import quiet_libraries
+from quantlab.stages.bundle import Bundle, check_bundle, differs, is_of_here, read_bundle
 from quantlab.stages.observe import observe, reference_key
 from quantlab.stages.reads import weights_read
 from quantlab.tracking import Run, Store
@@ -44,7 +45,7 @@ from quantlab.tracking.tags import (
     WEIGHTS_SHA256,
 )
 from quantlab.vocabulary.native import canonical_json
-from quantlab.vocabulary.numbers import FLOOR_FP32, FLOORS
+from quantlab.vocabulary.numbers import FLOOR_DEVICE, FLOOR_FP32, FLOORS, REFERENCE
 from quantlab.vocabulary.reports import MetricValue, RunReport, StageReport
 from quantlab.vocabulary.schema import ExperimentConfig
 
@@ -71,6 +72,8 @@ class Workbench:
     """What the user knows of what stays unquantized."""
     calibrations: dict[str, Any] = field(default_factory=dict)
     """Calibration config -> its inputs."""
+    brought: Bundle | None = None
+    """The reference that was made elsewhere; None: it was observed here."""
 
     def not_told(self, sentences: Sequence[str]) -> list[str]:
         """Those that no job before has told the user."""
@@ -82,6 +85,8 @@ class Workbench:
         """Keep the numbers of a finished row if it is a floor's."""
         if report.name in FLOORS and report.status == "FINISHED":
             self.floors[report.name] = dict(report.quality)
+        if report.name == REFERENCE and report.status == "FINISHED" and self.brought is not None:
+            self.floors[FLOOR_DEVICE] = dict(report.quality)  # the unquantized model here against the one there
 
     def with_floors(self, report: RunReport) -> RunReport:
         """The row with the floors that are known."""
@@ -171,6 +176,7 @@ def workbench(session: Session, config: ExperimentConfig, run: Run | None) -> Wo
     if has_bench(session, config) and session.bench is not None:
         return session.bench
     let_go_of_bench(session)
+    brought = read_bundle(config)
     cache = session.output_dir / "cache"
     with in_stage(session, run, "load") as load:
         with named_by_users(config):
@@ -192,7 +198,16 @@ def workbench(session: Session, config: ExperimentConfig, run: Run | None) -> Wo
     with in_stage(session, run, "observe") as seen:
         PROTOCOLS[model.protocol].check(model, inputs)
         reads = weights_read(model, inputs, config.evaluation, list(model.components))
-        reference = observe(model, inputs, config.evaluation, cache, step_progress(session, "observe reference"))
+        if brought is None:
+            reference: Mapping[str, Any] = observe(
+                model, inputs, config.evaluation, cache, step_progress(session, "observe reference")
+            )
+        else:
+            check_bundle(brought, model, inputs, config.evaluation)
+            reference = brought.outputs
+            if not is_of_here(brought, model):
+                say(differs(brought, model), "warning")
+    key_here = reference_key(model, inputs, config.evaluation)
     bench = Workbench(
         key=key,
         model=model,
@@ -200,7 +215,8 @@ def workbench(session: Session, config: ExperimentConfig, run: Run | None) -> Wo
         reference=reference,
         fingerprint=fingerprint,
         reads=reads,
-        reference_key=reference_key(model, inputs, config.evaluation),
+        reference_key=key_here if brought is None else brought.key(key_here),
+        brought=brought,
         stages=(load.report, seen.report),
         calibrations=calibrations,
     )
@@ -244,7 +260,8 @@ def let_go_of_bench(session: Session) -> None:
 
 
 def bench_key(config: ExperimentConfig) -> str:
-    return canonical_json([asdict(config.model), asdict(config.dataset), asdict(config.evaluation)])
+    said = (config.model, config.dataset, config.evaluation, config.reference)
+    return canonical_json([asdict(node) for node in said])
 
 
 def _set_aside() -> None:

@@ -24,20 +24,36 @@ LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "scikit-learn")
 
 def reference_key(model: LoadedModel, inputs: Any, evaluation: EvaluationConfig) -> str:
     """Digest of all that determines the reference's outputs, bit for bit: model, inputs, settings, machine kind."""
-    known = versions()
-    parts = {
+    parts = {**asked_of(model, inputs, evaluation), **made_by(model)}
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
+
+
+def asked_of(model: LoadedModel, inputs: Any, evaluation: EvaluationConfig) -> dict[str, Any]:
+    """What a reference is of, whoever computes it."""
+    return {
         "format": FORMAT,
         "model": dict(model.identity),
         "inputs": inputs.sha256,
         "protocol": model.protocol,
         "dtype": model.dtype,
-        "device": kind_of(model.device),
-        "evaluation": {k: v for k, v in asdict(evaluation).items() if k not in NOT_OBSERVED},
-        "libraries": {name: known.get(name) for name in LIBRARIES},
+        "evaluation": observed_settings(evaluation),
         "metrics": {name: m.version for name, m in METRICS.items() if model.protocol in m.protocols},
+    }
+
+
+def observed_settings(evaluation: EvaluationConfig) -> dict[str, Any]:
+    """The settings that a reference's outputs depend on."""
+    return {k: v for k, v in asdict(evaluation).items() if k not in NOT_OBSERVED}
+
+
+def made_by(model: LoadedModel) -> dict[str, Any]:
+    """What computes here: device, libraries, torch's switches."""
+    known = versions()
+    return {
+        "device": kind_of(model.device),
+        "libraries": {name: known.get(name) for name in LIBRARIES},
         "arithmetic": arithmetic(model.device),
     }
-    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
 
 
 def observe(

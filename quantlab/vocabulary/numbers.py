@@ -17,11 +17,13 @@ from quantlab.vocabulary.reports import (
 
 REFERENCE = "reference"
 FLOOR_BF16, FLOOR_BATCH, FLOOR_ATTENTION, FLOOR_FP32 = "floor_bf16", "floor_batch", "floor_attention", "floor_fp32"
+FLOOR_DEVICE = "floor_device"
+"""The unquantized model of this machine against a reference that another one made (``reference.path``)."""
 NEEDED_BYTES = "memory/needed_bytes"
 """What a scheme needs by itself on a GPU, see :func:`needed_bytes`."""
 OTHER_BATCH = "quality/other_batch"
 """Prefix of a candidate's own numbers at another batch size."""
-FLOORS = (FLOOR_BF16, FLOOR_BATCH, FLOOR_ATTENTION, FLOOR_FP32)
+FLOORS = (FLOOR_BF16, FLOOR_BATCH, FLOOR_ATTENTION, FLOOR_FP32, FLOOR_DEVICE)
 """Rows of other executions of the reference; their numbers are ``quality/<floor>/...`` in every row."""
 
 

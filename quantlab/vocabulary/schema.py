@@ -127,6 +127,14 @@ class MemoryConfig:
 
 
 @dataclass
+class ReferenceConfig:
+    """The ``reference`` node."""
+
+    path: str | None = path(None)
+    """A folder that ``quantlab reference export DIR`` wrote, here or on another machine; null: observed here."""
+
+
+@dataclass
 class TrackingConfig:
     """The ``tracking`` node."""
 
@@ -201,6 +209,7 @@ class ExperimentConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     quantization: QuantizationAxes = field(default_factory=QuantizationAxes)
     """The scheme of the components that ``model.components`` names, or the family quantizes by default."""

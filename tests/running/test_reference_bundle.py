@@ -1,0 +1,145 @@
+"""A reference that was made elsewhere: the same numbers, checked before it is believed, and named in the row."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import quantlab
+from quantlab import cli
+from quantlab.errors import ConfigError
+from quantlab.modules.kept import read_json, read_tree, write_json, write_tree
+from quantlab.stages import bundle
+from tests.support.tiny_text_models import TEXT, save_llama
+
+SMALL = ["device=cpu", "evaluation.num_samples=3", "evaluation.num_bootstrap=50", "evaluation.context_length=32"]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(words of a request, the folder of its reference)."""
+    home = tmp_path_factory.mktemp("elsewhere")
+    (home / "text.txt").write_text(TEXT)
+    save_llama(home / "model", hidden_size=64, intermediate_size=128)
+    words = [
+        *("model=causal_lm", f"model.path={home / 'model'}", "dataset=text", f"dataset.path={home / 'text.txt'}"),
+        *("evaluation.batch_size=2", "evaluation.floor_batch_size=3", *SMALL),
+    ]
+    out = home / "bundle"
+    assert cli.dispatch(["reference", "export", str(out), *words, f"output_dir={home / 'outputs'}", "-q"]) == 0
+    return words, out
+
+
+@pytest.fixture
+def here(exported, tmp_path, monkeypatch):
+    """A copy of the bundle, in a folder where nothing is cached."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(exported[1], tmp_path / "bundle")
+    return exported[0], tmp_path / "bundle"
+
+
+def rows_of(words, *more):
+    return quantlab.run(overrides=[*words, "backend=quanto", "dtype=int8", *more])
+
+
+def resaid(folder, change):
+    said = read_json(folder / bundle.SAID)
+    change(said)
+    said["outputs_sha256"] = bundle._sha256(folder / bundle.OUTPUTS)
+    write_json(said, folder / bundle.SAID)
+
+
+def test_numbers_are_those_of_a_reference_that_is_observed_here(here, monkeypatch):
+    words, folder = here
+    own = rows_of(words, "sweep.floors=false")[-1]
+    monkeypatch.setattr("quantlab.running.workbench.observe", None)  # not asked
+    brought = rows_of(words, "sweep.floors=false", f"reference.path={folder}")[-1]
+    assert brought.quality == own.quality
+    assert "(cpu), float32, torch" in brought.params["reference_made_on"]
+    assert brought.run_id != own.run_id
+
+
+def test_a_reference_of_another_device_is_named_and_what_it_changes_is_a_floor(here, capsys):
+    words, folder = here
+    outputs = read_tree(folder / bundle.OUTPUTS)
+    moved = {k: v * 1.001 if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in outputs.items()}
+    write_tree(moved, folder / bundle.OUTPUTS)
+
+    def on_a_gpu(said):
+        said["made"]["device"] = "cuda"
+        said["made"]["arithmetic"] = {"name": "NVIDIA H100 80GB HBM3"}
+
+    resaid(folder, on_a_gpu)
+    *floors, row = rows_of(words, f"reference.path={folder}")
+    assert row.params["reference_made_on"].startswith("NVIDIA H100 80GB HBM3 (cuda), float32")
+    reference = next(r for r in floors if r.name == "reference")
+    assert row.floors["floor_device"] == reference.quality
+    assert any(v.value for v in reference.quality.values())
+    assert "reference.path: made on NVIDIA H100" in capsys.readouterr().err
+
+
+def cut(folder):
+    data = (folder / bundle.OUTPUTS).read_bytes()
+    (folder / bundle.OUTPUTS).write_bytes(data[: len(data) // 2])
+
+
+def one_bit(folder):
+    data = bytearray((folder / bundle.OUTPUTS).read_bytes())
+    data[-3] ^= 1
+    (folder / bundle.OUTPUTS).write_bytes(bytes(data))
+
+
+BEFORE_WEIGHTS = {
+    "no folder": (lambda folder: shutil.rmtree(folder), [], "holds no reference.json"),
+    "no outputs": (lambda folder: (folder / bundle.OUTPUTS).unlink(), [], "holds no outputs.safetensors"),
+    "cut off": (cut, [], "is damaged"),
+    "one bit": (one_bit, [], "is damaged"),
+    "other JSON": (lambda folder: (folder / bundle.SAID).write_text("{}"), [], "is damaged"),
+    "changed by hand": (
+        lambda folder: (folder / bundle.SAID).write_text((folder / bundle.SAID).read_text().replace("cpu", "gpu")),
+        [],
+        "is damaged",
+    ),
+    "not whole": (lambda folder: resaid(folder, lambda said: said["made"].pop("hardware")), [], "is damaged"),
+    "other form": (lambda folder: resaid(folder, lambda said: said["asked"].update(format=1)), [], "another version"),
+    "other settings": (None, ["evaluation.context_length=16"], "evaluation.context_length=32 there and 16 here"),
+    "other dtype": (None, ["model.dtype=bfloat16"], "float32 there and bfloat16 here"),
+}
+
+
+@pytest.mark.parametrize("case", BEFORE_WEIGHTS)
+def test_what_cannot_be_believed_is_refused_before_weights_load(here, case, monkeypatch):
+    words, folder = here
+    change, more, message = BEFORE_WEIGHTS[case]
+    if change is not None:
+        change(folder)
+    monkeypatch.setattr("quantlab.running.workbench.family_of", lambda config: pytest.fail("weights were loaded"))
+    with pytest.raises(ConfigError, match=f"^reference.path: .*{message}") as refused:
+        rows_of(words, *more, f"reference.path={folder}")
+    assert "\n" not in str(refused.value)
+
+
+def test_another_model_and_other_inputs_are_refused(here, tmp_path):
+    words, folder = here
+    save_llama(tmp_path / "other", hidden_size=32, intermediate_size=64)
+    (tmp_path / "other.txt").write_text(TEXT[::-1])
+    with pytest.raises(ConfigError, match=r"^reference.path: .* is of another model \(weights: "):
+        rows_of(words, f"model.path={tmp_path / 'other'}", f"reference.path={folder}")
+    with pytest.raises(ConfigError, match=r"^reference.path: .* is of other inputs"):
+        rows_of(words, f"dataset.path={tmp_path / 'other.txt'}", f"reference.path={folder}")
+
+
+@pytest.mark.parametrize("words", [[], ["export"], ["export", "model=digits_dit"], ["import", "x"]])
+def test_what_is_no_export_is_refused(words):
+    with pytest.raises(ConfigError, match="^reference: write quantlab reference export DIR"):
+        cli.dispatch(["reference", *words])
+
+
+def test_a_folder_with_other_files_is_not_written_to(here, tmp_path):
+    words, _ = here
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years")
+    with pytest.raises(ConfigError, match="^reference export .*thesis.tex"):
+        cli.dispatch(["reference", "export", str(tmp_path / "mine"), *words, "-q"])
+    assert json.dumps([f.name for f in (tmp_path / "mine").iterdir()]) == '["thesis.tex"]'
