@@ -1,14 +1,17 @@
 """quantlab: declarative recipes for model quantization.
 
     import quantlab
-    reports = quantlab.run(recipe="digits_backends", overrides=["evaluation=quick"])
+    results = quantlab.run("digits_backends", ["evaluation=quick"])     # results.rows, .layers, .samples, .compare()
+    results = quantlab.load("latest")
     module, report = quantlab.quantize(my_module, quantlab.QuantoConfig(weights_dtype="int8"))
     rows = quantlab.evaluate(my_module, [quantlab.QuantoConfig("int4")], inputs=[x1, x2])
 
 Importing this package imports neither torch nor any backend's library.
 """
 
-from quantlab.api import compose, evaluate, quantize, run
+from importlib import metadata
+
+from quantlab.api import compose, evaluate, load, quantize, run
 from quantlab.backends.bitsandbytes import BitsAndBytesConfig
 from quantlab.backends.gguf import GGUFQuantizationConfig
 from quantlab.backends.modelopt import NVIDIAModelOptConfig
@@ -25,10 +28,36 @@ from quantlab.errors import (
     QuantlabError,
     TrackingError,
 )
+from quantlab.report.results import Results
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.native import QuantizationConfigMixin, QuantizationMethod
+from quantlab.vocabulary.reports import (
+    CalibrationReport,
+    LayerReport,
+    Measurements,
+    MemoryReport,
+    MetricValue,
+    QuantizationReport,
+    RunReport,
+    StageReport,
+)
+
+try:
+    __version__ = metadata.version("quantlab-recipes")
+except metadata.PackageNotFoundError:
+    __version__ = "0+sources"
 
 __all__ = [
+    "__version__",
+    "Results",
+    "StageReport",
+    "RunReport",
+    "QuantizationReport",
+    "MetricValue",
+    "MemoryReport",
+    "Measurements",
+    "LayerReport",
+    "CalibrationReport",
     "BitsAndBytesConfig",
     "ConfigError",
     "GGUFQuantizationConfig",
@@ -49,6 +78,7 @@ __all__ = [
     "evaluate",
     "from_pipeline_config",
     "from_pretrained_config",
+    "load",
     "quantize",
     "run",
     "to_pipeline_config",

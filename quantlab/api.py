@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from quantlab.backends.scheme import Scheme, scheme_of_config
@@ -27,17 +28,21 @@ from quantlab.planning.job import Plan, scheme_name
 from quantlab.planning.plan import plan
 from quantlab.protocols.module import ModuleInputs, inputs_of, observe, samples_of
 from quantlab.quiet import quiet_libraries
+from quantlab.report.reading import StoredRun, open_reader
+from quantlab.report.results import Results, chosen_rows
+from quantlab.running.rows import finished_row
 from quantlab.running.sweep import run_plan
 from quantlab.stages.calibrate import calibrate_component
 from quantlab.stages.evaluate import evaluate as evaluate_stage
 from quantlab.stages.evaluate import summarize
 from quantlab.stages.quantize import quantize_component
 from quantlab.stages.select import QuantizationRequest, select_layers
+from quantlab.tracking.tags import FAILURE, STAGE
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.native import QuantizationConfigMixin
 from quantlab.vocabulary.numbers import FLOOR_BF16, FLOOR_FP32, FLOORS, REFERENCE
 from quantlab.vocabulary.reports import QuantizationReport, RunReport
-from quantlab.vocabulary.schema import EvaluationConfig
+from quantlab.vocabulary.schema import EvaluationConfig, TrackingConfig
 
 
 def compose(overrides: Sequence[str] = (), recipe: str | None = None) -> Plan:
@@ -54,16 +59,60 @@ def compose(overrides: Sequence[str] = (), recipe: str | None = None) -> Plan:
 
 
 def run(
-    recipe: str | None = None, overrides: Sequence[str] = (), quiet: bool = False, trust: bool = False
-) -> list[RunReport]:
-    """Run a request and return a report a row (reference and floors first); everything is tracked as from the shell.
+    recipe: str | None = None, overrides: Sequence[str] | str = (), quiet: bool = False, trust: bool = False
+) -> Results:
+    """Run a request: a report a row (reference and floors first); everything is tracked as from the shell.
 
-    ``trust``: agree to the places and addresses that a recipe which does not come with quantlab decides.
+    Args:
+        recipe: name of a recipe, or path of a YAML file.
+        overrides: words of the command line, ``["evaluation=quick", "device=cpu"]``; a single one may stand alone.
+        quiet: show no progress.
+        trust: agree to the places and addresses that a recipe which does not come with quantlab decides.
+
+    Returns:
+        The reports, with ``rows``, ``layers``, ``samples``, ``steps`` and ``images`` as DataFrames and arrays.
 
     Raises:
         QuantlabError: a bad request; in a sweep, a failing job is a row with status ``FAILED`` instead.
     """
-    return run_plan(compose(overrides, recipe), quiet=quiet, trust=trust)
+    request = compose([overrides] if isinstance(overrides, str) else overrides, recipe)
+    reports = run_plan(request, quiet=quiet, trust=trust)
+    tracking = request.jobs[0].config.tracking
+    return Results(reports, lambda: open_reader(tracking, Path.cwd()))
+
+
+def load(what: str = "latest", *, uri: str | None = None, experiment: str | None = None) -> Results:
+    """What earlier runs found out.
+
+    Args:
+        what: ``latest`` (the newest sweep or single run that has a finished job), the id of a sweep or a run, or the
+            name of an experiment.
+        uri: address of the store, by default that of the command line (``outputs/mlflow.db`` here).
+        experiment: where ``latest`` is looked for, by default that of the command line.
+
+    Raises:
+        TrackingError: a store that is not there, or no such run.
+    """
+    tracking = TrackingConfig()
+    tracking = replace(tracking, uri=uri or tracking.uri, experiment=experiment or tracking.experiment)
+    reader = open_reader(tracking, Path.cwd())
+    reports = [_report_of(run, report) for run, report in chosen_rows(what, reader, tracking)]
+    return Results(reports, lambda: reader)
+
+
+def _report_of(run: StoredRun, report: dict[str, Any]) -> RunReport:
+    if report:
+        return finished_row(report, run.run_id, is_resumed=True)
+    status = "FAILED" if run.status == "FINISHED" else run.status
+    return RunReport(
+        name=run.name,
+        status=status,
+        error=run.tags.get(FAILURE, "its report.json is missing" if status == "FAILED" else ""),
+        failed_stage=run.tags.get(STAGE, ""),
+        run_id=run.run_id,
+        stored_metrics=run.metrics,
+        is_resumed=True,
+    )
 
 
 def quantize(

@@ -74,7 +74,6 @@ shows where an error comes from, QUANTLAB_VERBOSE=1 what the libraries print.
 From Python: import quantlab; quantlab.run(recipe="digits_backends").
 """
 
-MAX_PAIRS = 10
 HELPS = "quantlab --help shows them"
 LONG = {"-h": "--help", "--info": "-i", "--shell-completion": "-sc"}
 CPU_SECONDS = "; seconds on a CPU say nothing about a GPU"
@@ -381,7 +380,7 @@ def show_comparison(words: Sequence[str]) -> int:
     """Compare tracked runs: a table or JSON here, a page in a file and at the sweep's run, a CSV file if asked for."""
     from quantlab.report.compare import compare
     from quantlab.report.comparison_data import write_csv
-    from quantlab.report.comparison_table import answer_lines, comparison_sheet, pair_lines, twin_lines
+    from quantlab.report.comparison_table import show_groups
     from quantlab.report.html import page_data, write_page
     from quantlab.report.reading import open_reader
     from quantlab.report.selection import parse_request, select
@@ -400,13 +399,7 @@ def show_comparison(words: Sequence[str]) -> int:
         told = ("title", "groups", "failed", "skipped")
         print(json.dumps({k: v for k, v in data.items() if k in told}, indent=2))
     else:
-        console = terminal(160)
-        for group in groups:
-            show(console, comparison_sheet(group), is_plain=request.is_plain, wide=request.is_wide)
-            for line in [*answer_lines(group), *pair_lines(group)[:MAX_PAIRS], *twin_lines(group), *group.notes]:
-                console.print(plain(line, 1000))
-        for run in data["failed"]:
-            console.print(plain(f"failed: {run['name']} at {run['stage']}: {run['error']}", 1000))
+        show_groups(terminal(160), groups, selection.failed, is_plain=request.is_plain, wide=request.is_wide)
     print(f"page: {printable(str(page))}{' (and at the run of the sweep)' if logged else ''}", file=sys.stderr)
     return 0
 

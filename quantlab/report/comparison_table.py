@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from quantlab.progress import plain
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.compare import Comparison, answers, bytes_of
-from quantlab.report.comparison_data import in_order, unquantized
+from quantlab.report.comparison_data import failure_data, in_order, unquantized
+from quantlab.report.reading import StoredRun
 from quantlab.report.selection import is_candidate
 from quantlab.report.table import MIB, cells, headline, legend, sheet_columns
-from quantlab.report.terminal import Column, Sheet
+from quantlab.report.terminal import Column, Sheet, show
 from quantlab.report.verdicts import (
     BETTER,
     BETTER_BY_RANK,
@@ -23,12 +29,31 @@ from quantlab.report.verdicts import (
 from quantlab.tracking.results import Measured
 
 MAX_SHOWN = 60
+MAX_PAIRS = 10
 STYLES = {IN_FLOOR: "green", BETTER: "green", WORSE: "yellow", WORSE_BY_RANK: "yellow"}
 
 
 def p_text(p: float | None) -> str:
     """A p-value for people."""
     return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def show_groups(
+    console: Console,
+    groups: Sequence[Comparison],
+    failed: Sequence[StoredRun],
+    *,
+    is_plain: bool = False,
+    wide: bool = False,
+) -> None:
+    """Print comparisons: tables, answers, pairs, and what failed. ``is_plain``: the tables alone, tab-separated."""
+    for group in groups:
+        show(console, comparison_sheet(group), is_plain=is_plain, wide=wide)
+        told = [*answer_lines(group), *pair_lines(group)[:MAX_PAIRS], *twin_lines(group), *group.notes]
+        for line in [] if is_plain else told:
+            console.print(plain(line, 1000))
+    for failure in [] if is_plain else map(failure_data, failed):
+        console.print(plain(f"failed: {failure['name']} at {failure['stage']}: {failure['error']}", 1000))
 
 
 def comparison_sheet(group: Comparison) -> Sheet:

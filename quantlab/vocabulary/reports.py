@@ -4,10 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
+
+MOST_SHOWN = 4
+
+
+def brief(report: Any) -> str:
+    """A report for people: a line a field that says something, at most 15, long ones counted instead of listed."""
+    lines = []
+    for one in fields(report):
+        value = getattr(report, one.name)
+        if value is not None and not (isinstance(value, (str, tuple, Mapping, bool)) and not value):
+            lines.append(f"  {one.name}: {_brief_value(value)}")
+    more = [f"  ... and {len(lines) - 12} more fields"] if len(lines) > 13 else []
+    return "\n".join([type(report).__name__, *(lines[:12] if more else lines), *more])
+
+
+def _brief_value(value: Any) -> str:
+    if is_dataclass(value) and not isinstance(value, (MetricValue, type)):
+        text = ", ".join(repr(value).splitlines()[1:4]).replace("  ", "")
+    elif isinstance(value, Mapping) and len(value) > MOST_SHOWN:
+        first = ", ".join(f"{k}={_brief_value(v)}" for k, v in list(value.items())[:MOST_SHOWN])
+        text = f"{len(value)} entries: {first}..."
+    elif isinstance(value, Mapping):
+        text = ", ".join(f"{k}={_brief_value(v)}" for k, v in value.items())
+    elif isinstance(value, (tuple, list)) and not all(isinstance(v, int) for v in value):
+        text = f"{len(value)} of {type(value[0]).__name__}"
+    elif hasattr(value, "shape"):
+        text = f"array of {tuple(value.shape)}"
+    else:
+        text = str(value)
+    line = " ".join(text.split())
+    return line if len(line) <= 100 else f"{line[:99]}…"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +70,11 @@ class StoredWeight:
     """What the layer decides at each call, which dtypes do not say."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LayerReport:
     """One row of the read-back table: a holder of weights, and what it became."""
+
+    __repr__ = brief
 
     component: str
     name: str
@@ -86,9 +119,11 @@ class LayerReport:
         return self.status in ("quantized", "fallback") and self.dtype not in COMPUTE_DTYPES
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class QuantizationReport:
     """What the quantize stage did, as read back from the tensors."""
+
+    __repr__ = brief
 
     layers: tuple[LayerReport, ...]
     num_parameters: int
@@ -105,13 +140,15 @@ class QuantizationReport:
         return num / self.num_parameters if self.num_parameters else 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class CalibratedLayer:
     """What calibration data showed of one layer; errors in dB of signal over error, larger is better.
 
     ``before`` is the same format with the plain algorithm, ``after`` the calibrated layer; both answer the inputs that
     the reference's layer gets. None: no such format without data, or evidence was switched off.
     """
+
+    __repr__ = brief
 
     component: str
     name: str
@@ -127,9 +164,11 @@ class CalibratedLayer:
     """Denoising step -> ``output_sqnr_db_after`` of its calls; one step, 0, for models without."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class CalibrationReport:
     """What a job's calibration used and found."""
+
+    __repr__ = brief
 
     sha256: str
     """Of all recorded calls of its components."""
@@ -143,9 +182,11 @@ class CalibrationReport:
     shared_tokens_of_evaluation: float = 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class MemoryReport:
     """Bytes of one component, each storage counted once."""
+
+    __repr__ = brief
 
     weights_bytes: int
     """All parameters and buffers, with everything that tensor subclasses and quantization states hold."""
@@ -164,9 +205,11 @@ class MemoryReport:
         return 16 * self.weights_bytes / self.bytes_at_16_bit
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Measurements:
     """What a protocol measured on a candidate against the reference; arrays are numpy, row i is sample i."""
+
+    __repr__ = brief
 
     samples: Mapping[str, Any]
     """Metric name without ``quality/`` -> float array (n,); NaN is refused before it gets here."""
@@ -201,13 +244,19 @@ class MetricValue:
     ci_lo: float | None = None
     ci_hi: float | None = None
 
+    def __str__(self) -> str:
+        bounds = "" if self.ci_lo is None else f" ({self.ci_lo:.4g}..{self.ci_hi:.4g})"
+        return f"{self.value:.4g}{bounds}"
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class StageReport:
     """Time and peak memory of one stage; what cannot be measured on the device is None and not logged.
 
     A peak holds what was there when the stage began (the reference, encoders, libraries): the baseline.
     """
+
+    __repr__ = brief
 
     name: str
     seconds: float
@@ -219,9 +268,11 @@ class StageReport:
     peak_reserved_bytes: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RunReport:
     """Everything that one job found out."""
+
+    __repr__ = brief
 
     name: str
     status: str

@@ -1,0 +1,238 @@
+"""What runs found out, as tables that one works with: pandas DataFrames and arrays, read from their records.
+
+``quantlab.run`` returns :class:`Results`, and ``quantlab.load`` those of earlier runs.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, overload
+
+from rich.console import Console
+
+from quantlab.errors import TrackingError
+from quantlab.progress import printable
+from quantlab.report.compare import compare
+from quantlab.report.comparison_table import show_groups
+from quantlab.report.reading import Reader, StoredRun, experiment_id, read_json
+from quantlab.report.selection import ComparisonRequest, children, is_candidate, metric_called, select
+from quantlab.report.table import rows_sheet
+from quantlab.report.terminal import show, tab_separated
+from quantlab.tracking.pictures import SAMPLE_ARRAYS, SAMPLE_GRID, read_samples
+from quantlab.tracking.results import Row, report_data
+from quantlab.tracking.tags import KIND, PARENT_RUN_ID, REPRODUCES
+from quantlab.vocabulary.reports import RunReport
+from quantlab.vocabulary.schema import TrackingConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
+MAX_LINES = 15
+MAX_PICTURES = 6
+WIDTH = 110
+
+
+class Results(Sequence[RunReport]):
+    """The reports of a request, a row each, and what their runs left: tables, samples, images.
+
+    It is a sequence of :class:`~quantlab.RunReport` (reference and floors first). ``layers``, ``samples``, ``steps``
+    and ``images`` come from the runs' records, so that a resumed row has all of them too.
+    """
+
+    def __init__(self, reports: Sequence[RunReport], open_store: Callable[[], Reader]) -> None:
+        """``open_store`` is called when the records are first needed."""
+        self._reports, self._open = tuple(reports), open_store
+
+    def __len__(self) -> int:
+        return len(self._reports)
+
+    @overload
+    def __getitem__(self, index: int) -> RunReport: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[RunReport]: ...
+    def __getitem__(self, index: int | slice) -> RunReport | Sequence[RunReport]:
+        return self._reports[index]
+
+    def __iter__(self) -> Iterator[RunReport]:
+        return iter(self._reports)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, (Results, list, tuple)) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        """One row a scheme: name, status, run id, parameters and metrics under their tracked names."""
+        import pandas as pd
+
+        told = ("status", "run_id", "resumed", "failed_stage", "error")
+        data = [{"scheme": r["name"], **{k: r[k] for k in told}, **r["params"], **r["metrics"]} for r in self._rows]  # type: ignore[literal-required]
+        return pd.DataFrame(data).set_index("scheme") if data else pd.DataFrame()
+
+    @property
+    def layers(self) -> pd.DataFrame:
+        """One row a layer of each scheme, as read back from its tensors: status, dtype, group size, bits, errors."""
+        import pandas as pd
+
+        frames = []
+        for run in self._runs:
+            table = read_json(self._reader, run, "layers.json")
+            if table:
+                frames.append(pd.DataFrame(table["data"], columns=table["columns"]).assign(scheme=run.name))
+        return pd.concat(frames).set_index(["scheme", "component", "name"]) if frames else pd.DataFrame()
+
+    @property
+    def samples(self) -> pd.DataFrame:
+        """One row a sample of each scheme: its id, cluster and stratum, and each metric of it."""
+        return self._columns("samples.json", "sample")
+
+    @property
+    def steps(self) -> pd.DataFrame:
+        """One row a denoising step of each scheme, one column a curve."""
+        return self._columns("steps.json", "step")
+
+    def _columns(self, name: str, index: str) -> pd.DataFrame:
+        import pandas as pd
+
+        found = {run.name: read_json(self._reader, run, name) for run in self._runs}
+        frames = {scheme: pd.DataFrame(columns) for scheme, columns in found.items() if columns}
+        return pd.concat(frames, names=["scheme", index]) if frames else pd.DataFrame()
+
+    @property
+    def images(self) -> dict[str, NDArray[np.uint8]]:
+        """Scheme -> uint8 (samples, 3, height, width, channels): reference, candidate, difference."""
+        found = ((run.name, self._reader.read_artifact(run, SAMPLE_ARRAYS)) for run in self._runs)
+        read = ((name, read_samples(content)) for name, content in found if content)
+        return {name: samples[0] for name, samples in read if samples is not None}
+
+    def compare(self, metric: str = "", margin: float = 0.0) -> Told:
+        """What ``quantlab compare`` prints of these runs, under a metric and a margin of the user's.
+
+        Raises ConfigError for a metric that they do not have, TrackingError where there is nothing to compare.
+        """
+        ids = tuple(run.run_id for run in self._runs)
+        if not ids:
+            raise TrackingError("compare: none of these rows has a run in the store")
+        request = ComparisonRequest(
+            sweep=self.sweep_id or "",
+            run_ids=() if self.sweep_id else ids,
+            metric=metric_called(metric),
+            margin=margin,
+        )
+        selection = select(request, self._reader)
+        console, file = _console()
+        show_groups(console, compare(request, selection, self._reader), selection.failed)
+        return Told(file.getvalue())
+
+    def __repr__(self) -> str:
+        lines = self._text().splitlines()
+        return "\n".join(lines if len(lines) <= MAX_LINES else [*lines[: MAX_LINES - 1], "... .rows has all of it"])
+
+    def _text(self) -> str:
+        console, file = _console()
+        for protocol in self._protocols:
+            show(console, rows_sheet(self._of(protocol), protocol))
+        return file.getvalue().rstrip() or "no rows"
+
+    def _repr_html_(self) -> str:
+        parts = [_html_table(list(tab_separated(rows_sheet(self._of(p), p)))) for p in self._protocols]
+        for run in self._runs[:MAX_PICTURES]:
+            picture = self._reader.read_artifact(run, SAMPLE_GRID)
+            if picture:
+                data = base64.b64encode(picture).decode()
+                parts.append(
+                    f"<figure><figcaption>{html.escape(printable(run.name, 200))}: reference, quantized, difference"
+                    f'</figcaption><img style="max-width:100%" src="data:image/png;base64,{data}"></figure>'
+                )
+        return "\n".join(parts)
+
+    @property
+    def sweep_id(self) -> str | None:
+        """Id of the run that is the sweep's; None of a single run."""
+        parents = {run.tags.get(PARENT_RUN_ID) for run in self._runs}
+        return parents.pop() if len(parents) == 1 else None
+
+    @property
+    def _protocols(self) -> list[str]:
+        return sorted({r["protocol"] for r in self._rows})
+
+    def _of(self, protocol: str) -> list[Row]:
+        return [r for r in self._rows if r["protocol"] == protocol]
+
+    @cached_property
+    def _rows(self) -> list[Row]:
+        return [report_data(r) for r in self._reports]
+
+    @cached_property
+    def _reader(self) -> Reader:
+        return self._open()
+
+    @cached_property
+    def _runs(self) -> list[StoredRun]:
+        """The runs of the rows that have one, under the rows' names."""
+        names = {r.run_id: r.name for r in self._reports if r.run_id}
+        found = self._reader.by_id(list(names)) if names else []
+        return [replace(run, name=names[run.run_id]) for run in found]
+
+
+class Told(str):
+    """Text that a notebook shows as it is printed."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _console() -> tuple[Console, io.StringIO]:
+    file = io.StringIO()
+    console = Console(file=file, width=WIDTH, markup=False, highlight=False, emoji=False, color_system=None)
+    return console, file
+
+
+def _html_table(lines: Sequence[str]) -> str:
+    def row(line: str, cell: str) -> str:
+        return f"<tr>{''.join(f'<{cell}>{html.escape(text)}</{cell}>' for text in line.split(chr(9)))}</tr>"
+
+    return f"<table>{row(lines[0], 'th')}{''.join(row(line, 'td') for line in lines[1:])}</table>"
+
+
+def chosen_rows(what: str, reader: Reader, tracking: TrackingConfig) -> list[tuple[StoredRun, dict[str, Any]]]:
+    """The runs that ``what`` names, each with its ``report.json`` (empty of one that did not finish).
+
+    ``what``: ``latest``, the id of a sweep or a run, or an experiment's name. Raises TrackingError for none of them.
+    """
+    if what == "latest":
+        found = _latest(reader, tracking)
+    elif known := reader.by_id([what]):
+        found = children(reader, known[0]) if known[0].tags.get(KIND) == "sweep" else known
+    elif what in reader.experiments():
+        runs = reader.of_experiment(reader.experiments()[what], {})
+        found = [r for r in runs if r.tags.get(KIND) != "sweep" and REPRODUCES not in r.tags]
+    else:
+        names = ", ".join(sorted(reader.experiments()))
+        raise TrackingError(
+            f"load({what!r}): no such run, sweep or experiment in {reader.uri}; it has the experiments {names}, and "
+            "quantlab.load('latest') is the newest of all"
+        )
+    started = sorted(found, key=lambda run: (is_candidate(run), run.start_ms))
+    return [(run, read_json(reader, run, "report.json") if run.status == "FINISHED" else {}) for run in started]
+
+
+def _latest(reader: Reader, tracking: TrackingConfig) -> list[StoredRun]:
+    number = experiment_id(reader, tracking.experiment, f"tracking.experiment={tracking.experiment}")
+    for run in reader.of_experiment(number, {}):
+        if PARENT_RUN_ID in run.tags or REPRODUCES in run.tags:
+            continue
+        rows = children(reader, run) if run.tags.get(KIND) == "sweep" else [run]
+        if any(row.status == "FINISHED" for row in rows):
+            return rows
+    raise TrackingError(f"load('latest'): nothing has finished in experiment {tracking.experiment} of {reader.uri}")

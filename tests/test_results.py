@@ -1,0 +1,134 @@
+"""What a run found out, in hand: DataFrames, arrays, and how it shows itself."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+import quantlab
+from quantlab.errors import ConfigError, TrackingError
+from quantlab.vocabulary import reports
+from tests.support.shell import digits_words, make_shell
+
+WORDS = digits_words("backend=quanto", "dtype=int8,int4")
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory, template, trained):
+    """A sweep of two schemes, run from Python: its folder and what it returned."""
+    shell = make_shell(tmp_path_factory.mktemp("results"), template, trained)
+    with contextlib.chdir(shell.folder):
+        return shell.folder, quantlab.run(overrides=WORDS, quiet=True)
+
+
+@pytest.fixture
+def here(ran, monkeypatch):
+    monkeypatch.chdir(ran[0])
+    return ran[1]
+
+
+def same(a, b):
+    assert list(a.columns) == list(b.columns)
+    assert a.sort_index().equals(b.sort_index())
+
+
+def test_rows_layers_samples_steps_and_images(here):
+    names = ["reference", "floor_bf16", "floor_batch", "quanto int8", "quanto int4"]
+    assert list(here.rows.index) == names
+    int4 = here.rows.loc["quanto int4"]
+    assert int4["status"] == "FINISHED"
+    assert int4["quantization.dtype"] == "int4"
+    assert int4["quality/latent_rel_mse"] == here[-1].quality["latent_rel_mse"].value
+    layers = here.layers.loc["quanto int4"]
+    assert set(layers.dtype[layers.status == "quantized"]) == {"int4"}
+    samples = here.samples.loc["quanto int4"]
+    assert samples["latent_rel_mse"].mean() == pytest.approx(int4["quality/latent_rel_mse"], rel=1e-9)
+    assert len(here.steps.loc["quanto int8"]) == 2, "denoising steps"
+    images = here.images["quanto int4"]
+    assert images.dtype == np.uint8
+    assert images.shape[1] == 3
+
+
+def test_the_same_of_a_store_that_is_read_later(here):
+    for what in ("latest", here.sweep_id, "quantlab"):
+        later = quantlab.load(what)
+        assert {r.name for r in later} == {r.name for r in here}
+        same(later.layers, here.layers)
+        same(later.samples, here.samples)
+        old, new = (r.rows["quality/latent_rel_mse"].sort_index() for r in (here, later))
+        assert old.equals(new)
+    [one] = quantlab.load(here[-1].run_id)
+    assert one.name == "quanto int4"
+    assert one.quality["latent_rel_mse"] == here[-1].quality["latent_rel_mse"]
+
+
+def test_a_cell_that_is_run_again_has_all_of_it(here):
+    again = quantlab.run(overrides=WORDS, quiet=True)
+    assert [r.is_resumed for r in again][-2:] == [True, True]
+    same(again.layers, here.layers)
+    same(again.samples, here.samples)
+    same(again.steps, here.steps)
+    assert set(again.images) == set(here.images)
+
+
+def test_a_comparison_as_the_command_prints_it(here):
+    text = here.compare(metric="psnr")
+    assert repr(text) == text
+    assert "verdict on psnr_db" in " ".join(text.split())
+    with pytest.raises(ConfigError, match="metric=ppl"):
+        here.compare(metric="ppl")
+
+
+def test_what_a_notebook_shows(here):
+    text = repr(here)
+    assert len(text.splitlines()) <= 15
+    assert "quanto int4" in text
+    page = here._repr_html_()
+    assert page.count("<tr>") == 6
+    assert page.count("data:image/png;base64,") >= 2
+    assert all(len(repr(report).splitlines()) <= 15 for report in here)
+    assert all(len(repr(part).splitlines()) <= 15 for part in (here[-1].quantization, here[-1].measurements))
+    assert "layers: " in repr(here[-1].quantization)
+
+
+@pytest.mark.parametrize(
+    "one", [c for c in vars(reports).values() if dataclasses.is_dataclass(c) and c.__name__.endswith(("Report", "Layer"))]
+)
+def test_each_report_is_short_and_exported(one):
+    assert one.__repr__ is reports.brief
+    assert one.__name__ == "CalibratedLayer" or getattr(quantlab, one.__name__) is one
+
+
+@pytest.mark.parametrize(
+    ("what", "more", "begins"),
+    [
+        ("0123", {}, r"load\('0123'\): no such run, sweep or experiment"),
+        ("latest", {"experiment": "other"}, "tracking.experiment=other: no such experiment"),
+        ("latest", {"uri": "sqlite:///no.db"}, "tracking.uri=sqlite:///no.db: no such file"),
+    ],
+)
+def test_what_is_not_there_is_told(here, what, more, begins):
+    with pytest.raises(TrackingError, match=begins):
+        quantlab.load(what, **more)
+
+
+def test_one_override_may_stand_alone(monkeypatch):
+    seen = []
+    monkeypatch.setattr("quantlab.api.run_plan", lambda plan, **_: seen.append(plan) or [])
+    quantlab.run("digits_backends", "evaluation=quick")
+    quantlab.run("digits_backends", ["evaluation=quick"])
+    first, second = ([job.config for job in plan.jobs] for plan in seen)
+    assert first == second
+    assert first[0].evaluation.num_samples < 100
+
+
+def test_the_package_says_its_version_and_that_it_is_typed():
+    from importlib import resources
+
+    assert quantlab.__version__[0].isdigit()
+    assert resources.files("quantlab").joinpath("py.typed").is_file()
+    assert json.dumps(quantlab.__version__)
