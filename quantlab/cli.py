@@ -5,6 +5,7 @@ Exit codes: 0 all done, 1 a job failed at run time, 2 a bad request.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from quantlab.errors import ConfigError, QuantlabError, is_disk_full, nearest
+from quantlab.errors import ConfigError, QuantlabError, TrackingError, is_disk_full, nearest
 from quantlab.planning.completion import SCRIPT, completions
 from quantlab.planning.job import Plan
 from quantlab.planning.listing import BRIEF, DEVICES, LISTS, Row, combinations
@@ -481,4 +482,17 @@ def run(request: Plan, flags: set[str]) -> int:
     for report in failed:
         told = f"failed: {report['name']} at {report['failed_stage']}: {report['error']}"
         print(printable(told, lines=True), file=sys.stderr)
+    if not flags & {"-q", "--quiet", "--json", "--plain"}:
+        _show_next_steps(reports, request)
     return 1 if failed else 0
+
+
+def _show_next_steps(reports: Sequence[RunReport], request: Plan) -> None:
+    from quantlab.report.reading import open_reader
+    from quantlab.report.results import Results, next_steps
+
+    config = request.jobs[0].config
+    with contextlib.suppress(TrackingError):  # a store that is away by now has said so
+        results = Results(reports, lambda: open_reader(config.tracking, Path.cwd()))
+        for line in next_steps(results, config.output_dir, config.tracking):
+            print(printable(line), file=sys.stderr)

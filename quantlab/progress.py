@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import threading
 import time
 import unicodedata
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def progress_bars(quiet: bool = False) -> Iterator[Advance]:
         TextColumn("{task.fields[note]}", markup=False),
     )
     began = time.monotonic()
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(*columns, console=console, transient=True) as bars, _beating(began):
         tasks: dict[str, TaskID] = {}
 
         def advance(what: str, done: int, total: int, note: str = "") -> None:
@@ -58,6 +59,7 @@ def progress_bars(quiet: bool = False) -> Iterator[Advance]:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total, note=note)
             bars.update(tasks[what], completed=done, total=total, note=note)
+            under_way(f"{what}: {done} of {total}")
             if note and done and not console.is_terminal:  # a log shows no bar
                 left = (time.monotonic() - began) / done * (total - done) / 60
                 say(f"{what}: {done} of {total} done, {note}, about {left:.0f} min left")
@@ -65,6 +67,40 @@ def progress_bars(quiet: bool = False) -> Iterator[Advance]:
                 bars.remove_task(tasks.pop(what))
 
         yield advance
+
+
+BEAT_S = 10.0
+_under_way = ""
+_said_at = 0.0
+
+
+def under_way(text: str) -> None:
+    """What the work is at; a log is told it when nothing else was said for :data:`BEAT_S` seconds."""
+    global _under_way
+    _under_way = text
+
+
+@contextmanager
+def _beating(began: float) -> Iterator[None]:
+    """Say every :data:`BEAT_S` seconds what is under way, where no bar shows it."""
+    if console.is_terminal:
+        yield
+        return
+    under_way("starting")
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(BEAT_S / 10):
+            if _under_way and time.monotonic() - _said_at >= BEAT_S:
+                say(f"{time.monotonic() - began:.0f} s: {_under_way}")
+
+    thread = threading.Thread(target=beat, daemon=True, name="quantlab-progress")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 _COLOURS = {"failed": "red", "launcher": "red", "warning": "yellow", "undefined": "yellow", "out of memory": "yellow"}
@@ -112,5 +148,7 @@ def file_name(text: str, most: int = 60) -> str:
 
 def say(text: str, kind: str = "") -> None:
     """One line for the user, beside the bars; ``kind`` (``failed``, ``warning``...) stands before it in its colour."""
+    global _said_at
+    _said_at = time.monotonic()
     line = Text(printable(text, lines=True))
     console.print(Text.assemble((kind, _COLOURS[kind]), ": ", line) if kind else line, soft_wrap=True)

@@ -11,6 +11,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from rich.console import Console
@@ -26,6 +27,8 @@ from quantlab.report.terminal import show, tab_separated
 from quantlab.tracking.pictures import SAMPLE_ARRAYS, SAMPLE_GRID, read_samples
 from quantlab.tracking.results import Row, report_data
 from quantlab.tracking.tags import KIND, PARENT_RUN_ID, REPRODUCES
+from quantlab.tracking.values import flatten
+from quantlab.vocabulary.numbers import flat_metrics
 from quantlab.vocabulary.reports import RunReport
 from quantlab.vocabulary.schema import TrackingConfig
 
@@ -74,7 +77,9 @@ class Results(Sequence[RunReport]):
         import pandas as pd
 
         told = ("status", "run_id", "resumed", "failed_stage", "error")
-        data = [{"scheme": r["name"], **{k: r[k] for k in told}, **r["params"], **r["metrics"]} for r in self._rows]  # type: ignore[literal-required]
+        data = [
+            {"scheme": r["name"], **{k: r[k] for k in told}, **flatten(r["params"]), **r["metrics"]} for r in self._rows
+        ]  # type: ignore[literal-required]
         return pd.DataFrame(data).set_index("scheme") if data else pd.DataFrame()
 
     @property
@@ -181,6 +186,32 @@ class Results(Sequence[RunReport]):
         names = {r.run_id: r.name for r in self._reports if r.run_id}
         found = self._reader.by_id(list(names)) if names else []
         return [replace(run, name=names[run.run_id]) for run in found]
+
+
+def next_steps(results: Results, output_dir: str, tracking: TrackingConfig) -> list[str]:
+    """What one does after a run: its id and folder, then compare, reproduce, and the store's page; at most 4 lines."""
+    quantized = [
+        r for r in results if r.run_id and r.status == "FINISHED" and "quantization/coverage" in flat_metrics(r)
+    ]
+    if not quantized:
+        return []
+    last, sweep = quantized[-1], results.sweep_id
+    run_id = sweep or str(last.run_id)
+    folder = next((f.parent for f in _records(output_dir) if run_id in f.read_text(encoding="utf-8")), None)
+    ui = tracking.uri if tracking.uri.startswith("http") else f"mlflow ui --backend-store-uri {tracking.uri}"
+    chosen = f"sweep={sweep}" if sweep else f"experiment={tracking.experiment}"
+    return [
+        f"{'sweep' if sweep else 'run'} {run_id}{f' in {folder}' if folder else ''}",
+        f"which is better:  quantlab compare {chosen}",
+        f"run one again:    quantlab reproduce {last.run_id}",
+        f"look at all:      {ui}",
+    ]
+
+
+def _records(output_dir: str) -> Iterator[Path]:
+    """The newest runs' summaries."""
+    found = sorted(Path(output_dir).expanduser().glob("runs/*/run.json"), reverse=True)
+    yield from found[:500]
 
 
 class Told(str):

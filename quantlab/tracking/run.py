@@ -15,6 +15,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, SupportsFloat
 
 from quantlab.errors import TrackingError, in_words
+from quantlab.progress import under_way
 from quantlab.tracking.events import Event
 from quantlab.tracking.pictures import framed_grid
 from quantlab.tracking.record import Record
@@ -63,6 +64,7 @@ class Run:
 
     @stage.setter
     def stage(self, name: str) -> None:
+        under_way(f"{self.record.summary['name']}: {name}")
         self.set_tags({STAGE: name})
 
     def log_params(self, params: Mapping[str, object]) -> None:
