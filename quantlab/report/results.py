@@ -76,10 +76,11 @@ class Results(Sequence[RunReport]):
         """One row a scheme: name, status, run id, parameters and metrics under their tracked names."""
         import pandas as pd
 
-        told = ("status", "run_id", "resumed", "failed_stage", "error")
-        data = [
-            {"scheme": r["name"], **{k: r[k] for k in told}, **flatten(r["params"]), **r["metrics"]} for r in self._rows
-        ]  # type: ignore[literal-required]
+        data = []
+        for row in self._rows:
+            whole = {**row}
+            told = {k: whole[k] for k in ("status", "run_id", "resumed", "failed_stage", "error")}
+            data.append({"scheme": row["name"], **told, **flatten(row["params"]), **row["metrics"]})
         return pd.DataFrame(data).set_index("scheme") if data else pd.DataFrame()
 
     @property
