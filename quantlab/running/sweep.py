@@ -22,11 +22,13 @@ from quantlab.planning.ready import check_ready
 from quantlab.planning.space import objectives_of
 from quantlab.planning.trust import require_trust
 from quantlab.progress import progress_bars, say
-from quantlab.running.apart import Handed, collect, hand_over
-from quantlab.running.engines import check_launcher, run_handed, runs_apart
+from quantlab.running.apart import Handed, hand_over
+from quantlab.running.engines.table import check_launcher
+from quantlab.running.handing import run_handed, runs_apart
 from quantlab.running.job import floor_rows, open_run, run_job
 from quantlab.running.resume import content_key, earlier_report
 from quantlab.running.rows import failed_row, skipped_row
+from quantlab.running.scheduler import Counts
 from quantlab.running.search import Search, run_search
 from quantlab.running.winner import export_chosen
 from quantlab.running.workbench import Session, Workbench, has_bench, let_go_of_bench, prepare_device, workbench
@@ -331,14 +333,15 @@ def _finished(
 ) -> list[RunReport]:
     """Run what was handed over, without this process keeping the model, and put its rows in their places."""
     handed = [row for row in rows if isinstance(row, Handed)]
+    found: dict[Path, RunReport] = {}
     if handed:
         let_go_of_bench(session)
 
-        def on_end(ended: int, failed: int, running: int) -> None:
-            session.advance(what, ended, len(handed), f"{running} running, {failed} failed")
+        def progress(counts: Counts) -> None:
+            session.advance(what, counts.ended, len(handed), f"{counts.running} running, {counts.failed} failed")
 
-        run_handed(handed, config, on_end, always_apart=bool(session.lost_device))
-    reports = [collect(session, row) if isinstance(row, Handed) else row for row in rows]
+        found = run_handed(session, handed, config, progress)
+    reports = [found[row.folder] if isinstance(row, Handed) else row for row in rows]
     for report, row in zip(reports, rows, strict=True):
         if isinstance(row, Handed) and report.status == "FAILED":
             say(f"{report.name} at {report.failed_stage}: {report.error[:500]}", "failed")

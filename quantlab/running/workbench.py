@@ -143,6 +143,8 @@ class Session:
     """Id of the sweep's own record, by which it is found in any store."""
     bench: Workbench | None = None
     environment: Mapping[str, Any] = field(default_factory=dict)
+    keeps_model: bool = True
+    """Does it log the weights that quantlab trained, once a store? False in the process of a job: its sweep does."""
     lost_device: str = ""
     """The job after whose error the GPU answers this process no more; empty as long as it does."""
     expected: dict[str, list[ExperimentConfig]] = field(default_factory=dict)
@@ -280,7 +282,7 @@ def _log_shared(session: Session, run: Run, bench: Workbench) -> None:
     run.set_tags(shared)
     digest = bench.model.weights_sha256
     held = {MODEL_ARTIFACT: digest, **{k: v for k, v in shared.items() if k == JUDGE_SHA256}}
-    if "folder" in bench.model.parts and not tracking.has_run_with_tags(session.store, held):
+    if session.keeps_model and "folder" in bench.model.parts and not tracking.has_run_with_tags(session.store, held):
         for path in sorted(Path(bench.model.parts["folder"]).glob("*.*")):
             run.log_artifact(path, f"model/{digest.removeprefix('sha256:')[:16]}")
         run.set_tags({MODEL_ARTIFACT: digest})

@@ -20,7 +20,7 @@ from quantlab.tracking.query import (
 )
 from quantlab.tracking.recovery import close_orphans, end_lost_run, push_pending
 from quantlab.tracking.run import Run
-from quantlab.tracking.store import Store, open_store
+from quantlab.tracking.store import Store, no_store, open_store
 
 __all__ = [
     "Run",
@@ -37,6 +37,7 @@ __all__ = [
     "get_artifact",
     "get_run",
     "has_run_with_tags",
+    "no_store",
     "open_store",
     "push_pending",
 ]

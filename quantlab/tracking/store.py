@@ -57,6 +57,11 @@ def open_store(config: TrackingConfig, base_dir: Path) -> Store:
     return Store(shown_uri(uri), client, experiment_id)
 
 
+def no_store(config: TrackingConfig, base_dir: Path) -> Store:
+    """The store of ``config``, never asked for: runs stay in their folders, and another process sends them."""
+    return Store(shown_uri(resolved_uri(config.uri, base_dir)), None, "")
+
+
 class Store:
     """One experiment of one MLflow store, reached or not."""
 

@@ -1,7 +1,7 @@
 """The ``launcher`` node: who runs the jobs of a sweep, and what each engine may be told. Torch-free, mutable, plain.
 
-The settings are a closed set of typed keys for each engine: those of Hydra's launcher that mean something for a job
-that is one process, under their own names. Null leaves a setting as that launcher has it.
+The settings are a closed set of typed keys for each engine, in the engine's own words. Null leaves a setting as the
+engine has it.
 """
 
 from __future__ import annotations
@@ -15,23 +15,12 @@ _MANY = 10**6
 
 @dataclass
 class LauncherSettings:
-    """What is told to the engine ``serial``: nothing."""
-
-
-@dataclass
-class JoblibSettings(LauncherSettings):
-    """``launcher=pool``."""
-
-    verbose: int = number(0, 0, 100)
-    timeout: float | None = number(None, 0, _MANY, above=True)
-    """Seconds for a job; ``sweep.timeout_s`` ends the job itself."""
-    pre_dispatch: int | None = number(None, 1, _MANY)
-    batch_size: int | None = number(None, 1, _MANY)
+    """What is told to ``serial`` and ``pool``: nothing."""
 
 
 @dataclass
 class SubmititSettings(LauncherSettings):
-    """``launcher=submitit_local``, and what SLURM takes as well."""
+    """``launcher=submitit_local``, and what SLURM takes as well: submitit's own names."""
 
     timeout_min: int | None = number(None, 1, _MANY)
     cpus_per_task: int | None = number(None, 1, 4096)
@@ -57,6 +46,7 @@ class SlurmSettings(SubmititSettings):
     mem_per_gpu: str | None = None
     mem_per_cpu: str | None = None
     signal_delay_s: int | None = number(None, 1, _MANY)
+    """Seconds of grace before SLURM ends a job."""
     array_parallelism: int | None = number(None, 1, _MANY)
     additional_parameters: dict[str, str] = field(default_factory=dict)
     """Options of sbatch that have no key here; never taken from a recipe."""
@@ -69,10 +59,9 @@ class RayInit:
     """``ray.init``."""
 
     address: str | None = None
-    """Of a cluster; null: this machine."""
+    """Of a cluster; null: a Ray of this sweep's own on this machine, which the other two keys are for."""
     num_cpus: int | None = number(None, 1, 4096)
     num_gpus: int | None = number(None, 0, 64)
-    include_dashboard: bool = False
 
 
 @dataclass
@@ -80,15 +69,17 @@ class RayRemote:
     """``ray.remote``: what each job asks for."""
 
     num_cpus: float | None = number(None, 0, 4096)
-    num_gpus: float = number(1, 0, 64)
+    num_gpus: float | None = number(None, 0, 64)
+    """Null: one, and none on a cluster without any."""
     memory: int | None = number(None, 1, 2**50)
-    max_calls: int = number(1, 0, _MANY)
-    max_retries: int = number(1, 0, 100)
+    """Bytes."""
+    resources: dict[str, float] = field(default_factory=dict)
+    """Resources of the cluster's own."""
 
 
 @dataclass
 class RayParts:
-    """The launcher's own two parts."""
+    """Ray's two parts."""
 
     init: RayInit = field(default_factory=RayInit)
     remote: RayRemote = field(default_factory=RayRemote)
@@ -103,9 +94,9 @@ class RaySettings(LauncherSettings):
 
 LAUNCHER_SETTINGS: dict[str, type[LauncherSettings]] = {
     "serial": LauncherSettings,
-    "joblib": JoblibSettings,
+    "pool": LauncherSettings,
     "submitit_local": SubmititSettings,
-    "submitit_slurm": SlurmSettings,
+    "slurm": SlurmSettings,
     "ray": RaySettings,
 }
 """engine -> what it may be told."""
@@ -118,8 +109,11 @@ class LauncherConfig:
     """The ``launcher`` node."""
 
     engine: str = choice("serial", *(name for name in LAUNCHER_SETTINGS if name != "serial"))
-    """``serial``, or the name of a launcher of Hydra's."""
     num_workers: int = number(0, 0, 1024)
-    """Processes at once (joblib); 0: one a GPU, or one for every 4 CPUs."""
+    """Processes at once (pool, submitit_local); 0: one a GPU, or one for every 4 CPUs."""
+    max_attempts: int = number(3, 1, 100)
+    """How often a job is begun, where its node or its process is lost; being preempted does not count."""
+    detach: bool = False
+    """Submit and leave; the same command again takes the jobs over (engines whose jobs outlive their sweep)."""
     settings: LauncherSettings = field(default_factory=LauncherSettings)
-    """Settings of Hydra's launcher under their own names."""
+    """Settings of the engine, in its own words."""

@@ -17,6 +17,7 @@ from quantlab.stages.quantize import quantize_component
 from quantlab.stages.select import select_layers
 from quantlab.tracking import find_runs
 from tests.support.calibrated import calibrated_schemes, data, net, request_of
+from tests.support.engines import hand_overs
 from tests.support.shell import digits_words, pipeline_words, text_words
 from tests.support.stores import artifact
 from tests.support.tiny_pipelines import BUILDERS
@@ -213,12 +214,8 @@ def test_a_job_is_known_again_and_reproduced(device, shell):
 
 
 def test_two_jobs_of_a_pool_share_a_gpu(device, shell):
-    loky = pytest.importorskip("joblib.externals.loky")
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    loky.get_reusable_executor().shutdown(kill_workers=True)
     words = digits_words(f"device={device}", "evaluation.num_samples=10", "launcher=pool", "launcher.num_workers=2")
     rows = shell.rows("-m", "backend=quanto,gguf", "dtype=auto", *words)
-    loky.get_reusable_executor().shutdown(kill_workers=True)
     runs = shell.tracked()
     names = [name for name in rows if name.startswith(("quanto", "gguf"))]
     assert len(names) == 2
@@ -229,14 +226,12 @@ def test_two_jobs_of_a_pool_share_a_gpu(device, shell):
 
 
 def test_a_sweep_holds_one_model_and_gives_it_back_before_a_job_runs_apart(device, shell, monkeypatch):
-    from quantlab.running import engines
-
     held = []
 
-    def run_task(folder, isolated, timeout_s, slots=None):
+    def look(job):
         held.append((allocated(device), torch.cuda.memory_reserved() if device == "cuda" else 0))
 
-    monkeypatch.setattr(engines, "run_task", run_task)
+    hand_overs(monkeypatch, look)
     gc.collect()
     give_back(device)
     before = allocated(device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import itertools
 import json
@@ -10,15 +9,11 @@ import json
 import hydra.utils
 import pytest
 from hydra._internal.instantiate import _instantiate2
-from hydra.core.config_store import ConfigStore
-from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 from omegaconf.basecontainer import BaseContainer
 
 from quantlab.errors import ConfigError, QuantlabError
 from quantlab.planning.plan import plan
-from quantlab.running.engines import ENGINES, launcher_settings
-from quantlab.vocabulary.launching import COMMANDS, LAUNCHER_SETTINGS, LauncherConfig
 
 SPECIALS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_", "_call_", "_execution_whitelist_")
 PLACES = {
@@ -124,20 +119,6 @@ def test_settings_of_a_launcher_are_a_closed_set(nothing_runs, launcher, word):
     with pytest.raises(ConfigError, match=r"^(\+\+)?launcher\.settings"):
         plan([f"launcher={launcher}", "backend=quanto", word])
     assert nothing_runs == []
-
-
-@pytest.mark.parametrize("engine", LAUNCHER_SETTINGS)
-def test_what_a_launcher_is_told_are_scalars_under_its_own_names(engine):
-    told = launcher_settings(LauncherConfig(engine=engine, settings=LAUNCHER_SETTINGS[engine]()), num_gpus=0)
-    assert all(isinstance(v, (int, float, str)) or k in COMMANDS for k, v in told.items())
-
-
-@pytest.mark.parametrize("engine", ["joblib", "submitit_local", "submitit_slurm"])
-def test_the_settings_are_those_of_hydras_own_schema(engine):
-    pytest.importorskip(ENGINES[engine][0])
-    Plugins.instance()
-    node = ConfigStore.instance().repo["hydra"]["launcher"][f"{engine}.yaml"].node
-    assert {f.name for f in dataclasses.fields(LAUNCHER_SETTINGS[engine])} <= set(node)
 
 
 # -- resolvers

@@ -26,7 +26,7 @@ DECIDED = {
     "dataset.path": ("defaults: [override /dataset: prompts]\ndataset: {path: /etc/passwd}", "/etc/passwd"),
     "calibration.path": ("calibration: {path: secrets.txt}", "secrets.txt"),
     "model.path": ("defaults: [override /model: diffusers]\nmodel: {path: someone/elses}", "someone/elses"),
-    "launcher.engine": ("defaults: [override /launcher: slurm]", "submitit_slurm"),
+    "launcher.engine": ("defaults: [override /launcher: slurm]", "slurm"),
     "launcher.num_workers": ("launcher: {num_workers: 9}", "9"),
     "launcher.settings.partition": (
         "defaults: [override /launcher: slurm]\nlauncher: {settings: {partition: theirs}}",

@@ -13,8 +13,10 @@ import pytest
 
 from quantlab.errors import MissingPackage
 from quantlab.planning.plan import make_job
-from quantlab.running import engines
-from quantlab.running.engines import ENGINES, check_launcher, runs_apart, take_slot
+from quantlab.running.engines import pool, table
+from quantlab.running.engines.pool import visible_gpus
+from quantlab.running.engines.table import ENGINES, check_launcher
+from quantlab.running.handing import runs_apart
 from quantlab.tracking import find_runs
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.schema import ExperimentConfig, LauncherConfig, SweepConfig
@@ -48,17 +50,7 @@ def fault(tmp_path, monkeypatch):
     return put
 
 
-@pytest.fixture
-def fresh_pool():
-    """joblib keeps a pool's workers, with the environment that they began with, for the next pool of this process."""
-    loky = pytest.importorskip("joblib.externals.loky")
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    loky.get_reusable_executor().shutdown(kill_workers=True)
-    yield
-    loky.get_reusable_executor().shutdown(kill_workers=True)
-
-
-def table(shell, *words):
+def rows_of(shell, *words):
     code, out, err = shell(*WORDS, *words, "--json")
     return code, {r["name"]: r for r in json.loads(out)}, err
 
@@ -66,7 +58,7 @@ def table(shell, *words):
 @pytest.mark.slow
 def test_a_job_that_crashes_its_process_is_a_failed_row(shell, fault):
     fault("os.kill(os.getpid(), signal.SIGSEGV)")
-    code, rows, err = table(shell, "backend=quanto,torchao", "sweep.isolation=process")
+    code, rows, err = rows_of(shell, "backend=quanto,torchao", "sweep.isolation=process")
     assert code == 1
     row = rows["quanto int8"]
     assert (row["status"], row["failed_stage"]) == ("FAILED", "evaluate")
@@ -100,7 +92,7 @@ ENDS = {
 @pytest.mark.parametrize("what", ENDS)
 def test_other_ends_of_a_process(shell, fault, what):
     fault(what)
-    code, rows, _ = table(shell, "backend=quanto", "dtype=int8,int4", "sweep.isolation=process")
+    code, rows, _ = rows_of(shell, "backend=quanto", "dtype=int8,int4", "sweep.isolation=process")
     assert code == 1
     assert [(r["status"], r["failed_stage"]) for r in rows.values()] == [("FAILED", "evaluate")] * 2
     assert all(r["error"].startswith(ENDS[what]) for r in rows.values())
@@ -109,7 +101,7 @@ def test_other_ends_of_a_process(shell, fault, what):
 @pytest.mark.slow
 def test_a_job_that_takes_too_long(shell, fault):
     fault("time.sleep(600)")
-    code, rows, _ = table(shell, "backend=quanto,torchao", "sweep.timeout_s=60")
+    code, rows, _ = rows_of(shell, "backend=quanto,torchao", "sweep.timeout_s=60")
     assert code == 1
     assert (rows["quanto int8"]["error"], rows["quanto int8"]["failed_stage"]) == (
         "timeout: longer than sweep.timeout_s=60",
@@ -122,8 +114,8 @@ def test_a_job_that_takes_too_long(shell, fault):
 def test_a_process_that_never_begins_its_run(shell, fault):
     fault("")
     folder = shell.folder.parent / "fault"
-    (folder / "sitecustomize.py").write_text("import os, sys\nif '-c' in sys.orig_argv: os._exit(7)\n")
-    code, rows, _ = table(shell, "backend=quanto", "dtype=int8,int4", "sweep.isolation=process")
+    (folder / "sitecustomize.py").write_text("from quantlab.running import worker\nworker.main = lambda words: 7\n")
+    code, rows, _ = rows_of(shell, "backend=quanto", "dtype=int8,int4", "sweep.isolation=process")
     assert code == 1
     ends = {(r["error"], r["failed_stage"]) for r in rows.values()}
     assert ends == {("exit code 7: the process said nothing", "start")}
@@ -133,13 +125,13 @@ def test_a_process_that_never_begins_its_run(shell, fault):
 @pytest.mark.slow
 def test_a_process_measures_the_same_numbers(shell):
     words = ("backend=quanto,gguf", "dtype=auto")
-    here = table(shell, *words)[1]
-    apart = table(shell, *words, "sweep.isolation=process", "sweep.force=true")[1]
+    here = rows_of(shell, *words)[1]
+    apart = rows_of(shell, *words, "sweep.isolation=process", "sweep.force=true")[1]
     for name, row in here.items():
         same = [k for k in row["metrics"] if k.startswith(("quality/", "quantization/", "memory/weights"))]
         assert {k: apart[name]["metrics"][k] for k in same} == {k: row["metrics"][k] for k in same}
         assert apart[name]["params"]["quantization"] == row["params"]["quantization"]
-    assert all(r["resumed"] for r in table(shell, *words)[1].values())
+    assert all(r["resumed"] for r in rows_of(shell, *words)[1].values())
 
 
 @pytest.mark.parametrize("backend", CAPABILITIES)
@@ -164,7 +156,7 @@ def test_what_is_known_to_crash_runs_apart(backend, device):
 def test_one_scheme_runs_apart_and_the_others_share_the_model(shell, monkeypatch):
     row = CAPABILITIES["quanto"]["int8"]
     monkeypatch.setitem(CAPABILITIES["quanto"], "int8", dataclasses.replace(row, may_crash_on=("cpu",)))
-    code, rows, err = table(shell, "backend=quanto,torchao")
+    code, rows, err = rows_of(shell, "backend=quanto,torchao")
     assert code == 0, err
     pids = {name: run["tags"]["quantlab.pid"] for name, run in shell.tracked().items()}
     assert pids["torchao int8"] == pids["sweep"] != pids["quanto int8"]
@@ -198,17 +190,17 @@ def test_a_process_ends_with_its_sweep(shell, fault):
 # -- engines
 
 
-@pytest.mark.parametrize("engine", [e for e in ENGINES if e != "serial"])
+@pytest.mark.parametrize("engine", [e for e, (module, _) in ENGINES.items() if module])
 def test_an_engine_that_is_not_installed_names_its_extra(engine, monkeypatch):
-    module, option, extra = ENGINES[engine]
+    module, extra = ENGINES[engine]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingPackage, match=rf"^launcher={option}: .*{module}.*\[{extra}\]"):
+    with pytest.raises(MissingPackage, match=rf"^launcher={engine}: .*{module}.*\[{extra}\]"):
         check_launcher(LauncherConfig(engine=engine))
 
 
 LAUNCHED = [
-    ("joblib", ["launcher=pool", "launcher.num_workers=2"]),
-    ("joblib", ["launcher=pool", "launcher.num_workers=2", "sweep.isolation=none"]),
+    ("pool", ["launcher=pool", "launcher.num_workers=2"]),
+    ("pool", ["launcher=pool", "launcher.num_workers=2", "sweep.isolation=none"]),
     ("submitit_local", ["launcher=submitit_local"]),
     ("ray", ["launcher=ray"]),
 ]
@@ -217,41 +209,31 @@ LAUNCHED = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("engine", "words"), LAUNCHED, ids=lambda v: v if isinstance(v, str) else " ".join(v))
 def test_an_engine_runs_the_jobs(shell, engine, words):
-    if importlib.util.find_spec(ENGINES[engine][0]) is None:
+    if ENGINES[engine][0] and importlib.util.find_spec(ENGINES[engine][0]) is None:
         pytest.skip(f"{ENGINES[engine][0]} is not installed")
-    code, rows, err = table(shell, "backend=quanto,torchao", *words)
+    code, rows, err = rows_of(shell, "backend=quanto,torchao", *words)
     assert code == 0, err
     assert [(n, r["status"]) for n, r in rows.items()] == [("quanto int8", "FINISHED"), ("torchao int8", "FINISHED")]
     parent = shell.tracked()["sweep"]
     found = find_runs(shell.store, {"mlflow.parentRunId": parent["run_id"]})
     assert {r["name"] for r in found} == set(rows)
     assert len({r["tags"]["quantlab.pid"] for r in [*found, parent]}) == 3, "three processes"
-    again = table(shell, "backend=quanto,torchao")[1]
+    again = rows_of(shell, "backend=quanto,torchao")[1]
     assert all(r["resumed"] for r in again.values())
-
-
-def test_no_two_running_jobs_have_one_slot(tmp_path):
-    slots = {str(tmp_path / f"{i}.lock"): gpu for i, gpu in enumerate(["0", "1", "0"])}
-    taken = [take_slot(slots) for _ in range(3)]
-    assert [gpu for _, gpu in taken] == ["0", "1", "0"]
-    assert take_slot(slots) == (None, None)
-    taken[1][0].release()
-    assert take_slot(slots)[1] == "1", "the device of the job that ended"
-    assert take_slot({}) == (None, None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isolation", ["none", "process"])
-def test_each_job_of_a_pool_sees_a_gpu_of_its_own(shell, fault, fresh_pool, monkeypatch, isolation):
+def test_each_job_of_a_pool_sees_a_gpu_of_its_own(shell, fault, monkeypatch, isolation):
     """Two jobs at once on two devices: each is measured with the other still running."""
     seen = shell.folder / "seen"
     seen.mkdir()
     fault("pass")
     monkeypatch.setenv("QUANTLAB_TEST_SEEN", str(seen))
     (shell.folder.parent / "fault" / "sitecustomize.py").write_text(SEES)
-    monkeypatch.setattr(engines, "_visible_gpus", lambda: ["GPU-a", "GPU-b"])
+    monkeypatch.setattr(table, "visible_gpus", lambda: ["GPU-a", "GPU-b"])
     words = ("launcher=pool", "launcher.num_workers=2", f"sweep.isolation={isolation}")
-    code, _, err = table(shell, "backend=quanto,torchao", *words)
+    code, _, err = rows_of(shell, "backend=quanto,torchao", *words)
     assert code == 0, err
     assert {f.read_text() for f in seen.iterdir()} == {"GPU-a", "GPU-b"}
 
@@ -272,32 +254,33 @@ diffusion.measure = measure
 
 
 @pytest.mark.slow
-def test_a_crash_in_a_pool_costs_one_job(shell, fault, fresh_pool):
+def test_a_crash_in_a_pool_costs_one_job(shell, fault):
     fault("os.kill(os.getpid(), signal.SIGSEGV)")
-    code, rows, _ = table(shell, "backend=quanto,torchao", "launcher=pool", "launcher.num_workers=2")
+    code, rows, _ = rows_of(shell, "backend=quanto,torchao", "launcher=pool", "launcher.num_workers=2")
     assert code == 1
     assert rows["quanto int8"]["error"].startswith("SIGSEGV")
     assert rows["torchao int8"]["status"] == "FINISHED"
 
 
 VISIBLE = {
-    None: (4, ["0", "1", "2", "3"]),
-    "": (0, []),
-    "-1": (0, []),
-    "2": (1, ["2"]),
-    "2, 0": (2, ["2", "0"]),
-    "0,-1,1": (1, ["0"]),
-    "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6,GPU-1d": (2, ["GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "GPU-1d"]),
-    "MIG-GPU-8932f937/1/2,MIG-3f": (2, ["MIG-GPU-8932f937/1/2", "MIG-3f"]),
-    "0,,1": (1, ["0"]),
+    None: ["0", "1", "2", "3"],
+    "": [],
+    "-1": [],
+    "2": ["2"],
+    "2, 0": ["2", "0"],
+    "0,-1,1": ["0"],
+    "0,4,1": ["0"],
+    "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6,GPU-1d": ["GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "GPU-1d"],
+    "MIG-GPU-8932f937/1/2,MIG-3f": ["MIG-GPU-8932f937/1/2", "MIG-3f"],
+    "0,,1": ["0"],
 }
 
 
 @pytest.mark.parametrize("chosen", VISIBLE)
 def test_gpus_are_counted_and_named_as_cuda_reads_the_list(chosen, monkeypatch):
-    num, names = VISIBLE[chosen]
-    monkeypatch.setattr("torch.cuda.device_count", lambda: num)
+    names = VISIBLE[chosen]
+    monkeypatch.setattr(pool, "num_gpus", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if chosen is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
-    assert engines._visible_gpus() == names
+    assert visible_gpus() == names

@@ -8,8 +8,9 @@ import os
 import pytest
 import torch
 
-from quantlab.running import apart, engines, sweep
+from quantlab.running import sweep, worker
 from quantlab.tracking.tags import AFTER_LOST_DEVICE
+from tests.support.engines import hand_overs
 from tests.support.shell import digits_words
 from tests.support.tables import BACKENDS
 
@@ -35,13 +36,7 @@ def asserting(monkeypatch):
 @pytest.fixture
 def handed(monkeypatch):
     """What would be run in processes of their own, as it was handed over; nothing is run."""
-    found = []
-
-    def run_task(folder, isolated, timeout_s, slots=None):
-        found.append((json.loads((folder / "job.json").read_text()), isolated))
-
-    monkeypatch.setattr(engines, "run_task", run_task)
-    return found
+    return hand_overs(monkeypatch)
 
 
 def table(shell, *words):
@@ -56,8 +51,8 @@ def test_the_jobs_after_it_run_in_processes_of_their_own(shell, asserting, hande
     assert rows["quanto int8"]["error"].startswith(f"AcceleratorError: {ASSERT}")
     assert "the jobs after it ran in processes of their own" in rows["quanto int8"]["error"]
     assert rows["quanto int8"]["failed_stage"] == "quantize"
-    ((job, isolated),) = handed
-    assert (job["name"], job["after_lost_device"], isolated) == ("quanto int4", "quanto int8", True)
+    (job,) = handed
+    assert (job["name"], job["after_lost_device"]) == ("quanto int4", "quanto int8")
     assert job["key"]
     assert rows["quanto int4"]["params"]["process"] == "its own, as quanto int8 had lost the sweep's GPU"
     assert f"failed: quanto int8: AcceleratorError: {ASSERT}" in err
@@ -67,7 +62,7 @@ def test_the_jobs_after_it_run_in_processes_of_their_own(shell, asserting, hande
 def test_a_model_that_is_not_loaded_yet_is_left_to_the_next_process(shell, asserting, handed):
     """This one cannot load it, so it knows neither the job's key nor the floors."""
     table(shell, BOTH, "evaluation.guidance_scale=1,2")
-    assert [(bool(job["key"]), job["floors"] is not None) for job, _ in handed] in (
+    assert [(bool(job["key"]), job["floors"] is not None) for job in handed] in (
         [(True, True), (False, False), (False, False)],
         [(False, False), (True, True), (False, False)],
     ), "whichever of the two is swept first"
@@ -78,7 +73,7 @@ def test_a_search_goes_on(shell, asserting, handed):
     code, rows, _ = table(shell, BOTH, "sweep.floors=false", "sweep.search.num_trials=2")
     assert code == 1
     assert rows["quanto int8"]["error"].startswith(f"AcceleratorError: {ASSERT}")
-    assert [job["name"] for job, _ in handed] == ["quanto int4"]
+    assert [job["name"] for job in handed] == ["quanto int4"]
 
 
 def test_a_gpu_that_answers_no_more_is_lost_whatever_the_error_says(shell, handed, monkeypatch):
@@ -88,7 +83,7 @@ def test_a_gpu_that_answers_no_more_is_lost_whatever_the_error_says(shell, hande
     monkeypatch.setattr(BACKENDS["quanto"], "quantize", broken)
     monkeypatch.setattr(sweep, "answers", lambda device: False)
     table(shell, BOTH, "sweep.floors=false")
-    assert [job["name"] for job, _ in handed] == ["quanto int4"]
+    assert [job["name"] for job in handed] == ["quanto int4"]
 
 
 def test_an_ordinary_failure_costs_no_process(shell, handed, monkeypatch):
@@ -102,12 +97,16 @@ def test_an_ordinary_failure_costs_no_process(shell, handed, monkeypatch):
 
 
 def test_a_worker_of_several_jobs_is_left_after_it(monkeypatch, tmp_path):
-    began = []
-    monkeypatch.setattr(apart, "_LOST", ["quanto int8"])
-    monkeypatch.setattr(engines, "run_apart", lambda folder, timeout_s, device: began.append(folder))
-    monkeypatch.setattr(engines, "work", lambda folder: pytest.fail("in this process"))
-    engines.run_task(tmp_path, False, None)
-    assert began == [tmp_path]
+    """The next job of the queue is left to a worker that has a GPU."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.job").write_text(json.dumps({"folder": str(tmp_path / name)}))
+    monkeypatch.setattr(worker, "_LOST", [])
+    monkeypatch.setattr(worker, "end_with_parent", lambda: None)
+    monkeypatch.setattr(worker, "work", lambda folder: worker._LOST.append(folder.name) or 1)
+    assert worker.main(["queue", str(tmp_path)]) == 0
+    assert worker._LOST == ["a"]
+    assert (tmp_path / "b.job").exists()
 
 
 @pytest.mark.slow

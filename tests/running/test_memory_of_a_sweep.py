@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from quantlab.models.table import family_of
-from quantlab.running import engines, workbench
+from quantlab.running import workbench
+from tests.support.engines import hand_overs
 from tests.support.shell import digits_words
 
 WORDS = ("-m", *digits_words("evaluation.num_samples=10", "backend=quanto", "--json", "sweep.floors=false"))
@@ -58,11 +59,11 @@ def test_nothing_is_kept_while_jobs_run_apart(shell, loaded, words, monkeypatch)
     real = workbench.give_back
     monkeypatch.setattr(workbench, "give_back", lambda device: emptied.append(device) or real(device))
 
-    def run_task(folder, isolated, timeout_s, slots=None):
+    def look(job):
         big = [t for t in tensors() if t.numel() >= 256 * 256 and id(t) not in others]
         seen.append((living(loaded), len(big), len(emptied)))
 
-    monkeypatch.setattr(engines, "run_task", run_task)
+    hand_overs(monkeypatch, look)
     shell(*WORDS, "dtype=int8,int4", *words)
     assert [(models, num) for models, num, _ in seen] == [(0, 0)] * 2
     assert all(times for _, _, times in seen), "the allocator's memory is given back before the first one starts"

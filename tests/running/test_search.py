@@ -224,7 +224,7 @@ def test_default_objectives_follow_the_protocol():
         ),
         (
             ["dtype=int8,int4", "launcher=pool", "sweep.search.num_trials=2"],
-            r"^launcher.num_workers=0: a search on joblib asks for so many points at once; set launcher.num_workers=4",
+            r"^launcher.num_workers=0: a search on pool asks for so many points at once; set launcher.num_workers=4",
         ),
         (["backend=quanto", "dtype=nf4,q8_0", "sweep.search.num_trials=2"], r"^2 of 2 combinations are impossible"),
     ],

@@ -1,0 +1,144 @@
+"""The process of a job that was handed over: it reads the job from its folder, and writes to that folder alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from quantlab import tracking
+from quantlab.errors import QuantlabError, is_device_lost
+from quantlab.modules.device import answers
+from quantlab.modules.precision import exact_arithmetic
+from quantlab.planning.job import Job
+from quantlab.planning.plan import plan
+from quantlab.running.attempts import END, JOB, begin, earlier_attempts, write
+from quantlab.running.job import floor_rows, open_run, run_job
+from quantlab.running.resume import content_key
+from quantlab.running.workbench import Session, prepare_device, workbench
+from quantlab.tracking.provenance import environment
+from quantlab.tracking.tags import AFTER_LOST_DEVICE, ATTEMPT, EARLIER_ATTEMPTS, JOB_KEY
+from quantlab.vocabulary.reports import MetricValue
+from quantlab.vocabulary.schema import SearchConfig, SweepConfig
+
+_GRACE_S = 10.0
+_LOST: list[str] = []  # the job that left this process without its GPU
+_SESSIONS: dict[str, Session] = {}  # of a worker that runs several jobs: they share the loaded model
+
+
+def main(words: list[str]) -> int:
+    """The process of the job whose folder is given, or (``queue FOLDER``) of one job of a queue after the other."""
+    end_with_parent()
+    if words[0] != "queue":
+        return _work(Path(words[0]))
+    while not _LOST and (folder := _taken(Path(words[1]))) is not None:
+        if begin(folder):
+            write(folder, END, {"code": _work(folder)})
+    return 0
+
+
+def _work(folder: Path) -> int:
+    try:
+        return work(folder)
+    except QuantlabError as error:
+        print(f"quantlab: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _taken(queue: Path) -> Path | None:
+    """The folder of the first job of a queue that no other worker has taken; it is then this process's."""
+    for file in sorted(queue.glob("*.job")):
+        mine = file.with_suffix(f".{os.getpid()}")
+        with contextlib.suppress(FileNotFoundError):
+            file.rename(mine)
+            return Path(json.loads(mine.read_text(encoding="utf-8"))["folder"])
+    return None
+
+
+def work(folder: Path) -> int:
+    """Run the job that was handed over in ``folder``; 0 where it finished, 1 where it failed (its run says how)."""
+    data = json.loads((folder / JOB).read_text(encoding="utf-8"))
+    os.chdir(data["base_dir"])
+    job = _read_job(folder, data)
+    device = prepare_device(job.config)
+    if data["num_threads"]:
+        import torch
+
+        torch.set_num_threads(data["num_threads"])
+    session = _session(job, device)
+    session.parent_run_id = data["parent_run_id"]
+    if data["parent_run_id"] and data["parent_record"]:
+        session.store.know(data["parent_run_id"], data["parent_record"])
+    try:
+        with (
+            exact_arithmetic(job.config.evaluation.deterministic),
+            open_run(session, job.name, job, key=data["key"], folder=folder) as run,
+        ):
+            if data["after_lost_device"]:
+                run.set_tags({AFTER_LOST_DEVICE: data["after_lost_device"]})
+            if earlier := earlier_attempts(folder):
+                run.set_tags({ATTEMPT: str(len(earlier) + 1), EARLIER_ATTEMPTS: json.dumps(earlier)})
+            bench = workbench(session, job.config, run)
+            if not data["key"]:
+                run.set_tags({JOB_KEY: content_key(bench, job)})
+            if data["floors"] is None:
+                floor_rows(session, bench, job)
+            for row, values in (data["floors"] or {}).items():
+                bench.floors[row] = {k: MetricValue(**v) for k, v in values.items()}
+            run_job(session, bench, job, run)
+    except Exception as error:  # noqa: BLE001  the run has it; this process has nothing else to do
+        if is_device_lost(error) or not answers(device):
+            _LOST.append(job.name)
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def end_with_parent() -> None:
+    """The parent holds the other end of stdin: its end, also by SIGKILL, ends this process and closes its run."""
+
+    def watch() -> None:
+        os.read(0, 1)  # nothing is ever written: it returns at the end of the other side
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(_GRACE_S)
+        os._exit(143)  # a library does not come back to the interpreter, which handles the signal
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _session(job: Job, device: str) -> Session:
+    output_dir = Path(job.config.output_dir).expanduser().absolute()
+    key = f"{output_dir} {job.config.tracking}"
+    if key not in _SESSIONS:
+        _SESSIONS[key] = Session(
+            store=tracking.no_store(job.config.tracking, Path.cwd()),  # the sweep's process alone writes to it
+            device=device,
+            output_dir=output_dir,
+            advance=lambda what, done, total, note="": None,
+            environment=environment(),
+            keeps_model=False,
+        )
+    return _SESSIONS[key]
+
+
+def _read_job(folder: Path, data: Mapping[str, Any]) -> Job:
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(data["recipe"], encoding="utf-8")
+    (job,) = plan([f"recipe={recipe}"]).jobs
+    sweep = SweepConfig(**{**data["sweep"], "search": SearchConfig(**data["sweep"]["search"])})
+    config = replace(job.config, recipe=data["recipe_name"], sweep=sweep)
+    return replace(
+        job,
+        name=data["name"],
+        config=config,
+        overrides=tuple(data["overrides"]),
+        batch_size=data["batch_size"],
+        plain_attention=data["plain_attention"],
+    )

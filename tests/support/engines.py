@@ -1,0 +1,185 @@
+"""Jobs that need no model, for tests of engines: a folder says what its process does. And an engine that misbehaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from quantlab.running import handing
+from quantlab.running.attempts import ATTEMPT, END, begin, write
+from quantlab.running.engines.protocol import State
+from tests.support.stores import ROOT
+
+JOB = """
+import json, os, signal, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+data = json.loads((folder / "job.json").read_text())
+attempt = json.loads((folder / "attempt.json").read_text())["attempt"]
+with (folder.parent / "began.txt").open("a") as file:
+    file.write(f"{folder.name} {attempt} {os.getpid()}\\n")
+what = data["does"].get(str(attempt), data["does"].get("0", "finish"))
+def note(status, error=""):
+    (folder / "run.json").write_text(json.dumps({"status": status, "error": error}))
+note("RUNNING")
+if what == "die":
+    os.kill(os.getpid(), signal.SIGSEGV)
+if what == "sleep":
+    time.sleep(600)
+if what == "fail":
+    note("FAILED", "ValueError: no"); sys.exit(1)
+if what == "quit":
+    os._exit(7)
+time.sleep(data.get("seconds", 0))
+note("FINISHED")
+"""
+"""What stands in for the work of a job's process."""
+SITE = f"""
+import sys
+argv = " ".join(sys.orig_argv)
+if "quantlab.running.worker" in argv or "quantlab.running.forked" in argv:
+    from quantlab.running import forked, worker
+
+    forked.PRELOADED = ()
+
+    def work(folder):
+        sys.argv = ["job", str(folder)]
+        try:
+            exec(compile({JOB!r}, "job", "exec"), {{}})
+        except SystemExit as ended:
+            return ended.code
+        return 0
+
+    worker.work = work
+"""
+
+
+def stand_in(folder: Path, monkeypatch) -> None:
+    """From here on the processes of jobs do what their ``job.json`` says, and import no library."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sitecustomize.py").write_text(SITE)
+    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
+
+
+def make_job(folder: Path, name: str, does: Mapping[str, str] | None = None, **more: object) -> Path:
+    """The folder of a job; ``does``: attempt -> finish, fail, die, sleep or quit (``"0"``: all others)."""
+    made = folder / name
+    made.mkdir(parents=True)
+    (made / "job.json").write_text(json.dumps({"does": dict(does or {}), **more}))
+    return made
+
+
+def began(folder: Path) -> list[tuple[str, int]]:
+    """(job, attempt) of each process that began, in order."""
+    file = folder / "began.txt"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [(name, int(attempt)) for name, attempt, _ in map(str.split, lines)]
+
+
+class Simulated:
+    """An engine that loses, delays, repeats and preempts jobs as a seeded script says; nothing is computed."""
+
+    outlives = True
+    settle_s = 0.0
+
+    def __init__(
+        self, seed: int, num_at_once: int = 64, lost=0.05, preempted=0.02, repeated=0.02, killed=0.0, lazy=False
+    ):
+        self.random = random.Random(seed)
+        self.num_at_once = num_at_once
+        self.rates = {"lost": lost, "preempted": preempted, "repeated": repeated, "killed": killed}
+        self.waiting: dict[str, Path] = {}
+        self.running: dict[str, Path] = {}
+        self.over: dict[str, State] = {}
+        self.num_submitted = self.num_asked = self.num_polls = 0
+        self.computed: dict[Path, int] = {}
+        self.cancelled: list[str] = []
+        self.lazy = lazy
+        self.is_adopted = True
+
+    def submit(self, folders: Sequence[Path], after: Sequence[str] = ()) -> list[str]:
+        ids = [f"j{self.num_submitted + i}" for i in range(len(folders))]
+        self.num_submitted += len(folders)
+        self.waiting |= dict(zip(ids, folders, strict=True))
+        return ids
+
+    def poll(self, ids: Sequence[str]) -> Mapping[str, State]:
+        self.num_polls += 1
+        self.num_asked += len(ids)
+        for job_id in list(self.running):
+            self._step(job_id)
+        for job_id in list(self.waiting)[: max(0, self.num_at_once - len(self.running))]:
+            self.running[job_id] = self.waiting.pop(job_id)
+        return {i: self._state(i) for i in ids}
+
+    def _state(self, job_id: str) -> State:
+        if job_id in self.waiting:
+            return State("queued", reason="Resources")
+        if job_id in self.running:
+            return State("running", "node1")
+        return self.over.pop(job_id, State("lost", reason="never heard of"))
+
+    def _step(self, job_id: str) -> None:
+        folder, chance = self.running[job_id], self.random.random()
+        if chance < 0.5 and not self.lazy:  # delayed
+            return
+        del self.running[job_id]
+        fate = self.random.random()
+        if fate < self.rates["lost"]:
+            if self.random.random() < 0.5:  # it had begun
+                begin(folder)
+                write(folder, "run.json", {"status": "RUNNING"})
+            self.over[job_id] = State("lost", "node1", "NODE_FAIL")
+            return
+        fate -= self.rates["lost"]
+        if fate < self.rates["preempted"]:
+            if begin(folder):
+                write(folder, END, {"code": -15, "preempted": True})
+            self.over[job_id] = State("preempted", "node1", "preempted by SLURM")
+            return
+        for _ in range(1 + (self.random.random() < self.rates["repeated"])):  # the engine itself began it again
+            if begin(folder):
+                self.computed[folder] = self.computed.get(folder, 0) + 1
+                write(folder, "run.json", {"status": "FINISHED"})
+                write(folder, END, {"code": 0})
+        self.over[job_id] = State("ended", "node1")
+
+    def cancel(self, ids: Sequence[str]) -> None:
+        self.cancelled += ids
+        for job_id in ids:
+            self.waiting.pop(job_id, None)
+            self.running.pop(job_id, None)
+
+    def adopt(self, jobs: Mapping[str, Path]) -> set[str]:
+        return {i for i in jobs if i in self.waiting or i in self.running or i in self.over}
+
+    def close(self) -> None:
+        pass
+
+
+def attempt_of(folder: Path) -> int:
+    """The number of the attempt that a folder is at."""
+    return int(json.loads((folder / ATTEMPT).read_text())["attempt"])
+
+
+def hand_overs(monkeypatch, look=lambda job: None) -> list[dict]:
+    """What would be run in processes of their own, as it was handed over; nothing is run, and all of it is lost."""
+    found: list[dict] = []
+
+    class Nobody(Simulated):
+        def submit(self, folders, after=()):
+            for folder in folders:
+                job = json.loads((folder / "job.json").read_text())
+                look(job)
+                found.append(job)
+                write(folder, END, {"code": 1})
+            return super().submit(folders, after)
+
+    def open_engine(config, folder, always_apart=False):
+        return Nobody(0, lost=0, preempted=0, repeated=0, lazy=True)
+
+    monkeypatch.setattr(handing, "open_engine", open_engine)
+    return found
