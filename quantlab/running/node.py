@@ -19,6 +19,7 @@ _CODE = "import sys; from quantlab.running.worker import main; sys.exit(main(sys
 _GRACE_S = 20.0
 """For a job that is told to go, below the 30 s that SLURM waits before it kills."""
 _LOOK_S = 0.5
+_NEAR_S = 120.0
 OWNER = "owner.json"
 """In a job's folder, the process without which nobody wants the job; absent for jobs that outlive their sweep."""
 
@@ -69,11 +70,7 @@ def _watched(folder: Path, number: int, told: list[int], timeout_s: float | None
                     return "it was begun elsewhere"
                 if told or not _is_wanted(folder):
                     _end(process, _GRACE_S)
-                    end = (
-                        {"stopped": "timeout: longer than the engine's limit (launcher.settings.timeout_min)"}
-                        if time.monotonic() > limit - 120 and told
-                        else {"preempted": True}
-                    )
+                    end = _told_end(told, limit)
                 elif time.monotonic() > until:
                     _end(process, 0.0)
                     end = {"timed_out": True, "timeout_s": timeout_s}
@@ -82,8 +79,17 @@ def _watched(folder: Path, number: int, told: list[int], timeout_s: float | None
                         process.wait(_LOOK_S)
         finally:
             _end(process, 0.0)
+    if told and not end:  # the engine's signal reached the job first
+        end = _told_end(told, limit)
     write(folder, END, {"code": process.returncode, "timed_out": False, **end})
     return f"exit code {process.returncode}"
+
+
+def _told_end(told: list[int], limit: float) -> dict[str, object]:
+    """What it means that this process was told to end, or that nobody wants the job any more."""
+    if told and time.monotonic() > limit - _NEAR_S:
+        return {"stopped": "timeout: longer than the engine's limit (launcher.settings.timeout_min)"}
+    return {"preempted": True}
 
 
 def _is_wanted(folder: Path) -> bool:

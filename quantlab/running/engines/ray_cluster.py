@@ -44,7 +44,7 @@ class Keeper:
         """Begin a task for each (id, folder)."""
         import ray
 
-        task = ray.remote(_task).options(**options, resources=dict(resources), max_retries=0, max_calls=1)
+        task = ray.remote(_task).options(**options, resources=dict(resources), max_retries=0)
         me = ray.get_runtime_context().current_actor
         for job_id, folder in jobs:
             self._refs[job_id] = task.remote(me, job_id, folder, timeout_s)

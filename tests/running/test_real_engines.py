@@ -1,0 +1,210 @@
+"""SLURM and Ray as they are, with their own daemons on this machine; skipped where they are not installed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from quantlab.running.attempts import earlier_attempts, ending, has_ended, num_attempts
+from quantlab.running.engines.protocol import EngineError
+from quantlab.running.engines.ray_cluster import Ray
+from quantlab.running.engines.slurm import Slurm
+from quantlab.running.scheduler import Scheduler
+from quantlab.vocabulary.launching import RayInit, RayParts, RayRemote, RaySettings, SlurmSettings
+from tests.support.engines import began, make_job, stand_in
+
+pytestmark = pytest.mark.slow
+LIMIT_S = 400.0
+
+
+def watched(engine, progress=lambda counts: None, max_attempts=3):
+    """A scheduler that ends with an error where it takes too long."""
+    over, until = [], time.monotonic() + LIMIT_S
+
+    def look(counts):
+        assert time.monotonic() < until, counts
+        progress(counts)
+
+    return Scheduler(engine, max_attempts, over.append, progress=look), over
+
+
+# -- SLURM
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A SLURM that answers; ``tmp_path`` is seen by its node, which is this machine."""
+    pytest.importorskip("submitit")
+    if shutil.which("sbatch") is None:
+        pytest.skip("SLURM is not installed: there is no sbatch")
+    done = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode or "idle" not in done.stdout + done.stdout.replace("mix", "idle").replace("alloc", "idle"):
+        pytest.skip(f"SLURM does not run here: {done.stdout}{done.stderr}")
+    stand_in(tmp_path / "site", monkeypatch)
+    return tmp_path
+
+
+def slurm(folder, **more):
+    return Slurm(SlurmSettings(timeout_min=10, cpus_per_task=1, array_parallelism=2, **more), folder / "submitit")
+
+
+def test_slurm_requeues_and_somebody_cancels(cluster):
+    """The requeued job costs time and no row; the cancelled one is a row that says so; the others finish."""
+    runs = cluster / "runs"
+    jobs = [make_job(runs, f"job{i}", {"1": "sleep"} if i < 2 else {}) for i in range(4)]
+    acted, ids = [], []
+
+    def act(counts):
+        if len(began(runs)) >= 2 and not acted:
+            acted.append(subprocess.run(["scontrol", "requeue", ids[0]], check=True))
+            acted.append(subprocess.run(["scancel", ids[1]], check=True))
+
+    engine = slurm(cluster)
+    one, over = watched(engine, act)
+    ids += one.add(jobs)
+    one.run()
+    assert sorted(over) == sorted(jobs)
+    assert [has_ended(job) for job in jobs] == ["FINISHED", "FAILED", "FINISHED", "FINISHED"]
+    assert ending(jobs[1]) == "cancelled in SLURM"
+    assert [num_attempts(job) for job in jobs] == [2, 1, 1, 1]
+    assert earlier_attempts(jobs[0])[0]["reason"].startswith("preempted")
+
+
+def test_jobs_of_a_sweep_that_went_away_are_taken_over(cluster):
+    jobs = [make_job(cluster / "runs", f"job{i}", seconds=3) for i in range(3)]
+    first, _ = watched(slurm(cluster))
+    left = dict(zip(first.add(jobs), jobs, strict=True))  # and its process ends
+    second, over = watched(slurm(cluster))
+    assert second.adopt(left) == set(jobs)
+    second.run()
+    assert sorted(over) == sorted(jobs)
+    assert sorted(began(cluster / "runs")) == [(f"job{i}", 1) for i in range(3)], "nothing is computed twice"
+
+
+def test_what_is_cancelled_leaves_the_queue_at_once(cluster):
+    jobs = [make_job(cluster / "runs", f"job{i}", {"0": "sleep"}) for i in range(5)]
+
+    def interrupt(counts):
+        if counts.running:
+            raise KeyboardInterrupt
+
+    engine = slurm(cluster)
+    one, _ = watched(engine, interrupt)
+    ids = one.add(jobs)
+    with pytest.raises(KeyboardInterrupt):
+        one.run()
+    until = time.monotonic() + 60
+    while any(state.is_open for state in engine.poll(ids).values()) and time.monotonic() < until:
+        time.sleep(0.5)
+    assert not engine.adopt(dict(zip(ids, jobs, strict=True)))
+
+
+@pytest.mark.parametrize("settings", [{"partition": "none_such"}, {"qos": "none such"}])
+def test_what_slurm_refuses_is_named(cluster, settings):
+    engine = slurm(cluster, **settings)
+    with pytest.raises(EngineError, match=r"^launcher=slurm: sbatch refuses the jobs .*launcher.settings"):
+        engine.submit([make_job(cluster / "runs", "job")])
+
+
+# -- Ray
+
+
+@pytest.fixture
+def nodes(tmp_path, monkeypatch):
+    """A cluster of two nodes on this machine: its address, and the process of the second one."""
+    ray = pytest.importorskip("ray")
+    stand_in(tmp_path / "site", monkeypatch)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.environ["PYTHONPATH"], os.path.dirname(ray.__path__[0])]))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--disable-usage-stats"]
+    there = {p.pid for p in psutil.process_iter()}
+    memory = "--object-store-memory=100000000"
+    head = ["--head", f"--port={address.split(':')[1]}", "--include-dashboard=false"]
+    subprocess.run([*start, memory, *head], check=True, capture_output=True, timeout=180)
+    raylets = {p.pid for p in psutil.process_iter(["name"]) if p.info["name"] == "raylet"} - there
+    subprocess.run([*start, memory, f"--address={address}"], check=True, capture_output=True, timeout=180)
+    (second,) = {p.pid for p in psutil.process_iter(["name"]) if p.info["name"] == "raylet"} - there - raylets
+    yield address, second
+    with contextlib.suppress(Exception):
+        ray.shutdown()
+    for process in [p for p in psutil.process_iter(["name", "cmdline"]) if p.pid not in there]:
+        if "ray" in " ".join(process.info["cmdline"] or [process.info["name"]]):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def settings(address, **more):
+    return RaySettings(ray=RayParts(init=RayInit(address=address), remote=RayRemote(num_gpus=0, **more)))
+
+
+def test_forty_jobs_over_two_nodes_of_which_one_is_killed(nodes, tmp_path):
+    address, second = nodes
+    runs = tmp_path / "runs"
+    jobs = [make_job(runs, f"job{i:02d}", seconds=0.5) for i in range(40)]
+    killed = []
+
+    def kill(counts):
+        if counts.ended >= 4 and counts.running == 2 and not killed:
+            killed.append(second)
+            os.kill(second, signal.SIGKILL)
+
+    engine = Ray(settings(address), "cpu")
+    one, over = watched(engine, kill)
+    one.add(jobs)
+    one.run()
+    engine.close()
+    assert killed
+    assert sorted(over) == sorted(jobs)
+    assert {has_ended(job) for job in jobs} == {"FINISHED"}
+    assert any(num_attempts(job) == 2 for job in jobs), "what ran on the node was begun again"
+
+
+def test_jobs_on_ray_are_taken_over_and_cancelled(nodes, tmp_path):
+    address, _ = nodes
+    jobs = [make_job(tmp_path / "runs", f"job{i}", {"0": "sleep"}) for i in range(3)]
+    first = Ray(settings(address), "cpu")
+    left = dict(zip(first.submit(jobs), jobs, strict=True))
+    while not began(tmp_path / "runs"):
+        time.sleep(0.2)
+    first.close()
+    second = Ray(settings(address), "cpu")
+    assert second.adopt(left) == set(left)
+    states = second.poll(list(left))
+    assert sorted(state.what for state in states.values()) in (
+        ["queued", "running", "running"],
+        ["queued", "queued", "running"],
+    )
+    second.cancel(list(left))
+    assert not second.adopt(left)
+    second.close()
+
+
+def test_what_no_node_has_is_said(nodes, tmp_path):
+    engine = Ray(settings(nodes[0], num_cpus=64), "cpu")
+    ids = engine.submit([make_job(tmp_path / "runs", "job")])
+    assert engine.poll(ids)[ids[0]].reason == "no node of the cluster has CPU: 64"
+    engine.cancel(ids)
+    engine.close()
+
+
+def test_an_address_where_nothing_listens_is_named():
+    pytest.importorskip("ray")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    began_at = time.monotonic()
+    with pytest.raises(EngineError, match=rf"^launcher.settings.ray.init.address={address}: nothing listens there"):
+        Ray(settings(address), "cpu")
+    assert time.monotonic() - began_at < 20
