@@ -126,9 +126,10 @@ class Ray:
             "num_gpus": float(has_gpus) if remote.num_gpus is None else remote.num_gpus,
             **({} if remote.memory is None else {"memory": remote.memory}),
         }
+        again = {"max_restarts": -1, "max_task_retries": -1}  # with its node go its tasks: they are lost, and told so
         self._keeper = (
             ray.remote(Keeper)
-            .options(name=_KEEPER, namespace=_NAMESPACE, lifetime="detached", get_if_exists=True, num_cpus=0)
+            .options(name=_KEEPER, namespace=_NAMESPACE, lifetime="detached", get_if_exists=True, num_cpus=0, **again)
             .remote()
         )
         ray.get(self._keeper.known.remote([]), timeout=60)
