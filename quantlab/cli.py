@@ -453,6 +453,7 @@ def front_lines(reports: Sequence[RunReport], request: Plan) -> list[str]:
 
 def run(request: Plan, flags: set[str]) -> int:
     """Run the jobs and show the table; 1 when a job failed."""
+    from quantlab.report.attribution import attribution_sheet
     from quantlab.report.said_first import said_first
     from quantlab.report.table import MAX_SKIPPED, rows_sheet
     from quantlab.running.sweep import run_plan
@@ -475,6 +476,9 @@ def run(request: Plan, flags: set[str]) -> int:
         for protocol in sorted({r["protocol"] for r in rows}):
             sheet = rows_sheet([r for r in rows if r["protocol"] == protocol], protocol, caption)
             show(console, sheet, **_look(flags))
+        for row in rows:
+            if (apart := attribution_sheet(row, row["protocol"])) is not None:
+                show(console, apart, **_look(flags))
         for row in [r for r in rows if r["status"] == "SKIPPED"][:MAX_SKIPPED]:
             console.print(plain(f"skipped: {row['name']}: {row['error']}", 1000), soft_wrap=True)
         for line in front_lines(reports, request):

@@ -45,13 +45,14 @@ def columns(shown: Sequence[str]) -> list[str]:
         "bits/weight",
         "MiB",
         "saving",
-        *(_title(m) for m in shown),
+        *(title_of(m) for m in shown),
         "coverage",
         "s",
     ]
 
 
-def _title(metric: str) -> str:
+def title_of(metric: str) -> str:
+    """A metric over its column, with its unit and the direction that is better."""
     row = METRICS[metric]
     arrow = {True: " ↑", False: " ↓", None: ""}[row.higher_is_better]
     unit = f" [{row.unit}]" if row.unit not in ("", "1") else ""
@@ -88,7 +89,8 @@ def _shown(value: float | None, pattern: str, unit: float = 1.0) -> str:
     return "" if value is None else pattern.format(value / unit)
 
 
-def _number(value: float) -> str:
+def short_number(value: float) -> str:
+    """A number as a cell has it: three digits."""
     if value != 0 and abs(value) < 1e-3:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa}e{int(exponent)}"
@@ -100,7 +102,7 @@ def with_half_width(value: float, half: float) -> str:
     where the first is a 1."""
     largest = max(abs(value), half)
     if not half or not math.isfinite(largest):
-        return _number(value)
+        return short_number(value)
     power = math.floor(math.log10(largest)) if not 1e-3 <= largest < 1e5 else 0
     scaled, width = value / 10**power, half / 10**power
     first = f"{width:.1e}"
@@ -112,11 +114,11 @@ def _quality(metrics: Mapping[str, float], metric: str, bounds: bool) -> str:
     value = metrics.get(f"quality/{metric}")
     if value is None:
         return ""
-    text = _number(value)
+    text = short_number(value)
     low, high = (metrics.get(f"quality/{metric}/{bound}") for bound in ("ci_lo", "ci_hi"))
     if low is not None and high is not None and low != high:
         half = max(high - value, value - low)
-        text = f"{text} ({_number(low)}..{_number(high)})" if bounds else with_half_width(value, half)
+        text = f"{text} ({short_number(low)}..{short_number(high)})" if bounds else with_half_width(value, half)
     return text + ("°" if inside_floor(metric, metrics) else "")
 
 
@@ -151,7 +153,7 @@ def rows_sheet(rows: Iterable[Row], protocol: str, caption: str = "") -> Sheet:
 
 def sheet_columns(shown: Sequence[str], first: str = "") -> list[Column]:
     """:func:`columns` for a terminal; of the metrics ``first`` stays longest, or else the first one."""
-    keep = {_title(m): 7 if m == (first or shown[0]) else 5 - min(i, 1) for i, m in enumerate(shown)}
+    keep = {title_of(m): 7 if m == (first or shown[0]) else 5 - min(i, 1) for i, m in enumerate(shown)}
     titles = columns(shown)
     return [Column(title=t, is_text=i == 0, keep=keep[t] if t in keep else KEEP[t]) for i, t in enumerate(titles)]
 

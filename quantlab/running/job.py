@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.backends.scheme import Scheme
-from quantlab.backends.table import unprobed
+from quantlab.backends.table import held_packages, unprobed
 from quantlab.datasets.overlap import overlap
 from quantlab.errors import in_words, is_disk_full
 from quantlab.exporting.card import Described
@@ -20,11 +20,13 @@ from quantlab.models.loaded import LoadedModel
 from quantlab.modules import emulated
 from quantlab.modules.device import kind_of
 from quantlab.modules.kept import Damaged, read_json, set_aside, write_json
+from quantlab.modules.memory import storages
 from quantlab.planning.job import Job
 from quantlab.progress import say
 from quantlab.running.placement import planned, source_for
 from quantlab.running.rows import failed_row
 from quantlab.running.workbench import Session, Workbench, chosen, in_stage, run_folder, shared_tags, step_progress
+from quantlab.stages.attribute import attribute
 from quantlab.stages.candidate import Candidate, Making, make_candidate, write_calibration
 from quantlab.stages.evaluate import evaluate, plain_attention, summarize, warm_up
 from quantlab.stages.weigh import saved_bytes, weigh
@@ -44,7 +46,14 @@ from quantlab.tracking.tags import (
 from quantlab.vocabulary.ledger import warning as ledger_warning
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.numbers import NEEDED_BYTES, flat_metrics
-from quantlab.vocabulary.reports import CalibrationReport, MemoryReport, MetricValue, RunReport
+from quantlab.vocabulary.reports import (
+    Attribution,
+    CalibrationReport,
+    Measurements,
+    MemoryReport,
+    MetricValue,
+    RunReport,
+)
 
 REFERENCE_MADE_ON = "reference_made_on"
 """Parameter of a row whose reference was made elsewhere: device, dtype, library."""
@@ -170,6 +179,10 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
             say(f"{job.name}: {why}", "undefined")
         other = _at_other_batch(session, bench, job, candidate)
     stages = (*report.stages, evaluated.report)
+    if job.config.evaluation.attribute and layers is not None:
+        with in_stage(session, run, "attribute") as attributed, _attention(job):
+            report = replace(report, attribution=_attribution(session, bench, job, candidate, report, measured))
+        stages = (*stages, attributed.report)
     report = replace(report, quality=quality, measurements=measured, stages=stages, other_batch=other)
     if emulated.num_emulated > num_native:
         report = replace(report, params={**report.params, "compute": "emulated"})
@@ -252,6 +265,25 @@ def _at_other_batch(session: Session, bench: Workbench, job: Job, candidate: Loa
         by_key(job),
     )
     return summarize(measured, settings)
+
+
+def _attribution(
+    session: Session, bench: Workbench, job: Job, candidate: LoadedModel, report: RunReport, together: Measurements
+) -> dict[str, Attribution]:
+    """Which of the quantized components costs what; nothing where there is one."""
+    names = [name for name, scheme in chosen(bench.model, job).items() if scheme is not None]
+    if len(names) < 2:
+        say(f"evaluation.attribute=true: {job.name} has one quantized component, whose cost is the row's")
+        return {}
+
+    def measure(name: str, model: LoadedModel) -> Measurements:
+        progress = step_progress(session, f"{job.name}, {name} alone")
+        settings, reference = job.config.evaluation, bench.reference
+        return evaluate(model, bench.model, reference, bench.inputs, settings, progress, job.batch_size, by_key(job))
+
+    before = {name: sum(storages(bench.model.components[name], held_packages()).values()) for name in names}
+    saved = {name: before[name] - report.memory[name].weights_bytes for name in names}
+    return attribute(bench.model, candidate, names, together, measure, job.config.evaluation, saved)
 
 
 def by_key(job: Job) -> dict[str, Scheme]:

@@ -49,7 +49,7 @@ from quantlab.vocabulary.numbers import FLOOR_DEVICE, FLOOR_FP32, FLOORS, REFERE
 from quantlab.vocabulary.reports import MetricValue, RunReport, StageReport
 from quantlab.vocabulary.schema import ExperimentConfig
 
-RUNNING = ("observe", "calibrate", "evidence", "warm_up", "evaluate")
+RUNNING = ("observe", "calibrate", "evidence", "warm_up", "evaluate", "attribute")
 """Stages in which a model runs."""
 
 

@@ -151,7 +151,33 @@ def log_evaluation(run: Run, report: RunReport, fingerprint: float | None) -> No
     run.log_table({k: [row[k] for row in rows] for k in rows[0]}, "ledger.json")
     if report.measurements is not None:
         _log_measurements(run, report.measurements)
+    if report.attribution:
+        _log_attribution(run, report)
     run.log_json(report_data(report), "report.json")
+
+
+def _log_attribution(run: Run, report: RunReport) -> None:
+    """A row a component and metric, and the values of each sample with the component alone."""
+    rows = [
+        {
+            "component": name,
+            "saved_bytes": found.saved_bytes,
+            "metric": metric,
+            "alone": value.value,
+            "alone_ci_lo": value.ci_lo,
+            "alone_ci_hi": value.ci_hi,
+            "together": report.quality[metric].value if metric in report.quality else None,
+            "on_top": found.others[metric].value if metric in found.others else None,
+            "on_top_ci_lo": found.others[metric].ci_lo if metric in found.others else None,
+            "on_top_ci_hi": found.others[metric].ci_hi if metric in found.others else None,
+        }
+        for name, found in report.attribution.items()
+        for metric, value in found.quality.items()
+    ]
+    if rows:
+        run.log_table({k: [row[k] for row in rows] for k in rows[0]}, "attribution.json")
+    values = {n: {m: [float(v) for v in x] for m, x in f.samples.items()} for n, f in report.attribution.items()}
+    run.log_json(values, "attribution_samples.json")
 
 
 def _log_measurements(run: Run, measured: Measurements) -> None:

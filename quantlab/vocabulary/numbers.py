@@ -23,6 +23,9 @@ NEEDED_BYTES = "memory/needed_bytes"
 """What a scheme needs by itself on a GPU, see :func:`needed_bytes`."""
 OTHER_BATCH = "quality/other_batch"
 """Prefix of a candidate's own numbers at another batch size."""
+ALONE, ON_TOP = "quality/alone", "quality/on_top"
+"""Prefixes, with a component's name behind them: of the model in which it alone is quantized, and of what the others
+cost on top of it (``evaluation.attribute``)."""
 FLOORS = (FLOOR_BF16, FLOOR_BATCH, FLOOR_ATTENTION, FLOOR_FP32, FLOOR_DEVICE)
 """Rows of other executions of the reference; their numbers are ``quality/<floor>/...`` in every row."""
 
@@ -34,6 +37,9 @@ def flat_metrics(report: RunReport) -> dict[str, float]:
     out: dict[str, float | int | None] = {}
     groups = {"quality": report.quality, OTHER_BATCH: report.other_batch}
     groups |= {f"quality/{row}": values for row, values in report.floors.items()}
+    for name, found in report.attribution.items():
+        groups |= {f"{ALONE}/{name}": found.quality, f"{ON_TOP}/{name}": found.others}
+        out[f"memory/{name}/saved_bytes"] = found.saved_bytes
     for prefix, values in groups.items():
         for name, v in values.items():
             out |= {

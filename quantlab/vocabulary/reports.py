@@ -249,6 +249,20 @@ class MetricValue:
         return f"{self.value:.4g}{bounds}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Attribution:
+    """What one quantized component costs by itself, the others as they are."""
+
+    quality: Mapping[str, MetricValue]
+    """The metrics of the model in which it alone is quantized; empty where they have no value."""
+    others: Mapping[str, MetricValue]
+    """What the other components cost on top of it: all together less it alone, paired by sample."""
+    samples: Mapping[str, Any]
+    """Of :attr:`quality`, the values of each sample."""
+    saved_bytes: int
+    """Bytes of it in the reference less those that it has now."""
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class StageReport:
     """Time and peak memory of one stage; what cannot be measured on the device is None and not logged.
@@ -290,6 +304,8 @@ class RunReport:
     other_batch: Mapping[str, MetricValue] = field(default_factory=dict)
     """The same metrics at another batch size, of a scheme whose samples depend on what else is in their batch."""
     measurements: Measurements | None = None
+    attribution: Mapping[str, Attribution] = field(default_factory=dict)
+    """Component -> what it costs, where ``evaluation.attribute`` asks for it and there are several."""
     stages: tuple[StageReport, ...] = ()
     disk_bytes: int | None = None
     params: Mapping[str, Any] = field(default_factory=dict)

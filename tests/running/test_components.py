@@ -86,6 +86,32 @@ def test_one_is_calibrated_on_the_reference_while_another_needs_no_data(sd3):
     assert (row["status"], row["metrics"]["calibration/num_samples"]) == ("FINISHED", 2)
 
 
+def test_each_alone_and_then_together_paired(sd3):
+    """What a component costs alone is what a job of it alone measures, and what the others add is of the same samples."""
+    words = [*WORDS, "model.path=sd3", "sweep.floors=false"]
+    code, out, _ = sd3(*words, NF4, T5, "evaluation.attribute=true")
+    assert code == 0
+    assert "which component costs what" in out
+    both = sd3.tracked()[NAME]
+    sd3.rows(*words, NF4)
+    alone = sd3.tracked()["transformer: bitsandbytes nf4"]["metrics"]
+    found = both["metrics"]
+    metric = "latent_rel_mse"
+    assert found[f"quality/alone/transformer/{metric}"] == alone[f"quality/{metric}"]
+    together = json.loads(artifact(sd3.store, both["run_id"], "samples.json"))[metric]
+    apart = json.loads(artifact(sd3.store, both["run_id"], "attribution_samples.json"))
+    for name in ("transformer", "text_encoder_3"):
+        added = [a - b for a, b in zip(together, apart[name][metric], strict=True)]
+        assert found[f"quality/on_top/{name}/{metric}"] == pytest.approx(sum(added) / len(added))
+        assert found[f"memory/{name}/saved_bytes"] > 0
+    assert found["quality/alone/text_encoder_3/latent_rel_mse"] < found["quality/alone/transformer/latent_rel_mse"]
+    table = json.loads(artifact(sd3.store, both["run_id"], "attribution.json"))
+    assert {row[table["columns"].index("component")] for row in table["data"]} == {"transformer", "text_encoder_3"}
+    code, out, _ = sd3("compare", both["run_id"], "--json")
+    told = [note for note in json.loads(out)["groups"][0]["notes"] if " alone: latent_rel_mse " in note]
+    assert len(told) == 2, out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
