@@ -58,7 +58,11 @@ def _file_bytes(scheme: Scheme, module: nn.Module) -> int | None:
     count = getattr(scheme.backend.module, "file_bytes", None)
     if count is None:
         return None
-    found: int | None = count(scheme.native, {n: tuple(p.shape) for n, p in module.named_parameters()})
+    saved = module.state_dict(keep_vars=True)
+    buffers = {n: b for n, b in module.named_buffers() if n in saved}
+    found: int | None = count(
+        scheme.native, {n: tuple(t.shape) for n, t in (*module.named_parameters(), *buffers.items())}
+    )
     return found
 
 

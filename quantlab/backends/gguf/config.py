@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from quantlab.backends.exclusions import build, exclusions_for
-from quantlab.backends.gguf.mixes import BASES, OTHERS, Measures, format_of, measures
+from quantlab.backends.gguf.diffusion_mixes import is_diffusion, is_kept
+from quantlab.backends.gguf.mixes import BASES, OTHERS, format_of, measures, measures_of
 from quantlab.errors import ConfigError, nearest
 from quantlab.modules.layers import resolve_exclusions
 from quantlab.vocabulary.axes import QuantizationAxes
@@ -47,9 +48,10 @@ class GGUFQuantizationConfig(QuantizationConfigMixin):
     tensor_types: Mapping[str, str] | None = setting("mapping", None, ours=True, node=True)
     """Entry of the matcher (module path, glob, ``re:`` expression) -> block format; the first that matches counts."""
     file_type: str | None = setting("str", None, choices=tuple(BASES), ours=True, node=True)
-    """A file type of llama.cpp, such as ``q4_k_m``: its mix of formats over the layers, those of the dtype's base. The
-    model's own output matrix and embeddings stay as they are; what llama.cpp's file would hold is in the plan."""
-    file_type_measures: Mapping[str, int] | None = setting("mapping", None, ours=True)
+    """A file type of llama.cpp, such as ``q4_k_m``: its mix of formats over the layers, those of the dtype's base; of a
+    diffusion model that of the files in circulation, where what stands outside of the blocks keeps 16 bits. The model's
+    own output matrix and embeddings stay as they are; what the file would hold is in the plan."""
+    file_type_measures: Mapping[str, Any] | None = setting("mapping", None, ours=True)
     """What the mix asks of the whole model (:class:`quantlab.backends.gguf.mixes.Measures`); None: not known yet."""
     algorithm: str = setting("str", "max", choices=("max", "imatrix"), ours=True)
     """``imatrix``: ggml weighs each input channel's rounding errors by the mean of its squared inputs, the importance
@@ -128,18 +130,25 @@ class GGUFQuantizationConfig(QuantizationConfigMixin):
         """The layers that ``tensor_types`` names, or that the file type gives another format; ConfigError for an entry
         that matches none of them."""
         if self.file_type is not None:
-            model = Measures(**self.file_type_measures) if self.file_type_measures else measures(shapes)
+            model = measures_of(self.file_type_measures) if self.file_type_measures else measures(shapes)
             told = {p: format_of(self.file_type, p, shape[-1], model) for p, shape in shapes.items()}
             return {p: kind for p, kind in told.items() if kind in OTHERS[self.file_type]}
         entries = tuple(self.tensor_types or {})
         found = resolve_exclusions(list(shapes), entries, key="tensor_types") if entries else {}
         return {path: dict(self.tensor_types or {})[entry] for path, entry in found.items()}
 
+    def disabled_layers(self, paths: Sequence[str]) -> dict[str, str]:
+        """Of a diffusion model with a file type: what its files keep in 16 bits."""
+        if self.file_type is None or not is_diffusion(paths):
+            return {}
+        reason = f"file_type={self.file_type}: it is outside of the blocks, and such files keep it in 16 bits"
+        return {path: reason for path in paths if is_kept(path)}
+
     def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
         """With the model's number of layers and heads, where a file type asks for them."""
         if self.file_type is None:
             return self
-        return dataclasses.replace(self, file_type_measures=dataclasses.asdict(measures(shapes)))
+        return dataclasses.replace(self, file_type_measures=measures(shapes).data)
 
     def spelled_out(self) -> dict[str, Any]:
         """With the type by name."""

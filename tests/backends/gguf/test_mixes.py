@@ -123,3 +123,13 @@ def test_what_contradicts_is_refused():
         GGUFQuantizationConfig(gguf_type="q4_k", file_type="q4_k_m", tensor_types={"*": "q8_0"})
     with pytest.raises(ConfigError, match="q4_k_m"):
         GGUFQuantizationConfig(gguf_type="q4_k", file_type="q4_km")
+
+
+def test_a_t5_encoder_is_mixed_as_llama_cpp_mixes_it():
+    """Its names of layers are of Google's code: ``v`` and ``o`` of the attention, ``wo`` of the network."""
+    model = Measures(num_layers=24, heads_per_kv_head=1)
+    block = "encoder.block.0.layer"
+    assert format_of("q4_k_m", f"{block}.0.SelfAttention.v", 4096, model) == "q6_k"
+    assert format_of("q4_k_m", f"{block}.0.SelfAttention.q", 4096, model) == "q4_k"
+    assert format_of("q3_k_l", f"{block}.0.SelfAttention.o", 4096, model) == "q5_k"
+    assert format_of("q4_k_m", f"{block}.1.DenseReluDense.wo", 10240, model) == "q6_k"
