@@ -67,6 +67,7 @@ single keys, for example
   device=auto|cpu|cuda   model.path=PATH   evaluation.num_samples=50   tracking.uri=http://host:5000
   quantization.on_mismatch=error|skip|DTYPE   activation_dtype=int8   quantization.bnb_4bit_use_double_quant=true
   quantization.quantization_config=FILE|JSON (a model card's block)
+  components.NAME='{{backend: quanto, dtype: int8}}' (one scheme for each component)   evaluation.attribute=true
   sweep.dry_run=true   sweep.on_invalid=skip   sweep.search.num_trials=12
 
 Results: a table here, everything in MLflow (outputs/mlflow.db; look at it with mlflow ui), a folder a run in
@@ -453,7 +454,7 @@ def front_lines(reports: Sequence[RunReport], request: Plan) -> list[str]:
 
 def run(request: Plan, flags: set[str]) -> int:
     """Run the jobs and show the table; 1 when a job failed."""
-    from quantlab.report.attribution import attribution_sheet
+    from quantlab.report.attribution import attribution_sheets
     from quantlab.report.said_first import said_first
     from quantlab.report.table import MAX_SKIPPED, rows_sheet
     from quantlab.running.sweep import run_plan
@@ -473,12 +474,9 @@ def run(request: Plan, flags: set[str]) -> int:
         console = terminal(132)
         for line in said_first((r["name"], r["unquantized"]) for r in rows):
             console.print(plain(line, 1000), style="yellow", soft_wrap=True)
-        for protocol in sorted({r["protocol"] for r in rows}):
-            sheet = rows_sheet([r for r in rows if r["protocol"] == protocol], protocol, caption)
+        apart = {p: [r for r in rows if r["protocol"] == p] for p in sorted({r["protocol"] for r in rows})}
+        for sheet in [*(rows_sheet(some, p, caption) for p, some in apart.items()), *attribution_sheets(rows)]:
             show(console, sheet, **_look(flags))
-        for row in rows:
-            if (apart := attribution_sheet(row, row["protocol"])) is not None:
-                show(console, apart, **_look(flags))
         for row in [r for r in rows if r["status"] == "SKIPPED"][:MAX_SKIPPED]:
             console.print(plain(f"skipped: {row['name']}: {row['error']}", 1000), soft_wrap=True)
         for line in front_lines(reports, request):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from quantlab.backends.table import backends
-from quantlab.docs import main
+from quantlab.docs import NEEDS, main, needed_gib, plan_block
 from quantlab.errors import ConfigError
 from quantlab.tracking import Store
 
@@ -78,3 +78,25 @@ def test_a_block_without_a_run_stays(project: Path, runs: Path) -> None:
 def test_elsewhere_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no README"):
         main(tmp_path, tmp_path / "outputs" / "runs")
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+ON_GPUS = [file for file in sorted(RECIPES.glob("*.yaml")) if "\ndevice: cuda" in file.read_text()]
+
+
+def test_each_recipe_for_a_gpu_says_what_memory_it_needs() -> None:
+    assert len(ON_GPUS) >= 5
+    assert [file.name for file in ON_GPUS if not NEEDS.search(file.read_text())] == []
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(f, marks=() if f.stem == "sdxl_int8" else pytest.mark.slow, id=f.stem) for f in ON_GPUS],
+)
+def test_that_memory_is_the_plans(recipe: Path) -> None:
+    assert f"(one GPU with {needed_gib(recipe)} GiB or more)" in recipe.read_text()
+
+
+@pytest.mark.slow
+def test_the_plan_in_the_readme_is_what_the_command_prints() -> None:
+    assert plan_block("flux_dev_24_gib") in (RECIPES.parent / "README.md").read_text()

@@ -30,9 +30,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from quantlab.errors import ConfigError
-from quantlab.modules.holders import holders
+from quantlab.modules.holders import Holder, holders
 from quantlab.modules.hooks import before_adapters
 from quantlab.modules.layers import linear_layers, resolve_exclusions
+from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.native import LIBRARY_RULE, QuantizationConfigMixin, Rule
 
 if TYPE_CHECKING:
@@ -117,10 +118,17 @@ def kept_in_float32(model: nn.Module) -> dict[str, str]:
     for root, part in model.named_modules():
         for entry in _kept_in_float32(part):
             inside = f".{entry.removesuffix('.weight')}."
-            for path in holders(part):
+            for path, holder in holders(part).items():
                 if inside in f".{path}.":
-                    found.setdefault(f"{root}.{path}".lstrip("."), f"{type(part).__name__}: {entry}, {_KEPT}")
+                    why = f"{type(part).__name__}: {entry}, {_KEPT}{_here(holder)}"
+                    found.setdefault(f"{root}.{path}".lstrip("."), why)
     return found
+
+
+def _here(holder: Holder) -> str:
+    """In what it is kept, where that is no float32: transformers widens it in models of float16 alone."""
+    dtype = dtype_name(holder.weight.dtype) if holder.has_weight else "float32"
+    return "" if dtype == "float32" else f" (where the model is of float16; here it stays {dtype})"
 
 
 def linear_paths(model: nn.Module) -> list[str]:

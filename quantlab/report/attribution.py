@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from quantlab.metrics import METRICS
 from quantlab.report.table import MIB, headline, short_number, title_of
 from quantlab.report.terminal import Column, Sheet
-from quantlab.tracking.results import Measured
+from quantlab.tracking.results import Row
 from quantlab.vocabulary.numbers import ALONE, ON_TOP, metric_value
 from quantlab.vocabulary.reports import MetricValue
 
@@ -18,11 +18,13 @@ def components_in(metrics: Mapping[str, float]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def attribution_sheet(row: Measured, protocol: str) -> Sheet | None:
-    """A line a component of a row; None where they were not measured apart."""
-    metrics, names = row["metrics"], components_in(row["metrics"])
-    if not names:
-        return None
+def attribution_sheets(rows: Iterable[Row]) -> list[Sheet]:
+    """A sheet for each row whose components were measured apart, with a line a component."""
+    return [_sheet(row, components_in(row["metrics"])) for row in rows if components_in(row["metrics"])]
+
+
+def _sheet(row: Row, names: Sequence[str]) -> Sheet:
+    metrics, protocol = row["metrics"], row["protocol"]
     shown = [m for m in headline(protocol, [row]) if any(f"{ALONE}/{name}/{m}" in metrics for name in names)]
     columns = [Column(title="component", is_text=True), Column(title="MiB"), Column(title="saves MiB")]
     for metric in shown:

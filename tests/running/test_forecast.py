@@ -392,3 +392,14 @@ def test_no_network_is_said(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="^model.path=nobody/nothing"):
         prices("model=causal_lm", "model.path=nobody/nothing", "backend=quanto", "dtype=int8")
+
+
+def test_what_loaders_keep_is_kept_and_named_with_its_dtype():
+    """transformers keeps T5's ``wo`` out of whatever quantizes, in float32 for models of float16 alone (facts of its
+    quantizers' ``_keep_in_fp32_modules``): 1,006,632,960 weights of T5-XXL, 1.875 GiB in bfloat16."""
+    for backend, dtype in (("bitsandbytes", "nf4"), ("quanto", "int8")):
+        price = priced("flux_dev.text_encoder_2", backend, dtype)
+        [wo] = [kept for kept in price.kept if kept.rule.startswith("T5EncoderModel: wo")]
+        assert wo.num_bytes == 2 * 1_006_632_960
+        assert wo.rule.endswith("here it stays bfloat16)")
+        assert len(wo.modules) == 24
