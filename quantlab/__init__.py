@@ -4,6 +4,7 @@
     results = quantlab.run("digits_backends", ["evaluation=quick"])     # results.rows, .layers, .samples, .compare()
     results = quantlab.load("latest")
     module, report = quantlab.quantize(my_module, quantlab.QuantoConfig(weights_dtype="int8"))
+    model = quantlab.load("an/export")
     rows = quantlab.evaluate(my_module, [quantlab.QuantoConfig("int4")], inputs=[x1, x2])
 
 Importing this package imports neither torch nor any backend's library.

@@ -11,6 +11,8 @@ from typing import Any
 from quantlab.backends.scheme import Scheme, scheme_of_config
 from quantlab.backends.table import held_packages, loggers
 from quantlab.errors import ConfigError, QuantlabError, is_of_the_machine
+from quantlab.exporting.load import holds_model
+from quantlab.exporting.load import load as load_model
 from quantlab.models.defaults import default_exclusions
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.compute_dtype import component_dtype
@@ -81,18 +83,25 @@ def run(
     return Results(reports, lambda: open_reader(tracking, Path.cwd()))
 
 
-def load(what: str = "latest", *, uri: str | None = None, experiment: str | None = None) -> Results:
-    """What earlier runs found out.
+def load(
+    what: str | Path = "latest", *, uri: str | None = None, experiment: str | None = None, device: str | None = None
+) -> Any:
+    """What earlier runs found out, as :class:`Results`; of a folder with a model, that model.
 
     Args:
         what: ``latest`` (the newest sweep or single run that has a finished job), the id of a sweep or a run, or the
-            name of an experiment.
+            name of an experiment. Or a folder that ``quantlab export`` wrote, or a checkpoint of Diffusers or
+            transformers: its module or pipeline comes back as that library loads it, in eval mode.
         uri: address of the store, by default that of the command line (``outputs/mlflow.db`` here).
         experiment: where ``latest`` is looked for, by default that of the command line.
+        device: where a loaded model is put; None: where its library leaves it.
 
     Raises:
         TrackingError: a store that is not there, or no such run.
+        ConfigError, MissingPackage, ModelError: see :func:`quantlab.exporting.load.load`.
     """
+    if isinstance(what, Path) or holds_model(what):
+        return load_model(what, device)
     tracking = TrackingConfig()
     tracking = replace(tracking, uri=uri or tracking.uri, experiment=experiment or tracking.experiment)
     reader = open_reader(tracking, Path.cwd())

@@ -41,6 +41,7 @@ HELP = """quantlab: what does each quantization scheme cost in quality, and what
   quantlab reproduce RUN_ID [--json]  run a tracked job again: each metric identical, within its interval, different
   quantlab export RUN_ID DIR          the run's quantized model as Diffusers or transformers load it (RUN_ID or latest;
                                       while it is measured: export.path=DIR, in a sweep with export.winner=true)
+  quantlab push RUN_ID OWNER/NAME     upload what was exported of a run to a Hub
   quantlab list WHAT [--json]         what there is:
           {lists}
 
@@ -177,6 +178,8 @@ def dispatch(words: list[str]) -> int:
     """Run one command; returns the exit code."""
     if words[:1] == ["compare"] and not {"-h", "--help"} & set(words):
         return show_comparison(words[1:])
+    if words[:1] == ["push"] and not {"-h", "--help"} & set(words):
+        return show_push(words[1:])
     if words[:1] == ["export"] and not {"-h", "--help"} & set(words):
         return show_export(words[1:])
     if words[:1] == ["reproduce"] and not {"-h", "--help"} & set(words):
@@ -430,6 +433,14 @@ def show_export(words: Sequence[str]) -> int:
 
     for line in export_run(parse_request(words)).lines():
         print(printable(line))
+    return 0
+
+
+def show_push(words: Sequence[str]) -> int:
+    """Upload what was exported of a run, and print where it went."""
+    from quantlab.running.export import push_run
+
+    print(printable(push_run(words)))
     return 0
 
 

@@ -189,9 +189,9 @@ def _loaded(request: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, str]]]
 
 def _kernels(module: nn.Module, calls: Sequence[Mapping[str, Any]], device: str) -> list[str]:
     """The operators of one call that multiply."""
-    from torch.autograd.profiler_legacy import profile
+    profile: Any = importlib.import_module("torch.autograd.profiler_legacy").profile
 
-    with profile() as profiled:  # type: ignore[no-untyped-call]
+    with profile() as profiled:
         for call in calls:
             answer(module, call, device)
     words = ("mm", "linear", "gemm", "gemv", "matmul")

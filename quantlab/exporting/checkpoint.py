@@ -146,10 +146,10 @@ def stored_config(part: Part) -> Any:
             "float32 whatever a checkpoint says; leave the default exclusions as they are"
         )
     names = tuple(express(native, part.library, left, paths))
-    said = {native._exclusions_field: names, "exclusion_rule": part.library}
+    said: dict[str, Any] = {native._exclusions_field: names, "exclusion_rule": part.library}
     if not names and part.library != "transformers":
         said = {native._exclusions_field: None}
-    native = dataclasses.replace(native, **said)  # type: ignore[type-var]
+    native = dataclasses.replace(native, **said)
     return native.to_diffusers(part.original) if part.library == "diffusers" else native.to_transformers(part.original)
 
 
@@ -160,7 +160,7 @@ def _shadow(part: Part) -> Any:
     vars(shadow).update(vars(part.module))
     made: Any = shadow
     if part.library == "transformers":
-        from transformers.quantizers import AutoHfQuantizer
+        from transformers.quantizers.auto import AutoHfQuantizer
 
         made.config = copy.deepcopy(made.config)
         made.config.quantization_config = config
@@ -168,7 +168,7 @@ def _shadow(part: Part) -> Any:
         if not made.hf_quantizer.is_serializable():
             raise ConfigError(f"backend={part.config.method()}: transformers saves no checkpoint of it; {WAY_OUT}")
         return made
-    from diffusers.quantizers import DiffusersAutoQuantizer
+    from diffusers.quantizers.auto import DiffusersAutoQuantizer
 
     made.hf_quantizer = DiffusersAutoQuantizer.from_config(config, pre_quantized=False)
     made._internal_dict = type(made._internal_dict)({**made._internal_dict, "quantization_config": config})

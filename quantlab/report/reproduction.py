@@ -96,7 +96,7 @@ def compare_runs(
     An interval is that of the first run, never the union of both.
     """
     ours, theirs = now["metrics"], was["metrics"]
-    names = [n for n in theirs if not _is_part(n, theirs)]
+    names = [n for n in theirs if not _is_part(n, theirs) and not n.startswith("export/")]  # what was done with it
     judged = [n for n in names if not is_of_the_machine(n)]
     return Reproduction(
         run_id=was["run_id"],

@@ -12,6 +12,7 @@ from quantlab import tracking
 from quantlab.errors import ConfigError, TrackingError, nearest
 from quantlab.exporting.card import Described, as_row
 from quantlab.exporting.folder import check_target
+from quantlab.exporting.push import push
 from quantlab.exporting.whole import Exported
 from quantlab.report.reading import Reader, StoredRun, experiment_id, open_reader, read_json
 from quantlab.report.selection import is_candidate
@@ -20,7 +21,7 @@ from quantlab.running.sweep import open_session
 from quantlab.running.winner import made_and_exported
 from quantlab.running.workbench import workbench
 from quantlab.tracking.pictures import SAMPLE_GRID
-from quantlab.tracking.tags import KIND
+from quantlab.tracking.tags import EXPORT_PATH, KIND
 from quantlab.vocabulary.numbers import NEEDED_BYTES
 from quantlab.vocabulary.schema import TrackingConfig
 
@@ -123,3 +124,23 @@ def _memory(ledger: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str
         **({"weights, as planned": int(planned)} if planned else {}),
         **({"to run the quantized components on a GPU": int(needed)} if needed else {}),
     }
+
+
+def push_run(words: Sequence[str]) -> str:
+    """Upload the folder that a run was exported to; the address of the commit.
+
+    Raises TrackingError for a run that is not there, ConfigError for one without an export, or whose export is gone.
+    """
+    given = [word for word in words if "=" not in word]
+    values = dict(word.split("=", 1) for word in words if "=" in word)
+    if wrong := [key for key in values if key not in ("tracking.uri", "tracking.experiment")]:
+        raise ConfigError(f"{wrong[0]}: push takes tracking.uri and tracking.experiment alone; leave it out")
+    if len(given) != 2 or any(word.startswith("-") for word in given):
+        raise ConfigError("push: a run and a repository are wanted; write quantlab push RUN_ID OWNER/NAME")
+    reader = open_reader(TrackingConfig(uri=values.get("tracking.uri", TrackingConfig().uri)), Path.cwd())
+    run = run_of(reader, given[0], values.get("tracking.experiment", TrackingConfig().experiment))
+    folder = run.tags.get(EXPORT_PATH)
+    if not folder or not Path(folder).is_dir():
+        gone = f", and {folder} is gone" if folder else ""
+        raise ConfigError(f"push {given[0]}: it was not exported{gone}; quantlab export {given[0]} DIR does that first")
+    return push(Path(folder), given[1], f"push {given[0]}")

@@ -70,11 +70,15 @@ def check_same(recorded: Mapping[str, Any], layers: QuantizationReport) -> None:
                 f"export: {row.name} of {row.component} has {other[0]} {getattr(row, other[0])} now and had "
                 f"{old[other[0]]} in the run (other versions, or another machine); run the job again, and export that"
             )
-        errors = (old.get("weight_rel_error"), row.weight_rel_error)
-        if None not in errors and not math.isclose(*errors, rel_tol=_REL_TOLERANCE, abs_tol=1e-12):
+        before, now = old.get("weight_rel_error"), row.weight_rel_error
+        if (
+            before is not None
+            and now is not None
+            and not math.isclose(now, before, rel_tol=_REL_TOLERANCE, abs_tol=1e-12)
+        ):
             raise NotQuantized(
                 f"export: {row.name} of {row.component} rounds its weights otherwise than in the run (relative error "
-                f"{errors[1]:.6g}, it was {errors[0]:.6g}); run the job again, and export that"
+                f"{now:.6g}, it was {before:.6g}); run the job again, and export that"
             )
 
 

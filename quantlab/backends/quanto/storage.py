@@ -105,7 +105,7 @@ def as_stored(part: Part) -> QuantoConfig:
             f"activation_dtype={ACTIVATIONS[config.activations]}: Diffusers' loader of quanto has weights alone, so "
             "inputs would not be rounded; set activation_dtype=none"
         )
-    return QuantoConfig(weights_dtype=config.weights_dtype)
+    return cast(QuantoConfig, QuantoConfig.from_dict({"weights_dtype": config.weights_dtype}))
 
 
 def _restored(layer: nn.Linear, entry: Mapping[str, Any], state: dict[str, Tensor], what: str) -> QLinear:

@@ -128,7 +128,7 @@ def as_stored(part: Part) -> TorchAoConfig:
     first = next(iter(forms.values()))
     one = all(form == first for form in forms.values())
     stored = first if one else {"_type": PER_MODULE, "_version": 1, "_data": {"fqn_to_config": forms}}
-    return TorchAoConfig(quant_type=stored)
+    return cast(TorchAoConfig, TorchAoConfig.from_dict({"quant_type": stored}))
 
 
 def _dtype_of(config: TorchAoConfig) -> str:

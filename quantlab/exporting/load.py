@@ -1,0 +1,131 @@
+"""``quantlab.load(path)``: the module or pipeline of an export, and of any checkpoint that its library loads.
+
+An export says in its manifest by which class it is loaded; another folder says it in the library's own files. The
+library's loader does it either way: quantlab adds nothing to what comes back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantlab.backends.table import loggers
+from quantlab.errors import ConfigError, MissingPackage, ModelError, nearest
+from quantlab.exporting import check
+from quantlab.exporting.folder import MANIFEST, read_manifest
+from quantlab.models.reading import quiet_loading
+from quantlab.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from quantlab.models.loaded import Pipeline
+
+_LOADERS = {("diffusers", "from_pretrained"), ("diffusers", "from_single_file"), ("transformers", "from_pretrained")}
+INDEX, CONFIG = "model_index.json", "config.json"
+
+
+def load(path: str | Path, device: str | None = None) -> nn.Module | Pipeline:
+    """The quantized module of a folder, in eval mode, or its whole pipeline, as Diffusers or transformers load it.
+
+    Args:
+        path: a folder that ``quantlab export`` wrote, or a checkpoint of Diffusers or transformers.
+        device: where it is put; None: where the library leaves it.
+
+    Raises:
+        ConfigError: no such folder, or one that holds no model.
+        MissingPackage: its quantization needs a package that is not installed.
+        ModelError: what the library says of a checkpoint that it cannot read.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"path={path}: there is no such folder; give one that quantlab export wrote, or a checkpoint")
+    quiet_libraries(loggers())
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging
+
+    try:
+        with quiet_loading(logging), quiet_loading(diffusers_logging):
+            made = _exported(folder) if (folder / MANIFEST).is_file() else _of_a_library(folder)
+    except ConfigError:
+        raise
+    except ImportError as error:
+        raise MissingPackage(f"path={path}: {_first_line(error)}; install that package") from error
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"path={path}: it cannot be loaded ({type(error).__name__}: {_first_line(error)}); check that its files "
+            "are complete, and that the libraries are those that wrote it or newer"
+        ) from error
+    if hasattr(made, "eval"):
+        made.eval()
+    placed: nn.Module | Pipeline = made if device is None else made.to(device)
+    return placed
+
+
+def holds_model(text: str) -> bool:
+    """Whether a text is the path of a folder with a model in it, and not the name of a run or an experiment."""
+    try:
+        folder = Path(text).expanduser()
+        return folder.is_dir() and any((folder / name).is_file() for name in (MANIFEST, INDEX, CONFIG))
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
+def _exported(folder: Path) -> Any:
+    """By the manifest, whose loaders are two libraries' and nothing else."""
+    data = read_manifest("path", folder)
+    parts: Mapping[str, Any] = data.get("parts", {})
+    for part in parts.values():
+        library, _, name = str(part["target"]).partition(":")
+        inside = (folder / str(part["subfolder"]) / str(part["file"])).resolve().is_relative_to(folder.resolve())
+        if (library, part["method"]) not in _LOADERS or not name.isidentifier() or not inside:
+            raise ConfigError(
+                f"path={folder}: its {MANIFEST} names {part['target']}, which is no loader; export it again"
+            )
+    alone = {
+        name: check.load(part, str(folder / part["subfolder"]))[0]
+        for name, part in parts.items()
+        if not data["pipeline"] or part["method"] != "from_pretrained"
+    }
+    if not data["pipeline"]:
+        return next(iter(alone.values()))
+    whole = {
+        "target": data["pipeline"],
+        "method": "from_pretrained",
+        "arguments": {"dtype": next(iter(parts.values()))["dtype"], **alone},
+        "needs_gpu": any(part["needs_gpu"] for part in parts.values()),
+    }
+    library, _, name = str(data["pipeline"]).partition(":")
+    if library != "diffusers" or not name.isidentifier():
+        raise ConfigError(
+            f"path={folder}: its {MANIFEST} names {data['pipeline']}, which is no pipeline; export it again"
+        )
+    return check.load(whole, str(folder))[0]
+
+
+def _of_a_library(folder: Path) -> Any:
+    """A checkpoint that quantlab did not write, by what its own files say; its code is never run."""
+    if (folder / INDEX).is_file():
+        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+        return DiffusionPipeline.from_pretrained(folder)
+    if not (folder / CONFIG).is_file():
+        near = nearest(CONFIG, [f.name for f in folder.iterdir()])
+        raise ConfigError(f"path={folder}: holds no model (no {INDEX}, no {CONFIG}{near}); give the folder of one")
+    said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    library, name = ("diffusers", said["_class_name"]) if "_class_name" in said else ("transformers", None)
+    if name is None:
+        name = (said.get("architectures") or [""])[0]
+    kind = getattr(importlib.import_module(library), str(name), None) if str(name).isidentifier() else None
+    if kind is None or not hasattr(kind, "from_pretrained"):
+        raise ConfigError(
+            f"path={folder}: {CONFIG} names {str(name)[:80] or 'no class'}, which {library} does not have"
+        )
+    return kind.from_pretrained(folder)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")

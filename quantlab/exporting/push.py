@@ -1,0 +1,46 @@
+"""``quantlab push RUN_ID REPO``: what was exported of a run, to a repository of a Hub, by ``huggingface_hub``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from quantlab.errors import ConfigError, ModelError
+from quantlab.exporting.folder import read_manifest
+
+
+def push(folder: Path, repo: str, key: str = "push") -> str:
+    """Upload the export in ``folder`` to the model repository ``repo`` (owner/name), made where it is not there.
+
+    The Hub is that of ``HF_ENDPOINT``, the user is who ``huggingface_hub`` knows (``hf auth login``, ``HF_TOKEN``).
+    Returns the address of the commit.
+
+    Raises:
+        ConfigError: no export there, or no name of a repository.
+        ModelError: the Hub does not answer, or does not take it.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    read_manifest(key, folder)
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ConfigError(
+            f"{key}: {repo[:100]} is no name of a repository ({str(error)[:200]}); write owner/name"
+        ) from error
+    if repo.count("/") != 1:
+        raise ConfigError(f"{key}: {repo[:100]} is no name of a repository; write owner/name")
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
+    try:
+        api.create_repo(repo, repo_type="model", exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo, folder_path=folder, repo_type="model", commit_message="Exported by quantlab"
+        )
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"{key}: {api.endpoint} does not take {repo} ({type(error).__name__}: {str(error).splitlines()[0][:300]}); "
+            "check the name, the network and who you are there (hf auth login)"
+        ) from error
+    return str(done.commit_url)

@@ -1,0 +1,184 @@
+"""What an export is afterwards: loaded by one function, described by its card, and uploaded."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import threading
+
+import pytest
+
+import quantlab
+from quantlab.errors import ConfigError, ModelError
+from quantlab.exporting.folder import MANIFEST
+from quantlab.exporting.push import push
+from tests.support.shell import digits_words, make_shell
+
+WORDS = digits_words("evaluation.num_samples=10", "device=cpu", "sweep.floors=false")
+
+
+@pytest.fixture(scope="module")
+def export(template, trained, tmp_path_factory):
+    """The digits network in quanto's int8, exported while it was measured; the check in this process."""
+    from quantlab.exporting import check, verify
+
+    def compare(request, scratch):
+        answers = []
+        check.compare(request, answers.append)
+        return json.loads(json.dumps(answers[-1])), ""
+
+    shell = make_shell(tmp_path_factory.mktemp("push") / "my work", template, trained)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "_fresh_process", compare)
+        shell.rows(*WORDS, "backend=quanto", "dtype=int8", "export.path=mine")
+    return shell
+
+
+def test_load_gives_back_the_module(export):
+    made = quantlab.load(export.folder / "mine")
+    assert type(made).__name__ == "DiTTransformer2DModel"
+    assert not made.training
+    assert type(made.transformer_blocks[0].attn1.to_q.weight).__name__ == "WeightQBytesTensor"
+
+
+def test_load_takes_a_checkpoint_that_quantlab_did_not_write(tmp_path):
+    from tests.support.tiny_text_models import save_llama
+
+    made = quantlab.load(save_llama(tmp_path / "llama"))
+    assert type(made).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({}, "holds no model"),
+        ({"config.json": "{}"}, "names no class"),
+        ({"config.json": '{"architectures": ["os.system"]}'}, "names os.system"),
+        ({"config.json": '{"_class_name": "AutoModel", "auto_map": 3'}, "cannot be loaded"),
+        ({MANIFEST: "{}"}, "of another version"),
+        ({MANIFEST: '{"format": 1, "pipeline": "", "parts": {"x": {"target": "os:system", "method": "x", '
+          '"subfolder": "", "file": ""}}}'}, "is no loader"),
+        ({MANIFEST: '{"format": 1, "pipeline": "", "parts": {"x": {"target": "diffusers:UNet", "method": '
+          '"from_single_file", "subfolder": "..", "file": "../../x"}}}'}, "is no loader"),
+    ],
+)  # fmt: skip
+def test_load_refuses_in_words(tmp_path, content, said):
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises((ConfigError, ModelError), match=said) as refused:
+        quantlab.load(tmp_path)
+    assert str(refused.value).startswith("path=")
+
+
+def test_load_of_nothing(tmp_path):
+    with pytest.raises(ConfigError, match="no such folder"):
+        quantlab.load(tmp_path / "none")
+
+
+def test_the_three_lines_of_the_card_load_it(export):
+    card = (export.folder / "mine" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    assert len(code.strip().splitlines()) == 3
+    found: dict[str, object] = {}
+    with contextlib.chdir(export.folder / "mine"):
+        exec(code, found)  # noqa: S102  (the card's own lines are what is tested)
+    assert type(found["model"]).__name__ == "DiTTransformer2DModel"
+
+
+def test_the_card_is_one_that_the_hub_reads(export):
+    from huggingface_hub import ModelCard
+
+    folder = export.folder / "mine"
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "diffusers"
+    assert {"quantized", "quanto", "int8"} <= set(card.data.tags)
+    values = {r.metric_type: r.metric_value for r in card.data.eval_results}
+    run = export.tracked()["quanto int8"]
+    assert values["latent_rel_mse"] == pytest.approx(run["metrics"]["quality/latent_rel_mse"], rel=1e-5)
+    assert (folder / "images" / "reference_quantized_difference.png").is_file()
+    for wanted in ("## Scheme", "## Bytes", "## Quality", "weights, as planned", "quantlab recipe=", "## Checked"):
+        assert wanted in card.text
+
+
+@contextlib.contextmanager
+def hub(status: int = 200):
+    """A Hub on this machine: what it was asked, and what it was sent."""
+    asked: list[tuple[str, bytes]] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def _answer(self, data: object) -> None:
+            body = json.dumps(data).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            asked.append((self.path, body))
+            if "/preupload/" in self.path:
+                files = json.loads(body)["files"]
+                self._answer(
+                    {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+                )
+            elif "/commit/" in self.path:
+                self._answer({"commitUrl": f"{url}/me/it/commit/1", "commitOid": "1", "pullRequestUrl": None})
+            else:
+                self._answer({"url": f"{url}/me/it", "id": "me/it"})
+
+        def do_GET(self) -> None:
+            asked.append((self.path, b""))
+            self._answer({"id": "me/it", "sha": "0" * 40, "siblings": []})
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield url, asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_push_sends_every_file(export, monkeypatch):
+    with hub() as (url, asked):
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        monkeypatch.setenv("HF_TOKEN", "hf_test")
+        code, out, err = export("push", "latest", "me/it")
+    assert code == 0, err
+    assert out.strip() == f"{url}/me/it/commit/1"
+    commit = next(body for path, body in asked if "/commit/" in path)
+    sent = {json.loads(line)["value"]["path"] for line in commit.splitlines() if json.loads(line)["key"] == "file"}
+    folder = export.folder / "mine"
+    assert sent == {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
+    assert all(url_path.startswith("/api/") for url_path, _ in asked)
+
+
+@pytest.mark.parametrize("repo", ["me", "me/it/more", "../it", "me/ it", "http://x/y"])
+def test_push_wants_the_name_of_a_repository(export, repo):
+    with pytest.raises(ConfigError, match="owner/name"):
+        push(export.folder / "mine", repo)
+
+
+def test_push_of_no_export(export, tmp_path):
+    with pytest.raises(ConfigError, match="no export"):
+        push(tmp_path, "me/it")
+
+
+def test_a_hub_that_refuses_is_told(export, monkeypatch):
+    with hub(status=403) as (url, _):
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        monkeypatch.setenv("HF_TOKEN", "hf_test")
+        with pytest.raises(ModelError, match="does not take me/it"):
+            push(export.folder / "mine", "me/it")
+
+
+def test_a_run_without_an_export_is_not_pushed(export, tmp_path):
+    code, _, err = export("push", "nobody", "me/it")
+    assert code == 2
+    assert "no such run" in err
