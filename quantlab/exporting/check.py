@@ -118,8 +118,6 @@ def load(part: Mapping[str, Any], folder: str) -> tuple[Any, str]:
     if part["method"] == "from_single_file":
         return kind.from_single_file(f"{folder}/{part['file']}", **arguments), ""
     with _without_a_gpu(part.get("needs_gpu", False)) as told:
-        if told:
-            arguments["device_map"] = {"": "cpu"}
         made = kind.from_pretrained(folder, **arguments)
     return made, told
 
@@ -134,14 +132,15 @@ def _without_a_gpu(needs_gpu: bool) -> Iterator[str]:
         return
     module = importlib.import_module("diffusers.quantizers.bitsandbytes.bnb_quantizer")
     kinds = [module.BnB4BitDiffusersQuantizer, module.BnB8BitDiffusersQuantizer]
-    kept = [kind.validate_environment for kind in kinds]
+    kept = [(kind, kind.validate_environment, kind.update_device_map) for kind in kinds]
     for kind in kinds:
         kind.validate_environment = lambda self, *args, **kwargs: None
+        kind.update_device_map = lambda self, device_map: {"": "cpu"}
     try:
         yield _NO_GPU
     finally:
-        for kind, own in zip(kinds, kept, strict=True):
-            kind.validate_environment = own
+        for kind, check, device_map in kept:
+            kind.validate_environment, kind.update_device_map = check, device_map
 
 
 def compare(request: Mapping[str, Any], write: Callable[[dict[str, Any]], None]) -> None:

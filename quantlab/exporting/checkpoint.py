@@ -171,5 +171,6 @@ def _shadow(part: Part) -> Any:
     from diffusers.quantizers.auto import DiffusersAutoQuantizer
 
     made.hf_quantizer = DiffusersAutoQuantizer.from_config(config, pre_quantized=False)
+    vars(made.hf_quantizer).setdefault("offload", False)  # what its check of the environment would set
     made._internal_dict = type(made._internal_dict)({**made._internal_dict, "quantization_config": config})
     return made
