@@ -178,10 +178,8 @@ def dispatch(words: list[str]) -> int:
     """Run one command; returns the exit code."""
     if words[:1] == ["compare"] and not {"-h", "--help"} & set(words):
         return show_comparison(words[1:])
-    if words[:1] == ["push"] and not {"-h", "--help"} & set(words):
-        return show_push(words[1:])
-    if words[:1] == ["export"] and not {"-h", "--help"} & set(words):
-        return show_export(words[1:])
+    if words[:1] in (["export"], ["push"]) and not {"-h", "--help"} & set(words):
+        return show_export(words)
     if words[:1] == ["reproduce"] and not {"-h", "--help"} & set(words):
         return show_reproduction(words[1:])
     if words[:1] == ["--complete"]:
@@ -428,19 +426,10 @@ def show_reproduction(words: Sequence[str]) -> int:
 
 
 def show_export(words: Sequence[str]) -> int:
-    """Write a tracked job's quantized model as others load it, and tell what the check in a fresh process found."""
-    from quantlab.running.export import export_run, parse_request
+    """Write a tracked job's quantized model as others load it, or upload it; tell what came of it."""
+    from quantlab.running.export import export_lines, push_lines
 
-    for line in export_run(parse_request(words)).lines():
-        print(printable(line))
-    return 0
-
-
-def show_push(words: Sequence[str]) -> int:
-    """Upload what was exported of a run, and print where it went."""
-    from quantlab.running.export import push_run
-
-    print(printable(push_run(words)))
+    print("\n".join(map(printable, (export_lines if words[0] == "export" else push_lines)(words[1:]))))
     return 0
 
 

@@ -139,6 +139,12 @@ def parts_of(
     names = list(dict.fromkeys(row.component for row in layers.layers))
     if "pipeline" not in candidate.parts and len(names) != 1:
         raise ConfigError(f"export.path: {candidate.name} has no one checkpoint for {', '.join(names)}")
+    cast = [n for n, part in candidate.components.items() if n not in names and part is not reference.components[n]]
+    if cast:
+        raise ConfigError(
+            f"components.{cast[0]}: it is cast to another dtype than the rest, and loaders have one for all; leave "
+            "it as it is, or give it a scheme"
+        )
     schemes = {name: scheme for name in names if (scheme := job.scheme_of(name)) is not None}
     return {
         name: Part(

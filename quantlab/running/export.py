@@ -126,7 +126,12 @@ def _memory(ledger: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str
     }
 
 
-def push_run(words: Sequence[str]) -> str:
+def export_lines(words: Sequence[str]) -> list[str]:
+    """Export what the words behind ``quantlab export`` say; what is told of it."""
+    return export_run(parse_request(words)).lines()
+
+
+def push_lines(words: Sequence[str]) -> list[str]:
     """Upload the folder that a run was exported to; the address of the commit.
 
     Raises TrackingError for a run that is not there, ConfigError for one without an export, or whose export is gone.
@@ -143,4 +148,4 @@ def push_run(words: Sequence[str]) -> str:
     if not folder or not Path(folder).is_dir():
         gone = f", and {folder} is gone" if folder else ""
         raise ConfigError(f"push {given[0]}: it was not exported{gone}; quantlab export {given[0]} DIR does that first")
-    return push(Path(folder), given[1], f"push {given[0]}")
+    return [push(Path(folder), given[1], f"push {given[0]}")]

@@ -21,8 +21,8 @@ from quantlab.models.table import family_of
 from quantlab.modules.memory import measure_stage
 from quantlab.planning.job import Job
 from quantlab.planning.plan import plan
-from quantlab.running.job import components_of
 from quantlab.running.placement import planned
+from quantlab.running.workbench import chosen
 from quantlab.stages.candidate import Candidate, Making, make_candidate
 from tests.support.shell import TINY, text_words
 from tests.support.tiny_families import FAMILIES
@@ -182,7 +182,7 @@ def candidate_of(found: Loaded, job: Job, cache_dir: Path) -> Candidate:
             model=found.model,
             job=job,
             calibration_inputs=lambda: found.inputs,
-            names=components_of(found.model, job.config),
+            schemes=chosen(found.model, job),
             reads={},
             cache_dir=cache_dir,
             advance=lambda *_: None,
@@ -220,7 +220,7 @@ def cell(found: Loaded, folder: Path, cache_dir: Path, backend: str, dtype: str)
         except ConfigError as second:
             return {"refused": str(second)}
     names = list(dict.fromkeys(row.component for row in made.quantization.layers))
-    wanted = sum(part.weights_bytes for part in planned(found.model, job, names).values())
+    wanted = sum(part.weights_bytes for part in planned(found.model, job, chosen(found.model, job)).values())
     places = [target / name if (target / name).is_dir() else target for name in names]
     return {
         "loader": done.verified.loads_with,
