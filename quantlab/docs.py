@@ -3,7 +3,8 @@
 In the :data:`DOCUMENTS` it fills what stands between ``<!-- table: RECIPE -->`` (the rows of its newest finished run),
 ``<!-- figure: RECIPE -->`` (a picture of them, written beside the recipe), ``<!-- calibration: RECIPE -->`` (its
 algorithms, each paired with the plain one on the same bits) or ``<!-- list: WHAT -->`` (what ``quantlab list WHAT``
-prints) or ``<!-- plan: NAME -->`` (the phases of one of :data:`PLANS`) and ``<!-- end -->``. In each recipe that has
+prints) or ``<!-- plan: NAME -->`` (the phases of one of :data:`PLANS`) or ``<!-- exports: NAME -->`` (the cells in
+``recipes/NAME.json``, which ``tests/exporting/make_cells.py`` measures) and ``<!-- end -->``. In each recipe that has
 such a run it replaces the line ``# Expect: ...``, and in each for a GPU the memory that its plan needs.
 """
 
@@ -13,8 +14,10 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from quantlab.backends.table import distributions
 from quantlab.errors import ConfigError
@@ -35,7 +38,7 @@ from quantlab.tracking.results import SweepResults
 from quantlab.tracking.tags import KIND, RECIPE
 from quantlab.vocabulary.schema import PLACEMENTS
 
-BLOCK = re.compile(r"(<!-- (table|figure|calibration|list|plan): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (table|figure|calibration|list|plan|exports): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SHOWN_VERSIONS = ("torch", "diffusers", "transformers")
 """Beside these, what the backends name."""
 
@@ -164,6 +167,46 @@ def plan_block(name: str) -> str:
     return f"```bash\nquantlab plan {PLANS[name]}\n```\n\n{phases_markdown(price)}"
 
 
+def exports_block(file: Path) -> str:
+    """Backend x dtype x model: what loads it, whether bits and outputs are identical, and bytes over planned bytes."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    cells_of: dict[str, dict[str, dict[str, Any]]] = data["cells"]
+    notes: list[str] = []
+
+    def note(text: str) -> str:
+        if text not in notes:
+            notes.append(text)
+        return f"<sup>{notes.index(text) + 1}</sup>"
+
+    lines = ["| scheme | " + " | ".join(data["models"]) + " |", "|---|" + "---|" * len(data["models"])]
+    for scheme, row in cells_of.items():
+        shown = [_export_cell(row.get(model), note) for model in data["models"]]
+        lines.append(f"| {scheme} | {' | '.join(shown)} |")
+    said = [f"{i}. {text}" for i, text in enumerate(notes, 1)]
+    legend = (
+        "b: each tensor has the bits that were measured; o: outputs are identical, bit for bit, or how far they are "
+        "off; then the bytes of the tensors in the files over the planned bytes of the quantized components. Loaded by "
+        "`from_pretrained` of Diffusers (Llama, SmolLM2: of transformers) in a process that cannot import quantlab."
+    )
+    return "\n".join([*lines, "", legend, "", *said, "", f"*{data['versions']}; {data['machine']}*"]) + "\n"
+
+
+def _export_cell(cell: dict[str, Any] | None, note: Callable[[str], str]) -> str:
+    if cell is None:
+        return ""
+    if "refused" in cell:
+        return f"refused{note(cell['refused'])}"
+    off = cell["rel_error"]
+    outputs = (
+        "o" if cell["outputs"] else f"o off {off:.1g}{note(cell['reason'])}" if off else f"no o{note(cell['reason'])}"
+    )
+    aside = [note(cell["loader"].partition(" (")[2].rstrip(")"))] if " (" in cell["loader"] else []
+    aside += (
+        [note(f"with replace_default_exclusions=true; else: {cell['refused_first']}")] if cell["refused_first"] else []
+    )
+    return f"b {outputs} {cell['file_bytes'] / cell['planned_bytes']:.3f}{''.join(aside)}"
+
+
 def needed_gib(recipe: Path) -> int:
     """GiB of a GPU that the largest phase of a recipe takes, in the better placement of those that a run has."""
     request = plan([f"recipe={recipe}", "sweep.dry_run=true"])
@@ -183,6 +226,8 @@ def fill(document: Path, runs_dir: Path, root: Path) -> str:
             return head + list_block(name) + end
         if kind == "plan":
             return head + plan_block(name) + end
+        if kind == "exports":
+            return head + exports_block(root / "recipes" / f"{name}.json") + end
         data = newest(runs_dir, name)
         if data is None:
             return match[0]

@@ -209,7 +209,7 @@ class _Barrier:
 
 def main(words: Sequence[str]) -> None:
     """Read the request, write the answer."""
-    sys.meta_path.insert(0, _Barrier())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Barrier())
     with open(words[0], encoding="utf-8") as file:
         request = json.load(file)
     sys.path[:] = [*sys.path, *(p for p in request["path"] if p not in sys.path)]

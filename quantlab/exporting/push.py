@@ -21,7 +21,7 @@ def push(folder: Path, repo: str, key: str = "push") -> str:
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     read_manifest(key, folder)
     try:

@@ -13,7 +13,7 @@ from quantlab.backends.modelopt.library import prepare
 from quantlab.backends.modelopt.quantize import quantize, read_back, resolve
 from quantlab.backends.modelopt.quantizers import build_quant_cfg
 from quantlab.backends.modelopt.sizes import layer_bytes
-from quantlab.backends.modelopt.storage import load, save
+from quantlab.backends.modelopt.storage import as_stored, load, save
 from quantlab.vocabulary.native import QuantizationConfigMixin
 
 Config: type[QuantizationConfigMixin] = NVIDIAModelOptConfig
@@ -21,6 +21,7 @@ Config: type[QuantizationConfigMixin] = NVIDIAModelOptConfig
 __all__ = [
     "Config",
     "NVIDIAModelOptConfig",
+    "as_stored",
     "build_quant_cfg",
     "calibrate",
     "layer_bytes",

