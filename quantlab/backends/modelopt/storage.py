@@ -74,8 +74,8 @@ def as_stored(part: Part) -> NVIDIAModelOptConfig:
     """There is no such checkpoint: ConfigError says why."""
     raise ConfigError(
         "backend=modelopt: its checkpoints are restored by ModelOpt from the state that its conversion of a whole "
-        "model leaves, and quantlab converts single layers, so that no loader would read them; choose backend=torchao or "
-        f"backend=bitsandbytes for {part.name}, or keep to quantlab"
+        "model leaves, and quantlab converts single layers, so that no loader would read them; choose "
+        f"backend=torchao or backend=bitsandbytes for {part.name}, or keep to quantlab"
     )
 
 
