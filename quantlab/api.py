@@ -140,7 +140,8 @@ def quantize(
         module: a container with ``nn.Linear`` layers inside (a bare Linear cannot be replaced in itself).
         config: one of the five native configs; its ``modules_to_not_convert`` uses quantlab's matcher.
         calibration: batches as the module's forward takes them, for configs whose ``needs_data`` is true.
-        layer_kinds: ``linear``, ``conv``, ``embedding``, ``expert``: which kinds of layers are quantized.
+        layer_kinds: ``linear``, ``conv``, ``embedding``, ``expert``, ``recurrent``, ``parameter``: which kinds of
+            layers are quantized.
         inputs: batches as the module's forward takes them: run once, to see which weights the module reads instead of
             calling their layers; these are stored so that reading gives dequantized values.
         replace_default_exclusions: quantize also what the command line leaves out of a model of this class (output

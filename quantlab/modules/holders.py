@@ -31,7 +31,7 @@ class Holder:
     owner: nn.Module
     parameter: str
     kind: str
-    """``linear``, ``conv``, ``embedding``, ``expert``; ``recurrent`` and ``other``, which no backend stores."""
+    """``linear``, ``conv``, ``embedding``, ``expert``, ``recurrent``; ``parameter`` of any other part."""
     way: str
     """``replace`` by a backend's layer; ``turn``: into a plain ``nn.Linear`` before (of another class that does the
     same work, transposed or not); ``pack``; "" where none can be taken."""
@@ -68,7 +68,7 @@ class View:
 
     shape: tuple[int, ...]
     num_row_dims: int = 1
-    """Leading dimensions that are rows: all but the last of experts, one of other weights."""
+    """Leading dimensions that are rows: all but the last of experts and bare parameters, one of other weights."""
     transposed: bool = False
     """The last dimension is that of the outputs (``Conv1D``, some experts)."""
 
@@ -134,7 +134,7 @@ def _holder(full: str, part: nn.Module, name: str, left: str, is_read: bool) -> 
     assert weight is not None
     kind = _kind(part, name, weight)
     transposed = is_conv1d(part) or (kind == "expert" and bool(getattr(part, "is_transposed", False)))
-    rows = weight.dim() - 1 if kind == "expert" else 1
+    rows = weight.dim() - 1 if kind in ("expert", "parameter") else 1
     view = View(shape=tuple(weight.shape), num_row_dims=rows, transposed=transposed)
     way, reason = _way(part, kind, is_read)
     if left:
@@ -145,10 +145,6 @@ def _holder(full: str, part: nn.Module, name: str, left: str, is_read: bool) -> 
 def _way(part: nn.Module, kind: str, is_read: bool) -> tuple[str, str]:
     from torch import nn
 
-    if kind == "recurrent":
-        return "", "a recurrent cell keeps its weights in a form of its own, which no backend stores"
-    if kind == "other":
-        return "", "of none of the kinds that backends store"
     if kind != "linear":
         return PACK, ""
     if is_read:
@@ -166,14 +162,14 @@ def _kind(part: nn.Module, name: str, weight: Tensor) -> str:
     from torch import nn
 
     if isinstance(part, (nn.Linear, nn.MultiheadAttention, nn.Bilinear)) or is_conv1d(part):
-        return "linear" if weight.dim() == 2 and name.endswith("weight") else "other"
+        return "linear" if weight.dim() == 2 and name.endswith("weight") else "parameter"
     if isinstance(part, nn.modules.conv._ConvNd):
         return "conv"
     if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
         return "embedding"
     if isinstance(part, (nn.RNNBase, nn.RNNCellBase)):
         return "recurrent"
-    return "expert" if weight.dim() == 3 and weight.shape[0] > 1 else "other"
+    return "expert" if weight.dim() == 3 and weight.shape[0] > 1 else "parameter"
 
 
 def is_conv1d(part: nn.Module) -> bool:

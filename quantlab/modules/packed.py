@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _FOLDER = "packed"
+_FLAT = "_flat_weights"
+"""Where ``nn.RNNBase`` has its weights in a list, which is what its forward multiplies by."""
 Read = Callable[["nn.Module"], "Tensor"]
 """Gives the matrix of a quantized layer, in float32."""
 
@@ -84,6 +86,16 @@ def stored_at(module: nn.Module, name: str) -> str:
     return name
 
 
+def said_as(path: str) -> str:
+    """Path of the holder that is stored at ``path``, the inverse of :func:`stored_at`."""
+    owner, folder, parameter = path.rpartition(f".{_FOLDER}.")
+    if not folder and path.startswith(f"{_FOLDER}."):
+        parameter, folder = path.removeprefix(f"{_FOLDER}."), _FOLDER
+    if not folder or "." in parameter:
+        return path
+    return owner if parameter == "weight" else f"{owner}.{parameter}".lstrip(".")
+
+
 def read_by(module: nn.Module, path: str, read: Read) -> None:
     """From now on the packed layer at ``path`` is read by ``read``; nothing for a layer that was not packed."""
     head, _, parameter = path.rpartition(".")
@@ -112,6 +124,7 @@ def _install(owner: nn.Module, name: str, layer: nn.Module, view: View, dtype: s
         folder.views, folder.dtypes, folder.readers, folder.made, folder.depth = {}, {}, {}, {}, 0
         owner.add_module(_FOLDER, folder)
     del owner._parameters[name]
+    vars(owner).pop(_FLAT, None)  # a recurrent part's own list, which would keep the weight
     folder[name] = layer
     folder.views[name], folder.dtypes[name] = view, dtype
     base: Any = getattr(type(owner), "_quantlab_base", type(owner))
@@ -131,6 +144,10 @@ def _dense(owner: Any, name: str) -> Tensor:
     return value
 
 
+def _ignored(_: object, __: object) -> None:
+    """What a recurrent part would remember of its weights: they are made anew whenever they are read."""
+
+
 @functools.cache
 def _reading_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
     """``base`` with properties in the place of parameters."""
@@ -148,6 +165,8 @@ def _reading_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Modu
                 folder.made.clear()
 
     held = {name: property(functools.partial(_dense, name=name)) for name in names}
+    if hasattr(base, "_init_flat_weights"):
+        held[_FLAT] = property(lambda self: [getattr(self, name) for name in self._flat_weights_names], _ignored)
     made = type(base.__name__, (base,), {**held, "forward": running, "_quantlab_base": base})
     made.__module__, made.__qualname__ = base.__module__, base.__qualname__
     return made

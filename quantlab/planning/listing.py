@@ -83,6 +83,8 @@ KINDS = {
     "conv": "`nn.Conv1d` to `nn.Conv3d`, transposed ones too",
     "embedding": "`nn.Embedding`; one that is tied to the output head is stored once for both",
     "expert": "packed experts: a parameter with a matrix for each (Mixtral, Qwen3-MoE, gpt-oss, DeepSeek)",
+    "recurrent": "the matrices of `nn.LSTM`, `nn.GRU`, `nn.RNN` and their cells",
+    "parameter": "matrices that a part holds itself (routers, tables of positions, `nn.Bilinear`)",
 }
 """Value of ``quantization.layer_kinds`` -> the layers."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 
-LAYER_KINDS = ("linear", "conv", "embedding", "expert")
+LAYER_KINDS = ("linear", "conv", "embedding", "expert", "recurrent", "parameter")
 GroupSize = int | str  # a number, or "none": one scale a row
 
 

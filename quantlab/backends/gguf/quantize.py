@@ -28,6 +28,7 @@ from quantlab.backends.unseen import never_ran
 from quantlab.errors import ConfigError, NotQuantized, require_package
 from quantlab.modules.feed import CalibrationFeed
 from quantlab.modules.layers import replace_layer
+from quantlab.modules.packed import said_as
 from quantlab.vocabulary.dtypes import FLOAT16_SCALE
 from quantlab.vocabulary.reports import StoredWeight
 
@@ -49,12 +50,15 @@ def calibrate(
 
     The model is left as it is. Raises ConfigError naming a layer that never ran, or whose inputs are not finite.
     """
-    types = config.layer_dtypes(_shapes(model, layers))
+    types = layer_types(model, layers, config)
     return observe(model, [n for n in layers if uses_importance(types.get(n, config.dtype))], feed)
 
 
-def _shapes(model: nn.Module, layers: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(linear_at(model, name).weight.shape) for name in layers}
+def layer_types(model: nn.Module, layers: Sequence[str], config: GGUFQuantizationConfig) -> dict[str, str]:
+    """Layer -> its own type, where the config gives it another than most; what is packed goes by its holder's name."""
+    names = {said_as(name): name for name in layers}
+    found = config.layer_dtypes({said: tuple(linear_at(model, name).weight.shape) for said, name in names.items()})
+    return {names[said]: kind for said, kind in found.items()}
 
 
 def write_calibration(calibrated: dict[str, InputSquares], folder: str | Path, feed: CalibrationFeed) -> Path:
@@ -80,13 +84,15 @@ def quantize(
     """
     require_package("libgguf", "backend=gguf", "quantlab-recipes[gguf]")
     compute = torch_dtype(compute_dtype or config.compute_dtype)
-    types = config.layer_dtypes(_shapes(model, layers))
+    types = layer_types(model, layers, config)
     statistics = _statistics(config, calibrated)
     for name in layers:
         linear, kind = linear_at(model, name), types.get(name, config.dtype)
         importance = None
-        if statistics is not None and uses_importance(kind):
-            importance = _importance(statistics, name, linear.in_features, config.imatrix_file)
+        said = said_as(name)
+        is_measured = said == name or (statistics is not None and said in statistics)  # what is read has no inputs
+        if statistics is not None and uses_importance(kind) and is_measured:
+            importance = _importance(statistics, said, linear.in_features, config.imatrix_file)
         codes = encode(name, linear.weight.detach(), kind, importance)
         made = linear_class()(codes, kind, linear.bias, compute)
         replace_layer(model, name, made.train(linear.training))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quantlab.backends.gguf.blocks import WEIGHTS_PER_SCALE, linear_class, torch_dtype
 from quantlab.backends.gguf.config import GGUFQuantizationConfig
 from quantlab.backends.gguf.header import check_header
+from quantlab.backends.gguf.quantize import layer_types
 from quantlab.backends.linears import linear_at
 from quantlab.errors import ModelError, is_of_the_machine
 from quantlab.modules.layers import replace_layer
@@ -94,7 +95,7 @@ def load(model: nn.Module, layers: Sequence[str], config: GGUFQuantizationConfig
         name: _loaded(linear_at(model, name), tensors[f"{name}.weight"], dtype, f"{path}: {name}")
         for name, dtype in quantized.items()
     }
-    types = config.layer_dtypes({name: tuple(linear_at(model, name).weight.shape) for name in layers})
+    types = layer_types(model, layers, config)
     for name in layers:
         if made[name].gguf_type != (wanted := types.get(name, config.dtype)):
             raise ModelError(
