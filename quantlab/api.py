@@ -25,6 +25,7 @@ from quantlab.modules.memory import component_memory, measure_stage
 from quantlab.modules.packed import stored_at
 from quantlab.modules.precision import exact_arithmetic
 from quantlab.modules.reached import check_weights_are_here, recorded_reads, uncalled
+from quantlab.modules.read_in_source import note_failures, reads_in_source
 from quantlab.modules.ties import copied
 from quantlab.planning.job import Plan, scheme_name
 from quantlab.planning.plan import plan
@@ -142,8 +143,10 @@ def quantize(
         calibration: batches as the module's forward takes them, for configs whose ``needs_data`` is true.
         layer_kinds: ``linear``, ``conv``, ``embedding``, ``expert``, ``recurrent``, ``parameter``: which kinds of
             layers are quantized.
-        inputs: batches as the module's forward takes them: run once, to see which weights the module reads instead of
-            calling their layers; these are stored so that reading gives dequantized values.
+        inputs: batches as the module's forward takes them: the first is run once (else the first of ``calibration``),
+            to see which weights the module reads instead of calling their layers; these are stored so that reading
+            gives dequantized values. Without any the source of its parts is looked at, and where the quantized
+            module's forward fails, a note at the error names the layers there.
         replace_default_exclusions: quantize also what the command line leaves out of a model of this class (output
             heads, what the class keeps in float32).
         on_mismatch: ``error``, ``skip``, or a dtype to fall back to, for layers whose shape does not fit.
@@ -160,11 +163,14 @@ def quantize(
         replace_default_exclusions=replace_default_exclusions,
         layer_kinds=list(layer_kinds),
     )
-    read: Sequence[str] = ()
-    if inputs:
+    read: Sequence[str] = reads_in_source(module)
+    if known := inputs or (calibration if scheme.native.needs_data else ()) or ():
         with in_eval_mode(module), recorded_reads(module) as read:
-            observe(_loaded(module), _given(module, inputs[:1]), EvaluationConfig())
-    return _quantized(module, scheme, calibration, read)
+            observe(_loaded(module), _given(module, list(known[:1])), EvaluationConfig())
+    made, report = _quantized(module, scheme, calibration, read)
+    if not inputs:
+        note_failures(made, [r.name for r in report.layers if r.status in ("quantized", "fallback")])
+    return made, report
 
 
 def _quantized(

@@ -18,6 +18,7 @@ from quantlab.errors import ConfigError, QuantlabError, nearest
 from quantlab.models.loaded import LoadedModel
 from quantlab.progress import say
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
+from quantlab.protocols.seq2seq import PairInputs
 from quantlab.protocols.table import Inputs
 from quantlab.protocols.vision import VisionInputs
 from quantlab.vocabulary.schema import CalibrationConfig, DatasetConfig, EvaluationConfig, ExperimentConfig
@@ -140,6 +141,8 @@ def _contents(inputs: Inputs) -> dict[str, set[bytes] | set[str]]:
         }
     if isinstance(inputs, VisionInputs):
         return {"pictures": _rows(inputs.pixel_values)}
+    if isinstance(inputs, PairInputs) and "input_features" in inputs.source:
+        return {"sounds": _rows(inputs.source["input_features"])}
     return {"text": {inputs.protocol["text_sha256"]}}
 
 

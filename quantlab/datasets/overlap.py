@@ -83,7 +83,11 @@ def _sequences(inputs: Inputs) -> list[NDArray[np.uint64]]:
     if isinstance(inputs, VisionInputs):
         return []
     if isinstance(inputs, PairInputs):
-        return [_spread(row[row >= 0].numpy().astype(np.uint64)) for row in inputs.targets]
+        texts = [row[row >= 0] for row in inputs.targets]
+        if "input_ids" in inputs.source:
+            read = zip(inputs.source["input_ids"], inputs.source["attention_mask"].bool(), strict=True)
+            texts += [row[kept] for row, kept in read]
+        return [_spread(row.numpy().astype(np.uint64)) for row in texts]
     rows = inputs.input_ids.numpy().astype(np.uint64)
     if isinstance(inputs, EncoderInputs):
         kept = inputs.attention_mask.numpy().astype(bool)

@@ -1,0 +1,110 @@
+"""Which layers' weights the code of a module reads, found without running it; and a word where running it fails.
+
+A part whose code says ``self.proj.weight`` multiplies by that weight, or asks it for its dtype. Code that only makes,
+loads or merges weights is not looked at. What is read through another name is not seen: there the first forward fails,
+and its error gets a note.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from quantlab.modules.layers import linear_layers
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_MAKES_OR_MOVES = re.compile(
+    r"_*(init|reset|tie|load|save|merge|unmerge|fuse|unfuse|prune|resize|extra_repr|post_init)"
+)
+_EVERY = "*"
+_MAX_NAMED = 5
+
+
+def reads_in_source(module: nn.Module) -> tuple[str, ...]:
+    """Paths of the Linear layers below ``module`` whose weight the code of a part reads."""
+    names = {id(layer): name for name, layer in linear_layers(module).items()}
+    found = {
+        names[id(layer)]: None
+        for part in module.modules()
+        for chain in _chains_of(cast(Any, type(part)))
+        for layer in _at(part, chain)
+        if id(layer) in names
+    }
+    return tuple(found)
+
+
+def _at(part: Any, chain: Sequence[str]) -> Iterator[Any]:
+    """What ``part.a.b[...]`` is, for a chain ``("a", "b", "*")``."""
+    found = [part]
+    for name in chain:
+        inner: list[Any] = []
+        for owner in found:
+            children = getattr(owner, "_modules", {})
+            inner += children.values() if name == _EVERY else [children[name]] if name in children else []
+        found = inner
+    yield from found
+
+
+@functools.cache
+def _chains_of(kind: type) -> tuple[tuple[str, ...], ...]:
+    """Chains ``c`` such that a method of the class reads ``self.c.weight``."""
+    found: dict[tuple[str, ...], None] = {}
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError):  # made at run time, or in another language
+            continue
+        for method in ast.walk(tree):
+            if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)) and not _MAKES_OR_MOVES.match(method.name):
+                found |= dict.fromkeys(filter(None, map(_chain, ast.walk(method))))
+    return tuple(found)
+
+
+def _chain(node: ast.AST) -> tuple[str, ...]:
+    """The names between ``self`` and ``weight`` of an expression that reads it; none of any other."""
+    if not (isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load)):
+        return ()
+    names: list[str] = []
+    inner: ast.expr = node.value
+    while isinstance(inner, (ast.Attribute, ast.Subscript)):
+        names.append(inner.attr if isinstance(inner, ast.Attribute) else _EVERY)
+        inner = inner.value
+    return tuple(reversed(names)) if isinstance(inner, ast.Name) and inner.id == "self" else ()
+
+
+def note_failures(module: nn.Module, quantized: Sequence[str]) -> None:
+    """From now on an error of the module's forward says in which part it arose, and what is quantized there."""
+    note = functools.partial(_note, quantized=tuple(quantized))
+    module.register_forward_hook(note, always_call=True)
+
+
+def _note(module: nn.Module, _args: object, _result: object, quantized: Sequence[str]) -> None:
+    error = sys.exc_info()[1]
+    if error is None or not quantized:
+        return
+    paths = {id(part): path for path, part in module.named_modules()}
+    trace, where = error.__traceback__, ""
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        where = paths.get(id(owner), where)
+        trace = trace.tb_next
+    near = [name for name in quantized if name == where or name.rpartition(".")[0] == where] or list(quantized)
+    listed = ", ".join(near[:_MAX_NAMED]) + (", ..." if len(near) > _MAX_NAMED else "")
+    kind = type(module.get_submodule(where)).__name__
+    told = (
+        f"quantlab: it arose in {where or 'the module itself'} ({kind}), near the quantized {listed}: "
+        "if a part reads such a weight instead of calling the layer, pass inputs=[batch] to quantlab.quantize, or "
+        f"leave the layer out by modules_to_not_convert={near[:_MAX_NAMED]}"
+    )
+    if told not in getattr(error, "__notes__", ()):
+        error.add_note(told)
