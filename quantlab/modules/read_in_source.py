@@ -31,14 +31,14 @@ _MAX_NAMED = 5
 def reads_in_source(module: nn.Module) -> tuple[str, ...]:
     """Paths of the Linear layers below ``module`` whose weight the code of a part reads."""
     names = {id(layer): name for name, layer in linear_layers(module).items()}
-    found = {
-        names[id(layer)]: None
-        for part in module.modules()
-        for chain in _chains_of(cast(Any, type(part)))
-        for layer in _at(part, chain)
-        if id(layer) in names
-    }
-    return tuple(found)
+    return tuple(dict.fromkeys(names[id(part)] for part in asked_of(module, "weight") if id(part) in names))
+
+
+def asked_of(module: nn.Module, attribute: str) -> Iterator[nn.Module]:
+    """The parts below ``module`` of which the code of a part looks at this attribute."""
+    for part in module.modules():
+        for chain in _chains_of(cast(Any, type(part)), attribute):
+            yield from _at(part, chain)
 
 
 def _at(part: Any, chain: Sequence[str]) -> Iterator[Any]:
@@ -54,8 +54,8 @@ def _at(part: Any, chain: Sequence[str]) -> Iterator[Any]:
 
 
 @functools.cache
-def _chains_of(kind: type) -> tuple[tuple[str, ...], ...]:
-    """Chains ``c`` such that a method of the class reads ``self.c.weight``."""
+def _chains_of(kind: type, attribute: str) -> tuple[tuple[str, ...], ...]:
+    """Chains ``c`` such that a method of the class reads ``self.c.attribute``; an empty one is ``self.attribute``."""
     found: dict[tuple[str, ...], None] = {}
     for base in kind.__mro__:
         if base.__module__.partition(".")[0] in ("torch", "builtins"):
@@ -66,20 +66,21 @@ def _chains_of(kind: type) -> tuple[tuple[str, ...], ...]:
             continue
         for method in ast.walk(tree):
             if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)) and not _MAKES_OR_MOVES.match(method.name):
-                found |= dict.fromkeys(filter(None, map(_chain, ast.walk(method))))
+                chains = (_chain(node, attribute) for node in ast.walk(method))
+                found |= dict.fromkeys(chain for chain in chains if chain is not None)
     return tuple(found)
 
 
-def _chain(node: ast.AST) -> tuple[str, ...]:
-    """The names between ``self`` and ``weight`` of an expression that reads it; none of any other."""
-    if not (isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load)):
-        return ()
+def _chain(node: ast.AST, attribute: str) -> tuple[str, ...] | None:
+    """The names between ``self`` and the attribute of an expression that reads it; None for any other."""
+    if not (isinstance(node, ast.Attribute) and node.attr == attribute and isinstance(node.ctx, ast.Load)):
+        return None
     names: list[str] = []
     inner: ast.expr = node.value
     while isinstance(inner, (ast.Attribute, ast.Subscript)):
         names.append(inner.attr if isinstance(inner, ast.Attribute) else _EVERY)
         inner = inner.value
-    return tuple(reversed(names)) if isinstance(inner, ast.Name) and inner.id == "self" else ()
+    return tuple(reversed(names)) if isinstance(inner, ast.Name) and inner.id == "self" else None
 
 
 def note_failures(module: nn.Module, quantized: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from quantlab.backends.scheme import Scheme
 from quantlab.backends.table import held_packages
 from quantlab.errors import NotQuantized
 from quantlab.modules.compute_dtype import stand_for
+from quantlab.modules.dtype_first import keep_first_dtype
 from quantlab.modules.holders import PACK, Holder, holders
 from quantlab.modules.hooks import without_hooks_of
 from quantlab.modules.layers import own_tensors
@@ -152,6 +153,7 @@ def _quantized(
     granularities = sorted({r.activation_granularity for r in rows if r.activation_granularity})
     resolved |= {"activation_granularity": ", ".join(granularities)} if granularities else {}
     report = QuantizationReport(layers=tuple(rows), num_parameters=logical_size(original)[0], resolved=resolved)
+    keep_first_dtype(module, original)
     told = unquantized(request.component, scheme, report)
     return module, replace(report, unquantized=(told,) if told else ())
 
