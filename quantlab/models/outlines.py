@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from quantlab.errors import ConfigError, ModelError, nearest
-from quantlab.models.architectures import Architecture, read_architecture
+from quantlab.models.architectures import Architecture, Part, class_of, read_architecture
+from quantlab.models.auto import HEADS
 from quantlab.models.defaults import default_exclusions
 from quantlab.models.digits_training import build_transformer
 from quantlab.models.outline import Outline, build
@@ -70,13 +72,31 @@ def _pipeline(key: str, config: ModelConfig, known: Architecture, device: str) -
 def _one_model(key: str, config: ModelConfig, known: Architecture, device: str) -> Outline:
     stored = known.dtype if known.dtype in COMPUTE_DTYPES else "float32"
     dtype = chosen_dtype(config, "float32" if device == "cpu" else stored)
+    if config.family == "vision":
+        known = replace(known, parts={name: _seeing_half(part) for name, part in known.parts.items()})
     modules = build(key, known, dtype)
+    if config.family in ("encoder", "vision"):
+        heads = {name: part.class_name.rpartition("For")[2] for name, part in known.parts.items()}
+        modules = {name: _without_head(module, heads[name]) for name, module in modules.items()}
     for name in config.components:
         if name not in modules:
             raise ConfigError(f"model.components={name}: {key} has {', '.join(modules)}{nearest(name, modules)}")
     return Outline(
         components=modules, quantized=tuple(modules), dtype=dtype, default_exclusions=_exclusions(modules, config)
     )
+
+
+def _seeing_half(part: Part) -> Part:
+    """Of a model of images and texts the half that reads images, which is what is loaded."""
+    half = part.class_name.removesuffix("Model") + "VisionModel"
+    own = part.config.get("vision_config")
+    return replace(part, class_name=half, config=own) if isinstance(own, Mapping) and class_of(half) else part
+
+
+def _without_head(module: nn.Module, head: str) -> nn.Module:
+    """What gives hidden states, of a class with a head that is not measured."""
+    base: nn.Module = getattr(module, "base_model", module)
+    return base if head in HEADS else module
 
 
 def _digits(config: ModelConfig) -> Outline:

@@ -64,6 +64,6 @@ def _class_of(stored: PreTrainedConfig) -> tuple[Any, bool]:
     half = name.removesuffix("Model") + "VisionModel"
     if hasattr(stored, "vision_config") and hasattr(transformers, half):
         return getattr(transformers, half), True
-    if name.endswith(("VisionModel", "VisionModelWithProjection", "ForImageClassification")):
+    if name.endswith(("VisionModel", "VisionModelWithProjection", "ForImageClassification", "ForMaskedImageModeling")):
         return getattr(transformers, name, transformers.AutoModel), False
     return transformers.AutoModel, False
