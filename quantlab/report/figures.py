@@ -41,6 +41,8 @@ class ImageFigure(TypedDict):
     samples: list[str]
     pixels: int
     difference_gain: int
+    moving: bool
+    """The strips are animations."""
 
 
 class LayerMap(HeatMap):
@@ -91,6 +93,7 @@ def image_figure(reader: Reader, runs: Sequence[StoredRun]) -> ImageFigure | Non
         "samples": ids,
         "pixels": size,
         "difference_gain": DIFFERENCE_GAIN,
+        "moving": first.ndim == 6,
     }
 
 
@@ -133,8 +136,11 @@ def layer_figure(reader: Reader, runs: Sequence[StoredRun]) -> LayerMap | None:
         table = read_json(reader, run, "layers.json")
         if not table:
             continue
-        name, error = table["columns"].index("name"), table["columns"].index("weight_rel_error")
-        errors[run.name] = {row[name]: row[error] for row in table["data"]}
+        rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+        several = len({row.get("component") for row in rows}) > 1  # two denoisers have layers of the same names
+        errors[run.name] = {
+            f"{row['component']}: {row['name']}" if several else row["name"]: row["weight_rel_error"] for row in rows
+        }
     layers = list(dict.fromkeys(layer for of_run in errors.values() for layer in of_run))
     schemes = [s for s, of_run in errors.items() if any(v is not None for v in of_run.values())]
     if not schemes:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from quantlab.report.compare import compare
-from quantlab.report.figures import image_figure
+from quantlab.report.figures import image_figure, layer_figure
 from quantlab.report.html import page, page_data, write_page
 from quantlab.report.reading import StoredRun, open_reader
 from quantlab.report.selection import parse_request, select
@@ -134,6 +137,17 @@ def test_videos_move(tmp_path):
         assert (np.asarray(moving.convert("RGB"))[:64, :64] == videos[0, 1, 2]).all()
 
 
+def test_layers_of_two_components_have_a_row_each(tmp_path):
+    table = {
+        "columns": ["component", "name", "weight_rel_error"],
+        "data": [["transformer", "to_q", 0.1], ["transformer_2", "to_q", 0.2]],
+    }
+    reader = SimpleNamespace(read_artifact=lambda run, name: json.dumps(table).encode())
+    figure = layer_figure(reader, runs_named("a"))
+    assert figure["rows"] == ["transformer: to_q", "transformer_2: to_q"]
+    assert figure["values"] == [[0.1], [0.2]]
+
+
 # -- in a browser
 
 
@@ -235,6 +249,33 @@ def test_selector_and_slider_switch_the_images(opened):
     opened.execute_script("arguments[0].value = 0; arguments[0].dispatchEvent(new Event('input'))", slider)
     assert image.get_attribute("src") == first
     assert Select(find(opened, "#scheme")[0]).first_selected_option.text == "int4 a"
+
+
+def test_videos_beside_one_another_show_the_same_frame_whenever_they_are_switched(browser, data, tmp_path):
+    numbers = np.arange(8, dtype=np.uint8) * 30
+    videos = np.broadcast_to(numbers[None, None, :, None, None, None], (2, 3, 8, 64, 64, 3)).copy()
+    videos[0, 1, :, :2] = 255  # of the candidates only: a strip that is shown twice is one animation anyway
+    videos[0, 2, :, :4] = 255
+    figure = image_figure(Pictures(tmp_path, {"a": videos, "b": videos ^ np.uint8(1)}), runs_named("a", "b"))
+    group = {**data["groups"][0], "images": figure}
+    write_page({**data, "groups": [group]}, tmp_path / "moving.html")
+    look(browser, tmp_path / "moving.html")
+    slider = find(browser, "#scheme-slider")[0]
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", slider)
+    for i, delay in enumerate((0.31, 0.47, 0.23, 0.61)):
+        time.sleep(delay)
+        browser.execute_script(f"arguments[0].value = {i % 2}; arguments[0].dispatchEvent(new Event('input'))", slider)
+        time.sleep(0.4)
+        shot = np.asarray(Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("L")).astype(int)
+        seen = []
+        for image in find(browser, ".strips img"):
+            box = browser.execute_script(
+                "const r = arguments[0].getBoundingClientRect(); return [r.x, r.y, r.width, r.height]", image
+            )
+            seen.append(shot[int(box[1] + box[3] / 2), int(box[0] + box[2] / 4)])
+        frames = [round(min(value, 210) / 30) for value in (seen[0], seen[1])]
+        assert frames[0] == frames[1], (i, seen)
+    assert browser.get_log("browser") == []
 
 
 def test_a_row_shows_how_to_run_it_again(opened):
