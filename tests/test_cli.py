@@ -17,6 +17,7 @@ import pytest
 
 from quantlab import cli
 from quantlab.cli import KNOWN_FLAGS, help_text
+from quantlab.models.table import FAMILIES
 from quantlab.planning.listing import LISTS
 from quantlab.planning.places import groups, recipes
 from quantlab.planning.plan import plan
@@ -56,6 +57,19 @@ def test_help_names_every_group_option_and_list(quick, words):
         assert " ".join(options) in flat
     assert "|".join(LISTS) in text
     assert max(map(len, text.splitlines())) <= 120
+
+
+def test_the_list_of_models_says_what_runs_by_family():
+    rows = {row["model"]: row for row in LISTS["models"]()}
+    assert [row["family"] for row in rows.values()] == sorted(
+        (row["family"] for row in rows.values()), key=["auto", *FAMILIES].index
+    )
+    assert {row["family"] for row in rows.values()} == {"auto", *FAMILIES}
+    assert rows["flux_dev"]["datasets"] == "prompts image_prompts classes none"
+    assert rows["digits_dit"]["datasets"] == "digits_classes"
+    assert rows["seq2seq"]["datasets"] == "pairs wiki_extracts"
+    assert rows["vision"]["datasets"] == "images"
+    assert all(row["what it is"].endswith(".") for row in rows.values())
 
 
 @pytest.mark.parametrize("what", LISTS)

@@ -7,7 +7,7 @@ inputs cast to these are lost. Parts that ask so give their parameters of the fo
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.modules.read_in_source import asked_of
@@ -40,7 +40,7 @@ def _sorted_class(base: type[nn.Module]) -> type[nn.Module]:
         yield from sorted(base.parameters(self, recurse), key=lambda p: p.dtype != first)
 
     def reduced(self: Any, protocol: Any) -> tuple[Any, ...]:
-        made: Callable[..., tuple[Any, ...]] = base.__reduce_ex__
+        made: Any = base.__reduce_ex__
         return (_new, (base,), *made(self, protocol)[2:])  # a class that is made at run time has no name to be found by
 
     made = type(base.__name__, (base,), {"parameters": parameters, "__reduce_ex__": reduced})
@@ -49,5 +49,5 @@ def _sorted_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _new(base: type[nn.Module]) -> nn.Module:
-    kind = _sorted_class(base)
+    kind: type[nn.Module] = _sorted_class(cast(Any, base))
     return kind.__new__(kind)

@@ -8,10 +8,14 @@ from dataclasses import asdict, fields
 from importlib import metadata
 from typing import Any
 
+import yaml
+
 from quantlab.backends.table import backends as table
 from quantlab.backends.table import offers, own_settings
+from quantlab.datasets.table import DATASETS, Dataset
 from quantlab.errors import ConfigError
 from quantlab.metrics import METRICS
+from quantlab.models.table import FAMILIES
 from quantlab.planning.places import option_dirs, recipes
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.capabilities import Capability
@@ -171,6 +175,36 @@ def _options(group: str) -> list[Row]:
     ]
 
 
+def models() -> list[Row]:
+    """One row a model, by family: what it is, and the data sets that its kind of model is run on."""
+    rows = []
+    for folder in option_dirs():
+        for file in sorted((folder / "model").glob("*.yaml")):
+            text = file.read_text(encoding="utf-8")
+            family = ((yaml.safe_load(text) or {}).get("model") or {}).get("family", "")
+            protocol = FAMILIES[family].protocol if family in FAMILIES else ""
+            data = [d.name for d in DATASETS.values() if protocol in d.protocols and _is_for(d, family)]
+            rows.append(
+                {"model": file.stem, "family": family, "datasets": " ".join(data), "what it is": sentence(text)}
+            )
+    order = ["auto", *FAMILIES]
+    return sorted(rows, key=lambda row: order.index(row["family"]) if row["family"] in order else len(order))
+
+
+def _is_for(dataset: Dataset, family: str) -> bool:
+    """Of the data sets of diffusion, those of pipelines are for pipelines alone."""
+    return FAMILIES[family].protocol != "diffusion" or (dataset.conditions is not None) == (
+        FAMILIES[family].look is not None
+    )
+
+
+def sentence(text: str) -> str:
+    """The first sentence of a YAML file's comment."""
+    lines = (line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("#"))
+    whole = " ".join(line for line in lines if line and not line.startswith("@package"))
+    return whole.partition(". ")[0].rstrip(".") + "." if whole else ""
+
+
 def headline(text: str) -> str:
     """The first comment line of a YAML file that is not Hydra's ``@package`` header."""
     comments = (line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("#"))
@@ -219,7 +253,7 @@ LISTS: dict[str, Callable[[], list[Row]]] = {
     "combinations": combinations,
     "kinds": kinds,
     "algorithms": algorithms,
-    "models": lambda: _options("model"),
+    "models": models,
     "datasets": lambda: _options("dataset"),
     "evaluations": lambda: _options("evaluation"),
     "recipes": list_recipes,
