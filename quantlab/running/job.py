@@ -124,7 +124,7 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
     schemes = chosen(bench.model, job)
     made = make(session, bench, job, run)
     candidate, layers = made.model, made.quantization
-    target = job.config.export.path
+    target = job.config.export.path if run is not None else None  # a floor beside it is no model to export
     if target is not None:
         check_exportable(target, job, bench.model, candidate, layers)
     is_saved = job.config.tracking.save_checkpoint and layers is not None

@@ -25,21 +25,24 @@ PACKAGES = ("torch", "diffusers", "transformers", "bitsandbytes", "torchao", "op
 
 
 def main(names: list[str]) -> None:
-    """Measure the cells of the named models, or of all."""
+    """Measure the cells of the named models, or of all; in the order of the names."""
     old: dict[str, Any] = json.loads(FILE.read_text()) if FILE.is_file() else {"cells": {}}
     cells = {f"{backend} {dtype}": old["cells"].get(f"{backend} {dtype}", {}) for backend, dtype in SCHEMES}
     with tempfile.TemporaryDirectory() as place, checker() as one:
         verify._fresh_process = one
         folder, cache = Path(place), ROOT / "outputs" / "cache"
         cache.mkdir(parents=True, exist_ok=True)
-        for title, model in MODELS.items():
-            if names and title not in names:
-                continue
-            found = loaded(model, folder, cache)
+        for title in names or MODELS:
+            found = loaded(MODELS[title], folder, cache)
             for backend, dtype in SCHEMES:
                 cells[f"{backend} {dtype}"][title] = cell(found, folder / title, cache, backend, dtype)
                 print(title, backend, dtype, cells[f"{backend} {dtype}"][title], flush=True)
             loaded.cache_clear()
+            write(cells)
+
+
+def write(cells: dict[str, Any]) -> None:
+    """The file as far as it is known: a model's cells are kept whatever becomes of the next one's."""
     import torch
 
     data = {

@@ -15,7 +15,7 @@ from tests.support.shell import digits_words, make_shell, text_words
 from tests.support.stores import artifact
 from tests.support.tiny_text_models import OTHER, TEXT, save_llama
 
-WORDS = digits_words("evaluation.num_samples=10", "device=cpu", "sweep.floors=false")
+WORDS = digits_words("evaluation.num_samples=10", "device=cpu")
 
 
 def language_words(folder: Path, *more: str) -> list[str]:
