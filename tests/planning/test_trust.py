@@ -23,6 +23,7 @@ DECIDED = {
     "tracking.experiment": ("tracking: {experiment: theirs}", "theirs"),
     "tracking.required": ("tracking: {required: false}", "False"),
     "output_dir": ("output_dir: ../elsewhere", "../elsewhere"),
+    "export.path": ("export: {path: ../elsewhere}", "../elsewhere"),
     "dataset.path": ("defaults: [override /dataset: prompts]\ndataset: {path: /etc/passwd}", "/etc/passwd"),
     "calibration.path": ("calibration: {path: secrets.txt}", "secrets.txt"),
     "model.path": ("defaults: [override /model: diffusers]\nmodel: {path: someone/elses}", "someone/elses"),
