@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -17,9 +18,9 @@ from rich.console import Console
 
 from quantlab.errors import ConfigError, QuantlabError, TrackingError, is_disk_full, nearest
 from quantlab.planning.completion import SCRIPT, completions
-from quantlab.planning.job import Plan
+from quantlab.planning.job import Job, Plan
 from quantlab.planning.listing import BRIEF, DEVICES, LISTS, Row, combinations
-from quantlab.planning.places import groups, option_dirs, own_options, recipe_dirs
+from quantlab.planning.places import groups, option_dirs, own_options, recipe_dirs, recipes
 from quantlab.planning.plan import plan
 from quantlab.planning.ready import check_ready
 from quantlab.planning.trust import is_trusted, question, remember, require_trust, trusted_file
@@ -336,17 +337,41 @@ def show_configs(request: Plan) -> int:
 
 
 def show_jobs(request: Plan) -> int:
-    """Print what a sweep would run, and what it would not; what cannot run is refused as by the run itself."""
+    """Print what a sweep would run, each job with the command that gives it alone, and what it would not run.
+
+    The exit code is the run's: 2 where it would refuse impossible combinations.
+    """
     check_ready(request.jobs)
-    trials = request.jobs[0].config.sweep.search.num_trials
+    sweep = request.jobs[0].config.sweep
+    trials = sweep.search.num_trials
     print(f"{len(request.jobs)} jobs{f', of which a search runs {min(trials, len(request.jobs))}' if trials else ''}:")
     for job in request.jobs:
-        print(printable(f"  {job.name:<40} {' '.join(job.overrides)}"))
+        print(printable(f"  {job.name}\n      {alone(job, request)}", lines=True))
     for one in request.merged:
         print(printable(f"  one scheme: {' = '.join(one.spellings)} ({one.name})"))
     for combination, reason in request.invalid:
         print(printable(f"  impossible: {combination}\n      {reason}", lines=True))
-    return 0
+    if not request.invalid or trials or sweep.on_invalid == "skip":
+        return 0
+    num, every = len(request.invalid), len(request.invalid) + len(request.jobs)
+    print(
+        f"quantlab: the run refuses {num} of {every} combinations; sweep.on_invalid=skip runs the others",
+        file=sys.stderr,
+    )
+    return ConfigError.exit_code
+
+
+def alone(job: Job, request: Plan) -> str:
+    """The command that runs one job of a request by itself, as a shell takes it."""
+    recipe, sweep = request.recipe, job.config.sweep
+    words = [f"recipe={recipe.stem if recipes().get(recipe.stem) == recipe else recipe}"] if recipe else []
+    words += ["sweep.candidates=[]"] if recipe and sweep.candidates else []
+    words += ["sweep.grid={}"] if recipe and sweep.grid else []
+    own = [w for w in job.overrides if w.lstrip("+").partition("=")[0] not in _OF_THE_SWEEP]
+    return shlex.join(["quantlab", *words, *own])
+
+
+_OF_THE_SWEEP = ("sweep.dry_run", "sweep.candidates", "sweep.grid")
 
 
 def show_prices(words: Sequence[str], flags: set[str]) -> int:

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -130,16 +131,44 @@ def test_a_sweep_by_its_flag_in_any_place(quick, flag, position):
     words.insert(position, flag)
     text = ok(quick, *words)
     assert text.startswith("3 jobs:\n")
-    assert [line.split()[:3] for line in text.splitlines()[1:4]] == [
+    assert [line.split()[:3] for line in text.splitlines()[1:7:2]] == [
         ["torchao", "int4", group] for group in ("g32", "g64", "g128")
     ]
     assert list(quick.folder.iterdir()) == [], "a dry run leaves nothing"
 
 
-def test_a_dry_run_shows_what_is_impossible(quick):
-    text = ok(quick, "-m", "backend=quanto,bitsandbytes", "dtype=int8,nf4", "sweep.dry_run=true")
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_dry_run_shows_what_is_impossible_and_ends_as_the_run_does(quick, skips):
+    words = ["-m", "backend=quanto,bitsandbytes", "dtype=int8,nf4", *(["sweep.on_invalid=skip"] if skips else [])]
+    code, text, err = quick(*words, "sweep.dry_run=true")
     assert text.startswith("3 jobs:\n")
     assert "impossible: backend=quanto dtype=nf4\n      dtype=nf4: quanto offers " in text
+    assert code == (0 if skips else 2)
+    assert ("refuses 1 of 4 combinations; sweep.on_invalid=skip" in err) != skips
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["recipe=digits_backends", "evaluation=quick"],
+        ["recipe=digits_bitwidths"],
+        ["-m", "backend=torchao", "dtype=int4", "group_size=32,64"],
+        ["-m", "backend=quanto", "modules_to_not_convert=[],[norms]", "sweep.grid={dtype: [int8, int4]}"],
+        ["backend=quanto", "dtype=int4", "name='it is (mine)'"],
+    ],
+    ids=" ".join,
+)
+def test_each_line_of_a_dry_run_gives_exactly_that_job(quick, words):
+    flags = [w for w in words if w == "-m"]
+    jobs = plan([w for w in words if w != "-m"], multirun=bool(flags)).jobs
+    text = ok(quick, *words, "sweep.dry_run=true")
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("      quantlab ")]
+    assert len(commands) == len(jobs)
+    for command, job in list(zip(commands, jobs, strict=True))[:4]:
+        [single] = plan(command[1:]).jobs
+        assert {c: s.native for c, s in single.schemes.items()} == {c: s.native for c, s in job.schemes.items()}
+        for part in ("model", "dataset", "evaluation", "calibration", "quantization", "device", "name"):
+            assert repr(getattr(single.config, part)) == repr(getattr(job.config, part))
 
 
 def test_run_may_be_said(quick):
