@@ -19,7 +19,7 @@ from rich.console import Console
 from quantlab.errors import ConfigError, QuantlabError, TrackingError, is_disk_full, nearest
 from quantlab.planning.completion import SCRIPT, completions
 from quantlab.planning.job import Job, Plan
-from quantlab.planning.listing import BRIEF, DEVICES, LISTS, Row, combinations
+from quantlab.planning.listing import BRIEF, DEVICES, LISTS, Row, combinations, meaning
 from quantlab.planning.places import groups, option_dirs, own_options, recipe_dirs, recipes
 from quantlab.planning.plan import plan
 from quantlab.planning.ready import check_ready
@@ -45,6 +45,7 @@ HELP = """quantlab: what does each quantization scheme cost in quality, and what
   quantlab push RUN_ID OWNER/NAME     upload what was exported of a run to a Hub
   quantlab list WHAT [--json]         what there is:
           {lists}
+  quantlab help WORD                  what a word, metric, dtype or algorithm is: quantlab help floor
 
 options
   -m, --multirun    several values of a key (group_size=32,64,128, range(1,4), dtype='glob(int*)') are a sweep
@@ -183,6 +184,10 @@ def dispatch(words: list[str]) -> int:
         return show_export(words)
     if words[:1] == ["reproduce"] and not {"-h", "--help"} & set(words):
         return show_reproduction(words[1:])
+    if words[:1] == ["help"] and words[1:]:
+        for word in words[1:]:
+            print(f"{printable(word)}: {meaning(word)}")
+        return 0
     if words[:1] == ["--complete"]:
         print("\n".join(completions(*words[1:3])))
         return 0

@@ -13,9 +13,10 @@ import yaml
 from quantlab.backends.table import backends as table
 from quantlab.backends.table import offers, own_settings
 from quantlab.datasets.table import DATASETS, Dataset
-from quantlab.errors import ConfigError
+from quantlab.errors import ConfigError, nearest
 from quantlab.metrics import METRICS
 from quantlab.models.table import FAMILIES
+from quantlab.planning.glossary import WORDS
 from quantlab.planning.places import option_dirs, recipes
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.capabilities import Capability
@@ -233,6 +234,27 @@ def metrics() -> list[Row]:
     ]
 
 
+def words() -> list[Row]:
+    """One row a word."""
+    return [{"word": word, "what it is": text} for word, text in WORDS.items()]
+
+
+def meaning(word: str) -> str:
+    """What a word of ours is: of the glossary, a metric, a dtype, an algorithm or a kind of layer.
+
+    Raises ConfigError, with the nearest ones, for any other.
+    """
+    name = word.removeprefix("quality/")
+    known = {w.lower(): text for w, text in WORDS.items()}
+    known |= {n: f"{m.description} [{m.unit}]" for n, m in METRICS.items()}
+    known |= {n: f"{d.description} ({d.bits} bits)" for n, d in DTYPES.items()}
+    known |= ALGORITHMS | KINDS
+    if name.lower() not in known:
+        close = nearest(name.lower(), known)
+        raise ConfigError(f"help {word}: no such word{close}; quantlab list words shows the glossary")
+    return known[name.lower()]
+
+
 BRIEF: dict[str, tuple[tuple[str, ...], str | None]] = {
     "combinations": (
         ("backend", "dtype", "group_sizes", "activation_dtypes", "algorithms"),
@@ -240,6 +262,7 @@ BRIEF: dict[str, tuple[tuple[str, ...], str | None]] = {
         "lists what runs there, and what it needs",
     ),
     "kinds": ((), "What each kind is: --json"),
+    "words": (("word", "what it is"), "One of them: quantlab help WORD"),
     "combinations of a device": (
         ("backend", "dtype", "activation_dtypes", "needs"),
         "Of shapes, of the device and of the machine; all else that the table says: --json",
@@ -258,4 +281,5 @@ LISTS: dict[str, Callable[[], list[Row]]] = {
     "evaluations": lambda: _options("evaluation"),
     "recipes": list_recipes,
     "metrics": metrics,
+    "words": words,
 }

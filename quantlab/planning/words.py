@@ -179,9 +179,22 @@ def check_options(parsed: Sequence[Any]) -> None:
             raise ConfigError(f"{group}={_shown(value)}: one choice is wanted; there are {', '.join(options)}")
         for choice in value if several else [value]:
             if not isinstance(choice, (str, int, QuotedString)) or str(choice) not in options:
-                near = own_option(group, str(choice)) or nearest(str(choice), options)
+                near = own_option(group, str(choice)) or _near(group, str(choice), options)
                 none = f", and {group}=[] for none" if group in MULTIPLE_GROUPS else ""
                 raise ConfigError(f"{group}={_shown(choice)}: there are {', '.join(options)}{none}{near}")
+
+
+def _near(group: str, choice: str, options: Sequence[str]) -> str:
+    """The way to what was meant: the numbers around one, a name that is close, or how a model of one's own is said."""
+    if group in NUMERIC_GROUPS and choice.isdigit():
+        numbers = sorted(int(o) for o in options if o.isdigit())
+        below, above = ([n for n in numbers if n < int(choice)], [n for n in numbers if n > int(choice)])
+        around = map(str, [*below[-1:], *above[:1]])
+        return f"; the nearest are {' and '.join(around)}"
+    close = nearest(choice, options)
+    if group == "model" and not close:
+        return f"; a model of a folder or of the Hub: model=auto model.path={choice}"
+    return close
 
 
 def _shown(value: Any) -> str:

@@ -1,0 +1,24 @@
+"""The words of tables, messages and documents: one for each thing (``quantlab help WORD``, ``quantlab list words``)."""
+
+from __future__ import annotations
+
+WORDS = {
+    "scheme": "how weights are stored: backend, dtype, group size and the other axes, spelled out and checked",
+    "candidate": "one of the schemes that a recipe lists (sweep.candidates), and the quantized copy that is measured",
+    "job": "one scheme on one model, data set and evaluation: what is run, resumed and reproduced",
+    "combination": "one choice of each swept key, before it is known to be possible; a possible one becomes a job",
+    "run": "what tracking keeps of a job (or of a sweep): parameters, metrics, artifacts, under a run id",
+    "row": "what a job found out, as a line of a table, of rows.json, or of results.rows",
+    "reference": "the unquantized model; each quality metric compares with its outputs on the same inputs",
+    "floor": "what another legitimate execution of the reference costs (bfloat16, another batch size): below it, "
+    "nothing can be told from noise",
+    "verdict": "what is said of a difference: better, worse, not distinguishable, inside the floor; by paired tests",
+    "front": "the schemes that are surely better than every smaller one (Pareto front of bytes and a metric)",
+    "coverage": "share of the components' weights that are stored quantized; in the metrics quantization/coverage",
+    "saving": "bytes at 16 bits over the bytes that are stored: 4.00x is a quarter; in the metrics memory/compression",
+    "MiB": "stored weights, with scales, zero points and what stays unquantized; in the metrics memory/weights_bytes",
+    "bits/weight": "stored bits of a weight, scales included: of the whole model, in brackets of the quantized layers",
+    "s": "seconds of the stage evaluate; in the metrics perf/evaluate_s",
+    "component": "a part of a model that is quantized on its own: transformer, text_encoder, model",
+}
+"""Word -> what it means."""

@@ -1,0 +1,58 @@
+"""One word for one thing, and what each is; the nearest choices to one that is none."""
+
+from __future__ import annotations
+
+import pytest
+
+from quantlab.errors import ConfigError
+from quantlab.metrics import METRICS
+from quantlab.planning.glossary import WORDS
+from quantlab.planning.listing import meaning
+from quantlab.planning.plan import plan
+from quantlab.report.table import columns
+from tests.support.shell import Shell
+
+
+def test_each_column_of_the_table_is_a_word_that_is_explained():
+    for title in columns([]):
+        assert title in WORDS
+
+
+@pytest.mark.parametrize(
+    ("word", "holds"),
+    [
+        ("floor", "another legitimate execution"),
+        ("mib", "memory/weights_bytes"),
+        ("quality/psnr_db", METRICS["psnr_db"].description),
+        ("nf4", "(4 bits)"),
+        ("awq_lite", "AWQ"),
+        ("expert", "packed experts"),
+    ],
+)
+def test_what_a_word_is(word, holds, tmp_path):
+    assert holds in meaning(word)
+    assert Shell(tmp_path)("help", word) == (0, f"{word}: {meaning(word)}\n", "")
+
+
+def test_a_word_that_is_none(tmp_path):
+    code, _, err = Shell(tmp_path)("help", "flor")
+    assert code == 2
+    assert err.startswith("quantlab: help flor: no such word; did you mean floor?")
+
+
+@pytest.mark.parametrize(
+    ("override", "ends"),
+    [
+        ("group_size=48", "; the nearest are 32 and 64"),
+        ("group_size=3", "; the nearest are 16"),
+        ("group_size=9999", "; the nearest are 4096"),
+        ("model=gpt2", "; a model of a folder or of the Hub: model=auto model.path=gpt2"),
+        ("model=flux_de", "; did you mean flux_dev?"),
+        ("dtype=int9", "; did you mean int"),
+    ],
+)
+def test_the_way_to_what_was_meant(override, ends):
+    with pytest.raises(ConfigError) as told:
+        plan(["backend=torchao", override])
+    assert str(told.value).startswith(f"{override}: there are ")
+    assert ends in str(told.value)
