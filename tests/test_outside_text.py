@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from quantlab import cli, progress
+from quantlab import cli, commands, progress
 from quantlab.errors import ConfigError, QuantlabError
 from quantlab.planning.listing import LISTS
 from quantlab.planning.plan import plan
@@ -89,7 +89,7 @@ def test_a_bar(shown, text):
 def rendered(*what) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        console = cli.terminal(400)
+        console = commands.terminal(400)
         for one in what:
             show(console, one) if isinstance(one, Sheet) else console.print(one)
     return out.getvalue()
