@@ -73,6 +73,7 @@ single keys, for example
   quantization.on_mismatch=error|skip|DTYPE   activation_dtype=int8   quantization.bnb_4bit_use_double_quant=true
   quantization.quantization_config=FILE|JSON (a model card's block)
   components.NAME='{{backend: quanto, dtype: int8}}' (one scheme for each component)   evaluation.attribute=true
+  checkpoint=PATH|ID (quantized by others: a folder, a GGUF file, a Hub id)
   sweep.dry_run=true   sweep.on_invalid=skip   sweep.search.num_trials=12
 
 Results: a table here, everything in MLflow (outputs/mlflow.db; look at it with mlflow ui), a folder a run in

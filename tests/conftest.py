@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from quantlab.tracking import Store, open_store
 from quantlab.vocabulary.schema import DigitsModelConfig, TrackingConfig
+from tests.support.foreign import make_all
 from tests.support.shell import TINY, Shell, make_shell
 
 
@@ -110,3 +111,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shell(template: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
     monkeypatch.delenv("QUANTLAB_TRACEBACK", raising=False)
     return make_shell(tmp_path / "my work", template, trained)
+
+
+@pytest.fixture(scope="session")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, and checkpoints of them that other libraries made."""
+    return made_once(tmp_path_factory, "foreign", make_all)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -157,6 +158,18 @@ def joined_name(default: str, own: Mapping[str, str]) -> str:
     return " + ".join(parts) or REFERENCE
 
 
+def checkpoint_name(checkpoint: str) -> str:
+    """A short name of a checkpoint: a file's or folder's own, with its parent's where that says only which part it is;
+    a Hub id whole."""
+    parts = [part for part in checkpoint.rstrip("/").split("/") if part not in ("", ".", "..", "~")]
+    is_id = not checkpoint.startswith(("/", ".", "~")) and not Path(checkpoint).exists() and len(parts) < 4
+    if is_id or not parts:
+        return checkpoint
+    return "/".join(
+        parts[-2:] if re.fullmatch(r"(transformer|unet|text_encoder|model|prior)(_\d+)?", parts[-1]) else parts[-1:]
+    )
+
+
 def _setting_words(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
         return " ".join(f"{k}={v}" for k, v in value.items())
@@ -171,7 +184,7 @@ def floor_jobs(config: ExperimentConfig, dtype: str, names: Sequence[str]) -> li
     ``names`` are the components that the jobs quantize.
     """
     own = {name: dict(NO_SCHEME) for name in names} if config.components else {}
-    bare = replace(config, quantization=QuantizationAxes(), components=own, name="")
+    bare = replace(config, quantization=QuantizationAxes(), components=own, name="", checkpoint=None)
     batch = Job(name=FLOOR_BATCH, config=bare, batch_size=config.evaluation.floor_batch_size)
     reference = Job(name=REFERENCE, config=bare)
     if dtype == "float32":

@@ -35,7 +35,7 @@ from quantlab.planning.components import (
     written_out,
 )
 from quantlab.planning.composition import compose_node, session, typed
-from quantlab.planning.job import Job, Merged, Plan, joined_name, scheme_name
+from quantlab.planning.job import Job, Merged, Plan, checkpoint_name, joined_name, scheme_name
 from quantlab.planning.picking import check_export
 from quantlab.planning.places import groups, recipe_file, shipped_groups
 from quantlab.planning.recipe import Recipe, read_recipe
@@ -301,6 +301,8 @@ def make_job(config: ExperimentConfig, overrides: Sequence[str] = (), recipe: Re
     """
     _check_config(config)
     check_dataset(config)
+    if config.checkpoint is not None:
+        return _checkpoint_job(config, overrides)
     file = pasted_file(config.quantization.quantization_config)
     config = spread(config)
     keys = {o.partition("=")[0].lstrip("+") for o in overrides}
@@ -332,6 +334,24 @@ def make_job(config: ExperimentConfig, overrides: Sequence[str] = (), recipe: Re
         batch_size=1 if alone else None,
         pasted_files={f"{key}.quantization_config": file for key, file in files.items() if file},
     )
+
+
+def _checkpoint_job(config: ExperimentConfig, overrides: Sequence[str]) -> Job:
+    """The job of a checkpoint that is quantized already; ConfigError for a scheme beside it."""
+    key = f"checkpoint={config.checkpoint}"
+    axes = {f.name for f in fields(QuantizationAxes)}
+    for word in overrides:
+        name = word.partition("=")[0].lstrip("+")
+        if name in axes or name.startswith(("quantization.", f"{COMPONENTS}.")):
+            raise ConfigError(
+                f"{key}: it is quantized already, and {word} has nothing to choose; leave one of them out"
+            )
+    if config.components:
+        raise ConfigError(
+            f"{key}: it has its schemes, and components.{next(iter(config.components))} another; drop one"
+        )
+    name = config.name or checkpoint_name(config.checkpoint or "")
+    return Job(name=_short(name), config=replace(config, quantization=QuantizationAxes()), overrides=tuple(overrides))
 
 
 def _check_config(config: ExperimentConfig) -> None:

@@ -7,6 +7,7 @@ from dataclasses import astuple, replace
 
 from quantlab.backends.table import loggers
 from quantlab.datasets.table import check_call, check_file
+from quantlab.models.foreign import check_checkpoint
 from quantlab.models.table import check_components, check_path
 from quantlab.planning.components import named_by_users
 from quantlab.planning.job import Job
@@ -19,6 +20,8 @@ def check_ready(jobs: Sequence[Job]) -> None:
     known = set()
     for job in jobs:
         config = job.config
+        if config.checkpoint is not None:
+            check_checkpoint(config.checkpoint)
         whole, asked = config.model_with(), config.evaluation
         sizes = (asked.num_samples, asked.height, asked.width, asked.num_frames)
         where = (str(astuple(whole)), str(astuple(config.dataset)), str(sizes))

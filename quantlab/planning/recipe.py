@@ -191,7 +191,7 @@ def _option_of(family: str) -> str:
     return family if family in shipped_groups()["model"] else "causal_lm"
 
 
-_PATHS = ("model.path", "dataset.path", "calibration.path", "reference.path", "quantization.imatrix_file")
+_PATHS = ("checkpoint", "model.path", "dataset.path", "calibration.path", "reference.path", "quantization.imatrix_file")
 
 
 def own_paths(components: Collection[str]) -> tuple[str, ...]:
@@ -209,14 +209,10 @@ def replay_yaml(resolved: Mapping[str, Any], choices: Mapping[str, str], *, whol
         resolved: the whole resolved config, plain data.
         choices: option of each group that the job chose.
     """
-    left_out = {
-        "sweep",
-        "recipe",
-        "launcher",
-        *(() if whole else ("export",)),
-        *(() if whole else ("output_dir", "tracking")),
+    left_out = {"sweep", "recipe", "launcher", *(() if whole else ("export", "output_dir", "tracking"))}
+    body: dict[str, Any] = {
+        k: dict(v) if isinstance(v, Mapping) else v for k, v in resolved.items() if k not in left_out
     }
-    body = {k: dict(v) if isinstance(v, Mapping) else v for k, v in resolved.items() if k not in left_out}
     chosen = {**choices, **{g: str(body["quantization"].pop(g)) for g in AXIS_GROUPS}}
     chosen = {g: c for g, c in chosen.items() if g not in left_out}
     own = [g for g, c in chosen.items() if c not in ("[]", *shipped_groups()[g]) and g not in MULTIPLE_GROUPS]

@@ -56,6 +56,7 @@ def _guarded(config: ExperimentConfig) -> Iterator[tuple[str, Any]]:
     """The keys that decide where things go and what is read, with what the config says."""
     yield "output_dir", config.output_dir
     yield "export.path", config.export.path
+    yield "checkpoint", config.checkpoint
     for name in ("model", "dataset", "calibration", "reference"):
         yield f"{name}.path", getattr(config, name).path
     yield from _leaves("tracking", dataclasses.asdict(config.tracking))

@@ -47,6 +47,10 @@ def forecast(plan: Plan) -> list[Price]:
     books: dict[str, _Book] = {}
     prices = []
     for job in plan.jobs:
+        if job.config.checkpoint is not None:
+            told = f"checkpoint={job.config.checkpoint}: its bytes are those of its files; a run reads them back"
+            prices.append(_impossible(job.name, told))
+            continue
         key = canonical_json([asdict(job.config.model), _device(job.config)])
         if key not in books:
             books[key] = _Book(outline=outline(job.config.model, _device(job.config), shipped_architecture))

@@ -127,6 +127,8 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
     target = job.config.export.path if run is not None else None  # a floor beside it is no model to export
     if target is not None:
         check_exportable(target, job, bench.model, candidate, layers)
+    if made.batch_size is not None:
+        job = replace(job, batch_size=made.batch_size)
     is_saved = job.config.tracking.save_checkpoint and layers is not None
     if layers is not None and job.batch_size is not None:
         layers = replace(layers, resolved={**layers.resolved, "evaluation.batch_size": job.batch_size})
@@ -138,7 +140,7 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         calibration=_with_overlap(made.calibration, bench, job),
         memory=weigh(bench.model, candidate, list(schemes), layers),
         planned=planned(bench.model, job, schemes),
-        disk_bytes=saved_bytes(candidate, schemes, layers) if is_saved else None,
+        disk_bytes=saved_bytes(candidate, schemes, layers) if is_saved and job.schemes else made.disk_bytes,
         stages=(*bench.stages, *made.stages),
         params=job.resolved if bench.brought is None else {**job.resolved, REFERENCE_MADE_ON: bench.brought.made_on},
         run_id=run.run_id if run else None,
@@ -177,7 +179,8 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         quality = summarize(measured, job.config.evaluation)
         for why in measured.undefined.values():
             say(f"{job.name}: {why}", "undefined")
-        other = _at_other_batch(session, bench, job, candidate)
+        depends = made.depends_on_neighbours or any(s.native.depends_on_neighbours for s in job.schemes.values())
+        other = _at_other_batch(session, bench, job, candidate) if depends and job.batch_size is None else {}
     stages = (*report.stages, evaluated.report)
     if job.config.evaluation.attribute and layers is not None:
         with in_stage(session, run, "attribute") as attributed, _attention(job):
@@ -250,8 +253,6 @@ def _with_overlap(made: CalibrationReport | None, bench: Workbench, job: Job) ->
 
 def _at_other_batch(session: Session, bench: Workbench, job: Job, candidate: LoadedModel) -> dict[str, MetricValue]:
     """The metrics at another batch size, where a rule that looks at all of a call makes samples depend on it."""
-    if job.batch_size is not None or not any(s.native.depends_on_neighbours for s in job.schemes.values()):
-        return {}
     settings = job.config.evaluation
     progress = step_progress(session, f"{job.name}, other batches")
     measured = evaluate(

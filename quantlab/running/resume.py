@@ -7,13 +7,14 @@ import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from quantlab import tracking
-from quantlab.backends.table import Backend
-from quantlab.errors import TrackingError
+from quantlab.backends.table import Backend, distributions
+from quantlab.errors import ConfigError, TrackingError
+from quantlab.models.foreign import checkpoint_sha256, sources_of
 from quantlab.planning.job import Job
 from quantlab.progress import say
 from quantlab.running.rows import failed_row, finished_row
@@ -35,6 +36,7 @@ def content_key(bench: Workbench, job: Job) -> str:
     parts = {
         "reference": bench.reference_key,
         "judge": bench.judge_sha256,
+        "checkpoint": _checkpoint_digest(bench, job),
         "quantization": asdict(config.quantization),
         "own": config.components,
         "native": {name: json.loads(scheme.native.to_json_string()) for name, scheme in job.schemes.items()},
@@ -47,11 +49,31 @@ def content_key(bench: Workbench, job: Job) -> str:
         "floors": config.sweep.floors,
         "saved": config.tracking.save_checkpoint,
         "files": _file_digests(job),
-        "libraries": {name: known.get(name) for backend in job.backends for name in backend.distributions},
+        "libraries": {name: known.get(name) for name in _libraries(job)},
         "code": code_digest(),
         "backends": [_foreign_digest(backend) for backend in job.backends],
     }
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
+
+
+def _libraries(job: Job) -> Sequence[str]:
+    """Packages that a job's numbers depend on; of a checkpoint, those of every backend: it may be any one's."""
+    if job.config.checkpoint is not None:
+        return distributions()
+    return [name for backend in job.backends for name in backend.distributions]
+
+
+def _checkpoint_digest(bench: Workbench, job: Job) -> str | None:
+    """Contents of the checkpoint that others made; one that cannot be read fails in its own stage, as a row."""
+    checkpoint, model = job.config.checkpoint, bench.model
+    if checkpoint is None:
+        return None
+    names = list(job.config.model.components or model.components)
+    try:
+        sources = sources_of(checkpoint, names, model.components)
+    except (ConfigError, KeyError):
+        return f"unreadable: {checkpoint}"
+    return checkpoint_sha256(sources, bench.cache_dir)
 
 
 def _file_digests(job: Job) -> dict[str, str]:

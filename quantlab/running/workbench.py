@@ -70,6 +70,8 @@ class Workbench:
     """Name of a floor's row -> what it costs, for all rows that come after it."""
     told: set[str] = field(default_factory=set)
     """What the user knows of what stays unquantized."""
+    cache_dir: Path = Path()
+    """Where digests of files are remembered."""
     calibrations: dict[str, Any] = field(default_factory=dict)
     """Calibration config -> its inputs."""
     brought: Bundle | None = None
@@ -221,6 +223,7 @@ def workbench(session: Session, config: ExperimentConfig, run: Run | None) -> Wo
         brought=brought,
         stages=(load.report, seen.report),
         calibrations=calibrations,
+        cache_dir=cache,
     )
     if run is not None:
         _log_shared(session, run, bench)

@@ -29,6 +29,7 @@ from quantlab.stages.calibrate import (
     in_smaller_batches,
 )
 from quantlab.stages.evidence import LayerEnergies, layer_energies, weight_sqnr_db
+from quantlab.stages.foreign import load_candidate
 from quantlab.stages.quantize import quantize_component
 from quantlab.stages.select import QuantizationRequest, Selection, select_layers, select_streamed
 from quantlab.vocabulary.reports import CalibratedLayer, CalibrationReport, QuantizationReport, StageReport
@@ -79,6 +80,12 @@ class Candidate:
     quantization: QuantizationReport | None = None
     calibration: CalibrationReport | None = None
     stages: tuple[StageReport, ...] = ()
+    batch_size: int | None = None
+    """Of a checkpoint whose rows share a scale of their inputs: 1; else None, the job's."""
+    depends_on_neighbours: bool = False
+    """Of a checkpoint: whether samples depend on what else is in their batch."""
+    disk_bytes: int | None = None
+    """Of a checkpoint: its files of weights."""
     calibrated: Mapping[str, tuple[Any, CalibrationFeed]] = field(default_factory=dict)
     """Component -> what the backend's ``calibrate`` returned, and the feed that it had; where the backend has a file
     format for it, as it may hold matrices for each layer."""
@@ -95,7 +102,8 @@ class _Part:
 
 def make_candidate(making: Making) -> Candidate:
     """Copy, calibrate (where the scheme needs data), quantize, and look at each layer on the calibration data."""
-
+    if making.job.config.checkpoint is not None:
+        return _of_checkpoint(making, making.job.config.checkpoint)
     model, quantized = making.model, making.quantized
     for scheme in quantized.values():
         if prepare := getattr(scheme.backend.module, _PREPARE, None):
@@ -149,6 +157,22 @@ def _casts(making: Making) -> dict[str, torch.nn.Module]:
         return {}
     left = [name for name in making.schemes if name not in making.quantized]
     return {name: model.copy_of(name).to(getattr(torch, dtype)) for name in left}
+
+
+def _of_checkpoint(making: Making, checkpoint: str) -> Candidate:
+    """A checkpoint that others made, loaded in the place of a quantized copy."""
+    with making.stage("quantize") as measured:
+        making.advance("load checkpoint", 0, 1)
+        found = load_candidate(checkpoint, making.model, list(making.schemes), making.reads, making.cache_dir)
+        making.advance("load checkpoint", 1, 1)
+    return Candidate(
+        model=found.model,
+        quantization=found.quantization,
+        stages=(measured.report,),
+        batch_size=found.batch_size,
+        depends_on_neighbours=found.depends_on_neighbours,
+        disk_bytes=found.disk_bytes,
+    )
 
 
 def _part(making: Making, name: str, scheme: Scheme) -> _Part:

@@ -13,8 +13,10 @@ MUCH = 0.1
 _NUM_NAMED = 3
 
 
-def unquantized(component: str, scheme: Scheme, report: QuantizationReport) -> str:
-    """Share, largest holders by name and kind, and what would take them; "" where little stays unquantized."""
+def unquantized(component: str, scheme: Scheme | None, report: QuantizationReport) -> str:
+    """Share, largest holders by name and kind, and what would take them; "" where little stays unquantized.
+
+    Nothing would take what a checkpoint of others keeps (``scheme`` is None)."""
     share = 1 - report.coverage
     if share <= MUCH:
         return ""
@@ -23,7 +25,8 @@ def unquantized(component: str, scheme: Scheme, report: QuantizationReport) -> s
     named = ", ".join(f"{r.name} ({r.kind}, {_percent(r.num_weights / total)})" for r in stay[:_NUM_NAMED])
     more = f" and {len(stay) - _NUM_NAMED} more" if len(stay) > _NUM_NAMED else ""
     largest = f"; the largest are {named}{more}" if named else "; they are in vectors, which no backend stores"
-    ways = "; ".join(_ways_out(scheme, [r for r in stay if r.num_weights > MUCH * share * total]))
+    much = [r for r in stay if r.num_weights > MUCH * share * total]
+    ways = "; ".join(_ways_out(scheme, much)) if scheme is not None else ""
     return f"{component}: {_percent(share)} of its weights stay unquantized{largest}{f'; {ways}' if ways else ''}"
 
 

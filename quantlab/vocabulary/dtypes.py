@@ -74,6 +74,8 @@ TORCH_DTYPE_NAMES = (
     "bool",
 )
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+UNREAD = "unread"
+"""What stands for the format of a layer of a checkpoint that no backend decodes."""
 
 
 def dtype_name(value: object) -> str:

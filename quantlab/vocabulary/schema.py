@@ -204,6 +204,9 @@ class ExperimentConfig:
     """Threads of torch on the CPU; 0: what is free."""
     output_dir: str = path("outputs")
     recipe: str | None = None
+    checkpoint: str | None = path(None)
+    """A quantized checkpoint that others made, the candidate in the place of a scheme: a folder, a GGUF file, a Hub id,
+    or a GGUF file of one (``owner/name/FILE.gguf``)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -24,8 +24,8 @@ def library() -> str | None:
     return str(next(Path(found.origin).parent.glob("xllamacpp*.so")))
 
 
-def save_gguf(module, tokenizer, file: Path, *, add_bos: bool) -> Path:
-    """A Llama of transformers with a byte-level BPE tokenizer as a gguf file of float32."""
+def save_gguf(module, tokenizer, file: Path, *, add_bos: bool, kind: str = "F32") -> Path:
+    """A Llama of transformers with a byte-level BPE tokenizer as a gguf file; ``kind`` is the type of its matrices."""
     import gguf
 
     config, state = module.config, {k: v.detach().float().numpy() for k, v in module.state_dict().items()}
@@ -56,7 +56,12 @@ def save_gguf(module, tokenizer, file: Path, *, add_bos: bool) -> Path:
             if part in name:  # llama.cpp's rotary embedding turns neighbours, transformers' turns halves
                 rows = values.shape[0] // heads // 2
                 values = values.reshape(heads, 2, rows, -1).swapaxes(1, 2).reshape(values.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)), values)
+        told = names.get_name(name, (".weight",))
+        if kind != "F32" and values.ndim == 2:
+            format_of_file = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(told, gguf.quants.quantize(values, format_of_file), raw_dtype=format_of_file)
+        else:
+            writer.add_tensor(told, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

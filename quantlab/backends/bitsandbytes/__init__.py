@@ -7,7 +7,7 @@ quantization ``ceil(n/2) + ceil(n/b) + 4 ceil(ceil(n/b)/256) + 64 + 1024 + 4``; 
 from __future__ import annotations
 
 from quantlab.backends.bitsandbytes.config import BitsAndBytesConfig
-from quantlab.backends.bitsandbytes.quantize import quantize, read_back, resolve
+from quantlab.backends.bitsandbytes.quantize import adopt, quantize, read_back, resolve
 from quantlab.backends.bitsandbytes.sizes import layer_bytes
 from quantlab.backends.bitsandbytes.storage import as_stored, load, save
 
@@ -18,6 +18,7 @@ DIFFUSERS_NEEDS_GPU = True
 __all__ = [
     "BitsAndBytesConfig",
     "Config",
+    "adopt",
     "as_stored",
     "layer_bytes",
     "load",

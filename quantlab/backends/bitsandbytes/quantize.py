@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.backends.bitsandbytes.config import LIBRARY_BLOCKSIZE, BitsAndBytesConfig
 from quantlab.backends.bitsandbytes.layers import WEIGHTS_AT_ONCE, decoded_4bit, layer_classes, library, torch_dtype
@@ -90,6 +90,20 @@ def read_back(layer: nn.Module) -> StoredWeight:
         span=None if state.state2 is None else state.blocksize * state.state2.blocksize,
         span_error=_NESTED_ERROR,
     )
+
+
+def adopt(layer: nn.Module, compute_dtype: str) -> nn.Module:
+    """A layer that another library loaded, as this backend's own over the same tensors: on a CPU the library's forward
+    would repack 4-bit codes and scales in place, lossily."""
+    bnb, compute = library(), torch_dtype(compute_dtype)
+    classes, theirs = layer_classes(), cast("Any", layer)
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+        made = classes["QuantizedLinear8bit"](layer.weight.data, scales, layer.bias, layer.state.threshold, compute)
+    else:
+        made = classes["QuantizedLinear4bit"](theirs.weight.data, theirs.weight.quant_state, theirs.bias, compute)
+    own: nn.Module = made.train(layer.training)
+    return own
 
 
 def _outlier_rule(threshold: float) -> str:

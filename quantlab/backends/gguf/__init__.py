@@ -7,8 +7,9 @@ dequantize at every forward: the format saves memory, not time.
 from __future__ import annotations
 
 from quantlab.backends.gguf.config import GGUFQuantizationConfig, resolve
+from quantlab.backends.gguf.export import export
 from quantlab.backends.gguf.imatrix import InputSquares, read_imatrix, write_imatrix
-from quantlab.backends.gguf.quantize import calibrate, quantize, read_back, write_calibration
+from quantlab.backends.gguf.quantize import adopt, calibrate, owns, quantize, read_back, write_calibration
 from quantlab.backends.gguf.sizes import file_bytes, layer_bytes
 from quantlab.backends.gguf.storage import load, save
 
@@ -18,10 +19,13 @@ __all__ = [
     "Config",
     "GGUFQuantizationConfig",
     "InputSquares",
+    "adopt",
     "calibrate",
+    "export",
     "file_bytes",
     "layer_bytes",
     "load",
+    "owns",
     "quantize",
     "read_back",
     "read_imatrix",

@@ -6,6 +6,7 @@ ends. Layout: the GGUF specification of ggml, versions 2 and 3.
 
 from __future__ import annotations
 
+import math
 import struct
 from pathlib import Path
 from typing import IO
@@ -13,7 +14,7 @@ from typing import IO
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Value type -> bytes; 8 is a string, 9 an array."""
 _STRING, _ARRAY = 8, 9
-_MAX_DEPTH, _MAX_DIMENSIONS, _MAX_NAME = 4, 4, 2**16
+_MAX_DEPTH, _MAX_DIMENSIONS, _MAX_NAME = 4, 5, 2**16  # ggml has 4 dimensions, files of video models one of 5
 
 
 def check_header(path: Path) -> None:
@@ -38,9 +39,15 @@ def check_header(path: Path) -> None:
             raise ValueError(f"an alignment of {alignment} bytes")
         tensors = [walk.tensor() for _ in range(num_tensors)]
         start = -(-file.tell() // alignment) * alignment
-        for name, offset, num_bytes in tensors:
+        end = 0
+        for name, offset, num_bytes in sorted(tensors, key=lambda tensor: tensor[1:]):
             if offset % alignment or start + offset + num_bytes > size:
                 raise ValueError(f"tensor {name!r} of {num_bytes} bytes at {offset} does not lie in the file")
+            if offset < end:
+                raise ValueError(f"tensor {name!r} at {offset} begins in the one before it, which ends at {end}")
+            end = offset + num_bytes
+        if len({name for name, _, _ in tensors}) < len(tensors):
+            raise ValueError("two tensors have one name")
 
 
 class _Walk:
@@ -92,8 +99,9 @@ class _Walk:
         num_dimensions = self.number("<I")
         if num_dimensions > _MAX_DIMENSIONS:
             raise ValueError(f"tensor {name!r} of {num_dimensions} dimensions")
-        numel = 1
-        for _ in range(num_dimensions):
-            numel *= self.number("<Q")
+        sizes = [self.number("<Q") for _ in range(num_dimensions)]
+        numel = math.prod(sizes)
         per_block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(self.number("<I"))]
+        if sizes and sizes[0] % per_block:
+            raise ValueError(f"tensor {name!r} has rows of {sizes[0]} values, in blocks of {per_block}")
         return name, self.number("<Q"), -(-numel // per_block) * block_bytes

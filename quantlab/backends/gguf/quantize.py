@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.gguf.blocks import (
     SCALES,
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
     from torch import nn
+
+
+_OF_DIFFUSERS = "GGUFParameter"
+"""The class of the weights of Diffusers' own layers of blocks."""
 
 
 def calibrate(
@@ -165,3 +169,30 @@ def read_back(layer: nn.Module) -> StoredWeight:
         span_error=span_error,
         floor=FLOAT16_SCALE * factor,
     )
+
+
+def owns(layer: nn.Module) -> bool:
+    """Whether the layer is of blocks of ggml: this backend's own, or Diffusers'."""
+    weight = layer._parameters.get("weight")
+    return isinstance(layer, linear_class()) or type(weight).__name__ == _OF_DIFFUSERS
+
+
+def adopt(layer: nn.Module, compute_dtype: str) -> nn.Module:
+    """Diffusers' layer as this backend's own over the same blocks, whose scales it takes in float32; one whose weight
+    is not in blocks as a plain Linear."""
+    import torch
+
+    if isinstance(layer, linear_class()):
+        return layer
+    theirs: Any = layer
+    codes, kind = theirs.weight.as_tensor().detach(), theirs.weight.quant_type.name.lower()
+    if kind in WEIGHTS_PER_SCALE:
+        made: nn.Module = linear_class()(codes, kind, theirs.bias, torch_dtype(compute_dtype))
+        return made.train(layer.training)
+    if kind != "bf16":
+        raise NotQuantized(f"{kind} is not read here; there are {', '.join(WEIGHTS_PER_SCALE)}, f32, f16 and bf16")
+    dense = codes.view(torch.uint8).view(torch.bfloat16).to(torch_dtype(compute_dtype))
+    plain = torch.nn.Linear(dense.shape[1], dense.shape[0], bias=False, device="meta")
+    plain.weight = torch.nn.Parameter(dense, requires_grad=False)
+    plain.bias = theirs.bias
+    return plain.train(layer.training)

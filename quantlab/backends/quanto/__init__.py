@@ -13,7 +13,7 @@ takes them unchanged, which quantizes them itself, and tensors of its own class 
 from __future__ import annotations
 
 from quantlab.backends.quanto.config import QuantoConfig
-from quantlab.backends.quanto.quantize import calibrate, quantize, read_back, resolve
+from quantlab.backends.quanto.quantize import adopt, calibrate, quantize, read_back, resolve
 from quantlab.backends.quanto.sizes import layer_bytes
 from quantlab.backends.quanto.storage import as_stored, load, save
 
@@ -22,6 +22,7 @@ Config = QuantoConfig
 __all__ = [
     "Config",
     "QuantoConfig",
+    "adopt",
     "as_stored",
     "calibrate",
     "layer_bytes",

@@ -1,0 +1,45 @@
+"""ModelOpt's own checkpoints: ``modelopt_state.pth`` beside the weights says where its quantizers were."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from quantlab.backends.modelopt.library import quiet_library
+
+STATE = "modelopt_state.pth"
+
+
+@contextlib.contextmanager
+def restoring(made: type, folder: Path) -> Iterator[None]:
+    """Inside, ``made.from_pretrained(folder)`` puts the quantizers in that the folder's state tells of; nothing for a
+    folder without one.
+
+    This is what ``enable_huggingface_checkpointing`` does, for one class and one call: that would change how each
+    model of the process is loaded and saved. The state is read as tensors and plain data alone (``weights_only``).
+    """
+    if not (folder / STATE).is_file():
+        yield
+        return
+    with quiet_library():
+        plugin = importlib.import_module("modelopt.torch.opt.plugins.huggingface")
+        of_transformers = any(c.__module__.startswith("transformers.") for c in made.__mro__)
+        more = None
+        if of_transformers:
+            others = importlib.import_module("modelopt.torch.opt.plugins.transformers")
+            more = others._undo_torch_init_override_by_transformers
+        with plugin._patch_model_init_for_modelopt(made, str(folder), more):
+            yield
+
+
+def rewrap(module: object, folder: Path) -> None:
+    """Give packed weights of a model of transformers their wrappers back, which its loader drops."""
+    if not (folder / STATE).is_file() or not any(
+        c.__module__.startswith("transformers.") for c in type(module).__mro__
+    ):
+        return
+    with quiet_library():
+        others = importlib.import_module("modelopt.torch.opt.plugins.transformers")
+        others._restore_qtensor_wrappers(module, str(folder))
