@@ -43,19 +43,19 @@ def library_of(module: nn.Module, name: str) -> str:
 
 
 def check_part(part: Part) -> None:
-    """ConfigError for a part that :func:`write_part` would refuse."""
-    _check_rows(part)
+    """ConfigError for a part that :func:`write_part` would refuse, as far as it is known before writing."""
     if not hasattr(backend_of(part.config.method()).module, _EXPORT):
+        _check_rows(part)
         stored_config(part)
 
 
 def write_part(part: Part, folder: Path, max_shard: str = MAX_SHARD) -> Written:
     """Write one component into ``folder``, which is there; ConfigError naming what its format cannot hold."""
-    _check_rows(part)
     module = backend_of(part.config.method()).module
     if (own := getattr(module, _EXPORT, None)) is not None:
         written: Written = own(part, folder)
         return written
+    _check_rows(part)
     shadow = _shadow(part)
     save(shadow, folder, max_shard, f"{part.config.method()} {part.name}")
     kind = type(part.module).__name__

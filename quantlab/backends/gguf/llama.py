@@ -1,4 +1,4 @@
-"""The keys of a language model's GGUF file (sizes, rotary embedding, tokenizer) as llama.cpp's converter writes them."""
+"""The keys of a language model's GGUF file: sizes, rotary embedding, tokenizer, as llama.cpp writes them."""
 
 from __future__ import annotations
 

@@ -87,3 +87,15 @@ def from_file(rows: Tensor, name: str, architecture: Architecture, config: Any) 
         half = rows.shape[0] // heads // 2
         return rows.reshape(heads, half, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape).contiguous()
     return rows - 1 if architecture.adds_one and name.endswith("norm.weight") else rows
+
+
+def llama_names(layers: Iterable[str]) -> dict[str, str]:
+    """Path of a layer in transformers -> llama.cpp's name of it, where each of ``layers`` has one of its own; else
+    empty: a denoiser's stay as they are."""
+    import gguf
+
+    listed = list(layers)
+    numbers = [int(part) for layer in listed for part in layer.split(".") if part.isdigit()]
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, max(numbers, default=0) + 1)
+    found = {layer: told for layer in listed if (told := known.get_name(layer)) is not None}
+    return found if len(set(found.values())) == len(listed) else {}

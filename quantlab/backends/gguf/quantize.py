@@ -23,6 +23,7 @@ from quantlab.backends.gguf.imatrix import (
     read_imatrix,
     write_imatrix,
 )
+from quantlab.backends.gguf.names import llama_names
 from quantlab.backends.linears import linear_at
 from quantlab.backends.unseen import never_ran
 from quantlab.errors import ConfigError, NotQuantized, require_package
@@ -66,10 +67,13 @@ def layer_types(model: nn.Module, layers: Sequence[str], config: GGUFQuantizatio
 
 
 def write_calibration(calibrated: dict[str, InputSquares], folder: str | Path, feed: CalibrationFeed) -> Path:
-    """What :func:`calibrate` found to ``imatrix.gguf`` in the folder, a file for ``imatrix_file``; returns the path."""
+    """What :func:`calibrate` found to ``imatrix.gguf`` in the folder, a file for ``imatrix_file`` and, of a language
+    model, for llama.cpp's tools, under whose names it is; returns the path."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     dataset = f"sha256:{feed.sha256}" if feed.sha256 else "calibration"
-    return write_imatrix(Path(folder) / "imatrix.gguf", calibrated, dataset, max(len(feed.calls), 1))
+    told = llama_names(calibrated)
+    named = {told.get(layer, layer): squares for layer, squares in calibrated.items()}
+    return write_imatrix(Path(folder) / "imatrix.gguf", named, dataset, max(len(feed.calls), 1))
 
 
 def quantize(
@@ -90,10 +94,13 @@ def quantize(
     compute = torch_dtype(compute_dtype or config.compute_dtype)
     types = layer_types(model, layers, config)
     statistics = _statistics(config, calibrated)
+    theirs = llama_names(map(said_as, layers)) if statistics is not None and calibrated is None else {}
     for name in layers:
         linear, kind = linear_at(model, name), types.get(name, config.dtype)
         importance = None
         said = said_as(name)
+        if statistics is not None and said not in statistics:
+            said = theirs.get(said, said)
         is_measured = said == name or (statistics is not None and said in statistics)  # what is read has no inputs
         if statistics is not None and uses_importance(kind) and is_measured:
             importance = _importance(statistics, said, linear.in_features, config.imatrix_file)

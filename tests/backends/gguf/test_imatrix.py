@@ -268,6 +268,30 @@ def test_a_file_takes_the_place_of_data(tmp_path):
     assert all(torch.equal(measured[i].qweight, read[i].qweight) for i in (0, 2))
 
 
+def test_a_language_models_is_under_llama_cpps_names_and_a_file_of_its_tools_is_read(tmp_path):
+    from torch import nn
+
+    model = nn.Module()
+    model.model = nn.Module()
+    model.model.layers = nn.ModuleList([nn.Module(), nn.Module()])
+    for layer in model.model.layers:
+        layer.mlp = nn.Module()
+        layer.mlp.down_proj = nn.Linear(256, 8)
+    names = [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+    found = statistics_of(**{name: (np.arange(1, 257) * (i + 1), 4) for i, name in enumerate(names)})
+    path = backend.write_calibration(found, tmp_path, feed_of_batches([torch.zeros(1, 256)]))
+    assert set(read_imatrix(path)) == {"blk.0.ffn_down", "blk.1.ffn_down"}
+    measured, read, own = (copy.deepcopy(model) for _ in range(3))
+    backend.quantize(measured, names, config_of(), "float32", found)
+    backend.quantize(read, names[:1], config_of(imatrix_file=str(path)), "float32")
+    backend.quantize(read, names[1:], config_of(imatrix_file=str(path)), "float32")
+    backend.quantize(own, names, config_of(imatrix_file=str(write_imatrix(tmp_path / "own.gguf", found))), "float32")
+    for name in names:
+        wanted = measured.get_submodule(name).qweight
+        assert torch.equal(read.get_submodule(name).qweight, wanted)
+        assert torch.equal(own.get_submodule(name).qweight, wanted)
+
+
 def test_the_older_binary_form_is_read(tmp_path):
     path = tmp_path / "imatrix.dat"
     values = np.random.default_rng(0).uniform(0, 9, 512).astype(np.float32)
