@@ -241,8 +241,9 @@ def _reads_back(
         start += shape[0]
     marks = {name: Stored(rows=rows, kind="I64") for name, rows in own.items()}
     asked = {name: _joined(piece, marks).rows for name, piece in pieces.items()}
+    convert: Any = SINGLE_FILE_LOADABLE_CLASSES[kind]
     try:
-        made = SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"](checkpoint=asked, config=config)
+        made = convert["checkpoint_mapping_fn"](checkpoint=asked, config=config)
     except (KeyError, IndexError, RuntimeError, ValueError, AttributeError):
         return False
     return set(made) == set(own) and all(torch.equal(made[name], rows) for name, rows in own.items())
