@@ -71,9 +71,8 @@ config groups (choose with group=option)
 single keys, for example
   device=auto|cpu|cuda   model.path=PATH   evaluation.num_samples=50   tracking.uri=http://host:5000
   quantization.on_mismatch=error|skip|DTYPE   activation_dtype=int8   quantization.bnb_4bit_use_double_quant=true
-  quantization.quantization_config=FILE|JSON (a model card's block)
+  quantization.quantization_config=FILE|JSON (a model card's block)   checkpoint=PATH|ID (quantized by others)
   components.NAME='{{backend: quanto, dtype: int8}}' (one scheme for each component)   evaluation.attribute=true
-  checkpoint=PATH|ID (quantized by others: a folder, a GGUF file, a Hub id)
   sweep.dry_run=true   sweep.on_invalid=skip   sweep.search.num_trials=12
 
 Results: a table here, everything in MLflow (outputs/mlflow.db; look at it with mlflow ui), a folder a run in
