@@ -115,8 +115,8 @@ def load(part: Mapping[str, Any], folder: str) -> tuple[Any, str]:
         library = importlib.import_module(module)
         compute = getattr(torch, arguments.pop("compute_dtype"))
         arguments["quantization_config"] = library.GGUFQuantizationConfig(compute_dtype=compute)
-    if "config" in arguments:  # where it lies in the folder
-        arguments["config"] = f"{folder}/{arguments['config']}"
+    if "config" in arguments:  # it lies beside the file
+        arguments["config"] = folder
     if part["method"] == "from_single_file":
         return kind.from_single_file(f"{folder}/{part['file']}", **arguments), ""
     with _without_a_gpu(part.get("needs_gpu", False)) as told:
