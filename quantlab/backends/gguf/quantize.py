@@ -99,11 +99,10 @@ def quantize(
         linear, kind = linear_at(model, name), types.get(name, config.dtype)
         importance = None
         said = said_as(name)
-        if statistics is not None and said not in statistics:
-            said = theirs.get(said, said)
-        is_measured = said == name or (statistics is not None and said in statistics)  # what is read has no inputs
+        known = said if statistics is None or said in statistics else theirs.get(said, said)
+        is_measured = said == name or (statistics is not None and known in statistics)  # what is read has no inputs
         if statistics is not None and uses_importance(kind) and is_measured:
-            importance = _importance(statistics, said, linear.in_features, config.imatrix_file)
+            importance = _importance(statistics, known, linear.in_features, config.imatrix_file)
         codes = encode(name, linear.weight.detach(), kind, importance)
         made = linear_class()(codes, kind, linear.bias, compute)
         replace_layer(model, name, made.train(linear.training))
