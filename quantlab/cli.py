@@ -21,6 +21,7 @@ from quantlab.commands import (
     show_list,
     show_prices,
     show_reproduction,
+    show_status,
 )
 from quantlab.errors import ConfigError, QuantlabError, is_disk_full, nearest
 from quantlab.planning.completion import SCRIPT, completions
@@ -45,6 +46,7 @@ HELP = """quantlab: what does each quantization scheme cost in quality, and what
   quantlab export RUN_ID DIR          the run's quantized model as Diffusers or transformers load it (RUN_ID or latest;
                                       while it is measured: export.path=DIR, in a sweep with export.winner=true)
   quantlab push RUN_ID OWNER/NAME     upload what was exported of a run to a Hub
+  quantlab status [SWEEP] [--json]    how are its jobs?    queued, running, finished, failed; node, attempt, time, log
   quantlab list WHAT [--json]         what there is:
           {lists}
   quantlab help WORD                  what a word, metric, dtype or algorithm is: quantlab help floor
@@ -170,6 +172,8 @@ def dispatch(words: list[str]) -> int:
         return show_export(words)
     if words[:1] == ["reproduce"] and not {"-h", "--help"} & set(words):
         return show_reproduction(words[1:])
+    if words[:1] == ["status"] and not {"-h", "--help"} & set(words):
+        return show_status(words[1:])
     if words[:1] == ["help"] and words[1:]:
         for word in words[1:]:
             print(f"{printable(word)}: {meaning(word)}")

@@ -196,6 +196,18 @@ def show_comparison(words: Sequence[str]) -> int:
     return 0
 
 
+def show_status(words: Sequence[str]) -> int:
+    """Print where the jobs of a sweep are."""
+    from quantlab.running.status import data, sheet, status
+
+    jobs = status([word for word in words if word != "--json"])
+    if "--json" in words:
+        print(json.dumps(data(jobs), indent=2))
+    else:
+        show(terminal(160), sheet(jobs))
+    return 0
+
+
 def show_reproduction(words: Sequence[str]) -> int:
     """Run a tracked job again and show each of its numbers beside the new one; 1 where one is different."""
     from quantlab.report.reproduction import DIFFERENT, reproduction_sheets, summary_lines

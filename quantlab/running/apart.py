@@ -26,6 +26,11 @@ class Handed:
     key: str
     protocol: str
     folder: Path
+    floors: Floors | None = None
+    job_id: str = ""
+    """What its engine calls it, of a job that an earlier process submitted."""
+    is_elsewhere: bool = False
+    """Another sweep runs it; it then has no folder here."""
     after: str = ""
     """The job after which the sweep's process had no GPU any more, so that this one runs apart."""
 

@@ -111,7 +111,7 @@ def _digest(root: Path, files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def earlier_report(session: Session, bench: Workbench, job: Job, key: str) -> RunReport | None:
+def earlier_report(session: Session, protocol: str, job: Job, key: str) -> RunReport | None:
     """The row of a job that an earlier sweep finished, which then counts as a job of this sweep; else None.
 
     With ``sweep.retry_failed=false`` a failed job's row counts too; ``sweep.force=true`` finds nothing.
@@ -124,7 +124,7 @@ def earlier_report(session: Session, bench: Workbench, job: Job, key: str) -> Ru
             if PARENT_RUN_ID not in run["tags"] and "folder" not in run:
                 continue  # a single run is not a part of a sweep
             with contextlib.suppress(TrackingError, OSError, ValueError):  # its report is lost: the next one, or anew
-                report = _report(session, bench, job, run)
+                report = _report(session, protocol, job, run)
                 if session.parent_run_id:
                     tracking.adopt(session.store, run["run_id"], session.parent_run_id)
                 return report
@@ -140,10 +140,10 @@ def _runs(session: Session, key: str, status: str) -> list[tracking.RunData]:
     return tracking.find_records(session.output_dir / "runs", {JOB_KEY: key}, status)
 
 
-def _report(session: Session, bench: Workbench, job: Job, run: tracking.RunData) -> RunReport:
+def _report(session: Session, protocol: str, job: Job, run: tracking.RunData) -> RunReport:
     if run["status"] != "FINISHED":
         error, stage = (run["tags"].get(tag, "") for tag in (FAILURE, STAGE))
-        return failed_row(job, bench.model.protocol, error, stage, run["run_id"], run["metrics"], is_resumed=True)
+        return failed_row(job, protocol, error, stage, run["run_id"], run["metrics"], is_resumed=True)
     if "folder" in run:
         content = (Path(run["folder"]) / "report.json").read_bytes()
     else:

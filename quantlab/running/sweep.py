@@ -23,8 +23,9 @@ from quantlab.planning.space import objectives_of
 from quantlab.planning.trust import require_trust
 from quantlab.progress import progress_bars, say
 from quantlab.running.apart import Handed, hand_over
+from quantlab.running.claims import Claims, wait_for
 from quantlab.running.engines.table import check_launcher
-from quantlab.running.handing import run_handed, runs_apart
+from quantlab.running.handing import handed, run_handed, runs_apart
 from quantlab.running.job import floor_rows, open_run, run_job
 from quantlab.running.resume import content_key, earlier_report
 from quantlab.running.rows import failed_row, skipped_row
@@ -35,7 +36,7 @@ from quantlab.running.workbench import Session, Workbench, has_bench, let_go_of_
 from quantlab.tracking.provenance import environment
 from quantlab.tracking.results import report_data
 from quantlab.tracking.tags import FAILED_JOBS, JOB_KEY, SEARCH_FRONT
-from quantlab.vocabulary.numbers import FLOORS
+from quantlab.vocabulary.numbers import FLOORS, REFERENCE
 from quantlab.vocabulary.reports import RunReport
 from quantlab.vocabulary.schema import ExperimentConfig
 
@@ -118,13 +119,18 @@ def _ready(config: ExperimentConfig, output_dir: Path, device: str, quiet: bool)
     gc.freeze()  # a million objects of libraries, which no stage's collection need look at
     with progress_bars(quiet) as advance:
         try:
-            yield Session(
+            session = Session(
                 store=store,
                 device=device,
                 output_dir=output_dir,
                 advance=advance,
                 environment=environment(Path(__file__).parents[2]),
+                claims=Claims(output_dir / "claims"),
             )
+            try:
+                yield session
+            finally:
+                session.claims.close(keep=session.leaves)
         finally:
             gc.unfreeze()
     if store.was_lost and store.is_reached:  # it may answer by now
@@ -180,6 +186,7 @@ def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
     name = plan.recipe.stem if plan.recipe else "sweep"
     began = time.perf_counter()
     with told_apart(name), open_run(session, name, plan.jobs[0], kind="sweep") as parent:
+        session.parent_folder = parent.record.folder
         session.parent_run_id, session.parent_record = parent.run_id, parent.record.summary["record"]
         if plan.invalid:
             num = len(plan.invalid) + len(plan.jobs)
@@ -269,12 +276,12 @@ def _search(session: Session, plan: Plan, parent: Any) -> tuple[list[RunReport],
             rows.extend(_row(session, bench, floor, apart=False) for floor in bench.floor_jobs(job.config))
             floors[bench.key] = bench.floors
         keys[job.name] = (content_key(bench, job), bench.key)
-        if earlier := earlier_report(session, bench, job, keys[job.name][0]):
+        if earlier := earlier_report(session, protocol, job, keys[job.name][0]):
             known[job.name] = earlier
 
     def run_point(job: Job, key: str, shared: str) -> RunReport | Handed:
         if session.lost_device or runs_apart(job, session.device):
-            return hand_over(session, job, key, protocol, floors[shared])
+            return handed(session, job, key, protocol, floors[shared])
         bench = workbench(session, job.config, parent)
         bench.floors.update(floors[shared])
         return _made(session, bench, job, key)
@@ -296,17 +303,27 @@ def _search(session: Session, plan: Plan, parent: Any) -> tuple[list[RunReport],
 def _row(session: Session, bench: Workbench, job: Job, apart: bool) -> RunReport | Handed:
     """One job of a sweep; its failure is a row, never the end of the others."""
     key = content_key(bench, job)
-    earlier = earlier_report(session, bench, job, key)
-    if earlier is not None:
-        bench.keep_floor(earlier)
-        return earlier
+    protocol, is_floor = bench.model.protocol, job.name in (REFERENCE, *FLOORS)
+    while True:
+        earlier = earlier_report(session, protocol, job, key)
+        if earlier is not None:
+            bench.keep_floor(earlier)
+            return earlier
+        if apart or session.lost_device or session.claims.take(key, job.name) is None:
+            break
+        if not is_floor:  # others first: by then its row may be there
+            return handed(session, job, key, protocol, bench.floors)
+        wait_for(session.claims, [key], 60.0)  # the rows after it need its numbers
     if apart or session.lost_device:
         wanted = {floor.name for floor in bench.floor_jobs(job.config)} & set(FLOORS)
         is_cut = bool(session.lost_device) and not wanted <= set(
             bench.floors
         )  # the GPU was lost before they were known
-        return hand_over(session, job, key, bench.model.protocol, None if is_cut else bench.floors)
-    return _made(session, bench, job, key)
+        return handed(session, job, key, protocol, None if is_cut else bench.floors)
+    try:
+        return _made(session, bench, job, key)
+    finally:
+        session.claims.release(key)
 
 
 def _made(session: Session, bench: Workbench, job: Job, key: str) -> RunReport:
@@ -332,16 +349,17 @@ def _finished(
     session: Session, rows: Sequence[RunReport | Handed], config: ExperimentConfig, what: str = "jobs"
 ) -> list[RunReport]:
     """Run what was handed over, without this process keeping the model, and put its rows in their places."""
-    handed = [row for row in rows if isinstance(row, Handed)]
-    found: dict[Path, RunReport] = {}
-    if handed:
+    jobs = [row for row in rows if isinstance(row, Handed)]
+    found: list[RunReport] = []
+    if jobs:
         let_go_of_bench(session)
 
         def progress(counts: Counts) -> None:
-            session.advance(what, counts.ended, len(handed), f"{counts.running} running, {counts.failed} failed")
+            session.advance(what, counts.ended, len(jobs), f"{counts.running} running, {counts.failed} failed")
 
-        found = run_handed(session, handed, config, progress)
-    reports = [found[row.folder] if isinstance(row, Handed) else row for row in rows]
+        found = run_handed(session, jobs, config, progress)
+    arrived = iter(found)
+    reports = [next(arrived) if isinstance(row, Handed) else row for row in rows]
     for report, row in zip(reports, rows, strict=True):
         if isinstance(row, Handed) and report.status == "FAILED":
             say(f"{report.name} at {report.failed_stage}: {report.error[:500]}", "failed")

@@ -32,6 +32,7 @@ from quantlab.planning.words import COMPONENTS
 from quantlab.progress import Advance, file_name, say
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.quiet import quiet_libraries
+from quantlab.running.claims import Claims
 from quantlab.stages.bundle import Bundle, check_bundle, differs, is_of_here, read_bundle
 from quantlab.stages.observe import observe, reference_key
 from quantlab.stages.reads import weights_read
@@ -145,6 +146,12 @@ class Session:
     """Id of the sweep's own record, by which it is found in any store."""
     bench: Workbench | None = None
     environment: Mapping[str, Any] = field(default_factory=dict)
+    claims: Claims = field(default_factory=lambda: Claims(Path("claims")))
+    """Who runs which job."""
+    parent_folder: Path | None = None
+    """The sweep's own."""
+    leaves: bool = False
+    """Its jobs go on when it ends (``launcher.detach``)."""
     keeps_model: bool = True
     """Does it log the weights that quantlab trained, once a store? False in the process of a job: its sweep does."""
     lost_device: str = ""

@@ -1,0 +1,116 @@
+"""``quantlab status [SWEEP]``: the jobs of a sweep, from the files in its folder and theirs; nothing is computed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from quantlab.errors import ConfigError, nearest
+from quantlab.report.terminal import Column, Sheet
+from quantlab.running.attempts import ATTEMPT, LOG, ended_since_given, node_of, num_attempts, read
+from quantlab.running.handing import JOBS
+from quantlab.tracking.tags import HOST, KIND
+from quantlab.tracking.values import process_is_alive, this_process
+
+USAGE = "quantlab status [SWEEP] [output_dir=DIR] [--json]"
+_QUEUED, _RUNNING, _LOST = "queued", "running", "lost"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobStatus:
+    """Where one job is."""
+
+    name: str
+    state: str
+    """``queued``, ``running``, ``finished``, ``failed``, or ``lost``: its process is gone and said nothing."""
+    node: str = ""
+    attempt: int = 0
+    elapsed_s: float | None = None
+    """Since the attempt began; of a job that is over, all that it took."""
+    engine: str = ""
+    job_id: str = ""
+    log: str = ""
+
+
+def status(words: Sequence[str]) -> list[JobStatus]:
+    """The jobs of a sweep, named by a part of its folder, or ``latest``; ConfigError where there is none such."""
+    output_dir, wanted = Path("outputs"), "latest"
+    for word in words:
+        key, has_value, value = word.partition("=")
+        if has_value and key == "output_dir":
+            output_dir = Path(value).expanduser()
+        elif word.startswith("-") or has_value:
+            raise ConfigError(f"{word}: no word of status{nearest(key, ['output_dir', '--json'])}; {USAGE}")
+        else:
+            wanted = word
+    sweeps = [folder for folder in sorted((output_dir / "runs").glob("*")) if _is_sweep(folder)]
+    found = sweeps if wanted == "latest" else [folder for folder in sweeps if wanted in folder.name]
+    if not found:
+        names = ", ".join(folder.name for folder in sweeps[-5:]) or "none"
+        raise ConfigError(f"status {wanted}: no sweep in {output_dir / 'runs'} is called so; there are {names}")
+    return list(_jobs(found[-1]))
+
+
+def data(jobs: Sequence[JobStatus]) -> list[dict[str, object]]:
+    """For ``--json``."""
+    return [asdict(job) for job in jobs]
+
+
+def sheet(jobs: Sequence[JobStatus]) -> Sheet:
+    """For the terminal, a line a job."""
+    titles = ("job", "state", "node", "attempt", "elapsed s", "log")
+    columns = [Column(title=title, is_text=True, may_wrap=title == "log") for title in titles]
+    rows = [[job.name, job.state, job.node, str(job.attempt or ""), _seconds(job.elapsed_s), job.log] for job in jobs]
+    return Sheet(columns=columns, rows=rows, caption=[])
+
+
+def _seconds(elapsed_s: float | None) -> str:
+    return "" if elapsed_s is None else f"{elapsed_s:.0f}"
+
+
+def _is_sweep(folder: Path) -> bool:
+    return read(folder, "run.json").get("tags", {}).get(KIND) == "sweep"
+
+
+def _jobs(sweep: Path) -> Iterator[JobStatus]:
+    """Those that were submitted, in order, then those that ran in the sweep's own process."""
+    submitted: dict[str, dict[str, str]] = {}
+    if (sweep / JOBS).is_file():
+        for line in (sweep / JOBS).read_text(encoding="utf-8").splitlines():
+            one = json.loads(line)
+            submitted[one["folder"]] = one
+    record = read(sweep, "run.json").get("record")
+    for folder in sorted(sweep.parent.glob("*")):
+        run = read(folder, "run.json")
+        if run.get("parent_record") == record and record and str(folder.absolute()) not in submitted:
+            submitted[str(folder.absolute())] = {"name": run["name"], "folder": str(folder)}
+    for one in submitted.values():
+        yield _job(one, Path(one["folder"]))
+
+
+def _job(told: dict[str, str], folder: Path) -> JobStatus:
+    run, attempt = read(folder, "run.json"), num_attempts(folder)
+    state = ended_since_given(folder).lower() or (_QUEUED if not run and not attempt else _RUNNING)
+    owner = read(folder, ATTEMPT) or run.get("tags", {})
+    if state == _RUNNING and owner.get(HOST) == this_process()[HOST] and not _lives(owner, run):
+        state = _LOST
+    start = run.get("start_ms")
+    end = run.get("end_ms") or (time.time_ns() // 1_000_000 if state == _RUNNING else None)
+    return JobStatus(
+        name=told["name"],
+        state=state,
+        node=node_of(folder) or str(run.get("tags", {}).get(HOST, "")),
+        attempt=attempt or int(bool(run)),
+        elapsed_s=(end - start) / 1000 if start and end else None,
+        engine=told.get("engine", ""),
+        job_id=told.get("id", ""),
+        log=str(folder / LOG) if (folder / LOG).exists() else str(folder),
+    )
+
+
+def _lives(owner: dict[str, object], run: dict[str, object]) -> bool:
+    tags = run.get("tags")
+    return any(process_is_alive({k: str(v) for k, v in one.items()}) for one in (owner, tags) if isinstance(one, dict))
