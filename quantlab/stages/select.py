@@ -49,6 +49,11 @@ class QuantizationRequest:
         """How messages about the component begin."""
         return self.typed or f"model.components={self.component}"
 
+    @property
+    def node(self) -> str:
+        """The node of the config that the scheme stands in."""
+        return self.typed or "quantization"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
@@ -123,7 +128,7 @@ def choose_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
     scheme = request.scheme
     axes = scheme.axes
     found = holders(module, request.read)
-    offered, left = _offered(scheme, found)
+    offered, left = _offered(scheme, found, request.node)
     if not offered:
         raise ConfigError(f"{request.key}: {_nothing_of_the_kind(axes, found, left)}")
     layers = {n: found[n] for n in offered}
@@ -166,14 +171,14 @@ def choose_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
     )
 
 
-def _offered(scheme: Scheme, found: Mapping[str, Holder]) -> tuple[list[str], dict[str, str]]:
+def _offered(scheme: Scheme, found: Mapping[str, Holder], node: str) -> tuple[list[str], dict[str, str]]:
     """The holders that the scheme could store; and holder -> why not, for the others."""
     offered, left = [], {}
     for name, holder in found.items():
         if not holder.way:
             left[name] = holder.reason
         elif holder.kind not in scheme.axes.layer_kinds:
-            left[name] = f"quantization.layer_kinds: {holder.kind} is not among them"
+            left[name] = f"{node}.layer_kinds: {holder.kind} is not among them"
         elif holder.way == PACK and scheme.why_not_packed:
             left[name] = f"{holder.reason or f'its weight ({holder.kind}) is read'}, and {scheme.why_not_packed}"
         else:
