@@ -20,7 +20,7 @@ from quantlab.backends.scheme import Scheme, pasted_scheme, scheme_of
 from quantlab.backends.stored import block_of, pasted_file
 from quantlab.backends.table import backend_of, backends, own_settings
 from quantlab.errors import ConfigError, ModelError, NotQuantized, QuantlabError, nearest
-from quantlab.models.pipeline_files import DENOISER
+from quantlab.models.pipeline_files import DENOISER, NO_DENOISER
 from quantlab.models.table import components_of_family
 from quantlab.planning.composition import node_class
 from quantlab.planning.places import AXIS_GROUPS, groups, option_dirs
@@ -274,8 +274,11 @@ def _with(config: ExperimentConfig, names: Collection[str]) -> ExperimentConfig:
     has_whole = config.quantization.backend != "none"
     if not names or not (config.components or has_whole):
         return config
-    default = (config.model.components or components_of_family(config.model)) if has_whole else ()
-    more = {n: dict(NO_SCHEME) for n in names if n not in config.components and n not in default}
+    default = config.model.components or components_of_family(config.model)
+    others = [n for n in names if n not in config.components and not (has_whole and n in default)]
+    if has_whole and not default:  # of the Hub: what may be among those that are quantized by default is left alone
+        others = [n for n in others if NO_DENOISER.search(n)]
+    more = {n: dict(NO_SCHEME) for n in others}
     return replace(config, components={**config.components, **more}) if more else config
 
 

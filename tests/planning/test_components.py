@@ -109,6 +109,18 @@ def test_rows_of_a_sweep_count_the_same_components(tmp_path):
         assert (same.resolved["components"], said(same)) == (job.resolved["components"], said(job))
 
 
+def test_what_is_quantized_by_default_is_not_guessed_of_a_pipeline_on_the_hub(tmp_path):
+    """Its files are not here: a denoiser may be the whole request's, a text encoder is not."""
+    both = "{transformer: {backend: quanto}, text_encoder: {backend: quanto}}"
+    candidates = f"sweep: {{candidates: [{{components: {both}}}, {{backend: torchao, dtype: int8}}]}}\n"
+    recipe = tmp_path / "mine.yaml"
+    model = "defaults:\n  - override /model: diffusers\nmodel: {path: someone/something}\n"
+    recipe.write_text(f"# @package _global_\n{model}{candidates}", encoding="utf-8")
+    own, whole = quantlab.compose(recipe=str(recipe)).jobs
+    assert set(own.schemes) == {"transformer", "text_encoder"}
+    assert whole.config.components == {"text_encoder": NO_SCHEME}
+
+
 @pytest.mark.parametrize("words", [BOTH, [*BOTH, "components.transformer.modules_to_not_convert=[norms, 'a.*']"]])
 def test_a_run_is_written_as_a_recipe_that_says_the_same(tmp_path, words):
     (job,) = quantlab.compose(words).jobs

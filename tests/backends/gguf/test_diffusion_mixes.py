@@ -1,9 +1,12 @@
 """The mixes of GGUF files of diffusion models: by the rules of the tools that write them, on models built from their
 configurations alone."""
 
+import copy
 import functools
 
 import pytest
+import torch
+from torch import nn
 
 from quantlab.backends.gguf.config import GGUFQuantizationConfig
 from quantlab.backends.gguf.diffusion_mixes import has_fused_attention, is_diffusion, is_kept
@@ -13,6 +16,7 @@ from quantlab.models.architectures import Architecture
 from quantlab.models.outline import build
 from quantlab.planning.architectures import shipped_architectures
 from quantlab.stages.price import price_component
+from quantlab.stages.quantize import quantize_component
 from quantlab.stages.select import QuantizationRequest
 from quantlab.vocabulary.axes import QuantizationAxes
 from tests.support.tables import CAPABILITIES, the_scheme
@@ -175,3 +179,41 @@ def test_a_plan_tells_the_file_and_keeps_what_it_keeps():
     reasons = {one.rule for one in price.kept}
     assert any(rule.startswith("file_type=q4_k_m: it is outside of the blocks") for rule in reasons)
     assert not price.refused
+
+
+def linears(**widths):
+    return nn.ModuleDict({name: nn.Linear(256, width) for name, width in widths.items()})
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn1 = linears(to_q=256, to_k=256, to_v=256)
+        self.attn2 = linears(to_q=256, to_k=256, to_v=256)
+        self.ffn = nn.ModuleDict({"net": nn.ModuleList([linears(proj=256), nn.Identity(), nn.Linear(256, 256)])})
+
+
+class Wan(nn.Module):
+    """Twelve blocks with the names of Wan's: their order by name is 0, 1, 10, 11, 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.condition_embedder = linears(time_proj=256)
+        self.blocks = nn.ModuleList(Block() for _ in range(12))
+        self.proj_out = nn.Linear(256, 64)
+
+
+def test_a_model_reads_back_as_the_mix_says():
+    torch.manual_seed(0)
+    original = Wan().eval().requires_grad_(False)
+    scheme = the_scheme(QuantizationAxes(backend="gguf", dtype="q4_k"), {"file_type": "q4_k_s"})
+    request = QuantizationRequest(component="transformer", scheme=scheme, compute_dtype="float32", device="cpu")
+    _, report = quantize_component(request, copy.deepcopy(original), original)
+    dtypes = {row.name: row.dtype for row in report.layers if row.status == "quantized"}
+    better = {f"blocks.{i}.attn{j}.to_v" for i in (0, 1) for j in (1, 2)}
+    better |= {f"blocks.{i}.ffn.net.2" for i in range(12)}
+    assert {name for name, dtype in dtypes.items() if dtype == "q5_k"} == better
+    assert set(dtypes.values()) == {"q4_k", "q5_k"}
+    kept = {row.name: row.reason for row in report.layers if row.status != "quantized"}
+    assert set(kept) == {"condition_embedder.time_proj", "proj_out"}
+    assert all(reason.startswith("file_type=q4_k_s: it is outside of the blocks") for reason in kept.values())
