@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError, MetricUndefined, MissingPackage, ModelError, nearest
 from quantlab.models.loaded import Conditioning, LoadedModel, OnStep, Pipeline, Sampled
-from quantlab.models.pipeline_sizes import asked_sizes, check_sides
+from quantlab.models.pipeline_sizes import asked_sizes, check_sides, frames_argument
 from quantlab.modules.stepping import full_precision_draws, heard_steps, in_their_dtypes
 from quantlab.progress import say
 from quantlab.vocabulary.schema import EvaluationConfig
@@ -35,6 +35,8 @@ _OURS = {
 """Arguments that the recipe has other keys for, and which."""
 _KINDS = {"images": "images", "frames": "frames", "videos": "frames", "audios": "audio", "audio": "audio"}
 """Field of what a pipeline returns -> kind of medium."""
+_MAP = "prediction"
+"""The field of pipelines that find something out about a picture (a depth at each place): an image, where in [0, 1]."""
 
 
 def parameters_of(pipeline: type) -> Mapping[str, inspect.Parameter]:
@@ -125,9 +127,8 @@ def sample(
         in_their_dtypes(model.components, originals, model.dtype),
         heard_steps(pipe.scheduler, told),
     ):
-        torch.manual_seed(int(noise[0]))  # of what a pipeline draws without a generator
         try:
-            made = pipe(**arguments)
+            made = _called(pipe, arguments, noise)
         except (ImportError, NameError) as error:
             package = getattr(error, "name", None) or _first_line(error)
             raise MissingPackage(
@@ -144,6 +145,25 @@ def sample(
     media = _media(pipe, made, num)
     _check_made(pipe, media, arguments)
     return Sampled(latents=None if last is None else last.float().cpu(), media=media)
+
+
+def _called(pipe: Pipeline, arguments: Mapping[str, Any], noise: Tensor) -> Mapping[str, object]:
+    """What the pipeline returns; in tiles where its decoder knows no other way, as its users set it."""
+    import torch
+
+    torch.manual_seed(int(noise[0]))  # of what a pipeline draws without a generator
+    try:
+        return pipe(**arguments)
+    except NotImplementedError as error:
+        decoder: Any = getattr(pipe, "vae", None)
+        if "tiling" not in str(error) or getattr(decoder, "use_tiling", True):
+            raise
+        decoder.enable_tiling()
+        say(f"{type(pipe).__name__}: its decoder works in tiles alone ({error}); tiling is on", "warning")
+    fresh: Any = [torch.Generator().manual_seed(int(seed)) for seed in noise]
+    again = {"generator": fresh if isinstance(arguments["generator"], list) else fresh[0]}
+    torch.manual_seed(int(noise[0]))
+    return pipe(**{**arguments, **again})
 
 
 def pipeline_of(model: LoadedModel) -> Pipeline:
@@ -175,7 +195,7 @@ def _arguments(
     import torch
 
     known, num, call = parameters_of(type(pipe)), len(noise), dict(model.parts.get("call", {}))
-    frames = "frames" if "num_frames" not in known else "num_frames"
+    frames = frames_argument(known)
     asked = {
         "height": evaluation.height,
         "width": evaluation.width,
@@ -235,10 +255,12 @@ def _media(pipe: Pipeline, made: Mapping[str, object], num: int) -> dict[str, Te
 
     found: dict[str, Tensor] = {}
     for name, value in made.items():
-        if name not in _KINDS or value is None:
+        if name not in (*_KINDS, _MAP) or value is None:
             continue
         array = _as_array(value)
-        kind = "frames" if array.ndim == 5 else _KINDS[name]
+        if name == _MAP and (array.ndim != 4 or array.min() < 0 or array.max() > 1):
+            continue
+        kind = "frames" if array.ndim == 5 else _KINDS.get(name, "images")
         if kind == "audio":
             array = array.reshape(num, -1, array.shape[-1])
         elif kind == "frames" and array.ndim == 4:
@@ -272,7 +294,7 @@ def _check_made(pipe: Pipeline, media: Mapping[str, Tensor], arguments: Mapping[
     shown = media.get("frames", media.get("images"))
     if shown is None:
         return
-    frames = "num_frames" if "num_frames" in arguments else "frames"
+    frames = frames_argument(arguments)
     made = {"height": shown.shape[-3], "width": shown.shape[-2], frames: shown.shape[1] if shown.ndim == 5 else None}
     for name, size in made.items():
         asked = arguments.get(name, size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError, ModelError
@@ -28,6 +28,11 @@ _GOOD = {"height": 1024, "width": 1024, "num_frames": 49}
 """Sizes that no pipeline refuses: multiples of each power of two in use, a frame and whole groups of 4, 6 and 8."""
 
 
+def frames_argument(known: Collection[str]) -> str:
+    """What the argument is called that says how many frames a video has."""
+    return next((name for name in ("num_frames", "frames", "video_length") if name in known), "num_frames")
+
+
 def asked_sizes(pipeline: type, evaluation: EvaluationConfig, call: Mapping[str, object]) -> dict[str, tuple[str, int]]:
     """Argument of a pipeline's call -> the key that the user set it by, and the size."""
     made: Any = pipeline
@@ -37,7 +42,7 @@ def asked_sizes(pipeline: type, evaluation: EvaluationConfig, call: Mapping[str,
         if name in call and isinstance(call[name], int):
             found[name] = (f"model.call.{name}", int(str(call[name])))
         elif (size := getattr(evaluation, name)) is not None and (
-            name in known or (name == "num_frames" and "frames" in known)
+            name in known or (name == "num_frames" and frames_argument(known) in known)
         ):
             found[name] = (f"evaluation.{name}", size)
     return found

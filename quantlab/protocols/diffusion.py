@@ -28,7 +28,14 @@ from quantlab.protocols.diffusion_inputs import DiffusionInputs
 from quantlab.protocols.finite import bad_rows
 from quantlab.protocols.guidance import recorded_velocities
 from quantlab.protocols.judged import judge_metrics
-from quantlab.protocols.media import METRICS_OF, SAID_OF, image_metrics, moving_metrics, shown_images
+from quantlab.protocols.media import (
+    METRICS_OF,
+    SAID_OF,
+    image_metrics,
+    moving_metrics,
+    shown_images,
+    tell_of_one_colour,
+)
 from quantlab.protocols.teacher_forced import teacher_forced_metrics
 from quantlab.vocabulary.reports import Measurements, MetricValue
 from quantlab.vocabulary.schema import EvaluationConfig
@@ -70,6 +77,7 @@ def observe(
     tick = _Ticks(progress, evaluation.num_inference_steps * len(batches))
     outputs, calls = _run(model, inputs, evaluation, batches, tick, record=True)
     _check_repeats(model, inputs, evaluation, min(batches, key=lambda batch: len(batch.indices)), outputs)
+    tell_of_one_colour(outputs, inputs.sample_ids)
     given = {"noise": inputs.noise, "conditioning": dict(inputs.conditioning)}
     return {**outputs, **given, "calls": calls} if calls else {**outputs, **given}
 

@@ -9,6 +9,7 @@ from quantlab.metrics.audio import audio_rel_mse, audio_snr_db, log_spectral_dis
 from quantlab.metrics.psnr import image_mse, psnr_db
 from quantlab.metrics.ssim import WINDOW, ssim
 from quantlab.metrics.video import frame_mse, frame_psnr_db, frame_ssim, temporal_rel_error
+from quantlab.progress import say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,3 +84,20 @@ def shown_images(
         ref, cand = ref[:, shown], cand[:, shown]
     difference = np.abs(cand.astype(np.int32) - ref) * DIFFERENCE_GAIN
     return np.stack([ref, cand, np.minimum(difference, 255).astype(np.uint8)], axis=1)
+
+
+def tell_of_one_colour(outputs: Mapping[str, Any], sample_ids: Sequence[str]) -> None:
+    """Tell of the reference's images and videos that are of one colour or silent: every candidate that makes the same
+    would look perfect. A safety checker's black image is one, and what a decoder gives at a size that it cannot do."""
+    for kind in ("images", "frames", "audio"):
+        if kind not in outputs:
+            continue
+        rows = outputs[kind].flatten(1)
+        empty = [name for name, row in zip(sample_ids, rows, strict=True) if bool((row == row[0]).all())]
+        if empty:
+            say(
+                f"{len(empty)} of {len(rows)} samples of the reference ({kind}) are of one value throughout, such as "
+                f"{empty[0]}: a candidate that gives the same seems perfect there. Look at the pictures, at the size "
+                "that was asked for, and at a safety checker (model.without=[safety_checker])",
+                "warning",
+            )

@@ -1,0 +1,74 @@
+"""What a pipeline returns, whatever it calls it; and decoders that work in tiles alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from quantlab.errors import ModelError
+from quantlab.models import pipeline_call
+from quantlab.models.pipeline_sizes import asked_sizes, frames_argument
+from quantlab.protocols.media import tell_of_one_colour
+from quantlab.vocabulary.schema import EvaluationConfig
+
+
+def test_a_map_of_depths_is_an_image_and_one_of_directions_is_none():
+    depths = np.random.default_rng(0).random((2, 8, 8, 1)).astype(np.float32)
+    assert pipeline_call._media(SimpleNamespace(), {"prediction": depths}, 2)["images"].shape == (2, 8, 8, 1)
+    with pytest.raises(ModelError, match=r"^model.path: SimpleNamespace returns \['prediction'\] for 2 samples"):
+        pipeline_call._media(SimpleNamespace(), {"prediction": depths * 2 - 1}, 2)
+
+
+class Video:
+    def __call__(self, prompt, video_length=16, height=64): ...
+
+
+def test_frames_by_any_name():
+    assert frames_argument({"video_length", "prompt"}) == "video_length"
+    assert frames_argument({"frames"}) == "frames"
+    sizes = asked_sizes(Video, EvaluationConfig(num_frames=9, height=None, width=32), {})
+    assert sizes == {"num_frames": ("evaluation.num_frames", 9)}
+
+
+class InTiles:
+    """Draws from each sample's generator before its decoder refuses."""
+
+    def __init__(self):
+        self.vae = SimpleNamespace(use_tiling=False, enable_tiling=lambda: setattr(self.vae, "use_tiling", True))
+
+    def __call__(self, generator):
+        drawn = [torch.rand(3, generator=g) for g in (generator if isinstance(generator, list) else [generator])]
+        if not self.vae.use_tiling:
+            raise NotImplementedError("Decoding without tiling has not been implemented yet.")
+        return torch.stack(drawn)
+
+
+def test_a_decoder_that_knows_tiles_alone_gets_tiles_and_the_same_noise(capsys):
+    seeds = torch.tensor([3, 4])
+
+    def given():
+        return {"generator": [torch.Generator().manual_seed(int(s)) for s in seeds]}
+
+    pipe = InTiles()
+    first = pipeline_call._called(pipe, given(), seeds)
+    assert "its decoder works in tiles alone" in capsys.readouterr().err
+    assert torch.equal(first, pipeline_call._called(pipe, given(), seeds))
+    one = {"generator": torch.Generator().manual_seed(3)}
+    assert torch.equal(pipeline_call._called(InTiles(), one, seeds[:1])[0], first[0])
+    other = SimpleNamespace(use_tiling=True)
+    pipe.vae = other
+    with pytest.raises(NotImplementedError):
+        pipeline_call._called(lambda **_: (_ for _ in ()).throw(NotImplementedError("x")), given(), seeds)
+
+
+def test_pictures_of_one_colour_are_told(capsys):
+    frames = torch.zeros(2, 3, 4, 4, 3, dtype=torch.uint8)
+    frames[1, 0, 0] = 7
+    tell_of_one_colour({"frames": frames}, ("prompt 0", "prompt 1"))
+    told = " ".join(capsys.readouterr().err.split())
+    assert "1 of 2 samples of the reference (frames) are of one value throughout, such as prompt 0" in told
+    tell_of_one_colour({"images": torch.arange(48).reshape(1, 4, 4, 3)}, ("a",))
+    assert capsys.readouterr().err == ""
