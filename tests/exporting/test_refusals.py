@@ -109,3 +109,11 @@ def test_digests_tell_bits_apart_and_nothing_else():
     assert check.digest(torch.tensor([0.0])) != check.digest(torch.tensor([-0.0]))
     assert check.difference(torch.tensor([float("nan")]), a[:1]) == float("inf")
     assert check.difference(a, a[:1]) == float("inf")
+
+
+def test_an_encoder_is_exported_too(tmp_path, one, monkeypatch):
+    monkeypatch.setattr(verify, "_fresh_process", one)
+    found = loaded("bert", tmp_path, tmp_path / "cache")
+    done, _, _ = exported(found, tmp_path / "x", tmp_path / "cache", "backend=torchao", "dtype=int8")
+    assert done.verified.loads_with == "transformers BertModel.from_pretrained"
+    assert done.verified.outputs_identical, done.verified.reason

@@ -26,7 +26,7 @@ from quantlab.running.workbench import chosen
 from quantlab.stages.candidate import Candidate, Making, make_candidate
 from tests.support.shell import TINY, text_words
 from tests.support.tiny_families import FAMILIES
-from tests.support.tiny_text_models import OTHER, TEXT, save_llama
+from tests.support.tiny_text_models import OTHER, TEXT, save_bert, save_llama
 
 MODELS = {
     "digits DiT": "digits",
@@ -133,13 +133,16 @@ def words_of(name: str, folder: Path) -> list[str]:
             "evaluation.num_inference_steps=2",
             *short,
         ]
-    if name in ("llama", "smollm2"):
+    if name in ("llama", "smollm2", "bert"):
         if not (folder / "text.txt").exists():
             (folder / "text.txt").write_text(TEXT)
             (folder / "other.txt").write_text(OTHER)
         if name == "llama" and not (folder / "llama").exists():
             save_llama(folder / "llama", hidden_size=64, intermediate_size=128)
-        chosen = ["model=smollm2_135m"] if name == "smollm2" else ["model=causal_lm", f"model.path={folder / 'llama'}"]
+        if name == "bert" and not (folder / "bert").exists():
+            save_bert(folder / "bert", hidden_size=64, intermediate_size=128)
+        family = "encoder" if name == "bert" else "causal_lm"
+        chosen = ["model=smollm2_135m"] if name == "smollm2" else [f"model={family}", f"model.path={folder / name}"]
         texts = ["dataset=text", f"dataset.path={folder / 'text.txt'}", f"calibration.path={folder / 'other.txt'}"]
         return [*chosen, *texts, *text_words("cpu")]
     row = FAMILIES[name]

@@ -75,7 +75,7 @@ def as_stored(part: Part) -> NVIDIAModelOptConfig:
     raise ConfigError(
         "backend=modelopt: its checkpoints are restored by ModelOpt from the state that its conversion of a whole "
         "model leaves, and quantlab converts single layers, so that no loader would read them; choose "
-        f"backend=torchao or backend=bitsandbytes for {part.name}, or keep to quantlab"
+        "backend=torchao or backend=bitsandbytes, or keep to quantlab"
     )
 
 
