@@ -185,7 +185,8 @@ def exports_block(file: Path) -> str:
     said = [f"{i}. {text}" for i, text in enumerate(notes, 1)]
     legend = (
         "b: each tensor has the bits that were measured; o: outputs are identical, bit for bit, or how far they are "
-        "off; then the bytes of the tensors in the files over the planned bytes of the quantized components. Loaded by "
+        "off; then the bytes of the tensors in the files over those that were planned, "
+        "without buffers that no checkpoint holds. Loaded by "
         "`from_pretrained` of Diffusers (Llama, SmolLM2: of transformers) in a process that cannot import quantlab."
     )
     return "\n".join([*lines, "", legend, "", *said, "", f"*{data['versions']}; {data['machine']}*"]) + "\n"

@@ -223,7 +223,8 @@ def cell(found: Loaded, folder: Path, cache_dir: Path, backend: str, dtype: str)
         except ConfigError as second:
             return {"refused": str(second)}
     names = list(dict.fromkeys(row.component for row in made.quantization.layers))
-    wanted = sum(part.weights_bytes for part in planned(found.model, job, chosen(found.model, job)).values())
+    wanted = -sum(unsaved_bytes(found.model.components[name]) for name in names)
+    wanted += sum(part.weights_bytes for part in planned(found.model, job, chosen(found.model, job)).values())
     places = [target / name if (target / name).is_dir() else target for name in names]
     return {
         "loader": done.verified.loads_with,
@@ -236,6 +237,12 @@ def cell(found: Loaded, folder: Path, cache_dir: Path, backend: str, dtype: str)
         "planned_bytes": wanted,
         "file_bytes": sum(tensor_bytes(place) for place in places),
     }
+
+
+def unsaved_bytes(module: Any) -> int:
+    """Bytes of the buffers that stand in no state dict, as they are computed anew: positions, frequencies."""
+    saved = module.state_dict()
+    return sum(b.nbytes for name, b in module.named_buffers() if name not in saved)
 
 
 def tensor_bytes(folder: Path) -> int:
