@@ -76,7 +76,7 @@ def _is_sweep(folder: Path) -> bool:
 
 
 def _jobs(sweep: Path) -> Iterator[JobStatus]:
-    """Those that were submitted, in order, then those that ran in the sweep's own process."""
+    """Those that were submitted, in order, those that ran in the sweep's own process, and those that it found."""
     submitted: dict[str, dict[str, str]] = {}
     if (sweep / JOBS).is_file():
         for line in (sweep / JOBS).read_text(encoding="utf-8").splitlines():
@@ -89,6 +89,10 @@ def _jobs(sweep: Path) -> Iterator[JobStatus]:
             submitted[str(folder.absolute())] = {"name": run["name"], "folder": str(folder)}
     for one in submitted.values():
         yield _job(one, Path(one["folder"]))
+    known = {one["name"] for one in submitted.values()}
+    for row in read(sweep, "rows.json").get("rows", []):  # what another sweep had run
+        if row["name"] not in known:
+            yield JobStatus(name=row["name"], state=str(row["status"]).lower())
 
 
 def _job(told: dict[str, str], folder: Path) -> JobStatus:

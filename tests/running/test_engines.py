@@ -352,6 +352,19 @@ def test_what_slurm_says(said):
     assert (state.what, state.reason) == SQUEUE[said]
 
 
+def test_a_node_that_does_not_see_the_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: name)
+    monkeypatch.setattr(slurm, "_call", lambda *words: "JobId=7 JobState=FAILED NodeList=n1" if "show" in words else "")
+    folder = make_job(tmp_path, "job")
+    engine = Slurm(SlurmSettings(), tmp_path)
+    engine._folders["7"] = folder
+    state = engine.poll(["7"])["7"]
+    assert (state.what, state.node) == ("ended", "n1")
+    assert "output_dir must be a folder that every node sees (SLURM says FAILED)" in state.reason
+    begin(folder)
+    assert engine.poll(["7"])["7"].reason == ""
+
+
 def test_a_controller_that_does_not_answer_loses_no_job(tmp_path, monkeypatch):
     monkeypatch.setattr(slurm.shutil, "which", lambda name: name)
     told = {"squeue": "7_0|RUNNING|n1|None\n7_1|PENDING||Priority\n"}

@@ -45,6 +45,8 @@ def sweep(tmp_path, monkeypatch):
     here = runs / "20260101-here"
     here.mkdir()
     write(here, "run.json", {**run, "name": "here", "status": "FINISHED"})
+    rows = [{"name": name, "status": "FINISHED"} for name in ("finished", "found")]
+    write(folder, "rows.json", {"rows": rows})
     return folder
 
 
@@ -57,6 +59,7 @@ def test_each_job_is_where_it_is(sweep):
         "failed": ("failed", 1, "7_0"),
         "lost": ("lost", 1, "7_0"),
         "here": ("finished", 1, ""),
+        "found": ("finished", 0, ""),
     }
     (finished,) = [job for job in status(["20260101-sweep"]) if job.name == "finished"]
     assert (finished.elapsed_s, finished.node) == (60.0, this_process()[HOST])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from quantlab.errors import ConfigError
-from quantlab.running.attempts import ended_since_given
+from quantlab.running.attempts import ATTEMPT, ended_since_given
 from quantlab.running.engines.forking import python_path
 from quantlab.running.engines.protocol import EngineError, State
 from quantlab.running.node import run
@@ -125,9 +125,11 @@ class Slurm:
             return State("ended")
         told = _call("scontrol", "show", "job", "--oneliner", job_id) or ""
         known = dict(word.partition("=")[::2] for word in shlex.split(told.replace("'", "")))
-        if not known.get("JobState"):
-            return State("ended", reason="SLURM knows the job no more")
-        return _state(known["JobState"], known.get("NodeList", ""), known.get("Reason", ""))
+        state = _state(known.get("JobState") or "UNKNOWN", known.get("NodeList", ""), known.get("Reason", ""))
+        if state.what == "ended" and folder is not None and not (folder / ATTEMPT).exists():
+            why = f"its node wrote nothing to {folder.name}: output_dir must be a folder that every node sees"
+            return State("ended", state.node, f"{why} (SLURM says {known.get('JobState', 'nothing of the job')})")
+        return state
 
 
 def parameters(settings: SubmititSettings) -> dict[str, Any]:
