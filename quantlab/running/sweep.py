@@ -61,6 +61,12 @@ def run_plan(plan: Plan, quiet: bool = False, trust: bool = False) -> list[RunRe
     first = plan.jobs[0].config
     if plan.is_sweep:
         check_launcher(first.launcher)
+    elif first.launcher.detach:
+        raise ConfigError(
+            "launcher.detach=true: a single job is run by this process; ask for several (-m dtype=int8,int4)"
+        )
+    elif first.launcher.engine != "serial":
+        say(f"launcher={first.launcher.engine}: a single job is run by this process", "launcher")
     with open_session(first, quiet) as session:
         session.expect(plan.jobs)
         return _run_sweep(session, plan) if plan.is_sweep else _run_single(session, plan.jobs[0])

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from quantlab.errors import ConfigError
+from quantlab.planning.plan import plan
 from quantlab.running import node, scheduler
 from quantlab.running.attempts import END, LOST, begin, earlier_attempts, ending, has_ended, num_attempts, read, write
 from quantlab.running.engines import slurm
@@ -23,6 +24,7 @@ from quantlab.running.engines.slurm import Slurm, parameters
 from quantlab.running.engines.submitted import Submitted
 from quantlab.running.engines.table import check_launcher
 from quantlab.running.scheduler import Scheduler
+from quantlab.running.sweep import run_plan
 from quantlab.vocabulary.launching import (
     LAUNCHER_SETTINGS,
     LauncherConfig,
@@ -333,6 +335,12 @@ def test_only_jobs_that_outlive_their_sweep_can_be_left(engine, monkeypatch):
     there = RaySettings()
     there.ray.init.address = "host:6379"
     check_launcher(LauncherConfig(engine="ray", detach=True, settings=there))
+
+
+def test_a_single_job_is_not_left_to_an_engine():
+    request = plan(["backend=quanto", "dtype=int8", "launcher=slurm", "launcher.detach=true"])
+    with pytest.raises(ConfigError, match=r"^launcher.detach=true: a single job .*-m dtype=int8,int4"):
+        run_plan(request)
 
 
 SQUEUE = {

@@ -108,7 +108,7 @@ def test_what_is_cancelled_leaves_the_queue_at_once(cluster):
     assert not engine.adopt(dict(zip(ids, jobs, strict=True)))
 
 
-@pytest.mark.parametrize("settings", [{"partition": "none_such"}, {"qos": "none such"}])
+@pytest.mark.parametrize("settings", [{"partition": "none_such"}, {"constraint": "none_such"}])
 def test_what_slurm_refuses_is_named(cluster, settings):
     engine = slurm(cluster, **settings)
     with pytest.raises(EngineError, match=r"^launcher=slurm: sbatch refuses the jobs .*launcher.settings"):
