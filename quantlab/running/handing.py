@@ -135,7 +135,7 @@ def _left(session: Session, jobs: Sequence[Handed], engine: Engine) -> list[RunR
     rows = []
     for job in jobs:
         job_id = session.claims.mine[job.key].job_id if job.key in session.claims.mine else ""
-        say(f"{job.job.name}: {job_id} ({job.folder})", "submitted")
+        say(f"submitted: {job.job.name} as {job_id} ({job.folder})", "launcher")
         rows.append(RunReport(name=job.job.name, status=SUBMITTED, protocol=job.protocol, error=job_id))
     say("the same command again takes them over; quantlab status shows how they are")
     return rows

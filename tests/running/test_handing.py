@@ -1,0 +1,67 @@
+"""What is handed over, left, taken over and shared: with the simulated engine, and rows that need no model."""
+
+from __future__ import annotations
+
+import pytest
+
+from quantlab.planning.plan import plan
+from quantlab.running import handing
+from quantlab.running.apart import Handed
+from quantlab.running.attempts import has_ended
+from quantlab.running.claims import Claims
+from quantlab.running.handing import SUBMITTED, handed, run_handed
+from quantlab.running.workbench import Session
+from quantlab.tracking import no_store
+from quantlab.vocabulary.reports import RunReport
+from quantlab.vocabulary.schema import TrackingConfig
+from tests.support.engines import Simulated, make_job
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """The engine of all sweeps of a test, as a cluster is."""
+    one = Simulated(0, lost=0, preempted=0, repeated=0, lazy=True)
+    monkeypatch.setattr(handing, "open_engine", lambda *_: one)
+    monkeypatch.setattr(
+        handing, "collect", lambda session, job: RunReport(name=job.job.name, status=has_ended(job.folder))
+    )
+    monkeypatch.setattr(handing, "earlier_report", lambda *_: None)
+    monkeypatch.setattr(
+        handing,
+        "hand_over",
+        lambda session, job, key, protocol, floors: Handed(
+            job=job, key=key, protocol=protocol, folder=make_job(session.output_dir, job.name)
+        ),
+    )
+    return one
+
+
+def session(folder):
+    store = no_store(TrackingConfig(), folder)
+    return Session(store=store, device="", output_dir=folder, advance=lambda *_: None, claims=Claims(folder / "claims"))
+
+
+def jobs(*words):
+    return plan(["backend=quanto", "dtype=int8,int4", "launcher=slurm", *words], multirun=True).jobs
+
+
+def test_what_is_left_is_taken_over_and_computed_once(engine, tmp_path):
+    first, wanted = session(tmp_path), jobs("launcher.detach=true")
+    rows = run_handed(
+        first, [handed(first, job, job.name, "p", None) for job in wanted], wanted[0].config, lambda counts: None
+    )
+    assert [row.status for row in rows] == [SUBMITTED] * 2
+    assert first.leaves
+    assert [row.error for row in rows] == ["j0", "j1"], "the engine's own ids"
+    first.claims.close(keep=True)
+    second, wanted = session(tmp_path), jobs()
+    second.claims._me = {**second.claims._me, "quantlab.pid_started": "1.0"}  # another process
+    monkey = second.claims.is_alive
+    second.claims.is_alive = lambda owner: owner == second.claims._me and monkey(owner)
+    again = [handed(second, job, job.name, "p", None) for job in wanted]
+    assert [job.job_id for job in again] == ["j0", "j1"]
+    rows = run_handed(second, again, wanted[0].config, lambda counts: None)
+    assert [row.status for row in rows] == ["FINISHED"] * 2
+    assert engine.num_submitted == 2
+    assert set(engine.computed.values()) == {1}
+    assert second.claims.mine == {}
