@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypedDict, cast
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
     from transformers import PreTrainedTokenizerBase
+
+    from quantlab.modules.residence import Prompts, Residence
 
 Progress = Callable[[str, int, int], object]
 """Told (what, done, total) while a model is made ready: trained, converted, hashed."""
@@ -51,6 +54,12 @@ class Parts(TypedDict, total=False):
     pipeline: Pipeline
     call: Mapping[str, object]
     """Arguments of the pipeline's call that the user chose (``model.call``)."""
+    residence: Residence
+    """Which modules of a pipeline have their tensors, where they come and go (``memory.placement=alone``)."""
+    prompts: Prompts
+    """Where its encoded prompts are kept."""
+    origins: Mapping[str, object]
+    """Name of its module -> the files it was read from, :class:`quantlab.models.sources.Origin`."""
     judge: torch.nn.Module
     """The classifier that reads generated images, see :mod:`quantlab.models.judge`."""
     folder: str
@@ -119,4 +128,10 @@ class LoadedModel:
 
     def copy_of(self, component: str) -> torch.nn.Module:
         """A deep copy of one component, to be quantized in place (some libraries cannot copy afterwards)."""
-        return copied(self.components[component])
+        with self.holding([component]):
+            return copied(self.components[component])
+
+    def holding(self, components: Collection[str]) -> AbstractContextManager[None]:
+        """While open, these have their tensors, wherever they come from."""
+        residence = self.parts.get("residence")
+        return nullcontext() if residence is None else residence.holding(components)

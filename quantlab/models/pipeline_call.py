@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError, MetricUndefined, MissingPackage, ModelError, nearest
 from quantlab.models.loaded import Conditioning, LoadedModel, OnStep, Pipeline, Sampled
+from quantlab.models.part_by_part import run_part_by_part
 from quantlab.models.pipeline_sizes import asked_sizes, check_sides, frames_argument
 from quantlab.modules.stepping import full_precision_draws, heard_steps, in_their_dtypes
 from quantlab.progress import say
@@ -108,6 +109,9 @@ def sample(
     import torch
 
     pipe, num, states = pipeline_of(model), len(noise), 0
+    residence = model.parts.get("residence")
+    if residence is not None:
+        run_part_by_part(pipe, model, residence)
     last: Tensor | None = None
     check_sides(pipe, model.parts["denoisers"], asked_sizes(type(pipe), evaluation, model.parts.get("call", {})))
     arguments = _arguments(model, pipe, noise, conditioning, evaluation)
@@ -142,6 +146,9 @@ def sample(
                 f"model={model.name}: {type(pipe).__name__} refuses what it is given ({_first_line(error)}); "
                 f"it was called with {', '.join(arguments)}: change the data set, evaluation or model.call"
             ) from error
+        finally:
+            if residence is not None:
+                residence.leave()
     media = _media(pipe, made, num)
     _check_made(pipe, media, arguments)
     return Sampled(latents=None if last is None else last.float().cpu(), media=media)

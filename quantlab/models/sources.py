@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,26 +19,47 @@ if TYPE_CHECKING:
 KEY = "memory.placement=streamed"
 
 
-def component_source(name: str, component: nn.Module, dtype: str, device: str, variant: str | None = None) -> Source:
-    """Where the tensors of a component lie that Diffusers or transformers loaded.
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a component was read from, and what it is."""
 
-    Raises ConfigError for one that was made otherwise, ModelError where its files cannot be read.
+    key: str
+    """With it messages begin."""
+    folder: Path
+    part: Part
+    variant: str | None
+
+
+def origin_of(name: str, component: nn.Module, variant: str | None = None, key: str = KEY) -> Origin:
+    """Where a component lies that Diffusers or transformers loaded.
+
+    Raises ConfigError for one that was made otherwise, ModelError where its files are not here.
     """
     config: Any = getattr(component, "config", None)
     is_mapping = isinstance(config, Mapping)
     origin = config.get("_name_or_path") if is_mapping else getattr(config, "_name_or_path", None)
     if not origin:
         raise ConfigError(
-            f"{KEY}: {name} ({type(component).__name__}) was not read from files of its own; pass "
+            f"{key}: {name} ({type(component).__name__}) was not read from files of its own; pass "
             "memory.placement=resident"
         )
     folder = Path(origin)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        with as_model_error(f"{KEY}: {name}", "pass memory.placement=resident"):
+        with as_model_error(f"{key}: {name}", "pass memory.placement=resident"):
             folder = Path(snapshot_download(str(origin), local_files_only=True))
-    key = f"{KEY}: {folder.name}"
     said = dict(config) if is_mapping else config.to_dict()
     part = Part(class_name=type(component).__name__, config=said)
-    return Source(module=empty(key, part, dtype), shards=shards_of(key, folder, variant), device=device)
+    return Origin(key=f"{key}: {folder.name}", folder=folder, part=part, variant=variant)
+
+
+def source_of(origin: Origin, dtype: str, device: str) -> Source:
+    """The component's empty module, and its tensors. Raises ModelError where its files cannot be read."""
+    shards = shards_of(origin.key, origin.folder, origin.variant)
+    return Source(module=empty(origin.key, origin.part, dtype), shards=shards, device=device)
+
+
+def component_source(name: str, component: nn.Module, dtype: str, device: str, variant: str | None = None) -> Source:
+    """Where the tensors of a loaded component lie, and its empty module. Raises as :func:`origin_of`."""
+    return source_of(origin_of(name, component, variant), dtype, device)

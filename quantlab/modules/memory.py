@@ -8,7 +8,6 @@ The libraries hide storage in three places: tensor subclasses (``__tensor_flatte
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -200,7 +199,7 @@ def measure_stage(name: str, device: str = "cpu") -> Iterator[StageMeasurement]:
     on_cuda = kind_of(str(device)) == "cuda"
     give_back(str(device))
     began = _begin_cuda(device) if on_cuda else {}
-    read_rss, resident = _start_rss(), _resident()
+    read_rss, read_anonymous, resident = _start_rss(), _sampled(_anonymous), _resident()
     start = time.perf_counter()
     peaks: dict[str, int] = {}
     try:
@@ -214,7 +213,13 @@ def measure_stage(name: str, device: str = "cpu") -> Iterator[StageMeasurement]:
     finally:
         seconds = time.perf_counter() - start
         measurement.report = StageReport(
-            name=name, seconds=seconds, baseline_rss_bytes=resident, peak_rss_bytes=read_rss(), **began, **peaks
+            name=name,
+            seconds=seconds,
+            baseline_rss_bytes=resident,
+            peak_rss_bytes=read_rss(),
+            peak_anon_bytes=read_anonymous(),
+            **began,
+            **peaks,
         )
 
 
@@ -257,25 +262,36 @@ def _start_rss() -> Callable[[], int | None]:
 
 
 def _read_high_water() -> int | None:
-    for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return None
+    return _status("VmHWM:")
+
+
+def _anonymous() -> int | None:
+    """Bytes in memory that no file holds; None where Linux does not say it."""
+    return _status("RssAnon:")
+
+
+def _status(field: str) -> int | None:
+    try:
+        lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)
 
 
 def _sample_rss() -> Callable[[], int | None]:
-    try:
-        import psutil
-    except ImportError:
+    return _sampled(_resident)
+
+
+def _sampled(read: Callable[[], int | None]) -> Callable[[], int | None]:
+    """Begin looking at a number every 10 ms; the function that is returned ends it and gives the largest."""
+    if (first := read()) is None:
         return lambda: None
-    process = psutil.Process(os.getpid())
-    peak: int = process.memory_info().rss
-    done = threading.Event()
+    peak, done = first, threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(_SAMPLING_S):
-            peak = max(peak, process.memory_info().rss)
+            peak = max(peak, read() or 0)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -283,6 +299,6 @@ def _sample_rss() -> Callable[[], int | None]:
     def stop() -> int:
         done.set()
         thread.join()
-        return max(peak, process.memory_info().rss)
+        return max(peak, read() or 0)
 
     return stop

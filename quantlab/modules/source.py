@@ -123,6 +123,10 @@ class Source:
             if path not in without:
                 self._fill(part, part, path)
 
+    def forget(self) -> None:
+        """Let go of the tensors that several places share; the module holds what was brought."""
+        self._made.clear()
+
     def original(self, path: str) -> nn.Module:
         """The layer at ``path``, unquantized, with tensors of its own."""
         import copy

@@ -125,7 +125,7 @@ def verdict_lines(price: Price) -> Iterator[str]:
         largest = max(price.phases[price.placement], key=lambda p: p.device_bytes)
         yield f"fits {' and '.join(had)}: {price.placement}, at most {_gib(largest.device_bytes)} GiB ({largest.name})"
         if price.placement not in PLACEMENTS:
-            yield "no run of quantlab goes part by part yet; who quantizes and runs the model part by part has this"
+            yield "no run of quantlab goes so yet; who quantizes and runs the model so has this"
     else:
         yield f"does not fit {' and '.join(had)}{f'; {price.advice}' if price.advice else ''}"
 

@@ -210,7 +210,7 @@ def _advice(book: _Book, job: Job, price: Price) -> str:
     if any(c.refused for c in price.components):
         return ""
     if job.config.memory.placement != "auto" and (other := _placement(price, budget, "auto")):
-        return f"memory.placement={other} fits" if other in PLACEMENTS else "part by part it fits"
+        return f"memory.placement={other} fits" if other in PLACEMENTS else f"{other} it fits"
     for words, changed in _changes(book, job):
         if found := _placement(found_price := _price(book, changed), budget, "auto"):
             return f"{words} would fit ({found}, {_largest(found_price, found) / GIB:.1f} GiB)"

@@ -197,7 +197,7 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         with in_stage(session, run, "track"):
             log_evaluation(run, report, bench.fingerprint)
     if target is not None and run is not None:
-        with in_stage(session, run, "export"):
+        with in_stage(session, run, "export"), bench.model.holding(bench.model.parts.get("origins", ())):
             picture = run.record.folder / SAMPLE_GRID
             described = Described(row=report_data(report), memory_bytes=planned_bytes(report), picture=picture)
             exported = export(target, job, bench.model, candidate, layers, bench.inputs, described)
@@ -210,19 +210,20 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
 def make(session: Session, bench: Workbench, job: Job, run: Run | None) -> Candidate:
     """The job's candidate."""
     schemes = chosen(bench.model, job)
-    return make_candidate(
-        Making(
-            model=bench.model,
-            calibration_inputs=lambda: bench.calibration_inputs(job.config),
-            job=job,
-            schemes=schemes,
-            reads=bench.reads,
-            cache_dir=session.output_dir / "cache",
-            advance=session.advance,
-            stage=lambda name: in_stage(session, run, name),
-            source=source_for(bench.model, job, schemes),
+    with bench.model.holding(schemes if job.needs_data else ()):  # it is calibrated and compared with, whole
+        return make_candidate(
+            Making(
+                model=bench.model,
+                calibration_inputs=lambda: bench.calibration_inputs(job.config),
+                job=job,
+                schemes=schemes,
+                reads=bench.reads,
+                cache_dir=session.output_dir / "cache",
+                advance=session.advance,
+                stage=lambda name: in_stage(session, run, name),
+                source=source_for(bench.model, job, schemes),
+            )
         )
-    )
 
 
 def planned_bytes(report: RunReport) -> dict[str, int]:

@@ -2,9 +2,9 @@
 
 ``resident``: the reference stays on the device, and a copy of the component is quantized beside it.
 ``streamed``: the reference stays, and a candidate's layers come from the checkpoint's files, one by one: no copy.
-``alone``: the least that the same work takes, each part by itself: prompts are encoded and the encoders freed, the
-reference is observed (by groups of layers where the budget does not hold it) and freed, a candidate is streamed, and
-the decoder comes last.
+``alone``: a pipeline is loaded on the host, and each part lies on the device only while it works: one encoder after the
+other, the reference's denoiser, a candidate that is streamed, and with it the decoder.
+``alone, by groups``, and for one model ``one at a time``: the least that the same work takes. No run goes so yet.
 """
 
 from __future__ import annotations
@@ -55,25 +55,13 @@ def phases(
     every = sum(p.original_bytes for p in prices)
     encoders = [p for p in prices if _is_encoder(p.name)]
     rest = [p for p in prices if not _is_encoder(p.name) and p.name != "vae"]
-    before, after = sum(p.original_bytes for p in rest), sum(p.memory.weights_bytes for p in rest)
     decoder = told["vae"].memory.weights_bytes if "vae" in told else 0
     copied = sum(p.original_bytes for p in prices if p.scheme)
     made = sum(p.memory.weights_bytes for p in prices if p.scheme)
     layer = max((p.largest_layer_bytes for p in prices if p.scheme), default=0)
-    read = sum(max(p.original_bytes, p.memory.weights_bytes) for p in encoders)
-    group = 2 * max((_largest_group(modules[p.name]) for p in rest), default=0)
-    fits = not device_bytes or before + active <= device_bytes
-    alone = Phase(name="reference", device_bytes=before + active, host_bytes=0, activation_bytes=active)
-    grouped = Phase(
-        name="reference, by groups", device_bytes=group + active, host_bytes=before, activation_bytes=active
-    )
+    schemed = {p.name for p in prices if p.scheme}
+    largest = max((p.original_bytes for p in rest), default=0)
     together = every + copied if copied else every
-    calibrating = Phase(
-        name="calibrate",
-        device_bytes=(before if fits else group) + active,
-        host_bytes=0 if fits else before,
-        activation_bytes=active,
-    )
     found = {
         "resident": _made(
             ("encode prompts", every, reading),
@@ -90,14 +78,27 @@ def phases(
             ("evaluate", every + made, active),
             ("decode", every + made, decoding),
         ),
-        "alone": (
-            *_made(("encode prompts", read, reading)),
-            alone if fits else grouped,
-            *([calibrating] if needs_data and copied else []),
-            *(_made(("quantize", after + layer, 0)) if copied else ()),
-            *_made(("evaluate", after, active), ("decode", decoder, decoding)),
-        ),
     }
+    others = [p.original_bytes for p in rest if p.name not in schemed]
+    reading_with = [p.original_bytes for p in encoders if p.name not in schemed]
+    is_read = any(p.name in schemed for p in encoders)
+    read = max((p.original_bytes for p in encoders), default=0)
+    read = max(read, made + max(reading_with, default=0)) if is_read else read
+    group = 2 * max((_largest_group(modules[p.name]) for p in rest), default=0)
+    ends = (
+        *([("quantize", made + layer, 0)] if copied else []),
+        ("evaluate", made + max(others, default=0), active),
+        ("decode", made + decoder, decoding),
+    )
+    loading = Phase(name="load", device_bytes=0, host_bytes=every, activation_bytes=0)
+    first = (loading, *_made(("encode prompts", read, reading)))
+    if needs_data and copied:
+        found["alone"] = (*first, *_made(("reference", largest, active), ("calibrate", 2 * copied, active), *ends))
+        return _possible(found, needs_data)
+    found["alone"] = (*first, *_made(("reference", largest, active), *ends))
+    if device_bytes and largest + active > device_bytes:
+        grouped = Phase(name="reference", device_bytes=group + active, host_bytes=largest, activation_bytes=active)
+        found["alone, by groups"] = (*first, grouped, *_made(*ends))
     return _possible(found, needs_data)
 
 
@@ -117,13 +118,13 @@ def _language(told: Mapping[str, ComponentPrice], active: int, needs_data: bool)
         *([("quantize", before + after + layer, 0)] if is_quantized else []),
         ("evaluate", before + (after if is_quantized else 0), active),
     )
-    alone = _made(
+    apart = _made(
         ("reference", before, active),
         *([("calibrate", before, active)] if needs_data else []),
         *([("quantize", after + layer, 0)] if is_quantized else []),
         ("evaluate", after, active),
     )
-    return _possible({"resident": resident, "streamed": streamed, "alone": alone}, needs_data)
+    return _possible({"resident": resident, "streamed": streamed, "one at a time": apart}, needs_data)
 
 
 def _possible(found: dict[str, tuple[Phase, ...]], needs_data: bool) -> dict[str, tuple[Phase, ...]]:

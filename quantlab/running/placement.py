@@ -2,23 +2,71 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from quantlab.backends.scheme import Scheme
 from quantlab.backends.table import held_packages
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
-from quantlab.models.sources import component_source
+from quantlab.models.part_by_part import placed_alone
+from quantlab.models.reading import chosen_dtype
+from quantlab.models.sources import component_source, source_of
+from quantlab.models.table import family_of
 from quantlab.modules.device import free_bytes, kind_of
 from quantlab.modules.memory import storages
+from quantlab.modules.residence import Prompts
 from quantlab.modules.source import Source
 from quantlab.planning.job import Job
-from quantlab.progress import say
+from quantlab.progress import Advance, say
+from quantlab.stages.observe import made_by
 from quantlab.stages.price import price_component
 from quantlab.stages.select import QuantizationRequest
+from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.reports import MemoryReport
+from quantlab.vocabulary.schema import ExperimentConfig
 
 GIB = 2**30
+
+
+def load_placed(config: ExperimentConfig, device: str, cache: Path, advance: Advance) -> tuple[LoadedModel, bool]:
+    """The model on ``device``; or on the host, and True, where it is to be run part by part (:func:`alone`).
+
+    ``memory.placement=auto`` does so with a pipeline that is larger than ``memory.device_gib`` (without it: than what a
+    GPU has free).
+    """
+    settings, asked = config.memory, config.model_with()
+    family = family_of(asked)
+    budget = int(settings.device_gib * GIB) if settings.device_gib is not None else None
+    if budget is None and kind_of(device) == "cuda":
+        budget = free_bytes(device)
+    is_open = settings.placement == "auto" and family.name == "diffusers" and budget is not None
+    if settings.placement != "alone" and not is_open:
+        return family.load(asked, device, cache, advance), False
+    dtype = chosen_dtype(asked, "bfloat16" if kind_of(device) == "cuda" else "float32")
+    model = family.load(replace(asked, dtype=dtype), "cpu", cache, advance)
+    pipe: Any = model.parts.get("pipeline")
+    if not is_open or pipe is None:
+        return model, True
+    size = sum(sum(storages(m, ()).values()) for m in pipe.components.values() if hasattr(m, "named_parameters"))
+    if budget is not None and size > budget:
+        say(f"{model.name}: run part by part, as {size / GIB:.4g} GiB have no room in {budget / GIB:.4g} GiB")
+        return model, True
+    pipe.to(device)
+    return replace(model, device=device), False
+
+
+def alone(model: LoadedModel, config: ExperimentConfig, device: str, cache: Path) -> LoadedModel:
+    """A pipeline that was loaded on the host, part by part on ``device``; its encoded prompts are kept in ``cache``.
+
+    Raises ConfigError for a model that is no pipeline.
+    """
+    said = canonical_json([dict(model.identity), model.dtype, made_by(replace(model, device=device))])
+    prompts = Prompts(folder=cache / "prompts", key=hashlib.sha256(said.encode()).hexdigest())
+    return placed_alone(model, device, config.model.variant, prompts)
 
 
 def source_for(model: LoadedModel, job: Job, schemes: Mapping[str, Scheme | None]) -> Callable[[str], Source] | None:
@@ -35,6 +83,9 @@ def source_for(model: LoadedModel, job: Job, schemes: Mapping[str, Scheme | None
     budget = None if settings.device_gib is None else int(settings.device_gib * GIB)
     if budget is not None:
         _check_layers(model, names, budget)
+    origins: Mapping[str, Any] = model.parts.get("origins", {})
+    if origins:
+        return None if job.needs_data else lambda name: source_of(origins[name], model.dtype, model.device)
     if settings.placement == "auto":
         sizes = {name: sum(storages(part, held_packages()).values()) for name, part in model.components.items()}
         copied = sum(sizes[name] for name in names)

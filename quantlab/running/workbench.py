@@ -20,7 +20,6 @@ from quantlab.datasets.calibration import calibration_inputs
 from quantlab.datasets.table import DATASETS
 from quantlab.errors import ConfigError, nearest
 from quantlab.models.loaded import LoadedModel
-from quantlab.models.table import family_of
 from quantlab.modules.device import free_bytes, give_back
 from quantlab.modules.emulated import emulated_products, lacking
 from quantlab.modules.fingerprint import fingerprint_warning, grid_fingerprint, known_grid
@@ -33,6 +32,7 @@ from quantlab.progress import Advance, file_name, say
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.quiet import quiet_libraries
 from quantlab.running.claims import Claims
+from quantlab.running.placement import alone, load_placed
 from quantlab.stages.bundle import Bundle, check_bundle, differs, is_of_here, read_bundle
 from quantlab.stages.observe import observe, reference_key
 from quantlab.stages.reads import weights_read
@@ -191,11 +191,12 @@ def workbench(session: Session, config: ExperimentConfig, run: Run | None) -> Wo
     cache = session.output_dir / "cache"
     with in_stage(session, run, "load") as load:
         with named_by_users(config):
-            model = family_of(config.model).load(config.model_with(), session.device, cache, session.advance)
+            model, is_alone = load_placed(config, session.device, cache, session.advance)
         for name, module in model.components.items():
             path = config.model.path
             typed = f"model.path={path}" if path else f"model={config.model.family}"
             check_finite_weights(module, f"{typed}: {name}")
+            del module
     _set_aside()
     inputs = DATASETS[config.dataset.name].load(config.dataset, config.evaluation, model)
     expected = {canonical_json(asdict(c.calibration)): c for c in session.expected.get(key, [])}
@@ -206,6 +207,10 @@ def workbench(session: Session, config: ExperimentConfig, run: Run | None) -> Wo
     fingerprint = grid_fingerprint(components)
     if warning := fingerprint_warning(fingerprint, known_grid(components)):
         say(warning, "warning")
+    components.clear()
+    if is_alone:
+        model = alone(model, config, session.device, cache)
+        _set_aside()
     with in_stage(session, run, "observe") as seen:
         PROTOCOLS[model.protocol].check(model, inputs)
         reads = weights_read(model, inputs, config.evaluation, list(model.components))
@@ -273,7 +278,8 @@ def let_go_of_bench(session: Session) -> None:
 
 def bench_key(config: ExperimentConfig) -> str:
     said = (config.model, config.dataset, config.evaluation, config.reference)
-    return canonical_json([asdict(node) for node in said])
+    place = [config.memory.placement == "alone", config.memory.device_gib]
+    return canonical_json([*(asdict(node) for node in said), place])
 
 
 def _set_aside() -> None:

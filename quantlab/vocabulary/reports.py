@@ -277,6 +277,8 @@ class StageReport:
     baseline_rss_bytes: int | None = None
     baseline_alloc_bytes: int | None = None
     peak_rss_bytes: int | None = None
+    peak_anon_bytes: int | None = None
+    """Of the resident set what no file holds: without the pages of checkpoints that are mapped. Sampled."""
     peak_alloc_bytes: int | None = None
     peak_requested_bytes: int | None = None
     peak_reserved_bytes: int | None = None

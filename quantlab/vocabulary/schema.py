@@ -109,7 +109,7 @@ class CalibrationConfig:
     context_length: int = number(256, 4, 2**24)
 
 
-PLACEMENTS = ("resident", "streamed")
+PLACEMENTS = ("resident", "streamed", "alone")
 
 
 @dataclass
@@ -123,6 +123,8 @@ class MemoryConfig:
     placement: str = choice("auto", *PLACEMENTS)
     """``resident``: reference and candidate lie on the device together, a candidate is quantized from a copy.
     ``streamed``: each layer of a candidate goes from the checkpoint's file to the device and is quantized there.
+    ``alone``: of a pipeline, each part lies on the device only while it works, prompts are encoded once and kept on the
+    disk, and candidates are streamed.
     ``auto``: resident, where the budget holds it."""
 
 

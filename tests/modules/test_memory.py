@@ -158,6 +158,19 @@ class TestStage:
             allocate(300 * MB)
         assert stage.report.peak_rss_bytes - before == pytest.approx(300 * MB, rel=0.1)
 
+    @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says which pages are of no file")
+    def test_the_pages_of_files_are_no_anonymous_memory(self, tmp_path):
+        (tmp_path / "weights").write_bytes(bytes(200 * MB))
+        before = memory._anonymous()
+        with measure_stage("quantize") as stage:
+            mapped = torch.from_file(str(tmp_path / "weights"), size=200 * MB, dtype=torch.uint8)
+            assert int(mapped.max()) == 0
+            kept = allocate(100 * MB)
+            time.sleep(0.1)
+            del kept, mapped
+        assert stage.report.peak_anon_bytes - before == pytest.approx(100 * MB, rel=0.15)
+        assert stage.report.peak_rss_bytes - before > 250 * MB
+
     def test_sampling_takes_over(self, monkeypatch, tmp_path):
         monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "absent" / "clear_refs")
         before = psutil.Process().memory_info().rss

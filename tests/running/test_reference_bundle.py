@@ -114,7 +114,7 @@ def test_what_cannot_be_believed_is_refused_before_weights_load(here, case, monk
     change, more, message = BEFORE_WEIGHTS[case]
     if change is not None:
         change(folder)
-    monkeypatch.setattr("quantlab.running.workbench.family_of", lambda config: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("quantlab.running.placement.family_of", lambda config: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError, match=f"^reference.path: .*{message}") as refused:
         rows_of(words, *more, f"reference.path={folder}")
     assert "\n" not in str(refused.value)

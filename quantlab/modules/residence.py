@@ -1,0 +1,144 @@
+"""Part by part: of a model of several modules, only those that work now have their tensors.
+
+The others are on the meta device, and their files are known (:class:`quantlab.modules.source.Source`). A module that is
+called gets its tensors first, from the memory-mapped files to the device, and those that nobody holds lose theirs. What
+is computed is what a resident model computes, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantlab.modules.device import give_back
+from quantlab.modules.source import Source, freed_at_once
+
+if TYPE_CHECKING:
+    from torch import nn
+
+METHODS = ("encode", "decode")
+"""What a module is called by beside its forward: an autoencoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Where encoded prompts are kept."""
+
+    folder: Path
+    key: str
+    """Digest of the encoders, and of what computes here."""
+
+
+@dataclass(frozen=True, eq=False)
+class Residence:
+    """Which modules have their tensors, and who wants them to stay."""
+
+    sources: Mapping[str, Source]
+    """Name -> where the module's tensors are; the module of a source is the one that is used."""
+    device: str
+    here: set[str] = field(default_factory=set)
+    held: list[str] = field(default_factory=list)
+    """Names that stay, once for each who holds them."""
+    empty: dict[str, list[tuple[dict[str, Any], str, Any]]] = field(default_factory=dict)
+    """Name -> the meta tensors of its parts: (where a part keeps it, under which name, tensor)."""
+
+    def bring(self, name: str) -> None:
+        """Give a module its tensors; the others that nobody holds lose theirs first."""
+        if name in self.here:
+            return
+        self.leave({name, *self.held})
+        source = self.sources[name]
+        source.fill_others(source.module, ())
+        source.forget()
+        self.here.add(name)
+
+    def leave(self, without: Collection[str] = ()) -> None:
+        """Let go of the tensors of all modules but those ``without``, and of those that are held."""
+        gone = self.here - set(without) - set(self.held)
+        for name in gone:
+            for where, key, tensor in self.empty[name]:
+                where[key] = tensor
+            self.here.discard(name)
+        if gone:
+            give_back(self.device)
+
+    @contextlib.contextmanager
+    def holding(self, names: Collection[str]) -> Iterator[None]:
+        """While open, these modules have their tensors; the names that are not of here are left out."""
+        mine = [name for name in names if name in self.sources]
+        self.held.extend(mine)
+        try:
+            for name in mine:
+                self.bring(name)
+            yield
+        finally:
+            for name in mine:
+                self.held.remove(name)
+            self.leave()
+
+
+def part_by_part(sources: Mapping[str, Source], device: str) -> Residence:
+    """The residence of modules that have no tensors yet, each of which brings itself when it is called."""
+    found = Residence(sources, device)
+    for name, source in sources.items():
+        module = source.module
+        parts: list[nn.Module] = list(module.modules())
+        found.empty[name] = [
+            (holder, key, tensor)
+            for part in parts
+            for holder in (part._parameters, part._buffers)
+            for key, tensor in holder.items()
+            if tensor is not None and tensor.is_meta
+        ]
+        says(module, device, "device")  # who asks where its inputs shall go asks before it is called
+        bring = Bring(found, name)
+        for part in (module, *module.children()):
+            part.register_forward_pre_hook(bring)
+        for method in METHODS:
+            if callable(own := getattr(module, method, None)):
+                setattr(module, method, functools.partial(_brought, bring, own))
+    return found
+
+
+def says(thing: object, device: str, *properties: str) -> None:
+    """Let an object say by these properties that it is on ``device``; it is of a subclass of its class from then on."""
+    import torch
+
+    where = torch.device(device)
+    own: Any = type(thing)
+    said = {name: property(lambda self: where) for name in properties}
+    made: Any = type(own.__name__, (own,), {**said, "__module__": own.__module__, "__doc__": own.__doc__})
+    changed: Any = thing
+    changed.__class__ = made
+
+
+class Bring:
+    """The hook on a module that gives it its tensors before it runs; a copy of the module has it no more.
+
+    What it knows is no part of the module, so it is kept where the count of a module's bytes does not look.
+    """
+
+    __slots__ = ("name", "residence")
+
+    def __init__(self, residence: Residence, name: str) -> None:
+        self.residence, self.name = residence, name
+
+    def __call__(self, *_: object) -> None:
+        with freed_at_once():
+            self.residence.bring(self.name)
+
+    def __deepcopy__(self, memo: object) -> Callable[..., None]:
+        return _nothing
+
+
+def _nothing(*_: object) -> None:
+    """What a copy, which has tensors of its own, does before it runs."""
+
+
+def _brought(bring: Bring, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    bring()
+    return own(*args, **kwargs)
