@@ -82,7 +82,7 @@ def export_run(request: ExportRequest) -> Exported:
         if not job.schemes:
             raise ConfigError(f"export {run.run_id}: {run.name!r} is not quantized; give the id of a run that is")
         with open_session(job.config, request.quiet) as session:
-            job = replace(job, config=with_weights(job.config, session, run, scratch))
+            job = replace(job, config=with_weights(job.config, session, run, scratch, "export"))
             bench = workbench(session, job.config, None)
             described = _described(reader, run, scratch)
             recorded = read_json(reader, run, "layers.json")

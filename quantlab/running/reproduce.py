@@ -217,7 +217,9 @@ def rebuilt(
 # -- weights that quantlab trained
 
 
-def with_weights(config: ExperimentConfig, session: Session, run: StoredRun, scratch: Path) -> ExperimentConfig:
+def with_weights(
+    config: ExperimentConfig, session: Session, run: StoredRun, scratch: Path, verb: str = "reproduce"
+) -> ExperimentConfig:
     """The config, with ``model.path`` where the run's weights had to be fetched from the store.
 
     The weights in the cache count if they, and the judge beside them, have the digests of the run's (of the store's,
@@ -237,7 +239,7 @@ def with_weights(config: ExperimentConfig, session: Session, run: StoredRun, scr
     if stored is None:
         judge = f" (judge {wanted[1]})" if wanted[1] else ""
         raise ModelError(
-            f"{run.run_id}: the weights {wanted[0]}{judge} that it was made with are neither in {here} nor "
+            f"{verb} {run.run_id}: the weights {wanted[0]}{judge} that it was made with are neither in {here} nor "
             f"in the store; pass model.path=FOLDER with their {' and '.join(trained.files)}"
         )
     target = models / f"{wanted[0].removeprefix('sha256:')[:16]}-{stored[1].removeprefix('sha256:')[:8]}"

@@ -9,7 +9,6 @@ from torch import nn
 
 import quantlab
 from quantlab.backends import exclusions
-from quantlab.errors import ModelError
 from quantlab.stages.quantize import quantize_component
 from tests.support.configs import METHODS, config_of
 from tests.support.exclusion_rules import excluded_by_diffusers, paths_of, request, tiny_flux, tiny_llama
@@ -139,8 +138,9 @@ def test_a_model_inside_another_keeps_its_own(backend, t5):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_model_that_looks_at_the_dtype_of_a_quantized_weight_works_or_is_told(backend, t5):
-    """T5 casts the inputs of ``wo`` to its weight's dtype: to integers, where that is one of codes."""
+def test_a_model_that_looks_at_the_dtype_of_a_quantized_weight_works(backend, t5):
+    """T5 casts the inputs of ``wo`` to its weight's dtype: to integers, where that is one of codes, so that such a
+    weight is stored to be read."""
     tokens = torch.arange(12).reshape(1, 12)
     made, report = quantlab.quantize(t5, config_of(backend), on_mismatch="skip")
     expected = t5(tokens).last_hidden_state
@@ -148,10 +148,6 @@ def test_a_model_that_looks_at_the_dtype_of_a_quantized_weight_works_or_is_told(
         error = torch.linalg.vector_norm(made(tokens).last_hidden_state - expected)
         assert error < 0.3 * torch.linalg.vector_norm(expected)
         made, _ = quantlab.quantize(t5, config_of(backend), on_mismatch="skip", replace_default_exclusions=True)
-        if backend == "bitsandbytes":
-            with pytest.raises(ModelError, match=r"got inputs of uint8.* exclude the layer \(in T5"):
-                made(tokens)
-            return
         error = torch.linalg.vector_norm(made(tokens).last_hidden_state - expected)
         assert error < 0.3 * torch.linalg.vector_norm(expected)
 
