@@ -47,7 +47,7 @@ PLANS = {
     "flux_dev_24_gib": "model=flux_dev backend=bitsandbytes dtype=nf4 memory.device_gib=24 memory.host_gib=32",
 }
 """Name of a block -> the request that it shows."""
-NEEDS = re.compile(r"\(one GPU with \d+ GiB or more\)")
+NEEDS = re.compile(r"\(one GPU with \d+ GiB or more(; \d+ part by part)?\)")
 """How a recipe says the memory that it needs."""
 DOCUMENTS = ("README.md", "recipes/README.md", "quantlab/README.md", "quantlab/metrics/README.md")
 """Where blocks are filled; those that a checkout does not have are passed over."""
@@ -208,14 +208,16 @@ def _export_cell(cell: dict[str, Any] | None, note: Callable[[str], str]) -> str
     return f"b {outputs} {cell['file_bytes'] / cell['planned_bytes']:.3f}{''.join(aside)}"
 
 
-def needed_gib(recipe: Path) -> int:
-    """GiB of a GPU that the largest phase of a recipe takes, in the better placement of those that a run has."""
+def needs(recipe: Path) -> str:
+    """GiB of a GPU that the largest phase of a recipe takes: with the model whole there, and part by part if less."""
     request = plan([f"recipe={recipe}", "sweep.dry_run=true"])
-    needed = [
-        min(max(phase.device_bytes for phase in rows) for name, rows in price.phases.items() if name in PLACEMENTS)
-        for price in forecast(request)
-    ]
-    return -(-max(needed) // 2**30)
+    largest: dict[str, list[int]] = {"alone": [], "whole": []}
+    for price in forecast(request):
+        peaks = {name: max(p.device_bytes for p in rows) for name, rows in price.phases.items() if name in PLACEMENTS}
+        largest["whole"].append(min(peak for name, peak in peaks.items() if name != "alone"))
+        largest["alone"].append(min(peaks.values()))
+    whole, alone = (-(-max(largest[name]) // 2**30) for name in ("whole", "alone"))
+    return f"(one GPU with {whole} GiB or more{f'; {alone} part by part' if alone < whole else ''})"
 
 
 def fill(document: Path, runs_dir: Path, root: Path) -> str:
@@ -249,7 +251,7 @@ def main(root: Path, runs_dir: Path) -> list[str]:
     for recipe in sorted((root / "recipes").glob("*.yaml")):
         data, text = newest(runs_dir, recipe.stem), recipe.read_text(encoding="utf-8")
         if NEEDS.search(text):
-            texts[recipe] = text = NEEDS.sub(f"(one GPU with {needed_gib(recipe)} GiB or more)", text)
+            texts[recipe] = text = NEEDS.sub(needs(recipe), text)
         if data is not None:
             lines = text.split("\n")
             texts[recipe] = "\n".join(expectation(data) if line.startswith("# Expect:") else line for line in lines)
