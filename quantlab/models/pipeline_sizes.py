@@ -113,6 +113,8 @@ def _unit(pipe: Pipeline, patch: object) -> int:
     side = patch[-1] if isinstance(patch, (list, tuple)) and patch else patch
     if isinstance(scale := factors.get("vae_scale_factor"), int) and isinstance(patch, int):
         return math.lcm(8, scale * (2 if hasattr(pipe, "_unpack_latents") else patch))
+    if movq := _movq_factor(pipe):
+        return movq**2  # rounded up to whole latents of latents
     spatial = next((v for k, v in factors.items() if "temporal" not in k and k != "vae_scale_factor"), 1)
     return spatial * (side if isinstance(side, int) else 1)
 
@@ -120,6 +122,12 @@ def _unit(pipe: Pipeline, patch: object) -> int:
 def _factors(pipe: Pipeline) -> dict[str, int]:
     """What the pipeline says of its decoder: attributes such as ``vae_scale_factor_temporal``."""
     return {k: v for k, v in vars(pipe).items() if _FACTOR.fullmatch(k) and type(v) is int and v > 0}
+
+
+def _movq_factor(pipe: Pipeline) -> int:
+    """What one side of a MoVQ decoder's latent stands for, of the pipeline or of one that it is made of; 0: none."""
+    owners = (pipe, *vars(pipe).values())
+    return next((f for o in owners if type(f := getattr(o, "movq_scale_factor", None)) is int), 0)
 
 
 def _decoded(pipe: Pipeline, num_latents: int) -> int:

@@ -25,6 +25,7 @@ def folders(tmp_path_factory):
         "hunyuan_video": tiny_videos.hunyuan_video(),
         "inpaint": tiny_unets.stable_diffusion_inpaint(),
         "sana": tiny_images.sana(),
+        "kandinsky_2_2": tiny_unets.kandinsky_2_2(),
     }
     folder = tmp_path_factory.mktemp("pipelines")
     for name, pipe in made.items():
@@ -48,6 +49,7 @@ def look(path, evaluation=UNSIZED, **config):
         ("cogvideox", {"num_frames": 5}, "num_frames=5: .*take"),
         ("hunyuan_video", {"width": 40}, "width=40: .*divisible by 16 but are 32 and 40"),
         ("hunyuan_video", {"num_frames": 8}, "num_frames=8: .*take 9"),
+        ("kandinsky_2_2", {"height": 66}, "height=66: .*multiples of "),
         ("sana", {"height": 40}, "height=40: .*divisible by 32"),
     ],
 )
@@ -57,7 +59,7 @@ def test_a_size_that_a_pipeline_rounds_or_refuses_is_known_of_its_configurations
 
 
 @pytest.mark.parametrize(
-    ("name", "frames"), [("wan", 5), ("wan", 81), ("ltx", 9), ("cogvideox", 9), ("hunyuan_video", 5), ("sana", None)]
+    ("name", "frames"), [("wan", 5), ("wan", 81), ("ltx", 9), ("cogvideox", 9), ("hunyuan_video", 5), ("sana", None), ("kandinsky_2_2", None)]
 )
 def test_a_size_that_it_makes_is_taken(folders, name, frames):
     look(folders[name], EvaluationConfig(height=64, width=96, num_frames=frames))
