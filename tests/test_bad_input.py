@@ -58,7 +58,7 @@ WORDS = [
     ("dtype=int8,int4", "dtype=int8,int4: several values are a sweep; ", "add -m"),
     ("--multi", "--multi: no such option; did you mean --multirun?; ", "--help shows them"),
     ("list recipe", "list recipe: there are ", r"did you mean recipes\?"),
-    ("list", "list: there are ", "metrics"),
+    ("list", "list: there are ", "words"),
     ("tracking.uri=file:mlruns", "tracking.uri=file:mlruns: ", "set tracking.uri=sqlite:///outputs/mlflow.db"),
 ]
 
@@ -136,7 +136,7 @@ def test_a_component_that_is_not_there(shell):
     refused(
         shell,
         *digits_words("backend=quanto", "sweep.floors=false", "model.components=[unet]"),
-        begins="model.components=unet: digits_dit has ",
+        begins="model.components=unet: a model of family digits_dit has ",
         ends="transformer",
     )
 

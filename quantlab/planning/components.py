@@ -190,6 +190,10 @@ def _leaves(key: str, value: Any) -> Iterator[str]:
     """The keys that a value sets, down to those of a component."""
     if isinstance(value, Mapping) and key.count(".") < 2 and value:
         for inner, below in value.items():
+            if inner is None or isinstance(inner, (int, float)):
+                raise ConfigError(
+                    f"{key}.{inner}: no component is called so; a component is named as the pipeline names it"
+                )
             yield from _leaves(f"{key}.{inner}", below)
     else:
         yield key

@@ -59,7 +59,16 @@ def test_a_size_that_a_pipeline_rounds_or_refuses_is_known_of_its_configurations
 
 
 @pytest.mark.parametrize(
-    ("name", "frames"), [("wan", 5), ("wan", 81), ("ltx", 9), ("cogvideox", 9), ("hunyuan_video", 5), ("sana", None), ("kandinsky_2_2", None)]
+    ("name", "frames"),
+    [
+        ("wan", 5),
+        ("wan", 81),
+        ("ltx", 9),
+        ("cogvideox", 9),
+        ("hunyuan_video", 5),
+        ("sana", None),
+        ("kandinsky_2_2", None),
+    ],
 )
 def test_a_size_that_it_makes_is_taken(folders, name, frames):
     look(folders[name], EvaluationConfig(height=64, width=96, num_frames=frames))
