@@ -10,7 +10,7 @@ from typing import Any
 
 from quantlab.backends.scheme import Scheme, scheme_of_config
 from quantlab.backends.table import held_packages, loggers
-from quantlab.errors import ConfigError, QuantlabError, is_of_the_machine
+from quantlab.errors import ConfigError, NotFinite, QuantlabError, is_of_the_machine
 from quantlab.exporting.load import holds_model
 from quantlab.exporting.load import load as load_model
 from quantlab.models.defaults import default_exclusions
@@ -165,7 +165,8 @@ def quantize(
     )
     read: Sequence[str] = reads_in_source(module)
     if known := inputs or (calibration if scheme.native.needs_data else ()) or ():
-        with in_eval_mode(module), recorded_reads(module) as read:
+        not_finite = () if inputs else (NotFinite,)  # of calibration data: calibrating names the layer
+        with in_eval_mode(module), recorded_reads(module) as read, contextlib.suppress(*not_finite):
             observe(_loaded(module), _given(module, list(known[:1])), EvaluationConfig())
     made, report = _quantized(module, scheme, calibration, read)
     if not inputs:

@@ -72,7 +72,7 @@ def test_what_is_no_linear_is_told_by_kind_with_the_key_that_takes_it():
     model = nn.ModuleDict({"h": nn.Conv2d(8, 8, 3), "embed": nn.Embedding(64, 64), "head": nn.Linear(64, 64)})
     own = nn.Sequential(Conv1D())
     with pytest.raises(
-        ConfigError, match=r"no Linear layer; its weights are in Conv1D \(4,096\): no backend stores them$"
+        ConfigError, match=r"in parameter \(4,096\): quantization.layer_kinds=\[parameter\] takes them$"
     ):
         quantlab.quantize(own, quantlab.QuantoConfig("int8"))
     told = r"its weights are in embedding \(4,096\) and conv \(576\): quantization.layer_kinds=\[embedding,conv\] takes them$"
