@@ -140,7 +140,7 @@ FULL = """
 import errno, io, sys
 real, full = io.open, []
 def fill(file, mode="r", *args, **kwargs):
-    if "quantlab.running.apart" in " ".join(sys.orig_argv) and set(mode) & set("wax+") and "gguf" in str(file):
+    if "quantlab.running." in " ".join(sys.orig_argv) and set(mode) & set("wax+") and "gguf" in str(file):
         full.extend([1] if str(file).endswith("samples.json") else [])
         if full:
             raise OSError(errno.ENOSPC, "No space left on device")
