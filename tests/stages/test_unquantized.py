@@ -58,7 +58,7 @@ def test_what_is_left_out_or_does_not_fit_is_told_with_its_reason():
     assert "0 does not fit (in_features 33 does not divide by 32, the block of q8_0)" in sentence
     cell = nn.ModuleDict({"cell": nn.LSTM(256, 256), "head": nn.Linear(256, 256)})
     (sentence,) = told(cell, quantlab.QuantoConfig("int8"))
-    assert sentence.endswith("no backend stores cell.weight_ih_l0")
+    assert sentence.endswith("quantization.layer_kinds=[linear,recurrent] takes recurrent")
 
 
 def test_schemes_that_leave_the_same_are_told_together():
