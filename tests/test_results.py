@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,7 +128,8 @@ def test_what_is_not_there_is_told(here, what, more, begins):
 def test_the_next_step_after_a_run(here):
     lines = next_steps(here, "outputs", TrackingConfig())
     assert len(lines) == 4
-    assert lines[0].startswith(f"sweep {here.sweep_id} in outputs/runs/")
+    folder = Path(lines[0].removeprefix(f"sweep {here.sweep_id} in "))
+    assert (folder / "rows.json").is_file()
     commands = [line.partition("quantlab ")[2].split() for line in lines[1:3]]
     assert parse_request(commands[0][1:]).sweep == here.sweep_id
     assert commands[1] == ["reproduce", here[-1].run_id]

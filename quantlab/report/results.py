@@ -20,7 +20,7 @@ from quantlab.errors import TrackingError
 from quantlab.progress import printable
 from quantlab.report.compare import compare
 from quantlab.report.comparison_table import show_groups
-from quantlab.report.reading import Reader, StoredRun, experiment_id, read_json
+from quantlab.report.reading import Reader, StoredRun, experiment_id, json_object, read_json
 from quantlab.report.selection import ComparisonRequest, children, is_candidate, metric_called, select
 from quantlab.report.table import rows_sheet
 from quantlab.report.terminal import show, tab_separated
@@ -198,7 +198,7 @@ def next_steps(results: Results, output_dir: str, tracking: TrackingConfig) -> l
         return []
     last, sweep = quantized[-1], results.sweep_id
     run_id = sweep or str(last.run_id)
-    folder = next((f.parent for f in _records(output_dir) if run_id in f.read_text(encoding="utf-8")), None)
+    folder = next((f for f in _folders(output_dir) if _run_id_of(f) == run_id), None)
     ui = tracking.uri if tracking.uri.startswith("http") else f"mlflow ui --backend-store-uri {tracking.uri}"
     chosen = f"sweep={sweep}" if sweep else f"experiment={tracking.experiment}"
     return [
@@ -209,10 +209,17 @@ def next_steps(results: Results, output_dir: str, tracking: TrackingConfig) -> l
     ]
 
 
-def _records(output_dir: str) -> Iterator[Path]:
-    """The newest runs' summaries."""
-    found = sorted(Path(output_dir).expanduser().glob("runs/*/run.json"), reverse=True)
-    yield from found[:500]
+def _folders(output_dir: str) -> list[Path]:
+    """The newest runs' folders."""
+    return sorted(Path(output_dir).expanduser().glob("runs/*"), reverse=True)[:500]
+
+
+def _run_id_of(folder: Path) -> str:
+    """The id by which the store knows the run of a folder; empty where it has not arrived there."""
+    try:
+        return str(json_object((folder / "tracking" / "sent.json").read_bytes()).get("run_id", ""))
+    except OSError:
+        return ""
 
 
 class Told(str):
