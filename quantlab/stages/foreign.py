@@ -21,6 +21,7 @@ from quantlab.modules.holders import Holder, holders
 from quantlab.modules.layers import replace_layer
 from quantlab.modules.memory import layer_memory, logical_size, storage_of
 from quantlab.modules.packed import stored_at
+from quantlab.stages.layer_row import layer_row
 from quantlab.stages.products import product, question
 from quantlab.stages.unquantized import unquantized
 from quantlab.stages.weight_errors import weight_errors
@@ -206,27 +207,9 @@ def _row(
             f"{how}; run it on another device, or name another checkpoint"
         )
     lost = f"{len(found.lost_rows)} of {len(reference)} rows are lost" if found.lost_rows and not is_folded else ""
-    weight_bytes, scale_bytes = layer_memory(layer, held_packages())
-    return LayerReport(
-        component=component,
-        name=holder.name,
-        kind=holder.kind,
-        shape=tuple(reference.shape),
-        status="quantized",
-        dtype=stored.dtype,
-        group_size=stored.group_size,
-        activation_dtype=stored.activation_dtype,
-        activation_granularity=stored.activation_granularity,
-        bits_per_weight=8 * (weight_bytes + scale_bytes) / reference.numel(),
-        weight_bytes=weight_bytes,
-        scale_bytes=scale_bytes,
-        weight_rel_error=found.layer,
-        worst_row_rel_error=found.worst_row,
-        product_rel_error=None if answered is None else answered.rel_error,
-        kernel="" if answered is None else answered.kernel,
-        is_simulated=stored.is_simulated,
-        reason="; ".join(filter(None, (stored.note, lost))),
-    )
+    reasons = "; ".join(filter(None, (stored.note, lost)))
+    rows, columns = reference.shape
+    return layer_row(component, holder, layer, (rows, columns), stored, found, answered, "quantized", reasons)
 
 
 def _unread_row(key: str, component: str, holder: Holder, layer: nn.Module, is_folded: bool) -> LayerReport:

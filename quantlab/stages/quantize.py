@@ -16,16 +16,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.backends.scheme import Scheme
-from quantlab.backends.table import held_packages
 from quantlab.errors import NotQuantized
 from quantlab.modules.compute_dtype import stand_for
 from quantlab.modules.dtype_first import keep_first_dtype
 from quantlab.modules.holders import PACK, Holder, holders
 from quantlab.modules.hooks import without_hooks_of
 from quantlab.modules.layers import own_tensors
-from quantlab.modules.memory import layer_memory, logical_size
+from quantlab.modules.memory import logical_size
 from quantlab.modules.packed import read_by, stored_at
 from quantlab.modules.source import Source, freed_at_once, trim
+from quantlab.stages.layer_row import layer_row
 from quantlab.stages.products import Product, product, question
 from quantlab.stages.select import QuantizationRequest, Selection, make_ready, select_layers, share_packed
 from quantlab.stages.unquantized import unquantized
@@ -288,26 +288,18 @@ def _read_row(
     zeroed = f"{found.num_zeroed} of {len(reference)} rows are too small for the format's scales: stored as zeros"
     how = f"packed: dequantized when it is read{f' ({holder.reason})' if holder.reason else ''}"
     how = how if holder.way == PACK else ""
-    weight_bytes, scale_bytes = layer_memory(layer, held_packages())
-    return LayerReport(
-        component=request.component,
-        name=name,
-        kind=holder.kind,
-        shape=tuple(reference.shape),
-        status="fallback" if fallback else "quantized",
-        dtype=stored.dtype,
-        group_size=stored.group_size,
-        activation_dtype=stored.activation_dtype,
-        activation_granularity=stored.activation_granularity,
-        bits_per_weight=8 * (weight_bytes + scale_bytes) / reference.numel(),
-        weight_bytes=weight_bytes,
-        scale_bytes=scale_bytes,
-        weight_rel_error=found.layer,
-        worst_row_rel_error=found.worst_row,
-        product_rel_error=None if answered is None else answered.rel_error,
-        kernel="" if answered is None else answered.kernel,
-        is_simulated=stored.is_simulated,
-        reason="; ".join(filter(None, (reason or stored.note, how, zeroed if found.num_zeroed else ""))),
+    reasons = "; ".join(filter(None, (reason or stored.note, how, zeroed if found.num_zeroed else "")))
+    rows, columns = reference.shape
+    return layer_row(
+        request.component,
+        holder,
+        layer,
+        (rows, columns),
+        stored,
+        found,
+        answered,
+        "fallback" if fallback else "quantized",
+        reasons,
     )
 
 
