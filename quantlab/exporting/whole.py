@@ -51,7 +51,7 @@ class Exported:
         error = self.verified.rel_error
         known = {} if error is None or not math.isfinite(error) else {"export/output_rel_error": error}
         return {
-            "export/outputs_identical": float(self.verified.outputs_identical),
+            EXPORT_OUTPUTS: float(self.verified.outputs_identical),
             "export/bytes": float(self.num_bytes),
             **known,
         }

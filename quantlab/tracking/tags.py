@@ -80,7 +80,7 @@ EXPORT_PATH = "quantlab.export"
 EXPORT_LOADS_WITH = "export/loads_with"
 """The loaders that gave back its bits in a process without quantlab."""
 EXPORT_OUTPUTS = "export/outputs_identical"
-"""``yes``, or how far outputs are off and why."""
+"""``yes``, or how far outputs are off and why; the metric of this name is 1 or 0."""
 
 # -- repetitions
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quantlab.models.table import family_of
-from quantlab.running import workbench
+from quantlab.running import placement, workbench
 from tests.support.engines import hand_overs
 from tests.support.shell import digits_words
 
@@ -23,7 +23,7 @@ def loaded(monkeypatch):
 
     class Watched:
         def __init__(self, family):
-            self.family = family
+            self.family, self.name = family, family.name
 
         def load(self, *args):
             assert living(refs) == 0, "the old model is there while the next one is loaded"
@@ -31,7 +31,7 @@ def loaded(monkeypatch):
             refs.extend(weakref.ref(part) for part in model.components.values())
             return model
 
-    monkeypatch.setattr(workbench, "family_of", lambda config: Watched(family_of(config)))
+    monkeypatch.setattr(placement, "family_of", lambda config: Watched(family_of(config)))
     return refs
 
 
