@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 
+import bitsandbytes  # noqa: F401  (its first import logs an error, whose frames pytest would keep with all they hold)
 import pytest
 import torch
 
