@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantlab.datasets import pairs
 from quantlab.datasets.overlap import normalised, overlap
 from quantlab.datasets.table import CALIBRATION_SETS, DATASETS
 from quantlab.errors import ConfigError, QuantlabError, nearest
@@ -92,6 +93,7 @@ def check_calibration(config: ExperimentConfig) -> None:
             f"{nearest(asked.source, CALIBRATION_SETS)}"
         )
     _check_source(asked)
+    _check_reads(asked, config.dataset)
     if asked.source != config.dataset.name:
         return
     if DATASETS[asked.source].seed_is_content and asked.seed == config.dataset.seed:
@@ -113,6 +115,21 @@ def _check_source(asked: CalibrationConfig) -> None:
             row.check_rows(found, asked.num_samples, f"dataset.path={asked.path}")
     except ConfigError as error:
         raise ConfigError(_in_our_words(str(error))) from error
+
+
+def _check_reads(asked: CalibrationConfig, dataset: DatasetConfig) -> None:
+    """ConfigError where the evaluation's pairs are of sound and calibration's data of text, or the other way round."""
+    if dataset.name != "pairs":
+        return
+    theirs = min(pairs.read(dataset.path)[0])
+    mine = min(pairs.read(asked.path)[0]) if asked.source == "pairs" else "source"
+    if mine != theirs:
+        key = f"calibration.path={asked.path}" if asked.source == "pairs" else f"calibration.source={asked.source}"
+        say_of = {"audio": "sound", "source": "text"}
+        raise ConfigError(
+            f"{key}: it has {say_of[mine]}, and the pairs of the evaluation have {say_of[theirs]}; give "
+            f"calibration.source=pairs calibration.path= with lines as those of dataset.path"
+        )
 
 
 def _same(path: str, other: str) -> bool:
