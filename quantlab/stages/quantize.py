@@ -25,6 +25,7 @@ from quantlab.modules.layers import own_tensors
 from quantlab.modules.memory import logical_size
 from quantlab.modules.packed import read_by, stored_at
 from quantlab.modules.source import Source, freed_at_once, trim
+from quantlab.modules.ties import tied_parameters
 from quantlab.stages.layer_row import layer_row
 from quantlab.stages.products import Product, product, question
 from quantlab.stages.select import QuantizationRequest, Selection, make_ready, select_layers, share_packed
@@ -126,13 +127,17 @@ def _quantized(
     rows = []
     lost: dict[str, str] = {}
     shared = {**chosen.same, **chosen.packed}
+    tied = tied_parameters(original)
+    first_kept: dict[str, str] = {}
     for name, holder in found.items():
         if name in shared:
             continue
         if name in chosen.left or name in kept:
             status = "excluded" if holder.kind == "linear" else "left"
             status, reason = kept.get(name) or (status, chosen.left[name])
-            rows.append(_kept_row(request.component, holder, status, reason))
+            first = next((first_kept[p] for p in tied.get(holder.path, ()) if p in first_kept), "")
+            first_kept.setdefault(holder.path, name)
+            rows.append(replace(_kept_row(request.component, holder, status, reason), shares=first))
         elif name in paths:
             layer = module.get_submodule(paths[name])
             if source is not None:

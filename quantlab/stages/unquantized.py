@@ -21,9 +21,13 @@ def unquantized(component: str, scheme: Scheme | None, report: QuantizationRepor
     if share <= MUCH:
         return ""
     stay = sorted((r for r in report.layers if not r.is_stored_quantized), key=lambda r: -r.num_weights)
+    also = {r.shares: f", which is also {r.name}" for r in stay if r.shares}
+    own = [r for r in stay if not r.shares]
     total = report.num_parameters
-    named = ", ".join(f"{r.name} ({r.kind}, {_percent(r.num_weights / total)})" for r in stay[:_NUM_NAMED])
-    more = f" and {len(stay) - _NUM_NAMED} more" if len(stay) > _NUM_NAMED else ""
+    named = ", ".join(
+        f"{r.name}{also.get(r.name, '')} ({r.kind}, {_percent(r.num_weights / total)})" for r in own[:_NUM_NAMED]
+    )
+    more = f" and {len(own) - _NUM_NAMED} more" if len(own) > _NUM_NAMED else ""
     largest = f"; the largest are {named}{more}" if named else "; they are in vectors, which no backend stores"
     much = [r for r in stay if r.num_weights > MUCH * share * total]
     ways = "; ".join(_ways_out(scheme, much)) if scheme is not None else ""

@@ -34,6 +34,19 @@ def test_share_holders_and_way_out_are_named():
     assert told(model(num_experts=16), quantlab.QuantoConfig("int8"), layer_kinds=kinds) == ()
 
 
+def test_a_tied_weight_is_named_once_with_all_its_places():
+    net = model(num_embeddings=4096)
+    net["head"] = nn.Linear(256, 4096, bias=False)
+    net["head"].weight = net["embed"].weight
+    config = quantlab.QuantoConfig("int8", modules_to_not_convert=["head"])
+    _, report = quantlab.quantize(net, config)
+    assert report.unquantized == (
+        "model: 94 % of its weights stay unquantized; the largest are embed, which is also head (embedding, 94 %); "
+        "quantization.layer_kinds=[linear,embedding] takes embedding; head is left out (modules_to_not_convert: head)",
+    )
+    assert {r.name: r.shares for r in report.layers} == {"embed": "", "mid": "", "head": "embed"}
+
+
 def test_little_is_not_worth_a_sentence():
     assert told(model(num_embeddings=50), quantlab.QuantoConfig("int8")) == ()
 
