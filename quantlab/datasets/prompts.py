@@ -90,6 +90,11 @@ def load_calibration(config: DatasetConfig, evaluation: EvaluationConfig, model:
     return load(replace(config, path=config.path or str(CALIBRATION)), evaluation, model)
 
 
+def own_files() -> list[Path]:
+    """The shipped texts."""
+    return [SHIPPED]
+
+
 def read_prompts(path: str | None = None) -> list[str]:
     """The non-empty lines of a UTF-8 file (default: the shipped one). ConfigError ``dataset.path=...`` without any."""
     file = SHIPPED if path is None else Path(path).expanduser()

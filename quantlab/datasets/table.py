@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from quantlab.datasets import digits_classes, image_prompts, images, pairs, prompts, text, unprompted, wiki_extracts
@@ -42,6 +43,8 @@ class Dataset:
     """ConfigError for a number of samples that it cannot have, known before anything is loaded; None: it takes any."""
     conditions: Callable[[str | None], tuple[str, ...]] | None
     """What it gives to a pipeline, for ``path``, by the names of a call's arguments; None: it is not for pipelines."""
+    own_files: Callable[[], list[Path]] | None
+    """What it reads where no ``path`` is given; None: that is code, or nothing."""
     seed_is_content: bool
     """True where two sets differ by their seed alone, so that calibration may not have the evaluation's."""
 
@@ -57,6 +60,7 @@ _ROWS = (
         tell_rows=None,
         check_samples=digits_classes.check_samples,
         conditions=None,
+        own_files=None,
         seed_is_content=True,
     ),
     Dataset(
@@ -69,6 +73,7 @@ _ROWS = (
         tell_rows=prompts.tell_replicas,
         check_samples=None,
         conditions=lambda path: ("prompt",),
+        own_files=prompts.own_files,
         seed_is_content=False,
     ),
     Dataset(
@@ -81,6 +86,7 @@ _ROWS = (
         tell_rows=image_prompts.tell_replicas,
         check_samples=None,
         conditions=image_prompts.conditions,
+        own_files=None,
         seed_is_content=False,
     ),
     Dataset(
@@ -93,6 +99,7 @@ _ROWS = (
         tell_rows=None,
         check_samples=None,
         conditions=lambda path: ("class_labels",),
+        own_files=None,
         seed_is_content=True,
     ),
     Dataset(
@@ -105,6 +112,7 @@ _ROWS = (
         tell_rows=None,
         check_samples=None,
         conditions=lambda path: (),
+        own_files=None,
         seed_is_content=True,
     ),
     Dataset(
@@ -117,6 +125,7 @@ _ROWS = (
         tell_rows=None,
         check_samples=None,
         conditions=None,
+        own_files=None,
         seed_is_content=False,
     ),
     Dataset(
@@ -129,6 +138,7 @@ _ROWS = (
         tell_rows=None,
         check_samples=None,
         conditions=None,
+        own_files=None,
         seed_is_content=False,
     ),
     Dataset(
@@ -141,6 +151,7 @@ _ROWS = (
         tell_rows=None,
         check_samples=None,
         conditions=None,
+        own_files=wiki_extracts.own_files,
         seed_is_content=False,
     ),
     Dataset(
@@ -153,6 +164,7 @@ _ROWS = (
         tell_rows=None,
         check_samples=None,
         conditions=None,
+        own_files=None,
         seed_is_content=False,
     ),
 )

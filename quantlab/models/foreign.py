@@ -53,8 +53,8 @@ def _is_id(checkpoint: str) -> bool:
 # -- where it lies
 
 
-def sources_of(checkpoint: str, names: Sequence[str], components: Mapping[str, nn.Module]) -> dict[str, Path]:
-    """Chosen component -> its file or folder; a Hub id is downloaded.
+def sources_of(checkpoint: str, names: Sequence[str], classes: Mapping[str, str]) -> dict[str, Path]:
+    """Chosen component -> its file or folder; a Hub id is downloaded. ``classes``: component -> name of its class.
 
     Raises ModelError for what is no checkpoint, and ConfigError where it cannot be told which component it is of.
     """
@@ -72,7 +72,7 @@ def sources_of(checkpoint: str, names: Sequence[str], components: Mapping[str, n
     if (place / INDEX).is_file():
         return {name: _part(key, place, name) for name in names}
     if (place / CONFIG).is_file():
-        return {_by_class(key, place, names, components): place}
+        return {_by_class(key, place, names, classes): place}
     files = sorted(place.glob("*.gguf"))
     if len(files) == 1:
         return {_only(key, names): files[0]}
@@ -103,9 +103,9 @@ def _part(key: str, place: Path, name: str) -> Path:
     return place / name
 
 
-def _by_class(key: str, place: Path, names: Sequence[str], components: Mapping[str, nn.Module]) -> str:
+def _by_class(key: str, place: Path, names: Sequence[str], classes: Mapping[str, str]) -> str:
     said = _class_of(_config(key, place))
-    same = [name for name in names if type(components[name]).__name__ == said]
+    same = [name for name in names if classes[name] == said]
     if len(names) > 1 and len(same) > 1:
         raise ConfigError(
             f"{key}: {' and '.join(same)} are both a {said}; choose one with model.components=[{same[0]}]"

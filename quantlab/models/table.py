@@ -59,6 +59,8 @@ class Family:
     Hub of which nothing can be had, and None instead: models of the family are no pipelines."""
     trained: Trained | None
     """None: the weights are of others."""
+    own_files: Callable[[ModelConfig, Path], list[Path]] | None
+    """What the family's own model is read from, given the cache's folder, as far as it is there; None: it has none."""
 
 
 _ONE = ("model",)
@@ -75,6 +77,7 @@ _ROWS = (
             cache_key=digits_dit.cache_key,
             load=digits_dit.load_cached,
         ),
+        own_files=digits_dit.own_files,
     ),
     Family(
         name="diffusers",
@@ -84,6 +87,7 @@ _ROWS = (
         needs_path=diffusers_pipeline.NEEDS_PATH,
         look=diffusers_pipeline.look,
         trained=None,
+        own_files=None,
     ),
     Family(
         name="smollm2",
@@ -93,6 +97,7 @@ _ROWS = (
         needs_path=None,
         look=None,
         trained=None,
+        own_files=smollm2.own_files,
     ),
     Family(
         name="causal_lm",
@@ -102,9 +107,17 @@ _ROWS = (
         needs_path=causal_lm.NEEDS_PATH,
         look=None,
         trained=None,
+        own_files=None,
     ),
     Family(
-        name="encoder", protocol="encoder", load=encoder.load, components=_ONE, needs_path=None, look=None, trained=None
+        name="encoder",
+        protocol="encoder",
+        load=encoder.load,
+        components=_ONE,
+        needs_path=None,
+        look=None,
+        trained=None,
+        own_files=encoder.own_files,
     ),
     Family(
         name="seq2seq",
@@ -114,6 +127,7 @@ _ROWS = (
         needs_path=seq2seq.NEEDS_PATH,
         look=None,
         trained=None,
+        own_files=None,
     ),
     Family(
         name="vision",
@@ -123,6 +137,7 @@ _ROWS = (
         needs_path=vision.NEEDS_PATH,
         look=None,
         trained=None,
+        own_files=None,
     ),
 )
 

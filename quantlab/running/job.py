@@ -91,7 +91,7 @@ def floor_rows(session: Session, bench: Workbench, job: Job) -> list[RunReport]:
     """The rows of the reference and the floors beside ``job``; one that fails costs its numbers and not the run:
     a module may know one dtype only."""
     rows = []
-    for floor in bench.floor_jobs(job.config):
+    for floor in bench.known.floor_jobs(job.config):
         if floor.name == job.name:
             continue
         try:

@@ -123,10 +123,10 @@ def _run_again(session: Session, job: Job, run: StoredRun, known: tuple[Json, Js
         again.set_tags({REPRODUCES: run.run_id})
         bench = workbench(session, job.config, again)
         again.stage = "floors"
-        for floor in bench.floor_jobs(job.config):
+        for floor in bench.known.floor_jobs(job.config):
             if floor.name != job.name and any(m.startswith(f"quality/{floor.name}/") for m in run.metrics):
                 floor_row(session, floor)
-        again.set_tags({JOB_KEY: content_key(bench, job)})
+        again.set_tags({JOB_KEY: content_key(bench.known, job, bench.cache_dir)})
         run_job(session, bench, job, again)
         summary = again.record.summary
         now: RunNumbers = {

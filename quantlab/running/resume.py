@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,26 +16,26 @@ from quantlab.errors import ConfigError, TrackingError
 from quantlab.models.foreign import checkpoint_sha256, sources_of
 from quantlab.planning.job import Job
 from quantlab.progress import say
+from quantlab.running.known import PACKAGE, Known, code_digest, digest_of_code
 from quantlab.running.rows import failed_row, finished_row
-from quantlab.running.workbench import Session, Workbench
+from quantlab.running.workbench import Session
 from quantlab.tracking.provenance import versions
 from quantlab.tracking.tags import FAILURE, JOB_KEY, PARENT_RUN_ID, STAGE
 from quantlab.tracking.values import is_as_written
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.reports import RunReport
 
-PACKAGE = Path(__file__).resolve().parents[1]
-WINGS = ("vocabulary", "modules", "backends", "models", "datasets", "protocols", "metrics", "stages")
-"""What makes a job's numbers: a change of the page, the command line or the tracking runs nothing again."""
 
+def content_key(known: Known, job: Job, cache_dir: Path) -> str:
+    """Digest of all that determines a job's numbers: reference, scheme, evaluation, library versions, this code.
 
-def content_key(bench: Workbench, job: Job) -> str:
-    """Digest of all that determines a job's numbers: reference, scheme, evaluation, library versions, this code."""
-    config, known = job.config, versions()
+    No weights are needed: ``known`` is :attr:`Workbench.known`, or what :func:`quantlab.running.known.recall` found.
+    """
+    config, there = job.config, versions()
     parts = {
-        "reference": bench.reference_key,
-        "judge": bench.judge_sha256,
-        "checkpoint": _checkpoint_digest(bench, job),
+        "reference": known.reference_key,
+        "judge": known.judge_sha256,
+        "checkpoint": _checkpoint_digest(known, job, cache_dir),
         "quantization": asdict(config.quantization),
         "own": config.components,
         "native": {name: json.loads(scheme.native.to_json_string()) for name, scheme in job.schemes.items()},
@@ -49,7 +48,7 @@ def content_key(bench: Workbench, job: Job) -> str:
         "floors": config.sweep.floors,
         "saved": config.tracking.save_checkpoint,
         "files": _file_digests(job),
-        "libraries": {name: known.get(name) for name in _libraries(job)},
+        "libraries": {name: there.get(name) for name in _libraries(job)},
         "code": code_digest(),
         "backends": [_foreign_digest(backend) for backend in job.backends],
     }
@@ -63,17 +62,17 @@ def _libraries(job: Job) -> Sequence[str]:
     return [name for backend in job.backends for name in backend.distributions]
 
 
-def _checkpoint_digest(bench: Workbench, job: Job) -> str | None:
+def _checkpoint_digest(known: Known, job: Job, cache_dir: Path) -> str | None:
     """Contents of the checkpoint that others made; one that cannot be read fails in its own stage, as a row."""
-    checkpoint, model = job.config.checkpoint, bench.model
+    checkpoint = job.config.checkpoint
     if checkpoint is None:
         return None
-    names = list(job.config.model.components or model.components)
+    names = list(job.config.model.components or known.classes)
     try:
-        sources = sources_of(checkpoint, names, model.components)
+        sources = sources_of(checkpoint, names, known.classes)
     except (ConfigError, KeyError):
         return f"unreadable: {checkpoint}"
-    return checkpoint_sha256(sources, bench.cache_dir)
+    return checkpoint_sha256(sources, cache_dir)
 
 
 def _file_digests(job: Job) -> dict[str, str]:
@@ -89,26 +88,13 @@ def _file_digests(job: Job) -> dict[str, str]:
     return {k: hashlib.sha256(path.read_bytes()).hexdigest() for k, path in paths.items() if path.is_file()}
 
 
-@functools.cache
-def code_digest(package: Path = PACKAGE) -> str:
-    """Digest of quantlab's Python files in the :data:`WINGS` that make numbers."""
-    return _digest(package, (file for wing in WINGS for file in (package / wing).rglob("*.py")))
-
-
 def _foreign_digest(backend: Backend) -> str | None:
     """Digest of the code of a backend that comes from another package; None for one of quantlab's."""
     file = Path(str(getattr(backend.module, "__file__", None) or PACKAGE))
     if file.is_relative_to(PACKAGE):
         return None
     is_folder = file.name == "__init__.py"
-    return _digest(file.parent, file.parent.rglob("*.py") if is_folder else [file])
-
-
-def _digest(root: Path, files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(f"{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes() + b"\0")
-    return digest.hexdigest()
+    return digest_of_code(file.parent, file.parent.rglob("*.py") if is_folder else [file])
 
 
 def earlier_report(session: Session, protocol: str, job: Job, key: str) -> RunReport | None:

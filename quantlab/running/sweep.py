@@ -169,7 +169,7 @@ def _run_single(session: Session, job: Job) -> list[RunReport]:
         bench = workbench(session, job.config, run)
         run.stage = "floors"
         rows = floor_rows(session, bench, job)
-        run.set_tags({JOB_KEY: content_key(bench, job)})
+        run.set_tags({JOB_KEY: content_key(bench.known, job, bench.cache_dir)})
         report = run_job(session, bench, job, run)
     return [*rows, report]
 
@@ -258,7 +258,7 @@ def _rows_of(session: Session, job: Job, parent: Any, known: set[str]) -> list[R
     rows: list[RunReport | Handed] = []
     if bench.key not in known:
         known.add(bench.key)
-        rows += [_row(session, bench, floor, apart=False) for floor in bench.floor_jobs(job.config)]
+        rows += [_row(session, bench, floor, apart=False) for floor in bench.known.floor_jobs(job.config)]
     return [*rows, _row(session, bench, job, apart=runs_apart(job, session.device))]
 
 
@@ -279,9 +279,9 @@ def _search(session: Session, plan: Plan, parent: Any) -> tuple[list[RunReport],
     def look_up(job: Job) -> None:  # a call of its own: nothing holds the workbench when the next one is loaded
         bench = workbench(session, job.config, parent)
         if bench.key not in floors:
-            rows.extend(_row(session, bench, floor, apart=False) for floor in bench.floor_jobs(job.config))
+            rows.extend(_row(session, bench, floor, apart=False) for floor in bench.known.floor_jobs(job.config))
             floors[bench.key] = bench.floors
-        keys[job.name] = (content_key(bench, job), bench.key)
+        keys[job.name] = (content_key(bench.known, job, bench.cache_dir), bench.key)
         if earlier := earlier_report(session, protocol, job, keys[job.name][0]):
             known[job.name] = earlier
 
@@ -308,7 +308,7 @@ def _search(session: Session, plan: Plan, parent: Any) -> tuple[list[RunReport],
 
 def _row(session: Session, bench: Workbench, job: Job, apart: bool) -> RunReport | Handed:
     """One job of a sweep; its failure is a row, never the end of the others."""
-    key = content_key(bench, job)
+    key = content_key(bench.known, job, bench.cache_dir)
     protocol, is_floor = bench.model.protocol, job.name in (REFERENCE, *FLOORS)
     while True:
         earlier = earlier_report(session, protocol, job, key)
@@ -321,7 +321,7 @@ def _row(session: Session, bench: Workbench, job: Job, apart: bool) -> RunReport
             return handed(session, job, key, protocol, bench.floors)
         wait_for(session.claims, [key], 60.0)  # the rows after it need its numbers
     if apart or session.lost_device:
-        wanted = {floor.name for floor in bench.floor_jobs(job.config)} & set(FLOORS)
+        wanted = {floor.name for floor in bench.known.floor_jobs(job.config)} & set(FLOORS)
         is_cut = bool(session.lost_device) and not wanted <= set(
             bench.floors
         )  # the GPU was lost before they were known

@@ -19,22 +19,23 @@ from quantlab.backends.table import loggers
 from quantlab.datasets.calibration import calibration_inputs
 from quantlab.datasets.table import DATASETS
 from quantlab.errors import ConfigError, nearest
-from quantlab.models.loaded import LoadedModel
+from quantlab.models.loaded import LoadedModel, class_names
 from quantlab.modules.device import free_bytes, give_back
 from quantlab.modules.emulated import emulated_products, lacking
 from quantlab.modules.fingerprint import fingerprint_warning, grid_fingerprint, known_grid
 from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import StageMeasurement, measure_stage
-from quantlab.planning.components import check_contradiction, named_by_users, names_of
-from quantlab.planning.job import Job, floor_jobs
+from quantlab.planning.components import check_contradiction, named_by_users
+from quantlab.planning.job import Job
 from quantlab.planning.words import COMPONENTS
 from quantlab.progress import Advance, file_name, say
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.quiet import quiet_libraries
 from quantlab.running.claims import Claims
+from quantlab.running.known import Known, bench_key, remember
 from quantlab.running.placement import alone, load_placed
 from quantlab.stages.bundle import Bundle, check_bundle, differs, is_of_here, read_bundle
-from quantlab.stages.observe import observe, reference_key
+from quantlab.stages.observe import made_by, observe, reference_key
 from quantlab.stages.reads import weights_read
 from quantlab.tracking import Run, Store
 from quantlab.tracking.tags import (
@@ -95,29 +96,35 @@ class Workbench:
         """The row with the floors that are known."""
         return replace(report, floors={name: self.floors[name] for name in FLOORS if name in self.floors})
 
-    def floor_jobs(self, config: ExperimentConfig) -> list[Job]:
-        """The reference's row and its floors, if they are wanted, without a wider copy that memory would not hold."""
-        if not config.sweep.floors:
-            return []
-        jobs = floor_jobs(config, self.model.dtype, names_of(config, default_of(self.model)))
-        if self._fits_in_float32:
-            return jobs
-        return [job for job in jobs if job.name != FLOOR_FP32]
+    @functools.cached_property
+    def known(self) -> Known:
+        """By what its jobs and floors are known, also when it is gone."""
+        return Known(
+            protocol=self.model.protocol,
+            dtype=self.model.dtype,
+            reference_key=self.reference_key,
+            judge_sha256=self.judge_sha256,
+            default=default_of(self.model),
+            classes=class_names(self.model.components),
+            made=made_by(self.model),
+            has_float32=not self.missing_for_float32,
+            is_brought=self.brought is not None,
+            tags=shared_tags(self),
+        )
 
     @functools.cached_property
-    def _fits_in_float32(self) -> bool:
-        """Is there room for a float32 copy of the components; told once where it is not and would be wanted."""
+    def missing_for_float32(self) -> str:
+        """Why there is no float32 copy of the components, which is a floor; empty where there is room."""
         if self.model.dtype == "float32":
-            return True
+            return ""
         needed = 4 * sum(p.numel() for module in self.model.components.values() for p in module.parameters())
         free = free_bytes(self.model.device)
         if needed <= 0.8 * free:
-            return True
-        say(
+            return ""
+        return (
             f"{FLOOR_FP32}: left out, it needs {needed / 2**30:.1f} GiB for a float32 copy and "
             f"{free / 2**30:.1f} GiB are free; verdicts use the other floors"
         )
-        return False
 
     @functools.cached_property
     def judge_sha256(self) -> str:
@@ -240,6 +247,9 @@ def workbench(session: Session, config: ExperimentConfig, run: Run | None) -> Wo
     if run is not None:
         _log_shared(session, run, bench)
     session.bench = bench
+    if config.sweep.floors and bench.missing_for_float32:
+        say(bench.missing_for_float32)
+    remember(config, cache, bench.known)
     _set_aside()
     return bench
 
@@ -274,12 +284,6 @@ def let_go_of_bench(session: Session) -> None:
     session.bench = None
     gc.unfreeze()
     give_back(session.device)
-
-
-def bench_key(config: ExperimentConfig) -> str:
-    said = (config.model, config.dataset, config.evaluation, config.reference)
-    place = [config.memory.placement == "alone", config.memory.device_gib]
-    return canonical_json([*(asdict(node) for node in said), place])
 
 
 def _set_aside() -> None:

@@ -87,7 +87,7 @@ def work(folder: Path) -> int:
                 run.set_tags({ATTEMPT: str(len(earlier) + 1), EARLIER_ATTEMPTS: json.dumps(earlier)})
             bench = workbench(session, job.config, run)
             if not data["key"]:
-                run.set_tags({JOB_KEY: content_key(bench, job)})
+                run.set_tags({JOB_KEY: content_key(bench.known, job, bench.cache_dir)})
             if data["floors"] is None:
                 floor_rows(session, bench, job)
             for row, values in (data["floors"] or {}).items():

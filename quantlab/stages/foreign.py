@@ -15,7 +15,7 @@ from quantlab.backends.checkpoints import FOLDED, backend_of_layer
 from quantlab.backends.table import Backend, held_packages
 from quantlab.errors import ModelError, NotQuantized, is_of_the_machine
 from quantlab.models.foreign import checkpoint_bytes, checkpoint_sha256, load_part, sources_of
-from quantlab.models.loaded import LoadedModel
+from quantlab.models.loaded import LoadedModel, class_names
 from quantlab.modules.compute_dtype import stand_for
 from quantlab.modules.holders import Holder, holders
 from quantlab.modules.layers import replace_layer
@@ -61,7 +61,7 @@ def load_candidate(
     whose first mismatch it names; NotQuantized for a layer that multiplies by something else than it holds.
     """
     key = f"checkpoint={checkpoint}"
-    sources = sources_of(checkpoint, names, model.components)
+    sources = sources_of(checkpoint, names, class_names(model.components))
     made, reports, methods, notes = {}, [], [], []
     for name, source in sources.items():
         module, method = load_part(key, source, name, model)

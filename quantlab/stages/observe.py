@@ -47,12 +47,17 @@ def observed_settings(evaluation: EvaluationConfig) -> dict[str, Any]:
 
 
 def made_by(model: LoadedModel) -> dict[str, Any]:
-    """What computes here: device, libraries, torch's switches."""
+    """What computes a model's outputs here."""
+    return made_on(model.device)
+
+
+def made_on(device: str) -> dict[str, Any]:
+    """What computes here on ``device``: its kind, libraries, torch's switches."""
     known = versions()
     return {
-        "device": kind_of(model.device),
+        "device": kind_of(device),
         "libraries": {name: known.get(name) for name in LIBRARIES},
-        "arithmetic": arithmetic(model.device),
+        "arithmetic": arithmetic(device),
     }
 
 

@@ -69,6 +69,7 @@ DATASET_ROW = """    Dataset(
         tell_rows=None,
         check_samples=None,
         conditions=None,
+        own_files=None,
         seed_is_content=True,
     ),
 """

@@ -24,7 +24,7 @@ ENGINES = {
 }
 """engine, which is also the option of the group ``launcher`` -> import name of its library, extra of this project."""
 _T = TypeVar("_T")
-_DETACH = ("slurm", "ray", "submitit_local")
+_FAR = ("slurm", "ray", "submitit_local")
 
 
 def check_launcher(launcher: LauncherConfig) -> None:
@@ -36,12 +36,17 @@ def check_launcher(launcher: LauncherConfig) -> None:
         require_package(module, f"launcher={launcher.engine}", f"quantlab-recipes[{extra}]")
     settings = launcher.settings
     own_ray = isinstance(settings, RaySettings) and settings.ray.init.address is None
-    if launcher.detach and (launcher.engine not in _DETACH or own_ray):
+    if launcher.detach and (launcher.engine not in _FAR or own_ray):
         what = "a Ray of the sweep's own ends" if own_ray else f"jobs of launcher={launcher.engine} end"
         raise ConfigError(
             f"launcher.detach=true: {what} with the sweep's process; choose launcher=slurm, or launcher=ray with "
             "launcher.settings.ray.init.address"
         )
+
+
+def is_far(launcher: LauncherConfig) -> bool:
+    """Do jobs run where this process need not: on nodes of a cluster, also when it has ended?"""
+    return launcher.engine in _FAR
 
 
 def open_engine(config: ExperimentConfig, folder: Path, always_apart: bool = False) -> Engine:

@@ -1,0 +1,248 @@
+"""What of a workbench its jobs are known by, and how that is known again from files, with no weights in memory.
+
+The reference's key follows from the request, the files that are read, this code, the libraries, and what computes: a
+request that meets the same of each as an earlier one would load and digest its way to the same key. It is noted under
+a digest of these when a workbench was made, and found again by whoever asks next, without torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quantlab.datasets.table import DATASETS
+from quantlab.errors import QuantlabError
+from quantlab.models.checkpoint import file_stamp
+from quantlab.models.table import family_of
+from quantlab.modules.kept import Damaged, read_json, write_json
+from quantlab.planning.components import names_of
+from quantlab.planning.job import Job, floor_jobs
+from quantlab.running.engines.table import is_far
+from quantlab.stages.observe import made_on
+from quantlab.tracking.provenance import versions
+from quantlab.vocabulary.native import canonical_json
+from quantlab.vocabulary.numbers import FLOOR_FP32
+from quantlab.vocabulary.schema import ExperimentConfig
+
+PACKAGE = Path(__file__).resolve().parents[1]
+WINGS = ("vocabulary", "modules", "backends", "models", "datasets", "protocols", "metrics", "stages")
+"""What makes a job's numbers: a change of the page, the command line or the tracking runs nothing again."""
+_OF_ARITHMETIC = ("OMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_", "TORCH", "PYTORCH_", "CUDA_", "CUBLAS_")
+"""How the variables begin that choose kernels, threads and devices."""
+_OF_A_PROCESSOR = ("model name", "flags", "Features", "CPU part")
+_COMMIT = 40
+"""Letters of a revision that can only be one state of a repository."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """Of a workbench, all that says by which keys its jobs and its floors are known."""
+
+    protocol: str
+    dtype: str
+    reference_key: str
+    judge_sha256: str
+    default: tuple[str, ...]
+    """Components that are quantized where nobody names any."""
+    classes: Mapping[str, str]
+    """Component -> name of its class."""
+    made: Mapping[str, Any]
+    """What computed it (:func:`quantlab.stages.observe.made_on`)."""
+    has_float32: bool
+    """Was there room for a float32 copy, which is a floor?"""
+    is_brought: bool
+    """Was the reference made elsewhere?"""
+    tags: Mapping[str, str]
+    """Of a run whose jobs share it."""
+
+    def floor_jobs(self, config: ExperimentConfig) -> list[Job]:
+        """The reference's row and its floors, if they are wanted, without a wider copy that memory would not hold."""
+        if not config.sweep.floors:
+            return []
+        jobs = floor_jobs(config, self.dtype, names_of(config, self.default))
+        return [job for job in jobs if self.has_float32 or job.name != FLOOR_FP32]
+
+
+def bench_key(config: ExperimentConfig) -> str:
+    """The words of a request that its workbench depends on."""
+    said = (config.model, config.dataset, config.evaluation, config.reference)
+    place = [config.memory.placement == "alone", config.memory.device_gib]
+    return canonical_json([*(asdict(node) for node in said), place])
+
+
+def recall(config: ExperimentConfig, cache_dir: Path, device: str = "") -> Known | None:
+    """What an earlier process found of this request's workbench; None where its files, this code, the libraries or
+    what computes are not known to be the same. No weights are read.
+
+    ``device`` is this process's, where it has imported torch and computes itself: a number of threads that was set by
+    hand is then seen too.
+    """
+    digest = request_digest(config, cache_dir)
+    file = _file(cache_dir, digest or "")
+    if digest is None or not file.is_file():
+        return None
+    try:
+        said = read_json(file)
+        found = Known(**{**said, "default": tuple(said["default"])})
+    except (Damaged, TypeError, KeyError):
+        return None
+    if device and "torch" in sys.modules and canonical_json(dict(found.made)) != canonical_json(made_on(device)):
+        return None
+    return found
+
+
+def remember(config: ExperimentConfig, cache_dir: Path, known: Known) -> None:
+    """Note what a workbench of this request turned out to be.
+
+    Not where torch's threads are a number that somebody set by hand: another process would not see that it differs.
+    """
+    digest = request_digest(config, cache_dir)
+    if digest is not None and _has_usual_threads(config, known):
+        file = _file(cache_dir, digest)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(asdict(known), file)
+
+
+def request_digest(config: ExperimentConfig, cache_dir: Path) -> str | None:
+    """Digest of all that decides what a request's workbench is; None where that is not on this disk, or not yet."""
+    files = _files(config, cache_dir)
+    if files is None:
+        return None
+    parts = {
+        "bench": bench_key(config),
+        "own": sorted(config.components),
+        "files": [file_stamp(file) for file in sorted(set(files))],
+        "code": code_digest(),
+        "libraries": versions(),
+        "where": _where(config),
+    }
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def code_digest(package: Path = PACKAGE) -> str:
+    """Digest of quantlab's Python files in the :data:`WINGS` that make numbers."""
+    return digest_of_code(package, (file for wing in WINGS for file in (package / wing).rglob("*.py")))
+
+
+def digest_of_code(root: Path, files: Iterable[Path]) -> str:
+    """Digest of files and their places below ``root``."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(f"{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _has_usual_threads(config: ExperimentConfig, known: Known) -> bool:
+    threads = known.made["arithmetic"].get("threads")
+    if threads is None or is_far(config.launcher):  # a GPU's numbers do not depend on them; a node has its own
+        return True
+    said = str(config.num_threads or os.environ.get("OMP_NUM_THREADS", ""))
+    if said.isdigit():
+        return int(said) == int(threads)
+    import psutil
+
+    return threads in (len(_cpus()), psutil.cpu_count(logical=False))
+
+
+def _cpus() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
+
+
+def _file(cache_dir: Path, digest: str) -> Path:
+    return cache_dir / "known" / f"{digest}.json"
+
+
+def _files(config: ExperimentConfig, cache_dir: Path) -> list[Path] | None:
+    """The files that model, data set and reference are read from; None where they cannot be told from here."""
+    try:
+        model = _model_files(config, cache_dir)
+        return None if model is None else [*model, *_data_files(config), *_below(config.reference.path)]
+    except (OSError, QuantlabError):  # whoever loads it says what is wrong
+        return None
+
+
+def _model_files(config: ExperimentConfig, cache_dir: Path) -> list[Path] | None:
+    path, own = config.model.path, family_of(config.model).own_files
+    if path is None:
+        return (own(config.model, cache_dir) or None) if own else None
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        from huggingface_hub import constants, snapshot_download
+
+        revision = config.model.revision or ""
+        if not constants.HF_HUB_OFFLINE and len(revision) != _COMMIT:
+            return None  # the repository may have moved on
+        try:
+            folder = Path(snapshot_download(path, revision=config.model.revision, local_files_only=True))
+        except Exception:  # noqa: BLE001  it is not here, in the library's many ways of saying so
+            return None
+    return _below(str(folder))
+
+
+def _data_files(config: ExperimentConfig) -> Iterator[Path]:
+    row, path = DATASETS[config.dataset.name], config.dataset.path
+    if path is None:
+        yield from row.own_files() if row.own_files else ()
+        return
+    yield from _below(path)
+    if row.read_file is not None and Path(path).expanduser().is_file():
+        found: Any = row.read_file(path)  # its lines may name pictures
+        for one in found if isinstance(found, (list, tuple)) else ():
+            yield from (file for name in ("image", "mask") if (file := getattr(one, name, None)))
+
+
+def _below(path: str | None) -> list[Path]:
+    if path is None:
+        return []
+    place = Path(path).expanduser()
+    return sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
+
+
+def _where(config: ExperimentConfig) -> dict[str, object]:
+    """What computes: this machine, or whatever node an engine gives for these settings."""
+    asked: dict[str, object] = {"device": config.device, "num_threads": config.num_threads}
+    if is_far(config.launcher):
+        settings = config.launcher.settings
+        return {**asked, "engine": config.launcher.engine, "settings": asdict(settings) if settings else None}
+    chosen = {k: v for k, v in os.environ.items() if k.startswith(_OF_ARITHMETIC)}
+    return {
+        **asked,
+        "processor": _processor(),
+        "cpus": len(_cpus()),
+        "environment": chosen,
+        "gpus": _gpus(config.device),
+    }
+
+
+@functools.cache
+def _processor() -> list[str]:
+    import platform
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
+    except OSError:
+        lines = []
+    said = [line for line in lines if line.startswith(_OF_A_PROCESSOR)]
+    return [platform.machine(), platform.processor(), *said]
+
+
+@functools.cache
+def _gpus(device: str) -> list[str]:
+    """Those of this machine with their driver; NVML is asked, not torch, which would be a long import."""
+    import pynvml
+
+    if device == "cpu":
+        return []
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return [str(pynvml.nvmlSystemGetDriverVersion()), *(str(pynvml.nvmlDeviceGetUUID(h)) for h in handles)]
+    except pynvml.NVMLError:
+        return []
