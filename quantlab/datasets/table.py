@@ -12,6 +12,7 @@ from quantlab.errors import ConfigError, nearest
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.pipeline_call import check_conditions, tell_unused
 from quantlab.models.table import family_of
+from quantlab.progress import say
 from quantlab.protocols.table import Inputs
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ExperimentConfig
 
@@ -201,11 +202,18 @@ def check_call(config: ExperimentConfig) -> None:
                 f"model.call.{next(iter(config.model.call))}: models of family {config.model.family} are no pipelines; "
                 "leave model.call out"
             )
+        if config.evaluation.tiled_decoding:
+            raise ConfigError(
+                f"evaluation.tiled_decoding=true: models of family {config.model.family} decode nothing in tiles; "
+                "leave it out"
+            )
         return
     pipeline, row = look(config.model, config.evaluation), DATASETS[config.dataset.name]
     if pipeline is not None and row.conditions is not None:
         check_conditions(pipeline, row.name, row.conditions(config.dataset.path), config.model.call)
         tell_unused(pipeline, config.evaluation)
+    if config.evaluation.tiled_decoding:
+        say("evaluation.tiled_decoding=true: decoded in tiles, the reference too; numbers are of what tiles give")
 
 
 def check_file(config: ExperimentConfig) -> None:

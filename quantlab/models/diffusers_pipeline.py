@@ -24,6 +24,7 @@ from quantlab.models.pipeline_files import (
     check_choice,
     check_files,
     check_parts,
+    check_tiles,
     denoisers_of,
     left_out,
     pipeline_class,
@@ -106,6 +107,8 @@ def look(config: ModelConfig, evaluation: EvaluationConfig) -> type | None:
         raise ModelError(f"{key}: it has no {INDEX}, so it is not {_SAID[1]}; name the Hub id of one")
     index = read_index(key, files)
     _check_index(key, files, index, config)
+    if evaluation.tiled_decoding:
+        check_tiles(index)
     made = pipeline_class(index)
     if made is not None and (sizes := asked_sizes(made, evaluation, config.call)):
         pipe = empty_pipeline(key, made, index, lambda name: json.loads(files.text(name) or "{}"), config)

@@ -1,31 +1,27 @@
-"""A pipeline whose modules have their tensors only while they work, and whose prompts are encoded once.
+"""A pipeline whose modules have their tensors only while they work.
 
 Encoders, denoisers and autoencoder follow one another in a pipeline's call, so that the largest of them is all that the
-device must hold. What a prompt was encoded to is kept on the disk, by all that it depends on.
+device must hold.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from quantlab.backends.table import held_packages
 from quantlab.errors import ConfigError
+from quantlab.models.encoded_prompts import candidates_of
 from quantlab.models.loaded import LoadedModel, Pipeline
 from quantlab.models.sources import origin_of, source_of
-from quantlab.modules.kept import SUFFIX, Damaged, read_tree, set_aside, write_tree
 from quantlab.modules.residence import Prompts, Residence, part_by_part, says
-from quantlab.modules.trees import replaced
-from quantlab.vocabulary.native import canonical_json
 
 if TYPE_CHECKING:
     from torch import nn
 
 KEY = "memory.placement=alone"
-_ENCODE = "encode_prompt"
 
 
 def placed_alone(model: LoadedModel, device: str, variant: str | None, prompts: Prompts) -> LoadedModel:
@@ -57,61 +53,13 @@ def placed_alone(model: LoadedModel, device: str, variant: str | None, prompts: 
     return placed
 
 
-def run_part_by_part(pipe: Pipeline, model: LoadedModel, residence: Residence) -> None:
-    """Let a pipeline say where it runs and take encoded prompts from the disk; encoders go when they have encoded some.
-
-    Where an encoder is a candidate's each prompt is encoded by it.
-    """
+@contextlib.contextmanager
+def run_part_by_part(pipe: Pipeline, model: LoadedModel, residence: Residence) -> Iterator[None]:
+    """While open, a pipeline says where it runs, and its parts come and go: also those of a candidate, in whose place a
+    decoder lies on the device."""
     says(pipe, residence.device, "device", "_execution_device")
-    changed: Any = pipe
-    others = set(model.components) - {*model.parts["denoisers"], "vae"}
-    is_measured = any(model.components[n] is not residence.sources[n].module for n in others if n in residence.sources)
-    prompts = None if is_measured else model.parts.get("prompts")
-    own = getattr(changed, _ENCODE, None)
-    if callable(own):
-        setattr(changed, _ENCODE, functools.partial(_encoded, own, residence, prompts))
-
-
-def _encoded(own: Callable[..., Any], residence: Residence, prompts: Prompts | None, *args: Any, **kwargs: Any) -> Any:
-    said = None if prompts is None else _said([list(args), kwargs])
-    if prompts is None or said is None:
-        found = own(*args, **kwargs)
-        residence.leave()
-        return found
-    digest = hashlib.sha256(f"{prompts.key}|{said}".encode()).hexdigest()[:32]
-    file = prompts.folder / f"{digest}{SUFFIX}"
-    if file.exists():
+    with residence.guests(candidates_of(model), held_packages()):
         try:
-            return replaced(read_tree(file), lambda t: t.to(residence.device) if hasattr(t, "to") else None)
-        except Damaged as error:
-            set_aside(file, error)
-    found = own(*args, **kwargs)
-    residence.leave()
-    prompts.folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(TypeError):  # of other things than tensors and plain values
-        write_tree(found, file)
-    return found
-
-
-def _said(given: object) -> str | None:
-    """What a call is given as text; None where something in it is not known by its value."""
-    import torch
-
-    def plain(value: object) -> object:
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return value
-        if isinstance(value, (torch.device, torch.dtype)):
-            return str(value)
-        if isinstance(value, torch.Tensor):
-            raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            return [str(value.dtype), list(value.shape), hashlib.sha256(raw.numpy().data).hexdigest()]
-        if isinstance(value, Mapping):
-            return {str(k): plain(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(v) for v in value]
-        raise TypeError(type(value).__name__)
-
-    try:
-        return canonical_json(plain(given))
-    except TypeError:
-        return None
+            yield
+        finally:
+            residence.leave()

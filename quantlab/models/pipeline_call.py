@@ -6,11 +6,13 @@ scheduler steps, and what it returns is what is compared.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError, MetricUndefined, MissingPackage, ModelError, nearest
+from quantlab.models.encoded_prompts import reuse_prompts
 from quantlab.models.loaded import Conditioning, LoadedModel, OnStep, Pipeline, Sampled
 from quantlab.models.part_by_part import run_part_by_part
 from quantlab.models.pipeline_sizes import asked_sizes, check_sides, frames_argument
@@ -110,8 +112,6 @@ def sample(
 
     pipe, num, states = pipeline_of(model), len(noise), 0
     residence = model.parts.get("residence")
-    if residence is not None:
-        run_part_by_part(pipe, model, residence)
     last: Tensor | None = None
     check_sides(pipe, model.parts["denoisers"], asked_sizes(type(pipe), evaluation, model.parts.get("call", {})))
     arguments = _arguments(model, pipe, noise, conditioning, evaluation)
@@ -123,6 +123,9 @@ def sample(
             on_step(states, last)
         states += 1
 
+    reuse_prompts(pipe, model)
+    if evaluation.tiled_decoding:
+        pipe.vae.enable_tiling()
     originals = {name: getattr(model.parts["pipeline"], name) for name in model.components}
     with (
         torch.no_grad(),
@@ -130,6 +133,7 @@ def sample(
         full_precision_draws(),
         in_their_dtypes(model.components, originals, model.dtype),
         heard_steps(pipe.scheduler, told),
+        contextlib.nullcontext() if residence is None else run_part_by_part(pipe, model, residence),
     ):
         try:
             made = _called(pipe, arguments, noise)
@@ -146,9 +150,6 @@ def sample(
                 f"model={model.name}: {type(pipe).__name__} refuses what it is given ({_first_line(error)}); "
                 f"it was called with {', '.join(arguments)}: change the data set, evaluation or model.call"
             ) from error
-        finally:
-            if residence is not None:
-                residence.leave()
     media = _media(pipe, made, num)
     _check_made(pipe, media, arguments)
     return Sampled(latents=None if last is None else last.float().cpu(), media=media)

@@ -73,6 +73,17 @@ def pipeline_class(index: Mapping[str, Any]) -> type | None:
     return found if isinstance(found, type) else None
 
 
+def check_tiles(index: Mapping[str, Any]) -> None:
+    """ConfigError ``evaluation.tiled_decoding=true: ...`` for a pipeline without a decoder that works in tiles."""
+    import diffusers
+
+    listed = index.get("vae") or [None, None]
+    if not hasattr(getattr(diffusers, str(listed[1]), None), "enable_tiling"):
+        raise ConfigError(
+            f"evaluation.tiled_decoding=true: {index['_class_name']} has no decoder that works in tiles; leave it out"
+        )
+
+
 def check_parts(
     key: str, files: Repository, index: Mapping[str, Any], pipeline: type, without: Collection[str] = ()
 ) -> None:

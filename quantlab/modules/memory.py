@@ -19,7 +19,9 @@ from quantlab.modules.device import give_back, kind_of
 from quantlab.vocabulary.reports import MemoryReport, StageReport
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor, UntypedStorage, nn
+
+    Held = dict[tuple[str, int], UntypedStorage]
 
 Storages = dict[tuple[str, int], int]
 """(device, address) of a storage -> its bytes."""
@@ -42,9 +44,14 @@ def storages(obj: object, packages: Collection[str]) -> Storages:
     quantlab's, Diffusers' and transformers'. A view counts as the whole storage that it keeps alive. Tensors without
     an address (meta) count as they would be once they are real.
     """
+    return {key: storage.nbytes() for key, storage in held_storages(obj, packages).items()}
+
+
+def held_storages(obj: object, packages: Collection[str]) -> Held:
+    """The storages of :func:`storages` themselves."""
     from torch import nn
 
-    found: Storages = {}
+    found: Held = {}
     seen: set[int] = set()
     for part in obj.modules() if isinstance(obj, nn.Module) else ():
         for value in vars(part).values():
@@ -54,7 +61,7 @@ def storages(obj: object, packages: Collection[str]) -> Storages:
     return found
 
 
-def _walk(value: object, found: Storages, seen: set[int], packages: Collection[str], depth: int = 0) -> None:
+def _walk(value: object, found: Held, seen: set[int], packages: Collection[str], depth: int = 0) -> None:
     import torch
 
     if depth > _MAX_DEPTH or id(value) in seen or isinstance(value, (str, bytes, int, float, type, torch.nn.Module)):
@@ -64,7 +71,7 @@ def _walk(value: object, found: Storages, seen: set[int], packages: Collection[s
         _walk(inner, found, seen, packages, depth + 1)
 
 
-def _inner(value: object, found: Storages, packages: Collection[str]) -> Iterable[object]:
+def _inner(value: object, found: Held, packages: Collection[str]) -> Iterable[object]:
     """What ``value`` holds; the storage of a plain tensor is entered into ``found``."""
     import torch
 
@@ -72,7 +79,7 @@ def _inner(value: object, found: Storages, packages: Collection[str]) -> Iterabl
         if hasattr(value, "__tensor_flatten__"):
             held = [getattr(value, name) for name in value.__tensor_flatten__()[0]]
         else:
-            found[storage_of(value)] = value.untyped_storage().nbytes()
+            found[storage_of(value)] = value.untyped_storage()
             held = []
         return [*held, *getattr(value, "__dict__", {}).values()]
     if isinstance(value, Mapping):

@@ -1,8 +1,9 @@
 """Part by part: of a model of several modules, only those that work now have their tensors.
 
 The others are on the meta device, and their files are known (:class:`quantlab.modules.source.Source`). A module that is
-called gets its tensors first, from the memory-mapped files to the device, and those that nobody holds lose theirs. What
-is computed is what a resident model computes, bit for bit.
+called gets its tensors first, from the memory-mapped files to the device, and those that nobody holds lose theirs.
+Guests take turns with them: modules that are in no file, as a candidate's, which wait in the host's memory. What is
+computed is what a resident model computes, bit for bit.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantlab.modules.device import give_back
+from quantlab.modules.device import give_back, kind_of
+from quantlab.modules.parked import Parked
 from quantlab.modules.source import Source, freed_at_once
 
 if TYPE_CHECKING:
@@ -45,12 +47,18 @@ class Residence:
     """Names that stay, once for each who holds them."""
     empty: dict[str, list[tuple[dict[str, Any], str, Any]]] = field(default_factory=dict)
     """Name -> the meta tensors of its parts: (where a part keeps it, under which name, tensor)."""
+    waiting: dict[str, Parked] = field(default_factory=dict)
+    """Name -> the guest that stands for that module now."""
 
     def bring(self, name: str) -> None:
         """Give a module its tensors; the others that nobody holds lose theirs first."""
+        if name in self.waiting:
+            self._wake(name)
+            return
         if name in self.here:
             return
         self.leave({name, *self.held})
+        self._park()
         source = self.sources[name]
         source.fill_others(source.module, ())
         source.forget()
@@ -65,6 +73,38 @@ class Residence:
             self.here.discard(name)
         if gone:
             give_back(self.device)
+
+    def _wake(self, name: str) -> None:
+        if self.waiting[name].is_away:
+            self.leave()
+            self._park(name)
+            self.waiting[name].come_back()
+
+    def _park(self, without: str = "") -> None:
+        for name, guest in self.waiting.items():
+            if name != without:
+                guest.leave()
+        if self.waiting:
+            give_back(self.device)
+
+    @contextlib.contextmanager
+    def guests(self, modules: Mapping[str, nn.Module], packages: Collection[str]) -> Iterator[None]:
+        """While open, ``modules`` (name of the module that each stands for -> module) are on the device only while they
+        work; afterwards all are there. Nothing on a CPU, where the device is the host."""
+        if not moves(self.device):
+            yield
+            return
+        self.waiting.update({name: Parked(module, packages) for name, module in modules.items()})
+        with contextlib.ExitStack() as stack:
+            for name, module in modules.items():
+                for handle in _brings(module, Bring(self, name)):
+                    stack.callback(handle)
+            try:
+                yield
+            finally:
+                self.leave()
+                for name in modules:
+                    self.waiting.pop(name).come_back()
 
     @contextlib.contextmanager
     def holding(self, names: Collection[str]) -> Iterator[None]:
@@ -95,13 +135,32 @@ def part_by_part(sources: Mapping[str, Source], device: str) -> Residence:
             if tensor is not None and tensor.is_meta
         ]
         says(module, device, "device")  # who asks where its inputs shall go asks before it is called
-        bring = Bring(found, name)
-        for part in (module, *module.children()):
-            part.register_forward_pre_hook(bring)
-        for method in METHODS:
-            if callable(own := getattr(module, method, None)):
-                setattr(module, method, functools.partial(_brought, bring, own))
+        for _ in _brings(module, Bring(found, name)):
+            pass  # for good
     return found
+
+
+def moves(device: str) -> bool:
+    """Whether what leaves the device is somewhere else then."""
+    return kind_of(device) != "cpu"
+
+
+def _brings(module: nn.Module, bring: Bring) -> Iterator[Callable[[], object]]:
+    """Let a module bring itself before it runs; what undoes it."""
+    for part in (module, *module.children()):
+        yield part.register_forward_pre_hook(bring).remove
+    for method in METHODS:
+        if callable(own := getattr(module, method, None)):
+            before = vars(module).get(method)
+            setattr(module, method, functools.partial(_brought, bring, own))
+            yield functools.partial(_unset, module, method, before)
+
+
+def _unset(module: nn.Module, method: str, before: object) -> None:
+    if before is None:
+        delattr(module, method)
+    else:
+        setattr(module, method, before)
 
 
 def says(thing: object, device: str, *properties: str) -> None:

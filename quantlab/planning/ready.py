@@ -23,7 +23,7 @@ def check_ready(jobs: Sequence[Job]) -> None:
         if config.checkpoint is not None:
             check_checkpoint(config.checkpoint)
         whole, asked = config.model_with(), config.evaluation
-        sizes = (asked.num_samples, asked.height, asked.width, asked.num_frames)
+        sizes = (asked.num_samples, asked.height, asked.width, asked.num_frames, asked.tiled_decoding)
         where = (str(astuple(whole)), str(astuple(config.dataset)), str(sizes))
         if where not in known:
             known.add(where)

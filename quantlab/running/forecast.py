@@ -98,7 +98,7 @@ def _price(book: _Book, job: Job) -> Price:
         device=device,
         compute_dtype=_joined(made.dtype if a.compute_dtype == "auto" else a.compute_dtype for a in axes),
         components=tuple(components),
-        phases=phases(made, components, job.config.evaluation, job.needs_data, budget.get("device_bytes", 0)),
+        phases=phases(made, components, job.config.evaluation, job.needs_data, budget.get("device_bytes", 0), device),
     )
 
 
@@ -211,7 +211,7 @@ def _advice(book: _Book, job: Job, price: Price) -> str:
         return ""
     if job.config.memory.placement != "auto" and (other := _placement(price, budget, "auto")):
         return f"memory.placement={other} fits" if other in PLACEMENTS else f"{other} it fits"
-    for words, changed in _changes(book, job):
+    for words, changed in (*_tiled(book, job), *_changes(book, job)):
         if found := _placement(found_price := _price(book, changed), budget, "auto"):
             return f"{words} would fit ({found}, {_largest(found_price, found) / GIB:.1f} GiB)"
     name = list(price.phases)[-1]
@@ -243,6 +243,14 @@ def _changes(book: _Book, job: Job) -> Iterator[tuple[str, Job]]:
             if largest:
                 words, both = _wider(narrow, key, others[dtype], largest, list(done))
                 yield f"{start}dtype={dtype} {words}", both
+
+
+def _tiled(book: _Book, job: Job) -> Iterator[tuple[str, Job]]:
+    """The same request with images decoded in tiles, where its decoder can."""
+    evaluation = job.config.evaluation
+    if not evaluation.tiled_decoding and hasattr(book.outline.components.get("vae"), "enable_tiling"):
+        tiled = replace(job.config, evaluation=replace(evaluation, tiled_decoding=True))
+        yield "evaluation.tiled_decoding=true", replace(job, config=tiled)
 
 
 def _narrower(scheme: Scheme) -> list[str]:

@@ -3,18 +3,21 @@
 ``resident``: the reference stays on the device, and a copy of the component is quantized beside it.
 ``streamed``: the reference stays, and a candidate's layers come from the checkpoint's files, one by one: no copy.
 ``alone``: a pipeline is loaded on the host, and each part lies on the device only while it works: one encoder after the
-other, the reference's denoiser, a candidate that is streamed, and with it the decoder.
+other, the reference's denoiser, a candidate that is streamed, and the decoder, for which a candidate waits on the host
+(on a CPU, which has no other place, it stays).
 ``alone, by groups``, and for one model ``one at a time``: the least that the same work takes. No run goes so yet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from quantlab.models.outline import Outline
 from quantlab.modules.memory import storages
 from quantlab.modules.remembered import remembered
+from quantlab.modules.residence import moves
 from quantlab.vocabulary.prices import ComponentPrice, Phase
 from quantlab.vocabulary.schema import EvaluationConfig
 from quantlab.vocabulary.sizes import item_bytes
@@ -40,8 +43,9 @@ def phases(
     evaluation: EvaluationConfig,
     needs_data: bool,
     device_bytes: int,
+    device: str,
 ) -> dict[str, tuple[Phase, ...]]:
-    """Placement -> its phases. ``device_bytes`` is the budget, 0 for none."""
+    """Placement -> its phases on ``device``. ``device_bytes`` is the budget, 0 for none."""
     told = {p.name: p for p in prices}
     item = item_bytes(outline.dtype)
     if not outline.denoiser:
@@ -79,26 +83,39 @@ def phases(
             ("decode", every + made, decoding),
         ),
     }
-    others = [p.original_bytes for p in rest if p.name not in schemed]
-    reading_with = [p.original_bytes for p in encoders if p.name not in schemed]
-    is_read = any(p.name in schemed for p in encoders)
     read = max((p.original_bytes for p in encoders), default=0)
-    read = max(read, made + max(reading_with, default=0)) if is_read else read
     group = 2 * max((_largest_group(modules[p.name]) for p in rest), default=0)
-    ends = (
-        *([("quantize", made + layer, 0)] if copied else []),
-        ("evaluate", made + max(others, default=0), active),
-        ("decode", made + decoder, decoding),
-    )
+    ends: tuple[tuple[str, int, int], ...]
+    if moves(device):  # candidates' parts take turns with the others, and are all there between two batches
+        own = {p.name: p.memory.weights_bytes if p.scheme else p.original_bytes for p in prices}
+        works = max((own[p.name] for p in rest), default=0)
+        ends = (
+            *([("quantize", made + layer, 0)] if copied else []),
+            ("evaluate", max(made - active, works), active),
+            ("decode", own.get("vae", 0), decoding),
+        )
+    else:
+        others = [p.original_bytes for p in rest if p.name not in schemed]
+        reading_with = [p.original_bytes for p in encoders if p.name not in schemed]
+        is_read = any(p.name in schemed for p in encoders)
+        read = max(read, made + max(reading_with, default=0)) if is_read else read
+        ends = (
+            *([("quantize", made + layer, 0)] if copied else []),
+            ("evaluate", made + max(others, default=0), active),
+            ("decode", made + (decoder if "vae" not in schemed else 0), decoding),
+        )
     loading = Phase(name="load", device_bytes=0, host_bytes=every, activation_bytes=0)
     first = (loading, *_made(("encode prompts", read, reading)))
+    *before, last = _made(*ends)
+    waits = made - (told["vae"].memory.weights_bytes if "vae" in schemed else 0) if moves(device) else 0
+    after = (*before, replace(last, host_bytes=waits))
     if needs_data and copied:
-        found["alone"] = (*first, *_made(("reference", largest, active), ("calibrate", 2 * copied, active), *ends))
+        found["alone"] = (*first, *_made(("reference", largest, active), ("calibrate", 2 * copied, active)), *after)
         return _possible(found, needs_data)
-    found["alone"] = (*first, *_made(("reference", largest, active), *ends))
+    found["alone"] = (*first, *_made(("reference", largest, active)), *after)
     if device_bytes and largest + active > device_bytes:
         grouped = Phase(name="reference", device_bytes=group + active, host_bytes=largest, activation_bytes=active)
-        found["alone, by groups"] = (*first, grouped, *_made(*ends))
+        found["alone, by groups"] = (*first, grouped, *after)
     return _possible(found, needs_data)
 
 
@@ -212,10 +229,21 @@ def _denoiser_activations(
 def _decoder_activations(vae: Any, evaluation: EvaluationConfig, item: int) -> int:
     if vae is None:
         return 0
-    pixels = (evaluation.height or _SIDE) * (evaluation.width or _SIDE)
+    height, width = _tile(vae, evaluation.height or _SIDE, evaluation.width or _SIDE, evaluation.tiled_decoding)
+    pixels = height * width
     widths = _config(vae, "block_out_channels", None)
     first = int(widths[0] if widths else _config(vae, "decoder_base_dim", None) or _config(vae, "base_dim", 128))
     return pixels * first * _DECODER_TENSORS * item
+
+
+def _tile(vae: Any, height: int, width: int, tiled: bool) -> tuple[int, int]:
+    """The pixels that are decoded at once, by the sizes from which the decoder cuts what it decodes."""
+    if not tiled:
+        return height, width
+    size = getattr(vae, "tile_sample_min_size", None)
+    sides = (getattr(vae, f"tile_sample_min_{side}", None) or size for side in ("height", "width"))
+    tile_height, tile_width = sides
+    return min(height, int(tile_height or height)), min(width, int(tile_width or width))
 
 
 @remembered

@@ -64,9 +64,24 @@ def alone(model: LoadedModel, config: ExperimentConfig, device: str, cache: Path
 
     Raises ConfigError for a model that is no pipeline.
     """
+    return placed_alone(model, device, config.model.variant, _prompts(model, device, cache))
+
+
+def with_prompts(model: LoadedModel, cache: Path) -> LoadedModel:
+    """The model; a pipeline, which stays where it is with all its parts, takes encoded prompts from ``cache`` as well.
+
+    Its encoders stay, too: ``memory.placement=auto`` takes a pipeline apart that has no room.
+    """
+    if "pipeline" not in model.parts:
+        return model
+    found = replace(model, parts={**model.parts, "prompts": _prompts(model, model.device, cache)})
+    vars(found)["identity"] = model.identity
+    return found
+
+
+def _prompts(model: LoadedModel, device: str, cache: Path) -> Prompts:
     said = canonical_json([dict(model.identity), model.dtype, made_by(replace(model, device=device))])
-    prompts = Prompts(folder=cache / "prompts", key=hashlib.sha256(said.encode()).hexdigest())
-    return placed_alone(model, device, config.model.variant, prompts)
+    return Prompts(folder=cache / "prompts", key=hashlib.sha256(said.encode()).hexdigest())
 
 
 def source_for(model: LoadedModel, job: Job, schemes: Mapping[str, Scheme | None]) -> Callable[[str], Source] | None:

@@ -33,7 +33,7 @@ from quantlab.protocols.table import PROTOCOLS
 from quantlab.quiet import quiet_libraries
 from quantlab.running.claims import Claims
 from quantlab.running.known import Known, bench_key, remember
-from quantlab.running.placement import alone, load_placed
+from quantlab.running.placement import alone, load_placed, with_prompts
 from quantlab.stages.bundle import Bundle, check_bundle, differs, is_of_here, read_bundle
 from quantlab.stages.observe import made_by, observe, reference_key
 from quantlab.stages.reads import weights_read
@@ -218,6 +218,8 @@ def workbench(session: Session, config: ExperimentConfig, run: Run | None) -> Wo
     if is_alone:
         model = alone(model, config, session.device, cache)
         _set_aside()
+    else:
+        model = with_prompts(model, cache)
     with in_stage(session, run, "observe") as seen:
         PROTOCOLS[model.protocol].check(model, inputs)
         reads = weights_read(model, inputs, config.evaluation, list(model.components))

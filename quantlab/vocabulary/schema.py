@@ -82,6 +82,8 @@ class EvaluationConfig:
     width: int | None = number(None, 8, 16384)
     num_frames: int | None = number(None, 1, 16384)
     """Of a video; null: the pipeline's own. A number that it would round is refused."""
+    tiled_decoding: bool = False
+    """Decode in tiles, as the pipeline's decoder cuts them: less memory, other pixels, of reference and candidates."""
     num_teacher_forced: int = number(50, 0, _MANY)
     """Samples of which each denoiser call is replayed on the reference's inputs; 0: no teacher-forced metric."""
     # language, encoder
@@ -125,7 +127,8 @@ class MemoryConfig:
     ``streamed``: each layer of a candidate goes from the checkpoint's file to the device and is quantized there.
     ``alone``: of a pipeline, each part lies on the device only while it works, prompts are encoded once and kept on the
     disk, and candidates are streamed.
-    ``auto``: resident, where the budget holds it."""
+    ``auto``: resident, where the budget holds it.
+    Wherever a pipeline lies, its prompts are encoded once and kept on the disk, unless an encoder is quantized."""
 
 
 @dataclass

@@ -35,6 +35,15 @@ def folders(tmp_path_factory):
     return {name: folder / name for name in made}
 
 
+def test_tiles_are_refused_where_no_decoder_makes_them(folders):
+    tiled = EvaluationConfig(height=None, width=None, tiled_decoding=True)
+    look(folders["wan"], tiled)
+    with pytest.raises(ConfigError, match=r"^evaluation\.tiled_decoding=true: KandinskyV22\w+ has no decoder"):
+        look(folders["kandinsky_2_2"], tiled)
+    with pytest.raises(ConfigError, match=r"^evaluation\.tiled_decoding=true: models of family digits_dit"):
+        check_call(ExperimentConfig(evaluation=tiled))
+
+
 def look(path, evaluation=UNSIZED, **config):
     return diffusers_pipeline.look(ModelConfig(family="diffusers", path=str(path), **config), evaluation)
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ from quantlab.planning.architectures import shipped_architecture, shipped_archit
 from quantlab.planning.places import groups
 from quantlab.planning.plan import plan
 from quantlab.running.forecast import forecast
+from quantlab.running.phases import _decoder_activations
 from quantlab.stages.price import price_component
 from quantlab.stages.quantize import quantize_component
 from quantlab.stages.select import QuantizationRequest
 from quantlab.vocabulary.axes import QuantizationAxes
-from quantlab.vocabulary.schema import ModelConfig
+from quantlab.vocabulary.schema import EvaluationConfig, ModelConfig
 from tests.support.tables import CAPABILITIES, held_packages, the_scheme
 from tests.support.tiny_pipelines import BUILDERS
 from tests.support.tiny_text_models import save_llama
@@ -339,6 +341,10 @@ def test_the_nearest_change_that_would_fit():
     assert price.advice
     [larger] = prices("model=flux_dev", "backend=bitsandbytes", "dtype=int8", "memory.device_gib=24")
     assert (larger.fits, larger.placement) == (True, "alone")
+    sizes = {c.name: c.memory.weights_bytes for c in larger.components}
+    decode = next(p for p in larger.phases["alone"] if p.name == "decode")  # the candidate waits on the host
+    assert decode.device_bytes - decode.activation_bytes == sizes["vae"]
+    assert decode.host_bytes == sizes["transformer"]
     [host] = prices("model=flux_dev", "backend=bitsandbytes", "dtype=nf4", "memory.device_gib=12", "memory.host_gib=16")
     assert host.advice.startswith("nothing found that fits: load needs ")
     small = ["model=llama_3_2_1b", "backend=bitsandbytes", "dtype=nf4", "memory.device_gib=5"]
@@ -346,6 +352,23 @@ def test_the_nearest_change_that_would_fit():
     assert (asked.fits, asked.advice) == (False, "memory.placement=streamed fits")
     [free] = prices(*small)
     assert free.placement == "streamed"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "pixels"),
+    [
+        ({"tile_sample_min_size": 512}, 512 * 512),
+        ({"tile_sample_min_height": 256, "tile_sample_min_width": 128}, 256 * 128),
+        ({"tile_sample_min_size": 2048}, 1024 * 768),
+        ({}, 1024 * 768),
+    ],
+)
+def test_tiles_are_priced_by_the_decoders_own_sizes(sizes, pixels):
+    decoder = SimpleNamespace(config={"block_out_channels": [128]}, **sizes)
+    whole = EvaluationConfig(height=1024, width=768)
+    tiled = EvaluationConfig(height=1024, width=768, tiled_decoding=True)
+    unit = _decoder_activations(decoder, whole, 2) / (1024 * 768)
+    assert _decoder_activations(decoder, tiled, 2) == unit * pixels
 
 
 def test_an_exclusion_that_matches_nothing_is_told_and_the_rest_is_priced():
