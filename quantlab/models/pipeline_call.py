@@ -125,7 +125,8 @@ def sample(
 
     reuse_prompts(pipe, model)
     if evaluation.tiled_decoding:
-        pipe.vae.enable_tiling()
+        decoder: Any = pipe.components["vae"]
+        decoder.enable_tiling()
     originals = {name: getattr(model.parts["pipeline"], name) for name in model.components}
     with (
         torch.no_grad(),

@@ -42,7 +42,7 @@ class Parked:
             size = storage.nbytes()
             if size < LEAST_BYTES or storage.device.type == "meta" or not storage.resizable():
                 continue
-            kept = torch.UntypedStorage(size)
+            kept = torch.empty(size, dtype=torch.uint8).untyped_storage()
             kept.copy_(storage)
             storage.resize_(0)
             self._away.append((storage, kept))
