@@ -10,9 +10,9 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import linecache
 import re
 import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -60,15 +60,42 @@ def _chains_of(kind: type, attribute: str) -> tuple[tuple[str, ...], ...]:
     for base in kind.__mro__:
         if base.__module__.partition(".")[0] in ("torch", "builtins"):
             continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):  # made at run time, or in another language
-            continue
-        for method in ast.walk(tree):
+        for method in (m for made in _definitions(base, attribute) for m in ast.walk(made)):
             if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)) and not _MAKES_OR_MOVES.match(method.name):
                 chains = (_chain(node, attribute) for node in ast.walk(method))
                 found |= dict.fromkeys(chain for chain in chains if chain is not None)
     return tuple(found)
+
+
+def _definitions(kind: type, attribute: str) -> Sequence[ast.AST]:
+    """The class's definitions; none in a file that never says the attribute, and none that was made at run time."""
+    try:
+        file = inspect.getsourcefile(kind) or ""
+        lines = linecache.getlines(file, vars(sys.modules.get(kind.__module__, sys)))
+        is_said = any(f".{attribute}" in line for line in lines)
+        return _classes_in(file, len(lines)).get(kind.__qualname__, ()) if is_said else ()
+    except (OSError, TypeError, SyntaxError):  # made at run time, or in another language
+        return ()
+
+
+@functools.lru_cache(maxsize=4)  # a syntax tree of thousands of lines takes megabytes
+def _classes_in(file: str, num_lines: int) -> dict[str, list[ast.AST]]:
+    """Qualified name -> definitions, of a file of ``num_lines``: ``inspect`` reads the whole file for each class."""
+    found: dict[str, list[ast.AST]] = {}
+
+    def look(node: ast.AST, above: str) -> None:
+        for inner in ast.iter_child_nodes(node):
+            name = f"{above}{getattr(inner, 'name', '')}"
+            if isinstance(inner, ast.ClassDef):
+                found.setdefault(name, []).append(inner)
+                look(inner, f"{name}.")
+            elif isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                look(inner, f"{name}.<locals>.")
+            elif isinstance(inner, ast.stmt):
+                look(inner, above)
+
+    look(ast.parse("".join(linecache.getlines(file))), "")
+    return found
 
 
 def _chain(node: ast.AST, attribute: str) -> tuple[str, ...] | None:

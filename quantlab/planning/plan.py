@@ -51,12 +51,13 @@ from quantlab.vocabulary.schema import ExperimentConfig, ExportConfig
 MAX_NAME = 200
 
 
-def plan(overrides: Sequence[str], multirun: bool = False) -> Plan:
+def plan(overrides: Sequence[str], multirun: bool = False, is_own: bool = False) -> Plan:
     """Compose and check every job of a request.
 
     Args:
         overrides: words as typed (``backend=torchao``, ``group_size=32,64``, ``recipe=NAME``).
         multirun: several values of a key are a sweep; without it they are refused.
+        is_own: quantlab itself wrote the recipe, of a request that was agreed to; nothing is asked for.
 
     Raises:
         ConfigError: a bad word; or, in a sweep with ``sweep.on_invalid=error``, one message with all impossible
@@ -65,7 +66,7 @@ def plan(overrides: Sequence[str], multirun: bool = False) -> Plan:
     file, words = _split_recipe(chosen_family(overrides))
     recipe = read_recipe(file) if file else None
     try:
-        return _plan(recipe, words, multirun)
+        return _plan(recipe, words, multirun, is_own)
     except ConfigError as error:
         if file is None or str(error).startswith(_typed(words)):
             raise
@@ -78,7 +79,7 @@ def _typed(words: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{key}{end}" for key in keys for end in (":", "=", ".") if key)
 
 
-def _plan(recipe: Recipe | None, words: Sequence[str], multirun: bool) -> Plan:
+def _plan(recipe: Recipe | None, words: Sequence[str], multirun: bool, is_own: bool) -> Plan:
     with session(recipe):
         fixed, axes = _split_sweep(words, multirun)
         check_said_once(words)
@@ -97,7 +98,7 @@ def _plan(recipe: Recipe | None, words: Sequence[str], multirun: bool) -> Plan:
             jobs = _told_apart(jobs)
         else:
             jobs, invalid = [replace(make_job(base, fixed, recipe), choices=composed[1])], []
-        asks = asked_for(recipe, jobs, words)
+        asks = {} if is_own else asked_for(recipe, jobs, words)
         if is_sweep:  # one of them is exported at its end: no job's own business
             jobs = [replace(job, config=replace(job.config, export=ExportConfig())) for job in jobs]
     skips = base.sweep.on_invalid == "skip" or base.sweep.search.num_trials > 0  # a search is among the possible ones

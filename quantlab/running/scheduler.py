@@ -86,7 +86,7 @@ class Scheduler:
                 self.progress(self.counts)
                 if self._open:
                     pause = _PAUSE_S if self.counts.ended > num_ended else min(1.3 * pause, _LONGEST_PAUSE_S)
-                    time.sleep(pause)
+                    self.engine.wait(pause)
         except BaseException:
             self.cancel()
             raise

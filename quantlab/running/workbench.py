@@ -283,6 +283,8 @@ def has_bench(session: Session, config: ExperimentConfig) -> bool:
 
 def let_go_of_bench(session: Session) -> None:
     """Give back the memory of the loaded model, for another one or for other processes; callers hold no workbench."""
+    if session.bench is None:
+        return  # and nothing that was set aside is looked at again
     session.bench = None
     gc.unfreeze()
     give_back(session.device)

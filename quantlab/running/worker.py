@@ -131,7 +131,7 @@ def _session(job: Job, device: str) -> Session:
 def _read_job(folder: Path, data: Mapping[str, Any]) -> Job:
     recipe = folder / "recipe.yaml"
     recipe.write_text(data["recipe"], encoding="utf-8")
-    (job,) = plan([f"recipe={recipe}"]).jobs
+    (job,) = plan([f"recipe={recipe}"], is_own=True).jobs
     sweep = SweepConfig(**{**data["sweep"], "search": SearchConfig(**data["sweep"]["search"])})
     config = replace(job.config, recipe=data["recipe_name"], sweep=sweep)
     return replace(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
+from quantlab.planning import trust
 from quantlab.planning.plan import plan
 from quantlab.running import handing
 from quantlab.running.apart import Handed
 from quantlab.running.attempts import has_ended
 from quantlab.running.claims import Claims
 from quantlab.running.handing import SUBMITTED, handed, run_handed
-from quantlab.running.workbench import Session
+from quantlab.running.workbench import Session, let_go_of_bench
 from quantlab.tracking import no_store
 from quantlab.vocabulary.reports import RunReport
 from quantlab.vocabulary.schema import TrackingConfig
@@ -65,3 +68,28 @@ def test_what_is_left_is_taken_over_and_computed_once(engine, tmp_path):
     assert engine.num_submitted == 2
     assert set(engine.computed.values()) == {1}
     assert second.claims.mine == {}
+
+
+# -- what a job's own process does not do again
+
+
+def test_what_was_set_aside_stays_so_where_there_is_no_model_to_let_go_of(tmp_path):
+    """A forked job would look at all objects of the libraries, and copy their pages."""
+    gc.freeze()
+    try:
+        before = gc.get_freeze_count()
+        let_go_of_bench(session(tmp_path))
+        assert gc.get_freeze_count() == before > 0
+    finally:
+        gc.unfreeze()
+
+
+def test_a_job_that_was_handed_over_is_not_asked_about_again(tmp_path, monkeypatch):
+    (job,) = plan(["backend=quanto", "dtype=int8", f"output_dir={tmp_path}"]).jobs
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(job.whole_yaml)
+    assert "output_dir" in plan([f"recipe={recipe}"]).asked_for
+    monkeypatch.setattr(trust, "compose_node", lambda *words: pytest.fail("composed a second time"))
+    again = plan([f"recipe={recipe}"], is_own=True)
+    assert not again.asked_for
+    assert again.jobs[0].config.output_dir == str(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -146,6 +147,9 @@ class Simulated:
                 write(folder, "run.json", {"status": "FINISHED"})
                 write(folder, END, {"code": 0})
         self.over[job_id] = State("ended", "node1")
+
+    def wait(self, seconds: float) -> None:
+        time.sleep(seconds)
 
     def cancel(self, ids: Sequence[str]) -> None:
         self.cancelled += ids

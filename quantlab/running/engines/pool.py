@@ -16,6 +16,7 @@ from quantlab.running.engines.forking import Forking
 from quantlab.running.engines.protocol import State
 
 _GRACE_S = 3.0
+_LOOK_S = 0.2
 _MOST_FRUITLESS = 10
 BUSY = "all workers are busy"
 
@@ -67,6 +68,14 @@ class Pool:
             return State("running" if job_id in self._running else "ended", node)
 
         return {job_id: state(job_id) for job_id in ids}
+
+    def wait(self, seconds: float) -> None:
+        """Until a process begins or ends."""
+        if not self._running:
+            time.sleep(seconds)
+        limit, jobs = self._timeout_s or float("inf"), self._running.values()
+        late = (job.began + limit - time.monotonic() for job in jobs if not job.timed_out)
+        self._listen(max(0.0, min([seconds, *late])))
 
     def cancel(self, ids: Sequence[str]) -> None:
         """End jobs; those that run have a moment to close their runs."""
@@ -165,6 +174,10 @@ class SharingPool:
             folder.mkdir(exist_ok=True)
             self._processes.begin(name, folder, ["queue", str(self._queue)], gpu_env(self._gpus, slot))
         return {job_id: self._state(job_id, files.get(job_id, "")) for job_id in ids}
+
+    def wait(self, seconds: float) -> None:
+        """That long, as workers go on with the next job by themselves."""
+        time.sleep(min(seconds, _LOOK_S))
 
     def cancel(self, ids: Sequence[str]) -> None:
         """End all workers: they share their jobs."""

@@ -51,6 +51,9 @@ class Engine(Protocol):
     def poll(self, ids: Sequence[str]) -> Mapping[str, State]:
         """The state of each job. What it costs does not depend on jobs that are not asked for."""
 
+    def wait(self, seconds: float) -> None:
+        """Until something may have changed, or that long."""
+
     def cancel(self, ids: Sequence[str]) -> None:
         """End jobs, queued and running; returns when they are told."""
 

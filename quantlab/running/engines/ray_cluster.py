@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,10 @@ class Ray:
             told = ", ".join(f"{k}: {v:g}" for k, v in asked.items() if v)
             return f"no node of the cluster has {told}"
         return "all nodes are busy"
+
+    def wait(self, seconds: float) -> None:
+        """That long."""
+        time.sleep(seconds)
 
     def cancel(self, ids: Sequence[str]) -> None:
         """End tasks; each has a moment to close its run."""

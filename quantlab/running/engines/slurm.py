@@ -6,6 +6,7 @@ import getpass
 import shlex
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -65,6 +66,10 @@ class Slurm:
             return {i: self._last.get(i, State("queued", reason="slurmctld does not answer")) for i in ids}
         self._last = {i: queue.get(i) or self._left(i) for i in ids}
         return self._last
+
+    def wait(self, seconds: float) -> None:
+        """That long."""
+        time.sleep(seconds)
 
     def cancel(self, ids: Sequence[str]) -> None:
         """``scancel``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from quantlab.tracking.values import process_is_alive, this_process
 from quantlab.vocabulary.launching import SubmititSettings
 
 _GRACE_S = 3.0
+_LOOK_S = 0.2
 
 
 class Submitted:
@@ -63,6 +65,10 @@ class Submitted:
         self._fill()
         waiting = {name for name, _ in self._waiting}
         return {i: self._state(i, waiting) for i in ids}
+
+    def wait(self, seconds: float) -> None:
+        """That long, or a moment: a free place is to be filled."""
+        time.sleep(min(seconds, _LOOK_S))
 
     def cancel(self, ids: Sequence[str]) -> None:
         """End the processes; they have a moment to close their runs."""
