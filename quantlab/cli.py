@@ -37,7 +37,8 @@ HELP = """quantlab: what does each quantization scheme cost in quality, and what
   quantlab -m key=a,b ...             run a grid:          quantlab -m backend=quanto,torchao dtype=int8,int4
   quantlab recipe=NAME [key=value]    run a recipe:        quantlab recipe=digits_backends, recipe=path/to/mine.yaml
   quantlab compare sweep=latest       which is better:     quantlab compare RUN_ID RUN_ID, experiment=NAME, metric=NAME,
-                                      margin=VALUE, --json, --csv FILE, --html FILE (outputs/reports/<sweep>.html)
+                                      margin=VALUE, --json, --csv FILE, --html FILE (outputs/reports/<sweep>.html),
+                                      --markdown (for issues and model cards)
   quantlab plan key=value ...         will it fit?         quantlab plan model=flux_dev backend=bitsandbytes dtype=nf4
                                       memory.device_gib=24 (any request; reads configurations, no weights; --json)
   quantlab reference export DIR key=value ...

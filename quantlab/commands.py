@@ -171,7 +171,8 @@ def export_reference(words: Sequence[str], flags: set[str]) -> int:
 def show_comparison(words: Sequence[str]) -> int:
     """Compare tracked runs: a table or JSON here, a page in a file and at the sweep's run, a CSV file if asked for."""
     from quantlab.report.compare import compare
-    from quantlab.report.comparison_data import write_csv
+    from quantlab.report.comparison_data import failure_data, group_data, write_csv
+    from quantlab.report.comparison_markdown import comparison_markdown
     from quantlab.report.comparison_table import show_groups
     from quantlab.report.html import page_data, write_page
     from quantlab.report.reading import open_reader
@@ -181,15 +182,18 @@ def show_comparison(words: Sequence[str]) -> int:
     reader = open_reader(request.tracking, Path.cwd())
     selection = select(request, reader)
     groups = compare(request, selection, reader)
-    data = page_data(groups, selection, reader)
+    failed = [failure_data(run) for run in selection.failed]
     if request.csv:
-        write_csv(data["groups"], data["failed"], request.csv)
+        write_csv([group_data(group) for group in groups], failed, request.csv)
     page = request.html or Path("outputs", "reports", f"{file_name(selection.title, 100)}.html")
-    write_page(data, page)
+    write_page(page_data(groups, selection, reader), page)
     logged = request.sweep and reader.add_artifact(selection.parents[0], page, "reports")
     if request.as_json:
-        told = ("title", "groups", "failed", "skipped")
-        print(json.dumps({k: v for k, v in data.items() if k in told}, indent=2))
+        compared = [group_data(group) for group in groups]
+        told = {"title": selection.title, "groups": compared, "failed": failed, "skipped": list(selection.skipped)}
+        print(json.dumps(told, indent=2))
+    elif request.as_markdown:
+        print(comparison_markdown(groups, selection))
     else:
         show_groups(terminal(160), groups, selection.failed, is_plain=request.is_plain, wide=request.is_wide)
     print(f"page: {printable(str(page))}{' (and at the run of the sweep)' if logged else ''}", file=sys.stderr)

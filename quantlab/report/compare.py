@@ -7,8 +7,9 @@ Against the reference the logged intervals are used: a fidelity metric is itself
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,8 @@ PLAIN = ("auto", "max")
 SAME_BITS = ("backend", "dtype", "group_size", "activation_dtype")
 """Settings in which a run and its twin of the plain algorithm agree."""
 LAYOUT = ("sample_id", "clusters", "strata")
+_Columns = dict[str, dict[str, list[Any]]]
+"""Run id -> the columns of its samples."""
 Labels = list[int] | None
 """The cluster, or the stratum, of each sample; None: each is its own, or all are of one."""
 
@@ -56,6 +59,7 @@ class Comparison:
     """Comparable runs under one metric. ``verdicts`` are by run name, against the reference; ``label`` tells groups
     apart."""
 
+    request: ComparisonRequest
     label: str
     protocol: str
     metric: str
@@ -95,13 +99,24 @@ def compare(request: ComparisonRequest, selection: Selection, reader: Reader) ->
     return [_compare_group(request, g, label, reader) for g, label in zip(groups, group_labels(groups), strict=True)]
 
 
-def _compare_group(request: ComparisonRequest, runs: Sequence[StoredRun], label: str, reader: Reader) -> Comparison:
+def by_metrics(group: Comparison, metrics: Iterable[str], reader: Reader) -> Iterator[Comparison]:
+    """The same runs under other metrics, without those in which they cannot be paired; no margin, it has a unit."""
+    known: _Columns = {}
+    for metric in metrics:
+        with contextlib.suppress(ConfigError, TrackingError):
+            request = replace(group.request, metric=metric, margin=0.0)
+            yield _compare_group(request, group.runs, group.label, reader, known)
+
+
+def _compare_group(
+    request: ComparisonRequest, runs: Sequence[StoredRun], label: str, reader: Reader, known: _Columns | None = None
+) -> Comparison:
     candidates = sorted((r for r in runs if is_candidate(r)), key=bytes_of)
     protocol = protocol_of(candidates[0])
     if not protocol:
         raise TrackingError(f"{request.typed}: {candidates[0].name!r} has no quality number; choose runs that ended")
-    samples = _Samples(request.typed, reader, request.metric or PROTOCOLS[protocol].HEADLINE[0])
-    metric = samples.metric
+    metric = request.metric or PROTOCOLS[protocol].HEADLINE[0]
+    samples = _Samples(request.typed, reader, metric, {} if known is None else known)
     _check_metric(metric, protocol, candidates, samples)
     points = front_of(candidates, metric)
     paired, notes = _paired(request, candidates, points)
@@ -120,6 +135,7 @@ def _compare_group(request: ComparisonRequest, runs: Sequence[StoredRun], label:
     if floor is None:
         notes.append("no floor is known: no other execution of the reference was measured, or each gave its outputs")
     return Comparison(
+        request=request,
         label=label,
         protocol=protocol,
         metric=metric,
@@ -175,16 +191,13 @@ class _Common:
 class _Samples:
     """Per-sample values of one metric, and of the one behind it, read once a run."""
 
-    def __init__(self, typed: str, reader: Reader, metric: str) -> None:
-        self.typed, self.metric, self._reader = typed, metric, reader
-        self._known: dict[str, dict[str, list[Any]]] = {}
+    def __init__(self, typed: str, reader: Reader, metric: str, known: _Columns) -> None:
+        self.typed, self.metric, self._reader, self._known = typed, metric, reader, known
 
     def of(self, run: StoredRun) -> dict[str, list[Any]]:
         """The columns of samples.json; empty where it is missing."""
         if run.run_id not in self._known:
-            data = read_json(self._reader, run, "samples.json")
-            wanted = (*LAYOUT, self.metric, error_metric(self.metric))
-            self._known[run.run_id] = {k: data[k] for k in wanted if k in data}
+            self._known[run.run_id] = read_json(self._reader, run, "samples.json")
         return self._known[run.run_id]
 
     def common(self, runs: Sequence[StoredRun]) -> _Common:

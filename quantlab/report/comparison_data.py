@@ -129,8 +129,8 @@ def group_data(group: Comparison) -> GroupData:
         "unquantized": unquantized(group.runs),
         "notes": list(group.notes),
         "rows": [_row(r, group) for r in in_order(group)],
-        "pairs": [{"a": v.a, "b": v.b, **_verdict(v)} for v in group.pairs],
-        "twins": [{"a": v.a, "b": v.b, **_verdict(v)} for v in group.twins],
+        "pairs": [{"a": v.a, "b": v.b, **verdict_data(v)} for v in group.pairs],
+        "twins": [{"a": v.a, "b": v.b, **verdict_data(v)} for v in group.twins],
     }
 
 
@@ -172,13 +172,14 @@ def _row(run: StoredRun, group: Comparison) -> RowData:
         "compression": m.get("memory/compression"),
         "is_simulated": bool(m.get("memory/is_simulated")),
         "coverage": m.get("quantization/coverage"),
-        "metrics": {name: _numbers(m, name) for name in shown_metrics(group) if f"quality/{name}" in m},
+        "metrics": {name: metric_numbers(m, name) for name in shown_metrics(group) if f"quality/{name}" in m},
         "on_front": run.name in group.front,
     }
-    return {**row, **_verdict(v)} if v else row
+    return {**row, **verdict_data(v)} if v else row
 
 
-def _numbers(metrics: Mapping[str, float], name: str) -> Numbers:
+def metric_numbers(metrics: Mapping[str, float], name: str) -> Numbers:
+    """A metric that a run has."""
     floor = largest_floor(metrics, name)
     return {
         "value": metrics[f"quality/{name}"],
@@ -188,7 +189,8 @@ def _numbers(metrics: Mapping[str, float], name: str) -> Numbers:
     }
 
 
-def _verdict(v: Verdict) -> VerdictData:
+def verdict_data(v: Verdict) -> VerdictData:
+    """One comparison."""
     d = v.difference
     return {
         "difference": d.value,

@@ -82,7 +82,7 @@ def comparison_sheet(group: Comparison) -> Sheet:
     off = len(runs) - len(shown)
     caption = (
         legend(row[: -len(extra) - 3] for row in rows),
-        _method(group),
+        method(group),
         f"{off} runs off the front are in the page and in --csv FILE" if off else "",
     )
     return Sheet(columns=columns, rows=rows, styles=styles, title="\n".join(first), caption=caption)
@@ -117,7 +117,8 @@ def pair_text(v: Verdict, metric: str) -> str:
     return f"{said}; {metric} differs by {d.value:.2g}{interval}, p {p_text(v.p_holm) or '-'}{ranked}"
 
 
-def _method(group: Comparison) -> str:
+def method(group: Comparison) -> str:
+    """How the verdicts were found, in a line."""
     margin = f", margin {group.margin:g}" if group.margin else ""
     floor = f"; floor: {group.floor.name}" if group.floor else "; no floor is known"
     front = f"* on the front of bytes and {group.metric}: surely better than all smaller schemes there"

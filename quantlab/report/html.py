@@ -7,11 +7,19 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypedDict
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from quantlab.errors import ConfigError
 from quantlab.metrics import METRICS
 from quantlab.report.compare import Comparison, bytes_of
-from quantlab.report.comparison_data import Failure, GroupData, failure_data, group_data
+from quantlab.report.comparison_data import (
+    Failure,
+    RowData,
+    failure_data,
+    group_data,
+    in_order,
+    metric_numbers,
+)
 from quantlab.report.figures import (
     CalibrationMap,
     ImageFigure,
@@ -24,18 +32,39 @@ from quantlab.report.figures import (
 )
 from quantlab.report.reading import Reader, StoredRun
 from quantlab.report.selection import Selection
+from quantlab.report.table import headline
 from quantlab.report.verdicts import RULES
+from quantlab.report.views import Axis, View, axes, axis_values, views
 from quantlab.tracking.results import Skipped
 from quantlab.tracking.tags import DEVICE, GIT_COMMIT
 
 MAX_DETAILED = 24
 """So many schemes are in the pictures and maps; the front comes first."""
 MAX_RECIPES = 1000
+SCRIPTS = ("elements", "state", "plot", "tables", "maps", "pictures", "page")
+"""The page's script, in the order in which its parts need one another."""
 
 
-class PageGroup(GroupData):
-    """One comparable group with its pictures, maps and recipes."""
+class PageRow(RowData):
+    """A run with all its metrics, its place on each axis, and its address."""
 
+    axes: dict[str, float]
+    link: str | None
+    """Of the run's page in MLflow, where the store is a server."""
+
+
+class PageGroup(TypedDict):
+    """One comparable group with its views, pictures, maps and recipes."""
+
+    label: str
+    protocol: str
+    metric: str
+    n: int
+    unquantized: list[str]
+    headline: list[str]
+    rows: list[PageRow]
+    views: dict[str, View]
+    axes: list[Axis]
     facts: dict[str, str]
     images: ImageFigure | None
     layers: LayerMap | None
@@ -86,12 +115,23 @@ def page_data(groups: Sequence[Comparison], selection: Selection, reader: Reader
 
 def _page_group(group: Comparison, reader: Reader) -> PageGroup:
     detailed = _detailed(group)
-    data = group_data(group)
+    data, found = group_data(group), views(group, reader)
     if len(detailed) < len(group.candidates):
         some = f"{len(detailed)} of {len(group.candidates)}"
-        data["notes"].append(f"pictures and maps show {some} schemes, the front first")
+        for view in found.values():
+            view["notes"].append(f"pictures and maps show {some} schemes, the front first")
     return {
-        **data,
+        "label": data["label"],
+        "protocol": data["protocol"],
+        "metric": group.metric,
+        "n": data["n"],
+        "unquantized": data["unquantized"],
+        "headline": headline(
+            group.protocol, [{"name": r.name, "status": r.status, "metrics": r.metrics} for r in group.runs]
+        ),
+        "rows": [_page_row(row, run, reader.uri) for row, run in zip(data["rows"], in_order(group), strict=True)],
+        "views": found,
+        "axes": axes(group.candidates),
         "facts": _facts(group),
         "images": image_figure(reader, detailed),
         "layers": layer_figure(reader, detailed),
@@ -101,15 +141,38 @@ def _page_group(group: Comparison, reader: Reader) -> PageGroup:
     }
 
 
+def _page_row(row: RowData, run: StoredRun, uri: str) -> PageRow:
+    names = [m for m in METRICS if f"quality/{m}" in run.metrics]
+    metrics = {**row["metrics"], **{name: metric_numbers(run.metrics, name) for name in names}}
+    return {**row, "metrics": metrics, "axes": axis_values(run), "link": run_address(uri, run)}
+
+
+def run_address(uri: str, run: StoredRun) -> str | None:
+    """The run's page in MLflow; None where the store is no server of the web."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https"):
+        return None
+    server = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return f"{server.rstrip('/')}/#/experiments/{quote(run.experiment_id)}/runs/{quote(run.run_id)}"
+
+
 def page(data: PageData) -> str:
     """The HTML text; nothing in the data can end the element that holds it."""
-    folder = Path(__file__).parent
-    text = {name: (folder / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
+    text = {name: _piece(f"page.{name}") for name in ("html", "css")}
     safe = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     title = f"{data['title']}: which scheme?".replace("&", "&amp;").replace("<", "&lt;")
-    parts = {"title": title, "style": text["css"], "script": text["js"], "data": safe}
+    parts = {
+        "title": title,
+        "style": text["css"],
+        "script": "\n".join(_piece(f"{name}.js") for name in SCRIPTS),
+        "data": safe,
+    }
     pieces = text["html"].split("{{")
     return pieces[0] + "".join(parts[name] + rest for name, _, rest in (p.partition("}}") for p in pieces[1:]))
+
+
+def _piece(name: str) -> str:
+    return (Path(__file__).parent / "page" / name).read_text(encoding="utf-8")
 
 
 def write_page(data: PageData, path: Path) -> None:

@@ -35,7 +35,7 @@ from quantlab.tracking.tags import (
 from quantlab.vocabulary.schema import TrackingConfig
 
 KEYS = ("sweep", "experiment", "metric", "margin", "tracking.uri", "tracking.experiment")
-FLAGS = ("--json", "--plain", "--wide")
+FLAGS = ("--json", "--markdown", "--plain", "--wide")
 USAGE = "quantlab compare sweep=latest, sweep=RUN_ID, experiment=NAME, or RUN_ID RUN_ID ..."
 _IRRELEVANT = (
     "evaluation.num_bootstrap",
@@ -60,6 +60,7 @@ class ComparisonRequest:
     """The smallest difference that matters, in the metric's unit."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     as_json: bool = False
+    as_markdown: bool = False
     is_plain: bool = False
     is_wide: bool = False
     csv: Path | None = None
@@ -121,6 +122,7 @@ def parse_request(words: Sequence[str]) -> ComparisonRequest:
         metric=metric_called(values.get("metric", "")),
         margin=_margin(values.get("margin", "0")),
         as_json="--json" in flags,
+        as_markdown="--markdown" in flags,
         is_plain="--plain" in flags,
         is_wide="--wide" in flags,
         csv=files.get("--csv"),

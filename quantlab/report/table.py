@@ -158,7 +158,7 @@ def sheet_columns(shown: Sequence[str], first: str = "") -> list[Column]:
     return [Column(title=t, is_text=i == 0, keep=keep[t] if t in keep else KEEP[t]) for i, t in enumerate(titles)]
 
 
-def _in_markdown(text: str) -> str:
+def in_markdown(text: str) -> str:
     """One cell: nothing in it ends the cell, opens an element or a link."""
     shown = printable(text, 200)
     return "".join(f"\\{c}" if c in "|<[`*\\" else c for c in shown)
@@ -170,7 +170,7 @@ def markdown(rows: Sequence[Row], protocol: str) -> str:
     head = columns(shown)
     lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] + ["---:"] * (len(head) - 1)) + "|"]
     lines += [
-        "| " + " | ".join(_in_markdown(c) for c in cells(row, shown)) + " |"
+        "| " + " | ".join(in_markdown(c) for c in cells(row, shown)) + " |"
         for row in rows
         if row["status"] != "SKIPPED"
     ]

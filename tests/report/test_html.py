@@ -6,37 +6,21 @@ import base64
 import io
 import json
 import re
-import shutil
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from quantlab.report.compare import compare
 from quantlab.report.figures import image_figure, layer_figure
-from quantlab.report.html import page, page_data, write_page
-from quantlab.report.reading import StoredRun, open_reader
-from quantlab.report.selection import parse_request, select
+from quantlab.report.html import page, write_page
+from quantlab.report.reading import StoredRun
 from quantlab.tracking.pictures import SAMPLE_ARRAYS, write_samples
-from tests.support.comparison_store import SCHEMES, Sweep, shared_sweep
+from tests.support.browser import find, look, row_names
+from tests.support.comparison_store import SCHEMES
 
 HOSTILE = "</script><img src=x onerror=document.title='taken'> & <b>"
-
-
-@pytest.fixture
-def sweep(template) -> Sweep:
-    return shared_sweep(template)
-
-
-@pytest.fixture
-def data(sweep):
-    request = parse_request(["sweep=latest"])
-    reader = open_reader(request.tracking, sweep.folder)
-    selection = select(request, reader)
-    return page_data(compare(request, selection, reader), selection, reader)
 
 
 # -- the file
@@ -151,33 +135,6 @@ def test_layers_of_two_components_have_a_row_each(tmp_path):
 # -- in a browser
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    chromium = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
-    driver = shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("no chromium with chromedriver here: the page is not looked at")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium here: the page is not looked at")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield started
-    started.quit()
-
-
 @pytest.fixture
 def opened(browser, data, tmp_path):
     """The page in the browser, without an error so far; :func:`look` loads it at a width."""
@@ -189,28 +146,14 @@ def opened(browser, data, tmp_path):
     assert browser.get_log("browser") == []
 
 
-def look(browser, path: Path, width: int = 1200) -> None:
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.get(path.as_uri())
-
-
-def find(browser, css: str):
-    return browser.find_elements("css selector", css)
-
-
-def names(browser) -> list[str]:
-    return [e.get_attribute("data-name") for e in find(browser, "section:nth-of-type(2) tbody tr")]
-
-
 def test_a_click_on_a_heading_sorts_and_a_second_one_turns_the_order(opened):
-    assert names(opened)[:3] == ["int4 a", "int4 b", "int8 a"]
+    assert row_names(opened)[:3] == ["int4 a", "int4 b", "int8 a"]
     heading = next(b for b in find(opened, "th button") if b.text.startswith("latent_rel_mse"))
     heading.click()
-    best_first = names(opened)
+    best_first = row_names(opened)
     assert best_first[:3] == ["reference", "int8 b", "int8 a"]
     heading.click()
-    assert names(opened) == best_first[::-1]
+    assert row_names(opened) == best_first[::-1]
     assert "descending" in [e.get_attribute("aria-sort") for e in find(opened, "th[aria-sort]")]
 
 
@@ -294,7 +237,7 @@ def test_failures_and_skipped_combinations_are_listed_with_their_reason(opened):
     assert "gguf has no nf4" in text
 
 
-@pytest.mark.parametrize("width", [1200, 800])
+@pytest.mark.parametrize("width", [1200, 800, 390, 320])
 def test_the_body_does_not_scroll_sideways(browser, data, tmp_path, width):
     write_page(data, tmp_path / "page.html")
     look(browser, tmp_path / "page.html", width)
@@ -310,6 +253,6 @@ def test_hostile_names_are_text_in_the_browser(browser, data, tmp_path):
             row["name"] = HOSTILE
     write_page(data, tmp_path / "page.html")
     look(browser, tmp_path / "page.html")
-    assert HOSTILE in names(browser)
+    assert HOSTILE in row_names(browser)
     assert browser.title == "small grid-" + data["title"].partition("-")[2] + ": which scheme?"
     assert browser.get_log("browser") == []

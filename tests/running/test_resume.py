@@ -29,7 +29,7 @@ MAKE_NONE = [
     "docs.py",
     "errors.py",
     "report/compare.py",
-    "report/page.js",
+    "report/page/page.js",
     "tracking/run.py",
     "planning/listing.py",
     "running/engines.py",

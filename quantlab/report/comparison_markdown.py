@@ -1,0 +1,55 @@
+"""A comparison as Markdown, for issues, model cards and the description of a sweep in MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quantlab.progress import printable
+from quantlab.report.compare import Comparison
+from quantlab.report.comparison_data import failure_data, in_order, unquantized
+from quantlab.report.comparison_table import answer_lines, method, p_text, verdict_text
+from quantlab.report.selection import Selection
+from quantlab.report.table import cells, columns, headline, in_markdown, legend
+from quantlab.tracking.results import Measured
+
+MAX_ROWS = 60
+"""A longer table is no help to who reads it in a description; the page and the CSV file have all."""
+
+
+def comparison_markdown(groups: Sequence[Comparison], selection: Selection) -> str:
+    """Tables, answers and method of all groups, then what failed."""
+    parts = [_group(group) for group in groups]
+    failed = [failure_data(run) for run in selection.failed]
+    lines = [f"- {_text(f['name'])} at {_text(f['stage'])}: {_text(f['error'])}" for f in failed]
+    if lines:
+        parts.append("\n".join(["**Failed**", "", *lines]))
+    return "\n\n".join(parts)
+
+
+def _group(group: Comparison) -> str:
+    runs = in_order(group)
+    off = max(0, len(runs) - MAX_ROWS)
+    measured: list[Measured] = [
+        {"name": r.name, "status": r.status, "metrics": r.metrics} for r in (runs[:MAX_ROWS] if off else runs)
+    ]
+    shown = list(dict.fromkeys([group.metric, *headline(group.protocol, measured)]))
+    head = [*columns(shown)[:-2], "front", f"verdict on {group.metric}"]  # without coverage and seconds
+    table, marks = [], []
+    for row in measured:
+        found = cells(row, shown)[:-2]
+        v = group.verdicts.get(row["name"])
+        said = f"{verdict_text(v, group)} (p {p_text(v.p_holm) or '-'})" if v else ""
+        marks.append(found)
+        table.append([*found, "★" if row["name"] in group.front else "", said])
+    lines = [f"**{_text(group.label)}**", ""] if group.label else []
+    lines += [f"{_text(line)}." for line in unquantized(group.runs)]
+    lines += ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 3) + "---|---|"]
+    lines += ["| " + " | ".join(in_markdown(c) for c in row) + " |" for row in table]
+    more = [f"and {off} more rows"] if off else []
+    told = [*more, *answer_lines(group), *group.notes, method(group).replace("*", "★", 1), legend(marks)]
+    return "\n".join([*lines, "", *(f"- {_text(line)}" for line in told if line)])
+
+
+def _text(text: str) -> str:
+    """A line of prose: nothing in it is an element, a link, code or emphasis."""
+    return in_markdown(printable(text, 1000))

@@ -1,0 +1,157 @@
+"use strict";
+// Elements, numbers, downloads: what everything below is made of.
+const DATA = JSON.parse(document.getElementById("data").textContent);
+const MIB = 1024 ** 2, GIB = 1024 ** 3;
+const SHAPES = ["circle", "square", "triangle", "diamond", "down", "cross"];
+const COLOURS = 7; // --c0 to --c6 in the styles
+const RAMP = [[247, 251, 255], [198, 219, 239], [107, 174, 214], [33, 113, 181], [8, 48, 107]];
+const SVG = "http://www.w3.org/2000/svg";
+
+function make(tag, attributes, ...children) {
+  const svg = ["svg", "g", "path", "line", "rect", "text", "circle"].includes(tag);
+  const node = svg ? document.createElementNS(SVG, tag) : document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes || {})) {
+    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+    else if (value !== null && value !== undefined && value !== false) node.setAttribute(key, value);
+  }
+  node.append(...children.filter((c) => c !== null && c !== undefined));
+  return node;
+}
+
+function drawing(width, height, attributes, ...children) {
+  return make("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", ...attributes }, ...children);
+}
+
+function section(title, hint, ...children) {
+  return make("section", {}, make("h2", {}, title), hint ? make("p", { class: "hint" }, hint) : null, ...children);
+}
+
+function button(text, onclick, attributes) {
+  return make("button", { type: "button", onclick, ...attributes }, text);
+}
+
+function chooser(id, options, chosen, onchange) {
+  const node = make("select", { id }, ...options.map(([value, text]) => make("option", { value, selected: value === chosen ? "" : null }, text)));
+  node.addEventListener("change", () => onchange(node.value));
+  return node;
+}
+
+const PEN = document.createElement("canvas").getContext("2d"), FONT = getComputedStyle(document.body).fontFamily;
+function textWidth(text, size = 12.5, weight = 400) {
+  PEN.font = `${weight} ${size}px ${FONT}`;
+  return PEN.measureText(text).width;
+}
+
+// -- numbers
+
+function number(value, digits = 3) {
+  if (value === null || value === undefined) return "";
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  if (size < 1e-3 || size >= 1e5) return value.toExponential(1).replace("+", "").replaceAll("-", "\u2212");
+  return (size >= 100 ? value.toFixed(1) : value.toPrecision(digits)).replace("-", "\u2212");
+}
+
+function interval(low, high) {
+  return low === null || low === undefined || low === high ? "" : `${number(low)} to ${number(high)}`;
+}
+
+function unitOf(metric) {
+  const unit = (DATA.metrics[metric] || {}).unit;
+  return unit && unit !== "1" && unit !== "fraction" ? unit : "";
+}
+
+function direction(metric) {
+  const up = DATA.metrics[metric].higher_is_better;
+  return up === null ? "" : up ? "higher is better" : "lower is better";
+}
+
+function bytes(value) {
+  if (value === null || value === undefined) return "";
+  return value >= GIB ? `${(value / GIB).toFixed(2)} GiB` : `${(value / MIB).toFixed(2)} MiB`;
+}
+
+function probability(p) {
+  return p === null || p === undefined ? "" : p < 0.001 ? "< 0.001" : p.toFixed(3);
+}
+
+function slug(text) {
+  return text.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "") || "scheme";
+}
+
+// -- what leaves the page
+
+function webAddress(text) { // an address that a link may have: of the web, and of nothing else
+  try {
+    const url = new URL(text);
+    return ["http:", "https:"].includes(url.protocol) ? url.href : null;
+  } catch (_) { return null; }
+}
+
+function save(name, kind, text) {
+  const link = make("a", { href: URL.createObjectURL(new Blob([text], { type: kind })), download: name });
+  document.body.append(link);
+  link.click();
+  link.remove();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}
+
+function csv(lines) { // text that a spreadsheet would take for a formula begins with an apostrophe
+  const cell = (v) => {
+    if (v === null || v === undefined) return "";
+    const text = typeof v === "string" && /^[=+\-@\t\r]/.test(v) ? `'${v}` : String(v);
+    return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  return lines.map((line) => line.map(cell).join(",") + "\r\n").join("");
+}
+
+const STYLED = ["fill", "fill-opacity", "stroke", "stroke-width", "stroke-dasharray", "stroke-opacity", "font-size", "font-weight", "font-family", "text-anchor", "paint-order", "stroke-linejoin"];
+
+function svgText(pieces) { // [svg, x, y] ... as one file, which looks alone as it does here
+  const width = Math.max(...pieces.map(([s, x]) => x + Number(s.getAttribute("width"))));
+  const height = Math.max(...pieces.map(([s, , y]) => y + Number(s.getAttribute("height"))));
+  const whole = make("svg", { xmlns: SVG, width, height, viewBox: `0 0 ${width} ${height}` });
+  whole.append(make("rect", { width, height, fill: getComputedStyle(pieces[0][0].closest("section")).backgroundColor }));
+  for (const [svg, x, y] of pieces) {
+    const copy = svg.cloneNode(true), group = make("g", { transform: `translate(${x} ${y})` });
+    const [here, there] = [svg, copy].map((node) => [...node.querySelectorAll("*")]);
+    here.forEach((node, i) => {
+      const style = getComputedStyle(node);
+      there[i].removeAttribute("style");
+      for (const name of STYLED) if (style.getPropertyValue(name)) there[i].setAttribute(name, style.getPropertyValue(name));
+      for (const name of ["class", "tabindex", "data-name"]) there[i].removeAttribute(name);
+      const tip = there[i].getAttribute("data-tip");
+      if (tip) { there[i].removeAttribute("data-tip"); const title = document.createElementNS(SVG, "title"); title.textContent = tip; there[i].append(title); }
+    });
+    group.append(...copy.childNodes);
+    whole.append(group);
+  }
+  return new XMLSerializer().serializeToString(whole);
+}
+
+function saveSvg(name, pieces) {
+  return button("SVG", () => save(`${slug(DATA.title)}-${name}.svg`, "image/svg+xml", svgText(pieces())), { class: "save", "data-save": name, title: "Save this figure" });
+}
+
+// -- tooltip
+
+const tip = document.getElementById("tip");
+function showTip(node, x, y) {
+  tip.textContent = node.getAttribute("data-tip");
+  tip.hidden = false;
+  const own = tip.getBoundingClientRect();
+  tip.style.left = `${Math.max(8, Math.min(x + 14, innerWidth - own.width - 8))}px`;
+  tip.style.top = `${y + 18 + own.height > innerHeight ? Math.max(8, y - own.height - 12) : y + 18}px`;
+}
+document.addEventListener("mousemove", (event) => {
+  const node = event.target.closest ? event.target.closest("[data-tip]") : null;
+  if (node) showTip(node, event.clientX, event.clientY);
+  else tip.hidden = true;
+});
+document.addEventListener("focusin", (event) => {
+  if (!event.target.hasAttribute("data-tip")) return;
+  const own = event.target.getBoundingClientRect();
+  showTip(event.target, own.right, own.bottom);
+});
+document.addEventListener("focusout", () => { tip.hidden = true; });
+document.addEventListener("scroll", () => { tip.hidden = true; }, true);

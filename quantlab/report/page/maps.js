@@ -1,0 +1,75 @@
+// Heat maps: names and headings stay while the cells scroll; a number stands in a cell only where it can be read.
+function colour(t) {
+  const at = Math.max(0, Math.min(1, t)) * (RAMP.length - 1), i = Math.min(RAMP.length - 2, Math.floor(at));
+  return RAMP[i].map((v, k) => Math.round(v + (RAMP[i + 1][k] - v) * (at - i)));
+}
+
+function luminance(rgb) {
+  const [r, g, b] = rgb.map((v) => (v / 255 <= 0.03928 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+}
+
+function inkOn(rgb) { // of black and white the one with more contrast
+  const l = luminance(rgb);
+  return (l + 0.05) / 0.05 > 1.05 / (l + 0.05) ? "#000000" : "#ffffff";
+}
+
+function heatMap(map, width, file) {
+  const { rows, columns, values } = map;
+  const flat = values.flat().filter((v) => v !== null);
+  const log = map.log && flat.every((v) => v > 0) && flat.length > 0, f = log ? Math.log10 : (v) => v;
+  const low = Math.min(...flat.map(f)), high = Math.max(...flat.map(f));
+  const t = (v) => (map.higher_is_better ? high - f(v) : f(v) - low) / (high - low || 1);
+  const factor = map.percent ? 100 : 1, unit = map.percent ? "%" : map.unit, digits = map.percent ? 2 : 3;
+  const show = (v) => number(factor * v, digits);
+  const widest = (texts) => Math.max(...texts.map((text) => textWidth(text, 12)), 6);
+  const left = widest(rows) + 16, words = widest(columns), longest = widest([flat.map(show).reduce((a, b) => (b.length > a.length ? b : a), "0")]) + 6; // what the longest number takes
+  const slant = words + 6 > Math.max(24, (width - left) / columns.length), rise = Math.sin(0.7), run = Math.cos(0.7);
+  const top = slant ? words * rise + 22 : 26, right = slant ? words * run + 6 : 6;
+  const least = slant ? 19 : Math.max(24, words + 6);
+  const w = Math.max(least, Math.min(96, (width - left - right) / columns.length)), h = rows.length > 120 && w < longest ? 14 : 22;
+  const across = w * columns.length + right, down = h * rows.length + 2, hasNumbers = w >= longest && h >= 20;
+  const head = drawing(across, top, { role: null, "aria-hidden": "true" }), names = drawing(left, down, { role: null, "aria-hidden": "true" });
+  const cells = drawing(across, down, { "aria-label": map.title });
+  columns.forEach((c, j) => {
+    const x = w * (j + 0.5);
+    head.append(make("text", slant ? { transform: `translate(${x - 2} ${top - 6}) rotate(-40)`, class: "tick" } : { x, y: top - 8, "text-anchor": "middle", class: "tick" }, c));
+  });
+  rows.forEach((name, i) => {
+    names.append(make("text", { x: left - 8, y: h * (i + 0.5) + 4, "text-anchor": "end", class: "tick" }, name));
+    columns.forEach((c, j) => {
+      const v = values[i][j], at = { x: w * j, y: h * i, width: Math.max(1, w - 1), height: h - 1 };
+      const rgb = v === null ? null : colour(t(v));
+      cells.append(make("rect", { ...at, ...(rgb ? { style: `fill:rgb(${rgb})` } : {}), class: "heat", "data-tip": `${map.tip(name, c)}\n${v === null ? "not quantized" : `${map.metric} ${show(v)} ${unit}`}` }));
+      if (v === null || !hasNumbers) return;
+      cells.append(make("text", { x: at.x + w / 2, y: at.y + h / 2 + 4, "text-anchor": "middle", class: "cell", style: `fill:${inkOn(rgb)}` }, show(v)));
+    });
+  });
+  const ends = (map.higher_is_better ? [high, low] : [low, high]).map((v) => show(log ? 10 ** v : v));
+  const bar = `linear-gradient(90deg, ${[0, 0.25, 0.5, 0.75, 1].map((s) => `rgb(${colour(s)})`).join(",")})`;
+  const legend = make("div", { class: "legend" }, make("span", {}, `${map.metric}${unit ? ` [${unit}]` : ""}:`),
+    make("span", {}, `${ends[0]} `, make("span", { class: "ramp", style: `background:${bar}` }), ` ${ends[1]}`), make("span", {}, "darker is worse"),
+    hasNumbers ? null : make("span", { class: "screen" }, "point at a cell for its number"),
+    saveSvg(file, () => [[head, left, 0], [names, 0, top], [cells, left, top]]));
+  const stay = left < width * 0.45 ? " stay" : "", zoom = Math.min(1, 690 / (left + across)); // long names scroll away on a narrow screen; paper holds all
+  return [legend, make("div", { class: "map-frame", tabindex: 0 }, make("div", { class: "map-grid", style: `grid-template-columns:${left}px ${across}px;--print-zoom:${zoom.toFixed(3)}` },
+    make("div", { class: `map-corner${stay}` }), make("div", { class: "map-head" }, head), make("div", { class: `map-names${stay}` }, names), make("div", {}, cells)))];
+}
+
+function chosenColumns(map) { // of a map whose columns are schemes, those that are shown
+  const kept = map.columns.map((name, j) => (isNamed(name) ? j : -1)).filter((j) => j >= 0);
+  return { ...map, columns: kept.map((j) => map.columns[j]), values: map.values.map((row) => kept.map((j) => row[j])) };
+}
+
+function chosenRows(map) {
+  const kept = map.rows.map((name, i) => (isNamed(name) ? i : -1)).filter((i) => i >= 0);
+  return { ...map, rows: kept.map((i) => map.rows[i]), values: kept.map((i) => map.values[i]) };
+}
+
+function calibrationMaps(room) {
+  const maps = group().calibrated.filter((m) => isNamed(m.name)), place = make("div", {});
+  if (!maps.length) return null;
+  const show = (i) => place.replaceChildren(...heatMap({ ...maps[i], unit: "dB", higher_is_better: true, tip: (layer, step) => `${layer}\nstep ${step}` }, room, "calibration"));
+  show(0);
+  return [make("div", { class: "controls" }, make("label", {}, "scheme ", chooser("calibrated", maps.map((m, i) => [String(i), m.name]), "0", (i) => show(Number(i))))), place];
+}

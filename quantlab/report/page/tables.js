@@ -1,0 +1,109 @@
+// Tables that a click on a heading sorts; on a narrow screen each row is a card.
+function sortable(columns, rows, start, detail, longest = 60) {
+  let by = start, up = !columns[start].down;
+  const open = new Set();
+  const body = make("tbody"), head = make("tr");
+  const heads = columns.map((c, i) => make("th", { class: `${c.text ? "text" : ""}${c.away ? " away" : ""}`, scope: "col" }, c.value
+    ? make("button", { type: "button", onclick: () => { up = by === i ? !up : !c.down; by = i; draw(); } }, make("span", { class: "title" }, c.title), c.sub ? make("small", {}, c.sub) : null)
+    : make("span", { class: "plain" }, c.title)));
+  head.append(...heads);
+  const compareRows = (a, b) => {
+    const [va, vb] = [columns[by].value(a), columns[by].value(b)];
+    if (va === vb) return 0;
+    if (va === null || va === undefined || va === "") return 1;
+    if (vb === null || vb === undefined || vb === "") return -1;
+    const order = typeof va === "string" ? va.localeCompare(vb, undefined, { numeric: true }) : va - vb;
+    return up ? order : -order;
+  };
+  function draw() {
+    heads.forEach((h, i) => (i === by ? h.setAttribute("aria-sort", up ? "ascending" : "descending") : h.removeAttribute("aria-sort")));
+    body.replaceChildren(...[...rows].sort(compareRows).flatMap((row) => {
+      const toggle = () => { open.has(row) ? open.delete(row) : open.add(row); draw(); };
+      const cells = columns.map((c) => {
+        const inside = [c.cell(row, toggle, open.has(row))].flat().filter((x) => x !== "" && x !== null && x !== undefined);
+        const label = c.name || c.away || c.title === "\u2605" ? null : [c.title, c.sub && c.sub.length < 20 ? c.sub : ""].filter(Boolean).join(" ");
+        return make("td", { class: `${c.text ? "text" : "num"}${c.name ? " name" : ""}${c.away ? " away" : ""}${inside.length ? "" : " empty"}`, "data-label": label }, make("div", {}, ...inside));
+      });
+      const line = make("tr", { class: row.role === "baseline" ? "baseline" : null, "data-name": row.name, id: row.anchor }, ...cells);
+      return open.has(row) ? [line, make("tr", { class: "detail" }, make("td", { colspan: columns.length }, ...detail(row)))] : [line];
+    }));
+  }
+  draw();
+  return make("div", { class: rows.length > longest ? "wide scroll" : "wide" }, make("table", {}, make("thead", {}, head), body));
+}
+
+const KINDS = { "inside the floor": "floor", worse: "worse", better: "better", "inside the margin": "margin", "worse by rank": "worse", "better by rank": "better" };
+
+function pill(verdict, text) {
+  return verdict ? make("span", { class: `pill ${KINDS[verdict] || ""}` }, text || verdict) : "";
+}
+
+function schemeTable() {
+  const metrics = [...new Set([state.metric, ...group().headline])], ids = anchors(state.group);
+  const quality = (name) => ({
+    title: name, sub: [unitOf(name), direction(name)].filter(Boolean).join(", "), down: DATA.metrics[name].higher_is_better,
+    value: (r) => r.metrics[name]?.value, cell: (r) => {
+      const m = r.metrics[name], range = m ? interval(m.ci_lo, m.ci_hi) : "";
+      return m ? [number(m.value), range ? make("span", { class: "interval" }, range) : ""] : "";
+    },
+  });
+  const extra = ["weights_bytes", "bits_per_weight_model", "bits_per_weight_quantized"].includes(axis().key) ? [] : [{
+    title: axis().title, sub: axisScale(group().rows).unit, down: axis().higher_is_better, value: axisOf, cell: (r) => number(axisOf(r) === undefined ? null : axisOf(r) / axisScale(group().rows).by),
+  }];
+  const columns = [
+    { title: "scheme", text: true, name: true, value: (r) => r.name, cell: (r) => make("span", { class: "who" }, r.role === "candidate" ? key(r.backend) : null, make("span", {}, r.name), make("a", { class: "anchor", href: `#${r.anchor}`, title: "Address of this row" }, "#")) },
+    { title: "bits", sub: "per weight", value: (r) => r.bits_per_weight_model, cell: (r) => r.bits_per_weight_model?.toFixed(2) ?? "" },
+    { title: "bits", sub: "in quantized layers", value: (r) => r.bits_per_weight_quantized, cell: (r) => r.bits_per_weight_quantized?.toFixed(2) ?? "" },
+    { title: "size", sub: "MiB", value: (r) => r.weights_bytes, cell: (r) => (r.is_simulated ? "~" : "") + (r.weights_bytes ? (r.weights_bytes / MIB).toFixed(2) : "") },
+    { title: "saving", sub: "of 16 bit", down: true, value: (r) => r.compression, cell: (r) => (r.compression ? `${r.compression.toFixed(2)}\u00d7` : "") },
+    quality(metrics[0]),
+    { title: "verdict", text: true, value: (r) => verdictOf(r)?.verdict, cell: (r) => (verdictOf(r) ? [pill(verdictOf(r).verdict), make("span", { class: "interval" }, `p ${probability(verdictOf(r).p_holm)}`)] : "") },
+    { title: "\u2605", text: true, down: true, value: (r) => Number(onFront(r)), cell: (r) => (onFront(r) ? make("span", { "data-tip": view().is_tested ? "Surely better than every smaller scheme on the front" : "No other scheme is smaller and better" }, "\u2605") : "") },
+    ...extra, ...metrics.slice(1).map(quality),
+    { title: "again", text: true, away: true, cell: (r, toggle, isOpen) => [
+      group().recipes[r.run_id] ? button(isOpen ? "close" : "recipe", toggle, { class: "again", "aria-expanded": isOpen }) : "",
+      r.link && webAddress(r.link) ? make("a", { class: "run", href: webAddress(r.link), target: "_blank", rel: "noopener noreferrer", title: "The run in MLflow" }, "run\u2009\u2197") : ""] },
+  ];
+  const rows = shownRows().map((r) => ({ ...r, anchor: ids[r.name] }));
+  return sortable(columns, rows, 2, reproduce, 200);
+}
+
+function saveCsv() {
+  const metrics = [...new Set(group().rows.flatMap((r) => Object.keys(r.metrics)))], axes = group().axes;
+  const head = ["scheme", "run_id", "role", "backend", ...axes.map((a) => a.key), "compression", "coverage", "is_simulated",
+    ...metrics.flatMap((m) => [m, `${m}/ci_lo`, `${m}/ci_hi`]), `verdict on ${state.metric}`, "p_holm", "on_front"];
+  const lines = shownRows().map((r) => [r.name, r.run_id, r.role, r.backend, ...axes.map((a) => r.axes[a.key]), r.compression, r.coverage, r.is_simulated,
+    ...metrics.flatMap((m) => [r.metrics[m]?.value, r.metrics[m]?.ci_lo, r.metrics[m]?.ci_hi]), verdictOf(r)?.verdict, verdictOf(r)?.p_holm, onFront(r)]);
+  return button("CSV", () => save(`${slug(DATA.title)}.csv`, "text/csv", csv([head, ...lines])), { class: "save", "data-save": "csv", title: "Save the rows that are shown" });
+}
+
+function reproduce(row) {
+  const file = `${slug(row.name)}.yaml`, text = group().recipes[row.run_id];
+  const pre = make("pre", { tabindex: 0 }, text);
+  const copy = button("copy recipe", () => copyText(text, pre, copy), { class: "copy" });
+  return [make("div", {}, "Save as ", make("code", {}, file), " and run ", make("code", {}, `quantlab recipe=${file}`), " ", copy), pre,
+    make("div", { class: "hint" }, "With the run's own weights, and each number compared: ", make("code", {}, `quantlab reproduce ${row.run_id}`))];
+}
+
+function copyText(text, pre, copy) {
+  const select = () => { getSelection().selectAllChildren(pre); document.execCommand("copy"); };
+  const said = () => { copy.textContent = "copied"; setTimeout(() => { copy.textContent = "copy recipe"; }, 1500); };
+  if (!navigator.clipboard) { select(); said(); return; }
+  navigator.clipboard.writeText(text).catch(select).finally(said);
+}
+
+function winner(v) {
+  const rank = v.verdict.endsWith(" by rank") ? " by rank" : "";
+  return v.verdict.startsWith("better") ? `${v.a} is better${rank}` : v.verdict.startsWith("worse") ? `${v.b} is better${rank}` : v.verdict;
+}
+
+function pairTable(pairs) {
+  const columns = [
+    { title: "scheme A", text: true, name: true, value: (v) => v.a, cell: (v) => v.a },
+    { title: "scheme B", text: true, value: (v) => v.b, cell: (v) => v.b },
+    { title: "A \u2212 B", sub: state.metric, value: (v) => v.difference, cell: (v) => [number(v.difference), make("span", { class: "interval" }, interval(v.ci_lo, v.ci_hi))] },
+    { title: "p", sub: "Holm", down: true, value: (v) => v.p_holm, cell: (v) => [probability(v.p_holm), v.share_worse === null ? "" : make("span", { class: "interval" }, `rank ${probability(v.p_rank)}`)] },
+    { title: "verdict", text: true, value: winner, cell: (v) => pill(/^(better|worse)/.test(v.verdict) ? "better" : v.verdict, winner(v)) },
+  ];
+  return sortable(columns, pairs, 3, () => [], 12);
+}

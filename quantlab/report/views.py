@@ -1,0 +1,147 @@
+"""What a reader of the page can choose: under which metric schemes are compared, and against what they are plotted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+from quantlab.metrics import METRICS
+from quantlab.report.compare import Comparison, by_metrics, front_of
+from quantlab.report.comparison_data import PairData, VerdictData, group_data, verdict_data
+from quantlab.report.reading import Reader, StoredRun
+from quantlab.report.verdicts import largest_floor
+
+STAGE_TIMES = frozenset(
+    f"perf/{stage}_s"
+    for stage in ("load", "observe", "calibrate", "quantize", "evidence", "warm_up", "attribute", "track", "export")
+)
+"""How long a run's own stages took is nothing that a scheme is chosen by."""
+_FIRST = {
+    "memory/weights_bytes": ("weights_bytes", "size of the weights", "bytes"),
+    "memory/bits_per_weight_model": ("bits_per_weight_model", "bits per weight", ""),
+    "memory/bits_per_weight_quantized": ("bits_per_weight_quantized", "bits per weight in quantized layers", ""),
+    "memory/needed_bytes": ("needed_bytes", "memory needed on the GPU", "bytes"),
+    "memory/evaluate/peak_alloc_bytes": ("peak_alloc_bytes", "peak GPU memory of the evaluation", "bytes"),
+    "memory/evaluate/peak_rss_bytes": ("peak_rss_bytes", "peak memory of the evaluation", "bytes"),
+    "memory/disk_bytes_model": ("disk_bytes", "size on the disk", "bytes"),
+}
+"""Tracked name -> the axis' key, title and unit."""
+_UNITS = {"_ms_per_token": "ms/token", "_tokens_per_s": "tokens/s", "_per_s": "1/s", "_ms": "ms", "_s": "s"}
+ON_A_CPU = "Times on a CPU: the order of the schemes on a GPU may be another."
+IN_ONE_PROCESS = (
+    "The peak also holds the process, the reference and what earlier jobs left: isolate jobs to compare it."
+)
+
+
+class Axis(TypedDict):
+    """What a scheme's metric is plotted against; bytes are written as MiB or GiB by the page."""
+
+    key: str
+    title: str
+    unit: str
+    higher_is_better: bool
+    note: str
+
+
+class View(TypedDict):
+    """The comparison under one metric."""
+
+    metric: str
+    unit: str
+    higher_is_better: bool | None
+    is_tested: bool
+    """False: not a mean over samples, so that values are shown and differences not judged."""
+    floor: float | None
+    floor_name: str | None
+    front: list[str]
+    notes: list[str]
+    verdicts: dict[str, VerdictData]
+    pairs: list[PairData]
+    twins: list[PairData]
+
+
+def metrics_of(group: Comparison) -> list[str]:
+    """The metrics that all candidates have and that have a better direction, the comparison's own first."""
+    found = [
+        m.name
+        for m in METRICS.values()
+        if m.higher_is_better is not None and all(f"quality/{m.name}" in r.metrics for r in group.candidates)
+    ]
+    return list(dict.fromkeys([group.metric, *found]))
+
+
+def views(group: Comparison, reader: Reader) -> dict[str, View]:
+    """Metric -> the comparison under it; the comparison's own first."""
+    metrics = metrics_of(group)
+    tested = {g.metric: g for g in (group, *by_metrics(group, metrics[1:], reader))}
+    return {m: _tested(tested[m]) if m in tested else _untested(group, m) for m in metrics}
+
+
+def _tested(group: Comparison) -> View:
+    data = group_data(group)
+    return {
+        "metric": group.metric,
+        "unit": data["unit"],
+        "higher_is_better": data["higher_is_better"],
+        "is_tested": True,
+        "floor": data["floor"],
+        "floor_name": data["floor_name"],
+        "front": data["front"],
+        "notes": data["notes"],
+        "verdicts": {name: verdict_data(v) for name, v in group.verdicts.items()},
+        "pairs": data["pairs"],
+        "twins": data["twins"],
+    }
+
+
+def _untested(group: Comparison, metric: str) -> View:
+    floor = largest_floor(group.candidates[0].metrics, metric)
+    return {
+        "metric": metric,
+        "unit": METRICS[metric].unit,
+        "higher_is_better": METRICS[metric].higher_is_better,
+        "is_tested": False,
+        "floor": floor.value if floor else None,
+        "floor_name": floor.name if floor else None,
+        "front": [r.name for r in front_of(group.candidates, metric)],
+        "notes": [],
+        "verdicts": {},
+        "pairs": [],
+        "twins": [],
+    }
+
+
+def axes(runs: Sequence[StoredRun]) -> list[Axis]:
+    """What these candidates can be plotted against: what at least two of them have and do not all share."""
+    times = sorted(
+        {k for r in runs for k in r.metrics if k.startswith("perf/")} - STAGE_TIMES - {"perf/representative"}
+    )
+    on_cpu = any(r.metrics.get("perf/representative") == 0 for r in runs)
+    found: list[Axis] = []
+    for name in [*_FIRST, *times]:
+        values = [r.metrics[name] for r in runs if r.metrics.get(name, 0) > 0]
+        if name != "memory/weights_bytes" and (len(values) < 2 or len(set(values)) < 2):
+            continue
+        is_time = name.startswith("perf/")
+        key, title, unit = _time(name) if is_time else _FIRST[name]
+        note = ON_A_CPU if is_time and on_cpu else IN_ONE_PROCESS if "/peak_" in name else ""
+        found.append(
+            {"key": key, "title": title, "unit": unit, "higher_is_better": name.endswith("_per_s"), "note": note}
+        )
+    return found
+
+
+def _time(name: str) -> tuple[str, str, str]:
+    key = name.removeprefix("perf/")
+    ending = next((e for e in _UNITS if key.endswith(e)), "")
+    return key, key.removesuffix(ending).replace("_", " "), _UNITS.get(ending, "")
+
+
+def axis_values(run: StoredRun) -> dict[str, float]:
+    """A run's place on each axis, by the axis' key."""
+    named = {name: key for name, (key, _, _) in _FIRST.items()}
+    return {
+        named.get(k, k.removeprefix("perf/")): v
+        for k, v in run.metrics.items()
+        if k in named or (k.startswith("perf/") and k not in STAGE_TIMES)
+    }
