@@ -1,11 +1,14 @@
 """``quantlab plan`` as it is typed."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from quantlab import cli
 from quantlab.planning.architectures import shipped_architectures
+from quantlab.planning.listing import LISTS
 from quantlab.planning.plan import plan
 from quantlab.running.forecast import forecast
 
@@ -58,3 +61,40 @@ def test_every_shipped_model_has_a_plan(option):
     for rows in price.phases.values():
         assert all(phase.device_bytes >= phase.activation_bytes >= 0 for phase in rows)
         assert any(phase.activation_bytes for phase in rows)
+
+
+NOT_FOR_AN_ANSWER = {"mlflow", "sqlalchemy", "alembic", "pandas", "sklearn", "matplotlib", "optuna", "submitit", "ray"}
+LIBRARIES = NOT_FOR_AN_ANSWER | {"torch", "numpy", "scipy", "transformers", "diffusers", "huggingface_hub", "PIL"}
+OTHER_BACKENDS = {"modelopt", "optimum.quanto"}
+LIGHT = [["--help"], ["--version"], *(["list", what] for what in LISTS), ["help", "floor"]]
+LIGHT += [["sweep.dry_run=true", "backend=quanto", "dtype=int8"], ["backend=quanto", "dtype=nf4"]]
+HEAVY = [["plan", "model=llama_3_2_1b", "backend=gguf", "dtype=q4_k"], ["plan", "backend=bitsandbytes", "dtype=nf4"]]
+NAMES = """
+import contextlib, io, json, sys
+from quantlab.cli import main
+out = {}
+for words in json.loads(sys.argv[1]):
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        main(words)
+    out[" ".join(words)] = sorted(sys.modules)
+print(json.dumps(out))
+"""
+
+
+def imported(commands, folder):
+    """Command -> what is imported when it has answered, of commands that one process answers in turn."""
+    done = subprocess.run(
+        [sys.executable, "-c", NAMES, json.dumps(commands)], capture_output=True, text=True, cwd=folder, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def test_commands_that_need_no_library_import_none(tmp_path):
+    for words, modules in imported(LIGHT, tmp_path).items():
+        assert not LIBRARIES & set(modules), words
+
+
+@pytest.mark.slow
+def test_a_plan_imports_what_models_are_made_of_and_nothing_of_runs(tmp_path):
+    for words, modules in imported(HEAVY, tmp_path).items():
+        assert not (NOT_FOR_AN_ANSWER | OTHER_BACKENDS) & set(modules), words

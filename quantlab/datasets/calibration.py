@@ -42,7 +42,7 @@ def sampling_settings(config: CalibrationConfig, evaluation: EvaluationConfig) -
         num_inference_steps=evaluation.num_inference_steps if steps is None else steps,
         guidance_scale=evaluation.guidance_scale if guidance is None else guidance,
         context_length=config.context_length,
-        perplexity_protocol="ppl/v1",
+        perplexity_protocol="ppl/v2",
         num_teacher_forced=0,
     )
 

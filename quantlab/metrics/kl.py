@@ -5,6 +5,7 @@ Natural logarithms; the direction is KL(reference || candidate), p the reference
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from quantlab.errors import MetricUndefined
@@ -22,13 +23,55 @@ SMALLEST_KLD = -1e-6
 QUANTILES = {"kld_median": 0.5, "kld_p90": 0.9, "kld_p99": 0.99, "kld_p999": 0.999, "kld_max": 1.0, "kld_min": 0.0}
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Distributions:
+    """What is known of a model's next-token distributions before they are compared with another's."""
+
+    log_p: Tensor
+    """fp32 (tokens, vocabulary)."""
+    mass: Tensor
+    """float64 (tokens,): their sum, which fp32 log-softmax makes 1 to 1e-7 only."""
+    top1: Tensor
+    """int64 (tokens,): the most probable token, the first of equal ones."""
+    excludes: bool
+    """Whether a token has no probability at all."""
+
+    def rows(self, rows: slice) -> Distributions:
+        """Those of some of the tokens."""
+        return replace(self, log_p=self.log_p[rows], mass=self.mass[rows], top1=self.top1[rows])
+
+
+def distributions(logits: Tensor) -> Distributions:
+    """The distributions of a reference's logits (tokens, vocabulary), of fp32 (or fp64).
+
+    Raises :class:`~quantlab.errors.MetricUndefined` for 16-bit logits.
+    """
+    import torch
+
+    _check_dtype("reference", logits)
+    log_p = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    parts = []
+    with torch.no_grad():
+        for rows in _slices(logits):
+            parts.append(_distributions(logits[rows]))
+            log_p[rows] = parts[-1].log_p
+            parts[-1] = replace(parts[-1], log_p=log_p[rows])
+    return Distributions(
+        log_p=log_p,
+        mass=torch.cat([p.mass for p in parts]),
+        top1=torch.cat([p.top1 for p in parts]),
+        excludes=any(p.excludes for p in parts),
+    )
+
+
 def token_statistics(
-    reference_logits: Tensor, candidate_logits: Tensor, targets: Tensor
+    reference: Tensor | Distributions, candidate_logits: Tensor, targets: Tensor
 ) -> dict[str, NDArray[np.float64]]:
     """Per-token numbers of two models on the same tokens: a dict of float64 arrays (tokens,).
 
-    Takes torch logits (tokens, vocabulary) of fp32 (or fp64) on one device, any number of tokens, and the true next
-    tokens (tokens,). Returns ``kld`` = sum_v p (log p - log q) in nats; ``same_top1`` (0/1): the most probable token is
+    Takes torch logits (tokens, vocabulary) of fp32 (or fp64) on one device, any number of tokens (of the reference also
+    what :func:`distributions` made of them, once for many candidates), and the true next tokens (tokens,). Returns
+    ``kld`` = sum_v p (log p - log q) in nats; ``same_top1`` (0/1): the most probable token is
     the same; ``delta_p`` = q(target) - p(target); ``nll_reference`` and ``nll_candidate`` in nats. fp32 log-softmax,
     sums in float64, renormalised there so that rounding cannot make a divergence negative. ``kld`` is infinite where
     the candidate excludes (logit -inf) a token that the reference allows, a ``nll`` where a model excludes the target.
@@ -36,15 +79,24 @@ def token_statistics(
     the vocabulary, and for NaN.
     """
     import numpy as np
+    import torch
 
-    _check(reference_logits, candidate_logits, targets)
-    rows_at_once = max(1, LOGITS_AT_ONCE // reference_logits.shape[1])
-    slices = [slice(i, i + rows_at_once) for i in range(0, len(targets), rows_at_once)]
-    parts = [_rows(reference_logits[rows], candidate_logits[rows], targets[rows]) for rows in slices]
+    known = reference.log_p if isinstance(reference, Distributions) else reference
+    _check(known, candidate_logits, targets)
+    parts = []
+    with torch.no_grad():
+        for rows in _slices(known):
+            p = reference.rows(rows) if isinstance(reference, Distributions) else _distributions(reference[rows])
+            parts.append(_compared(p, _distributions(candidate_logits[rows]), targets[rows]))
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     for name, values in found.items():
         require_finite(np.where(np.isnan(values), values, 0.0), f"{name} of tokens")
     return found
+
+
+def _slices(logits: Tensor) -> list[slice]:
+    rows_at_once = max(1, LOGITS_AT_ONCE // logits.shape[1])
+    return [slice(i, i + rows_at_once) for i in range(0, len(logits), rows_at_once)]
 
 
 def kld_quantiles(kld: ArrayLike) -> dict[str, float]:
@@ -71,11 +123,7 @@ def kld_quantiles(kld: ArrayLike) -> dict[str, float]:
 
 def _check(reference_logits: Tensor, candidate_logits: Tensor, targets: Tensor) -> None:
     for whose, logits in (("reference", reference_logits), ("candidate", candidate_logits)):
-        if not logits.is_floating_point() or logits.element_size() < 4:
-            raise MetricUndefined(
-                f"kld: the {whose}'s logits are {logits.dtype}; 16-bit logits inflate the divergence of a good model "
-                "by a quarter and more: run the last projection (lm_head) in float32"
-            )
+        _check_dtype(whose, logits)
     shapes = [tuple(t.shape) for t in (reference_logits, candidate_logits, targets)]
     if len(shapes[0]) != 2 or shapes[0] != shapes[1] or shapes[2] != shapes[0][:1] or not shapes[2][0]:
         raise MetricUndefined(
@@ -89,25 +137,40 @@ def _check(reference_logits: Tensor, candidate_logits: Tensor, targets: Tensor) 
         )
 
 
-def _rows(reference: Tensor, candidate: Tensor, targets: Tensor) -> dict[str, NDArray[np.float64]]:
+def _check_dtype(whose: str, logits: Tensor) -> None:
+    if not logits.is_floating_point() or logits.element_size() < 4:
+        raise MetricUndefined(
+            f"kld: the {whose}'s logits are {logits.dtype}; 16-bit logits inflate the divergence of a good model "
+            "by a quarter and more: run the last projection (lm_head) in float32"
+        )
+
+
+def _distributions(logits: Tensor) -> Distributions:
     import torch
 
-    with torch.no_grad():
-        log_p, log_q = reference.float().log_softmax(-1), candidate.float().log_softmax(-1)
-        p = log_p.exp()
-        # fp32 log-softmax is normalised to 1e-7 only; what is missing, exactly, is one number a token
-        mass_p = p.sum(-1, dtype=torch.float64)
-        excess_p, excess_q = mass_p.log(), log_q.exp().sum(-1, dtype=torch.float64).log()
-        terms = torch.where(p > 0, p * (log_p - log_q), 0.0)  # a token that the reference excludes adds nothing
-        kld = terms.sum(-1, dtype=torch.float64) / mass_p - (excess_p - excess_q)
-        where = targets.to(log_p.device).long()[:, None]
-        nll_p = excess_p - log_p.gather(-1, where)[:, 0]
-        nll_q = excess_q - log_q.gather(-1, where)[:, 0]
-        found = {
-            "kld": kld,
-            "same_top1": (reference.argmax(-1) == candidate.argmax(-1)).double(),
-            "delta_p": (-nll_q).exp() - (-nll_p).exp(),
-            "nll_reference": nll_p,
-            "nll_candidate": nll_q,
-        }
-        return {name: values.cpu().numpy() for name, values in found.items()}
+    log_p = logits.float().log_softmax(-1)
+    mass = log_p.exp().sum(-1, dtype=torch.float64)
+    excludes = bool(torch.isneginf(log_p.amin()))
+    return Distributions(log_p=log_p, mass=mass, top1=logits.max(-1).indices, excludes=excludes)
+
+
+def _compared(p: Distributions, q: Distributions, targets: Tensor) -> dict[str, NDArray[np.float64]]:
+    import torch
+
+    probability = p.log_p.exp()
+    terms = probability * (p.log_p - q.log_p)
+    if p.excludes or q.excludes:
+        terms = torch.where(probability > 0, terms, 0.0)  # a token that the reference excludes adds nothing
+    excess_p, excess_q = p.mass.log(), q.mass.log()
+    kld = terms.sum(-1, dtype=torch.float64) / p.mass - (excess_p - excess_q)
+    where = targets.to(p.log_p.device).long()[:, None]
+    nll_p = excess_p - p.log_p.gather(-1, where)[:, 0]
+    nll_q = excess_q - q.log_p.gather(-1, where)[:, 0]
+    found = {
+        "kld": kld,
+        "same_top1": (p.top1 == q.top1).double(),
+        "delta_p": (-nll_q).exp() - (-nll_p).exp(),
+        "nll_reference": nll_p,
+        "nll_candidate": nll_q,
+    }
+    return {name: values.cpu().numpy() for name, values in found.items()}

@@ -16,7 +16,7 @@ from quantlab.models.encoded_prompts import reuse_prompts
 from quantlab.models.loaded import Conditioning, LoadedModel, OnStep, Pipeline, Sampled
 from quantlab.models.part_by_part import run_part_by_part
 from quantlab.models.pipeline_sizes import asked_sizes, check_sides, frames_argument
-from quantlab.modules.stepping import full_precision_draws, heard_steps, in_their_dtypes
+from quantlab.modules.stepping import heard_steps, in_their_dtypes, paired_draws
 from quantlab.progress import say
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -104,8 +104,9 @@ def sample(
 ) -> Sampled:
     """What the pipeline makes of n samples. ``noise`` is int64 (n,): the seed of each sample's own CPU generator.
 
-    All that is drawn comes from these generators, in float32: neither the batch, the device nor a candidate's dtype
-    changes the noise of a sample. ``on_step(k, latents)`` follows each step of ``pipeline.scheduler``.
+    All that is drawn comes from these generators, as Diffusers draws it for the reference: a seed gives the image that
+    Diffusers gives for it, and neither the batch, the device nor a candidate's dtype changes the noise of a sample.
+    ``on_step(k, latents)`` follows each step of ``pipeline.scheduler``.
     Raises ConfigError for a size that the pipeline rounds, ModelError where it refuses its inputs.
     """
     import torch
@@ -131,7 +132,7 @@ def sample(
     with (
         torch.no_grad(),
         torch.random.fork_rng(_devices(model.device)),
-        full_precision_draws(),
+        paired_draws(model.dtype),
         in_their_dtypes(model.components, originals, model.dtype),
         heard_steps(pipe.scheduler, told),
         contextlib.nullcontext() if residence is None else run_part_by_part(pipe, model, residence),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from quantlab.modules.compute_dtype import component_dtype
@@ -50,10 +50,11 @@ def heard_steps(scheduler: object | None, told: Told) -> Iterator[None]:
 
 
 @contextmanager
-def full_precision_draws() -> Iterator[None]:
-    """While open, 16-bit noise of a generator on the CPU is drawn in float32 and rounded.
+def paired_draws(dtype: str) -> Iterator[None]:
+    """While open, a candidate of a pipeline of ``dtype`` draws the noise that the reference draws, in any dtype.
 
-    torch draws other numbers for other dtypes; so a sample's noise is the same in whatever dtype a candidate runs.
+    torch draws other numbers for other dtypes. Of a float32 pipeline, 16-bit noise of a generator is drawn in float32
+    and rounded; what the reference itself draws is left to Diffusers, so that a seed gives Diffusers' own image.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -63,13 +64,13 @@ def full_precision_draws() -> Iterator[None]:
             self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
         ) -> object:
             given = kwargs or {}
-            dtype = given.get("dtype") or torch.get_default_dtype()
+            wanted = given.get("dtype") or torch.get_default_dtype()
             generator = given.get("generator")
-            if func is torch.randn and generator is not None and dtype in (torch.float16, torch.bfloat16):
-                return func(*args, **{**given, "dtype": torch.float32}).to(dtype)
+            if func is torch.randn and generator is not None and wanted in (torch.float16, torch.bfloat16):
+                return func(*args, **{**given, "dtype": torch.float32}).to(wanted)
             return func(*args, **given)
 
-    with Draws():
+    with Draws() if dtype == "float32" else nullcontext():
         yield
 
 
@@ -79,27 +80,51 @@ def in_their_dtypes(
 ) -> Iterator[None]:
     """While open, a component that computes in another dtype than the one it stands for is given and gives that one's.
 
-    ``originals`` are the components as the pipeline was loaded with them. See :func:`cast_call`.
+    ``originals`` are the components as the pipeline was loaded with them. See :func:`cast_call`. A pipeline that asks
+    for its ``dtype`` is told that one's as well: it is what noise is drawn in. An autoencoder, which pipelines call by
+    other names than ``forward``, says its own.
     """
-    changed = []
+    changed: list[tuple[Any, Any, type]] = []
     for name, module in modules.items():
         inside, outside = component_dtype(module, default), component_dtype(originals[name], default)
         if module is not originals[name] and inside != outside:
-            changed.append((module, vars(module).get("forward")))
-            vars(module)["forward"] = _between(module.forward, outside, inside)
+            changed.append((module, vars(module).get("forward"), type(module)))
+            within: list[None] = []
+            vars(module)["forward"] = _between(module.forward, outside, inside, within)
+            if isinstance(getattr(type(module), "dtype", None), property) and not hasattr(module, "decode"):
+                _say_outside(module, outside, within)
     try:
         yield
     finally:
-        for module, before in changed:
+        for module, before, own in changed:
+            module.__class__ = own
             del vars(module)["forward"]
             if before is not None:
                 vars(module)["forward"] = before
 
 
-def _between(own: Callable[..., Any], outside: torch.dtype, inside: torch.dtype) -> Callable[..., Any]:
+def _say_outside(module: Any, outside: torch.dtype, within: Sequence[None]) -> None:
+    """``module.dtype`` is ``outside``, except ``within`` its forward."""
+    own: Any = type(module)
+
+    def dtype(self: Any) -> torch.dtype:
+        said: torch.dtype = own.dtype.fget(self)
+        return said if within else outside
+
+    made: Any = type(own.__name__, (own,), {"dtype": property(dtype), "__module__": own.__module__})
+    module.__class__ = made
+
+
+def _between(
+    own: Callable[..., Any], outside: torch.dtype, inside: torch.dtype, within: list[None]
+) -> Callable[..., Any]:
     @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        output = cast_call(own, args, kwargs, outside, inside)
+        within.append(None)
+        try:
+            output = cast_call(own, args, kwargs, outside, inside)
+        finally:
+            within.pop()
         back = _cast(inside, outside, least_ndim=0)
         if not hasattr(output, "to_tuple"):
             return replaced(output, back)

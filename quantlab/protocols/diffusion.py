@@ -138,6 +138,7 @@ def measure(
         clusters=inputs.clusters,
         strata=inputs.strata,
         sample_ids=inputs.sample_ids,
+        seeds=inputs.seeds,
         estimates=estimates,
         steps=steps,
         images=shown_images(outputs, reference, shown),

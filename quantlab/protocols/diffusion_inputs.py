@@ -36,6 +36,11 @@ class DiffusionInputs:
         return "image" in self.conditioning
 
     @property
+    def seeds(self) -> Tensor | None:
+        """Of a pipeline's samples, for ``torch.Generator().manual_seed``; None where the noise itself is given."""
+        return None if self.noise.is_floating_point() else self.noise
+
+    @property
     def num_samples(self) -> int:
         """Samples, n."""
         return len(self.sample_ids)

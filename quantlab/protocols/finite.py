@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from quantlab.errors import NotFinite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,3 +17,13 @@ def bad_rows(rows: Tensor) -> list[int]:
 
     found: list[int] = (~torch.isfinite(rows.reshape(len(rows), -1)).all(dim=1)).nonzero().flatten().tolist()
     return found
+
+
+def require_finite_rows(rows: Tensor, sample_ids: Sequence[str], what: str) -> None:
+    """NotFinite, naming the first sample of a language model whose row holds NaN or infinity."""
+    if bad := bad_rows(rows):
+        raise NotFinite(
+            f"quality/kld_mean: the {what} of {sample_ids[bad[0]]} holds NaN or infinity; the "
+            "model overflows: try quantization.compute_dtype=bfloat16 or float32, or another dtype",
+            f"the {what} of {sample_ids[bad[0]]}",
+        )

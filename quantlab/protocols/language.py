@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from quantlab.errors import ConfigError, MetricUndefined, NotFinite, nearest
+from quantlab.errors import ConfigError, MetricUndefined, nearest
 from quantlab.metrics.kl import kld_quantiles, token_statistics
 from quantlab.metrics.perplexity import ln_ppl_ratio, perplexity
 from quantlab.metrics.statistics import bootstrap_interval
@@ -24,9 +24,11 @@ from quantlab.modules.calls import Call, Progress
 from quantlab.modules.timing import Clock, ms_per_token
 from quantlab.progress import say
 from quantlab.protocols.defined import defined
-from quantlab.protocols.finite import bad_rows
+from quantlab.protocols.finite import require_finite_rows
 from quantlab.protocols.language_checks import check_language_model, way_of_logits
 from quantlab.protocols.output_head import LogitsByParts, logits_by_parts, text_config
+from quantlab.protocols.reference_logits import Distributed, reference_distributions
+from quantlab.protocols.sections import sections
 from quantlab.vocabulary.reports import Measurements, MetricValue
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -61,6 +63,9 @@ class PerplexityProtocol:
     """True where ``</s>`` in the text is four characters and one line end at the text's end is left out; else special
     markers become what the tokenizer makes of them, which is their tokens."""
     source: str
+    in_sections: bool = False
+    """The windows begin where sections of the text do, as many as are asked for, and no more of it is tokenized. Where
+    a section has too few tokens, and in other protocols, they are some of the windows of the whole text's tokens."""
 
     def first_target(self, context_length: int) -> int:
         """The first position whose token is predicted and scored."""
@@ -68,7 +73,8 @@ class PerplexityProtocol:
 
 
 PERPLEXITY_PROTOCOLS: dict[str, PerplexityProtocol] = {
-    "ppl/v1": PerplexityProtocol(None, "prepend", False, False, "this project"),
+    "ppl/v2": PerplexityProtocol(None, "prepend", False, False, "this project", in_sections=True),
+    "ppl/v1": PerplexityProtocol(None, "prepend", False, False, "this project, until its version 2"),
     "ppl/gptq2048": PerplexityProtocol(2048, "stream", False, False, "GPTQ (arXiv 2210.17323) and AWQ, 2047 of 2048"),
     # llama-perplexity -f FILE: common/arg.cpp drops the last line end, common_tokenize leaves parse_special at false
     "ppl/llamacpp512": PerplexityProtocol(512, "replace", True, True, "llama.cpp's llama-perplexity, 255 of 512"),
@@ -83,7 +89,7 @@ class TextInputs:
     """int64 tensor (chunks, context_length)."""
     sample_ids: tuple[str, ...]
     clusters: NDArray[np.int64]
-    """int64 array (chunks,): the window's number in the text."""
+    """int64 array (chunks,): the window's number in the text, or that of its section."""
     sha256: str
     """Of the token ids and the protocol record."""
     protocol: Mapping[str, Any]
@@ -109,7 +115,7 @@ class TextInputs:
 
 
 def text_inputs(text: str, evaluation: EvaluationConfig, model: LoadedModel, key: str) -> TextInputs:
-    """``evaluation.num_samples`` windows, evenly spaced through ``text``, as the named perplexity protocol cuts it.
+    """``evaluation.num_samples`` windows, spread evenly over ``text``, as the named perplexity protocol cuts it.
 
     ``key`` is the data set as the user named it (``dataset.path=...``) and begins the message about a text that is too
     short. ConfigError for that, for an unknown protocol, and for a context that the model or the protocol cannot have.
@@ -121,18 +127,28 @@ def text_inputs(text: str, evaluation: EvaluationConfig, model: LoadedModel, key
     tokenizer = model.parts["tokenizer"]
     bos_id = _bos_id(tokenizer)
     prefix = [bos_id] if bos_id is not None and protocol.bos == "prepend" else []
-    stream = _stream(text, evaluation, protocol, tokenizer)
-    stride = length - len(prefix)
-    num_windows, wanted = len(stream) // stride, evaluation.num_samples
+    stride, wanted = length - len(prefix), evaluation.num_samples
     if wanted < 1:
         raise ConfigError(f"evaluation.num_samples={wanted}: at least one chunk of text is wanted")
-    if num_windows < wanted:
-        raise ConfigError(
-            f"{key}: the text has {len(stream)} tokens, which is {num_windows} windows of {length} tokens and not "
-            f"evaluation.num_samples={wanted}; give a longer text, fewer samples or a shorter context_length"
-        )
-    numbers = np.arange(wanted, dtype=np.int64) * num_windows // wanted
-    ids = torch.tensor([prefix + stream[n * stride : (n + 1) * stride] for n in numbers], dtype=torch.int64)
+
+    def tokens(part: str) -> list[int]:
+        return _stream(part, evaluation, protocol, tokenizer)
+
+    found = sections(text, wanted, stride, tokens) if protocol.in_sections else None
+    if found is not None:
+        numbers, windows = np.arange(wanted, dtype=np.int64), list(found.values())
+        names = [f"window at {start}" for start in found]
+    else:
+        stream = tokens(text)
+        num_windows = len(stream) // stride
+        if num_windows < wanted:
+            raise ConfigError(
+                f"{key}: the text has {len(stream)} tokens, which is {num_windows} windows of {length} tokens and not "
+                f"evaluation.num_samples={wanted}; give a longer text, fewer samples or a shorter context_length"
+            )
+        numbers = np.arange(wanted, dtype=np.int64) * num_windows // wanted
+        windows, names = [stream[n * stride : (n + 1) * stride] for n in numbers], [f"window {n}" for n in numbers]
+    ids = torch.tensor([prefix + window for window in windows], dtype=torch.int64)
     if bos_id is not None and protocol.bos == "replace":
         ids[:, 0] = bos_id
     if not protocol.is_file_of_text:
@@ -147,7 +163,7 @@ def text_inputs(text: str, evaluation: EvaluationConfig, model: LoadedModel, key
     }
     return TextInputs(
         input_ids=ids,
-        sample_ids=tuple(f"window {n}" for n in numbers),
+        sample_ids=tuple(names),
         clusters=numbers,
         sha256=_inputs_sha256(ids, record),
         protocol=record,
@@ -173,7 +189,7 @@ def _protocol_and_length(evaluation: EvaluationConfig, model: LoadedModel) -> tu
     if isinstance(longest, int) and longest < length:
         raise ConfigError(
             f"{key}: {model.name} takes at most {longest} tokens at once; use a shorter "
-            "evaluation.context_length with evaluation.perplexity_protocol=ppl/v1"
+            "evaluation.context_length with evaluation.perplexity_protocol=ppl/v2"
         )
     return protocol, length
 
@@ -192,7 +208,7 @@ def _stream(
     except ValueError as error:
         raise ConfigError(
             f"evaluation.perplexity_protocol={evaluation.perplexity_protocol}: this tokenizer cannot read special "
-            f"markers as text ({error}); use evaluation.perplexity_protocol=ppl/v1"
+            f"markers as text ({error}); use evaluation.perplexity_protocol=ppl/v2"
         ) from error
     bos_id = _bos_id(tokenizer)
     return ids if bos_id is None else [bos_id, *ids]
@@ -282,8 +298,8 @@ def measure(
     """
     hidden, ms = _run(model, inputs, batch_size or evaluation.batch_size, progress)
     way = reference["logits"]
-    models = logits_by_parts(reference_model, way), logits_by_parts(model, way)
-    tokens = _token_table(*models, reference["hidden"], hidden, inputs)
+    of_reference = reference_distributions(logits_by_parts(reference_model, way))
+    tokens = _token_table(of_reference, logits_by_parts(model, way), reference["hidden"], hidden, inputs)
     samples = {
         "kld_mean": tokens["kld"].mean(1),
         "same_top1": tokens["same_top1"].mean(1),
@@ -329,7 +345,7 @@ def _run(model: LoadedModel, inputs: TextInputs, batch_size: int, progress: Prog
             clock.stop()
             shapes.append(tuple(ids.shape))
             found.append(caught.pop().float().cpu())
-            _require_finite(found[-1].flatten(1), inputs.sample_ids[start:], "last hidden state")
+            require_finite_rows(found[-1].flatten(1), inputs.sample_ids[start:], "last hidden state")
             if progress:
                 progress(min(start + batch_size, inputs.num_samples), inputs.num_samples)
     finally:
@@ -337,21 +353,11 @@ def _run(model: LoadedModel, inputs: TextInputs, batch_size: int, progress: Prog
     return torch.cat(found), ms_per_token(shapes, clock)
 
 
-def _require_finite(rows: Tensor, sample_ids: Sequence[str], what: str) -> None:
-    bad = bad_rows(rows)
-    if bad:
-        raise NotFinite(
-            f"quality/kld_mean: the {what} of {sample_ids[bad[0]]} holds NaN or infinity; the "
-            "model overflows: try quantization.compute_dtype=bfloat16 or float32, or another dtype",
-            f"the {what} of {sample_ids[bad[0]]}",
-        )
-
-
 # -- from hidden states to logits
 
 
 def _token_table(
-    of_reference: LogitsByParts, of_candidate: LogitsByParts, reference: Tensor, candidate: Tensor, inputs: TextInputs
+    of_reference: Distributed, of_candidate: LogitsByParts, reference: Tensor, candidate: Tensor, inputs: TextInputs
 ) -> dict[str, NDArray[np.float64]]:
     """The statistics of every scored token: name -> float64 array (chunks, scored tokens of a chunk)."""
     import numpy as np
@@ -365,17 +371,17 @@ def _token_table(
     targets = [slice(start, min(start + TOKENS_AT_ONCE, length)) for start in range(first, length, TOKENS_AT_ONCE)]
     parts = [slice(part.start - 1, part.stop - 1) for part in targets]
     columns: dict[str, list[NDArray[np.float64]]] = {}
+    refs = of_reference(reference, inputs, parts)
     for i, sample_id in enumerate(inputs.sample_ids):
         ids = inputs.input_ids[i]
-        refs, cands = of_reference(ids, reference[i], parts), of_candidate(ids, candidate[i], parts)
+        cands = of_candidate(ids, candidate[i], parts)
         for part in targets:
             ref = next(refs)
-            cand = next(cands).to(ref.device)
-            for whose, logits in (("reference", ref), ("candidate", cand)):
-                _require_finite(logits.amax(-1).reshape(1, -1), [sample_id], f"{whose}'s logits")
+            cand = next(cands).to(ref.log_p.device)
+            require_finite_rows(cand.amax(-1).reshape(1, -1), [sample_id], "candidate's logits")
             for name, values in token_statistics(ref, cand, ids[part]).items():
                 columns.setdefault(name, []).append(values)
-            del ref, cand, logits  # before the next ones are made
+            del ref, cand  # before the next ones are made
     return {name: np.concatenate(parts).reshape(inputs.num_samples, length - first) for name, parts in columns.items()}
 
 

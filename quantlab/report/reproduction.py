@@ -161,7 +161,7 @@ def _sample_differences(was: Mapping[str, object], now: Mapping[str, object]) ->
     found = []
     for name, theirs in was.items():
         ours = now.get(name)
-        if name in ("sample_id", "clusters", "strata") or not isinstance(theirs, list):
+        if name in ("sample_id", "clusters", "strata", "seeds") or not isinstance(theirs, list):
             continue
         if not isinstance(ours, list) or len(ours) != len(theirs):
             found.append(Check(name=name, status=DIFFERENT, was=None, now=None))

@@ -186,7 +186,7 @@ def _log_measurements(run: Run, measured: Measurements) -> None:
         run.set_tags({UNDEFINED: json.dumps(dict(measured.undefined))})
     ids = list(measured.sample_ids)
     columns: dict[str, Sequence[object]] = {"sample_id": ids} if ids else {}
-    for name in ("clusters", "strata"):
+    for name in ("clusters", "strata", "seeds"):
         if getattr(measured, name) is not None:
             columns[name] = [int(v) for v in getattr(measured, name)]
     columns |= {name: [float(v) for v in values] for name, values in measured.samples.items()}

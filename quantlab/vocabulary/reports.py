@@ -218,6 +218,8 @@ class Measurements:
     strata: Any = None
     """int array (n,): the stratum (class) of each sample; None: one stratum."""
     sample_ids: tuple[str, ...] = ()
+    seeds: Any = None
+    """int array (n,): of a pipeline's samples, for ``torch.Generator().manual_seed``; None: it is none of Diffusers."""
     estimates: Mapping[str, MetricValue] = field(default_factory=dict)
     """Numbers that are not means over samples (Frechet distance, quantiles), with their own interval."""
     steps: Mapping[str, Any] = field(default_factory=dict)

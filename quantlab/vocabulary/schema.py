@@ -88,7 +88,7 @@ class EvaluationConfig:
     """Samples of which each denoiser call is replayed on the reference's inputs; 0: no teacher-forced metric."""
     # language, encoder
     context_length: int = number(256, 4, 2**24)
-    perplexity_protocol: str = "ppl/v1"
+    perplexity_protocol: str = "ppl/v2"
 
 
 @dataclass

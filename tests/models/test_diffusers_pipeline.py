@@ -74,10 +74,12 @@ def changed_denoiser(model, scale=1.2):
 # -- running
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sample_is_what_the_pipeline_gives(models, kind):
-    model = models[kind]
+def test_a_seed_gives_the_image_that_diffusers_gives_for_it(models, folders, tmp_path, kind, dtype):
+    model = models[kind] if dtype == "float32" else load(folders[kind], tmp_path, dtype=dtype)
     inputs, states = inputs_of(model), []
+    assert torch.equal(inputs.seeds, inputs.noise)
     found = made(model, inputs, on_step=lambda k, x: states.append((k, x.float())))
     assert found.latents.dtype == torch.float32
     assert [k for k, _ in states] == [0, 1]
@@ -92,7 +94,7 @@ def test_a_sample_is_what_the_pipeline_gives(models, kind):
     for kind_of, expected in (("latent", found.latents), ("np", found.media["images"])):
         draws = [torch.Generator().manual_seed(int(seed)) for seed in inputs.noise]
         output = model.parts["pipeline"](**arguments, generator=draws, output_type=kind_of, return_dict=False)[0]
-        assert torch.equal(torch.as_tensor(output), expected)
+        assert torch.equal(torch.as_tensor(output).float(), expected)
     images = found.media["images"]
     assert images.shape == (3, 16, 32, 3)
     assert 0 <= images.min() < images.max() <= 1
@@ -119,6 +121,15 @@ def test_a_candidate_differs_and_leaves_the_reference_alone(models, kind):
     assert torch.equal(run(model, inputs), before)
     assert state_digest(model.components[model.parts["denoisers"][0]].state_dict()) == digest
     assert dict(model.parts["pipeline"].config) == config
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_a_16_bit_pipeline_a_wider_denoiser_starts_from_the_references_noise(folders, tmp_path, kind):
+    model = load(folders[kind], tmp_path, dtype="bfloat16")
+    inputs, name = inputs_of(model), model.parts["denoisers"][0]
+    reference = run(model, inputs)
+    wider = run(model.with_components({name: model.copy_of(name).float()}), inputs)
+    assert 0 < (wider - reference).norm() < 0.05 * reference.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)

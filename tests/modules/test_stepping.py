@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantlab.modules.stepping import cast_call, full_precision_draws, heard_steps, in_their_dtypes
+from quantlab.modules.stepping import cast_call, heard_steps, in_their_dtypes, paired_draws
 
 
 def drawn(dtype, seed=3):
@@ -15,9 +15,11 @@ def drawn(dtype, seed=3):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_noise_is_the_same_in_whatever_dtype(dtype):
     assert not torch.equal(drawn(dtype), drawn(torch.float32).to(dtype))  # what torch does by itself
-    with full_precision_draws():
+    with paired_draws("float32"):
         inside = drawn(dtype)
         plain = drawn(torch.float32)
+    with paired_draws("bfloat16"):  # what Diffusers draws for the reference
+        assert torch.equal(drawn(dtype), torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(3), dtype=dtype))
     assert torch.equal(inside, drawn(torch.float32).to(dtype))
     assert torch.equal(plain, drawn(torch.float32))
 
@@ -52,6 +54,34 @@ def test_a_component_of_another_dtype_is_given_and_gives_the_pipelines():
     assert "forward" not in vars(narrow)
     with in_their_dtypes({"unet": original}, {"unet": original}, "float32"):
         assert "forward" not in vars(original)
+
+
+class Said(Block):
+    @property
+    def dtype(self):
+        return self.linear.weight.dtype
+
+    def forward(self, x, timestep):
+        seen.append((self.dtype, x.dtype))
+        return {"sample": self.linear(x)}
+
+
+class Autoencoder(Said):
+    def decode(self, x):
+        return x
+
+
+def test_a_component_of_another_dtype_says_the_pipelines_outside_of_its_forward():
+    original, narrow, decoder = Said(), Said().to(torch.bfloat16), Autoencoder().to(torch.bfloat16)
+    seen.clear()
+    modules, originals = {"unet": narrow, "vae": decoder}, {"unet": original, "vae": Autoencoder()}
+    with in_their_dtypes(modules, originals, "float32"):
+        assert narrow.dtype == torch.float32  # noise is drawn in it
+        narrow(torch.ones(2, 4), torch.ones(2, 4))
+        assert decoder.dtype == torch.bfloat16  # what it is given by its decode
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
+    assert narrow.dtype == torch.bfloat16
+    assert (type(narrow), type(decoder)) == (Said, Autoencoder)
 
 
 def test_vectors_are_cast_where_a_model_asks_for_it():

@@ -84,7 +84,7 @@ def test_a_token_that_the_candidate_excludes(llama):
     assert unused not in text_inputs(TEXT, TEXTS, llama, "dataset=text").input_ids
     undefined, quality = language_row(with_head(llama, excludes(unused)), llama)
     assert set(undefined) == OF_TOKENS
-    assert undefined["kld_mean"].startswith("kld_mean: sample 'window 0'")
+    assert undefined["kld_mean"].startswith("kld_mean: sample 'window at 0'")
     assert quality["same_top1"].value > 0.5
     assert quality["ppl"].value == pytest.approx(quality["ppl_ref"].value, rel=0.1)
 
@@ -104,7 +104,7 @@ def test_a_scored_token_that_a_model_excludes(llama):
 def test_where_all_is_nan_nothing_is_left(llama):
     inputs = text_inputs(TEXT, TEXTS, llama, "dataset=text")
     broken = with_head(llama, lambda head: head.weight[0].fill_(math.nan))
-    with pytest.raises(MetricUndefined, match=r"candidate's logits of window 0 holds NaN"):
+    with pytest.raises(MetricUndefined, match=r"candidate's logits of window at 0 holds NaN"):
         measured(broken, llama, inputs, TEXTS, language)
 
 

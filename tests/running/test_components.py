@@ -98,7 +98,9 @@ def test_each_alone_and_then_together_paired(sd3):
     found = both["metrics"]
     metric = "latent_rel_mse"
     assert found[f"quality/alone/transformer/{metric}"] == alone[f"quality/{metric}"]
-    together = json.loads(artifact(sd3.store, both["run_id"], "samples.json"))[metric]
+    columns = json.loads(artifact(sd3.store, both["run_id"], "samples.json"))
+    assert len(set(columns["seeds"])) == len(columns["sample_id"])  # by which Diffusers makes each again
+    together = columns[metric]
     apart = json.loads(artifact(sd3.store, both["run_id"], "attribution_samples.json"))
     for name in ("transformer", "text_encoder_3"):
         added = [a - b for a, b in zip(together, apart[name][metric], strict=True)]
