@@ -9,12 +9,18 @@ A backend with a file format of its own (GGUF) offers the optional function
 
 at module level. It writes into ``folder`` (which is there, is empty, and is renamed as a whole afterwards), touches
 nothing else, and raises ConfigError naming what its format cannot hold before it writes the first byte.
+
+A backend whose library restores a model from a file of its own beside the checkpoint (ModelOpt) offers, in the place of
+``as_stored``,
+
+    ``beside(part: Part) -> Beside``
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantlab.errors import ConfigError
@@ -80,6 +86,20 @@ class Written:
     """The loader refuses machines without one; where this is such a machine, that one check is set aside."""
     arguments: Mapping[str, object] = field(default_factory=dict)
     """Further arguments, as JSON has them; ``dtype`` by its name."""
+    before: str = ""
+    """What is called once before it is loaded, by which its library joins in: ``modelopt.torch.opt:enable_...``."""
     state: Mapping[str, str] | None = None
     """Name of each tensor as the loaded module has it -> its digest (as ``exporting/check.py`` makes it);
     None: those of the part's own module, as it stands."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """What a library keeps beside a checkpoint that ``save_pretrained`` wrote, and how it is loaded with it."""
+
+    write: Callable[[Path], None]
+    """Puts its file into the folder."""
+    before: str
+    """As in :class:`Written`."""
+    arguments: Mapping[str, object]
+    """What ``from_pretrained`` is told beside the dtype."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.part import Part, Written
-from quantlab.exporting.verify import Verified
+from quantlab.exporting.verify import Verified, pipeline_arguments
 from quantlab.metrics import METRICS
 from quantlab.planning.job import Job
 from quantlab.progress import printable
@@ -110,6 +110,9 @@ def three_lines(parts: Mapping[str, tuple[Part, Written]], pipeline: str) -> str
         library, _, name = target.partition(":")
         by_library.setdefault(library, []).append(name)
     lines = ["import torch", *(f"from {lib} import {', '.join(names)}" for lib, names in by_library.items())]
+    for before in sorted({written.before for _, written in parts.values() if written.before}):
+        module, _, call = before.partition(":")
+        lines += [f"from {module} import {call}", f"{call}()"]
     given: list[str] = []
     for name, (_, written) in parts.items():
         if pipeline and written.method == "from_pretrained":
@@ -120,9 +123,9 @@ def three_lines(parts: Mapping[str, tuple[Part, Written]], pipeline: str) -> str
         lines.append(f"{variable} = {kind}.{written.method}({place!r}{_arguments(written.arguments)})")
         given += [f"{name}={name}"] if pipeline else []
     if pipeline:
-        dtype = next(part.dtype for part, _ in parts.values())
         more = "".join(f", {g}" for g in given)
-        lines.append(f"pipe = {pipeline.partition(':')[2]}.from_pretrained('.', dtype=torch.{dtype}{more})")
+        told = _arguments(pipeline_arguments(parts))
+        lines.append(f"pipe = {pipeline.partition(':')[2]}.from_pretrained('.'{told}{more})")
     return "\n".join(lines).replace("'", '"')
 
 

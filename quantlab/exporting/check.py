@@ -106,6 +106,9 @@ def load(part: Mapping[str, Any], folder: str) -> tuple[Any, str]:
     """One component as ``part`` says that it is loaded, and what had to be set aside for it."""
     import torch
 
+    if before := part.get("before"):
+        joined, _, call = before.partition(":")
+        getattr(importlib.import_module(joined), call)()
     module, _, name = part["target"].partition(":")
     kind = getattr(importlib.import_module(module), name)
     arguments = dict(part["arguments"])

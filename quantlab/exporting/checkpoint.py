@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.exclusions import express, kept_by_loader, linear_paths
-from quantlab.backends.part import LIBRARIES, Part, Written
+from quantlab.backends.part import LIBRARIES, Beside, Part, Written
 from quantlab.backends.table import backend_of, loggers
 from quantlab.errors import ConfigError, is_disk_full, is_of_the_machine
 from quantlab.models.reading import quiet_loading
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 WAY_OUT = "leave it out of the export, or export another scheme"
-_EXPORT, _AS_STORED = "export", "as_stored"
+_EXPORT, _AS_STORED, _BESIDE = "export", "as_stored", "beside"
 MAX_SHARD = "5GB"
 """As the libraries themselves cut checkpoints."""
 
@@ -44,8 +44,13 @@ def library_of(module: nn.Module, name: str) -> str:
 
 def check_part(part: Part) -> None:
     """ConfigError for a part that :func:`write_part` would refuse, as far as it is known before writing."""
-    if not hasattr(backend_of(part.config.method()).module, _EXPORT):
-        _check_rows(part)
+    module = backend_of(part.config.method()).module
+    if hasattr(module, _EXPORT):
+        return
+    _check_rows(part)
+    if (beside := getattr(module, _BESIDE, None)) is not None:
+        beside(part)
+    else:
         stored_config(part)
 
 
@@ -56,16 +61,25 @@ def write_part(part: Part, folder: Path, max_shard: str = MAX_SHARD) -> Written:
         written: Written = own(part, folder)
         return written
     _check_rows(part)
-    shadow = _shadow(part)
-    save(shadow, folder, max_shard, f"{part.config.method()} {part.name}")
     kind = type(part.module).__name__
-    is_diffusers = part.library == "diffusers"
-    needs_gpu = is_diffusers and bool(getattr(module, "DIFFUSERS_NEEDS_GPU", False))
-    return Written(
+    plain = Written(
         loader=f"{part.library} {kind}.from_pretrained",
         target=f"{part.library}:{kind}",
         arguments={"dtype": part.dtype},
-        needs_gpu=needs_gpu,
+        needs_gpu=part.library == "diffusers" and bool(getattr(module, "DIFFUSERS_NEEDS_GPU", False)),
+    )
+    what = f"{part.config.method()} {part.name}"
+    if (beside := getattr(module, _BESIDE, None)) is None:
+        save(_shadow(part), folder, max_shard, what)
+        return plain
+    kept: Beside = beside(part)
+    save(part.module, folder, max_shard, what)
+    kept.write(folder)
+    return dataclasses.replace(
+        plain,
+        loader=f"{plain.loader} after {kept.before.partition(':')[2]}()",
+        arguments={**plain.arguments, **kept.arguments},
+        before=kept.before,
     )
 
 

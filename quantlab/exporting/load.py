@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantlab.backends.modelopt.checkpointing import ENABLE
+from quantlab.backends.modelopt.restore import FOR_DIFFUSERS, STATE, restoring, rewrap
 from quantlab.backends.table import loggers
 from quantlab.errors import ConfigError, MissingPackage, ModelError, nearest
 from quantlab.exporting import check
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from quantlab.models.loaded import Pipeline
 
 _LOADERS = {("diffusers", "from_pretrained"), ("diffusers", "from_single_file"), ("transformers", "from_pretrained")}
+_BEFORE = ("", ENABLE)
 INDEX, CONFIG = "model_index.json", "config.json"
 
 
@@ -80,15 +83,16 @@ def _exported(folder: Path) -> Any:
     parts: Mapping[str, Any] = data.get("parts", {})
     for part in parts.values():
         library, _, name = str(part["target"]).partition(":")
+        is_known = name.isidentifier() and part.get("before", "") in _BEFORE
         inside = (folder / str(part["subfolder"]) / str(part["file"])).resolve().is_relative_to(folder.resolve())
-        if (library, part["method"]) not in _LOADERS or not name.isidentifier() or not inside:
+        if (library, part["method"]) not in _LOADERS or not is_known or not inside:
             raise ConfigError(
                 f"path={folder}: its {MANIFEST} names {part['target']}, which is no loader; export it again"
             )
     alone = {
-        name: check.load(part, str(folder / part["subfolder"]))[0]
+        name: _part(part, folder / part["subfolder"])
         for name, part in parts.items()
-        if not data["pipeline"] or part["method"] != "from_pretrained"
+        if not data["pipeline"] or part["method"] != "from_pretrained" or part.get("before")
     }
     if not data["pipeline"]:
         return next(iter(alone.values()))
@@ -104,6 +108,17 @@ def _exported(folder: Path) -> Any:
             f"path={folder}: its {MANIFEST} names {data['pipeline']}, which is no pipeline; export it again"
         )
     return check.load(whole, str(folder))[0]
+
+
+def _part(part: Mapping[str, Any], folder: Path) -> Any:
+    """One component; what its library would change in the whole process for it is changed while it is loaded."""
+    if not part.get("before"):
+        return check.load(part, str(folder))[0]
+    library, _, name = str(part["target"]).partition(":")
+    with restoring(getattr(importlib.import_module(library), name), folder):
+        made = check.load({**part, "before": ""}, str(folder))[0]
+    rewrap(made, folder)
+    return made
 
 
 def _of_a_library(folder: Path) -> Any:
@@ -124,7 +139,11 @@ def _of_a_library(folder: Path) -> Any:
         raise ConfigError(
             f"path={folder}: {CONFIG} names {str(name)[:80] or 'no class'}, which {library} does not have"
         )
-    return kind.from_pretrained(folder)
+    more = FOR_DIFFUSERS if library == "diffusers" and (folder / STATE).is_file() else {}
+    with restoring(kind, folder):
+        made = kind.from_pretrained(folder, **more)
+    rewrap(made, folder)
+    return made
 
 
 def _first_line(error: Exception) -> str:

@@ -108,14 +108,21 @@ def verify(
 
 def pipeline_request(target: str, parts: Mapping[str, tuple[Part, Written]]) -> dict[str, Any]:
     """How the whole pipeline is loaded: components that are single files are handed to it."""
-    dtype = next(part.dtype for part, _ in parts.values())
     return {
         "target": target,
         "method": "from_pretrained",
-        "arguments": {"dtype": dtype},
+        "arguments": pipeline_arguments(parts),
         "needs_gpu": any(written.needs_gpu for _, written in parts.values()),
+        "before": next((written.before for _, written in parts.values() if written.before), ""),
         "without": [name for name, (_, written) in parts.items() if written.method != "from_pretrained"],
     }
+
+
+def pipeline_arguments(parts: Mapping[str, tuple[Part, Written]]) -> dict[str, Any]:
+    """What the pipeline's ``from_pretrained`` is told: the dtype, and what its components' own are told."""
+    whole = [(part, written) for part, written in parts.values() if written.method == "from_pretrained"]
+    told = {name: value for _, written in whole for name, value in written.arguments.items()}
+    return {**told, "dtype": next(part.dtype for part, _ in parts.values())}
 
 
 def _asked(module: nn.Module, call: Call, device: str) -> dict[str, Any]:

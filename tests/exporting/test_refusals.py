@@ -27,12 +27,15 @@ def one():
 
 REFUSED = [
     (["backend=quanto", "dtype=int8"], "backend=quanto: transformers"),
-    (["backend=modelopt", "dtype=int8"], "backend=modelopt: its checkpoints"),
+    (["backend=modelopt", "dtype=int8", "compute_dtype=bfloat16"], "compute_dtype=bfloat16: "),
+    (["backend=modelopt", "dtype=int8", "quantization.layer_kinds=[linear,embedding]"], "quantization.layer_kinds: "),
+    (["backend=modelopt", "dtype=int4", "algorithm=svdquant", "quantization.algorithm_settings={lowrank: 4}"],
+     "algorithm=svdquant: packed layers"),
     (["backend=torchao", "dtype=int8", "quantization.layer_kinds=[linear,embedding]"], "quantization.layer_kinds: "),
     (["backend=torchao", "dtype=int8", "compute_dtype=bfloat16"], "compute_dtype=bfloat16: "),
     (["backend=bitsandbytes", "dtype=int8", "compute_dtype=bfloat16"], "compute_dtype=bfloat16: "),
     (["backend=none", "dtype=bfloat16"], "export.path: none bfloat16 is not quantized"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("words", "said"), REFUSED, ids=[" ".join(words) for words, _ in REFUSED])

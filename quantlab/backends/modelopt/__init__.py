@@ -8,12 +8,13 @@ layer cannot be deep-copied: copy the model before.
 from __future__ import annotations
 
 from quantlab.backends.modelopt.calibrate import calibrate
+from quantlab.backends.modelopt.checkpointing import beside
 from quantlab.backends.modelopt.config import NVIDIAModelOptConfig
 from quantlab.backends.modelopt.library import prepare
 from quantlab.backends.modelopt.quantize import quantize, read_back, resolve
 from quantlab.backends.modelopt.quantizers import build_quant_cfg
 from quantlab.backends.modelopt.sizes import layer_bytes
-from quantlab.backends.modelopt.storage import as_stored, load, save
+from quantlab.backends.modelopt.storage import load, save
 from quantlab.vocabulary.native import QuantizationConfigMixin
 
 Config: type[QuantizationConfigMixin] = NVIDIAModelOptConfig
@@ -21,7 +22,7 @@ Config: type[QuantizationConfigMixin] = NVIDIAModelOptConfig
 __all__ = [
     "Config",
     "NVIDIAModelOptConfig",
-    "as_stored",
+    "beside",
     "build_quant_cfg",
     "calibrate",
     "layer_bytes",

@@ -10,6 +10,8 @@ from pathlib import Path
 from quantlab.backends.modelopt.library import quiet_library
 
 STATE = "modelopt_state.pth"
+FOR_DIFFUSERS = {"low_cpu_mem_usage": False}
+"""What Diffusers' ``from_pretrained`` is told: by its other way each weight is made anew, as no packed one can be."""
 
 
 @contextlib.contextmanager

@@ -20,9 +20,8 @@ from quantlab.backends.modelopt.quantize import (
     packed_class,
     stored_dtype,
 )
-from quantlab.backends.part import Part
 from quantlab.backends.strides import strides_of, with_strides
-from quantlab.errors import ConfigError, ModelError
+from quantlab.errors import ModelError
 from quantlab.vocabulary.dtypes import dtype_name
 
 if TYPE_CHECKING:
@@ -68,15 +67,6 @@ def save(model: nn.Module, folder: str | Path) -> None:
 def _compute_dtype(layer: nn.Linear) -> str:
     metadata = getattr(layer.weight, "metadata", None) or {}
     return dtype_name(metadata.get("dtype", layer.weight.dtype))
-
-
-def as_stored(part: Part) -> NVIDIAModelOptConfig:
-    """There is no such checkpoint: ConfigError says why."""
-    raise ConfigError(
-        "backend=modelopt: its checkpoints are restored by ModelOpt from the state that its conversion of a whole "
-        "model leaves, and quantlab converts single layers, so that no loader would read them; choose "
-        "backend=torchao or backend=bitsandbytes, or keep to quantlab"
-    )
 
 
 def load(model: nn.Module, layers: Iterable[str], config: NVIDIAModelOptConfig, folder: str | Path) -> None:
