@@ -37,5 +37,5 @@ def export_reference(plan: Plan, folder: str, quiet: bool = False) -> Path:
             PROTOCOLS[model.protocol].check(model, inputs)
             progress = step_progress(session, "observe reference")
             outputs = observe(model, inputs, config.evaluation, cache, progress)
-        write_bundle(target, model, inputs, config.evaluation, outputs)
+        write_bundle(target, model, inputs, config, outputs)
     return target

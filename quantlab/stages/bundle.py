@@ -13,8 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantlab.datasets.table import DATASETS
+from quantlab.datasets.text import read_text
 from quantlab.errors import ConfigError
+from quantlab.models.beforehand import other_tensor, sampled_weights
 from quantlab.models.loaded import LoadedModel
+from quantlab.models.table import family_of
 from quantlab.modules.device import kind_of
 from quantlab.modules.kept import Damaged, read_json, read_tree, write_json, write_tree
 from quantlab.stages.observe import FORMAT, asked_of, made_by, observed_settings
@@ -64,7 +68,7 @@ class Bundle:
 
 
 def write_bundle(
-    folder: Path, model: LoadedModel, inputs: Any, evaluation: EvaluationConfig, outputs: Mapping[str, Any]
+    folder: Path, model: LoadedModel, inputs: Any, config: ExperimentConfig, outputs: Mapping[str, Any]
 ) -> None:
     """Write what :func:`quantlab.stages.observe.observe` gave. Raises ConfigError where the folder cannot be used."""
     try:
@@ -76,14 +80,22 @@ def write_bundle(
     except (NotADirectoryError, FileExistsError, PermissionError) as error:
         raise ConfigError(f"reference export {folder}: cannot be written ({error.strerror}); name a folder") from error
     made = {**made_by(model), "hardware": hardware()}
-    asked = asked_of(model, inputs, evaluation)
-    write_json({"asked": asked, "made": made, "outputs_sha256": _sha256(folder / OUTPUTS)}, folder / SAID)
+    said = {
+        "asked": asked_of(model, inputs, config.evaluation),
+        "before": {
+            "tensors": sampled_weights(config.model, model.dtype),
+            "text_sha256": _text_sha256(config),
+        },
+        "made": made,
+        "outputs_sha256": _sha256(folder / OUTPUTS),
+    }
+    write_json(said, folder / SAID)
 
 
 def read_bundle(config: ExperimentConfig) -> Bundle | None:
     """The reference at ``reference.path``, whole and of these settings; None where none is named.
 
-    What it has in common with a request is checked here, before weights load; the rest by :func:`check_bundle`.
+    What can be known of a request by its files is checked here, before weights load; the rest by :func:`check_bundle`.
     Raises ConfigError, beginning with ``reference.path:``.
     """
     if config.reference.path is None:
@@ -107,6 +119,7 @@ def read_bundle(config: ExperimentConfig) -> Bundle | None:
         raise _other(folder, "evaluation", f"evaluation.{name}={there} there and {here} here, made on {said_by}")
     if config.model.dtype not in ("auto", asked["dtype"]):
         raise _other(folder, "dtype", f"{asked['dtype']} there and {config.model.dtype} here")
+    _check_files(found, dict(said.get("before", {})), config)
     if _sha256(folder / OUTPUTS) != digest:
         raise ConfigError(f"{KEY}: {folder / OUTPUTS} is damaged (it is not the file that was written); {_AGAIN}")
     try:
@@ -114,6 +127,42 @@ def read_bundle(config: ExperimentConfig) -> Bundle | None:
     except Damaged as error:
         raise ConfigError(f"{KEY}: {folder / OUTPUTS} is damaged ({error}); {_AGAIN}") from error
     return Bundle(folder=folder, asked=asked, made=made, digest=digest, outputs=outputs)
+
+
+def _check_files(bundle: Bundle, before: Mapping[str, Any], config: ExperimentConfig) -> None:
+    """ConfigError where the files of this request are surely of another model, or of other inputs."""
+    there = before.get("tensors") or {}
+    here = sampled_weights(config.model, bundle.asked["dtype"]) if there else {}
+    if name := other_tensor(there, here):
+        raise _other(bundle.folder, "model", f"{name}: {there[name]} there and {here[name]} here")
+    text = _text_sha256(config)
+    if text and before.get("text_sha256") and text != before["text_sha256"]:
+        raise _other(bundle.folder, "inputs", f"text {before['text_sha256'][:16]} there and {text[:16]} here")
+    inputs = _prompts_sha256(config)
+    if inputs and inputs != bundle.asked["inputs"]:
+        raise _other(bundle.folder, "inputs", f"{_short(bundle.asked['inputs'])} there and {_short(inputs)} here")
+
+
+def _text_sha256(config: ExperimentConfig) -> str:
+    """Digest of a text of which all counts; "" for other inputs."""
+    if config.dataset.name != "text" or family_of(config.model).protocol != "language":
+        return ""
+    return hashlib.sha256(read_text(config.dataset.path).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _prompts_sha256(config: ExperimentConfig) -> str:
+    """Digest of the inputs of a pipeline, where these follow from its class and the data set; "" for other models."""
+    look, row = family_of(config.model).look, DATASETS[config.dataset.name]
+    if look is None or row.read_file is None:
+        return ""
+    made = look(config.model_with(), config.evaluation)
+    if made is None:
+        return ""
+    empty: Any = object.__new__(made)
+    family = family_of(config.model)
+    of_its_class = LoadedModel(name="", protocol=family.protocol, components={}, parts={"pipeline": empty})
+    found: str = row.load(config.dataset, config.evaluation, of_its_class).sha256
+    return found
 
 
 def check_bundle(bundle: Bundle, model: LoadedModel, inputs: Any, evaluation: EvaluationConfig) -> None:

@@ -5,12 +5,17 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import quantlab
 from quantlab import cli
+from quantlab.datasets.table import DATASETS
 from quantlab.errors import ConfigError
+from quantlab.models.diffusers_pipeline import load
 from quantlab.modules.kept import read_json, read_tree, write_json, write_tree
+from quantlab.planning.plan import plan
 from quantlab.stages import bundle
+from tests.support.tiny_pipelines import BUILDERS
 from tests.support.tiny_text_models import TEXT, save_llama
 
 SMALL = ["device=cpu", "evaluation.num_samples=3", "evaluation.num_bootstrap=50", "evaluation.context_length=32"]
@@ -120,14 +125,96 @@ def test_what_cannot_be_believed_is_refused_before_weights_load(here, case, monk
     assert "\n" not in str(refused.value)
 
 
-def test_another_model_and_other_inputs_are_refused(here, tmp_path):
+def changed_config(folder):
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**said, "rms_norm_eps": 0.1}))
+
+
+def one_value(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][-1] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def in_shards(folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="50KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+
+
+def without_weights(monkeypatch):
+    monkeypatch.setattr("quantlab.running.placement.family_of", lambda config: pytest.fail("weights were loaded"))
+
+
+def test_another_model_and_other_inputs_are_refused_before_weights_load(here, tmp_path, monkeypatch):
     words, folder = here
+    without_weights(monkeypatch)
     save_llama(tmp_path / "other", hidden_size=32, intermediate_size=64)
+    with pytest.raises(ConfigError, match=r"^reference.path: .* is of another model \(.*: \[.* there and \[.* here"):
+        rows_of(words, f"model.path={tmp_path / 'other'}", f"reference.path={folder}")
+    shutil.copytree(words[1].partition("=")[2], tmp_path / "tuned")
+    one_value(tmp_path / "tuned")
+    with pytest.raises(ConfigError, match=r"^reference.path: .* is of another model \(model.norm.weight: "):
+        rows_of(words, f"model.path={tmp_path / 'tuned'}", f"reference.path={folder}")
     (tmp_path / "other.txt").write_text(TEXT[::-1])
+    with pytest.raises(ConfigError, match=r"^reference.path: .* is of other inputs \(text "):
+        rows_of(words, f"dataset.path={tmp_path / 'other.txt'}", f"reference.path={folder}")
+
+
+def test_the_same_model_in_other_files_is_believed_and_another_configuration_is_not(here, tmp_path):
+    words, folder = here
+    shutil.copytree(words[1].partition("=")[2], tmp_path / "same")
+    in_shards(tmp_path / "same")
+    config = plan([*words, f"model.path={tmp_path / 'same'}", f"reference.path={folder}"]).jobs[0].config
+    assert bundle.read_bundle(config) is not None
+    changed_config(tmp_path / "same")
+    with pytest.raises(ConfigError, match=r"^reference.path: .* is of another model \(model.config: "):
+        rows_of(words, f"model.path={tmp_path / 'same'}", f"reference.path={folder}")
+
+
+def test_a_pipelines_prompts_are_known_before_its_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    BUILDERS["flux"](tmp_path / "flux")
+    (tmp_path / "prompts.txt").write_text("a red fox\nthe blue cat\n")
+    words = [
+        *("model=diffusers", "model.path=flux", "dataset.path=prompts.txt", "device=cpu", "evaluation.num_samples=2"),
+        *("evaluation.height=32", "evaluation.width=32", "evaluation.num_inference_steps=2", "output_dir=out"),
+    ]
+    config = plan(words).jobs[0].config
+    model = load(config.model, "cpu", tmp_path / "cache")
+    inputs = DATASETS["prompts"].load(config.dataset, config.evaluation, model)
+    bundle.write_bundle(tmp_path / "bundle", model, inputs, config, {"latents": torch.zeros(2)})
+    brought = [*words, "reference.path=bundle"]
+    found = bundle.read_bundle(plan(brought).jobs[0].config)
+    assert found is not None
+    bundle.check_bundle(found, model, inputs, config.evaluation)
+    for other in ("evaluation.num_samples=1", "dataset.seed=9"):
+        told = "other settings" if other.startswith("evaluation") else "other inputs"
+        with pytest.raises(ConfigError, match=f"^reference.path: .* is of {told}"):
+            bundle.read_bundle(plan([*brought, other]).jobs[0].config)
+    (tmp_path / "prompts.txt").write_text("a red fox\nthe green cat\n")
+    with pytest.raises(ConfigError, match="^reference.path: .* is of other inputs"):
+        bundle.read_bundle(plan(brought).jobs[0].config)
+    (tmp_path / "prompts.txt").write_text("a red fox\nthe blue cat\n")
+    weights = tmp_path / "flux" / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    for tensor in tensors.values():
+        tensor += 0.5
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"^reference.path: .* is of another model \(transformer/"):
+        bundle.read_bundle(plan(brought).jobs[0].config)
+
+
+@pytest.mark.slow
+def test_a_bundle_without_samples_is_checked_after_loading(here, tmp_path):
+    words, folder = here
+    resaid(folder, lambda said: said.pop("before"))
+    save_llama(tmp_path / "other", hidden_size=32, intermediate_size=64)
     with pytest.raises(ConfigError, match=r"^reference.path: .* is of another model \(weights: "):
         rows_of(words, f"model.path={tmp_path / 'other'}", f"reference.path={folder}")
-    with pytest.raises(ConfigError, match=r"^reference.path: .* is of other inputs"):
-        rows_of(words, f"dataset.path={tmp_path / 'other.txt'}", f"reference.path={folder}")
 
 
 @pytest.mark.parametrize("words", [[], ["export"], ["export", "model=digits_dit"], ["import", "x"]])
