@@ -30,6 +30,10 @@ JOB, ATTEMPT, END, LOST, LOG, EARLIER = (
     "worker.log",
     "attempts",
 )
+RESULT = "reference.json"
+"""Of a reference's job, what it found: ``known``, ``rows`` (floor -> key) and ``floors`` (floor -> its numbers)."""
+RESUMED = "resumed"
+"""In ``run.json`` of a job that found that it had been finished before: by which key."""
 TERMINATED = "SIGTERM"
 """How the failure of a run begins that was told to end: no failure of the job's."""
 _MEANING = {

@@ -13,12 +13,12 @@ from typing import Any
 from quantlab.backends.scheme import Scheme
 from quantlab.backends.table import held_packages, unprobed
 from quantlab.datasets.overlap import overlap
-from quantlab.errors import in_words, is_disk_full
+from quantlab.errors import in_words, is_device_lost, is_disk_full
 from quantlab.exporting.card import Described
 from quantlab.exporting.whole import check_exportable, export
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules import emulated
-from quantlab.modules.device import kind_of
+from quantlab.modules.device import answers, kind_of
 from quantlab.modules.kept import Damaged, read_json, set_aside, write_json
 from quantlab.modules.memory import storages
 from quantlab.planning.job import Job
@@ -207,6 +207,25 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
     return report
 
 
+def run_row(session: Session, bench: Workbench, job: Job, key: str, folder: Path | None = None) -> RunReport:
+    """The row of a sweep's job that is run here and now; its failure is a row."""
+    run = None
+    try:
+        with open_run(session, job.name, job, key=key, folder=folder) as run:
+            return run_job(session, bench, job, run)
+    except Exception as error:  # noqa: BLE001  whatever a library raises: a failing job is a row
+        if is_disk_full(error):  # no other job would fare better
+            raise
+        text = in_words(error)
+        say(f"{job.name}: {text[:500]}", "failed")
+        if is_device_lost(error) or not answers(session.device):
+            session.lost_device = job.name
+            text += "; the GPU answered this process no more, so the jobs after it ran in processes of their own"
+        if run is None:  # it did not even begin
+            return failed_row(job, bench.model.protocol, text)
+        return failed_row(job, bench.model.protocol, text, run.stage, run.run_id, run.record.summary["metrics"])
+
+
 def make(session: Session, bench: Workbench, job: Job, run: Run | None) -> Candidate:
     """The job's candidate."""
     schemes = chosen(bench.model, job)
@@ -306,7 +325,7 @@ def open_run(
     other = ", ".join(filter(None, (unprobed(b.name) for b in job.backends))) if kind != "sweep" else ""
     tags = {
         KIND: kind,
-        DEVICE: session.device,
+        DEVICE: session.device or job.config.device,
         RECIPE: job.config.recipe or "",
         **({JOB_KEY: key} if key else {}),
         VERSIONS: session.environment["versions"],

@@ -76,6 +76,11 @@ def bench_key(config: ExperimentConfig) -> str:
     return canonical_json([*(asdict(node) for node in said), place])
 
 
+def known_of(data: Mapping[str, Any]) -> Known:
+    """What was written as plain data; TypeError or KeyError for data that are none."""
+    return Known(**{**data, "default": tuple(data["default"])})
+
+
 def recall(config: ExperimentConfig, cache_dir: Path, device: str = "") -> Known | None:
     """What an earlier process found of this request's workbench; None where its files, this code, the libraries or
     what computes are not known to be the same. No weights are read.
@@ -88,8 +93,7 @@ def recall(config: ExperimentConfig, cache_dir: Path, device: str = "") -> Known
     if digest is None or not file.is_file():
         return None
     try:
-        said = read_json(file)
-        found = Known(**{**said, "default": tuple(said["default"])})
+        found = known_of(read_json(file))
     except (Damaged, TypeError, KeyError):
         return None
     if device and "torch" in sys.modules and canonical_json(dict(found.made)) != canonical_json(made_on(device)):
@@ -97,19 +101,21 @@ def recall(config: ExperimentConfig, cache_dir: Path, device: str = "") -> Known
     return found
 
 
-def remember(config: ExperimentConfig, cache_dir: Path, known: Known) -> None:
-    """Note what a workbench of this request turned out to be.
+def remember(
+    config: ExperimentConfig, cache_dir: Path, known: Known, where: Mapping[str, object] | None = None
+) -> None:
+    """Note what a workbench of this request turned out to be; ``where`` is :func:`where_of` as its sweep asked for it.
 
     Not where torch's threads are a number that somebody set by hand: another process would not see that it differs.
     """
-    digest = request_digest(config, cache_dir)
-    if digest is not None and _has_usual_threads(config, known):
+    digest = request_digest(config, cache_dir, where)
+    if digest is not None and (where or _has_usual_threads(config, known)):
         file = _file(cache_dir, digest)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(asdict(known), file)
 
 
-def request_digest(config: ExperimentConfig, cache_dir: Path) -> str | None:
+def request_digest(config: ExperimentConfig, cache_dir: Path, where: Mapping[str, object] | None = None) -> str | None:
     """Digest of all that decides what a request's workbench is; None where that is not on this disk, or not yet."""
     files = _files(config, cache_dir)
     if files is None:
@@ -120,7 +126,7 @@ def request_digest(config: ExperimentConfig, cache_dir: Path) -> str | None:
         "files": [file_stamp(file) for file in sorted(set(files))],
         "code": code_digest(),
         "libraries": versions(),
-        "where": _where(config),
+        "where": dict(where or where_of(config)),
     }
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
 
@@ -141,7 +147,7 @@ def digest_of_code(root: Path, files: Iterable[Path]) -> str:
 
 def _has_usual_threads(config: ExperimentConfig, known: Known) -> bool:
     threads = known.made["arithmetic"].get("threads")
-    if threads is None or is_far(config.launcher):  # a GPU's numbers do not depend on them; a node has its own
+    if threads is None:  # a GPU's numbers do not depend on them
         return True
     said = str(config.num_threads or os.environ.get("OMP_NUM_THREADS", ""))
     if said.isdigit():
@@ -205,8 +211,8 @@ def _below(path: str | None) -> list[Path]:
     return sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
 
 
-def _where(config: ExperimentConfig) -> dict[str, object]:
-    """What computes: this machine, or whatever node an engine gives for these settings."""
+def where_of(config: ExperimentConfig) -> dict[str, object]:
+    """What computes, as plain data: this machine, or whatever node an engine gives for these settings."""
     asked: dict[str, object] = {"device": config.device, "num_threads": config.num_threads}
     if is_far(config.launcher):
         settings = config.launcher.settings

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantlab.planning.job import Job
-from quantlab.vocabulary.numbers import FLOORS, metric_value
+from quantlab.vocabulary.numbers import FLOOR_DEVICE, FLOORS, REFERENCE, metric_value
 from quantlab.vocabulary.reports import MetricValue, RunReport
 
 
@@ -50,6 +50,15 @@ def finished_row(data: Mapping[str, Any], run_id: str | None, name: str = "", is
         unquantized=tuple(data.get("unquantized", ())),
         **_numbers(data["metrics"]),
     )
+
+
+def floors_of(rows: Sequence[RunReport], is_brought: bool) -> dict[str, dict[str, MetricValue]]:
+    """Floor -> what it costs, of the finished ones among rows; ``is_brought``: the reference was made elsewhere."""
+    done = {row.name: dict(row.quality) for row in rows if row.status == "FINISHED"}
+    found = {name: values for name, values in done.items() if name in FLOORS}
+    if is_brought and REFERENCE in done:
+        found[FLOOR_DEVICE] = done[REFERENCE]  # the unquantized model here against the one there
+    return found
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from quantlab import tracking
-from quantlab.errors import ConfigError, DiskFull, QuantlabError, TrackingError, in_words, is_device_lost, is_disk_full
+from quantlab.errors import ConfigError, DiskFull, QuantlabError, TrackingError, in_words, is_disk_full
 from quantlab.exporting.folder import check_target
-from quantlab.modules.device import answers
 from quantlab.modules.precision import exact_arithmetic
 from quantlab.planning.job import Job, Merged, Plan
 from quantlab.planning.ready import check_ready
@@ -24,11 +23,13 @@ from quantlab.planning.trust import require_trust
 from quantlab.progress import progress_bars, say
 from quantlab.running.apart import Handed, hand_over
 from quantlab.running.claims import Claims, wait_for
-from quantlab.running.engines.table import check_launcher
+from quantlab.running.engines.table import check_launcher, is_far
+from quantlab.running.far import references, run_far
 from quantlab.running.handing import handed, run_handed, runs_apart
-from quantlab.running.job import floor_rows, open_run, run_job
+from quantlab.running.job import floor_rows, open_run, run_job, run_row
+from quantlab.running.known import Known, bench_key
 from quantlab.running.resume import content_key, earlier_report
-from quantlab.running.rows import failed_row, skipped_row
+from quantlab.running.rows import skipped_row
 from quantlab.running.scheduler import Counts
 from quantlab.running.search import Search, run_search
 from quantlab.running.winner import export_chosen
@@ -61,26 +62,43 @@ def run_plan(plan: Plan, quiet: bool = False, trust: bool = False) -> list[RunRe
     first = plan.jobs[0].config
     if plan.is_sweep:
         check_launcher(first.launcher)
+        if first.launcher.detach and first.sweep.search.num_trials:
+            raise ConfigError("launcher.detach=true: a search chooses by the rows that it waits for; leave it out")
     elif first.launcher.detach:
         raise ConfigError(
             "launcher.detach=true: a single job is run by this process; ask for several (-m dtype=int8,int4)"
         )
     elif first.launcher.engine != "serial":
         say(f"launcher={first.launcher.engine}: a single job is run by this process", "launcher")
-    with open_session(first, quiet) as session:
+    with open_session(first, quiet, computes=not (plan.is_sweep and is_far(first.launcher))) as session:
         session.expect(plan.jobs)
         return _run_sweep(session, plan) if plan.is_sweep else _run_single(session, plan.jobs[0])
 
 
 @contextlib.contextmanager
-def open_session(config: ExperimentConfig, quiet: bool = False) -> Iterator[Session]:
-    """A request under way: device, store and bars are ready, and what earlier processes left is closed or pushed."""
+def open_session(config: ExperimentConfig, quiet: bool = False, computes: bool = True) -> Iterator[Session]:
+    """A request under way: device, store and bars are ready, and what earlier processes left is closed or pushed.
+
+    Without ``computes`` no device is looked for, and torch is not imported: others run the jobs.
+    """
     with _room_in(config.output_dir):
-        device = prepare_device(config)
+        device = prepare_device(config) if computes else ""
         output_dir = _usable_folder(config.output_dir)
         _remove_parts(output_dir / "cache")
-        with exact_arithmetic(config.evaluation.deterministic), _ready(config, output_dir, device, quiet) as session:
+        exact = exact_arithmetic(config.evaluation.deterministic) if computes else contextlib.nullcontext()
+        with exact, _ready(config, output_dir, device, quiet) as session:
             yield session
+
+
+@contextlib.contextmanager
+def _computing(session: Session, config: ExperimentConfig) -> Iterator[None]:
+    """While open this process computes, whatever it was opened for."""
+    if session.device:
+        yield
+        return
+    session.device = prepare_device(config)
+    with exact_arithmetic(config.evaluation.deterministic):
+        yield
 
 
 @contextlib.contextmanager
@@ -130,7 +148,7 @@ def _ready(config: ExperimentConfig, output_dir: Path, device: str, quiet: bool)
                 device=device,
                 output_dir=output_dir,
                 advance=advance,
-                environment=environment(Path(__file__).parents[2]),
+                environment=environment(Path(__file__).parents[2], has_hardware=bool(device)),
                 claims=Claims(output_dir / "claims"),
             )
             try:
@@ -203,7 +221,10 @@ def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
         if config.sweep.search.num_trials:
             reports, study = _search(session, plan, parent)
         else:
-            reports = _finished(session, _rows(session, plan, parent), config)
+            far = is_far(config.launcher)
+            reports = (
+                run_far(session, plan.jobs, parent) if far else _finished(session, _rows(session, plan, parent), config)
+            )
         protocol = reports[0].protocol if reports else ""
         if study is None:
             reports += [skipped_row(combination, protocol, why) for combination, why in plan.invalid]
@@ -224,7 +245,8 @@ def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
             parent.set_tags({FAILED_JOBS: ", ".join(failed)})
         if plan.export.path is not None:
             parent.stage = "export"
-            export_chosen(session, plan, reports)
+            with _computing(session, config):
+                export_chosen(session, plan, reports)
     return reports
 
 
@@ -265,7 +287,9 @@ def _rows_of(session: Session, job: Job, parent: Any, known: set[str]) -> list[R
 def _search(session: Session, plan: Plan, parent: Any) -> tuple[list[RunReport], dict[str, Any]]:
     """Floors, then the points that the search chose; and the study as JSON data. Its jobs run where a sweep's would."""
     first = plan.jobs[0].config
-    protocol = workbench(session, first, parent).model.protocol
+    groups = references(session, plan.jobs, parent) if is_far(first.launcher) else []
+    group_of = {job.name: (group, place) for group in groups for place, job in group.jobs.items()}
+    protocol = groups[0].protocol if groups else workbench(session, first, parent).model.protocol
     search = Search(first.sweep.search, objectives_of(first.sweep.search, protocol), plan.jobs)
     if search.config.num_trials > len(plan.jobs):
         say(
@@ -276,21 +300,38 @@ def _search(session: Session, plan: Plan, parent: Any) -> tuple[list[RunReport],
     floors: dict[str, Any] = {}  # of each workbench, also after another one has taken its place
     keys, known = {}, {}
 
-    def look_up(job: Job) -> None:  # a call of its own: nothing holds the workbench when the next one is loaded
+    def _known_here(job: Job) -> tuple[Known, str]:
         bench = workbench(session, job.config, parent)
         if bench.key not in floors:
             rows.extend(_row(session, bench, floor, apart=False) for floor in bench.known.floor_jobs(job.config))
             floors[bench.key] = bench.floors
-        keys[job.name] = (content_key(bench.known, job, bench.cache_dir), bench.key)
+        return bench.known, bench.key
+
+    def _known_far(job: Job) -> tuple[Known, str]:
+        group, _ = group_of[job.name]
+        assert group.known is not None
+        key = bench_key(job.config)
+        if key not in floors:
+            rows.extend(group.floor_rows)
+            floors[key] = group.floors
+        return group.known, key
+
+    def look_up(job: Job) -> None:  # a call of its own: nothing holds the workbench when the next one is loaded
+        known_of = _known_far if groups else _known_here
+        known_one, shared = known_of(job)
+        keys[job.name] = (content_key(known_one, job, session.output_dir / "cache"), shared)
         if earlier := earlier_report(session, protocol, job, keys[job.name][0]):
             known[job.name] = earlier
 
     def run_point(job: Job, key: str, shared: str) -> RunReport | Handed:
+        if groups:
+            group, place = group_of[job.name]
+            return group.hand_over(session, place, key)
         if session.lost_device or runs_apart(job, session.device):
             return handed(session, job, key, protocol, floors[shared])
         bench = workbench(session, job.config, parent)
         bench.floors.update(floors[shared])
-        return _made(session, bench, job, key)
+        return run_row(session, bench, job, key)
 
     for job in plan.jobs:
         look_up(job)
@@ -327,28 +368,9 @@ def _row(session: Session, bench: Workbench, job: Job, apart: bool) -> RunReport
         )  # the GPU was lost before they were known
         return handed(session, job, key, protocol, None if is_cut else bench.floors)
     try:
-        return _made(session, bench, job, key)
+        return run_row(session, bench, job, key)
     finally:
         session.claims.release(key)
-
-
-def _made(session: Session, bench: Workbench, job: Job, key: str) -> RunReport:
-    """The row of a job that is run here and now."""
-    run = None
-    try:
-        with open_run(session, job.name, job, key=key) as run:
-            return run_job(session, bench, job, run)
-    except Exception as error:  # noqa: BLE001  whatever a library raises: a failing job is a row
-        if is_disk_full(error):  # no other job would fare better
-            raise
-        text = in_words(error)
-        say(f"{job.name}: {text[:500]}", "failed")
-        if is_device_lost(error) or not answers(session.device):
-            session.lost_device = job.name
-            text += "; the GPU answered this process no more, so the jobs after it ran in processes of their own"
-        if run is None:  # it did not even begin
-            return failed_row(job, bench.model.protocol, text)
-        return failed_row(job, bench.model.protocol, text, run.stage, run.run_id, run.record.summary["metrics"])
 
 
 def _finished(
@@ -358,7 +380,8 @@ def _finished(
     jobs = [row for row in rows if isinstance(row, Handed)]
     found: list[RunReport] = []
     if jobs:
-        let_go_of_bench(session)
+        if session.device:
+            let_go_of_bench(session)
 
         def progress(counts: Counts) -> None:
             session.advance(what, counts.ended, len(jobs), f"{counts.running} running, {counts.failed} failed")

@@ -20,7 +20,7 @@ from quantlab.datasets.calibration import calibration_inputs
 from quantlab.datasets.table import DATASETS
 from quantlab.errors import ConfigError, nearest
 from quantlab.models.loaded import LoadedModel, class_names
-from quantlab.modules.device import free_bytes, give_back
+from quantlab.modules.device import free_bytes, give_back, kind_of
 from quantlab.modules.emulated import emulated_products, lacking
 from quantlab.modules.fingerprint import fingerprint_warning, grid_fingerprint, known_grid
 from quantlab.modules.layers import check_finite_weights, state_digest
@@ -32,8 +32,9 @@ from quantlab.progress import Advance, file_name, say
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.quiet import quiet_libraries
 from quantlab.running.claims import Claims
-from quantlab.running.known import Known, bench_key, remember
+from quantlab.running.known import Known, bench_key, remember, request_digest
 from quantlab.running.placement import alone, load_placed, with_prompts
+from quantlab.running.rows import floors_of
 from quantlab.stages.bundle import Bundle, check_bundle, differs, is_of_here, read_bundle
 from quantlab.stages.observe import made_by, observe, reference_key
 from quantlab.stages.reads import weights_read
@@ -47,7 +48,7 @@ from quantlab.tracking.tags import (
     WEIGHTS_SHA256,
 )
 from quantlab.vocabulary.native import canonical_json
-from quantlab.vocabulary.numbers import FLOOR_DEVICE, FLOOR_FP32, FLOORS, REFERENCE
+from quantlab.vocabulary.numbers import FLOOR_FP32, FLOORS
 from quantlab.vocabulary.reports import MetricValue, RunReport, StageReport
 from quantlab.vocabulary.schema import ExperimentConfig
 
@@ -87,10 +88,7 @@ class Workbench:
 
     def keep_floor(self, report: RunReport) -> None:
         """Keep the numbers of a finished row if it is a floor's."""
-        if report.name in FLOORS and report.status == "FINISHED":
-            self.floors[report.name] = dict(report.quality)
-        if report.name == REFERENCE and report.status == "FINISHED" and self.brought is not None:
-            self.floors[FLOOR_DEVICE] = dict(report.quality)  # the unquantized model here against the one there
+        self.floors |= floors_of([report], self.brought is not None)
 
     def with_floors(self, report: RunReport) -> RunReport:
         """The row with the floors that are known."""
@@ -163,6 +161,11 @@ class Session:
     """Does it log the weights that quantlab trained, once a store? False in the process of a job: its sweep does."""
     lost_device: str = ""
     """The job after whose error the GPU answers this process no more; empty as long as it does."""
+    where: Mapping[str, object] | None = None
+    """In the process of a job on a node: what its sweep asked the engine for (:func:`quantlab.running.known.where_of`).
+    None: this machine."""
+    compares_with: Known | None = None
+    """In such a process, whose reference the sweep's rows are compared with."""
     expected: dict[str, list[ExperimentConfig]] = field(default_factory=dict)
     """Key of a workbench -> the configs of jobs on it that will want calibration data."""
 
@@ -196,6 +199,7 @@ def workbench(session: Session, config: ExperimentConfig, run: Run | None) -> Wo
     let_go_of_bench(session)
     brought = read_bundle(config)
     cache = session.output_dir / "cache"
+    files = request_digest(config, cache, session.where)
     with in_stage(session, run, "load") as load:
         with named_by_users(config):
             model, is_alone = load_placed(config, session.device, cache, session.advance)
@@ -223,6 +227,10 @@ def workbench(session: Session, config: ExperimentConfig, run: Run | None) -> Wo
     with in_stage(session, run, "observe") as seen:
         PROTOCOLS[model.protocol].check(model, inputs)
         reads = weights_read(model, inputs, config.evaluation, list(model.components))
+        key_here = reference_key(model, inputs, config.evaluation)
+        if brought is not None:
+            key_here = brought.key(key_here)
+        _check_same_reference(session.compares_with, key_here, model)
         if brought is None:
             reference: Mapping[str, Any] = observe(
                 model, inputs, config.evaluation, cache, step_progress(session, "observe reference")
@@ -232,7 +240,6 @@ def workbench(session: Session, config: ExperimentConfig, run: Run | None) -> Wo
             reference = brought.outputs
             if not is_of_here(brought, model):
                 say(differs(brought, model), "warning")
-    key_here = reference_key(model, inputs, config.evaluation)
     bench = Workbench(
         key=key,
         model=model,
@@ -240,7 +247,7 @@ def workbench(session: Session, config: ExperimentConfig, run: Run | None) -> Wo
         reference=reference,
         fingerprint=fingerprint,
         reads=reads,
-        reference_key=key_here if brought is None else brought.key(key_here),
+        reference_key=key_here,
         brought=brought,
         stages=(load.report, seen.report),
         calibrations=calibrations,
@@ -251,9 +258,28 @@ def workbench(session: Session, config: ExperimentConfig, run: Run | None) -> Wo
     session.bench = bench
     if config.sweep.floors and bench.missing_for_float32:
         say(bench.missing_for_float32)
-    remember(config, cache, bench.known)
+    if files in (None, request_digest(config, cache, session.where)):  # None: the model was trained since
+        remember(config, cache, bench.known, session.where)
     _set_aside()
     return bench
+
+
+def _check_same_reference(wanted: Known | None, key: str, model: LoadedModel) -> None:
+    """ConfigError where the sweep's reference is not what this process would observe: rows of both are not mixed."""
+    if wanted is None or wanted.reference_key == key:
+        return
+    here, there = made_by(model), wanted.made
+    if differing := [name for name in here if canonical_json(here[name]) != canonical_json(there.get(name))]:
+        told = "; ".join(f"{name}: {there.get(name)} there and {here[name]} here" for name in differing)
+        raise ConfigError(
+            f"device={kind_of(model.device)}: the sweep's reference was observed on another kind of node ({told}), and "
+            "numbers of two kinds are not compared; ask for nodes of one kind (launcher.settings, device), or bring a "
+            "reference along (reference.path)"
+        )
+    raise ConfigError(
+        "model.path: the model or the inputs are not those of the sweep's reference any more; their files have "
+        "changed: give the same command again"
+    )
 
 
 def default_of(model: LoadedModel) -> tuple[str, ...]:

@@ -19,9 +19,11 @@ from quantlab.modules.device import answers
 from quantlab.modules.precision import exact_arithmetic
 from quantlab.planning.job import Job
 from quantlab.planning.plan import plan
-from quantlab.running.attempts import END, JOB, begin, earlier_attempts, write
+from quantlab.running.attempts import END, JOB, LOG, RESULT, RESUMED, begin, earlier_attempts, read, write
 from quantlab.running.job import floor_rows, open_run, run_job
-from quantlab.running.resume import content_key
+from quantlab.running.known import Known, known_of
+from quantlab.running.observing import observe_reference
+from quantlab.running.resume import content_key, earlier_report
 from quantlab.running.workbench import Session, prepare_device, workbench
 from quantlab.tracking.provenance import environment
 from quantlab.tracking.tags import AFTER_LOST_DEVICE, ATTEMPT, EARLIER_ATTEMPTS, JOB_KEY
@@ -67,15 +69,23 @@ def work(folder: Path) -> int:
     data = json.loads((folder / JOB).read_text(encoding="utf-8"))
     os.chdir(data["base_dir"])
     job = _read_job(folder, data)
+    known, floors = _of_reference(data)
+    if known is not None and not data["key"] and _was_finished(job, known, folder):
+        return 0
     device = prepare_device(job.config)
-    if data["num_threads"]:
+    threads = data["num_threads"] or (known is not None and known.made["arithmetic"].get("threads"))
+    if threads:
         import torch
 
-        torch.set_num_threads(data["num_threads"])
+        torch.set_num_threads(threads)
     session = _session(job, device)
     session.parent_run_id = data["parent_run_id"]
+    session.where, session.compares_with = data["where"], known
     if data["parent_run_id"] and data["parent_record"]:
         session.store.know(data["parent_run_id"], data["parent_record"])
+    if data["calibrations"] is not None:
+        with exact_arithmetic(job.config.evaluation.deterministic):
+            return observe_reference(session, job, folder, data["calibrations"])
     try:
         with (
             exact_arithmetic(job.config.evaluation.deterministic),
@@ -88,9 +98,9 @@ def work(folder: Path) -> int:
             bench = workbench(session, job.config, run)
             if not data["key"]:
                 run.set_tags({JOB_KEY: content_key(bench.known, job, bench.cache_dir)})
-            if data["floors"] is None:
+            if floors is None:
                 floor_rows(session, bench, job)
-            for row, values in (data["floors"] or {}).items():
+            for row, values in (floors or {}).items():
                 bench.floors[row] = {k: MetricValue(**v) for k, v in values.items()}
             run_job(session, bench, job, run)
     except Exception as error:  # noqa: BLE001  the run has it; this process has nothing else to do
@@ -99,6 +109,31 @@ def work(folder: Path) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _of_reference(data: Mapping[str, Any]) -> tuple[Known | None, Mapping[str, Any] | None]:
+    """What the sweep's reference is, and its floors, as the sweep knew it, or as the reference's job wrote it since.
+
+    Raises QuantlabError where that job failed.
+    """
+    known, floors = data["known"], data["floors"]
+    if data["behind"]:
+        behind = Path(data["behind"])
+        if read(behind, "run.json").get("status") == "FAILED":
+            raise QuantlabError(f"its reference failed: {read(behind, 'run.json')['error']}; its log is {behind / LOG}")
+        told = read(behind, RESULT)
+        known, floors = told.get("known"), told.get("floors")
+    return (None if known is None else known_of(known)), floors
+
+
+def _was_finished(job: Job, known: Known, folder: Path) -> bool:
+    """Was a job finished before whose sweep could not know its key? Then it is over at once, and its folder says so."""
+    session = _session(job, "")
+    key = content_key(known, job, session.output_dir / "cache")
+    if earlier_report(session, known.protocol, job, key) is None:
+        return False
+    write(folder, "run.json", {"name": job.name, "status": "FINISHED", RESUMED: key})
+    return True
 
 
 def end_with_parent() -> None:
@@ -115,7 +150,7 @@ def end_with_parent() -> None:
 
 def _session(job: Job, device: str) -> Session:
     output_dir = Path(job.config.output_dir).expanduser().absolute()
-    key = f"{output_dir} {job.config.tracking}"
+    key = f"{output_dir} {device} {job.config.tracking}"
     if key not in _SESSIONS:
         _SESSIONS[key] = Session(
             store=tracking.no_store(job.config.tracking, Path.cwd()),  # the sweep's process alone writes to it

@@ -8,7 +8,7 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from quantlab.backends.table import distributions
 from quantlab.modules.precision import precision
@@ -64,7 +64,8 @@ class Environment(TypedDict):
 
     versions: dict[str, str]
     git: GitState | None
-    hardware: Hardware
+    hardware: NotRequired[Hardware]
+    """Absent of a process that computes nothing itself."""
 
 
 def versions() -> dict[str, str]:
@@ -163,6 +164,10 @@ def arithmetic(device: str) -> dict[str, object]:
     }
 
 
-def environment(root: Path | None = None) -> Environment:
-    """:func:`versions`, :func:`git_state` and :func:`hardware`; ``root`` is by default the folder of this code."""
-    return {"versions": versions(), "git": git_state(root or Path(__file__).parents[1]), "hardware": hardware()}
+def environment(root: Path | None = None, has_hardware: bool = True) -> Environment:
+    """:func:`versions`, :func:`git_state` and :func:`hardware`; ``root`` is by default the folder of this code.
+
+    Without ``has_hardware`` torch is not asked.
+    """
+    found: Environment = {"versions": versions(), "git": git_state(root or Path(__file__).parents[1])}
+    return {**found, "hardware": hardware()} if has_hardware else found

@@ -1,0 +1,156 @@
+"""A sweep on a cluster, from the side that submits: it loads nothing; the nodes' rows are those of a serial run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from quantlab.running import far, handing, sweep, workbench, worker
+from quantlab.running.attempts import JOB
+from tests.support.engines import Inline
+from tests.support.shell import digits_words
+from tests.support.stores import ROOT
+
+WORDS = (
+    "-m",
+    *digits_words("backend=quanto", "dtype=int8,int4", "evaluation.num_samples=10", "tracking.save_checkpoint=false"),
+)
+FAR = (*WORDS, "launcher=slurm")
+ROWS = ["reference", "floor_bf16", "floor_batch", "quanto int8", "quanto int4"]
+
+
+@pytest.fixture
+def node(monkeypatch):
+    """The cluster; and whoever submits to it has no device, and may not load."""
+    pytest.importorskip("submitit")
+    engine = Inline()
+    monkeypatch.setattr(handing, "open_engine", lambda *_: engine)
+    monkeypatch.setattr(worker, "_SESSIONS", {})
+
+    def refuse(*_):
+        raise AssertionError("the submitting side loads nothing")
+
+    monkeypatch.setattr(sweep, "workbench", refuse)
+    monkeypatch.setattr(sweep, "prepare_device", refuse)
+    return engine
+
+
+def numbers(rows):
+    """What may not depend on where a row was computed."""
+    of = ("quality/", "quantization/", "memory/weights_bytes")
+    return {name: {k: v for k, v in row["metrics"].items() if k.startswith(of)} for name, row in rows.items()}
+
+
+@pytest.mark.slow
+def test_rows_are_those_of_the_serial_run_and_are_found_again(shell, node):
+    before = _serial(shell)
+    rows = shell.rows(*FAR, "sweep.force=true")
+    assert node.submitted == [far.NAME, "quanto int8", "quanto int4"]
+    assert list(rows) == list(before) == ROWS
+    assert numbers(rows) == numbers(before)
+    assert not any(row["resumed"] for row in rows.values())
+    tracked = shell.tracked()
+    assert {tracked[name]["tags"]["mlflow.parentRunId"] for name in ROWS} == {tracked["sweep"]["run_id"]}
+    assert tracked["sweep"]["tags"]["quantlab.device"] == "cpu"
+    again = shell.rows(*FAR)
+    assert node.submitted == [far.NAME, "quanto int8", "quanto int4"], "nothing is asked of the cluster"
+    assert numbers(again) == numbers(before)
+    assert all(row["resumed"] for row in again.values())
+    one_more = shell.rows(*(word.replace("int8,int4", "int8,int4,int2") for word in FAR))
+    assert node.submitted[3:] == ["quanto int2"], "and the reference is known"
+    assert one_more["quanto int2"]["metrics"]["quality/floor_bf16/latent_rel_mse"] > 0
+
+
+def _serial(shell):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "workbench", workbench.workbench)
+        patch.setattr(sweep, "prepare_device", workbench.prepare_device)
+        return shell.rows(*WORDS)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_leaves_hands_all_over_behind_the_reference(shell, node):
+    rows = shell.rows(*FAR, "launcher.detach=true")
+    assert [row["status"] for row in rows.values()] == ["SUBMITTED"] * 2
+    assert node.submitted == [far.NAME, "quanto int8", "quanto int4"]
+    assert node.after == {"i0": [], "i1": ["i0"], "i2": ["i0"]}
+    node.run_one()
+    node.run_one()  # one job is over when the command is given again, and one waits
+    rows = shell.rows(*FAR)
+    assert list(rows) == ROWS
+    assert len(node.submitted) == 3, "nothing is computed twice"
+    assert {row["status"] for row in rows.values()} == {"FINISHED"}
+    assert rows["quanto int4"]["metrics"]["quality/floor_batch/latent_rel_mse"] >= 0
+
+
+def test_a_reference_that_fails_makes_rows_that_say_so(shell, node, monkeypatch):
+    monkeypatch.setattr("quantlab.running.observing.workbench", lambda *_: 1 / 0)
+    code, out, err = shell(*FAR, "--json")
+    assert code == 1
+    rows = json.loads(out)
+    assert [row["name"] for row in rows] == ["quanto int8", "quanto int4"]
+    for row in rows:
+        assert row["status"] == "FAILED"
+        assert row["failed_stage"] == "reference"
+        assert row["error"].startswith("its reference failed: ZeroDivisionError")
+        assert "worker.log" in row["error"]
+    assert node.submitted == [far.NAME]
+
+
+@pytest.mark.slow
+def test_a_node_of_another_kind_is_no_row_beside_the_others(shell, node, monkeypatch):
+    """The reference came from a GPU, and the job's node has none."""
+
+    def other_node(folder):
+        data = json.loads((folder / JOB).read_text())
+        if data["known"]:
+            worker._SESSIONS.clear()
+            data["known"]["reference_key"] = "of a GPU"
+            data["known"]["made"]["device"] = "cuda"
+            (folder / JOB).write_text(json.dumps(data))
+        return work(folder)
+
+    work = worker._work
+    monkeypatch.setattr(worker, "_work", other_node)
+    code, out, err = shell(*FAR, "sweep.floors=false", "--json")
+    assert code == 1, err
+    rows = json.loads(out)
+    assert [row["name"] for row in rows] == ["quanto int8", "quanto int4"]
+    for row in rows:
+        assert row["status"] == "FAILED"
+        assert "observed on another kind of node (device: cuda there and cpu here)" in row["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["slurm", "ray", "submitit_local"])
+def test_whoever_submits_imports_no_torch(shell, engine):
+    """Neither to check, nor to submit, nor to watch: here to an engine that only loses all."""
+    pytest.importorskip({"ray": "ray"}.get(engine, "submitit"))
+    code = f"""
+import sys
+from quantlab.cli import main
+from quantlab.running import handing
+from quantlab.running.attempts import END, write
+from tests.support.engines import Simulated
+
+class Nobody(Simulated):
+    def submit(self, folders, after=()):
+        for folder in folders:
+            write(folder, END, {{"code": 1}})
+        return super().submit(folders, after)
+
+handing.open_engine = lambda *_: Nobody(0, lost=0, preempted=0, repeated=0, lazy=True)
+try:
+    main({[*WORDS, f"launcher={engine}"]!r})
+except SystemExit as ended:
+    print("exit code", ended.code, "torch" in sys.modules)
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=shell.folder, env=env, capture_output=True, text=True, check=True, timeout=280
+    )
+    assert "exit code 1 False" in done.stdout, done.stderr
