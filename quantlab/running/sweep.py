@@ -380,8 +380,7 @@ def _finished(
     jobs = [row for row in rows if isinstance(row, Handed)]
     found: list[RunReport] = []
     if jobs:
-        if session.device:
-            let_go_of_bench(session)
+        let_go_of_bench(session)
 
         def progress(counts: Counts) -> None:
             session.advance(what, counts.ended, len(jobs), f"{counts.running} running, {counts.failed} failed")
