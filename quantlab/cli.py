@@ -17,6 +17,7 @@ from quantlab.commands import (
     show_comparison,
     show_configs,
     show_export,
+    show_first_recipe,
     show_jobs,
     show_list,
     show_prices,
@@ -36,6 +37,7 @@ HELP = """quantlab: what does each quantization scheme cost in quality, and what
   quantlab key=value ...              run one scheme:      quantlab backend=torchao dtype=int4 group_size=64
   quantlab -m key=a,b ...             run a grid:          quantlab -m backend=quanto,torchao dtype=int8,int4
   quantlab recipe=NAME [key=value]    run a recipe:        quantlab recipe=digits_backends, recipe=path/to/mine.yaml
+  quantlab init FILE model.path=PATH  a first recipe:      candidates that fit the model's shapes, commented, to change
   quantlab compare sweep=latest       which is better:     quantlab compare RUN_ID RUN_ID, experiment=NAME, metric=NAME,
                                       margin=VALUE, --json, --csv FILE, --html FILE (outputs/reports/<sweep>.html),
                                       --markdown (for issues and model cards)
@@ -201,6 +203,8 @@ def _dispatch(words: list[str]) -> int:
             return 0
     if rest and rest[0] == "list":
         return show_list(rest[1:], flags)
+    if rest and rest[0] == "init":
+        return show_first_recipe(rest[1:])
     if rest and rest[0] == "plan":
         return show_prices(rest[1:], flags)
     if rest and rest[0] == "reference":

@@ -155,6 +155,19 @@ def show_prices(words: Sequence[str], flags: set[str]) -> int:
     return 0 if any(price.components for price in prices) else ConfigError.exit_code
 
 
+def show_first_recipe(words: Sequence[str]) -> int:
+    """Write a recipe for a model of one's own, and say what is done with it."""
+    from quantlab.running.first_recipe import first_recipe
+
+    file, planned = first_recipe(words)
+    told = shlex.quote(printable(str(file)))
+    print(f"{told}: {len(planned.jobs)} candidates that fit the model's shapes; read it, change it, then")
+    print(f"what it would run:  quantlab recipe={told} sweep.dry_run=true")
+    print(f"will it fit:        quantlab plan recipe={told}")
+    print(f"run it:             quantlab recipe={told}")
+    return 0
+
+
 def export_reference(words: Sequence[str], flags: set[str]) -> int:
     """Write the reference of a request to a folder."""
     from quantlab.running.reference import USAGE

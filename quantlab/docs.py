@@ -3,8 +3,9 @@
 In the :data:`DOCUMENTS` it fills what stands between ``<!-- table: RECIPE -->`` (the rows of its newest finished run),
 ``<!-- figure: RECIPE -->`` (a picture of them, written beside the recipe), ``<!-- calibration: RECIPE -->`` (its
 algorithms, each paired with the plain one on the same bits) or ``<!-- list: WHAT -->`` (what ``quantlab list WHAT``
-prints) or ``<!-- plan: NAME -->`` (the phases of one of :data:`PLANS`) or ``<!-- exports: NAME -->`` (the cells in
-``recipes/NAME.json``, which ``tests/exporting/make_cells.py`` measures) and ``<!-- end -->``. In each recipe that has
+prints) or ``<!-- plan: NAME -->`` (the phases of one of :data:`PLANS`) or ``<!-- init: NAME -->`` (one of
+:data:`INITS`: a first recipe) or ``<!-- exports: NAME -->`` (the cells in ``recipes/NAME.json``, which
+``tests/exporting/make_cells.py`` measures) and ``<!-- end -->``. In each recipe that has
 such a run it replaces the line ``# Expect: ...``, and in each for a GPU the memory that its plan needs.
 """
 
@@ -32,13 +33,14 @@ from quantlab.report.reading import open_reader
 from quantlab.report.said_first import said_first
 from quantlab.report.selection import parse_request, select
 from quantlab.report.table import cells, columns, headline, legend, markdown
+from quantlab.running.first_recipe import recipe_text
 from quantlab.running.forecast import forecast
 from quantlab.tracking import find_records
 from quantlab.tracking.results import SweepResults
 from quantlab.tracking.tags import KIND, RECIPE
 from quantlab.vocabulary.schema import PLACEMENTS
 
-BLOCK = re.compile(r"(<!-- (table|figure|calibration|list|plan|exports): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (table|figure|calibration|list|plan|init|exports): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SHOWN_VERSIONS = ("torch", "diffusers", "transformers")
 """Beside these, what the backends name."""
 
@@ -47,6 +49,8 @@ PLANS = {
     "flux_dev_24_gib": "model=flux_dev backend=bitsandbytes dtype=nf4 memory.device_gib=24 memory.host_gib=32",
 }
 """Name of a block -> the request that it shows."""
+INITS = {"first_recipe": "model=causal_lm model.path=Qwen/Qwen3-0.6B device=cpu"}
+"""Name of a block -> the words behind ``quantlab init my.yaml``."""
 NEEDS = re.compile(r"\(one GPU with \d+ GiB or more(; \d+ part by part)?\)")
 """How a recipe says the memory that it needs."""
 DOCUMENTS = ("README.md", "recipes/README.md", "quantlab/README.md", "quantlab/metrics/README.md")
@@ -167,6 +171,13 @@ def plan_block(name: str) -> str:
     return f"```bash\nquantlab plan {PLANS[name]}\n```\n\n{phases_markdown(price)}"
 
 
+def init_block(name: str) -> str:
+    """The command that writes a first recipe, and the recipe."""
+    words = INITS[name].split()
+    text = recipe_text("my.yaml", words, plan([*words, "sweep.dry_run=true"]).jobs[0])
+    return f"```bash\nquantlab init my.yaml {INITS[name]}\n```\n\n```yaml\n{text}```\n"
+
+
 def exports_block(file: Path) -> str:
     """Backend x dtype x model: what loads it, whether bits and outputs are identical, and bytes over planned bytes."""
     data = json.loads(file.read_text(encoding="utf-8"))
@@ -229,6 +240,8 @@ def fill(document: Path, runs_dir: Path, root: Path) -> str:
             return head + list_block(name) + end
         if kind == "plan":
             return head + plan_block(name) + end
+        if kind == "init":
+            return head + init_block(name) + end
         if kind == "exports":
             return head + exports_block(root / "recipes" / f"{name}.json") + end
         data = newest(runs_dir, name)

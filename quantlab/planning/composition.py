@@ -195,12 +195,21 @@ def _as_config_error(error: Exception, words: Sequence[str], recipe: Recipe | No
         owner, _, leaf = key[1].rpartition(".")
         return ConfigError(f"{key[1]}: no such key{_nearest_key(owner, leaf)}")
     merged = re.search(r"Error merging override \+*([\w./-]+)=", text)
+    mistyped = re.search(r"Value '(.{0,200}?)'.{0,60}? (?:could not be converted to|is not a valid) (\w+)", text)
+    if mistyped and key:
+        return ConfigError(f"{key[1]}={mistyped[1]}: {_KINDS.get(mistyped[2], mistyped[2])} is wanted")
+    if key and "is not Optional" in text:
+        return ConfigError(f"{key[1]}=null: a value is wanted")
+    if key and (several := re.search(r"Cannot convert '(?:list|dict)' to string: '(.{0,200}?)' ", text)):
+        return ConfigError(f"{key[1]}={several[1]}: one word is wanted")
     where = (
         merged[1] if merged else key[1] if key else f"recipe={recipe.file.name}" if recipe else " ".join(words)[:200]
     )
     return ConfigError(f"{where}: {text}")
 
 
+_KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "bool": "true or false"}
+"""Type, as OmegaConf calls it -> as a message does."""
 RENAMED = {"evaluation.seed": "evaluation.bootstrap_seed seeds the intervals, and dataset.seed what is sampled from"}
 """Key of an earlier version -> what says the same today."""
 

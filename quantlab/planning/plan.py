@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.backends.stored import pasted_file
-from quantlab.backends.table import offers
+from quantlab.backends.table import backends, offers, own_settings
 from quantlab.datasets.calibration import check_calibration
 from quantlab.datasets.table import check_dataset
 from quantlab.errors import ConfigError, QuantlabError, nearest
@@ -36,12 +36,22 @@ from quantlab.planning.components import (
 )
 from quantlab.planning.composition import compose_node, session, typed
 from quantlab.planning.job import Job, Merged, Plan, checkpoint_name, joined_name, scheme_name
+from quantlab.planning.lines import candidate_lines, line_told
 from quantlab.planning.picking import check_export
 from quantlab.planning.places import groups, recipe_file, shipped_groups
 from quantlab.planning.recipe import Recipe, read_recipe
 from quantlab.planning.space import check_search, check_space, distinct
 from quantlab.planning.trust import asked_for
-from quantlab.planning.words import COMPONENTS, MAX_COMBINATIONS, override_text, parse, swept_values
+from quantlab.planning.words import (
+    COMPONENTS,
+    MAX_COMBINATIONS,
+    MULTIPLE_GROUPS,
+    OPEN_NODES,
+    no_option,
+    override_text,
+    parse,
+    swept_values,
+)
 from quantlab.protocols.language import PERPLEXITY_PROTOCOLS
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.fields import check_values
@@ -68,15 +78,16 @@ def plan(overrides: Sequence[str], multirun: bool = False, is_own: bool = False)
     try:
         return _plan(recipe, words, multirun, is_own)
     except ConfigError as error:
-        if file is None or str(error).startswith(_typed(words)):
+        if file is None or recipe is None or str(error).startswith(_typed(words)):
             raise
-        raise type(error)(f"recipe={file.name}: {error}") from error
+        text = str(error).removeprefix(f"recipe={file.name}: ")
+        raise type(error)(f"recipe={file.name}: {line_told(text, recipe.files)}{text}") from error
 
 
 def _typed(words: Sequence[str]) -> tuple[str, ...]:
     """How a message about what the user typed begins."""
     keys = [word.partition("=")[0].lstrip("+~") for word in words]
-    return tuple(f"{key}{end}" for key in keys for end in (":", "=", ".") if key)
+    return tuple(f"{key}{end}" for key in keys for end in (":", "=", ".", "[") if key)
 
 
 def _plan(recipe: Recipe | None, words: Sequence[str], multirun: bool, is_own: bool) -> Plan:
@@ -103,7 +114,7 @@ def _plan(recipe: Recipe | None, words: Sequence[str], multirun: bool, is_own: b
             jobs = [replace(job, config=replace(job.config, export=ExportConfig())) for job in jobs]
     skips = base.sweep.on_invalid == "skip" or base.sweep.search.num_trials > 0  # a search is among the possible ones
     if invalid and not (jobs and (skips or base.sweep.dry_run)):
-        raise ConfigError(_refusal(invalid, len(combinations)))
+        raise ConfigError(_refusal(invalid, len(combinations), _candidate_lines(base, recipe)))
     if jobs and base.sweep.search.num_trials:
         check_space(jobs)
     return Plan(
@@ -163,8 +174,8 @@ def _combinations(
         # what is swept changes slowest: candidates on one model and data set come one after the other
         _check_size({**swept, "sweep.candidates": candidates})
         return [[*words, *c] for words in itertools.product(*swept.values()) for c in candidates], True
-    for key in base.sweep.grid:
-        _check_key("sweep.grid", key)
+    for key, values in base.sweep.grid.items():
+        _check_key("sweep.grid", key, values)
     grid = {
         k: [override_text(_full_key(k), v) for v in _listed(k, vs)]
         for k, vs in base.sweep.grid.items()
@@ -195,23 +206,33 @@ def _listed(key: str, values: Any) -> list[Any]:
 
 
 def _candidate_keys(base: ExperimentConfig) -> set[str]:
-    for candidate in base.sweep.candidates:
+    for i, candidate in enumerate(base.sweep.candidates):
+        where = f"sweep.candidates[{i}]"
         if not candidate:
-            raise ConfigError(
-                "sweep.candidates: an entry is empty; name a scheme, as in {backend: quanto, dtype: int8}"
-            )
-        for key in candidate:
-            _check_key("sweep.candidates", str(key))
+            raise ConfigError(f"{where}: an entry is empty; name a scheme, as in {{backend: quanto, dtype: int8}}")
+        for key, value in candidate.items():
+            _check_key(where, str(key), [value])
     return {_full_key(k) for c in base.sweep.candidates for k in c}
 
 
-def _check_key(where: str, key: str) -> None:
-    """ConfigError unless a grid or a candidate may set ``key``: one of our groups, or a key of a job's config."""
+def _check_key(where: str, key: str, values: Sequence[Any]) -> None:
+    """ConfigError unless a grid or a candidate may set ``key``, one of our groups or a key of a job's config, to these.
+
+    A word that nothing knows is a slip of the pen, which ``sweep.on_invalid=skip`` does not pass over.
+    """
     top = {f.name for f in fields(ExperimentConfig)} - {"recipe", "sweep"}
-    full = _full_key(key)
-    if full in groups() or (full.split(".")[0] in top and all(part.isidentifier() for part in full.split("."))):
-        return
-    raise ConfigError(f"{where}: {key}: no such key{nearest(key, [*groups(), *top])}")
+    full, options = _full_key(key), groups()
+    node, *below = full.split(".")
+    if full in options and full not in MULTIPLE_GROUPS:
+        for value in values:
+            if isinstance(value, (str, int)) and str(value) not in options[full]:
+                raise ConfigError(f"{where}.{key}={no_option(full, value)}")
+    if full in options or (node in top and all(part.isidentifier() for part in below)):
+        settings = {f.name for f in fields(QuantizationAxes)} | {n for b in backends() for n in own_settings(b)}
+        if node != "quantization" or below[0] in settings or below[0] in options or full in OPEN_NODES:
+            return
+        raise ConfigError(f"{where}.{key}: no such key{nearest(below[0], [*settings, *options])}")
+    raise ConfigError(f"{where}.{key}: no such key{nearest(key, [*options, *top])}")
 
 
 def _full_key(key: str) -> str:
@@ -285,9 +306,20 @@ def _check_axes(combination: Sequence[str]) -> None:
         resolve_axes(QuantizationAxes(**chosen), offers())  # type: ignore[arg-type]
 
 
-def _refusal(invalid: Sequence[tuple[str, str]], num_combinations: int) -> str:
+def _candidate_lines(base: ExperimentConfig, recipe: Recipe | None) -> dict[str, int]:
+    """Candidate of a recipe's own file, as its combination is told -> its line; empty of those of others."""
+    told = [" ".join(_candidate_override(k, v).replace("'", "") for k, v in c.items()) for c in base.sweep.candidates]
+    lines = candidate_lines(recipe.file) if recipe else {}
+    is_its = recipe is not None and (recipe.content.get("sweep") or {}).get("candidates") == base.sweep.candidates
+    return {text: lines[i] for i, text in enumerate(told) if is_its and i in lines}
+
+
+def _refusal(invalid: Sequence[tuple[str, str]], num_combinations: int, known: Mapping[str, int]) -> str:
+    """What is said of the combinations that cannot be; ``known``: how those of a file end -> their line."""
     lines = [f"{len(invalid)} of {num_combinations} combinations are impossible; no job was started:"]
-    lines += [f"  {combination}\n      {reason}" for combination, reason in invalid]
+    for combination, reason in invalid:
+        line = next((f"line {n}: " for said, n in known.items() if f" {combination}".endswith(f" {said}")), "")
+        lines.append(f"  {line}{combination}\n      {reason}")
     others = len(invalid) < num_combinations
     return "\n".join([*lines, "sweep.on_invalid=skip runs the others" if others else "none is left; change a value"])
 

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import operator
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf._utils import get_yaml_loader
 
-from quantlab.errors import ConfigError, nearest
+from quantlab.errors import ConfigError
 from quantlab.planning.data import check_data
-from quantlab.planning.places import AXIS_GROUPS, groups, recipe_file, shipped_groups
+from quantlab.planning.lines import line_told, lines_of
+from quantlab.planning.misplaced import check_entry, check_place, check_sweep
+from quantlab.planning.places import AXIS_GROUPS, recipe_file, shipped_groups
 from quantlab.planning.words import MULTIPLE_GROUPS
 from quantlab.progress import printable
 from quantlab.vocabulary.files import read_text
@@ -88,23 +90,34 @@ def _read(file: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Pat
     except ConfigError:
         raise
     except Exception as error:  # noqa: BLE001  yaml's errors share no base with the above; re-raised as ours
-        raise ConfigError(f"{where}: not valid YAML ({' '.join(str(error).split())[:200]})") from error
+        raise ConfigError(f"{where}: {_not_yaml(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{where}: a recipe is a mapping of our keys, not {type(content).__name__}")
     if not re.match(r"#\s*@package\s+_global_\s*$", text.partition("\n")[0]):
-        raise ConfigError(f"{where}: its keys are ours only under a header; make the first line: # @package _global_")
+        raise ConfigError(
+            f"{where}: line 1: its keys are ours only under a header; make the first line: # @package _global_"
+        )
     try:
-        base, choices = _defaults(file, content.get("defaults") or [])
+        base, choices = _defaults(file, content.get("defaults") or [], text)
         content = {str(k): v for k, v in content.items() if k != "defaults"}
         _check_content(content)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
+        line = "" if str(error).startswith("line ") else line_told(str(error), [file])
+        raise ConfigError(f"{where}: {line}{error}") from error
     if base is None:
         return {"defaults": choices, **content}, {file: raw}
     under, texts = _read(base, (*above, file))
     said = {next(iter(entry)) for entry in choices}
     choices = [*(entry for entry in under.pop("defaults") if next(iter(entry)) not in said), *choices]
     return {"defaults": choices, **_over(under, content)}, {file: raw, **texts}
+
+
+def _not_yaml(error: Exception) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return f"not valid YAML ({' '.join(str(error).split())[:200]})"
+    line, text = error.problem_mark.line + 1, f"{error.context or ''} {error.problem or ''}".strip()
+    way_out = "; indent with spaces" if "'\\t'" in text else ""
+    return f"line {line}: not valid YAML ({text[:200]}){way_out}"
 
 
 def _over(under: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,62 +139,57 @@ def _check_content(content: dict[str, Any]) -> None:
     check_data(content)
     if bad := [k for k in content if not str(k).isidentifier()]:
         raise ConfigError(f"{bad[0]}: no such key; nest it, as in evaluation: {{num_samples: 50}}")
-    nodes = {name: content.get(name) or {} for name in ("quantization", "sweep", "launcher")}
-    if bad := [name for name, node in nodes.items() if not isinstance(node, dict)]:
-        raise ConfigError(f"{bad[0]}: a mapping of keys is wanted, not {nodes[bad[0]]!r}")
+    for key, value in content.items():
+        check_place(key, value)
+    nodes = {name: content.get(name) or {} for name in ("quantization", "sweep")}
     if axes := set(AXIS_GROUPS) & set(nodes["quantization"]):
         key = sorted(axes)[0]
         raise ConfigError(
             f"quantization.{key} hides {key}=... of the command line; "
             f"choose it in the defaults list: - override /{key}: ..."
         )
-    sweep = nodes["sweep"]
-    if sweep.get("grid") and sweep.get("candidates"):
-        raise ConfigError("sweep.grid and sweep.candidates exclude each other; keep one")
+    check_sweep(nodes["sweep"])
 
 
-def _defaults(file: Path, entries: Any) -> tuple[Path | None, list[dict[str, Any]]]:
+def _defaults(file: Path, entries: Any, text: str) -> tuple[Path | None, list[dict[str, Any]]]:
     """What a defaults list says: the recipe that is built on, and the choices from our groups.
 
-    ConfigError for an entry that is neither: Hydra's own groups and files elsewhere are none.
+    ConfigError, with its line in ``text``, for an entry that is neither: Hydra's own groups and files elsewhere are
+    none.
     """
-    options = groups()
     base: Path | None = None
-    choices = []
-    for entry in entries if isinstance(entries, list) else [entries]:
-        said, chosen = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (entry, None)
-        group = str(said).removeprefix("override ").strip().removeprefix("/")
-        if "hydra" in str(entry):
-            raise ConfigError("defaults: a defaults list overrides our groups, never hydra's")
-        if entry == "_self_":
-            continue
-        if isinstance(entry, str) or group == "recipe":
-            if base is not None:
-                raise ConfigError(f"defaults: {str(entry)[:80]}: a recipe builds on one other; put that one on this")
-            base = _named_recipe(file, str(chosen if group == "recipe" else entry))
-        elif str(said).startswith("override ") and group in options:
-            choices.append({f"override /{group}": chosen})
-            _check_choice(group, chosen, options[group])
-        else:
-            raise ConfigError(
-                f"defaults: {str(entry)[:80]}: a choice from our groups is wanted, as in - override /backend: quanto; "
-                f"there are {', '.join(options)}"
-            )
+    choices: list[dict[str, Any]] = []
+    for i, entry in enumerate(entries if isinstance(entries, list) else [entries]):
+        try:
+            base = _add_default(file, entry, base, choices)
+        except ConfigError as error:
+            lines = lines_of(text)
+            line = lines.get(("defaults", i)) or lines.get(("defaults",))
+            raise ConfigError(f"line {line}: defaults: {error}") from error
     return base, choices
 
 
-def _check_choice(group: str, chosen: Any, options: Sequence[str]) -> None:
-    for option in chosen if isinstance(chosen, list) else [chosen]:
-        if str(option) not in options:
-            raise ConfigError(
-                f"defaults: {group}={str(option)[:80]}: there are {', '.join(options)}{nearest(str(option), options)}"
-            )
+def _add_default(file: Path, entry: Any, base: Path | None, choices: list[dict[str, Any]]) -> Path | None:
+    """The recipe that is built on, as far as the entries to this one say; a choice is added to ``choices``."""
+    said, chosen = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (entry, None)
+    group = str(said).removeprefix("override ").strip().removeprefix("/")
+    if "hydra" in str(entry):
+        raise ConfigError("a defaults list overrides our groups, never hydra's")
+    if entry == "_self_":
+        return base
+    if isinstance(entry, str) or group == "recipe":
+        if base is not None:
+            raise ConfigError(f"{str(entry)[:80]}: a recipe builds on one other; put that one on this")
+        return _named_recipe(file, str(chosen if group == "recipe" else entry))
+    check_entry(entry, str(said), group, chosen)
+    choices.append({f"override /{group}": chosen})
+    return base
 
 
 def _named_recipe(file: Path, name: str) -> Path:
     """The recipe beside ``file`` of that name, else the one that ``recipe=NAME`` finds; never a path."""
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise ConfigError(f"defaults: {name[:80]}: a recipe is built on by its name, as in - /recipe: digits_backends")
+        raise ConfigError(f"{name[:80]}: a recipe is built on by its name, as in - /recipe: digits_backends")
     sibling = file.parent / f"{name.removesuffix('.yaml')}.yaml"
     return sibling.resolve() if sibling.is_file() and sibling.resolve() != file else recipe_file(name)
 

@@ -179,9 +179,15 @@ def check_options(parsed: Sequence[Any]) -> None:
             raise ConfigError(f"{group}={_shown(value)}: one choice is wanted; there are {', '.join(options)}")
         for choice in value if several else [value]:
             if not isinstance(choice, (str, int, QuotedString)) or str(choice) not in options:
-                near = own_option(group, str(choice)) or _near(group, str(choice), options)
-                none = f", and {group}=[] for none" if group in MULTIPLE_GROUPS else ""
-                raise ConfigError(f"{group}={_shown(choice)}: there are {', '.join(options)}{none}{near}")
+                raise ConfigError(f"{group}={no_option(group, choice)}")
+
+
+def no_option(group: str, choice: Any) -> str:
+    """What is said of a choice that a group has not, with those that it has and the way to what was meant."""
+    options = groups()[group]
+    near = own_option(group, str(choice)) or _near(group, str(choice), options)
+    none = f", and {group}=[] for none" if group in MULTIPLE_GROUPS else ""
+    return f"{_shown(choice)}: there are {', '.join(options)}{none}{near}"
 
 
 def _near(group: str, choice: str, options: Sequence[str]) -> str:

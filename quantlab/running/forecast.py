@@ -44,7 +44,7 @@ def forecast(plan: Plan) -> list[Price]:
     ``model.path=``, for a model that cannot be found or built.
     """
     quiet_libraries(loggers())
-    books: dict[str, _Book] = {}
+    books: dict[str, Book] = {}
     prices = []
     for job in plan.jobs:
         if job.config.checkpoint is not None:
@@ -53,23 +53,28 @@ def forecast(plan: Plan) -> list[Price]:
             continue
         key = canonical_json([asdict(job.config.model), _device(job.config)])
         if key not in books:
-            books[key] = _Book(outline=outline(job.config.model, _device(job.config), shipped_architecture))
+            books[key] = book_of(job.config)
         prices.append(price_of(books[key], job))
     return [*prices, *(_impossible(combination, reason) for combination, reason in plan.invalid)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Book:
+class Book:
     """A model on the meta device."""
 
     outline: Outline
+
+
+def book_of(config: ExperimentConfig) -> Book:
+    """The model of a request; ModelError as :func:`forecast`."""
+    return Book(outline=outline(config.model, _device(config), shipped_architecture))
 
 
 def _device(config: ExperimentConfig) -> str:
     return "cpu" if config.device == "cpu" else "cuda"
 
 
-def price_of(book: _Book, job: Job) -> Price:
+def price_of(book: Book, job: Job) -> Price:
     """The price of one combination on a model that is built already."""
     price = _price(book, job)
     budget = _budget(job.config, price.device)
@@ -82,7 +87,7 @@ def price_of(book: _Book, job: Job) -> Price:
     return replace(placed, advice=_advice(book, job, price))
 
 
-def _price(book: _Book, job: Job) -> Price:
+def _price(book: Book, job: Job) -> Price:
     made, device = book.outline, _device(job.config)
     schemes = _schemes(made, job)
     components = [_component(made, part, schemes, job, device) for part in made.components]
@@ -204,7 +209,7 @@ def _short(rows: Sequence[Phase], budget: Mapping[str, int]) -> str:
     return ""
 
 
-def _advice(book: _Book, job: Job, price: Price) -> str:
+def _advice(book: Book, job: Job, price: Price) -> str:
     """The nearest change that would fit: a placement, a narrower dtype, another component; else what is missing."""
     budget = price.budget
     if any(c.refused for c in price.components):
@@ -227,7 +232,7 @@ def _largest(price: Price, placement: str) -> int:
     return max(p.device_bytes for p in price.phases[placement])
 
 
-def _changes(book: _Book, job: Job) -> Iterator[tuple[str, Job]]:
+def _changes(book: Book, job: Job) -> Iterator[tuple[str, Job]]:
     """Other requests, the nearest first: (what to type, the job)."""
     modules, done = book.outline.components, job.components(book.outline.quantized)
     encoders = [n for n in modules if n not in done and n != "vae"]
@@ -245,7 +250,7 @@ def _changes(book: _Book, job: Job) -> Iterator[tuple[str, Job]]:
                 yield f"{start}dtype={dtype} {words}", both
 
 
-def _tiled(book: _Book, job: Job) -> Iterator[tuple[str, Job]]:
+def _tiled(book: Book, job: Job) -> Iterator[tuple[str, Job]]:
     """The same request with images decoded in tiles, where its decoder can."""
     evaluation = job.config.evaluation
     if not evaluation.tiled_decoding and hasattr(book.outline.components.get("vae"), "enable_tiling"):

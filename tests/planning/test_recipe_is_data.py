@@ -212,7 +212,7 @@ def test_keys_of_the_config_itself_may_be_meant(tmp_path):
     "text", ['name: "${nowhere}"', 'name: "${hydra.runtime.cwd}"', 'name: "${name}"', 'name: "${"']
 )
 def test_keys_that_are_not_there_are_refused(tmp_path, text):
-    with pytest.raises(ConfigError, match=r"^recipe=mine.yaml: name: "):
+    with pytest.raises(ConfigError, match=r"^recipe=mine.yaml: line 2: name: "):
         plan([written(tmp_path, text), "backend=quanto"])
 
 

@@ -138,7 +138,7 @@ def test_numbers_and_schemes_are_never_asked_for(tmp_path, text):
 @pytest.mark.parametrize("setting", ["setup: [rm -rf x]", "additional_parameters: {wrap: x}"])
 def test_commands_are_never_taken_from_a_recipe_and_may_be_typed(tmp_path, setting):
     text = f"defaults: [override /launcher: slurm]\nlauncher: {{settings: {{{setting}}}}}"
-    with pytest.raises(ConfigError, match=r"^recipe=mine.yaml: launcher.settings\..*runs commands"):
+    with pytest.raises(ConfigError, match=r"^recipe=mine.yaml: line 3: launcher.settings\..*runs commands"):
         plan([written(tmp_path, text)])
     words = ["launcher=slurm", "backend=quanto", "launcher.settings.setup=['module load cuda']"]
     assert plan(words).jobs[0].config.launcher.settings.setup == ["module load cuda"]

@@ -151,5 +151,5 @@ def test_a_sweep_of_nothing_but_impossible_points_is_refused_with_each(more, ski
 def test_a_grid_that_is_empty_says_which_list(tmp_path):
     with pytest.raises(ConfigError, match=r"^sweep.grid.dtype: a list of values is wanted, not \[\]"):
         plan(["backend=quanto", "sweep.grid.dtype=[]"])
-    with pytest.raises(ConfigError, match=r"^sweep.candidates: an entry is empty"):
+    with pytest.raises(ConfigError, match=r"^sweep.candidates\[0\]: an entry is empty"):
         plan(["sweep.candidates=[{}]"])

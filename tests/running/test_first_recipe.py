@@ -1,0 +1,79 @@
+"""``quantlab init``: a recipe that composes, of candidates that every layer of the model takes."""
+
+from __future__ import annotations
+
+import pytest
+
+from quantlab import cli
+from quantlab.backends.table import backends
+from quantlab.errors import ConfigError
+from quantlab.planning.plan import plan
+from quantlab.planning.trust import is_trusted
+from quantlab.running.first_recipe import first_recipe
+from quantlab.running.forecast import forecast
+from tests.support.tiny_text_models import save_bert, save_llama
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+
+
+def refusals(request):
+    return [reason for price in forecast(request) for part in price.components for reason in part.refused]
+
+
+def test_of_a_language_model(tmp_path, capsys):
+    save_llama(tmp_path / "my model", hidden_size=96, intermediate_size=256)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["init", "my.yaml", "model.path='my model'", "evaluation.num_samples=7", "device=cpu"])
+    assert ended.value.code == 0
+    assert "quantlab recipe=my.yaml" in capsys.readouterr().out
+    request = plan(["recipe=my.yaml"])
+    assert is_trusted(request), "its path was typed"
+    assert len(request.jobs) == 2 * len(backends())
+    config = request.jobs[0].config
+    assert (config.model.path, config.model.family) == ("my model", "causal_lm")
+    assert (config.evaluation.num_samples, config.device) == (7, "cpu")
+    assert refusals(request) == []
+    text = (tmp_path / "my.yaml").read_text()
+    assert "rows of 96, 256" in text
+    assert "q4_k" not in text, "superblocks of 256 do not divide rows of 96"
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+@pytest.mark.slow
+def test_of_shapes_that_few_take(tmp_path):
+    save_bert(tmp_path / "odd", hidden_size=36, intermediate_size=64)
+    file, request = first_recipe(["odd.yaml", "model.path=odd", "device=cpu"])
+    text = file.read_text()
+    assert "on_mismatch: skip" in text
+    assert "of the weights fit" in text
+    assert refusals(request) == []
+
+
+@pytest.mark.slow
+def test_of_a_shipped_model_without_its_weights(tmp_path):
+    file, request = first_recipe(["folder/flux.yaml", "model=flux_schnell", "device=cpu"])
+    assert {job.config.model.path for job in request.jobs} == {"black-forest-labs/FLUX.1-schnell"}
+    assert "num_inference_steps: 4   # as the model card says" in file.read_text()
+
+
+WORDS = {
+    "": "init: write quantlab init my.yaml",
+    "model.path=m": "init: write quantlab init my.yaml",
+    "my.yaml": "init: which model?",
+    "there.yaml model.path=m": "init: there.yaml is there already",
+    "my.yaml model.path=m backend=quanto": "backend: init writes a list of candidates",
+    "my.yaml model.path=nowhere": "model.path=nowhere: ",
+}
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_what_is_refused(tmp_path, words):
+    (tmp_path / "there.yaml").write_text("")
+    with pytest.raises(ConfigError) as caught:
+        first_recipe(words.split())
+    assert str(caught.value).startswith(WORDS[words])
+    assert not (tmp_path / "my.yaml").exists()
