@@ -22,6 +22,7 @@ from quantlab.models.loaded import LoadedModel
 from quantlab.models.pipeline_files import INDEX
 from quantlab.models.reading import as_model_error, frozen, quiet_loading, remote_code
 from quantlab.modules.compute_dtype import torch_dtype
+from quantlab.modules.groups import KEY as GROUPED
 from quantlab.progress import say
 from quantlab.vocabulary.files import read_json
 from quantlab.vocabulary.native import QuantizationMethod
@@ -244,6 +245,10 @@ def _read_gguf(key: str, file: Path, name: str, model: LoadedModel) -> nn.Module
         raise ModelError(f"{key}: not a readable GGUF file ({error}); copy or download it again") from error
     original = model.components[name]
     if not is_of_diffusers(original):
+        if "groups" in model.parts:
+            raise ConfigError(
+                f"{GROUPED}: {key} is read into a copy of the whole model; pass memory.placement=resident"
+            )
         module = model.copy_of(name)
         load_language_model(key, file, module, model.dtype)
         return module

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
     from transformers import PreTrainedTokenizerBase
 
+    from quantlab.modules.groups import Groups
     from quantlab.modules.residence import Prompts, Residence
 
 Progress = Callable[[str, int, int], object]
@@ -61,6 +62,8 @@ class Parts(TypedDict, total=False):
     """Arguments of the pipeline's call that the user chose (``model.call``)."""
     residence: Residence
     """Which modules of a pipeline have their tensors, where they come and go (``memory.placement=alone``)."""
+    groups: Groups
+    """How its layers come and go (``memory.placement=group_offload``)."""
     prompts: Prompts
     """Where its encoded prompts are kept."""
     origins: Mapping[str, object]
@@ -132,9 +135,18 @@ class LoadedModel:
         return replace(self, components={**self.components, **components})
 
     def copy_of(self, component: str) -> torch.nn.Module:
-        """A deep copy of one component, to be quantized in place (some libraries cannot copy afterwards)."""
+        """A deep copy of one component, to be quantized in place (some libraries cannot copy afterwards); on the host
+        where the model runs group by group."""
+        groups = self.parts.get("groups")
+        if groups is not None:
+            return groups.copy(component)
         with self.holding([component]):
             return copied(self.components[component])
+
+    def placed(self, component: str, module: torch.nn.Module) -> torch.nn.Module:
+        """A changed copy of a component, to be run as that is: group by group, where the model runs so."""
+        groups = self.parts.get("groups")
+        return module if groups is None else groups.place(component, module)
 
     def holding(self, components: Collection[str]) -> AbstractContextManager[None]:
         """While open, these have their tensors, wherever they come from."""

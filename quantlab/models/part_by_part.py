@@ -1,4 +1,4 @@
-"""A pipeline whose modules have their tensors only while they work.
+"""A model whose modules have their tensors only while they work, or whose layers are on the device only then.
 
 Encoders, denoisers and autoencoder follow one another in a pipeline's call, so that the largest of them is all that the
 device must hold.
@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from quantlab.backends.table import held_packages
 from quantlab.errors import ConfigError
 from quantlab.models.encoded_prompts import candidates_of
-from quantlab.models.loaded import LoadedModel, Pipeline
+from quantlab.models.loaded import LoadedModel, Parts, Pipeline
 from quantlab.models.sources import origin_of, source_of
+from quantlab.modules.groups import KEY as GROUPED
+from quantlab.modules.groups import Groups
 from quantlab.modules.residence import Prompts, Residence, part_by_part, says
 
 if TYPE_CHECKING:
@@ -50,6 +52,28 @@ def placed_alone(model: LoadedModel, device: str, variant: str | None, prompts: 
         parts={**model.parts, "residence": residence, "prompts": prompts, "origins": origins},
     )
     vars(placed)["identity"] = model.identity  # what was loaded is what it is
+    return placed
+
+
+def placed_by_groups(model: LoadedModel, device: str, variant: str | None, prompts: Prompts) -> LoadedModel:
+    """A model that was loaded on the host, to be run on ``device`` group by group.
+
+    Raises ConfigError, beginning with ``memory.placement=group_offload``, for one that was not read from files of its
+    own, or of which a part cannot run so.
+    """
+    pipe: Any = model.parts.get("pipeline")
+    every: dict[str, Any] = {**(pipe.components if pipe is not None else {}), **model.components}
+    modules = {n: m for n, m in every.items() if hasattr(m, "named_parameters") and any(True for _ in m.parameters())}
+    origins = {name: origin_of(name, module, variant, GROUPED) for name, module in modules.items()}
+    groups = Groups(lambda name, where: source_of(origins[name], model.dtype, where), device)
+    identity = model.identity  # what was loaded is what it is
+    for name, module in modules.items():
+        groups.place(name, module)
+    parts: Parts = {**model.parts, "origins": origins, "groups": groups}
+    if pipe is not None:
+        parts["prompts"] = prompts
+    placed = replace(model, device=device, parts=parts)
+    vars(placed)["identity"] = identity
     return placed
 
 

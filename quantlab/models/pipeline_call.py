@@ -16,6 +16,7 @@ from quantlab.models.encoded_prompts import reuse_prompts
 from quantlab.models.loaded import Conditioning, LoadedModel, OnStep, Pipeline, Sampled
 from quantlab.models.part_by_part import run_part_by_part
 from quantlab.models.pipeline_sizes import asked_sizes, check_sides, frames_argument
+from quantlab.modules.residence import says
 from quantlab.modules.stepping import heard_steps, in_their_dtypes, paired_draws
 from quantlab.progress import say
 from quantlab.vocabulary.schema import EvaluationConfig
@@ -125,6 +126,8 @@ def sample(
         states += 1
 
     reuse_prompts(pipe, model)
+    if "groups" in model.parts:
+        says(pipe, model.device, "device", "_execution_device")
     if evaluation.tiled_decoding:
         decoder: Any = pipe.components["vae"]
         decoder.enable_tiling()

@@ -37,7 +37,7 @@ def origin_of(name: str, component: nn.Module, variant: str | None = None, key: 
     """
     config: Any = getattr(component, "config", None)
     is_mapping = isinstance(config, Mapping)
-    origin = config.get("_name_or_path") if is_mapping else getattr(config, "_name_or_path", None)
+    origin = _path_of(config)
     if not origin:
         raise ConfigError(
             f"{key}: {name} ({type(component).__name__}) was not read from files of its own; pass "
@@ -52,6 +52,16 @@ def origin_of(name: str, component: nn.Module, variant: str | None = None, key: 
     said = dict(config) if is_mapping else config.to_dict()
     part = Part(class_name=type(component).__name__, config=said)
     return Origin(key=f"{key}: {folder.name}", folder=folder, part=part, variant=variant)
+
+
+def has_origin(component: nn.Module) -> bool:
+    """Whether Diffusers or transformers say where they loaded a component from."""
+    return bool(_path_of(getattr(component, "config", None)))
+
+
+def _path_of(config: Any) -> str | None:
+    found = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(config, "_name_or_path", None)
+    return str(found) if found else None
 
 
 def source_of(origin: Origin, dtype: str, device: str) -> Source:

@@ -46,13 +46,19 @@ def recorded_reads(module: nn.Module) -> Iterator[list[str]]:
     layers = linear_layers(module)
     noticed: set[int] = set()
     found: list[str] = []
+    handles = []
     kinds = {name: type(layer) for name, layer in layers.items()}
     for layer in layers.values():
         layer.__class__ = _watched(cast(Any, type(layer)))
         vars(layer)[_WATCH] = (noticed, [])
+        if "forward" in vars(layer):  # that of its class is not what is called: its weights come and go
+            handles.append(layer.register_forward_pre_hook(lambda own, _: vars(own)[_WATCH][1].append(True)))
+            handles.append(layer.register_forward_hook(lambda own, *_: vars(own)[_WATCH][1].clear(), prepend=True))
     try:
         yield found
     finally:
+        for handle in handles:
+            handle.remove()
         for name, layer in layers.items():
             layer.__class__ = kinds[name]
             del vars(layer)[_WATCH]

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from quantlab.progress import plain
 from quantlab.vocabulary.prices import ComponentPrice, Kept, Phase, Price
-from quantlab.vocabulary.schema import PLACEMENTS
 
 GIB = 2**30
 MAX_KEPT = 6
@@ -124,8 +123,6 @@ def verdict_lines(price: Price) -> Iterator[str]:
     if price.placement:
         largest = max(price.phases[price.placement], key=lambda p: p.device_bytes)
         yield f"fits {' and '.join(had)}: {price.placement}, at most {_gib(largest.device_bytes)} GiB ({largest.name})"
-        if price.placement not in PLACEMENTS:
-            yield "no run of quantlab goes so yet; who quantizes and runs the model so has this"
     else:
         yield f"does not fit {' and '.join(had)}{f'; {price.advice}' if price.advice else ''}"
 

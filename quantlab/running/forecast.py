@@ -29,7 +29,7 @@ from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, DTYPES
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.prices import ComponentPrice, Phase, Price
-from quantlab.vocabulary.schema import PLACEMENTS, ExperimentConfig
+from quantlab.vocabulary.schema import ExperimentConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -215,7 +215,7 @@ def _advice(book: Book, job: Job, price: Price) -> str:
     if any(c.refused for c in price.components):
         return ""
     if job.config.memory.placement != "auto" and (other := _placement(price, budget, "auto")):
-        return f"memory.placement={other} fits" if other in PLACEMENTS else f"{other} it fits"
+        return f"memory.placement={other} fits"
     for words, changed in (*_tiled(book, job), *_changes(book, job)):
         if found := _placement(found_price := _price(book, changed), budget, "auto"):
             return f"{words} would fit ({found}, {_largest(found_price, found) / GIB:.1f} GiB)"

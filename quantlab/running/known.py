@@ -72,7 +72,8 @@ class Known:
 def bench_key(config: ExperimentConfig) -> str:
     """The words of a request that its workbench depends on."""
     said = (config.model, config.dataset, config.evaluation, config.reference)
-    place = [config.memory.placement == "alone", config.memory.device_gib]
+    apart = ("alone", "group_offload")
+    place = [config.memory.placement if config.memory.placement in apart else "", config.memory.device_gib]
     return canonical_json([*(asdict(node) for node in said), place])
 
 

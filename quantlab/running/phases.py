@@ -5,7 +5,8 @@
 ``alone``: a pipeline is loaded on the host, and each part lies on the device only while it works: one encoder after the
 other, the reference's denoiser, a candidate that is streamed, and the decoder, for which a candidate waits on the host
 (on a CPU, which has no other place, it stays).
-``alone, by groups``, and for one model ``one at a time``: the least that the same work takes. No run goes so yet.
+``group_offload``: the unquantized model lies on the host, and its layers are on the device in groups; with a candidate,
+which is streamed, the decoder.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from quantlab.models.outline import Outline
-from quantlab.modules.memory import storages
+from quantlab.modules.groups import most_bytes
 from quantlab.modules.remembered import remembered
 from quantlab.modules.residence import moves
 from quantlab.vocabulary.prices import ComponentPrice, Phase
@@ -50,7 +51,7 @@ def phases(
     item = item_bytes(outline.dtype)
     if not outline.denoiser:
         active = _language_activations(outline.components[outline.quantized[0]], evaluation, item)
-        return _language(told, active, needs_data)
+        return _language(told, active, needs_data, max(most_bytes(m) for m in outline.components.values()))
     modules = outline.components
     active = _denoiser_activations(modules, outline.denoiser, evaluation, item)
     decoding = _decoder_activations(modules.get("vae"), evaluation, item)
@@ -84,7 +85,7 @@ def phases(
         ),
     }
     read = max((p.original_bytes for p in encoders), default=0)
-    group = 2 * max((_largest_group(modules[p.name]) for p in rest), default=0)
+    group = {name: most_bytes(module) for name, module in modules.items() if name != "vae"}
     ends: tuple[tuple[str, int, int], ...]
     if moves(device):  # candidates' parts take turns with the others, and are all there between two batches
         own = {p.name: p.memory.weights_bytes if p.scheme else p.original_bytes for p in prices}
@@ -114,12 +115,25 @@ def phases(
         return _possible(found, needs_data)
     found["alone"] = (*first, *_made(("reference", largest, active)), *after)
     if device_bytes and largest + active > device_bytes:
-        grouped = Phase(name="reference", device_bytes=group + active, host_bytes=largest, activation_bytes=active)
-        found["alone, by groups"] = (*first, grouped, *after)
+        unquantized = [name for name in group if name not in schemed]
+        reads = max((size for name, size in group.items() if _is_encoder(name)), default=0)
+        works = max((size for name, size in group.items() if not _is_encoder(name)), default=0)
+        beside = max((group[name] for name in unquantized if not _is_encoder(name)), default=0)
+        with_decoder = made + (decoder if "vae" not in schemed else 0)
+        rows = _made(
+            ("encode prompts", decoder + reads, reading),
+            ("reference", decoder + works, active),
+            *([("quantize", decoder + made + layer, 0)] if copied else []),
+            ("evaluate", with_decoder + beside, active),
+            ("decode", with_decoder, decoding),
+        )
+        found["group_offload"] = (loading, *(replace(row, host_bytes=every - decoder) for row in rows))
     return _possible(found, needs_data)
 
 
-def _language(told: Mapping[str, ComponentPrice], active: int, needs_data: bool) -> dict[str, tuple[Phase, ...]]:
+def _language(
+    told: Mapping[str, ComponentPrice], active: int, needs_data: bool, most: int
+) -> dict[str, tuple[Phase, ...]]:
     before, after = sum(p.original_bytes for p in told.values()), sum(p.memory.weights_bytes for p in told.values())
     layer = max((p.largest_layer_bytes for p in told.values()), default=0)
     is_quantized = any(p.scheme for p in told.values())
@@ -135,18 +149,19 @@ def _language(told: Mapping[str, ComponentPrice], active: int, needs_data: bool)
         *([("quantize", before + after + layer, 0)] if is_quantized else []),
         ("evaluate", before + (after if is_quantized else 0), active),
     )
-    apart = _made(
-        ("reference", before, active),
-        *([("calibrate", before, active)] if needs_data else []),
+    grouped = _made(
+        ("reference", most, active),
         *([("quantize", after + layer, 0)] if is_quantized else []),
         ("evaluate", after, active),
     )
-    return _possible({"resident": resident, "streamed": streamed, "one at a time": apart}, needs_data)
+    on_host = tuple(replace(row, host_bytes=before) for row in grouped)
+    found = {"resident": resident, "streamed": streamed, "group_offload": on_host}
+    return _possible(found, needs_data)
 
 
 def _possible(found: dict[str, tuple[Phase, ...]], needs_data: bool) -> dict[str, tuple[Phase, ...]]:
     """What is calibrated needs the whole model, so it is not streamed."""
-    return {name: rows for name, rows in found.items() if not (needs_data and name == "streamed")}
+    return {name: rows for name, rows in found.items() if not (needs_data and name in ("streamed", "group_offload"))}
 
 
 def _made(*rows: tuple[str, int, int]) -> tuple[Phase, ...]:
@@ -244,12 +259,3 @@ def _tile(vae: Any, height: int, width: int, tiled: bool) -> tuple[int, int]:
     sides = (getattr(vae, f"tile_sample_min_{side}", None) or size for side in ("height", "width"))
     tile_height, tile_width = sides
     return min(height, int(tile_height or height)), min(width, int(tile_width or width))
-
-
-@remembered
-def _largest_group(module: nn.Module) -> int:
-    """Bytes of the largest block of a list of blocks, which group offloading moves at once."""
-    from torch import nn
-
-    blocks = [block for part in module.modules() if isinstance(part, nn.ModuleList) for block in part]
-    return max((sum(storages(block, ()).values()) for block in blocks), default=0)

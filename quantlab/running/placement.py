@@ -11,12 +11,14 @@ from typing import Any
 from quantlab.backends.scheme import Scheme
 from quantlab.backends.table import held_packages
 from quantlab.errors import ConfigError
+from quantlab.models.architectures import read_architecture
 from quantlab.models.loaded import LoadedModel
-from quantlab.models.part_by_part import placed_alone
+from quantlab.models.part_by_part import placed_alone, placed_by_groups
 from quantlab.models.reading import chosen_dtype
-from quantlab.models.sources import component_source, source_of
+from quantlab.models.sources import component_source, has_origin, source_of
 from quantlab.models.table import family_of
 from quantlab.modules.device import free_bytes, kind_of
+from quantlab.modules.groups import num_bytes
 from quantlab.modules.memory import storages
 from quantlab.modules.residence import Prompts
 from quantlab.modules.source import Source
@@ -25,53 +27,77 @@ from quantlab.progress import Advance, say
 from quantlab.stages.observe import made_by
 from quantlab.stages.price import price_component
 from quantlab.stages.select import QuantizationRequest
+from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.reports import MemoryReport
-from quantlab.vocabulary.schema import ExperimentConfig
+from quantlab.vocabulary.schema import ExperimentConfig, ModelConfig
 
 GIB = 2**30
+APART = ("alone", "group_offload")
+"""Placements of a model that is loaded on the host."""
 
 
-def load_placed(config: ExperimentConfig, device: str, cache: Path, advance: Advance) -> tuple[LoadedModel, bool]:
-    """The model on ``device``; or on the host, and True, where it is to be run part by part (:func:`alone`).
+def load_placed(config: ExperimentConfig, device: str, cache: Path, advance: Advance) -> tuple[LoadedModel, str]:
+    """The model on ``device``; or on the host, and the placement in which :func:`placed` lets it run.
 
-    ``memory.placement=auto`` does so with a pipeline that is larger than ``memory.device_gib`` (without it: than what a
-    GPU has free).
+    ``memory.placement=auto`` takes a pipeline part by part that is larger than ``memory.device_gib`` (without it: than
+    what a GPU has free), and group by group what is larger in one part.
     """
     settings, asked = config.memory, config.model_with()
     family = family_of(asked)
     budget = int(settings.device_gib * GIB) if settings.device_gib is not None else None
     if budget is None and kind_of(device) == "cuda":
         budget = free_bytes(device)
-    is_open = settings.placement == "auto" and family.name == "diffusers" and budget is not None
-    if settings.placement != "alone" and not is_open:
-        return family.load(asked, device, cache, advance), False
-    dtype = chosen_dtype(asked, "bfloat16" if kind_of(device) == "cuda" else "float32")
-    model = family.load(replace(asked, dtype=dtype), "cpu", cache, advance)
+    is_open = settings.placement == "auto" and config.model.path is not None and budget is not None
+    if settings.placement not in APART and not is_open:
+        return family.load(asked, device, cache, advance), ""
+    model = family.load(_as_on(asked, device, family.name), "cpu", cache, advance)
+    if not is_open or budget is None:
+        return model, settings.placement
     pipe: Any = model.parts.get("pipeline")
-    if not is_open or pipe is None:
-        return model, True
-    size = sum(sum(storages(m, ()).values()) for m in pipe.components.values() if hasattr(m, "named_parameters"))
-    if budget is not None and size > budget:
-        say(f"{model.name}: run part by part, as {size / GIB:.4g} GiB have no room in {budget / GIB:.4g} GiB")
-        return model, True
-    pipe.to(device)
-    return replace(model, device=device), False
+    every = model.components if pipe is None else pipe.components
+    sizes = {name: num_bytes(m) for name, m in every.items() if hasattr(m, "named_parameters")}
+    room, whole = f"in {budget / GIB:.4g} GiB", sum(sizes.values())
+    largest = max(sizes, key=lambda name: sizes[name])
+    if sizes[largest] > budget and _can_be_read_again(model):
+        say(f"{model.name}: run group by group, as {largest} of {sizes[largest] / GIB:.4g} GiB has no room {room}")
+        return model, "group_offload"
+    if whole > budget and pipe is not None:
+        say(f"{model.name}: run part by part, as {whole / GIB:.4g} GiB have no room {room}")
+        return model, "alone"
+    for module in every.values():
+        if hasattr(module, "named_parameters"):
+            module.to(device)
+    return replace(model, device=device), ""
 
 
-def alone(model: LoadedModel, config: ExperimentConfig, device: str, cache: Path) -> LoadedModel:
-    """A pipeline that was loaded on the host, part by part on ``device``; its encoded prompts are kept in ``cache``.
+def _as_on(asked: ModelConfig, device: str, family: str) -> ModelConfig:
+    """The model in the dtype that it would have on ``device``: what is loaded on the host is asked for in float32."""
+    if kind_of(device) != "cuda":
+        return asked
+    if family == "diffusers":
+        return replace(asked, dtype=chosen_dtype(asked, "bfloat16"))
+    if asked.dtype != "auto" or asked.path is None:
+        return asked
+    stored = read_architecture(asked, "model").dtype
+    return replace(asked, dtype=stored if stored in COMPUTE_DTYPES else "float32")
 
-    Raises ConfigError for a model that is no pipeline.
+
+def _can_be_read_again(model: LoadedModel) -> bool:
+    """Whether its parts were read from files of their own, from which candidates are streamed."""
+    return all(has_origin(module) for module in model.components.values())
+
+
+def placed(model: LoadedModel, where: str, config: ExperimentConfig, device: str, cache: Path) -> LoadedModel:
+    """A model as it is to run: part by part or group by group, or as it is; encoded prompts are kept in ``cache``.
+
+    The encoders of a pipeline that stays where it is stay with it: ``memory.placement=auto`` takes one apart that has
+    no room. Raises ConfigError for ``alone`` and a model that is no pipeline.
     """
-    return placed_alone(model, device, config.model.variant, _prompts(model, device, cache))
-
-
-def with_prompts(model: LoadedModel, cache: Path) -> LoadedModel:
-    """The model; a pipeline, which stays where it is with all its parts, takes encoded prompts from ``cache`` as well.
-
-    Its encoders stay, too: ``memory.placement=auto`` takes a pipeline apart that has no room.
-    """
+    if where == "alone":
+        return placed_alone(model, device, config.model.variant, _prompts(model, device, cache))
+    if where == "group_offload":
+        return placed_by_groups(model, device, config.model.variant, _prompts(model, device, cache))
     if "pipeline" not in model.parts:
         return model
     found = replace(model, parts={**model.parts, "prompts": _prompts(model, model.device, cache)})
@@ -93,14 +119,15 @@ def source_for(model: LoadedModel, job: Job, schemes: Mapping[str, Scheme | None
     settings, names = job.config.memory, [name for name, scheme in schemes.items() if scheme is not None]
     if not names or settings.placement == "resident":
         return None
-    if settings.placement == "auto" and job.needs_data:
+    if settings.placement == "auto" and job.needs_data and "groups" not in model.parts:
         return None
     budget = None if settings.device_gib is None else int(settings.device_gib * GIB)
     if budget is not None:
         _check_layers(model, names, budget)
     origins: Mapping[str, Any] = model.parts.get("origins", {})
     if origins:
-        return None if job.needs_data else lambda name: source_of(origins[name], model.dtype, model.device)
+        is_copied = job.needs_data and "groups" not in model.parts
+        return None if is_copied else lambda name: source_of(origins[name], model.dtype, model.device)
     if settings.placement == "auto":
         sizes = {name: sum(storages(part, held_packages()).values()) for name, part in model.components.items()}
         copied = sum(sizes[name] for name in names)
@@ -129,7 +156,10 @@ def planned(model: LoadedModel, job: Job, schemes: Mapping[str, Scheme | None]) 
             device=model.device,
             default_exclusions=model.default_exclusions.get(name, ()),
         )
-        price = price_component(name, model.components[name], request)
+        module = model.components[name]
+        if groups := model.parts.get("groups"):  # whose layers' own calls are not theirs
+            module = groups.source(name, model.device).module
+        price = price_component(name, module, request)
         if not price.refused:
             found[name] = price.memory
     return found

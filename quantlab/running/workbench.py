@@ -33,7 +33,7 @@ from quantlab.protocols.table import PROTOCOLS
 from quantlab.quiet import quiet_libraries
 from quantlab.running.claims import Claims
 from quantlab.running.known import Known, bench_key, remember, request_digest
-from quantlab.running.placement import alone, load_placed, with_prompts
+from quantlab.running.placement import load_placed, placed
 from quantlab.running.rows import floors_of
 from quantlab.stages.bundle import Bundle, check_bundle, differs, is_of_here, read_bundle
 from quantlab.stages.observe import made_by, observe, reference_key
@@ -202,7 +202,7 @@ def workbench(session: Session, config: ExperimentConfig, run: Run | None) -> Wo
     files = request_digest(config, cache, session.where)
     with in_stage(session, run, "load") as load:
         with named_by_users(config):
-            model, is_alone = load_placed(config, session.device, cache, session.advance)
+            model, where = load_placed(config, session.device, cache, session.advance)
         for name, module in model.components.items():
             path = config.model.path
             typed = f"model.path={path}" if path else f"model={config.model.family}"
@@ -219,11 +219,8 @@ def workbench(session: Session, config: ExperimentConfig, run: Run | None) -> Wo
     if warning := fingerprint_warning(fingerprint, known_grid(components)):
         say(warning, "warning")
     components.clear()
-    if is_alone:
-        model = alone(model, config, session.device, cache)
-        _set_aside()
-    else:
-        model = with_prompts(model, cache)
+    model = placed(model, where, config, session.device, cache)
+    _set_aside()
     with in_stage(session, run, "observe") as seen:
         PROTOCOLS[model.protocol].check(model, inputs)
         reads = weights_read(model, inputs, config.evaluation, list(model.components))

@@ -156,7 +156,7 @@ def _casts(making: Making) -> dict[str, torch.nn.Module]:
     if making.job.config.quantization.backend != "none" or dtype == "auto":
         return {}
     left = [name for name in making.schemes if name not in making.quantized]
-    return {name: model.copy_of(name).to(getattr(torch, dtype)) for name in left}
+    return {name: model.placed(name, model.copy_of(name).to(getattr(torch, dtype))) for name in left}
 
 
 def _of_checkpoint(making: Making, checkpoint: str) -> Candidate:
@@ -190,7 +190,8 @@ def _part(making: Making, name: str, scheme: Scheme) -> _Part:
     if making.source is not None:
         source = making.source(name)
         module = copy.deepcopy(source.module)
-        return _Part(request=request, module=module, selection=select_streamed(request, module), source=source)
+        selection = select_streamed(request, module, making.model.parts.get("groups") is not None)
+        return _Part(request=request, module=module, selection=selection, source=source)
     module = model.copy_of(name)
     return _Part(request=request, module=module, selection=select_layers(request, module))
 
@@ -254,7 +255,9 @@ def _calibrated_parts(making: Making) -> tuple[dict[str, _Part], CalibrationSet]
             with told_under(making.job.key_of(name)):
                 parts[name] = part = _part(making, name, making.quantized[name])
                 feed = data.feed(name, making.model, functools.partial(making.advance, f"calibrate {name}"))
-                part.calibrated = calibrate_component(part.request, part.module, part.selection, feed)
+                # what is streamed is measured on the unquantized model, which stays as it is
+                measured = part.module if part.source is None else making.model.components[name]
+                part.calibrated = calibrate_component(part.request, measured, part.selection, feed)
         return parts, data
 
     batch_size = min(config.calibration.batch_size, config.calibration.num_samples)
@@ -315,7 +318,13 @@ def _before(
         return {}, {}
     request, original = replace(part.request, scheme=plain), making.model.components[name]
     try:
-        module, report = quantize_component(request, view_of(original), original, is_view=True)
+        if part.source is not None and making.source is not None:
+            source = making.source(name)
+            empty = copy.deepcopy(source.module)
+            chosen = select_streamed(request, empty)
+            module, report = quantize_component(request, empty, source.module, chosen, source=source)
+        else:
+            module, report = quantize_component(request, view_of(original), original, is_view=True)
         energies = _energies(making, data, name, module, part.selection.calibrated)
     except (NotQuantized, NotFinite):  # the plain algorithm loses, or overflows in, what the calibrated one does not
         return {}, {}

@@ -106,16 +106,19 @@ def select_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
     return chosen
 
 
-def select_streamed(request: QuantizationRequest, module: torch.nn.Module) -> Selection:
+def select_streamed(request: QuantizationRequest, module: torch.nn.Module, is_grouped: bool = False) -> Selection:
     """As :func:`select_layers`, of a module whose tensors are still on the disk.
 
-    Raises ConfigError where the scheme needs data: it is calibrated on the whole model.
+    ConfigError where the scheme needs data: it is calibrated on the whole model; but what looks at layers' inputs
+    alone (an importance matrix) is measured on an unquantized model that runs in groups (``is_grouped``).
     """
     check_device(request.scheme.format, request.device, request.compute_dtype)
-    if request.scheme.native.needs_data:
+    axes = request.scheme.axes
+    is_measured = is_grouped and axes.algorithm in request.scheme.backend.input_algorithms
+    if request.scheme.native.needs_data and not is_measured:
         raise ConfigError(
-            f"memory.placement=streamed: {request.scheme.axes.backend} measures algorithm="
-            f"{request.scheme.axes.algorithm} on the whole model; pass memory.placement=resident, or algorithm=max"
+            f"memory.placement={'group_offload' if is_grouped else 'streamed'}: {axes.backend} changes the whole model "
+            f"while it measures algorithm={axes.algorithm}; pass memory.placement=resident, or algorithm=max"
         )
     chosen = choose_layers(request, module)
     unite(module, chosen.same)

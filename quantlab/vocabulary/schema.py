@@ -111,7 +111,7 @@ class CalibrationConfig:
     context_length: int = number(256, 4, 2**24)
 
 
-PLACEMENTS = ("resident", "streamed", "alone")
+PLACEMENTS = ("resident", "streamed", "alone", "group_offload")
 
 
 @dataclass
@@ -127,7 +127,9 @@ class MemoryConfig:
     ``streamed``: each layer of a candidate goes from the checkpoint's file to the device and is quantized there.
     ``alone``: of a pipeline, each part lies on the device only while it works, prompts are encoded once and kept on the
     disk, and candidates are streamed.
-    ``auto``: resident, where the budget holds it.
+    ``group_offload``: the unquantized model lies on the host, and its layers are on the device in groups while they
+    run; candidates are streamed.
+    ``auto``: the first of these whose parts the budget holds.
     Wherever a pipeline lies, its prompts are encoded once and kept on the disk, unless an encoder is quantized."""
 
 

