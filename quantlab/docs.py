@@ -38,7 +38,6 @@ from quantlab.running.forecast import forecast
 from quantlab.tracking import find_records
 from quantlab.tracking.results import SweepResults
 from quantlab.tracking.tags import KIND, RECIPE
-from quantlab.vocabulary.schema import PLACEMENTS
 
 BLOCK = re.compile(r"(<!-- (table|figure|calibration|list|plan|init|exports): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SHOWN_VERSIONS = ("torch", "diffusers", "transformers")
@@ -224,7 +223,8 @@ def needs(recipe: Path) -> str:
     request = plan([f"recipe={recipe}", "sweep.dry_run=true"])
     largest: dict[str, list[int]] = {"alone": [], "whole": []}
     for price in forecast(request):
-        peaks = {name: max(p.device_bytes for p in rows) for name, rows in price.phases.items() if name in PLACEMENTS}
+        told = {name: rows for name, rows in price.phases.items() if name != "group_offload"}
+        peaks = {name: max(p.device_bytes for p in rows) for name, rows in told.items()}
         largest["whole"].append(min(peak for name, peak in peaks.items() if name != "alone"))
         largest["alone"].append(min(peaks.values()))
     whole, alone = (-(-max(largest[name]) // 2**30) for name in ("whole", "alone"))
