@@ -1,7 +1,7 @@
 """What it costs to hand jobs over: ``python tests/benchmarks/bench_engines.py [--jobs 10000] [--seconds 3]``.
 
 The scheduler alone, on the simulated engine (CPU seconds, peak memory, what it asks), and the engines of this machine
-on jobs that sleep: seconds a job above those that it sleeps, and the pool against one process.
+on jobs that sleep: seconds a job above those that it sleeps, the pool against one process, and what a SLURM of this machine takes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -22,9 +23,11 @@ import pytest  # noqa: E402
 from quantlab.running import scheduler  # noqa: E402
 from quantlab.running.attempts import has_ended  # noqa: E402
 from quantlab.running.engines.pool import Pool  # noqa: E402
+from quantlab.running.engines.protocol import EngineError  # noqa: E402
+from quantlab.running.engines.slurm import Slurm  # noqa: E402
 from quantlab.running.engines.submitted import Submitted  # noqa: E402
 from quantlab.running.scheduler import Scheduler  # noqa: E402
-from quantlab.vocabulary.launching import SubmititSettings  # noqa: E402
+from quantlab.vocabulary.launching import SlurmSettings, SubmititSettings  # noqa: E402
 from tests.support.engines import Simulated, make_job, stand_in  # noqa: E402
 
 
@@ -66,12 +69,34 @@ def overhead(name: str, engine: object, folder: Path, num: int, seconds: float, 
     return wall
 
 
+def on_slurm(folder: Path, num: int) -> None:
+    """``num`` jobs handed to a SLURM that runs here, asked about, and cancelled."""
+    if shutil.which("sbatch") is None:
+        print("slurm: there is no sbatch here")
+        return
+    folders = [make_job(folder, f"slurm{i:05d}", seconds=60) for i in range(num)]
+    engine = Slurm(SlurmSettings(timeout_min=10), folder / "submitit")
+    began = time.perf_counter()
+    try:
+        ids = engine.submit(folders)
+    except EngineError as error:
+        print(f"slurm: {error}")
+        return
+    submitted = time.perf_counter() - began
+    engine.poll(ids)
+    asked = time.perf_counter() - began - submitted
+    engine.cancel(ids)
+    arrays = len({job_id.split("_")[0] for job_id in ids})
+    print(f"slurm: {num} jobs submitted in {submitted:.1f} s ({arrays} arrays), asked about in {asked:.2f} s")
+
+
 def main() -> None:
     """Print all of it."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--jobs", type=int, default=10_000)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--local", type=int, default=6, help="jobs for each engine of this machine")
+    parser.add_argument("--slurm", type=int, default=500, help="jobs for a SLURM of this machine, if there is one")
     words = parser.parse_args()
     scheduler.say = lambda *_: None  # type: ignore[assignment]
     scheduler._PAUSE_S = scheduler._LONGEST_PAUSE_S = 0.0
@@ -86,6 +111,8 @@ def main() -> None:
         print(f"a pool of two: {alone / two:.2f} times one")
         local = Submitted(SubmititSettings(), folder / "submitit", 2)
         overhead("submitit_local", local, folder, words.local, words.seconds, 2)
+    with tempfile.TemporaryDirectory() as place:
+        on_slurm(Path(place), words.slurm)
     print(f"on {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
 
 

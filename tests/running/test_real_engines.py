@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +19,7 @@ from quantlab.running.engines.ray_cluster import Ray
 from quantlab.running.engines.slurm import Slurm
 from quantlab.running.scheduler import Scheduler
 from quantlab.vocabulary.launching import RayInit, RayParts, RayRemote, RaySettings, SlurmSettings
-from tests.support.engines import began, make_job, stand_in
+from tests.support.engines import began, make_job, require_slurm, stand_in
 
 pytestmark = pytest.mark.slow
 LIMIT_S = 400.0
@@ -43,12 +42,7 @@ def watched(engine, progress=lambda counts: None, max_attempts=3):
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
     """A SLURM that answers; ``tmp_path`` is seen by its node, which is this machine."""
-    pytest.importorskip("submitit")
-    if shutil.which("sbatch") is None:
-        pytest.skip("SLURM is not installed: there is no sbatch")
-    done = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, timeout=60, check=False)
-    if done.returncode or "idle" not in done.stdout + done.stdout.replace("mix", "idle").replace("alloc", "idle"):
-        pytest.skip(f"SLURM does not run here: {done.stdout}{done.stderr}")
+    require_slurm()
     stand_in(tmp_path / "site", monkeypatch)
     return tmp_path
 
@@ -106,6 +100,24 @@ def test_what_is_cancelled_leaves_the_queue_at_once(cluster):
     while any(state.is_open for state in engine.poll(ids).values()) and time.monotonic() < until:
         time.sleep(0.5)
     assert not engine.adopt(dict(zip(ids, jobs, strict=True)))
+
+
+def test_five_hundred_jobs_are_submitted_in_arrays_as_large_as_the_cluster_takes(cluster, monkeypatch):
+    """In under 30 s, asked about in one command, and cancelled."""
+    engine = slurm(cluster)
+    assert engine._most() > 1
+    engine._array_size = 201
+    jobs = [make_job(cluster / "runs", f"job{i:03d}", {"0": "sleep"}) for i in range(500)]
+    began_at = time.monotonic()
+    ids = engine.submit(jobs)
+    seconds = time.monotonic() - began_at
+    states = engine.poll(ids)
+    engine.cancel(ids)
+    assert len(set(ids)) == 500
+    assert len({i.split("_")[0] for i in ids}) == 3
+    assert {state.what for state in states.values()} <= {"queued", "running"}
+    assert not any("does not answer" in state.reason for state in states.values())
+    assert seconds < 30
 
 
 @pytest.mark.parametrize("settings", [{"partition": "none_such"}, {"constraint": "none_such"}])

@@ -6,9 +6,13 @@ import contextlib
 import json
 import os
 import random
+import shutil
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import pytest
 
 from quantlab.running import handing
 from quantlab.running.attempts import ATTEMPT, END, begin, write
@@ -57,6 +61,16 @@ if "quantlab.running.worker" in argv or "quantlab.running.forked" in argv:
 
     worker.work = work
 """
+
+
+def require_slurm() -> None:
+    """Skip where no SLURM runs on this machine."""
+    pytest.importorskip("submitit")
+    if shutil.which("sbatch") is None:
+        pytest.skip("SLURM is not installed: there is no sbatch")
+    done = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode or not any(word in done.stdout for word in ("idle", "mix", "alloc")):
+        pytest.skip(f"SLURM does not run here: {done.stdout}{done.stderr}")
 
 
 def stand_in(folder: Path, monkeypatch) -> None:
