@@ -87,6 +87,25 @@ def test_a_sweep_that_leaves_hands_all_over_behind_the_reference(shell, node):
     assert rows["quanto int4"]["metrics"]["quality/floor_batch/latent_rel_mse"] >= 0
 
 
+@pytest.mark.slow
+def test_a_search_asks_the_cluster_for_its_points(shell, node):
+    pytest.importorskip("optuna")
+    words = [word.replace("int8,int4", "int8,int4,int2") for word in FAR]
+    rows = shell.rows(*words, "sweep.search.num_trials=2", "launcher.num_workers=2", "sweep.search.sampler=random")
+    assert list(rows)[:3] == ROWS[:3]
+    assert len(rows) == 5
+    assert node.submitted[0] == far.NAME
+    assert len(node.submitted) == 3
+    assert {row["status"] for row in rows.values()} == {"FINISHED"}
+
+
+def test_a_search_does_not_leave(shell, node):
+    code, out, err = shell(*FAR, "sweep.search.num_trials=2", "launcher.num_workers=2", "launcher.detach=true")
+    assert code == 2
+    assert "launcher.detach=true: a search" in err
+    assert node.submitted == []
+
+
 def test_a_reference_that_fails_makes_rows_that_say_so(shell, node, monkeypatch):
     monkeypatch.setattr("quantlab.running.observing.workbench", lambda *_: 1 / 0)
     code, out, err = shell(*FAR, "--json")
