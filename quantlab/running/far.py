@@ -21,7 +21,16 @@ from quantlab.progress import say
 from quantlab.running.apart import Floors, Handed, collect
 from quantlab.running.attempts import LOG, RESULT, read
 from quantlab.running.handing import SUBMITTED, handed, run_handed
-from quantlab.running.known import Known, bench_key, code_digest, known_of, recall, where_of
+from quantlab.running.known import (
+    Known,
+    bench_key,
+    code_digest,
+    known_of,
+    recall,
+    remember,
+    request_digest,
+    where_of,
+)
 from quantlab.running.resume import content_key, earlier_report
 from quantlab.running.rows import failed_row, floors_of
 from quantlab.running.scheduler import Counts
@@ -47,6 +56,8 @@ class Group:
     error: str = ""
     """Why there is no reference."""
     was_asked_again: bool = False
+    files: str | None = None
+    """Digest of what its reference is of, when that was asked for."""
 
     @property
     def first(self) -> Job:
@@ -130,6 +141,7 @@ def begin(session: Session, group: Group, parent: Run, settle: Settle) -> list[H
         if len(found) == len(wanted):
             _know(session, group, parent, known, found)
             return settle(session, group)
+    group.files = request_digest(config, cache)
     reference = replace(group.first, name=NAME)
     calibrations: list[CalibrationConfig] = []
     for job in group.jobs.values():
@@ -189,7 +201,9 @@ def _after_reference(
     """What comes after a reference's job: its group's jobs, or the job again where another sweep's left nothing."""
     result = read(one.folder, RESULT)
     if row.status == "FINISHED" and result:
-        known = known_of(result["known"])
+        known, config, cache = known_of(result["known"]), group.first.config, session.output_dir / "cache"
+        if not one.job_id and group.files in (None, request_digest(config, cache)):  # the files of its beginning
+            remember(config, cache, known)  # where the node's cache is another one
         _know(session, group, parent, known, _floor_rows(session, group, known, one.folder, result["rows"]))
         return settle(session, group)
     if row.status == "FINISHED" and not group.was_asked_again:  # it was another sweep's

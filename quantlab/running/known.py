@@ -110,7 +110,7 @@ def remember(
     Not where torch's threads are a number that somebody set by hand: another process would not see that it differs.
     """
     digest = request_digest(config, cache_dir, where)
-    if digest is not None and (where or _has_usual_threads(config, known)):
+    if digest is not None and (where or is_far(config.launcher) or _has_usual_threads(config, known)):
         file = _file(cache_dir, digest)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(asdict(known), file)
