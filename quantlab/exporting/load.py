@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.modelopt.checkpointing import ENABLE
-from quantlab.backends.modelopt.restore import FOR_DIFFUSERS, STATE, restoring, rewrap
+from quantlab.backends.modelopt.restore import loading_arguments, restoring, rewrap
 from quantlab.backends.table import loggers
 from quantlab.errors import ConfigError, MissingPackage, ModelError, nearest
 from quantlab.exporting import check
@@ -139,9 +139,8 @@ def _of_a_library(folder: Path) -> Any:
         raise ConfigError(
             f"path={folder}: {CONFIG} names {str(name)[:80] or 'no class'}, which {library} does not have"
         )
-    more = FOR_DIFFUSERS if library == "diffusers" and (folder / STATE).is_file() else {}
     with restoring(kind, folder):
-        made = kind.from_pretrained(folder, **more)
+        made = kind.from_pretrained(folder, **loading_arguments(kind, folder))
     rewrap(made, folder)
     return made
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from quantlab.backends.checkpoints import method_of, require_method
 from quantlab.backends.gguf.header import check_header
 from quantlab.backends.gguf.language import load_language_model
-from quantlab.backends.modelopt.restore import FOR_DIFFUSERS, STATE, restoring, rewrap
+from quantlab.backends.modelopt.restore import STATE, loading_arguments, restoring, rewrap
 from quantlab.errors import ConfigError, ModelError
 from quantlab.models.checkpoint import file_sha256
 from quantlab.models.loaded import LoadedModel
@@ -224,7 +224,7 @@ def _read_folder(key: str, source: Path, original: nn.Module, dtype: torch.dtype
     with quiet_loading(logging), quiet_loading(diffusers_logging), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if is_of_diffusers(original):
-            more = FOR_DIFFUSERS if (source / STATE).is_file() else {}
+            more = loading_arguments(made, source)
             module: nn.Module = made.from_pretrained(source, torch_dtype=dtype, **more)
         else:
             module, info = made.from_pretrained(source, dtype=dtype, trust_remote_code=False, output_loading_info=True)

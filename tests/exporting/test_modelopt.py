@@ -141,3 +141,14 @@ def test_a_whole_pipeline_and_the_cards_lines(place):
     code += "\nprint(type(pipe.transformer.transformer_blocks[0].attn.to_q.weight).__name__)"
     ran = subprocess.run([sys.executable, "-I", "-c", code], cwd=done.folder, capture_output=True, text=True)
     assert ran.stdout.split()[-1:] == ["QTensorWrapper"], ran.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_a_class_that_diffusers_keeps_parts_of_in_float32(place):
+    """Its loader has one way, which takes no packed weights: dense ones that are rounded at each use go."""
+    found = loaded("wan_2_1", place, place / "cache")
+    with pytest.raises(ConfigError, match=r"keeps parts of a WanTransformer3DModel in float32 .*compress=false"):
+        exported(found, place / "wan", place / "cache", "backend=modelopt", "dtype=int8")
+    words = ("backend=modelopt", "dtype=int8", "quantization.compress=false")
+    done, _, _ = exported(found, place / "wan", place / "cache", *words)
+    assert done.verified.outputs_identical, done.verified.reason

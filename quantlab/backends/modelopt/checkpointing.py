@@ -48,8 +48,16 @@ def beside(part: Part) -> Beside:
             "algorithm=svdquant: packed layers that ModelOpt restores have no low-rank branch beside their weight; "
             "choose algorithm=awq_full, or keep to quantlab"
         )
-    arguments = FOR_DIFFUSERS if part.library == "diffusers" else {}
-    return Beside(write=partial(_write, part, config), before=ENABLE, arguments=arguments)
+    is_packed = any(packed_class(layer) for layer in layers_at(part.module, part.quantized).values())
+    if part.library != "diffusers" or not is_packed:
+        return Beside(write=partial(_write, part, config), before=ENABLE, arguments={})
+    if getattr(part.original, "_keep_in_fp32_modules", None) is not None:
+        raise ConfigError(
+            f"backend=modelopt: Diffusers keeps parts of a {type(part.original).__name__} in float32 and so loads it "
+            "with low_cpu_mem_usage alone, by which no packed weight of ModelOpt is loaded; set "
+            "quantization.compress=false, which keeps weights at their full bytes, or choose another backend"
+        )
+    return Beside(write=partial(_write, part, config), before=ENABLE, arguments=FOR_DIFFUSERS)
 
 
 def _write(part: Part, config: NVIDIAModelOptConfig, folder: Path) -> None:

@@ -11,7 +11,14 @@ from quantlab.backends.modelopt.library import quiet_library
 
 STATE = "modelopt_state.pth"
 FOR_DIFFUSERS = {"low_cpu_mem_usage": False}
-"""What Diffusers' ``from_pretrained`` is told: by its other way each weight is made anew, as no packed one can be."""
+"""What Diffusers' ``from_pretrained`` is told of packed weights: by its other way each is made anew, as none can be."""
+
+
+def loading_arguments(made: type, folder: Path) -> dict[str, bool]:
+    """What ``made.from_pretrained(folder)`` is to be told besides; a class with parts in float32 knows one way only."""
+    is_of_diffusers = any(c.__module__.startswith("diffusers.") for c in made.__mro__)
+    is_free = getattr(made, "_keep_in_fp32_modules", None) is None
+    return dict(FOR_DIFFUSERS) if is_of_diffusers and is_free and (folder / STATE).is_file() else {}
 
 
 @contextlib.contextmanager
