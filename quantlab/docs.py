@@ -5,8 +5,9 @@ In the :data:`DOCUMENTS` it fills what stands between ``<!-- table: RECIPE -->``
 algorithms, each paired with the plain one on the same bits) or ``<!-- list: WHAT -->`` (what ``quantlab list WHAT``
 prints) or ``<!-- plan: NAME -->`` (the phases of one of :data:`PLANS`) or ``<!-- init: NAME -->`` (one of
 :data:`INITS`: a first recipe) or ``<!-- exports: NAME -->`` (the cells in ``recipes/NAME.json``, which
-``tests/exporting/make_cells.py`` measures) and ``<!-- end -->``. In each recipe that has
-such a run it replaces the line ``# Expect: ...``, and in each for a GPU the memory that its plan needs.
+``tests/exporting/make_cells.py`` measures) or ``<!-- foreign: NAME -->`` (the rows in ``recipes/NAME.json``, of
+``tests/exporting/make_foreign.py``) and ``<!-- end -->``. In each recipe that has such a run it replaces the line
+``# Expect: ...``, and in each for a GPU the memory that its plan needs.
 """
 
 from __future__ import annotations
@@ -38,8 +39,11 @@ from quantlab.running.forecast import forecast
 from quantlab.tracking import find_records
 from quantlab.tracking.results import SweepResults
 from quantlab.tracking.tags import KIND, RECIPE
+from quantlab.vocabulary.numbers import metric_value
 
-BLOCK = re.compile(r"(<!-- (table|figure|calibration|list|plan|init|exports): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- (table|figure|calibration|list|plan|init|exports|foreign): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 SHOWN_VERSIONS = ("torch", "diffusers", "transformers")
 """Beside these, what the backends name."""
 
@@ -50,6 +54,8 @@ PLANS = {
 """Name of a block -> the request that it shows."""
 INITS = {"first_recipe": "model=causal_lm model.path=Qwen/Qwen3-0.6B device=cpu"}
 """Name of a block -> the words behind ``quantlab init my.yaml``."""
+FOREIGN_METRICS = ("quality/kld_mean", "memory/bits_per_weight", "memory/weights_bytes", "quantization/coverage")
+"""What is kept of a row of checkpoints that others made."""
 NEEDS = re.compile(r"\(one GPU with \d+ GiB or more(; \d+ part by part)?\)")
 """How a recipe says the memory that it needs."""
 DOCUMENTS = ("README.md", "recipes/README.md", "quantlab/README.md", "quantlab/metrics/README.md")
@@ -218,6 +224,23 @@ def _export_cell(cell: dict[str, Any] | None, note: Callable[[str], str]) -> str
     return f"b {outputs} {cell['file_bytes'] / cell['planned_bytes']:.3f}{''.join(aside)}"
 
 
+def foreign_block(file: Path) -> str:
+    """Checkpoints of others beside quantlab's own schemes: format, stored bits and the headline metric of each."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    lines = [
+        "| row | made by | bits/weight (of quantized layers) | MiB | kld_mean, nats (95 % interval) |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in data["rows"]:
+        metrics, value = row["metrics"], metric_value(row["metrics"], "quality/kld_mean")
+        interval = "" if value.ci_lo is None else f" ({value.ci_lo:.2g}..{value.ci_hi:.2g})"
+        bits = f"{metrics['memory/bits_per_weight_model']:.2f} ({metrics['memory/bits_per_weight_quantized']:.2f})"
+        mib = metrics["memory/weights_bytes"] / 2**20
+        lines.append(f"| {row['name']} | {row['by']} | {bits} | {mib:.3f} | {value.value:.3g}{interval} |")
+    n = metric_value(data["rows"][0]["metrics"], "quality/kld_mean").n
+    return "\n".join([*lines, "", f"*A tiny Llama, n = {n:.0f}; {data['versions']}; {data['machine']}*"]) + "\n"
+
+
 def needs(recipe: Path) -> str:
     """GiB of a GPU that the largest phase of a recipe takes: with the model whole there, and part by part if less."""
     request = plan([f"recipe={recipe}", "sweep.dry_run=true"])
@@ -244,6 +267,8 @@ def fill(document: Path, runs_dir: Path, root: Path) -> str:
             return head + init_block(name) + end
         if kind == "exports":
             return head + exports_block(root / "recipes" / f"{name}.json") + end
+        if kind == "foreign":
+            return head + foreign_block(root / "recipes" / f"{name}.json") + end
         data = newest(runs_dir, name)
         if data is None:
             return match[0]
