@@ -19,8 +19,8 @@ from quantlab.planning.places import recipes
 from quantlab.planning.plan import plan
 from quantlab.planning.ready import check_ready
 from quantlab.planning.trust import is_trusted, question, remember, require_trust
-from quantlab.progress import file_name, plain, printable
-from quantlab.report.terminal import Column, Sheet, show
+from quantlab.progress import file_name, printable
+from quantlab.report.terminal import Column, Sheet, show, tell
 from quantlab.vocabulary.reports import RunReport
 
 CPU_SECONDS = "; seconds on a CPU say nothing about a GPU"
@@ -151,7 +151,12 @@ def show_prices(words: Sequence[str], flags: set[str]) -> int:
     else:
         console = terminal(132)
         for told in price_tables(prices):
-            console.print(plain(told, 2000) if isinstance(told, str) else told, soft_wrap=isinstance(told, str))
+            if isinstance(told, Sheet):
+                show(console, told, **_look(flags))
+            elif "--plain" in flags:  # there the tables are for programs, and what is said is for people
+                print(printable(told), file=sys.stderr)
+            else:
+                tell(console, told)
     return 0 if any(price.components for price in prices) else ConfigError.exit_code
 
 
@@ -239,7 +244,7 @@ def show_reproduction(words: Sequence[str]) -> int:
         for sheet in reproduction_sheets(found):
             show(console, sheet)
         for line in summary_lines(found):
-            console.print(plain(line, 1000), soft_wrap=True)
+            tell(console, line)
     return 1 if found.verdict == DIFFERENT else 0
 
 
@@ -291,14 +296,14 @@ def run(request: Plan, flags: set[str]) -> int:
         caption = f"{size}; saving is against 16 bit{here}"
         console = terminal(132)
         for line in said_first((r["name"], r["unquantized"]) for r in rows):
-            console.print(plain(line, 1000), style="yellow", soft_wrap=True)
+            tell(console, line, "yellow")
         apart = {p: [r for r in rows if r["protocol"] == p] for p in sorted({r["protocol"] for r in rows})}
         for sheet in [*(rows_sheet(some, p, caption) for p, some in apart.items()), *attribution_sheets(rows)]:
             show(console, sheet, **_look(flags))
         for row in [r for r in rows if r["status"] == "SKIPPED"][:MAX_SKIPPED]:
-            console.print(plain(f"skipped: {row['name']}: {row['error']}", 1000), soft_wrap=True)
+            tell(console, f"skipped: {row['name']}: {row['error']}")
         for line in front_lines(reports, request):
-            console.print(plain(line, 1000), soft_wrap=True)
+            tell(console, line)
     for report in failed:
         told = f"failed: {report['name']} at {report['failed_stage']}: {report['error']}"
         print(printable(told, lines=True), file=sys.stderr)

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
-from rich.console import RenderableType
-from rich.table import Table
-
-from quantlab.progress import plain
-from quantlab.vocabulary.prices import ComponentPrice, Kept, Phase, Price
+from quantlab.report.terminal import Column, Sheet
+from quantlab.vocabulary.prices import Kept, Phase, Price
 
 GIB = 2**30
 MAX_KEPT = 6
@@ -17,8 +14,8 @@ MAX_MODULES = 3
 ESTIMATE = "weights exactly, activations estimated"
 
 
-def price_tables(prices: Sequence[Price]) -> Iterator[RenderableType | str]:
-    """Tables and lines of text, in the order in which they are printed."""
+def price_tables(prices: Sequence[Price]) -> Iterator[Sheet | str]:
+    """Sheets and lines of text, in the order in which they are printed."""
     possible = [p for p in prices if p.components]
     if len(possible) == 1:
         yield from _one(possible[0])
@@ -31,7 +28,7 @@ def price_tables(prices: Sequence[Price]) -> Iterator[RenderableType | str]:
             yield f"impossible: {price.name}: {price.refused[0]}"
 
 
-def _one(price: Price) -> Iterator[RenderableType | str]:
+def _one(price: Price) -> Iterator[Sheet | str]:
     yield _parts(price)
     for component in price.components:
         if component.scheme and component.kept:
@@ -44,36 +41,40 @@ def _one(price: Price) -> Iterator[RenderableType | str]:
         if component.unmatched:
             yield f"unmatched in {component.name}: {', '.join(component.unmatched)}"
     yield from _refusals(price)
-    yield phase_table(price)
+    yield phase_sheet(price)
     yield from verdict_lines(price)
 
 
-def _parts(price: Price) -> Table:
-    table = Table(pad_edge=False, title=plain(price.name, 200), title_justify="left")
-    for name in ("component", "kind", "dtype"):
-        table.add_column(name, overflow="fold")
-    for name in ("parameters", "bytes", "GiB", "bits/weight"):
-        table.add_column(name, justify="right")
+def _parts(price: Price) -> Sheet:
+    columns = [
+        Column(title="component", is_text=True),
+        Column(title="kind", is_text=True),
+        Column(title="dtype", is_text=True, keep=6),
+        Column(title="parameters", keep=5),
+        Column(title="bytes", keep=3),
+        Column(title="GiB", keep=8),
+        Column(title="bits/weight", keep=7),
+    ]
+    rows, ends = [], []
     for part in price.components:
-        rows = [(k.what, k.dtype, k.parameters, k.num_bytes) for k in part.kinds]
-        for i, (what, dtype, parameters, num_bytes) in enumerate(rows):
+        kinds = [(k.what, k.dtype, k.parameters, k.num_bytes) for k in part.kinds]
+        for i, (what, dtype, parameters, num_bytes) in enumerate(kinds):
             bits = f"{8 * num_bytes / parameters:.3f}" if parameters and what == "codes" else ""
-            told = (part.name if not i else "", what, dtype, _num(parameters), _num(num_bytes), _gib(num_bytes), bits)
-            table.add_row(*map(plain, told))
+            first = part.name if not i else ""
+            rows.append([first, what, dtype, _num(parameters), _num(num_bytes), _gib(num_bytes), bits])
         bits = f"{part.memory.bits_per_weight:.3f}"
         if part.bits_per_quantized_weight is not None:
             bits += f" ({part.bits_per_quantized_weight:.3f})"
         total = part.memory.weights_bytes
-        told = ("", "all", "", _num(part.memory.num_parameters), _num(total), _gib(total), bits)
-        table.add_row(*map(plain, told), end_section=True)
+        first = "" if kinds else part.name
+        rows.append([first, "all", "", _num(part.memory.num_parameters), _num(total), _gib(total), bits])
+        ends.append(len(rows) - 1)
     parameters = sum(p.memory.num_parameters for p in price.components)
     at_16_bits = sum(p.memory.bytes_at_16_bit for p in price.components)
     bits = f"{16 * price.total_bytes / at_16_bits:.3f}" if at_16_bits else ""
-    told = ("total", "", "", _num(parameters), _num(price.total_bytes), _gib(price.total_bytes), bits)
-    table.add_row(*map(plain, told))
-    table.caption = "bits/weight: of the component (of its quantized weights, scales included)"
-    table.caption_justify = "left"
-    return table
+    rows.append(["total", "", "", _num(parameters), _num(price.total_bytes), _gib(price.total_bytes), bits])
+    told = "bits/weight: of the component (of its quantized weights, scales included)"
+    return Sheet(columns=columns, rows=rows, sections=frozenset(ends), title=price.name, caption=[told])
 
 
 def _kept_lines(kept: Iterable[Kept]) -> Iterator[str]:
@@ -90,21 +91,24 @@ def _refusals(price: Price) -> Iterator[str]:
         yield f"a run refuses it: {reason}"
 
 
-def phase_table(price: Price) -> Table:
-    """What each phase needs on the device and on the host, a column a placement."""
-    table = Table(pad_edge=False, caption=f"GiB, {ESTIMATE}", caption_justify="left")
-    table.add_column("placement")
-    table.add_column("phase")
-    for name in ("device", "of it activations", "host"):
-        table.add_column(name, justify="right")
-    table.add_column("fits")
-    for placement, rows in price.phases.items():
-        for i, phase in enumerate(rows):
-            first = "" if i else placement
-            needs = (phase.device_bytes, phase.activation_bytes, phase.host_bytes)
-            told = (first, phase.name, *map(_gib, needs), _fits(price, phase))
-            table.add_row(*map(plain, told), end_section=i == len(rows) - 1)
-    return table
+def phase_sheet(price: Price) -> Sheet:
+    """What each phase of each placement needs on the device and on the host."""
+    columns = [
+        Column(title="placement", is_text=True),
+        Column(title="phase", is_text=True),
+        Column(title="device"),
+        Column(title="of it activations", keep=3),
+        Column(title="host", keep=5),
+        *([Column(title="fits", is_text=True, keep=8)] if price.budget else []),
+    ]
+    rows, ends = [], []
+    for placement, phases in price.phases.items():
+        for i, phase in enumerate(phases):
+            needs = map(_gib, (phase.device_bytes, phase.activation_bytes, phase.host_bytes))
+            fits = [_fits(price, phase)] if price.budget else []
+            rows.append(["" if i else placement, phase.name, *needs, *fits])
+        ends.append(len(rows) - 1)
+    return Sheet(columns=columns, rows=rows, sections=frozenset(ends), caption=[f"GiB, {ESTIMATE}"])
 
 
 def _fits(price: Price, phase: Phase) -> str:
@@ -130,24 +134,25 @@ def verdict_lines(price: Price) -> Iterator[str]:
 _PLACES = (("device_bytes", "device"), ("host_bytes", "host"))
 
 
-def _grid(prices: Sequence[Price]) -> Table:
-    table = Table(pad_edge=False, caption=f"GiB; the phases' largest: {ESTIMATE}", caption_justify="left")
-    table.add_column("combination", overflow="fold")
-    for name in ("weights", "bits/weight", *dict.fromkeys(name for p in prices for name in p.phases)):
-        table.add_column(name, justify="right")
-    if any(p.budget for p in prices):
-        table.add_column("fits")
+def _grid(prices: Sequence[Price]) -> Sheet:
+    placements = list(dict.fromkeys(name for p in prices for name in p.phases))
+    is_limited = any(p.budget for p in prices)
+    columns = [
+        Column(title="combination", is_text=True),
+        Column(title="weights", keep=8),
+        Column(title="bits/weight", keep=6),
+        *(Column(title=name, keep=5) for name in placements),
+        *([Column(title="fits", is_text=True, keep=7)] if is_limited else []),
+    ]
+    rows = []
     for price in prices:
         chosen = [c for c in price.components if c.scheme] or list(price.components)
-        bits = " ".join(_bits(c) for c in chosen)
-        largest = [_gib(max(p.device_bytes for p in rows)) for rows in price.phases.values()]
-        fits = [price.placement or "no"] if price.budget else []
-        table.add_row(plain(price.name, 200), *map(plain, (_gib(price.total_bytes), bits, *largest, *fits)))
-    return table
-
-
-def _bits(component: ComponentPrice) -> str:
-    return f"{component.memory.bits_per_weight:.3f}"
+        bits = " ".join(f"{c.memory.bits_per_weight:.3f}" for c in chosen)
+        phases = [price.phases.get(name, ()) for name in placements]
+        largest = [_gib(max(p.device_bytes for p in known)) if known else "" for known in phases]
+        fits = [price.placement or "no"] if price.budget else [""]
+        rows.append([price.name, _gib(price.total_bytes), bits, *largest, *(fits if is_limited else [])])
+    return Sheet(columns=columns, rows=rows, caption=[f"GiB; the phases' largest: {ESTIMATE}"])
 
 
 def _num(value: int) -> str:

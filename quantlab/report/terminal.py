@@ -60,6 +60,11 @@ def show(console: Console, sheet: Sheet, *, is_plain: bool = False, wide: bool =
     console.width = narrow
 
 
+def tell(console: Console, line: str, style: str = "") -> None:
+    """Print a sentence: in a terminal it goes on in the next line between two words, and elsewhere it is one line."""
+    console.print(plain(line, MAX_LINE), style=style, soft_wrap=not console.is_terminal)
+
+
 def tab_separated(sheet: Sheet) -> Iterator[str]:
     """The titles and the rows, a line each; no cell holds a tab or a line end."""
     yield "\t".join(printable(c.title) for c in sheet.columns)
