@@ -82,3 +82,21 @@ def test_a_sweep_on_slurm_gives_the_rows_of_the_serial_run(shell):
     again = submitted(shell, *slurm, "launcher.settings.array_parallelism=1")
     assert all(row["resumed"] for row in again.values())
     assert numbers(serial(shell)) == numbers(rows) == numbers(again)
+
+
+def test_a_sweep_that_left_slurm_is_taken_over(shell):
+    """Its jobs wait behind the reference's; given again, the command computes nothing twice."""
+    require_slurm()
+    slurm = ("launcher=slurm", "launcher.settings.gpus_per_node=null", "launcher.settings.cpus_per_task=1")
+    left = submitted(shell, *slurm, "launcher.detach=true")
+    assert {row["status"] for row in left.values()} == {"SUBMITTED"}
+    said = subprocess.run(
+        ["squeue", "--noheader", "--array", "--format=%r"], capture_output=True, text=True, check=True
+    )
+    assert said.stdout.split().count("Dependency") == len(left) == 2
+    rows = submitted(shell, *slurm)
+    assert list(rows) == ["reference", "floor_bf16", "floor_batch", "quanto int8", "torchao int8"]
+    assert {row["status"] for row in rows.values()} == {"FINISHED"}
+    lines = [one for file in (shell.folder / "outputs" / "runs").glob(f"*/{JOBS}") for one in file.open()]
+    assert len(lines) == 3, "none is submitted twice"
+    assert rows["torchao int8"]["metrics"]["quality/floor_batch/latent_rel_mse"] >= 0
