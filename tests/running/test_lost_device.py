@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from quantlab.running import sweep, worker
+from quantlab.running import worker
 from quantlab.tracking.tags import AFTER_LOST_DEVICE
 from tests.support.engines import hand_overs
 from tests.support.shell import digits_words
@@ -81,7 +81,7 @@ def test_a_gpu_that_answers_no_more_is_lost_whatever_the_error_says(shell, hande
         raise RuntimeError("cuBLAS error: CUBLAS_STATUS_EXECUTION_FAILED")
 
     monkeypatch.setattr(BACKENDS["quanto"], "quantize", broken)
-    monkeypatch.setattr(sweep, "answers", lambda device: False)
+    monkeypatch.setattr("quantlab.running.job.answers", lambda device: False)
     table(shell, BOTH, "sweep.floors=false")
     assert [job["name"] for job in handed] == ["quanto int4"]
 
