@@ -5,8 +5,9 @@
 A random transformer in bfloat16 is written in shards. Each way runs in a process of its own. The ratio is of the peak of
 anonymous memory (``RssAnon``: without the pages of files) over (quantized bytes + the largest layer in float32 + 300 MiB
 of libraries); 1.15 is to be kept. What the libraries and the model's code truly hold once they are imported stands
-beside it, and ``above`` is the ratio of what came on top of that. ``slower`` is streaming's processor time over that of
-loading whole and quantizing; 1.3 is to be kept. ``--streamed`` leaves the other way out.
+beside it, and ``above`` is the ratio of what came on top of that. ``cpu`` and ``wall`` are streaming's time over that of
+loading whole and quantizing, of the processor and by the clock; 1.3 by the clock is to be kept, which wants a machine
+that has nothing else to do. ``--streamed`` leaves the other way out.
 """
 
 from __future__ import annotations
@@ -164,16 +165,16 @@ def main() -> int:
     good = True
     with tempfile.TemporaryDirectory(prefix="quantlab-bench-") as name:
         write_model(Path(name), args.parameters)
-        print("backend       dtype  quantized  libraries   streamed  ratio  above   whole  ratio  slower   [MiB]")
+        print("backend       dtype  quantized  libraries   streamed  ratio  above   whole  ratio    cpu   wall   [MiB]")
         for backend in [args.only] if args.only else SCHEMES:
             new = apart(Path(name), backend, "streamed")
             good &= new["ratio"] <= MAX_PEAK
             beside = ""
             if not args.streamed:
                 old = apart(Path(name), backend, "whole")
-                slower = new["cpu_seconds"] / old["cpu_seconds"]
+                busy, slower = (new[name] / old[name] for name in ("cpu_seconds", "seconds"))
                 good &= slower <= MAX_SLOWER
-                beside = f"{old['peak_mib']:7.0f} {old['ratio']:6.2f} {slower:7.2f}"
+                beside = f"{old['peak_mib']:7.0f} {old['ratio']:6.2f} {busy:6.2f} {slower:6.2f}"
             print(
                 f"{backend:<13} {SCHEMES[backend]:<5} {new['quantized_mib']:10.0f} {new['libraries_mib']:10.0f} "
                 f"{new['peak_mib']:10.0f} {new['ratio']:6.2f} {new['ratio_above_libraries']:6.2f} {beside}",
