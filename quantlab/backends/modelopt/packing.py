@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from quantlab.backends.modelopt.library_types import BaseQuantizedTensor, QuantLinear, TensorQuantizer
 
-CODES_AT_ONCE = 2**18
-"""Pairs of 4-bit codes that are unpacked together: 2 MiB of 64-bit integers."""
+CODES_AT_ONCE = 2**16
+"""Pairs of 4-bit codes that are unpacked together: half a MiB of 64-bit integers, which the heap keeps at hand."""
 
 
 def pack(layers: list[QuantLinear], is_max: bool) -> None:
