@@ -23,9 +23,9 @@ def candidates_of(model: LoadedModel) -> dict[str, Any]:
     return {name: m for name, m in model.components.items() if m is not getattr(reference, name, m)}
 
 
-def reuse_prompts(pipe: Pipeline, model: LoadedModel) -> None:
+def reuse_prompts(pipe: Pipeline, model: LoadedModel, arguments: Mapping[str, object]) -> None:
     """Let a pipeline take encoded prompts from the disk, where the model has a place for them; where parts come and go,
-    encoders go when they have encoded some.
+    encoders go when they have encoded some. ``arguments`` are those of the pipeline's call.
 
     Where an encoder is a candidate's each prompt is encoded by it.
     """
@@ -34,8 +34,10 @@ def reuse_prompts(pipe: Pipeline, model: LoadedModel) -> None:
     is_measured = bool(_encoders(candidates_of(model), model))
     prompts, residence = (None if is_measured else model.parts.get("prompts")), model.parts.get("residence")
     if callable(own) and (prompts is not None or residence is not None):
-        dtypes = {name: str(getattr(m, "dtype", "")) for name, m in sorted(pipe.components.items())}  # some ask for it
-        encoded = functools.partial(_encoded, own, residence, prompts, model.device, canonical_json(dtypes))
+        dtypes = {name: str(getattr(m, "dtype", "")) for name, m in sorted(pipe.components.items())}
+        call = {name: said for name, value in arguments.items() if (said := _said(value)) is not None}
+        asked = canonical_json([dtypes, call])  # some pipelines look at their parts' dtypes, or at the call's guidance
+        encoded = functools.partial(_encoded, own, residence, prompts, model.device, asked)
         setattr(changed, _ENCODE, encoded)
 
 
@@ -48,7 +50,7 @@ def _encoded(
     residence: Residence | None,
     prompts: Prompts | None,
     device: str,
-    dtypes: str,
+    asked: str,
     /,
     *args: Any,
     **kwargs: Any,
@@ -56,7 +58,7 @@ def _encoded(
     said = None if prompts is None else _said([list(args), kwargs])
     file = None
     if prompts is not None and said is not None:
-        digest = hashlib.sha256(f"{prompts.key}|{dtypes}|{said}".encode()).hexdigest()[:32]
+        digest = hashlib.sha256(f"{prompts.key}|{asked}|{said}".encode()).hexdigest()[:32]
         file = prompts.folder / f"{digest}{SUFFIX}"
         if file.exists():
             try:

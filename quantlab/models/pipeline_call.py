@@ -117,6 +117,7 @@ def sample(
     last: Tensor | None = None
     check_sides(pipe, model.parts["denoisers"], asked_sizes(type(pipe), evaluation, model.parts.get("call", {})))
     arguments = _arguments(model, pipe, noise, conditioning, evaluation)
+    reuse_prompts(pipe, model, arguments)
 
     def told(_: Tensor, after: Tensor) -> None:
         nonlocal last, states
@@ -125,7 +126,6 @@ def sample(
             on_step(states, last)
         states += 1
 
-    reuse_prompts(pipe, model)
     if "groups" in model.parts:
         says(pipe, model.device, "device", "_execution_device")
     if evaluation.tiled_decoding:

@@ -161,6 +161,9 @@ def test_damaged_and_other_prompts_are_not_taken(model, tmp_path, encoded):
     made_by(replace(kept, parts={**kept.parts, "prompts": Prompts(folder=tmp_path / "prompts", key="other")}))
     made_by(kept.with_components({"transformer": copy.deepcopy(kept.components["transformer"]).to(torch.bfloat16)}))
     assert encoded == [2, 2] * 3
+    guided = replace(SMALL, height=32, guidance_scale=7.0)  # some pipelines look at it while they encode
+    kept.sample(kept, torch.tensor([3, 4]), {"prompt": ["a red fox", "two cats"]}, guided)
+    assert encoded == [2, 2] * 4
 
 
 def by_groups(model, tmp_path):
