@@ -133,7 +133,7 @@ Settle = Callable[[Session, Group], list[Handed]]
 def begin(session: Session, group: Group, parent: Run, settle: Settle) -> list[Handed]:
     """What a group begins with: its jobs where its reference is known with its floors, else the reference's job."""
     config, cache = group.first.config, session.output_dir / "cache"
-    known = recall(config, cache)
+    known = None if config.sweep.force else recall(config, cache)
     if known is not None:
         wanted = known.floor_jobs(config)
         rows = [earlier_report(session, known.protocol, one, content_key(known, one, cache)) for one in wanted]
@@ -199,7 +199,7 @@ def _after_reference(
     session: Session, group: Group, one: Handed, row: RunReport, parent: Run, settle: Settle
 ) -> list[Handed]:
     """What comes after a reference's job: its group's jobs, or the job again where another sweep's left nothing."""
-    result = read(one.folder, RESULT)
+    result = {} if one.is_elsewhere else read(one.folder, RESULT)
     if row.status == "FINISHED" and result:
         known, config, cache = known_of(result["known"]), group.first.config, session.output_dir / "cache"
         if not one.job_id and group.files in (None, request_digest(config, cache)):  # the files of its beginning

@@ -270,7 +270,8 @@ def _check_same_reference(wanted: Known | None, key: str, model: LoadedModel) ->
         told = "; ".join(f"{name}: {there.get(name)} there and {here[name]} here" for name in differing)
         raise ConfigError(
             f"device={kind_of(model.device)}: the sweep's reference was observed on another kind of node ({told}), and "
-            "numbers of two kinds are not compared; ask for nodes of one kind (launcher.settings, device)"
+            "numbers of two kinds are not compared; ask for nodes of one kind (launcher.settings, device), or observe "
+            "it anew (sweep.force=true)"
         )
     raise ConfigError(
         "model.path: the model or the inputs are not those of the sweep's reference any more; their files have "

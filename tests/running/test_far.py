@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
+from quantlab.errors import ConfigError
+from quantlab.planning.plan import plan
 from quantlab.running import far, handing, sweep, workbench, worker
 from quantlab.running.attempts import JOB
+from quantlab.running.claims import Claims
+from quantlab.running.known import Known
+from quantlab.tracking.tags import PID, PID_STARTED
 from tests.support.engines import Inline
 from tests.support.shell import digits_words
 from tests.support.stores import ROOT
@@ -104,6 +114,37 @@ def test_a_search_does_not_leave(shell, node):
     assert code == 2
     assert "launcher.detach=true: a search" in err
     assert node.submitted == []
+
+
+def test_what_another_node_would_observe_is_refused_by_what_differs():
+    here = workbench.made_by(SimpleNamespace(device="cpu"))
+    known = partial(Known, protocol="", dtype="", judge_sha256="", default=(), classes={}, tags={})
+    wanted = known(reference_key="a", made=here, has_float32=True, is_brought=False)
+    check = partial(workbench._check_same_reference, model=SimpleNamespace(device="cpu"))
+    check(None, "b")
+    check(wanted, "a")
+    with pytest.raises(ConfigError, match=r"^model.path: .* files have changed"):
+        check(wanted, "b")
+    gpu = replace(wanted, made={**here, "device": "cuda"})
+    with pytest.raises(ConfigError, match=r"^device=cpu: .*\(device: cuda there and cpu here\).*launcher.settings"):
+        check(gpu, "b")
+
+
+@pytest.mark.slow
+def test_a_reference_that_another_sweep_observes_is_waited_for(shell, node):
+    """That sweep ends without it, so it is asked for here; a file of the user's own is not taken for what it left."""
+    (shell.folder / "reference.json").write_text('{"known": {}, "rows": {}}')
+    with contextlib.chdir(shell.folder), subprocess.Popen(["sleep", "8"]) as other:
+        job = plan([*FAR[1:], "sweep.floors=false"], multirun=True).jobs[0]
+        claims = Claims(shell.folder / "outputs" / "claims")
+        started = f"{psutil.Process(other.pid).create_time():.2f}"
+        claims._me = {**claims._me, PID: str(other.pid), PID_STARTED: started}
+        assert claims.take(far._claim(replace(job, name=far.NAME)), far.NAME) is None
+        rows = shell.rows(*FAR, "sweep.floors=false")
+        assert other.wait(0) == 0
+        claims._over.set()
+    assert [row["status"] for row in rows.values()] == ["FINISHED"] * 2
+    assert node.submitted[0] == far.NAME
 
 
 def test_a_reference_that_fails_makes_rows_that_say_so(shell, node, monkeypatch):
