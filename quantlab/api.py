@@ -85,24 +85,31 @@ def run(
 
 
 def load(
-    what: str | Path = "latest", *, uri: str | None = None, experiment: str | None = None, device: str | None = None
+    what: str | Path = "latest",
+    *,
+    uri: str | None = None,
+    experiment: str | None = None,
+    device: str | None = None,
+    config: str | Path | None = None,
 ) -> Any:
-    """What earlier runs found out, as :class:`Results`; of a folder with a model, that model.
+    """What earlier runs found out, as :class:`Results`; of a folder or file with a model, that model.
 
     Args:
         what: ``latest`` (the newest sweep or single run that has a finished job), the id of a sweep or a run, or the
             name of an experiment. Or a folder that ``quantlab export`` wrote, or a checkpoint of Diffusers or
-            transformers: its module or pipeline comes back as that library loads it, in eval mode.
+            transformers, or a single GGUF or ``.safetensors`` file: its module or pipeline comes back as that library
+            loads it, in eval mode.
         uri: address of the store, by default that of the command line (``outputs/mlflow.db`` here).
         experiment: where ``latest`` is looked for, by default that of the command line.
         device: where a loaded model is put; None: where its library leaves it.
+        config: of a single file: a folder with the ``config.json`` of its class; None: the file's own folder.
 
     Raises:
         TrackingError: a store that is not there, or no such run.
         ConfigError, MissingPackage, ModelError: see :func:`quantlab.exporting.load.load`.
     """
     if isinstance(what, Path) or holds_model(what):
-        return load_model(what, device)
+        return load_model(what, device, config)
     tracking = TrackingConfig()
     tracking = replace(tracking, uri=uri or tracking.uri, experiment=experiment or tracking.experiment)
     reader = open_reader(tracking, Path.cwd())

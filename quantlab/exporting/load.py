@@ -18,6 +18,7 @@ from quantlab.backends.table import loggers
 from quantlab.errors import ConfigError, MissingPackage, ModelError, nearest
 from quantlab.exporting import check
 from quantlab.exporting.folder import MANIFEST, read_manifest
+from quantlab.exporting.single_file import CONFIG, load_file
 from quantlab.models.reading import quiet_loading
 from quantlab.quiet import quiet_libraries
 
@@ -28,32 +29,40 @@ if TYPE_CHECKING:
 
 _LOADERS = {("diffusers", "from_pretrained"), ("diffusers", "from_single_file"), ("transformers", "from_pretrained")}
 _BEFORE = ("", ENABLE)
-INDEX, CONFIG = "model_index.json", "config.json"
+INDEX = "model_index.json"
+_FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
-def load(path: str | Path, device: str | None = None) -> nn.Module | Pipeline:
-    """The quantized module of a folder, in eval mode, or its whole pipeline, as Diffusers or transformers load it.
+def load(path: str | Path, device: str | None = None, config: str | Path | None = None) -> nn.Module | Pipeline:
+    """The quantized module of a folder or file, in eval mode, or a whole pipeline, as their library loads it.
 
     Args:
-        path: a folder that ``quantlab export`` wrote, or a checkpoint of Diffusers or transformers.
+        path: a folder that ``quantlab export`` wrote, a checkpoint of Diffusers or transformers, or a single GGUF or
+            ``.safetensors`` file. transformers makes dense weights of a GGUF file's.
         device: where it is put; None: where the library leaves it.
+        config: of a single file of a diffusion model: a folder with its class's ``config.json``; None: its own folder.
 
     Raises:
-        ConfigError: no such folder, or one that holds no model.
+        ConfigError: no such folder, one that holds no model, or a file whose configuration is not known.
         MissingPackage: its quantization needs a package that is not installed.
         ModelError: what the library says of a checkpoint that it cannot read.
     """
     folder = Path(path).expanduser()
-    if not folder.is_dir():
+    if not folder.exists():
         raise ConfigError(f"path={path}: there is no such folder; give one that quantlab export wrote, or a checkpoint")
+    if config is not None and not folder.is_file():
+        raise ConfigError(f"config={config}: it is for a single file, and {path} is a folder; leave it out")
     quiet_libraries(loggers())
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging
 
     try:
         with quiet_loading(logging), quiet_loading(diffusers_logging):
-            made = _exported(folder) if (folder / MANIFEST).is_file() else _of_a_library(folder)
-    except ConfigError:
+            if folder.is_file():
+                made = load_file(folder, config)
+            else:
+                made = _exported(folder) if (folder / MANIFEST).is_file() else _of_a_library(folder)
+    except (ConfigError, ModelError):
         raise
     except ImportError as error:
         raise MissingPackage(f"path={path}: {_first_line(error)}; install that package") from error
@@ -69,9 +78,11 @@ def load(path: str | Path, device: str | None = None) -> nn.Module | Pipeline:
 
 
 def holds_model(text: str) -> bool:
-    """Whether a text is the path of a folder with a model in it, and not the name of a run or an experiment."""
+    """Whether a text is the path of a folder with a model or of a file of weights, and not the name of a run."""
     try:
         folder = Path(text).expanduser()
+        if folder.is_file():
+            return folder.suffix in _FILES
         return folder.is_dir() and any((folder / name).is_file() for name in (MANIFEST, INDEX, CONFIG))
     except (OSError, RuntimeError, ValueError):
         return False

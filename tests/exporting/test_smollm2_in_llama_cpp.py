@@ -54,7 +54,13 @@ def test_q4_k_m_has_llama_cpps_perplexity(tmp_path):
     write_part(part, tmp_path / "out")
     text = (ROOT / "LICENSE").read_text(encoding="utf-8") + TEXT
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    command = [sys.executable, "-m", "tests.support.llama_cpp", str(tmp_path / "out" / FILE), str(tmp_path / "text.txt")]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.llama_cpp",
+        str(tmp_path / "out" / FILE),
+        str(tmp_path / "text.txt"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = json.loads(done.stdout.splitlines()[-1])
