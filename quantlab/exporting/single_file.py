@@ -1,6 +1,7 @@
 """One file as a model: a GGUF file, or a ``.safetensors`` file in Diffusers' layout or the published one.
 
-A file holds tensors. Of which class they are, says a ``config.json``: that beside the file, or of a named folder. A GGUF file of a language model holds its own. What would have to be fetched or guessed is refused.
+A file holds tensors. Of which class they are, says a ``config.json``: that beside the file, or of a named folder. A
+GGUF file of a language model holds its own. What would have to be fetched or guessed is refused.
 """
 
 from __future__ import annotations
