@@ -11,9 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from quantlab.backends.checkpoints import require_method
 from quantlab.backends.gguf.header import check_header
-from quantlab.backends.gguf.names import ARCHITECTURES
-from quantlab.errors import ConfigError, ModelError, require_package
+from quantlab.backends.gguf.names import ARCHITECTURES, architecture_said
+from quantlab.errors import ConfigError, ModelError
+from quantlab.vocabulary.native import QuantizationMethod
 
 CONFIG = "config.json"
 _TO_PICK = "give config=, a folder whose config.json is that of the model (the transformer's folder of its pipeline)"
@@ -39,13 +41,12 @@ def load_file(file: Path, config: str | Path | None) -> Any:
 
 
 def _gguf(file: Path, config: str | Path | None) -> Any:
-    require_package("gguf", f"path={file}", "gguf")
+    require_method(QuantizationMethod.GGUF.value, f"path={file}")
     try:
         check_header(file)
     except (OSError, ValueError, KeyError, OverflowError) as error:
         raise ModelError(f"path={file}: not a readable GGUF file ({error}); copy or download it again") from error
-    field = importlib.import_module("gguf").GGUFReader(file).get_field("general.architecture")
-    said = str(field.contents()) if field is not None else ""
+    said = architecture_said(file)
     if said in {architecture.name for architecture in ARCHITECTURES.values()}:
         made: Any = importlib.import_module("transformers").AutoModelForCausalLM
         return made.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError
@@ -52,6 +53,14 @@ def architecture_of(config: Any, key: str) -> Architecture:
             "choose another format"
         )
     return ARCHITECTURES[kind]
+
+
+def architecture_said(file: Path) -> str:
+    """What a file says under ``general.architecture``; "" for nothing."""
+    import gguf
+
+    field = gguf.GGUFReader(file).get_field("general.architecture")
+    return str(field.contents()) if field is not None else ""
 
 
 def file_names(architecture: Architecture, num_layers: int, names: Iterable[str]) -> dict[str, str]:
