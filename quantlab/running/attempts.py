@@ -22,13 +22,14 @@ from typing import Any
 from quantlab.tracking.tags import HOST
 from quantlab.tracking.values import this_process
 
-JOB, ATTEMPT, END, LOST, LOG, EARLIER = (
+JOB, ATTEMPT, END, LOST, LOG, EARLIER, WHY = (
     "job.json",
     "attempt.json",
     "exit.json",
     "lost.json",
     "worker.log",
     "attempts",
+    "why.json",
 )
 RESULT = "reference.json"
 """Of a reference's job, what it found: ``known``, ``rows`` (floor -> key) and ``floors`` (floor -> its numbers)."""
@@ -51,26 +52,31 @@ def begin(folder: Path) -> int:
     """
     if ended_since_given(folder):
         return 0
-    number = num_attempts(folder)
-    left = [entry for entry in folder.iterdir() if entry.name not in (JOB, LOST, EARLIER)]
-    if (folder / ATTEMPT).exists() or (folder / "tracking").exists():
-        kept = folder / EARLIER / str(number)
-        kept.mkdir(parents=True, exist_ok=True)
-        write(kept, "why.json", {"reason": _why_again(folder)})
-        for entry in left:
-            entry.replace(kept / entry.name)
-        number += 1
+    number = set_aside(folder)
     (folder / LOST).unlink(missing_ok=True)
-    write(folder, ATTEMPT, {"attempt": max(1, number), **this_process()})
-    return max(1, number)
+    write(folder, ATTEMPT, {"attempt": number, **this_process()})
+    return number
 
 
-def num_attempts(folder: Path) -> int:
-    """Attempts that were begun in ``folder``."""
+def set_aside(folder: Path) -> int:
+    """Move what an earlier attempt left to its own folder, whole; the number of the attempt that comes."""
+    number = num_attempts(folder, begun=False) + 1
+    if not (folder / ATTEMPT).exists() and not (folder / "tracking").exists():
+        return number
+    kept = folder / EARLIER / str(number)
+    kept.mkdir(parents=True, exist_ok=True)
+    write(kept, WHY, {"reason": _why_again(folder)})
+    for entry in [entry for entry in folder.iterdir() if entry.name not in (JOB, LOST, EARLIER)]:
+        entry.replace(kept / entry.name)
+    return number + 1
+
+
+def num_attempts(folder: Path, begun: bool = True) -> int:
+    """Attempts that were begun in ``folder``; without the one that is there now, those that were set aside."""
+    now = begun and (folder / ATTEMPT).exists()
     with contextlib.suppress(OSError):
-        earlier = len([e for e in (folder / EARLIER).iterdir() if e.name.isdigit()])
-        return earlier + (folder / ATTEMPT).exists()
-    return int((folder / ATTEMPT).exists())
+        return len([e for e in (folder / EARLIER).iterdir() if e.name.isdigit()]) + now
+    return int(now)
 
 
 def earlier_attempts(folder: Path) -> list[dict[str, Any]]:
@@ -81,7 +87,7 @@ def earlier_attempts(folder: Path) -> list[dict[str, Any]]:
         if not kept.is_dir():
             break
         node = read(kept, ATTEMPT).get(HOST, "")
-        found.append({"attempt": number, "node": node, "reason": read(kept, "why.json").get("reason", "")})
+        found.append({"attempt": number, "node": node, "reason": read(kept, WHY).get("reason", "")})
     return found
 
 

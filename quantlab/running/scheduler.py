@@ -12,6 +12,7 @@ from quantlab.progress import say
 from quantlab.running.attempts import (
     END,
     LOST,
+    WHY,
     ended_since_given,
     ending,
     has_ended,
@@ -161,7 +162,7 @@ class Scheduler:
 def _counted(folder: Path) -> int:
     """Attempts that the folder holds and that count: being preempted does not."""
     kept = [folder / "attempts" / str(i) for i in range(1, num_attempts(folder))]
-    return num_attempts(folder) - sum("preempted" in str(read(one, "why.json").get("reason", "")) for one in kept)
+    return num_attempts(folder) - sum("preempted" in str(read(one, WHY).get("reason", "")) for one in kept)
 
 
 def _why_waiting(states: Iterable[State]) -> str:

@@ -78,7 +78,7 @@ def work(folder: Path) -> int:
         import torch
 
         torch.set_num_threads(threads)
-    session = _session(job, device)
+    session = _session(job, device, data.get("output_dir") or job.config.output_dir)
     session.parent_run_id = data["parent_run_id"]
     session.where, session.compares_with = data["where"], known
     if data["parent_run_id"] and data["parent_record"]:
@@ -148,8 +148,8 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _session(job: Job, device: str) -> Session:
-    output_dir = Path(job.config.output_dir).expanduser().absolute()
+def _session(job: Job, device: str, folder: str) -> Session:
+    output_dir = Path(folder).expanduser().absolute()
     key = f"{output_dir} {device} {job.config.tracking}"
     if key not in _SESSIONS:
         _SESSIONS[key] = Session(

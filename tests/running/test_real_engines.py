@@ -132,20 +132,28 @@ def test_what_slurm_refuses_is_named(cluster, settings):
 
 @pytest.fixture
 def nodes(tmp_path, monkeypatch):
-    """The address of a cluster of two nodes on this machine."""
+    """The address of a cluster of two nodes on this machine, which see an empty folder where ``tmp_path/here`` is."""
     ray = pytest.importorskip("ray")
-    stand_in(tmp_path / "site", monkeypatch)
+    stand_in(tmp_path / "site", monkeypatch, is_quick=True)
+    (tmp_path / "here").mkdir()
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_health_check_period_ms", "1000")
+    monkeypatch.setenv("RAY_health_check_initial_delay_ms", "1000")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.environ["PYTHONPATH"], os.path.dirname(ray.__path__[0])]))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--disable-usage-stats"]
-    there = {p.pid for p in psutil.process_iter()}
+    words = f"{sys.executable} -m ray.scripts.scripts start --num-cpus=1 --disable-usage-stats"
     memory = "--object-store-memory=100000000"
-    head = ["--head", f"--port={address.split(':')[1]}", "--include-dashboard=false"]
-    subprocess.run([*start, memory, *head], check=True, capture_output=True, timeout=180)
-    subprocess.run([*start, memory, f"--address={address}"], check=True, capture_output=True, timeout=180)
+    there = {p.pid for p in psutil.process_iter()}
+    for name, more in {
+        "a": f"--head --port={address.split(':')[1]} --include-dashboard=false",
+        "b": f"--address={address}",
+    }.items():
+        (tmp_path / name).mkdir()
+        command = f"mount -t tmpfs none {tmp_path / 'here'} && exec {words} {memory} {more}"
+        env = {**os.environ, "TMPDIR": str(tmp_path / name)}
+        subprocess.run([*ALONE, "sh", "-c", command], check=True, capture_output=True, timeout=180, env=env)
     yield address
     with contextlib.suppress(Exception):
         ray.shutdown()
@@ -153,6 +161,10 @@ def nodes(tmp_path, monkeypatch):
         if "ray" in " ".join(process.info["cmdline"] or [process.info["name"]]):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+
+
+ALONE = ["unshare", "--mount", *(["--map-root-user"] if os.getuid() else [])]
+"""A process that mounts what it likes, seen by nobody else."""
 
 
 def other_node():
@@ -170,8 +182,13 @@ def settings(address, **more):
 
 
 def test_forty_jobs_over_two_nodes_of_which_one_is_killed(nodes, tmp_path):
-    runs = tmp_path / "runs"
-    jobs = [make_job(runs, f"job{i:02d}", seconds=0.5) for i in range(40)]
+    """No node sees the sweep's folder: the reference goes to each, and what jobs leave comes back."""
+    reference = tmp_path / "here" / "cache" / "reference" / "0123.safetensors"
+    reference.parent.mkdir(parents=True)
+    reference.write_bytes(os.urandom(2**20))
+    path = reference.relative_to(tmp_path / "here").as_posix()
+    more = {"seconds": 0.2, "known": {"reference_key": "0123"}, "reads": [path]}
+    jobs = [make_job(tmp_path / "here" / "runs", f"job{i:02d}", **more) for i in range(40)]
     killed = []
 
     def kill(counts):
@@ -188,13 +205,18 @@ def test_forty_jobs_over_two_nodes_of_which_one_is_killed(nodes, tmp_path):
     assert sorted(over) == sorted(jobs)
     assert {has_ended(job) for job in jobs} == {"FINISHED"}
     assert any(num_attempts(job) == 2 for job in jobs), "what ran on the node was begun again"
+    assert all((job / reference.name).read_bytes() == reference.read_bytes() for job in jobs)
+    logs = {(job / "worker.log").read_text().split()[1].removeprefix(f"{tmp_path}/")[0] for job in jobs}
+    assert logs == {"a", "b"}, "each node has a cache of its own"
 
 
 def test_jobs_on_ray_are_taken_over_and_cancelled(nodes, tmp_path):
-    jobs = [make_job(tmp_path / "runs", f"job{i}", {"0": "sleep"}) for i in range(3)]
+    jobs = [make_job(tmp_path / "here" / "runs", f"job{i}", {"0": "sleep"}) for i in range(3)]
     first = Ray(settings(nodes), "cpu")
     left = dict(zip(first.submit(jobs), jobs, strict=True))
-    while not began(tmp_path / "runs"):
+    until = time.monotonic() + LIMIT_S
+    while not any(state.what == "running" for state in first.poll(list(left)).values()):
+        assert time.monotonic() < until
         time.sleep(0.2)
     first.close()
     second = Ray(settings(nodes), "cpu")
@@ -211,7 +233,7 @@ def test_jobs_on_ray_are_taken_over_and_cancelled(nodes, tmp_path):
 
 def test_what_no_node_has_is_said(nodes, tmp_path):
     engine = Ray(settings(nodes, num_cpus=64), "cpu")
-    ids = engine.submit([make_job(tmp_path / "runs", "job")])
+    ids = engine.submit([make_job(tmp_path / "here" / "runs", "job")])
     assert engine.poll(ids)[ids[0]].reason == "no node of the cluster has CPU: 64"
     engine.cancel(ids)
     engine.close()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import random
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from quantlab.running import handing
-from quantlab.running.attempts import ATTEMPT, END, begin, write
+from quantlab.running.attempts import ATTEMPT, END, LOG, begin, write
 from quantlab.running.engines.protocol import State
 from tests.support.stores import ROOT
 
@@ -25,6 +27,13 @@ from pathlib import Path
 folder = Path(sys.argv[1])
 data = json.loads((folder / "job.json").read_text())
 attempt = json.loads((folder / "attempt.json").read_text())["attempt"]
+for path in data.get("reads", ()):
+    (folder / Path(path).name).write_bytes((Path(data["output_dir"]) / path).read_bytes())
+for path, text in data.get("makes", {}).items():
+    place = Path(data["output_dir"]) / path
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(text)
+print("at", folder)
 with (folder.parent / "began.txt").open("a") as file:
     file.write(f"{folder.name} {attempt} {os.getpid()}\\n")
 what = data["does"].get(str(attempt), data["does"].get("0", "finish"))
@@ -73,10 +82,25 @@ def require_slurm() -> None:
         pytest.skip(f"SLURM does not run here: {done.stdout}{done.stderr}")
 
 
-def stand_in(folder: Path, monkeypatch) -> None:
+QUICK = f"""
+import sys
+if "quantlab.running.worker" in " ".join(sys.orig_argv):
+    import types
+
+    def main(words):
+        sys.argv = ["job", *words]
+        exec(compile({JOB!r}, "job", "exec"), {{}})
+
+    sys.modules["quantlab.running.worker"] = types.ModuleType("quantlab.running.worker")
+    sys.modules["quantlab.running.worker"].main = main
+"""
+"""The same without an import of quantlab in the processes that a node begins."""
+
+
+def stand_in(folder: Path, monkeypatch, is_quick: bool = False) -> None:
     """From here on the processes of jobs do what their ``job.json`` says, and import no library."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sitecustomize.py").write_text(SITE)
+    (folder / "sitecustomize.py").write_text(QUICK if is_quick else SITE)
     monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
 
 
@@ -86,6 +110,22 @@ def make_job(folder: Path, name: str, does: Mapping[str, str] | None = None, **m
     made.mkdir(parents=True)
     (made / "job.json").write_text(json.dumps({"does": dict(does or {}), **more}))
     return made
+
+
+def run_here(folder: Path, timeout_s: float | None = None) -> str:
+    """What a node does with a job, without the process."""
+    code, said = 0, io.StringIO()
+    if not begin(folder):
+        return "it was over already"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(sys, "argv", ["job", str(folder)])
+        try:
+            exec(compile(JOB, "job", "exec"), {})
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    (folder / LOG).write_text(said.getvalue())
+    write(folder, END, {"code": code, "timed_out": False})
+    return f"exit code {code}"
 
 
 def began(folder: Path) -> list[tuple[str, int]]:

@@ -1,22 +1,44 @@
-"""Ray: one task a job. An actor of the cluster keeps them, so that a sweep may leave and come back."""
+"""Ray: one task a job. An actor of the cluster keeps them, so that a sweep may leave and come back.
+
+No folder is shared: a job and what it needs travel through the object store, and so does what it leaves.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import platform
+import shutil
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantlab.running.attempts import ATTEMPT, LOST, ended_since_given, num_attempts, set_aside, write
 from quantlab.running.engines.forking import python_path
+from quantlab.running.engines.parcels import (
+    Contents,
+    Parcel,
+    forget_old,
+    local_cache,
+    pack,
+    pack_back,
+    put,
+    sha256_of,
+    unpack,
+)
 from quantlab.running.engines.protocol import EngineError, State, What
 from quantlab.running.node import run
+from quantlab.tracking.tags import HOST
+from quantlab.tracking.values import this_process
 from quantlab.vocabulary.launching import RaySettings
 
 _NAMESPACE = "quantlab"
-_KEEPER = "quantlab-jobs"
+_KEEPER = "quantlab-jobs-2"
+"""The number is that of what it and its callers say to one another."""
+_HELD_S = 600.0
 _ANSWER_S = 15.0
 _LOST = (
     "NodeDiedError",
@@ -28,81 +50,128 @@ _LOST = (
 )
 
 
+@dataclass
+class _Kept:
+    """A job on the cluster."""
+
+    ended: Any
+    left: Any
+    """What its folder held at the end; both are Ray's references."""
+    needs: frozenset[str] = frozenset()
+    attempt: dict[str, Any] = field(default_factory=dict)
+
+
 class Keeper:
-    """Lives on the cluster: the tasks that were begun, and what is known of each."""
+    """Lives on the cluster: the tasks that were begun, what is known of each, and the files that they share."""
 
     def __init__(self) -> None:
-        self._refs: dict[str, Any] = {}
-        self._nodes: dict[str, str] = {}
+        self._jobs: dict[str, _Kept] = {}
+        self._contents: dict[str, tuple[Any, float]] = {}
+
+    def lacks(self, digests: Sequence[str]) -> list[str]:
+        """Those of whose content it has none; contents that nobody needs any more are let go of."""
+        now, needed = time.monotonic(), set(digests).union(*(job.needs for job in self._jobs.values()))
+        for digest in digests:
+            if digest in self._contents:
+                self._contents[digest] = (self._contents[digest][0], now)
+        self._contents = {d: (ref, at) for d, (ref, at) in self._contents.items() if d in needed or now - at < _HELD_S}
+        return [digest for digest in digests if digest not in self._contents]
+
+    def hold(self, digest: str, content: Any) -> None:
+        """Have a content for the jobs that come."""
+        import ray
+
+        self._contents[digest] = (ray.put(content), time.monotonic())
 
     def submit(
         self,
-        jobs: Sequence[tuple[str, str]],
+        jobs: Sequence[tuple[str, Parcel]],
         options: Mapping[str, float],
         resources: Mapping[str, float],
         timeout_s: float | None,
+        after: Sequence[str] = (),
     ) -> None:
-        """Begin a task for each (id, folder)."""
+        """Begin a task for each (id, parcel), when those of ``after`` have ended."""
         import ray
 
-        task = ray.remote(_task).options(**options, resources=dict(resources), max_retries=0)
+        task = ray.remote(_task).options(**options, resources=dict(resources), max_retries=0, num_returns=2)
         me = ray.get_runtime_context().current_actor
-        for job_id, folder in jobs:
-            self._refs[job_id] = task.remote(me, job_id, folder, timeout_s)
+        before = [self._jobs[i].left for i in after if i in self._jobs]
+        for job_id, parcel in jobs:
+            needs = frozenset(parcel.shared.values())
+            contents = {digest: self._contents[digest][0] for digest in needs}
+            self._jobs[job_id] = _Kept(*task.remote(me, job_id, parcel, contents, timeout_s, *before), needs=needs)
 
-    def begun(self, job_id: str, node: str) -> None:
+    def begun(self, job_id: str, attempt: dict[str, Any]) -> None:
         """A task says where it runs."""
-        self._nodes[job_id] = node
+        if job_id in self._jobs:
+            self._jobs[job_id].attempt = attempt
 
-    def poll(self, ids: Sequence[str]) -> dict[str, tuple[What, str, str]]:
-        """What of each job is known: state, node, reason; ids that it never had are lost."""
+    def poll(self, ids: Sequence[str]) -> dict[str, tuple[What, str, dict[str, Any], Any]]:
+        """What of each job is known: state, reason, attempt, and what it left; ids that it never had are lost."""
         import ray
 
-        asked = {i: self._refs[i] for i in ids if i in self._refs}
+        asked = {i: self._jobs[i].ended for i in ids if i in self._jobs}
         done = set(ray.wait(list(asked.values()), num_returns=len(asked), timeout=0)[0]) if asked else set()
-        found: dict[str, tuple[What, str, str]] = {}
+        found: dict[str, tuple[What, str, dict[str, Any], Any]] = {}
         for job_id in ids:
-            node = self._nodes.get(job_id, "")
             if job_id not in asked:
-                found[job_id] = ("lost", node, "the cluster does not know it any more")
-            elif asked[job_id] in done:
-                found[job_id] = self._end(asked[job_id], node)
-                del self._refs[job_id]
+                found[job_id] = ("lost", "the cluster does not know it any more", {}, None)
+                continue
+            job = self._jobs[job_id]
+            if job.ended in done:
+                what, reason = self._end(job.ended)
+                found[job_id] = (what, reason, job.attempt, None if reason else [job.left])
             else:
-                found[job_id] = ("running" if node else "queued", node, "")
+                found[job_id] = ("running" if job.attempt else "queued", "", job.attempt, None)
         return found
+
+    def forget(self, ids: Sequence[str]) -> None:
+        """What these left has arrived."""
+        for job_id in ids:
+            self._jobs.pop(job_id, None)
 
     def cancel(self, ids: Sequence[str]) -> None:
         """End tasks."""
         import ray
 
         for job_id in ids:
-            if job_id in self._refs:
-                ray.cancel(self._refs.pop(job_id), force=False)
+            if job_id in self._jobs:
+                ray.cancel(self._jobs.pop(job_id).ended, force=False)
 
     def known(self, ids: Sequence[str]) -> list[str]:
         """Those that it keeps."""
-        return [i for i in ids if i in self._refs]
+        return [i for i in ids if i in self._jobs]
 
     @staticmethod
-    def _end(ref: Any, node: str) -> tuple[What, str, str]:
+    def _end(ref: Any) -> tuple[What, str]:
         import ray
 
         try:
             ray.get(ref)
         except Exception as error:  # noqa: BLE001  Ray's own, or the task's
             name = type(error).__name__
-            said = next((line.strip() for line in str(error).splitlines() if line.strip()), name)
             if name == "TaskCancelledError":
-                return "stopped", node, "cancelled in Ray"
-            return ("lost" if name in _LOST else "ended"), node, f"{name}: {said[:300]}"
-        return "ended", node, ""
+                return "stopped", "cancelled in Ray"
+            is_lost = any(word in name for word in _LOST)
+            return ("lost" if is_lost else "ended"), f"{name}: {_first_line(error)}"
+        return "ended", ""
 
 
-def _task(keeper: Any, job_id: str, folder: str, timeout_s: float | None) -> str:
-    """What a node runs."""
-    keeper.begun.remote(job_id, socket.gethostname())
-    return run(folder, timeout_s)
+def _task(
+    keeper: Any, job_id: str, parcel: Parcel, contents: Mapping[str, Any], timeout_s: float | None, *before: Contents
+) -> tuple[str, Contents]:
+    """What a node runs: how it ended, and what it left."""
+    import ray
+
+    began = time.time()
+    folder = unpack(parcel, list(before), lambda digest: ray.get(contents[digest]))
+    keeper.begun.remote(job_id, {"attempt": num_attempts(folder) + 1, **this_process()})
+    try:
+        return run(folder, timeout_s), pack_back(folder, began)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        forget_old(local_cache())
 
 
 class Ray:
@@ -118,6 +187,9 @@ class Ray:
         self._timeout_s = timeout_s
         self._num = 0
         self._began = False
+        self._folders: dict[str, Path] = {}
+        self._over: set[str] = set()
+        self._digests: dict[tuple[Path, int, int], str] = {}
         if not ray.is_initialized():
             self._connect(ray, init.address, {"num_cpus": init.num_cpus, "num_gpus": init.num_gpus})
         has_gpus = device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
@@ -128,12 +200,16 @@ class Ray:
             **({} if remote.memory is None else {"memory": remote.memory}),
         }
         again = {"max_restarts": -1, "max_task_retries": -1}  # with its node go its tasks: they are lost, and told so
-        self._keeper = (
-            ray.remote(Keeper)
-            .options(name=_KEEPER, namespace=_NAMESPACE, lifetime="detached", get_if_exists=True, num_cpus=0, **again)
-            .remote()
-        )
-        ray.get(self._keeper.known.remote([]), timeout=60)
+        found = {"name": _KEEPER, "namespace": _NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+        self._keeper = ray.remote(Keeper).options(**found, **again, num_cpus=0).remote()
+        try:
+            ray.get(self._keeper.known.remote([]), timeout=_ANSWER_S * 4)
+        except Exception as error:  # Ray's own, or what importing quantlab there raises
+            self.close()
+            raise EngineError(
+                f"launcher=ray: the cluster cannot run quantlab ({_first_line(error)}); install the same "
+                "quantlab-recipes[ray] on its nodes"
+            ) from error
 
     def _connect(self, ray: Any, address: str | None, own: Mapping[str, int | None]) -> None:
         if address is not None and address not in ("auto", "local"):
@@ -152,8 +228,8 @@ class Ray:
         except Exception as error:  # whatever Ray raises for a cluster that it cannot use
             said = " ".join(str(error).split())[:500]
             raise EngineError(
-                f"launcher.settings.ray.init.address={address or 'null'}: Ray refuses ({said}); the "
-                " cluster must run, with this Ray's and this Python's version"
+                f"launcher.settings.ray.init.address={address or 'null'}: Ray refuses ({said}); the cluster must run, "
+                f"with this Ray's version ({ray.__version__}) and this Python's ({platform.python_version()})"
             ) from error
         self._began = True
 
@@ -161,31 +237,64 @@ class Ray:
         """Ids of the jobs."""
         import ray
 
-        ids = []
-        for _ in folders:
+        jobs, ids = [], []
+        for folder in folders:
             self._num += 1
             ids.append(f"{socket.gethostname()}-{os.getpid()}-{id(self):x}-{self._num}")
-        jobs = [(i, str(folder)) for i, folder in zip(ids, folders, strict=True)]
-        ray.get(self._keeper.submit.remote(jobs, self._options, self._resources, self._timeout_s))
+            if ended_since_given(folder):
+                self._over.add(ids[-1])
+                continue
+            set_aside(folder)
+            (folder / LOST).unlink(missing_ok=True)
+            jobs.append((ids[-1], pack(folder, self._digest)))
+        self._folders |= dict(zip(ids, folders, strict=True))
+        files = {d: Path(p.output_dir) / path for _, p in jobs for path, d in p.shared.items()}
+        for digest in ray.get(self._keeper.lacks.remote(list(files))):
+            ray.get(self._keeper.hold.remote(digest, _content(files[digest])))
+        ray.get(self._keeper.submit.remote(jobs, self._options, self._resources, self._timeout_s, list(after)))
         return ids
 
     def poll(self, ids: Sequence[str]) -> Mapping[str, State]:
-        """What the keeper knows; where it is gone, its tasks are too."""
+        """What the keeper knows, with the files of what has ended here; where it is gone, its tasks are too."""
         import ray
 
+        states = {i: State("ended") for i in ids if i in self._over}
+        asked = [i for i in ids if i not in states]
         try:
-            told = ray.get(self._keeper.poll.remote(list(ids)), timeout=60)
+            told = ray.get(self._keeper.poll.remote(asked), timeout=60)
         except ray.exceptions.RayActorError as error:
-            return {
-                i: State("lost", reason=f"Ray lost the jobs' keeper ({str(error).splitlines()[0][:200]})") for i in ids
-            }
-        return {i: State(what, node, reason or self._waits(what)) for i, (what, node, reason) in told.items()}
+            why = f"Ray lost the jobs' keeper ({_first_line(error)})"
+            return states | {i: State("lost", reason=why) for i in asked}
+        states |= {i: self._arrived(i, *said) for i, said in told.items()}
+        if arrived := [i for i in asked if not states[i].is_open]:
+            self._keeper.forget.remote(arrived)
+        if queued := [i for i in asked if states[i].what == "queued"]:
+            states |= dict.fromkeys(queued, State("queued", reason=self._waits()))
+        return states
 
-    def _waits(self, what: What) -> str:
+    def _arrived(self, job_id: str, what: What, reason: str, attempt: dict[str, Any], left: Any) -> State:
         import ray
 
-        if what != "queued":
-            return ""
+        folder, node = self._folders[job_id], str(attempt.get(HOST, ""))
+        if attempt and not (folder / ATTEMPT).exists():
+            write(folder, ATTEMPT, attempt)  # of which a lost node leaves nothing else
+        if left:
+            try:
+                put(ray.get(left[0], timeout=_ANSWER_S * 20), folder.parents[1])
+            except ray.exceptions.RayError as error:
+                return State("lost", node, f"what it left is lost ({type(error).__name__})")
+        return State(what, node, reason)
+
+    def _digest(self, file: Path) -> str:
+        said = file.stat()
+        key = (file, said.st_mtime_ns, said.st_size)
+        if key not in self._digests:
+            self._digests[key] = sha256_of(file)
+        return self._digests[key]
+
+    def _waits(self) -> str:
+        import ray
+
         asked = {"CPU": self._options["num_cpus"], "GPU": self._options["num_gpus"], **self._resources}
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if not any(all(node.get(k, 0) >= v for k, v in asked.items()) for node in nodes):
@@ -208,6 +317,7 @@ class Ray:
         """Those that the keeper has."""
         import ray
 
+        self._folders |= jobs
         return set(ray.get(self._keeper.known.remote(list(jobs)), timeout=60))
 
     def close(self) -> None:
@@ -216,6 +326,17 @@ class Ray:
 
         if self._began:
             ray.shutdown()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+def _content(file: Path) -> Any:
+    import numpy as np
+
+    return np.fromfile(file, dtype=np.uint8)  # which Ray hands on without a copy
 
 
 def _listens(address: str) -> None:
