@@ -133,11 +133,31 @@ def test_contents_that_nobody_needs_are_let_go_of(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", FakeRay(None, None))
     keeper = ray_cluster.Keeper()
     keeper.hold("a", b"1")
-    assert keeper.lacks(["b"]) == ["b"]
-    assert keeper.lacks(["a"]) == [], "another sweep may be about to ask for it"
+    assert keeper._lacking(frozenset("b")) == ["b"]
+    assert keeper._lacking(frozenset("a")) == [], "another sweep may be about to ask for it"
     now[0] = 601.0
-    assert keeper.lacks(["b"]) == ["b"]
-    assert keeper.lacks(["a"]) == ["a"]
+    assert keeper._lacking(frozenset("b")) == ["b"]
+    assert keeper._lacking(frozenset("a")) == ["a"]
+
+
+def test_a_keeper_that_began_anew_is_given_the_contents_again(cluster, runs):
+    """Its node was lost: it knows no job and holds nothing."""
+    reference = runs.parent / "cache" / "reference" / f"{KEY}.safetensors"
+    reference.parent.mkdir(parents=True)
+    reference.write_text("observed")
+    jobs = [
+        make_job(runs, f"job{i}", reads=[f"cache/reference/{reference.name}"], known={"reference_key": KEY})
+        for i in range(3)
+    ]
+
+    def lose(counts):
+        if counts.ended == 1 and len(cluster.puts) == 1:
+            (keeper,) = cluster.actors.values()
+            keeper.__init__()
+
+    run_all(jobs, progress=lose)
+    assert {has_ended(job) for job in jobs} == {"FINISHED"}
+    assert len(cluster.puts) == 2
 
 
 # -- parcels

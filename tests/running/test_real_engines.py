@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import psutil
@@ -137,6 +138,7 @@ def nodes(tmp_path, monkeypatch):
     stand_in(tmp_path / "site", monkeypatch, is_quick=True)
     (tmp_path / "here").mkdir()
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_TMPDIR", tempfile.gettempdir())  # its sockets want a short path
     monkeypatch.setenv("RAY_health_check_period_ms", "1000")
     monkeypatch.setenv("RAY_health_check_initial_delay_ms", "1000")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.environ["PYTHONPATH"], os.path.dirname(ray.__path__[0])]))

@@ -68,15 +68,6 @@ class Keeper:
         self._jobs: dict[str, _Kept] = {}
         self._contents: dict[str, tuple[Any, float]] = {}
 
-    def lacks(self, digests: Sequence[str]) -> list[str]:
-        """Those of whose content it has none; contents that nobody needs any more are let go of."""
-        now, needed = time.monotonic(), set(digests).union(*(job.needs for job in self._jobs.values()))
-        for digest in digests:
-            if digest in self._contents:
-                self._contents[digest] = (self._contents[digest][0], now)
-        self._contents = {d: (ref, at) for d, (ref, at) in self._contents.items() if d in needed or now - at < _HELD_S}
-        return [digest for digest in digests if digest not in self._contents]
-
     def hold(self, digest: str, content: Any) -> None:
         """Have a content for the jobs that come."""
         import ray
@@ -90,17 +81,28 @@ class Keeper:
         resources: Mapping[str, float],
         timeout_s: float | None,
         after: Sequence[str] = (),
-    ) -> None:
-        """Begin a task for each (id, parcel), when those of ``after`` have ended."""
+    ) -> list[str]:
+        """Begin a task for each (id, parcel), when those of ``after`` have ended; or the digests of contents that are
+        to be held first, and none is begun."""
         import ray
 
+        needs = {job_id: frozenset(parcel.shared.values()) for job_id, parcel in jobs}
+        if lacking := self._lacking(frozenset[str]().union(*needs.values())):
+            return lacking
         task = ray.remote(_task).options(**options, resources=dict(resources), max_retries=0, num_returns=2)
         me = ray.get_runtime_context().current_actor
         before = [self._jobs[i].left for i in after if i in self._jobs]
         for job_id, parcel in jobs:
-            needs = frozenset(parcel.shared.values())
-            contents = {digest: self._contents[digest][0] for digest in needs}
-            self._jobs[job_id] = _Kept(*task.remote(me, job_id, parcel, contents, timeout_s, *before), needs=needs)
+            contents = {digest: self._contents[digest][0] for digest in needs[job_id]}
+            refs = task.remote(me, job_id, parcel, contents, timeout_s, *before)
+            self._jobs[job_id] = _Kept(*refs, needs=needs[job_id])
+        return []
+
+    def _lacking(self, digests: frozenset[str]) -> list[str]:
+        now, needed = time.monotonic(), digests.union(*(job.needs for job in self._jobs.values()))
+        kept = {d: (ref, now if d in digests else at) for d, (ref, at) in self._contents.items()}
+        self._contents = {d: (ref, at) for d, (ref, at) in kept.items() if d in needed or now - at < _HELD_S}
+        return sorted(digests - set(self._contents))
 
     def begun(self, job_id: str, attempt: dict[str, Any]) -> None:
         """A task says where it runs."""
@@ -201,7 +203,7 @@ class Ray:
         }
         again = {"max_restarts": -1, "max_task_retries": -1}  # with its node go its tasks: they are lost, and told so
         found = {"name": _KEEPER, "namespace": _NAMESPACE, "lifetime": "detached", "get_if_exists": True}
-        self._keeper = ray.remote(Keeper).options(**found, **again, num_cpus=0).remote()
+        self._keeper = ray.remote(Keeper).options(**found, **again, **_at_the_head(ray), num_cpus=0).remote()
         try:
             ray.get(self._keeper.known.remote([]), timeout=_ANSWER_S * 4)
         except Exception as error:  # Ray's own, or what importing quantlab there raises
@@ -249,9 +251,10 @@ class Ray:
             jobs.append((ids[-1], pack(folder, self._digest)))
         self._folders |= dict(zip(ids, folders, strict=True))
         files = {d: Path(p.output_dir) / path for _, p in jobs for path, d in p.shared.items()}
-        for digest in ray.get(self._keeper.lacks.remote(list(files))):
-            ray.get(self._keeper.hold.remote(digest, _content(files[digest])))
-        ray.get(self._keeper.submit.remote(jobs, self._options, self._resources, self._timeout_s, list(after)))
+        told = (jobs, self._options, self._resources, self._timeout_s, list(after))
+        while lacking := ray.get(self._keeper.submit.remote(*told)):  # more than once where the keeper began anew
+            for digest in lacking:
+                ray.get(self._keeper.hold.remote(digest, _content(files[digest])))
         return ids
 
     def poll(self, ids: Sequence[str]) -> Mapping[str, State]:
@@ -326,6 +329,16 @@ class Ray:
 
         if self._began:
             ray.shutdown()
+
+
+def _at_the_head(ray: Any) -> dict[str, Any]:
+    """Where the keeper had best be: the other nodes come and go."""
+    heads = [n["NodeID"] for n in ray.nodes() if n["Alive"] and "node:__internal_head__" in n["Resources"]]
+    if not heads:
+        return {}
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(heads[0], soft=True)}
 
 
 def _first_line(error: Exception) -> str:
