@@ -69,8 +69,9 @@ def work(folder: Path) -> int:
     data = json.loads((folder / JOB).read_text(encoding="utf-8"))
     os.chdir(data["base_dir"])
     job = _read_job(folder, data)
+    output_dir = Path(data.get("output_dir") or job.config.output_dir).expanduser().absolute()
     known, floors = _of_reference(data)
-    if known is not None and not data["key"] and _was_finished(job, known, folder):
+    if known is not None and not data["key"] and _was_finished(job, known, folder, output_dir):
         return 0
     device = prepare_device(job.config)
     threads = data["num_threads"] or (known is not None and known.made["arithmetic"].get("threads"))
@@ -78,7 +79,7 @@ def work(folder: Path) -> int:
         import torch
 
         torch.set_num_threads(threads)
-    session = _session(job, device, data.get("output_dir") or job.config.output_dir)
+    session = _session(job, device, output_dir)
     session.parent_run_id = data["parent_run_id"]
     session.where, session.compares_with = data["where"], known
     if data["parent_run_id"] and data["parent_record"]:
@@ -126,9 +127,9 @@ def _of_reference(data: Mapping[str, Any]) -> tuple[Known | None, Mapping[str, A
     return (None if known is None else known_of(known)), floors
 
 
-def _was_finished(job: Job, known: Known, folder: Path) -> bool:
+def _was_finished(job: Job, known: Known, folder: Path, output_dir: Path) -> bool:
     """Was a job finished before whose sweep could not know its key? Then it is over at once, and its folder says so."""
-    session = _session(job, "")
+    session = _session(job, "", output_dir)
     key = content_key(known, job, session.output_dir / "cache")
     if earlier_report(session, known.protocol, job, key) is None:
         return False
@@ -148,8 +149,7 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _session(job: Job, device: str, folder: str) -> Session:
-    output_dir = Path(folder).expanduser().absolute()
+def _session(job: Job, device: str, output_dir: Path) -> Session:
     key = f"{output_dir} {device} {job.config.tracking}"
     if key not in _SESSIONS:
         _SESSIONS[key] = Session(

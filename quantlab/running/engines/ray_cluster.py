@@ -95,7 +95,7 @@ class Keeper:
         for job_id, parcel in jobs:
             contents = {digest: self._contents[digest][0] for digest in needs[job_id]}
             refs = task.remote(me, job_id, parcel, contents, timeout_s, *before)
-            self._jobs[job_id] = _Kept(*refs, needs=needs[job_id])
+            self._jobs[job_id] = _Kept(refs[0], refs[1], needs=needs[job_id])
         return []
 
     def _lacking(self, digests: frozenset[str]) -> list[str]:
