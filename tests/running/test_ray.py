@@ -160,6 +160,20 @@ def test_a_keeper_that_began_anew_is_given_the_contents_again(cluster, runs):
     assert len(cluster.puts) == 2
 
 
+def test_a_cluster_that_does_not_answer_loses_no_job(cluster, runs, monkeypatch):
+    engine = Ray(RaySettings(), "cpu")
+    ids = engine.submit([make_job(runs, "job")])
+    assert engine.poll(ids)[ids[0]].what == "ended"
+    more = engine.submit([make_job(runs, "other")])
+
+    def poll(self, ids):
+        raise cluster.exceptions.GetTimeoutError
+
+    monkeypatch.setattr(ray_cluster.Keeper, "poll", poll)
+    again = Ray(RaySettings(), "cpu")
+    assert again.poll(more)[more[0]].reason == "Ray does not answer"
+
+
 # -- parcels
 
 
@@ -220,6 +234,12 @@ def test_a_cluster_that_ray_refuses_is_named_with_its_reason(what, tmp_path, mon
     ) as told:
         Ray(settings, "cpu")
     assert str(REFUSALS[what]) in str(told.value)
+
+
+def test_a_ray_of_the_sweeps_own_joins_no_cluster_that_is_there(cluster):
+    settings = RaySettings(ray=RayParts(init=RayInit(num_cpus=3)))
+    Ray(settings, "cpu")
+    assert (cluster.settings["address"], cluster.settings["num_cpus"]) == ("local", 3)
 
 
 def test_nodes_without_quantlab_are_told_of(cluster, monkeypatch):

@@ -147,7 +147,7 @@ def nodes(tmp_path, monkeypatch):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     words = f"{sys.executable} -m ray.scripts.scripts start --num-cpus=1 --disable-usage-stats"
     memory = "--object-store-memory=100000000"
-    there = {p.pid for p in psutil.process_iter()}
+    monkeypatch.setenv(OURS, address)
     for name, more in {
         "a": f"--head --port={address.split(':')[1]} --include-dashboard=false",
         "b": f"--address={address}",
@@ -159,12 +159,14 @@ def nodes(tmp_path, monkeypatch):
     yield address
     with contextlib.suppress(Exception):
         ray.shutdown()
-    for process in [p for p in psutil.process_iter(["name", "cmdline"]) if p.pid not in there]:
-        if "ray" in " ".join(process.info["cmdline"] or [process.info["name"]]):
-            with contextlib.suppress(psutil.NoSuchProcess):
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(OURS) == address and process.pid != os.getpid():
                 process.kill()
 
 
+OURS = "QUANTLAB_TEST_RAY"
+"""In the environment of a test's own cluster: its address."""
 ALONE = ["unshare", "--mount", *(["--map-root-user"] if os.getuid() else [])]
 """A process that mounts what it likes, seen by nobody else."""
 

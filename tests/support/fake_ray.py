@@ -21,6 +21,10 @@ class RayActorError(RayError):
     """The keeper's node is gone."""
 
 
+class GetTimeoutError(RayError):
+    """The cluster does not answer."""
+
+
 class NodeDiedError(RayError):
     """What ran there is lost."""
 
@@ -46,7 +50,7 @@ class FakeRay:
     """Nodes named in ``nodes`` take tasks in turn, each with a temporary folder of its own below ``place``."""
 
     __version__ = "2.60.0"
-    exceptions = SimpleNamespace(RayError=RayError, RayActorError=RayActorError, ObjectLostError=RayError)
+    exceptions = SimpleNamespace(RayError=RayError, RayActorError=RayActorError, GetTimeoutError=GetTimeoutError)
 
     def __init__(self, place: Path, hidden: Path, nodes=("a", "b"), refuses: Exception | None = None):
         self.place, self.hidden, self.names, self.refuses = place, hidden, nodes, refuses
@@ -62,6 +66,7 @@ class FakeRay:
     # -- what engines call
 
     def init(self, **settings):
+        self.settings = settings
         if self.refuses is not None:
             raise self.refuses
 

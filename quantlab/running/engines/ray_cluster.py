@@ -40,6 +40,8 @@ _KEEPER = "quantlab-jobs-2"
 """The number is that of what it and its callers say to one another."""
 _HELD_S = 600.0
 _ANSWER_S = 15.0
+_BUSY_S = 300.0
+"""How long an answer may take of a cluster that is there."""
 _LOST = (
     "NodeDiedError",
     "WorkerCrashedError",
@@ -191,6 +193,7 @@ class Ray:
         self._began = False
         self._folders: dict[str, Path] = {}
         self._over: set[str] = set()
+        self._last: Mapping[str, State] = {}
         self._digests: dict[tuple[Path, int, int], str] = {}
         if not ray.is_initialized():
             self._connect(ray, init.address, {"num_cpus": init.num_cpus, "num_gpus": init.num_gpus})
@@ -205,7 +208,7 @@ class Ray:
         found = {"name": _KEEPER, "namespace": _NAMESPACE, "lifetime": "detached", "get_if_exists": True}
         self._keeper = ray.remote(Keeper).options(**found, **again, **_at_the_head(ray), num_cpus=0).remote()
         try:
-            ray.get(self._keeper.known.remote([]), timeout=_ANSWER_S * 4)
+            ray.get(self._keeper.known.remote([]), timeout=_BUSY_S)
         except Exception as error:  # Ray's own, or what importing quantlab there raises
             self.close()
             raise EngineError(
@@ -216,7 +219,11 @@ class Ray:
     def _connect(self, ray: Any, address: str | None, own: Mapping[str, int | None]) -> None:
         if address is not None and address not in ("auto", "local"):
             _listens(address)
-        more = {k: v for k, v in own.items() if v is not None} if address is None else {"address": address}
+        more: dict[str, Any] = {
+            "address": address or "local"
+        }  # without an address Ray joins whatever was begun last here
+        if address is None:
+            more |= {k: v for k, v in own.items() if v is not None}
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
             ray.init(
@@ -264,7 +271,9 @@ class Ray:
         states = {i: State("ended") for i in ids if i in self._over}
         asked = [i for i in ids if i not in states]
         try:
-            told = ray.get(self._keeper.poll.remote(asked), timeout=60)
+            told = ray.get(self._keeper.poll.remote(asked), timeout=_BUSY_S)
+        except ray.exceptions.GetTimeoutError:  # nothing is known to have changed
+            return {i: self._last.get(i, State("queued", reason="Ray does not answer")) for i in ids}
         except ray.exceptions.RayActorError as error:
             why = f"Ray lost the jobs' keeper ({_first_line(error)})"
             return states | {i: State("lost", reason=why) for i in asked}
@@ -273,6 +282,7 @@ class Ray:
             self._keeper.forget.remote(arrived)
         if queued := [i for i in asked if states[i].what == "queued"]:
             states |= dict.fromkeys(queued, State("queued", reason=self._waits()))
+        self._last = states
         return states
 
     def _arrived(self, job_id: str, what: What, reason: str, attempt: dict[str, Any], left: Any) -> State:
@@ -283,7 +293,7 @@ class Ray:
             write(folder, ATTEMPT, attempt)  # of which a lost node leaves nothing else
         if left:
             try:
-                put(ray.get(left[0], timeout=_ANSWER_S * 20), folder.parents[1])
+                put(ray.get(left[0], timeout=_BUSY_S), folder.parents[1])
             except ray.exceptions.RayError as error:
                 return State("lost", node, f"what it left is lost ({type(error).__name__})")
         return State(what, node, reason)
@@ -314,14 +324,14 @@ class Ray:
         import ray
 
         with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(self._keeper.cancel.remote(list(ids)), timeout=30)
+            ray.get(self._keeper.cancel.remote(list(ids)), timeout=_BUSY_S)
 
     def adopt(self, jobs: Mapping[str, Path]) -> set[str]:
         """Those that the keeper has."""
         import ray
 
         self._folders |= jobs
-        return set(ray.get(self._keeper.known.remote(list(jobs)), timeout=60))
+        return set(ray.get(self._keeper.known.remote(list(jobs)), timeout=_BUSY_S))
 
     def close(self) -> None:
         """Leave a cluster that was there before; end one of this process's own."""
