@@ -5,6 +5,7 @@ What a layer is, its classes and its tensor's classes say; a configuration only 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ PACKAGES = {
     "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
     "auto-round": ("auto_round", "auto-round"),
     "sdnq": ("sdnq", "sdnq"),
-    "nunchaku": ("nunchaku", "nunchaku"),
+    "nunchaku": ("nunchaku", "nunchaku @ git+https://github.com/nunchaku-ai/nunchaku"),
     "nunchaku_lite": ("kernels", "kernels"),
     "hqq": ("hqq", "hqq"),
     "fp8": ("kernels", "kernels"),
@@ -41,7 +42,9 @@ PACKAGES = {
     "quark": ("quark", "amd-quark"),
 }
 """``quant_method`` of a configuration -> the package that its library needs, and what pip installs it by. A method that
-is not here is left to the library, which knows it or says that it does not."""
+is not here is left to the library, which knows it or says that it does not. (PyPI's nunchaku is another project.)"""
+_JOINS_ON_IMPORT = frozenset({"sdnq"})
+"""Packages that tell transformers of themselves when they are imported; it passes over their checkpoints else."""
 _NEEDED_FOR_THE_KERNEL = frozenset({"fp8", "mxfp4", "eetq", "nunchaku_lite"})
 """On a CPU transformers dequantizes these, or refuses them in words of its own."""
 FOLDED = frozenset({"awq"})
@@ -53,6 +56,8 @@ def require_method(method: str, key: str) -> None:
     if method in PACKAGES and method not in _NEEDED_FOR_THE_KERNEL:
         package, install = PACKAGES[method]
         require_package(package, f"{key}: quant_method={method}", install)
+        if method in _JOINS_ON_IMPORT:
+            importlib.import_module(package)
 
 
 def method_of(config: Mapping[str, object], has_modelopt_state: bool, key: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.checkpoints import FOLDED, backend_of_layer
+from quantlab.backends.others import WHOLE_MODEL, read_by_its_library
 from quantlab.backends.table import Backend, held_packages
 from quantlab.errors import ModelError, NotQuantized, is_of_the_machine
 from quantlab.models.foreign import checkpoint_bytes, checkpoint_sha256, load_part, sources_of
@@ -113,9 +114,9 @@ def _read(
             rows.append(replace(first, name=name, kind=holder.kind, shares=shared, weight_bytes=0, scale_bytes=0))
             continue
         backend = backend_of_layer(layer)
-        stored = None if backend is None else _read_back(key, name, backend, layer)
+        stored = _read_back(key, name, backend, layer)
         if stored is not None:
-            notes += [stored.note] if stored.note else []
+            notes += [stored.note] if stored.note not in ("", WHOLE_MODEL) else []
             rows.append(_row(key, component, holder, layer, stored, is_folded))
         elif weight is not None and dtype_name(weight.dtype) in COMPUTE_DTYPES and not _rounds_itself(layer):
             _check_same(key, component, holder.path, weight, holder.weight, is_folded)
@@ -175,11 +176,13 @@ def _rounds_itself(layer: nn.Module) -> bool:
     return hasattr(layer, "quantization_scheme")
 
 
-def _read_back(key: str, name: str, backend: Backend, layer: nn.Module) -> StoredWeight | None:
-    """None for a layer that its library left unquantized, or in a format that the backend does not know."""
+def _read_back(key: str, name: str, backend: Backend | None, layer: nn.Module) -> StoredWeight | None:
+    """None for a layer that its library left unquantized, or in a format that is not known here."""
     try:
-        stored = backend.module.read_back(layer)
+        stored = read_by_its_library(layer) if backend is None else backend.module.read_back(layer)
     except (NotQuantized, KeyError):
+        return None
+    if stored is None:
         return None
     if not bool(stored.dense.isfinite().all()):
         raise ModelError(f"{key}: {name} reads back with NaN or infinities; copy or download it again")
@@ -197,7 +200,7 @@ def _row(
     found = weight_errors(replace(stored, dense=dense), reference, True)
     _check_related(key, component, holder, found.layer, is_folded)
     stand_for(layer, holder.weight)
-    is_called = holder.kind == "linear" and not holder.reason
+    is_called = holder.kind == "linear" and not holder.reason and stored.note != WHOLE_MODEL
     asked = question(stored, holder.weight.dtype) if is_called else None
     answered = None if asked is None else product(layer, asked)
     if answered is not None and not answered.is_explained:
