@@ -12,7 +12,7 @@ from quantlab.planning.job import Job
 from quantlab.running.attempts import JOB, LOG, RESUMED, earlier_attempts, ending, has_ended, read
 from quantlab.running.engines.table import is_far
 from quantlab.running.job import open_run
-from quantlab.running.known import Known, where_of
+from quantlab.running.known import Known, code_digest, where_of
 from quantlab.running.resume import earlier_report
 from quantlab.running.rows import failed_row, finished_row
 from quantlab.running.workbench import Session, run_folder
@@ -82,6 +82,7 @@ def hand_over(
         "plain_attention": job.plain_attention,
         "after_lost_device": session.lost_device,
         "key": key,
+        "code": code_digest(),
         "parent_run_id": session.parent_run_id,
         "parent_record": session.parent_record,
         "floors": None

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from quantlab.planning.job import Job
 from quantlab.planning.plan import plan
 from quantlab.running.attempts import END, JOB, LOG, RESULT, RESUMED, begin, earlier_attempts, read, write
 from quantlab.running.job import floor_rows, open_run, run_job
-from quantlab.running.known import Known, known_of
+from quantlab.running.known import PACKAGE, Known, code_digest, known_of
 from quantlab.running.observing import observe_reference
 from quantlab.running.resume import content_key, earlier_report
 from quantlab.running.workbench import Session, prepare_device, workbench
@@ -68,6 +69,7 @@ def work(folder: Path) -> int:
     """Run the job that was handed over in ``folder``; 0 where it finished, 1 where it failed (its run says how)."""
     data = json.loads((folder / JOB).read_text(encoding="utf-8"))
     os.chdir(data["base_dir"])
+    _check_code(data)
     job = _read_job(folder, data)
     output_dir = Path(data.get("output_dir") or job.config.output_dir).expanduser().absolute()
     known, floors = _of_reference(data)
@@ -110,6 +112,15 @@ def work(folder: Path) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _check_code(data: Mapping[str, Any]) -> None:
+    """Raises QuantlabError where this process computes by other code than that by which the job is known."""
+    if data.get("code") not in (None, code_digest()):
+        raise QuantlabError(
+            f"quantlab on {socket.gethostname()} ({PACKAGE}) is not the sweep's: its code differs, and so may its "
+            "numbers; install the same there, or give the sweep again if it was changed here meanwhile"
+        )
 
 
 def _of_reference(data: Mapping[str, Any]) -> tuple[Known | None, Mapping[str, Any] | None]:

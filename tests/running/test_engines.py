@@ -19,7 +19,7 @@ from quantlab.running import node, scheduler
 from quantlab.running.attempts import END, LOST, begin, earlier_attempts, ending, has_ended, num_attempts, read, write
 from quantlab.running.engines import slurm
 from quantlab.running.engines.pool import Pool, SharingPool
-from quantlab.running.engines.protocol import State
+from quantlab.running.engines.protocol import EngineError, State
 from quantlab.running.engines.slurm import Slurm, parameters
 from quantlab.running.engines.submitted import Submitted
 from quantlab.running.engines.table import check_launcher
@@ -360,17 +360,86 @@ def test_what_slurm_says(said):
     assert (state.what, state.reason) == SQUEUE[said]
 
 
-def test_a_node_that_does_not_see_the_folder_is_named(tmp_path, monkeypatch):
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A SLURM whose node n1 ends each job at once and writes where nobody looks, and the time of its clock."""
+    now = [0.0]
     monkeypatch.setattr(slurm.shutil, "which", lambda name: name)
     monkeypatch.setattr(slurm, "_call", lambda *words: "JobId=7 JobState=FAILED NodeList=n1" if "show" in words else "")
-    folder = make_job(tmp_path, "job")
-    engine = Slurm(SlurmSettings(), tmp_path)
-    engine._folders["7"] = folder
+    monkeypatch.setattr(slurm.time, "monotonic", lambda: now[0])
+    engine = Slurm(SlurmSettings(), tmp_path / "launcher")
+    engine._folders = {i: make_job(tmp_path / "runs", f"job{i}") for i in "78"}
+    return engine, now
+
+
+def test_a_folder_that_the_first_node_does_not_see_is_named(elsewhere, tmp_path):
+    engine, now = elsewhere
+    assert engine.poll(["7"])["7"].is_open, "a shared folder may take a while"
+    now[0] = 29.0
+    assert engine.poll(["7"])["7"].is_open
+    now[0] = 31.0
+    with pytest.raises(
+        EngineError,
+        match=rf"^output_dir={tmp_path}: node n1 wrote nothing there \(SLURM says FAILED\); .*output_dir=/shared",
+    ):
+        engine.poll(["7"])
+
+
+def test_all_jobs_are_cancelled_where_the_first_one_shows_that_no_folder_is_shared(elsewhere, tmp_path, monkeypatch):
+    engine, now = elsewhere
+    ended = []
+    monkeypatch.setattr(engine, "submit", lambda folders, after=(): ["7", "8"])
+    monkeypatch.setattr(engine, "wait", lambda seconds: now.append(now.pop() + 10))
+    monkeypatch.setattr(engine, "cancel", ended.extend)
+    one = Scheduler(engine, 3, lambda folder: None)
+    one.add(list(engine._folders.values()))
+    with pytest.raises(EngineError, match=r"^output_dir="):
+        one.run()
+    assert ended == ["7", "8"]
+
+
+def test_one_node_that_does_not_see_what_others_do_is_a_lost_one(elsewhere):
+    engine, now = elsewhere
+    begin(engine._folders["8"])
+    write(engine._folders["8"], "run.json", {"status": "FINISHED"})
+    assert engine.poll(["7", "8"])["8"].what == "ended"
+    now[0] = 31.0
     state = engine.poll(["7"])["7"]
-    assert (state.what, state.node) == ("ended", "n1")
-    assert "output_dir must be a folder that every node sees (SLURM says FAILED)" in state.reason
-    begin(folder)
-    assert engine.poll(["7"])["7"].reason == ""
+    assert (state.what, state.node) == ("lost", "n1")
+    assert "wrote nothing there" in state.reason
+    begin(engine._folders["7"])
+    assert engine.poll(["7"])["7"] == State("ended", "n1")
+
+
+def test_what_a_job_said_before_it_came_to_its_folder_is_its_reason(elsewhere, tmp_path):
+    engine, _ = elsewhere
+    (tmp_path / "launcher").mkdir()
+    (tmp_path / "launcher" / "7_0_log.err").write_text("slurmstepd: x\n/usr/bin/python: No module named quantlab\n\n")
+    assert engine.poll(["7"])["7"].reason == "it began nothing: /usr/bin/python: No module named quantlab"
+
+
+REFUSED = {
+    "partition": "sbatch: error: invalid partition specified: none_such\nsbatch: error: Batch job submission failed: Invalid partition name specified",
+    "account": "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified",
+    "qos": "sbatch: error: Batch job submission failed: Invalid qos specification",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_sbatch_refuses_is_said_in_its_own_words(what, tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name in ("sbatch", "srun", "squeue", "sacct", "scontrol"):
+        (commands / name).write_text(
+            f"#!/bin/sh\n[ {name} = sbatch ] && echo '{REFUSED[what]}' >&2 && exit 1\nexit 0\n"
+        )
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
+    engine = Slurm(SlurmSettings(**{what: "none_such"}), tmp_path / "launcher")
+    with pytest.raises(EngineError, match=r"^launcher=slurm: sbatch refuses the jobs .*launcher.settings") as told:
+        engine.submit([make_job(tmp_path / "runs", "job")])
+    assert REFUSED[what].rpartition(": ")[2] in str(told.value)
 
 
 def test_a_controller_that_does_not_answer_loses_no_job(tmp_path, monkeypatch):

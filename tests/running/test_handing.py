@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 
 import pytest
 
+from quantlab.errors import QuantlabError
 from quantlab.planning import trust
 from quantlab.planning.plan import plan
-from quantlab.running import handing
+from quantlab.running import apart, handing, known, worker
 from quantlab.running.apart import Handed
 from quantlab.running.attempts import has_ended
 from quantlab.running.claims import Claims
@@ -93,3 +95,20 @@ def test_a_job_that_was_handed_over_is_not_asked_about_again(tmp_path, monkeypat
     again = plan([f"recipe={recipe}"], is_own=True)
     assert not again.asked_for
     assert again.jobs[0].config.output_dir == str(tmp_path)
+
+
+def test_a_node_with_other_code_computes_nothing(tmp_path):
+    """The job's key says by which code its numbers are made."""
+    with pytest.raises(QuantlabError, match=r"^quantlab on .* is not the sweep's: its code differs"):
+        worker._check_code({"code": "another"})
+    worker._check_code({"code": known.code_digest()})
+
+
+def test_a_node_without_the_extra_of_a_job_says_which(tmp_path, monkeypatch):
+    (job,) = plan(["backend=quanto", "dtype=int8", f"output_dir={tmp_path}"]).jobs
+    here = session(tmp_path)
+    monkeypatch.setattr(apart, "_num_threads", lambda *_: None)
+    folder = apart.hand_over(here, job, "", "p", None).folder
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    with pytest.raises(QuantlabError, match=r"quanto.*quantlab-recipes\[quanto\]"):
+        worker.work(folder)

@@ -50,6 +50,8 @@ class Slurm:
         self._folders: dict[str, Path] = {}
         self._array_size = 0
         self._last: dict[str, State] = {}
+        self._is_seen = False
+        self._awaited: dict[str, float] = {}
 
     def submit(self, folders: Sequence[Path], after: Sequence[str] = ()) -> list[str]:
         """Ids of the jobs, in arrays as large as the cluster takes."""
@@ -60,11 +62,15 @@ class Slurm:
         return ids
 
     def poll(self, ids: Sequence[str]) -> Mapping[str, State]:
-        """What ``squeue`` says; of those that have left it and say nothing themselves, ``scontrol``."""
+        """What ``squeue`` says; of those that have left it and say nothing themselves, ``scontrol``.
+
+        Raises :class:`EngineError` where the first job ends and nothing of it is seen here.
+        """
         queue = self._queue(ids)
         if queue is None:  # the controller does not answer: nothing is known to have changed
             return {i: self._last.get(i, State("queued", reason="slurmctld does not answer")) for i in ids}
         self._last = {i: queue.get(i) or self._left(i) for i in ids}
+        self._is_seen = self._is_seen or any(s.what == "running" and self._wrote(i) for i, s in self._last.items())
         return self._last
 
     def wait(self, seconds: float) -> None:
@@ -127,14 +133,40 @@ class Slurm:
     def _left(self, job_id: str) -> State:
         folder = self._folders.get(job_id)
         if folder is not None and ended_since_given(folder):
+            self._is_seen = True
             return State("ended")
         told = _call("scontrol", "show", "job", "--oneliner", job_id) or ""
         known = dict(word.partition("=")[::2] for word in shlex.split(told.replace("'", "")))
         state = _state(known.get("JobState") or "UNKNOWN", known.get("NodeList", ""), known.get("Reason", ""))
-        if state.what == "ended" and folder is not None and not (folder / ATTEMPT).exists():
-            why = f"its node wrote nothing to {folder.name}: output_dir must be a folder that every node sees"
-            return State("ended", state.node, f"{why} (SLURM says {known.get('JobState', 'nothing of the job')})")
-        return state
+        if state.what != "ended" or folder is None or self._wrote(job_id):
+            return state
+        if said := self._last_word(job_id):
+            return State("ended", state.node, f"it began nothing: {said}")
+        return self._unseen(job_id, folder, state.node, known.get("JobState", "nothing of the job"))
+
+    def _unseen(self, job_id: str, folder: Path, node: str, said: str) -> State:
+        """Of a job of which nothing is here: a shared folder may take a while, and another is no shared folder."""
+        since = self._awaited.setdefault(job_id, time.monotonic())
+        if time.monotonic() - since < self.settle_s:
+            return State("running", node, "its files are awaited")
+        del self._awaited[job_id]
+        told = f"node {node or 'of the first job'} wrote nothing there (SLURM says {said})"
+        if self._is_seen:
+            return State("lost", node, told)
+        raise EngineError(
+            f"output_dir={folder.parents[1]}: {told}; with launcher=slurm it must be a folder that every node sees, as "
+            "output_dir=/shared/outputs"
+        )
+
+    def _wrote(self, job_id: str) -> bool:
+        return job_id in self._folders and (self._folders[job_id] / ATTEMPT).exists()
+
+    def _last_word(self, job_id: str) -> str:
+        """The end of what the job's process said before it came to its folder; submitit keeps it beside the script."""
+        for file in sorted(self._folder.glob(f"{job_id}_*_log.err")):
+            lines = [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
+            return lines[-1][:300] if lines else "its process said nothing"
+        return ""
 
 
 def parameters(settings: SubmititSettings) -> dict[str, Any]:
