@@ -80,8 +80,8 @@ def run(
     """
     request = compose([overrides] if isinstance(overrides, str) else overrides, recipe)
     reports = run_plan(request, quiet=quiet, trust=trust)
-    tracking = request.jobs[0].config.tracking
-    return Results(reports, lambda: open_reader(tracking, Path.cwd()))
+    config = request.jobs[0].config
+    return Results(reports, lambda: open_reader(config.tracking, Path.cwd(), config.output_dir))
 
 
 def load(
@@ -91,6 +91,7 @@ def load(
     experiment: str | None = None,
     device: str | None = None,
     config: str | Path | None = None,
+    output_dir: str = "outputs",
 ) -> Any:
     """What earlier runs found out, as :class:`Results`; of a folder or file with a model, that model.
 
@@ -99,10 +100,12 @@ def load(
             name of an experiment. Or a folder that ``quantlab export`` wrote, or a checkpoint of Diffusers or
             transformers, or a single GGUF or ``.safetensors`` file: its module or pipeline comes back as that library
             loads it, in eval mode.
-        uri: address of the store, by default that of the command line (``outputs/mlflow.db`` here).
+        uri: address of the store, by default that of the command line (``outputs/mlflow.db`` here); ``none``: the
+            runs' folders in ``output_dir``, which are also read where the usual store was never made.
         experiment: where ``latest`` is looked for, by default that of the command line.
         device: where a loaded model is put; None: where its library leaves it.
         config: of a single file: a folder with the ``config.json`` of its class; None: the file's own folder.
+        output_dir: where runs without a store left their folders.
 
     Raises:
         TrackingError: a store that is not there, or no such run.
@@ -112,7 +115,7 @@ def load(
         return load_model(what, device, config)
     tracking = TrackingConfig()
     tracking = replace(tracking, uri=uri or tracking.uri, experiment=experiment or tracking.experiment)
-    reader = open_reader(tracking, Path.cwd())
+    reader = open_reader(tracking, Path.cwd(), output_dir)
     reports = [_report_of(run, report) for run, report in chosen_rows(what, reader, tracking)]
     return Results(reports, lambda: reader)
 

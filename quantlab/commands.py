@@ -197,7 +197,7 @@ def show_comparison(words: Sequence[str]) -> int:
     from quantlab.report.selection import parse_request, select
 
     request = parse_request(words)
-    reader = open_reader(request.tracking, Path.cwd())
+    reader = open_reader(request.tracking, Path.cwd(), request.output_dir)
     selection = select(request, reader)
     groups = compare(request, selection, reader)
     failed = [failure_data(run) for run in selection.failed]
@@ -318,6 +318,6 @@ def _show_next_steps(reports: Sequence[RunReport], request: Plan) -> None:
 
     config = request.jobs[0].config
     with contextlib.suppress(TrackingError):  # a store that is away by now has said so
-        results = Results(reports, lambda: open_reader(config.tracking, Path.cwd()))
+        results = Results(reports, lambda: open_reader(config.tracking, Path.cwd(), config.output_dir))
         for line in next_steps(results, config.output_dir, config.tracking):
             print(printable(line), file=sys.stderr)

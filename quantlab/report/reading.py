@@ -9,19 +9,31 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import sqlite3
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote, unquote, urlsplit
 
 from quantlab.errors import TrackingError, nearest
 from quantlab.progress import say
-from quantlab.tracking import RunData, Store, experiment_runs, experiments, get_artifact, get_run, open_store
-from quantlab.tracking.connect import resolved_uri, store_errors
+from quantlab.tracking import (
+    RunData,
+    Store,
+    experiment_runs,
+    experiments,
+    find_records,
+    get_artifact,
+    get_run,
+    open_store,
+)
+from quantlab.tracking.connect import NO_STORE, resolved_uri, store_errors
+from quantlab.tracking.record import folders_with_records
 from quantlab.tracking.values import is_as_written
 from quantlab.vocabulary.schema import TrackingConfig
 
@@ -67,17 +79,23 @@ class Reader(Protocol):
         """Put a file into ``folder`` of a run's artifacts, ended or not; False where the store does not take it."""
 
 
-def open_reader(config: TrackingConfig, base_dir: Path) -> Reader:
+def open_reader(config: TrackingConfig, base_dir: Path, output_dir: str = "outputs") -> Reader:
     """A reader of the store at ``config.uri``; a relative SQLite path starts at ``base_dir``.
 
+    Of no store (``none``), and where the usual one was never made, the runs' own folders in ``output_dir`` are read.
     Raises TrackingError for an address that is not supported, a file that does not exist or is no database of MLflow's,
     and a server that does not answer.
     """
     uri = resolved_uri(config.uri, base_dir)
+    runs_dir = base_dir / Path(output_dir).expanduser() / "runs"
+    if uri == NO_STORE:
+        return FolderReader(runs_dir, config.experiment)
     if not uri.startswith(SQLITE):
         return ServerReader(open_store(config, base_dir))
     database = Path(uri.removeprefix(SQLITE))
     if not database.is_file():
+        if config.uri == TrackingConfig().uri and folders_with_records(runs_dir):
+            return FolderReader(runs_dir, config.experiment)
         raise TrackingError(
             f"tracking.uri={config.uri}: no such file; start where the runs were made, or name the store with "
             "tracking.uri=sqlite:///<path>/mlflow.db"
@@ -157,13 +175,7 @@ class DatabaseReader:
 
     def add_artifact(self, run: StoredRun, path: Path, folder: str) -> bool:
         """Copy a file into ``folder`` of a run's artifacts; False where that cannot be written."""
-        target = self._folder(run) / folder
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / path.name)
-        except OSError:
-            return False
-        return True
+        return _copied(path, self._folder(run) / folder)
 
     def _folder(self, run: StoredRun) -> Path:
         """Where a run's artifacts are: beside the database, so that a store may be moved, else where the run says."""
@@ -201,6 +213,74 @@ class DatabaseReader:
                 f"tracking.uri={self.uri}: cannot be read as an MLflow database ({error}); name another with "
                 "tracking.uri=sqlite:///<path>/mlflow.db"
             ) from error
+
+
+@dataclass(frozen=True)
+class FolderReader:
+    """No store: the runs' own folders. They are of one experiment, whatever it is called."""
+
+    runs_dir: Path
+    experiment: str
+
+    @property
+    def uri(self) -> str:
+        """The folder of the runs."""
+        return str(self.runs_dir)
+
+    def experiments(self) -> dict[str, str]:
+        """The one that there is."""
+        return {self.experiment: "0"}
+
+    def by_id(self, run_ids: Sequence[str]) -> list[StoredRun]:
+        """Those of the runs that exist, in the given order."""
+        found = {run.run_id: run for run in self._runs}
+        return [found[i] for i in run_ids if i in found]
+
+    def of_experiment(self, experiment_id: str, tags: Mapping[str, str]) -> list[StoredRun]:
+        """The runs that have all of ``tags``."""
+        return [run for run in self._runs if all(_is_like(run.tags.get(key), value) for key, value in tags.items())]
+
+    def read_artifact(self, run: StoredRun, name: str) -> bytes | None:
+        """The bytes of a file of the run's folder; None where it has no such file."""
+        with contextlib.suppress(OSError):
+            return (Path(run.artifact_uri) / name).read_bytes()
+        return None
+
+    def add_artifact(self, run: StoredRun, path: Path, folder: str) -> bool:
+        """Copy a file into ``folder`` of the run's folder; False where that cannot be written."""
+        return _copied(path, Path(run.artifact_uri) / folder)
+
+    @cached_property
+    def _runs(self) -> list[StoredRun]:
+        return [
+            StoredRun(
+                run_id=run["run_id"],
+                name=run["name"],
+                status=run["status"],
+                start_ms=run["start_ms"],
+                experiment_id="0",
+                artifact_uri=run["folder"],
+                params=run["params"],
+                tags=run["tags"],
+                metrics=run["metrics"],
+            )
+            for run in find_records(self.runs_dir, {}, status=None)
+        ]
+
+
+def _is_like(value: str | None, wanted: str) -> bool:
+    """SQL's ``LIKE``, as far as it is used: ``%`` stands for any text."""
+    pattern = ".*".join(map(re.escape, wanted.split("%")))
+    return value is not None and re.fullmatch(pattern, value, re.DOTALL) is not None
+
+
+def _copied(path: Path, target: Path) -> bool:
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target / path.name)
+    except OSError:
+        return False
+    return True
 
 
 class ServerReader:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -24,6 +25,7 @@ from quantlab.report.reading import Reader, StoredRun, experiment_id, json_objec
 from quantlab.report.selection import ComparisonRequest, children, is_candidate, metric_called, select
 from quantlab.report.table import rows_sheet
 from quantlab.report.terminal import show, tab_separated
+from quantlab.tracking.connect import NO_STORE
 from quantlab.tracking.pictures import SAMPLE_ARRAYS, SAMPLE_GRID, read_samples
 from quantlab.tracking.results import Row, report_data
 from quantlab.tracking.tags import KIND, PARENT_RUN_ID, REPRODUCES
@@ -201,11 +203,13 @@ def next_steps(results: Results, output_dir: str, tracking: TrackingConfig) -> l
     folder = next((f for f in _folders(output_dir) if _run_id_of(f) == run_id), None)
     ui = tracking.uri if tracking.uri.startswith("http") else f"mlflow ui --backend-store-uri {tracking.uri}"
     chosen = f"sweep={sweep}" if sweep else f"experiment={tracking.experiment}"
+    where = f" tracking.uri={NO_STORE}" if tracking.uri == NO_STORE else ""
+    where += f" output_dir={shlex.quote(output_dir)}" if where and output_dir != "outputs" else ""
     return [
         f"{'sweep' if sweep else 'run'} {run_id}{f' in {folder}' if folder else ''}",
-        f"which is better:  quantlab compare {chosen}",
-        f"run one again:    quantlab reproduce {last.run_id}",
-        f"look at all:      {ui}",
+        f"which is better:  quantlab compare {chosen}{where}",
+        f"run one again:    quantlab reproduce {last.run_id}{where}",
+        *([] if where else [f"look at all:      {ui}"]),
     ]
 
 
@@ -217,7 +221,8 @@ def _folders(output_dir: str) -> list[Path]:
 def _run_id_of(folder: Path) -> str:
     """The id by which the store knows the run of a folder; empty where it has not arrived there."""
     try:
-        return str(json_object((folder / "tracking" / "sent.json").read_bytes()).get("run_id", ""))
+        sent = json_object((folder / "tracking" / "sent.json").read_bytes()).get("run_id")
+        return str(sent or f"local-{json_object((folder / 'run.json').read_bytes()).get('record', '')}")
     except OSError:
         return ""
 

@@ -34,7 +34,7 @@ from quantlab.tracking.tags import (
 )
 from quantlab.vocabulary.schema import TrackingConfig
 
-KEYS = ("sweep", "experiment", "metric", "margin", "tracking.uri", "tracking.experiment")
+KEYS = ("sweep", "experiment", "metric", "margin", "tracking.uri", "tracking.experiment", "output_dir")
 FLAGS = ("--json", "--markdown", "--plain", "--wide")
 USAGE = "quantlab compare sweep=latest, sweep=RUN_ID, experiment=NAME, or RUN_ID RUN_ID ..."
 _IRRELEVANT = (
@@ -59,6 +59,8 @@ class ComparisonRequest:
     margin: float = 0.0
     """The smallest difference that matters, in the metric's unit."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    output_dir: str = "outputs"
+    """Where runs without a store left their folders."""
     as_json: bool = False
     as_markdown: bool = False
     is_plain: bool = False
@@ -127,6 +129,7 @@ def parse_request(words: Sequence[str]) -> ComparisonRequest:
         is_wide="--wide" in flags,
         csv=files.get("--csv"),
         html=files.get("--html"),
+        output_dir=values.get("output_dir", "outputs"),
         tracking=replace(
             tracking,
             uri=values.get("tracking.uri", tracking.uri),

@@ -73,7 +73,7 @@ def export_run(request: ExportRequest) -> Exported:
     """
     check_target("export", request.target)
     tracked = TrackingConfig(uri=request.words.get("tracking.uri", TrackingConfig().uri))
-    reader = open_reader(tracked, Path.cwd())
+    reader = open_reader(tracked, Path.cwd(), request.words.get("output_dir", "outputs"))
     run = run_of(reader, request.run_id, request.words.get("tracking.experiment", TrackingConfig().experiment))
     said = {k: v for k, v in request.words.items() if k in KEYS}
     with tempfile.TemporaryDirectory(prefix="quantlab-export-") as folder:

@@ -21,13 +21,14 @@ from quantlab.planning.job import Job
 from quantlab.planning.plan import plan
 from quantlab.planning.recipe import own_paths
 from quantlab.planning.words import override_text
-from quantlab.report.reading import Reader, StoredRun, json_object, open_reader, read_json
+from quantlab.report.reading import FolderReader, Reader, StoredRun, json_object, open_reader, read_json
 from quantlab.report.reproduction import Reproduction, RunNumbers, compare_runs
 from quantlab.report.selection import children
 from quantlab.running.job import floor_row, open_run, run_job
 from quantlab.running.resume import content_key
 from quantlab.running.sweep import open_session, told_apart
 from quantlab.running.workbench import Session, run_folder, workbench
+from quantlab.tracking.connect import NO_STORE
 from quantlab.tracking.tags import (
     DEVICE,
     FAILURE,
@@ -99,7 +100,7 @@ def reproduce(request: ReproductionRequest) -> Reproduction:
         ModelError: the weights that quantlab trained are neither in the cache nor in the store.
     """
     uri = request.words.get("tracking.uri", TrackingConfig().uri)
-    reader = open_reader(TrackingConfig(uri=uri), Path.cwd())
+    reader = open_reader(TrackingConfig(uri=uri), Path.cwd(), request.words.get("output_dir", "outputs"))
     run = finished_job(reader, request.run_id, "reproduce")
     with tempfile.TemporaryDirectory(prefix="quantlab-reproduce-") as folder:
         scratch = Path(folder)
@@ -201,7 +202,7 @@ def rebuilt(
         **{key: value for key, value in own.items() if value != "null"},
         "device": run.tags.get(DEVICE, "auto"),
         "output_dir": ExperimentConfig().output_dir,  # where this goes is for whoever reproduces it to say
-        "tracking.uri": TrackingConfig().uri,
+        "tracking.uri": NO_STORE if isinstance(reader, FolderReader) else TrackingConfig().uri,
         "tracking.experiment": experiments[run.experiment_id],
         **({"num_threads": threads} if threads else {}),
         **{k: int(v) if v.isdigit() else v for k, v in typed.items()},

@@ -24,10 +24,11 @@ from quantlab.report.selection import ComparisonRequest, select
 from quantlab.report.verdicts import IN_FLOOR
 from quantlab.running.job import make, planned_bytes
 from quantlab.running.workbench import Session, Workbench, workbench
+from quantlab.tracking.connect import NO_STORE
 from quantlab.tracking.results import report_data
 from quantlab.tracking.tags import WEIGHTS_SHA256
 from quantlab.vocabulary.reports import QuantizationReport, RunReport
-from quantlab.vocabulary.schema import TrackingConfig
+from quantlab.vocabulary.schema import ExperimentConfig
 
 _SAME = ("status", "dtype", "group_size", "weight_bytes", "scale_bytes")
 """What a layer's row must have of the run's own."""
@@ -93,14 +94,14 @@ def export_chosen(session: Session, plan: Plan, reports: Sequence[RunReport]) ->
     target = plan.export.path
     if target is None:
         return None
-    found, why = _picked(plan, reports) if plan.export.pick else _winner(session, plan.jobs[0].config.tracking, reports)
+    found, why = _picked(plan, reports) if plan.export.pick else _winner(session, plan.jobs[0].config, reports)
     job = next((job for job in plan.jobs if found is not None and job.name == found.name), None)
     if found is None or job is None:
         say(f"export.path={target}: nothing is exported: {why}", "warning")
         return None
     bench = workbench(session, job.config, None)
     described = Described(row=report_data(found), memory_bytes=planned_bytes(found))
-    recorded = _recorded(session, job.config.tracking, found)
+    recorded = _recorded(job.config, found)
     exported = made_and_exported(session, bench, job, target, described, None, recorded)
     if found.run_id:
         tracking.annotate(session.store, found.run_id, exported.metrics, exported.tags)
@@ -125,13 +126,14 @@ def _picked(plan: Plan, reports: Sequence[RunReport]) -> tuple[RunReport | None,
     return None, f"none of the {len(every)} finished schemes has {plan.export.pick}"
 
 
-def _winner(session: Session, settings: TrackingConfig, reports: Sequence[RunReport]) -> tuple[RunReport | None, str]:
+def _winner(session: Session, config: ExperimentConfig, reports: Sequence[RunReport]) -> tuple[RunReport | None, str]:
     """The smallest that is surely inside the floor, by the comparison that ``quantlab compare`` shows."""
-    if session.parent_run_id is None or session.store.is_lost:
+    settings = config.tracking
+    if session.parent_run_id is None or (session.store.is_lost and settings.uri != NO_STORE):
         return None, "the store does not answer, and verdicts are made of what it has"
     request = ComparisonRequest(sweep=session.parent_run_id, tracking=settings)
     try:
-        reader = open_reader(settings, Path.cwd())
+        reader = open_reader(settings, Path.cwd(), config.output_dir)
         groups = compare(request, select(request, reader), reader)
     except TrackingError as error:
         return None, str(error)
@@ -147,10 +149,10 @@ def _winner(session: Session, settings: TrackingConfig, reports: Sequence[RunRep
     return next((r for r in reports if r.run_id == run_id), None), f"{name} is no row of this sweep"
 
 
-def _recorded(session: Session, settings: TrackingConfig, found: RunReport) -> Mapping[str, Any]:
+def _recorded(config: ExperimentConfig, found: RunReport) -> Mapping[str, Any]:
     """The run's table of layers; nothing where it cannot be read."""
     try:
-        reader = open_reader(settings, Path.cwd())
+        reader = open_reader(config.tracking, Path.cwd(), config.output_dir)
         runs = reader.by_id([found.run_id]) if found.run_id else []
     except TrackingError:
         return {}

@@ -24,6 +24,8 @@ ANSWER_SECONDS = 15
 SLOWEST_BYTES_S = 100_000
 """An upload may take longer: as long as it goes on at this pace."""
 _LOCK_SECONDS = 120
+NO_STORE = "none"
+"""Address of no store: runs have their folders alone."""
 _SQLITE = "sqlite:///"
 _WAY_OUT = "set tracking.required=false, or tracking.uri=sqlite:///outputs/mlflow.db"
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
@@ -33,6 +35,8 @@ _PASSING_STATUS = (401, 403, 404, 408, 429)
 
 def resolved_uri(uri: str, base_dir: Path) -> str:
     """``uri`` with a relative SQLite path made absolute from ``base_dir``; TrackingError for what is not supported."""
+    if uri == NO_STORE:
+        return uri
     if uri.startswith(("http://", "https://")) and urlsplit(uri).hostname:
         return uri.rstrip("/")
     if uri.startswith(_SQLITE):

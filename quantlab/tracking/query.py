@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from quantlab.errors import TrackingError
 from quantlab.tracking.connect import first_line, store_errors
+from quantlab.tracking.events import RunSummary
 from quantlab.tracking.record import records
 from quantlab.tracking.store import Store
 from quantlab.tracking.tags import FORMER_PARENTS, PARENT_RUN_ID
@@ -68,12 +69,18 @@ def find_records(runs_dir: Path, tags: Mapping[str, str], status: str | None = "
                     "start_ms": known["start_ms"],
                     "end_ms": known["end_ms"],
                     "params": known["params"],
-                    "tags": known["tags"],
+                    "tags": _with_parent(known),
                     "metrics": known["metrics"],
                     "folder": str(record.folder),
                 }
             )
     return sorted(found, key=lambda run: run["start_ms"], reverse=True)
+
+
+def _with_parent(known: RunSummary) -> dict[str, str]:
+    """The tags of a record, its parent among them as a store has it."""
+    parent = known["parent_run_id"]
+    return {**known["tags"], **({PARENT_RUN_ID: parent} if parent and PARENT_RUN_ID not in known["tags"] else {})}
 
 
 def has_run_with_tags(store: Store, tags: Mapping[str, str]) -> bool:

@@ -139,6 +139,10 @@ class Record:
         """Forget a record whose first event is not whole, so that another can begin in its folder."""
         (self.folder / _EVENTS).unlink(missing_ok=True)
 
+    def keep_here(self, uri: str) -> None:
+        """Note that nothing of it is to be sent: it was made without a store, and stays so under a later one."""
+        self.save_sent(Sent(uri, None, (self.folder / _EVENTS).stat().st_size, done=True))
+
     @property
     def is_open(self) -> bool:
         """Whether the run has not ended, as far as the events tell."""

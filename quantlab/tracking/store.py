@@ -13,6 +13,7 @@ from quantlab.errors import TrackingError
 from quantlab.progress import printable
 from quantlab.tracking.connect import (
     ANSWER_SECONDS,
+    NO_STORE,
     SLOWEST_BYTES_S,
     connect,
     first_line,
@@ -47,6 +48,8 @@ def open_store(config: TrackingConfig, base_dir: Path) -> Store:
     ``required`` that is one warning, and runs are written to their folders only.
     """
     uri = resolved_uri(config.uri, base_dir)
+    if uri == NO_STORE:
+        return no_store(config, base_dir)
     try:
         client, experiment_id = connect(uri, config.experiment)
     except TrackingError as error:
@@ -100,6 +103,8 @@ class Store:
 
         A store that fails is one warning; it is left alone for a while, then tried again with everything pending.
         """
+        if self.uri == NO_STORE and not record.is_open:
+            record.keep_here(NO_STORE)
         if self.is_lost:
             return False
         try:
