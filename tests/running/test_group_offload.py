@@ -1,12 +1,16 @@
 """A model whose layers come and go in groups gives the numbers of one that is resident, bit for bit."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 import quantlab
 from quantlab.errors import ConfigError
 from quantlab.modules.groups import Groups
 from quantlab.planning.plan import plan
-from quantlab.running.placement import load_placed
+from quantlab.running.placement import _as_on, load_placed
+from quantlab.vocabulary.schema import ModelConfig
 from tests.support.assets import needs
 from tests.support.tiny_pipelines import BUILDERS
 from tests.support.tiny_text_models import TEXT, save_llama
@@ -146,3 +150,23 @@ def test_a_real_language_models_rows_are_the_same(tmp_path, monkeypatch):
     rows = [quantlab.run(overrides=[*words, f"output_dir={p}", f"memory.placement={p}"])[-1] for p in places]
     assert numbers(rows[1]) == numbers(rows[0])
     assert numbers(rows[2]) == numbers(rows[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_loaded_on_the_host_has_the_dtype_that_it_has_on_a_gpu(tmp_path, dtype):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    made = LlamaForCausalLM(LlamaConfig(vocab_size=99, hidden_size=32, intermediate_size=32, num_hidden_layers=1))
+    made.to(getattr(torch, dtype)).save_pretrained(tmp_path / "stored")
+    asked = ModelConfig(family="causal_lm", path=str(tmp_path / "stored"))
+    assert _as_on(asked, "cuda", "causal_lm").dtype == dtype  # as it is stored
+    assert _as_on(asked, "cpu", "causal_lm").dtype == "auto"
+    assert _as_on(replace(asked, dtype="float16"), "cuda", "causal_lm").dtype == "float16"
+    assert _as_on(ModelConfig(family="diffusers", path="p"), "cuda", "diffusers").dtype == "bfloat16"
+
+
+@pytest.mark.slow
+def test_a_candidate_beside_a_model_in_groups_is_exported(text_model, tmp_path):
+    words = [*text_model, "backend=bitsandbytes", "dtype=int8", "sweep.floors=false", GROUPED]
+    quantlab.run(overrides=[*words, f"export.path={tmp_path / 'out'}"])
+    assert (tmp_path / "out" / "model.safetensors").is_file()
