@@ -1,5 +1,7 @@
 """A quantized layer multiplies by the weight that it reads back as; one that does something else is an error."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -126,3 +128,17 @@ def test_torchao_scales_inputs_of_packed_int4_only(algorithm, packing):
     with pytest.raises(ConfigError, match="in_features 130 divides by none of its group sizes"):
         layer_form(config, 130)
     assert layer_form(config, 192)["_data"]["group_size"] == 64
+
+
+def test_what_was_recorded_of_a_product_is_gone_with_it():
+    """Events know their parents and children, which only a collection would find."""
+    layer = nn.Linear(64, 64)
+    asked = question(StoredWeight(dtype="int8", group_size=None, dense=layer.weight.detach()), torch.float32)
+    gc.collect()
+    gc.disable()
+    try:
+        assert product(layer, asked).is_explained
+        left = [o for o in gc.get_objects() if type(o).__name__ == "FunctionEvent"]
+    finally:
+        gc.enable()
+    assert not left

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
     from quantlab.backends.modelopt.library_types import BaseQuantizedTensor, QuantLinear, TensorQuantizer
 
-CODES_AT_ONCE = 2**16
-"""Pairs of 4-bit codes that are unpacked together: half a MiB of 64-bit integers, which the heap keeps at hand."""
+CODES_AT_ONCE, ON_A_GPU = 2**16, 2**24
+"""Pairs of 4-bit codes that are packed or unpacked together: half a MiB of 64-bit integers, which the heap keeps at
+hand; on a GPU, where each slice is a handful of launches, 128 MiB."""
 
 
 def pack(layers: list[QuantLinear], is_max: bool) -> None:
@@ -27,7 +28,7 @@ def pack(layers: list[QuantLinear], is_max: bool) -> None:
     """
     import torch
 
-    dequantize_in_slices()
+    in_slices()
     compress = importlib.import_module("modelopt.torch.quantization.compress")
     on_cpu = layers[0].weight.device.type == "cpu"  # no kernel of the library multiplies packed weights there
     config = importlib.import_module("modelopt.torch.quantization.config").CompressConfig(quant_gemm=not on_cpu)
@@ -41,19 +42,29 @@ def pack(layers: list[QuantLinear], is_max: bool) -> None:
 
 
 @functools.cache
-def dequantize_in_slices() -> None:
-    """Let the library unpack 4-bit integers some rows at a time: it does so by way of 64-bit integers, which for a
-    whole layer are four times its weight in 16 bits. The same operations on the same numbers, so the same bits."""
+def in_slices() -> None:
+    """Let the library pack and unpack 4-bit integers some rows at a time: it unpacks by way of 64-bit integers, which
+    for a whole layer are four times its weight in 16 bits. The same operations on the same numbers: the same bits."""
     import torch
 
     packed_class: Any = importlib.import_module("modelopt.torch.quantization.qtensor").INT4QTensor
-    own = packed_class.dequantize
+    own, own_packing = packed_class.dequantize, packed_class.quantize.__func__
+
+    @functools.wraps(own_packing)
+    def quantize(cls: Any, input: Tensor, block_size: int) -> tuple[Any, Tensor]:
+        rows = _rows_at_once(input, input.shape[-1] // 2)
+        if input.ndim != 2 or input.shape[1] % block_size or len(input) <= rows:
+            found: tuple[Any, Tensor] = own_packing(cls, input, block_size)
+            return found
+        parts = [own_packing(cls, some, block_size) for some in input.split(rows)]
+        codes = torch.cat([part._quantized_data for part, _ in parts])
+        return cls(input.shape, input.dtype, codes), torch.cat([scales for _, scales in parts])
 
     @functools.wraps(own)
     def dequantize(self: Any, dtype: torch.dtype | None = None, **given: Any) -> Tensor:
         codes, shape, scales = self._quantized_data, tuple(self.metadata["shape"]), given["scale"]
         columns = codes.shape[-1]
-        rows = max(1, CODES_AT_ONCE // max(1, columns))
+        rows = _rows_at_once(codes, columns)
         size = given["block_sizes"][-1]
         is_plain = codes.ndim == 2 and shape == (len(codes), 2 * columns) and shape[1] % size == 0
         if not is_plain or len(codes) <= rows or scales.numel() != len(codes) * (shape[1] // size):
@@ -67,7 +78,11 @@ def dequantize_in_slices() -> None:
             made[start : start + rows] = own(some, dtype, **{**given, "scale": by_row[start : start + rows]})
         return made
 
-    packed_class.dequantize = dequantize
+    packed_class.dequantize, packed_class.quantize = dequantize, classmethod(quantize)
+
+
+def _rows_at_once(tensor: Tensor, columns: int) -> int:
+    return max(1, (CODES_AT_ONCE if tensor.device.type == "cpu" else ON_A_GPU) // max(1, columns))
 
 
 def holder_of(layers: list[QuantLinear]) -> nn.ModuleList:

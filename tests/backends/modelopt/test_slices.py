@@ -1,4 +1,4 @@
-"""4-bit integers that are unpacked some rows at a time are the same numbers, bit for bit, and take less memory."""
+"""4-bit integers that are packed and unpacked some rows at a time are the same numbers, bit for bit, and take less memory."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from quantlab.backends.modelopt import packing
 def packed_class():
     from modelopt.torch.quantization.qtensor import INT4QTensor
 
-    packing.dequantize_in_slices()
+    packing.in_slices()
     return INT4QTensor
 
 
@@ -26,6 +26,10 @@ def test_slices_are_the_same_numbers(packed_class, dtype, as_dtype, rows, column
     expected = packed_class.dequantize.__wrapped__(packed, wanted, **given)
     whole = packed.dequantize(wanted, **given)
     monkeypatch.setattr(packing, "CODES_AT_ONCE", 2 * columns)
+    again, factors = packed_class.quantize(weight, block)
+    assert torch.equal(again._quantized_data, packed._quantized_data)
+    assert again.metadata == packed.metadata
+    assert torch.equal(factors, scales)
     sliced = packed.dequantize(wanted, **given)
     assert torch.equal(sliced, expected)
     assert torch.equal(whole, expected)
