@@ -33,7 +33,7 @@ from quantlab.vocabulary.schema import ExperimentConfig
 PACKAGE = Path(__file__).resolve().parents[1]
 WINGS = ("vocabulary", "modules", "backends", "models", "datasets", "protocols", "metrics", "stages")
 """What makes a job's numbers: a change of the page, the command line or the tracking runs nothing again."""
-_OF_ARITHMETIC = ("OMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_", "TORCH", "PYTORCH_", "CUDA_", "CUBLAS_")
+_OF_ARITHMETIC = ("OMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_", "TORCH_", "PYTORCH_", "CUDA_", "CUBLAS_")
 """How the variables begin that choose kernels, threads and devices."""
 _OF_A_PROCESSOR = ("model name", "flags", "Features", "CPU part")
 _COMMIT = 40

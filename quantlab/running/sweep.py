@@ -300,14 +300,14 @@ def _search(session: Session, plan: Plan, parent: Any) -> tuple[list[RunReport],
     floors: dict[str, Any] = {}  # of each workbench, also after another one has taken its place
     keys, known = {}, {}
 
-    def _known_here(job: Job) -> tuple[Known, str]:
+    def known_here(job: Job) -> tuple[Known, str]:
         bench = workbench(session, job.config, parent)
         if bench.key not in floors:
             rows.extend(_row(session, bench, floor, apart=False) for floor in bench.known.floor_jobs(job.config))
             floors[bench.key] = bench.floors
         return bench.known, bench.key
 
-    def _known_far(job: Job) -> tuple[Known, str]:
+    def known_far(job: Job) -> tuple[Known, str]:
         group, _ = group_of[job.name]
         assert group.known is not None
         key = bench_key(job.config)
@@ -317,7 +317,7 @@ def _search(session: Session, plan: Plan, parent: Any) -> tuple[list[RunReport],
         return group.known, key
 
     def look_up(job: Job) -> None:  # a call of its own: nothing holds the workbench when the next one is loaded
-        known_of = _known_far if groups else _known_here
+        known_of = known_far if groups else known_here
         known_one, shared = known_of(job)
         keys[job.name] = (content_key(known_one, job, session.output_dir / "cache"), shared)
         if earlier := earlier_report(session, protocol, job, keys[job.name][0]):
