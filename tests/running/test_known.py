@@ -73,6 +73,9 @@ def _other_requests(cache):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATEN_CPU_CAPABILITY", "default")
         assert recall(first, cache) is None
+    with pytest.MonkeyPatch.context() as patch:  # what is set to quiet a library
+        patch.setenv("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "0")
+        assert recall(first, cache) is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(known, "code_digest", lambda: "another version")
         assert recall(first, cache) is None
