@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
 import time
 
 import psutil
@@ -21,6 +18,7 @@ from quantlab.running.engines.slurm import Slurm
 from quantlab.running.scheduler import Scheduler
 from quantlab.vocabulary.launching import RayInit, RayParts, RayRemote, RaySettings, SlurmSettings
 from tests.support.engines import began, make_job, require_slurm, stand_in
+from tests.support.ray_nodes import two_nodes
 
 pytestmark = pytest.mark.slow
 LIMIT_S = 400.0
@@ -134,41 +132,10 @@ def test_what_slurm_refuses_is_named(cluster, settings):
 @pytest.fixture
 def nodes(tmp_path, monkeypatch):
     """The address of a cluster of two nodes on this machine, which see an empty folder where ``tmp_path/here`` is."""
-    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray")
     stand_in(tmp_path / "site", monkeypatch, is_quick=True)
-    (tmp_path / "here").mkdir()
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_TMPDIR", tempfile.gettempdir())  # its sockets want a short path
-    monkeypatch.setenv("RAY_health_check_period_ms", "1000")
-    monkeypatch.setenv("RAY_health_check_initial_delay_ms", "1000")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.environ["PYTHONPATH"], os.path.dirname(ray.__path__[0])]))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    words = f"{sys.executable} -m ray.scripts.scripts start --num-cpus=1 --disable-usage-stats"
-    memory = "--object-store-memory=100000000"
-    monkeypatch.setenv(OURS, address)
-    for name, more in {
-        "a": f"--head --port={address.split(':')[1]} --include-dashboard=false",
-        "b": f"--address={address}",
-    }.items():
-        (tmp_path / name).mkdir()
-        command = f"mount -t tmpfs none {tmp_path / 'here'} && exec {words} {memory} {more}"
-        env = {**os.environ, "TMPDIR": str(tmp_path / name)}
-        subprocess.run([*ALONE, "sh", "-c", command], check=True, capture_output=True, timeout=180, env=env)
-    yield address
-    with contextlib.suppress(Exception):
-        ray.shutdown()
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(OURS) == address and process.pid != os.getpid():
-                process.kill()
-
-
-OURS = "QUANTLAB_TEST_RAY"
-"""In the environment of a test's own cluster: its address."""
-ALONE = ["unshare", "--mount", *(["--map-root-user"] if os.getuid() else [])]
-"""A process that mounts what it likes, seen by nobody else."""
+    with two_nodes(tmp_path, monkeypatch) as address:
+        yield address
 
 
 def other_node():
