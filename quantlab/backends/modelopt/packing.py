@@ -56,7 +56,7 @@ def in_slices() -> None:
         if input.ndim != 2 or input.shape[1] % block_size or len(input) <= rows:
             found: tuple[Any, Tensor] = own_packing(cls, input, block_size)
             return found
-        parts = [own_packing(cls, some, block_size) for some in input.split(rows)]
+        parts = [own_packing(cls, some, block_size) for some in torch.split(input, rows)]
         codes = torch.cat([part._quantized_data for part, _ in parts])
         return cls(input.shape, input.dtype, codes), torch.cat([scales for _, scales in parts])
 
