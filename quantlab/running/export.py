@@ -14,13 +14,14 @@ from quantlab.exporting.card import Described, as_row
 from quantlab.exporting.folder import check_target
 from quantlab.exporting.push import push
 from quantlab.exporting.whole import Exported
+from quantlab.planning.job import Job
 from quantlab.report.reading import Reader, StoredRun, experiment_id, open_reader, read_json
 from quantlab.report.selection import is_candidate
+from quantlab.running.forecast import bytes_to_run
 from quantlab.running.reproduce import KEYS, finished_job, rebuilt, with_weights
 from quantlab.running.sweep import open_session
-from quantlab.running.winner import made_and_exported
+from quantlab.running.winner import made_and_exported, stored_picture
 from quantlab.running.workbench import workbench
-from quantlab.tracking.pictures import SAMPLE_GRID
 from quantlab.tracking.tags import EXPORT_PATH, KIND
 from quantlab.vocabulary.numbers import NEEDED_BYTES
 from quantlab.vocabulary.schema import TrackingConfig
@@ -84,7 +85,7 @@ def export_run(request: ExportRequest) -> Exported:
         with open_session(job.config, request.quiet) as session:
             job = replace(job, config=with_weights(job.config, session, run, scratch, "export"))
             bench = workbench(session, job.config, None)
-            described = _described(reader, run, scratch)
+            described = _described(reader, run, job, scratch)
             recorded = read_json(reader, run, "layers.json")
             exported = made_and_exported(session, bench, job, request.target, described, run, recorded)
             tracking.annotate(session.store, run.run_id, exported.metrics, exported.tags)
@@ -105,14 +106,10 @@ def run_of(reader: Reader, run_id: str, experiment: str) -> StoredRun:
     )
 
 
-def _described(reader: Reader, run: StoredRun, scratch: Path) -> Described:
+def _described(reader: Reader, run: StoredRun, job: Job, scratch: Path) -> Described:
     row = as_row(read_json(reader, run, "report.json"))
-    picture = None
-    if (content := reader.read_artifact(run, SAMPLE_GRID)) is not None:
-        picture = scratch / Path(SAMPLE_GRID).name
-        picture.write_bytes(content)
-    ledger = read_json(reader, run, "ledger.json")
-    return Described(row=row, memory_bytes=_memory(ledger, run.metrics), picture=picture)
+    memory_bytes = {**_memory(read_json(reader, run, "ledger.json"), run.metrics), **bytes_to_run(job)}
+    return Described(row=row, memory_bytes=memory_bytes, picture=stored_picture(reader, run, scratch))
 
 
 def _memory(ledger: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, int]:

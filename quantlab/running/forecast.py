@@ -58,6 +58,10 @@ def forecast(plan: Plan) -> list[Price]:
     return [*prices, *(_impossible(combination, reason) for combination, reason in plan.invalid)]
 
 
+_RUNNING = ("encode prompts", "evaluate", "decode")
+"""Phases that a user of the quantized model has too."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Book:
     """A model on the meta device."""
@@ -85,6 +89,19 @@ def price_of(book: Book, job: Job) -> Price:
     if placed.placement:
         return placed
     return replace(placed, advice=_advice(book, job, price))
+
+
+def bytes_to_run(job: Job) -> dict[str, int]:
+    """In words -> bytes: what the quantized model takes on one device, its other components with it, as planned.
+
+    Nothing for a model that cannot be looked at without its weights.
+    """
+    try:
+        price = price_of(book_of(job.config), job)
+    except ConfigError:
+        return {}
+    active = max((p.activation_bytes for rows in price.phases.values() for p in rows if p.name in _RUNNING), default=0)
+    return {"to run it on one device, planned (activations estimated)": price.total_bytes + active}
 
 
 def _price(book: Book, job: Job) -> Price:

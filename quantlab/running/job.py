@@ -23,6 +23,7 @@ from quantlab.modules.kept import Damaged, read_json, set_aside, write_json
 from quantlab.modules.memory import storages
 from quantlab.planning.job import Job
 from quantlab.progress import say
+from quantlab.running.forecast import bytes_to_run
 from quantlab.running.placement import planned, source_for
 from quantlab.running.rows import failed_row
 from quantlab.running.workbench import Session, Workbench, chosen, in_stage, run_folder, shared_tags, step_progress
@@ -199,7 +200,8 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
     if target is not None and run is not None:
         with in_stage(session, run, "export"), bench.model.holding(bench.model.parts.get("origins", ())):
             picture = run.record.folder / SAMPLE_GRID
-            described = Described(row=report_data(report), memory_bytes=planned_bytes(report), picture=picture)
+            memory_bytes = {**planned_bytes(report), **bytes_to_run(job)}
+            described = Described(row=report_data(report), memory_bytes=memory_bytes, picture=picture)
             exported = export(target, job, bench.model, candidate, layers, bench.inputs, described)
         run.log_metrics(exported.metrics)
         run.set_tags(exported.tags)

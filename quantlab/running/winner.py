@@ -7,6 +7,7 @@ tensors show is compared with what the run recorded before anything is written.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from quantlab.planning.job import Job, Plan
 from quantlab.planning.picking import conditions
 from quantlab.progress import say
 from quantlab.report.compare import answers, compare
-from quantlab.report.reading import StoredRun, open_reader, read_json
+from quantlab.report.reading import Reader, StoredRun, open_reader, read_json
 from quantlab.report.selection import ComparisonRequest, select
 from quantlab.report.verdicts import IN_FLOOR
+from quantlab.running.forecast import bytes_to_run
 from quantlab.running.job import make, planned_bytes
 from quantlab.running.workbench import Session, Workbench, workbench
 from quantlab.tracking.connect import NO_STORE
+from quantlab.tracking.pictures import SAMPLE_GRID
 from quantlab.tracking.results import report_data
 from quantlab.tracking.tags import WEIGHTS_SHA256
 from quantlab.vocabulary.reports import QuantizationReport, RunReport
@@ -100,9 +103,11 @@ def export_chosen(session: Session, plan: Plan, reports: Sequence[RunReport]) ->
         say(f"export.path={target}: nothing is exported: {why}", "warning")
         return None
     bench = workbench(session, job.config, None)
-    described = Described(row=report_data(found), memory_bytes=planned_bytes(found))
-    recorded = _recorded(job.config, found)
-    exported = made_and_exported(session, bench, job, target, described, None, recorded)
+    memory_bytes = {**planned_bytes(found), **bytes_to_run(job)}
+    with tempfile.TemporaryDirectory(prefix="quantlab-export-") as scratch:
+        recorded, picture = _recorded(job.config, found, Path(scratch))
+        described = Described(row=report_data(found), memory_bytes=memory_bytes, picture=picture)
+        exported = made_and_exported(session, bench, job, target, described, None, recorded)
     if found.run_id:
         tracking.annotate(session.store, found.run_id, exported.metrics, exported.tags)
     say(f"{found.name}: {'; '.join(exported.lines())}")
@@ -149,11 +154,21 @@ def _winner(session: Session, config: ExperimentConfig, reports: Sequence[RunRep
     return next((r for r in reports if r.run_id == run_id), None), f"{name} is no row of this sweep"
 
 
-def _recorded(config: ExperimentConfig, found: RunReport) -> Mapping[str, Any]:
-    """The run's table of layers; nothing where it cannot be read."""
+def stored_picture(reader: Reader, run: StoredRun, scratch: Path) -> Path | None:
+    """A run's images of the reference, the candidate and their difference, as a file in ``scratch``."""
+    content = reader.read_artifact(run, SAMPLE_GRID)
+    if content is None:
+        return None
+    file = scratch / Path(SAMPLE_GRID).name
+    file.write_bytes(content)
+    return file
+
+
+def _recorded(config: ExperimentConfig, found: RunReport, scratch: Path) -> tuple[Mapping[str, Any], Path | None]:
+    """The run's table of layers and its picture; nothing where they cannot be read."""
     try:
         reader = open_reader(config.tracking, Path.cwd(), config.output_dir)
         runs = reader.by_id([found.run_id]) if found.run_id else []
     except TrackingError:
-        return {}
-    return read_json(reader, runs[0], "layers.json") if runs else {}
+        return {}, None
+    return (read_json(reader, runs[0], "layers.json"), stored_picture(reader, runs[0], scratch)) if runs else ({}, None)

@@ -131,6 +131,10 @@ def test_a_sweep_exports_the_smallest_that_has_the_numbers(shell, one, monkeypat
     )
     assert json.loads((shell.folder / "out" / MANIFEST).read_text())["name"] == smallest["name"]
     assert shell.tracked()[smallest["name"]]["tags"]["export/outputs_identical"] == "yes"
+    card = (shell.folder / "out" / "README.md").read_text()
+    assert "to run it on one device, planned" in card
+    assert "![reference, quantized, difference](images/" in card
+    assert (shell.folder / "out" / "images" / "reference_quantized_difference.png").is_file()
     code, _, err = shell(*words, "export.path=none", "export.pick='latent_rel_mse<0'")
     assert code == 0
     assert "nothing is exported: none of the 2 finished schemes has latent_rel_mse<0" in err

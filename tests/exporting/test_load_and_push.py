@@ -97,7 +97,15 @@ def test_the_card_is_one_that_the_hub_reads(export):
     run = export.tracked()["quanto int8"]
     assert values["latent_rel_mse"] == pytest.approx(run["metrics"]["quality/latent_rel_mse"], rel=1e-5)
     assert (folder / "images" / "reference_quantized_difference.png").is_file()
-    for wanted in ("## Scheme", "## Bytes", "## Quality", "weights, as planned", "quantlab recipe=", "## Checked"):
+    for wanted in (
+        "## Scheme",
+        "## Bytes",
+        "## Quality",
+        "weights, as planned",
+        "to run it on one device",
+        "quantlab recipe=",
+        "## Checked",
+    ):
         assert wanted in card.text
 
 
