@@ -58,6 +58,8 @@ options
   -m, --multirun    several values of a key (group_size=32,64,128, range(1,4), dtype='glob(int*)') are a sweep
   --json            the result rows as JSON on stdout instead of the table
   --plain, --wide   the table tab-separated; or whole, where a narrow terminal hides columns
+  --columns NAME,NAME
+                    further columns of it: perf/decode_tokens_per_s (with evaluation.speed=true), quality/kld_p99, ...
   -c, --cfg [job]   print the composed config of each job and stop (--resolve: it always is)
   -cd, --config-dir DIR
                     options of your own: DIR/dtype/mine.yaml, DIR/model/mine.yaml, ... as those in conf/ are written
@@ -78,6 +80,7 @@ single keys, for example
   quantization.on_mismatch=error|skip|DTYPE   activation_dtype=int8   quantization.bnb_4bit_use_double_quant=true
   quantization.quantization_config=FILE|JSON (a model card's block)   checkpoint=PATH|ID (quantized by others)
   components.NAME='{{backend: quanto, dtype: int8}}' (one scheme for each component)   evaluation.attribute=true
+  evaluation.speed=true (tokens a second, seconds an image)   evaluation.compile=true (as torch.compile makes it)
   sweep.dry_run=true   sweep.on_invalid=skip   sweep.search.num_trials=12
 
 Results: a table here, everything in MLflow (outputs/mlflow.db; look at it with mlflow ui), a folder a run in
@@ -102,6 +105,7 @@ KNOWN_FLAGS = {
         "--trust",
         "--plain",
         "--wide",
+        "--columns",
     ),
     *("--version", "--info", "-i", "--shell-completion", "-sc"),
 }
@@ -184,7 +188,7 @@ def dispatch(words: list[str]) -> int:
     if words[:1] == ["--complete"]:
         print("\n".join(completions(*words[1:3])))
         return 0
-    words, folder = _config_dir(_config_words(words))
+    words, folder = _config_dir(_with_its_value("--columns", _config_words(words)))
     with own_options(folder):
         return _dispatch(words)
 
@@ -192,7 +196,7 @@ def dispatch(words: list[str]) -> int:
 def _dispatch(words: list[str]) -> int:
     flags = {w for w in words if w.startswith("-")}
     rest = [w for w in words if not w.startswith("-")]
-    if unknown := [w for w in words if w in flags - KNOWN_FLAGS]:
+    if unknown := [w for w in words if w in flags - KNOWN_FLAGS and not w.startswith("--columns=")]:
         near = nearest(unknown[0], KNOWN_FLAGS)
         raise ConfigError(
             f"{unknown[0]}: {HYDRAS_FLAGS.get(unknown[0].partition('=')[0], f'no such option{near}')}; {HELPS}"
@@ -235,6 +239,19 @@ def _config_words(words: Sequence[str]) -> list[str]:
             out.append("--cfg")
         else:
             out.append(word)
+    return out
+
+
+def _with_its_value(option: str, words: Sequence[str]) -> list[str]:
+    """The words with ``OPTION VALUE`` as ``OPTION=VALUE``."""
+    out: list[str] = []
+    for word in words:
+        if out and out[-1] == option:
+            out[-1] = f"{option}={word}"
+        else:
+            out.append(word)
+    if option in out:
+        raise ConfigError(f"{option}: it needs a value, such as {option} perf/evaluate_s,quality/kld_p99")
     return out
 
 

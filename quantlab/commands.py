@@ -275,6 +275,12 @@ def front_lines(reports: Sequence[RunReport], request: Plan) -> list[str]:
     return [f"{len(points)} of {len(request.jobs)} possible points were measured; Pareto front ({told}):", *lines]
 
 
+def columns_of(flags: set[str]) -> list[str]:
+    """The metrics of ``--columns=NAME,NAME``."""
+    chosen = [flag.removeprefix("--columns=") for flag in flags if flag.startswith("--columns=")]
+    return [name for word in chosen for name in word.split(",") if name]
+
+
 def run(request: Plan, flags: set[str]) -> int:
     """Run the jobs and show the table; 1 when a job failed."""
     from quantlab.report.attribution import attribution_sheets
@@ -283,7 +289,7 @@ def run(request: Plan, flags: set[str]) -> int:
     from quantlab.running.sweep import run_plan
     from quantlab.tracking.results import report_data
 
-    as_json = "--json" in flags
+    as_json, more = "--json" in flags, columns_of(flags)
     reports = run_plan(request, quiet=as_json or bool(flags & {"-q", "--quiet"}), trust=True)
     rows = [report_data(r) for r in reports]
     failed = [r for r in rows if r["status"] == "FAILED"]
@@ -298,7 +304,7 @@ def run(request: Plan, flags: set[str]) -> int:
         for line in said_first((r["name"], r["unquantized"]) for r in rows):
             tell(console, line, "yellow")
         apart = {p: [r for r in rows if r["protocol"] == p] for p in sorted({r["protocol"] for r in rows})}
-        for sheet in [*(rows_sheet(some, p, caption) for p, some in apart.items()), *attribution_sheets(rows)]:
+        for sheet in [*(rows_sheet(some, p, caption, more) for p, some in apart.items()), *attribution_sheets(rows)]:
             show(console, sheet, **_look(flags))
         for row in [r for r in rows if r["status"] == "SKIPPED"][:MAX_SKIPPED]:
             tell(console, f"skipped: {row['name']}: {row['error']}")

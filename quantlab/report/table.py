@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from quantlab.errors import nearest
 from quantlab.metrics import METRICS
 from quantlab.progress import printable
 from quantlab.protocols.table import PROTOCOLS
@@ -133,8 +134,8 @@ def inside_floor(metric: str, metrics: Mapping[str, float]) -> bool:
     return floor is not None and bool(is_inside(less(value, known), floor.cost))
 
 
-def rows_sheet(rows: Iterable[Row], protocol: str, caption: str = "") -> Sheet:
-    """The rows for a terminal."""
+def rows_sheet(rows: Iterable[Row], protocol: str, caption: str = "", more: Sequence[str] = ()) -> Sheet:
+    """The rows for a terminal, with ``more`` columns: metrics by their tracked names (``perf/decode_tokens_per_s``)."""
     rows = list(rows)
     shown = headline(protocol, rows)
     skipped = [r for r in rows if r["status"] == "SKIPPED"]
@@ -147,8 +148,19 @@ def rows_sheet(rows: Iterable[Row], protocol: str, caption: str = "") -> Sheet:
         if row["status"] == "FAILED" or "quantization/coverage" not in row["metrics"]:
             styles[i] = "red" if row["status"] == "FAILED" else "dim"
     left = len(skipped) - MAX_SKIPPED
-    more = f"and {left} more skipped (rows.json)" if left > 0 else ""
-    return Sheet(columns=sheet_columns(shown), rows=texts, styles=styles, caption=(more, marks, caption))
+    untold = f"and {left} more skipped (rows.json)" if left > 0 else ""
+    for name in more:
+        for text, row in zip(texts, listed, strict=True):
+            text.append(_shown(row["metrics"].get(name), "{:.4g}"))
+    chosen = [Column(title=name, keep=8) for name in more]
+    told = (untold, marks, *_not_there(more, rows), caption)
+    return Sheet(columns=[*sheet_columns(shown), *chosen], rows=texts, styles=styles, caption=told)
+
+
+def _not_there(names: Sequence[str], rows: Sequence[Measured]) -> list[str]:
+    """A sentence for each metric that was asked for and no row has."""
+    known = {name for row in rows for name in row["metrics"]}
+    return [f"--columns {name}: no row has it{nearest(name, known)}" for name in names if name not in known]
 
 
 def sheet_columns(shown: Sequence[str], first: str = "") -> list[Column]:

@@ -29,7 +29,9 @@ from quantlab.running.rows import failed_row
 from quantlab.running.workbench import Session, Workbench, chosen, in_stage, run_folder, shared_tags, step_progress
 from quantlab.stages.attribute import attribute
 from quantlab.stages.candidate import Candidate, Making, make_candidate, write_calibration
+from quantlab.stages.compiled import compiled, first_run
 from quantlab.stages.evaluate import evaluate, plain_attention, summarize, warm_up
+from quantlab.stages.speed import speed
 from quantlab.stages.weigh import saved_bytes, weigh
 from quantlab.tracking import Run
 from quantlab.tracking.pictures import SAMPLE_GRID
@@ -46,7 +48,7 @@ from quantlab.tracking.tags import (
 )
 from quantlab.vocabulary.ledger import warning as ledger_warning
 from quantlab.vocabulary.native import canonical_json
-from quantlab.vocabulary.numbers import NEEDED_BYTES, flat_metrics
+from quantlab.vocabulary.numbers import FLOORS, NEEDED_BYTES, flat_metrics
 from quantlab.vocabulary.reports import (
     Attribution,
     CalibrationReport,
@@ -71,6 +73,7 @@ def floor_row(session: Session, job: Job) -> RunReport:
         job.plain_attention,
         drawn.num_bootstrap,
         drawn.bootstrap_seed,
+        drawn.compile,
     ]
     digest = hashlib.sha256(canonical_json(settings).encode()).hexdigest()[:16]
     file = session.output_dir / "cache" / "reference" / f"{bench.reference_key}.{job.name}.{digest}.json"
@@ -159,39 +162,7 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         with tempfile.TemporaryDirectory(prefix="quantlab-calibration-") as folder:
             for file in write_calibration(made, schemes, Path(folder)):
                 run.log_artifact(file, f"calibration/{file.parent.name}")
-    num_native = emulated.num_emulated
-    if kind_of(session.device) == "cuda":
-        with in_stage(session, run, "warm_up") as warmed, _attention(job):
-            warm_up(candidate, bench.inputs, job.config.evaluation, job.batch_size)
-        report = replace(report, stages=(*report.stages, warmed.report))
-    with in_stage(session, run, "evaluate") as evaluated:
-        progress = step_progress(session, job.name)
-        with _attention(job):
-            measured = evaluate(
-                candidate,
-                bench.model,
-                bench.reference,
-                bench.inputs,
-                job.config.evaluation,
-                progress,
-                job.batch_size,
-                by_key(job),
-            )
-        quality = summarize(measured, job.config.evaluation)
-        for why in measured.undefined.values():
-            say(f"{job.name}: {why}", "undefined")
-        depends = made.depends_on_neighbours or any(s.native.depends_on_neighbours for s in job.schemes.values())
-        other = _at_other_batch(session, bench, job, candidate) if depends and job.batch_size is None else {}
-    stages = (*report.stages, evaluated.report)
-    if job.config.evaluation.attribute and layers is not None:
-        with in_stage(session, run, "attribute") as attributed, _attention(job):
-            report = replace(report, attribution=_attribution(session, bench, job, candidate, report, measured))
-        stages = (*stages, attributed.report)
-    report = replace(report, quality=quality, measurements=measured, stages=stages, other_batch=other)
-    if emulated.num_emulated > num_native:
-        report = replace(report, params={**report.params, "compute": "emulated"})
-        if run is not None:
-            run.log_params({"compute": "emulated"})
+    report = _measured(session, bench, job, run, made, report)
     bench.keep_floor(report)
     report = bench.with_floors(report)
     if run is not None:
@@ -226,6 +197,51 @@ def run_row(session: Session, bench: Workbench, job: Job, key: str, folder: Path
         if run is None:  # it did not even begin
             return failed_row(job, bench.model.protocol, text)
         return failed_row(job, bench.model.protocol, text, run.stage, run.run_id, run.record.summary["metrics"])
+
+
+def _measured(
+    session: Session, bench: Workbench, job: Job, run: Run | None, made: Candidate, report: RunReport
+) -> RunReport:
+    """The report with what the candidate does: its quality, its speed, what each component costs."""
+    candidate, settings, num_native = made.model, job.config.evaluation, emulated.num_emulated
+    is_compiled = settings.compile and job.name not in FLOORS
+    speeds: dict[str, float] = {}
+    with contextlib.ExitStack() as measuring:
+        measuring.enter_context(_attention(job))
+        if is_compiled:
+            measuring.enter_context(compiled(candidate))
+            with in_stage(session, run, "compile") as compiling, first_run() as speeds:
+                warm_up(candidate, bench.inputs, settings, job.batch_size)
+            report = replace(report, stages=(*report.stages, compiling.report))
+        elif kind_of(session.device) == "cuda":
+            with in_stage(session, run, "warm_up") as warmed:
+                warm_up(candidate, bench.inputs, settings, job.batch_size)
+            report = replace(report, stages=(*report.stages, warmed.report))
+        with in_stage(session, run, "evaluate") as evaluated:
+            progress, schemes = step_progress(session, job.name), by_key(job)
+            measured = evaluate(
+                candidate, bench.model, bench.reference, bench.inputs, settings, progress, job.batch_size, schemes
+            )
+            quality = summarize(measured, settings)
+            for why in measured.undefined.values():
+                say(f"{job.name}: {why}", "undefined")
+            depends = made.depends_on_neighbours or any(s.native.depends_on_neighbours for s in job.schemes.values())
+            other = _at_other_batch(session, bench, job, candidate) if depends and job.batch_size is None else {}
+        stages = (*report.stages, evaluated.report)
+        if settings.attribute and made.quantization is not None:
+            with in_stage(session, run, "attribute") as attributed:
+                report = replace(report, attribution=_attribution(session, bench, job, candidate, report, measured))
+            stages = (*stages, attributed.report)
+        if settings.speed and job.name not in FLOORS:
+            with in_stage(session, run, "speed") as timed:
+                speeds |= speed(candidate, bench.inputs, settings, step_progress(session, f"{job.name}, speed"))
+            stages = (*stages, timed.report)
+    report = replace(report, quality=quality, measurements=measured, stages=stages, other_batch=other, speed=speeds)
+    if emulated.num_emulated > num_native:
+        report = replace(report, params={**report.params, "compute": "emulated"})
+        if run is not None:
+            run.log_params({"compute": "emulated"})
+    return report
 
 
 def make(session: Session, bench: Workbench, job: Job, run: Run | None) -> Candidate:

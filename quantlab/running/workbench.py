@@ -52,7 +52,7 @@ from quantlab.vocabulary.numbers import FLOOR_FP32, FLOORS
 from quantlab.vocabulary.reports import MetricValue, RunReport, StageReport
 from quantlab.vocabulary.schema import ExperimentConfig
 
-RUNNING = ("observe", "calibrate", "evidence", "warm_up", "evaluate", "attribute")
+RUNNING = ("observe", "calibrate", "evidence", "warm_up", "compile", "evaluate", "attribute", "speed")
 """Stages in which a model runs."""
 
 

@@ -142,7 +142,9 @@ def calibration_map(found: CalibrationReport) -> HeatMap:
 
 def log_evaluation(run: Run, report: RunReport, fingerprint: float | None) -> None:
     """What the evaluate stage found out, and the whole report as JSON."""
-    before = flat_metrics(replace(report, quality={}, floors={}, measurements=None, attribution={}, stages=()))
+    before = flat_metrics(
+        replace(report, quality={}, floors={}, measurements=None, attribution={}, speed={}, stages=())
+    )
     metrics = {k: v for k, v in flat_metrics(report).items() if k not in before}
     if fingerprint is not None:
         metrics["quality/reference_grid_fingerprint"] = fingerprint

@@ -63,6 +63,7 @@ def flat_metrics(report: RunReport) -> dict[str, float]:
     for stage in report.stages:
         out |= {f"perf/{stage.name}_s": stage.seconds}
         out |= {f"memory/{stage.name}/{k}": v for k, v in asdict(stage).items() if k.endswith("_bytes")}
+    out |= {f"perf/{k}": v for k, v in report.speed.items()}
     if total is not None:
         out[NEEDED_BYTES] = needed_bytes(total, report.stages)
     if report.measurements is not None:

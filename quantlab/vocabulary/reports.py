@@ -310,6 +310,8 @@ class RunReport:
     measurements: Measurements | None = None
     attribution: Mapping[str, Attribution] = field(default_factory=dict)
     """Component -> what it costs, where ``evaluation.attribute`` asks for it and there are several."""
+    speed: Mapping[str, float] = field(default_factory=dict)
+    """``perf/...`` names without the prefix, of :mod:`quantlab.stages.speed` and what was compiled."""
     stages: tuple[StageReport, ...] = ()
     disk_bytes: int | None = None
     params: Mapping[str, Any] = field(default_factory=dict)

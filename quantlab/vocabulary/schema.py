@@ -73,6 +73,10 @@ class EvaluationConfig:
     """Of the draws that make the intervals; what is sampled from has ``dataset.seed``."""
     attribute: bool = False
     """Of a job with several quantized components: measure also each alone, paired with all together."""
+    speed: bool = False
+    """Measure also tokens a second, or seconds an image and a step, of one at a time: :mod:`quantlab.stages.speed`."""
+    compile: bool = False
+    """Candidates run as torch.compile makes their denoisers or model, and are measured so; floors run as they are."""
     deterministic: bool = True
     """On a GPU cuDNN takes the same algorithm each time; float32 is float32 (no TF32) either way."""
     # diffusion

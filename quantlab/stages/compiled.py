@@ -1,0 +1,69 @@
+"""A candidate as ``torch.compile`` makes it, for as long as it is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from quantlab.errors import QuantlabError
+from quantlab.models.loaded import LoadedModel
+
+BACKEND = "inductor"
+
+
+class CompileError(QuantlabError):
+    """torch.compile could not compile the model, or compiled nothing of it."""
+
+
+@contextmanager
+def compiled(model: LoadedModel) -> Iterator[None]:
+    """While open, the denoisers (of other models: all components) run as ``torch.compile`` compiles them.
+
+    What it would only tell in a log is an error here: a function that is compiled too often and then runs as it is.
+    Nothing that was compiled is left, so that the next candidate is compiled by itself.
+    Raises CompileError with the compiler's own reason.
+    """
+    import torch
+    import torch._dynamo as dynamo
+    from torch._dynamo.exc import TorchDynamoException
+
+    names = model.parts.get("denoisers") or tuple(model.components)
+    modules: list[Any] = [model.components[name] for name in names]
+    settings: Any = dynamo.config
+    dynamo.reset()
+    with settings.patch(fail_on_recompile_limit_hit=True, skip_nnmodule_hook_guards=False):
+        try:
+            for module in modules:
+                torch.nn.Module.compile(module, backend=BACKEND)
+            yield
+        except TorchDynamoException as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            raise CompileError(
+                f"evaluation.compile=true: torch.compile failed with {type(error).__name__} "
+                f"({' '.join(lines[:2])[:300].rstrip('.:')}); evaluation.compile=false measures the scheme as it is"
+            ) from error
+        finally:
+            for module in modules:
+                module._compiled_call_impl = None
+            dynamo.reset()
+
+
+@contextmanager
+def first_run() -> Iterator[dict[str, float]]:
+    """While open a compiled model is first run; then ``compiled_graphs`` and ``graph_breaks`` are filled in.
+
+    Raises CompileError where nothing was compiled.
+    """
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    found: dict[str, float] = {}
+    yield found
+    found["compiled_graphs"] = float(counters["stats"]["unique_graphs"])
+    found["graph_breaks"] = float(sum(counters["graph_break"].values()))
+    if not found["compiled_graphs"]:
+        raise CompileError(
+            "evaluation.compile=true: torch.compile made no graph of the model; evaluation.compile=false measures the "
+            "scheme as it is"
+        )
