@@ -35,6 +35,8 @@ WINGS = ("vocabulary", "modules", "backends", "models", "datasets", "protocols",
 """What makes a job's numbers: a change of the page, the command line or the tracking runs nothing again."""
 _OF_ARITHMETIC = ("OMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_", "TORCH_", "PYTORCH_", "CUDA_", "CUBLAS_")
 """How the variables begin that choose kernels, threads and devices."""
+_SET_BY_IMPORTS = ("TORCHINDUCTOR_CACHE_DIR", "TORCHAO_FORCE_SKIP_LOADING_SO_FILES")
+"""Those of them that are set when libraries are imported; no number depends on them."""
 _OF_A_PROCESSOR = ("model name", "flags", "Features", "CPU part")
 _COMMIT = 40
 """Letters of a revision that can only be one state of a repository."""
@@ -218,7 +220,8 @@ def where_of(config: ExperimentConfig) -> dict[str, object]:
     if is_far(config.launcher):
         settings = config.launcher.settings
         return {**asked, "engine": config.launcher.engine, "settings": asdict(settings) if settings else None}
-    chosen = {k: v for k, v in os.environ.items() if k.startswith(_OF_ARITHMETIC)}
+    set_by_user = {k: v for k, v in os.environ.items() if k not in _SET_BY_IMPORTS}
+    chosen = {k: v for k, v in set_by_user.items() if k.startswith(_OF_ARITHMETIC)}
     return {
         **asked,
         "processor": _processor(),

@@ -25,6 +25,7 @@ from quantlab.running.apart import Handed, hand_over
 from quantlab.running.claims import Claims, wait_for
 from quantlab.running.engines.table import check_launcher, is_far
 from quantlab.running.far import references, run_far
+from quantlab.running.finished import hardware_of, known_before, rows_before
 from quantlab.running.handing import handed, run_handed, runs_apart
 from quantlab.running.job import floor_rows, open_run, run_job, run_row
 from quantlab.running.known import Known, bench_key
@@ -70,9 +71,20 @@ def run_plan(plan: Plan, quiet: bool = False, trust: bool = False) -> list[RunRe
         )
     elif first.launcher.engine != "serial":
         say(f"launcher={first.launcher.engine}: a single job is run by this process", "launcher")
-    with open_session(first, quiet, computes=not (plan.is_sweep and is_far(first.launcher))) as session:
+    known = _known_before(plan)
+    computes = known is None and not (plan.is_sweep and is_far(first.launcher))
+    with open_session(first, quiet, computes=computes) as session:
+        session.known_before = known
         session.expect(plan.jobs)
         return _run_sweep(session, plan) if plan.is_sweep else _run_single(session, plan.jobs[0])
+
+
+def _known_before(plan: Plan) -> dict[str, Known] | None:
+    """What is known of a sweep's references before anything is loaded; None where that is of no use."""
+    config = plan.jobs[0].config
+    if not plan.is_sweep or config.sweep.force or config.sweep.search.num_trials or is_far(config.launcher):
+        return None
+    return known_before(plan.jobs, Path(config.output_dir).expanduser().absolute() / "cache")
 
 
 @contextlib.contextmanager
@@ -97,6 +109,7 @@ def _computing(session: Session, config: ExperimentConfig) -> Iterator[None]:
         yield
         return
     session.device = prepare_device(config)
+    session.environment = environment(Path(__file__).parents[2])
     with exact_arithmetic(config.evaluation.deterministic):
         yield
 
@@ -221,10 +234,7 @@ def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
         if config.sweep.search.num_trials:
             reports, study = _search(session, plan, parent)
         else:
-            far = is_far(config.launcher)
-            reports = (
-                run_far(session, plan.jobs, parent) if far else _finished(session, _rows(session, plan, parent), config)
-            )
+            reports = _all_rows(session, plan, parent)
         protocol = reports[0].protocol if reports else ""
         if study is None:
             reports += [skipped_row(combination, protocol, why) for combination, why in plan.invalid]
@@ -248,6 +258,20 @@ def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
             with _computing(session, config):
                 export_chosen(session, plan, reports)
     return reports
+
+
+def _all_rows(session: Session, plan: Plan, parent: Any) -> list[RunReport]:
+    """Those of a grid or of candidates: by an engine's nodes, from earlier sweeps, or run here."""
+    config = plan.jobs[0].config
+    if is_far(config.launcher):
+        return run_far(session, plan.jobs, parent)
+    if session.known_before is not None:
+        found = rows_before(session, plan.jobs, session.known_before)
+        if found is not None:
+            session.environment = hardware_of(session, found)
+            return found
+    with _computing(session, config):
+        return _finished(session, _rows(session, plan, parent), config)
 
 
 def _spelled(merged: Sequence[Merged]) -> str:

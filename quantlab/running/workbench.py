@@ -159,6 +159,8 @@ class Session:
     """Its jobs go on when it ends (``launcher.detach``)."""
     keeps_model: bool = True
     """Does it log the weights that quantlab trained, once a store? False in the process of a job: its sweep does."""
+    known_before: dict[str, Known] | None = None
+    """What is known of all references of a sweep; then no device is looked for before one of its jobs is to be run."""
     lost_device: str = ""
     """The job after whose error the GPU answers this process no more; empty as long as it does."""
     where: Mapping[str, object] | None = None

@@ -26,7 +26,7 @@ def compiled(model: LoadedModel) -> Iterator[None]:
     """
     import torch
     import torch._dynamo as dynamo
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
     names = model.parts.get("denoisers") or tuple(model.components)
     modules: list[Any] = [model.components[name] for name in names]
@@ -37,7 +37,7 @@ def compiled(model: LoadedModel) -> Iterator[None]:
             for module in modules:
                 torch.nn.Module.compile(module, backend=BACKEND)
             yield
-        except TorchDynamoException as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             raise CompileError(
                 f"evaluation.compile=true: torch.compile failed with {type(error).__name__} "

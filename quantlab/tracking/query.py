@@ -140,15 +140,17 @@ def adopt(store: Store, run_id: str, parent_run_id: str) -> None:
     """
     if store.is_lost or run_id.startswith("local-") or parent_run_id.startswith("local-"):
         return
+    from mlflow.entities import RunTag
+
     try:
-        tags = store.client.get_run(run_id).data.tags
-        before = tags.get(PARENT_RUN_ID, "")
+        there = store.client.get_run(run_id).data.tags
+        before = there.get(PARENT_RUN_ID, "")
         if before == parent_run_id:
             return
-        former = dict.fromkeys([*tags.get(FORMER_PARENTS, "").split(), before])
+        former = dict.fromkeys([*there.get(FORMER_PARENTS, "").split(), before])
         kept = [parent for parent in former if parent and parent != parent_run_id][-_MAX_FORMER_PARENTS:]
-        store.client.set_tag(run_id, FORMER_PARENTS, " ".join(kept))
-        store.client.set_tag(run_id, PARENT_RUN_ID, parent_run_id)
+        tags = {FORMER_PARENTS: " ".join(kept), PARENT_RUN_ID: parent_run_id}
+        store.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     except store_errors() as error:
         _LOG.warning("%s: run %s stays under its earlier parent (%s)", store.uri, run_id, first_line(error))
 

@@ -1,0 +1,65 @@
+"""A sweep whose jobs have all finished before: its rows, with no model loaded and no torch imported."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantlab import tracking
+from quantlab.errors import TrackingError
+from quantlab.planning.job import Job
+from quantlab.running.known import Known, bench_key, recall
+from quantlab.running.resume import content_key, earlier_report
+from quantlab.running.workbench import Session
+from quantlab.tracking.provenance import Environment
+from quantlab.vocabulary.native import canonical_json
+from quantlab.vocabulary.reports import RunReport
+
+
+def known_before(jobs: Sequence[Job], cache_dir: Path) -> dict[str, Known] | None:
+    """Of each reference that the jobs are compared with, what is known of it; None where one is not known yet."""
+    found: dict[str, Known] = {}
+    for job in jobs:
+        key = _shared(job)
+        known = found.get(key) or recall(job.config, cache_dir)
+        if known is None:
+            return None
+        found[key] = known
+    return found
+
+
+def rows_before(session: Session, jobs: Sequence[Job], known: dict[str, Known]) -> list[RunReport] | None:
+    """The rows of jobs that earlier sweeps finished, floors before the first job of each reference; None where one has
+    not been, or is to be run again."""
+    rows: list[RunReport] = []
+    told: set[str] = set()
+    for job in jobs:
+        there, shared = known[_shared(job)], bench_key(job.config)
+        wanted = [job] if shared in told else [*there.floor_jobs(job.config), job]
+        told.add(shared)
+        for one in wanted:
+            row = earlier_report(session, there.protocol, one, content_key(there, one, session.output_dir / "cache"))
+            if row is None:
+                return None
+            rows.append(row)
+    return rows
+
+
+def hardware_of(session: Session, rows: Sequence[RunReport]) -> Environment:
+    """This process's environment with the hardware on which the first row was measured."""
+    found: Environment = {**session.environment}  # type: ignore[typeddict-item]
+    run_id = next((row.run_id for row in rows if row.run_id), None)
+    if run_id is None:
+        return found
+    with contextlib.suppress(TrackingError, OSError, ValueError), tempfile.TemporaryDirectory() as folder:
+        file = tracking.get_artifact(session.store, run_id, "environment.json", Path(folder))
+        hardware = json.loads(file.read_text(encoding="utf-8")).get("hardware")
+        return {**found, "hardware": hardware} if hardware else found
+    return found
+
+
+def _shared(job: Job) -> str:
+    return canonical_json([bench_key(job.config), sorted(job.config.components)])
