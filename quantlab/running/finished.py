@@ -14,7 +14,7 @@ from quantlab.planning.job import Job
 from quantlab.running.known import Known, bench_key, recall
 from quantlab.running.resume import content_key, earlier_report
 from quantlab.running.workbench import Session
-from quantlab.tracking.provenance import Environment
+from quantlab.tracking.provenance import Environment, environment
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.reports import RunReport
 
@@ -48,17 +48,17 @@ def rows_before(session: Session, jobs: Sequence[Job], known: dict[str, Known]) 
     return rows
 
 
-def hardware_of(session: Session, rows: Sequence[RunReport]) -> Environment:
-    """This process's environment with the hardware on which the first row was measured."""
-    found: Environment = {**session.environment}  # type: ignore[typeddict-item]
-    run_id = next((row.run_id for row in rows if row.run_id), None)
-    if run_id is None:
-        return found
-    with contextlib.suppress(TrackingError, OSError, ValueError), tempfile.TemporaryDirectory() as folder:
+def environment_of(session: Session, rows: Sequence[RunReport]) -> Environment:
+    """This process's environment with the hardware on which the first row was measured; where no store tells it, with
+    that of this machine."""
+    run_id = next((row.run_id for row in rows if row.run_id), "local-")
+    if session.store.is_lost or run_id.startswith("local-"):
+        return environment(Path(__file__).parents[2])
+    with contextlib.suppress(TrackingError, OSError, ValueError, KeyError), tempfile.TemporaryDirectory() as folder:
         file = tracking.get_artifact(session.store, run_id, "environment.json", Path(folder))
-        hardware = json.loads(file.read_text(encoding="utf-8")).get("hardware")
-        return {**found, "hardware": hardware} if hardware else found
-    return found
+        here = environment(Path(__file__).parents[2], has_hardware=False)
+        return {**here, "hardware": json.loads(file.read_text(encoding="utf-8"))["hardware"]}
+    return environment(Path(__file__).parents[2])
 
 
 def _shared(job: Job) -> str:

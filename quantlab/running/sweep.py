@@ -25,7 +25,7 @@ from quantlab.running.apart import Handed, hand_over
 from quantlab.running.claims import Claims, wait_for
 from quantlab.running.engines.table import check_launcher, is_far
 from quantlab.running.far import references, run_far
-from quantlab.running.finished import hardware_of, known_before, rows_before
+from quantlab.running.finished import environment_of, known_before, rows_before
 from quantlab.running.handing import handed, run_handed, runs_apart
 from quantlab.running.job import floor_rows, open_run, run_job, run_row
 from quantlab.running.known import Known, bench_key
@@ -268,7 +268,7 @@ def _all_rows(session: Session, plan: Plan, parent: Any) -> list[RunReport]:
     if session.known_before is not None:
         found = rows_before(session, plan.jobs, session.known_before)
         if found is not None:
-            session.environment = hardware_of(session, found)
+            session.environment = environment_of(session, found)
             return found
     with _computing(session, config):
         return _finished(session, _rows(session, plan, parent), config)
