@@ -33,7 +33,19 @@ def local_hub(models: Mapping[str, Path], cache: Path, monkeypatch: pytest.Monke
                 name = "/".join(path.split("/")[2:4])
                 if name not in models:
                     return self.give(404, b"{}", **{"X-Error-Code": "RepoNotFound"})
-                files = [f.relative_to(models[name]).as_posix() for f in models[name].rglob("*") if f.is_file()]
+                found = [f for f in models[name].rglob("*") if f.is_file()]
+                if "/tree/" in path:
+                    tree = [
+                        {
+                            "type": "file",
+                            "path": f.relative_to(models[name]).as_posix(),
+                            "size": f.stat().st_size,
+                            "oid": _COMMIT,
+                        }
+                        for f in found
+                    ]
+                    return self.give(200, json.dumps(tree).encode())
+                files = [f.relative_to(models[name]).as_posix() for f in found]
                 said = {"id": name, "modelId": name, "sha": _COMMIT, "siblings": [{"rfilename": f} for f in files]}
                 return self.give(200, json.dumps(said).encode())
             owner, model, _, _, file = path.split("/", 4)
