@@ -26,8 +26,9 @@ def big_llama(num_layers=3, width=1024):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["torchao", "bitsandbytes", "modelopt"])
-def test_writing_and_digests_hold_little_beside_the_model(tmp_path, backend):
+@pytest.mark.parametrize(("backend", "share"), [("torchao", 1.05), ("bitsandbytes", 0.1), ("modelopt", 0.1)])
+def test_writing_and_digests_hold_little_beside_the_model(tmp_path, backend, share):
+    """Of what is stored: torchao's own flattening clones every tensor before the first is written."""
     module = big_llama()
     made, report = quantized(module, backend, "int8")
     part = Part(
@@ -47,7 +48,7 @@ def test_writing_and_digests_hold_little_beside_the_model(tmp_path, backend):
     (tmp_path / "out").mkdir()
     before = anonymous()
     with Peak() as writing:
-        write_part(part, tmp_path / "out")
+        write_part(part, tmp_path / "out", "16MB")
     with Peak() as digesting:
         check.digests(made)
     more = {"writing": writing.value - before, "digests": digesting.value - before}
@@ -56,4 +57,4 @@ def test_writing_and_digests_hold_little_beside_the_model(tmp_path, backend):
         + ", ".join(f"{k} {v / MIB:.1f} MiB" for k, v in more.items())
     )
     assert stored > 80 * MIB
-    assert max(more.values()) < 0.3 * stored
+    assert max(more.values()) < share * stored
