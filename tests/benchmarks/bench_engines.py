@@ -1,34 +1,36 @@
-"""What it costs to hand jobs over: ``python tests/benchmarks/bench_engines.py [--jobs 10000] [--seconds 3]``.
+"""What it costs to hand jobs over: ``python tests/benchmarks/bench_engines.py [--jobs 10000] [--samples 200]``.
 
-The scheduler alone, on the simulated engine (CPU seconds, peak memory, what it asks), and the engines of this machine
-on jobs that sleep: seconds a job above those that it sleeps, the pool against one process, and what a SLURM of this machine takes.
+The scheduler alone, on the simulated engine (CPU seconds, peak memory, what it asks); jobs of the digits model on each
+engine of this machine against the serial one (Ray where it is installed); and what a SLURM of this machine takes. What a
+job costs is a slope, from two numbers of jobs, so that what a sweep pays once stands apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import pytest  # noqa: E402
-
 from quantlab.running import scheduler  # noqa: E402
 from quantlab.running.attempts import has_ended  # noqa: E402
-from quantlab.running.engines.pool import Pool  # noqa: E402
 from quantlab.running.engines.protocol import EngineError  # noqa: E402
 from quantlab.running.engines.slurm import Slurm  # noqa: E402
-from quantlab.running.engines.submitted import Submitted  # noqa: E402
 from quantlab.running.scheduler import Scheduler  # noqa: E402
-from quantlab.vocabulary.launching import SlurmSettings, SubmititSettings  # noqa: E402
-from tests.support.engines import Simulated, make_job, stand_in  # noqa: E402
+from quantlab.vocabulary.launching import SlurmSettings  # noqa: E402
+from tests.support.engines import Simulated, make_job  # noqa: E402
+from tests.support.shell import digits_words  # noqa: E402
+from tests.support.stores import ROOT  # noqa: E402
 
 
 def simulated(folder: Path, num: int) -> None:
@@ -53,20 +55,46 @@ def simulated(folder: Path, num: int) -> None:
     )
 
 
-def overhead(name: str, engine: object, folder: Path, num: int, seconds: float, at_once: int) -> float:
-    """Wall seconds of ``num`` jobs that sleep."""
-    folders = [make_job(folder, f"{name}{i}", seconds=seconds) for i in range(num)]
-    began = time.perf_counter()
-    one = Scheduler(engine, 3, lambda done: None)  # type: ignore[arg-type]
-    one.add(folders)
-    one.run()
-    wall = time.perf_counter() - began
-    engine.close()  # type: ignore[attr-defined]
-    assert all(has_ended(done) == "FINISHED" for done in folders)
-    print(
-        f"{name}: {num} jobs of {seconds:g} s, {at_once} at once: {wall:.1f} s, {wall * at_once / num - seconds:.2f} s a job"
-    )
-    return wall
+ENGINES = {
+    "serial": ("sweep.isolation=none",),
+    "serial, isolated": ("sweep.isolation=process",),
+    "pool of two": ("launcher=pool", "launcher.num_workers=2", "sweep.isolation=process"),
+    "pool of two, sharing": ("launcher=pool", "launcher.num_workers=2", "sweep.isolation=none"),
+    "submitit_local": ("launcher=submitit_local", "launcher.num_workers=2"),
+    "ray": ("launcher=ray",),
+}
+GROUP_SIZES = (32, 64, 128)
+FEW, MANY = 2, 2 * len(GROUP_SIZES)
+
+
+def sweep(folder: Path, num: int, samples: int, *words: str) -> tuple[float, float]:
+    """Wall and CPU seconds of a sweep of ``num`` jobs of the digits model."""
+    sizes = f"group_size={','.join(map(str, GROUP_SIZES[: num // 2]))}"
+    asked = digits_words("backend=torchao", "dtype=int8,int4", sizes, f"evaluation.num_samples={samples}", *words)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "quantlab", "-m", *asked, "sweep.force=true", "sweep.floors=false", "-q", "--json"]
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL)
+    wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def engines(folder: Path, samples: int, names: Sequence[str]) -> None:
+    """What a job costs on each engine, and a sweep once; against the serial engine."""
+    sweep(folder, FEW, samples, *ENGINES["serial"])  # trains the model
+    walls: dict[str, float] = {}
+    serial = 0.0
+    for name in names:
+        (wall1, cpu1), (wall2, cpu2) = (sweep(folder, num, samples, *ENGINES[name]) for num in (FEW, MANY))
+        wall, cpu = (wall2 - wall1) / (MANY - FEW), (cpu2 - cpu1) / (MANY - FEW)
+        serial, walls[name] = serial or cpu, wall
+        print(
+            f"{name}: {wall:.2f} s a job, {cpu:.2f} CPU-s, {cpu - serial:+.2f} CPU-s against serial; "
+            f"a sweep's start {wall1 - FEW * wall:.1f} s, {cpu1 - FEW * cpu:.1f} CPU-s",
+            flush=True,
+        )
+    if {"serial, isolated", "pool of two"} <= set(walls):
+        print(f"a pool of two: {walls['serial, isolated'] / walls['pool of two']:.2f} times one process a job")
 
 
 def on_slurm(folder: Path, num: int) -> None:
@@ -94,8 +122,8 @@ def main() -> None:
     """Print all of it."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--jobs", type=int, default=10_000)
-    parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--local", type=int, default=6, help="jobs for each engine of this machine")
+    parser.add_argument("--samples", type=int, default=200, help="of each job's evaluation, which is how long it takes")
+    parser.add_argument("--only", nargs="*", choices=ENGINES, help="these engines beside the serial one")
     parser.add_argument("--slurm", type=int, default=500, help="jobs for a SLURM of this machine, if there is one")
     words = parser.parse_args()
     scheduler.say = lambda *_: None  # type: ignore[assignment]
@@ -103,14 +131,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         simulated(Path(place), words.jobs)
     scheduler._PAUSE_S, scheduler._LONGEST_PAUSE_S = 0.05, 2.0
-    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
-        folder = Path(place)
-        stand_in(folder / "site", patch)
-        alone = overhead("one process a job", Pool(1), folder, words.local, words.seconds, 1)
-        two = overhead("pool of two", Pool(2), folder, words.local, words.seconds, 2)
-        print(f"a pool of two: {alone / two:.2f} times one")
-        local = Submitted(SubmititSettings(), folder / "submitit", 2)
-        overhead("submitit_local", local, folder, words.local, words.seconds, 2)
+    here = [name for name in ENGINES if name != "ray" or importlib.util.find_spec("ray") is not None]
+    with tempfile.TemporaryDirectory() as place:
+        engines(Path(place), words.samples, [n for n in here if words.only is None or n in ("serial", *words.only)])
     with tempfile.TemporaryDirectory() as place:
         on_slurm(Path(place), words.slurm)
     print(f"on {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
