@@ -24,6 +24,7 @@ def last_rows_json(shell):
     return json.loads(max(files, key=lambda file: file.stat().st_mtime_ns).read_text())
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_wholly_resumed_loads_nothing(shell, monkeypatch):
     first = shell.rows(*WORDS, "dtype=int8,int4")
     measured = last_rows_json(shell)
@@ -61,6 +62,7 @@ def test_what_is_run_anyway_is_not_looked_up(monkeypatch, words):
     assert sweep._known_before(plan([*WORDS[1:], "dtype=int8,int4", *words], multirun=True)) is None
 
 
+@pytest.mark.slow
 def test_a_variable_that_an_import_sets_is_no_other_machine(shell, monkeypatch):
     monkeypatch.chdir(shell.folder)
     shell.rows(*WORDS, "dtype=int8", "sweep.floors=false")
