@@ -122,7 +122,7 @@ def load(
 
 def _report_of(run: StoredRun, report: dict[str, Any]) -> RunReport:
     if report:
-        return finished_row(report, run.run_id, is_resumed=True)
+        return finished_row(report, run.run_id)
     status = "FAILED" if run.status == "FINISHED" else run.status
     return RunReport(
         name=run.name,
@@ -131,7 +131,6 @@ def _report_of(run: StoredRun, report: dict[str, Any]) -> RunReport:
         failed_stage=run.tags.get(STAGE, ""),
         run_id=run.run_id,
         stored_metrics=run.metrics,
-        is_resumed=True,
     )
 
 

@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -22,6 +23,9 @@ from quantlab.planning.trust import is_trusted, question, remember, require_trus
 from quantlab.progress import file_name, printable
 from quantlab.report.terminal import Column, Sheet, show, tell
 from quantlab.vocabulary.reports import RunReport
+
+if TYPE_CHECKING:
+    from quantlab.running.foreseen import Foreseen
 
 CPU_SECONDS = "; seconds on a CPU say nothing about a GPU"
 
@@ -109,12 +113,16 @@ def show_jobs(request: Plan) -> int:
     sweep = request.jobs[0].config.sweep
     trials = sweep.search.num_trials
     print(f"{len(request.jobs)} jobs{f', of which a search runs {min(trials, len(request.jobs))}' if trials else ''}:")
+    known = _foreseen(request)
     for job in request.jobs:
-        print(printable(f"  {job.name}\n      {alone(job, request)}", lines=True))
+        mark = " (resumed)" if job.name in known.resumed else ""
+        print(printable(f"  {job.name}{mark}\n      {alone(job, request)}", lines=True))
     for one in request.merged:
         print(printable(f"  one scheme: {' = '.join(one.spellings)} ({one.name})"))
     for combination, reason in request.invalid:
         print(printable(f"  impossible: {combination}\n      {reason}", lines=True))
+    for line in known.lines(len(request.jobs)):
+        print(printable(line))
     if not request.invalid or trials or sweep.on_invalid == "skip":
         return 0
     num, every = len(request.invalid), len(request.invalid) + len(request.jobs)
@@ -123,6 +131,13 @@ def show_jobs(request: Plan) -> int:
         file=sys.stderr,
     )
     return ConfigError.exit_code
+
+
+def _foreseen(request: Plan) -> Foreseen:
+    """What the store knows beforehand; a store that a stranger's recipe names is not asked."""
+    from quantlab.running.foreseen import Foreseen, foreseen
+
+    return foreseen(request) if is_trusted(request) else Foreseen()
 
 
 def alone(job: Job, request: Plan) -> str:

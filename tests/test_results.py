@@ -70,6 +70,7 @@ def test_the_same_of_a_store_that_is_read_later(here):
         old, new = (r.rows["quality/latent_rel_mse"].sort_index() for r in (here, later))
         assert old.equals(new)
     [one] = quantlab.load(here[-1].run_id)
+    assert "(resumed)" not in repr(quantlab.load()), "it is what a request does, and nothing of a row that is read"
     assert one.name == "quanto int4"
     assert one.quality["latent_rel_mse"] == here[-1].quality["latent_rel_mse"]
 

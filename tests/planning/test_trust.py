@@ -199,7 +199,7 @@ def test_the_users_list_may_be_damaged_or_unwritable(tmp_path):
 def test_from_python_trust_is_an_argument(tmp_path, monkeypatch):
     began = []
     monkeypatch.setattr(
-        sweep, "open_session", lambda *args: began.append(1) or (_ for _ in ()).throw(ConfigError("begun"))
+        sweep, "open_session", lambda *args, **more: began.append(1) or (_ for _ in ()).throw(ConfigError("begun"))
     )
     file = written(tmp_path, "output_dir: there").removeprefix("recipe=")
     with pytest.raises(ConfigError, match="trust=True"):
