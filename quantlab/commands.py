@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from rich.console import Console
 from quantlab.errors import ConfigError, TrackingError, nearest
 from quantlab.planning.job import Job, Plan
 from quantlab.planning.listing import BRIEF, DEVICES, LISTS, Row, combinations
-from quantlab.planning.places import recipes
+from quantlab.planning.places import groups, recipes
 from quantlab.planning.plan import plan
 from quantlab.planning.ready import check_ready
 from quantlab.planning.trust import is_trusted, question, remember, require_trust
@@ -147,7 +148,13 @@ def alone(job: Job, request: Plan) -> str:
     words += ["sweep.candidates=[]"] if recipe and sweep.candidates else []
     words += ["sweep.grid={}"] if recipe and sweep.grid else []
     own = [w for w in job.overrides if w.lstrip("+").partition("=")[0] not in _OF_THE_SWEEP]
-    return shlex.join(["quantlab", *words, *own])
+    return shlex.join(["quantlab", *words, *map(_as_typed, own)])
+
+
+def _as_typed(word: str) -> str:
+    """A choice of a group without the quotes that Hydra's grammar wants around numbers: they are put there again."""
+    key, _, value = word.partition("=")
+    return f"{key}={value[1:-1]}" if key in groups() and re.fullmatch(r"'\w+'", value) else word
 
 
 _OF_THE_SWEEP = ("sweep.dry_run", "sweep.candidates", "sweep.grid")

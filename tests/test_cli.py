@@ -171,6 +171,11 @@ def test_each_line_of_a_dry_run_gives_exactly_that_job(quick, words):
             assert repr(getattr(single.config, part)) == repr(getattr(job.config, part))
 
 
+def test_the_lines_of_a_dry_run_are_as_one_would_type_them(quick):
+    text = ok(quick, "-m", "backend=torchao", "dtype=int4", "group_size=32,64", "sweep.dry_run=true")
+    assert "      quantlab backend=torchao dtype=int4 group_size=32\n" in text
+
+
 def test_run_may_be_said(quick):
     assert ok(quick, "run", "backend=quanto", "sweep.dry_run=true") == ok(quick, "backend=quanto", "sweep.dry_run=true")
 
