@@ -181,7 +181,10 @@ def dispatch(words: list[str]) -> int:
         return show_reproduction(words[1:])
     if words[:1] == ["status"] and not {"-h", "--help"} & set(words):
         return show_status(words[1:])
-    if words[:1] == ["help"] and words[1:]:
+    if words == ["help"]:
+        print(help_text())
+        return 0
+    if words[:1] == ["help"]:
         for word in words[1:]:
             print(f"{printable(word)}: {meaning(word)}")
         return 0

@@ -176,6 +176,17 @@ def test_the_lines_of_a_dry_run_are_as_one_would_type_them(quick):
     assert "      quantlab backend=torchao dtype=int4 group_size=32\n" in text
 
 
+@pytest.mark.parametrize(("typed", "meant"), [("plna", "plan"), ("inti", "init"), ("reproduec", "reproduce")])
+def test_a_command_that_was_mistyped(quick, typed, meant):
+    code, _, err = quick(typed)
+    assert code == 2
+    assert f"did you mean {meant}?" in err
+
+
+def test_help_alone_is_the_help(quick):
+    assert ok(quick, "help") == ok(quick, "--help")
+
+
 def test_run_may_be_said(quick):
     assert ok(quick, "run", "backend=quanto", "sweep.dry_run=true") == ok(quick, "backend=quanto", "sweep.dry_run=true")
 

@@ -21,6 +21,8 @@ from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.schema import ExperimentConfig
 
 _MAX_KEY = 200
+COMMANDS = ("run", "init", "plan", "list", "help", "compare", "reproduce", "export", "push", "status", "reference")
+"""First words of a command line that are no key."""
 _PASTED = re.compile(r"\+*(quantization\.|components\.\w+\.)?quantization_config")
 """Keys whose value is pasted."""
 MAX_COMBINATIONS = 10_000
@@ -76,7 +78,7 @@ def _parsed(parser: OverridesParser, word: str) -> Any:
         word = f"{key}='{value}'"
     shown = word if len(word) <= _MAX_KEY else f"{word[:_MAX_KEY]}..."
     if not has_value or not key:
-        verbs = nearest(word, ["run", "list", "compare", "reproduce"])
+        verbs = nearest(word, COMMANDS)
         raise ConfigError(f"{shown or repr('')}: an override is key=value{verbs}; quantlab --help shows examples")
     if len(key) > _MAX_KEY:
         raise ConfigError(f"{shown}: no such key; quantlab --help lists the groups")
