@@ -222,7 +222,8 @@ class _Samples:
 
 
 def _check_metric(metric: str, protocol: str, runs: Sequence[StoredRun], samples: _Samples) -> None:
-    known = [m.name for m in METRICS.values() if protocol in m.protocols and f"quality/{m.name}" in runs[0].metrics]
+    of_protocol = [m.name for m in METRICS.values() if protocol in m.protocols and not m.is_curve]
+    known = [name for name in of_protocol if f"quality/{name}" in runs[0].metrics]
     if metric not in known:
         raise ConfigError(
             f"metric={metric}: these runs have no such metric{nearest(metric, known)}; they have {', '.join(known)}"

@@ -8,7 +8,7 @@ from quantlab.progress import printable
 from quantlab.report.compare import Comparison
 from quantlab.report.comparison_data import failure_data, in_order, unquantized
 from quantlab.report.comparison_table import answer_lines, method, p_text, verdict_text
-from quantlab.report.selection import Selection
+from quantlab.report.selection import Selection, is_candidate
 from quantlab.report.table import cells, columns, headline, in_markdown, legend
 from quantlab.tracking.results import Measured
 
@@ -16,9 +16,9 @@ MAX_ROWS = 60
 """A longer table is no help to who reads it in a description; the page and the CSV file have all."""
 
 
-def comparison_markdown(groups: Sequence[Comparison], selection: Selection) -> str:
-    """Tables, answers and method of all groups, then what failed."""
-    parts = [_group(group) for group in groups]
+def comparison_markdown(groups: Sequence[Comparison], selection: Selection, most: int = MAX_ROWS) -> str:
+    """Tables of at most ``most`` rows (the front first), answers and method of all groups, then what failed."""
+    parts = [_group(group, most) for group in groups]
     failed = [failure_data(run) for run in selection.failed]
     lines = [f"- {_text(f['name'])} at {_text(f['stage'])}: {_text(f['error'])}" for f in failed]
     if lines:
@@ -26,12 +26,11 @@ def comparison_markdown(groups: Sequence[Comparison], selection: Selection) -> s
     return "\n\n".join(parts)
 
 
-def _group(group: Comparison) -> str:
+def _group(group: Comparison, most: int) -> str:
     runs = in_order(group)
-    off = max(0, len(runs) - MAX_ROWS)
-    measured: list[Measured] = [
-        {"name": r.name, "status": r.status, "metrics": r.metrics} for r in (runs[:MAX_ROWS] if off else runs)
-    ]
+    first = sorted(runs, key=lambda r: r.name not in group.front and is_candidate(r))[:most]
+    kept, off = [r for r in runs if r in first], max(0, len(runs) - most)
+    measured: list[Measured] = [{"name": r.name, "status": r.status, "metrics": r.metrics} for r in kept]
     shown = list(dict.fromkeys([group.metric, *headline(group.protocol, measured)]))
     head = [*columns(shown)[:-2], "front", f"verdict on {group.metric}"]  # without coverage and seconds
     table, marks = [], []

@@ -175,11 +175,12 @@ def calibration_figures(reader: Reader, runs: Sequence[StoredRun]) -> list[Calib
     return figures
 
 
-def step_figures(runs: Sequence[StoredRun]) -> list[StepMap]:
+def step_figures(reader: Reader, runs: Sequence[StoredRun]) -> list[StepMap]:
     """The metrics that are curves over the steps, each as a map of scheme and step."""
     figures: list[StepMap] = []
+    found = {r.name: read_json(reader, r, "steps.json") for r in runs}
     for metric in (m for m in METRICS.values() if m.is_curve):
-        curves = {r.name: _curve(r, f"quality/{metric.name}/") for r in runs}
+        curves = {r.name: found[r.name].get(metric.name) or _curve(r, f"quality/{metric.name}/") for r in runs}
         curves = {scheme: curve for scheme, curve in curves.items() if curve}
         if not curves:
             continue
@@ -201,6 +202,7 @@ def step_figures(runs: Sequence[StoredRun]) -> list[StepMap]:
 
 
 def _curve(run: StoredRun, prefix: str) -> list[float]:
+    """The points of a run whose curves were metrics of their own."""
     points = {
         int(k.removeprefix(prefix)): v
         for k, v in run.metrics.items()

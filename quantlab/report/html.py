@@ -135,14 +135,14 @@ def _page_group(group: Comparison, reader: Reader) -> PageGroup:
         "facts": _facts(group),
         "images": image_figure(reader, detailed),
         "layers": layer_figure(reader, detailed),
-        "steps": step_figures(detailed),
+        "steps": step_figures(reader, detailed),
         "calibrated": calibration_figures(reader, detailed),
         "recipes": _recipes(reader, group.runs[:MAX_RECIPES]),
     }
 
 
 def _page_row(row: RowData, run: StoredRun, uri: str) -> PageRow:
-    names = [m for m in METRICS if f"quality/{m}" in run.metrics]
+    names = [m.name for m in METRICS.values() if f"quality/{m.name}" in run.metrics and not m.is_curve]
     metrics = {**row["metrics"], **{name: metric_numbers(run.metrics, name) for name in names}}
     return {**row, "metrics": metrics, "axes": axis_values(run), "link": run_address(uri, run)}
 

@@ -105,6 +105,13 @@ def open_reader(config: TrackingConfig, base_dir: Path, output_dir: str = "outpu
     return reader
 
 
+def reader_of(store: Store) -> Reader:
+    """A reader of a store that is open; TrackingError for one that was not reached."""
+    if not store.uri.startswith(SQLITE):
+        return ServerReader(store)
+    return DatabaseReader(Path(store.uri.removeprefix(SQLITE)), store.uri)
+
+
 def experiment_id(reader: Reader, name: str, typed: str) -> str:
     """The id of an experiment; TrackingError beginning with ``typed`` where there is none of that name."""
     known = reader.experiments()

@@ -32,6 +32,8 @@ from quantlab.tracking.tags import (
     VERSIONS,
     WEIGHTS_SHA256,
 )
+from quantlab.tracking.used import used_params
+from quantlab.vocabulary.numbers import FLOORS
 from quantlab.vocabulary.schema import TrackingConfig
 
 KEYS = ("sweep", "experiment", "metric", "margin", "tracking.uri", "tracking.experiment", "output_dir")
@@ -43,6 +45,8 @@ _IRRELEVANT = (
     "evaluation.floor_batch_size",
     "evaluation.attribute",
 )
+_FLOORS = tuple(f"quality/{name}/" for name in FLOORS)
+_NAMES = tuple(f"{name}/" for name in FLOORS)
 _IS_BACKEND = re.compile(r"components\.\w+\.backend")
 _SHARED = ("model.", "dataset.", "evaluation.", "device", "num_threads")
 
@@ -183,7 +187,7 @@ def select(request: ComparisonRequest, reader: Reader) -> Selection:
     finished = [r for r in jobs if r.status == "FINISHED" and REFERENCE_KEY in r.tags]
     done = {_asked(r) for r in finished}
     failed = tuple(_newest_each([r for r in jobs if r.status != "FINISHED" and _asked(r) not in done]))
-    groups = _groups(finished)
+    groups = tuple(with_floors(group, reader) for group in _groups(finished))
     if request.run_ids and len(groups) > 1:
         raise TrackingError(_not_comparable(request, groups))
     return Selection(
@@ -211,8 +215,9 @@ def scheme_nodes(params: Mapping[str, str]) -> dict[str, str]:
 
 def differences(a: StoredRun, b: StoredRun) -> list[str]:
     """What makes two runs incomparable, as ``key: value / value``; by the digests where no setting differs."""
-    keys = sorted(k for k in {**a.params, **b.params} if k.startswith(_SHARED) and k not in _IRRELEVANT)
-    found = [f"{k}: {a.params.get(k)} / {b.params.get(k)}" for k in keys if a.params.get(k) != b.params.get(k)]
+    was, now = used_params(a.params), used_params(b.params)
+    keys = sorted(k for k in {**was, **now} if k.startswith(_SHARED) and k not in _IRRELEVANT)
+    found = [f"{k}: {was.get(k)} / {now.get(k)}" for k in keys if was.get(k) != now.get(k)]
     if found:
         return found
     found = [
@@ -231,9 +236,10 @@ def differences(a: StoredRun, b: StoredRun) -> list[str]:
 def group_labels(groups: Sequence[Sequence[StoredRun]]) -> list[str]:
     """What sets each group apart from the others, as ``key=value``; nothing for a single group."""
     first = [g[0] for g in groups]
-    keys = sorted({k for run in first for k in run.params if k.startswith(_SHARED) and k not in _IRRELEVANT})
-    varied = [k for k in keys if len({run.params.get(k) for run in first}) > 1]
-    labels = [", ".join(f"{k}={run.params.get(k)}" for k in varied) for run in first]
+    used = [used_params(run.params) for run in first]
+    keys = sorted({k for params in used for k in params if k.startswith(_SHARED) and k not in _IRRELEVANT})
+    varied = [k for k in keys if len({params.get(k) for params in used}) > 1]
+    labels = [", ".join(f"{k}={params.get(k, 'null')}" for k in varied) for params in used]
     if len(groups) > 1 and len(set(labels)) < len(groups):  # the settings are the same: versions or machines are not
         own = [first[0] if i else first[1] for i in range(len(first))]
         labels = ["; ".join(differences(run, other)[:3]) for run, other in zip(first, own, strict=True)]
@@ -314,9 +320,29 @@ def _groups(runs: Sequence[StoredRun]) -> tuple[tuple[StoredRun, ...], ...]:
     return tuple(tuple(_own_names(_newest_each(g))) for g in sorted(groups.values(), key=len, reverse=True))
 
 
+def with_floors(group: Sequence[StoredRun], reader: Reader) -> tuple[StoredRun, ...]:
+    """The runs with the floors' numbers among their own, where a sweep keeps them in runs of their own.
+
+    Where those are not among the runs, a report has them: all of a group have the same reference, and so its floors.
+    """
+    if all(any(k.startswith(_FLOORS) for k in run.metrics) for run in group):
+        return tuple(group)
+    found: dict[str, float] = {}
+    for run in group:
+        if (name := run.name.split(" #")[0]) in FLOORS:
+            own = {k.removeprefix("quality/"): v for k, v in run.metrics.items() if k.startswith("quality/")}
+            found |= {f"quality/{name}/{k}": v for k, v in own.items() if f"{k.partition('/')[0]}/" not in _NAMES}
+    if not found:
+        reports = (read_json(reader, run, "report.json") for run in group if is_candidate(run))
+        floors = ({k: v for k, v in r.get("metrics", {}).items() if k.startswith(_FLOORS)} for r in reports)
+        found = next((f for f in floors if f), {})
+    return tuple(replace(run, metrics={**found, **run.metrics}) for run in group)
+
+
 def _asked(run: StoredRun) -> tuple[str, str]:
     """What a run was asked for: another run of the same is a repetition of it."""
-    asked = {k: v for k, v in run.params.items() if k.startswith(("quantization.", "components.", *_SHARED))}
+    nodes = ("quantization.", "components.", *_SHARED)
+    asked = {k: v for k, v in used_params(run.params).items() if k.startswith(nodes)}
     return run.name, json.dumps(asked, sort_keys=True)
 
 

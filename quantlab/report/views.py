@@ -65,7 +65,9 @@ def metrics_of(group: Comparison) -> list[str]:
     found = [
         m.name
         for m in METRICS.values()
-        if m.higher_is_better is not None and all(f"quality/{m.name}" in r.metrics for r in group.candidates)
+        if m.higher_is_better is not None
+        and not m.is_curve
+        and all(f"quality/{m.name}" in r.metrics for r in group.candidates)
     ]
     return list(dict.fromkeys([group.metric, *found]))
 

@@ -35,6 +35,7 @@ from quantlab.stages.speed import speed
 from quantlab.stages.weigh import saved_bytes, weigh
 from quantlab.tracking import Run
 from quantlab.tracking.pictures import SAMPLE_GRID
+from quantlab.tracking.provenance import who_and_what
 from quantlab.tracking.results import log_calibration, log_evaluation, log_quantization, report_data
 from quantlab.tracking.tags import (
     DEVICE,
@@ -42,10 +43,13 @@ from quantlab.tracking.tags import (
     GIT_DIRTY,
     JOB_KEY,
     KIND,
+    NOTE,
     RECIPE,
     UNPROBED,
     VERSIONS,
 )
+from quantlab.tracking.used import used_params
+from quantlab.tracking.values import flatten
 from quantlab.vocabulary.ledger import warning as ledger_warning
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.numbers import FLOORS, NEEDED_BYTES, flat_metrics
@@ -158,6 +162,7 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         if bench.brought is not None:
             run.log_params({REFERENCE_MADE_ON: bench.brought.made_on})
         log_quantization(run, report, shared_tags(bench))
+        log_inputs(run, bench, job, report.calibration)
         log_calibration(run, report)
         with tempfile.TemporaryDirectory(prefix="quantlab-calibration-") as folder:
             for file in write_calibration(made, schemes, Path(folder)):
@@ -333,6 +338,26 @@ def by_key(job: Job) -> dict[str, Scheme]:
 # -- tracking
 
 
+def described(job: Job, name: str) -> str:
+    """The first line of a run's description: which scheme of what, on which data."""
+    config = job.config
+    recipe = f", from the recipe {config.recipe}" if config.recipe else ""
+    model = config.model.path or config.model.family
+    return f"{name} of {model} on {config.dataset.path or config.dataset.name}{recipe}."
+
+
+def log_inputs(run: Run, bench: Workbench, job: Job, calibration: CalibrationReport | None) -> None:
+    """The data that a job looked at, as MLflow lists it."""
+    inputs, config = bench.inputs, job.config
+    looked_at = [("evaluation", config.dataset.name, config.dataset.path, inputs.sha256, inputs.num_samples)]
+    if calibration is not None:
+        given = config.calibration
+        looked_at.append(("calibration", given.source, given.path, calibration.sha256, calibration.num_samples))
+    for context, name, path, digest, num in looked_at:
+        source = {"uri": str(Path(path).expanduser().absolute())} if path else {"dataset": name}
+        run.log_input(Path(path).name if path else name, digest, context, source, {"num_samples": num})
+
+
 @contextlib.contextmanager
 def open_run(
     session: Session, name: str, job: Job, kind: str = "job", key: str = "", folder: Path | None = None
@@ -349,8 +374,10 @@ def open_run(
         VERSIONS: session.environment["versions"],
         **({UNPROBED: other} if other else {}),
         **({GIT_COMMIT: git["sha"], GIT_DIRTY: git["dirty"]} if git else {}),
+        **who_and_what(job.config.recipe),
+        NOTE: f"A sweep of {name}." if kind == "sweep" else described(job, name),
     }
-    params = {} if kind == "sweep" else job.resolved
+    params = {} if kind == "sweep" else used_params(flatten(job.resolved), job.needs_data)
     run = session.store.start_run(name, folder, params, tags, session.parent_run_id)
     with run:
         if kind != "sweep":

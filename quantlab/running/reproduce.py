@@ -15,6 +15,7 @@ from typing import Any
 
 from quantlab import tracking
 from quantlab.errors import ConfigError, ModelError, TrackingError, nearest
+from quantlab.metrics import METRICS
 from quantlab.models.table import Trained, family_of
 from quantlab.modules.layers import state_digest
 from quantlab.planning.job import Job
@@ -113,6 +114,7 @@ def reproduce(request: ReproductionRequest) -> Reproduction:
             (scratch / "cache").mkdir()
             (scratch / "cache" / "models").symlink_to(models, target_is_directory=True)
             fresh = replace(session, output_dir=scratch)
+            run = replace(run, metrics=all_numbers(run.metrics, read_json(reader, run, "report.json")))
             return _run_again(
                 fresh, job, run, (read_json(reader, run, "samples.json"), environment), run_folder(session, job.name)
             )
@@ -130,10 +132,11 @@ def _run_again(session: Session, job: Job, run: StoredRun, known: tuple[Json, Js
         again.set_tags({JOB_KEY: content_key(bench.known, job, bench.cache_dir)})
         run_job(session, bench, job, again)
         summary = again.record.summary
+        report = json_object((folder / "report.json").read_bytes())
         now: RunNumbers = {
             "run_id": again.run_id,
             "name": job.name,
-            "metrics": summary["metrics"],
+            "metrics": all_numbers(summary["metrics"], report),
             "tags": summary["tags"],
         }
         ours = json_object((folder / "samples.json").read_bytes()) if (folder / "samples.json").is_file() else {}
@@ -142,6 +145,12 @@ def _run_again(session: Session, job: Job, run: StoredRun, known: tuple[Json, Js
         again.log_json(found.data(), "reproduction.json")
         again.set_tags({REPRODUCTION: found.verdict})
     return found
+
+
+def all_numbers(tracked: Mapping[str, float], report: Json) -> dict[str, float]:
+    """A run's tracked numbers, and those that its report alone has: the points of curves, in a sweep the floors'."""
+    curves = {f"quality/{m.name}" for m in METRICS.values() if m.is_curve}
+    return {**{k: v for k, v in tracked.items() if k not in curves}, **report.get("metrics", {})}
 
 
 # -- what the store has

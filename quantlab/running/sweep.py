@@ -29,6 +29,7 @@ from quantlab.running.finished import environment_of, known_before, rows_before
 from quantlab.running.handing import handed, run_handed, runs_apart
 from quantlab.running.job import floor_rows, open_run, run_job, run_row
 from quantlab.running.known import Known, bench_key
+from quantlab.running.overview import log_overview
 from quantlab.running.resume import content_key, earlier_report
 from quantlab.running.rows import skipped_row
 from quantlab.running.scheduler import Counts
@@ -253,6 +254,7 @@ def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
         failed = [r.name for r in reports if r.status == "FAILED"]
         if failed:
             parent.set_tags({FAILED_JOBS: ", ".join(failed)})
+        log_overview(session.store, parent, plan, reports)
         if plan.export.path is not None:
             parent.stage = "export"
             with _computing(session, config):

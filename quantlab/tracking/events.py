@@ -35,6 +35,26 @@ class Numbers(_Event):
     values: dict[str, float]
 
 
+class Curve(_Event):
+    """One metric over steps, from step 0 on."""
+
+    op: Literal["curve"]
+    name: str
+    values: list[float]
+
+
+class Input(_Event):
+    """Data that the run looked at."""
+
+    op: Literal["input"]
+    name: str
+    digest: str
+    context: str
+    """What it was for: ``evaluation``, ``calibration``."""
+    source: dict[str, object]
+    profile: dict[str, object]
+
+
 class Artifact(_Event):
     """A file of the run's folder, under the name that it has in the store."""
 
@@ -54,7 +74,7 @@ class Finish(_Event):
     stage: str
 
 
-Event = Start | Texts | Numbers | Artifact | Finish
+Event = Start | Texts | Numbers | Curve | Input | Artifact | Finish
 
 
 class RunSummary(TypedDict, total=False):
@@ -72,6 +92,9 @@ class RunSummary(TypedDict, total=False):
     tags: dict[str, str]
     params: dict[str, str]
     metrics: dict[str, float]
+    curves: dict[str, list[float]]
+    inputs: dict[str, str]
+    """Context -> name and digest of the data."""
     artifacts: list[str]
 
 
@@ -103,6 +126,10 @@ def add_event(summary: RunSummary, event: Event) -> None:
         )
     elif event["op"] == "metrics":
         summary["metrics"].update(event["values"])
+    elif event["op"] == "curve":
+        summary.setdefault("curves", {})[event["name"]] = event["values"]
+    elif event["op"] == "input":
+        summary.setdefault("inputs", {})[event["context"]] = f"{event['name']} {event['digest']}"
     elif event["op"] == "params" or event["op"] == "tags":
         summary[event["op"]].update(event["values"])
     elif event["op"] == "artifact":

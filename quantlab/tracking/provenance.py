@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import hashlib
 import os
 import platform
@@ -12,6 +14,7 @@ from typing import NotRequired, TypedDict
 
 from quantlab.backends.table import distributions
 from quantlab.modules.precision import precision
+from quantlab.tracking.tags import SOURCE_NAME, SOURCE_TYPE, USER
 
 _PACKAGES = (
     "quantlab-recipes",
@@ -171,3 +174,11 @@ def environment(root: Path | None = None, has_hardware: bool = True) -> Environm
     """
     found: Environment = {"versions": versions(), "git": git_state(root or Path(__file__).parents[1])}
     return {**found, "hardware": hardware()} if has_hardware else found
+
+
+def who_and_what(recipe: str | None) -> dict[str, str]:
+    """MLflow's own tags of a run: its user, where the system knows one, and the command."""
+    named = {}
+    with contextlib.suppress(OSError, KeyError, ImportError):  # a container's user may have no name
+        named[USER] = getpass.getuser()
+    return {**named, SOURCE_NAME: f"quantlab recipe={recipe}" if recipe else "quantlab", SOURCE_TYPE: "LOCAL"}

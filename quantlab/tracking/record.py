@@ -41,6 +41,8 @@ _FORMS: dict[str, dict[str, type]] = {
     "params": {"values": dict},
     "tags": {"values": dict},
     "metrics": {"values": dict},
+    "curve": {"name": str, "values": list},
+    "input": {"name": str, "digest": str, "context": str, "source": dict, "profile": dict},
     "artifact": {"name": str, "file": str, "table": bool},
     "finish": {"status": str, "error": str, "stage": str},
 }

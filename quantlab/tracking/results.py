@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypedDict
 
+from quantlab.metrics import METRICS
 from quantlab.tracking.heat_map import HeatMap, draw_heat_map
 from quantlab.tracking.pictures import (
     SAMPLE_ANIMATION,
@@ -16,6 +17,7 @@ from quantlab.tracking.pictures import (
     SAMPLE_GRID,
     animated_grid,
     contact_sheet,
+    framed_grid,
     save_animation,
     write_samples,
 )
@@ -23,7 +25,7 @@ from quantlab.tracking.provenance import Environment
 from quantlab.tracking.run import Run
 from quantlab.tracking.tags import CALIBRATION_SHA256, NOTE, UNDEFINED, UNQUANTIZED
 from quantlab.vocabulary.ledger import ledger
-from quantlab.vocabulary.numbers import flat_metrics
+from quantlab.vocabulary.numbers import FLOOR_DEVICE, FLOORS, flat_metrics
 from quantlab.vocabulary.reports import (
     CalibratedLayer,
     CalibrationReport,
@@ -31,6 +33,12 @@ from quantlab.vocabulary.reports import (
     Measurements,
     RunReport,
 )
+
+IMAGE_KEY = "reference-quantized-difference"
+"""The key in MLflow's image grid; its steps are the samples."""
+MAX_IN_GRID = 4
+ROWS = tuple(floor for floor in FLOORS if floor != FLOOR_DEVICE)
+"""Floors that are rows of a sweep."""
 
 
 class Measured(TypedDict):
@@ -91,10 +99,11 @@ def report_data(report: RunReport) -> Row:
 
 def log_quantization(run: Run, report: RunReport, tags: Mapping[str, str]) -> None:
     """What the quantize stage found out: it stays even if the evaluation fails."""
-    run.log_metrics(flat_metrics(report))
+    run.log_metrics(_tracked(run, report))
     run.set_tags(tags)
     if report.unquantized:
-        run.set_tags({UNQUANTIZED: json.dumps(list(report.unquantized)), NOTE: "\n\n".join(report.unquantized)})
+        said = [run.record.summary["tags"].get(NOTE, ""), *report.unquantized]
+        run.set_tags({UNQUANTIZED: json.dumps(list(report.unquantized)), NOTE: "\n\n".join(filter(None, said))})
     if report.quantization is None:
         return
     rows = [asdict(r) for r in report.quantization.layers]
@@ -145,7 +154,7 @@ def log_evaluation(run: Run, report: RunReport, fingerprint: float | None) -> No
     before = flat_metrics(
         replace(report, quality={}, floors={}, measurements=None, attribution={}, speed={}, stages=())
     )
-    metrics = {k: v for k, v in flat_metrics(report).items() if k not in before}
+    metrics = {k: v for k, v in _tracked(run, report).items() if k not in before}
     if fingerprint is not None:
         metrics["quality/reference_grid_fingerprint"] = fingerprint
     run.log_metrics(metrics)
@@ -156,6 +165,18 @@ def log_evaluation(run: Run, report: RunReport, fingerprint: float | None) -> No
     if report.attribution:
         _log_attribution(run, report)
     run.log_json(report_data(report), "report.json")
+
+
+def _tracked(run: Run, report: RunReport) -> dict[str, float]:
+    """The report's numbers that are metrics of its run; all of them are in ``report.json``."""
+    is_in_sweep = run.record.summary["parent_run_id"] is not None
+    return {k: v for k, v in flat_metrics(report).items() if not _is_elsewhere(k, is_in_sweep)}
+
+
+def _is_elsewhere(name: str, is_in_sweep: bool) -> bool:
+    """Is a number a point of a curve, or in a sweep a floor's, which has a run of its own?"""
+    metric, _, rest = name.removeprefix("quality/").partition("/")
+    return (metric in METRICS and METRICS[metric].is_curve and rest.isdigit()) or (is_in_sweep and metric in ROWS)
 
 
 def _log_attribution(run: Run, report: RunReport) -> None:
@@ -193,11 +214,16 @@ def _log_measurements(run: Run, measured: Measurements) -> None:
             columns[name] = [int(v) for v in getattr(measured, name)]
     columns |= {name: [float(v) for v in values] for name, values in measured.samples.items()}
     run.log_json(columns, "samples.json")
+    for name, curve in measured.steps.items():
+        run.log_curve(f"quality/{name}", curve)
     if measured.steps:
         run.log_json({name: [float(v) for v in curve] for name, curve in measured.steps.items()}, "steps.json")
     if measured.images is not None:
         is_video = measured.images.ndim == 6
         run.log_image_grid(contact_sheet(measured.images) if is_video else measured.images, SAMPLE_GRID)
+        for k, sample in enumerate(measured.images[:MAX_IN_GRID]):  # of a video the frame in the middle
+            frames = sample[:, sample.shape[1] // 2] if is_video else sample
+            run.log_image(framed_grid(frames, IMAGE_KEY), IMAGE_KEY, k)
         with tempfile.TemporaryDirectory(prefix="quantlab-images-") as folder:
             if is_video:
                 moving = Path(folder) / Path(SAMPLE_ANIMATION).name

@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import traceback
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -18,16 +19,30 @@ from quantlab.errors import TrackingError, in_words
 from quantlab.progress import under_way
 from quantlab.tracking.events import Event
 from quantlab.tracking.pictures import framed_grid
-from quantlab.tracking.record import Record
-from quantlab.tracking.tags import ARTIFACT_DIGESTS, FAILURE, STAGE
-from quantlab.tracking.values import MAX_PARAM_CHARS, checked_key, checked_number, checked_tags, digest_of, flatten
+from quantlab.tracking.record import Record, now_ms
+from quantlab.tracking.tags import ARTIFACT_DIGESTS, FAILURE, LOGGED_IMAGES, STAGE
+from quantlab.tracking.values import (
+    MAX_DIGEST_CHARS,
+    MAX_KEY_CHARS,
+    MAX_PARAM_CHARS,
+    as_text,
+    checked_key,
+    checked_number,
+    checked_tags,
+    digest_of,
+    flatten,
+    shortened,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
+    from PIL.Image import Image as Picture
 
 _LOG = logging.getLogger(__name__)
 
 _ENDS = ("FINISHED", "FAILED", "KILLED")
+SMALL_PIXELS = 256
+"""Sides of the small copy of a picture, as MLflow makes them."""
 _TERMINATED = 143
 """Exit code of a process that SIGTERM ended."""
 
@@ -86,6 +101,30 @@ class Run:
         if values:
             self._write({"op": "metrics", "values": values})
 
+    def log_curve(self, name: str, values: Sequence[SupportsFloat]) -> None:
+        """A metric over steps, from step 0 on; NaN and infinities are a MetricUndefined, and nothing is logged then."""
+        points = [checked_number(f"{name}, step {k}", v) for k, v in enumerate(values)]
+        if points:
+            self._write({"op": "curve", "name": checked_key(name, "metric"), "values": points})
+
+    def log_input(
+        self, name: str, digest: str, context: str, source: Mapping[str, object], profile: Mapping[str, object]
+    ) -> None:
+        """Data that the run looked at, for MLflow's list of data sets; ``context`` says what it was for.
+
+        ``source`` has a ``uri`` where it is a file; ``profile`` is shown beside the name.
+        """
+        self._write(
+            {
+                "op": "input",
+                "name": shortened(as_text(name), MAX_KEY_CHARS, "cut here"),
+                "digest": digest.removeprefix("sha256:")[:MAX_DIGEST_CHARS],
+                "context": context,
+                "source": dict(source),
+                "profile": dict(profile),
+            }
+        )
+
     def set_tags(self, tags: Mapping[str, object]) -> None:
         """Text by name; a later value replaces an earlier one. Text over 5000 characters is cut, visibly."""
         values = checked_tags(tags)
@@ -131,6 +170,18 @@ class Run:
         target = self._place(name)
         picture.save(target)
         self._write_artifact(name, target)
+
+    def log_image(self, picture: Picture, key: str, step: int) -> None:
+        """A picture for MLflow's image grid, under the names that its page looks for: whole, and a small copy."""
+        name = f"images/{key.replace('/', '~')}+step+{step}+timestamp+{now_ms()}+{uuid.uuid4().hex}"
+        small = picture.copy()
+        small.thumbnail((SMALL_PIXELS, SMALL_PIXELS))
+        for shown, ending in ((picture, ".png"), (small, "+compressed.webp")):
+            file = _artifact_name(name + ending)
+            target = self._place(file)
+            shown.save(target)
+            self._write_artifact(file, target)
+        self.set_tags({LOGGED_IMAGES: "True"})
 
     def finish(self, status: str, error: str = "", stage: str = "") -> None:
         """End the run as ``FINISHED``, ``FAILED`` or ``KILLED``; nothing can be written to it afterwards."""

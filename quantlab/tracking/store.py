@@ -23,7 +23,7 @@ from quantlab.tracking.connect import (
     store_errors,
     within,
 )
-from quantlab.tracking.events import Artifact, Event, RunSummary
+from quantlab.tracking.events import Artifact, Event, Input, RunSummary
 from quantlab.tracking.record import Record, Sent
 from quantlab.tracking.run import Run
 from quantlab.tracking.tags import LOGGED_TABLES, PARENT_RUN_ID, RECORD
@@ -258,6 +258,12 @@ def _deliver(client: MlflowClient, run_id: str, event: Event, folder: Path) -> N
         values = [Metric(k, v, event["time_ms"], 0) for k, v in event["values"].items()]
         for batch in _batches(values, 1000):
             client.log_batch(run_id, metrics=batch)
+    elif event["op"] == "curve":
+        points = [Metric(event["name"], v, event["time_ms"], k) for k, v in enumerate(event["values"])]
+        for batch in _batches(points, 1000):
+            client.log_batch(run_id, metrics=batch)
+    elif event["op"] == "input":
+        _deliver_input(client, run_id, event)
     elif event["op"] == "artifact":
         _deliver_artifact(client, run_id, event, folder)
     elif event["op"] == "finish":
@@ -270,6 +276,19 @@ def _deliver_params(client: MlflowClient, run_id: str, values: Mapping[str, str]
     short = {key: shortened(value, MAX_PARAM_CHARS, f"whole in params/{key}.txt") for key, value in values.items()}
     for some in _batches([Param(k, v) for k, v in short.items()], 100):
         client.log_batch(run_id, params=some)
+
+
+def _deliver_input(client: MlflowClient, run_id: str, event: Input) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    told = Dataset(
+        name=event["name"],
+        digest=event["digest"],
+        source_type="local" if "uri" in event["source"] else "code",
+        source=json.dumps(event["source"]),
+        profile=json.dumps(event["profile"]),
+    )
+    client.log_inputs(run_id, datasets=[DatasetInput(told, [InputTag("mlflow.data.context", event["context"])])])
 
 
 def _deliver_artifact(client: MlflowClient, run_id: str, event: Artifact, folder: Path) -> None:

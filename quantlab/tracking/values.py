@@ -20,7 +20,10 @@ MAX_KEY_CHARS = 250
 MAX_PARAM_CHARS = 6000
 MAX_TAG_CHARS = 5000
 """The store takes 8000; what is longer than this is no tag."""
+MAX_DIGEST_CHARS = 36
 _KEY = re.compile(r"[\w\-. :/]+", re.ASCII)
+_ARTIFACT = re.compile(r"[\w\-. :/+]+", re.ASCII)
+"""MLflow's own names of pictures have a plus."""
 
 
 def flatten(mapping: Mapping[str, object]) -> dict[str, str]:
@@ -59,7 +62,7 @@ def checked_key(key: str, what: str) -> str:
     shown = key if len(key) <= 80 else f"{key[:80]}..."
     if len(key) > MAX_KEY_CHARS:
         raise TrackingError(f"{what} {shown!r}: {len(key)} characters; use at most {MAX_KEY_CHARS}")
-    if not _KEY.fullmatch(key):
+    if not (_ARTIFACT if what == "artifact" else _KEY).fullmatch(key):
         raise TrackingError(f"{what} {shown!r}: use letters, digits, spaces and _ - . : / only")
     if posixpath.normpath(key) != key or key == "." or key.startswith(("/", "..")):
         raise TrackingError(f"{what} {shown!r}: reads as a path that is not plain; use names like quality/kld_mean")

@@ -1,0 +1,105 @@
+"""What a sweep's run shows of its jobs: settings that they share, the best rows' numbers, the table and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from quantlab.errors import in_words, is_disk_full
+from quantlab.metrics import METRICS
+from quantlab.planning.job import Plan
+from quantlab.progress import say
+from quantlab.protocols.table import PROTOCOLS
+from quantlab.report.compare import compare
+from quantlab.report.comparison_markdown import comparison_markdown
+from quantlab.report.html import page_data, write_page
+from quantlab.report.reading import reader_of
+from quantlab.report.selection import parse_request, scheme_nodes, select
+from quantlab.report.table import inside_floor
+from quantlab.tracking import Run, Store
+from quantlab.tracking.results import Row, report_data
+from quantlab.tracking.tags import NOTE
+from quantlab.tracking.used import used_params
+from quantlab.tracking.values import flatten
+from quantlab.vocabulary.reports import RunReport
+
+SHARED = ("recipe", "device", "model.", "dataset.", "evaluation.")
+BYTES = ("memory/weights_bytes", "memory/compression", "memory/bits_per_weight_model")
+PAGE = Path("reports", "overview.html")
+MAX_DESCRIPTION = 4800
+"""Characters; a longer description would be cut in the middle of a table."""
+
+
+def log_overview(store: Store, parent: Run, plan: Plan, reports: Sequence[RunReport]) -> None:
+    """Log it all; what fails here costs the overview and never the sweep, whose rows are kept already."""
+    try:
+        parent.log_params(shared_settings(plan))
+        rows = [report_data(r) for r in reports]
+        for question, row in best_rows(rows).items():
+            metrics, params = row_numbers(row)
+            parent.log_metrics({f"{question}/{name}": value for name, value in metrics.items()})
+            parent.log_params({f"{question}.{name}": value for name, value in params.items()})
+        if not store.is_lost and any("quantization/coverage" in r["metrics"] for r in rows):
+            _log_page(store, parent)
+    except Exception as error:  # noqa: BLE001  a picture of results is no reason to lose them
+        if is_disk_full(error):
+            raise
+        say(f"the overview of the sweep: {in_words(error)[:300]}; quantlab compare sweep={parent.run_id} makes it")
+
+
+def shared_settings(plan: Plan) -> dict[str, str]:
+    """What all jobs were asked for alike, by parameter."""
+    each = [used_params(flatten(job.resolved), job.needs_data) for job in plan.jobs]
+    first = each[0] if each else {}
+    return {k: v for k, v in first.items() if k.startswith(SHARED) and all(p.get(k) == v for p in each)}
+
+
+def best_rows(rows: Sequence[Row]) -> dict[str, Row]:
+    """``best``: the scheme closest to the reference; ``smallest_in_floor``: the smallest without measurable loss."""
+    done = [r for r in rows if r["status"] == "FINISHED" and "quantization/coverage" in r["metrics"] and r["protocol"]]
+    asked = [{k: v for k, v in flatten(r["params"]).items() if k.startswith(SHARED)} for r in done]
+    if not done or any(settings != asked[0] for settings in asked):  # rows on other inputs have no best one
+        return {}
+    metric = METRICS[PROTOCOLS[done[0]["protocol"]].HEADLINE[0]]
+    measured = [r for r in done if f"quality/{metric.name}" in r["metrics"]]
+    lossless = [r for r in measured if inside_floor(metric.name, r["metrics"])]
+    up = 1 if metric.higher_is_better else -1
+    found = {}
+    if measured:
+        found["best"] = max(measured, key=lambda r: up * r["metrics"][f"quality/{metric.name}"])
+    if lossless:
+        found["smallest_in_floor"] = min(lossless, key=lambda r: r["metrics"].get("memory/weights_bytes", float("inf")))
+    return found
+
+
+def row_numbers(row: Row) -> tuple[dict[str, float], dict[str, str]]:
+    """A row's headline metrics and bytes, and its scheme's parameters, by short names."""
+    names = [f"quality/{m}" for m in PROTOCOLS[row["protocol"]].HEADLINE]
+    metrics = {k.rpartition("/")[2]: row["metrics"][k] for k in (*names, *BYTES) if k in row["metrics"]}
+    return metrics, {"scheme": row["name"], **_scheme(used_params(flatten(row["params"])))}
+
+
+def _scheme(params: Mapping[str, str]) -> dict[str, str]:
+    nodes = scheme_nodes(params)
+    found = {}
+    for node in nodes:
+        prefix = "" if len(nodes) == 1 else f"{node.rpartition('.')[2]}."
+        found |= {f"{prefix}{k}": params[f"{node}.{k}"] for k in _AXES if f"{node}.{k}" in params}
+    return found
+
+
+_AXES = ("backend", "dtype", "group_size", "activation_dtype", "algorithm")
+
+
+def _log_page(store: Store, parent: Run) -> None:
+    """The page among the sweep's artifacts, and the table as its description."""
+    request = parse_request([f"sweep={parent.run_id}"])
+    reader = reader_of(store)
+    selection = select(request, reader)
+    groups = compare(request, selection, reader)
+    page = parent.record.folder / PAGE
+    write_page(page_data(groups, selection, reader), page)
+    parent.log_artifact(page, PAGE.parent.as_posix())
+    tables = (comparison_markdown(groups, selection, most) for most in (60, 30, 15, 8))
+    table = next((text for text in tables if len(text) <= MAX_DESCRIPTION), "")
+    parent.set_tags({NOTE: f"{table}\n\nThe page with all of it: `{PAGE.as_posix()}` among the artifacts."})

@@ -1,0 +1,48 @@
+"""Which of a job's settings are parameters of its run: those that it used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from quantlab.models.table import FAMILIES
+
+OF_A_REQUEST = ("launcher.", "sweep.", "tracking.", "export.", "output_dir", "name")
+"""How jobs are run and where they are kept is no setting of one; the recipe among a run's artifacts has all of it."""
+UNSET = ("", "null", "{}", "[]")
+OF_PROTOCOLS = {
+    "num_inference_steps": ("diffusion",),
+    "guidance_scale": ("diffusion",),
+    "height": ("diffusion",),
+    "width": ("diffusion",),
+    "num_frames": ("diffusion",),
+    "num_teacher_forced": ("diffusion",),
+    "tiled_decoding": ("diffusion",),
+    "context_length": ("language", "encoder"),
+    "perplexity_protocol": ("language",),
+}
+"""Field of the nodes ``evaluation`` and ``calibration`` -> the protocols that read it; each reads the others."""
+
+
+def used_params(params: Mapping[str, str], needs_data: bool = True) -> dict[str, str]:
+    """Of flat parameters, those that a job used: no unset ones, none of another protocol or of the request.
+
+    ``needs_data``: does its scheme look at calibration data? Run over the parameters of an older run it gives what that
+    run would have today.
+    """
+    family = FAMILIES.get(params.get("model.family", ""))
+    protocol = family.protocol if family else ""
+    return {k: v for k, v in params.items() if v not in UNSET and _is_used(k, v, protocol, needs_data)}
+
+
+def _is_used(key: str, value: str, protocol: str, needs_data: bool) -> bool:
+    if key == "sweep.floors":
+        return value == "false"  # a repetition has to know
+    if key.startswith(OF_A_REQUEST):
+        return False
+    node, _, name = key.partition(".")
+    if node == "memory" or key == "quantization.replace_default_exclusions":
+        return value not in ("auto", "false")
+    if node == "calibration" and not needs_data:
+        return False
+    readers = OF_PROTOCOLS.get(name) if node in ("evaluation", "calibration") else None
+    return readers is None or not protocol or protocol in readers

@@ -1,0 +1,54 @@
+"""What a sweep's own run shows; and that it costs the sweep nothing where it cannot be made."""
+
+from __future__ import annotations
+
+import pytest
+
+from quantlab.running import overview
+from tests.support.shell import digits_words
+
+
+@pytest.fixture
+def client(shell):
+    from quantlab.tracking import open_store
+    from quantlab.vocabulary.schema import TrackingConfig
+
+    return lambda: open_store(TrackingConfig(), shell.folder)
+
+
+def runs_of(store):
+    found = {run.info.run_name: run for run in store.search("")}
+    return found.pop("sweep"), found
+
+
+def test_a_sweeps_run_has_settings_best_rows_table_and_page_and_its_jobs_their_data(shell, client):
+    code, _, err = shell("-m", *digits_words("backend=quanto", "dtype=int8,int4"))
+    assert code == 0, err
+    store = client()
+    parent, jobs = runs_of(store)
+    assert parent.data.params["best.dtype"] == "int8"
+    assert parent.data.params["evaluation.num_inference_steps"] == "2"
+    assert "quantization.dtype" not in parent.data.params
+    own = jobs["quanto int8"].data
+    assert parent.data.metrics["best/latent_rel_mse"] == own.metrics["quality/latent_rel_mse"]
+    note = parent.data.tags["mlflow.note.content"]
+    assert "| quanto int4 |" in note
+    assert "reports/overview.html" in note
+    assert [a.path for a in store.client.list_artifacts(parent.info.run_id, "reports")] == ["reports/overview.html"]
+    assert own.tags["mlflow.note.content"].startswith("quanto int8 of digits_dit on digits_classes")
+    assert not [k for k in own.metrics if "/floor" in k]
+    assert [i.dataset.name for i in jobs["quanto int8"].inputs.dataset_inputs] == ["digits_classes"]
+    assert own.tags["mlflow.loggedImages"] == "True"
+    assert len(own.params) < 40
+
+
+def test_an_overview_that_cannot_be_made_is_told_and_costs_no_row(shell, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no page today")
+
+    monkeypatch.setattr(overview, "compare", broken)
+    code, out, err = shell("-m", *digits_words("backend=quanto", "dtype=int8,int4", "sweep.floors=false"))
+    assert code == 0
+    assert "no page today" in err
+    assert "quantlab compare sweep=" in err
+    assert "quanto int4" in out
