@@ -42,10 +42,11 @@ def _group(group: Comparison, most: int) -> str:
         table.append([*found, "★" if row["name"] in group.front else "", said])
     lines = [f"**{_text(group.label)}**", ""] if group.label else []
     lines += [f"{_text(line)}." for line in unquantized(group.runs)]
+    lines += [*(f"- {_text(line)}" for line in answer_lines(group)), ""]
     lines += ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 3) + "---|---|"]
     lines += ["| " + " | ".join(in_markdown(c) for c in row) + " |" for row in table]
     more = [f"and {off} more rows"] if off else []
-    told = [*more, *answer_lines(group), *group.notes, method(group).replace("*", "★", 1), legend(marks)]
+    told = [*more, *group.notes, method(group).replace("*", "★", 1), legend(marks)]
     return "\n".join([*lines, "", *(f"- {_text(line)}" for line in told if line)])
 
 

@@ -18,7 +18,7 @@ from quantlab.report.selection import parse_request, scheme_nodes, select
 from quantlab.report.table import inside_floor
 from quantlab.tracking import Run, Store
 from quantlab.tracking.results import Row, report_data
-from quantlab.tracking.tags import NOTE
+from quantlab.tracking.tags import INPUTS_SHA256, NOTE
 from quantlab.tracking.used import used_params
 from quantlab.tracking.values import flatten
 from quantlab.vocabulary.reports import RunReport
@@ -34,6 +34,7 @@ def log_overview(store: Store, parent: Run, plan: Plan, reports: Sequence[RunRep
     """Log it all; what fails here costs the overview and never the sweep, whose rows are kept already."""
     try:
         parent.log_params(shared_settings(plan))
+        _log_data(parent, plan)
         rows = [report_data(r) for r in reports]
         for question, row in best_rows(rows).items():
             metrics, params = row_numbers(row)
@@ -45,6 +46,16 @@ def log_overview(store: Store, parent: Run, plan: Plan, reports: Sequence[RunRep
         if is_disk_full(error):
             raise
         say(f"the overview of the sweep: {in_words(error)[:300]}; quantlab compare sweep={parent.run_id} makes it")
+
+
+def _log_data(parent: Run, plan: Plan) -> None:
+    """The data that all jobs were evaluated on, where they are the same."""
+    digest = parent.record.summary["tags"].get(INPUTS_SHA256)
+    asked = {(job.config.dataset.name, job.config.dataset.path, job.config.dataset.seed) for job in plan.jobs}
+    if digest and len(asked) == 1:
+        [(name, path, _)] = asked
+        source = {"uri": str(Path(path).expanduser().absolute())} if path else {"dataset": name}
+        parent.log_input(Path(path).name if path else name, digest, "evaluation", source, {})
 
 
 def shared_settings(plan: Plan) -> dict[str, str]:
@@ -81,7 +92,7 @@ def row_numbers(row: Row) -> tuple[dict[str, float], dict[str, str]]:
 
 def _scheme(params: Mapping[str, str]) -> dict[str, str]:
     nodes = scheme_nodes(params)
-    found = {}
+    found: dict[str, str] = {}
     for node in nodes:
         prefix = "" if len(nodes) == 1 else f"{node.rpartition('.')[2]}."
         found |= {f"{prefix}{k}": params[f"{node}.{k}"] for k in _AXES if f"{node}.{k}" in params}
