@@ -150,7 +150,7 @@ def _run_again(session: Session, job: Job, run: StoredRun, known: tuple[Json, Js
 def all_numbers(tracked: Mapping[str, float], report: Json) -> dict[str, float]:
     """A run's tracked numbers, and those that its report alone has: the points of curves, in a sweep the floors'."""
     curves = {f"quality/{m.name}" for m in METRICS.values() if m.is_curve}
-    return {**{k: v for k, v in tracked.items() if k not in curves}, **report.get("metrics", {})}
+    return {**report.get("metrics", {}), **{k: v for k, v in tracked.items() if k not in curves}}
 
 
 # -- what the store has
