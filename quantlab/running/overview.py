@@ -40,7 +40,8 @@ def log_overview(store: Store, parent: Run, plan: Plan, reports: Sequence[RunRep
             metrics, params = row_numbers(row)
             parent.log_metrics({f"{question}/{name}": value for name, value in metrics.items()})
             parent.log_params({f"{question}.{name}": value for name, value in params.items()})
-        if not store.is_lost and any("quantization/coverage" in r["metrics"] for r in rows):
+        is_new = not all(r["resumed"] for r in rows)  # a sweep that was there already has its page at its first run
+        if is_new and not store.is_lost and any("quantization/coverage" in r["metrics"] for r in rows):
             _log_page(store, parent)
     except Exception as error:  # noqa: BLE001  a picture of results is no reason to lose them
         if is_disk_full(error):
