@@ -23,6 +23,7 @@ from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
 from quantlab.modules.timing import Clock, ms_per_token
 from quantlab.progress import say
+from quantlab.protocols.continuations import continued, texts_of
 from quantlab.protocols.defined import defined
 from quantlab.protocols.finite import require_finite_rows
 from quantlab.protocols.language_checks import check_language_model, way_of_logits
@@ -255,12 +256,14 @@ def observe(
     batch_size: int | None = None,
 ) -> dict[str, Any]:
     """``hidden``: fp32 tensor (chunks, context_length, width), what the output head is given at each position;
-    ``logits``: how logits are to be made of it, see :mod:`quantlab.protocols.output_head`.
+    ``logits``: how logits are to be made of it, see :mod:`quantlab.protocols.output_head`; ``continuations``: int64
+    tensor (prompts, tokens), what the model says next.
 
     Raises MetricUndefined naming the chunk where a hidden state is NaN or infinite.
     """
     hidden, _ = _run(model, inputs, batch_size or evaluation.batch_size, progress)
-    return {"hidden": hidden, "logits": way_of_logits(model, inputs.input_ids[:1])}
+    said = continued(model, inputs.input_ids, evaluation)
+    return {"hidden": hidden, "logits": way_of_logits(model, inputs.input_ids[:1]), "continuations": said}
 
 
 def calls(
@@ -300,6 +303,7 @@ def measure(
     way = reference["logits"]
     of_reference = reference_distributions(logits_by_parts(reference_model, way))
     tokens = _token_table(of_reference, logits_by_parts(model, way), reference["hidden"], hidden, inputs)
+    said = reference.get("continuations"), continued(model, inputs.input_ids, evaluation)
     samples = {
         "kld_mean": tokens["kld"].mean(1),
         "same_top1": tokens["same_top1"].mean(1),
@@ -314,6 +318,7 @@ def measure(
         estimates=_estimates(tokens, inputs.clusters, evaluation, undefined),
         undefined=undefined,
         resolved={"logits": way},
+        texts=texts_of(model, inputs.input_ids, tokens, inputs.first_target, said, evaluation),
         timings_ms={"prefill_ms_per_token": ms},
     )
 
@@ -378,7 +383,10 @@ def _token_table(
         for part in targets:
             ref = next(refs)
             cand = next(cands).to(ref.log_p.device)
-            require_finite_rows(cand.amax(-1).reshape(1, -1), [sample_id], "candidate's logits")
+            top = cand.max(-1)
+            require_finite_rows(top.values.reshape(1, -1), [sample_id], "candidate's logits")
+            for whose, likeliest in (("top_reference", ref.top1), ("top_candidate", top.indices)):
+                columns.setdefault(whose, []).append(likeliest.double().cpu().numpy())
             for name, values in token_statistics(ref, cand, ids[part]).items():
                 columns.setdefault(name, []).append(values)
             del ref, cand  # before the next ones are made

@@ -12,6 +12,7 @@ from quantlab.protocols.media import DIFFERENCE_GAIN
 from quantlab.report.reading import Reader, StoredRun, read_json
 from quantlab.tracking.heat_map import HeatMap
 from quantlab.tracking.pictures import SAMPLE_ARRAYS, read_samples, save_animation, shown_tiles
+from quantlab.tracking.results import TEXTS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +44,20 @@ class ImageFigure(TypedDict):
     difference_gain: int
     moving: bool
     """The strips are animations."""
+
+
+class SchemeTexts(TypedDict):
+    """What ``texts.json`` of a run has, see :mod:`quantlab.protocols.continuations`."""
+
+    name: str
+    continuations: list[dict[str, object]]
+    worst: list[dict[str, object]]
+
+
+class TextFigure(TypedDict):
+    """The texts of a page."""
+
+    schemes: list[SchemeTexts]
 
 
 class LayerMap(HeatMap):
@@ -95,6 +110,17 @@ def image_figure(reader: Reader, runs: Sequence[StoredRun]) -> ImageFigure | Non
         "difference_gain": DIFFERENCE_GAIN,
         "moving": first.ndim == 6,
     }
+
+
+def text_figure(reader: Reader, runs: Sequence[StoredRun]) -> TextFigure | None:
+    """What the reference and each scheme say; None where no run has kept it."""
+    found = {run.name: read_json(reader, run, TEXTS) for run in runs}
+    schemes: list[SchemeTexts] = [
+        {"name": name, "continuations": known.get("continuations", []), "worst": known.get("worst", [])}
+        for name, known in found.items()
+        if known.get("continuations") or known.get("worst")
+    ]
+    return {"schemes": schemes} if schemes else None
 
 
 def _strip(tiles: NDArray[np.uint8], column: int, size: int) -> str:

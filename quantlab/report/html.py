@@ -25,10 +25,12 @@ from quantlab.report.figures import (
     ImageFigure,
     LayerMap,
     StepMap,
+    TextFigure,
     calibration_figures,
     image_figure,
     layer_figure,
     step_figures,
+    text_figure,
 )
 from quantlab.report.reading import Reader, StoredRun
 from quantlab.report.selection import Selection
@@ -41,7 +43,7 @@ from quantlab.tracking.tags import DEVICE, GIT_COMMIT
 MAX_DETAILED = 24
 """So many schemes are in the pictures and maps; the front comes first."""
 MAX_RECIPES = 1000
-SCRIPTS = ("elements", "state", "plot", "tables", "maps", "pictures", "page")
+SCRIPTS = ("elements", "state", "plot", "tables", "maps", "pictures", "texts", "page")
 """The page's script, in the order in which its parts need one another."""
 
 
@@ -67,6 +69,7 @@ class PageGroup(TypedDict):
     axes: list[Axis]
     facts: dict[str, str]
     images: ImageFigure | None
+    texts: TextFigure | None
     layers: LayerMap | None
     steps: list[StepMap]
     calibrated: list[CalibrationMap]
@@ -136,6 +139,7 @@ def _page_group(group: Comparison, reader: Reader) -> PageGroup:
         "images": image_figure(reader, detailed),
         "layers": layer_figure(reader, detailed),
         "steps": step_figures(reader, detailed),
+        "texts": text_figure(reader, detailed),
         "calibrated": calibration_figures(reader, detailed),
         "recipes": _recipes(reader, group.runs[:MAX_RECIPES]),
     }

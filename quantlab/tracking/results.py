@@ -37,6 +37,8 @@ from quantlab.vocabulary.reports import (
 IMAGE_KEY = "reference-quantized-difference"
 """The key in MLflow's image grid; its steps are the samples."""
 MAX_IN_GRID = 4
+TEXTS = "texts.json"
+"""Of language models: continuations of prompts, and the tokens that changed most."""
 ROWS = tuple(floor for floor in FLOORS if floor != FLOOR_DEVICE)
 """Floors that are rows of a sweep."""
 
@@ -218,6 +220,8 @@ def _log_measurements(run: Run, measured: Measurements) -> None:
         run.log_curve(f"quality/{name}", curve)
     if measured.steps:
         run.log_json({name: [float(v) for v in curve] for name, curve in measured.steps.items()}, "steps.json")
+    if measured.texts:
+        run.log_json(dict(measured.texts), TEXTS)
     if measured.images is not None:
         is_video = measured.images.ndim == 6
         run.log_image_grid(contact_sheet(measured.images) if is_video else measured.images, SAMPLE_GRID)

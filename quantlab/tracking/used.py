@@ -19,6 +19,8 @@ OF_PROTOCOLS = {
     "tiled_decoding": ("diffusion",),
     "context_length": ("language", "encoder"),
     "perplexity_protocol": ("language",),
+    "num_continuations": ("language",),
+    "continuation_tokens": ("language",),
 }
 """Field of the nodes ``evaluation`` and ``calibration`` -> the protocols that read it; each reads the others."""
 

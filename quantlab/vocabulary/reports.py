@@ -228,6 +228,8 @@ class Measurements:
     """uint8 array (n, 3, height, width, channels) of a few: reference, candidate, difference; None: no images."""
     image_ids: tuple[str, ...] = ()
     """Which samples these are, by their ids."""
+    texts: Mapping[str, Any] = field(default_factory=dict)
+    """Of language models: ``continuations`` of prompts and the ``worst`` tokens, as text; empty: none."""
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     """``perf/...`` names without the prefix."""
     undefined: Mapping[str, str] = field(default_factory=dict)

@@ -93,6 +93,10 @@ class EvaluationConfig:
     # language, encoder
     context_length: int = number(256, 4, 2**24)
     perplexity_protocol: str = "ppl/v2"
+    num_continuations: int = number(2, 0, 1000)
+    """Language models: prompts that reference and candidate go on with, to be read side by side; 0: none. Each token is
+    a forward call."""
+    continuation_tokens: int = number(16, 1, 4096)
 
 
 @dataclass

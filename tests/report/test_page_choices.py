@@ -333,3 +333,41 @@ def test_printed_it_is_a_light_report_without_controls(browser, data, tmp_path):
         "return [...document.querySelectorAll('.wide, .map-frame')].every(e => getComputedStyle(e).overflow === 'visible')"
     )
     assert browser.execute_script("return getComputedStyle(document.querySelector('.pill')).color") != ""
+
+
+def with_texts(data):
+    """The page of language models: two schemes, one of which says the same as the reference."""
+    hostile = "<img src=x onerror=document.title='taken'>"
+    said = {"prompt": "Once\n  upon <b>", "reference": [" a", " time", "."]}
+    worst = [{"window": 0, "position": 9, "before": "the quick ", "token": "fox", "reference": " fox", "candidate": hostile, "kld_nats": k} for k in (2.5, 0.1)]  # fmt: skip
+    data["groups"][0]["texts"] = {
+        "schemes": [
+            {"name": "int8 a", "continuations": [{**said, "candidate": said["reference"]}], "worst": worst[1:]},
+            {"name": "int4 c", "continuations": [{**said, "candidate": [" a", hostile, "!"]}], "worst": worst},
+        ]
+    }
+    return data
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_continuations_stand_side_by_side_and_what_differs_is_marked(browser, data, tmp_path, width):
+    write_page(with_texts(data), tmp_path / "page.html")
+    look(browser, tmp_path / "page.html", width)
+    assert texts(browser, ".texts mark") == []
+    choose(browser, "#texts", "1")
+    hostile = "<img src=x onerror=document.title='taken'>"
+    assert texts(browser, ".texts mark") == [" time", ".", hostile, "!"]
+    assert len(find(browser, ".texts mark.first")) == 2
+    ours, theirs = boxes(browser, ".texts .side")
+    assert (ours[1] == theirs[1]) == (width > 640)
+    assert texts(browser, ".texts .prompt") == ["Once\n  upon <b>"]
+    assert [t for t in texts(browser, "td.quote b")] == ["fox", "fox"]
+    assert "2.50" in find(browser, "main")[0].text
+    assert browser.title != "taken"
+    find(browser, "#filter")[0].send_keys("int8")
+    assert [o.text for o in find(browser, "#texts option")] == ["int8 a"]
+    assert browser.get_log("browser") == []
+
+
+def test_a_page_without_texts_has_no_section_for_them(opened):
+    assert "What does it say?" not in find(opened, "main")[0].text

@@ -71,6 +71,7 @@ function parts() {
   if (among(v.twins).length) add("What does calibration buy?", `A: the algorithm; B: the plain one on the same bits. Paired differences of ${v.metric} with 95 % intervals.`, pairTable(among(v.twins)));
   add("Which layer hurts, and when?", "Each layer\u2019s own error on calibration data, given the reference\u2019s inputs: output signal over error in dB, layer by denoising step. Dark is worse.", calibrationMaps(room));
   if (group().images) add("What does it look like?", "The same noise and the same request through every scheme.", imagePanel());
+  if (group().texts) all.push(...textSections());
   const layers = group().layers && chosenColumns(group().layers);
   if (layers && layers.columns.length) {
     add("Where in the model does the error arise?", "Relative error of each layer's weights, \u2016W \u2212 Q(W)\u2016 / \u2016W\u2016. Layers that a scheme leaves alone are grey.",
