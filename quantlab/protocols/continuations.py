@@ -41,7 +41,8 @@ def continued(model: LoadedModel, input_ids: Tensor, evaluation: EvaluationConfi
     num = min(evaluation.continuation_tokens, input_ids.shape[1] - prompts.shape[1])
     if not len(prompts) or num < 1:
         return torch.zeros((0, 0), dtype=torch.int64)
-    module, ids, cache = network_of(model.components["model"]), prompts, None
+    module: Any = network_of(model.components["model"])  # of the call's arguments quantlab's own type has two
+    ids, cache = prompts, None
     with torch.no_grad():
         for _ in range(num):
             given = ids if cache is None else ids[:, -1:]
