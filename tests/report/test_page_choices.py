@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from quantlab.report.html import run_address, write_page
-from quantlab.report.views import axes
+from quantlab.report.views import axes, costs
 from tests.support.browser import boxes, choose, find, look, row_names, texts
 from tests.support.comparison_store import SCHEMES
 from tests.support.many_schemes import with_many_schemes
@@ -371,3 +371,27 @@ def test_continuations_stand_side_by_side_and_what_differs_is_marked(browser, da
 
 def test_a_page_without_texts_has_no_section_for_them(opened):
     assert "What does it say?" not in find(opened, "main")[0].text
+
+
+def test_components_that_were_measured_apart_have_a_table_under_each_metric(browser, data, tmp_path):
+    metrics = {
+        "quality/alone/text_encoder/latent_rel_mse": 0.001,
+        "quality/alone/text_encoder/latent_rel_mse/ci_lo": 0.0008,
+        "quality/alone/text_encoder/latent_rel_mse/ci_hi": 0.002,
+        "quality/on_top/text_encoder/latent_rel_mse": 0.003,
+        "quality/alone/transformer/latent_rel_mse": 0.004,
+        "memory/text_encoder/weights_bytes": 2.0**20,
+        "memory/text_encoder/saved_bytes": 3 * 2.0**20,
+    }
+    run = SimpleNamespace(name="int4 c", metrics=metrics)
+    found = costs([run], "latent_rel_mse")
+    assert [(c["component"], c["alone"]["value"]) for c in found] == [("text_encoder", 0.001), ("transformer", 0.004)]
+    assert costs([run], "psnr_db") == []
+    data["groups"][0]["views"]["latent_rel_mse"]["costs"] = found
+    write_page(data, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html")
+    section = next(s for s in find(browser, "section") if "Which component costs what?" in s.text)
+    assert "text_encoder int4 c 1.00 3.00 0.00100 8.0e\u22124 to 0.00200 0.00300" in " ".join(section.text.split())
+    choose(browser, "#metric", "judge_agreement")
+    assert "Which component costs what?" not in find(browser, "main")[0].text
+    assert browser.get_log("browser") == []

@@ -45,7 +45,7 @@ def with_many_schemes(data: Any, layers: int = 30) -> Any:
         if row["metrics"]["latent_rel_mse"]["value"] < best:
             best = row["metrics"]["latent_rel_mse"]["value"]
             front.append(row["name"])
-    view |= {"front": front, "verdicts": verdicts, "pairs": [], "twins": []}
+    view |= {"front": front, "verdicts": verdicts, "pairs": [], "twins": [], "costs": []}
     step = {
         "key": "denoise_step_ms",
         "title": "denoise step",

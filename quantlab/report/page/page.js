@@ -69,6 +69,8 @@ function parts() {
   const among = (pairs) => pairs.filter((p) => isNamed(p.a) && isNamed(p.b));
   if (among(v.pairs).length) add("Are the differences between the candidates real?", `Paired differences of ${v.metric} on the same samples, with 95 % intervals, largest p first.`, pairTable(among(v.pairs)));
   if (among(v.twins).length) add("What does calibration buy?", `A: the algorithm; B: the plain one on the same bits. Paired differences of ${v.metric} with 95 % intervals.`, pairTable(among(v.twins)));
+  const costs = v.costs.filter((c) => isNamed(c.scheme));
+  if (costs.length) add("Which component costs what?", `${v.metric} with that component quantized alone, and what all the others add to it, paired by sample, with 95 % intervals.`, costTable(costs));
   add("Which layer hurts, and when?", "Each layer\u2019s own error on calibration data, given the reference\u2019s inputs: output signal over error in dB, layer by denoising step. Dark is worse.", calibrationMaps(room));
   if (group().images) add("What does it look like?", "The same noise and the same request through every scheme.", imagePanel());
   if (group().texts) all.push(...textSections());

@@ -97,6 +97,19 @@ function winner(v) {
   return v.verdict.startsWith("better") ? `${v.a} is better${rank}` : v.verdict.startsWith("worse") ? `${v.b} is better${rank}` : v.verdict;
 }
 
+function costTable(costs) {
+  const cell = (v) => (v ? [number(v.value), interval(v.ci_lo, v.ci_hi) ? make("span", { class: "interval" }, interval(v.ci_lo, v.ci_hi)) : ""] : "");
+  const mib = (v) => (v === null ? "" : (v / MIB).toFixed(2));
+  return sortable([
+    { title: "component", text: true, name: true, value: (c) => c.component, cell: (c) => c.component },
+    { title: "scheme", text: true, value: (c) => c.scheme, cell: (c) => c.scheme },
+    { title: "size", sub: "MiB", value: (c) => c.weights_bytes, cell: (c) => mib(c.weights_bytes) },
+    { title: "saves", sub: "MiB", down: true, value: (c) => c.saved_bytes, cell: (c) => mib(c.saved_bytes) },
+    { title: "alone", sub: state.metric, down: true, value: (c) => c.alone.value, cell: (c) => cell(c.alone) },
+    { title: "+ the others", sub: state.metric, down: true, value: (c) => c.on_top?.value, cell: (c) => cell(c.on_top) },
+  ], costs, 4, () => [], 30);
+}
+
 function pairTable(pairs) {
   const columns = [
     { title: "scheme A", text: true, name: true, value: (v) => v.a, cell: (v) => v.a },
