@@ -54,7 +54,8 @@ def test_a_run_is_complete_in_the_store(run):
     assert any(k.startswith("perf/") and k.endswith("_ms") for k in metrics)
     assert metrics["perf/representative"] == 0
     assert all(math.isfinite(v) for v in metrics.values())
-    assert metrics == {**metrics, **rows["torchao int4 g64"]["metrics"]}, "the table shows what is tracked"
+    shown = {k: v for k, v in rows["torchao int4 g64"]["metrics"].items() if not k.startswith("quality/step_")}
+    assert metrics == {**metrics, **shown}, "the table shows what is tracked; a curve is one metric with steps"
 
     assert tags["quantlab.weights_sha256"].startswith("sha256:")
     assert len(tags["quantlab.inputs_sha256"].removeprefix("sha256:")) == 64
