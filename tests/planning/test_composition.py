@@ -112,7 +112,7 @@ BAD = [
         ["backend=torchao", "bnb_4bit_use_double_quant=true"],
         r"bnb_4bit_use_double_quant: no such key with this backend; .*bitsandbytes",
     ),
-    (["evaluation.num_samples=abc"], r"^evaluation\.num_samples: .*abc"),
+    (["evaluation.num_samples=abc"], r"^evaluation\.num_samples=abc: a whole number is wanted"),
     (["evaluation.num_samples=0"], r"^evaluation\.num_samples=0: a whole number from 1 to"),
     (["evaluation.num_sampels=10"], r"^evaluation\.num_sampels: no such key; did you mean num_samples\?"),
     (["device=tpu"], r"^device=tpu: there are auto, cpu, cuda"),
