@@ -228,7 +228,8 @@ def test_a_run_goes_on_without_its_server_and_is_pushed_later(shell, closed_port
     tracked = shell.tracked()
     assert set(tracked) == {"quanto int4", "quanto int8"}
     sent = tracked["quanto int4"]["metrics"]
-    assert sent == {**sent, **rows["quanto int4"]["metrics"]}
+    numbers = {k: v for k, v in rows["quanto int4"]["metrics"].items() if "/step_" not in k}  # a curve is one metric
+    assert numbers.items() <= sent.items()
 
 
 def test_a_store_that_is_no_store(shell):

@@ -45,6 +45,6 @@ def _is_used(key: str, value: str, protocol: str, needs_data: bool) -> bool:
     if node == "memory" or key == "quantization.replace_default_exclusions":
         return value not in ("auto", "false")
     if node == "calibration" and not needs_data:
-        return False
+        return name == "path"  # a repetition has to know it: the recipe leaves a file of the user's own open
     readers = OF_PROTOCOLS.get(name) if node in ("evaluation", "calibration") else None
     return readers is None or not protocol or protocol in readers

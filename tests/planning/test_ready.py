@@ -115,7 +115,7 @@ def test_each_place_is_looked_at_once(monkeypatch):
     looked = []
     monkeypatch.setattr("quantlab.planning.ready.check_path", lambda config: looked.append(config.path))
     monkeypatch.setattr(
-        "quantlab.running.sweep.open_session", lambda *args: (_ for _ in ()).throw(ConfigError("begun"))
+        "quantlab.running.sweep.open_session", lambda *args, **more: (_ for _ in ()).throw(ConfigError("begun"))
     )
     with pytest.raises(ConfigError, match="begun"):
         run_plan(plan(["backend=quanto", "dtype=int8,int4", "dataset.seed=1,2"], multirun=True))

@@ -82,9 +82,8 @@ def test_a_disk_that_fills_up_in_a_sweep(shell, monkeypatch, last, before):
     assert set(kept) == {"quanto int8"}
     again = shell.rows(*GRID)
     assert [(n, r["resumed"]) for n, r in again.items()] == [("quanto int8", True), ("gguf q8_0", False)]
-    assert again["quanto int8"]["metrics"] == {
-        k: kept["quanto int8"]["metrics"][k] for k in again["quanto int8"]["metrics"]
-    }
+    numbers = {k: v for k, v in again["quanto int8"]["metrics"].items() if "/step_" not in k}  # a curve is one metric
+    assert numbers.items() <= kept["quanto int8"]["metrics"].items()
     assert shell.tracked("RUNNING") == {}
     assert "sweep" in shell.tracked("KILLED")
     assert "full disk" in shell.tracked("KILLED")["sweep"]["tags"]["quantlab.failure"]

@@ -92,7 +92,7 @@ def test_terminal_store_and_page_say_it_first(shell):
     assert err.count("stay unquantized") == 1
     runs = shell.tracked()
     stored = json.loads(runs["quanto int8"]["tags"]["quantlab.unquantized"])
-    assert runs["quanto int8"]["tags"]["mlflow.note.content"] == stored[0]
+    assert stored[0] in runs["quanto int8"]["tags"]["mlflow.note.content"]
     assert "quantization.layer_kinds=[linear,embedding] takes embedding" in stored[0]
     assert stored[0].startswith("model: ")
     assert sentence.split(";")[0].partition("%")[2] in stored[0]
