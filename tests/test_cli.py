@@ -147,6 +147,7 @@ def test_a_dry_run_shows_what_is_impossible_and_ends_as_the_run_does(quick, skip
     assert ("refuses 1 of 4 combinations; sweep.on_invalid=skip" in err) != skips
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

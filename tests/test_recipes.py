@@ -59,6 +59,7 @@ def layers_of(shell: Shell, name: str) -> dict[str, dict]:
 # -- recipes for real models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "kind", "too_narrow"),
     [
@@ -123,6 +124,7 @@ def test_layers_that_do_not_fit_are_an_error_by_default(shell, folders):
     assert "does not divide by group_size 128" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("on_mismatch", "counted", "status"),
     [

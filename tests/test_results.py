@@ -156,6 +156,7 @@ def test_a_log_is_told_what_is_under_way(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_one_override_may_stand_alone(monkeypatch):
     seen = []
     monkeypatch.setattr("quantlab.api.run_plan", lambda plan, **_: seen.append(plan) or [])

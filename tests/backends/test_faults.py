@@ -388,6 +388,7 @@ def test_b27_a_checkpoint_never_replaces_the_config_that_was_asked_for(method, t
     assert state_digest(fresh.state_dict()) == state_digest(original.state_dict())
 
 
+@pytest.mark.slow
 def test_b28_the_libraries_print_nothing():
     """As in a run, which quiets them before their first import."""
     code = (

@@ -115,6 +115,7 @@ def copy(tmp_path):
     return Copy(tmp_path / "project")
 
 
+@pytest.mark.slow
 def test_a_metric_and_a_data_set_are_added_as_the_readme_says(copy, template, trained, tmp_path):
     copy.write("quantlab/metrics/latent_max_change.py", METRIC)
     copy.insert("quantlab/metrics/__init__.py", '    Metric(\n        name="latent_cosine"', METRIC_ROW)

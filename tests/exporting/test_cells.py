@@ -91,6 +91,7 @@ def test_the_table_says_what_was_measured(tmp_path):
     assert "1. set aside\n2. no loader" in text
 
 
+@pytest.mark.slow
 def test_checkpoints_of_others_stand_beside_ours():
     """The README's second table: as many of theirs as of ours, with the same numbers where layers and codes are one."""
     rows = {row["name"]: row for row in json.loads(FOREIGN.read_text())["rows"]}

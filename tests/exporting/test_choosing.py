@@ -154,6 +154,7 @@ def test_a_sweep_exports_the_smallest_inside_the_floor_or_says_why_not(shell, on
     assert (shell.folder / "out" / MANIFEST).is_file() == inside or "nothing is exported" in err
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_exported_says_why(shell):
     shell.rows(*WORDS, "sweep.floors=false", "backend=none", "dtype=auto")
     run = shell.tracked()["reference"]["run_id"]

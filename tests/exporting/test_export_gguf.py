@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gguf
+import pytest
 
 from quantlab.exporting.folder import MANIFEST
 from tests.exporting.test_export import WORDS, in_process, language_words
@@ -28,6 +29,7 @@ def test_a_language_model_for_llama_cpp_and_scored_again(shell):
     assert again["metrics"]["memory/weights_bytes"] == first["metrics"]["memory/weights_bytes"]
 
 
+@pytest.mark.slow
 def test_a_pipeline_whose_denoiser_is_a_gguf_file(shell, in_process):
     sd3().save_pretrained(shell.folder / "sd3")
     words = [w for w in pipeline_words("cpu", "model=diffusers", "model.path=sd3", "backend=gguf", "dtype=q8_0")

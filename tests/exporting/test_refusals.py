@@ -114,6 +114,7 @@ def test_digests_tell_bits_apart_and_nothing_else():
     assert check.difference(a, a[:1]) == float("inf")
 
 
+@pytest.mark.slow
 def test_an_encoder_is_exported_too(tmp_path, one, monkeypatch):
     monkeypatch.setattr(verify, "_fresh_process", one)
     found = loaded("bert", tmp_path, tmp_path / "cache")

@@ -44,6 +44,7 @@ def inputs_of(model, num_samples=10, seed=0):
 # -- training and cache
 
 
+@pytest.mark.slow
 def test_training_reports_each_step_and_a_cache_hit_reports_none(trained):
     cache, model, calls = trained
     steps = [(done, total) for what, done, total in calls if what == "train digits_dit"]

@@ -39,6 +39,7 @@ def test_a_sibling_by_its_name(tmp_path, way):
     assert (job.config.quantization.dtype, job.config.evaluation.batch_size) == ("int2", 5)
 
 
+@pytest.mark.slow
 def test_a_shipped_one_by_its_name_and_another_list_in_its_place(tmp_path):
     recipe = put(tmp_path, "mine", "defaults: [/recipe: digits_backends]\nevaluation: {num_samples: 40}")
     assert [j.name for j in plan([recipe]).jobs] == [j.name for j in plan(["recipe=digits_backends"]).jobs]

@@ -42,6 +42,7 @@ def text_models(tmp_path_factory):
     return root / "text.txt", {family: save[family](root / family) for family in save}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "protocol"), [("causal_lm", "language"), ("encoder", "encoder")])
 def test_text_models_are_compared_on_their_own_metrics(shell, text_models, family, protocol):
     file, folders = text_models

@@ -41,6 +41,7 @@ def quality(row):
     return {k: v for k, v in row["metrics"].items() if k.startswith("quality/")}
 
 
+@pytest.mark.slow
 def test_five_checkpoints_of_others_beside_our_own(shell, words):
     """One that quantizes the same layers by the same library has the same numbers, to the last digit."""
     asked = candidates(*({"checkpoint": name} for name in LANGUAGE), {"backend": "torchao", "dtype": "int8"})

@@ -70,6 +70,7 @@ def test_each_component_is_read_back_priced_and_counted_by_its_own_scheme(sd3):
     assert (code, json.loads(out)["verdict"]) == (0, "identical"), err
 
 
+@pytest.mark.slow
 def test_a_sweep_resumes_by_what_each_component_is_stored_as(sd3):
     words = ["-m", *WORDS, "model.path=sd3", "sweep.floors=false", T5, "components.transformer={backend: bitsandbytes}"]
     rows = sd3.rows(*words, "components.transformer.dtype=nf4,fp4")

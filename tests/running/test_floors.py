@@ -88,6 +88,7 @@ def test_a_module_that_knows_one_dtype_keeps_its_other_rows():
     assert rows[2].floors == {}
 
 
+@pytest.mark.slow
 def test_a_16_bit_module_is_compared_with_itself_in_float32():
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 8)).to(torch.bfloat16)
@@ -104,6 +105,7 @@ def test_every_metric_that_runs_are_judged_by_can_have_a_floor():
             assert METRICS[metric.error_metric].of_reference == 0
 
 
+@pytest.mark.slow
 def test_a_processor_without_16_bit_arithmetic_computes_the_same_floor(shell, monkeypatch):
     words = digits_words(*WORDS)
     native = shell.rows(*words)["floor_bf16"]

@@ -142,6 +142,7 @@ def test_bytes_add_up(run):
     assert found["metrics"]["memory/bits_per_weight_quantized"] > 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheme",
     [
@@ -205,6 +206,7 @@ def test_a_sweep_observes_once_and_is_a_parent(shell, calls):
     assert [r["name"] for r in saved] == list(rows)
 
 
+@pytest.mark.slow
 def test_a_damaged_reference_is_observed_again(shell, calls):
     """One whose bytes were flipped is believed otherwise, and every row is measured against it."""
     words = digits_words("backend=quanto", "dtype=int8", "evaluation.num_samples=10")

@@ -32,6 +32,7 @@ def jobs(*more):
     return plan([*WORDS, *more], multirun=True).jobs
 
 
+@pytest.mark.slow
 def test_keys_are_those_of_the_run_without_its_weights(shell, cache):
     assert recall(jobs()[0].config, cache) is None
     shell.rows("-m", *WORDS)

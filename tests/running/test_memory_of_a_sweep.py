@@ -47,6 +47,7 @@ def test_one_model_goes_before_the_next_is_loaded(shell, loaded):
     assert living(loaded) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

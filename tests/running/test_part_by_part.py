@@ -96,6 +96,7 @@ def test_a_model_of_one_part_is_refused(tmp_path, monkeypatch):
         )
 
 
+@pytest.mark.slow
 def test_a_pipeline_larger_than_the_budget_goes_part_by_part(words, tmp_path, watched):
     folder = BUILDERS["flux"](tmp_path / "flux")
     asked = [*words, f"model.path={folder}", "sweep.floors=false"]

@@ -36,6 +36,7 @@ def wan(shell: Shell):
     return shell
 
 
+@pytest.mark.slow
 def test_two_denoisers_each_and_both_with_arguments_of_the_users(wan):
     both = [*WAN, "dtype=int8", "model.call.negative_prompt=ugly"]
     wan.rows(*both)

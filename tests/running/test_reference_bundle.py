@@ -175,6 +175,7 @@ def test_the_same_model_in_other_files_is_believed_and_another_configuration_is_
         rows_of(words, f"model.path={tmp_path / 'same'}", f"reference.path={folder}")
 
 
+@pytest.mark.slow
 def test_a_pipelines_prompts_are_known_before_its_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     BUILDERS["flux"](tmp_path / "flux")

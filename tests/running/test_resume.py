@@ -61,6 +61,7 @@ def test_where_the_package_lies_is_no_part_of_the_key(package):
     assert code_digest.__wrapped__(package) == code_digest.__wrapped__(PACKAGE)
 
 
+@pytest.mark.slow
 def test_a_report_that_was_changed_is_not_taken_over(shell):
     words = (
         "-m",

@@ -80,6 +80,7 @@ def searched(num_trials, sampler="tpe", seed=0, known=None, measure=None, batch_
 # -- asking
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_valid_points_only_and_none_twice(sampler):
     assert 20 <= len(space()) <= 60, "of 120 combinations"
@@ -102,6 +103,7 @@ def test_a_seed_gives_the_same_points():
     assert searched(12)[1] != searched(12, seed=1)[1]
 
 
+@pytest.mark.slow
 def test_a_sampler_learns():
     """On one objective the best points are found with fewer trials than by chance (mean of 8 seeds)."""
     objective = {"quality/latent_rel_mse": "minimize"}

@@ -68,6 +68,7 @@ def refused_for_room(shell, *words):
     return message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("last", "before"),
     [("events.jsonl", 0), ("events.jsonl", 6), ("samples.json", 0)],

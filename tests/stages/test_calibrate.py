@@ -183,6 +183,7 @@ def test_a_calibrated_run_leaves_its_evidence(shell):
     assert (folder / "calibration" / "transformer" / "imatrix.gguf").is_file()
 
 
+@pytest.mark.slow
 def test_other_calibration_data_is_another_job(shell):
     words = [*WORDS, *FAST, "algorithm=imatrix,max", "-m", "sweep.floors=false"]
     shell.rows(*words)

@@ -251,6 +251,7 @@ def test_a_thread_may_run_a_job(store: Store, runs: Path) -> None:
     assert get_run(store, ids[0])["status"] == "FINISHED"
 
 
+@pytest.mark.slow
 def test_killed_and_live_processes(store: Store, runs: Path, base: Path) -> None:
     """SIGKILL leaves RUNNING; the next start closes that run, and neither a live process's nor another host's."""
     code = (
