@@ -104,11 +104,18 @@ def with_half_width(value: float, half: float) -> str:
     largest = max(abs(value), half)
     if not half or not math.isfinite(largest):
         return short_number(value)
-    power = math.floor(math.log10(largest)) if not 1e-3 <= largest < 1e5 else 0
-    scaled, width = value / 10**power, half / 10**power
-    first = f"{width:.1e}"
+    power = 0 if 1e-3 <= largest < 1e5 else math.floor(math.log10(largest))
+    mantissa, width = _same_digits(value / 10**power, half / 10**power)
+    if power and abs(float(mantissa)) >= 10:  # 9.8 that is shown without a digit
+        power = 0 if power == -4 else power + 1
+        mantissa, width = _same_digits(value / 10**power, half / 10**power)
+    return f"{mantissa}{f'e{power}' if power else ''} ±{width}"
+
+
+def _same_digits(value: float, half: float) -> tuple[str, str]:
+    first = f"{half:.1e}"
     digits = min(max(0, -int(first.partition("e")[2]) + first.startswith("1")), 6)
-    return f"{scaled:.{digits}f}{f'e{power}' if power else ''} ±{width:.{digits}f}"
+    return f"{value:.{digits}f}", f"{half:.{digits}f}"
 
 
 def _quality(metrics: Mapping[str, float], metric: str, bounds: bool) -> str:
