@@ -38,7 +38,7 @@ def _sheet(row: Row, names: Sequence[str]) -> Sheet:
     told = "alone: the others unquantized; + others: all together less the component alone, paired by sample"
     interval = MARKS["±"] if any("±" in text for cells in rows for text in cells) else ""
     title = f"{row['name']}: which component costs what"
-    return Sheet(columns=columns, rows=rows, title=title, caption=(told, interval))
+    return Sheet(columns=columns, rows=rows, title=(title,), caption=(told, interval))
 
 
 def _bytes(metrics: Mapping[str, float], name: str) -> tuple[str, str]:

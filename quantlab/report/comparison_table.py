@@ -85,7 +85,7 @@ def comparison_sheet(group: Comparison) -> Sheet:
         method(group),
         f"{off} runs off the front are in the page and in --csv FILE" if off else "",
     )
-    return Sheet(columns=columns, rows=rows, styles=styles, title="\n".join(first), caption=caption)
+    return Sheet(columns=columns, rows=rows, styles=styles, title=first, caption=caption)
 
 
 def verdict_text(v: Verdict, group: Comparison) -> str:

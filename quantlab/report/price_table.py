@@ -74,7 +74,7 @@ def _parts(price: Price) -> Sheet:
     bits = f"{16 * price.total_bytes / at_16_bits:.3f}" if at_16_bits else ""
     rows.append(["total", "", "", _num(parameters), _num(price.total_bytes), _gib(price.total_bytes), bits])
     told = "bits/weight: of the component (of its quantized weights, scales included)"
-    return Sheet(columns=columns, rows=rows, sections=frozenset(ends), title=price.name, caption=[told])
+    return Sheet(columns=columns, rows=rows, sections=frozenset(ends), title=(price.name,), caption=[told])
 
 
 def _kept_lines(kept: Iterable[Kept]) -> Iterator[str]:

@@ -238,7 +238,7 @@ def reproduction_sheets(found: Reproduction) -> list[Sheet]:
         styles=styles,
     )
     times = Sheet(
-        title="measured on the machine, not judged",
+        title=("measured on the machine, not judged",),
         columns=[Column(title="number", is_text=True), Column(title="was"), Column(title="now")],
         rows=[[c.name, _number(c.was), _number(c.now)] for c in found.times],
         styles=dict.fromkeys(range(len(found.times)), "dim"),

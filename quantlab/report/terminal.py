@@ -44,7 +44,8 @@ class Sheet:
     """Row -> rich style."""
     sections: frozenset[int] = frozenset()
     """Rows below which a line is drawn."""
-    title: str = ""
+    title: Sequence[str] = ()
+    """Sentences above it, a line each."""
     caption: Sequence[str] = ()
 
 
@@ -80,7 +81,7 @@ def rich_table(sheet: Sheet, width: int) -> Table:
     if hidden:
         told.append(f"... {len(hidden)} columns hidden ({', '.join(map(printable, hidden))}): --wide")
     table = Table(
-        title=plain(sheet.title, MAX_LINE) if sheet.title else None,
+        title=Text("\n".join(printable(line, MAX_LINE) for line in sheet.title)) if sheet.title else None,
         title_justify="left",
         caption=Text("\n".join(told), justify="left") if told else None,
         caption_justify="left",

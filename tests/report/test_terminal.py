@@ -186,3 +186,9 @@ def test_a_terminal_without_these_characters_gets_others(encoding):
 )
 def test_a_metric_by_the_names_that_people_read(typed, name):
     assert metric_called(typed) == name
+
+
+def test_sentences_above_a_table_have_a_line_each_and_none_breaks_its_own():
+    sheet = Sheet(columns=[Column(title="a")], rows=[["1" * 30]], title=("one [/.]", "two\nthree"))
+    lines = printed(sheet, 80).splitlines()
+    assert [line.strip() for line in lines[:2]] == ["one [/.]", "two\\nthree"]
