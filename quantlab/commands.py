@@ -294,7 +294,7 @@ def front_lines(reports: Sequence[RunReport], request: Plan) -> list[str]:
     width = max((len(name) for name, _ in front), default=0)
     front.sort(key=lambda point: point[1] or ())
     lines = [f"  {name:<{width}}  {'  '.join(f'{x:<12.6g}' for x in v or ())}".rstrip() for name, v in front]
-    return [f"{len(points)} of {len(request.jobs)} possible points were measured; Pareto front ({told}):", *lines]
+    return [f"{len(points)} of {len(request.jobs)} possible jobs were measured; Pareto front ({told}):", *lines]
 
 
 def columns_of(flags: set[str]) -> list[str]:

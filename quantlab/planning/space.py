@@ -62,7 +62,7 @@ def check_space(jobs: Sequence[Job]) -> None:
     launcher = jobs[0].config.launcher
     if launcher.engine != "serial" and launcher.num_workers < 1:
         raise ConfigError(
-            f"launcher.num_workers={launcher.num_workers}: a search on {launcher.engine} asks for so many points at "
+            f"launcher.num_workers={launcher.num_workers}: a search on {launcher.engine} asks for so many jobs at "
             "once; set launcher.num_workers=4, or launcher=serial for one after the other"
         )
 

@@ -319,7 +319,7 @@ def _search(session: Session, plan: Plan, parent: Any) -> tuple[list[RunReport],
     search = Search(first.sweep.search, objectives_of(first.sweep.search, protocol), plan.jobs)
     if search.config.num_trials > len(plan.jobs):
         say(
-            f"sweep.search.num_trials={search.config.num_trials}: the grid has {len(plan.jobs)} possible points, "
+            f"sweep.search.num_trials={search.config.num_trials}: the grid has {len(plan.jobs)} possible jobs, "
             "so all of them are run"
         )
     rows: list[RunReport | Handed] = []
@@ -363,10 +363,10 @@ def _search(session: Session, plan: Plan, parent: Any) -> tuple[list[RunReport],
         look_up(job)
 
     def measure(jobs: Sequence[Job]) -> list[RunReport]:
-        return _finished(session, [run_point(job, *keys[job.name]) for job in jobs], first, "points at once")
+        return _finished(session, [run_point(job, *keys[job.name]) for job in jobs], first, "jobs at once")
 
     def on_trial(done: int, total: int, failed: int) -> None:
-        session.advance("points", done, total, f"{failed} failed" if done else "")
+        session.advance("jobs", done, total, f"{failed} failed" if done else "")
 
     batch_size = 1 if first.launcher.engine == "serial" else first.launcher.num_workers
     run_search(search, known, measure, batch_size, on_trial)

@@ -226,7 +226,7 @@ def test_default_objectives_follow_the_protocol():
         ),
         (
             ["dtype=int8,int4", "launcher=pool", "sweep.search.num_trials=2"],
-            r"^launcher.num_workers=0: a search on pool asks for so many points at once; set launcher.num_workers=4",
+            r"^launcher.num_workers=0: a search on pool asks for so many jobs at once; set launcher.num_workers=4",
         ),
         (["backend=quanto", "dtype=nf4,q8_0", "sweep.search.num_trials=2"], r"^2 of 2 combinations are impossible"),
     ],
@@ -306,7 +306,7 @@ def test_a_search_is_tracked_shown_and_resumed(shell, measured, monkeypatch):
     assert {t["run_id"] for t in study["trials"]} <= {
         r["run_id"] for r in find_runs(shell.store, {"mlflow.parentRunId": parent["run_id"]}, status=None)
     }
-    assert "3 of 4 possible points were measured; Pareto front (minimize memory/weights_bytes, minimize quality/" in out
+    assert "3 of 4 possible jobs were measured; Pareto front (minimize memory/weights_bytes, minimize quality/" in out
     shown = out.split("Pareto front")[1]
     assert all(name in shown for name in study["front"])
     assert "of 8 combinations are impossible" in err
@@ -323,9 +323,9 @@ def test_a_search_is_tracked_shown_and_resumed(shell, measured, monkeypatch):
 
     code, out, err = shell(*words, "sweep.search.num_trials=9", "-q")
     assert code == 0
-    assert "sweep.search.num_trials=9: the grid has 4 possible points, so all of them are run" in err
+    assert "sweep.search.num_trials=9: the grid has 4 possible jobs, so all of them are run" in err
     assert [t["state"] for t in rows_json(shell)[1]["search"]["trials"]] == ["told"] * 3 + ["measured"]
-    assert "4 of 4 possible points were measured" in out
+    assert "4 of 4 possible jobs were measured" in out
 
 
 @pytest.mark.slow
