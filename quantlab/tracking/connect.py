@@ -107,9 +107,10 @@ def is_refusal(error: Exception) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """The beginning of an error's text, on one line."""
-    text = str(error).strip() or type(error).__name__
-    return printable(text.splitlines()[0], 200)
+    """The beginning of an error's text, on one line; without the advice that SQLAlchemy puts before the reason."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    reason = lines[1:] if lines[0].startswith("(raised as a result of") else ()
+    return printable((reason or lines)[0], 200)
 
 
 def _quiet_mlflow() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,12 @@ FOREIGN = Path(__file__).parents[2] / "recipes" / "foreign.json"
 FILE = Path(__file__).parents[2] / "recipes" / "exports.json"
 QUICK = (("digits", "torchao", "int8"), ("flux", "quanto", "int8"))
 """What the default tier tries."""
+
+
+@pytest.fixture(scope="module")
+def cache(trained, tmp_path_factory):
+    """Of its own: a language model is unpacked into it, and others' tests copy ``trained``."""
+    return Path(shutil.copytree(trained, tmp_path_factory.mktemp("cells") / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +51,10 @@ CELLS = [
 
 
 @pytest.mark.parametrize(("title", "backend", "dtype"), CELLS)
-def test_a_cell_is_what_the_table_says(place, trained, title, backend, dtype):
+def test_a_cell_is_what_the_table_says(place, cache, title, backend, dtype):
     """Bits are identical wherever a loader exists; what is refused is refused with the table's words."""
     known = json.loads(FILE.read_text())["cells"][f"{backend} {dtype}"][title]
-    found = cell(loaded(MODELS[title], place, trained), place / title, trained, backend, dtype)
+    found = cell(loaded(MODELS[title], place, cache), place / title, cache, backend, dtype)
     keys = ("refused", "refused_first", "words", "planned_bytes", "file_bytes")
     assert {k: found.get(k) for k in keys} == {k: known.get(k) for k in keys}
     assert found.get("bits") == known.get("bits")

@@ -30,6 +30,7 @@ from quantlab.tracking import (
     open_store,
     push_pending,
 )
+from quantlab.tracking.connect import first_line
 from tests.support.stores import Unplugged, artifact, python, tracking_at
 
 # -- addresses
@@ -406,3 +407,12 @@ def test_what_a_call_raises_is_raised_where_it_was_called() -> None:
         connect.within(5, lambda: {}["x"])
     with pytest.raises(TimeoutError, match=r"^no whole answer within 0\.1 s$"):
         connect.within(0.1, lambda: time.sleep(5))
+
+
+def test_the_reason_of_a_databases_error_is_told_and_not_the_advice_before_it():
+    advice = "(raised as a result of Query-invoked autoflush; consider using a session.no_autoflush block)"
+    assert first_line(ValueError(f"{advice}\n(sqlite3.OperationalError) disk is full\n[SQL: x]")).endswith(
+        "disk is full"
+    )
+    assert first_line(ValueError(advice)) == advice
+    assert first_line(ValueError("")) == "ValueError"
