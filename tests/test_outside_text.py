@@ -13,6 +13,7 @@ from rich.console import Console
 
 from quantlab import cli, commands, progress
 from quantlab.errors import ConfigError, QuantlabError
+from quantlab.planning.data import check_data
 from quantlab.planning.listing import LISTS
 from quantlab.planning.plan import plan
 from quantlab.progress import file_name, plain, printable, progress_bars, say
@@ -258,6 +259,13 @@ def test_what_no_name_has_is_refused(key, text):
     value = f"['{text}']" if key.startswith("quant") else f"'{text}'"
     with pytest.raises(ConfigError, match=rf"^{key}"):
         plan(["backend=quanto", f"{key}={value}"])
+
+
+def test_what_a_pipeline_is_told_may_have_lines():
+    words = ["backend=quanto", "model=sdxl", "+model.call.lyrics='[verse]\nSoft rain'"]
+    assert plan(words).jobs[0].config.model.call == {"lyrics": "[verse]\nSoft rain"}
+    with pytest.raises(ConfigError, match="control character"):
+        check_data({"ly\nrics": "a"}, "model.call")
 
 
 @pytest.mark.parametrize(

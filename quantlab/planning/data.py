@@ -21,6 +21,8 @@ _BREAKS = re.compile(r"[^\w${}]+")
 _MAX_DEPTH = 24
 _MAX_VALUES = 100_000
 
+_OF_LINES = ("quantization_config", "model.call")
+
 
 @contextmanager
 def no_resolvers() -> Iterator[None]:
@@ -65,16 +67,19 @@ def _values(node: Any, path: str, depth: int) -> Iterator[tuple[str, Any, int]]:
 
 def _check_key(key: str, path: str) -> None:
     where = f"{path}.{key[:80]}" if path else key[:80]
-    check_text(key, path or "a key")
+    check_text(key, path or "a key", lines=False)
     if any(_WORD_OF_CODE.fullmatch(part) for part in _BREAKS.split(key.replace("${", " ").replace("}", " "))):
         raise ConfigError(f"{where} is not allowed: a recipe is data and never names code to run")
     if "${" in key:
         raise ConfigError(f"{where}: a key is written out; write the key itself")
 
 
-def check_text(text: str, where: str) -> None:
-    """ConfigError for characters that no name, path or number has: control characters and halves of a character."""
-    broken = "\n\t" if "quantization_config" in where else ""  # pasted text has lines
+def check_text(text: str, where: str, *, lines: bool = True) -> None:
+    """ConfigError for characters that no name, path or number has: control characters and halves of a character.
+
+    ``lines``: a value under :data:`_OF_LINES`, pasted text or what a pipeline is told (lyrics), may have several.
+    """
+    broken = "\n\t" if lines and any(key in where for key in _OF_LINES) else ""
     for character in text:
         if unicodedata.category(character) in ("Cc", "Cs") and character not in broken:
             raise ConfigError(f"{where}: it holds the control character {character!r}; write printable text")
