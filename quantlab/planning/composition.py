@@ -7,6 +7,7 @@ and checked before Hydra sees it. The command line always wins over a recipe. No
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.conf import HydraConf
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -52,19 +54,43 @@ def _node_type(field: dataclasses.Field[Any]) -> Any:
     return kind | None if field.default is None and kind is not Any else kind
 
 
-def _register_schema() -> None:
+class _Nodes(dict[str, Any]):
+    """Nodes of the config store. Hydra copies its sources, and the store with them, for each composition."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Nodes:
+        return self  # what is taken out of the store is copied there
+
+
+@functools.cache
+def schema_nodes() -> _Nodes:
+    """What the config store holds in our sessions: making it takes a third of a composition, and it never changes."""
+    store, nodes = ConfigStore.instance(), _Nodes()
+    with _stored(nodes):
+        # Hydra's own node without what runs, logs and helps an application: half of a composition, and none of it read
+        store.store(group="hydra", name="config", node=HydraConf(defaults=[]), provider="hydra")
+        store.store(name="schema", node=ExperimentConfig)
+        store.store(group="model_schema", name="base", node=ModelConfig)
+        store.store(group="model_schema", name="digits_dit", node=DigitsModelConfig)
+        for engine, settings in LAUNCHER_SETTINGS.items():
+            store.store(group="launcher_schema", name=engine, node=settings)
+        for backend in ("none", *backends()):
+            store.store(group="quantization_schema", name=backend, node=node_class(backend))
+            if not (conf_dir() / "backend" / f"{backend}.yaml").is_file():  # what the file of ours says
+                schema = [{"/quantization_schema@_here_": backend}, "_self_"]
+                node = {"defaults": schema, "backend": backend}
+                store.store(group="backend", name=backend, package="quantization", node=node)
+    return nodes
+
+
+@contextmanager
+def _stored(nodes: _Nodes) -> Iterator[None]:
+    """Inside, the config store holds these nodes: those of an application around us may have the same names."""
     store = ConfigStore.instance()
-    store.store(name="schema", node=ExperimentConfig)
-    store.store(group="model_schema", name="base", node=ModelConfig)
-    store.store(group="model_schema", name="digits_dit", node=DigitsModelConfig)
-    for engine, settings in LAUNCHER_SETTINGS.items():
-        store.store(group="launcher_schema", name=engine, node=settings)
-    for backend in ("none", *backends()):
-        store.store(group="quantization_schema", name=backend, node=node_class(backend))
-        if not (conf_dir() / "backend" / f"{backend}.yaml").is_file():  # what the file of ours says
-            schema = [{"/quantization_schema@_here_": backend}, "_self_"]
-            node = {"defaults": schema, "backend": backend}
-            store.store(group="backend", name=backend, package="quantization", node=node)
+    outer, store.repo = store.repo, nodes
+    try:
+        yield
+    finally:
+        store.repo = outer
 
 
 _RECIPE: list[Recipe] = []  # the recipe of the composition under way; Hydra builds the plugins, so it cannot be passed
@@ -125,10 +151,9 @@ def session(recipe: Recipe | None = None) -> Iterator[None]:
     current = GlobalHydra.instance()
     outer, current.hydra = current.hydra, None
     _RECIPE[:] = [recipe] if recipe else []
-    _register_schema()
     _register_plugins()
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        with _stored(schema_nodes()), initialize_config_dir(str(conf_dir()), version_base="1.3"):
             yield
     finally:
         GlobalHydra.instance().hydra = outer

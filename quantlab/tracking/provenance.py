@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import getpass
 import hashlib
 import os
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -73,13 +75,25 @@ class Environment(TypedDict):
 
 def versions() -> dict[str, str]:
     """Python's version and those of the installed packages that a number can depend on."""
-    found = {"python": platform.python_version()}
+    return {"python": platform.python_version(), **_installed(tuple(_last_change(place) for place in sys.path))}
+
+
+@functools.lru_cache(maxsize=1)
+def _installed(places: tuple[tuple[str, int], ...]) -> dict[str, str]:
+    """Package -> version, read again when something was installed: reading them all takes a tenth of a short job."""
+    found = {}
     for package in (*_PACKAGES, *distributions()):
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
+
+
+def _last_change(place: str) -> tuple[str, int]:
+    """A folder of packages and when one came or went, in nanoseconds."""
+    try:
+        return place, os.stat(place or ".").st_mtime_ns
+    except OSError:
+        return place, 0
 
 
 def git_state(root: Path) -> GitState | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from quantlab.backends import table
 from quantlab.backends.table import Backend, backends, offers
 from quantlab.errors import ConfigError, MissingPackage
+from quantlab.planning.composition import schema_nodes
 from quantlab.planning.listing import LISTS
 from quantlab.planning.plan import plan
 from quantlab.report.pareto_figure import draw_pareto
@@ -29,14 +31,16 @@ def install(site: Path, version: str = "1.0", point: str = "rowint8 = rowint8:BA
     """What pip leaves of a package with an entry point."""
     site.mkdir(exist_ok=True)
     (site / "rowint8.py").write_text(MODULE.read_text())
-    info = site / "rowint8-1.dist-info"
-    info.mkdir(exist_ok=True)
+    for old in site.glob("rowint8-*.dist-info"):
+        shutil.rmtree(old)
+    info = site / f"rowint8-{version}.dist-info"
+    info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: rowint8\nVersion: {version}\n")
     (info / "entry_points.txt").write_text(f"[{table.ENTRY_POINTS}]\n{point}\n")
 
 
 def forget() -> None:
-    for read in (backends, offers):
+    for read in (backends, offers, schema_nodes):
         read.cache_clear()
 
 

@@ -5,6 +5,7 @@ import itertools
 import textwrap
 
 import pytest
+from hydra.core.config_store import ConfigStore
 
 from quantlab.datasets.table import DATASETS
 from quantlab.errors import ConfigError
@@ -303,3 +304,23 @@ def test_axes_are_plain_data():
     lists = QuantizationAxes(modules_to_not_convert={"a": ["x", "y"], "b": ["y", "z"]})
     assert lists.exclusions() == ("x", "y", "z")
     assert list(itertools.chain(*lists.modules_to_not_convert.values())) == ["x", "y", "y", "z"]
+
+
+def test_nodes_of_an_application_around_us_are_neither_read_nor_lost():
+    """Whoever calls us may have a Hydra application, with names of its own in the one config store."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node={"mine": 1})
+    hydras = store.repo["hydra"]["config.yaml"]
+    try:
+        assert one("backend=quanto").config.quantization.backend == "quanto"
+        assert store.load("schema.yaml").node == {"mine": 1}
+        assert store.repo["hydra"]["config.yaml"] is hydras
+        assert "quantization_schema" not in store.repo
+    finally:
+        del store.repo["schema.yaml"]
+
+
+def test_a_composition_leaves_the_schema_as_it_was():
+    one("model=smollm2_135m", "backend=quanto", "dtype=int4", "model.dtype=float32")
+    assert one("backend=torchao").config.dataset.name == "digits_classes"
+    assert one("backend=torchao") == one("backend=torchao")

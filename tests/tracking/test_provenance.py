@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 from pathlib import Path
+
+import pytest
 
 from quantlab.tracking import provenance
 
@@ -52,3 +55,21 @@ def test_environment_is_plain_and_names_no_host(tmp_path: Path) -> None:
     assert environment["hardware"]["torch_threads"] == torch.get_num_threads()
     assert len(environment["hardware"]["gpus"]) == torch.cuda.device_count()
     assert socket.gethostname() not in json.dumps(environment)
+
+
+def test_a_package_that_is_installed_meanwhile_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook's kernel outlives what is installed beside it."""
+
+    def install(version: str) -> None:
+        for old in tmp_path.glob("*.dist-info"):
+            shutil.rmtree(old)
+        folder = tmp_path / f"quantlab_of_a_test-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: quantlab-of-a-test\nVersion: {version}\n")
+
+    monkeypatch.setattr(provenance, "_PACKAGES", ("quantlab-of-a-test",))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "quantlab-of-a-test" not in provenance.versions()
+    for version in ("1.0", "1.1"):
+        install(version)
+        assert provenance.versions()["quantlab-of-a-test"] == version
