@@ -10,8 +10,9 @@ from torch import nn
 
 import quantlab
 from quantlab.errors import ConfigError
-from tests.support.schemes import schemes_on_cpu
+from tests.support.schemes import columns, schemes_on_cpu
 from tests.support.tables import BACKENDS
+from tests.support.tiers import covering
 
 SCHEMES = list(schemes_on_cpu())
 ROW_AFTER_ROW = [s for s in SCHEMES if s.backend == "torchao" and s.dtype in ("nvfp4", "mxfp8", "mxfp4")]
@@ -80,7 +81,7 @@ def run(module, x):
         return module(x)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", covering(SCHEMES, columns), ids=str)
 def test_values_and_strides_come_back(scheme, tmp_path):
     backend, original, x = BACKENDS[scheme.backend], make_net(scheme, scheme not in ROW_AFTER_ROW), inputs(scheme)
     module, _ = quantlab.quantize(original, scheme.native, calibration=[x] if scheme.native.needs_data else None)

@@ -17,6 +17,7 @@ from quantlab.stages.select import QuantizationRequest, select_layers
 from quantlab.vocabulary.axes import QuantizationAxes
 from tests.support.configs import dtypes_on_cpu
 from tests.support.tables import BACKENDS, CAPABILITIES, native_config, storages, the_scheme
+from tests.support.tiers import covering
 
 ROWS = [(b, d, row) for b, rows in CAPABILITIES.items() if b != "none" for d, row in rows.items()]
 ON_CPU = [(b, d, row) for b, d, row in ROWS if "cpu" in row.devices]
@@ -140,7 +141,11 @@ def test_promise(backend, dtype, row, tmp_path):
     assert sum(storages(loaded).values()) == pytest.approx(before, rel=0.02)
 
 
-@pytest.mark.parametrize(("backend", "dtype", "group_size"), GROUPS, ids=[f"{b}-{d}-{g}" for b, d, g in GROUPS])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "group_size"),
+    covering(GROUPS, lambda c: (c[0] + c[1], c[2])),
+    ids=[f"{b}-{d}-{g}" for b, d, g in GROUPS],
+)
 def test_group_size_is_met_exactly(backend, dtype, group_size):
     _, _, report, _ = quantized(backend, dtype, group_size)
     wanted = (None, 512) if group_size in ("none", 512) else (group_size,)  # a row has 512: one group is one scale
@@ -170,7 +175,7 @@ ALGORITHMS = [(b, d, a) for b, d, row in ON_CPU for a in row.algorithms[1:] if a
 STATIC = [(b, d, a, s) for b, d, row in ON_CPU for a, s in ways(b, d, row.algorithms[0]) if s]
 
 
-@pytest.mark.parametrize(("backend", "dtype", "algorithm"), ALGORITHMS)
+@pytest.mark.parametrize(("backend", "dtype", "algorithm"), covering(ALGORITHMS, lambda c: (c[0] + c[2], c[1])))
 def test_another_algorithm_gives_other_weights(backend, dtype, algorithm, tmp_path):
     """And all that it found survives a forward and a save -> load."""
     activation_dtype, settings = ways(backend, dtype, algorithm)[0]

@@ -1,6 +1,7 @@
 """A model casts its inputs to the dtype of its first parameter, which may be codes after quantization."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 import quantlab
 from tests.support.configs import METHODS, config_of
+from tests.support.tiers import covering
 
 
 class Casts(nn.Module):
@@ -49,9 +51,10 @@ class InIts(nn.Module):
 MODELS = {"casts": Casts, "around": Around, "deeper": lambda: InIts(Casts), "around deeper": lambda: InIts(Around)}
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", MODELS)
+CASES = itertools.product(MODELS, METHODS, (torch.float32, torch.bfloat16))
+
+
+@pytest.mark.parametrize(("name", "method", "dtype"), covering(CASES))
 def test_the_first_parameters_dtype_is_that_of_values(name, method, dtype):
     torch.manual_seed(0)
     model, x = MODELS[name]().eval().to(dtype), torch.randn(4, 256).to(dtype)

@@ -12,6 +12,7 @@ from quantlab.vocabulary.axes import QuantizationAxes
 from tests.support.configs import dtypes_on_cpu
 from tests.support.copies import inputs, net, quantized
 from tests.support.tables import BACKENDS, CAPABILITIES, native_config, the_scheme
+from tests.support.tiers import covering
 
 EACH = [(b, d) for b in BACKENDS for d in dtypes_on_cpu(b)[:2]]
 
@@ -182,7 +183,10 @@ def needing_data():
     return list(found.values())
 
 
-@pytest.mark.parametrize(("backend", "dtype", "names", "settings"), needing_data())
+@pytest.mark.parametrize(
+    ("backend", "dtype", "names", "settings"),
+    covering(needing_data(), lambda c: (f"{c[0]} {c[2]['algorithm']}", *c[2].values(), c[3])),
+)
 def test_calibration_sees_what_the_hooks_make_of_the_input(backend, dtype, names, settings):
     """To the bit as where a module of its own does what the hook does."""
     batches = [torch.randn(128, 256, generator=torch.Generator().manual_seed(i)) for i in (1, 2, 3)]

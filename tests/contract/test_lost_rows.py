@@ -16,6 +16,7 @@ from quantlab.stages.weight_errors import weight_errors
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.reports import StoredWeight
 from tests.support.tables import BACKENDS, CAPABILITIES, native_config, the_scheme
+from tests.support.tiers import covering
 
 ON_CPU = [
     (b, d, c)
@@ -24,7 +25,6 @@ ON_CPU = [
     for c in row.compute_dtypes
     if b != "none" and "cpu" in row.devices
 ]
-IDS = ["-".join(row) for row in ON_CPU]
 
 
 def weights(num_rows=64, in_features=512, seed=0):
@@ -43,8 +43,10 @@ def quantized(backend, dtype, module, compute, **axes):
     return quantize_component(request, copy.deepcopy(module), module)
 
 
-@pytest.mark.parametrize(("backend", "dtype", "compute"), ON_CPU, ids=IDS)
-@pytest.mark.parametrize("largest", [1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "compute", "largest"),
+    covering(((*row, size) for row in ON_CPU for size in (1e-3, 1e-4, 1e-5)), lambda c: (c[0] + c[1], *c[2:])),
+)
 def test_small_rows_are_kept_or_named(backend, dtype, compute, largest):
     """Four rows far below the others: each is about as good as they are, or the layer is refused by their names;
     where the format itself ends above them, the report says how many became zeros."""
@@ -178,8 +180,10 @@ ORDINARY = {
 }
 
 
-@pytest.mark.parametrize("kind", ORDINARY)
-@pytest.mark.parametrize(("backend", "dtype"), list(dict.fromkeys((b, d) for b, d, _ in ON_CPU)))
+@pytest.mark.parametrize(
+    ("backend", "dtype", "kind"),
+    covering(((b, d, kind) for (b, d), _ in FIRST for kind in ORDINARY), lambda c: (c[0] + c[1], c[2])),
+)
 def test_ordinary_weights_raise_no_alarm(backend, dtype, kind):
     compute = CAPABILITIES[backend][dtype].compute_dtypes[0]
     torch.manual_seed(0)

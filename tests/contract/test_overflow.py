@@ -7,8 +7,9 @@ from torch import nn
 import quantlab
 from quantlab import TorchAoConfig
 from quantlab.errors import NotFinite
-from tests.support.schemes import schemes_on_cpu
+from tests.support.schemes import columns, schemes_on_cpu
 from tests.support.tables import CAPABILITIES
+from tests.support.tiers import covering
 
 IN_FLOAT16 = {str(s): s for s in schemes_on_cpu() if "float16" in CAPABILITIES[s.backend][s.dtype].compute_dtypes}
 SAID = [(b, d) for b, rows in CAPABILITIES.items() for d, row in rows.items() if "float16" in row.overflows_in]
@@ -25,7 +26,7 @@ def inputs(largest, seed=1):
     return (x * largest / layer()(x).abs().max()).half()
 
 
-@pytest.mark.parametrize("name", IN_FLOAT16)
+@pytest.mark.parametrize("name", covering(IN_FLOAT16, lambda name: columns(IN_FLOAT16[name])))
 def test_what_float16_holds_is_no_infinity(name):
     scheme, largest = IN_FLOAT16[name], 10_000.0
     if (scheme.backend, scheme.dtype) in SAID:

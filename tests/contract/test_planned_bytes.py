@@ -14,6 +14,7 @@ from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.sizes import DenseLayer
 from tests.contract.test_backends import GROUPS, ON_CPU, ROWS, ways
 from tests.support.tables import BACKENDS, CAPABILITIES, the_scheme
+from tests.support.tiers import covering
 
 SHAPES = ((64, 1024), (96, 512))
 ODD = ((7, 96), (33, 160), (5, 17), (1, 64))
@@ -80,7 +81,11 @@ def check(found):
 CASES = [(b, d, c) for b, d, row in ON_CPU for c in row.compute_dtypes]
 
 
-@pytest.mark.parametrize(("backend", "dtype", "compute_dtype"), CASES, ids=["-".join(c) for c in CASES])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "compute_dtype"),
+    covering(CASES, lambda c: (c[0] + c[1], c[0] + c[2])),
+    ids=["-".join(c) for c in CASES],
+)
 def test_each_row_in_each_dtype_of_the_model(backend, dtype, compute_dtype):
     flat = ((64, 256),) if CAPABILITIES[backend][dtype].numel_multiple > 1 else ()
     check(compared(backend, dtype, (*SHAPES, *flat, *ODD), compute_dtype))

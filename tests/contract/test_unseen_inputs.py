@@ -8,8 +8,9 @@ from torch import nn
 import quantlab
 from quantlab import ConfigError
 from quantlab.vocabulary.axes import QuantizationAxes
-from tests.support.schemes import schemes_on_cpu
+from tests.support.schemes import columns, schemes_on_cpu
 from tests.support.tables import native_config
+from tests.support.tiers import covering
 
 SCHEMES = {str(s): s for s in schemes_on_cpu()}
 WITH_DATA = {name: s for name, s in SCHEMES.items() if s.native.needs_data}
@@ -25,9 +26,8 @@ IN = 256
 
 
 def named(schemes):
-    """Their names; of ModelOpt's integers those of 3 and 2 bits go the way of the others, and are slow."""
-    slow = [n for n, s in schemes.items() if s.backend == "modelopt" and s.dtype in ("int3", "int2")]
-    return [pytest.param(n, marks=pytest.mark.slow) if n in slow else n for n in schemes]
+    """Their names."""
+    return covering(schemes, lambda name: columns(schemes[name]))
 
 
 def dtype_of(scheme):

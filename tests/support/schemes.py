@@ -70,3 +70,9 @@ def _of(device: str, backend: str, dtype: str, activation: str, algorithm: str) 
                 native=native,
                 compute_dtype=CAPABILITIES[backend][dtype].compute_dtypes[0],
             )
+
+
+def columns(scheme: Scheme) -> tuple[str, ...]:
+    """What the default tier has each of: dtypes, algorithms and activations of a backend, and kinds of scales."""
+    backend, scales = scheme.backend, getattr(scheme.native, "activation_scales", "")
+    return f"{backend} {scheme.dtype}", f"{backend} {scheme.algorithm}", f"{backend} {scheme.activation_dtype}", scales

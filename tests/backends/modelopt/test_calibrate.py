@@ -28,6 +28,7 @@ from tests.support.modelopt_net import (
     relative,
 )
 from tests.support.tables import CAPABILITIES, layer_memory, storages
+from tests.support.tiers import covering
 
 ROWS = CAPABILITIES["modelopt"]
 CASES = [(d, a) for d, row in ROWS.items() if "cpu" in row.devices for a in row.algorithms]
@@ -116,11 +117,11 @@ def config_scale(model):
 # -- nothing calibrated is lost
 
 
-@pytest.mark.parametrize(("dtype", "algorithm"), CASES)
-@pytest.mark.parametrize("group", ["none", 32])
+PACKED = [(d, a, g if g in ROWS[d].group_sizes else "auto") for g in ("none", 32) for d, a in CASES]
+
+
+@pytest.mark.parametrize(("dtype", "algorithm", "group"), covering(dict.fromkeys(PACKED)))
 def test_packed_is_simulated(dtype, algorithm, group):
-    if group not in ROWS[dtype].group_sizes:
-        group = "auto"
     x, packed = outliers(99), quantized(config_of(dtype, algorithm, group=group))
     loose = quantized(config_of(dtype, algorithm, group=group, compress=False))
     for i in (0, 2):
@@ -137,7 +138,7 @@ def test_packed_is_simulated(dtype, algorithm, group):
         assert relative(packed[0](x), by_hand) < 1e-5
 
 
-@pytest.mark.parametrize(("dtype", "algorithm"), [c for c in CASES if c[1] != "max"])
+@pytest.mark.parametrize(("dtype", "algorithm"), covering(c for c in CASES if c[1] != "max"))
 def test_no_algorithm_is_max_in_silence(dtype, algorithm):
     activation = "int8" if algorithm == "smoothquant" else "none"
     plain = quantized(config_of(dtype, "max", activation))
@@ -146,7 +147,7 @@ def test_no_algorithm_is_max_in_silence(dtype, algorithm):
     assert errors(dtype, algorithm)[1] < errors(dtype, "max", activation)[1]
 
 
-@pytest.mark.parametrize(("dtype", "algorithm", "activation", "scales"), ACTIVATIONS)
+@pytest.mark.parametrize(("dtype", "algorithm", "activation", "scales"), covering(ACTIVATIONS))
 def test_files_with_activations(dtype, algorithm, activation, scales, tmp_path):
     config = config_of(dtype, algorithm, activation, scales)
     model, x = quantized(config), outliers(99)
@@ -158,8 +159,10 @@ def test_files_with_activations(dtype, algorithm, activation, scales, tmp_path):
     check_files(model, config, x, tmp_path)
 
 
-@pytest.mark.parametrize(("dtype", "algorithm"), CASES)
-@pytest.mark.parametrize(("compute", "compress"), [("bfloat16", True), ("float32", False)])
+@pytest.mark.parametrize(
+    ("dtype", "algorithm", "compute", "compress"),
+    covering((*case, *how) for how in (("bfloat16", True), ("float32", False)) for case in CASES),
+)
 def test_files(dtype, algorithm, compute, compress, tmp_path):
     """Packed float32 layers are in the test of every backend's files."""
     config = config_of(dtype, algorithm, compress=compress)
