@@ -33,7 +33,7 @@ from quantlab.report.price_table import phases_markdown
 from quantlab.report.reading import open_reader
 from quantlab.report.said_first import said_first
 from quantlab.report.selection import parse_request, select
-from quantlab.report.table import cells, columns, headline, legend, markdown
+from quantlab.report.table import cells, columns, headline, legend, markdown, said_beside
 from quantlab.running.first_recipe import recipe_text
 from quantlab.running.forecast import forecast
 from quantlab.tracking import find_records
@@ -100,7 +100,7 @@ def table_block(data: Sweep) -> str:
     bits = max(r["metrics"].get("memory/bits_per_weight_model", 0) for r in rows)
     computed = "float32" if bits > 24 else "16 bits"
     protocol = rows[0]["protocol"]
-    marks = legend(cells(r, headline(protocol, rows)) for r in rows)
+    marks = "; ".join([legend(cells(r, headline(protocol, rows)) for r in rows), *said_beside(rows)])
     caption = (
         f"Measured {data['date']} in {minutes:.1f} min on a {where} with {machine['torch_threads']} threads, "
         f"n = {n:.0f}; the model, kept layers and scales are in {computed}. {marks}.\n\n*{versions}*"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 ENTRY_POINTS = "quantlab.backends"
 """Group of the entry points by which other packages add their rows; the name of the point is that of the backend."""
 _FUNCTIONS = ("resolve", "layer_bytes", "quantize", "read_back", "save", "load")
-_MAY_BE_EMPTY = ("holds", "loggers", "same_bits", "input_algorithms")
+_MAY_BE_EMPTY = ("holds", "loggers", "same_bits", "input_algorithms", "elsewhere")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _COLOUR = re.compile(r"#[0-9a-f]{6}")
 _Native = TypeVar("_Native", bound=QuantizationConfigMixin)
@@ -100,6 +100,8 @@ class Backend:
     """Its own settings in which two configs of the same stored format agree, whatever their algorithm."""
     input_algorithms: tuple[str, ...]
     """Algorithms whose statistics are of a layer's inputs alone, and so serve another dtype as well."""
+    elsewhere: tuple[str, ...]
+    """What the programs that run its files do otherwise than quantlab, a sentence each: said beside its rows."""
     offer: Offer
     """Its rows of the capability table, and why other dtypes are not offered."""
 
@@ -164,6 +166,7 @@ _SHIPPED = (
         colour="#4269d0",
         same_bits=("bnb_4bit_use_double_quant", "bnb_4bit_quant_storage"),
         input_algorithms=(),
+        elsewhere=(),
         offer=OFFERS["bitsandbytes"],
     ),
     Backend(
@@ -178,6 +181,7 @@ _SHIPPED = (
         colour="#e5883a",
         same_bits=("activation_scales", "int4_packing_format", "mapping_type"),
         input_algorithms=(),
+        elsewhere=(),
         offer=OFFERS["torchao"],
     ),
     Backend(
@@ -192,6 +196,7 @@ _SHIPPED = (
         colour="#3ca951",
         same_bits=(),
         input_algorithms=(),
+        elsewhere=(),
         offer=OFFERS["quanto"],
     ),
     Backend(
@@ -206,6 +211,7 @@ _SHIPPED = (
         colour="#a463f2",
         same_bits=("tensor_types", "file_type"),
         input_algorithms=("imatrix",),
+        elsewhere=("gguf: weights only; llama.cpp's own kernels round activations too, which costs more",),
         offer=OFFERS["gguf"],
     ),
     Backend(
@@ -220,6 +226,7 @@ _SHIPPED = (
         colour="#c2362b",
         same_bits=("activation_scales", "compress"),
         input_algorithms=(),
+        elsewhere=(),
         offer=OFFERS["modelopt"],
     ),
 )
@@ -279,6 +286,12 @@ def offers() -> Offers:
 def own_settings(backend: str) -> dict[str, dataclasses.Field[Any]]:
     """The own keys of a backend's ``quantization`` node; none for ``none`` and for what is no backend."""
     return backends()[backend].settings if backend in backends() else {}
+
+
+def said_of(names: Iterable[str]) -> list[str]:
+    """What must be said beside rows of these backends: see :attr:`Backend.elsewhere`."""
+    asked = set(names)
+    return [text for name, row in backends().items() if name in asked for text in row.elsewhere]
 
 
 def distributions() -> tuple[str, ...]:

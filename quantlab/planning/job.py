@@ -121,6 +121,11 @@ class Plan:
     """What is exported at the end."""
     dry_run: bool = False
 
+    @property
+    def name(self) -> str:
+        """Of its run, where it is a sweep."""
+        return self.recipe.stem if self.recipe else "sweep"
+
 
 def scheme_name(axes: QuantizationAxes, scheme: Scheme | None = None, settings: Mapping[str, Any] | None = None) -> str:
     """A short name of what is asked for: ``torchao int4 g64``, ``bitsandbytes nf4 bnb_4bit_use_double_quant``.

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from quantlab.backends.table import backends
+from quantlab.backends.table import backends, said_of
 from quantlab.errors import ConfigError, TrackingError, nearest
 from quantlab.metrics import METRICS
 from quantlab.metrics.significance import is_skewed, mcnemar_exact, rank_test, t_test
@@ -132,6 +132,7 @@ def _compare_group(
         alike = ", ".join(r.name for r in points if r.name not in front)
         notes.append(f"not on the front, since no better than a smaller scheme as far as can be told: {alike}")
     notes += [line for run in candidates for line in attribution_lines(run.name, run.metrics, metric)]
+    notes += said_of(backend for run in candidates for backend in scheme_nodes(run.params).values())
     if floor is None:
         notes.append("no floor is known: no other execution of the reference was measured, or each gave its outputs")
     return Comparison(

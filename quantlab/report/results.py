@@ -198,9 +198,12 @@ def next_steps(results: Results, output_dir: str, tracking: TrackingConfig) -> l
     ]
     if not quantized:
         return []
-    last, sweep = quantized[-1], results.sweep_id
+    last, folders = quantized[-1], _folders(output_dir)
+    ids = {r.run_id for r in results if r.run_id}
+    folder = next((f for f in folders if ids <= _rows_of(f)), None)
+    sweep = _run_id_of(folder) if folder else ""
     run_id = sweep or str(last.run_id)
-    folder = next((f for f in _folders(output_dir) if _run_id_of(f) == run_id), None)
+    folder = folder or next((f for f in folders if _run_id_of(f) == run_id), None)
     ui = tracking.uri if tracking.uri.startswith("http") else f"mlflow ui --backend-store-uri {tracking.uri}"
     chosen = f"sweep={sweep}" if sweep else f"experiment={tracking.experiment}"
     where = f" tracking.uri={NO_STORE}" if tracking.uri == NO_STORE else ""
@@ -216,6 +219,15 @@ def next_steps(results: Results, output_dir: str, tracking: TrackingConfig) -> l
 def _folders(output_dir: str) -> list[Path]:
     """The newest runs' folders."""
     return sorted(Path(output_dir).expanduser().glob("runs/*"), reverse=True)[:500]
+
+
+def _rows_of(folder: Path) -> set[str | None]:
+    """Ids of the jobs of a sweep, by its folder; none of a folder that is no sweep's."""
+    try:
+        rows = json_object((folder / "rows.json").read_bytes()).get("rows", [])
+        return {row["run_id"] for row in rows}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def _run_id_of(folder: Path) -> str:

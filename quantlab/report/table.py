@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from quantlab.backends.table import said_of
 from quantlab.errors import nearest
 from quantlab.metrics import METRICS
 from quantlab.progress import printable
 from quantlab.protocols.table import PROTOCOLS
+from quantlab.report.selection import scheme_nodes
 from quantlab.report.terminal import Column, Sheet
 from quantlab.report.verdicts import error_metric, is_inside, largest_floor, less, with_other_batch
 from quantlab.tracking.results import Measured, Row
+from quantlab.tracking.values import flatten
 from quantlab.vocabulary.numbers import metric_value
 
 MIB = 1024**2
@@ -64,6 +67,12 @@ def legend(rows: Iterable[Sequence[str]]) -> str:
     """What the marks in these cells mean, and of no others; names of schemes are no marks."""
     told = [text for row in rows for text in row[1:]]
     return "; ".join(said for mark, said in MARKS.items() if any(mark in text for text in told))
+
+
+def said_beside(rows: Iterable[Row]) -> list[str]:
+    """What must be said beside the rows of some backends: a number of theirs is another one elsewhere."""
+    measured = (row["params"] for row in rows if "quantization/coverage" in row["metrics"])
+    return said_of(backend for params in measured for backend in scheme_nodes(flatten(params)).values())
 
 
 def cells(row: Measured, shown: Sequence[str], bounds: bool = True) -> list[str]:
@@ -160,7 +169,7 @@ def rows_sheet(rows: Iterable[Row], protocol: str, caption: str = "", more: Sequ
         for text, row in zip(texts, listed, strict=True):
             text.append(_shown(row["metrics"].get(name), "{:.4g}"))
     chosen = [Column(title=name, keep=8) for name in more]
-    told = (untold, marks, *_not_there(more, rows), caption)
+    told = (untold, marks, *said_beside(rows), *_not_there(more, rows), caption)
     return Sheet(columns=[*sheet_columns(shown), *chosen], rows=texts, styles=styles, caption=told)
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from quantlab import tracking
 from quantlab.errors import TrackingError
-from quantlab.planning.job import Job
+from quantlab.planning.job import Job, Plan
 from quantlab.running.known import Known, bench_key, recall
 from quantlab.running.resume import content_key, earlier_report
+from quantlab.running.rows import finished_row
 from quantlab.running.workbench import Session
+from quantlab.tracking.connect import resolved_uri
+from quantlab.tracking.glance import sweep_of
 from quantlab.tracking.provenance import Environment, environment
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.reports import RunReport
@@ -35,17 +38,41 @@ def rows_before(session: Session, jobs: Sequence[Job], known: dict[str, Known]) 
     """The rows of jobs that earlier sweeps finished, floors before the first job of each reference; None where one has
     not been, or is to be run again."""
     rows: list[RunReport] = []
+    for job, there, key in _wanted(jobs, known, session.output_dir / "cache"):
+        row = earlier_report(session, there.protocol, job, key)
+        if row is None:
+            return None
+        rows.append(row)
+    return rows
+
+
+def answered_before(request: Plan, known: dict[str, Known]) -> list[RunReport] | None:
+    """The rows of a request that an earlier sweep answered whole: that sweep's, read without MLflow and with nothing
+    written. None where there is none such in this store, or where runs wait to be closed or sent."""
+    config = request.jobs[0].config
+    output_dir = Path(config.output_dir).expanduser().absolute()
+    if request.invalid or request.export.path is not None or not tracking.all_arrived(output_dir / "runs"):
+        return None
+    wanted = list(_wanted(request.jobs, known, output_dir / "cache"))
+    uri = resolved_uri(config.tracking.uri, Path.cwd())
+    found = sweep_of(uri, config.tracking.experiment, request.name, [key for _, _, key in wanted])
+    if found is None:
+        return None
+    return [
+        finished_row(json.loads(earlier.report), earlier.run_id, job.name, is_resumed=True)
+        for earlier, (job, _, _) in zip(found, wanted, strict=True)
+    ]
+
+
+def _wanted(jobs: Sequence[Job], known: dict[str, Known], cache_dir: Path) -> Iterator[tuple[Job, Known, str]]:
+    """Jobs with their content keys, floors before the first job of each reference."""
     told: set[str] = set()
     for job in jobs:
         there, shared = known[_shared(job)], bench_key(job.config)
-        wanted = [job] if shared in told else [*there.floor_jobs(job.config), job]
+        floors = [] if shared in told else there.floor_jobs(job.config)
         told.add(shared)
-        for one in wanted:
-            row = earlier_report(session, there.protocol, one, content_key(there, one, session.output_dir / "cache"))
-            if row is None:
-                return None
-            rows.append(row)
-    return rows
+        for one in (*floors, job):
+            yield one, there, content_key(there, one, cache_dir)
 
 
 def environment_of(session: Session, rows: Sequence[RunReport]) -> Environment:

@@ -25,7 +25,7 @@ from quantlab.running.apart import Handed, hand_over
 from quantlab.running.claims import Claims, wait_for
 from quantlab.running.engines.table import check_launcher, is_far
 from quantlab.running.far import references, run_far
-from quantlab.running.finished import environment_of, known_before, rows_before
+from quantlab.running.finished import answered_before, environment_of, known_before, rows_before
 from quantlab.running.handing import handed, run_handed, runs_apart
 from quantlab.running.job import floor_rows, open_run, run_job, run_row
 from quantlab.running.known import Known, bench_key
@@ -73,6 +73,9 @@ def run_plan(plan: Plan, quiet: bool = False, trust: bool = False) -> list[RunRe
     elif first.launcher.engine != "serial":
         say(f"launcher={first.launcher.engine}: a single job is run by this process", "launcher")
     known = _known_before(plan)
+    if known is not None and (rows := answered_before(plan, known)) is not None:
+        _say_merged(plan)
+        return rows
     computes = known is None and not (plan.is_sweep and is_far(first.launcher))
     with open_session(first, quiet, computes=computes) as session:
         session.known_before = known
@@ -221,16 +224,14 @@ def told_apart(name: str) -> Iterator[None]:
 
 
 def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
-    name = plan.recipe.stem if plan.recipe else "sweep"
     began = time.perf_counter()
-    with told_apart(name), open_run(session, name, plan.jobs[0], kind="sweep") as parent:
+    with told_apart(plan.name), open_run(session, plan.name, plan.jobs[0], kind="sweep") as parent:
         session.parent_folder = parent.record.folder
         session.parent_run_id, session.parent_record = parent.run_id, parent.record.summary["record"]
         if plan.invalid:
             num = len(plan.invalid) + len(plan.jobs)
             say(f"skipped: {len(plan.invalid)} of {num} combinations are impossible; sweep.dry_run=true lists them")
-        if plan.merged:
-            say(f"run once, as these are one scheme in several words: {_spelled(plan.merged)}")
+        _say_merged(plan)
         config, study = plan.jobs[0].config, None
         if config.sweep.search.num_trials:
             reports, study = _search(session, plan, parent)
@@ -274,6 +275,11 @@ def _all_rows(session: Session, plan: Plan, parent: Any) -> list[RunReport]:
             return found
     with _computing(session, config):
         return _finished(session, _rows(session, plan, parent), config)
+
+
+def _say_merged(plan: Plan) -> None:
+    if plan.merged:
+        say(f"run once, as these are one scheme in several words: {_spelled(plan.merged)}")
 
 
 def _spelled(merged: Sequence[Merged]) -> str:

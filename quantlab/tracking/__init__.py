@@ -18,7 +18,7 @@ from quantlab.tracking.query import (
     get_run,
     has_run_with_tags,
 )
-from quantlab.tracking.recovery import close_orphans, end_lost_run, push_pending
+from quantlab.tracking.recovery import all_arrived, close_orphans, end_lost_run, push_pending
 from quantlab.tracking.run import Run
 from quantlab.tracking.store import Store, no_store, open_store
 
@@ -27,6 +27,7 @@ __all__ = [
     "RunData",
     "Store",
     "adopt",
+    "all_arrived",
     "annotate",
     "close_orphans",
     "end_lost_run",

@@ -26,7 +26,7 @@ SLOWEST_BYTES_S = 100_000
 _LOCK_SECONDS = 120
 NO_STORE = "none"
 """Address of no store: runs have their folders alone."""
-_SQLITE = "sqlite:///"
+SQLITE = "sqlite:///"
 _WAY_OUT = "set tracking.required=false, or tracking.uri=sqlite:///outputs/mlflow.db"
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
 _PASSING_STATUS = (401, 403, 404, 408, 429)
@@ -39,8 +39,8 @@ def resolved_uri(uri: str, base_dir: Path) -> str:
         return uri
     if uri.startswith(("http://", "https://")) and urlsplit(uri).hostname:
         return uri.rstrip("/")
-    if uri.startswith(_SQLITE):
-        path = Path(uri.removeprefix(_SQLITE)).expanduser()
+    if uri.startswith(SQLITE):
+        path = Path(uri.removeprefix(SQLITE)).expanduser()
         if not path.name or ":memory:" in uri:
             raise TrackingError(
                 f"tracking.uri={uri}: runs are kept in a file; set tracking.uri=sqlite:///outputs/mlflow.db"
@@ -48,7 +48,7 @@ def resolved_uri(uri: str, base_dir: Path) -> str:
         whole = base_dir.absolute() / path
         if set("?#") & set(str(whole)):
             raise TrackingError(f"tracking.uri={uri}: the path {whole} holds ? or #; set tracking.uri=sqlite:///<path>")
-        return f"{_SQLITE}{whole}"
+        return f"{SQLITE}{whole}"
     if "://" not in uri or uri.startswith("file:"):
         raise TrackingError(
             f"tracking.uri={uri}: MLflow's file store is in maintenance mode and not supported; "
@@ -74,8 +74,8 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     Raises TrackingError within 15 s where a server does not answer, and for a database that cannot be used.
     """
     _quiet_mlflow()
-    if uri.startswith(_SQLITE):
-        return _connect_sqlite(Path(uri.removeprefix(_SQLITE)), uri, experiment)
+    if uri.startswith(SQLITE):
+        return _connect_sqlite(Path(uri.removeprefix(SQLITE)), uri, experiment)
     _probe(uri)
     for name, value in (("MAX_RETRIES", "1"), ("TIMEOUT", str(_PROBE_SECONDS)), ("BACKOFF_FACTOR", "1")):
         os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)  # by default a dead server costs 4 minutes a call

@@ -49,6 +49,11 @@ def push_pending(store: Store, runs_dir: Path) -> list[str]:
     return pushed
 
 
+def all_arrived(runs_dir: Path) -> bool:
+    """Whether each run below ``runs_dir`` has ended and reached its store: nothing is left to be closed or sent."""
+    return all(_is_done(folder) for folder in folders_with_records(runs_dir))
+
+
 def close_orphans(store: Store, runs_dir: Path) -> list[str]:
     """End the runs of this host whose process is gone as KILLED, in folders and in ``store``; returns their names.
 

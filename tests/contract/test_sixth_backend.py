@@ -160,7 +160,7 @@ def test_the_contract_of_backends_holds(site):
 def test_what_is_missing_in_a_row_is_named(site, field):
     row = backends()["rowint8"]
     empty = Offer(rows={}) if field == "offer" else () if isinstance(getattr(row, field), tuple) else ""
-    if field in ("holds", "loggers", "same_bits", "input_algorithms"):
+    if field in ("holds", "loggers", "same_bits", "input_algorithms", "elsewhere"):
         assert not getattr(dataclasses.replace(row, **{field: ()}), field)
         empty = "words"
     with pytest.raises(ConfigError, match=rf"^backend .*: {field}: .*; correct its row$"):

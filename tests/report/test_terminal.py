@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from quantlab.backends.table import backends
 from quantlab.progress import spell_out
 from quantlab.report.selection import metric_called
-from quantlab.report.table import cells, columns, legend, rows_sheet, with_half_width
+from quantlab.report.table import cells, columns, legend, rows_sheet, said_beside, with_half_width
 from quantlab.report.terminal import Column, Sheet, show
 
 
@@ -34,7 +35,10 @@ def measured(name, value=0.0123, half=0.0004, **more):
     for i, metric in enumerate(("psnr_db", "ssim", "lpips_proxy", "latent_rel_mse", "latent_cosine")):
         metrics |= {f"quality/{metric}": value * (i + 1), f"quality/{metric}/ci_lo": value * (i + 1) - half / 2}
         metrics |= {f"quality/{metric}/ci_hi": value * (i + 1) + half}
-    return {"name": name, "status": "FINISHED", "metrics": metrics | more, "protocol": "diffusion", "error": ""}
+    return {
+        **{"name": name, "status": "FINISHED", "metrics": metrics | more, "protocol": "diffusion", "error": ""},
+        "params": {"quantization": {"backend": name.split()[0]}},
+    }
 
 
 ROWS = [measured("torchao int4 g128 awq"), measured("bitsandbytes nf4", 31.2, 0.44)]
@@ -147,6 +151,16 @@ def test_the_legend_names_the_marks_that_are_there():
     ]
     assert "±" in legend([["x", "1.0 ±0.2"]])
     assert "°" in legend([["x", "1.0°"]])
+
+
+@pytest.mark.parametrize("name", backends())
+def test_what_a_backends_own_programs_do_otherwise_is_said_beside_its_rows(name):
+    told = backends()[name].elsewhere
+    own = {"params": {"quantization": {"backend": "none"}, "components": {"vae": {"backend": name}}}}
+    for rows in ([measured(name), measured(f"{name} other")], [measured("parts") | own]):
+        caption = rows_sheet(rows, "diffusion").caption
+        assert [text for text in caption if text.startswith(f"{name}:")] == list(told)
+    assert not said_beside([{**measured(name), "metrics": {}}]), "a row without numbers needs no note"
 
 
 def test_documents_have_both_ends_of_an_interval():

@@ -32,12 +32,15 @@ def test_a_sweep_that_is_wholly_resumed_loads_nothing(shell, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(workbench, "load_placed", refuse)
         patch.setattr(sweep, "prepare_device", refuse)
-        again = shell.rows(*WORDS, "dtype=int8,int4")
-    assert list(again) == list(first)
-    for name, row in again.items():
-        assert row["resumed"]
-        assert row["metrics"] == first[name]["metrics"]
+        again = shell.rows(*WORDS, "dtype=int4,int8")  # another sweep of these jobs
+        patch.setattr(sweep, "open_session", refuse)
+        same = shell.rows(*WORDS, "dtype=int8,int4")
+    assert list(same) == list(first)
+    assert set(again) == set(first)
+    for rows in (again, same):
+        assert all(row["resumed"] and row["metrics"] == first[name]["metrics"] for name, row in rows.items())
     assert last_rows_json(shell)["environment"] == measured["environment"]
+    assert len(list((shell.folder / "outputs" / "runs").rglob("rows.json"))) == 2, "the first sweep's answer"
     # one more job: it is run, beside the others' rows and with their floors
     more = shell.rows(*WORDS, "dtype=int8,int4,float8_e4m3")
     assert [row["resumed"] for row in more.values()] == [True] * 5 + [False]

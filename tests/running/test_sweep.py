@@ -115,6 +115,8 @@ def test_the_same_command_again_runs_nothing(shell, measured):
     assert {n: r["metrics"] for n, r in again.items()} == {n: r["metrics"] for n, r in first.items()}
     assert [r["resumed"] for r in again.values()] == [True] * 5
     assert [r["run_id"] for r in again.values()] == [r["run_id"] for r in first.values()]
+    assert rows_json(shell)[0]["run_id"] == old_parent["run_id"], "its answer is there"
+    shell.rows(*WORDS, "backend=gguf,quanto")
     parent, rows = rows_json(shell)
     assert parent["run_id"] != old_parent["run_id"]
     assert children(shell, parent) == {*FLOORS, "quanto int8", "gguf q8_0"}

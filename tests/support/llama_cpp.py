@@ -24,8 +24,9 @@ def library() -> str | None:
     return str(next(Path(found.origin).parent.glob("xllamacpp*.so")))
 
 
-def save_gguf(module, tokenizer, file: Path, *, add_bos: bool, kind: str = "F32") -> Path:
-    """A Llama of transformers with a byte-level BPE tokenizer as a gguf file; ``kind`` is the type of its matrices."""
+def save_gguf(module, tokenizer, file: Path, *, add_bos: bool, kind: str = "F32", keep: tuple[str, ...] = ()) -> Path:
+    """A Llama of transformers with a byte-level BPE tokenizer as a gguf file; ``kind`` is the type of its matrices, but
+    for those with a word of ``keep`` in their names."""
     import gguf
 
     config, state = module.config, {k: v.detach().float().numpy() for k, v in module.state_dict().items()}
@@ -57,7 +58,7 @@ def save_gguf(module, tokenizer, file: Path, *, add_bos: bool, kind: str = "F32"
                 rows = values.shape[0] // heads // 2
                 values = values.reshape(heads, 2, rows, -1).swapaxes(1, 2).reshape(values.shape)
         told = names.get_name(name, (".weight",))
-        if kind != "F32" and values.ndim == 2:
+        if kind != "F32" and values.ndim == 2 and not any(word in name for word in keep):
             format_of_file = gguf.GGMLQuantizationType[kind]
             writer.add_tensor(told, gguf.quants.quantize(values, format_of_file), raw_dtype=format_of_file)
         else:
@@ -87,50 +88,73 @@ class _Batch(ctypes.Structure):
     )
 
 
+class Llama:
+    """A gguf file as llama.cpp runs it, on one thread or as many as it likes."""
+
+    def __init__(self, model_file: str, num_threads: int = 0) -> None:
+        path = library()
+        assert path is not None, "xllamacpp is not installed"
+        self.lib = lib = ctypes.CDLL(path)
+        pointers = ("llama_model_load_from_file", "llama_init_from_model", "llama_model_get_vocab", "llama_get_memory")
+        for name in pointers:
+            getattr(lib, name).restype = ctypes.c_void_p
+        lib.llama_model_default_params.restype = lib.llama_context_default_params.restype = _Settings
+        lib.llama_get_logits_ith.restype = ctypes.POINTER(ctypes.c_float)
+        lib.llama_batch_init.restype = _Batch
+        lib.llama_vocab_get_add_bos.restype = ctypes.c_bool
+        lib.llama_backend_init()
+        model = ctypes.c_void_p(lib.llama_model_load_from_file(model_file.encode(), lib.llama_model_default_params()))
+        settings = lib.llama_context_default_params()
+        assert list(settings.numbers[:4]) == [512, 2048, 512, 1], (
+            "n_ctx, n_batch, n_ubatch, n_seq_max are not its first"
+        )
+        self.context = ctypes.c_void_p(lib.llama_init_from_model(model, settings))
+        if num_threads:
+            lib.llama_set_n_threads(self.context, num_threads, num_threads)
+        self.vocab = ctypes.c_void_p(lib.llama_model_get_vocab(model))
+        self.vocab_size = lib.llama_vocab_n_tokens(self.vocab)
+        self.batch = lib.llama_batch_init(CONTEXT, 0, 1)
+
+    def tokens(self, text: bytes) -> list[int]:
+        """As ``llama-perplexity -f`` reads a file (common/arg.cpp, ``common_tokenize(ctx, params.prompt, true)``)."""
+        prompt = text.removesuffix(b"\n")
+        ids = (ctypes.c_int32 * (len(prompt) + 2))()
+        add_special, parse_special = ctypes.c_bool(True), ctypes.c_bool(False)
+        num = self.lib.llama_tokenize(self.vocab, prompt, len(prompt), ids, len(ids), add_special, parse_special)
+        return list(ids[:num])
+
+    def logits(self, window: list[int], first: int = 0):
+        """float32 array (tokens from ``first`` on, vocabulary): what stands at those positions of a window."""
+        import numpy as np
+
+        self.lib.llama_memory_clear(ctypes.c_void_p(self.lib.llama_get_memory(self.context)), ctypes.c_bool(True))
+        self.batch.n_tokens = len(window)
+        for k, token in enumerate(window):
+            self.batch.token[k], self.batch.pos[k], self.batch.n_seq_id[k] = token, k, 1
+            self.batch.logits[k] = k >= first
+            self.batch.seq_id[k][0] = 0
+        assert self.lib.llama_decode(self.context, self.batch) == 0, "llama_decode failed"
+        rows = (self.lib.llama_get_logits_ith(self.context, k) for k in range(first, len(window)))
+        return np.stack([np.ctypeslib.as_array(row, (self.vocab_size,)) for row in rows])
+
+
 def perplexity(model_file: str, text: bytes) -> dict[str, object]:
     """What ``llama-perplexity -m model_file -f text`` computes (tools/perplexity/perplexity.cpp, ``perplexity``)."""
     import numpy as np
 
-    path = library()
-    assert path is not None, "xllamacpp is not installed"
-    lib = ctypes.CDLL(path)
-    pointers = ("llama_model_load_from_file", "llama_init_from_model", "llama_model_get_vocab", "llama_get_memory")
-    for name in pointers:
-        getattr(lib, name).restype = ctypes.c_void_p
-    lib.llama_model_default_params.restype = lib.llama_context_default_params.restype = _Settings
-    lib.llama_get_logits_ith.restype = ctypes.POINTER(ctypes.c_float)
-    lib.llama_batch_init.restype = _Batch
-    lib.llama_vocab_get_add_bos.restype = ctypes.c_bool
-    lib.llama_backend_init()
-    model = ctypes.c_void_p(lib.llama_model_load_from_file(model_file.encode(), lib.llama_model_default_params()))
-    settings = lib.llama_context_default_params()
-    assert list(settings.numbers[:4]) == [512, 2048, 512, 1], "n_ctx, n_batch, n_ubatch, n_seq_max are not its first"
-    context = ctypes.c_void_p(lib.llama_init_from_model(model, settings))
-    vocab = ctypes.c_void_p(lib.llama_model_get_vocab(model))
-    prompt = text.removesuffix(b"\n")  # common/arg.cpp, --file
-    ids = (ctypes.c_int32 * (len(prompt) + 2))()
-    add_special, parse_special = ctypes.c_bool(True), ctypes.c_bool(False)  # common_tokenize(ctx, params.prompt, true)
-    num = lib.llama_tokenize(vocab, prompt, len(prompt), ids, len(ids), add_special, parse_special)
-    tokens, vocab_size = list(ids[:num]), lib.llama_vocab_n_tokens(vocab)
-    batch = lib.llama_batch_init(CONTEXT, 0, 1)
+    llama = Llama(model_file)
+    tokens = llama.tokens(text)
     windows, nll, count = [], 0.0, 0
-    for start in range(0, num // CONTEXT * CONTEXT, CONTEXT):
+    for start in range(0, len(tokens) // CONTEXT * CONTEXT, CONTEXT):
         window = tokens[start : start + CONTEXT]
-        if lib.llama_vocab_get_add_bos(vocab):
-            window[0] = lib.llama_vocab_bos(vocab)
+        if llama.lib.llama_vocab_get_add_bos(llama.vocab):
+            window[0] = llama.lib.llama_vocab_bos(llama.vocab)
         windows.append(window)
-        lib.llama_memory_clear(ctypes.c_void_p(lib.llama_get_memory(context)), ctypes.c_bool(True))
-        batch.n_tokens = CONTEXT
-        for k, token in enumerate(window):
-            batch.token[k], batch.pos[k], batch.n_seq_id[k], batch.logits[k] = token, k, 1, k >= CONTEXT // 2
-            batch.seq_id[k][0] = 0
-        assert lib.llama_decode(context, batch) == 0, "llama_decode failed"
-        for k in range(CONTEXT // 2, CONTEXT - 1):
-            row = lib.llama_get_logits_ith(context, k)
-            logits = np.ctypeslib.as_array(row, (vocab_size,)).astype(np.float64)
-            logits -= logits.max()
-            nll += float(np.log(np.exp(logits).sum()) - logits[tokens[start + k + 1]])
-            count += 1
+        logits = llama.logits(window, CONTEXT // 2)[:-1].astype(np.float64)
+        logits -= logits.max(1, keepdims=True)
+        targets = tokens[start + CONTEXT // 2 + 1 : start + CONTEXT]
+        nll += float((np.log(np.exp(logits).sum(1)) - logits[range(len(targets)), targets]).sum())
+        count += len(targets)
     return {"windows": windows, "ppl": math.exp(nll / count), "num_scored": count}
 
 

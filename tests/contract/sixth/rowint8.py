@@ -164,5 +164,6 @@ BACKEND = Backend(
     colour="#808000",
     same_bits=("largest_code",),
     input_algorithms=(),
+    elsewhere=(),
     offer=Offer(rows={"int8": Capability(group_sizes=("none",), devices=("cpu",))}),
 )
