@@ -50,6 +50,7 @@ def main(sweep: str = "latest", root: Path = Path()) -> list[Path]:
         page = Path(scratch, "page.html")
         write_page(page_data(groups, selection, reader), page)
         with chromium(Path(scratch, "profile")) as browser:
+            browser.set_script_timeout(START_S)  # MLflow's pages are slow on a busy machine
             for name, width, height, dark in (
                 ("page_desktop", 1200, 1180, False),
                 ("page_dark", 1200, 1180, True),
