@@ -28,7 +28,7 @@ TEXT = "before\n<!-- {kind}: {name} -->\nold\n<!-- end -->\nafter\n"
 
 def row(name: str, bits: float, error: float) -> dict[str, object]:
     metrics = {**METRICS, "memory/bits_per_weight_quantized": bits, "quality/latent_rel_mse": error}
-    return {"name": name, "status": "FINISHED", "protocol": "diffusion", "metrics": metrics, "error": ""}
+    return {"name": name, "status": "FINISHED", "protocol": "diffusion", "metrics": metrics, "error": "", "params": {}}
 
 
 @pytest.fixture
