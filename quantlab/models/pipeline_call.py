@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError, MetricUndefined, MissingPackage, ModelError, nearest
@@ -39,6 +40,8 @@ _OURS = {
 """Arguments that the recipe has other keys for, and which."""
 _KINDS = {"images": "images", "frames": "frames", "videos": "frames", "audios": "audio", "audio": "audio"}
 """Field of what a pipeline returns -> kind of medium."""
+_OF_SHAPES = re.compile(r"shape|must match the (existing )?size|size of tensor|sizes of tensors|invalid for input")
+"""What torch says of tensors that do not fit one another, as where an attention takes a mask of one sample alone."""
 _MAP = "prediction"
 """The field of pipelines that find something out about a picture (a depth at each place): an image, where in [0, 1]."""
 
@@ -139,25 +142,38 @@ def sample(
         in_their_dtypes(model.components, originals, model.dtype),
         heard_steps(pipe.scheduler, told),
         contextlib.nullcontext() if residence is None else run_part_by_part(pipe, model, residence),
+        _told_as_ours(model.name, type(pipe).__name__, arguments, num),
     ):
-        try:
-            made = _called(pipe, arguments, noise)
-        except (ImportError, NameError) as error:
-            package = getattr(error, "name", None) or _first_line(error)
-            raise MissingPackage(
-                f"model={model.name}: {type(pipe).__name__} needs {package}, which is not installed; "
-                f"pip install {package}"
-            ) from error
-        except (TypeError, ValueError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ModelError(
-                f"model={model.name}: {type(pipe).__name__} refuses what it is given ({_first_line(error)}); "
-                f"it was called with {', '.join(arguments)}: change the data set, evaluation or model.call"
-            ) from error
+        made = _called(pipe, arguments, noise)
     media = _media(pipe, made, num)
     _check_made(pipe, media, arguments)
     return Sampled(latents=None if last is None else last.float().cpu(), media=media)
+
+
+@contextlib.contextmanager
+def _told_as_ours(model: str, pipeline: str, arguments: Iterable[str], num: int) -> Iterator[None]:
+    """What a pipeline says of its inputs, in words that name the key to change."""
+    try:
+        yield
+    except (ImportError, NameError) as error:
+        package = getattr(error, "name", None) or _first_line(error)
+        raise MissingPackage(
+            f"model={model}: {pipeline} needs {package}, which is not installed; pip install {package}"
+        ) from error
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            f"model={model}: {pipeline} refuses what it is given ({_first_line(error)}); "
+            f"it was called with {', '.join(arguments)}: change the data set, evaluation or model.call"
+        ) from error
+    except RuntimeError as error:
+        if num == 1 or not _OF_SHAPES.search(str(error)):
+            raise
+        raise ModelError(
+            f"model={model}: {pipeline} fails on {num} samples at once ({_first_line(error)}); "
+            "set evaluation.batch_size=1"
+        ) from error
 
 
 def _called(pipe: Pipeline, arguments: Mapping[str, Any], noise: Tensor) -> Mapping[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from quantlab.modules.compute_dtype import component_dtype
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 Told = Callable[["Tensor", "Tensor"], object]
 """Told (what the model predicted, the sample after the step), as the scheduler has them."""
+_INHERITED = object()
 
 
 @contextmanager
 def heard_steps(scheduler: object | None, told: Told) -> Iterator[None]:
     """While open, ``told`` follows each step of ``scheduler``, and of no copy that a pipeline makes of it.
 
-    The scheduler is of a subclass of its class meanwhile: a copy steps by itself, and signatures stay what they are.
+    Its class steps through us meanwhile and is no other: pipelines ask for it by ``type(scheduler) != ...``.
     """
     import torch
 
@@ -31,22 +32,33 @@ def heard_steps(scheduler: object | None, told: Told) -> Iterator[None]:
         yield
         return
 
-    @functools.wraps(own.step)
+    inner = own.step
+
+    @functools.wraps(inner)
     def step(self: object, *args: Any, **kwargs: Any) -> Any:
         given = args[0] if args else kwargs.get("model_output")
-        result = own.step(self, *args, **kwargs)
+        result = inner(self, *args, **kwargs)
         after = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
         if self is scheduler and isinstance(given, torch.Tensor) and isinstance(after, torch.Tensor):
             told(given, after)
         return result
 
-    heard: Any = type(own.__name__, (own,), {"step": step, "__module__": own.__module__, "__doc__": own.__doc__})
-    watched: Any = scheduler
-    watched.__class__ = heard
+    with _attribute(own, "step", step):
+        yield
+
+
+@contextmanager
+def _attribute(own: type, name: str, value: object) -> Iterator[None]:
+    """While open, ``value`` is what a class has by ``name``; afterwards its own, or what it inherits."""
+    before = vars(own).get(name, _INHERITED)
+    setattr(own, name, value)
     try:
         yield
     finally:
-        watched.__class__ = own
+        if before is _INHERITED:
+            delattr(own, name)
+        else:
+            setattr(own, name, before)
 
 
 @contextmanager
@@ -84,35 +96,34 @@ def in_their_dtypes(
     for its ``dtype`` is told that one's as well: it is what noise is drawn in. An autoencoder, which pipelines call by
     other names than ``forward``, says its own.
     """
-    changed: list[tuple[Any, Any, type]] = []
-    for name, module in modules.items():
-        inside, outside = component_dtype(module, default), component_dtype(originals[name], default)
-        if module is not originals[name] and inside != outside:
-            changed.append((module, vars(module).get("forward"), type(module)))
-            within: list[None] = []
-            vars(module)["forward"] = _between(module.forward, outside, inside, within)
-            if isinstance(getattr(type(module), "dtype", None), property) and not hasattr(module, "decode"):
-                _say_outside(module, outside, within)
-    try:
-        yield
-    finally:
-        for module, before, own in changed:
-            module.__class__ = own
-            del vars(module)["forward"]
-            if before is not None:
-                vars(module)["forward"] = before
+    changed: list[tuple[Any, Any]] = []
+    with ExitStack() as said:
+        for name, module in modules.items():
+            inside, outside = component_dtype(module, default), component_dtype(originals[name], default)
+            if module is not originals[name] and inside != outside:
+                changed.append((module, vars(module).get("forward")))
+                within: list[None] = []
+                vars(module)["forward"] = _between(module.forward, outside, inside, within)
+                if isinstance(getattr(type(module), "dtype", None), property) and not hasattr(module, "decode"):
+                    said.enter_context(_attribute(type(module), "dtype", _outside(module, outside, within)))
+        try:
+            yield
+        finally:
+            for module, before in changed:
+                del vars(module)["forward"]
+                if before is not None:
+                    vars(module)["forward"] = before
 
 
-def _say_outside(module: Any, outside: torch.dtype, within: Sequence[None]) -> None:
-    """``module.dtype`` is ``outside``, except ``within`` its forward."""
-    own: Any = type(module)
+def _outside(module: Any, outside: torch.dtype, within: Sequence[None]) -> property:
+    """A ``dtype`` that is ``outside`` for ``module``, except ``within`` its forward, and for others their own."""
+    own: Any = type(module).dtype
 
     def dtype(self: Any) -> torch.dtype:
-        said: torch.dtype = own.dtype.fget(self)
-        return said if within else outside
+        said: torch.dtype = own.fget(self)
+        return outside if self is module and not within else said
 
-    made: Any = type(own.__name__, (own,), {"dtype": property(dtype), "__module__": own.__module__})
-    module.__class__ = made
+    return property(dtype)
 
 
 def _between(

@@ -72,3 +72,21 @@ def test_pictures_of_one_colour_are_told(capsys):
     assert "1 of 2 samples of the reference (frames) are of one value throughout, such as prompt 0" in told
     tell_of_one_colour({"images": torch.arange(48).reshape(1, 4, 4, 3)}, ("a",))
     assert capsys.readouterr().err == ""
+
+
+OF_SHAPES = "output with shape [2, 1, 80, 80] doesn't match the broadcast shape [2, 2, 80, 80]"
+
+
+def test_a_pipeline_that_takes_one_sample_alone_says_so():
+    with (
+        pytest.raises(ModelError, match=r"^model=a: B fails on 2 samples at once .*; set evaluation.batch_size=1$"),
+        pipeline_call._told_as_ours("a", "B", ["prompt"], 2),
+    ):
+        raise RuntimeError(OF_SHAPES)
+
+
+@pytest.mark.parametrize(("num", "text"), [(1, OF_SHAPES), (2, "CUDA error: an illegal memory access")])
+def test_what_is_no_matter_of_the_batch_stays_what_it_is(num, text):
+    with pytest.raises(RuntimeError) as caught, pipeline_call._told_as_ours("a", "B", ["prompt"], num):
+        raise RuntimeError(text)
+    assert type(caught.value) is RuntimeError

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -90,6 +92,39 @@ def test_vectors_are_cast_where_a_model_asks_for_it():
     assert found.dtype == torch.bfloat16
     with pytest.raises(RuntimeError, match="shapes"):
         cast_call(narrow, [torch.ones(2, 3), torch.ones(2)], {}, torch.float32, torch.bfloat16)
+
+
+class Scheduler:
+    def step(self, model_output, sample):
+        return (sample - model_output,)
+
+
+class Inheriting(Scheduler):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Scheduler, Inheriting])
+def test_steps_are_heard_on_a_scheduler_that_stays_of_its_class(kind):
+    watched, other, heard, inner = kind(), kind(), [], []
+    before = vars(kind).get("step")
+    one = torch.ones(1)
+    with heard_steps(watched, lambda given, after: heard.append(after)):
+        assert type(watched) is kind  # as pipelines ask
+        with heard_steps(watched, lambda given, after: inner.append(after)):
+            watched.step(one, one)
+        other.step(one, one)
+        copy.deepcopy(watched).step(one, one)
+        watched.step(model_output=one, sample=one)
+    assert (len(heard), len(inner)) == (2, 1)
+    assert vars(kind).get("step") is before
+
+
+def test_two_components_of_a_class_say_each_its_own_dtype():
+    first, second, original = Said().to(torch.bfloat16), Said().to(torch.float16), Said()
+    with in_their_dtypes({"a": first, "b": second}, {"a": original, "b": Said().to(torch.bfloat16)}, "float32"):
+        assert (first.dtype, second.dtype, original.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+        assert type(first) is type(second) is Said
+    assert (first.dtype, second.dtype) == (torch.bfloat16, torch.float16)
 
 
 def test_what_has_no_step_is_left_alone():
