@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -212,17 +213,24 @@ def test_the_table_and_json_hold_the_same_rows(shell):
 # -- processes
 
 
-@pytest.mark.parametrize(
-    ("words", "code"), [(["--help"], 0), (["list", "models"], 0), (["backend=quanto", "dtype=nf4"], 2)]
-)
-def test_torch_is_not_imported_to_answer(words, code, tmp_path):
-    program = (
-        "import sys\nfrom quantlab.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n"
-        "    print([m for m in ('torch', 'mlflow', 'transformers', 'diffusers') if m in sys.modules])\n"
-    )
-    done = python("-c", program, *words, cwd=tmp_path)
-    assert done.returncode == code, done.stderr
-    assert done.stdout.splitlines()[-1] == "[]"
+QUESTIONS = [(["--help"], 0), (["list", "models"], 0), (["backend=quanto", "dtype=nf4"], 2)]
+ASKED = """
+import json, sys
+from quantlab.cli import main
+for words in json.loads(sys.argv[1]):
+    try:
+        main(words)
+    except SystemExit as ended:
+        found = [m for m in ("torch", "mlflow", "transformers", "diffusers") if m in sys.modules]
+        print("\\n::", json.dumps([words, ended.code or 0, found]))
+"""
+
+
+def test_torch_is_not_imported_to_answer(tmp_path):
+    """One process, question after question: what an earlier one imports, a later one has."""
+    done = python("-c", ASKED, json.dumps([words for words, _ in QUESTIONS]), cwd=tmp_path)
+    answers = [json.loads(line.removeprefix("::")) for line in done.stdout.splitlines() if line.startswith("::")]
+    assert answers == [[words, code, []] for words, code in QUESTIONS], done.stderr
 
 
 def test_python_m_quantlab(tmp_path):
@@ -231,7 +239,14 @@ def test_python_m_quantlab(tmp_path):
     assert "digits_backends" in done.stdout
 
 
-@pytest.mark.parametrize("words", [["--help"], ["list", "combinations"], ["list", "combinations", "--json"]])
+PRINTED = [
+    pytest.param(["--help"], marks=pytest.mark.slow),
+    ["list", "combinations"],
+    pytest.param(["list", "combinations", "--json"], marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("words", PRINTED)
 def test_a_reader_that_has_seen_enough_is_no_error(words, tmp_path):
     """As in ``quantlab ... | head``."""
     read, write = os.pipe()
@@ -244,7 +259,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(words, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-@pytest.mark.parametrize("words", [["--help"], ["list", "combinations"], ["list", "combinations", "--json"]])
+@pytest.mark.parametrize("words", PRINTED)
 def test_an_output_without_room(words, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "quantlab", *words]
@@ -321,6 +336,14 @@ def wheel(tmp_path_factory) -> Path:
     return folder / "unpacked"
 
 
+def test_what_is_no_code_is_told_to_the_wheel():
+    """Its build is slow; here is what it is told."""
+    said = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert said["force-include"] == {"conf": "quantlab/_conf", "recipes": "quantlab/_recipes"}
+    assert said["packages"] == ["quantlab"]
+
+
+@pytest.mark.slow
 def test_a_wheel_holds_the_vocabulary_and_the_recipes(wheel, tmp_path):
     def names(folder):
         return {p.relative_to(folder).as_posix() for p in folder.rglob("*.yaml")}

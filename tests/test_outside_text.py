@@ -239,7 +239,10 @@ def test_the_pages_script_writes_text_only():
 # -- a request
 
 
-@pytest.mark.parametrize("entry", ["re:[/.]", "re:x[/red]", "*[/]*"])
+ENTRIES = ["re:[/.]", *(pytest.param(text, marks=pytest.mark.slow) for text in ("re:x[/red]", "*[/]*"))]
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
 def test_a_pattern_with_brackets_ends_no_sweep(shell, entry):
     words = digits_words(
         "sweep.floors=false", "backend=quanto,torchao", f"quantization.modules_to_not_convert.own=['{entry}']"

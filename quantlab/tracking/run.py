@@ -127,7 +127,8 @@ class Run:
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
         """Text by name; a later value replaces an earlier one. Text over 5000 characters is cut, visibly."""
-        values = checked_tags(tags)
+        known = self.record.summary["tags"]
+        values = {key: value for key, value in checked_tags(tags).items() if known.get(key) != value}
         if values:
             self._write({"op": "tags", "values": values})
 

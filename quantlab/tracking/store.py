@@ -250,6 +250,9 @@ def _deliver(client: MlflowClient, run_id: str, event: Event, folder: Path) -> N
 
     if event["op"] == "start" or event["op"] == "tags":
         tags = event["tags"] if event["op"] == "start" else event["values"]
+        if len(tags) == 1:  # most events: a third of what a batch takes in a database
+            client.set_tag(run_id, *next(iter(tags.items())))
+            return
         for some in _batches([RunTag(k, v) for k, v in tags.items()], 100):
             client.log_batch(run_id, tags=some)
     elif event["op"] == "params":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -26,9 +28,15 @@ T5 = "components.text_encoder_3={backend: quanto, dtype: int8}"
 NAME = "transformer: bitsandbytes nf4 + text_encoder_3: quanto int8"
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a pipeline, which nobody writes into."""
+    return build_tiny_sd3(tmp_path_factory.mktemp("weights") / "sd3")
+
+
 @pytest.fixture
-def sd3(shell: Shell):
-    build_tiny_sd3(shell.folder / "sd3")
+def sd3(shell: Shell, weights: Path) -> Shell:
+    shutil.copytree(weights, shell.folder / "sd3")
     return shell
 
 
@@ -87,6 +95,7 @@ def test_one_is_calibrated_on_the_reference_while_another_needs_no_data(sd3):
     assert (row["status"], row["metrics"]["calibration/num_samples"]) == ("FINISHED", 2)
 
 
+@pytest.mark.slow
 def test_each_alone_and_then_together_paired(sd3):
     """What a component costs alone is what a job of it alone measures, and what the others add is of the same samples."""
     words = [*WORDS, "model.path=sd3", "sweep.floors=false"]

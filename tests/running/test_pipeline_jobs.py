@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -30,9 +32,17 @@ def finished(rows):
     assert [row["status"] for row in rows.values()] == ["FINISHED"]
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a pipeline, which nobody writes into."""
+    folder = tmp_path_factory.mktemp("weights") / "wan"
+    wan_2_2().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def wan(shell: Shell):
-    wan_2_2().save_pretrained(shell.folder / "wan")
+def wan(shell: Shell, weights: Path) -> Shell:
+    shutil.copytree(weights, shell.folder / "wan")
     return shell
 
 

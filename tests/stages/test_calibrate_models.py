@@ -24,6 +24,7 @@ from tests.support.assets import needs
 from tests.support.calibration import recorded_set
 from tests.support.shell import pipeline_words, text_words
 from tests.support.stores import artifact
+from tests.support.tiers import covering
 from tests.support.tiny_pipelines import BUILDERS
 from tests.support.tiny_text_models import OTHER, TEXT, load_bert, load_llama, save_bert, save_llama
 
@@ -69,14 +70,16 @@ def sweep(shell, candidates):
 # -- pipelines
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+SIZES = [
+    ("flux", "transformer", "text_encoder_2", 2, 2),  # guidance is an input of the network
+    ("sdxl", "unet", "text_encoder", 4, 2),  # with and without the prompt; the empty one is zeros
+    ("sd3", "transformer", "text_encoder_3", 4, 4),  # the empty prompt is encoded, beside the others
+]
+
+
 @pytest.mark.parametrize(
-    ("kind", "denoiser", "encoder", "rows", "calls"),
-    [
-        ("flux", "transformer", "text_encoder_2", 2, 2),  # guidance is an input of the network
-        ("sdxl", "unet", "text_encoder", 4, 2),  # with and without the prompt; the empty one is zeros
-        ("sd3", "transformer", "text_encoder_3", 4, 4),  # the empty prompt is encoded, beside the others
-    ],
+    ("kind", "denoiser", "encoder", "rows", "calls", "dtype"),
+    covering((*size, dtype) for dtype in ("float32", "bfloat16") for size in SIZES),
 )
 def test_trajectories_with_guidance_and_text_encoders(folders, tmp_path, kind, denoiser, encoder, rows, calls, dtype):
     model, seen = pipeline(folders, kind, [denoiser, encoder], tmp_path, dtype)
@@ -247,7 +250,9 @@ def language(folders):
     ]
 
 
-@pytest.mark.parametrize("on_mismatch", ["skip", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+    "on_mismatch", ["skip", *(pytest.param(way, marks=pytest.mark.slow) for way in ("bfloat16", "int8"))]
+)
 def test_evidence_leaves_out_what_is_stored_plainly(on_mismatch, shell, folders):
     """Groups of 128 fit into down_proj alone."""
     rows = shell.rows(

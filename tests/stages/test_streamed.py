@@ -1,6 +1,7 @@
 """A component that is quantized while it is read from its files is, bit for bit, the one that was loaded whole."""
 
 import copy
+import functools
 import json
 import shutil
 import weakref
@@ -73,13 +74,23 @@ EVERY = [
 ]
 
 
-@pytest.mark.parametrize(("backend", "dtype", "compute"), EVERY, ids=["-".join(c[:2]) for c in EVERY])
-def test_bits_are_those_of_a_model_that_was_loaded_whole(llama, backend, dtype, compute):
+@pytest.fixture(scope="module")
+def both(llama):
+    """dtype -> the model as it lies in its files, and as it was loaded whole."""
     from transformers import AutoModelForCausalLM
 
-    whole = AutoModelForCausalLM.from_pretrained(llama, dtype=getattr(torch, compute)).eval().requires_grad_(False)
+    def load(dtype):
+        whole = AutoModelForCausalLM.from_pretrained(llama, dtype=getattr(torch, dtype))
+        return source_of(llama, dtype), whole.eval().requires_grad_(False)
+
+    return functools.cache(load)
+
+
+@pytest.mark.parametrize(("backend", "dtype", "compute"), EVERY, ids=["-".join(c[:2]) for c in EVERY])
+def test_bits_are_those_of_a_model_that_was_loaded_whole(both, backend, dtype, compute):
+    source, whole = both(compute)
     request = request_of(backend, dtype, compute)
-    made, report = streamed(source_of(llama, compute), request)
+    made, report = streamed(source, request)
     resident, known = quantize_component(request, copy.deepcopy(whole), whole)
     assert report == known
     assert report.coverage > 0.5
