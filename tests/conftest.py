@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from quantlab.tracking import Store, connect, open_store
 from quantlab.vocabulary.schema import DigitsModelConfig, TrackingConfig
-from tests.support.foreign import make_all
+from tests.support.foreign import make_apart, make_here
 from tests.support.shell import TINY, Shell, make_shell
 
 
@@ -149,4 +149,10 @@ def shell(template: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.fixture(scope="session")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models, and checkpoints of them that other libraries made."""
-    return made_once(tmp_path_factory, "foreign", make_all)
+    return made_once(tmp_path_factory, "foreign", make_here)
+
+
+@pytest.fixture(scope="session")
+def foreign_modelopt(tmp_path_factory: pytest.TempPathFactory, foreign: Path) -> Path:
+    """Those that ModelOpt made of them, which takes long."""
+    return made_once(tmp_path_factory, "foreign_modelopt", partial(make_apart, foreign))

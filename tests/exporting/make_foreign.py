@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from quantlab.docs import FOREIGN_METRICS  # noqa: E402
-from tests.support.foreign import LANGUAGE, make_all  # noqa: E402
+from tests.support.foreign import LANGUAGE, make_apart, make_here  # noqa: E402
 from tests.support.shell import text_words  # noqa: E402
 from tests.support.tiny_text_models import TEXT  # noqa: E402
 
@@ -30,7 +30,8 @@ def main() -> None:
     """Make the checkpoints, run the sweep, and write the file."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        make_all(folder)
+        make_here(folder)
+        make_apart(folder, folder)
         (folder / "text.txt").write_text(TEXT)
         listed = [f"{{checkpoint:{name}}}" for name in LANGUAGE]
         listed += [f"{{backend:{backend},dtype:{dtype}}}" for backend, dtype in OURS]

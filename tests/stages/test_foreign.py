@@ -71,9 +71,19 @@ def check(found, name):
     return done
 
 
-@pytest.mark.parametrize("name", LANGUAGE)
-def test_a_language_model(foreign, read, name):
-    found = read(foreign / name)
+@pytest.fixture
+def made(foreign, request):
+    """The path of a checkpoint, by name."""
+    return lambda name: (request.getfixturevalue("foreign_modelopt") if "modelopt" in name else foreign) / name
+
+
+def each(names):
+    return [pytest.param(name, marks=pytest.mark.slow) if "modelopt" in name else name for name in names]
+
+
+@pytest.mark.parametrize("name", each(LANGUAGE))
+def test_a_language_model(made, read, name):
+    found = read(made(name))
     done = check(found, name)
     kept = {row.name: row for row in found.quantization.layers if row.status in ("left", "excluded")}
     if name.endswith("gguf"):
@@ -87,9 +97,9 @@ def test_a_language_model(foreign, read, name):
     assert found.quantization.resolved["checkpoint_method"] == methods.get(name.split("_")[0], name.split("_")[0])
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
-def test_a_transformer_of_diffusers(foreign, flux, read, name):
-    check(read(foreign / name, flux), name)
+@pytest.mark.parametrize("name", each(TRANSFORMERS))
+def test_a_transformer_of_diffusers(made, flux, read, name):
+    check(read(made(name), flux), name)
 
 
 def test_the_claims_of_a_configuration_are_not_believed(foreign, read, tmp_path):

@@ -1,7 +1,7 @@
-"""Quantized checkpoints as their libraries make them, without quantlab: ``python -m tests.support.foreign FOLDER``.
+"""Quantized checkpoints as their libraries make them, without quantlab: of a tiny Llama and a tiny Flux.
 
-In a process of its own, as ModelOpt's way of saving changes how every model of a process is saved. The folder gets the
-models (``llama``, ``flux``) and beside them the checkpoints.
+Those of ModelOpt are made in a process of their own (``python -m tests.support.foreign BASE FOLDER``), as its way of
+saving changes how every model of a process is saved.
 """
 
 from __future__ import annotations
@@ -16,16 +16,20 @@ TRANSFORMERS = ("flux_torchao", "flux_quanto", "flux_modelopt")
 """Of the transformer of ``flux``."""
 
 
-def make_all(folder: Path) -> None:
-    """Make every checkpoint, in another process."""
-    command = [sys.executable, "-m", "tests.support.foreign", str(folder)]
+def make_here(folder: Path) -> None:
+    """The models ``llama`` and ``flux``, and beside them the checkpoints but for those of ModelOpt."""
+    _language(folder)
+    _transformers(folder)
+
+
+def make_apart(base: Path, folder: Path) -> None:
+    """ModelOpt's checkpoints of the models in ``base``, in a process that imports for ten seconds."""
+    command = [sys.executable, "-m", "tests.support.foreign", str(base), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def _language(folder: Path) -> None:
-    import modelopt.torch.opt as mto
-    import modelopt.torch.quantization as mtq
     import torch
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
@@ -44,12 +48,9 @@ def _language(folder: Path) -> None:
         made.save_pretrained(folder / name)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     save_gguf(plain, AutoTokenizer.from_pretrained(base), folder / "q8_0.gguf", add_bos=True, kind="Q8_0")
-    mto.enable_huggingface_checkpointing()
-    mtq.quantize(plain, mtq.INT8_WEIGHT_ONLY_CFG, None).save_pretrained(folder / "modelopt_int8")
 
 
 def _transformers(folder: Path) -> None:
-    import modelopt.torch.quantization as mtq
     import torch
     from diffusers import FluxTransformer2DModel, QuantoConfig, TorchAoConfig
     from torchao.quantization import Int8WeightOnlyConfig
@@ -63,10 +64,21 @@ def _transformers(folder: Path) -> None:
     }.items():
         made = FluxTransformer2DModel.from_pretrained(base, quantization_config=config, dtype=torch.float32)
         made.save_pretrained(folder / name)
-    plain = FluxTransformer2DModel.from_pretrained(base)
-    mtq.quantize(plain, mtq.INT8_WEIGHT_ONLY_CFG, None).save_pretrained(folder / "flux_modelopt")
+
+
+def _modelopt(base: Path, folder: Path) -> None:
+    import modelopt.torch.opt as mto
+    import modelopt.torch.quantization as mtq
+    import torch
+    from diffusers import FluxTransformer2DModel
+    from transformers import AutoModelForCausalLM
+
+    mto.enable_huggingface_checkpointing()
+    llama = AutoModelForCausalLM.from_pretrained(base / "llama", dtype=torch.float32)
+    flux = FluxTransformer2DModel.from_pretrained(base / "flux" / "transformer")
+    for name, plain in (("modelopt_int8", llama), ("flux_modelopt", flux)):
+        mtq.quantize(plain, mtq.INT8_WEIGHT_ONLY_CFG, None).save_pretrained(folder / name)
 
 
 if __name__ == "__main__":
-    _language(Path(sys.argv[1]))
-    _transformers(Path(sys.argv[1]))
+    _modelopt(*map(Path, sys.argv[1:]))
