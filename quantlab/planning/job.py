@@ -5,11 +5,9 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from quantlab.backends.scheme import Scheme
 from quantlab.backends.table import Backend
@@ -91,7 +89,7 @@ class Job:
     @functools.cached_property
     def resolved(self) -> dict[str, Any]:
         """The whole resolved config as plain data."""
-        data: dict[str, Any] = to_json_data(OmegaConf.to_container(OmegaConf.structured(self.config), resolve=True))
+        data: dict[str, Any] = to_json_data(asdict(self.config))
         return data
 
 

@@ -91,6 +91,7 @@ def test_an_owner_elsewhere_is_dead_when_it_is_silent(tmp_path, monkeypatch):
     assert not mine.is_alive(owner)
 
 
+@pytest.mark.slow
 def test_of_many_processes_at_once_one_has_the_job(tmp_path):
     command = [sys.executable, "-c", OTHER, str(tmp_path), "release"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

@@ -87,6 +87,7 @@ def test_a_sweep_resumes_by_what_each_component_is_stored_as(sd3):
     assert [row["resumed"] for row in again.values()] == [True, True, False]
 
 
+@pytest.mark.slow
 def test_one_is_calibrated_on_the_reference_while_another_needs_no_data(sd3):
     calibrated = "components.transformer={backend: gguf, dtype: q4_0, algorithm: imatrix}"
     words = [*WORDS, "model.path=sd3", "sweep.floors=false", calibrated, T5]

@@ -244,6 +244,7 @@ def test_a_preempted_job_is_told_and_ends_in_time(tmp_path, monkeypatch):
     assert has_ended(folder) == "FINISHED"
 
 
+@pytest.mark.slow
 def test_a_node_that_was_taken_for_lost_leaves_the_folder_to_the_next(tmp_path, monkeypatch):
     stand_in(tmp_path / "site", monkeypatch)
     folder = make_job(tmp_path, "job", {"1": "sleep"})

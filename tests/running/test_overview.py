@@ -42,6 +42,7 @@ def test_a_sweeps_run_has_settings_best_rows_table_and_page_and_its_jobs_their_d
     assert len(own.params) < 40
 
 
+@pytest.mark.slow
 def test_an_overview_that_cannot_be_made_is_told_and_costs_no_row(shell, monkeypatch):
     def broken(*_):
         raise RuntimeError("no page today")
