@@ -26,6 +26,7 @@ def pytest_configure() -> None:
     """One thread a worker, also in the processes that it starts: more than there are cores wait for each other."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which is later
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # a server's job runners outlive it
     os.environ.pop("COLUMNS", None)  # whoever runs the tests has a terminal; what they look at has none
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -84,8 +85,9 @@ def mlflow_server(root: Path) -> Iterator[str]:
     store = f"sqlite:///{(root / 'outputs' / 'mlflow.db').absolute()}"
     words = ["ui", "--backend-store-uri", store, "--port", str(port), "--workers", "1"]
     address = f"http://127.0.0.1:{port}"
+    alone = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # its job runners outlive it
     with subprocess.Popen(
-        [sys.executable, "-m", "mlflow", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "mlflow", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=alone
     ) as server:
         try:
             for _ in range(START_S):
