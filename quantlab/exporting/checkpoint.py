@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 WAY_OUT = "leave it out of the export, or export another scheme"
-_EXPORT, _AS_STORED, _BESIDE = "export", "as_stored", "beside"
+_EXPORT, _AS_STORED, _BESIDE, _FLATTENED = "export", "as_stored", "beside", "flattened"
 MAX_SHARD = "5GB"
 """As the libraries themselves cut checkpoints."""
 
@@ -169,6 +169,16 @@ def stored_config(part: Part) -> Any:
 
 def _shadow(part: Part) -> Any:
     """A second object of the component's class with the same tensors, which the library's quantizer is set on."""
+    made = _with_quantizer(part)
+    flatten = getattr(backend_of(part.config.method()).module, _FLATTENED, None)
+    if flatten is not None:  # transformers hands over the module, Diffusers its state
+        made.hf_quantizer.get_state_dict_and_metadata = lambda given, *_, **__: flatten(
+            given if isinstance(given, Mapping) else given.state_dict()
+        )
+    return made
+
+
+def _with_quantizer(part: Part) -> Any:
     config = stored_config(part)
     shadow = copy.copy(part.module)
     vars(shadow).update(vars(part.module))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from quantlab.errors import NotQuantized
 from quantlab.exporting import check
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call
+from quantlab.modules.source import trim
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -75,11 +77,13 @@ def verify(
     calls: Mapping[str, Sequence[Call]],
     device: str,
     pipeline: str = "",
+    lets_go: bool = False,
 ) -> Verified:
     """Load ``folder`` by the ecosystem's loaders and compare.
 
-    ``pipeline`` is the class of the whole, of which the parts are then taken. Raises NotQuantized where a loader fails
-    or gives back other bits, naming the tensors.
+    ``pipeline`` is the class of the whole, of which the parts are then taken. ``lets_go``: nobody uses the parts'
+    modules afterwards, so that they are emptied before another process loads the same. Raises NotQuantized where a
+    loader fails or gives back other bits, naming the tensors.
     """
     import torch
 
@@ -102,8 +106,19 @@ def verify(
                 "state": dict(written.state) if written.state is not None else check.digests(part.module),
                 "calls": str(file),
             }
+        if lets_go:
+            for part, _ in parts.values():
+                _let_go(part.module)
         answer, told = _fresh_process(request, Path(scratch))
         return _verdict(request, answer, told, parts)
+
+
+def _let_go(module: nn.Module) -> None:
+    """Take a module's parts and tensors away, whoever still holds the module."""
+    for held in (module._modules, module._parameters, module._buffers):
+        held.clear()
+    gc.collect()
+    trim()
 
 
 def pipeline_request(target: str, parts: Mapping[str, tuple[Part, Written]]) -> dict[str, Any]:

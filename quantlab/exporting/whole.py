@@ -99,11 +99,12 @@ def export(
     inputs: Any,
     described: Described,
     key: str = "export.path",
+    is_last: bool = False,
 ) -> Exported:
     """Write ``candidate`` to the folder ``target``; the folder is there whole and checked, or as it was before.
 
     ``layers`` is what the quantize stage read back, ``inputs`` are the evaluation's, on a few of which the loaded model
-    is run, ``described`` what the card says.
+    is run, ``described`` what the card says. ``is_last``: nobody uses the candidate afterwards, and it is emptied.
 
     Raises:
         ConfigError: a target that is no export, or a scheme that no loader of the ecosystem reads as it was measured.
@@ -123,7 +124,7 @@ def export(
             _write_beside(folder, candidate)
         clean_json(folder, _forbidden(job))
         both = {name: (part, written[name]) for name, part in parts.items()}
-        found = verify(folder, both, calls, candidate.device, pipeline)
+        found = verify(folder, both, calls, candidate.device, pipeline, is_last)
         _write_manifest(folder, job, both, found, pipeline)
         write_card(folder, job, both, found, described, pipeline, file_bytes(folder))
         num_bytes = file_bytes(folder)
@@ -198,9 +199,10 @@ def _write(folder: Path, candidate: LoadedModel, parts: Mapping[str, Part]) -> s
     for name, part in _others(candidate, parts).items():
         target = _sub(folder, name)
         if hasattr(part, "state_dict"):
-            save(part, target, what=name)
+            with candidate.holding([name]):
+                save(part, target, what=name)
         elif hasattr(part, "save_pretrained"):
-            part.save_pretrained(target)
+            _save_as_loaded(part, target)
         elif hasattr(part, "save_config"):
             part.save_config(target)
         else:
@@ -221,7 +223,16 @@ def _write_beside(folder: Path, candidate: LoadedModel) -> None:
     for name in ("tokenizer", "processor"):
         part: Any = candidate.parts.get(name)
         if part is not None:
-            part.save_pretrained(folder)
+            _save_as_loaded(part, folder)
+
+
+def _save_as_loaded(part: Any, folder: Path) -> None:
+    """Save a tokenizer or processor without what its last call left in it: to which length it cut and filled texts."""
+    for tokenizer in (part, getattr(part, "tokenizer", None)):
+        if (rules := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+            rules.no_truncation()
+            rules.no_padding()
+    part.save_pretrained(folder)
 
 
 def _forbidden(job: Job) -> str:

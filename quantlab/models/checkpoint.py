@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from quantlab.errors import ModelError
 from quantlab.models.auto import HEADS
-from quantlab.models.reading import as_model_error, chosen_dtype, frozen, local_folder, quiet_loading
+from quantlab.models.reading import HOLLOW, as_model_error, chosen_dtype, frozen, local_folder, quiet_loading
+from quantlab.models.sources import component_source
 from quantlab.modules.compute_dtype import torch_dtype
 from quantlab.modules.layers import state_digest
 from quantlab.progress import say
@@ -62,7 +63,7 @@ def load_model(
     is_base: bool = False,
     is_half: bool = False,
 ) -> PreTrainedModel:
-    """A transformers model in eval mode on ``device``, whole.
+    """A transformers model in eval mode on ``device``, whole; without values on ``reading.HOLLOW``.
 
     ``auto_classes`` are ``AutoModelForCausalLM``, ``AutoModel``..., or one class; ``key`` begins the messages. Code
     that a checkpoint brings along is never run. ``is_base``: only what gives hidden states is measured, so a head in
@@ -83,10 +84,11 @@ def load_model(
             f"{key}: these weights are already quantized ({method}); the reference must not be: "
             "name the unquantized checkpoint"
         )
-    model, info = _read(auto_class, path, config, dtype, key)
+    where: dict[str, object] = {"device_map": HOLLOW} if device == HOLLOW else {}
+    model, info = _read(auto_class, path, config, dtype, key, **where)
     missing = sorted(info.get("missing_keys", ()))
     if missing and is_base and all("pooler" in name.split(".") for name in missing):
-        model, info = _read(auto_class, path, config, dtype, key, add_pooling_layer=False)
+        model, info = _read(auto_class, path, config, dtype, key, add_pooling_layer=False, **where)
         missing = sorted(info.get("missing_keys", ()))
     if missing:
         raise ModelError(
@@ -201,7 +203,14 @@ def weights_sha256(model: PreTrainedModel, path: str | Path, revision: str | Non
     files = _weight_files(str(path), revision)
     if not files:
         return state_digest(model.state_dict())
-    return remembered_digest(files, cache_dir, lambda: state_digest(model.state_dict()), dtype_name(model.dtype))
+    return remembered_digest(files, cache_dir, lambda: state_digest(_state(model)), dtype_name(model.dtype))
+
+
+def _state(model: PreTrainedModel) -> Mapping[str, object]:
+    """The model's tensors by name; of one without values each from its file, when it is asked for."""
+    if not any(p.is_meta for p in model.parameters()):
+        return model.state_dict()
+    return component_source("model", model, dtype_name(model.dtype), "cpu").state()
 
 
 def file_sha256(file: Path, cache_dir: Path) -> str:

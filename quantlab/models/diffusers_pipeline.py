@@ -10,13 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.errors import ConfigError, ModelError, nearest
+from quantlab.models.architectures import read_architecture
 from quantlab.models.checkpoint import file_sha256
 from quantlab.models.defaults import default_exclusions
 from quantlab.models.loaded import LoadedModel, Pipeline, Progress
+from quantlab.models.outline import empty
 from quantlab.models.pipeline_call import check_arguments, sample
 from quantlab.models.pipeline_files import (
     DENOISER,
@@ -38,6 +41,7 @@ from quantlab.models.pipeline_sizes import (
     empty_pipeline,
 )
 from quantlab.models.reading import (
+    HOLLOW,
     as_model_error,
     chosen_dtype,
     frozen,
@@ -71,7 +75,10 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
     folder = _folder(key, path, config)
     index = check_files(key, folder)
     _check_index(key, of_folder(folder), index, config)
-    pipe = _read_pipeline(key, folder, dtype, device, config.variant, left_out(config, index))
+    given: dict[str, Any] = dict(left_out(config, index))
+    if device == HOLLOW:
+        given |= _hollow_parts(key, folder, dtype, config)
+    pipe = _read_pipeline(key, folder, dtype, device, config.variant, given)
     check_arguments(type(pipe), config.call)
     denoisers = denoisers_of(key, modules_of(pipe))
     components = _components(pipe, [*config.components, *denoisers])
@@ -161,8 +168,21 @@ def _folder(key: str, path: str, config: ModelConfig) -> Path:
     return snapshot
 
 
+def _hollow_parts(key: str, folder: Path, dtype: str, config: ModelConfig) -> dict[str, nn.Module]:
+    """The pipeline's modules without the values of their weights, each saying in which folder they are."""
+    found = {}
+    for name, part in read_architecture(replace(config, path=str(folder))).parts.items():
+        found[name] = module = empty(key, part, dtype)
+        said: Any = module
+        if isinstance(said.config, Mapping):
+            said.register_to_config(_name_or_path=str(folder / name))
+        else:
+            said.config._name_or_path = str(folder / name)
+    return found
+
+
 def _read_pipeline(
-    key: str, folder: Path, dtype: str, device: str, variant: str | None, without: Mapping[str, None]
+    key: str, folder: Path, dtype: str, device: str, variant: str | None, given: Mapping[str, Any]
 ) -> Pipeline:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
@@ -173,17 +193,17 @@ def _read_pipeline(
         quiet_loading(logging),
         quiet_loading(diffusers_logging),
     ):
-        made = DiffusionPipeline.from_pretrained(folder, dtype=torch_dtype(dtype), variant=variant, **without)
+        made = DiffusionPipeline.from_pretrained(folder, dtype=torch_dtype(dtype), variant=variant, **given)
         pipe = cast(Pipeline, made)
     for name, module in modules_of(pipe).items():
         if getattr(module, "hf_quantizer", None) is not None or getattr(module.config, "quantization_config", None):
             raise ModelError(
                 f"{key}: {name} is already quantized; the reference must not be: name the unquantized checkpoint"
             )
-        if any(p.device.type == "meta" for p in module.parameters()):
+        if given.get(name) is None and any(p.device.type == "meta" for p in module.parameters()):
             raise ModelError(f"{key}: weights of {name} are missing from its files; copy or download it again")
         frozen(module)
-    return pipe.to(device)
+    return pipe if device == HOLLOW else pipe.to(device)
 
 
 def _components(pipe: Pipeline, names: Sequence[str]) -> dict[str, nn.Module]:

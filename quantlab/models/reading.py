@@ -14,6 +14,8 @@ from quantlab.vocabulary.schema import ModelConfig
 if TYPE_CHECKING:
     import torch
 
+HOLLOW = "meta"
+"""The device of a model that is loaded without the values of its weights, which stay in its files."""
 _ASKS_FOR_CODE = "trust_remote_code"
 """In every message with which transformers and Diffusers refuse to run a checkpoint's code."""
 _Module = TypeVar("_Module", bound="torch.nn.Module")

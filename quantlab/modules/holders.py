@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 REPLACE, TURN, PACK = "replace", "turn", "pack"
-_READ = "the part around it reads its weight instead of calling it"
+READ = "the part around it reads its weight instead of calling it"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -148,7 +148,7 @@ def _way(part: nn.Module, kind: str, is_read: bool) -> tuple[str, str]:
     if kind != "linear":
         return PACK, ""
     if is_read:
-        return PACK, _READ
+        return PACK, READ
     if isinstance(part, nn.Linear):
         if own := own_work(part):
             return PACK, own

@@ -264,8 +264,8 @@ def state_digest(state_dict: Mapping[str, object]) -> str:
     Tensor subclasses are digested as the tensors that they hold; values that are not tensors by their ``repr``.
     """
     digest = hashlib.sha256()
-    for name, value in sorted(state_dict.items()):
-        for path, tensor in _flat_tensors(name, value):
+    for name in sorted(state_dict):  # one at a time: some are read when they are asked for
+        for path, tensor in _flat_tensors(name, state_dict[name]):
             _digest_tensor(digest, path, tensor)
     return "sha256:" + digest.hexdigest()
 

@@ -112,6 +112,15 @@ class Source:
                     found.setdefault(id(tensor), []).append(f"{path}.{name}".lstrip("."))
         return {path: paths for paths in found.values() if len(paths) > 1 for path in paths}
 
+    def state(self) -> Mapping[str, Tensor]:
+        """The component's state as it is loaded; each tensor is read when it is asked for, and kept by nobody."""
+        return _State(self, self.module.state_dict(keep_vars=True))
+
+    def lacking(self) -> list[str]:
+        """Names of parameters that no file holds under any of their names: they are made of others as they load."""
+        names = (name for name, _ in self.module.named_parameters())
+        return [n for n in names if not {n, *self._places.get(n, ())} & self.shards.files.keys()]
+
     def fill(self, module: nn.Module, path: str) -> None:
         """Bring the own tensors of the part of ``module`` at ``path``, which has those of :attr:`module`."""
         part = module.get_submodule(path) if path else module
@@ -172,6 +181,24 @@ class Source:
             )
         # what is only read may be the file's own pages, which are no memory of the process
         return stored.to(self.device, like.dtype, copy=not alone)
+
+
+@dataclass(frozen=True)
+class _State(Mapping[str, "Tensor"]):
+    source: Source
+    like: Mapping[str, Tensor]
+    """Name -> the tensor of the empty module."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        like = self.like[name]
+        stored = name in self.source.shards.files or like.is_meta
+        return self.source._brought(name, like, alone=True) if stored else like
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.like)
+
+    def __len__(self) -> int:
+        return len(self.like)
 
 
 @contextlib.contextmanager

@@ -20,8 +20,7 @@ from quantlab.report.selection import is_candidate
 from quantlab.running.forecast import bytes_to_run
 from quantlab.running.reproduce import KEYS, finished_job, rebuilt, with_weights
 from quantlab.running.sweep import open_session
-from quantlab.running.winner import made_and_exported, stored_picture
-from quantlab.running.workbench import workbench
+from quantlab.running.winner import bench_for, made_and_exported, stored_picture
 from quantlab.tracking.tags import EXPORT_PATH, KIND
 from quantlab.vocabulary.numbers import NEEDED_BYTES
 from quantlab.vocabulary.schema import TrackingConfig
@@ -84,9 +83,9 @@ def export_run(request: ExportRequest) -> Exported:
             raise ConfigError(f"export {run.run_id}: {run.name!r} is not quantized; give the id of a run that is")
         with open_session(job.config, request.quiet) as session:
             job = replace(job, config=with_weights(job.config, session, run, scratch, "export"))
-            bench = workbench(session, job.config, None)
-            described = _described(reader, run, job, scratch)
             recorded = read_json(reader, run, "layers.json")
+            bench = bench_for(session, job, recorded)
+            described = _described(reader, run, job, scratch)
             exported = made_and_exported(session, bench, job, request.target, described, run, recorded)
             tracking.annotate(session.store, run.run_id, exported.metrics, exported.tags)
             return exported

@@ -14,8 +14,8 @@ from quantlab.errors import ConfigError
 from quantlab.models.architectures import read_architecture
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.part_by_part import placed_alone, placed_by_groups
-from quantlab.models.reading import chosen_dtype
-from quantlab.models.sources import component_source, has_origin, source_of
+from quantlab.models.reading import HOLLOW, chosen_dtype
+from quantlab.models.sources import component_source, has_origin, origin_of, source_of
 from quantlab.models.table import family_of
 from quantlab.modules.device import free_bytes, kind_of
 from quantlab.modules.groups import num_bytes
@@ -69,6 +69,41 @@ def load_placed(config: ExperimentConfig, device: str, cache: Path, advance: Adv
         if hasattr(module, "named_parameters"):
             module.to(device)
     return replace(model, device=device), ""
+
+
+def hollow(config: ExperimentConfig, device: str, cache: Path, advance: Advance) -> LoadedModel:
+    """The model without the values of its weights, which candidates are streamed from: for what only its shape, its
+    tokenizer and what its files say are needed. Of a pipeline the parts come from their files when they are called.
+
+    Raises ConfigError and ModelError, beginning with the key, for a model that is not read from safetensors files as it
+    stands in them.
+    """
+    asked = config.model_with()
+    family = family_of(asked)
+    if asked.path is None or (asked.variant is not None and family.look is None):
+        raise ConfigError(
+            "model.path: it is not read from safetensors files of its own; pass memory.placement=resident"
+        )
+    model = family.load(_explicit(asked, device, family.name), HOLLOW, cache, advance)
+    model = replace(model, device=device)
+    if "pipeline" in model.parts:
+        return placed_alone(model, device, asked.variant, _prompts(model, device, cache))
+    origins = {name: origin_of(name, module, asked.variant) for name, module in model.components.items()}
+    sources = {name: source_of(origin, model.dtype, device) for name, origin in origins.items()}
+    for name, source in sources.items():
+        if lacking := source.lacking():
+            raise ConfigError(
+                f"{source.shards.key}: {lacking[0]} of {name} stands otherwise in its files; pass "
+                "memory.placement=resident"
+            )
+    components = {name: source.module for name, source in sources.items()}
+    return replace(model, components=components, parts={**model.parts, "origins": origins})
+
+
+def _explicit(asked: ModelConfig, device: str, family: str) -> ModelConfig:
+    """The model in the dtype that it would have on ``device``, spelled out."""
+    found = _as_on(asked, device, family)
+    return replace(found, dtype="float32") if found.dtype == "auto" else found
 
 
 def _as_on(asked: ModelConfig, device: str, family: str) -> ModelConfig:

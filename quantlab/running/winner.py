@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from quantlab import tracking
-from quantlab.errors import ModelError, NotQuantized, TrackingError
+from quantlab.datasets.table import DATASETS
+from quantlab.errors import ConfigError, ModelError, NotQuantized, TrackingError
 from quantlab.exporting.card import Described
 from quantlab.exporting.whole import Exported, export
+from quantlab.modules.holders import READ
 from quantlab.planning.job import Job, Plan
 from quantlab.planning.picking import conditions
 from quantlab.progress import say
@@ -25,7 +27,8 @@ from quantlab.report.selection import ComparisonRequest, select
 from quantlab.report.verdicts import IN_FLOOR
 from quantlab.running.forecast import bytes_to_run
 from quantlab.running.job import make, planned_bytes
-from quantlab.running.workbench import Session, Workbench, workbench
+from quantlab.running.placement import hollow
+from quantlab.running.workbench import Session, Workbench, has_bench, in_stage, let_go_of_bench, workbench
 from quantlab.tracking.connect import NO_STORE
 from quantlab.tracking.pictures import SAMPLE_GRID
 from quantlab.tracking.results import report_data
@@ -56,14 +59,62 @@ def made_and_exported(
     made = make(session, bench, job, None)
     if recorded and made.quantization is not None:
         check_same(recorded, made.quantization)
-    return export(target, job, bench.model, made.model, made.quantization, bench.inputs, described, "export")
+    return export(target, job, bench.model, made.model, made.quantization, bench.inputs, described, "export", True)
+
+
+def bench_for(session: Session, job: Job, recorded: Mapping[str, Any]) -> Workbench:
+    """What a job's candidate is made with once more: without the values of the unquantized weights, where its layers
+    can be read one by one from the model's files, and else the whole workbench.
+
+    Whole, because it runs: the model that a scheme is calibrated on. Because nothing else has what is needed: one that
+    is not read from safetensors as it stands in them, and a run without its table of layers. And where the run says so
+    (``memory.placement``).
+    """
+    config = job.config
+    is_open = config.memory.placement in ("auto", "streamed", "alone")
+    if job.needs_data or not is_open or not recorded or has_bench(session, config):
+        return workbench(session, config, None)
+    cache = session.output_dir / "cache"
+    try:
+        with in_stage(session, None, "load"):
+            model = hollow(config, session.device, cache, session.advance)
+    except (ConfigError, ModelError) as error:
+        if config.memory.placement != "auto":
+            raise
+        say(f"{job.name}: made beside the whole unquantized model ({error})")
+        return workbench(session, config, None)
+    let_go_of_bench(session)
+    inputs = DATASETS[config.dataset.name].load(config.dataset, config.evaluation, model)
+    return Workbench(
+        key="",
+        model=model,
+        inputs=inputs,
+        reference={},
+        reference_key="",
+        fingerprint=None,
+        reads=_reads(recorded),
+        cache_dir=cache,
+    )
+
+
+def _reads(recorded: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Component -> its layers whose weights it reads, as the run found out by running the model."""
+    found: dict[str, tuple[str, ...]] = {}
+    for row in _rows(recorded):
+        if READ in row.get("reason", ""):
+            found[row["component"]] = (*found.get(row["component"], ()), row["name"])
+    return found
+
+
+def _rows(recorded: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a run's ``layers.json``."""
+    columns = list(recorded.get("columns", ()))
+    return [dict(zip(columns, values, strict=True)) for values in recorded.get("data", ())]
 
 
 def check_same(recorded: Mapping[str, Any], layers: QuantizationReport) -> None:
     """NotQuantized where a layer is something else than the run's ``layers.json`` says."""
-    columns = list(recorded.get("columns", ()))
-    rows = [dict(zip(columns, values, strict=True)) for values in recorded.get("data", ())]
-    was = {(row["component"], row["name"]): row for row in rows if {"component", "name"} <= set(row)}
+    was = {(row["component"], row["name"]): row for row in _rows(recorded) if {"component", "name"} <= set(row)}
     for row in layers.layers:
         old = was.get((row.component, row.name))
         if old is None:
@@ -102,10 +153,10 @@ def export_chosen(session: Session, plan: Plan, reports: Sequence[RunReport]) ->
     if found is None or job is None:
         say(f"export.path={target}: nothing is exported: {why}", "warning")
         return None
-    bench = workbench(session, job.config, None)
     memory_bytes = {**planned_bytes(found), **bytes_to_run(job)}
     with tempfile.TemporaryDirectory(prefix="quantlab-export-") as scratch:
         recorded, picture = _recorded(job.config, found, Path(scratch))
+        bench = bench_for(session, job, recorded)
         described = Described(row=report_data(found), memory_bytes=memory_bytes, picture=picture)
         exported = made_and_exported(session, bench, job, target, described, None, recorded)
     if found.run_id:

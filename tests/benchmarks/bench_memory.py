@@ -1,6 +1,6 @@
 """Peak memory and time of quantizing a model that lies on the disk: streamed layer by layer, and loaded whole as before.
 
-    python tests/benchmarks/bench_memory.py [--parameters 1e9] [--only BACKEND] [--streamed]
+    python tests/benchmarks/bench_memory.py [--parameters 1e9] [--only BACKEND] [--streamed | --export]
 
 A random transformer in bfloat16 is written in shards. Each way runs in a process of its own. The ratio is of the peak of
 anonymous memory (``RssAnon``: without the pages of files) over (quantized bytes + the largest layer in float32 + 300 MiB
@@ -8,11 +8,16 @@ of libraries); 1.15 is to be kept. What the libraries and the model's code truly
 beside it, and ``above`` is the ratio of what came on top of that. ``cpu`` and ``wall`` are streaming's time over that of
 loading whole and quantizing, of the processor and by the clock; 1.3 by the clock is to be kept, which wants a machine
 that has nothing else to do. ``--streamed`` leaves the other way out.
+
+``--export`` measures an export instead, from the model on the disk to the checked folder: the candidate made from the
+files and emptied before the check, against the whole model with the candidate beside it. ``own`` is the exporting
+process, ``all`` with the one that checks.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import subprocess
@@ -32,6 +37,7 @@ from quantlab.stages.select import QuantizationRequest, select_layers, select_st
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.schema import ModelConfig
 from tests.support.tables import storages, the_scheme
+from tests.support.tiny_text_models import byte_tokenizer
 
 MIB = 2**20
 LIBRARIES = 300 * MIB
@@ -61,6 +67,7 @@ def write_model(folder: Path, parameters: float) -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="500MB")
+    byte_tokenizer().save_pretrained(folder)
 
 
 def request_of(backend: str) -> QuantizationRequest:
@@ -74,26 +81,37 @@ def request_of(backend: str) -> QuantizationRequest:
     )
 
 
-def anonymous() -> int:
-    """Bytes of this process that no file holds."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def anonymous(process: str = "self") -> int:
+    """Bytes of a process that no file holds."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     raise OSError("no RssAnon here")
 
 
+def of_children() -> int:
+    """The same of the processes that this one has started."""
+    found = 0
+    for children in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # one that has just ended
+            found += sum(anonymous(child) for child in children.read_text().split())
+    return found
+
+
 class Peak:
-    """The largest RssAnon while open, looked at every 2 ms."""
+    """The largest RssAnon while open, looked at every 2 ms; ``together`` with the children's."""
 
     def __enter__(self) -> Peak:
         self.value, self.done = anonymous(), threading.Event()
+        self.together = self.value
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
         return self
 
     def _watch(self) -> None:
         while not self.done.wait(0.002):
-            self.value = max(self.value, anonymous())
+            now = anonymous()
+            self.value, self.together = max(self.value, now), max(self.together, now + of_children())
 
     def __exit__(self, *_: object) -> None:
         self.done.set()
@@ -144,6 +162,76 @@ def measure(folder: Path, backend: str, way: str) -> dict[str, float]:
     }
 
 
+def exporting(folder: Path, backend: str, way: str) -> dict[str, float]:
+    """Export the model at ``folder``; what it took beside the libraries, in MiB."""
+    from quantlab.backends import torchao
+    from quantlab.datasets.table import DATASETS
+    from quantlab.exporting.whole import export
+    from quantlab.models.table import family_of
+    from quantlab.planning.plan import plan
+    from quantlab.running.placement import hollow, source_for
+    from quantlab.running.workbench import chosen
+    from quantlab.stages.candidate import Making, make_candidate
+    from tests.support.exports import Described, as_row, measure_stage
+    from tests.support.shell import text_words
+    from tests.support.tiny_text_models import TEXT
+
+    told, cache = folder / "text.txt", folder / "cache"
+    told.write_text(TEXT)
+    words = [w for w in text_words("cpu") if not w.startswith("calibration")]
+    model_words = ["model=causal_lm", f"model.path={folder}", "model.dtype=bfloat16"]
+    data = ["dataset=text", f"dataset.path={told}"]
+    (job,) = plan([*model_words, *data, *words, f"backend={backend}", f"dtype={SCHEMES[backend]}"]).jobs
+    is_streamed = way == "streamed"
+    if not is_streamed:
+        del torchao.flattened
+    small = torch.nn.ModuleDict({"a": torch.nn.Linear(512, 512, dtype=torch.bfloat16)})
+    quantize_component(request_of(backend), copy.deepcopy(small), small)
+    before = anonymous()
+    with Peak() as peak, tempfile.TemporaryDirectory(dir=folder) as place:
+        if is_streamed:
+            model = hollow(job.config, "cpu", cache, lambda *_: None)
+        else:
+            model = family_of(job.config.model).load(job.config.model, "cpu", cache)
+        inputs = DATASETS["text"].load(job.config.dataset, job.config.evaluation, model)
+        schemes = chosen(model, job)
+        made = make_candidate(
+            Making(
+                model=model,
+                job=job,
+                calibration_inputs=lambda: inputs,
+                schemes=schemes,
+                reads={},
+                cache_dir=cache,
+                advance=lambda *_: None,
+                stage=lambda name: measure_stage(name, "cpu"),
+                source=source_for(model, job, schemes) if is_streamed else None,
+            )
+        )
+        described = Described(row=as_row({"protocol": model.protocol, "name": job.name}))
+        done = export(
+            Path(place) / "out", job, model, made.model, made.quantization, inputs, described, is_last=is_streamed
+        )
+    return {
+        "files_mib": done.num_bytes / MIB,
+        "libraries_mib": before / MIB,
+        "own_mib": (peak.value - before) / MIB,
+        "all_mib": (peak.together - before) / MIB,
+    }
+
+
+def print_exports(folder: Path, only: str | None) -> None:
+    """A row a backend: both ways, and the ratio of their peaks."""
+    print("backend       dtype    files  libraries       own (whole) ratio       all (whole) ratio   [MiB]")
+    for backend in [only] if only else [b for b in SCHEMES if b != "quanto"]:  # transformers saves nothing of quanto
+        new, old = (apart(folder, backend, f"export {way}") for way in WAYS)
+        told = "".join(f"{new[k]:10.0f} {f'({old[k]:.0f})':>7} {new[k] / old[k]:5.2f}" for k in ("own_mib", "all_mib"))
+        print(
+            f"{backend:<13} {SCHEMES[backend]:<5} {new['files_mib']:8.0f} {new['libraries_mib']:10.0f}{told}",
+            flush=True,
+        )
+
+
 def apart(folder: Path, backend: str, way: str) -> dict[str, float]:
     command = [sys.executable, __file__, "--measure", str(folder), backend, way]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -156,15 +244,20 @@ def main() -> int:
     parser.add_argument("--parameters", type=float, default=1e9)
     parser.add_argument("--only", choices=SCHEMES)
     parser.add_argument("--streamed", action="store_true")
+    parser.add_argument("--export", action="store_true")
     parser.add_argument("--measure", nargs=3)
     args = parser.parse_args()
     if args.measure:
         folder, backend, way = args.measure
-        print(json.dumps(measure(Path(folder), backend, way)))
+        kind, _, rest = way.partition(" ")
+        print(json.dumps(exporting(Path(folder), backend, rest) if rest else measure(Path(folder), backend, kind)))
         return 0
     good = True
     with tempfile.TemporaryDirectory(prefix="quantlab-bench-") as name:
         write_model(Path(name), args.parameters)
+        if args.export:
+            print_exports(Path(name), args.only)
+            return 0
         print("backend       dtype  quantized  libraries   streamed  ratio  above   whole  ratio    cpu   wall   [MiB]")
         for backend in [args.only] if args.only else SCHEMES:
             new = apart(Path(name), backend, "streamed")

@@ -11,7 +11,7 @@ from quantlab.backends.torchao.config import TorchAoConfig
 from quantlab.backends.torchao.quantize import build_ao_config, calibrate, quantize, resolve
 from quantlab.backends.torchao.readback import read_back
 from quantlab.backends.torchao.sizes import layer_bytes
-from quantlab.backends.torchao.storage import as_stored, load, save
+from quantlab.backends.torchao.storage import as_stored, flattened, load, save
 
 Config = TorchAoConfig
 
@@ -21,6 +21,7 @@ __all__ = [
     "as_stored",
     "build_ao_config",
     "calibrate",
+    "flattened",
     "layer_bytes",
     "load",
     "quantize",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import pickle
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -129,6 +130,31 @@ def as_stored(part: Part) -> TorchAoConfig:
     one = all(form == first for form in forms.values())
     stored = first if one else {"_type": PER_MODULE, "_version": 1, "_data": {"fqn_to_config": forms}}
     return cast(TorchAoConfig, TorchAoConfig.from_dict({"quant_type": stored}))
+
+
+def flattened(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A state as safetensors holds it: what torchao's own flattening gives, and no copy of what lies alone in memory.
+
+    torchao copies all of a model at once, as tensors that share memory cannot be written.
+    """
+    support = importlib.import_module(_SUPPORT)
+    storages = Counter(inner.untyped_storage().data_ptr() for value in state.values() for inner in _inner(value))
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for name, value in state.items():
+        flat, told = support.flatten_tensor_state_dict({name: value})
+        held = _inner(value)
+        for key, own in zip(flat, held, strict=True):
+            alone = storages[own.untyped_storage().data_ptr()] == 1 and own.is_contiguous()
+            tensors[key] = own.detach() if alone else flat[key]
+        metadata[name] = told[name]
+    return tensors, {**metadata, "tensor_names": json.dumps(list(state))}
+
+
+def _inner(value: Tensor) -> list[Tensor]:
+    """The tensors that torchao's flattening makes of one, in its order."""
+    names = [*getattr(value, "tensor_data_names", ()), *getattr(value, "optional_tensor_data_names", ())]
+    return [inner for n in names if (inner := getattr(value, n)) is not None] if names else [value]
 
 
 def _dtype_of(config: TorchAoConfig) -> str:
