@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -23,17 +24,24 @@ _LEAST_ROOM = 64 * 2**20
 def check_target(key: str, target: str | Path) -> Path:
     """The absolute path; ConfigError beginning with ``key`` for a place that is something else than an export."""
     path = checked_path(key, str(target)).absolute()
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise ConfigError(f"{key}={target}: is a file or a link; give a folder that is not there yet")
-    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
-        raise ConfigError(
-            f"{key}={target}: is a folder that quantlab did not export, and nothing of it is overwritten; give one "
-            "that is not there yet"
-        )
+    # through a folder that is not there yet, .. would lead to one that is
+    path = path.resolve() if path.name == ".." else path.parent.resolve() / path.name
+    _check_free(key, path, str(target))
     parent = next((p for p in path.parents if p.exists()), path)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ConfigError(f"{key}={target}: {parent} cannot be written; give a place that you may write to")
+    _check_alone(key, path)
     return path
+
+
+def _check_free(key: str, path: Path, typed: str) -> None:
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ConfigError(f"{key}={typed}: is a file or a link; give a folder that is not there yet")
+    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
+        raise ConfigError(
+            f"{key}={typed}: is a folder that quantlab did not export, and nothing of it is overwritten; give one "
+            "that is not there yet"
+        )
 
 
 def check_room(key: str, target: Path, needed_bytes: int) -> None:
@@ -48,19 +56,21 @@ def check_room(key: str, target: Path, needed_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def written_beside(target: Path) -> Iterator[Path]:
+def written_beside(target: Path, key: str = "export.path") -> Iterator[Path]:
     """An empty folder beside ``target``, which takes its place when the block ends well, and is gone when it does not.
 
     A process that is killed leaves the folder that was there, or none; what it left beside it goes with the next export
-    to the same place.
+    to the same place. ConfigError beginning with ``key`` where another export to it is under way.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    _clear_left_overs(target)
     fresh = target.with_name(f".{target.name}.{os.getpid()}.part")
+    _check_alone(key, target)
+    _clear_left_overs(target)
     fresh.mkdir()
     try:
         yield fresh
         _synced(fresh)
+        _check_free(key, target, str(target))  # whatever came there meanwhile
         _put(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -77,16 +87,38 @@ def _put(fresh: Path, target: Path) -> None:
 
 def _clear_left_overs(target: Path) -> None:
     """Remove parts of processes that are gone; an old export comes back where nothing took its place."""
-    import psutil
-
-    for left in sorted(target.parent.glob(f".{target.name}.*")):
-        _, _, pid = left.stem.rpartition(".")
-        if left.suffix not in (".part", ".old") or not pid.isdigit() or psutil.pid_exists(int(pid)):
+    for left, pid in _left_overs(target):
+        if _is_at_work(pid, left):
             continue
         if left.suffix == ".old" and not target.exists():
             os.rename(left, target)
         else:
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _left_overs(target: Path) -> list[tuple[Path, int]]:
+    """What exports to ``target`` keep beside it, each with its process."""
+    found = [
+        (left, left.stem.rpartition(".")[2]) for left in sorted(target.parent.glob(f".{glob.escape(target.name)}.*"))
+    ]
+    return [(left, int(pid)) for left, pid in found if left.suffix in (".part", ".old") and pid.isdigit()]
+
+
+def _check_alone(key: str, target: Path) -> None:
+    if any(_is_at_work(pid, left) for left, pid in _left_overs(target)):
+        raise ConfigError(f"{key}={target}: another export to it is under way; wait for its end, or give another place")
+
+
+def _is_at_work(pid: int, left: Path) -> bool:
+    """Whether the process that made a folder is still there: one of its number that is younger than the folder is
+    another."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= left.stat().st_ctime + 1
+    except (psutil.Error, OSError):
+        return False
 
 
 def _synced(folder: Path) -> None:

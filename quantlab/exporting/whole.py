@@ -115,7 +115,7 @@ def export(
     parts = parts_of(job, reference, candidate, layers)
     check_room(key, place, _needed(candidate, parts))
     calls = recorded(candidate, inputs, job.config.evaluation, list(parts))
-    with written_beside(place) as folder:
+    with written_beside(place, key) as folder:
         pipeline = _write(folder, candidate, parts) if (is_whole := "pipeline" in candidate.parts) else ""
         if is_whole:
             written = {name: write_part(part, _sub(folder, name)) for name, part in parts.items()}

@@ -16,6 +16,7 @@ from quantlab.models.reading import HOLLOW, as_model_error, chosen_dtype, frozen
 from quantlab.models.sources import component_source
 from quantlab.modules.compute_dtype import torch_dtype
 from quantlab.modules.layers import state_digest
+from quantlab.modules.source import check_indices
 from quantlab.progress import say
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.schema import ModelConfig
@@ -73,6 +74,8 @@ def load_model(
     """
     dtype = torch_dtype_argument(config, device)
     local = local_folder(key, path, "config.json", "a transformers model", "save_pretrained")
+    if local is not None:
+        check_indices(key, local)
     path = str(local) if local is not None else path  # a home folder's ~ is no name that transformers knows
     stored = read_config(path, config, key)
     auto_class = next((auto for auto in auto_classes if _knows(auto, stored)), auto_classes[0])

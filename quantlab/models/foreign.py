@@ -23,6 +23,7 @@ from quantlab.models.pipeline_files import INDEX
 from quantlab.models.reading import as_model_error, frozen, quiet_loading, remote_code
 from quantlab.modules.compute_dtype import torch_dtype
 from quantlab.modules.groups import KEY as GROUPED
+from quantlab.modules.source import check_indices
 from quantlab.progress import say
 from quantlab.vocabulary.files import read_json
 from quantlab.vocabulary.native import QuantizationMethod
@@ -189,12 +190,14 @@ def _not_its() -> str:
 
 
 def _check_files(key: str, source: Path) -> None:
-    """ModelError for a damaged file of tensors, and for a pickle that holds anything else than tensors."""
+    """ModelError for a damaged file of tensors, an index of files elsewhere, and a pickle that holds anything else than
+    tensors."""
     import pickle
 
     import torch
     from safetensors import SafetensorError, safe_open
 
+    check_indices(key, source)
     for file in sorted(source.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):

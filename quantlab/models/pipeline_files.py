@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from quantlab.errors import ConfigError, MissingPackage, ModelError, nearest
 from quantlab.models.reading import remote_code
 from quantlab.models.repository import Repository, of_folder
+from quantlab.modules.source import check_indices
 from quantlab.vocabulary.schema import ModelConfig
 
 if TYPE_CHECKING:
@@ -142,10 +143,12 @@ def left_out(config: ModelConfig, parts: Collection[str]) -> dict[str, None]:
 
 
 def check_files(key: str, folder: Path) -> dict[str, Any]:
-    """The pipeline's index. ModelError as :func:`read_index`, and for a damaged file of weights."""
+    """The pipeline's index. ModelError as :func:`read_index`, and for damaged files of weights and their indices."""
     from safetensors import SafetensorError, safe_open
 
     index = read_index(key, of_folder(folder))
+    for part in sorted(part for part in folder.iterdir() if part.is_dir()):
+        check_indices(f"{key}: {part.name}", part)
     for file in sorted(folder.glob("*/*.safetensors")):
         try:
             with safe_open(file, framework="pt"):

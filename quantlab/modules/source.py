@@ -57,12 +57,7 @@ def shards_of(key: str, folder: Path, variant: str | None = None) -> Shards:
     from safetensors import SafetensorError, safe_open
 
     indices = [f for f in sorted(folder.glob("*.safetensors.index*.json")) if _is_of(f.name, variant)]
-    mapped: dict[str, str] = {}
-    for index in indices[:1]:
-        try:
-            mapped = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"{key}: {index.name} cannot be read ({error}); {_AGAIN}") from error
+    mapped = indexed(key, indices[0]) if indices else {}
     names = sorted(set(mapped.values())) or [f.name for f in sorted(folder.glob("*.safetensors"))]
     names = [n for n in names if mapped or _is_of(n, variant)]
     if not names:
@@ -82,6 +77,28 @@ def shards_of(key: str, folder: Path, variant: str | None = None) -> Shards:
     if absent := [n for n, name in mapped.items() if files.get(n) != folder / name]:
         raise ModelError(f"{key}: {indices[0].name} says that {mapped[absent[0]]} holds {absent[0]}, which it does not")
     return Shards(key=key, files=files)
+
+
+def indexed(key: str, index: Path) -> dict[str, str]:
+    """Name of a tensor -> the file beside ``index`` that it names for it.
+
+    ModelError, beginning with ``key``, where it cannot be read, or names a file that lies elsewhere: no digest of the
+    folder would know of it.
+    """
+    try:
+        mapped = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{key}: {index.name} cannot be read ({error}); {_AGAIN}") from error
+    for name in mapped.values():
+        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name or "\\" in name or "\0" in name:
+            raise ModelError(f"{key}: {index.name} names {str(name)[:80]!r}, which is no file beside it; {_AGAIN}")
+    return mapped
+
+
+def check_indices(key: str, folder: Path) -> None:
+    """ModelError as :func:`indexed`, for any index of weights in a folder."""
+    for index in sorted(folder.glob("*.index*.json")):
+        indexed(key, index)
 
 
 def _is_of(name: str, variant: str | None) -> bool:

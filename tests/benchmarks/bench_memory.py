@@ -137,12 +137,17 @@ def whole(folder: Path, backend: str) -> torch.nn.Module:
 WAYS = {"streamed": streamed, "whole": whole}
 
 
-def measure(folder: Path, backend: str, way: str) -> dict[str, float]:
-    """In this process: libraries are warm before the clock starts, and what they hold counts."""
+def warm_up(folder: Path, backend: str) -> None:
+    """Import the libraries, and the model's own code."""
     part = read_architecture(ModelConfig(family="causal_lm", path=str(folder)), "model").parts["model"]
-    empty("model", part, "bfloat16")  # the model's own code
+    empty("model", part, "bfloat16")
     small = torch.nn.ModuleDict({"a": torch.nn.Linear(512, 512, dtype=torch.bfloat16)})
     quantize_component(request_of(backend), copy.deepcopy(small), small)
+
+
+def measure(folder: Path, backend: str, way: str) -> dict[str, float]:
+    """In this process: libraries are warm before the clock starts, and what they hold counts."""
+    warm_up(folder, backend)
     before = anonymous()
     began, busy = time.perf_counter(), time.process_time()
     with Peak() as peak:
@@ -185,8 +190,7 @@ def exporting(folder: Path, backend: str, way: str) -> dict[str, float]:
     is_streamed = way == "streamed"
     if not is_streamed:
         del torchao.flattened
-    small = torch.nn.ModuleDict({"a": torch.nn.Linear(512, 512, dtype=torch.bfloat16)})
-    quantize_component(request_of(backend), copy.deepcopy(small), small)
+    warm_up(folder, backend)
     before = anonymous()
     with Peak() as peak, tempfile.TemporaryDirectory(dir=folder) as place:
         if is_streamed:

@@ -12,6 +12,7 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
+import psutil
 import pytest
 
 from quantlab.errors import ConfigError, DiskFull
@@ -101,14 +102,71 @@ def test_room_is_asked_for_before_the_first_byte(tmp_path, monkeypatch):
     check_room("export.path", tmp_path / "a" / "b", 2**30)
 
 
-def test_parts_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path):
+def test_parts_of_dead_processes_go_and_those_of_younger_ones(tmp_path):
+    """A number is given again: a process that began after the folder did not make it."""
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    for left in (f".it.{dead.pid}.part", f".it.{os.getppid()}.part"):
+    younger = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    for left in (f".it.{dead.pid}.part", f".it.{younger.pid}.part"):
         (tmp_path / left).mkdir()
-    with written_beside(tmp_path / "it") as fresh:
-        (fresh / "x").write_text("x")
+    began = psutil.Process.create_time
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(psutil.Process, "create_time", lambda own: began(own) + 3600)
+        with written_beside(tmp_path / "it") as fresh:
+            (fresh / "x").write_text("x")
+    younger.communicate(b"\n")
+    assert names(tmp_path) == {"it"}
+
+
+def test_two_exports_to_one_place(tmp_path):
+    """The second is refused before it works, and leaves the first's part; one in the same process too."""
+    place = tmp_path / "it"
+    with written_beside(place) as fresh:
+        with pytest.raises(ConfigError, match=r"^export=.*/it: another export to it is under way; wait"):
+            check_target("export", place)
+        with pytest.raises(ConfigError, match=r"^export\.path=.*/it: another export"), written_beside(place):
+            pass
+        (fresh / MANIFEST).write_text("{}")
+    assert names(place) == {MANIFEST}
+    (tmp_path / f".it.{os.getppid()}.part").mkdir()
+    with pytest.raises(ConfigError, match="another export"):
+        check_target("export", place)
     assert names(tmp_path) == {"it", f".it.{os.getppid()}.part"}
+
+
+def test_a_place_below_what_is_no_folder(tmp_path):
+    """Refused is a file; what is not there yet is made, at any depth, also where a link leads."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=r"^export\.path=.*/it: .*/file cannot be written; give"):
+        check_target("export.path", tmp_path / "file" / "deep" / "it")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for place in (tmp_path / "a" / "b [c]", tmp_path / "link"):
+        with written_beside(check_target("export.path", place / "it")) as fresh:
+            (fresh / MANIFEST).write_text("{}")
+        assert names(place) == {"it"}
+
+
+def test_what_comes_to_the_place_meanwhile_is_kept(tmp_path):
+    place = tmp_path / "it"
+
+    def write() -> None:
+        with written_beside(place):
+            place.mkdir()
+            (place / "mine").write_text("mine")
+
+    with pytest.raises(ConfigError, match="a folder that quantlab did not export"):
+        write()
+    assert names(tmp_path) == {"it"}
+    assert (place / "mine").read_text() == "mine"
+
+
+def test_the_models_own_folder_is_no_place(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "model", target_is_directory=True)
+    for name in ("model", "model/", "x/../model", "model/.", "link/../model", "x/y/../../model", "link/x/.."):
+        with pytest.raises(ConfigError, match="a folder that quantlab did not export"):
+            check_target("export", f"{tmp_path}/{name}")
 
 
 def test_an_export_that_was_on_its_way_out_comes_back(tmp_path):

@@ -13,7 +13,8 @@ from typing import IO
 
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Value type -> bytes; 8 is a string, 9 an array."""
-_STRING, _ARRAY = 8, 9
+_UINT32, _STRING, _ARRAY = 4, 8, 9
+_ALIGNMENT = b"general.alignment"
 _MAX_DEPTH, _MAX_DIMENSIONS, _MAX_NAME = 4, 5, 2**16  # ggml has 4 dimensions, files of video models one of 5
 
 
@@ -28,13 +29,18 @@ def check_header(path: Path) -> None:
         if version not in (2, 3):
             raise ValueError(f"version {version} of GGUF is not known")
         num_tensors, num_keys = walk.count("tensors", 24), walk.count("keys", 13)
-        alignment = 32
+        alignment, keys = 32, set[bytes]()
         for _ in range(num_keys):
             key, kind = walk.string(_MAX_NAME), walk.number("<I")
-            if key == b"general.alignment" and kind == 4:
+            if key in keys:
+                raise ValueError(f"two keys are called {key.decode(errors='replace')}")
+            keys.add(key)
+            if key != _ALIGNMENT:
+                walk.value(kind, _MAX_DEPTH)
+            elif kind == _UINT32:
                 alignment = walk.number("<I")
             else:
-                walk.value(kind, _MAX_DEPTH)
+                raise ValueError(f"{_ALIGNMENT.decode()} is of type {kind}")
         if not 0 < alignment <= 2**20 or alignment & (alignment - 1):
             raise ValueError(f"an alignment of {alignment} bytes")
         tensors = [walk.tensor() for _ in range(num_tensors)]
@@ -100,6 +106,8 @@ class _Walk:
         if num_dimensions > _MAX_DIMENSIONS:
             raise ValueError(f"tensor {name!r} of {num_dimensions} dimensions")
         sizes = [self.number("<Q") for _ in range(num_dimensions)]
+        if 0 in sizes:
+            raise ValueError(f"tensor {name!r} has a size of 0")
         numel = math.prod(sizes)
         per_block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(self.number("<I"))]
         if sizes and sizes[0] % per_block:

@@ -1,0 +1,114 @@
+"""Files of weights whose headers lie, and indices that lead elsewhere: one message that begins with the key."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantlab.errors import ModelError
+from quantlab.models import causal_lm, diffusers_pipeline
+from quantlab.models.foreign import _check_files
+from quantlab.modules.source import shards_of
+from quantlab.vocabulary.schema import ModelConfig
+from tests.support.tiny_pipelines import build_tiny_flux
+from tests.support.tiny_text_models import save_llama
+
+FLOATS = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+LIES = {
+    "cut off in the header": lambda whole: whole[:40],
+    "cut off before it": lambda whole: whole[:4],
+    "cut off in the tensors": lambda whole: whole[:-1],
+    "nothing": lambda whole: b"",
+    "a header of 2^60 bytes": lambda whole: struct.pack("<Q", 2**60) + whole[8:],
+    "a header that is longer than the file": lambda whole: struct.pack("<Q", 10**6) + whole[8:],
+    "a header that ends early": lambda whole: struct.pack("<Q", 20) + whole[8:],
+    "a dtype that is not there": lambda whole: made({"a": {**FLOATS, "dtype": "F7"}}),
+    "one in another": lambda whole: made({"a": FLOATS, "b": {**FLOATS, "data_offsets": [8, 24]}}, 24),
+    "a hole": lambda whole: made({"a": FLOATS, "b": {**FLOATS, "data_offsets": [32, 48]}}, 48),
+    "offsets past the end": lambda whole: made({"a": {**FLOATS, "data_offsets": [0, 2**62]}}),
+    "offsets that go back": lambda whole: made({"a": {**FLOATS, "data_offsets": [16, 0]}}),
+    "more values than bytes": lambda whole: made({"a": {**FLOATS, "shape": [2**31, 2**31]}}),
+    "a negative size": lambda whole: made({"a": {**FLOATS, "shape": [-2, -2]}}),
+    "no JSON": lambda whole: struct.pack("<Q", 8) + b"\xff" * 24,
+    "lists without end": lambda whole: struct.pack("<Q", 10**5) + b"[" * 10**5,
+}
+ELSEWHERE = ("../other.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\..\\b.safetensors", 7, None)
+
+
+def made(header, num_bytes=16):
+    said = json.dumps(header).encode()
+    return struct.pack("<Q", len(said)) + said + b"\0" * num_bytes
+
+
+def refused(call, *keys):
+    with pytest.raises(ModelError) as error:
+        call()
+    text = str(error.value)
+    assert text.startswith(keys), text
+    assert "\n" not in text
+    return text
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("damaged") / "llama")
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_header_that_lies(tmp_path, lie):
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(2, 2)}, file)
+    file.write_bytes(LIES[lie](file.read_bytes()))
+    for call in (lambda: _check_files("checkpoint=x", tmp_path), lambda: shards_of("checkpoint=x", tmp_path)):
+        told = refused(call, "checkpoint=x: ")
+        assert "model.safetensors is damaged or cut off" in told
+        assert told.endswith("copy or download it again")
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_an_index_that_leads_elsewhere(llama, tmp_path, name):
+    """Not read, neither as a model nor as a checkpoint: its digest would not know of that file."""
+    tensors = load_file(llama / "model.safetensors")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for kept in llama.glob("*.json"):
+        (folder / kept.name).write_text(kept.read_text())
+    save_file(tensors, tmp_path / "other.safetensors", {"format": "pt"})
+    save_file(tensors, folder / "model-00001-of-00002.safetensors", {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {**dict.fromkeys(tensors, "model-00001-of-00002.safetensors")}}
+    index["weight_map"]["lm_head.weight"] = name
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    path = str(folder)
+    for call in (
+        lambda: causal_lm.load(ModelConfig(family="causal_lm", path=path), "cpu", tmp_path),
+        lambda: _check_files(f"model.path={path}", folder),
+        lambda: shards_of(f"model.path={path}", folder),
+    ):
+        assert "which is no file beside it" in refused(call, f"model.path={path}: ")
+
+
+@pytest.mark.parametrize(
+    "index", ["[]", "{}", '{"weight_map": 3}', "{", "[" * 10**5, '{"weight_map": {"a": "no.safetensors"}}']
+)
+def test_an_index_that_is_none(llama, tmp_path, index):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for kept in llama.glob("*.json"):
+        (folder / kept.name).write_text(kept.read_text())
+    (folder / "model.safetensors.index.json").write_text(index)
+    path = str(folder)
+    refused(lambda: causal_lm.load(ModelConfig(family="causal_lm", path=path), "cpu", tmp_path), f"model.path={path}: ")
+
+
+def test_an_index_of_a_pipelines_part_that_leads_elsewhere(tmp_path):
+    folder = build_tiny_flux(tmp_path / "flux")
+    index = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "../../other.safetensors"}}))
+    config = ModelConfig(family="diffusers", path=str(folder))
+    told = refused(lambda: diffusers_pipeline.load(config, "cpu", tmp_path), f"model.path={folder}: ")
+    assert "transformer" in told
+    assert "which is no file beside it" in told
