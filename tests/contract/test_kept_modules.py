@@ -13,6 +13,7 @@ from quantlab.stages.quantize import quantize_component
 from tests.support.configs import METHODS, config_of
 from tests.support.exclusion_rules import excluded_by_diffusers, paths_of, request, tiny_flux, tiny_llama
 from tests.support.tables import BACKENDS
+from tests.support.tiers import covering
 
 BY_TRANSFORMERS = [m for m in METHODS if "transformers" in config_of(m).exclusion_rules]
 T5 = {"vocab_size": 64, "d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128, "num_layers": 2}
@@ -104,8 +105,9 @@ def test_what_is_kept_strictly_is_a_matter_of_dtypes_and_is_quantized(method, t5
 # -- Diffusers
 
 
-@pytest.mark.parametrize("names", [[], ["proj_out"], ["attn"]], ids=["none", "layer", "container"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "names"), covering((method, names) for names in ([], ["proj_out"], ["attn"]) for method in METHODS)
+)
 def test_a_pasted_dictionary_leaves_what_diffusers_leaves(method, names, keeping):
     """By each backend's own rule: quanto's takes no containers."""
     theirs = excluded_by_diffusers(method, keeping, [*names, *keeping._keep_in_fp32_modules])

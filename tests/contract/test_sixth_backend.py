@@ -145,6 +145,7 @@ def test_it_is_compared_and_drawn(swept, tmp_path):
     assert backends()["rowint8"].colour in (tmp_path / "figure.svg").read_text()
 
 
+@pytest.mark.slow
 def test_the_contract_of_backends_holds(site):
     """The tests that every backend passes take their cases from the table, so they are an author's too."""
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/contract/test_backends.py"]

@@ -6,11 +6,12 @@ import pytest
 
 from quantlab.report.verdicts import IN_FLOOR, WORSE
 from tests.metrics.simulate import LAYOUTS, README, VALUES, coverage, false_difference, floor_verdicts
+from tests.support.tiers import default_of
 
 NUM = 800  # a share of 95 % then has a standard error of 0.8 %
 
 
-@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("name", default_of(VALUES, "log-normal 1", "heavy tail"))
 @pytest.mark.parametrize("label", [pytest.param(x, marks=pytest.mark.slow) if x != "10" else x for x in LAYOUTS])
 def test_intervals_hold_what_they_say(label, name):
     least = 0.89 if (label, name) == ("5", "log-normal 1") else 0.92

@@ -13,6 +13,7 @@ from quantlab.planning.places import conf_dir, groups, recipes
 from quantlab.planning.plan import plan
 from quantlab.vocabulary.axes import QuantizationAxes
 from tests.support.tables import CAPABILITIES, native_config
+from tests.support.tiers import default_of
 
 
 def one(*words):
@@ -255,12 +256,16 @@ def test_a_recipe_is_data(tmp_path, text, message):
         plan([write(tmp_path, text)])
 
 
+LARGE = {"digits_search", "digits_calibration"}
+"""Recipes whose grids take seconds; ``digits_bitwidths`` has a test of its own."""
+
+
 @functools.cache
 def shipped(name):
     return plan([f"recipe={name}"])
 
 
-@pytest.mark.parametrize("name", sorted(recipes()))
+@pytest.mark.parametrize("name", default_of(sorted(recipes()), *(set(recipes()) - LARGE)))
 def test_every_shipped_recipe_composes(name):
     assert shipped(name).jobs
 

@@ -86,6 +86,7 @@ def test_floors_and_an_importance_matrix_are_the_same(text_model, tmp_path, in_g
     assert len(in_groups) > 1  # a floor's copy too
 
 
+@pytest.mark.slow
 def test_the_budget_chooses(text_model, tmp_path):
     folder = BUILDERS["flux"](tmp_path / "flux")
     pipeline = ["model=diffusers", f"model.path={folder}", "dataset=prompts", "device=cpu"]

@@ -18,6 +18,7 @@ from quantlab.models import digits_dit
 from quantlab.tracking import find_runs
 from tests.support.shell import digits_words
 from tests.support.stores import ROOT, artifact, live_server
+from tests.support.tiers import covering
 
 WORDS = ("-m", *digits_words("evaluation.num_samples=10", "sweep.floors=false"))
 GRID = (*WORDS, "backend=quanto,gguf")
@@ -314,6 +315,7 @@ def test_a_store_that_was_away_for_a_moment_has_everything_at_the_end(shell, mon
 COUNT = """
 import os, pathlib
 from quantlab.protocols import diffusion
+from tests.support.tiers import covering
 real = diffusion.observe
 def observe(*args, **kwargs):
     pathlib.Path("observed-%d" % os.getpid()).touch()
@@ -349,8 +351,10 @@ def test_two_sweeps_at_once_on_a_fresh_store_and_cache(shell, tmp_path):
 # -- weights
 
 
-@pytest.mark.parametrize("file", [digits_dit.MODEL_FILE, digits_dit.JUDGE_FILE])
-@pytest.mark.parametrize("damage", ["truncated", "gone"])
+@pytest.mark.parametrize(
+    ("damage", "file"),
+    covering((d, file) for d in ("truncated", "gone") for file in (digits_dit.MODEL_FILE, digits_dit.JUDGE_FILE)),
+)
 def test_damaged_weights_in_the_cache(shell, file, damage):
     [folder] = [f for f in (shell.folder / "outputs" / "cache" / "models").iterdir() if f.is_dir()]
     weights = folder / file

@@ -16,12 +16,13 @@ from quantlab.stages.select import QuantizationRequest, select_streamed
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.schema import ModelConfig
 from tests.support.tables import held_packages, the_scheme
+from tests.support.tiers import default_of
 from tests.support.tiny_pipelines import BUILDERS
 
 SCHEMES = [("bitsandbytes", "nf4"), ("torchao", "int8"), ("quanto", "int8"), ("gguf", "q8_0"), ("modelopt", "int8")]
 
 
-@pytest.mark.parametrize(("backend", "dtype"), SCHEMES)
+@pytest.mark.parametrize(("backend", "dtype"), default_of(SCHEMES, ("bitsandbytes", "nf4"), ("gguf", "q8_0")))
 def test_a_unet_with_its_convolutions(tmp_path, backend, dtype):
     from diffusers import UNet2DConditionModel
 

@@ -25,3 +25,14 @@ def covering(cases: Iterable[Any], columns: Callable[[Any], Sequence[Any]] = tup
 
 def _slow(case: Any) -> Any:
     return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
+
+
+def few_or_many(values: Iterable[Any], few: int, many: int) -> list[Any]:
+    """(value, number of random examples): few in the default tier, many in the slow one."""
+    every = list(values)
+    return [(value, few) for value in every] + [pytest.param(value, many, marks=pytest.mark.slow) for value in every]
+
+
+def default_of(values: Iterable[Any], *kept: Any) -> list[Any]:
+    """Values as parameters, of which the default tier has those that are named; the others are slow."""
+    return [value if value in kept else _slow(value) for value in values]

@@ -117,8 +117,8 @@ FAMILIES: dict[str, TinyFamily] = {
         build=videos.stable_audio, call={"audio_end_in_s": 0.2}, evaluation=UNSIZED, medium="audio"
     ),
 }
-QUICK = ("stable_diffusion", "flux_kontext", "qwen_image", "wan_2_2", "dit", "stable_audio")
-"""What the default tier tries: a UNet, a picture edited, guidance by token, two denoisers, a class, sound."""
+QUICK = ("stable_diffusion", "wan_2_2", "dit", "stable_audio")
+"""What the default tier tries: a UNet, two denoisers, a class, sound."""
 
 
 def write_pictures(folder: Path, mask: bool, prompt: bool = True) -> Path:

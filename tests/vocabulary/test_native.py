@@ -27,6 +27,7 @@ from quantlab.vocabulary.axes import QuantizationAxes
 from tests.support.config_strategies import ANY, CONFIGS
 from tests.support.configs import ONE_OF_EACH
 from tests.support.tables import BACKENDS, CAPABILITIES
+from tests.support.tiers import few_or_many
 
 CLASSES = [b.Config for b in BACKENDS.values()]
 
@@ -50,9 +51,9 @@ def test_the_strategies_reach_every_field(backend):
 # -- round trips
 
 
-@pytest.mark.parametrize("backend", CONFIGS)
-def test_json_and_back(backend, tmp_path):
-    @settings(max_examples=120, deadline=None)
+@pytest.mark.parametrize(("backend", "num"), few_or_many(CONFIGS, 30, 120))
+def test_json_and_back(backend, num, tmp_path):
+    @settings(max_examples=num, deadline=None)
     @given(CONFIGS[backend])
     def check(config):
         kind = type(config)
@@ -176,9 +177,9 @@ def test_axes_and_back_for_every_row(backend):
         assert shown.exclusions() == ("a", "*.b")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_any_config_shows_axes_or_says_why_not(backend):
-    @settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize(("backend", "num"), few_or_many(BACKENDS, 50, 200))
+def test_any_config_shows_axes_or_says_why_not(backend, num):
+    @settings(max_examples=num, deadline=None)
     @given(CONFIGS[backend])
     def check(config):
         try:
@@ -278,6 +279,7 @@ import os, socket, subprocess, sys
 import quantlab
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.backends.table import backends, offers
+from tests.support.tiers import few_or_many
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
