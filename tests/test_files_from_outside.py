@@ -27,13 +27,13 @@ VALUES = (0, 1, -1, 2**31, 2**63)
 
 
 def raised_quickly(call, kinds):
-    began = time.perf_counter()
+    began = time.process_time()
     try:
         call()
     except kinds as error:
-        assert time.perf_counter() - began < 2
+        assert time.process_time() - began < 2
         return str(error)
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
     return ""
 
 

@@ -17,12 +17,12 @@ def test_a_file_where_a_folder_should_be(place, tmp_path):
     target = tmp_path / "outputs" / place
     target.parent.mkdir(parents=True)
     target.write_text("no folder")
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(
         ConfigError, match=r"^output_dir=.*outputs: .* cannot be written \((File exists|Not a dir).*set "
     ):
         sweep._usable_folder(str(tmp_path / "outputs"))
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize("place", PLACES)

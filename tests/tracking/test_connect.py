@@ -154,7 +154,7 @@ def test_closed_port_is_refused_at_once(closed_port: int, tmp_path: Path) -> Non
     )
     with pytest.raises(TrackingError, match=wanted):
         open_store(tracking_at(f"http://127.0.0.1:{closed_port}"), tmp_path)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 15  # on a busy machine; by default a dead server costs minutes
 
 
 @pytest.mark.parametrize("seconds", [0.3, pytest.param(5, marks=pytest.mark.slow)])
@@ -167,7 +167,7 @@ def test_mute_server_is_refused_in_time(
     begun = time.monotonic()
     with pytest.raises(TrackingError, match=r": no answer within .* s, twice; start the server, or set tracking\."):
         open_store(tracking_at(f"http://127.0.0.1:{mute_port}"), tmp_path)
-    assert 2 * seconds <= time.monotonic() - begun < 2 * seconds + 5
+    assert 2 * seconds <= time.monotonic() - begun < 2 * seconds + 15
 
 
 def test_something_else_answers(tmp_path: Path) -> None:
@@ -375,7 +375,7 @@ def test_a_server_that_drips_is_refused_in_time(dripping: str, tmp_path: Path, m
     begun = time.monotonic()
     with pytest.raises(TrackingError, match=r": no answer within 0\.4 s, twice; start the server"):
         open_store(tracking_at(dripping), tmp_path)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 8  # it drips for 10 s
 
 
 def test_a_server_that_begins_to_drip_is_lost_and_the_run_goes_on(
@@ -395,7 +395,7 @@ def test_a_server_that_begins_to_drip_is_lost_and_the_run_goes_on(
         monkeypatch.setattr(store, "_client", MlflowClient(tracking_uri=dripping))
         begun = time.monotonic()
         run.log_metrics({"m": 1.0})
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < 8
         assert store.is_lost
     assert run.record.summary["metrics"] == {"m": 1.0}
     assert sum("the store is lost (no whole answer within" in r.getMessage() for r in caplog.records) == 1
