@@ -175,6 +175,10 @@ LIGHT = [
     "import quantlab.cli",
     "import quantlab.backends.table",
     "import quantlab; quantlab.compose(['backend=torchao', 'dtype=int4'])",
+    "import quantlab.modules.layers, quantlab.modules.memory",
+    "from quantlab import BitsAndBytesConfig, GGUFQuantizationConfig, NVIDIAModelOptConfig, QuantoConfig, TorchAoConfig",
+    "from quantlab.vocabulary.axes import QuantizationAxes as Axes",
+    "all(r.module.Config.from_axes(Axes(backend=n)) for n, r in quantlab.backends.table.backends().items())",
 ]
 
 

@@ -190,7 +190,7 @@ def test_another_algorithm_gives_other_weights(backend, dtype, algorithm, tmp_pa
     check_loading(backend, original, module, tmp_path, dtype=dtype, algorithm=algorithm, **given)
 
 
-@pytest.mark.parametrize(("backend", "dtype", "activation_dtype", "settings"), STATIC)
+@pytest.mark.parametrize(("backend", "dtype", "activation_dtype", "settings"), covering(STATIC))
 def test_static_scales_are_kept(backend, dtype, activation_dtype, settings, tmp_path):
     given = {"dtype": dtype, "activation_dtype": activation_dtype, "settings": settings}
     original, module, report, _ = quantized(backend, **given)

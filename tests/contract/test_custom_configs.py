@@ -180,6 +180,7 @@ def test_custom_is_not_a_word_to_choose():
         quantlab.TorchAoConfig.from_axes(QuantizationAxes(backend="torchao", dtype="custom"))
 
 
+@pytest.mark.slow
 def test_a_per_module_scheme_runs_from_the_command_line_and_again_from_its_recipe(shell, tmp_path):
     inside = {"re:.*mlp.*": intx("int5"), "_default": int8_of({"_type": "PerRow", "_version": 1, "_data": {"dim": -1}})}
     block = torchao(

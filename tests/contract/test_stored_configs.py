@@ -275,6 +275,7 @@ def test_reading_dictionaries_imports_no_torch():
 # -- through a whole run
 
 
+@pytest.mark.slow
 def test_a_pasted_dictionary_stands_beside_the_axes_in_one_sweep(shell, tmp_path):
     """Same columns, same numbers as the request by axes; its exclusions by its own rule, in the artifact."""
     recipe = tmp_path / "pasted.yaml"

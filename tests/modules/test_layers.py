@@ -247,6 +247,7 @@ def test_a_weight_that_is_not_finite_is_named(bad, dtype):
         check_finite_weights(model, "model.path=x")
 
 
+@pytest.mark.slow
 def test_importing_imports_no_torch():
     code = (
         "import sys, quantlab.modules.layers as l, quantlab.modules.memory; l.matches('a', 'a.b'); "

@@ -256,7 +256,7 @@ def test_a_recipe_is_data(tmp_path, text, message):
         plan([write(tmp_path, text)])
 
 
-LARGE = {"digits_search", "digits_calibration"}
+LARGE = {"digits_search", "digits_calibration", "smollm2_bitwidths"}
 """Recipes whose grids take seconds; ``digits_bitwidths`` has a test of its own."""
 
 

@@ -314,6 +314,7 @@ def test_configs_are_built_without_torch_environment_network_or_device():
     assert done.stdout == "done\n", done.stderr
 
 
+@pytest.mark.slow
 def test_importing_all_five_classes_imports_no_torch():
     code = (
         f"import sys\nfrom quantlab import {', '.join(c.__name__ for c in CLASSES)}\nassert 'torch' not in sys.modules"

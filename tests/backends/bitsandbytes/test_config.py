@@ -155,6 +155,7 @@ def test_axes_that_cannot_be_met_are_refused(asked, own, message):
         BitsAndBytesConfig.from_axes(asked, own)
 
 
+@pytest.mark.slow
 def test_importing_the_backend_does_not_import_torch():
     code = (
         "import sys, quantlab.backends.bitsandbytes, quantlab.backends.gguf; "

@@ -132,6 +132,7 @@ def test_the_axes_of_an_integer_tensor_with_one_scale_read_custom():
     assert NVIDIAModelOptConfig("INT8").axes().dtype == "custom"
 
 
+@pytest.mark.slow
 def test_the_config_imports_neither_torch_nor_modelopt():
     code = (
         "import sys\n"

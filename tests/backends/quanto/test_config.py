@@ -134,6 +134,7 @@ def test_update_is_validated():
     assert config == QuantoConfig()
 
 
+@pytest.mark.slow
 def test_importing_and_building_a_config_imports_no_torch():
     code = (
         "import sys; from quantlab.backends import quanto; from quantlab.vocabulary.axes import QuantizationAxes as A; "

@@ -186,6 +186,7 @@ def test_update_is_checked_and_all_or_nothing():
     assert make("Int8WeightOnlyConfig", group_size=32)["_data"]["granularity"] == per_group(32)
 
 
+@pytest.mark.slow
 def test_the_config_imports_neither_torch_nor_torchao():
     code = (
         "import sys\n"
