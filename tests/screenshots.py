@@ -117,11 +117,13 @@ def look_at(browser: Any, address: str, width: int, height: int) -> None:
 
 
 def _settled(browser: Any) -> None:
+    """Until nothing has changed for two seconds, and a table of runs has its rows."""
     before = ""
     for _ in range(60):
         time.sleep(2)
         now = browser.execute_script("return document.body.innerText + document.images.length")
-        if now == before and len(now) > 200:
+        is_empty = bool(find(browser, ".ag-root")) and not find(browser, ".ag-row")
+        if now == before and len(now) > 200 and not is_empty:
             return
         before = now
 

@@ -329,6 +329,7 @@ def test_printed_it_is_a_light_report_without_controls(browser, data, tmp_path):
     assert browser.execute_script("return getComputedStyle(document.documentElement).colorScheme") == "light"
     assert not any(e.is_displayed() for e in find(browser, ".save, button.again, #theme, input[type=range], td.away"))
     assert all(e.is_displayed() for e in find(browser, "h2, .plot, .strips img"))
+    assert "Click" not in browser.execute_script("return document.body.innerText"), "nobody clicks on paper"
     assert browser.execute_script(
         "return [...document.querySelectorAll('.wide, .map-frame')].every(e => getComputedStyle(e).overflow === 'visible')"
     )

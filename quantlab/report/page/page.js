@@ -65,7 +65,7 @@ function parts() {
   const add = (title, hint, content, ...tools) => { if (content) all.push(section(title, hint, ...tools, ...[content].flat())); };
   all.push(plotSection(room));
   const meaning = v.is_tested ? `Verdicts compare ${v.metric} with the reference (p: Holm-adjusted); \u2605 is the Pareto front.` : `${v.metric} is not a mean over samples, so that differences in it are not tested; \u2605: no other scheme is smaller and better.`;
-  all.push(section("All schemes", `${meaning} Click a heading to sort; \u201crecipe\u201d shows how to run that row again.`, saveCsv(), schemeTable(), ...v.notes.map((n) => make("p", { class: "hint" }, n))));
+  all.push(section("All schemes", make("span", {}, meaning, make("span", { class: "screen" }, " Click a heading to sort; \u201crecipe\u201d shows how to run that row again.")), saveCsv(), schemeTable(), ...v.notes.map((n) => make("p", { class: "hint" }, n))));
   const among = (pairs) => pairs.filter((p) => isNamed(p.a) && isNamed(p.b));
   if (among(v.pairs).length) add("Are the differences between the candidates real?", `Paired differences of ${v.metric} on the same samples, with 95 % intervals, largest p first.`, pairTable(among(v.pairs)));
   if (among(v.twins).length) add("What does calibration buy?", `A: the algorithm; B: the plain one on the same bits. Paired differences of ${v.metric} with 95 % intervals.`, pairTable(among(v.twins)));
