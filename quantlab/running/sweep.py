@@ -127,8 +127,8 @@ def _room_in(output_dir: str) -> Iterator[None]:
         if not is_disk_full(error) or (isinstance(error, TrackingError) and str(error).startswith("tracking.")):
             raise  # the store's disk may be another one, and its message says which
         raise DiskFull(
-            f"output_dir={output_dir}: the disk is full ({_free(Path(output_dir))} MB left there, "
-            f"{_free(Path(tempfile.gettempdir()))} MB for temporary files in {tempfile.gettempdir()}); make room, or "
+            f"output_dir={output_dir}: the disk is full ({_free(Path(output_dir))} MiB left there, "
+            f"{_free(Path(tempfile.gettempdir()))} MiB for temporary files in {tempfile.gettempdir()}); make room, or "
             "set output_dir=<a folder on another disk> for what comes next, and give the same command again: what has "
             "finished is kept"
         ) from error

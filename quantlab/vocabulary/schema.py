@@ -175,10 +175,10 @@ class ExportConfig:
 
 @dataclass
 class SearchConfig:
-    """``sweep.search``: which points of a grid are run is chosen by what the points before them showed."""
+    """``sweep.search``: which jobs of a grid are run is chosen by what the jobs before them showed."""
 
     num_trials: int = number(0, 0, _MANY)
-    """Points that are measured, those that earlier sweeps have measured included; 0: no search, the whole grid."""
+    """Jobs that are measured, those that earlier sweeps have measured included; 0: no search, the whole grid."""
     sampler: str = choice(*SAMPLERS)
     """Of Optuna."""
     seed: int = number(0, 0, SEED)
