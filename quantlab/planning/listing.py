@@ -251,7 +251,7 @@ def meaning(word: str) -> str:
     known |= ALGORITHMS | KINDS
     if name.lower() not in known:
         close = nearest(name.lower(), known)
-        raise ConfigError(f"help {word}: no such word; quantlab list words shows the glossary{close}")
+        raise ConfigError(f"help {word}: no such word{close}; quantlab list words shows the glossary")
     return known[name.lower()]
 
 
