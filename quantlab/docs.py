@@ -228,17 +228,25 @@ def foreign_block(file: Path) -> str:
     """Checkpoints of others beside quantlab's own schemes: format, stored bits and the headline metric of each."""
     data = json.loads(file.read_text(encoding="utf-8"))
     lines = [
-        "| row | made by | bits/weight (of quantized layers) | MiB | kld_mean, nats (95 % interval) |",
-        "|---|---|---:|---:|---:|",
+        "| row | made by | bits/weight (of quantized layers) | MiB | kld_mean, nats (95 % interval) | verdict |",
+        "|---|---|---:|---:|---:|---|",
     ]
     for row in data["rows"]:
+        verdict = data["verdicts"].get(row["name"], "")
         metrics, value = row["metrics"], metric_value(row["metrics"], "quality/kld_mean")
         interval = "" if value.ci_lo is None else f" ({value.ci_lo:.2g}..{value.ci_hi:.2g})"
         bits = f"{metrics['memory/bits_per_weight_model']:.2f} ({metrics['memory/bits_per_weight_quantized']:.2f})"
         mib = metrics["memory/weights_bytes"] / 2**20
-        lines.append(f"| {row['name']} | {row['by']} | {bits} | {mib:.3f} | {value.value:.3g}{interval} |")
+        lines.append(f"| {row['name']} | {row['by']} | {bits} | {mib:.3f} | {value.value:.3g}{interval} | {verdict} |")
+    pairs = [f"- {pair}" for pair in data["pairs"]]
+    told = "Against the reference above; each checkpoint and quantlab's own row, paired:"
     n = metric_value(data["rows"][0]["metrics"], "quality/kld_mean").n
-    return "\n".join([*lines, "", f"*A tiny Llama, n = {n:.0f}; {data['versions']}; {data['machine']}*"]) + "\n"
+    return (
+        "\n".join(
+            [*lines, "", told, "", *pairs, "", f"*A tiny Llama, n = {n:.0f}; {data['versions']}; {data['machine']}*"]
+        )
+        + "\n"
+    )
 
 
 def needs(recipe: Path) -> str:

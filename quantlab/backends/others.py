@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from quantlab.vocabulary.dtypes import DTYPES, E4M3_SCALE
+from quantlab.errors import ModelError
+from quantlab.vocabulary.dtypes import DTYPES, E4M3_SCALE, dtype_name
 from quantlab.vocabulary.reports import StoredWeight
 
 if TYPE_CHECKING:
@@ -28,16 +29,34 @@ _OF_SDNQ = (
 WHOLE_MODEL = "its library unpacks it when the model first runs, so that its product alone was not tried"
 
 
-def read_by_its_library(layer: nn.Module) -> StoredWeight | None:
-    """What the layer's tensors show; None for a layer of another library, or a format that is not known here."""
+def read_by_its_library(layer: nn.Module, key: str, dtype: str) -> StoredWeight | None:
+    """What the layer's tensors show; None for a layer of another library, or a format that is not known here.
+
+    ModelError, beginning with ``key``, for one that its library unpacks to another dtype than ``dtype``, in which its
+    inputs come.
+    """
     if hasattr(layer, "quantization_scheme"):
-        return _compressed_tensors(layer)
+        return _compressed_tensors(layer, key, dtype)
     if hasattr(layer, "sdnq_dequantizer"):
         return _sdnq(layer)
     return None
 
 
-def _compressed_tensors(layer: Any) -> StoredWeight | None:
+def packed_integers(layer: nn.Module, num_rows: int, num_weights: int) -> tuple[str, int | None] | None:
+    """Dtype and group size of the integers that layers of GPTQ, AWQ and AutoRound pack into words, by what their codes
+    and scales occupy; None for other layers."""
+    import torch
+
+    codes, scales = getattr(layer, "qweight", None), getattr(layer, "scales", None)
+    if not isinstance(codes, torch.Tensor) or not isinstance(scales, torch.Tensor) or not scales.numel():
+        return None
+    dtype = _name(codes, num_weights)
+    if dtype is None or num_weights % scales.numel():
+        return None
+    return dtype, None if scales.numel() in (1, num_rows) else num_weights // scales.numel()
+
+
+def _compressed_tensors(layer: Any, key: str, model_dtype: str) -> StoredWeight | None:
     import torch
 
     scheme = layer.quantization_scheme
@@ -50,7 +69,13 @@ def _compressed_tensors(layer: Any) -> StoredWeight | None:
     compressor = base.BaseCompressor.get_value_from_registry(getattr(kind, "value", kind))
     with torch.no_grad():
         tensors = {name: tensor.data for name, tensor in held.items() if tensor is not None}
-        dense = compressor.decompress(tensors, scheme)["weight"].float()
+        unpacked = compressor.decompress(tensors, scheme)["weight"]
+    if (found := dtype_name(unpacked.dtype)) != model_dtype:
+        raise ModelError(
+            f"{key}: compressed-tensors unpacks {getattr(kind, 'value', kind)} to {found}, which a model in "
+            f"{model_dtype} cannot run; pass model.dtype={found}"
+        )
+    dense = unpacked.float()
     is_nvfp4 = "weight_global_scale" in held
     dtype = "nvfp4" if is_nvfp4 and stored.dtype == torch.uint8 else _name(stored, dense.numel())
     inputs = scheme.input_activations

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.checkpoints import FOLDED, backend_of_layer
-from quantlab.backends.others import WHOLE_MODEL, read_by_its_library
+from quantlab.backends.others import WHOLE_MODEL, packed_integers, read_by_its_library
 from quantlab.backends.table import Backend, held_packages
 from quantlab.errors import ModelError, NotQuantized, is_of_the_machine
 from quantlab.models.foreign import checkpoint_bytes, checkpoint_sha256, load_part, sources_of
@@ -114,7 +114,7 @@ def _read(
             rows.append(replace(first, name=name, kind=holder.kind, shares=shared, weight_bytes=0, scale_bytes=0))
             continue
         backend = backend_of_layer(layer)
-        stored = _read_back(key, name, backend, layer)
+        stored = _read_back(key, name, backend, layer, model.dtype)
         if stored is not None:
             notes += [stored.note] if stored.note not in ("", WHOLE_MODEL) else []
             rows.append(_row(key, component, holder, layer, stored, is_folded))
@@ -131,8 +131,19 @@ def _read(
                 raise _mismatch(key, component, path, "the checkpoint has none")
             _check_same(key, component, path, other, tensor, is_folded)
     report = QuantizationReport(layers=tuple(rows), num_parameters=logical_size(original)[0])
-    told = unquantized(component, None, report)
-    return module, replace(report, unquantized=(told,) if told else ()), notes
+    told = (unquantized(component, None, report), _other_dtype(component, rows, model.dtype))
+    return module, replace(report, unquantized=tuple(filter(None, told))), notes
+
+
+def _other_dtype(component: str, rows: Sequence[LayerReport], dtype: str) -> str:
+    """A sentence where nothing that a checkpoint keeps is in the dtype that was asked for: its library has one."""
+    kept = sorted({row.dtype for row in rows if row.status in ("excluded", "left")})
+    if not kept or dtype in kept:
+        return ""
+    return (
+        f"{component}: its library loads it in {', '.join(kept)}, and the reference computes in {dtype}: what that "
+        "costs is part of its numbers"
+    )
 
 
 def _adopted(key: str, module: nn.Module, dtype: str) -> nn.Module:
@@ -176,10 +187,10 @@ def _rounds_itself(layer: nn.Module) -> bool:
     return hasattr(layer, "quantization_scheme")
 
 
-def _read_back(key: str, name: str, backend: Backend | None, layer: nn.Module) -> StoredWeight | None:
+def _read_back(key: str, name: str, backend: Backend | None, layer: nn.Module, dtype: str) -> StoredWeight | None:
     """None for a layer that its library left unquantized, or in a format that is not known here."""
     try:
-        stored = read_by_its_library(layer) if backend is None else backend.module.read_back(layer)
+        stored = read_by_its_library(layer, key, dtype) if backend is None else backend.module.read_back(layer)
     except (NotQuantized, KeyError):
         return None
     if stored is None:
@@ -219,12 +230,15 @@ def _unread_row(key: str, component: str, holder: Holder, layer: nn.Module, is_f
     """Of a format that is not decoded here: its bytes, and the weight as its answers to unit vectors tell it."""
     reference = holder.view.matrix(holder.weight.detach())
     weight_bytes, scale_bytes = layer_memory(layer, held_packages())
+    packed = packed_integers(layer, len(reference), reference.numel())  # before it runs: some repack then
     error: float | None = None
     dense = _answered(layer, reference, holder.weight.dtype) if holder.kind == "linear" else None
     if dense is not None:
         found = _of_shape(key, component, holder, dense, reference)
         error = float((found - reference.float()).norm() / (reference.float().norm() or 1.0))
         _check_related(key, component, holder, error, is_folded)
+    dtype, group_size = packed or (UNREAD, None)
+    known = "" if packed else ", so that its format and group size are not known"
     how = "its error is of its answers to unit vectors" if error is not None else "its error is not known"
     return LayerReport(
         component=component,
@@ -232,12 +246,13 @@ def _unread_row(key: str, component: str, holder: Holder, layer: nn.Module, is_f
         kind=holder.kind,
         shape=tuple(reference.shape),
         status="quantized",
-        dtype=UNREAD,
+        dtype=dtype,
+        group_size=group_size,
         bits_per_weight=8 * (weight_bytes + scale_bytes) / reference.numel(),
         weight_bytes=weight_bytes,
         scale_bytes=scale_bytes,
         weight_rel_error=error,
-        reason=f"{type(layer).__name__}: not decoded here, so that its format and group size are not known; {how}",
+        reason=f"{type(layer).__name__}: not decoded here{known}; {how}",
     )
 
 

@@ -6,6 +6,7 @@ them and quantlab's own schemes together. ``python -m quantlab.docs`` then write
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -17,6 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from quantlab.docs import FOREIGN_METRICS  # noqa: E402
+from quantlab.report.compare import compare  # noqa: E402
+from quantlab.report.comparison_table import pair_text  # noqa: E402
+from quantlab.report.reading import open_reader  # noqa: E402
+from quantlab.report.selection import ComparisonRequest, select  # noqa: E402
+from quantlab.vocabulary.schema import TrackingConfig  # noqa: E402
 from tests.support.foreign import LANGUAGE, make_apart, make_here  # noqa: E402
 from tests.support.shell import text_words  # noqa: E402
 from tests.support.tiny_text_models import TEXT  # noqa: E402
@@ -41,7 +47,25 @@ def main() -> None:
         command = [sys.executable, "-m", "quantlab", "-m", *model, *words, sweep, "--json"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-        FILE.write_text(json.dumps(summary(json.loads(done.stdout), folder), indent=1, sort_keys=True) + "\n")
+        rows = json.loads(done.stdout)
+        FILE.write_text(
+            json.dumps({**summary(rows, folder), **compared(rows, folder)}, indent=1, sort_keys=True) + "\n"
+        )
+
+
+def compared(rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """What ``quantlab compare`` says of each checkpoint and quantlab's own row of its format, named one by one."""
+    ids = {row["name"]: row["run_id"] for row in rows}
+    verdicts: dict[str, str] = {}
+    pairs = []
+    with contextlib.chdir(folder):
+        reader = open_reader(TrackingConfig(), folder)
+        for theirs, (backend, dtype) in zip(LANGUAGE, OURS, strict=True):
+            request = ComparisonRequest(run_ids=(ids[theirs], ids[f"{backend} {dtype}"]))
+            (group,) = compare(request, select(request, reader), reader)
+            verdicts |= {name: found.text for name, found in group.verdicts.items()}
+            pairs += [pair_text(pair, group.metric) for pair in group.pairs]
+    return {"verdicts": verdicts, "pairs": pairs}
 
 
 def summary(rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from quantlab.backends import checkpoints
 from quantlab.backends.gguf.blocks import linear_class
+from quantlab.backends.others import packed_integers
 from quantlab.errors import ConfigError, MissingPackage, ModelError, NotQuantized
 from quantlab.models import diffusers_pipeline
 from quantlab.modules.packed import stored_at
@@ -411,3 +412,22 @@ def test_the_blocks_of_a_file_stay_as_they_are(foreign, read):
     assert sorted(map(bytes, query)) == sorted(map(bytes, file["blk.1.attn_q.weight"]))
     table = module.get_submodule(stored_at(module, "model.embed_tokens"))
     assert (table.qweight.numpy() == file["token_embd.weight"]).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "scales", "wanted"),
+    [
+        ((4, 64), (1, 64), ("int4", None)),
+        ((8, 64), (1, 64), ("int8", None)),
+        ((4, 64), (2, 64), ("int4", 16)),
+        ((3, 64), (2, 64), ("int3", 16)),
+        ((4, 64), (3, 64), None),
+        ((5, 60), (1, 64), None),
+    ],
+)
+def test_integers_packed_into_words_are_counted(words, scales, wanted):
+    """Of 64 outputs and 32 inputs: bits by the words, groups by the scales; what does not come out even is not known."""
+    layer = torch.nn.Module()
+    layer.qweight, layer.scales = torch.zeros(words, dtype=torch.int32), torch.ones(scales)
+    assert packed_integers(layer, 64, 64 * 32) == wanted
+    assert packed_integers(torch.nn.Linear(32, 64), 64, 64 * 32) is None
