@@ -43,14 +43,14 @@ def read_by_its_library(layer: nn.Module, key: str, dtype: str) -> StoredWeight 
 
 
 def packed_integers(layer: nn.Module, num_rows: int, num_weights: int) -> tuple[str, int | None] | None:
-    """Dtype and group size of the integers that layers of GPTQ, AWQ and AutoRound pack into words, by what their codes
-    and scales occupy; None for other layers."""
+    """Dtype and group size of the integers that layers of GPTQ, AWQ and AutoRound pack into words of 32 bits, by what
+    their codes and scales occupy; None for other layers."""
     import torch
 
     codes, scales = getattr(layer, "qweight", None), getattr(layer, "scales", None)
     if not isinstance(codes, torch.Tensor) or not isinstance(scales, torch.Tensor) or not scales.numel():
         return None
-    dtype = _name(codes, num_weights)
+    dtype = _name(codes, num_weights) if codes.dtype == torch.int32 else None
     if dtype is None or num_weights % scales.numel():
         return None
     return dtype, None if scales.numel() in (1, num_rows) else num_weights // scales.numel()
