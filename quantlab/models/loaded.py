@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from quantlab.modules.groups import Groups
     from quantlab.modules.residence import Prompts, Residence
+    from quantlab.modules.spread import Spread
 
 Progress = Callable[[str, int, int], object]
 """Told (what, done, total) while a model is made ready: trained, converted, hashed."""
@@ -64,6 +65,8 @@ class Parts(TypedDict, total=False):
     """Which modules of a pipeline have their tensors, where they come and go (``memory.placement=alone``)."""
     groups: Groups
     """How its layers come and go (``memory.placement=group_offload``)."""
+    spread: Spread
+    """How it lies on several devices (``memory.placement=spread``)."""
     prompts: Prompts
     """Where its encoded prompts are kept."""
     origins: Mapping[str, object]

@@ -15,10 +15,12 @@ from quantlab.backends.table import held_packages
 from quantlab.errors import ConfigError
 from quantlab.models.encoded_prompts import candidates_of
 from quantlab.models.loaded import LoadedModel, Parts, Pipeline
-from quantlab.models.sources import origin_of, source_of
+from quantlab.models.sources import has_origin, origin_of, source_of
 from quantlab.modules.groups import KEY as GROUPED
 from quantlab.modules.groups import Groups
 from quantlab.modules.residence import Prompts, Residence, part_by_part, says
+from quantlab.modules.spread import KEY as SPREAD
+from quantlab.modules.spread import Over, Spread, plan_map
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,6 +72,29 @@ def placed_by_groups(model: LoadedModel, device: str, variant: str | None, promp
     for name, module in modules.items():
         groups.place(name, module)
     parts: Parts = {**model.parts, "origins": origins, "groups": groups}
+    if pipe is not None:
+        parts["prompts"] = prompts
+    placed = replace(model, device=device, parts=parts)
+    vars(placed)["identity"] = identity
+    return placed
+
+
+def placed_spread(
+    model: LoadedModel, device: str, over: Over, variant: str | None, prompts: Prompts
+) -> LoadedModel:
+    """A model that was loaded on the host, to be run on several devices of the kind of ``device``.
+
+    Raises ConfigError as :func:`quantlab.modules.spread.plan_map`.
+    """
+    pipe: Any = model.parts.get("pipeline")
+    every: dict[str, Any] = {**(pipe.components if pipe is not None else {}), **model.components}
+    modules = {n: m for n, m in every.items() if hasattr(m, "named_parameters") and any(True for _ in m.parameters())}
+    origins = {name: origin_of(name, m, variant, SPREAD) for name, m in modules.items() if has_origin(m)}
+    spread = Spread(plan_map(modules, len(over.devices), over.budget, over.said), over.devices)
+    identity = model.identity  # what was loaded is what it is
+    for name, module in modules.items():
+        spread.place(name, module)
+    parts: Parts = {**model.parts, "origins": origins, "spread": spread}
     if pipe is not None:
         parts["prompts"] = prompts
     placed = replace(model, device=device, parts=parts)

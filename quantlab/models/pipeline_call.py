@@ -129,7 +129,7 @@ def sample(
             on_step(states, last)
         states += 1
 
-    if "groups" in model.parts:
+    if "groups" in model.parts or "spread" in model.parts:
         says(pipe, model.device, "device", "_execution_device")
     if evaluation.tiled_decoding:
         decoder: Any = pipe.components["vae"]

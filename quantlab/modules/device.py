@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import traceback
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def kind_of(device: str) -> str:
@@ -23,6 +28,12 @@ def current(device: str) -> Iterator[None]:
         return
     with torch.cuda.device(torch.device(device)):
         yield
+
+
+def lies_on(layer: nn.Module) -> str:
+    """The device of a layer's own tensors; "" for one that has none."""
+    tensors = itertools.chain(layer.parameters(), layer.buffers())
+    return next((str(tensor.device) for tensor in tensors), "")
 
 
 def free_bytes(device: str) -> int:

@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import functools
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,6 +116,8 @@ class Source:
     """Parameters on the meta device in the dtypes that they are loaded in; buffers that are in no file have values."""
     shards: Shards
     device: str
+    where: Callable[[str], str] | None = None
+    """Path of a part -> its device, where they lie on several."""
     _made: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """id of a tensor that several places share -> itself, and what was brought for it."""
 
@@ -166,11 +168,12 @@ class Source:
     def _fill(self, part: nn.Module, empty: nn.Module, path: str, alone: bool = False) -> None:
         import torch
 
+        device = self.device if self.where is None else self.where(path)
         for name, tensor in list(part._parameters.items()):
             if tensor is None or not (tensor.is_meta or alone):
                 continue
             full = f"{path}.{name}".lstrip(".")
-            new = self._brought(full, tensor, alone)
+            new = self._brought(full, tensor, alone, device)
             made = new if isinstance(new, torch.nn.Parameter) else torch.nn.Parameter(new, requires_grad=False)
             if full in self._places and not alone:
                 self._made[id(tensor)] = tensor, made
@@ -182,11 +185,11 @@ class Source:
             if name in part._non_persistent_buffers_set or full not in self.shards.files:
                 if buffer.is_meta:
                     raise ModelError(f"{self.shards.key}: its files hold no {full}; pass memory.placement=resident")
-                part._buffers[name] = buffer.to(self.device)
+                part._buffers[name] = buffer.to(device)
             else:
-                part._buffers[name] = self._brought(full, buffer, alone)
+                part._buffers[name] = self._brought(full, buffer, alone, device)
 
-    def _brought(self, path: str, like: Tensor, alone: bool) -> Tensor:
+    def _brought(self, path: str, like: Tensor, alone: bool, device: str) -> Tensor:
         if not alone and id(like) in self._made:
             return self._made[id(like)][1]
         names = [path, *self._places.get(path, ())]
@@ -197,7 +200,7 @@ class Source:
                 "configuration; they are not of one model"
             )
         # what is only read may be the file's own pages, which are no memory of the process
-        return stored.to(self.device, like.dtype, copy=not alone)
+        return stored.to(device, like.dtype, copy=not alone)
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,8 @@ def unite(module: nn.Module, same: Mapping[str, str]) -> None:
 
 def _is_same(a: nn.Module, b: nn.Module) -> bool:
     """Whether one layer can stand for both."""
-    if type(a) is not type(b) or any(vars(part)[hooks] for part in (a, b) for hooks in _HOOKS):
+    hooks = [hook for part in (a, b) for kind in _HOOKS for hook in vars(part)[kind].values()]
+    if type(a) is not type(b) or any(not getattr(hook, "only_moves", False) for hook in hooks):
         return False
     return all(_same_tensor(a._parameters.get(name), b._parameters.get(name)) for name in ("weight", "bias"))
 

@@ -38,6 +38,7 @@ from quantlab.planning.composition import compose_node, session, typed
 from quantlab.planning.job import Job, Merged, Plan, checkpoint_name, joined_name, scheme_name
 from quantlab.planning.lines import candidate_lines, line_told
 from quantlab.planning.picking import check_export
+from quantlab.planning.placing import check_placement
 from quantlab.planning.places import groups, recipe_file, shipped_groups
 from quantlab.planning.recipe import Recipe, read_recipe
 from quantlab.planning.space import check_search, check_space, distinct
@@ -400,6 +401,7 @@ def _check_config(config: ExperimentConfig) -> None:
             f"{nearest(name, PERPLEXITY_PROTOCOLS)}"
         )
     check_node(config.quantization)
+    check_placement(config)
     timeout = config.sweep.timeout_s
     if timeout is not None and config.sweep.isolation == "none":
         raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,7 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         calibration=_with_overlap(made.calibration, bench, job),
         memory=weigh(bench.model, candidate, list(schemes), layers),
         planned=planned(bench.model, job, schemes),
+        device_bytes=_device_bytes(candidate, list(schemes)),
         disk_bytes=saved_bytes(candidate, schemes, layers) if is_saved and job.schemes else made.disk_bytes,
         stages=(*bench.stages, *made.stages),
         params=job.resolved if bench.brought is None else {**job.resolved, REFERENCE_MADE_ON: bench.brought.made_on},
@@ -276,6 +277,13 @@ def planned_bytes(report: RunReport) -> dict[str, int]:
         **({"weights, as planned": weights} if weights else {}),
         **({"to run the quantized components on a GPU": int(needed)} if needed else {}),
     }
+
+
+def _device_bytes(candidate: LoadedModel, names: Sequence[str]) -> tuple[int, ...]:
+    """Bytes of a candidate's components on each device, where they lie on several."""
+    spread = candidate.parts.get("spread")
+    modules = {name: candidate.components[name] for name in names}
+    return () if spread is None else tuple(spread.weights_bytes(modules, held_packages()))
 
 
 def _attention(job: Job) -> contextlib.AbstractContextManager[None]:

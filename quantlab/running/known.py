@@ -28,7 +28,7 @@ from quantlab.stages.observe import made_on
 from quantlab.tracking.provenance import versions
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.numbers import FLOOR_FP32
-from quantlab.vocabulary.schema import ExperimentConfig
+from quantlab.vocabulary.schema import APART, ExperimentConfig
 
 PACKAGE = Path(__file__).resolve().parents[1]
 WINGS = ("vocabulary", "modules", "backends", "models", "datasets", "protocols", "metrics", "stages")
@@ -74,8 +74,8 @@ class Known:
 def bench_key(config: ExperimentConfig) -> str:
     """The words of a request that its workbench depends on."""
     said = (config.model, config.dataset, config.evaluation, config.reference)
-    apart = ("alone", "group_offload")
-    place = [config.memory.placement if config.memory.placement in apart else "", config.memory.device_gib]
+    memory = config.memory
+    place = [memory.placement if memory.placement in APART else "", memory.device_gib, memory.devices]
     return canonical_json([*(asdict(node) for node in said), place])
 
 

@@ -13,7 +13,7 @@ from quantlab.backends.table import held_packages
 from quantlab.errors import ConfigError
 from quantlab.models.architectures import read_architecture
 from quantlab.models.loaded import LoadedModel
-from quantlab.models.part_by_part import placed_alone, placed_by_groups
+from quantlab.models.part_by_part import placed_alone, placed_by_groups, placed_spread
 from quantlab.models.reading import HOLLOW, chosen_dtype
 from quantlab.models.sources import component_source, has_origin, origin_of, source_of
 from quantlab.models.table import family_of
@@ -22,6 +22,8 @@ from quantlab.modules.groups import num_bytes
 from quantlab.modules.memory import storages
 from quantlab.modules.residence import Prompts
 from quantlab.modules.source import Source
+from quantlab.modules.spread import KEY as SPREAD
+from quantlab.modules.spread import Over
 from quantlab.planning.job import Job
 from quantlab.progress import Advance, say
 from quantlab.stages.observe import made_by
@@ -30,11 +32,9 @@ from quantlab.stages.select import QuantizationRequest
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.reports import MemoryReport
-from quantlab.vocabulary.schema import ExperimentConfig, ModelConfig
+from quantlab.vocabulary.schema import APART, ExperimentConfig, MemoryConfig, ModelConfig
 
 GIB = 2**30
-APART = ("alone", "group_offload")
-"""Placements of a model that is loaded on the host."""
 
 
 def load_placed(config: ExperimentConfig, device: str, cache: Path, advance: Advance) -> tuple[LoadedModel, str]:
@@ -51,6 +51,8 @@ def load_placed(config: ExperimentConfig, device: str, cache: Path, advance: Adv
     is_open = settings.placement == "auto" and config.model.path is not None and budget is not None
     if settings.placement not in APART and not is_open:
         return family.load(asked, device, cache, advance), ""
+    if settings.placement == "spread":
+        spread_over(settings, device)  # what is wrong is told before the long work
     model = family.load(_as_on(asked, device, family.name), "cpu", cache, advance)
     if not is_open or budget is None:
         return model, settings.placement
@@ -127,8 +129,12 @@ def placed(model: LoadedModel, where: str, config: ExperimentConfig, device: str
     """A model as it is to run: part by part or group by group, or as it is; encoded prompts are kept in ``cache``.
 
     The encoders of a pipeline that stays where it is stay with it: ``memory.placement=auto`` takes one apart that has
-    no room. Raises ConfigError for ``alone`` and a model that is no pipeline.
+    no room. Raises ConfigError for ``alone`` and a model that is no pipeline, and for ``spread`` where devices, or where
+    a model may be cut, do not allow it.
     """
+    if where == "spread":
+        over = spread_over(config.memory, device)
+        return placed_spread(model, device, over, config.model.variant, _prompts(model, device, cache))
     if where == "alone":
         return placed_alone(model, device, config.model.variant, _prompts(model, device, cache))
     if where == "group_offload":
@@ -138,6 +144,44 @@ def placed(model: LoadedModel, where: str, config: ExperimentConfig, device: str
     found = replace(model, parts={**model.parts, "prompts": _prompts(model, model.device, cache)})
     vars(found)["identity"] = model.identity
     return found
+
+
+def spread_over(memory: MemoryConfig, device: str) -> Over:
+    """The devices of this node over which a model is spread, and what each may hold.
+
+    Raises ConfigError where there are not as many, or where they are of several kinds, whose numbers differ.
+    """
+    import torch
+
+    if kind_of(device) == "cpu":
+        if memory.devices is None:
+            raise ConfigError(
+                f"{SPREAD}: this run is on a CPU, which is one device; run it where CUDA devices are, or pass "
+                "memory.devices=2 for a rehearsal in the CPU's own memory"
+            )
+        return _over(memory, ("cpu",) * memory.devices)
+    num = torch.cuda.device_count()
+    if num < (memory.devices or 2):
+        asked = SPREAD if memory.devices is None else f"memory.devices={memory.devices}"
+        raise ConfigError(
+            f"{asked}: this process sees {num} CUDA device{'' if num == 1 else 's'}; give it more "
+            "(CUDA_VISIBLE_DEVICES, launcher.settings), or pass memory.placement=group_offload"
+        )
+    found = range(memory.devices or num)
+    names = [torch.cuda.get_device_name(i) for i in found]
+    if len(set(names)) > 1:
+        raise ConfigError(
+            f"{SPREAD}: the devices are {', '.join(names)}, whose numbers are not the same; choose those of one kind with "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    return _over(memory, tuple(f"cuda:{i}" for i in found))
+
+
+def _over(memory: MemoryConfig, devices: tuple[str, ...]) -> Over:
+    if memory.device_gib is not None:
+        return Over(devices=devices, budget=int(memory.device_gib * GIB), said=f"memory.device_gib={memory.device_gib:g}")
+    free = min(map(free_bytes, devices)) if kind_of(devices[0]) == "cuda" else None
+    return Over(devices=devices, budget=free, said="")
 
 
 def _prompts(model: LoadedModel, device: str, cache: Path) -> Prompts:
@@ -160,6 +204,10 @@ def source_for(model: LoadedModel, job: Job, schemes: Mapping[str, Scheme | None
     if budget is not None:
         _check_layers(model, names, budget)
     origins: Mapping[str, Any] = model.parts.get("origins", {})
+    if spread := model.parts.get("spread"):
+        if job.needs_data or not all(name in origins for name in names):
+            return None
+        return lambda name: spread.streamed(name, source_of(origins[name], model.dtype, spread.devices[0]))
     if origins:
         is_copied = job.needs_data and "groups" not in model.parts
         return None if is_copied else lambda name: source_of(origins[name], model.dtype, model.device)

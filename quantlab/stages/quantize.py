@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from quantlab.backends.scheme import Scheme
 from quantlab.errors import NotQuantized
 from quantlab.modules.compute_dtype import stand_for
+from quantlab.modules.device import current, lies_on
 from quantlab.modules.dtype_first import keep_first_dtype
 from quantlab.modules.holders import PACK, Holder, holders
 from quantlab.modules.hooks import without_hooks_of
@@ -195,12 +196,16 @@ def _hand_over(
     calibrated: Any,
 ) -> None:
     """Let the backend quantize layers (name -> compute dtype), with what calibration found where it was asked for."""
-    for dtype in dict.fromkeys(compute_dtypes.values()):
-        names = [name for name, own in compute_dtypes.items() if own == dtype]
-        if native.needs_data:
-            scheme.backend.calibrated.quantize(module, names, native, dtype, calibrated)
-        else:
-            scheme.backend.module.quantize(module, names, native, dtype)
+    together: dict[tuple[str, str], list[str]] = {}
+    for name, dtype in compute_dtypes.items():  # on each device by itself, unless the config says which layer it is of
+        where = "" if native.other_dtypes else lies_on(module.get_submodule(name))
+        together.setdefault((dtype, where), []).append(name)
+    for (dtype, where), names in together.items():
+        with current(where):
+            if native.needs_data:
+                scheme.backend.calibrated.quantize(module, names, native, dtype, calibrated)
+            else:
+                scheme.backend.module.quantize(module, names, native, dtype)
 
 
 # -- fallback
@@ -287,7 +292,8 @@ def _read_row(
         asked = question(stored, holder.weight.dtype) if is_called else None
         del dense
         stored = replace(stored, dense=torch.empty(0))  # the layer may make one of its own
-        answered = None if asked is None else product(layer, asked)
+        with current(lies_on(layer)):
+            answered = None if asked is None else product(layer, asked)
     if answered is not None and not answered.is_explained:
         raise NotQuantized(_wrong_product(request, name, tuple(reference.shape), answered))
     zeroed = f"{found.num_zeroed} of {len(reference)} rows are too small for the format's scales: stored as zeros"

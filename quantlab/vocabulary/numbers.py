@@ -54,6 +54,7 @@ def flat_metrics(report: RunReport) -> dict[str, float]:
         out |= _memory_metrics("memory", total)
         out |= {k: v for name, m in report.memory.items() for k, v in _memory_metrics(f"memory/{name}", m).items()}
     out |= {f"memory/{name}/planned_bytes": m.weights_bytes for name, m in report.planned.items()}
+    out |= {f"memory/device_{i}/weights_bytes": n for i, n in enumerate(report.device_bytes)}
     out |= {f"memory/{name}/unexplained_bytes": n for name, n in remainders(report).items()}
     out["memory/disk_bytes_model"] = report.disk_bytes
     if report.quantization is not None:

@@ -304,6 +304,8 @@ class RunReport:
     memory: Mapping[str, MemoryReport] = field(default_factory=dict)
     planned: Mapping[str, MemoryReport] = field(default_factory=dict)
     """The same as :attr:`memory`, computed from shapes before anything was quantized."""
+    device_bytes: tuple[int, ...] = ()
+    """Bytes of these components on each device, where they lie on several (``memory.placement=spread``)."""
     quality: Mapping[str, MetricValue] = field(default_factory=dict)
     floors: Mapping[str, Mapping[str, MetricValue]] = field(default_factory=dict)
     """Row of another execution of the reference (``floor_bf16``, ``floor_batch``...) -> the same metrics of it."""

@@ -119,7 +119,9 @@ class CalibrationConfig:
     context_length: int = number(256, 4, 2**24)
 
 
-PLACEMENTS = ("resident", "streamed", "alone", "group_offload")
+PLACEMENTS = ("resident", "streamed", "alone", "group_offload", "spread")
+APART = ("alone", "group_offload", "spread")
+"""Placements of a model that is loaded on the host."""
 
 
 @dataclass
@@ -127,7 +129,7 @@ class MemoryConfig:
     """The ``memory`` node: what there is, and where a run's parts lie. Results do not depend on it."""
 
     device_gib: float | None = number(None, 0, 1e6, above=True)
-    """Memory of the device that a run may use, in GiB; null: what it has free."""
+    """Memory of the device (with ``spread``: of each) that a run may use, in GiB; null: what it has free."""
     host_gib: float | None = number(None, 0, 1e6, above=True)
     """The same of the host."""
     placement: str = choice("auto", *PLACEMENTS)
@@ -137,8 +139,12 @@ class MemoryConfig:
     disk, and candidates are streamed.
     ``group_offload``: the unquantized model lies on the host, and its layers are on the device in groups while they
     run; candidates are streamed.
-    ``auto``: the first of these whose parts the budget holds.
+    ``spread``: the blocks of each part lie on several devices of the node; a candidate's go where the same block of the
+    unquantized model is, streamed unless data is wanted.
+    ``auto``: the first of these, but ``spread``, whose parts the budget holds.
     Wherever a pipeline lies, its prompts are encoded once and kept on the disk, unless an encoder is quantized."""
+    devices: int | None = number(None, 2, 64)
+    """With ``spread``: how many devices; null: all of the node. On a CPU they are its own memory: a rehearsal."""
 
 
 @dataclass
