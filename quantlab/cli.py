@@ -42,7 +42,8 @@ HELP = """quantlab: what does each quantization scheme cost in quality, and what
                                       margin=VALUE, --json, --csv FILE, --html FILE (outputs/reports/<sweep>.html),
                                       --markdown (for issues and model cards)
   quantlab plan key=value ...         will it fit?         quantlab plan model=flux_dev backend=bitsandbytes dtype=nf4
-                                      memory.device_gib=24 (any request; reads configurations, no weights; --json)
+                                      memory.device_gib=24 (any request; reads configurations, no weights; --json);
+                                      over several devices: memory.placement=spread memory.devices=2
   quantlab reference export DIR key=value ...
                                       the unquantized model's outputs, for runs elsewhere: reference.path=DIR
   quantlab reproduce RUN_ID [--json]  run a tracked job again: each metric identical, within its interval, different

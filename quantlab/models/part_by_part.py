@@ -79,9 +79,7 @@ def placed_by_groups(model: LoadedModel, device: str, variant: str | None, promp
     return placed
 
 
-def placed_spread(
-    model: LoadedModel, device: str, over: Over, variant: str | None, prompts: Prompts
-) -> LoadedModel:
+def placed_spread(model: LoadedModel, device: str, over: Over, variant: str | None, prompts: Prompts) -> LoadedModel:
     """A model that was loaded on the host, to be run on several devices of the kind of ``device``.
 
     Raises ConfigError as :func:`quantlab.modules.spread.plan_map`.

@@ -103,8 +103,8 @@ class Map:
 
 
 def plan_map(modules: Mapping[str, nn.Module], num: int, budget: int | None, said: str = "") -> Map:
-    """The map of ``modules`` (on the meta device, or with weights) over ``num`` devices, one part after the other and
-    as evenly as blocks allow; decoders are on the first.
+    """The map of ``modules`` (on the meta device, or with weights) over ``num`` devices, one part after the other by
+    their names and as evenly as blocks allow; decoders are on the first.
 
     accelerate's own map keeps room on the first device for layers that are brought from the host, of which there are
     none here, and asks for devices that are there; a plan may be for another machine.
@@ -117,6 +117,7 @@ def plan_map(modules: Mapping[str, nn.Module], num: int, budget: int | None, sai
         ConfigError: one block alone is more than a device holds, all are more than all devices hold, or there is
             nothing to cut.
     """
+    modules = dict(sorted(modules.items()))
     first = {name: m for name, m in modules.items() if is_decoder(m)}
     at_first = sum({k: v for m in first.values() for k, v in storages(m, ()).items()}.values())
     found = [block for name, module in modules.items() if name not in first for block in blocks(name, module)]
@@ -139,7 +140,7 @@ def plan_map(modules: Mapping[str, nn.Module], num: int, budget: int | None, sai
     if chosen is None:
         raise ConfigError(
             f"{key}: {(sum(sizes) + at_first) / _GIB:.4g} GiB of weights do not lie on {num} devices of "
-            f"{(budget or 0) / _GIB:.4g} GiB; give more of them (memory.devices), or pass memory.placement=group_offload"
+            f"{(budget or 0) / _GIB:.4g} GiB; take more of them (memory.devices), or memory.placement=group_offload"
         )
     where: dict[str, dict[str, int]] = {name: {} for name in modules}
     used = [at_first, *[0] * (num - 1)]

@@ -38,8 +38,8 @@ from quantlab.planning.composition import compose_node, session, typed
 from quantlab.planning.job import Job, Merged, Plan, checkpoint_name, joined_name, scheme_name
 from quantlab.planning.lines import candidate_lines, line_told
 from quantlab.planning.picking import check_export
-from quantlab.planning.placing import check_placement
 from quantlab.planning.places import groups, recipe_file, shipped_groups
+from quantlab.planning.placing import check_placement
 from quantlab.planning.recipe import Recipe, read_recipe
 from quantlab.planning.space import check_search, check_space, distinct
 from quantlab.planning.trust import asked_for

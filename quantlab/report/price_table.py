@@ -42,6 +42,8 @@ def _one(price: Price) -> Iterator[Sheet | str]:
             yield f"unmatched in {component.name}: {', '.join(component.unmatched)}"
     yield from _refusals(price)
     yield phase_sheet(price)
+    if price.shares:
+        yield share_sheet(price)
     yield from verdict_lines(price)
 
 
@@ -109,6 +111,27 @@ def phase_sheet(price: Price) -> Sheet:
             rows.append(["" if i else placement, phase.name, *needs, *fits])
         ends.append(len(rows) - 1)
     return Sheet(columns=columns, rows=rows, sections=frozenset(ends), caption=[f"GiB, {ESTIMATE}"])
+
+
+def share_sheet(price: Price) -> Sheet:
+    """What lies on which of several devices."""
+    columns = [
+        Column(title="device"),
+        Column(title="what lies on it", is_text=True, may_wrap=True),
+        Column(title="reference", keep=5),
+        Column(title="candidate", keep=6),
+        Column(title="most", keep=7),
+        Column(title="in phase", is_text=True, keep=4),
+        *([Column(title="fits", is_text=True, keep=8)] if "device_bytes" in price.budget else []),
+    ]
+    rows = []
+    for i, share in enumerate(price.shares):
+        fullest = max(price.phases["spread"], key=lambda phase: phase.on_each[i])
+        needs = map(_gib, (share.reference_bytes, share.candidate_bytes, fullest.on_each[i]))
+        has_room = fullest.on_each[i] <= price.budget.get("device_bytes", 0)
+        fits = ["yes" if has_room else "no"] if "device_bytes" in price.budget else []
+        rows.append([str(i), ", ".join(share.parts), *needs, fullest.name, *fits])
+    return Sheet(columns=columns, rows=rows, caption=[f"GiB of weights; most: {ESTIMATE}"])
 
 
 def _fits(price: Price, phase: Phase) -> str:

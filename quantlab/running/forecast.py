@@ -23,6 +23,7 @@ from quantlab.planning.job import Job, Plan, scheme_name
 from quantlab.planning.words import COMPONENTS
 from quantlab.quiet import quiet_libraries
 from quantlab.running.phases import phases
+from quantlab.running.shares import spread_phases
 from quantlab.stages.price import price_component
 from quantlab.stages.select import QuantizationRequest
 from quantlab.vocabulary.axes import QuantizationAxes
@@ -109,7 +110,11 @@ def _price(book: Book, job: Job) -> Price:
     schemes = _schemes(made, job)
     components = [_component(made, part, schemes, job, device) for part in made.components]
     axes = [scheme.axes for scheme in schemes.values() if scheme is not None] or [job.config.quantization]
-    budget = _budget(job.config, device)
+    budget, evaluation = _budget(job.config, device), job.config.evaluation
+    rows, shares = phases(made, components, evaluation, job.needs_data, budget.get("device_bytes", 0), device), ()
+    if job.config.memory.placement == "spread":
+        num = _num_devices(job.config)
+        rows["spread"], shares = spread_phases(made, components, evaluation, job.needs_data, num)
     return Price(
         name=job.name,
         backend=_joined(a.backend for a in axes),
@@ -120,8 +125,20 @@ def _price(book: Book, job: Job) -> Price:
         device=device,
         compute_dtype=_joined(made.dtype if a.compute_dtype == "auto" else a.compute_dtype for a in axes),
         components=tuple(components),
-        phases=phases(made, components, job.config.evaluation, job.needs_data, budget.get("device_bytes", 0), device),
+        phases=rows,
+        shares=shares,
     )
+
+
+def _num_devices(config: ExperimentConfig) -> int:
+    import torch
+
+    num = config.memory.devices or torch.cuda.device_count()
+    if num < 2:
+        raise ConfigError(
+            f"memory.placement=spread: this machine has {num} CUDA devices; memory.devices=2 plans for a node of two"
+        )
+    return num
 
 
 def _joined(words: Iterable[object]) -> str:
@@ -212,7 +229,7 @@ def _placement(price: Price, budget: Mapping[str, int], asked: str) -> str:
     if price.refused or any(c.refused for c in price.components):
         return ""
     for name, rows in price.phases.items():
-        if asked in ("auto", name) and not _short(rows, budget):
+        if (asked == name or (asked == "auto" and name != "spread")) and not _short(rows, budget):
             return name
     return ""
 

@@ -12,7 +12,7 @@ which is streamed, the decoder.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantlab.models.outline import Outline
@@ -47,16 +47,11 @@ def phases(
     device: str,
 ) -> dict[str, tuple[Phase, ...]]:
     """Placement -> its phases on ``device``. ``device_bytes`` is the budget, 0 for none."""
-    told = {p.name: p for p in prices}
-    item = item_bytes(outline.dtype)
-    if not outline.denoiser:
-        active = _language_activations(outline.components[outline.quantized[0]], evaluation, item)
-        return _language(told, active, needs_data, max(most_bytes(m) for m in outline.components.values()))
+    told, needed = {p.name: p for p in prices}, activations(outline, evaluation)
+    active, decoding, reading = needed.running, needed.decoding, needed.reading
     modules = outline.components
-    active = _denoiser_activations(modules, outline.denoiser, evaluation, item)
-    decoding = _decoder_activations(modules.get("vae"), evaluation, item)
-    reading = max((_widths(m)[0] for n, m in modules.items() if _is_encoder(n)), default=0)
-    reading = _PROMPT_TOKENS * (_WIDEST + _ORDINARY) * reading * item
+    if not outline.denoiser:
+        return _language(told, active, needs_data, max(most_bytes(m) for m in modules.values()))
     every = sum(p.original_bytes for p in prices)
     encoders = [p for p in prices if _is_encoder(p.name)]
     rest = [p for p in prices if not _is_encoder(p.name) and p.name != "vae"]
@@ -176,6 +171,29 @@ def _is_encoder(name: str) -> bool:
 
 
 # -- activations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Bytes that a model's parts hold beside their weights, estimated; a model of one part is only running."""
+
+    running: int
+    decoding: int = 0
+    reading: int = 0
+    """Encoding prompts."""
+
+
+def activations(outline: Outline, evaluation: EvaluationConfig) -> Activations:
+    """What a model holds while it works, in its dtype."""
+    item, modules = item_bytes(outline.dtype), outline.components
+    if not outline.denoiser:
+        return Activations(running=_language_activations(modules[outline.quantized[0]], evaluation, item))
+    widest = max((_widths(m)[0] for n, m in modules.items() if _is_encoder(n)), default=0)
+    return Activations(
+        running=_denoiser_activations(modules, outline.denoiser, evaluation, item),
+        decoding=_decoder_activations(modules.get("vae"), evaluation, item),
+        reading=_PROMPT_TOKENS * (_WIDEST + _ORDINARY) * widest * item,
+    )
 
 
 @remembered

@@ -129,8 +129,8 @@ def placed(model: LoadedModel, where: str, config: ExperimentConfig, device: str
     """A model as it is to run: part by part or group by group, or as it is; encoded prompts are kept in ``cache``.
 
     The encoders of a pipeline that stays where it is stay with it: ``memory.placement=auto`` takes one apart that has
-    no room. Raises ConfigError for ``alone`` and a model that is no pipeline, and for ``spread`` where devices, or where
-    a model may be cut, do not allow it.
+    no room. Raises ConfigError for ``alone`` and a model that is no pipeline, and for ``spread`` where the devices, or
+    the places where a model may be cut, do not allow it.
     """
     if where == "spread":
         over = spread_over(config.memory, device)
@@ -171,15 +171,17 @@ def spread_over(memory: MemoryConfig, device: str) -> Over:
     names = [torch.cuda.get_device_name(i) for i in found]
     if len(set(names)) > 1:
         raise ConfigError(
-            f"{SPREAD}: the devices are {', '.join(names)}, whose numbers are not the same; choose those of one kind with "
-            "CUDA_VISIBLE_DEVICES"
+            f"{SPREAD}: the devices are {', '.join(names)}, whose numbers are not the same; choose those of one kind "
+            "with CUDA_VISIBLE_DEVICES"
         )
     return _over(memory, tuple(f"cuda:{i}" for i in found))
 
 
 def _over(memory: MemoryConfig, devices: tuple[str, ...]) -> Over:
     if memory.device_gib is not None:
-        return Over(devices=devices, budget=int(memory.device_gib * GIB), said=f"memory.device_gib={memory.device_gib:g}")
+        return Over(
+            devices=devices, budget=int(memory.device_gib * GIB), said=f"memory.device_gib={memory.device_gib:g}"
+        )
     free = min(map(free_bytes, devices)) if kind_of(devices[0]) == "cuda" else None
     return Over(devices=devices, budget=free, said="")
 

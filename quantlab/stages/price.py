@@ -128,6 +128,7 @@ def _priced(
     for path, part in module.named_modules():
         if choice.selection and path in choice.selection.same:
             continue
+        counted.path = path
         done, reasons = set[str](), dict[str, str]()
         for holder in of_part[id(part)]:
             if holder.name in stored:
@@ -138,6 +139,7 @@ def _priced(
             else:
                 reasons[holder.parameter] = choice.reasons.get(holder.name) or holder.reason
         counted.add_part(path, part, reasons if request is not None else None, done)
+    counted.path = ""
     facts = _facts(module)
     counted.add_others(facts.storages)
     parameters, values = facts.size
@@ -161,6 +163,7 @@ def _priced(
             Kept(rule=rule, modules=tuple(paths), num_bytes=sum(paths.values()))
             for rule, paths in sorted(counted.kept.items(), key=lambda item: -sum(item[1].values()))
         ),
+        by_path=counted.by_path,
         original_bytes=sum(facts.storages.values()),
         largest_layer_bytes=facts.largest_layer_bytes,
         scheme=scheme_name if request is not None else "",
@@ -241,6 +244,8 @@ class _Count:
         self.kept: dict[str, dict[str, int]] = defaultdict(dict)
         self.seen: set[object] = set()
         self.replaced: set[object] = set()
+        self.path = ""
+        self.by_path: dict[str, int] = defaultdict(int)
 
     def of(self, kind: str) -> int:
         return sum(n for (what, _), (_, n) in self.kinds.items() if what == kind)
@@ -248,6 +253,7 @@ class _Count:
     def _add(self, what: str, dtype: str, parameters: int, num_bytes: int) -> None:
         known = self.kinds[what, dtype]
         self.kinds[what, dtype] = known[0] + parameters, known[1] + num_bytes
+        self.by_path[self.path] += num_bytes
 
     def add_stored(self, holder: Holder, dtype: str, stored: StoredBytes) -> None:
         """A weight that is replaced, and the bias that moves with it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from quantlab.vocabulary.reports import MemoryReport
@@ -43,6 +43,8 @@ class ComponentPrice:
     """Unquantized."""
     largest_layer_bytes: int
     """Of the largest layer, unquantized."""
+    by_path: Mapping[str, int] = field(default_factory=dict)
+    """Path of a part -> the bytes that are its own."""
     unmatched: tuple[str, ...] = ()
     """Entries of ``modules_to_not_convert`` that take no layer; those of a family's defaults may."""
     refused: tuple[str, ...] = ()
@@ -95,6 +97,18 @@ class Phase:
     """Weights that wait in the host's memory."""
     activation_bytes: int = 0
     """Of ``device_bytes``, what is an estimate."""
+    on_each: tuple[int, ...] = ()
+    """Where a model lies on several devices: the bytes on each, of which ``device_bytes`` are the most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What lies on one of several devices (``memory.placement=spread``)."""
+
+    parts: tuple[str, ...]
+    """Components, or ``from to until`` of one that is cut."""
+    reference_bytes: int
+    candidate_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +124,8 @@ class Price:
     components: tuple[ComponentPrice, ...] = ()
     phases: Mapping[str, tuple[Phase, ...]] = field(default_factory=dict)
     """Placement -> the phases of a run with it."""
+    shares: tuple[Share, ...] = ()
+    """One for each device, where several were asked for."""
     placement: str = ""
     """The placement that fits the budget; "": none does, or there is no budget."""
     budget: Mapping[str, int] = field(default_factory=dict)
@@ -146,6 +162,7 @@ class Price:
             "placement": chosen,
             "phases": [_phase(p) for p in self.phases.get(chosen, ())],
             "placements": {name: [_phase(p) for p in phases] for name, phases in self.phases.items()},
+            "devices": [asdict(share) for share in self.shares],
             "budget": dict(self.budget),
             "fits": self.fits,
             "advice": self.advice,
@@ -158,4 +175,5 @@ def _phase(phase: Phase) -> dict[str, Any]:
         "device_bytes": phase.device_bytes,
         "host_bytes": phase.host_bytes,
         "estimated_activation_bytes": phase.activation_bytes,
+        **({"on_each_device_bytes": list(phase.on_each)} if phase.on_each else {}),
     }

@@ -4,13 +4,18 @@ On a CPU the devices are its own memory, so that nothing moves; what is moved, a
 at once, is in ``tests/modules/test_spread.py``.
 """
 
+import re
+
 import pytest
 import torch
 
 import quantlab
+from quantlab.cli import dispatch
 from quantlab.errors import ConfigError
 from quantlab.modules.spread import Spread
 from quantlab.planning.plan import plan
+from quantlab.running.engines.table import open_engine
+from quantlab.running.forecast import forecast
 from quantlab.running.placement import spread_over
 from quantlab.vocabulary.numbers import flat_metrics
 from quantlab.vocabulary.schema import MemoryConfig
@@ -66,6 +71,15 @@ def test_a_language_models_row_is_the_same(text_model, connected):
     assert all(spread.device_bytes)
     assert flat_metrics(spread)["memory/device_1/weights_bytes"] == spread.device_bytes[1]
     assert not resident.device_bytes
+    [price] = forecast(plan([*words, *SPREAD]))
+    assert [share.candidate_bytes for share in price.shares] == [*spread.device_bytes]
+    assert [share.parts for share in price.shares] == [
+        ("model: model.embed_tokens to model.layers.0",),
+        ("model: model.layers.1 to lm_head",),
+    ]
+    evaluated = next(phase for phase in price.phases["spread"] if phase.name == "evaluate")
+    held = [share.reference_bytes + share.candidate_bytes for share in price.shares]
+    assert [num - evaluated.activation_bytes for num in evaluated.on_each] == held
 
 
 @pytest.mark.slow
@@ -160,8 +174,39 @@ def test_devices_that_are_not_there_are_refused(monkeypatch):
 
 def test_a_budget_that_is_too_small_is_refused_by_what_it_must_hold(text_model):
     words = [*text_model, "backend=quanto", "dtype=int8", "sweep.floors=false", *SPREAD]
-    with pytest.raises(ConfigError, match=r"^memory.device_gib=1e-05: model.layers.0 of model lies on one device or no"):
+    with pytest.raises(
+        ConfigError, match=r"^memory.device_gib=1e-05: model.layers.0 of model lies on one device or no"
+    ):
         quantlab.run(overrides=[*words, "memory.device_gib=0.00001"])
+
+
+def test_a_plan_says_what_lies_where_and_whether_it_fits(text_model, capsys):
+    words = ["plan", *text_model, "backend=quanto", "dtype=int8", "memory.placement=spread"]
+    assert dispatch([*words, "memory.devices=3", "memory.device_gib=1"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"2 .*model: .*lm_head .* yes", told), told
+    assert "fits 1 GiB on the device: spread" in told
+    assert dispatch([*words, "memory.devices=3", "memory.device_gib=0.00001"]) == 0
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_a_plan_for_a_node_with_gpus_asks_how_many(text_model):
+    words = [*text_model, "backend=quanto", "dtype=int8", "memory.placement=spread", "device=auto"]
+    with pytest.raises(ConfigError, match=r"^memory.placement=spread: this machine has \d CUDA .*memory.devices=2"):
+        forecast(plan(words))
+
+
+def test_each_worker_of_a_pool_sees_the_gpus_of_one_model(monkeypatch, tmp_path):
+    monkeypatch.setattr("quantlab.running.engines.table.visible_gpus", lambda: ["0", "1", "2", "3", "4"])
+
+    def seen(*words):
+        config = plan(["backend=quanto", "dtype=int8", "launcher=pool", *words]).jobs[0].config
+        return open_engine(config, tmp_path)._gpus
+
+    assert seen() == ["0", "1", "2", "3", "4"]
+    assert seen("memory.placement=spread") == ["0,1,2,3,4"]
+    assert seen("memory.placement=spread", "memory.devices=2") == ["0,1", "2,3"]
+    assert seen("memory.placement=spread", "memory.devices=8") == ["0,1,2,3,4"]
 
 
 @pytest.mark.gpu

@@ -57,6 +57,9 @@ def open_engine(config: ExperimentConfig, folder: Path, always_apart: bool = Fal
     launcher, timeout_s = config.launcher, config.sweep.timeout_s
     settings = launcher.settings
     gpus = visible_gpus() if config.device != "cpu" and launcher.engine in ("pool", "submitit_local") else []
+    if config.memory.placement == "spread" and gpus:  # a job sees as many as its model lies on
+        size = config.memory.devices or len(gpus)
+        gpus = [",".join(gpus[i : i + size]) for i in range(0, max(len(gpus) - size, 0) + 1, size)]
     num = launcher.num_workers or len(gpus) or max(2, (os.cpu_count() or 1) // 4)
     if launcher.engine == "slurm":
         return Slurm(_typed(settings, SlurmSettings), folder, timeout_s)
