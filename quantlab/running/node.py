@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 from quantlab.running.attempts import END, LOG, begin, is_mine, read, write
 from quantlab.running.engines.forking import python_path
+from quantlab.tracking.tags import HOST, PID, PID_STARTED
 from quantlab.tracking.values import process_is_alive
 
 _CODE = "import sys; from quantlab.running.worker import main; sys.exit(main(sys.argv[1:]))"
@@ -46,6 +49,22 @@ def run(
     finally:
         for one, handler in previous.items():
             signal.signal(one, handler)
+
+
+def run_after(
+    after: Sequence[str], folder: Path | str, timeout_s: float | None, limit_s: float | None, gpu: str | None
+) -> str:
+    """As :func:`run`, when the processes of the ids ``after`` on this machine are over."""
+    while any(map(is_alive, after)):
+        time.sleep(_LOOK_S)
+    return run(folder, timeout_s, limit_s, gpu)
+
+
+def is_alive(job_id: str) -> bool:
+    """Whether the process of an id, ``host/pid/start``, is there."""
+    host, _, rest = job_id.partition("/")
+    pid, _, started = rest.partition("/")
+    return host == socket.gethostname() and process_is_alive({HOST: host, PID: pid, PID_STARTED: started})
 
 
 def _note(told: list[int], got: int, frame: FrameType | None) -> None:

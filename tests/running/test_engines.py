@@ -454,3 +454,30 @@ def test_a_controller_that_does_not_answer_loses_no_job(tmp_path, monkeypatch):
     told |= {"squeue": "", "scontrol": "JobId=7 JobState=NODE_FAIL Reason=NodeDown NodeList=n1"}
     assert engine.poll(["7_0"])["7_0"] == State("lost", "n1", "NODE_FAIL of n1")
     assert json.dumps(sorted(engine.adopt({"7_0": tmp_path}))) == "[]"
+
+
+def test_a_job_behind_others_waits_for_their_processes(tmp_path, monkeypatch):
+    looks, began = iter([True, True, False, False]), []
+    monkeypatch.setattr(node, "is_alive", lambda job_id: next(looks))
+    monkeypatch.setattr(node.time, "sleep", lambda seconds: began.append("waited"))
+    monkeypatch.setattr(node, "run", lambda *words: began.append(words))
+    node.run_after(["here/1/0", "here/2/0"], tmp_path, 3.0, None, "0,1")
+    assert began == ["waited", "waited", (tmp_path, 3.0, None, "0,1")]
+
+
+@pytest.mark.slow
+def test_a_detached_job_of_submitit_begins_when_what_it_is_behind_is_over(tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    stand_in(tmp_path / "site", monkeypatch, is_quick=True)
+    first, second = make_job(tmp_path / "runs", "reference", seconds=2), make_job(tmp_path / "runs", "candidate")
+    engine = Submitted(SubmititSettings(), tmp_path / "submitit", 2, detached=True)
+    ids = engine.submit([first])
+    ids += engine.submit([second], after=ids)
+    try:
+        until = time.monotonic() + 120
+        while not has_ended(second) and time.monotonic() < until:
+            assert has_ended(first) or not (tmp_path / "runs/candidate/attempt.json").exists()
+            engine.wait(0.2)
+        assert [has_ended(first), has_ended(second)] == ["FINISHED", "FINISHED"]
+    finally:
+        engine.cancel(ids)

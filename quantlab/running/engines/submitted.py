@@ -13,9 +13,8 @@ from quantlab.running.attempts import write
 from quantlab.running.engines.forking import python_path
 from quantlab.running.engines.protocol import State
 from quantlab.running.engines.slurm import parameters
-from quantlab.running.node import OWNER, run
-from quantlab.tracking.tags import HOST, PID, PID_STARTED
-from quantlab.tracking.values import process_is_alive, this_process
+from quantlab.running.node import OWNER, is_alive, run_after
+from quantlab.tracking.values import this_process
 from quantlab.vocabulary.launching import SubmititSettings
 
 _GRACE_S = 3.0
@@ -43,27 +42,27 @@ class Submitted:
         self._slots = list(range(num_at_once))[::-1]
         self._gpus = gpus
         self._timeout_s = timeout_s
-        self._waiting: deque[tuple[str, Path]] = deque()
+        self._waiting: deque[tuple[str, Path, Sequence[str]]] = deque()
         self._ids: dict[str, str] = {}
         self._num = 0
         self._running: dict[str, int] = {}
 
     def submit(self, folders: Sequence[Path], after: Sequence[str] = ()) -> list[str]:
-        """Ids of the jobs: host, pid and start of the process that watches each."""
+        """Ids of the jobs: host, pid and start of the process that watches each; it waits for those of ``after``."""
         names = []
         for folder in folders:
             self._num += 1
             names.append(f"waiting.{os.getpid()}.{self._num}")
-            self._waiting.append((names[-1], folder))
+            self._waiting.append((names[-1], folder, [self._ids.get(one, one) for one in after]))
         self._fill()
         return [self._ids.get(name, name) if self.outlives else name for name in names]
 
     def poll(self, ids: Sequence[str]) -> Mapping[str, State]:
         """Is the process there?"""
-        for job_id in [i for i in self._running if not _is_alive(i)]:
+        for job_id in [i for i in self._running if not is_alive(i)]:
             self._slots.append(self._running.pop(job_id))
         self._fill()
-        waiting = {name for name, _ in self._waiting}
+        waiting = {name for name, *_ in self._waiting}
         return {i: self._state(i, waiting) for i in ids}
 
     def wait(self, seconds: float) -> None:
@@ -79,7 +78,7 @@ class Submitted:
         trees = []
         for one in ids:
             job_id = self._ids.get(one, one)
-            if _is_alive(job_id):
+            if is_alive(job_id):
                 parent = psutil.Process(int(job_id.split("/")[1]))
                 trees += [*parent.children(recursive=True), parent]
         for process in trees:
@@ -89,7 +88,7 @@ class Submitted:
 
     def adopt(self, jobs: Mapping[str, Path]) -> set[str]:
         """Those whose process is there."""
-        return {i for i in jobs if _is_alive(i)}
+        return {i for i in jobs if is_alive(i)}
 
     def close(self) -> None:
         """Nothing is held."""
@@ -97,24 +96,28 @@ class Submitted:
     def _state(self, job_id: str, waiting: set[str]) -> State:
         if job_id in waiting:
             return State("queued", reason="all workers are busy")
-        return State("running" if _is_alive(self._ids.get(job_id, job_id)) else "ended", socket.gethostname())
+        return State("running" if is_alive(self._ids.get(job_id, job_id)) else "ended", socket.gethostname())
 
     def _fill(self) -> None:
         import submitit
 
         while self._waiting and len(self._running) < self._most:
-            name, folder = self._waiting.popleft()
+            name, folder, after = self._waiting.popleft()
             if not self.outlives:
                 write(folder, OWNER, this_process())
             executor = submitit.AutoExecutor(self._folder, cluster="local")
             told = {k: v for k, v in parameters(self._settings).items() if k != "gpus_per_node"}
+            if (
+                after and "timeout_min" in told
+            ):  # submitit counts the time that it waits, which is at most that of those before it
+                told["timeout_min"] *= 2
             executor.update_parameters(**told)
             slot = self._slots.pop() if self._slots else 0
             gpu = self._gpus[slot % len(self._gpus)] if self._gpus else None
             before = os.environ.get("PYTHONPATH")
             os.environ["PYTHONPATH"] = python_path()  # submitit's process inherits it
             try:
-                job = executor.submit(run, str(folder), self._timeout_s, None, gpu)
+                job = executor.submit(run_after, list(after), str(folder), self._timeout_s, None, gpu)
             finally:
                 os.environ.pop("PYTHONPATH")
                 if before is not None:
@@ -130,12 +133,6 @@ def _id_of(pid: int) -> str:
         return f"{socket.gethostname()}/{pid}/{psutil.Process(pid).create_time():.2f}"
     except psutil.NoSuchProcess:
         return f"{socket.gethostname()}/{pid}/0"
-
-
-def _is_alive(job_id: str) -> bool:
-    host, _, rest = job_id.partition("/")
-    pid, _, started = rest.partition("/")
-    return host == socket.gethostname() and process_is_alive({HOST: host, PID: pid, PID_STARTED: started})
 
 
 def _tell(process: object, word: str) -> None:
