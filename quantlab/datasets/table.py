@@ -193,8 +193,9 @@ def check_dataset(config: ExperimentConfig) -> None:
         check(config.evaluation.num_samples)
 
 
-def check_call(config: ExperimentConfig) -> None:
-    """ConfigError for what can be known of a pipeline's call before its weights are loaded."""
+def check_call(config: ExperimentConfig, by_files: bool = False) -> None:
+    """ConfigError for what can be known of a pipeline's call before its weights are loaded; with ``by_files`` what its
+    files say, and its class, whose import takes long, is left to whoever loads it."""
     look = family_of(config.model).look
     if look is None:
         if config.model.call:
@@ -208,7 +209,7 @@ def check_call(config: ExperimentConfig) -> None:
                 "leave it out"
             )
         return
-    pipeline, row = look(config.model, config.evaluation), DATASETS[config.dataset.name]
+    pipeline, row = look(config.model, config.evaluation, by_files), DATASETS[config.dataset.name]
     if pipeline is not None and row.conditions is not None:
         check_conditions(pipeline, row.name, row.conditions(config.dataset.path), config.model.call)
         tell_unused(pipeline, config.evaluation)

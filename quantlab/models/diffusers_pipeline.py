@@ -98,8 +98,9 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
     )
 
 
-def look(config: ModelConfig, evaluation: EvaluationConfig) -> type | None:
-    """The class of a pipeline, known without loading it; None for a Hub id of which nothing can be had.
+def look(config: ModelConfig, evaluation: EvaluationConfig, by_files: bool = False) -> type | None:
+    """The class of a pipeline, known without loading it; None for a Hub id of which nothing can be had, and where only
+    its files are looked at (``by_files``) and no library is imported.
 
     Raises ModelError and ConfigError for files, parts, arguments and components that are not there, for packages that
     are missing, and for sizes that the pipeline would round or refuse.
@@ -113,6 +114,10 @@ def look(config: ModelConfig, evaluation: EvaluationConfig) -> type | None:
     if INDEX not in files.names:
         raise ModelError(f"{key}: it has no {INDEX}, so it is not {_SAID[1]}; name the Hub id of one")
     index = read_index(key, files)
+    if by_files:
+        check_choice(files, index, config)
+        _check_components(files, index, config)
+        return None
     _check_index(key, files, index, config)
     if evaluation.tiled_decoding:
         check_tiles(index)
@@ -134,6 +139,11 @@ def _check_index(key: str, files: Repository, index: Mapping[str, Any], config: 
     if made is not None:
         check_parts(key, files, index, made, left_out(config, index))
         check_arguments(made, config.call)
+    _check_components(files, index, config)
+
+
+def _check_components(files: Repository, index: Mapping[str, Any], config: ModelConfig) -> None:
+    """ConfigError for components that the files do not have."""
     listed = [name for name, found in index.items() if isinstance(found, list) and found[0] is not None]
     weights = {name.partition("/")[0] for name in files.names if name.endswith((".safetensors", ".bin"))}
     parts = [name for name in listed if name in weights]

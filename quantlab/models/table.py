@@ -54,7 +54,7 @@ class Family:
     """Names of its components; None: they are in the files of each pipeline."""
     needs_path: tuple[str, str] | None
     """What ``model.path`` leads to, and an example; None: the family has a model of its own."""
-    look: Callable[[ModelConfig, EvaluationConfig], type | None] | None
+    look: Callable[..., type | None] | None
     """The class of a pipeline, its files, call, components and sizes looked at, without loading; None for one of the
     Hub of which nothing can be had, and None instead: models of the family are no pipelines."""
     trained: Trained | None

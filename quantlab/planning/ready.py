@@ -14,8 +14,11 @@ from quantlab.planning.job import Job
 from quantlab.quiet import quiet_libraries
 
 
-def check_ready(jobs: Sequence[Job]) -> None:
-    """ConfigError for the first model or data set of these jobs whose path leads nowhere; each is looked at once."""
+def check_ready(jobs: Sequence[Job], by_files: bool = False) -> None:
+    """ConfigError for the first model or data set of these jobs whose path leads nowhere; each is looked at once.
+
+    With ``by_files`` a pipeline's class is not looked at, which would import torch: the job that loads it does that.
+    """
     quiet_libraries(loggers())  # a pipeline's class is looked at, which imports its library
     known = set()
     for job in jobs:
@@ -31,4 +34,4 @@ def check_ready(jobs: Sequence[Job]) -> None:
             check_file(config)
             with named_by_users(config):
                 check_components(whole)
-                check_call(replace(config, model=whole))
+                check_call(replace(config, model=whole), by_files)

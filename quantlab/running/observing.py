@@ -11,6 +11,7 @@ from typing import Any
 
 from quantlab.errors import in_words
 from quantlab.planning.job import Job
+from quantlab.planning.ready import check_ready
 from quantlab.running.attempts import RESULT, write
 from quantlab.running.job import run_row
 from quantlab.running.known import bench_key
@@ -31,6 +32,7 @@ def observe_reference(session: Session, job: Job, folder: Path, calibrations: Se
     alone = replace(session, parent_run_id=None)  # what is found is the sweep's to take over
     error, keys = "", {}
     try:
+        check_ready([job])  # what the submitting side left: a pipeline's class, before its weights
         bench = workbench(session, job.config, None)
         for floor in bench.known.floor_jobs(job.config):
             key = keys[floor.name] = content_key(bench.known, floor, bench.cache_dir)

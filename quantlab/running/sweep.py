@@ -58,10 +58,11 @@ def run_plan(plan: Plan, quiet: bool = False, trust: bool = False) -> list[RunRe
     quantlab decides (:mod:`quantlab.planning.trust`) is refused unless the user agreed to it or ``trust`` says so.
     """
     require_trust(plan, trust)
-    check_ready(plan.jobs)
+    first = plan.jobs[0].config
+    is_elsewhere = plan.is_sweep and is_far(first.launcher)
+    check_ready(plan.jobs, by_files=is_elsewhere)
     if plan.export.path is not None:
         check_target("export.path", plan.export.path)
-    first = plan.jobs[0].config
     if plan.is_sweep:
         check_launcher(first.launcher)
         if first.launcher.detach and first.sweep.search.num_trials:
@@ -76,7 +77,7 @@ def run_plan(plan: Plan, quiet: bool = False, trust: bool = False) -> list[RunRe
     if known is not None and (rows := answered_before(plan, known)) is not None:
         _say_merged(plan)
         return rows
-    computes = known is None and not (plan.is_sweep and is_far(first.launcher))
+    computes = known is None and not is_elsewhere
     with open_session(first, quiet, computes=computes) as session:
         session.known_before = known
         session.expect(plan.jobs)
