@@ -13,7 +13,7 @@ from quantlab.models.auto import AUTO, family_of_checkpoint
 from quantlab.models.loaded import LoadedModel, Progress
 from quantlab.models.pipeline_files import INDEX, named_denoisers
 from quantlab.models.reading import required_path
-from quantlab.vocabulary.schema import EvaluationConfig, ModelConfig
+from quantlab.vocabulary.schema import ModelConfig
 
 
 class Load(Protocol):

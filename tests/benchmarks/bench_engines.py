@@ -83,18 +83,23 @@ def engines(folder: Path, samples: int, names: Sequence[str]) -> None:
     """What a job costs on each engine, and a sweep once; against the serial engine."""
     sweep(folder, FEW, samples, *ENGINES["serial"])  # trains the model
     walls: dict[str, float] = {}
-    serial = 0.0
+    serial = first = 0.0
     for name in names:
         (wall1, cpu1), (wall2, cpu2) = (sweep(folder, num, samples, *ENGINES[name]) for num in (FEW, MANY))
         wall, cpu = (wall2 - wall1) / (MANY - FEW), (cpu2 - cpu1) / (MANY - FEW)
-        serial, walls[name] = serial or cpu, wall
+        serial, first, walls[name] = serial or cpu, first or wall, wall
         print(
-            f"{name}: {wall:.2f} s a job, {cpu:.2f} CPU-s, {cpu - serial:+.2f} CPU-s against serial; "
+            f"{name}: {wall:.2f} s a job, {cpu:.2f} CPU-s, {cpu - serial:+.2f} CPU-s against serial, "
+            f"{_ratio(first, wall)} by the clock; "
             f"a sweep's start {wall1 - FEW * wall:.1f} s, {cpu1 - FEW * cpu:.1f} CPU-s",
             flush=True,
         )
     if {"serial, isolated", "pool of two"} <= set(walls):
         print(f"a pool of two: {walls['serial, isolated'] / walls['pool of two']:.2f} times one process a job")
+
+
+def _ratio(first: float, wall: float) -> str:
+    return f"{first / wall:.2f} times as fast" if min(first, wall) > 0 else "of a machine too busy to tell how fast"
 
 
 def on_slurm(folder: Path, num: int) -> None:

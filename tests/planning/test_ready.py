@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 
 from quantlab.datasets.table import DATASETS
@@ -10,6 +15,7 @@ from quantlab.models.table import FAMILIES
 from quantlab.planning.plan import plan
 from quantlab.running.sweep import run_plan
 from tests.support.shell import Shell, digits_words
+from tests.support.stores import ROOT
 
 AT_ONCE = {
     "evaluation.num_samples=12": "digits_classes has 10 classes of equal share; take a multiple of 10, such as 10 or 20",
@@ -120,3 +126,31 @@ def test_each_place_is_looked_at_once(monkeypatch):
     with pytest.raises(ConfigError, match="begun"):
         run_plan(plan(["backend=quanto", "dtype=int8,int4", "dataset.seed=1,2"], multirun=True))
     assert len(looked) == 2
+
+
+SUBMITS = """
+import sys
+from quantlab.errors import ConfigError
+from quantlab.planning.plan import plan
+from quantlab.planning.ready import check_ready
+def told(*words):
+    try:
+        check_ready(plan(["model=diffusers", "model.path=pipe", "dataset.path=prompts.txt", "dtype=int8", *words]).jobs, True)
+        return "ready"
+    except ConfigError as error:
+        return str(error).partition(":")[0]
+print(told("backend=quanto"), told("backend=quanto", "model.components=[prior]"), "torch" in sys.modules)
+"""
+
+
+def test_who_submits_a_pipelines_jobs_reads_its_files_and_imports_no_torch(tmp_path):
+    (tmp_path / "pipe" / "unet").mkdir(parents=True)
+    (tmp_path / "pipe" / "unet" / "diffusion_pytorch_model.safetensors").touch()
+    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
+    (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "prompts.txt").write_text("\n".join(f"fox {i}" for i in range(300)))
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", SUBMITS], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "ready model.components=prior False", done.stdout + done.stderr

@@ -24,6 +24,7 @@ from quantlab.tracking.tags import PID, PID_STARTED
 from tests.support.engines import Inline
 from tests.support.shell import digits_words
 from tests.support.stores import ROOT
+from tests.support.tiny_pipelines import BUILDERS
 
 WORDS = (
     "-m",
@@ -186,10 +187,18 @@ def test_a_node_of_another_kind_is_no_row_beside_the_others(shell, node, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["slurm", "ray", "submitit_local"])
-def test_whoever_submits_imports_no_torch(shell, engine):
+@pytest.mark.parametrize(
+    ("engine", "model"), [("slurm", "digits"), ("ray", "digits"), ("submitit_local", "digits"), ("slurm", "flux")]
+)
+def test_whoever_submits_imports_no_torch(shell, engine, model):
     """Neither to check, nor to submit, nor to watch: here to an engine that only loses all."""
     pytest.importorskip({"ray": "ray"}.get(engine, "submitit"))
+    words = WORDS
+    if model == "flux":
+        BUILDERS["flux"](shell.folder / "flux")
+        (shell.folder / "prompts.txt").write_text("a red fox\nthe blue cat\n")
+        words = ("-m", "model=diffusers", "model.path=flux", "dataset.path=prompts.txt", "evaluation.num_samples=2")
+        words += ("backend=quanto", "dtype=int8,int4", "device=cpu")
     code = f"""
 import sys
 from quantlab.cli import main
@@ -205,7 +214,7 @@ class Nobody(Simulated):
 
 handing.open_engine = lambda *_: Nobody(0, lost=0, preempted=0, repeated=0, lazy=True)
 try:
-    main({[*WORDS, f"launcher={engine}"]!r})
+    main({[*words, f"launcher={engine}"]!r})
 except SystemExit as ended:
     print("exit code", ended.code, "torch" in sys.modules)
 """
