@@ -29,7 +29,7 @@ from quantlab.stages.select import QuantizationRequest
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, DTYPES
 from quantlab.vocabulary.native import canonical_json
-from quantlab.vocabulary.prices import ComponentPrice, Phase, Price
+from quantlab.vocabulary.prices import ComponentPrice, Phase, Price, Share
 from quantlab.vocabulary.schema import ExperimentConfig
 
 if TYPE_CHECKING:
@@ -111,7 +111,8 @@ def _price(book: Book, job: Job) -> Price:
     components = [_component(made, part, schemes, job, device) for part in made.components]
     axes = [scheme.axes for scheme in schemes.values() if scheme is not None] or [job.config.quantization]
     budget, evaluation = _budget(job.config, device), job.config.evaluation
-    rows, shares = phases(made, components, evaluation, job.needs_data, budget.get("device_bytes", 0), device), ()
+    rows = phases(made, components, evaluation, job.needs_data, budget.get("device_bytes", 0), device)
+    shares: tuple[Share, ...] = ()
     if job.config.memory.placement == "spread":
         num = _num_devices(job.config)
         rows["spread"], shares = spread_phases(made, components, evaluation, job.needs_data, num)
