@@ -189,7 +189,7 @@ class Source:
             else:
                 part._buffers[name] = self._brought(full, buffer, alone, device)
 
-    def _brought(self, path: str, like: Tensor, alone: bool, device: str) -> Tensor:
+    def _brought(self, path: str, like: Tensor, alone: bool, device: str | None = None) -> Tensor:
         if not alone and id(like) in self._made:
             return self._made[id(like)][1]
         names = [path, *self._places.get(path, ())]
@@ -200,7 +200,7 @@ class Source:
                 "configuration; they are not of one model"
             )
         # what is only read may be the file's own pages, which are no memory of the process
-        return stored.to(device, like.dtype, copy=not alone)
+        return stored.to(device or self.device, like.dtype, copy=not alone)
 
 
 @dataclass(frozen=True)
