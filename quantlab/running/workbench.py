@@ -116,7 +116,8 @@ class Workbench:
         if self.model.dtype == "float32":
             return ""
         needed = 4 * sum(p.numel() for module in self.model.components.values() for p in module.parameters())
-        free = free_bytes(self.model.device)
+        spread = self.model.parts.get("spread")
+        free = sum(map(free_bytes, {self.model.device} if spread is None else {*spread.devices}))
         if needed <= 0.8 * free:
             return ""
         return (
