@@ -178,11 +178,9 @@ def _code_of_its_own(files: Repository, index: Mapping[str, Any]) -> str:
 
     Diffusers would look for some of these classes in its own modules, find none, and say that and no more.
     """
-    import diffusers
-
     name = index["_class_name"]
     has_code = any(file.endswith(".py") and "/" not in file for file in files.names)
-    if isinstance(name, list) or not hasattr(diffusers, name) and has_code:
+    if isinstance(name, list) or (has_code and pipeline_class(index) is None):
         return f"{INDEX} names the pipeline class {name[-1] if isinstance(name, list) else name} of its own files"
     for part, found in index.items():
         if not isinstance(found, list) or len(found) != 2:
