@@ -1,17 +1,21 @@
-"""What tells two checkpoints apart before either is loaded: some values of some tensors, read from the files."""
+"""What tells two checkpoints apart before either is loaded: some values of tensors and configurations, in the files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from quantlab.errors import ModelError
+from quantlab.models.identity import without_place
+from quantlab.models.pipeline_files import INDEX
 from quantlab.modules.source import Shards, shards_of
 from quantlab.vocabulary.schema import ModelConfig
 
+CONFIG = "config.json"
 NUM_TENSORS, NUM_VALUES = 64, 16
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -22,7 +26,7 @@ def sampled_weights(config: ModelConfig, dtype: str) -> dict[str, str]:
     folder = _folder(config)
     if folder is None:
         return {}
-    parts = {"": folder} if (folder / "config.json").is_file() else {f"{f.name}/": f for f in sorted(folder.iterdir())}
+    parts = {"": folder} if (folder / CONFIG).is_file() else {f"{f.name}/": f for f in sorted(folder.iterdir())}
     files: dict[str, tuple[Path, str]] = {}
     for name, place in parts.items():
         for tensor, file in _shards(place, config.variant).items():
@@ -33,9 +37,48 @@ def sampled_weights(config: ModelConfig, dtype: str) -> dict[str, str]:
     return {name: said for name in chosen if (said := _sample(*files[name], dtype, headers))}
 
 
-def other_tensor(there: Mapping[str, str], here: Mapping[str, str]) -> str:
-    """A tensor that both have and that is another one here; "" where none is known to be."""
-    return next((name for name, said in there.items() if here.get(name, said) != said), "")
+def stored_configs(config: ModelConfig) -> dict[str, Any]:
+    """``config.json: rope_theta`` -> what the file says, of the configurations that are loaded; empty for what is no
+    folder, and for a model of several models, of which only some may be.
+
+    Nothing is filled in: of two checkpoints a value is known to differ where both say it.
+    """
+    folder = _folder(config)
+    if folder is None:
+        return {}
+    index = _read(folder / INDEX)
+    if not index:
+        names = (CONFIG, "generation_config.json")
+        return {} if config.family == "vision" else _values("", folder, names)
+    found = {f"{INDEX}: {k}": v for k, v in index.items() if isinstance(v, (bool, int, float))}
+    for name, said in index.items():
+        if name.isidentifier() and isinstance(said, list) and any(said) and name not in config.without:
+            found |= _values(name, folder / name, (CONFIG, "scheduler_config.json"))
+    return found
+
+
+def _values(part: str, folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in names:
+        said = _read(folder / name)
+        if any(key.endswith("_config") and isinstance(value, dict) for key, value in said.items()):
+            continue
+        where = f"{part}/{name}" if part else name
+        found |= {f"{where}: {k}": v for k, v in without_place(said).items() if not k.startswith("_")}
+    return found
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # whoever loads it says what is wrong
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The first value that both say and that is another one here; "" where none is known to be."""
+    return next((name for name, said in there.items() if name in here and here[name] != said), "")
 
 
 def _folder(config: ModelConfig) -> Path | None:

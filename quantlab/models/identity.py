@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,15 +74,19 @@ def _plain(config: object) -> object:
     data = config if isinstance(config, Mapping) else getattr(config, "to_dict", lambda: str(config))()
     if not isinstance(data, Mapping):
         return str(data)
-    kept = {str(k): _without_place(v) for k, v in data.items() if k not in _OF_THE_PLACE}
     attention = getattr(config, "_attn_implementation", None)
-    return {**kept, **({"attention": attention} if attention else {})}
+    return {**without_place(data), **({"attention": attention} if attention else {})}
 
 
-def _without_place(value: object) -> object:
+def without_place(config: Mapping[Any, Any]) -> dict[str, Any]:
+    """A configuration as data, without what says where it came from, and the dtype."""
+    return {str(k): _cleaned(v) for k, v in config.items() if k not in _OF_THE_PLACE}
+
+
+def _cleaned(value: object) -> object:
     if isinstance(value, Mapping):
-        return {str(k): _without_place(v) for k, v in value.items() if k not in _OF_THE_PLACE}
-    return [_without_place(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return without_place(value)
+    return [_cleaned(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:

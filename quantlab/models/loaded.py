@@ -59,6 +59,8 @@ class Parts(TypedDict, total=False):
     """Diffusion: the names of the components that are called at a step."""
     scheduler: SchedulerMixin
     pipeline: Pipeline
+    draws: Sequence[Sequence[str]]
+    """Of a candidate: in which dtypes the reference drew (``Sampled.draws``)."""
     call: Mapping[str, object]
     """Arguments of the pipeline's call that the user chose (``model.call``)."""
     residence: Residence
@@ -88,6 +90,8 @@ class Sampled:
     media: Mapping[str, torch.Tensor]
     """Float32 on the CPU, by kind: ``images`` (n, height, width, channels) and ``frames`` (n, frames, height, width,
     channels) in [0, 1], ``audio`` (n, channels, samples)."""
+    draws: Sequence[Sequence[str]] = ()
+    """Dtypes of what was drawn at random, see :func:`quantlab.modules.stepping.paired_draws`."""
 
 
 class Sample(Protocol):

@@ -138,7 +138,7 @@ def sample(
     with (
         torch.no_grad(),
         torch.random.fork_rng(_devices(model.device)),
-        paired_draws(model.dtype),
+        paired_draws(model.parts.get("draws", ())) as draws,
         in_their_dtypes(model.components, originals, model.dtype),
         heard_steps(pipe.scheduler, told),
         contextlib.nullcontext() if residence is None else run_part_by_part(pipe, model, residence),
@@ -147,7 +147,7 @@ def sample(
         made = _called(pipe, arguments, noise)
     media = _media(pipe, made, num)
     _check_made(pipe, media, arguments)
-    return Sampled(latents=None if last is None else last.float().cpu(), media=media)
+    return Sampled(latents=None if last is None else last.float().cpu(), media=media, draws=draws)
 
 
 @contextlib.contextmanager

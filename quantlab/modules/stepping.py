@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from quantlab.modules.compute_dtype import component_dtype
+from quantlab.modules.compute_dtype import component_dtype, torch_dtype
+from quantlab.modules.residence import METHODS
 from quantlab.modules.trees import replaced
+from quantlab.vocabulary.dtypes import dtype_name
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +50,8 @@ def heard_steps(scheduler: object | None, told: Told) -> Iterator[None]:
 
 
 @contextmanager
-def _attribute(own: type, name: str, value: object) -> Iterator[None]:
-    """While open, ``value`` is what a class has by ``name``; afterwards its own, or what it inherits."""
+def _attribute(own: object, name: str, value: object) -> Iterator[None]:
+    """While open, ``value`` is what a class or a module has by ``name``; afterwards its own, or what it inherits."""
     before = vars(own).get(name, _INHERITED)
     setattr(own, name, value)
     try:
@@ -61,29 +63,40 @@ def _attribute(own: type, name: str, value: object) -> Iterator[None]:
             setattr(own, name, before)
 
 
-@contextmanager
-def paired_draws(dtype: str) -> Iterator[None]:
-    """While open, a candidate of a pipeline of ``dtype`` draws the noise that the reference draws, in any dtype.
+_DRAWS = ("randn", "rand", "randn_like", "rand_like")
 
-    torch draws other numbers for other dtypes. Of a float32 pipeline, 16-bit noise of a generator is drawn in float32
-    and rounded; what the reference itself draws is left to Diffusers, so that a seed gives Diffusers' own image.
+
+@contextmanager
+def paired_draws(reference: Sequence[Sequence[str]]) -> Iterator[list[list[str]]]:
+    """While open, what is drawn at random is drawn in the dtypes that the reference drew in, and cast to what is asked.
+
+    torch draws other numbers for other dtypes. Told and given is a list of dtypes for the draws without a generator,
+    then one for each generator, in the order in which they first draw. ``reference``: empty for the reference itself,
+    which draws as Diffusers does, so that a seed gives Diffusers' own image.
     """
     import torch
-    from torch.overrides import TorchFunctionMode
 
-    class Draws(TorchFunctionMode):
-        def __torch_function__(
-            self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-        ) -> object:
-            given = kwargs or {}
-            wanted = given.get("dtype") or torch.get_default_dtype()
-            generator = given.get("generator")
-            if func is torch.randn and generator is not None and wanted in (torch.float16, torch.bfloat16):
-                return func(*args, **{**given, "dtype": torch.float32}).to(wanted)
-            return func(*args, **given)
+    of: dict[object, tuple[list[str], Sequence[str]]] = {None: ([], reference[0] if reference else ())}
 
-    with Draws() if dtype == "float32" else nullcontext():
-        yield
+    def pairing(own: Callable[..., Tensor], is_like: bool) -> Callable[..., Tensor]:
+        @functools.wraps(own)
+        def draw(*args: Any, **kwargs: Any) -> Tensor:
+            theirs = reference[min(len(of), len(reference) - 1)] if reference else ()
+            drawn, known = of.setdefault(kwargs.get("generator"), ([], theirs))
+            like = (args[0] if args else kwargs["input"]).dtype if is_like else torch.get_default_dtype()
+            asked = kwargs.get("dtype") or like
+            dtype = torch_dtype(known[len(drawn)]) if len(drawn) < len(known) else asked
+            drawn.append(dtype_name(dtype))
+            return own(*args, **{**kwargs, "dtype": dtype}).to(asked)
+
+        return draw
+
+    told: list[list[str]] = []
+    with ExitStack() as heard:
+        for name in _DRAWS:  # a mode that hears every call would slow each of the denoiser's down
+            heard.enter_context(_attribute(torch, name, pairing(getattr(torch, name), name.endswith("_like"))))
+        yield told
+    told.extend(drawn for drawn, _ in of.values())
 
 
 @contextmanager
@@ -93,26 +106,29 @@ def in_their_dtypes(
     """While open, a component that computes in another dtype than the one it stands for is given and gives that one's.
 
     ``originals`` are the components as the pipeline was loaded with them. See :func:`cast_call`. A pipeline that asks
-    for its ``dtype`` is told that one's as well: it is what noise is drawn in. An autoencoder, which pipelines call by
-    other names than ``forward``, says its own.
+    for its ``dtype`` is told that one's as well: it is what noise is drawn in. An autoencoder, which pipelines widen
+    by what it says, says its own.
     """
-    changed: list[tuple[Any, Any]] = []
+    changed: list[tuple[Any, dict[str, Any]]] = []
     with ExitStack() as said:
         for name, module in modules.items():
             inside, outside = component_dtype(module, default), component_dtype(originals[name], default)
             if module is not originals[name] and inside != outside:
-                changed.append((module, vars(module).get("forward")))
+                called = [method for method in ("forward", *METHODS) if callable(getattr(module, method, None))]
+                changed.append((module, {method: vars(module).get(method) for method in called}))
                 within: list[None] = []
-                vars(module)["forward"] = _between(module.forward, outside, inside, within)
+                for method in called:
+                    vars(module)[method] = _between(getattr(module, method), outside, inside, within)
                 if isinstance(getattr(type(module), "dtype", None), property) and not hasattr(module, "decode"):
                     said.enter_context(_attribute(type(module), "dtype", _outside(module, outside, within)))
         try:
             yield
         finally:
             for module, before in changed:
-                del vars(module)["forward"]
-                if before is not None:
-                    vars(module)["forward"] = before
+                for method, value in before.items():
+                    del vars(module)[method]
+                    if value is not None:
+                        vars(module)[method] = value
 
 
 def _outside(module: Any, outside: torch.dtype, within: Sequence[None]) -> property:
@@ -129,6 +145,8 @@ def _outside(module: Any, outside: torch.dtype, within: Sequence[None]) -> prope
 def _between(
     own: Callable[..., Any], outside: torch.dtype, inside: torch.dtype, within: list[None]
 ) -> Callable[..., Any]:
+    import torch
+
     @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
         within.append(None)
@@ -136,7 +154,16 @@ def _between(
             output = cast_call(own, args, kwargs, outside, inside)
         finally:
             within.pop()
-        back = _cast(inside, outside, least_ndim=0)
+        plain = _cast(inside, outside, least_ndim=0)
+
+        def back(value: object) -> Any:
+            if isinstance(
+                getattr(value, "parameters", None), torch.Tensor
+            ):  # a distribution, as of a picture's latents
+                vars(value).update(replaced(vars(value), plain))
+                return value
+            return plain(value)
+
         if not hasattr(output, "to_tuple"):
             return replaced(output, back)
         for name in list(output):  # of the output classes of Diffusers and transformers

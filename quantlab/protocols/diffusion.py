@@ -11,7 +11,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,8 @@ def observe(
     ``step_indices`` (m,): which samples are traced; for these, where m > 0, ``steps`` (num_steps, m, ...) float32, the
     latents after each step, and ``calls``: the denoiser's calls with their ``step``, the rows ``start`` to ``stop``
     of ``step_indices`` that they belong to, and the ``velocity`` that the scheduler was given; ``timings_ms``;
-    ``noise`` and ``conditioning``, so that the file alone is enough to repeat the measurement.
+    ``noise``, ``conditioning`` and ``draws`` (the dtypes that noise was drawn in), so that the file alone is enough to
+    repeat the measurement.
     ``progress(done, total)`` counts denoising steps over all batches.
     Raises MetricUndefined, naming sample and step, for NaN or infinity in a latent or an image, and ModelError for a
     model that does not repeat itself bit for bit.
@@ -98,6 +99,7 @@ def measure(
     What has no value (of images that are NaN, of a replayed call that is, of one image's distribution) is undefined, by
     itself. Raises MetricUndefined, naming sample and step, for NaN or infinity in a latent.
     """
+    model = replace(model, parts={**model.parts, "draws": reference["draws"]})
     traced = [int(i) for i in reference["step_indices"]]
     batches = _batches(inputs, traced, batch_size or evaluation.batch_size)
     calls = reference.get("calls", [])
@@ -242,6 +244,7 @@ def _run(
     calls: list[Call] = []
     seconds: list[tuple[_Batch, list[float]]] = []
     undefined: dict[str, str] = {}
+    draws: Sequence[Sequence[str]] = ()
     num_traced = 0
     for batch in batches:
         part = inputs.subset(batch.indices)
@@ -252,6 +255,7 @@ def _run(
             calls += [{**call, "start": num_traced, "stop": num_traced + part.num_samples} for call in batch_calls]
             num_traced += part.num_samples
         seconds.append((batch, times))
+        draws = max(draws, sampled.draws, key=len)
         if sampled.latents is not None:
             rows.setdefault("latents", []).append(sampled.latents)
         for kind, made in sampled.media.items():
@@ -267,6 +271,7 @@ def _run(
     outputs: dict[str, Any] = {
         "step_indices": torch.tensor([i for b in batches if b.traced for i in b.indices], dtype=torch.int64),
         "timings_ms": {"denoise_step_ms": _step_ms(seconds)},
+        "draws": draws,
     }
     if undefined:
         outputs["undefined"] = undefined

@@ -16,7 +16,7 @@ from typing import Any
 from quantlab.datasets.table import DATASETS
 from quantlab.datasets.text import read_text
 from quantlab.errors import ConfigError
-from quantlab.models.beforehand import other_tensor, sampled_weights
+from quantlab.models.beforehand import differing, sampled_weights, stored_configs
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.table import family_of
 from quantlab.modules.device import kind_of
@@ -84,6 +84,7 @@ def write_bundle(
         "asked": asked_of(model, inputs, config.evaluation),
         "before": {
             "tensors": sampled_weights(config.model, model.dtype),
+            "configs": stored_configs(config.model),
             "text_sha256": _text_sha256(config),
         },
         "made": made,
@@ -133,8 +134,10 @@ def _check_files(bundle: Bundle, before: Mapping[str, Any], config: ExperimentCo
     """ConfigError where the files of this request are surely of another model, or of other inputs."""
     there = before.get("tensors") or {}
     here = sampled_weights(config.model, bundle.asked["dtype"]) if there else {}
-    if name := other_tensor(there, here):
-        raise _other(bundle.folder, "model", f"{name}: {there[name]} there and {here[name]} here")
+    said, own = before.get("configs") or {}, stored_configs(config.model)
+    for a, b in ((there, here), (said, own)):
+        if name := differing(a, b):
+            raise _other(bundle.folder, "model", f"{name}: {_short(a[name])} there and {_short(b[name])} here")
     text = _text_sha256(config)
     if text and before.get("text_sha256") and text != before["text_sha256"]:
         raise _other(bundle.folder, "inputs", f"text {before['text_sha256'][:16]} there and {text[:16]} here")

@@ -17,7 +17,7 @@ from quantlab.tracking.provenance import arithmetic, versions
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.schema import EvaluationConfig
 
-FORMAT = 5  # of the stored outputs; a change of what a protocol stores raises it
+FORMAT = 6  # of the stored outputs; a change of what a protocol stores raises it
 NOT_OBSERVED = ("num_bootstrap", "bootstrap_seed", "floor_batch_size", "attribute", "speed", "compile")
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "scikit-learn")
 

@@ -10,20 +10,39 @@ import torch
 from quantlab.modules.stepping import cast_call, heard_steps, in_their_dtypes, paired_draws
 
 
-def drawn(dtype, seed=3):
-    return torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def of_all(dtype):
+    """What a pipeline draws: of two generators, by itself, and of the first once more."""
+    first, second = (torch.Generator().manual_seed(seed) for seed in (3, 4))
+    torch.manual_seed(5)
+    made = [torch.randn(2, 5, 7, generator=g, dtype=dtype) for g in (first, second)]
+    made += [torch.rand_like(made[0]), torch.rand(30, dtype=dtype), torch.randn(20, generator=first)]
+    return made
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_noise_is_the_same_in_whatever_dtype(dtype):
-    assert not torch.equal(drawn(dtype), drawn(torch.float32).to(dtype))  # what torch does by itself
-    with paired_draws("float32"):
-        inside = drawn(dtype)
-        plain = drawn(torch.float32)
-    with paired_draws("bfloat16"):  # what Diffusers draws for the reference
-        assert torch.equal(drawn(dtype), torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(3), dtype=dtype))
-    assert torch.equal(inside, drawn(torch.float32).to(dtype))
-    assert torch.equal(plain, drawn(torch.float32))
+@pytest.mark.parametrize("reference", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_noise_is_the_references_in_whatever_dtype(dtype, reference):
+    own = torch.randn, torch.rand_like
+    with paired_draws(()) as told:
+        expected = of_all(reference)
+    assert all(torch.equal(a, b) for a, b in zip(expected, of_all(reference), strict=True))  # as torch draws
+    name = str(reference).removeprefix("torch.")
+    assert (torch.randn, torch.rand_like) == own
+    assert told == [[name, name], [name, "float32"], [name]]
+    if dtype != reference:
+        assert not torch.equal(of_all(dtype)[0], expected[0].to(dtype))  # what torch does by itself
+    with paired_draws(told) as again:
+        found = of_all(dtype)
+    assert again == told
+    assert all(a.dtype == b.dtype for a, b in zip(found, of_all(dtype), strict=True))
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(found, expected, strict=True))
+
+
+def test_what_the_reference_did_not_draw_is_drawn_as_asked():
+    with paired_draws([["float32"], ["float32"]]):
+        made = of_all(torch.bfloat16)
+    assert made[4].dtype == torch.float32
+    assert torch.equal(made[1], of_all(torch.float32)[1].to(torch.bfloat16))  # as the generators that it knows
 
 
 class Block(torch.nn.Module):
@@ -68,9 +87,17 @@ class Said(Block):
         return {"sample": self.linear(x)}
 
 
+class Latents:
+    def __init__(self, parameters):
+        self.parameters, self.std = parameters, parameters.exp()
+
+
 class Autoencoder(Said):
+    def encode(self, x):
+        return (Latents(self.linear(x)),)
+
     def decode(self, x):
-        return x
+        return self.linear(x)
 
 
 def test_a_component_of_another_dtype_says_the_pipelines_outside_of_its_forward():
@@ -81,9 +108,14 @@ def test_a_component_of_another_dtype_says_the_pipelines_outside_of_its_forward(
         assert narrow.dtype == torch.float32  # noise is drawn in it
         narrow(torch.ones(2, 4), torch.ones(2, 4))
         assert decoder.dtype == torch.bfloat16  # what it is given by its decode
+        assert decoder.decode(torch.ones(2, 4)).dtype == torch.float32
+        latents = decoder.encode(torch.ones(2, 4))[0]
+        assert latents.parameters.dtype == latents.std.dtype == torch.float32  # noise is drawn in it
     assert seen == [(torch.bfloat16, torch.bfloat16)]
     assert narrow.dtype == torch.bfloat16
     assert (type(narrow), type(decoder)) == (Said, Autoencoder)
+    assert decoder.decode(torch.ones(2, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert not {"forward", "encode", "decode"} & set(vars(decoder))
 
 
 def test_vectors_are_cast_where_a_model_asks_for_it():

@@ -11,10 +11,12 @@ import quantlab
 from quantlab import cli
 from quantlab.datasets.table import DATASETS
 from quantlab.errors import ConfigError
+from quantlab.models.beforehand import differing, stored_configs
 from quantlab.models.diffusers_pipeline import load
 from quantlab.modules.kept import read_json, read_tree, write_json, write_tree
 from quantlab.planning.plan import plan
 from quantlab.stages import bundle
+from quantlab.vocabulary.schema import ModelConfig
 from tests.support.tiny_pipelines import BUILDERS
 from tests.support.tiny_text_models import TEXT, save_llama
 
@@ -125,9 +127,9 @@ def test_what_cannot_be_believed_is_refused_before_weights_load(here, case, monk
     assert "\n" not in str(refused.value)
 
 
-def changed_config(folder):
-    said = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**said, "rms_norm_eps": 0.1}))
+def changed_config(folder, file="config.json", **values):
+    said = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**said, **values}))
 
 
 def one_value(folder):
@@ -170,9 +172,50 @@ def test_the_same_model_in_other_files_is_believed_and_another_configuration_is_
     in_shards(tmp_path / "same")
     config = plan([*words, f"model.path={tmp_path / 'same'}", f"reference.path={folder}"]).jobs[0].config
     assert bundle.read_bundle(config) is not None
-    changed_config(tmp_path / "same")
+    changed_config(tmp_path / "same", transformers_version="4.0.0", dtype="bfloat16", unheard_of=3)
+    assert bundle.read_bundle(config) is not None  # what only one says is known when it is loaded
     with pytest.raises(ConfigError, match=r"^reference.path: .* is of another model \(model.config: "):
         rows_of(words, f"model.path={tmp_path / 'same'}", f"reference.path={folder}")
+
+
+CHANGED = {
+    "rms_norm_eps": ("config.json", 0.1),
+    "rope_parameters": ("config.json", {"rope_theta": 5.0, "rope_type": "default"}),
+    "hidden_act": ("config.json", "gelu"),
+    "eos_token_id": ("generation_config.json", 3),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_another_configuration_is_refused_before_weights_load(here, tmp_path, monkeypatch, name):
+    words, folder = here
+    without_weights(monkeypatch)
+    file, value = CHANGED[name]
+    shutil.copytree(words[1].partition("=")[2], tmp_path / "other")
+    changed_config(tmp_path / "other", file, **{name: value})
+    with pytest.raises(ConfigError, match=rf"^reference.path: .* is of another model \({file}: {name}: .* there and "):
+        rows_of(words, f"model.path={tmp_path / 'other'}", f"reference.path={folder}")
+
+
+def test_of_a_pipeline_the_configurations_of_its_parts_are_known(tmp_path):
+    """Of the parts that are loaded, and what both say: not where it lies, nor which library wrote it."""
+    folder = BUILDERS["flux"](tmp_path / "flux")
+    model = ModelConfig(family="diffusers", path=str(folder))
+    was = stored_configs(model)
+    changed_config(folder, "model_index.json", _diffusers_version="0.1")
+    changed_config(folder / "vae", _name_or_path="elsewhere", dtype="float16")
+    assert differing(was, stored_configs(model)) == ""
+    for file, name, value in (
+        ("vae/config.json", "scaling_factor", 0.5),
+        ("scheduler/scheduler_config.json", "shift", 7.0),
+        ("text_encoder_2/config.json", "num_heads", 8),
+    ):
+        before = stored_configs(model)
+        changed_config(folder, file, **{name: value})
+        assert differing(before, stored_configs(model)) == f"{file}: {name}"
+    without = ModelConfig(family="diffusers", path=str(folder), without=["text_encoder_2"])
+    assert not [name for name in stored_configs(without) if name.startswith("text_encoder_2/")]
+    assert stored_configs(ModelConfig(family="diffusers", path=str(tmp_path / "none"))) == {}
 
 
 @pytest.mark.slow

@@ -139,7 +139,7 @@ def write_pictures(folder: Path, mask: bool, prompt: bool = True) -> Path:
     return folder
 
 
-def family_model(name: str, folder: Path) -> tuple[LoadedModel, DiffusionInputs]:
+def family_model(name: str, folder: Path, dtype: str = "auto") -> tuple[LoadedModel, DiffusionInputs]:
     """The family's tiny pipeline, written to ``folder`` and loaded as a checkpoint is, and what it is sampled from."""
     row = FAMILIES[name]
     pipe = row.build()
@@ -147,6 +147,7 @@ def family_model(name: str, folder: Path) -> tuple[LoadedModel, DiffusionInputs]
     config = ModelConfig(
         family="diffusers",
         path=str(folder / name),
+        dtype=dtype,
         call=dict(row.call),
         default_exclusions=list(row.exclusions),
     )
