@@ -26,9 +26,9 @@ def big_llama(num_layers=3, width=1024):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "share"), [("torchao", 1.05), ("bitsandbytes", 0.1), ("modelopt", 0.1)])
+@pytest.mark.parametrize(("backend", "share"), [("torchao", 0.3), ("bitsandbytes", 0.1), ("modelopt", 0.1)])
 def test_writing_and_digests_hold_little_beside_the_model(tmp_path, backend, share):
-    """Of what is stored: torchao's own flattening clones every tensor before the first is written."""
+    """Of what is stored: torchao's flattening clones a tensor at a time, of which the heap keeps some."""
     module = big_llama()
     made, report = quantized(module, backend, "int8")
     part = Part(
