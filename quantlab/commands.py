@@ -244,11 +244,11 @@ def show_status(words: Sequence[str]) -> int:
     """Print where the jobs of a sweep are."""
     from quantlab.running.status import data, sheet, status
 
-    jobs = status([word for word in words if word != "--json"])
+    jobs = status([word for word in words if word not in ("--json", "--plain", "--wide")])
     if "--json" in words:
         print(json.dumps(data(jobs), indent=2))
     else:
-        show(terminal(160), sheet(jobs))
+        show(terminal(160), sheet(jobs), **_look(set(words)))
     return 0
 
 

@@ -128,7 +128,6 @@ _ASCII = {"°": "*", "±": "+-", "↑": "^", "↓": "v", "…": "...", "×": "x"
 
 def spell_out(*streams: object) -> None:
     """Let streams whose encoding lacks a character (an ASCII terminal) get another spelling of it, not an error."""
-    codecs.register_error("quantlab.spell_out", _spelled)
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "backslashreplace"):
             stream.reconfigure(errors="quantlab.spell_out")
@@ -139,6 +138,14 @@ def _spelled(error: UnicodeError) -> tuple[str, int]:
         raise error
     lost = error.object[error.start : error.end]
     return "".join(_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lost), error.end
+
+
+codecs.register_error("quantlab.spell_out", _spelled)
+
+
+def spelled_for(encoding: str, text: str) -> str:
+    """``text`` as a stream of this encoding gets it after :func:`spell_out`."""
+    return text.encode(encoding, "quantlab.spell_out").decode(encoding)
 
 
 def file_name(text: str, most: int = 60) -> str:

@@ -7,7 +7,7 @@ it for other programs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from rich.cells import cell_len
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from quantlab.progress import plain, printable
+from quantlab.progress import plain, printable, spelled_for
 
 MAX_NAME, MAX_CELL, MAX_LINE = 200, 1000, 2000  # characters
 WIDE = 10_000  # columns of a terminal that has no end
@@ -57,8 +57,15 @@ def show(console: Console, sheet: Sheet, *, is_plain: bool = False, wide: bool =
         return
     narrow = console.width
     console.width = WIDE if wide else narrow
-    console.print(rich_table(sheet, console.width))
+    console.print(rich_table(_spelled_for(console.encoding, sheet), console.width))
     console.width = narrow
+
+
+def _spelled_for(encoding: str, sheet: Sheet) -> Sheet:
+    """The sheet in the characters that a terminal has, before its columns are measured."""
+    columns = [replace(column, title=spelled_for(encoding, column.title)) for column in sheet.columns]
+    rows = [[spelled_for(encoding, text) for text in row] for row in sheet.rows]
+    return replace(sheet, columns=columns, rows=rows)
 
 
 def tell(console: Console, line: str, style: str = "") -> None:

@@ -15,7 +15,7 @@ from quantlab.running.handing import JOBS
 from quantlab.tracking.tags import HOST, KIND
 from quantlab.tracking.values import process_is_alive, this_process
 
-USAGE = "quantlab status [SWEEP] [output_dir=DIR] [--json]"
+USAGE = "quantlab status [SWEEP] [output_dir=DIR] [--json] [--plain] [--wide]"
 _QUEUED, _RUNNING, _LOST = "queued", "running", "lost"
 
 
@@ -61,8 +61,8 @@ def data(jobs: Sequence[JobStatus]) -> list[dict[str, object]]:
 
 def sheet(jobs: Sequence[JobStatus]) -> Sheet:
     """For the terminal, a line a job."""
-    titles = ("job", "state", "node", "attempt", "elapsed s", "log")
-    columns = [Column(title=title, is_text=True, may_wrap=title == "log") for title in titles]
+    keep = {"job": 9, "state": 9, "node": 5, "attempt": 4, "elapsed s": 6, "log": 3}
+    columns = [Column(title=title, is_text=title not in ("attempt", "elapsed s"), keep=k) for title, k in keep.items()]
     rows = [[job.name, job.state, job.node, str(job.attempt or ""), _seconds(job.elapsed_s), job.log] for job in jobs]
     return Sheet(columns=columns, rows=rows, caption=[])
 

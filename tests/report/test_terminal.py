@@ -8,6 +8,7 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 from rich.console import Console
 
 from quantlab.backends.table import backends
@@ -15,6 +16,8 @@ from quantlab.progress import spell_out
 from quantlab.report.selection import metric_called
 from quantlab.report.table import cells, columns, legend, rows_sheet, said_beside, with_half_width
 from quantlab.report.terminal import Column, Sheet, show
+from quantlab.running.status import JobStatus
+from quantlab.running.status import sheet as status_sheet
 
 
 def printed(sheet, width, **look):
@@ -184,6 +187,37 @@ def test_a_terminal_without_these_characters_gets_others(encoding):
             "utf-8": "10 ±0.2° ↑ … 漢\n",
         }[encoding]
     )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_columns_stand_below_one_another_in_any_encoding(encoding):
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding)
+    spell_out(stream)
+    rows = [*ROWS, {**measured("漢"), "metrics": {}}]
+    show(Console(file=stream, width=100, markup=False, highlight=False, emoji=False), rows_sheet(rows, "diffusion"))
+    stream.flush()
+    lines = [line for line in raw.getvalue().decode(encoding).splitlines() if line.startswith(("|", "│", "┃"))]
+    assert len(lines) >= len(rows)
+    assert len({cell_len(line) for line in lines}) == 1, lines
+
+
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_the_jobs_of_a_sweep_fit_a_terminal(width):
+    one = JobStatus(
+        name="torchao int4 g128",
+        state="running",
+        node="node-17.cluster",
+        attempt=2,
+        elapsed_s=1234.5,
+        log="/scratch/someone/outputs/runs/20260101-120000-torchao-int4-g128-abcdefgh/worker.log",
+    )
+    text = printed(status_sheet([one]), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "torchao int4 g128" in text
+    assert "running" in text
+    assert ("worker.log" in text) == (width == 160)
+    assert ("--wide" in text) == (width < 160)
 
 
 @pytest.mark.parametrize(
