@@ -34,8 +34,8 @@ class Handed:
     """By what it is claimed, where its key is not known yet; else by that."""
     place: int = 0
     """Its row's, for whoever handed it over."""
-    is_reference: bool = False
-    """It observes the reference and measures the floors; it is no row itself."""
+    is_no_row: bool = False
+    """It observes the reference and measures the floors, or it exports; it is no row itself."""
     behind: Path | None = None
     """Folder of the reference's job, which is not over yet."""
     known: Known | None = None
@@ -65,11 +65,13 @@ def hand_over(
     behind: Path | None = None,
     known: Known | None = None,
     calibrations: Sequence[CalibrationConfig] | None = None,
+    export: Mapping[str, object] | None = None,
 ) -> Handed:
     """Write a job with all that its process needs; the reference is then in the cache, the floors are in the file.
 
     ``key`` "" and ``floors`` None: this process could not find them out, the job's own does, by what is in ``behind``
-    where that is over. With ``calibrations``, those of the jobs that will need it, it is the job of a reference.
+    where that is over. With ``calibrations``, those of the jobs that will need it, it is the job of a reference, and
+    with ``export``, what is asked of it, one that exports.
     """
     folder = run_folder(session, job.name)
     data = {
@@ -94,6 +96,7 @@ def hand_over(
         "known": None if known is None else asdict(known),
         "behind": None if behind is None else str(behind),
         "calibrations": None if calibrations is None else [asdict(one) for one in calibrations],
+        "export": export,
     }
     (folder / JOB).write_text(json.dumps(data, indent=1, default=str), encoding="utf-8")
     return Handed(
@@ -102,7 +105,7 @@ def hand_over(
         protocol=protocol,
         folder=folder,
         claim=claim,
-        is_reference=calibrations is not None,
+        is_no_row=calibrations is not None or export is not None,
         behind=behind,
         known=known,
         after=session.lost_device,
@@ -123,7 +126,7 @@ def collect(session: Session, handed: Handed) -> RunReport:
     """The row of a job that was handed over and is over; a run that its process left open is ended as failed."""
     error = ending(handed.folder)
     told = read(handed.folder, "run.json")
-    if handed.is_reference:
+    if handed.is_no_row:
         why = str(told.get("error") or (error if has_ended(handed.folder) == "FAILED" else ""))
         status = "FAILED" if why else "FINISHED"
         return RunReport(name=handed.job.name, status=status, protocol=handed.protocol, error=why)

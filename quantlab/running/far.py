@@ -164,7 +164,7 @@ def run_all(session: Session, groups: Sequence[Group], begun: Sequence[Handed], 
 
     def more(one: Handed, row: RunReport) -> list[Handed]:
         group = group_of(one)
-        if not one.is_reference:
+        if not one.is_no_row:
             group.rows[one.place] = row
             if row.status == "FAILED":
                 say(f"{row.name} at {row.failed_stage}: {row.error[:500]}", "failed")

@@ -54,8 +54,8 @@ def handed(
     if not claimed:
         return hand_over(session, job, key, protocol, floors, **more)
     known: dict[str, Any] = {name: more[name] for name in ("claim", "behind", "known") if name in more}
-    is_reference = more.get("calibrations") is not None
-    told = partial(Handed, job=job, key=key, protocol=protocol, is_reference=is_reference, **known)
+    is_no_row = any(more.get(name) is not None for name in ("calibrations", "export"))
+    told = partial(Handed, job=job, key=key, protocol=protocol, is_no_row=is_no_row, **known)
     if session.claims.take(claimed, job.name) is not None:
         return told(folder=Path(), floors=floors, is_elsewhere=True)
     left = session.claims.mine[claimed]
@@ -105,7 +105,7 @@ def _looked_up(session: Session, job: Handed) -> RunReport | Handed:
     if session.claims.holder(job.claimed):
         return job
     tracking.push_pending(session.store, session.output_dir / "runs")
-    if job.is_reference:  # what it wrote is known by now; where it failed, it is asked for again
+    if job.is_no_row:  # what it wrote is known by now; where it failed, it is asked for again
         return RunReport(name=job.job.name, status="FINISHED", protocol=job.protocol)
     kept = replace(job.job.config, sweep=replace(job.job.config.sweep, retry_failed=False, force=False))
     row = earlier_report(session, job.protocol, replace(job.job, config=kept), job.key)

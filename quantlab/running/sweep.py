@@ -24,6 +24,7 @@ from quantlab.progress import progress_bars, say
 from quantlab.running.apart import Handed, hand_over
 from quantlab.running.claims import Claims, wait_for
 from quantlab.running.engines.table import check_launcher, is_far
+from quantlab.running.export_job import export_far
 from quantlab.running.far import references, run_far
 from quantlab.running.finished import answered_before, environment_of, known_before, rows_before
 from quantlab.running.handing import handed, run_handed, runs_apart
@@ -259,8 +260,11 @@ def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
         log_overview(session.store, parent, plan, reports)
         if plan.export.path is not None:
             parent.stage = "export"
-            with _computing(session, config):
-                export_chosen(session, plan, reports)
+            if is_far(config.launcher):
+                export_far(session, plan, reports)
+            else:
+                with _computing(session, config):
+                    export_chosen(session, plan, reports)
     return reports
 
 

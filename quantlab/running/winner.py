@@ -31,7 +31,7 @@ from quantlab.running.placement import hollow
 from quantlab.running.workbench import Session, Workbench, has_bench, in_stage, let_go_of_bench, workbench
 from quantlab.tracking.connect import NO_STORE
 from quantlab.tracking.pictures import SAMPLE_GRID
-from quantlab.tracking.results import report_data
+from quantlab.tracking.results import Row, report_data
 from quantlab.tracking.tags import WEIGHTS_SHA256
 from quantlab.vocabulary.reports import QuantizationReport, RunReport
 from quantlab.vocabulary.schema import ExperimentConfig
@@ -145,6 +145,22 @@ def export_chosen(session: Session, plan: Plan, reports: Sequence[RunReport]) ->
 
     Where nothing is chosen it is told why: the sweep itself has done what it should.
     """
+    found = chosen(session, plan, reports)
+    if found is None:
+        return None
+    job, report = found
+    with tempfile.TemporaryDirectory(prefix="quantlab-export-") as scratch:
+        recorded, picture = recorded_of(job.config, report, Path(scratch))
+        row, planned = report_data(report), planned_bytes(report)
+        exported = export_row(session, job, str(plan.export.path), row, planned, recorded, picture)
+    if report.run_id:
+        tracking.annotate(session.store, report.run_id, exported.metrics, exported.tags)
+    say(f"{report.name}: {'; '.join(exported.lines())}")
+    return exported
+
+
+def chosen(session: Session, plan: Plan, reports: Sequence[RunReport]) -> tuple[Job, RunReport] | None:
+    """What a sweep exports, by its rows; None where it is nothing, which is told with the reason."""
     target = plan.export.path
     if target is None:
         return None
@@ -153,16 +169,25 @@ def export_chosen(session: Session, plan: Plan, reports: Sequence[RunReport]) ->
     if found is None or job is None:
         say(f"export.path={target}: nothing is exported: {why}", "warning")
         return None
-    memory_bytes = {**planned_bytes(found), **bytes_to_run(job)}
-    with tempfile.TemporaryDirectory(prefix="quantlab-export-") as scratch:
-        recorded, picture = _recorded(job.config, found, Path(scratch))
-        bench = bench_for(session, job, recorded)
-        described = Described(row=report_data(found), memory_bytes=memory_bytes, picture=picture)
-        exported = made_and_exported(session, bench, job, target, described, None, recorded)
-    if found.run_id:
-        tracking.annotate(session.store, found.run_id, exported.metrics, exported.tags)
-    say(f"{found.name}: {'; '.join(exported.lines())}")
-    return exported
+    return job, found
+
+
+def export_row(
+    session: Session,
+    job: Job,
+    target: str,
+    row: Row,
+    planned: Mapping[str, int],
+    recorded: Mapping[str, Any],
+    picture: Path | None,
+) -> Exported:
+    """Make the candidate of a measured row once more, with what its run recorded, and export it.
+
+    ``planned``: bytes that its weights take, in words, as :func:`quantlab.running.job.planned_bytes` has them.
+    """
+    bench = bench_for(session, job, recorded)
+    described = Described(row=row, memory_bytes={**planned, **bytes_to_run(job)}, picture=picture)
+    return made_and_exported(session, bench, job, target, described, None, recorded)
 
 
 def _candidates(plan: Plan, reports: Sequence[RunReport]) -> list[RunReport]:
@@ -215,7 +240,7 @@ def stored_picture(reader: Reader, run: StoredRun, scratch: Path) -> Path | None
     return file
 
 
-def _recorded(config: ExperimentConfig, found: RunReport, scratch: Path) -> tuple[Mapping[str, Any], Path | None]:
+def recorded_of(config: ExperimentConfig, found: RunReport, scratch: Path) -> tuple[Mapping[str, Any], Path | None]:
     """The run's table of layers and its picture; nothing where they cannot be read."""
     try:
         reader = open_reader(config.tracking, Path.cwd(), config.output_dir)

@@ -21,6 +21,7 @@ from quantlab.modules.precision import exact_arithmetic
 from quantlab.planning.job import Job
 from quantlab.planning.plan import plan
 from quantlab.running.attempts import END, JOB, LOG, RESULT, RESUMED, begin, earlier_attempts, read, write
+from quantlab.running.export_job import export_here
 from quantlab.running.job import floor_rows, open_run, run_job
 from quantlab.running.known import PACKAGE, Known, code_digest, known_of
 from quantlab.running.observing import observe_reference
@@ -89,6 +90,9 @@ def work(folder: Path) -> int:
     if data["calibrations"] is not None:
         with exact_arithmetic(job.config.evaluation.deterministic):
             return observe_reference(session, job, folder, data["calibrations"])
+    if data["export"] is not None:
+        with exact_arithmetic(job.config.evaluation.deterministic):
+            return export_here(session, job, folder, data["export"])
     try:
         with (
             exact_arithmetic(job.config.evaluation.deterministic),
