@@ -28,6 +28,8 @@ from quantlab.vocabulary.schema import TrackingConfig
 USAGE = "quantlab export RUN_ID DIR (or latest instead of the id)"
 LATEST = "latest"
 _KEYS = (*KEYS, "tracking.experiment")
+_PLACES = ("tracking.uri", "tracking.experiment", "output_dir")
+"""Where a run that is uploaded is looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,11 +136,12 @@ def push_lines(words: Sequence[str]) -> list[str]:
     """
     given = [word for word in words if "=" not in word]
     values = dict(word.split("=", 1) for word in words if "=" in word)
-    if wrong := [key for key in values if key not in ("tracking.uri", "tracking.experiment")]:
-        raise ConfigError(f"{wrong[0]}: push takes tracking.uri and tracking.experiment alone; leave it out")
+    if wrong := [key for key in values if key not in _PLACES]:
+        raise ConfigError(f"{wrong[0]}: push takes {', '.join(_PLACES)} alone; leave it out")
     if len(given) != 2 or any(word.startswith("-") for word in given):
         raise ConfigError("push: a run and a repository are wanted; write quantlab push RUN_ID OWNER/NAME")
-    reader = open_reader(TrackingConfig(uri=values.get("tracking.uri", TrackingConfig().uri)), Path.cwd())
+    tracked = TrackingConfig(uri=values.get("tracking.uri", TrackingConfig().uri))
+    reader = open_reader(tracked, Path.cwd(), values.get("output_dir", "outputs"))
     run = run_of(reader, given[0], values.get("tracking.experiment", TrackingConfig().experiment))
     folder = run.tags.get(EXPORT_PATH)
     if not folder or not Path(folder).is_dir():

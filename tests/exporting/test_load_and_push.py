@@ -190,3 +190,10 @@ def test_a_run_without_an_export_is_not_pushed(export, tmp_path):
     code, _, err = export("push", "nobody", "me/it")
     assert code == 2
     assert "no such run" in err
+
+
+def test_a_run_is_pushed_from_where_its_record_lies(export):
+    code, _, err = export("push", "latest", "no name of a repository", "output_dir=outputs")
+    assert (code, "no name of a repository" in err) == (2, True), err
+    code, _, err = export("push", "latest", "me/it", "outputdir=outputs")
+    assert (code, "outputdir: push takes" in err) == (2, True), err
