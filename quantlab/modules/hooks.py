@@ -211,3 +211,11 @@ def _looks_at_the_weight(adapter: nn.Module) -> bool:
     finally:
         adapter.base_layer = base
     return False
+
+
+def computed_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """What modules hold that they compute anew at each call, as ``weight_norm`` does: torch copies none of a graph."""
+    import torch
+
+    for one in module.modules():
+        yield from (t for t in vars(one).values() if isinstance(t, torch.Tensor) and t.grad_fn is not None)

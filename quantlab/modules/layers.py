@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from quantlab.errors import ConfigError, ModelError
-from quantlab.modules.hooks import adapter_parts, adapters, inherit
+from quantlab.modules.hooks import adapter_parts, adapters, computed_tensors, inherit
 
 if TYPE_CHECKING:
     from torch import nn
@@ -239,6 +239,7 @@ def view_of(module: nn.Module) -> nn.Module:
             shared[id(tensor)] = torch.nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
         elif type(tensor) is torch.Tensor:
             shared[id(tensor)] = tensor.detach()
+    shared |= {id(tensor): tensor.detach() for tensor in computed_tensors(module)}
     return copy.deepcopy(module, shared)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quantlab.modules.holders import REPLACE, Holder
+from quantlab.modules.hooks import computed_tensors
 from quantlab.modules.layers import replace_layer
 from quantlab.modules.memory import storage_of
 
@@ -42,7 +43,7 @@ def copied(module: nn.Module) -> nn.Module:
     tied = tied_parameters(module)
     for places in _by_storage(module):
         memo |= _copies([p for p in places if p.path in tied])
-    return copy.deepcopy(module, memo)
+    return copy.deepcopy(module, {**memo, **{id(t): t.detach().clone() for t in computed_tensors(module)}})
 
 
 @dataclass(frozen=True, kw_only=True)

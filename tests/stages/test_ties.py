@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import quantlab
-from quantlab.modules.ties import tied_parameters
+from quantlab.modules.layers import view_of
+from quantlab.modules.ties import copied, tied_parameters
 from tests.support.configs import METHODS, config_of
 from tests.support.tables import component_memory
 
@@ -160,3 +161,14 @@ def test_python_leaves_what_the_command_line_leaves():
         _, report = quantlab.quantize(model, quantlab.QuantoConfig("int8"), replace_default_exclusions=True)
         assert rows_of(report)["lm_head"].status == ("excluded" if tied else "quantized")
         assert report.coverage <= 1
+
+
+def test_a_module_that_computes_a_weight_at_each_call_is_copied():
+    with pytest.warns(FutureWarning):
+        layer = torch.nn.utils.weight_norm(torch.nn.Linear(4, 3))
+    module, x = torch.nn.Sequential(layer), torch.ones(2, 4)
+    expected = module(x)
+    assert layer.weight.grad_fn is not None
+    for made in (copied(module), view_of(module)):
+        assert torch.equal(made(x), expected)
+        assert type(made[0].weight) is torch.Tensor
