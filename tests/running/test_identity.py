@@ -26,7 +26,7 @@ def words(shell):
 
 
 def test_an_edited_configuration_is_another_model(shell, words):
-    sweep = ["-m", *words, "backend=quanto", "dtype=int8", "sweep.floors=false"]
+    sweep = ["-m", *words, "backend=quanto", "dtype=int8,int4", "sweep.floors=false"]
     before = shell.rows(*sweep)
     assert {r["resumed"] for r in shell.rows(*sweep).values()} == {True}
     config = shell.folder / "model" / "config.json"
