@@ -226,6 +226,9 @@ def _as_config_error(error: Exception, words: Sequence[str], recipe: Recipe | No
     if key and "is not Optional" in text:
         return ConfigError(f"{key[1]}=null: a value is wanted")
     if key and (several := re.search(r"Cannot convert '(?:list|dict)' to string: '(.{0,200}?)' ", text)):
+        below = next((w.lstrip("+").partition("=")[0] for w in words if w.lstrip("+").startswith(f"{key[1]}.")), None)
+        if below is not None:
+            return ConfigError(f"{below}: {key[1]} is one word, with nothing below it; write {key[1]}=...")
         return ConfigError(f"{key[1]}={several[1]}: one word is wanted")
     where = (
         merged[1] if merged else key[1] if key else f"recipe={recipe.file.name}" if recipe else " ".join(words)[:200]

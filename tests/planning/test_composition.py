@@ -329,3 +329,12 @@ def test_a_composition_leaves_the_schema_as_it_was():
     one("model=smollm2_135m", "backend=quanto", "dtype=int4", "model.dtype=float32")
     assert one("backend=torchao").config.dataset.name == "digits_classes"
     assert one("backend=torchao") == one("backend=torchao")
+
+
+@pytest.mark.parametrize(
+    ("word", "said"), [("name.x=", "name.x: name is one word"), ("model.path.x=1", "model.path.x: ")]
+)
+def test_a_key_below_a_word_is_named_as_it_was_typed(word, said):
+    with pytest.raises(ConfigError) as refused:
+        plan(["backend=quanto", word])
+    assert str(refused.value).startswith(said)
