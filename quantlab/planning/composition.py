@@ -221,14 +221,14 @@ def _as_config_error(error: Exception, words: Sequence[str], recipe: Recipe | No
         return ConfigError(f"{key[1]}: no such key{_nearest_key(owner, leaf)}")
     merged = re.search(r"Error merging override \+*([\w./-]+)=", text)
     mistyped = re.search(r"Value '(.{0,200}?)'.{0,60}? (?:could not be converted to|is not a valid) (\w+)", text)
+    below = [word.partition("=")[0] for word in words if key and word.startswith(f"{key[1]}.")]
+    if below and key:
+        return ConfigError(f"{below[0]}: {key[1]} is one value, with nothing below it; write {key[1]}=...")
     if mistyped and key:
         return ConfigError(f"{key[1]}={mistyped[1]}: {_KINDS.get(mistyped[2], mistyped[2])} is wanted")
     if key and "is not Optional" in text:
         return ConfigError(f"{key[1]}=null: a value is wanted")
     if key and (several := re.search(r"Cannot convert '(?:list|dict)' to string: '(.{0,200}?)' ", text)):
-        below = next((w.lstrip("+").partition("=")[0] for w in words if w.lstrip("+").startswith(f"{key[1]}.")), None)
-        if below is not None:
-            return ConfigError(f"{below}: {key[1]} is one word, with nothing below it; write {key[1]}=...")
         return ConfigError(f"{key[1]}={several[1]}: one word is wanted")
     where = (
         merged[1] if merged else key[1] if key else f"recipe={recipe.file.name}" if recipe else " ".join(words)[:200]

@@ -332,7 +332,12 @@ def test_a_composition_leaves_the_schema_as_it_was():
 
 
 @pytest.mark.parametrize(
-    ("word", "said"), [("name.x=", "name.x: name is one word"), ("model.path.x=1", "model.path.x: ")]
+    ("word", "said"),
+    [
+        ("name.x=", "name.x: name is one value"),
+        ("dataset.seed.x=", "dataset.seed.x: "),
+        ("model.path.x=1", "model.path.x: "),
+    ],
 )
 def test_a_key_below_a_word_is_named_as_it_was_typed(word, said):
     with pytest.raises(ConfigError) as refused:
