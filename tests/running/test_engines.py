@@ -412,6 +412,20 @@ def test_one_node_that_does_not_see_what_others_do_is_a_lost_one(elsewhere):
     assert engine.poll(["7"])["7"] == State("ended", "n1")
 
 
+def test_what_is_cancelled_while_it_is_queued_began_on_no_node(elsewhere, monkeypatch):
+    """SLURM forgets such a task of an array at once; that says nothing of the folder."""
+    engine, now = elsewhere
+    said = {"squeue": "7|PENDING||Resources\n8|RUNNING|n1|None"}
+    monkeypatch.setattr(slurm, "_call", lambda *words: said.get(words[0]))
+    assert engine.poll(["7", "8"])["7"].what == "queued"
+    said["squeue"] = ""
+    assert all(state.is_open for state in engine.poll(["7", "8"]).values())
+    now[0] = 31.0
+    with pytest.raises(EngineError, match="node n1 wrote nothing there .SLURM says nothing of the job"):
+        engine.poll(["8"])
+    assert engine.poll(["7"])["7"] == State("stopped", "", "cancelled in SLURM while it was queued")
+
+
 def test_what_a_job_said_before_it_came_to_its_folder_is_its_reason(elsewhere, tmp_path):
     engine, _ = elsewhere
     (tmp_path / "launcher").mkdir()

@@ -137,12 +137,13 @@ class Slurm:
             return State("ended")
         told = _call("scontrol", "show", "job", "--oneliner", job_id) or ""
         known = dict(word.partition("=")[::2] for word in shlex.split(told.replace("'", "")))
-        state = _state(known.get("JobState") or "UNKNOWN", known.get("NodeList", ""), known.get("Reason", ""))
+        node = known.get("NodeList") or (self._last[job_id].node if job_id in self._last else "")
+        state = _state(known.get("JobState") or "UNKNOWN", node, known.get("Reason", ""))
         if state.what != "ended" or folder is None or self._wrote(job_id):
             return state
         if said := self._last_word(job_id):
             return State("ended", state.node, f"it began nothing: {said}")
-        return self._unseen(job_id, folder, state.node, known.get("JobState", "nothing of the job"))
+        return self._unseen(job_id, folder, state.node, known.get("JobState", ""))
 
     def _unseen(self, job_id: str, folder: Path, node: str, said: str) -> State:
         """Of a job of which nothing is here: a shared folder may take a while, and another is no shared folder."""
@@ -150,7 +151,9 @@ class Slurm:
         if time.monotonic() - since < self.settle_s:
             return State("running", node, "its files are awaited")
         del self._awaited[job_id]
-        told = f"node {node or 'of the first job'} wrote nothing there (SLURM says {said})"
+        if not node and not said:  # a task of an array that is cancelled before it begins is forgotten at once
+            return State("stopped", "", "cancelled in SLURM while it was queued")
+        told = f"node {node or 'of the first job'} wrote nothing there (SLURM says {said or 'nothing of the job'})"
         if self._is_seen:
             return State("lost", node, told)
         raise EngineError(
