@@ -305,9 +305,9 @@ def columns_of(flags: set[str]) -> list[str]:
 
 def run(request: Plan, flags: set[str]) -> int:
     """Run the jobs and show the table; 1 when a job failed."""
-    from quantlab.report.attribution import attribution_sheets
+    from quantlab.report.attribution import attribution_sheet
     from quantlab.report.said_first import said_first
-    from quantlab.report.table import MAX_SKIPPED, rows_sheet
+    from quantlab.report.table import MAX_SKIPPED, headline, rows_sheet
     from quantlab.running.sweep import run_plan
     from quantlab.tracking.results import report_data
 
@@ -323,11 +323,15 @@ def run(request: Plan, flags: set[str]) -> int:
         here = "" if any(r["metrics"].get("perf/representative") for r in rows) else CPU_SECONDS
         caption = f"{size}; saving is against 16 bit{here}"
         console = terminal(132)
-        for line in said_first((r["name"], r["unquantized"]) for r in rows):
+        schemes = [r for r in rows if "quantization/coverage" in r["metrics"]]
+        for line in said_first((r["name"], r["unquantized"]) for r in schemes):
             tell(console, line, "yellow")
         apart = {p: [r for r in rows if r["protocol"] == p] for p in sorted({r["protocol"] for r in rows})}
-        for sheet in [*(rows_sheet(some, p, caption, more) for p, some in apart.items()), *attribution_sheets(rows)]:
-            show(console, sheet, **_look(flags))
+        for protocol, some in apart.items():
+            costs = attribution_sheet(some, headline(protocol, some), is_plain="--plain" in flags)
+            for sheet in (rows_sheet(some, protocol, caption, more), costs):
+                if sheet:
+                    show(console, sheet, **_look(flags))
         for row in [r for r in rows if r["status"] == "SKIPPED"][:MAX_SKIPPED]:
             tell(console, f"skipped: {row['name']}: {row['error']}")
         for line in front_lines(reports, request):

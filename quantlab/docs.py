@@ -105,7 +105,8 @@ def table_block(data: Sweep) -> str:
         f"Measured {data['date']} in {minutes:.1f} min on a {where} with {machine['torch_threads']} threads, "
         f"n = {n:.0f}; the model, kept layers and scales are in {computed}. {marks}.\n\n*{versions}*"
     )
-    first = "".join(f"{line}.\n\n" for line in said_first((r["name"], r.get("unquantized", ())) for r in rows))
+    schemes = [r for r in rows if "quantization/coverage" in r["metrics"]]
+    first = "".join(f"{line}.\n\n" for line in said_first((r["name"], r.get("unquantized", ())) for r in schemes))
     return f"{first}{markdown(rows, protocol)}\n\n{caption}\n"
 
 

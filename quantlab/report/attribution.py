@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from quantlab.metrics import METRICS
-from quantlab.report.table import MARKS, MIB, headline, short_number, title_of, with_half_width
+from quantlab.report.table import MARKS, MIB, title_of, with_half_width
 from quantlab.report.terminal import Column, Sheet
-from quantlab.tracking.results import Row
+from quantlab.tracking.results import Measured
 from quantlab.vocabulary.numbers import ALONE, ON_TOP, metric_value
-from quantlab.vocabulary.reports import MetricValue
 
 
 def components_in(metrics: Mapping[str, float]) -> list[str]:
@@ -18,27 +16,50 @@ def components_in(metrics: Mapping[str, float]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def attribution_sheets(rows: Iterable[Row]) -> list[Sheet]:
-    """A sheet for each row whose components were measured apart, with a line a component."""
-    return [_sheet(row, components_in(row["metrics"])) for row in rows if components_in(row["metrics"])]
+def attribution_sheet(rows: Iterable[Measured], metrics: Sequence[str], *, is_plain: bool = False) -> Sheet | None:
+    """Of each row whose components were measured apart, a line for the scheme and one a component; None without any.
 
-
-def _sheet(row: Row, names: Sequence[str]) -> Sheet:
-    metrics, protocol = row["metrics"], row["protocol"]
-    shown = [m for m in headline(protocol, [row]) if any(f"{ALONE}/{name}/{m}" in metrics for name in names)]
-    columns = [Column(title="component", is_text=True), Column(title="MiB", keep=4), Column(title="saves MiB", keep=8)]
+    ``is_plain``: with the scheme in a column of its own, for other programs.
+    """
+    measured = [(row, parts) for row in rows if (parts := components_in(row["metrics"]))]
+    shown = [
+        m for m in metrics if any(f"{ALONE}/{part}/{m}" in row["metrics"] for row, parts in measured for part in parts)
+    ]
+    if not shown:
+        return None
+    columns = [Column(title="MiB", keep=4), Column(title="saves MiB", keep=8)]
     for i, metric in enumerate(shown):  # of the first metric both columns outlast those of the others
         title, later = title_of(metric), 4 * bool(i)
         columns += [Column(title=f"{title} alone", keep=7 - later), Column(title=f"{title} + others", keep=6 - later)]
-    rows = [[name, *_bytes(metrics, name), *_qualities(metrics, name, shown)] for name in names]
-    together = [_text(metrics, f"quality/{m}") for m in shown]
-    saved = sum(metrics.get(f"memory/{name}/saved_bytes", 0) for name in names)
-    whole = [f"{metrics['memory/weights_bytes'] / MIB:.2f}", f"{saved / MIB:.2f}"]
-    rows.append(["all together", *whole, *(text for value in together for text in (value, ""))])
-    told = "alone: the others unquantized; + others: all together less the component alone, paired by sample"
-    interval = MARKS["±"] if any("±" in text for cells in rows for text in cells) else ""
-    title = f"{row['name']}: which component costs what"
-    return Sheet(columns=columns, rows=rows, title=(title,), caption=(told, interval))
+    names = ["scheme", "component"] if is_plain else ["component"]
+    lines: list[list[str]] = []
+    ends = []
+    for row, parts in measured:
+        found = row["metrics"]
+        saved = sum(found.get(f"memory/{name}/saved_bytes", 0) for name in parts)
+        whole = [f"{found.get('memory/weights_bytes', 0) / MIB:.2f}", f"{saved / MIB:.2f}"]
+        for metric in shown:
+            whole += [_text(found, f"quality/{metric}"), ""]
+        before = [row["name"]] if is_plain else []
+        lines.append([*before, _TOGETHER if is_plain else row["name"], *whole])
+        of = "" if is_plain else "- "
+        lines += [[*before, f"{of}{name}", *_bytes(found, name), *_qualities(found, name, shown)] for name in parts]
+        ends.append(len(lines) - 1)
+    told = (
+        f"{'' if is_plain else 'at a scheme: all components together; '}alone: the others unquantized; + others: all "
+        "together less the component alone, paired by sample; saves MiB: against the reference as it was loaded"
+    )
+    interval = MARKS["±"] if any("±" in text for cells in lines for text in cells) else ""
+    return Sheet(
+        columns=[*(Column(title=name, is_text=True) for name in names), *columns],
+        rows=lines,
+        sections=frozenset(ends),
+        title=("which component costs what",),
+        caption=(told, interval),
+    )
+
+
+_TOGETHER = "all together"
 
 
 def _bytes(metrics: Mapping[str, float], name: str) -> tuple[str, str]:
@@ -61,32 +82,3 @@ def _text(metrics: Mapping[str, float], key: str, signed: bool = False) -> str:
     half = max(abs(value.value - bound) for bound in bounds if bound is not None) if None not in bounds else 0.0
     text = with_half_width(value.value, half)
     return f"+{text}" if signed and value.value > 0 else text
-
-
-def _in_words(metrics: Mapping[str, float], key: str, signed: bool = False) -> str:
-    return _said(metric_value(metrics, key), signed)
-
-
-def _said(value: MetricValue, signed: bool = False) -> str:
-    text = short_number(value.value)
-    text = f"+{text}" if signed and value.value > 0 else text
-    if value.ci_lo is None or value.ci_hi is None or value.ci_lo == value.ci_hi:
-        return text
-    return f"{text} ({short_number(value.ci_lo)}..{short_number(value.ci_hi)})"
-
-
-def attribution_lines(name: str, metrics: Mapping[str, float], metric: str) -> list[str]:
-    """The same as sentences, under one metric: for a comparison and its page."""
-    lines = []
-    for component in components_in(metrics):
-        alone, on_top = f"{ALONE}/{component}/{metric}", f"{ON_TOP}/{component}/{metric}"
-        if alone not in metrics:
-            continue
-        saved = metrics.get(f"memory/{component}/saved_bytes", 0) / MIB
-        unit = METRICS[metric].unit
-        others = f"; the others change that by {_in_words(metrics, on_top, signed=True)}" if on_top in metrics else ""
-        of = f" {unit}" if unit not in ("", "1") else ""
-        lines.append(
-            f"{name}: {component} alone: {metric} {_in_words(metrics, alone)}{of}, and saves {saved:.2f} MiB{others}"
-        )
-    return lines

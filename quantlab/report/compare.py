@@ -19,7 +19,6 @@ from quantlab.metrics import METRICS
 from quantlab.metrics.significance import is_skewed, mcnemar_exact, rank_test, t_test
 from quantlab.metrics.statistics import MIN_CLUSTERS, cluster_means, degrees_of_freedom, paired_differences
 from quantlab.protocols.table import PROTOCOLS
-from quantlab.report.attribution import attribution_lines
 from quantlab.report.pareto import pareto_front
 from quantlab.report.reading import Reader, StoredRun, read_json
 from quantlab.report.selection import ComparisonRequest, Selection, group_labels, is_candidate, scheme_nodes
@@ -131,7 +130,6 @@ def _compare_group(
     if len(front) < len(points):
         alike = ", ".join(r.name for r in points if r.name not in front)
         notes.append(f"not on the front, since no better than a smaller scheme as far as can be told: {alike}")
-    notes += [line for run in candidates for line in attribution_lines(run.name, run.metrics, metric)]
     notes += said_of(backend for run in candidates for backend in scheme_nodes(run.params).values())
     if floor is None:
         notes.append("no floor is known: no other execution of the reference was measured, or each gave its outputs")

@@ -12,12 +12,14 @@ from typing import TypedDict
 from quantlab.errors import ConfigError
 from quantlab.metrics import METRICS
 from quantlab.protocols.table import PROTOCOLS
+from quantlab.report.attribution import components_in
 from quantlab.report.compare import Comparison, answers, bytes_of
 from quantlab.report.reading import StoredRun
 from quantlab.report.said_first import said_first
 from quantlab.report.selection import is_candidate, scheme_nodes
 from quantlab.report.verdicts import Verdict, largest_floor
 from quantlab.tracking.tags import FAILURE, STAGE, UNQUANTIZED
+from quantlab.vocabulary.numbers import ALONE, ON_TOP
 
 
 class Numbers(TypedDict):
@@ -78,6 +80,17 @@ class Answer(TypedDict):
     name: str
 
 
+class Cost(TypedDict):
+    """What a component of a scheme costs by itself, and what the others cost on top of it."""
+
+    scheme: str
+    component: str
+    weights_bytes: float | None
+    saved_bytes: float | None
+    alone: Numbers
+    on_top: Numbers | None
+
+
 class GroupData(TypedDict):
     """One comparable group."""
 
@@ -99,6 +112,8 @@ class GroupData(TypedDict):
     rows: list[RowData]
     pairs: list[PairData]
     twins: list[PairData]
+    costs: list[Cost]
+    """Of schemes whose components were measured apart."""
 
 
 class Failure(TypedDict):
@@ -131,12 +146,36 @@ def group_data(group: Comparison) -> GroupData:
         "rows": [_row(r, group) for r in in_order(group)],
         "pairs": [{"a": v.a, "b": v.b, **verdict_data(v)} for v in group.pairs],
         "twins": [{"a": v.a, "b": v.b, **verdict_data(v)} for v in group.twins],
+        "costs": costs(group.candidates, group.metric),
     }
+
+
+def costs(runs: Sequence[StoredRun], metric: str) -> list[Cost]:
+    """A row a component, of the runs that measured each alone under ``metric``."""
+    return [
+        {
+            "scheme": run.name,
+            "component": name,
+            "weights_bytes": run.metrics.get(f"memory/{name}/weights_bytes"),
+            "saved_bytes": run.metrics.get(f"memory/{name}/saved_bytes"),
+            "alone": _at(run, f"{ALONE}/{name}/{metric}"),
+            "on_top": _at(run, on_top) if (on_top := f"{ON_TOP}/{name}/{metric}") in run.metrics else None,
+        }
+        for run in runs
+        for name in components_in(run.metrics)
+        if f"{ALONE}/{name}/{metric}" in run.metrics
+    ]
+
+
+def _at(run: StoredRun, key: str) -> Numbers:
+    known = run.metrics
+    bounds = known.get(f"{key}/ci_lo"), known.get(f"{key}/ci_hi")
+    return {"value": known[key], "ci_lo": bounds[0], "ci_hi": bounds[1], "floor": None}
 
 
 def unquantized(runs: Iterable[StoredRun]) -> list[str]:
     """What stays unquantized under which of the runs, where that is much."""
-    return said_first((r.name, _sentences(r.tags.get(UNQUANTIZED, "[]"))) for r in runs)
+    return said_first((r.name, _sentences(r.tags.get(UNQUANTIZED, "[]"))) for r in runs if is_candidate(r))
 
 
 def _sentences(text: str) -> list[str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantlab.progress import printable
+from quantlab.report.attribution import attribution_sheet
 from quantlab.report.compare import Comparison
 from quantlab.report.comparison_data import failure_data, in_order, unquantized
-from quantlab.report.comparison_table import answer_lines, method, p_text, verdict_text
+from quantlab.report.comparison_table import answer_lines, as_measured, front_text, method, p_text, verdict_text
 from quantlab.report.selection import Selection, is_candidate
 from quantlab.report.table import cells, columns, headline, in_markdown, legend
 from quantlab.tracking.results import Measured
@@ -30,7 +30,7 @@ def _group(group: Comparison, most: int) -> str:
     runs = in_order(group)
     first = sorted(runs, key=lambda r: r.name not in group.front and is_candidate(r))[:most]
     kept, off = [r for r in runs if r in first], max(0, len(runs) - most)
-    measured: list[Measured] = [{"name": r.name, "status": r.status, "metrics": r.metrics} for r in kept]
+    measured = as_measured(kept)
     shown = list(dict.fromkeys([group.metric, *headline(group.protocol, measured)]))
     head = [*columns(shown)[:-2], "front", f"verdict on {group.metric}"]  # without coverage and seconds
     table, marks = [], []
@@ -45,11 +45,23 @@ def _group(group: Comparison, most: int) -> str:
     lines += [*(f"- {_text(line)}" for line in answer_lines(group)), ""]
     lines += ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 3) + "---|---|"]
     lines += ["| " + " | ".join(in_markdown(c) for c in row) + " |" for row in table]
+    lines += _costs(measured, group.metric)
     more = [f"and {off} more rows"] if off else []
-    told = [*more, *group.notes, method(group).replace("*", "★", 1), legend(marks)]
+    told = [*more, *group.notes, f"★ {front_text(group)}", method(group), legend(marks)]
     return "\n".join([*lines, "", *(f"- {_text(line)}" for line in told if line)])
+
+
+def _costs(rows: Sequence[Measured], metric: str) -> list[str]:
+    """A table of what each component costs alone; nothing where none was measured so."""
+    sheet = attribution_sheet(rows, [metric], is_plain=True)
+    if sheet is None:
+        return []
+    head = [column.title for column in sheet.columns]
+    lines = ["", f"**{sheet.title[0]}**", "", "| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
+    lines += ["| " + " | ".join(in_markdown(c) for c in row) + " |" for row in sheet.rows]
+    return [*lines, "", *(_text(line) for line in sheet.caption if line)]
 
 
 def _text(text: str) -> str:
     """A line of prose: nothing in it is an element, a link, code or emphasis."""
-    return in_markdown(printable(text, 1000))
+    return in_markdown(text, 1000)

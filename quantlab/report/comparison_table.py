@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 
 from quantlab.progress import plain
 from quantlab.protocols.table import PROTOCOLS
+from quantlab.report.attribution import attribution_sheet
 from quantlab.report.compare import Comparison, answers, bytes_of
 from quantlab.report.comparison_data import failure_data, in_order, unquantized
 from quantlab.report.reading import StoredRun
 from quantlab.report.selection import is_candidate
-from quantlab.report.table import MIB, cells, headline, legend, sheet_columns
+from quantlab.report.table import MIB, cells, headline, legend, sheet_columns, short_number
 from quantlab.report.terminal import Column, Sheet, show
 from quantlab.report.verdicts import (
     BETTER,
@@ -48,7 +49,10 @@ def show_groups(
 ) -> None:
     """Print comparisons: tables, answers, pairs, and what failed. ``is_plain``: the tables alone, tab-separated."""
     for group in groups:
-        show(console, comparison_sheet(group), is_plain=is_plain, wide=wide)
+        apart = attribution_sheet(as_measured(in_order(group)), [group.metric], is_plain=is_plain)
+        for sheet in (comparison_sheet(group), apart):
+            if sheet:
+                show(console, sheet, is_plain=is_plain, wide=wide)
         told = [*answer_lines(group), *pair_lines(group)[:MAX_PAIRS], *twin_lines(group), *group.notes]
         for line in [] if is_plain else told:
             console.print(plain(line, 1000))
@@ -56,18 +60,23 @@ def show_groups(
         console.print(plain(f"failed: {failure['name']} at {failure['stage']}: {failure['error']}", 1000))
 
 
+def as_measured(runs: Iterable[StoredRun]) -> list[Measured]:
+    """What tables show of runs."""
+    return [{"name": r.name, "status": r.status, "metrics": r.metrics} for r in runs]
+
+
 def comparison_sheet(group: Comparison) -> Sheet:
     """One group for a terminal; of more than 60 runs, the reference, the floors and the front."""
     runs = in_order(group)
     shown = runs if len(runs) <= MAX_SHOWN else [r for r in runs if not is_candidate(r) or r.name in group.front]
     first = [*([group.label] if group.label else []), *unquantized(group.runs)]
-    measured: list[Measured] = [{"name": r.name, "status": r.status, "metrics": r.metrics} for r in shown]
+    measured = as_measured(shown)
     metrics = headline(group.protocol, measured)
     extra = [] if group.metric in PROTOCOLS[group.protocol].HEADLINE else [group.metric]
     columns = [
         *sheet_columns(metrics, group.metric)[:-1],  # without the seconds
         *(Column(title=m, keep=8) for m in extra),
-        Column(title="front", keep=6),
+        Column(title="front", keep=6, caption=f"* {front_text(group)}"),
         Column(title="p (Holm)", keep=3),
         Column(title=f"verdict on {group.metric}", is_text=True, may_wrap=True),
     ]
@@ -94,10 +103,11 @@ def verdict_text(v: Verdict, group: Comparison) -> str:
 
 
 def pair_lines(group: Comparison) -> list[str]:
-    """The pairs as sentences, those that cannot be told apart first."""
-    order = (SAME, TOO_FEW, IN_FLOOR, IN_MARGIN, NEAR_FLOOR, BETTER_BY_RANK, WORSE_BY_RANK)
+    """The pairs as sentences, those that cannot be told apart first; of too few samples the answers tell already."""
+    order = (SAME, IN_FLOOR, IN_MARGIN, NEAR_FLOOR, BETTER_BY_RANK, WORSE_BY_RANK)
     place = {text: i for i, text in enumerate(order)}
-    return [pair_text(v, group.metric) for v in sorted(group.pairs, key=lambda v: place.get(v.text, len(order)))]
+    told = [v for v in group.pairs if v.text != TOO_FEW]
+    return [pair_text(v, group.metric) for v in sorted(told, key=lambda v: place.get(v.text, len(order)))]
 
 
 def twin_lines(group: Comparison) -> list[str]:
@@ -108,22 +118,27 @@ def twin_lines(group: Comparison) -> list[str]:
 def pair_text(v: Verdict, metric: str) -> str:
     """One pair as a sentence."""
     d = v.difference
-    interval = "" if d.ci_lo is None else f" ({d.ci_lo:.2g}..{d.ci_hi:.2g})"
+    bounds = [short_number(bound) for bound in (d.ci_lo, d.ci_hi) if bound is not None]
+    interval = f" ({'..'.join(bounds)})" if bounds else ""
     what = {BETTER: f"{v.a} is better than {v.b}", WORSE: f"{v.b} is better than {v.a}"}
     said = what.get(v.text, f"{v.a} and {v.b}: {v.text}")
     ranked = ""
     if v.p_rank is not None and v.share_worse is not None:
         ranked = f"; {v.a} is worse on {100 * v.share_worse:.0f} % of the samples, rank test p {p_text(v.p_rank)}"
-    return f"{said}; {metric} differs by {d.value:.2g}{interval}, p {p_text(v.p_holm) or '-'}{ranked}"
+    return f"{said}; {metric} differs by {short_number(d.value)}{interval}, p {p_text(v.p_holm) or '-'}{ranked}"
 
 
 def method(group: Comparison) -> str:
     """How the verdicts were found, in a line."""
     margin = f", margin {group.margin:g}" if group.margin else ""
     floor = f"; floor: {group.floor.name}" if group.floor else "; no floor is known"
-    front = f"* on the front of bytes and {group.metric}: surely better than all smaller schemes there"
     num = len(group.verdicts) + len(group.pairs) + len(group.twins)
-    return f"{front}; n = {group.n}{margin}{floor}; p: paired, Holm-adjusted over {num} comparisons"
+    return f"n = {group.n}{margin}{floor}; p: paired, Holm-adjusted over {num} comparisons"
+
+
+def front_text(group: Comparison) -> str:
+    """What it means to be marked in the column ``front``."""
+    return f"on the front of bytes and {group.metric}: surely better than all smaller schemes there"
 
 
 def answer_lines(group: Comparison) -> list[str]:

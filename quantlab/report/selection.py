@@ -117,6 +117,8 @@ def parse_request(words: Sequence[str]) -> ComparisonRequest:
             values[key] = value
         else:
             raise ConfigError(f"{word}: not a key of compare{nearest(key, KEYS)}; write {', '.join(KEYS)} with a value")
+    if run_ids == ["latest"] and "sweep" not in values:  # as export and load take it
+        run_ids, values["sweep"] = [], "latest"
     chosen = [k for k in ("sweep", "experiment") if k in values] + (["run ids"] if run_ids else [])
     if len(chosen) != 1:
         raise ConfigError(f"compare: {' and '.join(chosen) or 'nothing'} given; write {USAGE}")

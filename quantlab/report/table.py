@@ -186,9 +186,9 @@ def sheet_columns(shown: Sequence[str], first: str = "") -> list[Column]:
     return [Column(title=t, is_text=i == 0, keep=keep[t] if t in keep else KEEP[t]) for i, t in enumerate(titles)]
 
 
-def in_markdown(text: str) -> str:
-    """One cell: nothing in it ends the cell, opens an element or a link."""
-    shown = printable(text, 200)
+def in_markdown(text: str, most: int = 200) -> str:
+    """One cell (or line of prose): nothing in it ends the cell, opens an element or a link."""
+    shown = printable(text, most)
     return "".join(f"\\{c}" if c in "|<[`*\\" else c for c in shown)
 
 

@@ -32,6 +32,8 @@ class Column:
     """Sentences: goes on in the next line wherever others need the room."""
     keep: int = 9
     """9 never gives way."""
+    caption: str = ""
+    """What its marks mean: said below the table where the column is shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +86,11 @@ def rich_table(sheet: Sheet, width: int) -> Table:
     """What fits ``width`` columns of a terminal; which columns are hidden is said below it."""
     shown = _shown(sheet, width)
     hidden = [c.title for j, c in enumerate(sheet.columns) if j not in shown]
-    told = [printable(line, MAX_LINE) for line in sheet.caption if line]
+    marks = [sheet.columns[j].caption for j in shown]
+    told = [printable(line, MAX_LINE) for line in (*marks, *sheet.caption) if line]
     if hidden:
-        told.append(f"... {len(hidden)} columns hidden ({', '.join(map(printable, hidden))}): --wide")
+        word = "column" if len(hidden) == 1 else "columns"
+        told.append(f"... {len(hidden)} {word} hidden ({', '.join(map(printable, hidden))}): --wide")
     table = Table(
         title=Text("\n".join(printable(line, MAX_LINE) for line in sheet.title)) if sheet.title else None,
         title_justify="left",

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from quantlab.metrics import METRICS
-from quantlab.report.attribution import attribution_lines, components_in
 from quantlab.report.compare import Comparison, by_metrics, front_of
-from quantlab.report.comparison_data import Numbers, PairData, VerdictData, group_data, verdict_data
+from quantlab.report.comparison_data import Cost, PairData, VerdictData, costs, group_data, verdict_data
 from quantlab.report.reading import Reader, StoredRun
 from quantlab.report.verdicts import largest_floor
-from quantlab.vocabulary.numbers import ALONE, ON_TOP
 
 STAGE_TIMES = frozenset(
     f"perf/{stage}_s"
@@ -43,17 +41,6 @@ class Axis(TypedDict):
     unit: str
     higher_is_better: bool
     note: str
-
-
-class Cost(TypedDict):
-    """What a component of a scheme costs by itself, and what the others cost on top of it."""
-
-    scheme: str
-    component: str
-    weights_bytes: float | None
-    saved_bytes: float | None
-    alone: Numbers
-    on_top: Numbers | None
 
 
 class View(TypedDict):
@@ -94,32 +81,8 @@ def views(group: Comparison, reader: Reader) -> dict[str, View]:
     return {m: _tested(tested[m]) if m in tested else _untested(group, m) for m in metrics}
 
 
-def costs(runs: Sequence[StoredRun], metric: str) -> list[Cost]:
-    """A row a component, of the runs that measured each alone under ``metric``."""
-    return [
-        {
-            "scheme": run.name,
-            "component": name,
-            "weights_bytes": run.metrics.get(f"memory/{name}/weights_bytes"),
-            "saved_bytes": run.metrics.get(f"memory/{name}/saved_bytes"),
-            "alone": _at(run, f"{ALONE}/{name}/{metric}"),
-            "on_top": _at(run, on_top) if (on_top := f"{ON_TOP}/{name}/{metric}") in run.metrics else None,
-        }
-        for run in runs
-        for name in components_in(run.metrics)
-        if f"{ALONE}/{name}/{metric}" in run.metrics
-    ]
-
-
-def _at(run: StoredRun, key: str) -> Numbers:
-    known = run.metrics
-    bounds = known.get(f"{key}/ci_lo"), known.get(f"{key}/ci_hi")
-    return {"value": known[key], "ci_lo": bounds[0], "ci_hi": bounds[1], "floor": None}
-
-
 def _tested(group: Comparison) -> View:
     data = group_data(group)
-    in_table = {line for run in group.candidates for line in attribution_lines(run.name, run.metrics, group.metric)}
     return {
         "metric": group.metric,
         "unit": data["unit"],
@@ -128,11 +91,11 @@ def _tested(group: Comparison) -> View:
         "floor": data["floor"],
         "floor_name": data["floor_name"],
         "front": data["front"],
-        "notes": [note for note in data["notes"] if note not in in_table],
+        "notes": data["notes"],
         "verdicts": {name: verdict_data(v) for name, v in group.verdicts.items()},
         "pairs": data["pairs"],
         "twins": data["twins"],
-        "costs": costs(group.candidates, group.metric),
+        "costs": data["costs"],
     }
 
 

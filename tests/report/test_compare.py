@@ -17,6 +17,7 @@ from quantlab.metrics import METRICS
 from quantlab.metrics.significance import holm, t_test
 from quantlab.metrics.statistics import mean_interval
 from quantlab.report.compare import _paired, answers, compare, front_of
+from quantlab.report.comparison_table import answer_lines, pair_lines
 from quantlab.report.reading import ServerReader, StoredRun, open_reader, read_json
 from quantlab.report.selection import ComparisonRequest, parse_request, select
 from quantlab.vocabulary.schema import TrackingConfig
@@ -229,6 +230,8 @@ def test_few_samples_give_no_verdict(own_sweep):
     ]
     (group,), _ = compared(own_sweep, *few)
     assert {v.text for v in [*group.verdicts.values(), *group.pairs]} == {"too few samples"}
+    assert pair_lines(group) == [], "it is one answer, and no sentence a pair"
+    assert sum("too few samples" in line for line in answer_lines(group)) == 1
 
 
 def test_a_run_whose_samples_are_gone_is_compared_with_the_reference_alone(own_sweep):

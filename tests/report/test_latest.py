@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from quantlab.errors import TrackingError
+from quantlab.errors import ConfigError, TrackingError
 from quantlab.report.reading import open_reader
 from quantlab.report.selection import parse_request, select
 from tests.support.comparison_store import N, add_run, fail, make_sweep
@@ -14,6 +14,14 @@ from tests.support.comparison_store import N, add_run, fail, make_sweep
 def latest(sweep):
     request = parse_request(["sweep=latest"])
     return select(request, open_reader(request.tracking, sweep.folder)).parents[0].run_id
+
+
+def test_it_is_taken_without_its_key_too():
+    assert parse_request(["latest", "metric=psnr"]).sweep == "latest"
+    with pytest.raises(ConfigError, match="compare: sweep and run ids given"):
+        parse_request(["latest", "sweep=abc"])
+    with pytest.raises(ConfigError, match="compare: sweep and experiment given"):
+        parse_request(["latest", "experiment=quantlab"])
 
 
 def begun(sweep, name, status=None):

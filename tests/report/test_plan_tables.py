@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from quantlab.progress import spell_out
-from quantlab.report.attribution import attribution_sheets
+from quantlab.report.attribution import attribution_sheet
 from quantlab.report.price_table import price_tables
 from quantlab.report.terminal import Sheet, show, tell
 from quantlab.vocabulary.numbers import ALONE, ON_TOP
@@ -52,7 +52,8 @@ def attributed():
             for start in (f"{ALONE}/{part}/", f"{ON_TOP}/{part}/", "quality/"):
                 metrics |= {f"{start}{metric}": value, f"{start}{metric}/ci_lo": value * 0.9}
                 metrics |= {f"{start}{metric}/ci_hi": value * 1.2}
-    return attribution_sheets([{"name": NAME, "status": "FINISHED", "metrics": metrics, "protocol": "diffusion"}])
+    sheet = attribution_sheet([{"name": NAME, "status": "FINISHED", "metrics": metrics}], ["latent_rel_mse", "psnr_db"])
+    return [sheet]
 
 
 SHEETS = {
@@ -85,7 +86,7 @@ def test_no_number_and_no_word_is_broken(kind, i, width):
     table = [line for line in text.splitlines() if "│" in line]
     whole = {word for row in sheet.rows for cell in row for word in cell.split()}
     assert {word for line in table for word in re.split(r"[\s│]+", line) if word} <= whole
-    hidden = re.search(r"(\d+) columns hidden", " ".join(text.split()))
+    hidden = re.search(r"(\d+) columns? hidden", " ".join(text.split()))
     shown = len(table[0].strip("│").split("│"))
     assert shown + (int(hidden[1]) if hidden else 0) == len(sheet.columns)
 

@@ -59,7 +59,7 @@ def test_no_cell_is_broken_at_any_width(width):
     assert all(cell in whole for cell in shown)
     hidden = len(sheet.columns) - len(shown)
     flat = " ".join(text.split())
-    assert (f"... {hidden} columns hidden" in flat) == bool(hidden)
+    assert (f"... {hidden} column{'s' * (hidden > 1)} hidden" in flat) == bool(hidden)
     assert (hidden == 0) == (width >= 132), "all of it from 132 columns on"
 
 

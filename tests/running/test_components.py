@@ -121,8 +121,8 @@ def test_each_alone_and_then_together_paired(sd3):
     table = json.loads(artifact(sd3.store, both["run_id"], "attribution.json"))
     assert {row[table["columns"].index("component")] for row in table["data"]} == {"transformer", "text_encoder_3"}
     code, out, _ = sd3("compare", both["run_id"], "--json")
-    told = [note for note in json.loads(out)["groups"][0]["notes"] if " alone: latent_rel_mse " in note]
-    assert len(told) == 2, out
+    costs = json.loads(out)["groups"][0]["costs"]
+    assert {c["component"]: c["alone"]["value"] for c in costs}["transformer"] == alone[f"quality/{metric}"], out
 
 
 @pytest.mark.parametrize(

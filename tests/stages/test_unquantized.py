@@ -77,6 +77,16 @@ def test_what_is_left_out_or_does_not_fit_is_told_with_its_reason():
 def test_schemes_that_leave_the_same_are_told_together():
     rows = [("a", ["x"]), ("b", ["x", "y"]), ("c", []), ("d", ["x"]), ("e", ["x"])]
     assert said_first(rows) == ["a, b, d and 1 more: x", "b: y"]
+    assert said_first([(name, ["x"]) for name in "abcd"]) == ["all 4 schemes: x"]
+
+
+def test_names_do_not_bury_what_is_said_of_them():
+    long = [f"transformer: bitsandbytes nf4 + text_encoder_3: quanto {dtype}" for dtype in ("int8", "int4", "int2")]
+    assert said_first([(name, ["x"]) for name in long]) == ["all 3 schemes: x"]
+    assert said_first([(name, ["x"]) for name in long[:2]]) == ["both schemes: x"]
+    assert said_first([(name, ["x"]) for name in long[:1]]) == [f"{long[0]}: x"]
+    some = [(name, ["x"]) for name in long] + [("a", ())]
+    assert said_first(some) == [f"{long[0]} and 2 more: x"]
 
 
 def test_terminal_store_and_page_say_it_first(shell):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import numpy as np
@@ -62,3 +63,19 @@ def with_many_schemes(data: Any, layers: int = 30) -> Any:
         "values": [[float(rng.random() / 10) for _ in rows] for _ in range(layers)],
     }
     return data
+
+
+def with_components(data: Any) -> Any:
+    """The same page of schemes that name each component's own, with layers as deep as a text encoder's."""
+    text = json.dumps(data)
+    for name in ("int4 a", "int4 b", "int8 a", "int8 b", "int4 c"):
+        text = text.replace(f'"{name}"', f'"transformer: bitsandbytes {name} + text_encoder_3: quanto {name}"')
+    made = json.loads(text)
+    group = made["groups"][0]
+    layer = "text_encoder_3: encoder.block.0.layer.1.DenseReluDense.wi_"
+    group["layers"]["rows"] = [f"{layer}{i}" for i in range(30)]
+    group["layers"]["values"] = [group["layers"]["values"][0]] * 30
+    group["unquantized"] = [
+        f"all 5 schemes: the largest is {layer.replace(': ', '.')}relative_attention_bias_of_all_heads"
+    ]
+    return made

@@ -14,15 +14,33 @@ function inkOn(rgb) { // of black and white the one with more contrast
   return (l + 0.05) / 0.05 > 1.05 / (l + 0.05) ? "#000000" : "#ffffff";
 }
 
+const widest = (words) => Math.max(...words.map((text) => textWidth(text, 12)), 6);
+
+function namesIn(names, most, letters) { // as they stand at a map: whole; a few too long ones by number or letter, with a list; of many the ends
+  if (widest(names) <= most) return { shown: names, list: null };
+  if (names.length <= 24) {
+    const list = make("ol", { class: "numbered", type: letters ? "A" : "1" }, ...names.map((name) => make("li", {}, name)));
+    return { shown: names.map((_, i) => (letters ? String.fromCharCode(65 + i) : String(i + 1))), list };
+  }
+  return { shown: letters ? names : names.map((name) => endOf(name, most * 0.75)), list: null };
+}
+
+function endOf(name, most) {
+  let text = name;
+  while (text.length > 4 && textWidth(text, 12) > most) text = `\u2026${text.slice(2)}`;
+  return text;
+}
+
 function heatMap(map, width, file) {
-  const { rows, columns, values } = map;
+  const { values } = map, most = Math.max(width * 0.6, width - 24 - 40 * map.columns.length);
+  const side = namesIn(map.rows, most, false), above = namesIn(map.columns, width * 0.45, true);
+  const rows = side.shown, columns = above.shown;
   const flat = values.flat().filter((v) => v !== null);
   const log = map.log && flat.every((v) => v > 0) && flat.length > 0, f = log ? Math.log10 : (v) => v;
   const low = Math.min(...flat.map(f)), high = Math.max(...flat.map(f));
   const t = (v) => (map.higher_is_better ? high - f(v) : f(v) - low) / (high - low || 1);
   const factor = map.percent ? 100 : 1, unit = map.percent ? "%" : map.unit, digits = map.percent ? 2 : 3;
   const show = (v) => number(factor * v, digits);
-  const widest = (texts) => Math.max(...texts.map((text) => textWidth(text, 12)), 6);
   const left = widest(rows) + 16, words = widest(columns), longest = widest([flat.map(show).reduce((a, b) => (b.length > a.length ? b : a), "0")]) + 6; // what the longest number takes
   const slant = words + 6 > Math.max(24, (width - left) / columns.length), rise = Math.sin(0.7), run = Math.cos(0.7);
   const top = slant ? words * rise + 22 : 26, right = slant ? words * run + 6 : 6;
@@ -40,7 +58,7 @@ function heatMap(map, width, file) {
     columns.forEach((c, j) => {
       const v = values[i][j], at = { x: w * j, y: h * i, width: Math.max(1, w - 1), height: h - 1 };
       const rgb = v === null ? null : colour(t(v));
-      cells.append(make("rect", { ...at, ...(rgb ? { style: `fill:rgb(${rgb})` } : {}), class: "heat", "data-tip": `${map.tip(name, c)}\n${v === null ? "not quantized" : `${map.metric} ${show(v)} ${unit}`}` }));
+      cells.append(make("rect", { ...at, ...(rgb ? { style: `fill:rgb(${rgb})` } : {}), class: "heat", "data-tip": `${map.tip(map.rows[i], map.columns[j])}\n${v === null ? "not quantized" : `${map.metric} ${show(v)} ${unit}`}` }));
       if (v === null || !hasNumbers) return;
       cells.append(make("text", { x: at.x + w / 2, y: at.y + h / 2 + 4, "text-anchor": "middle", class: "cell", style: `fill:${inkOn(rgb)}` }, show(v)));
     });
@@ -53,7 +71,7 @@ function heatMap(map, width, file) {
     saveSvg(file, () => [[head, left, 0], [names, 0, top], [cells, left, top]]));
   const stay = left < width * 0.45 ? " stay" : "", zoom = Math.min(1, 690 / (left + across)); // long names scroll away on a narrow screen; paper holds all
   return [legend, make("div", { class: "map-frame", tabindex: 0 }, make("div", { class: "map-grid", style: `grid-template-columns:${left}px ${across}px;--print-zoom:${zoom.toFixed(3)}` },
-    make("div", { class: `map-corner${stay}` }), make("div", { class: "map-head" }, head), make("div", { class: `map-names${stay}` }, names), make("div", {}, cells)))];
+    make("div", { class: `map-corner${stay}` }), make("div", { class: "map-head" }, head), make("div", { class: `map-names${stay}` }, names), make("div", {}, cells))), side.list, above.list].filter(Boolean);
 }
 
 function chosenColumns(map) { // of a map whose columns are schemes, those that are shown

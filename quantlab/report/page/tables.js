@@ -54,7 +54,7 @@ function schemeTable() {
     { title: "scheme", text: true, name: true, value: (r) => r.name, cell: (r) => make("span", { class: "who" }, r.role === "candidate" ? key(r.backend) : null, make("span", {}, r.name), make("a", { class: "anchor", href: `#${r.anchor}`, title: "Address of this row" }, "#")) },
     { title: "bits", sub: "per weight", value: (r) => r.bits_per_weight_model, cell: (r) => r.bits_per_weight_model?.toFixed(2) ?? "" },
     { title: "bits", sub: "in quantized layers", value: (r) => r.bits_per_weight_quantized, cell: (r) => r.bits_per_weight_quantized?.toFixed(2) ?? "" },
-    { title: "size", sub: "MiB", value: (r) => r.weights_bytes, cell: (r) => (r.is_simulated ? "~" : "") + (r.weights_bytes ? (r.weights_bytes / MIB).toFixed(2) : "") },
+    { title: "MiB", sub: "stored", value: (r) => r.weights_bytes, cell: (r) => (r.is_simulated ? "~" : "") + (r.weights_bytes ? (r.weights_bytes / MIB).toFixed(2) : "") },
     { title: "saving", sub: "against 16 bit", down: true, value: (r) => r.compression, cell: (r) => (r.compression ? `${r.compression.toFixed(2)}\u00d7` : "") },
     quality(metrics[0]),
     { title: "verdict", text: true, value: (r) => verdictOf(r)?.verdict, cell: (r) => (verdictOf(r) ? [pill(verdictOf(r).verdict), make("span", { class: "interval" }, `p ${probability(verdictOf(r).p_holm)}`)] : "") },
@@ -98,15 +98,15 @@ function winner(v) {
 }
 
 function costTable(costs) {
-  const cell = (v) => (v ? [number(v.value), interval(v.ci_lo, v.ci_hi) ? make("span", { class: "interval" }, interval(v.ci_lo, v.ci_hi)) : ""] : "");
+  const cell = (v, sign = "") => (v ? [`${v.value > 0 ? sign : ""}${number(v.value)}`, interval(v.ci_lo, v.ci_hi) ? make("span", { class: "interval" }, interval(v.ci_lo, v.ci_hi)) : ""] : "");
   const mib = (v) => (v === null ? "" : (v / MIB).toFixed(2));
   return sortable([
     { title: "component", text: true, name: true, value: (c) => c.component, cell: (c) => c.component },
     { title: "scheme", text: true, value: (c) => c.scheme, cell: (c) => c.scheme },
-    { title: "size", sub: "MiB", value: (c) => c.weights_bytes, cell: (c) => mib(c.weights_bytes) },
-    { title: "saves", sub: "MiB", down: true, value: (c) => c.saved_bytes, cell: (c) => mib(c.saved_bytes) },
+    { title: "MiB", sub: "stored", value: (c) => c.weights_bytes, cell: (c) => mib(c.weights_bytes) },
+    { title: "saves MiB", sub: "of the reference", down: true, value: (c) => c.saved_bytes, cell: (c) => mib(c.saved_bytes) },
     { title: "alone", sub: state.metric, down: true, value: (c) => c.alone.value, cell: (c) => cell(c.alone) },
-    { title: "+ the others", sub: state.metric, down: true, value: (c) => c.on_top?.value, cell: (c) => cell(c.on_top) },
+    { title: "+ others", sub: state.metric, down: true, value: (c) => c.on_top?.value, cell: (c) => cell(c.on_top, "+") },
   ], costs, 4, () => [], 30);
 }
 
