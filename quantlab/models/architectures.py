@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import ModelError
-from quantlab.models.pipeline_files import INDEX, left_out
+from quantlab.models.pipeline_files import INDEX, left_out, listed_parts
 from quantlab.models.reading import as_model_error, local_folder, remote_code
 from quantlab.vocabulary.schema import ModelConfig
 
@@ -64,8 +64,8 @@ def read_architecture(config: ModelConfig, only: str = "") -> Architecture:
         raise remote_code(key, f"{INDEX} names a pipeline class of its own files")
     without = left_out(config, [name for name in index if not name.startswith("_")])
     parts = {}
-    for name, found in index.items():
-        if name in without or not isinstance(found, list) or len(found) != 2 or not all(found):
+    for name, found in listed_parts(index).items():
+        if name in without or not all(found):
             continue
         if class_of(str(found[1])) is not None:
             parts[name] = Part(class_name=str(found[1]), config=read(f"{name}/{CONFIG}"))

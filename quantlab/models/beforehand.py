@@ -11,7 +11,7 @@ from typing import Any
 
 from quantlab.errors import ModelError
 from quantlab.models.identity import without_place
-from quantlab.models.pipeline_files import INDEX
+from quantlab.models.pipeline_files import INDEX, listed_parts
 from quantlab.modules.source import Shards, shards_of
 from quantlab.vocabulary.schema import ModelConfig
 
@@ -51,8 +51,8 @@ def stored_configs(config: ModelConfig) -> dict[str, Any]:
         names = (CONFIG, "generation_config.json")
         return {} if config.family == "vision" else _values("", folder, names)
     found = {f"{INDEX}: {k}": v for k, v in index.items() if isinstance(v, (bool, int, float))}
-    for name, said in index.items():
-        if name.isidentifier() and isinstance(said, list) and any(said) and name not in config.without:
+    for name, said in listed_parts(index).items():
+        if name.isidentifier() and any(said) and name not in config.without:
             found |= _values(name, folder / name, (CONFIG, "scheduler_config.json"))
     return found
 

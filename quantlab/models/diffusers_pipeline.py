@@ -30,6 +30,7 @@ from quantlab.models.pipeline_files import (
     check_tiles,
     denoisers_of,
     left_out,
+    listed_parts,
     pipeline_class,
     read_index,
 )
@@ -125,7 +126,7 @@ def look(config: ModelConfig, evaluation: EvaluationConfig, by_files: bool = Fal
     if made is not None and (sizes := asked_sizes(made, evaluation, config.call)):
         pipe = empty_pipeline(key, made, index, lambda name: json.loads(files.text(name) or "{}"), config)
         if pipe is not None:
-            named = [name for name in pipe.components if DENOISER.fullmatch(name)]
+            named = [name for name in modules_of(pipe) if DENOISER.fullmatch(name)]
             check_sides(pipe, named, sizes)
             check_frames(pipe, sizes)
             check_refusals(pipe, sizes)
@@ -144,7 +145,7 @@ def _check_index(key: str, files: Repository, index: Mapping[str, Any], config: 
 
 def _check_components(files: Repository, index: Mapping[str, Any], config: ModelConfig) -> None:
     """ConfigError for components that the files do not have."""
-    listed = [name for name, found in index.items() if isinstance(found, list) and found[0] is not None]
+    listed = [name for name, (library, _) in listed_parts(index).items() if library is not None]
     weights = {name.partition("/")[0] for name in files.names if name.endswith((".safetensors", ".bin"))}
     parts = [name for name in listed if name in weights]
     for name in config.components:

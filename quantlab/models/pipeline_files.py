@@ -35,6 +35,18 @@ def denoisers_of(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
     return (max(others, key=others.__getitem__),)
 
 
+def listed_parts(index: Mapping[str, Any]) -> dict[str, tuple[str | None, str | None]]:
+    """Component -> its library and class, None where there is none: the pairs of an index that are of words.
+
+    A pipeline's own settings stand beside them, and may be lists of numbers.
+    """
+    return {
+        name: (found[0], found[1])
+        for name, found in index.items()
+        if isinstance(found, list) and len(found) == 2 and all(word is None or isinstance(word, str) for word in found)
+    }
+
+
 def named_denoisers(index: Path) -> tuple[str, ...]:
     """The parts of an index that are called like denoisers; none of a damaged one, which loading tells."""
     try:
@@ -56,7 +68,7 @@ def check_choice(files: Repository, index: Mapping[str, Any], config: ModelConfi
                 f"model.variant={config.variant}: no weight file is of it ({have}){nearest(config.variant, there)}; "
                 "leave model.variant out for the files without one"
             )
-    parts = [name for name, found in index.items() if isinstance(found, list) and found[0] is not None]
+    parts = [name for name, (library, _) in listed_parts(index).items() if library is not None]
     for name in config.without:
         if name not in parts:
             raise ConfigError(
@@ -94,7 +106,11 @@ def check_parts(
     """
     made: Any = pipeline
     known = {k: v for k, v in inspect.signature(made.__init__).parameters.items() if k not in ("self", "kwargs")}
-    listed = {name: found for name, found in index.items() if isinstance(found, list)}
+    if "scheduler" not in known:
+        raise ModelError(
+            f"{key}: {made.__name__} has no scheduler, so it takes no steps; name a pipeline that generates"
+        )
+    listed = listed_parts(index)
     optional = getattr(made, "_optional_components", [])
     for name, found in listed.items():
         if name not in known:
@@ -102,7 +118,8 @@ def check_parts(
                 f"{key}: {INDEX} lists {name}, which {made.__name__} does not have{nearest(name, known)}; it has "
                 f"{', '.join(known)}: take the part out, or name the pipeline's own class"
             )
-        if found[0] is not None and not files.holds(name):
+        is_setting = known[name].default is not known[name].empty and name not in optional
+        if found[0] is not None and not is_setting and not files.holds(name):  # Diffusers saves no part that is one
             raise ModelError(
                 f"{key}: {INDEX} lists {name}, and the folder has none; copy or download it again, or write "
                 f'"{name}": [null, null] there if the pipeline can do without'
@@ -182,9 +199,7 @@ def _code_of_its_own(files: Repository, index: Mapping[str, Any]) -> str:
     has_code = any(file.endswith(".py") and "/" not in file for file in files.names)
     if isinstance(name, list) or (has_code and pipeline_class(index) is None):
         return f"{INDEX} names the pipeline class {name[-1] if isinstance(name, list) else name} of its own files"
-    for part, found in index.items():
-        if not isinstance(found, list) or len(found) != 2:
-            continue
+    for part, found in listed_parts(index).items():
         if f"{part}/{found[0]}.py" in files.names:
             return f"{INDEX} names the class {found[1]} of {part}/{found[0]}.py"
         if str(found[1]).startswith("Auto") and '"auto_map"' in files.text(f"{part}/config.json"):

@@ -16,7 +16,7 @@ from quantlab.errors import ConfigError, ModelError
 from quantlab.models.architectures import CONFIG, Architecture, Part, class_of
 from quantlab.models.loaded import Pipeline
 from quantlab.models.outline import build
-from quantlab.models.pipeline_files import DENOISER
+from quantlab.models.pipeline_files import DENOISER, listed_parts
 from quantlab.vocabulary.schema import EvaluationConfig, ModelConfig
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def check_sides(pipe: Pipeline, denoisers: Sequence[str], sizes: Mapping[str, tu
 
     ``sizes`` are those of :func:`asked_sizes`.
     """
-    unit = _unit(pipe, getattr(pipe, denoisers[0]).config.get("patch_size") or 1)
+    patch = getattr(pipe, denoisers[0]).config.get("patch_size") if denoisers else None
+    unit = _unit(pipe, patch or 1)
     for name in ("height", "width"):
         key, size = sizes.get(name, ("", unit))
         if size < unit or size % unit:
@@ -176,11 +177,13 @@ def empty_pipeline(
     known = inspect.signature(made).parameters
     parts: dict[str, Part] = {}
     held: dict[str, object] = {}
-    for name, found in index.items():
+    listed = listed_parts(index)
+    for name, said in index.items():
         if name not in known:
             continue
-        held[name] = None if isinstance(found, list) else found
-        if not isinstance(found, list) or found[0] is None or name in config.without:
+        found = listed.get(name)
+        held[name] = said if found is None else None
+        if found is None or found[0] is None or name in config.without:
             continue
         if class_of(str(found[1])) is not None and (DENOISER.fullmatch(name) or _DECODER.search(name)):
             parts[name] = Part(class_name=str(found[1]), config=read(f"{name}/{CONFIG}"))

@@ -98,20 +98,28 @@ def storage_of(tensor: Tensor) -> tuple[str, int]:
     return str(tensor.device), address or -storage._cdata
 
 
-def logical_size(module: nn.Module) -> tuple[int, int]:
-    """(parameters, parameters and buffers) of an unquantized module, as numbers of values; shared ones, and transposed
-    views of them, count once.
+def logical_size(module: nn.Module) -> tuple[int, int, int]:
+    """(parameters, parameters and buffers, bytes of masks and positions) of an unquantized module; shared ones, and
+    transposed views of them, count once.
 
-    Twice the second number is ``bytes_at_16_bit`` of a :class:`~quantlab.vocabulary.reports.MemoryReport`.
+    The first two are numbers of values. Buffers of truth values and whole numbers are no values of a weight: no dtype
+    makes them smaller, so they are in the third alone. Twice the second and the third are ``bytes_at_16_bit`` of a
+    :class:`~quantlab.vocabulary.reports.MemoryReport`.
     """
     parameters, seen = 0, {}
     for tensors, is_parameter in ((module.parameters(), True), (module.buffers(), False)):
         for tensor in tensors:
-            key = (storage_of(tensor), tensor.storage_offset(), tensor.numel())
-            if key not in seen:
-                seen[key] = tensor.numel()
-                parameters += tensor.numel() if is_parameter else 0
-    return parameters, sum(seen.values())
+            if (key := _key(tensor)) in seen:
+                continue
+            is_value = is_parameter or tensor.is_floating_point() or tensor.is_complex()
+            seen[key] = tensor.numel() if is_value else 0
+            parameters += tensor.numel() if is_parameter else 0
+    kept = {storage_of(b): b.untyped_storage().nbytes() for b in module.buffers() if not seen[_key(b)]}
+    return parameters, sum(seen.values()), sum(kept.values())
+
+
+def _key(tensor: Tensor) -> tuple[tuple[str, int], int, int]:
+    return storage_of(tensor), tensor.storage_offset(), tensor.numel()
 
 
 def component_memory(
@@ -125,7 +133,7 @@ def component_memory(
         original: the component before it was quantized (it may be on the meta device): what its logical parameters are
             counted from, :func:`logical_size`.
     """
-    num_parameters, num_values = logical_size(original)
+    num_parameters, num_values, index_bytes = logical_size(original)
     total = storages(module, packages)
     codes: Storages = {}
     scales: Storages = {}
@@ -141,8 +149,9 @@ def component_memory(
         quantized_bytes=num_codes,
         scale_bytes=num_scales,
         other_bytes=num_bytes - num_codes - num_scales,
-        bytes_at_16_bit=2 * num_values,
+        bytes_at_16_bit=2 * num_values + index_bytes,
         num_parameters=num_parameters,
+        index_bytes=index_bytes,
     )
 
 

@@ -142,14 +142,15 @@ def _priced(
     counted.path = ""
     facts = _facts(module)
     counted.add_others(facts.storages)
-    parameters, values = facts.size
+    parameters, values, index_bytes = facts.size
     memory = MemoryReport(
         weights_bytes=sum(counted.kinds[k][1] for k in counted.kinds),
         quantized_bytes=counted.of("codes"),
         scale_bytes=counted.of("scales"),
         other_bytes=sum(n for (what, _), (_, n) in counted.kinds.items() if what not in ("codes", "scales")),
-        bytes_at_16_bit=2 * values,
+        bytes_at_16_bit=2 * values + index_bytes,
         num_parameters=parameters,
+        index_bytes=index_bytes,
     )
     return ComponentPrice(
         name=name,
@@ -175,7 +176,7 @@ class _Facts:
     """What is asked of a module each time that it is priced."""
 
     storages: Storages
-    size: tuple[int, int]
+    size: tuple[int, int, int]
     largest_layer_bytes: int
 
 

@@ -196,13 +196,15 @@ class MemoryReport:
     """Of these, scales, zero points, code tables of quantized layers."""
     other_bytes: int
     bytes_at_16_bit: int
-    """The same logical parameters and buffers at 2 bytes each."""
+    """The same logical parameters and buffers at 2 bytes each, and ``index_bytes`` as they are."""
     num_parameters: int
+    index_bytes: int = 0
+    """Of ``other_bytes``, buffers of truth values and whole numbers (masks, positions): of no weight."""
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of each logical value, buffers included, as ``weights_bytes`` has them too."""
-        return 16 * self.weights_bytes / self.bytes_at_16_bit
+        """Bits of each logical value, buffers included but for ``index_bytes``, as ``weights_bytes`` has them too."""
+        return 16 * (self.weights_bytes - self.index_bytes) / (self.bytes_at_16_bit - self.index_bytes)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -9,6 +9,9 @@ import pytest
 from quantlab.datasets.table import check_call
 from quantlab.errors import ConfigError, MissingPackage, ModelError
 from quantlab.models import diffusers_pipeline
+from quantlab.models.architectures import read_architecture
+from quantlab.models.beforehand import stored_configs
+from quantlab.models.pipeline_files import listed_parts
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ExperimentConfig, ModelConfig
 from tests.support import tiny_images, tiny_unets, tiny_videos
 from tests.support.hub import local_hub
@@ -116,13 +119,8 @@ def test_a_hub_id_is_looked_at_by_its_configurations_alone(folders, tmp_path, mo
 
 
 def test_a_part_whose_class_wants_a_package_is_told_before_weights(folders, tmp_path, monkeypatch):
-    index = {"_class_name": "QwenImageEditPipeline", "_diffusers_version": "0.38.0"}
     parts = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer", "processor")
-    for part in parts:
-        (tmp_path / part).mkdir()
-        (tmp_path / part / "config.json").write_text("{}")
-    index |= {part: ["diffusers", "Any"] for part in parts} | {"processor": ["transformers", "Qwen2VLProcessor"]}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    write_index(tmp_path, "QwenImageEditPipeline", parts, {"processor": ["transformers", "Qwen2VLProcessor"]})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingPackage) as caught:
         look(tmp_path)
@@ -130,3 +128,46 @@ def test_a_part_whose_class_wants_a_package_is_told_before_weights(folders, tmp_
     assert "pip install torchvision" in str(caught.value)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert look(tmp_path).__name__ == "QwenImageEditPipeline"
+
+
+def test_a_setting_that_is_a_list_is_no_part():
+    said = {
+        "_class_name": "SomePipeline",
+        "vae": ["diffusers", "AutoencoderKL"],
+        "image_encoder": [None, None],
+        "select_layers": [2, 5],
+        "taps": [1, 2, 3],
+        "names": ["a", "b", "c"],
+        "nothing": [],
+    }
+    assert listed_parts(said) == {"vae": ("diffusers", "AutoencoderKL"), "image_encoder": (None, None)}
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("Krea2Pipeline", {"text_encoder_select_layers": [1, 2]}),
+        ("Krea2Pipeline", {"text_encoder_select_layers": [2, 5, 8]}),
+        ("LongCatAudioDiTPipeline", {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}),
+    ],
+)
+def test_what_diffusers_keeps_as_a_setting_is_in_no_folder_of_its_own(tmp_path, name, index):
+    parts = [part for part in ("vae", "text_encoder", "tokenizer", "transformer", "scheduler") if part not in index]
+    write_index(tmp_path, name, parts, index)
+    assert look(tmp_path, EvaluationConfig(height=64, width=64)).__name__ == name
+    read_architecture(ModelConfig(family="diffusers", path=str(tmp_path)))
+    stored_configs(ModelConfig(family="diffusers", path=str(tmp_path)))
+
+
+def test_a_pipeline_without_steps_is_told_before_weights(tmp_path):
+    write_index(tmp_path, "LTXLatentUpsamplePipeline", ["vae", "latent_upsampler"])
+    with pytest.raises(ModelError, match=r"^model\.path=.*: LTXLatentUpsamplePipeline has no scheduler.* name a pipe"):
+        look(tmp_path, EvaluationConfig(height=64, width=64))
+
+
+def write_index(folder, name, parts, index=()):
+    for part in parts:
+        (folder / part).mkdir()
+        (folder / part / "config.json").write_text("{}")
+    said = {"_class_name": name} | {part: ["diffusers", "Any"] for part in parts} | dict(index)
+    (folder / "model_index.json").write_text(json.dumps(said))

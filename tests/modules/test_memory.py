@@ -35,22 +35,35 @@ class TestDense:
         model = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5))
         # weight, bias; weight, bias, running mean, running variance; a counter of 8 bytes
         assert total(model) == 4 * (35 + 5 + 4 * 5) + 8
-        assert logical_size(model) == (35 + 5 + 10, 35 + 5 + 20 + 1)
+        assert logical_size(model) == (35 + 5 + 10, 35 + 5 + 20, 8)
 
     def test_tied_weights_count_once(self):
         model = nn.ModuleDict({"embed": nn.Embedding(11, 8), "head": nn.Linear(8, 11, bias=False)})
         model["head"].weight = model["embed"].weight
         assert total(model) == 4 * 88
-        assert logical_size(model) == (88, 88)
+        assert logical_size(model) == (88, 88, 0)
         model["head"].weight = nn.Parameter(model["embed"].weight.data)  # another object, the same storage
         assert total(model) == 4 * 88
-        assert logical_size(model) == (88, 88)
+        assert logical_size(model) == (88, 88, 0)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_masks_and_positions_are_of_no_weight(self, dtype):
+        model = linear(DTYPES[dtype])
+        without = component_memory(model, (), model)
+        model.register_buffer("mask", torch.ones(1, 1, 64, 64, dtype=torch.bool), persistent=False)
+        model.register_buffer("positions", torch.arange(100).expand(3, 100))
+        model.register_buffer("same_mask", model.mask[:, :, :32])
+        report = component_memory(model, (), model)
+        assert report.index_bytes == 64 * 64 + 800
+        assert report.weights_bytes == without.weights_bytes + report.index_bytes
+        assert report.bits_per_weight == without.bits_per_weight == {"fp32": 32, "bf16": 16}[dtype]
+        assert report.bytes_at_16_bit == without.bytes_at_16_bit + report.index_bytes
 
     def test_an_expanded_buffer_is_as_small_as_its_storage_and_a_view_as_large(self):
         model = nn.Module()
         model.register_buffer("expanded", torch.zeros(1, 8).expand(1000, 8))
         assert total(model) == 32
-        assert logical_size(model) == (0, 8000)
+        assert logical_size(model) == (0, 8000, 0)
         model.register_buffer("view", torch.zeros(100, 8)[:1])
         assert total(model) == 32 + 3200
 
@@ -60,7 +73,7 @@ class TestDense:
         assert total(model) == 2 * 4 * 40
         model["b"].weight = model["a"].weight
         assert total(model) == 4 * (35 + 5 + 5)
-        assert logical_size(model) == (45, 45)
+        assert logical_size(model) == (45, 45, 0)
 
     def test_attributes_lists_and_cycles(self):
         model = nn.Linear(2, 2, bias=False)
