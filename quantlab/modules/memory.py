@@ -119,7 +119,7 @@ def logical_size(module: nn.Module) -> tuple[int, int, int]:
 
 
 def _key(tensor: Tensor) -> tuple[tuple[str, int], int, int]:
-    return storage_of(tensor), tensor.storage_offset(), tensor.numel()
+    return storage_of(tensor), int(tensor.storage_offset()), tensor.numel()
 
 
 def component_memory(
