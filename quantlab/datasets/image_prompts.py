@@ -1,8 +1,10 @@
 """``dataset=image_prompts``: pictures of the user's, with or without prompts, for pipelines that start from one.
 
 ``dataset.path`` is a folder or a file of JSON lines. A folder holds pictures, beside each ``NAME.txt`` with its prompt
-(or no such file at all, for pipelines that take none) and ``NAME.mask.png`` where a pipeline takes a mask (white is
-made anew). A line of a file is ``{"image": "a.png", "prompt": "...", "mask": "b.png"}``, with paths below its folder.
+(or no such file at all, for pipelines that take none) ``NAME.mask.png`` where a pipeline takes a mask (white is made
+anew), and ``NAME.control.png`` where a picture guides it beside the one it starts from (one that starts from none is
+guided by the picture itself). A line of a file is ``{"image": "a.png", "prompt": "...", "mask": "b.png", "control":
+"c.png"}``, with paths below its folder.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_KEYS = ("image", "prompt", "mask")
+_BESIDE = ("mask", "control")
+_KEYS = ("image", "prompt", *_BESIDE)
 _WAY_OUT = "name a folder of pictures, each with its prompt in a .txt file of the same name, or a file of JSON lines"
 
 
@@ -35,6 +38,7 @@ class Picture:
     image: Path
     prompt: str | None
     mask: Path | None
+    control: Path | None
 
 
 def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel) -> DiffusionInputs:
@@ -64,9 +68,10 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
     given: dict[str, list[object]] = {"image": [pictures[row] for row, _ in order]}
     if used[0].prompt is not None:
         given["prompt"] = [rows[row].prompt for row, _ in order]
-    if used[0].mask is not None:
-        masks = [_pixels(row.mask, key, size, "L") for row in used if row.mask is not None]
-        given["mask"] = [masks[row] for row, _ in order]
+    for name, mode in (("mask", "L"), ("control", "RGB")):
+        beside = [_pixels(file, key, size, mode) for row in used if (file := getattr(row, name)) is not None]
+        if beside:
+            given[name] = [beside[row] for row, _ in order]
     return DiffusionInputs(
         noise=torch.tensor([seed_of(config.name, row, replica, config.seed) for row, replica in order]),
         conditioning=given,
@@ -83,7 +88,7 @@ def tell_replicas(rows: Sequence[Picture], num_samples: int, key: str) -> None:
 def conditions(path: str | None) -> tuple[str, ...]:
     """What the rows give to a pipeline, by the names of its arguments."""
     first = read(path)[0]
-    found = {"image": first.image, "prompt": first.prompt, "mask_image": first.mask}
+    found = {"image": first.image, "prompt": first.prompt, "mask_image": first.mask, "control_image": first.control}
     return tuple(name for name, value in found.items() if value is not None)
 
 
@@ -96,7 +101,7 @@ def read(path: str | None) -> list[Picture]:
     rows = _of_folder(place, key) if place.is_dir() else _of_lines(place, key)
     if not rows:
         raise ConfigError(f"{key}: no picture is in it ({', '.join(PICTURES)}); {_WAY_OUT}")
-    for what in ("prompt", "mask"):
+    for what in ("prompt", *_BESIDE):
         have = [row for row in rows if getattr(row, what) is not None]
         if have and len(have) < len(rows):
             without = next(row for row in rows if getattr(row, what) is None)
@@ -105,7 +110,7 @@ def read(path: str | None) -> list[Picture]:
                 "give each picture one, or none"
             )
     for row in rows:
-        for file in (row.image, row.mask):
+        for file in (row.image, row.mask, row.control):
             if file is not None:
                 _looked_at(file, key)
     return rows
@@ -113,15 +118,19 @@ def read(path: str | None) -> list[Picture]:
 
 def _of_folder(folder: Path, key: str) -> list[Picture]:
     files = sorted(f for f in folder.iterdir() if f.suffix.lower() in PICTURES and f.is_file())
-    masks = {f.name.removesuffix(f.suffix).removesuffix(".mask"): f for f in files if f.stem.endswith(".mask")}
+    beside = {
+        what: {f.stem.removesuffix(f".{what}"): f for f in files if f.stem.endswith(f".{what}")} for what in _BESIDE
+    }
+    named = {file for found in beside.values() for file in found.values()}
     return [
         Picture(
             image=file,
             prompt=_prompt(file.with_suffix(".txt"), key),
-            mask=masks.get(file.stem),
+            mask=beside["mask"].get(file.stem),
+            control=beside["control"].get(file.stem),
         )
         for file in files
-        if not file.stem.endswith(".mask")
+        if file not in named
     ]
 
 
@@ -144,8 +153,15 @@ def _of_lines(file: Path, key: str) -> list[Picture]:
             raise ConfigError(
                 f"{key}: line {number} has {unknown[0]}{nearest(unknown[0], _KEYS)}; a line has {', '.join(_KEYS)}"
             )
-        places = {name: _below(file.parent, found[name], key, number) for name in ("image", "mask") if name in found}
-        rows.append(Picture(image=places["image"], prompt=found.get("prompt"), mask=places.get("mask")))
+        places = {name: _below(file.parent, found[name], key, number) for name in ("image", *_BESIDE) if name in found}
+        rows.append(
+            Picture(
+                image=places["image"],
+                prompt=found.get("prompt"),
+                mask=places.get("mask"),
+                control=places.get("control"),
+            )
+        )
     return rows
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError, MetricUndefined, MissingPackage, ModelError, nearest
@@ -26,10 +26,18 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-TAKEN_FROM = {"prompt": "prompt", "class_label": "class_labels", "image": "image", "mask": "mask_image"}
+TAKEN_FROM = {
+    "prompt": "prompt",
+    "class_label": "class_labels",
+    "image": "image",
+    "mask": "mask_image",
+    "control": "control_image",
+}
 """Name of a condition -> argument of a pipeline's call that it is given as."""
+_PICTURES = ("image", "mask", "control")
+_CONTROL = "control_image"
 _OURS = {
-    **dict.fromkeys(("prompt", "image", "mask_image", "class_labels", "batch_size"), "the data set gives it"),
+    **dict.fromkeys((*TAKEN_FROM.values(), "batch_size"), "the data set gives it"),
     **dict.fromkeys(("generator", "latents"), "dataset.seed gives it"),
     **dict.fromkeys(("num_inference_steps", "guidance_scale", "height", "width"), "set evaluation.{name}"),
     **dict.fromkeys(("output_type", "return_dict", "callback", "callback_on_step_end"), "it is what is heard"),
@@ -74,24 +82,35 @@ def check_conditions(pipeline: type, dataset: str, conditions: Sequence[str], ca
     ``conditions`` are those that the data set gives, by the name of the argument.
     """
     known = parameters_of(pipeline)
-    for name in conditions:
+    given = [_argument(name, known) for name in conditions]
+    for name in given:
         if name not in known:
             takes = [own for own in (*TAKEN_FROM.values(), "batch_size") if own in known]
+            fitting = _fitting(known)
             raise ConfigError(
                 f"dataset={dataset}: {pipeline.__name__} takes no {name} (of what data sets give it takes "
-                f"{', '.join(takes) or 'nothing'}); choose {_fitting(known)}"
+                f"{', '.join(takes) or 'nothing'}); "
+                + (f"take the {name}s out of it" if fitting == f"dataset={dataset}" else f"choose {fitting}")
             )
     needed = [n for n, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if "image" in known and ("strength" in known or "mask_image" in known):
         needed += [n for n in ("image", "mask_image") if n in known]  # their default is None, and nothing comes of it
+    if _CONTROL in known:
+        needed.append(_CONTROL)  # as above
     for name in needed:
-        if name not in (*conditions, *call):
-            way_out = f"choose {_fitting(known)}" if name in TAKEN_FROM.values() else f"give it by model.call.{name}"
+        if name not in (*given, *call):
+            fitting = f"choose {_fitting(known)}" + (", with control pictures" if name == _CONTROL else "")
+            way_out = fitting if name in TAKEN_FROM.values() else f"give it by model.call.{name}"
             raise ConfigError(f"dataset={dataset}: {pipeline.__name__} needs {name}, which it does not give; {way_out}")
 
 
+def _argument(name: str, known: Collection[str]) -> str:
+    """What a condition is given as: a picture as what guides, to a pipeline that starts from none."""
+    return _CONTROL if name == "image" and name not in known and _CONTROL in known else name
+
+
 def _fitting(known: Mapping[str, object]) -> str:
-    if "image" in known:
+    if "image" in known or _CONTROL in known:
         return "dataset=image_prompts"
     return "dataset=prompts" if "prompt" in known else "dataset=classes" if "class_labels" in known else "dataset=none"
 
@@ -236,7 +255,7 @@ def _arguments(
     }
     generators = [torch.Generator().manual_seed(int(seed)) for seed in noise]
     one = num == 1  # as a user calls it, where some pipelines take no lists
-    given = {TAKEN_FROM[name]: _given(name, values, one) for name, values in conditioning.items()}
+    given = {_argument(TAKEN_FROM[name], known): _given(name, values, one) for name, values in conditioning.items()}
     if "batch_size" in known and given:
         known = {name: parameter for name, parameter in known.items() if name != "batch_size" or "image" not in given}
     chosen = {k: [v] * num if isinstance(v, str) and "prompt" in k and not one else v for k, v in call.items()}
@@ -247,7 +266,7 @@ def _arguments(
 def _given(name: str, values: Sequence[Any], one: bool) -> object:
     from PIL import Image
 
-    if name in ("image", "mask"):
+    if name in _PICTURES:
         values = [Image.fromarray(v.squeeze(-1).numpy() if v.shape[-1] == 1 else v.numpy()) for v in values]
     return values[0] if one and name != "class_label" else list(values)
 
@@ -299,9 +318,10 @@ def _media(pipe: Pipeline, made: Mapping[str, object], num: int) -> dict[str, Te
         found[kind] = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
     if not found or any(len(value) != num for value in found.values()):
         shapes = {name: tuple(value.shape) for name, value in found.items()} or list(made)
+        samples, way_out = ("1 sample", "") if num == 1 else (f"{num} samples", ", or set evaluation.batch_size=1")
         raise ModelError(
-            f"model.path: {type(pipe).__name__} returns {shapes} for {num} samples, and what is compared is one image, "
-            "video or sound a sample; name a pipeline that makes these, or set evaluation.batch_size=1"
+            f"model.path: {type(pipe).__name__} returns {shapes} for {samples}, and what is compared is one image, "
+            f"video or sound a sample; name a pipeline that makes these{way_out}"
         )
     return found
 

@@ -204,7 +204,7 @@ def _data_files(config: ExperimentConfig) -> Iterator[Path]:
     if row.read_file is not None and Path(path).expanduser().is_file():
         found: Any = row.read_file(path)  # its lines may name pictures
         for one in found if isinstance(found, (list, tuple)) else ():
-            yield from (file for name in ("image", "mask") if (file := getattr(one, name, None)))
+            yield from (file for name in ("image", "mask", "control") if (file := getattr(one, name, None)))
 
 
 def _below(path: str | None) -> list[Path]:

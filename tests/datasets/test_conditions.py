@@ -37,6 +37,18 @@ class Inpainting:
     def __call__(self, prompt=None, image=None, mask_image=None, strength=0.8, generator=None): ...
 
 
+class Guided:
+    def __call__(self, prompt=None, control_image=None, generator=None): ...
+
+
+class GuidedEditing:
+    def __call__(self, prompt=None, image=None, control_image=None, strength=0.6, generator=None): ...
+
+
+class Seeing:
+    def __call__(self, image, generator=None): ...
+
+
 class OfClasses:
     def __call__(self, class_labels, generator=None): ...
 
@@ -113,6 +125,37 @@ def test_masks_beside_pictures(tmp_path):
     inputs = load(write_pictures(tmp_path / "p", mask=True), model_of(Inpainting))
     assert set(inputs.conditioning) == {"image", "prompt", "mask"}
     assert inputs.conditioning["mask"][0].unique().tolist() == [0, 255] or inputs.conditioning["mask"][0].max() == 255
+
+
+def test_a_picture_guides_where_a_pipeline_starts_from_none(folder):
+    assert set(load(folder, model_of(Guided)).conditioning) == {"image", "prompt"}
+    with pytest.raises(ConfigError, match=r"^dataset=image_prompts: .*needs control_image.*with control pictures$"):
+        load(folder, model_of(GuidedEditing))
+    for name in ("astronaut", "coffee"):
+        Image.new("RGB", (64, 48), "red").save(folder / f"{name}.control.PNG")
+    inputs = load(folder, model_of(GuidedEditing))
+    assert set(inputs.conditioning) == {"image", "prompt", "control"}
+    assert inputs.num_samples == 4
+    assert inputs.conditioning["control"][3][0, 0].tolist() == [255, 0, 0]
+    with pytest.raises(ConfigError, match=r"^dataset=image_prompts: .*takes no control_image .*take the control_ima"):
+        load(folder)
+    (folder / "coffee.control.PNG").unlink()
+    with pytest.raises(ConfigError, match=r"^dataset\.path=.*coffee\.png has no control, and 1 of 2 have one"):
+        load(folder, model_of(GuidedEditing))
+    file = folder / "mine.jsonl"
+    file.write_text(json.dumps({"image": "coffee.png", "prompt": "a", "control": "astronaut.control.PNG"}))
+    assert image_prompts.conditions(str(file)) == ("image", "prompt", "control_image")
+
+
+@pytest.mark.parametrize("pipeline", [Guided, GuidedEditing])
+def test_a_pipeline_that_is_guided_by_a_picture_is_given_one(pipeline):
+    with pytest.raises(ConfigError, match=r"^dataset=prompts: \w+ needs \w*image, .*choose dataset=image_prompts"):
+        prompts.load(DatasetConfig(name="prompts"), FOUR, model_of(pipeline))
+
+
+def test_prompts_are_taken_out_where_none_is_taken(folder):
+    with pytest.raises(ConfigError, match=r"^dataset=image_prompts: Seeing takes no prompt .*take the prompts out"):
+        load(folder, model_of(Seeing))
 
 
 def broken(folder, how):

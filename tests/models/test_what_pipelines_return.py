@@ -22,6 +22,14 @@ def test_a_map_of_depths_is_an_image_and_one_of_directions_is_none():
         pipeline_call._media(SimpleNamespace(), {"prediction": depths * 2 - 1}, 2)
 
 
+def test_several_pictures_a_sample_are_refused_without_a_way_out_that_is_none():
+    two = {"images": np.zeros((2, 8, 8, 3), np.float32)}
+    with pytest.raises(ModelError, match=r"^model.path: .* for 1 sample, .*; name a pipeline that makes these$"):
+        pipeline_call._media(SimpleNamespace(), two, 1)
+    with pytest.raises(ModelError, match=r"for 4 samples, .* or set evaluation\.batch_size=1$"):
+        pipeline_call._media(SimpleNamespace(), two, 4)
+
+
 class Video:
     def __call__(self, prompt, video_length=16, height=64): ...
 

@@ -61,6 +61,7 @@ FAMILIES: dict[str, TinyFamily] = {
         build=images.flux_kontext, dataset="image_prompts", call={"max_area": 32 * 32, "_auto_resize": False}
     ),
     "flux_fill": TinyFamily(build=images.flux_fill, dataset="image_prompts", mask=True),
+    "flux_control": TinyFamily(build=images.flux_control, dataset="image_prompts"),
     "flux2_klein": TinyFamily(
         build=images.flux2_klein, call={"max_sequence_length": 32, "text_encoder_out_layers": [1]}
     ),

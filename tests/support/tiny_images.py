@@ -77,6 +77,10 @@ def flux_fill() -> Any:
     return _flux("FluxFillPipeline", _flux_transformer(48, out_channels=16))
 
 
+def flux_control() -> Any:
+    return _flux("FluxControlPipeline", _flux_transformer(32, out_channels=16))  # beside the latent, the picture's
+
+
 def flux2_klein() -> Any:
     from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 
