@@ -26,7 +26,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-console = Console(stderr=True, markup=False, highlight=False, emoji=False)
+console = Console(stderr=True, markup=False, highlight=False, emoji=False, force_jupyter=False)
+"""A notebook is told what a log is: rich's bars there need a package, and ask for it at each bar."""
 
 
 class Advance(Protocol):

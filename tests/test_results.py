@@ -104,6 +104,43 @@ def test_what_a_notebook_shows(here):
     assert "layers: " in repr(here[-1].quantization)
 
 
+def test_in_a_notebook_too_it_is_text_and_nothing_is_shown_twice(here, monkeypatch):
+    """rich takes a process of Jupyter for one whose tables are to be shown at once."""
+    before, compared = repr(here), str(here.compare())
+    shown = []
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", lambda *told: shown.append(told))
+    assert repr(here) == before
+    assert str(here.compare()) == compared
+    assert not shown
+
+
+def test_what_html_says_beside_the_table(here):
+    page = here._repr_html_()
+    assert "95 % interval" in page, "what the marks mean"
+    assert 'style="text-align:left">quanto int4' in page
+    pictures = re.findall(r'alt="samples of ([^"]+)"', page)
+    assert pictures == ["quanto int8", "quanto int4"], "schemes, not the reference beside itself"
+    assert "<pre" in here.compare()._repr_html_()
+    hostile = dataclasses.replace(here[-1], name="<img src=x>", run_id=None)
+    assert "<img src=x" not in Results([hostile], lambda: None)._repr_html_()
+
+
+def test_the_first_columns_of_the_rows_are_what_one_looks_for(here):
+    assert list(here.rows.columns[:5]) == [
+        "memory/weights_bytes", "memory/compression", "quality/latent_rel_mse", "quality/psnr_db", "status"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("columns", "most"), [("80", 80), ("400", 132)])
+def test_a_terminal_of_python_has_its_own_width(here, monkeypatch, columns, most):
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    lines = repr(here).splitlines()
+    assert max(map(len, lines)) <= most
+    assert any("hidden" in line for line in lines) == (most == 80)
+
+
 @pytest.mark.parametrize(
     "one",
     [c for c in vars(reports).values() if dataclasses.is_dataclass(c) and c.__name__.endswith(("Report", "Layer"))],

@@ -9,6 +9,8 @@ import base64
 import html
 import io
 import shlex
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -19,12 +21,14 @@ from rich.console import Console
 
 from quantlab.errors import TrackingError
 from quantlab.progress import printable
+from quantlab.report.attribution import attribution_sheet
 from quantlab.report.compare import compare
 from quantlab.report.comparison_table import show_groups
 from quantlab.report.reading import Reader, StoredRun, experiment_id, json_object, read_json
+from quantlab.report.said_first import said_first
 from quantlab.report.selection import ComparisonRequest, children, is_candidate, metric_called, select
-from quantlab.report.table import rows_sheet
-from quantlab.report.terminal import show, tab_separated
+from quantlab.report.table import headline, rows_sheet
+from quantlab.report.terminal import MAX_CELL, Sheet, show
 from quantlab.tracking.connect import NO_STORE
 from quantlab.tracking.pictures import SAMPLE_ARRAYS, SAMPLE_GRID, read_samples
 from quantlab.tracking.results import Row, report_data
@@ -41,7 +45,9 @@ if TYPE_CHECKING:
 
 MAX_LINES = 15
 MAX_PICTURES = 6
-WIDTH = 110
+WIDTH = 132
+"""Columns of what a notebook shows as text; a terminal has its own."""
+_NUMBERS = ("memory/weights_bytes", "memory/compression", "quantization/coverage")
 
 
 class Results(Sequence[RunReport]):
@@ -75,14 +81,16 @@ class Results(Sequence[RunReport]):
 
     @property
     def rows(self) -> pd.DataFrame:
-        """One row a scheme: name, status, run id, parameters and metrics under their tracked names."""
+        """One row a scheme: bytes and headline metrics first, then status, run id, parameters and all other metrics."""
         import pandas as pd
 
         data = []
+        first = [f"quality/{m}" for p in {r["protocol"] for r in self._rows} for m in headline(p, self._rows)]
         for row in self._rows:
-            whole = {**row}
+            whole, metrics = {**row}, row["metrics"]
             told = {k: whole[k] for k in ("status", "run_id", "resumed", "failed_stage", "error")}
-            data.append({"scheme": row["name"], **told, **flatten(row["params"]), **row["metrics"]})
+            numbers = {k: metrics[k] for k in (*_NUMBERS, *first) if k in metrics}  # what a short view shows
+            data.append({"scheme": row["name"], **numbers, **told, **flatten(row["params"]), **metrics})
         return pd.DataFrame(data).set_index("scheme") if data else pd.DataFrame()
 
     @property
@@ -146,21 +154,25 @@ class Results(Sequence[RunReport]):
 
     def _text(self) -> str:
         console, file = _console()
-        for protocol in self._protocols:
-            show(console, rows_sheet(self._of(protocol), protocol))
+        for sheet in self._sheets:
+            show(console, sheet)
         return file.getvalue().rstrip() or "no rows"
 
     def _repr_html_(self) -> str:
-        parts = [_html_table(list(tab_separated(rows_sheet(self._of(p), p)))) for p in self._protocols]
-        for run in self._runs[:MAX_PICTURES]:
+        parts = [_html_lines(self._unquantized)]
+        parts += [_html_table(sheet) for sheet in self._sheets]
+        pictures = []
+        for run in [r for r in self._runs if is_candidate(r)][:MAX_PICTURES]:
             picture = self._reader.read_artifact(run, SAMPLE_GRID)
             if picture:
-                data = base64.b64encode(picture).decode()
-                parts.append(
-                    f"<figure><figcaption>{html.escape(printable(run.name, 200))}: reference, quantized, difference"
-                    f'</figcaption><img style="max-width:100%" src="data:image/png;base64,{data}"></figure>'
+                data, name = base64.b64encode(picture).decode(), html.escape(printable(run.name, 200))
+                pictures.append(
+                    f'<figure style="margin:0;max-width:100%"><figcaption style="max-width:24em">{name}: '
+                    f'reference, quantized, difference</figcaption><img alt="samples of {name}" style="max-width:100%" '
+                    f'src="data:image/png;base64,{data}"></figure>'
                 )
-        return "\n".join(parts)
+        shown = f'<div style="display:flex;flex-wrap:wrap;gap:1em;align-items:end">{"".join(pictures)}</div>'
+        return "\n".join([*filter(None, parts), *([shown] if pictures else [])])
 
     @property
     def sweep_id(self) -> str | None:
@@ -169,11 +181,18 @@ class Results(Sequence[RunReport]):
         return parents.pop() if len(parents) == 1 else None
 
     @property
-    def _protocols(self) -> list[str]:
-        return sorted({r["protocol"] for r in self._rows})
+    def _sheets(self) -> list[Sheet]:
+        """The rows of each protocol, and what each component costs where that was measured."""
+        found: list[Sheet | None] = []
+        for protocol in sorted({r["protocol"] for r in self._rows}):
+            rows = [r for r in self._rows if r["protocol"] == protocol]
+            found += [rows_sheet(rows, protocol), attribution_sheet(rows, headline(protocol, rows))]
+        return [sheet for sheet in found if sheet]
 
-    def _of(self, protocol: str) -> list[Row]:
-        return [r for r in self._rows if r["protocol"] == protocol]
+    @property
+    def _unquantized(self) -> list[str]:
+        schemes = [r for r in self._rows if "quantization/coverage" in r["metrics"]]
+        return said_first((r["name"], r["unquantized"]) for r in schemes)
 
     @cached_property
     def _rows(self) -> list[Row]:
@@ -247,18 +266,43 @@ class Told(str):
     def __repr__(self) -> str:
         return str(self)
 
+    def _repr_html_(self) -> str:
+        return f'<pre style="white-space:pre;overflow-x:auto">{html.escape(self)}</pre>'  # no line of a table is broken
+
 
 def _console() -> tuple[Console, io.StringIO]:
     file = io.StringIO()
-    console = Console(file=file, width=WIDTH, markup=False, highlight=False, emoji=False, color_system=None)
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    console = Console(
+        file=file,
+        width=min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH) if is_terminal else WIDTH,
+        markup=False,
+        highlight=False,
+        emoji=False,
+        color_system=None,
+        force_jupyter=False,  # in a notebook rich would show the table at once, and leave the text empty
+    )
     return console, file
 
 
-def _html_table(lines: Sequence[str]) -> str:
-    def row(line: str, cell: str) -> str:
-        return f"<tr>{''.join(f'<{cell}>{html.escape(text)}</{cell}>' for text in line.split(chr(9)))}</tr>"
+def _html_table(sheet: Sheet) -> str:
+    """A sheet as HTML; nothing in it is markup. A notebook's own style would align all of it to the right."""
 
-    return f"<table>{row(lines[0], 'th')}{''.join(row(line, 'td') for line in lines[1:])}</table>"
+    def row(texts: Sequence[str], cell: str) -> str:
+        sides = ["left" if column.is_text else "right" for column in sheet.columns]
+        return "".join(
+            f'<{cell} style="text-align:{side}">{html.escape(printable(text, MAX_CELL))}</{cell}>'
+            for side, text in zip(sides, texts, strict=True)
+        )
+
+    head = row([column.title for column in sheet.columns], "th")
+    body = "".join(f"<tr>{row(texts, 'td')}</tr>" for texts in sheet.rows)
+    title, caption = (_html_lines([*lines]) for lines in (sheet.title, filter(None, sheet.caption)))
+    return f"{title}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{caption}"
+
+
+def _html_lines(lines: Sequence[str]) -> str:
+    return "".join(f"<div>{html.escape(printable(line))}</div>" for line in lines)
 
 
 def chosen_rows(what: str, reader: Reader, tracking: TrackingConfig) -> list[tuple[StoredRun, dict[str, Any]]]:
