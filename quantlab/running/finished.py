@@ -11,27 +11,21 @@ from pathlib import Path
 from quantlab import tracking
 from quantlab.errors import TrackingError
 from quantlab.planning.job import Job, Plan
-from quantlab.running.known import Known, bench_key, recall
+from quantlab.running.known import Known, bench_key, recall_each, reference_of
 from quantlab.running.resume import content_key, earlier_report
 from quantlab.running.rows import finished_row
 from quantlab.running.workbench import Session
 from quantlab.tracking.connect import resolved_uri
 from quantlab.tracking.glance import sweep_of
 from quantlab.tracking.provenance import Environment, environment
-from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.reports import RunReport
 
 
 def known_before(jobs: Sequence[Job], cache_dir: Path) -> dict[str, Known] | None:
     """Of each reference that the jobs are compared with, what is known of it; None where one is not known yet."""
-    found: dict[str, Known] = {}
-    for job in jobs:
-        key = _shared(job)
-        known = found.get(key) or recall(job.config, cache_dir)
-        if known is None:
-            return None
-        found[key] = known
-    return found
+    found = recall_each(jobs, cache_dir)
+    known = {key: there for key, there in found.items() if there is not None}
+    return known if len(known) == len(found) else None
 
 
 def rows_before(session: Session, jobs: Sequence[Job], known: dict[str, Known]) -> list[RunReport] | None:
@@ -68,7 +62,7 @@ def _wanted(jobs: Sequence[Job], known: dict[str, Known], cache_dir: Path) -> It
     """Jobs with their content keys, floors before the first job of each reference."""
     told: set[str] = set()
     for job in jobs:
-        there, shared = known[_shared(job)], bench_key(job.config)
+        there, shared = known[reference_of(job)], bench_key(job.config)
         floors = [] if shared in told else there.floor_jobs(job.config)
         told.add(shared)
         for one in (*floors, job):
@@ -86,7 +80,3 @@ def environment_of(session: Session, rows: Sequence[RunReport]) -> Environment:
         here = environment(Path(__file__).parents[2], has_hardware=False)
         return {**here, "hardware": json.loads(file.read_text(encoding="utf-8"))["hardware"]}
     return environment(Path(__file__).parents[2])
-
-
-def _shared(job: Job) -> str:
-    return canonical_json([bench_key(job.config), sorted(job.config.components)])

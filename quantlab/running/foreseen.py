@@ -11,13 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantlab.errors import TrackingError
+from quantlab.backends.table import offers
+from quantlab.errors import ConfigError, TrackingError
 from quantlab.planning.job import Job, Plan
 from quantlab.report.reading import Reader, StoredRun, open_reader
-from quantlab.running.known import Known, bench_key, recall
+from quantlab.report.selection import scheme_nodes
+from quantlab.running.known import recall_each, reference_of
 from quantlab.running.resume import content_key
 from quantlab.tracking.tags import JOB_KEY, KIND, PARENT_RUN_ID
 from quantlab.tracking.values import flatten
+from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
+from quantlab.vocabulary.native import canonical_json
 
 STAGES = ("calibrate", "quantize", "evaluate", "weigh", "evidence", "attribute")
 """Of a job alone; loading the model and making the reference are the sweep's."""
@@ -26,29 +30,52 @@ _SAME = ("model.", "dataset.", "evaluation.")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """How long jobs may take, by earlier ones of the same model and evaluation."""
+
+    seconds: float
+    num_jobs: int
+    """Of so many jobs; of the others no earlier one is known."""
+    num_alike: int
+    """For so many of them there are earlier jobs of the same backends and algorithms: their median. For the others it
+    is the mean of all."""
+    rests_on: int
+    """So many earlier jobs."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Foreseen:
     """What is known of a request before it runs."""
 
     resumed: frozenset[str] = frozenset()
     """Names of the jobs that are not run again."""
-    seconds: float | None = None
-    """Of all others, by the median of earlier jobs; None where there were none."""
-    rests_on: int = 0
-    """So many earlier jobs."""
+    num_left: int = 0
+    """Jobs that would be run."""
+    estimate: Estimate | None = None
     store: str = ""
 
     def lines(self, num_jobs: int) -> list[str]:
         """What is said of it."""
-        told = [f"{len(self.resumed)} of {num_jobs} jobs are resumed: an earlier sweep has finished them"]
-        left = num_jobs - len(self.resumed)
-        if self.seconds is not None and left:
-            each = self.seconds / left
-            whole = f"{self.seconds / 60:.1f} min" if self.seconds >= 60 else f"{self.seconds:.0f} s"
+        told = []
+        if self.resumed:
+            told.append(f"{len(self.resumed)} of {num_jobs} jobs are resumed: an earlier sweep has finished them")
+        found = self.estimate
+        if found is not None:
+            whole = f"{found.seconds / 60:.1f} min" if found.seconds >= 60 else f"{found.seconds:.0f} s"
+            of = f" of {self.num_left}" if found.num_jobs < self.num_left else ""
+            jobs = f"{found.num_jobs}{of} {_plural(self.num_left)}"
+            other = found.num_jobs - found.num_alike
+            how = "by the median of the same backend and algorithm" if found.num_alike else "by their mean"
+            how += f" ({other} {_plural(other)} by the mean of all)" if other and found.num_alike else ""
             told.append(
-                f"about {whole} for {left} jobs: {each:.1f} s is the median of {self.rests_on} earlier jobs of this "
-                f"model and evaluation in {self.store}; without loading the model, the reference and its floors"
+                f"about {whole} for {jobs}: {how}, of {found.rests_on} earlier {_plural(found.rests_on)} of this model "
+                f"and evaluation in {self.store}; without loading the model, the reference and its floors"
             )
-        return told if self.resumed else told[1:]
+        return told
+
+
+def _plural(num: int) -> str:
+    return "job" if num == 1 else "jobs"
 
 
 def foreseen(request: Plan) -> Foreseen:
@@ -61,8 +88,7 @@ def foreseen(request: Plan) -> Foreseen:
         left = [job for job in request.jobs if job.name not in resumed]
         if config.sweep.search.num_trials:
             left = left[: config.sweep.search.num_trials]
-        per_job, num = _seconds(left, runs)
-        return Foreseen(resumed=resumed, seconds=per_job, rests_on=num, store=reader.uri)
+        return Foreseen(resumed=resumed, num_left=len(left), estimate=_estimate(left, runs), store=reader.uri)
     return Foreseen()
 
 
@@ -75,32 +101,60 @@ def _resumed(request: Plan, runs: Sequence[StoredRun]) -> list[str]:
     """Jobs whose key a finished run of a sweep has; none of a model that no earlier process noted the same of."""
     statuses = ("FINISHED",) if request.jobs[0].config.sweep.retry_failed else ("FINISHED", "FAILED")
     done = {run.tags.get(JOB_KEY) for run in runs if run.status in statuses and PARENT_RUN_ID in run.tags}
-    known: dict[tuple[str, ...], Known | None] = {}
-    found = []
-    for job in request.jobs:
-        cache_dir = Path(job.config.output_dir).expanduser().absolute() / "cache"
-        key = (bench_key(job.config), *sorted(job.config.components))
-        if key not in known:
-            known[key] = recall(job.config, cache_dir)
-        noted = known[key]
-        if noted is not None and content_key(noted, job, cache_dir) in done:
-            found.append(job.name)
-    return found
-
-
-def _seconds(jobs: Sequence[Job], runs: Sequence[StoredRun]) -> tuple[float | None, int]:
-    """Seconds of all jobs by the median of earlier ones of the same model and evaluation, and how many these were."""
-    if not jobs:
-        return None, 0
-    wanted = _of_the_model(flatten(jobs[0].resolved))
-    times = [
-        sum(seconds)
-        for run in runs
-        if run.status == "FINISHED" and _of_the_model(run.params).items() <= wanted.items()
-        if (seconds := [run.metrics[f"perf/{stage}_s"] for stage in STAGES if f"perf/{stage}_s" in run.metrics])
-        and "quantization/coverage" in run.metrics
+    cache_dir = Path(request.jobs[0].config.output_dir).expanduser().absolute() / "cache"
+    known = recall_each(request.jobs, cache_dir)
+    return [
+        job.name
+        for job in request.jobs
+        if (there := known[reference_of(job)]) is not None and content_key(there, job, cache_dir) in done
     ]
-    return (statistics.median(times) * len(jobs), len(times)) if times else (None, 0)
+
+
+def _estimate(jobs: Sequence[Job], runs: Sequence[StoredRun]) -> Estimate | None:
+    """Of all jobs by earlier ones; None where no earlier one tells anything."""
+    measured = [(run, seconds) for run in runs if (seconds := _seconds_of(run)) is not None]
+    known: dict[str, dict[_Kind, list[float]]] = {}
+    total, num_jobs, num_alike = 0.0, 0, 0
+    used: set[str] = set()
+    for job in jobs:
+        wanted = _of_the_model(flatten(job.resolved))
+        key = canonical_json(wanted)
+        if key not in known:
+            known[key] = {}
+            for run, seconds in measured:
+                if _of_the_model(run.params).items() <= wanted.items():
+                    known[key].setdefault(_kind_of(run.params), []).append(seconds)
+                    used.add(run.run_id)
+        times, kind = known[key], frozenset((s.axes.backend, s.axes.algorithm) for s in job.schemes.values())
+        if not times:
+            continue
+        num_jobs += 1
+        num_alike += kind in times
+        every = [seconds for some in times.values() for seconds in some]
+        total += statistics.median(times[kind]) if kind in times else statistics.mean(every)
+    return Estimate(seconds=total, num_jobs=num_jobs, num_alike=num_alike, rests_on=len(used)) if num_jobs else None
+
+
+_Kind = frozenset[tuple[str, str]]
+"""Backend and algorithm of each scheme of a job: a calibrated one may take ten times one that rounds."""
+
+
+def _kind_of(params: Mapping[str, str]) -> _Kind:
+    found = set()
+    for node, backend in scheme_nodes(params).items():
+        dtype, algorithm = (params.get(f"{node}.{name}", "auto") for name in ("dtype", "algorithm"))
+        with contextlib.suppress(ConfigError):  # of another version, or of a backend that is not there any more
+            asked = QuantizationAxes(backend=backend, dtype=dtype, algorithm=algorithm)
+            found.add((backend, resolve_axes(asked, offers()).algorithm))
+    return frozenset(found)
+
+
+def _seconds_of(run: StoredRun) -> float | None:
+    """Of a finished job of a scheme: all its own stages."""
+    if run.status != "FINISHED" or "quantization/coverage" not in run.metrics:
+        return None
+    found = [run.metrics[f"perf/{stage}_s"] for stage in STAGES if f"perf/{stage}_s" in run.metrics]
+    return sum(found) if found else None
 
 
 def _of_the_model(params: Mapping[str, str]) -> dict[str, str]:

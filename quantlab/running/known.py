@@ -104,6 +104,21 @@ def recall(config: ExperimentConfig, cache_dir: Path, device: str = "") -> Known
     return found
 
 
+def reference_of(job: Job) -> str:
+    """What a job's reference is known by within a request: jobs that say the same are compared with one reference."""
+    return canonical_json([bench_key(job.config), sorted(job.config.components)])
+
+
+def recall_each(jobs: Iterable[Job], cache_dir: Path) -> dict[str, Known | None]:
+    """:func:`reference_of` each job -> what is known of it, each looked for once."""
+    found: dict[str, Known | None] = {}
+    for job in jobs:
+        key = reference_of(job)
+        if key not in found:
+            found[key] = recall(job.config, cache_dir)
+    return found
+
+
 def remember(
     config: ExperimentConfig, cache_dir: Path, known: Known, where: Mapping[str, object] | None = None
 ) -> None:

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from quantlab.planning.plan import plan
-from quantlab.running import finished, sweep, workbench
+from quantlab.running import finished, known, sweep, workbench
 from quantlab.running.known import recall
 from tests.support.shell import digits_words
 
@@ -51,17 +51,17 @@ def test_a_sweep_that_is_wholly_resumed_loads_nothing(shell, monkeypatch):
 
 def test_what_is_known_is_looked_for_once_a_reference(monkeypatch):
     asked = []
-    monkeypatch.setattr(finished, "recall", lambda config, cache: asked.append(config) or len(asked))
+    monkeypatch.setattr(known, "recall", lambda config, cache: asked.append(config) or len(asked))
     jobs = plan([*WORDS[1:], "dtype=int8,int4", "dataset.seed=1,2"], multirun=True).jobs
     assert sorted(finished.known_before(jobs, None).values()) == [1, 2]
     assert len(asked) == 2
-    monkeypatch.setattr(finished, "recall", lambda config, cache: None)
+    monkeypatch.setattr(known, "recall", lambda config, cache: None)
     assert finished.known_before(jobs, None) is None
 
 
 @pytest.mark.parametrize("words", [["sweep.force=true"], ["sweep.search.num_trials=1"], ["launcher=slurm"]])
 def test_what_is_run_anyway_is_not_looked_up(monkeypatch, words):
-    monkeypatch.setattr(finished, "recall", refuse)
+    monkeypatch.setattr(known, "recall", refuse)
     assert sweep._known_before(plan([*WORDS[1:], "dtype=int8,int4", *words], multirun=True)) is None
 
 

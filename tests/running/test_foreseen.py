@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from quantlab.planning.plan import plan
-from quantlab.running import foreseen as module
+from quantlab.running import known
 from quantlab.running.foreseen import foreseen
 from quantlab.running.known import Known
 from quantlab.running.resume import content_key
@@ -24,7 +24,7 @@ KNOWN = Known(
 @pytest.fixture
 def request_of_three(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "recall", lambda config, cache_dir: KNOWN)
+    monkeypatch.setattr(known, "recall", lambda config, cache_dir: KNOWN)
     return plan(WORDS, multirun=True)
 
 
@@ -40,7 +40,7 @@ def track(tmp_path, job, seconds, parent="local-sweep"):
 
 def test_nothing_is_known_before_the_first_run(request_of_three):
     found = foreseen(request_of_three)
-    assert (found.resumed, found.seconds, found.lines(3)) == (frozenset(), None, [])
+    assert (found.resumed, found.estimate, found.lines(3)) == (frozenset(), None, [])
 
 
 def test_what_is_done_and_what_the_rest_takes(request_of_three, tmp_path):
@@ -49,21 +49,65 @@ def test_what_is_done_and_what_the_rest_takes(request_of_three, tmp_path):
     track(tmp_path, second, 20.0, parent=None)  # a single run is no part of a sweep, and tells how long it took
     found = foreseen(request_of_three)
     assert found.resumed == {first.name}
-    assert (found.seconds, found.rests_on) == (30.0, 2)
+    assert (found.estimate.seconds, found.estimate.rests_on) == (30.0, 2)
     told = "\n".join(found.lines(3))
     assert "1 of 3 jobs are resumed" in told
-    assert "about 30 s for 2 jobs: 15.0 s is the median of 2 earlier jobs" in told
+    assert "about 30 s for 2 jobs: by the median of the same backend and algorithm, of 2 earlier jobs" in told
 
 
 def test_other_models_and_evaluations_say_nothing_of_it(request_of_three, tmp_path):
     first = request_of_three.jobs[0]
     other = replace(first, config=replace(first.config, evaluation=replace(first.config.evaluation, num_samples=100)))
     track(tmp_path, other, 10.0)
-    assert foreseen(request_of_three).seconds is None
+    assert foreseen(request_of_three).estimate is None
 
 
 def test_force_resumes_nothing(request_of_three, tmp_path):
     track(tmp_path, request_of_three.jobs[0], 10.0)
     found = foreseen(plan([*WORDS, "sweep.force=true"], multirun=True))
     assert found.resumed == frozenset()
-    assert found.rests_on == 1
+    assert found.estimate.rests_on == 1
+
+
+MIXED = [w for w in WORDS if not w.startswith(("backend", "dtype"))]
+
+
+def of(*words):
+    return plan([*MIXED, *words], multirun=True)
+
+
+def test_a_calibrated_job_takes_the_time_of_calibrated_ones(request_of_three, tmp_path):
+    """Also where the algorithm was typed by one and left open by the other."""
+    [plain] = of("backend=quanto", "dtype=int8").jobs
+    [calibrated] = of("backend=modelopt", "dtype=int4", "algorithm=awq_lite").jobs
+    for seconds in (2.0, 4.0, 3.0):
+        track(tmp_path, plain, seconds)
+    track(tmp_path, calibrated, 40.0)
+    asked = of("backend=quanto", "dtype=int4,int2", "algorithm=max")
+    assert foreseen(asked).estimate.seconds == 6.0, "the median of three, twice"
+    assert (
+        foreseen(of("backend=modelopt", "dtype=int4", "algorithm=awq_lite", "group_size=64")).estimate.seconds == 40.0
+    )
+
+
+def test_what_nobody_ran_takes_the_mean_of_all_and_that_is_said(request_of_three, tmp_path):
+    [plain], [other] = of("backend=quanto", "dtype=int8").jobs, of("backend=torchao", "dtype=int8").jobs
+    track(tmp_path, plain, 10.0)
+    track(tmp_path, other, 20.0)
+    found = foreseen(of("backend=gguf,torchao", "dtype=q8_0,int4", "sweep.on_invalid=skip"))
+    assert (found.estimate.seconds, found.estimate.num_alike) == (15.0 + 20.0, 1)
+    assert "(1 job by the mean of all)" in " ".join(found.lines(2))
+    alone = foreseen(of("backend=gguf", "dtype=q8_0"))
+    assert "about 15 s for 1 job: by their mean, of 2 earlier jobs" in " ".join(alone.lines(1))
+
+
+def test_each_component_counts_and_another_evaluation_is_left_out(request_of_three, tmp_path):
+    both = "components.transformer={backend: modelopt, dtype: int4, algorithm: awq_lite}"
+    [first] = of(both).jobs
+    track(tmp_path, first, 50.0)
+    [second] = of("backend=quanto", "dtype=int8").jobs
+    track(tmp_path, second, 5.0)
+    found = foreseen(of(both, "evaluation.num_samples=10,20", "sweep.force=true"))
+    assert (found.estimate.num_jobs, found.num_left) == (1, 2)
+    assert found.estimate.seconds == 50.0
+    assert "about 50 s for 1 of 2 jobs" in " ".join(found.lines(2))
