@@ -182,9 +182,10 @@ def _told_as_ours(model: str, pipeline: str, arguments: Iterable[str], num: int)
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
+        alone = "" if num == 1 else ", or set evaluation.batch_size=1 where it takes one sample at once"
         raise ModelError(
             f"model={model}: {pipeline} refuses what it is given ({_first_line(error)}); "
-            f"it was called with {', '.join(arguments)}: change the data set, evaluation or model.call"
+            f"it was called with {', '.join(arguments)}: change the data set, evaluation or model.call{alone}"
         ) from error
     except RuntimeError as error:
         if num == 1 or not _OF_SHAPES.search(str(error)):

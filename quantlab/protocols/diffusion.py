@@ -47,6 +47,10 @@ if TYPE_CHECKING:
 
 HEADLINE = ("latent_rel_mse", "psnr_db", "frame_psnr_db", "temporal_rel_error", "audio_snr_db")
 NUM_SHOWN = 8
+_UNHEARD = (
+    "latent_rel_mse: the model's scheduler was not heard to step (some pipelines step by copies of it), so that there "
+    "are no latents and no curves of steps; look at what is made of them"
+)
 
 
 def check(model: LoadedModel, inputs: DiffusionInputs) -> None:
@@ -114,6 +118,8 @@ def measure(
             "latent_cosine": lambda: latent_cosine(latents, expected),
         }
         samples = defined(means, undefined)
+    else:
+        undefined["latent_rel_mse"] = _UNHEARD
     steps: dict[str, NDArray[np.float64]] = {}
     estimates: dict[str, MetricValue] = {}
     if "images" in outputs and "images" in reference:

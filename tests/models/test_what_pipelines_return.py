@@ -30,6 +30,15 @@ def test_several_pictures_a_sample_are_refused_without_a_way_out_that_is_none():
         pipeline_call._media(SimpleNamespace(), two, 4)
 
 
+@pytest.mark.parametrize(("num", "told"), [(1, r"model\.call$"), (2, r", or set evaluation\.batch_size=1 where")])
+def test_one_sample_alone_is_a_way_out_where_there_are_more(num, told):
+    with (
+        pytest.raises(ModelError, match=rf"^model=a: B refuses what it is given \(no lists yet\); .*{told}"),
+        pipeline_call._told_as_ours("a", "B", ["prompt"], num),
+    ):
+        raise ValueError("no lists yet")
+
+
 class Video:
     def __call__(self, prompt, video_length=16, height=64): ...
 

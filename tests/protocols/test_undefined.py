@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
 import json
 import math
 import shutil
@@ -22,6 +24,7 @@ from quantlab.protocols.media import IMAGE_METRICS
 from quantlab.stages.evaluate import evaluate, summarize
 from quantlab.vocabulary.schema import DatasetConfig, DigitsModelConfig, EvaluationConfig
 from tests.support.shell import TINY
+from tests.support.tiny_families import FAMILIES, family_model
 from tests.support.tiny_text_models import TEXT, load_bert, load_llama, save_bert, save_llama
 
 TEXTS = EvaluationConfig(num_samples=12, batch_size=4, context_length=48, num_bootstrap=20)
@@ -224,3 +227,23 @@ def test_the_row_is_finished_and_its_record_says_what_is_undefined(llama, shell)
     run = next(run for name, run in shell.tracked().items() if name.startswith("quanto"))
     assert set(json.loads(run["tags"]["quantlab.undefined"])) == {"ppl", "ppl_ref"}
     assert run["params"]["resolved.logits"] == "head"
+
+
+def test_a_scheduler_that_a_pipeline_copies_leaves_no_latents_and_that_is_told(tmp_path, monkeypatch):
+    model, inputs = family_model("stable_diffusion", tmp_path)
+    made = type(model.parts["pipeline"])
+    call = made.__call__
+
+    def with_a_copy(self, **arguments):
+        self.scheduler = copy.deepcopy(self.scheduler)
+        return call(self, **arguments)
+
+    signature = inspect.signature(call)
+    monkeypatch.setattr(made, "__call__", with_a_copy)
+    with_a_copy.__signature__ = signature
+    evaluation = dataclasses.replace(FAMILIES["stable_diffusion"].settings, num_inference_steps=1, num_teacher_forced=1)
+    found, _ = measured(model, model, inputs.subset([0]), evaluation, diffusion)
+    assert "latent_rel_mse" not in found.samples
+    assert found.undefined["latent_rel_mse"].startswith("latent_rel_mse: the model's scheduler was not heard to step")
+    assert found.samples["psnr_db"].tolist() == [100]
+    assert "step_divergence" not in found.steps
