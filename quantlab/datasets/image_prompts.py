@@ -9,7 +9,6 @@ guided by the picture itself). A line of a file is ``{"image": "a.png", "prompt"
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,10 +18,11 @@ from quantlab.datasets.prompts import require_pipeline, require_samples, seed_of
 from quantlab.errors import ConfigError, nearest
 from quantlab.models.loaded import LoadedModel
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
-from quantlab.vocabulary.files import read_text
+from quantlab.vocabulary.files import read_json_lines, read_text
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig
 
 if TYPE_CHECKING:
+    from PIL.Image import Image as PictureFile
     from torch import Tensor
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -98,7 +98,10 @@ def read(path: str | None) -> list[Picture]:
     if path is None:
         raise ConfigError(f"dataset.path=null: image_prompts are of your own; {_WAY_OUT}")
     place = Path(path).expanduser()
-    rows = _of_folder(place, key) if place.is_dir() else _of_lines(place, key)
+    try:
+        rows = _of_folder(place, key) if place.is_dir() else _of_lines(place, key)
+    except OSError as error:
+        raise ConfigError(f"{key}: it cannot be read ({error.strerror}); {_WAY_OUT}") from error
     if not rows:
         raise ConfigError(f"{key}: no picture is in it ({', '.join(PICTURES)}); {_WAY_OUT}")
     for what in ("prompt", *_BESIDE):
@@ -140,13 +143,7 @@ def _prompt(file: Path, key: str) -> str | None:
 
 def _of_lines(file: Path, key: str) -> list[Picture]:
     rows = []
-    for number, line in enumerate(read_text(file, key, _WAY_OUT).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{key}: line {number} is no JSON ({error}); {_WAY_OUT}") from error
+    for number, found in read_json_lines(file, key, _WAY_OUT):
         if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()) or "image" not in found:
             raise ConfigError(f'{key}: line {number} is not like {{"image": "a.png", "prompt": "a fox"}}; {_WAY_OUT}')
         if unknown := [name for name in found if name not in _KEYS]:
@@ -185,19 +182,33 @@ def _looked_at(file: Path, key: str) -> None:
         ) from error
 
 
-def _pixels(file: Path, key: str, size: tuple[int | None, int | None], mode: str) -> Tensor:
-    """A picture as uint8 (height, width, 3 or 1), upright, cut and resized where ``size`` (width, height) is given."""
+def opened(file: Path, key: str, mode: str) -> PictureFile:
+    """A picture as it is looked at: upright, 8 bits a channel. ConfigError for one that cannot be read, and for one of
+    32 bits a pixel, whose white nobody knows."""
     import numpy as np
-    import torch
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(file) as opened:
-            picture = ImageOps.exif_transpose(opened).convert(mode)
+        with Image.open(file) as found:
+            picture = ImageOps.exif_transpose(found)
+            if picture.mode.startswith("I;16"):  # which Pillow would cut off at 255
+                picture = Image.fromarray((np.asarray(picture).astype(np.float64) / 257).round().astype(np.uint8))
+            if picture.mode not in ("I", "F"):
+                return picture.convert(mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(
             f"{key}: {file.name} cannot be read as a picture ({error}); put an intact one there, or take it out"
         ) from error
+    raise ConfigError(f"{key}: {file.name} has 32 bits a pixel, and no white; save it with 8 or 16")
+
+
+def _pixels(file: Path, key: str, size: tuple[int | None, int | None], mode: str) -> Tensor:
+    """A picture as uint8 (height, width, 3 or 1), cut and resized where ``size`` (width, height) is given."""
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    picture = opened(file, key, mode)
     width, height = size[0] or picture.width, size[1] or picture.height
     if (width, height) != picture.size:
         picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)

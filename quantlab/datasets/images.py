@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from quantlab.datasets.image_prompts import read
+from quantlab.datasets.image_prompts import opened, read
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
 from quantlab.protocols.vision import VisionInputs
@@ -17,16 +17,11 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
 
     ConfigError beginning with ``dataset.path=...`` where there are fewer, or where one cannot be read.
     """
-    from PIL import Image, ImageOps
-
     key, files = f"dataset.path={config.path}", [row.image for row in read(config.path)]
     wanted = evaluation.num_samples
     check_number(files, wanted, key)
     chosen = [files[i * len(files) // wanted] for i in range(wanted)]
-    pictures = []
-    for file in chosen:
-        with Image.open(file) as opened:
-            pictures.append(ImageOps.exif_transpose(opened).convert("RGB"))
+    pictures = [opened(file, key, "RGB") for file in chosen]
     processor = cast(Any, model.parts)["processor"]
     pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
     return VisionInputs(pixel_values=pixels.float(), sample_ids=tuple(file.name for file in chosen))

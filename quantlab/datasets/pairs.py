@@ -7,7 +7,6 @@ text."}`` with WAV files below the file's folder, at the rate that the model hea
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
 from quantlab.protocols.seq2seq import PairInputs
-from quantlab.vocabulary.files import MAX_TEXT_BYTES, read_text
+from quantlab.vocabulary.files import MAX_TEXT_BYTES, read_json_lines
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig
 
 if TYPE_CHECKING:
@@ -33,13 +32,7 @@ def read(path: str | None) -> list[Pair]:
     if path is None:
         raise ConfigError(f"dataset.path=null: pairs are of your own; {_WAY_OUT}")
     rows: list[Pair] = []
-    for number, line in enumerate(read_text(path, key, _WAY_OUT, MAX_TEXT_BYTES).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{key}: line {number} is no JSON ({error}); {_WAY_OUT}") from error
+    for number, found in read_json_lines(path, key, _WAY_OUT, MAX_TEXT_BYTES):
         is_pair = isinstance(found, dict) and set(found) in ({"source", "target"}, {"audio", "target"})
         if not is_pair or not all(isinstance(v, str) and v.strip() for v in found.values()):
             raise ConfigError(f"{key}: line {number} is no pair of texts; {_WAY_OUT}")

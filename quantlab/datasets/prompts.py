@@ -13,7 +13,7 @@ from quantlab.models.loaded import LoadedModel
 from quantlab.models.pipeline_call import check_conditions
 from quantlab.progress import say
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
-from quantlab.vocabulary.files import read_text
+from quantlab.vocabulary.files import lines_of, read_text
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig
 
 SHIPPED = Path(__file__).with_name("prompts_v1.txt")
@@ -100,7 +100,7 @@ def read_prompts(path: str | None = None) -> list[str]:
     file = SHIPPED if path is None else Path(path).expanduser()
     key = f"dataset.path={path}"
     way_out = "give a text file, one prompt a line, or leave dataset.path out for the shipped prompts"
-    prompts = [line.strip() for line in read_text(file, key, way_out).splitlines() if line.strip()]
+    prompts = [line.strip() for _, line in lines_of(read_text(file, key, way_out))]
     if too_long := [i for i, prompt in enumerate(prompts, 1) if len(prompt) > MAX_PROMPT_CHARS]:
         raise ConfigError(
             f"{key}: prompt {too_long[0]} has {len(prompts[too_long[0] - 1])} characters and at most "

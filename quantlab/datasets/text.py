@@ -22,7 +22,7 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
     key = f"dataset.path={config.path}"
     require_text_model(key, model)
     text = read_text(config.path)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for _, line in files.lines_of(text)]
     return inputs_of(text, lines, evaluation, model, key)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,26 @@ def read_json(path: str | Path, key: str, way_out: str) -> Any:
     except (ValueError, RecursionError) as error:
         why = str(error) if isinstance(error, ValueError) else "nested too deep"
         raise ConfigError(f"{key}: not a readable JSON file ({why}); {way_out}") from error
+
+
+def lines_of(text: str) -> list[tuple[int, str]]:
+    """The lines that are not empty, with their numbers; of the signs that divide lines, only those that editors write.
+
+    ``str.splitlines`` divides at ten more, which stand within a prompt or a string of JSON.
+    """
+    return [(i, line) for i, line in enumerate(re.split(r"\r\n|\n|\r", text), 1) if line.strip()]
+
+
+def read_json_lines(path: str | Path, key: str, way_out: str, max_bytes: int = MAX_DATA_BYTES) -> list[tuple[int, Any]]:
+    """The data of each line that is not empty, with its number; ConfigError as for :func:`read_text`, and for lines
+    that are no JSON or hold half a character."""
+    rows = []
+    for number, line in lines_of(read_text(path, key, way_out, max_bytes)):
+        try:
+            found = json.loads(line)
+            json.dumps(found, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:
+            why = "half a character of two" if isinstance(error, UnicodeEncodeError) else str(error)
+            raise ConfigError(f"{key}: line {number} is no JSON ({why}); {way_out}") from error
+        rows.append((number, found))
+    return rows
