@@ -10,11 +10,11 @@ from quantlab.metrics import METRICS
 from quantlab.planning.job import Plan
 from quantlab.progress import say
 from quantlab.protocols.table import PROTOCOLS
-from quantlab.report.compare import compare
+from quantlab.report.compare import Comparison, compare
 from quantlab.report.comparison_markdown import comparison_markdown
 from quantlab.report.html import page_data, write_page
 from quantlab.report.reading import reader_of
-from quantlab.report.selection import parse_request, scheme_nodes, select
+from quantlab.report.selection import Selection, parse_request, scheme_nodes, select
 from quantlab.report.table import inside_floor
 from quantlab.tracking import Run, Store
 from quantlab.tracking.results import Row, report_data
@@ -112,6 +112,13 @@ def _log_page(store: Store, parent: Run) -> None:
     page = parent.record.folder / PAGE
     write_page(page_data(groups, selection, reader), page)
     parent.log_artifact(page, PAGE.parent.as_posix())
+    parent.set_tags({NOTE: description(groups, selection, store.experiment_id, parent.run_id)})
+
+
+def description(groups: Sequence[Comparison], selection: Selection, experiment_id: str, run_id: str) -> str:
+    """Where the page is, with a link as MLflow's own pages make them (the first lines are shown), and the table."""
+    page = PAGE.as_posix()
+    link = f"#/experiments/{experiment_id}/runs/{run_id}/artifacts/{page}"
+    first = f"**[The page with all of it]({link})**: `{page}` among the artifacts.\n\n"
     tables = (comparison_markdown(groups, selection, most) for most in (60, 30, 15, 8))
-    table = next((text for text in tables if len(text) <= MAX_DESCRIPTION), "")
-    parent.set_tags({NOTE: f"{table}\n\nThe page with all of it: `{PAGE.as_posix()}` among the artifacts."})
+    return first + next((text for text in tables if len(first + text) <= MAX_DESCRIPTION), "")

@@ -33,7 +33,9 @@ def test_a_sweeps_run_has_settings_best_rows_table_and_page_and_its_jobs_their_d
     assert parent.data.metrics["best/latent_rel_mse"] == own.metrics["quality/latent_rel_mse"]
     note = parent.data.tags["mlflow.note.content"]
     assert "| quanto int4 |" in note
-    assert "reports/overview.html" in note
+    ids = f"{parent.info.experiment_id}/runs/{parent.info.run_id}"
+    link = f"(#/experiments/{ids}/artifacts/reports/overview.html)"
+    assert link in note.splitlines()[0], "MLflow shows the first lines of a description"
     assert [a.path for a in store.client.list_artifacts(parent.info.run_id, "reports")] == ["reports/overview.html"]
     assert own.tags["mlflow.note.content"].startswith("quanto int8 of digits_dit on digits_classes")
     assert not [k for k in own.metrics if "/floor" in k]
