@@ -137,11 +137,14 @@ def _wrap(text: str, indent: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; never shows a traceback for an error of ours unless ``QUANTLAB_TRACEBACK=1``."""
+    """Entry point; never shows a traceback for an error of ours unless ``QUANTLAB_TRACEBACK=1``.
+
+    Without ``argv`` the process is the command's own, and ends with it.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     spell_out(sys.stdout, sys.stderr)
     try:
-        code = dispatch(words)
+        code = dispatch(words, is_last=argv is None)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has seen enough, as `quantlab ... | head` does
         _drop_output()
@@ -172,8 +175,8 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def dispatch(words: list[str]) -> int:
-    """Run one command; returns the exit code."""
+def dispatch(words: list[str], is_last: bool = False) -> int:
+    """Run one command; returns the exit code. ``is_last``: nothing comes after it in this process."""
     if words[:1] == ["compare"] and not {"-h", "--help"} & set(words):
         return show_comparison(words[1:])
     if words[:1] in (["export"], ["push"]) and not {"-h", "--help"} & set(words):
@@ -194,10 +197,10 @@ def dispatch(words: list[str]) -> int:
         return 0
     words, folder = _config_dir(_with_its_value("--columns", _config_words(words)))
     with own_options(folder):
-        return _dispatch(words)
+        return _dispatch(words, is_last)
 
 
-def _dispatch(words: list[str]) -> int:
+def _dispatch(words: list[str], is_last: bool) -> int:
     flags = {w for w in words if w.startswith("-")}
     rest = [w for w in words if not w.startswith("-")]
     if unknown := [w for w in words if w in flags - KNOWN_FLAGS and not w.startswith("--columns=")]:
@@ -214,7 +217,7 @@ def _dispatch(words: list[str]) -> int:
     if rest and rest[0] == "init":
         return show_first_recipe(rest[1:])
     if rest and rest[0] == "plan":
-        return show_prices(rest[1:], flags)
+        return show_prices(rest[1:], flags, is_last)
     if rest and rest[0] == "reference":
         return export_reference(rest[1:], flags)
     if rest and rest[0] == "run":

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from quantlab.vocabulary.reports import RunReport
 if TYPE_CHECKING:
     from quantlab.running.foreseen import Foreseen
 
+WITH_ALL = "QUANTLAB_PLAN_WITH_ALL"
+"""Variable of the environment: a plan's process imports all that the libraries import."""
 CPU_SECONDS = "; seconds on a CPU say nothing about a GPU"
 
 
@@ -160,14 +163,21 @@ def _as_typed(word: str) -> str:
 _OF_THE_SWEEP = ("sweep.dry_run", "sweep.candidates", "sweep.grid")
 
 
-def show_prices(words: Sequence[str], flags: set[str]) -> int:
-    """Print what each combination will occupy; 2 where none is possible."""
+def show_prices(words: Sequence[str], flags: set[str], is_last: bool = False) -> int:
+    """Print what each combination will occupy; 2 where none is possible. ``is_last``: the process ends with it."""
     from quantlab.report.price_table import price_tables
     from quantlab.running.forecast import forecast
 
     request = plan([*words, "sweep.dry_run=true"], multirun=bool(flags & {"-m", "--multirun"}))
     agree(request, "--trust" in flags)  # it may name a path of its own, or one to be asked for on the Hub
-    prices = forecast(request)
+    is_spared = is_last and os.environ.get(WITH_ALL) != "1"
+    try:
+        prices = forecast(request, is_last=is_spared)
+    except Exception as error:  # may be of what it does without: then the answer is that of a process that has all
+        if not is_spared or type(error) is ConfigError:
+            raise
+        again = {**os.environ, WITH_ALL: "1"}
+        return subprocess.run([sys.executable, *sys.orig_argv[1:]], env=again, check=False).returncode
     if "--json" in flags:
         print(json.dumps([price.data() for price in prices], indent=2))
     else:

@@ -52,7 +52,6 @@ def build(key: str, architecture: Architecture, dtype: str) -> dict[str, nn.Modu
 
 def _built(key: str, part: Part, dtype: str, is_filled: bool = False) -> nn.Module:
     import diffusers
-    import torch
     from transformers.utils import logging
 
     made = class_of(part.class_name)
@@ -60,7 +59,7 @@ def _built(key: str, part: Part, dtype: str, is_filled: bool = False) -> nn.Modu
         raise ModelError(f"{key}: the installed libraries have no class {part.class_name}; name another model")
     config = {k: v for k, v in part.config.items() if k not in ("quantization_config", "auto_map")}
     try:
-        where = uninitialized() if is_filled else torch.device("meta")
+        where = uninitialized() if is_filled else _without_values()
         with _default_dtype(torch_dtype(dtype)), where, quiet_loading(logging), _silent(logging):
             is_diffusers = issubclass(made, diffusers.ModelMixin)
             module = made.from_config(config) if is_diffusers else made(made.config_class.from_dict(config))
@@ -85,6 +84,31 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+@contextmanager
+def _without_values() -> Iterator[None]:
+    """Inside, tensors are made on the meta device, and nothing is computed of what would fill them: torch does that
+    there operator by operator in Python, with a library of symbols beside it."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    fills = {
+        *(getattr(torch.nn.init, name) for name in ("uniform_", "normal_", "kaiming_uniform_")),
+        *(getattr(torch.Tensor, name) for name in ("uniform_", "normal_")),
+    }
+
+    class Unfilled(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if func in fills and (tensor := args[0] if args else kwargs["tensor"]).is_meta:
+                return tensor
+            if func is torch.arange and "device" not in kwargs:
+                return torch.arange(*args, **kwargs, device="cpu").to("meta")
+            return func(*args, **kwargs)
+
+    with torch.device("meta"), Unfilled():
+        yield
 
 
 @contextmanager

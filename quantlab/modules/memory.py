@@ -55,7 +55,8 @@ def held_storages(obj: object, packages: Collection[str]) -> Held:
     seen: set[int] = set()
     for part in obj.modules() if isinstance(obj, nn.Module) else ():
         for value in vars(part).values():
-            _walk(value, found, seen, packages)
+            if not isinstance(value, (dict, set)) or value:  # most are empty
+                _walk(value, found, seen, packages)
     if not isinstance(obj, nn.Module):
         _walk(obj, found, seen, packages)
     return found

@@ -5,6 +5,7 @@ A model is built once on the meta device, and priced as often as there are combi
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +16,7 @@ from quantlab.backends.table import loggers, offers
 from quantlab.errors import ConfigError, MissingPackage, nearest
 from quantlab.models.outline import Outline
 from quantlab.models.outlines import outline
+from quantlab.models.spared import spared
 from quantlab.modules.device import free_bytes
 from quantlab.modules.remembered import remembered
 from quantlab.planning.architectures import shipped_architecture
@@ -38,11 +40,12 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 
-def forecast(plan: Plan) -> list[Price]:
+def forecast(plan: Plan, *, is_last: bool = False) -> list[Price]:
     """One price for each combination of the request, those that are impossible last, with the reason.
 
-    ``device=auto`` is a CUDA device: that is what memory is planned for. Raises ModelError, beginning with
-    ``model.path=``, for a model that cannot be found or built.
+    ``device=auto`` is a CUDA device: that is what memory is planned for. ``is_last``: nothing else comes in this
+    process, so that much need not be imported (:func:`quantlab.models.spared.spared`). Raises ModelError, beginning
+    with ``model.path=``, for a model that cannot be found or built.
     """
     quiet_libraries(loggers())
     books: dict[str, Book] = {}
@@ -54,7 +57,8 @@ def forecast(plan: Plan) -> list[Price]:
             continue
         key = canonical_json([asdict(job.config.model), _device(job.config)])
         if key not in books:
-            books[key] = book_of(job.config)
+            with spared() if is_last else contextlib.nullcontext():
+                books[key] = book_of(job.config)
         prices.append(price_of(books[key], job))
     return [*prices, *(_impossible(combination, reason) for combination, reason in plan.invalid)]
 

@@ -1,0 +1,65 @@
+"""What a process that only plans does without: it is half of the time that one plan takes.
+
+Diffusers and transformers import, with the first model class, what serves adapters, quantized checkpoints, training
+over several machines and the compiler, where it is installed. A model on the meta device needs none of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from quantlab.backends.table import held_packages
+
+PACKAGES = ("peft", "scipy", "trio")
+"""Each optional where it is imported, as those of the backends are: without it the libraries take the way of an
+installation that lacks it."""
+COMPILER = "torch._dynamo"
+_MARKS = ("allow_in_graph", "assume_constant_result", "disable")
+
+
+@contextlib.contextmanager
+def spared() -> Iterator[None]:
+    """Inside, the libraries find none of :data:`PACKAGES` and of the backends' packages, no compiler, and a torch that
+    is built for one machine.
+
+    On the way out all of it is there again, but what was imported inside has settled on doing without: this is for a
+    process that ends with its plan, and that asks another one where a model cannot be built so. What is imported
+    already stays.
+    """
+    import torch.distributed as distributed
+
+    put: dict[str, Any] = dict.fromkeys((*PACKAGES, *held_packages()))  # None: as if it were not installed
+    put[COMPILER] = _no_compiler()
+    put = {name: module for name, module in put.items() if name not in sys.modules}
+    is_available = distributed.is_available
+    sys.modules.update(put)
+    distributed.is_available = lambda: False
+    try:
+        yield
+    finally:
+        distributed.is_available = is_available
+        for name, module in put.items():
+            if sys.modules.get(name) is module:
+                del sys.modules[name]
+
+
+def _no_compiler() -> ModuleType:
+    """In the place of the compiler: functions that are marked for it stay as they are, and its parts are its own."""
+    import torch
+
+    made = ModuleType(COMPILER)
+    made.__spec__ = ModuleSpec(COMPILER, None, is_package=True)
+    made.__path__ = [str(Path(torch.__path__[0]) / COMPILER.rpartition(".")[2])]
+    for name in _MARKS:
+        setattr(made, name, _as_it_is)
+    return made
+
+
+def _as_it_is(function: Any = None, *_: object, **__: object) -> Any:
+    return _as_it_is if function is None else function
