@@ -23,6 +23,7 @@ from quantlab.commands import (
     show_prices,
     show_reproduction,
     show_status,
+    terminal,
 )
 from quantlab.errors import ConfigError, QuantlabError, is_disk_full, nearest
 from quantlab.planning.completion import SCRIPT, completions
@@ -31,6 +32,7 @@ from quantlab.planning.places import groups, option_dirs, own_options, recipe_di
 from quantlab.planning.plan import plan
 from quantlab.planning.trust import trusted_file
 from quantlab.progress import printable, spell_out
+from quantlab.report.terminal import fitted, tell
 
 HELP = """quantlab: what does each quantization scheme cost in quality, and what does it save in bytes, on your model?
 
@@ -46,7 +48,8 @@ HELP = """quantlab: what does each quantization scheme cost in quality, and what
                                       over several devices: memory.placement=spread memory.devices=2
   quantlab reference export DIR key=value ...
                                       the unquantized model's outputs, for runs elsewhere: reference.path=DIR
-  quantlab reproduce RUN_ID [--json]  run a tracked job again: each metric identical, within its interval, different
+  quantlab reproduce RUN_ID [--json]  run a tracked job again (RUN_ID or latest): each metric identical, within its
+                                      interval, different
   quantlab export RUN_ID DIR          the run's quantized model as Diffusers or transformers load it (RUN_ID or latest;
                                       while it is measured: export.path=DIR, in a sweep with export.winner=true)
   quantlab push RUN_ID OWNER/NAME     upload what was exported of a run to a Hub
@@ -127,7 +130,7 @@ def help_text() -> str:
     """The text of ``--help``."""
     width = max(map(len, groups()))
     lines = [f"  {name:<{width}}  {_wrap(' '.join(options), width + 4)}" for name, options in groups().items()]
-    return HELP.format(lists="|".join(LISTS), groups="\n".join(lines))
+    return fitted(HELP.format(lists=", ".join(LISTS), groups="\n".join(lines)), terminal(120).width)
 
 
 def _wrap(text: str, indent: int) -> str:
@@ -190,7 +193,7 @@ def dispatch(words: list[str], is_last: bool = False) -> int:
         return 0
     if words[:1] == ["help"]:
         for word in words[1:]:
-            print(f"{printable(word)}: {meaning(word)}")
+            tell(terminal(), f"{printable(word)}: {meaning(word)}")
         return 0
     if words[:1] == ["--complete"]:
         print("\n".join(completions(*words[1:3])))

@@ -22,7 +22,7 @@ from quantlab.planning.places import groups, recipes
 from quantlab.planning.plan import plan
 from quantlab.planning.ready import check_ready
 from quantlab.planning.trust import is_trusted, question, remember, require_trust
-from quantlab.progress import file_name, printable
+from quantlab.progress import counted, file_name, printable
 from quantlab.report.terminal import Column, Sheet, show, tell
 from quantlab.vocabulary.reports import RunReport
 
@@ -116,7 +116,8 @@ def show_jobs(request: Plan) -> int:
     check_ready(request.jobs)
     sweep = request.jobs[0].config.sweep
     trials = sweep.search.num_trials
-    print(f"{len(request.jobs)} jobs{f', of which a search runs {min(trials, len(request.jobs))}' if trials else ''}:")
+    searched = f", of which a search runs {min(trials, len(request.jobs))}" if trials else ""
+    print(f"{counted(len(request.jobs), 'job')}{searched}:")
     known = _foreseen(request)
     for job in request.jobs:
         mark = " (resumed)" if job.name in known.resumed else ""

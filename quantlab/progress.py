@@ -63,7 +63,8 @@ def progress_bars(quiet: bool = False) -> Iterator[Advance]:
             under_way(f"{what}: {done} of {total}")
             if note and done and not console.is_terminal:  # a log shows no bar
                 left = (time.monotonic() - began) / done * (total - done) / 60
-                say(f"{what}: {done} of {total} done, {note}, about {left:.0f} min left")
+                told = f"about {left:.0f} min" if left >= 1 else "less than a minute"
+                say(f"{what}: {done} of {total} done, {note}, {told} left")
             if done >= total:
                 bars.remove_task(tasks.pop(what))
 
@@ -117,6 +118,11 @@ def printable(text: str, most: int = 2000, lines: bool = False) -> str:
 
 
 _UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+def counted(num: int, what: str) -> str:
+    """``1 job``, ``3 jobs``."""
+    return f"{num} {what}{'' if num == 1 else 's'}"
 
 
 def plain(text: str, most: int = 200) -> Text:

@@ -340,3 +340,10 @@ _ROWS = (
 )
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ROWS}
+
+
+def metric_called(text: str) -> str:
+    """The metric's name of what people write: MLflow's (``quality/psnr_db``), or one without its unit (``psnr``)."""
+    name = text.removeprefix("quality/")
+    short = [m for m in METRICS if m.rpartition("_")[0] == name and METRICS[m].unit.lower() == m.rpartition("_")[2]]
+    return short[0] if name not in METRICS and len(short) == 1 else name

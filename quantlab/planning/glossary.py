@@ -22,3 +22,16 @@ WORDS = {
     "component": "a part of a model that is quantized on its own: transformer, text_encoder, model",
 }
 """Word -> what it means."""
+
+ALSO = {
+    "memory/compression": "saving",
+    "memory/weights_bytes": "MiB",
+    "memory/bits_per_weight_model": "bits/weight",
+    "memory/bits_per_weight_quantized": "bits/weight",
+    "quantization/coverage": "coverage",
+    "perf/evaluate_s": "s",
+    "size": "MiB",
+    "point": "combination",
+    "pareto": "front",
+}
+"""Other names of the same -> the word."""

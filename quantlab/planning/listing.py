@@ -14,10 +14,10 @@ from quantlab.backends.table import backends as table
 from quantlab.backends.table import offers, own_settings
 from quantlab.datasets.table import DATASETS, Dataset
 from quantlab.errors import ConfigError, nearest
-from quantlab.metrics import METRICS
+from quantlab.metrics import METRICS, metric_called
 from quantlab.models.table import FAMILIES
-from quantlab.planning.glossary import WORDS
-from quantlab.planning.places import option_dirs, recipes
+from quantlab.planning.glossary import ALSO, WORDS
+from quantlab.planning.places import groups, option_dirs, recipes
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.capabilities import Capability
 from quantlab.vocabulary.dtypes import DTYPES
@@ -240,19 +240,25 @@ def words() -> list[Row]:
 
 
 def meaning(word: str) -> str:
-    """What a word of ours is: of the glossary, a metric, a dtype, an algorithm or a kind of layer.
+    """What a word of ours is: of the glossary, a metric, a dtype, an algorithm, a kind of layer, a backend or a group
+    of options; also in the plural, and by another name of the same.
 
     Raises ConfigError, with the nearest ones, for any other.
     """
-    name = word.removeprefix("quality/")
-    known = {w.lower(): text for w, text in WORDS.items()}
+    known = {group: f"chosen as {group}=OPTION: {', '.join(options)}" for group, options in groups().items()}
+    known |= {name: f"a backend; its dtypes: {', '.join(offer.rows)}" for name, offer in offers().items()}
     known |= {n: f"{m.description} [{m.unit}]" for n, m in METRICS.items()}
     known |= {n: f"{d.description} ({d.bits} bits)" for n, d in DTYPES.items()}
-    known |= ALGORITHMS | KINDS
-    if name.lower() not in known:
-        close = nearest(name.lower(), known)
-        raise ConfigError(f"help {word}: no such word{close}; quantlab list words shows the glossary")
-    return known[name.lower()]
+    known |= ALGORITHMS | KINDS | {w.lower(): text for w, text in WORDS.items()}
+    for other, same in ALSO.items():
+        told = f"the same as {same}: {WORDS[same]}"
+        known |= {other: told, other.rpartition("/")[2]: known.get(other.rpartition("/")[2], told)}
+    name = word.lower()
+    for spelled in (name, metric_called(name), name.removesuffix("s")):
+        if spelled in known:
+            return known[spelled]
+    close = nearest(name, known)
+    raise ConfigError(f"help {word}: no such word{close}; quantlab list words shows the glossary")
 
 
 BRIEF: dict[str, tuple[tuple[str, ...], str | None]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,7 +117,12 @@ def shipped_groups() -> dict[str, list[str]]:
     """Config group -> the options that anyone has."""
     found = _files_by_group(conf_dir())
     more = {"backend": set(backends())}  # those of other packages have no file here
-    return {group: sorted(options | more.get(group, set())) for group, options in found.items()}
+    return {group: sorted(options | more.get(group, set()), key=_by_number) for group, options in found.items()}
+
+
+def _by_number(option: str) -> tuple[int, str]:
+    """Numbers first, as they count, and then words."""
+    return (int(option), "") if option.isdigit() else (sys.maxsize, option)
 
 
 @functools.cache

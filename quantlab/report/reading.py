@@ -97,8 +97,9 @@ def open_reader(config: TrackingConfig, base_dir: Path, output_dir: str = "outpu
         if config.uri == TrackingConfig().uri and folders_with_records(runs_dir):
             return FolderReader(runs_dir, config.experiment)
         raise TrackingError(
-            f"tracking.uri={config.uri}: no such file; start where the runs were made, or name the store with "
-            "tracking.uri=sqlite:///<path>/mlflow.db"
+            f"tracking.uri={config.uri}: no such file: nothing was run here yet; start where the runs were made, name "
+            "the store with tracking.uri=sqlite:///<path>/mlflow.db, or run something first, as quantlab "
+            "recipe=digits_backends"
         )
     reader = DatabaseReader(database, uri)
     reader.experiments()

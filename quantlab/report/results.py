@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any, overload
 from rich.console import Console
 
 from quantlab.errors import TrackingError
+from quantlab.metrics import metric_called
 from quantlab.progress import printable
 from quantlab.report.attribution import attribution_sheet
 from quantlab.report.compare import compare
 from quantlab.report.comparison_table import show_groups
 from quantlab.report.reading import Reader, StoredRun, experiment_id, json_object, read_json
 from quantlab.report.said_first import said_first
-from quantlab.report.selection import ComparisonRequest, children, is_candidate, metric_called, select
+from quantlab.report.selection import ComparisonRequest, children, is_candidate, select
 from quantlab.report.table import headline, rows_sheet
 from quantlab.report.terminal import MAX_CELL, Sheet, show
 from quantlab.tracking.connect import NO_STORE

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from quantlab.errors import ConfigError, TrackingError, nearest
-from quantlab.metrics import METRICS
+from quantlab.metrics import metric_called
 from quantlab.progress import say
 from quantlab.report.reading import Reader, StoredRun, experiment_id, json_object, read_json
 from quantlab.tracking.results import Skipped
@@ -143,13 +143,6 @@ def parse_request(words: Sequence[str]) -> ComparisonRequest:
             experiment=values.get("tracking.experiment", values.get("experiment", tracking.experiment)),
         ),
     )
-
-
-def metric_called(text: str) -> str:
-    """The metric's name of what people write: MLflow's (``quality/psnr_db``), or one without its unit (``psnr``)."""
-    name = text.removeprefix("quality/")
-    short = [m for m in METRICS if m.rpartition("_")[0] == name and METRICS[m].unit.lower() == m.rpartition("_")[2]]
-    return short[0] if name not in METRICS and len(short) == 1 else name
 
 
 def _file(option: str, value: str) -> Path:

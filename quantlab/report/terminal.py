@@ -6,6 +6,8 @@ it for other programs.
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from quantlab.progress import plain, printable, spelled_for
+from quantlab.progress import counted, plain, printable, spelled_for
 
 MAX_NAME, MAX_CELL, MAX_LINE = 200, 1000, 2000  # characters
 WIDE = 10_000  # columns of a terminal that has no end
@@ -75,6 +77,20 @@ def tell(console: Console, line: str, style: str = "") -> None:
     console.print(plain(line, MAX_LINE), style=style, soft_wrap=not console.is_terminal)
 
 
+def fitted(text: str, width: int) -> str:
+    """Lines of a text in two columns: a long one goes on between two words, below where its second column begins."""
+    lines = []
+    for line in text.splitlines():
+        if len(line) <= width:
+            lines.append(line)
+            continue
+        begin = len(line) - len(line.lstrip())
+        second = [gap.end() for gap in re.finditer(r"\S {2,}(?=\S)", line) if gap.end() <= width // 2]
+        indent = " " * (second[-1] if second else begin)
+        lines += textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
+
+
 def tab_separated(sheet: Sheet) -> Iterator[str]:
     """The titles and the rows, a line each; no cell holds a tab or a line end."""
     yield "\t".join(printable(c.title) for c in sheet.columns)
@@ -89,8 +105,7 @@ def rich_table(sheet: Sheet, width: int) -> Table:
     marks = [sheet.columns[j].caption for j in shown]
     told = [printable(line, MAX_LINE) for line in (*marks, *sheet.caption) if line]
     if hidden:
-        word = "column" if len(hidden) == 1 else "columns"
-        told.append(f"... {len(hidden)} {word} hidden ({', '.join(map(printable, hidden))}): --wide")
+        told.append(f"... {counted(len(hidden), 'column')} hidden ({', '.join(map(printable, hidden))}): --wide")
     table = Table(
         title=Text("\n".join(printable(line, MAX_LINE) for line in sheet.title)) if sheet.title else None,
         title_justify="left",

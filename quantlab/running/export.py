@@ -9,24 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from quantlab import tracking
-from quantlab.errors import ConfigError, TrackingError, nearest
+from quantlab.errors import ConfigError, nearest
 from quantlab.exporting.card import Described, as_row
 from quantlab.exporting.folder import check_target
 from quantlab.exporting.push import push
 from quantlab.exporting.whole import Exported
 from quantlab.planning.job import Job
-from quantlab.report.reading import Reader, StoredRun, experiment_id, open_reader, read_json
-from quantlab.report.selection import is_candidate
+from quantlab.report.reading import Reader, StoredRun, open_reader, read_json
 from quantlab.running.forecast import bytes_to_run
 from quantlab.running.reproduce import KEYS, finished_job, rebuilt, with_weights
 from quantlab.running.sweep import open_session
 from quantlab.running.winner import bench_for, made_and_exported, stored_picture
-from quantlab.tracking.tags import EXPORT_PATH, KIND
+from quantlab.tracking.tags import EXPORT_PATH
 from quantlab.vocabulary.numbers import NEEDED_BYTES
 from quantlab.vocabulary.schema import TrackingConfig
 
 USAGE = "quantlab export RUN_ID DIR (or latest instead of the id)"
-LATEST = "latest"
 _KEYS = (*KEYS, "tracking.experiment")
 _PLACES = ("tracking.uri", "tracking.experiment", "output_dir")
 """Where a run that is uploaded is looked for."""
@@ -76,7 +74,7 @@ def export_run(request: ExportRequest) -> Exported:
     check_target("export", request.target)
     tracked = TrackingConfig(uri=request.words.get("tracking.uri", TrackingConfig().uri))
     reader = open_reader(tracked, Path.cwd(), request.words.get("output_dir", "outputs"))
-    run = run_of(reader, request.run_id, request.words.get("tracking.experiment", TrackingConfig().experiment))
+    run = finished_job(reader, request.run_id, "export", _experiment(request.words))
     said = {k: v for k, v in request.words.items() if k in KEYS}
     with tempfile.TemporaryDirectory(prefix="quantlab-export-") as folder:
         scratch = Path(folder)
@@ -93,18 +91,8 @@ def export_run(request: ExportRequest) -> Exported:
             return exported
 
 
-def run_of(reader: Reader, run_id: str, experiment: str) -> StoredRun:
-    """The finished job of an id; of ``latest`` the newest finished one of the experiment that quantized."""
-    if run_id != LATEST:
-        return finished_job(reader, run_id, "export")
-    found = reader.of_experiment(experiment_id(reader, experiment, f"tracking.experiment={experiment}"), {KIND: "job"})
-    for run in found:
-        if run.status == "FINISHED" and is_candidate(run):
-            return run
-    raise TrackingError(
-        f"export {LATEST}: no finished job of experiment {experiment} in {reader.uri} is quantized; run one, or name "
-        "another tracking.experiment or tracking.uri"
-    )
+def _experiment(words: Mapping[str, str]) -> str:
+    return words.get("tracking.experiment", TrackingConfig().experiment)
 
 
 def _described(reader: Reader, run: StoredRun, job: Job, scratch: Path) -> Described:
@@ -142,7 +130,7 @@ def push_lines(words: Sequence[str]) -> list[str]:
         raise ConfigError("push: a run and a repository are wanted; write quantlab push RUN_ID OWNER/NAME")
     tracked = TrackingConfig(uri=values.get("tracking.uri", TrackingConfig().uri))
     reader = open_reader(tracked, Path.cwd(), values.get("output_dir", "outputs"))
-    run = run_of(reader, given[0], values.get("tracking.experiment", TrackingConfig().experiment))
+    run = finished_job(reader, given[0], "export", _experiment(values))
     folder = run.tags.get(EXPORT_PATH)
     if not folder or not Path(folder).is_dir():
         gone = f", and {folder} is gone" if folder else ""

@@ -14,6 +14,7 @@ from pathlib import Path
 from quantlab.backends.table import offers
 from quantlab.errors import ConfigError, TrackingError
 from quantlab.planning.job import Job, Plan
+from quantlab.progress import counted
 from quantlab.report.reading import Reader, StoredRun, open_reader
 from quantlab.report.selection import scheme_nodes
 from quantlab.running.known import recall_each, reference_of
@@ -62,20 +63,16 @@ class Foreseen:
         found = self.estimate
         if found is not None:
             whole = f"{found.seconds / 60:.1f} min" if found.seconds >= 60 else f"{found.seconds:.0f} s"
-            of = f" of {self.num_left}" if found.num_jobs < self.num_left else ""
-            jobs = f"{found.num_jobs}{of} {_plural(self.num_left)}"
+            jobs = counted(self.num_left, "job")
+            jobs = f"{found.num_jobs} of {jobs}" if found.num_jobs < self.num_left else jobs
             other = found.num_jobs - found.num_alike
             how = "by the median of the same backend and algorithm" if found.num_alike else "by their mean"
-            how += f" ({other} {_plural(other)} by the mean of all)" if other and found.num_alike else ""
+            how += f" ({counted(other, 'job')} by the mean of all)" if other and found.num_alike else ""
             told.append(
-                f"about {whole} for {jobs}: {how}, of {found.rests_on} earlier {_plural(found.rests_on)} of this model "
+                f"about {whole} for {jobs}: {how}, of {counted(found.rests_on, 'earlier job')} of this model "
                 f"and evaluation in {self.store}; without loading the model, the reference and its floors"
             )
         return told
-
-
-def _plural(num: int) -> str:
-    return "job" if num == 1 else "jobs"
 
 
 def foreseen(request: Plan) -> Foreseen:

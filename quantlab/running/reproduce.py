@@ -22,9 +22,9 @@ from quantlab.planning.job import Job
 from quantlab.planning.plan import plan
 from quantlab.planning.recipe import own_paths
 from quantlab.planning.words import override_text
-from quantlab.report.reading import FolderReader, Reader, StoredRun, json_object, open_reader, read_json
+from quantlab.report.reading import FolderReader, Reader, StoredRun, experiment_id, json_object, open_reader, read_json
 from quantlab.report.reproduction import Reproduction, RunNumbers, compare_runs
-from quantlab.report.selection import children
+from quantlab.report.selection import children, is_candidate
 from quantlab.running.job import floor_row, open_run, run_job
 from quantlab.running.resume import content_key
 from quantlab.running.sweep import open_session, told_apart
@@ -48,7 +48,8 @@ from quantlab.vocabulary.schema import ExperimentConfig, TrackingConfig
 
 KEYS = ("tracking.uri", "device", "num_threads", "output_dir", "model.path", "dataset.path")
 """What may be said anew: where things are, and on what it runs. All else is the run's own."""
-USAGE = "quantlab reproduce RUN_ID [--json]"
+USAGE = "quantlab reproduce RUN_ID [--json] (or latest instead of the id)"
+LATEST = "latest"
 Json = dict[str, Any]
 Digests = tuple[str, str]
 """Of a model's weights and of its judge; the second is empty where it is not known."""
@@ -102,7 +103,7 @@ def reproduce(request: ReproductionRequest) -> Reproduction:
     """
     uri = request.words.get("tracking.uri", TrackingConfig().uri)
     reader = open_reader(TrackingConfig(uri=uri), Path.cwd(), request.words.get("output_dir", "outputs"))
-    run = finished_job(reader, request.run_id, "reproduce")
+    run = finished_job(reader, request.run_id, "reproduce", TrackingConfig().experiment)
     with tempfile.TemporaryDirectory(prefix="quantlab-reproduce-") as folder:
         scratch = Path(folder)
         environment = read_json(reader, run, "environment.json")
@@ -156,8 +157,11 @@ def all_numbers(tracked: Mapping[str, float], report: Json) -> dict[str, float]:
 # -- what the store has
 
 
-def finished_job(reader: Reader, run_id: str, verb: str) -> StoredRun:
-    """The run, if it can be rebuilt for ``verb`` (reproduce, export); TrackingError with the way out otherwise."""
+def finished_job(reader: Reader, run_id: str, verb: str, experiment: str) -> StoredRun:
+    """The run, if it can be rebuilt for ``verb`` (reproduce, export); of ``latest`` the newest job of the experiment
+    that finished and quantized. TrackingError with the way out otherwise."""
+    if run_id == LATEST:
+        return _latest(reader, verb, experiment)
     found = reader.by_id([run_id])
     if not found:
         raise TrackingError(
@@ -179,6 +183,17 @@ def finished_job(reader: Reader, run_id: str, verb: str) -> StoredRun:
             "again with the recipe.yaml among its artifacts: quantlab recipe=FILE"
         )
     return run
+
+
+def _latest(reader: Reader, verb: str, experiment: str) -> StoredRun:
+    found = reader.of_experiment(experiment_id(reader, experiment, f"tracking.experiment={experiment}"), {KIND: "job"})
+    for run in found:
+        if run.status == "FINISHED" and is_candidate(run) and REPRODUCES not in run.tags:
+            return run
+    raise TrackingError(
+        f"{verb} {LATEST}: no finished job of experiment {experiment} in {reader.uri} is quantized; run one, or give "
+        "the id of a run"
+    )
 
 
 def _children(reader: Reader, parent: StoredRun) -> str:

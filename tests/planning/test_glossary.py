@@ -6,7 +6,7 @@ import pytest
 
 from quantlab.errors import ConfigError
 from quantlab.metrics import METRICS
-from quantlab.planning.glossary import WORDS
+from quantlab.planning.glossary import ALSO, WORDS
 from quantlab.planning.listing import meaning
 from quantlab.planning.plan import plan
 from quantlab.report.table import columns
@@ -27,6 +27,14 @@ def test_each_column_of_the_table_is_a_word_that_is_explained():
         ("nf4", "(4 bits)"),
         ("awq_lite", "AWQ"),
         ("expert", "packed experts"),
+        ("psnr", METRICS["psnr_db"].description),
+        ("schemes", "how weights are stored"),
+        ("memory/compression", "the same as saving: bytes at 16 bits"),
+        ("compression", "the same as saving"),
+        ("weights_bytes", "the same as MiB"),
+        ("point", "the same as combination"),
+        ("gguf", "a backend; its dtypes: q8_0"),
+        ("group_size", "group_size=OPTION: 16, 32, 64, 128"),
     ],
 )
 def test_what_a_word_is(word, holds, tmp_path):
@@ -38,6 +46,23 @@ def test_a_word_that_is_none(tmp_path):
     code, _, err = Shell(tmp_path)("help", "flor")
     assert code == 2
     assert err.startswith("quantlab: help flor: no such word; did you mean floor?")
+
+
+def test_other_names_are_of_words_that_there_are():
+    assert set(ALSO.values()) <= set(WORDS)
+    assert not set(ALSO) & set(WORDS)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_help_fits_the_terminal_and_loses_no_word(columns, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    _, whole, _ = Shell(tmp_path)("--help")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, text, _ = Shell(tmp_path)("--help")
+    assert text.split() == whole.split()
+    longest = max(map(len, whole.split()))
+    assert max(map(len, text.splitlines())) <= max(columns, longest + columns // 2)
+    assert columns < 80 or max(map(len, text.splitlines())) <= columns
 
 
 @pytest.mark.parametrize(

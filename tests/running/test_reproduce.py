@@ -14,7 +14,8 @@ from dataclasses import replace
 
 import pytest
 
-from quantlab.errors import ConfigError
+from quantlab.errors import ConfigError, TrackingError
+from quantlab.report.reading import open_reader
 from quantlab.report.reproduction import (
     DIFFERENT,
     IDENTICAL,
@@ -24,8 +25,11 @@ from quantlab.report.reproduction import (
     reproduction_sheets,
     summary_lines,
 )
-from quantlab.running.reproduce import parse_request
+from quantlab.report.selection import is_candidate
+from quantlab.running.reproduce import finished_job, parse_request
 from quantlab.tracking import find_runs, get_run
+from quantlab.vocabulary.schema import TrackingConfig
+from tests.support.comparison_store import shared_sweep
 from tests.support.shell import digits_words, make_shell
 from tests.support.stores import ROOT, artifact
 from tests.support.tables import BACKENDS
@@ -389,3 +393,12 @@ def test_a_repetition_that_fails_is_a_tracked_failure(copy, ids, monkeypatch):
     assert code == 1
     assert "quanto int4: failed with RuntimeError: out of luck" in err
     assert copy.tracked("FAILED")["quanto int4"]["tags"]["quantlab.reproduces"] == run_id
+
+
+def test_latest_is_the_newest_job_that_quantized_in_this_experiment(template):
+    reader = open_reader(TrackingConfig(), shared_sweep(template).folder)
+    found = finished_job(reader, "latest", "reproduce", "quantlab")
+    jobs = reader.of_experiment(reader.experiments()["quantlab"], {"quantlab.kind": "job"})
+    assert found == next(run for run in jobs if run.status == "FINISHED" and is_candidate(run))
+    with pytest.raises(TrackingError, match="tracking.experiment=other: no such experiment"):
+        finished_job(reader, "latest", "reproduce", "other")
