@@ -10,9 +10,9 @@
 Importing this package imports neither torch nor any backend's library.
 """
 
-from importlib import metadata
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING
 
-from quantlab.api import compose, evaluate, load, quantize, run
 from quantlab.backends.bitsandbytes import BitsAndBytesConfig
 from quantlab.backends.gguf import GGUFQuantizationConfig
 from quantlab.backends.modelopt import NVIDIAModelOptConfig
@@ -29,7 +29,6 @@ from quantlab.errors import (
     QuantlabError,
     TrackingError,
 )
-from quantlab.report.results import Results
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.native import QuantizationConfigMixin, QuantizationMethod
 from quantlab.vocabulary.reports import (
@@ -42,6 +41,16 @@ from quantlab.vocabulary.reports import (
     RunReport,
     StageReport,
 )
+
+if TYPE_CHECKING:
+    from quantlab.api import compose, evaluate, load, quantize, run
+    from quantlab.report.results import Results
+
+_LATER = {
+    **dict.fromkeys(("compose", "evaluate", "load", "quantize", "run"), "quantlab.api"),
+    "Results": "quantlab.report.results",
+}
+"""Name -> its module, a hundred others with it, which most commands of the command line do without."""
 
 try:
     __version__ = metadata.version("quantlab-recipes")
@@ -84,3 +93,17 @@ __all__ = [
     "run",
     "to_pipeline_config",
 ]
+
+
+if not TYPE_CHECKING:  # where types are checked, a name that is nowhere is an error
+
+    def __getattr__(name: str) -> object:
+        """What is imported when it is asked for; called by Python for names that are not here yet."""
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = globals()[name] = getattr(import_module(_LATER[name]), name)
+        return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -374,3 +374,15 @@ def test_a_layer_with_one_input_is_stored_exactly_and_that_is_no_fault(config):
         rounded[0].weight[:, 0] = 127.0
     with pytest.raises(quantlab.NotQuantized, match="no weight changed at all"):
         quantlab.quantize(rounded, config)
+
+
+def test_what_runs_is_imported_when_it_is_asked_for():
+    script = (
+        "import sys, quantlab\n"
+        "early = 'quantlab.api' in sys.modules\n"
+        "assert set(quantlab.__all__) <= set(dir(quantlab))\n"
+        "assert all(hasattr(quantlab, name) for name in quantlab.__all__)\n"
+        "print(early, quantlab.run is quantlab.api.run, hasattr(quantlab, 'no_such_name'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == ["False", "True", "False"]
