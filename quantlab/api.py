@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,21 +49,49 @@ from quantlab.vocabulary.reports import QuantizationReport, RunReport
 from quantlab.vocabulary.schema import EvaluationConfig, TrackingConfig
 
 
-def compose(overrides: Sequence[str] = (), recipe: str | None = None) -> Plan:
+def compose(overrides: Sequence[str] | str = (), recipe: str | Path | None = None) -> Plan:
     """The checked jobs of a request: what the command line would run. Imports no torch.
 
     Args:
-        overrides: words of the command line (``"dtype=int4"``); several values (``"group_size=32,64"``) are a sweep.
+        overrides: words of the command line (``["dtype=int4", "device=cpu"]``); a single one may stand alone; several
+            values (``"group_size=32,64"``) are a sweep.
         recipe: name of a recipe, or path of a YAML file.
 
     Raises:
         ConfigError: a bad word or an impossible combination.
     """
-    return plan([*([f"recipe={recipe}"] if recipe else []), *overrides], multirun=True)
+    words = _words(overrides)
+    if recipe is None or recipe == "":
+        return plan(words, multirun=True)
+    is_word = isinstance(recipe, str) and _IS_WORD.match(recipe) and not Path(recipe).is_file()
+    if is_word or not isinstance(recipe, (str, Path)):
+        wrong = [recipe] if isinstance(recipe, str) else recipe
+        raise ConfigError(f"recipe={recipe!r}: is no name of a recipe; words go elsewhere: overrides={wrong!r}")
+    return plan([f"recipe={recipe}", *words], multirun=True)
+
+
+_IS_WORD = re.compile(r"[\w.+~]+=")
+"""How an override begins."""
+
+
+def _words(overrides: object) -> list[str]:
+    """Each word of a request; ConfigError for what is no list of words, with the list that was meant."""
+    if isinstance(overrides, str):
+        parts = overrides.split()
+        if len(parts) > 1 and all(map(_IS_WORD.match, parts)):
+            raise ConfigError(f"overrides={overrides!r}: several words are a list: {parts!r}")
+        return [overrides] if overrides else []
+    if isinstance(overrides, Mapping):
+        meant = [f"{key}={value}" for key, value in overrides.items()]
+        raise ConfigError(f"overrides={overrides!r}: a list of words is wanted, as {meant!r}")
+    if not isinstance(overrides, Sequence) or not all(isinstance(word, str) for word in overrides):
+        example = ["evaluation=quick", "device=cpu"]
+        raise ConfigError(f"overrides={overrides!r}: a list of words is wanted, as {example!r}")
+    return list(overrides)
 
 
 def run(
-    recipe: str | None = None, overrides: Sequence[str] | str = (), quiet: bool = False, trust: bool = False
+    recipe: str | Path | None = None, overrides: Sequence[str] | str = (), quiet: bool = False, trust: bool = False
 ) -> Results:
     """Run a request: a report a row (reference and floors first); everything is tracked as from the shell.
 
@@ -78,7 +107,7 @@ def run(
     Raises:
         QuantlabError: a bad request; in a sweep, a failing job is a row with status ``FAILED`` instead.
     """
-    request = compose([overrides] if isinstance(overrides, str) else overrides, recipe)
+    request = compose(overrides, recipe)
     reports = run_plan(request, quiet=quiet, trust=trust)
     config = request.jobs[0].config
     return Results(reports, lambda: open_reader(config.tracking, Path.cwd(), config.output_dir))

@@ -322,6 +322,36 @@ def test_compose_refuses(words: list[str], message: str) -> None:
         quantlab.compose(words)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("digits_backends", "evaluation=quick device=cpu",
+         "overrides='evaluation=quick device=cpu': several words are a list: ['evaluation=quick', 'device=cpu']"),
+        ("digits_backends", {"evaluation": "quick"}, "a list of words is wanted, as ['evaluation=quick']"),
+        ("digits_backends", 3, "overrides=3: a list of words is wanted, as ['evaluation=quick', 'device=cpu']"),
+        (None, [("dtype", "int4")], "a list of words is wanted"),
+        ("evaluation=quick", (), "recipe='evaluation=quick': is no name of a recipe; words go elsewhere: "
+         "overrides=['evaluation=quick']"),
+        (["evaluation=quick"], (), "is no name of a recipe; words go elsewhere: overrides=['evaluation=quick']"),
+    ],
+)  # fmt: skip
+def test_what_is_no_list_of_words_is_told_what_one_is(recipe: Any, overrides: Any, message: str) -> None:
+    with pytest.raises(quantlab.ConfigError) as told:
+        quantlab.run(recipe, overrides)
+    assert message in str(told.value)
+
+
+def test_one_word_may_stand_alone_and_a_recipe_may_be_a_path(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("# @package _global_\ndefaults:\n  - override /backend: quanto\n")
+    (job,) = quantlab.compose("dtype=int4").jobs
+    assert job.config.quantization.dtype == "int4"
+    (job,) = quantlab.compose("components.transformer={backend: quanto, dtype: int8}").jobs
+    assert list(job.schemes) == ["transformer"]
+    (job,) = quantlab.compose([], file).jobs
+    assert job.name == "quanto int8"
+
+
 def test_compose_refuses_an_unknown_recipe() -> None:
     with pytest.raises(quantlab.ConfigError, match=r"^recipe=nowhere: no such recipe; quantlab list recipes"):
         quantlab.compose(recipe="nowhere")
