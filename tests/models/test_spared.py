@@ -69,6 +69,7 @@ def test_what_is_imported_already_stays(extra):
 
 def test_without_a_compiler_its_marks_leave_a_function_as_it_is(monkeypatch):
     monkeypatch.delitem(sys.modules, COMPILER, raising=False)
+    monkeypatch.delitem(vars(torch), "_dynamo", raising=False)
     with spared():
         assert torch.compiler.disable(function) is function
         assert torch.compiler.disable(recursive=False)(function) is function
