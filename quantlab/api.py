@@ -30,7 +30,7 @@ from quantlab.modules.read_in_source import note_failures, reads_in_source
 from quantlab.modules.ties import copied
 from quantlab.planning.job import Plan, scheme_name
 from quantlab.planning.plan import plan
-from quantlab.protocols.module import ModuleInputs, inputs_of, observe, samples_of
+from quantlab.protocols.module import ModuleInputs, check, inputs_of, observe, samples_of
 from quantlab.quiet import quiet_libraries
 from quantlab.report.reading import StoredRun, open_reader
 from quantlab.report.results import Results, chosen_rows
@@ -381,6 +381,7 @@ def evaluate(
         with current(model.device):
             with emulated_products(lacking(model.device)), recorded_reads(module) as read:
                 reference = observe(model, given, settings)
+                check(model, given)
             reports = [_row(REFERENCE, module, None, model, reference, given, settings)]
             reports += [_floor_row(module, model, reference, given, settings)] if floors else []
             for config, scheme in schemes:

@@ -88,7 +88,6 @@ def pair_inputs(
     import torch
 
     parts: Any = model.parts
-    config = cast(Any, model.components["model"]).config
     tokenizer, length = parts["tokenizer"], evaluation.context_length
     if sounds:
         processor = parts["processor"]
@@ -97,8 +96,7 @@ def pair_inputs(
     else:
         made = tokenizer(list(sources), padding=True, truncation=True, max_length=length, return_tensors="pt")
         source = {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}
-    start = config.decoder_start_token_id
-    start = tokenizer.pad_token_id if start is None else start
+    start = _start(model.components["model"], tokenizer.pad_token_id)
     written = [list(ids) for ids in tokenizer(list(targets), truncation=True, max_length=length)["input_ids"]]
     written = [ids[1:] if len(ids) > 1 and ids[0] == start else ids for ids in written]
     longest = max(len(ids) for ids in written)
@@ -108,6 +106,15 @@ def pair_inputs(
     said = hashlib.sha256("\0".join([*sources, *targets]).encode("utf-8", "surrogatepass")).hexdigest()
     record = {"protocol": "seq2seq/v1", "ctx": length, "text_sha256": said, "n_tokens": int((outs >= 0).sum())}
     return PairInputs(source, ins, outs, tuple(f"pair {i}" for i in range(len(written))), record)
+
+
+def _start(module: Any, otherwise: int) -> int:
+    """The token that a decoder begins with, wherever a class keeps it."""
+    decoder = getattr(module.config, "decoder", None)  # T5Gemma has a configuration for each half
+    said = [(place, "decoder_start_token_id") for place in (module.config, module.generation_config)]
+    said += [] if decoder is None else [(decoder, "bos_token_id")]
+    found = [token for place, name in said if (token := getattr(place, name, None)) is not None]
+    return int(found[0]) if found else otherwise
 
 
 def _sound(folder: Path, name: str, key: str, model: LoadedModel) -> NDArray[np.float32]:
@@ -125,6 +132,10 @@ def _sound(folder: Path, name: str, key: str, model: LoadedModel) -> NDArray[np.
     wanted = cast(Any, model.parts)["processor"].sampling_rate
     if rate != wanted:
         raise ConfigError(f"{key}: {name} has {rate} samples a second and {model.name} hears {wanted}; resample it")
-    whole = np.iinfo(samples.dtype).max if np.issubdtype(samples.dtype, np.integer) else 1
+    if samples.dtype == np.uint8:  # silence is 128 there
+        samples = samples.astype(np.int16) - 128
+        whole = 127
+    else:
+        whole = np.iinfo(samples.dtype).max if np.issubdtype(samples.dtype, np.integer) else 1
     mono = samples.astype(np.float32) / whole
     return mono if mono.ndim == 1 else mono.mean(1)

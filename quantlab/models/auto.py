@@ -45,6 +45,14 @@ def family_of_checkpoint(path: str | None, revision: str | None = None) -> str:
     return found
 
 
+def another_family(architecture: str, config: Mapping[str, Any], family: str) -> str:
+    """What to do with a checkpoint that ``family`` does not measure whole: the family that does, or what is left."""
+    found = _family(architecture, config)
+    if found and found != family:
+        return f"model.family={found} loads all of it"
+    return "no other family does; give the module and its inputs to quantlab.evaluate in Python"
+
+
 def _family(name: str, config: Mapping[str, Any]) -> str:
     if name.endswith(_TEXT_ENCODERS):
         return "encoder"

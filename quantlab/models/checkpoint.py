@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from quantlab.errors import ModelError
-from quantlab.models.auto import HEADS
+from quantlab.models.auto import HEADS, another_family
 from quantlab.models.reading import HOLLOW, as_model_error, chosen_dtype, frozen, local_folder, quiet_loading
 from quantlab.models.sources import component_source
 from quantlab.modules.compute_dtype import torch_dtype
@@ -98,7 +98,7 @@ def load_model(
             f"{key}: the checkpoint lacks {len(missing)} of the weights of {type(model).__name__} "
             f"({_some(missing)}), which would stay random; name a checkpoint that was saved from this architecture"
         )
-    unused, architecture = sorted(info.get("unexpected_keys", ())), _architecture(stored)
+    unused, architecture = sorted(info.get("unexpected_keys", ())), saved_from(stored)
     if is_half:  # whoever loads it tells
         unused = []
     if unused and is_base and is_base_with_head(stored):
@@ -107,7 +107,7 @@ def load_model(
         raise ModelError(
             f"{key}: {type(model).__name__} does not use {len(unused)} weights of the checkpoint ({_some(unused)}), "
             f"which was saved from {architecture or 'another class'}: a part of the model would be measured as if it "
-            "were whole; model.family=auto chooses the family that loads all of it"
+            f"were whole; {another_family(architecture, stored.to_dict(), config.family)}"
         )
     whole: PreTrainedModel = frozen(model).to(device)
     return whole
@@ -152,7 +152,7 @@ def _ignoring_nothing(auto_class: Any, path: str, config: ModelConfig) -> Iterat
     kind = auto_class if mapping is None else mapping.get(type(stored), None)
     kind = kind[0] if isinstance(kind, (tuple, list)) else kind
     name = "_keys_to_ignore_on_load_unexpected"
-    if kind is None or kind.__name__ == _architecture(stored) or not getattr(kind, name, None):
+    if kind is None or kind.__name__ == saved_from(stored) or not getattr(kind, name, None):
         yield
         return
     own, kept = name in vars(kind), getattr(kind, name)
@@ -170,7 +170,8 @@ def _knows(auto_class: Any, stored: PreTrainedConfig) -> bool:
     return type(stored) in getattr(auto_class, "_model_mapping", ())
 
 
-def _architecture(stored: PreTrainedConfig) -> str:
+def saved_from(stored: PreTrainedConfig) -> str:
+    """The class that a checkpoint was saved from; "" where it does not say."""
     return (getattr(stored, "architectures", None) or [""])[0]
 
 
@@ -178,7 +179,7 @@ def is_base_with_head(stored: PreTrainedConfig) -> bool:
     """Whether a checkpoint is of a model that only encodes, with a head on it (MLM, classification)."""
     if getattr(stored, "is_encoder_decoder", False):
         return False
-    return _architecture(stored).rpartition("For")[2] in HEADS
+    return saved_from(stored).rpartition("For")[2] in HEADS
 
 
 def _some(names: Sequence[str]) -> str:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from quantlab.errors import ModelError
 from quantlab.models.assets import asset_path
-from quantlab.models.checkpoint import load_checkpoint, read_config, weights_sha256
+from quantlab.models.auto import another_family
+from quantlab.models.checkpoint import load_checkpoint, read_config, saved_from, weights_sha256
 from quantlab.models.defaults import default_exclusions
 from quantlab.models.loaded import LoadedModel, Progress
 from quantlab.models.reading import local_folder
@@ -29,8 +30,8 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
     model, tokenizer = load_checkpoint([_class_of(path, config)], path, config, device, is_base=True)
     if model.main_input_name != "input_ids":
         raise ModelError(
-            f"model.path={path}: {type(model).__name__} takes {model.main_input_name} and no text; model.family=auto "
-            "chooses the family that loads it"
+            f"model.path={path}: {type(model).__name__} takes {model.main_input_name} and no text; "
+            + another_family(saved_from(model.config), model.config.to_dict(), config.family)
         )
     return LoadedModel(
         name="all-MiniLM-L6-v2" if config.path is None else Path(path).name,
@@ -60,13 +61,13 @@ def _class_of(path: str, config: ModelConfig) -> type[_BaseAutoModelClass] | typ
     key = f"model.path={path}"
     local = local_folder(key, path, "config.json", "a transformers model", "save_pretrained")
     stored = read_config(str(local or path), config, key)
-    name = (getattr(stored, "architectures", None) or [""])[0]
+    name = saved_from(stored)
     if name.endswith(("EncoderModel", "TextModel", "TextModelWithProjection")) and hasattr(transformers, name):
         kind: type[PreTrainedModel] = getattr(transformers, name)
         return kind
     if getattr(stored, "is_encoder_decoder", False):
         raise ModelError(
             f"{key}: {name or stored.model_type} reads one text and writes another, and an encoder is half of it; "
-            "model.family=auto chooses the family that measures it whole"
+            + another_family(name, stored.to_dict(), config.family)
         )
     return transformers.AutoModel

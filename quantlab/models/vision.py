@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ModelError
-from quantlab.models.checkpoint import load_model, read_config, weights_sha256
+from quantlab.models.auto import another_family
+from quantlab.models.checkpoint import load_model, read_config, saved_from, weights_sha256
 from quantlab.models.defaults import default_exclusions
 from quantlab.models.loaded import LoadedModel, Progress
 from quantlab.models.reading import as_model_error, local_folder, required_path
@@ -37,7 +38,8 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
         say(f"{key}: the half that reads images, {type(model).__name__}, is measured")
     if model.main_input_name != "pixel_values":
         raise ModelError(
-            f"{key}: {type(model).__name__} takes {model.main_input_name} and no images; choose model=auto"
+            f"{key}: {type(model).__name__} takes {model.main_input_name} and no images; "
+            + another_family(saved_from(stored), stored.to_dict(), config.family)
         )
     import transformers
 

@@ -14,7 +14,7 @@ from quantlab.modules.calls import Call, Progress
 from quantlab.modules.timing import Clock, ms_per_token
 from quantlab.protocols.defined import defined
 from quantlab.protocols.finite import bad_rows
-from quantlab.protocols.unchanged import must_stay_unchanged
+from quantlab.protocols.tried import check_runs, check_tokens
 from quantlab.vocabulary.reports import Measurements
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -96,9 +96,10 @@ def _inputs_sha256(ids: Tensor, mask: Tensor) -> str:
 
 
 def check(model: LoadedModel, inputs: EncoderInputs) -> None:
-    """ModelError for a model that changes itself when it runs."""
-    with must_stay_unchanged(model):
-        _run(model, inputs.subset([0]), 1, None)
+    """ModelError for a model that cannot be run or measured, see :mod:`quantlab.protocols.tried`."""
+    module: Any = model.components["model"]
+    check_tokens(model, inputs.input_ids, module.get_input_embeddings)
+    check_runs(model, lambda: _run(model, inputs.subset([0]), 1, None)[0])
 
 
 def observe(

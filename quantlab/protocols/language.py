@@ -187,7 +187,7 @@ def _protocol_and_length(evaluation: EvaluationConfig, model: LoadedModel) -> tu
     if length < 4:
         raise ConfigError(f"{key}: a window needs at least 4 tokens; 256 and more are usual")
     longest = getattr(text_config(model), "max_position_embeddings", None)
-    if isinstance(longest, int) and longest < length:
+    if isinstance(longest, int) and 0 < longest < length:  # XLNet's has no end: -1
         raise ConfigError(
             f"{key}: {model.name} takes at most {longest} tokens at once; use a shorter "
             "evaluation.context_length with evaluation.perplexity_protocol=ppl/v2"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError, NotFinite
@@ -14,6 +14,7 @@ from quantlab.modules.calls import Call, Progress
 from quantlab.modules.compute_dtype import component_dtype, torch_dtype
 from quantlab.modules.trees import Batch, add_to_digest, arguments_of, named_tensors, replaced, tensors_in
 from quantlab.protocols.defined import defined
+from quantlab.protocols.tried import check_repeats
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.reports import Measurements
 from quantlab.vocabulary.schema import EvaluationConfig
@@ -74,7 +75,10 @@ def _cast(batch: Batch, device: str | None, dtype: torch.dtype, only: torch.dtyp
 
 
 def check(model: LoadedModel, inputs: ModuleInputs) -> None:
-    """Nothing is asked of these models before they run."""
+    """ModelError ``module: ...`` for one that answers its first batch in two ways, as what draws at random does."""
+    first = replace(inputs, batches=inputs.batches[:1])
+    runs = [observe(model, first, EvaluationConfig())["outputs"] for _ in range(2)]
+    check_repeats("module:", *runs)
 
 
 def observe(

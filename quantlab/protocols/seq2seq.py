@@ -24,7 +24,7 @@ from quantlab.modules.compute_dtype import component_dtype
 from quantlab.protocols.defined import defined
 from quantlab.protocols.finite import bad_rows
 from quantlab.protocols.output_head import logits_of
-from quantlab.protocols.unchanged import must_stay_unchanged
+from quantlab.protocols.tried import check_runs, check_tokens
 from quantlab.vocabulary.reports import Measurements
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -82,9 +82,11 @@ class PairInputs:
 
 
 def check(model: LoadedModel, inputs: PairInputs) -> None:
-    """ModelError for a model that changes itself when it runs."""
-    with must_stay_unchanged(model):
-        _run(model, inputs.subset([0]), 1, None)
+    """ModelError for a model that cannot be run or measured, see :mod:`quantlab.protocols.tried`."""
+    network = network_of(model.components["model"])
+    check_tokens(model, inputs.source.get("input_ids", inputs.input_ids), network.get_input_embeddings)
+    check_tokens(model, inputs.input_ids, network.get_output_embeddings)
+    check_runs(model, lambda: {"hidden": _run(model, inputs.subset([0]), 1, None)[0]})
 
 
 def observe(

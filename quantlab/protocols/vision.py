@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
 from quantlab.protocols import module
-from quantlab.protocols.unchanged import must_stay_unchanged
+from quantlab.protocols.tried import check_runs
 from quantlab.vocabulary.reports import Measurements
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -47,9 +47,8 @@ class VisionInputs:
 
 
 def check(model: LoadedModel, inputs: VisionInputs) -> None:
-    """ModelError for a model that changes itself when it runs."""
-    with must_stay_unchanged(model):
-        module.observe(model, _batches(model, inputs.subset([0]), 1), EvaluationConfig())
+    """ModelError for a model that cannot be run or measured, see :mod:`quantlab.protocols.tried`."""
+    check_runs(model, lambda: module.observe(model, _batches(model, inputs.subset([0]), 1), EvaluationConfig()))
 
 
 def observe(

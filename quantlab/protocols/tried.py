@@ -1,0 +1,70 @@
+"""What must hold of a model before it is measured, tried on one sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from quantlab.errors import ModelError, QuantlabError
+from quantlab.models.loaded import LoadedModel
+from quantlab.modules.trees import named_tensors
+from quantlab.protocols.unchanged import must_stay_unchanged
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_REL_DIFFERENCE = 1e-3
+"""Of two runs of one model on one sample: kernels that add in any order stay below, what is drawn does not."""
+
+
+def check_tokens(model: LoadedModel, ids: Tensor, embedding: Callable[[], object]) -> None:
+    """ModelError for token ids beyond what ``embedding`` gives, the module that has a row for each."""
+    try:
+        weight = getattr(embedding(), "weight", None)
+    except NotImplementedError:  # some embed characters by several hashes
+        return
+    if weight is not None and weight.dim() == 2 and (largest := int(ids.max())) >= len(weight):
+        raise ModelError(
+            f"model.path: {model.name} has embeddings for {len(weight)} tokens, and its tokenizer gives the token "
+            f"{largest}; use the tokenizer that belongs to the weights"
+        )
+
+
+def check_runs(model: LoadedModel, run: Callable[[], Mapping[str, object]]) -> None:
+    """Run the model twice: ``run`` gives its outputs on one sample.
+
+    Raises ModelError for one that does not take what its family is given, that changes its weights when it runs, or
+    that answers one sample in two ways, as what draws at random does: errors could not be told from draws.
+    """
+    with must_stay_unchanged(model):
+        first = _tried(model, run)
+    check_repeats(f"model.path: {model.name}", first, run())
+
+
+def check_repeats(key: str, first: object, again: object) -> None:
+    """ModelError where two runs on one sample differ by more than :data:`MAX_REL_DIFFERENCE`."""
+    second = named_tensors(again)
+    for name, out in named_tensors(first).items():
+        moved = (second[name].float() - out.float()).norm() / out.float().norm().clamp_min(1e-30)
+        if float(moved) > MAX_REL_DIFFERENCE:
+            raise ModelError(
+                f"{key} answers one sample in two ways (relative difference {float(moved):.2g}), so that errors could "
+                "not be told from what it draws at random; switch that off in it (a mask, a dropout), or give it to "
+                "quantlab.evaluate with inputs that say what is drawn"
+            )
+
+
+def _tried(model: LoadedModel, run: Callable[[], Mapping[str, object]]) -> Mapping[str, object]:
+    import torch
+
+    try:
+        return run()
+    except (QuantlabError, torch.OutOfMemoryError):
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
+        raise ModelError(
+            f"model.path: {type(model.components['model']).__name__} of {model.name} cannot be run on what models of "
+            f"the protocol {model.protocol} are given ({first}); choose another model.family, or give the module and "
+            "its inputs to quantlab.evaluate in Python"
+        ) from error
