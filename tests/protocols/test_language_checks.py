@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from types import MethodType
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 from quantlab.errors import ModelError
 from quantlab.models import causal_lm
 from quantlab.modules.layers import changed_tensors
-from quantlab.protocols import encoder, language
+from quantlab.protocols import encoder, language, language_checks
 from quantlab.protocols.encoder import encoder_inputs
 from quantlab.protocols.language import text_inputs
+from quantlab.protocols.language_checks import _run
 from quantlab.vocabulary.schema import EvaluationConfig, ModelConfig
 from tests.support.tiny_text_models import TEXT, byte_tokenizer, save_bert, save_llama
 
@@ -97,6 +99,39 @@ def test_an_encoder_is_not_scored_as_a_causal_model(tmp_path):
         else:
             with pytest.raises(ModelError, match=r"is no causal language model.*model=encoder"):
                 check(model)
+
+
+@pytest.mark.parametrize("length", [8, 512])
+def test_what_sees_later_tokens_is_refused_however_many_there_are_and_however_little_it_heeds_them(tmp_path, length):
+    from transformers import XLNetConfig, XLNetLMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 259, "d_model": 64, "d_inner": 128, "n_layer": 2, "n_head": 4, "pad_token_id": 0}
+    XLNetLMHeadModel(XLNetConfig(**sizes)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    model = load(tmp_path, tmp_path)
+    inputs = text_inputs(TEXT, replace(EVALUATION, context_length=length), model, "dataset=text")
+    with pytest.raises(ModelError, match=r"is no causal language model: other tokens at the end .*model=encoder"):
+        language.check(model, inputs)
+
+
+@pytest.mark.parametrize("tokens", [[5] * 16, [258] * 16, [258, *range(15)], [0, *[258] * 15], [7, 8]])
+def test_every_token_of_the_second_half_is_exchanged_for_another_of_the_vocabulary(model, tokens, monkeypatch):
+    seen = []
+
+    def run(key, module, ids):
+        seen.append(ids)
+        return _run(key, module, ids)
+
+    monkeypatch.setattr(language_checks, "_run", run)
+    ids = torch.tensor([tokens])
+    language_checks._check_causal("x", model.components["model"], ids)
+    first, other = seen
+    half = len(tokens) // 2
+    assert torch.equal(first[:, :half], other[:, :half])
+    assert (first[:, half:] != other[:, half:]).all()
+    assert int(other.min()) >= 0
+    assert int(other.max()) < 259
 
 
 def test_tokens_beyond_the_embedding_are_refused_before_they_are_looked_up(tmp_path):
