@@ -221,7 +221,8 @@ def reproduction_sheets(found: Reproduction) -> list[Sheet]:
     rows = []
     for check in shown:
         interval = "" if check.ci_lo is None else f"{check.ci_lo:.6g}..{check.ci_hi:.6g}"
-        rows.append([check.name, _number(check.was), interval, _number(check.now), check.status])
+        was, now = _number(check.was), _number(check.now)
+        rows.append([check.name, was, interval, "=" if check.status == IDENTICAL and now == was else now, check.status])
     styles = {i: _STYLES[check.status] for i, check in enumerate(shown)}
     if hidden:
         styles[len(rows)] = "dim"

@@ -67,9 +67,13 @@ def show(console: Console, sheet: Sheet, *, is_plain: bool = False, wide: bool =
 
 def _spelled_for(encoding: str, sheet: Sheet) -> Sheet:
     """The sheet in the characters that a terminal has, before its columns are measured."""
-    columns = [replace(column, title=spelled_for(encoding, column.title)) for column in sheet.columns]
+    columns = [
+        replace(c, title=spelled_for(encoding, c.title), caption=spelled_for(encoding, c.caption))
+        for c in sheet.columns
+    ]
     rows = [[spelled_for(encoding, text) for text in row] for row in sheet.rows]
-    return replace(sheet, columns=columns, rows=rows)
+    title, caption = ([spelled_for(encoding, line) for line in lines] for lines in (sheet.title, sheet.caption))
+    return replace(sheet, columns=columns, rows=rows, title=title, caption=caption)
 
 
 def tell(console: Console, line: str, style: str = "") -> None:
@@ -113,16 +117,32 @@ def rich_table(sheet: Sheet, width: int) -> Table:
         caption_justify="left",
         pad_edge=False,
     )
-    for j, num in zip(shown, _widths(sheet, shown, width), strict=True):
+    widths = dict(zip(shown, _widths(sheet, shown, width), strict=True))
+    for j, num in widths.items():
         column = sheet.columns[j]
         table.add_column(Text(column.title), justify=_side(column), overflow="fold", width=num)
     for i, row in enumerate(sheet.rows):
         table.add_row(
-            *(plain(row[j], _most(sheet.columns[j])) for j in shown),
+            *(Text(broken(printable(row[j], _most(sheet.columns[j])), num)) for j, num in widths.items()),
             style=sheet.styles.get(i),
             end_section=i in sheet.sections,
         )
     return table
+
+
+def broken(text: str, width: int) -> str:
+    """A text whose words fit ``width``: a longer name goes on in the next line behind a separator, where it has one."""
+    lines = []
+    for word in text.split(" "):
+        rest = word
+        while cell_len(rest) > width:
+            ends = [m.end() for m in re.finditer(r"[/_.:-]", rest[:width])]
+            if not ends:
+                break
+            lines.append(f"{rest[: ends[-1]]}\n")
+            rest = rest[ends[-1] :]
+        lines.append(f"{rest} ")
+    return "".join(lines)[:-1]
 
 
 def _most(column: Column) -> int:

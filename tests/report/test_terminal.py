@@ -12,10 +12,10 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from quantlab.backends.table import backends
+from quantlab.metrics import metric_called
 from quantlab.progress import spell_out
-from quantlab.report.selection import metric_called
 from quantlab.report.table import cells, columns, legend, rows_sheet, said_beside, with_half_width
-from quantlab.report.terminal import Column, Sheet, show
+from quantlab.report.terminal import Column, Sheet, broken, show
 from quantlab.running.status import JobStatus
 from quantlab.running.status import sheet as status_sheet
 
@@ -240,3 +240,31 @@ def test_sentences_above_a_table_have_a_line_each_and_none_breaks_its_own():
     sheet = Sheet(columns=[Column(title="a")], rows=[["1" * 30]], title=("one [/.]", "two\nthree"))
     lines = printed(sheet, 80).splitlines()
     assert [line.strip() for line in lines[:2]] == ["one [/.]", "two\\nthree"]
+
+
+@pytest.mark.parametrize("width", [30, 34, 60])
+def test_a_name_that_is_longer_than_its_column_goes_on_behind_a_separator(width):
+    names = ["quality/reference_grid_fingerprint", "transformer_blocks.10.attn.to_out.0", "a:very_long-name/of.parts"]
+    sheet = Sheet(
+        columns=[Column(title="m", is_text=True), Column(title="was")], rows=[[n, "0.123456789"] for n in names]
+    )
+    lines = printed(sheet, width).splitlines()
+    assert max(map(len, lines)) <= width
+    told = [line.strip("│").split("│")[0].strip() for line in lines if line.startswith("│")]
+    assert "".join(told) == "".join(names)
+    assert all(piece in names or piece[-1] in "/_.:-" or any(n.endswith(piece) for n in names) for piece in told)
+
+
+def test_what_has_no_separator_is_left_to_the_table():
+    assert broken("abcdefghij kl", 4) == "abcdefghij kl"
+    assert broken("ab/cd/ef gh_ij", 5) == "ab/\ncd/ef gh_ij"
+
+
+def test_captions_of_an_ascii_terminal_are_measured_as_they_are_printed():
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    spell_out(stream)
+    sheet = Sheet(columns=[Column(title="m", is_text=True)], rows=[["x" * 60]], caption=("± " * 39,))
+    show(Console(file=stream, width=80, markup=False, highlight=False), sheet)
+    stream.flush()
+    assert max(map(len, raw.getvalue().decode("ascii").splitlines())) <= 80

@@ -302,7 +302,10 @@ def test_when_a_number_counts_as_the_same(name, now, status):
     assert found.verdict == status
     assert {c.name for c in found.times} == {"perf/evaluate_s", "memory/load/peak_rss_bytes"}
     assert sum(c.status != IDENTICAL for c in found.checks) == (status != IDENTICAL)
-    assert len(reproduction_sheets(found)[0].rows) >= 5
+    rows = reproduction_sheets(found)[0].rows
+    assert len(rows) >= 5
+    assert {now for _, was, _, now, verdict in rows if was and verdict == IDENTICAL} == {"="}, "said once"
+    assert all(now != "=" for *_, now, verdict in rows if verdict != IDENTICAL)
 
 
 @pytest.mark.parametrize("name", ["memory/needed_bytes", "memory/load/baseline_rss_bytes", "perf/warm_up_s"])
