@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import re
 import threading
 import time
 import unicodedata
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -125,9 +127,26 @@ def counted(num: int, what: str) -> str:
     return f"{num} {what}{'' if num == 1 else 's'}"
 
 
-def plain(text: str, most: int = 200) -> Text:
-    """``text`` from outside as a cell or line of rich: never markup, an emoji's name or an escape."""
-    return Text(printable(text, most))
+def plain(text: str, most: int = 200, width: int | None = None) -> Text:
+    """``text`` from outside as a cell or line of rich: never markup, an emoji's name or an escape; in a cell of
+    ``width`` columns."""
+    shown = printable(text, most)
+    return Text(shown if width is None else broken(shown, width))
+
+
+def broken(text: str, width: int) -> str:
+    """A text whose words fit ``width``: a longer name goes on in the next line behind a separator, where it has one."""
+    lines = []
+    for word in text.split(" "):
+        rest = word
+        while cell_len(rest) > width:
+            ends = [m.end() for m in re.finditer(r"[/_.:-]", rest[:width])]
+            if not ends:
+                break
+            lines.append(f"{rest[: ends[-1]]}\n")
+            rest = rest[ends[-1] :]
+        lines.append(f"{rest} ")
+    return "".join(lines)[:-1]
 
 
 _ASCII = {"°": "*", "±": "+-", "↑": "^", "↓": "v", "…": "...", "×": "x", "–": "-", "—": "-", "≤": "<=", "≥": ">="}

@@ -140,7 +140,9 @@ def test_lists_and_results_of_a_request(monkeypatch, capsys, text):
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda t: ascii(t)[:20])
 def test_an_error(monkeypatch, capsys, text):
-    monkeypatch.setattr(cli, "dispatch", lambda words: (_ for _ in ()).throw(QuantlabError(f"key: {text}\n  more")))
+    monkeypatch.setattr(
+        cli, "dispatch", lambda words, **_: (_ for _ in ()).throw(QuantlabError(f"key: {text}\n  more"))
+    )
     with pytest.raises(SystemExit):
         cli.main(["x"])
     err = capsys.readouterr().err

@@ -123,26 +123,11 @@ def rich_table(sheet: Sheet, width: int) -> Table:
         table.add_column(Text(column.title), justify=_side(column), overflow="fold", width=num)
     for i, row in enumerate(sheet.rows):
         table.add_row(
-            *(Text(broken(printable(row[j], _most(sheet.columns[j])), num)) for j, num in widths.items()),
+            *(plain(row[j], _most(sheet.columns[j]), num) for j, num in widths.items()),
             style=sheet.styles.get(i),
             end_section=i in sheet.sections,
         )
     return table
-
-
-def broken(text: str, width: int) -> str:
-    """A text whose words fit ``width``: a longer name goes on in the next line behind a separator, where it has one."""
-    lines = []
-    for word in text.split(" "):
-        rest = word
-        while cell_len(rest) > width:
-            ends = [m.end() for m in re.finditer(r"[/_.:-]", rest[:width])]
-            if not ends:
-                break
-            lines.append(f"{rest[: ends[-1]]}\n")
-            rest = rest[ends[-1] :]
-        lines.append(f"{rest} ")
-    return "".join(lines)[:-1]
 
 
 def _most(column: Column) -> int:

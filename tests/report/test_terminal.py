@@ -13,9 +13,9 @@ from rich.console import Console
 
 from quantlab.backends.table import backends
 from quantlab.metrics import metric_called
-from quantlab.progress import spell_out
+from quantlab.progress import broken, spell_out
 from quantlab.report.table import cells, columns, legend, rows_sheet, said_beside, with_half_width
-from quantlab.report.terminal import Column, Sheet, broken, show
+from quantlab.report.terminal import Column, Sheet, show
 from quantlab.running.status import JobStatus
 from quantlab.running.status import sheet as status_sheet
 
