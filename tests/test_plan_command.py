@@ -35,6 +35,8 @@ def test_a_grid_is_a_table_and_its_reasons(capsys):
     assert code == 0
     assert "quanto int8" in out
     assert "gguf q8_0" in out
+    assert "scheme" in out
+    assert "combination" not in out, "what is possible has its scheme's name, as in every other table"
     assert out.count("impossible: ") == 2
 
 

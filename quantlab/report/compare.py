@@ -21,7 +21,14 @@ from quantlab.metrics.statistics import MIN_CLUSTERS, cluster_means, degrees_of_
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.pareto import pareto_front
 from quantlab.report.reading import Reader, StoredRun, read_json
-from quantlab.report.selection import ComparisonRequest, Selection, group_labels, is_candidate, scheme_nodes
+from quantlab.report.selection import (
+    ComparisonRequest,
+    Selection,
+    backends_of,
+    group_labels,
+    is_candidate,
+    scheme_nodes,
+)
 from quantlab.report.verdicts import (
     IN_FLOOR,
     TOO_FEW,
@@ -130,7 +137,7 @@ def _compare_group(
     if len(front) < len(points):
         alike = ", ".join(r.name for r in points if r.name not in front)
         notes.append(f"not on the front, since no better than a smaller scheme as far as can be told: {alike}")
-    notes += said_of(backend for run in candidates for backend in scheme_nodes(run.params).values())
+    notes += said_of(backend for run in candidates for backend in backends_of(run.params))
     if floor is None:
         notes.append("no floor is known: no other execution of the reference was measured, or each gave its outputs")
     return Comparison(

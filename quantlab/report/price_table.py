@@ -161,7 +161,7 @@ def _grid(prices: Sequence[Price]) -> Sheet:
     placements = list(dict.fromkeys(name for p in prices for name in p.phases))
     is_limited = any(p.budget for p in prices)
     columns = [
-        Column(title="combination", is_text=True),
+        Column(title="scheme", is_text=True),
         Column(title="weights", keep=8),
         Column(title="bits/weight", keep=6),
         *(Column(title=name, keep=5) for name in placements),

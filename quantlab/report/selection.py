@@ -33,7 +33,7 @@ from quantlab.tracking.tags import (
     WEIGHTS_SHA256,
 )
 from quantlab.tracking.used import used_params
-from quantlab.vocabulary.numbers import FLOORS
+from quantlab.vocabulary.numbers import CHECKPOINT_METHOD, FLOORS
 from quantlab.vocabulary.schema import TrackingConfig
 
 KEYS = ("sweep", "experiment", "metric", "margin", "tracking.uri", "tracking.experiment", "output_dir")
@@ -206,6 +206,12 @@ def scheme_nodes(params: Mapping[str, str]) -> dict[str, str]:
     own = {key.removesuffix(".backend"): v for key, v in sorted(params.items()) if _IS_BACKEND.fullmatch(key)}
     found = {node: backend for node, backend in {"quantization": whole, **own}.items() if backend != "none"}
     return found or {"quantization": whole}
+
+
+def backends_of(params: Mapping[str, str]) -> list[str]:
+    """The backends of a run by its parameters: those of its schemes, or that of a checkpoint that others quantized."""
+    methods = params.get(f"resolved.{CHECKPOINT_METHOD}", "").split(", ")
+    return [*scheme_nodes(params).values(), *filter(None, methods)]
 
 
 def differences(a: StoredRun, b: StoredRun) -> list[str]:

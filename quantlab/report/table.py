@@ -14,7 +14,7 @@ from quantlab.errors import nearest
 from quantlab.metrics import METRICS
 from quantlab.progress import printable
 from quantlab.protocols.table import PROTOCOLS
-from quantlab.report.selection import scheme_nodes
+from quantlab.report.selection import backends_of
 from quantlab.report.terminal import Column, Sheet
 from quantlab.report.verdicts import error_metric, is_inside, largest_floor, less, with_other_batch
 from quantlab.tracking.results import Measured, Row
@@ -72,7 +72,7 @@ def legend(rows: Iterable[Sequence[str]]) -> str:
 def said_beside(rows: Iterable[Row]) -> list[str]:
     """What must be said beside the rows of some backends: a number of theirs is another one elsewhere."""
     measured = (row["params"] for row in rows if "quantization/coverage" in row["metrics"])
-    return said_of(backend for params in measured for backend in scheme_nodes(flatten(params)).values())
+    return said_of(backend for params in measured for backend in backends_of(flatten(params)))
 
 
 def cells(row: Measured, shown: Sequence[str], bounds: bool = True) -> list[str]:

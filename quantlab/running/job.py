@@ -52,13 +52,14 @@ from quantlab.tracking.used import used_params
 from quantlab.tracking.values import flatten
 from quantlab.vocabulary.ledger import warning as ledger_warning
 from quantlab.vocabulary.native import canonical_json
-from quantlab.vocabulary.numbers import FLOORS, NEEDED_BYTES, flat_metrics
+from quantlab.vocabulary.numbers import CHECKPOINT_METHOD, FLOORS, NEEDED_BYTES, flat_metrics
 from quantlab.vocabulary.reports import (
     Attribution,
     CalibrationReport,
     Measurements,
     MemoryReport,
     MetricValue,
+    QuantizationReport,
     RunReport,
 )
 
@@ -151,7 +152,7 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         device_bytes=_device_bytes(candidate, list(schemes)),
         disk_bytes=saved_bytes(candidate, schemes, layers) if is_saved and job.schemes else made.disk_bytes,
         stages=(*bench.stages, *made.stages),
-        params=job.resolved if bench.brought is None else {**job.resolved, REFERENCE_MADE_ON: bench.brought.made_on},
+        params={**job.resolved, **_found_out(bench, job, layers)},
         run_id=run.run_id if run else None,
         unquantized=layers.unquantized if layers else (),
     )
@@ -277,6 +278,14 @@ def planned_bytes(report: RunReport) -> dict[str, int]:
         **({"weights, as planned": weights} if weights else {}),
         **({"to run the quantized components on a GPU": int(needed)} if needed else {}),
     }
+
+
+def _found_out(bench: Workbench, job: Job, layers: QuantizationReport | None) -> dict[str, Any]:
+    """What a row must say beyond its request: where its reference was made, and what a checkpoint of others is."""
+    made_on = {} if bench.brought is None else {REFERENCE_MADE_ON: bench.brought.made_on}
+    if job.config.checkpoint is None or layers is None:
+        return made_on
+    return {**made_on, "resolved": {CHECKPOINT_METHOD: layers.resolved[CHECKPOINT_METHOD]}}
 
 
 def _device_bytes(candidate: LoadedModel, names: Sequence[str]) -> tuple[int, ...]:

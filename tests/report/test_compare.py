@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantlab.backends.table import backends
 from quantlab.errors import ConfigError
 from quantlab.metrics import METRICS
 from quantlab.metrics.significance import holm, t_test
@@ -204,6 +205,16 @@ def test_a_resumed_sweep_takes_over_the_runs_it_found_finished(own_sweep):
         parent.log_json({"rows": [{"run_id": i} for i in [*old, new]], "skipped": []}, "rows.json")
     (group,), _ = compared(own_sweep, "sweep=latest")
     assert {r.name for r in group.runs} == {"reference", "int4 a", "int8 a", "int6"}
+
+
+@pytest.mark.parametrize("name", [name for name, row in backends().items() if row.elsewhere])
+def test_what_programs_do_otherwise_is_also_said_of_files_that_others_made(own_sweep, name):
+    said = backends()[name].elsewhere
+    typed = [own_sweep.runs["int8 a"]]
+    asked = {"quantization": {"backend": "none"}, "resolved": {"checkpoint_method": name}, "checkpoint": "theirs"}
+    theirs = add_run(own_sweep, "theirs", errors(5e-5, 15), size=3_000_000, backend="theirs", params=asked)
+    assert not {*said} & {*compared(own_sweep, *typed)[0][0].notes}
+    assert {*said} <= {*compared(own_sweep, *typed, theirs)[0][0].notes}
 
 
 def test_runs_without_common_samples_are_refused(own_sweep):

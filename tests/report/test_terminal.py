@@ -160,7 +160,9 @@ def test_the_legend_names_the_marks_that_are_there():
 def test_what_a_backends_own_programs_do_otherwise_is_said_beside_its_rows(name):
     told = backends()[name].elsewhere
     own = {"params": {"quantization": {"backend": "none"}, "components": {"vae": {"backend": name}}}}
-    for rows in ([measured(name), measured(f"{name} other")], [measured("parts") | own]):
+    plain = {"quantization": {"backend": "none"}}
+    others = {"params": {**plain, "checkpoint": "theirs", "resolved": {"checkpoint_method": f"none, {name}"}}}
+    for rows in ([measured(name), measured(f"{name} other")], [measured("parts") | own], [measured("theirs") | others]):
         caption = rows_sheet(rows, "diffusion").caption
         assert [text for text in caption if text.startswith(f"{name}:")] == list(told)
     assert not said_beside([{**measured(name), "metrics": {}}]), "a row without numbers needs no note"

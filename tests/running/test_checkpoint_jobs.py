@@ -11,6 +11,7 @@ import yaml
 from quantlab.errors import ConfigError
 from quantlab.planning.plan import plan
 from quantlab.planning.trust import require_trust
+from quantlab.report.table import said_beside
 from tests.support.foreign import LANGUAGE
 from tests.support.shell import text_words
 from tests.support.stores import artifact
@@ -64,6 +65,10 @@ def test_five_checkpoints_of_others_beside_our_own(shell, words, foreign_modelop
     assert {row[layers["columns"].index("dtype")] for row in layers["data"]} == {"q8_0"}
     again = shell.rows("-m", *words, asked)
     assert all(row["resumed"] for row in again.values())
+    for found in (rows, again):  # whether measured here or read back
+        assert found["q8_0.gguf"]["params"]["resolved"] == {"checkpoint_method": "gguf"}
+        assert any(text.startswith("gguf:") for text in said_beside(found.values()))
+        assert not said_beside([row for name, row in found.items() if name != "q8_0.gguf"])
 
 
 def test_one_alone_whose_files_change(shell, words):
