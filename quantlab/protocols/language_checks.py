@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_LOG_PROB_ERROR = 1e-3
+LOG_PROB_ERROR = 1e-3
 """By how much two fp32 computations of one log-probability may differ, in nats."""
 _NUM_TOKENS = 16
 """A short window, half of which is exchanged: of many tokens, one more that is seen moves the others by little."""
@@ -122,12 +122,12 @@ def _way_of_logits(key: str, model: LoadedModel, ids: Tensor, ran: _Ran) -> str:
     change = with_settings(model)
     # Each of the two ways of rounding in between that models have; where nothing is set, nothing may differ.
     after_head = (change(ran.projected.clone()), change(ran.projected.float().clone()))
-    same_after = any(_log_prob_error(ran.logits, one) < _LOG_PROB_ERROR for one in after_head)
+    same_after = any(log_prob_error(ran.logits, one) < LOG_PROB_ERROR for one in after_head)
     ours = logits_of(model)(ran.hidden.float())
-    if same_after and _log_prob_error(after_head[1], ours) < _LOG_PROB_ERROR + rounding:
+    if same_after and log_prob_error(after_head[1], ours) < LOG_PROB_ERROR + rounding:
         return HEAD
     again = own_logits(model, ids[0], ran.hidden[0].float())[None]
-    if (error := _log_prob_error(ran.logits, again)) < _LOG_PROB_ERROR:
+    if (error := log_prob_error(ran.logits, again)) < LOG_PROB_ERROR:
         return OWN
     raise ModelError(
         f"{key} gives other logits for the same tokens and hidden states when it runs again (a log-probability differs "
@@ -135,7 +135,7 @@ def _way_of_logits(key: str, model: LoadedModel, ids: Tensor, ran: _Ran) -> str:
     )
 
 
-def _log_prob_error(logits: Tensor, other: Tensor) -> float:
+def log_prob_error(logits: Tensor, other: Tensor) -> float:
     """The largest difference of a log-probability, in nats; infinite where one alone excludes a token."""
     ours, theirs = logits.float().log_softmax(-1), other.to(logits.device).float().log_softmax(-1)
     return float((ours - theirs).abs().nan_to_num(nan=0.0, posinf=float("inf")).max())

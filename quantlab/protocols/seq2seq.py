@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from quantlab.errors import NotFinite
+from quantlab.errors import ModelError, NotFinite
 from quantlab.metrics.kl import token_statistics
 from quantlab.metrics.statistics import bootstrap_interval
 from quantlab.models.causal_lm import network_of
@@ -23,6 +23,7 @@ from quantlab.modules.calls import Call, Progress
 from quantlab.modules.compute_dtype import component_dtype
 from quantlab.protocols.defined import defined
 from quantlab.protocols.finite import bad_rows
+from quantlab.protocols.language_checks import LOG_PROB_ERROR, log_prob_error
 from quantlab.protocols.output_head import logits_of
 from quantlab.protocols.tried import check_runs, check_tokens
 from quantlab.vocabulary.reports import Measurements
@@ -86,7 +87,29 @@ def check(model: LoadedModel, inputs: PairInputs) -> None:
     network = network_of(model.components["model"])
     check_tokens(model, inputs.source.get("input_ids", inputs.input_ids), network.get_input_embeddings)
     check_tokens(model, inputs.input_ids, network.get_output_embeddings)
-    check_runs(model, lambda: {"hidden": _run(model, inputs.subset([0]), 1, None)[0]})
+    one = inputs.subset([0])
+
+    def run() -> dict[str, Tensor]:
+        hidden = _run(model, one, 1, None)[0]
+        return {"hidden": hidden, "logits": _logits(model)(hidden[0])}
+
+    check_runs(model, run)
+    _check_logits(model, one, run()["logits"])
+
+
+def _check_logits(model: LoadedModel, one: PairInputs, ours: Tensor) -> None:
+    """ModelError where the model's own logits on one pair are not what its head makes of its last hidden states."""
+    import torch
+
+    module: Any = model.components["model"]
+    with torch.no_grad():
+        logits = module(**_arguments(model, one, slice(0, 1), model.device)).logits[0]
+    rounding = 4 * torch.finfo(logits.dtype).eps * float(logits.float().abs().max())
+    if (error := log_prob_error(logits, ours)) > LOG_PROB_ERROR + rounding:
+        raise ModelError(
+            f"model.path: {model.name} changes its logits after its output head in a way that is not known here (a "
+            f"log-probability differs by {error:.2g} nats); give the module and its inputs to quantlab.evaluate"
+        )
 
 
 def observe(

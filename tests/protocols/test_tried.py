@@ -124,6 +124,27 @@ def test_a_decoder_begins_with_the_token_that_its_class_begins_with(tmp_path):
     seq2seq_protocol.check(model, inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("scale", "is_refused"), [(1.0, False), (1.5, True)])
+def test_logits_that_a_class_changes_behind_its_head_are_no_numbers_of_ours(tmp_path, dtype, scale, is_refused):
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = BartConfig(**HALF, vocab_size=259, decoder_start_token_id=2, init_std=0.3)
+    model, inputs = of_pairs(tmp_path / "bart", BartForConditionalGeneration(config).to(dtype))
+    forward = model.components["model"].forward
+
+    def scaled(**given):
+        out = forward(**given)
+        out.logits = out.logits * scale
+        return out
+
+    model.components["model"].forward = scaled
+    told = r"^model\.path: bart changes its logits after its output head in a way .* nats\); give the module"
+    with pytest.raises(ModelError, match=told) if is_refused else nullcontext():
+        seq2seq_protocol.check(model, inputs)
+
+
 def test_errors_of_our_own_and_of_memory_stay_what_they_are():
     model = LoadedModel(name="a", protocol="vision", components={"model": torch.nn.Linear(2, 2)}, parts={})
     for error in (ModelError("model.path: as it is; do so"), torch.OutOfMemoryError("full")):
