@@ -257,6 +257,20 @@ def test_every_one_of_44_points_has_a_name_or_a_number_and_none_overlap(browser,
     assert browser.get_log("browser") == []
 
 
+@pytest.mark.parametrize("shift", [1.001, 1.02, 1.05])
+def test_a_name_is_not_crossed_by_another_rows_interval(browser, data, tmp_path, shift):
+    """A tall interval close behind a point is where its name would stand."""
+    rows = {row["name"]: row for row in data["groups"][0]["rows"]}
+    point, tall = rows["int8 b"], rows["floor_bf16"]
+    tall["axes"]["weights_bytes"] = tall["weights_bytes"] = point["weights_bytes"] * shift
+    tall["metrics"]["latent_rel_mse"] |= {"ci_lo": 1e-7, "ci_hi": 1e-3}
+    write_page(data, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html")
+    bars, names = boxes(browser, ".plot .bar"), boxes(browser, ".plot .label")
+    assert len(bars) >= 2
+    assert not [(bar, name) for bar in bars for name in names if overlap(bar, name)]
+
+
 @pytest.mark.parametrize("width", [1200, 390])
 def test_a_heat_maps_names_are_whole_and_its_numbers_fit_their_cells(browser, data, tmp_path, width):
     crowded(browser, data, tmp_path, width)

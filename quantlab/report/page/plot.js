@@ -118,21 +118,24 @@ function plotAt(rows, width, height) { // null where not every label found a pla
 function drawPoints(svg, rows, atX, atY, room, lines) {
   const front = new Set(frontNow(rows).map((r) => r.name));
   const points = [...rows].sort((a, b) => front.has(b.name) - front.has(a.name)).map((row) => ({ row, x: atX(row), y: atY(valueOf(row).value) }));
+  const bars = points.map((p) => ({ ...p, ...valueOf(p.row) })).filter((p) => p.ci_lo !== null && p.ci_lo !== undefined)
+    .map((p) => box(p.x - 5, Math.min(atY(p.ci_lo), atY(p.ci_hi)), 10, Math.abs(atY(p.ci_lo) - atY(p.ci_hi))));
   const taken = points.map((p) => box(p.x - 7, p.y - 7, 14, 14)), placed = [...lines], numbered = [], many = points.length > 24;
   const wires = make("g", {}), marks = make("g", {}), labels = make("g", {});
   for (const [i, p] of points.entries()) {
     const { row } = p, m = valueOf(row), base = row.role !== "candidate", isFront = front.has(row.name), style = base ? { colour: "var(--soft)", shape: "square" } : styleOf(row.backend);
     if (m.ci_lo !== null && m.ci_lo !== undefined) {
       const a = atY(m.ci_lo), b = atY(m.ci_hi);
-      marks.append(make("path", { d: `M${p.x},${a}V${b}M${p.x - 4},${a}h8M${p.x - 4},${b}h8`, style: `stroke:${style.colour};stroke-width:1.5px;fill:none` }));
+      marks.append(make("path", { class: "bar", d: `M${p.x},${a}V${b}M${p.x - 4},${a}h8M${p.x - 4},${b}h8`, style: `stroke:${style.colour};stroke-width:1.5px;fill:none` }));
     }
     marks.append(marker(style.shape, p.x, p.y, isFront ? 7 : 5.5, {
       style: base ? `fill:var(--panel);stroke:${style.colour};stroke-width:2px` : `fill:${style.colour};stroke:${isFront ? "var(--ink)" : "var(--panel)"};stroke-width:${isFront ? "1.8px" : "1px"}`,
       "data-tip": tipOf(row), tabindex: 0, class: "point", "data-name": row.name,
     }));
     const name = base ? row.name.replace(/^floor_/, "") : row.name, others = taken.filter((_, k) => k !== i);
-    let text = name, place = many && !isFront && !base ? null : findPlace(p, name, isFront, room, others, placed, 60);
-    if (!place) { text = String(numbered.length + 1); place = findPlace(p, text, isFront, room, others, placed, 150); numbered.push(row); }
+    const find = (words, reach) => findPlace(p, words, isFront, room, [...others, ...bars], placed, 42) || findPlace(p, words, isFront, room, others, placed, reach); // off the intervals where there is room
+    let text = name, place = many && !isFront && !base ? null : find(name, 60);
+    if (!place) { text = String(numbered.length + 1); place = find(text, 150); numbered.push(row); }
     if (!place) return null;
     placed.push(place.box);
     if (place.far) wires.append(make("line", { x1: p.x, y1: p.y, x2: place.near[0], y2: place.near[1], class: "wire" }));
