@@ -215,3 +215,22 @@ def test_the_figures_are_those_of_a_process_that_has_all(tmp_path):
 @pytest.mark.slow
 def test_one_plan_imports_neither_adapters_nor_the_compiler():
     assert planned("spared", [SHIPPED[0]])["imported"] == []
+
+
+@pytest.mark.slow
+def test_a_model_that_needs_such_a_package_is_planned_all_the_same(tmp_path):
+    """Its class refuses to be made without scipy, which is installed and not wanted."""
+    from transformers import Mask2FormerConfig, SwinConfig
+
+    widths = {"hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32}
+    stages = [f"stage{i}" for i in range(1, 5)]
+    swin = SwinConfig(image_size=32, embed_dim=16, depths=[1] * 4, num_heads=[1] * 4, out_features=stages)
+    config = Mask2FormerConfig(backbone_config=swin, num_attention_heads=2, decoder_layers=2, **widths)
+    config.architectures = ["Mask2FormerForUniversalSegmentation"]
+    config.save_pretrained(tmp_path)
+    words = ["model=vision", f"model.path={tmp_path}", "backend=quanto", "dtype=int8"]
+    with pytest.raises(AssertionError, match="scipy"):
+        planned("spared", [words])
+    command = [sys.executable, "-m", "quantlab", "plan", *words, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert json.loads(done.stdout) == planned("whole", [words])["prices"]
