@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from quantlab.models.causal_lm import network_of
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.compute_dtype import component_dtype
+from quantlab.modules.device import kind_of
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 HEAD, OWN = "head", "own"
+_WEIGHTS_AT_ONCE = 2**26
+"""Of a head in 16 bit; a larger one is widened in parts of so many, as its whole copy in fp32 may have no room."""
 
 
 def text_config(model: LoadedModel) -> PreTrainedConfig:
@@ -62,18 +65,36 @@ def logits_of(model: LoadedModel) -> Callable[[Tensor], Tensor]:
     weight: Tensor | None = None
     bias: Tensor | None = None
     if type(head) is torch.nn.Linear and type(head.weight) in (torch.nn.Parameter, torch.Tensor):
-        weight = head.weight.detach().float() if head.weight.is_floating_point() else None
-        bias = head.bias.detach().float() if weight is not None and head.bias is not None else None
+        # one that waits on the host while others run is multiplied where the model runs: sums differ between devices
+        is_away = head.weight.device.type == "cpu" and kind_of(model.device) != "cpu"
+        where = model.device if is_away else head.weight.device
+        if head.weight.is_floating_point():
+            weight = head.weight.detach().to(where)
+            bias = head.bias.detach().to(where).float() if head.bias is not None else None
+            weight = weight.float() if weight.numel() <= _WEIGHTS_AT_ONCE else weight
     dtype = component_dtype(model.components["model"], model.dtype)
 
     def logits(hidden: Tensor) -> Tensor:
         with torch.no_grad():
             if weight is not None:
-                return changed(torch.nn.functional.linear(hidden.to(weight.device), weight, bias))
+                return changed(_widened(hidden.to(weight.device), weight, bias))
             out = head(hidden.to(device=model.device, dtype=dtype))
             return changed((out.dequantize() if hasattr(out, "qtype") else out).float())
 
     return logits
+
+
+def _widened(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``linear`` in fp32, a part of the vocabulary after the other."""
+    import torch
+
+    out = hidden.new_empty(*hidden.shape[:-1], len(weight), dtype=torch.float32)
+    step = max(1, _WEIGHTS_AT_ONCE // weight.shape[1])
+    for start in range(0, len(weight), step):
+        part = slice(start, start + step)
+        own = None if bias is None else bias[part]
+        out[..., part] = torch.nn.functional.linear(hidden, weight[part].float(), own)
+    return out
 
 
 def own_logits(model: LoadedModel, ids: Tensor, hidden: Tensor) -> Tensor:

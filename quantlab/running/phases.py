@@ -58,7 +58,7 @@ def phases(
     decoder = told["vae"].memory.weights_bytes if "vae" in told else 0
     copied = sum(p.original_bytes for p in prices if p.scheme)
     made = sum(p.memory.weights_bytes for p in prices if p.scheme)
-    layer = max((p.largest_layer_bytes for p in prices if p.scheme), default=0)
+    layer = max((p.quantizing_bytes for p in prices if p.scheme), default=0)
     schemed = {p.name for p in prices if p.scheme}
     largest = max((p.original_bytes for p in rest), default=0)
     together = every + copied if copied else every
@@ -130,7 +130,7 @@ def _language(
     told: Mapping[str, ComponentPrice], active: int, needs_data: bool, most: int
 ) -> dict[str, tuple[Phase, ...]]:
     before, after = sum(p.original_bytes for p in told.values()), sum(p.memory.weights_bytes for p in told.values())
-    layer = max((p.largest_layer_bytes for p in told.values()), default=0)
+    layer = max((p.quantizing_bytes for p in told.values()), default=0)
     is_quantized = any(p.scheme for p in told.values())
     beside = before if is_quantized else 0
     resident = _made(

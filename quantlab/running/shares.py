@@ -28,7 +28,7 @@ def spread_phases(
     for block in found.blocks:
         if any(block.component == price.name for price in schemed):
             copied[found.number(block.component, block.path)] += sum(block.storages.values())
-    layer = max((p.largest_layer_bytes for p in schemed), default=0)
+    layer = max((p.quantizing_bytes for p in schemed), default=0)
     after = [a + b for a, b in zip(before, made, strict=True)]
     whole = [a + b for a, b in zip(before, copied, strict=True)]
     filled = [(whole if needs_data else after)[i] + (layer if copied[i] else 0) for i in range(num)]

@@ -6,6 +6,7 @@ what each will occupy by its backend's ``layer_bytes``; there is no other arithm
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -100,6 +101,11 @@ def _misfits_told(request: QuantizationRequest, chosen: Selection, module: nn.Mo
     )
 
 
+_QUANTIZING = 12
+"""Bytes for a weight of the layer that is quantized, three times float32: it as it was, its codes, what they decode to
+and what compares the two; ``tests/benchmarks/bench_memory.py --device cuda`` shows what backends take of it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Choice:
     """Layer -> what becomes of its weight."""
@@ -166,7 +172,7 @@ def _priced(
         ),
         by_path=counted.by_path,
         original_bytes=sum(facts.storages.values()),
-        largest_layer_bytes=facts.largest_layer_bytes,
+        quantizing_bytes=_QUANTIZING * max((math.prod(found[n].view.matrix_shape) for n in stored), default=0),
         scheme=scheme_name if request is not None else "",
     )
 
@@ -177,17 +183,11 @@ class _Facts:
 
     storages: Storages
     size: tuple[int, int, int]
-    largest_layer_bytes: int
 
 
 @remembered
 def _facts(module: nn.Module) -> _Facts:
-    layers = (sum(t.nbytes for t in part._parameters.values() if t is not None) for part in module.modules())
-    return _Facts(
-        storages=storages(module, held_packages()),
-        size=logical_size(module),
-        largest_layer_bytes=max(layers, default=0),
-    )
+    return _Facts(storages=storages(module, held_packages()), size=logical_size(module))
 
 
 def _stored(

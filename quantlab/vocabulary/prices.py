@@ -41,8 +41,8 @@ class ComponentPrice:
     kept: tuple[Kept, ...]
     original_bytes: int
     """Unquantized."""
-    largest_layer_bytes: int
-    """Of the largest layer, unquantized."""
+    quantizing_bytes: int
+    """An estimate: what is there beside the weights while the largest layer is quantized and read back."""
     by_path: Mapping[str, int] = field(default_factory=dict)
     """Path of a part -> the bytes that are its own."""
     unmatched: tuple[str, ...] = ()

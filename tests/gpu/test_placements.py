@@ -141,10 +141,11 @@ def test_speed_where_a_user_decides_by_it(compiled, device, shell, folders):
 
 
 @pytest.mark.parametrize("backend", [pytest.param(name, marks=ON_GPU) for name in bench_memory.SCHEMES])
-def test_streaming_takes_what_is_quantized_and_one_layer(backend, tmp_path_factory):
+def test_streaming_takes_what_is_planned(backend, tmp_path_factory):
+    """What is quantized, and beside it for one layer three times float32."""
     folder = tmp_path_factory.getbasetemp() / "half_a_billion"
     if not folder.exists():
         bench_memory.write_model(folder, 5e8)
         torch.set_default_dtype(torch.float32)
     found = bench_memory.apart(folder, backend, "streamed", "cuda")
-    assert found["ratio"] <= bench_memory.MAX_PEAK, found
+    assert found["peak_mib"] <= found["quantized_mib"] + 3 * 2048 * 8192 * 4 / bench_memory.MIB, found

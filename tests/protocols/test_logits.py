@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from types import MethodType
 
@@ -213,3 +214,25 @@ def test_a_head_that_does_not_run_is_refused(llama):
     inputs = text_inputs(TEXT, EVALUATION, model, "dataset=text")
     with pytest.raises(ModelError, match="without running its output embedding"):
         language.check(model, inputs)
+
+
+def test_a_head_that_waits_on_the_host_is_multiplied_where_the_model_runs(llama):
+    """As with group offloading on a GPU: another device would sum in another order."""
+    away = dataclasses.replace(llama, device="meta")
+    hidden = torch.zeros(3, 32)
+    assert output_head.logits_of(llama)(hidden).device.type == "cpu"
+    assert output_head.logits_of(away)(hidden.to("meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_large_head_is_widened_in_parts(llama, monkeypatch, bias):
+    head = torch.nn.Linear(32, 259, bias=bias, dtype=torch.bfloat16)
+    network = copy.deepcopy(llama.components["model"])
+    network.set_output_embeddings(head)
+    one = dataclasses.replace(llama, components={"model": network})
+    hidden = torch.randn(5, 32)
+    whole = output_head.logits_of(one)(hidden)
+    monkeypatch.setattr(output_head, "_WEIGHTS_AT_ONCE", 32 * 50)
+    torch.testing.assert_close(output_head.logits_of(one)(hidden), whole, rtol=0, atol=1e-6)
+    expected = torch.nn.functional.linear(hidden, head.weight.float(), head.bias.float() if bias else None)
+    torch.testing.assert_close(whole, expected, rtol=0, atol=1e-6)

@@ -28,7 +28,7 @@ def component(name, scheme=""):
     return ComponentPrice(
         name=name, memory=memory, quantized_parameters=12_000_000_000, kept=(), scheme=scheme,
         kinds=tuple(Kind(what=w, dtype=d, parameters=n, num_bytes=n) for w, d, n in kinds),
-        original_bytes=24_000_000_000, largest_layer_bytes=1,
+        original_bytes=24_000_000_000, quantizing_bytes=1,
     )  # fmt: skip
 
 
