@@ -75,7 +75,8 @@ def test_the_list_of_models_says_what_runs_by_family():
 
 
 @pytest.mark.parametrize("what", LISTS)
-def test_lists_as_tables_and_as_json(quick, what):
+def test_lists_as_tables_and_as_json(quick, what, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     rows = json.loads(ok(quick, "list", what, "--json"))
     assert rows == json.loads(json.dumps(LISTS[what]()))
     assert rows

@@ -74,7 +74,11 @@ def write_part(part: Part, folder: Path, device: str, layers: int | None) -> Non
     if part.class_name == "AutoencoderKL":
         config |= {"shift_factor": 0.0}
     module = empty(folder.name, Part(class_name=part.class_name, config=config), "bfloat16")
-    module.save_config(folder) if hasattr(module, "save_config") else module.config.save_pretrained(folder)
+    if hasattr(module, "save_config"):
+        module.save_config(folder)
+    else:
+        module.config.update({"architectures": [part.class_name], "dtype": torch.bfloat16})
+        module.config.save_pretrained(folder)
     stem = "diffusion_pytorch_model" if hasattr(module, "save_config") else "model"
     index: dict[str, str] = {}
     for number, tensors in enumerate(shards(module, device, 4 * GIB)):

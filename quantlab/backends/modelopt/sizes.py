@@ -20,9 +20,11 @@ def layer_bytes(
     item, bias_dtype = item_bytes(compute_dtype), compute_dtype if layer.bias_dtype else ""
     cfg = weight_cfg(config, "layer", (layer.rows, layer.columns))
     blocks = cfg.get("block_sizes") or {}
-    if config.weight_type in BLOCKS:  # their scales are in the packed weight; nvfp4 has a float32 one and its maximum
+    if (
+        config.weight_type in BLOCKS
+    ):  # their scales are in the packed weight, beside the maximum; nvfp4 has a float32 one
         codes = layer.numel // 2 if dtype in _FOUR_BIT else layer.numel
-        whole = 8 if dtype == "nvfp4" else 0
+        whole = item + (4 if dtype == "nvfp4" else 0)
         return StoredBytes(codes=codes, scales=layer.numel // blocks[-1] + whole, bias_dtype=bias_dtype)
     num_scales = layer.rows * layer.columns // blocks[-1] if blocks else layer.rows if cfg.get("axis") == 0 else 1
     maxima, beside = 4 if blocks else item, _beside(config, layer, item)
