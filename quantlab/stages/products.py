@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _NUM_ROWS = 8
+_WEIGHTS_AT_ONCE = 1 << 20
+"""That are widened together, as a whole copy would be the largest tensor here."""
 _LARGEST_OUTPUT, _PER_WEIGHT = 1000.0, 100.0
 """Inputs are made smaller where outputs would be larger, or larger than so many times the largest weight: float16 ends
 at 65,504, and where it scales last the sums of codes up to 127 end there too. That is no fault of a layer."""
@@ -64,16 +66,21 @@ def question(stored: StoredWeight, dtype: torch.dtype) -> Question | None:
 
     if stored.activation_granularity.endswith("static"):
         return None
-    dense: Tensor = stored.dense.detach().float()
+    dense: Tensor = stored.dense.detach()
+    step = max(1, _WEIGHTS_AT_ONCE // dense.shape[1])
+
+    def plain(rows: Tensor) -> Tensor:
+        return torch.cat([rows @ part.float().T for part in torch.split(dense, step)], dim=1)
+
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(_NUM_ROWS, dense.shape[1], generator=draw).to(dense.device)
     if stored.column_scale is not None:
         x = x * stored.column_scale.to(x)
     low, high = dense.aminmax()  # a copy of magnitudes would be as large as the layer
     limit = min(_LARGEST_OUTPUT, _PER_WEIGHT * max(-float(low), float(high)))
-    largest = float((x @ dense.T).abs().max())
+    largest = float(plain(x).abs().max())
     x = (x * min(1.0, limit / largest) if largest else x).to(dtype)
-    return Question(rows=x, wanted=x.float() @ dense.T, tolerance=_tolerance(stored.activation_dtype))
+    return Question(rows=x, wanted=plain(x.float()), tolerance=_tolerance(stored.activation_dtype))
 
 
 def product(layer: torch.nn.Module, asked: Question) -> Product:

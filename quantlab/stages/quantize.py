@@ -185,7 +185,7 @@ def _portions(chosen: Selection, is_view: bool) -> list[Sequence[str]]:
 def _dense(read_back: Callable[[torch.nn.Module], StoredWeight], layer: torch.nn.Module) -> torch.Tensor:
     """The matrix that a backend's layer holds, for whoever reads it: float32 (out_features, in_features)."""
     dense: torch.Tensor = read_back(layer).dense
-    return dense.detach()
+    return dense.detach().float()
 
 
 def _hand_over(
@@ -273,7 +273,7 @@ def _read_row(
     import torch
 
     if fallback in COMPUTE_DTYPES:
-        dense = cast(torch.nn.Linear, layer).weight.detach().float()
+        dense = cast(torch.nn.Linear, layer).weight.detach()
         floor = FLOAT16_SCALE if fallback == "float16" else 0.0
         stored = StoredWeight(dtype=fallback, group_size=None, dense=dense, floor=floor)
     else:

@@ -45,7 +45,7 @@ class WeightErrors:
 
 
 def weight_errors(stored: StoredWeight, original: Tensor, is_searched: bool = False) -> WeightErrors:
-    """Compare ``stored.dense``, fp32, with ``original``, tensors (out_features, in_features) on one device.
+    """Compare ``stored.dense`` with ``original``, tensors (out_features, in_features) on one device, in fp32.
 
     Args:
         is_searched: the algorithm trades the weights' error for that of the outputs, so that the bound of rounding
@@ -61,16 +61,17 @@ def weight_errors(stored: StoredWeight, original: Tensor, is_searched: bool = Fa
     if not bool((largest > 0).any()):
         made = stored.dense.any(1).nonzero().flatten().tolist()
         return WeightErrors(layer=float("inf") if made else 0.0, worst_row=None, lost_rows=tuple(made))
+    wide = torch.float32
     if float(largest.max()) < 1e-15:  # whose squares float32 takes for 0
-        stored, original, largest = replace(stored, dense=stored.dense.double()), original.double(), largest.double()
+        wide, largest = torch.float64, largest.double()
     bound = _Bound(
         stored=stored,
         is_searched=is_searched,
         largest=float(largest.max()),
         negligible=NEGLIGIBLE * float(largest[largest > 0].median()),
     )
-    wide = stored.dense.dtype  # the original is widened piece by piece: a whole copy would be the largest tensor here
-    parts = [_rows(stored.dense[rows], original[rows].to(wide), bound) for rows in _slices(original, stored)]
+    # both are widened piece by piece: a whole copy would be the largest tensor here
+    parts = [_rows(stored.dense[rows].to(wide), original[rows].to(wide), bound) for rows in _slices(original, stored)]
     plain, size, rounded, scaled, lost, zeroed = (torch.cat(found) for found in zip(*parts, strict=True))
     alive = scaled > 0
     lost |= alive & ~(rounded <= NOISE * scaled.clamp_min(float(scaled[alive].median())))

@@ -50,7 +50,8 @@ class StoredWeight:
     group_size: int | None
     """Weights that share one scale, counted from the scales' number; None: one scale a row (or for the tensor)."""
     dense: Any
-    """The weight that the layer computes with, dequantized: fp32 tensor of shape (out_features, in_features)."""
+    """The weight that the layer computes with, dequantized: tensor of shape (out_features, in_features), in fp32 or in
+    16 bit where these hold each value exactly."""
     is_simulated: bool = False
     """True where the storage is wider than the dtype's name says."""
     activation_dtype: str = "none"

@@ -1,6 +1,7 @@
 """A quantized layer multiplies by the weight that it reads back as; one that does something else is an error."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import quantlab
 from quantlab import BitsAndBytesConfig, GGUFQuantizationConfig, NotQuantized, NVIDIAModelOptConfig, QuantoConfig
 from quantlab.backends.torchao.config import layer_form
 from quantlab.errors import ConfigError
+from quantlab.stages import products
 from quantlab.stages import quantize as stage
 from quantlab.stages.products import Product, product, question
+from quantlab.stages.weight_errors import weight_errors
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.reports import StoredWeight
 from tests.support.schemes import schemes_on_cpu
@@ -142,3 +145,21 @@ def test_what_was_recorded_of_a_product_is_gone_with_it():
     finally:
         gc.enable()
     assert not left
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_held_in_16_bit_is_compared_as_its_wide_copy(dtype, monkeypatch):
+    """The same errors and lost rows to the last digit, and the same question, in whatever pieces it is widened."""
+    torch.manual_seed(0)
+    original = torch.randn(48, 512).to(dtype)
+    dense = (original.float() + 0.02 * torch.randn(48, 512)).to(dtype)
+    dense[3] = 0
+    narrow = StoredWeight(dtype="int8", group_size=None, dense=dense)
+    wide = replace(narrow, dense=dense.float())
+    assert weight_errors(narrow, original) == weight_errors(wide, original)
+    assert weight_errors(narrow, original).lost_rows == (3,)
+    (one, whole) = (question(stored, dtype) for stored in (narrow, wide))
+    assert torch.equal(one.rows, whole.rows)
+    assert torch.equal(one.wanted, whole.wanted)
+    monkeypatch.setattr(products, "_WEIGHTS_AT_ONCE", 5 * 512)
+    torch.testing.assert_close(question(narrow, dtype).wanted, whole.wanted)

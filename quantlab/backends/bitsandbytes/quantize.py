@@ -66,7 +66,7 @@ def read_back(layer: nn.Module) -> StoredWeight:
         return StoredWeight(
             dtype="int8",
             group_size=None,
-            dense=codes.float() * (scales[:, None] / 127.0),
+            dense=codes.float().mul_(scales[:, None] / 127.0),
             floor=FLOAT16_SCALE,
             activation_dtype="int8",
             activation_granularity="per-token",

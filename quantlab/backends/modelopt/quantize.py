@@ -151,7 +151,7 @@ def read_back(layer: nn.Module) -> StoredWeight:
         )
     quantizer, packed = layer.weight_quantizer, packed_class(layer)
     with torch.no_grad(), quiet_library():
-        dense = _effective(layer, quantizer(layer.weight).detach().float())
+        dense = _effective(layer, quantizer(layer.weight).detach())
     dtype, blocks = stored_dtype(layer), quantizer.block_sizes
     scales: Tensor | None = quantizer._scale if packed else getattr(quantizer, "_amax", None)
     num_scales = scales.numel() if scales is not None else 1
@@ -183,9 +183,9 @@ def _effective(layer: QuantLinear, dense: Tensor) -> Tensor:
     """What the layer multiplies its input by: the rounded weight with the low-rank branch and the input's scales."""
     down, up = (getattr(layer.weight_quantizer, key, None) for key in BRANCH)
     if down is not None and up is not None:
-        dense = dense + up.float() @ down.float()
+        dense = dense.float() + up.float() @ down.float()
     scale = layer.input_quantizer.pre_quant_scale
-    return dense if scale is None else dense * scale.float().reshape(1, -1)
+    return dense if scale is None else dense.float() * scale.float().reshape(1, -1)
 
 
 def _granularity(inputs: TensorQuantizer) -> str:

@@ -117,7 +117,7 @@ def read_back(layer: nn.Module) -> StoredWeight:
     return StoredWeight(
         dtype=DTYPES[kind.name],
         group_size=group_size,
-        dense=weight.dequantize().detach().float(),
+        dense=weight.dequantize().detach(),
         activation_dtype=activation,
         activation_granularity="" if activation == "none" else "per-tensor static",
         span=weight.numel() if num_scales == 1 else None,

@@ -161,13 +161,13 @@ _READERS: dict[str, Callable[[Any], tuple[str, int, str]]] = {
 
 
 def _dense(weight: Tensor, kind: str) -> Tensor:
-    """The weight that a layer multiplies its own input with, fp32: dequantized, its columns scaled as the input is."""
+    """The weight that a layer multiplies its own input with: dequantized, its columns scaled as the input is."""
     import torch
 
     with torch.no_grad():
         dense = _dequantized(weight, kind)
         pre_scale: Tensor | None = getattr(weight, "act_pre_scale", None)
-        return dense if pre_scale is None else dense * pre_scale.float()
+        return dense if pre_scale is None else dense.float() * pre_scale.float()
 
 
 def _dequantized(weight: Tensor, kind: str) -> Tensor:
@@ -177,10 +177,10 @@ def _dequantized(weight: Tensor, kind: str) -> Tensor:
         if kind == "Int4OpaqueTensor":
             return _from_opaque(cast("Int4OpaqueTensor", weight))
         if kind == "NF4Tensor":
-            return cast("NF4Tensor", weight).get_original_weight().float()
+            return cast("NF4Tensor", weight).get_original_weight()
         if kind == "Int4TilePackedTo4dTensor":
             return _from_tiles(cast("Int4TilePackedTo4dTensor", weight))
-        return weight.dequantize().float()
+        return weight.dequantize()
 
 
 def _from_tiles(weight: Int4TilePackedTo4dTensor) -> Tensor:
@@ -198,7 +198,7 @@ def _from_tiles(weight: Int4TilePackedTo4dTensor) -> Tensor:
     group = codes.shape[1] // weight.scale_and_zero.shape[0]
     scales, zeros = weight.scale_and_zero.float().repeat_interleave(group, dim=0).transpose(0, 1).unbind(-1)
     dense = ((codes - 8) * scales[: len(codes)] + zeros[: len(codes)]).to(torch.bfloat16)
-    return dense[: weight.shape[0], : weight.shape[1]].float()
+    return dense[: weight.shape[0], : weight.shape[1]]
 
 
 def _from_opaque(weight: Int4OpaqueTensor) -> Tensor:

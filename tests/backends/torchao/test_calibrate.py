@@ -50,7 +50,7 @@ def test_promise(scheme, tmp_path):
     assert not stored.is_simulated
     x = torch.cat(batches((1,), dtype=compute, seed=5))
     if stored.activation_dtype == "none":  # the effective weight explains the output, so the scales are in it
-        through = nn.functional.linear(x.float(), stored.dense, model.first.bias.float())
+        through = nn.functional.linear(x.float(), stored.dense.float(), model.first.bias.float())
         assert float((through - model.first(x).float()).norm() / through.norm()) < (
             1e-5 if compute == "float32" else 0.01
         )
@@ -334,7 +334,7 @@ def test_opaque_int4_stores_half_a_byte(algorithm, compute, tmp_path):
     assert 0 < float((stored.dense - reference).norm() / reference.norm()) < 0.1
     assert layer_memory(model.third)[0] == OUT * 32 // 2
     x = torch.randn(3, OUT, generator=torch.Generator().manual_seed(2)).to(getattr(torch, compute))
-    through = nn.functional.linear(x.float(), stored.dense, model.third.bias.float())
+    through = nn.functional.linear(x.float(), stored.dense.float(), model.third.bias.float())
     assert float((model.third(x).float() - through).norm() / through.norm()) < (1e-5 if compute == "float32" else 0.01)
 
 
