@@ -51,7 +51,8 @@ def phases(
     active, decoding, reading = needed.running, needed.decoding, needed.reading
     modules = outline.components
     if not outline.denoiser:
-        return _language(told, active, needs_data, max(most_bytes(m) for m in modules.values()))
+        most = max(most_bytes(m) for m in modules.values())
+        return _language(told, active, needs_data, most, sum(map(_head_bytes, modules.values())))
     every = sum(p.original_bytes for p in prices)
     encoders = [p for p in prices if _is_encoder(p.name)]
     rest = [p for p in prices if not _is_encoder(p.name) and p.name != "vae"]
@@ -127,7 +128,7 @@ def phases(
 
 
 def _language(
-    told: Mapping[str, ComponentPrice], active: int, needs_data: bool, most: int
+    told: Mapping[str, ComponentPrice], active: int, needs_data: bool, most: int, head: int
 ) -> dict[str, tuple[Phase, ...]]:
     before, after = sum(p.original_bytes for p in told.values()), sum(p.memory.weights_bytes for p in told.values())
     layer = max((p.quantizing_bytes for p in told.values()), default=0)
@@ -147,11 +148,18 @@ def _language(
     grouped = _made(
         ("reference", most, active),
         *([("quantize", after + layer, 0)] if is_quantized else []),
-        ("evaluate", after, active),
+        ("evaluate", after + head, active),  # the reference's, by which its logits are made again
     )
     on_host = tuple(replace(row, host_bytes=before) for row in grouped)
     found = {"resident": resident, "streamed": streamed, "group_offload": on_host}
     return _possible(found, needs_data)
+
+
+def _head_bytes(module: nn.Module) -> int:
+    """Of what makes a language model's logits; 0 for another model."""
+    find = getattr(module, "get_output_embeddings", None)
+    head = None if find is None else find()
+    return 0 if head is None else sum(p.nbytes for p in head.parameters())
 
 
 def _possible(found: dict[str, tuple[Phase, ...]], needs_data: bool) -> dict[str, tuple[Phase, ...]]:

@@ -426,3 +426,11 @@ def test_what_loaders_keep_is_kept_and_named_with_its_dtype():
         assert wo.num_bytes == 2 * 1_006_632_960
         assert wo.rule.endswith("here it stays bfloat16)")
         assert len(wo.modules) == 24
+
+
+def test_in_groups_the_references_head_is_there_while_its_logits_are_made_again():
+    [price] = prices("model=qwen3_8b", "backend=bitsandbytes", "dtype=nf4", "memory.device_gib=10")
+    evaluate = next(p for p in price.phases["group_offload"] if p.name == "evaluate")
+    (component,) = price.components
+    head = 151936 * 4096 * 2
+    assert evaluate.device_bytes - evaluate.activation_bytes == component.memory.weights_bytes + head
