@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from quantlab.backends.modelopt.library_types import BaseQuantizedTensor, QuantLinear, TensorQuantizer
 
-CODES_AT_ONCE, ON_A_GPU = 2**16, 2**20
-"""Pairs of 4-bit codes that are packed or unpacked together: half a MiB of 64-bit integers, which the heap keeps at
-hand; on a GPU, where each slice is a handful of launches, 8 MiB."""
+CODES_AT_ONCE, ON_A_GPU = 2**18, 2**20
+"""Pairs of 4-bit codes that are packed or unpacked together: 2 MiB of 64-bit integers, which the system has at once
+back while a model is streamed; on a GPU, where each slice is a handful of launches, 8 MiB."""
 
 
 def pack(layers: list[QuantLinear], is_max: bool) -> None:
