@@ -31,7 +31,7 @@ from quantlab.errors import ConfigError, nearest
 from quantlab.planning.data import check_data, no_resolvers
 from quantlab.planning.places import conf_dir, groups, option_dirs
 from quantlab.planning.recipe import Recipe
-from quantlab.planning.words import COMPONENTS, check_options, literal, parse
+from quantlab.planning.words import COMPONENTS, check_options, literal, of_compare, parse
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.fields import check_types
 from quantlab.vocabulary.launching import LAUNCHER_SETTINGS
@@ -230,6 +230,8 @@ def _as_config_error(error: Exception, words: Sequence[str], recipe: Recipe | No
         return ConfigError(f"{key[1]}=null: a value is wanted")
     if key and (several := re.search(r"Cannot convert '(?:list|dict)' to string: '(.{0,200}?)' ", text)):
         return ConfigError(f"{key[1]}={several[1]}: one word is wanted")
+    if merged and "is not a subclass of" in text:
+        return ConfigError(f"{merged[1]}: settings lie below it; write {merged[1]}.NAME=value{of_compare(merged[1])}")
     where = (
         merged[1] if merged else key[1] if key else f"recipe={recipe.file.name}" if recipe else " ".join(words)[:200]
     )

@@ -63,6 +63,15 @@ OPEN_NODES = (
 )
 
 
+COMPARED = ("metric", "margin", "experiment", "sweep")
+"""Keys of ``quantlab compare``, which people also give to a run."""
+
+
+def of_compare(key: str) -> str:
+    """Where such a key belongs; "" for another."""
+    return f", and to compare what was run: quantlab compare {key}=..." if key in COMPARED else ""
+
+
 def parse(overrides: Sequence[str]) -> list[Any]:
     """Hydra's parsed overrides, bare ``quantization`` keys completed; ConfigError for what is no override."""
     parser = OverridesParser.create()
@@ -163,6 +172,8 @@ def _complete(override: str) -> str:
         return f"quantization.{key}={value}"
     if not re.fullmatch(r"\w+", key):
         raise ConfigError(f"{override[:_MAX_KEY]}: an override is key=value; quantlab --help shows examples")
+    if told := of_compare(key):
+        raise ConfigError(f"{key}: no such key of a run{told}")
     raise ConfigError(
         f"{key}: no such key{nearest(key, [*groups(), *top, *axes, *own])}; quantlab --help lists the groups"
     )

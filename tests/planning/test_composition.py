@@ -106,6 +106,9 @@ BAD = [
     (["backend=quanto", "group_size=64"], r"^group_size=64: quanto chooses its own group size; leave group_size=auto"),
     (["backend=gguf", "dtype=q4_k", "group_size=64"], r"^group_size=64: gguf q4_k offers auto, 32"),
     (["grup_size=64"], r"^grup_size: no such key; did you mean group_size\?"),
+    (["metric=quality/psnr_db"], r"^metric: no such key of a run, and to compare .*: quantlab compare metric=\.\.\."),
+    (["sweep=latest"], r"^sweep: settings lie below it; write sweep\.NAME=value, and .* quantlab compare sweep=\.\.\."),
+    (["memory=8"], r"^memory: settings lie below it; write memory\.NAME=value"),
     (
         ["backend=torchao", "quantization.grup_size=64"],
         r"^quantization\.grup_size: no such key; did you mean group_size\?",
