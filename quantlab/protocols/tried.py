@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from quantlab.errors import ModelError, QuantlabError
+from quantlab.errors import ModelError, QuantlabError, is_of_the_machine
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.trees import named_tensors
 from quantlab.protocols.unchanged import must_stay_unchanged
@@ -45,23 +45,28 @@ def check_repeats(key: str, first: object, again: object) -> None:
     """ModelError where two runs on one sample differ by more than :data:`MAX_REL_DIFFERENCE`."""
     second = named_tensors(again)
     for name, out in named_tensors(first).items():
-        moved = (second[name].float() - out.float()).norm() / out.float().norm().clamp_min(1e-30)
-        if float(moved) > MAX_REL_DIFFERENCE:
+        other = second.get(name)
+        if other is None or other.shape != out.shape:
+            found = "outputs of another shape"
+        else:
+            moved = float((other.float() - out.float()).norm() / out.float().norm().clamp_min(1e-30))
+            found = f"relative difference {moved:.2g}" if moved > MAX_REL_DIFFERENCE else ""
+        if found:
             raise ModelError(
-                f"{key} answers one sample in two ways (relative difference {float(moved):.2g}), so that errors could "
+                f"{key} answers one sample in two ways ({found}), so that errors could "
                 "not be told from what it draws at random; switch that off in it (a mask, a dropout), or give it to "
                 "quantlab.evaluate with inputs that say what is drawn"
             )
 
 
 def _tried(model: LoadedModel, run: Callable[[], Mapping[str, object]]) -> Mapping[str, object]:
-    import torch
-
     try:
         return run()
-    except (QuantlabError, torch.OutOfMemoryError):
+    except QuantlabError:
         raise
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        if is_of_the_machine(error):  # no memory, a lost device: nothing of the model
+            raise
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
         raise ModelError(
             f"model.path: {type(model.components['model']).__name__} of {model.name} cannot be run on what models of "

@@ -19,7 +19,7 @@ from quantlab.models.loaded import LoadedModel
 from quantlab.protocols import encoder as encoder_protocol
 from quantlab.protocols import seq2seq as seq2seq_protocol
 from quantlab.protocols import vision as vision_protocol
-from quantlab.protocols.tried import check_runs
+from quantlab.protocols.tried import check_repeats, check_runs
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ModelConfig
 from tests.support.tiny_families import write_pictures
 from tests.support.tiny_text_models import TEXT, byte_tokenizer
@@ -147,13 +147,20 @@ def test_logits_that_a_class_changes_behind_its_head_are_no_numbers_of_ours(tmp_
 
 def test_errors_of_our_own_and_of_memory_stay_what_they_are():
     model = LoadedModel(name="a", protocol="vision", components={"model": torch.nn.Linear(2, 2)}, parts={})
-    for error in (ModelError("model.path: as it is; do so"), torch.OutOfMemoryError("full")):
+    of_cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when it is full")
+    for error in (ModelError("model.path: as it is; do so"), torch.OutOfMemoryError("full"), of_cublas):
 
         def run(error=error):
             raise error
 
         with pytest.raises(type(error), match="as it is|full"):
             check_runs(model, run)
+
+
+@pytest.mark.parametrize("again", [{"a": torch.zeros(2)}, {"a": torch.zeros(3, 2)}, {}])
+def test_outputs_that_come_and_go_are_two_answers(again):
+    with pytest.raises(ModelError, match=r"^module: answers one sample in two ways \(outputs of another shape\)"):
+        check_repeats("module:", {"a": torch.zeros(3)}, again)
 
 
 @pytest.mark.parametrize(
