@@ -130,7 +130,8 @@ def show(planned: dict[str, Any], rows: list[dict[str, Any]], device_gib: float)
             print(
                 f"  {stage:<24} {metrics[key] / GIB:8.3f} GiB allocated {reserved / GIB:8.3f} reserved {seconds:6.1f} s"
             )
-    print(f"largest {largest:.3f} GiB of {device_gib:g}: {'kept' if largest <= device_gib else 'NOT KEPT'}")
+    kept = "kept" if largest <= device_gib else "NOT KEPT"
+    print(f"largest {largest:.3f} GiB of {device_gib:g}: {kept}" if largest else "no peaks: they are a CUDA device's")
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from tests.benchmarks import bench_memory
 from tests.contract.test_architectures import MOE, causal
-from tests.gpu.test_whole_jobs import DEVICES, ON_GPU
+from tests.support.devices import ON_GPU
 from tests.support.shell import digits_words, pipeline_words, text_words
 from tests.support.tiny_pipelines import BUILDERS
 from tests.support.tiny_text_models import TEXT, byte_tokenizer, save_llama
@@ -27,11 +27,6 @@ EXPERTS = {
     "Qwen3-MoE": causal("Qwen3Moe", **SIZES, num_experts=4, moe_intermediate_size=64, head_dim=16),
     "gpt-oss": causal("GptOss", **SIZES, num_local_experts=4, head_dim=16),
 }
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +108,12 @@ def test_packed_experts(kind, scheme, device, shell, tmp_path, folders):
     EXPERTS[kind]().save_pretrained(tmp_path / "experts")
     byte_tokenizer().save_pretrained(tmp_path / "experts")
     words = [w for w in words_of("text", device, folders) if not w.startswith("model.path")]
-    ((_, row),) = shell.rows(*scheme, *words, f"model.path={tmp_path / 'experts'}").items()
+    words += [f"model.path={tmp_path / 'experts'}", "quantization.on_mismatch=skip"]
+    ((_, alone),) = shell.rows(*scheme, *words, "output_dir=linear").items()
+    ((_, row),) = shell.rows(*scheme, *words, "quantization.layer_kinds=[linear,expert]").items()
     assert row["status"] == "FINISHED", row["error"]
+    covered = row["metrics"]["quantization/coverage"]
+    assert covered > alone["metrics"]["quantization/coverage"] + 0.1, "the experts are what is stored"
     assert row["metrics"]["quality/kld_mean"] < 0.5
 
 

@@ -17,20 +17,14 @@ from quantlab.stages.quantize import quantize_component
 from quantlab.stages.select import select_layers
 from quantlab.tracking import find_runs
 from tests.support.calibrated import calibrated_schemes, data, net, request_of
+from tests.support.devices import ON_GPU
 from tests.support.engines import hand_overs
 from tests.support.shell import digits_words, pipeline_words, text_words
 from tests.support.stores import artifact
 from tests.support.tiny_pipelines import BUILDERS
 from tests.support.tiny_text_models import OTHER, TEXT, save_bert, save_llama
 
-ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-DEVICES = [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=ON_GPU)]
 ALL_INT8 = ("backend=torchao,quanto,bitsandbytes,modelopt", "dtype=int8")
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    return request.param
 
 
 @pytest.fixture(scope="module")
