@@ -187,14 +187,16 @@ def test_each_scheme_has_an_address_that_leads_to_its_row(browser, data, tmp_pat
 
 
 def saved(downloads, ending):
-    for _ in range(100):
-        files = [f for f in downloads.iterdir() if f.name.endswith(ending)]
-        if files:
+    """What the browser saved: it makes the file empty, writes beside it, and renames when it is done."""
+    for _ in range(200):
+        names = list(downloads.iterdir())
+        files = [f for f in names if f.name.endswith(ending) and f.stat().st_size]
+        if files and len(names) == 1:
             content = files[0].read_text(encoding="utf-8")
             files[0].unlink()
             return content
         time.sleep(0.05)
-    raise AssertionError(f"nothing that ends in {ending} was saved")
+    raise AssertionError(f"nothing that ends in {ending} was saved: {[f.name for f in downloads.iterdir()]}")
 
 
 def test_the_rows_that_are_shown_are_saved_as_csv(browser, data, tmp_path, downloads):
