@@ -36,7 +36,7 @@ from quantlab.report.reading import Reader, StoredRun
 from quantlab.report.selection import Selection
 from quantlab.report.table import headline
 from quantlab.report.verdicts import RULES
-from quantlab.report.views import Axis, View, axes, axis_values, views
+from quantlab.report.views import Axis, View, axes, axis_values, kinds, views
 from quantlab.tracking.results import Skipped
 from quantlab.tracking.tags import DEVICE, GIT_COMMIT
 
@@ -67,6 +67,8 @@ class PageGroup(TypedDict):
     rows: list[PageRow]
     views: dict[str, View]
     axes: list[Axis]
+    kinds: dict[str, dict[str, str]]
+    """What colours can tell apart -> a candidate's name -> its word; the first is shown first."""
     facts: dict[str, str]
     images: ImageFigure | None
     texts: TextFigure | None
@@ -135,6 +137,7 @@ def _page_group(group: Comparison, reader: Reader) -> PageGroup:
         "rows": [_page_row(row, run, reader.uri) for row, run in zip(data["rows"], in_order(group), strict=True)],
         "views": found,
         "axes": axes(group.candidates),
+        "kinds": kinds(group.candidates),
         "facts": _facts(group),
         "images": image_figure(reader, detailed),
         "layers": layer_figure(reader, detailed),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TypedDict
 
@@ -9,8 +10,11 @@ from quantlab.metrics import METRICS
 from quantlab.report.compare import Comparison, by_metrics, front_of
 from quantlab.report.comparison_data import Cost, PairData, VerdictData, costs, group_data, verdict_data
 from quantlab.report.reading import Reader, StoredRun
+from quantlab.report.selection import backends_of
 from quantlab.report.verdicts import largest_floor
+from quantlab.tracking.used import UNSET
 
+_OF_COMPONENT = re.compile(r"components\.(\w+)\.backend")
 STAGE_TIMES = frozenset(
     f"perf/{stage}_s"
     for stage in ("load", "observe", "calibrate", "quantize", "evidence", "warm_up", "attribute", "track", "export")
@@ -135,6 +139,31 @@ def axes(runs: Sequence[StoredRun]) -> list[Axis]:
             {"key": key, "title": title, "unit": unit, "higher_is_better": name.endswith("_per_s"), "note": note}
         )
     return found
+
+
+def kinds(runs: Sequence[StoredRun]) -> dict[str, dict[str, str]]:
+    """What colours can tell apart -> a candidate's name -> its word: the library, a component's scheme, and axes.
+
+    What best tells these candidates apart comes first: where components have their own schemes, that of the one which
+    has most of them; else the library, or what differs where that does not. What all share is left out.
+    """
+    found = {"library": {r.name: " + ".join(sorted({*backends_of(r.params)} - {"none", ""})) or "none" for r in runs}}
+    names = dict.fromkeys(m[1] for r in runs for key in sorted(r.params) if (m := _OF_COMPONENT.fullmatch(key)))
+    own = {name: {r.name: _scheme_of(r, name) for r in runs} for name in names}
+    for axis in ("dtype", "group_size", "algorithm"):
+        found[axis] = {r.name: r.params.get(f"quantization.{axis}", "") or "none" for r in runs}
+    if own:
+        found = {"library": found["library"]}  # the axes are of the others, or of none
+    by_most = sorted(own.items(), key=lambda item: -len({*item[1].values()}))
+    telling = {name: words for name, words in [*by_most, *found.items()] if len({*words.values()}) > 1}
+    return telling or {"library": found["library"]}
+
+
+def _scheme_of(run: StoredRun, component: str) -> str:
+    node = f"components.{component}"
+    node = node if f"{node}.backend" in run.params else "quantization"
+    words = [word for axis in ("backend", "dtype") if (word := run.params.get(f"{node}.{axis}", "")) not in UNSET]
+    return "none" if words[:1] in ([], ["none"]) else " ".join(words)
 
 
 def _time(name: str) -> tuple[str, str, str]:

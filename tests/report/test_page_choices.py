@@ -13,7 +13,7 @@ import pytest
 
 from quantlab.report.html import run_address, write_page
 from quantlab.report.views import axes, costs
-from tests.support.browser import boxes, choose, find, look, row_names, texts
+from tests.support.browser import boxes, choose, find, look, row_names, saved, texts
 from tests.support.comparison_store import SCHEMES
 from tests.support.many_schemes import with_many_schemes
 
@@ -89,14 +89,14 @@ def test_another_axis_moves_the_points_and_says_what_it_is(browser, data, tmp_pa
 
 
 def test_the_legend_hides_and_shows_a_librarys_schemes_everywhere(opened):
-    find(opened, "#legend button[data-backend=quanto]")[0].click()
+    find(opened, "#legend button[data-kind=quanto]")[0].click()
     left = {n for n, (backend, _, _) in SCHEMES.items() if backend != "quanto"}
     assert set(row_names(opened)) == left | {"reference", "floor_bf16"}
     assert {p.get_attribute("data-name") for p in find(opened, ".point")} == left | {"floor_bf16"}
     assert {o.text for o in find(opened, "#scheme option")} == left
     assert texts(opened, "#told") == [f"{len(left)} of {len(SCHEMES)} schemes"]
     assert not any(" a" in text for text in texts(opened, ".map-head text"))
-    find(opened, "#legend button[data-backend=quanto]")[0].click()
+    find(opened, "#legend button[data-kind=quanto]")[0].click()
     assert len(row_names(opened)) == len(SCHEMES) + 2
 
 
@@ -186,24 +186,11 @@ def test_each_scheme_has_an_address_that_leads_to_its_row(browser, data, tmp_pat
 # -- what is saved
 
 
-def saved(downloads, ending):
-    """What the browser saved: it makes the file empty, writes beside it, and renames when it is done."""
-    for _ in range(200):
-        names = list(downloads.iterdir())
-        files = [f for f in names if f.name.endswith(ending) and f.stat().st_size]
-        if files and len(names) == 1:
-            content = files[0].read_text(encoding="utf-8")
-            files[0].unlink()
-            return content
-        time.sleep(0.05)
-    raise AssertionError(f"nothing that ends in {ending} was saved: {[f.name for f in downloads.iterdir()]}")
-
-
 def test_the_rows_that_are_shown_are_saved_as_csv(browser, data, tmp_path, downloads):
     data["groups"][0]["rows"][2]["name"] = '=HYPERLINK("http://x"), a'
     write_page(data, tmp_path / "page.html")
     look(browser, tmp_path / "page.html")
-    find(browser, "#legend button[data-backend=torchao]")[0].click()
+    find(browser, "#legend button[data-kind=torchao]")[0].click()
     find(browser, "[data-save=csv]")[0].click()
     rows = list(csv.DictReader(io.StringIO(saved(downloads, ".csv"))))
     names = {r["scheme"] for r in rows}

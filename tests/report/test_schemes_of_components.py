@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ET
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,9 +16,10 @@ from quantlab.report.html import write_page
 from quantlab.report.reading import open_reader
 from quantlab.report.selection import parse_request, select
 from quantlab.report.terminal import tab_separated
+from quantlab.report.views import kinds
 from quantlab.tracking.tags import UNQUANTIZED
 from quantlab.vocabulary.numbers import ALONE, ON_TOP
-from tests.support.browser import find, look, texts
+from tests.support.browser import boxes, choose, find, look, saved, texts
 from tests.support.many_schemes import with_components
 
 PARTS = ("transformer", "text_encoder_3")
@@ -81,6 +84,90 @@ def test_a_sentence_is_said_once_of_all_schemes_and_is_whole(compared):
     group, selection = compared
     text = comparison_markdown([group], selection)
     assert text.startswith(f"all {len(group.candidates)} schemes: {SENTENCE}.")
+
+
+def scheme_run(name, **params):
+    return SimpleNamespace(name=name, params={k.replace("__", "."): v for k, v in params.items()}, metrics={})
+
+
+def of_components(name, first, second):
+    own = {"components__transformer__backend": "bitsandbytes", "components__transformer__dtype": first}
+    return scheme_run(
+        name, quantization__backend="none", components__vae__backend="quanto", components__vae__dtype=second, **own
+    )
+
+
+def test_colours_tell_component_schemes_apart_by_the_component_that_has_most():
+    found = kinds(
+        [of_components("a", "nf4", "int8"), of_components("b", "nf4", "int4"), of_components("c", "fp4", "int2")]
+    )
+    assert list(found) == ["vae", "transformer"], "the library is one for all"
+    assert found["vae"] == {"a": "quanto int8", "b": "quanto int4", "c": "quanto int2"}
+    whole = scheme_run("d", quantization__backend="gguf", quantization__dtype="q8_0")
+    kept = scheme_run("e", quantization__backend="gguf", quantization__dtype="q8_0", components__vae__backend="none")
+    mixed = kinds([of_components("a", "nf4", "int8"), whole, kept])
+    assert list(mixed) == ["vae", "transformer", "library"]
+    assert mixed["vae"] == {"a": "quanto int8", "d": "gguf q8_0", "e": "none"}
+    assert mixed["transformer"] == {"a": "bitsandbytes nf4", "d": "gguf q8_0", "e": "gguf q8_0"}
+
+
+def test_colours_are_the_librarys_or_of_what_differs_where_that_does_not():
+    def one(name, backend, dtype, algorithm="max", **more):
+        own = {"backend": backend, "dtype": dtype, "algorithm": algorithm}
+        return scheme_run(name, **{f"quantization__{k}": v for k, v in own.items()}, **more)
+
+    assert list(kinds([one("a", "quanto", "int8"), one("b", "gguf", "q8_0")])) == ["library", "dtype"]
+    assert list(kinds([one("a", "quanto", "int8"), one("b", "quanto", "int4")])) == ["dtype"]
+    assert list(kinds([one("a", "modelopt", "int4"), one("b", "modelopt", "int4", "awq_lite")])) == ["algorithm"]
+    foreign = one("b", "none", "", resolved__checkpoint_method="bitsandbytes")
+    assert kinds([one("a", "quanto", "int8"), foreign])["library"] == {"a": "quanto", "b": "bitsandbytes"}
+    assert kinds([one("a", "quanto", "int8")]) == {"library": {"a": "quanto"}}
+
+
+def test_the_legend_and_the_points_have_a_colour_for_each_scheme_of_the_chosen_component(browser, data, tmp_path):
+    write_page(with_components(data), tmp_path / "page.html")
+    look(browser, tmp_path / "page.html")
+
+    def colours():
+        fill = "return [...document.querySelectorAll('.point')].map(e => [e.dataset.name, getComputedStyle(e).fill])"
+        return {name: fill for name, fill in browser.execute_script(fill) if name.startswith("transformer")}
+
+    assert texts(browser, "#legend button") == ["bitsandbytes int4", "bitsandbytes int8"]
+    first = colours()
+    assert len(first) == 5
+    assert len({*first.values()}) == 2
+    find(browser, '#legend button[data-kind="bitsandbytes int4"]')[0].click()
+    assert len(colours()) == 2
+    choose(browser, "#kind", "text_encoder_3")
+    assert texts(browser, "#legend button") == ["quanto int4", "quanto int8"]
+    assert len(colours()) == 5, "another choice of colours hides nothing"
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("which", ["layers", "plot"])
+def test_a_figure_that_is_saved_has_its_list_its_scale_and_its_colours_words(browser, data, tmp_path, downloads, which):
+    made = with_components(data)
+    write_page(made, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html", 390)
+    numbers = texts(browser, ".plot .label") if which == "plot" else list("ABCDE")
+    browser.execute_script("arguments[0].click()", find(browser, f"[data-save={which}]")[0])
+    text = saved(downloads, f"{which}.svg")
+    said = ["".join(e.itertext()) for e in ET.fromstring(text).iter("{http://www.w3.org/2000/svg}text")]
+    names = [row["name"] for row in made["groups"][0]["rows"] if row["role"] == "candidate"]
+    listed = [words.partition("  ") for words in said if "  " in words]
+    assert {name for _, _, name in listed} <= {*names, "floor_bf16"}
+    assert {n for n, _, _ in listed} == {n for n in numbers if len(n) < 3}
+    assert "text_encoder" in " ".join(said)
+    if which == "layers":
+        assert len(listed) == 5
+        assert set(made["groups"][0]["layers"]["rows"]) <= {*said}, "the rows' names are whole"
+        assert any("darker is worse" in words for words in said)
+    else:
+        assert {"transformer:", "bitsandbytes int4", "bitsandbytes int8"} <= {*said}
+    (tmp_path / "alone.svg").write_text(text)
+    browser.get((tmp_path / "alone.svg").as_uri())
+    whole = boxes(browser, "svg")[0]
+    assert all(b[0] >= -1 and b[2] <= whole[2] + 1 and b[3] <= whole[3] + 1 for b in boxes(browser, "svg text"))
 
 
 @pytest.mark.parametrize("width", [1200, 800, 390, 320])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,3 +90,16 @@ def row_names(browser: Any) -> list[str]:
             "return [...s.querySelectorAll('tbody tr[data-name]')].map(r => r.dataset.name)"
         )
     )
+
+
+def saved(downloads: Path, ending: str) -> str:
+    """What the browser saved: it makes the file empty, writes beside it, and renames when it is done."""
+    for _ in range(200):
+        names = list(downloads.iterdir())
+        files = [f for f in names if f.name.endswith(ending) and f.stat().st_size]
+        if files and len(names) == 1:
+            content = files[0].read_text(encoding="utf-8")
+            files[0].unlink()
+            return content
+        time.sleep(0.05)
+    raise AssertionError(f"nothing that ends in {ending} was saved: {[f.name for f in downloads.iterdir()]}")

@@ -75,6 +75,9 @@ def with_components(data: Any) -> Any:
     layer = "text_encoder_3: encoder.block.0.layer.1.DenseReluDense.wi_"
     group["layers"]["rows"] = [f"{layer}{i}" for i in range(30)]
     group["layers"]["values"] = [group["layers"]["values"][0]] * 30
+    parts = {"transformer": "bitsandbytes", "text_encoder_3": "quanto"}
+    names = [row["name"] for row in group["rows"] if row["role"] == "candidate"]
+    group["kinds"] = {part: {name: f"{by} {name.split()[2]}" for name in names} for part, by in parts.items()}
     group["unquantized"] = [
         f"all 5 schemes: the largest is {layer.replace(': ', '.')}relative_attention_bias_of_all_heads"
     ]

@@ -107,11 +107,14 @@ function csv(lines) { // text that a spreadsheet would take for a formula begins
 
 const STYLED = ["fill", "fill-opacity", "stroke", "stroke-width", "stroke-dasharray", "stroke-opacity", "font-size", "font-weight", "font-family", "text-anchor", "paint-order", "stroke-linejoin"];
 
-function svgText(pieces) { // [svg, x, y] ... as one file, which looks alone as it does here
+function svgText(pieces, home) { // [svg, x, y] ... as one file, which looks alone as it does here
+  const ground = home.closest("section"), desk = make("div", { class: "desk", "aria-hidden": "true" });
+  desk.append(...pieces.map(([svg]) => svg).filter((svg) => !svg.isConnected)); // what is made for the file has styles while it lies here
+  ground.append(desk);
   const width = Math.max(...pieces.map(([s, x]) => x + Number(s.getAttribute("width"))));
   const height = Math.max(...pieces.map(([s, , y]) => y + Number(s.getAttribute("height"))));
   const whole = make("svg", { xmlns: SVG, width, height, viewBox: `0 0 ${width} ${height}` });
-  whole.append(make("rect", { width, height, fill: getComputedStyle(pieces[0][0].closest("section")).backgroundColor }));
+  whole.append(make("rect", { width, height, fill: getComputedStyle(ground).backgroundColor }));
   for (const [svg, x, y] of pieces) {
     const copy = svg.cloneNode(true), group = make("g", { transform: `translate(${x} ${y})` });
     const [here, there] = [svg, copy].map((node) => [...node.querySelectorAll("*")]);
@@ -126,11 +129,19 @@ function svgText(pieces) { // [svg, x, y] ... as one file, which looks alone as 
     group.append(...copy.childNodes);
     whole.append(group);
   }
+  desk.remove();
   return new XMLSerializer().serializeToString(whole);
 }
 
+function listDrawing(lines, width) { // a list as a drawing, in as many columns as have room
+  const each = Math.max(...lines.map((line) => textWidth(line, 12))) + 28, across = Math.max(1, Math.floor(width / each)), down = Math.ceil(lines.length / across);
+  return drawing(Math.max(each * Math.min(across, lines.length), 1), 18 * down + 10, {},
+    ...lines.map((line, i) => make("text", { x: 8 + each * Math.floor(i / down), y: 18 * ((i % down) + 1), class: "tick" }, line)));
+}
+
 function saveSvg(name, pieces) {
-  return button("SVG", () => save(`${slug(DATA.title)}-${name}.svg`, "image/svg+xml", svgText(pieces())), { class: "save", "data-save": name, title: "Save this figure" });
+  const node = button("SVG", () => save(`${slug(DATA.title)}-${name}.svg`, "image/svg+xml", svgText(pieces(), node)), { class: "save", "data-save": name, title: "Save this figure" });
+  return node;
 }
 
 // -- tooltip

@@ -68,10 +68,20 @@ function heatMap(map, width, file) {
   const legend = make("div", { class: "legend" }, make("span", {}, `${map.metric}${unit ? ` [${unit}]` : ""}:`),
     make("span", {}, `${ends[0]} `, make("span", { class: "ramp", style: `background:${bar}` }), ` ${ends[1]}`), make("span", {}, "darker is worse"),
     hasNumbers ? null : make("span", { class: "screen" }, "point at a cell for its number"),
-    saveSvg(file, () => [[head, left, 0], [names, 0, top], [cells, left, top]]));
+    saveSvg(file, () => alone(map, { head, cells, top, h, down, shown: columns, listed: above.list, said: [map.name && `${map.name}:`, map.metric, unit && `[${unit}]`].filter(Boolean).join(" "), ends })));
   const stay = left < width * 0.45 ? " stay" : "", zoom = Math.min(1, 690 / (left + across)); // long names scroll away on a narrow screen; paper holds all
   return [legend, make("div", { class: "map-frame", tabindex: 0 }, make("div", { class: "map-grid", style: `grid-template-columns:${left}px ${across}px;--print-zoom:${zoom.toFixed(3)}` },
     make("div", { class: `map-corner${stay}` }), make("div", { class: "map-head" }, head), make("div", { class: `map-names${stay}` }, names), make("div", {}, cells))), side.list, above.list].filter(Boolean);
+}
+
+function alone(map, { head, cells, top, h, down, shown, listed, said, ends }) { // a map as a file: its scale, its rows' whole names, and what its letters stand for
+  const left = widest(map.rows) + 16, width = left + Number(head.getAttribute("width")), over = 34, x = textWidth(`${said}: ${ends[0]}`, 12) + 16;
+  const scale = drawing(x + 160 + textWidth(`${ends[1]}, darker is worse`, 12), over, {}, make("text", { x: 8, y: 20, class: "tick" }, `${said}: ${ends[0]}`),
+    ...Array.from({ length: 28 }, (_, i) => make("rect", { x: x + 5 * i, y: 10, width: 5, height: 12, style: `fill:rgb(${colour(i / 27)})` })),
+    make("text", { x: x + 148, y: 20, class: "tick" }, `${ends[1]}, darker is worse`));
+  const names = drawing(left, down, {}, ...map.rows.map((name, i) => make("text", { x: left - 8, y: h * (i + 0.5) + 4, "text-anchor": "end", class: "tick" }, name)));
+  const list = listed ? [[listDrawing(map.columns.map((name, j) => `${shown[j]}  ${name}`), width), 0, over + top + down + 8]] : [];
+  return [[scale, 0, 0], [head, left, over], [names, 0, over + top], [cells, left, over + top], ...list];
 }
 
 function chosenColumns(map) { // of a map whose columns are schemes, those that are shown

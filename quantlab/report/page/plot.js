@@ -60,7 +60,24 @@ function plotSection(width) {
   if (!rows.some((r) => r.role === "candidate")) return section(title, "No scheme is shown: another word, or a press on its library, brings it back.");
   const { svg, numbered } = plot(rows, width);
   const list = numbered.length ? make("ol", { class: "numbered" }, ...numbered.map((row, i) => make("li", { value: i + 1 }, make("a", { href: `#${anchors(state.group)[row.name]}` }, row.name)))) : null;
-  return section(title, hint, make("div", { class: "figure" }, saveSvg("plot", () => [[svg, 0, 0]]), svg), list);
+  return section(title, hint, make("div", { class: "figure" }, saveSvg("plot", () => aloneToo(svg, rows, numbered)), svg), list);
+}
+
+function aloneToo(svg, rows, numbered) { // the plot as a file: what its colours say, and what its numbers stand for
+  const width = Number(svg.getAttribute("width")), shown = [...new Set(rows.filter((r) => r.role === "candidate").map(kindOf))].sort();
+  const legend = drawing(width, 0, {}), list = numbered.length ? listDrawing(numbered.map((row, i) => `${i + 1}  ${row.name}`), width) : null;
+  const what = state.kind === "library" ? "" : `${state.kind}:`;
+  let x = 8 + (what && textWidth(what, 12) + 12), y = 20;
+  legend.append(make("text", { x: 8, y, class: "tick" }, what));
+  for (const kind of shown) {
+    const style = styleOf(kind), room = textWidth(kind, 12) + 40;
+    if (x > 8 && x + room > width) { x = 8; y += 20; }
+    legend.append(marker(style.shape, x + 7, y - 4, 5, { style: `fill:${style.colour}` }), make("text", { x: x + 18, y, class: "tick" }, kind));
+    x += room;
+  }
+  legend.setAttribute("height", y + 10);
+  const below = y + 10 + Number(svg.getAttribute("height"));
+  return [[legend, 0, 0], [svg, 0, y + 10], ...(list ? [[list, 0, below]] : [])];
 }
 
 function plot(rows, width) {
@@ -123,7 +140,7 @@ function drawPoints(svg, rows, atX, atY, room, lines) {
   const taken = points.map((p) => box(p.x - 7, p.y - 7, 14, 14)), placed = [...lines], numbered = [], many = points.length > 24;
   const wires = make("g", {}), marks = make("g", {}), labels = make("g", {});
   for (const [i, p] of points.entries()) {
-    const { row } = p, m = valueOf(row), base = row.role !== "candidate", isFront = front.has(row.name), style = base ? { colour: "var(--soft)", shape: "square" } : styleOf(row.backend);
+    const { row } = p, m = valueOf(row), base = row.role !== "candidate", isFront = front.has(row.name), style = base ? { colour: "var(--soft)", shape: "square" } : styleOf(kindOf(row));
     if (m.ci_lo !== null && m.ci_lo !== undefined) {
       const a = atY(m.ci_lo), b = atY(m.ci_hi);
       marks.append(make("path", { class: "bar", d: `M${p.x},${a}V${b}M${p.x - 4},${a}h8M${p.x - 4},${b}h8`, style: `stroke:${style.colour};stroke-width:1.5px;fill:none` }));

@@ -1,5 +1,5 @@
 // What the reader has chosen, and what follows of it: the rows that are shown, under which metric.
-const state = { group: 0, metric: "", axis: "weights_bytes", words: "", hidden: new Set(), under: null, quality: null };
+const state = { group: 0, metric: "", axis: "weights_bytes", kind: "library", words: "", hidden: new Set(), under: null, quality: null };
 
 function group() { return DATA.groups[state.group]; }
 
@@ -15,12 +15,14 @@ function better(a, b) { return view().higher_is_better ? a > b : a < b; }
 
 function candidates() { return group().rows.filter((r) => r.role === "candidate"); }
 
-function backends() { return [...new Set(candidates().map((r) => r.backend))].sort(); }
+function kindOf(row) { return (group().kinds[state.kind] || {})[row.name] || row.backend; } // what its colour says
+
+function kinds() { return [...new Set(candidates().map(kindOf))].sort(); }
 
 function isShown(row) { // a row that is no candidate always is
   if (row.role !== "candidate") return true;
   const name = row.name.toLowerCase(), words = state.words.toLowerCase().split(/\s+/).filter(Boolean);
-  return !state.hidden.has(row.backend) && words.every((w) => (/^[!-]./.test(w) ? !name.includes(w.slice(1)) : name.includes(w)));
+  return !state.hidden.has(kindOf(row)) && words.every((w) => (/^[!-]./.test(w) ? !name.includes(w.slice(1)) : name.includes(w)));
 }
 
 function shownRows() { return group().rows.filter(isShown); }
@@ -45,7 +47,7 @@ function chooseGroup(i) {
   const g = DATA.groups[i];
   const sizes = g.rows.filter((r) => r.role === "candidate" && r.weights_bytes).map((r) => r.weights_bytes / MIB).sort((a, b) => a - b);
   const middle = sizes[Math.floor(sizes.length / 2)] || 0;
-  Object.assign(state, { group: i, metric: g.metric, axis: "weights_bytes", words: "", hidden: new Set(), under: middle ? Number((middle * 1.05).toPrecision(2)) : null, quality: null });
+  Object.assign(state, { group: i, metric: g.metric, axis: "weights_bytes", kind: Object.keys(g.kinds)[0], words: "", hidden: new Set(), under: middle ? Number((middle * 1.05).toPrecision(2)) : null, quality: null });
 }
 
 function anchors(i) { // scheme -> the id of its row, by which an address ends in it
@@ -59,8 +61,8 @@ function anchors(i) { // scheme -> the id of its row, by which an address ends i
   return found;
 }
 
-function styleOf(backend) {
-  const i = Math.max(0, backends().indexOf(backend));
+function styleOf(kind) {
+  const i = Math.max(0, kinds().indexOf(kind));
   return { colour: `var(--c${i % COLOURS})`, shape: SHAPES[i % SHAPES.length] };
 }
 
@@ -76,8 +78,8 @@ function marker(shape, x, y, size, attributes) {
   return make("path", { d: paths[shape], ...attributes });
 }
 
-function key(backend) {
-  const style = styleOf(backend);
+function key(kind) {
+  const style = styleOf(kind);
   return make("svg", { class: "key", viewBox: "0 0 14 14", "aria-hidden": "true" }, marker(style.shape, 7, 7, 5, { style: `fill:${style.colour}` }));
 }
 
@@ -90,22 +92,23 @@ function toolbar(update) {
   const tell = () => {
     const n = shownCandidates().length, all = candidates().length;
     told.textContent = n === all ? `${all} schemes` : `${n} of ${all} schemes`;
-    legend.replaceChildren(...backends().map((b) => make("button", {
-      type: "button", class: "backend", "data-backend": b, "aria-pressed": String(!state.hidden.has(b)), title: "show or hide", onclick: () => toggle(b),
+    legend.replaceChildren(...kinds().map((b) => make("button", {
+      type: "button", class: "kind", "data-kind": b, "aria-pressed": String(!state.hidden.has(b)), title: "show or hide", onclick: () => toggle(b),
     }, key(b), b)));
   };
   const change = () => { tell(); update(); };
   const toggle = (b) => {
     state.hidden.has(b) ? state.hidden.delete(b) : state.hidden.add(b);
     change();
-    legend.querySelector(`[data-backend="${CSS.escape(b)}"]`).focus();
+    legend.querySelector(`[data-kind="${CSS.escape(b)}"]`).focus();
   };
   words.addEventListener("input", () => { state.words = words.value; change(); });
   tell();
   return make("div", { class: "toolbar" },
     make("label", {}, "metric ", chooser("metric", metrics, state.metric, (m) => { state.metric = m; state.quality = null; change(); })),
     make("label", {}, "against ", chooser("axis", axes, axis().key, (a) => { state.axis = a; change(); })),
-    make("label", {}, "show ", words), legend, told);
+    make("label", {}, "show ", words),
+    Object.keys(group().kinds).length > 1 ? make("label", {}, "colours by ", chooser("kind", Object.keys(group().kinds).map((k) => [k, k]), state.kind, (k) => { state.kind = k; state.hidden = new Set(); change(); })) : null, legend, told);
 }
 
 // -- answers to the reader's own questions
