@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 WITH_ALL = "QUANTLAB_PLAN_WITH_ALL"
 """Variable of the environment: a plan's process imports all that the libraries import."""
-CPU_SECONDS = "; seconds on a CPU say nothing about a GPU"
 
 
 class Terminal(Console):
@@ -322,7 +321,7 @@ def run(request: Plan, flags: set[str]) -> int:
     from quantlab.running.sweep import run_plan
     from quantlab.tracking.results import report_data
 
-    as_json, more = "--json" in flags, columns_of(flags)
+    as_json, is_plain, more = "--json" in flags, "--plain" in flags, columns_of(flags)
     reports = run_plan(request, quiet=as_json or bool(flags & {"-q", "--quiet"}), trust=True)
     rows = [report_data(r) for r in reports]
     failed = [r for r in rows if r["status"] == "FAILED"]
@@ -330,17 +329,15 @@ def run(request: Plan, flags: set[str]) -> int:
         print(json.dumps(rows, indent=2))
     else:
         config = request.jobs[0].config
-        size = f"{config.model.family}, n = {config.evaluation.num_samples}"
-        here = "" if any(r["metrics"].get("perf/representative") for r in rows) else CPU_SECONDS
-        caption = f"{size}; saving is against 16 bit{here}"
+        caption = f"{config.model.family}, n = {config.evaluation.num_samples}"
         console = terminal(132)
         schemes = [r for r in rows if "quantization/coverage" in r["metrics"]]
         for line in said_first((r["name"], r["unquantized"]) for r in schemes):
             tell(console, line, "yellow")
         apart = {p: [r for r in rows if r["protocol"] == p] for p in sorted({r["protocol"] for r in rows})}
         for protocol, some in apart.items():
-            costs = attribution_sheet(some, headline(protocol, some), is_plain="--plain" in flags)
-            for sheet in (rows_sheet(some, protocol, caption, more), costs):
+            costs = attribution_sheet(some, headline(protocol, some), is_plain=is_plain)
+            for sheet in (rows_sheet(some, protocol, caption, more, is_plain=is_plain), costs):
                 if sheet:
                     show(console, sheet, **_look(flags))
         for row in [r for r in rows if r["status"] == "SKIPPED"][:MAX_SKIPPED]:

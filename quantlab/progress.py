@@ -56,6 +56,7 @@ def progress_bars(quiet: bool = False) -> Iterator[Advance]:
     began = time.monotonic()
     with Progress(*columns, console=console, transient=True) as bars, _beating(began):
         tasks: dict[str, TaskID] = {}
+        first: dict[str, tuple[int, float]] = {}
 
         def advance(what: str, done: int, total: int, note: str = "") -> None:
             what, note = printable(what, 60), printable(note, 120)
@@ -64,13 +65,22 @@ def progress_bars(quiet: bool = False) -> Iterator[Advance]:
             bars.update(tasks[what], completed=done, total=total, note=note)
             under_way(f"{what}: {done} of {total}")
             if note and done and not console.is_terminal:  # a log shows no bar
-                left = (time.monotonic() - began) / done * (total - done) / 60
-                told = f"about {left:.0f} min" if left >= 1 else "less than a minute"
-                say(f"{what}: {done} of {total} done, {note}, {told} left")
+                now = time.monotonic()
+                had, since = first.setdefault(what, (done, now))  # what the first took holds loading and the reference
+                pace = (now - since) / (done - had) if done > had else None
+                say(f"{what}: {done} of {total} done, {note}{_told_left(pace, total - done)}")
             if done >= total:
                 bars.remove_task(tasks.pop(what))
 
         yield advance
+
+
+def _told_left(pace_s: float | None, num: int) -> str:
+    """How long ``num`` more take, each ``pace_s`` seconds; nothing where that is not known yet or none is left."""
+    if pace_s is None or not num:
+        return ""
+    minutes = pace_s * num / 60
+    return f", about {minutes:.0f} min left" if minutes >= 1 else ", less than a minute left"
 
 
 BEAT_S = 10.0

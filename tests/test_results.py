@@ -193,6 +193,20 @@ def test_a_log_is_told_what_is_under_way(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_the_time_left_is_told_by_the_jobs_and_not_by_what_came_before_them(monkeypatch, capsys):
+    """Loading, training and the reference come before the first job ends; 400 s of them are no job's pace."""
+    clock = iter([0.0, 400.0, 410.0, 420.0, 600.0, 610.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock, 610.0))
+    monkeypatch.setattr(progress, "_beating", lambda began: contextlib.nullcontext())
+    monkeypatch.setattr(progress, "say", lambda text, *_: print(text))
+    monkeypatch.setattr(progress, "console", Console(stderr=True, markup=False, emoji=False))
+    with progress.progress_bars() as advance:
+        for done in range(6):
+            advance("jobs", done, 5, "0 failed" if done else "")
+    told = [line.partition(", 0 failed")[2] for line in capsys.readouterr().out.splitlines()]
+    assert told == ["", ", less than a minute left", ", less than a minute left", ", about 1 min left", ""]
+
+
 @pytest.mark.slow
 def test_one_override_may_stand_alone(monkeypatch):
     seen = []

@@ -6,15 +6,14 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 
-from quantlab.progress import plain
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.attribution import attribution_sheet
 from quantlab.report.compare import Comparison, answers, bytes_of
 from quantlab.report.comparison_data import failure_data, in_order, unquantized
 from quantlab.report.reading import StoredRun
 from quantlab.report.selection import is_candidate
-from quantlab.report.table import MIB, cells, headline, legend, sheet_columns, short_number
-from quantlab.report.terminal import Column, Sheet, show
+from quantlab.report.table import MIB, cells, headline, sheet_columns, short_number, with_marks
+from quantlab.report.terminal import Column, Sheet, show, tell
 from quantlab.report.verdicts import (
     BETTER,
     BETTER_BY_RANK,
@@ -55,9 +54,9 @@ def show_groups(
                 show(console, sheet, is_plain=is_plain, wide=wide)
         told = [*answer_lines(group), *pair_lines(group)[:MAX_PAIRS], *twin_lines(group), *group.notes]
         for line in [] if is_plain else told:
-            console.print(plain(line, 1000))
+            tell(console, line)
     for failure in [] if is_plain else map(failure_data, failed):
-        console.print(plain(f"failed: {failure['name']} at {failure['stage']}: {failure['error']}", 1000))
+        tell(console, f"failed: {failure['name']} at {failure['stage']}: {failure['error']}")
 
 
 def as_measured(runs: Iterable[StoredRun]) -> list[Measured]:
@@ -90,11 +89,10 @@ def comparison_sheet(group: Comparison) -> Sheet:
         styles[i] = STYLES.get(v.text, "") if v else "dim"
     off = len(runs) - len(shown)
     caption = (
-        legend(row[: -len(extra) - 3] for row in rows),
         method(group),
         f"{off} runs off the front are in the page and in --csv FILE" if off else "",
     )
-    return Sheet(columns=columns, rows=rows, styles=styles, title=first, caption=caption)
+    return Sheet(columns=with_marks(columns, rows), rows=rows, styles=styles, title=first, caption=caption)
 
 
 def verdict_text(v: Verdict, group: Comparison) -> str:

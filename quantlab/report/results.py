@@ -29,7 +29,7 @@ from quantlab.report.reading import Reader, StoredRun, experiment_id, json_objec
 from quantlab.report.said_first import said_first
 from quantlab.report.selection import ComparisonRequest, children, is_candidate, select
 from quantlab.report.table import headline, rows_sheet
-from quantlab.report.terminal import MAX_CELL, Sheet, show
+from quantlab.report.terminal import MAX_CELL, Sheet, show, told_below
 from quantlab.tracking.connect import NO_STORE
 from quantlab.tracking.pictures import SAMPLE_ARRAYS, SAMPLE_GRID, read_samples
 from quantlab.tracking.results import Row, report_data
@@ -298,7 +298,7 @@ def _html_table(sheet: Sheet) -> str:
 
     head = row([column.title for column in sheet.columns], "th")
     body = "".join(f"<tr>{row(texts, 'td')}</tr>" for texts in sheet.rows)
-    title, caption = (_html_lines([*lines]) for lines in (sheet.title, filter(None, sheet.caption)))
+    title, caption = map(_html_lines, (sheet.title, told_below(sheet, range(len(sheet.columns)))))
     return f"{title}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{caption}"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from quantlab.backends.table import said_of
 from quantlab.errors import nearest
@@ -33,6 +34,8 @@ MARKS = {
 """What may stand in a cell -> what it means."""
 KEEP = {"scheme": 9, "MiB": 8, "bits/weight": 6, "saving": 3, "coverage": 2, "s": 1}
 """Column -> how long it stays where the terminal is narrow; see :class:`quantlab.report.terminal.Column`."""
+CAPTIONS = {"saving": "saving is against 16 bit"}
+CPU_SECONDS = "times on a CPU say nothing about a GPU"
 
 
 def headline(protocol: str, rows: Iterable[Measured]) -> list[str]:
@@ -67,6 +70,15 @@ def legend(rows: Iterable[Sequence[str]]) -> str:
     """What the marks in these cells mean, and of no others; names of schemes are no marks."""
     told = [text for row in rows for text in row[1:]]
     return "; ".join(said for mark, said in MARKS.items() if any(mark in text for text in told))
+
+
+def with_marks(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[Column]:
+    """The columns, each with what the marks in its cells mean; names of schemes are no marks."""
+    marked = [columns[0]]
+    for j, column in enumerate(columns[1:], 1):
+        said = (legend(("", row[j]) for row in rows), column.caption)
+        marked.append(replace(column, caption="; ".join(filter(None, said))))
+    return marked
 
 
 def said_beside(rows: Iterable[Row]) -> list[str]:
@@ -150,17 +162,22 @@ def inside_floor(metric: str, metrics: Mapping[str, float]) -> bool:
     return floor is not None and bool(is_inside(less(value, known), floor.cost))
 
 
-def rows_sheet(rows: Iterable[Row], protocol: str, caption: str = "", more: Sequence[str] = ()) -> Sheet:
-    """The rows for a terminal, with ``more`` columns: metrics by their tracked names (``perf/decode_tokens_per_s``)."""
+def rows_sheet(
+    rows: Iterable[Row], protocol: str, caption: str = "", more: Sequence[str] = (), *, is_plain: bool = False
+) -> Sheet:
+    """The rows for a terminal, with ``more`` columns: metrics by their tracked names (``perf/decode_tokens_per_s``).
+
+    ``is_plain``: for other programs, to which a scheme's name is its name.
+    """
     rows = list(rows)
     shown = headline(protocol, rows)
     skipped = [r for r in rows if r["status"] == "SKIPPED"]
     listed = [r for r in rows if r not in skipped] + skipped[:MAX_SKIPPED]
     texts = [cells(row, shown, bounds=False) for row in listed]
-    marks = legend(texts)
     styles = {}
+    resumed = [bool(row.get("resumed")) for row in listed]
     for i, row in enumerate(listed):
-        texts[i][0] += " (resumed)" if row.get("resumed") else ""
+        texts[i][0] += " (resumed)" if resumed[i] and not all(resumed) and not is_plain else ""
         if row["status"] == "FAILED" or "quantization/coverage" not in row["metrics"]:
             styles[i] = "red" if row["status"] == "FAILED" else "dim"
     left = len(skipped) - MAX_SKIPPED
@@ -168,9 +185,14 @@ def rows_sheet(rows: Iterable[Row], protocol: str, caption: str = "", more: Sequ
     for name in more:
         for text, row in zip(texts, listed, strict=True):
             text.append(_shown(row["metrics"].get(name), "{:.4g}"))
-    chosen = [Column(title=name, keep=8) for name in more]
-    told = (untold, marks, *said_beside(rows), *_not_there(more, rows), caption)
-    return Sheet(columns=[*sheet_columns(shown), *chosen], rows=texts, styles=styles, caption=told)
+    chosen = [*sheet_columns(shown), *(Column(title=name, keep=8) for name in more)]
+    on_cpu = not any(row["metrics"].get("perf/representative") for row in rows)
+    timed = [
+        replace(c, caption=CPU_SECONDS) if on_cpu and (c.title == "s" or "perf/" in c.title) else c for c in chosen
+    ]
+    earlier = "resumed: all rows are those of earlier jobs" if resumed and all(resumed) else ""
+    told = (untold, *said_beside(rows), *_not_there(more, rows), caption, earlier)
+    return Sheet(columns=with_marks(timed, texts), rows=texts, styles=styles, caption=told)
 
 
 def _not_there(names: Sequence[str], rows: Sequence[Measured]) -> list[str]:
@@ -183,7 +205,10 @@ def sheet_columns(shown: Sequence[str], first: str = "") -> list[Column]:
     """:func:`columns` for a terminal; of the metrics ``first`` stays longest, or else the first one."""
     keep = {title_of(m): 7 if m == (first or shown[0]) else 5 - min(i, 1) for i, m in enumerate(shown)}
     titles = columns(shown)
-    return [Column(title=t, is_text=i == 0, keep=keep[t] if t in keep else KEEP[t]) for i, t in enumerate(titles)]
+    return [
+        Column(title=t, is_text=i == 0, keep=keep[t] if t in keep else KEEP[t], caption=CAPTIONS.get(t, ""))
+        for i, t in enumerate(titles)
+    ]
 
 
 def in_markdown(text: str, most: int = 200) -> str:

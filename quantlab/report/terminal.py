@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -35,7 +35,7 @@ class Column:
     keep: int = 9
     """9 never gives way."""
     caption: str = ""
-    """What its marks mean: said below the table where the column is shown."""
+    """What its marks mean, with ``; `` between: said below the table where the column is shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +106,7 @@ def rich_table(sheet: Sheet, width: int) -> Table:
     """What fits ``width`` columns of a terminal; which columns are hidden is said below it."""
     shown = _shown(sheet, width)
     hidden = [c.title for j, c in enumerate(sheet.columns) if j not in shown]
-    marks = [sheet.columns[j].caption for j in shown]
-    told = [printable(line, MAX_LINE) for line in (*marks, *sheet.caption) if line]
+    told = [printable(line, MAX_LINE) for line in told_below(sheet, shown)]
     if hidden:
         told.append(f"... {counted(len(hidden), 'column')} hidden ({', '.join(map(printable, hidden))}): --wide")
     table = Table(
@@ -128,6 +127,12 @@ def rich_table(sheet: Sheet, width: int) -> Table:
             end_section=i in sheet.sections,
         )
     return table
+
+
+def told_below(sheet: Sheet, shown: Iterable[int]) -> list[str]:
+    """What is said below these columns of a sheet, a line each: what their marks mean, once, then the sheet's own."""
+    marks = dict.fromkeys(part for j in shown for part in sheet.columns[j].caption.split("; ") if part)
+    return [line for line in ("; ".join(marks), *sheet.caption) if line]
 
 
 def _most(column: Column) -> int:

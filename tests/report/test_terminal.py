@@ -145,6 +145,36 @@ def test_the_half_width_is_the_longer_one():
     assert "10.0 ±0.4" in row
 
 
+@pytest.mark.parametrize("width", [44, 60, 80, 132])
+def test_what_is_said_below_is_of_the_columns_that_are_shown(width):
+    """A mark, a saving or a time that nobody sees needs no word."""
+    rows = [measured("quanto int4", **{"quality/psnr_db": 39.0, "memory/is_simulated": 1.0}), *ROWS]
+    text = " ".join(printed(rows_sheet(rows, "diffusion", "n = 100"), width).split())
+    head, said = text.split("└")
+    for title, mark in (
+        ("bits/weight", "of the whole model"),
+        ("saving", "saving is against 16 bit"),
+        ("┃ s", "times on a CPU"),
+        ("MiB", "~ simulated"),
+    ):
+        assert (mark in said) == (title in head.split("┡")[0]), (title, width)
+    assert said.count("±: the longer half") == ("↓" in head.split("┡")[0])
+    assert "n = 100" in said
+
+
+def test_rows_that_are_all_of_earlier_jobs_say_so_once_and_keep_their_names():
+    rows = [{**row, "resumed": True} for row in ROWS]
+    sheet = rows_sheet(rows, "diffusion")
+    assert [row[0] for row in sheet.rows] == [row["name"] for row in ROWS]
+    assert " ".join(printed(sheet, 80).split()).count("resumed") == 1
+    some = [rows[0], ROWS[1]]
+    assert [row[0] for row in rows_sheet(some, "diffusion").rows] == [
+        "torchao int4 g128 awq (resumed)",
+        "bitsandbytes nf4",
+    ]
+    assert [row[0] for row in rows_sheet(some, "diffusion", is_plain=True).rows] == [row["name"] for row in ROWS]
+
+
 def test_the_legend_names_the_marks_that_are_there():
     plain = [["a°~ (name)", "4.50", "1"]]
     assert legend(plain) == ""
