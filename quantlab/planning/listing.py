@@ -247,7 +247,7 @@ def meaning(word: str) -> str:
     """
     known = {group: f"chosen as {group}=OPTION: {', '.join(options)}" for group, options in groups().items()}
     known |= {name: f"a backend; its dtypes: {', '.join(offer.rows)}" for name, offer in offers().items()}
-    known |= {n: f"{m.description} [{m.unit}]" for n, m in METRICS.items()}
+    known |= {n: f"{m.description}{f' [{m.unit}]' if m.unit not in ('', '1') else ''}" for n, m in METRICS.items()}
     known |= {n: f"{d.description} ({d.bits} bits)" for n, d in DTYPES.items()}
     known |= ALGORITHMS | KINDS | {w.lower(): text for w, text in WORDS.items()}
     for other, same in ALSO.items():

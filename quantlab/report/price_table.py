@@ -7,6 +7,7 @@ from itertools import groupby
 
 from quantlab.report.terminal import Column, Sheet
 from quantlab.vocabulary.prices import Kept, Phase, Price
+from quantlab.vocabulary.reports import bits_per_weight
 
 GIB = 2**30
 MAX_KEPT = 6
@@ -72,8 +73,8 @@ def _parts(price: Price) -> Sheet:
         rows.append([first, "all", "", _num(part.memory.num_parameters), _num(total), _gib(total), bits])
         ends.append(len(rows) - 1)
     parameters = sum(p.memory.num_parameters for p in price.components)
-    at_16_bits = sum(p.memory.bytes_at_16_bit for p in price.components)
-    bits = f"{16 * price.total_bytes / at_16_bits:.3f}" if at_16_bits else ""
+    whole = bits_per_weight(p.memory for p in price.components)
+    bits = f"{whole:.3f}" if whole else ""
     rows.append(["total", "", "", _num(parameters), _num(price.total_bytes), _gib(price.total_bytes), bits])
     told = "bits/weight: of the component (of its quantized weights, scales included)"
     return Sheet(columns=columns, rows=rows, sections=frozenset(ends), title=(price.name,), caption=[told])

@@ -32,6 +32,7 @@ from quantlab.vocabulary.capabilities import Capability, GroupSize
 from quantlab.vocabulary.dtypes import DTYPES
 from quantlab.vocabulary.files import MIB
 from quantlab.vocabulary.prices import Price
+from quantlab.vocabulary.reports import bits_per_weight
 from quantlab.vocabulary.schema import ExperimentConfig
 
 USAGE = "quantlab init my.yaml model.path=FOLDER (or a Hub id; more keys as for a run)"
@@ -187,8 +188,7 @@ def _scheme(keys: Mapping[str, Any]) -> Scheme:
 
 def _sizes(price: Price) -> str:
     done = [part for part in price.components if part.scheme]
-    whole = sum(p.memory.num_parameters for p in done)
-    bits = 8 * sum(p.memory.weights_bytes for p in done) / whole
+    bits = bits_per_weight(p.memory for p in done)
     of_layers = next((p.bits_per_quantized_weight for p in done if p.bits_per_quantized_weight is not None), bits)
     return f"{bits:.2f} ({of_layers:.2f}) bits/weight, {price.total_bytes / MIB:,.1f} MiB"
 

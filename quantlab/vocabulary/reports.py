@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -205,7 +205,14 @@ class MemoryReport:
     @property
     def bits_per_weight(self) -> float:
         """Bits of each logical value, buffers included but for ``index_bytes``, as ``weights_bytes`` has them too."""
-        return 16 * (self.weights_bytes - self.index_bytes) / (self.bytes_at_16_bit - self.index_bytes)
+        return bits_per_weight([self])
+
+
+def bits_per_weight(parts: Iterable[MemoryReport]) -> float:
+    """Stored bits of each logical value of several components together; 0 of none."""
+    known = [(p.weights_bytes - p.index_bytes, p.bytes_at_16_bit - p.index_bytes) for p in parts]
+    stored, at_16_bit = (sum(column) for column in zip(*known, strict=True)) if known else (0, 0)
+    return 16 * stored / at_16_bit if at_16_bit else 0.0
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

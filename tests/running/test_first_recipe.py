@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from quantlab import cli
@@ -9,8 +11,9 @@ from quantlab.backends.table import backends
 from quantlab.errors import ConfigError
 from quantlab.planning.plan import plan
 from quantlab.planning.trust import is_trusted
-from quantlab.running.first_recipe import first_recipe
+from quantlab.running.first_recipe import _sizes, first_recipe
 from quantlab.running.forecast import forecast
+from quantlab.vocabulary.reports import MemoryReport
 from tests.support.tiny_text_models import save_bert, save_llama
 
 
@@ -41,6 +44,30 @@ def test_of_a_language_model(tmp_path, capsys):
     assert "rows of 96, 256" in text
     assert "q4_k" not in text, "superblocks of 256 do not divide rows of 96"
     assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_its_bits_are_those_of_plan_and_rows():
+    """Buffers are counted, masks are not: of a denoiser with a table of positions, and of two components."""
+    told = []
+    for sizes in ([(2_000_000, 50_000, 0)], [(2_000_000, 50_000, 0), (600_000, 9, 77_000)]):
+        memory = [
+            MemoryReport(
+                weights_bytes=16_000 + int(parameters * 9 / 16) + index,
+                quantized_bytes=0,
+                scale_bytes=0,
+                other_bytes=0,
+                bytes_at_16_bit=2 * (parameters + buffers) + index,
+                num_parameters=parameters,
+                index_bytes=index,
+            )
+            for parameters, buffers, index in sizes
+        ]
+        parts = [SimpleNamespace(scheme=1, memory=m, bits_per_quantized_weight=4.5) for m in memory]
+        price = SimpleNamespace(components=parts, total_bytes=0)
+        told.append(_sizes(price).split()[0])
+        stored = sum(m.weights_bytes - m.index_bytes for m in memory)
+        assert told[-1] == f"{8 * stored / sum((m.bytes_at_16_bit - m.index_bytes) / 2 for m in memory):.2f}"
+    assert told[0] == f"{memory[0].bits_per_weight:.2f}"
 
 
 @pytest.mark.slow
