@@ -35,11 +35,17 @@ def test_each_column_of_the_table_is_a_word_that_is_explained():
         ("point", "the same as combination"),
         ("gguf", "a backend; its dtypes: q8_0"),
         ("group_size", "group_size=OPTION: 16, 32, 64, 128"),
+        ("latent_rel_mse", METRICS["latent_rel_mse"].description),
     ],
 )
 def test_what_a_word_is(word, holds, tmp_path):
     assert holds in meaning(word)
     assert Shell(tmp_path)("help", word) == (0, f"{word}: {meaning(word)}\n", "")
+
+
+def test_a_metric_without_a_unit_has_none_in_brackets():
+    assert meaning("psnr").endswith("[dB]")
+    assert not any(meaning(m.name).endswith(("[1]", "[]")) for m in METRICS.values())
 
 
 def test_a_word_that_is_none(tmp_path):
