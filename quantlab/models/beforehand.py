@@ -17,23 +17,24 @@ from quantlab.vocabulary.schema import ModelConfig
 
 CONFIG = "config.json"
 NUM_TENSORS, NUM_VALUES = 64, 16
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The floating ones in safetensors' spelling."""
 
 
 def sampled_weights(config: ModelConfig, dtype: str) -> dict[str, str]:
     """Name of a tensor (of a pipeline behind its part's) -> its shape and a digest of its first and last values in
     ``dtype``, of 64 tensors at most, however they are cut into files; empty for what is no folder of safetensors."""
-    folder = _folder(config)
+    folder = folder_of(config)
     if folder is None:
         return {}
     parts = {"": folder} if (folder / CONFIG).is_file() else {f"{f.name}/": f for f in sorted(folder.iterdir())}
     files: dict[str, tuple[Path, str]] = {}
     for name, place in parts.items():
-        for tensor, file in _shards(place, config.variant).items():
+        for tensor, file in weight_files(place, config.variant).items():
             files[f"{name}{tensor}"] = file, tensor
     names = sorted(files)
     chosen = names[:: max(1, -(-len(names) // NUM_TENSORS))]
-    headers: dict[Path, tuple[int, Mapping[str, object]]] = {}
+    headers: dict[Path, tuple[int, Mapping[str, Any]]] = {}
     return {name: said for name in chosen if (said := _sample(*files[name], dtype, headers))}
 
 
@@ -43,7 +44,7 @@ def stored_configs(config: ModelConfig) -> dict[str, Any]:
 
     Nothing is filled in: of two checkpoints a value is known to differ where both say it.
     """
-    folder = _folder(config)
+    folder = folder_of(config)
     if folder is None:
         return {}
     index = _read(folder / INDEX)
@@ -81,7 +82,7 @@ def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     return next((name for name, said in there.items() if name in here and here[name] != said), "")
 
 
-def _folder(config: ModelConfig) -> Path | None:
+def folder_of(config: ModelConfig) -> Path | None:
     """The checkpoint's folder, or that of a Hub id in the local cache."""
     if not config.path:
         return None
@@ -96,7 +97,8 @@ def _folder(config: ModelConfig) -> Path | None:
         return None
 
 
-def _shards(folder: Path, variant: str | None) -> Mapping[str, Path]:
+def weight_files(folder: Path, variant: str | None) -> Mapping[str, Path]:
+    """Name of a tensor -> its safetensors file; empty where there are none that can be read."""
     if not folder.is_dir():
         return {}
     try:
@@ -106,19 +108,25 @@ def _shards(folder: Path, variant: str | None) -> Mapping[str, Path]:
     return found.files
 
 
-def _sample(file: Path, name: str, dtype: str, headers: dict[Path, tuple[int, Mapping[str, object]]]) -> str:
+def read_header(file: Path) -> tuple[int, Mapping[str, Any]]:
+    """Where the tensors of a safetensors file begin, and name -> ``dtype``, ``shape`` and ``data_offsets``; of a file
+    that safetensors has read."""
+    with file.open("rb") as opened:
+        (size,) = struct.unpack("<Q", opened.read(8))
+        return 8 + size, json.loads(opened.read(size))
+
+
+def _sample(file: Path, name: str, dtype: str, headers: dict[Path, tuple[int, Mapping[str, Any]]]) -> str:
     import torch
 
+    if file not in headers:
+        headers[file] = read_header(file)
+    start, header = headers[file]
+    said = header[name]
     with file.open("rb") as opened:
-        if file not in headers:
-            (size,) = struct.unpack("<Q", opened.read(8))
-            headers[file] = 8 + size, json.loads(opened.read(size))
-        start, header = headers[file]
-        said = header[name]
-        assert isinstance(said, dict), "a header that safetensors has read"
-        if said["dtype"] not in _DTYPES:
+        if said["dtype"] not in DTYPES:
             return ""
-        stored = getattr(torch, _DTYPES[said["dtype"]])
+        stored = getattr(torch, DTYPES[said["dtype"]])
         begin, end = said["data_offsets"]
         length = min(NUM_VALUES * stored.itemsize, end - begin)
         read = bytearray()

@@ -7,13 +7,15 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ModelError
 from quantlab.models.auto import HEADS, another_family
-from quantlab.models.reading import HOLLOW, as_model_error, chosen_dtype, frozen, local_folder, quiet_loading
+from quantlab.models.reading import HOLLOW, as_model_error, frozen, local_folder, quiet_loading
 from quantlab.models.sources import component_source
+from quantlab.models.stored_dtype import dtype_on
 from quantlab.modules.compute_dtype import torch_dtype
 from quantlab.modules.layers import state_digest
 from quantlab.modules.source import check_indices
@@ -72,12 +74,13 @@ def load_model(
     that is missing, unreachable, not a model, incomplete, damaged or already quantized, and for a checkpoint with
     weights that the class does not use, unless ``is_half`` says that it is meant to.
     """
-    dtype = torch_dtype_argument(config, device)
     local = local_folder(key, path, "config.json", "a transformers model", "save_pretrained")
     if local is not None:
         check_indices(key, local)
     path = str(local) if local is not None else path  # a home folder's ~ is no name that transformers knows
     stored = read_config(path, config, key)
+    said = "" if stored.dtype is None else dtype_name(stored.dtype)
+    dtype = torch_dtype(dtype_on(replace(config, path=path), device, said))
     auto_class = next((auto for auto in auto_classes if _knows(auto, stored)), auto_classes[0])
     parts = (stored, stored.get_text_config())  # a multimodal model's language model may be what is quantized
     quantized = next((q for part in parts if (q := getattr(part, "quantization_config", None)) is not None), None)
@@ -123,7 +126,7 @@ def read_config(path: str, config: ModelConfig, key: str) -> PreTrainedConfig:
 
 
 def _read(
-    auto_class: Any, path: str, config: ModelConfig, dtype: torch.dtype | str, key: str, **more: object
+    auto_class: Any, path: str, config: ModelConfig, dtype: torch.dtype, key: str, **more: object
 ) -> tuple[Any, Mapping[str, Any]]:
     """The model and what transformers says of its loading, with the keys that a class of another architecture than the
     checkpoint's is written to pass over."""
@@ -184,13 +187,6 @@ def is_base_with_head(stored: PreTrainedConfig) -> bool:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def torch_dtype_argument(config: ModelConfig, device: str) -> torch.dtype | Literal["auto"]:
-    """``model.dtype`` as ``from_pretrained`` takes it: ``auto`` is float32 on a CPU (16-bit is slower there and adds
-    its own error), as stored elsewhere. ConfigError for a dtype that models do not compute in."""
-    name = chosen_dtype(config, "float32" if device.startswith("cpu") else "auto")
-    return "auto" if name == "auto" else torch_dtype(name)
 
 
 # -- digests

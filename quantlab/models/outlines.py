@@ -14,7 +14,7 @@ from quantlab.models.digits_training import build_transformer
 from quantlab.models.outline import Outline, build
 from quantlab.models.pipeline_files import denoisers_of
 from quantlab.models.reading import chosen_dtype, frozen
-from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
+from quantlab.models.stored_dtype import dtype_on
 from quantlab.vocabulary.schema import DigitsModelConfig, ModelConfig
 
 if TYPE_CHECKING:
@@ -70,8 +70,7 @@ def _pipeline(key: str, config: ModelConfig, known: Architecture, device: str) -
 
 
 def _one_model(key: str, config: ModelConfig, known: Architecture, device: str) -> Outline:
-    stored = known.dtype if known.dtype in COMPUTE_DTYPES else "float32"
-    dtype = chosen_dtype(config, "float32" if device == "cpu" else stored)
+    dtype = dtype_on(config, device, known.dtype)
     if config.family == "vision":
         known = replace(known, parts={name: _seeing_half(part) for name, part in known.parts.items()})
     modules = build(key, known, dtype)

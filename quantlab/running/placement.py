@@ -16,6 +16,7 @@ from quantlab.models.loaded import LoadedModel
 from quantlab.models.part_by_part import placed_alone, placed_by_groups, placed_spread
 from quantlab.models.reading import HOLLOW, chosen_dtype
 from quantlab.models.sources import component_source, has_origin, origin_of, source_of
+from quantlab.models.stored_dtype import dtype_on
 from quantlab.models.table import family_of
 from quantlab.modules.device import free_bytes, kind_of
 from quantlab.modules.groups import num_bytes
@@ -29,7 +30,6 @@ from quantlab.progress import Advance, say
 from quantlab.stages.observe import made_by
 from quantlab.stages.price import price_component
 from quantlab.stages.select import QuantizationRequest
-from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.reports import MemoryReport
 from quantlab.vocabulary.schema import APART, ExperimentConfig, MemoryConfig, ModelConfig
@@ -116,8 +116,7 @@ def _as_on(asked: ModelConfig, device: str, family: str) -> ModelConfig:
         return replace(asked, dtype=chosen_dtype(asked, "bfloat16"))
     if asked.dtype != "auto" or asked.path is None:
         return asked
-    stored = read_architecture(asked, "model").dtype
-    return replace(asked, dtype=stored if stored in COMPUTE_DTYPES else "float32")
+    return replace(asked, dtype=dtype_on(asked, device, read_architecture(asked, "model").dtype))
 
 
 def _can_be_read_again(model: LoadedModel) -> bool:
