@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from quantlab.datasets.prompts import require_pipeline, require_samples, seed_of, tell_fewer
 from quantlab.errors import ConfigError, nearest
 from quantlab.models.loaded import LoadedModel
+from quantlab.progress import say
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
 from quantlab.vocabulary.files import read_json_lines, read_text
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig
@@ -56,6 +57,7 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
     num, key = require_samples(evaluation), f"dataset.path={config.path}"
     size = (evaluation.width, evaluation.height)
     used = rows[:num]
+    tell_transparent([f for row in used for f in (row.image, row.control) if f is not None], key)
     pictures = [_pixels(row.image, key, size, "RGB") for row in used]
     shapes = {tuple(picture.shape[:2]) for picture in pictures}
     if len(shapes) > 1:
@@ -116,6 +118,11 @@ def read(path: str | None) -> list[Picture]:
         for file in (row.image, row.mask, row.control):
             if file is not None:
                 _looked_at(file, key)
+        if row.mask is not None and is_transparent(row.mask):
+            raise ConfigError(
+                f"{key}: {row.mask.name} is a mask that is transparent in places, and may be meant by its transparency "
+                "or by its grey; save it in grey alone, white where the picture is made anew"
+            )
     return rows
 
 
@@ -183,8 +190,12 @@ def _looked_at(file: Path, key: str) -> None:
 
 
 def opened(file: Path, key: str, mode: str) -> PictureFile:
-    """A picture as it is looked at: upright, 8 bits a channel. ConfigError for one that cannot be read, and for one of
-    32 bits a pixel, whose white nobody knows."""
+    """A picture as it is looked at: upright, 8 bits a channel.
+
+    Of one that is transparent somewhere the colours that are stored there, as ``load_image`` of Diffusers and of
+    transformers gives them to their models. ConfigError for one that cannot be read, and for one of 32 bits a pixel,
+    whose white nobody knows.
+    """
     import numpy as np
     from PIL import Image, ImageOps
 
@@ -200,6 +211,24 @@ def opened(file: Path, key: str, mode: str) -> PictureFile:
             f"{key}: {file.name} cannot be read as a picture ({error}); put an intact one there, or take it out"
         ) from error
     raise ConfigError(f"{key}: {file.name} has 32 bits a pixel, and no white; save it with 8 or 16")
+
+
+def is_transparent(file: Path) -> bool:
+    """Whether a picture that was looked at is transparent somewhere."""
+    from PIL import Image
+
+    with Image.open(file) as found:
+        return found.has_transparency_data and found.convert("RGBA").getchannel("A").getextrema()[0] < 255
+
+
+def tell_transparent(files: Sequence[Path], key: str) -> None:
+    """Tell of pictures that are transparent somewhere: what is taken of them is what Diffusers takes."""
+    if found := [file.name for file in files if is_transparent(file)]:
+        say(
+            f"{key}: {len(found)} of {len(files)} pictures are transparent in places ({found[0]}); the colours that "
+            "are stored there are taken, as load_image of Diffusers does; put them on a background for others",
+            "warning",
+        )
 
 
 def _pixels(file: Path, key: str, size: tuple[int | None, int | None], mode: str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from quantlab.datasets.image_prompts import opened, read
+from quantlab.datasets.image_prompts import opened, read, tell_transparent
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
 from quantlab.protocols.vision import VisionInputs
@@ -21,6 +21,7 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
     wanted = evaluation.num_samples
     check_number(files, wanted, key)
     chosen = [files[i * len(files) // wanted] for i in range(wanted)]
+    tell_transparent(chosen, key)
     pictures = [opened(file, key, "RGB") for file in chosen]
     processor = cast(Any, model.parts)["processor"]
     pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]

@@ -18,7 +18,7 @@ from quantlab.models.loaded import Conditioning, LoadedModel, OnStep, Pipeline, 
 from quantlab.models.part_by_part import run_part_by_part
 from quantlab.models.pipeline_sizes import asked_sizes, check_sides, frames_argument
 from quantlab.modules.residence import says
-from quantlab.modules.stepping import heard_steps, in_their_dtypes, paired_draws
+from quantlab.modules.stepping import heard_steps, in_their_dtypes, paired_draws, seeded
 from quantlab.progress import say
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -83,6 +83,12 @@ def check_conditions(pipeline: type, dataset: str, conditions: Sequence[str], ca
     """
     known = parameters_of(pipeline)
     given = [_argument(name, known) for name in conditions]
+    if unknown := _beyond_data_sets(pipeline, known):
+        raise ConfigError(
+            f"model.path: {pipeline.__name__} starts from {unknown}, which no data set here gives; name a pipeline of "
+            "the same parts that makes its samples of prompts or pictures, or give a component and its inputs to "
+            "quantlab.evaluate in Python"
+        )
     for name in given:
         if name not in known:
             takes = [own for own in (*TAKEN_FROM.values(), "batch_size") if own in known]
@@ -102,6 +108,22 @@ def check_conditions(pipeline: type, dataset: str, conditions: Sequence[str], ca
             fitting = f"choose {_fitting(known)}" + (", with control pictures" if name == _CONTROL else "")
             way_out = fitting if name in TAKEN_FROM.values() else f"give it by model.call.{name}"
             raise ConfigError(f"dataset={dataset}: {pipeline.__name__} needs {name}, which it does not give; {way_out}")
+
+
+def _beyond_data_sets(pipeline: type, known: Mapping[str, inspect.Parameter]) -> str:
+    """What a pipeline's call refuses to go without, although its default is None; "" for one that needs no such thing.
+
+    Those of pictures and words beside it can do without a video: of them these are what they start from.
+    """
+    if callable(getattr(pipeline, "invert", None)):
+        return "the inversion of a picture, made by another call"
+    if "conditioning_frames" in known or {"control_video", "control_video_latents"} <= set(known):
+        return "a video that guides it"
+    if "video" in known:
+        edits = not {"image", "mask_video"} & set(known) and ("strength" in known or "prompt" not in known)
+        if edits or known["video"].default is inspect.Parameter.empty:
+            return "a video"
+    return "sound" if {"audio", "prompt"} <= set(known) and "image" not in known else ""
 
 
 def _argument(name: str, known: Collection[str]) -> str:
@@ -200,9 +222,13 @@ def _called(pipe: Pipeline, arguments: Mapping[str, Any], noise: Tensor) -> Mapp
     """What the pipeline returns; in tiles where its decoder knows no other way, as its users set it."""
     import torch
 
-    torch.manual_seed(int(noise[0]))  # of what a pipeline draws without a generator
+    def run(given: Mapping[str, Any]) -> Mapping[str, object]:
+        torch.manual_seed(int(noise[0]))  # of what a pipeline draws without a generator
+        with seeded(int(noise[0])):
+            return pipe(**given)
+
     try:
-        return pipe(**arguments)
+        return run(arguments)
     except NotImplementedError as error:
         decoder: Any = getattr(pipe, "vae", None)
         if "tiling" not in str(error) or getattr(decoder, "use_tiling", True):
@@ -211,8 +237,7 @@ def _called(pipe: Pipeline, arguments: Mapping[str, Any], noise: Tensor) -> Mapp
         say(f"{type(pipe).__name__}: its decoder works in tiles alone ({error}); tiling is on", "warning")
     fresh: Any = [torch.Generator().manual_seed(int(seed)) for seed in noise]
     again = {"generator": fresh if isinstance(arguments["generator"], list) else fresh[0]}
-    torch.manual_seed(int(noise[0]))
-    return pipe(**{**arguments, **again})
+    return run({**arguments, **again})
 
 
 def pipeline_of(model: LoadedModel) -> Pipeline:

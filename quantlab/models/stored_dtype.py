@@ -1,4 +1,4 @@
-"""What ``model.dtype=auto`` is for a checkpoint of transformers: decided here for what is planned and what is loaded."""
+"""What ``model.dtype=auto`` is for a checkpoint of transformers: decided once for what is planned and loaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ def dtype_on(config: ModelConfig, device: str, said: str) -> str:
     found = said or dtype_of_files(config)
     dtype = found if found in COMPUTE_DTYPES else "float32"
     if not said:
-        why = "in which most of its weights are stored" if found == dtype else f"as its files hold {found or 'nothing known'}"
+        why = (
+            "in which most of its weights are stored"
+            if found == dtype
+            else f"as its files hold {found or 'nothing known'}"
+        )
         say(f"model.path={config.path}: its config.json names no dtype; {dtype} is taken, {why}")
     return dtype
 
@@ -77,6 +81,7 @@ def _on_the_hub(config: ModelConfig) -> Mapping[str, int]:
     from huggingface_hub import get_safetensors_metadata
 
     try:
-        return get_safetensors_metadata(config.path or "", revision=config.revision).parameter_count
+        found = get_safetensors_metadata(config.path or "", revision=config.revision)
     except Exception:  # noqa: BLE001  offline, or none of its files are safetensors
         return {}
+    return {str(name): num for name, num in found.parameter_count.items()}

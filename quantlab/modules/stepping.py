@@ -63,7 +63,9 @@ def _attribute(own: object, name: str, value: object) -> Iterator[None]:
             setattr(own, name, before)
 
 
-_DRAWS = ("randn", "rand", "randn_like", "rand_like")
+_MADE = ("randn", "rand", "randn_like", "rand_like", "normal", "multinomial")
+_FILLED = ("normal_", "uniform_", "exponential_", "log_normal_", "cauchy_")
+"""Draws of torch and of its tensors whose numbers depend on the dtype that they are drawn in."""
 
 
 @contextmanager
@@ -78,25 +80,68 @@ def paired_draws(reference: Sequence[Sequence[str]]) -> Iterator[list[list[str]]
 
     of: dict[object, tuple[list[str], Sequence[str]]] = {None: ([], reference[0] if reference else ())}
 
-    def pairing(own: Callable[..., Tensor], is_like: bool) -> Callable[..., Tensor]:
+    def paired(generator: object, asked: torch.dtype) -> torch.dtype:
+        """The dtype of the next draw."""
+        theirs = reference[min(len(of), len(reference) - 1)] if reference else ()
+        drawn, known = of.setdefault(generator, ([], theirs))
+        dtype = torch_dtype(known[len(drawn)]) if len(drawn) < len(known) else asked
+        drawn.append(dtype_name(dtype))
+        return dtype
+
+    def making(own: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
         @functools.wraps(own)
         def draw(*args: Any, **kwargs: Any) -> Tensor:
-            theirs = reference[min(len(of), len(reference) - 1)] if reference else ()
-            drawn, known = of.setdefault(kwargs.get("generator"), ([], theirs))
-            like = (args[0] if args else kwargs["input"]).dtype if is_like else torch.get_default_dtype()
+            given = () if name in ("randn", "rand") else (*args, *kwargs.values())
+            like = next((t.dtype for t in given if isinstance(t, torch.Tensor)), torch.get_default_dtype())
             asked = kwargs.get("dtype") or like
-            dtype = torch_dtype(known[len(drawn)]) if len(drawn) < len(known) else asked
-            drawn.append(dtype_name(dtype))
-            return own(*args, **{**kwargs, "dtype": dtype}).to(asked)
+            dtype = paired(kwargs.get("generator"), asked)
+            if name == "multinomial":  # positions, drawn by weights of a dtype
+                return own(*replaced(args, _cast(asked, dtype, 0)), **replaced(kwargs, _cast(asked, dtype, 0)))
+            if name == "normal" and like != dtype:
+                args, kwargs = replaced(args, _cast(like, dtype, 0)), replaced(kwargs, _cast(like, dtype, 0))
+            takes_dtype = name != "normal" or not any(isinstance(t, torch.Tensor) for t in given)
+            return own(*args, **{**kwargs, **({"dtype": dtype} if takes_dtype else {})}).to(asked)
+
+        return draw
+
+    def filling(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(own)
+        def draw(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            dtype = paired(kwargs.get("generator"), tensor.dtype)
+            if dtype == tensor.dtype:
+                return own(tensor, *args, **kwargs)
+            # of the same strides, by which torch chooses how it draws
+            like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=tensor.device)
+            return tensor.copy_(own(like, *args, **kwargs))
 
         return draw
 
     told: list[list[str]] = []
     with ExitStack() as heard:
-        for name in _DRAWS:  # a mode that hears every call would slow each of the denoiser's down
-            heard.enter_context(_attribute(torch, name, pairing(getattr(torch, name), name.endswith("_like"))))
+        # a mode that hears every call would slow each of the denoiser's down
+        for name in _MADE:
+            heard.enter_context(_attribute(torch, name, making(getattr(torch, name), name)))
+        for name in _FILLED:
+            heard.enter_context(_attribute(torch.Tensor, name, filling(getattr(torch.Tensor, name))))
         yield told
     told.extend(drawn for drawn, _ in of.values())
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """While open, Python and NumPy draw what belongs to ``seed``, whoever drew before; then go on as if nothing was."""
+    import random
+
+    import numpy as np
+
+    python, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002  the state that pipelines draw from
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)  # noqa: NPY002
 
 
 @contextmanager

@@ -33,8 +33,8 @@ class ModelConfig:
     call: dict[str, Any] = field(default_factory=dict)
     """Arguments of a pipeline's own call: ``{negative_prompt: "", true_cfg_scale: 4.0}``."""
     dtype: str = choice("auto", *COMPUTE_DTYPES)
-    """Compute dtype of the reference; auto: float32 on a CPU; on a GPU bfloat16 for pipelines, and for other models what
-    config.json says, or else what most weights in the files are of."""
+    """Compute dtype of the reference; auto: float32 on a CPU; on a GPU bfloat16 for pipelines, and for other models
+    what config.json says, or else what most weights in the files are of."""
     default_exclusions: list[str] = field(default_factory=list)
     """The family's own entries of ``modules_to_not_convert``."""
 

@@ -17,6 +17,7 @@ from quantlab.datasets.calibration import calibration_inputs, check_calibration
 from quantlab.datasets.table import check_file
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
+from quantlab.models.pipeline_call import check_conditions
 from quantlab.vocabulary.schema import (
     CalibrationConfig,
     DatasetConfig,
@@ -47,6 +48,39 @@ class GuidedEditing:
 
 class Seeing:
     def __call__(self, image, generator=None): ...
+
+
+class OfVideo:
+    def __call__(self, video=None, prompt=None, strength=0.8, generator=None): ...
+
+
+class OfItsVideo:
+    def __call__(self, video, prompt=None, image=None, generator=None): ...
+
+
+class Enlarging:
+    def __call__(self, video=None, latents=None, generator=None): ...
+
+
+class OfFrames:
+    def __call__(self, prompt=None, conditioning_frames=None, generator=None): ...
+
+
+class OfGuidingVideo:
+    def __call__(self, prompt=None, control_video=None, control_video_latents=None, generator=None): ...
+
+
+class OfSound:
+    def __call__(self, prompt=None, audio=None, generator=None): ...
+
+
+class Inverting:
+    def __call__(self, editing_prompt=None, generator=None): ...
+    def invert(self, image): ...
+
+
+class WithOrWithoutVideo:
+    def __call__(self, prompt=None, image=None, video=None, generator=None): ...
 
 
 class OfClasses:
@@ -329,3 +363,51 @@ def test_too_few_pictures_or_pairs_are_refused_before_anything_is_loaded(tmp_pat
         ConfigError, match=r"^calibration\.path=.*: there are 2 pictures and not calibration.num_samples"
     ):
         check_calibration(ExperimentConfig(calibration=calibration))
+
+
+@pytest.mark.parametrize("dataset", [(), ("prompt",), ("image", "prompt")])
+@pytest.mark.parametrize(
+    ("pipeline", "needs"),
+    [
+        (OfVideo, "a video"),
+        (Enlarging, "a video"),
+        (OfItsVideo, "a video"),
+        (OfFrames, "a video that guides it"),
+        (OfGuidingVideo, "a video that guides it"),
+        (OfSound, "sound"),
+        (Inverting, "the inversion of a picture"),
+    ],
+)
+def test_what_no_data_set_gives_is_refused_before_weights(pipeline, needs, dataset):
+    with pytest.raises(ConfigError, match=f"^model.path: {pipeline.__name__} starts from {needs}.*quantlab.evaluate"):
+        check_conditions(pipeline, "prompts", dataset, {})
+
+
+def test_what_can_do_without_a_video_is_run():
+    check_conditions(WithOrWithoutVideo, "prompts", ("prompt",), {})
+    check_conditions(WithOrWithoutVideo, "image_prompts", ("image", "prompt"), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "is_run"),
+    [
+        *dict.fromkeys(
+            ("WanVideoToVideoPipeline", "VideoToVideoSDPipeline", "LTXLatentUpsamplePipeline"), False
+        ).items(),
+        *dict.fromkeys(("LEditsPPPipelineStableDiffusion", "AnimateDiffControlNetPipeline"), False).items(),
+        *dict.fromkeys(
+            ("WanPipeline", "HeliosPipeline", "CosmosVideoToWorldPipeline", "AnyFlowPipeline"), True
+        ).items(),
+        *dict.fromkeys(
+            ("EasyAnimateControlPipeline", "EasyAnimateInpaintPipeline", "StableAudioPipeline"), True
+        ).items(),
+    ],
+)
+def test_the_pipelines_of_diffusers_are_told_apart(name, is_run):
+    import diffusers
+
+    pipeline = getattr(diffusers, name)
+    if is_run:
+        return check_conditions(pipeline, "prompts", ("prompt",), {})
+    with pytest.raises(ConfigError, match=r"^model\.path: .* starts from"):
+        check_conditions(pipeline, "prompts", (), {})

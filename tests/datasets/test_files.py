@@ -90,6 +90,39 @@ def test_a_picture_without_a_known_white_is_refused(tmp_path):
         pixels_of(tmp_path)
 
 
+CLEAR = {
+    "RGBA": lambda gray, alpha: Image.merge("RGBA", (gray, gray, gray, alpha)),
+    "LA": lambda gray, alpha: Image.merge("LA", (gray, alpha)),
+    "P": lambda gray, alpha: Image.merge("RGBA", (gray, gray, gray, alpha)).quantize(16),
+}
+
+
+@pytest.mark.parametrize("lowest", [255, 254, 0])
+@pytest.mark.parametrize("made", CLEAR)
+def test_a_picture_that_is_transparent_somewhere_is_told(tmp_path, capsys, made, lowest):
+    gray = Image.fromarray((RAMP * 255).round().astype(np.uint8))
+    alpha = Image.new("L", gray.size, 255)
+    alpha.paste(lowest, (0, 0, gray.width, gray.height // 2))
+    CLEAR[made](gray, alpha).save(tmp_path / "a.png")
+    gray.save(tmp_path / "b.png")
+    image_prompts.tell_transparent(sorted(tmp_path.iterdir()), "dataset.path=x")
+    told = capsys.readouterr().err
+    assert ("dataset.path=x: 1 of 2 pictures are transparent in places (a.png)" in told) == (lowest < 255)
+    (tmp_path / "a.png").rename(tmp_path / "b.mask.png")
+    if lowest == 255:
+        image_prompts.read(str(tmp_path))
+    else:
+        with pytest.raises(
+            ConfigError, match=r"^dataset\.path=.*: b\.mask\.png is a mask that is transparent in places"
+        ):
+            image_prompts.read(str(tmp_path))
+
+
+def test_a_colour_that_stands_for_transparency_is_found(tmp_path):
+    Image.fromarray((RAMP * 255).round().astype(np.uint8)).save(tmp_path / "a.png", transparency=0)
+    assert image_prompts.is_transparent(tmp_path / "a.png")
+
+
 def test_a_photograph_that_is_cut_off_is_named_wherever_it_is_read(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.jpg")

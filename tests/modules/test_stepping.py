@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 
-from quantlab.modules.stepping import cast_call, heard_steps, in_their_dtypes, paired_draws
+from quantlab.modules.stepping import cast_call, heard_steps, in_their_dtypes, paired_draws, seeded
 
 
 def of_all(dtype):
@@ -43,6 +45,68 @@ def test_what_the_reference_did_not_draw_is_drawn_as_asked():
         made = of_all(torch.bfloat16)
     assert made[4].dtype == torch.float32
     assert torch.equal(made[1], of_all(torch.float32)[1].to(torch.bfloat16))  # as the generators that it knows
+
+
+def shaped(dtype):
+    return torch.zeros(40, dtype=dtype)
+
+
+WAYS = {
+    "normal_": lambda dtype, g: shaped(dtype).normal_(1, 2, generator=g),
+    "a part": lambda dtype, g: shaped(dtype)[::2].normal_(generator=g),
+    "uniform_": lambda dtype, g: shaped(dtype).uniform_(-1, 1, generator=g),
+    "exponential_": lambda dtype, g: shaped(dtype).exponential_(generator=g),
+    "log_normal_": lambda dtype, g: shaped(dtype).log_normal_(generator=g),
+    "cauchy_": lambda dtype, g: shaped(dtype).cauchy_(generator=g),
+    "normal of tensors": lambda dtype, g: torch.normal(shaped(dtype), shaped(dtype) + 1, generator=g),
+    "normal of a mean": lambda dtype, g: torch.normal(shaped(dtype), 2.0, generator=g),
+    "normal of a size": lambda dtype, g: torch.normal(0.0, 2.0, (40,), generator=g, dtype=dtype),
+    "multinomial": lambda dtype, g: torch.multinomial(shaped(dtype) + 1, 20, generator=g),
+    "trunc_normal_": lambda dtype, g: torch.nn.init.trunc_normal_(shaped(dtype), generator=g),
+    "gumbel_softmax": lambda dtype, g: torch.nn.functional.gumbel_softmax(shaped(dtype)),
+    "bernoulli": lambda dtype, g: torch.bernoulli(shaped(dtype) + 0.5, generator=g),
+    "randint": lambda dtype, g: torch.randint(0, 9, (40,), generator=g),
+}
+
+
+@pytest.mark.parametrize("reference", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", WAYS)
+def test_so_is_what_is_filled_in_place_and_drawn_by_weights(way, dtype, reference):
+    def drawn(dtype):
+        torch.manual_seed(7)
+        generator = torch.Generator().manual_seed(8)
+        makes = [WAYS[way](dtype, own) for own in (generator, None)]
+        return *makes, torch.randn(20), torch.randn(20, generator=generator)
+
+    plain = torch.Tensor.normal_
+    with paired_draws(()) as told:
+        expected = drawn(reference)
+    assert all(torch.equal(a, b) for a, b in zip(expected, drawn(reference), strict=True))  # as torch draws
+    with paired_draws(told) as again:
+        found = drawn(dtype)
+    assert again == told
+    assert torch.Tensor.normal_ is plain
+    assert found[0].dtype == drawn(dtype)[0].dtype
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one.double(), other.double(), rtol=2**-6, atol=2**-7)
+
+
+def test_numpy_and_python_draw_what_belongs_to_the_seed():
+    def drawn():
+        return random.random(), float(np.random.rand()), float(np.random.normal())
+
+    random.seed(1)
+    np.random.seed(1)
+    undisturbed = drawn()
+    random.seed(1)
+    np.random.seed(1)
+    found = []
+    for seed in (2**40 + 3, 2**40 + 3, 4):
+        with seeded(seed):
+            found.append(drawn())
+    assert found[0] == found[1] != found[2]
+    assert drawn() == undisturbed
 
 
 class Block(torch.nn.Module):
