@@ -215,10 +215,11 @@ def opened(file: Path, key: str, mode: str) -> PictureFile:
 
 def is_transparent(file: Path) -> bool:
     """Whether a picture that was looked at is transparent somewhere."""
+    import numpy as np
     from PIL import Image
 
     with Image.open(file) as found:
-        return found.has_transparency_data and found.convert("RGBA").getchannel("A").getextrema()[0] < 255
+        return found.has_transparency_data and bool((np.asarray(found.convert("RGBA"))[..., 3] < 255).any())
 
 
 def tell_transparent(files: Sequence[Path], key: str) -> None:
