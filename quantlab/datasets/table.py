@@ -14,6 +14,7 @@ from quantlab.models.pipeline_call import check_conditions, tell_unused
 from quantlab.models.table import family_of
 from quantlab.progress import say
 from quantlab.protocols.table import Inputs
+from quantlab.vocabulary.files import files_below
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ExperimentConfig
 
 Load = Callable[[DatasetConfig, EvaluationConfig, LoadedModel], Inputs]
@@ -175,6 +176,22 @@ CALIBRATION_SETS: dict[str, Load] = {
     row.name: row.load_calibration for row in _ROWS if row.load_calibration is not None
 }
 """``calibration.source`` -> its inputs."""
+
+
+def files_read(name: str, path: str) -> list[Path]:
+    """Every file that the data set ``name`` is made of at ``path``: what lies there or below, and what its lines name.
+
+    Raises ConfigError for a file of lines that cannot be read.
+    """
+    place, read = Path(path).expanduser(), DATASETS[name].read_file
+    found: Any = read(path) if read is not None and place.is_file() else ()
+    named = []
+    for row in found if isinstance(found, list) else ():
+        if isinstance(row, image_prompts.Picture):
+            named += [file for file in (row.image, row.mask, row.control) if file is not None]
+        elif isinstance(row, dict) and "audio" in row:
+            named.append(place.parent / row["audio"])
+    return [*files_below(place), *named]
 
 
 def check_dataset(config: ExperimentConfig) -> None:

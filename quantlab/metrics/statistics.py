@@ -39,6 +39,8 @@ MIN_CLUSTERS = 5
 MIN_DRAWN = 10
 """Fewer clusters than this: no bootstrap, which needs something to draw from."""
 Z_95 = 1.959963984540054
+_ROUNDING = 1e-13
+"""Of two sums in float64: a smaller difference, as a share of them, is made by the order of adding, and is none."""
 
 
 def require_finite(values: ArrayLike, name: str, sample_ids: Sequence[str] = ()) -> None:
@@ -82,7 +84,11 @@ def mean_interval(
     require_finite(values, "value", sample_ids)
     array = np.asarray(values, dtype=np.float64)
     layout = _layout(array.size, clusters, strata)
-    found = _mean_value(float(array.mean()), _sums(array, layout), layout, num_bootstrap, seed)
+    with np.errstate(over="ignore"):
+        mean = float(array.mean())
+    if not math.isfinite(mean):
+        raise MetricUndefined(f"value: the sum of {array.size} samples is beyond float64; look at them one by one")
+    found = _mean_value(mean, _sums(array, layout), layout, num_bootstrap, seed)
     if found.ci_lo is not None and found.ci_lo < 0 <= array.min():
         return replace(found, ci_lo=0.0)
     return found
@@ -140,7 +146,8 @@ def paired_differences(
     """Mean of the first less the second of each pair (i, j) of ``values``, arrays (n,) over the same samples.
 
     :func:`mean_interval` of the samples' differences, up to rounding: clusters' sums are made once an array, whatever
-    the number of pairs. What two runs share cancels.
+    the number of pairs. What two runs share cancels, and a difference that rounding alone can make is 0: repeated in
+    each sample it would have no spread, and so be sure.
     Raises :class:`MetricUndefined` as :func:`mean_interval`, and for different numbers of samples.
     """
     import numpy as np
@@ -152,8 +159,20 @@ def paired_differences(
         require_finite(array, "value")
         require_same_samples(arrays[0], array)
     layout = _layout(arrays[0].size, clusters, strata)
-    sums, means = [_sums(a, layout) for a in arrays], [float(a.mean()) for a in arrays]
-    return [_mean_value(means[i] - means[j], sums[i] - sums[j], layout, num_bootstrap, seed) for i, j in pairs]
+    sums, means = [_sums(a, layout) for a in arrays], [np.array(a.mean()) for a in arrays]
+    return [
+        _mean_value(
+            float(less_rounding(means[i], means[j])), less_rounding(sums[i], sums[j]), layout, num_bootstrap, seed
+        )
+        for i, j in pairs
+    ]
+
+
+def less_rounding(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``a - b``, and 0 where rounding alone makes that."""
+    import numpy as np
+
+    return np.where(abs(a - b) <= _ROUNDING * (abs(a) + abs(b)), 0.0, a - b)
 
 
 def cluster_means(values: ArrayLike, clusters: ArrayLike | None = None) -> NDArray[np.float64]:

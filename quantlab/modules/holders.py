@@ -137,6 +137,8 @@ def _holder(full: str, part: nn.Module, name: str, left: str, is_read: bool) -> 
     rows = weight.dim() - 1 if kind in ("expert", "parameter") else 1
     view = View(shape=tuple(weight.shape), num_row_dims=rows, transposed=transposed)
     way, reason = _way(part, kind, is_read)
+    if not weight.is_floating_point():
+        left = f"of {str(weight.dtype).removeprefix('torch.')}, which no backend rounds"
     if left:
         way, reason = "", left
     return Holder(name=full, owner=part, parameter=name, kind=kind, way=way, reason=reason, view=view)

@@ -49,9 +49,14 @@ def storages(obj: object, packages: Collection[str]) -> Storages:
 
 def held_storages(obj: object, packages: Collection[str]) -> Held:
     """The storages of :func:`storages` themselves."""
+    return {storage_of(tensor): tensor.untyped_storage() for tensor in _plain_tensors(obj, packages)}
+
+
+def _plain_tensors(obj: object, packages: Collection[str]) -> list[Tensor]:
+    """The tensors of :func:`storages`, each object once, and of subclasses those that they hold."""
     from torch import nn
 
-    found: Held = {}
+    found: list[Tensor] = []
     seen: set[int] = set()
     for part in obj.modules() if isinstance(obj, nn.Module) else ():
         for value in vars(part).values():
@@ -62,7 +67,7 @@ def held_storages(obj: object, packages: Collection[str]) -> Held:
     return found
 
 
-def _walk(value: object, found: Held, seen: set[int], packages: Collection[str], depth: int = 0) -> None:
+def _walk(value: object, found: list[Tensor], seen: set[int], packages: Collection[str], depth: int = 0) -> None:
     import torch
 
     if depth > _MAX_DEPTH or id(value) in seen or isinstance(value, (str, bytes, int, float, type, torch.nn.Module)):
@@ -72,15 +77,15 @@ def _walk(value: object, found: Held, seen: set[int], packages: Collection[str],
         _walk(inner, found, seen, packages, depth + 1)
 
 
-def _inner(value: object, found: Held, packages: Collection[str]) -> Iterable[object]:
-    """What ``value`` holds; the storage of a plain tensor is entered into ``found``."""
+def _inner(value: object, found: list[Tensor], packages: Collection[str]) -> Iterable[object]:
+    """What ``value`` holds; a plain tensor is entered into ``found``."""
     import torch
 
     if isinstance(value, torch.Tensor):
         if hasattr(value, "__tensor_flatten__"):
             held = [getattr(value, name) for name in value.__tensor_flatten__()[0]]
         else:
-            found[storage_of(value)] = value.untyped_storage()
+            found.append(value)
             held = []
         return [*held, *getattr(value, "__dict__", {}).values()]
     if isinstance(value, Mapping):
@@ -100,12 +105,13 @@ def storage_of(tensor: Tensor) -> tuple[str, int]:
 
 
 def logical_size(module: nn.Module) -> tuple[int, int, int]:
-    """(parameters, parameters and buffers, bytes of masks and positions) of an unquantized module; shared ones, and
-    transposed views of them, count once.
+    """(parameters, all values, bytes of masks and positions) of an unquantized module; shared ones, and transposed
+    views of them, count once.
 
-    The first two are numbers of values. Buffers of truth values and whole numbers are no values of a weight: no dtype
-    makes them smaller, so they are in the third alone. Twice the second and the third are ``bytes_at_16_bit`` of a
-    :class:`~quantlab.vocabulary.reports.MemoryReport`.
+    The first two are numbers of values; the second are those of parameters, of buffers, and of the tensors that a
+    part keeps beside them (a weight that is computed of others). A complex number is two. Buffers of truth values and
+    whole numbers are no values of a weight: no dtype makes them smaller, so they are in the third alone. Twice the
+    second and the third are ``bytes_at_16_bit`` of a :class:`~quantlab.vocabulary.reports.MemoryReport`.
     """
     parameters, seen = 0, {}
     for tensors, is_parameter in ((module.parameters(), True), (module.buffers(), False)):
@@ -113,10 +119,23 @@ def logical_size(module: nn.Module) -> tuple[int, int, int]:
             if (key := _key(tensor)) in seen:
                 continue
             is_value = is_parameter or tensor.is_floating_point() or tensor.is_complex()
-            seen[key] = tensor.numel() if is_value else 0
+            seen[key] = _num_values(tensor) if is_value else 0
             parameters += tensor.numel() if is_parameter else 0
+    counted = {storage for storage, _, _ in seen}
+    beside = {storage_of(t): t for t in _plain_tensors(module, ()) if storage_of(t) not in counted}
     kept = {storage_of(b): b.untyped_storage().nbytes() for b in module.buffers() if not seen[_key(b)]}
-    return parameters, sum(seen.values()), sum(kept.values())
+    num_values = sum(seen.values())
+    for storage, tensor in beside.items():
+        num_bytes = tensor.untyped_storage().nbytes()
+        if tensor.is_floating_point() or tensor.is_complex():
+            num_values += num_bytes // tensor.element_size() * (2 if tensor.is_complex() else 1)
+        else:
+            kept[storage] = num_bytes
+    return parameters, num_values, sum(kept.values())
+
+
+def _num_values(tensor: Tensor) -> int:
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
 
 
 def _key(tensor: Tensor) -> tuple[tuple[str, int], int, int]:

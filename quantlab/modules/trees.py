@@ -1,8 +1,10 @@
-"""Nested tuples, lists and mappings of tensors and plain values: what a module's forward takes and returns."""
+"""Nested tuples, lists, mappings and data classes of tensors and plain values: what a module's forward takes and
+returns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ def named_tensors(tree: object, name: str = "") -> dict[str, Tensor]:
 
     if isinstance(tree, torch.Tensor):
         return {name: tree}
+    if is_dataclass(tree) and not isinstance(tree, (type, Mapping)):  # the outputs of transformers are mappings, too
+        tree = {field.name: getattr(tree, field.name) for field in fields(tree)}
     items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
     return {n: t for key, item in items for n, t in named_tensors(item, f"{name}.{key}".lstrip(".")).items()}
 

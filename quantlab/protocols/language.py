@@ -245,7 +245,7 @@ def _inputs_sha256(ids: Tensor, record: Mapping[str, Any]) -> str:
 
 def check(model: LoadedModel, inputs: TextInputs) -> None:
     """ModelError for a model whose numbers would mean nothing; see :func:`check_language_model`."""
-    check_language_model(model, inputs.input_ids[:1])
+    check_language_model(model, inputs.input_ids[:1], int(inputs.input_ids.max()))
 
 
 def observe(

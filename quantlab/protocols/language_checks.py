@@ -30,8 +30,8 @@ _HIDDEN_ERROR_16_BIT = 1e-2
 """Relative difference of hidden states that rounding makes, where other rows of a batch or of an expert differ."""
 
 
-def check_language_model(model: LoadedModel, window: Tensor) -> None:
-    """Try ``model`` on ``window``, token ids (1, context_length) of at least 2.
+def check_language_model(model: LoadedModel, window: Tensor, largest: int = 0) -> None:
+    """Try ``model`` on ``window``, token ids (1, context_length) of at least 2; ``largest`` is the largest of all.
 
     Raises ModelError, naming what is wrong, for a model that changes itself when it runs, that sees later tokens, or
     whose logits depend on more than hidden states and tokens; and for tokens beyond its embedding.
@@ -39,7 +39,7 @@ def check_language_model(model: LoadedModel, window: Tensor) -> None:
     module = network_of(model.components["model"])
     key = f"model.path: {model.name}"
     size = module.get_input_embeddings().weight.shape[0]
-    if (largest := int(window.max())) >= size:
+    if (largest := max(largest, int(window.max()))) >= size:
         raise ModelError(
             f"{key} has embeddings for {size} tokens, and its tokenizer gives the token {largest}; use the tokenizer "
             "that belongs to the weights"

@@ -15,6 +15,7 @@ from quantlab.modules.compute_dtype import component_dtype, torch_dtype
 from quantlab.modules.trees import Batch, add_to_digest, arguments_of, named_tensors, replaced, tensors_in
 from quantlab.protocols.defined import defined
 from quantlab.protocols.tried import check_repeats
+from quantlab.protocols.unchanged import same_buffers
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.reports import Measurements
 from quantlab.vocabulary.schema import EvaluationConfig
@@ -102,7 +103,7 @@ def observe(
     ]
     outputs: dict[str, list[Tensor]] = {}
     rows: list[int] = []
-    with torch.no_grad():
+    with torch.no_grad(), same_buffers(module):
         for i, batch in enumerate(batches):
             args, kwargs = arguments_of(_cast(batch, model.device, dtype, only=usual))
             found = _floating(module(*args, **kwargs))

@@ -17,7 +17,13 @@ from quantlab.backends.table import backends, said_of
 from quantlab.errors import ConfigError, TrackingError, nearest
 from quantlab.metrics import METRICS
 from quantlab.metrics.significance import is_skewed, mcnemar_exact, rank_test, t_test
-from quantlab.metrics.statistics import MIN_CLUSTERS, cluster_means, degrees_of_freedom, paired_differences
+from quantlab.metrics.statistics import (
+    MIN_CLUSTERS,
+    cluster_means,
+    degrees_of_freedom,
+    less_rounding,
+    paired_differences,
+)
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.pareto import pareto_front
 from quantlab.report.reading import Reader, StoredRun, read_json
@@ -364,7 +370,7 @@ def _test(names: Sequence[str], common: _Common, pairs: Sequence[tuple[int, int]
     found = []
     for (i, j), difference, error in zip(pairs, differences, in_error, strict=True):
         p = mcnemar_exact(values[i], values[j]) if binary else t_test(difference, degrees)
-        by_cluster = means[i] - means[j]
+        by_cluster = less_rounding(means[i], means[j])
         ranked = not binary and is_skewed(by_cluster)
         found.append(
             Verdict(

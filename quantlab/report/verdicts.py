@@ -160,7 +160,7 @@ def verdict(found: Verdict, metric: str, floor: Floor | None, margin: float) -> 
     inside = is_inside(on_errors, floor.cost) if floor is not None and on_errors is not None else False
     if inside:
         return IN_FLOOR
-    if max(abs(low), abs(high)) <= margin:
+    if margin and max(abs(low), abs(high)) <= margin:
         return IN_MARGIN
     if low <= 0 <= high or found.p_holm >= ALPHA:
         return _by_rank(found)

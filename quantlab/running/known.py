@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quantlab.datasets.table import DATASETS
+from quantlab.datasets.table import DATASETS, files_read
 from quantlab.errors import QuantlabError
 from quantlab.models.checkpoint import file_stamp
 from quantlab.models.table import family_of
@@ -26,6 +26,7 @@ from quantlab.planning.job import Job, floor_jobs
 from quantlab.running.engines.table import is_far
 from quantlab.stages.observe import made_on
 from quantlab.tracking.provenance import versions
+from quantlab.vocabulary.files import files_below
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.numbers import FLOOR_FP32
 from quantlab.vocabulary.schema import APART, ExperimentConfig
@@ -186,8 +187,9 @@ def _file(cache_dir: Path, digest: str) -> Path:
 def _files(config: ExperimentConfig, cache_dir: Path) -> list[Path] | None:
     """The files that model, data set and reference are read from; None where they cannot be told from here."""
     try:
-        model = _model_files(config, cache_dir)
-        return None if model is None else [*model, *_data_files(config), *_below(config.reference.path)]
+        model, reference = _model_files(config, cache_dir), config.reference.path
+        brought = [] if reference is None else files_below(reference)
+        return None if model is None else [*model, *_data_files(config), *brought]
     except (OSError, QuantlabError):  # whoever loads it says what is wrong
         return None
 
@@ -207,7 +209,7 @@ def _model_files(config: ExperimentConfig, cache_dir: Path) -> list[Path] | None
             folder = Path(snapshot_download(path, revision=config.model.revision, local_files_only=True))
         except Exception:  # noqa: BLE001  it is not here, in the library's many ways of saying so
             return None
-    return _below(str(folder))
+    return files_below(folder)
 
 
 def _data_files(config: ExperimentConfig) -> Iterator[Path]:
@@ -215,18 +217,7 @@ def _data_files(config: ExperimentConfig) -> Iterator[Path]:
     if path is None:
         yield from row.own_files() if row.own_files else ()
         return
-    yield from _below(path)
-    if row.read_file is not None and Path(path).expanduser().is_file():
-        found: Any = row.read_file(path)  # its lines may name pictures
-        for one in found if isinstance(found, (list, tuple)) else ():
-            yield from (file for name in ("image", "mask", "control") if (file := getattr(one, name, None)))
-
-
-def _below(path: str | None) -> list[Path]:
-    if path is None:
-        return []
-    place = Path(path).expanduser()
-    return sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
+    yield from files_read(config.dataset.name, path)
 
 
 def where_of(config: ExperimentConfig) -> dict[str, object]:

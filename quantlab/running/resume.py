@@ -12,6 +12,7 @@ from pathlib import Path
 
 from quantlab import tracking
 from quantlab.backends.table import Backend, distributions
+from quantlab.datasets.table import files_read
 from quantlab.errors import ConfigError, TrackingError
 from quantlab.models.foreign import checkpoint_sha256, sources_of
 from quantlab.planning.job import Job
@@ -76,15 +77,17 @@ def _checkpoint_digest(known: Known, job: Job, cache_dir: Path) -> str | None:
 
 
 def _file_digests(job: Job) -> dict[str, str]:
-    """Contents of the files that the scheme's settings name, and of calibration data of the user's own."""
+    """Contents of the files that the scheme's settings name, and of those that calibration data are made of."""
     paths = {
         f"{name}.{k}": Path(v).expanduser()
         for name, scheme in job.schemes.items()
         for k, v in json.loads(scheme.native.to_json_string()).items()
         if k.endswith("_file") and isinstance(v, str)
     }
-    if job.needs_data and job.config.calibration.path is not None:
-        paths["calibration.path"] = Path(job.config.calibration.path).expanduser()
+    asked = job.config.calibration
+    if job.needs_data and asked.path is not None:
+        for i, file in enumerate(files_read(asked.source, asked.path)):
+            paths[f"calibration.path.{i}.{file.name}"] = file
     return {k: hashlib.sha256(path.read_bytes()).hexdigest() for k, path in paths.items() if path.is_file()}
 
 

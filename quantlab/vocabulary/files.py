@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -72,3 +73,20 @@ def read_json_lines(path: str | Path, key: str, way_out: str, max_bytes: int = M
             raise ConfigError(f"{key}: line {number} is no JSON ({why}); {way_out}") from error
         rows.append((number, found))
     return rows
+
+
+def files_below(path: str | Path) -> list[Path]:
+    """Every file below a folder, also in folders that are links, each of these once; of a file itself that."""
+    place = Path(path).expanduser()
+    if not place.is_dir():
+        return [place]
+    found: list[Path] = []
+    entered: set[Path] = set()
+    for folder, inner, names in os.walk(place, followlinks=True):
+        real = Path(folder).resolve()
+        if real in entered:  # a link to where it lies
+            inner.clear()
+            continue
+        entered.add(real)
+        found += [file for name in names if (file := Path(folder) / name).is_file()]
+    return sorted(found)

@@ -287,3 +287,23 @@ def test_an_interval_of_very_small_values():
     values = 1e-150 * np.random.default_rng(0).lognormal(size=20)
     found = mean_interval(values)
     assert found.ci_lo < found.value < found.ci_hi
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_what_rounding_makes_is_no_difference(scale):
+    one = np.full(20, 0.3) * scale
+    other = (np.full(20, 0.1) + 0.2) * scale  # 0.30000000000000004
+    assert not np.array_equal(one, other)
+    noisy = np.random.default_rng(0).random(20) * scale
+    found = paired_differences(
+        [one, other, noisy, np.nextafter(noisy, 2 * scale), noisy * (1 + 1e-9)], [(0, 1), (2, 3), (4, 2)]
+    )
+    for difference in found[:2]:
+        assert (difference.value, difference.se, difference.ci_lo, difference.ci_hi) == (0, 0, 0, 0)
+    assert found[2].ci_lo is not None
+    assert 0 < found[2].ci_lo < found[2].value
+
+
+def test_a_sum_beyond_float64_is_no_number():
+    with pytest.raises(MetricUndefined, match="^value: the sum of 10 samples is beyond float64"):
+        mean_interval([1e308] * 10)

@@ -47,6 +47,29 @@ class TestDense:
         assert logical_size(model) == (88, 88, 0)
 
     @pytest.mark.parametrize("dtype", DTYPES)
+    def test_what_a_part_keeps_beside_its_parameters_counts_on_both_sides(self, dtype):
+        model = linear(DTYPES[dtype])
+        model[0].turned = model[0].weight.t()  # a view: no bytes of its own
+        model[0].cache = {"cos": torch.ones(3, 50, dtype=DTYPES[dtype]), "steps": [torch.arange(4)]}
+        model[0].cache["part"] = model[0].cache["cos"][:1]
+        report = component_memory(model, (), model)
+        parameters, values, index_bytes = logical_size(model)
+        assert (parameters, values, index_bytes) == (N * K + 3 * N, N * K + 3 * N + 150, 32)
+        assert report.bits_per_weight == {"fp32": 32, "bf16": 16}[dtype]
+
+    @pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+    def test_a_weight_that_is_computed_of_others_is_as_wide_as_they_are(self, norm):
+        model = nn.Sequential(getattr(nn.utils, norm)(nn.Linear(8, 8)))
+        assert component_memory(model, (), model).bits_per_weight == 32
+
+    def test_a_complex_number_is_two(self):
+        model = nn.Sequential(nn.Linear(8, 8))
+        model.spectrum = nn.Parameter(torch.ones(4, 4, dtype=torch.complex64))
+        model.register_buffer("phases", torch.ones(4, dtype=torch.complex64))
+        assert logical_size(model) == (72 + 16, 72 + 32 + 8, 0)
+        assert component_memory(model, (), model).bits_per_weight == 32
+
+    @pytest.mark.parametrize("dtype", DTYPES)
     def test_masks_and_positions_are_of_no_weight(self, dtype):
         model = linear(DTYPES[dtype])
         without = component_memory(model, (), model)

@@ -152,3 +152,10 @@ def test_an_encoder_that_changes_itself_is_refused(tmp_path):
     bad = changed_by(model, lambda net: net.embeddings.word_embeddings.weight.data.mul_(0.9))
     with pytest.raises(ModelError, match=r"changes its own weights .*word_embeddings"):
         encoder.check(bad, inputs)
+
+
+def test_a_token_beyond_the_embedding_is_found_in_any_window(model):
+    inputs = text_inputs(TEXT, EVALUATION, model, "dataset=text")
+    inputs.input_ids[1, 5] = 10**6
+    with pytest.raises(ModelError, match=r"^model.path: .* has embeddings for \d+ tokens, .* the token 1000000"):
+        language.check(model, inputs)

@@ -45,6 +45,8 @@ def floor_of(middle, low=None, high=None):
         (2.0, (1.0, 3.0), 0.06, 2.0, 0.0, "not distinguishable"),
         (2.0, (-0.1, 4.0), 0.01, None, 0.0, "not distinguishable"),
         (2.0, (0.0, 4.0), 0.01, None, 0.0, "not distinguishable"),
+        (0.0, (0.0, 0.0), 1.0, None, 0.0, "not distinguishable"),
+        (0.0, (0.0, 0.0), 1.0, None, 0.1, "inside the margin"),
         (2.0, (None, None), 0.01, 5.0, 0.0, "too few samples"),
         (2.0, (1.0, 3.0), None, 5.0, 0.0, "too few samples"),
     ],

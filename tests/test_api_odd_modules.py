@@ -1,0 +1,102 @@
+"""Modules that change as they run, hold other numbers than floats, or return what is no tuple."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+import quantlab
+
+INT8 = quantlab.QuantoConfig("int8")
+EVERY_KIND = ("linear", "conv", "embedding", "expert", "recurrent", "parameter")
+X = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+
+
+class OneLinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(64, 64)
+
+
+class Counting(OneLinear):
+    """Adds up what it has seen, a little of it into each answer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(64))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long), persistent=False)
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen = self.seen + 1e-5 * x.mean(0)  # another tensor at each call
+        return self.linear(x) + self.seen
+
+
+class Normalizing(OneLinear):
+    """Stays in train mode, whatever it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(64)
+
+    def train(self, mode=True):
+        return super().train(True)
+
+    def forward(self, x):
+        return self.norm(self.linear(x))
+
+
+@pytest.mark.parametrize("kind", [Counting, Normalizing])
+def test_what_changes_as_it_runs_is_compared_from_one_state_and_given_back(kind):
+    module = kind()
+    before = {name: (buffer, buffer.clone()) for name, buffer in module.named_buffers()}
+    reference, row = quantlab.evaluate(module, [INT8], [X] * 20, num_bootstrap=10, floors=False)
+    once, again = quantlab.evaluate(kind(), [INT8], [X], num_bootstrap=10, floors=False)
+    assert reference.quality["output_rel_error"].value == once.quality["output_rel_error"].value == 0
+    assert row.quality["output_rel_error"].value == pytest.approx(again.quality["output_rel_error"].value, rel=1e-3)
+    for name, buffer in module.named_buffers():
+        assert buffer is before[name][0]
+        assert torch.equal(buffer, before[name][1])
+
+
+class Spectral(OneLinear):
+    """A layer of complex numbers, and one of integers that is decoded as it is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.spectrum = nn.Parameter(torch.randn(64, 64, dtype=torch.complex64), requires_grad=False)
+        self.codes = nn.Parameter(torch.randint(-127, 127, (64, 64), dtype=torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return (torch.fft.fft(self.linear(x)) @ self.spectrum).real @ (self.codes.float() / 64)
+
+
+def test_complex_numbers_and_codes_are_left_and_said_so():
+    _, row = quantlab.evaluate(Spectral(), [INT8], [X], num_bootstrap=10, floors=False, layer_kinds=EVERY_KIND)
+    found = {layer.name: layer for layer in row.quantization.layers}
+    assert found["linear"].status == "quantized"
+    for name, dtype in (("spectrum", "complex64"), ("codes", "int8")):
+        assert found[name].status != "quantized"
+        assert f"of {dtype}, which no backend rounds" in found[name].reason
+
+
+@dataclass
+class Answer:
+    prediction: torch.Tensor
+    parts: tuple
+    note: str = ""
+
+
+class Answering(OneLinear):
+    def forward(self, x):
+        y = self.linear(x)
+        return Answer(prediction=y, parts=(None, {"twice": 2 * y + 1}))
+
+
+def test_a_data_class_is_looked_into():
+    _, row = quantlab.evaluate(Answering(), [INT8], [X], num_bootstrap=10, floors=False)
+    assert set(row.measurements.resolved["output_rel_errors"].replace(":", "").split(", ")[0].split()) & {"prediction"}
+    assert row.measurements.resolved["compared_output"] in ("prediction", "parts.1.twice")
+    assert 0 < row.quality["output_rel_error"].value < 0.05
