@@ -235,7 +235,7 @@ def show_comparison(words: Sequence[str]) -> int:
     failed = [failure_data(run) for run in selection.failed]
     if request.csv:
         write_csv([group_data(group) for group in groups], failed, request.csv)
-    page = request.html or Path("outputs", "reports", f"{file_name(selection.title, 100)}.html")
+    page = request.html or Path(request.output_dir, "reports", f"{file_name(selection.title, 100)}.html")
     write_page(page_data(groups, selection, reader), page)
     logged = request.sweep and reader.add_artifact(selection.parents[0], page, "reports")
     if request.as_json:

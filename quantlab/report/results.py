@@ -32,6 +32,7 @@ from quantlab.report.table import headline, rows_sheet
 from quantlab.report.terminal import MAX_CELL, Sheet, show, told_below
 from quantlab.tracking.connect import NO_STORE
 from quantlab.tracking.pictures import SAMPLE_ARRAYS, SAMPLE_GRID, read_samples
+from quantlab.tracking.record import run_id_of
 from quantlab.tracking.results import Row, report_data
 from quantlab.tracking.tags import KIND, PARENT_RUN_ID, REPRODUCES
 from quantlab.tracking.values import flatten
@@ -221,9 +222,9 @@ def next_steps(results: Results, output_dir: str, tracking: TrackingConfig) -> l
     last, folders = quantized[-1], _folders(output_dir)
     ids = {r.run_id for r in results if r.run_id}
     folder = next((f for f in folders if ids <= _rows_of(f)), None)
-    sweep = _run_id_of(folder) if folder else ""
+    sweep = run_id_of(folder) if folder else ""
     run_id = sweep or str(last.run_id)
-    folder = folder or next((f for f in folders if _run_id_of(f) == run_id), None)
+    folder = folder or next((f for f in folders if run_id_of(f) == run_id), None)
     ui = tracking.uri if tracking.uri.startswith("http") else f"mlflow ui --backend-store-uri {tracking.uri}"
     chosen = f"sweep={sweep}" if sweep else f"experiment={tracking.experiment}"
     where = f" tracking.uri={NO_STORE}" if tracking.uri == NO_STORE else ""
@@ -248,15 +249,6 @@ def _rows_of(folder: Path) -> set[str | None]:
         return {row["run_id"] for row in rows}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
-
-
-def _run_id_of(folder: Path) -> str:
-    """The id by which the store knows the run of a folder; empty where it has not arrived there."""
-    try:
-        sent = json_object((folder / "tracking" / "sent.json").read_bytes()).get("run_id")
-        return str(sent or f"local-{json_object((folder / 'run.json').read_bytes()).get('record', '')}")
-    except OSError:
-        return ""
 
 
 class Told(str):

@@ -263,7 +263,7 @@ def _sweep(request: ComparisonRequest, reader: Reader) -> StoredRun:
         for sweep in found:
             if any(r.status == "FINISHED" and r.tags.get(KIND) == "job" for r in children(reader, sweep)):
                 if sweep is not found[0]:
-                    newest = f"{found[0].name} ({found[0].run_id[:8]})"
+                    newest = f"{found[0].name} ({_short(found[0].run_id)})"
                     say(f"sweep=latest: {newest} is newer, and none of its jobs has finished")
                 return sweep
         raise TrackingError(
@@ -370,5 +370,10 @@ def _not_comparable(request: ComparisonRequest, groups: Sequence[Sequence[Stored
 
 def _title(request: ComparisonRequest, parents: Sequence[StoredRun]) -> str:
     if request.sweep:
-        return f"{parents[0].name}-{parents[0].run_id[:8]}"
-    return request.experiment or f"runs-{request.run_ids[0][:8]}"
+        return f"{parents[0].name}-{_short(parents[0].run_id)}"
+    return request.experiment or f"runs-{_short(request.run_ids[0])}"
+
+
+def _short(run_id: str) -> str:
+    """Enough of an id to tell runs apart; one of a folder begins with a word that all of them have."""
+    return run_id.removeprefix("local-")[:8]

@@ -175,9 +175,10 @@ def rows_sheet(
     listed = [r for r in rows if r not in skipped] + skipped[:MAX_SKIPPED]
     texts = [cells(row, shown, bounds=False) for row in listed]
     styles = {}
-    resumed = [bool(row.get("resumed")) for row in listed]
+    ran = [row for row in listed if row["status"] != "SKIPPED"]
+    all_resumed = bool(ran) and all(row.get("resumed") for row in ran)
     for i, row in enumerate(listed):
-        texts[i][0] += " (resumed)" if resumed[i] and not all(resumed) and not is_plain else ""
+        texts[i][0] += " (resumed)" if row.get("resumed") and not all_resumed and not is_plain else ""
         if row["status"] == "FAILED" or "quantization/coverage" not in row["metrics"]:
             styles[i] = "red" if row["status"] == "FAILED" else "dim"
     left = len(skipped) - MAX_SKIPPED
@@ -190,7 +191,7 @@ def rows_sheet(
     timed = [
         replace(c, caption=CPU_SECONDS) if on_cpu and (c.title == "s" or "perf/" in c.title) else c for c in chosen
     ]
-    earlier = "resumed: all rows are those of earlier jobs" if resumed and all(resumed) else ""
+    earlier = "resumed: all rows are those of earlier jobs" if all_resumed else ""
     told = (untold, *said_beside(rows), *_not_there(more, rows), caption, earlier)
     return Sheet(columns=with_marks(timed, texts), rows=texts, styles=styles, caption=told)
 

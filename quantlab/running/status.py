@@ -12,6 +12,7 @@ from quantlab.errors import ConfigError, nearest
 from quantlab.report.terminal import Column, Sheet
 from quantlab.running.attempts import ATTEMPT, LOG, ended_since_given, node_of, num_attempts, read
 from quantlab.running.handing import JOBS
+from quantlab.tracking.record import run_id_of
 from quantlab.tracking.tags import HOST, KIND
 from quantlab.tracking.values import process_is_alive, this_process
 
@@ -36,18 +37,26 @@ class JobStatus:
 
 
 def status(words: Sequence[str]) -> list[JobStatus]:
-    """The jobs of a sweep, named by a part of its folder, or ``latest``; ConfigError where there is none such."""
+    """The jobs of a sweep, named by its id, a part of its folder, or ``latest``; ConfigError where there is none such.
+
+    A store need not be there, so that its address, which may be typed as for other commands, says nothing.
+    """
     output_dir, wanted = Path("outputs"), "latest"
     for word in words:
         key, has_value, value = word.partition("=")
         if has_value and key == "output_dir":
             output_dir = Path(value).expanduser()
+        elif has_value and key in ("tracking.uri", "tracking.experiment"):
+            continue
+        elif has_value and key == "sweep":
+            wanted = value
         elif word.startswith("-") or has_value:
-            raise ConfigError(f"{word}: no word of status{nearest(key, ['output_dir', '--json'])}; {USAGE}")
+            raise ConfigError(f"{word}: no word of status{nearest(key, ['output_dir', 'sweep', '--json'])}; {USAGE}")
         else:
             wanted = word
     sweeps = [folder for folder in sorted((output_dir / "runs").glob("*")) if _is_sweep(folder)]
-    found = sweeps if wanted == "latest" else [folder for folder in sweeps if wanted in folder.name]
+    named = [folder for folder in sweeps if wanted in ("latest", run_id_of(folder))]
+    found = named or [folder for folder in sweeps if wanted in folder.name]
     if not found:
         names = ", ".join(folder.name for folder in sweeps[-5:]) or "none"
         raise ConfigError(f"status {wanted}: no sweep in {output_dir / 'runs'} is called so; there are {names}")

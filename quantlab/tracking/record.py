@@ -227,6 +227,15 @@ class Record:
             lock.release()
 
 
+def run_id_of(folder: Path) -> str:
+    """:attr:`Record.run_id` of a run's folder, of which only two small files are read; empty of any other folder."""
+    try:
+        sent = _read_json(folder / "tracking" / "sent.json").get("run_id")
+        return str(sent or f"local-{_read_json(folder / 'run.json')['record']}")
+    except (OSError, ValueError, KeyError):
+        return ""
+
+
 def folders_with_records(runs_dir: Path) -> list[Path]:
     """Folders of ``runs_dir`` (and one level deeper) that hold a record."""
     found = [*runs_dir.glob(f"*/{_EVENTS}"), *runs_dir.glob(f"*/*/{_EVENTS}")]

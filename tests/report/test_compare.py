@@ -327,6 +327,9 @@ def test_the_command_prints_a_table_and_writes_csv_json_and_the_page(own_sweep):
     assert code == 0
     assert json.loads(out)["groups"][0]["front"] == ["int4 a", "int8 a"]
     assert (own_sweep.folder / "page.html").is_file()
+    code, _, err = shell("compare", "sweep=latest", "output_dir=else where", "--plain")
+    assert code == 0, err
+    assert (own_sweep.folder / "else where" / "reports" / page.name).is_file(), "beside the other files of that folder"
 
 
 def test_reading_needs_neither_torch_nor_mlflow(sweep):

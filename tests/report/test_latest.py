@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from quantlab.errors import ConfigError, TrackingError
 from quantlab.report.reading import open_reader
-from quantlab.report.selection import parse_request, select
+from quantlab.report.selection import _title, parse_request, select
 from tests.support.comparison_store import N, add_run, fail, make_sweep
 
 
@@ -30,6 +32,15 @@ def begun(sweep, name, status=None):
     if status:
         run.finish(status)
     return run.run_id
+
+
+def test_titles_of_sweeps_without_a_store_tell_them_apart():
+    """Their ids begin alike."""
+    request = parse_request(["sweep=latest"])
+    sweeps = [SimpleNamespace(name="sweep", run_id=f"local-{end}") for end in ("4784bdfb99", "47c669cb51")]
+    assert [_title(request, [sweep]) for sweep in sweeps] == ["sweep-4784bdfb", "sweep-47c669cb"]
+    assert _title(parse_request(["local-4784bdfb99"]), []) == "runs-4784bdfb"
+    assert _title(request, [SimpleNamespace(name="s", run_id="0123456789ab")]) == "s-01234567"
 
 
 @pytest.fixture

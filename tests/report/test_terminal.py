@@ -167,6 +167,8 @@ def test_rows_that_are_all_of_earlier_jobs_say_so_once_and_keep_their_names():
     sheet = rows_sheet(rows, "diffusion")
     assert [row[0] for row in sheet.rows] == [row["name"] for row in ROWS]
     assert " ".join(printed(sheet, 80).split()).count("resumed") == 1
+    skipped = {**measured("nf4"), "status": "SKIPPED", "metrics": {}}
+    assert [row[0] for row in rows_sheet([*rows, skipped], "diffusion").rows][:2] == [row["name"] for row in ROWS]
     some = [rows[0], ROWS[1]]
     assert [row[0] for row in rows_sheet(some, "diffusion").rows] == [
         "torchao int4 g128 awq (resumed)",

@@ -75,7 +75,16 @@ def test_the_command(sweep, capsys, words):
     assert (json.loads(out)[0]["state"] == "queued") if words else ("waits" in out and "running" in out)
 
 
-@pytest.mark.parametrize("words", [["nothing"], ["sweep=x"], ["--jsn"]])
+@pytest.mark.parametrize("words", [["latest"], ["sweep=latest"], ["local-s"], ["sweep=local-s"], ["sweep-a"]])
+def test_a_sweep_is_named_as_for_the_other_commands(sweep, words):
+    told = ["tracking.uri=none", "tracking.experiment=mine", "output_dir=outputs"]
+    assert status([*words, *told]) == status([])
+    (sweep / "tracking").mkdir()
+    write(sweep / "tracking", "sent.json", {"uri": "u", "experiment": "e", "run_id": "0abc"})
+    assert len(status(["0abc"])) == len(status([]))
+
+
+@pytest.mark.parametrize("words", [["nothing"], ["sweep=x"], ["sweeep=x"], ["--jsn"]])
 def test_what_is_no_sweep_is_refused_with_the_way_out(sweep, words):
     with pytest.raises(ConfigError, match=r"there are 20260101-sweep-a|quantlab status \[SWEEP\]"):
         status(words)
