@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import itertools
+import re
+import shutil
+import subprocess
 import time
 import xml.etree.ElementTree as ET
 from types import SimpleNamespace
@@ -217,6 +221,8 @@ def test_each_figure_is_saved_as_svg_that_stands_alone(browser, data, tmp_path, 
     assert "class=" not in text
     said = " ".join(root.itertext())
     assert "int8 b" in said or which != "plot"
+    legend = [float(e.get("x")) for e in root.iter() if (e.text or "") in ("gguf", "quanto", "torchao")]
+    assert which != "plot" or (len(legend) == 3 and legend == sorted(legend) and legend[-1] < float(root.get("width")))
     fills = {e.get("fill") for e in root.iter() if e.get("fill")}
     assert (fills & {"rgb(26, 32, 39)"} != set()) == dark  # the ground is the page's
     (tmp_path / "alone.svg").write_text(text)
@@ -337,6 +343,31 @@ def test_printed_it_is_a_light_report_without_controls(browser, data, tmp_path):
         "return [...document.querySelectorAll('.wide, .map-frame')].every(e => getComputedStyle(e).overflow === 'visible')"
     )
     assert browser.execute_script("return getComputedStyle(document.querySelector('.pill')).color") != ""
+
+
+@pytest.mark.parametrize("layers", [30, 60])
+def test_on_paper_a_map_has_its_names_on_its_page_and_a_table_its_head_on_each(browser, data, tmp_path, layers):
+    if not shutil.which("pdftotext"):
+        pytest.skip("no pdftotext here: what stands on which page is not read")
+    made = with_many_schemes(data, layers)
+    write_page(made, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html")
+    paper = {"printBackground": True, "paperWidth": 8.27, "paperHeight": 11.69}
+    (tmp_path / "a.pdf").write_bytes(base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", paper)["data"]))
+    words = ["pdftotext", "-layout", str(tmp_path / "a.pdf"), "-"]
+    pages = subprocess.run(words, check=True, capture_output=True, text=True).stdout.split("\f")
+    with_map = [text for text in pages if "transformer_blocks.0.attn.to_q" in text]
+    assert len(with_map) == 1
+    assert f"transformer_blocks.{(layers - 1) // 3}.attn.to_v" in with_map[0], "to its last row"
+    assert "darker is worse" in with_map[0], "with its scale"
+    assert "Where in the model" in with_map[0], "and its heading"
+    rows = [
+        text
+        for text in pages
+        if re.search(r"^\s*(torchao|gguf|quanto|modelopt|bitsandbytes) \S+.*\d\.\d\d .*\d\.\d\d", text, re.M)
+    ]
+    assert len(rows) >= 2, "a long table"
+    assert all("scheme" in text and "verdict" in text for text in rows)
 
 
 def with_texts(data):

@@ -69,7 +69,7 @@ function heatMap(map, width, file) {
     make("span", {}, `${ends[0]} `, make("span", { class: "ramp", style: `background:${bar}` }), ` ${ends[1]}`), make("span", {}, "darker is worse"),
     hasNumbers ? null : make("span", { class: "screen" }, "point at a cell for its number"),
     saveSvg(file, () => alone(map, { head, cells, top, h, down, shown: columns, listed: above.list, said: [map.name && `${map.name}:`, map.metric, unit && `[${unit}]`].filter(Boolean).join(" "), ends })));
-  const stay = left < width * 0.45 ? " stay" : "", zoom = Math.min(1, 690 / (left + across)); // long names scroll away on a narrow screen; paper holds all
+  const stay = left < width * 0.45 ? " stay" : "", zoom = Math.min(1, 690 / (left + across), Math.max(0.45, 880 / (top + down))); // long names scroll away on a narrow screen; paper holds all
   return [legend, make("div", { class: "map-frame", tabindex: 0 }, make("div", { class: "map-grid", style: `grid-template-columns:${left}px ${across}px;--print-zoom:${zoom.toFixed(3)}` },
     make("div", { class: `map-corner${stay}` }), make("div", { class: "map-head" }, head), make("div", { class: `map-names${stay}` }, names), make("div", {}, cells))), side.list, above.list].filter(Boolean);
 }

@@ -67,7 +67,7 @@ function aloneToo(svg, rows, numbered) { // the plot as a file: what its colours
   const width = Number(svg.getAttribute("width")), shown = [...new Set(rows.filter((r) => r.role === "candidate").map(kindOf))].sort();
   const legend = drawing(width, 0, {}), list = numbered.length ? listDrawing(numbered.map((row, i) => `${i + 1}  ${row.name}`), width) : null;
   const what = state.kind === "library" ? "" : `${state.kind}:`;
-  let x = 8 + (what && textWidth(what, 12) + 12), y = 20;
+  let x = 8 + (what ? textWidth(what, 12) + 12 : 0), y = 20;
   legend.append(make("text", { x: 8, y, class: "tick" }, what));
   for (const kind of shown) {
     const style = styleOf(kind), room = textWidth(kind, 12) + 40;

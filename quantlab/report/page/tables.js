@@ -3,9 +3,10 @@ function sortable(columns, rows, start, detail, longest = 60) {
   let by = start, up = !columns[start].down;
   const open = new Set();
   const body = make("tbody"), head = make("tr");
-  const heads = columns.map((c, i) => make("th", { class: `${c.text ? "text" : ""}${c.away ? " away" : ""}`, scope: "col" }, c.value
-    ? make("button", { type: "button", onclick: () => { up = by === i ? !up : !c.down; by = i; draw(); } }, make("span", { class: "title" }, c.title), c.sub ? make("small", {}, c.sub) : null)
-    : make("span", { class: "plain" }, c.title)));
+  const heads = columns.map((c, i) => make("th", { class: `${c.text ? "text" : ""}${c.away ? " away" : ""}`, scope: "col" }, ...(c.value
+    ? [make("button", { type: "button", onclick: () => { up = by === i ? !up : !c.down; by = i; draw(); } }, make("span", { class: "title" }, c.title), c.sub ? make("small", {}, c.sub) : null),
+      make("span", { class: "paper", "aria-hidden": "true" }, c.title, c.sub ? make("small", {}, c.sub) : null)] // a head that is repeated on each page shows no button there
+    : [make("span", { class: "plain" }, c.title)])));
   head.append(...heads);
   const compareRows = (a, b) => {
     const [va, vb] = [columns[by].value(a), columns[by].value(b)];
@@ -65,7 +66,7 @@ function schemeTable() {
       r.link && webAddress(r.link) ? make("a", { class: "run", href: webAddress(r.link), target: "_blank", rel: "noopener noreferrer", title: "The run in MLflow" }, "run\u2009\u2197") : ""] },
   ];
   const rows = shownRows().map((r) => ({ ...r, anchor: ids[r.name] }));
-  return sortable(columns, rows, 2, reproduce, 200);
+  return sortable(columns, rows, 3, reproduce, 200);
 }
 
 function saveCsv() {
