@@ -10,6 +10,9 @@ from quantlab.errors import QuantlabError
 from quantlab.models.loaded import LoadedModel
 
 BACKEND = "inductor"
+MAX_COMPILED = 32
+"""So often is a function compiled: for batches, windows, prompts and single tokens, with and without a cache. That is 9
+times for a Llama that is measured and generates, where torch allows 8; once a token would be more."""
 
 
 class CompileError(QuantlabError):
@@ -32,7 +35,8 @@ def compiled(model: LoadedModel) -> Iterator[None]:
     modules: list[Any] = [model.components[name] for name in names]
     settings: Any = dynamo.config
     dynamo.reset()
-    with settings.patch(fail_on_recompile_limit_hit=True, skip_nnmodule_hook_guards=False):
+    mine = {"fail_on_recompile_limit_hit": True, "recompile_limit": MAX_COMPILED, "skip_nnmodule_hook_guards": False}
+    with settings.patch(mine):
         try:
             for module in modules:
                 torch.nn.Module.compile(module, backend=BACKEND)

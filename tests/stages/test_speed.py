@@ -159,6 +159,21 @@ def test_what_cannot_be_compiled_says_why(monkeypatch, net, backend, told):
     assert made(torch.ones(2, 4)).shape == (2, 4)
 
 
+def test_a_model_is_compiled_for_each_way_in_which_it_is_measured(monkeypatch):
+    """Batches, windows, prompts, single tokens, caches, and strides that the compiler chose: more than torch's eight."""
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+
+    class Ways(Net):
+        def forward(self, x, **ways):
+            return super().forward(x) + len(ways)
+
+    net = Ways()
+    with compiled(model_of(net)), first_run() as found:
+        for number in range(12):
+            net(torch.ones(2, 4), **dict.fromkeys("abcdefghijkl"[:number]))
+    assert found["compiled_graphs"] == 12
+
+
 def test_a_function_that_is_compiled_too_often_is_no_compiled_one(monkeypatch):
     monkeypatch.setattr(compiling, "BACKEND", "eager")
 
