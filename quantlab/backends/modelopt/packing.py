@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from quantlab.backends.modelopt.library_types import BaseQuantizedTensor, QuantLinear, TensorQuantizer
 
 CODES_AT_ONCE, ON_A_GPU = 2**18, 2**20
-"""Pairs of 4-bit codes that are packed or unpacked together: 2 MiB of 64-bit integers, which the system has at once
-back while a model is streamed; on a GPU, where each slice is a handful of launches, 8 MiB."""
+"""Pairs of 4-bit codes that are packed or unpacked together: 1 MiB for each of the 16-bit tensors between them, which
+the system has at once back while a model is streamed; on a GPU, where each slice is a handful of launches, 4 MiB."""
 
 
 def pack(layers: list[QuantLinear], is_max: bool) -> None:
@@ -43,8 +43,9 @@ def pack(layers: list[QuantLinear], is_max: bool) -> None:
 
 @functools.cache
 def in_slices() -> None:
-    """Let the library pack and unpack 4-bit integers some rows at a time: it unpacks by way of 64-bit integers, which
-    for a whole layer are four times its weight in 16 bits. The same operations on the same numbers: the same bits."""
+    """Let the library pack and unpack 4-bit integers some rows at a time. It unpacks by way of 64-bit integers, which
+    for a whole layer are four times its weight in 16 bits; here the result's own memory is all that is used. The same
+    operations on the same numbers: the same bits."""
     import torch
 
     packed_class: Any = importlib.import_module("modelopt.torch.quantization.qtensor").INT4QTensor
@@ -63,20 +64,18 @@ def in_slices() -> None:
     @functools.wraps(own)
     def dequantize(self: Any, dtype: torch.dtype | None = None, **given: Any) -> Tensor:
         codes, shape, scales = self._quantized_data, tuple(self.metadata["shape"]), given["scale"]
-        columns = codes.shape[-1]
-        rows = _rows_at_once(codes, columns)
-        size = given["block_sizes"][-1]
-        is_plain = codes.ndim == 2 and shape == (len(codes), 2 * columns) and shape[1] % size == 0
-        if not is_plain or len(codes) <= rows or scales.numel() != len(codes) * (shape[1] // size):
+        size, step = given["block_sizes"][-1], _rows_at_once(codes, codes.shape[-1])
+        is_plain = codes.ndim == 2 and shape == (len(codes), 2 * codes.shape[1]) and shape[1] % size == size % 2 == 0
+        if not is_plain or scales.numel() * size != 2 * codes.numel() or not scales.is_floating_point():
             found: Tensor = own(self, dtype, **given)
             return found
-        by_row = scales.reshape(len(codes), -1)
-        made = torch.empty(shape, dtype=dtype or self.metadata["dtype"], device=codes.device)
-        for start in range(0, len(codes), rows):
-            part = codes[start : start + rows]
-            some = packed_class(torch.Size((len(part), shape[1])), self.metadata["dtype"], part)
-            made[start : start + rows] = own(some, dtype, **{**given, "scale": by_row[start : start + rows]})
-        return made
+        made = torch.empty(len(codes), shape[1] // size, size, dtype=scales.dtype, device=codes.device)
+        factors = scales.reshape(*made.shape[:2], 1)
+        for part, some, factor in zip(*(torch.split(t, step) for t in (made, codes, factors)), strict=True):
+            for half, code in enumerate((some >> 4, some & 15)):
+                part[:, :, half::2] = code.view(*part.shape[:2], size // 2)
+            part.sub_(8).div_(factor)  # whole numbers up to 15, exact in each dtype of scales
+        return made.view(shape).to(dtype or self.metadata["dtype"])
 
     packed_class.dequantize, packed_class.quantize = dequantize, classmethod(quantize)
 

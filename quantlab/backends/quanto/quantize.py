@@ -125,7 +125,7 @@ def read_back(layer: nn.Module) -> StoredWeight:
 
 
 def adopt(layer: nn.Module, compute_dtype: str) -> nn.Module:
-    """A layer that another library loaded, as it is; the two operators are replaced that it needs a compiler for."""
+    """A layer that another library loaded, as it is; the operators are replaced that it needs a compiler for."""
     override_operators()
     return layer
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from quantlab.backends.modelopt import packing
+from tests.support.allocated import Allocated
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +41,6 @@ def test_slices_are_the_same_numbers(packed_class, dtype, as_dtype, rows, column
 def test_no_more_than_some_rows_are_unpacked_at_once(packed_class, monkeypatch):
     packed, scales = packed_class.quantize(torch.randn(64, 128), 32)
     monkeypatch.setattr(packing, "CODES_AT_ONCE", 128)
-    seen = []
-
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            found = function(*args, **(kwargs or {}))
-            if isinstance(found, torch.Tensor) and found.dtype == torch.int64:
-                seen.append(found.numel())
-            return found
-
-    with Watch():
-        packed.dequantize(scale=scales, block_sizes={-1: 32})
-    assert max(seen) <= 128
+    with Allocated() as allocated:
+        made = packed.dequantize(scale=scales, block_sizes={-1: 32})
+    assert allocated.peak_bytes <= made.nbytes + 4 * 128
