@@ -71,18 +71,31 @@ class Sweep(SweepResults):
 
 
 def newest(runs_dir: Path, recipe: str) -> Sweep | None:
-    """The newest finished sweep of a recipe; None without one."""
+    """The newest finished sweep of a recipe; None without one.
+
+    Rows that it found finished count with the time that they took and from the day on which they ran. Raises
+    ConfigError where that is not to be had.
+    """
     found = find_records(runs_dir, {RECIPE: recipe, KIND: "sweep"})
     ids = {Path(r["folder"]) / "rows.json": r["run_id"] for r in found}
     files = sorted((f for f in ids if f.is_file()), key=lambda p: p.parent.name)
     if not files:
         return None
     data: SweepResults = json.loads(files[-1].read_text(encoding="utf-8"))
+    earlier = {r["run_id"] for r in data["rows"] if r.get("resumed")}
+    jobs = [r for r in find_records(runs_dir, {}) if r["run_id"] in earlier] if earlier else []
+    if len(jobs) < len(earlier):
+        raise ConfigError(
+            f"recipe={recipe}: {len(earlier) - len(jobs)} of its rows were found finished, and their folders are gone: "
+            "what they cost is not known; run it with sweep.force=true"
+        )
+    began = min([files[-1].stat().st_mtime, *(job["start_ms"] / 1000 for job in jobs)])
     return {
         **data,
+        "seconds": data["seconds"] + sum(((job["end_ms"] or 0) - job["start_ms"]) / 1000 for job in jobs),
         "run_id": ids[files[-1]],
         "uri": f"sqlite:///{runs_dir.parent.absolute() / 'mlflow.db'}",
-        "date": datetime.fromtimestamp(files[-1].stat().st_mtime, UTC).strftime("%Y-%m-%d"),
+        "date": datetime.fromtimestamp(began, UTC).strftime("%Y-%m-%d"),
     }
 
 

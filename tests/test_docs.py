@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,26 @@ def test_every_document_is_filled(project: Path, runs: Path) -> None:
     assert "# Expect: measured" in (project / "recipes" / "mine.yaml").read_text()
     assert (project / "recipes" / "mine.svg").read_text().startswith("<?xml")
     assert main(project, runs) == []
+
+
+def test_what_was_found_finished_cost_its_time_on_its_day(
+    project: Path, runs: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep that found jobs of earlier ones took no minute: what they cost then is told, and since when."""
+    with monkeypatch.context() as then:
+        then.setattr("quantlab.tracking.record.now_ms", iter((1_735_700_000_000, 1_735_700_600_000)).__next__)
+        with store.start_run("b", runs / "20250101-000000-b", {}, {}) as run:
+            job = run.run_id
+    file = next(runs.glob("*-mine")) / "rows.json"
+    found = json.loads(file.read_text())
+    found["rows"][1] |= {"resumed": True, "run_id": job}
+    file.write_text(json.dumps(found))
+    main(project, runs)
+    assert "measured 2025-01-01, 3 schemes in 11.5 min" in (project / "recipes" / "mine.yaml").read_text()
+    assert "Measured 2025-01-01 in 11.5 min" in (project / "recipes" / "README.md").read_text()
+    shutil.rmtree(runs / "20250101-000000-b")
+    with pytest.raises(ConfigError, match="mine: 1 of its rows .* sweep.force=true"):
+        main(project, runs)
 
 
 def test_a_block_without_a_run_stays(project: Path, runs: Path) -> None:
