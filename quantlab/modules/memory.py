@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -221,12 +221,13 @@ class StageMeasurement:
 
 
 @contextlib.contextmanager
-def measure_stage(name: str, device: str = "cpu") -> Iterator[StageMeasurement]:
+def measure_stage(name: str, device: str = "cpu", devices: Sequence[str] = ()) -> Iterator[StageMeasurement]:
     """Time and peak memory of the block: ``with measure_stage("quantize", device) as stage: ...; stage.report``.
 
     The resident set's peak is exact where Linux lets a process reset it; elsewhere it is sampled every 10 ms and
     may miss a short spike; where neither is possible it is None. CUDA peaks are None on other devices. Baselines are
     what was there when the block began. Blocks must not be nested: an inner one resets the peaks of the outer.
+    ``devices`` are all on which the model lies, where these are several.
 
     An error of the GPU shows in a later call than the one that made it: the block ends when the GPU has done what it
     began. A block that fails raises its own error, whatever a GPU that answers no more says to being measured.
@@ -235,16 +236,24 @@ def measure_stage(name: str, device: str = "cpu") -> Iterator[StageMeasurement]:
     on_cuda = kind_of(str(device)) == "cuda"
     give_back(str(device))
     began = _begin_cuda(device) if on_cuda else {}
+    baselines = [_begin_cuda(one)["baseline_alloc_bytes"] for one in devices] if on_cuda else []
     read_rss, read_anonymous, resident = _start_rss(), _sampled(_anonymous), _resident()
     start = time.perf_counter()
     peaks: dict[str, int] = {}
+    by_device: tuple[tuple[int, int], ...] = ()
+
+    def read() -> None:
+        nonlocal peaks, by_device
+        if on_cuda:
+            peaks = _read_cuda(device)
+            by_device = tuple((b, _read_cuda(d)["peak_alloc_bytes"]) for b, d in zip(baselines, devices, strict=True))
+
     try:
         yield measurement
-        peaks = _read_cuda(device) if on_cuda else {}
+        read()
     except BaseException:
-        if on_cuda:
-            with contextlib.suppress(RuntimeError):
-                peaks = _read_cuda(device)
+        with contextlib.suppress(RuntimeError):
+            read()
         raise
     finally:
         seconds = time.perf_counter() - start
@@ -254,6 +263,7 @@ def measure_stage(name: str, device: str = "cpu") -> Iterator[StageMeasurement]:
             baseline_rss_bytes=resident,
             peak_rss_bytes=read_rss(),
             peak_anon_bytes=read_anonymous(),
+            by_device=by_device,
             **began,
             **peaks,
         )

@@ -42,14 +42,24 @@ def continued(model: LoadedModel, input_ids: Tensor, evaluation: EvaluationConfi
     if not len(prompts) or num < 1:
         return torch.zeros((0, 0), dtype=torch.int64)
     module: Any = network_of(model.components["model"])  # of the call's arguments quantlab's own type has two
+    try:
+        found = _continued(module, prompts, num, has_cache=True)
+    except (AttributeError, TypeError, ValueError, NotImplementedError):  # BLT: it can make none of its configuration
+        found = _continued(module, prompts, num, has_cache=False)
+    return found[:, prompts.shape[1] :].cpu()
+
+
+def _continued(module: Any, prompts: Tensor, num: int, has_cache: bool) -> Tensor:
+    import torch
+
     ids, cache = prompts, None
     with torch.no_grad():
         for _ in range(num):
             given = ids if cache is None else ids[:, -1:]
-            answer = module(input_ids=given, past_key_values=cache, use_cache=True)
-            cache = getattr(answer, "past_key_values", None)
+            answer = module(input_ids=given, **({"past_key_values": cache} if has_cache else {}), use_cache=has_cache)
+            cache = getattr(answer, "past_key_values", None) if has_cache else None
             ids = torch.cat([ids, answer.logits[:, -1].float().argmax(-1, keepdim=True).to(ids.device)], 1)
-    return ids[:, prompts.shape[1] :].cpu()
+    return ids
 
 
 def texts_of(

@@ -224,7 +224,7 @@ def workbench(session: Session, config: ExperimentConfig, run: Run | None) -> Wo
     components.clear()
     model = placed(model, where, config, session.device, cache)
     _set_aside()
-    with in_stage(session, run, "observe") as seen:
+    with in_stage(session, run, "observe", model) as seen:
         PROTOCOLS[model.protocol].check(model, inputs)
         reads = weights_read(model, inputs, config.evaluation, list(model.components))
         key_here = reference_key(model, inputs, config.evaluation)
@@ -357,10 +357,18 @@ def run_folder(session: Session, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def in_stage(session: Session, run: Run | None, name: str) -> Iterator[StageMeasurement]:
-    """Measure a stage; the run's tag says where it is, so that a failure and a kill name their stage."""
+def in_stage(
+    session: Session, run: Run | None, name: str, model: LoadedModel | None = None
+) -> Iterator[StageMeasurement]:
+    """Measure a stage; the run's tag says where it is, so that a failure and a kill name their stage.
+
+    ``model`` is what runs in it, where the session has no workbench yet.
+    """
     if run is not None:
         run.stage = name
     emulated = lacking(session.device) if name in RUNNING else ()
-    with measure_stage(name, session.device) as measured, emulated_products(emulated):
+    runs = model or (session.bench.model if session.bench is not None else None)
+    spread = None if runs is None else runs.parts.get("spread")
+    devices = () if spread is None else spread.devices
+    with measure_stage(name, session.device, devices) as measured, emulated_products(emulated):
         yield measured

@@ -67,7 +67,8 @@ def _largest(memory: Mapping[str, MemoryReport], planned: Mapping[str, MemoryRep
 
 
 def _peaks(stage: StageReport) -> list[tuple[str, int]]:
-    return [(k, v) for k, v in asdict(stage).items() if k.startswith("peak_") and v is not None]
+    found = [(k, v) for k, v in asdict(stage).items() if k.startswith("peak_") and v is not None]
+    return found + [(f"peak_alloc_bytes of device {i}", peak) for i, (_, peak) in enumerate(stage.by_device)]
 
 
 def _row(component: str, what: str, planned: int | None, measured: int | None) -> dict[str, Any]:

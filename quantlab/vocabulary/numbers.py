@@ -66,6 +66,8 @@ def flat_metrics(report: RunReport) -> dict[str, float]:
     for stage in report.stages:
         out |= {f"perf/{stage.name}_s": stage.seconds}
         out |= {f"memory/{stage.name}/{k}": v for k, v in asdict(stage).items() if k.endswith("_bytes")}
+        each = enumerate(stage.by_device)
+        out |= {f"memory/device_{i}/{stage.name}/peak_alloc_bytes": peak for i, (_, peak) in each}
     out |= {f"perf/{k}": v for k, v in report.speed.items()}
     if total is not None:
         out[NEEDED_BYTES] = needed_bytes(total, report.stages)
@@ -87,7 +89,8 @@ def needed_bytes(weights: MemoryReport, stages: Iterable[StageReport]) -> int | 
     """
     for stage in stages:
         if stage.name == "evaluate" and stage.peak_alloc_bytes is not None and stage.baseline_alloc_bytes is not None:
-            return weights.weights_bytes + stage.peak_alloc_bytes - stage.baseline_alloc_bytes
+            each = stage.by_device or ((stage.baseline_alloc_bytes, stage.peak_alloc_bytes),)
+            return weights.weights_bytes + sum(peak - baseline for baseline, peak in each)
     return None
 
 

@@ -296,6 +296,8 @@ class StageReport:
     peak_alloc_bytes: int | None = None
     peak_requested_bytes: int | None = None
     peak_reserved_bytes: int | None = None
+    by_device: tuple[tuple[int, int], ...] = ()
+    """Allocated bytes (baseline, peak) of each device, where the model lies on several; the others are of the first."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -185,6 +185,23 @@ def test_a_peak_has_a_baseline_and_both_are_of_the_models_own_device(monkeypatch
     assert 0 < stage.report.baseline_rss_bytes <= stage.report.peak_rss_bytes * 1.01
 
 
+def test_a_model_on_several_devices_has_a_peak_on_each(monkeypatch):
+    cuda = fake_cuda(monkeypatch, num_devices=2)
+    there = {"cuda:0": [500, 800], "cuda:1": [70, 90]}
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device="": there.get(device, [500])[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device="": there.get(device, [0, 800])[1])
+    with measure_stage("evaluate", "cuda", ("cuda:0", "cuda:1")) as stage:
+        pass
+    assert stage.report.by_device == ((500, 800), (70, 90))
+    assert ("reset_peak_memory_stats", "cuda:1") in cuda.calls
+    with pytest.raises(KeyError), measure_stage("evaluate", "cuda", ("cuda:0", "cuda:1")) as stage:
+        raise KeyError
+    assert stage.report.by_device == ((500, 800), (70, 90))
+    with measure_stage("evaluate", "cpu", ("cpu", "cpu")) as stage:
+        pass
+    assert stage.report.by_device == ()
+
+
 def test_a_blocks_own_error_survives_a_lost_gpu(monkeypatch):
     cuda = fake_cuda(monkeypatch)
 

@@ -57,6 +57,14 @@ def test_a_continuation_is_the_greedy_one_with_or_without_a_cache(model, inputs,
     monkeypatch.setattr(module, "forward", without_cache)
     assert torch.equal(continued(model, inputs.input_ids, QUICK), found)
 
+    def cannot_make_one(**given):
+        if given["use_cache"]:
+            raise AttributeError("'BltConfig' object has no attribute 'num_hidden_layers'")
+        return forward(**given)
+
+    monkeypatch.setattr(module, "forward", cannot_make_one)
+    assert torch.equal(continued(model, inputs.input_ids, QUICK), found)
+
 
 @pytest.mark.parametrize(
     ("changes", "shape"),

@@ -224,3 +224,5 @@ def test_on_gpus_the_rows_are_those_of_one(text_model, tmp_path, kind):
         resident, spread = rows_of([*words, *scheme, "device=cuda"])
         assert [(r.name, r.quality, r.memory) for r in spread] == [(r.name, r.quality, r.memory) for r in resident]
         assert len(spread[-1].device_bytes) == 2
+        (evaluated,) = (stage for stage in spread[-1].stages if stage.name == "evaluate")
+        assert [peak > 0 for _, peak in evaluated.by_device] == [True, True]

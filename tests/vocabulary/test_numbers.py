@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from quantlab.vocabulary.ledger import ledger
 from quantlab.vocabulary.numbers import flat_metrics
 from quantlab.vocabulary.reports import MemoryReport, RunReport, StageReport
 
@@ -24,6 +25,22 @@ def test_what_a_scheme_needs_leaves_out_what_was_there_before():
     assert found["memory/needed_bytes"] == 400 + 250
     assert found["memory/evaluate/peak_alloc_bytes"] == 1150
     assert found["memory/evaluate/baseline_alloc_bytes"] == 900
+
+
+def test_each_of_several_devices_has_its_peak_and_all_of_them_count():
+    run = StageReport(
+        name="evaluate",
+        seconds=1.0,
+        baseline_alloc_bytes=900,
+        peak_alloc_bytes=1150,
+        by_device=((900, 1150), (100, 700)),
+    )
+    found = flat_metrics(row(run))
+    assert found["memory/needed_bytes"] == 400 + 250 + 600
+    assert found["memory/device_0/evaluate/peak_alloc_bytes"] == found["memory/evaluate/peak_alloc_bytes"] == 1150
+    assert found["memory/device_1/evaluate/peak_alloc_bytes"] == 700
+    told = {r["what"]: r["measured_bytes"] for r in ledger(row(run))}
+    assert told["evaluate: peak_alloc_bytes of device 1"] == 700
 
 
 @pytest.mark.parametrize(
