@@ -31,6 +31,7 @@ from quantlab.modules.ties import copied
 from quantlab.planning.job import Plan, scheme_name
 from quantlab.planning.plan import plan
 from quantlab.protocols.module import ModuleInputs, check, inputs_of, observe, samples_of
+from quantlab.protocols.unchanged import same_state
 from quantlab.quiet import quiet_libraries
 from quantlab.report.reading import StoredRun, open_reader
 from quantlab.report.results import Results, chosen_rows
@@ -204,7 +205,8 @@ def quantize(
     read: Sequence[str] = reads_in_source(module)
     if known := inputs or (calibration if scheme.native.needs_data else ()) or ():
         not_finite = () if inputs else (NotFinite,)  # of calibration data: calibrating names the layer
-        with in_eval_mode(module), recorded_reads(module) as read, contextlib.suppress(*not_finite):
+        quiet = contextlib.suppress(*not_finite)
+        with in_eval_mode(module), same_state(module), recorded_reads(module) as read, quiet:
             observe(_loaded(module), _given(module, list(known[:1])), EvaluationConfig())
     made, report = _quantized(module, scheme, calibration, read)
     if not inputs:
@@ -380,9 +382,11 @@ def evaluate(
         check_finite_weights(module, "module")
         with current(model.device):
             with emulated_products(lacking(model.device)), recorded_reads(module) as read:
-                reference = observe(model, given, settings)
+                with same_state(module):
+                    reference = observe(model, given, settings)
                 check(model, given)
-            reports = [_row(REFERENCE, module, None, model, reference, given, settings)]
+            with same_state(module):
+                reports = [_row(REFERENCE, module, None, model, reference, given, settings)]
             reports += [_floor_row(module, model, reference, given, settings)] if floors else []
             for config, scheme in schemes:
                 data = calibration if config.needs_data else None

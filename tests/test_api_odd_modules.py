@@ -48,6 +48,74 @@ class Normalizing(OneLinear):
         return self.norm(self.linear(x))
 
 
+class Caching(OneLinear):
+    """Makes a weight of its own at the first call, and keeps it: in a tensor, a list and a mapping."""
+
+    def __init__(self):
+        super().__init__()
+        self.doubled, self.kept, self.by_name, self.calls = None, [], {}, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.doubled is None:
+            self.doubled = 2 * self.linear.weight.detach()
+            self.kept.append(self.doubled + 1)
+            self.by_name["more"] = self.doubled - 1
+        weight = self.doubled + self.kept[0] + self.by_name["more"]
+        return torch.nn.functional.linear(x, weight)
+
+
+def test_a_candidate_makes_its_own_of_what_a_module_keeps():
+    """Else it would run with the reference's weights, and cost nothing."""
+    module = Caching()
+    _, row = quantlab.evaluate(module, [INT8], [X, X], num_bootstrap=10, floors=False)
+    weight_error = next(layer.weight_rel_error for layer in row.quantization.layers if layer.name == "linear")
+    assert row.quality["output_rel_error"].value == pytest.approx(weight_error, rel=0.3)
+    assert (module.doubled, module.kept, module.by_name, module.calls) == (None, [], {}, 0)
+    made, _ = quantlab.quantize(module, INT8, inputs=[X])
+    assert made.doubled is None
+
+
+class Changing(OneLinear):
+    """Changes what it is given."""
+
+    def forward(self, x):
+        return self.linear(x.mul_(0.5))
+
+
+def test_inputs_that_a_module_changes_are_the_users_still():
+    given = X.clone()
+    reference, row = quantlab.evaluate(Changing(), [INT8], [given], num_bootstrap=10, floors=False)
+    assert torch.equal(given, X)
+    assert reference.quality["output_rel_error"].value == 0
+    assert 0 < row.quality["output_rel_error"].value < 0.05
+
+
+def test_a_module_whose_shapes_are_not_known_yet_is_told_so():
+    module = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8))
+    with pytest.raises(quantlab.ConfigError, match=r"^module: 0.weight takes its shape from the first input"):
+        quantlab.evaluate(module, [INT8], [X], floors=False)
+
+
+class Scripted(OneLinear):
+    def __init__(self):
+        super().__init__()
+        self.scripted = torch.jit.script(nn.Sequential(nn.Linear(64, 64)))
+
+    def forward(self, x):
+        return self.scripted(self.linear(x))
+
+
+@pytest.mark.parametrize("kinds", [("linear",), EVERY_KIND])
+def test_what_torchscript_compiled_is_left(kinds):
+    _, row = quantlab.evaluate(Scripted(), [INT8], [X], num_bootstrap=10, floors=False, layer_kinds=kinds)
+    found = {layer.name: layer for layer in row.quantization.layers}
+    assert found["linear"].status == "quantized"
+    assert [layer.reason for name, layer in found.items() if name.startswith("scripted")] == [
+        "compiled by TorchScript, whose parts cannot be replaced"
+    ]
+
+
 @pytest.mark.parametrize("kind", [Counting, Normalizing])
 def test_what_changes_as_it_runs_is_compared_from_one_state_and_given_back(kind):
     module = kind()
@@ -68,16 +136,18 @@ class Spectral(OneLinear):
         super().__init__()
         self.spectrum = nn.Parameter(torch.randn(64, 64, dtype=torch.complex64), requires_grad=False)
         self.codes = nn.Parameter(torch.randint(-127, 127, (64, 64), dtype=torch.int8), requires_grad=False)
+        self.narrow = nn.Parameter(torch.randn(64, 64).to(torch.float8_e4m3fn), requires_grad=False)
 
     def forward(self, x):
-        return (torch.fft.fft(self.linear(x)) @ self.spectrum).real @ (self.codes.float() / 64)
+        decoded = self.codes.float() / 64 + self.narrow.float()
+        return (torch.fft.fft(self.linear(x)) @ self.spectrum).real @ decoded
 
 
 def test_complex_numbers_and_codes_are_left_and_said_so():
     _, row = quantlab.evaluate(Spectral(), [INT8], [X], num_bootstrap=10, floors=False, layer_kinds=EVERY_KIND)
     found = {layer.name: layer for layer in row.quantization.layers}
     assert found["linear"].status == "quantized"
-    for name, dtype in (("spectrum", "complex64"), ("codes", "int8")):
+    for name, dtype in (("spectrum", "complex64"), ("codes", "int8"), ("narrow", "float8_e4m3fn")):
         assert found[name].status != "quantized"
         assert f"of {dtype}, which no backend rounds" in found[name].reason
 

@@ -49,7 +49,8 @@ class Holder:
     @property
     def has_weight(self) -> bool:
         """False for a layer whose weight is computed from other parameters."""
-        return self.owner._parameters.get(self.parameter) is not None
+        held = self.owner._parameters
+        return self.parameter in held and held[self.parameter] is not None
 
     @property
     def owner_path(self) -> str:
@@ -98,6 +99,7 @@ def holders(module: nn.Module, read: Collection[str] = ()) -> dict[str, Holder]:
     ``read`` names layers whose weights something reads beside them. Left out are vectors (norms, biases), and the
     tensors from which a parametrization computes a weight.
     """
+    import torch
     from torch import nn
 
     found = {}
@@ -108,6 +110,8 @@ def holders(module: nn.Module, read: Collection[str] = ()) -> dict[str, Holder]:
             continue
         adapter = in_adapter.get(id(part))
         left = f"a part of the adapter {adapter}" if adapter else never_taken(part)
+        if isinstance(part, torch.jit.ScriptModule):
+            left = "compiled by TorchScript, whose parts cannot be replaced"
         if left and isinstance(part, nn.Linear):
             view = View(shape=tuple(part.weight.shape))
             found[path] = Holder(
@@ -137,7 +141,7 @@ def _holder(full: str, part: nn.Module, name: str, left: str, is_read: bool) -> 
     rows = weight.dim() - 1 if kind in ("expert", "parameter") else 1
     view = View(shape=tuple(weight.shape), num_row_dims=rows, transposed=transposed)
     way, reason = _way(part, kind, is_read)
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() or weight.element_size() < 2:
         left = f"of {str(weight.dtype).removeprefix('torch.')}, which no backend rounds"
     if left:
         way, reason = "", left

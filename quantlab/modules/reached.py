@@ -30,7 +30,12 @@ def uncalled(module: nn.Module, layers: Sequence[str], run: Callable[[], object]
 
 def check_weights_are_here(module: nn.Module, what: str) -> None:
     """ConfigError ``<what>: ...`` where weights have no values: offloaded by hooks, or never loaded (meta device)."""
+    from torch.nn.parameter import is_lazy
+
     parameters = dict(module.named_parameters())
+    unmade = [name for name, tensor in (*parameters.items(), *module.named_buffers()) if is_lazy(tensor)]
+    if unmade:
+        raise ConfigError(f"{what}: {unmade[0]} takes its shape from the first input; run the module on one before")
     absent = [name for name, parameter in parameters.items() if parameter.is_meta]
     if absent:
         raise ConfigError(

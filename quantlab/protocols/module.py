@@ -15,7 +15,7 @@ from quantlab.modules.compute_dtype import component_dtype, torch_dtype
 from quantlab.modules.trees import Batch, add_to_digest, arguments_of, named_tensors, replaced, tensors_in
 from quantlab.protocols.defined import defined
 from quantlab.protocols.tried import check_repeats
-from quantlab.protocols.unchanged import same_buffers
+from quantlab.protocols.unchanged import same_state
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.reports import Measurements
 from quantlab.vocabulary.schema import EvaluationConfig
@@ -63,14 +63,15 @@ def samples_of(batches: Sequence[Batch]) -> set[str]:
 
 
 def _cast(batch: Batch, device: str | None, dtype: torch.dtype, only: torch.dtype | None = None) -> Batch:
-    """The batch on ``device``, its floating tensors (those of dtype ``only``) in ``dtype``."""
+    """A copy of the batch on ``device`` (None: where it is; then what has the dtype already is no copy), its floating
+    tensors (those of dtype ``only``) in ``dtype``: some modules change what they are given."""
     import torch
 
     def cast(value: object) -> Tensor | None:
         if not isinstance(value, torch.Tensor):
             return None
         is_cast = value.is_floating_point() and only in (None, value.dtype)
-        return value.to(device=device, dtype=dtype if is_cast else None)
+        return value.to(device=device, dtype=dtype if is_cast else None, copy=device is not None)
 
     return replaced(batch, cast)
 
@@ -78,7 +79,10 @@ def _cast(batch: Batch, device: str | None, dtype: torch.dtype, only: torch.dtyp
 def check(model: LoadedModel, inputs: ModuleInputs) -> None:
     """ModelError ``module: ...`` for one that answers its first batch in two ways, as what draws at random does."""
     first = replace(inputs, batches=inputs.batches[:1])
-    runs = [observe(model, first, EvaluationConfig())["outputs"] for _ in range(2)]
+    runs = []
+    for _ in range(2):
+        with same_state(model.components["model"]):
+            runs.append(observe(model, first, EvaluationConfig())["outputs"])
     check_repeats("module:", *runs)
 
 
@@ -103,7 +107,7 @@ def observe(
     ]
     outputs: dict[str, list[Tensor]] = {}
     rows: list[int] = []
-    with torch.no_grad(), same_buffers(module):
+    with torch.no_grad():
         for i, batch in enumerate(batches):
             args, kwargs = arguments_of(_cast(batch, model.device, dtype, only=usual))
             found = _floating(module(*args, **kwargs))

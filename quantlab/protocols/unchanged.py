@@ -29,20 +29,45 @@ def must_stay_unchanged(model: LoadedModel) -> Iterator[None]:
 
 
 @contextmanager
-def same_buffers(module: nn.Module) -> Iterator[None]:
-    """Afterwards the buffers are what they were before: what counts its calls or keeps a running mean begins each time
-    from the same state, the reference as a candidate, and the user's module is left as it was given."""
+def same_state(module: nn.Module) -> Iterator[None]:
+    """Afterwards the module's buffers and plain attributes are what they were before.
+
+    What counts its calls, keeps a running mean, or a weight that it has made of others, would hand that on to its
+    copies: a candidate would begin from another state than the reference, or run with the reference's weights.
+    """
     import torch
 
-    before = [(part, dict(part._buffers)) for part in module.modules() if part._buffers]
-    plain = {
-        id(b): (b, b.clone()) for _, held in before for b in held.values() if type(b) is torch.Tensor and not b.is_meta
-    }
+    parts = list(module.modules())
+    buffers = [(part, dict(part._buffers)) for part in parts if part._buffers]
+    plain = {id(b): (b, b.clone()) for _, held in buffers for b in held.values() if type(b) is torch.Tensor}
+    own = [(part, _attributes(part)) for part in parts]
+    values = [value for _, attributes in own for value in attributes.values()]
+    lists = [(value, value.copy()) for value in values if type(value) is list]
+    mappings = [(value, value.copy()) for value in values if type(value) is dict]
     try:
         yield
     finally:
-        for part, held in before:
+        for part, held in buffers:
             part._buffers.update(held)
         for buffer, value in plain.values():
-            if not torch.equal(buffer, value):
+            if not buffer.is_meta and not torch.equal(buffer, value):
                 buffer.copy_(value)
+        for part, attributes in own:
+            for name in _attributes(part).keys() - attributes.keys():
+                del vars(part)[name]
+            vars(part).update(attributes)
+        for items, before in lists:
+            items[:] = before
+        for mapping, content in mappings:
+            mapping.clear()
+            mapping.update(content)
+
+
+def _attributes(part: nn.Module) -> dict[str, object]:
+    """What a part keeps beside its parameters, buffers, parts and hooks."""
+    import torch
+
+    if isinstance(part, torch.jit.ScriptModule):
+        return {}
+    of_torch = vars(torch.nn.Module())
+    return {name: value for name, value in vars(part).items() if name not in of_torch}
