@@ -14,7 +14,7 @@ from typing import Any
 
 from quantlab.errors import ModelError
 from quantlab.models.pipeline_files import INDEX, left_out, listed_parts
-from quantlab.models.reading import as_model_error, local_folder, remote_code
+from quantlab.models.reading import ADAPTER, as_model_error, check_no_adapter, local_folder, remote_code
 from quantlab.vocabulary.schema import ModelConfig
 
 CONFIG = "config.json"
@@ -59,6 +59,7 @@ def read_architecture(config: ModelConfig, only: str = "") -> Architecture:
     read = _from_folder(key, local) if local is not None else _from_hub(key, path, config.revision)
     index = read(index_name)
     if only:
+        check_no_adapter(key, local is not None and (local / ADAPTER).is_file())
         return Architecture(path=path, parts={only: _model_part(key, index)}, dtype=_stored_dtype(index))
     if not isinstance(index.get("_class_name"), str):
         raise remote_code(key, f"{INDEX} names a pipeline class of its own files")

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ModelError
 from quantlab.models.auto import HEADS, another_family
-from quantlab.models.reading import HOLLOW, as_model_error, frozen, local_folder, quiet_loading
+from quantlab.models.reading import (
+    ADAPTER,
+    HOLLOW,
+    as_model_error,
+    check_no_adapter,
+    frozen,
+    local_folder,
+    quiet_loading,
+)
 from quantlab.models.sources import component_source
 from quantlab.models.stored_dtype import dtype_on
 from quantlab.modules.compute_dtype import torch_dtype
@@ -77,6 +85,7 @@ def load_model(
     local = local_folder(key, path, "config.json", "a transformers model", "save_pretrained")
     if local is not None:
         check_indices(key, local)
+    check_no_adapter(key, _has_adapter(path, config.revision))
     path = str(local) if local is not None else path  # a home folder's ~ is no name that transformers knows
     stored = read_config(path, config, key)
     said = "" if stored.dtype is None else dtype_name(stored.dtype)
@@ -114,6 +123,19 @@ def load_model(
         )
     whole: PreTrainedModel = frozen(model).to(device)
     return whole
+
+
+def _has_adapter(path: str, revision: str | None) -> bool:
+    """Whether transformers would find an adapter's configuration in a folder or a Hub id."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return (folder / ADAPTER).is_file()
+    try:
+        return find_adapter_config_file(path, revision=revision) is not None
+    except (OSError, ValueError):  # whoever loads it says what is wrong
+        return False
 
 
 def read_config(path: str, config: ModelConfig, key: str) -> PreTrainedConfig:

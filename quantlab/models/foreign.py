@@ -20,7 +20,7 @@ from quantlab.errors import ConfigError, ModelError
 from quantlab.models.checkpoint import file_sha256
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.pipeline_files import INDEX
-from quantlab.models.reading import as_model_error, frozen, quiet_loading, remote_code
+from quantlab.models.reading import ADAPTER, as_model_error, check_no_adapter, frozen, quiet_loading, remote_code
 from quantlab.modules.compute_dtype import torch_dtype
 from quantlab.modules.groups import KEY as GROUPED
 from quantlab.modules.source import check_indices
@@ -230,6 +230,7 @@ def _read_folder(key: str, source: Path, original: nn.Module, dtype: torch.dtype
             more = loading_arguments(made, source)
             module: nn.Module = made.from_pretrained(source, torch_dtype=dtype, **more)
         else:
+            check_no_adapter(key, (source / ADAPTER).is_file())
             module, info = made.from_pretrained(source, dtype=dtype, trust_remote_code=False, output_loading_info=True)
             if missing := sorted(info.get("missing_keys", ())):
                 raise ModelError(f"{key}: it lacks {missing[0]} ({len(missing)} tensors in all); {_not_its()}")

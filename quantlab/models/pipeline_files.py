@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError, MissingPackage, ModelError, nearest
-from quantlab.models.reading import remote_code
+from quantlab.models.reading import ADAPTER, check_no_adapter, remote_code
 from quantlab.models.repository import Repository, of_folder
 from quantlab.modules.source import check_indices
 from quantlab.vocabulary.schema import ModelConfig
@@ -113,6 +113,8 @@ def check_parts(
     listed = listed_parts(index)
     optional = getattr(made, "_optional_components", [])
     for name, found in listed.items():
+        if found[0] == "transformers" and name not in without:
+            check_no_adapter(f"{key}: {name}", f"{name}/{ADAPTER}" in files.names)
         if name not in known:
             raise ModelError(
                 f"{key}: {INDEX} lists {name}, which {made.__name__} does not have{nearest(name, known)}; it has "

@@ -57,6 +57,22 @@ def require_index(key: str, folder: Path, index: str, what: str, writer: str) ->
         raise ModelError(f"{key}: the folder has no {index}, so it is not {what}; name a folder that {writer} wrote")
 
 
+ADAPTER = "adapter_config.json"
+
+
+def check_no_adapter(key: str, there: bool) -> None:
+    """ModelError where a checkpoint of transformers holds an adapter: ``there`` is whether it has a file of its name.
+
+    transformers then loads the model that the adapter's configuration names, from wherever that is, and not the weights
+    that lie beside it; no digest of the checkpoint would know of them.
+    """
+    if there:
+        raise ModelError(
+            f"{key}: {ADAPTER} is there, so that transformers loads the adapter's own base model from elsewhere and "
+            "not these weights; merge it (PEFT's merge_and_unload) and save that, or take the adapter's files away"
+        )
+
+
 def chosen_dtype(config: ModelConfig, auto: str) -> str:
     """``model.dtype``, with ``auto`` spelled out; ConfigError for a dtype that models do not compute in."""
     if config.dtype not in ("auto", *COMPUTE_DTYPES):
