@@ -176,6 +176,9 @@ def show_prices(words: Sequence[str], flags: set[str], is_last: bool = False) ->
     except Exception as error:  # may be of what it does without: then the answer is that of a process that has all
         if not is_spared or type(error) is ConfigError:
             raise
+        why = printable(f"{type(error).__name__}: {error}".partition("\n")[0], 200)
+        told = f"plan: failed without packages that few models need ({why}); again with all, which takes longer"
+        print(f"quantlab: {told}", file=sys.stderr)
         again = {**os.environ, WITH_ALL: "1"}
         return subprocess.run([sys.executable, *sys.orig_argv[1:]], env=again, check=False).returncode
     if "--json" in flags:

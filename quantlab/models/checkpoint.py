@@ -6,13 +6,16 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ModelError
 from quantlab.models.auto import HEADS, another_family
+from quantlab.models.loaded import Progress
 from quantlab.models.reading import (
     ADAPTER,
     HOLLOW,
@@ -214,6 +217,8 @@ def _some(names: Sequence[str]) -> str:
 # -- digests
 
 _NUM_BLOCKS, _BLOCK_BYTES = 16, 4096
+_FILES_AT_ONCE = 8
+"""Hashed in threads, by which the interpreter is not held."""
 
 
 def weights_sha256(model: PreTrainedModel, path: str | Path, revision: str | None, cache_dir: Path) -> str:
@@ -237,12 +242,36 @@ def _state(model: PreTrainedModel) -> Mapping[str, object]:
 
 def file_sha256(file: Path, cache_dir: Path) -> str:
     """sha256 of one file, remembered like :func:`weights_sha256`."""
+    return files_sha256([file], cache_dir)[0]
 
-    def compute() -> str:
-        with open(file, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
 
-    return remembered_digest([file], cache_dir, compute)
+def files_sha256(files: Sequence[Path], cache_dir: Path, progress: Progress | None = None) -> list[str]:
+    """sha256 of each file, remembered like :func:`weights_sha256`; those that are not known are read side by side."""
+    stopped = threading.Event()
+
+    def compute(unknown: Sequence[int]) -> Iterator[tuple[int, str]]:
+        largest_first = sorted(unknown, key=lambda i: -files[i].stat().st_size)
+        with ThreadPoolExecutor(min(_FILES_AT_ONCE, os.cpu_count() or 1)) as pool:
+            try:
+                found = pool.map(lambda i: _sha256_of(files[i], stopped), largest_first)
+                for done, (i, digest) in enumerate(zip(largest_first, found, strict=True)):
+                    if progress is not None:
+                        progress("hash weights", done + 1, len(unknown))
+                    yield i, digest
+            finally:  # the others need not be read to their end where one cannot be, or the user has had enough
+                stopped.set()
+
+    return _remembered([file_stamp(file) for file in files], cache_dir, compute)
+
+
+def _sha256_of(file: Path, stopped: threading.Event) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with open(file, "rb", buffering=0) as stream:
+        while num := stream.readinto(buffer):
+            if stopped.is_set():
+                raise InterruptedError(f"{file.name} was not read to its end")
+            digest.update(buffer[:num])
+    return digest.hexdigest()
 
 
 def remembered_digest(files: Sequence[Path], cache_dir: Path, compute: Callable[[], str], also: str = "") -> str:
@@ -251,19 +280,31 @@ def remembered_digest(files: Sequence[Path], cache_dir: Path, compute: Callable[
     A file is the same by its path, size, times and inode, and by a sample of its blocks: tools that copy files may set
     the time of what they replace.
     """
+    stamp = ";".join([*map(file_stamp, files), also])
+    return _remembered([stamp], cache_dir, lambda _: iter([(0, compute())]))[0]
+
+
+def _remembered(
+    stamps: Sequence[str], cache_dir: Path, compute: Callable[[Sequence[int]], Iterator[tuple[int, str]]]
+) -> list[str]:
+    """The digest of each stamp; ``compute`` gives those that are asked for by their places, as they come."""
     from filelock import FileLock
 
-    stamp = ";".join([*map(file_stamp, files), also])
     store = Path(cache_dir) / "digests.json"
     store.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{store}.lock"):
         known = _read_digests(store)
-        if stamp not in known:
-            known[stamp] = compute()
+        unknown = [i for i, stamp in enumerate(stamps) if stamp not in known]
+        if not unknown:
+            return [known[stamp] for stamp in stamps]
+        try:
+            for i, digest in compute(unknown):
+                known[stamps[i]] = digest
+        finally:  # what was read stays known
             fresh = store.with_suffix(f".tmp{os.getpid()}")
             fresh.write_text(json.dumps(known, indent=1, sort_keys=True), encoding="utf-8")
             os.replace(fresh, store)
-    return known[stamp]
+    return [known[stamp] for stamp in stamps]
 
 
 def file_stamp(file: Path) -> str:

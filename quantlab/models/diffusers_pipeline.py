@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.errors import ConfigError, ModelError, nearest
 from quantlab.models.architectures import read_architecture
-from quantlab.models.checkpoint import file_sha256
+from quantlab.models.checkpoint import files_sha256
 from quantlab.models.defaults import default_exclusions
 from quantlab.models.loaded import LoadedModel, Pipeline, Progress
 from quantlab.models.outline import empty
@@ -235,10 +235,8 @@ def _pipeline_sha256(pipe: Pipeline, folder: Path, cache_dir: Path, progress: Pr
     """
     files = [file for name, part in pipe.components.items() if part is not None for file in _files_of(folder / name)]
     total = hashlib.sha256()
-    for done, file in enumerate(sorted(files)):
-        total.update(f"{file.relative_to(folder).as_posix()}|{file_sha256(file, cache_dir)}\n".encode())
-        if progress is not None:
-            progress("hash weights", done + 1, len(files))
+    for file, digest in zip(sorted(files), files_sha256(sorted(files), cache_dir, progress), strict=True):
+        total.update(f"{file.relative_to(folder).as_posix()}|{digest}\n".encode())
     return "sha256:" + total.hexdigest()
 
 

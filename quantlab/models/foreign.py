@@ -17,7 +17,7 @@ from quantlab.backends.gguf.header import check_header
 from quantlab.backends.gguf.language import load_language_model
 from quantlab.backends.modelopt.restore import STATE, loading_arguments, restoring, rewrap
 from quantlab.errors import ConfigError, ModelError
-from quantlab.models.checkpoint import file_sha256
+from quantlab.models.checkpoint import files_sha256
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.pipeline_files import INDEX
 from quantlab.models.reading import ADAPTER, as_model_error, check_no_adapter, frozen, quiet_loading, remote_code
@@ -147,10 +147,10 @@ def checkpoint_bytes(sources: Mapping[str, Path]) -> int:
 
 def checkpoint_sha256(sources: Mapping[str, Path], cache_dir: Path) -> str:
     """sha256 over the components' names, the names of their files and what is in them."""
+    named = [(name, file) for name, source in sorted(sources.items()) for file in checkpoint_files({name: source})]
     total = hashlib.sha256()
-    for name, source in sorted(sources.items()):
-        for file in checkpoint_files({name: source}):
-            total.update(f"{name}/{file.name if source.is_dir() else ''}|{file_sha256(file, cache_dir)}\n".encode())
+    for (name, file), digest in zip(named, files_sha256([f for _, f in named], cache_dir), strict=True):
+        total.update(f"{name}/{file.name if sources[name].is_dir() else ''}|{digest}\n".encode())
     return "sha256:" + total.hexdigest()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from quantlab.backends.table import held_packages
 
-PACKAGES = ("peft", "scipy", "trio")
+PACKAGES = ("peft", "psutil", "scipy", "trio")
 """Each optional where it is imported, as those of the backends are: without it the libraries take the way of an
 installation that lacks it."""
 COMPILER = "torch._dynamo"
@@ -41,12 +41,31 @@ def spared() -> Iterator[None]:
     sys.modules.update(put)
     distributed.is_available = lambda: False
     try:
-        yield
+        with _listed_once():
+            yield
     finally:
         distributed.is_available = is_available
         for name, module in put.items():
             if sys.modules.get(name) is module:
                 del sys.modules[name]
+
+
+@contextlib.contextmanager
+def _listed_once() -> Iterator[None]:
+    """Inside, transformers looks for names in its model files once: it does as it is imported, by their folder, and
+    again as ``transformers.models`` is, by a file in it, which means the same to it."""
+    from transformers.utils import import_utils
+
+    name = "create_import_structure_from_path"
+    own = getattr(import_utils, name, None)
+    if own is None:
+        yield
+        return
+    setattr(import_utils, name, lambda path: own(Path(path).parent if Path(path).is_file() else Path(path)))
+    try:
+        yield
+    finally:
+        setattr(import_utils, name, own)
 
 
 def _no_compiler() -> ModuleType:

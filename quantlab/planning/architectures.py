@@ -28,7 +28,8 @@ def _by_path() -> dict[str, Architecture]:
 
 
 def _data(file: Path) -> dict[str, Any]:
-    data: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    fastest = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # where PyYAML was built with its C library
+    data: dict[str, Any] = yaml.load(file.read_text(encoding="utf-8"), Loader=fastest)
     return data
 
 

@@ -1,5 +1,6 @@
 """A process that only plans does without packages, and nobody else does."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -35,6 +36,7 @@ def extra(tmp_path, monkeypatch):
     (tmp_path / "an_adapter.py").write_text("value = 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(module, "PACKAGES", (*PACKAGES, "an_adapter"))
+    importlib.import_module("transformers.utils.import_utils")  # which it looks at
     return "an_adapter"
 
 
@@ -77,6 +79,21 @@ def test_without_a_compiler_its_marks_leave_a_function_as_it_is(monkeypatch):
     assert COMPILER not in sys.modules
 
 
+def test_transformers_models_are_listed_once_and_the_same(monkeypatch):
+    from transformers.utils import import_utils
+
+    own = import_utils.create_import_structure_from_path
+    folder = Path(import_utils.__file__).parents[1] / "models" / "llama"
+    expected = import_utils.define_import_structure(str(folder / "__init__.py"))
+    asked = []
+    monkeypatch.setattr(import_utils, own.__name__, functools.cache(lambda path: asked.append(path) or own(path)))
+    with spared():
+        by_folder = import_utils.define_import_structure(folder)
+        by_file = import_utils.define_import_structure(str(folder / "__init__.py"))
+    assert by_file == by_folder == expected
+    assert asked == [folder]
+
+
 def test_only_the_command_of_a_process_of_its_own_does_without(monkeypatch, capsys):
     entered = []
     monkeypatch.setattr(forecasting, "spared", lambda: entered.append(1) or nullcontext())
@@ -95,7 +112,7 @@ def test_only_the_command_of_a_process_of_its_own_does_without(monkeypatch, caps
 
 
 @pytest.mark.parametrize("error", [ImportError("no an_adapter"), ModelError("model.path=x: no class"), NameError("x")])
-def test_what_fails_so_is_asked_of_a_process_that_has_all(error, monkeypatch):
+def test_what_fails_so_is_asked_of_a_process_that_has_all_and_the_user_is_told(error, monkeypatch, capsys):
     asked = []
 
     def fails(*_, is_last):
@@ -112,6 +129,10 @@ def test_what_fails_so_is_asked_of_a_process_that_has_all(error, monkeypatch):
         cli.main()
     assert ended.value.code == 7
     assert asked == [([sys.executable, *sys.orig_argv[1:]], "1")]
+    said = capsys.readouterr()
+    assert not said.out, "which may be JSON"
+    assert len(said.err.splitlines()) == 1
+    assert f"({type(error).__name__}: {error}); again with all" in said.err
     monkeypatch.setenv(WITH_ALL, "1")
     with pytest.raises((type(error), SystemExit)):
         cli.main()
@@ -174,7 +195,7 @@ from quantlab.running.forecast import forecast
 
 is_last, requests = sys.argv[1] == "spared", json.loads(sys.argv[2])
 prices = [price.data() for words in requests for price in forecast(plan([*words, "sweep.dry_run=true"]), is_last=is_last)]
-found = [name for name in ("peft", "scipy", "torch._dynamo") if name in sys.modules]
+found = [name for name in ("peft", "psutil", "scipy", "torch._dynamo") if name in sys.modules]
 print(json.dumps({"prices": prices, "imported": found, "there": importlib.util.find_spec("peft") is not None}))
 """
 
