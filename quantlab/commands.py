@@ -177,8 +177,8 @@ def show_prices(words: Sequence[str], flags: set[str], is_last: bool = False) ->
         if not is_spared or type(error) is ConfigError:
             raise
         why = printable(f"{type(error).__name__}: {error}".partition("\n")[0], 200)
-        told = f"plan: failed without packages that few models need ({why}); again with all, which takes longer"
-        print(f"quantlab: {told}", file=sys.stderr)
+        line = f"plan: failed without packages that few models need ({why}); again with all, which takes longer"
+        print(f"quantlab: {line}", file=sys.stderr)
         again = {**os.environ, WITH_ALL: "1"}
         return subprocess.run([sys.executable, *sys.orig_argv[1:]], env=again, check=False).returncode
     if "--json" in flags:
