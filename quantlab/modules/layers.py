@@ -19,6 +19,7 @@ import difflib
 import fnmatch
 import functools
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from quantlab.errors import ConfigError, ModelError
 from quantlab.modules.hooks import adapter_parts, adapters, computed_tensors, inherit
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 _KEY = "modules_to_not_convert"
 _GLOB_CHARACTERS = frozenset("*?[")
@@ -298,21 +299,34 @@ def _digest_tensor(digest: hashlib._Hash, name: str, value: object) -> None:
 def changed_tensors(module: nn.Module) -> Iterator[list[str]]:
     """A list that is empty inside; afterwards it has the names of the parameters and buffers whose values changed.
 
-    By the sum of each tensor's bytes, before and after: a change that leaves it as it is goes unseen.
+    By the sum of each tensor's words, before and after: a change that leaves it as it is goes unseen.
     """
-    before = _byte_sums(module)
+    before = _word_sums(module)
     changed: list[str] = []
     yield changed
-    after = _byte_sums(module)
+    after = _word_sums(module)
     changed += [name for name, found in after.items() if before.get(name) != found]
 
 
-def _byte_sums(module: nn.Module) -> dict[str, int]:
+def _word_sums(module: nn.Module) -> dict[str, int]:
     import torch
 
+    def word_sum(tensor: Tensor) -> int:
+        """Of words of 32 bits, which torch adds ten times as fast as bytes; of 64 bits, two changes of sign cancel."""
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        fits = not (data.numel() % 4 or data.storage_offset() % 4)
+        return int((data.view(torch.int32) if fits else data).sum())
+
     named = [*module.named_parameters(), *module.named_buffers()]
-    tensors = {name: t.detach() for name, t in named if t.numel() and not t.is_meta}
-    return {name: int(t.contiguous().reshape(-1).view(torch.uint8).sum()) for name, t in tensors.items()}
+    return {name: word_sum(t) for name, t in named if t.numel() and not t.is_meta}
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether a floating-point tensor of 16 bits or more holds neither NaN nor infinity.
+
+    By its extremes, which are NaN where one value is: a fraction of the time of asking each value.
+    """
+    return not values.numel() or all(math.isfinite(end) for end in values.aminmax())
 
 
 def check_finite_weights(module: nn.Module, what: str) -> None:
@@ -328,8 +342,8 @@ def check_finite_weights(module: nn.Module, what: str) -> None:
         values = parameter.detach()
         if values.element_size() == 1:  # isfinite is not written for 8-bit floats
             values = values.float()
-        num_bad = values.numel() - int(torch.isfinite(values).sum())
-        if num_bad:
+        if not all_finite(values):
+            num_bad = values.numel() - int(torch.isfinite(values).sum())
             raise ModelError(
                 f"{what}: {num_bad} of {values.numel()} values of {name} are NaN or infinite; "
                 "nothing measured on these weights would mean anything, use an intact checkpoint"

@@ -78,9 +78,11 @@ def question(stored: StoredWeight, dtype: torch.dtype) -> Question | None:
         x = x * stored.column_scale.to(x)
     low, high = dense.aminmax()  # a copy of magnitudes would be as large as the layer
     limit = min(_LARGEST_OUTPUT, _PER_WEIGHT * max(-float(low), float(high)))
-    largest = float(plain(x).abs().max())
-    x = (x * min(1.0, limit / largest) if largest else x).to(dtype)
-    return Question(rows=x, wanted=plain(x.float()), tolerance=_tolerance(stored.activation_dtype))
+    found = plain(x)
+    largest = float(found.abs().max())
+    rows = (x * (limit / largest) if largest > limit else x).to(dtype)
+    wanted = found if rows is x else plain(rows.float())
+    return Question(rows=rows, wanted=wanted, tolerance=_tolerance(stored.activation_dtype))
 
 
 def product(layer: torch.nn.Module, asked: Question) -> Product:

@@ -57,7 +57,14 @@ def weight_errors(stored: StoredWeight, original: Tensor, is_searched: bool = Fa
     if stored.column_scale is not None:
         stored = replace(stored, column_scale=stored.column_scale.to(original.device))
         original = original.float()
-    largest = _largest(original if stored.column_scale is None else original * stored.column_scale).float()
+    blocks: Tensor | None = None
+    if stored.column_scale is not None:
+        largest = _largest(original * stored.column_scale)
+    elif original.is_contiguous():
+        blocks, largest = _maxima(original, stored.group_size or original.shape[1])
+    else:  # whose blocks would be a copy
+        largest = _largest(original)
+    largest = largest.float()
     if not bool((largest > 0).any()):
         made = stored.dense.any(1).nonzero().flatten().tolist()
         return WeightErrors(layer=float("inf") if made else 0.0, worst_row=None, lost_rows=tuple(made))
@@ -69,9 +76,11 @@ def weight_errors(stored: StoredWeight, original: Tensor, is_searched: bool = Fa
         is_searched=is_searched,
         largest=float(largest.max()),
         negligible=NEGLIGIBLE * float(largest[largest > 0].median()),
+        blocks=None if blocks is None else blocks.to(wide),
     )
     # both are widened piece by piece: a whole copy would be the largest tensor here
-    parts = [_rows(stored.dense[rows].to(wide), original[rows].to(wide), bound) for rows in _slices(original, stored)]
+    slices = _slices(original, stored)
+    parts = [_rows(stored.dense[rows].to(wide), original[rows].to(wide), bound, rows.start) for rows in slices]
     plain, size, rounded, scaled, lost, zeroed = (torch.cat(found) for found in zip(*parts, strict=True))
     alive = scaled > 0
     lost |= alive & ~(rounded <= NOISE * scaled.clamp_min(float(scaled[alive].median())))
@@ -99,6 +108,8 @@ class _Bound:
     largest: float
     """Magnitude in the whole weight, as it was rounded."""
     negligible: float
+    blocks: Tensor | None
+    """The largest magnitude of each block of the original weight; None: it is looked for in each slice."""
 
 
 def _slices(original: Tensor, stored: StoredWeight) -> list[slice]:
@@ -112,8 +123,9 @@ def _slices(original: Tensor, stored: StoredWeight) -> list[slice]:
     return [slice(start, start + step) for start in range(0, num_rows, step)]
 
 
-def _rows(dense: Tensor, original: Tensor, bound: _Bound) -> tuple[Tensor, ...]:
-    """Of each row: error and size; both as it was rounded; whether a block of it is lost, whether it became zeros."""
+def _rows(dense: Tensor, original: Tensor, bound: _Bound, first: int) -> tuple[Tensor, ...]:
+    """Of each row, from row ``first`` of the weight on: error and size; both as it was rounded; whether a block of it
+    is lost, whether it became zeros."""
     import torch
 
     norm = torch.linalg.vector_norm
@@ -122,24 +134,26 @@ def _rows(dense: Tensor, original: Tensor, bound: _Bound) -> tuple[Tensor, ...]:
     if bound.stored.column_scale is not None:
         original, difference = original * bound.stored.column_scale, difference * bound.stored.column_scale
         error, size = norm(difference, dim=1), norm(original, dim=1)
-    return (*plain, error, size, _unexplained(dense, original, difference, bound), _largest(dense) == 0)
+    blocks, whole = _maxima(dense, bound.stored.group_size or dense.shape[1])
+    return (*plain, error, size, _unexplained(blocks == 0, original, difference, bound, first), whole == 0)
 
 
-def _unexplained(dense: Tensor, original: Tensor, difference: Tensor, bound: _Bound) -> Tensor:
-    """bool (rows,): those with a block that is zero, or farther off, than its format's rounding explains."""
+def _unexplained(is_zero: Tensor, original: Tensor, difference: Tensor, bound: _Bound, first: int) -> Tensor:
+    """bool (rows,): those with a block that ``is_zero``, or farther off, than its format's rounding explains."""
     import torch
 
     stored, (num_rows, in_features) = bound.stored, original.shape
     unit = stored.group_size or in_features
     weights, errors = (_in_units(t, unit) for t in (original, difference))
-    largest = _largest(weights)
+    begin = first * in_features // unit
+    largest = _largest(weights) if bound.blocks is None else bound.blocks[begin : begin + len(weights)]
     known = DTYPES.get(stored.dtype)
     shared = torch.full_like(largest, stored.floor)
     if stored.span is not None and known is not None:
         share = known.max_error if stored.span_error is None else stored.span_error
         is_whole = stored.span > original.numel() or unit >= stored.span
         shared += share * (bound.largest if is_whole else _largest_in_span(largest, stored.span // unit))
-    is_bad = (_largest(_in_units(dense, unit)) == 0) & (largest > 2 * shared)
+    is_bad = is_zero & (largest > 2 * shared)
     if known is not None and not bound.is_searched:
         allowed = (known.rel_error + _SCALE_ROUNDING) * torch.linalg.vector_norm(weights, dim=1)
         allowed += unit**0.5 * (known.max_error * largest + shared)
@@ -149,6 +163,13 @@ def _unexplained(dense: Tensor, original: Tensor, difference: Tensor, bound: _Bo
     for offset in range(0, unit, in_features):  # a block of a flat format may cover rows
         found[((starts + offset) // in_features).clamp_max(num_rows - 1)] = True
     return found
+
+
+def _maxima(rows: Tensor, unit: int) -> tuple[Tensor, Tensor]:
+    """The largest magnitude of each block of ``unit`` weights, and of each row: of its blocks if it has whole ones."""
+    blocks = _largest(_in_units(rows, unit))
+    is_whole = rows.shape[1] % unit == 0
+    return blocks, blocks.reshape(len(rows), -1).amax(1) if is_whole else _largest(rows)
 
 
 def _largest(rows: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from torch import nn
 
 from quantlab.errors import ConfigError, ModelError
 from quantlab.modules.layers import (
+    all_finite,
+    changed_tensors,
     check_finite_weights,
     linear_layers,
     matches,
@@ -245,6 +247,40 @@ def test_a_weight_that_is_not_finite_is_named(bad, dtype):
     model[1].weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     with pytest.raises(ModelError, match=r"^model\.path=x: 1 of 9 values of 1\.weight are NaN or infinite"):
         check_finite_weights(model, "model.path=x")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0,), (1,), (7,), (33, 65)])
+def test_all_finite_is_what_asking_each_value_says(dtype, shape):
+    values = torch.randn(shape).to(dtype)
+    assert all_finite(values)
+    assert all_finite(torch.full(shape, torch.finfo(dtype).max, dtype=dtype))
+    for place in range(0, values.numel(), 64):
+        for bad in (float("nan"), float("inf"), -float("inf")):
+            broken = values.clone()
+            broken.view(-1)[place] = bad
+            assert not all_finite(broken)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("num", [1, 5, 64])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_change_of_any_value_is_seen_wherever_its_tensor_begins(dtype, num, offset):
+    net = torch.nn.Module()
+    net.register_buffer("t", torch.arange(1, num + offset + 1).to(dtype)[offset:])
+    for place in (0, num - 1):
+        with changed_tensors(net) as changed:
+            net.t[place] = 0
+        assert changed == ["t"]
+        net.t[place] = 1
+
+
+def test_all_signs_turned_are_seen():
+    net = torch.nn.Module()
+    net.register_buffer("t", torch.ones(64, dtype=torch.float64))
+    with changed_tensors(net) as changed:
+        net.t.neg_()
+    assert changed == ["t"]
 
 
 @pytest.mark.slow

@@ -69,11 +69,13 @@ def decoded_4bit(weight: Params4bit, dtype: torch.dtype, kept_in: torch.dtype | 
         scales = nested.absmax.repeat_interleave(nested.blocksize)[: absmax.numel()]
         absmax = nested.code[absmax.int()] * scales + state.offset
     made = torch.empty(num, dtype=kept_in or dtype, device=codes.device)
-    per_piece = WEIGHTS_AT_ONCE // state.blocksize  # whole, the indices alone would be eight times the codes
+    both = torch.stack((state.code.float().repeat_interleave(16), state.code.float().repeat(16)), dim=-1)
+    table = both.view(torch.int64).reshape(-1)  # byte -> its two values, looked up as one number
+    per_piece = WEIGHTS_AT_ONCE // state.blocksize  # whole, the indices alone would be four times the codes
     for first in range(0, absmax.numel(), per_piece):
         rows = slice(first * state.blocksize, min((first + per_piece) * state.blocksize, num))
         pairs = codes[rows.start // 2 : -(-rows.stop // 2)]
-        values = state.code[torch.stack((pairs >> 4, pairs & 15), dim=-1).reshape(-1)[: rows.stop - rows.start].int()]
+        values = table.index_select(0, pairs.int()).view(torch.float32)[: rows.stop - rows.start]
         scales = absmax[first : first + per_piece].repeat_interleave(state.blocksize)[: len(values)]
         made[rows] = (values * scales).to(dtype)
     return made.reshape(state.shape)

@@ -10,7 +10,7 @@ from quantlab.backends.bitsandbytes.config import LIBRARY_BLOCKSIZE, BitsAndByte
 from quantlab.backends.bitsandbytes.layers import WEIGHTS_AT_ONCE, decoded_4bit, layer_classes, library, torch_dtype
 from quantlab.backends.linears import linear_at
 from quantlab.errors import ConfigError, ModelError, NotQuantized, require_package
-from quantlab.modules.layers import replace_layer
+from quantlab.modules.layers import all_finite, replace_layer
 from quantlab.vocabulary.dtypes import FLOAT16_SCALE
 from quantlab.vocabulary.reports import StoredWeight
 
@@ -118,11 +118,9 @@ def _outlier_rule(threshold: float) -> str:
 
 def _finite_weight(name: str, linear: nn.Linear, dtype: torch.dtype) -> Tensor:
     """The layer's weight in ``dtype``; ModelError where a value is not finite in it."""
-    import torch
-
     weight = linear.weight.detach().to(dtype).contiguous()
-    if weight.numel() and not all(bool(torch.isfinite(end)) for end in weight.aminmax()):  # a mask is a copy or two
-        is_range = bool(torch.isfinite(linear.weight).all())
+    if not all_finite(weight):
+        is_range = all_finite(linear.weight.detach())
         why = "weights beyond 65504, float16's largest, in which LLM.int8 works" if is_range else "NaN or infinities"
         raise ModelError(f"{name}.weight: holds {why}; exclude the layer with modules_to_not_convert")
     return weight

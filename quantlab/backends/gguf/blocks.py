@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.errors import ConfigError, ModelError
+from quantlab.modules.layers import all_finite
 from quantlab.vocabulary.dtypes import dtype_name
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def encode(name: str, weight: Tensor, gguf_type: str, importance: NDArray[np.flo
 
     def encoded(rows: Tensor) -> NDArray[np.uint8]:
         dense = rows.float().cpu()
-        if not bool(torch.isfinite(dense).all()):
+        if not all_finite(dense):
             raise ModelError(f"{name}.weight: holds NaN or infinities; exclude the layer with modules_to_not_convert")
         codes: NDArray[np.uint8] = libgguf.quantize_rows(dense.numpy(), kind, importance)
         if float(dense.abs().max()) > 65504 and not np.isfinite(libgguf.dequantize_rows(codes, kind)).all():
