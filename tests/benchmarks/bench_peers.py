@@ -6,13 +6,16 @@
 * ``harness``: the same sweep against lm-evaluation-harness, a process a scheme and one for the reference. It may live in an
   environment of its own: ``--harness-python``.
 * ``llama``: a sweep of three GGUF schemes against llama.cpp (``xllamacpp``, which may be named in ``PYTHONPATH``) on the
-  same blocks; llama.cpp's kernels round activations too, so that its divergence is larger. That its files were made
-  stands apart.
+  same blocks; llama.cpp's kernels round activations too, so that its divergence is larger. Whole against whole: its
+  checkpoint is converted by the package ``gguf`` and quantized by its own function, all files in one process, then a
+  process a file evaluates. Evaluation alone stands beside.
 * ``images``: a sweep of five schemes of the digits model against a Diffusers loop, at once and a script a scheme.
 
-Each side is timed from the start of its process to its end, imports included, on one thread; a model is prepared before.
+Each side is timed from the start of its process to its end, imports included, on one thread; a model is prepared before,
+and so is the store, once for all sweeps of a folder. Each sweep makes its reference anew.
 The sweep measures what the script does: no noise floors, continuations or teacher-forced metrics (``--whole``: with them).
-A peer that is not installed is left out with the reason. Ten minutes on a machine that does nothing else.
+What it does beside is told apart as it is measured (``peers/sampled.py``), and a sweep without a store stands beside.
+A peer that is not installed is left out with the reason. Twelve minutes on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PEERS = Path(__file__).parent / "peers"
 sys.path.insert(0, str(PEERS))
 
+from sampled import BESIDE, QUANTIZING  # noqa: E402
 from schemes import WORDS  # noqa: E402
 
 LENGTH, STEPS, TRAIN_STEPS = 256, 20, 40
@@ -60,6 +64,13 @@ class Ran:
     cpu_s: float
     peak_bytes: int
     said: list[dict[str, dict[str, float]]]
+    parts: dict[str, float] = field(default_factory=dict)
+    """Of a sweep: what its CPU seconds went to."""
+
+    def and_then(self, other: Ran) -> Ran:
+        """Both, one after the other; what the other one said."""
+        peak = max(self.peak_bytes, other.peak_bytes)
+        return Ran(self.wall_s + other.wall_s, self.cpu_s + other.cpu_s, peak, other.said)
 
 
 def ran(folder: Path, *commands: Sequence[str]) -> Ran:
@@ -105,29 +116,48 @@ def sweep(folder: Path, schemes: dict[str, dict[str, Any]], words: Sequence[str]
     rows = "\n".join(f"    - {json.dumps(scheme)}" for scheme in schemes.values())
     (folder / "peers.yaml").write_text(f"# @package _global_\nsweep:\n  candidates:\n{rows}\n", encoding="utf-8")
     asked = ["recipe=peers.yaml", "device=cpu", "num_threads=1", "sweep.force=true", "-q", "--json", *words]
-    for cached in ("references", "sweeps"):
+    for cached in ("reference", "known"):
         shutil.rmtree(folder / "outputs" / "cache" / cached, ignore_errors=True)
-    done = ran(folder, [sys.executable, "-m", "quantlab", *asked])
+    done = ran(folder, script("sampled", "parts.json", *asked))
+    parts = json.loads((folder / "parts.json").read_text(encoding="utf-8"))
     rows: list[Any] = [row for row in done.said[0] if "quantization/coverage" in row["metrics"]]  # type: ignore[attr-defined]
     prefix = "quality/"
     found = [{k.removeprefix(prefix): v for k, v in row["metrics"].items() if k.startswith(prefix)} for row in rows]
-    return replace(done, said=[dict(zip(schemes, found, strict=True))])
+    return replace(done, said=[dict(zip(schemes, found, strict=True))], parts=parts)
 
 
-def told(title: str, ours: Ran, peers: dict[str, Ran], metrics: Sequence[str]) -> None:
-    """The table of one comparison: seconds, memory, and quantlab's over each."""
+def told(title: str, ours: dict[str, Ran], peers: dict[str, Ran], metrics: Sequence[str]) -> None:
+    """The table of one comparison: seconds, memory, and the first sweep's over each; then what its seconds went to."""
     print(f"\n{title}")
-    print(f"  {'':<44} {'wall s':>8} {'CPU s':>8} {'peak MiB':>9}   quantlab over it: wall, CPU, peak")
-    for name, one in {"quantlab, one sweep": ours, **peers}.items():
-        ratios = (ours.wall_s / one.wall_s, ours.cpu_s / one.cpu_s, ours.peak_bytes / one.peak_bytes)
-        more = "" if one is ours else "   " + ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    print(f"  {'':<44} {'wall s':>8} {'CPU s':>8} {'peak MiB':>9}   quantlab over it: wall, CPU, peak; without a store")
+    first, *others = ours.values()
+    for name, one in {**ours, **peers}.items():
+        ratios = [first.wall_s / one.wall_s, first.cpu_s / one.cpu_s, first.peak_bytes / one.peak_bytes]
+        more = "   " + ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        more += "".join(f"; CPU {other.cpu_s / one.cpu_s:.2f}" for other in others)
+        more = more if name in peers else ""
         print(f"  {name:<44} {one.wall_s:8.1f} {one.cpu_s:8.1f} {one.peak_bytes / 2**20:9.0f}{more}", flush=True)
+    listed = sorted(first.parts.items(), key=lambda part: -part[1])
+    print(f"  of quantlab's CPU seconds: {', '.join(f'{part} {seconds:.1f}' for part, seconds in listed)}")
+    beside = sum(first.parts.get(part, 0.0) for part in BESIDE)
+    print(
+        f"  no script does {', '.join(BESIDE)}: {beside:.1f} s; without them over each: "
+        + "; ".join(f"{name} {(first.cpu_s - beside) / one.cpu_s:.2f}" for name, one in peers.items())
+    )
     for metric in metrics:
         for name, one in peers.items():
             theirs = {scheme: row[metric] for part in one.said for scheme, row in part.items() if metric in row}
-            pairs = [f"{s} {ours.said[0][s][metric]:.4g} / {value:.4g}" for s, value in theirs.items() if s != "none"]
+            pairs = [f"{s} {first.said[0][s][metric]:.4g} / {value:.4g}" for s, value in theirs.items() if s != "none"]
             if pairs:
                 print(f"  {metric}, quantlab / {name}: {'; '.join(pairs)}")
+
+
+def sweeps(folder: Path, schemes: dict[str, dict[str, Any]], words: Sequence[str]) -> dict[str, Ran]:
+    """The sweep as it is, and without a store."""
+    return {
+        "quantlab, one sweep": sweep(folder, schemes, words),
+        "quantlab, one sweep, tracking=none": sweep(folder, schemes, [*words, "tracking=none"]),
+    }
 
 
 def language(folder: Path, asked: argparse.Namespace, made: dict[str, str]) -> None:
@@ -140,7 +170,7 @@ def language(folder: Path, asked: argparse.Namespace, made: dict[str, str]) -> N
         "evaluation.perplexity_protocol=ppl/v1",
         *([] if asked.whole else EXTRAS),
     ]
-    ours = sweep(folder, WORDS, words)
+    ours = sweeps(folder, WORDS, words)
     what = f"SmolLM2-135M, {asked.windows} windows of {LENGTH} tokens, {len(WORDS)} schemes and the reference"
     place = (made["smollm2"], made["text"], str(LENGTH))
     if "language" in asked.only:
@@ -179,11 +209,15 @@ def llama(folder: Path, asked: argparse.Namespace, made: dict[str, str]) -> None
     files = ran(folder, script("llama", "files", made["smollm2"], str(folder), *GGUF))
     place = (str(folder), made["ids"])
     base = ran(folder, script("llama", "base", *place))
-    each = ran(folder, *(script("llama", "compare", *place, one) for one in GGUF))
-    both = Ran(base.wall_s + each.wall_s, base.cpu_s + each.cpu_s, max(base.peak_bytes, each.peak_bytes), each.said)
+    alone = base.and_then(ran(folder, *(script("llama", "compare", *place, one) for one in GGUF)))
     what = f"SmolLM2-135M as GGUF, {asked.windows} windows of {LENGTH} tokens, {len(GGUF)} schemes and the reference"
-    told(what, ours, {"llama.cpp, a process a file": both}, ("kld_mean", "ppl"))
-    print(f"  its files by the package gguf: {files.wall_s:.1f} s, which is not in its time and is in quantlab's")
+    peers = {"llama.cpp, its files and a process a file": files.and_then(alone)}
+    told(what, {"quantlab, one sweep": ours}, peers, ("kld_mean", "ppl"))
+    rest = ours.cpu_s - ours.parts[QUANTIZING]
+    print(
+        f"  evaluation alone, CPU s: quantlab without quantizing {rest:.1f}, llama.cpp without its files "
+        f"({files.cpu_s:.1f}) {alone.cpu_s:.1f}: {rest / alone.cpu_s:.2f}"
+    )
 
 
 def images(folder: Path, asked: argparse.Namespace, made: dict[str, str]) -> None:
@@ -194,7 +228,7 @@ def images(folder: Path, asked: argparse.Namespace, made: dict[str, str]) -> Non
         f"evaluation.num_samples={asked.images}",
         *([] if asked.whole else EXTRAS),
     ]
-    ours = sweep(folder, WORDS, words)
+    ours = sweeps(folder, WORDS, words)
     place = (made["digits"], made["seeds"], str(STEPS))
     peers = {
         "Diffusers, one script for all": ran(folder, script("images", *place, *WORDS)),

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/same_numbers.py BEFORE.json AFTER.json
 
-Quality, memory and quantization figures of every row are compared; times and peaks are not, which differ from run to run.
+Quality, memory and quantization figures of every row are compared; times, peaks and what a stage began with are not,
+which differ from run to run.
 Both files are made on one machine, with as many threads. Exit code 1 where a figure differs or is missing on one side.
 """
 
@@ -13,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-CHANGING = re.compile(r"perf/|memory/\w+/peak_")
+CHANGING = re.compile(r"perf/|memory/\w+/(peak|baseline)_")
 
 
 def figures(file: str) -> dict[str, dict[str, float]]:

@@ -24,10 +24,30 @@ def library() -> str | None:
     return str(next(Path(found.origin).parent.glob("xllamacpp*.so")))
 
 
-def save_gguf(module, tokenizer, file: Path, *, add_bos: bool, kind: str = "F32", keep: tuple[str, ...] = ()) -> Path:
-    """A Llama of transformers with a byte-level BPE tokenizer as a gguf file; ``kind`` is the type of its matrices, but
-    for those with a word of ``keep`` in their names."""
+def quantized(values, kind):
+    """Rows of float32 as bytes of the type ``kind``, by the function with which ``llama-quantize`` makes them."""
     import gguf
+    import numpy as np
+
+    quantize = ctypes.CDLL(library()).ggml_quantize_chunk
+    quantize.restype, (num_rows, width), (block, size) = ctypes.c_size_t, values.shape, gguf.GGML_QUANT_SIZES[kind]
+    values, made = np.ascontiguousarray(values), np.empty((num_rows, width // block * size), np.uint8)
+    pointers, numbers = (
+        [ctypes.c_void_p(a.ctypes.data) for a in (values, made)],
+        map(ctypes.c_int64, (0, num_rows, width)),
+    )
+    assert quantize(ctypes.c_int(kind), *pointers, *numbers, None) == made.nbytes
+    return made
+
+
+def save_gguf(
+    module, tokenizer, file: Path, *, add_bos: bool, kind: str = "F32", keep: tuple[str, ...] = (), quantize=None
+) -> Path:
+    """A Llama of transformers with a byte-level BPE tokenizer as a gguf file; ``kind`` is the type of its matrices, but
+    for those with a word of ``keep`` in their names; ``quantize`` makes them, else the package gguf does."""
+    import gguf
+
+    quantize = quantize or gguf.quants.quantize
 
     config, state = module.config, {k: v.detach().float().numpy() for k, v in module.state_dict().items()}
     writer = gguf.GGUFWriter(file, "llama")
@@ -60,7 +80,7 @@ def save_gguf(module, tokenizer, file: Path, *, add_bos: bool, kind: str = "F32"
         told = names.get_name(name, (".weight",))
         if kind != "F32" and values.ndim == 2 and not any(word in name for word in keep):
             format_of_file = gguf.GGMLQuantizationType[kind]
-            writer.add_tensor(told, gguf.quants.quantize(values, format_of_file), raw_dtype=format_of_file)
+            writer.add_tensor(told, quantize(values, format_of_file), raw_dtype=format_of_file)
         else:
             writer.add_tensor(told, values)
     writer.write_header_to_file()

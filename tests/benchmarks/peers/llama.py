@@ -1,5 +1,5 @@
 """llama.cpp on GGUF files of a Llama, what llama-perplexity does with --kl-divergence: ``llama.py files FOLDER PLACE SCHEME...``
-writes the files, ``base PLACE IDS`` the base's log-probabilities, ``compare PLACE IDS SCHEME`` prints one JSON line."""
+converts a checkpoint and quantizes it, ``base PLACE IDS`` the base's log-probabilities, ``compare PLACE IDS SCHEME`` prints one JSON line."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.support.llama_cpp import Llama, save_gguf
+from tests.support.llama_cpp import Llama, quantized, save_gguf
 
 
 def file_of(place, scheme):
@@ -27,8 +27,9 @@ def files(folder, place, *schemes):
     module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for scheme in ("f32", *schemes):
-        kind = scheme.split()[-1].upper()
-        save_gguf(module, tokenizer, file_of(place, scheme), add_bos=False, kind=kind, keep=("embed_tokens", "lm_head"))
+        kind, keep = scheme.split()[-1].upper(), ("embed_tokens", "lm_head")
+        file = file_of(place, scheme)
+        save_gguf(module, tokenizer, file, add_bos=False, kind=kind, keep=keep, quantize=quantized)
     print("{}")
 
 

@@ -45,6 +45,10 @@ def images(num, train_steps):
 
 
 def main(windows, length, num_images, train_steps, *kinds):
+    from quantlab.tracking import open_store
+    from quantlab.vocabulary.schema import TrackingConfig
+
+    open_store(TrackingConfig(), Path.cwd())
     made = {}
     if "language" in kinds:
         made |= language(int(windows), int(length))
