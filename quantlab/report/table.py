@@ -20,7 +20,7 @@ from quantlab.report.terminal import Column, Sheet
 from quantlab.report.verdicts import error_metric, is_inside, largest_floor, less, with_other_batch
 from quantlab.tracking.results import Measured, Row
 from quantlab.tracking.values import flatten
-from quantlab.vocabulary.numbers import metric_value
+from quantlab.vocabulary.numbers import metric_value, time_in_words
 
 MIB = 1024**2
 MAX_SKIPPED = 8  # rows of impossible combinations that a terminal shows
@@ -186,14 +186,19 @@ def rows_sheet(
     for name in more:
         for text, row in zip(texts, listed, strict=True):
             text.append(_shown(row["metrics"].get(name), "{:.4g}"))
-    chosen = [*sheet_columns(shown), *(Column(title=name, keep=8) for name in more)]
-    on_cpu = not any(row["metrics"].get("perf/representative") for row in rows)
-    timed = [
-        replace(c, caption=CPU_SECONDS) if on_cpu and (c.title == "s" or "perf/" in c.title) else c for c in chosen
-    ]
+    timed = "" if any(row["metrics"].get("perf/representative") for row in rows) else CPU_SECONDS
+    own = [replace(c, caption=timed) if c.title == "s" else c for c in sheet_columns(shown)]
+    for name in more:
+        own.append(Column(title=_chosen(name, is_plain), keep=8, caption=timed if name.startswith("perf/") else ""))
     earlier = "resumed: all rows are those of earlier jobs" if all_resumed else ""
     told = (untold, *said_beside(rows), *_not_there(more, rows), caption, earlier)
-    return Sheet(columns=with_marks(timed, texts), rows=texts, styles=styles, caption=told)
+    return Sheet(columns=with_marks(own, texts), rows=texts, styles=styles, caption=told)
+
+
+def _chosen(name: str, is_plain: bool) -> str:
+    """The title of a column that was asked for: of a time in words, between which a line can end."""
+    words, unit = time_in_words(name)
+    return f"{words}{f' [{unit}]' if unit else ''}" if name.startswith("perf/") and not is_plain else name
 
 
 def _not_there(names: Sequence[str], rows: Sequence[Measured]) -> list[str]:

@@ -13,6 +13,7 @@ from quantlab.report.reading import Reader, StoredRun
 from quantlab.report.selection import backends_of
 from quantlab.report.verdicts import largest_floor
 from quantlab.tracking.used import UNSET
+from quantlab.vocabulary.numbers import time_in_words
 
 _OF_COMPONENT = re.compile(r"components\.(\w+)\.backend")
 STAGE_TIMES = frozenset(
@@ -30,7 +31,6 @@ _FIRST = {
     "memory/disk_bytes_model": ("disk_bytes", "size on the disk", "bytes"),
 }
 """Tracked name -> the axis' key, title and unit."""
-_UNITS = {"_ms_per_token": "ms/token", "_tokens_per_s": "tokens/s", "_per_s": "1/s", "_ms": "ms", "_s": "s"}
 ON_A_CPU = "Times on a CPU: the order of the schemes on a GPU may be another."
 IN_ONE_PROCESS = (
     "The peak also holds the process, the reference and what earlier jobs left: isolate jobs to compare it."
@@ -133,7 +133,7 @@ def axes(runs: Sequence[StoredRun]) -> list[Axis]:
         if name != "memory/weights_bytes" and (len(values) < 2 or len(set(values)) < 2):
             continue
         is_time = name.startswith("perf/")
-        key, title, unit = _time(name) if is_time else _FIRST[name]
+        key, title, unit = (name.removeprefix("perf/"), *time_in_words(name)) if is_time else _FIRST[name]
         note = ON_A_CPU if is_time and on_cpu else IN_ONE_PROCESS if "/peak_" in name else ""
         found.append(
             {"key": key, "title": title, "unit": unit, "higher_is_better": name.endswith("_per_s"), "note": note}
@@ -164,12 +164,6 @@ def _scheme_of(run: StoredRun, component: str) -> str:
     node = node if f"{node}.backend" in run.params else "quantization"
     words = [word for axis in ("backend", "dtype") if (word := run.params.get(f"{node}.{axis}", "")) not in UNSET]
     return "none" if words[:1] in ([], ["none"]) else " ".join(words)
-
-
-def _time(name: str) -> tuple[str, str, str]:
-    key = name.removeprefix("perf/")
-    ending = next((e for e in _UNITS if key.endswith(e)), "")
-    return key, key.removesuffix(ending).replace("_", " "), _UNITS.get(ending, "")
 
 
 def axis_values(run: StoredRun) -> dict[str, float]:

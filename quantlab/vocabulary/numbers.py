@@ -94,6 +94,18 @@ def needed_bytes(weights: MemoryReport, stages: Iterable[StageReport]) -> int | 
     return None
 
 
+_TIMES = {"_ms_per_token": "ms/token", "_tokens_per_s": "tokens/s", "_per_s": "1/s", "_ms": "ms", "_s": "s"}
+"""How a name ends -> its unit."""
+
+
+def time_in_words(name: str) -> tuple[str, str]:
+    """``perf/time_to_first_token_ms`` -> ``time to first token`` and its unit, ``ms``."""
+    key = name.removeprefix("perf/").removesuffix("_p90")
+    ending = next((e for e in _TIMES if key.endswith(e)), "")
+    percentile = ", 90th percentile" if name.endswith("_p90") else ""
+    return key.removesuffix(ending).replace("_", " ") + percentile, _TIMES.get(ending, "")
+
+
 def metric_value(metrics: Mapping[str, float], name: str) -> MetricValue:
     """A metric among flat ``metrics``, with its uncertainty; KeyError where it is not among them."""
     return MetricValue(

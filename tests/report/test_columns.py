@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 
 from quantlab import cli
 from quantlab.commands import columns_of
 from quantlab.report.table import rows_sheet
+from quantlab.report.terminal import show
 
 
 def row(name, **metrics):
@@ -22,11 +26,24 @@ ROWS = [row("reference", decode_tokens_per_s=12.3456), row("quanto int8"), row("
 
 def test_a_metric_has_its_column_and_what_no_row_has_is_told():
     sheet = rows_sheet(ROWS, "language", more=["perf/decode_tokens_per_s", "perf/decode_token_per_s"])
-    assert [column.title for column in sheet.columns[-2:]] == ["perf/decode_tokens_per_s", "perf/decode_token_per_s"]
+    assert [column.title for column in sheet.columns[-2:]] == ["decode [tokens/s]", "decode token [1/s]"]
+    plain = rows_sheet(ROWS, "language", more=["perf/decode_tokens_per_s"], is_plain=True)
+    assert plain.columns[-1].title == "perf/decode_tokens_per_s", "other programs know it by its name"
     assert [cells[-2:] for cells in sheet.rows] == [["12.35", ""], ["", ""], ["2e-07", ""]]
     told = "--columns perf/decode_token_per_s: no row has it; did you mean perf/decode_tokens_per_s?"
     assert told in sheet.caption
     assert all(len(cells) == len(sheet.columns) for cells in sheet.rows)
+
+
+def test_what_was_asked_for_is_seen_at_eighty_columns():
+    names = ["time_to_first_token_ms", "prefill_tokens_per_s", "decode_tokens_per_s", "decode_tokens_per_s_p90"]
+    rows = [row("torchao int8", **dict.fromkeys(names, 1234.5), representative=0.0)]
+    file = io.StringIO()
+    show(Console(file=file, width=80), rows_sheet(rows, "language", more=[f"perf/{name}" for name in names]))
+    hidden = " ".join(file.getvalue().split()).partition("hidden")[2]
+    assert hidden
+    assert not any(word in hidden for word in ("first token", "prefill", "decode", "MiB"))
+    assert "times on a CPU say nothing about a GPU" in file.getvalue()
 
 
 @pytest.mark.parametrize("words", [["--columns", "perf/a,quality/b"], ["--columns=perf/a,quality/b"]])
