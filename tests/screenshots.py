@@ -60,16 +60,18 @@ def main(sweep: str = "latest", root: Path = Path()) -> list[Path]:
                 look(browser, page, width, dark=dark)
                 made.append(taken(browser, root / FOLDER / f"{name}.webp", width, height))
             with mlflow_server(root) as address:
-                for name, place, height in places(selection.parents[0], groups[0].candidates):
+                for name, place, height in places(selection.parents[0], groups[0].candidates, groups[0].protocol):
                     look_at(browser, f"{address}/#/{place}", 1500, height)
                     made.append(taken(browser, root / FOLDER / f"mlflow_{name}.webp", 1500, height))
     return made
 
 
-def places(parent: StoredRun, candidates: list[StoredRun]) -> Iterator[tuple[str, str, int]]:
-    """Name, address and height of MLflow's views: the runs' table, the sweep's run, a job's, and two jobs compared."""
+def places(parent: StoredRun, candidates: list[StoredRun], protocol: str) -> Iterator[tuple[str, str, int]]:
+    """Name, address and height of MLflow's views: the runs' table and charts as they are saved, the sweep's run, a
+    job's, and jobs compared."""
     home = f"experiments/{parent.experiment_id}"
-    yield "runs", f"{home}/runs?compareRunsMode=TABLE", 720
+    yield "runs", f"{home}/runs?viewStateShareKey=quantlab-{protocol}", 720
+    yield "charts", f"{home}/runs?viewStateShareKey=quantlab-{protocol}&compareRunsMode=CHART", 900
     yield "sweep", f"{home}/runs/{parent.run_id}", 1100
     yield "job", f"{home}/runs/{candidates[0].run_id}", 1100
     ids = json.dumps([run.run_id for run in candidates[:3]]).replace(" ", "")

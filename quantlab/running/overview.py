@@ -18,6 +18,7 @@ from quantlab.report.selection import Selection, parse_request, scheme_nodes, se
 from quantlab.report.table import inside_floor
 from quantlab.tracking import Run, Store
 from quantlab.tracking.results import Row, report_data
+from quantlab.tracking.saved_view import saved_view
 from quantlab.tracking.tags import INPUTS_SHA256, NOTE
 from quantlab.tracking.used import used_params
 from quantlab.tracking.values import flatten
@@ -112,13 +113,19 @@ def _log_page(store: Store, parent: Run) -> None:
     page = parent.record.folder / PAGE
     write_page(page_data(groups, selection, reader), page)
     parent.log_artifact(page, PAGE.parent.as_posix())
-    parent.set_tags({NOTE: description(groups, selection, store.experiment_id, parent.run_id)})
+    protocol = groups[0].protocol
+    view = saved_view(store, protocol, [f"quality/{name}" for name in PROTOCOLS[protocol].HEADLINE])
+    parent.set_tags({NOTE: description(groups, selection, store.experiment_id, parent.run_id, view)})
 
 
-def description(groups: Sequence[Comparison], selection: Selection, experiment_id: str, run_id: str) -> str:
-    """Where the page is, with a link as MLflow's own pages make them (the first lines are shown), and the table."""
+def description(
+    groups: Sequence[Comparison], selection: Selection, experiment_id: str, run_id: str, view: str = ""
+) -> str:
+    """Where the page and the saved ``view`` are, with links as MLflow's own pages make them (the first lines are
+    shown), and the table."""
     page = PAGE.as_posix()
     link = f"#/experiments/{experiment_id}/runs/{run_id}/artifacts/{page}"
-    first = f"**[The page with all of it]({link})**: `{page}` among the artifacts.\n\n"
+    first = f"**[The page with all of it]({link})**: `{page}` among the artifacts."
+    first += f" [Charts and columns of these runs]({view})\n\n" if view else "\n\n"
     tables = (comparison_markdown(groups, selection, most) for most in (60, 30, 15, 8))
     return first + next((text for text in tables if len(first + text) <= MAX_DESCRIPTION), "")

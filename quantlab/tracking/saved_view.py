@@ -1,0 +1,55 @@
+"""The view of MLflow's runs by which a scheme is chosen: columns and charts, saved as that page saves its shared ones.
+
+They are tags of the experiment in the page's own form (looked at with MLflow 3.17). A page that does not know the form
+says so and shows its usual table.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from quantlab.progress import say
+from quantlab.tracking.store import Store
+
+PREFIX = "mlflow.sharedViewState."
+BYTES = ("memory/weights_bytes", "memory/bits_per_weight_model", "memory/compression")
+
+
+def saved_view(store: Store, protocol: str, metrics: Sequence[str]) -> str:
+    """The address, within MLflow, of a protocol's view in the store's experiment; it is saved where there is none yet.
+
+    ``metrics`` are tracked names, the most telling first. Empty where the store does not take it, which is told.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name = f"quantlab-{protocol}"
+    try:
+        if f"{PREFIX}{name}" not in store.client.get_experiment(store.experiment_id).tags:
+            store.client.set_experiment_tag(store.experiment_id, f"{PREFIX}{name}", json.dumps(view_state(metrics)))
+    except MlflowException as error:
+        say(f"the saved view of the runs: {str(error)[:200]}")
+        return ""
+    return f"#/experiments/{store.experiment_id}/runs?viewStateShareKey={name}&compareRunsMode=CHART"
+
+
+def view_state(metrics: Sequence[str]) -> dict[str, object]:
+    """What the page keeps of a view: each metric against bytes and by scheme, and the columns of its table."""
+    section = {"uuid": "quantlab", "name": "quality against bytes", "display": True, "isReordered": True}
+    kept = {"metricSectionId": "quantlab", "deleted": False, "isGenerated": False, "runsCountToCompare": 100}
+    x = {"key": BYTES[0], "type": "METRIC"}
+    charts = [
+        *(
+            {"type": "SCATTER", "uuid": f"bytes {m}", **kept, "xaxis": x, "yaxis": {"key": m, "type": "METRIC"}}
+            for m in metrics
+        ),
+        *({"type": "BAR", "uuid": m, **kept, "metricKey": m} for m in (*metrics, BYTES[0])),
+    ]
+    return {
+        "selectedColumns": [f"metrics.`{name}`" for name in (*metrics, *BYTES)],
+        "compareRunCharts": charts,
+        "compareRunSections": [section],
+        "isAccordionReordered": True,  # else the page puts sections of its own before it
+        "runsHiddenMode": "SHOW_ALL",
+        "hideEmptyCharts": True,
+    }

@@ -1,0 +1,75 @@
+"""The saved view of MLflow's runs: made once, left to whoever changed it, read by MLflow's own page."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from quantlab.protocols.table import PROTOCOLS
+from quantlab.tracking import open_store
+from quantlab.tracking.saved_view import PREFIX, saved_view, view_state
+from quantlab.vocabulary.schema import TrackingConfig
+from tests.support.browser import chromium, texts
+
+METRICS = ["quality/latent_rel_mse", "quality/psnr_db"]
+
+
+def tags(store):
+    return store.client.get_experiment(store.experiment_id).tags
+
+
+def test_it_is_saved_once_for_a_protocol_and_another_ones_change_stays(base):
+    store = open_store(TrackingConfig(), base)
+    address = saved_view(store, "diffusion", METRICS)
+    assert (
+        address
+        == f"#/experiments/{store.experiment_id}/runs?viewStateShareKey=quantlab-diffusion&compareRunsMode=CHART"
+    )
+    assert json.loads(tags(store)[f"{PREFIX}quantlab-diffusion"]) == view_state(METRICS)
+    store.client.set_experiment_tag(store.experiment_id, f"{PREFIX}quantlab-diffusion", "mine")
+    assert saved_view(store, "diffusion", METRICS) == address
+    assert saved_view(store, "language", ["quality/ppl"]) != address
+    assert tags(store)[f"{PREFIX}quantlab-diffusion"] == "mine"
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_it_fits_a_tag(protocol):
+    text = json.dumps(view_state([f"quality/{name}" for name in PROTOCOLS[protocol].HEADLINE]))
+    assert len(text) < 5000
+    ids = [chart["uuid"] for chart in json.loads(text)["compareRunCharts"]]
+    assert len(ids) == len(set(ids))
+
+
+def test_a_store_that_takes_no_tag_costs_only_the_view(capsys):
+    from mlflow.exceptions import MlflowException
+
+    def refuses(_):
+        raise MlflowException("no right to do this")
+
+    store = SimpleNamespace(client=SimpleNamespace(get_experiment=refuses), experiment_id="1")
+    assert saved_view(store, "diffusion", METRICS) == ""
+    assert "no right to do this" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_mlflows_page_shows_its_columns_and_charts(base, tmp_path):
+    from tests.screenshots import START_S, look_at, mlflow_server
+
+    store = open_store(TrackingConfig(), base)
+    for name, size in (("quanto int8", 4.0), ("gguf q4_k", 2.0)):
+        run = store.client.create_run(store.experiment_id, run_name=name)
+        for metric, value in ((METRICS[0], 1e-3 / size), ("memory/weights_bytes", size)):
+            store.client.log_metric(run.info.run_id, metric, value)
+        store.client.set_terminated(run.info.run_id)
+    address = saved_view(store, "diffusion", METRICS[:1])
+    with chromium(tmp_path / "profile") as browser, mlflow_server(base) as server:
+        browser.set_script_timeout(START_S)
+        look_at(browser, f"{server}/{address}", 1500, 1000)
+        shown = " ".join(texts(browser, "body"))
+        assert "quality against bytes" in shown
+        assert "memory/weights_bytes vs. quality/latent_rel_mse" in shown
+        assert "Error loading shared view" not in shown
+        look_at(browser, f"{server}/{address.removesuffix('&compareRunsMode=CHART')}", 1500, 1000)
+        assert any("quality/latent_rel_mse" in text for text in texts(browser, ".ag-header-cell"))
