@@ -23,10 +23,13 @@ from typing import Any
 
 from PIL import Image
 
-from quantlab.report.compare import compare
+from quantlab.report.compare import Comparison, compare
+from quantlab.report.comparison_table import as_measured
 from quantlab.report.html import page_data, write_page
 from quantlab.report.reading import StoredRun, open_reader
 from quantlab.report.selection import parse_request, select
+from quantlab.report.table import headline
+from quantlab.tracking.saved_view import view_name
 from tests.support.browser import chromium, find, look
 
 FOLDER = Path("recipes", "screens")
@@ -60,18 +63,19 @@ def main(sweep: str = "latest", root: Path = Path()) -> list[Path]:
                 look(browser, page, width, dark=dark)
                 made.append(taken(browser, root / FOLDER / f"{name}.webp", width, height))
             with mlflow_server(root) as address:
-                for name, place, height in places(selection.parents[0], groups[0].candidates, groups[0].protocol):
+                for name, place, height in places(selection.parents[0], groups[0]):
                     look_at(browser, f"{address}/#/{place}", 1500, height)
                     made.append(taken(browser, root / FOLDER / f"mlflow_{name}.webp", 1500, height))
     return made
 
 
-def places(parent: StoredRun, candidates: list[StoredRun], protocol: str) -> Iterator[tuple[str, str, int]]:
+def places(parent: StoredRun, group: Comparison) -> Iterator[tuple[str, str, int]]:
     """Name, address and height of MLflow's views: the runs' table and charts as they are saved, the sweep's run, a
     job's, and jobs compared."""
-    home = f"experiments/{parent.experiment_id}"
-    yield "runs", f"{home}/runs?viewStateShareKey=quantlab-{protocol}", 720
-    yield "charts", f"{home}/runs?viewStateShareKey=quantlab-{protocol}&compareRunsMode=CHART", 900
+    home, candidates = f"experiments/{parent.experiment_id}", group.candidates
+    view = view_name(headline(group.protocol, as_measured(group.runs)))
+    yield "runs", f"{home}/runs?viewStateShareKey={view}", 720
+    yield "charts", f"{home}/runs?viewStateShareKey={view}&compareRunsMode=CHART", 900
     yield "sweep", f"{home}/runs/{parent.run_id}", 1100
     yield "job", f"{home}/runs/{candidates[0].run_id}", 1100
     ids = json.dumps([run.run_id for run in candidates[:3]]).replace(" ", "")

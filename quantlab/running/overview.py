@@ -12,10 +12,11 @@ from quantlab.progress import say
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.compare import Comparison, compare
 from quantlab.report.comparison_markdown import comparison_markdown
+from quantlab.report.comparison_table import as_measured
 from quantlab.report.html import page_data, write_page
 from quantlab.report.reading import reader_of
 from quantlab.report.selection import Selection, parse_request, scheme_nodes, select
-from quantlab.report.table import inside_floor
+from quantlab.report.table import headline, inside_floor
 from quantlab.tracking import Run, Store
 from quantlab.tracking.results import Row, report_data
 from quantlab.tracking.saved_view import saved_view
@@ -113,8 +114,7 @@ def _log_page(store: Store, parent: Run) -> None:
     page = parent.record.folder / PAGE
     write_page(page_data(groups, selection, reader), page)
     parent.log_artifact(page, PAGE.parent.as_posix())
-    protocol = groups[0].protocol
-    view = saved_view(store, protocol, [f"quality/{name}" for name in PROTOCOLS[protocol].HEADLINE])
+    view = saved_view(store, [f"quality/{name}" for name in headline(groups[0].protocol, as_measured(groups[0].runs))])
     parent.set_tags({NOTE: description(groups, selection, store.experiment_id, parent.run_id, view)})
 
 

@@ -16,14 +16,18 @@ PREFIX = "mlflow.sharedViewState."
 BYTES = ("memory/weights_bytes", "memory/bits_per_weight_model", "memory/compression")
 
 
-def saved_view(store: Store, protocol: str, metrics: Sequence[str]) -> str:
-    """The address, within MLflow, of a protocol's view in the store's experiment; it is saved where there is none yet.
+def view_name(metrics: Sequence[str]) -> str:
+    """The name of the view of these metrics: runs of other ones have another."""
+    return "-".join(["quantlab", *(name.rpartition("/")[2] for name in metrics)])
 
-    ``metrics`` are tracked names, the most telling first. Empty where the store does not take it, which is told.
+
+def saved_view(store: Store, metrics: Sequence[str]) -> str:
+    """The address, within MLflow, of the view of ``metrics`` (tracked names, the most telling first) in the store's
+    experiment; it is saved where there is none yet. Empty where the store does not take it, which is told.
     """
     from mlflow.exceptions import MlflowException
 
-    name = f"quantlab-{protocol}"
+    name = view_name(metrics)
     try:
         if f"{PREFIX}{name}" not in store.client.get_experiment(store.experiment_id).tags:
             store.client.set_experiment_tag(store.experiment_id, f"{PREFIX}{name}", json.dumps(view_state(metrics)))

@@ -14,24 +14,22 @@ from quantlab.vocabulary.schema import TrackingConfig
 from tests.support.browser import chromium, texts
 
 METRICS = ["quality/latent_rel_mse", "quality/psnr_db"]
+NAME = "quantlab-latent_rel_mse-psnr_db"
 
 
 def tags(store):
     return store.client.get_experiment(store.experiment_id).tags
 
 
-def test_it_is_saved_once_for_a_protocol_and_another_ones_change_stays(base):
+def test_it_is_saved_once_and_another_ones_change_stays(base):
     store = open_store(TrackingConfig(), base)
-    address = saved_view(store, "diffusion", METRICS)
-    assert (
-        address
-        == f"#/experiments/{store.experiment_id}/runs?viewStateShareKey=quantlab-diffusion&compareRunsMode=CHART"
-    )
-    assert json.loads(tags(store)[f"{PREFIX}quantlab-diffusion"]) == view_state(METRICS)
-    store.client.set_experiment_tag(store.experiment_id, f"{PREFIX}quantlab-diffusion", "mine")
-    assert saved_view(store, "diffusion", METRICS) == address
-    assert saved_view(store, "language", ["quality/ppl"]) != address
-    assert tags(store)[f"{PREFIX}quantlab-diffusion"] == "mine"
+    address = saved_view(store, METRICS)
+    assert address == f"#/experiments/{store.experiment_id}/runs?viewStateShareKey={NAME}&compareRunsMode=CHART"
+    assert json.loads(tags(store)[PREFIX + NAME]) == view_state(METRICS)
+    store.client.set_experiment_tag(store.experiment_id, PREFIX + NAME, "mine")
+    assert saved_view(store, METRICS) == address
+    assert saved_view(store, ["quality/ppl"]) != address
+    assert tags(store)[PREFIX + NAME] == "mine"
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -49,7 +47,7 @@ def test_a_store_that_takes_no_tag_costs_only_the_view(capsys):
         raise MlflowException("no right to do this")
 
     store = SimpleNamespace(client=SimpleNamespace(get_experiment=refuses), experiment_id="1")
-    assert saved_view(store, "diffusion", METRICS) == ""
+    assert saved_view(store, METRICS) == ""
     assert "no right to do this" in " ".join(capsys.readouterr().err.split())
 
 
@@ -63,7 +61,7 @@ def test_mlflows_page_shows_its_columns_and_charts(base, tmp_path):
         for metric, value in ((METRICS[0], 1e-3 / size), ("memory/weights_bytes", size)):
             store.client.log_metric(run.info.run_id, metric, value)
         store.client.set_terminated(run.info.run_id)
-    address = saved_view(store, "diffusion", METRICS[:1])
+    address = saved_view(store, METRICS[:1])
     with chromium(tmp_path / "profile") as browser, mlflow_server(base) as server:
         browser.set_script_timeout(START_S)
         look_at(browser, f"{server}/{address}", 1500, 1000)
