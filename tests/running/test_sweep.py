@@ -126,7 +126,7 @@ def test_the_same_command_again_runs_nothing(shell, measured):
     assert len(measured) == 6, "a larger grid runs what is new"
     assert [n for n, r in more.items() if not r["resumed"]] == ["bitsandbytes nf4"]
     assert "quality/floor_bf16/psnr_db" in more["bitsandbytes nf4"]["metrics"], "floors from the store count"
-    assert "quanto int8 (resumed)" in shell(*words, "-q")[1]
+    assert "resumed: all rows" in shell(*words, "-q")[1]
 
     shell.rows(*words, "sweep.force=true")
     assert len(measured) == 11
