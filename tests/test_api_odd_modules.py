@@ -76,6 +76,37 @@ def test_a_candidate_makes_its_own_of_what_a_module_keeps():
     assert made.doubled is None
 
 
+CALIBRATED = {
+    "torchao awq": quantlab.TorchAoConfig("int4wo", group_size=32, algorithm="awq"),
+    "torchao smoothquant": quantlab.TorchAoConfig("int8dq", algorithm="smoothquant"),
+    "quanto static": quantlab.QuantoConfig("int8", activations="int8"),
+    "modelopt awq": quantlab.NVIDIAModelOptConfig("INT4", algorithm="awq_lite"),
+    "gguf imatrix": quantlab.GGUFQuantizationConfig(gguf_type="q4_0", algorithm="imatrix"),
+}
+
+
+class Tabulating(OneLinear):
+    """Keeps what its first layer answers to a fixed input, as tables of positions are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Linear(64, 64)
+        self.table = None
+
+    def forward(self, x):
+        if self.table is None:
+            self.table = self.positions(torch.eye(64))
+        return x @ self.table + 1e-3 * self.linear(x)
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_so_does_one_that_calibration_has_run_before(name):
+    other = [torch.randn(8, 64, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    _, row = quantlab.evaluate(Tabulating(), [CALIBRATED[name]], [X], calibration=other, num_bootstrap=10, floors=False)
+    weight_error = next(layer.weight_rel_error for layer in row.quantization.layers if layer.name == "positions")
+    assert row.quality["output_rel_error"].value > 0.5 * weight_error
+
+
 class Changing(OneLinear):
     """Changes what it is given."""
 

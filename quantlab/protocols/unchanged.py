@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -29,15 +29,17 @@ def must_stay_unchanged(model: LoadedModel) -> Iterator[None]:
 
 
 @contextmanager
-def same_state(module: nn.Module) -> Iterator[None]:
-    """Afterwards the module's buffers and plain attributes are what they were before.
+def same_state(module: nn.Module, without: Collection[str] = ()) -> Iterator[None]:
+    """Afterwards the module's buffers and plain attributes are what they were before, but for those of the parts at the
+    paths ``without`` and below.
 
     What counts its calls, keeps a running mean, or a weight that it has made of others, would hand that on to its
     copies: a candidate would begin from another state than the reference, or run with the reference's weights.
     """
     import torch
 
-    parts = list(module.modules())
+    below = tuple(f"{path}." for path in without)
+    parts = [part for path, part in module.named_modules() if path not in without and not path.startswith(below)]
     buffers = [(part, dict(part._buffers)) for part in parts if part._buffers]
     plain = {id(b): (b, b.clone()) for _, held in buffers for b in held.values() if type(b) is torch.Tensor}
     own = [(part, _attributes(part)) for part in parts]
