@@ -314,6 +314,8 @@ def misfit(asked: Format, shape: Sequence[int]) -> str:
         return f"in_features {in_features} does not divide by group_size {group}"
     if in_features % row.in_features_multiple:
         return f"in_features {in_features} does not divide by {row.in_features_multiple}, the block of {axes.dtype}"
+    if in_features < row.min_in_features:
+        return f"in_features {in_features} is below {row.min_in_features}"
     if out_features < row.min_out_features:
         return f"out_features {out_features} is below {row.min_out_features}"
     if out_features % row.out_features_multiple:

@@ -27,6 +27,8 @@ class Capability:
     out_features_multiple: int = 1
     min_out_features: int = 1
     """Fewer rows than these the library's product does not take."""
+    min_in_features: int = 1
+    """Shorter rows than these the library does not take."""
     numel_multiple: int = 1
     grouping: str = "row"
     """``row``: a group stays in a row, so it divides in_features; ``flat``: blocks run over the flat tensor."""
@@ -69,6 +71,7 @@ class Capability:
         }
         said = [f"{what} % {multiple}" for what, multiple in of_shapes.items() if multiple > 1]
         said += [f"out_features >= {self.min_out_features}"] if self.min_out_features > 1 else []
+        said += [f"in_features >= {self.min_in_features}"] if self.min_in_features > 1 else []
         if device == "cuda":
             said += [f"CUDA {_version(self.min_compute_capability)}"] if self.min_compute_capability else []
             said += [f"activations {a}: CUDA {_version(v)}" for a, v in self.cuda_activations.items()]
@@ -111,6 +114,7 @@ _BITSANDBYTES: Rows = {
 _TORCHAO: Rows = {
     "int8": Capability(
         group_sizes=("none", *_ROW_GROUPS),
+        min_in_features=2,
         activation_dtypes=("none", "int8"),
         algorithms=("max", "awq", "smoothquant", "gptq"),
         cuda_algorithms=("gptq",),
@@ -121,15 +125,17 @@ _TORCHAO: Rows = {
     ),
     "float8_e4m3": Capability(
         group_sizes=("none",),
+        min_in_features=2,
         activation_dtypes=("none", "float8_e4m3"),
         cuda_activations={"float8_e4m3": (8, 9)},
         may_crash_on=("cuda",),  # scaled by rows, with CUDA 12.9 (pytorch/ao 4582)
         note="activation_dtype=float8_e4m3 needs CUDA, compute capability 8.9, or activation_scales=static with "
         "calibration data (a prototype)",
     ),
-    "float8_e5m2": Capability(group_sizes=("none",)),
+    "float8_e5m2": Capability(group_sizes=("none",), min_in_features=2),
     "int4": Capability(
         group_sizes=("none", *_ROW_GROUPS),
+        min_in_features=2,
         is_simulated_on=("cpu",),
         algorithms=("max", "hqq", "awq", "smoothquant"),
         activation_dtypes=("none", "int8"),
@@ -137,8 +143,18 @@ _TORCHAO: Rows = {
         "prototype); awq and smoothquant need calibration data, a packed format, activation_dtype=none and "
         "groups of 32, 64 or 128",
     ),
-    "int3": Capability(group_sizes=("none", *_ROW_GROUPS), is_simulated_on=("cpu", "cuda"), algorithms=("max", "hqq")),
-    "int2": Capability(group_sizes=("none", *_ROW_GROUPS), is_simulated_on=("cpu", "cuda"), algorithms=("max", "hqq")),
+    "int3": Capability(
+        group_sizes=("none", *_ROW_GROUPS),
+        min_in_features=2,
+        is_simulated_on=("cpu", "cuda"),
+        algorithms=("max", "hqq"),
+    ),
+    "int2": Capability(
+        group_sizes=("none", *_ROW_GROUPS),
+        min_in_features=2,
+        is_simulated_on=("cpu", "cuda"),
+        algorithms=("max", "hqq"),
+    ),
     "nf4": Capability(group_sizes=(64,), grouping="flat", numel_multiple=64 * 256, is_prototype=True),
     "nvfp4": Capability(
         group_sizes=(16,),
