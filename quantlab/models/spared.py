@@ -7,8 +7,10 @@ over several machines and the compiler, where it is installed. A model on the me
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -37,17 +39,36 @@ def spared() -> Iterator[None]:
     put: dict[str, Any] = dict.fromkeys((*PACKAGES, *held_packages()))  # None: as if it were not installed
     put[COMPILER] = _no_compiler()
     put = {name: module for name, module in put.items() if name not in sys.modules}
-    is_available = distributed.is_available
+    is_available, distributions = distributed.is_available, metadata.packages_distributions
     sys.modules.update(put)
     distributed.is_available = lambda: False
+    metadata.packages_distributions = lambda: _WhenAsked(distributions)
     try:
         with _listed_once():
             yield
     finally:
         distributed.is_available = is_available
+        metadata.packages_distributions = distributions
         for name, module in put.items():
             if sys.modules.get(name) is module:
                 del sys.modules[name]
+
+
+class _WhenAsked(Mapping[str, list[str]]):
+    """Package -> its distributions. Diffusers asks for it as it is imported, which reads what is told of each installed
+    package, and looks into it for three that are seldom there."""
+
+    def __init__(self, distributions: Callable[[], Mapping[str, list[str]]]) -> None:
+        self._found = functools.cache(distributions)
+
+    def __getitem__(self, package: str) -> list[str]:
+        return self._found()[package]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found())
+
+    def __len__(self) -> int:
+        return len(self._found())
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ Storages = dict[tuple[str, int], int]
 
 _PACKAGES = frozenset({"diffusers", "transformers", "quantlab"})
 """Plain objects of these are looked into, and of the packages that a caller names: those of the backends."""
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 _MAX_DEPTH = 8
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -60,7 +61,7 @@ def _plain_tensors(obj: object, packages: Collection[str]) -> list[Tensor]:
     seen: set[int] = set()
     for part in obj.modules() if isinstance(obj, nn.Module) else ():
         for value in vars(part).values():
-            if not isinstance(value, (dict, set)) or value:  # most are empty
+            if type(value) not in _PLAIN and (not isinstance(value, (dict, set)) or value):  # most are empty
                 _walk(value, found, seen, packages)
     if not isinstance(obj, nn.Module):
         _walk(obj, found, seen, packages)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,19 @@ def test_transformers_models_are_listed_once_and_the_same(monkeypatch):
         by_file = import_utils.define_import_structure(str(folder / "__init__.py"))
     assert by_file == by_folder == expected
     assert asked == [folder]
+
+
+def test_distributions_are_looked_for_when_one_is_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(metadata, "packages_distributions", own := lambda: asked.append(1) or {"torch": ["a-torch"]})
+    with spared():
+        found = metadata.packages_distributions()
+        assert not asked
+        assert found.get("torch") == ["a-torch"]
+        assert "nothing" not in found
+        assert list(found) == ["torch"]
+        assert len(found) == len(asked) == 1
+    assert metadata.packages_distributions is own
 
 
 def test_only_the_command_of_a_process_of_its_own_does_without(monkeypatch, capsys):
