@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _MMAP_THRESHOLD = -3
 """glibc's ``M_MMAP_THRESHOLD``."""
+_LARGE = 1 << 20
+"""From here on a tensor is to have pages of its own."""
 _AGAIN = "copy or download it again"
 
 
@@ -232,12 +234,41 @@ def freed_at_once() -> Iterator[None]:
     if not hasattr(library, "mallopt"):  # not glibc
         yield
         return
-    library.mallopt(_MMAP_THRESHOLD, 1 << 20)
+    library.mallopt(_MMAP_THRESHOLD, _LARGE)
+    holes = _fill_holes(library)
     try:
         yield
     finally:
+        for hole in holes:
+            library.free(hole)
         library.mallopt(_MMAP_THRESHOLD, 32 << 20)  # where its own choice ends
         trim()
+
+
+def _fill_holes(library: ctypes.CDLL) -> list[int]:
+    """Take what is free in the heap between blocks that are in use, in pieces from 64 MiB to 1 MiB; nothing is written
+    to them, so that they hold no memory. glibc would put large tensors there, whatever the threshold, and keep the
+    pages when they are freed. Returns the addresses; none where another allocator serves the process."""
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
+    trim()
+    heap, holes, size = _heap(), list[int](), 64 * _LARGE
+    while size >= _LARGE:
+        taken = library.malloc(size) or 0
+        if taken in heap:
+            holes.append(taken)
+        else:
+            library.free(taken)
+            size //= 2
+    return holes
+
+
+def _heap() -> range:
+    """The addresses that Linux calls the heap."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    ends = [int(end, 16) for line in lines if line.endswith("[heap]") for end in line.split()[0].split("-")]
+    return range(min(ends, default=0), max(ends, default=0))
 
 
 def trim() -> None:
