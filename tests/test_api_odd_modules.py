@@ -99,7 +99,11 @@ class Tabulating(OneLinear):
         return x @ self.table + 1e-3 * self.linear(x)
 
 
-@pytest.mark.parametrize("name", CALIBRATED)
+SLOW = pytest.mark.slow
+CASES = [pytest.param(name, marks=() if name.startswith(("torchao", "gguf")) else SLOW) for name in CALIBRATED]
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_so_does_one_that_calibration_has_run_before(name):
     other = [torch.randn(8, 64, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
     _, row = quantlab.evaluate(Tabulating(), [CALIBRATED[name]], [X], calibration=other, num_bootstrap=10, floors=False)
