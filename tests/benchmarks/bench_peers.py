@@ -129,8 +129,9 @@ def sweep(folder: Path, schemes: dict[str, dict[str, Any]], words: Sequence[str]
 def told(title: str, ours: dict[str, Ran], peers: dict[str, Ran], metrics: Sequence[str]) -> None:
     """The table of one comparison: seconds, memory, and the first sweep's over each; then what its seconds went to."""
     print(f"\n{title}")
-    print(f"  {'':<44} {'wall s':>8} {'CPU s':>8} {'peak MiB':>9}   quantlab over it: wall, CPU, peak; without a store")
     first, *others = ours.values()
+    heads = f"  {'':<44} {'wall s':>8} {'CPU s':>8} {'peak MiB':>9}   quantlab over it: wall, CPU, peak"
+    print(f"{heads}{'; without a store' if others else ''}")
     for name, one in {**ours, **peers}.items():
         ratios = [first.wall_s / one.wall_s, first.cpu_s / one.cpu_s, first.peak_bytes / one.peak_bytes]
         more = "   " + ", ".join(f"{ratio:.2f}" for ratio in ratios)

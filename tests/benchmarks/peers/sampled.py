@@ -2,8 +2,8 @@
 part -> seconds to FILE as JSON.
 
 Every 10 ms of CPU time the stack is looked at; what has passed since the last look counts for the first of ``PARTS`` that
-has a place in it. A call into a library is one look, with all that it took. Looking takes under a hundredth, which is in
-the seconds.
+has a place in it. A call into a library is one look, with all that it took; a library that MLflow and others import
+counts for whoever comes first. Looking is in the seconds.
 """
 
 import atexit
