@@ -11,7 +11,7 @@ from typing import Any
 
 from quantlab.backends.scheme import Scheme, scheme_of_config
 from quantlab.backends.table import held_packages, loggers
-from quantlab.errors import ConfigError, NotFinite, QuantlabError, is_of_the_machine
+from quantlab.errors import ConfigError, NotFinite, QuantlabError, TrackingError, is_of_the_machine
 from quantlab.exporting.load import holds_model
 from quantlab.exporting.load import load as load_model
 from quantlab.models.defaults import default_exclusions
@@ -33,7 +33,7 @@ from quantlab.planning.plan import plan
 from quantlab.protocols.module import ModuleInputs, check, inputs_of, observe, samples_of
 from quantlab.protocols.unchanged import same_state
 from quantlab.quiet import quiet_libraries
-from quantlab.report.reading import StoredRun, open_reader
+from quantlab.report.reading import Reader, StoredRun, open_reader
 from quantlab.report.results import Results, chosen_rows
 from quantlab.running.rows import finished_row
 from quantlab.running.sweep import run_plan
@@ -340,7 +340,7 @@ def evaluate(
     num_bootstrap: int = 2000,
     floors: bool = True,
     layer_kinds: Sequence[str] = ("linear",),
-) -> list[RunReport]:
+) -> Results:
     """Quantize ``module`` by each config and compare its outputs with the unquantized module's, row by row.
 
     Args:
@@ -356,7 +356,8 @@ def evaluate(
 
     Returns:
         Reports of the reference, its floor (another dtype) and each config: ``output_cosine`` and ``output_rel_error``
-        with intervals over output rows, bytes, and the read-back table. Nothing is tracked.
+        with intervals over output rows, bytes, and the read-back table. They show themselves as a table, and have
+        ``rows``, ``layers`` and ``samples`` as DataFrames. Nothing is tracked.
     """
     module = _checked(module)
 
@@ -394,7 +395,11 @@ def evaluate(
                 name = _name_of(config, **kinds)
                 reports.append(_config_row(name, scheme, data, read, model, reference, given, settings))
     known = {r.name: r.quality for r in reports if r.name in FLOORS and r.status == "FINISHED"}
-    return [replace(r, floors=known) for r in reports]
+    return Results([replace(r, floors=known) for r in reports], _no_store)
+
+
+def _no_store() -> Reader:
+    raise TrackingError("quantlab.evaluate tracks nothing; quantlab.run does")
 
 
 def _config_row(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 import quantlab
@@ -224,3 +225,25 @@ def test_the_package_says_its_version_and_that_it_is_typed():
     assert quantlab.__version__[0].isdigit()
     assert resources.files("quantlab").joinpath("py.typed").is_file()
     assert json.dumps(quantlab.__version__)
+
+
+def test_what_is_evaluated_in_python_shows_itself_and_gives_tables_too():
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+    batches = [torch.randn(6, 64), torch.randn(6, 64)]
+    found = quantlab.evaluate(module, [quantlab.QuantoConfig(weights_dtype="int8")], batches, num_bootstrap=50)
+    assert len(repr(found).splitlines()) <= 15
+    assert "quanto int8" in repr(found)
+    assert "<table" in found._repr_html_()
+    assert found.rows.loc["quanto int8", "quality/output_rel_error"] > 0
+    layers = found.layers.loc["quanto int8"]
+    assert set(layers[layers.status == "quantized"].dtype) == {"int8"}
+    assert len(layers) == len(found[-1].quantization.layers)
+    samples = found.samples.loc["quanto int8"]
+    assert samples["output_rel_error"].mean() == pytest.approx(
+        found.rows.loc["quanto int8", "quality/output_rel_error"]
+    )
+    assert found.steps.empty
+    assert found.images == {}
+    with pytest.raises(TrackingError, match="quantlab.run"):
+        found.compare()

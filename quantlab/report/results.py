@@ -33,11 +33,11 @@ from quantlab.report.terminal import MAX_CELL, Sheet, show, told_below
 from quantlab.tracking.connect import NO_STORE
 from quantlab.tracking.pictures import SAMPLE_ARRAYS, SAMPLE_GRID, read_samples
 from quantlab.tracking.record import run_id_of
-from quantlab.tracking.results import Row, report_data
+from quantlab.tracking.results import Row, layer_columns, report_data, sample_columns, step_columns
 from quantlab.tracking.tags import KIND, PARENT_RUN_ID, REPRODUCES
 from quantlab.tracking.values import flatten
 from quantlab.vocabulary.numbers import flat_metrics
-from quantlab.vocabulary.reports import RunReport
+from quantlab.vocabulary.reports import Measurements, RunReport
 from quantlab.vocabulary.schema import TrackingConfig
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ class Results(Sequence[RunReport]):
     """The reports of a request, a row each, and what their runs left: tables, samples, images.
 
     It is a sequence of :class:`~quantlab.RunReport` (reference and floors first). ``layers``, ``samples``, ``steps``
-    and ``images`` come from the runs' records, so that a resumed row has all of them too.
+    and ``images`` come from the runs' records, so that a resumed row has all of them too; of rows that nothing tracked
+    (``quantlab.evaluate``) from the reports.
     """
 
     def __init__(self, reports: Sequence[RunReport], open_store: Callable[[], Reader]) -> None:
@@ -100,29 +101,33 @@ class Results(Sequence[RunReport]):
         """One row a layer of each scheme, as read back from its tensors: status, dtype, group size, bits, errors."""
         import pandas as pd
 
-        frames = []
-        for run in self._runs:
-            table = read_json(self._reader, run, "layers.json")
-            if table:
-                frames.append(pd.DataFrame(table["data"], columns=table["columns"]).assign(scheme=run.name))
+        found = [(name, _columns_of(table)) for name, table in self._tables("layers.json", layer_columns)]
+        frames = [pd.DataFrame(columns).assign(scheme=name) for name, columns in found if columns]
         return pd.concat(frames).set_index(["scheme", "component", "name"]) if frames else pd.DataFrame()
 
     @property
     def samples(self) -> pd.DataFrame:
         """One row a sample of each scheme: its id, cluster and stratum, and each metric of it."""
-        return self._columns("samples.json", "sample")
+        return self._columns("samples.json", "sample", sample_columns)
 
     @property
     def steps(self) -> pd.DataFrame:
         """One row a denoising step of each scheme, one column a curve."""
-        return self._columns("steps.json", "step")
+        return self._columns("steps.json", "step", step_columns)
 
-    def _columns(self, name: str, index: str) -> pd.DataFrame:
+    def _columns(self, name: str, index: str, own: Callable[[Measurements], dict[str, list[object]]]) -> pd.DataFrame:
         import pandas as pd
 
-        found = {run.name: read_json(self._reader, run, name) for run in self._runs}
-        frames = {scheme: pd.DataFrame(columns) for scheme, columns in found.items() if columns}
+        def of_report(report: RunReport) -> dict[str, list[object]]:
+            return own(report.measurements) if report.measurements is not None else {}
+
+        frames = {scheme: pd.DataFrame(table) for scheme, table in self._tables(name, of_report) if table}
         return pd.concat(frames, names=["scheme", index]) if frames else pd.DataFrame()
+
+    def _tables(self, name: str, own: Callable[[RunReport], Any]) -> Iterator[tuple[str, Any]]:
+        """Each scheme's table: of its run's record, and of the report itself where nothing was tracked."""
+        yield from ((run.name, read_json(self._reader, run, name)) for run in self._runs)
+        yield from ((report.name, own(report)) for report in self._reports if report.run_id is None)
 
     @property
     def images(self) -> dict[str, NDArray[np.uint8]]:
@@ -138,7 +143,9 @@ class Results(Sequence[RunReport]):
         """
         ids = tuple(run.run_id for run in self._runs)
         if not ids:
-            raise TrackingError("compare: none of these rows has a run in the store")
+            raise TrackingError(
+                "compare: none of these rows has a run in the store; run a recipe (quantlab.run) for one"
+            )
         request = ComparisonRequest(
             sweep=self.sweep_id or "",
             run_ids=() if self.sweep_id else ids,
@@ -249,6 +256,12 @@ def _rows_of(folder: Path) -> set[str | None]:
         return {row["run_id"] for row in rows}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
+
+
+def _columns_of(table: Any) -> Any:
+    """The columns of a table as MLflow keeps it, or of one that is columns."""
+    is_kept = bool(table) and set(table) == {"columns", "data"}
+    return {k: [row[i] for row in table["data"]] for i, k in enumerate(table["columns"])} if is_kept else table
 
 
 class Told(str):

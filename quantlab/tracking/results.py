@@ -109,12 +109,32 @@ def log_quantization(run: Run, report: RunReport, tags: Mapping[str, str]) -> No
     if report.quantization is None:
         return
     rows = [asdict(r) for r in report.quantization.layers]
-    run.log_table({k: [list(row[k]) if k == "shape" else row[k] for row in rows] for k in rows[0]}, "layers.json")
+    run.log_table(layer_columns(report), "layers.json")
     run.log_params({f"resolved.{k}": v for k, v in report.quantization.resolved.items()})
     statuses = ("excluded", "left", "skipped", "fallback")
     paths = _paths(report.quantization.layers)
     listed = {s: {paths[i]: row["reason"] for i, row in enumerate(rows) if row["status"] == s} for s in statuses}
     run.log_json(listed, "exclusions.json")
+
+
+def layer_columns(report: RunReport) -> dict[str, list[object]]:
+    """The layers of a report, a column a field; empty for one that quantized none."""
+    rows = [asdict(r) for r in report.quantization.layers] if report.quantization is not None else []
+    return {k: [list(row[k]) if k == "shape" else row[k] for row in rows] for k in rows[0]} if rows else {}
+
+
+def sample_columns(measured: Measurements) -> dict[str, list[object]]:
+    """Each sample's id, cluster, stratum and seed where it has them, and each metric of it."""
+    columns: dict[str, list[object]] = {"sample_id": list(measured.sample_ids)} if measured.sample_ids else {}
+    for name in ("clusters", "strata", "seeds"):
+        if getattr(measured, name) is not None:
+            columns[name] = [int(v) for v in getattr(measured, name)]
+    return columns | {name: [float(v) for v in values] for name, values in measured.samples.items()}
+
+
+def step_columns(measured: Measurements) -> dict[str, list[object]]:
+    """Each curve over the denoising steps."""
+    return {name: [float(v) for v in curve] for name, curve in measured.steps.items()}
 
 
 def _paths(layers: Sequence[LayerReport] | Sequence[CalibratedLayer]) -> list[str]:
@@ -209,17 +229,11 @@ def _log_measurements(run: Run, measured: Measurements) -> None:
     run.log_params({f"resolved.{k}": v for k, v in measured.resolved.items()})
     if measured.undefined:
         run.set_tags({UNDEFINED: json.dumps(dict(measured.undefined))})
-    ids = list(measured.sample_ids)
-    columns: dict[str, Sequence[object]] = {"sample_id": ids} if ids else {}
-    for name in ("clusters", "strata", "seeds"):
-        if getattr(measured, name) is not None:
-            columns[name] = [int(v) for v in getattr(measured, name)]
-    columns |= {name: [float(v) for v in values] for name, values in measured.samples.items()}
-    run.log_json(columns, "samples.json")
+    run.log_json(sample_columns(measured), "samples.json")
     for name, curve in measured.steps.items():
         run.log_curve(f"quality/{name}", curve)
     if measured.steps:
-        run.log_json({name: [float(v) for v in curve] for name, curve in measured.steps.items()}, "steps.json")
+        run.log_json(step_columns(measured), "steps.json")
     if measured.texts:
         run.log_json(dict(measured.texts), TEXTS)
     if measured.images is not None:
