@@ -20,6 +20,7 @@ from quantlab.modules.layers import matches
 from quantlab.modules.memory import Storages, logical_size, storage_of, storages
 from quantlab.modules.remembered import remembered
 from quantlab.stages.select import QuantizationRequest, Selection, check_device, choose_layers, misfit
+from quantlab.vocabulary.capabilities import CUSTOM_ROW
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, dtype_name
 from quantlab.vocabulary.prices import ComponentPrice, Kept, Kind
 from quantlab.vocabulary.reports import MemoryReport
@@ -101,11 +102,6 @@ def _misfits_told(request: QuantizationRequest, chosen: Selection, module: nn.Mo
     )
 
 
-_QUANTIZING = 12
-"""Bytes for a weight of the layer that is quantized, three times float32: it as it was, its codes, what they decode to
-and what compares the two; ``tests/benchmarks/bench_memory.py --device cuda`` shows what backends take of it."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Choice:
     """Layer -> what becomes of its weight."""
@@ -119,6 +115,15 @@ class _Choice:
     def of(cls, chosen: Selection) -> _Choice:
         reasons = {**chosen.left, **chosen.excluded, **{n: f"does not fit: {why}" for n, why in chosen.misfits.items()}}
         return cls(selection=chosen, taken=frozenset((*chosen.taken, *chosen.misfits)), reasons=reasons)
+
+
+def _quantizing_bytes(request: QuantizationRequest | None, numels: Collection[int]) -> int:
+    """What is held for the largest layer while it is quantized, weights of ``numels`` each."""
+    if request is None or not numels:
+        return 0
+    axes = request.scheme.axes
+    row = request.scheme.backend.offer.rows.get(axes.dtype, CUSTOM_ROW)
+    return int(4 * row.layers_at_once * max(numels))
 
 
 def _priced(
@@ -172,7 +177,7 @@ def _priced(
         ),
         by_path=counted.by_path,
         original_bytes=sum(facts.storages.values()),
-        quantizing_bytes=_QUANTIZING * max((math.prod(found[n].view.matrix_shape) for n in stored), default=0),
+        quantizing_bytes=_quantizing_bytes(request, [math.prod(found[n].view.matrix_shape) for n in stored]),
         scheme=scheme_name if request is not None else "",
     )
 

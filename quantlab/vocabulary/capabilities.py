@@ -60,6 +60,9 @@ class Capability:
     """Devices on which the library is known to take the interpreter with it in some setting of this row: a sweep then
     gives the job a process of its own (``sweep.isolation=auto``)."""
     is_prototype: bool = False
+    layers_at_once: float = 3
+    """Sizes of the layer in float32 that are held beside the quantized model while the library quantizes it and it is
+    read back: the layer as it was, its codes, what they decode to and what compares the two."""
     note: str = ""
 
     def needs(self, device: str) -> str:
@@ -129,10 +132,11 @@ _TORCHAO: Rows = {
         activation_dtypes=("none", "float8_e4m3"),
         cuda_activations={"float8_e4m3": (8, 9)},
         may_crash_on=("cuda",),  # scaled by rows, with CUDA 12.9 (pytorch/ao 4582)
+        layers_at_once=4,
         note="activation_dtype=float8_e4m3 needs CUDA, compute capability 8.9, or activation_scales=static with "
         "calibration data (a prototype)",
     ),
-    "float8_e5m2": Capability(group_sizes=("none",), min_in_features=2),
+    "float8_e5m2": Capability(group_sizes=("none",), min_in_features=2, layers_at_once=4),
     "int4": Capability(
         group_sizes=("none", *_ROW_GROUPS),
         min_in_features=2,
@@ -155,13 +159,14 @@ _TORCHAO: Rows = {
         is_simulated_on=("cpu", "cuda"),
         algorithms=("max", "hqq"),
     ),
-    "nf4": Capability(group_sizes=(64,), grouping="flat", numel_multiple=64 * 256, is_prototype=True),
+    "nf4": Capability(group_sizes=(64,), grouping="flat", numel_multiple=64 * 256, is_prototype=True, layers_at_once=4),
     "nvfp4": Capability(
         group_sizes=(16,),
         in_features_multiple=16,
         out_features_multiple=16,
         compute_dtypes=("float32", "bfloat16"),
         is_prototype=True,
+        layers_at_once=8,
     ),
     "mxfp8": Capability(
         group_sizes=(32,),
@@ -171,6 +176,7 @@ _TORCHAO: Rows = {
         is_trainable=False,
         compute_dtypes=("bfloat16",),
         is_prototype=True,
+        layers_at_once=4,
     ),
     "mxfp4": Capability(
         group_sizes=(32,),
@@ -181,6 +187,7 @@ _TORCHAO: Rows = {
         is_trainable=False,
         compute_dtypes=("bfloat16",),
         is_prototype=True,
+        layers_at_once=8,
     ),
 }
 
@@ -219,6 +226,7 @@ _MODELOPT_INT3 = Capability(
     activation_dtypes=_MODELOPT_ACTIVATIONS,
     algorithms=_MODELOPT_INTEGER,
     is_simulated_on=("cpu", "cuda"),
+    layers_at_once=4,
     note="kept in int8: ModelOpt packs 8 and 4 bits",
 )
 _MODELOPT: Rows = {

@@ -81,3 +81,7 @@ def test_no_more_than_the_quantized_model_and_a_layer(source, backend, dtype):
     is_seen = backend != "gguf"  # numpy made its codes
     assert allocated.end_bytes == (held if is_seen else 0)
     assert allocated.peak_bytes - allocated.end_bytes <= WIDER.get((backend, dtype), MOST) * LAYER_BYTES
+
+
+def test_the_plan_counts_no_less():
+    assert [c for c in EVERY if CAPABILITIES[c[0]][c[1]].layers_at_once < WIDER.get(c, MOST)] == []
