@@ -12,7 +12,7 @@ from quantlab.report.compare import Comparison, answers, bytes_of
 from quantlab.report.comparison_data import failure_data, in_order, unquantized
 from quantlab.report.reading import StoredRun
 from quantlab.report.selection import is_candidate
-from quantlab.report.table import MIB, cells, headline, sheet_columns, short_number, with_marks
+from quantlab.report.table import MIB, cells, headline, sheet_columns, short_number, with_half_width, with_marks
 from quantlab.report.terminal import Column, Sheet, show, tell
 from quantlab.report.verdicts import (
     BETTER,
@@ -27,9 +27,12 @@ from quantlab.report.verdicts import (
     Verdict,
 )
 from quantlab.tracking.results import Measured
+from quantlab.vocabulary.reports import MetricValue
 
 MAX_SHOWN = 60
 MAX_PAIRS = 10
+MANY = 4
+"""From so many pairs on they are a table: as sentences they are a wall."""
 STYLES = {IN_FLOOR: "green", BETTER: "green", WORSE: "yellow", WORSE_BY_RANK: "yellow"}
 
 
@@ -52,8 +55,14 @@ def show_groups(
         for sheet in (comparison_sheet(group), apart):
             if sheet:
                 show(console, sheet, is_plain=is_plain, wide=wide)
-        told = [*answer_lines(group), *pair_lines(group)[:MAX_PAIRS], *twin_lines(group), *group.notes]
-        for line in [] if is_plain else told:
+        for line in [] if is_plain else answer_lines(group):
+            tell(console, line)
+        for pairs in [] if is_plain else (told_pairs(group), group.twins):
+            if len(pairs) >= MANY:
+                show(console, pairs_sheet(pairs, group.metric), wide=wide)
+            for v in pairs if len(pairs) < MANY else ():
+                tell(console, pair_text(v, group.metric))
+        for line in [] if is_plain else group.notes:
             tell(console, line)
     for failure in [] if is_plain else map(failure_data, failed):
         tell(console, f"failed: {failure['name']} at {failure['stage']}: {failure['error']}")
@@ -100,30 +109,55 @@ def verdict_text(v: Verdict, group: Comparison) -> str:
     return f"{v.text} (no floor)" if v.text == WORSE and group.floor is None else v.text
 
 
-def pair_lines(group: Comparison) -> list[str]:
-    """The pairs as sentences, those that cannot be told apart first; of too few samples the answers tell already."""
+def told_pairs(group: Comparison) -> list[Verdict]:
+    """The pairs, those that cannot be told apart first; of too few samples the answers tell already."""
     order = (SAME, IN_FLOOR, IN_MARGIN, NEAR_FLOOR, BETTER_BY_RANK, WORSE_BY_RANK)
     place = {text: i for i, text in enumerate(order)}
     told = [v for v in group.pairs if v.text != TOO_FEW]
-    return [pair_text(v, group.metric) for v in sorted(told, key=lambda v: place.get(v.text, len(order)))]
+    return sorted(told, key=lambda v: place.get(v.text, len(order)))
 
 
-def twin_lines(group: Comparison) -> list[str]:
-    """What each algorithm buys over the plain one on the same bits, as sentences."""
-    return [pair_text(v, group.metric) for v in group.twins]
+def pairs_sheet(pairs: Sequence[Verdict], metric: str) -> Sheet:
+    """Pairs as a table: the verdict on the first scheme, beside the second."""
+    told = f"difference: {metric} of the first less that of the second; ±: the longer half of the 95 % interval"
+    columns = [
+        Column(title="scheme", is_text=True),
+        Column(title="against", is_text=True),
+        Column(title="difference", keep=8, caption=told),
+        Column(title="p (Holm)", keep=7),
+        Column(title="verdict", is_text=True, may_wrap=True),
+    ]
+    rows = [
+        [v.a, v.b, _difference(v.difference), p_text(v.p_holm) or "-", f"{v.text}{_ranked(v)}"]
+        for v in pairs[:MAX_PAIRS]
+    ]
+    left = len(pairs) - MAX_PAIRS
+    return Sheet(columns=columns, rows=rows, caption=[f"{left} more pairs are in --json"] if left > 0 else [])
+
+
+def _difference(d: MetricValue) -> str:
+    half = 0.0 if d.ci_lo is None or d.ci_hi is None else max(d.ci_hi - d.value, d.value - d.ci_lo)
+    text = with_half_width(d.value, half)
+    return text if text.startswith(("-", "0 ")) or not d.value else f"+{text}"
 
 
 def pair_text(v: Verdict, metric: str) -> str:
     """One pair as a sentence."""
-    d = v.difference
-    bounds = [short_number(bound) for bound in (d.ci_lo, d.ci_hi) if bound is not None]
-    interval = f" ({'..'.join(bounds)})" if bounds else ""
     what = {BETTER: f"{v.a} is better than {v.b}", WORSE: f"{v.b} is better than {v.a}"}
     said = what.get(v.text, f"{v.a} and {v.b}: {v.text}")
-    ranked = ""
-    if v.p_rank is not None and v.share_worse is not None:
-        ranked = f"; {v.a} is worse on {100 * v.share_worse:.0f} % of the samples, rank test p {p_text(v.p_rank)}"
-    return f"{said}; {metric} differs by {short_number(d.value)}{interval}, p {p_text(v.p_holm) or '-'}{ranked}"
+    differs = f"{metric} differs by {short_number(v.difference.value)}{_bounds(v)}, p {p_text(v.p_holm) or '-'}"
+    return f"{said}; {differs}{_ranked(v)}"
+
+
+def _bounds(v: Verdict) -> str:
+    bounds = [short_number(bound) for bound in (v.difference.ci_lo, v.difference.ci_hi) if bound is not None]
+    return f" ({'..'.join(bounds)})" if bounds else ""
+
+
+def _ranked(v: Verdict) -> str:
+    if v.p_rank is None or v.share_worse is None:
+        return ""
+    return f"; {v.a} is worse on {100 * v.share_worse:.0f} % of the samples, rank test p {p_text(v.p_rank)}"
 
 
 def method(group: Comparison) -> str:

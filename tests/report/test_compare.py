@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from quantlab.backends.table import backends
 from quantlab.errors import ConfigError
@@ -18,7 +21,7 @@ from quantlab.metrics import METRICS
 from quantlab.metrics.significance import holm, t_test
 from quantlab.metrics.statistics import mean_interval
 from quantlab.report.compare import _paired, answers, compare, front_of
-from quantlab.report.comparison_table import answer_lines, pair_lines
+from quantlab.report.comparison_table import MANY, MAX_PAIRS, answer_lines, pair_text, show_groups, told_pairs
 from quantlab.report.reading import ServerReader, StoredRun, open_reader, read_json
 from quantlab.report.selection import ComparisonRequest, parse_request, select
 from quantlab.vocabulary.schema import TrackingConfig
@@ -241,8 +244,24 @@ def test_few_samples_give_no_verdict(own_sweep):
     ]
     (group,), _ = compared(own_sweep, *few)
     assert {v.text for v in [*group.verdicts.values(), *group.pairs]} == {"too few samples"}
-    assert pair_lines(group) == [], "it is one answer, and no sentence a pair"
+    assert told_pairs(group) == [], "it is one answer, and no sentence a pair"
     assert sum("too few samples" in line for line in answer_lines(group)) == 1
+
+
+@pytest.mark.parametrize("num", [MANY - 1, MANY, MAX_PAIRS + 3])
+def test_few_pairs_are_sentences_many_a_table_and_what_is_left_out_is_told(own_sweep, num):
+    (group,), _ = compared(own_sweep, own_sweep.runs["int4 a"], own_sweep.runs["int4 b"])
+    (pair,) = group.pairs
+    pairs = tuple(replace(pair, a=f"scheme {i}") for i in range(num))
+    console = Console(file=io.StringIO(), width=100)
+    show_groups(console, [replace(group, pairs=pairs)], [])
+    said = console.file.getvalue()
+    as_sentences = [pair_text(v, group.metric) for v in pairs if pair_text(v, group.metric) in " ".join(said.split())]
+    assert len(as_sentences) == (num if num < MANY else 0)
+    named = {v.a for v in pairs if re.search(rf"{v.a}\b", said)}
+    assert len(named) == min(num, MAX_PAIRS)
+    assert (f"{num - MAX_PAIRS} more pairs are in --json" in said) == (num > MAX_PAIRS)
+    assert pair.text in said.rpartition("against")[2]
 
 
 def test_a_run_whose_samples_are_gone_is_compared_with_the_reference_alone(own_sweep):
