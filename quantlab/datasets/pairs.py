@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
-from quantlab.errors import ConfigError
+from quantlab.errors import ConfigError, ModelError
 from quantlab.models.loaded import LoadedModel
 from quantlab.protocols.seq2seq import PairInputs
 from quantlab.vocabulary.files import MAX_TEXT_BYTES, read_json_lines
@@ -80,10 +80,13 @@ def pair_inputs(
     sounds: Sequence[NDArray[np.float32]],
     evaluation: EvaluationConfig,
     model: LoadedModel,
+    is_one_language: bool = False,
 ) -> PairInputs:
     """Pairs as the model's tokenizer makes them, both sides cut at ``evaluation.context_length`` tokens.
 
-    The decoder begins with the token that its configuration names, and is given each target but the last.
+    The decoder begins with the token that its configuration names, and is given each target but the last. Targets are
+    made as what is written, by the vocabulary and with the language mark of that side (Marian, NLLB, mBART), unless
+    the pairs are of ``is_one_language``. Raises ModelError for a tokenizer with languages that does not know that one.
     """
     import torch
 
@@ -97,7 +100,13 @@ def pair_inputs(
         made = tokenizer(list(sources), padding=True, truncation=True, max_length=length, return_tensors="pt")
         source = {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}
     start = _start(model.components["model"], tokenizer.pad_token_id)
-    written = [list(ids) for ids in tokenizer(list(targets), truncation=True, max_length=length)["input_ids"]]
+    if not is_one_language and getattr(tokenizer, "tgt_lang", "") is None:  # it would take the language that is read
+        raise ModelError(
+            f"model.path: {model.name}: its tokenizer marks languages and does not know which one is written; give "
+            "tgt_lang (and src_lang) in its tokenizer_config.json"
+        )
+    side = "text" if is_one_language else "text_target"
+    written = [list(ids) for ids in tokenizer(**{side: list(targets)}, truncation=True, max_length=length)["input_ids"]]
     written = [ids[1:] if len(ids) > 1 and ids[0] == start else ids for ids in written]
     longest = max(len(ids) for ids in written)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else start

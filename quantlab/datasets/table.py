@@ -179,7 +179,8 @@ CALIBRATION_SETS: dict[str, Load] = {
 
 
 def files_read(name: str, path: str) -> list[Path]:
-    """Every file that the data set ``name`` is made of at ``path``: what lies there or below, and what its lines name.
+    """Every file that the data set ``name`` is made of at ``path``: what lies there or below, and what its lines name
+    (one that is not there is told by who loads it).
 
     Raises ConfigError for a file of lines that cannot be read.
     """
@@ -191,7 +192,7 @@ def files_read(name: str, path: str) -> list[Path]:
             named += [file for file in (row.image, row.mask, row.control) if file is not None]
         elif isinstance(row, dict) and "audio" in row:
             named.append(place.parent / row["audio"])
-    return [*files_below(place), *named]
+    return [*files_below(place), *(file for file in named if file.is_file())]
 
 
 def check_dataset(config: ExperimentConfig) -> None:

@@ -59,7 +59,7 @@ def _pairs(texts: Sequence[str], evaluation: EvaluationConfig, model: LoadedMode
     """The second half of a document, written on its first."""
     words = [text.split() for text in spaced(texts, evaluation.num_samples, KEY)]
     halves = [(" ".join(w[: len(w) // 2]), " ".join(w[len(w) // 2 :])) for w in words]
-    return pair_inputs([a for a, _ in halves], [b for _, b in halves], [], evaluation, model)
+    return pair_inputs([a for a, _ in halves], [b for _, b in halves], [], evaluation, model, is_one_language=True)
 
 
 def own_files() -> list[Path]:
