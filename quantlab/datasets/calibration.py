@@ -8,6 +8,7 @@ below that is told, and recorded with the run.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from quantlab.datasets.overlap import normalised, overlap
 from quantlab.datasets.table import CALIBRATION_SETS, DATASETS
 from quantlab.errors import ConfigError, QuantlabError, nearest
 from quantlab.models.loaded import LoadedModel
+from quantlab.models.seq2seq import SOUNDS
 from quantlab.progress import say
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
 from quantlab.protocols.seq2seq import PairInputs
@@ -158,10 +160,12 @@ def _contents(inputs: Inputs) -> dict[str, set[bytes] | set[str]]:
         }
     if isinstance(inputs, VisionInputs):
         return {"pictures": _rows(inputs.pixel_values)}
-    if isinstance(inputs, PairInputs) and "input_features" in inputs.source:
-        return {"sounds": _rows(inputs.source["input_features"])}
+    if isinstance(inputs, PairInputs) and (named := set(SOUNDS) & set(inputs.source)):
+        sounds, masks = inputs.source[named.pop()], inputs.source.get("attention_mask")
+        heard = sounds if masks is None else [row[mask.bool()] for row, mask in zip(sounds, masks, strict=True)]
+        return {"sounds": _rows(heard)}
     return {"text": {inputs.protocol["text_sha256"]}}
 
 
-def _rows(tensor: Tensor) -> set[bytes]:
-    return {row.contiguous().numpy().tobytes() for row in tensor}
+def _rows(tensors: Iterable[Tensor]) -> set[bytes]:
+    return {row.contiguous().numpy().tobytes() for row in tensors}

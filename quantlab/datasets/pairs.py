@@ -93,9 +93,11 @@ def pair_inputs(
     parts: Any = model.parts
     tokenizer, length = parts["tokenizer"], evaluation.context_length
     if sounds:
-        processor = parts["processor"]
-        made = processor(list(sounds), sampling_rate=processor.sampling_rate, return_tensors="pt")
-        source: dict[str, Tensor] = {"input_features": made["input_features"].float()}
+        processor, name = parts["processor"], cast(Any, model.components["model"]).main_input_name
+        to_longest = {} if hasattr(processor, "chunk_length") else {"padding": True}  # Whisper hears 30 s, whatever
+        made = processor(list(sounds), sampling_rate=processor.sampling_rate, return_tensors="pt", **to_longest)
+        masks = {"attention_mask": made["attention_mask"]} if "attention_mask" in made else {}
+        source: dict[str, Tensor] = {name: made[name].float(), **masks}
     else:
         made = tokenizer(list(sources), padding=True, truncation=True, max_length=length, return_tensors="pt")
         source = {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}

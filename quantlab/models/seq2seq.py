@@ -15,6 +15,8 @@ from quantlab.vocabulary.schema import ModelConfig
 
 NEEDS_PATH = ("a model", "google-t5/t5-small")
 """What ``model.path`` leads to, and an example."""
+SOUNDS = ("input_features", "input_values")
+"""What models that read sound call it: features of it (Whisper), or its samples (Moonshine)."""
 
 
 def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress | None = None) -> LoadedModel:
@@ -35,7 +37,7 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
             f"{key}: {type(model).__name__} does not read one sequence to write another; choose model=auto"
         )
     parts: dict[str, Any] = {"tokenizer": tokenizer}
-    if model.main_input_name == "input_features":
+    if model.main_input_name in SOUNDS:
         with as_model_error(f"{key} (feature extractor)", "the folder must hold a preprocessor_config.json"):
             where = {"revision": config.revision, "trust_remote_code": False}
             extractors: Any = transformers.AutoFeatureExtractor

@@ -42,7 +42,8 @@ class PairInputs:
     """What is read and what is written, all padded to the longest, so that batches of any size see the same shapes."""
 
     source: Mapping[str, Tensor]
-    """``input_ids`` (int64) and ``attention_mask``, or ``input_features`` (fp32): (pairs, ...)."""
+    """``input_ids`` (int64) and ``attention_mask``; or sound, ``input_features`` or ``input_values`` (fp32), with its
+    mask where the model's extractor makes one: (pairs, ...)."""
     decoder_input_ids: Tensor
     """int64 (pairs, length): what the decoder has read before it writes each token."""
     targets: Tensor

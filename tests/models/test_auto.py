@@ -30,6 +30,27 @@ BART = {
     "forced_eos_token_id": None,
     "init_std": 0.3,
 }
+SPEECH = {
+    **{k: v for k, v in WHISPER.items() if k not in ("num_mel_bins", "begin_suppress_tokens")},
+    "num_conv_layers": 1,
+    "conv_kernel_sizes": (3,),
+    "conv_channels": 32,
+    "max_source_positions": 400,
+}
+MOONSHINE = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "encoder_num_hidden_layers": 1,
+    "decoder_num_hidden_layers": 1,
+    "encoder_num_attention_heads": 4,
+    "decoder_num_attention_heads": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "initializer_range": 0.3,
+}
 LLAMA = {**BERT, "num_key_value_heads": 2}
 BOTH = {
     "text_config": {**CLIP, "vocab_size": V, "max_position_embeddings": 77},
@@ -46,6 +67,8 @@ FOLDERS = {
     "T5ForConditionalGeneration": ("seq2seq", "T5Config", T5),
     "BartForConditionalGeneration": ("seq2seq", "BartConfig", BART),
     "WhisperForConditionalGeneration": ("seq2seq", "WhisperConfig", WHISPER),
+    "Speech2TextForConditionalGeneration": ("seq2seq", "Speech2TextConfig", SPEECH),
+    "MoonshineForConditionalGeneration": ("seq2seq", "MoonshineConfig", MOONSHINE),
     "ViTModel": ("vision", "ViTConfig", VISION),
     "Dinov2Model": ("vision", "Dinov2Config", VISION),
     "ViTForImageClassification": ("vision", "ViTConfig", VISION),
@@ -119,13 +142,13 @@ def pictures(folder, num=6):
 
 
 def pairs(folder, name):
-    """A file of pairs; of sound for Whisper."""
+    """A file of pairs; for those that hear of sounds, each longer than the last."""
     from scipy.io import wavfile
 
     lines, texts = [], TEXT.splitlines()
     for i in range(8):
-        if name.startswith("Whisper"):
-            noise = np.random.default_rng(i).normal(size=8000) * 3000
+        if name in HEARERS:
+            noise = np.random.default_rng(i).normal(size=8000 + 1000 * i) * 3000
             wavfile.write(folder / f"{i}.wav", 16000, noise.astype(np.int16))
             lines.append({"audio": f"{i}.wav", "target": texts[i]})
         else:
@@ -136,10 +159,11 @@ def pairs(folder, name):
 
 
 def processor(folder, name):
-    if name.startswith("Whisper"):
-        from transformers import WhisperFeatureExtractor
+    import transformers
 
-        WhisperFeatureExtractor(feature_size=16, chunk_length=1).save_pretrained(folder)
+    if name in HEARERS:
+        kind, settings = HEARERS[name]
+        getattr(transformers, kind)(**settings).save_pretrained(folder)
     else:
         size = {"height": 32, "width": 32}
         settings = {"image_processor_type": "ViTImageProcessor", "size": size, "do_resize": True, "do_normalize": True}
@@ -148,8 +172,17 @@ def processor(folder, name):
         )
 
 
+HEARERS = {
+    "WhisperForConditionalGeneration": ("WhisperFeatureExtractor", {"feature_size": 16, "chunk_length": 1}),
+    "Speech2TextForConditionalGeneration": (
+        "Speech2TextFeatureExtractor",
+        {"feature_size": 80, "num_mel_bins": 80, "return_attention_mask": True},
+    ),
+    "MoonshineForConditionalGeneration": ("Wav2Vec2FeatureExtractor", {"return_attention_mask": True}),
+}
+"""Models that read sound -> what makes of it what they read."""
 RUN = ["evaluation.num_samples=4", "evaluation.batch_size=2", "evaluation.num_bootstrap=20", "device=cpu"]
-WRITERS = ["T5ForConditionalGeneration", "BartForConditionalGeneration", "WhisperForConditionalGeneration"]
+WRITERS = ["T5ForConditionalGeneration", "BartForConditionalGeneration", *HEARERS]
 SEERS = ["ViTModel", "Dinov2Model", "ViTForImageClassification", "CLIPModel"]
 
 
@@ -165,7 +198,7 @@ def test_models_that_write_and_models_that_see_run_whole(name, shell):
     data = ["dataset=pairs", f"dataset.path={pairs(shell.folder, name)}", "evaluation.context_length=32"]
     if name in SEERS:
         data = [f"dataset.path={pictures(shell.folder / 'pictures')}"]
-    if name in SEERS or name.startswith("Whisper"):
+    if name in SEERS or name in HEARERS:
         processor(folder, name)
     rows = shell.rows("model=auto", f"model.path={folder}", *data, *RUN, "backend=quanto", "dtype=int8,int2", "-m")
     metric = "quality/output_rel_error" if name in SEERS else "quality/kld_mean"
@@ -185,16 +218,19 @@ def test_perplexity_is_that_of_the_models_own_loss(tmp_path):
     from quantlab.protocols import seq2seq as protocol
     from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig
 
-    for name in WRITERS[:2]:
+    for name in WRITERS:
         _, config_name, sizes = FOLDERS[name]
         (tmp_path / name).mkdir()
         folder = saved(tmp_path / name / "model", name, config_name, **sizes)
+        if name in HEARERS:
+            processor(folder, name)
         model = seq2seq.load(ModelConfig(path=str(folder)), "cpu", tmp_path)
         module = model.components["model"]
         if name.startswith("Bart"):
             module.final_logits_bias.normal_()
         evaluation = EvaluationConfig(num_samples=4, batch_size=2, context_length=24, num_bootstrap=10)
         inputs = dataset.load(DatasetConfig(path=str(pairs(tmp_path / name, name))), evaluation, model)
+        assert ("attention_mask" in inputs.source) == (not name.startswith("Whisper")), "sounds are of several lengths"
         reference = protocol.observe(model, inputs, evaluation)
         found = protocol.measure(model, inputs, evaluation, reference, model)
         with torch.no_grad():
