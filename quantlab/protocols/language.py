@@ -55,9 +55,9 @@ class PerplexityProtocol:
     context_length: int | None
     """Tokens of a window; None: ``evaluation.context_length``."""
     bos: str
-    """``prepend``: every window begins with BOS; ``stream``: the text as a whole begins as the tokenizer begins it;
-    ``replace``: it begins with BOS, which then also takes the place of every window's first token. BOS is added only
-    where the tokenizer itself begins texts with it."""
+    """``prepend``: every window begins with what the tokenizer begins a text with; ``stream``: the text as a whole
+    begins as the tokenizer begins it; ``replace``: it begins with BOS, which then also takes the place of every
+    window's first token. Neither is added where the tokenizer itself begins no text with it, nor is it scored."""
     second_half_only: bool
     """Score the targets after the window's middle; else every target but the first token."""
     is_file_of_text: bool
@@ -127,7 +127,8 @@ def text_inputs(text: str, evaluation: EvaluationConfig, model: LoadedModel, key
     protocol, length = _protocol_and_length(evaluation, model)
     tokenizer = model.parts["tokenizer"]
     bos_id = _bos_id(tokenizer)
-    prefix = [bos_id] if bos_id is not None and protocol.bos == "prepend" else []
+    prefix = _begins_with(tokenizer) if protocol.bos == "prepend" else []
+    first_target = max(protocol.first_target(length), len(prefix))
     stride, wanted = length - len(prefix), evaluation.num_samples
     if wanted < 1:
         raise ConfigError(f"evaluation.num_samples={wanted}: at least one chunk of text is wanted")
@@ -158,9 +159,9 @@ def text_inputs(text: str, evaluation: EvaluationConfig, model: LoadedModel, key
         "protocol": evaluation.perplexity_protocol,
         "ctx": length,
         "stride": stride,
-        "bos": "none" if bos_id is None else protocol.bos,
+        "bos": protocol.bos if prefix or bos_id is not None else "none",
         "text_sha256": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
-        "n_tokens": wanted * (length - protocol.first_target(length)),
+        "n_tokens": wanted * (length - first_target),
     }
     return TextInputs(
         input_ids=ids,
@@ -168,7 +169,7 @@ def text_inputs(text: str, evaluation: EvaluationConfig, model: LoadedModel, key
         clusters=numbers,
         sha256=_inputs_sha256(ids, record),
         protocol=record,
-        first_target=protocol.first_target(length),
+        first_target=first_target,
     )
 
 
@@ -226,6 +227,15 @@ def _tell_markers(text: str, first: Sequence[int], tokenizer: PreTrainedTokenize
             f"{key}: special markers in the text are read as tokens ({listed}), by ppl/llamacpp512 as text{note}",
             "warning",
         )
+
+
+def _begins_with(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself puts before a text: none, BOS, or several marks (GLM's ``[gMASK]<sop>``)."""
+    whole: list[int] = tokenizer("a")["input_ids"]
+    text: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    places = [i for i in range(len(whole)) if text and whole[i : i + len(text)] == text]
+    bos_id = _bos_id(tokenizer)
+    return whole[: places[0]] if places else [] if bos_id is None else [bos_id]
 
 
 def _bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

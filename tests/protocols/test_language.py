@@ -88,6 +88,23 @@ def test_protocols_cut_and_score_as_their_rows_say(name, adds_bos):
     assert found.protocol["bos"] == (protocol.bos if adds_bos else "none")
 
 
+def test_a_tokenizer_that_begins_a_text_with_two_marks_begins_each_window_with_them():
+    """``[gMASK]<sop>`` of GLM: neither is its BOS, and nothing is scored on the second."""
+    from tokenizers import processors
+
+    tokenizer = byte_tokenizer()
+    marks = tokenizer.convert_tokens_to_ids(["</s>", "<s>"])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> <s> $A", special_tokens=list(zip(["</s>", "<s>"], marks, strict=True))
+    )
+    evaluation = EvaluationConfig(num_samples=2, context_length=64, perplexity_protocol="ppl/v1")
+    found = text_inputs(TEXT, evaluation, fake_model(tokenizer), "dataset=text")
+    assert found.input_ids[:, :2].tolist() == [marks, marks]
+    assert tokenizer.decode(found.input_ids[0, 2:]) == TEXT[:62]
+    assert found.first_target == 2
+    assert found.protocol["n_tokens"] == 2 * 62
+
+
 MARKED = {
     "head": ("<s>" + TEXT, "1 x <s>"),
     "within": (TEXT[:300] + "</s> <pad></s>" + TEXT, "2 x </s>, 1 x <pad>"),
