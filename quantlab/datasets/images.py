@@ -28,7 +28,7 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
     if len(pixels) != wanted:
         raise ConfigError(
             f"{key}: of {wanted} pictures {type(processor).__name__} makes {len(pixels)} inputs, not one "
-            "of each (one of a video's frames, or one of each part); give the module and its inputs to quantlab.evaluate"
+            "of each (one of a video's frames, or one of each part); give module and inputs to quantlab.evaluate"
         )
     return VisionInputs(pixel_values=pixels.float(), sample_ids=tuple(file.name for file in chosen))
 
