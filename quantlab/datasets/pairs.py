@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.errors import ConfigError, ModelError
 from quantlab.models.loaded import LoadedModel
+from quantlab.progress import say
 from quantlab.protocols.seq2seq import PairInputs
 from quantlab.vocabulary.files import MAX_TEXT_BYTES, read_json_lines
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig
@@ -54,9 +55,15 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
         )
     chosen = spaced(rows, evaluation.num_samples, key)
     sounds = [_sound(Path(str(config.path)).expanduser().parent, row["audio"], key, model) for row in chosen if hears]
-    return pair_inputs(
-        [row.get("source", "") for row in chosen], [r["target"] for r in chosen], sounds, evaluation, model
-    )
+    texts, written = [row.get("source", "") for row in chosen], [row["target"] for row in chosen]
+    inputs = pair_inputs(texts, written, sounds, evaluation, model)
+    lengths = (inputs.targets >= 0).sum(1)
+    if "input_ids" in inputs.source:
+        lengths = lengths.maximum(inputs.source["attention_mask"].sum(1))
+    if num := int((lengths >= evaluation.context_length).sum()):
+        limit = f"evaluation.context_length={evaluation.context_length}"
+        say(f"{key}: {num} of {len(chosen)} pairs reach {limit} tokens, where both sides are cut", "warning")
+    return inputs
 
 
 def spaced(rows: Sequence[Any], wanted: int, key: str) -> list[Any]:

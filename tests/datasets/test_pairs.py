@@ -1,13 +1,14 @@
 """Pairs of texts as a model's tokenizer makes them: what is read and what is written, each in its own language."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from quantlab.datasets.pairs import pair_inputs
+from quantlab.datasets.pairs import load, pair_inputs
 from quantlab.errors import ModelError
-from quantlab.vocabulary.schema import EvaluationConfig
+from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig
 
 LANGUAGES = ("eng_Latn", "deu_Latn")
 
@@ -47,3 +48,17 @@ def test_halves_of_one_text_are_in_the_language_that_is_read():
     model = translator(src_lang="eng_Latn")
     inputs = pair_inputs(["a b"], ["c d"], [], EvaluationConfig(), model, is_one_language=True)
     assert inputs.targets[0, 0] == inputs.source["input_ids"][0, 0]
+
+
+@pytest.mark.parametrize(("context_length", "num"), [(256, 0), (5, 1), (3, 2)])
+def test_pairs_that_are_cut_are_told(context_length, num, tmp_path, capsys):
+    """A text is its letters between its language and its end."""
+    lines = [{"source": "ab", "target": "abc"}, {"source": "a", "target": "b"}]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = DatasetConfig(name="pairs", path=str(tmp_path / "pairs.jsonl"))
+    evaluation = EvaluationConfig(num_samples=2, context_length=context_length)
+    inputs = load(data, evaluation, translator(src_lang="eng_Latn", tgt_lang="deu_Latn"))
+    said = " ".join(capsys.readouterr().err.split())
+    assert inputs.targets.shape[1] <= context_length
+    assert (f"{num} of 2 pairs reach evaluation.context_length={context_length} tokens" in said) == bool(num)
+    assert bool(said) == bool(num)
