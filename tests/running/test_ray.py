@@ -160,6 +160,28 @@ def test_a_keeper_that_began_anew_is_given_the_contents_again(cluster, runs):
     assert len(cluster.puts) == 2
 
 
+@pytest.mark.parametrize("num_lost", [1, 4, 5])
+def test_what_jobs_read_is_sent_again_where_it_is_lost_on_its_way(cluster, runs, monkeypatch, num_lost):
+    reference = runs.parent / "cache" / "reference" / f"{KEY}.safetensors"
+    reference.parent.mkdir(parents=True)
+    reference.write_text("observed")
+    job = make_job(runs, "job", reads=[f"cache/reference/{reference.name}"], known={"reference_key": KEY})
+    own, lost = ray_cluster.Keeper.hold, iter(range(num_lost))
+
+    def hold(self, digest, content):
+        for _ in lost:
+            raise cluster.exceptions.ObjectLostError("its owner\nis gone")
+        own(self, digest, content)
+
+    monkeypatch.setattr(ray_cluster.Keeper, "hold", hold)
+    if num_lost < ray_cluster._MAX_LOST:
+        run_all([job])
+        assert has_ended(job) == "FINISHED"
+    else:
+        with pytest.raises(EngineError, match=r"^launcher=ray: what the jobs read .*\(its owner\).*same command again"):
+            run_all([job])
+
+
 def test_a_cluster_that_does_not_answer_loses_no_job(cluster, runs, monkeypatch):
     engine = Ray(RaySettings(), "cpu")
     ids = engine.submit([make_job(runs, "job")])

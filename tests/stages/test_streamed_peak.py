@@ -5,6 +5,7 @@ are beside a real model's.
 """
 
 import copy
+import gc
 import importlib
 
 import pytest
@@ -75,11 +76,13 @@ def test_no_more_than_the_quantized_model_and_a_layer(source, backend, dtype):
     small = nn.Sequential(nn.Linear(256, 256, dtype=torch.bfloat16))
     quantize_component(request, copy.deepcopy(small), small)  # what a library makes at its first use
     module = copy.deepcopy(source.module)
+    gc.collect()
     with Allocated() as allocated:
         quantize_component(request, module, source.module, select_streamed(request, module), source=source)
     held = sum(storages(module).values())
     is_seen = backend != "gguf"  # numpy made its codes
-    assert allocated.end_bytes == (held if is_seen else 0)
+    left_by_others = LAYER_BYTES // 100  # small tensors of other tests that are freed meanwhile
+    assert allocated.end_bytes == pytest.approx(held if is_seen else 0, abs=left_by_others)
     assert allocated.peak_bytes - allocated.end_bytes <= WIDER.get((backend, dtype), MOST) * LAYER_BYTES
 
 

@@ -25,6 +25,10 @@ class GetTimeoutError(RayError):
     """The cluster does not answer."""
 
 
+class ObjectLostError(RayError):
+    """What was sent did not arrive."""
+
+
 class NodeDiedError(RayError):
     """What ran there is lost."""
 
@@ -50,7 +54,12 @@ class FakeRay:
     """Nodes named in ``nodes`` take tasks in turn, each with a temporary folder of its own below ``place``."""
 
     __version__ = "2.60.0"
-    exceptions = SimpleNamespace(RayError=RayError, RayActorError=RayActorError, GetTimeoutError=GetTimeoutError)
+    exceptions = SimpleNamespace(
+        RayError=RayError,
+        RayActorError=RayActorError,
+        GetTimeoutError=GetTimeoutError,
+        ObjectLostError=ObjectLostError,
+    )
 
     def __init__(self, place: Path, hidden: Path, nodes=("a", "b"), refuses: Exception | None = None):
         self.place, self.hidden, self.names, self.refuses = place, hidden, nodes, refuses

@@ -42,6 +42,8 @@ _HELD_S = 600.0
 _ANSWER_S = 15.0
 _BUSY_S = 300.0
 """How long an answer may take of a cluster that is there."""
+_MAX_LOST = 5
+"""How often what jobs read may be lost on its way."""
 _LOST = (
     "NodeDiedError",
     "WorkerCrashedError",
@@ -259,9 +261,19 @@ class Ray:
         self._folders |= dict(zip(ids, folders, strict=True))
         files = {d: Path(p.output_dir) / path for _, p in jobs for path, d in p.shared.items()}
         told = (jobs, self._options, self._resources, self._timeout_s, list(after))
+        num_lost = 0
         while lacking := ray.get(self._keeper.submit.remote(*told)):  # more than once where the keeper began anew
             for digest in lacking:
-                ray.get(self._keeper.hold.remote(digest, _content(files[digest])))
+                try:
+                    ray.get(self._keeper.hold.remote(digest, _content(files[digest])))
+                except ray.exceptions.ObjectLostError as error:  # on its way; the keeper lacks it still
+                    num_lost += 1
+                    if num_lost == _MAX_LOST:
+                        raise EngineError(
+                            f"launcher=ray: what the jobs read does not reach the cluster ({_first_line(error)}); give "
+                            "the same command again, or look at the cluster's logs"
+                        ) from error
+                    time.sleep(num_lost)
         return ids
 
     def poll(self, ids: Sequence[str]) -> Mapping[str, State]:
