@@ -125,12 +125,16 @@ def pairs_sheet(pairs: Sequence[Verdict], metric: str) -> Sheet:
         Column(title="against", is_text=True),
         Column(title="difference", keep=8, caption=told),
         Column(title="p (Holm)", keep=7),
-        Column(title="verdict", is_text=True, may_wrap=True),
+        Column(
+            title="worse on", keep=6, caption="worse on: so many samples, where differences are skewed; its rank test"
+        ),
+        Column(title="verdict", is_text=True),
     ]
     rows = [
-        [v.a, v.b, _difference(v.difference), p_text(v.p_holm) or "-", f"{v.text}{_ranked(v)}"]
-        for v in pairs[:MAX_PAIRS]
+        [v.a, v.b, _difference(v.difference), p_text(v.p_holm) or "-", _share(v), v.text] for v in pairs[:MAX_PAIRS]
     ]
+    if not any(row[4] for row in rows):
+        columns, rows = [*columns[:4], columns[5]], [[*row[:4], row[5]] for row in rows]
     left = len(pairs) - MAX_PAIRS
     return Sheet(columns=columns, rows=rows, caption=[f"{left} more pairs are in --json"] if left > 0 else [])
 
@@ -152,6 +156,12 @@ def pair_text(v: Verdict, metric: str) -> str:
 def _bounds(v: Verdict) -> str:
     bounds = [short_number(bound) for bound in (v.difference.ci_lo, v.difference.ci_hi) if bound is not None]
     return f" ({'..'.join(bounds)})" if bounds else ""
+
+
+def _share(v: Verdict) -> str:
+    if v.p_rank is None or v.share_worse is None:
+        return ""
+    return f"{100 * v.share_worse:.0f} %, p {p_text(v.p_rank)}"
 
 
 def _ranked(v: Verdict) -> str:

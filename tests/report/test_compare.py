@@ -252,7 +252,7 @@ def test_few_samples_give_no_verdict(own_sweep):
 def test_few_pairs_are_sentences_many_a_table_and_what_is_left_out_is_told(own_sweep, num):
     (group,), _ = compared(own_sweep, own_sweep.runs["int4 a"], own_sweep.runs["int4 b"])
     (pair,) = group.pairs
-    pairs = tuple(replace(pair, a=f"scheme {i}") for i in range(num))
+    pairs = tuple(replace(pair, a=f"scheme {i}", p_rank=0.02, share_worse=0.75) for i in range(num))
     console = Console(file=io.StringIO(), width=100)
     show_groups(console, [replace(group, pairs=pairs)], [])
     said = console.file.getvalue()
@@ -262,6 +262,7 @@ def test_few_pairs_are_sentences_many_a_table_and_what_is_left_out_is_told(own_s
     assert len(named) == min(num, MAX_PAIRS)
     assert (f"{num - MAX_PAIRS} more pairs are in --json" in said) == (num > MAX_PAIRS)
     assert pair.text in said.rpartition("against")[2]
+    assert ("75 %, p 0.020" in said) == (num >= MANY)
 
 
 def test_a_run_whose_samples_are_gone_is_compared_with_the_reference_alone(own_sweep):
