@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.models.causal_lm import network_of
 from quantlab.models.loaded import LoadedModel
+from quantlab.progress import say
 from quantlab.vocabulary.schema import EvaluationConfig
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def continued(model: LoadedModel, input_ids: Tensor, evaluation: EvaluationConfi
     module: Any = network_of(model.components["model"])  # of the call's arguments quantlab's own type has two
     try:
         found = _continued(module, prompts, num, has_cache=True)
-    except (AttributeError, TypeError, ValueError, NotImplementedError):  # BLT: it can make none of its configuration
+    except (AttributeError, TypeError, ValueError, NotImplementedError) as error:  # BLT makes none of its configuration
+        say(f"{model.name}: it runs with no cache ({str(error)[:200]}); its continuations are made without one")
         found = _continued(module, prompts, num, has_cache=False)
     return found[:, prompts.shape[1] :].cpu()
 
