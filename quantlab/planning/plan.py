@@ -168,9 +168,12 @@ def _combinations(
         named = _candidate_keys(base)
         clash = [k for k in typed_keys if any(_is_within(k, n) or _is_within(n, k) for n in named)]
         if clash:
-            raise ConfigError(
-                f"{clash[0]}: recipe={base.recipe} lists its candidates; drop {clash[0]}=... or drop the recipe"
+            listed, other = (
+                (f"recipe={base.recipe} lists its", "drop the recipe")
+                if base.recipe
+                else ("sweep.candidates= lists the", f"give {clash[0]} to each of them")
             )
+            raise ConfigError(f"{clash[0]}: {listed} candidates; drop {clash[0]}=... or {other}")
         candidates = [[_candidate_override(k, v) for k, v in c.items()] for c in base.sweep.candidates]
         # what is swept changes slowest: candidates on one model and data set come one after the other
         _check_size({**swept, "sweep.candidates": candidates})

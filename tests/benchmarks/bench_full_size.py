@@ -36,7 +36,7 @@ PIPELINE = (
     "evaluation.batch_size=1", "evaluation.height=1024", "evaluation.width=1024",
 )  # fmt: skip
 LANGUAGE = ("dataset=text", "evaluation.num_samples=4", "evaluation.context_length=512", "evaluation.batch_size=1")
-SCHEME = ("backend=bitsandbytes", "dtype=nf4", "sweep.floors=false")
+SCHEME = ("backend=bitsandbytes", "dtype=nf4")
 LAYERS = ("num_layers", "num_single_layers", "num_hidden_layers", "num_decoder_layers")
 
 
@@ -148,7 +148,9 @@ def main() -> None:
         began = time.perf_counter()
         write_model(args.model, place, args.device, args.layers)
         print(f"{args.model}: written in {time.perf_counter() - began:.0f} s", flush=True)
-        words = [f"model={args.model}", f"model.path={place}", f"device={args.device}", *SCHEME]
+        words = [f"model={args.model}", f"model.path={place}", f"device={args.device}", "sweep.floors=false"]
+        if not any(word.startswith("sweep.candidates=") for word in args.words):
+            words += SCHEME
         if TINY[args.model]:
             words += PIPELINE
         else:

@@ -204,6 +204,11 @@ def test_candidates_with_own_settings(tmp_path):
     assert [j.name for j in found.jobs] == ["bitsandbytes nf4 bnb_4bit_use_double_quant", "torchao int4 g64"]
     with pytest.raises(ConfigError, match=r"^dtype: recipe=mine lists its candidates"):
         plan([recipe, "dtype=int8"])
+    # without a recipe there is none to be named, and none to be dropped
+    with pytest.raises(
+        ConfigError, match=r"^dtype: sweep.candidates= lists the candidates; drop dtype=... or give dtype"
+    ):
+        plan(["sweep.candidates=[{backend: quanto, dtype: int8}]", "dtype=int8"])
 
 
 def test_candidates_and_swept_keys_are_multiplied(tmp_path):
