@@ -397,6 +397,10 @@ def test_b28_the_libraries_print_nothing():
         "m = torch.nn.Sequential(torch.nn.Linear(256, 64)).eval()\n"
         "for c in (quantlab.TorchAoConfig('int8wo'), quantlab.QuantoConfig()):\n"
         "    q, _ = quantlab.quantize(m, c)\n    q(torch.randn(2, 256))\n"
+        # as on a GPU, where it looks for a kernel of its own in each layer and prints the layer where there is none
+        "q, _ = quantlab.quantize(m, quantlab.NVIDIAModelOptConfig('INT8_INT8', weight_only=False))\n"
+        "q[0]._use_real_quant_gemm = True\n"
+        "assert not q[0].has_real_quant_gemm_impl(torch.randn(2, 256))\n"
     )
     done = python(code)
     assert done.returncode == 0, done.stderr

@@ -131,9 +131,9 @@ def held(device):
     import torch
 
     import quantlab
-    from quantlab.running import sweep
+    from quantlab.running import job as jobs
 
-    run_job = sweep.run_job
+    run_job = jobs.run_job
 
     def watched(session, bench, job, run):
         here = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) if device == "cuda" else (0, 0)
@@ -142,7 +142,7 @@ def held(device):
         print(json.dumps(told), flush=True)
         return run_job(session, bench, job, run)
 
-    sweep.run_job = watched
+    jobs.run_job = watched
     rows = quantlab.run(
         overrides=[
             f"device={device}",

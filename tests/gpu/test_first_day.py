@@ -55,6 +55,14 @@ def test_a_section_that_breaks_off_is_a_finding(tmp_path, monkeypatch):
     assert (fine, told) == (False, "machine broke off: RuntimeError: no driver")
 
 
+@pytest.mark.slow
+def test_each_job_of_a_sweep_is_looked_at(tmp_path):
+    """On a processor nothing is counted, but what is watched on a GPU must be there to be watched."""
+    ((fine, told, held),) = first_day.in_folder("handovers", "cpu", tmp_path / "handovers")
+    assert fine, told
+    assert {row["model"] for row in held} == {"1.5", "2.5"}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("section", [s for s in first_day.SECTIONS if s != "marked"])
