@@ -10,6 +10,7 @@
 Importing this package imports neither torch nor any backend's library.
 """
 
+import os
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,10 @@ from quantlab.vocabulary.reports import (
 if TYPE_CHECKING:
     from quantlab.api import compose, evaluate, load, quantize, run
     from quantlab.report.results import Results
+
+# On some processors MKL's float32 products depend on where in memory their operands begin, and so on the way in which a
+# model was loaded. This makes them the same, at no cost to speak of; it has to be said before the first product.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 _LATER = {
     **dict.fromkeys(("compose", "evaluate", "load", "quantize", "run"), "quantlab.api"),

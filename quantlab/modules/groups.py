@@ -49,35 +49,70 @@ class Groups:
                 f"{KEY}: Diffusers says of {type(module).__name__} ({name}) that it cannot run in groups; pass "
                 "memory.placement=alone"
             )
-        kinds: dict[str, Any] = {"offload_type": "leaf_level"}
-        if blocks_of(module):
-            is_moved = kind_of(self.device) != "cpu"
-            kinds = {"offload_type": "block_level", "num_blocks_per_group": 1, "use_stream": is_moved}
-        apply_group_offloading(module, onload_device=self.device, offload_device="cpu", **kinds)
+        is_moved = kind_of(self.device) != "cpu"
+        for part, blocks in shares_of(module):
+            kinds: dict[str, Any] = {"offload_type": "leaf_level"}
+            if blocks:
+                kinds = {"offload_type": "block_level", "num_blocks_per_group": 1, "use_stream": is_moved}
+                if is_moved:
+                    _pin(blocks)
+            apply_group_offloading(part, onload_device=self.device, offload_device="cpu", **kinds)
         says(module, self.device, "device")  # where its inputs shall go
         return module
+
+
+def _pin(blocks: list[nn.Module]) -> None:
+    """Page-lock what Diffusers would copy to page-locked memory, all blocks before the first original goes."""
+    for block in blocks:
+        for tensor in (*block.parameters(), *block.buffers()):
+            tensor.data = tensor.data.pin_memory()
+
+
+def shares_of(module: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
+    """The parts of a module that come and go by themselves, each with its blocks; none where it goes layer by layer.
+
+    A language model's blocks are some steps down, beside its head. What holds tensors of its own cannot be left to
+    its parts.
+    """
+    from torch import nn
+
+    is_list = isinstance(module, nn.ModuleList)  # which is never called
+    blocks = [] if is_list else blocks_of(module)
+    has_own = any(t is not None for t in (*module._parameters.values(), *module._buffers.values()))
+    children = list(module.children())
+    if blocks or has_own or is_list or not children:
+        return [(module, blocks)]
+    found = [share for child in children for share in shares_of(child)]
+    return found if any(blocks for _, blocks in found) else [(module, [])]
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
     """The blocks that come one after the other; none where most weights are elsewhere, so that layers come one by one.
 
-    None also of a module whose parts share weights: one block would take the other's away.
+    None also of a module whose parts share weights: one block would take the other's away. And none where a block is a
+    list itself, which is never called.
     """
     from torch import nn
 
     lists = [part for part in module.children() if isinstance(part, (nn.ModuleList, nn.Sequential))]
     blocks = [block for part in lists for block in part]
     is_most = 2 * sum(map(num_bytes, blocks)) > num_bytes(module)
-    return blocks if is_most and not tied_parameters(module) else []
+    is_called = not any(isinstance(block, (nn.ModuleList, nn.ModuleDict)) for block in blocks)
+    return blocks if is_most and is_called and not tied_parameters(module) else []
 
 
 @remembered
 def most_bytes(module: nn.Module) -> int:
-    """What of a module is on the device at once: two blocks, of which one is coming, and what is in none; or the
-    largest layer."""
-    blocks = [num_bytes(block) for block in blocks_of(module)]
-    if blocks:
-        return num_bytes(module) - sum(blocks) + 2 * max(blocks)
+    """What of a module is on the device at once: of a part with blocks two of them, of which one is coming, and what is
+    in none; of another its largest layer."""
+    return max(
+        num_bytes(part) - sum(map(num_bytes, blocks)) + 2 * max(map(num_bytes, blocks)) if blocks else _largest(part)
+        for part, blocks in shares_of(module)
+    )
+
+
+def _largest(module: nn.Module) -> int:
+    """Bytes of the layer with the most parameters."""
     return max(
         (sum(p.nbytes for p in part._parameters.values() if p is not None) for part in module.modules()), default=0
     )

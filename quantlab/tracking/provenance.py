@@ -162,7 +162,11 @@ def arithmetic(device: str) -> dict[str, object]:
     import torch
 
     if not device.startswith("cuda"):
-        return {"threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+        return {
+            "threads": torch.get_num_threads(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "mkl_cbwr": os.environ.get("MKL_CBWR"),
+        }
     gpu = torch.cuda.get_device_properties(torch.device(device))
     return {
         "name": gpu.name,

@@ -146,5 +146,5 @@ def test_streaming_takes_what_is_planned(backend, tmp_path_factory):
     if not folder.exists():
         bench_memory.write_model(folder, 5e8)
         torch.set_default_dtype(torch.float32)
-    found = bench_memory.apart(folder, backend, "streamed", "cuda")
+    found = bench_memory.apart(folder, backend, "streamed", "--device", "cuda")
     assert found["peak_mib"] <= found["quantized_mib"] + 3 * 2048 * 8192 * 4 / bench_memory.MIB, found

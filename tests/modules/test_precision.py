@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -100,3 +102,23 @@ def test_what_is_visible_is_no_part_of_the_arithmetic(monkeypatch):
 
 def test_a_cpu_is_known_by_its_threads_and_instructions():
     assert set(arithmetic("cpu")) == {"threads", "cpu_capability"}
+
+
+def test_float32_products_do_not_depend_on_where_their_operands_begin():
+    """MKL's do on some processors: a model that is read from its file's pages then answers otherwise than a copy."""
+    code = """
+import os
+os.environ.pop("MKL_CBWR", None)
+import quantlab, torch
+from torch.nn.functional import linear
+torch.manual_seed(0)
+for rows, ins, outs in ((16, 32, 8), (1, 32, 96), (7, 64, 64)):
+    x, weight = torch.randn(rows, ins), torch.randn(outs, ins)
+    for begin in range(16):
+        moved = torch.empty(weight.numel() + 16)[begin:][: weight.numel()].view_as(weight).copy_(weight)
+        shifted = torch.empty(x.numel() + 16)[begin:][: x.numel()].view_as(x).copy_(x)
+        assert torch.equal(linear(x, moved), linear(x, weight)), (rows, ins, outs, begin)
+        assert torch.equal(linear(shifted, weight), linear(x, weight)), (rows, ins, outs, begin)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]

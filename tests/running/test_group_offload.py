@@ -7,7 +7,7 @@ import torch
 
 import quantlab
 from quantlab.errors import ConfigError
-from quantlab.modules.groups import Groups
+from quantlab.modules.groups import Groups, most_bytes, shares_of
 from quantlab.planning.plan import plan
 from quantlab.running.placement import _as_on, load_placed
 from quantlab.vocabulary.schema import ModelConfig
@@ -117,6 +117,61 @@ def test_a_pipelines_row_is_the_same(tmp_path, monkeypatch, in_groups, more):
     assert numbers(grouped[-1]) == numbers(resident[-1])
     assert dict(in_groups)["vae"] is False
     assert {name for name, is_hooked in in_groups if is_hooked} == {"transformer", "text_encoder", "text_encoder_2"}
+
+
+def of_lists():
+    from transformers import PvtConfig, PvtModel
+
+    sizes = {"num_encoder_blocks": 2, "depths": [2, 2], "hidden_sizes": [32, 64], "num_attention_heads": [1, 2]}
+    more = {"patch_sizes": [4, 2], "strides": [4, 2], "mlp_ratios": [2, 2], "sequence_reduction_ratios": [2, 1]}
+    return PvtModel(PvtConfig(image_size=32, **sizes, **more)), {"pixel_values": torch.randn(1, 3, 32, 32)}
+
+
+def causal(kind, **more):
+    import transformers
+
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "n_layer": 3}
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, "n_embd": 32, "n_head": 4, **more})
+    return getattr(transformers, f"{kind}ForCausalLM")(config), {"input_ids": torch.arange(7)[None]}
+
+
+def translating():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=99, d_model=32, d_ff=64, d_kv=8, num_layers=3, num_heads=4)
+    ids = torch.arange(7)[None]
+    return T5ForConditionalGeneration(config), {"input_ids": ids, "decoder_input_ids": ids[:, :3]}
+
+
+NESTED = {
+    "Llama": (lambda: causal("Llama", intermediate_size=64), ["model"]),
+    "Llama, tied": (lambda: causal("Llama", intermediate_size=64, tie_word_embeddings=True), ["model"]),
+    "OPT": (lambda: causal("OPT", ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=16), ["model.decoder"]),
+    "T5": (translating, ["encoder", "decoder"]),
+    "Pvt": (of_lists, []),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_blocks_come_and_go_wherever_in_a_model_they_are(name):
+    """A language model's lie beside its head, two steps down. All that comes must be called, or it never comes."""
+    make, wanted = NESTED[name]
+    torch.manual_seed(0)
+    module, inputs = make()
+    module.eval()
+    called = set()
+    for part in module.modules():
+        part.register_forward_pre_hook(lambda part, *_: called.add(part))
+    with torch.no_grad():
+        first = module(**inputs)[0]
+    shares = {path: blocks for path, part in module.named_modules() for p, blocks in shares_of(module) if p is part}
+    assert [path for path, blocks in shares.items() if blocks] == wanted
+    assert {block for blocks in shares.values() for block in blocks} <= called
+    kept = sum(p.nbytes for p in module.parameters())
+    Groups(source=lambda *_: None, device="cpu").place("model", module)
+    with torch.no_grad():
+        assert torch.equal(module(**inputs)[0], first)
+    assert most_bytes(module) < kept
 
 
 def test_what_changes_the_model_while_it_measures_is_refused(text_model, tmp_path):
