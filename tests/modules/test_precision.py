@@ -101,7 +101,7 @@ def test_what_is_visible_is_no_part_of_the_arithmetic(monkeypatch):
 
 
 def test_a_cpu_is_known_by_its_threads_and_instructions():
-    assert set(arithmetic("cpu")) == {"threads", "cpu_capability"}
+    assert set(arithmetic("cpu")) == {"threads", "cpu_capability", "mkl_cbwr"}
 
 
 def test_float32_products_do_not_depend_on_where_their_operands_begin():
