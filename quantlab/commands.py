@@ -325,7 +325,7 @@ def run(request: Plan, flags: set[str]) -> int:
     from quantlab.tracking.results import report_data
 
     as_json, is_plain, more = "--json" in flags, "--plain" in flags, columns_of(flags)
-    reports = run_plan(request, quiet=as_json or bool(flags & {"-q", "--quiet"}), trust=True)
+    reports = run_plan(request, quiet=bool(flags & {"-q", "--quiet"}), trust=True)
     rows = [report_data(r) for r in reports]
     failed = [r for r in rows if r["status"] == "FAILED"]
     if as_json:

@@ -59,7 +59,13 @@ class Foreseen:
         """What is said of it."""
         told = []
         if self.resumed:
-            told.append(f"{len(self.resumed)} of {num_jobs} jobs are resumed: an earlier sweep has finished them")
+            num = len(self.resumed)
+            are = (
+                "is resumed: an earlier sweep has finished it"
+                if num == 1
+                else "are resumed: an earlier sweep has finished them"
+            )
+            told.append(f"{num} of {counted(num_jobs, 'job')} {are}")
         found = self.estimate
         if found is not None:
             whole = f"{found.seconds / 60:.1f} min" if found.seconds >= 60 else f"{found.seconds:.0f} s"

@@ -33,8 +33,8 @@ _UNET_TENSORS = 12
 """Tensors of the first block's size that a UNet holds, with the skips that wait for the way up; SDXL at 1024 pixels
 with guidance: 241 MB (MixDQ, arXiv 2405.17873)."""
 _DECODER_TENSORS = 10
-"""Tensors of the image's size and the decoder's first width. At 1024 pixels torch had 2.42 GiB allocated for the decoders
-of FLUX.1, Stable Diffusion 3.5 and XL on an H200, 9.7 of these; its MemTracker counts 6 without cuDNN's workspaces."""
+"""Tensors of the image's size and the decoder's first width. For the decoders of FLUX.1, Stable Diffusion 3.5 and XL
+torch had 2.42 GiB allocated at 1024 pixels on an H200, 9.7 of these; its MemTracker counts 6, without cuDNN's."""
 _PROMPT_TOKENS = 512
 _SIDE = 1024
 

@@ -90,7 +90,7 @@ def parse_request(words: Sequence[str]) -> ReproductionRequest:
     if len(run_ids) != 1:
         raise ConfigError(f"reproduce: {len(run_ids) or 'no'} run ids given; write {USAGE}")
     return ReproductionRequest(
-        run_id=run_ids[0], words=values, as_json="--json" in flags, quiet=bool(flags & {"-q", "--quiet", "--json"})
+        run_id=run_ids[0], words=values, as_json="--json" in flags, quiet=bool(flags & {"-q", "--quiet"})
     )
 
 

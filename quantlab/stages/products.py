@@ -69,8 +69,13 @@ def question(stored: StoredWeight, dtype: torch.dtype) -> Question | None:
     dense: Tensor = stored.dense.detach()
     step = max(1, _WEIGHTS_AT_ONCE // dense.shape[1])
 
+    room = torch.empty(min(step, len(dense)), dense.shape[1], device=dense.device)  # new pages cost as much as products
+
+    def wide(part: Tensor) -> Tensor:
+        return part if part.dtype == torch.float32 else room[: len(part)].copy_(part)
+
     def plain(rows: Tensor) -> Tensor:
-        return torch.cat([rows @ part.float().T for part in torch.split(dense, step)], dim=1)
+        return torch.cat([rows @ wide(part).T for part in torch.split(dense, step)], dim=1)
 
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(_NUM_ROWS, dense.shape[1], generator=draw).to(dense.device)

@@ -78,9 +78,17 @@ def weight_errors(stored: StoredWeight, original: Tensor, is_searched: bool = Fa
         negligible=NEGLIGIBLE * float(largest[largest > 0].median()),
         blocks=None if blocks is None else blocks.to(wide),
     )
-    # both are widened piece by piece: a whole copy would be the largest tensor here
+    # both are widened piece by piece: a whole copy would be the largest tensor here. And each piece into the memory of
+    # the one before: new pages take as long as the arithmetic
     slices = _slices(original, stored)
-    parts = [_rows(stored.dense[rows].to(wide), original[rows].to(wide), bound, rows.start) for rows in slices]
+    rooms = [torch.empty(original[slices[0]].shape, dtype=wide, device=original.device) for _ in range(3)]
+    parts = []
+    for rows in slices:
+        own, other = (
+            tensor if tensor.dtype == wide else room[: len(tensor)].copy_(tensor)
+            for tensor, room in zip((stored.dense[rows], original[rows]), rooms, strict=False)
+        )
+        parts.append(_rows(own, other, rooms[2][: len(own)], bound, rows.start))
     plain, size, rounded, scaled, lost, zeroed = (torch.cat(found) for found in zip(*parts, strict=True))
     alive = scaled > 0
     lost |= alive & ~(rounded <= NOISE * scaled.clamp_min(float(scaled[alive].median())))
@@ -123,13 +131,13 @@ def _slices(original: Tensor, stored: StoredWeight) -> list[slice]:
     return [slice(start, start + step) for start in range(0, num_rows, step)]
 
 
-def _rows(dense: Tensor, original: Tensor, bound: _Bound, first: int) -> tuple[Tensor, ...]:
+def _rows(dense: Tensor, original: Tensor, room: Tensor, bound: _Bound, first: int) -> tuple[Tensor, ...]:
     """Of each row, from row ``first`` of the weight on: error and size; both as it was rounded; whether a block of it
-    is lost, whether it became zeros."""
+    is lost, whether it became zeros. ``room`` is for their difference."""
     import torch
 
     norm = torch.linalg.vector_norm
-    difference = dense - original
+    difference = torch.sub(dense, original, out=room)
     plain = error, size = norm(difference, dim=1), norm(original, dim=1)
     if bound.stored.column_scale is not None:
         original, difference = original * bound.stored.column_scale, difference * bound.stored.column_scale

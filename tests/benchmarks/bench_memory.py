@@ -12,8 +12,8 @@ that has nothing else to do. ``--streamed`` leaves the other way out.
 With ``--device cuda`` it is the peak of bytes that torch has allocated there, where libraries hold nothing and are allowed
 nothing. ``--count allocated`` is the nearest to it that a CPU can tell, and the same at every run: what torch's own
 allocator gives out at most, over the same bytes. It sees tensors and what kernels allocate between them, not the pages of
-the checkpoint, which are no memory of the process, nor what numpy and a library's own C++ allocate (what a model holds of
-those at its end is added: GGUF's codes). And it counts the CPU's code paths: bitsandbytes, torchao and GGUF quantize and
+the checkpoint, which are no memory of the process, nor what numpy and a library's own C++ allocate. And it counts the
+CPU's code paths: bitsandbytes, torchao and GGUF quantize and
 multiply with other kernels on CUDA, and the caching allocator rounds sizes up there. Its times are the profiler's.
 
 ``--export`` measures an export instead, from the model on the disk to the checked folder: the candidate made from the
@@ -186,13 +186,12 @@ def measure(folder: Path, backend: str, way: str, device: str = "cpu", count: st
     held = sum(storages(module).values())
     layer = 2048 * 8192 * 4
     allowed = held + layer + (LIBRARIES if with_libraries else 0)
-    most = peak.value + (max(0, held - peak.end_bytes) if isinstance(peak, Allocated) else 0)
     return {
-        "peak_mib": most / MIB,
+        "peak_mib": peak.value / MIB,
         "libraries_mib": before / MIB,
         "quantized_mib": held / MIB,
-        "ratio": most / allowed,
-        "ratio_above_libraries": (most - before) / (held + layer),
+        "ratio": peak.value / allowed,
+        "ratio_above_libraries": (peak.value - before) / (held + layer),
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
     }

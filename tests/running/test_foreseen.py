@@ -51,7 +51,7 @@ def test_what_is_done_and_what_the_rest_takes(request_of_three, tmp_path):
     assert found.resumed == {first.name}
     assert (found.estimate.seconds, found.estimate.rests_on) == (30.0, 2)
     told = "\n".join(found.lines(3))
-    assert "1 of 3 jobs are resumed" in told
+    assert "1 of 3 jobs is resumed: an earlier sweep has finished it" in told
     assert "about 30 s for 2 jobs: by the median of the same backend and algorithm, of 2 earlier jobs" in told
 
 

@@ -162,4 +162,4 @@ def test_what_is_held_in_16_bit_is_compared_as_its_wide_copy(dtype, monkeypatch)
     assert torch.equal(one.rows, whole.rows)
     assert torch.equal(one.wanted, whole.wanted)
     monkeypatch.setattr(products, "_WEIGHTS_AT_ONCE", 5 * 512)
-    torch.testing.assert_close(question(narrow, dtype).wanted, whole.wanted)
+    torch.testing.assert_close(question(narrow, dtype).wanted, whole.wanted, atol=1e-4, rtol=1e-5)  # sums of 512

@@ -72,12 +72,17 @@ def decoded_4bit(weight: Params4bit, dtype: torch.dtype, kept_in: torch.dtype | 
     both = torch.stack((state.code.float().repeat_interleave(16), state.code.float().repeat(16)), dim=-1)
     table = both.view(torch.int64).reshape(-1)  # byte -> its two values, looked up as one number
     per_piece = WEIGHTS_AT_ONCE // state.blocksize  # whole, the indices alone would be four times the codes
+    most = min(per_piece * state.blocksize, absmax.numel() * state.blocksize) // 2
+    indices = torch.empty(most, dtype=torch.int32, device=codes.device)  # one piece's memory serves all
+    found = torch.empty(most, dtype=torch.int64, device=codes.device)
     for first in range(0, absmax.numel(), per_piece):
         rows = slice(first * state.blocksize, min((first + per_piece) * state.blocksize, num))
         pairs = codes[rows.start // 2 : -(-rows.stop // 2)]
-        values = table.index_select(0, pairs.int()).view(torch.float32)[: rows.stop - rows.start]
-        scales = absmax[first : first + per_piece].repeat_interleave(state.blocksize)[: len(values)]
-        made[rows] = (values * scales).to(dtype)
+        index = indices[: len(pairs)].copy_(pairs)
+        torch.index_select(table, 0, index, out=found[: len(pairs)])
+        scales = absmax[first : first + per_piece]
+        values = found.view(torch.float32)[: len(scales) * state.blocksize].view(-1, state.blocksize)
+        made[rows] = values.mul_(scales[:, None]).reshape(-1)[: rows.stop - rows.start].to(dtype)
     return made.reshape(state.shape)
 
 

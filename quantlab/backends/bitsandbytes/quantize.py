@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.backends.bitsandbytes.config import LIBRARY_BLOCKSIZE, BitsAndBytesConfig
-from quantlab.backends.bitsandbytes.layers import WEIGHTS_AT_ONCE, decoded_4bit, layer_classes, library, torch_dtype
+from quantlab.backends.bitsandbytes.layers import decoded_4bit, layer_classes, library, torch_dtype
 from quantlab.backends.linears import linear_at
 from quantlab.errors import ConfigError, ModelError, NotQuantized, require_package
 from quantlab.modules.layers import all_finite, replace_layer
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
     from torch import Tensor, nn
 
+ENCODED_AT_ONCE = 1 << 17
+"""Weights whose four float32 copies stay below the size from which memory goes back to the system at once."""
 _NESTED_ERROR = 0.01
 """Of scales that are 8-bit numbers themselves (double quantization): half of the widest gap of the library's map."""
 
@@ -147,7 +149,7 @@ def _codes_4bit(weight: Tensor, config: BitsAndBytesConfig, storage: torch.dtype
     """The library's codes and scales; on a CPU piece by piece, as its code there makes four float32 copies at once."""
     import torch
 
-    functional, whole = library().functional, weight.device.type != "cpu" or weight.numel() <= WEIGHTS_AT_ONCE
+    functional, whole = library().functional, weight.device.type != "cpu" or weight.numel() <= ENCODED_AT_ONCE
     made = [
         functional.quantize_4bit(
             piece,
@@ -156,7 +158,7 @@ def _codes_4bit(weight: Tensor, config: BitsAndBytesConfig, storage: torch.dtype
             compress_statistics=whole and config.bnb_4bit_use_double_quant,
             quant_storage=storage,
         )
-        for piece in ([weight] if whole else torch.split(weight.reshape(-1), WEIGHTS_AT_ONCE))
+        for piece in ([weight] if whole else torch.split(weight.reshape(-1), ENCODED_AT_ONCE))
     ]
     codes, state = made[0]
     if whole:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import queue
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
@@ -91,29 +92,38 @@ def encode(name: str, weight: Tensor, gguf_type: str, importance: NDArray[np.flo
     import numpy as np
     import torch
 
-    block, _ = block_size(gguf_type)
+    block, num_bytes = block_size(gguf_type)
     if weight.shape[1] % block:
         raise ConfigError(
             f"dtype={gguf_type}: {name} of shape {tuple(weight.shape)}: in_features {weight.shape[1]} "
             f"does not divide by {block}; exclude it with modules_to_not_convert or choose another dtype"
         )
     kind = libgguf.GGMLQuantizationType[gguf_type.upper()]
+    num_rows, columns = weight.shape
+    codes = torch.empty(num_rows, columns // block * num_bytes, dtype=torch.uint8)
+    step = _rows_at_once(weight.shape, torch.get_num_threads())
+    rooms: queue.SimpleQueue[Tensor] = queue.SimpleQueue()  # a piece's memory serves the next: new pages take as long
 
-    def encoded(rows: Tensor) -> NDArray[np.uint8]:
-        dense = rows.float().cpu()
+    def write(rows: Tensor, own: Tensor) -> None:
+        try:
+            room = rooms.get_nowait()
+        except queue.Empty:
+            room = torch.empty(step, columns)
+        dense = room[: len(rows)].copy_(rows)
         if not all_finite(dense):
             raise ModelError(f"{name}.weight: holds NaN or infinities; exclude the layer with modules_to_not_convert")
-        codes: NDArray[np.uint8] = libgguf.quantize_rows(dense.numpy(), kind, importance)
-        if float(dense.abs().max()) > 65504 and not np.isfinite(libgguf.dequantize_rows(codes, kind)).all():
+        own.copy_(torch.from_numpy(libgguf.quantize_rows(dense.numpy(), kind, importance)))
+        low, high = dense.aminmax()
+        if max(-float(low), float(high)) > 65504 and not np.isfinite(libgguf.dequantize_rows(own.numpy(), kind)).all():
             raise ModelError(
                 f"{name}.weight: holds weights too large for the float16 scales of {gguf_type}; "
                 "exclude the layer with modules_to_not_convert"
             )
-        return codes
+        rooms.put(room)
 
-    pieces = torch.split(weight.detach(), _rows_at_once(weight.shape, torch.get_num_threads()))  # rows are independent
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return torch.from_numpy(np.concatenate(list(pool.map(encoded, pieces)))).to(weight.device)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # rows are independent
+        list(pool.map(write, torch.split(weight.detach(), step), torch.split(codes, step)))
+    return codes.to(weight.device)
 
 
 def _rows_at_once(shape: Sequence[int], num_threads: int) -> int:
@@ -135,8 +145,12 @@ def decode(codes: Tensor, gguf_type: str, dtype: torch.dtype | None = None) -> T
         block, num_bytes = block_size(gguf_type)
         made = torch.empty(codes.shape[0], codes.shape[1] // num_bytes * block, dtype=dtype or torch.float32)
         step = _rows_at_once(made.shape, 1)
-        for rows, own in zip(torch.split(made, step), torch.split(codes, step), strict=True):
-            rows.copy_(torch.from_numpy(libgguf.dequantize_rows(own.numpy(), kind)))
+        room = None if made.dtype == torch.float32 else torch.empty(min(step, len(made)), made.shape[1])
+        for rows, own in zip(torch.split(made, step), torch.split(codes.contiguous(), step), strict=True):
+            into = rows if room is None else room[: len(rows)]
+            libgguf.dequantize_rows_into_raw(kind, own.numpy(), into.numpy(), *into.shape)
+            if room is not None:
+                rows.copy_(into)
         return made
     from libgguf import libgguf_torch  # torch operations; exact when the scales are taken in fp32
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-WEIGHTS_AT_ONCE = 1 << 19
+WEIGHTS_AT_ONCE = 1 << 18
 """That are rounded together; of a whole layer the library makes two copies in its weight's dtype, and one for codes."""
 
 

@@ -345,8 +345,8 @@ def test_pieces_of_a_weight_are_what_the_library_makes_of_it_whole(dtype, group_
     config = BitsAndBytesConfig.from_axes(axes(dtype, group_size), own)
     whole = quantized(model, config)
     dense = [backend.read_back(whole[i]).dense for i in (0, 2)]
-    for module in ("quantize", "layers"):
-        monkeypatch.setattr(importlib.import_module(f"{backend.__name__}.{module}"), "WEIGHTS_AT_ONCE", 4096)
+    for module, name in (("quantize", "ENCODED_AT_ONCE"), ("layers", "WEIGHTS_AT_ONCE")):
+        monkeypatch.setattr(importlib.import_module(f"{backend.__name__}.{module}"), name, 4096)
     made = quantized(model, config)
     known = whole.state_dict()
     assert all(torch.equal(v, known[k]) for k, v in made.state_dict().items())
