@@ -57,6 +57,12 @@ def _mode(dtypes: tuple[torch.dtype, ...]) -> Any:
         return value.float() if is_lacking else value
 
     class InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        @classmethod
+        def is_infra_mode(cls) -> bool:
+            """So that torch.compile compiles below it, which it else leaves alone without a word; what it compiles has
+            kernels of its own."""
+            return True
+
         def __torch_dispatch__(
             self,
             func: Callable[..., Any],

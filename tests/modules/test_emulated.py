@@ -91,3 +91,23 @@ def test_gradients_go_through():
 def test_a_gpu_lacks_nothing_and_a_processor_says_what_it_lacks():
     assert lacking("cuda") == ()
     assert set(lacking("cpu")) <= set(DTYPES)
+
+
+def test_what_is_compiled_is_compiled_below_it():
+    """torch.compile leaves a model alone where a mode of a user's is open: on such a processor no model was compiled."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    net, x = nn.Linear(8, 4).bfloat16(), torch.randn(3, 8).bfloat16()
+    torch._dynamo.reset()
+    with torch.no_grad(), emulated_products(DTYPES):
+        found = torch.compile(net, backend=keep)(x)
+        before = emulated.num_emulated
+        plain = net(x)
+    assert len(graphs) == 1
+    assert emulated.num_emulated == before + 1  # what is not compiled is computed as before
+    torch.testing.assert_close(found, plain, atol=0.02, rtol=0.02)
+    torch._dynamo.reset()
