@@ -285,6 +285,7 @@ def measure(*args, **kwargs):
     time.sleep(30)
 
 protocol.measure = measure
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs are told to ignore
 main(sys.argv[2:])
 """
 
