@@ -62,7 +62,8 @@ class Groups:
 
 
 def _pin(blocks: list[nn.Module]) -> None:
-    """Page-lock what Diffusers would copy to page-locked memory, all blocks before the first original goes."""
+    """Page-lock blocks where they are: Diffusers makes a page-locked copy of every block before it lets go of the first
+    original, and the host would hold the model twice."""
     for block in blocks:
         for tensor in (*block.parameters(), *block.buffers()):
             tensor.data = tensor.data.pin_memory()
