@@ -47,6 +47,16 @@ def free_bytes(device: str) -> int:
     return int(torch.cuda.mem_get_info(device)[0]) + cached
 
 
+def total_bytes(device: str) -> int:
+    """Bytes that ``device`` has in all: of a CPU the machine's memory."""
+    import psutil
+    import torch
+
+    if kind_of(device) == "cpu":
+        return int(psutil.virtual_memory().total)
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 def give_back(device: str) -> None:
     """Collect what is unreachable and return the memory that the GPU's allocator keeps; also after an error of it."""
     import torch

@@ -18,7 +18,7 @@ from quantlab.models.reading import HOLLOW, chosen_dtype
 from quantlab.models.sources import component_source, has_origin, origin_of, source_of
 from quantlab.models.stored_dtype import dtype_on
 from quantlab.models.table import family_of
-from quantlab.modules.device import free_bytes, kind_of
+from quantlab.modules.device import free_bytes, kind_of, total_bytes
 from quantlab.modules.groups import num_bytes
 from quantlab.modules.memory import storages
 from quantlab.modules.residence import Prompts
@@ -46,6 +46,9 @@ def load_placed(config: ExperimentConfig, device: str, cache: Path, advance: Adv
     settings, asked = config.memory, config.model_with()
     family = family_of(asked)
     budget = int(settings.device_gib * GIB) if settings.device_gib is not None else None
+    if budget is not None and kind_of(device) in ("cpu", "cuda") and budget > (there := total_bytes(device)):
+        told = f"{device} has {there / GIB:.4g} GiB in all, and what has no room there ends the process"
+        say(f"memory.device_gib={settings.device_gib:g}: {told}; give no more than that", "warning")
     if budget is None and kind_of(device) == "cuda":
         budget = free_bytes(device)
     is_open = settings.placement == "auto" and config.model.path is not None and budget is not None

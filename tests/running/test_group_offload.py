@@ -99,6 +99,16 @@ def test_the_budget_chooses(text_model, tmp_path):
     assert [where(text_model, gib) for gib in (1, 0.0004, 0.0003)] == ["", "", "group_offload"]
 
 
+def test_a_budget_beyond_the_machine_is_told(text_model, tmp_path, capsys):
+    def said(gib):
+        config = plan([*text_model, "backend=quanto", "dtype=int8", f"memory.device_gib={gib}"]).jobs[0].config
+        load_placed(config, "cpu", tmp_path / "cache", lambda *_: None)
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "warning: memory.device_gib=1e+06: cpu has " in said(1000000)
+    assert "in all" not in said(0.5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["model.components=[transformer,text_encoder_2]", "sweep.floors=false"]])
 def test_a_pipelines_row_is_the_same(tmp_path, monkeypatch, in_groups, more):
