@@ -184,6 +184,20 @@ def test_blocks_come_and_go_wherever_in_a_model_they_are(name):
     assert most_bytes(module) < kept
 
 
+def test_on_a_gpu_blocks_come_by_streams_from_page_locked_memory(monkeypatch):
+    """Each tensor of a block is locked once, in place; the rest comes as it did. What a GPU makes of it, a GPU says."""
+    module, _ = causal("Llama", intermediate_size=64)
+    locked, applied = [], {}
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: locked.append(tensor.data_ptr()) or tensor)
+    monkeypatch.setattr(
+        "diffusers.hooks.group_offloading.apply_group_offloading",
+        lambda part, **kinds: applied.update({part: (kinds["offload_type"], kinds.get("use_stream", False))}),
+    )
+    Groups(source=lambda *_: None, device="cuda").place("model", module)
+    assert applied == {module.model: ("block_level", True), module.lm_head: ("leaf_level", False)}
+    assert sorted(locked) == sorted(p.data_ptr() for p in module.model.layers.parameters())
+
+
 def test_what_changes_the_model_while_it_measures_is_refused(text_model, tmp_path):
     (tmp_path / "other.txt").write_text("".join(reversed(TEXT)))
     data = ["calibration.source=text", "calibration.path=other.txt", "calibration.num_samples=3"]
