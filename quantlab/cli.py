@@ -26,6 +26,7 @@ from quantlab.commands import (
     terminal,
 )
 from quantlab.errors import ConfigError, QuantlabError, is_disk_full, nearest
+from quantlab.modules.device import collect_rarely
 from quantlab.planning.completion import SCRIPT, completions
 from quantlab.planning.listing import LISTS, meaning
 from quantlab.planning.places import groups, option_dirs, own_options, recipe_dirs
@@ -145,6 +146,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Without ``argv`` the process is the command's own, and ends with it.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        collect_rarely()
     spell_out(sys.stdout, sys.stderr)
     try:
         code = dispatch(words, is_last=argv is None)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
+_THRESHOLD = gc.get_threshold()
+
 
 def kind_of(device: str) -> str:
     """``cpu`` or ``cuda``, whatever the number behind it."""
@@ -55,6 +57,17 @@ def total_bytes(device: str) -> int:
     if kind_of(device) == "cpu":
         return int(psutil.virtual_memory().total)
     return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def collect_rarely() -> None:
+    """Let the garbage collector look seldom, until :func:`collect_as_usual`: while libraries are imported it looks at
+    each of their million objects several times, a quarter of the time that they take, and finds nothing."""
+    gc.set_threshold(50_000, 20, 10)
+
+
+def collect_as_usual() -> None:
+    """The collector as Python begins: a model is there, and a cycle may hold its tensors."""
+    gc.set_threshold(*_THRESHOLD)
 
 
 def give_back(device: str) -> None:

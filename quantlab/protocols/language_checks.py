@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 LOG_PROB_ERROR = 1e-3
 """By how much two fp32 computations of one log-probability may differ, in nats."""
+_NUM_TRIED = 64
+"""Tokens of a window that are tried: logits are made of hidden states in the same way at each position."""
 _NUM_TOKENS = 16
 """A short window, half of which is exchanged: of many tokens, one more that is seen moves the others by little."""
 _HIDDEN_ERROR = {"float32": 1e-4}
@@ -31,7 +33,8 @@ _HIDDEN_ERROR_16_BIT = 1e-2
 
 
 def check_language_model(model: LoadedModel, window: Tensor, largest: int = 0) -> None:
-    """Try ``model`` on ``window``, token ids (1, context_length) of at least 2; ``largest`` is the largest of all.
+    """Try ``model`` on the first tokens of ``window``, token ids (1, context_length) of at least 2; ``largest`` is the
+    largest of all.
 
     Raises ModelError, naming what is wrong, for a model that changes itself when it runs, that sees later tokens, or
     whose logits depend on more than hidden states and tokens; and for tokens beyond its embedding.
@@ -44,7 +47,7 @@ def check_language_model(model: LoadedModel, window: Tensor, largest: int = 0) -
             f"{key} has embeddings for {size} tokens, and its tokenizer gives the token {largest}; use the tokenizer "
             "that belongs to the weights"
         )
-    ids = window.to(model.device)
+    ids = window[:, :_NUM_TRIED].to(model.device)
     with must_stay_unchanged(model):
         ran = _run(key, module, ids)
     _check_causal(key, module, ids)
@@ -56,9 +59,10 @@ def check_language_model(model: LoadedModel, window: Tensor, largest: int = 0) -
 
 
 def way_of_logits(model: LoadedModel, window: Tensor) -> str:
-    """``head`` where the model's own logits on ``window``, token ids (1, length), are what :func:`logits_of` makes of
-    its hidden states, at every position; else ``own``. ModelError where they depend on more."""
-    key, ids = f"model.path: {model.name}", window.to(model.device)
+    """``head`` where the model's own logits on the first tokens of ``window``, token ids (1, length), are what
+    :func:`logits_of` makes of its hidden states, at every position; else ``own``. ModelError where they depend on more.
+    """
+    key, ids = f"model.path: {model.name}", window[:, :_NUM_TRIED].to(model.device)
     return _way_of_logits(key, model, ids, _run(key, network_of(model.components["model"]), ids))
 
 

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from quantlab.modules.device import collect_rarely
 from quantlab.running.attempts import LOG
 from quantlab.running.worker import main
 
@@ -53,6 +54,7 @@ def preload() -> bool:
     OpenBLAS begins its threads when numpy is imported, and ends and begins them again around a fork by itself.
     """
     threads = 1
+    collect_rarely()
     for name in PRELOADED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)

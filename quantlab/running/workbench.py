@@ -20,7 +20,7 @@ from quantlab.datasets.calibration import calibration_inputs
 from quantlab.datasets.table import DATASETS
 from quantlab.errors import ConfigError, nearest
 from quantlab.models.loaded import LoadedModel, class_names
-from quantlab.modules.device import free_bytes, give_back, kind_of
+from quantlab.modules.device import collect_as_usual, free_bytes, give_back, kind_of
 from quantlab.modules.emulated import emulated_products, lacking
 from quantlab.modules.fingerprint import fingerprint_warning, grid_fingerprint, known_grid
 from quantlab.modules.layers import check_finite_weights, state_digest
@@ -318,6 +318,7 @@ def let_go_of_bench(session: Session) -> None:
 
 def _set_aside() -> None:
     """Each stage begins with a garbage collection, which need not look at a million objects of the libraries again."""
+    collect_as_usual()
     gc.collect()
     gc.freeze()
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from quantlab import tracking
 from quantlab.errors import QuantlabError, is_device_lost
-from quantlab.modules.device import answers
+from quantlab.modules.device import answers, collect_rarely
 from quantlab.modules.precision import exact_arithmetic
 from quantlab.planning.job import Job
 from quantlab.planning.plan import plan
@@ -40,6 +40,7 @@ _SESSIONS: dict[str, Session] = {}  # of a worker that runs several jobs: they s
 def main(words: list[str]) -> int:
     """The process of the job whose folder is given, or (``queue FOLDER``) of one job of a queue after the other."""
     end_with_parent()
+    collect_rarely()
     if words[0] != "queue":
         return _work(Path(words[0]))
     while not _LOST and (folder := _taken(Path(words[1]))) is not None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from quantlab.models.table import family_of
+from quantlab.modules.device import collect_rarely
 from quantlab.running import placement, workbench
 from tests.support.engines import hand_overs
 from tests.support.shell import digits_words
@@ -46,6 +47,18 @@ def test_one_model_goes_before_the_next_is_loaded(shell, loaded):
     assert code == 0, err
     assert len(loaded) == len(json.loads(out)) == 2
     assert living(loaded) == 0
+
+
+def test_the_collector_looks_as_usual_once_a_model_is_there(shell):
+    usual = gc.get_threshold()
+    collect_rarely()
+    try:
+        assert gc.get_threshold() > usual
+        code, _, err = shell(*WORDS[1:], "dtype=int8")
+        assert code == 0, err
+        assert gc.get_threshold() == usual
+    finally:
+        gc.set_threshold(*usual)
 
 
 @pytest.mark.slow
