@@ -176,11 +176,13 @@ def show_prices(words: Sequence[str], flags: set[str], is_last: bool = False) ->
     except Exception as error:  # may be of what it does without: then the answer is that of a process that has all
         if not is_spared or type(error) is ConfigError:
             raise
-        why = printable(f"{type(error).__name__}: {error}".partition("\n")[0], 200)
-        line = f"plan: failed without packages that few models need ({why}); again with all, which takes longer"
-        print(f"quantlab: {line}", file=sys.stderr)
         again = {**os.environ, WITH_ALL: "1"}
-        return subprocess.run([sys.executable, *sys.orig_argv[1:]], env=again, check=False).returncode
+        code = subprocess.run([sys.executable, *sys.orig_argv[1:]], env=again, check=False).returncode
+        if code == 0:  # else the other one has said why
+            why = printable(f"{type(error).__name__}: {error}".partition("\n")[0], 200)
+            line = f"plan: took longer, with packages that few models need (without them: {why})"
+            print(f"quantlab: {line}", file=sys.stderr)
+        return code
     if "--json" in flags:
         print(json.dumps([price.data() for price in prices], indent=2))
     else:

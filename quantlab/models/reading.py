@@ -42,7 +42,8 @@ def local_folder(key: str, path: str, index: str, what: str, writer: str) -> Pat
     """
     local = Path(path).expanduser()
     if local.is_file():
-        raise ModelError(f"{key}: this is a file; name the folder that holds {index}")
+        said = _GGUF if local.suffix == ".gguf" else f"name the folder that holds {index}"
+        raise ModelError(f"{key}: this is a file; {said}")
     if local.exists():
         require_index(key, local, index, what, writer)
         return local
@@ -54,7 +55,14 @@ def local_folder(key: str, path: str, index: str, what: str, writer: str) -> Pat
 def require_index(key: str, folder: Path, index: str, what: str, writer: str) -> None:
     """ModelError where ``folder`` has no file ``index``."""
     if not (folder / index).is_file():
-        raise ModelError(f"{key}: the folder has no {index}, so it is not {what}; name a folder that {writer} wrote")
+        said = _GGUF if next(folder.glob("*.gguf"), None) else f"name a folder that {writer} wrote"
+        raise ModelError(f"{key}: the folder has no {index}, so it is not {what}; {said}")
+
+
+_GGUF = (
+    "what a GGUF file holds is quantized, or is measured as a candidate: name the folder or Hub id of the model that it "
+    "was made from, and the file by checkpoint=FILE.gguf"
+)
 
 
 ADAPTER = "adapter_config.json"

@@ -142,11 +142,16 @@ def test_a_broken_checkpoint_is_one_model_error(damage, folder, cache, tmp_path)
 
 def test_a_path_that_is_no_folder_is_a_model_error(cache, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
+    (tmp_path / "gguf").mkdir()
+    for file in ("model-Q4_K_M.gguf", "gguf/model-Q4_K_M.gguf"):
+        (tmp_path / file).write_bytes(b"GGUF")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for path, said in (
         (tmp_path / "absent", "no such folder"),
         ("./absent", "no such folder"),
-        (tmp_path / "file", "this is a file"),
+        (tmp_path / "file", "this is a file; name the folder"),
+        (tmp_path / "model-Q4_K_M.gguf", "this is a file; .*the file by checkpoint=FILE.gguf"),
+        (tmp_path / "gguf", "no config.json.*the file by checkpoint=FILE.gguf"),
         ("owner/no-such-model", "cannot be loaded"),
     ):
         with pytest.raises(ModelError, match=said) as caught:

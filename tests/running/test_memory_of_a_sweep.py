@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from quantlab.models.table import family_of
-from quantlab.modules.device import collect_rarely
+from quantlab.modules.device import collect_as_usual, collect_rarely
 from quantlab.running import placement, workbench
 from tests.support.engines import hand_overs
 from tests.support.shell import digits_words
@@ -50,6 +50,7 @@ def test_one_model_goes_before_the_next_is_loaded(shell, loaded):
 
 
 def test_the_collector_looks_as_usual_once_a_model_is_there(shell):
+    collect_as_usual()
     usual = gc.get_threshold()
     collect_rarely()
     try:
@@ -58,7 +59,7 @@ def test_the_collector_looks_as_usual_once_a_model_is_there(shell):
         assert code == 0, err
         assert gc.get_threshold() == usual
     finally:
-        gc.set_threshold(*usual)
+        collect_as_usual()
 
 
 @pytest.mark.slow
