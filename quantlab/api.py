@@ -20,6 +20,7 @@ from quantlab.modules.compute_dtype import component_dtype
 from quantlab.modules.device import current
 from quantlab.modules.emulated import emulated_products, lacking
 from quantlab.modules.feed import feed_of_batches
+from quantlab.modules.fingerprint import fingerprint_warning, grid_fingerprint, known_grid
 from quantlab.modules.hooks import check_offloading
 from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import component_memory, measure_stage
@@ -30,6 +31,7 @@ from quantlab.modules.read_in_source import note_failures, reads_in_source
 from quantlab.modules.ties import copied
 from quantlab.planning.job import Plan, scheme_name
 from quantlab.planning.plan import plan
+from quantlab.progress import say
 from quantlab.protocols.module import ModuleInputs, check, inputs_of, observe, samples_of
 from quantlab.protocols.unchanged import same_state
 from quantlab.quiet import quiet_libraries
@@ -382,6 +384,8 @@ def evaluate(
     with in_eval_mode(module):
         model = _loaded(module)
         check_finite_weights(module, "module")
+        if warning := fingerprint_warning(grid_fingerprint(module), known_grid(module)):
+            say(warning, "warning")
         with current(model.device):
             with emulated_products(lacking(model.device)), recorded_reads(module) as read:
                 with same_state(module):

@@ -16,6 +16,7 @@ from quantlab.modules.layers import state_digest
 from quantlab.vocabulary.reports import RunReport
 from tests.support.shell import digits_words
 from tests.support.stores import ROOT
+from tests.support.tables import BACKENDS
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -141,6 +142,17 @@ def test_fewer_bits_are_a_larger_error(rows: dict[str, RunReport]) -> None:
     error = {name: row.quality["output_rel_error"].value for name, row in rows.items()}
     assert 0 < error["gguf q8_0"] < error["bitsandbytes nf4"]
     assert error["modelopt int8"] < error["quanto int4"]
+
+
+def test_a_module_that_is_quantized_already_is_told(net: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def told(module: Any) -> str:
+        quantlab.evaluate(module, [CONFIGS["quanto int4"]()], [torch.randn(4, 64)], floors=False)
+        return capsys.readouterr().err
+
+    assert "looks already quantized" not in told(net)
+    stored, _ = quantlab.quantize(net, CONFIGS["gguf q8_0"]())
+    net.body[0].weight.data = BACKENDS["gguf"].read_back(stored.body[0]).dense
+    assert "looks already quantized: its weights are integers of 6 to 8 bits" in told(net)
 
 
 @pytest.mark.parametrize("is_training", [True, False])

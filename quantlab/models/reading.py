@@ -60,7 +60,7 @@ def require_index(key: str, folder: Path, index: str, what: str, writer: str) ->
 
 
 _GGUF = (
-    "what a GGUF file holds is quantized, or is measured as a candidate: name the folder or Hub id of the model that it "
+    "what a GGUF file holds is measured as a candidate: name the folder or Hub id of the model that it "
     "was made from, and the file by checkpoint=FILE.gguf"
 )
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from quantlab.modules.holders import View, holders
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -22,10 +24,14 @@ ALREADY_QUANTIZED_BELOW = 0.05
 CHUNK = 16
 _ROWS, _CHUNKS = 64, 12
 """How many rows of a layer are looked at, and of how many of them how many chunks."""
+_EXPERTS = 8
+"""Of packed experts so many are looked at."""
 _FEW = 3
 """Different magnitudes that say nothing: constant, one-hot and ternary weights are on every grid."""
 _ON_GRID = 0.9
 """Share of chunks that makes a layer one of a grid."""
+_TOLD = 0.1
+"""Share of the weights from which grids are told: the layers that are on one seem to lose less than they do."""
 _NF4 = (
     -1.0,
     -0.6961928009986877,
@@ -63,35 +69,40 @@ def grid_fingerprint(layers: nn.Module | Sequence[nn.Module | Tensor], max_layer
     """Relative error ||W - Wq|| / ||W|| of int4 round-to-nearest, group 32, asymmetric; mean weighted by parameters.
 
     Args:
-        layers: a module (its Linear layers are looked at, the output embedding of a language model is not: it is
-            often stored in another format), or a sequence of modules and of weights (out_features, in_features).
+        layers: a module (its linear layers and experts are looked at, the output embedding of a language model is
+            not: it is often stored in another format), or a sequence of modules and of weights (out_features,
+            in_features).
         max_layers: how many layers, evenly spaced, are looked at.
 
     Returns:
         The fingerprint, or None where no layer's in_features divides by 32, or none has groups of more than three
         different weights.
     """
-    sample = [w for w in _sampled(layers, max_layers) if w.shape[1] % GROUP_SIZE == 0]
-    errors = [(error, w.numel()) for w in sample if (error := _rel_error(w)) is not None]
+    sample = [(rows, num) for rows, num in _sampled(layers, max_layers) if rows.shape[1] % GROUP_SIZE == 0]
+    errors = [(error, num) for rows, num in sample if (error := _rel_error(rows)) is not None]
     total = sum(num for _, num in errors)
     return sum(error * num for error, num in errors) / total if total else None
 
 
 def known_grid(layers: nn.Module | Sequence[nn.Module | Tensor], max_layers: int = 32) -> str | None:
-    """The format whose codes most weights of the layers are, whatever its scales' granularity; None: no such.
+    """The formats whose codes the weights of the layers are, whatever their scales' granularity; None: no such.
 
     4-bit floats, nf4, fp4, float8 and integers of up to 8 bits are told, in float32 and after a cast to 16 bits.
-    Arguments as for :func:`grid_fingerprint`.
+    Where they are not all of one format, as in the mixes of GGUF files, each is told with its share of the weights;
+    nothing is told where less than a tenth is of any. Arguments as for :func:`grid_fingerprint`.
     """
     votes: dict[str | None, int] = {}
-    for weight in _sampled(layers, max_layers):
-        is_telling, name = _layer_grid(weight)
+    for rows, num in _sampled(layers, max_layers):
+        is_telling, name = _layer_grid(rows)
         if is_telling:
-            votes[name] = votes.get(name, 0) + weight.numel()
-    if not votes:
+            votes[name] = votes.get(name, 0) + num
+    total = sum(votes.values())
+    found = sorted(((num / total, name) for name, num in votes.items() if name is not None), reverse=True)
+    if sum(share for share, _ in found) < _TOLD:
         return None
-    name = max(votes, key=lambda n: votes[n])
-    return name if votes[name] * 2 > sum(votes.values()) else None
+    if found[0][0] == 1:
+        return found[0][1]
+    return " and ".join(f"{name} ({share:.0%} of them)" for share, name in found)
 
 
 def fingerprint_warning(value: float | None, grid: str | None = None) -> str | None:
@@ -114,24 +125,35 @@ def fingerprint_warning(value: float | None, grid: str | None = None) -> str | N
 # -- the sample
 
 
-def _sampled(layers: nn.Module | Sequence[nn.Module | Tensor], max_layers: int) -> list[Tensor]:
-    """Evenly spaced rows of evenly spaced layers: weights (rows, in_features)."""
+def _sampled(layers: nn.Module | Sequence[nn.Module | Tensor], max_layers: int) -> list[tuple[Tensor, int]]:
+    """Evenly spaced rows (n, in_features) of evenly spaced layers, and how many weights each layer has."""
     given = layers if isinstance(layers, Sequence) else [layers]
-    weights = [w for item in given for w in _linear_weights(item)]
-    weights = [w for w in weights if w.dim() == 2 and w.is_floating_point() and w.numel()]
-    chosen = [weights[i * len(weights) // max_layers] for i in range(min(max_layers, len(weights)))]
-    chosen = weights if len(weights) <= max_layers else chosen
-    return [w.detach()[:: -(-len(w) // _ROWS)].float() for w in chosen]
+    found = [one for item in given for one in _matrices(item)]
+    found = [(w, view) for w, view in found if w.dim() == len(view.shape) and w.is_floating_point() and w.numel()]
+    if len(found) > max_layers:
+        found = [found[i * len(found) // max_layers] for i in range(max_layers)]
+    return [(_rows(weight, view), weight.numel()) for weight, view in found]
 
 
-def _linear_weights(item: nn.Module | Tensor) -> list[Tensor]:
+def _matrices(item: nn.Module | Tensor) -> list[tuple[Tensor, View]]:
     import torch
 
     if isinstance(item, torch.Tensor):
-        return [item]
+        return [(item, View(shape=(0, 0)))]
     output_embeddings = getattr(item, "get_output_embeddings", None)
     head = output_embeddings() if output_embeddings is not None else None
-    return [m.weight for m in item.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    inside = holders(torch.nn.ModuleList([item]))  # an item may be a layer itself
+    wanted = [h for h in inside.values() if h.kind in ("linear", "expert") and h.owner is not head]
+    return [(h.weight.detach(), h.view) for h in wanted if h.has_weight]
+
+
+def _rows(weight: Tensor, view: View) -> Tensor:
+    """(n, in_features) float32, of a few experts where there are many; no more than these is copied."""
+    some = weight[:: -(-len(weight) // _EXPERTS)] if weight.dim() == 3 else weight
+    turned = some.transpose(-1, -2) if view.transposed else some
+    num = -(-_ROWS // len(some)) if weight.dim() == 3 else _ROWS
+    rows = turned[..., :: -(-turned.shape[-2] // num), :]
+    return rows.detach().reshape(-1, turned.shape[-1]).float()
 
 
 # -- int4 with a minimum

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import quantlab
 from quantlab.errors import ConfigError
@@ -138,8 +139,18 @@ def test_layers_that_tell_nothing_neither_hide_a_grid_nor_make_one():
     assert grid_fingerprint([*nothing, normal()]) == pytest.approx(grid_fingerprint([normal()]))
     assert grid_fingerprint(nothing) is None
     assert known_grid([*nothing, *grid]) is not None
-    assert known_grid([normal(), normal(seed=1), *grid]) is None  # most layers decide
-    assert known_grid([normal(), *grid * 2]) is not None
+    assert known_grid([normal(), *grid]) == "8-bit floats (e4m3, as in mxfp8) (50% of them)"
+    assert known_grid([*(normal(seed=seed) for seed in range(10)), *grid]) is None  # less than a tenth
+
+
+def test_a_mix_of_formats_is_recognized_with_what_each_has():
+    """Votes were split between the formats of a GGUF file's mix, and none of them had most of the weights."""
+    mix = [dequantized("gguf", dtype) for dtype in ("q8_0", "q5_0", "q5_0", "q4_k", "q6_k")]
+    assert known_grid(mix) == (
+        "integers of 6 to 8 bits (as in int8 and q8_0) (40% of them) and integers of 4 or 5 bits (40% of them) and "
+        "integers of 2 to 5 bits with a minimum of their own (as in q4_1 and q4_k) (20% of them)"
+    )
+    assert "looks already quantized" in fingerprint_warning(grid_fingerprint(mix), known_grid(mix))
 
 
 def test_a_large_model_is_looked_at_in_a_second():
@@ -147,3 +158,39 @@ def test_a_large_model_is_looked_at_in_a_second():
     began = time.process_time()
     assert known_grid(layers) is None
     assert time.process_time() - began < 5
+
+
+class Experts(nn.Module):
+    """Packed, as transformers has them."""
+
+    def __init__(self, weight, is_transposed):
+        super().__init__()
+        self.is_transposed = is_transposed
+        self.down_proj = nn.Parameter(weight, requires_grad=False)
+
+
+def conv1d(weight):
+    layer = Conv1D(*weight.shape)
+    layer.weight.data = weight.T.contiguous()
+    return layer
+
+
+HELD = {
+    "Conv1D": conv1d,
+    "experts": lambda weight: Experts(torch.stack([weight] * 20), is_transposed=False),
+    "transposed experts": lambda weight: Experts(torch.stack([weight.T] * 20), is_transposed=True),
+}
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_whatever_holds_linear_weights_is_looked_at(kind):
+    """Nothing but nn.Linear was: of GPT-2 nothing at all, of a mixture of experts a few percent."""
+    assert known_grid(HELD[kind](dequantized("gguf", "q8_0"))) == "integers of 6 to 8 bits (as in int8 and q8_0)"
+    assert known_grid(HELD[kind](normal())) is None
+    assert grid_fingerprint(HELD[kind](normal())) == pytest.approx(grid_fingerprint([normal()]), rel=0.1)
+
+
+def test_a_layer_counts_by_its_weights():
+    few, many = dequantized("gguf", "q8_0"), normal(64 * 20)
+    assert known_grid([few, many]) is None
+    assert known_grid([few, few, few, many]).endswith("(13% of them)")
