@@ -140,9 +140,12 @@ def _origins(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def nearest(word: str, options: Iterable[str]) -> str:
-    """``"; did you mean X?"`` for the closest of ``options``, or ``""`` where none is close."""
-    near = difflib.get_close_matches(str(word), [str(o) for o in options], 1)
-    return f"; did you mean {near[0]}?" if near else ""
+    """``"; did you mean X?"`` for the closest of ``options``, or ``""`` where none is close; case says nothing."""
+    folded: dict[str, str] = {}
+    for option in map(str, options):
+        folded.setdefault(option.casefold(), option)
+    near = difflib.get_close_matches(str(word).casefold(), folded, 1)
+    return f"; did you mean {folded[near[0]]}?" if near else ""
 
 
 def require_package(module: str, key: str, install: str) -> None:

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D as GPT2Layer
 import quantlab
 from quantlab.errors import ConfigError
 from quantlab.modules.reached import check_weights_are_here, uncalled
+from quantlab.planning.components import DEFAULT
 from quantlab.planning.plan import plan
 
 E4M3 = ["float8_e4m3", "float8_e4m3fn", "qfloat8", "fp8", "e4m3"]
@@ -153,3 +154,37 @@ def test_which_layers_are_called():
     model = Reads()
     assert uncalled(model, ["a", "b"], lambda: model(torch.randn(1, 64))) == ["a"]
     assert not model.b._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("backend=bitsandbytes", "dtype=nf4", "quantization.bnb_4bit_quant_storage=x"),
+            r"^quantization\.bnb_4bit_quant_storage='x'",
+        ),
+        (("backend=gguf", "dtype=q4_k", "quantization.file_type=q4_0"), r"^quantization\.file_type=q4_0: "),
+        (
+            ("backend=gguf", "dtype=q4_k", "quantization.file_type=Q4_KM"),
+            r"^quantization\.file_type=.*did you mean q4_k_m",
+        ),
+        (
+            ("components.transformer={backend: gguf, dtype: q4_k, file_type: x}",),
+            r"^components\.transformer\.file_type='x'",
+        ),
+        (("backend=gguf", "dtype=Q4_K"), r"^dtype=Q4_K: .*did you mean q4_k\?$"),
+        (("backend=BITSANDBYTES", "dtype=nf4"), r"^backend=BITSANDBYTES: .*did you mean bitsandbytes\?$"),
+    ],
+)
+def test_a_setting_is_told_by_the_key_that_was_typed(words, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(words)
+
+
+def test_a_choice_may_be_written_in_its_librarys_case():
+    """llama.cpp and everyone who names its files write Q4_K_M."""
+    jobs = [
+        plan(["backend=gguf", "dtype=q4_k", f"quantization.file_type={word}"]).jobs[0] for word in ("Q4_K_M", "q4_k_m")
+    ]
+    assert jobs[0].schemes[DEFAULT].native == jobs[1].schemes[DEFAULT].native
+    assert quantlab.GGUFQuantizationConfig(gguf_type="Q4_K", file_type="Q4_K_M").file_type == "q4_k_m"

@@ -6,6 +6,7 @@ neither the capability table nor ``conf/`` again.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -122,7 +123,13 @@ def scheme_of(
         if key not in own:
             raise ConfigError(f"quantization.{key}: {axes.backend} has no such setting{nearest(key, own)}")
     backend = backend_of(axes.backend)
-    native = backend.module.Config.from_resolved(axes, dict(settings or {}))
+    try:
+        native = backend.module.Config.from_resolved(axes, dict(settings or {}))
+    except ConfigError as error:
+        first = re.match(r"\w+", str(error))
+        if first is None or first[0] not in (settings or {}):
+            raise
+        raise ConfigError(f"quantization.{error}") from error  # the key as it is typed
     return _made(backend, axes, native, shipped)
 
 

@@ -143,6 +143,9 @@ def coerce(owner: str, field: dataclasses.Field[Any], value: Any) -> Any:
     value = dtype_name(value) if kind == "dtype" else float(value) if kind == "float" else plain(value)
     if kind == "names":
         value = tuple(value)
+    if choices and isinstance(value, str):
+        same = [c for c in choices if isinstance(c, str) and c.casefold() == value.casefold()]
+        value = same[0] if len(same) == 1 else value  # Q4_K_M, as llama.cpp writes it
     if choices and value not in choices:
         means = field.metadata["means"].get(value) if isinstance(value, str) else None
         near = f"; {value} is called {means}" if means else nearest(value, choices) if isinstance(value, str) else ""
