@@ -9,6 +9,7 @@ import json
 
 import pytest
 import torch
+from gguf import GGUFReader
 
 from quantlab.backends.torchao.storage import flattened
 from quantlab.errors import ConfigError
@@ -16,7 +17,7 @@ from quantlab.models.reading import HOLLOW
 from quantlab.models.table import family_of
 from quantlab.running import winner
 from quantlab.vocabulary.schema import ModelConfig
-from tests.exporting.test_export import in_process, language_words  # noqa: F401
+from tests.exporting.test_export import OTHER, TEXT, in_process, language_words  # noqa: F401
 from tests.support.copies import quantized
 from tests.support.shell import make_shell
 from tests.support.tiny_pipelines import BUILDERS
@@ -75,6 +76,24 @@ def test_a_language_models_files_are_the_same(measured, monkeypatch, in_process,
     streamed, whole = both_ways(shell, monkeypatch, runs[backend])
     assert streamed == whole
     assert any(name.endswith((".safetensors", ".gguf")) for name in whole)
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s[0] != "quanto"], ids=lambda scheme: scheme[0])
+def test_a_tied_head_is_the_embedding(shell, in_process, scheme):  # noqa: F811
+    """Of a model without values every tensor lay at address 0, and the head was taken for the first of them."""
+    save_llama(shell.folder / "llama", hidden_size=64, intermediate_size=128, tie_word_embeddings=True)
+    (shell.folder / "text.txt").write_text(TEXT)
+    (shell.folder / "other.txt").write_text(OTHER)
+    backend, dtype = scheme
+    rows = shell.rows(*language_words(shell.folder, f"backend={backend}", f"dtype={dtype}", "sweep.floors=false"))
+    assert rows[f"{backend} {dtype}"]["status"] == "FINISHED"
+    code, _, err = shell("export", "latest", "out", "-q")
+    assert code == 0, err
+    assert "output.weight" not in _gguf_names(shell.folder / "out")
+
+
+def _gguf_names(folder):
+    return [t.name for file in folder.rglob("*.gguf") for t in GGUFReader(file).tensors]
 
 
 @pytest.mark.slow

@@ -164,8 +164,19 @@ def _dense_state(part: Part, tensors: Mapping[str, Stored], known: Architecture)
 
 
 def _tied_to(original: nn.Module, name: str, tensors: Mapping[str, Stored]) -> str:
-    state = original.state_dict()
-    return next(n for n in tensors if n in state and state[n].data_ptr() == state[name].data_ptr())
+    """The first of the stored tensors that is the one called ``name``; ``original`` may be without values, and then
+    tensors have no address that would tell them apart."""
+    same = dict(original.named_parameters(remove_duplicate=False)) | dict(
+        original.named_buffers(remove_duplicate=False)
+    )
+    own = same[name]
+
+    def is_own(other: Tensor | None) -> bool:
+        if other is None or other is own or own.is_meta:
+            return other is own
+        return other.data_ptr() == own.data_ptr()
+
+    return next(stored for stored in tensors if is_own(same.get(stored)))
 
 
 # -- denoisers
