@@ -9,7 +9,7 @@ from quantlab.report.terminal import Column, Sheet
 from quantlab.vocabulary.prices import Kept, Phase, Price
 from quantlab.vocabulary.reports import bits_per_weight
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 MAX_KEPT = 6
 MAX_MODULES = 3
 ESTIMATE = "weights exactly, activations estimated"
@@ -34,7 +34,7 @@ def _one(price: Price) -> Iterator[Sheet | str]:
     for component in price.components:
         if component.scheme and component.kept:
             yield f"{component.name} keeps:"
-            yield from (f"  {line}" for line in _kept_lines(component.kept))
+            yield from (f"  {line}" for line in _kept_lines(component.kept, unit_of(price.total_bytes)))
         if component.file_bytes is not None:
             bits = 8 * component.file_bytes / component.memory.num_parameters
             told = f"{component.file_bytes:,} bytes of tensors, {bits:.4f} bits/weight"
@@ -49,13 +49,14 @@ def _one(price: Price) -> Iterator[Sheet | str]:
 
 
 def _parts(price: Price) -> Sheet:
+    unit = unit_of(price.total_bytes)
     columns = [
         Column(title="component", is_text=True),
         Column(title="kind", is_text=True),
         Column(title="dtype", is_text=True, keep=6),
         Column(title="parameters", keep=5),
         Column(title="bytes", keep=3),
-        Column(title="GiB", keep=8),
+        Column(title=unit, keep=8),
         Column(title="bits/weight", keep=7),
     ]
     rows, ends = [], []
@@ -64,29 +65,30 @@ def _parts(price: Price) -> Sheet:
         for i, (what, dtype, parameters, num_bytes) in enumerate(kinds):
             bits = f"{8 * num_bytes / parameters:.3f}" if parameters and what == "codes" else ""
             first = part.name if not i else ""
-            rows.append([first, what, dtype, _num(parameters), _num(num_bytes), _gib(num_bytes), bits])
+            rows.append([first, what, dtype, _num(parameters), _num(num_bytes), _said(num_bytes, unit), bits])
         bits = f"{part.memory.bits_per_weight:.3f}"
         if part.bits_per_quantized_weight is not None:
             bits += f" ({part.bits_per_quantized_weight:.3f})"
         total = part.memory.weights_bytes
         first = "" if kinds else part.name
-        rows.append([first, "all", "", _num(part.memory.num_parameters), _num(total), _gib(total), bits])
+        rows.append([first, "all", "", _num(part.memory.num_parameters), _num(total), _said(total, unit), bits])
         ends.append(len(rows) - 1)
     parameters = sum(p.memory.num_parameters for p in price.components)
     whole = bits_per_weight(p.memory for p in price.components)
     bits = f"{whole:.3f}" if whole else ""
-    rows.append(["total", "", "", _num(parameters), _num(price.total_bytes), _gib(price.total_bytes), bits])
+    rows.append(["total", "", "", _num(parameters), _num(price.total_bytes), _said(price.total_bytes, unit), bits])
     told = "bits/weight: of the component (of its quantized weights, scales included)"
     return Sheet(columns=columns, rows=rows, sections=frozenset(ends), title=(price.name,), caption=[told])
 
 
-def _kept_lines(kept: Iterable[Kept]) -> Iterator[str]:
+def _kept_lines(kept: Iterable[Kept], unit: str) -> Iterator[str]:
     rows = list(kept)
     for one in rows[:MAX_KEPT]:
         more = f", and {len(one.modules) - MAX_MODULES} more" if len(one.modules) > MAX_MODULES else ""
-        yield f"{_gib(one.num_bytes)} GiB: {one.rule} ({', '.join(one.modules[:MAX_MODULES])}{more})"
+        yield f"{_said(one.num_bytes, unit)} {unit}: {one.rule} ({', '.join(one.modules[:MAX_MODULES])}{more})"
     if len(rows) > MAX_KEPT:
-        yield f"{_gib(sum(k.num_bytes for k in rows[MAX_KEPT:]))} GiB: by {len(rows) - MAX_KEPT} more rules (--json)"
+        rest = _said(sum(k.num_bytes for k in rows[MAX_KEPT:]), unit)
+        yield f"{rest} {unit}: by {len(rows) - MAX_KEPT} more rules (--json)"
 
 
 def _refusals(price: Price) -> Iterator[str]:
@@ -104,14 +106,15 @@ def phase_sheet(price: Price) -> Sheet:
         Column(title="host", keep=5),
         *([Column(title="fits", is_text=True, keep=8)] if price.budget else []),
     ]
+    unit = unit_of(max((p.device_bytes for phases in price.phases.values() for p in phases), default=0))
     rows, ends = [], []
     for placement, phases in price.phases.items():
         for i, phase in enumerate(phases):
-            needs = map(_gib, (phase.device_bytes, phase.activation_bytes, phase.host_bytes))
+            needs = [_said(n, unit) for n in (phase.device_bytes, phase.activation_bytes, phase.host_bytes)]
             fits = [_fits(price, phase)] if price.budget else []
             rows.append(["" if i else placement, phase.name, *needs, *fits])
         ends.append(len(rows) - 1)
-    return Sheet(columns=columns, rows=rows, sections=frozenset(ends), caption=[f"GiB, {ESTIMATE}"])
+    return Sheet(columns=columns, rows=rows, sections=frozenset(ends), caption=[f"{unit}, {ESTIMATE}"])
 
 
 def share_sheet(price: Price) -> Sheet:
@@ -168,23 +171,33 @@ def _grid(prices: Sequence[Price]) -> Sheet:
         *(Column(title=name, keep=5) for name in placements),
         *([Column(title="fits", is_text=True, keep=7)] if is_limited else []),
     ]
+    unit = unit_of(max(price.total_bytes for price in prices))
     rows = []
     for price in prices:
         chosen = [c for c in price.components if c.scheme] or list(price.components)
         bits = " ".join(f"{c.memory.bits_per_weight:.3f}" for c in chosen)
         phases = [price.phases.get(name, ()) for name in placements]
-        largest = [_gib(max(p.device_bytes for p in known)) if known else "" for known in phases]
+        largest = [_said(max(p.device_bytes for p in known), unit) if known else "" for known in phases]
         fits = [price.placement or "no"] if price.budget else [""]
-        rows.append([price.name, _gib(price.total_bytes), bits, *largest, *(fits if is_limited else [])])
-    return Sheet(columns=columns, rows=rows, caption=[f"GiB; the phases' largest: {ESTIMATE}"])
+        rows.append([price.name, _said(price.total_bytes, unit), bits, *largest, *(fits if is_limited else [])])
+    return Sheet(columns=columns, rows=rows, caption=[f"{unit}; the phases' largest: {ESTIMATE}"])
 
 
 def _num(value: int) -> str:
     return f"{value:,}" if value else ""
 
 
+def unit_of(num_bytes: int) -> str:
+    """``GiB``, and ``MiB`` for what has not one: of a small model half the numbers would read 0.000."""
+    return "GiB" if num_bytes >= GIB else "MiB"
+
+
+def _said(num_bytes: int, unit: str) -> str:
+    return f"{num_bytes / (GIB if unit == 'GiB' else MIB):.3f}"
+
+
 def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.3f}"
+    return _said(num_bytes, "GiB")
 
 
 def phases_markdown(price: Price) -> str:

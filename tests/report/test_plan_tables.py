@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -13,20 +14,22 @@ from quantlab.report.attribution import attribution_sheet
 from quantlab.report.price_table import price_tables
 from quantlab.report.terminal import Sheet, show, tell
 from quantlab.vocabulary.numbers import ALONE, ON_TOP
-from quantlab.vocabulary.prices import ComponentPrice, Kind, Phase, Price
+from quantlab.vocabulary.prices import ComponentPrice, Kept, Kind, Phase, Price
 from quantlab.vocabulary.reports import MemoryReport
 
 NAME = "bitsandbytes nf4 g128 layer_kinds=linear,embedding"
 
 
+MEMORY = MemoryReport(
+    weights_bytes=12_345_678_901, quantized_bytes=12_000_000_000, scale_bytes=345_678_901, other_bytes=0,
+    bytes_at_16_bit=24_000_000_000, num_parameters=12_000_000_000,
+)  # fmt: skip
+
+
 def component(name, scheme=""):
-    memory = MemoryReport(
-        weights_bytes=12_345_678_901, quantized_bytes=12_000_000_000, scale_bytes=345_678_901, other_bytes=0,
-        bytes_at_16_bit=24_000_000_000, num_parameters=12_000_000_000,
-    )  # fmt: skip
     kinds = [("codes", "float8_e4m3", 12_000_000_000), ("Qwen3VLMoeTextRMSNorm", "bfloat16", 23_456)]
     return ComponentPrice(
-        name=name, memory=memory, quantized_parameters=12_000_000_000, kept=(), scheme=scheme,
+        name=name, memory=MEMORY, quantized_parameters=12_000_000_000, kept=(), scheme=scheme,
         kinds=tuple(Kind(what=w, dtype=d, parameters=n, num_bytes=n) for w, d, n in kinds),
         original_bytes=24_000_000_000, quantizing_bytes=1,
     )  # fmt: skip
@@ -137,3 +140,20 @@ def test_sentences_go_on_between_words_in_a_terminal_and_are_one_line_elsewhere(
         lines = file.getvalue().splitlines()
         assert (len(lines) > 1) == is_terminal
         assert " ".join(" ".join(lines).split()) == line.strip()
+
+
+@pytest.mark.parametrize(("num_bytes", "unit", "said"), [(3 * 2**29, "GiB", "1.500"), (3 * 2**19, "MiB", "1.500")])
+def test_a_small_model_is_told_in_mebibytes(num_bytes, unit, said):
+    """Of the digits model every number read 0.00 GiB."""
+    part = replace(component("transformer", NAME), memory=replace(MEMORY, weights_bytes=num_bytes))
+    phases = {"resident": (Phase(name="reference", device_bytes=num_bytes, host_bytes=0, activation_bytes=0),)}
+    kept = (Kept(rule="a rule", modules=("a",), num_bytes=num_bytes),)
+    small = replace(price(NAME), components=(replace(part, kept=kept),), phases=phases)
+    parts, _, line, phase = price_tables([small])
+    assert parts.rows[-1][parts.columns.index(next(c for c in parts.columns if c.title == unit))] == said
+    assert line == f"  {said} {unit}: a rule (a)"
+    assert phase.caption[0].startswith(unit)
+    assert phase.rows[0][2] == said
+    (grid,) = price_tables([small, replace(small, name="x")])
+    assert grid.caption[0].startswith(unit)
+    assert grid.rows[0][1] == said
