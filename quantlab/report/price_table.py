@@ -61,7 +61,7 @@ def _parts(price: Price) -> Sheet:
     ]
     rows, ends = [], []
     for part in price.components:
-        kinds = [(k.what, k.dtype, k.parameters, k.num_bytes) for k in part.kinds]
+        kinds = [(k.what, k.dtype, k.parameters, k.num_bytes) for k in part.kinds if k.num_bytes]
         for i, (what, dtype, parameters, num_bytes) in enumerate(kinds):
             bits = f"{8 * num_bytes / parameters:.3f}" if parameters and what == "codes" else ""
             first = part.name if not i else ""
