@@ -139,11 +139,25 @@ def _origins(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
+_CALLED = {
+    "modules_to_not_convert": "exclude exclusions skip skip_modules ignore ignored_layers llm_int8_skip_modules",
+    "dtype": "bits num_bits nbits wbits w_bit precision quant_type weight_dtype weights_dtype weights",
+    "group_size": "block_size blocksize groupsize q_group_size",
+    "activation_dtype": "act_dtype activation activations",
+    "algorithm": "algo calibration_method",
+    "backend": "library method quantizer quant_method",
+}
+"""A key -> what other tools call it."""
+_MEANT = {word: key for key, words in _CALLED.items() for word in words.split()}
+
+
 def nearest(word: str, options: Iterable[str]) -> str:
     """``"; did you mean X?"`` for the closest of ``options``, or ``""`` where none is close; case says nothing."""
     folded: dict[str, str] = {}
     for option in map(str, options):
         folded.setdefault(option.casefold(), option)
+    if (meant := _MEANT.get(str(word).casefold().rpartition(".")[2])) in folded:
+        return f"; did you mean {meant}?"
     near = difflib.get_close_matches(str(word).casefold(), folded, 1)
     return f"; did you mean {folded[near[0]]}?" if near else ""
 

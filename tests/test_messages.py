@@ -172,6 +172,13 @@ def test_which_layers_are_called():
             ("components.transformer={backend: gguf, dtype: q4_k, file_type: x}",),
             r"^components\.transformer\.file_type='x'",
         ),
+        (("sweep.candidates=[{backend: quanto, bits: 8}]",), r"^sweep\.candidates\[0\]\.bits: .*did you mean dtype\?$"),
+        (("sweep.candidates=[{backend: quanto, xyz: 8}]",), r"\.xyz: no such key; quantlab --help lists the groups$"),
+        (
+            ("backend=quanto", "quantization.exclude=[a]"),
+            r"^quantization\.exclude: .*did you mean modules_to_not_convert\?",
+        ),
+        (("components.transformer={backend: torchao, blocksize: 64}",), r"\.blocksize: .*did you mean group_size\?$"),
         (("backend=gguf", "dtype=Q4_K"), r"^dtype=Q4_K: .*did you mean q4_k\?$"),
         (("backend=BITSANDBYTES", "dtype=nf4"), r"^backend=BITSANDBYTES: .*did you mean bitsandbytes\?$"),
     ],

@@ -235,8 +235,11 @@ def _check_key(where: str, key: str, values: Sequence[Any]) -> None:
         settings = {f.name for f in fields(QuantizationAxes)} | {n for b in backends() for n in own_settings(b)}
         if node != "quantization" or below[0] in settings or below[0] in options or full in OPEN_NODES:
             return
-        raise ConfigError(f"{where}.{key}: no such key{nearest(below[0], [*settings, *options])}")
-    raise ConfigError(f"{where}.{key}: no such key{nearest(key, [*options, *top])}")
+        raise ConfigError(f"{where}.{key}: no such key{nearest(below[0], [*settings, *options]) or _LISTED}")
+    raise ConfigError(f"{where}.{key}: no such key{nearest(key, [*options, *top]) or _LISTED}")
+
+
+_LISTED = "; quantlab --help lists the groups"
 
 
 def _full_key(key: str) -> str:
