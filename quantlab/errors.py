@@ -147,7 +147,7 @@ _CALLED = {
     "algorithm": "algo calibration_method",
     "backend": "library method quantizer quant_method",
 }
-"""A key -> what other tools call it."""
+"""A key -> what it is called elsewhere."""
 _MEANT = {word: key for key, words in _CALLED.items() for word in words.split()}
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 from quantlab.backends import bitsandbytes, gguf, modelopt, quanto, torchao
 from quantlab.errors import ConfigError, nearest
 from quantlab.progress import say
-from quantlab.vocabulary.capabilities import OFFERS, Offer, Offers
+from quantlab.vocabulary.capabilities import CALLED, OFFERS, Offer, Offers
 from quantlab.vocabulary.native import QuantizationConfigMixin
 from quantlab.vocabulary.reports import StoredWeight
 from quantlab.vocabulary.sizes import DenseLayer, StoredBytes
@@ -273,7 +273,7 @@ def _origin(point: metadata.EntryPoint) -> str:
 def backend_of(name: str) -> Backend:
     """The row of a backend; ConfigError where there is none."""
     if name not in backends():
-        raise ConfigError(f"backend={name}: there are {', '.join(offers())}{nearest(name, offers())}")
+        raise ConfigError(f"backend={name}: there are {', '.join(offers())}{nearest(CALLED.get(name, name), offers())}")
     return backends()[name]
 
 

@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, QuotedString
@@ -16,8 +16,9 @@ from hydra.errors import HydraException, OverrideParseException
 from quantlab.backends.table import backends, own_settings
 from quantlab.errors import ConfigError, nearest
 from quantlab.planning.data import check_text
-from quantlab.planning.places import AXIS_GROUPS, groups, own_option
+from quantlab.planning.places import AXIS_GROUPS, groups, own_option, recipes
 from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.capabilities import CALLED
 from quantlab.vocabulary.schema import ExperimentConfig
 
 _MAX_KEY = 200
@@ -87,7 +88,8 @@ def _parsed(parser: OverridesParser, word: str) -> Any:
         word = f"{key}='{value}'"
     shown = word if len(word) <= _MAX_KEY else f"{word[:_MAX_KEY]}..."
     if not has_value or not key:
-        verbs = nearest(word, COMMANDS)
+        is_recipe = word in recipes() or word.endswith((".yaml", ".yml"))
+        verbs = f"; did you mean recipe={word}?" if is_recipe else nearest(word, COMMANDS)
         raise ConfigError(f"{shown or repr('')}: an override is key=value{verbs}; quantlab --help shows examples")
     if len(key) > _MAX_KEY:
         raise ConfigError(f"{shown}: no such key; quantlab --help lists the groups")
@@ -174,9 +176,15 @@ def _complete(override: str) -> str:
         raise ConfigError(f"{override[:_MAX_KEY]}: an override is key=value; quantlab --help shows examples")
     if told := of_compare(key):
         raise ConfigError(f"{key}: no such key of a run{told}")
-    raise ConfigError(
-        f"{key}: no such key{nearest(key, [*groups(), *top, *axes, *own])}; quantlab --help lists the groups"
-    )
+    near = _of_a_node(key) or nearest(key, [*groups(), *top, *axes, *own])
+    raise ConfigError(f"{key}: no such key{near}; quantlab --help lists the groups")
+
+
+def _of_a_node(key: str) -> str:
+    """``"; did you mean evaluation.num_samples?"`` for a key that was typed without its node."""
+    nodes = {name: kind for name, kind in get_type_hints(ExperimentConfig).items() if dataclasses.is_dataclass(kind)}
+    found = [f"{name}.{key}" for name, kind in nodes.items() if key in {f.name for f in dataclasses.fields(kind)}]
+    return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def check_options(parsed: Sequence[Any]) -> None:
@@ -210,7 +218,7 @@ def _near(group: str, choice: str, options: Sequence[str]) -> str:
         below, above = ([n for n in numbers if n < int(choice)], [n for n in numbers if n > int(choice)])
         around = map(str, [*below[-1:], *above[:1]])
         return f"; the nearest are {' and '.join(around)}"
-    close = nearest(choice, options)
+    close = nearest(CALLED.get(choice, choice) if group == "backend" else choice, options)
     if group == "model" and not close:
         return f"; a model of a folder or of the Hub: model=auto model.path={choice}"
     return close

@@ -91,6 +91,15 @@ def _version(capability: tuple[int, int]) -> str:
 
 Rows = Mapping[str, Capability]
 
+CALLED = {
+    **dict.fromkeys(("bnb", "bits_and_bytes"), "bitsandbytes"),
+    **dict.fromkeys(("ggml", "llama.cpp", "llama_cpp", "llamacpp"), "gguf"),
+    **dict.fromkeys(("nvidia-modelopt", "nvidia_modelopt", "nvidia"), "modelopt"),
+    **dict.fromkeys(("optimum-quanto", "optimum_quanto", "optimum"), "quanto"),
+    **dict.fromkeys(("ao", "torch-ao", "torch_ao"), "torchao"),
+}
+"""What a backend is called elsewhere -> its name here."""
+
 CUSTOM = "custom"
 """What the axes of a pasted config read that no axes spell: what it stores is in the report of its layers alone."""
 CUSTOM_ROW = Capability(
