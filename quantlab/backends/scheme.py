@@ -54,16 +54,17 @@ class Scheme:
         """What all layers are stored as that get no other dtype."""
         return Format(axes=self.axes, row=self.row)
 
-    def spelled_out(self, device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
+    def spelled_out(self, device: str = "auto", dtype: str = "auto", widths: Collection[int] = ()) -> dict[str, Any]:
         """Plain data that two schemes have in common where they are one in other words.
 
         ``device`` and ``dtype`` (of the model) are the request's, as far as it says them; for ``cpu`` no torch is
         needed. A group size that the library chose, and lowers for layers that it does not divide, is the same as that
-        number where other sizes are errors: the number gives the same bits or fails.
+        number where other sizes are errors: the number gives the same bits or fails. Where it divides each of
+        ``widths``, the lengths of all rows that the scheme may take, they are the same whatever becomes of misfits.
         """
         known = self.native if device == "auto" else self.backend.module.resolve(self.native, device, dtype)
         native = known.spelled_out()
-        if self.axes.on_mismatch == "error":
+        if self.axes.on_mismatch == "error" or self._divides(widths):
             native.pop("fit_group_size", None)
         is_own = self.axes.compute_dtype == "auto" and dtype == "float32"  # no layer of such a model has another
         data: dict[str, Any] = to_json_data(
@@ -78,6 +79,14 @@ class Scheme:
         kept = ("dtype", "activation_dtype", "algorithm", "replace_default_exclusions", "on_mismatch")
         kinds = sorted(set(self.axes.layer_kinds))
         return {**data, **{name: getattr(self.axes, name) for name in kept}, "layer_kinds": kinds}
+
+    def _divides(self, widths: Collection[int]) -> bool:
+        """Does the one group size of all layers divide each of these? False for none, and for what has no such size."""
+        native: Any = self.native
+        if not widths or not hasattr(native, "fit_group_size"):
+            return False
+        group = replace(native, fit_group_size=False).axes().group_size
+        return isinstance(group, int) and not any(width % group for width in widths)
 
     @property
     def why_not_packed(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from quantlab.errors import ConfigError, nearest, require_package
 from quantlab.metrics import METRICS
@@ -71,7 +71,7 @@ def distinct(jobs: Sequence[Job]) -> tuple[list[Job], list[Merged]]:
     """The jobs, each scheme once whatever words it was asked for by; and which words were one."""
     found: dict[str, list[Job]] = {}
     for job in jobs:
-        found.setdefault(_identity(job), []).append(job)
+        found.setdefault(identity_of(job), []).append(job)
     kept, merged = [], []
     for same in found.values():
         best = max(same, key=lambda job: sum(scheme.num_forgiven for scheme in job.schemes.values()))
@@ -81,13 +81,19 @@ def distinct(jobs: Sequence[Job]) -> tuple[list[Job], list[Merged]]:
     return kept, merged
 
 
-def _identity(job: Job) -> str:
-    """What a job measures, as text: its schemes in one spelling, and all of its config that bears on it."""
+def identity_of(job: Job, widths: Mapping[str, Collection[int]] | None = None) -> str:
+    """What a job measures, as text: its schemes in one spelling, and all of its config that bears on it.
+
+    ``widths``: of each scheme, the lengths of the rows that it may take, where the model is known.
+    """
     config = job.config
     unread = {"quantization", "components", *(() if job.needs_data else ("calibration",))}
     others = {k: v for k, v in job.resolved.items() if k not in unread}
     device = config.device if config.device == "cpu" else "auto"
-    own = {name: scheme.spelled_out(device, config.model.dtype) for name, scheme in job.schemes.items()}
+    rows = widths or {}
+    own = {
+        name: scheme.spelled_out(device, config.model.dtype, rows.get(name, ())) for name, scheme in job.schemes.items()
+    }
     return canonical_json([others, own, sorted(config.components), "" if own else config.quantization.dtype])
 
 

@@ -31,6 +31,7 @@ from quantlab.running.known import (
     request_digest,
     where_of,
 )
+from quantlab.running.once import Once
 from quantlab.running.resume import content_key, earlier_report
 from quantlab.running.rows import failed_row, floors_of
 from quantlab.running.scheduler import Counts
@@ -100,7 +101,9 @@ def run_far(session: Session, jobs: Sequence[Job], parent: Run) -> list[RunRepor
     rows: list[RunReport] = []
     told: set[int] = set()
     for place in range(len(jobs)):
-        group = next(group for group in groups if place in group.jobs)
+        group = next((group for group in groups if place in group.jobs), None)
+        if group is None:  # one scheme with another job
+            continue
         if id(group) not in told:
             told.add(id(group))
             rows += group.floor_rows
@@ -157,7 +160,6 @@ def begin(session: Session, group: Group, parent: Run, settle: Settle) -> list[H
 
 def run_all(session: Session, groups: Sequence[Group], begun: Sequence[Handed], parent: Run, settle: Settle) -> None:
     """Run what was begun and what comes after it; groups hold their rows afterwards, or why they have none."""
-    num = sum(len(group.jobs) for group in groups)
 
     def group_of(one: Handed) -> Group:
         return next(group for group in groups if one.place in group.jobs)
@@ -174,7 +176,7 @@ def run_all(session: Session, groups: Sequence[Group], begun: Sequence[Handed], 
         return _after_reference(session, group, one, row, parent, settle)
 
     def progress(counts: Counts) -> None:
-        done = sum(len(group.rows) for group in groups)
+        done, num = (sum(map(len, each)) for each in ((g.rows for g in groups), (g.jobs for g in groups)))
         session.advance("jobs", done, num, f"{counts.running} running, {counts.failed} failed")
 
     if begun:
@@ -184,14 +186,18 @@ def run_all(session: Session, groups: Sequence[Group], begun: Sequence[Handed], 
 def look_up(session: Session, group: Group) -> list[Handed]:
     """The jobs of a group whose reference is known that have not finished; the rows of those that have."""
     assert group.known is not None
-    left = []
-    for place, job in group.jobs.items():
+    left, once = [], Once()
+    for place, job in [*group.jobs.items()]:
+        if once.is_again(group.known, job):
+            del group.jobs[place]
+            continue
         key = content_key(group.known, job, session.output_dir / "cache")
         earlier = earlier_report(session, group.protocol, job, key)
         if earlier is not None:
             group.rows[place] = earlier
         else:
             left.append(group.hand_over(session, place, key))
+    once.tell()
     return left
 
 

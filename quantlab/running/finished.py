@@ -12,6 +12,7 @@ from quantlab import tracking
 from quantlab.errors import TrackingError
 from quantlab.planning.job import Job, Plan
 from quantlab.running.known import Known, bench_key, recall_each, reference_of
+from quantlab.running.once import Once
 from quantlab.running.resume import content_key, earlier_report
 from quantlab.running.rows import finished_row
 from quantlab.running.workbench import Session
@@ -32,11 +33,13 @@ def rows_before(session: Session, jobs: Sequence[Job], known: dict[str, Known]) 
     """The rows of jobs that earlier sweeps finished, floors before the first job of each reference; None where one has
     not been, or is to be run again."""
     rows: list[RunReport] = []
-    for job, there, key in _wanted(jobs, known, session.output_dir / "cache"):
+    once = Once()
+    for job, there, key in _wanted(jobs, known, session.output_dir / "cache", once):
         row = earlier_report(session, there.protocol, job, key)
         if row is None:
             return None
         rows.append(row)
+    once.tell()
     return rows
 
 
@@ -47,22 +50,28 @@ def answered_before(request: Plan, known: dict[str, Known]) -> list[RunReport] |
     output_dir = Path(config.output_dir).expanduser().absolute()
     if request.invalid or request.export.path is not None or not tracking.all_arrived(output_dir / "runs"):
         return None
-    wanted = list(_wanted(request.jobs, known, output_dir / "cache"))
+    once = Once()
+    wanted = list(_wanted(request.jobs, known, output_dir / "cache", once))
     uri = resolved_uri(config.tracking.uri, Path.cwd())
     found = sweep_of(uri, config.tracking.experiment, request.name, [key for _, _, key in wanted])
     if found is None:
         return None
+    once.tell()
     return [
         finished_row(json.loads(earlier.report), earlier.run_id, job.name, is_resumed=True)
         for earlier, (job, _, _) in zip(found, wanted, strict=True)
     ]
 
 
-def _wanted(jobs: Sequence[Job], known: dict[str, Known], cache_dir: Path) -> Iterator[tuple[Job, Known, str]]:
-    """Jobs with their content keys, floors before the first job of each reference."""
+def _wanted(
+    jobs: Sequence[Job], known: dict[str, Known], cache_dir: Path, once: Once
+) -> Iterator[tuple[Job, Known, str]]:
+    """Jobs with their content keys, floors before the first job of each reference; each scheme once."""
     told: set[str] = set()
     for job in jobs:
         there, shared = known[reference_of(job)], bench_key(job.config)
+        if once.is_again(there, job):
+            continue
         floors = [] if shared in told else there.floor_jobs(job.config)
         told.add(shared)
         for one in (*floors, job):

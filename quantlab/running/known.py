@@ -11,8 +11,8 @@ import functools
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from quantlab.errors import QuantlabError
 from quantlab.models.checkpoint import file_stamp
 from quantlab.models.table import family_of
 from quantlab.modules.kept import Damaged, read_json, write_json
-from quantlab.planning.components import names_of
+from quantlab.planning.components import DEFAULT, names_of
 from quantlab.planning.job import Job, floor_jobs
 from quantlab.running.engines.table import is_far
 from quantlab.stages.observe import made_on
@@ -63,6 +63,8 @@ class Known:
     """Was the reference made elsewhere?"""
     tags: Mapping[str, str]
     """Of a run whose jobs share it."""
+    widths: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
+    """Component -> kind of its holders of weights -> the lengths of their rows, each once."""
 
     def floor_jobs(self, config: ExperimentConfig) -> list[Job]:
         """The reference's row and its floors, if they are wanted, without a wider copy that memory would not hold."""
@@ -70,6 +72,16 @@ class Known:
             return []
         jobs = floor_jobs(config, self.dtype, names_of(config, self.default))
         return [job for job in jobs if self.has_float32 or job.name != FLOOR_FP32]
+
+    def widths_of(self, job: Job) -> dict[str, set[int]]:
+        """Of each scheme of a job, the lengths of the rows that it may take."""
+        found: dict[str, set[int]] = {name: set() for name in job.schemes}
+        for component in names_of(job.config, self.default):
+            name = component if component in job.config.components else DEFAULT
+            if name in found:
+                kinds = self.widths.get(component, {})
+                found[name].update(*(kinds.get(kind, ()) for kind in job.schemes[name].axes.layer_kinds))
+        return found
 
 
 def bench_key(config: ExperimentConfig) -> str:

@@ -30,6 +30,7 @@ from quantlab.running.finished import answered_before, environment_of, known_bef
 from quantlab.running.handing import handed, run_handed, runs_apart
 from quantlab.running.job import floor_rows, open_run, run_job, run_row
 from quantlab.running.known import Known, bench_key
+from quantlab.running.once import Once
 from quantlab.running.overview import log_overview
 from quantlab.running.resume import content_key, earlier_report
 from quantlab.running.rows import skipped_row
@@ -296,24 +297,30 @@ def _rows(session: Session, plan: Plan, parent: Any) -> list[RunReport | Handed]
     """Floors and jobs in order: found in an earlier sweep, run now, or handed over to be run."""
     rows: list[RunReport | Handed] = []
     known: set[str] = set()
+    once = Once()
     num_failed = 0
     for i, job in enumerate(plan.jobs):
         if not any(isinstance(row, Handed) for row in rows):
             session.advance("jobs", i, len(plan.jobs), f"{num_failed} failed" if i else "")
-        made = _rows_of(session, job, parent, known)
+        made = _rows_of(session, job, parent, known, once)
+        once.tell()
+        if not made:
+            continue
         num_failed += isinstance(made[-1], RunReport) and made[-1].status == "FAILED"
         rows += made
     return rows
 
 
-def _rows_of(session: Session, job: Job, parent: Any, known: set[str]) -> list[RunReport | Handed]:
-    """The row of a job, behind the floors of a workbench that is not ``known`` yet.
+def _rows_of(session: Session, job: Job, parent: Any, known: set[str], once: Once) -> list[RunReport | Handed]:
+    """The row of a job, behind the floors of a workbench that is not ``known`` yet; none of one that has its row.
 
     Nothing holds the workbench when this returns: the next job may need the room for another model.
     """
     if session.lost_device and not has_bench(session, job.config):
         return [hand_over(session, job, "", session.bench.model.protocol if session.bench else "", None)]
     bench = workbench(session, job.config, parent)
+    if once.is_again(bench.known, job):
+        return []
     rows: list[RunReport | Handed] = []
     if bench.key not in known:
         known.add(bench.key)
@@ -327,12 +334,7 @@ def _search(session: Session, plan: Plan, parent: Any) -> tuple[list[RunReport],
     groups = references(session, plan.jobs, parent) if is_far(first.launcher) else []
     group_of = {job.name: (group, place) for group in groups for place, job in group.jobs.items()}
     protocol = groups[0].protocol if groups else workbench(session, first, parent).model.protocol
-    search = Search(first.sweep.search, objectives_of(first.sweep.search, protocol), plan.jobs)
-    if search.config.num_trials > len(plan.jobs):
-        say(
-            f"sweep.search.num_trials={search.config.num_trials}: the grid has {len(plan.jobs)} possible jobs, "
-            "so all of them are run"
-        )
+    objectives, once, space = objectives_of(first.sweep.search, protocol), Once(), list[Job]()
     rows: list[RunReport | Handed] = []
     floors: dict[str, Any] = {}  # of each workbench, also after another one has taken its place
     keys, known = {}, {}
@@ -356,6 +358,9 @@ def _search(session: Session, plan: Plan, parent: Any) -> tuple[list[RunReport],
     def look_up(job: Job) -> None:  # a call of its own: nothing holds the workbench when the next one is loaded
         known_of = known_far if groups else known_here
         known_one, shared = known_of(job)
+        if once.is_again(known_one, job):
+            return
+        space.append(job)
         keys[job.name] = (content_key(known_one, job, session.output_dir / "cache"), shared)
         if earlier := earlier_report(session, protocol, job, keys[job.name][0]):
             known[job.name] = earlier
@@ -372,6 +377,13 @@ def _search(session: Session, plan: Plan, parent: Any) -> tuple[list[RunReport],
 
     for job in plan.jobs:
         look_up(job)
+    once.tell()
+    search = Search(first.sweep.search, objectives, space)
+    if search.config.num_trials > len(space):
+        say(
+            f"sweep.search.num_trials={search.config.num_trials}: the grid has {len(space)} possible jobs, "
+            "so all of them are run"
+        )
 
     def measure(jobs: Sequence[Job]) -> list[RunReport]:
         return _finished(session, [run_point(job, *keys[job.name]) for job in jobs], first, "jobs at once")

@@ -23,6 +23,7 @@ from quantlab.models.loaded import LoadedModel, class_names
 from quantlab.modules.device import collect_as_usual, free_bytes, give_back, kind_of
 from quantlab.modules.emulated import emulated_products, lacking
 from quantlab.modules.fingerprint import fingerprint_warning, grid_fingerprint, known_grid
+from quantlab.modules.holders import holders
 from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import StageMeasurement, measure_stage
 from quantlab.planning.components import check_contradiction, named_by_users
@@ -108,6 +109,7 @@ class Workbench:
             has_float32=not self.missing_for_float32,
             is_brought=self.brought is not None,
             tags=shared_tags(self),
+            widths={name: _widths(module, self.reads.get(name, ())) for name, module in self.model.components.items()},
         )
 
     @functools.cached_property
@@ -280,6 +282,15 @@ def _check_same_reference(wanted: Known | None, key: str, model: LoadedModel) ->
         "model.path: the model or the inputs are not those of the sweep's reference any more; their files have "
         "changed: give the same command again"
     )
+
+
+def _widths(module: Any, read: Sequence[str]) -> dict[str, list[int]]:
+    """Kind of the holders of weights that can be taken -> the lengths of their rows."""
+    found: dict[str, set[int]] = {}
+    for holder in holders(module, read).values():
+        if holder.way:
+            found.setdefault(holder.kind, set()).add(holder.view.matrix_shape[1])
+    return {kind: sorted(widths) for kind, widths in found.items()}
 
 
 def default_of(model: LoadedModel) -> tuple[str, ...]:

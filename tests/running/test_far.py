@@ -76,6 +76,15 @@ def test_rows_are_those_of_the_serial_run_and_are_found_again(shell, node):
     assert one_more["quanto int2"]["metrics"]["quality/floor_bf16/latent_rel_mse"] > 0
 
 
+@pytest.mark.slow
+def test_one_scheme_in_two_words_is_given_to_the_cluster_once(shell, node):
+    words = ["backend=modelopt", "dtype=int4", "group_size=auto,128,64", "quantization.on_mismatch=skip"]
+    model = digits_words("evaluation.num_samples=10", "tracking.save_checkpoint=false", "launcher=slurm")
+    rows = shell.rows("-m", *words, *model)
+    assert list(rows) == [*ROWS[:3], "modelopt int4", "modelopt int4 g64"]
+    assert node.submitted == [far.NAME, "modelopt int4", "modelopt int4 g64"]
+
+
 def _serial(shell):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "workbench", workbench.workbench)
