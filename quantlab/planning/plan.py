@@ -57,9 +57,12 @@ from quantlab.protocols.language import PERPLEXITY_PROTOCOLS
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.fields import check_values
 from quantlab.vocabulary.launching import LAUNCHER_SETTINGS, LauncherSettings
+from quantlab.vocabulary.numbers import FLOORS, REFERENCE
 from quantlab.vocabulary.schema import ExperimentConfig, ExportConfig
 
 MAX_NAME = 200
+RESERVED = (REFERENCE, *FLOORS)
+"""Names of rows by which the reference and the floors are known."""
 
 
 def plan(overrides: Sequence[str], multirun: bool = False, is_own: bool = False) -> Plan:
@@ -391,12 +394,19 @@ def _checkpoint_job(config: ExperimentConfig, overrides: Sequence[str]) -> Job:
             f"{key}: it has its schemes, and components.{next(iter(config.components))} another; drop one"
         )
     name = config.name or checkpoint_name(config.checkpoint or "")
+    if name in RESERVED:
+        raise ConfigError(f"{key}: its row would be named {name}, as one of the unquantized model; give it a name=...")
     return Job(name=_short(name), config=replace(config, quantization=QuantizationAxes()), overrides=tuple(overrides))
 
 
 def _check_config(config: ExperimentConfig) -> None:
     """ConfigError for a value outside the range that the schema declares, and for values that exclude each other."""
     check_values(config)
+    if config.name in RESERVED:
+        raise ConfigError(
+            f"name={config.name}: is a row of the unquantized model, of which every candidate is told apart by its name; "
+            "choose another"
+        )
     engine, settings = config.launcher.engine, config.launcher.settings
     if type(settings) not in (LauncherSettings, LAUNCHER_SETTINGS[engine]):
         raise ConfigError(f"launcher.engine={engine}: its settings are another engine's; choose it with launcher=")

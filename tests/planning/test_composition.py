@@ -351,3 +351,17 @@ def test_a_key_below_a_word_is_named_as_it_was_typed(word, said):
     with pytest.raises(ConfigError) as refused:
         plan(["backend=quanto", word])
     assert str(refused.value).startswith(said)
+
+
+@pytest.mark.parametrize("name", ["reference", "floor_bf16", "floor_device"])
+def test_no_candidate_has_the_name_of_the_reference_or_of_a_floor(name, tmp_path):
+    """Rows are told apart by it: a candidate of that name was the floor of the rows after it."""
+    with pytest.raises(ConfigError, match=f"^name={name}: .*; choose another"):
+        plan(["backend=quanto", "dtype=int8", f"name={name}"])
+    with pytest.raises(ConfigError, match=f"name={name}: "):
+        plan([f"sweep.candidates=[{{backend: quanto, dtype: int8, name: {name}}}, {{backend: gguf, dtype: q8_0}}]"])
+    file = tmp_path / name
+    file.mkdir()
+    with pytest.raises(ConfigError, match=f"^checkpoint={file}: .*name="):
+        plan([f"checkpoint={file}", "model=causal_lm", "model.path=somewhere"])
+    assert plan([f"checkpoint={file}", "model=causal_lm", "model.path=somewhere", "name=mine"]).jobs[0].name == "mine"
