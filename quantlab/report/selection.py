@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -182,7 +182,8 @@ def select(request: ComparisonRequest, reader: Reader) -> Selection:
     finished = [r for r in jobs if r.status == "FINISHED" and REFERENCE_KEY in r.tags]
     done = {_asked(r) for r in finished}
     failed = tuple(_newest_each([r for r in jobs if r.status != "FINISHED" and _asked(r) not in done]))
-    groups = tuple(with_floors(group, reader) for group in _groups(finished))
+    each = list if request.run_ids else _newest_each  # whoever names runs wants those
+    groups = tuple(with_floors(group, reader) for group in _groups(finished, each))
     if request.run_ids and len(groups) > 1:
         raise TrackingError(_not_comparable(request, groups))
     return Selection(
@@ -311,14 +312,16 @@ def _sweeps(request: ComparisonRequest, reader: Reader) -> str:
 # -- what belongs together
 
 
-def _groups(runs: Sequence[StoredRun]) -> tuple[tuple[StoredRun, ...], ...]:
-    """Comparable runs, the newest of each scheme."""
+def _groups(
+    runs: Sequence[StoredRun], each: Callable[[Sequence[StoredRun]], list[StoredRun]]
+) -> tuple[tuple[StoredRun, ...], ...]:
+    """Comparable runs; ``each`` says which of them stay."""
     groups: dict[tuple[str, str], list[StoredRun]] = {}
     judges = {r.tags[REFERENCE_KEY]: r.tags[JUDGE_SHA256] for r in runs if JUDGE_SHA256 in r.tags}
     for run in runs:
         key = run.tags[REFERENCE_KEY]
         groups.setdefault((key, run.tags.get(JUDGE_SHA256, judges.get(key, ""))), []).append(run)
-    return tuple(tuple(_own_names(_newest_each(g))) for g in sorted(groups.values(), key=len, reverse=True))
+    return tuple(tuple(_own_names(each(g))) for g in sorted(groups.values(), key=len, reverse=True))
 
 
 def with_floors(group: Sequence[StoredRun], reader: Reader) -> tuple[StoredRun, ...]:
@@ -342,7 +345,7 @@ def with_floors(group: Sequence[StoredRun], reader: Reader) -> tuple[StoredRun, 
 
 def _asked(run: StoredRun) -> tuple[str, str]:
     """What a run was asked for: another run of the same is a repetition of it."""
-    nodes = ("quantization.", "components.", *_SHARED)
+    nodes = ("quantization.", "components.", "calibration.", "checkpoint", *_SHARED)
     asked = {k: v for k, v in used_params(run.params).items() if k.startswith(nodes)}
     return run.name, json.dumps(asked, sort_keys=True)
 

@@ -200,6 +200,33 @@ def test_a_repetition_replaces_the_older_run_and_a_retried_failure_is_none(own_s
     assert [r.name for r in selection.failed if r.params == {}] == []
 
 
+TWO_ASKED = {
+    "calibration data": [{"calibration": {"source": "digits_trajectories", "num_samples": n}} for n in (8, 64)],
+    "files of others": [{"checkpoint": f"{folder}/model.gguf"} for folder in "ab"],
+}
+
+
+@pytest.mark.parametrize("case", TWO_ASKED)
+@pytest.mark.parametrize("words", [("experiment=quantlab",), ()])
+def test_what_was_asked_for_otherwise_is_no_repetition(own_sweep, case, words):
+    """Both have one name, as runs that no sweep told apart."""
+    asked = [{**more, "quantization": {"backend": "modelopt", "algorithm": "awq_lite"}} for more in TWO_ASKED[case]]
+    ids = [
+        add_run(own_sweep, "int4", errors(4e-4, 9 + i), size=2_000_000, backend="modelopt", params=more)
+        for i, more in enumerate(asked)
+    ]
+    (group,), _ = compared(own_sweep, *(words or ids))
+    assert [r.run_id for r in group.runs if r.run_id in ids] == ids
+
+
+def test_runs_that_were_named_are_all_compared(own_sweep):
+    first = own_sweep.runs["int8 a"]
+    again = add_run(own_sweep, "int8 a", errors(2e-6, 11), size=4_000_000, backend="quanto")
+    (group,), _ = compared(own_sweep, first, again)
+    assert [(v.a.split(" #")[0], v.b.split(" #")[0]) for v in group.pairs] == [("int8 a", "int8 a")]
+    assert {r.run_id for r in group.runs} == {first, again}
+
+
 def test_a_resumed_sweep_takes_over_the_runs_it_found_finished(own_sweep):
     folder = own_sweep.folder / "outputs" / "runs" / "second"
     with own_sweep.store.start_run("small grid", folder, {}, {"quantlab.kind": "sweep"}) as parent:
