@@ -404,7 +404,7 @@ def _check_config(config: ExperimentConfig) -> None:
     check_values(config)
     if config.name in RESERVED:
         raise ConfigError(
-            f"name={config.name}: is a row of the unquantized model, of which every candidate is told apart by its name; "
+            f"name={config.name}: is that of a row of the unquantized model, and rows are told apart by their names; "
             "choose another"
         )
     engine, settings = config.launcher.engine, config.launcher.settings

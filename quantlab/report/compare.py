@@ -42,8 +42,8 @@ from quantlab.report.verdicts import (
     Verdict,
     distinguishable_front,
     error_metric,
+    floor_of_all,
     judged,
-    largest_floor,
     less,
     with_other_batch,
 )
@@ -57,8 +57,11 @@ if TYPE_CHECKING:
 MAX_PAIRED = 20
 PLAIN = ("auto", "max")
 """Algorithms that take each scale from the largest weight."""
-SAME_BITS = ("backend", "dtype", "group_size", "activation_dtype")
-"""Settings in which a run and its twin of the plain algorithm agree."""
+SAME_BITS = (
+    *("backend", "dtype", "group_size", "activation_dtype", "compute_dtype"),
+    *("layer_kinds", "on_mismatch", "replace_default_exclusions"),
+)
+"""Settings in which a run and its twin of the plain algorithm agree, beside the exclusions."""
 LAYOUT = ("sample_id", "clusters", "strata")
 _Columns = dict[str, dict[str, list[Any]]]
 """Run id -> the columns of its samples."""
@@ -123,19 +126,23 @@ def by_metrics(group: Comparison, metrics: Iterable[str], reader: Reader) -> Ite
 def _compare_group(
     request: ComparisonRequest, runs: Sequence[StoredRun], label: str, reader: Reader, known: _Columns | None = None
 ) -> Comparison:
-    candidates = sorted((r for r in runs if is_candidate(r)), key=bytes_of)
-    protocol = protocol_of(candidates[0])
+    every = sorted((r for r in runs if is_candidate(r)), key=bytes_of)
+    protocol = next(filter(None, map(protocol_of, every)), "")
     if not protocol:
-        raise TrackingError(f"{request.typed}: {candidates[0].name!r} has no quality number; choose runs that ended")
+        raise TrackingError(f"{request.typed}: {every[0].name!r} has no quality number; choose runs that ended")
     metric = request.metric or PROTOCOLS[protocol].HEADLINE[0]
     samples = _Samples(request.typed, reader, metric, {} if known is None else known)
-    _check_metric(metric, protocol, candidates, samples)
+    candidates = _with_metric(metric, protocol, every, samples)
+    lacking = [r for r in every if r not in candidates]
+    runs = [r for r in runs if r not in lacking]
     points = front_of(candidates, metric)
     paired, notes = _paired(request, candidates, points)
+    if lacking:
+        notes.append(f"left out, without {metric}: {', '.join(r.name for r in lacking)}")
     among = _among(paired, samples)
     found = [*_against_reference(candidates, runs, samples), *among, *_twins(candidates, samples)]
     reference = reference_run(runs)
-    floor = largest_floor(candidates[0].metrics, metric, reference.metrics if reference else None)
+    floor = floor_of_all([r.metrics for r in candidates], metric, reference.metrics if reference else None)
     verdicts = judged(found, metric, floor, request.margin)
     rest = verdicts[len(candidates) :]
     pairs = rest[: len(among)]
@@ -233,9 +240,10 @@ class _Samples:
         return _Common(self.metric, of(self.metric), of(error) if has_errors else None, labels[0], labels[1])
 
 
-def _check_metric(metric: str, protocol: str, runs: Sequence[StoredRun], samples: _Samples) -> None:
+def _with_metric(metric: str, protocol: str, runs: Sequence[StoredRun], samples: _Samples) -> list[StoredRun]:
+    """Those of the runs that have the metric; ConfigError where none has it, or it cannot be compared."""
     of_protocol = [m.name for m in METRICS.values() if protocol in m.protocols and not m.is_curve]
-    known = [name for name in of_protocol if f"quality/{name}" in runs[0].metrics]
+    known = [name for name in of_protocol if any(f"quality/{name}" in r.metrics for r in runs)]
     if metric not in known:
         raise ConfigError(
             f"metric={metric}: these runs have no such metric{nearest(metric, known)}; they have {', '.join(known)}"
@@ -244,17 +252,14 @@ def _check_metric(metric: str, protocol: str, runs: Sequence[StoredRun], samples
         raise ConfigError(
             f"metric={metric}: neither direction of it is better; choose metric={PROTOCOLS[protocol].HEADLINE[0]}"
         )
-    missing = [r.name for r in runs if f"quality/{metric}" not in r.metrics]
-    if missing:
-        raise ConfigError(
-            f"metric={metric}: {missing[0]!r} has no such number; choose metric={PROTOCOLS[protocol].HEADLINE[0]}"
-        )
-    columns = samples.of(runs[0])
+    found = [r for r in runs if f"quality/{metric}" in r.metrics]
+    columns = samples.of(found[0])
     if columns and metric not in columns:
         raise ConfigError(
             f"metric={metric}: is not a mean over samples, so two runs cannot be paired by it; choose "
             f"another, like metric={PROTOCOLS[protocol].HEADLINE[0]}"
         )
+    return found
 
 
 def _paired(
@@ -274,11 +279,11 @@ def _against_reference(candidates: Sequence[StoredRun], runs: Sequence[StoredRun
     known = METRICS[metric].of_reference
     if known is None or METRICS[metric].is_binary:
         return _from_samples(candidates, runs, samples)
-    columns = samples.of(candidates[0])
+    with_samples = next((c for c in map(samples.of, candidates) if c.get(metric)), {})
     found = []
     for run in candidates:
         shifted = less(_logged(run, metric), known)
-        n = shifted.n
+        columns, n = samples.of(run) or with_samples, shifted.n  # all of a group have the same samples
         same = len(columns.get(metric, ())) == n
         degrees = degrees_of_freedom(n, columns.get("clusters"), columns.get("strata")) if same else n - 1
         p = t_test(shifted, degrees)
@@ -349,7 +354,9 @@ def _bits(run: StoredRun) -> tuple[str | None, ...]:
         backend = backends().get(name)
         keys = (*SAME_BITS, *(backend.same_bits if backend else ()))
         found += [node, *(run.params.get(f"{node}.{k}") for k in keys)]
-    return tuple(found)
+        excluded = sorted(i for i in run.params.items() if i[0].startswith(f"{node}.modules_to_not_convert"))
+        found += [text for item in excluded for text in item]
+    return (*found, run.params.get("evaluation.compile"))
 
 
 def _tested(

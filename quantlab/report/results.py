@@ -153,8 +153,12 @@ class Results(Sequence[RunReport]):
             margin=margin,
         )
         selection = select(request, self._reader)
+        wanted = {*ids}  # a later sweep that took these jobs over may have others
+        groups = (tuple(run for run in group if run.run_id in wanted) for group in selection.groups)
+        selection = replace(selection, groups=tuple(group for group in groups if group))
+        failed = [run for run in selection.failed if run.run_id in wanted]
         console, file = _console()
-        show_groups(console, compare(request, selection, self._reader), selection.failed)
+        show_groups(console, compare(request, selection, self._reader), failed)
         return Told(file.getvalue())
 
     def __repr__(self) -> str:

@@ -19,7 +19,7 @@ order:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from quantlab.metrics import METRICS
@@ -95,6 +95,14 @@ def largest_floor(
             found.append(Floor(name=name, value=metrics[f"{prefix}/{metric}"], cost=cost))
     largest = max(found, key=lambda f: f.cost.value, default=None)
     return largest if largest is not None and largest.cost.value > 0 else None
+
+
+def floor_of_all(
+    rows: Iterable[Mapping[str, float]], metric: str, reference: Mapping[str, float] | None = None
+) -> Floor | None:
+    """The largest that any of the rows' ``metrics`` has: all are floors of one reference."""
+    found = (largest_floor(row, metric, reference) for row in rows)
+    return max((floor for floor in found if floor is not None), key=lambda floor: floor.cost.value, default=None)
 
 
 def error_metric(metric: str) -> str:

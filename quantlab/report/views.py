@@ -11,7 +11,7 @@ from quantlab.report.compare import Comparison, by_metrics, front_of
 from quantlab.report.comparison_data import Cost, PairData, VerdictData, costs, group_data, verdict_data
 from quantlab.report.reading import Reader, StoredRun
 from quantlab.report.selection import backends_of
-from quantlab.report.verdicts import largest_floor
+from quantlab.report.verdicts import floor_of_all
 from quantlab.tracking.used import UNSET
 from quantlab.vocabulary.numbers import time_in_words
 
@@ -104,7 +104,7 @@ def _tested(group: Comparison) -> View:
 
 
 def _untested(group: Comparison, metric: str) -> View:
-    floor = largest_floor(group.candidates[0].metrics, metric)
+    floor = floor_of_all([r.metrics for r in group.candidates], metric)
     return {
         "metric": metric,
         "unit": METRICS[metric].unit,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from quantlab.report.compare import compare
 from quantlab.report.html import page_data
 from quantlab.report.reading import open_reader
 from quantlab.report.selection import parse_request, select
+from quantlab.vocabulary.schema import TrackingConfig
 from tests.support.browser import chromium
 from tests.support.comparison_store import Sweep, shared_sweep
 
@@ -30,6 +32,16 @@ def browser(tmp_path_factory, downloads):
 @pytest.fixture
 def sweep(template) -> Sweep:
     return shared_sweep(template)
+
+
+@pytest.fixture
+def own_sweep(sweep, tmp_path) -> Sweep:
+    """A copy of it, to be changed; its artifacts are those beside the database although their addresses are old."""
+    from quantlab.tracking import open_store
+
+    folder = tmp_path / "moved"
+    shutil.copytree(sweep.folder, folder)
+    return Sweep(folder, open_store(TrackingConfig(), folder), sweep.parent, dict(sweep.runs))
 
 
 _MADE = {}

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import re
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -75,16 +74,6 @@ def test_the_reference_values_are_of_metrics_with_a_direction_or_around_zero():
 @pytest.fixture
 def sweep(template) -> Sweep:
     return shared_sweep(template)
-
-
-@pytest.fixture
-def own_sweep(sweep, tmp_path) -> Sweep:
-    """A copy of it, to be changed; its artifacts are those beside the database although their addresses are old."""
-    from quantlab.tracking import open_store
-
-    folder = tmp_path / "moved"
-    shutil.copytree(sweep.folder, folder)
-    return Sweep(folder, open_store(TrackingConfig(), folder), sweep.parent, dict(sweep.runs))
 
 
 def compared(sweep, *words):

@@ -1,0 +1,105 @@
+"""Comparisons of runs that do not all have everything: a number, samples, the same floors, the same layers."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+
+import numpy as np
+import pytest
+
+from quantlab.report.compare import compare
+from quantlab.report.reading import open_reader
+from quantlab.report.results import Results, chosen_rows
+from quantlab.report.selection import parse_request, select
+from quantlab.running.rows import finished_row
+from quantlab.vocabulary.schema import TrackingConfig
+from tests.support.comparison_store import FLOOR, SCHEMES, N, add_run, errors
+
+METRIC = "latent_rel_mse"
+
+
+def compared(sweep, *words):
+    request = parse_request(words)
+    reader = open_reader(request.tracking, sweep.folder)
+    return compare(request, select(request, reader), reader)
+
+
+def without(sweep, name, metric):
+    with closing(sqlite3.connect(sweep.folder / "outputs" / "mlflow.db")) as database:
+        like = f"quality/{metric}%"
+        database.execute("DELETE FROM latest_metrics WHERE run_uuid = ? AND key LIKE ?", (sweep.runs[name], like))
+        database.commit()
+
+
+@pytest.mark.parametrize("lost", ["int4 a", "int8 b"])  # the smallest, and another one
+@pytest.mark.parametrize("words", [(), (f"metric={METRIC}",)])
+def test_a_row_without_the_number_is_left_out_and_named(own_sweep, lost, words):
+    """Its perplexity was infinite, say; the others are compared."""
+    without(own_sweep, lost, METRIC)
+    (group,) = compared(own_sweep, "sweep=latest", *words)
+    assert set(group.verdicts) == {*SCHEMES} - {lost}
+    assert lost not in [r.name for r in group.runs]
+    assert [n for n in group.notes if "left out" in n] == [f"left out, without {METRIC}: {lost}"]
+
+
+def test_the_degrees_of_freedom_do_not_depend_on_whose_samples_are_gone(own_sweep):
+    before = compared(own_sweep, "sweep=latest")[0].verdicts
+    for file in own_sweep.folder.rglob("samples.json"):
+        if own_sweep.runs["int4 a"] in file.parts:  # of the smallest
+            file.unlink()
+    after = compared(own_sweep, "sweep=latest")[0].verdicts
+    assert {name: v.p for name, v in after.items()} == {name: v.p for name, v in before.items()}
+
+
+def test_the_largest_floor_of_all_rows_counts(own_sweep):
+    """Another sweep of the same reference measured a smaller one, and has the smallest scheme."""
+    small = add_run(own_sweep, "int2", errors(4e-3, 21), size=1_000_000, backend="gguf")
+    with closing(sqlite3.connect(own_sweep.folder / "outputs" / "mlflow.db")) as database:
+        like = f"quality/floor_bf16/{METRIC}%"
+        database.execute(
+            "UPDATE latest_metrics SET value = value / 1000 WHERE run_uuid = ? AND key LIKE ? AND key NOT LIKE '%/n'",
+            (small, like),
+        )
+        database.commit()
+    (group,) = compared(own_sweep, "experiment=quantlab")
+    assert group.floor.value == pytest.approx(FLOOR.mean())
+    assert group.verdicts["int8 a"].text == "inside the floor"
+
+
+def test_an_algorithm_is_paired_with_the_plain_one_on_the_same_layers(own_sweep):
+    asked = {"backend": "modelopt", "dtype": "int4", "group_size": "128", "activation_dtype": "none"}
+    runs = {
+        "plain": {"algorithm": "max"},
+        "plain, fewer": {"algorithm": "max", "modules_to_not_convert": {"own": ["blocks.0"]}},
+        "plain, more": {"algorithm": "max", "layer_kinds": ["linear", "conv"]},
+        "plain, rounded": {"algorithm": "max", "compute_dtype": "bfloat16"},
+        "awq": {"algorithm": "awq_lite", "algorithm_settings": {"alpha_step": 0.1}},
+        "awq, fewer": {"algorithm": "awq_lite", "modules_to_not_convert": {"own": ["blocks.0"]}},
+    }
+    for i, (name, own) in enumerate(runs.items()):
+        params = {"quantization": {**asked, **own}}
+        add_run(own_sweep, name, errors(4e-4, 30 + i), size=2_200_000 + i, backend="modelopt", params=params)
+    (group,) = compared(own_sweep, "experiment=quantlab")
+    assert {(v.a, v.b) for v in group.twins} == {("awq", "plain"), ("awq, fewer", "plain, fewer")}
+
+
+def test_results_in_hand_are_compared_as_the_sweep_that_was_asked_for(own_sweep):
+    """A later sweep took over all of its jobs and has one more."""
+    first = own_sweep.parent
+    folder = own_sweep.folder / "outputs" / "runs" / "second"
+    from quantlab import tracking
+
+    with own_sweep.store.start_run("larger grid", folder, {}, {"quantlab.kind": "sweep"}) as parent:
+        new = add_run(own_sweep, "int6", errors(5e-5, 13), size=3_000_000, backend="gguf", parent=parent.run_id)
+        old = [run_id for name, run_id in own_sweep.runs.items() if name != "int6"]
+        for run_id in old:
+            tracking.adopt(own_sweep.store, run_id, parent.run_id)
+        parent.log_json({"rows": [{"run_id": i} for i in [*old, new]], "skipped": []}, "rows.json")
+    reader = open_reader(TrackingConfig(), own_sweep.folder)
+    rows = chosen_rows(first, reader, TrackingConfig())
+    found = Results([finished_row(report, run.run_id) for run, report in rows if report], lambda: reader)
+    assert "int6" not in found.rows.index
+    assert "int6" not in found.compare()
+    assert np.isclose(found.rows.loc["int4 a", f"quality/{METRIC}"], SCHEMES["int4 a"][2].mean())
+    assert len(found.samples.loc["int4 a"]) == N
