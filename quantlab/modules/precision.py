@@ -6,9 +6,10 @@ this time: a float32 reference would be none, and the next run another. On a CPU
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypedDict
+from typing import Any, TypedDict
 
 
 class Precision(TypedDict):
@@ -34,10 +35,20 @@ def precision() -> Precision:
     }
 
 
+def _leaves() -> list[Any]:
+    """What has a switch by torch's newer name, ``fp32_precision``: each outweighs those above it and the older ones."""
+    import torch
+
+    backends: Any = torch.backends
+    cudnn, mkldnn = backends.cudnn, backends.mkldnn
+    return [backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
+
+
 @contextmanager
 def exact_arithmetic(deterministic: bool = True) -> Iterator[None]:
     """While open float32 is float32, and, with ``deterministic``, cuDNN takes the same algorithm each time."""
-    before = precision()
+    before, leaves = _readable(), _leaves()
+    said = [leaf.fp32_precision for leaf in leaves]
     exact: Precision = {
         "matmul_allow_tf32": False,
         "cudnn_allow_tf32": False,
@@ -46,10 +57,45 @@ def exact_arithmetic(deterministic: bool = True) -> Iterator[None]:
         "float32_matmul_precision": "highest",
     }
     _set(exact)
+    for leaf in leaves:
+        leaf.fp32_precision = "ieee"
     try:
         yield
     finally:
         _set(before)
+        for leaf, value in zip(leaves, said, strict=True):
+            if leaf.fp32_precision != value:
+                leaf.fp32_precision = value
+
+
+@contextmanager
+def own_modes() -> Iterator[None]:
+    """While open no autocast and no default dtype of the caller's counts: what is kept of a run is everybody's."""
+    import torch
+
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _readable() -> Precision:
+    """How the switches stand; torch does not tell one that was set by its newer name too, which then counts."""
+    import torch
+
+    with contextlib.suppress(RuntimeError):
+        return precision()
+    matmul, convolution, *_ = (leaf.fp32_precision == "tf32" for leaf in _leaves())
+    return {
+        "matmul_allow_tf32": matmul,
+        "cudnn_allow_tf32": convolution,
+        "cudnn_deterministic": torch.backends.cudnn.deterministic,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "float32_matmul_precision": "high" if matmul else "highest",
+    }
 
 
 def _set(switches: Precision) -> None:

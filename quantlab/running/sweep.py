@@ -15,7 +15,7 @@ from typing import Any
 from quantlab import tracking
 from quantlab.errors import ConfigError, DiskFull, QuantlabError, TrackingError, in_words, is_disk_full
 from quantlab.exporting.folder import check_target
-from quantlab.modules.precision import exact_arithmetic
+from quantlab.modules.precision import exact_arithmetic, own_modes
 from quantlab.planning.job import Job, Merged, Plan
 from quantlab.planning.ready import check_ready
 from quantlab.planning.space import objectives_of
@@ -104,9 +104,15 @@ def open_session(config: ExperimentConfig, quiet: bool = False, computes: bool =
         device = prepare_device(config) if computes else ""
         output_dir = _usable_folder(config.output_dir)
         _remove_parts(output_dir / "cache")
-        exact = exact_arithmetic(config.evaluation.deterministic) if computes else contextlib.nullcontext()
-        with exact, _ready(config, output_dir, device, quiet) as session:
+        with contextlib.ExitStack() as modes, _ready(config, output_dir, device, quiet) as session:
+            if computes:
+                _enter_modes(modes, config)
             yield session
+
+
+def _enter_modes(stack: contextlib.ExitStack, config: ExperimentConfig) -> None:
+    stack.enter_context(own_modes())
+    stack.enter_context(exact_arithmetic(config.evaluation.deterministic))
 
 
 @contextlib.contextmanager
@@ -117,7 +123,8 @@ def _computing(session: Session, config: ExperimentConfig) -> Iterator[None]:
         return
     session.device = prepare_device(config)
     session.environment = environment(Path(__file__).parents[2])
-    with exact_arithmetic(config.evaluation.deterministic):
+    with contextlib.ExitStack() as modes:
+        _enter_modes(modes, config)
         yield
 
 

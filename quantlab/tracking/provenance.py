@@ -33,6 +33,8 @@ _PACKAGES = (
     "mlflow",
 )
 """Beside these, what the backends name."""
+_OF_ONEDNN = tuple(f"{lib}_{what}" for lib in ("ONEDNN", "DNNL") for what in ("MAX_CPU_ISA", "DEFAULT_FPMATH_MODE"))
+"""Variables by which users choose its kernels, and so the last digits of convolutions and of products in bfloat16."""
 
 
 class GitState(TypedDict):
@@ -166,6 +168,7 @@ def arithmetic(device: str) -> dict[str, object]:
             "threads": torch.get_num_threads(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "mkl_cbwr": os.environ.get("MKL_CBWR"),
+            **{name.lower(): os.environ[name] for name in _OF_ONEDNN if name in os.environ},
         }
     gpu = torch.cuda.get_device_properties(torch.device(device))
     return {

@@ -122,3 +122,61 @@ for rows, ins, outs in ((16, 32, 8), (1, 32, 96), (7, 64, 64)):
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]
+
+
+STATES = """
+import sys
+import torch
+from quantlab.modules.precision import exact_arithmetic, precision
+LEAVES = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+LEAVES += [torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn]
+where = eval(sys.argv[1])
+where.fp32_precision = sys.argv[2]
+said = [leaf.fp32_precision for leaf in LEAVES]
+for _ in range(2):
+    with exact_arithmetic():
+        inside = precision()
+        assert {leaf.fp32_precision for leaf in LEAVES} == {"ieee"}, [leaf.fp32_precision for leaf in LEAVES]
+        assert not inside["cudnn_allow_tf32"] and not inside["matmul_allow_tf32"]
+    assert [leaf.fp32_precision for leaf in LEAVES] == said
+"""
+
+
+@pytest.mark.parametrize("where", ["", ".cuda.matmul", ".cudnn", ".cudnn.conv", ".mkldnn.matmul", ".mkldnn.conv"])
+def test_switches_in_torch_s_newer_words_are_no_hindrance(where):
+    """Once they were set so, torch refuses to tell the older ones."""
+    value = "bf16" if "mkldnn" in where else "tf32"
+    words = [sys.executable, "-c", STATES, f"torch.backends{where}", value]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+@contextlib.contextmanager
+def autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        yield
+
+
+@contextlib.contextmanager
+def wide():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("mode", [autocast, wide])
+def test_a_reference_is_kept_of_no_mode_of_the_caller_s(shell, mode):
+    """Its outputs are everybody's: a later run without the mode compares with them."""
+    words = digits_words("backend=quanto", "dtype=int8", "evaluation.num_samples=10")
+    with mode():
+        first = shell.rows(*words)
+    plain = shell.rows(*words)
+
+    def numbers(rows):
+        return {(name, k): v for name, row in rows.items() for k, v in row["metrics"].items() if "/step_" not in k}
+
+    now, same = numbers(plain), ("quality/", "memory/weights", "quantization/")
+    assert {k: v for k, v in numbers(first).items() if k[1].startswith(same) and now[k] != v} == {}
+    assert plain["reference"]["metrics"]["quality/latent_rel_mse"] == 0
