@@ -100,8 +100,13 @@ def test_what_is_visible_is_no_part_of_the_arithmetic(monkeypatch):
     assert exact != seen, "the switches are part of it"
 
 
-def test_a_cpu_is_known_by_its_threads_and_instructions():
-    assert set(arithmetic("cpu")) == {"threads", "cpu_capability", "mkl_cbwr"}
+def test_a_cpu_is_known_by_its_threads_and_instructions(monkeypatch):
+    found = arithmetic("cpu")
+    assert set(found) == {"threads", "cpu_capability", "mkl_cbwr"}
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "AVX2")
+            assert arithmetic("cpu") != found
 
 
 def test_float32_products_do_not_depend_on_where_their_operands_begin():
