@@ -6,9 +6,10 @@ import contextlib
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from quantlab import tracking
 from quantlab.backends.table import Backend, distributions
@@ -37,13 +38,13 @@ def content_key(known: Known, job: Job, cache_dir: Path) -> str:
         "reference": known.reference_key,
         "judge": known.judge_sha256,
         "checkpoint": _checkpoint_digest(known, job, cache_dir),
-        "quantization": asdict(config.quantization),
-        "own": config.components,
-        "native": {name: json.loads(scheme.native.to_json_string()) for name, scheme in job.schemes.items()},
+        "quantization": _placeless(asdict(config.quantization)),
+        "own": _placeless(config.components),
+        "native": _placeless({n: json.loads(scheme.native.to_json_string()) for n, scheme in job.schemes.items()}),
         "components": config.model.components,
         "exclusions": config.model.default_exclusions,
         "evaluation": asdict(config.evaluation),
-        "calibration": asdict(config.calibration) if job.needs_data else None,
+        "calibration": {**asdict(config.calibration), "path": None} if job.needs_data else None,
         "batch_size": job.batch_size,
         "plain_attention": job.plain_attention,
         "floors": config.sweep.floors,
@@ -54,6 +55,13 @@ def content_key(known: Known, job: Job, cache_dir: Path) -> str:
         "backends": [_foreign_digest(backend) for backend in job.backends],
     }
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
+
+
+def _placeless(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without the paths of files, whose contents count (:func:`_file_digests`)."""
+    return {
+        k: _placeless(v) if isinstance(v, Mapping) else v for k, v in settings.items() if not str(k).endswith("_file")
+    }
 
 
 def _libraries(job: Job) -> Sequence[str]:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from quantlab.running.known import request_digest
-from quantlab.running.resume import _file_digests
+from quantlab.planning.plan import plan
+from quantlab.running.known import Known, request_digest
+from quantlab.running.resume import _file_digests, content_key
 from quantlab.vocabulary.files import files_below
 from quantlab.vocabulary.schema import (
     CalibrationConfig,
@@ -104,3 +105,28 @@ def test_folders_that_are_links_are_looked_into(tmp_path):
     (model / "gone").symlink_to(tmp_path / "nowhere")
     assert files_below(model) == [model / "linked" / "weights", model / "own" / "weights"]
     assert files_below(model / "own" / "weights") == [model / "own" / "weights"]
+
+
+def test_where_a_file_lies_is_no_part_of_a_key(tmp_path, monkeypatch):
+    """The same calibration text, and the same importance matrix, under another path: nothing runs again."""
+    known = Known(
+        protocol="language", dtype="float32", reference_key="r", judge_sha256="", default=("model",), made={},
+        classes={"model": "LlamaForCausalLM"}, has_float32=True, is_brought=False, tags={},
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "text.txt").write_text("some text\n")
+        (tmp_path / folder / "my.imatrix").write_bytes(b"matrix")
+    words = ["model=causal_lm", "model.path=m", "backend=gguf", "dtype=q4_0", "algorithm=imatrix", "calibration=text"]
+
+    def keys(word):
+        found = [plan([*words, word.replace("a/", f"{where}/")]).jobs[0] for where in ("a", tmp_path / "a", "b")]
+        return [content_key(known, job, tmp_path) for job in found]
+
+    for word in ("calibration.path=a/text.txt", "quantization.imatrix_file=a/my.imatrix"):
+        before = keys(word)
+        assert len(set(before)) == 1, word
+        (tmp_path / word.rpartition("=")[2]).write_text("another")
+        after = keys(word)
+        assert after[0] == after[1] != after[2] == before[2], word
