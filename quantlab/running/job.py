@@ -24,6 +24,7 @@ from quantlab.modules.memory import storages
 from quantlab.planning.job import Job
 from quantlab.progress import say
 from quantlab.running.forecast import bytes_to_run
+from quantlab.running.known import code_digest
 from quantlab.running.placement import planned, source_for
 from quantlab.running.rows import failed_row
 from quantlab.running.workbench import Session, Workbench, chosen, in_stage, run_folder, shared_tags, step_progress
@@ -73,6 +74,7 @@ def floor_row(session: Session, job: Job) -> RunReport:
     assert bench is not None, "the workbench is made before the floors"
     drawn = job.config.evaluation
     settings = [
+        code_digest(),
         list(chosen(bench.model, job)),
         job.batch_size,
         job.plain_attention,

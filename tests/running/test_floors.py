@@ -117,3 +117,16 @@ def test_a_processor_without_16_bit_arithmetic_computes_the_same_floor(shell, mo
     value = emulated["floor_bf16"]["metrics"]["quality/latent_rel_mse"]
     low, high = (native["metrics"][f"quality/latent_rel_mse/{bound}"] for bound in ("ci_lo", "ci_hi"))
     assert low <= value <= high
+
+
+def test_a_floor_of_other_code_is_measured_again_beside_a_single_run(shell, monkeypatch):
+    """It is kept by content, as a sweep's job is known: the code that makes numbers is a part of it."""
+    words = digits_words(*WORDS)
+    kept = shell.folder / "outputs" / "cache" / "reference"
+    shell.rows(*words)
+    before = set(kept.glob("*.floor_bf16.*.json"))
+    shell.rows(*words)
+    assert set(kept.glob("*.floor_bf16.*.json")) == before
+    monkeypatch.setattr(job_module, "code_digest", lambda: "another version")
+    shell.rows(*words)
+    assert len(set(kept.glob("*.floor_bf16.*.json")) - before) == len(before) == 1
