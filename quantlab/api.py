@@ -154,7 +154,7 @@ def load(
 
 def _report_of(run: StoredRun, report: dict[str, Any]) -> RunReport:
     if report:
-        return finished_row(report, run.run_id)
+        return finished_row(report, run.run_id, run.name)
     status = "FAILED" if run.status == "FINISHED" else run.status
     return RunReport(
         name=run.name,

@@ -82,12 +82,12 @@ def distinct(jobs: Sequence[Job]) -> tuple[list[Job], list[Merged]]:
 
 
 def identity_of(job: Job, widths: Mapping[str, Collection[int]] | None = None) -> str:
-    """What a job measures, as text: its schemes in one spelling, and all of its config that bears on it.
+    """What a job measures, whatever its name, as text: its schemes in one spelling, and what of its config bears on it.
 
     ``widths``: of each scheme, the lengths of the rows that it may take, where the model is known.
     """
     config = job.config
-    unread = {"quantization", "components", *(() if job.needs_data else ("calibration",))}
+    unread = {"quantization", "components", "name", *(() if job.needs_data else ("calibration",))}
     others = {k: v for k, v in job.resolved.items() if k not in unread}
     device = config.device if config.device == "cpu" else "auto"
     rows = widths or {}

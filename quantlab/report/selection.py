@@ -283,11 +283,14 @@ def _sweep(request: ComparisonRequest, reader: Reader) -> StoredRun:
 
 
 def children(reader: Reader, parent: StoredRun) -> list[StoredRun]:
-    """The sweep's own runs, those of earlier sweeps that it took over, and those that a later sweep took over."""
+    """The sweep's own runs, those of earlier sweeps that it took over, and those that a later sweep took over; by the
+    names of its own table."""
     tags = ({PARENT_RUN_ID: parent.run_id}, {FORMER_PARENTS: f"%{parent.run_id}%"})
     found = {r.run_id: r for some in tags for r in reader.of_experiment(parent.experiment_id, some)}
-    listed = [row.get("run_id") or "" for row in read_json(reader, parent, "rows.json").get("rows", [])]
-    return [*found.values(), *reader.by_id([i for i in dict.fromkeys(listed) if i and i not in found])]
+    rows = [row for row in read_json(reader, parent, "rows.json").get("rows", []) if row.get("run_id")]
+    listed = {row["run_id"]: row.get("name") for row in reversed(rows)}
+    runs = [*found.values(), *reader.by_id([i for i in reversed(listed) if i not in found])]
+    return [replace(run, name=listed.get(run.run_id) or run.name) for run in runs]
 
 
 def _named(request: ComparisonRequest, reader: Reader) -> tuple[list[StoredRun], list[StoredRun]]:

@@ -131,7 +131,8 @@ def test_every_format_once_over_all_its_group_sizes(backend):
         assert len(different) in (len(each), len(each) - 1)
 
 
-def test_candidates_that_are_one_and_those_with_names_of_their_own(tmp_path):
+def test_candidates_that_are_one_whatever_their_names(tmp_path):
+    """A second name for one scheme was a row that no comparison had."""
     recipe = tmp_path / "list.yaml"
     recipe.write_text(
         "# @package _global_\nsweep:\n  candidates:\n"
@@ -142,9 +143,10 @@ def test_candidates_that_are_one_and_those_with_names_of_their_own(tmp_path):
         "    - {backend: modelopt, dtype: int4, name: again}\n"
     )
     plan = quantlab.compose(recipe=str(recipe))
-    assert [job.name for job in plan.jobs] == ["modelopt int4", "again"]
+    assert [job.name for job in plan.jobs] == ["modelopt int4"]
     assert [one.name for one in plan.merged] == ["modelopt int4"]
-    assert len(plan.merged[0].spellings) == 3
+    assert len(plan.merged[0].spellings) == 4
+    assert any("name=again" in said for said in plan.merged[0].spellings)
 
 
 def test_a_search_has_each_scheme_once():

@@ -103,3 +103,18 @@ def test_results_in_hand_are_compared_as_the_sweep_that_was_asked_for(own_sweep)
     assert "int6" not in found.compare()
     assert np.isclose(found.rows.loc["int4 a", f"quality/{METRIC}"], SCHEMES["int4 a"][2].mean())
     assert len(found.samples.loc["int4 a"]) == N
+
+
+def test_a_job_that_was_taken_over_has_the_name_that_its_sweep_gave_it(own_sweep):
+    """The table of the sweep says so, too."""
+    folder = own_sweep.folder / "outputs" / "runs" / "second"
+    with own_sweep.store.start_run("named", folder, {}, {"quantlab.kind": "sweep"}) as parent:
+        names = {"reference": "reference", "int4 a": "mine", "int8 a": "int8 a"}
+        rows = [{"run_id": own_sweep.runs[old], "name": new} for old, new in names.items()]
+        parent.log_json({"rows": rows, "skipped": []}, "rows.json")
+    (group,) = compared(own_sweep, "sweep=latest")
+    assert set(group.verdicts) == {"mine", "int8 a"}
+    (first,) = compared(own_sweep, f"sweep={own_sweep.parent}")
+    assert "int4 a" in first.verdicts
+    reader = open_reader(TrackingConfig(), own_sweep.folder)
+    assert {run.name for run, _ in chosen_rows("latest", reader, TrackingConfig())} == {"reference", "mine", "int8 a"}
