@@ -419,8 +419,7 @@ def answers(group: Comparison) -> list[tuple[str, str]]:
 
 
 def _closest(group: Comparison) -> str:
-    up = 1 if METRICS[group.metric].higher_is_better else -1
-    return max(group.candidates, key=lambda r: up * r.metrics[f"quality/{group.metric}"]).name
+    return min(group.candidates, key=lambda r: abs(group.verdicts[r.name].difference.value)).name
 
 
 def _within(v: Verdict, margin: float) -> bool:

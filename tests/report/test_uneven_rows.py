@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from quantlab.report.compare import compare
+from quantlab.report.compare import answers, compare
 from quantlab.report.reading import open_reader
 from quantlab.report.results import Results, chosen_rows
 from quantlab.report.selection import parse_request, select
@@ -118,3 +119,16 @@ def test_a_job_that_was_taken_over_has_the_name_that_its_sweep_gave_it(own_sweep
     assert "int4 a" in first.verdicts
     reader = open_reader(TrackingConfig(), own_sweep.folder)
     assert {run.name for run, _ in chosen_rows("latest", reader, TrackingConfig())} == {"reference", "mine", "int8 a"}
+
+
+def test_a_value_beyond_the_reference_s_is_not_the_closest_to_it(own_sweep):
+    """An accuracy, or a perplexity, may by chance be better than that of the unquantized model."""
+    (group,) = compared(own_sweep, "sweep=latest")
+    values = {"int4 a": 0.4, "int4 b": 0.41, "int4 c": 0.2, "int8 a": 0.49, "int8 b": 0.58}  # the reference's: 0.5
+    runs = [replace(r, metrics={**r.metrics, "quality/class_accuracy": values.get(r.name, 0.5)}) for r in group.runs]
+    verdicts = {
+        name: replace(v, difference=replace(v.difference, value=values[name] - 0.5))
+        for name, v in group.verdicts.items()
+    }
+    beyond = replace(group, metric="class_accuracy", runs=tuple(runs), verdicts=verdicts)
+    assert dict(answers(beyond))["closest to the reference"] == "int8 a"
