@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import json
 import re
+import shlex
+import shutil
 import time
 from pathlib import Path
 
@@ -175,6 +177,24 @@ def test_the_next_step_after_a_run(here):
     assert lines[3].endswith("mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db")
     assert next_steps(here, "outputs", TrackingConfig(uri="http://h:5000"))[3].endswith(" http://h:5000")
     assert next_steps(Results([], lambda: None), "outputs", TrackingConfig()) == []
+    for uri in ("none", "sqlite:///else where/mlflow.db", "http://h:5000"):  # where these commands look, too
+        told = next_steps(here, "outputs", TrackingConfig(uri=uri))
+        typed = [shlex.split(line.partition("quantlab ")[2])[1:] for line in told[1:3]]
+        assert [f"tracking.uri={uri}" in words for words in typed] == [True, True], told
+    assert ["look at all" in line for line in told] == [False, False, False, True]
+
+
+def test_the_next_step_is_about_the_sweep_of_just_these_rows(here, tmp_path):
+    """A later sweep took them over, and has one more; and one has a combination that was skipped."""
+    (own,) = Path("outputs/runs").glob("*/rows.json")
+    name = own.parent.name
+    rows = json.loads(own.read_text())["rows"]
+    runs = tmp_path / "outputs" / "runs"
+    for other, more in ((f"{name}-a", [{"run_id": None}]), ("99999999-later", [{"run_id": "another"}])):
+        shutil.copytree(own.parent, runs / other)
+        (runs / other / "rows.json").write_text(json.dumps({"rows": [*rows, *more]}))
+    first = next_steps(here, str(tmp_path / "outputs"), TrackingConfig())[0]
+    assert first.endswith(f"{name}-a")
 
 
 def test_a_log_is_told_what_is_under_way(monkeypatch, capsys):

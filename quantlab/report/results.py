@@ -232,25 +232,37 @@ def next_steps(results: Results, output_dir: str, tracking: TrackingConfig) -> l
         return []
     last, folders = quantized[-1], _folders(output_dir)
     ids = {r.run_id for r in results if r.run_id}
-    folder = next((f for f in folders if ids <= _rows_of(f)), None)
+    folder = _sweep_of(folders, ids)
     sweep = run_id_of(folder) if folder else ""
     run_id = sweep or str(last.run_id)
     folder = folder or next((f for f in folders if run_id_of(f) == run_id), None)
     ui = tracking.uri if tracking.uri.startswith("http") else f"mlflow ui --backend-store-uri {tracking.uri}"
     chosen = f"sweep={sweep}" if sweep else f"experiment={tracking.experiment}"
-    where = f" tracking.uri={NO_STORE}" if tracking.uri == NO_STORE else ""
-    where += f" output_dir={shlex.quote(output_dir)}" if where and output_dir != "outputs" else ""
+    has_store = tracking.uri != NO_STORE
+    where = f" tracking.uri={shlex.quote(tracking.uri)}" if tracking.uri != TrackingConfig().uri else ""
+    where += f" output_dir={shlex.quote(output_dir)}" if not has_store and output_dir != "outputs" else ""
     return [
         f"{'sweep' if sweep else 'run'} {run_id}{f' in {folder}' if folder else ''}",
         f"which is better:  quantlab compare {chosen}{where}",
         f"run one again:    quantlab reproduce {last.run_id}{where}",
-        *([] if where else [f"look at all:      {ui}"]),
+        *([f"look at all:      {ui}"] if has_store else []),
     ]
 
 
 def _folders(output_dir: str) -> list[Path]:
     """The newest runs' folders."""
     return sorted(Path(output_dir).expanduser().glob("runs/*"), reverse=True)[:500]
+
+
+def _sweep_of(folders: Sequence[Path], ids: set[str]) -> Path | None:
+    """The newest sweep of just these jobs; else the newest that has them among others."""
+    larger = None
+    for folder in folders:
+        rows = _rows_of(folder)
+        if ids <= rows <= {*ids, None}:
+            return folder
+        larger = larger or (folder if ids <= rows else None)
+    return larger
 
 
 def _rows_of(folder: Path) -> set[str | None]:
