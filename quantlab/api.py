@@ -25,7 +25,7 @@ from quantlab.modules.hooks import check_offloading
 from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import component_memory, measure_stage
 from quantlab.modules.packed import stored_at
-from quantlab.modules.precision import exact_arithmetic
+from quantlab.modules.precision import exact_arithmetic, own_modes
 from quantlab.modules.reached import check_weights_are_here, recorded_reads, uncalled
 from quantlab.modules.read_in_source import note_failures, reads_in_source
 from quantlab.modules.ties import copied
@@ -166,6 +166,7 @@ def _report_of(run: StoredRun, report: dict[str, Any]) -> RunReport:
     )
 
 
+@own_modes()
 def quantize(
     module: Any,
     config: QuantizationConfigMixin,
@@ -332,6 +333,7 @@ def _copied(module: Any) -> Any:
         ) from error
 
 
+@own_modes()
 @exact_arithmetic()
 def evaluate(
     module: Any,

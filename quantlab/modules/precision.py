@@ -70,13 +70,21 @@ def exact_arithmetic(deterministic: bool = True) -> Iterator[None]:
 
 @contextmanager
 def own_modes() -> Iterator[None]:
-    """While open no autocast and no default dtype of the caller's counts: what is kept of a run is everybody's."""
+    """While open no autocast, inference mode, default dtype or device of the caller's counts: numbers are of the model,
+    and what is kept of a run is everybody's."""
     import torch
 
-    default = torch.get_default_dtype()
+    default, plain = torch.get_default_dtype(), contextlib.ExitStack()
+    for kind in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(kind):
+            plain.enter_context(torch.autocast(kind, enabled=False))
+    if torch.is_inference_mode_enabled():
+        plain.enter_context(torch.inference_mode(False))
+    if torch.get_default_device() != torch.device("cpu"):
+        plain.enter_context(torch.device("cpu"))
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        with plain:
             yield
     finally:
         torch.set_default_dtype(default)

@@ -185,3 +185,37 @@ def test_a_reference_is_kept_of_no_mode_of_the_caller_s(shell, mode):
     now, same = numbers(plain), ("quality/", "memory/weights", "quantization/")
     assert {k: v for k, v in numbers(first).items() if k[1].startswith(same) and now[k] != v} == {}
     assert plain["reference"]["metrics"]["quality/latent_rel_mse"] == 0
+
+
+@contextlib.contextmanager
+def elsewhere():
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("mode", [autocast, wide, torch.inference_mode, elsewhere])
+@pytest.mark.parametrize("config", [quantlab.QuantoConfig("int8"), quantlab.TorchAoConfig("int4wo", group_size=32)])
+def test_python_s_numbers_are_of_no_mode_of_the_caller_s(mode, config):
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 32))
+    batches = [torch.randn(8, 64)]
+
+    def numbers():
+        rows = quantlab.evaluate(module, [config], batches)
+        assert {row.status for row in rows} == {"FINISHED"}
+        made, report = quantlab.quantize(module, config)
+        return [row.quality for row in rows], made, [row.weight_rel_error for row in report.layers]
+
+    plain, _, errors = numbers()
+    with mode():
+        found, made, now = numbers()
+        default, device = torch.get_default_dtype(), torch.get_default_device()
+    assert (found, now) == (plain, errors)
+    assert (default, device.type) == (
+        torch.float64 if mode is wide else torch.float32,
+        "meta" if mode is elsewhere else "cpu",
+    )
+    assert not any(p.is_inference() for p in made.parameters())
