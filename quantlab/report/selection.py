@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from quantlab.errors import ConfigError, TrackingError, nearest
-from quantlab.metrics import metric_called
+from quantlab.metrics import METRICS, metric_called
 from quantlab.progress import say
 from quantlab.report.reading import Reader, StoredRun, experiment_id, json_object, read_json
 from quantlab.tracking.results import Skipped
@@ -338,12 +338,24 @@ def with_floors(group: Sequence[StoredRun], reader: Reader) -> tuple[StoredRun, 
     for run in group:
         if (name := run.name.split(" #")[0]) in FLOORS:
             own = {k.removeprefix("quality/"): v for k, v in run.metrics.items() if k.startswith("quality/")}
-            found |= {f"quality/{name}/{k}": v for k, v in own.items() if f"{k.partition('/')[0]}/" not in _NAMES}
+            found |= {
+                f"quality/{name}/{k}": v
+                for k, v in own.items()
+                if f"{k.partition('/')[0]}/" not in _NAMES and _costs_more(own, found, name, k.partition("/")[0])
+            }
     if not found:
         reports = (read_json(reader, run, "report.json") for run in group if is_candidate(run))
         floors = ({k: v for k, v in r.get("metrics", {}).items() if k.startswith(_FLOORS)} for r in reports)
         found = next((f for f in floors if f), {})
     return tuple(replace(run, metrics={**found, **run.metrics}) for run in group)
+
+
+def _costs_more(own: Mapping[str, float], found: Mapping[str, float], floor: str, metric: str) -> bool:
+    """Is a run of a floor under a metric the first, or further from the reference than the one that was ``found``?"""
+    known, here = found.get(f"quality/{floor}/{metric}"), own.get(metric)
+    if known is None or here is None or metric not in METRICS:
+        return known is None
+    return here < known if METRICS[metric].higher_is_better else here > known
 
 
 def _asked(run: StoredRun) -> tuple[str, str]:

@@ -132,3 +132,19 @@ def test_a_value_beyond_the_reference_s_is_not_the_closest_to_it(own_sweep):
     }
     beyond = replace(group, metric="class_accuracy", runs=tuple(runs), verdicts=verdicts)
     assert dict(answers(beyond))["closest to the reference"] == "int8 a"
+
+
+@pytest.mark.parametrize("last", ["large", "small"])
+def test_of_two_runs_of_a_floor_the_larger_counts(own_sweep, last):
+    """Sweeps of one reference may differ in evaluation.floor_batch_size; their rows have no floors of their own."""
+    costs = {"small": 1e-8, "large": 3e-5}
+    for size in sorted(costs, key=lambda size: size == last):
+        asked = {"evaluation": {"floor_batch_size": size}}
+        add_run(own_sweep, "floor_batch", errors(costs[size], 41), size=16_000_000, params=asked)
+    with closing(sqlite3.connect(own_sweep.folder / "outputs" / "mlflow.db")) as database:
+        database.execute("DELETE FROM latest_metrics WHERE key LIKE 'quality/floor%'")
+        database.commit()
+    (group,) = compared(own_sweep, "experiment=quantlab")
+    assert group.floor.name == "floor_batch"
+    assert group.floor.value == pytest.approx(errors(3e-5, 41).mean())
+    assert group.floor.cost.ci_hi > group.floor.value
