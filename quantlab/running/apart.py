@@ -12,10 +12,11 @@ from quantlab.planning.job import Job
 from quantlab.running.attempts import JOB, LOG, RESUMED, earlier_attempts, ending, has_ended, read
 from quantlab.running.engines.table import is_far
 from quantlab.running.job import open_run
-from quantlab.running.known import Known, code_digest, where_of
+from quantlab.running.known import Known, where_of
 from quantlab.running.resume import earlier_report
 from quantlab.running.rows import failed_row, finished_row
 from quantlab.running.workbench import Session, run_folder
+from quantlab.tracking.provenance import code_digest
 from quantlab.vocabulary.reports import MetricValue, RunReport
 from quantlab.vocabulary.schema import CalibrationConfig
 

@@ -24,7 +24,6 @@ from quantlab.running.handing import SUBMITTED, handed, run_handed
 from quantlab.running.known import (
     Known,
     bench_key,
-    code_digest,
     known_of,
     recall,
     remember,
@@ -37,6 +36,7 @@ from quantlab.running.rows import failed_row, floors_of
 from quantlab.running.scheduler import Counts
 from quantlab.running.workbench import Session
 from quantlab.tracking import Run
+from quantlab.tracking.provenance import code_digest
 from quantlab.tracking.tags import DEVICE, JUDGE_SHA256, MODEL_ARTIFACT, WEIGHTS_SHA256
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.reports import RunReport

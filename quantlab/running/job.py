@@ -24,7 +24,6 @@ from quantlab.modules.memory import storages
 from quantlab.planning.job import Job
 from quantlab.progress import say
 from quantlab.running.forecast import bytes_to_run
-from quantlab.running.known import code_digest
 from quantlab.running.placement import planned, source_for
 from quantlab.running.rows import failed_row
 from quantlab.running.workbench import Session, Workbench, chosen, in_stage, run_folder, shared_tags, step_progress
@@ -36,7 +35,7 @@ from quantlab.stages.speed import speed
 from quantlab.stages.weigh import saved_bytes, weigh
 from quantlab.tracking import Run
 from quantlab.tracking.pictures import SAMPLE_GRID
-from quantlab.tracking.provenance import who_and_what
+from quantlab.tracking.provenance import code_digest, who_and_what
 from quantlab.tracking.results import log_calibration, log_evaluation, log_quantization, report_data
 from quantlab.tracking.tags import (
     DEVICE,

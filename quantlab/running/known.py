@@ -25,15 +25,12 @@ from quantlab.planning.components import DEFAULT, names_of
 from quantlab.planning.job import Job, floor_jobs
 from quantlab.running.engines.table import is_far
 from quantlab.stages.observe import made_on
-from quantlab.tracking.provenance import versions
+from quantlab.tracking.provenance import code_digest, versions
 from quantlab.vocabulary.files import files_below
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.numbers import FLOOR_FP32
 from quantlab.vocabulary.schema import APART, ExperimentConfig
 
-PACKAGE = Path(__file__).resolve().parents[1]
-WINGS = ("vocabulary", "modules", "backends", "models", "datasets", "protocols", "metrics", "stages")
-"""What makes a job's numbers: a change of the page, the command line or the tracking runs nothing again."""
 _OF_ARITHMETIC = ("OMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_", "TORCH_", "PYTORCH_", "CUDA_", "CUBLAS_")
 """How the variables begin that choose kernels, threads and devices."""
 _SET_BY_IMPORTS = ("TORCHINDUCTOR_CACHE_DIR", "TORCHAO_FORCE_SKIP_LOADING_SO_FILES")
@@ -160,20 +157,6 @@ def request_digest(config: ExperimentConfig, cache_dir: Path, where: Mapping[str
         "where": dict(where or where_of(config)),
     }
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
-
-
-@functools.cache
-def code_digest(package: Path = PACKAGE) -> str:
-    """Digest of quantlab's Python files in the :data:`WINGS` that make numbers."""
-    return digest_of_code(package, (file for wing in WINGS for file in (package / wing).rglob("*.py")))
-
-
-def digest_of_code(root: Path, files: Iterable[Path]) -> str:
-    """Digest of files and their places below ``root``."""
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(f"{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def _has_usual_threads(config: ExperimentConfig, known: Known) -> bool:

@@ -30,6 +30,7 @@ from quantlab.progress import Advance, say
 from quantlab.stages.observe import made_by
 from quantlab.stages.price import price_component
 from quantlab.stages.select import QuantizationRequest
+from quantlab.tracking.provenance import code_digest
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.reports import MemoryReport
 from quantlab.vocabulary.schema import APART, ExperimentConfig, MemoryConfig, ModelConfig
@@ -189,7 +190,7 @@ def _over(memory: MemoryConfig, devices: tuple[str, ...]) -> Over:
 
 
 def _prompts(model: LoadedModel, device: str, cache: Path) -> Prompts:
-    said = canonical_json([dict(model.identity), model.dtype, made_by(replace(model, device=device))])
+    said = canonical_json([dict(model.identity), model.dtype, made_by(replace(model, device=device)), code_digest()])
     return Prompts(folder=cache / "prompts", key=hashlib.sha256(said.encode()).hexdigest())
 
 

@@ -18,10 +18,10 @@ from quantlab.errors import ConfigError, TrackingError
 from quantlab.models.foreign import checkpoint_sha256, sources_of
 from quantlab.planning.job import Job
 from quantlab.progress import say
-from quantlab.running.known import PACKAGE, Known, code_digest, digest_of_code
+from quantlab.running.known import Known
 from quantlab.running.rows import failed_row, finished_row
 from quantlab.running.workbench import Session
-from quantlab.tracking.provenance import versions
+from quantlab.tracking.provenance import PACKAGE, code_digest, digest_of_code, versions
 from quantlab.tracking.tags import FAILURE, JOB_KEY, PARENT_RUN_ID, STAGE
 from quantlab.tracking.values import is_as_written
 from quantlab.vocabulary.native import canonical_json

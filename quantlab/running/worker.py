@@ -23,11 +23,11 @@ from quantlab.planning.plan import plan
 from quantlab.running.attempts import END, JOB, LOG, RESULT, RESUMED, begin, earlier_attempts, read, write
 from quantlab.running.export_job import export_here
 from quantlab.running.job import floor_rows, open_run, run_job
-from quantlab.running.known import PACKAGE, Known, code_digest, known_of
+from quantlab.running.known import Known, known_of
 from quantlab.running.observing import observe_reference
 from quantlab.running.resume import content_key, earlier_report
 from quantlab.running.workbench import Session, prepare_device, workbench
-from quantlab.tracking.provenance import environment
+from quantlab.tracking.provenance import PACKAGE, code_digest, environment
 from quantlab.tracking.tags import AFTER_LOST_DEVICE, ATTEMPT, EARLIER_ATTEMPTS, JOB_KEY
 from quantlab.vocabulary.reports import MetricValue
 from quantlab.vocabulary.schema import SearchConfig, SweepConfig

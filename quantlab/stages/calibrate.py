@@ -18,7 +18,7 @@ from quantlab.progress import say
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.stages.observe import LIBRARIES
 from quantlab.stages.select import QuantizationRequest, Selection
-from quantlab.tracking.provenance import arithmetic, versions
+from quantlab.tracking.provenance import arithmetic, code_digest, versions
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -97,6 +97,7 @@ def _key(model: LoadedModel, components: Sequence[str], inputs: Any, settings: E
     known = versions()
     parts = {
         "format": FORMAT,
+        "code": code_digest(),
         "model": dict(model.identity),
         "inputs": inputs.sha256,
         "protocol": model.protocol,

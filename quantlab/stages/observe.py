@@ -13,7 +13,7 @@ from quantlab.models.loaded import LoadedModel
 from quantlab.modules.device import kind_of
 from quantlab.modules.kept import SUFFIX, Damaged, read_tree, set_aside, write_tree
 from quantlab.protocols.table import PROTOCOLS
-from quantlab.tracking.provenance import arithmetic, versions
+from quantlab.tracking.provenance import arithmetic, code_digest, versions
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -70,13 +70,14 @@ def observe(
 ) -> dict[str, Any]:
     """The reference's outputs, from the cache or computed now; safe when several processes ask at once.
 
-    A cached file that is not what was written is set aside, and computed again.
+    A cached file that is not what was written is set aside, and computed again. What other code observed is not read:
+    after a repair of how a model is run, every row would be compared with what was wrong.
     """
     from filelock import FileLock
 
     folder = cache_dir / "reference"
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{reference_key(model, inputs, evaluation)}{SUFFIX}"
+    file = folder / f"{reference_key(model, inputs, evaluation)}.{code_digest()[:8]}{SUFFIX}"
     with FileLock(f"{file}.lock"):
         if file.exists():
             try:

@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -35,6 +36,11 @@ _PACKAGES = (
 """Beside these, what the backends name."""
 _OF_ONEDNN = tuple(f"{lib}_{what}" for lib in ("ONEDNN", "DNNL") for what in ("MAX_CPU_ISA", "DEFAULT_FPMATH_MODE"))
 """Variables by which users choose its kernels, and so the last digits of convolutions and of products in bfloat16."""
+
+
+PACKAGE = Path(__file__).resolve().parents[1]
+WINGS = ("vocabulary", "modules", "backends", "models", "datasets", "protocols", "metrics", "stages")
+"""What makes a job's numbers: a change of the page, the command line or the tracking runs nothing again."""
 
 
 class GitState(TypedDict):
@@ -96,6 +102,20 @@ def _last_change(place: str) -> tuple[str, int]:
         return place, os.stat(place or ".").st_mtime_ns
     except OSError:
         return place, 0
+
+
+@functools.cache
+def code_digest(package: Path = PACKAGE) -> str:
+    """Digest of quantlab's Python files in the :data:`WINGS` that make numbers."""
+    return digest_of_code(package, (file for wing in WINGS for file in (package / wing).rglob("*.py")))
+
+
+def digest_of_code(root: Path, files: Iterable[Path]) -> str:
+    """Digest of files and their places below ``root``."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(f"{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def git_state(root: Path) -> GitState | None:

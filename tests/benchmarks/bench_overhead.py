@@ -247,7 +247,7 @@ def _reference(row: str, words: Sequence[str]) -> dict[str, Any]:
     model = FAMILIES[config.model.family].load(config.model, config.device, cache, None)
     inputs = DATASETS[config.dataset.name].load(config.dataset, config.evaluation, model)
     _, spent = _timed("", lambda: observe(model, inputs, config.evaluation, cache))
-    kept = cache / "reference" / f"{reference_key(model, inputs, config.evaluation)}.safetensors"
+    (kept,) = (cache / "reference").glob(f"{reference_key(model, inputs, config.evaluation)}.*.safetensors")
     file = cache / "reference.pt"
     own = replaced(read_tree(kept), lambda value: value.clone() if isinstance(value, torch.Tensor) else None)
     torch.save(own, file)  # which does not take tensors that are views of one storage

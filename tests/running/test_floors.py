@@ -12,6 +12,7 @@ from quantlab.metrics import METRICS
 from quantlab.report.verdicts import largest_floor
 from quantlab.running import job as job_module
 from quantlab.running import workbench
+from quantlab.stages import calibrate, observe
 from tests.support.shell import digits_words, make_shell
 
 WORDS = ("backend=quanto", "dtype=int8", "evaluation.num_samples=10")
@@ -130,3 +131,22 @@ def test_a_floor_of_other_code_is_measured_again_beside_a_single_run(shell, monk
     monkeypatch.setattr(job_module, "code_digest", lambda: "another version")
     shell.rows(*words)
     assert len(set(kept.glob("*.floor_bf16.*.json")) - before) == len(before) == 1
+
+
+def test_what_is_kept_of_a_model_is_of_the_code_that_made_it(shell, monkeypatch):
+    """The reference's outputs, and the calls that calibration replays: after a repair of either the old ones are none."""
+    words = digits_words("backend=gguf", "dtype=q4_k", "algorithm=imatrix", "calibration.num_samples=10")
+    cache = shell.folder / "outputs" / "cache"
+
+    def kept():
+        return {*cache.glob("reference/*.safetensors"), *cache.glob("calibration/*/set.json")}
+
+    shell.rows(*words, "evaluation.num_samples=10")
+    before = kept()
+    shell.rows(*words, "evaluation.num_samples=10")
+    assert len(before) == 2
+    assert kept() == before
+    for module in (observe, calibrate):
+        monkeypatch.setattr(module, "code_digest", lambda: "another version")
+    shell.rows(*words, "evaluation.num_samples=10")
+    assert len(kept() - before) == 2

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from quantlab.running.known import PACKAGE, WINGS, code_digest
+from quantlab.tracking.provenance import PACKAGE, WINGS, code_digest
 from tests.support.shell import digits_words
 
 
