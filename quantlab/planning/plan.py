@@ -41,7 +41,7 @@ from quantlab.planning.picking import check_export
 from quantlab.planning.places import groups, recipe_file, shipped_groups
 from quantlab.planning.placing import check_placement
 from quantlab.planning.recipe import Recipe, read_recipe
-from quantlab.planning.space import check_search, check_space, distinct
+from quantlab.planning.space import check_search, check_shared, check_space, distinct
 from quantlab.planning.trust import asked_for
 from quantlab.planning.words import (
     COMPONENTS,
@@ -109,6 +109,7 @@ def _plan(recipe: Recipe | None, words: Sequence[str], multirun: bool, is_own: b
         merged: list[Merged] = []
         if is_sweep:
             every, invalid = _compose_jobs(combinations, fixed, recipe)
+            check_shared(every)
             jobs, merged = distinct(_counting_the_same(every))
             jobs = _told_apart(jobs)
         else:

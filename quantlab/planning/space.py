@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 
 from quantlab.errors import ConfigError, nearest, require_package
@@ -27,6 +28,8 @@ OTHERS = {
     "perf/quantize_s": MINIMIZE,
 }
 """Objectives that are no quality metric -> the direction that is better."""
+OF_THE_SWEEP = ("device", "num_threads", "output_dir", "tracking", "launcher", "sweep", "evaluation.deterministic")
+"""What the process has that runs a sweep's jobs, and not each of them."""
 
 
 def check_search(sweep: SweepConfig, is_sweep: bool) -> None:
@@ -47,6 +50,18 @@ def check_search(sweep: SweepConfig, is_sweep: bool) -> None:
             "with sweep.grid"
         )
     require_package("optuna", key, "quantlab-recipes[search]")
+
+
+def check_shared(jobs: Sequence[Job]) -> None:
+    """ConfigError where jobs differ in what a sweep has once: the first job's would count, whatever the others say."""
+    for node in OF_THE_SWEEP:
+        said = [functools.reduce(getattr, node.split("."), job.config) for job in jobs]
+        if any(one != said[0] for one in said):
+            keys = [k for k in jobs[0].point if k == node or k.startswith(f"{node}.")]
+            typed = next((k for k in keys if any(j.point.get(k) != jobs[0].point[k] for j in jobs)), node)
+            raise ConfigError(
+                f"{typed}: all jobs of a sweep share it; give it one value, and each other value a command of its own"
+            )
 
 
 def check_space(jobs: Sequence[Job]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 import quantlab
+from quantlab.errors import ConfigError
 from quantlab.planning.space import distinct
 from quantlab.vocabulary.axes import QuantizationAxes
 from tests.support.shell import digits_words
@@ -180,3 +181,32 @@ def test_a_sweep_measures_it_once_and_says_so(shell):
     assert list(rows) == ["bitsandbytes nf4"]
     told = shell("-m", "backend=bitsandbytes", "dtype=nf4", "group_size=auto,64", *words)
     assert "run once, as these are one scheme in several words: group_size=auto = group_size=64" in "".join(told[1:])
+
+
+OF_THE_SWEEP = {
+    "num_threads": "num_threads=1,2",
+    "device": "device=cpu,auto",
+    "output_dir": "output_dir=a,b",
+    "tracking.experiment": "tracking.experiment=x,y",
+    "launcher": "launcher=serial,pool",
+    "sweep.floors": "sweep.floors=true,false",
+    "evaluation.deterministic": "evaluation.deterministic=true,false",
+}
+
+
+@pytest.mark.parametrize("key", OF_THE_SWEEP)
+def test_what_all_jobs_of_a_sweep_share_has_one_value(key):
+    """The first job's counted, and the others' rows had names that were not so."""
+    with pytest.raises(ConfigError, match=f"^{key}: .*give it one value"):
+        quantlab.compose(["backend=quanto", "dtype=int8", OF_THE_SWEEP[key]])
+    name, _, values = OF_THE_SWEEP[key].partition("=")
+    entries = ", ".join(f"{{backend: quanto, dtype: int8, {name}: {value}}}" for value in values.split(","))
+    if not key.startswith("sweep"):
+        with pytest.raises(ConfigError, match=rf"^{key}: .*give it one value"):
+            quantlab.compose([f"sweep.candidates=[{entries}]"])
+    assert len(quantlab.compose(["backend=quanto", "dtype=int8,int4", f"{name}={values.partition(',')[0]}"]).jobs) == 2
+
+
+def test_what_each_job_has_for_itself_may_be_swept():
+    for words in ("memory.placement=resident,streamed", "dataset.seed=1,2", "evaluation.num_samples=10,20"):
+        assert len(quantlab.compose(["backend=quanto", "dtype=int8", words]).jobs) == 2
