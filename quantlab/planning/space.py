@@ -28,8 +28,11 @@ OTHERS = {
     "perf/quantize_s": MINIMIZE,
 }
 """Objectives that are no quality metric -> the direction that is better."""
-OF_THE_SWEEP = ("device", "num_threads", "output_dir", "tracking", "launcher", "sweep", "evaluation.deterministic")
-"""What the process has that runs a sweep's jobs, and not each of them."""
+OF_THE_SWEEP = (
+    *("device", "num_threads", "output_dir", "tracking", "launcher", "sweep", "memory"),
+    "evaluation.deterministic",
+)
+"""What the process that runs a sweep has, and not each job; and where parts lie, by which no job is known."""
 
 
 def check_search(sweep: SweepConfig, is_sweep: bool) -> None:
@@ -60,7 +63,8 @@ def check_shared(jobs: Sequence[Job]) -> None:
             keys = [k for k in jobs[0].point if k == node or k.startswith(f"{node}.")]
             typed = next((k for k in keys if any(j.point.get(k) != jobs[0].point[k] for j in jobs)), node)
             raise ConfigError(
-                f"{typed}: all jobs of a sweep share it; give it one value, and each other value a command of its own"
+                f"{typed}: all jobs of a sweep share it; give it one value, and each other value a command of its own, "
+                "with sweep.force=true if what is there is to be measured again"
             )
 
 

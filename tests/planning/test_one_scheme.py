@@ -190,6 +190,7 @@ OF_THE_SWEEP = {
     "tracking.experiment": "tracking.experiment=x,y",
     "launcher": "launcher=serial,pool",
     "sweep.floors": "sweep.floors=true,false",
+    "memory.placement": "memory.placement=resident,streamed",
     "evaluation.deterministic": "evaluation.deterministic=true,false",
 }
 
@@ -208,5 +209,5 @@ def test_what_all_jobs_of_a_sweep_share_has_one_value(key):
 
 
 def test_what_each_job_has_for_itself_may_be_swept():
-    for words in ("memory.placement=resident,streamed", "dataset.seed=1,2", "evaluation.num_samples=10,20"):
-        assert len(quantlab.compose(["backend=quanto", "dtype=int8", words]).jobs) == 2
+    for words in ("dataset.seed=1,2", "evaluation.num_samples=10,20", "calibration.seed=1,2 algorithm=awq_lite"):
+        assert len(quantlab.compose(["backend=modelopt", "dtype=int4", *words.split()]).jobs) == 2
