@@ -17,7 +17,8 @@ from quantlab.planning.job import Job, Plan
 from quantlab.progress import counted
 from quantlab.report.reading import Reader, StoredRun, open_reader
 from quantlab.report.selection import scheme_nodes
-from quantlab.running.known import recall_each, reference_of
+from quantlab.running.known import Known, recall_each, reference_of
+from quantlab.running.once import Once
 from quantlab.running.resume import content_key
 from quantlab.tracking.tags import JOB_KEY, KIND, PARENT_RUN_ID
 from quantlab.tracking.values import flatten
@@ -54,10 +55,12 @@ class Foreseen:
     """Jobs that would be run."""
     estimate: Estimate | None = None
     store: str = ""
+    merged: str = ""
+    """What is said of jobs that are one scheme on this model."""
 
     def lines(self, num_jobs: int) -> list[str]:
         """What is said of it."""
-        told = []
+        told = [self.merged] if self.merged else []
         if self.resumed:
             num = len(self.resumed)
             are = (
@@ -87,11 +90,21 @@ def foreseen(request: Plan) -> Foreseen:
     with contextlib.suppress(TrackingError):
         reader = open_reader(config.tracking, Path.cwd(), config.output_dir)
         runs = _jobs(reader, config.tracking.experiment)
-        resumed = frozenset(_resumed(request, runs)) if request.is_sweep and not config.sweep.force else frozenset()
-        left = [job for job in request.jobs if job.name not in resumed]
+        known = recall_each(request.jobs, Path(config.output_dir).expanduser().absolute() / "cache")
+        resumes = request.is_sweep and not config.sweep.force
+        resumed = frozenset(_resumed(request, runs, known)) if resumes else frozenset()
+        once = Once()
+        jobs = [job for job in request.jobs if not _is_again(once, known[reference_of(job)], job)]
+        left = [job for job in jobs if job.name not in resumed]
         if config.sweep.search.num_trials:
             left = left[: config.sweep.search.num_trials]
-        return Foreseen(resumed=resumed, num_left=len(left), estimate=_estimate(left, runs), store=reader.uri)
+        return Foreseen(
+            resumed=resumed,
+            num_left=len(left),
+            estimate=_estimate(left, runs),
+            store=reader.uri,
+            merged=once.said,
+        )
     return Foreseen()
 
 
@@ -100,12 +113,15 @@ def _jobs(reader: Reader, experiment: str) -> list[StoredRun]:
     return reader.of_experiment(number, {KIND: "job"}) if number is not None else []
 
 
-def _resumed(request: Plan, runs: Sequence[StoredRun]) -> list[str]:
+def _is_again(once: Once, known: Known | None, job: Job) -> bool:
+    return known is not None and once.is_again(known, job)
+
+
+def _resumed(request: Plan, runs: Sequence[StoredRun], known: Mapping[str, Known | None]) -> list[str]:
     """Jobs whose key a finished run of a sweep has; none of a model that no earlier process noted the same of."""
     statuses = ("FINISHED",) if request.jobs[0].config.sweep.retry_failed else ("FINISHED", "FAILED")
     done = {run.tags.get(JOB_KEY) for run in runs if run.status in statuses and PARENT_RUN_ID in run.tags}
     cache_dir = Path(request.jobs[0].config.output_dir).expanduser().absolute() / "cache"
-    known = recall_each(request.jobs, cache_dir)
     return [
         job.name
         for job in request.jobs

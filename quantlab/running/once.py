@@ -31,8 +31,13 @@ class Once:
             self.merged.append(f"{first} = {job.name}")
         return first != job.name
 
+    @property
+    def said(self) -> str:
+        """Which jobs are not run by themselves; "" for none."""
+        return f"run once, as these are one scheme on this model: {'; '.join(self.merged)}" if self.merged else ""
+
     def tell(self) -> None:
-        """Say which jobs are not run by themselves, each once."""
-        if self.merged:
-            say(f"run once, as these are one scheme on this model: {'; '.join(self.merged)}")
+        """Say it, each once."""
+        if self.said:
+            say(self.said)
             self.merged.clear()

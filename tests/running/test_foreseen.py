@@ -55,6 +55,16 @@ def test_what_is_done_and_what_the_rest_takes(request_of_three, tmp_path):
     assert "about 30 s for 2 jobs: by the median of the same backend and algorithm, of 2 earlier jobs" in told
 
 
+def test_one_scheme_in_two_words_is_no_job_that_is_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    there = replace(KNOWN, widths={"transformer": {"linear": [128, 256]}})
+    monkeypatch.setattr(known, "recall", lambda config, cache_dir: there)
+    words = ["tracking=none", "backend=modelopt", "dtype=int4", "group_size=auto,128,64", "device=cpu"]
+    found = foreseen(plan([*words, "quantization.on_mismatch=skip"], multirun=True))
+    assert found.num_left == 2
+    assert found.lines(3) == ["run once, as these are one scheme on this model: modelopt int4 = modelopt int4 g128"]
+
+
 def test_other_models_and_evaluations_say_nothing_of_it(request_of_three, tmp_path):
     first = request_of_three.jobs[0]
     other = replace(first, config=replace(first.config, evaluation=replace(first.config.evaluation, num_samples=100)))
