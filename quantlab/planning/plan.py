@@ -103,6 +103,8 @@ def _plan(recipe: Recipe | None, words: Sequence[str], multirun: bool, is_own: b
         composed = compose_node(fixed, recipe)
         base = typed(composed[0])
         check_values(base)
+        if recipe is not None and (recipe.content.get("sweep") or {}).get("candidates") == []:
+            raise ConfigError("sweep.candidates: the list is empty; write schemes into it, or leave it out")
         combinations, is_sweep = _combinations(base, axes, fixed)
         check_search(base.sweep, is_sweep)
         check_export(base.export, is_sweep)

@@ -211,3 +211,11 @@ def test_what_all_jobs_of_a_sweep_share_has_one_value(key):
 def test_what_each_job_has_for_itself_may_be_swept():
     for words in ("dataset.seed=1,2", "evaluation.num_samples=10,20", "calibration.seed=1,2 algorithm=awq_lite"):
         assert len(quantlab.compose(["backend=modelopt", "dtype=int4", *words.split()]).jobs) == 2
+
+
+def test_a_recipe_s_list_of_candidates_holds_some(tmp_path):
+    """Of an empty one the shipped default was measured, which nobody asked for."""
+    recipe = tmp_path / "none.yaml"
+    recipe.write_text("# @package _global_\nsweep:\n  candidates: []\n")
+    with pytest.raises(ConfigError, match=r"line 3: sweep.candidates: the list is empty; .* leave it out"):
+        quantlab.compose(recipe=str(recipe))
