@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 
+from quantlab.progress import counted
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.attribution import attribution_sheet
 from quantlab.report.compare import Comparison, answers, bytes_of
@@ -33,6 +34,7 @@ MAX_SHOWN = 60
 MAX_PAIRS = 10
 MANY = 4
 """From so many pairs on they are a table: as sentences they are a wall."""
+RANKED = "worse on: the samples on which the first is worse, and the p of a rank test, where differences are skewed"
 STYLES = {IN_FLOOR: "green", BETTER: "green", WORSE: "yellow", WORSE_BY_RANK: "yellow"}
 
 
@@ -125,9 +127,7 @@ def pairs_sheet(pairs: Sequence[Verdict], metric: str) -> Sheet:
         Column(title="against", is_text=True),
         Column(title="difference", keep=8, caption=told),
         Column(title="p (Holm)", keep=7),
-        Column(
-            title="worse on", keep=6, caption="worse on: so many samples, where differences are skewed; its rank test"
-        ),
+        Column(title="worse on", keep=6, caption=RANKED),
         Column(title="verdict", is_text=True),
     ]
     rows = [
@@ -175,12 +175,14 @@ def method(group: Comparison) -> str:
     margin = f", margin {group.margin:g}" if group.margin else ""
     floor = f"; floor: {group.floor.name}" if group.floor else "; no floor is known"
     num = len(group.verdicts) + len(group.pairs) + len(group.twins)
-    return f"n = {group.n}{margin}{floor}; p: paired, Holm-adjusted over {num} comparisons"
+    return f"n = {group.n}{margin}{floor}; p: paired, Holm-adjusted over {counted(num, 'comparison')}"
 
 
 def front_text(group: Comparison) -> str:
     """What it means to be marked in the column ``front``."""
-    return f"on the front of bytes and {group.metric}: surely better than all smaller schemes there"
+    is_sure = any(v.text != TOO_FEW for v in group.verdicts.values())
+    said = "surely better than all smaller schemes there" if is_sure else "as measured no scheme is smaller and better"
+    return f"on the front of bytes and {group.metric}: {said}"
 
 
 def answer_lines(group: Comparison) -> list[str]:

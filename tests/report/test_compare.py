@@ -20,7 +20,16 @@ from quantlab.metrics import METRICS
 from quantlab.metrics.significance import holm, t_test
 from quantlab.metrics.statistics import mean_interval
 from quantlab.report.compare import _paired, answers, compare, front_of
-from quantlab.report.comparison_table import MANY, MAX_PAIRS, answer_lines, pair_text, show_groups, told_pairs
+from quantlab.report.comparison_table import (
+    MANY,
+    MAX_PAIRS,
+    answer_lines,
+    front_text,
+    method,
+    pair_text,
+    show_groups,
+    told_pairs,
+)
 from quantlab.report.reading import ServerReader, StoredRun, open_reader, read_json
 from quantlab.report.selection import ComparisonRequest, parse_request, select
 from quantlab.vocabulary.schema import TrackingConfig
@@ -81,6 +90,12 @@ def compared(sweep, *words):
     reader = open_reader(request.tracking, sweep.folder)
     selection = select(request, reader)
     return compare(request, selection, reader), selection
+
+
+@pytest.mark.parametrize(("num", "said"), [(1, "over 1 comparison"), (2, "over 2 comparisons")])
+def test_the_comparisons_are_counted_in_words(sweep, num, said):
+    group = replace(compared(sweep, "sweep=latest")[0][0], verdicts={str(i): None for i in range(num)}, pairs=(), twins=())
+    assert method(group).endswith(said)
 
 
 def test_verdicts_front_and_pairs_of_a_sweep(sweep):
@@ -262,6 +277,8 @@ def test_few_samples_give_no_verdict(own_sweep):
     assert {v.text for v in [*group.verdicts.values(), *group.pairs]} == {"too few samples"}
     assert told_pairs(group) == [], "it is one answer, and no sentence a pair"
     assert sum("too few samples" in line for line in answer_lines(group)) == 1
+    assert "surely" not in front_text(group), "of so few samples nothing is sure"
+    assert "as measured" in front_text(group)
 
 
 @pytest.mark.parametrize("num", [MANY - 1, MANY, MAX_PAIRS + 3])

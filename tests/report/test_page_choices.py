@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import itertools
-import re
-import shutil
-import subprocess
 import time
 import xml.etree.ElementTree as ET
 from types import SimpleNamespace
@@ -294,7 +290,7 @@ def test_numbers_in_cells_have_contrast(browser, data, tmp_path):
     assert min(ratios) >= 4.5
 
 
-# -- dark, narrow, printed
+# -- dark, narrow
 
 
 def test_dark_colours_follow_the_system_or_the_button_and_are_readable(browser, data, tmp_path):
@@ -316,6 +312,36 @@ def test_dark_colours_follow_the_system_or_the_button_and_are_readable(browser, 
     assert browser.execute_script(ground) == "rgb(245, 247, 249)"
 
 
+def test_the_page_rounds_as_the_terminal_does_and_has_its_words(browser, data, tmp_path):
+    row = next(r for r in data["groups"][0]["rows"] if r["role"] == "candidate")
+    row |= {"bits_per_weight_model": 8.625, "bits_per_weight_quantized": 4.125, "compression": 1.855}
+    write_page(data, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html")
+    shown = texts(browser, f"tr[data-name='{row['name']}'] td")
+    assert shown[1:3] == [f"{8.625:.2f}", f"{4.125:.2f}"]
+    assert shown[4] == f"{1.855:.2f}\u00d7"
+    assert "front" in texts(browser, "th .title")
+    look(browser, tmp_path / "page.html", 390)
+    assert "front" in browser.execute_script("return [...document.querySelectorAll('td')].map(e => e.dataset.label)")
+
+
+def test_of_too_few_samples_no_front_is_sure(browser, data, tmp_path):
+    for verdict in data["groups"][0]["views"]["latent_rel_mse"]["verdicts"].values():
+        verdict["verdict"] = "too few samples"
+    write_page(data, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html")
+    assert "surely" not in find(browser, "main")[0].text
+    assert "too few samples" in find(browser, "main")[0].text
+
+
+def test_a_small_bound_is_written_as_the_values_beside_it(browser, data, tmp_path):
+    for row in data["groups"][0]["rows"]:
+        row["metrics"]["latent_rel_mse"]["value"] *= 1e-4
+    write_page(data, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html")
+    assert "e-" in find(browser, "#quality")[0].get_attribute("value")
+
+
 @pytest.mark.parametrize("width", [390, 320])
 def test_on_a_phone_no_text_lies_beyond_the_edge_or_is_cut(browser, data, tmp_path, width):
     data["groups"][0]["rows"][2]["name"] = "torchao int4 group 64 with awq and a name that is very long indeed"
@@ -330,44 +356,6 @@ def test_on_a_phone_no_text_lies_beyond_the_edge_or_is_cut(browser, data, tmp_pa
         """return [...document.querySelectorAll('td, .answer, section')].filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent.slice(0, 40))"""
     )
     assert cut == []
-
-
-def test_printed_it_is_a_light_report_without_controls(browser, data, tmp_path):
-    write_page(data, tmp_path / "page.html")
-    look(browser, tmp_path / "page.html", 720, dark=True, media="print")
-    assert browser.execute_script("return getComputedStyle(document.documentElement).colorScheme") == "light"
-    assert not any(e.is_displayed() for e in find(browser, ".save, button.again, #theme, input[type=range], td.away"))
-    assert all(e.is_displayed() for e in find(browser, "h2, .plot, .strips img"))
-    assert "Click" not in browser.execute_script("return document.body.innerText"), "nobody clicks on paper"
-    assert browser.execute_script(
-        "return [...document.querySelectorAll('.wide, .map-frame')].every(e => getComputedStyle(e).overflow === 'visible')"
-    )
-    assert browser.execute_script("return getComputedStyle(document.querySelector('.pill')).color") != ""
-
-
-@pytest.mark.parametrize("layers", [30, 60])
-def test_on_paper_a_map_has_its_names_on_its_page_and_a_table_its_head_on_each(browser, data, tmp_path, layers):
-    if not shutil.which("pdftotext"):
-        pytest.skip("no pdftotext here: what stands on which page is not read")
-    made = with_many_schemes(data, layers)
-    write_page(made, tmp_path / "page.html")
-    look(browser, tmp_path / "page.html")
-    paper = {"printBackground": True, "paperWidth": 8.27, "paperHeight": 11.69}
-    (tmp_path / "a.pdf").write_bytes(base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", paper)["data"]))
-    words = ["pdftotext", "-layout", str(tmp_path / "a.pdf"), "-"]
-    pages = subprocess.run(words, check=True, capture_output=True, text=True).stdout.split("\f")
-    with_map = [text for text in pages if "transformer_blocks.0.attn.to_q" in text]
-    assert len(with_map) == 1
-    assert f"transformer_blocks.{(layers - 1) // 3}.attn.to_v" in with_map[0], "to its last row"
-    assert "darker is worse" in with_map[0], "with its scale"
-    assert "Where in the model" in with_map[0], "and its heading"
-    rows = [
-        text
-        for text in pages
-        if re.search(r"^\s*(torchao|gguf|quanto|modelopt|bitsandbytes) \S+.*\d\.\d\d .*\d\.\d\d", text, re.M)
-    ]
-    assert len(rows) >= 2, "a long table"
-    assert all("scheme" in text and "verdict" in text for text in rows)
 
 
 def with_texts(data):

@@ -66,9 +66,14 @@ function direction(metric) {
   return up === null ? "" : up ? "higher is better" : "lower is better";
 }
 
+function decimals(value, digits) { // halves to the even digit, as the terminal's tables have them
+  const scaled = value * 10 ** digits, low = Math.floor(scaled);
+  return (scaled - low === 0.5 && Number.isInteger(value * 2 ** (digits + 1)) ? (low + (low % 2)) / 10 ** digits : value).toFixed(digits);
+}
+
 function bytes(value) {
   if (value === null || value === undefined) return "";
-  return value >= GIB ? `${(value / GIB).toFixed(2)} GiB` : `${(value / MIB).toFixed(2)} MiB`;
+  return value >= GIB ? `${decimals(value / GIB, 2)} GiB` : `${decimals(value / MIB, 2)} MiB`;
 }
 
 function probability(p) {

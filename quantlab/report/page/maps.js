@@ -46,42 +46,61 @@ function heatMap(map, width, file) {
   const top = slant ? words * rise + 22 : 26, right = slant ? words * run + 6 : 6;
   const least = slant ? 19 : Math.max(24, words + 6);
   const w = Math.max(least, Math.min(96, (width - left - right) / columns.length)), h = rows.length > 120 && w < longest ? 14 : 22;
-  const across = w * columns.length + right, down = h * rows.length + 2, hasNumbers = w >= longest && h >= 20;
-  const head = drawing(across, top, { role: null, "aria-hidden": "true" }), names = drawing(left, down, { role: null, "aria-hidden": "true" });
-  const cells = drawing(across, down, { "aria-label": map.title });
+  const across = w * columns.length + right, hasNumbers = w >= longest && h >= 20;
+  const paper = onPaper(rows.length, left + across, top, h), parts = [];
+  for (let from = 0; from < rows.length; from += paper.most) parts.push({ from, rows: rows.slice(from, from + paper.most) });
+  const head = drawing(across, top, { role: null, "aria-hidden": "true" });
   columns.forEach((c, j) => {
     const x = w * (j + 0.5);
     head.append(make("text", slant ? { transform: `translate(${x - 2} ${top - 6}) rotate(-40)`, class: "tick" } : { x, y: top - 8, "text-anchor": "middle", class: "tick" }, c));
   });
-  rows.forEach((name, i) => {
-    names.append(make("text", { x: left - 8, y: h * (i + 0.5) + 4, "text-anchor": "end", class: "tick" }, name));
-    columns.forEach((c, j) => {
-      const v = values[i][j], at = { x: w * j, y: h * i, width: Math.max(1, w - 1), height: h - 1 };
-      const rgb = v === null ? null : colour(t(v));
-      cells.append(make("rect", { ...at, ...(rgb ? { style: `fill:rgb(${rgb})` } : {}), class: "heat", "data-tip": `${map.tip(map.rows[i], map.columns[j])}\n${v === null ? "not quantized" : `${map.metric} ${show(v)} ${unit}`}` }));
-      if (v === null || !hasNumbers) return;
-      cells.append(make("text", { x: at.x + w / 2, y: at.y + h / 2 + 4, "text-anchor": "middle", class: "cell", style: `fill:${inkOn(rgb)}` }, show(v)));
+  for (const part of parts) {
+    const down = h * part.rows.length + (part === parts.at(-1) ? 2 : 0);
+    part.names = drawing(left, down, { role: null, "aria-hidden": "true" });
+    part.cells = drawing(across, down, { "aria-label": map.title });
+    part.rows.forEach((name, k) => {
+      const i = part.from + k;
+      part.names.append(make("text", { x: left - 8, y: h * (k + 0.5) + 4, "text-anchor": "end", class: "tick" }, name));
+      columns.forEach((c, j) => {
+        const v = values[i][j], at = { x: w * j, y: h * k, width: Math.max(1, w - 1), height: h - 1 };
+        const rgb = v === null ? null : colour(t(v));
+        part.cells.append(make("rect", { ...at, ...(rgb ? { style: `fill:rgb(${rgb})` } : {}), class: "heat", "data-tip": `${map.tip(map.rows[i], map.columns[j])}\n${v === null ? "not quantized" : `${map.metric} ${show(v)} ${unit}`}` }));
+        if (v === null || !hasNumbers) return;
+        part.cells.append(make("text", { x: at.x + w / 2, y: at.y + h / 2 + 4, "text-anchor": "middle", class: "cell", style: `fill:${inkOn(rgb)}` }, show(v)));
+      });
     });
-  });
+  }
   const ends = (map.higher_is_better ? [high, low] : [low, high]).map((v) => show(log ? 10 ** v : v));
   const bar = `linear-gradient(90deg, ${[0, 0.25, 0.5, 0.75, 1].map((s) => `rgb(${colour(s)})`).join(",")})`;
   const legend = make("div", { class: "legend" }, make("span", {}, `${map.metric}${unit ? ` [${unit}]` : ""}:`),
     make("span", {}, `${ends[0]} `, make("span", { class: "ramp", style: `background:${bar}` }), ` ${ends[1]}`), make("span", {}, "darker is worse"),
     hasNumbers ? null : make("span", { class: "screen" }, "point at a cell for its number"),
-    saveSvg(file, () => alone(map, { head, cells, top, h, down, shown: columns, listed: above.list, said: [map.name && `${map.name}:`, map.metric, unit && `[${unit}]`].filter(Boolean).join(" "), ends })));
-  const stay = left < width * 0.45 ? " stay" : "", zoom = Math.min(1, 690 / (left + across), Math.max(0.45, 880 / (top + down))); // long names scroll away on a narrow screen; paper holds all
-  return [legend, make("div", { class: "map-frame", tabindex: 0 }, make("div", { class: "map-grid", style: `grid-template-columns:${left}px ${across}px;--print-zoom:${zoom.toFixed(3)}` },
-    make("div", { class: `map-corner${stay}` }), make("div", { class: "map-head" }, head), make("div", { class: `map-names${stay}` }, names), make("div", {}, cells))), side.list, above.list].filter(Boolean);
+    saveSvg(file, () => alone(map, { head, parts, top, h, shown: columns, listed: above.list, said: [map.name && `${map.name}:`, map.metric, unit && `[${unit}]`].filter(Boolean).join(" "), ends })));
+  const stay = left < width * 0.45 ? " stay" : ""; // long names scroll away on a narrow screen; paper holds all
+  const grid = parts.map((part, i) => make("div", { class: "map-part" },
+    make("div", { class: `map-corner${stay}${i ? " later" : ""}` }), make("div", { class: `map-head${i ? " later" : ""}` }, i ? head.cloneNode(true) : head),
+    make("div", { class: `map-names${stay}` }, part.names), make("div", {}, part.cells)));
+  return [legend, make("div", { class: `map-frame${parts.length > 1 ? " parts" : ""}`, tabindex: 0 },
+    make("div", { class: "map-grid", style: `--map-columns:${left}px ${across}px;--print-zoom:${paper.zoom.toFixed(3)}` }, ...grid)), side.list, above.list].filter(Boolean);
 }
 
-function alone(map, { head, cells, top, h, down, shown, listed, said, ends }) { // a map as a file: its scale, its rows' whole names, and what its letters stand for
-  const left = widest(map.rows) + 16, width = left + Number(head.getAttribute("width")), over = 34, x = textWidth(`${said}: ${ends[0]}`, 12) + 16;
+const PAPER = { width: 690, height: 880, least: 0.62, split: 0.8 }; // pixels of a page below a heading; how small print may be
+
+function onPaper(num, width, top, h) { // a map goes onto one page where that can be read, or on as many as it needs, each with its headings
+  const wide = Math.min(1, PAPER.width / width), high = PAPER.height / (top + h * num);
+  if (num && high >= Math.min(PAPER.least, wide)) return { zoom: Math.min(wide, high), most: num };
+  const zoom = Math.min(wide, PAPER.split), most = Math.max(1, Math.floor((PAPER.height / zoom - top) / h));
+  return { zoom, most: Math.ceil(num / Math.ceil(num / most)) || 1 };
+}
+
+function alone(map, { head, parts, top, h, shown, listed, said, ends }) { // a map as a file: its scale, its rows' whole names, and what its letters stand for
+  const left = widest(map.rows) + 16, width = left + Number(head.getAttribute("width")), over = 34, down = h * map.rows.length + 2, x = textWidth(`${said}: ${ends[0]}`, 12) + 16;
   const scale = drawing(x + 160 + textWidth(`${ends[1]}, darker is worse`, 12), over, {}, make("text", { x: 8, y: 20, class: "tick" }, `${said}: ${ends[0]}`),
     ...Array.from({ length: 28 }, (_, i) => make("rect", { x: x + 5 * i, y: 10, width: 5, height: 12, style: `fill:rgb(${colour(i / 27)})` })),
     make("text", { x: x + 148, y: 20, class: "tick" }, `${ends[1]}, darker is worse`));
   const names = drawing(left, down, {}, ...map.rows.map((name, i) => make("text", { x: left - 8, y: h * (i + 0.5) + 4, "text-anchor": "end", class: "tick" }, name)));
   const list = listed ? [[listDrawing(map.columns.map((name, j) => `${shown[j]}  ${name}`), width), 0, over + top + down + 8]] : [];
-  return [[scale, 0, 0], [head, left, over], [names, 0, over + top], [cells, left, over + top], ...list];
+  return [[scale, 0, 0], [head, left, over], [names, 0, over + top], ...parts.map((part) => [part.cells, left, over + top + h * part.from]), ...list];
 }
 
 function chosenColumns(map) { // of a map whose columns are schemes, those that are shown

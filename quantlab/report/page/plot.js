@@ -54,7 +54,7 @@ function frontNow(rows) { // by bytes the front that was tested; by another axis
 function plotSection(width) {
   const rows = shownRows().filter((r) => axisOf(r) > 0 && valueOf(r) && (r.role === "candidate" || r.name === view().floor_name));
   const byBytes = axis().key === "weights_bytes";
-  const hint = [byBytes && view().is_tested ? "Schemes on the line (dark outline) are the Pareto front: each is surely better than all that are smaller." : "The line joins the schemes that no other one beats in both, as measured.",
+  const hint = [byBytes && isSure() ? "Schemes on the line (dark outline) are the Pareto front: each is surely better than all that are smaller." : "The line joins the schemes that no other one beats in both, as measured.",
     rows.some((r) => valueOf(r).ci_lo !== null) ? "Bars are 95 % intervals." : "", `n = ${group().n}.`, axis().note].filter(Boolean).join(" ");
   const title = byBytes ? "What does each byte buy?" : `${state.metric} against ${axis().title}`;
   if (!rows.some((r) => r.role === "candidate")) return section(title, "No scheme is shown: another word, or a press on its library, brings it back.");

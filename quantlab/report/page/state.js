@@ -7,6 +7,10 @@ function view() { return group().views[state.metric]; }
 
 function verdictOf(row) { return view().verdicts[row.name] || null; }
 
+function isSure() { // is the front one of tests? Of too few samples it is as measured
+  return view().is_tested && Object.values(view().verdicts).some((v) => v.verdict !== "too few samples");
+}
+
 function onFront(row) { return view().front.includes(row.name); }
 
 function valueOf(row) { return row.metrics[state.metric]; }
@@ -118,7 +122,7 @@ function answers() {
   const sorted = rows.map((r) => valueOf(r).value).sort((a, b) => a - b), ids = anchors(state.group);
   if (state.quality === null && sorted.length) state.quality = Number(sorted[Math.floor(sorted.length / 2)].toPrecision(2));
   const result = (place, row, none) => place.replaceChildren(...(row ? [make("div", { class: "name" }, make("a", { href: `#${ids[row.name]}` }, row.name)),
-    make("div", { class: "cost" }, `${bytes(row.weights_bytes)}${row.compression ? `, ${row.compression.toFixed(2)}\u00d7 smaller than 16 bit` : ""}`),
+    make("div", { class: "cost" }, `${bytes(row.weights_bytes)}${row.compression ? `, ${decimals(row.compression, 2)}\u00d7 smaller than 16 bit` : ""}`),
     make("div", { class: "cost" }, `${state.metric} ${number(valueOf(row).value)} ${unitOf(state.metric)}`)]
     : [make("div", { class: "none" }, none)]));
   const places = [0, 1, 2].map(() => make("div", { "aria-live": "polite" }));
@@ -129,7 +133,8 @@ function answers() {
     result(places[1], rows.find((r) => (verdictOf(r) || {}).verdict === "inside the floor"), view().floor === null ? "no floor is known for this metric" : "none of those shown");
     result(places[2], rows.find((r) => state.quality === null || !better(state.quality, valueOf(r).value)), "none of those shown");
   };
-  const field = (id) => make("input", { type: "number", id, min: 0, step: "any", value: state[id] ?? "", placeholder: "any", oninput: (e) => { state[id] = e.target.value === "" ? null : Number(e.target.value); tell(); } });
+  const written = (v) => (v && v < 1e-3 ? v.toExponential() : v ?? ""); // as the answer below has it
+  const field = (id) => make("input", { type: "number", id, min: 0, step: "any", value: written(state[id]), placeholder: "any", oninput: (e) => { state[id] = e.target.value === "" ? null : Number(e.target.value); tell(); } });
   const card = (i, ...question) => make("div", { class: "answer" }, make("div", { class: "question" }, ...question), places[i]);
   tell();
   return make("div", { class: "answers" }, card(0, "best under ", field("under"), " MiB"), card(1, "smallest within the floor: no measurable loss"),

@@ -22,7 +22,7 @@ function sortable(columns, rows, start, detail, longest = 60) {
       const toggle = () => { open.has(row) ? open.delete(row) : open.add(row); draw(); };
       const cells = columns.map((c) => {
         const inside = [c.cell(row, toggle, open.has(row))].flat().filter((x) => x !== "" && x !== null && x !== undefined);
-        const label = c.name || c.away || c.title === "\u2605" ? null : [c.title, c.sub && c.sub.length < 20 ? c.sub : ""].filter(Boolean).join(" ");
+        const label = c.name || c.away ? null : [c.title, c.sub && c.sub.length < 20 ? c.sub : ""].filter(Boolean).join(" ");
         return make("td", { class: `${c.text ? "text" : "num"}${c.name ? " name" : ""}${c.away ? " away" : ""}${c.quote ? " quote" : ""}${inside.length ? "" : " empty"}`, "data-label": label }, make("div", {}, ...inside));
       });
       const line = make("tr", { class: row.role === "baseline" ? "baseline" : null, "data-name": row.name, id: row.anchor }, ...cells);
@@ -51,15 +51,16 @@ function schemeTable() {
   const extra = ["weights_bytes", "bits_per_weight_model", "bits_per_weight_quantized"].includes(axis().key) ? [] : [{
     title: axis().title, sub: axisScale(group().rows).unit, down: axis().higher_is_better, value: axisOf, cell: (r) => number(axisOf(r) === undefined ? null : axisOf(r) / axisScale(group().rows).by),
   }];
+  const known = (v) => (v === null || v === undefined ? "" : decimals(v, 2));
   const columns = [
     { title: "scheme", text: true, name: true, value: (r) => r.name, cell: (r) => make("span", { class: "who" }, r.role === "candidate" ? key(kindOf(r)) : null, make("span", {}, r.name), make("a", { class: "anchor", href: `#${r.anchor}`, title: "Address of this row" }, "#")) },
-    { title: "bits", sub: "per weight", value: (r) => r.bits_per_weight_model, cell: (r) => r.bits_per_weight_model?.toFixed(2) ?? "" },
-    { title: "bits", sub: "in quantized layers", value: (r) => r.bits_per_weight_quantized, cell: (r) => r.bits_per_weight_quantized?.toFixed(2) ?? "" },
-    { title: "MiB", sub: "stored", value: (r) => r.weights_bytes, cell: (r) => (r.is_simulated ? "~" : "") + (r.weights_bytes ? (r.weights_bytes / MIB).toFixed(2) : "") },
-    { title: "saving", sub: "against 16 bit", down: true, value: (r) => r.compression, cell: (r) => (r.compression ? `${r.compression.toFixed(2)}\u00d7` : "") },
+    { title: "bits", sub: "per weight", value: (r) => r.bits_per_weight_model, cell: (r) => known(r.bits_per_weight_model) },
+    { title: "bits", sub: "in quantized layers", value: (r) => r.bits_per_weight_quantized, cell: (r) => known(r.bits_per_weight_quantized) },
+    { title: "MiB", sub: "stored", value: (r) => r.weights_bytes, cell: (r) => (r.is_simulated ? "~" : "") + (r.weights_bytes ? decimals(r.weights_bytes / MIB, 2) : "") },
+    { title: "saving", sub: "against 16 bit", down: true, value: (r) => r.compression, cell: (r) => (r.compression ? `${decimals(r.compression, 2)}\u00d7` : "") },
     quality(metrics[0]),
     { title: "verdict", text: true, value: (r) => verdictOf(r)?.verdict, cell: (r) => (verdictOf(r) ? [pill(verdictOf(r).verdict), make("span", { class: "interval" }, `p ${probability(verdictOf(r).p_holm)}`)] : "") },
-    { title: "\u2605", text: true, down: true, value: (r) => Number(onFront(r)), cell: (r) => (onFront(r) ? make("span", { "data-tip": view().is_tested ? "Surely better than every smaller scheme on the front" : "No other scheme is smaller and better" }, "\u2605") : "") },
+    { title: "front", text: true, down: true, value: (r) => Number(onFront(r)), cell: (r) => (onFront(r) ? make("span", { "data-tip": isSure() ? "Surely better than every smaller scheme on the front" : "No other scheme is smaller and better" }, "\u2605") : "") },
     ...extra, ...metrics.slice(1).map(quality),
     { title: "again", text: true, away: true, cell: (r, toggle, isOpen) => [
       group().recipes[r.run_id] ? button(isOpen ? "close" : "recipe", toggle, { class: "again", "aria-expanded": isOpen }) : "",
@@ -100,7 +101,7 @@ function winner(v) {
 
 function costTable(costs) {
   const cell = (v, sign = "") => (v ? [`${v.value > 0 ? sign : ""}${number(v.value)}`, interval(v.ci_lo, v.ci_hi) ? make("span", { class: "interval" }, interval(v.ci_lo, v.ci_hi)) : ""] : "");
-  const mib = (v) => (v === null ? "" : (v / MIB).toFixed(2));
+  const mib = (v) => (v === null ? "" : decimals(v / MIB, 2));
   return sortable([
     { title: "component", text: true, name: true, value: (c) => c.component, cell: (c) => c.component },
     { title: "scheme", text: true, value: (c) => c.scheme, cell: (c) => c.scheme },

@@ -1,0 +1,99 @@
+"""The page on paper: a light report, whole, in which nothing is cut, illegible or apart from its heading."""
+
+from __future__ import annotations
+
+import base64
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from quantlab.report.html import write_page
+from tests.support.browser import find, look
+from tests.support.many_schemes import with_many_schemes
+
+
+def test_printed_it_is_a_light_report_without_controls(browser, data, tmp_path):
+    write_page(data, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html", 720, dark=True, media="print")
+    assert browser.execute_script("return getComputedStyle(document.documentElement).colorScheme") == "light"
+    assert not any(e.is_displayed() for e in find(browser, ".save, button.again, #theme, input[type=range], td.away"))
+    assert all(e.is_displayed() for e in find(browser, "h2, .plot, .strips img"))
+    assert "Click" not in browser.execute_script("return document.body.innerText"), "nobody clicks on paper"
+    assert browser.execute_script(
+        "return [...document.querySelectorAll('.wide, .map-frame')].every(e => getComputedStyle(e).overflow === 'visible')"
+    )
+    assert browser.execute_script("return getComputedStyle(document.querySelector('.pill')).color") != ""
+
+
+def pages_on_paper(browser, made, tmp_path):
+    """The text of each page of A4."""
+    if not shutil.which("pdftotext"):
+        pytest.skip("no pdftotext here: what stands on which page is not read")
+    write_page(made, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html")
+    paper = {"printBackground": True, "paperWidth": 8.27, "paperHeight": 11.69}
+    (tmp_path / "a.pdf").write_bytes(base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", paper)["data"]))
+    words = ["pdftotext", "-layout", str(tmp_path / "a.pdf"), "-"]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout.split("\f")
+
+
+@pytest.mark.parametrize("layers", [30, 60])
+def test_on_paper_a_map_has_its_names_on_its_page_and_a_table_its_head_on_each(browser, data, tmp_path, layers):
+    pages = pages_on_paper(browser, with_many_schemes(data, layers), tmp_path)
+    with_map = [text for text in pages if "transformer_blocks.0.attn.to_q" in text]
+    assert len(with_map) == 1
+    assert f"transformer_blocks.{(layers - 1) // 3}.attn.to_v" in with_map[0], "to its last row"
+    assert "darker is worse" in with_map[0], "with its scale"
+    assert "Where in the model" in with_map[0], "and its heading"
+    rows = [
+        text
+        for text in pages
+        if re.search(r"^\s*(torchao|gguf|quanto|modelopt|bitsandbytes) \S+.*\d\.\d\d .*\d\.\d\d", text, re.M)
+    ]
+    assert len(rows) >= 2, "a long table"
+    assert all("scheme" in text and "verdict" in text for text in rows)
+
+
+def test_a_map_too_tall_for_paper_goes_on_with_its_headings_and_loses_no_row(browser, data, tmp_path):
+    layers = 240
+    made = with_many_schemes(data, layers)
+    schemes = made["groups"][0]["layers"]["columns"] = ["int8", "int4", "nf4"]
+    made["groups"][0]["layers"]["values"] = [[0.1, 0.2, None]] * layers
+    with_map = [text for text in pages_on_paper(browser, made, tmp_path) if "transformer_blocks." in text]
+    assert len(with_map) >= 3
+    rows = re.findall(r"transformer_blocks\.\d+\.attn\.to_\w", "".join(with_map))
+    assert rows == made["groups"][0]["layers"]["rows"], "each row once, in order"
+    for text in with_map:
+        assert all(name in text.partition("transformer_blocks")[0] for name in schemes), "headings above its rows"
+    assert "Where in the model" in with_map[0]
+    assert "darker is worse" in with_map[0]
+    assert "At which step" not in "".join(with_map[:-1]), "nothing stands over it"
+
+
+def test_on_paper_no_name_number_or_token_is_broken_and_pictures_stay_with_their_heading(browser, data, tmp_path):
+    made = with_many_schemes(data)
+    group = made["groups"][0]
+    for row in group["rows"]:
+        row["name"] = row["name"].replace("torchao", "bitsandbytes")
+    group["views"]["latent_rel_mse"]["verdicts"] = {
+        row["name"]: {**next(iter(group["views"]["latent_rel_mse"]["verdicts"].values())), "p_holm": 1e-5}
+        for row in group["rows"]
+    }
+    worst = [{"window": 0, "position": 9, "before": "in ", "token": "Lux", "reference": " Luxembourg", "candidate": " B", "kld_nats": 2}]  # fmt: skip
+    group["texts"] = {"schemes": [{"name": group["rows"][-1]["name"], "continuations": [], "worst": worst}]}
+    group["layers"] = None
+    with_pictures = [page for page in pages_on_paper(browser, made, tmp_path) if "What does it look like" in page]
+    assert "difference" in with_pictures[0]
+    look(browser, tmp_path / "page.html", 703, media="print")  # A4 less its margins
+    broken = browser.execute_script(
+        """return [...document.querySelectorAll('tbody td.name span span, tbody td code, tbody td .interval')].filter(e => {
+            const whole = e.matches('code, .interval'), words = whole ? [e.textContent] : e.textContent.split(' ');
+            const range = document.createRange(), node = e.firstChild;
+            return words.some(w => { const at = node.data.indexOf(w); range.setStart(node, at); range.setEnd(node, at + w.length);
+                return range.getClientRects().length > 1; }); }).map(e => e.textContent)"""
+    )
+    assert broken == []
+    over = "return [...document.querySelectorAll('table')].filter(t => t.scrollWidth > 703).length"
+    assert browser.execute_script(over) == 0
