@@ -33,7 +33,7 @@ from quantlab.planning.places import groups, option_dirs, own_options, recipe_di
 from quantlab.planning.plan import plan
 from quantlab.planning.trust import trusted_file
 from quantlab.progress import printable, spell_out
-from quantlab.report.terminal import fitted, tell
+from quantlab.report.terminal import complain, fitted, tell
 
 HELP = """quantlab: what does each quantization scheme cost in quality, and what does it save in bytes, on your model?
 
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except QuantlabError as error:
         if os.environ.get("QUANTLAB_TRACEBACK") == "1":
             raise
-        print(f"quantlab: {printable(str(error), 20_000, lines=True)}", file=sys.stderr)
+        complain(str(error))
         code = error.exit_code
     except KeyboardInterrupt:
         print("quantlab: interrupted; finished jobs are kept", file=sys.stderr)

@@ -33,6 +33,10 @@ WITH_ALL = "QUANTLAB_PLAN_WITH_ALL"
 """Variable of the environment: a plan's process imports all that the libraries import."""
 
 
+_STAYS = ("what it is", "question")
+"""Columns of a list that never give way, beside the names."""
+
+
 class Terminal(Console):
     """Rich's console, which leaves a reader that went away to :func:`main`."""
 
@@ -73,10 +77,14 @@ def show_list(words: Sequence[str], flags: set[str]) -> int:
     of = "combinations of a device" if words[1:] else words[0]
     every = tuple(rows[0]) if rows else ()
     keys, caption = BRIEF.get(of, (every, ""))
-    keys = keys or every[:-1]
-    columns = [Column(title=key.replace("_", " "), is_text=True, may_wrap=key != keys[0]) for key in keys]
+    columns = [
+        Column(
+            title=key.replace("_", " "), is_text=True, may_wrap=key != keys[0], keep=9 if key in _STAYS or not j else 5
+        )
+        for j, key in enumerate(keys)
+    ]
     texts = [[_cell(row[key]) for key in keys] for row in rows if row.get("offered", True)]
-    show(terminal(), Sheet(columns=columns, rows=texts, caption=[caption or ""]), **_look(flags))
+    show(terminal(), Sheet(columns=columns, rows=texts, caption=[caption]), **_look(flags))
     return 0
 
 
@@ -112,7 +120,10 @@ def show_jobs(request: Plan) -> int:
 
     The exit code is the run's: 2 where it would refuse impossible combinations.
     """
+    from quantlab.running.foreseen import check_places
+
     check_ready(request.jobs)
+    check_places(request.jobs[0].config, Path.cwd())
     sweep = request.jobs[0].config.sweep
     trials = sweep.search.num_trials
     searched = f", of which a search runs {min(trials, len(request.jobs))}" if trials else ""
@@ -123,10 +134,12 @@ def show_jobs(request: Plan) -> int:
         print(printable(f"  {job.name}{mark}\n      {alone(job, request)}", lines=True))
     for one in request.merged:
         print(printable(f"  one scheme: {' = '.join(one.spellings)} ({one.name})"))
-    for combination, reason in request.invalid:
-        print(printable(f"  impossible: {combination}\n      {reason}", lines=True))
+    for reason in dict.fromkeys(reason for _, reason in request.invalid):
+        for combination in (combination for combination, own in request.invalid if own == reason):
+            print(printable(f"  impossible: {combination}"))
+        tell(terminal(), f"      {reason}")
     for line in known.lines(len(request.jobs)):
-        print(printable(line))
+        tell(terminal(), line)
     if not request.invalid or trials or sweep.on_invalid == "skip":
         return 0
     num, every = len(request.invalid), len(request.invalid) + len(request.jobs)
@@ -251,7 +264,8 @@ def show_comparison(words: Sequence[str]) -> int:
         print(comparison_markdown(groups, selection))
     else:
         show_groups(terminal(160), groups, selection.failed, is_plain=request.is_plain, wide=request.is_wide)
-    print(f"page: {printable(str(page))}{' (and at the run of the sweep)' if logged else ''}", file=sys.stderr)
+    if not request.is_quiet:
+        print(f"page: {printable(str(page))}{' (and at the run of the sweep)' if logged else ''}", file=sys.stderr)
     return 0
 
 
@@ -259,7 +273,7 @@ def show_status(words: Sequence[str]) -> int:
     """Print where the jobs of a sweep are."""
     from quantlab.running.status import data, sheet, status
 
-    jobs = status([word for word in words if word not in ("--json", "--plain", "--wide")])
+    jobs = status([word for word in words if word not in ("--json", "--plain", "--wide", "-q", "--quiet")])
     if "--json" in words:
         print(json.dumps(data(jobs), indent=2))
     else:

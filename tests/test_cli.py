@@ -84,6 +84,20 @@ def test_lists_as_tables_and_as_json(quick, what, monkeypatch):
     assert what == "combinations" or all(str(next(iter(row.values())))[:10] in text for row in rows)
 
 
+@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize("what", LISTS)
+def test_no_name_of_a_list_is_broken_and_no_sentence_cut(quick, what, width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    text, rows = ok(quick, "list", what), [row for row in LISTS[what]() if row.get("offered", True)]
+    assert max(map(len, text.splitlines())) <= width
+    name = next(iter(rows[0]))
+    first = [line.strip("│").split("│")[0].strip() for line in text.splitlines() if line.startswith("│")]
+    assert [word for word in first if word] == [str(row[name]) for row in rows]
+    assert "what it is" not in rows[0] or "what it is" in text.partition("┡")[0]
+    if what in ("datasets", "evaluations"):
+        assert all(row["what it is"].endswith(".") for row in rows), "whole sentences"
+
+
 def test_the_combinations_fit_a_terminal(quick, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     text = ok(quick, "list", "combinations")
@@ -137,6 +151,14 @@ def test_a_sweep_by_its_flag_in_any_place(quick, flag, position):
         ["torchao", "int4", group] for group in ("g32", "g64", "g128")
     ]
     assert list(quick.folder.iterdir()) == [], "a dry run leaves nothing"
+
+
+def test_a_reason_of_many_combinations_is_said_once(quick):
+    for words in (["dtype=int8,int44"], ["dtype=int8,int44", "sweep.dry_run=true"]):
+        code, out, err = quick("-m", "backend=quanto,torchao,modelopt", *words)
+        assert code == 2
+        assert (out + err).count("dtype=int44: there are") == 1
+        assert all(f" backend={name} dtype=int44\n" in out + err for name in ("quanto", "torchao", "modelopt"))
 
 
 @pytest.mark.parametrize("skips", [False, True])

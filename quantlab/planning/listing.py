@@ -170,7 +170,7 @@ def _needs_data(backend: str, algorithm: str) -> str:
 
 def _options(group: str) -> list[Row]:
     return [
-        {group: f.stem, "what it is": headline(f.read_text(encoding="utf-8"))}
+        {group: f.stem, "what it is": sentence(f.read_text(encoding="utf-8"))}
         for folder in option_dirs()
         for f in sorted((folder / group).glob("*.yaml"))
     ]
@@ -261,13 +261,12 @@ def meaning(word: str) -> str:
     raise ConfigError(f"help {word}: no such word{close}; quantlab list words shows the glossary")
 
 
-BRIEF: dict[str, tuple[tuple[str, ...], str | None]] = {
+BRIEF: dict[str, tuple[tuple[str, ...], str]] = {
     "combinations": (
         ("backend", "dtype", "group_sizes", "activation_dtypes", "algorithms"),
         "All others are refused; their reasons, and all else that the table says: --json; device=cuda or device=cpu "
         "lists what runs there, and what it needs",
     ),
-    "kinds": ((), "What each kind is: --json"),
     "words": (("word", "what it is"), "One of them: quantlab help WORD"),
     "combinations of a device": (
         ("backend", "dtype", "activation_dtypes", "needs"),

@@ -330,9 +330,11 @@ def _candidate_lines(base: ExperimentConfig, recipe: Recipe | None) -> dict[str,
 def _refusal(invalid: Sequence[tuple[str, str]], num_combinations: int, known: Mapping[str, int]) -> str:
     """What is said of the combinations that cannot be; ``known``: how those of a file end -> their line."""
     lines = [f"{len(invalid)} of {num_combinations} combinations are impossible; no job was started:"]
-    for combination, reason in invalid:
-        line = next((f"line {n}: " for said, n in known.items() if f" {combination}".endswith(f" {said}")), "")
-        lines.append(f"  {line}{combination}\n      {reason}")
+    for reason in dict.fromkeys(reason for _, reason in invalid):  # of many combinations it is often one
+        for combination in (combination for combination, own in invalid if own == reason):
+            line = next((f"line {n}: " for said, n in known.items() if f" {combination}".endswith(f" {said}")), "")
+            lines.append(f"  {line}{combination}")
+        lines.append(f"      {reason}")
     others = len(invalid) < num_combinations
     return "\n".join([*lines, "sweep.on_invalid=skip runs the others" if others else "none is left; change a value"])
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, replace
+from pathlib import Path
 
 from quantlab.backends.table import loggers
 from quantlab.datasets.table import check_call, check_file
+from quantlab.errors import ConfigError, ModelError
 from quantlab.models.foreign import check_checkpoint
-from quantlab.models.table import check_components, check_path
+from quantlab.models.table import check_components, check_path, family_of
 from quantlab.planning.components import named_by_users
 from quantlab.planning.job import Job
 from quantlab.quiet import quiet_libraries
+
+_OF_A_MODEL = ("config.json", "model_index.json")
+"""A folder that a model is loaded from has one of them."""
 
 
 def check_ready(jobs: Sequence[Job], by_files: bool = False) -> None:
@@ -25,6 +30,7 @@ def check_ready(jobs: Sequence[Job], by_files: bool = False) -> None:
         config = job.config
         if config.checkpoint is not None:
             check_checkpoint(config.checkpoint)
+        _check_files(job)
         whole, asked = config.model_with(), config.evaluation
         sizes = (asked.num_samples, asked.height, asked.width, asked.num_frames, asked.tiled_decoding)
         where = (str(astuple(whole)), str(astuple(config.dataset)), str(sizes))
@@ -35,3 +41,34 @@ def check_ready(jobs: Sequence[Job], by_files: bool = False) -> None:
             with named_by_users(config):
                 check_components(whole)
                 check_call(replace(config, model=whole), by_files)
+
+
+def _check_files(job: Job) -> None:
+    """ConfigError for a file or folder of the job's that is not there, and that is read when a model lies in memory."""
+    reference, model = job.config.reference.path, job.config.model.path
+    if reference is not None and not (Path(reference).expanduser() / "reference.json").is_file():
+        raise ConfigError(
+            f"reference.path: {reference} holds no reference.json; make it with quantlab reference export DIR ..."
+        )
+    for scheme in job.schemes.values():
+        file = getattr(scheme.native, "imatrix_file", None)
+        if file is not None and not Path(file).is_file():
+            raise ConfigError(
+                f"quantization.imatrix_file={file}: there is no such file; leave imatrix_file out to measure it on "
+                "calibration data"
+            )
+    folder = Path(model or "").expanduser()
+    is_loaded = family_of(job.config.model).needs_path is not None
+    if model and is_loaded and folder.is_dir() and not any((folder / name).is_file() for name in _OF_A_MODEL):
+        raise ModelError(
+            f"model.path={model}: neither a config.json nor a model_index.json is there; name a folder that "
+            "save_pretrained wrote, or the Hub id of a model"
+        )
+
+
+def no_folder(output_dir: str, place: Path, why: str) -> ConfigError:
+    """What is said of results that could not be kept."""
+    return ConfigError(
+        f"output_dir={output_dir}: {place} cannot be written ({why}); make it a folder that you may write to, "
+        "or set output_dir=<a folder of yours>"
+    )

@@ -245,9 +245,8 @@ def _with_metric(metric: str, protocol: str, runs: Sequence[StoredRun], samples:
     of_protocol = [m.name for m in METRICS.values() if protocol in m.protocols and not m.is_curve]
     known = [name for name in of_protocol if any(f"quality/{name}" in r.metrics for r in runs)]
     if metric not in known:
-        raise ConfigError(
-            f"metric={metric}: these runs have no such metric{nearest(metric, known)}; they have {', '.join(known)}"
-        )
+        near = nearest(metric, [*known, *(name.removesuffix("_db") for name in known)])
+        raise ConfigError(f"metric={metric}: these runs have no such metric; they have {', '.join(known)}{near}")
     if METRICS[metric].higher_is_better is None:
         raise ConfigError(
             f"metric={metric}: neither direction of it is better; choose metric={PROTOCOLS[protocol].HEADLINE[0]}"

@@ -37,7 +37,7 @@ from quantlab.vocabulary.numbers import CHECKPOINT_METHOD, FLOORS
 from quantlab.vocabulary.schema import TrackingConfig
 
 KEYS = ("sweep", "experiment", "metric", "margin", "tracking.uri", "tracking.experiment", "output_dir")
-FLAGS = ("--json", "--markdown", "--plain", "--wide")
+FLAGS = ("--json", "--markdown", "--plain", "--wide", "--quiet", "-q")
 USAGE = "quantlab compare sweep=latest, sweep=RUN_ID, experiment=NAME, or RUN_ID RUN_ID ..."
 _IRRELEVANT = (
     "evaluation.num_bootstrap",
@@ -69,6 +69,8 @@ class ComparisonRequest:
     as_markdown: bool = False
     is_plain: bool = False
     is_wide: bool = False
+    is_quiet: bool = False
+    """Nothing is said of the page."""
     csv: Path | None = None
     html: Path | None = None
 
@@ -133,6 +135,7 @@ def parse_request(words: Sequence[str]) -> ComparisonRequest:
         as_markdown="--markdown" in flags,
         is_plain="--plain" in flags,
         is_wide="--wide" in flags,
+        is_quiet=bool(flags & {"-q", "--quiet"}),
         csv=files.get("--csv"),
         html=files.get("--html"),
         output_dir=values.get("output_dir", "outputs"),

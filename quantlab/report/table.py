@@ -35,6 +35,8 @@ MARKS = {
 KEEP = {"scheme": 9, "MiB": 8, "bits/weight": 6, "saving": 3, "coverage": 2, "s": 1}
 """Column -> how long it stays where the terminal is narrow; see :class:`quantlab.report.terminal.Column`."""
 CAPTIONS = {"saving": "saving is against 16 bit"}
+OF_SPEED = ("time_to_first_token_ms", "prefill_tokens_per_s", "decode_tokens_per_s", "sample_s", "step_ms")
+"""What is measured with ``evaluation.speed=true`` alone, behind ``perf/``."""
 CPU_SECONDS = "times on a CPU say nothing about a GPU"
 
 
@@ -185,6 +187,9 @@ def rows_sheet(
         texts[i][0] += " (resumed)" if row.get("resumed") and not all_resumed and not is_plain else ""
         if row["status"] == "FAILED" or "quantization/coverage" not in row["metrics"]:
             styles[i] = "red" if row["status"] == "FAILED" else "dim"
+    known = {name for row in rows for name in row["metrics"]}
+    asked, more = more, [_tracked(name, known) for name in more]
+    more = more if is_plain else [name for name in more if name in known]
     left = len(skipped) - MAX_SKIPPED
     untold = f"and {left} more skipped (rows.json)" if left > 0 else ""
     for name in more:
@@ -195,7 +200,7 @@ def rows_sheet(
     for name in more:
         own.append(Column(title=_chosen(name, is_plain), keep=8, caption=timed if name.startswith("perf/") else ""))
     earlier = "resumed: all rows are those of earlier jobs" if all_resumed else ""
-    told = (untold, *said_beside(rows), *_not_there(more, rows), caption, earlier)
+    told = (untold, *said_beside(rows), *_not_there(asked, known), caption, earlier)
     return Sheet(columns=with_marks(own, texts), rows=texts, styles=styles, caption=told)
 
 
@@ -205,10 +210,19 @@ def _chosen(name: str, is_plain: bool) -> str:
     return f"{words}{f' [{unit}]' if unit else ''}" if name.startswith("perf/") and not is_plain else name
 
 
-def _not_there(names: Sequence[str], rows: Sequence[Measured]) -> list[str]:
+def _tracked(name: str, known: Iterable[str]) -> str:
+    """The tracked name of what was asked for: ``perf/step_ms`` may be asked for as ``step_ms``."""
+    return next((k for k in (name, f"perf/{name}", f"quality/{name}") if k in known), name)
+
+
+def _not_there(names: Sequence[str], known: set[str]) -> list[str]:
     """A sentence for each metric that was asked for and no row has."""
-    known = {name for row in rows for name in row["metrics"]}
-    return [f"--columns {name}: no row has it{nearest(name, known)}" for name in names if name not in known]
+    return [f"--columns {n}: no row has it{_way_to(n, known)}" for n in names if _tracked(n, known) not in known]
+
+
+def _way_to(name: str, known: set[str]) -> str:
+    is_of_speed = name.removeprefix("perf/").removesuffix("_p90") in OF_SPEED
+    return "; evaluation.speed=true measures it" if is_of_speed else nearest(name, known)
 
 
 def sheet_columns(shown: Sequence[str], first: str = "") -> list[Column]:

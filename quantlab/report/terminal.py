@@ -7,6 +7,7 @@ it for other programs.
 from __future__ import annotations
 
 import re
+import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,10 +18,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from quantlab.progress import console as stderr
 from quantlab.progress import counted, plain, printable, spelled_for
 
 MAX_NAME, MAX_CELL, MAX_LINE = 200, 1000, 2000  # characters
 WIDE = 10_000  # columns of a terminal that has no end
+LONG_WORD = 20
+"""Columns: what is longer in a sentence is a name of parts, and may go on in the next line behind a separator."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +65,13 @@ def show(console: Console, sheet: Sheet, *, is_plain: bool = False, wide: bool =
         return
     narrow = console.width
     console.width = WIDE if wide else narrow
-    console.print(rich_table(_spelled_for(console.encoding, sheet), console.width))
+    table = rich_table(_spelled_for(console.encoding, sheet), console.width)
+    if console.is_terminal:
+        console.print(table)
+    else:
+        with console.capture() as drawn:
+            console.print(table)
+        print("\n".join(line.rstrip() for line in drawn.get().splitlines()), file=console.file)
     console.width = narrow
 
 
@@ -79,6 +89,12 @@ def _spelled_for(encoding: str, sheet: Sheet) -> Sheet:
 def tell(console: Console, line: str, style: str = "") -> None:
     """Print a sentence: in a terminal it goes on in the next line between two words, and elsewhere it is one line."""
     console.print(plain(line, MAX_LINE), style=style, soft_wrap=not console.is_terminal)
+
+
+def complain(text: str) -> None:
+    """Print an error: in a terminal its lines go on between two words, and elsewhere each is one line."""
+    told = f"quantlab: {printable(text, 20_000, lines=True)}"
+    print(fitted(told, stderr.width) if stderr.is_terminal else told, file=sys.stderr)
 
 
 def fitted(text: str, width: int) -> str:
@@ -164,8 +180,9 @@ def _least(sheet: Sheet, j: int, width: int) -> int:
     column = sheet.columns[j]
     cells = [printable(row[j], _most(column)) for row in sheet.rows]
     wraps = column.may_wrap or (column.is_text and _longest(cells) > width // 2)
+    longest = _longest([word for cell in cells for word in (cell.split() if wraps else [cell])])
     return max(
-        _longest([word for cell in cells for word in (cell.split() if wraps else [cell])]),
+        min(longest, LONG_WORD) if column.may_wrap else longest,
         _longest(column.title.split()),
         1,
     )

@@ -60,7 +60,9 @@ def parse_request(words: Sequence[str]) -> ExportRequest:
         else:
             given.append(word)
     if len(given) != 2:
-        raise ConfigError(f"export: {len(given) or 'no'} words given; write {USAGE}")
+        lacks = {0: "no run and no folder are named", 1: "no folder is named to write to"}
+        what = lacks.get(len(given), "a run and one folder are wanted")
+        raise ConfigError(f"{' '.join(['export', *given])}: {what}; write {USAGE}")
     return ExportRequest(run_id=given[0], target=given[1], words=values, quiet=quiet)
 
 

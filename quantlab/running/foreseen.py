@@ -6,6 +6,8 @@ Read from the store (or the runs' folders) and from what earlier processes noted
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,16 +16,19 @@ from pathlib import Path
 from quantlab.backends.table import offers
 from quantlab.errors import ConfigError, TrackingError
 from quantlab.planning.job import Job, Plan
+from quantlab.planning.ready import no_folder
 from quantlab.progress import counted
 from quantlab.report.reading import Reader, StoredRun, open_reader
 from quantlab.report.selection import scheme_nodes
 from quantlab.running.known import Known, recall_each, reference_of
 from quantlab.running.once import Once
 from quantlab.running.resume import content_key
+from quantlab.tracking.connect import resolved_uri
 from quantlab.tracking.tags import JOB_KEY, KIND, PARENT_RUN_ID
 from quantlab.tracking.values import flatten
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.native import canonical_json
+from quantlab.vocabulary.schema import ExperimentConfig
 
 STAGES = ("calibrate", "quantize", "evaluate", "weigh", "evidence", "attribute")
 """Of a job alone; loading the model and making the reference are the sweep's."""
@@ -82,6 +87,16 @@ class Foreseen:
                 f"and evaluation in {self.store}; without loading the model, the reference and its floors"
             )
         return told
+
+
+def check_places(config: ExperimentConfig, base_dir: Path) -> None:
+    """ConfigError where the run could not write: nothing is made, and no server is asked."""
+    resolved_uri(config.tracking.uri, base_dir)
+    folder = base_dir / Path(config.output_dir).expanduser()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = os.strerror(errno.EACCES if there.is_dir() else errno.ENOTDIR)
+        raise no_folder(config.output_dir, folder / "runs", why)
 
 
 def foreseen(request: Plan) -> Foreseen:
@@ -177,4 +192,5 @@ def _seconds_of(run: StoredRun) -> float | None:
 
 
 def _of_the_model(params: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in params.items() if key.startswith(_SAME)}
+    """Without seeds, with which a job takes as long."""
+    return {k: v for k, v in params.items() if k.startswith(_SAME) and not k.endswith("seed")}

@@ -17,7 +17,7 @@ from quantlab.errors import ConfigError, DiskFull, QuantlabError, TrackingError,
 from quantlab.exporting.folder import check_target
 from quantlab.modules.precision import exact_arithmetic, own_modes
 from quantlab.planning.job import Job, Merged, Plan
-from quantlab.planning.ready import check_ready
+from quantlab.planning.ready import check_ready, no_folder
 from quantlab.planning.space import objectives_of
 from quantlab.planning.trust import require_trust
 from quantlab.progress import progress_bars, say
@@ -202,10 +202,7 @@ def _usable_folder(output_dir: str) -> Path:
             if is_disk_full(error):
                 raise
             why = error.strerror or str(error)
-            raise ConfigError(
-                f"output_dir={output_dir}: {place} cannot be written ({why}); make it a folder that you may write to, "
-                "or set output_dir=<a folder of yours>"
-            ) from error
+            raise no_folder(output_dir, place, why) from error
     return folder
 
 

@@ -73,6 +73,25 @@ def test_what_lies_nowhere_is_refused_by_the_dry_run_and_by_the_run(tmp_path, wh
     assert list(tmp_path.iterdir()) == []
 
 
+ALSO_OF_THE_RUN = {
+    "a store": ["tracking.uri=htp://x"],
+    "a folder that is a file": ["output_dir=file.txt/outputs"],
+    "a reference": ["reference.path=nowhere"],
+    "an importance matrix": ["backend=gguf", "dtype=q4_k", "algorithm=imatrix", "quantization.imatrix_file=nowhere"],
+    "a folder without a model": ["model=causal_lm", "model.path=."],
+}
+
+
+@pytest.mark.parametrize("what", ALSO_OF_THE_RUN)
+def test_a_dry_run_is_refused_as_its_run_is(tmp_path, what):
+    (tmp_path / "file.txt").touch()
+    words = ALSO_OF_THE_RUN[what]
+    ended = [Shell(tmp_path)("backend=quanto", *words, *more) for more in (["sweep.dry_run=true"], [])]
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert ended[0][2] == ended[1][2]
+    assert ended[0][2].startswith(f"quantlab: {words[-1].partition('=')[0]}"), ended[0][2]
+
+
 LONG = "x" * 3000
 ODD = [
     "recipe=\0.yaml",

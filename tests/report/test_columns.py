@@ -26,10 +26,14 @@ ROWS = [row("reference", decode_tokens_per_s=12.3456), row("quanto int8"), row("
 
 def test_a_metric_has_its_column_and_what_no_row_has_is_told():
     sheet = rows_sheet(ROWS, "language", more=["perf/decode_tokens_per_s", "perf/decode_token_per_s"])
-    assert [column.title for column in sheet.columns[-2:]] == ["decode [tokens/s]", "decode token [1/s]"]
+    assert [column.title for column in sheet.columns[-2:]] == ["s", "decode [tokens/s]"], "no empty column"
     plain = rows_sheet(ROWS, "language", more=["perf/decode_tokens_per_s"], is_plain=True)
     assert plain.columns[-1].title == "perf/decode_tokens_per_s", "other programs know it by its name"
-    assert [cells[-2:] for cells in sheet.rows] == [["12.35", ""], ["", ""], ["2e-07", ""]]
+    assert [cells[-1] for cells in sheet.rows] == ["12.35", "", "2e-07"]
+    both = rows_sheet(ROWS, "language", more=["perf/decode_tokens_per_s", "nothing"], is_plain=True)
+    assert [column.title for column in both.columns[-2:]] == ["perf/decode_tokens_per_s", "nothing"], (
+        "as it was asked for"
+    )
     told = "--columns perf/decode_token_per_s: no row has it; did you mean perf/decode_tokens_per_s?"
     assert told in sheet.caption
     assert all(len(cells) == len(sheet.columns) for cells in sheet.rows)
@@ -44,6 +48,18 @@ def test_what_was_asked_for_is_seen_at_eighty_columns():
     assert hidden
     assert not any(word in hidden for word in ("first token", "prefill", "decode", "MiB"))
     assert "times on a CPU say nothing about a GPU" in file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["step_ms", "perf/sample_s", "perf/prefill_tokens_per_s_p90"])
+def test_what_is_measured_only_on_request_says_by_which_key(name):
+    told = rows_sheet(ROWS, "diffusion", more=[name]).caption
+    assert f"--columns {name}: no row has it; evaluation.speed=true measures it" in told
+
+
+def test_a_column_may_be_called_without_what_all_of_its_kind_begin_with():
+    sheet = rows_sheet(ROWS, "language", more=["decode_tokens_per_s"])
+    assert sheet.columns[-1].title == "decode [tokens/s]"
+    assert not any("no row has it" in line for line in sheet.caption)
 
 
 @pytest.mark.parametrize("words", [["--columns", "perf/a,quality/b"], ["--columns=perf/a,quality/b"]])

@@ -94,7 +94,9 @@ def compared(sweep, *words):
 
 @pytest.mark.parametrize(("num", "said"), [(1, "over 1 comparison"), (2, "over 2 comparisons")])
 def test_the_comparisons_are_counted_in_words(sweep, num, said):
-    group = replace(compared(sweep, "sweep=latest")[0][0], verdicts={str(i): None for i in range(num)}, pairs=(), twins=())
+    group = replace(
+        compared(sweep, "sweep=latest")[0][0], verdicts={str(i): None for i in range(num)}, pairs=(), twins=()
+    )
     assert method(group).endswith(said)
 
 
@@ -380,8 +382,8 @@ def test_the_command_prints_a_table_and_writes_csv_json_and_the_page(own_sweep):
     assert code == 0
     assert json.loads(out)["groups"][0]["front"] == ["int4 a", "int8 a"]
     assert (own_sweep.folder / "page.html").is_file()
-    code, _, err = shell("compare", "sweep=latest", "output_dir=else where", "--plain")
-    assert code == 0, err
+    code, _, err = shell("compare", "sweep=latest", "output_dir=else where", "--plain", "-q")
+    assert (code, err) == (0, ""), "quiet"
     assert (own_sweep.folder / "else where" / "reports" / page.name).is_file(), "beside the other files of that folder"
 
 

@@ -14,8 +14,9 @@ from rich.console import Console
 from quantlab.backends.table import backends
 from quantlab.metrics import metric_called
 from quantlab.progress import broken, spell_out
+from quantlab.report import terminal
 from quantlab.report.table import cells, columns, legend, rows_sheet, said_beside, with_half_width
-from quantlab.report.terminal import Column, Sheet, show
+from quantlab.report.terminal import Column, Sheet, complain, show
 from quantlab.running.status import JobStatus
 from quantlab.running.status import sheet as status_sheet
 
@@ -45,6 +46,24 @@ def measured(name, value=0.0123, half=0.0004, **more):
 
 
 ROWS = [measured("torchao int4 g128 awq"), measured("bitsandbytes nf4", 31.2, 0.44)]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_an_error_goes_on_between_words_in_a_terminal_and_is_one_line_elsewhere(monkeypatch, capsys, is_terminal):
+    console = Console(stderr=True, width=60, force_terminal=is_terminal)
+    monkeypatch.setattr(terminal, "stderr", console)
+    text = f"model=gpt2: there are {', '.join(['sd35_medium'] * 12)};\n      did you mean sdxl?"
+    complain(text)
+    lines = capsys.readouterr().err.splitlines()
+    assert " ".join(" ".join(lines).split()) == " ".join(f"quantlab: {text}".split())
+    assert (max(map(len, lines)) <= 60) == is_terminal
+    assert is_terminal or len(lines) == 2
+
+
+def test_what_is_printed_has_no_spaces_at_its_lines_ends():
+    for width in range(60, 120, 5):
+        lines = printed(rows_sheet([measured("a b", **{"memory/is_simulated": 1.0})], "diffusion", "n = 100"), width)
+        assert not [line for line in lines.splitlines() if line != line.rstrip()]
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 132, 200])

@@ -65,6 +65,12 @@ def test_one_scheme_in_two_words_is_no_job_that_is_left(tmp_path, monkeypatch):
     assert found.lines(3) == ["run once, as these are one scheme on this model: modelopt int4 = modelopt int4 g128"]
 
 
+def test_jobs_of_other_seeds_take_as_long(request_of_three, tmp_path):
+    track(tmp_path, request_of_three.jobs[0], 10.0)
+    others = plan([*WORDS, "dataset.seed=5", "evaluation.bootstrap_seed=6"], multirun=True)
+    assert foreseen(others).estimate.seconds == 30.0
+
+
 def test_other_models_and_evaluations_say_nothing_of_it(request_of_three, tmp_path):
     first = request_of_three.jobs[0]
     other = replace(first, config=replace(first.config, evaluation=replace(first.config.evaluation, num_samples=100)))
