@@ -53,6 +53,7 @@ from quantlab.planning.words import (
     parse,
     swept_values,
 )
+from quantlab.progress import counted
 from quantlab.protocols.language import PERPLEXITY_PROTOCOLS
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.fields import check_values
@@ -329,7 +330,9 @@ def _candidate_lines(base: ExperimentConfig, recipe: Recipe | None) -> dict[str,
 
 def _refusal(invalid: Sequence[tuple[str, str]], num_combinations: int, known: Mapping[str, int]) -> str:
     """What is said of the combinations that cannot be; ``known``: how those of a file end -> their line."""
-    lines = [f"{len(invalid)} of {num_combinations} combinations are impossible; no job was started:"]
+    are = "is" if num_combinations == 1 else "are"
+    every = counted(num_combinations, "combination")
+    lines = [f"{len(invalid)} of {every} {are} impossible; no job was started:"]
     for reason in dict.fromkeys(reason for _, reason in invalid):  # of many combinations it is often one
         for combination in (combination for combination, own in invalid if own == reason):
             line = next((f"line {n}: " for said, n in known.items() if f" {combination}".endswith(f" {said}")), "")

@@ -92,7 +92,11 @@ def _read(file: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Pat
     except Exception as error:  # noqa: BLE001  yaml's errors share no base with the above; re-raised as ours
         raise ConfigError(f"{where}: {_not_yaml(error)}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{where}: a recipe is a mapping of our keys, not {type(content).__name__}")
+        what = "nothing stands in it" if content is None else "it is one value or a list"
+        raise ConfigError(
+            f"{where}: {what}, and a recipe has keys, as in evaluation: {{num_samples: 50}}; quantlab init FILE "
+            "model.path=PATH writes one"
+        )
     if not re.match(r"#\s*@package\s+_global_\s*$", text.partition("\n")[0]):
         raise ConfigError(
             f"{where}: line 1: its keys are ours only under a header; make the first line: # @package _global_"

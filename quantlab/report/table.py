@@ -142,7 +142,7 @@ def with_half_width(value: float, half: float) -> str:
 def _same_digits(value: float, half: float) -> tuple[str, str]:
     first = f"{half:.1e}"
     digits = min(max(0, -int(first.partition("e")[2]) + first.startswith("1")), 6)
-    return f"{value:.{digits}f}", f"{half:.{digits}f}"
+    return f"{value:z.{digits}f}", f"{half:.{digits}f}"
 
 
 def _quality(metrics: Mapping[str, float], metric: str, bounds: bool) -> str:

@@ -161,7 +161,7 @@ def _candidate(book: Book, job: Job, backend: str, bits: int) -> Found:
                     return Found(keys=said, note=_sizes(price))
                 whole = sum(p.memory.num_parameters for p in price.components if p.scheme)
                 partly.append(
-                    (taken, Found(keys=said, note=f"{_sizes(price)}; {taken / whole:.0%} of the weights fit"))
+                    (taken, Found(keys=said, note=f"{_sizes(price)}; {100 * taken / whole:.0f} % of the weights fit"))
                 )
     if partly:
         return max(partly, key=lambda one: one[0])[1]

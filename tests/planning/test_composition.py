@@ -251,7 +251,7 @@ REFUSED = [
     ("quantization: {group_size: 32}", r"quantization.group_size hides group_size=.* of the command line"),
     ("sweep: {grid: {dtype: [int8]}, candidates: [{dtype: int8}]}", "exclude each other"),
     ("defaults:\n  - override /hydra/launcher: x", "never hydra's"),
-    ("[1, 2]", "a recipe is a mapping"),
+    ("[1, 2]", "a recipe has keys"),
     ("evaluation: {num_sampels: 3}", r"num_sampels: no such key; did you mean num_samples\?"),
     ("sweep: {grid: {dtype: int8}}", r"dtype"),
     ("a: [", "not valid YAML|not a readable YAML"),

@@ -76,7 +76,7 @@ def ended(line: list[str]) -> float:
     assert message.startswith("quantlab: ")
     said = message.removeprefix("quantlab: ")
     starts = tuple(printable(key, 20_000, lines=True)[:100] for key in keys_of(line))
-    sweep = re.match(r"\d+ of \d+ combinations are impossible", said)
+    sweep = re.match(r"\d+ of \d+ combinations? (are|is) impossible", said)
     assert said.startswith(starts) or sweep, said
     assert len(said.strip()) > 5
     return seconds

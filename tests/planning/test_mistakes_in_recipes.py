@@ -78,6 +78,13 @@ def test_without_the_header(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("text", "said"), [("", "nothing stands in it"), ("- a\n- b\n", "it is one value or a list")])
+def test_what_is_no_mapping_says_how_one_is_written(tmp_path, text, said):
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"^recipe=mine.yaml: {said}, and a recipe has keys.*quantlab init"):
+        plan([f"recipe={tmp_path / 'mine.yaml'}"])
+
+
 def test_what_is_typed_has_no_line(tmp_path):
     recipe = put(tmp_path, "evaluation:\n  num_samples: 5")
     assert refusal(recipe, "evaluation.num_samples=0").startswith("evaluation.num_samples=0: ")

@@ -154,6 +154,8 @@ def test_words_of_sentences_and_numbers_stay_whole(rows, width):
         (5.0, 0.0, "5"),
         (1e-12, 0.5, "0.0 ±0.5"),
         (40.0, 0.96, "40.0 ±1.0"),
+        (-0.23, 3.1, "0 ±3"),
+        (-0.04, 0.12, "-0.04 ±0.12"),
     ],
 )
 def test_a_value_with_its_half_width(value, half, text):
