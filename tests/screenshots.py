@@ -24,11 +24,9 @@ from typing import Any
 from PIL import Image
 
 from quantlab.report.compare import Comparison, compare
-from quantlab.report.comparison_table import as_measured
 from quantlab.report.html import page_data, write_page
 from quantlab.report.reading import StoredRun, open_reader
 from quantlab.report.selection import parse_request, select
-from quantlab.report.table import headline
 from quantlab.tracking.saved_view import view_name
 from tests.support.browser import chromium, find, look
 
@@ -73,7 +71,7 @@ def places(parent: StoredRun, group: Comparison) -> Iterator[tuple[str, str, int
     """Name, address and height of MLflow's views: the runs' table and charts as they are saved, the sweep's run, a
     job's, and jobs compared."""
     home, candidates = f"experiments/{parent.experiment_id}", group.candidates
-    view = view_name(headline(group.protocol, as_measured(group.runs)))
+    view = view_name(parent.run_id)
     yield "runs", f"{home}/runs?viewStateShareKey={view}", 720
     yield "charts", f"{home}/runs?viewStateShareKey={view}&compareRunsMode=CHART", 900
     yield "sweep", f"{home}/runs/{parent.run_id}", 1100

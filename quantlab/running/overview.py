@@ -114,7 +114,8 @@ def _log_page(store: Store, parent: Run) -> None:
     page = parent.record.folder / PAGE
     write_page(page_data(groups, selection, reader), page)
     parent.log_artifact(page, PAGE.parent.as_posix())
-    view = saved_view(store, [f"quality/{name}" for name in headline(groups[0].protocol, as_measured(groups[0].runs))])
+    metrics = headline(groups[0].protocol, as_measured(groups[0].runs))
+    view = saved_view(store, [f"quality/{name}" for name in metrics], parent.run_id)
     parent.set_tags({NOTE: description(groups, selection, store.experiment_id, parent.run_id, view)})
 
 

@@ -11,34 +11,39 @@ from collections.abc import Sequence
 
 from quantlab.progress import say
 from quantlab.tracking.store import Store
+from quantlab.tracking.tags import PARENT_RUN_ID
 
 PREFIX = "mlflow.sharedViewState."
 BYTES = ("memory/weights_bytes", "memory/bits_per_weight_model", "memory/compression")
 
 
-def view_name(metrics: Sequence[str]) -> str:
-    """The name of the view of these metrics: runs of other ones have another."""
-    return "-".join(["quantlab", *(name.rpartition("/")[2] for name in metrics)])
+def view_name(sweep_id: str) -> str:
+    """The name of the view of a sweep's runs."""
+    return f"quantlab-{sweep_id[:12]}"
 
 
-def saved_view(store: Store, metrics: Sequence[str]) -> str:
-    """The address, within MLflow, of the view of ``metrics`` (tracked names, the most telling first) in the store's
-    experiment; it is saved where there is none yet. Empty where the store does not take it, which is told.
+def saved_view(store: Store, metrics: Sequence[str], sweep_id: str) -> str:
+    """The address, within MLflow, of the view of a sweep's runs by ``metrics`` (tracked names, the most telling first)
+    in the store's experiment; it is saved where there is none yet. Empty where the store does not take it, which is
+    told.
     """
     from mlflow.exceptions import MlflowException
 
-    name = view_name(metrics)
+    name = view_name(sweep_id)
     try:
         if f"{PREFIX}{name}" not in store.client.get_experiment(store.experiment_id).tags:
-            store.client.set_experiment_tag(store.experiment_id, f"{PREFIX}{name}", json.dumps(view_state(metrics)))
+            state = json.dumps(view_state(metrics, sweep_id))
+            store.client.set_experiment_tag(store.experiment_id, f"{PREFIX}{name}", state)
     except MlflowException as error:
         say(f"the saved view of the runs: {str(error)[:200]}")
         return ""
     return f"#/experiments/{store.experiment_id}/runs?viewStateShareKey={name}&compareRunsMode=CHART"
 
 
-def view_state(metrics: Sequence[str]) -> dict[str, object]:
-    """What the page keeps of a view: each metric against bytes and by scheme, and the columns of its table."""
+def view_state(metrics: Sequence[str], sweep_id: str) -> dict[str, object]:
+    """What the page keeps of a view: of a sweep's runs each metric against bytes and by scheme, and the columns of its
+    table. Runs of other sweeps have other samples, and those whose sweep is folded up would be in no chart.
+    """
     section = {"uuid": "quantlab", "name": "quality against bytes", "display": True, "isReordered": True}
     kept = {"metricSectionId": "quantlab", "deleted": False, "isGenerated": False, "runsCountToCompare": 100}
     x = {"key": BYTES[0], "type": "METRIC"}
@@ -50,6 +55,7 @@ def view_state(metrics: Sequence[str]) -> dict[str, object]:
         *({"type": "BAR", "uuid": m, **kept, "metricKey": m} for m in (*metrics, BYTES[0])),
     ]
     return {
+        "searchFilter": f"tags.`{PARENT_RUN_ID}` = '{sweep_id}'",
         "selectedColumns": [f"metrics.`{name}`" for name in (*metrics, *BYTES)],
         "compareRunCharts": charts,
         "compareRunSections": [section],

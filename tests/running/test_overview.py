@@ -38,11 +38,11 @@ def test_a_sweeps_run_has_settings_best_rows_table_and_page_and_its_jobs_their_d
     ids = f"{parent.info.experiment_id}/runs/{parent.info.run_id}"
     link = f"(#/experiments/{ids}/artifacts/reports/overview.html)"
     assert link in note.splitlines()[0], "MLflow shows the first lines of a description"
-    view = f"(#/experiments/{parent.info.experiment_id}/runs?viewStateShareKey=quantlab-latent_rel_mse-psnr_db&compareRunsMode=CHART)"
+    name = f"quantlab-{parent.info.run_id[:12]}"
+    view = f"(#/experiments/{parent.info.experiment_id}/runs?viewStateShareKey={name}&compareRunsMode=CHART)"
     assert view in note.splitlines()[0]
-    saved = json.loads(
-        store.client.get_experiment(store.experiment_id).tags["mlflow.sharedViewState.quantlab-latent_rel_mse-psnr_db"]
-    )
+    saved = json.loads(store.client.get_experiment(store.experiment_id).tags[f"mlflow.sharedViewState.{name}"])
+    assert parent.info.run_id in saved["searchFilter"], "its own runs, and not those of later sweeps"
     asked = {name.split("`")[1] for name in saved["selectedColumns"]}
     assert {"quality/latent_rel_mse", "quality/psnr_db", "memory/weights_bytes"} <= asked
     assert asked <= set(own.metrics), "no empty chart, no empty column"

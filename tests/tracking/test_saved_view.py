@@ -10,11 +10,13 @@ import pytest
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.tracking import open_store
 from quantlab.tracking.saved_view import PREFIX, saved_view, view_state
+from quantlab.tracking.tags import PARENT_RUN_ID
 from quantlab.vocabulary.schema import TrackingConfig
 from tests.support.browser import chromium, texts
 
 METRICS = ["quality/latent_rel_mse", "quality/psnr_db"]
-NAME = "quantlab-latent_rel_mse-psnr_db"
+SWEEP = "0123456789abcdef0123456789abcdef"
+NAME = "quantlab-0123456789ab"
 
 
 def tags(store):
@@ -23,18 +25,18 @@ def tags(store):
 
 def test_it_is_saved_once_and_another_ones_change_stays(base):
     store = open_store(TrackingConfig(), base)
-    address = saved_view(store, METRICS)
+    address = saved_view(store, METRICS, SWEEP)
     assert address == f"#/experiments/{store.experiment_id}/runs?viewStateShareKey={NAME}&compareRunsMode=CHART"
-    assert json.loads(tags(store)[PREFIX + NAME]) == view_state(METRICS)
+    assert json.loads(tags(store)[PREFIX + NAME]) == view_state(METRICS, SWEEP)
     store.client.set_experiment_tag(store.experiment_id, PREFIX + NAME, "mine")
-    assert saved_view(store, METRICS) == address
-    assert saved_view(store, ["quality/ppl"]) != address
+    assert saved_view(store, METRICS, SWEEP) == address
+    assert saved_view(store, METRICS, SWEEP[::-1]) != address
     assert tags(store)[PREFIX + NAME] == "mine"
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_it_fits_a_tag(protocol):
-    text = json.dumps(view_state([f"quality/{name}" for name in PROTOCOLS[protocol].HEADLINE]))
+    text = json.dumps(view_state([f"quality/{name}" for name in PROTOCOLS[protocol].HEADLINE], SWEEP))
     assert len(text) < 5000
     ids = [chart["uuid"] for chart in json.loads(text)["compareRunCharts"]]
     assert len(ids) == len(set(ids))
@@ -47,7 +49,7 @@ def test_a_store_that_takes_no_tag_costs_only_the_view(capsys):
         raise MlflowException("no right to do this")
 
     store = SimpleNamespace(client=SimpleNamespace(get_experiment=refuses), experiment_id="1")
-    assert saved_view(store, METRICS) == ""
+    assert saved_view(store, METRICS, SWEEP) == ""
     assert "no right to do this" in " ".join(capsys.readouterr().err.split())
 
 
@@ -56,12 +58,14 @@ def test_mlflows_page_shows_its_columns_and_charts(base, tmp_path):
     from tests.screenshots import START_S, look_at, mlflow_server
 
     store = open_store(TrackingConfig(), base)
-    for name, size in (("quanto int8", 4.0), ("gguf q4_k", 2.0)):
-        run = store.client.create_run(store.experiment_id, run_name=name)
+    sweeps = [store.client.create_run(store.experiment_id, run_name=name).info.run_id for name in ("mine", "later")]
+    for name, size, of in (("quanto int8", 4.0, 0), ("gguf q4_k", 2.0, 0), ("torchao int4", 3.0, 1)):
+        tags = {PARENT_RUN_ID: sweeps[of]}
+        run = store.client.create_run(store.experiment_id, run_name=name, tags=tags)
         for metric, value in ((METRICS[0], 1e-3 / size), ("memory/weights_bytes", size)):
             store.client.log_metric(run.info.run_id, metric, value)
         store.client.set_terminated(run.info.run_id)
-    address = saved_view(store, METRICS[:1])
+    address = saved_view(store, METRICS[:1], sweeps[0])
     with chromium(tmp_path / "profile") as browser, mlflow_server(base) as server:
         browser.set_script_timeout(START_S)
         look_at(browser, f"{server}/{address}", 1500, 1000)
@@ -69,5 +73,7 @@ def test_mlflows_page_shows_its_columns_and_charts(base, tmp_path):
         assert "quality against bytes" in shown
         assert "memory/weights_bytes vs. quality/latent_rel_mse" in shown
         assert "Error loading shared view" not in shown
+        assert "quanto int8" in shown
+        assert "torchao int4" not in shown, "of another sweep"
         look_at(browser, f"{server}/{address.removesuffix('&compareRunsMode=CHART')}", 1500, 1000)
         assert any("quality/latent_rel_mse" in text for text in texts(browser, ".ag-header-cell"))
