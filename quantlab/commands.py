@@ -23,7 +23,7 @@ from quantlab.planning.plan import plan
 from quantlab.planning.ready import check_ready
 from quantlab.planning.trust import is_trusted, question, remember, require_trust
 from quantlab.progress import counted, file_name, printable
-from quantlab.report.terminal import Column, Sheet, show, tell
+from quantlab.report.terminal import Column, Sheet, complain, show, tell
 from quantlab.vocabulary.reports import RunReport
 
 if TYPE_CHECKING:
@@ -303,7 +303,8 @@ def show_export(words: Sequence[str]) -> int:
     """Write a tracked job's quantized model as others load it, or upload it; tell what came of it."""
     from quantlab.running.export import export_lines, push_lines
 
-    print("\n".join(map(printable, (export_lines if words[0] == "export" else push_lines)(words[1:]))))
+    for line in (export_lines if words[0] == "export" else push_lines)(words[1:]):
+        tell(terminal(), line)
     return 0
 
 
@@ -365,7 +366,7 @@ def run(request: Plan, flags: set[str]) -> int:
             tell(console, line)
     for report in failed:
         told = f"failed: {report['name']} at {report['failed_stage']}: {report['error']}"
-        print(printable(told, lines=True), file=sys.stderr)
+        complain(told, "")
     if not flags & {"-q", "--quiet", "--json", "--plain"}:
         _show_next_steps(reports, request)
     return 1 if failed else 0

@@ -94,7 +94,7 @@ def cells(row: Measured, shown: Sequence[str], bounds: bool = True) -> list[str]
     metrics = row["metrics"]
     if row["status"] != "FINISHED":
         texts = [""] * (len(columns(shown)) - 2)
-        texts[3] = row["status"]
+        texts[1] = row["status"]  # under MiB, which stays longest
         return [row["name"], *texts, ""]
     simulated = "~" if metrics.get("memory/is_simulated") else ""
     return [

@@ -91,9 +91,9 @@ def tell(console: Console, line: str, style: str = "") -> None:
     console.print(plain(line, MAX_LINE), style=style, soft_wrap=not console.is_terminal)
 
 
-def complain(text: str) -> None:
+def complain(text: str, who: str = "quantlab: ") -> None:
     """Print an error: in a terminal its lines go on between two words, and elsewhere each is one line."""
-    told = f"quantlab: {printable(text, 20_000, lines=True)}"
+    told = f"{who}{printable(text, 20_000, lines=True)}"
     print(fitted(told, stderr.width) if stderr.is_terminal else told, file=sys.stderr)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
+from quantlab import progress
 from quantlab.backends.table import backends
 from quantlab.metrics import metric_called
 from quantlab.progress import broken, spell_out
@@ -58,6 +59,26 @@ def test_an_error_goes_on_between_words_in_a_terminal_and_is_one_line_elsewhere(
     assert " ".join(" ".join(lines).split()) == " ".join(f"quantlab: {text}".split())
     assert (max(map(len, lines)) <= 60) == is_terminal
     assert is_terminal or len(lines) == 2
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("status", ["FAILED", "SKIPPED"])
+def test_a_row_without_numbers_says_why_at_any_width(width, status):
+    more = ["perf/time_to_first_token_ms", "perf/prefill_tokens_per_s", "perf/decode_tokens_per_s"]
+    ran = [measured("torchao int4 g128", **dict.fromkeys(more, 1234.5))]
+    rows = [*ran, {**measured("quanto int4"), "status": status, "metrics": {}}]
+    lines = printed(rows_sheet(rows, "diffusion", "n = 100", more), width).splitlines()
+    assert sum(status in line for line in lines if "quanto int4" in line) == 1
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_what_is_said_on_the_way_goes_on_between_words_in_a_terminal(monkeypatch, capsys, is_terminal):
+    console = Console(stderr=True, width=60, force_terminal=is_terminal, color_system=None)
+    monkeypatch.setattr(progress, "console", console)
+    progress.say("made beside the whole unquantized model, since it is not read from safetensors files of its own")
+    lines = capsys.readouterr().err.splitlines()
+    assert (max(map(len, lines)) <= 60) == is_terminal
+    assert "safetensors" in " ".join(lines).split()
 
 
 def test_what_is_printed_has_no_spaces_at_its_lines_ends():
