@@ -35,64 +35,97 @@ from quantlab.planning.trust import trusted_file
 from quantlab.progress import printable, spell_out
 from quantlab.report.terminal import complain, fitted, tell
 
-HELP = """quantlab: what does each quantization scheme cost in quality, and what does it save in bytes, on your model?
+HELP = """quantlab: what does each quantization scheme cost in quality, and what does it
+save in bytes, on your model?
 
-  quantlab key=value ...              run one scheme:      quantlab backend=torchao dtype=int4 group_size=64
-  quantlab -m key=a,b ...             run a grid:          quantlab -m backend=quanto,torchao dtype=int8,int4
-  quantlab recipe=NAME [key=value]    run a recipe:        quantlab recipe=digits_backends, recipe=path/to/mine.yaml
-  quantlab init FILE model.path=PATH  a first recipe:      candidates that fit the model's shapes, commented, to change
-  quantlab compare sweep=latest       which is better:     quantlab compare RUN_ID RUN_ID, experiment=NAME, metric=NAME,
-                                      margin=VALUE, --json, --csv FILE, --html FILE (outputs/reports/<sweep>.html),
-                                      --markdown (for issues and model cards)
-  quantlab plan key=value ...         will it fit?         quantlab plan model=flux_dev backend=bitsandbytes dtype=nf4
-                                      memory.device_gib=24 (any request; reads configurations, no weights; --json);
-                                      over several devices: memory.placement=spread memory.devices=2
+  quantlab key=value ...              run one scheme
+  quantlab -m key=a,b ...             run a grid
+  quantlab recipe=NAME [key=value]    run a recipe, or recipe=path/to/mine.yaml
+  quantlab init FILE model.path=PATH  a first recipe: candidates that fit the
+                                      model's shapes, commented, to change
+  quantlab compare sweep=latest       which is better? also RUN_ID RUN_ID,
+                                      experiment=NAME; with metric=NAME,
+                                      margin=VALUE, --json, --csv FILE,
+                                      --markdown (for issues and model cards),
+                                      --html FILE (else in outputs/reports), -q
+  quantlab plan key=value ...         will it fit? any request: reads
+                                      configurations, no weights; --json
   quantlab reference export DIR key=value ...
-                                      the unquantized model's outputs, for runs elsewhere: reference.path=DIR
-  quantlab reproduce RUN_ID [--json]  run a tracked job again (RUN_ID or latest): each metric identical, within its
-                                      interval, different
-  quantlab export RUN_ID DIR          the run's quantized model as Diffusers or transformers load it (RUN_ID or latest;
-                                      while it is measured: export.path=DIR, in a sweep with export.winner=true)
+                                      the unquantized model's outputs, for runs
+                                      elsewhere: reference.path=DIR
+  quantlab reproduce RUN_ID [--json]  run a tracked job again (or latest): each
+                                      metric identical, within its interval,
+                                      different
+  quantlab export RUN_ID DIR          the run's quantized model as Diffusers or
+                                      transformers load it (RUN_ID or latest;
+                                      while it is measured: export.path=DIR, in
+                                      a sweep with export.winner=true)
   quantlab push RUN_ID OWNER/NAME     upload what was exported of a run to a Hub
-  quantlab status [SWEEP] [--json]    how are its jobs?    queued, running, finished, failed; node, attempt, time, log
+  quantlab status [SWEEP] [--json]    how are its jobs? queued, running,
+                                      finished, failed; node, attempt, time, log
   quantlab list WHAT [--json]         what there is:
-          {lists}
-  quantlab help WORD                  what a word, metric, dtype or algorithm is: quantlab help floor
+    {lists}
+  quantlab help WORD                  what a word, metric, dtype or algorithm is
+
+for example
+  quantlab backend=torchao dtype=int4 group_size=64
+  quantlab -m backend=quanto,torchao dtype=int8,int4
+  quantlab recipe=digits_backends
+  quantlab plan model=flux_dev backend=bitsandbytes dtype=nf4
+  quantlab help floor
 
 options
-  -m, --multirun    several values of a key (group_size=32,64,128, range(1,4), dtype='glob(int*)') are a sweep
+  -m, --multirun    several values of a key (group_size=32,64,128, range(1,4),
+                    dtype='glob(int*)') are a sweep
   --json            the result rows as JSON on stdout instead of the table
-  --plain, --wide   the table tab-separated; or whole, where a narrow terminal hides columns
+  --plain, --wide   the table tab-separated; or whole, where a narrow terminal
+                    hides columns
   --columns NAME,NAME
-                    further columns of it: perf/decode_tokens_per_s (with evaluation.speed=true), quality/kld_p99, ...
-  -c, --cfg [job]   print the composed config of each job and stop (--resolve: it always is)
+                    further columns of it: perf/decode_tokens_per_s (with
+                    evaluation.speed=true), quality/kld_p99, ...
+  -c, --cfg [job]   print the composed config of each job and stop (--resolve:
+                    it always is)
   -cd, --config-dir DIR
-                    options of your own: DIR/dtype/mine.yaml, DIR/model/mine.yaml, ... as those in conf/ are written
-                    (--config-dir conf for ./conf, which is not read by itself: other people's checkouts have one too)
+                    options of your own: DIR/dtype/mine.yaml, DIR/model/...
+                    as those in conf/ are written (--config-dir conf for ./conf,
+                    which is not read by itself: other people's checkouts have
+                    one too)
   -i, --info        print where the vocabulary and the recipes are looked for
   --version         print the version
   -sc, --shell-completion
-                    print what a shell evaluates: eval "$(quantlab --shell-completion)"
-  --trust           agree to the places that a recipe of others decides (tracking, output_dir, paths, launcher)
-  -q, --quiet       no progress bars
+                    print what a shell evaluates:
+                    eval "$(quantlab --shell-completion)"
+  --trust           agree to the places that a recipe of others decides
+                    (tracking, output_dir, paths, launcher)
+  -q, --quiet       no progress bars, and no word on what to do next
   -h, --help        this text
 
 config groups (choose with group=option)
 {groups}
 
 single keys, for example
-  device=auto|cpu|cuda   model.path=PATH   evaluation.num_samples=50   tracking.uri=http://host:5000
-  quantization.on_mismatch=error|skip|DTYPE   activation_dtype=int8   quantization.bnb_4bit_use_double_quant=true
-  quantization.quantization_config=FILE|JSON (a model card's block)   checkpoint=PATH|ID (quantized by others)
-  components.NAME='{{backend: quanto, dtype: int8}}' (one scheme for each component)   evaluation.attribute=true
-  evaluation.speed=true (tokens a second, seconds an image)   evaluation.compile=true (as torch.compile makes it)
+  device=auto|cpu|cuda   model.path=PATH   evaluation.num_samples=50
+  tracking.uri=http://host:5000   activation_dtype=int8
+  quantization.on_mismatch=error|skip|DTYPE
+  quantization.bnb_4bit_use_double_quant=true
+  quantization.quantization_config=FILE|JSON (a model card's block)
+  checkpoint=PATH|ID (quantized by others)
+  components.NAME='{{backend: quanto, dtype: int8}}' (a scheme for each component)
+  evaluation.attribute=true (which component costs what)
+  evaluation.speed=true (tokens a second, seconds an image)
+  evaluation.compile=true (as torch.compile makes it)
+  memory.placement=spread memory.devices=2 (over several devices)
   sweep.dry_run=true   sweep.on_invalid=skip   sweep.search.num_trials=12
 
-Results: a table here, everything in MLflow (outputs/mlflow.db; look at it with mlflow ui), a folder a run in
-outputs/runs. Recipes are also looked for in ./recipes and in the folders of QUANTLAB_RECIPES. QUANTLAB_TRACEBACK=1
-shows where an error comes from, QUANTLAB_VERBOSE=1 what the libraries print.
+Results: a table here, everything in MLflow (outputs/mlflow.db; look at it with
+mlflow ui), a folder a run in outputs/runs. Recipes are also looked for in
+./recipes and in the folders of QUANTLAB_RECIPES. QUANTLAB_TRACEBACK=1 shows
+where an error comes from, QUANTLAB_VERBOSE=1 what the libraries print,
+QUANTLAB_PLAN_WITH_ALL=1 plans with all packages at once.
 From Python: import quantlab; quantlab.run(recipe="digits_backends").
 """
+HELP_WIDTH = 80
+"""Columns: of a terminal that has fewer, lines go on between two words."""
 
 HELPS = "quantlab --help shows them"
 LONG = {"-h": "--help", "--info": "-i", "--shell-completion": "-sc"}
@@ -128,16 +161,17 @@ HYDRAS_FLAGS = {
 
 
 def help_text() -> str:
-    """The text of ``--help``."""
+    """The text of ``--help``: its examples stand in lines of their own, to be pasted."""
     width = max(map(len, groups()))
     lines = [f"  {name:<{width}}  {_wrap(' '.join(options), width + 4)}" for name, options in groups().items()]
-    return fitted(HELP.format(lists=", ".join(LISTS), groups="\n".join(lines)), terminal(120).width)
+    lists = _wrap(", ".join(LISTS), 4)
+    return fitted(HELP.format(lists=lists, groups="\n".join(lines)), min(terminal(HELP_WIDTH).width, HELP_WIDTH))
 
 
 def _wrap(text: str, indent: int) -> str:
     import textwrap
 
-    return f"\n{' ' * indent}".join(textwrap.wrap(text, 116 - indent))
+    return f"\n{' ' * indent}".join(textwrap.wrap(text, HELP_WIDTH - 2 - indent))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -194,4 +194,6 @@ def say(text: str, kind: str = "") -> None:
     global _said_at
     _said_at = time.monotonic()
     line = Text(printable(text, lines=True))
-    console.print(Text.assemble((kind, _COLOURS[kind]), ": ", line) if kind else line, soft_wrap=not console.is_terminal)
+    console.print(
+        Text.assemble((kind, _COLOURS[kind]), ": ", line) if kind else line, soft_wrap=not console.is_terminal
+    )

@@ -385,6 +385,21 @@ def names_of_recipes():
     return {p.stem for p in (ROOT / "recipes").glob("*.yaml")}
 
 
+def test_help_fits_a_terminal_of_80_columns_and_its_examples_can_be_pasted(quick, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = ok(quick, "--help")
+    assert max(map(len, text.splitlines())) <= 80
+    assert text == help_text() + "\n", "it is as it was written: no line is wrapped anew"
+    examples = text.partition("for example\n")[2].partition("\n\n")[0].splitlines()
+    assert len(examples) >= 4
+    for line in examples:
+        words = shlex.split(line)[1:]
+        if words[0] in ("help", "plan"):
+            assert words[0] == "help" or quick(*words[1:], "sweep.dry_run=true")[0] == 0
+        else:
+            assert quick(*words, "sweep.dry_run=true")[0] == 0, line
+
+
 @pytest.mark.parametrize("way", sorted({*KNOWN_FLAGS, "-c", "-cd", "--config-dir"}))
 def test_help_shows_every_flag(way):
     assert re.search(rf"(?<![\w-]){re.escape(way)}(?![\w-])", help_text())
