@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import shutil
 import subprocess
@@ -95,5 +96,19 @@ def test_on_paper_no_name_number_or_token_is_broken_and_pictures_stay_with_their
                 return range.getClientRects().length > 1; }); }).map(e => e.textContent)"""
     )
     assert broken == []
-    over = "return [...document.querySelectorAll('table')].filter(t => t.scrollWidth > 703).length"
-    assert browser.execute_script(over) == 0
+    assert too_wide(browser) == 0
+
+
+def too_wide(browser):
+    return browser.execute_script(
+        "return [...document.querySelectorAll('table')].filter(t => t.scrollWidth > 703).length"
+    )
+
+
+def test_on_paper_a_name_without_end_takes_no_column_from_its_page(browser, data, tmp_path):
+    text = json.dumps(data)
+    for name in ("int4 a", "int8 a"):
+        text = text.replace(f'"{name}"', f'"{name.replace(" ", "_") * 20}"')
+    write_page(json.loads(text), tmp_path / "page.html")
+    look(browser, tmp_path / "page.html", 703, media="print")
+    assert too_wide(browser) == 0

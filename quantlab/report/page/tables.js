@@ -35,8 +35,8 @@ function sortable(columns, rows, start, detail, longest = 60) {
 
 const KINDS = { "inside the floor": "floor", worse: "worse", better: "better", "inside the margin": "margin", "worse by rank": "worse", "better by rank": "better" };
 
-function pill(verdict, text) {
-  return verdict ? make("span", { class: `pill ${KINDS[verdict] || ""}` }, text || verdict) : "";
+function pill(verdict, text) { // a text of its own names a scheme
+  return verdict ? make("span", { class: `pill ${KINDS[verdict] || ""}${text && text !== verdict ? " wraps" : ""}` }, text || verdict) : "";
 }
 
 function schemeTable() {
@@ -115,7 +115,7 @@ function costTable(costs) {
 function pairTable(pairs) {
   const columns = [
     { title: "scheme A", text: true, name: true, value: (v) => v.a, cell: (v) => v.a },
-    { title: "scheme B", text: true, value: (v) => v.b, cell: (v) => v.b },
+    { title: "scheme B", text: true, value: (v) => v.b, cell: (v) => make("div", { class: "wraps" }, v.b) },
     { title: "A \u2212 B", sub: state.metric, value: (v) => v.difference, cell: (v) => [number(v.difference), make("span", { class: "interval" }, interval(v.ci_lo, v.ci_hi))] },
     { title: "p", sub: "Holm", down: true, value: (v) => v.p_holm, cell: (v) => [probability(v.p_holm), v.share_worse === null ? "" : make("span", { class: "interval" }, `rank ${probability(v.p_rank)}`)] },
     { title: "verdict", text: true, value: winner, cell: (v) => pill(/^(better|worse)/.test(v.verdict) ? "better" : v.verdict, winner(v)) },
