@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import re
 import shutil
 import subprocess
+import xml.etree.ElementTree as ET
 
 import pytest
 
 from quantlab.report.html import write_page
-from tests.support.browser import find, look
+from tests.support.browser import find, look, saved
 from tests.support.many_schemes import with_many_schemes
 
 
@@ -71,6 +73,29 @@ def test_a_map_too_tall_for_paper_goes_on_with_its_headings_and_loses_no_row(bro
     assert "Where in the model" in with_map[0]
     assert "darker is worse" in with_map[0]
     assert "At which step" not in "".join(with_map[:-1]), "nothing stands over it"
+
+
+def test_a_tall_map_is_whole_on_the_screen_and_in_its_file(browser, data, tmp_path, downloads):
+    made = with_many_schemes(data, 240)
+    write_page(made, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html")
+    section = "[...document.querySelectorAll('section')].find(s => s.querySelector('[data-save=layers]'))"
+    at = browser.execute_script(
+        f"return [...{section}.querySelectorAll('.map-names text')].map(t => t.getBoundingClientRect().top)"
+    )
+    steps = [b - a for a, b in itertools.pairwise(at)]
+    assert len(at) == 240
+    assert max(steps) - min(steps) < 0.5, "no gap where a page of paper ends"
+    assert browser.execute_script(f"return [...{section}.querySelectorAll('.map-head')].filter(e => e.offsetHeight).length") == 1  # fmt: skip
+    browser.execute_script("document.querySelector('[data-save=layers]').click()")
+    root = ET.fromstring(saved(downloads, "layers.svg"))
+    rows = made["groups"][0]["layers"]["rows"]
+    said = [e.text for e in root.iter() if (e.text or "").startswith("transformer_blocks")]
+    assert said == rows
+    cells = [e for e in root.iter() if e.tag.endswith("rect") and e.find("{*}title") is not None]
+    assert len(cells) == 240 * len(made["groups"][0]["layers"]["columns"])
+    groups = [e for e in root if e.tag.endswith("}g")]
+    assert max(float(re.search(r"translate\(\S+ (\S+)\)", g.get("transform"))[1]) for g in groups) < float(root.get("height"))  # fmt: skip
 
 
 def test_on_paper_no_name_number_or_token_is_broken_and_pictures_stay_with_their_heading(browser, data, tmp_path):
