@@ -34,6 +34,7 @@ from quantlab.planning.plan import plan
 from quantlab.planning.trust import trusted_file
 from quantlab.progress import printable, spell_out
 from quantlab.report.terminal import complain, fitted, tell
+from quantlab.report.verdicts import RULES
 
 HELP = """quantlab: what does each quantization scheme cost in quality, and what does it
 save in bytes, on your model?
@@ -229,7 +230,8 @@ def dispatch(words: list[str], is_last: bool = False) -> int:
         print(help_text())
         return 0
     if words[:1] == ["help"]:
-        for word in words[1:]:
+        whole = " ".join(words[1:])
+        for word in [whole] if whole in RULES else words[1:]:  # a verdict is of several words
             tell(terminal(), f"{printable(word)}: {meaning(word)}")
         return 0
     if words[:1] == ["--complete"]:

@@ -19,6 +19,12 @@ WORDS = {
     "MiB": "stored weights, with scales, zero points and what stays unquantized; in the metrics memory/weights_bytes",
     "bits/weight": "stored bits of a weight, scales included: of the whole model, in brackets of the quantized layers",
     "s": "seconds of the stage evaluate; in the metrics perf/evaluate_s",
+    "p (Holm)": "how surprising a difference would be if there were none (paired test), adjusted for the number of "
+    "comparisons",
+    "margin": "the smallest difference that matters, in the metric's unit: compare margin=VALUE",
+    "simulated": "stored wider than the dtype says, and marked with ~: the quality is the dtype's, the bytes are not",
+    "recipe": "a YAML file: a model, data, an evaluation and the schemes to measure; quantlab init writes a first one",
+    "sweep": "several jobs on one reference: of a recipe's candidates, of a grid, or of -m; a run of its own",
     "component": "a part of a model that is quantized on its own: transformer, text_encoder, model",
 }
 """Word -> what it means."""
@@ -33,5 +39,8 @@ ALSO = {
     "size": "MiB",
     "point": "combination",
     "pareto": "front",
+    "p": "p (Holm)",
+    "holm": "p (Holm)",
+    "~": "simulated",
 }
 """Other names of the same -> the word."""

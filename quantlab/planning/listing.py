@@ -18,6 +18,8 @@ from quantlab.metrics import METRICS, metric_called
 from quantlab.models.table import FAMILIES
 from quantlab.planning.glossary import ALSO, WORDS
 from quantlab.planning.places import groups, option_dirs, recipes
+from quantlab.report.table import OF_SPEED
+from quantlab.report.verdicts import RULES
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.capabilities import Capability
 from quantlab.vocabulary.dtypes import DTYPES
@@ -240,8 +242,8 @@ def words() -> list[Row]:
 
 
 def meaning(word: str) -> str:
-    """What a word of ours is: of the glossary, a metric, a dtype, an algorithm, a kind of layer, a backend or a group
-    of options; also in the plural, and by another name of the same.
+    """What a word of ours is: of the glossary, a verdict, a metric, a dtype, an algorithm, a kind of layer, a backend
+    or a group of options; also in the plural, and by another name of the same.
 
     Raises ConfigError, with the nearest ones, for any other.
     """
@@ -249,12 +251,14 @@ def meaning(word: str) -> str:
     known |= {name: f"a backend; its dtypes: {', '.join(offer.rows)}" for name, offer in offers().items()}
     known |= {n: f"{m.description}{f' [{m.unit}]' if m.unit not in ('', '1') else ''}" for n, m in METRICS.items()}
     known |= {n: f"{d.description} ({d.bits} bits)" for n, d in DTYPES.items()}
-    known |= ALGORITHMS | KINDS | {w.lower(): text for w, text in WORDS.items()}
+    speed = "median of repetitions after a warm-up, _p90: 90th percentile of the times; evaluation.speed=true"
+    known |= {f"{n}{end}": f"{text}; {speed}" for n, text in OF_SPEED.items() for end in ("", "_p90")}
+    known |= RULES | ALGORITHMS | KINDS | {w.lower(): text for w, text in WORDS.items()}
     for other, same in ALSO.items():
         told = f"the same as {same}: {WORDS[same]}"
         known |= {other: told, other.rpartition("/")[2]: known.get(other.rpartition("/")[2], told)}
-    name = word.lower()
-    for spelled in (name, metric_called(name), name.removesuffix("s")):
+    name = word.lower().removeprefix("perf/")
+    for spelled in (word.lower(), name, metric_called(name), name.removesuffix("s")):
         if spelled in known:
             return known[spelled]
     close = nearest(name, known)

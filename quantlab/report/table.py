@@ -13,11 +13,12 @@ from dataclasses import replace
 from quantlab.backends.table import said_of
 from quantlab.errors import nearest
 from quantlab.metrics import METRICS
+from quantlab.metrics.statistics import MIN_CLUSTERS
 from quantlab.progress import printable
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.selection import backends_of
 from quantlab.report.terminal import Column, Sheet
-from quantlab.report.verdicts import error_metric, is_inside, largest_floor, less, with_other_batch
+from quantlab.report.verdicts import TOO_FEW, error_metric, is_inside, largest_floor, less, with_other_batch
 from quantlab.tracking.results import Measured, Row
 from quantlab.tracking.values import flatten
 from quantlab.vocabulary.numbers import metric_value, time_in_words
@@ -35,8 +36,14 @@ MARKS = {
 KEEP = {"scheme": 9, "MiB": 8, "bits/weight": 6, "saving": 3, "coverage": 2, "s": 1}
 """Column -> how long it stays where the terminal is narrow; see :class:`quantlab.report.terminal.Column`."""
 CAPTIONS = {"saving": "saving is against 16 bit"}
-OF_SPEED = ("time_to_first_token_ms", "prefill_tokens_per_s", "decode_tokens_per_s", "sample_s", "step_ms")
-"""What is measured with ``evaluation.speed=true`` alone, behind ``perf/``."""
+OF_SPEED = {
+    "time_to_first_token_ms": "from the prompt to the first token",
+    "prefill_tokens_per_s": "tokens of the prompt over the time to the first token",
+    "decode_tokens_per_s": "tokens after the first over their time",
+    "sample_s": "from the prompt to the picture, video or sound",
+    "step_ms": "one denoising step",
+}
+"""What is measured with ``evaluation.speed=true`` alone, behind ``perf/`` -> what it is."""
 CPU_SECONDS = "times on a CPU say nothing about a GPU"
 
 
@@ -200,8 +207,15 @@ def rows_sheet(
     for name in more:
         own.append(Column(title=_chosen(name, is_plain), keep=8, caption=timed if name.startswith("perf/") else ""))
     earlier = "resumed: all rows are those of earlier jobs" if all_resumed else ""
-    told = (untold, *said_beside(rows), *_not_there(asked, known), caption, earlier)
+    told = (untold, *said_beside(rows), *_not_there(asked, known), caption, _too_few(rows, shown), earlier)
     return Sheet(columns=with_marks(own, texts), rows=texts, styles=styles, caption=told)
+
+
+def _too_few(rows: Iterable[Measured], shown: Sequence[str]) -> str:
+    """A sentence where the samples are too few for any interval."""
+    nums = [row["metrics"].get(f"quality/{shown[0]}/n") for row in rows if "quantization/coverage" in row["metrics"]]
+    is_few = any(num is not None and num < MIN_CLUSTERS for num in nums)
+    return f"{TOO_FEW}: no intervals and no verdicts; take {MIN_CLUSTERS} or more" if is_few else ""
 
 
 def _chosen(name: str, is_plain: bool) -> str:

@@ -10,6 +10,7 @@ from quantlab.planning.glossary import ALSO, WORDS
 from quantlab.planning.listing import meaning
 from quantlab.planning.plan import plan
 from quantlab.report.table import columns
+from quantlab.report.verdicts import RULES
 from tests.support.shell import Shell
 
 
@@ -36,11 +37,28 @@ def test_each_column_of_the_table_is_a_word_that_is_explained():
         ("gguf", "a backend; its dtypes: q8_0"),
         ("group_size", "group_size=OPTION: 16, 32, 64, 128"),
         ("latent_rel_mse", METRICS["latent_rel_mse"].description),
+        ("near the floor", RULES["near the floor"]),
+        ("too few samples", RULES["too few samples"]),
+        ("holm", "the same as p (Holm)"),
+        ("simulated", "stored wider"),
+        ("sweep", "jobs"),
+        ("recipe", "YAML"),
+        ("margin", "smallest difference that matters"),
+        ("perf/step_ms", "evaluation.speed=true"),
+        ("decode_tokens_per_s_p90", "evaluation.speed=true"),
     ],
 )
 def test_what_a_word_is(word, holds, tmp_path):
     assert holds in meaning(word)
     assert Shell(tmp_path)("help", word) == (0, f"{word}: {meaning(word)}\n", "")
+
+
+def test_every_verdict_and_every_column_of_a_comparison_is_explained(tmp_path):
+    assert all(meaning(verdict) == text for verdict, text in RULES.items())
+    assert meaning("p (Holm)")
+    shell = Shell(tmp_path)
+    assert shell("help", "inside", "the", "floor") == shell("help", "inside the floor")
+    assert len(shell("help", "floor", "front")[1].splitlines()) == 2
 
 
 def test_a_metric_without_a_unit_has_none_in_brackets():

@@ -61,6 +61,14 @@ def test_an_error_goes_on_between_words_in_a_terminal_and_is_one_line_elsewhere(
     assert is_terminal or len(lines) == 2
 
 
+@pytest.mark.parametrize(("num", "is_said"), [(3, True), (5, False)])
+def test_few_samples_have_no_interval_and_that_is_said_with_the_way_out(num, is_said):
+    row = measured("torchao int8", **{"quality/latent_rel_mse/n": float(num), "quality/psnr_db/n": float(num)})
+    row["metrics"] = {k: v for k, v in row["metrics"].items() if is_said < 1 or "/ci_" not in k}
+    text = " ".join(printed(rows_sheet([row], "diffusion", f"n = {num}"), 80).split())
+    assert ("too few samples: no intervals and no verdicts; take 5 or more" in text) == is_said
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize("status", ["FAILED", "SKIPPED"])
 def test_a_row_without_numbers_says_why_at_any_width(width, status):
