@@ -22,7 +22,7 @@ LOGGERS = (
 )
 WARNINGS = (
     r".*modules? .* should be kept in float32.*",
-    r".*transformers version .* is not tested with.*",
+    r".*transformers .*is not tested with.*",
     r".*lr_scheduler\.step\(\).*",
     r"RealQuantLinear: No real-quant GEMM found.*",  # the weight is decoded instead, which read-back measures
     r".*does not implement _stable_hash_for_caching.*",

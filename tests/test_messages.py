@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from quantlab.errors import ConfigError
 from quantlab.modules.reached import check_weights_are_here, uncalled
 from quantlab.planning.components import DEFAULT
 from quantlab.planning.plan import plan
+from quantlab.quiet import quiet_libraries
 
 E4M3 = ["float8_e4m3", "float8_e4m3fn", "qfloat8", "fp8", "e4m3"]
 
@@ -203,3 +206,11 @@ def test_a_choice_may_be_written_in_its_librarys_case():
     ]
     assert jobs[0].schemes[DEFAULT].native == jobs[1].schemes[DEFAULT].native
     assert quantlab.GGUFQuantizationConfig(gguf_type="Q4_K", file_type="Q4_K_M").file_type == "q4_k_m"
+
+
+def test_what_modelopt_says_of_versions_is_no_word_to_the_user(recwarn):
+    # quantlab says itself which versions it was not probed on
+    text = "transformers 5.24.0 is not tested with current version of modelopt and may cause issues."
+    quiet_libraries([])
+    warnings.warn(text, UserWarning, stacklevel=1)
+    assert not [w for w in recwarn if "not tested" in str(w.message)]
