@@ -247,12 +247,14 @@ def test_the_package_says_its_version_and_that_it_is_typed():
     assert json.dumps(quantlab.__version__)
 
 
-def test_what_is_evaluated_in_python_shows_itself_and_gives_tables_too():
+def test_what_is_evaluated_in_python_shows_itself_and_gives_tables_too(monkeypatch):
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
     batches = [torch.randn(6, 64), torch.randn(6, 64)]
     found = quantlab.evaluate(module, [quantlab.QuantoConfig(weights_dtype="int8")], batches, num_bootstrap=50)
     assert len(repr(found).splitlines()) <= 15
+    monkeypatch.setenv("COLUMNS", "70")
+    assert max(map(len, repr(found).splitlines())) <= 70
     assert "quanto int8" in repr(found)
     assert "<table" in found._repr_html_()
     assert found.rows.loc["quanto int8", "quality/output_rel_error"] > 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from quantlab.report.table import MARKS, MIB, title_of, with_half_width
+from quantlab.report.table import MARKS, mib, title_of, with_half_width
 from quantlab.report.terminal import Column, Sheet
 from quantlab.tracking.results import Measured
 from quantlab.vocabulary.numbers import ALONE, ON_TOP, metric_value
@@ -37,7 +37,7 @@ def attribution_sheet(rows: Iterable[Measured], metrics: Sequence[str], *, is_pl
     for row, parts in measured:
         found = row["metrics"]
         saved = sum(found.get(f"memory/{name}/saved_bytes", 0) for name in parts)
-        whole = [f"{found.get('memory/weights_bytes', 0) / MIB:.2f}", f"{saved / MIB:.2f}"]
+        whole = [mib(found.get("memory/weights_bytes", 0)), mib(saved)]
         for metric in shown:
             whole += [_text(found, f"quality/{metric}"), ""]
         before = [row["name"]] if is_plain else []
@@ -64,7 +64,7 @@ _TOGETHER = "all together"
 
 def _bytes(metrics: Mapping[str, float], name: str) -> tuple[str, str]:
     weights, saved = metrics.get(f"memory/{name}/weights_bytes", 0), metrics.get(f"memory/{name}/saved_bytes", 0)
-    return f"{weights / MIB:.2f}", f"{saved / MIB:.2f}"
+    return mib(weights), mib(saved)
 
 
 def _qualities(metrics: Mapping[str, float], name: str, shown: Sequence[str]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from quantlab.report.compare import Comparison, answers, bytes_of
 from quantlab.report.comparison_data import failure_data, in_order, unquantized
 from quantlab.report.reading import StoredRun
 from quantlab.report.selection import is_candidate
-from quantlab.report.table import MIB, cells, headline, sheet_columns, short_number, with_half_width, with_marks
+from quantlab.report.table import cells, headline, mib, sheet_columns, short_number, with_half_width, with_marks
 from quantlab.report.terminal import Column, Sheet, show, tell
 from quantlab.report.verdicts import (
     BETTER,
@@ -191,6 +191,6 @@ def answer_lines(group: Comparison) -> list[str]:
     lines = []
     for question, name in answers(group):
         saving = runs[name].metrics.get("memory/compression") if name else None
-        size = f" ({bytes_of(runs[name]) / MIB:.2f} MiB, {saving:.2f}x)" if saving else ""
+        size = f" ({mib(bytes_of(runs[name]))} MiB, {saving:.2f}x)" if saving else ""
         lines.append(f"{question}: {name}{size}" if name else question)
     return lines

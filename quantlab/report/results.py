@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import os
 import shlex
 import shutil
 import sys
@@ -294,10 +295,10 @@ class Told(str):
 
 def _console() -> tuple[Console, io.StringIO]:
     file = io.StringIO()
-    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    is_known = os.environ.get("COLUMNS", "").isdigit() or (sys.stdout is not None and sys.stdout.isatty())
     console = Console(
         file=file,
-        width=min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH) if is_terminal else WIDTH,
+        width=min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH) if is_known else WIDTH,
         markup=False,
         highlight=False,
         emoji=False,

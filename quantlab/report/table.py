@@ -108,12 +108,18 @@ def cells(row: Measured, shown: Sequence[str], bounds: bool = True) -> list[str]
         row["name"],
         _shown(metrics.get("memory/bits_per_weight_model"), "{:.2f}")
         + _shown(metrics.get("memory/bits_per_weight_quantized"), " ({:.2f})"),
-        simulated + _shown(metrics.get("memory/weights_bytes"), "{:.2f}", MIB),
+        f"{simulated}{mib(metrics['memory/weights_bytes'])}" if "memory/weights_bytes" in metrics else "",
         _shown(metrics.get("memory/compression"), "{:.2f}x"),
         *(_quality(metrics, m, bounds) for m in shown),
         _shown(metrics.get("quantization/coverage"), "{:.1f} %", 0.01),
         _shown(metrics.get("perf/evaluate_s"), "{:.1f}"),
     ]
+
+
+def mib(num_bytes: float) -> str:
+    """Bytes as a cell under MiB: two digits behind the point, and of small modules two that say something."""
+    value = num_bytes / MIB
+    return f"{value:#.2g}" if 0 < abs(value) < 0.095 else f"{value:.2f}"
 
 
 def _shown(value: float | None, pattern: str, unit: float = 1.0) -> str:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from quantlab.report.html import run_address, write_page
+from quantlab.report.table import cells
 from quantlab.report.views import axes, costs
 from tests.support.browser import boxes, choose, find, look, row_names, saved, texts
 from tests.support.comparison_store import SCHEMES
@@ -315,10 +316,12 @@ def test_dark_colours_follow_the_system_or_the_button_and_are_readable(browser, 
 def test_the_page_rounds_as_the_terminal_does_and_has_its_words(browser, data, tmp_path):
     row = next(r for r in data["groups"][0]["rows"] if r["role"] == "candidate")
     row |= {"bits_per_weight_model": 8.625, "bits_per_weight_quantized": 4.125, "compression": 1.855}
+    row |= {"weights_bytes": 18432, "is_simulated": False}
     write_page(data, tmp_path / "page.html")
     look(browser, tmp_path / "page.html")
     shown = texts(browser, f"tr[data-name='{row['name']}'] td")
     assert shown[1:3] == [f"{8.625:.2f}", f"{4.125:.2f}"]
+    assert shown[3] == cells({"name": "", "status": "FINISHED", "metrics": {"memory/weights_bytes": 18432}}, [])[2]
     assert shown[4] == f"{1.855:.2f}\u00d7"
     assert "front" in texts(browser, "th .title")
     look(browser, tmp_path / "page.html", 390)

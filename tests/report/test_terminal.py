@@ -61,6 +61,12 @@ def test_an_error_goes_on_between_words_in_a_terminal_and_is_one_line_elsewhere(
     assert is_terminal or len(lines) == 2
 
 
+@pytest.mark.parametrize(("num", "text"), [(0, "0.00"), (18432, "0.018"), (17936, "0.017"), (104858, "0.10"), (4.03 * 2**20, "4.03")])  # fmt: skip
+def test_bytes_of_small_modules_are_told_apart(num, text):
+    row = measured("torchao int8", **{"memory/weights_bytes": num})
+    assert cells(row, [])[2] == text
+
+
 @pytest.mark.parametrize(("num", "is_said"), [(3, True), (5, False)])
 def test_few_samples_have_no_interval_and_that_is_said_with_the_way_out(num, is_said):
     row = measured("torchao int8", **{"quality/latent_rel_mse/n": float(num), "quality/psnr_db/n": float(num)})

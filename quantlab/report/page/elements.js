@@ -71,9 +71,14 @@ function decimals(value, digits) { // halves to the even digit, as the terminal'
   return (scaled - low === 0.5 && Number.isInteger(value * 2 ** (digits + 1)) ? (low + (low % 2)) / 10 ** digits : value).toFixed(digits);
 }
 
+function mib(value) { // two digits behind the point, and of small modules two that say something
+  const v = value / MIB;
+  return v !== 0 && Math.abs(v) < 0.095 ? v.toPrecision(2) : decimals(v, 2);
+}
+
 function bytes(value) {
   if (value === null || value === undefined) return "";
-  return value >= GIB ? `${decimals(value / GIB, 2)} GiB` : `${decimals(value / MIB, 2)} MiB`;
+  return value >= GIB ? `${decimals(value / GIB, 2)} GiB` : `${mib(value)} MiB`;
 }
 
 function probability(p) {
