@@ -137,6 +137,6 @@ function answers() {
   const field = (id) => make("input", { type: "number", id, min: 0, step: "any", value: written(state[id]), placeholder: "any", oninput: (e) => { state[id] = e.target.value === "" ? null : Number(e.target.value); tell(); } });
   const card = (i, ...question) => make("div", { class: "answer" }, make("div", { class: "question" }, ...question), places[i]);
   tell();
-  return make("div", { class: "answers" }, card(0, "best under ", field("under"), " MiB"), card(1, "smallest within the floor: no measurable loss"),
+  return make("div", { class: "answers" }, card(0, "best under ", field("under"), " MiB"), card(1, "smallest inside the floor: no measurable loss"),
     card(2, `smallest with ${state.metric} at ${view().higher_is_better ? "least" : "most"} `, field("quality")));
 }
