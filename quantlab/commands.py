@@ -25,6 +25,7 @@ from quantlab.planning.trust import is_trusted, question, remember, require_trus
 from quantlab.progress import counted, file_name, printable
 from quantlab.report.terminal import Column, Sheet, complain, show, tell
 from quantlab.vocabulary.reports import RunReport
+from quantlab.vocabulary.schema import ModelConfig
 
 if TYPE_CHECKING:
     from quantlab.running.foreseen import Foreseen
@@ -308,6 +309,11 @@ def show_export(words: Sequence[str]) -> int:
     return 0
 
 
+def model_told(config: ModelConfig) -> str:
+    """A model in a word: the last part of its path or Hub id, or its family where it has none."""
+    return file_name((config.path or "").rstrip("/").rpartition("/")[2]) or config.family
+
+
 def front_lines(reports: Sequence[RunReport], request: Plan) -> list[str]:
     """The Pareto front of a search, a line a scheme; nothing where there was none."""
     from quantlab.planning.space import objectives_of
@@ -349,7 +355,7 @@ def run(request: Plan, flags: set[str]) -> int:
         print(json.dumps(rows, indent=2))
     else:
         config = request.jobs[0].config
-        caption = f"{config.model.family}, n = {config.evaluation.num_samples}"
+        caption = f"{model_told(config.model)}, n = {config.evaluation.num_samples}"
         console = terminal(132)
         schemes = [r for r in rows if "quantization/coverage" in r["metrics"]]
         for line in said_first((r["name"], r["unquantized"]) for r in schemes):

@@ -19,10 +19,12 @@ import pytest
 
 from quantlab import cli
 from quantlab.cli import KNOWN_FLAGS, help_text
+from quantlab.commands import model_told
 from quantlab.models.table import FAMILIES
 from quantlab.planning.listing import LISTS
 from quantlab.planning.places import groups, recipes
 from quantlab.planning.plan import plan
+from quantlab.vocabulary.schema import ModelConfig
 from tests.support.shell import Shell, digits_words
 from tests.support.stores import ROOT
 
@@ -206,6 +208,14 @@ def test_a_command_that_was_mistyped(quick, typed, meant):
     code, _, err = quick(typed)
     assert code == 2
     assert f"did you mean {meant}?" in err
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [(None, "causal_lm"), ("owner/Some-LM-1B", "Some-LM-1B"), ("/models/my model/", "my model"), ("/", "causal_lm")],
+)
+def test_a_table_names_its_model(path, told):
+    assert model_told(ModelConfig(family="causal_lm", path=path)) == told
 
 
 def test_help_alone_is_the_help(quick):

@@ -23,7 +23,7 @@ function reading() {
   const words = Object.entries(DATA.rules).map(([k, v]) => [make("dt", {}, pill(k)), make("dd", {}, v)]).flat();
   const metrics = [...new Set([...group().headline, ...Object.keys(group().views)])].map((m) => [make("dt", {}, m), make("dd", {}, `${DATA.metrics[m].description}${direction(m) ? ` (${direction(m)})` : ""}`)]).flat();
   return make("section", {}, make("details", {}, make("summary", {}, "How to read this page"),
-    make("p", { class: "hint" }, "Every number compares a scheme with the unquantized reference on the same inputs. Intervals are 95 % bootstrap intervals over independent samples; p-values are paired and Holm-adjusted over all comparisons of these runs under one metric. A size with ~ is of a simulated format, stored wider than its name says."),
+    make("p", { class: "hint" }, "Every number compares a scheme with the unquantized reference on the same inputs. Intervals are of 95 %, over independent samples; p-values are paired and Holm-adjusted over all comparisons of these runs under one metric. A size with ~ is of a simulated format, stored wider than its name says."),
     make("dl", {}, ...words), make("dl", {}, ...metrics)));
 }
 
