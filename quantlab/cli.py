@@ -246,7 +246,9 @@ def _dispatch(words: list[str], is_last: bool) -> int:
     flags = {w for w in words if w.startswith("-")}
     rest = [w for w in words if not w.startswith("-")]
     if unknown := [w for w in words if w in flags - KNOWN_FLAGS and not w.startswith("--columns=")]:
-        near = nearest(unknown[0], KNOWN_FLAGS)
+        key = unknown[0].lstrip("-").partition("=")[0]
+        is_key = key in (*groups(), "recipe")
+        near = f"; keys have no dashes: {key}=..." if is_key else nearest(unknown[0], KNOWN_FLAGS)
         raise ConfigError(
             f"{unknown[0]}: {HYDRAS_FLAGS.get(unknown[0].partition('=')[0], f'no such option{near}')}; {HELPS}"
         )

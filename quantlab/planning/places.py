@@ -57,8 +57,10 @@ def recipe_file(value: str) -> Path:
         return path
     known = recipes()
     if value not in known:
+        is_beside = os.path.isfile(f"{value}.yaml")  # False, and no error, for what can be no path
+        near = f"; did you mean recipe={value}.yaml?" if is_beside else nearest(value, known)
         raise ConfigError(
-            f"recipe={value}: no such recipe{nearest(value, known)}; quantlab list recipes shows them, "
+            f"recipe={value}: no such recipe{near}; quantlab list recipes shows them, "
             "and recipe=path/to/file.yaml runs your own"
         )
     return known[value]

@@ -88,12 +88,14 @@ def _parsed(parser: OverridesParser, word: str) -> Any:
         word = f"{key}='{value}'"
     shown = word if len(word) <= _MAX_KEY else f"{word[:_MAX_KEY]}..."
     if not has_value or not key:
-        is_recipe = word in recipes() or word.endswith((".yaml", ".yml"))
-        verbs = f"; did you mean recipe={word}?" if is_recipe else nearest(word, COMMANDS)
-        raise ConfigError(f"{shown or repr('')}: an override is key=value{verbs}; quantlab --help shows examples")
+        raise ConfigError(f"{shown or repr('')}: an override is key=value{_bare(word)}; quantlab --help shows examples")
     if len(key) > _MAX_KEY:
         raise ConfigError(f"{shown}: no such key; quantlab --help lists the groups")
     check_text(word, key)
+    if word in _MEANT:
+        raise ConfigError(f"{word}: no such choice; {_MEANT[word]}")
+    if value.endswith(",") and not value.startswith(("'", '"')):
+        raise ConfigError(f"{shown}: a value is wanted behind the last comma, or no comma")
     try:
         return parser.parse_override(quote_numbers(_complete(_unsigned(word))))
     except (OverrideParseException, HydraException) as error:
@@ -101,6 +103,20 @@ def _parsed(parser: OverridesParser, word: str) -> Any:
             f"{shown}: Hydra's grammar does not take it ({str(error).splitlines()[0]}); put the value into quotes, "
             f"and for the shell once more: {key[:40]}='\"...\"'"
         ) from error
+
+
+_MEANT = {
+    "device=gpu": "a GPU is device=cuda",
+    "tracking=mlflow": "MLflow is tracking=sqlite (a file here) and tracking=server (tracking.uri=http://host:5000)",
+}
+"""What people type by other tools' words -> what it is here."""
+
+
+def _bare(word: str) -> str:
+    """The way from a word without a value to what was meant."""
+    if word in recipes() or word.endswith((".yaml", ".yml")):
+        return f"; did you mean recipe={word}?"
+    return f"; write {word}=..., without spaces" if word in (*groups(), "recipe") else nearest(word, COMMANDS)
 
 
 def _quoted(value: str) -> str:
@@ -197,7 +213,11 @@ def check_options(parsed: Sequence[Any]) -> None:
         options = known[group]
         several = isinstance(value, list)
         if several and group not in MULTIPLE_GROUPS:
-            raise ConfigError(f"{group}={_shown(value)}: one choice is wanted; there are {', '.join(options)}")
+            each = ",".join(map(str, value))
+            raise ConfigError(
+                f"{group}={_shown(value)}: one choice is wanted, and several are a sweep: -m {group}={each}; there "
+                f"are {', '.join(options)}"
+            )
         for choice in value if several else [value]:
             if not isinstance(choice, (str, int, QuotedString)) or str(choice) not in options:
                 raise ConfigError(f"{group}={no_option(group, choice)}")

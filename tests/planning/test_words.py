@@ -59,7 +59,7 @@ REFUSED = {
     "dtype=glob(zzz*)": r"^dtype: glob\(\) matches none of ",
     "device=glob(*)": r"^device: glob\(\) chooses among the options of a group",
     "evaluation.num_samples=range(1,1000000000)": rf"^evaluation.num_samples: more than {MAX_COMBINATIONS} combinations",
-    "dataset.seed=range(0,200),": r"^dataset.seed=range\(0,200\),: Hydra's grammar",
+    "dataset.seed=range(0,200),": r"^dataset.seed=range\(0,200\),: a value is wanted behind the last comma",
 }
 
 
@@ -153,3 +153,33 @@ def test_a_grid_that_is_empty_says_which_list(tmp_path):
         plan(["backend=quanto", "sweep.grid.dtype=[]"])
     with pytest.raises(ConfigError, match=r"^sweep.candidates\[0\]: an entry is empty"):
         plan(["sweep.candidates=[{}]"])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["digits_backends"], "digits_backends: an override is key=value; did you mean recipe=digits_backends?"),
+        (["recipe", "digits_backends"], "recipe: an override is key=value; write recipe=..."),
+        (["backend", "=", "torchao"], "backend: an override is key=value; write backend=..., without spaces"),
+        (["--recipe", "digits_backends"], "--recipe: no such option; keys have no dashes: recipe=..."),
+        (["--backend=quanto"], "--backend=quanto: no such option; keys have no dashes: backend=..."),
+        (["num_samples=5"], "num_samples: no such key; did you mean "),
+        (["bootstrap_seed=5"], "bootstrap_seed: no such key; did you mean evaluation.bootstrap_seed?"),
+        (["device=gpu"], "device=gpu: no such choice; a GPU is device=cuda"),
+        (["tracking=mlflow"], "tracking=mlflow: no such choice; MLflow is tracking=sqlite"),
+        (["-m", "backend=quanto", "dtype=int8,int4,"], "dtype=int8,int4,: a value is wanted behind the last comma"),
+        (["-m", "backend=torchao", "dtype=int4", "group_size=[32,64]"], "group_size=[32, 64]: one choice is wanted, and"
+         " several are a sweep: -m group_size=32,64"),
+    ],
+)  # fmt: skip
+def test_what_people_type_is_answered_with_what_they_meant(words, told):
+    with pytest.raises(ConfigError) as caught:
+        dispatch(words)
+    assert str(caught.value).startswith(told)
+
+
+def test_a_recipe_of_the_folder_is_named_with_its_ending(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").touch()
+    with pytest.raises(ConfigError, match=r"^recipe=mine: no such recipe; did you mean recipe=mine.yaml\?"):
+        plan(["recipe=mine"])
