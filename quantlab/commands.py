@@ -208,7 +208,7 @@ def show_prices(words: Sequence[str], flags: set[str], is_last: bool = False) ->
                 print(printable(told), file=sys.stderr)
             else:
                 tell(console, told)
-    return 0 if any(price.components for price in prices) else ConfigError.exit_code
+    return ConfigError.exit_code if all(price.why_refused for price in prices) else 0
 
 
 def show_first_recipe(words: Sequence[str]) -> int:

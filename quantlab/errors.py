@@ -6,6 +6,7 @@
     │   ├── ModelError                     a model, tokenizer or data set that cannot be read or is broken
     │   └── TrackingError                  the tracking store cannot be used
     ├── NotQuantized                       the tensors show something else than what was asked for: exit 1
+    │   └── DoesNotFit (also ConfigError)  layers have no shape that can be stored as asked: exit 2
     ├── DiskFull                           there is no room for what is measured: exit 1
     └── MetricUndefined                    a number that does not exist for these samples (NaN, none left): exit 1
         └── NotFinite                      because an output is NaN or infinite
@@ -48,6 +49,10 @@ class TrackingError(ConfigError):
 
 class NotQuantized(QuantlabError):
     """Layers that were asked for are not what was asked for, as read from their tensors."""
+
+
+class DoesNotFit(ConfigError, NotQuantized):
+    """Layers that cannot be stored as asked, by their shapes alone: known before there are tensors."""
 
 
 class DiskFull(QuantlabError):

@@ -119,7 +119,7 @@ MISFITS = ["model=diffusers", "backend=torchao", "dtype=int4", "group_size=128",
 
 def test_layers_that_do_not_fit_are_an_error_by_default(shell, folders):
     code, _, err = shell(*MISFITS, f"model.path={folders['flux']}", "-q")
-    assert code == 1
+    assert code == 2
     assert err.startswith("quantlab: group_size=128: ")
     assert "does not divide by group_size 128" in err
 
@@ -145,6 +145,11 @@ def test_layers_that_do_not_fit_are_counted(shell, folders, on_mismatch, counted
     assert {layers[n]["dtype"] for n in others} == {"float32" if on_mismatch == "skip" else on_mismatch}
     done = {n for n, r in layers.items() if r["status"] == "quantized"}
     assert done
+    stored = [r for r in layers.values() if r["dtype"] in ("int4", "int8")]
+    num_weights = sum(r["shape"][0] * r["shape"][1] for r in stored)
+    num_bytes = sum(r["weight_bytes"] + r["scale_bytes"] for r in stored)
+    assert metrics["memory/bits_per_weight_quantized"] == 8 * num_bytes / num_weights
+    assert metrics["memory/quantized_bytes"] == sum(r["weight_bytes"] for r in stored)
     assert metrics["quantization/group_size_min"] == metrics["quantization/group_size_max"] == 128
     listed = json.loads(artifact(shell.store, row["run_id"], "exclusions.json"))
     assert set(listed[status]) == others

@@ -19,7 +19,7 @@ from quantlab.backends.pipelines import components_of, is_of_a_pipeline
 from quantlab.backends.scheme import Scheme, pasted_scheme, scheme_of
 from quantlab.backends.stored import block_of, pasted_file
 from quantlab.backends.table import backend_of, backends, own_settings
-from quantlab.errors import ConfigError, ModelError, NotQuantized, QuantlabError, nearest
+from quantlab.errors import ConfigError, DoesNotFit, ModelError, NotQuantized, QuantlabError, nearest
 from quantlab.models.pipeline_files import DENOISER, NO_DENOISER
 from quantlab.models.table import components_of_family
 from quantlab.planning.composition import node_class
@@ -317,7 +317,7 @@ def told_under(key: str) -> Iterator[None]:
 
 
 def _same_kind(error: QuantlabError) -> type[QuantlabError]:
-    return next(kind for kind in (ModelError, ConfigError, NotQuantized) if isinstance(error, kind))
+    return next(kind for kind in (ModelError, DoesNotFit, ConfigError, NotQuantized) if isinstance(error, kind))
 
 
 @contextmanager

@@ -92,7 +92,7 @@ def _kept_lines(kept: Iterable[Kept], unit: str) -> Iterator[str]:
 
 
 def _refusals(price: Price) -> Iterator[str]:
-    for reason in (*price.refused, *(r for c in price.components for r in c.refused)):
+    for reason in price.why_refused:
         yield f"a run refuses it: {reason}"
 
 

@@ -152,9 +152,8 @@ def _candidate(book: Book, job: Job, backend: str, bits: int) -> Found:
                 except ConfigError as error:
                     why = str(error)
                     break
-                refused = [*price.refused, *(reason for part in price.components for reason in part.refused)]
-                if refused:
-                    why = refused[0]
+                if price.why_refused:
+                    why = price.why_refused[0]
                     continue
                 taken = sum(part.quantized_parameters for part in price.components)
                 if mismatch == "error":

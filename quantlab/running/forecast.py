@@ -231,7 +231,7 @@ def _budget(config: ExperimentConfig, device: str) -> dict[str, int]:
 
 def _placement(price: Price, budget: Mapping[str, int], asked: str) -> str:
     """The first placement whose phases all fit; "" where none does."""
-    if price.refused or any(c.refused for c in price.components):
+    if price.why_refused:
         return ""
     for name, rows in price.phases.items():
         if (asked == name or (asked == "auto" and name != "spread")) and not _short(rows, budget):
@@ -251,7 +251,7 @@ def _short(rows: Sequence[Phase], budget: Mapping[str, int]) -> str:
 def _advice(book: Book, job: Job, price: Price) -> str:
     """The nearest change that would fit: a placement, a narrower dtype, another component; else what is missing."""
     budget = price.budget
-    if any(c.refused for c in price.components):
+    if price.why_refused:
         return ""
     if job.config.memory.placement != "auto" and (other := _placement(price, budget, "auto")):
         return f"memory.placement={other} fits"

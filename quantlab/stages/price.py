@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from quantlab.backends.scheme import Scheme
 from quantlab.backends.table import held_packages
-from quantlab.errors import ConfigError, ModelError, NotQuantized
+from quantlab.errors import ConfigError
 from quantlab.modules.holders import PACK, Holder, holders
 from quantlab.modules.layers import matches
 from quantlab.modules.memory import Storages, logical_size, storage_of, storages
@@ -43,14 +43,16 @@ def price_component(
     """
     if request is None:
         return _priced(name, module, None, _Choice(), scheme_name)
-    asked, unmatched, refused = _askable(request, module)
-    try:
-        chosen = choose_layers(asked, module)
-    except (ConfigError, ModelError, NotQuantized) as error:
-        price = _priced(name, module, None, _Choice(), scheme_name)
-        return replace(price, unmatched=unmatched, refused=(*refused, str(error)))
-    if chosen.misfits and request.scheme.axes.on_mismatch == "error":
-        refused = (*refused, _misfits_told(request, chosen, module))
+    asked, unmatched, refused = request, _unmatched(request, module), ()
+    try:  # as a run does, in whose words it is refused
+        check_device(request.scheme.format, request.device, request.compute_dtype)
+        chosen = choose_layers(request, module)
+    except ConfigError as error:
+        asked, refused = _askable(request, unmatched), (str(error),)
+        try:
+            chosen = choose_layers(asked, module)
+        except ConfigError:
+            return replace(_priced(name, module, None, _Choice(), scheme_name), unmatched=unmatched, refused=refused)
     price = _priced(name, module, asked, _Choice.of(chosen), scheme_name)
     return replace(price, unmatched=unmatched, refused=refused, file_bytes=_file_bytes(request.scheme, module))
 
@@ -68,38 +70,21 @@ def _file_bytes(scheme: Scheme, module: nn.Module) -> int | None:
     return found
 
 
-def _askable(
-    request: QuantizationRequest, module: nn.Module
-) -> tuple[QuantizationRequest, tuple[str, ...], tuple[str, ...]]:
-    """The request without what would make a run refuse it whole; the entries that take no layer; and the refusals."""
-    scheme, refused = request.scheme, []
-    layers = [n for n, h in holders(module).items() if h.way and h.kind in scheme.axes.layer_kinds]
-    defaults = () if scheme.axes.replace_default_exclusions else request.default_exclusions
-    unmatched = [e for e in (*defaults, *scheme.exclusions) if not any(matches(e, n) for n in layers)]
-    shipped = {entry for entries in scheme.shipped_exclusions.values() for entry in entries}
-    wrong = [e for e in unmatched if e in scheme.exclusions and e not in shipped and e not in defaults]
-    if wrong and layers and scheme.native.exclusion_rule == "quantlab":
-        refused.append(
-            f"modules_to_not_convert={wrong[0]}: matches none of the {len(layers)} layers of {request.component}"
-        )
-    try:
-        check_device(scheme.format, request.device, request.compute_dtype)
-    except ConfigError as error:
-        refused.append(str(error))
-    axes = scheme.axes if scheme.axes.on_mismatch != "error" else replace(scheme.axes, on_mismatch="skip")
-    kept = tuple(e for e in scheme.exclusions if e not in wrong)
-    asked = replace(request, scheme=replace(scheme, axes=axes, exclusions=kept))
-    return asked, tuple(dict.fromkeys(unmatched)), tuple(refused)
-
-
-def _misfits_told(request: QuantizationRequest, chosen: Selection, module: nn.Module) -> str:
+def _unmatched(request: QuantizationRequest, module: nn.Module) -> tuple[str, ...]:
+    """The entries of ``modules_to_not_convert`` that take no layer."""
     axes = request.scheme.axes
-    name, why = next(iter(chosen.misfits.items()))
-    return (
-        f"dtype={axes.dtype}: {len(chosen.misfits)} layers of {request.component} cannot be stored as {axes.backend} "
-        f"{axes.dtype}, such as {name} {list(holders(module)[name].view.matrix_shape)}: {why}; "
-        "quantization.on_mismatch=skip keeps them"
-    )
+    layers = [n for n, h in holders(module).items() if h.way and h.kind in axes.layer_kinds]
+    defaults = () if axes.replace_default_exclusions else request.default_exclusions
+    entries = dict.fromkeys((*defaults, *request.scheme.exclusions))
+    return tuple(e for e in entries if not any(matches(e, n) for n in layers))
+
+
+def _askable(request: QuantizationRequest, unmatched: Collection[str]) -> QuantizationRequest:
+    """The request without what makes a run refuse it whole, as far as it can do without."""
+    scheme = request.scheme
+    axes = scheme.axes if scheme.axes.on_mismatch != "error" else replace(scheme.axes, on_mismatch="skip")
+    kept = tuple(e for e in scheme.exclusions if e not in unmatched)
+    return replace(request, scheme=replace(scheme, axes=axes, exclusions=kept))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +128,7 @@ def _priced(
         done, reasons = set[str](), dict[str, str]()
         for holder in of_part[id(part)]:
             if holder.name in stored:
-                counted.add_stored(holder, *stored[holder.name])
+                counted.add_stored(path, holder, *stored[holder.name], choice.reasons.get(holder.name, ""))
                 done |= {holder.parameter} if holder.way == PACK else {holder.parameter, "bias"}
             elif shared.get(holder.name) in stored:
                 done.add(holder.parameter)
@@ -261,10 +246,14 @@ class _Count:
         self.kinds[what, dtype] = known[0] + parameters, known[1] + num_bytes
         self.by_path[self.path] += num_bytes
 
-    def add_stored(self, holder: Holder, dtype: str, stored: StoredBytes) -> None:
-        """A weight that is replaced, and the bias that moves with it."""
+    def add_stored(self, path: str, holder: Holder, dtype: str, stored: StoredBytes, why: str) -> None:
+        """A weight that is replaced, and the bias that moves with it; ``why`` it is not stored as asked. One that fell
+        back to a float is kept: it has no codes."""
         self.replaced.add(storage_of(holder.weight))
-        self._add("codes", dtype, holder.weight.numel(), stored.codes)
+        is_float = dtype in COMPUTE_DTYPES
+        self._add(type(holder.owner).__name__ if is_float else "codes", dtype, holder.weight.numel(), stored.codes)
+        if is_float:
+            self.kept[f"{why}; kept in {dtype}"][path] = stored.codes
         self._add("scales", dtype, 0, stored.scales)
         bias = None if holder.way == PACK else holder.owner._parameters.get("bias")
         if bias is None:

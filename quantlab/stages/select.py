@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from quantlab.backends.exclusions import expand, kept_in_float32
 from quantlab.backends.scheme import Format, Scheme
 from quantlab.backends.table import offers, warn_unprobed
-from quantlab.errors import ConfigError, NotQuantized
+from quantlab.errors import ConfigError, DoesNotFit
 from quantlab.modules.compiler import missing_compiler
 from quantlab.modules.device import kind_of
 from quantlab.modules.holders import PACK, TURN, Holder, holders
@@ -95,7 +95,7 @@ def select_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
     Raises:
         ConfigError: an exclusion that matches nothing, no layer left, or a device that the scheme does not run on.
         ModelError: a layer whose work a quantized one would not do (:func:`quantlab.modules.hooks.check_forwards`).
-        NotQuantized: layers that the scheme cannot take.
+        DoesNotFit: layers that the scheme cannot take.
     """
     warn_unprobed(request.scheme.backend.name)
     check_device(request.scheme.format, request.device, request.compute_dtype)
@@ -153,9 +153,9 @@ def choose_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
     asked = {n: scheme.other_formats[dtypes[n]] if n in dtypes else scheme.format for n in wanted}
     misfits = {n: reason for n in wanted if (reason := misfit(asked[n], shapes[n]))}
     if misfits and axes.on_mismatch == "error":
-        raise NotQuantized(_misfit_message(axes, misfits, shapes))
+        raise DoesNotFit(_misfit_message(axes, request.component, misfits, shapes))
     if len(misfits) == len(wanted):
-        raise NotQuantized(_nothing_message(axes, request.component, misfits, shapes))
+        raise DoesNotFit(_nothing_message(axes, request.component, misfits, shapes))
     kept = {n: dtype_name(layers[n].weight.dtype) for n in wanted} if axes.compute_dtype == "auto" else {}
     return Selection(
         compute_dtypes={
@@ -325,15 +325,21 @@ def misfit(asked: Format, shape: Sequence[int]) -> str:
     return ""
 
 
-def _misfit_message(axes: QuantizationAxes, misfits: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> str:
+def _misfit_message(
+    axes: QuantizationAxes, component: str, misfits: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> str:
     key = f"group_size={axes.group_size}" if any("group_size" in r for r in misfits.values()) else f"dtype={axes.dtype}"
-    listed = "; ".join(f"{n} {list(shapes[n])}: {r}" for n, r in list(misfits.items())[:8])
-    more = f"; and {len(misfits) - 8} more" if len(misfits) > 8 else ""
     return (
-        f"{key}: {len(misfits)} layers cannot be stored as {axes.backend} {axes.dtype}: {listed}{more}. "
+        f"{key}: {len(misfits)} layers of {component} cannot be stored as {axes.backend} {axes.dtype}: "
+        f"{_listed(misfits, shapes)}. "
         "Choose another group size or dtype, exclude them with modules_to_not_convert, or pass "
         "quantization.on_mismatch=skip (or a dtype to fall back to)"
     )
+
+
+def _listed(misfits: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> str:
+    told = "; ".join(f"{n} {list(shapes[n])}: {r}" for n, r in list(misfits.items())[:8])
+    return told + (f"; and {len(misfits) - 8} more" if len(misfits) > 8 else "")
 
 
 def _nothing_message(
@@ -350,14 +356,14 @@ def _nothing_message(
 
 
 def _checked_fallback(scheme: Scheme, shapes: Mapping[str, Sequence[int]]) -> Scheme | None:
-    """The scheme of layers of these shapes; None where there are none. NotQuantized where they do not fit it either."""
+    """The scheme of layers of these shapes; None where there are none. DoesNotFit where they do not fit it either."""
     if not shapes or scheme.fallback is None:
         return None
     fallback = scheme.fallback
     bad = {n: r for n, shape in shapes.items() if (r := misfit(fallback.format, shape))}
     if bad:
-        raise NotQuantized(
-            f"quantization.on_mismatch={fallback.axes.dtype}: does not fit either: "
-            f"{'; '.join(f'{n}: {r}' for n, r in bad.items())}; choose a dtype without blocks, or skip"
+        raise DoesNotFit(
+            f"quantization.on_mismatch={fallback.axes.dtype}: does not fit either: {_listed(bad, shapes)}; choose a "
+            "dtype without blocks, or skip"
         )
     return fallback

@@ -12,7 +12,6 @@ from quantlab.backends.table import held_packages
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.memory import component_memory
 from quantlab.modules.packed import stored_at
-from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 from quantlab.vocabulary.reports import LayerReport, MemoryReport, QuantizationReport
 
 if TYPE_CHECKING:
@@ -33,8 +32,8 @@ def weigh(
 
 
 def _stored(module: nn.Module, component: str, rows: Sequence[LayerReport]) -> list[str]:
-    """Paths of the layers that hold codes."""
-    done = [r.name for r in rows if r.component == component and r.status in ("quantized", "fallback")]
+    """Paths of the layers that hold codes; one that fell back to a float holds none."""
+    done = [r.name for r in rows if r.component == component and r.is_stored_quantized]
     return [stored_at(module, name) for name in done]
 
 
@@ -52,14 +51,8 @@ def saved_bytes(candidate: LoadedModel, schemes: Mapping[str, Scheme | None], la
                 continue
             scheme.backend.module.save(candidate.components[name], target)
             if scheme.backend.saves == "layers":
-                done = [r for r in rows if r.status == "quantized" or (r.status == "fallback" and not _is_float(r))]
-                _save_others(candidate.components[name], _stored(candidate.components[name], name, done), target)
+                _save_others(candidate.components[name], _stored(candidate.components[name], name, rows), target)
         return sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
-
-
-def _is_float(row: LayerReport) -> bool:
-    """A fallback to a dtype of plain tensors, which no library saves."""
-    return row.dtype in COMPUTE_DTYPES
 
 
 def _save_others(module: nn.Module, saved: Collection[str], folder: Path) -> None:

@@ -131,7 +131,8 @@ def _memory_metrics(prefix: str, m: MemoryReport) -> dict[str, float | int | Non
 def _quantization_metrics(q: QuantizationReport) -> dict[str, float | int | None]:
     done = [r for r in q.layers if r.status in ("quantized", "fallback") and not r.shares]
     sizes = [r.group_size or r.shape[1] for r in done if r.status == "quantized"]
-    numel = sum(r.shape[0] * r.shape[1] for r in done)
+    stored = [r for r in done if r.is_stored_quantized]
+    numel = sum(r.num_weights for r in stored)
     errors = [r.weight_rel_error for r in done if r.weight_rel_error is not None]
     return {
         "quantization/coverage": q.coverage,
@@ -149,7 +150,7 @@ def _quantization_metrics(q: QuantizationReport) -> dict[str, float | int | None
         "quantization/worst_row_rel_error_max": max(
             (r.worst_row_rel_error for r in done if r.worst_row_rel_error is not None), default=None
         ),
-        "memory/bits_per_weight_quantized": 8 * sum(r.weight_bytes + r.scale_bytes for r in done) / numel
+        "memory/bits_per_weight_quantized": 8 * sum(r.weight_bytes + r.scale_bytes for r in stored) / numel
         if numel
         else None,
         "memory/is_simulated": float(any(r.is_simulated for r in done)),

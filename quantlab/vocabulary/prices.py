@@ -141,6 +141,11 @@ class Price:
         return sum(c.memory.weights_bytes for c in self.components)
 
     @property
+    def why_refused(self) -> tuple[str, ...]:
+        """Why a run of it would be refused, component by component."""
+        return (*self.refused, *(reason for part in self.components for reason in part.refused))
+
+    @property
     def fits(self) -> bool | None:
         """Whether some placement fits the budget; None where there is no budget."""
         return bool(self.placement) if self.budget else None
@@ -158,7 +163,7 @@ class Price:
             "total_bytes": self.total_bytes,
             "components": [c.data() for c in self.components],
             "unmatched": sorted({entry for c in self.components for entry in c.unmatched}),
-            "refused": [*self.refused, *(reason for c in self.components for reason in c.refused)],
+            "refused": list(self.why_refused),
             "placement": chosen,
             "phases": [_phase(p) for p in self.phases.get(chosen, ())],
             "placements": {name: [_phase(p) for p in phases] for name, phases in self.phases.items()},

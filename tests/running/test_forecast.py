@@ -25,7 +25,7 @@ from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.schema import EvaluationConfig, ModelConfig
 from tests.support.tables import CAPABILITIES, held_packages, the_scheme
 from tests.support.tiny_pipelines import BUILDERS
-from tests.support.tiny_text_models import save_llama
+from tests.support.tiny_text_models import TEXT, save_llama
 
 GIB = 2**30
 PUBLISHED = {
@@ -228,7 +228,7 @@ def test_an_outline_is_what_is_loaded(tmp_path, kind, dtype):
 def as_run(module, request, price):
     """The ledger of the module when it is really quantized."""
     real, report = quantize_component(request, copy.deepcopy(module), module)
-    names = [r.name for r in report.layers if r.status in ("quantized", "fallback")]
+    names = [r.name for r in report.layers if r.is_stored_quantized]
     assert sum(p.numel() for p in module.parameters()) >= price.quantized_parameters
     return component_memory(real, names, module, held_packages())
 
@@ -384,8 +384,45 @@ def test_an_exclusion_that_matches_nothing_is_told_and_the_rest_is_priced():
 def test_layers_that_cannot_be_stored_are_told():
     [price] = prices("model=smollm2_135m", "backend=gguf", "dtype=q4_k")
     [reason] = price.data()["refused"]
-    assert reason.startswith("dtype=q4_k: 180 layers of model cannot be stored as gguf q4_k, such as model.layers.0.")
-    assert reason.endswith("quantization.on_mismatch=skip keeps them")
+    assert reason.startswith("dtype=q4_k: 180 layers of model cannot be stored as gguf q4_k: model.layers.0.")
+    assert "quantization.on_mismatch=skip" in reason
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["backend=gguf", "dtype=q4_k"],
+        ["backend=gguf", "dtype=q4_k", "quantization.on_mismatch=skip"],
+        ["backend=modelopt", "dtype=int4", "group_size=512"],
+        ["backend=quanto", "dtype=int8", "quantization.layer_kinds=[conv]"],
+        ["backend=quanto", "dtype=int8", "quantization.modules_to_not_convert.own=[q_prok]"],
+        ["backend=torchao", "dtype=mxfp8"],
+        ["components.model={backend: gguf, dtype: q4_k}"],
+    ],
+    ids=" ".join,
+)
+def test_a_plan_refuses_what_a_run_refuses_in_the_same_words(shell, asked):
+    save_llama(shell.folder / "m", hidden_size=64, intermediate_size=128)
+    (shell.folder / "text.txt").write_text(TEXT)
+    words = ["model=causal_lm", "model.path=m", "dataset=text", "dataset.path=text.txt", "device=cpu"]
+    words += ["evaluation.context_length=32", "evaluation.num_samples=2", "sweep.floors=false", *asked]
+    code, out, _ = shell("plan", *words, "--json")
+    [told] = json.loads(out)[0]["refused"]
+    assert shell(*words, "-q")[::2] == (code, f"quantlab: {told}\n")
+    assert code == 2
+
+
+def test_a_layer_that_falls_back_to_a_float_is_not_quantized(tmp_path):
+    folder = save_llama(tmp_path / "m", hidden_size=256, intermediate_size=192)
+    words = ["model=causal_lm", f"model.path={folder}", "device=cpu", "backend=gguf", "dtype=q4_k"]
+    [skipped] = prices(*words, "quantization.on_mismatch=skip")
+    [cast] = prices(*words, "quantization.on_mismatch=bfloat16")
+    assert cast.components[0].quantized_parameters == skipped.components[0].quantized_parameters
+    assert cast.components[0].bits_per_quantized_weight == 4.5
+    assert cast.components[0].memory.quantized_bytes == skipped.components[0].memory.quantized_bytes
+    kept = {k.rule: k.modules for k in cast.components[0].kept}
+    why = "does not fit: in_features 192 does not divide by 256, the block of q4_k; kept in bfloat16"
+    assert kept[why] == ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
 
 
 BAD = {
