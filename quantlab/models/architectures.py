@@ -125,9 +125,14 @@ def _from_hub(key: str, path: str, revision: str | None) -> Callable[[str], dict
 
 def _parsed(key: str, name: str, file: Path) -> dict[str, Any]:
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8"), object_hook=_number_or_mapping)
     except (OSError, ValueError) as error:
         raise ModelError(f"{key}: {name} cannot be read ({error}); copy or download it again") from error
     if not isinstance(data, dict):
         raise ModelError(f"{key}: {name} is no configuration; copy or download it again")
     return data
+
+
+def _number_or_mapping(value: dict[str, Any]) -> Any:
+    """A mapping of a configuration; or the number that transformers writes as one, as JSON has no infinity."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ModelError
 from quantlab.models.architectures import Architecture, Part, class_of
-from quantlab.models.reading import frozen, quiet_loading
+from quantlab.models.reading import first_line, frozen, quiet_loading, unreadable
 from quantlab.modules.compute_dtype import torch_dtype
 from quantlab.modules.source import uninitialized
 
@@ -65,10 +65,9 @@ def _built(key: str, part: Part, dtype: str, is_filled: bool = False) -> nn.Modu
             module = made.from_config(config) if is_diffusers else made(made.config_class.from_dict(config))
         if hasattr(module, "tie_weights"):  # out there, where what is assigned is what is held
             module.tie_weights()
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, NotImplementedError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    except unreadable() as error:
         raise ModelError(
-            f"{key}: {part.class_name} cannot be built from its configuration alone ({first.rstrip('.')}); "
+            f"{key}: {part.class_name} cannot be built from its configuration alone ({first_line(error)}); "
             "check that the installed library is the one that wrote it"
         ) from error
     return frozen(as_loaded(module, dtype))

@@ -107,27 +107,30 @@ def as_model_error(key: str, way_out: str, brings_code: Callable[[], bool] = lam
     do where that looks for a class elsewhere and finds none (``brings_code``). Running out of memory stays what
     it is.
     """
-    from safetensors import SafetensorError
-
-    unreadable = (
-        OSError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ImportError,
-        SafetensorError,
-    )
     try:
         yield
-    except unreadable as error:
+    except unreadable() as error:
         if isinstance(error, ModelError) or is_of_the_machine(error):
             raise
         if _ASKS_FOR_CODE in str(error) or brings_code():
             raise remote_code(key, "it asks for code of its own") from error
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise ModelError(f"{key}: it cannot be loaded ({first.rstrip('.')}); {way_out}") from error
+        raise ModelError(f"{key}: it cannot be loaded ({first_line(error)}); {way_out}") from error
+
+
+def unreadable() -> tuple[type[Exception], ...]:
+    """What libraries raise over a checkpoint or configuration that they cannot read."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    builtin = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
+    return *builtin, SafetensorError, StrictDataclassError
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first: its first line, and the next where that one ends with a colon."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    told = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+    return told[:300].rstrip(".")
 
 
 def frozen(module: _Module) -> _Module:

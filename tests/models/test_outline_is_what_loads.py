@@ -1,12 +1,16 @@
 """What is planned is what is loaded: no head that is not measured, no half that is not read, no pooler that is not there."""
 
+import json
+
 import pytest
 
-from quantlab.models import encoder, seq2seq, vision
+from quantlab.errors import ModelError
+from quantlab.models import causal_lm, encoder, seq2seq, vision
 from quantlab.models.outlines import outline
 from quantlab.vocabulary.schema import ModelConfig
 from tests.models.test_auto import BOTH, processor
 from tests.models.test_whole_model import BERT, T5, VISION, saved
+from tests.support.tiny_text_models import save_llama
 
 ROBERTA = {**BERT, "type_vocab_size": 1, "pad_token_id": 0}
 CASES = {
@@ -35,3 +39,22 @@ def test_the_outline_has_the_parameters_that_are_loaded(name, tmp_path):
     planned = outline(config, "cpu", lambda _: None).components["model"]
     shapes = [{n: tuple(p.shape) for n, p in part.named_parameters()} for part in (planned, loaded)]
     assert shapes[0] == shapes[1]
+
+
+def test_a_number_that_json_does_not_have(tmp_path):
+    """transformers writes an infinite one as a mapping."""
+    sizes = {"num_heads": 8, "head_dim": 8, "expand": 2, "state_size": 8, "n_groups": 1, "num_hidden_layers": 1}
+    folder = saved(tmp_path / "model", "Mamba2ForCausalLM", "Mamba2Config", vocab_size=259, hidden_size=32, **sizes)
+    assert "__float__" in (folder / "config.json").read_text()
+    planned = outline(ModelConfig(family="causal_lm", path=str(folder)), "cpu", lambda _: None).components["model"]
+    assert list(planned.config.time_step_limit) == [0.0, float("inf")]
+
+
+def test_a_value_of_another_type_is_one_message(tmp_path):
+    folder = save_llama(tmp_path / "model")
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "hidden_size": "many"}))
+    asked = ModelConfig(family="causal_lm", path=str(folder))
+    for look in (lambda: outline(asked, "cpu", lambda _: None), lambda: causal_lm.load(asked, "cpu", tmp_path)):
+        with pytest.raises(ModelError, match=r"^model\.path=.*'hidden_size': TypeError: .* expected int.*; "):
+            look()
