@@ -62,7 +62,9 @@ def _built(key: str, part: Part, dtype: str, is_filled: bool = False) -> nn.Modu
         where = uninitialized() if is_filled else _without_values()
         with _default_dtype(torch_dtype(dtype)), where, quiet_loading(logging), _silent(logging):
             is_diffusers = issubclass(made, diffusers.ModelMixin)
-            module = made.from_config(config) if is_diffusers else made(made.config_class.from_dict(config))
+            module = made.from_config(config) if is_diffusers else made(_config_in(made.config_class, config, dtype))
+        if is_filled and _is_of_transformers(module):
+            _make_buffers_again(module)
         if hasattr(module, "tie_weights"):  # out there, where what is assigned is what is held
             module.tie_weights()
     except unreadable() as error:
@@ -71,6 +73,26 @@ def _built(key: str, part: Part, dtype: str, is_filled: bool = False) -> nn.Modu
             "check that the installed library is the one that wrote it"
         ) from error
     return frozen(as_loaded(module, dtype))
+
+
+def _config_in(kind: Any, said: Mapping[str, Any], dtype: str) -> Any:
+    """A configuration of transformers, and those in it, by which parts are made in ``dtype``."""
+    config = kind.from_dict(said)
+    inner = [getattr(config, name, None) for name in config.sub_configs]
+    for one in (config, *(found for found in inner if found is not None)):
+        one.dtype = torch_dtype(dtype)
+    return config
+
+
+def _make_buffers_again(module: Any) -> None:
+    """Give buffers that are in no checkpoint the values that transformers gives them: it makes the module without any,
+    and then these in the dtype that is torch's own. Computed in 16 bit they are others (GPT-J's positions)."""
+    in_files = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+    for tensor in (*module.parameters(), *(b for b in module.buffers() if id(b) in in_files)):
+        tensor._is_hf_initialized = True  # as transformers marks what it has loaded
+    for part in module.modules():
+        part._is_hf_initialized = False
+    module.initialize_weights()
 
 
 @contextmanager
@@ -125,18 +147,19 @@ def as_loaded(module: nn.Module, dtype: str) -> nn.Module:
     """The module, its tensors in the dtypes that ``from_pretrained(dtype=...)`` gives them; in place, ties kept.
 
     Diffusers keeps what ``_keep_in_fp32_modules`` of the class names in float32; transformers does so for float16, and
-    for bfloat16 what ``_keep_in_fp32_modules_strict`` names. Buffers that are in no checkpoint stay as they were made.
+    for bfloat16 what ``_keep_in_fp32_modules_strict`` names, and leaves all else in the dtype in which the class makes
+    it. Buffers that are in no checkpoint stay as they were made.
     """
     import torch
 
-    target = torch_dtype(dtype)
+    target = None if _is_of_transformers(module) else torch_dtype(dtype)
     changed: dict[int, tuple[Tensor, Tensor]] = {}  # with the old one: an id is only one's own while it lives
     kept = _kept_rule(module, dtype)
     for path, part in module.named_modules():
         for name, value in (*part._parameters.items(), *part._buffers.items()):
             if value is None or not value.is_floating_point() or name in part._non_persistent_buffers_set:
                 continue
-            wanted = torch.float32 if kept(f"{path}.{name}".lstrip(".")) else target
+            wanted = torch.float32 if kept(f"{path}.{name}".lstrip(".")) else target or value.dtype
             if value.dtype == wanted:
                 continue
             if id(value) not in changed:
@@ -152,13 +175,17 @@ def as_loaded(module: nn.Module, dtype: str) -> nn.Module:
 def _kept_rule(module: nn.Module, dtype: str) -> Any:
     """Path of a tensor -> whether loading keeps it in float32."""
     entries = set(_names(module, "_keep_in_fp32_modules_strict")) if dtype != "float32" else set()
-    if not hasattr(module, "get_output_embeddings"):  # Diffusers' rule: a component of the path
+    if not _is_of_transformers(module):  # Diffusers' rule: a component of the path
         entries = set(_names(module, "_keep_in_fp32_modules"))
         return lambda path: not entries.isdisjoint(path.split("."))
     if dtype == "float16":
         entries |= set(_names(module, "_keep_in_fp32_modules"))
     patterns = [re.compile(rf"(?:^|\.){entry}(?:$|\.)") for entry in entries]
     return lambda path: any(p.search(path) for p in patterns)
+
+
+def _is_of_transformers(module: nn.Module) -> bool:
+    return hasattr(module, "get_output_embeddings")
 
 
 def _names(module: nn.Module, attribute: str) -> tuple[str, ...]:

@@ -43,7 +43,8 @@ def price_component(
     """
     if request is None:
         return _priced(name, module, None, _Choice(), scheme_name)
-    asked, unmatched, refused = request, _unmatched(request, module), ()
+    asked, unmatched = request, _unmatched(request, module)
+    refused: tuple[str, ...] = ()
     try:  # as a run does, in whose words it is refused
         check_device(request.scheme.format, request.device, request.compute_dtype)
         chosen = choose_layers(request, module)

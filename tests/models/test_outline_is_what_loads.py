@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 
 from quantlab.errors import ModelError
 from quantlab.models import causal_lm, encoder, seq2seq, vision
 from quantlab.models.outlines import outline
+from quantlab.models.sources import component_source
 from quantlab.vocabulary.schema import ModelConfig
 from tests.models.test_auto import BOTH, processor
 from tests.models.test_whole_model import BERT, T5, VISION, saved
@@ -39,6 +41,35 @@ def test_the_outline_has_the_parameters_that_are_loaded(name, tmp_path):
     planned = outline(config, "cpu", lambda _: None).components["model"]
     shapes = [{n: tuple(p.shape) for n, p in part.named_parameters()} for part in (planned, loaded)]
     assert shapes[0] == shapes[1]
+
+
+GPTJ = {"vocab_size": 259, "n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 8, "n_positions": 64}
+MADE = {
+    "positions that its class computes": ("causal_lm", "GPTJForCausalLM", "GPTJConfig", GPTJ),
+    "parameters that its class makes in float32": (
+        "encoder",
+        "DebertaModel",
+        "DebertaConfig",
+        {**BERT, "relative_attention": True, "pos_att_type": ["c2p"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("name", MADE)
+def test_what_is_streamed_is_what_is_loaded(name, dtype, tmp_path):
+    """Each tensor to the bit, also where no file has it, and each in the dtype that loading gives it."""
+    family, *made, sizes = MADE[name]
+    folder = saved(tmp_path / "model", *made, **sizes)
+    config = ModelConfig(family=family, path=str(folder), dtype=dtype)
+    loaded = {"causal_lm": causal_lm.load, **LOAD}[family](config, "cpu", tmp_path).components["model"]
+    planned = outline(config, "cpu", lambda _: None).components["model"]
+    source = component_source("model", loaded, dtype, "cpu")
+    source.fill_others(source.module, ())
+    for kind in ("named_parameters", "named_buffers"):
+        want, have, known = (dict(getattr(part, kind)()) for part in (loaded, source.module, planned))
+        assert {n: t.dtype for n, t in known.items()} == {n: t.dtype for n, t in want.items()}
+        assert [n for n in want if have[n].dtype != want[n].dtype or not torch.equal(have[n], want[n])] == []
 
 
 def test_a_number_that_json_does_not_have(tmp_path):
