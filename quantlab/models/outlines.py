@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantlab.errors import ConfigError, ModelError, nearest
@@ -14,7 +16,10 @@ from quantlab.models.digits_training import build_transformer
 from quantlab.models.outline import Outline, build
 from quantlab.models.pipeline_files import denoisers_of
 from quantlab.models.reading import chosen_dtype, frozen
+from quantlab.models.sources import untie
 from quantlab.models.stored_dtype import dtype_on
+from quantlab.modules.source import shards_of
+from quantlab.modules.ties import tied_parameters
 from quantlab.vocabulary.schema import DigitsModelConfig, ModelConfig
 
 if TYPE_CHECKING:
@@ -45,7 +50,14 @@ def outline(config: ModelConfig, device: str, shipped: Shipped) -> Outline:
     key = f"model.path={path}"
     is_pipeline = config.family == "diffusers"
     known = shipped(path) or read_architecture(config, "" if is_pipeline else "model")
-    return _pipeline(key, config, known, device) if is_pipeline else _one_model(key, config, known, device)
+    made = _pipeline(key, config, known, device) if is_pipeline else _one_model(key, config, known, device)
+    folder = Path(path).expanduser()
+    for name, module in made.components.items():
+        part = folder / name if is_pipeline else folder
+        if part.is_dir() and tied_parameters(module):
+            with contextlib.suppress(ModelError):  # no safetensors, or damaged ones, of which loading tells
+                untie(module, shards_of(key, part, config.variant))
+    return made
 
 
 def _pipeline(key: str, config: ModelConfig, known: Architecture, device: str) -> Outline:

@@ -11,7 +11,7 @@ from quantlab.errors import ConfigError
 from quantlab.models.architectures import Part
 from quantlab.models.outline import empty
 from quantlab.models.reading import as_model_error
-from quantlab.modules.source import Source, shards_of
+from quantlab.modules.source import Shards, Source, shards_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,7 +67,26 @@ def _path_of(config: Any) -> str | None:
 def source_of(origin: Origin, dtype: str, device: str) -> Source:
     """The component's empty module, and its tensors. Raises ModelError where its files cannot be read."""
     shards = shards_of(origin.key, origin.folder, origin.variant)
-    return Source(module=empty(origin.key, origin.part, dtype), shards=shards, device=device)
+    module = empty(origin.key, origin.part, dtype)
+    untie(module, shards)
+    return Source(module=module, shards=shards, device=device)
+
+
+def untie(module: nn.Module, shards: Shards) -> None:
+    """Give each place of a weight its own where the files hold other values for it, in place: whatever the
+    configuration says, transformers then ties nothing."""
+    import torch
+
+    places: dict[int, list[tuple[dict[str, Any], str, str]]] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        for name, tensor in part._parameters.items():
+            if tensor is not None and (full := f"{path}.{name}".lstrip(".")) in shards.files:
+                places.setdefault(id(tensor), []).append((part._parameters, name, full))
+    for first, *others in places.values():
+        for holder, name, full in others:
+            like = holder[name]
+            if not torch.equal(*(shards.tensor(n).to(like.dtype) for n in (first[2], full))):
+                holder[name] = torch.nn.Parameter(torch.empty_like(like), requires_grad=False)
 
 
 def component_source(name: str, component: nn.Module, dtype: str, device: str, variant: str | None = None) -> Source:

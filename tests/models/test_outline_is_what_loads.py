@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from quantlab.errors import ModelError
 from quantlab.models import causal_lm, encoder, seq2seq, vision
@@ -44,6 +45,7 @@ def test_the_outline_has_the_parameters_that_are_loaded(name, tmp_path):
 
 
 GPTJ = {"vocab_size": 259, "n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 8, "n_positions": 64}
+TIED = {**GPTJ, "tie_word_embeddings": True}
 MADE = {
     "positions that its class computes": ("causal_lm", "GPTJForCausalLM", "GPTJConfig", GPTJ),
     "parameters that its class makes in float32": (
@@ -51,6 +53,13 @@ MADE = {
         "DebertaModel",
         "DebertaConfig",
         {**BERT, "relative_attention": True, "pos_att_type": ["c2p"]},
+    ),
+    "a head that is tied, and stored": ("causal_lm", "GPTJForCausalLM", "GPTJConfig", TIED),
+    "a head that is tied by its configuration, and stored with other values": (
+        "causal_lm",
+        "GPTJForCausalLM",
+        "GPTJConfig",
+        TIED,
     ),
 }
 
@@ -61,6 +70,11 @@ def test_what_is_streamed_is_what_is_loaded(name, dtype, tmp_path):
     """Each tensor to the bit, also where no file has it, and each in the dtype that loading gives it."""
     family, *made, sizes = MADE[name]
     folder = saved(tmp_path / "model", *made, **sizes)
+    if name.startswith("a head"):
+        file = folder / "model.safetensors"
+        stored = load_file(file)
+        head = stored["transformer.wte.weight"].clone()
+        save_file({**stored, "lm_head.weight": head + head.std() if "other" in name else head}, file, {"format": "pt"})
     config = ModelConfig(family=family, path=str(folder), dtype=dtype)
     loaded = {"causal_lm": causal_lm.load, **LOAD}[family](config, "cpu", tmp_path).components["model"]
     planned = outline(config, "cpu", lambda _: None).components["model"]
