@@ -1,7 +1,8 @@
-"""What of a request a model that lies on several devices cannot do: known before anything runs."""
+"""What of a request a model that is not whole on one device cannot do: known before anything runs."""
 
 from __future__ import annotations
 
+from quantlab.backends.scheme import Scheme
 from quantlab.errors import ConfigError
 from quantlab.vocabulary.schema import ExperimentConfig
 
@@ -28,3 +29,18 @@ def check_placement(config: ExperimentConfig) -> None:
         raise ConfigError(
             f"{key}: torch.compile makes graphs of one device; pass evaluation.compile=false, or another placement"
         )
+
+
+def check_streamed(scheme: Scheme, placement: str) -> None:
+    """ConfigError where a scheme needs data, which are measured on the whole model; but what looks at layers' inputs
+    alone (an importance matrix) is measured on an unquantized model that runs in groups."""
+    axes = scheme.axes
+    is_measured = placement == "group_offload" and axes.algorithm in scheme.backend.input_algorithms
+    if not scheme.native.needs_data or is_measured:
+        return
+    of_activations = axes.algorithm == "max"
+    what = f"activation_dtype={axes.activation_dtype}" if of_activations else f"algorithm={axes.algorithm}"
+    raise ConfigError(
+        f"memory.placement={placement}: {axes.backend} wants the whole model while it measures {what}; pass "
+        f"memory.placement=resident, or {'activation_dtype=none' if of_activations else 'algorithm=max'}"
+    )

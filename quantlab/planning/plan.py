@@ -39,7 +39,7 @@ from quantlab.planning.job import Job, Merged, Plan, checkpoint_name, joined_nam
 from quantlab.planning.lines import candidate_lines, line_told
 from quantlab.planning.picking import check_export
 from quantlab.planning.places import groups, recipe_file, shipped_groups
-from quantlab.planning.placing import check_placement
+from quantlab.planning.placing import check_placement, check_streamed
 from quantlab.planning.recipe import Recipe, read_recipe
 from quantlab.planning.space import check_search, check_shared, check_space, distinct
 from quantlab.planning.trust import asked_for
@@ -375,6 +375,8 @@ def make_job(config: ExperimentConfig, overrides: Sequence[str] = (), recipe: Re
     found = {name: scheme for name, scheme in schemes.items() if scheme is not None}
     if any(scheme.native.needs_data for scheme in found.values()):
         check_calibration(config)
+    for scheme in found.values() if config.memory.placement in ("streamed", "group_offload") else ():
+        check_streamed(scheme, config.memory.placement)
     default = scheme_name(whole.axes, whole.scheme, whole.settings)
     alone = any(scheme.native.activation_granularity == "per-tensor" for scheme in found.values())
     return Job(

@@ -19,6 +19,7 @@ from quantlab.modules.layers import resolve_exclusions
 from quantlab.modules.packed import pack, share, turn
 from quantlab.modules.reached import check_weights_are_here
 from quantlab.modules.ties import ties, unite
+from quantlab.planning.placing import check_streamed
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.capabilities import LAYER_KINDS
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, dtype_name
@@ -109,17 +110,11 @@ def select_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
 def select_streamed(request: QuantizationRequest, module: torch.nn.Module, is_grouped: bool = False) -> Selection:
     """As :func:`select_layers`, of a module whose tensors are still on the disk.
 
-    ConfigError where the scheme needs data: it is calibrated on the whole model; but what looks at layers' inputs
-    alone (an importance matrix) is measured on an unquantized model that runs in groups (``is_grouped``).
+    ConfigError as :func:`quantlab.planning.placing.check_streamed`; ``is_grouped``: the unquantized model runs in
+    groups.
     """
     check_device(request.scheme.format, request.device, request.compute_dtype)
-    axes = request.scheme.axes
-    is_measured = is_grouped and axes.algorithm in request.scheme.backend.input_algorithms
-    if request.scheme.native.needs_data and not is_measured:
-        raise ConfigError(
-            f"memory.placement={'group_offload' if is_grouped else 'streamed'}: {axes.backend} changes the whole model "
-            f"while it measures algorithm={axes.algorithm}; pass memory.placement=resident, or algorithm=max"
-        )
+    check_streamed(request.scheme, "group_offload" if is_grouped else "streamed")
     chosen = choose_layers(request, module)
     unite(module, chosen.same)
     return chosen

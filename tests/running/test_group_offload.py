@@ -201,11 +201,19 @@ def test_on_a_gpu_blocks_come_by_streams_from_page_locked_memory(monkeypatch):
 def test_what_changes_the_model_while_it_measures_is_refused(text_model, tmp_path):
     (tmp_path / "other.txt").write_text("".join(reversed(TEXT)))
     data = ["calibration.source=text", "calibration.path=other.txt", "calibration.num_samples=3"]
-    words = [*text_model, "backend=quanto", "dtype=int8", "activation_dtype=int8", *data, GROUPED]
-    with pytest.raises(
-        ConfigError, match=r"^memory.placement=group_offload: quanto changes the whole model .*resident"
+    for placement, scheme, what, instead in (
+        (
+            "group_offload",
+            ["backend=quanto", "activation_dtype=int8"],
+            "activation_dtype=int8",
+            "activation_dtype=none",
+        ),
+        ("streamed", ["backend=modelopt", "algorithm=awq_lite"], "algorithm=awq_lite", "algorithm=max"),
     ):
-        quantlab.run(overrides=[*words, "calibration.context_length=32", "sweep.floors=false"])
+        words = [*text_model, *scheme, "dtype=int8", *data, f"memory.placement={placement}"]
+        told = rf"^memory.placement={placement}: \w+ wants the whole model while it measures {what}; .*resident, or {instead}"
+        with pytest.raises(ConfigError, match=told):
+            plan(words)  # before the model is read
 
 
 @pytest.mark.slow
