@@ -63,7 +63,7 @@ def _built(key: str, part: Part, dtype: str, is_filled: bool = False) -> nn.Modu
         with _default_dtype(torch_dtype(dtype)), where, quiet_loading(logging), _silent(logging):
             is_diffusers = issubclass(made, diffusers.ModelMixin)
             module = made.from_config(config) if is_diffusers else made(_config_in(made.config_class, config, dtype))
-        if is_filled and _is_of_transformers(module):
+        if is_filled and is_of_transformers(module):
             _make_buffers_again(module)
         if hasattr(module, "tie_weights"):  # out there, where what is assigned is what is held
             module.tie_weights()
@@ -152,7 +152,7 @@ def as_loaded(module: nn.Module, dtype: str) -> nn.Module:
     """
     import torch
 
-    target = None if _is_of_transformers(module) else torch_dtype(dtype)
+    target = None if is_of_transformers(module) else torch_dtype(dtype)
     changed: dict[int, tuple[Tensor, Tensor]] = {}  # with the old one: an id is only one's own while it lives
     kept = _kept_rule(module, dtype)
     for path, part in module.named_modules():
@@ -175,7 +175,7 @@ def as_loaded(module: nn.Module, dtype: str) -> nn.Module:
 def _kept_rule(module: nn.Module, dtype: str) -> Any:
     """Path of a tensor -> whether loading keeps it in float32."""
     entries = set(_names(module, "_keep_in_fp32_modules_strict")) if dtype != "float32" else set()
-    if not _is_of_transformers(module):  # Diffusers' rule: a component of the path
+    if not is_of_transformers(module):  # Diffusers' rule: a component of the path
         entries = set(_names(module, "_keep_in_fp32_modules"))
         return lambda path: not entries.isdisjoint(path.split("."))
     if dtype == "float16":
@@ -184,7 +184,8 @@ def _kept_rule(module: nn.Module, dtype: str) -> Any:
     return lambda path: any(p.search(path) for p in patterns)
 
 
-def _is_of_transformers(module: nn.Module) -> bool:
+def is_of_transformers(module: nn.Module) -> bool:
+    """Whether it is a model of transformers; the others are of Diffusers."""
     return hasattr(module, "get_output_embeddings")
 
 

@@ -16,7 +16,7 @@ from quantlab.models.digits_training import build_transformer
 from quantlab.models.outline import Outline, build
 from quantlab.models.pipeline_files import denoisers_of
 from quantlab.models.reading import chosen_dtype, frozen
-from quantlab.models.sources import untie
+from quantlab.models.sources import named_as_in, untie
 from quantlab.models.stored_dtype import dtype_on
 from quantlab.modules.source import shards_of
 from quantlab.modules.ties import tied_parameters
@@ -56,7 +56,7 @@ def outline(config: ModelConfig, device: str, shipped: Shipped) -> Outline:
         part = folder / name if is_pipeline else folder
         if part.is_dir() and tied_parameters(module):
             with contextlib.suppress(ModelError):  # no safetensors, or damaged ones, of which loading tells
-                untie(module, shards_of(key, part, config.variant))
+                untie(module, named_as_in(module, shards_of(key, part, config.variant)))
     return made
 
 

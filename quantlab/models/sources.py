@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError
 from quantlab.models.architectures import Part
-from quantlab.models.outline import empty
+from quantlab.models.converted import as_loaded_by_name
+from quantlab.models.outline import empty, is_of_transformers
 from quantlab.models.reading import as_model_error
 from quantlab.modules.source import Shards, Source, shards_of
 
@@ -28,6 +29,8 @@ class Origin:
     folder: Path
     part: Part
     variant: str | None
+    without: tuple[str, ...] = ()
+    """Parts that the class has and this one does not: a pooler, where the files are those of another class."""
 
 
 def origin_of(name: str, component: nn.Module, variant: str | None = None, key: str = KEY) -> Origin:
@@ -51,7 +54,8 @@ def origin_of(name: str, component: nn.Module, variant: str | None = None, key: 
             folder = Path(snapshot_download(str(origin), local_files_only=True))
     said = dict(config) if is_mapping else config.to_dict()
     part = Part(class_name=type(component).__name__, config=said)
-    return Origin(key=f"{key}: {folder.name}", folder=folder, part=part, variant=variant)
+    without = tuple(n for n, part in {**vars(component), **component._modules}.items() if part is None)
+    return Origin(key=f"{key}: {folder.name}", folder=folder, part=part, variant=variant, without=without)
 
 
 def has_origin(component: nn.Module) -> bool:
@@ -66,10 +70,18 @@ def _path_of(config: Any) -> str | None:
 
 def source_of(origin: Origin, dtype: str, device: str) -> Source:
     """The component's empty module, and its tensors. Raises ModelError where its files cannot be read."""
-    shards = shards_of(origin.key, origin.folder, origin.variant)
     module = empty(origin.key, origin.part, dtype)
+    for name, _ in list(module.named_children()):
+        if name in origin.without:
+            setattr(module, name, None)
+    shards = named_as_in(module, shards_of(origin.key, origin.folder, origin.variant))
     untie(module, shards)
     return Source(module=module, shards=shards, device=device)
+
+
+def named_as_in(module: nn.Module, shards: Shards) -> Shards:
+    """A component's tensors by the names that it has for them, also where its library loads them under others."""
+    return as_loaded_by_name(module, shards) if is_of_transformers(module) else shards
 
 
 def untie(module: nn.Module, shards: Shards) -> None:
@@ -80,12 +92,12 @@ def untie(module: nn.Module, shards: Shards) -> None:
     places: dict[int, list[tuple[dict[str, Any], str, str]]] = {}
     for path, part in module.named_modules(remove_duplicate=False):
         for name, tensor in part._parameters.items():
-            if tensor is not None and (full := f"{path}.{name}".lstrip(".")) in shards.files:
+            if tensor is not None and (full := f"{path}.{name}".lstrip(".")) in shards:
                 places.setdefault(id(tensor), []).append((part._parameters, name, full))
     for first, *others in places.values():
         for holder, name, full in others:
             like = holder[name]
-            if not torch.equal(*(shards.tensor(n).to(like.dtype) for n in (first[2], full))):
+            if not torch.equal(*(shards.tensor(n, like.dtype) for n in (first[2], full))):
                 holder[name] = torch.nn.Parameter(torch.empty_like(like), requires_grad=False)
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from quantlab.errors import ModelError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 _MMAP_THRESHOLD = -3
@@ -35,11 +36,19 @@ class Shards:
     """What the user typed, as ``model.path=...``: with it messages begin."""
     files: Mapping[str, Path]
     """Name of a tensor -> the file that holds it."""
+    made: Mapping[str, Callable[[torch.dtype], Tensor]] = field(default_factory=dict)
+    """Name of a tensor that no file holds as it is -> what makes it, in a dtype, of those that they hold."""
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor as it is stored; its memory is the file's. ModelError where there is none or it is damaged."""
+    def __contains__(self, name: str) -> bool:
+        return name in self.files or name in self.made
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor as it is stored, its memory is the file's; or in ``dtype``, by which others are made. ModelError
+        where there is none or it is damaged."""
         from safetensors import SafetensorError, safe_open
 
+        if name in self.made and dtype is not None:
+            return self.made[name](dtype)
         if name not in self.files:
             raise ModelError(f"{self.key}: its files hold no {name}; {_AGAIN}, or pass memory.placement=resident")
         try:
@@ -47,7 +56,7 @@ class Shards:
                 found: Tensor = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{self.key}: {self.files[name].name} is damaged ({error}); {_AGAIN}") from error
-        return found
+        return found if dtype is None else found.to(dtype)
 
 
 def shards_of(key: str, folder: Path, variant: str | None = None) -> Shards:
@@ -140,7 +149,7 @@ class Source:
     def lacking(self) -> list[str]:
         """Names of parameters that no file holds under any of their names: they are made of others as they load."""
         names = (name for name, _ in self.module.named_parameters())
-        return [n for n in names if not {n, *self._places.get(n, ())} & self.shards.files.keys()]
+        return [n for n in names if not any(known in self.shards for known in (n, *self._places.get(n, ())))]
 
     def fill(self, module: nn.Module, path: str) -> None:
         """Bring the own tensors of the part of ``module`` at ``path``, which has those of :attr:`module`."""
@@ -184,7 +193,7 @@ class Source:
             if buffer is None:
                 continue
             full = f"{path}.{name}".lstrip(".")
-            if name in part._non_persistent_buffers_set or full not in self.shards.files:
+            if name in part._non_persistent_buffers_set or full not in self.shards:
                 if buffer.is_meta:
                     raise ModelError(f"{self.shards.key}: its files hold no {full}; pass memory.placement=resident")
                 part._buffers[name] = buffer.to(device)
@@ -195,7 +204,7 @@ class Source:
         if not alone and id(like) in self._made:
             return self._made[id(like)][1]
         names = [path, *self._places.get(path, ())]
-        stored = self.shards.tensor(next((n for n in names if n in self.shards.files), path))
+        stored = self.shards.tensor(next((n for n in names if n in self.shards), path), like.dtype)
         if stored.shape != like.shape:
             raise ModelError(
                 f"{self.shards.key}: {path} has shape {list(stored.shape)} in the file and {list(like.shape)} by the "
@@ -213,7 +222,7 @@ class _State(Mapping[str, "Tensor"]):
 
     def __getitem__(self, name: str) -> Tensor:
         like = self.like[name]
-        stored = name in self.source.shards.files or like.is_meta
+        stored = name in self.source.shards or like.is_meta
         return self.source._brought(name, like, alone=True) if stored else like
 
     def __iter__(self) -> Iterator[str]:

@@ -46,6 +46,7 @@ def test_the_outline_has_the_parameters_that_are_loaded(name, tmp_path):
 
 GPTJ = {"vocab_size": 259, "n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 8, "n_positions": 64}
 TIED = {**GPTJ, "tie_word_embeddings": True}
+MIXTRAL = {**BERT, "num_key_value_heads": 2, "num_local_experts": 11, "num_experts_per_tok": 2}
 MADE = {
     "positions that its class computes": ("causal_lm", "GPTJForCausalLM", "GPTJConfig", GPTJ),
     "parameters that its class makes in float32": (
@@ -54,6 +55,9 @@ MADE = {
         "DebertaConfig",
         {**BERT, "relative_attention": True, "pos_att_type": ["c2p"]},
     ),
+    "experts that lie in the files one by one": ("causal_lm", "MixtralForCausalLM", "MixtralConfig", MIXTRAL),
+    "an output that has another name in the files": ("causal_lm", "GPTNeoXForCausalLM", "GPTNeoXConfig", BERT),
+    "a model whose files are those of one with a head": ("encoder", "BertForMaskedLM", "BertConfig", BERT),
     "a head that is tied, and stored": ("causal_lm", "GPTJForCausalLM", "GPTJConfig", TIED),
     "a head that is tied by its configuration, and stored with other values": (
         "causal_lm",

@@ -1,6 +1,7 @@
 """Where a candidate's layers come from changes no number."""
 
 import pytest
+import torch
 
 import quantlab
 from quantlab.errors import ConfigError, ModelError
@@ -44,6 +45,22 @@ def test_a_language_models_row_is_the_same(text_model, backend, dtype):
     assert numbers(streamed) == numbers(resident)
     assert streamed.quantization.coverage > 0.5
     assert streamed.planned == streamed.memory
+
+
+def test_a_mixtures_row_is_the_same(text_model, tmp_path):
+    """Its experts are one weight in the model and lie one by one in the files."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 259, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 11}
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads, initializer_range=0.3)).save_pretrained(tmp_path / "model")
+    words = [*text_model, "backend=quanto", "dtype=int4", "quantization.layer_kinds=[linear,expert]"]
+    places = ("resident", "streamed", "group_offload")
+    rows = [row_of(*words, f"output_dir={p}", f"memory.placement={p}") for p in places]
+    assert rows[0].quantization.coverage > 0.6
+    assert numbers(rows[1]) == numbers(rows[0])
+    assert numbers(rows[2]) == numbers(rows[0])
 
 
 @pytest.mark.slow
