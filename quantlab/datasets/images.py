@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -24,13 +25,17 @@ def load(config: DatasetConfig, evaluation: EvaluationConfig, model: LoadedModel
     tell_transparent(chosen, key)
     pictures = [opened(file, key, "RGB") for file in chosen]
     processor = cast(Any, model.parts)["processor"]
-    pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
+    made = processor(images=pictures, return_tensors="pt")
+    pixels = made["pixel_values"]
     if len(pixels) != wanted:
         raise ConfigError(
             f"{key}: of {wanted} pictures {type(processor).__name__} makes {len(pixels)} inputs, not one "
             "of each (one of a video's frames, or one of each part); give module and inputs to quantlab.evaluate"
         )
-    return VisionInputs(pixel_values=pixels.float(), sample_ids=tuple(file.name for file in chosen))
+    takes = inspect.signature(model.components["model"].forward).parameters
+    others = {k: v for k, v in made.items() if k in takes and k != "pixel_values" and hasattr(v, "numpy")}
+    ids = tuple(file.name for file in chosen)
+    return VisionInputs(pixel_values=pixels.float(), sample_ids=ids, others=others)
 
 
 def check_number(rows: Sequence[object], wanted: int, key: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from quantlab.models.loaded import LoadedModel
@@ -25,8 +25,10 @@ class VisionInputs:
     """Images as the model's processor makes them."""
 
     pixel_values: Tensor
-    """fp32 (images, channels, height, width)"""
+    """fp32 (images, channels, height, width); or (images, patches, values), of a processor that cuts them."""
     sample_ids: tuple[str, ...]
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+    """What else the processor makes and the model takes, (images, ...): masks, and how many patches an image has."""
 
     @property
     def num_samples(self) -> int:
@@ -35,15 +37,20 @@ class VisionInputs:
 
     @property
     def sha256(self) -> str:
-        """Digest of the pixels."""
+        """Digest of all that the model is given."""
         digest = hashlib.sha256(repr(tuple(self.pixel_values.shape)).encode())
         digest.update(self.pixel_values.contiguous().numpy().tobytes())
+        for name, tensor in sorted(self.others.items()):
+            digest.update(repr((name, tuple(tensor.shape))).encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def subset(self, indices: Sequence[int] | slice) -> VisionInputs:
         """The images with these numbers, in this order."""
         rows = list(range(self.num_samples)[indices] if isinstance(indices, slice) else map(int, indices))
-        return replace(self, pixel_values=self.pixel_values[rows], sample_ids=tuple(self.sample_ids[i] for i in rows))
+        others = {name: tensor[rows] for name, tensor in self.others.items()}
+        ids = tuple(self.sample_ids[i] for i in rows)
+        return replace(self, pixel_values=self.pixel_values[rows], sample_ids=ids, others=others)
 
 
 def check(model: LoadedModel, inputs: VisionInputs) -> None:
@@ -95,5 +102,7 @@ def measure(
 def _batches(model: LoadedModel, inputs: VisionInputs, batch_size: int) -> module.ModuleInputs:
     import torch
 
-    parts = torch.split(inputs.pixel_values, batch_size)
-    return module.inputs_of([{"pixel_values": part} for part in parts], model.dtype)
+    given = {"pixel_values": inputs.pixel_values, **inputs.others}
+    parts = {name: torch.split(tensor, batch_size) for name, tensor in given.items()}
+    num_parts = len(parts["pixel_values"])
+    return module.inputs_of([{name: parts[name][i] for name in given} for i in range(num_parts)], model.dtype)

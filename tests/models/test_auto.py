@@ -73,6 +73,7 @@ FOLDERS = {
     "Dinov2Model": ("vision", "Dinov2Config", VISION),
     "ViTForImageClassification": ("vision", "ViTConfig", VISION),
     "CLIPModel": ("vision", "CLIPConfig", BOTH),
+    "Siglip2VisionModel": ("vision", "Siglip2VisionConfig", {**VISION, "num_patches": 16}),
 }
 
 
@@ -164,6 +165,8 @@ def processor(folder, name):
     if name in HEARERS:
         kind, settings = HEARERS[name]
         getattr(transformers, kind)(**settings).save_pretrained(folder)
+    elif name.startswith("Siglip2"):
+        transformers.Siglip2ImageProcessor(patch_size=VISION["patch_size"], max_num_patches=16).save_pretrained(folder)
     else:
         size = {"height": 32, "width": 32}
         settings = {"image_processor_type": "ViTImageProcessor", "size": size, "do_resize": True, "do_normalize": True}
@@ -183,7 +186,8 @@ HEARERS = {
 """Models that read sound -> what makes of it what they read."""
 RUN = ["evaluation.num_samples=4", "evaluation.batch_size=2", "evaluation.num_bootstrap=20", "device=cpu"]
 WRITERS = ["T5ForConditionalGeneration", "BartForConditionalGeneration", *HEARERS]
-SEERS = ["ViTModel", "Dinov2Model", "ViTForImageClassification", "CLIPModel"]
+SEERS = ["ViTModel", "Dinov2Model", "ViTForImageClassification", "CLIPModel", "Siglip2VisionModel"]
+"""The last one is given patches, a mask and how many there are."""
 
 
 SOME = ("T5ForConditionalGeneration",)  # pictures: in the calibration of pairs and pictures
