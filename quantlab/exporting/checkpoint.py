@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from quantlab.backends.part import LIBRARIES, Beside, Part, Written
 from quantlab.backends.table import backend_of, loggers
 from quantlab.errors import ConfigError, is_disk_full, is_of_the_machine
 from quantlab.models.reading import quiet_loading
+from quantlab.modules.packed import stored_at
 from quantlab.quiet import quiet_libraries
 from quantlab.vocabulary.reports import LayerReport
 
@@ -74,7 +75,8 @@ def write_part(part: Part, folder: Path, max_shard: str = MAX_SHARD) -> Written:
         return plain
     kept: Beside = beside(part)
     save(part.module, folder, max_shard, what)
-    kept.write(folder)
+    with _cannot_write(what):
+        kept.write(folder)
     return dataclasses.replace(
         plain,
         loader=f"{plain.loader} after {kept.before.partition(':')[2]}()",
@@ -89,14 +91,20 @@ def save(module: Any, folder: Path, max_shard: str = MAX_SHARD, what: str = "") 
     from transformers.utils import logging
 
     quiet_libraries(loggers())
+    with _cannot_write(what or type(module).__name__), quiet_loading(logging), quiet_loading(diffusers_logging):
+        module.save_pretrained(folder, max_shard_size=max_shard)
+
+
+@contextlib.contextmanager
+def _cannot_write(what: str) -> Iterator[None]:
+    """What a library raises over a component that it cannot write, as one ConfigError."""
     try:
-        with quiet_loading(logging), quiet_loading(diffusers_logging):
-            module.save_pretrained(folder, max_shard_size=max_shard)
+        yield
     except Exception as error:
-        if is_disk_full(error) or is_of_the_machine(error) or isinstance(error, OSError):
+        if is_disk_full(error) or is_of_the_machine(error) or isinstance(error, OSError | ConfigError):
             raise
         raise ConfigError(
-            f"export.path: {what or type(module).__name__}: the library cannot write it "
+            f"export.path: {what}: the library cannot write it "
             f"({type(error).__name__}: {str(error)[:300]}); export another scheme"
         ) from error
 
@@ -111,6 +119,12 @@ def _check_rows(part: Part) -> None:
         raise ConfigError(
             f"quantization.layer_kinds: {_some(packed)} of {part.name}: loaders quantize Linear layers alone, so no "
             "checkpoint holds these; export with layer_kinds=[linear]"
+        )
+    read = [r for r in part.layers if r.is_stored_quantized and stored_at(part.module, r.name) != r.name]
+    if read:
+        raise ConfigError(
+            f"export.path: {_some(read)} of {part.name}: the model reads their weights, so that quantlab "
+            "keeps them packed, which no loader does; exclude them with modules_to_not_convert"
         )
     turned = [r for r in part.layers if r.is_stored_quantized and not _is_linear(part.original, r.name)]
     if turned:

@@ -121,3 +121,24 @@ def test_an_encoder_is_exported_too(tmp_path, one, monkeypatch):
     done, _, _ = exported(found, tmp_path / "x", tmp_path / "cache", "backend=torchao", "dtype=int8")
     assert done.verified.loads_with == "transformers BertModel.from_pretrained"
     assert done.verified.outputs_identical, done.verified.reason
+
+
+@pytest.mark.parametrize("backend", ["modelopt", "torchao"])
+def test_a_weight_that_is_read_stands_in_no_checkpoint(llama, tmp_path, backend):
+    """What quantlab packed and dequantizes when it is read: Llama 4's routers, the experts of Switch Transformers."""
+    found, folder = llama
+    job = job_on(found, f"backend={backend}", "dtype=int8")
+    made = candidate_of(found, job, folder / "cache", reads=("model.layers.0.mlp.up_proj",))
+    with pytest.raises(ConfigError, match=r"^export.path: model.layers.0.mlp.up_proj of model: the model reads"):
+        check_exportable(str(tmp_path / "x"), job, found.model, made.model, made.quantization)
+
+
+def test_what_a_library_raises_while_it_writes_its_state_is_one_message(llama, tmp_path, monkeypatch):
+    def fails(*_):
+        raise AssertionError("Actual method must have closure for freevars")  # of ModelOpt over BigBird
+
+    found, folder = llama
+    monkeypatch.setattr("quantlab.backends.modelopt.checkpointing._state", fails)
+    with pytest.raises(ConfigError, match=r"^export.path: modelopt model: the library cannot write it .*closure"):
+        exported(found, tmp_path / "x", folder / "cache", "backend=modelopt", "dtype=int8")
+    assert list(tmp_path.iterdir()) == []

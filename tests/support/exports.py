@@ -179,14 +179,14 @@ def job_on(found: Loaded, *words: str) -> Job:
     return job
 
 
-def candidate_of(found: Loaded, job: Job, cache_dir: Path) -> Candidate:
+def candidate_of(found: Loaded, job: Job, cache_dir: Path, reads: tuple[str, ...] = ()) -> Candidate:
     return make_candidate(
         Making(
             model=found.model,
             job=job,
             calibration_inputs=lambda: found.inputs,
             schemes=chosen(found.model, job),
-            reads={},
+            reads=dict.fromkeys(found.model.components, reads) if reads else {},
             cache_dir=cache_dir,
             advance=lambda *_: None,
             stage=lambda name: measure_stage(name, "cpu"),
