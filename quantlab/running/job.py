@@ -142,6 +142,10 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
     is_saved = job.config.tracking.save_checkpoint and layers is not None
     if layers is not None and job.batch_size is not None:
         layers = replace(layers, resolved={**layers.resolved, "evaluation.batch_size": job.batch_size})
+    disk_bytes = made.disk_bytes
+    if is_saved and job.schemes:
+        with bench.model.holding([name for name, scheme in schemes.items() if scheme is None]):  # saved as they are
+            disk_bytes = saved_bytes(candidate, schemes, layers)
     report = RunReport(
         name=job.name,
         status="FINISHED",
@@ -151,7 +155,7 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         memory=weigh(bench.model, candidate, list(schemes), layers),
         planned=planned(bench.model, job, schemes),
         device_bytes=_device_bytes(candidate, list(schemes)),
-        disk_bytes=saved_bytes(candidate, schemes, layers) if is_saved and job.schemes else made.disk_bytes,
+        disk_bytes=disk_bytes,
         stages=(*bench.stages, *made.stages),
         params={**job.resolved, **_found_out(bench, job, layers)},
         run_id=run.run_id if run else None,

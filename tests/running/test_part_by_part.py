@@ -82,6 +82,16 @@ def test_floors_calibrated_schemes_and_measured_encoders_are_the_same(words, tmp
         assert numbers(alone[-1]) == numbers(resident[-1])
 
 
+def test_a_component_that_stays_as_it_is_is_counted(words, tmp_path):
+    folder = BUILDERS["flux"](tmp_path / "flux")
+    schemes = ["components.transformer={backend: quanto, dtype: int8}", "components.text_encoder={backend: none}"]
+    asked = [*words[:-3], "sweep.force=true", f"model.path={folder}", *schemes, "sweep.floors=false"]
+    resident = quantlab.run(overrides=[*asked, "output_dir=one"])[-1]
+    alone = quantlab.run(overrides=[*asked, "output_dir=two", "memory.placement=alone"])[-1]
+    assert set(alone.memory) == {"transformer", "text_encoder"}
+    assert numbers(alone) == numbers(resident)
+
+
 def test_a_model_of_one_part_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
