@@ -12,6 +12,7 @@ from quantlab.models.architectures import Part
 from quantlab.models.converted import as_loaded_by_name
 from quantlab.models.outline import empty, is_of_transformers
 from quantlab.models.reading import as_model_error
+from quantlab.modules.memory import note_held
 from quantlab.modules.source import Shards, Source, shards_of
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def source_of(origin: Origin, dtype: str, device: str) -> Source:
             setattr(module, name, None)
     shards = named_as_in(module, shards_of(origin.key, origin.folder, origin.variant))
     untie(module, shards)
+    note_held(module)
     return Source(module=module, shards=shards, device=device)
 
 

@@ -28,6 +28,9 @@ Storages = dict[tuple[str, int], int]
 
 _PACKAGES = frozenset({"diffusers", "transformers", "quantlab"})
 """Plain objects of these are looked into, and of the packages that a caller names: those of the backends."""
+_HELD = "_held_when_loaded"
+"""Attribute of a part of a loaded module, see :func:`note_held`."""
+_REGISTERED = ("_parameters", "_buffers")
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 _MAX_DEPTH = 8
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -60,7 +63,10 @@ def _plain_tensors(obj: object, packages: Collection[str]) -> list[Tensor]:
     found: list[Tensor] = []
     seen: set[int] = set()
     for part in obj.modules() if isinstance(obj, nn.Module) else ():
-        for value in vars(part).values():
+        held = vars(part).get(_HELD)
+        for name, value in vars(part).items():
+            if held is not None and name not in held:  # of its calls
+                continue
             if type(value) not in _PLAIN and (not isinstance(value, (dict, set)) or value):  # most are empty
                 _walk(value, found, seen, packages)
     if not isinstance(obj, nn.Module):
@@ -96,6 +102,15 @@ def _inner(value: object, found: list[Tensor], packages: Collection[str]) -> Ite
     if (package := type(value).__module__.partition(".")[0]) in _PACKAGES or package in packages:
         return list(getattr(value, "__dict__", {}).values())
     return ()
+
+
+def note_held(module: nn.Module) -> None:
+    """Note which attributes of a module's parts hold tensors now, as it was loaded: what its calls leave in others
+    (positions and masks that are kept for the next call) is no weight of it, nor of its copies."""
+    for part in module.modules():
+        if "weight" not in part._parameters:  # a layer, in whose place a library's own may come
+            own = vars(part).items()
+            vars(part)[_HELD] = frozenset(n for n, value in own if n in _REGISTERED or storages(value, ()))
 
 
 def storage_of(tensor: Tensor) -> tuple[str, int]:

@@ -153,7 +153,7 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
         quantization=layers,
         calibration=_with_overlap(made.calibration, bench, job),
         memory=weigh(bench.model, candidate, list(schemes), layers),
-        planned=planned(bench.model, job, schemes),
+        planned=planned(bench.model, job, schemes, bench.reads),
         device_bytes=_device_bytes(candidate, list(schemes)),
         disk_bytes=disk_bytes,
         stages=(*bench.stages, *made.stages),

@@ -20,7 +20,7 @@ from quantlab.models.stored_dtype import dtype_on
 from quantlab.models.table import family_of
 from quantlab.modules.device import free_bytes, kind_of, total_bytes
 from quantlab.modules.groups import num_bytes
-from quantlab.modules.memory import storages
+from quantlab.modules.memory import note_held, storages
 from quantlab.modules.residence import Prompts
 from quantlab.modules.source import Source
 from quantlab.modules.spread import KEY as SPREAD
@@ -54,10 +54,10 @@ def load_placed(config: ExperimentConfig, device: str, cache: Path, advance: Adv
         budget = free_bytes(device)
     is_open = settings.placement == "auto" and config.model.path is not None and budget is not None
     if settings.placement not in APART and not is_open:
-        return family.load(asked, device, cache, advance), ""
+        return _noted(family.load(asked, device, cache, advance)), ""
     if settings.placement == "spread":
         spread_over(settings, device)  # what is wrong is told before the long work
-    model = family.load(_as_on(asked, device, family.name), "cpu", cache, advance)
+    model = _noted(family.load(_as_on(asked, device, family.name), "cpu", cache, advance))
     if not is_open or budget is None:
         return model, settings.placement
     pipe: Any = model.parts.get("pipeline")
@@ -75,6 +75,12 @@ def load_placed(config: ExperimentConfig, device: str, cache: Path, advance: Adv
         if hasattr(module, "named_parameters"):
             module.to(device)
     return replace(model, device=device), ""
+
+
+def _noted(model: LoadedModel) -> LoadedModel:
+    for module in model.components.values():
+        note_held(module)
+    return model
 
 
 def hollow(config: ExperimentConfig, device: str, cache: Path, advance: Advance) -> LoadedModel:
@@ -230,8 +236,11 @@ def source_for(model: LoadedModel, job: Job, schemes: Mapping[str, Scheme | None
     )
 
 
-def planned(model: LoadedModel, job: Job, schemes: Mapping[str, Scheme | None]) -> dict[str, MemoryReport]:
-    """The ledger that each component with a scheme should have, from the reference's shapes."""
+def planned(
+    model: LoadedModel, job: Job, schemes: Mapping[str, Scheme | None], reads: Mapping[str, tuple[str, ...]]
+) -> dict[str, MemoryReport]:
+    """The ledger that each component with a scheme should have, from the reference's shapes and from which of its
+    weights it was seen to read."""
     found = {}
     for name, scheme in schemes.items():
         if scheme is None:
@@ -243,6 +252,7 @@ def planned(model: LoadedModel, job: Job, schemes: Mapping[str, Scheme | None]) 
             compute_dtype=model.dtype if asked == "auto" else asked,
             device=model.device,
             default_exclusions=model.default_exclusions.get(name, ()),
+            read=reads.get(name, ()),
         )
         module = model.components[name]
         if groups := model.parts.get("groups"):  # whose layers' own calls are not theirs

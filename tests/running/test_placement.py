@@ -63,6 +63,33 @@ def test_a_mixtures_row_is_the_same(text_model, tmp_path):
     assert numbers(rows[2]) == numbers(rows[0])
 
 
+def test_what_a_model_keeps_of_its_calls_is_no_weight(text_model, tmp_path):
+    """LeViT keeps its attention's biases as they are looked up: a copy of a model that ran has them, a streamed one not."""
+    from transformers import LevitConfig, LevitModel
+
+    from tests.models.test_auto import pictures, processor
+
+    sizes = {"hidden_sizes": [16, 32, 48], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1], "key_dim": [8, 8, 8]}
+    LevitModel(LevitConfig(image_size=32, **sizes)).save_pretrained(tmp_path / "levit")
+    processor(tmp_path / "levit", "LevitModel")
+    data = ["model=vision", "model.path=levit", "dataset=images", f"dataset.path={pictures(tmp_path / 'pictures')}"]
+    words = [*text_model[4:], *data, "backend=quanto", "dtype=int8"]
+    rows = [row_of(*words, f"output_dir={p}", f"memory.placement={p}") for p in ("resident", "streamed")]
+    assert numbers(rows[1]) == numbers(rows[0])
+    assert rows[0].planned == rows[0].memory
+
+
+def test_what_a_model_reads_is_in_the_plan_of_its_run(text_model, tmp_path):
+    """A weight that is read is not stored in int8, which has no product of its own then."""
+    from transformers import FalconMambaConfig, FalconMambaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 259, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
+    FalconMambaForCausalLM(FalconMambaConfig(**sizes)).save_pretrained(tmp_path / "model")
+    report = row_of(*text_model, "backend=bitsandbytes", "dtype=int8")
+    assert report.planned == report.memory
+
+
 @pytest.mark.slow
 def test_a_pipelines_row_is_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

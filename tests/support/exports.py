@@ -224,7 +224,7 @@ def cell(found: Loaded, folder: Path, cache_dir: Path, backend: str, dtype: str)
             return {"refused": str(second)}
     names = list(dict.fromkeys(row.component for row in made.quantization.layers))
     wanted = -sum(unsaved_bytes(found.model.components[name]) for name in names)
-    wanted += sum(part.weights_bytes for part in planned(found.model, job, chosen(found.model, job)).values())
+    wanted += sum(part.weights_bytes for part in planned(found.model, job, chosen(found.model, job), {}).values())
     places = [target / name if (target / name).is_dir() else target for name in names]
     return {
         "loader": done.verified.loads_with,
