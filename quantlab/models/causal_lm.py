@@ -7,11 +7,11 @@ left out of quantization by default.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from quantlab.errors import ModelError
 from quantlab.models.checkpoint import load_checkpoint, weights_sha256
-from quantlab.models.defaults import default_exclusions, output_head
+from quantlab.models.defaults import beside_the_language_model, default_exclusions, output_head
 from quantlab.models.loaded import LoadedModel, Progress
 from quantlab.models.reading import required_path
 from quantlab.vocabulary.dtypes import dtype_name
@@ -74,23 +74,9 @@ def as_language_model(
         device=device,
         weights_sha256=digest,
         default_exclusions={
-            "model": default_exclusions(model, [*_beside_the_language_model(model), *config.default_exclusions])
+            "model": default_exclusions(model, [*beside_the_language_model(model), *config.default_exclusions])
         },
     )
-
-
-def _beside_the_language_model(model: PreTrainedModel) -> list[str]:
-    """Paths of the parts of a multimodal model that text does not reach: its towers, and what joins them to it."""
-    if model.config.get_text_config() is model.config:
-        return []
-    decoder: torch.nn.Module = cast(Any, model).get_decoder()
-    text = {id(part) for part in decoder.modules()}
-    found: list[str] = []
-    for name, part in model.named_modules():
-        reaches_text = any(id(inner) in text for inner in part.modules())
-        if name and not reaches_text and not name.startswith(tuple(f"{path}." for path in found)):
-            found.append(name)
-    return found
 
 
 def network_of(component: torch.nn.Module) -> CausalLM:

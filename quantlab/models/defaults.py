@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,3 +66,17 @@ def output_head(module: nn.Module) -> str:
     find = getattr(module, "get_output_embeddings", None)
     head = find() if callable(find) else None
     return next((name for name, part in module.named_modules() if part is head and name), "")
+
+
+def beside_the_language_model(model: Any) -> list[str]:
+    """Paths of the parts of a multimodal model that text does not reach: its towers, and what joins them to it."""
+    if model.config.get_text_config() is model.config:
+        return []
+    decoder: nn.Module = model.get_decoder()
+    text = {id(part) for part in decoder.modules()}
+    found: list[str] = []
+    for name, part in model.named_modules():
+        reaches_text = any(id(inner) in text for inner in part.modules())
+        if name and not reaches_text and not name.startswith(tuple(f"{path}." for path in found)):
+            found.append(name)
+    return found

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from quantlab.errors import ConfigError, ModelError, nearest
 from quantlab.models.architectures import Architecture, Part, class_of, read_architecture
 from quantlab.models.auto import HEADS
-from quantlab.models.defaults import default_exclusions
+from quantlab.models.defaults import beside_the_language_model, default_exclusions
 from quantlab.models.digits_training import build_transformer
 from quantlab.models.outline import Outline, build
 from quantlab.models.pipeline_files import denoisers_of
@@ -131,5 +131,7 @@ def _digits(config: ModelConfig) -> Outline:
 def _exclusions(
     modules: dict[str, nn.Module], config: ModelConfig, denoisers: Collection[str] = ()
 ) -> dict[str, tuple[str, ...]]:
-    own = config.default_exclusions
-    return {name: default_exclusions(m, own, is_denoiser=name in denoisers) for name, m in modules.items()}
+    own = {name: list(config.default_exclusions) for name in modules}
+    if config.family in ("causal_lm", "smollm2"):
+        own = {name: [*beside_the_language_model(m), *own[name]] for name, m in modules.items()}
+    return {name: default_exclusions(m, own[name], is_denoiser=name in denoisers) for name, m in modules.items()}

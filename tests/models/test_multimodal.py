@@ -5,6 +5,7 @@ import torch
 
 from quantlab.errors import ModelError
 from quantlab.models import causal_lm
+from quantlab.models.outlines import outline
 from quantlab.stages.quantize import quantize_component
 from quantlab.stages.select import QuantizationRequest
 from quantlab.vocabulary.axes import QuantizationAxes
@@ -112,3 +113,9 @@ def test_a_tokenizer_that_knows_no_text_is_an_error(tmp_path):
 def test_a_model_of_text_alone_has_nothing_beside_it(tmp_path):
     folder = save_llama(tmp_path / "llama")
     assert loaded(folder, tmp_path / "cache").default_exclusions["model"] == ("lm_head",)
+
+
+def test_a_plan_leaves_out_what_a_run_leaves_out(checkpoint, tmp_path):
+    _, _, folder = checkpoint
+    made = outline(ModelConfig(family="causal_lm", path=str(folder)), "cpu", lambda _: None)
+    assert made.default_exclusions == loaded(folder, tmp_path).default_exclusions
