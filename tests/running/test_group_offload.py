@@ -184,6 +184,26 @@ def test_blocks_come_and_go_wherever_in_a_model_they_are(name):
     assert most_bytes(module) < kept
 
 
+def test_a_block_that_is_called_by_its_forward_comes_too(monkeypatch):
+    """SqueezeBERT's are; Diffusers puts its hook in the place of the forward, and not beside the call."""
+    import transformers
+    from diffusers.hooks.group_offloading import GroupOffloadingHook
+
+    brought, true = set(), GroupOffloadingHook.pre_forward
+    noted = lambda hook, part, *args, **named: brought.add(part) or true(hook, part, *args, **named)  # noqa: E731
+    monkeypatch.setattr(GroupOffloadingHook, "pre_forward", noted)
+    kinds = ("q", "k", "v", "intermediate", "output")
+    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    config = transformers.SqueezeBertConfig(
+        **sizes, embedding_size=32, num_hidden_layers=3, **{f"{kind}_groups": 1 for kind in kinds}
+    )
+    module = transformers.SqueezeBertModel(config).eval()
+    Groups(source=lambda *_: None, device="cpu").place("model", module)
+    with torch.no_grad():
+        module(input_ids=torch.arange(7)[None])
+    assert set(module.encoder.layers) <= brought
+
+
 def test_on_a_gpu_blocks_come_by_streams_from_page_locked_memory(monkeypatch):
     """Each tensor of a block is locked once, in place; the rest comes as it did. What a GPU makes of it, a GPU says."""
     module, _ = causal("Llama", intermediate_size=64)

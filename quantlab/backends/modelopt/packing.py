@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
     from quantlab.backends.modelopt.library_types import BaseQuantizedTensor, QuantLinear, TensorQuantizer
 
-CODES_AT_ONCE, ON_A_GPU = 2**18, 2**20
-"""Pairs of 4-bit codes that are packed or unpacked together: 1 MiB for each of the 16-bit tensors between them, which
-the system has at once back while a model is streamed; on a GPU, where each slice is a handful of launches, 4 MiB."""
+CODES_AT_ONCE, ON_A_GPU = 2**18 - 2**10, 2**20
+"""Pairs of 4-bit codes that are packed or unpacked together: just below 1 MiB for each of the 16-bit tensors between
+them. From there on the system has a tensor back at once while a model is streamed, and the next one's pages are new;
+below they are those of the one before. On a GPU, where each slice is a handful of launches, 4 MiB."""
 
 
 def pack(layers: list[QuantLinear], is_max: bool) -> None:
