@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import ConfigError, ModelError
+from quantlab.vocabulary.fields import checked_path
 from quantlab.vocabulary.files import read_json
 
 AUTO = "auto"
@@ -76,7 +77,7 @@ def _read(path: str, name: str, revision: str | None) -> dict[str, Any] | None:
 
     Raises ConfigError for a file that is damaged, ModelError for a Hub that cannot be asked.
     """
-    key, folder = f"model.path={path}", Path(path).expanduser()
+    key, folder = f"model.path={path}", checked_path("model.path", path)
     file = folder / name
     if not folder.exists() and path.count("/") == 1 and not path.startswith((".", "~", "/")):
         from huggingface_hub import hf_hub_download

@@ -106,7 +106,7 @@ def own_option(group: str, name: str) -> str:
 
     A folder of that name comes with other people's checkouts too, and an option may say where results go.
     """
-    is_there = re.fullmatch(r"[\w.-]+", name) and Path("conf", group, f"{name}.yaml").is_file()
+    is_there = re.fullmatch(r"[\w.-]{1,200}", name) and Path("conf", group, f"{name}.yaml").is_file()
     return f"; conf/{group}/{name}.yaml is read by --config-dir conf" if is_there and not _OWN else ""
 
 

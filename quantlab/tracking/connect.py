@@ -13,6 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from quantlab.errors import TrackingError
 from quantlab.progress import printable
+from quantlab.vocabulary.fields import checked_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,13 +35,14 @@ _PASSING_STATUS = (401, 403, 404, 408, 429)
 
 
 def resolved_uri(uri: str, base_dir: Path) -> str:
-    """``uri`` with a relative SQLite path made absolute from ``base_dir``; TrackingError for what is not supported."""
+    """``uri`` with a relative SQLite path made absolute from ``base_dir``; TrackingError for what is not supported, and
+    ConfigError for what no file can be called."""
     if uri == NO_STORE:
         return uri
     if uri.startswith(("http://", "https://")) and urlsplit(uri).hostname:
         return uri.rstrip("/")
     if uri.startswith(SQLITE):
-        path = Path(uri.removeprefix(SQLITE)).expanduser()
+        path = checked_path("tracking.uri", uri.removeprefix(SQLITE))
         if not path.name or ":memory:" in uri:
             raise TrackingError(
                 f"tracking.uri={uri}: runs are kept in a file; set tracking.uri=sqlite:///outputs/mlflow.db"

@@ -276,20 +276,20 @@ def test_reading_dictionaries_imports_no_torch():
 
 
 @pytest.mark.slow
-def test_a_pasted_dictionary_stands_beside_the_axes_in_one_sweep(shell, tmp_path):
-    """Same columns, same numbers as the request by axes; its exclusions by its own rule, in the artifact."""
+def test_a_pasted_dictionary_is_the_request_by_axes(shell, tmp_path):
+    """Same columns, same numbers (in one sweep they are measured once); its exclusions by its own rule, in the artifact."""
     recipe = tmp_path / "pasted.yaml"
     recipe.write_text(
         "# @package _global_\n"
         "sweep:\n"
         "  floors: false\n"
         "  candidates:\n"
-        "    - {backend: quanto, dtype: int4}\n"
         "    - {quantization_config: {quant_method: quanto, weights_dtype: int4}, name: pasted}\n"
         "    - {quantization_config: {load_in_8bit: true, llm_int8_skip_modules: [blocks.0, nowhere]}, name: skipping}\n"
     )
     rows = shell.rows(f"recipe={recipe}", *digits_words())
-    by_axes, pasted, skipping = rows["quanto int4"], rows["pasted"], rows["skipping"]
+    again = shell.rows("backend=quanto", "dtype=int4", "sweep.floors=false", "sweep.force=true", *digits_words())
+    by_axes, pasted, skipping = again["quanto int4"], rows["pasted"], rows["skipping"]
     for row in (pasted, skipping):
         assert row["status"] == "FINISHED"
     same = {k: v for k, v in by_axes["metrics"].items() if k.startswith("quality/")}

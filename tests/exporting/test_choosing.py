@@ -162,7 +162,7 @@ def test_a_run_that_cannot_be_exported_says_why(shell):
         ([run, "out"], "is not quantized"),
         (["latest", "out"], "is quantized; run one"),
         (["nobody", "out"], "no such run"),
-        ([run], "1 words given"),
+        ([run], "no folder is named to write to"),
         ([run, "out", "--force"], "no such option"),
         ([run, "out", "dtype=int4"], "exported as it was measured"),
         ([run, "outputs"], "quantlab did not export"),

@@ -14,6 +14,7 @@ from quantlab.errors import ConfigError
 from quantlab.models.table import FAMILIES
 from quantlab.planning.plan import plan
 from quantlab.running.sweep import run_plan
+from quantlab.tracking.connect import resolved_uri
 from tests.support.shell import Shell, digits_words
 from tests.support.stores import ROOT
 
@@ -116,6 +117,27 @@ def test_a_path_that_no_file_has_is_refused_in_words(word):
         plan(["backend=gguf", "dtype=q4_k", word])
     assert str(caught.value).startswith(word[:12])
     assert "no file can be called so" in str(caught.value) or "no such home folder" in str(caught.value)
+
+
+LONG_NAME = "x" * 252
+"""That of a file, until an ending comes to it."""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("model=auto", f"model.path={LONG}", "backend=quanto"), r"^model\.path=x+\.\.\.: no file can be called so"),
+        ((f"backend={LONG_NAME}",), r"^backend=x.*: there are "),
+    ],
+)
+def test_a_name_that_no_file_has_is_refused_in_words(words, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(words)
+
+
+def test_a_store_that_no_file_can_be_is_refused_in_words(tmp_path):
+    with pytest.raises(ConfigError, match=r"^tracking\.uri=x+\.\.\.: no file can be called so"):
+        resolved_uri(f"sqlite:///{LONG}.db", tmp_path)
 
 
 def test_a_refused_sweep_leaves_no_run(tmp_path):
