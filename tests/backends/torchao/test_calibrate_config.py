@@ -32,13 +32,25 @@ REFUSED = [
     ({"dtype": "int4", "algorithm": "awq", "group_size": 256}, "^algorithm=awq: .* take algorithm=max$"),
     ({"dtype": "int4", "algorithm": "awq", "int4_packing_format": "unpacked_to_int8"}, "^algorithm=awq: .*packed int4"),
     ({"dtype": "int4", "algorithm": "awq", "mapping_type": "SYMMETRIC"}, "^algorithm=awq: .*mapping_type at auto"),
-    ({"dtype": "int4", "group_size": 256, "int4_packing_format": "opaque"}, "^int4_packing_format=opaque: .*32, 64"),
-    ({"dtype": "int4", "mapping_type": "SYMMETRIC", "int4_packing_format": "opaque"}, "^mapping_type=SYMMETRIC: opaq"),
-    ({"activation_scales": "static"}, "^activation_scales=static: .*this is Int8WeightOnlyConfig; set dtype and "),
-    ({"dtype": "int4", "activation_dtype": "int8", "activation_scales": "static"}, "^activation_scales=static: "),
+    (
+        {"dtype": "int4", "group_size": 256, "int4_packing_format": "opaque"},
+        r"^quantization\.int4_packing_format=opaque: .*32, 64",
+    ),
+    (
+        {"dtype": "int4", "mapping_type": "SYMMETRIC", "int4_packing_format": "opaque"},
+        r"^quantization\.mapping_type=SYMMETRIC: opaq",
+    ),
+    (
+        {"activation_scales": "static"},
+        r"^quantization\.activation_scales=static: .*this is Int8WeightOnlyConfig; set dtype and ",
+    ),
+    (
+        {"dtype": "int4", "activation_dtype": "int8", "activation_scales": "static"},
+        r"^quantization\.activation_scales=static: ",
+    ),
     (
         {"activation_dtype": "int8", "algorithm": "awq", "activation_scales": "static"},
-        "^activation_scales=static: torchao's AWQ .*set algorithm=smoothquant",
+        r"^quantization\.activation_scales=static: torchao's AWQ .*set algorithm=smoothquant",
     ),
     (
         {
@@ -49,10 +61,22 @@ REFUSED = [
         },
         "^group_size=none: .*leave group_size=auto",
     ),
-    ({"smoothquant_alpha": 0.7}, "^smoothquant_alpha=0.7: it is for algorithm=smoothquant; leave it out"),
-    ({"algorithm": "smoothquant", "smoothquant_alpha": 1.5}, "^smoothquant_alpha=1.5: a number from 0 to 1"),
-    ({"algorithm": "awq", "calibration_layers_at_once": -1}, "^calibration_layers_at_once=-1: .*0 takes all"),
-    ({"activation_scales": "sometimes"}, "^activation_scales='sometimes': TorchAoConfig accepts dynamic, static"),
+    (
+        {"smoothquant_alpha": 0.7},
+        r"^quantization\.smoothquant_alpha=0.7: it is for algorithm=smoothquant; leave it out",
+    ),
+    (
+        {"algorithm": "smoothquant", "smoothquant_alpha": 1.5},
+        r"^quantization\.smoothquant_alpha=1.5: a number from 0 to 1",
+    ),
+    (
+        {"algorithm": "awq", "calibration_layers_at_once": -1},
+        r"^quantization\.calibration_layers_at_once=-1: .*0 takes all",
+    ),
+    (
+        {"activation_scales": "sometimes"},
+        r"^quantization\.activation_scales='sometimes': TorchAoConfig accepts dynamic, static",
+    ),
 ]
 
 
