@@ -78,7 +78,14 @@ def test_a_language_models_files_are_the_same(measured, monkeypatch, in_process,
     assert any(name.endswith((".safetensors", ".gguf")) for name in whole)
 
 
-@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s[0] != "quanto"], ids=lambda scheme: scheme[0])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        pytest.param(scheme, marks=[] if scheme[0] == "gguf" else pytest.mark.slow, id=scheme[0])
+        for scheme in SCHEMES
+        if scheme[0] != "quanto"  # transformers loads none
+    ],
+)
 def test_a_tied_head_is_the_embedding(shell, in_process, scheme):  # noqa: F811
     """Of a model without values every tensor lay at address 0, and the head was taken for the first of them."""
     save_llama(shell.folder / "llama", hidden_size=64, intermediate_size=128, tie_word_embeddings=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import gc
 import weakref
 
 import pytest
 import torch
 
 from quantlab.errors import ConfigError, ModelError, in_words, is_device_lost, is_of_the_machine, is_out_of_memory
-from quantlab.modules.device import answers, current, give_back, kind_of, let_go
+from quantlab.modules.device import answers, current, give_back, kind_of, let_go, set_aside
 from quantlab.modules.kept import Damaged, read_tree, write_tree
 from quantlab.modules.memory import measure_stage
 from quantlab.stages.calibrate import in_smaller_batches
@@ -226,3 +227,23 @@ def test_lack_of_memory_is_told_with_the_way_out(error):
     text = in_words(error)
     assert text.startswith(f"{type(error).__name__}: {error}")
     assert ("set a smaller evaluation.batch_size" in text) == (error in NO_MEMORY)
+
+
+def test_what_was_there_is_set_aside_and_garbage_is_not():
+    class Held:
+        pass
+
+    old, new = Held(), None
+    gone = weakref.ref(old)
+    old.itself = old
+    del old
+    with set_aside():
+        assert gone() is None, "what nobody holds goes before"
+        before = gc.get_freeze_count()
+        assert before > 1000
+        new = Held()
+        new.itself, gone = new, weakref.ref(new)
+        del new
+        give_back("cpu")
+        assert gone() is None, "as does what was made inside"
+    assert gc.get_freeze_count() == 0

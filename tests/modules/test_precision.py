@@ -197,7 +197,13 @@ def elsewhere():
 
 
 @pytest.mark.parametrize("mode", [autocast, wide, torch.inference_mode, elsewhere])
-@pytest.mark.parametrize("config", [quantlab.QuantoConfig("int8"), quantlab.TorchAoConfig("int4wo", group_size=32)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        quantlab.QuantoConfig("int8"),
+        pytest.param(quantlab.TorchAoConfig("int4wo", group_size=32), marks=pytest.mark.slow),
+    ],
+)
 def test_python_s_numbers_are_of_no_mode_of_the_caller_s(mode, config):
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 32))
