@@ -72,7 +72,7 @@ def collect_as_usual() -> None:
 
 @contextlib.contextmanager
 def set_aside() -> Iterator[None]:
-    """While open, no collection looks at what is there now, a million objects of libraries; each stage begins with one."""
+    """While open, no collection looks at what is there now: a million objects of libraries, once a stage."""
     gc.collect()
     gc.freeze()
     try:
