@@ -17,7 +17,7 @@ from quantlab.exporting.load import load as load_model
 from quantlab.models.defaults import default_exclusions
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.compute_dtype import component_dtype
-from quantlab.modules.device import current, set_aside
+from quantlab.modules.device import current, uncollected
 from quantlab.modules.emulated import emulated_products, lacking
 from quantlab.modules.feed import feed_of_batches
 from quantlab.modules.fingerprint import fingerprint_warning, grid_fingerprint, known_grid
@@ -335,7 +335,7 @@ def _copied(module: Any) -> Any:
 
 @own_modes()
 @exact_arithmetic()
-@set_aside()
+@uncollected()
 def evaluate(
     module: Any,
     configs: Sequence[QuantizationConfigMixin],

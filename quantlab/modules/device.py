@@ -71,7 +71,7 @@ def collect_as_usual() -> None:
 
 
 @contextlib.contextmanager
-def set_aside() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """While open, no collection looks at what is there now: a million objects of libraries, once a stage."""
     gc.collect()
     gc.freeze()

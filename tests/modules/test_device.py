@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from quantlab.errors import ConfigError, ModelError, in_words, is_device_lost, is_of_the_machine, is_out_of_memory
-from quantlab.modules.device import answers, current, give_back, kind_of, let_go, set_aside
+from quantlab.modules.device import answers, current, give_back, kind_of, let_go, uncollected
 from quantlab.modules.kept import Damaged, read_tree, write_tree
 from quantlab.modules.memory import measure_stage
 from quantlab.stages.calibrate import in_smaller_batches
@@ -237,7 +237,7 @@ def test_what_was_there_is_set_aside_and_garbage_is_not():
     gone = weakref.ref(old)
     old.itself = old
     del old
-    with set_aside():
+    with uncollected():
         assert gone() is None, "what nobody holds goes before"
         before = gc.get_freeze_count()
         assert before > 1000
