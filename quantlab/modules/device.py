@@ -72,8 +72,14 @@ def collect_as_usual() -> None:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """While open, no collection looks at what is there now: a million objects of libraries, once a stage."""
+    """While open, no collection looks at what is there now: a million objects of libraries, once a stage.
+
+    What a caller has frozen stays frozen, and is all that is.
+    """
     gc.collect()
+    if gc.get_freeze_count():
+        yield
+        return
     gc.freeze()
     try:
         yield

@@ -233,6 +233,7 @@ def test_what_was_there_is_set_aside_and_garbage_is_not():
     class Held:
         pass
 
+    gc.unfreeze()  # each file of tests begins with a freeze
     old, new = Held(), None
     gone = weakref.ref(old)
     old.itself = old
@@ -247,3 +248,11 @@ def test_what_was_there_is_set_aside_and_garbage_is_not():
         give_back("cpu")
         assert gone() is None, "as does what was made inside"
     assert gc.get_freeze_count() == 0
+
+
+def test_what_a_caller_froze_stays_frozen():
+    gc.freeze()
+    before = gc.get_freeze_count()
+    with uncollected():
+        assert gc.get_freeze_count() == before
+    assert gc.get_freeze_count() == before > 1000
