@@ -53,6 +53,7 @@ from quantlab.models.reading import (
 )
 from quantlab.models.repository import Repository, of_folder, of_hub
 from quantlab.modules.compute_dtype import torch_dtype
+from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.schema import EvaluationConfig, ModelConfig
 
 if TYPE_CHECKING:
@@ -213,8 +214,22 @@ def _read_pipeline(
             )
         if given.get(name) is None and any(p.device.type == "meta" for p in module.parameters()):
             raise ModelError(f"{key}: weights of {name} are missing from its files; copy or download it again")
+        _require_dtype(name, module, dtype)
         frozen(module)
     return pipe if device == HOLLOW else pipe.to(device)
+
+
+def _require_dtype(name: str, module: nn.Module, dtype: str) -> None:
+    """ModelError for a part of which nothing is in the dtype that was asked for."""
+    import diffusers
+
+    found = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    if found and torch_dtype(dtype) not in found:
+        raise ModelError(
+            f"model.dtype={dtype}: Diffusers {diffusers.__version__} loaded {name} in "
+            f"{', '.join(sorted(dtype_name(one) for one in found))}, so it does not hear the dtype; "
+            "install diffusers>=0.40"
+        )
 
 
 def _components(pipe: Pipeline, names: Sequence[str]) -> dict[str, nn.Module]:

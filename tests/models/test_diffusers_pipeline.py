@@ -319,6 +319,20 @@ def test_progress_and_dtype(folders, tmp_path):
 # -- what can be wrong
 
 
+def test_a_loader_that_does_not_hear_the_dtype_is_told_from_the_weights(folders, tmp_path, monkeypatch):
+    """Diffusers before 0.40 passed over ``dtype`` without a word, and gave float32."""
+    from diffusers import DiffusionPipeline
+
+    real = DiffusionPipeline.from_pretrained.__func__
+    deaf = classmethod(lambda cls, folder, dtype, **more: real(cls, folder, **more))
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", deaf)
+    assert load(folders["sd3"], tmp_path).dtype == "float32"
+    config = ModelConfig(family="diffusers", path=str(folders["sd3"]), dtype="bfloat16")
+    message = r"^model\.dtype=bfloat16: Diffusers \S+ loaded \S+ in float32, .*; install diffusers>=0\.40"
+    with pytest.raises(ModelError, match=message):
+        diffusers_pipeline.load(config, "cpu", tmp_path)
+
+
 def test_a_missing_path_says_where_to_look(tmp_path):
     for path in (str(tmp_path / "nowhere"), "./nowhere", "nowhere"):
         with pytest.raises(ModelError, match=r"^model\.path=.*nowhere: there is no such folder; name a local"):
