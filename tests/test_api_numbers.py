@@ -87,6 +87,40 @@ def test_rows_that_do_not_belong_together_are_not_compared():
         evaluated(Selecting(), [torch.ones(8, 16), -torch.ones(8, 16)])
 
 
+class Reusing(Net):
+    """Writes each answer into the memory of the one before."""
+
+    def __init__(self, is_buffer):
+        super().__init__()
+        out = torch.zeros(8, 16)
+        if is_buffer:
+            self.register_buffer("out", out)
+        else:
+            self.out = out
+
+    def forward(self, x):
+        return self.out.copy_(self.linear(x))
+
+
+@pytest.mark.parametrize("is_buffer", [True, False])
+def test_answers_in_one_memory_are_each_its_own(is_buffer):
+    inputs = [randn(8, 16, seed=seed) for seed in range(3)]
+    row = evaluated(Reusing(is_buffer), inputs)[-1]
+    expected = [relative(Net(), x[i]) for x in inputs for i in range(8)]
+    assert row.measurements.samples["output_rel_error"] == pytest.approx(expected, rel=1e-4)
+
+
+SPARSE = {"sparse": lambda y: y.to_sparse(), "nested": lambda y: torch.nested.as_nested_tensor([*y])}
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+def test_sparse_and_nested_answers_are_compared(kind):
+    x = randn(8, 16)
+    row = evaluated(Net(SPARSE[kind]), [x])[-1]
+    expected = [relative(Net(), x[i]) for i in range(8)]
+    assert row.measurements.samples["output_rel_error"] == pytest.approx(expected, rel=1e-4)
+
+
 # -- how many independent samples there are
 
 

@@ -144,15 +144,20 @@ def _cut(inputs: ModuleInputs, batch_size: int | None) -> list[Batch]:
 
 
 def _floating(returned: object) -> dict[str, Tensor]:
-    """The floating tensors of what a module returns, as fp32 on the CPU; a complex number is two."""
+    """The floating tensors of what a module returns, as fp32 copies on the CPU (a module may write its next answer into
+    the same memory); a complex number is two, and what is left out of sparse and nested ones is 0."""
     import torch
 
     found = {}
     for name, tensor in named_tensors(returned).items():
         dense = tensor.dequantize() if hasattr(tensor, "qtype") else tensor
+        if dense.is_nested:
+            dense = torch.nested.to_padded_tensor(dense, 0.0)
+        elif dense.layout != torch.strided:
+            dense = dense.to_dense()
         dense = torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
         if dense.is_floating_point():
-            found[name] = dense.detach().float().cpu()
+            found[name] = dense.detach().to("cpu", torch.float32, copy=True)
     return found
 
 
