@@ -26,7 +26,7 @@ from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import component_memory, measure_stage, note_held
 from quantlab.modules.packed import stored_at
 from quantlab.modules.precision import exact_arithmetic, own_modes
-from quantlab.modules.reached import check_weights_are_here, recorded_reads, uncalled
+from quantlab.modules.reached import check_uncompiled, check_weights_are_here, recorded_reads, uncalled
 from quantlab.modules.read_in_source import note_failures, reads_in_source
 from quantlab.modules.ties import copied
 from quantlab.planning.job import Plan, scheme_name
@@ -306,6 +306,7 @@ def _checked(module: Any) -> Any:
     if next(module.parameters(), None) is None:
         raise ConfigError("module: it has no parameters, nothing to quantize; pass the part with the weights")
     check_offloading(module, "module")
+    check_uncompiled(module, "module")
     for name, parameter in module.named_parameters():
         if parameter.dtype == torch.float64:
             raise ConfigError(
