@@ -16,17 +16,17 @@ from quantlab.exporting.load import holds_model
 from quantlab.exporting.load import load as load_model
 from quantlab.models.defaults import default_exclusions
 from quantlab.models.loaded import LoadedModel
-from quantlab.modules.compute_dtype import component_dtype
+from quantlab.modules.compute_dtype import cast, component_dtype
 from quantlab.modules.device import current, uncollected
 from quantlab.modules.emulated import emulated_products, lacking
 from quantlab.modules.feed import feed_of_batches
 from quantlab.modules.fingerprint import fingerprint_warning, grid_fingerprint, known_grid
 from quantlab.modules.hooks import check_offloading
 from quantlab.modules.layers import check_finite_weights, state_digest
-from quantlab.modules.memory import component_memory, measure_stage
+from quantlab.modules.memory import component_memory, measure_stage, note_held
 from quantlab.modules.packed import stored_at
 from quantlab.modules.precision import exact_arithmetic, own_modes
-from quantlab.modules.reached import check_weights_are_here, recorded_reads, uncalled
+from quantlab.modules.reached import check_uncompiled, check_weights_are_here, recorded_reads, uncalled
 from quantlab.modules.read_in_source import note_failures, reads_in_source
 from quantlab.modules.ties import copied
 from quantlab.planning.job import Plan, scheme_name
@@ -306,6 +306,7 @@ def _checked(module: Any) -> Any:
     if next(module.parameters(), None) is None:
         raise ConfigError("module: it has no parameters, nothing to quantize; pass the part with the weights")
     check_offloading(module, "module")
+    check_uncompiled(module, "module")
     for name, parameter in module.named_parameters():
         if parameter.dtype == torch.float64:
             raise ConfigError(
@@ -361,7 +362,8 @@ def evaluate(
 
     Returns:
         Reports of the reference, its floor (another dtype) and each config: ``output_cosine`` and ``output_rel_error``
-        with intervals over output rows, bytes, and the read-back table. They show themselves as a table, and have
+        with intervals over different rows (batches, where an output has no several numbers a row), bytes, and the
+        read-back table. They show themselves as a table, and have
         ``rows``, ``layers`` and ``samples`` as DataFrames. Nothing is tracked.
     """
     module = _checked(module)
@@ -384,7 +386,8 @@ def evaluate(
                 )
     schemes = [(config, scheme_of_config(config, **kinds)) for config in configs]
     settings = EvaluationConfig(num_bootstrap=num_bootstrap)
-    with in_eval_mode(module):
+    with in_eval_mode(module), same_state(module):
+        note_held(module)
         model = _loaded(module)
         check_finite_weights(module, "module")
         if warning := fingerprint_warning(grid_fingerprint(module), known_grid(module)):
@@ -396,13 +399,15 @@ def evaluate(
                 check(model, given)
             with same_state(module):
                 reports = [_row(REFERENCE, module, None, model, reference, given, settings)]
+            size = reports[0].memory["model"]
             reports += [_floor_row(module, model, reference, given, settings)] if floors else []
             for config, scheme in schemes:
                 data = calibration if config.needs_data else None
                 name = _name_of(config, **kinds)
                 reports.append(_config_row(name, scheme, data, read, model, reference, given, settings))
     known = {r.name: r.quality for r in reports if r.name in FLOORS and r.status == "FINISHED"}
-    return Results([replace(r, floors=known) for r in reports], _no_store)
+    sized = [replace(r, memory={n: m.of_values_in(size) for n, m in r.memory.items()}) for r in reports]
+    return Results([replace(r, floors=known) for r in sized], _no_store)
 
 
 def _no_store() -> Reader:
@@ -458,7 +463,7 @@ def _floor_row(module: Any, model: LoadedModel, reference: Any, given: Any, sett
 
     name, dtype = (FLOOR_BF16, torch.bfloat16) if model.dtype == "float32" else (FLOOR_FP32, torch.float32)
     try:
-        return _row(name, _copied(module).to(dtype), None, model, reference, given, settings)
+        return _row(name, cast(_copied(module), dtype), None, model, reference, given, settings)
     except Exception as error:  # noqa: BLE001  the module's own code: one that casts to float32 knows no other dtype
         why = f"{type(error).__name__}: {error}"
         told = f"{name}: the module does not run in {dtype_name(dtype)} ({why}); floors=False does without this row"

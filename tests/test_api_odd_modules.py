@@ -132,6 +132,14 @@ def test_a_module_whose_shapes_are_not_known_yet_is_told_so():
         quantlab.evaluate(module, [INT8], [X], floors=False)
 
 
+def test_a_module_that_is_compiled_is_told_so():
+    whole, part = torch.compile(nn.Sequential(nn.Linear(64, 64))), nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    part[1].compile()
+    for module, told in ((whole, "it is compiled .*; pass what it was made of"), (part, "1 is compiled .* before")):
+        with pytest.raises(quantlab.ConfigError, match=f"^module: {told}"):
+            quantlab.evaluate(module, [INT8], [X], floors=False)
+
+
 class Scripted(OneLinear):
     def __init__(self):
         super().__init__()

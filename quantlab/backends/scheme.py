@@ -7,7 +7,7 @@ neither the capability table nor ``conf/`` again.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +29,25 @@ class Format:
 
     axes: QuantizationAxes
     row: Capability
+
+    def misfit(self, shape: Sequence[int]) -> str:
+        """Why a weight of ``shape`` (out_features, in_features) cannot be stored so; "" where it can."""
+        axes, row = self.axes, self.row
+        out_features, in_features = shape
+        group = axes.group_size
+        if isinstance(group, int) and row.grouping == "row" and in_features % group:
+            return f"in_features {in_features} does not divide by group_size {group}"
+        if in_features % row.in_features_multiple:
+            return f"in_features {in_features} does not divide by {row.in_features_multiple}, the block of {axes.dtype}"
+        if in_features < row.min_in_features:
+            return f"in_features {in_features} is below {row.min_in_features}"
+        if out_features < row.min_out_features:
+            return f"out_features {out_features} is below {row.min_out_features}"
+        if out_features % row.out_features_multiple:
+            return f"out_features {out_features} does not divide by {row.out_features_multiple}"
+        if (out_features * in_features) % row.numel_multiple:
+            return f"{out_features} x {in_features} weights do not divide by {row.numel_multiple}"
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +79,14 @@ class Scheme:
         ``device`` and ``dtype`` (of the model) are the request's, as far as it says them; for ``cpu`` no torch is
         needed. A group size that the library chose, and lowers for layers that it does not divide, is the same as that
         number where other sizes are errors: the number gives the same bits or fails. Where it divides each of
-        ``widths``, the lengths of all rows that the scheme may take, they are the same whatever becomes of misfits.
+        ``widths``, the lengths of all rows that the scheme may take, they are the same whatever becomes of misfits; and
+        where it fits them all, nothing becomes of misfits.
         """
         known = self.native if device == "auto" else self.backend.module.resolve(self.native, device, dtype)
         native = known.spelled_out()
         if self.axes.on_mismatch == "error" or self._divides(widths):
             native.pop("fit_group_size", None)
+        fits = self._fits(widths)
         is_own = self.axes.compute_dtype == "auto" and dtype == "float32"  # no layer of such a model has another
         data: dict[str, Any] = to_json_data(
             {
@@ -73,12 +94,17 @@ class Scheme:
                 "native": native,
                 "compute_dtype": "float32" if is_own else self.axes.compute_dtype,
                 "exclusions": sorted(set(self.exclusions)),
-                "fallback": self.fallback and self.fallback.spelled_out(device, dtype),
+                "fallback": None if fits else self.fallback and self.fallback.spelled_out(device, dtype),
+                "on_mismatch": "" if fits else self.axes.on_mismatch,
             }
         )
-        kept = ("dtype", "activation_dtype", "algorithm", "replace_default_exclusions", "on_mismatch")
+        kept = ("dtype", "activation_dtype", "algorithm", "replace_default_exclusions")
         kinds = sorted(set(self.axes.layer_kinds))
         return {**data, **{name: getattr(self.axes, name) for name in kept}, "layer_kinds": kinds}
+
+    def _fits(self, widths: Collection[int]) -> bool:
+        """Does it store rows of each of these lengths, however many there are? False for none."""
+        return bool(widths) and not self.other_formats and not any(self.format.misfit((1, width)) for width in widths)
 
     def _divides(self, widths: Collection[int]) -> bool:
         """Does the one group size of all layers divide each of these? False for none, and for what has no such size."""

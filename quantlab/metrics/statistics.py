@@ -175,6 +175,14 @@ def less_rounding(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.
     return np.where(abs(a - b) <= _ROUNDING * (abs(a) + abs(b)), 0.0, a - b)
 
 
+def same_labels(labels: Sequence[object]) -> NDArray[np.int64] | None:
+    """The cluster of each sample by what it is known by; None where each is one of its own."""
+    import numpy as np
+
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    return np.array([numbers[label] for label in labels]) if len(numbers) < len(labels) else None
+
+
 def cluster_means(values: ArrayLike, clusters: ArrayLike | None = None) -> NDArray[np.float64]:
     """Mean of ``values`` (n,) in each cluster, (C,), in the order of the labels."""
     import numpy as np

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, dtype_name
 
@@ -47,3 +47,11 @@ def component_dtype(component: torch.nn.Module, default: str = "float32") -> tor
             if dtype_name(parameter.dtype) in COMPUTE_DTYPES:
                 votes[dtype_name(parameter.dtype)] += parameter.numel()
     return torch_dtype(votes.most_common(1)[0][0] if votes else default)
+
+
+def cast(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """The module in a floating dtype, in place; its complex numbers, of which ``module.to`` keeps the real parts alone,
+    stay as they are."""
+    apply: Any = module._apply
+    apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    return module

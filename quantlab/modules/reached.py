@@ -44,6 +44,16 @@ def check_weights_are_here(module: nn.Module, what: str) -> None:
         )
 
 
+def check_uncompiled(module: nn.Module, what: str) -> None:
+    """ConfigError ``<what>: ...`` for a part that torch.compile made: its layers cannot be looked into, and a copy
+    of it would run otherwise."""
+    for path, part in module.named_modules():
+        is_compiled = type(part).__name__ == "OptimizedModule"
+        if is_compiled or vars(part).get("_compiled_call_impl") is not None:
+            way_out = "pass what it was made of (._orig_mod)" if is_compiled else "pass it as it was before .compile()"
+            raise ConfigError(f"{what}: {path or 'it'} is compiled by torch.compile; {way_out}")
+
+
 @contextmanager
 def recorded_reads(module: nn.Module) -> Iterator[list[str]]:
     """A list that is empty inside; afterwards it has the paths of the Linear layers whose weight was looked at by

@@ -3,13 +3,12 @@ returns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import hashlib
-
     from torch import Tensor
 
 Batch = Any
@@ -57,6 +56,28 @@ def tensors_in(tree: object) -> list[Tensor]:
         return [tree]
     items = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (list, tuple)) else ()
     return [t for item in items for t in tensors_in(item)]
+
+
+def leaves_in(tree: object) -> list[Any]:
+    """The tensors and all other values of ``tree``, in order."""
+    if not isinstance(tree, (Mapping, list, tuple)):
+        return [tree]
+    items = tree.values() if isinstance(tree, Mapping) else tree
+    return [leaf for item in items for leaf in leaves_in(item)]
+
+
+def digest_of(leaves: Iterable[object]) -> str:
+    """By the values of tensors and of what is plain; what else there is, is the same where it is one object."""
+    import torch
+
+    digest = hashlib.sha256()
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            add_to_digest(digest, leaf)
+        else:
+            is_plain = leaf is None or isinstance(leaf, (bool, int, float, str))
+            digest.update(f"{leaf!r}|".encode() if is_plain else f"{id(leaf)}|".encode())
+    return digest.hexdigest()
 
 
 def named_tensors(tree: object, name: str = "") -> dict[str, Tensor]:

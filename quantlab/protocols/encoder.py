@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError, ModelError, NotFinite
 from quantlab.metrics.output_error import output_cosine, output_rel_error
+from quantlab.metrics.statistics import same_labels
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
 from quantlab.modules.timing import Clock, ms_per_token
@@ -149,6 +150,7 @@ def measure(
     undefined: dict[str, str] = {}
     return Measurements(
         samples=defined(metrics, undefined),
+        clusters=same_labels([inputs.subset([i]).sha256 for i in range(inputs.num_samples)]),
         sample_ids=inputs.sample_ids,
         undefined=undefined,
         timings_ms={"prefill_ms_per_token": ms},

@@ -90,7 +90,7 @@ class TextInputs:
     """int64 tensor (chunks, context_length)."""
     sample_ids: tuple[str, ...]
     clusters: NDArray[np.int64]
-    """int64 array (chunks,): the window's number in the text, or that of its section."""
+    """int64 array (chunks,): the window's number in the text, or that of its section; of the first of equal ones."""
     sha256: str
     """Of the token ids and the protocol record."""
     protocol: Mapping[str, Any]
@@ -150,6 +150,8 @@ def text_inputs(text: str, evaluation: EvaluationConfig, model: LoadedModel, key
             )
         numbers = np.arange(wanted, dtype=np.int64) * num_windows // wanted
         windows, names = [stream[n * stride : (n + 1) * stride] for n in numbers], [f"window {n}" for n in numbers]
+    firsts: dict[tuple[int, ...], int] = {}
+    clusters = [firsts.setdefault(tuple(w), int(n)) for w, n in zip(windows, numbers, strict=True)]
     ids = torch.tensor([prefix + window for window in windows], dtype=torch.int64)
     if bos_id is not None and protocol.bos == "replace":
         ids[:, 0] = bos_id
@@ -166,7 +168,7 @@ def text_inputs(text: str, evaluation: EvaluationConfig, model: LoadedModel, key
     return TextInputs(
         input_ids=ids,
         sample_ids=tuple(names),
-        clusters=numbers,
+        clusters=np.array(clusters, dtype=np.int64),
         sha256=_inputs_sha256(ids, record),
         protocol=record,
         first_target=first_target,

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError, NotFinite
 from quantlab.metrics.output_error import output_cosine, output_rel_error
+from quantlab.metrics.statistics import same_labels
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
 from quantlab.modules.compute_dtype import component_dtype, torch_dtype
-from quantlab.modules.trees import Batch, add_to_digest, arguments_of, named_tensors, replaced, tensors_in
+from quantlab.modules.trees import (
+    Batch,
+    add_to_digest,
+    arguments_of,
+    digest_of,
+    leaves_in,
+    named_tensors,
+    replaced,
+    tensors_in,
+)
 from quantlab.protocols.defined import defined
 from quantlab.protocols.tried import check_repeats
 from quantlab.protocols.unchanged import same_state
@@ -102,9 +113,7 @@ def observe(
 
     module = model.components["model"]
     dtype, usual = component_dtype(model.components["model"], model.dtype), torch_dtype(model.dtype)
-    batches = [
-        part for b in inputs.batches for part in (b.split(batch_size) if batch_size and hasattr(b, "split") else [b])
-    ]
+    batches = _cut(inputs, batch_size)
     outputs: dict[str, list[Tensor]] = {}
     rows: list[int] = []
     with torch.no_grad():
@@ -129,13 +138,26 @@ def observe(
     return {"outputs": outputs, "rows": rows}
 
 
+def _cut(inputs: ModuleInputs, batch_size: int | None) -> list[Batch]:
+    cut = (b.split(batch_size) if batch_size and hasattr(b, "split") else [b] for b in inputs.batches)
+    return [part for parts in cut for part in parts]
+
+
 def _floating(returned: object) -> dict[str, Tensor]:
-    """The floating tensors of what a module returns, as fp32 on the CPU."""
+    """The floating tensors of what a module returns, as fp32 copies on the CPU (a module may write its next answer into
+    the same memory); a complex number is two, and what is left out of sparse and nested ones is 0."""
+    import torch
+
     found = {}
     for name, tensor in named_tensors(returned).items():
         dense = tensor.dequantize() if hasattr(tensor, "qtype") else tensor
+        if dense.is_nested:
+            dense = torch.nested.to_padded_tensor(dense, 0.0)
+        elif dense.layout != torch.strided:
+            dense = dense.to_dense()
+        dense = torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
         if dense.is_floating_point():
-            found[name] = dense.detach().float().cpu()
+            found[name] = dense.detach().to("cpu", torch.float32, copy=True)
     return found
 
 
@@ -168,47 +190,83 @@ def measure(
     """``output_cosine`` and ``output_rel_error`` of each output row against the reference's, of the tensor that moves
     most (by its mean relative error); what the others do is in ``resolved``.
 
-    A tensor without a row for each row of the first is compared as a whole, batch by batch.
+    A tensor without a row for each row of the first, or with one number a row (whose cosine says nothing, and whose
+    relative error is that of a quotient by a number near 0), is compared as a whole, batch by batch. Rows that are the
+    same by their inputs, and those of what is compared as a whole, are one cluster.
     """
     found = observe(model, inputs, evaluation, progress, batch_size)
     undefined: dict[str, str] = {}
     measured = {
-        name: _compared(outputs, reference["outputs"][name], found["rows"], undefined)
+        name: _compared(name, outputs, reference["outputs"][name], found["rows"], undefined)
         for name, outputs in found["outputs"].items()
     }
     errors = {name: float(m["output_rel_error"].mean()) for name, m in measured.items() if "output_rel_error" in m}
     worst = max(errors, key=lambda name: errors[name], default=next(iter(measured)))
     told = {"compared_output": worst, "output_rel_errors": ", ".join(f"{n}: {e:.3g}" for n, e in errors.items())}
+    is_whole = not _has_rows(found["outputs"][worst], found["rows"])
     return Measurements(
         samples=measured[worst],
+        clusters=_clusters(_cut(inputs, batch_size), found["rows"], is_whole),
         sample_ids=tuple(f"row {i}" for i in range(sum(found["rows"]))),
         undefined={} if len(measured[worst]) == len(HEADLINE) else undefined,
         resolved=told if len(measured) > 1 else {},
     )
 
 
+def _has_rows(tensors: Sequence[Tensor], rows: Sequence[int]) -> bool:
+    """Whether there is a row of several numbers for each row of the batches."""
+    return all(t.dim() > 1 and len(t) == num and t[:1].numel() != 1 for t, num in zip(tensors, rows, strict=True))
+
+
 def _compared(
-    outputs: Sequence[Tensor], reference: Sequence[Tensor], rows: Sequence[int], undefined: dict[str, str]
+    name: str,
+    outputs: Sequence[Tensor],
+    reference: Sequence[Tensor],
+    rows: Sequence[int],
+    undefined: dict[str, str],
 ) -> dict[str, NDArray[np.float64]]:
     """The metrics of one of the returned tensors, a value a row."""
     import numpy as np
     import torch
 
-    by_rows = all(t.dim() and len(t) == num for t, num in zip(outputs, rows, strict=True))
-    if by_rows:
-        out, ref, times = torch.cat(list(outputs)), torch.cat(list(reference)), None
-    else:
-        out, ref = _flat(outputs), _flat(reference)
-        times = list(rows)
+    if len(outputs) != len(reference):  # which was observed at another batch size
+        whole, num = torch.cat(list(reference)), [len(t) for t in outputs]
+        reference = torch.split(whole, num) if sum(num) == len(whole) else [whole] * len(outputs)
+    for i, (found, expected) in enumerate(zip(outputs, reference, strict=True)):
+        if found.shape != expected.shape:  # all batches together may have one number of rows
+            reason = (
+                f"the output{f' {name}' if name else ''} of batch {i} has shape {tuple(found.shape)}, the reference's "
+                f"{tuple(expected.shape)}; give back what has one shape whatever the values are"
+            )
+            undefined |= {metric: f"{metric}: {reason}" for metric in HEADLINE}
+            return {}
+    by_rows = _has_rows(outputs, rows)
+    out, ref = _flat(outputs, by_rows), _flat(reference, by_rows)
     metrics = {
         "output_cosine": lambda: output_cosine(out, ref),
         "output_rel_error": lambda: output_rel_error(out, ref),
     }
-    return {n: v if times is None else np.repeat(v, times) for n, v in defined(metrics, undefined).items()}
+    return {n: v if by_rows else np.repeat(v, rows) for n, v in defined(metrics, undefined).items()}
 
 
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """One row a tensor; shorter ones are filled with zeros, which add nothing to a norm."""
+def _flat(tensors: Sequence[Tensor], by_rows: bool) -> Tensor:
+    """Their rows, or one row a tensor; shorter ones are filled with zeros, which add nothing to a norm."""
     import torch
 
-    return torch.nn.utils.rnn.pad_sequence([t.reshape(-1) for t in tensors], batch_first=True)
+    rows = [t.flatten(1) if by_rows else t.reshape(1, -1) for t in tensors]
+    width = max(row.shape[1] for row in rows)
+    return torch.cat([torch.nn.functional.pad(row, (0, width - row.shape[1])) for row in rows])
+
+
+def _clusters(batches: Sequence[Batch], rows: Sequence[int], is_whole: bool) -> NDArray[np.int64] | None:
+    """The cluster of each row: what has the same inputs has the same error; None where all are different."""
+    labels: list[object] = []
+    for batch, num in zip(batches, rows, strict=True):
+        leaves = leaves_in(batch)
+        is_cut = [not is_whole and hasattr(t, "dim") and t.dim() > 0 and len(t) == num for t in leaves]
+        own = digest_of(t for t, cut in zip(leaves, is_cut, strict=True) if not cut)
+        if any(is_cut):
+            labels += [(own, digest_of(t[i] for t in itertools.compress(leaves, is_cut))) for i in range(num)]
+        else:
+            labels += [(own, 0 if is_whole else i) for i in range(num)]
+    return same_labels(labels)

@@ -1,5 +1,5 @@
 """Models that read one sequence and write another: the decoder's next-token distributions on given pairs, by teacher
-forcing, against the reference's, and perplexity. The unit of uncertainty is the pair.
+forcing, against the reference's, and perplexity. The unit of uncertainty is the pair; one that is there twice is one.
 
 What the output head is given is stored of the reference, and its logits are made anew in fp32, as of language models
 (:mod:`quantlab.protocols.language`); ``final_logits_bias`` (BART) is added.
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ModelError, NotFinite
 from quantlab.metrics.kl import token_statistics
-from quantlab.metrics.statistics import bootstrap_interval
+from quantlab.metrics.statistics import bootstrap_interval, same_labels
 from quantlab.models.causal_lm import network_of
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
@@ -169,10 +169,11 @@ def measure(
 
     drawn = (evaluation.num_bootstrap, evaluation.bootstrap_seed)
     num = len(lengths)
+    clusters = same_labels([inputs.subset([i]).sha256 for i in range(num)])
     ppl, ppl_ref = perplexity(by_pair["nll_candidate"]), perplexity(by_pair["nll_reference"])
     estimates = {
-        "ppl": lambda: bootstrap_interval(ppl, num, None, None, *drawn),
-        "ppl_ref": lambda: bootstrap_interval(ppl_ref, num, None, None, *drawn),
+        "ppl": lambda: bootstrap_interval(ppl, num, clusters, None, *drawn),
+        "ppl_ref": lambda: bootstrap_interval(ppl_ref, num, clusters, None, *drawn),
     }
     return Measurements(
         samples={
@@ -181,6 +182,7 @@ def measure(
             "ln_ppl_ratio": by_pair["nll_candidate"] - by_pair["nll_reference"],
             "delta_p_mean": by_pair["delta_p"],
         },
+        clusters=clusters,
         sample_ids=inputs.sample_ids,
         estimates=defined(estimates, undefined),
         undefined=undefined,

@@ -19,7 +19,7 @@ from quantlab.modules.holders import PACK, Holder, holders
 from quantlab.modules.layers import matches
 from quantlab.modules.memory import Storages, logical_size, storage_of, storages
 from quantlab.modules.remembered import remembered
-from quantlab.stages.select import QuantizationRequest, Selection, check_device, choose_layers, misfit
+from quantlab.stages.select import QuantizationRequest, Selection, check_device, choose_layers
 from quantlab.vocabulary.capabilities import CUSTOM_ROW
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, dtype_name
 from quantlab.vocabulary.prices import ComponentPrice, Kept, Kind
@@ -221,7 +221,7 @@ def _fallback_bytes(
     dtype = scheme.axes.on_mismatch
     if dtype in COMPUTE_DTYPES:
         return dtype, StoredBytes(codes=plain_bytes(dense, dtype), scales=0, bias_dtype=dense.bias_dtype)
-    if chosen.fallback is None or misfit(chosen.fallback.format, dense.shape):
+    if chosen.fallback is None or chosen.fallback.format.misfit(dense.shape):
         return None
     other = chosen.fallback
     native = other.backend.module.resolve(other.native, device, compute_dtype)

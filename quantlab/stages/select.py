@@ -146,7 +146,7 @@ def choose_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
     native = scheme.native.measured(shapes)
     dtypes = native.layer_dtypes({n: shapes[n] for n in wanted})
     asked = {n: scheme.other_formats[dtypes[n]] if n in dtypes else scheme.format for n in wanted}
-    misfits = {n: reason for n in wanted if (reason := misfit(asked[n], shapes[n]))}
+    misfits = {n: reason for n in wanted if (reason := asked[n].misfit(shapes[n]))}
     if misfits and axes.on_mismatch == "error":
         raise DoesNotFit(_misfit_message(axes, request.component, misfits, shapes))
     if len(misfits) == len(wanted):
@@ -300,26 +300,6 @@ def check_device(asked: Format, device: str, compute_dtype: str) -> None:
             raise ConfigError(f"{who} needs CUDA compute capability {need}; this device has {have[0]}.{have[1]}")
 
 
-def misfit(asked: Format, shape: Sequence[int]) -> str:
-    """Why a weight of ``shape`` (out_features, in_features) cannot be stored as asked; "" where it can."""
-    axes, row = asked.axes, asked.row
-    out_features, in_features = shape
-    group = axes.group_size
-    if isinstance(group, int) and row.grouping == "row" and in_features % group:
-        return f"in_features {in_features} does not divide by group_size {group}"
-    if in_features % row.in_features_multiple:
-        return f"in_features {in_features} does not divide by {row.in_features_multiple}, the block of {axes.dtype}"
-    if in_features < row.min_in_features:
-        return f"in_features {in_features} is below {row.min_in_features}"
-    if out_features < row.min_out_features:
-        return f"out_features {out_features} is below {row.min_out_features}"
-    if out_features % row.out_features_multiple:
-        return f"out_features {out_features} does not divide by {row.out_features_multiple}"
-    if (out_features * in_features) % row.numel_multiple:
-        return f"{out_features} x {in_features} weights do not divide by {row.numel_multiple}"
-    return ""
-
-
 def _misfit_message(
     axes: QuantizationAxes, component: str, misfits: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
 ) -> str:
@@ -355,7 +335,7 @@ def _checked_fallback(scheme: Scheme, shapes: Mapping[str, Sequence[int]]) -> Sc
     if not shapes or scheme.fallback is None:
         return None
     fallback = scheme.fallback
-    bad = {n: r for n, shape in shapes.items() if (r := misfit(fallback.format, shape))}
+    bad = {n: r for n, shape in shapes.items() if (r := fallback.format.misfit(shape))}
     if bad:
         raise DoesNotFit(
             f"quantization.on_mismatch={fallback.axes.dtype}: does not fit either: {_listed(bad, shapes)}; choose a "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
@@ -206,6 +206,15 @@ class MemoryReport:
     def bits_per_weight(self) -> float:
         """Bits of each logical value, buffers included but for ``index_bytes``, as ``weights_bytes`` has them too."""
         return bits_per_weight([self])
+
+    def of_values_in(self, size: MemoryReport) -> MemoryReport:
+        """These bytes, of the values that another report of the component has counted."""
+        return replace(
+            self,
+            bytes_at_16_bit=size.bytes_at_16_bit,
+            num_parameters=size.num_parameters,
+            index_bytes=size.index_bytes,
+        )
 
 
 def bits_per_weight(parts: Iterable[MemoryReport]) -> float:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import quantlab
 from quantlab.metrics import METRICS
+from quantlab.models.loaded import LoadedModel
 from quantlab.report.verdicts import largest_floor
 from quantlab.running import job as job_module
-from quantlab.running import workbench
+from quantlab.running import placement, workbench
 from quantlab.stages import calibrate, observe
 from tests.support.shell import digits_words, make_shell
 
@@ -150,3 +152,12 @@ def test_what_is_kept_of_a_model_is_of_the_code_that_made_it(shell, monkeypatch)
         monkeypatch.setattr(module, "code_digest", lambda: "another version")
     shell.rows(*words, "evaluation.num_samples=10")
     assert len(kept() - before) == 2
+
+
+def test_encoded_prompts_are_of_the_code_that_made_them(monkeypatch, tmp_path):
+    model = LoadedModel(name="any", protocol="diffusion", components={}, weights_sha256="sha256:1")
+    key = placement._prompts(model, "cpu", tmp_path).key
+    assert placement._prompts(model, "cpu", tmp_path).key == key
+    assert placement._prompts(replace(model, weights_sha256="sha256:2"), "cpu", tmp_path).key != key
+    monkeypatch.setattr(placement, "code_digest", lambda: "another version")
+    assert placement._prompts(model, "cpu", tmp_path).key != key

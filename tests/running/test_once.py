@@ -47,6 +47,23 @@ def test_a_number_is_the_librarys_own_where_it_divides_every_layer(backend, orde
     assert again([*words, "quantization.layer_kinds=[linear,conv]"], [128]) == [False, False, False]
 
 
+@pytest.mark.parametrize("backend", ["quanto", "gguf"])
+def test_what_becomes_of_misfits_is_one_thing_where_there_are_none(backend):
+    dtype = {"quanto": "int8", "gguf": "q4_0"}[backend]
+    words = [f"backend={backend}", f"dtype={dtype}", "quantization.on_mismatch=error,skip,bfloat16"]
+    assert again(words, [64, 96]) == [False, True, True]
+    assert again(words, [64, 36]) == [False, *[backend == "quanto"] * 2]
+    assert again(words, []) == [False] * 3, "layers are not known"
+    fallback = ["backend=gguf", "dtype=q4_k", "quantization.on_mismatch=error,q4_0"]
+    assert again(fallback, [256]) == [False, True]
+    assert again(fallback, [288]) == [False, False]
+
+
+def test_a_format_that_looks_at_more_than_rows_is_not_judged_by_them():
+    words = ["backend=torchao", "dtype=nf4", "quantization.on_mismatch=skip,bfloat16"]
+    assert again(words, [128]) == [False, False]
+
+
 def test_each_component_counts_by_its_own_layers():
     words = ["components.text_encoder.backend=modelopt", "components.text_encoder.dtype=int4", "backend=none"]
     words += ["components.text_encoder.on_mismatch=skip", "components.text_encoder.group_size=auto,128"]
