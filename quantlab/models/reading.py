@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 HOLLOW = "meta"
 """The device of a model that is loaded without the values of its weights, which stay in its files."""
-_ASKS_FOR_CODE = "trust_remote_code"
+ASKS_FOR_CODE = "trust_remote_code"
 """In every message with which transformers and Diffusers refuse to run a checkpoint's code."""
 _Module = TypeVar("_Module", bound="torch.nn.Module")
 
@@ -112,7 +112,7 @@ def as_model_error(key: str, way_out: str, brings_code: Callable[[], bool] = lam
     except unreadable() as error:
         if isinstance(error, ModelError) or is_of_the_machine(error):
             raise
-        if _ASKS_FOR_CODE in str(error) or brings_code():
+        if ASKS_FOR_CODE in str(error) or brings_code():
             raise remote_code(key, "it asks for code of its own") from error
         raise ModelError(f"{key}: it cannot be loaded ({first_line(error)}); {way_out}") from error
 
