@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import time
+import zipfile
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy.io import wavfile
 
 from quantlab.backends.gguf.header import check_header
 from quantlab.backends.gguf.imatrix import InputSquares, read_imatrix, write_imatrix
 from quantlab.backends.gguf.storage import _read
 from quantlab.backends.stored import from_pretrained_config
+from quantlab.datasets.pairs import _sound
 from quantlab.datasets.prompts import MAX_PROMPT_CHARS, read_prompts
 from quantlab.datasets.text import read_text
 from quantlab.errors import ConfigError, ModelError, QuantlabError
 from quantlab.modules.kept import Damaged, read_tree, write_tree
 from quantlab.planning.recipe import read_recipe
+from quantlab.tracking.pictures import read_samples
 from quantlab.vocabulary import files
 
 VALUES = (0, 1, -1, 2**31, 2**63)
@@ -114,6 +120,43 @@ def test_every_field_of_a_kept_file_may_lie(tmp_path, value):
         raised_quickly(lambda: read_tree(file), Damaged)
     save_file({"x": torch.ones(4)}, file)
     assert raised_quickly(lambda: read_tree(file), Damaged)
+
+
+def npz(shape, num_bytes):
+    """An array of ``shape`` as its header says, and so many bytes of it."""
+    header, made, ids = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    np.save(ids, np.array(["a"]))
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as members:
+        members.writestr("sample_ids.npy", ids.getvalue())
+        with members.open("images.npy", "w", force_zip64=True) as file:
+            file.write(header.getvalue())
+            for _ in range(num_bytes >> 20):
+                file.write(bytes(1 << 20))
+    return made.getvalue()
+
+
+def test_arrays_of_a_run_that_would_fill_the_memory(monkeypatch):
+    assert read_samples(npz((1, 3, 512, 512, 1), 3 << 18)) is None  # cut off
+    assert read_samples(npz((1, 3, 2**25, 2**25, 1), 0)) is None  # 3 PiB, says the header
+    shape = (1, 3, 1024, 1024, 1)
+    assert read_samples(npz(shape, 3 << 20))[0].shape == shape
+    monkeypatch.setattr("quantlab.tracking.pictures._ALWAYS_UNPACKED", 1 << 20)
+    assert read_samples(npz(shape, 3 << 20)) is None
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_field_of_a_wav_header_may_lie(tmp_path, recwarn, value, size):
+    file = tmp_path / "a.wav"
+    wavfile.write(file, 16_000, np.arange(64, dtype=np.int16))
+    good = file.read_bytes()
+    hearing = SimpleNamespace(name="a", parts={"processor": SimpleNamespace(sampling_rate=16_000)})
+    for at in range(44):
+        file.write_bytes(good[:at] + packed(value, size) + good[at + size :])
+        said = raised_quickly(lambda: _sound(tmp_path, "a.wav", "dataset.path=x", hearing), ConfigError)
+        assert not said or said.startswith("dataset.path=x: ")
+    assert not recwarn.list
 
 
 TEXTS = {
