@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from scipy.io import wavfile
 
+import quantlab
 from quantlab.backends.gguf.header import check_header
 from quantlab.backends.gguf.imatrix import InputSquares, read_imatrix, write_imatrix
 from quantlab.backends.gguf.storage import _read
@@ -77,6 +78,18 @@ def test_49_bytes_that_claim_eight_billion_items(tmp_path):
     nested = header[:-12] + struct.pack("<IQ", 9, 1) * 6 + struct.pack("<IQ", 0, 1) + b"\0"
     file.write_bytes(nested)
     assert "a value of type 9" in raised_quickly(lambda: read_imatrix(file), ConfigError)
+
+
+def test_a_gguf_file_of_endless_layers(tmp_path):
+    """Lists of that length would be made of it before any tensor is looked at."""
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_block_count(10**9)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    said = raised_quickly(lambda: quantlab.load(tmp_path / "a.gguf"), ModelError)
+    assert "llama.block_count is 1000000000, and no model has so many layers" in said
 
 
 @pytest.mark.parametrize("cut", [0, 3, 4, 20, 50, -40])

@@ -15,12 +15,20 @@ from typing import TYPE_CHECKING, Any
 from quantlab.backends.modelopt.checkpointing import ENABLE
 from quantlab.backends.modelopt.restore import loading_arguments, restoring, rewrap
 from quantlab.backends.table import loggers
-from quantlab.errors import ConfigError, MissingPackage, ModelError, nearest
+from quantlab.errors import ConfigError, MissingPackage, ModelError, is_of_the_machine, nearest
 from quantlab.exporting import check
 from quantlab.exporting.folder import MANIFEST, read_manifest
 from quantlab.exporting.single_file import CONFIG, load_file
 from quantlab.models.pipeline_files import INDEX, listed_parts, read_index
-from quantlab.models.reading import ASKS_FOR_CODE, quiet_loading, remote_code
+from quantlab.models.reading import (
+    ASKS_FOR_CODE,
+    check_config,
+    is_of_a_pickle,
+    of_a_pickle,
+    quiet_loading,
+    remote_code,
+    unreadable,
+)
 from quantlab.models.repository import of_folder
 from quantlab.quiet import quiet_libraries
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
@@ -74,14 +82,20 @@ def load(path: str | Path, device: str | None = None, config: str | Path | None 
             if folder.is_file():
                 made = load_file(folder, config)
             else:
+                for file in (*folder.glob(CONFIG), *folder.glob(f"*/{CONFIG}")):
+                    check_config(f"path={path}", file, folder)
                 made = _exported(folder) if (folder / MANIFEST).is_file() else _of_a_library(folder)
     except (ConfigError, ModelError):
         raise
     except ImportError as error:
         raise MissingPackage(f"path={path}: {_first_line(error)}; install that package") from error
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except unreadable() as error:
+        if is_of_the_machine(error):
+            raise
         if ASKS_FOR_CODE in str(error):
             raise remote_code(f"path={path}", "it asks for code of its own") from error
+        if is_of_a_pickle(error):
+            raise of_a_pickle(f"path={path}") from error
         raise ModelError(
             f"path={path}: it cannot be loaded ({type(error).__name__}: {_first_line(error)}); check that its files "
             "are complete, and that the libraries are those that wrote it or newer"

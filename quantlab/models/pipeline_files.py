@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError, MissingPackage, ModelError, nearest
-from quantlab.models.reading import ADAPTER, check_no_adapter, remote_code
+from quantlab.models.reading import ADAPTER, check_config, check_no_adapter, remote_code
 from quantlab.models.repository import Repository, of_folder
 from quantlab.modules.source import check_indices
 from quantlab.vocabulary.schema import ModelConfig
@@ -170,6 +170,7 @@ def check_files(key: str, folder: Path) -> dict[str, Any]:
     index = read_index(key, of_folder(folder))
     for part in sorted(part for part in folder.iterdir() if part.is_dir()):
         check_indices(f"{key}: {part.name}", part)
+        check_config(key, part / "config.json", folder)
     for file in sorted(folder.glob("*/*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
