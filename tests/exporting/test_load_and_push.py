@@ -85,7 +85,7 @@ TOLD = {"target": "transformers:AutoModelForCausalLM", "method": "from_pretraine
         ({"arguments": {"dtype": "load"}}, "tells the loader dtype='load'"),
         ({"dtype": "hub"}, "tells the loader dtype='hub'"),
         ({"arguments": {"gguf_file": "../x.gguf"}}, "tells the loader gguf_file="),
-        ({"arguments": {"cache_dir": "/tmp/x"}}, "tells the loader cache_dir="),
+        ({"arguments": {"cache_dir": "elsewhere"}}, "tells the loader cache_dir="),
         ({"subfolder": "..", "file": "theirs/model.gguf"}, "is no loader"),
         ({}, "remote code: not run"),
     ],
