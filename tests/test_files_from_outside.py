@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import time
+import zipfile
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy.io import wavfile
 
+import quantlab
 from quantlab.backends.gguf.header import check_header
 from quantlab.backends.gguf.imatrix import InputSquares, read_imatrix, write_imatrix
 from quantlab.backends.gguf.storage import _read
 from quantlab.backends.stored import from_pretrained_config
+from quantlab.datasets.pairs import _sound
 from quantlab.datasets.prompts import MAX_PROMPT_CHARS, read_prompts
 from quantlab.datasets.text import read_text
 from quantlab.errors import ConfigError, ModelError, QuantlabError
 from quantlab.modules.kept import Damaged, read_tree, write_tree
 from quantlab.planning.recipe import read_recipe
+from quantlab.tracking.pictures import read_samples
 from quantlab.vocabulary import files
 
 VALUES = (0, 1, -1, 2**31, 2**63)
@@ -73,6 +80,18 @@ def test_49_bytes_that_claim_eight_billion_items(tmp_path):
     assert "a value of type 9" in raised_quickly(lambda: read_imatrix(file), ConfigError)
 
 
+def test_a_gguf_file_of_endless_layers(tmp_path):
+    """Lists of that length would be made of it before any tensor is looked at."""
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_block_count(10**9)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    said = raised_quickly(lambda: quantlab.load(tmp_path / "a.gguf"), ModelError)
+    assert "llama.block_count is 1000000000, and no model has so many layers" in said
+
+
 @pytest.mark.parametrize("cut", [0, 3, 4, 20, 50, -40])
 def test_a_gguf_file_that_ends_early(imatrix, cut):
     imatrix.write_bytes(imatrix.read_bytes()[:cut])
@@ -114,6 +133,43 @@ def test_every_field_of_a_kept_file_may_lie(tmp_path, value):
         raised_quickly(lambda: read_tree(file), Damaged)
     save_file({"x": torch.ones(4)}, file)
     assert raised_quickly(lambda: read_tree(file), Damaged)
+
+
+def npz(shape, num_bytes):
+    """An array of ``shape`` as its header says, and so many bytes of it."""
+    header, made, ids = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    np.save(ids, np.array(["a"]))
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as members:
+        members.writestr("sample_ids.npy", ids.getvalue())
+        with members.open("images.npy", "w", force_zip64=True) as file:
+            file.write(header.getvalue())
+            for _ in range(num_bytes >> 20):
+                file.write(bytes(1 << 20))
+    return made.getvalue()
+
+
+def test_arrays_of_a_run_that_would_fill_the_memory(monkeypatch):
+    assert read_samples(npz((1, 3, 512, 512, 1), 3 << 18)) is None  # cut off
+    assert read_samples(npz((1, 3, 2**25, 2**25, 1), 0)) is None  # 3 PiB, says the header
+    shape = (1, 3, 1024, 1024, 1)
+    assert read_samples(npz(shape, 3 << 20))[0].shape == shape
+    monkeypatch.setattr("quantlab.tracking.pictures._ALWAYS_UNPACKED", 1 << 20)
+    assert read_samples(npz(shape, 3 << 20)) is None
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_field_of_a_wav_header_may_lie(tmp_path, recwarn, value, size):
+    file = tmp_path / "a.wav"
+    wavfile.write(file, 16_000, np.arange(64, dtype=np.int16))
+    good = file.read_bytes()
+    hearing = SimpleNamespace(name="a", parts={"processor": SimpleNamespace(sampling_rate=16_000)})
+    for at in range(44):
+        file.write_bytes(good[:at] + packed(value, size) + good[at + size :])
+        said = raised_quickly(lambda: _sound(tmp_path, "a.wav", "dataset.path=x", hearing), ConfigError)
+        assert not said or said.startswith("dataset.path=x: ")
+    assert not recwarn.list
 
 
 TEXTS = {

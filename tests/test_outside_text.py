@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import csv
 import io
 import json
 from pathlib import Path
@@ -17,6 +18,7 @@ from quantlab.planning.data import check_data
 from quantlab.planning.listing import LISTS
 from quantlab.planning.plan import plan
 from quantlab.progress import file_name, plain, printable, progress_bars, say
+from quantlab.report.comparison_data import write_csv
 from quantlab.report.html import page
 from quantlab.report.reproduction import Check, Reproduction, reproduction_sheets
 from quantlab.report.table import markdown, rows_sheet
@@ -236,6 +238,15 @@ def test_the_pages_script_writes_text_only():
     script = "".join(p.read_text() for p in sorted((PACKAGE / "report" / "page").glob("*.js")))
     assert "createElement" in script
     assert [word for word in SCRIPTS if word in script] == []
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", '=HYPERLINK("x"),\'a\n'])
+def test_no_cell_of_a_csv_file_is_a_formula(tmp_path, text):
+    failed = {"name": text, "run_id": "a", "status": "FAILED", "stage": text, "error": text}
+    write_csv([], [failed], tmp_path / "table.csv")
+    with (tmp_path / "table.csv").open(newline="") as file:
+        [line] = csv.DictReader(file)
+    assert line == {"name": f"'{text}", "run_id": "a", "status": "FAILED", "stage": f"'{text}", "error": f"'{text}"}
 
 
 # -- a request

@@ -7,6 +7,7 @@ text."}`` with WAV files below the file's folder, at the rate that the model hea
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
@@ -144,8 +145,10 @@ def _sound(folder: Path, name: str, key: str, model: LoadedModel) -> NDArray[np.
     if place.is_absolute() or ".." in place.parts or "\\" in name:
         raise ConfigError(f"{key}: {name!r} is not below the file's folder; move it there")
     try:
-        rate, samples = wavfile.read(folder / place)
-    except (OSError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks of text that editors add
+            rate, samples = wavfile.read(folder / place)
+    except Exception as error:  # noqa: BLE001  a header that lies fails in whatever it is used for
         raise ConfigError(f"{key}: {name} cannot be read as a WAV file ({error}); put an intact one there") from error
     wanted = cast(Any, model.parts)["processor"].sampling_rate
     if rate != wanted:

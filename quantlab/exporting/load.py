@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.modelopt.checkpointing import ENABLE
 from quantlab.backends.modelopt.restore import loading_arguments, restoring, rewrap
 from quantlab.backends.table import loggers
-from quantlab.errors import ConfigError, MissingPackage, ModelError, nearest
+from quantlab.errors import ConfigError, MissingPackage, ModelError, is_of_the_machine, nearest
 from quantlab.exporting import check
 from quantlab.exporting.folder import MANIFEST, read_manifest
 from quantlab.exporting.single_file import CONFIG, load_file
-from quantlab.models.reading import quiet_loading
+from quantlab.models.pipeline_files import INDEX, listed_parts, read_index
+from quantlab.models.reading import (
+    ASKS_FOR_CODE,
+    check_config,
+    is_of_a_pickle,
+    of_a_pickle,
+    quiet_loading,
+    remote_code,
+    unreadable,
+)
+from quantlab.models.repository import of_folder
 from quantlab.quiet import quiet_libraries
+from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +40,17 @@ if TYPE_CHECKING:
 
 _LOADERS = {("diffusers", "from_pretrained"), ("diffusers", "from_single_file"), ("transformers", "from_pretrained")}
 _BEFORE = ("", ENABLE)
-INDEX = "model_index.json"
+_ARGUMENTS: dict[str, Callable[[Any], bool]] = {
+    "dtype": lambda value: value in COMPUTE_DTYPES,
+    "compute_dtype": lambda value: value in COMPUTE_DTYPES,
+    "config": lambda value: value == ".",
+    "gguf_file": lambda value: isinstance(value, str) and Path(value).name == value,
+    "low_cpu_mem_usage": lambda value: isinstance(value, bool),
+}
+"""What an export tells a loader besides. Any other word may run code that lies in the folder (``trust_remote_code``,
+``custom_pipeline``), or read and write elsewhere (``cache_dir``, ``offload_folder``)."""
+_NO_CODE = {"transformers": {"trust_remote_code": False}}
+"""Library -> its answer to code in a folder; without one transformers asks for it at the terminal."""
 _FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -61,12 +82,20 @@ def load(path: str | Path, device: str | None = None, config: str | Path | None 
             if folder.is_file():
                 made = load_file(folder, config)
             else:
+                for file in (*folder.glob(CONFIG), *folder.glob(f"*/{CONFIG}")):
+                    check_config(f"path={path}", file, folder)
                 made = _exported(folder) if (folder / MANIFEST).is_file() else _of_a_library(folder)
     except (ConfigError, ModelError):
         raise
     except ImportError as error:
         raise MissingPackage(f"path={path}: {_first_line(error)}; install that package") from error
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except unreadable() as error:
+        if is_of_the_machine(error):
+            raise
+        if ASKS_FOR_CODE in str(error):
+            raise remote_code(f"path={path}", "it asks for code of its own") from error
+        if is_of_a_pickle(error):
+            raise of_a_pickle(f"path={path}") from error
         raise ModelError(
             f"path={path}: it cannot be loaded ({type(error).__name__}: {_first_line(error)}); check that its files "
             "are complete, and that the libraries are those that wrote it or newer"
@@ -92,14 +121,11 @@ def _exported(folder: Path) -> Any:
     """By the manifest, whose loaders are two libraries' and nothing else."""
     data = read_manifest("path", folder)
     parts: Mapping[str, Any] = data.get("parts", {})
-    for part in parts.values():
-        library, _, name = str(part["target"]).partition(":")
-        is_known = name.isidentifier() and part.get("before", "") in _BEFORE
-        inside = (folder / str(part["subfolder"]) / str(part["file"])).resolve().is_relative_to(folder.resolve())
-        if (library, part["method"]) not in _LOADERS or not is_known or not inside:
-            raise ConfigError(
-                f"path={folder}: its {MANIFEST} names {part['target']}, which is no loader; export it again"
-            )
+    known = listed_parts(read_index(f"path={folder}", of_folder(folder))) if data["pipeline"] else parts
+    for name, part in parts.items():
+        if name not in known:  # the pipeline's loader would take it for a word of its own
+            raise ConfigError(f"path={folder}: its {MANIFEST} has a part {name}, and {INDEX} none; export it again")
+        _check_part(folder, part)
     alone = {
         name: _part(part, folder / part["subfolder"])
         for name, part in parts.items()
@@ -121,11 +147,29 @@ def _exported(folder: Path) -> Any:
     return check.load(whole, str(folder))[0]
 
 
+def _check_part(folder: Path, part: Mapping[str, Any]) -> None:
+    """ConfigError for what no export says of a part: another loader, a place elsewhere, an argument that is more than
+    how tensors are loaded."""
+    library, _, name = str(part["target"]).partition(":")
+    is_known = name.isidentifier() and part.get("before", "") in _BEFORE
+    place, own = folder / str(part["subfolder"]), folder.resolve()
+    inside = all(one.resolve().is_relative_to(own) for one in (place, place / str(part["file"])))
+    if (library, part["method"]) not in _LOADERS or not is_known or not inside:
+        raise ConfigError(f"path={folder}: its {MANIFEST} names {part['target']}, which is no loader; export it again")
+    told = {"dtype": part["dtype"], **part["arguments"]}
+    if odd := [key for key, value in told.items() if key not in _ARGUMENTS or not _ARGUMENTS[key](value)]:
+        raise ConfigError(
+            f"path={folder}: its {MANIFEST} tells the loader {odd[0]}={told[odd[0]]!r:.80}, which no export does; "
+            "export it again"
+        )
+
+
 def _part(part: Mapping[str, Any], folder: Path) -> Any:
     """One component; what its library would change in the whole process for it is changed while it is loaded."""
+    library, _, name = str(part["target"]).partition(":")
+    part = {**part, "arguments": {**part["arguments"], **_NO_CODE.get(library, {})}}
     if not part.get("before"):
         return check.load(part, str(folder))[0]
-    library, _, name = str(part["target"]).partition(":")
     with restoring(getattr(importlib.import_module(library), name), folder):
         made = check.load({**part, "before": ""}, str(folder))[0]
     rewrap(made, folder)
@@ -137,6 +181,7 @@ def _of_a_library(folder: Path) -> Any:
     if (folder / INDEX).is_file():
         from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+        read_index(f"path={folder}", of_folder(folder))
         return DiffusionPipeline.from_pretrained(folder)
     if not (folder / CONFIG).is_file():
         near = nearest(CONFIG, [f.name for f in folder.iterdir()])
@@ -151,7 +196,7 @@ def _of_a_library(folder: Path) -> Any:
             f"path={folder}: {CONFIG} names {str(name)[:80] or 'no class'}, which {library} does not have"
         )
     with restoring(kind, folder):
-        made = kind.from_pretrained(folder, **loading_arguments(kind, folder))
+        made = kind.from_pretrained(folder, **_NO_CODE.get(library, {}), **loading_arguments(kind, folder))
     rewrap(made, folder)
     return made
 

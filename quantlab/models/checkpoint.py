@@ -20,6 +20,7 @@ from quantlab.models.reading import (
     ADAPTER,
     HOLLOW,
     as_model_error,
+    check_counts,
     check_no_adapter,
     frozen,
     local_folder,
@@ -143,9 +144,11 @@ def _has_adapter(path: str, revision: str | None) -> bool:
 
 def read_config(path: str, config: ModelConfig, key: str) -> PreTrainedConfig:
     """The checkpoint's configuration; ModelError where it cannot be read."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     with as_model_error(key, _WAY_OUT):
+        said = PreTrainedConfig.get_config_dict(path, revision=config.revision)[0]
+        check_counts(key, "config.json", said)  # before lists of so many layers are made
         found: PreTrainedConfig = AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=False)
     return found
 

@@ -20,7 +20,15 @@ from quantlab.errors import ConfigError, ModelError
 from quantlab.models.checkpoint import files_sha256
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.pipeline_files import INDEX
-from quantlab.models.reading import ADAPTER, as_model_error, check_no_adapter, frozen, quiet_loading, remote_code
+from quantlab.models.reading import (
+    ADAPTER,
+    as_model_error,
+    check_counts,
+    check_no_adapter,
+    frozen,
+    quiet_loading,
+    remote_code,
+)
 from quantlab.modules.compute_dtype import torch_dtype
 from quantlab.modules.groups import KEY as GROUPED
 from quantlab.modules.source import check_indices
@@ -119,6 +127,7 @@ def _config(key: str, place: Path) -> dict[str, Any]:
     data = read_json(place / CONFIG, f"{key}: {CONFIG}", "copy or download it again")
     if not isinstance(data, dict):
         raise ConfigError(f"{key}: {CONFIG}: a mapping is wanted; copy or download it again")
+    check_counts(key, CONFIG, data)
     return data
 
 

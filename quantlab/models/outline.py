@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ModelError
 from quantlab.models.architectures import Architecture, Part, class_of
-from quantlab.models.reading import first_line, frozen, quiet_loading, unreadable
+from quantlab.models.reading import check_counts, first_line, frozen, quiet_loading, unreadable
 from quantlab.modules.compute_dtype import torch_dtype
 from quantlab.modules.source import uninitialized
 
@@ -57,6 +57,7 @@ def _built(key: str, part: Part, dtype: str, is_filled: bool = False) -> nn.Modu
     made = class_of(part.class_name)
     if made is None:
         raise ModelError(f"{key}: the installed libraries have no class {part.class_name}; name another model")
+    check_counts(key, f"the configuration of {part.class_name}", part.config)
     config = {k: v for k, v in part.config.items() if k not in ("quantization_config", "auto_map")}
     try:
         where = uninitialized() if is_filled else _without_values()

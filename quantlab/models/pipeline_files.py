@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError, MissingPackage, ModelError, nearest
-from quantlab.models.reading import ADAPTER, check_no_adapter, remote_code
+from quantlab.models.reading import ADAPTER, check_config, check_no_adapter, remote_code
 from quantlab.models.repository import Repository, of_folder
 from quantlab.modules.source import check_indices
 from quantlab.vocabulary.schema import ModelConfig
@@ -23,6 +23,8 @@ DENOISER = re.compile(r"(transformer|unet)(_\d+)?")
 """Names of the components that are called at a step."""
 NO_DENOISER = re.compile(r"vae|vq|movq|encod|embed|project|safety|feature|vocoder|controlnet|language_model")
 """What is in the names of other modules, where no component is called so."""
+_LIBRARIES = ("diffusers", "transformers")
+"""Whose classes the parts of a pipeline are."""
 
 
 def denoisers_of(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
@@ -168,6 +170,7 @@ def check_files(key: str, folder: Path) -> dict[str, Any]:
     index = read_index(key, of_folder(folder))
     for part in sorted(part for part in folder.iterdir() if part.is_dir()):
         check_indices(f"{key}: {part.name}", part)
+        check_config(key, part / "config.json", folder)
     for file in sorted(folder.glob("*/*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
@@ -192,6 +195,14 @@ def read_index(key: str, files: Repository) -> dict[str, Any]:
     return index
 
 
+def _is_a_pipelines(module: str) -> bool:
+    """Whether a part's module is one of Diffusers' own (``stable_diffusion``): any other would be imported, whatever it
+    does then."""
+    from diffusers import pipelines
+
+    return hasattr(pipelines, module)
+
+
 def _code_of_its_own(files: Repository, index: Mapping[str, Any]) -> str:
     """What in a pipeline is to be run from Python files that come with it; "" for nothing.
 
@@ -204,6 +215,8 @@ def _code_of_its_own(files: Repository, index: Mapping[str, Any]) -> str:
     for part, found in listed_parts(index).items():
         if f"{part}/{found[0]}.py" in files.names:
             return f"{INDEX} names the class {found[1]} of {part}/{found[0]}.py"
+        if found[0] is not None and found[0] not in _LIBRARIES and not _is_a_pipelines(found[0]):
+            return f"{INDEX} names the class {found[1]} of the module {found[0]}"
         if str(found[1]).startswith("Auto") and '"auto_map"' in files.text(f"{part}/config.json"):
             return f"{part}/config.json names a class of its own files (auto_map)"
     return ""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from quantlab.errors import ConfigError, ModelError, is_of_the_machine, nearest
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
@@ -14,9 +17,11 @@ from quantlab.vocabulary.schema import ModelConfig
 if TYPE_CHECKING:
     import torch
 
+_LAYERS = re.compile(r"(layers?|blocks|depths?|layers_per_block)$")
+_MAX_LAYERS = 10_000
 HOLLOW = "meta"
 """The device of a model that is loaded without the values of its weights, which stay in its files."""
-_ASKS_FOR_CODE = "trust_remote_code"
+ASKS_FOR_CODE = "trust_remote_code"
 """In every message with which transformers and Diffusers refuse to run a checkpoint's code."""
 _Module = TypeVar("_Module", bound="torch.nn.Module")
 
@@ -99,6 +104,42 @@ def remote_code(key: str, what: str) -> ModelError:
     )
 
 
+def is_of_a_pickle(error: Exception) -> bool:
+    """Whether torch refused to load a pickle for what it holds; it then tells how to load it nevertheless."""
+    return isinstance(error, UnpicklingError) or "weights_only" in str(error)
+
+
+def of_a_pickle(key: str) -> ModelError:
+    """The refusal of a file of weights that would run code while it is read."""
+    return ModelError(
+        f"{key}: its weights are a pickle that holds more than tensors, or is damaged: not loaded, as it would run "
+        "code; name a checkpoint in safetensors"
+    )
+
+
+def check_counts(key: str, name: str, config: Mapping[str, Any]) -> None:
+    """ModelError for a configuration ``name`` of so many layers that building them alone would not end."""
+    for field, value in config.items():
+        if isinstance(value, Mapping):
+            check_counts(key, name, value)
+        for count in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(count, int) and count > _MAX_LAYERS and _LAYERS.search(field):
+                raise ModelError(
+                    f"{key}: {name} says {field}={count}, and no model has more than {_MAX_LAYERS} layers; copy or "
+                    "download it again"
+                )
+
+
+def check_config(key: str, file: Path, folder: Path) -> None:
+    """:func:`check_counts` of a file of a checkpoint; of one that is none, or cannot be read, loading tells."""
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return
+    if isinstance(said, dict):
+        check_counts(key, file.relative_to(folder).as_posix(), said)
+
+
 @contextmanager
 def as_model_error(key: str, way_out: str, brings_code: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """What reading a broken, missing or unreachable checkpoint raises, as one ModelError with its first line.
@@ -112,8 +153,10 @@ def as_model_error(key: str, way_out: str, brings_code: Callable[[], bool] = lam
     except unreadable() as error:
         if isinstance(error, ModelError) or is_of_the_machine(error):
             raise
-        if _ASKS_FOR_CODE in str(error) or brings_code():
+        if ASKS_FOR_CODE in str(error) or brings_code():
             raise remote_code(key, "it asks for code of its own") from error
+        if is_of_a_pickle(error):
+            raise of_a_pickle(key) from error
         raise ModelError(f"{key}: it cannot be loaded ({first_line(error)}); {way_out}") from error
 
 
@@ -123,7 +166,8 @@ def unreadable() -> tuple[type[Exception], ...]:
     from safetensors import SafetensorError
 
     builtin = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
-    return *builtin, SafetensorError, StrictDataclassError
+    sizes = (ArithmeticError, AssertionError, EOFError)  # of a configuration whose numbers do not fit each other
+    return *builtin, *sizes, UnpicklingError, SafetensorError, StrictDataclassError
 
 
 def first_line(error: Exception) -> str:

@@ -245,6 +245,11 @@ def verdict_data(v: Verdict) -> VerdictData:
     }
 
 
+def _cell(value: object) -> object:
+    """Text that a spreadsheet would take for a formula begins with an apostrophe, as in the page's own file."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+
 def write_csv(groups: Sequence[GroupData], failed: Sequence[Failure], path: Path) -> None:
     """One line a run, those without a result included; the group's label tells unlike runs apart.
 
@@ -266,7 +271,7 @@ def write_csv(groups: Sequence[GroupData], failed: Sequence[Failure], path: Path
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(k for line in lines for k in line)))
             writer.writeheader()
-            writer.writerows(lines)
+            writer.writerows([{k: _cell(v) for k, v in line.items()} for line in lines])
     except OSError as error:
         raise ConfigError(f"--csv {path}: cannot be written ({error}); name another file") from error
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import sqlite3
@@ -283,10 +284,14 @@ def _is_like(value: str | None, wanted: str) -> bool:
 
 
 def _copied(path: Path, target: Path) -> bool:
+    draft = target / f".{path.name[:100]}.{os.getpid()}"
     try:
         target.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target / path.name)
+        shutil.copyfile(path, draft)
+        draft.replace(target / path.name)  # of a link itself, not of the file that it leads to
     except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink()
         return False
     return True
 

@@ -44,7 +44,7 @@ from quantlab.tracking.tags import (
     WEIGHTS_SHA256,
 )
 from quantlab.vocabulary.numbers import FLOOR_ATTENTION, FLOOR_BATCH
-from quantlab.vocabulary.schema import ExperimentConfig, TrackingConfig
+from quantlab.vocabulary.schema import ExperimentConfig, ExportConfig, TrackingConfig
 
 KEYS = ("tracking.uri", "device", "num_threads", "output_dir", "model.path", "dataset.path")
 """What may be said anew: where things are, and on what it runs. All else is the run's own."""
@@ -234,7 +234,12 @@ def rebuilt(
     (job,) = plan([f"recipe={file}", *(override_text(k, v) for k, v in words.items())]).jobs
     name = read_json(reader, run, "report.json").get("name") or run.name
     floors = run.params.get("sweep.floors", "true") == "true"
-    config = replace(job.config, recipe=run.tags.get(RECIPE) or None, sweep=replace(job.config.sweep, floors=floors))
+    config = replace(
+        job.config,
+        recipe=run.tags.get(RECIPE) or None,
+        sweep=replace(job.config.sweep, floors=floors),
+        export=ExportConfig(),  # no run says that; who made the store would write wherever it says
+    )
     batch_size = config.evaluation.floor_batch_size if name == FLOOR_BATCH else job.batch_size
     return replace(job, name=name, config=config, batch_size=batch_size, plain_attention=name == FLOOR_ATTENTION)
 

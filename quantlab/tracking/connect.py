@@ -13,6 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from quantlab.errors import TrackingError
 from quantlab.progress import printable
+from quantlab.tracking.moved import bring_home
 from quantlab.vocabulary.fields import checked_path
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ def _connect_sqlite(path: Path, uri: str, experiment: str) -> tuple[MlflowClient
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS):
             _check_sqlite(path)
+            bring_home(path, path.parent / "mlartifacts")
             from mlflow import MlflowClient
 
             client = MlflowClient(tracking_uri=uri)

@@ -28,6 +28,8 @@ rows a sample."""
 FRAME_MS = 125
 """How long an animation shows a frame."""
 _MIN_TILE_PIXELS = 64
+_ALWAYS_UNPACKED, _MAX_RATIO = 2**31, 100
+"""Bytes of arrays that are read whatever their file has; above, at most so many times those of the file."""
 
 
 def shown_tiles(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -83,13 +85,17 @@ def write_samples(images: NDArray[np.uint8], sample_ids: Sequence[str], file: Pa
 
 
 def read_samples(content: bytes) -> tuple[NDArray[np.uint8], list[str]] | None:
-    """``images`` and ``sample_ids`` of a file like :data:`SAMPLE_ARRAYS`; None for what is no such file."""
+    """``images`` and ``sample_ids`` of a file like :data:`SAMPLE_ARRAYS`; None for what is no such file, and for one of
+    a few bytes that would fill the memory."""
     import numpy as np
 
     try:
+        with zipfile.ZipFile(io.BytesIO(content)) as members:  # no more than this is unpacked of them
+            if sum(one.file_size for one in members.infolist()) > max(_ALWAYS_UNPACKED, _MAX_RATIO * len(content)):
+                return None
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             images, ids = arrays["images"], arrays["sample_ids"]
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error):
+    except (OSError, ValueError, KeyError, EOFError, TypeError, MemoryError, zipfile.BadZipFile, zlib.error):
         return None
     usable = images.dtype == np.uint8 and images.ndim in (5, 6) and images.shape[1] == 3 and images.shape[-1] in (1, 3)
     return (images, [str(i) for i in ids]) if usable and 0 not in images.shape else None

@@ -22,7 +22,7 @@ import uuid
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from quantlab.errors import TrackingError
@@ -285,6 +285,9 @@ def _parsed(line: bytes) -> Event | None:
     form = {"time_ms": int, **_FORMS[event["op"]]}
     if missing := [k for k, kind in form.items() if not isinstance(event.get(k), kind)]:
         raise ValueError(f"has no {missing[0]}")
+    for place in [event["name"], event["file"]] if event["op"] == "artifact" else ():
+        if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts:
+            raise ValueError(f"names {place[:80]!r}, which is no file of the run's folder")
     return cast(Event, event)
 
 

@@ -299,6 +299,9 @@ def _deliver_artifact(client: MlflowClient, run_id: str, event: Artifact, folder
     if not path.is_file():
         _LOG.warning("%s: the file is gone and cannot be sent to the store", path)
         return
+    if not path.resolve().is_relative_to(folder.resolve()):  # a link: what it leads to is no part of the run
+        _LOG.warning("%s: the file lies outside the run's folder and is not sent to the store", path)
+        return
     target = Path(event["name"]).parent.as_posix()
     client.log_artifact(run_id, str(path), None if target == "." else target)
     if event["table"]:  # by this tag MLflow's page finds the tables of a run

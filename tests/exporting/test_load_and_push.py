@@ -71,6 +71,53 @@ def test_load_refuses_in_words(tmp_path, content, said):
     assert str(refused.value).startswith("path=")
 
 
+CODE = "import pathlib\npathlib.Path(__file__).with_name('was_run').touch()\n"
+TOLD = {"target": "transformers:AutoModelForCausalLM", "method": "from_pretrained", "subfolder": "", "file": "",
+        "arguments": {}, "dtype": "float32", "needs_gpu": False, "before": ""}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"arguments": {"trust_remote_code": True}}, "tells the loader trust_remote_code=True"),
+        ({"arguments": {"code_revision": "main", "trust_remote_code": True}}, "tells the loader code_revision="),
+        ({"target": "diffusers:DiffusionPipeline", "arguments": {"custom_pipeline": "/x"}}, "custom_pipeline="),
+        ({"arguments": {"dtype": "load"}}, "tells the loader dtype='load'"),
+        ({"dtype": "hub"}, "tells the loader dtype='hub'"),
+        ({"arguments": {"gguf_file": "../x.gguf"}}, "tells the loader gguf_file="),
+        ({"arguments": {"cache_dir": "elsewhere"}}, "tells the loader cache_dir="),
+        ({"subfolder": "..", "file": "theirs/model.gguf"}, "is no loader"),
+        ({}, "remote code: not run"),
+    ],
+)
+def test_no_word_of_a_manifest_runs_code_that_lies_beside_it(tmp_path, changes, said):
+    """``trust_remote_code`` was handed to the library, which ran the Python file of the folder."""
+    from tests.support.tiny_text_models import save_llama
+
+    folder = save_llama(tmp_path / "theirs")
+    (folder / "its_own.py").write_text(CODE)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "its_own.Mine", "AutoModelForCausalLM": "its_own.Mine"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mine", "auto_map": names}))
+    manifest = {"format": 1, "pipeline": "", "parts": {"model": {**TOLD, **changes}}}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises((ConfigError, ModelError), match=said) as refused:
+        quantlab.load(folder)
+    assert str(refused.value).startswith("path=")
+    assert not list(tmp_path.rglob("was_run"))
+
+
+def test_no_part_of_a_manifest_is_a_word_of_the_pipelines_loader(tmp_path):
+    from tests.support.tiny_pipelines import build_tiny_flux
+
+    folder = build_tiny_flux(tmp_path / "flux")
+    part = {**TOLD, "target": "diffusers:FluxTransformer2DModel", "subfolder": "transformer", "before": ""}
+    manifest = {"format": 1, "pipeline": "diffusers:FluxPipeline", "parts": {"trust_remote_code": part}}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match="has a part trust_remote_code, and model_index.json none"):
+        quantlab.load(folder)
+
+
 def test_load_of_nothing(tmp_path):
     with pytest.raises(ConfigError, match="no such folder"):
         quantlab.load(tmp_path / "none")

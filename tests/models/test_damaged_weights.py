@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import struct
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import quantlab
 from quantlab.errors import ModelError
 from quantlab.models import causal_lm, diffusers_pipeline
-from quantlab.models.foreign import _check_files
+from quantlab.models.architectures import read_architecture
+from quantlab.models.foreign import _check_files, load_part
+from quantlab.models.outline import build
 from quantlab.modules.source import shards_of
 from quantlab.vocabulary.schema import ModelConfig
 from tests.support.tiny_pipelines import build_tiny_flux
@@ -112,3 +117,69 @@ def test_an_index_of_a_pipelines_part_that_leads_elsewhere(tmp_path):
     told = refused(lambda: diffusers_pipeline.load(config, "cpu", tmp_path), f"model.path={folder}: ")
     assert "transformer" in told
     assert "which is no file beside it" in told
+
+
+class RunsCode:
+    def __reduce__(self):
+        return (open, ("was_run", "w"))
+
+
+def pickled(folder, name):
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    torch.save({"a": RunsCode()}, folder / name)
+    return folder
+
+
+def test_a_pickle_that_runs_code_is_refused_in_words(llama, tmp_path, monkeypatch):
+    """torch's own words tell how to load it nevertheless."""
+    monkeypatch.chdir(tmp_path)
+    folder = pickled(shutil.copytree(llama, tmp_path / "llama"), "pytorch_model.bin")
+    config, told = ModelConfig(family="causal_lm", path=str(folder)), "name a checkpoint in safetensors"
+    assert told in refused(lambda: causal_lm.load(config, "cpu", tmp_path / "cache"), f"model.path={folder}: ")
+    assert told in refused(lambda: quantlab.load(folder), f"path={folder}: ")
+    pipeline = build_tiny_flux(tmp_path / "flux")
+    pickled(pipeline / "text_encoder", "pytorch_model.bin")
+    config = ModelConfig(family="diffusers", path=str(pipeline))
+    assert told in refused(lambda: diffusers_pipeline.load(config, "cpu", tmp_path / "cache"), f"model.path={pipeline}")
+    assert told in refused(lambda: quantlab.load(pipeline), f"path={pipeline}: ")
+    model = causal_lm.load(ModelConfig(family="causal_lm", path=str(llama)), "cpu", tmp_path / "cache")
+    key, theirs = "checkpoint=theirs", shutil.copytree(llama, tmp_path / "theirs")
+    torch.save({"modelopt_state_dict": [("quantize", RunsCode())]}, theirs / "modelopt_state.pth")
+    assert told in refused(lambda: load_part(key, theirs, "model", model), key)
+    assert told in refused(lambda: quantlab.load(theirs), f"path={theirs}: ")
+    assert not (tmp_path / "was_run").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("num_hidden_layers", 10**9, "num_hidden_layers=1000000000"),
+        ("num_attention_heads", 0, "cannot be (loaded|built)"),
+        ("head_dim", -1, "cannot be (loaded|built)"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused_at_once(llama, tmp_path, field, value, told):
+    folder = shutil.copytree(llama, tmp_path / "llama")
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**said, field: value}))
+    config = ModelConfig(family="causal_lm", path=str(folder))
+    for call in (lambda: causal_lm.load(config, "cpu", tmp_path / "cache"), lambda: built(config)):
+        assert re.search(told, refused(call, f"model.path={folder}"))
+    with pytest.raises(ModelError, match=f"^path=.*{told}"):
+        quantlab.load(folder)
+
+
+def built(config, only="model"):
+    """What a plan does."""
+    return build(f"model.path={config.path}", read_architecture(config, only), "float32")
+
+
+def test_a_part_of_endless_layers(tmp_path):
+    folder = build_tiny_flux(tmp_path / "flux")
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_single_layers": 10**9}))
+    config = ModelConfig(family="diffusers", path=str(folder))
+    told = "says num_single_layers=1000000000, and no model has more than 10000 layers"
+    for call in (lambda: diffusers_pipeline.load(config, "cpu", tmp_path / "c"), lambda: built(config, "")):
+        assert told in refused(call, f"model.path={folder}")

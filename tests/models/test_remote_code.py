@@ -110,3 +110,23 @@ def test_a_pipeline_with_code_of_its_own(sources, tmp_path, change):
     with pytest.raises(ModelError, match=TOLD):
         diffusers_pipeline.load(ModelConfig(family="diffusers", path=str(folder)), "cpu", tmp_path / "cache")
     assert not list(folder.rglob("was_run"))
+
+
+@pytest.mark.parametrize("name", ["a_module_somewhere", "a_package_somewhere.__main__"])
+def test_no_module_is_imported_because_an_index_names_it(sources, tmp_path, monkeypatch, name):
+    """Whatever can be imported here: modules of Python that do something then, and files of the current folder."""
+    from quantlab.vocabulary.schema import EvaluationConfig
+
+    package = tmp_path / "path" / "a_package_somewhere"
+    package.mkdir(parents=True)
+    for file in (package / "__init__.py", package / "__main__.py", package.with_name("a_module_somewhere.py")):
+        file.write_text(CODE)
+    monkeypatch.syspath_prepend(package.parent)
+    folder = shutil.copytree(sources / "flux", tmp_path / "pipeline")
+    changed(folder / "model_index.json", transformer=[name, "MineTransformer"])
+    config = ModelConfig(family="diffusers", path=str(folder))
+    with pytest.raises(ModelError, match=TOLD):
+        diffusers_pipeline.look(config, EvaluationConfig())
+    with pytest.raises(ModelError, match=TOLD):
+        diffusers_pipeline.load(config, "cpu", tmp_path / "cache")
+    assert not list(tmp_path.rglob("was_run"))

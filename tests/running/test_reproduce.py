@@ -26,7 +26,7 @@ from quantlab.report.reproduction import (
     summary_lines,
 )
 from quantlab.report.selection import is_candidate
-from quantlab.running.reproduce import finished_job, parse_request
+from quantlab.running.reproduce import finished_job, parse_request, rebuilt
 from quantlab.tracking import find_runs, get_run
 from quantlab.vocabulary.schema import TrackingConfig
 from tests.support.comparison_store import shared_sweep
@@ -187,6 +187,19 @@ def test_weights_that_are_not_in_the_cache_come_from_the_store(copy, ids):
     assert {f.name for f in folder.iterdir()} >= {"model.safetensors", "judge.safetensors"}
     code, again = reproduced(copy, data["repeated_as"])  # a repetition can be repeated
     assert (code, again["verdict"]) == (0, IDENTICAL)
+
+
+@pytest.mark.parametrize("more", ["export: {path: SOMEWHERE}", "output_dir: SOMEWHERE", "tracking: {uri: none}"])
+def test_a_stores_recipe_says_nothing_of_where_things_go(copy, ids, tmp_path, monkeypatch, more):
+    """The store may be another person's, and its recipe be written by hand."""
+    monkeypatch.chdir(copy.folder)
+    reader, run_id = open_reader(TrackingConfig(), copy.folder), ids["quanto int8"]
+    [run] = reader.by_id([run_id])
+    file = copy.folder / "outputs" / "mlartifacts" / run_id / "artifacts" / "recipe.yaml"
+    (tmp_path / "scratch").mkdir()
+    before = rebuilt({}, reader, run, {}, tmp_path / "scratch").config
+    file.write_text(file.read_text() + more.replace("SOMEWHERE", str(tmp_path / "somewhere")) + "\n")
+    assert rebuilt({}, reader, run, {}, tmp_path / "scratch").config == before
 
 
 @pytest.mark.slow

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-from quantlab.tracking import close_orphans, find_records, find_runs, push_pending
-from quantlab.tracking.record import DamagedRecord, Record
+from quantlab.tracking import close_orphans, find_records, find_runs, open_store, push_pending
+from quantlab.tracking.record import DamagedRecord, Record, _with_check
+from quantlab.vocabulary.schema import TrackingConfig
 
 EVENTS, SENT = ("tracking", "events.jsonl"), ("tracking", "sent.json")
 
@@ -59,6 +61,23 @@ def test_a_damaged_record_is_named_and_the_others_work(damage, store, runs, fini
     assert push_pending(store, runs) == []
     said = "".join(capsys.readouterr().err.split())
     assert said.count("20260101-000000-first:damaged(") == 1, "named once"
+
+
+@pytest.mark.parametrize("place", ["{secret}", "../secret.txt", "images/../../secret.txt", "link.txt"])
+def test_no_file_from_outside_a_folder_is_sent(store, runs, finished, tmp_path, place):
+    """A run's folder may be another person's, and the store a server."""
+    secret = runs / "secret.txt"
+    secret.write_text("a secret")
+    (finished[0] / "link.txt").symlink_to(secret)
+    place = place.format(secret=secret)
+    event = {"time_ms": 1, "op": "artifact", "name": Path(place).name, "file": place, "table": False}
+    line = json.dumps(_with_check(event)).encode() + b"\n"
+    changed(finished[0], lambda lines: [*lines[:-1], line, lines[-1]])
+    finished[0].joinpath(*SENT).unlink()
+    other = open_store(TrackingConfig(uri=f"sqlite:///{tmp_path}/other/mlflow.db"), tmp_path)
+    push_pending(other, runs)
+    sent = [file for file in (tmp_path / "other").rglob("*") if file.is_file() and file.suffix == ".txt"]
+    assert [file for file in sent if file.read_text() == "a secret"] == []
 
 
 def test_a_line_that_was_torn_is_no_damage(store, runs):

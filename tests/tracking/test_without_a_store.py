@@ -45,6 +45,26 @@ def test_runs_are_read_from_their_folders(tmp_path):
     assert reader.read_artifact(job, "reports/page.html") == b"x"
 
 
+def test_a_page_is_written_over_no_file_that_a_link_leads_to(tmp_path):
+    """The folder of the runs may be another person's."""
+    _, run = made(tmp_path)
+    reader = open_reader(NONE, tmp_path)
+    [job] = reader.by_id([run])
+    mine, page = tmp_path / "mine.txt", tmp_path / "page.html"
+    mine.write_text("mine")
+    page.write_text("x")
+    place = Path(job.artifact_uri, "reports")
+    place.mkdir()
+    (place / "page.html").symlink_to(mine)
+    assert reader.add_artifact(job, page, "reports")
+    assert [file.name for file in place.iterdir()] == ["page.html"]
+    assert ((place / "page.html").read_text(), mine.read_text()) == ("x", "mine")
+    (place / "page.html").unlink()
+    place.rmdir()
+    place.write_text("a file")
+    assert not reader.add_artifact(job, page, "reports")
+
+
 def test_the_folders_are_read_where_the_usual_store_was_never_made(tmp_path):
     _, run = made(tmp_path)
     assert [r.run_id for r in open_reader(TrackingConfig(), tmp_path).by_id([run])] == [run]

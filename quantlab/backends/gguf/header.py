@@ -14,7 +14,7 @@ from typing import IO
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Value type -> bytes; 8 is a string, 9 an array."""
 _UINT32, _STRING, _ARRAY = 4, 8, 9
-_ALIGNMENT = b"general.alignment"
+_ALIGNMENT, _BLOCKS, _MAX_BLOCKS = b"general.alignment", b".block_count", 10_000
 _MAX_DEPTH, _MAX_DIMENSIONS, _MAX_NAME = 4, 5, 2**16  # ggml has 4 dimensions, files of video models one of 5
 
 
@@ -35,7 +35,10 @@ def check_header(path: Path) -> None:
             if key in keys:
                 raise ValueError(f"two keys are called {key.decode(errors='replace')}")
             keys.add(key)
-            if key != _ALIGNMENT:
+            if key.endswith(_BLOCKS) and kind == _UINT32:
+                if (num := walk.number("<I")) > _MAX_BLOCKS:
+                    raise ValueError(f"{key.decode(errors='replace')} is {num}, and no model has so many layers")
+            elif key != _ALIGNMENT:
                 walk.value(kind, _MAX_DEPTH)
             elif kind == _UINT32:
                 alignment = walk.number("<I")
