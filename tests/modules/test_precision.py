@@ -147,11 +147,13 @@ for _ in range(2):
 """
 
 
-@pytest.mark.parametrize(
-    "where",
-    ["", *(pytest.param(w, marks=pytest.mark.slow) for w in (".cuda.matmul", ".cudnn", ".cudnn.conv")), ".mkldnn.matmul"]
-    + [pytest.param(".mkldnn.conv", marks=pytest.mark.slow)],
-)
+SWITCHES = ["", ".mkldnn.matmul"]
+MORE_SWITCHES = [
+    pytest.param(w, marks=pytest.mark.slow) for w in (".cuda.matmul", ".cudnn", ".cudnn.conv", ".mkldnn.conv")
+]
+
+
+@pytest.mark.parametrize("where", [*SWITCHES, *MORE_SWITCHES])
 def test_switches_in_torch_s_newer_words_are_no_hindrance(where):
     """Once they were set so, torch refuses to tell the older ones."""
     value = "bf16" if "mkldnn" in where else "tf32"
