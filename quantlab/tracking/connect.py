@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from errno import EEXIST, ENOTDIR
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit, urlunsplit
@@ -14,6 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 from quantlab.errors import TrackingError
 from quantlab.progress import printable
 from quantlab.vocabulary.fields import checked_path
+from quantlab.vocabulary.schema import TrackingConfig
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -94,6 +97,43 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
             ) from error
 
 
+def check_store(config: TrackingConfig, base_dir: Path, asks_server: bool) -> None:
+    """TrackingError where a run's store could not be used, as far as that is known without MLflow: nothing is made.
+
+    ``asks_server``: False leaves a server alone. Without ``config.required`` a run goes on, whatever the store says.
+    """
+    uri = resolved_uri(config.uri, base_dir)
+    if uri == NO_STORE or not config.required:
+        return
+    if not uri.startswith(SQLITE):
+        if asks_server:
+            _probe(uri)
+        return
+    path = Path(uri.removeprefix(SQLITE))
+    there = next(place for place in (path, *path.parents) if place.exists())
+    try:
+        if there == path:
+            _check_sqlite(path)
+        else:
+            with tempfile.TemporaryFile(dir=there):  # it has no name there, and leaves nothing
+                return
+    except OSError as error:
+        raise _unusable(uri, error) from error
+
+
+def _unusable(uri: str, error: Exception) -> TrackingError:
+    return TrackingError(
+        f"tracking.uri={uri}: cannot be used ({_reason(error)}); set tracking.uri=sqlite:///<another file>, or "
+        "tracking.required=false"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """What the system says of a file or folder, whoever asked it: not which step of ours it was."""
+    number = error.errno if isinstance(error, OSError) else None
+    return first_line(error) if number is None else os.strerror(ENOTDIR if number == EEXIST else number)
+
+
 def store_errors() -> tuple[type[Exception], ...]:
     """What a store that fails raises: MLflow's own error, the database's, the network's and the disk's."""
     from mlflow.exceptions import MlflowException
@@ -148,10 +188,7 @@ def _connect_sqlite(path: Path, uri: str, experiment: str) -> tuple[MlflowClient
             "end that process, or set tracking.uri=sqlite:///<another file>"
         ) from error
     except store_errors() as error:
-        raise TrackingError(
-            f"tracking.uri={uri}: cannot be used ({first_line(error)}); "
-            "set tracking.uri=sqlite:///<another file>, or tracking.required=false"
-        ) from error
+        raise _unusable(uri, error) from error
 
 
 def _check_sqlite(path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TypeVar
 from quantlab.errors import ConfigError, require_package
 from quantlab.running.engines.pool import Pool, SharingPool, visible_gpus
 from quantlab.running.engines.protocol import Engine
-from quantlab.running.engines.ray_cluster import Ray
+from quantlab.running.engines.ray_cluster import Ray, check_address
 from quantlab.running.engines.slurm import Slurm
 from quantlab.running.engines.submitted import Submitted
 from quantlab.vocabulary.launching import LauncherConfig, RaySettings, SlurmSettings, SubmititSettings
@@ -27,8 +27,9 @@ _T = TypeVar("_T")
 _FAR = ("slurm", "ray", "submitit_local")
 
 
-def check_launcher(launcher: LauncherConfig) -> None:
-    """ConfigError for an engine that cannot do what is asked, MissingPackage where its library is not installed."""
+def check_launcher(launcher: LauncherConfig, asks_server: bool = True) -> None:
+    """ConfigError for an engine that cannot do what is asked, MissingPackage where its library is not installed, and
+    EngineError where nothing listens at the address of its cluster, if it is to be asked."""
     if launcher.engine not in ENGINES:
         raise ConfigError(f"launcher.engine={launcher.engine}: there are {', '.join(ENGINES)}")
     module, extra = ENGINES[launcher.engine]
@@ -42,6 +43,8 @@ def check_launcher(launcher: LauncherConfig) -> None:
             f"launcher.detach=true: {what} with the sweep's process; choose launcher=slurm, or launcher=ray with "
             "launcher.settings.ray.init.address"
         )
+    if asks_server and isinstance(settings, RaySettings) and not own_ray:
+        check_address(str(settings.ray.init.address))
 
 
 def is_far(launcher: LauncherConfig) -> bool:
