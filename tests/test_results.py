@@ -256,6 +256,21 @@ def test_a_log_is_told_what_is_under_way(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_notebook_whose_output_is_coloured_is_told_what_a_log_is(monkeypatch, capsys):
+    """Each bar there would be lines that stay: nothing is drawn over itself."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as Jupyter's kernel does
+    monkeypatch.setattr(progress, "BEAT_S", 0.05)
+    monkeypatch.setattr(progress, "console", Console(stderr=True, markup=False, emoji=False, force_jupyter=False))
+    assert progress.console.is_terminal
+    with progress.progress_bars() as advance:
+        for done in range(8):
+            advance("evaluate", done, 8)
+            time.sleep(0.05)
+    said = capsys.readouterr().err
+    assert "evaluate: 7 of 8" in said
+    assert "\u2501" not in said
+
+
 def test_the_time_left_is_told_by_the_jobs_and_not_by_what_came_before_them(monkeypatch, capsys):
     """Loading, training and the reference come before the first job ends; 400 s of them are no job's pace."""
     clock = iter([0.0, 400.0, 410.0, 420.0, 600.0, 610.0])
