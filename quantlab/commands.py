@@ -132,14 +132,15 @@ def show_prices(words: Sequence[str], flags: set[str], is_last: bool = False) ->
 
 def show_first_recipe(words: Sequence[str]) -> int:
     """Write a recipe for a model of one's own, and say what is done with it."""
-    from quantlab.running.first_recipe import first_recipe
+    from quantlab.running.first_recipe import first_recipe, left_open
 
     file, planned = first_recipe(words)
     told = shlex.quote(printable(str(file)))
+    of_ones_own = f" {open_key}=..." if (open_key := left_open(planned)) else ""
     print(f"{told}: {len(planned.jobs)} candidates that fit the model's shapes; read it, change it, then")
-    print(f"what it would run:  quantlab recipe={told} sweep.dry_run=true")
-    print(f"will it fit:        quantlab plan recipe={told}")
-    print(f"run it:             quantlab recipe={told}")
+    print(f"what it would run:  quantlab recipe={told}{of_ones_own} sweep.dry_run=true")
+    print(f"will it fit:        quantlab plan recipe={told}{of_ones_own}")
+    print(f"run it:             quantlab recipe={told}{of_ones_own}")
     return 0
 
 
