@@ -227,9 +227,10 @@ def check_options(parsed: Sequence[Any]) -> None:
 def no_option(group: str, choice: Any) -> str:
     """What is said of a choice that a group has not, with those that it has and the way to what was meant."""
     options = groups()[group]
-    if group == "dtype" and (bits := of_bits(str(choice), offers())):
+    own = own_option(group, str(choice))
+    if group == "dtype" and not own and (bits := of_bits(str(choice), offers())):
         return f"{_shown(choice)}: no dtype is called so{bits}"
-    near = own_option(group, str(choice)) or _near(group, str(choice), options)
+    near = own or _near(group, str(choice), options)
     none = f", and {group}=[] for none" if group in MULTIPLE_GROUPS else ""
     return f"{_shown(choice)}: there are {', '.join(options)}{none}{near}"
 
