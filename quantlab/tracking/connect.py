@@ -73,8 +73,9 @@ def shown_uri(uri: str) -> str:
     return urlunsplit(parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]))
 
 
-def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
-    """A client on the store at ``uri`` and the id of ``experiment``, which is created where it is missing.
+def connect(uri: str, experiment: str, makes: bool = True) -> tuple[MlflowClient, str]:
+    """A client on the store at ``uri`` and the id of ``experiment``, which is created where it is missing; without
+    ``makes`` a server is only read, and the id of what it has not is "".
 
     Raises TrackingError within 15 s where a server does not answer, and for a database that cannot be used.
     """
@@ -89,7 +90,7 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     with _environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(_PROBE_SECONDS)):
         try:
             client = MlflowClient(tracking_uri=uri)
-            return client, within(_PROBE_SECONDS, lambda: _experiment_id(client, experiment, None))
+            return client, within(_PROBE_SECONDS, lambda: _experiment_id(client, experiment, None, makes))
         except store_errors() as error:
             raise TrackingError(
                 f"tracking.uri={shown_uri(uri)}: answers, but not as an MLflow server that takes runs "
@@ -210,9 +211,11 @@ def _check_sqlite(path: Path) -> None:
         raise OSError("it is a database, but not one of MLflow")
 
 
-def _experiment_id(client: MlflowClient, name: str, artifacts: Path | None) -> str:
+def _experiment_id(client: MlflowClient, name: str, artifacts: Path | None, makes: bool = True) -> str:
     """The id of the experiment ``name``, created by whichever process comes first."""
     found = client.get_experiment_by_name(name)
+    if found is None and not makes:
+        return ""
     if found is None:
         from mlflow.exceptions import MlflowException
 
