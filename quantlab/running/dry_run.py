@@ -13,6 +13,7 @@ from quantlab.planning.places import groups, recipes
 from quantlab.planning.trust import is_trusted
 from quantlab.progress import counted, printable
 from quantlab.report.terminal import tell, terminal
+from quantlab.running.engines.table import check_cluster
 from quantlab.running.foreseen import Foreseen, foreseen
 from quantlab.running.refusals import check_request, check_surroundings, refused_here
 
@@ -24,13 +25,22 @@ def show_jobs(request: Plan) -> int:
 
     The exit code is the run's: 2 where it would refuse impossible combinations, 1 where jobs would fail here.
     """
-    asks = is_trusted(request)
-    check_request(request, asks)
-    check_surroundings(request, Path.cwd(), asks)
+    check_request(request)
+    refusal: ConfigError | None = None
+    try:
+        known = _foreseen(request)
+    except ConfigError as error:  # a server; told after what the run finds before it
+        known, refusal = Foreseen(), error
+    is_left = known.num_left > 0 or not known.resumed
+    check_surroundings(request, Path.cwd(), is_left)
+    if refusal is not None:
+        raise refusal
+    if is_left and request.is_sweep and is_trusted(request):
+        check_cluster(request.jobs[0].config.launcher)
     sweep = request.jobs[0].config.sweep
     trials = sweep.search.num_trials
     searched = f", of which a search runs {min(trials, len(request.jobs))}" if trials else ""
-    known, failing = _foreseen(request), refused_here(request)
+    failing = {name: why for name, why in refused_here(request).items() if name not in known.resumed}
     print(f"{counted(len(request.jobs), 'job')}{searched}:")
     for job in request.jobs:
         mark = " (resumed)" if job.name in known.resumed else ""

@@ -23,17 +23,14 @@ from quantlab.tracking.connect import check_store
 from quantlab.vocabulary.schema import ExperimentConfig
 
 
-def check_request(request: Plan, asks_server: bool = True) -> None:
-    """ConfigError for what is wrong with a request itself, its files and its launcher.
-
-    ``asks_server``: False where a stranger's recipe names the launcher's address, and nobody has agreed.
-    """
+def check_request(request: Plan) -> None:
+    """ConfigError for what is wrong with a request itself, its files and its launcher."""
     first = request.jobs[0].config
     check_ready(request.jobs, by_files=runs_elsewhere(request))
     if request.export.path is not None:
         check_target("export.path", request.export.path)
     if request.is_sweep:
-        check_launcher(first.launcher, asks_server)
+        check_launcher(first.launcher)
         if first.launcher.detach and first.sweep.search.num_trials:
             raise ConfigError("launcher.detach=true: a search chooses by the rows that it waits for; leave it out")
     elif first.launcher.detach:
@@ -45,13 +42,16 @@ def check_request(request: Plan, asks_server: bool = True) -> None:
             raise ConfigError(why)
 
 
-def check_surroundings(request: Plan, base_dir: Path, asks_server: bool) -> None:
-    """ConfigError for what a run finds when it begins: no device, no folder, no store. Nothing is made."""
+def check_surroundings(request: Plan, base_dir: Path, is_left: bool) -> None:
+    """ConfigError for what a run finds when it begins: no device, no folder, no database. Nothing is made.
+
+    ``is_left``: whether a job is to be run at all; one that has finished before needs no device.
+    """
     config = request.jobs[0].config
-    if config.device == "cuda" and not runs_elsewhere(request) and not sees_gpu():
+    if is_left and config.device == "cuda" and not runs_elsewhere(request) and not sees_gpu():
         raise ConfigError(NO_CUDA)
     check_folder(config, base_dir)
-    check_store(config.tracking, base_dir, asks_server)
+    check_store(config.tracking, base_dir)
 
 
 def refused_here(request: Plan) -> Mapping[str, str]:

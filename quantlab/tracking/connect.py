@@ -98,17 +98,13 @@ def connect(uri: str, experiment: str, makes: bool = True) -> tuple[MlflowClient
             ) from error
 
 
-def check_store(config: TrackingConfig, base_dir: Path, asks_server: bool) -> None:
-    """TrackingError where a run's store could not be used, as far as that is known without MLflow: nothing is made.
+def check_store(config: TrackingConfig, base_dir: Path) -> None:
+    """TrackingError where a run's database could not be used, as far as that is known without MLflow: nothing is made.
 
-    ``asks_server``: False leaves a server alone. Without ``config.required`` a run goes on, whatever the store says.
+    A server is not asked. Without ``config.required`` a run goes on, whatever the store says.
     """
     uri = resolved_uri(config.uri, base_dir)
-    if uri == NO_STORE or not config.required:
-        return
-    if not uri.startswith(SQLITE):
-        if asks_server:
-            _probe(uri)
+    if not uri.startswith(SQLITE) or not config.required:
         return
     path = Path(uri.removeprefix(SQLITE))
     there = next(place for place in (path, *path.parents) if place.exists())

@@ -18,6 +18,7 @@ from quantlab.errors import ConfigError
 from quantlab.modules import gpu_seen
 from quantlab.modules.gpu_seen import sees_gpu
 from quantlab.planning.plan import plan
+from quantlab.running.foreseen import Foreseen
 from quantlab.running.refusals import refused_here
 from tests.support.fake_cuda import fake_cuda
 from tests.support.shell import Shell
@@ -152,6 +153,16 @@ def test_a_dry_run_from_python_prints_what_would_run_and_runs_nothing(tmp_path, 
     assert "quanto" not in repr(found)
     with pytest.raises(ConfigError, match="device=cuda: this torch sees no CUDA device"):
         quantlab.run(overrides=["backend=quanto", "dtype=int8", "device=cuda", DRY])
+
+
+def test_a_sweep_that_has_finished_before_needs_neither_device_nor_cluster(tmp_path, monkeypatch):
+    shell = Shell(tmp_path)
+    dead = ["launcher=ray", "launcher.settings.ray.init.address=127.0.0.1:9", "device=cuda"]
+    for resumed, code in ((frozenset({"quanto int8", "quanto int4"}), 0), (frozenset({"quanto int8"}), 2)):
+        found = Foreseen(resumed=resumed, num_left=2 - len(resumed))
+        monkeypatch.setattr("quantlab.running.dry_run.foreseen", lambda request, found=found: found)
+        assert shell(*MANY, *dead, DRY)[0] == code
+        assert shell(*MANY, "device=cuda", DRY)[0] == code
 
 
 # -- what only fails here

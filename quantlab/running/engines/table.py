@@ -27,9 +27,8 @@ _T = TypeVar("_T")
 _FAR = ("slurm", "ray", "submitit_local")
 
 
-def check_launcher(launcher: LauncherConfig, asks_server: bool = True) -> None:
-    """ConfigError for an engine that cannot do what is asked, MissingPackage where its library is not installed, and
-    EngineError where nothing listens at the address of its cluster, if it is to be asked."""
+def check_launcher(launcher: LauncherConfig) -> None:
+    """ConfigError for an engine that cannot do what is asked, MissingPackage where its library is not installed."""
     if launcher.engine not in ENGINES:
         raise ConfigError(f"launcher.engine={launcher.engine}: there are {', '.join(ENGINES)}")
     module, extra = ENGINES[launcher.engine]
@@ -43,8 +42,13 @@ def check_launcher(launcher: LauncherConfig, asks_server: bool = True) -> None:
             f"launcher.detach=true: {what} with the sweep's process; choose launcher=slurm, or launcher=ray with "
             "launcher.settings.ray.init.address"
         )
-    if asks_server and isinstance(settings, RaySettings) and not own_ray:
-        check_address(str(settings.ray.init.address))
+
+
+def check_cluster(launcher: LauncherConfig) -> None:
+    """EngineError where nothing listens at the address of the engine's cluster."""
+    settings = launcher.settings
+    if isinstance(settings, RaySettings) and settings.ray.init.address is not None:
+        check_address(settings.ray.init.address)
 
 
 def is_far(launcher: LauncherConfig) -> bool:
