@@ -37,6 +37,7 @@ from quantlab.protocols.unchanged import same_state
 from quantlab.quiet import quiet_libraries
 from quantlab.report.reading import Reader, StoredRun, open_reader
 from quantlab.report.results import Results, chosen_rows
+from quantlab.running.dry_run import show_jobs
 from quantlab.running.rows import finished_row
 from quantlab.running.sweep import run_plan
 from quantlab.stages.calibrate import calibrate_component
@@ -105,13 +106,16 @@ def run(
         trust: agree to the places and addresses that a recipe which does not come with quantlab decides.
 
     Returns:
-        The reports, with ``rows``, ``layers``, ``samples``, ``steps`` and ``images`` as DataFrames and arrays.
+        The reports, with ``rows``, ``layers``, ``samples``, ``steps`` and ``images`` as DataFrames and arrays. With
+        ``sweep.dry_run=true`` none: what would run is printed.
 
     Raises:
         QuantlabError: a bad request; in a sweep, a failing job is a row with status ``FAILED`` instead.
     """
     request = compose(overrides, recipe)
-    reports = run_plan(request, quiet=quiet, trust=trust)
+    if request.dry_run:
+        show_jobs(request)
+    reports = [] if request.dry_run else run_plan(request, quiet=quiet, trust=trust)
     config = request.jobs[0].config
     return Results(reports, lambda: open_reader(config.tracking, Path.cwd(), config.output_dir))
 

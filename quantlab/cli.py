@@ -18,12 +18,10 @@ from quantlab.commands import (
     show_configs,
     show_export,
     show_first_recipe,
-    show_jobs,
     show_list,
     show_prices,
     show_reproduction,
     show_status,
-    terminal,
 )
 from quantlab.errors import ConfigError, QuantlabError, is_disk_full, nearest
 from quantlab.modules.device import collect_rarely
@@ -33,7 +31,7 @@ from quantlab.planning.places import groups, option_dirs, own_options, recipe_di
 from quantlab.planning.plan import plan
 from quantlab.planning.trust import trusted_file
 from quantlab.progress import printable, spell_out
-from quantlab.report.terminal import complain, fitted, tell
+from quantlab.report.terminal import complain, fitted, tell, terminal
 from quantlab.report.verdicts import RULES
 
 HELP = """quantlab: what does each quantization scheme cost in quality, and what does it
@@ -270,6 +268,8 @@ def _dispatch(words: list[str], is_last: bool) -> int:
     if "--cfg" in flags:
         return show_configs(request)
     if request.dry_run:
+        from quantlab.running.dry_run import show_jobs
+
         return show_jobs(request)
     agree(request, "--trust" in flags)
     return run(request, flags)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -13,22 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from quantlab.errors import ConfigError, TrackingError, nearest
-from quantlab.planning.job import Job, Plan
+from quantlab.planning.job import Plan
 from quantlab.planning.listing import BRIEF, DEVICES, LISTS, Row, combinations
-from quantlab.planning.places import groups, recipes
 from quantlab.planning.plan import plan
-from quantlab.planning.ready import check_ready
 from quantlab.planning.trust import is_trusted, question, remember, require_trust
-from quantlab.progress import counted, file_name, printable
-from quantlab.report.terminal import Column, Sheet, complain, show, tell
+from quantlab.progress import file_name, printable
+from quantlab.report.terminal import Column, Sheet, complain, show, tell, terminal
 from quantlab.vocabulary.reports import RunReport
 from quantlab.vocabulary.schema import ModelConfig
 
 if TYPE_CHECKING:
-    from quantlab.running.foreseen import Foreseen
+    pass
 
 WITH_ALL = "QUANTLAB_PLAN_WITH_ALL"
 """Variable of the environment: a plan's process imports all that the libraries import."""
@@ -36,21 +31,6 @@ WITH_ALL = "QUANTLAB_PLAN_WITH_ALL"
 
 _STAYS = ("what it is", "question")
 """Columns of a list that never give way, beside the names."""
-
-
-class Terminal(Console):
-    """Rich's console, which leaves a reader that went away to :func:`main`."""
-
-    def on_broken_pipe(self) -> None:
-        """Called by Rich, whose own answer is exit code 1: here that is a job that failed."""
-        raise BrokenPipeError
-
-
-def terminal(width: int | None = None) -> Console:
-    """Where tables go; ``width`` is that of a file or a pipe, which has none of its own."""
-    is_known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
-    wide = None if is_known else width
-    return Terminal(width=wide, markup=False, highlight=False, emoji=False)  # what is printed is text, never markup
 
 
 def agree(request: Plan, trust: bool) -> None:
@@ -116,67 +96,6 @@ def show_configs(request: Plan) -> int:
     return 0
 
 
-def show_jobs(request: Plan) -> int:
-    """Print what a sweep would run, each job with the command that gives it alone, and what it would not run.
-
-    The exit code is the run's: 2 where it would refuse impossible combinations.
-    """
-    from quantlab.running.foreseen import check_places
-
-    check_ready(request.jobs)
-    check_places(request.jobs[0].config, Path.cwd())
-    sweep = request.jobs[0].config.sweep
-    trials = sweep.search.num_trials
-    searched = f", of which a search runs {min(trials, len(request.jobs))}" if trials else ""
-    print(f"{counted(len(request.jobs), 'job')}{searched}:")
-    known = _foreseen(request)
-    for job in request.jobs:
-        mark = " (resumed)" if job.name in known.resumed else ""
-        print(printable(f"  {job.name}{mark}\n      {alone(job, request)}", lines=True))
-    for one in request.merged:
-        print(printable(f"  one scheme: {' = '.join(one.spellings)} ({one.name})"))
-    for reason in dict.fromkeys(reason for _, reason in request.invalid):
-        for combination in (combination for combination, own in request.invalid if own == reason):
-            print(printable(f"  impossible: {combination}"))
-        tell(terminal(), f"      {reason}")
-    for line in known.lines(len(request.jobs)):
-        tell(terminal(), line)
-    if not request.invalid or trials or sweep.on_invalid == "skip":
-        return 0
-    num, every = len(request.invalid), len(request.invalid) + len(request.jobs)
-    print(
-        f"quantlab: the run refuses {num} of {every} combinations; sweep.on_invalid=skip runs the others",
-        file=sys.stderr,
-    )
-    return ConfigError.exit_code
-
-
-def _foreseen(request: Plan) -> Foreseen:
-    """What the store knows beforehand; a store that a stranger's recipe names is not asked."""
-    from quantlab.running.foreseen import Foreseen, foreseen
-
-    return foreseen(request) if is_trusted(request) else Foreseen()
-
-
-def alone(job: Job, request: Plan) -> str:
-    """The command that runs one job of a request by itself, as a shell takes it."""
-    recipe, sweep = request.recipe, job.config.sweep
-    words = [f"recipe={recipe.stem if recipes().get(recipe.stem) == recipe else recipe}"] if recipe else []
-    words += ["sweep.candidates=[]"] if recipe and sweep.candidates else []
-    words += ["sweep.grid={}"] if recipe and sweep.grid else []
-    own = [w for w in job.overrides if w.lstrip("+").partition("=")[0] not in _OF_THE_SWEEP]
-    return shlex.join(["quantlab", *words, *map(_as_typed, own)])
-
-
-def _as_typed(word: str) -> str:
-    """A choice of a group without the quotes that Hydra's grammar wants around numbers: they are put there again."""
-    key, _, value = word.partition("=")
-    return f"{key}={value[1:-1]}" if key in groups() and re.fullmatch(r"'\w+'", value) else word
-
-
-_OF_THE_SWEEP = ("sweep.dry_run", "sweep.candidates", "sweep.grid")
-
-
 def show_prices(words: Sequence[str], flags: set[str], is_last: bool = False) -> int:
     """Print what each combination will occupy; 2 where none is possible. ``is_last``: the process ends with it."""
     from quantlab.report.price_table import price_tables
@@ -213,14 +132,15 @@ def show_prices(words: Sequence[str], flags: set[str], is_last: bool = False) ->
 
 def show_first_recipe(words: Sequence[str]) -> int:
     """Write a recipe for a model of one's own, and say what is done with it."""
-    from quantlab.running.first_recipe import first_recipe
+    from quantlab.running.first_recipe import first_recipe, left_open
 
     file, planned = first_recipe(words)
     told = shlex.quote(printable(str(file)))
+    of_ones_own = f" {open_key}=..." if (open_key := left_open(planned)) else ""
     print(f"{told}: {len(planned.jobs)} candidates that fit the model's shapes; read it, change it, then")
-    print(f"what it would run:  quantlab recipe={told} sweep.dry_run=true")
-    print(f"will it fit:        quantlab plan recipe={told}")
-    print(f"run it:             quantlab recipe={told}")
+    print(f"what it would run:  quantlab recipe={told}{of_ones_own} sweep.dry_run=true")
+    print(f"will it fit:        quantlab plan recipe={told}{of_ones_own}")
+    print(f"run it:             quantlab recipe={told}{of_ones_own}")
     return 0
 
 

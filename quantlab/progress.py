@@ -32,6 +32,11 @@ console = Console(stderr=True, markup=False, highlight=False, emoji=False, force
 """A notebook is told what a log is: rich's bars there need a package, and ask for it at each bar."""
 
 
+def shows_bars() -> bool:
+    """Whether a bar can be drawn over itself: FORCE_COLOR, which notebooks and CI set, makes a log no terminal."""
+    return console.is_terminal and console.file.isatty()
+
+
 class Advance(Protocol):
     """``advance(what, done, total)`` shows the state of one piece of work; ``note`` stands behind the numbers."""
 
@@ -54,7 +59,7 @@ def progress_bars(quiet: bool = False) -> Iterator[Advance]:
         TextColumn("{task.fields[note]}", markup=False),
     )
     began = time.monotonic()
-    with Progress(*columns, console=console, transient=True) as bars, _beating(began):
+    with Progress(*columns, console=console, transient=True, disable=not shows_bars()) as bars, _beating(began):
         tasks: dict[str, TaskID] = {}
         first: dict[str, tuple[int, float]] = {}
 
@@ -64,7 +69,7 @@ def progress_bars(quiet: bool = False) -> Iterator[Advance]:
                 tasks[what] = bars.add_task(what, total=total, note=note)
             bars.update(tasks[what], completed=done, total=total, note=note)
             under_way(f"{what}: {done} of {total}")
-            if note and done and not console.is_terminal:  # a log shows no bar
+            if note and done and not shows_bars():  # a log has none
                 now = time.monotonic()
                 had, since = first.setdefault(what, (done, now))  # what the first took holds loading and the reference
                 pace = (now - since) / (done - had) if done > had else None
@@ -97,7 +102,7 @@ def under_way(text: str) -> None:
 @contextmanager
 def _beating(began: float) -> Iterator[None]:
     """Say every :data:`BEAT_S` seconds what is under way, where no bar shows it."""
-    if console.is_terminal:
+    if shows_bars():
         yield
         return
     under_way("starting")

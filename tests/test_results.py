@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
+import pickle
 import re
 import shlex
 import shutil
@@ -124,9 +126,49 @@ def test_what_html_says_beside_the_table(here):
     assert 'style="text-align:left">quanto int4' in page
     pictures = re.findall(r'alt="samples of ([^"]+)"', page)
     assert pictures == ["quanto int8", "quanto int4"], "schemes, not the reference beside itself"
-    assert "<pre" in here.compare()._repr_html_()
+    compared = here.compare()._repr_html_()
+    assert re.match(r'<pre style="[^"]*font-family:monospace', compared), "else a notebook shows it in its own letters"
     hostile = dataclasses.replace(here[-1], name="<img src=x>", run_id=None)
     assert "<img src=x" not in Results([hostile], lambda: None)._repr_html_()
+
+
+def test_a_single_report_shows_its_row_and_its_images(here):
+    page = here[-1]._repr_html_()
+    assert page.count("<tr>") == 2
+    assert re.findall(r'alt="samples of ([^"]+)"', page) == ["quanto int4"]
+    assert f"run: {here[-1].run_id}" in page
+    assert page.startswith(quantlab.load("latest")[-1]._repr_html_().rpartition("<div>run:")[0]), "read back, too"
+
+
+def test_its_parts_show_tables(here):
+    layers = here[-1].quantization._repr_html_()
+    assert "<th" in layers
+    assert ">int4</td>" in layers
+    assert "more row" in layers or layers.count("<tr>") > 1
+    assert "data:image/png;base64," in here[-1].measurements._repr_html_()
+    assert "weights_bytes" in here[-1].memory["transformer"]._repr_html_()
+    assert "seconds" in here[-1].stages[0]._repr_html_()
+
+
+def test_a_report_that_is_copied_or_pickled_shows_its_fields(here):
+    again = pickle.loads(pickle.dumps(here[-1]))
+    assert dataclasses.replace(again, measurements=None) == dataclasses.replace(here[-1], measurements=None)
+    page = again._repr_html_()
+    assert "<b>RunReport</b>" in page
+    assert "psnr_db" in page
+    assert "StageReport" not in page, "stages are a table"
+    assert copy.deepcopy(here[-1]).name == "quanto int4"
+
+
+def test_no_report_shows_markup_of_its_content(here):
+    hostile = "<img src=x onerror=alert(1)>\u202e"
+    one = dataclasses.replace(here[-1], name=hostile, error=hostile, failed_stage=hostile, run_id=None, status="FAILED")
+    layers = tuple(dataclasses.replace(layer, name=hostile) for layer in here[-1].quantization.layers)
+    told = dataclasses.replace(here[-1].quantization, layers=layers, resolved={hostile: hostile})
+    for shown in (one, Results([one], lambda: None)[0], told):
+        assert "<img src=x" not in shown._repr_html_()
+        assert "\u202e" not in shown._repr_html_()
+        assert "&lt;img" in shown._repr_html_()
 
 
 def test_the_first_columns_of_the_rows_are_what_one_looks_for(here):
@@ -212,6 +254,21 @@ def test_a_log_is_told_what_is_under_way(monkeypatch, capsys):
     with progress.progress_bars(quiet=True):
         time.sleep(0.2)
     assert capsys.readouterr().err == ""
+
+
+def test_a_notebook_whose_output_is_coloured_is_told_what_a_log_is(monkeypatch, capsys):
+    """Each bar there would be lines that stay: nothing is drawn over itself."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as Jupyter's kernel does
+    monkeypatch.setattr(progress, "BEAT_S", 0.05)
+    monkeypatch.setattr(progress, "console", Console(stderr=True, markup=False, emoji=False, force_jupyter=False))
+    assert progress.console.is_terminal
+    with progress.progress_bars() as advance:
+        for done in range(8):
+            advance("evaluate", done, 8)
+            time.sleep(0.05)
+    said = capsys.readouterr().err
+    assert "evaluate: 7 of 8" in said
+    assert "\u2501" not in said
 
 
 def test_the_time_left_is_told_by_the_jobs_and_not_by_what_came_before_them(monkeypatch, capsys):

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 from quantlab.datasets import pairs
 from quantlab.datasets.overlap import normalised, overlap
-from quantlab.datasets.table import CALIBRATION_SETS, DATASETS
+from quantlab.datasets.table import CALIBRATION_SETS, DATASETS, check_reads_file
 from quantlab.errors import ConfigError, QuantlabError, nearest
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.seq2seq import SOUNDS
+from quantlab.models.table import family_of
 from quantlab.progress import say
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
 from quantlab.protocols.seq2seq import PairInputs
@@ -94,6 +95,7 @@ def check_calibration(config: ExperimentConfig) -> None:
             f"calibration.source={asked.source}: there are {', '.join(CALIBRATION_SETS)}"
             f"{nearest(asked.source, CALIBRATION_SETS)}"
         )
+    _check_fits(config)
     _check_source(asked)
     _check_reads(asked, config.dataset)
     if asked.source != config.dataset.name:
@@ -104,6 +106,18 @@ def check_calibration(config: ExperimentConfig) -> None:
         )
     if asked.path is not None and config.dataset.path is not None and _same(asked.path, config.dataset.path):
         raise ConfigError(f"calibration.path={asked.path}: this is the data of the evaluation; give another file")
+
+
+def _check_fits(config: ExperimentConfig) -> None:
+    """ConfigError where the source has nothing for the model, or no file of the user's that it would read."""
+    asked, family = config.calibration, family_of(config.model)
+    if family.protocol not in DATASETS[asked.source].protocols:
+        fitting = [name for name in CALIBRATION_SETS if family.protocol in DATASETS[name].protocols]
+        raise ConfigError(
+            f"calibration.source={asked.source}: it has no inputs for model.family={family.name}, whose models are run "
+            f"by the protocol {family.protocol}; choose one of {', '.join(fitting)}"
+        )
+    check_reads_file("calibration", asked.source, asked.path, family.protocol)
 
 
 def _check_source(asked: CalibrationConfig) -> None:

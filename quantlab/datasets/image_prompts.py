@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _BESIDE = ("mask", "control")
 _KEYS = ("image", "prompt", *_BESIDE)
-_WAY_OUT = "name a folder of pictures, each with its prompt in a .txt file of the same name, or a file of JSON lines"
+_WAY_OUT = (
+    "name a folder of pictures (where prompts are wanted, each with its own in a .txt file of the same name), or a "
+    "file of JSON lines"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +101,7 @@ def read(path: str | None) -> list[Picture]:
     """The rows, their pictures looked at; ConfigError ``dataset.path=...`` for what is missing or cannot be read."""
     key = f"dataset.path={path}"
     if path is None:
-        raise ConfigError(f"dataset.path=null: image_prompts are of your own; {_WAY_OUT}")
+        raise ConfigError(f"dataset.path=null: the pictures are of your own; {_WAY_OUT}")
     place = Path(path).expanduser()
     try:
         rows = _of_folder(place, key) if place.is_dir() else _of_lines(place, key)

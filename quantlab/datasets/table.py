@@ -209,6 +209,19 @@ def check_dataset(config: ExperimentConfig) -> None:
         )
     if check := DATASETS[name].check_samples:
         check(config.evaluation.num_samples)
+    check_reads_file("dataset", name, config.dataset.path, family.protocol)
+
+
+def check_reads_file(node: str, name: str, path: str | None, protocol: str) -> None:
+    """ConfigError for a file of the user's that the data set never looks at: what is measured is of others."""
+    if path is None or DATASETS[name].read_file is not None:
+        return
+    readers = [row.name for row in _ROWS if row.read_file and protocol in row.protocols]
+    key = "dataset" if node == "dataset" else "calibration.source"
+    raise ConfigError(
+        f"{node}.path={path}: {key}={name} reads no file; leave the path out, or choose {key}="
+        f"{f' or {key}='.join(readers)}, which do"
+    )
 
 
 def check_call(config: ExperimentConfig, by_files: bool = False) -> None:

@@ -48,9 +48,26 @@ _NAME_ONE = "name a folder that save_pretrained wrote, a GGUF file, or the Hub i
 
 
 def check_checkpoint(checkpoint: str) -> None:
-    """ModelError, before anything is loaded, for a path that can only be a local one and leads nowhere."""
-    if not Path(checkpoint).expanduser().exists() and not _is_id(checkpoint):
+    """ModelError, before anything is loaded, for a path that can only be a local one and leads nowhere, and for what
+    lies there and is no checkpoint."""
+    place = Path(checkpoint).expanduser()
+    if place.exists():
+        _check_kind(f"checkpoint={checkpoint}", place)
+    elif not _is_id(checkpoint):
         raise ModelError(f"checkpoint={checkpoint}: there is no such file or folder; {_NAME_ONE}")
+
+
+def _check_kind(key: str, place: Path) -> None:
+    if place.is_file():
+        if place.suffix != ".gguf":
+            raise ModelError(
+                f"{key}: a single {place.suffix or 'file'} says neither its format nor its model; {_NAME_ONE}"
+            )
+        return
+    files = sorted(place.glob("*.gguf"))
+    if len(files) != 1 and not any((place / name).is_file() for name in (INDEX, CONFIG)):
+        found = f"it holds {', '.join(f.name for f in files[:4])}: name one" if files else f"{_NAME_ONE}"
+        raise ModelError(f"{key}: the folder has neither {CONFIG} nor {INDEX}; {found}")
 
 
 def _is_id(checkpoint: str) -> bool:
@@ -73,21 +90,15 @@ def sources_of(checkpoint: str, names: Sequence[str], classes: Mapping[str, str]
     place = Path(checkpoint).expanduser()
     if not place.exists():
         place = _downloaded(key, checkpoint)
+        _check_kind(key, place)
     if place.is_file():
-        if place.suffix != ".gguf":
-            raise ModelError(
-                f"{key}: a single {place.suffix or 'file'} says neither its format nor its model; {_NAME_ONE}"
-            )
         return {_only(key, names): place}
     if (place / INDEX).is_file():
         return {name: _part(key, place, name) for name in names}
     if (place / CONFIG).is_file():
         return {_by_class(key, place, names, classes): place}
-    files = sorted(place.glob("*.gguf"))
-    if len(files) == 1:
-        return {_only(key, names): files[0]}
-    found = f"it holds {', '.join(f.name for f in files[:4])}: name one" if files else f"{_NAME_ONE}"
-    raise ModelError(f"{key}: the folder has neither {CONFIG} nor {INDEX}; {found}")
+    [file] = place.glob("*.gguf")
+    return {_only(key, names): file}
 
 
 def _downloaded(key: str, checkpoint: str) -> Path:

@@ -92,11 +92,11 @@ def check_conditions(pipeline: type, dataset: str, conditions: Sequence[str], ca
     for name in given:
         if name not in known:
             takes = [own for own in (*TAKEN_FROM.values(), "batch_size") if own in known]
-            fitting = _fitting(known)
+            other = _fitting(known)
             raise ConfigError(
                 f"dataset={dataset}: {pipeline.__name__} takes no {name} (of what data sets give it takes "
                 f"{', '.join(takes) or 'nothing'}); "
-                + (f"take the {name}s out of it" if fitting == f"dataset={dataset}" else f"choose {fitting}")
+                + (f"take the {name}s out of it" if other == f"dataset={dataset}" else f"choose {other}")
             )
     needed = [n for n, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if "image" in known and ("strength" in known or "mask_image" in known):
@@ -105,8 +105,8 @@ def check_conditions(pipeline: type, dataset: str, conditions: Sequence[str], ca
         needed.append(_CONTROL)  # as above
     for name in needed:
         if name not in (*given, *call):
-            fitting = f"choose {_fitting(known)}" + (", with control pictures" if name == _CONTROL else "")
-            way_out = fitting if name in TAKEN_FROM.values() else f"give it by model.call.{name}"
+            other = f"choose {_fitting(known)}" + (", with control pictures" if name == _CONTROL else "")
+            way_out = other if name in TAKEN_FROM.values() else f"give it by model.call.{name}"
             raise ConfigError(f"dataset={dataset}: {pipeline.__name__} needs {name}, which it does not give; {way_out}")
 
 
@@ -129,6 +129,11 @@ def _beyond_data_sets(pipeline: type, known: Mapping[str, inspect.Parameter]) ->
 def _argument(name: str, known: Collection[str]) -> str:
     """What a condition is given as: a picture as what guides, to a pipeline that starts from none."""
     return _CONTROL if name == "image" and name not in known and _CONTROL in known else name
+
+
+def fitting(pipeline: type) -> str:
+    """``dataset=prompts``: the data set that gives what a pipeline's call takes."""
+    return _fitting(parameters_of(pipeline))
 
 
 def _fitting(known: Mapping[str, object]) -> str:

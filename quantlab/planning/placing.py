@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from quantlab.backends.scheme import Scheme
 from quantlab.errors import ConfigError
+from quantlab.models.table import family_of
 from quantlab.vocabulary.schema import ExperimentConfig
 
 
@@ -28,6 +29,23 @@ def check_placement(config: ExperimentConfig) -> None:
     if config.evaluation.compile:
         raise ConfigError(
             f"{key}: torch.compile makes graphs of one device; pass evaluation.compile=false, or another placement"
+        )
+
+
+def check_family(config: ExperimentConfig) -> None:
+    """ConfigError for a placement that models of the family cannot have, whichever they are."""
+    placement, family = config.memory.placement, family_of(config.model)
+    if placement in ("auto", "resident"):
+        return
+    if family.trained is not None:
+        raise ConfigError(
+            f"memory.placement={placement}: a model of family {family.name} is trained here, and not read from "
+            "files of its own; pass memory.placement=resident"
+        )
+    if placement == "alone" and family.look is None:
+        raise ConfigError(
+            f"memory.placement=alone: a model of family {family.name} is one model and no pipeline of parts; pass "
+            "memory.placement=streamed"
         )
 
 

@@ -236,6 +236,12 @@ def _check_key(where: str, key: str, values: Sequence[Any]) -> None:
     node, *below = full.split(".")
     if full in options and full not in MULTIPLE_GROUPS:
         for value in values:
+            if isinstance(value, list):
+                each = ", ".join(map(str, value))
+                raise ConfigError(
+                    f"{where}.{key}=[{each}]: one choice is wanted; write a candidate for each, or, in the place of "
+                    f"sweep.candidates, sweep.grid: {{{key}: [{each}]}}"
+                )
             if isinstance(value, (str, int)) and str(value) not in options[full]:
                 raise ConfigError(f"{where}.{key}={no_option(full, value)}")
     if full in options or (node in top and all(part.isidentifier() for part in below)):

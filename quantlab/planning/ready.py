@@ -13,6 +13,7 @@ from quantlab.models.foreign import check_checkpoint
 from quantlab.models.table import check_components, check_path, family_of
 from quantlab.planning.components import named_by_users
 from quantlab.planning.job import Job
+from quantlab.planning.placing import check_family
 from quantlab.quiet import quiet_libraries
 
 _OF_A_MODEL = ("config.json", "model_index.json")
@@ -31,6 +32,7 @@ def check_ready(jobs: Sequence[Job], by_files: bool = False) -> None:
         if config.checkpoint is not None:
             check_checkpoint(config.checkpoint)
         _check_files(job)
+        check_family(config)
         whole, asked = config.model_with(), config.evaluation
         sizes = (asked.num_samples, asked.height, asked.width, asked.num_frames, asked.tiled_decoding)
         where = (str(astuple(whole)), str(astuple(config.dataset)), str(sizes))
@@ -51,12 +53,7 @@ def _check_files(job: Job) -> None:
             f"reference.path: {reference} holds no reference.json; make it with quantlab reference export DIR ..."
         )
     for scheme in job.schemes.values():
-        file = getattr(scheme.native, "imatrix_file", None)
-        if file is not None and not Path(file).is_file():
-            raise ConfigError(
-                f"quantization.imatrix_file={file}: there is no such file; leave imatrix_file out to measure it on "
-                "calibration data"
-            )
+        scheme.native.check_files()
     folder = Path(model or "").expanduser()
     is_loaded = family_of(job.config.model).needs_path is not None
     if model and is_loaded and folder.is_dir() and not any((folder / name).is_file() for name in _OF_A_MODEL):

@@ -13,11 +13,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 
-from quantlab.backends.table import backends, own_settings
+from quantlab.backends.table import backends, offers, own_settings
 from quantlab.errors import ConfigError, nearest
 from quantlab.planning.data import check_text
 from quantlab.planning.places import AXIS_GROUPS, groups, own_option, recipes
 from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.bits import of_bits
 from quantlab.vocabulary.capabilities import CALLED
 from quantlab.vocabulary.schema import ExperimentConfig
 
@@ -226,7 +227,10 @@ def check_options(parsed: Sequence[Any]) -> None:
 def no_option(group: str, choice: Any) -> str:
     """What is said of a choice that a group has not, with those that it has and the way to what was meant."""
     options = groups()[group]
-    near = own_option(group, str(choice)) or _near(group, str(choice), options)
+    own = own_option(group, str(choice))
+    if group == "dtype" and not own and (bits := of_bits(str(choice), offers())):
+        return f"{_shown(choice)}: no dtype is called so{bits}"
+    near = own or _near(group, str(choice), options)
     none = f", and {group}=[] for none" if group in MULTIPLE_GROUPS else ""
     return f"{_shown(choice)}: there are {', '.join(options)}{none}{near}"
 
@@ -238,6 +242,8 @@ def _near(group: str, choice: str, options: Sequence[str]) -> str:
         below, above = ([n for n in numbers if n < int(choice)], [n for n in numbers if n > int(choice)])
         around = map(str, [*below[-1:], *above[:1]])
         return f"; the nearest are {' and '.join(around)}"
+    if group == "dtype" and (whole := [name for name in options if name.endswith(f"_{choice.lower()}")]):
+        return f"; did you mean {whole[0]}?"
     close = nearest(CALLED.get(choice, choice) if group == "backend" else choice, options)
     if group == "model" and not close:
         return f"; a model of a folder or of the Hub: model=auto model.path={choice}"

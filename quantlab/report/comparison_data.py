@@ -17,7 +17,7 @@ from quantlab.report.compare import Comparison, answers, bytes_of
 from quantlab.report.reading import StoredRun
 from quantlab.report.said_first import said_first
 from quantlab.report.selection import is_candidate, scheme_nodes
-from quantlab.report.verdicts import Verdict, largest_floor
+from quantlab.report.verdicts import Verdict, largest_floor, pair_said
 from quantlab.tracking.tags import FAILURE, STAGE, UNQUANTIZED
 from quantlab.vocabulary.numbers import ALONE, ON_TOP
 
@@ -52,6 +52,8 @@ class PairData(VerdictData):
 
     a: str
     b: str
+    said: str
+    """The verdict by name, as terminal and page show it: which of the two is better."""
 
 
 class RowData(VerdictData):
@@ -144,8 +146,8 @@ def group_data(group: Comparison) -> GroupData:
         "unquantized": unquantized(group.runs),
         "notes": list(group.notes),
         "rows": [_row(r, group) for r in in_order(group)],
-        "pairs": [{"a": v.a, "b": v.b, **verdict_data(v)} for v in group.pairs],
-        "twins": [{"a": v.a, "b": v.b, **verdict_data(v)} for v in group.twins],
+        "pairs": [pair_data(v) for v in group.pairs],
+        "twins": [pair_data(v) for v in group.twins],
         "costs": costs(group.candidates, group.metric),
     }
 
@@ -226,6 +228,10 @@ def metric_numbers(metrics: Mapping[str, float], name: str) -> Numbers:
         "ci_hi": metrics.get(f"quality/{name}/ci_hi"),
         "floor": floor.value if floor else None,
     }
+
+
+def pair_data(v: Verdict) -> PairData:
+    return {"a": v.a, "b": v.b, "said": pair_said(v), **verdict_data(v)}
 
 
 def verdict_data(v: Verdict) -> VerdictData:

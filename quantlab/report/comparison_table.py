@@ -26,6 +26,7 @@ from quantlab.report.verdicts import (
     WORSE,
     WORSE_BY_RANK,
     Verdict,
+    pair_said,
 )
 from quantlab.tracking.results import Measured
 from quantlab.vocabulary.reports import MetricValue
@@ -120,7 +121,7 @@ def told_pairs(group: Comparison) -> list[Verdict]:
 
 
 def pairs_sheet(pairs: Sequence[Verdict], metric: str) -> Sheet:
-    """Pairs as a table: the verdict on the first scheme, beside the second."""
+    """Pairs as a table."""
     told = f"difference: {metric} of the first less that of the second; ±: the longer half of the 95 % interval"
     columns = [
         Column(title="scheme", is_text=True),
@@ -131,7 +132,8 @@ def pairs_sheet(pairs: Sequence[Verdict], metric: str) -> Sheet:
         Column(title="verdict", is_text=True),
     ]
     rows = [
-        [v.a, v.b, _difference(v.difference), p_text(v.p_holm) or "-", _share(v), v.text] for v in pairs[:MAX_PAIRS]
+        [v.a, v.b, _difference(v.difference), p_text(v.p_holm) or "-", _share(v), pair_said(v)]
+        for v in pairs[:MAX_PAIRS]
     ]
     if not any(row[4] for row in rows):
         columns, rows = [*columns[:4], columns[5]], [[*row[:4], row[5]] for row in rows]
@@ -148,7 +150,7 @@ def _difference(d: MetricValue) -> str:
 def pair_text(v: Verdict, metric: str) -> str:
     """One pair as a sentence."""
     what = {BETTER: f"{v.a} is better than {v.b}", WORSE: f"{v.b} is better than {v.a}"}
-    said = what.get(v.text, f"{v.a} and {v.b}: {v.text}")
+    said = what.get(v.text, f"{v.a} and {v.b}: {pair_said(v)}")
     differs = f"{metric} differs by {short_number(v.difference.value)}{_bounds(v)}, p {p_text(v.p_holm) or '-'}"
     return f"{said}; {differs}{_ranked(v)}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -163,11 +164,16 @@ def run_address(uri: str, run: StoredRun) -> str | None:
     return f"{server.rstrip('/')}/#/experiments/{quote(run.experiment_id)}/runs/{quote(run.run_id)}"
 
 
+_TURNS = re.compile("[\u202a-\u202e\u2066-\u2069]")
+"""Marks that turn what follows around: a name that holds one is read as another. They are written out."""
+
+
 def page(data: PageData) -> str:
-    """The HTML text; nothing in the data can end the element that holds it."""
+    """The HTML text; nothing in the data can end the element that holds it, or turn its words around."""
     text = {name: _piece(f"page.{name}") for name in ("html", "css")}
     safe = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    title = f"{data['title']}: which scheme?".replace("&", "&amp;").replace("<", "&lt;")
+    safe = _TURNS.sub(lambda found: f"\\\\u{ord(found[0]):04x}", safe)
+    title = _TURNS.sub("", f"{data['title']}: which scheme?").replace("&", "&amp;").replace("<", "&lt;")
     parts = {
         "title": title,
         "style": text["css"],

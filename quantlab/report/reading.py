@@ -92,7 +92,7 @@ def open_reader(config: TrackingConfig, base_dir: Path, output_dir: str = "outpu
     if uri == NO_STORE:
         return FolderReader(runs_dir, config.experiment)
     if not uri.startswith(SQLITE):
-        return ServerReader(open_store(config, base_dir))
+        return ServerReader(open_store(config, base_dir, makes=False))
     database = Path(uri.removeprefix(SQLITE))
     if not database.is_file():
         if config.uri == TrackingConfig().uri and folders_with_records(runs_dir):

@@ -38,7 +38,7 @@ from quantlab.tracking.results import Row, layer_columns, report_data, sample_co
 from quantlab.tracking.tags import KIND, PARENT_RUN_ID, REPRODUCES
 from quantlab.tracking.values import flatten
 from quantlab.vocabulary.numbers import flat_metrics
-from quantlab.vocabulary.reports import Measurements, RunReport
+from quantlab.vocabulary.reports import SHOWN, Measurements, RunReport
 from quantlab.vocabulary.schema import TrackingConfig
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ class Results(Sequence[RunReport]):
     def __init__(self, reports: Sequence[RunReport], open_store: Callable[[], Reader]) -> None:
         """``open_store`` is called when the records are first needed."""
         self._reports, self._open = tuple(reports), open_store
+        for report in self._reports:
+            vars(report)[SHOWN] = self._one_html
 
     def __len__(self) -> int:
         return len(self._reports)
@@ -188,6 +190,15 @@ class Results(Sequence[RunReport]):
         shown = f'<div style="display:flex;flex-wrap:wrap;gap:1em;align-items:end">{"".join(pictures)}</div>'
         return "\n".join([*filter(None, parts), *([shown] if pictures else [])])
 
+    def _one_html(self, report: RunReport) -> str:
+        """Of a single report: as of all of them, and where its numbers are."""
+        alone = Results([replace(report)], lambda: self._reader)
+        lines = [f"status: {report.status}"]
+        lines += [f"at {report.failed_stage}: {report.error}"] if report.error else []
+        lines += [f"run: {report.run_id}"] if report.run_id else []
+        lines += [f"{len(report.quantization.layers)} layers: .quantization"] if report.quantization else []
+        return "\n".join([alone._repr_html_(), _html_lines(lines)])
+
     @property
     def sweep_id(self) -> str | None:
         """Id of the run that is the sweep's; None of a single run."""
@@ -290,7 +301,9 @@ class Told(str):
         return str(self)
 
     def _repr_html_(self) -> str:
-        return f'<pre style="white-space:pre;overflow-x:auto">{html.escape(self)}</pre>'  # no line of a table is broken
+        # no line of a table is broken, and a notebook gives HTML its own letters, of all widths
+        style = "white-space:pre;overflow-x:auto;font-family:monospace;line-height:1.2"
+        return f'<pre style="{style}">{html.escape(self)}</pre>'
 
 
 def _console() -> tuple[Console, io.StringIO]:

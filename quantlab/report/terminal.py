@@ -6,6 +6,7 @@ it for other programs.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import textwrap
@@ -25,6 +26,22 @@ MAX_NAME, MAX_CELL, MAX_LINE = 200, 1000, 2000  # characters
 WIDE = 10_000  # columns of a terminal that has no end
 LONG_WORD = 20
 """Columns: what is longer in a sentence is a name of parts, and may go on in the next line behind a separator."""
+
+
+class Terminal(Console):
+    """Rich's console, which leaves a reader that went away to :func:`main`."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by Rich, whose own answer is exit code 1: here that is a job that failed."""
+        raise BrokenPipeError
+
+
+def terminal(width: int | None = None) -> Console:
+    """Where tables go; ``width`` is that of a file or a pipe, which has none of its own."""
+    is_known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    wide = None if is_known else width
+    # what is printed is text, never markup; in a notebook Rich would show it apart from what is printed around it
+    return Terminal(width=wide, markup=False, highlight=False, emoji=False, force_jupyter=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,8 +37,8 @@ RULES = {
     BETTER_BY_RANK: "the means cannot be told apart, but most samples are better (Wilcoxon's signed-rank test)",
     IN_MARGIN: "the whole interval of the difference is inside the declared margin",
     NEAR_FLOOR: "a real difference, which may or may not be larger than the floor",
-    BETTER: "a real difference in favour, surely larger than the floor where one is known",
-    WORSE: "a real loss, surely larger than the floor where one is known",
+    BETTER: "a real difference in favour, surely larger than the floor where one is known; of two schemes: X is better",
+    WORSE: "a real loss against the reference, surely larger than the floor where one is known",
     TOO_FEW: "fewer than 5 independent samples: no interval, no verdict",
 }
 
@@ -181,6 +181,13 @@ def _by_rank(found: Verdict) -> str:
     if found.p_rank is None or found.share_worse is None or found.p_rank >= ALPHA or found.share_worse == 0.5:
         return SAME
     return WORSE_BY_RANK if found.share_worse > 0.5 else BETTER_BY_RANK
+
+
+def pair_said(v: Verdict) -> str:
+    """The verdict on two schemes, by name: neither of them is the one that is looked at."""
+    if v.text.startswith((BETTER, WORSE)):
+        return f"{v.a if v.text.startswith(BETTER) else v.b} is better{v.text.removeprefix(BETTER).removeprefix(WORSE)}"
+    return v.text
 
 
 def judged(found: Sequence[Verdict], metric: str, floor: Floor | None, margin: float) -> list[Verdict]:

@@ -12,10 +12,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from omegaconf import MISSING
+
 from quantlab.backends.scheme import Scheme, scheme_of
 from quantlab.backends.table import backends, loggers, offers
+from quantlab.datasets.table import DATASETS
 from quantlab.errors import ConfigError
 from quantlab.models.outline import Outline
+from quantlab.models.pipeline_call import fitting, parameters_of
+from quantlab.models.table import family_of
 from quantlab.modules.holders import holders
 from quantlab.planning.components import DEFAULT
 from quantlab.planning.job import Job, Plan
@@ -39,6 +44,7 @@ USAGE = "quantlab init my.yaml model.path=FOLDER (or a Hub id; more keys as for 
 BITS = (8, 4)
 MAX_GROUP = 128
 MAX_WIDTHS = 6
+_OPEN = "dataset.path"
 _OF_THE_LIST = {"backend", "dtype", "group_size", "sweep", "quantization", "components", "checkpoint", "recipe"}
 
 
@@ -67,13 +73,18 @@ def first_recipe(words: Sequence[str]) -> tuple[Path, Plan]:
         asked.insert(0, "model=auto")
     if listed := [key for key in keys if key.partition(".")[0] in _OF_THE_LIST]:
         raise ConfigError(f"{listed[0]}: init writes a list of candidates, a backend each; change it in the file")
-    text = recipe_text(file.name, asked, plan([*asked, "sweep.dry_run=true"]).jobs[0])
+    quiet_libraries(loggers())  # a pipeline's class is looked at, which imports its library
+    job = plan([*asked, "sweep.dry_run=true"]).jobs[0]
+    if "dataset" not in keys and (pipeline := _pipeline(job.config)) is not None:
+        asked.append(fitting(pipeline))
+        job = plan([*asked, "sweep.dry_run=true"]).jobs[0]
+    text = recipe_text(file.name, asked, job)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"init: {words[0]}: cannot be written ({error.strerror}); name another file") from error
-    planned = plan([f"recipe={file}"])
+    planned = plan([f"recipe={file}", *([f"{_OPEN}=DATA"] if needs_own_data(job.config) else [])])
     remember(planned)  # its path was typed by whoever has it written
     return file, planned
 
@@ -108,6 +119,29 @@ def recipe_text(name: str, words: Sequence[str], job: Job) -> str:
     ]
     rows = [(f"    - {_yaml(one.keys)}", one.note) for one in found if one.keys]
     return "\n".join([*lines, *_beside(rows), *(f"    # {one.note}" for one in found if not one.keys), ""])
+
+
+def needs_own_data(config: ExperimentConfig) -> bool:
+    """Whether the data set is nothing without a file of the user's, and none was named."""
+    read = DATASETS[config.dataset.name].read_file
+    if read is None or config.dataset.path is not None:
+        return False
+    try:
+        read(None)
+    except ConfigError:
+        return True
+    return False
+
+
+def left_open(planned: Plan) -> str:
+    """The key that a first recipe leaves to whoever runs it; "" where it says all."""
+    return _OPEN if any(word.startswith(f"{_OPEN}=") for word in planned.jobs[0].overrides) else ""
+
+
+def _pipeline(config: ExperimentConfig) -> type | None:
+    """The class of a pipeline; None of a model that is none, and where it is not known."""
+    look = family_of(config.model).look
+    return look(config.model, config.evaluation) if look is not None else None
 
 
 def _device(config: ExperimentConfig) -> str:
@@ -199,8 +233,12 @@ def _said(words: Sequence[str], job: Job) -> tuple[dict[str, str], dict[str, Any
     """The choices of groups, and the keys by node: what was typed, and what is looked at first anyway."""
     choices = {group: str(job.choices[group]) for group in ("model", "dataset", "evaluation")}
     evaluation, is_pipeline = job.config.evaluation, job.config.model.family == "diffusers"
-    steps = ("num_inference_steps", "guidance_scale") if is_pipeline else ()
+    steps: tuple[str, ...] = ("num_inference_steps", "guidance_scale") if is_pipeline else ()
+    if is_pipeline and (pipeline := _pipeline(job.config)) is not None:
+        steps = tuple(name for name in steps if name in parameters_of(pipeline))
     body: dict[str, Any] = {"evaluation": {key: getattr(evaluation, key) for key in ("num_samples", *steps)}}
+    if needs_own_data(job.config):
+        body["dataset"] = {"path": MISSING}
     for parsed in parse(words):
         key, value = parsed.key_or_group, parsed.value()
         if key in groups():
@@ -229,12 +267,15 @@ def _yaml(value: Any) -> str:
         return "{" + ", ".join(f"{k}: {_yaml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_yaml, value)) + "]"
+    if value == MISSING:
+        return MISSING
     is_word = isinstance(value, str) and value.replace("_", "").isalnum() and value[0].isalpha()
     reserved = str(value).lower() in ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
     return str(value) if is_word and not reserved else json.dumps(value, ensure_ascii=False)
 
 
 _NOTES = {
+    "dataset.path": "a file or folder of your own; as long as it is left open: dataset.path=... with each command",
     "model.path": "a folder that save_pretrained wrote, or a Hub id",
     "model.components": "what is quantized; all else stays as it is",
     "evaluation.num_samples": "more of them, narrower intervals",
@@ -254,6 +295,8 @@ def _told(group: str, option: str, choices: Mapping[str, str]) -> str:
         return "how it is loaded"
     if group == "dataset":
         row = next((row for row in models() if row["model"] == choices["model"]), None)
+        if row and row["family"] == "diffusers":
+            return "what its call takes"
         others = [name for name in str(row["datasets"]).split() if name != option] if row else []
         return f"or {', '.join(others)} (dataset.path: of your own)" if others else ""
     return "how much is run" if group == "evaluation" else ""

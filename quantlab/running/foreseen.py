@@ -6,8 +6,6 @@ Read from the store (or the runs' folders) and from what earlier processes noted
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,19 +14,16 @@ from pathlib import Path
 from quantlab.backends.table import offers
 from quantlab.errors import ConfigError, TrackingError
 from quantlab.planning.job import Job, Plan
-from quantlab.planning.ready import no_folder
 from quantlab.progress import counted
 from quantlab.report.reading import Reader, StoredRun, open_reader
 from quantlab.report.selection import scheme_nodes
 from quantlab.running.known import Known, recall_each, reference_of
 from quantlab.running.once import Once
 from quantlab.running.resume import content_key
-from quantlab.tracking.connect import resolved_uri
 from quantlab.tracking.tags import JOB_KEY, KIND, PARENT_RUN_ID
 from quantlab.tracking.values import flatten
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.native import canonical_json
-from quantlab.vocabulary.schema import ExperimentConfig
 
 STAGES = ("calibrate", "quantize", "evaluate", "weigh", "evidence", "attribute")
 """Of a job alone; loading the model and making the reference are the sweep's."""
@@ -89,21 +84,19 @@ class Foreseen:
         return told
 
 
-def check_places(config: ExperimentConfig, base_dir: Path) -> None:
-    """ConfigError where the run could not write: nothing is made, and no server is asked."""
-    resolved_uri(config.tracking.uri, base_dir)
-    folder = base_dir / Path(config.output_dir).expanduser()
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = os.strerror(errno.EACCES if there.is_dir() else errno.ENOTDIR)
-        raise no_folder(config.output_dir, folder / "runs", why)
-
-
 def foreseen(request: Plan) -> Foreseen:
-    """What the store of a request knows of its jobs; nothing where it cannot be read."""
+    """What the store of a request knows of its jobs; nothing where it cannot be read.
+
+    Raises TrackingError for a server that the run would refuse.
+    """
     config = request.jobs[0].config
     with contextlib.suppress(TrackingError):
-        reader = open_reader(config.tracking, Path.cwd(), config.output_dir)
+        try:
+            reader = open_reader(config.tracking, Path.cwd(), config.output_dir)
+        except TrackingError as error:
+            if config.tracking.required and config.tracking.uri.startswith("http"):
+                raise ConfigError(str(error)) from error
+            raise
         runs = _jobs(reader, config.tracking.experiment)
         known = recall_each(request.jobs, Path(config.output_dir).expanduser().absolute() / "cache")
         resumes = request.is_sweep and not config.sweep.force

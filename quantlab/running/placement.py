@@ -160,8 +160,6 @@ def spread_over(memory: MemoryConfig, device: str) -> Over:
 
     Raises ConfigError where there are not as many, or where they are of several kinds, whose numbers differ.
     """
-    import torch
-
     if kind_of(device) == "cpu":
         if memory.devices is None:
             raise ConfigError(
@@ -169,6 +167,8 @@ def spread_over(memory: MemoryConfig, device: str) -> Over:
                 "memory.devices=2 for a rehearsal in the CPU's own memory"
             )
         return _over(memory, ("cpu",) * memory.devices)
+    import torch
+
     num = torch.cuda.device_count()
     if num < (memory.devices or 2):
         asked = SPREAD if memory.devices is None else f"memory.devices={memory.devices}"

@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from quantlab import tracking
-from quantlab.errors import ConfigError, DiskFull, QuantlabError, TrackingError, in_words, is_disk_full
-from quantlab.exporting.folder import check_target
+from quantlab.errors import DiskFull, QuantlabError, TrackingError, in_words, is_disk_full
 from quantlab.modules.precision import exact_arithmetic, own_modes
 from quantlab.planning.job import Job, Merged, Plan
-from quantlab.planning.ready import check_ready, no_folder
+from quantlab.planning.ready import no_folder
 from quantlab.planning.space import objectives_of
 from quantlab.planning.trust import require_trust
 from quantlab.progress import progress_bars, say
 from quantlab.running.apart import Handed, hand_over
 from quantlab.running.claims import Claims, wait_for
-from quantlab.running.engines.table import check_launcher, is_far
+from quantlab.running.engines.table import is_far
 from quantlab.running.export_job import export_far
 from quantlab.running.far import references, run_far
 from quantlab.running.finished import answered_before, environment_of, known_before, rows_before
@@ -32,6 +31,7 @@ from quantlab.running.job import floor_rows, open_run, run_job, run_row
 from quantlab.running.known import Known, bench_key
 from quantlab.running.once import Once
 from quantlab.running.overview import log_overview
+from quantlab.running.refusals import check_request, runs_elsewhere
 from quantlab.running.resume import content_key, earlier_report
 from quantlab.running.rows import skipped_row
 from quantlab.running.scheduler import Counts
@@ -61,25 +61,14 @@ def run_plan(plan: Plan, quiet: bool = False, trust: bool = False) -> list[RunRe
     """
     require_trust(plan, trust)
     first = plan.jobs[0].config
-    is_elsewhere = plan.is_sweep and is_far(first.launcher)
-    check_ready(plan.jobs, by_files=is_elsewhere)
-    if plan.export.path is not None:
-        check_target("export.path", plan.export.path)
-    if plan.is_sweep:
-        check_launcher(first.launcher)
-        if first.launcher.detach and first.sweep.search.num_trials:
-            raise ConfigError("launcher.detach=true: a search chooses by the rows that it waits for; leave it out")
-    elif first.launcher.detach:
-        raise ConfigError(
-            "launcher.detach=true: a single job is run by this process; ask for several (-m dtype=int8,int4)"
-        )
-    elif first.launcher.engine != "serial":
+    check_request(plan)
+    if not plan.is_sweep and first.launcher.engine != "serial":
         say(f"launcher={first.launcher.engine}: a single job is run by this process", "launcher")
     known = _known_before(plan)
     if known is not None and (rows := answered_before(plan, known)) is not None:
         _say_merged(plan)
         return rows
-    computes = known is None and not is_elsewhere
+    computes = known is None and not runs_elsewhere(plan)
     with open_session(first, quiet, computes=computes) as session:
         session.known_before = known
         session.expect(plan.jobs)

@@ -23,6 +23,7 @@ from quantlab.models.loaded import LoadedModel, class_names
 from quantlab.modules.device import collect_as_usual, free_bytes, give_back, kind_of
 from quantlab.modules.emulated import emulated_products, lacking
 from quantlab.modules.fingerprint import fingerprint_warning, grid_fingerprint, known_grid
+from quantlab.modules.gpu_seen import NO_CUDA
 from quantlab.modules.holders import holders
 from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import StageMeasurement, measure_stage
@@ -187,9 +188,7 @@ def prepare_device(config: ExperimentConfig) -> str:
     import torch
 
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "device=cuda: this torch sees no CUDA device; pass device=cpu, or install a CUDA build of torch"
-        )
+        raise ConfigError(NO_CUDA)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     torch.backends.mha.set_fastpath_enabled(False)  # it reads .weight directly and so bypasses quantized layers

@@ -259,8 +259,11 @@ def _excluded(
     return {**native.disabled_layers(layers), **{n: r for n, r in theirs.items() if n in layers}, **found}, idle
 
 
-def check_device(asked: Format, device: str, compute_dtype: str) -> None:
-    """ConfigError naming the requirement where the scheme does not run on this device or in this compute dtype."""
+def check_device(asked: Format, device: str, compute_dtype: str = "") -> None:
+    """ConfigError naming the requirement where the scheme does not run on this device or in this compute dtype.
+
+    Without a ``compute_dtype`` it is not known yet, and nothing is asked that only torch can tell.
+    """
     axes, row = asked.axes, asked.row
     who = f"dtype={axes.dtype}: {axes.backend}"
     if kind_of(device) not in row.devices:
@@ -279,6 +282,8 @@ def check_device(asked: Format, device: str, compute_dtype: str) -> None:
             f"algorithm={axes.algorithm}: {axes.backend} runs it on CUDA only, and this run is on "
             f"{device}; pass device=cuda{other}"
         )
+    if not compute_dtype:
+        return
     if compute_dtype not in row.compute_dtypes:
         raise ConfigError(
             f"{who} computes it in {', '.join(row.compute_dtypes)} only; this run computes in {compute_dtype}: "

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from errno import EEXIST, ENOTDIR
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit, urlunsplit
@@ -15,6 +17,7 @@ from quantlab.errors import TrackingError
 from quantlab.progress import printable
 from quantlab.tracking.moved import bring_home
 from quantlab.vocabulary.fields import checked_path
+from quantlab.vocabulary.schema import TrackingConfig
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -71,8 +74,9 @@ def shown_uri(uri: str) -> str:
     return urlunsplit(parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]))
 
 
-def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
-    """A client on the store at ``uri`` and the id of ``experiment``, which is created where it is missing.
+def connect(uri: str, experiment: str, makes: bool = True) -> tuple[MlflowClient, str]:
+    """A client on the store at ``uri`` and the id of ``experiment``, which is created where it is missing; without
+    ``makes`` a server is only read, and the id of what it has not is "".
 
     Raises TrackingError within 15 s where a server does not answer, and for a database that cannot be used.
     """
@@ -87,12 +91,45 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     with _environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(_PROBE_SECONDS)):
         try:
             client = MlflowClient(tracking_uri=uri)
-            return client, within(_PROBE_SECONDS, lambda: _experiment_id(client, experiment, None))
+            return client, within(_PROBE_SECONDS, lambda: _experiment_id(client, experiment, None, makes))
         except store_errors() as error:
             raise TrackingError(
                 f"tracking.uri={shown_uri(uri)}: answers, but not as an MLflow server that takes runs "
                 f"({first_line(error)}); {_WAY_OUT}"
             ) from error
+
+
+def check_store(config: TrackingConfig, base_dir: Path) -> None:
+    """TrackingError where a run's database could not be used, as far as that is known without MLflow: nothing is made.
+
+    A server is not asked. Without ``config.required`` a run goes on, whatever the store says.
+    """
+    uri = resolved_uri(config.uri, base_dir)
+    if not uri.startswith(SQLITE) or not config.required:
+        return
+    path = Path(uri.removeprefix(SQLITE))
+    there = next(place for place in (path, *path.parents) if place.exists())
+    try:
+        if there == path:
+            _check_sqlite(path)
+        else:
+            with tempfile.TemporaryFile(dir=there):  # it has no name there, and leaves nothing
+                return
+    except OSError as error:
+        raise _unusable(uri, error) from error
+
+
+def _unusable(uri: str, error: Exception) -> TrackingError:
+    return TrackingError(
+        f"tracking.uri={uri}: cannot be used ({_reason(error)}); set tracking.uri=sqlite:///<another file>, or "
+        "tracking.required=false"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """What the system says of a file or folder, whoever asked it: not which step of ours it was."""
+    number = error.errno if isinstance(error, OSError) else None
+    return first_line(error) if number is None else os.strerror(ENOTDIR if number == EEXIST else number)
 
 
 def store_errors() -> tuple[type[Exception], ...]:
@@ -150,10 +187,7 @@ def _connect_sqlite(path: Path, uri: str, experiment: str) -> tuple[MlflowClient
             "end that process, or set tracking.uri=sqlite:///<another file>"
         ) from error
     except store_errors() as error:
-        raise TrackingError(
-            f"tracking.uri={uri}: cannot be used ({first_line(error)}); "
-            "set tracking.uri=sqlite:///<another file>, or tracking.required=false"
-        ) from error
+        raise _unusable(uri, error) from error
 
 
 def _check_sqlite(path: Path) -> None:
@@ -175,9 +209,11 @@ def _check_sqlite(path: Path) -> None:
         raise OSError("it is a database, but not one of MLflow")
 
 
-def _experiment_id(client: MlflowClient, name: str, artifacts: Path | None) -> str:
+def _experiment_id(client: MlflowClient, name: str, artifacts: Path | None, makes: bool = True) -> str:
     """The id of the experiment ``name``, created by whichever process comes first."""
     found = client.get_experiment_by_name(name)
+    if found is None and not makes:
+        return ""
     if found is None:
         from mlflow.exceptions import MlflowException
 

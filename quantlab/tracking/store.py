@@ -40,18 +40,19 @@ _FIRST_PAUSE_S = 30.0
 _LONGEST_PAUSE_S = 600.0
 
 
-def open_store(config: TrackingConfig, base_dir: Path) -> Store:
+def open_store(config: TrackingConfig, base_dir: Path, makes: bool = True) -> Store:
     """The store of ``config``, reached and ready.
 
     A relative SQLite path starts at ``base_dir``; its artifacts go to ``mlartifacts`` beside the database. Raises
     TrackingError for an address that is not supported, and, with ``required``, for a store that cannot be used; without
-    ``required`` that is one warning, and runs are written to their folders only.
+    ``required`` that is one warning, and runs are written to their folders only. Without ``makes`` a server is read,
+    and no experiment is made there.
     """
     uri = resolved_uri(config.uri, base_dir)
     if uri == NO_STORE:
         return no_store(config, base_dir)
     try:
-        client, experiment_id = connect(uri, config.experiment)
+        client, experiment_id = connect(uri, config.experiment, makes)
     except TrackingError as error:
         if config.required:
             raise

@@ -322,6 +322,9 @@ class QuantizationConfigMixin:
         """Whether the backend must see calibration data before it can quantize by this config."""
         return False
 
+    def check_files(self) -> None:
+        """ConfigError, before a model is loaded, for a file of this config that is not there or cannot be read."""
+
     @property
     def activation_granularity(self) -> str:
         """Which activations share a scale: ``per-tensor`` (all of a call), ``per-token`` or ``per-block``, with

@@ -8,8 +8,11 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
+from quantlab.vocabulary.shown import as_html
 
 MOST_SHOWN = 4
+SHOWN = "_shown"
+"""Attribute of a :class:`RunReport`, no field: a function that gives its HTML."""
 
 
 def brief(report: Any) -> str:
@@ -21,6 +24,11 @@ def brief(report: Any) -> str:
             lines.append(f"  {one.name}: {_brief_value(value)}")
     more = [f"  ... and {len(lines) - 12} more fields"] if len(lines) > 13 else []
     return "\n".join([type(report).__name__, *(lines[:12] if more else lines), *more])
+
+
+def page(report: Any) -> str:
+    """A report as a notebook shows it."""
+    return as_html(report, _brief_value)
 
 
 def _brief_value(value: Any) -> str:
@@ -76,6 +84,7 @@ class LayerReport:
     """One row of the read-back table: a holder of weights, and what it became."""
 
     __repr__ = brief
+    _repr_html_ = page
 
     component: str
     name: str
@@ -125,6 +134,7 @@ class QuantizationReport:
     """What the quantize stage did, as read back from the tensors."""
 
     __repr__ = brief
+    _repr_html_ = page
 
     layers: tuple[LayerReport, ...]
     num_parameters: int
@@ -150,6 +160,7 @@ class CalibratedLayer:
     """
 
     __repr__ = brief
+    _repr_html_ = page
 
     component: str
     name: str
@@ -170,6 +181,7 @@ class CalibrationReport:
     """What a job's calibration used and found."""
 
     __repr__ = brief
+    _repr_html_ = page
 
     sha256: str
     """Of all recorded calls of its components."""
@@ -188,6 +200,7 @@ class MemoryReport:
     """Bytes of one component, each storage counted once."""
 
     __repr__ = brief
+    _repr_html_ = page
 
     weights_bytes: int
     """All parameters and buffers, with everything that tensor subclasses and quantization states hold."""
@@ -229,6 +242,7 @@ class Measurements:
     """What a protocol measured on a candidate against the reference; arrays are numpy, row i is sample i."""
 
     __repr__ = brief
+    _repr_html_ = page
 
     samples: Mapping[str, Any]
     """Metric name without ``quality/`` -> float array (n,); NaN is refused before it gets here."""
@@ -294,6 +308,7 @@ class StageReport:
     """
 
     __repr__ = brief
+    _repr_html_ = page
 
     name: str
     seconds: float
@@ -349,3 +364,12 @@ class RunReport:
     """All numbers by their tracked names, of a run that was read back from its record; None: made here and now."""
     is_resumed: bool = False
     """Measured by an earlier sweep."""
+
+    def _repr_html_(self) -> str:
+        """Of a report in :class:`~quantlab.report.results.Results` its row and its images; of another its fields."""
+        shown = vars(self).get(SHOWN)
+        return str(shown(self)) if shown is not None else page(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: who shows it knows of a store, which stays here."""
+        return {key: value for key, value in vars(self).items() if key != SHOWN}

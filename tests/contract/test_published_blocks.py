@@ -156,7 +156,7 @@ def test_a_file_that_a_recipe_names_is_asked_for(tmp_path, recipe):
     plan = quantlab.compose(recipe=str(tmp_path / "mine.yaml"))
     assert plan.asked_for == {KEY: str(tmp_path / "config.json")}
     with pytest.raises(ConfigError, match=f"{KEY} = "):
-        quantlab.run(recipe=str(tmp_path / "mine.yaml"), overrides=["sweep.dry_run=true"])
+        quantlab.run(recipe=str(tmp_path / "mine.yaml"))
 
 
 def test_a_block_in_a_recipe_is_not_asked_for(tmp_path):

@@ -247,7 +247,7 @@ def test_what_cannot_be_used_is_named(folder, how, told):
 
 
 def test_no_path_and_pictures_of_two_sizes(folder):
-    with pytest.raises(ConfigError, match=r"^dataset\.path=null: image_prompts are of your own; name a folder"):
+    with pytest.raises(ConfigError, match=r"^dataset\.path=null: the pictures are of your own; name a folder"):
         load(None)
     Image.new("RGB", (20, 20)).save(folder / "coffee.png")
     with pytest.raises(ConfigError, match=r"of 2 sizes, .*; set evaluation\.height and evaluation\.width$"):
@@ -362,7 +362,7 @@ def test_too_few_pictures_or_pairs_are_refused_before_anything_is_loaded(tmp_pat
     with pytest.raises(
         ConfigError, match=r"^calibration\.path=.*: there are 2 pictures and not calibration.num_samples"
     ):
-        check_calibration(ExperimentConfig(calibration=calibration))
+        check_calibration(ExperimentConfig(model=ModelConfig(family="vision", path="nowhere"), calibration=calibration))
 
 
 @pytest.mark.parametrize("dataset", [(), ("prompt",), ("image", "prompt")])

@@ -10,7 +10,7 @@ from quantlab.datasets.table import CALIBRATION_SETS, DATASETS
 from quantlab.errors import ConfigError
 from quantlab.planning.places import conf_dir
 from quantlab.protocols.table import PROTOCOLS
-from quantlab.vocabulary.schema import ExperimentConfig
+from quantlab.vocabulary.schema import ExperimentConfig, ModelConfig
 
 
 def chosen(group: str, key: str) -> set[str]:
@@ -50,7 +50,7 @@ def test_calibration_reads_what_the_evaluation_reads(tmp_path, theirs, source, m
         path.write_text("".join(json.dumps({key: f"{n}", "target": "b"}) + "\n" for n in range(64)))
         return str(path)
 
-    config = ExperimentConfig()
+    config = ExperimentConfig(model=ModelConfig(family="seq2seq", path="nowhere"))
     config.dataset.name, config.dataset.path = "pairs", pairs("evaluation", theirs)
     config.calibration.source = source
     config.calibration.path = pairs("calibration", mine) if mine else None

@@ -33,6 +33,7 @@ MISTAKES = {  # body below a header line -> line, and what the message says
     f"sweep:\n  candidate:\n    - {GOOD}": (3, "did you mean candidates"),
     f"sweep:\n  candidates:\n    - {GOOD}\n    - {{backend: quanto, dtyp: int8}}": (5, "dtyp: no such key; did you mean dtype"),
     f"sweep:\n  candidates:\n    - {GOOD}\n    - backend: quanto\n      dtype: int9": (6, "dtype=int9: .*did you mean int8"),
+    "sweep:\n  candidates:\n    - {backend: quanto, dtype: [int8, int4]}": (4, r"one choice .* sweep.grid: {dtype: \[int8, int4\]}"),
     "sweep:\n  candidates:\n    - {backend: qanto}": (4, "did you mean quanto"),
     "sweep:\n  candidates:\n    - {backend: torchao, dtype: int4, group_size: 48}": (4, "the nearest are 32 and 64"),
     f"sweep:\n  candidates:\n    - {GOOD}\n    - {{backend: quanto, dtype: nf4}}": (5, "nf4 is offered by"),

@@ -43,7 +43,7 @@ DECIDED = {
     ),
 }
 ELSEWHERE = {
-    "a grid": ("sweep: {grid: {dataset.path: [a, b]}}", "dataset.path", "a, b"),
+    "a grid": ("dataset: {name: prompts}\nsweep: {grid: {dataset.path: [a, b]}}", "dataset.path", "a, b"),
     "a candidate": ("sweep: {candidates: [{backend: quanto, tracking.uri: 'http://x'}]}", "tracking.uri", "http://x"),
     "another key": ("name: 'http://y'\ntracking: {uri: '${name}'}", "tracking.uri", "http://y"),
     "a shipped option": ("defaults: [override /tracking: server]", "tracking.uri", "http://127.0.0.1:5000"),

@@ -183,3 +183,51 @@ def test_a_recipe_of_the_folder_is_named_with_its_ending(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").touch()
     with pytest.raises(ConfigError, match=r"^recipe=mine: no such recipe; did you mean recipe=mine.yaml\?"):
         plan(["recipe=mine"])
+
+
+OF_FOUR = (
+    "nf4, fp4 (backend=bitsandbytes); int4, nf4, nvfp4, mxfp4 (backend=torchao); int4 (backend=quanto); q4_0, q4_1, "
+    "iq4_nl, q4_k, iq4_xs (backend=gguf); int4, nvfp4, mxfp4 (backend=modelopt)"
+)
+IN_BITS = {
+    **dict.fromkeys(("4", "4bit", "load_in_4bit", "w4a16", "q4"), OF_FOUR),
+    "8-bit": "int8 (backend=bitsandbytes); int8, float8_e4m3",
+    "fp8": "float8_e4m3, float8_e5m2, mxfp8 (backend=torchao); float8_e4m3",
+    "FP16": "bfloat16, float16 (backend=none)",
+    "bf16": "bfloat16, float16 (backend=none)",
+    "uint4": "int4 (backend=torchao); int4 (backend=quanto); int4 (backend=modelopt)",
+    "int5": "q5_0, q5_1, q5_k (backend=gguf)",
+}
+
+
+@pytest.mark.parametrize("word", IN_BITS)
+def test_a_dtype_that_is_a_number_of_bits_is_answered_with_what_has_them(word):
+    with pytest.raises(ConfigError) as caught:
+        plan(["backend=quanto", f"dtype={word}"])
+    assert str(caught.value).startswith(f"dtype={word}: no dtype is called so; of ")
+    assert f" bits there are {IN_BITS[word]}" in str(caught.value)
+
+
+def test_what_rounds_activations_too_is_told():
+    with pytest.raises(ConfigError, match=r"backend=quanto.*; activations are rounded by .*activation_dtype=int8$"):
+        plan(["backend=quanto", "dtype=w8a8"])
+
+
+@pytest.mark.parametrize(("word", "meant"), [("e4m3", "float8_e4m3"), ("E5M2", "float8_e5m2"), ("q4_k_m", "q4_k")])
+def test_a_dtype_by_a_part_of_its_name(word, meant):
+    with pytest.raises(ConfigError, match=rf"; did you mean {meant}\?$"):
+        plan(["backend=quanto", f"dtype={word}"])
+
+
+@pytest.mark.parametrize("word", ["7", "1", "99bit", "w7a8"])
+def test_bits_that_nobody_has_are_answered_with_all_dtypes(word):
+    with pytest.raises(ConfigError, match=r": there are auto, bfloat16"):
+        plan(["backend=quanto", f"dtype={word}"])
+
+
+def test_bits_in_a_candidate_are_answered_with_its_line(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "# @package _global_\nsweep:\n  candidates:\n    - {backend: quanto, dtype: 4}\n"
+    )
+    with pytest.raises(ConfigError, match=r"line 4: sweep.candidates\[0\].dtype=4: no dtype is called so; of 4 bits"):
+        plan([f"recipe={tmp_path / 'mine.yaml'}"])

@@ -20,6 +20,7 @@ from quantlab.metrics import METRICS
 from quantlab.metrics.significance import holm, t_test
 from quantlab.metrics.statistics import mean_interval
 from quantlab.report.compare import _paired, answers, compare, front_of
+from quantlab.report.comparison_data import group_data
 from quantlab.report.comparison_table import (
     MANY,
     MAX_PAIRS,
@@ -32,6 +33,7 @@ from quantlab.report.comparison_table import (
 )
 from quantlab.report.reading import ServerReader, StoredRun, open_reader, read_json
 from quantlab.report.selection import ComparisonRequest, parse_request, select
+from quantlab.report.verdicts import pair_said
 from quantlab.vocabulary.schema import TrackingConfig
 from tests.support.comparison_store import FLOOR, SCHEMES, N, Sweep, add_run, errors, shared_sweep
 from tests.support.shell import Shell, digits_words
@@ -296,8 +298,35 @@ def test_few_pairs_are_sentences_many_a_table_and_what_is_left_out_is_told(own_s
     named = {v.a for v in pairs if re.search(rf"{v.a}\b", said)}
     assert len(named) == min(num, MAX_PAIRS)
     assert (f"{num - MAX_PAIRS} more pairs are in --json" in said) == (num > MAX_PAIRS)
-    assert pair.text in said.rpartition("against")[2]
+    assert pair_said(pairs[0]) in said.rpartition("against")[2]
     assert ("75 %, p 0.020" in said) == (num >= MANY)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("worse", "int4 b is better"),
+        ("better", "int4 a is better"),
+        ("worse by rank", "int4 b is better by rank"),
+        ("better by rank", "int4 a is better by rank"),
+        ("not distinguishable", "not distinguishable"),
+    ],
+)
+def test_of_a_pair_everything_says_which_one_is_better(own_sweep, text, said):
+    (group,), _ = compared(own_sweep, own_sweep.runs["int4 a"], own_sweep.runs["int4 b"])
+    pair = replace(group.pairs[0], a="int4 a", b="int4 b", text=text)
+    (told,) = group_data(replace(group, pairs=(pair,)))["pairs"]
+    assert (told["said"], told["verdict"]) == (said, text), "what the page shows; the verdict is on a"
+    for console in (Console(file=io.StringIO(), width=80), Console(file=io.StringIO(), width=200)):
+        show_groups(console, [replace(group, pairs=(pair,) * MANY)], [])
+        cells = [
+            line.rpartition("\u2502")[0].rpartition("\u2502")[2].strip()
+            for line in console.file.getvalue().splitlines()
+        ]
+        assert cells.count(said) == MANY, console.file.getvalue()
+    sentence = pair_text(pair, group.metric)
+    better = said.removesuffix(" by rank")
+    assert sentence.startswith((f"{better} than", f"int4 a and int4 b: {said}"))
 
 
 def test_a_run_whose_samples_are_gone_is_compared_with_the_reference_alone(own_sweep):

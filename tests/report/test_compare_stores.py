@@ -102,6 +102,9 @@ def test_a_sweep_on_a_live_server_is_compared_and_gets_its_page(template, tmp_pa
         code, _, err = shell("compare", sweep.runs["other"], sweep.runs["int4 a"], typed)
         assert code == 2
         assert "have no sample in common" in err
+        for words in (["compare", "sweep=latest"], ["backend=quanto", "dtype=int8", "sweep.dry_run=true"]):
+            shell(*words, typed, "tracking.experiment=nobody")
+        assert "nobody" not in ServerReader(sweep.store).experiments(), "who only reads makes nothing"
 
 
 # -- sweeps that did not reach their end

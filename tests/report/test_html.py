@@ -256,3 +256,15 @@ def test_hostile_names_are_text_in_the_browser(browser, data, tmp_path):
     assert HOSTILE in row_names(browser)
     assert browser.title == "small grid-" + data["title"].partition("-")[2] + ": which scheme?"
     assert browser.get_log("browser") == []
+
+
+def test_no_name_turns_the_words_of_the_page_around(browser, data, tmp_path):
+    for row in data["groups"][0]["rows"]:
+        if row["name"] == "int4 c":
+            row["name"] = "int4 \u202ec3ni\u2066"
+    data["title"] += "\u202e"
+    write_page(data, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html")
+    assert "int4 \\u202ec3ni\\u2066" in row_names(browser), "as the terminal writes it"
+    assert not set("\u202e\u2066") & set(browser.page_source + browser.title)
+    assert browser.get_log("browser") == []

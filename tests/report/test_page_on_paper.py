@@ -137,3 +137,42 @@ def test_on_paper_a_name_without_end_takes_no_column_from_its_page(browser, data
     write_page(json.loads(text), tmp_path / "page.html")
     look(browser, tmp_path / "page.html", 703, media="print")
     assert too_wide(browser) == 0
+
+
+def with_steps(data, num):
+    """A map of ``num`` steps and layers with long names, of which one step is by far the worst."""
+    made = with_many_schemes(data)
+    names = [f"transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_{k}" for i in range(12) for k in (1, 2)]
+    values = [[-5.0 if j == num - 2 else 30.0 + j % 7 for j in range(num)] for _ in names]
+    group = made["groups"][0]
+    first = next(row["name"] for row in group["rows"] if row["role"] == "candidate")
+    whole = {"name": first, "metric": "output SQNR", "title": "by step", "rows": names, "values": values}
+    group["calibrated"] = [{**whole, "columns": [str(j) for j in range(num)]}]
+    return made
+
+
+STEPS = "[...document.querySelectorAll('section')].find(e => e.innerText.startsWith('Which layer hurts'))"
+
+
+@pytest.mark.parametrize("num", [30, 60, 200, 1000])
+def test_a_map_of_many_steps_can_be_read_on_paper_and_screen(browser, data, tmp_path, num):
+    write_page(with_steps(data, num), tmp_path / "page.html")
+    for width in (390, 1200):
+        look(browser, tmp_path / "page.html", width)
+        frame, grid, cells = browser.execute_script(f"""const map = {STEPS};
+            return [map.querySelector('.map-frame').clientWidth, map.querySelector('.map-grid').offsetWidth,
+                    [...map.querySelectorAll('rect.heat')].map(e => e.dataset.tip)]""")
+        heads = browser.execute_script(f"""const map = {STEPS};
+            return [...map.querySelectorAll('.map-head text')].map(e => {{ const r = e.getBoundingClientRect();
+                const s = e.closest('svg').getBoundingClientRect(); return [e.textContent, r.left - s.left, r.right - s.left]; }})""")
+        assert heads[0][0] == "0"
+        assert heads[0][1] >= 0, "the first is whole"
+        assert all(b[1] - a[2] >= 4 for a, b in itertools.pairwise(heads)), "none touches the next"
+        assert len(cells) % 24 == 0
+        assert any(re.search("[-\u2212]5", tip) for tip in cells), "the worst step is in no mean lost"
+        zoom = float(
+            browser.execute_script(f"return {STEPS}.querySelector('.map-grid').style.getPropertyValue('--print-zoom')")
+        )
+        assert 12 * zoom >= 9, "pixels of the letters on paper"
+        assert width < 400 or grid <= frame, "nothing to scroll on a desktop"
+        assert ("is the worst of" in browser.execute_script(f"return {STEPS}.innerText")) == (len(cells) < 24 * num)

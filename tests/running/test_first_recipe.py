@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
+from diffusers.models.unets.unet_2d import UNet2DModel
+from transformers import ViTConfig, ViTForImageClassification
 
 from quantlab import cli
 from quantlab.backends.table import backends
@@ -14,6 +17,7 @@ from quantlab.planning.trust import is_trusted
 from quantlab.running.first_recipe import _sizes, first_recipe
 from quantlab.running.forecast import forecast
 from quantlab.vocabulary.reports import MemoryReport
+from tests.support.shell import Shell
 from tests.support.tiny_text_models import save_bert, save_llama
 
 
@@ -104,3 +108,55 @@ def test_what_is_refused(tmp_path, words):
         first_recipe(words.split())
     assert str(caught.value).startswith(WORDS[words])
     assert not (tmp_path / "my.yaml").exists()
+
+
+def test_a_pipeline_gets_the_data_that_its_call_takes(tmp_path, capsys):
+    from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    sizes = {"sample_size": 8, "block_out_channels": (32, 32), "norm_num_groups": 8, "layers_per_block": 1}
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    DDPMPipeline(UNet2DModel(**sizes, **blocks), DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    shell = Shell(tmp_path)
+    code, _, err = shell("init", "my.yaml", "model.path=ddpm", "device=cpu")
+    assert (code, err) == (0, "")
+    text = (tmp_path / "my.yaml").read_text()
+    assert "- override /dataset: none " in text
+    assert "guidance_scale" not in text, "its call takes none"
+    assert "num_inference_steps" in text
+    assert shell("recipe=my.yaml", "sweep.dry_run=true")[0] == 0
+
+
+def test_data_that_only_the_user_has_are_left_open(tmp_path):
+    ViTForImageClassification(
+        ViTConfig(
+            hidden_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            image_size=16,
+            patch_size=8,
+        )
+    ).save_pretrained(tmp_path / "vit")
+    shell = Shell(tmp_path)
+    code, out, _ = shell("init", "my.yaml", "model.path=vit", "device=cpu")
+    assert code == 0
+    assert "run it:             quantlab recipe=my.yaml dataset.path=...\n" in out
+    assert "  path: ???   #" in (tmp_path / "my.yaml").read_text()
+    code, _, err = shell("recipe=my.yaml", "sweep.dry_run=true")
+    assert code == 2
+    assert re.search(r"recipe=my.yaml: line \d+: dataset.path: is left to whoever runs this recipe", err)
+    code, _, err = shell("init", "other.yaml", "model.path=vit", "device=cpu", "dataset.path=pictures")
+    assert code == 0
+    assert "  path: pictures" in (tmp_path / "other.yaml").read_text()
+
+
+def test_pictures_that_are_missing_are_not_told_to_be_prompts(tmp_path):
+    ViTForImageClassification(ViTConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
+        "vit"
+    )
+    code, _, err = Shell(tmp_path)(
+        "model=vision", "model.path=vit", "backend=quanto", "dtype=int8", "sweep.dry_run=true"
+    )
+    assert code == 2
+    assert err.startswith("quantlab: dataset.path=null: the pictures are of your own; name a folder of pictures")

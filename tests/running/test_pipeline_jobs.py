@@ -73,7 +73,7 @@ def test_two_denoisers_each_and_both_with_arguments_of_the_users(wan):
         (["model.call={generator: 3}"], "model.call.generator: a recipe says it elsewhere (dataset.seed gives it)"),
         (["dataset=classes"], "dataset=classes: WanPipeline takes no class_labels"),
         (["dataset=none", "model.components=[unet]"], "model.components=unet: WanPipeline has text_encoder, "),
-        (["dataset=image_prompts"], "dataset.path=null: image_prompts are of your own"),
+        (["dataset=image_prompts"], "dataset.path=null: the pictures are of your own"),
     ],
 )
 def test_what_a_pipeline_has_not_is_refused_before_its_weights(wan, words, told):

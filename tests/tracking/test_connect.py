@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from quantlab.errors import TrackingError
+from quantlab.report.reading import open_reader
 from quantlab.tracking import (
     Store,
     close_orphans,
@@ -31,6 +32,7 @@ from quantlab.tracking import (
     push_pending,
 )
 from quantlab.tracking.connect import first_line
+from quantlab.vocabulary.schema import TrackingConfig
 from tests.support.stores import Unplugged, artifact, python, tracking_at
 
 # -- addresses
@@ -416,3 +418,17 @@ def test_the_reason_of_a_databases_error_is_told_and_not_the_advice_before_it():
     )
     assert first_line(ValueError(advice)) == advice
     assert first_line(ValueError("")) == "ValueError"
+
+
+def test_who_only_reads_a_server_makes_no_experiment(tmp_path, monkeypatch, template):
+    """Neither a dry run nor a comparison whose experiment is mistyped."""
+    from mlflow import MlflowClient
+
+    shutil.copyfile(template, tmp_path / "here.db")
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/here.db")
+    monkeypatch.setattr("quantlab.tracking.connect._probe", lambda uri: None)
+    monkeypatch.setattr("mlflow.MlflowClient", lambda tracking_uri: client)
+    config = TrackingConfig(uri="http://127.0.0.1:9", experiment="nobody")
+    reader = open_reader(config, tmp_path)
+    assert "nobody" not in reader.experiments()
+    assert open_store(config, tmp_path).experiment_id == reader.experiments()["nobody"], "a run makes it"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from quantlab.backends.exclusions import build, exclusions_for
 from quantlab.backends.gguf.diffusion_mixes import is_diffusion, is_kept
+from quantlab.backends.gguf.imatrix import read_imatrix
 from quantlab.backends.gguf.mixes import BASES, OTHERS, format_of, measures, measures_of
 from quantlab.errors import ConfigError, nearest
 from quantlab.modules.layers import resolve_exclusions
@@ -158,6 +159,11 @@ class GGUFQuantizationConfig(QuantizationConfigMixin):
     def needs_data(self) -> bool:
         """An importance matrix is measured, unless a file holds it already."""
         return self.algorithm == "imatrix" and self.imatrix_file is None
+
+    def check_files(self) -> None:
+        """ConfigError for an importance matrix that is not there or cannot be read."""
+        if self.imatrix_file is not None:
+            read_imatrix(self.imatrix_file)
 
     def without_data(self) -> Self | None:
         """The same types without an importance matrix; None where there is none anyway."""

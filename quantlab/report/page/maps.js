@@ -31,9 +31,27 @@ function endOf(name, most) {
   return text;
 }
 
-function heatMap(map, width, file) {
-  const { values } = map, most = Math.max(width * 0.6, width - 24 - 40 * map.columns.length);
-  const side = namesIn(map.rows, most, false), above = namesIn(map.columns, width * 0.45, true);
+const STEP = 7; // the least width of a column of steps
+
+function gathered(map, room) { // steps side by side where there is no room for each: the worst of some, which is said
+  if (map.columns.length < 2 || !map.columns.every((c) => /^\d+$/.test(c))) return map;
+  const size = Math.ceil(map.columns.length / Math.max(20, Math.floor(room / STEP)));
+  if (size < 2) return { ...map, steps: true };
+  const worst = map.higher_is_better ? Math.min : Math.max, columns = [], bins = [];
+  for (let j = 0; j < map.columns.length; j += size) {
+    const last = Math.min(j + size, map.columns.length) - 1;
+    columns.push(last > j ? `${map.columns[j]}\u2013${map.columns[last]}` : map.columns[j]);
+    bins.push([j, last + 1]);
+  }
+  const of = (row, [from, to]) => row.slice(from, to).filter((v) => v !== null);
+  const values = map.values.map((row) => bins.map((bin) => (of(row, bin).length ? worst(...of(row, bin)) : null)));
+  return { ...map, columns, values, steps: true, heads: bins.map(([from]) => map.columns[from]), note: `each column is the worst of ${size} steps` };
+}
+
+function heatMap(whole, width, file) {
+  const most = Math.max(width * 0.6, width - 24 - 40 * whole.columns.length);
+  const side = namesIn(whole.rows, most, false), onPage = PAPER.width / PAPER.split - widest(side.shown) - 22;
+  const map = gathered(whole, onPage), { values } = map, above = namesIn(map.heads ?? map.columns, width * 0.45, true);
   const rows = side.shown, columns = above.shown;
   const flat = values.flat().filter((v) => v !== null);
   const log = map.log && flat.every((v) => v > 0) && flat.length > 0, f = log ? Math.log10 : (v) => v;
@@ -42,16 +60,18 @@ function heatMap(map, width, file) {
   const factor = map.percent ? 100 : 1, unit = map.percent ? "%" : map.unit, digits = map.percent ? 2 : 3;
   const show = (v) => number(factor * v, digits);
   const left = widest(rows) + 16, words = widest(columns), longest = widest([flat.map(show).reduce((a, b) => (b.length > a.length ? b : a), "0")]) + 6; // what the longest number takes
-  const slant = words + 6 > Math.max(24, (width - left) / columns.length), rise = Math.sin(0.7), run = Math.cos(0.7);
+  const slant = !map.steps && words + 6 > Math.max(24, (width - left) / columns.length), rise = Math.sin(0.7), run = Math.cos(0.7);
   const top = slant ? words * rise + 22 : 26, right = slant ? words * run + 6 : 6;
-  const least = slant ? 19 : Math.max(24, words + 6);
-  const w = Math.max(least, Math.min(96, (width - left - right) / columns.length)), h = rows.length > 120 && w < longest ? 14 : 22;
+  const least = map.steps ? STEP : slant ? 19 : Math.max(24, words + 6), room = (width - left - right) / columns.length;
+  const fits = map.steps && room < longest ? Math.min(room, onPage / columns.length) : room; // so that it can be read on paper, too
+  const w = Math.max(least, Math.min(96, fits)), every = map.steps ? [1, 2, 5, 10, 20, 50, 100].find((n) => n * w >= words + 8) ?? 200 : 1, h = rows.length > 120 && w < longest ? 14 : 22;
   const across = w * columns.length + right, hasNumbers = w >= longest && h >= 20;
   const paper = onPaper(rows.length, left + across, top, h), parts = [];
   for (let from = 0; from < rows.length; from += paper.most) parts.push({ from, rows: rows.slice(from, from + paper.most) });
   const head = drawing(across, top, { role: null, "aria-hidden": "true" });
   columns.forEach((c, j) => {
-    const x = w * (j + 0.5);
+    const x = Math.max(w * (j + 0.5), map.steps ? textWidth(c, 12) / 2 + 1 : 0);
+    if (j % every) return;
     head.append(make("text", slant ? { transform: `translate(${x - 2} ${top - 6}) rotate(-40)`, class: "tick" } : { x, y: top - 8, "text-anchor": "middle", class: "tick" }, c));
   });
   for (const part of parts) {
@@ -74,8 +94,9 @@ function heatMap(map, width, file) {
   const bar = `linear-gradient(90deg, ${[0, 0.25, 0.5, 0.75, 1].map((s) => `rgb(${colour(s)})`).join(",")})`;
   const legend = make("div", { class: "legend" }, make("span", {}, `${map.metric}${unit ? ` [${unit}]` : ""}:`),
     make("span", {}, `${ends[0]} `, make("span", { class: "ramp", style: `background:${bar}` }), ` ${ends[1]}`), make("span", {}, "darker is worse"),
+    map.note ? make("span", {}, map.note) : null,
     hasNumbers ? null : make("span", { class: "screen" }, "point at a cell for its number"),
-    saveSvg(file, () => alone(map, { head, parts, top, h, shown: columns, listed: above.list, said: [map.name && `${map.name}:`, map.metric, unit && `[${unit}]`].filter(Boolean).join(" "), ends })));
+    saveSvg(file, () => alone(map, { head, parts, top, h, shown: columns, listed: above.list, said: [map.name && `${map.name}:`, map.metric, unit && `[${unit}]`, map.note && `(${map.note})`].filter(Boolean).join(" "), ends })));
   const stay = left < width * 0.45 ? " stay" : ""; // long names scroll away on a narrow screen; paper holds all
   const grid = parts.map((part, i) => make("div", { class: "map-part" },
     make("div", { class: `map-corner${stay}${i ? " later" : ""}` }), make("div", { class: `map-head${i ? " later" : ""}` }, i ? head.cloneNode(true) : head),

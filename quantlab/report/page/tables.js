@@ -94,11 +94,6 @@ function copyText(text, pre, copy) {
   navigator.clipboard.writeText(text).catch(select).finally(said);
 }
 
-function winner(v) {
-  const rank = v.verdict.endsWith(" by rank") ? " by rank" : "";
-  return v.verdict.startsWith("better") ? `${v.a} is better${rank}` : v.verdict.startsWith("worse") ? `${v.b} is better${rank}` : v.verdict;
-}
-
 function costTable(costs) {
   const cell = (v, sign = "") => (v ? [`${v.value > 0 ? sign : ""}${number(v.value)}`, interval(v.ci_lo, v.ci_hi) ? make("span", { class: "interval" }, interval(v.ci_lo, v.ci_hi)) : ""] : "");
   const stored = (v) => (v === null ? "" : mib(v));
@@ -118,7 +113,7 @@ function pairTable(pairs) {
     { title: "scheme B", text: true, value: (v) => v.b, cell: (v) => make("div", { class: "wraps" }, v.b) },
     { title: "A \u2212 B", sub: state.metric, value: (v) => v.difference, cell: (v) => [number(v.difference), make("span", { class: "interval" }, interval(v.ci_lo, v.ci_hi))] },
     { title: "p", sub: "Holm", down: true, value: (v) => v.p_holm, cell: (v) => [probability(v.p_holm), v.share_worse === null ? "" : make("span", { class: "interval" }, `rank ${probability(v.p_rank)}`)] },
-    { title: "verdict", text: true, value: winner, cell: (v) => pill(/^(better|worse)/.test(v.verdict) ? "better" : v.verdict, winner(v)) },
+    { title: "verdict", text: true, value: (v) => v.said, cell: (v) => pill(/^(better|worse)/.test(v.verdict) ? "better" : v.verdict, v.said) },
   ];
   return sortable(columns, pairs, 3, () => [], 12);
 }

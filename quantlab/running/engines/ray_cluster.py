@@ -219,8 +219,8 @@ class Ray:
             ) from error
 
     def _connect(self, ray: Any, address: str | None, own: Mapping[str, int | None]) -> None:
-        if address is not None and address not in ("auto", "local"):
-            _listens(address)
+        if address is not None:
+            check_address(address)
         more: dict[str, Any] = {
             "address": address or "local"
         }  # without an address Ray joins whatever was begun last here
@@ -374,8 +374,10 @@ def _content(file: Path) -> Any:
     return np.fromfile(file, dtype=np.uint8)  # which Ray hands on without a copy
 
 
-def _listens(address: str) -> None:
+def check_address(address: str) -> None:
     """EngineError where nothing answers at ``host:port`` within 15 s."""
+    if address in ("auto", "local"):
+        return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=_ANSWER_S).close()

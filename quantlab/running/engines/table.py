@@ -9,7 +9,7 @@ from typing import TypeVar
 from quantlab.errors import ConfigError, require_package
 from quantlab.running.engines.pool import Pool, SharingPool, visible_gpus
 from quantlab.running.engines.protocol import Engine
-from quantlab.running.engines.ray_cluster import Ray
+from quantlab.running.engines.ray_cluster import Ray, check_address
 from quantlab.running.engines.slurm import Slurm
 from quantlab.running.engines.submitted import Submitted
 from quantlab.vocabulary.launching import LauncherConfig, RaySettings, SlurmSettings, SubmititSettings
@@ -42,6 +42,13 @@ def check_launcher(launcher: LauncherConfig) -> None:
             f"launcher.detach=true: {what} with the sweep's process; choose launcher=slurm, or launcher=ray with "
             "launcher.settings.ray.init.address"
         )
+
+
+def check_cluster(launcher: LauncherConfig) -> None:
+    """EngineError where nothing listens at the address of the engine's cluster."""
+    settings = launcher.settings
+    if isinstance(settings, RaySettings) and settings.ray.init.address is not None:
+        check_address(settings.ray.init.address)
 
 
 def is_far(launcher: LauncherConfig) -> bool:

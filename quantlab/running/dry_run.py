@@ -1,0 +1,89 @@
+"""The dry run: what would run, each job as a command, and what the run would refuse."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from quantlab.errors import ConfigError, QuantlabError
+from quantlab.planning.job import Job, Plan
+from quantlab.planning.places import groups, recipes
+from quantlab.planning.trust import is_trusted
+from quantlab.progress import counted, printable
+from quantlab.report.terminal import tell, terminal
+from quantlab.running.engines.table import check_cluster
+from quantlab.running.foreseen import Foreseen, foreseen
+from quantlab.running.refusals import check_request, check_surroundings, refused_here
+
+_OF_THE_SWEEP = ("sweep.dry_run", "sweep.candidates", "sweep.grid")
+
+
+def show_jobs(request: Plan) -> int:
+    """Print what a sweep would run, each job with the command that gives it alone, and what it would not run.
+
+    The exit code is the run's: 2 where it would refuse impossible combinations, 1 where jobs would fail here.
+    """
+    check_request(request)
+    refusal: ConfigError | None = None
+    try:
+        known = _foreseen(request)
+    except ConfigError as error:  # a server; told after what the run finds before it
+        known, refusal = Foreseen(), error
+    is_left = known.num_left > 0 or not known.resumed
+    check_surroundings(request, Path.cwd(), is_left)
+    if refusal is not None:
+        raise refusal
+    if is_left and request.is_sweep and is_trusted(request):
+        check_cluster(request.jobs[0].config.launcher)
+    sweep = request.jobs[0].config.sweep
+    trials = sweep.search.num_trials
+    searched = f", of which a search runs {min(trials, len(request.jobs))}" if trials else ""
+    failing = {name: why for name, why in refused_here(request).items() if name not in known.resumed}
+    print(f"{counted(len(request.jobs), 'job')}{searched}:")
+    for job in request.jobs:
+        mark = " (resumed)" if job.name in known.resumed else ""
+        print(printable(f"  {job.name}{mark}\n      {alone(job, request)}", lines=True))
+        if job.name in failing:
+            tell(terminal(), f"      fails here: {failing[job.name]}")
+    for one in request.merged:
+        print(printable(f"  one scheme: {' = '.join(one.spellings)} ({one.name})"))
+    for reason in dict.fromkeys(reason for _, reason in request.invalid):
+        for combination in (combination for combination, own in request.invalid if own == reason):
+            print(printable(f"  impossible: {combination}"))
+        tell(terminal(), f"      {reason}")
+    for line in known.lines(len(request.jobs)):
+        tell(terminal(), line)
+    if not request.invalid or trials or sweep.on_invalid == "skip":
+        if not failing or trials:
+            return 0
+        print(f"quantlab: {counted(len(failing), 'job')} of {len(request.jobs)} would fail here", file=sys.stderr)
+        return QuantlabError.exit_code
+    num, every = len(request.invalid), len(request.invalid) + len(request.jobs)
+    print(
+        f"quantlab: the run refuses {num} of {every} combinations; sweep.on_invalid=skip runs the others",
+        file=sys.stderr,
+    )
+    return ConfigError.exit_code
+
+
+def _foreseen(request: Plan) -> Foreseen:
+    """What the store knows beforehand; a store that a stranger's recipe names is not asked."""
+    return foreseen(request) if is_trusted(request) else Foreseen()
+
+
+def alone(job: Job, request: Plan) -> str:
+    """The command that runs one job of a request by itself, as a shell takes it."""
+    recipe, sweep = request.recipe, job.config.sweep
+    words = [f"recipe={recipe.stem if recipes().get(recipe.stem) == recipe else recipe}"] if recipe else []
+    words += ["sweep.candidates=[]"] if recipe and sweep.candidates else []
+    words += ["sweep.grid={}"] if recipe and sweep.grid else []
+    own = [w for w in job.overrides if w.lstrip("+").partition("=")[0] not in _OF_THE_SWEEP]
+    return shlex.join(["quantlab", *words, *map(_as_typed, own)])
+
+
+def _as_typed(word: str) -> str:
+    """A choice of a group without the quotes that Hydra's grammar wants around numbers: they are put there again."""
+    key, _, value = word.partition("=")
+    return f"{key}={value[1:-1]}" if key in groups() and re.fullmatch(r"'\w+'", value) else word
