@@ -35,17 +35,16 @@ from quantlab.progress import say
 from quantlab.protocols.module import ModuleInputs, check, inputs_of, observe, samples_of
 from quantlab.protocols.unchanged import same_state
 from quantlab.quiet import quiet_libraries
-from quantlab.report.reading import Reader, StoredRun, open_reader
+from quantlab.report.reading import Reader, open_reader
 from quantlab.report.results import Results, chosen_rows
 from quantlab.running.dry_run import show_jobs
-from quantlab.running.rows import finished_row
+from quantlab.running.rows import stored_row
 from quantlab.running.sweep import run_plan
 from quantlab.stages.calibrate import calibrate_component
 from quantlab.stages.evaluate import evaluate as evaluate_stage
 from quantlab.stages.evaluate import summarize
 from quantlab.stages.quantize import quantize_component
 from quantlab.stages.select import QuantizationRequest, select_layers
-from quantlab.tracking.tags import FAILURE, STAGE
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.native import QuantizationConfigMixin
 from quantlab.vocabulary.numbers import FLOOR_BF16, FLOOR_FP32, FLOORS, REFERENCE
@@ -152,22 +151,8 @@ def load(
     tracking = TrackingConfig()
     tracking = replace(tracking, uri=uri or tracking.uri, experiment=experiment or tracking.experiment)
     reader = open_reader(tracking, Path.cwd(), output_dir)
-    reports = [_report_of(run, report) for run, report in chosen_rows(what, reader, tracking)]
+    reports = [stored_row(run, report) for run, report in chosen_rows(what, reader, tracking)]
     return Results(reports, lambda: reader)
-
-
-def _report_of(run: StoredRun, report: dict[str, Any]) -> RunReport:
-    if report:
-        return finished_row(report, run.run_id, run.name)
-    status = "FAILED" if run.status == "FINISHED" else run.status
-    return RunReport(
-        name=run.name,
-        status=status,
-        error=run.tags.get(FAILURE, "its report.json is missing" if status == "FAILED" else ""),
-        failed_stage=run.tags.get(STAGE, ""),
-        run_id=run.run_id,
-        stored_metrics=run.metrics,
-    )
 
 
 @own_modes()

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantlab.planning.job import Job
+from quantlab.report.reading import StoredRun
+from quantlab.tracking.tags import FAILURE, STAGE
 from quantlab.vocabulary.numbers import FLOOR_DEVICE, FLOORS, REFERENCE, metric_value
 from quantlab.vocabulary.reports import MetricValue, RunReport
 
@@ -49,6 +51,21 @@ def finished_row(data: Mapping[str, Any], run_id: str | None, name: str = "", is
         is_resumed=is_resumed,
         unquantized=tuple(data.get("unquantized", ())),
         **_numbers(data["metrics"]),
+    )
+
+
+def stored_row(run: StoredRun, report: Mapping[str, Any]) -> RunReport:
+    """A run of a store as a row: by its ``report.json``, and where it has none (``{}``) by its tags and metrics."""
+    if report:
+        return finished_row(report, run.run_id, run.name)
+    status = "FAILED" if run.status == "FINISHED" else run.status
+    return RunReport(
+        name=run.name,
+        status=status,
+        error=run.tags.get(FAILURE, "its report.json is missing" if status == "FAILED" else ""),
+        failed_stage=run.tags.get(STAGE, ""),
+        run_id=run.run_id,
+        stored_metrics=run.metrics,
     )
 
 
