@@ -103,7 +103,7 @@ class TestContract:
             stored = quanto.read_back(model[0])
             assert stored.dense.isfinite().all()
             assert stored.group_size == (128 if weights in ("int4", "int2") and k > 128 else None)
-            assert relative(torch, stored.dense, dense) < 1.2 * MAX_ERROR[weights]  # half a row of zeros is hard
+            assert relative(torch, stored.dense, dense) < 1.3 * MAX_ERROR[weights]  # half a row of zeros is hard
             output = forward(torch, model, k, dtype)
             assert output.isfinite().all()
             quanto.save(model, tmp_path / f"{n}x{k}")
