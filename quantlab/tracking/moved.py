@@ -50,4 +50,5 @@ def bring_home(database: Path, artifacts: Path) -> None:
             new = artifacts.as_uri()
             opened.execute(_EXPERIMENTS_HERE, (new, old))
             opened.execute(_RUNS_HERE, (new, len(old) + 1, len(inside), inside))
-            say(f"{database}: the store was made in {place.parent}; its artifacts are those beside it now")
+            if runs:
+                say(f"{database}: the store was made in {place.parent}; its artifacts are those beside it now")
