@@ -377,7 +377,9 @@ def test_sets_that_the_model_cannot_use_are_refused_before_the_reference_runs(sh
     code, _, err = shell(*words, *given, "backend=gguf", "dtype=q4_0", "algorithm=max,imatrix", "-m", "-q")
     assert code == 2
     assert LATE[word] in err
-    assert err.startswith(("quantlab: calibration.", "quantlab: 1 of 2 combinations are impossible; no job was started:"))
+    assert err.startswith(
+        ("quantlab: calibration.", "quantlab: 1 of 2 combinations are impossible; no job was started:")
+    )
     assert "evaluation." not in err
 
 
