@@ -88,8 +88,8 @@ def integration_levels(scheduler: SchedulerMixin | None, num_steps: int) -> NDAr
     Sigmas are ``scheduler.sigmas`` where it has them, else computed from ``alphas_cumprod`` at its timesteps, ending
     at 0. A sampler that asks twice for one step (Heun's, PNDM in its first) steps along the mean of both: half the step
     each. None where there is no such variable: other predictions, or a sampler that goes to the end and noises anew.
-    Of those that add some noise at each step (DDPM, ancestral) the levels are the schedule's own, and the latent's error
-    is up to three times what they make expect.
+    Of those that add some noise at each step (DDPM, ancestral) the levels are the schedule's own, and the latent's
+    squared error is up to three times what they make expect.
     """
     import numpy as np
 
