@@ -196,7 +196,7 @@ _ROWS = (
         protocols=_DIFFUSION,
         description="error of what the sampler steps along, on the reference's inputs, each step weighted by its "
         "squared length",
-        version=2,
+        version=3,
     ),
     Metric(
         name="class_accuracy",

@@ -9,7 +9,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError, NotFinite
-from quantlab.metrics.output_error import output_cosine, output_rel_error
+from quantlab.metrics.output_error import (
+    output_cosine,
+    output_rel_error,
+    whole_cosine_shares,
+    whole_rel_error_shares,
+)
 from quantlab.metrics.statistics import same_labels
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
@@ -190,9 +195,10 @@ def measure(
     """``output_cosine`` and ``output_rel_error`` of each output row against the reference's, of the tensor that moves
     most (by its mean relative error); what the others do is in ``resolved``.
 
-    A tensor without a row for each row of the first, or with one number a row (whose cosine says nothing, and whose
-    relative error is that of a quotient by a number near 0), is compared as a whole, batch by batch. Rows that are the
-    same by their inputs, and those of what is compared as a whole, are one cluster.
+    A tensor without a row for each row of the first is compared as a whole, batch by batch. One with a single number a
+    row, or a batch, is compared in all its numbers together, whatever the batches are: of one number the cosine says
+    nothing, and the relative error is a quotient by what may be near 0. Rows that are the same by their inputs, and
+    those of what is compared batch by batch, are one cluster.
     """
     found = observe(model, inputs, evaluation, progress, batch_size)
     undefined: dict[str, str] = {}
@@ -214,8 +220,8 @@ def measure(
 
 
 def _has_rows(tensors: Sequence[Tensor], rows: Sequence[int]) -> bool:
-    """Whether there is a row of several numbers for each row of the batches."""
-    return all(t.dim() > 1 and len(t) == num and t[:1].numel() != 1 for t, num in zip(tensors, rows, strict=True))
+    """Whether there is a row for each row of the batches."""
+    return all(t.dim() > 0 and len(t) == num for t, num in zip(tensors, rows, strict=True))
 
 
 def _compared(
@@ -241,6 +247,17 @@ def _compared(
             undefined |= {metric: f"{metric}: {reason}" for metric in HEADLINE}
             return {}
     by_rows = _has_rows(outputs, rows)
+    of_unit = [t[:1].numel() if by_rows else t.numel() for t in outputs]
+    if set(of_unit) == {1}:
+        times = torch.ones(sum(rows), dtype=torch.int64) if by_rows else torch.tensor(rows)
+        out, ref = (
+            torch.cat([t.reshape(-1) for t in parts]).repeat_interleave(times) for parts in (outputs, reference)
+        )
+        shares = {
+            "output_cosine": lambda: whole_cosine_shares(out, ref),
+            "output_rel_error": lambda: whole_rel_error_shares(out, ref),
+        }
+        return defined(shares, undefined)
     out, ref = _flat(outputs, by_rows), _flat(reference, by_rows)
     metrics = {
         "output_cosine": lambda: output_cosine(out, ref),
