@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import ConfigError, DiskFull
+from quantlab.models.exported import MANIFEST
 from quantlab.vocabulary.fields import checked_path
 
-MANIFEST = "quantlab_export.json"
-"""In each export: what it is, and by what it is loaded. A folder that has it may be replaced by another export."""
 FORMAT = 1
 _LEAST_ROOM = 64 * 2**20
 """Bytes for what is no weight: tokenizers, pictures, the card."""

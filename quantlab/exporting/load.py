@@ -17,8 +17,9 @@ from quantlab.backends.modelopt.restore import loading_arguments, restoring, rew
 from quantlab.backends.table import loggers
 from quantlab.errors import ConfigError, MissingPackage, ModelError, is_of_the_machine, nearest
 from quantlab.exporting import check
-from quantlab.exporting.folder import MANIFEST, read_manifest
+from quantlab.exporting.folder import read_manifest
 from quantlab.exporting.single_file import CONFIG, load_file
+from quantlab.models.exported import MANIFEST, check_digests
 from quantlab.models.pipeline_files import INDEX, listed_parts, read_index
 from quantlab.models.reading import (
     ASKS_FOR_CODE,
@@ -66,7 +67,7 @@ def load(path: str | Path, device: str | None = None, config: str | Path | None 
     Raises:
         ConfigError: no such folder, one that holds no model, or a file whose configuration is not known.
         MissingPackage: its quantization needs a package that is not installed.
-        ModelError: what the library says of a checkpoint that it cannot read.
+        ModelError: a file that is not as it was exported; what the library says of a checkpoint that it cannot read.
     """
     folder = Path(path).expanduser()
     if not folder.exists():
@@ -78,6 +79,7 @@ def load(path: str | Path, device: str | None = None, config: str | Path | None 
     from transformers.utils import logging
 
     try:
+        check_digests(f"path={path}", folder)
         with quiet_loading(logging), quiet_loading(diffusers_logging):
             if folder.is_file():
                 made = load_file(folder, config)

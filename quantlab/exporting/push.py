@@ -7,6 +7,7 @@ from pathlib import Path
 
 from quantlab.errors import ConfigError, ModelError
 from quantlab.exporting.folder import read_manifest
+from quantlab.models.exported import check_digests
 
 
 def push(folder: Path, repo: str, key: str = "push") -> str:
@@ -17,13 +18,14 @@ def push(folder: Path, repo: str, key: str = "push") -> str:
 
     Raises:
         ConfigError: no export there, or no name of a repository.
-        ModelError: the Hub does not answer, or does not take it.
+        ModelError: a file is not as it was exported, the Hub does not answer, or does not take it.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
 
     read_manifest(key, folder)
+    check_digests(key, folder)
     try:
         validate_repo_id(repo)
     except HFValidationError as error:

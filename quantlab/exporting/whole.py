@@ -20,7 +20,6 @@ from quantlab.exporting.card import Described, write_card
 from quantlab.exporting.checkpoint import check_part, library_of, save, write_part
 from quantlab.exporting.folder import (
     FORMAT,
-    MANIFEST,
     check_room,
     check_target,
     clean_json,
@@ -28,6 +27,7 @@ from quantlab.exporting.folder import (
     written_beside,
 )
 from quantlab.exporting.verify import Verified, recorded, verify
+from quantlab.models.exported import DIGESTS, MANIFEST, file_digests
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.pipeline_call import pipeline_of
 from quantlab.planning.job import Job
@@ -258,5 +258,6 @@ def _write_manifest(
             }
             for name, (part, written) in parts.items()
         },
+        DIGESTS: file_digests(folder),
     }
     (folder / MANIFEST).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

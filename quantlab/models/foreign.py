@@ -18,6 +18,7 @@ from quantlab.backends.gguf.language import load_language_model
 from quantlab.backends.modelopt.restore import STATE, loading_arguments, restoring, rewrap
 from quantlab.errors import ConfigError, ModelError
 from quantlab.models.checkpoint import files_sha256
+from quantlab.models.exported import check_digests
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.pipeline_files import INDEX
 from quantlab.models.reading import (
@@ -183,6 +184,7 @@ def load_part(key: str, source: Path, name: str, model: LoadedModel) -> tuple[nn
     Raises ModelError for what cannot be read, is of another class, or would run code; MissingPackage for a method
     whose library is not installed.
     """
+    check_digests(key, source)
     original, dtype = model.components[name], torch_dtype(model.dtype)
     if source.is_file():
         return _on_device(key, _read_gguf(key, source, name, model), model.device), QuantizationMethod.GGUF.value

@@ -14,12 +14,20 @@ from quantlab.metrics import METRICS
 from quantlab.metrics.statistics import wilson_interval
 from quantlab.report.reading import json_object
 from quantlab.report.terminal import Column, Sheet
-from quantlab.tracking.tags import DEVICE, INPUTS_SHA256, JUDGE_SHA256, MODEL_PARTS, VERSIONS, WEIGHTS_SHA256
-from quantlab.vocabulary.numbers import NEEDED_BYTES
+from quantlab.tracking.tags import (
+    CALIBRATION_SHA256,
+    DEVICE,
+    INPUTS_SHA256,
+    JUDGE_SHA256,
+    MODEL_PARTS,
+    VERSIONS,
+    WEIGHTS_SHA256,
+)
+from quantlab.vocabulary.numbers import CHECKPOINT_SHA256, NEEDED_BYTES
 
 IDENTICAL, WITHIN, DIFFERENT = "identical", "within its interval", "different"
 _PARTS = ("se", "ci_lo", "ci_hi", "n")
-_SHARED_TAGS = (DEVICE, WEIGHTS_SHA256, INPUTS_SHA256, JUDGE_SHA256)
+_SHARED_TAGS = (DEVICE, WEIGHTS_SHA256, INPUTS_SHA256, JUDGE_SHA256, CALIBRATION_SHA256, CHECKPOINT_SHA256)
 _EXACT = ("memory/", "quantization/num", "quantization/group", "quantization/coverage")
 ROUNDING = 1e-6
 """Relative difference that another order of float sums makes, added to every interval (and 1e-9 for values near 0)."""

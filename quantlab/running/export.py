@@ -17,7 +17,7 @@ from quantlab.exporting.whole import Exported
 from quantlab.planning.job import Job
 from quantlab.report.reading import Reader, StoredRun, open_reader, read_json
 from quantlab.running.forecast import bytes_to_run
-from quantlab.running.reproduce import KEYS, finished_job, rebuilt, with_weights
+from quantlab.running.reproduce import KEYS, finished_job, may_be_set, rebuilt, with_weights
 from quantlab.running.sweep import open_session
 from quantlab.running.winner import bench_for, made_and_exported, stored_picture
 from quantlab.tracking.tags import EXPORT_PATH
@@ -51,7 +51,7 @@ def parse_request(words: Sequence[str]) -> ExportRequest:
             quiet = True
         elif word.startswith("-"):
             raise ConfigError(f"{word}: no such option of export{nearest(word, ['--quiet'])}; there is -q")
-        elif has_value and key in _KEYS and value:
+        elif has_value and (key in _KEYS or may_be_set(key)) and value:
             values[key] = value
         elif has_value and key.replace(".", "").replace("_", "").isalnum() and "/" not in key:
             raise ConfigError(
@@ -77,7 +77,7 @@ def export_run(request: ExportRequest) -> Exported:
     tracked = TrackingConfig(uri=request.words.get("tracking.uri", TrackingConfig().uri))
     reader = open_reader(tracked, Path.cwd(), request.words.get("output_dir", "outputs"))
     run = finished_job(reader, request.run_id, "export", _experiment(request.words))
-    said = {k: v for k, v in request.words.items() if k in KEYS}
+    said = {k: v for k, v in request.words.items() if may_be_set(k)}
     with tempfile.TemporaryDirectory(prefix="quantlab-export-") as folder:
         scratch = Path(folder)
         job = rebuilt(said, reader, run, read_json(reader, run, "environment.json"), scratch, "export")

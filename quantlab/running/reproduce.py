@@ -43,10 +43,10 @@ from quantlab.tracking.tags import (
     STAGE,
     WEIGHTS_SHA256,
 )
-from quantlab.vocabulary.numbers import FLOOR_ATTENTION, FLOOR_BATCH
+from quantlab.vocabulary.numbers import CHECKPOINT_SHA256, FLOOR_ATTENTION, FLOOR_BATCH
 from quantlab.vocabulary.schema import ExperimentConfig, ExportConfig, TrackingConfig
 
-KEYS = ("tracking.uri", "device", "num_threads", "output_dir", "model.path", "dataset.path")
+KEYS = ("tracking.uri", "device", "num_threads", "output_dir", *own_paths(["NAME"]))
 """What may be said anew: where things are, and on what it runs. All else is the run's own."""
 USAGE = "quantlab reproduce RUN_ID [--json] (or latest instead of the id)"
 LATEST = "latest"
@@ -65,6 +65,12 @@ class ReproductionRequest:
     quiet: bool = False
 
 
+def may_be_set(key: str) -> bool:
+    """Whether ``key`` is one of :data:`KEYS`, of which those with NAME are of any component."""
+    parts = key.split(".")
+    return key in KEYS or ".".join([parts[0], "NAME", *parts[2:]]) in KEYS
+
+
 def parse_request(words: Sequence[str]) -> ReproductionRequest:
     """The words behind ``quantlab reproduce`` as a request; ConfigError for what is none."""
     run_ids: list[str] = []
@@ -80,7 +86,7 @@ def parse_request(words: Sequence[str]) -> ReproductionRequest:
             )
         elif not has_value:
             run_ids.append(word)
-        elif key in KEYS and value:
+        elif may_be_set(key) and value:
             values[key] = value
         else:
             raise ConfigError(
@@ -138,14 +144,25 @@ def _run_again(session: Session, job: Job, run: StoredRun, known: tuple[Json, Js
             "run_id": again.run_id,
             "name": job.name,
             "metrics": all_numbers(summary["metrics"], report),
-            "tags": summary["tags"],
+            "tags": _with_checkpoint(summary["tags"], summary["params"]),
         }
         ours = json_object((folder / "samples.json").read_bytes()) if (folder / "samples.json").is_file() else {}
-        was: RunNumbers = {"run_id": run.run_id, "name": job.name, "metrics": run.metrics, "tags": run.tags}
+        was: RunNumbers = {
+            "run_id": run.run_id,
+            "name": job.name,
+            "metrics": run.metrics,
+            "tags": _with_checkpoint(run.tags, run.params),
+        }
         found = compare_runs(was, now, (samples, ours), (environment, session.environment))
         again.log_json(found.data(), "reproduction.json")
         again.set_tags({REPRODUCTION: found.verdict})
     return found
+
+
+def _with_checkpoint(tags: Mapping[str, str], params: Mapping[str, Any]) -> dict[str, str]:
+    """A run's tags, and of one on a checkpoint of others the digest of its files, which is told as they are."""
+    digest = params.get(f"resolved.{CHECKPOINT_SHA256}")
+    return {**tags, **({CHECKPOINT_SHA256: str(digest)} if digest else {})}
 
 
 def all_numbers(tracked: Mapping[str, float], report: Json) -> dict[str, float]:

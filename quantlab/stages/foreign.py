@@ -27,7 +27,7 @@ from quantlab.stages.products import product, question
 from quantlab.stages.unquantized import unquantized
 from quantlab.stages.weight_errors import weight_errors
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, UNREAD, dtype_name
-from quantlab.vocabulary.numbers import CHECKPOINT_METHOD
+from quantlab.vocabulary.numbers import CHECKPOINT_METHOD, CHECKPOINT_SHA256
 from quantlab.vocabulary.reports import LayerReport, QuantizationReport, StoredWeight
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def load_candidate(
     layers = tuple(row for report in reports for row in report.layers)
     granularities = sorted({r.activation_granularity for r in layers if r.activation_granularity})
     resolved: dict[str, Any] = {
-        "checkpoint_sha256": checkpoint_sha256(sources, cache_dir),
+        CHECKPOINT_SHA256: checkpoint_sha256(sources, cache_dir),
         CHECKPOINT_METHOD: ", ".join(dict.fromkeys(m or "none" for m in methods)),
         "checkpoint_components": ", ".join(sources),
         **({"activation_granularity": ", ".join(granularities)} if granularities else {}),

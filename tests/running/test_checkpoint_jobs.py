@@ -88,6 +88,23 @@ def test_one_alone_whose_files_change(shell, words):
     assert digests["torchao_int8"] == first["params"]["resolved.checkpoint_sha256"] != digests["changed"]
 
 
+def test_a_row_whose_files_have_moved_is_reproduced_where_they_are_now(shell, words, foreign):
+    """And files that are others are named as what changed."""
+    shell.rows(*words, "checkpoint=torchao_int8", "sweep.floors=false")
+    run_id = shell.tracked()["torchao_int8"]["run_id"]
+    (shell.folder / "torchao_int8").rename(shell.folder / "moved")
+    (shell.folder / "text.txt").rename(shell.folder / "moved.txt")
+    code, _, err = shell("reproduce", run_id, "dataset.path=moved.txt")
+    assert code == 2
+    assert "checkpoint=torchao_int8: there is no such file or folder" in err
+    where = ["dataset.path=moved.txt", "--json"]
+    code, out, err = shell("reproduce", run_id, "checkpoint=moved", *where)
+    assert (code, json.loads(out)["verdict"]) == (0, "identical"), err
+    code, out, err = shell("reproduce", run_id, "checkpoint=bnb_int8", *where)
+    assert (code, json.loads(out)["verdict"]) == (1, "different"), err
+    assert "checkpoint_sha256" in {change["what"] for change in json.loads(out)["changes"]}
+
+
 def test_a_checkpoint_of_another_model_is_a_failed_row(shell, words):
     (shell.folder / "broken.gguf").write_bytes(b"GGUF")
     code, out, _ = shell("-m", *words, candidates({"checkpoint": "broken.gguf"}, {"checkpoint": "bnb_nf4"}), "--json")

@@ -15,6 +15,7 @@ from dataclasses import replace
 import pytest
 
 from quantlab.errors import ConfigError, TrackingError
+from quantlab.planning.recipe import own_paths
 from quantlab.report.reading import open_reader
 from quantlab.report.reproduction import (
     DIFFERENT,
@@ -26,8 +27,10 @@ from quantlab.report.reproduction import (
     summary_lines,
 )
 from quantlab.report.selection import is_candidate
+from quantlab.running import export
 from quantlab.running.reproduce import finished_job, parse_request, rebuilt
 from quantlab.tracking import find_runs, get_run
+from quantlab.tracking.tags import CALIBRATION_SHA256
 from quantlab.vocabulary.schema import TrackingConfig
 from tests.support.comparison_store import shared_sweep
 from tests.support.shell import digits_words, make_shell
@@ -362,6 +365,18 @@ def test_bad_words(words, message):
     with pytest.raises(ConfigError) as caught:
         parse_request(words)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("key", own_paths(["transformer"]))
+def test_every_file_of_the_users_own_may_lie_elsewhere(key):
+    assert parse_request(["0123abc", f"{key}=there"]).words == {key: "there"}
+    assert export.parse_request(["0123abc", "out", f"{key}=there"]).words == {key: "there"}
+
+
+def test_calibration_data_that_are_others_are_named():
+    one, two = ({"run_id": "a", "name": "n", "metrics": {}, "tags": {CALIBRATION_SHA256: c}} for c in "12")
+    (change,) = compare_runs(one, two, ({}, {}), ({}, {})).changes
+    assert (change.what, change.was, change.now) == ("calibration_sha256", "1", "2")
 
 
 def test_an_unknown_id_a_sweep_and_no_store(here, ids, tmp_path):

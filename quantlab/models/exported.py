@@ -1,0 +1,66 @@
+"""What an export of quantlab says of its own files: the sha256 of each, by which damage is noticed wherever it is read.
+
+A library loads a file of weights with a changed byte without a word, and the module answers other numbers than those
+that the export was checked with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from quantlab.errors import ModelError
+
+MANIFEST = "quantlab_export.json"
+"""In each export: what it is, and by what it is loaded. A folder that has it may be replaced by another export."""
+DIGESTS = "sha256"
+"""Its key of the files' digests, by their paths in the folder. Exports of before have none."""
+_FILES_AT_ONCE = 4
+_DEPTH = 2
+"""A component's file lies in a folder of the export's."""
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Path within the folder -> sha256, of every file."""
+    return _sha256({file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()})
+
+
+def check_digests(key: str, place: Path) -> None:
+    """ModelError beginning with ``key`` where a file of the export, or of the part of one, at ``place`` has changed.
+
+    Files that the manifest does not name may be there, and those that it names may be missing: their reader says it.
+    """
+    place = place.absolute()
+    for folder in (place, *place.parents)[: _DEPTH + 1]:
+        said = _said(folder / MANIFEST)
+        files = {name: folder / name for name in said if ".." not in Path(name).parts}
+        here = {name: file for name, file in files.items() if file.is_relative_to(place) and file.is_file()}
+        changed = [name for name, digest in _sha256(here).items() if digest != said[name]]
+        if changed:
+            raise ModelError(
+                f"{key}: {', '.join(changed[:4])}{' and more' if len(changed) > 4 else ''} is not as it was exported "
+                f"(another sha256 than {MANIFEST} says); copy or download the export again, or, where you changed it "
+                f'on purpose, take its line out of "{DIGESTS}" there'
+            )
+
+
+def _said(manifest: Path) -> Mapping[str, object]:
+    try:
+        data = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    said = data.get(DIGESTS) if isinstance(data, dict) else None
+    return said if isinstance(said, dict) else {}
+
+
+def _sha256(files: Mapping[str, Path]) -> dict[str, str]:
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        return dict(zip(files, pool.map(_of_file, files.values()), strict=True))
+
+
+def _of_file(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
