@@ -226,7 +226,10 @@ def test_the_page_holds_it_as_data(text):
     data = {"title": text, "groups": [], "failed": [{"name": text, "error": text}], "created": ""}
     made = page(data)
     held = made.split('<script type="application/json" id="data">')[1].split("</script>")[0]
-    assert json.loads(held)["failed"][0]["error"] == text
+    shown = "".join(
+        f"\\u{ord(c):04x}" if c in "\u202e\u2066" else c for c in text
+    )  # marks that turn words are written out
+    assert json.loads(held)["failed"][0]["error"] == shown
     assert "<" not in held
     assert "<script>x" not in made
 
