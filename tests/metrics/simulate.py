@@ -27,6 +27,10 @@ VALUES: dict[str, tuple[Draw, float]] = {
     "log-normal 1": (lambda rng, n: rng.lognormal(0, 1, n), float(np.exp(0.5))),
     "exponential": (lambda rng, n: rng.exponential(1, n), 1.0),
     "heavy tail": (lambda rng, n: rng.standard_t(3, n), 0.0),
+    "60 % zeros": (
+        lambda rng, n: np.where(rng.random(n) < 0.6, 0.0, rng.lognormal(0, 0.3, n)),
+        0.4 * float(np.exp(0.045)),
+    ),
 }
 """Values and their true mean."""
 NUM_DRAWS = 1000
