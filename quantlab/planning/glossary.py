@@ -29,6 +29,26 @@ WORDS = {
 }
 """Word -> what it means."""
 
+SHOWN = {
+    "\u00b1": "the longer half of the 95 % interval, in the number's own power of ten: 2.3e-6 \u00b10.3",
+    "\u00b0": "surely inside the noise floor: the upper bound of the difference is below the floor",
+    "floor_bf16": "the reference in bfloat16: what another dtype of the same weights costs",
+    "floor_fp32": "a 16-bit reference in float32: what its own dtype costs",
+    "floor_batch": "the reference with another batch size: what the order of sums costs",
+    "floor_attention": "the reference with another implementation of attention",
+    "floor_device": "the reference made here against the one that was brought along (reference.path)",
+    "resumed": "of an earlier job that measured the same: nothing ran; sweep.force=true runs it again",
+    "status": "of a row: finished, failed (with the stage and the reason) or skipped (an impossible combination)",
+    "failed": "a job that ended with an error, at the stage that is named; it is tried again by the same command",
+    "skipped": "a combination that no backend offers; the reason is told",
+    "sample": "the unit of uncertainty: an image, a window of text, a pair, a row of a module's output",
+    "algorithm": "how codes and scales are found: max of each group, or from calibration data (awq, imatrix)",
+    "db": "decibels: ten times a decimal logarithm of a ratio of squares; 3 dB more is half the squared error",
+    "nats": "unit of a divergence with natural logarithms; 1 nat is 1.44 bits",
+    "fraction": "a share from 0 to 1",
+}
+"""What else tables show -> what it means."""
+
 ALSO = {
     "memory/compression": "saving",
     "memory/weights_bytes": "MiB",

@@ -16,7 +16,7 @@ from quantlab.datasets.table import DATASETS, Dataset
 from quantlab.errors import ConfigError, nearest
 from quantlab.metrics import METRICS, metric_called
 from quantlab.models.table import FAMILIES
-from quantlab.planning.glossary import ALSO, WORDS
+from quantlab.planning.glossary import ALSO, SHOWN, WORDS
 from quantlab.planning.places import groups, option_dirs, recipes
 from quantlab.report.table import OF_SPEED
 from quantlab.report.verdicts import RULES
@@ -253,7 +253,7 @@ def meaning(word: str) -> str:
     known |= {n: f"{d.description} ({d.bits} bits)" for n, d in DTYPES.items()}
     speed = "median of repetitions after a warm-up, _p90: 90th percentile of the times; evaluation.speed=true"
     known |= {f"{n}{end}": f"{text}; {speed}" for n, text in OF_SPEED.items() for end in ("", "_p90")}
-    known |= RULES | ALGORITHMS | KINDS | {w.lower(): text for w, text in WORDS.items()}
+    known |= SHOWN | RULES | ALGORITHMS | KINDS | {w.lower(): text for w, text in WORDS.items()}
     for other, same in ALSO.items():
         told = f"the same as {same}: {WORDS[same]}"
         known |= {other: told, other.rpartition("/")[2]: known.get(other.rpartition("/")[2], told)}

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 
+from quantlab.metrics.significance import ALPHA
 from quantlab.progress import counted
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.attribution import attribution_sheet
@@ -177,7 +178,10 @@ def method(group: Comparison) -> str:
     margin = f", margin {group.margin:g}" if group.margin else ""
     floor = f"; floor: {group.floor.name}" if group.floor else "; no floor is known"
     num = len(group.verdicts) + len(group.pairs) + len(group.twins)
-    return f"n = {group.n}{margin}{floor}; p: paired, Holm-adjusted over {counted(num, 'comparison')}"
+    found = [*group.verdicts.values(), *group.pairs, *group.twins]
+    odd = any(v.text == SAME and v.p_holm is not None and v.p_holm < ALPHA for v in found)
+    both = f"; {SAME} at any p where the interval holds 0" if odd else ""
+    return f"n = {group.n}{margin}{floor}; p: paired, Holm-adjusted over {counted(num, 'comparison')}{both}"
 
 
 def front_text(group: Comparison) -> str:

@@ -11,6 +11,7 @@ from quantlab.planning.listing import meaning
 from quantlab.planning.plan import plan
 from quantlab.report.table import columns
 from quantlab.report.verdicts import RULES
+from quantlab.vocabulary.numbers import FLOORS
 from tests.support.shell import Shell
 
 
@@ -51,6 +52,13 @@ def test_each_column_of_the_table_is_a_word_that_is_explained():
 def test_what_a_word_is(word, holds, tmp_path):
     assert holds in meaning(word)
     assert Shell(tmp_path)("help", word) == (0, f"{word}: {meaning(word)}\n", "")
+
+
+@pytest.mark.parametrize(
+    "word", [*FLOORS, "±", "°", "~", "resumed", "FAILED", "SKIPPED", "dB", "fraction", "sample", "algorithm"]
+)
+def test_what_tables_show_is_explained(word):
+    assert meaning(word)
 
 
 def test_every_verdict_and_every_column_of_a_comparison_is_explained(tmp_path):

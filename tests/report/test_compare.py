@@ -19,7 +19,7 @@ from quantlab.errors import ConfigError
 from quantlab.metrics import METRICS
 from quantlab.metrics.significance import holm, t_test
 from quantlab.metrics.statistics import mean_interval
-from quantlab.report.compare import _paired, answers, compare, front_of
+from quantlab.report.compare import Comparison, _paired, answers, compare, front_of
 from quantlab.report.comparison_data import group_data
 from quantlab.report.comparison_table import (
     MANY,
@@ -33,7 +33,7 @@ from quantlab.report.comparison_table import (
 )
 from quantlab.report.reading import ServerReader, StoredRun, open_reader, read_json
 from quantlab.report.selection import ComparisonRequest, parse_request, select
-from quantlab.report.verdicts import pair_said
+from quantlab.report.verdicts import SAME, Verdict, pair_said
 from quantlab.vocabulary.schema import TrackingConfig
 from tests.support.comparison_store import FLOOR, SCHEMES, N, Sweep, add_run, errors, shared_sweep
 from tests.support.shell import Shell, digits_words
@@ -96,9 +96,9 @@ def compared(sweep, *words):
 
 @pytest.mark.parametrize(("num", "said"), [(1, "over 1 comparison"), (2, "over 2 comparisons")])
 def test_the_comparisons_are_counted_in_words(sweep, num, said):
-    group = replace(
-        compared(sweep, "sweep=latest")[0][0], verdicts={str(i): None for i in range(num)}, pairs=(), twins=()
-    )
+    one = Verdict(a="a", b="b", difference=mean_interval([1.0] * 6), test="t")
+    group = compared(sweep, "sweep=latest")[0][0]
+    group = replace(group, verdicts={str(i): one for i in range(num)}, pairs=(), twins=())
     assert method(group).endswith(said)
 
 
@@ -471,3 +471,12 @@ def test_the_closest_is_the_best_value_also_off_the_front(sweep):
     (group,), _ = compared(sweep, "sweep=latest")
     assert group.front[-1] == "int8 a"
     assert dict(answers(group))["closest to the reference"] == "int8 b"
+
+
+@pytest.mark.parametrize(("p", "is_told"), [(0.007, True), (0.3, False)])
+def test_a_small_p_beside_not_distinguishable_is_explained(p, is_told):
+    difference = mean_interval([-1.0, 2.0, 0.5, 1.0, -0.5, 1.5])
+    pair = Verdict(a="a", b="b", difference=difference, test="t", p_holm=p, text=SAME)
+    known = {"request": ComparisonRequest(), "label": "", "protocol": "language", "metric": "kld_mean"}
+    group = Comparison(**known, margin=0, n=6, floor=None, runs=(), pairs=(pair,))
+    assert (f"{SAME} at any p where the interval holds 0" in method(group)) == is_told
