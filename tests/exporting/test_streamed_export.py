@@ -13,6 +13,7 @@ from gguf import GGUFReader
 
 from quantlab.backends.torchao.storage import flattened
 from quantlab.errors import ConfigError
+from quantlab.models.exported import DIGESTS, MANIFEST
 from quantlab.models.reading import HOLLOW
 from quantlab.models.table import family_of
 from quantlab.running import winner
@@ -27,13 +28,16 @@ SCHEMES = [("bitsandbytes", "nf4"), ("torchao", "int8"), ("quanto", "int8"), ("m
 
 
 def digests(folder):
-    """Name -> sha256 of each file; of safetensors the metadata in order, which the library writes in any."""
+    """Name -> sha256 of each file; of safetensors the metadata in order, which the library writes in any, and so without
+    the manifest's own digests."""
     found = {}
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         data = file.read_bytes()
         if file.suffix == ".safetensors":
             end = 8 + int.from_bytes(data[:8], "little")
             data = json.dumps(json.loads(data[8:end]), sort_keys=True).encode() + data[end:]
+        if file.name == MANIFEST:
+            data = json.dumps({key: said for key, said in json.loads(data).items() if key != DIGESTS}).encode()
         found[str(file.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     return found
 

@@ -241,7 +241,9 @@ def test_what_has_no_files_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["model=digits_dit", "model.num_train_steps=1", "model.train_batch_size=8", "evaluation=quick", *SMALL]
     words += ["evaluation.num_samples=10"]
-    with pytest.raises(ConfigError, match=r"^memory.placement=group_offload: transformer .*resident"):
+    with pytest.raises(
+        ConfigError, match=r"^memory.placement=group_offload: a model of family digits_dit is trained here.*resident"
+    ):
         quantlab.run(overrides=[*words, "backend=quanto", "dtype=int8", "sweep.floors=false", GROUPED])
 
 
