@@ -30,19 +30,11 @@ def pytest_configure() -> None:
     os.environ.pop("COLUMNS", None)  # whoever runs the tests has a terminal; what they look at has none
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def settled() -> None:
-    """What is alive when a test begins, libraries above all, is left out of the collections that each stage does."""
+    """What is alive when a file begins, libraries above all, is left out of the collections that each stage does."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def known_to_be_frozen() -> Iterator[None]:
-    """Whoever asks whether something is frozen is told so: millions of objects are counted as slowly as collected."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gc, "get_freeze_count", lambda: 1)
-        yield
 
 
 def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-from gc import get_freeze_count
 
 import pytest
 
@@ -80,9 +79,9 @@ def test_what_was_set_aside_stays_so_where_there_is_no_model_to_let_go_of(tmp_pa
     """A forked job would look at all objects of the libraries, and copy their pages."""
     gc.freeze()
     try:
-        before = get_freeze_count()
+        before = gc.get_freeze_count()
         let_go_of_bench(session(tmp_path))
-        assert get_freeze_count() > 0.9 * before > 0  # frozen objects may still end by themselves
+        assert gc.get_freeze_count() > 0.9 * before > 0  # frozen objects may still end by themselves
     finally:
         gc.unfreeze()
 
