@@ -214,8 +214,15 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+READING = ("compare", "export", "push", "reproduce", "status")
+_STORES = {"tracking=none": ["tracking.uri=none"], "tracking=sqlite": []}
+"""What a run is told of its store -> the same to those that read it."""
+
+
 def dispatch(words: list[str], is_last: bool = False) -> int:
     """Run one command; returns the exit code. ``is_last``: nothing comes after it in this process."""
+    if words[:1] and words[0] in READING:
+        words = [same for word in words for same in _STORES.get(word, [word])]
     if words[:1] == ["compare"] and not {"-h", "--help"} & set(words):
         return show_comparison(words[1:])
     if words[:1] in (["export"], ["push"]) and not {"-h", "--help"} & set(words):

@@ -14,7 +14,16 @@ from quantlab.report.compare import Comparison, answers, bytes_of
 from quantlab.report.comparison_data import failure_data, in_order, unquantized
 from quantlab.report.reading import StoredRun
 from quantlab.report.selection import is_candidate
-from quantlab.report.table import cells, headline, mib, sheet_columns, short_number, with_half_width, with_marks
+from quantlab.report.table import (
+    cells,
+    headline,
+    mib,
+    sheet_columns,
+    short_number,
+    with_half_width,
+    with_interval,
+    with_marks,
+)
 from quantlab.report.terminal import Column, Sheet, show, tell
 from quantlab.report.verdicts import (
     BETTER,
@@ -95,7 +104,7 @@ def comparison_sheet(group: Comparison) -> Sheet:
     rows, styles = [], {}
     for i, (run, row) in enumerate(zip(shown, measured, strict=True)):
         v = group.verdicts.get(run.name)
-        more = [f"{run.metrics[f'quality/{m}']:.3g}" for m in extra]
+        more = [with_interval(run.metrics, f"quality/{m}") for m in extra]
         front = "*" if run.name in group.front else ""
         said = verdict_text(v, group) if v else ""
         rows.append([*cells(row, metrics, bounds=False)[:-1], *more, front, p_text(v.p_holm if v else None), said])

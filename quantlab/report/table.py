@@ -159,15 +159,21 @@ def _same_digits(value: float, half: float) -> tuple[str, str]:
 
 
 def _quality(metrics: Mapping[str, float], metric: str, bounds: bool) -> str:
-    value = metrics.get(f"quality/{metric}")
+    text = with_interval(metrics, f"quality/{metric}", bounds)
+    return text + ("°" if text and inside_floor(metric, metrics) else "")
+
+
+def with_interval(metrics: Mapping[str, float], name: str, bounds: bool = False) -> str:
+    """A number by its tracked name as a cell has it, with its 95 % interval where there is one; "" where it is not."""
+    value = metrics.get(name)
     if value is None:
         return ""
-    text = short_number(value)
-    low, high = (metrics.get(f"quality/{metric}/{bound}") for bound in ("ci_lo", "ci_hi"))
-    if low is not None and high is not None and low != high:
-        half = max(high - value, value - low)
-        text = f"{text} ({short_number(low)}..{short_number(high)})" if bounds else with_half_width(value, half)
-    return text + ("°" if inside_floor(metric, metrics) else "")
+    low, high = (metrics.get(f"{name}/{bound}") for bound in ("ci_lo", "ci_hi"))
+    if low is None or high is None or low == high:
+        return short_number(value)
+    if bounds:
+        return f"{short_number(value)} ({short_number(low)}..{short_number(high)})"
+    return with_half_width(value, max(high - value, value - low))
 
 
 def inside_floor(metric: str, metrics: Mapping[str, float]) -> bool:
@@ -207,7 +213,8 @@ def rows_sheet(
     untold = f"and {left} more skipped (rows.json)" if left > 0 else ""
     for name in more:
         for text, row in zip(texts, listed, strict=True):
-            text.append(_shown(row["metrics"].get(name), "{:.4g}"))
+            values = row["metrics"]
+            text.append(_shown(values.get(name), "{:.4g}") if is_plain else with_interval(values, name))
     timed = "" if any(row["metrics"].get("perf/representative") for row in rows) else CPU_SECONDS
     own = [replace(c, caption=timed) if c.title == "s" else c for c in sheet_columns(shown)]
     for name in more:

@@ -96,8 +96,13 @@ class Run:
             self._write({"op": "params", "values": flat})
 
     def log_metrics(self, metrics: Mapping[str, SupportsFloat | None]) -> None:
-        """Numbers by name; None is left out, NaN and infinities are a MetricUndefined, and nothing is logged then."""
+        """Numbers by name; None is left out, NaN and infinities are a MetricUndefined, and nothing is logged then.
+
+        What is known already with the same value is no second point of it.
+        """
         values = {checked_key(k, "metric"): checked_number(k, v) for k, v in metrics.items() if v is not None}
+        known = self.record.summary["metrics"]
+        values = {key: value for key, value in values.items() if known.get(key) != value}
         if values:
             self._write({"op": "metrics", "values": values})
 

@@ -29,7 +29,7 @@ def test_a_metric_has_its_column_and_what_no_row_has_is_told():
     assert [column.title for column in sheet.columns[-2:]] == ["s", "decode [tokens/s]"], "no empty column"
     plain = rows_sheet(ROWS, "language", more=["perf/decode_tokens_per_s"], is_plain=True)
     assert plain.columns[-1].title == "perf/decode_tokens_per_s", "other programs know it by its name"
-    assert [cells[-1] for cells in sheet.rows] == ["12.35", "", "2e-07"]
+    assert [cells[-1] for cells in sheet.rows] == ["12.35", "", "2.0e-7"]
     both = rows_sheet(ROWS, "language", more=["perf/decode_tokens_per_s", "nothing"], is_plain=True)
     assert [column.title for column in both.columns[-2:]] == ["perf/decode_tokens_per_s", "nothing"], (
         "as it was asked for"
@@ -37,6 +37,14 @@ def test_a_metric_has_its_column_and_what_no_row_has_is_told():
     told = "--columns perf/decode_token_per_s: no row has it; did you mean perf/decode_tokens_per_s?"
     assert told in sheet.caption
     assert all(len(cells) == len(sheet.columns) for cells in sheet.rows)
+
+
+def test_what_was_asked_for_has_its_interval():
+    asked = {"quality/image_mse": 2.31e-5, "quality/image_mse/ci_lo": 1.9e-5, "quality/image_mse/ci_hi": 2.6e-5}
+    (one,) = [row("torchao int8")]
+    one["metrics"].update(asked)
+    assert rows_sheet([one], "diffusion", more=["image_mse"]).rows[0][-1] == "2.3e-5 ±0.4"
+    assert rows_sheet([one], "diffusion", more=["quality/image_mse"], is_plain=True).rows[0][-1] == "2.31e-05"
 
 
 def test_what_was_asked_for_is_seen_at_eighty_columns():

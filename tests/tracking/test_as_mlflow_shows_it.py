@@ -68,6 +68,20 @@ def test_curves_data_and_pictures_arrive_at_once_or_later(base, is_away):
     assert found["tag"] == "True"
 
 
+def test_a_number_that_is_known_is_no_second_point(base):
+    """A stage's seconds are logged at its end, and again with all numbers."""
+    store = open_store(TrackingConfig(), base)
+    with store.start_run("a", base / "outputs" / "runs" / "a", {}, {}) as run:
+        run.log_metrics({"perf/load_s": 1.5})
+        run.log_metrics({"perf/load_s": 1.5, "quality/psnr_db": 40.0, "perf/x": 1})
+        run.log_metrics({"perf/x": 2})
+    points = {
+        name: [m.value for m in store.client.get_metric_history(run.run_id, name)] for name in ("perf/load_s", "perf/x")
+    }
+    assert points == {"perf/load_s": [1.5], "perf/x": [1.0, 2.0]}
+    assert run.record.summary["metrics"] == {"perf/load_s": 1.5, "quality/psnr_db": 40.0, "perf/x": 2.0}
+
+
 def test_a_curve_with_a_hole_is_not_logged(base):
     with open_store(TrackingConfig(), base).start_run("a", base / "outputs" / "runs" / "a", {}, {}) as run:
         with pytest.raises(MetricUndefined, match=r"quality/x, step 1=nan"):

@@ -14,6 +14,7 @@ from quantlab.report.reading import FolderReader, open_reader, read_json
 from quantlab.tracking import close_orphans, find_records, open_store, push_pending
 from quantlab.tracking.tags import PARENT_RUN_ID
 from quantlab.vocabulary.schema import TrackingConfig
+from tests.support.shell import Shell
 
 ROOT = Path(__file__).parents[2]
 NONE = TrackingConfig(uri="none")
@@ -43,6 +44,15 @@ def test_runs_are_read_from_their_folders(tmp_path):
     (tmp_path / "page.html").write_text("x")
     assert reader.add_artifact(job, tmp_path / "page.html", "reports")
     assert reader.read_artifact(job, "reports/page.html") == b"x"
+
+
+@pytest.mark.parametrize("command", ["compare sweep=latest", "reproduce latest", "export latest out", "status"])
+def test_who_reads_is_told_of_it_as_a_run_is(command, tmp_path):
+    """A run takes ``tracking=none``; those that read its store knew ``tracking.uri=none`` alone."""
+    shell = Shell(tmp_path)
+    said = [shell(*command.split(), word) for word in ("tracking.uri=none", "tracking=none")]
+    assert said[0] == said[1]
+    assert "tracking=none" not in said[1][2]
 
 
 def test_a_page_is_written_over_no_file_that_a_link_leads_to(tmp_path):
