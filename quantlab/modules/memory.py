@@ -324,20 +324,21 @@ def _start_rss() -> Callable[[], int | None]:
 
 
 def _read_high_water() -> int | None:
-    return _status("VmHWM:")
+    return _status(b"VmHWM:")
 
 
 def _anonymous() -> int | None:
     """Bytes in memory that no file holds; None where Linux does not say it."""
-    return _status("RssAnon:")
+    return _status(b"RssAnon:")
 
 
-def _status(field: str) -> int | None:
+def _status(field: bytes) -> int | None:
     try:
-        lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+        with open(_STATUS, "rb", buffering=0) as status:  # asked a hundred times a second, beside the work
+            _, found, rest = status.read().partition(field)
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)
+    return int(rest.split(maxsplit=1)[0]) * 1024 if found else None
 
 
 def _sample_rss() -> Callable[[], int | None]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LOG_PROB_ERROR = 1e-3
 """By how much two fp32 computations of one log-probability may differ, in nats."""
-_NUM_TRIED = 64
+_NUM_TRIED = 32
 """Tokens of a window that are tried: logits are made of hidden states in the same way at each position."""
 _NUM_TOKENS = 16
 """A short window, half of which is exchanged: of many tokens, one more that is seen moves the others by little."""

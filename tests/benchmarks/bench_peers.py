@@ -2,7 +2,8 @@
 ``[--only language harness llama images] [--windows 8] [--images 100] [--place DIR]``.
 
 * ``language``: a sweep of five schemes of SmolLM2, against one script that does all five with transformers, and against a
-  script a scheme.
+  script a scheme; and against one script that, as quantlab does, computes with the 4-bit codes that are stored
+  (bitsandbytes repacks them lossily on CPUs with bfloat16 arithmetic, which is faster).
 * ``harness``: the same sweep against lm-evaluation-harness, a process a scheme and one for the reference. It may live in an
   environment of its own: ``--harness-python``.
 * ``llama``: a sweep of three GGUF schemes against llama.cpp (``xllamacpp``, which may be named in ``PYTHONPATH``) on the
@@ -178,6 +179,9 @@ def language(folder: Path, asked: argparse.Namespace, made: dict[str, str]) -> N
         peers = {
             "transformers, one script for all": ran(folder, script("language", *place, *WORDS)),
             "transformers, a script a scheme": ran(folder, *(script("language", *place, one) for one in WORDS)),
+            "transformers, one script, weights as stored": ran(
+                folder, script("language", *place, "--as-stored", *WORDS)
+            ),
         }
         told(what, ours, peers, ("kld_mean", "ppl"))
     if "harness" in asked.only:
