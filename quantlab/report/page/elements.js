@@ -36,6 +36,15 @@ function chooser(id, options, chosen, onchange) {
   return node;
 }
 
+const PAPER = { upright: 690, across: 960 }; // pixels between the margins of A4 and US Letter, the narrower of the two
+
+function onPaper(draw) { // what paper has instead of what a screen has, for either way that it lies; made when it is printed
+  const places = Object.entries(PAPER).map(([lies, width]) => [make("div", { class: `on-paper ${lies}` }), width]);
+  const whole = make("div", { class: "for-paper" }, ...places.map(([place]) => place));
+  whole.draw = () => places.forEach(([place, width]) => place.replaceChildren(...draw(width)));
+  return whole;
+}
+
 const PEN = document.createElement("canvas").getContext("2d"), FONT = getComputedStyle(document.body).fontFamily;
 function textWidth(text, size = 12.5, weight = 400) {
   PEN.font = `${weight} ${size}px ${FONT}`;

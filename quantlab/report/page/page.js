@@ -109,4 +109,14 @@ document.addEventListener("click", (event) => { // the same address again change
 });
 chosenRow();
 addEventListener("resize", () => { if (innerWidth !== drawnWidth) { drawnWidth = innerWidth; update(); } });
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => { d.open = true; }));
+function toPaper() {
+  document.querySelectorAll("details:not([open])").forEach((d) => { d.open = true; d.closesAgain = true; });
+  document.querySelectorAll(".for-paper").forEach((place) => place.draw());
+}
+function fromPaper() {
+  document.querySelectorAll("details").forEach((d) => { if (d.closesAgain) d.open = d.closesAgain = false; });
+  document.querySelectorAll(".on-paper").forEach((place) => place.replaceChildren());
+}
+addEventListener("beforeprint", toPaper);
+addEventListener("afterprint", fromPaper);
+if (matchMedia("print").matches) toPaper();
