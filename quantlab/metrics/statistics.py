@@ -94,6 +94,17 @@ def mean_interval(
     return found
 
 
+def within(found: MetricValue, bounds: tuple[float, float]) -> MetricValue:
+    """``found`` with an interval that ends where the number does (a rate at 0 and 1), and holds its own value.
+
+    What lies beyond is impossible, so that the interval holds the truth as often as before.
+    """
+    if found.ci_lo is None or found.ci_hi is None:
+        return found
+    low, high = (min(max(bound, bounds[0]), bounds[1]) for bound in (found.ci_lo, found.ci_hi))
+    return replace(found, ci_lo=min(low, found.value), ci_hi=max(high, found.value))
+
+
 def bootstrap_interval(
     statistic: Callable[[NDArray[np.int64]], float],
     num_samples: int,

@@ -10,7 +10,7 @@ from typing import Any
 from quantlab.backends.scheme import Scheme
 from quantlab.errors import MetricUndefined, NotFinite
 from quantlab.metrics import METRICS
-from quantlab.metrics.statistics import mean_interval, require_finite
+from quantlab.metrics.statistics import mean_interval, require_finite, within
 from quantlab.models.loaded import LoadedModel
 from quantlab.planning.components import told
 from quantlab.protocols.defined import defined
@@ -106,14 +106,8 @@ def summarize(measured: Measurements, evaluation: EvaluationConfig) -> dict[str,
         found = mean_interval(
             samples, measured.clusters, measured.strata, evaluation.num_bootstrap, evaluation.bootstrap_seed
         )
-        values[name] = _at_most(found, METRICS[name].at_most)
+        values[name] = within(found, METRICS[name].bounds)
     both = set(values) & set(measured.estimates)
     if both:
         raise MetricUndefined(f"{sorted(both)[0]}: measured twice, as a mean and as an estimate")
-    return {**values, **measured.estimates}
-
-
-def _at_most(found: MetricValue, limit: float | None) -> MetricValue:
-    if limit is None or found.ci_hi is None or found.ci_hi <= limit:
-        return found
-    return replace(found, ci_hi=limit)
+    return {**values, **{name: within(found, METRICS[name].bounds) for name, found in measured.estimates.items()}}

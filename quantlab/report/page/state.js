@@ -123,7 +123,7 @@ function answers() {
   if (state.quality === null && sorted.length) state.quality = Number(sorted[Math.floor(sorted.length / 2)].toPrecision(2));
   const result = (place, row, none) => place.replaceChildren(...(row ? [make("div", { class: "name" }, make("a", { href: `#${ids[row.name]}` }, row.name)),
     make("div", { class: "cost" }, `${bytes(row.weights_bytes)}${row.compression ? `, ${decimals(row.compression, 2)}\u00d7 smaller than 16 bit` : ""}`),
-    make("div", { class: "cost" }, `${state.metric} ${number(valueOf(row).value)} ${unitOf(state.metric)}`)]
+    make("div", { class: "cost" }, `${state.metric} ${measured(valueOf(row))} ${unitOf(state.metric)}`)]
     : [make("div", { class: "none" }, none)]));
   const places = [0, 1, 2].map(() => make("div", { "aria-live": "polite" }));
   const tell = () => {
