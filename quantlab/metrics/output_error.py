@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from quantlab.metrics.arrays import Values, as_float32, cosine, paired_rows, relative, row_dots
+from quantlab.metrics.statistics import log_jackknife
+from quantlab.vocabulary.reports import MetricValue
 
 if TYPE_CHECKING:
     import numpy as np
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
 
 def output_cosine(candidate: Values, reference: Values) -> NDArray[np.float64]:
@@ -51,6 +54,29 @@ def whole_rel_error_shares(candidate: Values, reference: Values) -> NDArray[np.f
     """
     (cand, ref), whole = _vectors(candidate, reference), output_rel_error(_row(candidate), _row(reference))
     return whole * (1 + _share((cand - ref) ** 2) / 2 - _share(ref**2) / 2)
+
+
+def whole_intervals(candidate: Values, reference: Values, clusters: ArrayLike | None) -> dict[str, MetricValue]:
+    """``output_cosine`` and ``output_rel_error`` of two vectors of one number a sample (n,), with their intervals.
+
+    Neither is a mean, and their distances from equality (1 less the cosine; the error) are skewed, so that the interval
+    is of the distance's logarithm. The README of this folder has how often it holds the truth. A metric without such an
+    interval (one sample has all the error) is left out.
+    """
+    import numpy as np
+
+    cand, ref = _vectors(candidate, reference)
+    products = np.stack([cand * ref, cand**2, ref**2, (cand - ref) ** 2], axis=1)
+    cluster = np.arange(len(ref)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    sums = np.zeros((int(cluster.max()) + 1, products.shape[1]))
+    np.add.at(sums, cluster, products)
+    turned = log_jackknife(sums, lambda s: 1 - s[..., 0] / np.sqrt(s[..., 1] * s[..., 2]), len(ref))
+    moved = log_jackknife(sums, lambda s: np.sqrt(s[..., 3] / s[..., 2]), len(ref))
+    found = {"output_rel_error": moved}
+    if turned is not None and turned.ci_lo is not None and turned.ci_hi is not None:
+        low, high = 1 - turned.ci_hi, 1 - turned.ci_lo
+        found["output_cosine"] = replace(turned, value=1 - turned.value, ci_lo=low, ci_hi=high)
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _vectors(candidate: Values, reference: Values) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -99,7 +100,10 @@ def plain_attention() -> Iterator[None]:
 
 
 def summarize(measured: Measurements, evaluation: EvaluationConfig) -> dict[str, MetricValue]:
-    """Means over samples with clustered errors and intervals, beside the protocol's own estimates."""
+    """Means over samples with clustered errors and intervals, beside the protocol's own estimates.
+
+    A number may be both: its samples pair it with other runs, and its interval is the estimate's.
+    """
     values = {}
     for name, samples in measured.samples.items():
         require_finite(samples, name, measured.sample_ids)
@@ -107,7 +111,9 @@ def summarize(measured: Measurements, evaluation: EvaluationConfig) -> dict[str,
             samples, measured.clusters, measured.strata, evaluation.num_bootstrap, evaluation.bootstrap_seed
         )
         values[name] = within(found, METRICS[name].bounds)
-    both = set(values) & set(measured.estimates)
-    if both:
-        raise MetricUndefined(f"{sorted(both)[0]}: measured twice, as a mean and as an estimate")
-    return {**values, **{name: within(found, METRICS[name].bounds) for name, found in measured.estimates.items()}}
+    for name, found in measured.estimates.items():
+        mean = values[name].value if name in values else found.value
+        if not math.isclose(mean, found.value, rel_tol=1e-6, abs_tol=1e-9):
+            raise MetricUndefined(f"{name}: measured twice, {mean} as a mean and {found.value} as an estimate")
+        values[name] = within(replace(found, value=mean), METRICS[name].bounds)
+    return values
