@@ -23,7 +23,7 @@ function sortable(columns, rows, start, detail, longest = 60) {
       const cells = columns.map((c) => {
         const inside = [c.cell(row, toggle, open.has(row))].flat().filter((x) => x !== "" && x !== null && x !== undefined);
         const label = c.name || c.away ? null : [c.title, c.sub && c.sub.length < 20 ? c.sub : ""].filter(Boolean).join(" ");
-        return make("td", { class: `${c.text ? "text" : "num"}${c.name ? " name" : ""}${c.away ? " away" : ""}${c.quote ? " quote" : ""}${inside.length ? "" : " empty"}`, "data-label": label }, make("div", {}, ...inside));
+        return make("td", { class: `${c.text ? "text" : "num"}${c.name ? " name" : ""}${c.away ? " away" : ""}${c.quote ? " quote" : ""}${c.long ? " long" : ""}${inside.length ? "" : " empty"}`, "data-label": label }, make("div", {}, ...inside));
       });
       const line = make("tr", { class: row.role === "baseline" ? "baseline" : null, "data-name": row.name, id: row.anchor }, ...cells);
       return open.has(row) ? [line, make("tr", { class: "detail" }, make("td", { colspan: columns.length }, ...detail(row)))] : [line];
