@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -203,15 +204,17 @@ def measure(
     """
     found = observe(model, inputs, evaluation, progress, batch_size)
     undefined: dict[str, str] = {}
+    batches = _cut(inputs, batch_size)
+    clusters_if = functools.cache(lambda is_whole: _clusters(batches, found["rows"], is_whole))
     measured = {
-        name: _compared(name, outputs, reference["outputs"][name], found["rows"], undefined)
+        name: _compared(name, outputs, reference["outputs"][name], found["rows"], clusters_if, undefined)
         for name, outputs in found["outputs"].items()
     }
     errors = {name: float(m["output_rel_error"].mean()) for name, m in measured.items() if "output_rel_error" in m}
     worst = max(errors, key=lambda name: errors[name], default=next(iter(measured)))
     told = {"compared_output": worst, "output_rel_errors": ", ".join(f"{n}: {e:.3g}" for n, e in errors.items())}
     is_whole = not _has_rows(found["outputs"][worst], found["rows"])
-    clusters = _clusters(_cut(inputs, batch_size), found["rows"], is_whole)
+    clusters = clusters_if(is_whole)
     numbers = _single_numbers(found["outputs"][worst], reference["outputs"][worst], found["rows"])
     return Measurements(
         samples=measured[worst],
@@ -237,9 +240,10 @@ def _compared(
     outputs: Sequence[Tensor],
     reference: Sequence[Tensor],
     rows: Sequence[int],
+    clusters_if: Callable[[bool], NDArray[np.int64] | None],
     undefined: dict[str, str],
 ) -> dict[str, NDArray[np.float64]]:
-    """The metrics of one of the returned tensors, a value a row."""
+    """The metrics of one of the returned tensors, a value a row; ``clusters_if`` it is compared as a whole."""
     import numpy as np
 
     reference = _cut_alike(outputs, reference)
@@ -254,9 +258,10 @@ def _compared(
     numbers = _single_numbers(outputs, reference, rows)
     if numbers:
         out, ref = numbers
+        clusters = clusters_if(not _has_rows(outputs, rows))
         shares = {
-            "output_cosine": lambda: whole_cosine_shares(out, ref),
-            "output_rel_error": lambda: whole_rel_error_shares(out, ref),
+            "output_cosine": lambda: whole_cosine_shares(out, ref, clusters),
+            "output_rel_error": lambda: whole_rel_error_shares(out, ref, clusters),
         }
         return defined(shares, undefined)
     by_rows = _has_rows(outputs, rows)

@@ -8,6 +8,12 @@ import numpy as np
 import pytest
 
 from quantlab.metrics import METRICS
+from quantlab.metrics.output_error import (
+    output_cosine,
+    output_rel_error,
+    whole_cosine_shares,
+    whole_rel_error_shares,
+)
 from quantlab.metrics.statistics import mean_interval, within
 from quantlab.stages.evaluate import summarize
 from quantlab.vocabulary.reports import Measurements, MetricValue
@@ -60,3 +66,25 @@ def test_the_range_of_a_difference():
     assert METRICS["psnr_db"].bounds_of_difference == (-100, 100)
     assert METRICS["ssim"].bounds_of_difference == (-2, 2)
     assert METRICS["kld_mean"].bounds_of_difference == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize("shares", [whole_cosine_shares, whole_rel_error_shares])
+def test_what_stands_for_a_row_of_one_number_has_the_whole_as_mean_and_its_spread_by_cluster(shares):
+    rng = np.random.default_rng(0)
+    ref = rng.lognormal(0, 1, 12)
+    cand = ref + 0.1 * rng.normal(0, 1, 12) * ref
+    metric = {whole_cosine_shares: output_cosine, whole_rel_error_shares: output_rel_error}[shares]
+
+    def whole(keep):
+        return float(metric(cand[None, keep].astype(np.float32), ref[None, keep].astype(np.float32))[0])
+
+    clusters = np.repeat(np.arange(6), 2)
+    for labels in (None, clusters):
+        num = 12 if labels is None else 6
+        values = shares(cand.astype(np.float32), ref.astype(np.float32), labels)
+        assert values.mean() == pytest.approx(whole(slice(None)), rel=1e-6)
+        left = [whole((np.arange(12) if labels is None else clusters) != c) for c in range(num)]
+        expected = (num - 1) / num**0.5 * np.std(left, ddof=1)
+        assert mean_interval(values, labels).se == pytest.approx(expected, rel=1e-3)
+    alone = shares(np.float32([1.1, 0, 0]), np.float32([1.0, 0, 0]))
+    assert np.isfinite(alone).all(), "without the first there is nothing to compare with"
