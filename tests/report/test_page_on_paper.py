@@ -89,6 +89,8 @@ def test_a_map_of_many_schemes_can_be_read_on_any_paper(browser, data, tmp_path,
     for text in pages:
         last = [line.strip() for line in text.splitlines() if line.strip()][-3:]
         assert not any(line.endswith("?") for line in last), "no heading ends a page"
+    on_each = [len(re.findall(r"transformer_blocks", text)) for text in with_map]
+    assert min(on_each) >= 3, "no row alone"
     found = text_of(tmp_path / "a.pdf", "-bbox")[0]
     (width, height), margin = (72 * inches for inches in PAPERS[paper]), 12 / 25.4 * 72
     sizes = {tuple(map(float, page)) for page in re.findall(r'<page width="([\d.]+)" height="([\d.]+)"', found)}

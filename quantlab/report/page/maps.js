@@ -121,7 +121,7 @@ function mapOnPaper(whole, width) { // as many tables below one another as the c
     const part = num > 1 ? `${map.steps ? "steps" : "schemes"} ${from + 1}\u2013${to} of ${all}` : "";
     const heads = names.slice(from, to), head = !upright ? headsOf(heads, w, map.steps ? everyOf(w, words) : 0, false, room, top) // a turned drawing is empty where a head is repeated
       : make("div", { class: "upright-words", style: `height:${top}px` }, ...heads.map((c) => make("span", { style: `width:${w}px` }, c)));
-    const lines = map.rows.map((name, i) => make("tr", { class: i < 4 ? "together" : null }, make("th", { scope: "row" }, name),
+    const lines = map.rows.map((name, i) => make("tr", {}, make("th", { scope: "row" }, name),
       make("td", {}, drawing(room, ROW, {}, ...map.values[i].slice(from, to).flatMap((v, j) => cellOf(shade, v, { x: w * j, y: 0, width: Math.max(1, w - 1), height: ROW - 1 }, hasNumbers, null))))));
     return make("table", { class: `map-table${top + ROW * map.rows.length < WHOLE ? " whole" : ""}` }, make("colgroup", {}, make("col", { style: `width:${left}px` }), make("col", {})),
       make("thead", {}, make("tr", {}, make("th", {}, part), make("td", {}, head))), make("tbody", {}, ...lines));
