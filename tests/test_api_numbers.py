@@ -64,6 +64,8 @@ def test_one_number_a_row_is_compared_with_all_others_whatever_the_batches_are(m
     drawn = np.random.default_rng(0).integers(0, 48, (4000, 48))
     again = np.linalg.norm((q - r)[drawn], axis=1) / np.linalg.norm(r[drawn], axis=1)
     assert row.quality["output_rel_error"].se == pytest.approx(again.std(), rel=0.2)
+    assert 0 < row.quality["output_rel_error"].ci_lo < error < row.quality["output_rel_error"].ci_hi
+    assert row.quality["output_cosine"].ci_lo < cosine < row.quality["output_cosine"].ci_hi < 1
 
 
 def test_one_number_a_batch_is_compared_with_all_others():
@@ -148,7 +150,7 @@ def test_what_is_compared_as_a_whole_is_one_sample_a_batch():
     row = evaluated(module, inputs)[-1]
     assert row.measurements.resolved["compared_output"] == "loss"
     values = row.measurements.samples["output_rel_error"][::8]
-    assert row.quality["output_rel_error"].se == pytest.approx(values.std(ddof=1) / 5**0.5)
+    assert row.quality["output_rel_error"].se == pytest.approx(values.std(ddof=1) / 5**0.5, rel=0.2)  # not of 40
 
 
 @pytest.mark.parametrize("repeated", ["batches", "rows", "named"])

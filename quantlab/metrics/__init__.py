@@ -9,6 +9,7 @@ To add a metric: one file here, one row below, and a line in the protocol that m
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -24,8 +25,9 @@ class Metric:
     """Rows of ``protocols.PROTOCOLS`` that measure it."""
     of_reference: float | None = None
     """What the metric is for the reference itself, where that is known beforehand; else its own samples tell."""
-    at_most: float | None = None
-    """The largest value that can be; an interval ends there."""
+    at_least: float = -math.inf
+    at_most: float = math.inf
+    """The range of what can be; an interval ends there, and one of a difference of two values where theirs would."""
     error_metric: str = ""
     """The metric on whose scale distances are judged, where this one has no zero (decibels); empty: itself."""
     is_binary: bool = False
@@ -37,6 +39,16 @@ class Metric:
     description: str
     version: int = 1
     """Raised when the definition changes: numbers of different versions are not compared."""
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The range of a value."""
+        return self.at_least, self.at_most
+
+    @property
+    def bounds_of_difference(self) -> tuple[float, float]:
+        """The range of one value less another."""
+        return self.at_least - self.at_most, self.at_most - self.at_least
 
 
 _DIFFUSION, _LANGUAGE = ("diffusion",), ("language",)
@@ -50,6 +62,7 @@ _ROWS = (
         higher_is_better=False,
         protocols=_DIFFUSION,
         of_reference=0.0,
+        at_least=0.0,
         description="squared error of the final latent over the squared norm of the reference's",
     ),
     Metric(
@@ -58,6 +71,7 @@ _ROWS = (
         higher_is_better=True,
         protocols=_DIFFUSION,
         of_reference=1.0,
+        at_least=-1.0,
         at_most=1.0,
         description="cosine of the final latents",
     ),
@@ -67,6 +81,7 @@ _ROWS = (
         higher_is_better=True,
         protocols=_DIFFUSION,
         of_reference=100.0,
+        at_least=0.0,
         at_most=100.0,
         error_metric="image_mse",
         description="peak signal-to-noise ratio to the reference's image, both rounded to 8 bits as files have them; "
@@ -78,6 +93,7 @@ _ROWS = (
         higher_is_better=True,
         protocols=_DIFFUSION,
         of_reference=100.0,
+        at_least=0.0,
         at_most=100.0,
         error_metric="image_mse",
         description="peak signal-to-noise ratio of the error's mean over all 8-bit images, as some publish it: never "
@@ -89,6 +105,8 @@ _ROWS = (
         higher_is_better=False,
         protocols=_DIFFUSION,
         of_reference=0.0,
+        at_least=0.0,
+        at_most=1.0,
         description="mean squared error of the image, full scale 1: what PSNR is the logarithm of, before its limit",
     ),
     Metric(
@@ -96,6 +114,7 @@ _ROWS = (
         unit="images",
         higher_is_better=True,
         protocols=_DIFFUSION,
+        at_least=0.0,
         description="images that equal the reference's in every 8-bit value",
     ),
     Metric(
@@ -104,6 +123,7 @@ _ROWS = (
         higher_is_better=True,
         protocols=_DIFFUSION,
         of_reference=1.0,
+        at_least=-1.0,
         at_most=1.0,
         description="structural similarity to the reference's image, both rounded to 8 bits (Wang 2004: Gaussian "
         "window, valid region)",
@@ -114,6 +134,7 @@ _ROWS = (
         higher_is_better=True,
         protocols=_DIFFUSION,
         of_reference=100.0,
+        at_least=0.0,
         at_most=100.0,
         error_metric="frame_mse",
         description="peak signal-to-noise ratio to the reference's frame in 8 bits, mean of dB over a video's frames, "
@@ -125,6 +146,8 @@ _ROWS = (
         higher_is_better=False,
         protocols=_DIFFUSION,
         of_reference=0.0,
+        at_least=0.0,
+        at_most=1.0,
         description="mean squared error of the video's frames, full scale 1: what PSNR is the logarithm of",
     ),
     Metric(
@@ -133,6 +156,7 @@ _ROWS = (
         higher_is_better=True,
         protocols=_DIFFUSION,
         of_reference=1.0,
+        at_least=-1.0,
         at_most=1.0,
         description="structural similarity to the reference's frame in 8 bits, mean over a video's frames",
     ),
@@ -142,6 +166,7 @@ _ROWS = (
         higher_is_better=False,
         protocols=_DIFFUSION,
         of_reference=0.0,
+        at_least=0.0,
         description="squared error of what changes from frame to frame, over the square of the reference's change",
     ),
     Metric(
@@ -160,6 +185,7 @@ _ROWS = (
         higher_is_better=False,
         protocols=_DIFFUSION,
         of_reference=0.0,
+        at_least=0.0,
         description="squared error of the waveform over the reference's energy: what its ratio in dB is of",
     ),
     Metric(
@@ -168,6 +194,7 @@ _ROWS = (
         higher_is_better=False,
         protocols=_DIFFUSION,
         of_reference=0.0,
+        at_least=0.0,
         description="log-spectral distance to the reference's sound (Hann windows of 2048 samples every 512)",
     ),
     Metric(
@@ -187,6 +214,7 @@ _ROWS = (
         protocols=_DIFFUSION,
         is_curve=True,
         is_log_scale=True,
+        at_least=0.0,
         description="relative distance of the two free-running trajectories at each step",
     ),
     Metric(
@@ -194,6 +222,7 @@ _ROWS = (
         unit="1",
         higher_is_better=False,
         protocols=_DIFFUSION,
+        at_least=0.0,
         description="error of what the sampler steps along, on the reference's inputs, each step weighted by its "
         "squared length",
         version=3,
@@ -202,6 +231,7 @@ _ROWS = (
         name="class_accuracy",
         unit="fraction",
         higher_is_better=True,
+        at_least=0.0,
         at_most=1.0,
         protocols=_DIFFUSION,
         is_binary=True,
@@ -214,6 +244,7 @@ _ROWS = (
         protocols=_DIFFUSION,
         is_binary=True,
         of_reference=1.0,
+        at_least=0.0,
         at_most=1.0,
         description="images that a fixed classifier puts in the same class as the reference's",
     ),
@@ -222,6 +253,7 @@ _ROWS = (
         unit="1",
         higher_is_better=False,
         protocols=_DIFFUSION,
+        at_least=0.0,
         description="Frechet distance to the reference's images in a fixed classifier's features",
     ),
     Metric(
@@ -230,6 +262,7 @@ _ROWS = (
         higher_is_better=False,
         protocols=_WRITTEN,
         of_reference=0.0,
+        at_least=0.0,
         description="Kullback-Leibler divergence of the candidate's next-token distribution from the reference's",
     ),
     Metric(
@@ -237,6 +270,7 @@ _ROWS = (
         unit="nats",
         higher_is_better=False,
         protocols=_LANGUAGE,
+        at_least=0.0,
         description="median over tokens of the divergence",
     ),
     Metric(
@@ -244,6 +278,7 @@ _ROWS = (
         unit="nats",
         higher_is_better=False,
         protocols=_LANGUAGE,
+        at_least=0.0,
         description="90th percentile over tokens of the divergence",
     ),
     Metric(
@@ -251,6 +286,7 @@ _ROWS = (
         unit="nats",
         higher_is_better=False,
         protocols=_LANGUAGE,
+        at_least=0.0,
         description="99th percentile over tokens of the divergence",
     ),
     Metric(
@@ -258,6 +294,7 @@ _ROWS = (
         unit="nats",
         higher_is_better=False,
         protocols=_LANGUAGE,
+        at_least=0.0,
         description="99.9th percentile over tokens of the divergence",
     ),
     Metric(
@@ -265,6 +302,7 @@ _ROWS = (
         unit="nats",
         higher_is_better=False,
         protocols=_LANGUAGE,
+        at_least=0.0,
         description="largest divergence of a token",
     ),
     Metric(
@@ -280,6 +318,7 @@ _ROWS = (
         higher_is_better=True,
         protocols=_WRITTEN,
         of_reference=1.0,
+        at_least=0.0,
         at_most=1.0,
         description="tokens whose most probable successor is the reference's",
     ),
@@ -288,6 +327,8 @@ _ROWS = (
         unit="probability",
         higher_is_better=False,
         protocols=_LANGUAGE,
+        at_least=0.0,
+        at_most=1.0,
         description="root mean square change of the true token's probability",
     ),
     Metric(
@@ -296,6 +337,8 @@ _ROWS = (
         higher_is_better=None,
         protocols=_WRITTEN,
         of_reference=0.0,
+        at_least=-1.0,
+        at_most=1.0,
         description="mean change of the true token's probability; near 0 while the RMS is not: noise without bias",
     ),
     Metric(
@@ -311,6 +354,7 @@ _ROWS = (
         unit="1",
         higher_is_better=False,
         protocols=_WRITTEN,
+        at_least=1.0,
         description="the candidate's perplexity; comparable only under one protocol and tokenizer",
     ),
     Metric(
@@ -318,6 +362,7 @@ _ROWS = (
         unit="1",
         higher_is_better=None,
         protocols=_WRITTEN,
+        at_least=1.0,
         description="the reference's perplexity on the same tokens",
     ),
     Metric(
@@ -326,6 +371,7 @@ _ROWS = (
         higher_is_better=True,
         protocols=_OUTPUTS,
         of_reference=1.0,
+        at_least=-1.0,
         at_most=1.0,
         description="cosine of the output with the reference's",
     ),
@@ -335,6 +381,7 @@ _ROWS = (
         higher_is_better=False,
         protocols=_OUTPUTS,
         of_reference=0.0,
+        at_least=0.0,
         description="norm of the output's error over the norm of the reference's output",
     ),
 )

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from quantlab.errors import MetricUndefined
 from quantlab.metrics.significance import require_same_samples
-from quantlab.metrics.skewed import TAILS, skewed_bounds
+from quantlab.metrics.skewed import TAILS, skewed_bounds, t_bounds
 from quantlab.vocabulary.reports import MetricValue
 
 if TYPE_CHECKING:
@@ -94,6 +94,17 @@ def mean_interval(
     return found
 
 
+def within(found: MetricValue, bounds: tuple[float, float]) -> MetricValue:
+    """``found`` with an interval that ends where the number does (a rate at 0 and 1), and holds its own value.
+
+    What lies beyond is impossible, so that the interval holds the truth as often as before.
+    """
+    if found.ci_lo is None or found.ci_hi is None:
+        return found
+    low, high = (min(max(bound, bounds[0]), bounds[1]) for bound in (found.ci_lo, found.ci_hi))
+    return replace(found, ci_lo=min(low, found.value), ci_hi=max(high, found.value))
+
+
 def bootstrap_interval(
     statistic: Callable[[NDArray[np.int64]], float],
     num_samples: int,
@@ -133,6 +144,35 @@ def bootstrap_interval(
     shift = value - found.mean() if recenter else 0.0
     low, high = np.quantile(found + shift, _wider_tails(layout))
     return MetricValue(value=value, n=num_samples, se=float(found.std(ddof=1)), ci_lo=float(low), ci_hi=float(high))
+
+
+def log_jackknife(
+    sums: NDArray[np.float64], distance: Callable[[NDArray[np.float64]], NDArray[np.float64]], num_samples: int
+) -> MetricValue | None:
+    """A distance, 0 or more, that is no mean, with Student's interval of its logarithm by the jackknife over clusters.
+
+    ``sums`` (C, k) are each cluster's; ``distance`` takes totals (..., k). The logarithm makes the distribution of a
+    quotient of sums of squares nearly symmetric, and keeps both bounds above 0 (Miller, Ann. Math. Stat. 39, 1968,
+    567-582). None below 5 clusters, and where the logarithm of one of the distances does not exist.
+    """
+    import numpy as np
+
+    num = len(sums)
+    if num < MIN_CLUSTERS:
+        return None
+    total = sums.sum(axis=0)
+    with np.errstate(all="ignore"):
+        value, without = distance(total), distance(total - sums)
+        logs = np.log(np.append(without, value))
+    if not np.isfinite(logs).all() or value < _ROUNDING * 10:
+        return None
+    pseudo = num * logs[-1] - (num - 1) * logs[:-1]
+    se = float(pseudo.std(ddof=1)) / num**0.5
+    with np.errstate(over="ignore"):
+        low, high = (float(np.exp(bound)) for bound in t_bounds(float(logs[-1]), se, num - 1))
+    if not math.isfinite(high):
+        return None
+    return MetricValue(value=float(value), n=num_samples, se=float(value) * se, ci_lo=low, ci_hi=high)
 
 
 def paired_differences(

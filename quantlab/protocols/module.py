@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from quantlab.metrics.output_error import (
     output_cosine,
     output_rel_error,
     whole_cosine_shares,
+    whole_intervals,
     whole_rel_error_shares,
 )
 from quantlab.metrics.statistics import same_labels
@@ -202,17 +204,26 @@ def measure(
     """
     found = observe(model, inputs, evaluation, progress, batch_size)
     undefined: dict[str, str] = {}
+    batches = _cut(inputs, batch_size)
+    clusters_if = functools.cache(lambda is_whole: _clusters(batches, found["rows"], is_whole))
     measured = {
-        name: _compared(name, outputs, reference["outputs"][name], found["rows"], undefined)
+        name: _compared(name, outputs, reference["outputs"][name], found["rows"], clusters_if, undefined)
         for name, outputs in found["outputs"].items()
     }
     errors = {name: float(m["output_rel_error"].mean()) for name, m in measured.items() if "output_rel_error" in m}
     worst = max(errors, key=lambda name: errors[name], default=next(iter(measured)))
     told = {"compared_output": worst, "output_rel_errors": ", ".join(f"{n}: {e:.3g}" for n, e in errors.items())}
     is_whole = not _has_rows(found["outputs"][worst], found["rows"])
+    clusters = clusters_if(is_whole)
+    numbers = _single_numbers(found["outputs"][worst], reference["outputs"][worst], found["rows"])
     return Measurements(
         samples=measured[worst],
-        clusters=_clusters(_cut(inputs, batch_size), found["rows"], is_whole),
+        estimates={
+            name: value
+            for name, value in (whole_intervals(*numbers, clusters) if numbers else {}).items()
+            if name in measured[worst]
+        },
+        clusters=clusters,
         sample_ids=tuple(f"row {i}" for i in range(sum(found["rows"]))),
         undefined={} if len(measured[worst]) == len(HEADLINE) else undefined,
         resolved=told if len(measured) > 1 else {},
@@ -229,15 +240,13 @@ def _compared(
     outputs: Sequence[Tensor],
     reference: Sequence[Tensor],
     rows: Sequence[int],
+    clusters_if: Callable[[bool], NDArray[np.int64] | None],
     undefined: dict[str, str],
 ) -> dict[str, NDArray[np.float64]]:
-    """The metrics of one of the returned tensors, a value a row."""
+    """The metrics of one of the returned tensors, a value a row; ``clusters_if`` it is compared as a whole."""
     import numpy as np
-    import torch
 
-    if len(outputs) != len(reference):  # which was observed at another batch size
-        whole, num = torch.cat(list(reference)), [len(t) for t in outputs]
-        reference = torch.split(whole, num) if sum(num) == len(whole) else [whole] * len(outputs)
+    reference = _cut_alike(outputs, reference)
     for i, (found, expected) in enumerate(zip(outputs, reference, strict=True)):
         if found.shape != expected.shape:  # all batches together may have one number of rows
             reason = (
@@ -246,24 +255,47 @@ def _compared(
             )
             undefined |= {metric: f"{metric}: {reason}" for metric in HEADLINE}
             return {}
-    by_rows = _has_rows(outputs, rows)
-    of_unit = [t[:1].numel() if by_rows else t.numel() for t in outputs]
-    if set(of_unit) == {1}:
-        times = torch.ones(sum(rows), dtype=torch.int64) if by_rows else torch.tensor(rows)
-        out, ref = (
-            torch.cat([t.reshape(-1) for t in parts]).repeat_interleave(times) for parts in (outputs, reference)
-        )
+    numbers = _single_numbers(outputs, reference, rows)
+    if numbers:
+        out, ref = numbers
+        clusters = clusters_if(not _has_rows(outputs, rows))
         shares = {
-            "output_cosine": lambda: whole_cosine_shares(out, ref),
-            "output_rel_error": lambda: whole_rel_error_shares(out, ref),
+            "output_cosine": lambda: whole_cosine_shares(out, ref, clusters),
+            "output_rel_error": lambda: whole_rel_error_shares(out, ref, clusters),
         }
         return defined(shares, undefined)
+    by_rows = _has_rows(outputs, rows)
     out, ref = _flat(outputs, by_rows), _flat(reference, by_rows)
     metrics = {
         "output_cosine": lambda: output_cosine(out, ref),
         "output_rel_error": lambda: output_rel_error(out, ref),
     }
     return {n: v if by_rows else np.repeat(v, rows) for n, v in defined(metrics, undefined).items()}
+
+
+def _cut_alike(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The reference's, which may have been observed at another batch size, in as many parts as ``outputs``."""
+    import torch
+
+    if len(outputs) == len(reference):
+        return reference
+    whole, num = torch.cat(list(reference)), [len(t) for t in outputs]
+    return torch.split(whole, num) if sum(num) == len(whole) else [whole] * len(outputs)
+
+
+def _single_numbers(
+    outputs: Sequence[Tensor], reference: Sequence[Tensor], rows: Sequence[int]
+) -> tuple[Tensor, Tensor] | None:
+    """Both as one number a row (a batch's one for each of its rows); None of outputs with more."""
+    import torch
+
+    by_rows = _has_rows(outputs, rows)
+    if {t[:1].numel() if by_rows else t.numel() for t in outputs} != {1}:
+        return None
+    times = torch.ones(sum(rows), dtype=torch.int64) if by_rows else torch.tensor(rows)
+    parts = outputs, _cut_alike(outputs, reference)
+    out, ref = (torch.cat([t.reshape(-1) for t in part]).repeat_interleave(times) for part in parts)
+    return out, ref
 
 
 def _flat(tensors: Sequence[Tensor], by_rows: bool) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from quantlab.report.table import MARKS, mib, title_of, with_half_width
+from quantlab.metrics import METRICS
+from quantlab.report.table import MARKS, mib, number_cell, title_of
 from quantlab.report.terminal import Column, Sheet
 from quantlab.tracking.results import Measured
 from quantlab.vocabulary.numbers import ALONE, ON_TOP, metric_value
@@ -49,7 +50,7 @@ def attribution_sheet(rows: Iterable[Measured], metrics: Sequence[str], *, is_pl
         f"{'' if is_plain else 'at a scheme: all components together; '}alone: the others unquantized; + others: all "
         "together less the component alone, paired by sample; saves MiB: against the reference as it was loaded"
     )
-    interval = MARKS["±"] if any("±" in text for cells in lines for text in cells) else ""
+    interval = "; ".join(MARKS[mark] for mark in ("±", "..") if any(mark in text for cells in lines for text in cells))
     return Sheet(
         columns=[*(Column(title=name, is_text=True) for name in names), *columns],
         rows=lines,
@@ -74,11 +75,9 @@ def _qualities(metrics: Mapping[str, float], name: str, shown: Sequence[str]) ->
 
 
 def _text(metrics: Mapping[str, float], key: str, signed: bool = False) -> str:
-    """A cell of a terminal."""
+    """A cell of a terminal; ``signed``: a difference."""
     if key not in metrics:
         return ""
-    value = metric_value(metrics, key)
-    bounds = (value.ci_lo, value.ci_hi)
-    half = max(abs(value.value - bound) for bound in bounds if bound is not None) if None not in bounds else 0.0
-    text = with_half_width(value.value, half)
+    value, metric = metric_value(metrics, key), METRICS[key.rpartition("/")[2]]
+    text = number_cell(value, metric.bounds_of_difference if signed else metric.bounds)
     return f"+{text}" if signed and value.value > 0 else text

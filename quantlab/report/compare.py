@@ -23,6 +23,7 @@ from quantlab.metrics.statistics import (
     degrees_of_freedom,
     less_rounding,
     paired_differences,
+    within,
 )
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.pareto import pareto_front
@@ -292,7 +293,8 @@ def _against_reference(candidates: Sequence[StoredRun], runs: Sequence[StoredRun
 
 
 def _logged(run: StoredRun, metric: str) -> MetricValue:
-    return with_other_batch(metric_value(run.metrics, f"quality/{metric}"), run.metrics, metric)
+    known = within(metric_value(run.metrics, f"quality/{metric}"), METRICS[metric].bounds)
+    return with_other_batch(known, run.metrics, metric)
 
 
 def _logged_error(run: StoredRun, metric: str) -> MetricValue | None:
@@ -323,7 +325,10 @@ def _from_samples(candidates: Sequence[StoredRun], runs: Sequence[StoredRun], sa
             alone = samples.common([run])
             own = [float(known or 0)] * len(alone.values[0])
             found += _test([run.name, REFERENCE], replace(alone, values=[*alone.values, own], errors=None), [(0, 1)])
-    return found
+    if known is None:
+        return found
+    possible = METRICS[metric].at_least - known, METRICS[metric].at_most - known  # of a difference to a known number
+    return [replace(v, difference=within(v.difference, possible)) for v in found]
 
 
 def _among(runs: Sequence[StoredRun], samples: _Samples) -> list[Verdict]:
@@ -370,8 +375,9 @@ def _test(names: Sequence[str], common: _Common, pairs: Sequence[tuple[int, int]
     alone = clusters is None or len(set(clusters)) == len(clusters)
     binary = METRICS[common.metric].is_binary and alone  # McNemar's test is for independent samples
     degrees = degrees_of_freedom(len(values[0]), clusters, strata)
-    differences = paired_differences(values, pairs, clusters, strata)
-    in_error = paired_differences(common.errors, pairs, clusters, strata) if common.errors else [None] * len(pairs)
+    differences = _differences(common.metric, values, pairs, common)
+    errors = error_metric(common.metric)
+    in_error = _differences(errors, common.errors, pairs, common) if common.errors else [None] * len(pairs)
     means = [cluster_means(v, clusters) for v in values]
     found = []
     for (i, j), difference, error in zip(pairs, differences, in_error, strict=True):
@@ -391,6 +397,13 @@ def _test(names: Sequence[str], common: _Common, pairs: Sequence[tuple[int, int]
             )
         )
     return found
+
+
+def _differences(
+    metric: str, values: Sequence[Sequence[float]], pairs: Sequence[tuple[int, int]], common: _Common
+) -> list[MetricValue]:
+    found = paired_differences(values, pairs, common.clusters, common.strata)
+    return [within(difference, METRICS[metric].bounds_of_difference) for difference in found]
 
 
 def _share_worse(differences: NDArray[np.float64], metric: str) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 
+from quantlab.metrics import METRICS
 from quantlab.metrics.significance import ALPHA
 from quantlab.progress import counted
 from quantlab.protocols.table import PROTOCOLS
@@ -17,10 +18,10 @@ from quantlab.report.selection import is_candidate
 from quantlab.report.table import (
     cells,
     headline,
+    legend,
     mib,
+    number_cell,
     sheet_columns,
-    short_number,
-    with_half_width,
     with_interval,
     with_marks,
 )
@@ -132,17 +133,18 @@ def told_pairs(group: Comparison) -> list[Verdict]:
 
 def pairs_sheet(pairs: Sequence[Verdict], metric: str) -> Sheet:
     """Pairs as a table."""
-    told = f"difference: {metric} of the first less that of the second; ±: the longer half of the 95 % interval"
+    told = f"difference: {metric} of the first less that of the second"
+    marks = legend(("", _difference(v.difference, metric)) for v in pairs[:MAX_PAIRS])
     columns = [
         Column(title="scheme", is_text=True),
         Column(title="against", is_text=True),
-        Column(title="difference", keep=8, caption=told),
+        Column(title="difference", keep=8, caption="; ".join(filter(None, (told, marks)))),
         Column(title="p (Holm)", keep=7),
         Column(title="worse on", keep=6, caption=RANKED),
         Column(title="verdict", is_text=True),
     ]
     rows = [
-        [v.a, v.b, _difference(v.difference), p_text(v.p_holm) or "-", _share(v), pair_said(v)]
+        [v.a, v.b, _difference(v.difference, metric), p_text(v.p_holm) or "-", _share(v), pair_said(v)]
         for v in pairs[:MAX_PAIRS]
     ]
     if not any(row[4] for row in rows):
@@ -151,9 +153,8 @@ def pairs_sheet(pairs: Sequence[Verdict], metric: str) -> Sheet:
     return Sheet(columns=columns, rows=rows, caption=[f"{left} more pairs are in --json"] if left > 0 else [])
 
 
-def _difference(d: MetricValue) -> str:
-    half = 0.0 if d.ci_lo is None or d.ci_hi is None else max(d.ci_hi - d.value, d.value - d.ci_lo)
-    text = with_half_width(d.value, half)
+def _difference(d: MetricValue, metric: str) -> str:
+    text = number_cell(d, METRICS[metric].bounds_of_difference)
     return text if text.startswith(("-", "0 ")) or not d.value else f"+{text}"
 
 
@@ -161,13 +162,8 @@ def pair_text(v: Verdict, metric: str) -> str:
     """One pair as a sentence."""
     what = {BETTER: f"{v.a} is better than {v.b}", WORSE: f"{v.b} is better than {v.a}"}
     said = what.get(v.text, f"{v.a} and {v.b}: {pair_said(v)}")
-    differs = f"{metric} differs by {short_number(v.difference.value)}{_bounds(v)}, p {p_text(v.p_holm) or '-'}"
+    differs = f"{metric} differs by {number_cell(v.difference, bounds=True)}, p {p_text(v.p_holm) or '-'}"
     return f"{said}; {differs}{_ranked(v)}"
-
-
-def _bounds(v: Verdict) -> str:
-    bounds = [short_number(bound) for bound in (v.difference.ci_lo, v.difference.ci_hi) if bound is not None]
-    return f" ({'..'.join(bounds)})" if bounds else ""
 
 
 def _share(v: Verdict) -> str:

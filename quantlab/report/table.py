@@ -22,6 +22,7 @@ from quantlab.report.verdicts import TOO_FEW, error_metric, is_inside, largest_f
 from quantlab.tracking.results import Measured, Row
 from quantlab.tracking.values import flatten
 from quantlab.vocabulary.numbers import metric_value, time_in_words
+from quantlab.vocabulary.reports import MetricValue
 
 MIB = 1024**2
 MAX_SKIPPED = 8  # rows of impossible combinations that a terminal shows
@@ -44,6 +45,10 @@ OF_SPEED = {
     "step_ms": "one denoising step",
 }
 """What is measured with ``evaluation.speed=true`` alone, behind ``perf/`` -> what it is."""
+ANY = (-math.inf, math.inf)
+MAX_DIGITS = 6
+MAX_LOPSIDED = 3.0
+"""How many times as long as the shorter half the longer one may be that stands behind ±."""
 CPU_SECONDS = "times on a CPU say nothing about a GPU"
 
 
@@ -78,7 +83,11 @@ def title_of(metric: str) -> str:
 def legend(rows: Iterable[Sequence[str]]) -> str:
     """What the marks in these cells mean, and of no others; names of schemes are no marks."""
     told = [text for row in rows for text in row[1:]]
-    return "; ".join(said for mark, said in MARKS.items() if any(mark in text for text in told))
+    return "; ".join(said for mark, said in MARKS.items() if any(_has(text, mark) for text in told))
+
+
+def _has(text: str, mark: str) -> bool:
+    return mark in text and not (mark == "(" and ".." in text)  # the brackets of an interval are its own
 
 
 def with_marks(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[Column]:
@@ -127,11 +136,36 @@ def _shown(value: float | None, pattern: str, unit: float = 1.0) -> str:
 
 
 def short_number(value: float) -> str:
-    """A number as a cell has it: three digits."""
+    """A number as a cell has it: three digits, and as many as tell it from 1."""
     if value != 0 and abs(value) < 1e-3:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa}e{int(exponent)}"
+        return _with_power(value, 1)
+    if 0 < abs(1 - abs(value)) < 5e-4:
+        return f"{value:.{min(-_power(1 - abs(value)), MAX_DIGITS)}f}"
     return f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}" if abs(value) >= 10 else f"{value:.3g}"
+
+
+def _power(value: float) -> int:
+    return math.floor(math.log10(abs(value)))
+
+
+def _with_power(value: float, digits: int) -> str:
+    mantissa, exponent = f"{value:.{digits}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def in_bounds(value: float, low: float, high: float) -> str:
+    """``0.986 (0.486..1)``: short numbers, with as many digits as tell the three apart."""
+    apart = _power(high - low)
+
+    def text(number: float) -> str:
+        short = short_number(number)
+        if "e" in short:
+            return _with_power(number, max(1, min(_power(number) - apart, MAX_DIGITS)))
+        is_round = short == f"{number:.0f}" and number == round(number)
+        digits = min(-apart, MAX_DIGITS)
+        return short if is_round or len(short.partition(".")[2]) >= digits else f"{number:.{digits}f}"
+
+    return f"{text(value)} ({text(low)}..{text(high)})"
 
 
 def with_half_width(value: float, half: float) -> str:
@@ -168,12 +202,26 @@ def with_interval(metrics: Mapping[str, float], name: str, bounds: bool = False)
     value = metrics.get(name)
     if value is None:
         return ""
-    low, high = (metrics.get(f"{name}/{bound}") for bound in ("ci_lo", "ci_hi"))
+    metric = METRICS.get(name.rpartition("/")[2])
+    return number_cell(metric_value(metrics, name), metric.bounds if metric else ANY, bounds)
+
+
+def number_cell(value: MetricValue, possible: tuple[float, float] = ANY, bounds: bool = False) -> str:
+    """A number with its 95 % interval where there is one, as ``40.1 ±0.3`` or with both ``bounds``.
+
+    Both are also shown where ± would say another interval: one that goes beyond what is ``possible``, or that reaches
+    much further than the longer half to its other side.
+    """
+    low, high = value.ci_lo, value.ci_hi
     if low is None or high is None or low == high:
-        return short_number(value)
-    if bounds:
-        return f"{short_number(value)} ({short_number(low)}..{short_number(high)})"
-    return with_half_width(value, max(high - value, value - low))
+        return short_number(value.value)
+    short, half = sorted((high - value.value, value.value - low))
+    is_lopsided = (
+        half > MAX_LOPSIDED * short or not possible[0] <= value.value - half <= value.value + half <= possible[1]
+    )
+    if bounds or is_lopsided:
+        return in_bounds(value.value, low, high)
+    return with_half_width(value.value, half)
 
 
 def inside_floor(metric: str, metrics: Mapping[str, float]) -> bool:

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from quantlab.errors import MetricUndefined
-from quantlab.metrics.statistics import paired_differences
+from quantlab.metrics import METRICS
+from quantlab.metrics.statistics import paired_differences, within
 from quantlab.models.loaded import LoadedModel
 from quantlab.progress import say
 from quantlab.stages.evaluate import summarize
@@ -52,13 +53,16 @@ def _differences(together: Measurements, alone: Measurements, evaluation: Evalua
     """Metric -> its mean over all samples of the whole candidate less the component alone, of the same samples."""
     both = [name for name, values in together.samples.items() if len(alone.samples.get(name, ())) == len(values)]
     return {
-        name: paired_differences(
-            [together.samples[name], alone.samples[name]],
-            [(0, 1)],
-            together.clusters,
-            together.strata,
-            evaluation.num_bootstrap,
-            evaluation.bootstrap_seed,
-        )[0]
+        name: within(
+            paired_differences(
+                [together.samples[name], alone.samples[name]],
+                [(0, 1)],
+                together.clusters,
+                together.strata,
+                evaluation.num_bootstrap,
+                evaluation.bootstrap_seed,
+            )[0],
+            METRICS[name].bounds_of_difference,
+        )
         for name in both
     }

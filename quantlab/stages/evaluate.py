@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from quantlab.backends.scheme import Scheme
 from quantlab.errors import MetricUndefined, NotFinite
 from quantlab.metrics import METRICS
-from quantlab.metrics.statistics import mean_interval, require_finite
+from quantlab.metrics.statistics import mean_interval, require_finite, within
 from quantlab.models.loaded import LoadedModel
 from quantlab.planning.components import told
 from quantlab.protocols.defined import defined
@@ -99,21 +100,20 @@ def plain_attention() -> Iterator[None]:
 
 
 def summarize(measured: Measurements, evaluation: EvaluationConfig) -> dict[str, MetricValue]:
-    """Means over samples with clustered errors and intervals, beside the protocol's own estimates."""
+    """Means over samples with clustered errors and intervals, beside the protocol's own estimates.
+
+    A number may be both: its samples pair it with other runs, and its interval is the estimate's.
+    """
     values = {}
     for name, samples in measured.samples.items():
         require_finite(samples, name, measured.sample_ids)
         found = mean_interval(
             samples, measured.clusters, measured.strata, evaluation.num_bootstrap, evaluation.bootstrap_seed
         )
-        values[name] = _at_most(found, METRICS[name].at_most)
-    both = set(values) & set(measured.estimates)
-    if both:
-        raise MetricUndefined(f"{sorted(both)[0]}: measured twice, as a mean and as an estimate")
-    return {**values, **measured.estimates}
-
-
-def _at_most(found: MetricValue, limit: float | None) -> MetricValue:
-    if limit is None or found.ci_hi is None or found.ci_hi <= limit:
-        return found
-    return replace(found, ci_hi=limit)
+        values[name] = within(found, METRICS[name].bounds)
+    for name, found in measured.estimates.items():
+        mean = values[name].value if name in values else found.value
+        if not math.isclose(mean, found.value, rel_tol=1e-6, abs_tol=1e-9):
+            raise MetricUndefined(f"{name}: measured twice, {mean} as a mean and {found.value} as an estimate")
+        values[name] = within(replace(found, value=mean), METRICS[name].bounds)
+    return values

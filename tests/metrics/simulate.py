@@ -1,4 +1,4 @@
-"""Are the intervals and verdicts right? Simulated against known answers: ``python tests/metrics/simulate.py``.
+"""Are the intervals and verdicts right? Simulated against known answers: ``python tests/metrics/simulate.py [NUM [TABLE...]]``.
 
 Writes the tables of ``quantlab/metrics/README.md``; the slow tier runs a smaller simulation of the same.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from quantlab.metrics.output_error import whole_intervals
 from quantlab.metrics.significance import t_test
 from quantlab.metrics.statistics import degrees_of_freedom, mean_interval
 from quantlab.report.verdicts import BETTER, IN_FLOOR, WORSE, Floor, Verdict, less, verdict
@@ -34,6 +35,13 @@ VALUES: dict[str, tuple[Draw, float]] = {
 }
 """Values and their true mean."""
 NUM_DRAWS = 1000
+ONE_NUMBER: dict[str, tuple[Draw, Callable[[NDArray[np.float64]], NDArray[np.float64]]]] = {
+    "normal": (lambda rng, n: rng.normal(0.5, 1, n), np.ones_like),
+    "larger ones err more": (lambda rng, n: rng.normal(0.5, 1, n), lambda ref: 1 + abs(ref)),
+    "heavy tail": (lambda rng, n: rng.lognormal(0, 1, n) * rng.choice([-1, 1], n), lambda ref: 1 + abs(ref)),
+}
+"""Outputs of one number a row -> what the reference answers, and the spread of the error at each answer."""
+SIZES = (5, 10, 20, 60)
 
 
 def strata_of(layout: tuple[int, int]) -> NDArray[np.int64]:
@@ -52,6 +60,40 @@ def coverage(name: str, layout: tuple[int, int], num: int) -> float:
         assert found.ci_hi is not None
         held += found.ci_lo <= truth <= found.ci_hi
     return held / num
+
+
+def whole_coverage(name: str, size: int, num: int) -> dict[str, float]:
+    """Share of ``num`` simulated evaluations of ``size`` rows whose interval holds the truth, of each metric."""
+    draw, spread = ONE_NUMBER[name]
+    rng = np.random.default_rng(4)
+
+    def answers(n: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        reference = draw(rng, n)
+        return reference + 0.1 * spread(reference) * rng.normal(0, 1, n), reference
+
+    cand, ref = answers(2_000_000)
+    truth = {
+        "output_cosine": float(cand @ ref / np.sqrt((cand @ cand) * (ref @ ref))),
+        "output_rel_error": float(np.sqrt(((cand - ref) ** 2).sum() / (ref @ ref))),
+    }
+    held = dict.fromkeys(truth, 0)
+    for _ in range(num):
+        for metric, found in whole_intervals(*answers(size), None).items():
+            assert found.ci_lo is not None
+            assert found.ci_hi is not None
+            held[metric] += found.ci_lo <= truth[metric] <= found.ci_hi
+    return {metric: count / num for metric, count in held.items()}
+
+
+def whole_table(num: int) -> str:
+    """How often the intervals of outputs of one number hold the truth: of the cosine, and of the relative error."""
+    heads = [f"{metric}: {name}" for metric in ("cosine", "error") for name in ONE_NUMBER]
+    lines = [f"| rows | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for size in SIZES:
+        found = [whole_coverage(name, size, num) for name in ONE_NUMBER]
+        shares = [row[metric] for metric in ("output_cosine", "output_rel_error") for row in found]
+        lines.append(f"| {size} | {' | '.join(f'{100 * s:.1f}' for s in shares)} |")
+    return "\n".join(lines)
 
 
 def judged(values: NDArray[np.float64], floor: NDArray[np.float64] | None, layout: tuple[int, int]) -> str:
@@ -113,7 +155,9 @@ def verdict_table(num: int) -> str:
 def main() -> None:
     num = int(sys.argv[1]) if len(sys.argv) > 1 else 4000
     text = README.read_text(encoding="utf-8")
-    for name, table in (("coverage", coverage_table(num)), ("verdicts", verdict_table(num))):
+    made = {"coverage": coverage_table, "one number": whole_table, "verdicts": verdict_table}
+    for name in sys.argv[2:] or made:
+        table = made[name](num)
         said = f"<!-- simulated: {name} -->\n{table}\n\n{num} simulations a cell.\n<!-- end -->"
         text = re.sub(rf"<!-- simulated: {name} -->.*?<!-- end -->", lambda _, said=said: said, text, flags=re.DOTALL)
         print(table, "\n")

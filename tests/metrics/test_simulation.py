@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from quantlab.report.verdicts import IN_FLOOR, WORSE
-from tests.metrics.simulate import LAYOUTS, README, VALUES, coverage, false_difference, floor_verdicts
+from tests.metrics.simulate import (
+    LAYOUTS,
+    ONE_NUMBER,
+    README,
+    SIZES,
+    VALUES,
+    coverage,
+    false_difference,
+    floor_verdicts,
+    whole_coverage,
+)
 from tests.support.tiers import default_of
 
 NUM = 800  # a share of 95 % then has a standard error of 0.8 %
@@ -17,6 +27,14 @@ def test_intervals_hold_what_they_say(label, name):
     least = {("5", "log-normal 1"): 0.89, ("5", "60 % zeros"): 0.86}.get((label, name), 0.92)
     most = 1.0 if name == "60 % zeros" else 0.99  # no continuous values: the interval errs on the wide side
     assert least < coverage(name, LAYOUTS[label], NUM) < most
+
+
+@pytest.mark.parametrize("name", ONE_NUMBER)
+@pytest.mark.parametrize("size", SIZES)
+def test_intervals_of_outputs_with_one_number_hold_what_they_say(size, name):
+    found = whole_coverage(name, size, NUM)
+    assert 0.90 < found["output_cosine"] < 0.98
+    assert (0.82 if name == "heavy tail" else 0.88) < found["output_rel_error"] < 0.98
 
 
 @pytest.mark.slow
@@ -40,5 +58,6 @@ def test_what_is_far_from_the_floor_is_told():
 
 def test_the_published_tables_are_of_these_cases():
     text = README.read_text(encoding="utf-8")
-    assert all(text.count(f"\n| {label} |") == 2 for label in LAYOUTS)
+    assert all(text.count(f"\n| {label} |") == 2 + (label in map(str, SIZES)) for label in LAYOUTS)
     assert f"| {' | '.join(VALUES)} |" in text
+    assert f"| rows | cosine: {' | cosine: '.join(ONE_NUMBER)} |" in text

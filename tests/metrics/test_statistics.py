@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 
 from quantlab.errors import MetricUndefined
 from quantlab.metrics.frechet import frechet_distance
 from quantlab.metrics.statistics import (
     bootstrap_interval,
+    log_jackknife,
     mean_interval,
     paired_differences,
     require_finite,
@@ -330,3 +331,20 @@ def test_what_rounding_makes_is_no_difference(scale):
 def test_a_sum_beyond_float64_is_no_number():
     with pytest.raises(MetricUndefined, match="^value: the sum of 10 samples is beyond float64"):
         mean_interval([1e308] * 10)
+
+
+def test_a_distance_has_its_interval_by_the_logarithm_of_what_is_left_without_each_cluster():
+    sums = np.array([[4.0, 1.0], [1.0, 2.0], [9.0, 1.5], [2.0, 1.0], [5.0, 3.0]])
+
+    def distance(totals):
+        return np.sqrt(totals[..., 0] / totals[..., 1])
+
+    found = log_jackknife(sums, distance, 10)
+    left = [np.log(np.sqrt(np.delete(sums, i, 0)[:, 0].sum() / np.delete(sums, i, 0)[:, 1].sum())) for i in range(5)]
+    middle = np.log(np.sqrt(21 / 8.5))
+    half = t.ppf(0.975, 4) * np.std([5 * middle - 4 * x for x in left], ddof=1) / 5**0.5
+    assert found.value == pytest.approx(np.exp(middle))
+    assert (found.ci_lo, found.ci_hi) == pytest.approx((np.exp(middle - half), np.exp(middle + half)))
+    assert log_jackknife(sums[:4], distance, 8) is None, "too few clusters"
+    alone = np.array([[4.0, 1.0], *[[0.0, 1.0]] * 5])
+    assert log_jackknife(alone, distance, 6) is None, "without the first there is no error"

@@ -19,7 +19,7 @@ from quantlab.errors import ConfigError
 from quantlab.metrics import METRICS
 from quantlab.metrics.significance import holm, t_test
 from quantlab.metrics.statistics import mean_interval
-from quantlab.report.compare import Comparison, _paired, answers, compare, front_of
+from quantlab.report.compare import Comparison, _Common, _paired, _test, answers, compare, front_of
 from quantlab.report.comparison_data import group_data
 from quantlab.report.comparison_table import (
     MANY,
@@ -152,6 +152,19 @@ def test_a_binary_metric_is_tested_by_mcnemar_and_against_the_reference_s_own_sa
     assert v.difference.value == pytest.approx(-4 / N)
     (group,), _ = compared(sweep, "sweep=latest", "metric=judge_agreement")
     assert group.verdicts["int4 c"].p == pytest.approx(2 * 0.5**8)
+
+
+def test_the_interval_of_a_difference_ends_where_that_of_two_values_does(sweep):
+    common = _Common("judge_agreement", [[0, 0, 0, 0, 1], [1] * 5], None, None, None)
+    (found,) = _test(["a", "b"], common, [(0, 1)])
+    assert (found.difference.value, found.difference.ci_lo) == (-0.8, -1.0)
+    assert -0.8 < found.difference.ci_hi < 0
+    common = _Common("psnr_db", [[100.0] * 4 + [10.0], [0.0] * 5], [[0.0] * 4 + [0.1], [1.0] * 5], None, None)
+    (found,) = _test(["a", "b"], common, [(0, 1)])
+    assert found.difference.ci_hi <= 100
+    assert found.in_error.ci_lo >= -1
+    (group,), _ = compared(sweep, "sweep=latest", "metric=judge_agreement")
+    assert all(v.difference.ci_hi <= 0 for v in group.verdicts.values()), "none agrees more than the reference itself"
 
 
 def test_a_margin_takes_in_what_is_real_but_small(sweep):

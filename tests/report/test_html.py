@@ -268,3 +268,24 @@ def test_no_name_turns_the_words_of_the_page_around(browser, data, tmp_path):
     assert "int4 \\u202ec3ni\\u2066" in row_names(browser), "as the terminal writes it"
     assert not set("\u202e\u2066") & set(browser.page_source + browser.title)
     assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "text"),
+    [
+        (0.99987, 0.9997, 0.99995, "0.9999 0.9997 to 0.99995"),
+        (0.986, 0.486, 1.0, "0.986 0.486 to 1.00"),
+        (0.9999999, None, None, "1.00000 "),
+        (4.06e-6, 4.05e-6, 4.07e-6, "4.06e\u22126 4.05e\u22126 to 4.07e\u22126"),
+        (123.456, 123.41, 123.5, "123.46 123.41 to 123.50"),
+        (39.6, 38.6, 40.6, "39.6 38.6 to 40.6"),
+    ],
+)
+def test_a_number_has_the_digits_that_its_interval_and_its_distance_from_1_need(
+    browser, data, tmp_path, value, low, high, text
+):
+    write_page(data, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html")
+    m = {"value": value, "ci_lo": low, "ci_hi": high}
+    found = browser.execute_script("const m = arguments[0]; return `${measured(m)} ${interval(m.ci_lo, m.ci_hi)}`", m)
+    assert found == text

@@ -421,3 +421,23 @@ def test_components_that_were_measured_apart_have_a_table_under_each_metric(brow
     choose(browser, "#metric", "judge_agreement")
     assert "Which component costs what?" not in find(browser, "main")[0].text
     assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize(("metric", "value"), [("latent_rel_mse", 7.04e-4), ("psnr_db", 39.56), ("psnr_db", 39.64)])
+def test_a_single_scheme_answers_what_the_page_asks_first(browser, data, tmp_path, metric, value):
+    group = data["groups"][0]
+    first = next(row for row in group["rows"] if row["role"] == "candidate")
+    group["rows"] = [first, *(row for row in group["rows"] if row["role"] != "candidate")]
+    first["metrics"][metric] = {"value": value, "ci_lo": None, "ci_hi": None, "floor": None}
+    group["images"]["schemes"] = group["images"]["schemes"][:1]
+    view = group["views"]["latent_rel_mse"]
+    group["views"][metric] = {**view, "metric": metric, "higher_is_better": metric == "psnr_db"}
+    write_page(data, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html", 390)
+    choose(browser, "#metric", metric)
+    answers = find(browser, ".answer")
+    assert first["name"] in answers[2].text, "its own number, rounded, is one that it keeps to"
+    assert find(browser, "#told")[0].text == "1 scheme"
+    assert not find(browser, "#scheme-slider")
+    card = find(browser, "td.long")[0]
+    assert card.rect["width"] > 250, "a reason has the whole card of a phone"

@@ -22,34 +22,46 @@ def test_printed_it_is_a_light_report_without_controls(browser, data, tmp_path):
     look(browser, tmp_path / "page.html", 720, dark=True, media="print")
     assert browser.execute_script("return getComputedStyle(document.documentElement).colorScheme") == "light"
     assert not any(e.is_displayed() for e in find(browser, ".save, button.again, #theme, input[type=range], td.away"))
-    assert all(e.is_displayed() for e in find(browser, "h2, .plot, .strips img"))
+    assert all(e.is_displayed() for e in find(browser, "h2, .on-paper.upright .plot, .strips img"))
+    assert find(browser, ".on-paper.upright .plot")
+    assert find(browser, ".on-paper.upright .map-table")
     assert "Click" not in browser.execute_script("return document.body.innerText"), "nobody clicks on paper"
     assert browser.execute_script(
-        "return [...document.querySelectorAll('.wide, .map-frame')].every(e => getComputedStyle(e).overflow === 'visible')"
+        "return [...document.querySelectorAll('.wide, .map-table')].every(e => getComputedStyle(e).overflow === 'visible')"
     )
     assert browser.execute_script("return getComputedStyle(document.querySelector('.pill')).color") != ""
 
 
-def pages_on_paper(browser, made, tmp_path):
-    """The text of each page of A4."""
+PAPERS = {"A4": (8.27, 11.69), "A4 landscape": (11.69, 8.27), "Letter": (8.5, 11), "Letter landscape": (11, 8.5)}
+"""Width and height in inches."""
+
+
+def pages_on_paper(browser, made, tmp_path, paper="A4", how="-layout"):
+    """The text of each page, or of one of pdftotext's other outputs the whole."""
     if not shutil.which("pdftotext"):
         pytest.skip("no pdftotext here: what stands on which page is not read")
     write_page(made, tmp_path / "page.html")
     look(browser, tmp_path / "page.html")
-    paper = {"printBackground": True, "paperWidth": 8.27, "paperHeight": 11.69}
-    (tmp_path / "a.pdf").write_bytes(base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", paper)["data"]))
-    words = ["pdftotext", "-layout", str(tmp_path / "a.pdf"), "-"]
+    width, height = PAPERS[paper]
+    words = {"printBackground": True, "paperWidth": width, "paperHeight": height}
+    (tmp_path / "a.pdf").write_bytes(base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", words)["data"]))
+    return text_of(tmp_path / "a.pdf", how)
+
+
+def text_of(file, how="-layout"):
+    words = ["pdftotext", how, str(file), "-"]
     return subprocess.run(words, check=True, capture_output=True, text=True).stdout.split("\f")
 
 
 @pytest.mark.parametrize("layers", [30, 60])
 def test_on_paper_a_map_has_its_names_on_its_page_and_a_table_its_head_on_each(browser, data, tmp_path, layers):
-    pages = pages_on_paper(browser, with_many_schemes(data, layers), tmp_path)
-    with_map = [text for text in pages if "transformer_blocks.0.attn.to_q" in text]
-    assert len(with_map) == 1
-    assert f"transformer_blocks.{(layers - 1) // 3}.attn.to_v" in with_map[0], "to its last row"
+    made = with_many_schemes(data, layers)
+    made["groups"][0]["layers"]["columns"] = ["int8", "int4", "nf4"]
+    pages = pages_on_paper(browser, made, tmp_path)
+    with_map = [text for text in pages if "transformer_blocks." in text]
     assert "darker is worse" in with_map[0], "with its scale"
     assert "Where in the model" in with_map[0], "and its heading"
+    assert len(with_map) == 1 or layers == 60
     rows = [
         text
         for text in pages
@@ -57,6 +69,37 @@ def test_on_paper_a_map_has_its_names_on_its_page_and_a_table_its_head_on_each(b
     ]
     assert len(rows) >= 2, "a long table"
     assert all("scheme" in text and "verdict" in text for text in rows)
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_a_map_of_many_schemes_can_be_read_on_any_paper(browser, data, tmp_path, paper):
+    made = with_many_schemes(data, 60)
+    pages = pages_on_paper(browser, made, tmp_path, paper)
+    with_map = [text for text in pages if "transformer_blocks." in text]
+    assert "Where in the model" in with_map[0], "the heading is where the map begins"
+    assert "darker is worse" in with_map[0]
+    bands = [[tuple(map(int, found)) for found in re.findall(r"schemes (\d+)\S(\d+) of 44", text)] for text in with_map]
+    assert all(bands), "the heads of its columns are on each page"
+    every = sorted({band for found in bands for band in found})
+    assert every[0][0] == 1
+    assert every[-1][1] == 44
+    assert all(b[0] == a[1] + 1 for a, b in itertools.pairwise(every)), "each scheme once"
+    rows = re.findall(r"transformer_blocks\.\d+\.attn\.to_\w", "".join(with_map))
+    assert rows == made["groups"][0]["layers"]["rows"] * len(every)
+    for text in pages:
+        last = [line.strip() for line in text.splitlines() if line.strip()][-3:]
+        assert not any(line.endswith("?") for line in last), "no heading ends a page"
+    on_each = [len(re.findall(r"transformer_blocks", text)) for text in with_map]
+    assert min(on_each) >= 3, "no row alone"
+    found = text_of(tmp_path / "a.pdf", "-bbox")[0]
+    (width, height), margin = (72 * inches for inches in PAPERS[paper]), 12 / 25.4 * 72
+    sizes = {tuple(map(float, page)) for page in re.findall(r'<page width="([\d.]+)" height="([\d.]+)"', found)}
+    assert all(abs(w - width) < 2 and abs(h - height) < 2 for w, h in sizes), "as the reader has laid the paper"
+    words = re.findall(r'xMin="(\S+)" yMin="(\S+)" xMax="(\S+)" yMax="(\S+)">(.*?)<', found)
+    assert all(margin - 1 <= float(word[0]) and float(word[2]) <= width - margin + 1 for word in words)
+    names = [float(word[3]) - float(word[1]) for word in words if word[4].startswith("transformer_blocks")]
+    assert min(names) > 7, "points"
+    assert not find(browser, ".on-paper *, details[open]"), "the screen is as it was"
 
 
 def test_a_map_too_tall_for_paper_goes_on_with_its_headings_and_loses_no_row(browser, data, tmp_path):
@@ -170,9 +213,9 @@ def test_a_map_of_many_steps_can_be_read_on_paper_and_screen(browser, data, tmp_
         assert all(b[1] - a[2] >= 4 for a, b in itertools.pairwise(heads)), "none touches the next"
         assert len(cells) % 24 == 0
         assert any(re.search("[-\u2212]5", tip) for tip in cells), "the worst step is in no mean lost"
-        zoom = float(
-            browser.execute_script(f"return {STEPS}.querySelector('.map-grid').style.getPropertyValue('--print-zoom')")
-        )
-        assert 12 * zoom >= 9, "pixels of the letters on paper"
         assert width < 400 or grid <= frame, "nothing to scroll on a desktop"
         assert ("is the worst of" in browser.execute_script(f"return {STEPS}.innerText")) == (len(cells) < 24 * num)
+    look(browser, tmp_path / "page.html", 703, media="print")
+    rows = "[...document.querySelectorAll('.upright .map-table tbody tr')].filter(e => e.offsetHeight)"
+    assert browser.execute_script(f"return {rows}.length") >= 24, "on paper"
+    assert browser.execute_script(f"return Math.max(...{rows}.map(e => e.getBoundingClientRect().right))") <= 703

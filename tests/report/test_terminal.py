@@ -16,7 +16,16 @@ from quantlab.backends.table import backends
 from quantlab.metrics import metric_called
 from quantlab.progress import broken, spell_out
 from quantlab.report import terminal
-from quantlab.report.table import cells, columns, legend, rows_sheet, said_beside, with_half_width
+from quantlab.report.table import (
+    cells,
+    columns,
+    in_bounds,
+    legend,
+    rows_sheet,
+    said_beside,
+    with_half_width,
+    with_interval,
+)
 from quantlab.report.terminal import Column, Sheet, complain, show
 from quantlab.running.status import JobStatus
 from quantlab.running.status import sheet as status_sheet
@@ -195,6 +204,54 @@ def test_words_of_sentences_and_numbers_stay_whole(rows, width):
 )
 def test_a_value_with_its_half_width(value, half, text):
     assert with_half_width(value, half) == text
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "low", "high", "text"),
+    [
+        ("same_top1", 0.986, 0.486, 1.0, "0.986 (0.486..1)"),
+        ("same_top1", 0.9987, 0.9973, 1.0, "0.999 (0.997..1)"),
+        ("latent_cosine", 0.99987, 0.9997, 0.99995, "0.9999 (0.9997..0.99995)"),
+        ("ssim", 0.9, 0.88, 0.93, "0.90 ±0.03"),
+        ("psnr_db", 99.5, 98.9, 100.0, "99.50 (98.90..100.0)"),
+        ("psnr_db", 40.1, 39.8, 40.3, "40.1 ±0.3"),
+        ("kld_mean", 0.004, 0.0, 0.03, "0.004 (0..0.03)"),
+        ("kld_mean", 4e-6, 1e-6, 3e-5, "4.0e-6 (1.0e-6..3.0e-5)"),
+        ("kld_mean", 4.06e-6, 4.04e-6, 4.08e-6, "4.06e-6 ±0.02"),
+        ("ppl", 17.5, 17.0, 25.0, "17.50 (17.00..25.00)"),
+        ("ppl", 1.02, 1.0, 1.3, "1.02 (1..1.3)"),
+        ("psnr_db", 40.1, None, None, "40.10"),
+        ("output_cosine", 0.99987, None, None, "0.9999"),
+        ("output_cosine", 0.9999999, None, None, "1.000000"),
+    ],
+)
+def test_an_interval_that_is_lopsided_or_ends_where_the_metric_does_has_both_bounds(metric, value, low, high, text):
+    name = f"quality/floor_bf16/{metric}"
+    bounds = {} if low is None else {f"{name}/ci_lo": low, f"{name}/ci_hi": high}
+    found = with_interval({name: value, **bounds}, name)
+    assert found == text
+    assert len(found) <= 24, "two of them beside each other in 80 columns"
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "text"),
+    [
+        (4.06e-6, 4.05e-6, 4.07e-6, "4.06e-6 (4.05e-6..4.07e-6)"),
+        (0.99987, 0.99981, 0.99992, "0.9999 (0.9998..0.99992)"),
+        (56.713, 56.5, 56.93, "56.71 (56.50..56.93)"),
+        (5.3e-6, 5.0e-6, 5.7e-6, "5.3e-6 (5.0e-6..5.7e-6)"),
+        (-0.2, -1.0, 0.0, "-0.2 (-1..0)"),
+    ],
+)
+def test_both_bounds_have_the_digits_that_tell_them_apart(value, low, high, text):
+    assert in_bounds(value, low, high) == text
+
+
+def test_a_bound_in_brackets_is_no_bits_of_layers():
+    row = measured("x", **{"quality/psnr_db": 99.9, "quality/psnr_db/ci_lo": 98.0, "quality/psnr_db/ci_hi": 100.0})
+    sheet = rows_sheet([row], "diffusion")
+    (column,) = [c for c in sheet.columns if c.title.startswith("psnr")]
+    assert column.caption == "(low..high): 95 % interval"
 
 
 def test_the_half_width_is_the_longer_one():

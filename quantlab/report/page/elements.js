@@ -36,6 +36,15 @@ function chooser(id, options, chosen, onchange) {
   return node;
 }
 
+const PAPER = { upright: 690, across: 960 }; // pixels between the margins of A4 and US Letter, the narrower of the two
+
+function onPaper(draw) { // what paper has instead of what a screen has, for either way that it lies; made when it is printed
+  const places = Object.entries(PAPER).map(([lies, width]) => [make("div", { class: `on-paper ${lies}` }), width]);
+  const whole = make("div", { class: "for-paper" }, ...places.map(([place]) => place));
+  whole.draw = () => places.forEach(([place, width]) => place.replaceChildren(...draw(width)));
+  return whole;
+}
+
 const PEN = document.createElement("canvas").getContext("2d"), FONT = getComputedStyle(document.body).fontFamily;
 function textWidth(text, size = 12.5, weight = 400) {
   PEN.font = `${weight} ${size}px ${FONT}`;
@@ -44,16 +53,28 @@ function textWidth(text, size = 12.5, weight = 400) {
 
 // -- numbers
 
-function number(value, digits = 3) {
+function number(value, digits = 3, told = 0) { // 'told': significant digits that its interval needs
   if (value === null || value === undefined) return "";
   if (value === 0) return "0";
-  const size = Math.abs(value);
-  if (size < 1e-3 || size >= 1e5) return value.toExponential(1).replace("+", "").replaceAll("-", "\u2212");
-  return (size >= 100 ? value.toFixed(1) : value.toPrecision(digits)).replace("-", "\u2212");
+  const size = Math.abs(value), near = Math.abs(1 - size);
+  if (size < 1e-3 || size >= 1e5) return value.toExponential(Math.max(1, told - 1)).replace("+", "").replaceAll("-", "\u2212");
+  if (size >= 100) return value.toFixed(Math.max(1, told - Math.floor(Math.log10(size)) - 1)).replace("-", "\u2212");
+  const apart = near > 0 && near < 5e-4 ? Math.min(-Math.floor(Math.log10(near)), 6) + (size > 1) : 0; // what is not 1 is not shown as 1
+  return value.toPrecision(Math.max(digits, apart, told)).replace("-", "\u2212");
 }
 
 function interval(low, high) {
-  return low === null || low === undefined || low === high ? "" : `${number(low)} to ${number(high)}`;
+  const told = digitsOf(low, high);
+  return told ? `${number(low, 3, told)} to ${number(high, 3, told)}` : "";
+}
+
+function digitsOf(low, high) { // as many as tell the ends of an interval apart; 0 where there is none
+  if (low === null || low === undefined || low === high) return 0;
+  return Math.max(1, Math.min(8, Math.floor(Math.log10(Math.max(Math.abs(low), Math.abs(high)))) - Math.floor(Math.log10(high - low)) + 1));
+}
+
+function measured(m) { // a number with as many digits as its interval has
+  return number(m.value, 3, digitsOf(m.ci_lo, m.ci_hi));
 }
 
 function unitOf(metric) {

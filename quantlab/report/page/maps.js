@@ -48,80 +48,95 @@ function gathered(map, room) { // steps side by side where there is no room for 
   return { ...map, columns, values, steps: true, heads: bins.map(([from]) => map.columns[from]), note: `each column is the worst of ${size} steps` };
 }
 
-function heatMap(whole, width, file) {
-  const most = Math.max(width * 0.6, width - 24 - 40 * whole.columns.length);
-  const side = namesIn(whole.rows, most, false), onPage = PAPER.width / PAPER.split - widest(side.shown) - 22;
-  const map = gathered(whole, onPage), { values } = map, above = namesIn(map.heads ?? map.columns, width * 0.45, true);
-  const rows = side.shown, columns = above.shown;
-  const flat = values.flat().filter((v) => v !== null);
+function shades(map) { // how a map's values are written and coloured, and what its scale says
+  const flat = map.values.flat().filter((v) => v !== null);
   const log = map.log && flat.every((v) => v > 0) && flat.length > 0, f = log ? Math.log10 : (v) => v;
   const low = Math.min(...flat.map(f)), high = Math.max(...flat.map(f));
   const t = (v) => (map.higher_is_better ? high - f(v) : f(v) - low) / (high - low || 1);
   const factor = map.percent ? 100 : 1, unit = map.percent ? "%" : map.unit, digits = map.percent ? 2 : 3;
   const show = (v) => number(factor * v, digits);
-  const left = widest(rows) + 16, words = widest(columns), longest = widest([flat.map(show).reduce((a, b) => (b.length > a.length ? b : a), "0")]) + 6; // what the longest number takes
-  const slant = !map.steps && words + 6 > Math.max(24, (width - left) / columns.length), rise = Math.sin(0.7), run = Math.cos(0.7);
-  const top = slant ? words * rise + 22 : 26, right = slant ? words * run + 6 : 6;
-  const least = map.steps ? STEP : slant ? 19 : Math.max(24, words + 6), room = (width - left - right) / columns.length;
-  const fits = map.steps && room < longest ? Math.min(room, onPage / columns.length) : room; // so that it can be read on paper, too
-  const w = Math.max(least, Math.min(96, fits)), every = map.steps ? [1, 2, 5, 10, 20, 50, 100].find((n) => n * w >= words + 8) ?? 200 : 1, h = rows.length > 120 && w < longest ? 14 : 22;
-  const across = w * columns.length + right, hasNumbers = w >= longest && h >= 20;
-  const paper = onPaper(rows.length, left + across, top, h), parts = [];
-  for (let from = 0; from < rows.length; from += paper.most) parts.push({ from, rows: rows.slice(from, from + paper.most) });
+  const ends = (map.higher_is_better ? [high, low] : [low, high]).map((v) => show(log ? 10 ** v : v));
+  return { show, unit, ends, rgb: (v) => (v === null ? null : colour(t(v))), longest: widest([flat.map(show).reduce((a, b) => (b.length > a.length ? b : a), "0")]) + 6 }; // what the longest number takes
+}
+
+function scaleOf(map, { unit, ends }, ...more) {
+  const bar = `linear-gradient(90deg, ${[0, 0.25, 0.5, 0.75, 1].map((s) => `rgb(${colour(s)})`).join(",")})`;
+  return make("div", { class: "legend" }, make("span", {}, `${map.metric}${unit ? ` [${unit}]` : ""}:`),
+    make("span", {}, `${ends[0]} `, make("span", { class: "ramp", style: `background:${bar}` }), ` ${ends[1]}`), make("span", {}, "darker is worse"),
+    map.note ? make("span", {}, map.note) : null, ...more);
+}
+
+function headsOf(words, w, every, slant, across, top) { // 'every': of steps those that have a head
   const head = drawing(across, top, { role: null, "aria-hidden": "true" });
-  columns.forEach((c, j) => {
-    const x = Math.max(w * (j + 0.5), map.steps ? textWidth(c, 12) / 2 + 1 : 0);
-    if (j % every) return;
+  words.forEach((c, j) => {
+    const x = slant ? w * (j + 0.5) : Math.max(w * (j + 0.5), every ? textWidth(c, 12) / 2 + 1 : 0);
+    if (every && j % every) return;
     head.append(make("text", slant ? { transform: `translate(${x - 2} ${top - 6}) rotate(-40)`, class: "tick" } : { x, y: top - 8, "text-anchor": "middle", class: "tick" }, c));
   });
-  for (const part of parts) {
-    const down = h * part.rows.length + (part === parts.at(-1) ? 2 : 0);
-    part.names = drawing(left, down, { role: null, "aria-hidden": "true" });
-    part.cells = drawing(across, down, { "aria-label": map.title });
-    part.rows.forEach((name, k) => {
-      const i = part.from + k;
-      part.names.append(make("text", { x: left - 8, y: h * (k + 0.5) + 4, "text-anchor": "end", class: "tick" }, name));
-      columns.forEach((c, j) => {
-        const v = values[i][j], at = { x: w * j, y: h * k, width: Math.max(1, w - 1), height: h - 1 };
-        const rgb = v === null ? null : colour(t(v));
-        part.cells.append(make("rect", { ...at, ...(rgb ? { style: `fill:rgb(${rgb})` } : {}), class: "heat", "data-tip": `${map.tip(map.rows[i], map.columns[j])}\n${v === null ? "not quantized" : `${map.metric} ${show(v)} ${unit}`}` }));
-        if (v === null || !hasNumbers) return;
-        part.cells.append(make("text", { x: at.x + w / 2, y: at.y + h / 2 + 4, "text-anchor": "middle", class: "cell", style: `fill:${inkOn(rgb)}` }, show(v)));
-      });
-    });
-  }
-  const ends = (map.higher_is_better ? [high, low] : [low, high]).map((v) => show(log ? 10 ** v : v));
-  const bar = `linear-gradient(90deg, ${[0, 0.25, 0.5, 0.75, 1].map((s) => `rgb(${colour(s)})`).join(",")})`;
-  const legend = make("div", { class: "legend" }, make("span", {}, `${map.metric}${unit ? ` [${unit}]` : ""}:`),
-    make("span", {}, `${ends[0]} `, make("span", { class: "ramp", style: `background:${bar}` }), ` ${ends[1]}`), make("span", {}, "darker is worse"),
-    map.note ? make("span", {}, map.note) : null,
-    hasNumbers ? null : make("span", { class: "screen" }, "point at a cell for its number"),
-    saveSvg(file, () => alone(map, { head, parts, top, h, shown: columns, listed: above.list, said: [map.name && `${map.name}:`, map.metric, unit && `[${unit}]`, map.note && `(${map.note})`].filter(Boolean).join(" "), ends })));
-  const stay = left < width * 0.45 ? " stay" : ""; // long names scroll away on a narrow screen; paper holds all
-  const grid = parts.map((part, i) => make("div", { class: "map-part" },
-    make("div", { class: `map-corner${stay}${i ? " later" : ""}` }), make("div", { class: `map-head${i ? " later" : ""}` }, i ? head.cloneNode(true) : head),
-    make("div", { class: `map-names${stay}` }, part.names), make("div", {}, part.cells)));
-  return [legend, make("div", { class: `map-frame${parts.length > 1 ? " parts" : ""}`, tabindex: 0 },
-    make("div", { class: "map-grid", style: `--map-columns:${left}px ${across}px;--print-zoom:${paper.zoom.toFixed(3)}` }, ...grid)), side.list, above.list].filter(Boolean);
+  return head;
 }
 
-const PAPER = { width: 690, height: 880, least: 0.62, split: 0.8 }; // pixels of a page below a heading; how small print may be
-
-function onPaper(num, width, top, h) { // a map goes onto one page where that can be read, or on as many as it needs, each with its headings
-  const wide = Math.min(1, PAPER.width / width), high = PAPER.height / (top + h * num);
-  if (num && high >= Math.min(PAPER.least, wide)) return { zoom: Math.min(wide, high), most: num };
-  const zoom = Math.min(wide, PAPER.split), most = Math.max(1, Math.floor((PAPER.height / zoom - top) / h));
-  return { zoom, most: Math.ceil(num / Math.ceil(num / most)) || 1 };
+function cellOf(shade, v, at, hasNumber, tip) {
+  const rgb = shade.rgb(v);
+  return [make("rect", { ...at, ...(rgb ? { style: `fill:rgb(${rgb})` } : {}), class: "heat", "data-tip": tip }),
+    v === null || !hasNumber ? null : make("text", { x: at.x + at.width / 2, y: at.y + at.height / 2 + 4.5, "text-anchor": "middle", class: "cell", style: `fill:${inkOn(rgb)}` }, shade.show(v))].filter(Boolean);
 }
 
-function alone(map, { head, parts, top, h, shown, listed, said, ends }) { // a map as a file: its scale, its rows' whole names, and what its letters stand for
+const RISE = Math.sin(0.7), RUN = Math.cos(0.7);
+const everyOf = (w, words) => [1, 2, 5, 10, 20, 50, 100].find((n) => n * w >= words + 8) ?? 200;
+
+function heatMap(whole, width, file) {
+  const most = Math.max(width * 0.6, width - 24 - 40 * whole.columns.length), side = namesIn(whole.rows, most, false), rows = side.shown;
+  const map = gathered(whole, width - widest(rows) - 22), { values } = map, shade = shades(map), above = namesIn(map.heads ?? map.columns, width * 0.45, true);
+  const columns = above.shown, left = widest(rows) + 16, words = widest(columns);
+  const slant = !map.steps && words + 6 > Math.max(24, (width - left) / columns.length);
+  const top = slant ? words * RISE + 22 : 26, right = slant ? words * RUN + 6 : 6;
+  const least = map.steps ? STEP : slant ? 19 : Math.max(24, words + 6);
+  const w = Math.max(least, Math.min(96, (width - left - right) / columns.length)), h = rows.length > 120 && w < shade.longest ? 14 : 22;
+  const across = w * columns.length + right, down = h * rows.length + 2, hasNumbers = w >= shade.longest && h >= 20;
+  const head = headsOf(columns, w, map.steps ? everyOf(w, words) : 0, slant, across, top);
+  const names = drawing(left, down, { role: null, "aria-hidden": "true" }), cells = drawing(across, down, { "aria-label": map.title });
+  rows.forEach((name, i) => {
+    names.append(make("text", { x: left - 8, y: h * (i + 0.5) + 4, "text-anchor": "end", class: "tick" }, name));
+    values[i].forEach((v, j) => cells.append(...cellOf(shade, v, { x: w * j, y: h * i, width: Math.max(1, w - 1), height: h - 1 }, hasNumbers,
+      `${map.tip(map.rows[i], map.columns[j])}\n${v === null ? "not quantized" : `${map.metric} ${shade.show(v)} ${shade.unit}`}`)));
+  });
+  const legend = scaleOf(map, shade, hasNumbers ? null : make("span", {}, "point at a cell for its number"),
+    saveSvg(file, () => alone(map, { head, cells, top, h, shown: columns, listed: above.list, said: [map.name && `${map.name}:`, map.metric, shade.unit && `[${shade.unit}]`, map.note && `(${map.note})`].filter(Boolean).join(" "), ends: shade.ends })));
+  const stay = left < width * 0.45 ? " stay" : ""; // long names scroll away on a narrow screen
+  const grid = make("div", { class: "map-grid", style: `grid-template-columns:${left}px ${across}px` },
+    make("div", { class: `map-corner${stay}` }), make("div", { class: "map-head" }, head), make("div", { class: `map-names${stay}` }, names), make("div", {}, cells));
+  return [make("div", { class: "screen" }, ...[legend, make("div", { class: "map-frame", tabindex: 0 }, grid), side.list, above.list].filter(Boolean)), onPaper((paper) => mapOnPaper(whole, paper))];
+}
+
+const ROW = 15, WHOLE = 520, UPRIGHT = 120; // pixels on paper: of a row, of a map that every sheet has room for below its headings, and of upright heads (one above a quarter of a sheet is not repeated)
+
+function mapOnPaper(whole, width) { // as many tables below one another as the columns need for each number to be read; the heads are on each page
+  const left = Math.min(widest(whole.rows) + 10, width * 0.4), room = width - left, map = gathered(whole, room), shade = shades(map);
+  const above = namesIn(map.heads ?? map.columns, 2 * UPRIGHT, true), names = above.shown.map((c) => endOf(c, 2 * UPRIGHT)), words = widest(names), all = names.length;
+  const least = map.steps ? room / all : Math.max(shade.longest - 4, 22), num = Math.ceil(all / Math.max(1, Math.floor(room / least + 1e-6))), each = Math.ceil(all / num);
+  const w = Math.min(64, room / each), upright = !map.steps && words + 6 > w, top = upright ? Math.min(words, UPRIGHT) + 12 : 22, hasNumbers = w >= shade.longest - 4;
+  const tables = Array.from({ length: num }, (_, k) => {
+    const from = k * each, to = Math.min(from + each, all);
+    const part = num > 1 ? `${map.steps ? "steps" : "schemes"} ${from + 1}\u2013${to} of ${all}` : "";
+    const heads = names.slice(from, to), head = !upright ? headsOf(heads, w, map.steps ? everyOf(w, words) : 0, false, room, top) // a turned drawing is empty where a head is repeated
+      : make("div", { class: "upright-words", style: `height:${top}px` }, ...heads.map((c) => make("span", { style: `width:${w}px` }, c)));
+    const lines = map.rows.map((name, i) => make("tr", {}, make("th", { scope: "row" }, name),
+      make("td", {}, drawing(room, ROW, {}, ...map.values[i].slice(from, to).flatMap((v, j) => cellOf(shade, v, { x: w * j, y: 0, width: Math.max(1, w - 1), height: ROW - 1 }, hasNumbers, null))))));
+    return make("table", { class: `map-table${top + ROW * map.rows.length < WHOLE ? " whole" : ""}` }, make("colgroup", {}, make("col", { style: `width:${left}px` }), make("col", {})),
+      make("thead", {}, make("tr", {}, make("th", {}, part), make("td", {}, head))), make("tbody", {}, ...lines));
+  });
+  return [scaleOf(map, shade), ...tables, ...[above.list].filter(Boolean)];
+}
+
+function alone(map, { head, cells, top, h, shown, listed, said, ends }) { // a map as a file: its scale, its rows' whole names, and what its letters stand for
   const left = widest(map.rows) + 16, width = left + Number(head.getAttribute("width")), over = 34, down = h * map.rows.length + 2, x = textWidth(`${said}: ${ends[0]}`, 12) + 16;
   const scale = drawing(x + 160 + textWidth(`${ends[1]}, darker is worse`, 12), over, {}, make("text", { x: 8, y: 20, class: "tick" }, `${said}: ${ends[0]}`),
     ...Array.from({ length: 28 }, (_, i) => make("rect", { x: x + 5 * i, y: 10, width: 5, height: 12, style: `fill:rgb(${colour(i / 27)})` })),
     make("text", { x: x + 148, y: 20, class: "tick" }, `${ends[1]}, darker is worse`));
   const names = drawing(left, down, {}, ...map.rows.map((name, i) => make("text", { x: left - 8, y: h * (i + 0.5) + 4, "text-anchor": "end", class: "tick" }, name)));
   const list = listed ? [[listDrawing(map.columns.map((name, j) => `${shown[j]}  ${name}`), width), 0, over + top + down + 8]] : [];
-  return [[scale, 0, 0], [head, left, over], [names, 0, over + top], ...parts.map((part) => [part.cells, left, over + top + h * part.from]), ...list];
+  return [[scale, 0, 0], [head, left, over], [names, 0, over + top], [cells, left, over + top], ...list];
 }
 
 function chosenColumns(map) { // of a map whose columns are schemes, those that are shown

@@ -7,13 +7,13 @@ function lists() {
       { title: "scheme", text: true, name: true, value: (r) => r.name, cell: (r) => r.name },
       { title: "stage", text: true, value: (r) => r.stage, cell: (r) => r.stage },
       { title: "state", text: true, value: (r) => r.status, cell: (r) => r.status.toLowerCase() },
-      { title: "reason", text: true, value: (r) => r.error, cell: (r) => r.error },
+      { title: "reason", text: true, long: true, value: (r) => r.error, cell: (r) => r.error },
     ], DATA.failed)));
   }
   if (DATA.skipped.length) {
     parts.push(section("What was not tried?", "Combinations that no library can carry out.", plain([
       { title: "combination", text: true, name: true, value: (r) => r.combination, cell: (r) => r.combination },
-      { title: "reason", text: true, value: (r) => r.reason, cell: (r) => r.reason },
+      { title: "reason", text: true, long: true, value: (r) => r.reason, cell: (r) => r.reason },
     ], DATA.skipped)));
   }
   return parts;
@@ -109,4 +109,14 @@ document.addEventListener("click", (event) => { // the same address again change
 });
 chosenRow();
 addEventListener("resize", () => { if (innerWidth !== drawnWidth) { drawnWidth = innerWidth; update(); } });
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => { d.open = true; }));
+function toPaper() {
+  document.querySelectorAll("details:not([open])").forEach((d) => { d.open = true; d.closesAgain = true; });
+  document.querySelectorAll(".for-paper").forEach((place) => place.draw());
+}
+function fromPaper() {
+  document.querySelectorAll("details").forEach((d) => { if (d.closesAgain) d.open = d.closesAgain = false; });
+  document.querySelectorAll(".on-paper").forEach((place) => place.replaceChildren());
+}
+addEventListener("beforeprint", toPaper);
+addEventListener("afterprint", fromPaper);
+if (matchMedia("print").matches) toPaper();

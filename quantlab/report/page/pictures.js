@@ -31,7 +31,7 @@ function imagePanel() {
   candidate.draggable = false; show(first); bright();
   const name = (text, small) => make("div", { class: "what" }, text, small);
   return [
-    make("div", { class: "controls" }, make("label", {}, "scheme ", choose), make("label", { class: "screen" }, "smallest ", slider, " largest"), make("label", { class: "screen" }, "difference dark ", gain, " bright")),
+    make("div", { class: "controls" }, make("label", {}, "scheme ", choose), schemes.length > 1 ? make("label", { class: "screen" }, "smallest ", slider, " largest") : null, make("label", { class: "screen" }, "difference dark ", gain, " bright")),
     make("div", { class: "strips", style: `max-width:${Math.max(380, group().images.tiles * 124 + 144)}px` }, name("reference"), still, name(label, make("small", { class: "screen" }, "hold to see the reference")),
       candidate, name("difference", gainText), difference)];
 }

@@ -35,7 +35,7 @@ function tipOf(row) {
   const lines = [row.name, `${bytes(row.weights_bytes)}, ${number(row.bits_per_weight_model)} bits per weight${inLayers}`];
   for (const name of new Set([state.metric, ...group().headline])) {
     const m = row.metrics[name], range = m ? interval(m.ci_lo, m.ci_hi) : "";
-    if (m) lines.push(`${name} ${number(m.value)} ${unitOf(name)}${range ? ` (95 %: ${range})` : ""}`);
+    if (m) lines.push(`${name} ${measured(m)} ${unitOf(name)}${range ? ` (95 %: ${range})` : ""}`);
   }
   if (!["weights_bytes", "bits_per_weight_model"].includes(axis().key)) lines.push(`${axis().title} ${number(axisOf(row) / axisScale([row]).by)} ${axisScale([row]).unit}`);
   if (verdictOf(row)) lines.push(`${verdictOf(row).verdict}${onFront(row) ? "; on the Pareto front" : ""}`);
@@ -58,9 +58,13 @@ function plotSection(width) {
     rows.some((r) => valueOf(r).ci_lo !== null) ? "Bars are 95 % intervals." : "", `n = ${group().n}.`, axis().note].filter(Boolean).join(" ");
   const title = byBytes ? "What does each byte buy?" : `${state.metric} against ${axis().title}`;
   if (!rows.some((r) => r.role === "candidate")) return section(title, "No scheme is shown: another word, or a press on its library, brings it back.");
-  const { svg, numbered } = plot(rows, width);
-  const list = numbered.length ? make("ol", { class: "numbered" }, ...numbered.map((row, i) => make("li", { value: i + 1 }, make("a", { href: `#${anchors(state.group)[row.name]}` }, row.name)))) : null;
-  return section(title, hint, make("div", { class: "figure" }, saveSvg("plot", () => aloneToo(svg, rows, numbered)), svg), list);
+  const drawn = (room) => {
+    const { svg, numbered } = plot(rows, room);
+    const list = numbered.length ? make("ol", { class: "numbered" }, ...numbered.map((row, i) => make("li", { value: i + 1 }, make("a", { href: `#${anchors(state.group)[row.name]}` }, row.name)))) : null;
+    return [svg, list, numbered];
+  };
+  const [svg, list, numbered] = drawn(width), file = saveSvg("plot", () => aloneToo(svg, rows, numbered));
+  return section(title, hint, make("div", { class: "figure screen" }, file, svg, list), onPaper((room) => drawn(room).slice(0, 2).filter(Boolean)));
 }
 
 function aloneToo(svg, rows, numbered) { // the plot as a file: what its colours say, and what its numbers stand for

@@ -95,7 +95,7 @@ function toolbar(update) {
   const legend = make("div", { class: "legend", id: "legend" }), told = make("span", { class: "told", id: "told" });
   const tell = () => {
     const n = shownCandidates().length, all = candidates().length;
-    told.textContent = n === all ? `${all} schemes` : `${n} of ${all} schemes`;
+    told.textContent = n === all ? `${all} scheme${all === 1 ? "" : "s"}` : `${n} of ${all} schemes`;
     legend.replaceChildren(...kinds().map((b) => make("button", {
       type: "button", class: "kind", "data-kind": b, "aria-pressed": String(!state.hidden.has(b)), title: "show or hide", onclick: () => toggle(b),
     }, key(b), b)));
@@ -117,13 +117,18 @@ function toolbar(update) {
 
 // -- answers to the reader's own questions
 
+function roundedFor(value) { // a short number that this value itself keeps to
+  const near = Number(value.toPrecision(2)), unit = 10 ** (Math.floor(Math.log10(Math.abs(value) || 1)) - 1);
+  return better(near, value) ? Number((near + (view().higher_is_better ? -unit : unit)).toPrecision(2)) : near;
+}
+
 function answers() {
   const rows = shownCandidates().filter((r) => r.weights_bytes && valueOf(r)).sort((a, b) => a.weights_bytes - b.weights_bytes);
   const sorted = rows.map((r) => valueOf(r).value).sort((a, b) => a - b), ids = anchors(state.group);
-  if (state.quality === null && sorted.length) state.quality = Number(sorted[Math.floor(sorted.length / 2)].toPrecision(2));
+  if (state.quality === null && sorted.length) state.quality = roundedFor(sorted[Math.floor(sorted.length / 2)]);
   const result = (place, row, none) => place.replaceChildren(...(row ? [make("div", { class: "name" }, make("a", { href: `#${ids[row.name]}` }, row.name)),
     make("div", { class: "cost" }, `${bytes(row.weights_bytes)}${row.compression ? `, ${decimals(row.compression, 2)}\u00d7 smaller than 16 bit` : ""}`),
-    make("div", { class: "cost" }, `${state.metric} ${number(valueOf(row).value)} ${unitOf(state.metric)}`)]
+    make("div", { class: "cost" }, `${state.metric} ${measured(valueOf(row))} ${unitOf(state.metric)}`)]
     : [make("div", { class: "none" }, none)]));
   const places = [0, 1, 2].map(() => make("div", { "aria-live": "polite" }));
   const tell = () => {

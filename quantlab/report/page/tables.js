@@ -23,7 +23,7 @@ function sortable(columns, rows, start, detail, longest = 60) {
       const cells = columns.map((c) => {
         const inside = [c.cell(row, toggle, open.has(row))].flat().filter((x) => x !== "" && x !== null && x !== undefined);
         const label = c.name || c.away ? null : [c.title, c.sub && c.sub.length < 20 ? c.sub : ""].filter(Boolean).join(" ");
-        return make("td", { class: `${c.text ? "text" : "num"}${c.name ? " name" : ""}${c.away ? " away" : ""}${c.quote ? " quote" : ""}${inside.length ? "" : " empty"}`, "data-label": label }, make("div", {}, ...inside));
+        return make("td", { class: `${c.text ? "text" : "num"}${c.name ? " name" : ""}${c.away ? " away" : ""}${c.quote ? " quote" : ""}${c.long ? " long" : ""}${inside.length ? "" : " empty"}`, "data-label": label }, make("div", {}, ...inside));
       });
       const line = make("tr", { class: row.role === "baseline" ? "baseline" : null, "data-name": row.name, id: row.anchor }, ...cells);
       return open.has(row) ? [line, make("tr", { class: "detail" }, make("td", { colspan: columns.length }, ...detail(row)))] : [line];
@@ -45,7 +45,7 @@ function schemeTable() {
     title: name, sub: [unitOf(name), direction(name)].filter(Boolean).join(", "), down: DATA.metrics[name].higher_is_better,
     value: (r) => r.metrics[name]?.value, cell: (r) => {
       const m = r.metrics[name], range = m ? interval(m.ci_lo, m.ci_hi) : "";
-      return m ? [number(m.value), range ? make("span", { class: "interval" }, range) : ""] : "";
+      return m ? [measured(m), range ? make("span", { class: "interval" }, range) : ""] : "";
     },
   });
   const extra = ["weights_bytes", "bits_per_weight_model", "bits_per_weight_quantized"].includes(axis().key) ? [] : [{
@@ -95,7 +95,7 @@ function copyText(text, pre, copy) {
 }
 
 function costTable(costs) {
-  const cell = (v, sign = "") => (v ? [`${v.value > 0 ? sign : ""}${number(v.value)}`, interval(v.ci_lo, v.ci_hi) ? make("span", { class: "interval" }, interval(v.ci_lo, v.ci_hi)) : ""] : "");
+  const cell = (v, sign = "") => (v ? [`${v.value > 0 ? sign : ""}${measured(v)}`, interval(v.ci_lo, v.ci_hi) ? make("span", { class: "interval" }, interval(v.ci_lo, v.ci_hi)) : ""] : "");
   const stored = (v) => (v === null ? "" : mib(v));
   return sortable([
     { title: "component", text: true, name: true, value: (c) => c.component, cell: (c) => c.component },
@@ -111,7 +111,7 @@ function pairTable(pairs) {
   const columns = [
     { title: "scheme A", text: true, name: true, value: (v) => v.a, cell: (v) => v.a },
     { title: "scheme B", text: true, value: (v) => v.b, cell: (v) => make("div", { class: "wraps" }, v.b) },
-    { title: "A \u2212 B", sub: state.metric, value: (v) => v.difference, cell: (v) => [number(v.difference), make("span", { class: "interval" }, interval(v.ci_lo, v.ci_hi))] },
+    { title: "A \u2212 B", sub: state.metric, value: (v) => v.difference, cell: (v) => [measured({ ...v, value: v.difference }), make("span", { class: "interval" }, interval(v.ci_lo, v.ci_hi))] },
     { title: "p", sub: "Holm", down: true, value: (v) => v.p_holm, cell: (v) => [probability(v.p_holm), v.share_worse === null ? "" : make("span", { class: "interval" }, `rank ${probability(v.p_rank)}`)] },
     { title: "verdict", text: true, value: (v) => v.said, cell: (v) => pill(/^(better|worse)/.test(v.verdict) ? "better" : v.verdict, v.said) },
   ];
