@@ -138,9 +138,15 @@ def _chain(node: ast.AST, attribute: str) -> tuple[str, ...] | None:
     names: list[str] = []
     inner: ast.expr = node.value
     while isinstance(inner, (ast.Attribute, ast.Subscript)):
-        names.append(inner.attr if isinstance(inner, ast.Attribute) else _EVERY)
+        names.append(inner.attr if isinstance(inner, ast.Attribute) else _index(inner))
         inner = inner.value
     return tuple(reversed(names)) if isinstance(inner, ast.Name) and inner.id == "self" else None
+
+
+def _index(node: ast.Subscript) -> str:
+    """The name of the part at an index that is written out; else of every one."""
+    index = node.slice.value if isinstance(node.slice, ast.Constant) else None
+    return str(index) if isinstance(index, (int, str)) else _EVERY
 
 
 def note_failures(module: nn.Module, quantized: Sequence[str]) -> None:
