@@ -303,6 +303,9 @@ def _checked(module: Any) -> Any:
     check_offloading(module, "module")
     check_uncompiled(module, "module")
     for name, parameter in module.named_parameters():
+        if hasattr(parameter, "__tensor_flatten__"):
+            kind = type(parameter).__name__
+            raise ConfigError(f"module: {name} is a {kind}, already quantized: pass the unquantized one")
         if parameter.dtype == torch.float64:
             raise ConfigError(
                 f"module: {name} is of float64, and modules are quantized and compared in float32, bfloat16 or "

@@ -172,6 +172,17 @@ def test_what_changes_as_it_runs_is_compared_from_one_state_and_given_back(kind)
         assert torch.equal(buffer, before[name][1])
 
 
+@pytest.mark.parametrize("config", [quantlab.TorchAoConfig("int8wo"), quantlab.QuantoConfig("int8")])
+def test_a_module_whose_weights_are_quantized_already_is_told_so(config):
+    made, _ = quantlab.quantize(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), config)
+    for ask in (quantlab.evaluate, quantlab.quantize):
+        more = ([INT8], [X]) if ask is quantlab.evaluate else (INT8,)
+        with pytest.raises(
+            quantlab.ConfigError, match=r"^module: 0.weight is a \w+, already quantized: pass the unquantized one"
+        ):
+            ask(nn.Sequential(made[0], nn.Linear(64, 64)), *more)
+
+
 class Rescaling(OneLinear):
     """Divides its weights at its first call in eval mode and remembers it, as RWKV does."""
 
