@@ -27,13 +27,13 @@ from quantlab.modules.memory import component_memory, measure_stage, note_held
 from quantlab.modules.packed import stored_at
 from quantlab.modules.precision import exact_arithmetic, own_modes
 from quantlab.modules.reached import check_uncompiled, check_weights_are_here, recorded_reads, uncalled
-from quantlab.modules.read_in_source import note_failures, reads_in_source
+from quantlab.modules.read_in_source import changes_in_source, note_failures, reads_in_source
 from quantlab.modules.ties import copied
 from quantlab.planning.job import Plan, scheme_name
 from quantlab.planning.plan import plan
 from quantlab.progress import say
 from quantlab.protocols.module import ModuleInputs, check, inputs_of, observe, samples_of
-from quantlab.protocols.unchanged import same_state
+from quantlab.protocols.unchanged import same_memory, same_state
 from quantlab.quiet import quiet_libraries
 from quantlab.report.reading import Reader, open_reader
 from quantlab.report.results import Results, chosen_rows
@@ -200,6 +200,12 @@ def quantize(
         quiet = contextlib.suppress(*not_finite)
         with in_eval_mode(module), same_state(module), recorded_reads(module) as read, quiet:
             observe(_loaded(module), _given(module, list(known[:1])), EvaluationConfig())
+    elif changing := changes_in_source(module):
+        say(
+            f"module: {changing} changes weights as it runs, and would change the quantized ones: run the module once "
+            "in eval mode before, where it does so at the first call alone, or pass inputs=[batch], which finds out",
+            "warning",
+        )
     made, report = _quantized(module, scheme, calibration, read)
     if not inputs:
         note_failures(made, [r.name for r in report.layers if r.status in ("quantized", "fallback")])
@@ -224,7 +230,7 @@ def _quantized(
         calibrated = None
         if scheme.native.needs_data:
             feed = feed_of_batches(_needed(scheme.native, calibration), device, dtype)
-            with same_state(candidate, selection.calibrated):  # weights that it makes of others are not yet those
+            with same_memory(candidate, selection.calibrated):  # weights that it makes of others are not yet those
                 calibrated = calibrate_component(request, candidate, selection, feed)
         return quantize_component(request, candidate, module, selection, calibrated)
 
@@ -297,6 +303,9 @@ def _checked(module: Any) -> Any:
     check_offloading(module, "module")
     check_uncompiled(module, "module")
     for name, parameter in module.named_parameters():
+        if hasattr(parameter, "__tensor_flatten__"):
+            kind = type(parameter).__name__
+            raise ConfigError(f"module: {name} is a {kind}, already quantized: pass the unquantized one")
         if parameter.dtype == torch.float64:
             raise ConfigError(
                 f"module: {name} is of float64, and modules are quantized and compared in float32, bfloat16 or "

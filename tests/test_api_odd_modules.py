@@ -172,6 +172,57 @@ def test_what_changes_as_it_runs_is_compared_from_one_state_and_given_back(kind)
         assert torch.equal(buffer, before[name][1])
 
 
+@pytest.mark.parametrize("config", [quantlab.TorchAoConfig("int8wo"), quantlab.QuantoConfig("int8")])
+def test_a_module_whose_weights_are_quantized_already_is_told_so(config):
+    made, _ = quantlab.quantize(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), config)
+    for ask in (quantlab.evaluate, quantlab.quantize):
+        more = ([INT8], [X]) if ask is quantlab.evaluate else (INT8,)
+        with pytest.raises(
+            quantlab.ConfigError, match=r"^module: 0.weight is a \w+, already quantized: pass the unquantized one"
+        ):
+            ask(nn.Sequential(made[0], nn.Linear(64, 64)), *more)
+
+
+class Rescaling(OneLinear):
+    """Divides its weights at its first call in eval mode and remembers it, as RWKV does."""
+
+    is_scaled = False
+
+    def forward(self, x):
+        if not self.is_scaled and not self.training:
+            with torch.no_grad():
+                self.linear.weight.div_(4)
+            self.is_scaled = True
+        return self.linear(x).relu()
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda module: quantlab.evaluate(module, [INT8], [X], num_bootstrap=10),
+        lambda module: quantlab.quantize(module, INT8, inputs=[X]),
+    ],
+)
+def test_a_module_that_changes_its_weights_is_refused_unless_it_has_done_so(ask):
+    module, expected = Rescaling().eval(), Rescaling().eval()(X)
+    with pytest.raises(
+        quantlab.ModelError, match=r"^module: it changes its own weights .*\(linear.weight\).* run it once"
+    ):
+        ask(module)
+    assert torch.equal(module(X), expected)  # it is not left with the weights of one state and the memory of another
+    ask(module)
+    assert torch.equal(module(X), expected)
+    made, _ = quantlab.quantize(module, INT8, inputs=[X])
+    assert float((made(X) - expected).norm() / expected.norm()) < 0.02
+
+
+def test_without_inputs_a_module_whose_code_changes_weights_is_warned_of(capsys):
+    quantlab.quantize(OneLinear(), INT8)
+    assert "changes weights" not in capsys.readouterr().err
+    quantlab.quantize(Rescaling(), INT8)
+    assert "module: Rescaling.forward changes weights as it runs" in capsys.readouterr().err
+
+
 class Spectral(OneLinear):
     """A layer of complex numbers, and one of integers that is decoded as it is read."""
 

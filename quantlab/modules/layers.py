@@ -296,19 +296,21 @@ def _digest_tensor(digest: hashlib._Hash, name: str, value: object) -> None:
 
 
 @contextmanager
-def changed_tensors(module: nn.Module) -> Iterator[list[str]]:
+def changed_tensors(module: nn.Module, *, buffers: bool = True) -> Iterator[list[str]]:
     """A list that is empty inside; afterwards it has the names of the parameters and buffers whose values changed.
 
     By the sum of each tensor's words, before and after: a change that leaves it as it is goes unseen.
     """
-    before = _word_sums(module)
+    before = _word_sums(module, buffers)
     changed: list[str] = []
-    yield changed
-    after = _word_sums(module)
-    changed += [name for name, found in after.items() if before.get(name) != found]
+    try:
+        yield changed
+    finally:
+        after = _word_sums(module, buffers)
+        changed += [name for name, found in after.items() if before.get(name) != found]
 
 
-def _word_sums(module: nn.Module) -> dict[str, int]:
+def _word_sums(module: nn.Module, buffers: bool) -> dict[str, int]:
     import torch
 
     def word_sum(tensor: Tensor) -> int:
@@ -317,8 +319,9 @@ def _word_sums(module: nn.Module) -> dict[str, int]:
         fits = not (data.numel() % 4 or data.storage_offset() % 4)
         return int((data.view(torch.int32) if fits else data).sum())
 
-    named = [*module.named_parameters(), *module.named_buffers()]
-    return {name: word_sum(t) for name, t in named if t.numel() and not t.is_meta}
+    named = [*module.named_parameters(), *(module.named_buffers() if buffers else ())]
+    known = [(name, t) for name, t in named if t.layout == torch.strided and not hasattr(t, "__tensor_flatten__")]
+    return {name: word_sum(t) for name, t in known if t.numel() and not t.is_meta}
 
 
 def all_finite(values: Tensor) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.errors import ConfigError
 from quantlab.modules.layers import linear_layers
+from quantlab.modules.read_in_source import reads_in_source
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,17 +58,19 @@ def check_uncompiled(module: nn.Module, what: str) -> None:
 @contextmanager
 def recorded_reads(module: nn.Module) -> Iterator[list[str]]:
     """A list that is empty inside; afterwards it has the paths of the Linear layers whose weight was looked at by
-    something else than the layer's own forward, while the block ran the unquantized ``module``."""
+    something else than the layer's own forward, while the block ran the unquantized ``module``. Of layers that nothing
+    came to, such as experts without a token, those whose weight the code looks at."""
     layers = linear_layers(module)
     noticed: set[int] = set()
+    called: set[int] = set()
     found: list[str] = []
     handles = []
     kinds = {name: type(layer) for name, layer in layers.items()}
     for layer in layers.values():
         layer.__class__ = _watched(cast(Any, type(layer)))
-        vars(layer)[_WATCH] = (noticed, [])
+        vars(layer)[_WATCH] = (noticed, [], called)
         if "forward" in vars(layer):  # that of its class is not what is called: its weights come and go
-            handles.append(layer.register_forward_pre_hook(lambda own, _: vars(own)[_WATCH][1].append(True)))
+            handles.append(layer.register_forward_pre_hook(lambda own, _: _begin(own)))
             handles.append(layer.register_forward_hook(lambda own, *_: vars(own)[_WATCH][1].clear(), prepend=True))
     try:
         yield found
@@ -77,10 +80,18 @@ def recorded_reads(module: nn.Module) -> Iterator[list[str]]:
         for name, layer in layers.items():
             layer.__class__ = kinds[name]
             del vars(layer)[_WATCH]
-    found += [name for name, layer in layers.items() if id(layer) in noticed]
+    of_code = {name for name in reads_in_source(module) if id(layers[name]) not in called}
+    found += [name for name, layer in layers.items() if id(layer) in noticed or name in of_code]
 
 
 _WATCH = "_quantlab_watch"
+
+
+def _begin(layer: nn.Module) -> None:
+    """A call of a watched layer begins."""
+    _, running, called = vars(layer)[_WATCH]
+    running.append(True)
+    called.add(id(layer))
 
 
 @functools.cache
@@ -88,18 +99,17 @@ def _watched(base: type[nn.Linear]) -> type[nn.Linear]:
     """``base``, whose layers note who looks at their weight."""
 
     def look(self: Any, name: str) -> Any:
-        noticed, running = vars(self)[_WATCH]
+        noticed, running, _ = vars(self)[_WATCH]
         if name == "weight" and not running:
             noticed.add(id(self))
         return base.__getattr__(self, name)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        running = vars(self)[_WATCH][1]
-        running.append(True)
+        _begin(self)
         try:
             return base.forward(self, *args, **kwargs)
         finally:
-            running.pop()
+            vars(self)[_WATCH][1].pop()
 
     made = type(base.__name__, (base,), {"__getattr__": look, "forward": forward})
     made.__module__, made.__qualname__ = base.__module__, base.__qualname__

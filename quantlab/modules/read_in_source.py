@@ -53,18 +53,51 @@ def _at(part: Any, chain: Sequence[str]) -> Iterator[Any]:
     yield from found
 
 
+def changes_in_source(module: nn.Module) -> str:
+    """``Class.method`` of the first part whose code changes a weight in place; empty where none does."""
+    return next(filter(None, (_changing_method(cast(Any, type(part))) for part in module.modules())), "")
+
+
+@functools.cache
+def _changing_method(kind: type) -> str:
+    for base, method in _methods_of(kind, "weight"):
+        if _changes(method):
+            return f"{base.__name__}.{method.name}"
+    return ""
+
+
+def _changes(node: ast.AST) -> bool:
+    """Whether there is ``x.weight.op_(...)`` or ``x.weight.data.op_(...)`` that is not of training alone."""
+    if isinstance(node, ast.If) and ast.unparse(node.test).startswith("self.training"):
+        return any(map(_changes, node.orelse))
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        name, value = node.func.attr, node.func.value
+        if isinstance(value, ast.Attribute) and value.attr == "data":
+            value = value.value
+        of_weight = isinstance(value, ast.Attribute) and value.attr == "weight"
+        if of_weight and name.endswith("_") and not name.startswith("_") and name not in ("requires_grad_", "detach_"):
+            return True
+    return any(map(_changes, ast.iter_child_nodes(node)))
+
+
 @functools.cache
 def _chains_of(kind: type, attribute: str) -> tuple[tuple[str, ...], ...]:
     """Chains ``c`` such that a method of the class reads ``self.c.attribute``; an empty one is ``self.attribute``."""
     found: dict[tuple[str, ...], None] = {}
+    for _, method in _methods_of(kind, attribute):
+        chains = (_chain(node, attribute) for node in ast.walk(method))
+        found |= dict.fromkeys(chain for chain in chains if chain is not None)
+    return tuple(found)
+
+
+def _methods_of(kind: type, attribute: str) -> Iterator[tuple[type, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """The methods of a class and its bases, but for torch's, that do more than make, load or merge weights."""
     for base in kind.__mro__:
         if base.__module__.partition(".")[0] in ("torch", "builtins"):
             continue
         for method in (m for made in _definitions(base, attribute) for m in ast.walk(made)):
             if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)) and not _MAKES_OR_MOVES.match(method.name):
-                chains = (_chain(node, attribute) for node in ast.walk(method))
-                found |= dict.fromkeys(chain for chain in chains if chain is not None)
-    return tuple(found)
+                yield base, method
 
 
 def _definitions(kind: type, attribute: str) -> Sequence[ast.AST]:
@@ -105,9 +138,15 @@ def _chain(node: ast.AST, attribute: str) -> tuple[str, ...] | None:
     names: list[str] = []
     inner: ast.expr = node.value
     while isinstance(inner, (ast.Attribute, ast.Subscript)):
-        names.append(inner.attr if isinstance(inner, ast.Attribute) else _EVERY)
+        names.append(inner.attr if isinstance(inner, ast.Attribute) else _index(inner))
         inner = inner.value
     return tuple(reversed(names)) if isinstance(inner, ast.Name) and inner.id == "self" else None
+
+
+def _index(node: ast.Subscript) -> str:
+    """The name of the part at an index that is written out; else of every one."""
+    index = node.slice.value if isinstance(node.slice, ast.Constant) else None
+    return str(index) if isinstance(index, (int, str)) else _EVERY
 
 
 def note_failures(module: nn.Module, quantized: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -183,17 +184,21 @@ def calls(
 
 
 def spread(inputs: DiffusionInputs, num_wanted: int) -> list[int]:
-    """Up to ``num_wanted`` samples, in order, spread evenly over strata (or clusters): a round takes one of each."""
-    groups = inputs.strata if inputs.strata is not None else inputs.clusters
-    if groups is None:
-        num = min(num_wanted, inputs.num_samples)
-        return [i * inputs.num_samples // num for i in range(num)]
-    seen: dict[int, int] = {}
-    rounds = []
-    for i, group in enumerate(int(g) for g in groups):
-        rounds.append((seen.get(group, 0), i))
-        seen[group] = rounds[-1][0] + 1
-    return sorted(i for _, i in sorted(rounds)[:num_wanted])
+    """Up to ``num_wanted`` samples, in order, spread evenly over strata (or clusters): a round takes one of each.
+
+    Of a round that is not taken whole evenly spaced ones: prompts that are alike stand side by side.
+    """
+    given = inputs.strata if inputs.strata is not None else inputs.clusters
+    rounds: dict[int, list[int]] = {}
+    seen: Counter[int] = Counter()
+    for i, group in enumerate(range(inputs.num_samples) if given is None else map(int, given)):
+        rounds.setdefault(seen[group], []).append(i)
+        seen[group] += 1
+    chosen: list[int] = []
+    for one in rounds.values():
+        num = min(num_wanted - len(chosen), len(one))
+        chosen += [one[i * len(one) // num] for i in range(num)]
+    return sorted(chosen)
 
 
 # -- sampling, the same for the reference and the candidates

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -21,21 +21,55 @@ def must_stay_unchanged(model: LoadedModel) -> Iterator[None]:
     with changed_tensors(module) as changed:
         yield
     if changed:
-        listed = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
         raise ModelError(
-            f"model.path: {model.name} changes its own weights when it first runs ({listed}), so that a copy made "
-            "before is another model than one made after; use an implementation that does not"
+            f"model.path: {model.name} changes its own weights when it first runs ({_listed(changed)}), so that a copy "
+            "made before is another model than one made after; use an implementation that does not"
+        )
+
+
+def _listed(changed: Sequence[str]) -> str:
+    return ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
+
+
+@contextmanager
+def same_state(module: nn.Module) -> Iterator[None]:
+    """As :func:`same_memory`; ModelError where the user's module changes weights as it runs.
+
+    There is no second copy of them to give back. It is left as its own forward left it: with the attributes of before
+    it would change the weights that are changed already once more.
+    """
+    give_back, changed = _remembered(module, ()), list[str]()
+    try:
+        with changed_tensors(module, buffers=False) as changed:
+            yield
+    finally:
+        if not changed:
+            give_back()
+    if changed:
+        raise ModelError(
+            f"module: it changes its own weights when it runs ({_listed(changed)}), so that a copy made before is "
+            "another model than one made after; where it does so at the first call alone (as it has now done), run it "
+            "once in eval mode, and pass it then"
         )
 
 
 @contextmanager
-def same_state(module: nn.Module, without: Collection[str] = ()) -> Iterator[None]:
+def same_memory(module: nn.Module, without: Collection[str] = ()) -> Iterator[None]:
     """Afterwards the module's buffers and plain attributes are what they were before, but for those of the parts at the
     paths ``without`` and below.
 
     What counts its calls, keeps a running mean, or a weight that it has made of others, would hand that on to its
     copies: a candidate would begin from another state than the reference, or run with the reference's weights.
     """
+    give_back = _remembered(module, without)
+    try:
+        yield
+    finally:
+        give_back()
+
+
+def _remembered(module: nn.Module, without: Collection[str]) -> Callable[[], None]:
+    """What makes the module's buffers and plain attributes again what they are now."""
     import torch
 
     below = tuple(f"{path}." for path in without)
@@ -46,9 +80,8 @@ def same_state(module: nn.Module, without: Collection[str] = ()) -> Iterator[Non
     values = [value for _, attributes in own for value in attributes.values()]
     lists = [(value, value.copy()) for value in values if type(value) is list]
     mappings = [(value, value.copy()) for value in values if type(value) is dict]
-    try:
-        yield
-    finally:
+
+    def give_back() -> None:
         for part, held in buffers:
             part._buffers.update(held)
         for buffer, value in plain.values():
@@ -63,6 +96,8 @@ def same_state(module: nn.Module, without: Collection[str] = ()) -> Iterator[Non
         for mapping, content in mappings:
             mapping.clear()
             mapping.update(content)
+
+    return give_back
 
 
 def _attributes(part: nn.Module) -> dict[str, object]:

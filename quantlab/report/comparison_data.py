@@ -17,7 +17,7 @@ from quantlab.report.compare import Comparison, answers, bytes_of
 from quantlab.report.reading import StoredRun
 from quantlab.report.said_first import said_first
 from quantlab.report.selection import is_candidate, scheme_nodes
-from quantlab.report.verdicts import Verdict, largest_floor, pair_said
+from quantlab.report.verdicts import Verdict, largest_floor, num_tested, pair_said
 from quantlab.tracking.tags import FAILURE, STAGE, UNQUANTIZED
 from quantlab.vocabulary.numbers import ALONE, ON_TOP
 
@@ -106,6 +106,8 @@ class GroupData(TypedDict):
     floor: float | None
     floor_name: str | None
     """Row of the largest floor; None: none is known."""
+    num_comparisons: int
+    """Over which ``p_holm`` is adjusted: those with the reference, and the different ones of pairs and twins."""
     front: list[str]
     answers: list[Answer]
     unquantized: list[str]
@@ -141,6 +143,7 @@ def group_data(group: Comparison) -> GroupData:
         "margin": group.margin,
         "floor": group.floor.value if group.floor else None,
         "floor_name": group.floor.name if group.floor else None,
+        "num_comparisons": num_tested([*group.verdicts.values(), *group.pairs, *group.twins]),
         "front": list(group.front),
         "answers": [{"question": q, "name": name} for q, name in answers(group)],
         "unquantized": unquantized(group.runs),

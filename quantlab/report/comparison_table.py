@@ -37,6 +37,7 @@ from quantlab.report.verdicts import (
     WORSE,
     WORSE_BY_RANK,
     Verdict,
+    num_tested,
     pair_said,
 )
 from quantlab.tracking.results import Measured
@@ -182,11 +183,12 @@ def method(group: Comparison) -> str:
     """How the verdicts were found, in a line."""
     margin = f", margin {group.margin:g}" if group.margin else ""
     floor = f"; floor: {group.floor.name}" if group.floor else "; no floor is known"
-    num = len(group.verdicts) + len(group.pairs) + len(group.twins)
     found = [*group.verdicts.values(), *group.pairs, *group.twins]
+    num, alone = num_tested(found), num_tested(group.verdicts.values())
+    parts = f" ({alone} with the reference, {num - alone} of pairs)" if num > alone else ""
     odd = any(v.text == SAME and v.p_holm is not None and v.p_holm < ALPHA for v in found)
     both = f"; {SAME} at any p where the interval holds 0" if odd else ""
-    return f"n = {group.n}{margin}{floor}; p: paired, Holm-adjusted over {counted(num, 'comparison')}{both}"
+    return f"n = {group.n}{margin}{floor}; p: paired, Holm-adjusted over {counted(num, 'comparison')}{parts}{both}"
 
 
 def front_text(group: Comparison) -> str:

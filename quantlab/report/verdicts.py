@@ -192,15 +192,21 @@ def pair_said(v: Verdict) -> str:
 
 def judged(found: Sequence[Verdict], metric: str, floor: Floor | None, margin: float) -> list[Verdict]:
     """The comparisons with Holm's p over all of them, and their verdicts."""
-    means, ranks = _adjusted([v.p for v in found]), _adjusted([v.p_rank for v in found])
+    means, ranks = _adjusted(found, [v.p for v in found]), _adjusted(found, [v.p_rank for v in found])
     adjusted = [replace(v, p_holm=p, p_rank=rank) for v, p, rank in zip(found, means, ranks, strict=True)]
     return [replace(v, text=verdict(v, metric, floor, margin)) for v in adjusted]
 
 
-def _adjusted(p_values: Sequence[float | None]) -> list[float | None]:
-    known = [p for p in p_values if p is not None]
-    adjusted = iter(holm(known))
-    return [None if p is None else next(adjusted) for p in p_values]
+def _adjusted(found: Sequence[Verdict], p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's p over what has one: two schemes are one comparison, where they stand twice too (as pair and as twins)."""
+    known = {frozenset((v.a, v.b)): p for v, p in zip(found, p_values, strict=True) if p is not None}
+    adjusted = dict(zip(known, holm([*known.values()]), strict=True))
+    return [None if p is None else adjusted[frozenset((v.a, v.b))] for v, p in zip(found, p_values, strict=True)]
+
+
+def num_tested(found: Iterable[Verdict]) -> int:
+    """How many comparisons Holm's p is over."""
+    return len({frozenset((v.a, v.b)) for v in found if v.p is not None})
 
 
 def distinguishable_front(front: Sequence[str], pairs: Sequence[Verdict]) -> list[str]:

@@ -18,6 +18,7 @@ from quantlab.models.outline import Outline
 from quantlab.models.outlines import outline
 from quantlab.models.spared import spared
 from quantlab.modules.device import free_bytes
+from quantlab.modules.read_in_source import reads_in_source
 from quantlab.modules.remembered import remembered
 from quantlab.planning.architectures import shipped_architecture
 from quantlab.planning.components import DEFAULT, check_contradiction, told
@@ -175,6 +176,7 @@ def _component(made: Outline, part: str, schemes: Mapping[str, Scheme | None], j
         compute_dtype=made.dtype if scheme.axes.compute_dtype == "auto" else scheme.axes.compute_dtype,
         device=device,
         default_exclusions=made.default_exclusions.get(part, ()),
+        read=_read(module),
         typed=job.key_of(part),
     )
     axes, key = scheme.axes, job.key_of(part)
@@ -182,6 +184,12 @@ def _component(made: Outline, part: str, schemes: Mapping[str, Scheme | None], j
     price = price_component(part, module, request, scheme_name(axes, scheme, settings) if key else job.name)
     refused = tuple(told(key, reason) for reason in price.refused)
     return replace(price, backend=axes.backend, dtype=axes.dtype, group_size=axes.group_size, refused=refused)
+
+
+@remembered
+def _read(module: nn.Module) -> tuple[str, ...]:
+    """Which weights the model reads, by its code: a run sees which it reads."""
+    return reads_in_source(module)
 
 
 @remembered

@@ -81,7 +81,7 @@ CASES = {
     "base": (Calls, ("proj",)),
     "calls": (CallsAlone, ()),
     "nested": (Outer.Inner, ("proj",)),
-    "decorated": (Outer.Decorated, ("parts.0", "parts.1")),
+    "decorated": (Outer.Decorated, ("parts.0",)),
     "local": (local(reads=True), ("proj",)),
     "made at run time": (type("Anew", (CallsAlone,), {}), ()),
     "made of one that reads": (type("Anew", (Reads,), {}), ("proj",)),

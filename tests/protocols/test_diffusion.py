@@ -91,7 +91,7 @@ def test_reference_tree_has_every_sample_and_each_traced_call(model, inputs, ref
 
 
 def test_rows_stand_in_the_order_of_the_samples_whatever_the_batches(model, inputs, reference):
-    assert reference["step_indices"].tolist() == [0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 18]
+    assert reference["step_indices"].tolist() == [0, 1, 2, 4, 6, 8, 10, 11, 12, 14, 16, 18]
     for i in (0, 5, 6, 19):
         one = inputs.subset([i])
         alone = model.sample(model, one.noise, one.conditioning, EVALUATION)
@@ -121,6 +121,9 @@ def test_nothing_is_recorded_without_traced_samples(model, inputs):
     [
         ([0, 0, 0, 1, 1, 1, 2, 2, 2], None, 5, [0, 1, 3, 4, 6]),
         (None, [0, 0, 1, 1, 2, 2], 3, [0, 2, 4]),
+        (None, list(range(8)), 4, [0, 2, 4, 6]),  # as prompts are: each its own cluster, and those alike side by side
+        (None, [0, 1, 2, 3, 0, 1, 2, 3], 2, [0, 2]),
+        ([0, 1, 2, 3, 0, 1, 2, 3], None, 6, [0, 1, 2, 3, 4, 6]),
         (None, None, 3, [0, 3, 6]),
         (None, None, 99, list(range(9))),
         (None, None, 0, []),

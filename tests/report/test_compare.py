@@ -96,9 +96,9 @@ def compared(sweep, *words):
 
 @pytest.mark.parametrize(("num", "said"), [(1, "over 1 comparison"), (2, "over 2 comparisons")])
 def test_the_comparisons_are_counted_in_words(sweep, num, said):
-    one = Verdict(a="a", b="b", difference=mean_interval([1.0] * 6), test="t")
+    found = {str(i): Verdict(a=str(i), b="b", difference=mean_interval([1.0] * 6), test="t", p=1.0) for i in range(num)}
     group = compared(sweep, "sweep=latest")[0][0]
-    group = replace(group, verdicts={str(i): one for i in range(num)}, pairs=(), twins=())
+    group = replace(group, verdicts=found, pairs=(), twins=())
     assert method(group).endswith(said)
 
 

@@ -9,7 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from quantlab.metrics.significance import holm
 from quantlab.report.compare import answers, compare
+from quantlab.report.comparison_data import group_data
+from quantlab.report.comparison_table import method
 from quantlab.report.reading import open_reader
 from quantlab.report.results import Results, chosen_rows
 from quantlab.report.selection import parse_request, select
@@ -83,6 +86,24 @@ def test_an_algorithm_is_paired_with_the_plain_one_on_the_same_layers(own_sweep)
         add_run(own_sweep, name, errors(4e-4, 30 + i), size=2_200_000 + i, backend="modelopt", params=params)
     (group,) = compared(own_sweep, "experiment=quantlab")
     assert {(v.a, v.b) for v in group.twins} == {("awq", "plain"), ("awq, fewer", "plain, fewer")}
+
+
+def test_a_pair_that_is_also_a_twin_is_one_comparison_of_the_family_and_what_has_no_p_is_none(own_sweep):
+    asked = {"backend": "modelopt", "dtype": "int4", "group_size": "128", "activation_dtype": "none"}
+    ids = []
+    for i, algorithm in enumerate(("max", "awq_lite", "mse")):
+        params = {"quantization": {**asked, "algorithm": algorithm}}
+        size = 2_200_000 + i
+        ids.append(add_run(own_sweep, algorithm, errors(4e-4, 30 + i), size=size, backend="modelopt", params=params))
+    (group,) = compared(own_sweep, *ids)
+    assert (len(group.verdicts), len(group.pairs), len(group.twins)) == (3, 3, 2)
+    family = [*group.verdicts.values(), *group.pairs]
+    assert [v.p_holm for v in family] == holm([v.p for v in family])
+    assert [v.p_holm for v in group.twins] == [v.p_holm for v in group.pairs if "max" in (v.a, v.b)]
+    assert method(group).endswith("Holm-adjusted over 6 comparisons (3 with the reference, 3 of pairs)")
+    assert group_data(group)["num_comparisons"] == 6
+    few = replace(group, pairs=tuple(replace(v, p=None) for v in group.pairs), twins=())
+    assert method(few).endswith("Holm-adjusted over 3 comparisons")
 
 
 def test_results_in_hand_are_compared_as_the_sweep_that_was_asked_for(own_sweep):

@@ -371,6 +371,19 @@ def test_tiles_are_priced_by_the_decoders_own_sizes(sizes, pixels):
     assert _decoder_activations(decoder, tiled, 2) == unit * pixels
 
 
+def test_what_the_code_reads_is_priced_as_what_a_run_sees_read(tmp_path):
+    """The experts of NLLB-MoE ask a layer for its dtype, whose integers bitsandbytes would then show."""
+    from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
+
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 64, "num_experts": 2}
+    wide = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("ffn_dim", 32), ("sparse_step", 1))}
+    NllbMoeForConditionalGeneration(NllbMoeConfig(**sizes, **wide)).save_pretrained(tmp_path)
+    words = ["model=seq2seq", f"model.path={tmp_path}", "device=cpu", "backend=bitsandbytes", "dtype=int8"]
+    (price,) = prices(*words, "quantization.on_mismatch=skip")
+    kept = {name for row in price.components[0].kept if "reads its weight" in row.rule for name in row.modules}
+    assert kept == {f"model.{side}coder.layers.0.ffn.experts.expert_{i}.fc2" for side in ("en", "de") for i in (0, 1)}
+
+
 def test_an_exclusion_that_matches_nothing_is_told_and_the_rest_is_priced():
     [price] = prices(
         "model=llama_3_2_1b", "backend=quanto", "dtype=int8", "quantization.modules_to_not_convert.own=[nothing]"

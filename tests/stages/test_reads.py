@@ -7,8 +7,40 @@ import torch
 from torch import nn
 
 from quantlab.models.loaded import LoadedModel
+from quantlab.modules.reached import recorded_reads
+from quantlab.modules.read_in_source import reads_in_source
 from quantlab.stages import reads
 from quantlab.vocabulary.schema import EvaluationConfig
+
+
+class Expert(nn.Module):
+    """A part whose code asks the second layer for its dtype, as the experts of NLLB-MoE do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, x):
+        return self.layers[1](self.layers[0](x).to(self.layers[1].weight.dtype))
+
+
+class Routed(nn.Module):
+    """Asks one of its experts, and one layer of another without its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([Expert(), Expert(), Expert()])
+
+    def forward(self, x):
+        return self.experts[0](x) + self.experts[1].layers[1](x)
+
+
+def test_of_what_no_token_was_sent_to_the_code_is_read():
+    module = Routed()
+    with recorded_reads(module) as read:
+        module(torch.ones(1, 4))
+    assert set(read) == {"experts.0.layers.1", "experts.2.layers.1"}
+    assert set(reads_in_source(module)) == {f"experts.{i}.layers.1" for i in range(3)}
 
 
 def found(monkeypatch, error):
