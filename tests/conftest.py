@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import sqlite3
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -30,11 +31,38 @@ def pytest_configure() -> None:
     os.environ.pop("COLUMNS", None)  # whoever runs the tests has a terminal; what they look at has none
 
 
-@pytest.fixture(scope="module", autouse=True)
-def settled() -> None:
-    """What is alive when a file begins, libraries above all, is left out of the collections that each stage does."""
-    gc.collect()
-    gc.freeze()
+_FREEZE, _UNFREEZE = gc.freeze, gc.unfreeze
+_MANY_MODULES = 100
+_settled = (None, 0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_frozen() -> Iterator[None]:
+    """What quantlab sets aside and takes back is its own process' business: here each of a thousand commands would thaw
+    all libraries, and the next collection look at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "freeze", lambda: None)
+        patch.setattr(gc, "unfreeze", lambda: None)
+        yield
+
+
+@pytest.fixture
+def freezing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a test of that: it begins thawed, and freezes and thaws as quantlab does."""
+    monkeypatch.setattr(gc, "freeze", _FREEZE)
+    monkeypatch.setattr(gc, "unfreeze", _UNFREEZE)
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def settled(request: pytest.FixtureRequest) -> None:
+    """What is alive when a file begins, or after large imports, is left out of the collections that each stage does."""
+    global _settled
+    file, num_modules = _settled
+    if request.path != file or len(sys.modules) > num_modules + _MANY_MODULES:
+        gc.collect()
+        _FREEZE()
+        _settled = request.path, len(sys.modules)
 
 
 def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

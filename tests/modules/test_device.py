@@ -229,11 +229,10 @@ def test_lack_of_memory_is_told_with_the_way_out(error):
     assert ("set a smaller evaluation.batch_size" in text) == (error in NO_MEMORY)
 
 
-def test_what_was_there_is_set_aside_and_garbage_is_not():
+def test_what_was_there_is_set_aside_and_garbage_is_not(freezing):
     class Held:
         pass
 
-    gc.unfreeze()  # each file of tests begins with a freeze
     old, new = Held(), None
     gone = weakref.ref(old)
     old.itself = old
@@ -250,7 +249,7 @@ def test_what_was_there_is_set_aside_and_garbage_is_not():
     assert gc.get_freeze_count() == 0
 
 
-def test_what_a_caller_froze_stays_frozen():
+def test_what_a_caller_froze_stays_frozen(freezing):
     gc.freeze()
     before = gc.get_freeze_count()
     with uncollected():

@@ -75,7 +75,7 @@ def test_what_is_left_is_taken_over_and_computed_once(engine, tmp_path):
 # -- what a job's own process does not do again
 
 
-def test_what_was_set_aside_stays_so_where_there_is_no_model_to_let_go_of(tmp_path):
+def test_what_was_set_aside_stays_so_where_there_is_no_model_to_let_go_of(tmp_path, freezing):
     """A forked job would look at all objects of the libraries, and copy their pages."""
     gc.freeze()
     try:

@@ -70,9 +70,8 @@ def test_the_collector_looks_as_usual_once_a_model_is_there(shell):
         pytest.param(("sweep.search.num_trials=2", "sweep.timeout_s=60"), marks=pytest.mark.slow),
     ],
 )
-def test_nothing_is_kept_while_jobs_run_apart(shell, loaded, words, monkeypatch):
+def test_nothing_is_kept_while_jobs_run_apart(shell, loaded, words, monkeypatch, freezing):
     emptied, seen = [], []
-    gc.unfreeze()  # as a sweep does: what fixtures wider than this test hold is then seen before it too
     others = {id(t) for t in tensors()}
     real = workbench.give_back
     monkeypatch.setattr(workbench, "give_back", lambda device: emptied.append(device) or real(device))
