@@ -245,7 +245,8 @@ def check_call(config: ExperimentConfig, by_files: bool = False) -> None:
         check_conditions(pipeline, row.name, row.conditions(config.dataset.path), config.model.call)
         tell_unused(pipeline, config.evaluation)
     if config.evaluation.tiled_decoding:
-        say("evaluation.tiled_decoding=true: decoded in tiles, the reference too; numbers are of what tiles give")
+        told = "evaluation.tiled_decoding=true: decoded in tiles, the reference too; numbers are of what tiles give"
+        say(told, "warning")
 
 
 def check_file(config: ExperimentConfig) -> None:

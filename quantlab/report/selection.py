@@ -268,7 +268,7 @@ def _sweep(request: ComparisonRequest, reader: Reader) -> StoredRun:
             if any(r.status == "FINISHED" and r.tags.get(KIND) == "job" for r in children(reader, sweep)):
                 if sweep is not found[0]:
                     newest = f"{found[0].name} ({_short(found[0].run_id)})"
-                    say(f"sweep=latest: {newest} is newer, and none of its jobs has finished")
+                    say(f"sweep=latest: {newest} is newer, and none of its jobs has finished", "warning")
                 return sweep
         raise TrackingError(
             f"sweep=latest: none of the {len(found)} sweeps in experiment {name} of {reader.uri} has a finished job; "

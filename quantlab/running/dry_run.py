@@ -11,7 +11,7 @@ from quantlab.errors import ConfigError, QuantlabError
 from quantlab.planning.job import Job, Plan
 from quantlab.planning.places import groups, recipes
 from quantlab.planning.trust import is_trusted
-from quantlab.progress import counted, printable
+from quantlab.progress import counted, printable, progress_bars, under_way
 from quantlab.report.terminal import tell, terminal
 from quantlab.running.engines.table import check_cluster
 from quantlab.running.foreseen import Foreseen, foreseen
@@ -25,18 +25,9 @@ def show_jobs(request: Plan) -> int:
 
     The exit code is the run's: 2 where it would refuse impossible combinations, 1 where jobs would fail here.
     """
-    check_request(request)
-    refusal: ConfigError | None = None
-    try:
-        known = _foreseen(request)
-    except ConfigError as error:  # a server; told after what the run finds before it
-        known, refusal = Foreseen(), error
-    is_left = known.num_left > 0 or not known.resumed
-    check_surroundings(request, Path.cwd(), is_left)
-    if refusal is not None:
-        raise refusal
-    if is_left and request.is_sweep and is_trusted(request):
-        check_cluster(request.jobs[0].config.launcher)
+    with progress_bars():
+        under_way("looking at files and the store")
+        known = _known(request)
     sweep = request.jobs[0].config.sweep
     trials = sweep.search.num_trials
     searched = f", of which a search runs {min(trials, len(request.jobs))}" if trials else ""
@@ -66,6 +57,23 @@ def show_jobs(request: Plan) -> int:
         file=sys.stderr,
     )
     return ConfigError.exit_code
+
+
+def _known(request: Plan) -> Foreseen:
+    """What is known beforehand; ConfigError for what the run refuses before it works."""
+    check_request(request)
+    refusal: ConfigError | None = None
+    try:
+        known = _foreseen(request)
+    except ConfigError as error:  # a server; told after what the run finds before it
+        known, refusal = Foreseen(), error
+    is_left = known.num_left > 0 or not known.resumed
+    check_surroundings(request, Path.cwd(), is_left)
+    if refusal is not None:
+        raise refusal
+    if is_left and request.is_sweep and is_trusted(request):
+        check_cluster(request.jobs[0].config.launcher)
+    return known
 
 
 def _foreseen(request: Plan) -> Foreseen:

@@ -42,7 +42,10 @@ def export_far(session: Session, plan: Plan, reports: Sequence[RunReport]) -> No
     export fails.
     """
     if any(report.status == SUBMITTED for report in reports):
-        say(f"export.path={plan.export.path}: nothing is chosen before the jobs are over; give the command again then")
+        told = (
+            f"export.path={plan.export.path}: nothing is chosen before the jobs are over; give the command again then"
+        )
+        say(told, "warning")
         return
     found = chosen(session, plan, reports)
     if found is None:

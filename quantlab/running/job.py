@@ -339,7 +339,8 @@ def _attribution(
     """Which of the quantized components costs what; nothing where there is one."""
     names = [name for name, scheme in chosen(bench.model, job).items() if scheme is not None]
     if len(names) < 2:
-        say(f"evaluation.attribute=true: {job.name} has one quantized component, whose cost is the row's")
+        told = f"evaluation.attribute=true: {job.name} has one quantized component, whose cost is the row's"
+        say(told, "warning")
         return {}
 
     def measure(name: str, model: LoadedModel) -> Measurements:
