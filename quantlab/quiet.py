@@ -54,8 +54,8 @@ def quiet_libraries(loggers: Iterable[str]) -> None:
 
 
 @contextlib.contextmanager
-def warnings_kept(file: Path) -> Iterator[None]:
-    """While open, what Python's libraries warn of is added to ``file`` and not shown; our own warnings are said."""
+def warnings_kept(kept: Path) -> Iterator[None]:
+    """While open, what Python's libraries warn of is added to ``kept`` and not shown; our own warnings are said."""
     if os.environ.get("QUANTLAB_VERBOSE") == "1":
         yield
         return
@@ -65,10 +65,10 @@ def warnings_kept(file: Path) -> Iterator[None]:
         category: type[Warning],
         filename: str,
         lineno: int,
-        out: TextIO | None = None,
+        file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        with contextlib.suppress(OSError), file.open("a", encoding="utf-8", errors="backslashreplace") as log:
+        with contextlib.suppress(OSError), kept.open("a", encoding="utf-8", errors="backslashreplace") as log:
             log.write(warnings.formatwarning(message, category, filename, lineno, line))
 
     before, warnings.showwarning = warnings.showwarning, keep

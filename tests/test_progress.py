@@ -54,7 +54,7 @@ def test_who_wants_quiet_hears_what_is_wrong(shown):
         with progress.progress_bars():
             progress.say("still")
         progress.say("the tokenizer is another", "warning")
-    assert shown.getvalue().split() == "warning: the tokenizer is another".split()
+    assert shown.getvalue().split() == ["warning:", "the", "tokenizer", "is", "another"]
     progress.say("again")
     assert "again" in shown.getvalue()
 

@@ -55,9 +55,9 @@ def test_a_lock_that_another_process_holds_is_said_while_it_is_waited_for(
 ) -> None:
     monkeypatch.setattr(connect, "_LOCK_SECONDS", 0.5)
     monkeypatch.setattr(connect, "_MOMENT_SECONDS", 0.1)
-    with FileLock(base / "outputs" / "mlflow.db.lock", thread_local=False):
-        with pytest.raises(TrackingError, match=rf"has kept .*mlflow\.db\.lock for 0\.5 s{WAY_OUT}"):
-            open_store(tracking_at(), base)
+    refused = pytest.raises(TrackingError, match=rf"has kept .*mlflow\.db\.lock for 0\.5 s{WAY_OUT}")
+    with FileLock(base / "outputs" / "mlflow.db.lock", thread_local=False), refused:
+        open_store(tracking_at(), base)
     assert "waiting at most 0 s" in capsys.readouterr().err
     assert open_store(tracking_at(), base).is_reached
     assert capsys.readouterr().err == ""
