@@ -255,7 +255,7 @@ def next_steps(results: Results, output_dir: str, tracking: TrackingConfig) -> l
     run_id = sweep or str(last.run_id)
     folder = folder or next((f for f in folders if run_id_of(f) == run_id), None)
     ui = tracking.uri if tracking.uri.startswith("http") else f"mlflow ui --backend-store-uri {tracking.uri}"
-    chosen = f"sweep={sweep}" if sweep else f"experiment={tracking.experiment}"
+    chosen = f"sweep={sweep}" if sweep else " ".join(str(r.run_id) for r in quantized)
     has_store = tracking.uri != NO_STORE
     where = f" tracking.uri={shlex.quote(tracking.uri)}" if tracking.uri != TrackingConfig().uri else ""
     where += f" output_dir={shlex.quote(output_dir)}" if not has_store and output_dir != "outputs" else ""

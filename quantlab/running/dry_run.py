@@ -35,7 +35,7 @@ def show_jobs(request: Plan) -> int:
     print(f"{counted(len(request.jobs), 'job')}{searched}:")
     for job in request.jobs:
         mark = " (resumed)" if job.name in known.resumed else ""
-        print(printable(f"  {job.name}{mark}\n      {alone(job, request)}", lines=True))
+        print(printable(f"  {job.name}{mark}\n      {alone(job, request, bool(mark))}", lines=True))
         if job.name in failing:
             tell(terminal(), f"      fails here: {failing[job.name]}")
     for one in request.merged:
@@ -81,14 +81,15 @@ def _foreseen(request: Plan) -> Foreseen:
     return foreseen(request) if is_trusted(request) else Foreseen()
 
 
-def alone(job: Job, request: Plan) -> str:
-    """The command that runs one job of a request by itself, as a shell takes it."""
+def alone(job: Job, request: Plan, is_resumed: bool = False) -> str:
+    """The command that gives one job of a request by itself, as a shell takes it: a single run always runs, and a
+    sweep of one takes over what has finished."""
     recipe, sweep = request.recipe, job.config.sweep
     words = [f"recipe={recipe.stem if recipes().get(recipe.stem) == recipe else recipe}"] if recipe else []
     words += ["sweep.candidates=[]"] if recipe and sweep.candidates else []
     words += ["sweep.grid={}"] if recipe and sweep.grid else []
     own = [w for w in job.overrides if w.lstrip("+").partition("=")[0] not in _OF_THE_SWEEP]
-    return shlex.join(["quantlab", *words, *map(_as_typed, own)])
+    return shlex.join(["quantlab", *(["-m"] if is_resumed else []), *words, *map(_as_typed, own)])
 
 
 def _as_typed(word: str) -> str:
