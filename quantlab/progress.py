@@ -148,7 +148,7 @@ def _beating(began: float, bars: Progress) -> Iterator[None]:
             if not bars.disable and _under_way != shown:
                 shown = _under_way
                 bars.reset(task, description=printable(shown, 60), total=None)
-            elif bars.disable and _under_way and time.monotonic() - _said_at >= BEAT_S:
+            elif bars.disable and _under_way and time.monotonic() - max(_said_at, began) >= BEAT_S:
                 say(f"{time.monotonic() - began:.0f} s: {_under_way}")
 
     thread = threading.Thread(target=beat, daemon=True, name="quantlab-progress")
