@@ -93,6 +93,7 @@ def floor_row(session: Session, job: Job) -> RunReport:
     report = run_job(session, bench, job, None)
     quality = {k: asdict(v) for k, v in report.quality.items()}
     memory = {k: asdict(v) for k, v in report.memory.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)  # a reference from elsewhere was not kept there
     write_json({"quality": quality, "memory": memory}, file)
     return report
 
