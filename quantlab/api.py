@@ -45,13 +45,18 @@ from quantlab.stages.evaluate import evaluate as evaluate_stage
 from quantlab.stages.evaluate import summarize
 from quantlab.stages.quantize import quantize_component
 from quantlab.stages.select import QuantizationRequest, select_layers
+from quantlab.vocabulary.called import called_in_words, check_batches, check_config, check_configs, checked_kinds
 from quantlab.vocabulary.dtypes import dtype_name
+from quantlab.vocabulary.fields import check_values
 from quantlab.vocabulary.native import QuantizationConfigMixin
 from quantlab.vocabulary.numbers import FLOOR_BF16, FLOOR_FP32, FLOORS, REFERENCE
 from quantlab.vocabulary.reports import QuantizationReport, RunReport
 from quantlab.vocabulary.schema import EvaluationConfig, TrackingConfig
 
+_WORDS = "; words of the command line go into overrides=[{word}]"
 
+
+@called_in_words(others=_WORDS, own=["recipe"])
 def compose(overrides: Sequence[str] | str = (), recipe: str | Path | None = None) -> Plan:
     """The checked jobs of a request: what the command line would run. Imports no torch.
 
@@ -93,6 +98,7 @@ def _words(overrides: object) -> list[str]:
     return list(overrides)
 
 
+@called_in_words(others=_WORDS, own=["recipe"])
 def run(
     recipe: str | Path | None = None, overrides: Sequence[str] | str = (), quiet: bool = False, trust: bool = False
 ) -> Results:
@@ -119,14 +125,15 @@ def run(
     return Results(reports, lambda: open_reader(config.tracking, Path.cwd(), config.output_dir))
 
 
+@called_in_words(meant={"tracking": "uri", "tracking_uri": "uri", "sweep": "what", "run": "what", "run_id": "what"})
 def load(
     what: str | Path = "latest",
     *,
-    uri: str | None = None,
+    uri: str | Path | None = None,
     experiment: str | None = None,
     device: str | None = None,
     config: str | Path | None = None,
-    output_dir: str = "outputs",
+    output_dir: str | Path = "outputs",
 ) -> Any:
     """What earlier runs found out, as :class:`Results`; of a folder or file with a model, that model.
 
@@ -135,8 +142,9 @@ def load(
             name of an experiment. Or a folder that ``quantlab export`` wrote, or a checkpoint of Diffusers or
             transformers, or a single GGUF or ``.safetensors`` file: its module or pipeline comes back as that library
             loads it, in eval mode.
-        uri: address of the store, by default that of the command line (``outputs/mlflow.db`` here); ``none``: the
-            runs' folders in ``output_dir``, which are also read where the usual store was never made.
+        uri: address of the store, by default that of the command line (``outputs/mlflow.db`` here), or the path of
+            another database; ``none``: the runs' folders in ``output_dir``, which are also read where the usual store
+            was never made.
         experiment: where ``latest`` is looked for, by default that of the command line.
         device: where a loaded model is put; None: where its library leaves it.
         config: of a single file: a folder with the ``config.json`` of its class; None: the file's own folder.
@@ -148,13 +156,17 @@ def load(
     """
     if isinstance(what, Path) or holds_model(what):
         return load_model(what, device, config)
+    key, _, value = what.partition("=")
+    what = value if key in ("sweep", "experiment") else what  # as quantlab compare takes it
     tracking = TrackingConfig()
-    tracking = replace(tracking, uri=uri or tracking.uri, experiment=experiment or tracking.experiment)
-    reader = open_reader(tracking, Path.cwd(), output_dir)
+    uri = f"sqlite:///{uri}" if isinstance(uri, Path) else uri or tracking.uri
+    tracking = replace(tracking, uri=uri, experiment=experiment or tracking.experiment)
+    reader = open_reader(tracking, Path.cwd(), str(output_dir))
     reports = [stored_row(run, report) for run, report in chosen_rows(what, reader, tracking)]
     return Results(reports, lambda: reader)
 
 
+@called_in_words()
 @own_modes()
 def quantize(
     module: Any,
@@ -186,13 +198,15 @@ def quantize(
         ConfigError, NotQuantized: see :func:`quantlab.stages.quantize.quantize_component`.
     """
     module = _checked(module)
-    _require_config(config)
+    check_config(config)
+    check_batches("inputs", inputs)
+    check_batches("calibration", calibration)
     check_finite_weights(module, "module")
     scheme = scheme_of_config(
         config,
         on_mismatch=on_mismatch,
         replace_default_exclusions=replace_default_exclusions,
-        layer_kinds=list(layer_kinds),
+        layer_kinds=checked_kinds(layer_kinds),
     )
     read: Sequence[str] = reads_in_source(module)
     if known := inputs or (calibration if scheme.native.needs_data else ()) or ():
@@ -266,13 +280,6 @@ def in_eval_mode(module: Any) -> Iterator[None]:
             part.training = training
 
 
-def _require_config(config: Any) -> None:
-    if not isinstance(config, QuantizationConfigMixin):
-        raise ConfigError(
-            f"config={type(config).__name__}: one of quantlab's configs is wanted, e.g. QuantoConfig('int8')"
-        )
-
-
 def _needed(config: QuantizationConfigMixin, calibration: Sequence[Any] | None) -> Sequence[Any]:
     """``calibration``; ConfigError where a config that needs data has none."""
     if calibration is None:
@@ -332,6 +339,7 @@ def _copied(module: Any) -> Any:
         ) from error
 
 
+@called_in_words()
 @own_modes()
 @exact_arithmetic()
 @uncollected()
@@ -365,15 +373,14 @@ def evaluate(
         ``rows``, ``layers`` and ``samples`` as DataFrames. Nothing is tracked.
     """
     module = _checked(module)
-
-    if not isinstance(configs, (list, tuple)):
-        raise ConfigError(f"configs={type(configs).__name__}: a list of configs is wanted: [config]")
-    if not isinstance(inputs, (list, tuple)):
-        raise ConfigError(f"inputs={type(inputs).__name__}: a list of batches is wanted: [batch]")
+    check_configs(configs)
+    check_batches("inputs", inputs)
+    check_batches("calibration", calibration)
+    settings = EvaluationConfig(num_bootstrap=num_bootstrap)
+    check_values(settings)
     given = _given(module, inputs)
-    kinds = {"layer_kinds": list(layer_kinds)}
+    kinds = {"layer_kinds": checked_kinds(layer_kinds)}
     for config in configs:
-        _require_config(config)
         if config.needs_data:
             feed_of_batches(_needed(config, calibration))
             mine = samples_of(calibration or ())
@@ -383,7 +390,6 @@ def evaluate(
                     "numbers would flatter; give other batches"
                 )
     schemes = [(config, scheme_of_config(config, **kinds)) for config in configs]
-    settings = EvaluationConfig(num_bootstrap=num_bootstrap)
     with in_eval_mode(module), same_state(module):
         note_held(module)
         model = _loaded(module)

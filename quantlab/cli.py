@@ -75,7 +75,8 @@ for example
 
 options
   -m, --multirun    several values of a key (group_size=32,64,128, range(1,4),
-                    dtype='glob(int*)') are a sweep
+                    dtype='glob(int*)') are a sweep; of one value, a sweep of
+                    one job, which is resumed where it has finished
   --json            the result rows as JSON on stdout instead of the table
   --plain, --wide   the table tab-separated; or whole, where a narrow terminal
                     hides columns
@@ -271,7 +272,8 @@ def _dispatch(words: list[str], is_last: bool) -> int:
         return export_reference(rest[1:], flags)
     if rest and rest[0] == "run":
         rest = rest[1:]
-    request = plan(rest, multirun=bool(flags & {"-m", "--multirun"}))
+    is_multirun = bool(flags & {"-m", "--multirun"})
+    request = plan(rest, multirun=is_multirun, is_sweep=is_multirun)
     if "--cfg" in flags:
         return show_configs(request)
     if request.dry_run:

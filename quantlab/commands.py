@@ -17,7 +17,7 @@ from quantlab.planning.job import Plan
 from quantlab.planning.listing import BRIEF, DEVICES, LISTS, Row, combinations
 from quantlab.planning.plan import plan
 from quantlab.planning.trust import is_trusted, question, remember, require_trust
-from quantlab.progress import file_name, printable
+from quantlab.progress import file_name, printable, progress_bars, under_way
 from quantlab.report.terminal import Column, Sheet, complain, show, tell, terminal
 from quantlab.vocabulary.reports import RunReport
 from quantlab.vocabulary.schema import ModelConfig
@@ -105,7 +105,9 @@ def show_prices(words: Sequence[str], flags: set[str], is_last: bool = False) ->
     agree(request, "--trust" in flags)  # it may name a path of its own, or one to be asked for on the Hub
     is_spared = is_last and os.environ.get(WITH_ALL) != "1"
     try:
-        prices = forecast(request, is_last=is_spared)
+        with progress_bars():
+            under_way("reading configurations")
+            prices = forecast(request, is_last=is_spared)
     except Exception as error:  # may be of what it does without: then the answer is that of a process that has all
         if not is_spared or type(error) is ConfigError:
             raise
@@ -134,7 +136,9 @@ def show_first_recipe(words: Sequence[str]) -> int:
     """Write a recipe for a model of one's own, and say what is done with it."""
     from quantlab.running.first_recipe import first_recipe, left_open
 
-    file, planned = first_recipe(words)
+    with progress_bars():
+        under_way("reading the model's configuration")
+        file, planned = first_recipe(words)
     told = shlex.quote(printable(str(file)))
     of_ones_own = f" {open_key}=..." if (open_key := left_open(planned)) else ""
     print(f"{told}: {len(planned.jobs)} candidates that fit the model's shapes; read it, change it, then")
@@ -168,15 +172,19 @@ def show_comparison(words: Sequence[str]) -> int:
     from quantlab.report.selection import parse_request, select
 
     request = parse_request(words)
-    reader = open_reader(request.tracking, Path.cwd(), request.output_dir)
-    selection = select(request, reader)
-    groups = compare(request, selection, reader)
-    failed = [failure_data(run) for run in selection.failed]
-    if request.csv:
-        write_csv([group_data(group) for group in groups], failed, request.csv)
-    page = request.html or Path(request.output_dir, "reports", f"{file_name(selection.title, 100)}.html")
-    write_page(page_data(groups, selection, reader), page)
-    logged = request.sweep and reader.add_artifact(selection.parents[0], page, "reports")
+    with progress_bars(request.is_quiet):
+        under_way("reading runs")
+        reader = open_reader(request.tracking, Path.cwd(), request.output_dir)
+        selection = select(request, reader)
+        under_way("comparing")
+        groups = compare(request, selection, reader)
+        failed = [failure_data(run) for run in selection.failed]
+        if request.csv:
+            write_csv([group_data(group) for group in groups], failed, request.csv)
+        page = request.html or Path(request.output_dir, "reports", f"{file_name(selection.title, 100)}.html")
+        under_way("writing the page")
+        write_page(page_data(groups, selection, reader), page)
+        logged = request.sweep and reader.add_artifact(selection.parents[0], page, "reports")
     if request.as_json:
         compared = [group_data(group) for group in groups]
         told = {"title": selection.title, "groups": compared, "failed": failed, "skipped": list(selection.skipped)}

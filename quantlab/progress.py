@@ -21,6 +21,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -43,23 +44,57 @@ class Advance(Protocol):
     def __call__(self, what: str, done: int, total: int, note: str = "") -> None: ...
 
 
+class _Done(MofNCompleteColumn):
+    """Empty beside work of which nobody knows how long it takes."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task)
+
+
+class _Left(TimeRemainingColumn):
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else Text.assemble("left ", super().render(task))
+
+
+_advance: Advance | None = None
+"""That of the bars that are open."""
+_is_quiet = False
+
+
 @contextmanager
 def progress_bars(quiet: bool = False) -> Iterator[Advance]:
-    """``advance(what, done, total)`` shows the state of each piece of work; finished bars disappear."""
-    if quiet:
-        yield lambda what, done, total, note="": None
-        return
+    """``advance(what, done, total)`` shows the state of each piece of work; finished bars disappear.
+
+    What is under way is a bar of its own, with the time since it began. Within others these are shown there.
+    With ``quiet`` nothing is shown, and :func:`say` says only what is wrong.
+    """
+    global _advance, _is_quiet
+    before = _advance, _is_quiet
+    _is_quiet = quiet or _is_quiet
+    try:
+        if _is_quiet:
+            yield lambda what, done, total, note="": None
+        elif _advance is not None:
+            yield _advance
+        else:
+            with _bars() as _advance:
+                yield _advance
+    finally:
+        _advance, _is_quiet = before
+
+
+@contextmanager
+def _bars() -> Iterator[Advance]:
     columns: tuple[ProgressColumn, ...] = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        MofNCompleteColumn(),
+        _Done(),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        _Left(),
         TextColumn("{task.fields[note]}", markup=False),
     )
     began = time.monotonic()
-    with Progress(*columns, console=console, transient=True, disable=not shows_bars()) as bars, _beating(began):
+    with Progress(*columns, console=console, transient=True, disable=not shows_bars()) as bars, _beating(began, bars):
         tasks: dict[str, TaskID] = {}
         first: dict[str, tuple[int, float]] = {}
 
@@ -68,7 +103,8 @@ def progress_bars(quiet: bool = False) -> Iterator[Advance]:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total, note=note)
             bars.update(tasks[what], completed=done, total=total, note=note)
-            under_way(f"{what}: {done} of {total}")
+            if not shows_bars():
+                under_way(f"{what}: {done} of {total}")
             if note and done and not shows_bars():  # a log has none
                 now = time.monotonic()
                 had, since = first.setdefault(what, (done, now))  # what the first took holds loading and the reference
@@ -94,23 +130,25 @@ _said_at = 0.0
 
 
 def under_way(text: str) -> None:
-    """What the work is at; a log is told it when nothing else was said for :data:`BEAT_S` seconds."""
+    """What the work is at: a terminal shows it, a log is told it when nothing else was for :data:`BEAT_S` seconds."""
     global _under_way
     _under_way = text
 
 
 @contextmanager
-def _beating(began: float) -> Iterator[None]:
-    """Say every :data:`BEAT_S` seconds what is under way, where no bar shows it."""
-    if shows_bars():
-        yield
-        return
+def _beating(began: float, bars: Progress) -> Iterator[None]:
+    """Show what is under way: as a bar, or where none can be drawn in a line every :data:`BEAT_S` seconds."""
     under_way("starting")
     over = threading.Event()
+    task = bars.add_task(_under_way, total=None, note="")
 
     def beat() -> None:
-        while not over.wait(BEAT_S / 10):
-            if _under_way and time.monotonic() - _said_at >= BEAT_S:
+        shown = _under_way
+        while not over.wait(BEAT_S / 10 if bars.disable else 0.1):
+            if not bars.disable and _under_way != shown:
+                shown = _under_way
+                bars.reset(task, description=printable(shown, 60), total=None)
+            elif bars.disable and _under_way and time.monotonic() - max(_said_at, began) >= BEAT_S:
                 say(f"{time.monotonic() - began:.0f} s: {_under_way}")
 
     thread = threading.Thread(target=beat, daemon=True, name="quantlab-progress")
@@ -195,8 +233,13 @@ def file_name(text: str, most: int = 60) -> str:
 
 
 def say(text: str, kind: str = "") -> None:
-    """One line for the user, beside the bars; ``kind`` (``failed``, ``warning``...) stands before it in its colour."""
+    """One line for the user, beside the bars; ``kind`` (``failed``, ``warning``...) stands before it in its colour.
+
+    A line of no kind is about the work and changes what no number means: who wants quiet is not told it.
+    """
     global _said_at
+    if _is_quiet and not kind:
+        return
     _said_at = time.monotonic()
     line = Text(printable(text, lines=True))
     console.print(

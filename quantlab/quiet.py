@@ -6,10 +6,13 @@ Missing prebuilt kernels, renamed classes, a cast that is asked for. Errors stil
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TextIO
 
 LOGGERS = (
     "torch.utils._pytree",
@@ -18,6 +21,8 @@ LOGGERS = (
     "alembic",
     "mlflow",
     "torch.distributed.elastic",
+    "torch._dynamo",
+    "torch._inductor",
     "kernels",
 )
 WARNINGS = (
@@ -46,3 +51,28 @@ def quiet_libraries(loggers: Iterable[str]) -> None:
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+@contextlib.contextmanager
+def warnings_kept(kept: Path) -> Iterator[None]:
+    """While open, what Python's libraries warn of is added to ``kept`` and not shown; our own warnings are said."""
+    if os.environ.get("QUANTLAB_VERBOSE") == "1":
+        yield
+        return
+
+    def keep(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        with contextlib.suppress(OSError), kept.open("a", encoding="utf-8", errors="backslashreplace") as log:
+            log.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+    before, warnings.showwarning = warnings.showwarning, keep
+    try:
+        yield
+    finally:
+        warnings.showwarning = before

@@ -275,7 +275,7 @@ def test_the_time_left_is_told_by_the_jobs_and_not_by_what_came_before_them(monk
     """Loading, training and the reference come before the first job ends; 400 s of them are no job's pace."""
     clock = iter([0.0, 400.0, 410.0, 420.0, 600.0, 610.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock, 610.0))
-    monkeypatch.setattr(progress, "_beating", lambda began: contextlib.nullcontext())
+    monkeypatch.setattr(progress, "_beating", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(progress, "say", lambda text, *_: print(text))
     monkeypatch.setattr(progress, "console", Console(stderr=True, markup=False, emoji=False))
     with progress.progress_bars() as advance:

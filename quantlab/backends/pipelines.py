@@ -92,11 +92,22 @@ def to_pipeline_config(
     """
     from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 
+    if not isinstance(configs, Mapping):
+        raise ConfigError(
+            f"configs={type(configs).__name__}: component -> config is wanted, such as {{'transformer': config}}"
+        )
+    if modules is not None and not isinstance(modules, Mapping):
+        told = type(modules).__name__
+        raise ConfigError(f"modules={told}: component -> module is wanted, such as {{'transformer': pipe.transformer}}")
     if not configs:
         raise ConfigError("components: no scheme is given; name a component, as in components.transformer")
     made: dict[str, Any] = {}
     for name, config in configs.items():
         module = (modules or {}).get(name)
+        if not isinstance(config, QuantizationConfigMixin):
+            raise ConfigError(
+                f"components.{name}={config!r}: one of quantlab's configs is wanted, e.g. QuantoConfig('int8')"
+            )
         try:
             is_of_transformers = _is_of_transformers(module) if module is not None else name.startswith(_ENCODERS)
             made[name] = config.to_transformers(module) if is_of_transformers else config.to_diffusers(module)

@@ -47,6 +47,12 @@ def config_from_dict(
     Raises:
         ConfigError: naming the key, for a dictionary that no native config can hold.
     """
+    if not isinstance(quantization_config, Mapping):
+        shown = str(quantization_config)[:80]
+        raise ConfigError(
+            f"quantization_config={shown!r}: a dictionary is wanted, as Diffusers or transformers writes it; "
+            "quantlab.from_pretrained_config takes the path of a config.json"
+        )
     data = dict(quantization_config)
     method = _method_of(data)
     if method is None:
@@ -89,6 +95,8 @@ def from_pretrained_config(config: Mapping[str, Any] | str | Path) -> Quantizati
     """
     if isinstance(config, Mapping):
         return config_from_dict(_block_in(config, "config"))
+    if not isinstance(config, (str, Path)):
+        raise ConfigError(f"config={config!r}: a mapping, a config.json or the folder that holds one is wanted")
     return config_from_dict(_block_in(_read(Path(config)), str(config)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from quantlab.datasets import digits_classes, image_prompts, images, pairs, prompts, text, unprompted, wiki_extracts
 from quantlab.errors import ConfigError, nearest
 from quantlab.models.loaded import LoadedModel
-from quantlab.models.pipeline_call import check_conditions, tell_unused
+from quantlab.models.pipeline_call import UNUSED, check_conditions, tell_unused
 from quantlab.models.table import family_of
 from quantlab.progress import say
 from quantlab.protocols.table import Inputs
@@ -224,9 +224,10 @@ def check_reads_file(node: str, name: str, path: str | None, protocol: str) -> N
     )
 
 
-def check_call(config: ExperimentConfig, by_files: bool = False) -> None:
+def check_call(config: ExperimentConfig, by_files: bool = False, typed: Collection[str] = UNUSED) -> None:
     """ConfigError for what can be known of a pipeline's call before its weights are loaded; with ``by_files`` what its
-    files say, and its class, whose import takes long, is left to whoever loads it."""
+    files say, and its class, whose import takes long, is left to whoever loads it. Of settings that it has no argument
+    for, those are told that are ``typed``."""
     look = family_of(config.model).look
     if look is None:
         if config.model.call:
@@ -243,9 +244,10 @@ def check_call(config: ExperimentConfig, by_files: bool = False) -> None:
     pipeline, row = look(config.model, config.evaluation, by_files), DATASETS[config.dataset.name]
     if pipeline is not None and row.conditions is not None:
         check_conditions(pipeline, row.name, row.conditions(config.dataset.path), config.model.call)
-        tell_unused(pipeline, config.evaluation)
+        tell_unused(pipeline, config.evaluation, typed)
     if config.evaluation.tiled_decoding:
-        say("evaluation.tiled_decoding=true: decoded in tiles, the reference too; numbers are of what tiles give")
+        told = "evaluation.tiled_decoding=true: decoded in tiles, the reference too; numbers are of what tiles give"
+        say(told, "warning")
 
 
 def check_file(config: ExperimentConfig) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import ConfigError, ModelError
+from quantlab.models.reading import no_checkpoint
 from quantlab.vocabulary.fields import checked_path
 from quantlab.vocabulary.files import read_json
 
@@ -32,10 +33,7 @@ def family_of_checkpoint(path: str | None, revision: str | None = None) -> str:
         return "diffusers"
     config = _read(path, "config.json", revision)
     if config is None:
-        raise ModelError(
-            f"{key}: neither a config.json nor a model_index.json is there; name a folder that save_pretrained wrote, "
-            "or the Hub id of a model"
-        )
+        raise no_checkpoint(key, path)
     name = (config.get("architectures") or [""])[0]
     found = _family(name, config)
     if not found:

@@ -118,7 +118,8 @@ def load_model(
     if is_half:  # whoever loads it tells
         unused = []
     if unused and is_base and is_base_with_head(stored):
-        say(f"{key}: {len(unused)} weights of the head of {architecture} ({_some(unused)}) are not measured")
+        told = f"{key}: {len(unused)} weights of the head of {architecture} ({_some(unused)}) are not measured"
+        say(told, "warning")
     elif unused:
         raise ModelError(
             f"{key}: {type(model).__name__} does not use {len(unused)} weights of the checkpoint ({_some(unused)}), "

@@ -302,10 +302,14 @@ def _given(name: str, values: Sequence[Any], one: bool) -> object:
     return values[0] if one and name != "class_label" else list(values)
 
 
-def tell_unused(pipeline: type, evaluation: EvaluationConfig) -> None:
-    """Tell which settings of the evaluation a pipeline has no argument for."""
+UNUSED = ("num_inference_steps", "guidance_scale", "height", "width")
+"""Settings of the evaluation that not every pipeline has an argument for."""
+
+
+def tell_unused(pipeline: type, evaluation: EvaluationConfig, names: Collection[str] = UNUSED) -> None:
+    """Tell which of these settings of the evaluation a pipeline has no argument for."""
     known = parameters_of(pipeline)
-    for name in ("num_inference_steps", "guidance_scale", "height", "width"):
+    for name in names:
         if name not in known and getattr(evaluation, name) is not None:
             value = getattr(evaluation, name)
             say(f"evaluation.{name}={value}: {pipeline.__name__} takes no such argument; it is not used", "warning")

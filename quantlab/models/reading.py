@@ -73,6 +73,24 @@ _GGUF = (
 ADAPTER = "adapter_config.json"
 
 
+def no_checkpoint(key: str, path: str) -> ModelError:
+    """What is said of a path where no configuration of a model lies, by what lies there."""
+    place = Path(path).expanduser()
+    if (place / ADAPTER).is_file():
+        return ModelError(
+            f"{key}: is an adapter of PEFT ({ADAPTER}) without its model; merge it (merge_and_unload), save that with "
+            "save_pretrained, and name that folder"
+        )
+    if place.suffix == ".gguf" or (place.is_dir() and next(place.glob("*.gguf"), None)):
+        return ModelError(f"{key}: {_GGUF}")
+    if place.is_file():
+        return ModelError(f"{key}: is a file; name the folder that save_pretrained wrote, with its config.json")
+    return ModelError(
+        f"{key}: neither a config.json nor a model_index.json is there; name a folder that save_pretrained wrote, or "
+        "the Hub id of a model"
+    )
+
+
 def check_no_adapter(key: str, there: bool) -> None:
     """ModelError where a checkpoint of transformers holds an adapter: ``there`` is whether it has a file of its name.
 

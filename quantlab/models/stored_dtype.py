@@ -31,7 +31,7 @@ def dtype_on(config: ModelConfig, device: str, said: str) -> str:
             if found == dtype
             else f"as its files hold {found or 'nothing known'}"
         )
-        say(f"model.path={config.path}: its config.json names no dtype; {dtype} is taken, {why}")
+        say(f"model.path={config.path}: its config.json names no dtype; {dtype} is taken, {why}", "warning")
     return dtype
 
 

@@ -35,7 +35,7 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
     kind, is_half = _class_of(stored)
     model = load_model([kind], path, config, device, key, is_base=True, is_half=is_half)
     if is_half:
-        say(f"{key}: the half that reads images, {type(model).__name__}, is measured")
+        say(f"{key}: the half that reads images, {type(model).__name__}, is measured", "warning")
     if model.main_input_name != "pixel_values":
         raise ModelError(
             f"{key}: {type(model).__name__} takes {model.main_input_name} and no images; "

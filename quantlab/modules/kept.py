@@ -100,7 +100,7 @@ def set_aside(path: Path, error: Damaged) -> None:
     if aside.is_dir():
         shutil.rmtree(aside)
     path.replace(aside)
-    say(f"{path}: damaged ({error}); it is made again, and what was there is kept as {aside.name}")
+    say(f"{path}: damaged ({error}); it is made again, and what was there is kept as {aside.name}", "warning")
 
 
 def _said(value: object, place: str, tensors: dict[str, Tensor], known: dict[int, str]) -> object:

@@ -66,12 +66,13 @@ RESERVED = (REFERENCE, *FLOORS)
 """Names of rows by which the reference and the floors are known."""
 
 
-def plan(overrides: Sequence[str], multirun: bool = False, is_own: bool = False) -> Plan:
+def plan(overrides: Sequence[str], multirun: bool = False, is_own: bool = False, is_sweep: bool = False) -> Plan:
     """Compose and check every job of a request.
 
     Args:
         overrides: words as typed (``backend=torchao``, ``group_size=32,64``, ``recipe=NAME``).
         multirun: several values of a key are a sweep; without it they are refused.
+        is_sweep: one scheme, too, is a sweep, whose job is not run again where it has finished.
         is_own: quantlab itself wrote the recipe, of a request that was agreed to; nothing is asked for.
 
     Raises:
@@ -81,7 +82,7 @@ def plan(overrides: Sequence[str], multirun: bool = False, is_own: bool = False)
     file, words = _split_recipe(chosen_family(overrides))
     recipe = read_recipe(file) if file else None
     try:
-        return _plan(recipe, words, multirun, is_own)
+        return _plan(recipe, words, multirun, is_own, is_sweep)
     except ConfigError as error:
         if file is None or recipe is None or str(error).startswith(_typed(words)):
             raise
@@ -95,7 +96,7 @@ def _typed(words: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{key}{end}" for key in keys for end in (":", "=", ".", "[") if key)
 
 
-def _plan(recipe: Recipe | None, words: Sequence[str], multirun: bool, is_own: bool) -> Plan:
+def _plan(recipe: Recipe | None, words: Sequence[str], multirun: bool, is_own: bool, is_one: bool) -> Plan:
     with session(recipe):
         fixed, axes = _split_sweep(words, multirun)
         check_said_once(words)
@@ -107,6 +108,7 @@ def _plan(recipe: Recipe | None, words: Sequence[str], multirun: bool, is_own: b
         if recipe is not None and (recipe.content.get("sweep") or {}).get("candidates") == []:
             raise ConfigError("sweep.candidates: the list is empty; write schemes into it, or leave it out")
         combinations, is_sweep = _combinations(base, axes, fixed)
+        is_sweep = is_sweep or is_one
         check_search(base.sweep, is_sweep)
         check_export(base.export, is_sweep)
         merged: list[Merged] = []

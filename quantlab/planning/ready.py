@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 
 from quantlab.backends.table import loggers
 from quantlab.datasets.table import check_call, check_file
-from quantlab.errors import ConfigError, ModelError
+from quantlab.errors import ConfigError
 from quantlab.models.foreign import check_checkpoint
+from quantlab.models.pipeline_call import UNUSED
+from quantlab.models.reading import no_checkpoint
 from quantlab.models.table import check_components, check_path, family_of
 from quantlab.planning.components import named_by_users
 from quantlab.planning.job import Job
+from quantlab.planning.places import option_dirs
 from quantlab.planning.placing import check_family
 from quantlab.quiet import quiet_libraries
 
@@ -31,7 +34,7 @@ def check_ready(jobs: Sequence[Job], by_files: bool = False) -> None:
         config = job.config
         if config.checkpoint is not None:
             check_checkpoint(config.checkpoint)
-        _check_files(job)
+        check_files(job)
         check_family(config)
         whole, asked = config.model_with(), config.evaluation
         sizes = (asked.num_samples, asked.height, asked.width, asked.num_frames, asked.tiled_decoding)
@@ -42,10 +45,32 @@ def check_ready(jobs: Sequence[Job], by_files: bool = False) -> None:
             check_file(config)
             with named_by_users(config):
                 check_components(whole)
-                check_call(replace(config, model=whole), by_files)
+                check_call(replace(config, model=whole), by_files, _typed(job))
 
 
-def _check_files(job: Job) -> None:
+def _typed(job: Job) -> list[str]:
+    """Of the settings that a pipeline may have no argument for, those that someone chose for this job: others come with
+    the options of a group, which are for pipelines of all kinds."""
+    words = {word.lstrip("+").partition("=")[0] for word in job.overrides}
+    return [
+        name
+        for name in UNUSED
+        if f"evaluation.{name}" in words or getattr(job.config.evaluation, name) not in _of_options(job, name)
+    ]
+
+
+def _of_options(job: Job, name: str) -> Iterator[object]:
+    """The values that options of groups have for a setting of the evaluation."""
+    import yaml
+
+    for folder in option_dirs():
+        for file in (*folder.glob("evaluation/*.yaml"), folder / "model" / f"{job.choices.get('model')}.yaml"):
+            if file.is_file():
+                content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+                yield content.get("evaluation", content).get(name)
+
+
+def check_files(job: Job) -> None:
     """ConfigError for a file or folder of the job's that is not there, and that is read when a model lies in memory."""
     reference, model = job.config.reference.path, job.config.model.path
     if reference is not None and not (Path(reference).expanduser() / "reference.json").is_file():
@@ -56,11 +81,8 @@ def _check_files(job: Job) -> None:
         scheme.native.check_files()
     folder = Path(model or "").expanduser()
     is_loaded = family_of(job.config.model).needs_path is not None
-    if model and is_loaded and folder.is_dir() and not any((folder / name).is_file() for name in _OF_A_MODEL):
-        raise ModelError(
-            f"model.path={model}: neither a config.json nor a model_index.json is there; name a folder that "
-            "save_pretrained wrote, or the Hub id of a model"
-        )
+    if model and is_loaded and folder.exists() and not any((folder / name).is_file() for name in _OF_A_MODEL):
+        raise no_checkpoint(f"model.path={model}", model)
 
 
 def no_folder(output_dir: str, place: Path, why: str) -> ConfigError:

@@ -54,7 +54,8 @@ def check_language_model(model: LoadedModel, window: Tensor, largest: int = 0) -
     if _way_of_logits(key, model, ids, ran) == OWN:
         say(
             f"{key} changes its logits after its output head in a way that is not known here: logits=own, they "
-            "are taken from its own forward, in its own dtype, which takes longer"
+            "are taken from its own forward, in its own dtype, which takes longer",
+            "warning",
         )
 
 

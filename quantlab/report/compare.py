@@ -247,6 +247,8 @@ def _with_metric(metric: str, protocol: str, runs: Sequence[StoredRun], samples:
     known = [name for name in of_protocol if any(f"quality/{name}" in r.metrics for r in runs)]
     if metric not in known:
         near = nearest(metric, [*known, *(name.removesuffix("_db") for name in known)])
+        if not near and (meant := metric if metric in METRICS else nearest(metric, METRICS)[15:-1]):
+            near = f"; {meant} is of {' and '.join(METRICS[meant].protocols)}, and these are of {protocol}"
         raise ConfigError(f"metric={metric}: these runs have no such metric; they have {', '.join(known)}{near}")
     if METRICS[metric].higher_is_better is None:
         raise ConfigError(

@@ -33,7 +33,7 @@ from quantlab.tracking import (
     get_run,
     open_store,
 )
-from quantlab.tracking.connect import NO_STORE, resolved_uri, store_errors
+from quantlab.tracking.connect import NO_STORE, of_a_locked, resolved_uri, store_errors
 from quantlab.tracking.record import folders_with_records
 from quantlab.tracking.values import is_as_written
 from quantlab.vocabulary.schema import TrackingConfig
@@ -129,7 +129,8 @@ def read_json(reader: Reader, run: StoredRun, name: str) -> dict[str, Any]:
     if content and not is_as_written(run.tags, name, content):
         if (run.run_id, name) not in _TOLD:
             _TOLD.add((run.run_id, name))
-            say(f"{run.name} ({run.run_id}): {name} is not what the run wrote; it is left out, run the job again")
+            told = f"{run.name} ({run.run_id}): {name} is not what the run wrote; it is left out, run the job again"
+            say(told, "warning")
         return {}
     return json_object(content)
 
@@ -218,6 +219,8 @@ class DatabaseReader:
             with contextlib.closing(sqlite3.connect(f"file:{quote(str(self.database))}?mode=ro", uri=True)) as database:
                 return database.execute(query, values).fetchall()
         except sqlite3.Error as error:
+            if "locked" in str(error):
+                raise TrackingError(f"tracking.uri={self.uri}: {of_a_locked(self.database)}") from error
             raise TrackingError(
                 f"tracking.uri={self.uri}: cannot be read as an MLflow database ({error}); name another with "
                 "tracking.uri=sqlite:///<path>/mlflow.db"

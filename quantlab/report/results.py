@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from rich.console import Console
 
-from quantlab.errors import TrackingError
+from quantlab.errors import ConfigError, TrackingError, nearest
 from quantlab.metrics import metric_called
 from quantlab.progress import printable
 from quantlab.report.attribution import attribution_sheet
@@ -28,7 +28,7 @@ from quantlab.report.compare import compare
 from quantlab.report.comparison_table import show_groups
 from quantlab.report.reading import Reader, StoredRun, experiment_id, json_object, read_json
 from quantlab.report.said_first import said_first
-from quantlab.report.selection import ComparisonRequest, children, is_candidate, select
+from quantlab.report.selection import ComparisonRequest, checked_margin, children, is_candidate, select
 from quantlab.report.table import headline, rows_sheet
 from quantlab.report.terminal import MAX_CELL, Sheet, show, told_below
 from quantlab.tracking.connect import NO_STORE
@@ -71,11 +71,17 @@ class Results(Sequence[RunReport]):
         return len(self._reports)
 
     @overload
-    def __getitem__(self, index: int) -> RunReport: ...
+    def __getitem__(self, index: int | str) -> RunReport: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[RunReport]: ...
-    def __getitem__(self, index: int | slice) -> RunReport | Sequence[RunReport]:
-        return self._reports[index]
+    def __getitem__(self, index: int | str | slice) -> RunReport | Sequence[RunReport]:
+        """By its place, or by the scheme's name; ConfigError with the nearest where no row is called so."""
+        if not isinstance(index, str):
+            return self._reports[index]
+        names = [report.name for report in self._reports]
+        if index not in names:
+            raise ConfigError(f"results[{index!r}]: no row is called so{nearest(index, names)}; .rows has all of them")
+        return self._reports[names.index(index)]
 
     def __iter__(self) -> Iterator[RunReport]:
         return iter(self._reports)
@@ -139,7 +145,7 @@ class Results(Sequence[RunReport]):
         read = ((name, read_samples(content)) for name, content in found if content)
         return {name: samples[0] for name, samples in read if samples is not None}
 
-    def compare(self, metric: str = "", margin: float = 0.0) -> Told:
+    def compare(self, metric: str | None = "", margin: float = 0.0) -> Told:
         """What ``quantlab compare`` prints of these runs, under a metric and a margin of the user's.
 
         Raises ConfigError for a metric that they do not have, TrackingError where there is nothing to compare.
@@ -152,8 +158,8 @@ class Results(Sequence[RunReport]):
         request = ComparisonRequest(
             sweep=self.sweep_id or "",
             run_ids=() if self.sweep_id else ids,
-            metric=metric_called(metric),
-            margin=margin,
+            metric=metric_called(str(metric or "")),
+            margin=checked_margin(margin),
         )
         selection = select(request, self._reader)
         wanted = {*ids}  # a later sweep that took these jobs over may have others
@@ -249,7 +255,7 @@ def next_steps(results: Results, output_dir: str, tracking: TrackingConfig) -> l
     run_id = sweep or str(last.run_id)
     folder = folder or next((f for f in folders if run_id_of(f) == run_id), None)
     ui = tracking.uri if tracking.uri.startswith("http") else f"mlflow ui --backend-store-uri {tracking.uri}"
-    chosen = f"sweep={sweep}" if sweep else f"experiment={tracking.experiment}"
+    chosen = f"sweep={sweep}" if sweep else " ".join(str(r.run_id) for r in quantized)
     has_store = tracking.uri != NO_STORE
     where = f" tracking.uri={shlex.quote(tracking.uri)}" if tracking.uri != TrackingConfig().uri else ""
     where += f" output_dir={shlex.quote(output_dir)}" if not has_store and output_dir != "outputs" else ""
@@ -356,7 +362,8 @@ def chosen_rows(what: str, reader: Reader, tracking: TrackingConfig) -> list[tup
     else:
         names = ", ".join(sorted(reader.experiments()))
         raise TrackingError(
-            f"load({what!r}): no such run, sweep or experiment in {reader.uri}; it has the experiments {names}, and "
+            f"load({what!r}): no such run, sweep or experiment in {reader.uri}"
+            f"{nearest(what, ['latest', *reader.experiments()])}; it has the experiments {names}, and "
             "quantlab.load('latest') is the newest of all"
         )
     started = sorted(found, key=lambda run: (is_candidate(run), run.start_ms))

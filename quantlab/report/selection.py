@@ -130,7 +130,7 @@ def parse_request(words: Sequence[str]) -> ComparisonRequest:
         experiment=values.get("experiment", ""),
         run_ids=tuple(dict.fromkeys(run_ids)),
         metric=metric_called(values.get("metric", "")),
-        margin=_margin(values.get("margin", "0")),
+        margin=checked_margin(values.get("margin", "0")),
         as_json="--json" in flags,
         as_markdown="--markdown" in flags,
         is_plain="--plain" in flags,
@@ -154,10 +154,11 @@ def _file(option: str, value: str) -> Path:
     return Path(value).expanduser()
 
 
-def _margin(text: str) -> float:
+def checked_margin(text: str | float) -> float:
+    """A margin as it is typed; ConfigError for what is none."""
     try:
         margin = float(text)
-    except ValueError:
+    except (TypeError, ValueError):
         margin = -1.0
     if not 0 <= margin < float("inf"):
         raise ConfigError(f"margin={text}: give a number that is 0 or more, in the metric's unit")
@@ -268,7 +269,7 @@ def _sweep(request: ComparisonRequest, reader: Reader) -> StoredRun:
             if any(r.status == "FINISHED" and r.tags.get(KIND) == "job" for r in children(reader, sweep)):
                 if sweep is not found[0]:
                     newest = f"{found[0].name} ({_short(found[0].run_id)})"
-                    say(f"sweep=latest: {newest} is newer, and none of its jobs has finished")
+                    say(f"sweep=latest: {newest} is newer, and none of its jobs has finished", "warning")
                 return sweep
         raise TrackingError(
             f"sweep=latest: none of the {len(found)} sweeps in experiment {name} of {reader.uri} has a finished job; "

@@ -54,6 +54,8 @@ CPU_SECONDS = "times on a CPU say nothing about a GPU"
 
 def headline(protocol: str, rows: Iterable[Measured]) -> list[str]:
     """The protocol's headline metrics that a row has (of images, videos or sound); the first two of none."""
+    if protocol not in PROTOCOLS:  # of rows that failed, of a model that is not known any more
+        return []
     metrics = [row["metrics"] for row in rows]
     found = [m for m in PROTOCOLS[protocol].HEADLINE if any(f"quality/{m}" in known for known in metrics)]
     return found or list(PROTOCOLS[protocol].HEADLINE[:2])

@@ -11,7 +11,7 @@ from quantlab.errors import ConfigError, QuantlabError
 from quantlab.planning.job import Job, Plan
 from quantlab.planning.places import groups, recipes
 from quantlab.planning.trust import is_trusted
-from quantlab.progress import counted, printable
+from quantlab.progress import counted, printable, progress_bars, under_way
 from quantlab.report.terminal import tell, terminal
 from quantlab.running.engines.table import check_cluster
 from quantlab.running.foreseen import Foreseen, foreseen
@@ -25,18 +25,9 @@ def show_jobs(request: Plan) -> int:
 
     The exit code is the run's: 2 where it would refuse impossible combinations, 1 where jobs would fail here.
     """
-    check_request(request)
-    refusal: ConfigError | None = None
-    try:
-        known = _foreseen(request)
-    except ConfigError as error:  # a server; told after what the run finds before it
-        known, refusal = Foreseen(), error
-    is_left = known.num_left > 0 or not known.resumed
-    check_surroundings(request, Path.cwd(), is_left)
-    if refusal is not None:
-        raise refusal
-    if is_left and request.is_sweep and is_trusted(request):
-        check_cluster(request.jobs[0].config.launcher)
+    with progress_bars():
+        under_way("looking at files and the store")
+        known = _known(request)
     sweep = request.jobs[0].config.sweep
     trials = sweep.search.num_trials
     searched = f", of which a search runs {min(trials, len(request.jobs))}" if trials else ""
@@ -44,7 +35,7 @@ def show_jobs(request: Plan) -> int:
     print(f"{counted(len(request.jobs), 'job')}{searched}:")
     for job in request.jobs:
         mark = " (resumed)" if job.name in known.resumed else ""
-        print(printable(f"  {job.name}{mark}\n      {alone(job, request)}", lines=True))
+        print(printable(f"  {job.name}{mark}\n      {alone(job, request, bool(mark))}", lines=True))
         if job.name in failing:
             tell(terminal(), f"      fails here: {failing[job.name]}")
     for one in request.merged:
@@ -68,19 +59,37 @@ def show_jobs(request: Plan) -> int:
     return ConfigError.exit_code
 
 
+def _known(request: Plan) -> Foreseen:
+    """What is known beforehand; ConfigError for what the run refuses before it works."""
+    check_request(request)
+    refusal: ConfigError | None = None
+    try:
+        known = _foreseen(request)
+    except ConfigError as error:  # a server; told after what the run finds before it
+        known, refusal = Foreseen(), error
+    is_left = known.num_left > 0 or not known.resumed
+    check_surroundings(request, Path.cwd(), is_left)
+    if refusal is not None:
+        raise refusal
+    if is_left and request.is_sweep and is_trusted(request):
+        check_cluster(request.jobs[0].config.launcher)
+    return known
+
+
 def _foreseen(request: Plan) -> Foreseen:
     """What the store knows beforehand; a store that a stranger's recipe names is not asked."""
     return foreseen(request) if is_trusted(request) else Foreseen()
 
 
-def alone(job: Job, request: Plan) -> str:
-    """The command that runs one job of a request by itself, as a shell takes it."""
+def alone(job: Job, request: Plan, is_resumed: bool = False) -> str:
+    """The command that gives one job of a request by itself, as a shell takes it: a single run always runs, and a
+    sweep of one takes over what has finished."""
     recipe, sweep = request.recipe, job.config.sweep
     words = [f"recipe={recipe.stem if recipes().get(recipe.stem) == recipe else recipe}"] if recipe else []
     words += ["sweep.candidates=[]"] if recipe and sweep.candidates else []
     words += ["sweep.grid={}"] if recipe and sweep.grid else []
     own = [w for w in job.overrides if w.lstrip("+").partition("=")[0] not in _OF_THE_SWEEP]
-    return shlex.join(["quantlab", *words, *map(_as_typed, own)])
+    return shlex.join(["quantlab", *(["-m"] if is_resumed else []), *words, *map(_as_typed, own)])
 
 
 def _as_typed(word: str) -> str:

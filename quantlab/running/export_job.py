@@ -42,7 +42,8 @@ def export_far(session: Session, plan: Plan, reports: Sequence[RunReport]) -> No
     export fails.
     """
     if any(report.status == SUBMITTED for report in reports):
-        say(f"export.path={plan.export.path}: nothing is chosen before the jobs are over; give the command again then")
+        why = f"export.path={plan.export.path}: nothing is chosen before the jobs are over; give the command again then"
+        say(why, "warning")
         return
     found = chosen(session, plan, reports)
     if found is None:

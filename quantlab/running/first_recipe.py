@@ -27,6 +27,7 @@ from quantlab.planning.job import Job, Plan
 from quantlab.planning.listing import models
 from quantlab.planning.places import groups
 from quantlab.planning.plan import plan
+from quantlab.planning.ready import check_files
 from quantlab.planning.trust import remember
 from quantlab.planning.words import parse
 from quantlab.progress import printable
@@ -75,6 +76,7 @@ def first_recipe(words: Sequence[str]) -> tuple[Path, Plan]:
         raise ConfigError(f"{listed[0]}: init writes a list of candidates, a backend each; change it in the file")
     quiet_libraries(loggers())  # a pipeline's class is looked at, which imports its library
     job = plan([*asked, "sweep.dry_run=true"]).jobs[0]
+    check_files(job)
     if "dataset" not in keys and (pipeline := _pipeline(job.config)) is not None:
         asked.append(fitting(pipeline))
         job = plan([*asked, "sweep.dry_run=true"]).jobs[0]

@@ -168,7 +168,7 @@ def _begin(scheduler: Scheduler, jobs: Sequence[Handed]) -> None:
     earlier = {job.job_id: job.folder for job in jobs if job.job_id}
     taken = scheduler.adopt(earlier) if earlier else set()
     if taken:
-        say(f"{len(taken)} jobs of an earlier command are taken over", "launcher")
+        say(f"{len(taken)} jobs of an earlier command are taken over")
     for folder in set(earlier.values()) - taken:
         write(folder, LOST, {"reason": "its sweep ended, and its engine does not have it any more"})
     ids = {job.folder: job.job_id for job in jobs if job.folder in taken}
@@ -186,7 +186,7 @@ def _left(session: Session, jobs: Sequence[Handed], engine: Engine) -> list[RunR
     rows = []
     for job in jobs:
         job_id = session.claims.mine[job.claimed].job_id if job.claimed in session.claims.mine else ""
-        say(f"submitted: {job.job.name} as {job_id} ({job.folder})", "launcher")
+        say(f"submitted: {job.job.name} as {job_id} ({job.folder})")
         rows.append(RunReport(name=job.job.name, status=SUBMITTED, protocol=job.protocol, error=job_id))
     say("the same command again takes them over; quantlab status shows how they are")
     return rows

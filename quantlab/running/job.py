@@ -93,6 +93,7 @@ def floor_row(session: Session, job: Job) -> RunReport:
     report = run_job(session, bench, job, None)
     quality = {k: asdict(v) for k, v in report.quality.items()}
     memory = {k: asdict(v) for k, v in report.memory.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)  # a reference from elsewhere was not kept there
     write_json({"quality": quality, "memory": memory}, file)
     return report
 
@@ -339,7 +340,8 @@ def _attribution(
     """Which of the quantized components costs what; nothing where there is one."""
     names = [name for name, scheme in chosen(bench.model, job).items() if scheme is not None]
     if len(names) < 2:
-        say(f"evaluation.attribute=true: {job.name} has one quantized component, whose cost is the row's")
+        told = f"evaluation.attribute=true: {job.name} has one quantized component, whose cost is the row's"
+        say(told, "warning")
         return {}
 
     def measure(name: str, model: LoadedModel) -> Measurements:

@@ -48,7 +48,8 @@ def log_overview(store: Store, parent: Run, plan: Plan, reports: Sequence[RunRep
     except Exception as error:  # noqa: BLE001  a picture of results is no reason to lose them
         if is_disk_full(error):
             raise
-        say(f"the overview of the sweep: {in_words(error)[:300]}; quantlab compare sweep={parent.run_id} makes it")
+        why = in_words(error)[:300]
+        say(f"the overview of the sweep: {why}; quantlab compare sweep={parent.run_id} makes it", "warning")
 
 
 def _log_data(parent: Run, plan: Plan) -> None:

@@ -147,6 +147,7 @@ def _report(session: Session, protocol: str, job: Job, run: tracking.RunData) ->
         with tempfile.TemporaryDirectory() as folder:
             content = tracking.get_artifact(session.store, run["run_id"], "report.json", Path(folder)).read_bytes()
     if not is_as_written(run["tags"], "report.json", content):
-        say(f"{run['name']} ({run['run_id']}): report.json is not what the run wrote; the job is run again")
+        told = f"{run['name']} ({run['run_id']}): report.json is not what the run wrote; the job is run again"
+        say(told, "warning")
         raise ValueError("report.json was changed")
     return finished_row(json.loads(content), run["run_id"], job.name, is_resumed=True)

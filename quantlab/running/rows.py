@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from quantlab.models.table import FAMILIES
 from quantlab.planning.job import Job
 from quantlab.report.reading import StoredRun
 from quantlab.tracking.tags import FAILURE, STAGE
@@ -62,6 +63,7 @@ def stored_row(run: StoredRun, report: Mapping[str, Any]) -> RunReport:
     return RunReport(
         name=run.name,
         status=status,
+        protocol=family.protocol if (family := FAMILIES.get(run.params.get("model.family", ""))) else "",
         error=run.tags.get(FAILURE, "its report.json is missing" if status == "FAILED" else ""),
         failed_stage=run.tags.get(STAGE, ""),
         run_id=run.run_id,

@@ -19,7 +19,7 @@ from quantlab.planning.job import Job, Merged, Plan
 from quantlab.planning.ready import no_folder
 from quantlab.planning.space import objectives_of
 from quantlab.planning.trust import require_trust
-from quantlab.progress import progress_bars, say
+from quantlab.progress import Advance, progress_bars, say, under_way
 from quantlab.running.apart import Handed, hand_over
 from quantlab.running.claims import Claims, wait_for
 from quantlab.running.engines.table import is_far
@@ -38,6 +38,7 @@ from quantlab.running.scheduler import Counts
 from quantlab.running.search import Search, run_search
 from quantlab.running.winner import export_chosen
 from quantlab.running.workbench import Session, Workbench, has_bench, let_go_of_bench, prepare_device, workbench
+from quantlab.tracking.connect import SQLITE, resolved_uri
 from quantlab.tracking.provenance import environment
 from quantlab.tracking.results import report_data
 from quantlab.tracking.tags import FAILED_JOBS, JOB_KEY, SEARCH_FRONT
@@ -48,8 +49,9 @@ from quantlab.vocabulary.schema import ExperimentConfig
 _MAX_TOLD = 8
 
 
-PLACES = ("runs", "cache", "cache/reference", "cache/calibration", "cache/models", "mlartifacts")
+PLACES = ("runs", "cache", "cache/reference", "cache/calibration", "cache/models")
 """Below ``output_dir``, what a run writes to."""
+ARTIFACTS = "mlartifacts"
 
 
 def run_plan(plan: Plan, quiet: bool = False, trust: bool = False) -> list[RunReport]:
@@ -61,18 +63,19 @@ def run_plan(plan: Plan, quiet: bool = False, trust: bool = False) -> list[RunRe
     """
     require_trust(plan, trust)
     first = plan.jobs[0].config
-    check_request(plan)
-    if not plan.is_sweep and first.launcher.engine != "serial":
-        say(f"launcher={first.launcher.engine}: a single job is run by this process", "launcher")
-    known = _known_before(plan)
-    if known is not None and (rows := answered_before(plan, known)) is not None:
-        _say_merged(plan)
-        return rows
-    computes = known is None and not runs_elsewhere(plan)
-    with open_session(first, quiet, computes=computes) as session:
-        session.known_before = known
-        session.expect(plan.jobs)
-        return _run_sweep(session, plan) if plan.is_sweep else _run_single(session, plan.jobs[0])
+    with progress_bars(quiet):  # files are read before there is a session, and large ones take long
+        check_request(plan)
+        if not plan.is_sweep and first.launcher.engine != "serial":
+            say(f"launcher={first.launcher.engine}: a single job is run by this process", "launcher")
+        known = _known_before(plan)
+        if known is not None and (rows := answered_before(plan, known)) is not None:
+            _say_merged(plan)
+            return rows
+        computes = known is None and not runs_elsewhere(plan)
+        with open_session(first, quiet, computes=computes) as session:
+            session.known_before = known
+            session.expect(plan.jobs)
+            return _run_sweep(session, plan) if plan.is_sweep else _run_single(session, plan.jobs[0])
 
 
 def _known_before(plan: Plan) -> dict[str, Known] | None:
@@ -89,11 +92,12 @@ def open_session(config: ExperimentConfig, quiet: bool = False, computes: bool =
 
     Without ``computes`` no device is looked for, and torch is not imported: others run the jobs.
     """
-    with _room_in(config.output_dir):
+    with _room_in(config.output_dir), progress_bars(quiet) as advance:
+        under_way("importing libraries")
         device = prepare_device(config) if computes else ""
-        output_dir = _usable_folder(config.output_dir)
+        output_dir = _usable_folder(config.output_dir, _keeps_artifacts(config))
         _remove_parts(output_dir / "cache")
-        with contextlib.ExitStack() as modes, _ready(config, output_dir, device, quiet) as session:
+        with contextlib.ExitStack() as modes, _ready(config, output_dir, device, advance) as session:
             if computes:
                 _enter_modes(modes, config)
             yield session
@@ -151,41 +155,45 @@ def _free(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def _ready(config: ExperimentConfig, output_dir: Path, device: str, quiet: bool) -> Iterator[Session]:
+def _ready(config: ExperimentConfig, output_dir: Path, device: str, advance: Advance) -> Iterator[Session]:
+    under_way("opening the store")
     store = tracking.open_store(config.tracking, Path.cwd())
     runs_dir = output_dir / "runs"
     tracking.close_orphans(store, runs_dir)
     tracking.push_pending(store, runs_dir)
     gc.freeze()  # a million objects of libraries, which no stage's collection need look at
-    with progress_bars(quiet) as advance:
+    try:
+        session = Session(
+            store=store,
+            device=device,
+            output_dir=output_dir,
+            advance=advance,
+            environment=environment(Path(__file__).parents[2], has_hardware=bool(device)),
+            claims=Claims(output_dir / "claims"),
+        )
         try:
-            session = Session(
-                store=store,
-                device=device,
-                output_dir=output_dir,
-                advance=advance,
-                environment=environment(Path(__file__).parents[2], has_hardware=bool(device)),
-                claims=Claims(output_dir / "claims"),
-            )
-            try:
-                yield session
-            finally:
-                session.claims.close(keep=session.leaves)
+            yield session
         finally:
-            gc.unfreeze()
+            session.claims.close(keep=session.leaves)
+    finally:
+        gc.unfreeze()
     if store.was_lost and store.is_reached:  # it may answer by now
         store.wake()
         tracking.push_pending(store, runs_dir)
 
 
-def _usable_folder(output_dir: str) -> Path:
-    """The folder, with each place below it that is written to: found before any work, with the path and the reason."""
+def _usable_folder(output_dir: str, is_beside: bool = False) -> Path:
+    """The folder, with each place below it that is written to: found before any work, with the path and the reason.
+
+    ``is_beside``: a store is in it, whose artifacts are then too. What is not there yet is made by who writes to it.
+    """
     folder = Path(output_dir).expanduser().absolute()
-    for name in PLACES:
+    for name in (*PLACES, ARTIFACTS) if is_beside else PLACES:
         place = folder / name
         try:
-            place.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=place) as file:
+            folder.mkdir(parents=True, exist_ok=True)
+            there = next(one for one in (place, *place.parents) if os.path.lexists(one))
+            with tempfile.TemporaryFile(dir=there) as file:
                 file.write(b"x" * 4096)
         except OSError as error:
             if is_disk_full(error):
@@ -193,6 +201,12 @@ def _usable_folder(output_dir: str) -> Path:
             why = error.strerror or str(error)
             raise no_folder(output_dir, place, why) from error
     return folder
+
+
+def _keeps_artifacts(config: ExperimentConfig) -> bool:
+    """Is the store a database in the folder of the results?"""
+    uri, output_dir = resolved_uri(config.tracking.uri, Path.cwd()), Path(config.output_dir).expanduser().absolute()
+    return uri.startswith(SQLITE) and Path(uri.removeprefix(SQLITE)).parent == output_dir
 
 
 def _run_single(session: Session, job: Job) -> list[RunReport]:

@@ -258,7 +258,7 @@ def workbench(session: Session, config: ExperimentConfig, run: Run | None) -> Wo
         _log_shared(session, run, bench)
     session.bench = bench
     if config.sweep.floors and bench.missing_for_float32:
-        say(bench.missing_for_float32)
+        say(bench.missing_for_float32, "warning")
     if files in (None, request_digest(config, cache, session.where)):  # None: the model was trained since
         remember(config, cache, bench.known, session.where)
     _set_aside()

@@ -16,6 +16,7 @@ from quantlab.models.loaded import LoadedModel
 from quantlab.planning.components import told
 from quantlab.protocols.defined import defined
 from quantlab.protocols.table import PROTOCOLS
+from quantlab.stages.products import wider
 from quantlab.vocabulary.reports import Measurements, MetricValue
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -82,11 +83,9 @@ def _overflow_message(scheme: Scheme, dtype: str, what: str) -> str:
     computed = dtype if axes.compute_dtype == "auto" else axes.compute_dtype
     who = f"{axes.backend} {axes.dtype}"
     why = f"{who} is known to overflow in {computed} ({row.note}); " if computed in row.overflows_in else ""
-    wider = [d for d in row.compute_dtypes if d != computed and d not in row.overflows_in and d != "float16"]
-    way = f"set compute_dtype={' or '.join(wider)}, or " if computed == "float16" and wider else ""
     return (
-        f"dtype={axes.dtype}: {what} by {who} is NaN or infinite where the reference's is not; {why}{way}"
-        "choose another dtype, group_size or algorithm, or exclude the layers that overflow"
+        f"dtype={axes.dtype}: {what} by {who} is NaN or infinite where the reference's is not; {why}"
+        f"{wider(scheme, computed)}choose another dtype, group_size or algorithm, or exclude the layers that overflow"
     )
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from quantlab.backends.scheme import Scheme
+
 _NUM_ROWS = 8
 _WEIGHTS_AT_ONCE = 1 << 20
 """That are widened together, as a whole copy would be the largest tensor here."""
@@ -28,6 +30,15 @@ at 65,504, and where it scales last the sums of codes up to 127 end there too. T
 _WEIGHT_ONLY, _FOUR_BIT_INPUTS = 0.05, 0.5
 _ROUNDED_INPUTS = 0.1
 _PRODUCTS = ("mm", "mv", "gemv", "gemm", "linear", "matmul")
+
+
+def wider(scheme: Scheme, dtype: str) -> str:
+    """What to type so that a scheme computes in a wider range than float16's: ``"set KEY=..., or "``; nothing for
+    another ``dtype``."""
+    if dtype != "float16":
+        return ""
+    known = [d for d in scheme.row.compute_dtypes if d not in ("float16", *scheme.row.overflows_in)]
+    return f"set compute_dtype={' or '.join(known)}, or " if known else "set model.dtype=bfloat16, or "
 
 
 @dataclass(frozen=True, kw_only=True)

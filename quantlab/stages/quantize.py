@@ -28,7 +28,7 @@ from quantlab.modules.packed import read_by, stored_at
 from quantlab.modules.source import Source, freed_at_once, trim
 from quantlab.modules.ties import tied_parameters
 from quantlab.stages.layer_row import layer_row
-from quantlab.stages.products import Product, product, question
+from quantlab.stages.products import Product, product, question, wider
 from quantlab.stages.select import QuantizationRequest, Selection, make_ready, select_layers, share_packed
 from quantlab.stages.unquantized import unquantized
 from quantlab.stages.weight_errors import WeightErrors, weight_errors
@@ -315,7 +315,10 @@ def _read_row(
 
 
 def _wrong_product(request: QuantizationRequest, name: str, shape: tuple[int, ...], found: Product) -> str:
-    way_out = "choose another dtype, group_size or algorithm, or exclude it with modules_to_not_convert"
+    computed = request.scheme.axes.compute_dtype
+    narrow = wider(request.scheme, request.compute_dtype if computed == "auto" else computed)
+    narrow = narrow if math.isinf(found.rel_error) else ""
+    way_out = f"{narrow}choose another dtype, group_size or algorithm, or exclude it with modules_to_not_convert"
     if found.raised:
         return (
             f"dtype={request.scheme.axes.dtype}: {name} {list(shape)} cannot be run by {request.scheme.axes.backend} "
@@ -342,12 +345,11 @@ def _lost_message(request: QuantizationRequest, compute_dtype: str, lost: Mappin
     """The error of a layer hides them, so that this is no matter of degree."""
     axes = request.scheme.axes
     listed = "; ".join(list(lost.values())[:4]) + (f"; and {len(lost) - 4} more layers" if len(lost) > 4 else "")
-    wider = ""
-    if compute_dtype == "float16":
-        wider = "float16 may be too narrow for their scales: pass model.dtype=bfloat16 or compute_dtype=float32, or "
+    narrow = wider(request.scheme, compute_dtype)
+    narrow = f"float16 may be too narrow for their scales: {narrow}" if narrow else ""
     return (
         f"dtype={axes.dtype}: {axes.backend} loses weights (an error beyond the format's rounding, or as large "
-        f"as they are) in {listed}; {wider}"
+        f"as they are) in {listed}; {narrow}"
         "choose another dtype or group_size, or exclude these layers with modules_to_not_convert"
     )
 

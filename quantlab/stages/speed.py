@@ -36,7 +36,10 @@ def speed(model: LoadedModel, inputs: Any, evaluation: EvaluationConfig, tick: T
     that nine of ten repetitions reach. Nothing for models of other protocols, which is told.
     """
     if model.protocol not in _MEASURED:
-        say(f"evaluation.speed=true: there is none for the protocol {model.protocol}; perf/evaluate_s is what there is")
+        say(
+            f"evaluation.speed=true: there is none for the protocol {model.protocol}; perf/evaluate_s is what there is",
+            "warning",
+        )
         return {}
     found: Mapping[str, float] = _MEASURED[model.protocol](
         model, inputs, evaluation, tick or (lambda done, total: None)

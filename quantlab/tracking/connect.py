@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from quantlab.errors import TrackingError
-from quantlab.progress import printable
+from quantlab.progress import printable, say
 from quantlab.tracking.moved import bring_home
 from quantlab.vocabulary.fields import checked_path
 from quantlab.vocabulary.schema import TrackingConfig
@@ -28,6 +28,7 @@ ANSWER_SECONDS = 15
 """A server's answer is whole by then, or it counts as lost."""
 SLOWEST_BYTES_S = 100_000
 """An upload may take longer: as long as it goes on at this pace."""
+_MOMENT_SECONDS = 1.0
 _LOCK_SECONDS = 120
 NO_STORE = "none"
 """Address of no store: runs have their folders alone."""
@@ -91,7 +92,8 @@ def connect(uri: str, experiment: str, makes: bool = True) -> tuple[MlflowClient
     with _environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(_PROBE_SECONDS)):
         try:
             client = MlflowClient(tracking_uri=uri)
-            return client, within(_PROBE_SECONDS, lambda: _experiment_id(client, experiment, None, makes))
+            with _said_while_waiting(f"tracking.uri={shown_uri(uri)}: it takes long to answer", _PROBE_SECONDS):
+                return client, within(_PROBE_SECONDS, lambda: _experiment_id(client, experiment, None, makes))
         except store_errors() as error:
             raise TrackingError(
                 f"tracking.uri={shown_uri(uri)}: answers, but not as an MLflow server that takes runs "
@@ -120,10 +122,32 @@ def check_store(config: TrackingConfig, base_dir: Path) -> None:
 
 
 def _unusable(uri: str, error: Exception) -> TrackingError:
+    if "database is locked" in str(error):
+        return TrackingError(f"tracking.uri={uri}: {of_a_locked(Path(uri.removeprefix(SQLITE)))}")
     return TrackingError(
         f"tracking.uri={uri}: cannot be used ({_reason(error)}); set tracking.uri=sqlite:///<another file>, or "
         "tracking.required=false"
     )
+
+
+def of_a_locked(database: Path) -> str:
+    """What to say of a database that another process does not let go."""
+    return (
+        f"another process keeps it locked; end that process (fuser {database} names it), or set "
+        "tracking.uri=sqlite:///<another file>"
+    )
+
+
+@contextlib.contextmanager
+def _said_while_waiting(text: str, most_s: float) -> Iterator[None]:
+    """Say that something is waited for, once that has taken a moment."""
+    timer = threading.Timer(_MOMENT_SECONDS, say, [f"{text}; waiting at most {most_s:.0f} s"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _reason(error: Exception) -> str:
@@ -172,7 +196,10 @@ def _connect_sqlite(path: Path, uri: str, experiment: str) -> tuple[MlflowClient
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS):
+        lock, told = FileLock(f"{path}.lock", timeout=_LOCK_SECONDS), f"tracking.uri={uri}: {path}.lock is another's"
+        with contextlib.ExitStack() as held:
+            with _said_while_waiting(f"{told}, who opens the store", _LOCK_SECONDS):
+                held.enter_context(lock)
             _check_sqlite(path)
             bring_home(path, path.parent / "mlartifacts")
             from mlflow import MlflowClient
@@ -183,8 +210,8 @@ def _connect_sqlite(path: Path, uri: str, experiment: str) -> tuple[MlflowClient
         raise
     except Timeout as error:
         raise TrackingError(
-            f"tracking.uri={uri}: another process has kept {path}.lock for {_LOCK_SECONDS} s; "
-            "end that process, or set tracking.uri=sqlite:///<another file>"
+            f"tracking.uri={uri}: another process has kept {path}.lock for {_LOCK_SECONDS} s; end that process "
+            f"(fuser {path}.lock names it), or set tracking.uri=sqlite:///<another file>"
         ) from error
     except store_errors() as error:
         raise _unusable(uri, error) from error
@@ -239,7 +266,8 @@ def _probe(uri: str) -> None:
 
     for attempt in (1, 2):
         try:
-            within(_PROBE_SECONDS, lambda: requests.get(f"{uri}/health", timeout=_PROBE_SECONDS))
+            with _said_while_waiting(f"tracking.uri={shown_uri(uri)}: no answer yet", _PROBE_SECONDS * (3 - attempt)):
+                within(_PROBE_SECONDS, lambda: requests.get(f"{uri}/health", timeout=_PROBE_SECONDS))
             return
         except requests.exceptions.SSLError:  # it answers; whether its certificate is trusted is MLflow's setting
             return

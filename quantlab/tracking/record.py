@@ -250,7 +250,7 @@ def records(runs_dir: Path) -> Iterator[Record]:
         except (DamagedRecord, OSError) as error:
             if folder not in _TOLD:
                 _TOLD.add(folder)
-                say(f"{error}; it is left out")
+                say(f"{error}; it is left out", "warning")
 
 
 _TOLD: set[Path] = set()

@@ -81,7 +81,7 @@ def end_lost_run(store: Store, folder: Path, error: str, log: str = "") -> Ended
     try:
         record = Record.load(folder)
     except DamagedRecord as damage:
-        say(str(damage))
+        say(str(damage), "warning")
         return {}
     if not record.summary:  # it died while it wrote the first line
         record.discard()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol, Self, SupportsFloat
 
 from quantlab.errors import TrackingError, in_words
 from quantlab.progress import under_way
+from quantlab.quiet import warnings_kept
 from quantlab.tracking.events import Event
 from quantlab.tracking.pictures import framed_grid
 from quantlab.tracking.record import Record, now_ms
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
+WARNINGS = "warnings.txt"
+"""Artifact: what libraries warned of."""
 _ENDS = ("FINISHED", "FAILED", "KILLED")
 SMALL_PIXELS = 256
 """Sides of the small copy of a picture, as MLflow makes them."""
@@ -65,6 +68,7 @@ class Run:
         self._sink = sink
         self._old_handler: Callable[[int, FrameType | None], object] | int | None = None
         self._terminated = False
+        self._quiet = contextlib.ExitStack()
         self._digests: dict[str, str] = {}
 
     @property
@@ -201,14 +205,18 @@ class Run:
         in_main_thread = threading.current_thread() is threading.main_thread()  # only there can signals be handled
         if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # another's handler stays in place
             self._old_handler = signal.signal(signal.SIGTERM, self._terminate)
+        self._quiet.enter_context(warnings_kept(self.record.folder / WARNINGS))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._quiet.close()
         try:
             if not self.record.is_open:
                 return
+            if (warned := self.record.folder / WARNINGS).is_file():
+                self._write_artifact(WARNINGS, warned)
             self._end(error)
         except OSError as disk:  # no room for the end; what led here is what the user is told
             if error is None:

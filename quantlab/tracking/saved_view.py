@@ -35,7 +35,7 @@ def saved_view(store: Store, metrics: Sequence[str], sweep_id: str) -> str:
             state = json.dumps(view_state(metrics, sweep_id))
             store.client.set_experiment_tag(store.experiment_id, f"{PREFIX}{name}", state)
     except MlflowException as error:
-        say(f"the saved view of the runs: {str(error)[:200]}")
+        say(f"the saved view of the runs: {str(error)[:200]}", "warning")
         return ""
     return f"#/experiments/{store.experiment_id}/runs?viewStateShareKey={name}&compareRunsMode=CHART"
 

@@ -124,7 +124,12 @@ def test_a_pipeline_gets_the_data_that_its_call_takes(tmp_path, capsys):
     assert "- override /dataset: none " in text
     assert "guidance_scale" not in text, "its call takes none"
     assert "num_inference_steps" in text
-    assert shell("recipe=my.yaml", "sweep.dry_run=true")[0] == 0
+    code, _, err = shell("recipe=my.yaml", "sweep.dry_run=true")
+    assert (code, err) == (0, ""), "nobody typed a guidance_scale"
+    words = ["model=diffusers", "model.path=ddpm", "dataset=none", "backend=quanto", "dtype=int8", "sweep.dry_run=true"]
+    assert shell(*words)[::2] == (0, "")
+    _, _, err = shell(*words, "evaluation.guidance_scale=2")
+    assert "evaluation.guidance_scale=2.0: DDPMPipeline takes no such argument; it is not used" in " ".join(err.split())
 
 
 def test_data_that_only_the_user_has_are_left_open(tmp_path):
@@ -160,3 +165,24 @@ def test_pictures_that_are_missing_are_not_told_to_be_prompts(tmp_path):
     )
     assert code == 2
     assert err.startswith("quantlab: dataset.path=null: the pictures are of your own; name a folder of pictures")
+
+
+@pytest.mark.parametrize("model", ["auto", "causal_lm"])
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("adapter/adapter_config.json", "is an adapter of PEFT (adapter_config.json) without its model; merge it"),
+        ("it.gguf", "what a GGUF file holds is measured as a candidate: name the folder"),
+        ("folder/it.gguf", "what a GGUF file holds is measured as a candidate: name the folder"),
+        ("weights.pt", "is a file; name the folder that save_pretrained wrote"),
+        ("empty/readme.md", "neither a config.json nor a model_index.json is there; name a folder"),
+    ],
+)
+def test_what_is_no_model_is_told_what_it_is(tmp_path, name, told, model):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("{}")
+    path = file if file.parent == tmp_path else file.parent
+    with pytest.raises(ConfigError) as caught:
+        first_recipe(["my.yaml", f"model.path={path}", f"model={model}"])
+    assert str(caught.value).startswith(f"model.path={path}: {told}")

@@ -47,7 +47,7 @@ def test_verdicts_use_the_largest_of_them(half):
 def test_a_copy_that_memory_would_not_hold_is_left_out_with_a_word(shell, monkeypatch):
     told = []
     monkeypatch.setattr(workbench, "free_bytes", lambda device: 1000)
-    monkeypatch.setattr(workbench, "say", told.append)
+    monkeypatch.setattr(workbench, "say", lambda text, *_: told.append(text))
     rows = shell.rows(*HALF)
     assert list(rows) == ["reference", "floor_batch", "floor_attention", "quanto int8"]
     assert any(line.startswith("floor_fp32: left out") for line in told)

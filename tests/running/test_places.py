@@ -8,11 +8,11 @@ import pytest
 
 from quantlab.errors import ConfigError
 from quantlab.running import sweep
-from quantlab.running.sweep import PLACES
+from quantlab.running.sweep import ARTIFACTS, PLACES
 from tests.support.shell import digits_words
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [*PLACES, ARTIFACTS])
 def test_a_file_where_a_folder_should_be(place, tmp_path):
     target = tmp_path / "outputs" / place
     target.parent.mkdir(parents=True)
@@ -21,12 +21,13 @@ def test_a_file_where_a_folder_should_be(place, tmp_path):
     with pytest.raises(
         ConfigError, match=r"^output_dir=.*outputs: .* cannot be written \((File exists|Not a dir).*set "
     ):
-        sweep._usable_folder(str(tmp_path / "outputs"))
+        sweep._usable_folder(str(tmp_path / "outputs"), is_beside=True)
     assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_folder_that_refuses(place, tmp_path, monkeypatch):
+    (tmp_path / place).mkdir(parents=True)
     real = sweep.tempfile.TemporaryFile
 
     def refusing(dir):
@@ -43,4 +44,4 @@ def test_the_command_says_so_before_it_loads_anything(shell):
     (shell.folder / "outputs" / "mlartifacts").write_text("no folder")
     code, _, err = shell(*digits_words("backend=quanto", "dtype=int8"))
     assert code == 2
-    assert "mlartifacts cannot be written (File exists)" in " ".join(err.split())
+    assert "mlartifacts cannot be written (Not a directory)" in " ".join(err.split())

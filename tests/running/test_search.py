@@ -292,7 +292,7 @@ def test_a_search_is_tracked_shown_and_resumed(shell, measured, monkeypatch):
             return real(request, *rest, **more)
 
         patch.setattr(BACKENDS["gguf"], "quantize", breaks_q8_0)
-        code, out, err = shell(*words, "-q")
+        code, out, err = shell(*words)
     parent, data = rows_json(shell)
     study = data["search"]
     assert study["num_points"] == 4
@@ -321,7 +321,7 @@ def test_a_search_is_tracked_shown_and_resumed(shell, measured, monkeypatch):
     states = [t["state"] for t in rows_json(shell)[1]["search"]["trials"]]
     assert states == ["told"] * finished + ["measured"] * (3 - finished)
 
-    code, out, err = shell(*words, "sweep.search.num_trials=9", "-q")
+    code, out, err = shell(*words, "sweep.search.num_trials=9")
     assert code == 0
     assert "sweep.search.num_trials=9: the grid has 4 possible jobs, so all of them are run" in err
     assert [t["state"] for t in rows_json(shell)[1]["search"]["trials"]] == ["told"] * 3 + ["measured"]

@@ -91,7 +91,7 @@ def test_bad_settings_of_a_sweep(words, message):
 
 def test_skipped_combinations_are_rows_with_their_reason(shell):
     words = (*WORDS, "backend=quanto,gguf", "dtype=int8,q8_0", "sweep.on_invalid=skip", "sweep.floors=false")
-    code, out, err = shell(*words, "-q")
+    code, out, err = shell(*words)
     assert code == 0, err
     assert "backend=quanto dtype=q8_0" in out
     assert "SKIPPED" in out

@@ -1,6 +1,7 @@
 """A quantized layer multiplies by the weight that it reads back as; one that does something else is an error."""
 
 import gc
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,11 +10,13 @@ from torch import nn
 
 import quantlab
 from quantlab import BitsAndBytesConfig, GGUFQuantizationConfig, NotQuantized, NVIDIAModelOptConfig, QuantoConfig
+from quantlab.backends.scheme import scheme_of_config
 from quantlab.backends.torchao.config import layer_form
 from quantlab.errors import ConfigError
 from quantlab.stages import products
 from quantlab.stages import quantize as stage
 from quantlab.stages.products import Product, product, question
+from quantlab.stages.select import QuantizationRequest
 from quantlab.stages.weight_errors import weight_errors
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.reports import StoredWeight
@@ -163,3 +166,19 @@ def test_what_is_held_in_16_bit_is_compared_as_its_wide_copy(dtype, monkeypatch)
     assert torch.equal(one.wanted, whole.wanted)
     monkeypatch.setattr(products, "_WEIGHTS_AT_ONCE", 5 * 512)
     torch.testing.assert_close(question(narrow, dtype).wanted, whole.wanted, atol=1e-4, rtol=1e-5)  # sums of 512
+
+
+@pytest.mark.parametrize(
+    ("dtype", "way"), [("float16", "set compute_dtype=float32 or bfloat16, or choose"), ("bfloat16", "; choose")]
+)
+def test_an_overflow_is_told_with_the_dtype_to_compute_in(dtype, way):
+    request = QuantizationRequest(
+        component="model", scheme=scheme_of_config(quantlab.QuantoConfig("int8")), compute_dtype=dtype, device="cpu"
+    )
+    told = stage._wrong_product(request, "head", (8, 8), Product(rel_error=math.inf, tolerance=0.1))
+    assert "its outputs for random inputs are NaN or infinite" in told
+    assert way in told
+    told = stage._wrong_product(request, "head", (8, 8), Product(rel_error=2.0, tolerance=0.1))
+    assert "compute_dtype" not in told, "no overflow"
+    lost = stage._lost_message(request, dtype, {"head": "head [8, 8]"})
+    assert ("set compute_dtype=" in lost) == (dtype == "float16")

@@ -1,0 +1,93 @@
+"""What is shown while work goes on: a terminal moves, a log is told, and who wants quiet hears what is wrong alone."""
+
+from __future__ import annotations
+
+import io
+import time
+import warnings
+
+import pytest
+from rich.console import Console
+
+from quantlab import progress
+from quantlab.tracking.run import WARNINGS
+from tests.support.shell import digits_words
+
+
+class Terminal(io.StringIO):
+    """A stream on which a bar can be drawn over itself."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def shown(monkeypatch) -> Terminal:
+    file = Terminal()
+    console = Console(file=file, force_terminal=True, width=80, markup=False, emoji=False, color_system=None)
+    monkeypatch.setattr(progress, "console", console)
+    return file
+
+
+def test_a_terminal_shows_what_no_bar_counts(shown):
+    with progress.progress_bars():
+        time.sleep(0.3)
+        progress.under_way("gguf q4_0: compile")
+        time.sleep(1.5)
+    drawn = [line.strip() for line in shown.getvalue().splitlines() if "gguf q4_0: compile" in line]
+    assert "starting" in shown.getvalue()
+    assert any("0:00:00" in line for line in drawn)
+    assert any("0:00:01" in line for line in drawn), "nothing moves"
+    assert not any("/" in line or "left" in line for line in drawn), "an end is told that nobody knows"
+
+
+def test_bars_within_bars_are_the_same(shown):
+    with progress.progress_bars() as outer, progress.progress_bars() as inner:
+        assert inner is outer
+    with progress.progress_bars(), progress.progress_bars(quiet=True) as inner:
+        assert inner("evaluate", 1, 2) is None
+
+
+def test_who_wants_quiet_hears_what_is_wrong(shown):
+    with progress.progress_bars(quiet=True):
+        progress.say("run once, as these are one scheme")
+        with progress.progress_bars():
+            progress.say("still")
+        progress.say("the tokenizer is another", "warning")
+    assert shown.getvalue().split() == ["warning:", "the", "tokenizer", "is", "another"]
+    progress.say("again")
+    assert "again" in shown.getvalue()
+
+
+@pytest.mark.parametrize("words", [(), ("-m", "dtype=int8,nf4", "sweep.on_invalid=skip")], ids=["one", "sweep"])
+def test_a_quiet_run_leaves_nothing_on_stderr(shell, words):
+    code, _, err = shell(*digits_words("backend=quanto", *(words or ("dtype=int8",)), "-q"))
+    assert (code, err) == (0, "")
+
+
+def test_what_libraries_warn_of_is_in_the_runs_folder_and_not_on_the_screen(shell, monkeypatch):
+    import quantlab.running.job as job
+
+    real = job.evaluate
+
+    def warns(*args, **kwargs):
+        warnings.warn("Dynamo does not know how to trace the builtin", UserWarning, stacklevel=1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(job, "evaluate", warns)
+    code, _, err = shell(*digits_words("backend=quanto", "dtype=int8"))
+    assert code == 0
+    assert "Dynamo" not in err
+    run = shell.tracked()["quanto int8"]
+    (kept,) = (shell.folder / "outputs" / "runs").glob(f"*/{WARNINGS}")
+    assert "UserWarning: Dynamo does not know" in kept.read_text()
+    assert (shell.folder / "outputs" / "mlartifacts" / run["run_id"] / "artifacts" / WARNINGS).is_file()
+
+
+def test_a_run_leaves_no_empty_folder(shell):
+    before = {p for p in (shell.folder / "outputs").rglob("*")}
+    code, _, err = shell(*digits_words("backend=quanto", "dtype=int8", "tracking=none", "output_dir=other"))
+    assert code == 0, err
+    assert before == {p for p in (shell.folder / "outputs").rglob("*")}
+    empty = [p for p in (shell.folder / "other").rglob("*") if p.is_dir() and not list(p.iterdir())]
+    assert empty == []
