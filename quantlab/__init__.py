@@ -44,15 +44,17 @@ from quantlab.vocabulary.reports import (
 )
 
 if TYPE_CHECKING:
-    from quantlab.api import compose, evaluate, load, quantize, run
+    from quantlab.api import compose, load, run
     from quantlab.report.results import Results
+    from quantlab.stages.own_module import evaluate, quantize
 
 # On some processors MKL's float32 products depend on where in memory their operands begin, and so on the way in which a
 # model was loaded. This makes them the same, at no cost to speak of; it has to be said before the first product.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 _LATER = {
-    **dict.fromkeys(("compose", "evaluate", "load", "quantize", "run"), "quantlab.api"),
+    **dict.fromkeys(("compose", "load", "run"), "quantlab.api"),
+    **dict.fromkeys(("evaluate", "quantize"), "quantlab.stages.own_module"),
     "Results": "quantlab.report.results",
 }
 """Name -> its module, a hundred others with it, which most commands of the command line do without."""

@@ -9,8 +9,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import quantlab
-from quantlab import api
 from quantlab.errors import ConfigError
+from quantlab.stages import own_module
 from quantlab.stages.select import check_device
 from quantlab.vocabulary.axes import QuantizationAxes
 from tests.support.tables import BACKENDS, CAPABILITIES, the_scheme
@@ -23,7 +23,7 @@ def test_python_takes_a_modules_own_device(device):
     with FakeTensorMode():
         net = torch.nn.Sequential(torch.nn.Linear(8, 8, device="meta"))
         net[0].weight = torch.nn.Parameter(torch.empty(8, 8, device=device))
-    assert api._dtype_and_device(net) == ("float32", device)
+    assert own_module._dtype_and_device(net) == ("float32", device)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_libraries_that_name_no_device_mean_the_modules(monkeypatch):
         seen.append(device)
         yield
 
-    monkeypatch.setattr(api, "current", current)
+    monkeypatch.setattr(own_module, "current", current)
     net = torch.nn.Sequential(torch.nn.Linear(32, 32))
     quantlab.quantize(net, quantlab.QuantoConfig("int8"))
     assert seen == ["cpu"]
@@ -81,7 +81,7 @@ def test_one_candidate_of_python_goes_before_the_next(monkeypatch):
     import weakref
 
     refs = []
-    real = api._quantized
+    real = own_module._quantized
 
     def quantize(*args, **kwargs):
         assert not any(ref() is not None for ref in refs)
@@ -89,7 +89,7 @@ def test_one_candidate_of_python_goes_before_the_next(monkeypatch):
         refs.append(weakref.ref(made))
         return made, report
 
-    monkeypatch.setattr(api, "_quantized", quantize)
+    monkeypatch.setattr(own_module, "_quantized", quantize)
     net = torch.nn.Sequential(torch.nn.Linear(32, 32))
     configs = [quantlab.QuantoConfig("int8"), quantlab.QuantoConfig("int4"), quantlab.QuantoConfig("int8")]
     quantlab.evaluate(net, configs, [torch.randn(4, 32)], num_bootstrap=50)
@@ -101,6 +101,6 @@ def test_lack_of_memory_is_no_fault_of_the_module(error, kind, monkeypatch):
     def scarce(*_):
         raise error
 
-    monkeypatch.setattr(api, "copied", scarce)
+    monkeypatch.setattr(own_module, "copied", scarce)
     with pytest.raises(kind):
         quantlab.quantize(torch.nn.Sequential(torch.nn.Linear(32, 32)), quantlab.QuantoConfig("int8"))
