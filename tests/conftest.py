@@ -83,7 +83,10 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callabl
 
 @pytest.fixture(scope="session", autouse=True)
 def migrated_once() -> Iterator[None]:
-    """MLflow makes the tables of a new store by forty migrations, 0.7 s of CPU: once a process; then they are copied."""
+    """MLflow makes the tables of a new store by forty migrations, 0.7 s of CPU: once a process; then they are copied.
+
+    No store of a test outlives a crash of the machine: nothing waits until the disk has written.
+    """
     connect_sqlite, tables = connect._connect_sqlite, sqlite3.connect(":memory:", check_same_thread=False)
 
     def make_tables(engine: Any, migrate: Callable[[Any], None]) -> None:
@@ -96,9 +99,16 @@ def migrated_once() -> Iterator[None]:
             else:
                 tables.backup(connection.driver_connection)
 
+    def unwaited(connection: Any, _record: Any) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous = OFF")
+
     def patched(*args: Any) -> Any:  # mlflow is imported by whoever needs it
         from mlflow.store.db import utils
+        from sqlalchemy import Engine, event
 
+        if not event.contains(Engine, "connect", unwaited):
+            event.listen(Engine, "connect", unwaited)
         if utils._initialize_tables is not copied.get("make"):
             copied["make"] = partial(make_tables, migrate=utils._initialize_tables)
             utils._initialize_tables = copied["make"]
