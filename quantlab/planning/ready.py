@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 
 from quantlab.backends.table import loggers
 from quantlab.datasets.table import check_call, check_file
-from quantlab.errors import ConfigError
+from quantlab.errors import ConfigError, DiskFull
 from quantlab.models.foreign import check_checkpoint
 from quantlab.models.pipeline_call import UNUSED
 from quantlab.models.reading import no_checkpoint
@@ -21,6 +22,8 @@ from quantlab.quiet import quiet_libraries
 
 _OF_A_MODEL = ("config.json", "model_index.json")
 """A folder that a model is loaded from has one of them."""
+LEAST_ROOM_BYTES = 16 * 2**20
+"""Of a disk on which a run begins: its record, its store and the reference of the smallest model."""
 
 
 def check_ready(jobs: Sequence[Job], by_files: bool = False) -> None:
@@ -91,3 +94,14 @@ def no_folder(output_dir: str, place: Path, why: str) -> ConfigError:
         f"output_dir={output_dir}: {place} cannot be written ({why}); make it a folder that you may write to, "
         "or set output_dir=<a folder of yours>"
     )
+
+
+def check_room(output_dir: str, folder: Path) -> None:
+    """DiskFull where ``folder``, which is there, has no room for a run: else that shows when the work is done."""
+    free = shutil.disk_usage(folder).free
+    if free < LEAST_ROOM_BYTES:
+        raise DiskFull(
+            f"output_dir={output_dir}: {free / 2**20:.0f} MiB are free on its disk, and "
+            f"{LEAST_ROOM_BYTES // 2**20} MiB are wanted before a run begins; make room, or set output_dir=<a folder on "
+            "another disk>"
+        )

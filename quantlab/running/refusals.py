@@ -15,7 +15,7 @@ from quantlab.errors import ConfigError
 from quantlab.exporting.folder import check_target
 from quantlab.modules.gpu_seen import NO_CUDA, sees_gpu
 from quantlab.planning.job import Job, Plan
-from quantlab.planning.ready import check_ready, no_folder
+from quantlab.planning.ready import check_ready, check_room, no_folder
 from quantlab.running.engines.table import check_launcher, is_far
 from quantlab.running.placement import spread_over
 from quantlab.stages.select import check_device
@@ -50,7 +50,7 @@ def check_surroundings(request: Plan, base_dir: Path, is_left: bool) -> None:
     config = request.jobs[0].config
     if is_left and config.device == "cuda" and not runs_elsewhere(request) and not sees_gpu():
         raise ConfigError(NO_CUDA)
-    check_folder(config, base_dir)
+    check_folder(config, base_dir, is_left)
     check_store(config.tracking, base_dir)
 
 
@@ -89,13 +89,15 @@ def runs_elsewhere(request: Plan) -> bool:
     return request.is_sweep and is_far(request.jobs[0].config.launcher)
 
 
-def check_folder(config: ExperimentConfig, base_dir: Path) -> None:
-    """ConfigError where the run could not write its results."""
+def check_folder(config: ExperimentConfig, base_dir: Path, is_left: bool = True) -> None:
+    """ConfigError where the run could not write its results, DiskFull where they would have no room."""
     folder = base_dir / Path(config.output_dir).expanduser()
     there = next(place for place in (folder, *folder.parents) if place.exists())
     try:
         with tempfile.TemporaryFile(dir=there):  # it has no name there, and leaves nothing
-            return
+            pass
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else str(error)
         raise no_folder(config.output_dir, folder / "runs", why) from error
+    if is_left:
+        check_room(config.output_dir, there)

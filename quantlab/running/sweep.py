@@ -16,7 +16,7 @@ from quantlab import tracking
 from quantlab.errors import DiskFull, QuantlabError, TrackingError, in_words, is_disk_full
 from quantlab.modules.precision import exact_arithmetic, own_modes
 from quantlab.planning.job import Job, Merged, Plan
-from quantlab.planning.ready import no_folder
+from quantlab.planning.ready import check_room, no_folder
 from quantlab.planning.space import objectives_of
 from quantlab.planning.trust import require_trust
 from quantlab.progress import Advance, progress_bars, say, under_way
@@ -200,6 +200,7 @@ def _usable_folder(output_dir: str, is_beside: bool = False) -> Path:
                 raise
             why = error.strerror or str(error)
             raise no_folder(output_dir, place, why) from error
+    check_room(output_dir, folder)
     return folder
 
 

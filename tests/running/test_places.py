@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 
 import pytest
 
 from quantlab.errors import ConfigError
+from quantlab.planning import ready
 from quantlab.running import sweep
 from quantlab.running.sweep import ARTIFACTS, PLACES
 from tests.support.shell import digits_words
@@ -45,3 +47,22 @@ def test_the_command_says_so_before_it_loads_anything(shell):
     code, _, err = shell(*digits_words("backend=quanto", "dtype=int8"))
     assert code == 2
     assert "mlartifacts cannot be written (Not a directory)" in " ".join(err.split())
+
+
+def test_a_disk_without_room_is_told_before_anything_is_loaded(shell, monkeypatch):
+    free = []
+    usage = shutil.disk_usage(shell.folder)
+    monkeypatch.setattr(ready.shutil, "disk_usage", lambda _: usage._replace(free=free[0]))
+    words, said = digits_words("backend=quanto", "dtype=int8"), []
+    free[:] = [2 * 2**20]
+    for more in (["sweep.dry_run=true"], []):
+        code, _, err = shell(*words, *more)
+        assert code == 1
+        said.append(" ".join(err[err.index("quantlab: output_dir=") :].split()))
+    assert said[0] == said[1]
+    assert "2 MiB are free on its disk" in said[0]
+    assert not list((shell.folder / "outputs").glob("runs/*"))
+    free[:] = [2**30]
+    shell.rows(*words)
+    free[:] = [2 * 2**20]
+    assert shell(*words, "sweep.dry_run=true")[0] == 1, "a single run begins anew"
