@@ -102,6 +102,6 @@ def check_room(output_dir: str, folder: Path) -> None:
     if free < LEAST_ROOM_BYTES:
         raise DiskFull(
             f"output_dir={output_dir}: {free / 2**20:.0f} MiB are free on its disk, and "
-            f"{LEAST_ROOM_BYTES // 2**20} MiB are wanted before a run begins; make room, or set output_dir=<a folder on "
-            "another disk>"
+            f"{LEAST_ROOM_BYTES // 2**20} MiB are wanted before a run begins; make room, or set output_dir=<a folder "
+            "on another disk>"
         )
