@@ -7,8 +7,10 @@ import time
 import warnings
 
 import pytest
+import torch
 from rich.console import Console
 
+import quantlab
 from quantlab import progress
 from quantlab.tracking.run import WARNINGS
 from tests.support.shell import digits_words
@@ -91,3 +93,24 @@ def test_a_run_leaves_no_empty_folder(shell):
     assert before == {p for p in (shell.folder / "outputs").rglob("*")}
     empty = [p for p in (shell.folder / "other").rglob("*") if p.is_dir() and not list(p.iterdir())]
     assert empty == []
+
+
+class Slow(torch.nn.Module):
+    """Takes long enough that something is to be seen of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.15)
+        out: torch.Tensor = self.linear(x)
+        return out
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_python_shows_what_is_under_way(shown, quiet):
+    config = quantlab.QuantoConfig("int8")
+    quantlab.evaluate(Slow(), [config, config], [torch.ones(2, 64)], floors=False, num_bootstrap=10, quiet=quiet)
+    told = shown.getvalue()
+    assert ("quanto int8 (1 of 2)" in told) == ("configs" in told) == ("1/2" in told) == (not quiet)

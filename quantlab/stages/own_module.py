@@ -26,7 +26,7 @@ from quantlab.modules.reached import check_uncompiled, check_weights_are_here, r
 from quantlab.modules.read_in_source import changes_in_source, note_failures, reads_in_source
 from quantlab.modules.ties import copied
 from quantlab.planning.job import scheme_name
-from quantlab.progress import say
+from quantlab.progress import progress_bars, say, under_way
 from quantlab.protocols.module import ModuleInputs, check, inputs_of, observe, samples_of
 from quantlab.protocols.unchanged import same_memory, same_state
 from quantlab.quiet import quiet_libraries
@@ -100,7 +100,9 @@ def quantize(
             "in eval mode before, where it does so at the first call alone, or pass inputs=[batch], which finds out",
             "warning",
         )
-    made, report = _quantized(module, scheme, calibration, read)
+    with progress_bars():
+        under_way(f"quantize: {_name_of(config)}")
+        made, report = _quantized(module, scheme, calibration, read)
     if not inputs:
         note_failures(made, [r.name for r in report.layers if r.status in ("quantized", "fallback")])
     return made, report
@@ -232,6 +234,7 @@ def evaluate(
     num_bootstrap: int = 2000,
     floors: bool = True,
     layer_kinds: Sequence[str] = ("linear",),
+    quiet: bool = False,
 ) -> Results:
     """Quantize ``module`` by each config and compare its outputs with the unquantized module's, row by row.
 
@@ -245,6 +248,7 @@ def evaluate(
         floors: measure the noise floor (the module in another dtype) as a row of its own; it is FAILED, with the
             reason, where the module does not run so.
         layer_kinds: see :func:`quantize`.
+        quiet: no progress, which is else told on stderr.
 
     Returns:
         Reports of the reference, its floor (another dtype) and each config: ``output_cosine`` and ``output_rel_error``
@@ -270,7 +274,8 @@ def evaluate(
                     "numbers would flatter; give other batches"
                 )
     schemes = [(config, scheme_of_config(config, **kinds)) for config in configs]
-    with in_eval_mode(module), same_state(module):
+    with in_eval_mode(module), same_state(module), progress_bars(quiet) as advance:
+        under_way("reference")
         note_held(module)
         model = _loaded(module)
         check_finite_weights(module, "module")
@@ -284,11 +289,16 @@ def evaluate(
             with same_state(module):
                 reports = [_row(REFERENCE, module, None, model, reference, given, settings)]
             size = reports[0].memory["model"]
-            reports += [_floor_row(module, model, reference, given, settings)] if floors else []
-            for config, scheme in schemes:
+            if floors:
+                under_way("noise floor")
+                reports.append(_floor_row(module, model, reference, given, settings))
+            for i, (config, scheme) in enumerate(schemes):
                 data = calibration if config.needs_data else None
                 name = _name_of(config, **kinds)
+                advance("configs", i, len(schemes))
+                under_way(f"{name} ({i + 1} of {len(schemes)})")
                 reports.append(_config_row(name, scheme, data, read, model, reference, given, settings))
+            advance("configs", len(schemes), len(schemes))
     known = {r.name: r.quality for r in reports if r.name in FLOORS and r.status == "FINISHED"}
     sized = [replace(r, memory={n: m.of_values_in(size) for n, m in r.memory.items()}) for r in reports]
     return Results([replace(r, floors=known) for r in sized], _no_store)
