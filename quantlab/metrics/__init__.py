@@ -38,7 +38,7 @@ class Metric:
     """True where values span orders of magnitude, so that only their logarithms can be told apart by colour."""
     description: str
     version: int = 1
-    """Raised when the definition changes: numbers of different versions are not compared."""
+    """Raised when the definition changes, or which samples it is of: numbers of different versions are not compared."""
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -205,7 +205,7 @@ _ROWS = (
         is_curve=True,
         description="signal-to-quantization-noise, at each step, of what the sampler steps along (predictions with and "
         "without the condition put together by guidance), both models on the reference's input",
-        version=2,
+        version=3,
     ),
     Metric(
         name="step_divergence",
@@ -216,6 +216,7 @@ _ROWS = (
         is_log_scale=True,
         at_least=0.0,
         description="relative distance of the two free-running trajectories at each step",
+        version=2,
     ),
     Metric(
         name="weighted_velocity_mse",
@@ -225,7 +226,7 @@ _ROWS = (
         at_least=0.0,
         description="error of what the sampler steps along, on the reference's inputs, each step weighted by its "
         "squared length",
-        version=3,
+        version=4,
     ),
     Metric(
         name="class_accuracy",
