@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from quantlab.vocabulary.numbers import ON_TOP
+
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
@@ -388,6 +390,14 @@ _ROWS = (
 )
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ROWS}
+
+
+def bounds_of(key: str) -> tuple[float, float]:
+    """The range of a number by the name under which it is tracked (``quality/floor_bf16/ssim``)."""
+    metric = METRICS.get(key.rpartition("/")[2])
+    if metric is None:
+        return -math.inf, math.inf
+    return metric.bounds_of_difference if key.startswith(f"{ON_TOP}/") else metric.bounds
 
 
 def metric_called(text: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from quantlab.backends.table import said_of
 from quantlab.errors import nearest
-from quantlab.metrics import METRICS
+from quantlab.metrics import METRICS, bounds_of
 from quantlab.metrics.statistics import MIN_CLUSTERS
 from quantlab.progress import printable
 from quantlab.protocols.table import PROTOCOLS
@@ -204,8 +204,7 @@ def with_interval(metrics: Mapping[str, float], name: str, bounds: bool = False)
     value = metrics.get(name)
     if value is None:
         return ""
-    metric = METRICS.get(name.rpartition("/")[2])
-    return number_cell(metric_value(metrics, name), metric.bounds if metric else ANY, bounds)
+    return number_cell(metric_value(metrics, name), bounds_of(name), bounds)
 
 
 def number_cell(value: MetricValue, possible: tuple[float, float] = ANY, bounds: bool = False) -> str:
