@@ -141,9 +141,10 @@ def short_number(value: float) -> str:
     """A number as a cell has it: three digits, and as many as tell it from 1."""
     if value != 0 and abs(value) < 1e-3:
         return _with_power(value, 1)
-    if 0 < abs(1 - abs(value)) < 5e-4:
+    short = f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}" if abs(value) >= 10 else f"{value:.3g}"
+    if short in ("1", "-1") and abs(value) != 1:
         return f"{value:.{min(-_power(1 - abs(value)), MAX_DIGITS)}f}"
-    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}" if abs(value) >= 10 else f"{value:.3g}"
+    return short
 
 
 def _power(value: float) -> int:
