@@ -108,3 +108,12 @@ def test_a_difference_of_two_runs_has_a_difference_s_range_wherever_it_is_read()
     assert (found.ci_lo, found.ci_hi) == (-5 - 1.96, -5 + 1.96)
     assert found.status == WITHIN
     assert checked(-8.0).status == DIFFERENT
+
+
+def test_the_mean_of_many_rows_of_one_number_is_the_whole_s_to_the_last_digits():
+    """Leaving one of many out changes the whole by its last digits, and what is made of that is multiplied by their number."""
+    rng = np.random.default_rng(0)
+    ref = rng.normal(0, 1, 100_000).astype(np.float32)
+    cand = ref + 1e-7 * rng.normal(0, 1, ref.size).astype(np.float32)
+    whole = float(output_cosine(cand[None], ref[None])[0])
+    assert abs(whole_cosine_shares(cand, ref).mean() - whole) < 1e-14
