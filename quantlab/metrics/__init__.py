@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from quantlab.vocabulary.numbers import ON_TOP
+
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
@@ -38,7 +40,7 @@ class Metric:
     """True where values span orders of magnitude, so that only their logarithms can be told apart by colour."""
     description: str
     version: int = 1
-    """Raised when the definition changes: numbers of different versions are not compared."""
+    """Raised when the definition changes, or which samples it is of: numbers of different versions are not compared."""
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -205,7 +207,7 @@ _ROWS = (
         is_curve=True,
         description="signal-to-quantization-noise, at each step, of what the sampler steps along (predictions with and "
         "without the condition put together by guidance), both models on the reference's input",
-        version=2,
+        version=3,
     ),
     Metric(
         name="step_divergence",
@@ -216,6 +218,7 @@ _ROWS = (
         is_log_scale=True,
         at_least=0.0,
         description="relative distance of the two free-running trajectories at each step",
+        version=2,
     ),
     Metric(
         name="weighted_velocity_mse",
@@ -225,7 +228,7 @@ _ROWS = (
         at_least=0.0,
         description="error of what the sampler steps along, on the reference's inputs, each step weighted by its "
         "squared length",
-        version=3,
+        version=4,
     ),
     Metric(
         name="class_accuracy",
@@ -387,6 +390,14 @@ _ROWS = (
 )
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ROWS}
+
+
+def bounds_of(key: str) -> tuple[float, float]:
+    """The range of a number by the name under which it is tracked (``quality/floor_bf16/ssim``)."""
+    metric = METRICS.get(key.rpartition("/")[2])
+    if metric is None:
+        return -math.inf, math.inf
+    return metric.bounds_of_difference if key.startswith(f"{ON_TOP}/") else metric.bounds
 
 
 def metric_called(text: str) -> str:

@@ -123,11 +123,12 @@ def _moved(
 
     sums, cluster = _by_cluster(products, clusters)
     num, n = len(sums), len(cluster)
+    total = sums.sum(axis=0)
     with np.errstate(all="ignore"):
-        without = statistic(sums.sum(axis=0) - sums)
-    if num < 2 or not np.isfinite(without).all():
+        changes = statistic(total - sums) - statistic(total)
+    if num < 2 or not np.isfinite(changes).all():
         return None
-    moves = (num - 1) * (without.mean() - without)
+    moves = (num - 1) * (changes.mean() - changes)
     return np.asarray(whole + moves[cluster] * (n / (num * np.bincount(cluster)))[cluster], dtype=np.float64)
 
 

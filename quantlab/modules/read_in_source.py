@@ -13,7 +13,7 @@ import inspect
 import linecache
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.modules.layers import linear_layers
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _MAKES_OR_MOVES = re.compile(
     r"_*(init|reset|tie|load|save|merge|unmerge|fuse|unfuse|prune|resize|extra_repr|post_init)"
 )
-_EVERY = "*"
+_EVERY = "[*]"
 _MAX_NAMED = 5
 
 
@@ -42,15 +42,22 @@ def asked_of(module: nn.Module, attribute: str) -> Iterator[nn.Module]:
 
 
 def _at(part: Any, chain: Sequence[str]) -> Iterator[Any]:
-    """What ``part.a.b[...]`` is, for a chain ``("a", "b", "*")``."""
+    """What ``part.a.b[...]`` is, for a chain ``("a", "b", "[*]")``."""
     found = [part]
     for name in chain:
-        inner: list[Any] = []
-        for owner in found:
-            children = getattr(owner, "_modules", {})
-            inner += children.values() if name == _EVERY else [children[name]] if name in children else []
-        found = inner
+        found = [inner for owner in found for inner in _below(getattr(owner, "_modules", {}), name)]
     yield from found
+
+
+def _below(children: Mapping[str, Any], name: str) -> Iterator[Any]:
+    """The part of this name; of an index such as ``[-1]``, every one where none is called so."""
+    index = name.strip("[]")
+    if re.fullmatch(r"-\d+", index):
+        index = str(len(children) + int(index))
+    if index in children:
+        yield children[index]
+    elif name.startswith("["):
+        yield from children.values()
 
 
 def changes_in_source(module: nn.Module) -> str:
@@ -145,8 +152,11 @@ def _chain(node: ast.AST, attribute: str) -> tuple[str, ...] | None:
 
 def _index(node: ast.Subscript) -> str:
     """The name of the part at an index that is written out; else of every one."""
-    index = node.slice.value if isinstance(node.slice, ast.Constant) else None
-    return str(index) if isinstance(index, (int, str)) else _EVERY
+    try:
+        index = ast.literal_eval(node.slice)
+    except (ValueError, TypeError):  # not written out
+        return _EVERY
+    return f"[{index}]" if isinstance(index, (int, str)) else _EVERY
 
 
 def note_failures(module: nn.Module, quantized: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from quantlab.metrics import METRICS
+from quantlab.metrics import bounds_of
 from quantlab.report.table import MARKS, mib, number_cell, title_of
 from quantlab.report.terminal import Column, Sheet
 from quantlab.tracking.results import Measured
@@ -78,6 +78,6 @@ def _text(metrics: Mapping[str, float], key: str, signed: bool = False) -> str:
     """A cell of a terminal; ``signed``: a difference."""
     if key not in metrics:
         return ""
-    value, metric = metric_value(metrics, key), METRICS[key.rpartition("/")[2]]
-    text = number_cell(value, metric.bounds_of_difference if signed else metric.bounds)
+    value = metric_value(metrics, key)
+    text = number_cell(value, bounds_of(key))
     return f"+{text}" if signed and value.value > 0 else text

@@ -6,12 +6,11 @@ What is measured of the machine (seconds, peak memory) differs from run to run; 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
 
-from quantlab.metrics import METRICS
+from quantlab.metrics import METRICS, bounds_of
 from quantlab.metrics.statistics import wilson_interval
 from quantlab.report.reading import json_object
 from quantlab.report.terminal import Column, Sheet
@@ -150,14 +149,14 @@ def _check(name: str, theirs: Mapping[str, float], ours: Mapping[str, float]) ->
 
 def _interval(name: str, metrics: Mapping[str, float]) -> tuple[float | None, float | None]:
     """The logged interval; else 1.96 standard errors; else, of a count of images, Wilson's; else none."""
-    value, metric = metrics[name], METRICS.get(name.rpartition("/")[2])
+    value = metrics[name]
     low, high, se = (metrics.get(f"{name}/{part}") for part in ("ci_lo", "ci_hi", "se"))
     if low is not None and high is not None:
         return low, high
     if se is not None:
-        least, most = metric.bounds if metric is not None else (-math.inf, math.inf)
+        least, most = bounds_of(name)
         return max(value - 1.96 * se, min(value, least)), min(value + 1.96 * se, max(value, most))
-    n = int(metrics.get(f"{name}/n", 0))
+    n, metric = int(metrics.get(f"{name}/n", 0)), METRICS.get(name.rpartition("/")[2])
     if metric is not None and metric.unit == "images" and n:
         share = wilson_interval(round(value), n)
         if share.ci_lo is not None and share.ci_hi is not None:

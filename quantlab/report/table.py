@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from quantlab.backends.table import said_of
 from quantlab.errors import nearest
-from quantlab.metrics import METRICS
+from quantlab.metrics import METRICS, bounds_of
 from quantlab.metrics.statistics import MIN_CLUSTERS
 from quantlab.progress import printable
 from quantlab.protocols.table import PROTOCOLS
@@ -141,9 +141,10 @@ def short_number(value: float) -> str:
     """A number as a cell has it: three digits, and as many as tell it from 1."""
     if value != 0 and abs(value) < 1e-3:
         return _with_power(value, 1)
-    if 0 < abs(1 - abs(value)) < 5e-4:
+    short = f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}" if abs(value) >= 10 else f"{value:.3g}"
+    if short in ("1", "-1") and abs(value) != 1:
         return f"{value:.{min(-_power(1 - abs(value)), MAX_DIGITS)}f}"
-    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}" if abs(value) >= 10 else f"{value:.3g}"
+    return short
 
 
 def _power(value: float) -> int:
@@ -204,8 +205,7 @@ def with_interval(metrics: Mapping[str, float], name: str, bounds: bool = False)
     value = metrics.get(name)
     if value is None:
         return ""
-    metric = METRICS.get(name.rpartition("/")[2])
-    return number_cell(metric_value(metrics, name), metric.bounds if metric else ANY, bounds)
+    return number_cell(metric_value(metrics, name), bounds_of(name), bounds)
 
 
 def number_cell(value: MetricValue, possible: tuple[float, float] = ANY, bounds: bool = False) -> str:

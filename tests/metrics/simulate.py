@@ -35,12 +35,30 @@ VALUES: dict[str, tuple[Draw, float]] = {
 }
 """Values and their true mean."""
 NUM_DRAWS = 1000
-ONE_NUMBER: dict[str, tuple[Draw, Callable[[NDArray[np.float64]], NDArray[np.float64]]]] = {
-    "normal": (lambda rng, n: rng.normal(0.5, 1, n), np.ones_like),
-    "larger ones err more": (lambda rng, n: rng.normal(0.5, 1, n), lambda ref: 1 + abs(ref)),
-    "heavy tail": (lambda rng, n: rng.lognormal(0, 1, n) * rng.choice([-1, 1], n), lambda ref: 1 + abs(ref)),
+ONE_NUMBER: dict[str, tuple[Draw, Callable[[NDArray[np.float64]], NDArray[np.float64]], Draw]] = {
+    "normal": (lambda rng, n: rng.normal(0.5, 1, n), np.ones_like, lambda rng, n: rng.normal(0, 1, n)),
+    "larger ones err more": (
+        lambda rng, n: rng.normal(0.5, 1, n),
+        lambda ref: 1 + abs(ref),
+        lambda rng, n: rng.normal(0, 1, n),
+    ),
+    "few far larger, err more": (
+        lambda rng, n: rng.lognormal(0, 1, n) * rng.choice([-1, 1], n),
+        lambda ref: 1 + abs(ref),
+        lambda rng, n: rng.normal(0, 1, n),
+    ),
+    "few far larger": (
+        lambda rng, n: rng.lognormal(0, 1, n) * rng.choice([-1, 1], n),
+        np.ones_like,
+        lambda rng, n: rng.normal(0, 1, n),
+    ),
+    "few errors far larger": (
+        lambda rng, n: rng.normal(0.5, 1, n),
+        np.ones_like,
+        lambda rng, n: rng.standard_t(3, n),
+    ),
 }
-"""Outputs of one number a row -> what the reference answers, and the spread of the error at each answer."""
+"""Outputs of one number a row -> what the reference answers, the spread of the error at each answer, and the error."""
 SIZES = (5, 10, 20, 60)
 
 
@@ -64,12 +82,12 @@ def coverage(name: str, layout: tuple[int, int], num: int) -> float:
 
 def whole_coverage(name: str, size: int, num: int) -> dict[str, float]:
     """Share of ``num`` simulated evaluations of ``size`` rows whose interval holds the truth, of each metric."""
-    draw, spread = ONE_NUMBER[name]
+    draw, spread, noise = ONE_NUMBER[name]
     rng = np.random.default_rng(4)
 
     def answers(n: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         reference = draw(rng, n)
-        return reference + 0.1 * spread(reference) * rng.normal(0, 1, n), reference
+        return reference + 0.1 * spread(reference) * noise(rng, n), reference
 
     cand, ref = answers(2_000_000)
     truth = {

@@ -15,7 +15,10 @@ from quantlab.metrics.output_error import (
     whole_rel_error_shares,
 )
 from quantlab.metrics.statistics import mean_interval, within
+from quantlab.report.reproduction import DIFFERENT, WITHIN, compare_runs
+from quantlab.report.table import with_interval
 from quantlab.stages.evaluate import summarize
+from quantlab.vocabulary.numbers import ON_TOP
 from quantlab.vocabulary.reports import Measurements, MetricValue
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -88,3 +91,29 @@ def test_what_stands_for_a_row_of_one_number_has_the_whole_as_mean_and_its_sprea
         assert mean_interval(values, labels).se == pytest.approx(expected, rel=1e-3)
     alone = shares(np.float32([1.1, 0, 0]), np.float32([1.0, 0, 0]))
     assert np.isfinite(alone).all(), "without the first there is nothing to compare with"
+
+
+def test_a_difference_of_two_runs_has_a_difference_s_range_wherever_it_is_read():
+    """What the other components cost on top of one (``evaluation.attribute``) is below 0 dB of PSNR."""
+    key = f"{ON_TOP}/unet/psnr_db"
+    assert with_interval({key: -5.0, f"{key}/ci_lo": -6.0, f"{key}/ci_hi": -4.0}, key) == "-5.0 ±1.0"
+    few = {key: -5.0, f"{key}/se": 1.0, f"{key}/n": 4}
+
+    def checked(value):
+        runs = [{"run_id": "r", "name": "a", "metrics": m, "tags": {}} for m in (few, {**few, key: value})]
+        (check,) = compare_runs(*runs, ({}, {}), ({}, {})).checks
+        return check
+
+    found = checked(-6.0)
+    assert (found.ci_lo, found.ci_hi) == (-5 - 1.96, -5 + 1.96)
+    assert found.status == WITHIN
+    assert checked(-8.0).status == DIFFERENT
+
+
+def test_the_mean_of_many_rows_of_one_number_is_the_whole_s_to_the_last_digits():
+    """Leaving one of many out changes the whole by its last digits, and what is made of that is multiplied by their number."""
+    rng = np.random.default_rng(0)
+    ref = rng.normal(0, 1, 100_000).astype(np.float32)
+    cand = ref + 1e-7 * rng.normal(0, 1, ref.size).astype(np.float32)
+    whole = float(output_cosine(cand[None], ref[None])[0])
+    assert abs(whole_cosine_shares(cand, ref).mean() - whole) < 1e-14

@@ -33,8 +33,9 @@ def test_intervals_hold_what_they_say(label, name):
 @pytest.mark.parametrize("size", SIZES)
 def test_intervals_of_outputs_with_one_number_hold_what_they_say(size, name):
     found = whole_coverage(name, size, NUM)
-    assert 0.90 < found["output_cosine"] < 0.98
-    assert (0.82 if name == "heavy tail" else 0.88) < found["output_rel_error"] < 0.98
+    is_heavy = name in ("few far larger", "few errors far larger")
+    assert (0.78 if is_heavy else 0.90) < found["output_cosine"] < 0.98
+    assert (0.78 if is_heavy else 0.82 if name.startswith("few") else 0.88) < found["output_rel_error"] < 0.98
 
 
 @pytest.mark.slow

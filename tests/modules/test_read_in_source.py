@@ -53,6 +53,35 @@ class Outer:
             return self.parts[0].weight.shape < other.parts[0].weight.shape
 
 
+class Last(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def forward(self, x):
+        return self.parts(x) @ self.parts[-1].weight.T
+
+
+class Named(nn.Module):
+    """A container whose parts are called otherwise than they are asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer_0, self.layer_1 = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def __getitem__(self, i):
+        return getattr(self, f"layer_{i}")
+
+
+class OfNamed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = Named()
+
+    def forward(self, x):
+        return x @ self.parts[0].weight.T
+
+
 def local(*, reads):
     if reads:
 
@@ -82,6 +111,8 @@ CASES = {
     "calls": (CallsAlone, ()),
     "nested": (Outer.Inner, ("proj",)),
     "decorated": (Outer.Decorated, ("parts.0",)),
+    "the last of a list": (Last, ("parts.2",)),
+    "an index that is no name": (OfNamed, ("parts.layer_0", "parts.layer_1")),
     "local": (local(reads=True), ("proj",)),
     "made at run time": (type("Anew", (CallsAlone,), {}), ()),
     "made of one that reads": (type("Anew", (Reads,), {}), ("proj",)),

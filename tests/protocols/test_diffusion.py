@@ -12,6 +12,7 @@ import torch
 
 from quantlab.datasets import digits_classes
 from quantlab.errors import ConfigError, MetricUndefined, ModelError
+from quantlab.metrics import METRICS
 from quantlab.metrics.trajectory import step_sqnr_db
 from quantlab.models import digits_dit
 from quantlab.models.loaded import LoadedModel
@@ -135,6 +136,12 @@ def test_traced_samples_spread_over_the_strata(strata, clusters, num, expected):
         noise=torch.zeros(n, 1), conditioning={}, sample_ids=tuple("abcdefghi"[:n]), strata=strata, clusters=clusters
     )
     assert diffusion.spread(inputs, num) == expected
+
+
+def test_runs_that_traced_other_samples_are_not_compared():
+    """Raise the versions when ``spread`` takes others: runs are comparable by these, and the numbers are of few samples."""
+    traced = {name: METRICS[name].version for name in ("step_sqnr_db", "step_divergence", "weighted_velocity_mse")}
+    assert traced == {"step_sqnr_db": 3, "step_divergence": 2, "weighted_velocity_mse": 4}, "of evenly spaced samples"
 
 
 def test_a_model_that_does_not_repeat_itself_is_refused(model, inputs):

@@ -223,6 +223,9 @@ def test_a_value_with_its_half_width(value, half, text):
         ("psnr_db", 40.1, None, None, "40.10"),
         ("output_cosine", 0.99987, None, None, "0.9999"),
         ("output_cosine", 0.9999999, None, None, "1.000000"),
+        ("latent_rel_mse", 1.004, None, None, "1.004"),
+        ("ppl", 1.0006, None, None, "1.0006"),
+        ("ppl", 1.0, None, None, "1"),
     ],
 )
 def test_an_interval_that_is_lopsided_or_ends_where_the_metric_does_has_both_bounds(metric, value, low, high, text):
