@@ -18,7 +18,19 @@ from quantlab.vocabulary.numbers import time_in_words
 _OF_COMPONENT = re.compile(r"components\.(\w+)\.backend")
 STAGE_TIMES = frozenset(
     f"perf/{stage}_s"
-    for stage in ("load", "observe", "calibrate", "quantize", "evidence", "warm_up", "attribute", "track", "export")
+    for stage in (
+        "load",
+        "observe",
+        "calibrate",
+        "quantize",
+        "evidence",
+        "warm_up",
+        "compile",
+        "attribute",
+        "speed",
+        "track",
+        "export",
+    )
 )
 """How long a run's own stages took is nothing that a scheme is chosen by."""
 _FIRST = {
