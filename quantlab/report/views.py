@@ -146,10 +146,9 @@ def axes(runs: Sequence[StoredRun]) -> list[Axis]:
             continue
         is_time = name.startswith("perf/")
         key, title, unit = (name.removeprefix("perf/"), *time_in_words(name)) if is_time else _FIRST[name]
+        is_rate = name.removesuffix("_p90").endswith("_per_s")
         note = ON_A_CPU if is_time and on_cpu else IN_ONE_PROCESS if "/peak_" in name else ""
-        found.append(
-            {"key": key, "title": title, "unit": unit, "higher_is_better": name.endswith("_per_s"), "note": note}
-        )
+        found.append({"key": key, "title": title, "unit": unit, "higher_is_better": is_rate, "note": note})
     return found
 
 

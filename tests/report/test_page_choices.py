@@ -71,6 +71,15 @@ def test_axes_are_what_the_candidates_have_and_do_not_share():
     assert "CPU" not in found["weights_bytes"]["note"]
 
 
+def test_a_rate_is_better_higher_at_its_percentile_too():
+    a, b = (run_with(memory__weights_bytes=s, perf__decode_tokens_per_s_p90=s, perf__step_ms_p90=s) for s in (1, 2))
+    found = {axis["key"]: axis for axis in axes([a, b])}
+    assert found["decode_tokens_per_s_p90"]["higher_is_better"]
+    assert found["decode_tokens_per_s_p90"]["title"] == "decode, 90th percentile of times"
+    assert not found["step_ms_p90"]["higher_is_better"]
+    assert found["step_ms_p90"]["title"] == "step, 90th percentile"
+
+
 def test_another_metric_changes_plot_table_verdicts_and_pairs(opened):
     assert "latent_rel_mse" in find(opened, ".plot")[0].get_attribute("aria-label")
     choose(opened, "#metric", "judge_agreement")
@@ -84,6 +93,7 @@ def test_another_axis_moves_the_points_and_says_what_it_is(browser, data, tmp_pa
     crowded(browser, data, tmp_path)
     keys = [e.get_attribute("value") for e in find(browser, "#axis option")]
     assert keys[0] == "weights_bytes"
+    assert texts(browser, "#axis option") == ["size of the weights", "denoise step [ms]"]
     before = boxes(browser, ".point")
     choose(browser, "#axis", "denoise_step_ms")
     assert boxes(browser, ".point") != before

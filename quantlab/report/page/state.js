@@ -90,7 +90,7 @@ function key(kind) {
 // -- the bar of choices
 
 function toolbar(update) {
-  const metrics = Object.keys(group().views).map((m) => [m, m]), axes = group().axes.map((a) => [a.key, a.title]);
+  const metrics = Object.keys(group().views).map((m) => [m, m]), axes = group().axes.map((a) => [a.key, `${a.title}${a.unit && a.unit !== "bytes" ? ` [${a.unit}]` : ""}`]);
   const words = make("input", { type: "search", id: "filter", value: state.words, placeholder: "int4 !gguf", "aria-label": "show schemes whose name has these words", spellcheck: "false" });
   const legend = make("div", { class: "legend", id: "legend" }), told = make("span", { class: "told", id: "told" });
   const tell = () => {
