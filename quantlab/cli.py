@@ -207,6 +207,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("quantlab: interrupted; finished jobs are kept", file=sys.stderr)
         code = 130
+    except SystemExit as ended:
+        if ended.code == 128 + signal.SIGTERM:  # its run has closed itself
+            print("quantlab: told to end; finished jobs are kept", file=sys.stderr)
+        raise
     sys.exit(code)
 
 

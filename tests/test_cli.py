@@ -326,7 +326,7 @@ main(sys.argv[2:])
 @pytest.mark.parametrize(
     ("name", "code", "failure", "said"),
     [
-        ("SIGTERM", 143, "SIGTERM: the process was told to end", ""),
+        ("SIGTERM", 143, "SIGTERM: the process was told to end", "quantlab: told to end; finished jobs are kept\n"),
         ("SIGINT", 130, "KeyboardInterrupt:", "quantlab: interrupted; finished jobs are kept\n"),
     ],
 )

@@ -18,7 +18,19 @@ from quantlab.vocabulary.numbers import time_in_words
 _OF_COMPONENT = re.compile(r"components\.(\w+)\.backend")
 STAGE_TIMES = frozenset(
     f"perf/{stage}_s"
-    for stage in ("load", "observe", "calibrate", "quantize", "evidence", "warm_up", "attribute", "track", "export")
+    for stage in (
+        "load",
+        "observe",
+        "calibrate",
+        "quantize",
+        "evidence",
+        "warm_up",
+        "compile",
+        "attribute",
+        "speed",
+        "track",
+        "export",
+    )
 )
 """How long a run's own stages took is nothing that a scheme is chosen by."""
 _FIRST = {
@@ -134,10 +146,9 @@ def axes(runs: Sequence[StoredRun]) -> list[Axis]:
             continue
         is_time = name.startswith("perf/")
         key, title, unit = (name.removeprefix("perf/"), *time_in_words(name)) if is_time else _FIRST[name]
+        is_rate = name.removesuffix("_p90").endswith("_per_s")
         note = ON_A_CPU if is_time and on_cpu else IN_ONE_PROCESS if "/peak_" in name else ""
-        found.append(
-            {"key": key, "title": title, "unit": unit, "higher_is_better": name.endswith("_per_s"), "note": note}
-        )
+        found.append({"key": key, "title": title, "unit": unit, "higher_is_better": is_rate, "note": note})
     return found
 
 

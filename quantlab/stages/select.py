@@ -20,6 +20,7 @@ from quantlab.modules.packed import pack, share, turn
 from quantlab.modules.reached import check_weights_are_here
 from quantlab.modules.ties import ties, unite
 from quantlab.planning.placing import check_streamed
+from quantlab.progress import counted
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.capabilities import LAYER_KINDS
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, dtype_name
@@ -310,7 +311,7 @@ def _misfit_message(
 ) -> str:
     key = f"group_size={axes.group_size}" if any("group_size" in r for r in misfits.values()) else f"dtype={axes.dtype}"
     return (
-        f"{key}: {len(misfits)} layers of {component} cannot be stored as {axes.backend} {axes.dtype}: "
+        f"{key}: {counted(len(misfits), 'layer')} of {component} cannot be stored as {axes.backend} {axes.dtype}: "
         f"{_listed(misfits, shapes)}. "
         "Choose another group size or dtype, exclude them with modules_to_not_convert, or pass "
         "quantization.on_mismatch=skip (or a dtype to fall back to)"

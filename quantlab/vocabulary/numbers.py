@@ -105,6 +105,7 @@ def time_in_words(name: str) -> tuple[str, str]:
     key = name.removeprefix("perf/").removesuffix("_p90")
     ending = next((e for e in _TIMES if key.endswith(e)), "")
     percentile = ", 90th percentile" if name.endswith("_p90") else ""
+    percentile += " of times" if percentile and key.endswith("_per_s") else ""  # where the rate is low
     return key.removesuffix(ending).replace("_", " ") + percentile, _TIMES.get(ending, "")
 
 

@@ -339,7 +339,7 @@ def test_b24_a_group_that_does_not_fit_is_said_before_anything_changes(backend):
     config = BACKENDS[backend].Config.from_axes(QuantizationAxes(backend=backend, dtype="int4", group_size=64))
     before = state_digest(original.state_dict())
     with pytest.raises(
-        NotQuantized, match=r"group_size=64: 1 layers of model cannot .*: 1 \[64, 96\]: in_features 96 does not"
+        NotQuantized, match=r"group_size=64: 1 layer of model cannot .*: 1 \[64, 96\]: in_features 96 does not"
     ):
         quantlab.quantize(original, config)
     assert state_digest(original.state_dict()) == before

@@ -14,6 +14,7 @@ import pytest
 from quantlab.report.html import run_address, write_page
 from quantlab.report.table import cells
 from quantlab.report.views import axes, costs
+from quantlab.running.workbench import RUNNING
 from tests.support.browser import boxes, choose, find, look, row_names, saved, texts
 from tests.support.comparison_store import SCHEMES
 from tests.support.many_schemes import with_many_schemes
@@ -53,6 +54,12 @@ def run_with(**metrics):
     return SimpleNamespace(metrics={k.replace("__", "/"): v for k, v in metrics.items()})
 
 
+def test_how_long_a_stage_of_the_run_took_is_no_axis():
+    stages = {*RUNNING, "load", "quantize", "track", "export"} - {"evaluate"}
+    a, b = (run_with(**{f"perf__{stage}_s": s for stage in stages}, memory__weights_bytes=s) for s in (1, 2))
+    assert [axis["key"] for axis in axes([a, b])] == ["weights_bytes"]
+
+
 def test_axes_are_what_the_candidates_have_and_do_not_share():
     a = run_with(memory__weights_bytes=10, perf__decode_tokens_per_s=3, perf__load_s=1, perf__representative=0)
     b = run_with(memory__weights_bytes=20, perf__decode_tokens_per_s=5, perf__load_s=2, perf__representative=0)
@@ -62,6 +69,15 @@ def test_axes_are_what_the_candidates_have_and_do_not_share():
     assert found["decode_tokens_per_s"]["higher_is_better"]
     assert "CPU" in found["decode_tokens_per_s"]["note"]
     assert "CPU" not in found["weights_bytes"]["note"]
+
+
+def test_a_rate_is_better_higher_at_its_percentile_too():
+    a, b = (run_with(memory__weights_bytes=s, perf__decode_tokens_per_s_p90=s, perf__step_ms_p90=s) for s in (1, 2))
+    found = {axis["key"]: axis for axis in axes([a, b])}
+    assert found["decode_tokens_per_s_p90"]["higher_is_better"]
+    assert found["decode_tokens_per_s_p90"]["title"] == "decode, 90th percentile of times"
+    assert not found["step_ms_p90"]["higher_is_better"]
+    assert found["step_ms_p90"]["title"] == "step, 90th percentile"
 
 
 def test_another_metric_changes_plot_table_verdicts_and_pairs(opened):
@@ -77,6 +93,7 @@ def test_another_axis_moves_the_points_and_says_what_it_is(browser, data, tmp_pa
     crowded(browser, data, tmp_path)
     keys = [e.get_attribute("value") for e in find(browser, "#axis option")]
     assert keys[0] == "weights_bytes"
+    assert texts(browser, "#axis option") == ["size of the weights", "denoise step [ms]"]
     before = boxes(browser, ".point")
     choose(browser, "#axis", "denoise_step_ms")
     assert boxes(browser, ".point") != before
@@ -343,6 +360,32 @@ def test_a_small_bound_is_written_as_the_values_beside_it(browser, data, tmp_pat
     write_page(data, tmp_path / "page.html")
     look(browser, tmp_path / "page.html")
     assert "e-" in find(browser, "#quality")[0].get_attribute("value")
+
+
+@pytest.mark.parametrize(("middle", "asked"), [(0.99993, "0.99993"), (0.9999876, "0.999987"), (0.993, "0.993")])
+def test_the_bound_that_is_asked_first_of_a_rate_near_1_is_near_its_values(browser, data, tmp_path, middle, asked):
+    view = data["groups"][0]["views"]["judge_agreement"]
+    data["groups"][0] |= {"metric": "judge_agreement", "views": {"judge_agreement": view}}
+    for row in data["groups"][0]["rows"]:
+        row["metrics"]["judge_agreement"]["value"] = middle
+    write_page(data, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html")
+    assert find(browser, "#quality")[0].get_attribute("value") == asked
+    assert "none of those shown" not in find(browser, ".answer")[2].text
+
+
+def test_a_bound_below_0_is_written_as_it_is_typed_and_can_be_asked(browser, data, tmp_path):
+    for row in data["groups"][0]["rows"]:
+        row["metrics"]["latent_rel_mse"] |= {"value": -5.25, "ci_lo": None, "ci_hi": None}
+    write_page(data, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html")
+    assert find(browser, "#quality")[0].get_attribute("value") == "-5.2"
+    assert browser.execute_script("return document.querySelector('#quality').checkValidity()")
+
+
+def test_what_a_point_tells_has_single_spaces(opened):
+    tips = [point.get_attribute("data-tip") for point in find(opened, ".point")]
+    assert not [line for tip in tips for line in tip.split("\n") if "  " in line or line != line.strip()]
 
 
 @pytest.mark.parametrize("width", [390, 320])

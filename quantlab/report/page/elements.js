@@ -82,6 +82,10 @@ function unitOf(metric) {
   return unit && unit !== "1" && unit !== "fraction" ? unit : "";
 }
 
+function withName(metric, m) { // name, number and unit of what was measured
+  return [metric, measured(m), unitOf(metric)].filter(Boolean).join(" ");
+}
+
 function direction(metric) {
   const up = DATA.metrics[metric].higher_is_better;
   return up === null ? "" : up ? "higher is better" : "lower is better";

@@ -35,9 +35,9 @@ function tipOf(row) {
   const lines = [row.name, `${bytes(row.weights_bytes)}, ${number(row.bits_per_weight_model)} bits per weight${inLayers}`];
   for (const name of new Set([state.metric, ...group().headline])) {
     const m = row.metrics[name], range = m ? interval(m.ci_lo, m.ci_hi) : "";
-    if (m) lines.push(`${name} ${measured(m)} ${unitOf(name)}${range ? ` (95 %: ${range})` : ""}`);
+    if (m) lines.push(`${withName(name, m)}${range ? ` (95 %: ${range})` : ""}`);
   }
-  if (!["weights_bytes", "bits_per_weight_model"].includes(axis().key)) lines.push(`${axis().title} ${number(axisOf(row) / axisScale([row]).by)} ${axisScale([row]).unit}`);
+  if (!["weights_bytes", "bits_per_weight_model"].includes(axis().key)) lines.push(`${axis().title} ${number(axisOf(row) / axisScale([row]).by)} ${axisScale([row]).unit}`.trim());
   if (verdictOf(row)) lines.push(`${verdictOf(row).verdict}${onFront(row) ? "; on the Pareto front" : ""}`);
   return lines.join("\n");
 }

@@ -90,7 +90,7 @@ function key(kind) {
 // -- the bar of choices
 
 function toolbar(update) {
-  const metrics = Object.keys(group().views).map((m) => [m, m]), axes = group().axes.map((a) => [a.key, a.title]);
+  const metrics = Object.keys(group().views).map((m) => [m, m]), axes = group().axes.map((a) => [a.key, `${a.title}${a.unit && a.unit !== "bytes" ? ` [${a.unit}]` : ""}`]);
   const words = make("input", { type: "search", id: "filter", value: state.words, placeholder: "int4 !gguf", "aria-label": "show schemes whose name has these words", spellcheck: "false" });
   const legend = make("div", { class: "legend", id: "legend" }), told = make("span", { class: "told", id: "told" });
   const tell = () => {
@@ -117,9 +117,11 @@ function toolbar(update) {
 
 // -- answers to the reader's own questions
 
-function roundedFor(value) { // a short number that this value itself keeps to
-  const near = Number(value.toPrecision(2)), unit = 10 ** (Math.floor(Math.log10(Math.abs(value) || 1)) - 1);
-  return better(near, value) ? Number((near + (view().higher_is_better ? -unit : unit)).toPrecision(2)) : near;
+function roundedFor(value) { // a short number that this value itself keeps to: two digits, beside 1 two of what it lacks or exceeds
+  const near1 = Math.abs(1 - value), size = near1 > 0 && near1 < 0.1 ? near1 : Math.abs(value) || 1;
+  const unit = 10 ** (Math.floor(Math.log10(size)) - 1), times = Math.round(value / unit);
+  const [near, next] = [times, times + (view().higher_is_better ? -1 : 1)].map((n) => Number((n * unit).toPrecision(12)));
+  return better(near, value) ? next : near;
 }
 
 function answers() {
@@ -128,7 +130,7 @@ function answers() {
   if (state.quality === null && sorted.length) state.quality = roundedFor(sorted[Math.floor(sorted.length / 2)]);
   const result = (place, row, none) => place.replaceChildren(...(row ? [make("div", { class: "name" }, make("a", { href: `#${ids[row.name]}` }, row.name)),
     make("div", { class: "cost" }, `${bytes(row.weights_bytes)}${row.compression ? `, ${decimals(row.compression, 2)}\u00d7 smaller than 16 bit` : ""}`),
-    make("div", { class: "cost" }, `${state.metric} ${measured(valueOf(row))} ${unitOf(state.metric)}`)]
+    make("div", { class: "cost" }, withName(state.metric, valueOf(row)))]
     : [make("div", { class: "none" }, none)]));
   const places = [0, 1, 2].map(() => make("div", { "aria-live": "polite" }));
   const tell = () => {
@@ -138,10 +140,10 @@ function answers() {
     result(places[1], rows.find((r) => (verdictOf(r) || {}).verdict === "inside the floor"), view().floor === null ? "no floor is known for this metric" : "none of those shown");
     result(places[2], rows.find((r) => state.quality === null || !better(state.quality, valueOf(r).value)), "none of those shown");
   };
-  const written = (v) => (v && v < 1e-3 ? v.toExponential() : v ?? ""); // as the answer below has it
-  const field = (id) => make("input", { type: "number", id, min: 0, step: "any", value: written(state[id]), placeholder: "any", oninput: (e) => { state[id] = e.target.value === "" ? null : Number(e.target.value); tell(); } });
+  const written = (v) => (v && Math.abs(v) < 1e-3 ? v.toExponential() : v ?? ""); // as the answer below has it
+  const field = (id, min) => make("input", { type: "number", id, min, step: "any", value: written(state[id]), placeholder: "any", oninput: (e) => { state[id] = e.target.value === "" ? null : Number(e.target.value); tell(); } });
   const card = (i, ...question) => make("div", { class: "answer" }, make("div", { class: "question" }, ...question), places[i]);
   tell();
-  return make("div", { class: "answers" }, card(0, "best under ", field("under"), " MiB"), card(1, "smallest inside the floor: no measurable loss"),
+  return make("div", { class: "answers" }, card(0, "best under ", field("under", 0), " MiB"), card(1, "smallest inside the floor: no measurable loss"),
     card(2, `smallest with ${state.metric} at ${view().higher_is_better ? "least" : "most"} `, field("quality")));
 }
