@@ -192,7 +192,8 @@ def show_comparison(words: Sequence[str]) -> int:
     elif request.as_markdown:
         print(comparison_markdown(groups, selection))
     else:
-        show_groups(terminal(160), groups, selection.failed, is_plain=request.is_plain, wide=request.is_wide)
+        look = {"is_plain": request.is_plain, "wide": request.is_wide}
+        show_groups(terminal(160), groups, selection.failed, more=request.columns, **look)
     if not request.is_quiet:
         print(f"page: {printable(str(page))}{' (and at the run of the sweep)' if logged else ''}", file=sys.stderr)
     return 0

@@ -16,6 +16,7 @@ from quantlab.report.comparison_data import failure_data, in_order, unquantized
 from quantlab.report.reading import StoredRun
 from quantlab.report.selection import is_candidate
 from quantlab.report.table import (
+    asked_columns,
     cells,
     headline,
     legend,
@@ -63,11 +64,13 @@ def show_groups(
     *,
     is_plain: bool = False,
     wide: bool = False,
+    more: Sequence[str] = (),
 ) -> None:
-    """Print comparisons: tables, answers, pairs, and what failed. ``is_plain``: the tables alone, tab-separated."""
+    """Print comparisons: tables (with ``more`` columns), answers, pairs, and what failed. ``is_plain``: the tables
+    alone, tab-separated."""
     for group in groups:
         apart = attribution_sheet(as_measured(in_order(group)), [group.metric], is_plain=is_plain)
-        for sheet in (comparison_sheet(group), apart):
+        for sheet in (comparison_sheet(group, more, is_plain=is_plain), apart):
             if sheet:
                 show(console, sheet, is_plain=is_plain, wide=wide)
         for line in [] if is_plain else answer_lines(group):
@@ -88,8 +91,9 @@ def as_measured(runs: Iterable[StoredRun]) -> list[Measured]:
     return [{"name": r.name, "status": r.status, "metrics": r.metrics} for r in runs]
 
 
-def comparison_sheet(group: Comparison) -> Sheet:
-    """One group for a terminal; of more than 60 runs, the reference, the floors and the front."""
+def comparison_sheet(group: Comparison, more: Sequence[str] = (), *, is_plain: bool = False) -> Sheet:
+    """One group for a terminal, with ``more`` columns (metrics); of more than 60 runs, the reference, the floors and
+    the front."""
     runs = in_order(group)
     shown = runs if len(runs) <= MAX_SHOWN else [r for r in runs if not is_candidate(r) or r.name in group.front]
     first = [*([group.label] if group.label else []), *unquantized(group.runs)]
@@ -106,13 +110,16 @@ def comparison_sheet(group: Comparison) -> Sheet:
     rows, styles = [], {}
     for i, (run, row) in enumerate(zip(shown, measured, strict=True)):
         v = group.verdicts.get(run.name)
-        more = [with_interval(run.metrics, f"quality/{m}") for m in extra]
+        others = [with_interval(run.metrics, f"quality/{m}") for m in extra]
         front = "*" if run.name in group.front else ""
         said = verdict_text(v, group) if v else ""
-        rows.append([*cells(row, metrics, bounds=False)[:-1], *more, front, p_text(v.p_holm if v else None), said])
+        rows.append([*cells(row, metrics, bounds=False)[:-1], *others, front, p_text(v.p_holm if v else None), said])
         styles[i] = STYLES.get(v.text, "") if v else "dim"
+    further, absent = asked_columns(measured, rows, more, is_plain=is_plain)
+    columns += further
     off = len(runs) - len(shown)
     caption = (
+        *absent,
         method(group),
         f"{off} runs off the front are in the page and in --csv FILE" if off else "",
     )

@@ -38,6 +38,7 @@ from quantlab.vocabulary.schema import TrackingConfig
 
 KEYS = ("sweep", "experiment", "metric", "margin", "tracking.uri", "tracking.experiment", "output_dir")
 FLAGS = ("--json", "--markdown", "--plain", "--wide", "--quiet", "-q")
+_COLUMNS = "perf/evaluate_s,quality/kld_p99"
 USAGE = "quantlab compare sweep=latest, sweep=RUN_ID, experiment=NAME, or RUN_ID RUN_ID ..."
 _IRRELEVANT = (
     "evaluation.num_bootstrap",
@@ -69,6 +70,8 @@ class ComparisonRequest:
     as_markdown: bool = False
     is_plain: bool = False
     is_wide: bool = False
+    columns: tuple[str, ...] = ()
+    """Metrics that have columns of their own in the tables."""
     is_quiet: bool = False
     """Nothing is said of the page."""
     csv: Path | None = None
@@ -102,15 +105,21 @@ def parse_request(words: Sequence[str]) -> ComparisonRequest:
     run_ids: list[str] = []
     files: dict[str, Path] = {}
     flags: set[str] = set()
+    columns: list[str] = []
     rest = iter(words)
     for word in rest:
         key, has_value, value = word.partition("=")
         if word in FLAGS:
             flags.add(word)
+        elif key == "--columns":
+            names = value if has_value else next(rest, "")
+            columns += [name.strip() for name in names.split(",") if name.strip()]
+            if not columns or names.startswith("-") or "=" in names:
+                raise ConfigError(f"--columns: it needs a value, such as --columns {_COLUMNS}")
         elif key in ("--csv", "--html"):
             files[key] = _file(key, value if has_value else next(rest, ""))
         elif word.startswith("-"):
-            options = (*FLAGS, "--csv", "--html")
+            options = (*FLAGS, "--columns", "--csv", "--html")
             listed = ", ".join(options)
             raise ConfigError(f"{word}: no such option of compare{nearest(word, options)}; there are {listed}")
         elif not has_value:
@@ -135,6 +144,7 @@ def parse_request(words: Sequence[str]) -> ComparisonRequest:
         as_markdown="--markdown" in flags,
         is_plain="--plain" in flags,
         is_wide="--wide" in flags,
+        columns=tuple(columns),
         is_quiet=bool(flags & {"-q", "--quiet"}),
         csv=files.get("--csv"),
         html=files.get("--html"),

@@ -256,22 +256,32 @@ def rows_sheet(
         texts[i][0] += " (resumed)" if row.get("resumed") and not all_resumed and not is_plain else ""
         if row["status"] == "FAILED" or "quantization/coverage" not in row["metrics"]:
             styles[i] = "red" if row["status"] == "FAILED" else "dim"
-    known = {name for row in rows for name in row["metrics"]}
-    asked, more = more, [_tracked(name, known) for name in more]
-    more = more if is_plain else [name for name in more if name in known]
     left = len(skipped) - MAX_SKIPPED
     untold = f"and {left} more skipped (rows.json)" if left > 0 else ""
-    for name in more:
-        for text, row in zip(texts, listed, strict=True):
-            values = row["metrics"]
-            text.append(_shown(values.get(name), "{:.4g}") if is_plain else with_interval(values, name))
     timed = "" if any(row["metrics"].get("perf/representative") for row in rows) else CPU_SECONDS
     own = [replace(c, caption=timed) if c.title == "s" else c for c in sheet_columns(shown)]
-    for name in more:
-        own.append(Column(title=_chosen(name, is_plain), keep=8, caption=timed if name.startswith("perf/") else ""))
+    further, absent = asked_columns(listed, texts, more, is_plain=is_plain)
+    own += further
     earlier = "resumed: all rows are those of earlier jobs" if all_resumed else ""
-    told = (untold, *said_beside(rows), *_not_there(asked, known), caption, _too_few(rows, shown), earlier)
+    told = (untold, *said_beside(rows), *absent, caption, _too_few(rows, shown), earlier)
     return Sheet(columns=with_marks(own, texts), rows=texts, styles=styles, caption=told)
+
+
+def asked_columns(
+    rows: Sequence[Measured], texts: Sequence[list[str]], names: Sequence[str], *, is_plain: bool = False
+) -> tuple[list[Column], list[str]]:
+    """The columns of the metrics ``names``, whose cells are put behind the ``texts`` of each row; and what is said of
+    those that no row has. ``is_plain``: for other programs, to which these columns are there all the same."""
+    known = {name for row in rows for name in row["metrics"]}
+    tracked = [_tracked(name, known) for name in names]
+    timed = "" if any(row["metrics"].get("perf/representative") for row in rows) else CPU_SECONDS
+    columns = []
+    for name in tracked if is_plain else [name for name in tracked if name in known]:
+        columns.append(Column(title=_chosen(name, is_plain), keep=8, caption=timed if name.startswith("perf/") else ""))
+        for text, row in zip(texts, rows, strict=True):
+            values = row["metrics"]
+            text.append(_shown(values.get(name), "{:.4g}") if is_plain else with_interval(values, name))
+    return columns, _not_there(names, known)
 
 
 def _too_few(rows: Iterable[Measured], shown: Sequence[str]) -> str:
