@@ -14,9 +14,7 @@ MUCH = 0.1
 _NUM_NAMED = 3
 
 
-def unquantized(
-    component: str, scheme: Scheme | None, report: QuantizationReport, defaults: Sequence[str] = ()
-) -> str:
+def unquantized(component: str, scheme: Scheme | None, report: QuantizationReport, defaults: Sequence[str] = ()) -> str:
     """Share, largest holders by name and kind, and what would take them; "" where little stays unquantized.
 
     Nothing would take what a checkpoint of others keeps (``scheme`` is None). ``defaults`` are the entries by which
