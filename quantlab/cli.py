@@ -310,7 +310,7 @@ def _with_its_value(option: str, words: Sequence[str]) -> list[str]:
     """The words with ``OPTION VALUE`` as ``OPTION=VALUE``."""
     out: list[str] = []
     for word in words:
-        if out and out[-1] == option:
+        if out and out[-1] == option and "=" not in word:  # the next key is no column
             out[-1] = f"{option}={word}"
         else:
             out.append(word)

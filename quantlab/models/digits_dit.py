@@ -59,12 +59,8 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
     config = _digits_config(config)
     dtype = chosen_dtype(config, "float32")
     if config.path is not None:
+        check_folder(config.path)
         folder = Path(config.path).expanduser()
-        if not (folder / MODEL_FILE).is_file():
-            raise ModelError(
-                f"model.path={config.path}: no {MODEL_FILE} is in it; name a folder with {MODEL_FILE} "
-                f"and {JUDGE_FILE}, or leave model.path out to train the model"
-            )
     else:
         folder = Path(cache_dir) / "models" / cache_key(config)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -87,6 +83,15 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
             "and name it with model.path, or leave model.revision out"
         )
     return model
+
+
+def check_folder(path: str) -> None:
+    """ModelError for a folder in which no trained weights lie."""
+    if not (Path(path).expanduser() / MODEL_FILE).is_file():
+        raise ModelError(
+            f"model.path={path}: no {MODEL_FILE} is in it; name a folder with {MODEL_FILE} and {JUDGE_FILE}, or leave "
+            "model.path out to train the model"
+        )
 
 
 def _digits_config(config: ModelConfig) -> DigitsModelConfig:

@@ -57,6 +57,11 @@ def local_folder(key: str, path: str, index: str, what: str, writer: str) -> Pat
     return None
 
 
+def check_saved_model(path: str) -> None:
+    """ModelError for a path where ``save_pretrained`` of transformers wrote nothing; a Hub id is not looked up."""
+    local_folder(f"model.path={path}", path, "config.json", "a transformers model", "save_pretrained")
+
+
 def require_index(key: str, folder: Path, index: str, what: str, writer: str) -> None:
     """ModelError where ``folder`` has no file ``index``."""
     if not (folder / index).is_file():

@@ -39,6 +39,11 @@ _MAX_DEGRID_KLD_NATS = 1e-6
 _CHECK_TEXT = "The capital of France is Paris, and the river that runs through it is the Seine."
 
 
+def check_no_path(path: str) -> None:
+    """ModelError: the model is the wheel's, wherever else a path leads."""
+    raise ModelError(f"model.path={path}: {KEY} is the model of a package; choose model=causal_lm for another one")
+
+
 def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress | None = None) -> LoadedModel:
     """SmolLM2-135M-Instruct (134.5 M parameters, tied, fp32) and its tokenizer.
 

@@ -12,7 +12,7 @@ from quantlab.models import causal_lm, diffusers_pipeline, digits_dit, encoder, 
 from quantlab.models.auto import AUTO, family_of_checkpoint
 from quantlab.models.loaded import LoadedModel, Progress
 from quantlab.models.pipeline_files import INDEX, named_denoisers
-from quantlab.models.reading import required_path
+from quantlab.models.reading import check_saved_model, required_path
 from quantlab.vocabulary.schema import ModelConfig
 
 
@@ -54,6 +54,8 @@ class Family:
     """Names of its components; None: they are in the files of each pipeline."""
     needs_path: tuple[str, str] | None
     """What ``model.path`` leads to, and an example; None: the family has a model of its own."""
+    check: Callable[[str], None] | None
+    """ModelError for a ``model.path`` where none of its models can lie, by the names of files; None: ``look`` tells."""
     look: Callable[..., type | None] | None
     """The class of a pipeline, its files, call, components and sizes looked at, without loading; None for one of the
     Hub of which nothing can be had, and None instead: models of the family are no pipelines."""
@@ -71,6 +73,7 @@ _ROWS = (
         load=digits_dit.load,
         components=("transformer",),
         needs_path=None,
+        check=digits_dit.check_folder,
         look=None,
         trained=Trained(
             files=(digits_dit.MODEL_FILE, digits_dit.JUDGE_FILE),
@@ -85,6 +88,7 @@ _ROWS = (
         load=diffusers_pipeline.load,
         components=None,
         needs_path=diffusers_pipeline.NEEDS_PATH,
+        check=None,
         look=diffusers_pipeline.look,
         trained=None,
         own_files=None,
@@ -95,6 +99,7 @@ _ROWS = (
         load=smollm2.load,
         components=_ONE,
         needs_path=None,
+        check=smollm2.check_no_path,
         look=None,
         trained=None,
         own_files=smollm2.own_files,
@@ -105,6 +110,7 @@ _ROWS = (
         load=causal_lm.load,
         components=_ONE,
         needs_path=causal_lm.NEEDS_PATH,
+        check=check_saved_model,
         look=None,
         trained=None,
         own_files=None,
@@ -115,6 +121,7 @@ _ROWS = (
         load=encoder.load,
         components=_ONE,
         needs_path=None,
+        check=check_saved_model,
         look=None,
         trained=None,
         own_files=encoder.own_files,
@@ -125,6 +132,7 @@ _ROWS = (
         load=seq2seq.load,
         components=_ONE,
         needs_path=seq2seq.NEEDS_PATH,
+        check=check_saved_model,
         look=None,
         trained=None,
         own_files=None,
@@ -135,6 +143,7 @@ _ROWS = (
         load=vision.load,
         components=_ONE,
         needs_path=vision.NEEDS_PATH,
+        check=check_saved_model,
         look=None,
         trained=None,
         own_files=None,
@@ -149,8 +158,11 @@ def check_path(config: ModelConfig) -> None:
     path = config.path
     if path and (path.startswith(("/", ".", "~")) or path.count("/") > 1) and not Path(path).expanduser().exists():
         raise ModelError(f"model.path={path}: there is no such folder; name a local folder or a Hub id (owner/name)")
-    if needs := family_of(config).needs_path:
+    family = family_of(config)
+    if needs := family.needs_path:
         required_path(config, *needs)
+    if path and family.check is not None:
+        family.check(path)
 
 
 def components_of_family(config: ModelConfig) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ from quantlab.errors import ConfigError, nearest
 from quantlab.planning.data import check_data, no_resolvers
 from quantlab.planning.places import conf_dir, groups, option_dirs
 from quantlab.planning.recipe import Recipe
-from quantlab.planning.words import COMPONENTS, check_options, literal, of_compare, parse
+from quantlab.planning.words import COMPONENTS, check_options, elsewhere, literal, of_compare, parse
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.fields import check_types
 from quantlab.vocabulary.launching import LAUNCHER_SETTINGS
@@ -257,7 +257,7 @@ def _nearest_key(owner: str, leaf: str) -> str:
         )
     node: Any = OmegaConf.structured(ExperimentConfig)
     node = OmegaConf.select(node, owner) if owner else node
-    return nearest(leaf, list(node)) if node is not None else ""
+    return (nearest(leaf, list(node)) if node is not None else "") or elsewhere(leaf)
 
 
 def typed(node: DictConfig) -> ExperimentConfig:

@@ -32,6 +32,8 @@ WORDS = {
 SHOWN = {
     "\u00b1": "the longer half of the 95 % interval, in the number's own power of ten: 2.3e-6 \u00b10.3",
     "\u00b0": "surely inside the noise floor: the upper bound of the difference is below the floor",
+    "(low..high)": "the 95 % interval where it is lopsided or ends at a bound of the metric; else \u00b1 stands for it",
+    "*": "on the front: surely better than every smaller scheme (Pareto front of bytes and a metric)",
     "floor_bf16": "the reference in bfloat16: what another dtype of the same weights costs",
     "floor_fp32": "a 16-bit reference in float32: what its own dtype costs",
     "floor_batch": "the reference with another batch size: what the order of sums costs",

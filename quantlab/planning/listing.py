@@ -257,6 +257,7 @@ def meaning(word: str) -> str:
     for other, same in ALSO.items():
         told = f"the same as {same}: {WORDS[same]}"
         known |= {other: told, other.rpartition("/")[2]: known.get(other.rpartition("/")[2], told)}
+    known |= dict.fromkeys(("low..high", "..", "interval", "ci", "confidence interval"), SHOWN["(low..high)"])
     name = word.lower().removeprefix("perf/")
     for spelled in (word.lower(), name, metric_called(name), name.removesuffix("s")):
         if spelled in known:

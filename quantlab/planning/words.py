@@ -204,6 +204,12 @@ def _of_a_node(key: str) -> str:
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
+def elsewhere(key: str) -> str:
+    """The same for a key that was typed below a node that has none of that name."""
+    top = {f.name for f in dataclasses.fields(ExperimentConfig)}
+    return f"; did you mean {key}?" if key in (*groups(), *top) else _of_a_node(key)
+
+
 def check_options(parsed: Sequence[Any]) -> None:
     """ConfigError for a choice that is no option of its group."""
     known = groups()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quantlab.backends.scheme import Scheme
+from quantlab.modules.layers import matches
 from quantlab.vocabulary.capabilities import LAYER_KINDS
 from quantlab.vocabulary.reports import LayerReport, QuantizationReport
 
@@ -13,10 +14,11 @@ MUCH = 0.1
 _NUM_NAMED = 3
 
 
-def unquantized(component: str, scheme: Scheme | None, report: QuantizationReport) -> str:
+def unquantized(component: str, scheme: Scheme | None, report: QuantizationReport, defaults: Sequence[str] = ()) -> str:
     """Share, largest holders by name and kind, and what would take them; "" where little stays unquantized.
 
-    Nothing would take what a checkpoint of others keeps (``scheme`` is None)."""
+    Nothing would take what a checkpoint of others keeps (``scheme`` is None). ``defaults`` are the entries by which
+    layers of such a model are left out where nobody asks."""
     share = 1 - report.coverage
     if share <= MUCH:
         return ""
@@ -30,7 +32,7 @@ def unquantized(component: str, scheme: Scheme | None, report: QuantizationRepor
     more = f" and {len(own) - _NUM_NAMED} more" if len(own) > _NUM_NAMED else ""
     largest = f"; the largest are {named}{more}" if named else "; they are in vectors, which no backend stores"
     much = [r for r in stay if r.num_weights > MUCH * share * total]
-    ways = "; ".join(_ways_out(scheme, much)) if scheme is not None else ""
+    ways = "; ".join(_ways_out(scheme, much, defaults)) if scheme is not None else ""
     return f"{component}: {_percent(share)} of its weights stay unquantized{largest}{f'; {ways}' if ways else ''}"
 
 
@@ -38,21 +40,50 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.01 else "under 1 %"
 
 
-def _ways_out(scheme: Scheme, stay: Sequence[LayerReport]) -> list[str]:
+def _ways_out(scheme: Scheme, stay: Sequence[LayerReport], defaults: Sequence[str]) -> list[str]:
     asked = scheme.axes.layer_kinds
-    kinds = list(dict.fromkeys(r.kind for r in stay if r.status == "left" and r.kind in LAYER_KINDS))
+    left = [r for r in stay if r.status == "left" and r.kind in LAYER_KINDS]
+    kinds = list(dict.fromkeys(r.kind for r in left))
+    held = {  # a weight is taken where all its places are: an embedding is not without the head that is tied to it
+        r.name: f"{first.name} is tied to {r.name}"
+        for r in stay
+        for first in left
+        if r.status == "excluded" and _place(r) == _place(first) and _kept_by(scheme, r.name, defaults)
+    }
     found = []
     if kinds:
         key = f"quantization.layer_kinds=[{','.join([*asked, *kinds])}]"
+        more = "".join(dict.fromkeys(f" {way}" for name in held for way in _kept_by(scheme, name, defaults)))
         other = "" if not scheme.why_not_packed else f" with {_other(scheme)} ({scheme.why_not_packed})"
-        found.append(f"{key} takes {' and '.join(kinds)}{other}")
+        why = f", as {' and '.join(held.values())}" if held else ""
+        found.append(f"{key}{more} takes {' and '.join(kinds)}{other}{why}")
     if names := [r.name for r in stay if r.status == "left" and r.kind not in LAYER_KINDS]:
         found.append(f"no backend stores {names[0]}")
     if skipped := [r for r in stay if r.status == "skipped"]:
         found.append(f"{skipped[0].name} does not fit ({skipped[0].reason}): choose another dtype or group_size")
-    if excluded := [r for r in stay if r.status == "excluded"]:
-        found.append(f"{excluded[0].name} is left out ({excluded[0].reason})")
+    excluded = [r for r in stay if r.status == "excluded" and r.name not in held]
+    if excluded:
+        one = next((r for r in excluded if _kept_by(scheme, r.name, defaults)), excluded[0])
+        way = " ".join(_kept_by(scheme, one.name, defaults))
+        takes = f": {way} takes it" if way.startswith(_REPLACED) else ""  # what someone asked for needs no way out
+        found.append(f"{one.name} is left out ({one.reason}){takes}")
     return found
+
+
+_REPLACED = "quantization.replace_default_exclusions=true"
+
+
+def _place(row: LayerReport) -> str:
+    """What rows of one weight have in common."""
+    return row.shares or row.name
+
+
+def _kept_by(scheme: Scheme, name: str, defaults: Sequence[str]) -> list[str]:
+    """What must be said, or no longer be said, for an excluded layer to be taken; [] for other reasons."""
+    is_default = not scheme.axes.replace_default_exclusions and any(matches(entry, name) for entry in defaults)
+    own = [entry for entry in scheme.exclusions if matches(entry, name)]
+    said = [_REPLACED] if is_default else []
+    return [*said, *([f"without modules_to_not_convert={','.join(own)}"] if own else [])]
 
 
 def _other(scheme: Scheme) -> str:

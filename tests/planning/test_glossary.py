@@ -113,3 +113,18 @@ def test_the_way_to_what_was_meant(override, ends):
         plan(["backend=torchao", override])
     assert str(told.value).startswith(f"{override}: there are ")
     assert ends in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "word", ["(low..high)", "low..high", "..", "interval", "intervals", "ci", "confidence interval"]
+)
+def test_what_intervals_are_written_as_is_explained(tmp_path, word):
+    code, out, err = Shell(tmp_path)("help", word)
+    assert code == 0, err
+    assert "95 %" in out
+    assert "lopsided" in out
+
+
+def test_every_mark_of_a_table_is_explained(tmp_path):
+    for mark in ("*", "~", "°", "±", "(low..high)"):
+        assert Shell(tmp_path)("help", mark)[0] == 0, mark

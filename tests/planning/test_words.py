@@ -164,6 +164,7 @@ def test_a_grid_that_is_empty_says_which_list(tmp_path):
         (["--recipe", "digits_backends"], "--recipe: no such option; keys have no dashes: recipe=..."),
         (["--backend=quanto"], "--backend=quanto: no such option; keys have no dashes: backend=..."),
         (["num_samples=5"], "num_samples: no such key; did you mean "),
+        (["--columns", "backend=quanto"], "--columns: it needs a value"),
         (["bootstrap_seed=5"], "bootstrap_seed: no such key; did you mean evaluation.bootstrap_seed?"),
         (["device=gpu"], "device=gpu: no such choice; a GPU is device=cuda"),
         (["tracking=mlflow"], "tracking=mlflow: no such choice; MLflow is tracking=sqlite"),

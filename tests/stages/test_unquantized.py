@@ -42,9 +42,57 @@ def test_a_tied_weight_is_named_once_with_all_its_places():
     _, report = quantlab.quantize(net, config)
     assert report.unquantized == (
         "model: 94 % of its weights stay unquantized; the largest are embed, which is also head (embedding, 94 %); "
-        "quantization.layer_kinds=[linear,embedding] takes embedding; head is left out (modules_to_not_convert: head)",
+        "quantization.layer_kinds=[linear,embedding] without modules_to_not_convert=head takes embedding, as "
+        "embed is tied to head",
     )
     assert {r.name: r.shares for r in report.layers} == {"embed": "", "mid": "", "head": "embed"}
+
+
+class Tied(nn.Module):
+    """A head that a model of its class leaves out by default, tied to the embedding (or after it, or not at all)."""
+
+    def __init__(self, is_first=False, is_tied=True):
+        super().__init__()
+        torch.manual_seed(0)
+        names = ["lm_head", "embed"] if is_first else ["embed", "lm_head"]
+        parts = {"embed": nn.Embedding(4096, 256), "lm_head": nn.Linear(256, 4096, bias=False)}
+        for name in names:
+            self.add_module(name, parts[name])
+        self.mid = nn.Linear(256, 256)
+        if is_tied:
+            self.lm_head.weight = self.embed.weight
+        self.requires_grad_(False)
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+def test_what_takes_a_tied_weight_does_take_it(is_first):
+    config = quantlab.QuantoConfig("int8")
+    (sentence,) = told(Tied(is_first), config)
+    assert sentence.endswith(
+        "; quantization.layer_kinds=[linear,embedding] quantization.replace_default_exclusions=true takes embedding, "
+        "as embed is tied to lm_head"
+    )
+    (sentence,) = told(Tied(is_first), config, layer_kinds=["linear", "embedding"])
+    assert sentence.endswith(
+        "; lm_head is left out (modules_to_not_convert: lm_head): quantization.replace_default_exclusions=true takes it"
+    )
+    (sentence,) = told(Tied(is_first), config, replace_default_exclusions=True)
+    assert "; quantization.layer_kinds=[linear,embedding] takes embedding" in sentence
+    followed = {"layer_kinds": ["linear", "embedding"], "replace_default_exclusions": True}
+    assert told(Tied(is_first), config, **followed) == ()
+    both = quantlab.QuantoConfig("int8", modules_to_not_convert=["lm_head"])
+    (sentence,) = told(Tied(is_first), both)
+    assert "quantization.replace_default_exclusions=true without modules_to_not_convert=lm_head takes" in sentence
+
+
+def test_a_head_of_its_own_that_is_left_out_by_default_names_what_takes_it():
+    (sentence,) = told(Tied(is_tied=False), quantlab.QuantoConfig("int8"), layer_kinds=["linear", "embedding"])
+    assert sentence.endswith(
+        "; lm_head is left out (modules_to_not_convert: lm_head): quantization.replace_default_exclusions=true takes it"
+    )
 
 
 def test_little_is_not_worth_a_sentence():
