@@ -11,6 +11,7 @@ from quantlab import cli
 from quantlab.commands import columns_of
 from quantlab.report.table import rows_sheet
 from quantlab.report.terminal import show
+from tests.support.shell import digits_words
 
 
 def row(name, **metrics):
@@ -82,3 +83,21 @@ def test_without_a_value_it_is_refused(capsys):
         cli.main(["backend=quanto", "--columns"])
     assert ended.value.code == 2
     assert "quantlab: --columns: it needs a value" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_comparison_has_further_columns(shell):
+    shell.rows("-m", "backend=quanto", "dtype=int8,int4", *digits_words())
+    tracked = shell.tracked()
+    code, out, err = shell("compare", "latest", "--plain", "--columns", "evaluate_s,image_mse,nothing")
+    assert code == 0, err
+    head, *lines = [line.split("\t") for line in out.splitlines()]
+    assert head[-3:] == ["perf/evaluate_s", "quality/image_mse", "nothing"]
+    for line in lines:
+        values = tracked[line[0]]["metrics"]
+        assert line[-3:-1] == [f"{values[name]:.4g}" if name in values else "" for name in head[-3:-1]]
+    said = " ".join(shell("compare", "latest", "--columns=image_mse,nothing", "--wide")[1].split())
+    assert "quality/image_mse" in said
+    assert "--columns nothing: no row has it" in said
+    for words in (["--columns"], ["--columns", "--json"], ["--columns", "metric=psnr"]):
+        assert "--columns: it needs a value" in " ".join(shell("compare", "latest", *words)[2].split())

@@ -463,18 +463,6 @@ def test_a_real_sweep_is_compared_from_what_it_tracked(shell):
     assert rows["quanto int4"]["verdict"] == "worse"
     assert rows["quanto int4"]["on_front"]
     assert "Which scheme" in next((shell.folder / "outputs" / "reports").glob("*.html")).read_text()
-    code, out, err = shell("compare", "latest", "--plain", "--columns", "evaluate_s,image_mse,nothing")
-    assert code == 0, err
-    head, *lines = [line.split("\t") for line in out.splitlines()]
-    assert head[-3:] == ["perf/evaluate_s", "quality/image_mse", "nothing"]
-    for line in lines:
-        values = tracked[line[0]]["metrics"]
-        assert line[-3:-1] == [f"{values[name]:.4g}" if name in values else "" for name in head[-3:-1]]
-    said = " ".join(shell("compare", "latest", "--columns=image_mse,nothing", "--wide")[1].split())
-    assert "quality/image_mse" in said
-    assert "--columns nothing: no row has it" in said
-    for words in (["--columns"], ["--columns", "--json"], ["--columns", "metric=psnr"]):
-        assert "--columns: it needs a value" in " ".join(shell("compare", "latest", *words)[2].split())
 
 
 def test_samples_that_were_changed_are_left_out_with_a_word(own_sweep, capsys):
