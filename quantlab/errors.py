@@ -163,7 +163,8 @@ def nearest(word: str, options: Iterable[str]) -> str:
         folded.setdefault(option.casefold(), option)
     if (meant := _MEANT.get(str(word).casefold().rpartition(".")[2])) in folded:
         return f"; did you mean {meant}?"
-    near = difflib.get_close_matches(str(word).casefold(), folded, 1)
+    begun = [option for option in folded if option.startswith(f"{str(word).casefold()}_")]  # kld: kld_mean, the first
+    near = begun[:1] or difflib.get_close_matches(str(word).casefold(), folded, 1)
     return f"; did you mean {folded[near[0]]}?" if near else ""
 
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
 
 _WAY_OUT = "check the path, that the files are complete, and, for a Hub id, the network or the local Hub cache"
 
+_NO_TOKENIZER = "the folder has no file of one: write it there as well (tokenizer.save_pretrained(FOLDER))"
+_TOKENIZERS = re.compile("token|vocab|merges|spiece|bpe|[.]model$").search
+"""Finds it in the names of the files that tokenizers are kept in."""
+
 
 def load_checkpoint(
     auto_classes: Sequence[type[_BaseAutoModelClass] | type[PreTrainedModel]],
@@ -62,10 +67,11 @@ def load_checkpoint(
 
     path = str(Path(path).expanduser()) if Path(path).expanduser().exists() else path
     where = {"revision": config.revision, "trust_remote_code": False}
-    with as_model_error(f"{key} (tokenizer)", _WAY_OUT, lambda: _has_own_tokenizer(path, config.revision)):
+    way_out = _NO_TOKENIZER if Path(path).is_dir() and not any(map(_TOKENIZERS, os.listdir(path))) else _WAY_OUT
+    with as_model_error(f"{key} (tokenizer)", way_out, lambda: _has_own_tokenizer(path, config.revision)):
         tokenizer = AutoTokenizer.from_pretrained(path, **where)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # some versions make one of no files, which reads no text
-        raise ModelError(f"{key} (tokenizer): it knows {len(tokenizer)} tokens and none of text; {_WAY_OUT}")
+        raise ModelError(f"{key} (tokenizer): it knows {len(tokenizer)} tokens and none of text; {way_out}")
     return model, tokenizer
 
 

@@ -195,8 +195,8 @@ def unreadable() -> tuple[type[Exception], ...]:
 
 def first_line(error: Exception) -> str:
     """What an error says first: its first line, and the next where that one ends with a colon."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    told = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    told = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
     return told[:300].rstrip(".")
 
 

@@ -193,8 +193,25 @@ def _complete(override: str) -> str:
         raise ConfigError(f"{override[:_MAX_KEY]}: an override is key=value; quantlab --help shows examples")
     if told := of_compare(key):
         raise ConfigError(f"{key}: no such key of a run{told}")
+    if key in _ELSEWHERE:
+        raise ConfigError(f"{key}: no such key; {_ELSEWHERE[key]}")
     near = _of_a_node(key) or nearest(key, [*groups(), *top, *axes, *own])
     raise ConfigError(f"{key}: no such key{near}; quantlab --help lists the groups")
+
+
+_OWN_MODEL = "a model of your own is model=auto model.path=<a folder, or OWNER/NAME of the Hub>"
+_TASKS = (
+    "no tasks are run here, a scheme is compared with the unquantized model; quantlab export RUN_ID DIR is for those"
+)
+_ELSEWHERE = {
+    "load_in_4bit": "it is backend=bitsandbytes dtype=nf4 (or fp4)",
+    "load_in_8bit": "it is backend=bitsandbytes dtype=int8",
+    **dict.fromkeys(("pretrained", "pretrained_model_name_or_path", "model_name_or_path", "model_id"), _OWN_MODEL),
+    **dict.fromkeys(("tasks", "num_fewshot", "limit"), _TASKS),
+    "torch_dtype": "the unquantized model's is model.dtype",
+    "device_map": "it is device=cpu or device=cuda, and memory.placement where a model does not fit",
+}
+"""Key of another tool -> what says the same here."""
 
 
 def _of_a_node(key: str) -> str:
@@ -252,7 +269,8 @@ def _near(group: str, choice: str, options: Sequence[str]) -> str:
         return f"; did you mean {whole[0]}?"
     close = nearest(CALLED.get(choice, choice) if group == "backend" else choice, options)
     if group == "model" and not close:
-        return f"; a model of a folder or of the Hub: model=auto model.path={choice}"
+        path = choice if "/" in choice else f"OWNER/{choice}"  # the Hub has no names without an owner any more
+        return f"; a model of a folder or of the Hub: model=auto model.path={path}"
     return close
 
 

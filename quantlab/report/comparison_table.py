@@ -170,7 +170,8 @@ def pair_text(v: Verdict, metric: str) -> str:
     """One pair as a sentence."""
     what = {BETTER: f"{v.a} is better than {v.b}", WORSE: f"{v.b} is better than {v.a}"}
     said = what.get(v.text, f"{v.a} and {v.b}: {pair_said(v)}")
-    differs = f"{metric} differs by {number_cell(v.difference, bounds=True)}, p {p_text(v.p_holm) or '-'}"
+    less = f"{metric} of {v.a} less that of {v.b}"
+    differs = f"{less}: {_difference(v.difference, metric)}, p {p_text(v.p_holm) or '-'}"
     return f"{said}; {differs}{_ranked(v)}"
 
 

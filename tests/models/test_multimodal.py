@@ -110,6 +110,14 @@ def test_a_tokenizer_that_knows_no_text_is_an_error(tmp_path):
         loaded(folder, tmp_path / "cache")
 
 
+def test_a_folder_without_a_tokenizer_says_what_to_write_there(tmp_path):
+    folder = save_llama(tmp_path / "llama")
+    for file in folder.glob("*token*"):
+        file.unlink()
+    with pytest.raises(ModelError, match=r"\(tokenizer\): .*the folder has no file of one: write it there as well"):
+        loaded(folder, tmp_path / "cache")
+
+
 def test_a_model_of_text_alone_has_nothing_beside_it(tmp_path):
     folder = save_llama(tmp_path / "llama")
     assert loaded(folder, tmp_path / "cache").default_exclusions["model"] == ("lm_head",)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from quantlab.errors import ConfigError
+from quantlab.errors import ConfigError, nearest
 from quantlab.metrics import METRICS
 from quantlab.planning.glossary import ALSO, WORDS
 from quantlab.planning.listing import meaning
@@ -103,7 +105,8 @@ def test_help_fits_the_terminal_and_loses_no_word(columns, tmp_path, monkeypatch
         ("group_size=48", "; the nearest are 32 and 64"),
         ("group_size=3", "; the nearest are 16"),
         ("group_size=9999", "; the nearest are 4096"),
-        ("model=gpt2", "; a model of a folder or of the Hub: model=auto model.path=gpt2"),
+        ("model=gpt2", "; a model of a folder or of the Hub: model=auto model.path=OWNER/gpt2"),
+        ("model=org/gpt2", "; a model of a folder or of the Hub: model=auto model.path=org/gpt2"),
         ("model=flux_de", "; did you mean flux_dev?"),
         ("dtype=int9", "; did you mean int"),
     ],
@@ -113,6 +116,21 @@ def test_the_way_to_what_was_meant(override, ends):
         plan(["backend=torchao", override])
     assert str(told.value).startswith(f"{override}: there are ")
     assert ends in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "way"),
+    [
+        ("load_in_4bit=true", "backend=bitsandbytes dtype=nf4"),
+        ("model_id=org/gpt2", "model=auto model.path="),
+        ("tasks=wikitext", "quantlab export"),
+        ("torch_dtype=bfloat16", "model.dtype"),
+        ("device_map=auto", "memory.placement"),
+    ],
+)
+def test_words_of_other_tools_lead_to_ours(word, way):
+    with pytest.raises(ConfigError, match=rf"^{word.partition('=')[0]}: no such key; .*{re.escape(way)}"):
+        plan(["backend=bitsandbytes", word])
 
 
 @pytest.mark.parametrize(
@@ -128,3 +146,10 @@ def test_what_intervals_are_written_as_is_explained(tmp_path, word):
 def test_every_mark_of_a_table_is_explained(tmp_path):
     for mark in ("*", "~", "°", "±", "(low..high)"):
         assert Shell(tmp_path)("help", mark)[0] == 0, mark
+
+
+def test_the_beginning_of_a_name_means_the_first_that_begins_so():
+    assert nearest("kld", ["kld_p99", "kld_mean", "kl"]) == "; did you mean kld_p99?"
+    assert nearest("kld_men", ["kld_p99", "kld_mean"]) == "; did you mean kld_mean?"
+    assert nearest("KLD", METRICS) == "; did you mean kld_mean?"
+    assert nearest("nothing", METRICS) == ""
