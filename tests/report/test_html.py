@@ -17,7 +17,7 @@ from quantlab.report.figures import image_figure, layer_figure
 from quantlab.report.html import page, write_page
 from quantlab.report.reading import StoredRun
 from quantlab.tracking.pictures import SAMPLE_ARRAYS, write_samples
-from tests.support.browser import find, look, row_names
+from tests.support.browser import find, look, row_names, texts
 from tests.support.comparison_store import SCHEMES
 
 HOSTILE = "</script><img src=x onerror=document.title='taken'> & <b>"
@@ -171,6 +171,24 @@ def test_hovering_shows_what_a_point_and_a_cell_are(opened):
     opened.execute_script("arguments[0].scrollIntoView({block: 'center'})", cell)
     ActionChains(opened).move_to_element(cell).perform()
     assert tip.text.startswith("int4 a\nblocks.0.to_q\nweight error ")
+
+
+def test_a_simulated_size_is_marked_wherever_it_is_said(browser, data, tmp_path):
+    for row in data["groups"][0]["rows"]:
+        row["is_simulated"] = row["role"] == "candidate"
+    write_page(data, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html")
+    assert (
+        next(p for p in find(browser, ".point") if p.get_attribute("data-name") == "int8 a")
+        .get_attribute("data-tip")
+        .startswith("int8 a\n~3.81 MiB")
+    )
+    said = [t for t in texts(browser, ".answer .cost") if "MiB" in t]
+    assert [t[0] for t in said] == ["~", "~", "~"]
+    field = find(browser, "#under")[0]
+    field.clear()
+    field.send_keys("0.001")
+    assert texts(browser, ".answer .none")[0].startswith("none: the smallest has ~")
 
 
 def test_the_plot_has_the_floor_the_front_and_an_interval_a_point(opened):
