@@ -21,7 +21,7 @@ from quantlab.quiet import warnings_kept
 from quantlab.tracking.events import Event
 from quantlab.tracking.pictures import framed_grid
 from quantlab.tracking.record import Record, now_ms
-from quantlab.tracking.tags import ARTIFACT_DIGESTS, FAILURE, LOGGED_IMAGES, STAGE
+from quantlab.tracking.tags import ARTIFACT_DIGESTS, DONE, FAILURE, LOGGED_IMAGES, STAGE
 from quantlab.tracking.values import (
     MAX_DIGEST_CHARS,
     MAX_KEY_CHARS,
@@ -197,6 +197,7 @@ class Run:
         """End the run as ``FINISHED``, ``FAILED`` or ``KILLED``; nothing can be written to it afterwards."""
         if status not in _ENDS:
             raise TrackingError(f"status={status}: a run ends as one of {', '.join(_ENDS)}")
+        stage = DONE if status == "FINISHED" else stage
         tags = {FAILURE: error, STAGE: stage}
         self.set_tags({k: v for k, v in tags.items() if v})
         self._write({"op": "finish", "status": status, "error": error, "stage": stage or self.stage})
