@@ -41,7 +41,7 @@ from quantlab.running.workbench import Session, Workbench, has_bench, let_go_of_
 from quantlab.tracking.connect import SQLITE, resolved_uri
 from quantlab.tracking.provenance import environment
 from quantlab.tracking.results import report_data
-from quantlab.tracking.tags import FAILED_JOBS, JOB_KEY, JOBS, SEARCH_FRONT, STAGE
+from quantlab.tracking.tags import FAILED_JOBS, JOB_KEY, SEARCH_FRONT, STAGE
 from quantlab.vocabulary.numbers import FLOORS, REFERENCE
 from quantlab.vocabulary.reports import RunReport
 from quantlab.vocabulary.schema import ExperimentConfig
@@ -52,6 +52,8 @@ _MAX_TOLD = 8
 PLACES = ("runs", "cache", "cache/reference", "cache/calibration", "cache/models")
 """Below ``output_dir``, what a run writes to."""
 ARTIFACTS = "mlartifacts"
+JOBS = "jobs"
+"""The stage of a sweep whose jobs run, each of which has a run of its own."""
 
 
 def run_plan(plan: Plan, quiet: bool = False, trust: bool = False) -> list[RunReport]:

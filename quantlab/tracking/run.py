@@ -21,7 +21,7 @@ from quantlab.quiet import warnings_kept
 from quantlab.tracking.events import Event
 from quantlab.tracking.pictures import framed_grid
 from quantlab.tracking.record import Record, now_ms
-from quantlab.tracking.tags import ARTIFACT_DIGESTS, DONE, FAILURE, LOGGED_IMAGES, STAGE
+from quantlab.tracking.tags import ARTIFACT_DIGESTS, FAILURE, LOGGED_IMAGES, STAGE
 from quantlab.tracking.values import (
     MAX_DIGEST_CHARS,
     MAX_KEY_CHARS,
@@ -43,6 +43,8 @@ _LOG = logging.getLogger(__name__)
 
 WARNINGS = "warnings.txt"
 """Artifact: what libraries warned of."""
+DONE = "done"
+"""The stage of a run that has finished."""
 _ENDS = ("FINISHED", "FAILED", "KILLED")
 SMALL_PIXELS = 256
 """Sides of the small copy of a picture, as MLflow makes them."""
