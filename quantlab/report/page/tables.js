@@ -1,10 +1,15 @@
+const MANY = 10; // columns, of which more stand closer
+function parted(title) { // a name that may go on in the next line, behind each _
+  return title.split(/(?<=_)/).flatMap((part, i) => (i ? [make("wbr"), part] : [part]));
+}
+
 // Tables that a click on a heading sorts; on a narrow screen each row is a card.
 function sortable(columns, rows, start, detail, longest = 60) {
   let by = start, up = !columns[start].down;
   const open = new Set();
   const body = make("tbody"), head = make("tr");
   const heads = columns.map((c, i) => make("th", { class: `${c.text ? "text" : ""}${c.away ? " away" : ""}`, scope: "col" }, ...(c.value
-    ? [make("button", { type: "button", onclick: () => { up = by === i ? !up : !c.down; by = i; draw(); } }, make("span", { class: "title" }, c.title), c.sub ? make("small", {}, c.sub) : null),
+    ? [make("button", { type: "button", onclick: () => { up = by === i ? !up : !c.down; by = i; draw(); } }, make("span", { class: "title" }, ...parted(c.title)), c.sub ? make("small", {}, c.sub) : null),
       make("span", { class: "paper", "aria-hidden": "true" }, c.title, c.sub ? make("small", {}, c.sub) : null)] // a head that is repeated on each page shows no button there
     : [make("span", { class: "plain" }, c.title)])));
   head.append(...heads);
@@ -30,7 +35,7 @@ function sortable(columns, rows, start, detail, longest = 60) {
     }));
   }
   draw();
-  return make("div", { class: rows.length > longest ? "wide scroll" : "wide" }, make("table", {}, make("thead", {}, head), body));
+  return make("div", { class: rows.length > longest ? "wide scroll" : "wide" }, make("table", { class: columns.length > MANY ? "many" : null }, make("thead", {}, head), body));
 }
 
 const KINDS = { "inside the floor": "floor", worse: "worse", better: "better", "inside the margin": "margin", "worse by rank": "worse", "better by rank": "better" };
