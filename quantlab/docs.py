@@ -16,7 +16,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -322,7 +322,31 @@ def main(root: Path, runs_dir: Path) -> list[str]:
     return changed
 
 
+HELP = """python -m quantlab.docs [RUNS]
+
+Writes the numbers of the documents and recipes of the project in this folder, from the runs in the folder RUNS
+(outputs/runs, where none is given), and prints which files it changed."""
+
+
+def command(words: Sequence[str]) -> int:
+    """``python -m quantlab.docs`` with ``words``; its exit code."""
+    if any(word in ("--help", "-h", "help") for word in words):
+        print(HELP)
+        return 0
+    try:
+        if options := [word for word in words if word.startswith("-")]:
+            raise ConfigError(f"{options[0]}: no such option; --help says what there is")
+        if words[1:]:
+            raise ConfigError(f"{words[1]}: one folder of runs is read; --help says which")
+        if words and not Path(words[0]).is_dir():
+            raise ConfigError(f"{words[0]}: no such folder; name the one of the runs, see --help")
+        changed = main(Path.cwd(), Path(words[0] if words else "outputs/runs"))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return ConfigError.exit_code
+    print("updated:", " ".join(changed) or "nothing")
+    return 0
+
+
 if __name__ == "__main__":
-    print(
-        "updated:", " ".join(main(Path.cwd(), Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/runs"))) or "nothing"
-    )
+    sys.exit(command(sys.argv[1:]))

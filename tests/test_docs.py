@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from quantlab.backends.table import backends
-from quantlab.docs import NEEDS, main, needs, plan_block
+from quantlab.docs import NEEDS, command, main, needs, plan_block
 from quantlab.errors import ConfigError
 from quantlab.tracking import Store
 
@@ -71,7 +71,7 @@ def test_what_was_found_finished_cost_its_time_on_its_day(
 ) -> None:
     """A sweep that found jobs of earlier ones took no minute: what they cost then is told, and since when."""
     with monkeypatch.context() as then:
-        then.setattr("quantlab.tracking.record.now_ms", iter((1_735_700_000_000, 1_735_700_600_000)).__next__)
+        then.setattr("quantlab.tracking.record.now_ms", iter((1_735_700_000_000, *2 * [1_735_700_600_000])).__next__)
         with store.start_run("b", runs / "20250101-000000-b", {}, {}) as run:
             job = run.run_id
     file = next(runs.glob("*-mine")) / "rows.json"
@@ -122,3 +122,45 @@ def test_that_memory_is_the_plans(recipe: Path) -> None:
 @pytest.mark.slow
 def test_the_plan_in_the_readme_is_what_the_command_prints() -> None:
     assert plan_block("flux_dev_24_gib") in (RECIPES.parent / "README.md").read_text()
+
+
+# -- as a command
+
+
+@pytest.mark.parametrize("word", ["--help", "-h", "help"])
+def test_help_changes_nothing(project, monkeypatch, capsys, word):
+    monkeypatch.chdir(project)
+    before = (project / "README.md").read_text()
+    assert command([word]) == 0
+    assert capsys.readouterr().out.startswith("python -m quantlab.docs [RUNS]")
+    assert (project / "README.md").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "begins"),
+    [
+        (["--hlep"], "--hlep: no such option"),
+        (["outputs/runs", "more"], "more: one folder of runs"),
+        (["outputs/absent"], "outputs/absent: no such folder"),
+    ],
+)
+def test_what_it_does_not_know_is_refused(project, monkeypatch, capsys, words, begins):
+    monkeypatch.chdir(project)
+    (project / "outputs" / "runs").mkdir(parents=True, exist_ok=True)
+    before = (project / "README.md").read_text()
+    assert command(words) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.startswith(begins)) == ("", True)
+    assert "--help" in err
+    assert (project / "README.md").read_text() == before
+
+
+def test_without_words_it_updates(project, runs, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    assert command([str(runs)]) == 0
+    assert capsys.readouterr().out.startswith("updated: README.md")
+    assert command([str(runs)]) == 0
+    assert capsys.readouterr().out == "updated: nothing\n"
+    (project / "README.md").unlink()
+    assert command([]) == 2
+    assert "no README.md here" in capsys.readouterr().err

@@ -108,6 +108,8 @@ class Plan:
     """The checked jobs of a request. ``invalid`` pairs a combination with the reason why it cannot run."""
 
     jobs: tuple[Job, ...]
+    typed: tuple[str, ...] = ()
+    """The words behind ``quantlab``."""
     is_sweep: bool
     recipe: Path | None = None
     recipe_digest: str = ""

@@ -82,7 +82,9 @@ def plan(overrides: Sequence[str], multirun: bool = False, is_own: bool = False,
     file, words = _split_recipe(chosen_family(overrides))
     recipe = read_recipe(file) if file else None
     try:
-        return _plan(recipe, words, multirun, is_own, is_sweep)
+        planned = _plan(recipe, words, multirun, is_own, is_sweep)
+        has_grid = multirun and any(one.is_sweep_override() for one in parse(words))
+        return replace(planned, typed=(*(["-m"] if is_sweep or has_grid else []), *overrides))
     except ConfigError as error:
         if file is None or recipe is None or str(error).startswith(_typed(words)):
             raise

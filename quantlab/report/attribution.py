@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from quantlab.metrics import bounds_of
-from quantlab.report.table import MARKS, mib, number_cell, title_of
+from quantlab.report.table import MARKS, mib, number_cell, stored_mib, title_of
 from quantlab.report.terminal import Column, Sheet
 from quantlab.tracking.results import Measured
 from quantlab.vocabulary.numbers import ALONE, ON_TOP, metric_value
@@ -38,7 +38,7 @@ def attribution_sheet(rows: Iterable[Measured], metrics: Sequence[str], *, is_pl
     for row, parts in measured:
         found = row["metrics"]
         saved = sum(found.get(f"memory/{name}/saved_bytes", 0) for name in parts)
-        whole = [mib(found.get("memory/weights_bytes", 0)), mib(saved)]
+        whole = [stored_mib(found), mib(saved)]
         for metric in shown:
             whole += [_text(found, f"quality/{metric}"), ""]
         before = [row["name"]] if is_plain else []
@@ -50,7 +50,9 @@ def attribution_sheet(rows: Iterable[Measured], metrics: Sequence[str], *, is_pl
         f"{'' if is_plain else 'at a scheme: all components together; '}alone: the others unquantized; + others: all "
         "together less the component alone, paired by sample; saves MiB: against the reference as it was loaded"
     )
-    interval = "; ".join(MARKS[mark] for mark in ("±", "..") if any(mark in text for cells in lines for text in cells))
+    interval = "; ".join(
+        MARKS[mark] for mark in ("±", "..", "~") if any(mark in text for cells in lines for text in cells)
+    )
     return Sheet(
         columns=[*(Column(title=name, is_text=True) for name in names), *columns],
         rows=lines,

@@ -11,7 +11,7 @@ from quantlab.metrics.significance import ALPHA
 from quantlab.progress import counted
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.attribution import attribution_sheet
-from quantlab.report.compare import Comparison, answers, bytes_of
+from quantlab.report.compare import Comparison, answers
 from quantlab.report.comparison_data import failure_data, in_order, unquantized
 from quantlab.report.reading import StoredRun
 from quantlab.report.selection import is_candidate
@@ -20,9 +20,9 @@ from quantlab.report.table import (
     cells,
     headline,
     legend,
-    mib,
     number_cell,
     sheet_columns,
+    stored_mib,
     with_interval,
     with_marks,
 )
@@ -212,6 +212,6 @@ def answer_lines(group: Comparison) -> list[str]:
     lines = []
     for question, name in answers(group):
         saving = runs[name].metrics.get("memory/compression") if name else None
-        size = f" ({mib(bytes_of(runs[name]))} MiB, {saving:.2f}x)" if saving else ""
+        size = f" ({stored_mib(runs[name].metrics)} MiB, {saving:.2f}x)" if saving else ""
         lines.append(f"{question}: {name}{size}" if name else question)
     return lines

@@ -114,17 +114,22 @@ def cells(row: Measured, shown: Sequence[str], bounds: bool = True) -> list[str]
         texts = [""] * (len(columns(shown)) - 2)
         texts[1] = row["status"]  # under MiB, which stays longest
         return [row["name"], *texts, ""]
-    simulated = "~" if metrics.get("memory/is_simulated") else ""
     return [
         row["name"],
         _shown(metrics.get("memory/bits_per_weight_model"), "{:.2f}")
         + _shown(metrics.get("memory/bits_per_weight_quantized"), " ({:.2f})"),
-        f"{simulated}{mib(metrics['memory/weights_bytes'])}" if "memory/weights_bytes" in metrics else "",
+        stored_mib(metrics),
         _shown(metrics.get("memory/compression"), "{:.2f}x"),
         *(_quality(metrics, m, bounds) for m in shown),
         _shown(metrics.get("quantization/coverage"), "{:.1f} %", 0.01),
         _shown(metrics.get("perf/evaluate_s"), "{:.1f}"),
     ]
+
+
+def stored_mib(metrics: Mapping[str, float]) -> str:
+    """What a scheme stores, as a cell under MiB and in a sentence: marked where its format is simulated."""
+    found = metrics.get("memory/weights_bytes")
+    return "" if found is None else f"{'~' if metrics.get('memory/is_simulated') else ''}{mib(found)}"
 
 
 def mib(num_bytes: float) -> str:

@@ -81,6 +81,7 @@ def hand_over(
         "recipe_name": job.config.recipe,
         "sweep": asdict(job.config.sweep),
         "overrides": job.overrides,
+        "typed": session.typed,
         "batch_size": job.batch_size,
         "plain_attention": job.plain_attention,
         "after_lost_device": session.lost_device,

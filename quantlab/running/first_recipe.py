@@ -45,6 +45,8 @@ USAGE = "quantlab init my.yaml model.path=FOLDER (or a Hub id; more keys as for 
 BITS = (8, 4)
 MAX_GROUP = 128
 MAX_WIDTHS = 6
+SIMULATED = "simulated: stored wider than the dtype says"
+"""What ``~`` means, as tables have it."""
 _OPEN = "dataset.path"
 _OF_THE_LIST = {"backend", "dtype", "group_size", "sweep", "quantization", "components", "checkpoint", "recipe"}
 
@@ -191,12 +193,13 @@ def _candidate(book: Book, job: Job, backend: str, bits: int) -> Found:
                 if price.why_refused:
                     why = price.why_refused[0]
                     continue
+                sizes = _sizes(price, is_simulated=job.config.device in row.is_simulated_on)
                 taken = sum(part.quantized_parameters for part in price.components)
                 if mismatch == "error":
-                    return Found(keys=said, note=_sizes(price))
+                    return Found(keys=said, note=sizes)
                 whole = sum(p.memory.num_parameters for p in price.components if p.scheme)
                 partly.append(
-                    (taken, Found(keys=said, note=f"{_sizes(price)}; {100 * taken / whole:.0f} % of the weights fit"))
+                    (taken, Found(keys=said, note=f"{sizes}; {100 * taken / whole:.0f} % of the weights fit"))
                 )
     if partly:
         return max(partly, key=lambda one: one[0])[1]
@@ -221,11 +224,12 @@ def _scheme(keys: Mapping[str, Any]) -> Scheme:
     return scheme
 
 
-def _sizes(price: Price) -> str:
+def _sizes(price: Price, *, is_simulated: bool = False) -> str:
     done = [part for part in price.components if part.scheme]
     bits = bits_per_weight(p.memory for p in done)
     of_layers = next((p.bits_per_quantized_weight for p in done if p.bits_per_quantized_weight is not None), bits)
-    return f"{bits:.2f} ({of_layers:.2f}) bits/weight, {price.total_bytes / MIB:,.1f} MiB"
+    mark, told = ("~", f" ({SIMULATED})") if is_simulated else ("", "")
+    return f"{bits:.2f} ({of_layers:.2f}) bits/weight, {mark}{price.total_bytes / MIB:,.1f} MiB{told}"
 
 
 # -- what was typed, as the recipe says it

@@ -398,7 +398,7 @@ def open_run(
         VERSIONS: session.environment["versions"],
         **({UNPROBED: other} if other else {}),
         **({GIT_COMMIT: git["sha"], GIT_DIRTY: git["dirty"]} if git else {}),
-        **who_and_what(job.config.recipe),
+        **who_and_what(session.typed),
         NOTE: f"A sweep of {name}." if kind == "sweep" else described(job, name),
     }
     params = {} if kind == "sweep" else used_params(flatten(job.resolved), job.needs_data)

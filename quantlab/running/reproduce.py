@@ -120,7 +120,8 @@ def reproduce(request: ReproductionRequest) -> Reproduction:
             models.mkdir(parents=True, exist_ok=True)
             (scratch / "cache").mkdir()
             (scratch / "cache" / "models").symlink_to(models, target_is_directory=True)
-            fresh = replace(session, output_dir=scratch)
+            typed = ["reproduce", request.run_id, *(f"{key}={value}" for key, value in request.words.items())]
+            fresh = replace(session, output_dir=scratch, typed=typed)
             run = replace(run, metrics=all_numbers(run.metrics, read_json(reader, run, "report.json")))
             return _run_again(
                 fresh, job, run, (read_json(reader, run, "samples.json"), environment), run_folder(session, job.name)

@@ -65,7 +65,7 @@ def stored_row(run: StoredRun, report: Mapping[str, Any]) -> RunReport:
         status=status,
         protocol=family.protocol if (family := FAMILIES.get(run.params.get("model.family", ""))) else "",
         error=run.tags.get(FAILURE, "its report.json is missing" if status == "FAILED" else ""),
-        failed_stage=run.tags.get(STAGE, ""),
+        failed_stage=run.tags.get(STAGE, "") if run.status != "FINISHED" else "",
         run_id=run.run_id,
         stored_metrics=run.metrics,
     )

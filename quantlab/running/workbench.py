@@ -150,6 +150,8 @@ class Session:
     device: str
     output_dir: Path
     advance: Advance
+    typed: Sequence[str] = ()
+    """The words of the command, which its runs name."""
     parent_run_id: str | None = None
     parent_record: str | None = None
     """Id of the sweep's own record, by which it is found in any store."""

@@ -84,7 +84,7 @@ def work(folder: Path) -> int:
 
         torch.set_num_threads(threads)
     session = _session(job, device, output_dir)
-    session.parent_run_id = data["parent_run_id"]
+    session.parent_run_id, session.typed = data["parent_run_id"], data["typed"]
     session.where, session.compares_with = data["where"], known
     if data["parent_run_id"] and data["parent_record"]:
         session.store.know(data["parent_run_id"], data["parent_record"])

@@ -8,16 +8,20 @@ import getpass
 import hashlib
 import os
 import platform
+import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from quantlab.backends.table import distributions
 from quantlab.modules.precision import precision
+from quantlab.progress import printable
 from quantlab.tracking.tags import SOURCE_NAME, SOURCE_TYPE, USER
+from quantlab.tracking.values import shortened
 
 _PACKAGES = (
     "quantlab-recipes",
@@ -217,9 +221,28 @@ def environment(root: Path | None = None, has_hardware: bool = True) -> Environm
     return {**found, "hardware": hardware()} if has_hardware else found
 
 
-def who_and_what(recipe: str | None) -> dict[str, str]:
-    """MLflow's own tags of a run: its user, where the system knows one, and the command."""
+MAX_COMMAND_CHARS = 500
+"""MLflow shows a command in one line."""
+_LOGIN = re.compile(r"(\w://)[^/\s'\"]*@")
+_NAMES = r"(?:token|password|passwd|secret|api_?key|access_?key)"
+_SECRET = re.compile(rf"({_NAMES}['\"]?\s*[=:]\s*)(?:\"[^\"]*\"|'[^']*'|[^\s'\",\]}}]+)", re.IGNORECASE)
+_IS_SECRET = re.compile(rf"\A([^\s=]*{_NAMES}=).+", re.IGNORECASE | re.DOTALL)
+
+
+def who_and_what(words: Sequence[str]) -> dict[str, str]:
+    """MLflow's own tags of a run: its user, where the system knows one, and the command, of ``words`` as typed."""
     named = {}
     with contextlib.suppress(OSError, KeyError, ImportError):  # a container's user may have no name
         named[USER] = getpass.getuser()
-    return {**named, SOURCE_NAME: f"quantlab recipe={recipe}" if recipe else "quantlab", SOURCE_TYPE: "LOCAL"}
+    command = printable(" ".join(["quantlab", *map(_as_typed, words)]), sys.maxsize)
+    return {**named, SOURCE_NAME: shortened(command, MAX_COMMAND_CHARS, "recipe.yaml has all"), SOURCE_TYPE: "LOCAL"}
+
+
+def _as_typed(word: str) -> str:
+    """A word as a shell takes it, without what stands before the @ of an address and the values of tokens and
+    passwords."""
+    hidden = _SECRET.sub(r"\1***", _LOGIN.sub(r"\1***@", _IS_SECRET.sub(r"\1***", word)))
+    quoted = shlex.quote(hidden)
+    if quoted == hidden or hidden.replace("***", "") == shlex.quote(hidden.replace("***", "")):
+        return hidden
+    return f'"{hidden}"' if "'" in hidden and not set(hidden) & set('"$`\\!') else quoted

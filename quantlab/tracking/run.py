@@ -43,6 +43,8 @@ _LOG = logging.getLogger(__name__)
 
 WARNINGS = "warnings.txt"
 """Artifact: what libraries warned of."""
+DONE = "done"
+"""The stage of a run that has finished."""
 _ENDS = ("FINISHED", "FAILED", "KILLED")
 SMALL_PIXELS = 256
 """Sides of the small copy of a picture, as MLflow makes them."""
@@ -197,6 +199,7 @@ class Run:
         """End the run as ``FINISHED``, ``FAILED`` or ``KILLED``; nothing can be written to it afterwards."""
         if status not in _ENDS:
             raise TrackingError(f"status={status}: a run ends as one of {', '.join(_ENDS)}")
+        stage = DONE if status == "FINISHED" else stage
         tags = {FAILURE: error, STAGE: stage}
         self.set_tags({k: v for k, v in tags.items() if v})
         self._write({"op": "finish", "status": status, "error": error, "stage": stage or self.stage})

@@ -47,7 +47,7 @@ GIT_DIRTY = "quantlab.git_dirty"
 # -- how it goes and how it ended
 
 STAGE = "quantlab.stage"
-"""Where the run is, or was when it ended."""
+"""Where the run is, or was when it failed; ``done`` where it has finished."""
 ARTIFACT_DIGESTS = "quantlab.artifact_sha256"
 """JSON: name of a JSON artifact -> the first 16 digits of its digest, so that one that was changed is not believed."""
 AFTER_LOST_DEVICE = "quantlab.after_lost_device"

@@ -17,7 +17,7 @@ from quantlab.report.figures import image_figure, layer_figure
 from quantlab.report.html import page, write_page
 from quantlab.report.reading import StoredRun
 from quantlab.tracking.pictures import SAMPLE_ARRAYS, write_samples
-from tests.support.browser import find, look, row_names
+from tests.support.browser import boxes, find, look, row_names, texts
 from tests.support.comparison_store import SCHEMES
 
 HOSTILE = "</script><img src=x onerror=document.title='taken'> & <b>"
@@ -173,6 +173,24 @@ def test_hovering_shows_what_a_point_and_a_cell_are(opened):
     assert tip.text.startswith("int4 a\nblocks.0.to_q\nweight error ")
 
 
+def test_a_simulated_size_is_marked_wherever_it_is_said(browser, data, tmp_path):
+    for row in data["groups"][0]["rows"]:
+        row["is_simulated"] = row["role"] == "candidate"
+    write_page(data, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html")
+    assert (
+        next(p for p in find(browser, ".point") if p.get_attribute("data-name") == "int8 a")
+        .get_attribute("data-tip")
+        .startswith("int8 a\n~3.81 MiB")
+    )
+    said = [t for t in texts(browser, ".answer .cost") if "MiB" in t]
+    assert [t[0] for t in said] == ["~", "~", "~"]
+    field = find(browser, "#under")[0]
+    field.clear()
+    field.send_keys("0.001")
+    assert texts(browser, ".answer .none")[0].startswith("none: the smallest has ~")
+
+
 def test_the_plot_has_the_floor_the_front_and_an_interval_a_point(opened):
     assert len(find(opened, "line.floor")) == 1
     assert find(opened, ".front-line")[0].get_attribute("d").count("V") == 1
@@ -245,6 +263,25 @@ def test_the_body_does_not_scroll_sideways(browser, data, tmp_path, width):
     assert browser.execute_script("return innerWidth") == width
     assert browser.execute_script(f"return {root}.scrollWidth - {root}.clientWidth") == 0
     assert find(browser, "h1")[0].text == "Which scheme for my model?"
+
+
+@pytest.mark.parametrize("width", [1280, 1000, 700])
+def test_recipe_and_run_are_seen_beside_three_metrics(browser, data, tmp_path, width):
+    """As videos have them; on a narrower screen the table scrolls below the last column."""
+    group = data["groups"][0]
+    group["headline"] = ["latent_rel_mse", "frame_psnr_db", "temporal_rel_error"]
+    for row in group["rows"]:
+        wide = {**row["metrics"]["latent_rel_mse"], "value": 0.01234, "ci_lo": 0.01123, "ci_hi": 0.01345}
+        row["metrics"] |= dict.fromkeys(group["headline"], wide)
+        row["link"] = "http://localhost/#/runs/1"
+    write_page(data, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html", width)
+    (frame,) = (b for b, e in zip(boxes(browser, ".wide"), find(browser, ".wide"), strict=True) if "recipe" in e.text)
+    for left, _, right, _ in [*boxes(browser, ".again"), *boxes(browser, "a.run")]:
+        assert frame[0] <= left < right <= frame[2]
+    over = browser.execute_script("const w = document.querySelector('.wide'); return w.scrollWidth - w.clientWidth")
+    assert over == 0 or width < 1280
+    assert boxes(browser, ".wide + .hint")[0][1] - frame[3] >= 8
 
 
 def test_hostile_names_are_text_in_the_browser(browser, data, tmp_path):

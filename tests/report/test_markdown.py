@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from quantlab.report.compare import compare
 from quantlab.report.comparison_markdown import comparison_markdown
+from quantlab.report.comparison_table import answer_lines
 from quantlab.report.reading import open_reader
 from quantlab.report.selection import parse_request, select
 from tests.support.comparison_store import SCHEMES
@@ -40,6 +42,17 @@ def test_each_row_has_its_numbers_its_verdict_and_its_place_on_the_front(compare
     assert "- smallest without measurable loss (inside the floor): int8 a" in text
     assert "n = 40" in text
     assert "- nf4 at quantize: MemoryError: 12 GiB wanted" in text
+
+
+def test_a_simulated_size_is_marked_in_the_answers_too(compared):
+    (group,), selection = compared
+    (told,) = [line for line in answer_lines(group) if line.startswith("closest to the reference")]
+    assert "~" not in told
+    runs = tuple(replace(r, metrics={**r.metrics, "memory/is_simulated": 1.0}) for r in group.runs)
+    said = [line for line in answer_lines(replace(group, runs=runs)) if "MiB" in line]
+    assert [" (~" in line for line in said] == [True, True, True]
+    text = comparison_markdown([replace(group, runs=runs)], selection)
+    assert len(re.findall(r"- .* \(\\?~\d", text)) == 3, text
 
 
 def test_names_from_outside_are_text(compared):

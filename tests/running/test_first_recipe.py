@@ -10,7 +10,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from transformers import ViTConfig, ViTForImageClassification
 
 from quantlab import cli
-from quantlab.backends.table import backends
+from quantlab.backends.table import backends, offers
 from quantlab.errors import ConfigError
 from quantlab.planning.plan import plan
 from quantlab.planning.trust import is_trusted
@@ -45,6 +45,12 @@ def test_of_a_language_model(tmp_path, capsys):
     assert (config.evaluation.num_samples, config.device) == (7, "cpu")
     assert refusals(request) == []
     text = (tmp_path / "my.yaml").read_text()
+    for line in (line for line in text.splitlines() if "- {backend: " in line):
+        backend, dtype = re.findall(r"(?:backend|dtype): (\w+)", line)
+        is_simulated = "cpu" in offers()[backend].rows[dtype].is_simulated_on
+        assert line.endswith("MiB (simulated: stored wider than the dtype says)") == is_simulated
+        assert ("/weight, ~" in line) == is_simulated
+    assert text.count("(simulated: ") == 1
     assert "rows of 96, 256" in text
     assert "q4_k" not in text, "superblocks of 256 do not divide rows of 96"
     assert all(line == line.rstrip() for line in text.splitlines())

@@ -259,6 +259,7 @@ def test_ctrl_c_ends_the_run_and_keeps_it(shell, monkeypatch):
     failed = shell.tracked("FAILED")
     assert set(failed) == {"sweep", "quanto int8"}
     assert failed["quanto int8"]["tags"]["quantlab.stage"] == "evaluate"
+    assert failed["sweep"]["tags"]["quantlab.stage"] == "jobs"
     assert failed["quanto int8"]["metrics"]["memory/weights_bytes"] > 0
 
 

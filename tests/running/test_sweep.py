@@ -97,6 +97,9 @@ def test_skipped_combinations_are_rows_with_their_reason(shell):
     assert "SKIPPED" in out
     assert "skipped: backend=quanto dtype=q8_0: dtype=q8_0: quanto offers " in out
     assert "2 of 4 combinations are impossible" in err
+    for run in shell.tracked().values():
+        assert run["tags"]["quantlab.stage"] == "done"
+        assert run["tags"]["mlflow.source.name"] == " ".join(["quantlab", *words])
     row = rows_json(shell)[1][2]
     assert (row["status"], row["name"]) == ("SKIPPED", "backend=quanto dtype=q8_0")
     assert row["error"].startswith("dtype=q8_0: quanto offers int8")

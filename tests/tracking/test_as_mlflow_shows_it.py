@@ -16,7 +16,7 @@ from quantlab.report.reading import open_reader
 from quantlab.report.selection import parse_request, select
 from quantlab.running.overview import best_rows, row_numbers
 from quantlab.tracking import no_store, open_store, push_pending, results
-from quantlab.tracking.provenance import who_and_what
+from quantlab.tracking.provenance import MAX_COMMAND_CHARS, who_and_what
 from quantlab.tracking.record import Record
 from quantlab.tracking.run import Run
 from quantlab.tracking.used import OF_PROTOCOLS, used_params
@@ -129,8 +129,33 @@ def test_what_a_repetition_must_know_stays():
     assert used_params({"evaluation.height": "64", "model.family": "from elsewhere"})["evaluation.height"] == "64"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "quantlab"),
+        (["-m", "backend=a,b", "model.path=my folder"], "quantlab -m backend=a,b 'model.path=my folder'"),
+        (["tracking.uri=https://me:se@cret@host/x"], "quantlab tracking.uri=https://***@host/x"),
+        (
+            ["launcher.settings.setup=['export HF_TOKEN=hf_abc','export API_KEY: k']", "a.max_tokens=8"],
+            "quantlab \"launcher.settings.setup=['export HF_TOKEN=***','export API_KEY: ***']\" a.max_tokens=8",
+        ),
+        (["hub.token=a,b c", "x={password: 'a b', n: 1}"], "quantlab hub.token=*** 'x={password: ***, n: 1}'"),
+        (["a=x\ny\x1b[0m"], "quantlab 'a=x\\ny\\x1b[0m'"),
+    ],
+)
+def test_the_command_is_as_typed_without_secrets(words, said):
+    assert who_and_what(words)["mlflow.source.name"] == said
+
+
+def test_a_long_command_is_cut_visibly():
+    name = who_and_what(["quantization.quantization_config={" + "a: 1, " * 400 + "}"])["mlflow.source.name"]
+    assert len(name) == MAX_COMMAND_CHARS
+    assert name.endswith(")")
+    assert "recipe.yaml" in name
+
+
 def test_user_and_command_are_named(monkeypatch):
-    tags = who_and_what("mine")
+    tags = who_and_what(["recipe=mine"])
     assert tags["mlflow.source.name"] == "quantlab recipe=mine"
     assert tags["mlflow.source.type"] == "LOCAL"
 
@@ -138,7 +163,7 @@ def test_user_and_command_are_named(monkeypatch):
         raise KeyError("getpwuid(): uid not found: 1234")
 
     monkeypatch.setattr("getpass.getuser", nobody)
-    assert "mlflow.user" not in who_and_what(None)
+    assert "mlflow.user" not in who_and_what([])
 
 
 # -- floors and curves, of new runs and of those before

@@ -55,7 +55,8 @@ def test_everything_comes_back(store: Store, runs: Path, base: Path) -> None:
     }
     assert found["metrics"] == {"quality/kld_mean": 0.25, "quality/kld_mean/n": 10.0}
     assert found["tags"]["mlflow.parentRunId"] == parent.run_id
-    assert found["tags"]["quantlab.stage"] == "evaluate"
+    assert found["tags"]["quantlab.stage"] == "done"
+    assert get_run(store, parent.run_id)["tags"]["quantlab.stage"] == "done"
     assert json.loads(found["tags"]["mlflow.loggedArtifacts"]) == [{"path": "layers.json", "type": "table"}]
     assert json.loads(artifact(store, run.run_id, "recipe.json")) == {"a": [1, {"b": "ü"}]}
     assert json.loads(artifact(store, run.run_id, "layers.json")) == {

@@ -106,6 +106,10 @@ function bytes(value) {
   return value >= GIB ? `${decimals(value / GIB, 2)} GiB` : `${mib(value)} MiB`;
 }
 
+function stored(row, written = bytes) { // what a scheme stores, marked where its format is simulated
+  return row.weights_bytes ? `${row.is_simulated ? "~" : ""}${written(row.weights_bytes)}` : "";
+}
+
 function probability(p) {
   return p === null || p === undefined ? "" : p < 0.001 ? "< 0.001" : p.toFixed(3);
 }

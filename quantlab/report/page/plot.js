@@ -32,7 +32,7 @@ function tickText(value, log) {
 
 function tipOf(row) {
   const inLayers = row.bits_per_weight_quantized ? `, ${number(row.bits_per_weight_quantized)} in quantized layers` : "";
-  const lines = [row.name, `${bytes(row.weights_bytes)}, ${number(row.bits_per_weight_model)} bits per weight${inLayers}`];
+  const lines = [row.name, `${stored(row)}, ${number(row.bits_per_weight_model)} bits per weight${inLayers}`];
   for (const name of new Set([state.metric, ...group().headline])) {
     const m = row.metrics[name], range = m ? interval(m.ci_lo, m.ci_hi) : "";
     if (m) lines.push(`${withName(name, m)}${range ? ` (95 %: ${range})` : ""}`);

@@ -129,14 +129,14 @@ function answers() {
   const sorted = rows.map((r) => valueOf(r).value).sort((a, b) => a - b), ids = anchors(state.group);
   if (state.quality === null && sorted.length) state.quality = roundedFor(sorted[Math.floor(sorted.length / 2)]);
   const result = (place, row, none) => place.replaceChildren(...(row ? [make("div", { class: "name" }, make("a", { href: `#${ids[row.name]}` }, row.name)),
-    make("div", { class: "cost" }, `${bytes(row.weights_bytes)}${row.compression ? `, ${decimals(row.compression, 2)}\u00d7 smaller than 16 bit` : ""}`),
+    make("div", { class: "cost" }, `${stored(row)}${row.compression ? `, ${decimals(row.compression, 2)}\u00d7 smaller than 16 bit` : ""}`),
     make("div", { class: "cost" }, withName(state.metric, valueOf(row)))]
     : [make("div", { class: "none" }, none)]));
   const places = [0, 1, 2].map(() => make("div", { "aria-live": "polite" }));
   const tell = () => {
     const inBytes = rows.filter((r) => state.under === null || r.weights_bytes <= state.under * MIB);
     const best = inBytes.reduce((a, r) => (a && !better(valueOf(r).value, valueOf(a).value) ? a : r), null);
-    result(places[0], best, rows.length ? `none: the smallest has ${bytes(rows[0].weights_bytes)}` : "none is shown");
+    result(places[0], best, rows.length ? `none: the smallest has ${stored(rows[0])}` : "none is shown");
     result(places[1], rows.find((r) => (verdictOf(r) || {}).verdict === "inside the floor"), view().floor === null ? "no floor is known for this metric" : "none of those shown");
     result(places[2], rows.find((r) => state.quality === null || !better(state.quality, valueOf(r).value)), "none of those shown");
   };

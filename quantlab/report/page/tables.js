@@ -1,10 +1,15 @@
+const MANY = 10; // columns, of which more stand closer
+function parted(title) { // a name that may go on in the next line, behind each _
+  return title.split(/(?<=_)/).flatMap((part, i) => (i ? [make("wbr"), part] : [part]));
+}
+
 // Tables that a click on a heading sorts; on a narrow screen each row is a card.
 function sortable(columns, rows, start, detail, longest = 60) {
   let by = start, up = !columns[start].down;
   const open = new Set();
   const body = make("tbody"), head = make("tr");
   const heads = columns.map((c, i) => make("th", { class: `${c.text ? "text" : ""}${c.away ? " away" : ""}`, scope: "col" }, ...(c.value
-    ? [make("button", { type: "button", onclick: () => { up = by === i ? !up : !c.down; by = i; draw(); } }, make("span", { class: "title" }, c.title), c.sub ? make("small", {}, c.sub) : null),
+    ? [make("button", { type: "button", onclick: () => { up = by === i ? !up : !c.down; by = i; draw(); } }, make("span", { class: "title" }, ...parted(c.title)), c.sub ? make("small", {}, c.sub) : null),
       make("span", { class: "paper", "aria-hidden": "true" }, c.title, c.sub ? make("small", {}, c.sub) : null)] // a head that is repeated on each page shows no button there
     : [make("span", { class: "plain" }, c.title)])));
   head.append(...heads);
@@ -30,7 +35,7 @@ function sortable(columns, rows, start, detail, longest = 60) {
     }));
   }
   draw();
-  return make("div", { class: rows.length > longest ? "wide scroll" : "wide" }, make("table", {}, make("thead", {}, head), body));
+  return make("div", { class: rows.length > longest ? "wide scroll" : "wide" }, make("table", { class: columns.length > MANY ? "many" : null }, make("thead", {}, head), body));
 }
 
 const KINDS = { "inside the floor": "floor", worse: "worse", better: "better", "inside the margin": "margin", "worse by rank": "worse", "better by rank": "better" };
@@ -56,7 +61,7 @@ function schemeTable() {
     { title: "scheme", text: true, name: true, value: (r) => r.name, cell: (r) => make("span", { class: "who" }, r.role === "candidate" ? key(kindOf(r)) : null, make("span", {}, r.name), make("a", { class: "anchor", href: `#${r.anchor}`, title: "Address of this row" }, "#")) },
     { title: "bits", sub: "per weight", value: (r) => r.bits_per_weight_model, cell: (r) => known(r.bits_per_weight_model) },
     { title: "bits", sub: "in quantized layers", value: (r) => r.bits_per_weight_quantized, cell: (r) => known(r.bits_per_weight_quantized) },
-    { title: "MiB", sub: "stored", value: (r) => r.weights_bytes, cell: (r) => (r.is_simulated ? "~" : "") + (r.weights_bytes ? mib(r.weights_bytes) : "") },
+    { title: "MiB", sub: "stored", value: (r) => r.weights_bytes, cell: (r) => stored(r, mib) },
     { title: "saving", sub: "against 16 bit", down: true, value: (r) => r.compression, cell: (r) => (r.compression ? `${decimals(r.compression, 2)}\u00d7` : "") },
     quality(metrics[0]),
     { title: "verdict", text: true, value: (r) => verdictOf(r)?.verdict, cell: (r) => (verdictOf(r) ? [pill(verdictOf(r).verdict), make("span", { class: "interval" }, `p ${probability(verdictOf(r).p_holm)}`)] : "") },
@@ -96,12 +101,12 @@ function copyText(text, pre, copy) {
 
 function costTable(costs) {
   const cell = (v, sign = "") => (v ? [`${v.value > 0 ? sign : ""}${measured(v)}`, interval(v.ci_lo, v.ci_hi) ? make("span", { class: "interval" }, interval(v.ci_lo, v.ci_hi)) : ""] : "");
-  const stored = (v) => (v === null ? "" : mib(v));
+  const size = (v) => (v === null ? "" : mib(v));
   return sortable([
     { title: "component", text: true, name: true, value: (c) => c.component, cell: (c) => c.component },
     { title: "scheme", text: true, value: (c) => c.scheme, cell: (c) => c.scheme },
-    { title: "MiB", sub: "stored", value: (c) => c.weights_bytes, cell: (c) => stored(c.weights_bytes) },
-    { title: "saves MiB", sub: "of the reference", down: true, value: (c) => c.saved_bytes, cell: (c) => stored(c.saved_bytes) },
+    { title: "MiB", sub: "stored", value: (c) => c.weights_bytes, cell: (c) => size(c.weights_bytes) },
+    { title: "saves MiB", sub: "of the reference", down: true, value: (c) => c.saved_bytes, cell: (c) => size(c.saved_bytes) },
     { title: "alone", sub: state.metric, down: true, value: (c) => c.alone.value, cell: (c) => cell(c.alone) },
     { title: "+ others", sub: state.metric, down: true, value: (c) => c.on_top?.value, cell: (c) => cell(c.on_top, "+") },
   ], costs, 4, () => [], 30);
