@@ -29,6 +29,7 @@ ANSWER_SECONDS = 15
 SLOWEST_BYTES_S = 100_000
 """An upload may take longer: as long as it goes on at this pace."""
 _MOMENT_SECONDS = 1.0
+_LOCK_MOMENT_SECONDS = 10.0  # who opens a new store on a busy machine has the lock for some seconds
 _LOCK_SECONDS = 120
 NO_STORE = "none"
 """Address of no store: runs have their folders alone."""
@@ -92,7 +93,9 @@ def connect(uri: str, experiment: str, makes: bool = True) -> tuple[MlflowClient
     with _environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(_PROBE_SECONDS)):
         try:
             client = MlflowClient(tracking_uri=uri)
-            with _said_while_waiting(f"tracking.uri={shown_uri(uri)}: it takes long to answer", _PROBE_SECONDS):
+            with _said_while_waiting(
+                f"tracking.uri={shown_uri(uri)}: it takes long to answer", _PROBE_SECONDS, _MOMENT_SECONDS
+            ):
                 return client, within(_PROBE_SECONDS, lambda: _experiment_id(client, experiment, None, makes))
         except store_errors() as error:
             raise TrackingError(
@@ -139,9 +142,9 @@ def of_a_locked(database: Path) -> str:
 
 
 @contextlib.contextmanager
-def _said_while_waiting(text: str, most_s: float) -> Iterator[None]:
+def _said_while_waiting(text: str, most_s: float, moment_s: float) -> Iterator[None]:
     """Say that something is waited for, once that has taken a moment."""
-    timer = threading.Timer(_MOMENT_SECONDS, say, [f"{text}; waiting at most {most_s:.0f} s"])
+    timer = threading.Timer(moment_s, say, [f"{text}; waiting at most {most_s:.0f} s"])
     timer.daemon = True
     timer.start()
     try:
@@ -198,7 +201,7 @@ def _connect_sqlite(path: Path, uri: str, experiment: str) -> tuple[MlflowClient
         path.parent.mkdir(parents=True, exist_ok=True)
         lock, told = FileLock(f"{path}.lock", timeout=_LOCK_SECONDS), f"tracking.uri={uri}: {path}.lock is another's"
         with contextlib.ExitStack() as held:
-            with _said_while_waiting(f"{told}, who opens the store", _LOCK_SECONDS):
+            with _said_while_waiting(f"{told}, who opens the store", _LOCK_SECONDS, _LOCK_MOMENT_SECONDS):
                 held.enter_context(lock)
             _check_sqlite(path)
             bring_home(path, path.parent / "mlartifacts")

@@ -54,7 +54,7 @@ def test_a_lock_that_another_process_holds_is_said_while_it_is_waited_for(
     store: Store, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(connect, "_LOCK_SECONDS", 0.5)
-    monkeypatch.setattr(connect, "_MOMENT_SECONDS", 0.1)
+    monkeypatch.setattr(connect, "_LOCK_MOMENT_SECONDS", 0.1)
     refused = pytest.raises(TrackingError, match=rf"has kept .*mlflow\.db\.lock for 0\.5 s{WAY_OUT}")
     with FileLock(base / "outputs" / "mlflow.db.lock", thread_local=False), refused:
         open_store(tracking_at(), base)
