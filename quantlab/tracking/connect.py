@@ -93,9 +93,8 @@ def connect(uri: str, experiment: str, makes: bool = True) -> tuple[MlflowClient
     with _environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(_PROBE_SECONDS)):
         try:
             client = MlflowClient(tracking_uri=uri)
-            with _said_while_waiting(
-                f"tracking.uri={shown_uri(uri)}: it takes long to answer", _PROBE_SECONDS, _MOMENT_SECONDS
-            ):
+            slow = f"tracking.uri={shown_uri(uri)}: it takes long to answer"
+            with _said_while_waiting(slow, _PROBE_SECONDS, _MOMENT_SECONDS):
                 return client, within(_PROBE_SECONDS, lambda: _experiment_id(client, experiment, None, makes))
         except store_errors() as error:
             raise TrackingError(
@@ -269,7 +268,8 @@ def _probe(uri: str) -> None:
 
     for attempt in (1, 2):
         try:
-            with _said_while_waiting(f"tracking.uri={shown_uri(uri)}: no answer yet", _PROBE_SECONDS * (3 - attempt)):
+            mute = f"tracking.uri={shown_uri(uri)}: no answer yet"
+            with _said_while_waiting(mute, _PROBE_SECONDS * (3 - attempt), _MOMENT_SECONDS):
                 within(_PROBE_SECONDS, lambda: requests.get(f"{uri}/health", timeout=_PROBE_SECONDS))
             return
         except requests.exceptions.SSLError:  # it answers; whether its certificate is trusted is MLflow's setting
