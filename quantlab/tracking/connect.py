@@ -268,8 +268,8 @@ def _probe(uri: str) -> None:
 
     for attempt in (1, 2):
         try:
-            mute = f"tracking.uri={shown_uri(uri)}: no answer yet"
-            with _said_while_waiting(mute, _PROBE_SECONDS * (3 - attempt), _MOMENT_SECONDS):
+            unheard = f"tracking.uri={shown_uri(uri)}: no answer yet"
+            with _said_while_waiting(unheard, _PROBE_SECONDS * (3 - attempt), _MOMENT_SECONDS):
                 within(_PROBE_SECONDS, lambda: requests.get(f"{uri}/health", timeout=_PROBE_SECONDS))
             return
         except requests.exceptions.SSLError:  # it answers; whether its certificate is trusted is MLflow's setting
