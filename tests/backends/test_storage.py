@@ -100,3 +100,13 @@ def test_values_and_strides_come_back(scheme, tmp_path):
 def test_transposed_weights_that_a_library_cannot_take_are_refused(scheme):
     with pytest.raises(ConfigError, match="torchao cannot quantize first, second"):
         quantlab.quantize(make_net(scheme, True), scheme.native)
+
+
+def test_words_of_a_weight_are_kept_by_no_code_on_any_python(monkeypatch, tmp_path):
+    """Python 3.11.0 to 3.11.3 has the members of an Enum by ``getattr``, which a loader of weights does not run."""
+    from torchao.quantization.quantize_.common import KernelPreference
+
+    monkeypatch.setattr(KernelPreference, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)))
+    of_torchao = [s for s in SCHEMES if s.backend == "torchao" and s.dtype == "float8_e4m3"]
+    scheme = next(s for s in of_torchao if s.native.activation_scales == "static")
+    test_values_and_strides_come_back(scheme, tmp_path)

@@ -7,8 +7,10 @@ import json
 import pickle
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.backends.casting import cast_around
 from quantlab.backends.linears import linear_at
@@ -36,6 +38,18 @@ _MODULES_OF_TENSORS = (
 )
 
 
+class _Pickler(pickle.Pickler):
+    """Enums by their class and value: Python 3.11.0 to 3.11.3 (Debian 12) has them by ``getattr``, which no weights may
+    ask for when they are loaded."""
+
+    def reducer_override(self, obj: object) -> Any:
+        """See :mod:`pickle`."""
+        return (type(obj), (obj.value,)) if isinstance(obj, Enum) else NotImplemented
+
+
+_WITHOUT_GETATTR = SimpleNamespace(__name__="pickle", Pickler=_Pickler)
+
+
 def save(model: nn.Module, folder: str | Path) -> None:
     """Write the quantized layers (weights and biases) into ``folder``.
 
@@ -60,7 +74,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
         try:
             data, metadata = support.flatten_tensor_state_dict(tensors)
         except ValueError:  # it has no layout for this tensor class
-            torch.save(tensors, folder / _TORCH_FILE)
+            torch.save(tensors, folder / _TORCH_FILE, pickle_module=_WITHOUT_GETATTR)
             return
     metadata[_STRIDES] = json.dumps(strides_of(data))
     save_file({key: value.contiguous() for key, value in data.items()}, folder / _SAFETENSORS_FILE, metadata=metadata)
