@@ -11,31 +11,18 @@ from diffusers import DiTTransformer2DModel
 
 import quantlab
 from quantlab.errors import ModelError
-from quantlab.exporting import check, verify
 from quantlab.exporting.folder import MANIFEST
 from quantlab.exporting.push import push
 from quantlab.models.exported import check_digests
 from quantlab.models.foreign import load_part
-from tests.support.shell import digits_words, make_shell
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def written(template, trained, tmp_path_factory):
-    """The digits network in quanto's int8, exported; the check in this process."""
-
-    def compare(request, scratch):
-        answers = []
-        check.compare(request, answers.append)
-        return json.loads(json.dumps(answers[-1])), ""
-
-    shell = make_shell(tmp_path_factory.mktemp("digests") / "my work", template, trained)
-    small = digits_words("evaluation.num_samples=10", "device=cpu", "sweep.floors=false")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "_fresh_process", compare)
-        shell.rows(*small, "backend=quanto", "dtype=int8", "export.path=mine")
-    return shell.folder / "mine"
+def written(exported):
+    """The export's folder."""
+    return exported.folder / "mine"
 
 
 @pytest.fixture

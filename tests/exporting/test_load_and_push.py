@@ -13,30 +13,13 @@ import quantlab
 from quantlab.errors import ConfigError, ModelError
 from quantlab.exporting.folder import MANIFEST
 from quantlab.exporting.push import push
-from tests.support.shell import digits_words, make_shell
+from tests.support.shell import digits_words
 
 WORDS = digits_words("evaluation.num_samples=10", "device=cpu", "sweep.floors=false")
 
 
-@pytest.fixture(scope="module")
-def export(template, trained, tmp_path_factory):
-    """The digits network in quanto's int8, exported while it was measured; the check in this process."""
-    from quantlab.exporting import check, verify
-
-    def compare(request, scratch):
-        answers = []
-        check.compare(request, answers.append)
-        return json.loads(json.dumps(answers[-1])), ""
-
-    shell = make_shell(tmp_path_factory.mktemp("push") / "my work", template, trained)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "_fresh_process", compare)
-        shell.rows(*WORDS, "backend=quanto", "dtype=int8", "export.path=mine")
-    return shell
-
-
-def test_load_gives_back_the_module(export):
-    made = quantlab.load(export.folder / "mine")
+def test_load_gives_back_the_module(exported):
+    made = quantlab.load(exported.folder / "mine")
     assert type(made).__name__ == "DiTTransformer2DModel"
     assert not made.training
     assert type(made.transformer_blocks[0].attn1.to_q.weight).__name__ == "WeightQBytesTensor"
@@ -123,25 +106,25 @@ def test_load_of_nothing(tmp_path):
         quantlab.load(tmp_path / "none")
 
 
-def test_the_three_lines_of_the_card_load_it(export):
-    card = (export.folder / "mine" / "README.md").read_text()
+def test_the_three_lines_of_the_card_load_it(exported):
+    card = (exported.folder / "mine" / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]
     assert len(code.strip().splitlines()) == 3
     found: dict[str, object] = {}
-    with contextlib.chdir(export.folder / "mine"):
+    with contextlib.chdir(exported.folder / "mine"):
         exec(code, found)  # noqa: S102  (the card's own lines are what is tested)
     assert type(found["model"]).__name__ == "DiTTransformer2DModel"
 
 
-def test_the_card_is_one_that_the_hub_reads(export):
+def test_the_card_is_one_that_the_hub_reads(exported):
     from huggingface_hub import ModelCard
 
-    folder = export.folder / "mine"
+    folder = exported.folder / "mine"
     card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == "diffusers"
     assert {"quantized", "quanto", "int8"} <= set(card.data.tags)
     values = {r.metric_type: r.metric_value for r in card.data.eval_results}
-    run = export.tracked()["quanto int8"]
+    run = exported.tracked()["quanto int8"]
     assert values["latent_rel_mse"] == pytest.approx(run["metrics"]["quality/latent_rel_mse"], rel=1e-5)
     assert (folder / "images" / "reference_quantized_difference.png").is_file()
     for wanted in (
@@ -200,47 +183,47 @@ def hub(status: int = 200):
         server.server_close()
 
 
-def test_push_sends_every_file(export, monkeypatch):
+def test_push_sends_every_file(exported, monkeypatch):
     with hub() as (url, asked):
         monkeypatch.setenv("HF_ENDPOINT", url)
         monkeypatch.setenv("HF_TOKEN", "hf_test")
-        code, out, err = export("push", "latest", "me/it")
+        code, out, err = exported("push", "latest", "me/it")
     assert code == 0, err
     assert out.strip() == f"{url}/me/it/commit/1"
     commit = next(body for path, body in asked if "/commit/" in path)
     sent = {json.loads(line)["value"]["path"] for line in commit.splitlines() if json.loads(line)["key"] == "file"}
-    folder = export.folder / "mine"
+    folder = exported.folder / "mine"
     assert sent == {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
     assert all(url_path.startswith("/api/") for url_path, _ in asked)
 
 
 @pytest.mark.parametrize("repo", ["me", "me/it/more", "../it", "me/ it", "http://x/y"])
-def test_push_wants_the_name_of_a_repository(export, repo):
+def test_push_wants_the_name_of_a_repository(exported, repo):
     with pytest.raises(ConfigError, match="owner/name"):
-        push(export.folder / "mine", repo)
+        push(exported.folder / "mine", repo)
 
 
-def test_push_of_no_export(export, tmp_path):
+def test_push_of_no_export(exported, tmp_path):
     with pytest.raises(ConfigError, match="no export"):
         push(tmp_path, "me/it")
 
 
-def test_a_hub_that_refuses_is_told(export, monkeypatch):
+def test_a_hub_that_refuses_is_told(exported, monkeypatch):
     with hub(status=403) as (url, _):
         monkeypatch.setenv("HF_ENDPOINT", url)
         monkeypatch.setenv("HF_TOKEN", "hf_test")
         with pytest.raises(ModelError, match="does not take me/it"):
-            push(export.folder / "mine", "me/it")
+            push(exported.folder / "mine", "me/it")
 
 
-def test_a_run_without_an_export_is_not_pushed(export, tmp_path):
-    code, _, err = export("push", "nobody", "me/it")
+def test_a_run_without_an_export_is_not_pushed(exported, tmp_path):
+    code, _, err = exported("push", "nobody", "me/it")
     assert code == 2
     assert "no such run" in err
 
 
-def test_a_run_is_pushed_from_where_its_record_lies(export):
-    code, _, err = export("push", "latest", "no name of a repository", "output_dir=outputs")
+def test_a_run_is_pushed_from_where_its_record_lies(exported):
+    code, _, err = exported("push", "latest", "no name of a repository", "output_dir=outputs")
     assert (code, "no name of a repository" in err) == (2, True), err
-    code, _, err = export("push", "latest", "me/it", "outputdir=outputs")
+    code, _, err = exported("push", "latest", "me/it", "outputdir=outputs")
     assert (code, "outputdir: push takes" in err) == (2, True), err
