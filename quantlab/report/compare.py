@@ -419,7 +419,7 @@ def _share_worse(differences: NDArray[np.float64], metric: str) -> float:
 
 def answers(group: Comparison) -> list[tuple[str, str]]:
     """(question, run name) of the schemes that a reader asks for first; a question without an answer is left out."""
-    by_bytes = sorted(group.candidates, key=bytes_of)
+    by_bytes = sorted(group.candidates, key=lambda r: (bytes_of(r), _distance(group, r)))
     lossless = [r.name for r in by_bytes if group.verdicts[r.name].text == IN_FLOOR]
     found = [("smallest without measurable loss (inside the floor)", lossless[0])] if lossless else []
     if group.margin:
@@ -433,7 +433,12 @@ def answers(group: Comparison) -> list[tuple[str, str]]:
 
 
 def _closest(group: Comparison) -> str:
-    return min(group.candidates, key=lambda r: abs(group.verdicts[r.name].difference.value)).name
+    return min(group.candidates, key=lambda r: _distance(group, r)).name
+
+
+def _distance(group: Comparison, run: StoredRun) -> float:
+    """By how much a candidate's metric differs from the reference's."""
+    return abs(group.verdicts[run.name].difference.value)
 
 
 def _within(v: Verdict, margin: float) -> bool:

@@ -16,7 +16,7 @@ Each side is timed from the start of its process to its end, imports included, o
 and so is the store, once for all sweeps of a folder. Each sweep makes its reference anew.
 The sweep measures what the script does: no noise floors, continuations or teacher-forced metrics (``--whole``: with them).
 What it does beside is told apart as it is measured (``peers/sampled.py``), and a sweep without a store stands beside.
-A peer that is not installed is left out with the reason. Twelve minutes on a machine that does nothing else.
+A peer that is not installed is left out with the reason. It wants a machine that does nothing else.
 """
 
 from __future__ import annotations

@@ -484,3 +484,14 @@ def test_a_single_scheme_answers_what_the_page_asks_first(browser, data, tmp_pat
     assert not find(browser, "#scheme-slider")
     card = find(browser, "td.long")[0]
     assert card.rect["width"] > 250, "a reason has the whole card of a phone"
+
+
+def test_of_schemes_of_one_size_the_smallest_is_the_better_one(browser, data, tmp_path):
+    group = data["groups"][0]
+    worse, best = [row for row in group["rows"] if row["role"] == "candidate" and row["weights_bytes"]][:2]
+    for row, value in ((worse, 3e-9), (best, 1e-9)):
+        row["weights_bytes"] = 1
+        row["metrics"]["latent_rel_mse"] = {"value": value, "ci_lo": None, "ci_hi": None, "floor": None}
+    write_page(data, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html", 1280)
+    assert find(browser, ".answer")[2].text.splitlines()[1] == best["name"]

@@ -16,6 +16,7 @@ from quantlab.report.comparison_table import method
 from quantlab.report.reading import open_reader
 from quantlab.report.results import Results, chosen_rows
 from quantlab.report.selection import parse_request, select
+from quantlab.report.verdicts import IN_FLOOR
 from quantlab.running.rows import finished_row
 from quantlab.vocabulary.schema import TrackingConfig
 from tests.support.comparison_store import FLOOR, SCHEMES, N, add_run, errors
@@ -153,6 +154,18 @@ def test_a_value_beyond_the_reference_s_is_not_the_closest_to_it(own_sweep):
     }
     beyond = replace(group, metric="class_accuracy", runs=tuple(runs), verdicts=verdicts)
     assert dict(answers(beyond))["closest to the reference"] == "int8 a"
+
+
+def test_of_schemes_of_one_size_the_smallest_is_the_closer_one(own_sweep):
+    (group,) = compared(own_sweep, "sweep=latest")
+    runs = [replace(r, metrics={**r.metrics, "memory/weights_bytes": 1.0}) for r in group.candidates]
+    inside = {
+        r.name: replace(group.verdicts[r.name], text=IN_FLOOR, difference=replace(v, value=1.0 / (i + 1)))
+        for i, r in enumerate(runs)
+        for v in [group.verdicts[r.name].difference]
+    }
+    same = replace(group, runs=tuple(runs), verdicts=inside)
+    assert dict(answers(same))["smallest without measurable loss (inside the floor)"] == runs[-1].name
 
 
 @pytest.mark.parametrize("last", ["large", "small"])

@@ -125,7 +125,8 @@ function roundedFor(value) { // a short number that this value itself keeps to: 
 }
 
 function answers() {
-  const rows = shownCandidates().filter((r) => r.weights_bytes && valueOf(r)).sort((a, b) => a.weights_bytes - b.weights_bytes);
+  const first = (a, b) => Number(better(b, a)) - Number(better(a, b)); // of one size
+  const rows = shownCandidates().filter((r) => r.weights_bytes && valueOf(r)).sort((a, b) => a.weights_bytes - b.weights_bytes || first(valueOf(a).value, valueOf(b).value));
   const sorted = rows.map((r) => valueOf(r).value).sort((a, b) => a - b), ids = anchors(state.group);
   if (state.quality === null && sorted.length) state.quality = roundedFor(sorted[Math.floor(sorted.length / 2)]);
   const result = (place, row, none) => place.replaceChildren(...(row ? [make("div", { class: "name" }, make("a", { href: `#${ids[row.name]}` }, row.name)),
