@@ -17,10 +17,12 @@ from quantlab.datasets.table import DATASETS
 from quantlab.errors import ConfigError, ModelError, NotQuantized, TrackingError
 from quantlab.exporting.card import Described
 from quantlab.exporting.whole import Exported, export
+from quantlab.metrics import METRICS
 from quantlab.modules.holders import READ
 from quantlab.planning.job import Job, Plan
 from quantlab.planning.picking import conditions
 from quantlab.progress import say
+from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.compare import answers, compare
 from quantlab.report.reading import Reader, StoredRun, open_reader, read_json
 from quantlab.report.selection import ComparisonRequest, select
@@ -191,10 +193,16 @@ def export_row(
 
 
 def _candidates(plan: Plan, reports: Sequence[RunReport]) -> list[RunReport]:
-    """The finished rows of the plan's own jobs, the smallest first."""
+    """The finished rows of the plan's own jobs, the smallest first; of one size, the best by the headline metric."""
     names = {job.name for job in plan.jobs if job.schemes}
     done = [r for r in reports if r.name in names and r.status == "FINISHED"]
-    return sorted(done, key=lambda r: report_data(r)["metrics"].get("memory/weights_bytes", math.inf))
+
+    def order(report: RunReport) -> tuple[float, float]:
+        metrics, metric = report_data(report)["metrics"], PROTOCOLS[report.protocol].HEADLINE[0]
+        loss = -1 if METRICS[metric].higher_is_better else 1
+        return metrics.get("memory/weights_bytes", math.inf), loss * metrics.get(f"quality/{metric}", loss * math.inf)
+
+    return sorted(done, key=order)
 
 
 def _picked(plan: Plan, reports: Sequence[RunReport]) -> tuple[RunReport | None, str]:

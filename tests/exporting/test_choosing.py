@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,7 @@ from quantlab.errors import ConfigError, NotQuantized
 from quantlab.exporting.folder import MANIFEST
 from quantlab.planning.picking import Condition, conditions
 from quantlab.planning.plan import plan
+from quantlab.running import winner
 from quantlab.running.winner import check_same
 from quantlab.vocabulary.reports import LayerReport, QuantizationReport
 from tests.support.exports import checker, patched
@@ -95,6 +97,31 @@ def layers(**changed: object) -> QuantizationReport:
 
 COLUMNS = ["component", "name", "status", "dtype", "weight_bytes", "scale_bytes", "weight_rel_error"]
 RECORDED = {"columns": COLUMNS, "data": [["model", "a", "quantized", "int8", 16, 16, 0.01]]}
+
+
+@pytest.mark.parametrize(
+    ("protocol", "metric", "values"),
+    [
+        ("diffusion", "latent_rel_mse", [3.0, 1.0, 2.0]),
+        ("language", "kld_mean", [3.0, 1.0]),
+        ("diffusion", "nothing", [1.0, 2.0]),
+    ],
+)
+def test_of_schemes_of_one_size_the_closer_one_is_picked(monkeypatch, protocol, metric, values):
+    monkeypatch.setattr(winner, "report_data", lambda report: {"metrics": report.metrics})
+    reports = [
+        SimpleNamespace(
+            name=str(value),
+            status="FINISHED",
+            protocol=protocol,
+            metrics={"memory/weights_bytes": 1.0, "memory/compression": 2.0, f"quality/{metric}": value},
+        )
+        for value in values
+    ]
+    jobs = [SimpleNamespace(name=report.name, schemes={"": 1}) for report in reports]
+    plan = SimpleNamespace(jobs=jobs, export=SimpleNamespace(pick="memory/compression>1"))
+    found, _ = winner._picked(plan, reports)
+    assert found.name == "1.0"
 
 
 def test_a_candidate_is_what_the_run_recorded():
