@@ -87,7 +87,7 @@ def run(
     """
     request = compose(overrides, recipe)
     if request.dry_run:
-        show_jobs(request)
+        show_jobs(request, trust)
     reports = [] if request.dry_run else run_plan(request, quiet=quiet, trust=trust)
     config = request.jobs[0].config
     return Results(reports, lambda: open_reader(config.tracking, Path.cwd(), config.output_dir))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from quantlab.commands import (
     agree,
+    can_ask,
     export_reference,
     run,
     show_comparison,
@@ -283,7 +284,7 @@ def _dispatch(words: list[str], is_last: bool) -> int:
     if request.dry_run:
         from quantlab.running.dry_run import show_jobs
 
-        return show_jobs(request)
+        return show_jobs(request, "--trust" in flags, can_ask())
     agree(request, "--trust" in flags)
     return run(request, flags)
 

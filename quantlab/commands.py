@@ -33,9 +33,14 @@ _STAYS = ("what it is", "question")
 """Columns of a list that never give way, beside the names."""
 
 
+def can_ask() -> bool:
+    """Whether someone sits at a terminal who can read a question and answer."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
 def agree(request: Plan, trust: bool) -> None:
     """Ask for what a stranger's recipe decides, where someone can answer; ConfigError where nobody agrees."""
-    if trust or is_trusted(request) or not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if trust or is_trusted(request) or not can_ask():
         require_trust(request, trust)
         return
     print(f"{question(request)}\nrun it so? (y/N) ", end="", file=sys.stderr, flush=True)

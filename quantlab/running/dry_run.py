@@ -10,7 +10,7 @@ from pathlib import Path
 from quantlab.errors import ConfigError, QuantlabError
 from quantlab.planning.job import Job, Plan
 from quantlab.planning.places import groups, recipes
-from quantlab.planning.trust import is_trusted
+from quantlab.planning.trust import is_trusted, question, require_trust
 from quantlab.progress import counted, printable, progress_bars, under_way
 from quantlab.report.terminal import tell, terminal
 from quantlab.running.engines.table import check_cluster
@@ -20,14 +20,26 @@ from quantlab.running.refusals import check_request, check_surroundings, refused
 _OF_THE_SWEEP = ("sweep.dry_run", "sweep.candidates", "sweep.grid")
 
 
-def show_jobs(request: Plan) -> int:
+def show_jobs(request: Plan, trust: bool = False, asks: bool = False) -> int:
     """Print what a sweep would run, each job with the command that gives it alone, and what it would not run.
 
-    The exit code is the run's: 2 where it would refuse impossible combinations, 1 where jobs would fail here.
+    The exit code is the run's: 2 where it would refuse impossible combinations, 1 where jobs would fail here. What a
+    stranger's recipe decides is told last, so that it can be looked at first: ``asks`` says that the run asks whether
+    the user agrees; a run that cannot ask refuses, and so does this, with ConfigError.
     """
+    code = _shown(request, trust)
+    if trust or is_trusted(request):
+        return code
+    if not asks:
+        require_trust(request, trust)
+    print(f"{question(request)}\nthe run asks whether you agree", file=sys.stderr)
+    return code
+
+
+def _shown(request: Plan, trust: bool) -> int:
     with progress_bars():
         under_way("looking at files and the store")
-        known = _known(request)
+        known = _known(request, trust)
     sweep = request.jobs[0].config.sweep
     trials = sweep.search.num_trials
     searched = f", of which a search runs {min(trials, len(request.jobs))}" if trials else ""
@@ -35,7 +47,7 @@ def show_jobs(request: Plan) -> int:
     print(f"{counted(len(request.jobs), 'job')}{searched}:")
     for job in request.jobs:
         mark = " (resumed)" if job.name in known.resumed else ""
-        print(printable(f"  {job.name}{mark}\n      {alone(job, request, bool(mark))}", lines=True))
+        print(printable(f"  {job.name}{mark}\n      {alone(job, request, bool(mark), trust)}", lines=True))
         if job.name in failing:
             tell(terminal(), f"      fails here: {failing[job.name]}")
     for one in request.merged:
@@ -59,29 +71,28 @@ def show_jobs(request: Plan) -> int:
     return ConfigError.exit_code
 
 
-def _known(request: Plan) -> Foreseen:
-    """What is known beforehand; ConfigError for what the run refuses before it works."""
+def _known(request: Plan, trust: bool) -> Foreseen:
+    """What is known beforehand; ConfigError for what the run refuses before it works.
+
+    What a stranger's recipe names is not asked before the user has agreed: no store, no cluster.
+    """
+    is_agreed = trust or is_trusted(request)
     check_request(request)
     refusal: ConfigError | None = None
     try:
-        known = _foreseen(request)
+        known = foreseen(request) if is_agreed else Foreseen()
     except ConfigError as error:  # a server; told after what the run finds before it
         known, refusal = Foreseen(), error
     is_left = known.num_left > 0 or not known.resumed
     check_surroundings(request, Path.cwd(), is_left)
     if refusal is not None:
         raise refusal
-    if is_left and request.is_sweep and is_trusted(request):
+    if is_left and request.is_sweep and is_agreed:
         check_cluster(request.jobs[0].config.launcher)
     return known
 
 
-def _foreseen(request: Plan) -> Foreseen:
-    """What the store knows beforehand; a store that a stranger's recipe names is not asked."""
-    return foreseen(request) if is_trusted(request) else Foreseen()
-
-
-def alone(job: Job, request: Plan, is_resumed: bool = False) -> str:
+def alone(job: Job, request: Plan, is_resumed: bool, trust: bool) -> str:
     """The command that gives one job of a request by itself, as a shell takes it: a single run always runs, and a
     sweep of one takes over what has finished."""
     recipe, sweep = request.recipe, job.config.sweep
@@ -89,7 +100,8 @@ def alone(job: Job, request: Plan, is_resumed: bool = False) -> str:
     words += ["sweep.candidates=[]"] if recipe and sweep.candidates else []
     words += ["sweep.grid={}"] if recipe and sweep.grid else []
     own = [w for w in job.overrides if w.lstrip("+").partition("=")[0] not in _OF_THE_SWEEP]
-    return shlex.join(["quantlab", *(["-m"] if is_resumed else []), *words, *map(_as_typed, own)])
+    flags = [*(["-m"] if is_resumed else []), *(["--trust"] if trust and request.asked_for else [])]
+    return shlex.join(["quantlab", *flags, *words, *map(_as_typed, own)])
 
 
 def _as_typed(word: str) -> str:

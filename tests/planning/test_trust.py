@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import quantlab
-from quantlab.cli import agree
+from quantlab.cli import agree, dispatch
 from quantlab.errors import ConfigError
 from quantlab.planning.places import recipes
 from quantlab.planning.plan import plan
@@ -209,12 +209,39 @@ def test_from_python_trust_is_an_argument(tmp_path, monkeypatch):
         quantlab.run(recipe=file, trust=True)
 
 
-def test_a_dry_run_and_a_printed_config_ask_for_nothing(tmp_path, capsys):
-    from quantlab.cli import dispatch
-
+def test_a_printed_config_asks_for_nothing(tmp_path, capsys):
     recipe = written(tmp_path, "output_dir: there")
-    assert dispatch([recipe, "backend=quanto", "sweep.dry_run=true"]) == 0
     assert dispatch([recipe, "backend=quanto", "--cfg"]) == 0
-    with pytest.raises(ConfigError, match="--trust"):
-        dispatch([recipe, "backend=quanto"])
     assert "output_dir: there" in capsys.readouterr().out
+
+
+def test_a_dry_run_shows_the_jobs_and_then_ends_as_the_run_does(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [written(tmp_path, "output_dir: there"), "backend=quanto"]
+    ended = []
+    for more in (["sweep.dry_run=true"], []):
+        with pytest.raises(ConfigError, match="--trust") as caught:
+            dispatch([*words, *more])
+        ended.append(str(caught.value))
+    assert ended[0] == ended[1]
+    assert capsys.readouterr().out.startswith("1 job:\n")
+    with pytest.raises(ConfigError, match="trust=True"):
+        quantlab.run(recipe=words[0].removeprefix("recipe="), overrides=[*words[1:], "sweep.dry_run=true"])
+    assert not (tmp_path / "there").exists()
+
+
+def test_a_dry_run_that_is_agreed_to_gives_lines_that_are(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = written(tmp_path, "output_dir: there")
+    assert dispatch([recipe, "backend=quanto", "sweep.dry_run=true", "--trust"]) == 0
+    line = capsys.readouterr().out.splitlines()[2].split()
+    assert line[0] == "quantlab"
+    assert dispatch([*line[1:], "sweep.dry_run=true"]) == 0
+
+
+def test_a_dry_run_at_a_terminal_says_that_its_run_asks(tmp_path, terminal, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = terminal("")
+    assert dispatch([written(tmp_path, "output_dir: there"), "backend=quanto", "sweep.dry_run=true"]) == 0
+    assert "  output_dir = there\nthe run asks whether you agree\n" in shown.getvalue()
+    assert not trusted_file().exists()

@@ -124,7 +124,8 @@ def test_a_strangers_server_is_not_asked_before_anybody_agrees(tmp_path):
         lines += ["    - {backend: quanto, dtype: int8}"]
         (tmp_path / "theirs.yaml").write_text("\n".join(lines))
         code, _, err = Shell(tmp_path)("recipe=theirs.yaml", DRY)
-    assert (code, paths) == (0, []), err
+    assert (code, paths) == (2, []), err
+    assert "--trust" in err
 
 
 def test_a_strangers_cluster_is_not_asked_before_anybody_agrees(tmp_path):
@@ -146,7 +147,7 @@ def test_a_strangers_cluster_is_not_asked_before_anybody_agrees(tmp_path):
         ]
         (tmp_path / "theirs.yaml").write_text("\n".join(lines))
         code, out, err = Shell(tmp_path)("recipe=theirs.yaml", DRY)
-        assert (code, out.splitlines()[:1]) == (0, ["2 jobs:"]), err
+        assert (code, out.splitlines()[:1]) == (2, ["2 jobs:"]), err
         with pytest.raises(TimeoutError):
             server.accept()
 
