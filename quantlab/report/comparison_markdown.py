@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from quantlab.report.attribution import attribution_sheet
 from quantlab.report.compare import Comparison
 from quantlab.report.comparison_data import failure_data, in_order, unquantized
-from quantlab.report.comparison_table import answer_lines, as_measured, front_text, method, p_text, verdict_text
+from quantlab.report.comparison_table import (
+    answer_lines,
+    as_measured,
+    front_text,
+    method,
+    method_of_p,
+    p_text,
+    verdict_text,
+)
 from quantlab.report.selection import Selection, is_candidate
 from quantlab.report.table import cells, columns, headline, in_markdown, legend
 from quantlab.tracking.results import Measured
@@ -47,7 +55,7 @@ def _group(group: Comparison, most: int) -> str:
     lines += ["| " + " | ".join(in_markdown(c) for c in row) + " |" for row in table]
     lines += _costs(measured, group.metric)
     more = [f"and {off} more rows"] if off else []
-    told = [*more, *group.notes, f"★ {front_text(group)}", method(group), legend(marks)]
+    told = [*more, *group.notes, f"★ {front_text(group)}", f"{method(group)}; {method_of_p(group)}", legend(marks)]
     return "\n".join([*lines, "", *(f"- {_text(line)}" for line in told if line)])
 
 

@@ -100,11 +100,14 @@ def comparison_sheet(group: Comparison, more: Sequence[str] = (), *, is_plain: b
     measured = as_measured(shown)
     metrics = headline(group.protocol, measured)
     extra = [] if group.metric in PROTOCOLS[group.protocol].HEADLINE else [group.metric]
+    has_pairs = bool(
+        told_pairs(group) or group.twins
+    )  # whose p is told below the table, where the column may be hidden
     columns = [
         *sheet_columns(metrics, group.metric)[:-1],  # without the seconds
         *(Column(title=m, keep=8) for m in extra),
         Column(title="front", keep=6, caption=f"* {front_text(group)}"),
-        Column(title="p (Holm)", keep=3),
+        Column(title="p (Holm)", keep=3, caption="" if has_pairs else method_of_p(group)),
         Column(title=f"verdict on {group.metric}", is_text=True, may_wrap=True),
     ]
     rows, styles = [], {}
@@ -120,7 +123,7 @@ def comparison_sheet(group: Comparison, more: Sequence[str] = (), *, is_plain: b
     off = len(runs) - len(shown)
     caption = (
         *absent,
-        method(group),
+        "; ".join([method(group), *([method_of_p(group)] if has_pairs else [])]),
         f"{off} runs off the front are in the page and in --csv FILE" if off else "",
     )
     return Sheet(columns=with_marks(columns, rows), rows=rows, styles=styles, title=first, caption=caption)
@@ -191,12 +194,17 @@ def method(group: Comparison) -> str:
     """How the verdicts were found, in a line."""
     margin = f", margin {group.margin:g}" if group.margin else ""
     floor = f"; floor: {group.floor.name}" if group.floor else "; no floor is known"
+    return f"n = {group.n}{margin}{floor}"
+
+
+def method_of_p(group: Comparison) -> str:
+    """What the p beside a verdict and in a pair is."""
     found = [*group.verdicts.values(), *group.pairs, *group.twins]
     num, alone = num_tested(found), num_tested(group.verdicts.values())
     parts = f" ({alone} with the reference, {num - alone} of pairs)" if num > alone else ""
     odd = any(v.text == SAME and v.p_holm is not None and v.p_holm < ALPHA for v in found)
     both = f"; {SAME} at any p where the interval holds 0" if odd else ""
-    return f"n = {group.n}{margin}{floor}; p: paired, Holm-adjusted over {counted(num, 'comparison')}{parts}{both}"
+    return f"p: paired, Holm-adjusted over {counted(num, 'comparison')}{parts}{both}"
 
 
 def front_text(group: Comparison) -> str:

@@ -26,7 +26,7 @@ from quantlab.report.comparison_table import (
     MAX_PAIRS,
     answer_lines,
     front_text,
-    method,
+    method_of_p,
     pair_text,
     show_groups,
     told_pairs,
@@ -99,7 +99,7 @@ def test_the_comparisons_are_counted_in_words(sweep, num, said):
     found = {str(i): Verdict(a=str(i), b="b", difference=mean_interval([1.0] * 6), test="t", p=1.0) for i in range(num)}
     group = compared(sweep, "sweep=latest")[0][0]
     group = replace(group, verdicts=found, pairs=(), twins=())
-    assert method(group).endswith(said)
+    assert method_of_p(group).endswith(said)
 
 
 def test_verdicts_front_and_pairs_of_a_sweep(sweep):
@@ -492,4 +492,4 @@ def test_a_small_p_beside_not_distinguishable_is_explained(p, is_told):
     pair = Verdict(a="a", b="b", difference=difference, test="t", p_holm=p, text=SAME)
     known = {"request": ComparisonRequest(), "label": "", "protocol": "language", "metric": "kld_mean"}
     group = Comparison(**known, margin=0, n=6, floor=None, runs=(), pairs=(pair,))
-    assert (f"{SAME} at any p where the interval holds 0" in method(group)) == is_told
+    assert (f"{SAME} at any p where the interval holds 0" in method_of_p(group)) == is_told

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import sqlite3
 from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from quantlab.metrics.significance import holm
 from quantlab.report.compare import answers, compare
 from quantlab.report.comparison_data import group_data
-from quantlab.report.comparison_table import method
+from quantlab.report.comparison_table import comparison_sheet, method_of_p
 from quantlab.report.reading import open_reader
 from quantlab.report.results import Results, chosen_rows
 from quantlab.report.selection import parse_request, select
+from quantlab.report.terminal import show
 from quantlab.report.verdicts import IN_FLOOR
 from quantlab.running.rows import finished_row
 from quantlab.vocabulary.schema import TrackingConfig
@@ -101,10 +104,10 @@ def test_a_pair_that_is_also_a_twin_is_one_comparison_of_the_family_and_what_has
     family = [*group.verdicts.values(), *group.pairs]
     assert [v.p_holm for v in family] == holm([v.p for v in family])
     assert [v.p_holm for v in group.twins] == [v.p_holm for v in group.pairs if "max" in (v.a, v.b)]
-    assert method(group).endswith("Holm-adjusted over 6 comparisons (3 with the reference, 3 of pairs)")
+    assert method_of_p(group).endswith("Holm-adjusted over 6 comparisons (3 with the reference, 3 of pairs)")
     assert group_data(group)["num_comparisons"] == 6
     few = replace(group, pairs=tuple(replace(v, p=None) for v in group.pairs), twins=())
-    assert method(few).endswith("Holm-adjusted over 3 comparisons")
+    assert method_of_p(few).endswith("Holm-adjusted over 3 comparisons")
 
 
 def test_results_in_hand_are_compared_as_the_sweep_that_was_asked_for(own_sweep):
@@ -182,3 +185,16 @@ def test_of_two_runs_of_a_floor_the_larger_counts(own_sweep, last):
     assert group.floor.name == "floor_batch"
     assert group.floor.value == pytest.approx(errors(3e-5, 41).mean())
     assert group.floor.cost.ci_hi > group.floor.value
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 400])
+@pytest.mark.parametrize("num_pairs", [0, 3])
+def test_p_is_explained_where_one_is_shown(own_sweep, width, num_pairs):
+    (group,) = compared(own_sweep, "sweep=latest")
+    group = replace(group, pairs=group.pairs[:num_pairs], twins=())
+    console = Console(file=io.StringIO(), width=width)
+    show(console, comparison_sheet(group))
+    text = console.file.getvalue()
+    is_shown = "< 0.001" in text or bool(num_pairs)  # of pairs below the table
+    assert is_shown == (num_pairs > 0 or width > 80)
+    assert ("Holm-adjusted" in " ".join(text.split())) == is_shown, text
