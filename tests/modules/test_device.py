@@ -258,7 +258,7 @@ def test_what_a_caller_froze_stays_frozen_and_nothing_more(freezing):
     callers = [None]
     gc.freeze()
     later = [None]
-    assert frozen(callers) and not frozen(later)
+    assert (frozen(callers), frozen(later)) == (True, False)
     with uncollected():
-        assert frozen(callers) and not frozen(later)
-    assert frozen(callers) and not frozen(later)
+        assert (frozen(callers), frozen(later)) == (True, False)
+    assert (frozen(callers), frozen(later)) == (True, False)
