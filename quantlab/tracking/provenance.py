@@ -226,6 +226,11 @@ MAX_COMMAND_CHARS = 500
 _LOGIN = re.compile(r"(\w://)[^/\s'\"]*@")
 _NAMES = r"(?:token|password|passwd|secret|api_?key|access_?key)"
 _SECRET = re.compile(rf"({_NAMES}['\"]?\s*[=:]\s*)(?:\"[^\"]*\"|'[^']*'|[^\s'\",\]}}]+)", re.IGNORECASE)
+_BEARER = re.compile(
+    r"\b((?:bearer|authorization:\s*basic)\s+)[\w.~+/=-]{8,}|\b(hf_|ghp_|github_pat_|glpat-|sk-|dapi)[\w-]{16,}",
+    re.IGNORECASE,
+)
+"""Behind ``Authorization:``, and tokens that tell by how they begin whose they are."""
 _IS_SECRET = re.compile(rf"\A([^\s=]*{_NAMES}=).+", re.IGNORECASE | re.DOTALL)
 
 
@@ -241,7 +246,8 @@ def who_and_what(words: Sequence[str]) -> dict[str, str]:
 def _as_typed(word: str) -> str:
     """A word as a shell takes it, without what stands before the @ of an address and the values of tokens and
     passwords."""
-    hidden = _SECRET.sub(r"\1***", _LOGIN.sub(r"\1***@", _IS_SECRET.sub(r"\1***", word)))
+    told = _BEARER.sub(lambda found: f"{found[1] or found[2]}***", word)
+    hidden = _SECRET.sub(r"\1***", _LOGIN.sub(r"\1***@", _IS_SECRET.sub(r"\1***", told)))
     quoted = shlex.quote(hidden)
     if quoted == hidden or hidden.replace("***", "") == shlex.quote(hidden.replace("***", "")):
         return hidden

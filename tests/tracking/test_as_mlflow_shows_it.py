@@ -139,6 +139,12 @@ def test_what_a_repetition_must_know_stays():
             ["launcher.settings.setup=['export HF_TOKEN=hf_abc','export API_KEY: k']", "a.max_tokens=8"],
             "quantlab \"launcher.settings.setup=['export HF_TOKEN=***','export API_KEY: ***']\" a.max_tokens=8",
         ),
+        (
+            ["a='Authorization: Bearer ab.c-d_e1234==, authorization: Basic abcdefgh'"],
+            "quantlab \"a='Authorization: Bearer ***, authorization: Basic ***'\"",
+        ),
+        (["a=hf_0123456789abcdefghij", "b=sk-no"], "quantlab a=hf_*** b=sk-no"),
+        (["name=basic calibration"], "quantlab 'name=basic calibration'"),
         (["hub.token=a,b c", "x={password: 'a b', n: 1}"], "quantlab hub.token=*** 'x={password: ***, n: 1}'"),
         (["a=x\ny\x1b[0m"], "quantlab 'a=x\\ny\\x1b[0m'"),
     ],
