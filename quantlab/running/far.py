@@ -37,7 +37,7 @@ from quantlab.running.scheduler import Counts
 from quantlab.running.workbench import Session
 from quantlab.tracking import Run
 from quantlab.tracking.provenance import code_digest
-from quantlab.tracking.tags import DEVICE, JUDGE_SHA256, MODEL_ARTIFACT, WEIGHTS_SHA256
+from quantlab.tracking.tags import DEVICE, JOBS_STAGE, JUDGE_SHA256, MODEL_ARTIFACT, STAGE, WEIGHTS_SHA256
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.reports import RunReport
 from quantlab.vocabulary.schema import CalibrationConfig
@@ -245,7 +245,7 @@ def _floor_rows(session: Session, group: Group, known: Known, folder: Path, keys
 def _know(session: Session, group: Group, parent: Run, known: Known, floor_rows: list[RunReport]) -> None:
     """From here on a group's reference is known; the sweep's run says of what it is."""
     group.known, group.floor_rows = known, floor_rows
-    parent.set_tags({**known.tags, DEVICE: str(known.made["device"])})
+    parent.set_tags({**known.tags, DEVICE: str(known.made["device"]), STAGE: JOBS_STAGE})
     config, digest = group.first.config.model, known.tags[WEIGHTS_SHA256]
     trained = family_of(config).trained
     held = {MODEL_ARTIFACT: digest, **{k: v for k, v in known.tags.items() if k == JUDGE_SHA256}}

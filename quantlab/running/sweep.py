@@ -41,19 +41,15 @@ from quantlab.running.workbench import Session, Workbench, has_bench, let_go_of_
 from quantlab.tracking.connect import SQLITE, resolved_uri
 from quantlab.tracking.provenance import environment
 from quantlab.tracking.results import report_data
-from quantlab.tracking.tags import FAILED_JOBS, JOB_KEY, SEARCH_FRONT, STAGE
+from quantlab.tracking.tags import FAILED_JOBS, JOB_KEY, JOBS_STAGE, SEARCH_FRONT, STAGE
 from quantlab.vocabulary.numbers import FLOORS, REFERENCE
 from quantlab.vocabulary.reports import RunReport
 from quantlab.vocabulary.schema import ExperimentConfig
 
 _MAX_TOLD = 8
-
-
 PLACES = ("runs", "cache", "cache/reference", "cache/calibration", "cache/models")
 """Below ``output_dir``, what a run writes to."""
 ARTIFACTS = "mlartifacts"
-JOBS = "jobs"
-"""The stage of a sweep whose jobs run, each of which has a run of its own."""
 
 
 def run_plan(plan: Plan, quiet: bool = False, trust: bool = False) -> list[RunReport]:
@@ -329,7 +325,7 @@ def _rows_of(session: Session, job: Job, parent: Any, known: set[str], once: Onc
     if session.lost_device and not has_bench(session, job.config):
         return [hand_over(session, job, "", session.bench.model.protocol if session.bench else "", None)]
     bench = workbench(session, job.config, parent)
-    parent.set_tags({STAGE: JOBS})
+    parent.set_tags({STAGE: JOBS_STAGE})
     if once.is_again(bench.known, job):
         return []
     rows: list[RunReport | Handed] = []
@@ -383,7 +379,7 @@ def _search(session: Session, plan: Plan, parent: Any) -> tuple[list[RunReport],
         if session.lost_device or runs_apart(job, session.device):
             return handed(session, job, key, protocol, floors[shared])
         bench = workbench(session, job.config, parent)
-        parent.set_tags({STAGE: JOBS})
+        parent.set_tags({STAGE: JOBS_STAGE})
         bench.floors.update(floors[shared])
         return run_row(session, bench, job, key)
 

@@ -196,6 +196,19 @@ def test_a_node_of_another_kind_is_no_row_beside_the_others(shell, node, monkeyp
 
 
 @pytest.mark.slow
+def test_a_sweep_that_ends_early_was_at_its_jobs_as_one_here_is(shell, node, monkeypatch):
+    def interrupted(folder):
+        if json.loads((folder / JOB).read_text())["known"]:
+            raise KeyboardInterrupt
+        return work(folder)
+
+    work = worker._work
+    monkeypatch.setattr(worker, "_work", interrupted)
+    assert shell(*FAR, "sweep.floors=false", "-q")[0] == 130
+    assert shell.tracked("FAILED")["sweep"]["tags"]["quantlab.stage"] == "jobs"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "model"), [("slurm", "digits"), ("ray", "digits"), ("submitit_local", "digits"), ("slurm", "flux")]
 )
