@@ -13,6 +13,8 @@ BACKEND = "inductor"
 MAX_COMPILED = 32
 """So often is a function compiled: for batches, windows, prompts and single tokens, with and without a cache. That is 9
 times for a Llama that is measured and generates, where torch allows 8; once a token would be more."""
+_FOR_TORCHS_DEVELOPERS = ("Set TORCHDYNAMO_VERBOSE", "For even more developer context")
+"""How the lines begin with which torch ends each message of its compiler."""
 
 
 class CompileError(QuantlabError):
@@ -42,7 +44,8 @@ def compiled(model: LoadedModel) -> Iterator[None]:
                 torch.nn.Module.compile(module, backend=BACKEND)
             yield
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            lines = [line for line in lines if not line.startswith(_FOR_TORCHS_DEVELOPERS)] or [type(error).__name__]
             raise CompileError(
                 f"evaluation.compile=true: torch.compile failed with {type(error).__name__} "
                 f"({' '.join(lines[:2])[:300].rstrip('.:')}); evaluation.compile=false measures the scheme as it is"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 from types import SimpleNamespace
 
 import pytest
@@ -157,6 +158,17 @@ def test_what_cannot_be_compiled_says_why(monkeypatch, net, backend, told):
     with pytest.raises(CompileError, match=told), compiled(model_of(made)), first_run():
         made(torch.ones(2, 4))
     assert made(torch.ones(2, 4)).shape == (2, 4)
+
+
+def test_what_torch_tells_those_who_develop_it_is_no_reason():
+    from torch._inductor.exc import InductorError
+
+    frame = types.SimpleNamespace(f_code=compiled.__code__)
+    error = InductorError(RuntimeError("No working C++ compiler found"), frame)
+    assert "TORCHDYNAMO_VERBOSE" in str(error), "which torch does tell"
+    with pytest.raises(CompileError, match="No working C.. compiler found") as caught, compiled(model_of(Net())):
+        raise error
+    assert "TORCH" not in str(caught.value)
 
 
 def test_a_model_is_compiled_for_each_way_in_which_it_is_measured(monkeypatch):
