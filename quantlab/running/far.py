@@ -37,13 +37,15 @@ from quantlab.running.scheduler import Counts
 from quantlab.running.workbench import Session
 from quantlab.tracking import Run
 from quantlab.tracking.provenance import code_digest
-from quantlab.tracking.tags import DEVICE, JOBS_STAGE, JUDGE_SHA256, MODEL_ARTIFACT, STAGE, WEIGHTS_SHA256
+from quantlab.tracking.tags import DEVICE, JUDGE_SHA256, MODEL_ARTIFACT, STAGE, WEIGHTS_SHA256
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.reports import RunReport
 from quantlab.vocabulary.schema import CalibrationConfig
 
 NAME = "reference and floors"
 """Of the job."""
+JOBS_STAGE = "jobs"
+"""The stage of a sweep whose jobs run, here or elsewhere, each of which has a run of its own."""
 
 
 @dataclass

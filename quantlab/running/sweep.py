@@ -24,7 +24,7 @@ from quantlab.running.apart import Handed, hand_over
 from quantlab.running.claims import Claims, wait_for
 from quantlab.running.engines.table import is_far
 from quantlab.running.export_job import export_far
-from quantlab.running.far import references, run_far
+from quantlab.running.far import JOBS_STAGE, references, run_far
 from quantlab.running.finished import answered_before, environment_of, known_before, rows_before
 from quantlab.running.handing import handed, run_handed, runs_apart
 from quantlab.running.job import floor_rows, open_run, run_job, run_row
@@ -41,7 +41,7 @@ from quantlab.running.workbench import Session, Workbench, has_bench, let_go_of_
 from quantlab.tracking.connect import SQLITE, resolved_uri
 from quantlab.tracking.provenance import environment
 from quantlab.tracking.results import report_data
-from quantlab.tracking.tags import FAILED_JOBS, JOB_KEY, JOBS_STAGE, SEARCH_FRONT, STAGE
+from quantlab.tracking.tags import FAILED_JOBS, JOB_KEY, SEARCH_FRONT, STAGE
 from quantlab.vocabulary.numbers import FLOORS, REFERENCE
 from quantlab.vocabulary.reports import RunReport
 from quantlab.vocabulary.schema import ExperimentConfig

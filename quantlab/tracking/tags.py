@@ -48,8 +48,6 @@ GIT_DIRTY = "quantlab.git_dirty"
 
 STAGE = "quantlab.stage"
 """Where the run is, or was when it failed; ``done`` where it has finished."""
-JOBS_STAGE = "jobs"
-"""The stage of a sweep whose jobs run, each of which has a run of its own."""
 ARTIFACT_DIGESTS = "quantlab.artifact_sha256"
 """JSON: name of a JSON artifact -> the first 16 digits of its digest, so that one that was changed is not believed."""
 AFTER_LOST_DEVICE = "quantlab.after_lost_device"
