@@ -70,8 +70,8 @@ def _continued(module: Any, prompts: Tensor, num: int, has_cache: bool) -> Tenso
 
 
 def _is_said(module: Any, ids: Tensor, start: int) -> bool:
-    """Whether each token from ``start`` is the likeliest where the model reads the whole text at once: with a cache some
-    begin their positions anew at each call, unless ``generate`` tells them (Bamba)."""
+    """Whether each token from ``start`` is the likeliest where the model reads the whole text at once: with a cache
+    some begin their positions anew at each call, unless ``generate`` tells them (Bamba)."""
     import torch
 
     with torch.no_grad():

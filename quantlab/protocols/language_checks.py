@@ -37,8 +37,9 @@ def check_language_model(model: LoadedModel, window: Tensor, largest: int = 0) -
     """Try ``model`` on the first tokens of ``window``, token ids (1, context_length) of at least 2; ``largest`` is the
     largest of all.
 
-    Raises ModelError, naming what is wrong, for a model that reads no text alone, that changes itself when it runs, that sees later tokens, or
-    whose logits depend on more than hidden states and tokens; and for tokens beyond its embedding.
+    Raises ModelError, naming what is wrong, for a model that reads no text alone, that changes itself when it runs,
+    that sees later tokens, or whose logits depend on more than hidden states and tokens; and for tokens beyond its
+    embedding.
     """
     module = network_of(model.components["model"])
     key = f"model.path: {model.name}"
@@ -116,7 +117,8 @@ def _check_causal(key: str, module: CausalLM, ids: Tensor) -> None:
         raise ModelError(
             f"{key} is no causal language model: other tokens at the end of a window move the positions before them "
             f"(relative difference {float(moved):.2g}), so it sees the tokens that it would be scored on; set "
-            "is_decoder in its config.json, or load it as model=encoder"
+            "is_decoder in its config.json, load it as model=encoder, or give the module and its inputs to "
+            "quantlab.evaluate in Python"
         )
 
 
