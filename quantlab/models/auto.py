@@ -16,7 +16,11 @@ _OFFLINE = "check the name and the network; without a network name a local folde
 HEADS = ("MaskedLM", "PreTraining", "SequenceClassification", "TokenClassification", "QuestionAnswering")
 """What stands behind ``For`` in the class of an encoder with a head."""
 _TEXT_ENCODERS = ("EncoderModel", "TextModel", "TextModelWithProjection")
-_VISION = ("VisionModel", "VisionModelWithProjection", "ForImageClassification", "ForMaskedImageModeling")
+_VISION = (
+    *("VisionModel", "VisionModelWithProjection", "ForImageClassification", "ForMaskedImageModeling"),
+    *("ForSemanticSegmentation", "ForUniversalSegmentation", "ForImageSegmentation", "ForInstanceSegmentation"),
+    *("ForObjectDetection", "ForDepthEstimation"),
+)
 _WRITES = ("ForConditionalGeneration", "LMHeadModel", "ForCausalLM")
 
 

@@ -43,9 +43,9 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
     ``config.default_exclusions``. Raises ModelError beginning with ``model.path=...`` for whatever cannot be read.
     """
     path = required_path(config, *NEEDS_PATH)
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
-    kinds = [AutoModelForCausalLM, AutoModelForImageTextToText]
+    kinds = [AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM]
     model, tokenizer = load_checkpoint(kinds, path, config, device)
     digest = weights_sha256(model, path, config.revision, cache_dir)
     return as_language_model(model, tokenizer, config, device, Path(path).name, digest)

@@ -58,8 +58,8 @@ def load_checkpoint(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A transformers model in eval mode on ``device``, and its tokenizer, from a local folder or a Hub id.
 
-    Of ``auto_classes`` the first that knows the checkpoint's architecture loads it, see :func:`load_model`; ModelError
-    also for a checkpoint without a tokenizer.
+    Of ``auto_classes`` one that knows the checkpoint's architecture loads it, see :func:`load_model`; ModelError also
+    for a checkpoint without a tokenizer.
     """
     key = key or f"model.path={path}"
     model = load_model(auto_classes, path, config, device, key, is_base)
@@ -100,7 +100,7 @@ def load_model(
     stored = read_config(path, config, key)
     said = "" if stored.dtype is None else dtype_name(stored.dtype)
     dtype = torch_dtype(dtype_on(replace(config, path=path), device, said))
-    auto_class = next((auto for auto in auto_classes if _knows(auto, stored)), auto_classes[0])
+    auto_class = _of(auto_classes, stored, key, config.family)
     parts = (stored, stored.get_text_config())  # a multimodal model's language model may be what is quantized
     quantized = next((q for part in parts if (q := getattr(part, "quantization_config", None)) is not None), None)
     if quantized is not None:
@@ -186,9 +186,7 @@ def _ignoring_nothing(auto_class: Any, path: str, config: ModelConfig) -> Iterat
     from transformers import AutoConfig
 
     stored = AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=False)
-    mapping = getattr(auto_class, "_model_mapping", None)
-    kind = auto_class if mapping is None else mapping.get(type(stored), None)
-    kind = kind[0] if isinstance(kind, (tuple, list)) else kind
+    kind = next(iter(_classes(auto_class, stored)), None) if hasattr(auto_class, "_model_mapping") else auto_class
     name = "_keys_to_ignore_on_load_unexpected"
     if kind is None or kind.__name__ == saved_from(stored) or not getattr(kind, name, None):
         yield
@@ -204,8 +202,26 @@ def _ignoring_nothing(auto_class: Any, path: str, config: ModelConfig) -> Iterat
             delattr(kind, name)
 
 
-def _knows(auto_class: Any, stored: PreTrainedConfig) -> bool:
-    return type(stored) in getattr(auto_class, "_model_mapping", ())
+def _of(auto_classes: Sequence[Any], stored: PreTrainedConfig, key: str, family: str) -> Any:
+    """The one that builds the class which the checkpoint was saved from, as some make the language model alone of a
+    multimodal configuration (Qwen 3.5, Llama 4); else the first that knows it. ModelError where none does."""
+    kinds = {auto: _classes(auto, stored) for auto in auto_classes}
+    name = saved_from(stored)
+    brings_code = getattr(stored, "auto_map", None)  # which is refused as that
+    if not (any(kinds.values()) or brings_code) and all(hasattr(auto, "_model_mapping") for auto in auto_classes):
+        builders = " and ".join(auto.__name__ for auto in auto_classes)
+        raise ModelError(
+            f"{key}: {name or type(stored).__name__} is none of the classes that {builders} of transformers build; "
+            f"{another_family(name, stored.to_dict(), family)}"
+        )
+    exact = (auto for auto, made in kinds.items() if name in [kind.__name__ for kind in made])
+    return next(exact, next((auto for auto, made in kinds.items() if made), auto_classes[0]))
+
+
+def _classes(auto_class: Any, stored: PreTrainedConfig) -> Sequence[type]:
+    """What an auto class builds of a configuration; nothing where it does not know it, or is a class itself."""
+    found = getattr(auto_class, "_model_mapping", {}).get(type(stored), ())
+    return found if isinstance(found, (tuple, list)) else (found,)
 
 
 def saved_from(stored: PreTrainedConfig) -> str:

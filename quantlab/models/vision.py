@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ModelError
-from quantlab.models.auto import another_family
+from quantlab.models.auto import HEADS, another_family
 from quantlab.models.checkpoint import load_model, read_config, saved_from, weights_sha256
 from quantlab.models.defaults import default_exclusions
 from quantlab.models.loaded import LoadedModel, Progress
@@ -66,6 +66,7 @@ def _class_of(stored: PreTrainedConfig) -> tuple[Any, bool]:
     half = name.removesuffix("Model") + "VisionModel"
     if hasattr(stored, "vision_config") and hasattr(transformers, half):
         return getattr(transformers, half), True
-    if name.endswith(("VisionModel", "VisionModelWithProjection", "ForImageClassification", "ForMaskedImageModeling")):
+    task = name.rpartition("For")[2] if "For" in name else ""
+    if name.endswith(("VisionModel", "VisionModelWithProjection")) or (task and task not in HEADS):
         return getattr(transformers, name, transformers.AutoModel), False
     return transformers.AutoModel, False

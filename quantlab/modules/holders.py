@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantlab.modules.hooks import adapter_parts, adapters
-from quantlab.modules.layers import is_plain, never_taken, own_work
+from quantlab.modules.layers import COMPUTED, is_plain, never_taken, own_work
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -96,8 +96,8 @@ class View:
 def holders(module: nn.Module, read: Collection[str] = ()) -> dict[str, Holder]:
     """Name -> holder of every weight below ``module``, in the order of its parts; a part at several paths once.
 
-    ``read`` names layers whose weights something reads beside them. Left out are vectors (norms, biases), and the
-    tensors from which a parametrization computes a weight.
+    ``read`` names layers whose weights something reads beside them. Left out are vectors (norms, biases); a weight that
+    a parametrization computes stands for the tensors from which it does.
     """
     import torch
     from torch import nn
@@ -118,12 +118,32 @@ def holders(module: nn.Module, read: Collection[str] = ()) -> dict[str, Holder]:
                 name=path, owner=part, parameter="weight", kind="linear", way="", reason=left, view=view
             )
             continue
+        for name in getattr(part, "parametrizations", ()):
+            value, full = _computed(part, name), path if name == "weight" else f"{path}.{name}".lstrip(".")
+            if path and _is_matrix(part, value):
+                kind, view = _kind(part, name, value), View(shape=tuple(value.shape))
+                found[full] = Holder(
+                    name=full, owner=part, parameter=name, kind=kind, way="", reason=COMPUTED, view=view
+                )
         for name, value in part._parameters.items():
             if value is None or not _is_matrix(part, value) or (name == "weight" and not path):
                 continue
             full = path if name == "weight" else f"{path}.{name}".lstrip(".")
             found[full] = _holder(full, part, name, left, full in read or id(part) in reading)
     return found
+
+
+def _computed(part: nn.Module, name: str) -> Tensor:
+    """What a parametrization makes of its tensors, without changing them: spectral norm learns while it trains."""
+    import torch
+
+    made: Any = part.get_submodule("parametrizations").get_submodule(name)
+    modes = {inner: inner.training for inner in made.modules()}
+    with torch.no_grad():
+        value: Tensor = made.eval()()
+    for inner, mode in modes.items():
+        inner.training = mode
+    return value
 
 
 def _is_matrix(part: nn.Module, value: Tensor) -> bool:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 _KEY = "modules_to_not_convert"
 _GLOB_CHARACTERS = frozenset("*?[")
+COMPUTED = "computed from other parameters at each call (remove the parametrization or weight norm to have it taken)"
+"""Why a weight that is no parameter is not taken."""
 
 
 # -- layers
@@ -85,9 +87,7 @@ def never_taken(layer: nn.Module) -> str:
         or not has_plain_bias
         or hasattr(layer, "parametrizations")
     ):
-        return (
-            "computed from other parameters at each call (remove the parametrization or weight norm to have it taken)"
-        )
+        return COMPUTED
     if getattr(layer, "lora_layer", None) is not None:
         return "an active LoRA of its own (fuse it to have it taken)"
     return ""

@@ -1,7 +1,8 @@
 """What language models say, for people: greedy continuations of prompts, and the tokens that change most.
 
 Nothing of it is a metric. A continuation is a few forward calls with the model's own cache (or without, for one
-that has none), so that any model that is evaluated has one; of equal logits the first token counts.
+that has none, or whose cache says something else), so that any model that is evaluated has one; of equal logits the
+first token counts.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ PROMPT_TOKENS = 32
 MAX_WORST = 12
 CONTEXT_TOKENS = 16
 """So many tokens before a changed one are shown."""
+_NEARLY_LIKELIEST = 0.05
+"""Of the logits' standard deviation: what rounding alone moves a logit by, with a cache and without, stays below."""
 
 
 def prompts_of(input_ids: Tensor, evaluation: EvaluationConfig) -> Tensor:
@@ -45,6 +48,8 @@ def continued(model: LoadedModel, input_ids: Tensor, evaluation: EvaluationConfi
     module: Any = network_of(model.components["model"])  # of the call's arguments quantlab's own type has two
     try:
         found = _continued(module, prompts, num, has_cache=True)
+        if not _is_said(module, found, prompts.shape[1]):
+            found = _continued(module, prompts, num, has_cache=False)
     except (AttributeError, TypeError, ValueError, NotImplementedError) as error:  # BLT makes none of its configuration
         say(f"{model.name}: it runs with no cache ({str(error)[:200]}); its continuations are made without one")
         found = _continued(module, prompts, num, has_cache=False)
@@ -62,6 +67,17 @@ def _continued(module: Any, prompts: Tensor, num: int, has_cache: bool) -> Tenso
             cache = getattr(answer, "past_key_values", None) if has_cache else None
             ids = torch.cat([ids, answer.logits[:, -1].float().argmax(-1, keepdim=True).to(ids.device)], 1)
     return ids
+
+
+def _is_said(module: Any, ids: Tensor, start: int) -> bool:
+    """Whether each token from ``start`` is the likeliest where the model reads the whole text at once: with a cache
+    some begin their positions anew at each call, unless ``generate`` tells them (Bamba)."""
+    import torch
+
+    with torch.no_grad():
+        logits = module(input_ids=ids[:, :-1], use_cache=False).logits[:, start - 1 :].float()
+    chosen = logits.gather(-1, ids[:, start:, None].to(logits.device))[..., 0]
+    return bool((chosen >= logits.amax(-1) - _NEARLY_LIKELIEST * logits.std(-1)).all())
 
 
 def texts_of(

@@ -7,15 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from quantlab.errors import ConfigError, ModelError, NotFinite
+from quantlab.errors import ConfigError, ModelError, NotFinite, is_of_the_machine
 from quantlab.metrics.output_error import output_cosine, output_rel_error
 from quantlab.metrics.statistics import same_labels
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
+from quantlab.modules.compute_dtype import component_dtype
 from quantlab.modules.timing import Clock, ms_per_token
+from quantlab.progress import say
 from quantlab.protocols.defined import defined
 from quantlab.protocols.finite import bad_rows
-from quantlab.protocols.tried import check_runs, check_tokens
+from quantlab.protocols.tried import MAX_REL_DIFFERENCE, check_runs, check_tokens
 from quantlab.vocabulary.reports import Measurements
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -101,6 +103,36 @@ def check(model: LoadedModel, inputs: EncoderInputs) -> None:
     module: Any = model.components["model"]
     check_tokens(model, inputs.input_ids, module.get_input_embeddings)
     check_runs(model, lambda: _run(model, inputs.subset([0]), 1, None)[0])
+    _tell_padding(model, inputs)
+
+
+def _tell_padding(model: LoadedModel, inputs: EncoderInputs) -> None:
+    """A word where the text with most padding gets another answer without it: some take no mask (FNet), or look past it
+    (MobileBERT reads each token's neighbours). A text's numbers then depend on the texts beside it."""
+    import torch
+
+    shortest = int(inputs.attention_mask.sum(1).argmin())
+    padded = inputs.subset([shortest])
+    tokens = padded.attention_mask[0].bool()
+    if bool(tokens.all()):
+        return
+    alone = replace(padded, input_ids=padded.input_ids[:, tokens], attention_mask=padded.attention_mask[:, tokens])
+    try:
+        ours, theirs = (_run(model, given, 1, None)[0]["tokens"][0] for given in (alone, padded))
+        moved = float((theirs[tokens] - ours).norm() / ours.norm().clamp_min(1e-30))
+    except (RuntimeError, ValueError, LookupError) as error:  # it takes certain lengths alone
+        if is_of_the_machine(error):
+            raise
+        return
+    dtype = component_dtype(model.components["model"], model.dtype)
+    if moved > max(MAX_REL_DIFFERENCE, 8 * torch.finfo(dtype).eps):
+        say(
+            f"model.path: {model.name} answers a text otherwise when it is padded (relative difference {moved:.2g} for "
+            f"{padded.sample_ids[0]}); here each is padded to {len(tokens)} tokens, so its numbers depend on the texts "
+            "beside it: give texts of one length, or the module and an input for each text to quantlab.evaluate in "
+            "Python",
+            "warning",
+        )
 
 
 def observe(

@@ -14,6 +14,7 @@ from quantlab.models.causal_lm import CausalLM, network_of
 from quantlab.models.loaded import LoadedModel
 from quantlab.progress import say
 from quantlab.protocols.output_head import HEAD, OWN, logits_of, own_logits, with_settings
+from quantlab.protocols.tried import tried
 from quantlab.protocols.unchanged import must_stay_unchanged
 from quantlab.vocabulary.dtypes import dtype_name
 
@@ -36,8 +37,9 @@ def check_language_model(model: LoadedModel, window: Tensor, largest: int = 0) -
     """Try ``model`` on the first tokens of ``window``, token ids (1, context_length) of at least 2; ``largest`` is the
     largest of all.
 
-    Raises ModelError, naming what is wrong, for a model that changes itself when it runs, that sees later tokens, or
-    whose logits depend on more than hidden states and tokens; and for tokens beyond its embedding.
+    Raises ModelError, naming what is wrong, for a model that reads no text alone, that changes itself when it runs,
+    that sees later tokens, or whose logits depend on more than hidden states and tokens; and for tokens beyond its
+    embedding.
     """
     module = network_of(model.components["model"])
     key = f"model.path: {model.name}"
@@ -49,7 +51,7 @@ def check_language_model(model: LoadedModel, window: Tensor, largest: int = 0) -
         )
     ids = window[:, :_NUM_TRIED].to(model.device)
     with must_stay_unchanged(model):
-        ran = _run(key, module, ids)
+        ran = tried(model, lambda: _run(key, module, ids))
     _check_causal(key, module, ids)
     if _way_of_logits(key, model, ids, ran) == OWN:
         say(
@@ -115,7 +117,8 @@ def _check_causal(key: str, module: CausalLM, ids: Tensor) -> None:
         raise ModelError(
             f"{key} is no causal language model: other tokens at the end of a window move the positions before them "
             f"(relative difference {float(moved):.2g}), so it sees the tokens that it would be scored on; set "
-            "is_decoder in its config.json, or load it as model=encoder"
+            "is_decoder in its config.json, load it as model=encoder, or give the module and its inputs to "
+            "quantlab.evaluate in Python"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from quantlab.errors import ModelError, QuantlabError, is_of_the_machine
 from quantlab.models.loaded import LoadedModel
@@ -13,6 +13,7 @@ from quantlab.protocols.unchanged import must_stay_unchanged
 if TYPE_CHECKING:
     from torch import Tensor
 
+_Ran = TypeVar("_Ran")
 MAX_REL_DIFFERENCE = 1e-3
 """Of two runs of one model on one sample: kernels that add in any order stay below, what is drawn does not."""
 
@@ -37,7 +38,7 @@ def check_runs(model: LoadedModel, run: Callable[[], Mapping[str, object]]) -> N
     that answers one sample in two ways, as what draws at random does: errors could not be told from draws.
     """
     with must_stay_unchanged(model):
-        first = _tried(model, run)
+        first = tried(model, run)
     check_repeats(f"model.path: {model.name}", first, run())
 
 
@@ -59,7 +60,8 @@ def check_repeats(key: str, first: object, again: object) -> None:
             )
 
 
-def _tried(model: LoadedModel, run: Callable[[], Mapping[str, object]]) -> Mapping[str, object]:
+def tried(model: LoadedModel, run: Callable[[], _Ran]) -> _Ran:
+    """What ``run`` gives; ModelError for a model that does not take what its family is given."""
     try:
         return run()
     except QuantlabError:

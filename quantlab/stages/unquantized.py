@@ -42,7 +42,8 @@ def _percent(share: float) -> str:
 
 def _ways_out(scheme: Scheme, stay: Sequence[LayerReport], defaults: Sequence[str]) -> list[str]:
     asked = scheme.axes.layer_kinds
-    left = [r for r in stay if r.status == "left" and r.kind in LAYER_KINDS]
+    of_a_kind = [r for r in stay if r.status == "left" and r.kind in LAYER_KINDS]
+    left = [r for r in of_a_kind if _is_left_by(scheme, r)]
     kinds = list(dict.fromkeys(r.kind for r in left))
     held = {  # a weight is taken where all its places are: an embedding is not without the head that is tied to it
         r.name: f"{first.name} is tied to {r.name}"
@@ -62,12 +63,18 @@ def _ways_out(scheme: Scheme, stay: Sequence[LayerReport], defaults: Sequence[st
     if skipped := [r for r in stay if r.status == "skipped"]:
         found.append(f"{skipped[0].name} does not fit ({skipped[0].reason}): choose another dtype or group_size")
     excluded = [r for r in stay if r.status == "excluded" and r.name not in held]
+    excluded += [r for r in of_a_kind if r not in left]
     if excluded:
         one = next((r for r in excluded if _kept_by(scheme, r.name, defaults)), excluded[0])
         way = " ".join(_kept_by(scheme, one.name, defaults))
         takes = f": {way} takes it" if way.startswith(_REPLACED) else ""  # what someone asked for needs no way out
         found.append(f"{one.name} is left out ({one.reason}){takes}")
     return found
+
+
+def _is_left_by(scheme: Scheme, row: LayerReport) -> bool:
+    """Whether the scheme leaves it, and another takes it; no backend takes others, as a weight that is computed."""
+    return ".layer_kinds: " in row.reason or bool(scheme.why_not_packed and scheme.why_not_packed in row.reason)
 
 
 _REPLACED = "quantization.replace_default_exclusions=true"

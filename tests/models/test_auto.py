@@ -57,6 +57,13 @@ BOTH = {
     "vision_config": VISION,
     "projection_dim": 16,
 }
+SEGFORMER = {
+    "hidden_sizes": (16, 16, 32, 32),
+    "depths": (1, 1, 1, 1),
+    "num_attention_heads": (1, 1, 2, 2),
+    "decoder_hidden_size": 32,
+    "initializer_range": 0.3,
+}
 FOLDERS = {
     "LlamaForCausalLM": ("causal_lm", "LlamaConfig", LLAMA),
     "GPT2LMHeadModel": ("causal_lm", "GPT2Config", {"vocab_size": V, "n_embd": 32, "n_layer": 1, "n_head": 4}),
@@ -72,6 +79,7 @@ FOLDERS = {
     "ViTModel": ("vision", "ViTConfig", VISION),
     "Dinov2Model": ("vision", "Dinov2Config", VISION),
     "ViTForImageClassification": ("vision", "ViTConfig", VISION),
+    "SegformerForSemanticSegmentation": ("vision", "SegformerConfig", SEGFORMER),
     "CLIPModel": ("vision", "CLIPConfig", BOTH),
     "Siglip2VisionModel": ("vision", "Siglip2VisionConfig", {**VISION, "num_patches": 16}),
 }
@@ -87,7 +95,7 @@ def test_a_checkpoint_says_which_family_it_is_of(name, tmp_path):
     ("files", "told"),
     [
         ({}, "neither a config.json nor a model_index.json"),
-        ({"config.json": json.dumps({"architectures": ["SomethingForDepthEstimation"]})}, "knows no family for Some"),
+        ({"config.json": json.dumps({"architectures": ["SomethingForRewards"]})}, "knows no family for Some"),
         ({"config.json": json.dumps({"model_type": "odd"})}, "knows no family for odd"),
     ],
 )
@@ -187,6 +195,7 @@ HEARERS = {
 RUN = ["evaluation.num_samples=4", "evaluation.batch_size=2", "evaluation.num_bootstrap=20", "device=cpu"]
 WRITERS = ["T5ForConditionalGeneration", "BartForConditionalGeneration", *HEARERS]
 SEERS = ["ViTModel", "Dinov2Model", "ViTForImageClassification", "CLIPModel", "Siglip2VisionModel"]
+SEERS += ["SegformerForSemanticSegmentation"]
 """The last one is given patches, a mask and how many there are."""
 
 
@@ -263,6 +272,21 @@ def test_bad_pairs_are_refused_by_name(case, shell):
     assert code == 2
     assert told in err
     assert "dataset.path=" in err
+
+
+@pytest.mark.parametrize("task", ["SemanticSegmentation", "ImageClassification"])
+def test_a_model_that_sees_is_measured_with_its_head(task, tmp_path):
+    name = f"SegformerFor{task}"
+    folder = saved(tmp_path / "model", name, "SegformerConfig", **SEGFORMER)
+    processor(folder, "ViTModel")
+    assert type(vision.load(ModelConfig(path=str(folder)), "cpu", tmp_path).components["model"]).__name__ == name
+
+
+def test_a_class_that_no_family_builds_is_told_by_name(tmp_path):
+    folder = saved(tmp_path / "model", "ViTModel", "ViTConfig", **VISION)
+    told = r"ViTModel is none of the classes that AutoModelForSeq2SeqLM and .*; model\.family=vision loads all of it"
+    with pytest.raises(ModelError, match=rf"^model\.path=\S+: {told}"):
+        seq2seq.load(ModelConfig(path=str(folder), family="seq2seq"), "cpu", tmp_path)
 
 
 def test_a_model_without_its_processor_is_told(tmp_path):

@@ -53,8 +53,34 @@ def qwen2_vl():
     return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=seeing))
 
 
-BESIDE = {"gemma3": "vision_tower", "mistral3": "vision_tower", "qwen2_vl": "visual"}
-MAKERS = {"gemma3": gemma3, "mistral3": mistral3, "qwen2_vl": qwen2_vl}
+def mllama():
+    """One of those of whose configuration AutoModelForCausalLM makes the language model alone, as Qwen 3.5's."""
+    from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+    own = {"vision_output_dim": 32, "intermediate_layers_indices": [0], "num_global_layers": 1, "max_num_tiles": 1}
+    seeing = {**SEEING, **own, "attention_heads": 4, "supported_aspect_ratios": [[1, 1]]}
+    text = {**TEXT, "cross_attention_layers": [1], "rope_scaling": {"rope_type": "default"}}
+    return MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=seeing))
+
+
+def voxtral():
+    """It hears, and so is none of those that see."""
+    from transformers import VoxtralConfig, VoxtralForConditionalGeneration
+
+    sizes = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    hearing = {**sizes, "num_mel_bins": 16, "max_source_positions": 64}
+    text = {**TEXT, "model_type": "llama", "head_dim": 8}
+    return VoxtralForConditionalGeneration(VoxtralConfig(text_config=text, audio_config=hearing, audio_token_id=5))
+
+
+BESIDE = {
+    "gemma3": "vision_tower",
+    "mistral3": "vision_tower",
+    "qwen2_vl": "visual",
+    "mllama": "vision_model",
+    "voxtral": "audio_tower",
+}
+MAKERS = {"gemma3": gemma3, "mistral3": mistral3, "qwen2_vl": qwen2_vl, "mllama": mllama, "voxtral": voxtral}
 
 
 @pytest.fixture(scope="module", params=MAKERS)

@@ -13,7 +13,7 @@ from quantlab.protocols import language
 from quantlab.protocols.continuations import continued, prompts_of
 from quantlab.protocols.language import text_inputs
 from quantlab.vocabulary.schema import EvaluationConfig
-from tests.support.tiny_text_models import TEXT, load_llama, save_llama, with_noise
+from tests.support.tiny_text_models import TEXT, byte_tokenizer, load_llama, save_llama, with_noise
 
 QUICK = EvaluationConfig(
     num_samples=4, batch_size=4, context_length=48, num_bootstrap=50, num_continuations=3, continuation_tokens=10
@@ -64,6 +64,24 @@ def test_a_continuation_is_the_greedy_one_with_or_without_a_cache(model, inputs,
 
     monkeypatch.setattr(module, "forward", cannot_make_one)
     assert torch.equal(continued(model, inputs.input_ids, QUICK), found)
+
+
+def test_a_cache_that_forgets_where_it_is_is_not_believed(tmp_path, inputs):
+    """Bamba's forward begins its positions anew at each call, unless it is told them; generate tells them."""
+    from transformers import BambaConfig, BambaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    mamba = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
+    config = BambaConfig(
+        vocab_size=259, num_hidden_layers=2, attn_layer_indices=[1], initializer_range=0.5, **sizes, **mamba
+    )
+    BambaForCausalLM(config).save_pretrained(tmp_path / "bamba")
+    byte_tokenizer().save_pretrained(tmp_path / "bamba")
+    model = load_llama(tmp_path / "bamba", tmp_path / "cache")
+    found = continued(model, inputs.input_ids, QUICK)
+    for prompt, tokens in zip(prompts_of(inputs.input_ids, QUICK), found, strict=True):
+        assert torch.equal(tokens, greedy(model, prompt, 10))
 
 
 @pytest.mark.parametrize(

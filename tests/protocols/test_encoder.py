@@ -15,7 +15,7 @@ from quantlab.protocols import encoder
 from quantlab.protocols.encoder import encoder_inputs
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ModelConfig
 from tests.support.assets import needs
-from tests.support.tiny_text_models import TEXT, load_bert, save_bert, with_noise
+from tests.support.tiny_text_models import TEXT, byte_tokenizer, load_bert, save_bert, with_noise
 
 QUICK = EvaluationConfig(num_samples=10, batch_size=4, context_length=100)
 TEXTS = [line * (1 + i % 4) for i, line in enumerate(TEXT.splitlines()[:30])]
@@ -69,6 +69,26 @@ def test_numbers_are_those_of_texts_run_one_by_one_without_padding(model, inputs
         assert found.samples["output_rel_error"][i] == pytest.approx(float((cand - ref).norm() / ref.norm()), rel=1e-3)
         cosine = torch.nn.functional.cosine_similarity(cand.mean(0), ref.mean(0), dim=0)
         assert found.samples["output_cosine"][i] == pytest.approx(float(cosine), rel=1e-4)
+
+
+def test_a_model_whose_answer_changes_with_padding_is_told_of(model, inputs, tmp_path, capsys):
+    """FNet mixes all tokens and takes no mask; BERT's mask keeps padding out."""
+    from transformers import FNetConfig, FNetModel
+
+    encoder.check(model, inputs)
+    assert "padding" not in capsys.readouterr().err
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "max_position_embeddings": 128}
+    FNetModel(FNetConfig(vocab_size=259, initializer_range=0.3, **sizes)).save_pretrained(tmp_path / "fnet")
+    byte_tokenizer(max_length=128).save_pretrained(tmp_path / "fnet")
+    fnet = load_bert(tmp_path / "fnet", tmp_path / "cache")
+    mixed = encoder_inputs(TEXTS, QUICK, fnet, "dataset=text")
+    encoder.check(fnet, mixed)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "warning: model.path: fnet answers a text otherwise when it is padded (relative difference" in told
+    assert "quantlab.evaluate" in told
+    encoder.check(fnet, mixed.subset(np.flatnonzero(mixed.attention_mask.all(1).numpy())))  # of one length
+    assert "padded" not in capsys.readouterr().err
 
 
 def test_the_split_into_batches_does_not_matter(model, inputs, reference):

@@ -142,6 +142,19 @@ def test_tokens_beyond_the_embedding_are_refused_before_they_are_looked_up(tmp_p
         check(model.with_components({"model": module}))
 
 
+def test_a_model_that_reads_no_text_alone_is_refused_in_words(model):
+    """As BLIP-2 and Kosmos-2, which want a picture with each text."""
+    module = copy.deepcopy(model.components["model"])
+
+    def forward(self, pixel_values, input_ids=None, use_cache=False):
+        raise AssertionError("it is never called with a picture")
+
+    module.forward = MethodType(forward, module)
+    told = r"^model\.path: .*cannot be run on what models of the protocol language are given \(.*'pixel_values'\); "
+    with pytest.raises(ModelError, match=told):
+        check(model.with_components({"model": module}))
+
+
 def test_an_encoder_that_changes_itself_is_refused(tmp_path):
     from quantlab.models import encoder as family
 

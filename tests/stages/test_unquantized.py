@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import quantlab
+from quantlab.modules.holders import holders
 from quantlab.report.said_first import said_first
 from tests.support.tiny_text_models import TEXT, save_llama
 
@@ -164,3 +165,29 @@ def test_terminal_store_and_page_say_it_first(shell):
     (row,) = [r for r in shell.rows(*words[:-3], "backend=quanto", "dtype=int8", kinds).values()]
     assert row["name"] == "quanto int8 +embedding"
     assert row["metrics"]["quantization/coverage"] > 0.7
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_a_weight_that_is_computed_has_a_row_and_is_named(kind):
+    """Weight norm, as EnCodec's convolutions and the positions of Wav2Vec2 have it: no vectors, and of no kind that
+    another key would take."""
+    normed = nn.Conv1d(16, 16, 3) if kind == "conv" else nn.Linear(48, 16)
+    net = nn.Sequential(nn.Linear(16, 16), nn.utils.parametrizations.weight_norm(normed))
+    _, report = quantlab.quantize(net, quantlab.QuantoConfig(weights_dtype="int8"))
+    rows = {row.name: row for row in report.layers}
+    assert (rows["1"].kind, rows["1"].num_weights) == (kind, 768)
+    assert rows["1"].reason.startswith("computed from other parameters at each call")
+    (told,) = report.unquantized
+    assert f"the largest are 1 ({kind}, " in told
+    assert "remove the parametrization" in told
+    assert "layer_kinds" not in told
+
+
+def test_looking_at_a_weight_that_is_computed_changes_nothing_in_it():
+    """Spectral norm goes on with its power iteration whenever its weight is read while it trains."""
+    normed = nn.utils.parametrizations.spectral_norm(nn.Conv1d(16, 16, 3)).train()
+    net = nn.Sequential(nn.Linear(16, 16), normed)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    holders(net)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert all(part.training for part in net.modules())
