@@ -67,5 +67,5 @@ def cosine(candidate: Values, reference: Values, name: str) -> NDArray[np.float6
     import numpy as np
 
     cand, ref = paired_rows(candidate, reference, name)
-    norms = np.sqrt(row_dots(cand, cand)) * np.sqrt(row_dots(ref, ref))
+    norms = np.sqrt(row_dots(cand, cand) * row_dots(ref, ref))  # of equal ones exactly their dot product
     return np.clip(relative(row_dots(cand, ref), norms, name), -1.0, 1.0)

@@ -179,7 +179,7 @@ def in_bounds(value: float, low: float, high: float) -> str:
 def with_half_width(value: float, half: float) -> str:
     """``40.1 ±0.3``; in ``2.3e-6 ±0.3`` the half-width has the value's power of ten, in ``0 ±3e-6`` its own.
 
-    One digit of it is shown, two where the first is a 1.
+    One digit of it is shown, two where the first is a 1; one below the value's last digit has its own power too.
     """
     largest = max(abs(value), half)
     if not half or not math.isfinite(largest):
@@ -189,6 +189,8 @@ def with_half_width(value: float, half: float) -> str:
     if power and abs(float(mantissa)) >= 10:  # 9.8 that is shown without a digit
         power = 0 if power == -4 else power + 1
         mantissa, width = _same_digits(value / 10**power, half / 10**power)
+    if not float(width):
+        return f"{mantissa} ±{_with_power(half, 0)}"  # below the last digit
     if not power:
         return f"{mantissa} ±{width}"
     return f"{mantissa}e{power} ±{width}" if float(mantissa) else f"0 ±{width}e{power}"

@@ -117,3 +117,12 @@ def test_the_mean_of_many_rows_of_one_number_is_the_whole_s_to_the_last_digits()
     cand = ref + 1e-7 * rng.normal(0, 1, ref.size).astype(np.float32)
     whole = float(output_cosine(cand[None], ref[None])[0])
     assert abs(whole_cosine_shares(cand, ref).mean() - whole) < 1e-14
+
+
+def test_equal_outputs_have_the_cosine_1_without_a_digit_of_rounding():
+    """Else the reference's own row has an interval, ``1 (1.000000..1)``."""
+    made = np.random.default_rng(0).normal(size=(500, 37)).astype(np.float32)
+    for size in (1e-30, 1.0, 1e30):
+        outputs = made * np.float32(size)
+        assert (output_cosine(outputs, outputs) == 1).all()
+        assert (output_cosine(4 * outputs, outputs) == 1).all()

@@ -200,6 +200,8 @@ def test_words_of_sentences_and_numbers_stay_whole(rows, width):
         (40.0, 0.96, "40.0 ±1.0"),
         (-0.23, 3.1, "0 ±3"),
         (-0.04, 0.12, "-0.04 ±0.12"),
+        (0.999994, 3.1e-7, "0.999994 ±3e-7"),
+        (1234.5, 2e-9, "1234.500000 ±2e-9"),
     ],
 )
 def test_a_value_with_its_half_width(value, half, text):
