@@ -46,7 +46,14 @@ _OURS = {
     ),
 }
 """Arguments that the recipe has other keys for, and which."""
-_KINDS = {"images": "images", "frames": "frames", "videos": "frames", "audios": "audio", "audio": "audio"}
+_KINDS = {
+    "images": "images",
+    "image": "images",
+    "frames": "frames",
+    "videos": "frames",
+    "audios": "audio",
+    "audio": "audio",
+}
 """Field of what a pipeline returns -> kind of medium."""
 _OF_SHAPES = re.compile(r"shape|must match the (existing )?size|size of tensor|sizes of tensors|invalid for input")
 """What torch says of tensors that do not fit one another, as where an attention takes a mask of one sample alone."""
@@ -164,13 +171,14 @@ def sample(
     pipe, num, states = pipeline_of(model), len(noise), 0
     residence = model.parts.get("residence")
     last: Tensor | None = None
+    makes_videos = frames_argument(known := parameters_of(type(pipe))) in known
     check_sides(pipe, model.parts["denoisers"], asked_sizes(type(pipe), evaluation, model.parts.get("call", {})))
     arguments = _arguments(model, pipe, noise, conditioning, evaluation)
     reuse_prompts(pipe, model, arguments)
 
     def told(_: Tensor, after: Tensor) -> None:
         nonlocal last, states
-        last = by_sample(after, num)
+        last = by_sample(after, num, makes_videos)
         if on_step is not None:
             on_step(states, last)
         states += 1
@@ -255,8 +263,11 @@ def pipeline_of(model: LoadedModel) -> Pipeline:
     return pipe
 
 
-def by_sample(state: Tensor, num: int) -> Tensor:
-    """The scheduler's (k * n, ...) as (n, ...), or (n, k, ...) where k conditions of the samples follow one another."""
+def by_sample(state: Tensor, num: int, makes_videos: bool = False) -> Tensor:
+    """The scheduler's (k * n, ...) as (n, ...), or (n, k, ...) where k conditions of the samples follow one another.
+
+    Where videos are made and rows are pictures, k frames follow one another in each sample.
+    """
     if len(state) == num:
         return state
     if len(state) % num:
@@ -264,6 +275,8 @@ def by_sample(state: Tensor, num: int) -> Tensor:
             f"latent_rel_mse: the scheduler steps {len(state)} rows for {num} samples, so that a row belongs to no "
             "known sample; set evaluation.batch_size=1"
         )
+    if makes_videos and state.ndim == 4:
+        return state.reshape(num, -1, *state.shape[1:])
     return state.reshape(len(state) // num, num, *state.shape[1:]).transpose(0, 1)
 
 

@@ -22,6 +22,12 @@ def test_a_map_of_depths_is_an_image_and_one_of_directions_is_none():
         pipeline_call._media(SimpleNamespace(), {"prediction": depths * 2 - 1}, 2)
 
 
+def test_one_field_may_be_called_in_the_singular():
+    """As of Kandinsky 5."""
+    made = np.random.default_rng(0).random((2, 8, 8, 3)).astype(np.float32)
+    assert pipeline_call._media(SimpleNamespace(), {"image": made}, 2)["images"].shape == (2, 8, 8, 3)
+
+
 def test_several_pictures_a_sample_are_refused_without_a_way_out_that_is_none():
     two = {"images": np.zeros((2, 8, 8, 3), np.float32)}
     with pytest.raises(ModelError, match=r"^model.path: .* for 1 sample, .*; name a pipeline that makes these$"):
