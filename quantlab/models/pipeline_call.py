@@ -216,7 +216,7 @@ def _told_as_ours(model: str, pipeline: str, arguments: Iterable[str], num: int)
         ) from error
     except ConfigError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, LookupError) as error:
         alone = "" if num == 1 else ", or set evaluation.batch_size=1 where it takes one sample at once"
         raise ModelError(
             f"model={model}: {pipeline} refuses what it is given ({_first_line(error)}); "
@@ -302,9 +302,16 @@ def _arguments(
     given = {_argument(TAKEN_FROM[name], known): _given(name, values, one) for name, values in conditioning.items()}
     if "batch_size" in known and given:
         known = {name: parameter for name, parameter in known.items() if name != "batch_size" or "image" not in given}
-    chosen = {k: [v] * num if isinstance(v, str) and "prompt" in k and not one else v for k, v in call.items()}
+    several = {k for k, v in call.items() if isinstance(v, str) and not one and _is_one_each(known[k])}
+    chosen = {k: [v] * num if k in several else v for k, v in call.items()}
     found = {name: value for name, value in asked.items() if name in known and value is not None}
     return {**found, "generator": generators[0] if one else generators, **given, **chosen}
+
+
+def _is_one_each(parameter: inspect.Parameter) -> bool:
+    """Whether several samples get a list of an argument's words: where it takes one, and of what is like a prompt."""
+    takes_list = "list[str]" in str(parameter.annotation).lower()
+    return takes_list or ("prompt" in parameter.name and not parameter.name.startswith("system"))
 
 
 def _given(name: str, values: Sequence[Any], one: bool) -> object:

@@ -37,12 +37,36 @@ def test_several_pictures_a_sample_are_refused_without_a_way_out_that_is_none():
 
 
 @pytest.mark.parametrize(("num", "told"), [(1, r"model\.call$"), (2, r", or set evaluation\.batch_size=1 where")])
-def test_one_sample_alone_is_a_way_out_where_there_are_more(num, told):
+@pytest.mark.parametrize("kind", [ValueError, IndexError])
+def test_one_sample_alone_is_a_way_out_where_there_are_more(num, told, kind):
     with (
         pytest.raises(ModelError, match=rf"^model=a: B refuses what it is given \(no lists yet\); .*{told}"),
         pipeline_call._told_as_ours("a", "B", ["prompt"], num),
     ):
-        raise ValueError("no lists yet")
+        raise kind("no lists yet")
+
+
+class Song:
+    """As ACE-Step and Lumina 2 take words of their own."""
+
+    def __call__(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str = "",
+        lyrics: List[str] | str = "",  # noqa: F821, UP006  as some write it
+        system_prompt: str | None = None,
+        mood: str = "",
+    ): ...
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_words_for_each_sample_are_a_list_where_they_may_be_one(num):
+    words = {name: "la" for name in ("negative_prompt", "lyrics", "system_prompt", "mood")}
+    model = SimpleNamespace(parts={"call": words})
+    given = pipeline_call._arguments(model, Song(), torch.arange(num), {"prompt": ["a"] * num}, EvaluationConfig())
+    lists = {name for name, value in given.items() if value == ["la"] * num}
+    assert lists == (set() if num == 1 else {"negative_prompt", "lyrics"})
+    assert {name for name, value in given.items() if value == "la"} == set(words) - lists
 
 
 class Video:
