@@ -57,6 +57,8 @@ _KINDS = {
 """Field of what a pipeline returns -> kind of medium."""
 _OF_SHAPES = re.compile(r"shape|must match the (existing )?size|size of tensor|sizes of tensors|invalid for input")
 """What torch says of tensors that do not fit one another, as where an attention takes a mask of one sample alone."""
+_NO_WORDS = re.compile(r"Tensor|Image|ndarray")
+"""In the annotation of an argument that no recipe can give."""
 _MAP = "prediction"
 """The field of pipelines that find something out about a picture (a depth at each place): an image, where in [0, 1]."""
 
@@ -130,7 +132,12 @@ def _beyond_data_sets(pipeline: type, known: Mapping[str, inspect.Parameter]) ->
         edits = not {"image", "mask_video"} & set(known) and ("strength" in known or "prompt" not in known)
         if edits or known["video"].default is inspect.Parameter.empty:
             return "a video"
-    return "sound" if {"audio", "prompt"} <= set(known) and "image" not in known else ""
+    if {"audio", "prompt"} <= set(known) and "image" not in known:
+        return "sound"
+    needed = {
+        name: p for name, p in known.items() if p.default is p.empty and name not in (*TAKEN_FROM.values(), *_OURS)
+    }
+    return next((name for name, parameter in needed.items() if _NO_WORDS.search(str(parameter.annotation))), "")
 
 
 def _argument(name: str, known: Collection[str]) -> str:

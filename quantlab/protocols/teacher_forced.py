@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _NOISED_ANEW = ("LCM", "TCD", "SCM", "CMStochastic")
 """In the class names of samplers of consistency models, each of whose steps predicts the end and adds noise to it."""
+_OTHERWISE = (*_NOISED_ANEW, "SASolver", "Inverse")
+"""Those, SA-Solver, which mixes noise and earlier steps by weights of its own, and samplers that end in noise."""
 
 
 def teacher_forced_metrics(
@@ -87,14 +89,15 @@ def integration_levels(scheduler: SchedulerMixin | None, num_steps: int) -> NDAr
     scheduler calls it: d * arctan(sigma / d).
     Sigmas are ``scheduler.sigmas`` where it has them, else computed from ``alphas_cumprod`` at its timesteps, ending
     at 0. A sampler that asks twice for one step (Heun's, PNDM in its first) steps along the mean of both: half the step
-    each. None where there is no such variable: other predictions, or a sampler that goes to the end and noises anew.
+    each. None where there is no such variable: other predictions, or a sampler that goes to the end and noises anew,
+    weighs its steps otherwise, or ends in noise.
     Of those that add some noise at each step (DDPM, ancestral) the levels are the schedule's own, and the latent's
     squared error is up to three times what they make expect.
     """
     import numpy as np
 
     config = getattr(scheduler, "config", {})
-    if config.get("stochastic_sampling") or any(word in type(scheduler).__name__ for word in _NOISED_ANEW):
+    if config.get("stochastic_sampling") or any(word in type(scheduler).__name__ for word in _OTHERWISE):
         return None
     kind = "flow_prediction" if "FlowMatch" in type(scheduler).__name__ else config.get("prediction_type", "epsilon")
     levels, products = (getattr(scheduler, name, None) for name in ("sigmas", "alphas_cumprod"))
