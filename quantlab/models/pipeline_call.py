@@ -7,6 +7,7 @@ scheduler steps, and what it returns is what is compared.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -380,7 +381,8 @@ def _media(pipe: Pipeline, made: Mapping[str, object], num: int) -> dict[str, Te
         found[kind] = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
     if not found or any(len(value) != num for value in found.values()):
         shapes = {name: tuple(value.shape) for name, value in found.items()} or list(made)
-        samples, way_out = ("1 sample", "") if num == 1 else (f"{num} samples", ", or set evaluation.batch_size=1")
+        samples = "1 sample" if num == 1 else f"{num} samples"
+        way_out = ", or set evaluation.batch_size=1" if found and num > 1 else ""
         raise ModelError(
             f"model.path: {type(pipe).__name__} returns {shapes} for {samples}, and what is compared is one image, "
             f"video or sound a sample; name a pipeline that makes these{way_out}"
@@ -401,16 +403,27 @@ def _as_array(value: Any) -> np.ndarray[Any, Any]:
 
 
 def _check_made(pipe: Pipeline, media: Mapping[str, Tensor], arguments: Mapping[str, object]) -> None:
-    """ConfigError for a size or number of frames that was asked for and not made."""
+    """ConfigError for a size or number of frames that was asked for and not made; fewer frames are told.
+
+    Some drop those that stand for the picture they start from: no number of frames is made as it is asked for.
+    """
     shown = media.get("frames", media.get("images"))
     if shown is None:
         return
     frames = frames_argument(arguments)
     made = {"height": shown.shape[-3], "width": shown.shape[-2], frames: shown.shape[1] if shown.ndim == 5 else None}
     for name, size in made.items():
-        asked = arguments.get(name, size)
-        if size is not None and asked != size:
+        asked: Any = arguments.get(name, size)
+        if name == frames and size is not None and size < asked:
+            _tell_dropped(type(pipe).__name__, asked, size)
+        elif size is not None and asked != size:
             raise ConfigError(
                 f"evaluation.{'num_frames' if name == frames else name}={asked}: {type(pipe).__name__} made {size} of "
                 f"it; take {size}"
             )
+
+
+@functools.cache
+def _tell_dropped(pipeline: str, asked: int, made: int) -> None:
+    """Tell it once, whatever the number of batches and candidates."""
+    say(f"evaluation.num_frames={asked}: {pipeline} made {made} of it, which are what is compared", "warning")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantlab.errors import ModelError
+from quantlab.errors import ConfigError, ModelError
 from quantlab.models import pipeline_call
 from quantlab.models.pipeline_sizes import asked_sizes, frames_argument
 from quantlab.protocols.media import tell_of_one_colour
@@ -18,7 +18,7 @@ from quantlab.vocabulary.schema import EvaluationConfig
 def test_a_map_of_depths_is_an_image_and_one_of_directions_is_none():
     depths = np.random.default_rng(0).random((2, 8, 8, 1)).astype(np.float32)
     assert pipeline_call._media(SimpleNamespace(), {"prediction": depths}, 2)["images"].shape == (2, 8, 8, 1)
-    with pytest.raises(ModelError, match=r"^model.path: SimpleNamespace returns \['prediction'\] for 2 samples"):
+    with pytest.raises(ModelError, match=r"^model.path: SimpleNamespace returns \['prediction'\] for .* makes these$"):
         pipeline_call._media(SimpleNamespace(), {"prediction": depths * 2 - 1}, 2)
 
 
@@ -78,6 +78,19 @@ def test_frames_by_any_name():
     assert frames_argument({"frames"}) == "frames"
     sizes = asked_sizes(Video, EvaluationConfig(num_frames=9, height=None, width=32), {})
     assert sizes == {"num_frames": ("evaluation.num_frames", 9)}
+
+
+def test_frames_that_a_pipeline_drops_are_told_once_and_a_size_that_it_rounds_is_refused(capsys):
+    """As HunyuanVideo's image to video, which drops four frames whatever is asked for."""
+    made = {"frames": torch.zeros(1, 5, 8, 8, 3)}
+    for _ in range(2):
+        pipeline_call._check_made(Video(), made, {"video_length": 9, "height": 8})
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("evaluation.num_frames=9: Video made 5 of it, which are what is compared") == 1
+    with pytest.raises(ConfigError, match=r"^evaluation\.num_frames=3: Video made 5 of it; take 5$"):
+        pipeline_call._check_made(Video(), made, {"video_length": 3})
+    with pytest.raises(ConfigError, match=r"^evaluation\.height=9: Video made 8 of it; take 8$"):
+        pipeline_call._check_made(Video(), made, {"height": 9})
 
 
 class InTiles:
