@@ -7,6 +7,7 @@ scheduler steps, and what it returns is what is compared.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -46,10 +47,19 @@ _OURS = {
     ),
 }
 """Arguments that the recipe has other keys for, and which."""
-_KINDS = {"images": "images", "frames": "frames", "videos": "frames", "audios": "audio", "audio": "audio"}
+_KINDS = {
+    "images": "images",
+    "image": "images",
+    "frames": "frames",
+    "videos": "frames",
+    "audios": "audio",
+    "audio": "audio",
+}
 """Field of what a pipeline returns -> kind of medium."""
 _OF_SHAPES = re.compile(r"shape|must match the (existing )?size|size of tensor|sizes of tensors|invalid for input")
 """What torch says of tensors that do not fit one another, as where an attention takes a mask of one sample alone."""
+_NO_WORDS = re.compile(r"Tensor|Image|ndarray")
+"""In the annotation of an argument that no recipe can give."""
 _MAP = "prediction"
 """The field of pipelines that find something out about a picture (a depth at each place): an image, where in [0, 1]."""
 
@@ -123,7 +133,12 @@ def _beyond_data_sets(pipeline: type, known: Mapping[str, inspect.Parameter]) ->
         edits = not {"image", "mask_video"} & set(known) and ("strength" in known or "prompt" not in known)
         if edits or known["video"].default is inspect.Parameter.empty:
             return "a video"
-    return "sound" if {"audio", "prompt"} <= set(known) and "image" not in known else ""
+    if {"audio", "prompt"} <= set(known) and "image" not in known:
+        return "sound"
+    needed = {
+        name: p for name, p in known.items() if p.default is p.empty and name not in (*TAKEN_FROM.values(), *_OURS)
+    }
+    return next((name for name, parameter in needed.items() if _NO_WORDS.search(str(parameter.annotation))), "")
 
 
 def _argument(name: str, known: Collection[str]) -> str:
@@ -164,13 +179,14 @@ def sample(
     pipe, num, states = pipeline_of(model), len(noise), 0
     residence = model.parts.get("residence")
     last: Tensor | None = None
+    makes_videos = frames_argument(known := parameters_of(type(pipe))) in known
     check_sides(pipe, model.parts["denoisers"], asked_sizes(type(pipe), evaluation, model.parts.get("call", {})))
     arguments = _arguments(model, pipe, noise, conditioning, evaluation)
     reuse_prompts(pipe, model, arguments)
 
     def told(_: Tensor, after: Tensor) -> None:
         nonlocal last, states
-        last = by_sample(after, num)
+        last = by_sample(after, num, makes_videos)
         if on_step is not None:
             on_step(states, last)
         states += 1
@@ -208,7 +224,7 @@ def _told_as_ours(model: str, pipeline: str, arguments: Iterable[str], num: int)
         ) from error
     except ConfigError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, LookupError) as error:
         alone = "" if num == 1 else ", or set evaluation.batch_size=1 where it takes one sample at once"
         raise ModelError(
             f"model={model}: {pipeline} refuses what it is given ({_first_line(error)}); "
@@ -255,8 +271,11 @@ def pipeline_of(model: LoadedModel) -> Pipeline:
     return pipe
 
 
-def by_sample(state: Tensor, num: int) -> Tensor:
-    """The scheduler's (k * n, ...) as (n, ...), or (n, k, ...) where k conditions of the samples follow one another."""
+def by_sample(state: Tensor, num: int, makes_videos: bool = False) -> Tensor:
+    """The scheduler's (k * n, ...) as (n, ...), or (n, k, ...) where k conditions of the samples follow one another.
+
+    Where videos are made and rows are pictures, k frames follow one another in each sample.
+    """
     if len(state) == num:
         return state
     if len(state) % num:
@@ -264,6 +283,8 @@ def by_sample(state: Tensor, num: int) -> Tensor:
             f"latent_rel_mse: the scheduler steps {len(state)} rows for {num} samples, so that a row belongs to no "
             "known sample; set evaluation.batch_size=1"
         )
+    if makes_videos and state.ndim == 4:
+        return state.reshape(num, -1, *state.shape[1:])
     return state.reshape(len(state) // num, num, *state.shape[1:]).transpose(0, 1)
 
 
@@ -289,9 +310,16 @@ def _arguments(
     given = {_argument(TAKEN_FROM[name], known): _given(name, values, one) for name, values in conditioning.items()}
     if "batch_size" in known and given:
         known = {name: parameter for name, parameter in known.items() if name != "batch_size" or "image" not in given}
-    chosen = {k: [v] * num if isinstance(v, str) and "prompt" in k and not one else v for k, v in call.items()}
+    several = {k for k, v in call.items() if isinstance(v, str) and not one and _is_one_each(known[k])}
+    chosen = {k: [v] * num if k in several else v for k, v in call.items()}
     found = {name: value for name, value in asked.items() if name in known and value is not None}
     return {**found, "generator": generators[0] if one else generators, **given, **chosen}
+
+
+def _is_one_each(parameter: inspect.Parameter) -> bool:
+    """Whether several samples get a list of an argument's words: where it takes one, and of what is like a prompt."""
+    takes_list = "list[str]" in str(parameter.annotation).lower()
+    return takes_list or ("prompt" in parameter.name and not parameter.name.startswith("system"))
 
 
 def _given(name: str, values: Sequence[Any], one: bool) -> object:
@@ -353,7 +381,8 @@ def _media(pipe: Pipeline, made: Mapping[str, object], num: int) -> dict[str, Te
         found[kind] = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
     if not found or any(len(value) != num for value in found.values()):
         shapes = {name: tuple(value.shape) for name, value in found.items()} or list(made)
-        samples, way_out = ("1 sample", "") if num == 1 else (f"{num} samples", ", or set evaluation.batch_size=1")
+        samples = "1 sample" if num == 1 else f"{num} samples"
+        way_out = ", or set evaluation.batch_size=1" if found and num > 1 else ""
         raise ModelError(
             f"model.path: {type(pipe).__name__} returns {shapes} for {samples}, and what is compared is one image, "
             f"video or sound a sample; name a pipeline that makes these{way_out}"
@@ -374,16 +403,27 @@ def _as_array(value: Any) -> np.ndarray[Any, Any]:
 
 
 def _check_made(pipe: Pipeline, media: Mapping[str, Tensor], arguments: Mapping[str, object]) -> None:
-    """ConfigError for a size or number of frames that was asked for and not made."""
+    """ConfigError for a size or number of frames that was asked for and not made; fewer frames are told.
+
+    Some drop those that stand for the picture they start from: no number of frames is made as it is asked for.
+    """
     shown = media.get("frames", media.get("images"))
     if shown is None:
         return
     frames = frames_argument(arguments)
     made = {"height": shown.shape[-3], "width": shown.shape[-2], frames: shown.shape[1] if shown.ndim == 5 else None}
     for name, size in made.items():
-        asked = arguments.get(name, size)
-        if size is not None and asked != size:
+        asked: Any = arguments.get(name, size)
+        if name == frames and size is not None and size < asked:
+            _tell_dropped(type(pipe).__name__, asked, size)
+        elif size is not None and asked != size:
             raise ConfigError(
                 f"evaluation.{'num_frames' if name == frames else name}={asked}: {type(pipe).__name__} made {size} of "
                 f"it; take {size}"
             )
+
+
+@functools.cache
+def _tell_dropped(pipeline: str, asked: int, made: int) -> None:
+    """Tell it once, whatever the number of batches and candidates."""
+    say(f"evaluation.num_frames={asked}: {pipeline} made {made} of it, which are what is compared", "warning")

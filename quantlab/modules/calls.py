@@ -40,6 +40,8 @@ class Call(TypedDict, total=False):
     """Denoising step; 0 for models without. Whoever records adds it, and which samples the call belongs to."""
     start: int
     stop: int
+    processors: Mapping[str, str]
+    """Part -> class of the attention that a pipeline gave it for this call alone; "" for one that has a state."""
 
 
 @contextmanager
@@ -57,6 +59,7 @@ def recorded_calls(
     calls: list[Call] = []
     pending: list[Call] = []
     dtype = dtype_name(component_dtype(denoiser))
+    own = _processors(denoiser)
 
     def before(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         last_args, last_kwargs = (calls[-1]["args"], calls[-1]["kwargs"]) if calls else (None, None)
@@ -67,6 +70,9 @@ def recorded_calls(
                 f"{key}: {type(denoiser).__name__} takes {error}, which cannot be stored; {way_out}"
             ) from error
         pending.append({"args": given, "kwargs": named, "dtype": dtype})
+        changed = {path: made for path, made in _processors(denoiser).items() if made is not own.get(path)}
+        if changed:
+            pending[-1]["processors"] = {path: _named(made) for path, made in changed.items()}
 
     def after(_: torch.nn.Module, __: tuple[Any, ...], ___: dict[str, Any], output: Any) -> None:
         calls.append({**pending.pop(), "output": _first_tensor(output).detach().to("cpu", copy=True)})
@@ -96,8 +102,49 @@ def replay(module: torch.nn.Module, call: Call, device: str, default_dtype: str 
         # A copy where nothing changes: the record must survive a module that writes into its inputs.
         return value.to(device=device, copy=True) if isinstance(value, torch.Tensor) else None
 
-    with torch.no_grad():
+    with torch.no_grad(), _attending(module, call.get("processors", {})):
         return cast_call(module, replaced(call["args"], placed), replaced(call["kwargs"], placed), source, target)
+
+
+def is_replayable(call: Call) -> bool:
+    """Whether :func:`replay` does what the recorded module did: not where its attention had a state of that call."""
+    return all(call.get("processors", {}).values())
+
+
+def _processors(module: torch.nn.Module) -> dict[str, Any]:
+    """Path -> what computes its attention, of the parts that let it be changed as Diffusers' do."""
+    found = {path: getattr(part, "processor", None) for path, part in module.named_modules()}
+    return {path: made for path, made in found.items() if type(made).__module__.startswith("diffusers.")}
+
+
+def _named(processor: object) -> str:
+    """The class of a processor that is the same wherever it is made of it; "" for another."""
+    from diffusers.models import attention_processor
+
+    made = type(processor)
+    is_known = getattr(attention_processor, made.__name__, None) is made
+    return made.__name__ if is_known and not vars(processor) else ""
+
+
+@contextmanager
+def _attending(module: torch.nn.Module, processors: Mapping[str, str]) -> Iterator[None]:
+    """While open, parts have the attention that a recorded call had; those whose attention had a state, their own."""
+    if not any(processors.values()):
+        yield
+        return
+    from diffusers.models import attention_processor
+
+    changed: list[tuple[Any, Any]] = []
+    try:
+        for path, name in processors.items():
+            if name:
+                part: Any = module.get_submodule(path)
+                changed.append((part, part.processor))
+                part.processor = getattr(attention_processor, name)()
+        yield
+    finally:
+        for part, processor in changed:
+            part.processor = processor
 
 
 def replayed_output(denoiser: torch.nn.Module, call: Call, device: str, default_dtype: str = "float32") -> Tensor:

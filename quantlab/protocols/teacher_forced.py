@@ -10,7 +10,7 @@ from quantlab.errors import MetricUndefined, NotFinite
 from quantlab.metrics.statistics import mean_interval
 from quantlab.metrics.trajectory import step_sqnr_db, weighted_velocity_mse
 from quantlab.models.loaded import LoadedModel
-from quantlab.modules.calls import Call, per_sample, replayed_output
+from quantlab.modules.calls import Call, is_replayable, per_sample, replayed_output
 from quantlab.protocols.defined import defined
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
 from quantlab.protocols.finite import bad_rows
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _NOISED_ANEW = ("LCM", "TCD", "SCM", "CMStochastic")
 """In the class names of samplers of consistency models, each of whose steps predicts the end and adds noise to it."""
+_OTHERWISE = (*_NOISED_ANEW, "SASolver", "Inverse")
+"""Those, SA-Solver, which mixes noise and earlier steps by weights of its own, and samplers that end in noise."""
 
 
 def teacher_forced_metrics(
@@ -87,14 +89,15 @@ def integration_levels(scheduler: SchedulerMixin | None, num_steps: int) -> NDAr
     scheduler calls it: d * arctan(sigma / d).
     Sigmas are ``scheduler.sigmas`` where it has them, else computed from ``alphas_cumprod`` at its timesteps, ending
     at 0. A sampler that asks twice for one step (Heun's, PNDM in its first) steps along the mean of both: half the step
-    each. None where there is no such variable: other predictions, or a sampler that goes to the end and noises anew.
+    each. None where there is no such variable: other predictions, or a sampler that goes to the end and noises anew,
+    weighs its steps otherwise, or ends in noise.
     Of those that add some noise at each step (DDPM, ancestral) the levels are the schedule's own, and the latent's
     squared error is up to three times what they make expect.
     """
     import numpy as np
 
     config = getattr(scheduler, "config", {})
-    if config.get("stochastic_sampling") or any(word in type(scheduler).__name__ for word in _NOISED_ANEW):
+    if config.get("stochastic_sampling") or any(word in type(scheduler).__name__ for word in _OTHERWISE):
         return None
     kind = "flow_prediction" if "FlowMatch" in type(scheduler).__name__ else config.get("prediction_type", "epsilon")
     levels, products = (getattr(scheduler, name, None) for name in ("sigmas", "alphas_cumprod"))
@@ -124,6 +127,11 @@ def _velocities(
 
     batches: dict[int, list[tuple[Call, Tensor]]] = {}
     for call in calls:
+        if not is_replayable(call):
+            raise MetricUndefined(
+                "step_sqnr_db: the pipeline gives its denoiser an attention with a state while it runs, and recorded "
+                "calls cannot be repeated with it; look at step_divergence"
+            )
         num = call["stop"] - call["start"]
         denoiser = model.components[call.get("component", model.parts["denoisers"][0])]
         output = per_sample(replayed_output(denoiser, call, model.device, model.dtype), num)
@@ -149,8 +157,16 @@ def _pair(batch: Sequence[tuple[Call, Tensor]]) -> tuple[Tensor, Tensor]:
     candidate = torch.cat([output for _, output in batch], dim=1)
     reference = torch.cat([per_sample(call["output"].float(), num) for call, _ in batch], dim=1)
     given = next((call["velocity"] for call, _ in batch if "velocity" in call), None)
-    velocity = None if given is None else given[:num].reshape(num, -1)
+    velocity = None if given is None else _as_predicted(given, batch[0][0]["output"], num).reshape(num, -1)
     if velocity is not None and reference.shape[2] > velocity.shape[1]:
         # The other channels are variances, or the other tokens those of a picture that was given.
         candidate, reference = (part[..., : velocity.shape[1]] for part in (candidate, reference))
     return guided(candidate, reference, velocity, width=int(batch[0][0]["output"].shape[-1]))
+
+
+def _as_predicted(velocity: Tensor, prediction: Tensor, num: int) -> Tensor:
+    """What the scheduler was given, (n, ...) in a prediction's order: where a video (k * n, channels, frames, ...) was
+    predicted, some schedulers step the frames of each sample as rows."""
+    if prediction.ndim == 5 and velocity.ndim == 4 and len(velocity) == num * prediction.shape[2]:
+        return velocity.reshape(num, -1, *velocity.shape[1:]).transpose(1, 2)
+    return velocity[:num]

@@ -395,6 +395,8 @@ def test_what_can_do_without_a_video_is_run():
             ("WanVideoToVideoPipeline", "VideoToVideoSDPipeline", "LTXLatentUpsamplePipeline"), False
         ).items(),
         *dict.fromkeys(("LEditsPPPipelineStableDiffusion", "AnimateDiffControlNetPipeline"), False).items(),
+        *dict.fromkeys(("KandinskyV22Pipeline", "StableCascadeDecoderPipeline", "WanAnimatePipeline"), False).items(),
+        *dict.fromkeys(("PaintByExamplePipeline", "KandinskyV22ControlnetPipeline"), False).items(),
         *dict.fromkeys(
             ("WanPipeline", "HeliosPipeline", "CosmosVideoToWorldPipeline", "AnyFlowPipeline"), True
         ).items(),

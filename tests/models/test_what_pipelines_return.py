@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantlab.errors import ModelError
+from quantlab.errors import ConfigError, ModelError
 from quantlab.models import pipeline_call
 from quantlab.models.pipeline_sizes import asked_sizes, frames_argument
 from quantlab.protocols.media import tell_of_one_colour
@@ -18,8 +18,14 @@ from quantlab.vocabulary.schema import EvaluationConfig
 def test_a_map_of_depths_is_an_image_and_one_of_directions_is_none():
     depths = np.random.default_rng(0).random((2, 8, 8, 1)).astype(np.float32)
     assert pipeline_call._media(SimpleNamespace(), {"prediction": depths}, 2)["images"].shape == (2, 8, 8, 1)
-    with pytest.raises(ModelError, match=r"^model.path: SimpleNamespace returns \['prediction'\] for 2 samples"):
+    with pytest.raises(ModelError, match=r"^model.path: SimpleNamespace returns \['prediction'\] for .* makes these$"):
         pipeline_call._media(SimpleNamespace(), {"prediction": depths * 2 - 1}, 2)
+
+
+def test_one_field_may_be_called_in_the_singular():
+    """As of Kandinsky 5."""
+    made = np.random.default_rng(0).random((2, 8, 8, 3)).astype(np.float32)
+    assert pipeline_call._media(SimpleNamespace(), {"image": made}, 2)["images"].shape == (2, 8, 8, 3)
 
 
 def test_several_pictures_a_sample_are_refused_without_a_way_out_that_is_none():
@@ -31,12 +37,36 @@ def test_several_pictures_a_sample_are_refused_without_a_way_out_that_is_none():
 
 
 @pytest.mark.parametrize(("num", "told"), [(1, r"model\.call$"), (2, r", or set evaluation\.batch_size=1 where")])
-def test_one_sample_alone_is_a_way_out_where_there_are_more(num, told):
+@pytest.mark.parametrize("kind", [ValueError, IndexError])
+def test_one_sample_alone_is_a_way_out_where_there_are_more(num, told, kind):
     with (
         pytest.raises(ModelError, match=rf"^model=a: B refuses what it is given \(no lists yet\); .*{told}"),
         pipeline_call._told_as_ours("a", "B", ["prompt"], num),
     ):
-        raise ValueError("no lists yet")
+        raise kind("no lists yet")
+
+
+class Song:
+    """As ACE-Step and Lumina 2 take words of their own."""
+
+    def __call__(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str = "",
+        lyrics: List[str] | str = "",  # noqa: F821, UP006  as some write it
+        system_prompt: str | None = None,
+        mood: str = "",
+    ): ...
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_words_for_each_sample_are_a_list_where_they_may_be_one(num):
+    words = {name: "la" for name in ("negative_prompt", "lyrics", "system_prompt", "mood")}
+    model = SimpleNamespace(parts={"call": words})
+    given = pipeline_call._arguments(model, Song(), torch.arange(num), {"prompt": ["a"] * num}, EvaluationConfig())
+    lists = {name for name, value in given.items() if value == ["la"] * num}
+    assert lists == (set() if num == 1 else {"negative_prompt", "lyrics"})
+    assert {name for name, value in given.items() if value == "la"} == set(words) - lists
 
 
 class Video:
@@ -48,6 +78,19 @@ def test_frames_by_any_name():
     assert frames_argument({"frames"}) == "frames"
     sizes = asked_sizes(Video, EvaluationConfig(num_frames=9, height=None, width=32), {})
     assert sizes == {"num_frames": ("evaluation.num_frames", 9)}
+
+
+def test_frames_that_a_pipeline_drops_are_told_once_and_a_size_that_it_rounds_is_refused(capsys):
+    """As HunyuanVideo's image to video, which drops four frames whatever is asked for."""
+    made = {"frames": torch.zeros(1, 5, 8, 8, 3)}
+    for _ in range(2):
+        pipeline_call._check_made(Video(), made, {"video_length": 9, "height": 8})
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("evaluation.num_frames=9: Video made 5 of it, which are what is compared") == 1
+    with pytest.raises(ConfigError, match=r"^evaluation\.num_frames=3: Video made 5 of it; take 5$"):
+        pipeline_call._check_made(Video(), made, {"video_length": 3})
+    with pytest.raises(ConfigError, match=r"^evaluation\.height=9: Video made 8 of it; take 8$"):
+        pipeline_call._check_made(Video(), made, {"height": 9})
 
 
 class InTiles:

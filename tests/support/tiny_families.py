@@ -87,6 +87,8 @@ FAMILIES: dict[str, TinyFamily] = {
     "chroma": TinyFamily(build=images.chroma),
     "aura_flow": TinyFamily(build=images.aura_flow),
     "kandinsky_2_2": TinyFamily(build=unets.kandinsky_2_2, evaluation={"height": 64, "width": 64}),
+    "stable_diffusion_pag": TinyFamily(build=unets.stable_diffusion_pag, call={"pag_scale": 2.0}),
+    "text_to_video": TinyFamily(build=unets.text_to_video, evaluation={"num_frames": 3}, medium="frames"),
     "stable_diffusion_img2img": TinyFamily(
         build=unets.stable_diffusion_img2img, dataset="image_prompts", call={"strength": 0.7}
     ),

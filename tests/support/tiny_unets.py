@@ -54,6 +54,32 @@ def stable_diffusion() -> Any:
     return _stable_diffusion("StableDiffusionPipeline")
 
 
+def stable_diffusion_pag() -> Any:
+    """Perturbed attention: while it runs it gives its UNet's attention other processors, and its own back afterwards."""
+    return _stable_diffusion("StableDiffusionPAGPipeline", pag_applied_layers="mid")
+
+
+def text_to_video() -> Any:
+    """Its scheduler steps the frames of all samples as rows, its UNet answers whole videos."""
+    from diffusers import TextToVideoSDPipeline, UNet3DConditionModel
+
+    unet = seeded(
+        0,
+        UNet3DConditionModel,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        sample_size=16,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=2,
+    )
+    parts = _stable_diffusion("StableDiffusionPipeline").components
+    kept = {name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
+    return TextToVideoSDPipeline(unet=unet, **kept)
+
+
 def stable_diffusion_img2img() -> Any:
     return _stable_diffusion("StableDiffusionImg2ImgPipeline")
 
