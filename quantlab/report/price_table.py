@@ -153,9 +153,12 @@ def verdict_lines(price: Price) -> Iterator[str]:
     had = [f"{price.budget[key] / GIB:.4g} GiB on the {name}" for key, name in _PLACES if key in price.budget]
     if price.placement:
         largest = max(price.phases[price.placement], key=lambda p: p.device_bytes)
-        yield f"fits {' and '.join(had)}: {price.placement}, at most {_gib(largest.device_bytes)} GiB ({largest.name})"
+        found = (
+            f"fits {' and '.join(had)}: {price.placement}, at most {_gib(largest.device_bytes)} GiB ({largest.name})"
+        )
     else:
-        yield f"does not fit {' and '.join(had)}{f'; {price.advice}' if price.advice else ''}"
+        found = f"does not fit {' and '.join(had)}"
+    yield "; ".join([found, *([price.advice] if price.advice else [])])
 
 
 _PLACES = (("device_bytes", "device"), ("host_bytes", "host"))

@@ -131,7 +131,8 @@ class Price:
     budget: Mapping[str, int] = field(default_factory=dict)
     """``device_bytes`` and ``host_bytes`` that there are, as far as they are known."""
     advice: str = ""
-    """The nearest change that would fit, where nothing does."""
+    """Where nothing fits, the nearest change that would; where a run would not come to ``placement`` by itself, what to
+    type."""
     refused: tuple[str, ...] = ()
     """Why this combination cannot run."""
 
