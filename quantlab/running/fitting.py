@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from quantlab.backends.scheme import Scheme
 from quantlab.backends.table import offers
@@ -153,7 +154,7 @@ def _with_dtype(job: Job, key: str, dtype: str) -> Iterator[Change]:
     start, node = f"{COMPONENTS}.{key}." if key else "", _node(job, key)
     dropped = [name for name in _OF_THE_DTYPE if getattr(node, name) != "auto"]
     for names in ([], dropped) if dropped else ([],):
-        axes = {"dtype": dtype, **dict.fromkeys(names, "auto")}
+        axes: dict[str, Any] = {"dtype": dtype, **dict.fromkeys(names, "auto")}
         try:
             found = decided(replace(node, **axes), ("backend", "dtype"))
         except (ConfigError, MissingPackage):
@@ -170,7 +171,8 @@ def _node(job: Job, key: str) -> QuantizationAxes:
         return job.config.quantization
     node, row = component_nodes(job.config)[key], job.schemes[key].row
     usual = {"activation_dtype": row.activation_dtypes[0], "algorithm": row.algorithms[0]}
-    return replace(node, **{name: "auto" for name, value in usual.items() if getattr(node, name) == value})
+    is_open: dict[str, Any] = {name: "auto" for name, value in usual.items() if getattr(node, name) == value}
+    return replace(node, **is_open)
 
 
 def _with_node(job: Job, key: str, found: Decided, schemes: Mapping[str, Scheme]) -> Job:
@@ -190,7 +192,7 @@ def _wider(words: Sequence[str], job: Job, key: str, name: str, done: Sequence[s
         yield (*words, f"model.components=[{','.join(names)}]"), replace(job, config=wide)
         return
     axes = job.schemes[key].axes
-    said = {"backend": axes.backend, "dtype": axes.dtype}
+    said: dict[str, Any] = {"backend": axes.backend, "dtype": axes.dtype}
     try:
         found = decided(node_class(axes.backend)(**said), ("backend", "dtype"))
     except (ConfigError, MissingPackage):
