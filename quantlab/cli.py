@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 from quantlab.commands import (
     agree,
-    can_ask,
     export_reference,
     run,
     show_comparison,
     show_configs,
+    show_dry_run,
     show_export,
     show_first_recipe,
     show_list,
@@ -282,9 +282,7 @@ def _dispatch(words: list[str], is_last: bool) -> int:
     if "--cfg" in flags:
         return show_configs(request)
     if request.dry_run:
-        from quantlab.running.dry_run import show_jobs
-
-        return show_jobs(request, "--trust" in flags, can_ask())
+        return show_dry_run(request, flags)
     agree(request, "--trust" in flags)
     return run(request, flags)
 

@@ -273,6 +273,17 @@ def columns_of(flags: set[str]) -> list[str]:
     return [name for word in chosen for name in word.split(",") if name]
 
 
+def show_dry_run(request: Plan, flags: set[str]) -> int:
+    """Print what would run, and which columns the table of it could not have."""
+    from quantlab.report.table import no_columns
+    from quantlab.running.dry_run import show_jobs
+
+    code = show_jobs(request, "--trust" in flags, can_ask())
+    for line in no_columns(columns_of(flags)):
+        tell(terminal(), line)
+    return code
+
+
 def run(request: Plan, flags: set[str]) -> int:
     """Run the jobs and show the table; 1 when a job failed."""
     from quantlab.report.attribution import attribution_sheet

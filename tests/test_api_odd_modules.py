@@ -264,3 +264,29 @@ def test_a_data_class_is_looked_into():
     assert set(row.measurements.resolved["output_rel_errors"].replace(":", "").split(", ")[0].split()) & {"prediction"}
     assert row.measurements.resolved["compared_output"] in ("prediction", "parts.1.twice")
     assert 0 < row.quality["output_rel_error"].value < 0.05
+
+
+class Iterating(OneLinear):
+    """Its first layer's weight goes through a step of power iteration whenever it is read in train mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(64, 64))
+
+    def forward(self, x):
+        return self.linear(self.first(x))
+
+
+@pytest.mark.parametrize("inputs", [[], [X]], ids=["unseen", "run once"])
+def test_a_module_in_train_mode_is_as_it_was_when_it_is_quantized(inputs):
+    module = Iterating().train()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    made, _ = quantlab.quantize(module, INT8, inputs=inputs)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert all(part.training for part in module.modules())
+    assert not any(part.training for part in made.modules())
+    with torch.no_grad():
+        wanted, found = module.eval()(X), made(X)
+    measured = quantlab.evaluate(module, [INT8], [X], num_bootstrap=10, floors=False)[-1]
+    error = ((found - wanted).norm(dim=1) / wanted.norm(dim=1)).mean().item()
+    assert error == pytest.approx(measured.quality["output_rel_error"].value, rel=1e-4)

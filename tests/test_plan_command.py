@@ -59,6 +59,21 @@ def test_no_shipped_recipe_has_a_scheme_that_fails(recipe):
         assert not price.refused or not price.components or mismatch == {"skip"}
 
 
+def test_a_format_that_is_stored_wider_than_it_says_is_marked_as_in_a_run(capsys):
+    words = ["model=qwen3_0_6b", "device=cpu"]
+    own = "components.model={backend: torchao, dtype: int4}"
+    for asked in ([*words, own], [*words, "backend=torchao", "dtype=int4"]):
+        _, out = run(capsys, *asked)
+        assert len([line for line in out.splitlines() if "│" in line and "~" in line]) == 3  # codes, all, total
+        assert "~ simulated: stored wider than the dtype says" in out
+        [price] = json.loads(run(capsys, *asked, "--json")[1])
+        assert price["is_simulated"] is price["components"][0]["is_simulated"] is True
+    _, out = run(capsys, *words, "-m", "backend=quanto,torchao", "dtype=int4")
+    assert [line.split("│")[2].strip()[:1] == "~" for line in out.splitlines() if " int4 " in line] == [False, True]
+    [price] = json.loads(run(capsys, "model=qwen3_0_6b", "backend=torchao", "dtype=int4", "--json")[1])
+    assert price["is_simulated"] is False, "packed on CUDA"
+
+
 def test_nothing_possible_is_a_bad_request(capsys):
     assert run(capsys, "model=qwen3_0_6b", "backend=quanto", "dtype=nf4")[0] == 2
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
+
 from quantlab.backends.scheme import Scheme
 from quantlab.errors import ConfigError
 from quantlab.models.table import family_of
@@ -62,3 +66,24 @@ def check_streamed(scheme: Scheme, placement: str) -> None:
         f"memory.placement={placement}: {axes.backend} wants the whole model while it measures {what}; pass "
         f"memory.placement=resident, or {'activation_dtype=none' if of_activations else 'algorithm=max'}"
     )
+
+
+def is_possible(config: ExperimentConfig, placement: str) -> bool:
+    """Whether models of the family may have a placement."""
+    try:
+        check_family(replace(config, memory=replace(config.memory, placement=placement)))
+    except ConfigError:
+        return False
+    return True
+
+
+def by_itself(
+    sizes: Mapping[str, int], budget: int, *, is_pipeline: bool, is_read_again: bool = True
+) -> Literal["", "alone", "group_offload"]:
+    """How a model of parts with these bytes is run on a device of ``budget`` where nobody says; "": whole.
+
+    ``is_read_again``: its parts were read from files, which layers that come and go in groups need.
+    """
+    if max(sizes.values()) > budget and is_read_again:
+        return "group_offload"
+    return "alone" if is_pipeline and sum(sizes.values()) > budget else ""

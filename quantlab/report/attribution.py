@@ -67,7 +67,7 @@ _TOGETHER = "all together"
 
 def _bytes(metrics: Mapping[str, float], name: str) -> tuple[str, str]:
     weights, saved = metrics.get(f"memory/{name}/weights_bytes", 0), metrics.get(f"memory/{name}/saved_bytes", 0)
-    return mib(weights), mib(saved)
+    return f"{'~' if metrics.get(f'memory/{name}/is_simulated') else ''}{mib(weights)}", mib(saved)
 
 
 def _qualities(metrics: Mapping[str, float], name: str, shown: Sequence[str]) -> Iterator[str]:

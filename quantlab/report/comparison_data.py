@@ -89,6 +89,7 @@ class Cost(TypedDict):
     component: str
     weights_bytes: float | None
     saved_bytes: float | None
+    is_simulated: bool
     alone: Numbers
     on_top: Numbers | None
 
@@ -163,6 +164,7 @@ def costs(runs: Sequence[StoredRun], metric: str) -> list[Cost]:
             "component": name,
             "weights_bytes": run.metrics.get(f"memory/{name}/weights_bytes"),
             "saved_bytes": run.metrics.get(f"memory/{name}/saved_bytes"),
+            "is_simulated": bool(run.metrics.get(f"memory/{name}/is_simulated")),
             "alone": _at(run, f"{ALONE}/{name}/{metric}"),
             "on_top": _at(run, on_top) if (on_top := f"{ON_TOP}/{name}/{metric}") in run.metrics else None,
         }

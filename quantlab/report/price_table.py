@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
+from quantlab.report.table import MARKS
 from quantlab.report.terminal import Column, Sheet
 from quantlab.vocabulary.prices import Kept, Phase, Price
 from quantlab.vocabulary.reports import bits_per_weight
@@ -12,6 +13,7 @@ from quantlab.vocabulary.reports import bits_per_weight
 GIB, MIB = 2**30, 2**20
 MAX_KEPT = 6
 MAX_MODULES = 3
+SIMULATED = MARKS["~"]
 ESTIMATE = "weights exactly, activations estimated"
 
 
@@ -56,7 +58,7 @@ def _parts(price: Price) -> Sheet:
         Column(title="dtype", is_text=True, keep=6),
         Column(title="parameters", keep=5),
         Column(title="bytes", keep=3),
-        Column(title=unit, keep=8),
+        Column(title=unit, keep=8, caption=SIMULATED if price.is_simulated else ""),
         Column(title="bits/weight", keep=7),
     ]
     rows, ends = [], []
@@ -65,18 +67,21 @@ def _parts(price: Price) -> Sheet:
         for i, (what, dtype, parameters, num_bytes) in enumerate(kinds):
             bits = f"{8 * num_bytes / parameters:.3f}" if parameters and what == "codes" else ""
             first = part.name if not i else ""
-            rows.append([first, what, dtype, _num(parameters), _num(num_bytes), _said(num_bytes, unit), bits])
+            size = _mark(part.is_simulated and what == "codes") + _said(num_bytes, unit)
+            rows.append([first, what, dtype, _num(parameters), _num(num_bytes), size, bits])
         bits = f"{part.memory.bits_per_weight:.3f}"
         if part.bits_per_quantized_weight is not None:
             bits += f" ({part.bits_per_quantized_weight:.3f})"
         total = part.memory.weights_bytes
         first = "" if kinds else part.name
-        rows.append([first, "all", "", _num(part.memory.num_parameters), _num(total), _said(total, unit), bits])
+        size = _mark(part.is_simulated) + _said(total, unit)
+        rows.append([first, "all", "", _num(part.memory.num_parameters), _num(total), size, bits])
         ends.append(len(rows) - 1)
     parameters = sum(p.memory.num_parameters for p in price.components)
     whole = bits_per_weight(p.memory for p in price.components)
     bits = f"{whole:.3f}" if whole else ""
-    rows.append(["total", "", "", _num(parameters), _num(price.total_bytes), _said(price.total_bytes, unit), bits])
+    size = _mark(price.is_simulated) + _said(price.total_bytes, unit)
+    rows.append(["total", "", "", _num(parameters), _num(price.total_bytes), size, bits])
     told = "bits/weight: of the component (of its quantized weights, scales included)"
     return Sheet(columns=columns, rows=rows, sections=frozenset(ends), title=(price.name,), caption=[told])
 
@@ -153,9 +158,12 @@ def verdict_lines(price: Price) -> Iterator[str]:
     had = [f"{price.budget[key] / GIB:.4g} GiB on the {name}" for key, name in _PLACES if key in price.budget]
     if price.placement:
         largest = max(price.phases[price.placement], key=lambda p: p.device_bytes)
-        yield f"fits {' and '.join(had)}: {price.placement}, at most {_gib(largest.device_bytes)} GiB ({largest.name})"
+        found = (
+            f"fits {' and '.join(had)}: {price.placement}, at most {_gib(largest.device_bytes)} GiB ({largest.name})"
+        )
     else:
-        yield f"does not fit {' and '.join(had)}{f'; {price.advice}' if price.advice else ''}"
+        found = f"does not fit {' and '.join(had)}"
+    yield "; ".join([found, *([price.advice] if price.advice else [])])
 
 
 _PLACES = (("device_bytes", "device"), ("host_bytes", "host"))
@@ -166,7 +174,7 @@ def _grid(prices: Sequence[Price]) -> Sheet:
     is_limited = any(p.budget for p in prices)
     columns = [
         Column(title="scheme", is_text=True),
-        Column(title="weights", keep=8),
+        Column(title="weights", keep=8, caption=SIMULATED if any(p.is_simulated for p in prices) else ""),
         Column(title="bits/weight", keep=6),
         *(Column(title=name, keep=5) for name in placements),
         *([Column(title="fits", is_text=True, keep=7)] if is_limited else []),
@@ -179,8 +187,14 @@ def _grid(prices: Sequence[Price]) -> Sheet:
         phases = [price.phases.get(name, ()) for name in placements]
         largest = [_said(max(p.device_bytes for p in known), unit) if known else "" for known in phases]
         fits = [price.placement or "no"] if price.budget else [""]
-        rows.append([price.name, _said(price.total_bytes, unit), bits, *largest, *(fits if is_limited else [])])
+        size = _mark(price.is_simulated) + _said(price.total_bytes, unit)
+        rows.append([price.name, size, bits, *largest, *(fits if is_limited else [])])
     return Sheet(columns=columns, rows=rows, caption=[f"{unit}; the phases' largest: {ESTIMATE}"])
+
+
+def _mark(is_simulated: bool) -> str:
+    """What a row of a run begins its bytes with, too."""
+    return "~" if is_simulated else ""
 
 
 def _num(value: int) -> str:

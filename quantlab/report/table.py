@@ -319,6 +319,25 @@ def _way_to(name: str, known: set[str]) -> str:
     return "; evaluation.speed=true measures it" if is_of_speed else nearest(name, known)
 
 
+_GROUPS = ("quality", "memory", "perf", "quantization", "calibration", "export")
+_OF_TIMES = ("_s", "_ms", "_per_token", "_p90", "_bytes", "representative", "speed_repeats", "speed_warm_up")
+"""How names end behind ``perf/``, and behind the names of stages."""
+
+
+def no_columns(names: Sequence[str]) -> list[str]:
+    """A sentence for each name that no row can ever have as a metric: known before anything is measured."""
+    known = {*METRICS, *(f"{name}{end}" for name in OF_SPEED for end in ("", "_p90"))}
+    told = []
+    for name in names:
+        group, _, rest = name.rpartition("/") if name.count("/") == 1 else ("", "", name)
+        is_deep = name.count("/") > 1 and name.startswith(_GROUPS)
+        is_known = rest in known or (group in ("", "perf") and rest.endswith(_OF_TIMES))
+        if not (is_deep or is_known or group in ("memory", "quantization", "calibration", "export")):
+            found = nearest(rest, known) or "; quantlab list metrics shows them"
+            told.append(f"--columns {name}: no metric is called so{found}")
+    return told
+
+
 def sheet_columns(shown: Sequence[str], first: str = "") -> list[Column]:
     """:func:`columns` for a terminal; of the metrics ``first`` stays longest, or else the first one."""
     keep = {title_of(m): 7 if m == (first or shown[0]) else 5 - min(i, 1) for i, m in enumerate(shown)}

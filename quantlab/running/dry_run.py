@@ -17,6 +17,7 @@ from quantlab.running.engines.table import check_cluster
 from quantlab.running.foreseen import Foreseen, foreseen
 from quantlab.running.refusals import check_request, check_surroundings, refused_here
 
+_OF_A_SEARCH = "sweep.search"
 _OF_THE_SWEEP = ("sweep.dry_run", "sweep.candidates", "sweep.grid")
 
 
@@ -99,7 +100,9 @@ def alone(job: Job, request: Plan, is_resumed: bool, trust: bool) -> str:
     words = [f"recipe={recipe.stem if recipes().get(recipe.stem) == recipe else recipe}"] if recipe else []
     words += ["sweep.candidates=[]"] if recipe and sweep.candidates else []
     words += ["sweep.grid={}"] if recipe and sweep.grid else []
-    own = [w for w in job.overrides if w.lstrip("+").partition("=")[0] not in _OF_THE_SWEEP]
+    words += ["sweep.search.num_trials=0"] if recipe and sweep.search.num_trials else []
+    keys = {word: word.lstrip("+").partition("=")[0] for word in job.overrides}
+    own = [w for w in job.overrides if keys[w] not in _OF_THE_SWEEP and not keys[w].startswith(_OF_A_SEARCH)]
     flags = [*(["-m"] if is_resumed else []), *(["--trust"] if trust and request.asked_for else [])]
     return shlex.join(["quantlab", *flags, *words, *map(_as_typed, own)])
 

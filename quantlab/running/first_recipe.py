@@ -193,7 +193,7 @@ def _candidate(book: Book, job: Job, backend: str, bits: int) -> Found:
                 if price.why_refused:
                     why = price.why_refused[0]
                     continue
-                sizes = _sizes(price, is_simulated=job.config.device in row.is_simulated_on)
+                sizes = _sizes(price)
                 taken = sum(part.quantized_parameters for part in price.components)
                 if mismatch == "error":
                     return Found(keys=said, note=sizes)
@@ -224,11 +224,11 @@ def _scheme(keys: Mapping[str, Any]) -> Scheme:
     return scheme
 
 
-def _sizes(price: Price, *, is_simulated: bool = False) -> str:
+def _sizes(price: Price) -> str:
     done = [part for part in price.components if part.scheme]
     bits = bits_per_weight(p.memory for p in done)
     of_layers = next((p.bits_per_quantized_weight for p in done if p.bits_per_quantized_weight is not None), bits)
-    mark, told = ("~", f" ({SIMULATED})") if is_simulated else ("", "")
+    mark, told = ("~", f" ({SIMULATED})") if price.is_simulated else ("", "")
     return f"{bits:.2f} ({of_layers:.2f}) bits/weight, {mark}{price.total_bytes / MIB:,.1f} MiB{told}"
 
 

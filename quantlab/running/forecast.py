@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from quantlab.backends.scheme import Scheme, scheme_of
-from quantlab.backends.table import loggers, offers
-from quantlab.errors import ConfigError, MissingPackage, nearest
+from quantlab.backends.scheme import Scheme
+from quantlab.backends.table import loggers
+from quantlab.errors import ConfigError, nearest
 from quantlab.models.outline import Outline
 from quantlab.models.outlines import outline
 from quantlab.models.spared import spared
@@ -21,18 +21,18 @@ from quantlab.modules.device import free_bytes
 from quantlab.modules.read_in_source import reads_in_source
 from quantlab.modules.remembered import remembered
 from quantlab.planning.architectures import shipped_architecture
-from quantlab.planning.components import DEFAULT, check_contradiction, told
+from quantlab.planning.components import check_contradiction, told
 from quantlab.planning.job import Job, Plan, scheme_name
+from quantlab.planning.placing import is_possible
 from quantlab.planning.words import COMPONENTS
 from quantlab.quiet import quiet_libraries
+from quantlab.running.fitting import Fitting
 from quantlab.running.phases import phases
 from quantlab.running.shares import spread_phases
 from quantlab.stages.price import price_component
 from quantlab.stages.select import QuantizationRequest
-from quantlab.vocabulary.axes import QuantizationAxes
-from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, DTYPES
 from quantlab.vocabulary.native import canonical_json
-from quantlab.vocabulary.prices import ComponentPrice, Phase, Price, Share
+from quantlab.vocabulary.prices import ComponentPrice, Price, Share
 from quantlab.vocabulary.schema import ExperimentConfig
 
 if TYPE_CHECKING:
@@ -91,10 +91,9 @@ def price_of(book: Book, job: Job) -> Price:
     price = replace(price, budget=budget)
     if not budget:
         return price
-    placed = replace(price, placement=_placement(price, budget, job.config.memory.placement))
-    if placed.placement:
-        return placed
-    return replace(placed, advice=_advice(book, job, price))
+    found = Fitting(outline=book.outline, price=lambda other: _price(book, other), budget=budget)
+    placement = found.placement(job, price)
+    return replace(price, placement=placement, advice=found.advice(job, price, placement))
 
 
 def bytes_to_run(job: Job) -> dict[str, int]:
@@ -131,7 +130,7 @@ def _price(book: Book, job: Job) -> Price:
         device=device,
         compute_dtype=_joined(made.dtype if a.compute_dtype == "auto" else a.compute_dtype for a in axes),
         components=tuple(components),
-        phases=rows,
+        phases={name: found for name, found in rows.items() if is_possible(job.config, name)},
         shares=shares,
     )
 
@@ -235,113 +234,3 @@ def _budget(config: ExperimentConfig, device: str) -> dict[str, int]:
     if config.memory.host_gib is not None:
         found["host_bytes"] = int(config.memory.host_gib * GIB)
     return found
-
-
-def _placement(price: Price, budget: Mapping[str, int], asked: str) -> str:
-    """The first placement whose phases all fit; "" where none does."""
-    if price.why_refused:
-        return ""
-    for name, rows in price.phases.items():
-        if (asked == name or (asked == "auto" and name != "spread")) and not _short(rows, budget):
-            return name
-    return ""
-
-
-def _short(rows: Sequence[Phase], budget: Mapping[str, int]) -> str:
-    """The first phase that does not fit; "" where all do."""
-    for phase in rows:
-        for key in ("device_bytes", "host_bytes"):
-            if key in budget and getattr(phase, key) > budget[key]:
-                return phase.name
-    return ""
-
-
-def _advice(book: Book, job: Job, price: Price) -> str:
-    """The nearest change that would fit: a placement, a narrower dtype, another component; else what is missing."""
-    budget = price.budget
-    if price.why_refused:
-        return ""
-    if job.config.memory.placement != "auto" and (other := _placement(price, budget, "auto")):
-        return f"memory.placement={other} fits"
-    for words, changed in (*_tiled(book, job), *_changes(book, job)):
-        if found := _placement(found_price := _price(book, changed), budget, "auto"):
-            return f"{words} would fit ({found}, {_largest(found_price, found) / GIB:.1f} GiB)"
-    name = list(price.phases)[-1]
-    short = _short(price.phases[name], budget)
-    phase = next(p for p in price.phases[name] if not short or p.name == short)
-    return (
-        f"nothing found that fits: {phase.name} needs {phase.device_bytes / GIB:.1f} GiB on the device and "
-        f"{phase.host_bytes / GIB:.1f} GiB on the host ({name})"
-    )
-
-
-def _largest(price: Price, placement: str) -> int:
-    return max(p.device_bytes for p in price.phases[placement])
-
-
-def _changes(book: Book, job: Job) -> Iterator[tuple[str, Job]]:
-    """Other requests, the nearest first: (what to type, the job)."""
-    modules, done = book.outline.components, job.components(book.outline.quantized)
-    encoders = [n for n in modules if n not in done and n != "vae"]
-    largest = max(encoders, key=lambda n: _num(modules[n]), default="")
-    for key, scheme in job.schemes.items():
-        if largest:
-            yield _wider(job, key, scheme, largest, list(done))
-        start = f"{COMPONENTS}.{key}." if key else ""
-        others = {dtype: other for dtype in _narrower(scheme) if (other := _other(scheme, dtype)) is not None}
-        changed = {dtype: replace(job, schemes={**job.schemes, key: other}) for dtype, other in others.items()}
-        yield from ((f"{start}dtype={dtype}", narrow) for dtype, narrow in changed.items())
-        for dtype, narrow in changed.items():
-            if largest:
-                words, both = _wider(narrow, key, others[dtype], largest, list(done))
-                yield f"{start}dtype={dtype} {words}", both
-
-
-def _tiled(book: Book, job: Job) -> Iterator[tuple[str, Job]]:
-    """The same request with images decoded in tiles, where its decoder can."""
-    evaluation = job.config.evaluation
-    if not evaluation.tiled_decoding and hasattr(book.outline.components.get("vae"), "enable_tiling"):
-        tiled = replace(job.config, evaluation=replace(evaluation, tiled_decoding=True))
-        yield "evaluation.tiled_decoding=true", replace(job, config=tiled)
-
-
-def _narrower(scheme: Scheme) -> list[str]:
-    rows, bits = offers()[scheme.axes.backend].rows, DTYPES[scheme.axes.dtype].bits
-    return sorted((d for d in rows if DTYPES[d].bits < bits), key=lambda d: -DTYPES[d].bits)
-
-
-def _wider(job: Job, key: str, scheme: Scheme, name: str, done: Sequence[str]) -> tuple[str, Job]:
-    """The job with one more component, quantized as that of ``key`` is."""
-    config = job.config
-    if key == DEFAULT:
-        names = [*(config.model.components or [n for n in done if n not in config.components]), name]
-        return f"model.components=[{','.join(names)}]", replace(job, config=_with_components(config, names))
-    node = {k: v for k, v in config.components[key].items() if k in ("backend", "dtype")}
-    words = f"{COMPONENTS}.{name}={{backend: {node['backend']}, dtype: {scheme.axes.dtype}}}"
-    own = replace(config, components={**config.components, name: node})
-    return words, replace(job, config=own, schemes={**job.schemes, name: scheme})
-
-
-def _num(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def _with_components(config: ExperimentConfig, names: Sequence[str]) -> ExperimentConfig:
-    return replace(config, model=replace(config.model, components=list(names)))
-
-
-def _other(scheme: Scheme | None, dtype: str) -> Scheme | None:
-    """The scheme with another dtype and what belongs to it; None where that is no plain scheme."""
-    if scheme is None or dtype in COMPUTE_DTYPES:
-        return None
-    asked = QuantizationAxes(
-        backend=scheme.axes.backend,
-        dtype=dtype,
-        compute_dtype=scheme.axes.compute_dtype,
-        modules_to_not_convert=scheme.axes.modules_to_not_convert,
-        on_mismatch="skip",
-    )
-    try:
-        return scheme_of(asked)
-    except (ConfigError, MissingPackage):
-        return None

@@ -61,6 +61,7 @@ from quantlab.vocabulary.reports import (
     MetricValue,
     QuantizationReport,
     RunReport,
+    StageReport,
 )
 
 REFERENCE_MADE_ON = "reference_made_on"
@@ -80,6 +81,7 @@ def floor_row(session: Session, job: Job) -> RunReport:
         drawn.num_bootstrap,
         drawn.bootstrap_seed,
         drawn.compile,
+        drawn.speed,
     ]
     digest = hashlib.sha256(canonical_json(settings).encode()).hexdigest()[:16]
     file = session.output_dir / "cache" / "reference" / f"{bench.reference_key}.{job.name}.{digest}.json"
@@ -91,10 +93,8 @@ def floor_row(session: Session, job: Job) -> RunReport:
         except Damaged as error:
             set_aside(file, error)
     report = run_job(session, bench, job, None)
-    quality = {k: asdict(v) for k, v in report.quality.items()}
-    memory = {k: asdict(v) for k, v in report.memory.items()}
     file.parent.mkdir(parents=True, exist_ok=True)  # a reference from elsewhere was not kept there
-    write_json({"quality": quality, "memory": memory}, file)
+    write_json(_to_cache(report), file)
     return report
 
 
@@ -116,6 +116,18 @@ def floor_rows(session: Session, bench: Workbench, job: Job) -> list[RunReport]:
     return rows
 
 
+def _to_cache(report: RunReport) -> dict[str, Any]:
+    """What is kept of a row: its numbers, times too, without what they were made of."""
+    metrics = flat_metrics(report)
+    return {
+        "quality": {k: asdict(v) for k, v in report.quality.items()},
+        "memory": {k: asdict(v) for k, v in report.memory.items()},
+        "disk_bytes": report.disk_bytes,
+        "stages": [asdict(stage) for stage in report.stages],
+        "perf": {k.removeprefix("perf/"): v for k, v in metrics.items() if k.startswith("perf/")},
+    }
+
+
 def _cached_row(job: Job, protocol: str, stored: Mapping[str, Any]) -> RunReport:
     return RunReport(
         name=job.name,
@@ -123,6 +135,9 @@ def _cached_row(job: Job, protocol: str, stored: Mapping[str, Any]) -> RunReport
         protocol=protocol,
         quality={k: MetricValue(**v) for k, v in stored["quality"].items()},
         memory={k: MemoryReport(**v) for k, v in stored["memory"].items()},
+        disk_bytes=stored["disk_bytes"],
+        stages=tuple(StageReport(**{**v, "by_device": tuple(map(tuple, v["by_device"]))}) for v in stored["stages"]),
+        speed=stored["perf"],
         params=job.resolved,
     )
 

@@ -83,7 +83,14 @@ def best_rows(rows: Sequence[Row]) -> dict[str, Row]:
     if measured:
         found["best"] = max(measured, key=lambda r: up * r["metrics"][f"quality/{metric.name}"])
     if lossless:
-        found["smallest_in_floor"] = min(lossless, key=lambda r: r["metrics"].get("memory/weights_bytes", float("inf")))
+        # of schemes of one size the one that is closer to the reference, as the page and export.winner take it
+        found["smallest_in_floor"] = min(
+            lossless,
+            key=lambda r: (
+                r["metrics"].get("memory/weights_bytes", float("inf")),
+                -up * r["metrics"][f"quality/{metric.name}"],
+            ),
+        )
     return found
 
 

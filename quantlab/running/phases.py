@@ -149,7 +149,8 @@ def _language(
     grouped = _made(
         ("reference", most, active),
         *([("quantize", after + layer, 0)] if is_quantized else []),
-        ("evaluate", after + head, active),  # the reference's, by which its logits are made again
+        # the reference's head, by which its logits are made again; what is not quantized runs in groups, too
+        ("evaluate", (after if is_quantized else most) + head, active),
     )
     on_host = tuple(replace(row, host_bytes=before) for row in grouped)
     found = {"resident": resident, "streamed": streamed, "group_offload": on_host}

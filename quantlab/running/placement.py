@@ -26,6 +26,7 @@ from quantlab.modules.source import Source
 from quantlab.modules.spread import KEY as SPREAD
 from quantlab.modules.spread import Over
 from quantlab.planning.job import Job
+from quantlab.planning.placing import by_itself
 from quantlab.progress import Advance, say
 from quantlab.stages.observe import made_by
 from quantlab.stages.price import price_component
@@ -65,12 +66,13 @@ def load_placed(config: ExperimentConfig, device: str, cache: Path, advance: Adv
     sizes = {name: num_bytes(m) for name, m in every.items() if hasattr(m, "named_parameters")}
     room, whole = f"in {budget / GIB:.4g} GiB", sum(sizes.values())
     largest = max(sizes, key=lambda name: sizes[name])
-    if sizes[largest] > budget and _can_be_read_again(model):
+    where = by_itself(sizes, budget, is_pipeline=pipe is not None, is_read_again=_can_be_read_again(model))
+    if where == "group_offload":
         say(f"{model.name}: run group by group, as {largest} of {sizes[largest] / GIB:.4g} GiB has no room {room}")
-        return model, "group_offload"
-    if whole > budget and pipe is not None:
+    elif where:
         say(f"{model.name}: run part by part, as {whole / GIB:.4g} GiB have no room {room}")
-        return model, "alone"
+    if where:
+        return model, where
     for module in every.values():
         if hasattr(module, "named_parameters"):
             module.to(device)

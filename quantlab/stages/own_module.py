@@ -100,7 +100,7 @@ def quantize(
             "in eval mode before, where it does so at the first call alone, or pass inputs=[batch], which finds out",
             "warning",
         )
-    with progress_bars():
+    with progress_bars(), in_eval_mode(module), same_memory(module):  # in train mode reading a weight may change it
         under_way(f"quantize: {_name_of(config)}")
         made, report = _quantized(module, scheme, calibration, read)
     if not inputs:

@@ -165,6 +165,7 @@ def _priced(
         original_bytes=sum(facts.storages.values()),
         quantizing_bytes=_quantizing_bytes(request, [math.prod(found[n].view.matrix_shape) for n in stored]),
         scheme=scheme_name if request is not None else "",
+        is_simulated=any(bytes_of.is_simulated for _, bytes_of in stored.values()),
     )
 
 

@@ -44,6 +44,8 @@ def flat_metrics(report: RunReport) -> dict[str, float]:
     for name, found in report.attribution.items():
         groups |= {f"{ALONE}/{name}": found.quality, f"{ON_TOP}/{name}": found.others}
         out[f"memory/{name}/saved_bytes"] = found.saved_bytes
+        rows = report.quantization.layers if report.quantization is not None else ()
+        out[f"memory/{name}/is_simulated"] = float(any(r.is_simulated for r in rows if r.component == name))
     for prefix, values in groups.items():
         for name, v in values.items():
             out |= {

@@ -56,6 +56,8 @@ class ComponentPrice:
     backend: str = ""
     dtype: str = ""
     group_size: int | str = ""
+    is_simulated: bool = False
+    """Stored wider than the dtype says."""
 
     @property
     def bits_per_quantized_weight(self) -> float | None:
@@ -78,6 +80,7 @@ class ComponentPrice:
             "quantized_parameters": self.quantized_parameters,
             "bits_per_weight": self.memory.bits_per_weight,
             "bits_per_quantized_weight": self.bits_per_quantized_weight,
+            "is_simulated": self.is_simulated,
             "file_bytes": self.file_bytes,
             "kinds": [
                 {"kind": k.what, "dtype": k.dtype, "parameters": k.parameters, "bytes": k.num_bytes} for k in self.kinds
@@ -131,7 +134,8 @@ class Price:
     budget: Mapping[str, int] = field(default_factory=dict)
     """``device_bytes`` and ``host_bytes`` that there are, as far as they are known."""
     advice: str = ""
-    """The nearest change that would fit, where nothing does."""
+    """Where nothing fits, the nearest change that would; where a run would not come to ``placement`` by itself, what to
+    type."""
     refused: tuple[str, ...] = ()
     """Why this combination cannot run."""
 
@@ -139,6 +143,11 @@ class Price:
     def total_bytes(self) -> int:
         """Weights of the whole model, the components without a scheme too."""
         return sum(c.memory.weights_bytes for c in self.components)
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether a component is stored wider than its dtype says, as a row of a run says it."""
+        return any(c.is_simulated for c in self.components)
 
     @property
     def why_refused(self) -> tuple[str, ...]:
@@ -161,6 +170,7 @@ class Price:
             "device": self.device,
             "compute_dtype": self.compute_dtype,
             "total_bytes": self.total_bytes,
+            "is_simulated": self.is_simulated,
             "components": [c.data() for c in self.components],
             "unmatched": sorted({entry for c in self.components for entry in c.unmatched}),
             "refused": list(self.why_refused),

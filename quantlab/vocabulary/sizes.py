@@ -48,6 +48,8 @@ class StoredBytes:
     """Scales, zero points, code tables, and what the library keeps beside them."""
     bias_dtype: str
     """What the backend leaves the bias in; "": there is none."""
+    is_simulated: bool = False
+    """True where the storage is wider than the dtype's name says."""
 
 
 def item_bytes(dtype: str) -> int:

@@ -34,7 +34,7 @@ class Net(nn.Module):
 
 
 def compared(backend, dtype, shapes, model_dtype, compute_dtype="auto", settings=None, device="cpu", **axes):
-    """[(shape, planned, measured)] of (bytes of codes, of scales, of the bias)."""
+    """[(shape, planned, measured)] of (bytes of codes, of scales, of the bias; is it simulated)."""
     torch.manual_seed(0)
     original = Net(shapes, model_dtype).eval().requires_grad_(False).to(device)
     scheme = the_scheme(
@@ -66,8 +66,8 @@ def compared(backend, dtype, shapes, model_dtype, compute_dtype="auto", settings
         found.append(
             (
                 row.shape,
-                (planned.codes, planned.scales, planned.bias_dtype),
-                (row.weight_bytes, row.scale_bytes, kept),
+                (planned.codes, planned.scales, planned.bias_dtype, planned.is_simulated),
+                (row.weight_bytes, row.scale_bytes, kept, row.is_simulated),
             )
         )
     return found

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from quantlab import cli
 from quantlab.commands import columns_of
-from quantlab.report.table import rows_sheet
+from quantlab.report.table import no_columns, rows_sheet
 from quantlab.report.terminal import show
 from tests.support.shell import digits_words
 
@@ -83,6 +83,24 @@ def test_without_a_value_it_is_refused(capsys):
         cli.main(["backend=quanto", "--columns"])
     assert ended.value.code == 2
     assert "quantlab: --columns: it needs a value" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_which_columns_no_row_could_have(shell):
+    words = ["backend=quanto", "dtype=int8", "sweep.dry_run=true", *digits_words()]
+    code, out, err = shell(*words, "--columns", "psnr_bd,nothing,perf/step_ms")
+    assert code == 0, err
+    said = " ".join(out.split())
+    assert "--columns psnr_bd: no metric is called so; did you mean psnr_db?" in said
+    assert "--columns nothing: no metric is called so; quantlab list metrics shows them" in said
+    assert "step_ms:" not in said
+
+
+@pytest.mark.slow
+def test_every_metric_of_a_run_may_be_a_column(shell):
+    row = shell.rows("backend=quanto", "dtype=int8", *digits_words())["quanto int8"]
+    assert not no_columns(list(row["metrics"]))
+    short = [name.partition("/")[2] for name in row["metrics"] if name.startswith(("perf/", "quality/"))]
+    assert not no_columns([name for name in short if "/" not in name])
 
 
 @pytest.mark.slow

@@ -451,6 +451,7 @@ def test_components_that_were_measured_apart_have_a_table_under_each_metric(brow
         "quality/alone/transformer/latent_rel_mse": 0.004,
         "memory/text_encoder/weights_bytes": 2.0**20,
         "memory/text_encoder/saved_bytes": 3 * 2.0**20,
+        "memory/text_encoder/is_simulated": 1.0,
     }
     run = SimpleNamespace(name="int4 c", metrics=metrics)
     found = costs([run], "latent_rel_mse")
@@ -460,7 +461,7 @@ def test_components_that_were_measured_apart_have_a_table_under_each_metric(brow
     write_page(data, tmp_path / "page.html")
     look(browser, tmp_path / "page.html")
     section = next(s for s in find(browser, "section") if "Which component costs what?" in s.text)
-    assert "text_encoder int4 c 1.00 3.00 0.00100 8.0e\u22124 to 0.00200 +0.00300" in " ".join(section.text.split())
+    assert "text_encoder int4 c ~1.00 3.00 0.00100 8.0e\u22124 to 0.00200 +0.00300" in " ".join(section.text.split())
     choose(browser, "#metric", "judge_agreement")
     assert "Which component costs what?" not in find(browser, "main")[0].text
     assert browser.get_log("browser") == []

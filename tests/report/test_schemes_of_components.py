@@ -47,6 +47,15 @@ def test_a_plain_table_says_on_each_line_whose_component_it_is():
     assert lines[2][-2:] == ["0.001", "-0.001"]
 
 
+def test_a_component_that_is_stored_wider_than_its_dtype_says_is_marked():
+    row = measured("a + b", 1e-3)
+    row["metrics"] |= {"memory/is_simulated": 1.0, f"memory/{PARTS[0]}/is_simulated": 1.0}
+    row["metrics"] |= {f"memory/{PARTS[1]}/is_simulated": 0.0}
+    sheet = attribution_sheet([row], [METRIC])
+    assert [line[1] for line in sheet.rows] == ["~3.00", "~1.00", "1.00"]
+    assert "~ simulated: stored wider than the dtype says" in " ".join(sheet.caption)
+
+
 def test_rows_that_were_not_measured_apart_have_no_table():
     row = {"name": "a", "status": "FINISHED", "metrics": {f"quality/{METRIC}": 1.0}}
     assert attribution_sheet([row], [METRIC]) is None

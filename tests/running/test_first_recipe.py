@@ -73,7 +73,7 @@ def test_its_bits_are_those_of_plan_and_rows():
             for parameters, buffers, index in sizes
         ]
         parts = [SimpleNamespace(scheme=1, memory=m, bits_per_quantized_weight=4.5) for m in memory]
-        price = SimpleNamespace(components=parts, total_bytes=0)
+        price = SimpleNamespace(components=parts, total_bytes=0, is_simulated=False)
         told.append(_sizes(price).split()[0])
         stored = sum(m.weights_bytes - m.index_bytes for m in memory)
         assert told[-1] == f"{8 * stored / sum((m.bytes_at_16_bit - m.index_bytes) / 2 for m in memory):.2f}"

@@ -135,6 +135,23 @@ def test_a_floor_of_other_code_is_measured_again_beside_a_single_run(shell, monk
     assert len(set(kept.glob("*.floor_bf16.*.json")) - before) == len(before) == 1
 
 
+def test_a_row_beside_a_single_run_is_whole_when_it_comes_from_what_was_kept(shell):
+    """Its seconds and its speed too: they stand in the table, and in columns that are asked for."""
+    words = digits_words(*WORDS, "evaluation.speed=true")
+    first, again = shell.rows(*words), shell.rows(*words)
+    for name in ("reference", "floor_bf16", "floor_batch"):
+        curves = {k for k in first[name]["metrics"] if k.rpartition("/")[2].isdigit()}
+        assert again[name]["metrics"] == {k: v for k, v in first[name]["metrics"].items() if k not in curves}
+        assert again[name]["metrics"]["perf/evaluate_s"] > 0
+    assert again["reference"]["metrics"]["perf/step_ms"] > 0
+
+
+def test_a_reference_that_was_kept_without_its_speed_is_measured_when_that_is_asked_for(shell):
+    words = digits_words(*WORDS)
+    assert "perf/step_ms" not in shell.rows(*words)["reference"]["metrics"]
+    assert shell.rows(*words, "evaluation.speed=true")["reference"]["metrics"]["perf/step_ms"] > 0
+
+
 def test_what_is_kept_of_a_model_is_of_the_code_that_made_it(shell, monkeypatch):
     """The reference's outputs, and the calls that calibration replays: after a repair of either the old ones are none."""
     words = digits_words("backend=gguf", "dtype=q4_k", "algorithm=imatrix", "calibration.num_samples=10")

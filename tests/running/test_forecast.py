@@ -346,7 +346,7 @@ def test_the_nearest_change_that_would_fit():
     assert decode.device_bytes - decode.activation_bytes == sizes["vae"]
     assert decode.host_bytes == sizes["transformer"]
     [host] = prices("model=flux_dev", "backend=bitsandbytes", "dtype=nf4", "memory.device_gib=12", "memory.host_gib=16")
-    assert host.advice.startswith("nothing found that fits: load needs ")
+    assert host.advice.startswith("nothing found that fits: group_offload needs ")
     small = ["model=llama_3_2_1b", "backend=bitsandbytes", "dtype=nf4", "memory.device_gib=4.5"]
     [asked] = prices(*small, "memory.placement=resident")
     assert (asked.fits, asked.advice) == (False, "memory.placement=streamed fits")

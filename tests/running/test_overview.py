@@ -7,6 +7,7 @@ import json
 import pytest
 
 from quantlab.running import overview
+from quantlab.running.overview import best_rows
 from tests.support.shell import digits_words
 
 
@@ -65,3 +66,22 @@ def test_an_overview_that_cannot_be_made_is_told_and_costs_no_row(shell, monkeyp
     assert "no page today" in err
     assert "quantlab compare sweep=" in err
     assert "quanto int4" in out
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_schemes_of_one_size_the_smallest_is_the_closer_one(order):
+    floor = {"quality/floor_bf16/latent_rel_mse": 1e-3, "quality/floor_bf16/latent_rel_mse/ci_hi": 1e-3}
+    rows = [
+        {
+            **{"name": name, "status": "FINISHED", "protocol": "diffusion", "params": {}},
+            "metrics": {
+                **floor,
+                **{"quantization/coverage": 1.0, "memory/weights_bytes": 8.0, "quality/latent_rel_mse": error},
+                **{f"quality/latent_rel_mse/{k}": error for k in ("ci_lo", "ci_hi")},
+                **{"quality/latent_rel_mse/n": 20, "quality/latent_rel_mse/se": 0.0},
+                "quality/floor_bf16/latent_rel_mse/n": 20,
+            },
+        }
+        for name, error in (("far", 2e-5), ("near", 1e-5))
+    ]
+    assert best_rows(rows[::order])["smallest_in_floor"]["name"] == "near"

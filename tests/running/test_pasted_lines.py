@@ -6,6 +6,8 @@ import json
 import shlex
 from typing import Any
 
+import pytest
+
 from tests.support.shell import Shell, digits_words
 
 
@@ -26,6 +28,20 @@ def test_the_line_of_a_resumed_job_is_resumed(shell: Shell) -> None:
         assert again[name]["run_id"] == first[name]["run_id"]
     code, out, _ = shell(*grid, "sweep.dry_run=true", "sweep.force=true")
     assert [words[0] for words in _typed(out)] == ["model.num_train_steps=20"] * 2, "a job that runs is a single run"
+
+
+@pytest.mark.parametrize("asked", [["recipe=mine.yaml"], ["-m", "dtype=int8,int4", "sweep.search.num_trials=2"]])
+def test_the_line_of_a_job_of_a_search_is_of_a_single_run(shell: Shell, asked: list[str]) -> None:
+    """It is one job, among which nothing is to be searched."""
+    search = "sweep:\n  search: {num_trials: 2, seed: 3}\n  grid:\n    dtype: [int8, int4]\n"
+    (shell.folder / "mine.yaml").write_text(f"# @package _global_\n# A search\n{search}")
+    code, out, err = shell(*asked, "backend=quanto", "sweep.dry_run=true")
+    assert code == 0, err
+    lines = _typed(out)
+    assert len(lines) == 2
+    for words in lines:
+        code, out, err = shell(*words, "sweep.dry_run=true")
+        assert (code, out.splitlines()[0]) == (0, "1 job:"), err
 
 
 def test_a_single_run_is_compared_by_itself(shell: Shell) -> None:

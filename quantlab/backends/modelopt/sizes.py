@@ -8,6 +8,8 @@ from quantlab.backends.modelopt.quantizers import BLOCKS, is_packable, weight_cf
 from quantlab.vocabulary.sizes import DenseLayer, StoredBytes, item_bytes
 
 _FOUR_BIT = ("int4", "nvfp4", "mxfp4")
+_IN_A_BYTE = ("int3", "int2")
+"""Formats of fewer bits that are packed as 8."""
 
 
 def layer_bytes(
@@ -29,9 +31,10 @@ def layer_bytes(
     num_scales = layer.rows * layer.columns // blocks[-1] if blocks else layer.rows if cfg.get("axis") == 0 else 1
     maxima, beside = 4 if blocks else item, _beside(config, layer, item)
     if not is_packable(config, cfg):
-        return StoredBytes(codes=layer.numel * item, scales=maxima * num_scales + beside, bias_dtype=bias_dtype)
-    codes = layer.numel // 2 if dtype in _FOUR_BIT else layer.numel
-    return StoredBytes(codes=codes, scales=(item + maxima) * num_scales + beside, bias_dtype=bias_dtype)
+        codes, scales = layer.numel * item, maxima * num_scales + beside
+        return StoredBytes(codes=codes, scales=scales, bias_dtype=bias_dtype, is_simulated=True)
+    codes, scales = layer.numel // 2 if dtype in _FOUR_BIT else layer.numel, (item + maxima) * num_scales + beside
+    return StoredBytes(codes=codes, scales=scales, bias_dtype=bias_dtype, is_simulated=dtype in _IN_A_BYTE)
 
 
 def _beside(config: NVIDIAModelOptConfig, layer: DenseLayer, item: int) -> int:

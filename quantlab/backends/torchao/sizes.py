@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantlab.backends.torchao.config import TorchAoConfig, layer_form
-from quantlab.backends.torchao.forms import INT4
+from quantlab.backends.torchao.forms import INT4, INT8_INTX, INTX
 from quantlab.backends.torchao.rules import FLOAT8_STATIC, INT8_STATIC, OPAQUE
 from quantlab.vocabulary.sizes import DenseLayer, StoredBytes, item_bytes
 
@@ -40,7 +40,9 @@ def layer_bytes(config: TorchAoConfig, layer: DenseLayer, dtype: str, compute_dt
     else:
         scales = (item + 1) * num_groups
     scales += _for_inputs(config, layer, kind, item)
-    return StoredBytes(codes=codes, scales=scales, bias_dtype=compute_dtype if layer.bias_dtype else "")
+    is_simulated = kind in (INTX, INT8_INTX) and dtype != "int8"  # a code to a byte
+    bias_dtype = compute_dtype if layer.bias_dtype else ""
+    return StoredBytes(codes=codes, scales=scales, bias_dtype=bias_dtype, is_simulated=is_simulated)
 
 
 def _groups_a_row(form: Mapping[str, Any], layer: DenseLayer) -> int:

@@ -105,7 +105,7 @@ function costTable(costs) {
   return sortable([
     { title: "component", text: true, name: true, value: (c) => c.component, cell: (c) => c.component },
     { title: "scheme", text: true, value: (c) => c.scheme, cell: (c) => c.scheme },
-    { title: "MiB", sub: "stored", value: (c) => c.weights_bytes, cell: (c) => size(c.weights_bytes) },
+    { title: "MiB", sub: "stored", value: (c) => c.weights_bytes, cell: (c) => stored(c, mib) },
     { title: "saves MiB", sub: "of the reference", down: true, value: (c) => c.saved_bytes, cell: (c) => size(c.saved_bytes) },
     { title: "alone", sub: state.metric, down: true, value: (c) => c.alone.value, cell: (c) => cell(c.alone) },
     { title: "+ others", sub: state.metric, down: true, value: (c) => c.on_top?.value, cell: (c) => cell(c.on_top, "+") },

@@ -1,0 +1,203 @@
+"""Whether a request fits a budget, how, and which change of what was typed would: no weights are read."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from quantlab.backends.scheme import Scheme
+from quantlab.backends.table import offers
+from quantlab.errors import ConfigError, MissingPackage
+from quantlab.models.outline import Outline
+from quantlab.planning.components import DEFAULT, Decided, component_nodes, decided
+from quantlab.planning.composition import node_class
+from quantlab.planning.job import Job
+from quantlab.planning.placing import by_itself
+from quantlab.planning.words import COMPONENTS
+from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.dtypes import DTYPES
+from quantlab.vocabulary.prices import Phase, Price
+
+GIB = 2**30
+_PLACEMENT = "memory.placement"
+_OF_THE_DTYPE = ("group_size", "activation_dtype", "algorithm")
+"""Axes of which another dtype may offer other values."""
+
+Change = tuple[tuple[str, ...], Job]
+"""Words to type beside those that were typed, and the job of them all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitting:
+    """A model and what there is room for."""
+
+    outline: Outline
+    price: Callable[[Job], Price]
+    budget: Mapping[str, int]
+    """``device_bytes`` and ``host_bytes``, as far as they are known."""
+
+    def placement(self, job: Job, price: Price, asked: str = "") -> str:
+        """The first placement whose phases all fit; "" where none does. ``asked``: as if it were typed."""
+        if price.why_refused:
+            return ""
+        asked = asked or job.config.memory.placement
+        for name, rows in price.phases.items():
+            if (asked == name or (asked == "auto" and name != "spread")) and self._has_room(rows):
+                return name
+        return ""
+
+    def advice(self, job: Job, price: Price, placement: str) -> str:
+        """What to type: the placement, where a run by itself would take another; where none fits the nearest change
+        that would: a placement, a narrower dtype, another component; else what is missing."""
+        if price.why_refused:
+            return ""
+        if placement:
+            return self._placement_to_type(job, price, placement)
+        if job.config.memory.placement != "auto" and (other := self.placement(job, price, "auto")):
+            return f"{_PLACEMENT}={other} fits"
+        for words, changed in self._changes(job):
+            found_price = self.price(changed)
+            if found := self.placement(changed, found_price, "auto"):
+                typed = self._typed(changed, found_price, found)
+                told = " ".join(map(shlex.quote, (*words, *typed)))
+                return f"{told} would fit ({found}, {_gib(_most_on_device(found_price.phases[found]))})"
+        return self._missing(job, price)
+
+    def _has_room(self, rows: Sequence[Phase]) -> bool:
+        return all(getattr(row, key) <= num_bytes for row in rows for key, num_bytes in self.budget.items())
+
+    def _by_itself(self, job: Job, price: Price) -> str:
+        """The placement that a run takes which is told of none; "" where it is not known."""
+        budget, asked = self.budget.get("device_bytes"), job.config.memory.placement
+        if budget is None or asked != "auto":
+            return ""
+        sizes = {p.name: p.original_bytes for p in price.components}
+        is_read = job.config.model.path is not None
+        if is_read and (apart := by_itself(sizes, budget, is_pipeline=bool(self.outline.denoiser))):
+            return apart
+        copied = sum(p.original_bytes for p in price.components if p.scheme)
+        return "resident" if job.needs_data or copied + sum(sizes.values()) <= budget else "streamed"
+
+    def _typed(self, job: Job, price: Price, placement: str) -> tuple[str, ...]:
+        """The word for a placement, where a run would not come to it by itself."""
+        asked = job.config.memory.placement
+        alone = self._by_itself(job, price) if asked == "auto" else asked
+        return (f"{_PLACEMENT}={placement}",) if alone not in ("", placement) else ()
+
+    def _placement_to_type(self, job: Job, price: Price, placement: str) -> str:
+        other = self._by_itself(job, price)
+        if not self._typed(job, price, placement) or other not in price.phases:
+            return ""
+        needs = _gib(_most_on_device(price.phases[other]))
+        return f"pass {_PLACEMENT}={placement}: by itself a run is {other}, which needs {needs} on the device"
+
+    def _missing(self, job: Job, price: Price) -> str:
+        """What the placement that takes least of the device would need."""
+        asked = job.config.memory.placement
+        names = [name for name in price.phases if asked in ("auto", name)]
+        name = min(names or price.phases, key=lambda n: _most_on_device(price.phases[n]))
+        on_device = max(price.phases[name], key=lambda row: row.device_bytes)
+        on_host = max(price.phases[name], key=lambda row: row.host_bytes)
+        return (
+            f"nothing found that fits: {name} needs {_gib(on_device.device_bytes)} on the device "
+            f"({on_device.name}) and {_gib(on_host.host_bytes)} on the host"
+        )
+
+    def _changes(self, job: Job) -> Iterator[Change]:
+        """Other requests, the nearest first."""
+        yield from self._tiled((), job)
+        others = list(self._other_schemes(job))
+        yield from others
+        for words, changed in others:
+            yield from self._tiled(words, changed)
+
+    def _tiled(self, words: Sequence[str], job: Job) -> Iterator[Change]:
+        """The same request with images decoded in tiles, where its decoder can."""
+        evaluation = job.config.evaluation
+        if not evaluation.tiled_decoding and hasattr(self.outline.components.get("vae"), "enable_tiling"):
+            tiled = replace(job.config, evaluation=replace(evaluation, tiled_decoding=True))
+            yield (*words, "evaluation.tiled_decoding=true"), replace(job, config=tiled)
+
+    def _other_schemes(self, job: Job) -> Iterator[Change]:
+        modules, done = self.outline.components, job.components(self.outline.quantized)
+        sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in modules.items() if n not in done and n != "vae"}
+        largest = max(sizes, key=lambda n: sizes[n], default="")
+        for key, scheme in job.schemes.items():
+            if largest:
+                yield from _wider((), job, key, largest, list(done))
+            changed = [change for dtype in _narrower(scheme) for change in _with_dtype(job, key, dtype)]
+            yield from changed
+            for words, narrow in changed:
+                if largest:
+                    yield from _wider(words, narrow, key, largest, list(done))
+
+
+def _most_on_device(rows: Sequence[Phase]) -> int:
+    return max(row.device_bytes for row in rows)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.3f} GiB"
+
+
+def _narrower(scheme: Scheme) -> list[str]:
+    if scheme.axes.dtype not in DTYPES:  # of a pasted config that no axes spell
+        return []
+    rows, bits = offers()[scheme.axes.backend].rows, DTYPES[scheme.axes.dtype].bits
+    return sorted((d for d in rows if DTYPES[d].bits < bits), key=lambda d: -DTYPES[d].bits)
+
+
+def _with_dtype(job: Job, key: str, dtype: str) -> Iterator[Change]:
+    """The job with another dtype beside all else that was typed; then with what belongs to the old one let go of."""
+    start, node = f"{COMPONENTS}.{key}." if key else "", _node(job, key)
+    dropped = [name for name in _OF_THE_DTYPE if getattr(node, name) != "auto"]
+    for names in ([], dropped) if dropped else ([],):
+        axes: dict[str, Any] = {"dtype": dtype, **dict.fromkeys(names, "auto")}
+        try:
+            found = decided(replace(node, **axes), ("backend", "dtype"))
+        except (ConfigError, MissingPackage):
+            continue
+        if found.scheme is not None:
+            schemes = {**job.schemes, key: found.scheme}
+            yield tuple(f"{start}{name}={value}" for name, value in axes.items()), _with_node(job, key, found, schemes)
+
+
+def _node(job: Job, key: str) -> QuantizationAxes:
+    """The node of a scheme as it was typed: of a component's, in which axes are spelled out, the dtype's own choices
+    are open again."""
+    if key == DEFAULT:
+        return job.config.quantization
+    node, row = component_nodes(job.config)[key], job.schemes[key].row
+    usual = {"activation_dtype": row.activation_dtypes[0], "algorithm": row.algorithms[0]}
+    is_open: dict[str, Any] = {name: "auto" for name, value in usual.items() if getattr(node, name) == value}
+    return replace(node, **is_open)
+
+
+def _with_node(job: Job, key: str, found: Decided, schemes: Mapping[str, Scheme]) -> Job:
+    if key == DEFAULT:
+        return replace(job, config=replace(job.config, quantization=found.axes), schemes=schemes)
+    said = {**job.config.components[key], "dtype": found.axes.dtype}
+    said |= {name: getattr(found.axes, name) for name in _OF_THE_DTYPE}
+    return replace(job, config=replace(job.config, components={**job.config.components, key: said}), schemes=schemes)
+
+
+def _wider(words: Sequence[str], job: Job, key: str, name: str, done: Sequence[str]) -> Iterator[Change]:
+    """The job with one more component, quantized as that of ``key`` is."""
+    config = job.config
+    if key == DEFAULT:
+        names = [*(config.model.components or [n for n in done if n not in config.components]), name]
+        wide = replace(config, model=replace(config.model, components=names))
+        yield (*words, f"model.components=[{','.join(names)}]"), replace(job, config=wide)
+        return
+    axes = job.schemes[key].axes
+    said: dict[str, Any] = {"backend": axes.backend, "dtype": axes.dtype}
+    try:
+        found = decided(node_class(axes.backend)(**said), ("backend", "dtype"))
+    except (ConfigError, MissingPackage):
+        return
+    if found.scheme is not None:
+        own = replace(config, components={**config.components, name: said})
+        word = f"{COMPONENTS}.{name}={{backend: {axes.backend}, dtype: {axes.dtype}}}"
+        yield (*words, word), replace(job, config=own, schemes={**job.schemes, name: found.scheme})
