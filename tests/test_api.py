@@ -253,7 +253,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no Linear layers": (
         lambda: quantlab.quantize(nn.Sequential(nn.Conv1d(3, 3, 3)), INT8),
         quantlab.ConfigError,
-        r"^model.components=model: it has no Linear layer",
+        r"^module: it has no Linear layer",
     ),
     "all layers excluded": (
         lambda: quantlab.quantize(Net(), quantlab.QuantoConfig("int8", modules_to_not_convert=["body", "head"])),
@@ -288,7 +288,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "an unknown fallback": (
         lambda: quantlab.quantize(Net(), INT8, on_mismatch="int5"),
         quantlab.ConfigError,
-        r"^quantization\.on_mismatch=int5: quanto offers error, skip, ",
+        r"^on_mismatch=int5: quanto offers error, skip, ",
     ),
 }
 

@@ -132,7 +132,7 @@ def _read(
                 raise _mismatch(key, component, path, "the checkpoint has none")
             _check_same(key, component, path, other, tensor, is_folded)
     report = QuantizationReport(layers=tuple(rows), num_parameters=logical_size(original)[0])
-    told = (unquantized(component, None, report), _other_dtype(component, rows, model.dtype))
+    told = (unquantized(component, report, None), _other_dtype(component, rows, model.dtype))
     return module, replace(report, unquantized=tuple(filter(None, told))), notes
 
 

@@ -32,6 +32,7 @@ from quantlab.protocols.unchanged import same_memory, same_state
 from quantlab.quiet import quiet_libraries
 from quantlab.report.reading import Reader
 from quantlab.report.results import Results
+from quantlab.report.said_first import said_first
 from quantlab.stages.calibrate import calibrate_component
 from quantlab.stages.evaluate import evaluate as evaluate_stage
 from quantlab.stages.evaluate import summarize
@@ -82,7 +83,7 @@ def quantize(
     check_batches("inputs", inputs)
     check_batches("calibration", calibration)
     check_finite_weights(module, "module")
-    scheme = scheme_of_config(
+    scheme = _scheme_of(
         config,
         on_mismatch=on_mismatch,
         replace_default_exclusions=replace_default_exclusions,
@@ -108,6 +109,14 @@ def quantize(
     return made, report
 
 
+def _scheme_of(config: QuantizationConfigMixin, **more: Any) -> Scheme:
+    """:func:`scheme_of_config`, whose errors begin with the argument."""
+    try:
+        return scheme_of_config(config, **more)
+    except ConfigError as error:
+        raise ConfigError(str(error).removeprefix("quantization.")) from error
+
+
 def _quantized(
     module: Any, scheme: Scheme, calibration: Sequence[Any] | None, read: Sequence[str]
 ) -> tuple[Any, QuantizationReport]:
@@ -119,6 +128,7 @@ def _quantized(
         device=device,
         default_exclusions=default_exclusions(module),
         read=tuple(read),
+        is_called=True,
     )
     with current(device):
         candidate = _copied(module).eval()
@@ -234,6 +244,7 @@ def evaluate(
     num_bootstrap: int = 2000,
     floors: bool = True,
     layer_kinds: Sequence[str] = ("linear",),
+    replace_default_exclusions: bool = False,
     quiet: bool = False,
 ) -> Results:
     """Quantize ``module`` by each config and compare its outputs with the unquantized module's, row by row.
@@ -247,7 +258,7 @@ def evaluate(
         calibration: other batches, for configs that need data; a sample of ``inputs`` among them is refused.
         floors: measure the noise floor (the module in another dtype) as a row of its own; it is FAILED, with the
             reason, where the module does not run so.
-        layer_kinds: see :func:`quantize`.
+        layer_kinds, replace_default_exclusions: see :func:`quantize`.
         quiet: no progress, which is else told on stderr.
 
     Returns:
@@ -263,7 +274,7 @@ def evaluate(
     settings = EvaluationConfig(num_bootstrap=num_bootstrap)
     check_values(settings)
     given = _given(module, inputs)
-    kinds = {"layer_kinds": checked_kinds(layer_kinds)}
+    asked = {"layer_kinds": checked_kinds(layer_kinds), "replace_default_exclusions": replace_default_exclusions}
     for config in configs:
         if config.needs_data:
             feed_of_batches(_needed(config, calibration))
@@ -273,7 +284,7 @@ def evaluate(
                     f"calibration: {len(shared)} of its {len(mine)} different samples are samples of inputs, so the "
                     "numbers would flatter; give other batches"
                 )
-    schemes = [(config, scheme_of_config(config, **kinds)) for config in configs]
+    schemes = [(config, _scheme_of(config, **asked)) for config in configs]
     with in_eval_mode(module), same_state(module), progress_bars(quiet) as advance:
         under_way("reference")
         note_held(module)
@@ -294,11 +305,13 @@ def evaluate(
                 reports.append(_floor_row(module, model, reference, given, settings))
             for i, (config, scheme) in enumerate(schemes):
                 data = calibration if config.needs_data else None
-                name = _name_of(config, **kinds)
+                name = _name_of(config, **asked)
                 advance("configs", i, len(schemes))
                 under_way(f"{name} ({i + 1} of {len(schemes)})")
                 reports.append(_config_row(name, scheme, data, read, model, reference, given, settings))
             advance("configs", len(schemes), len(schemes))
+        for line in said_first((r.name, r.unquantized) for r in reports if r.quantization):
+            say(line, "warning")
     known = {r.name: r.quality for r in reports if r.name in FLOORS and r.status == "FINISHED"}
     sized = [replace(r, memory={n: m.of_values_in(size) for n, m in r.memory.items()}) for r in reports]
     return Results([replace(r, floors=known) for r in sized], _no_store)
@@ -388,6 +401,7 @@ def _row(
         protocol="module",
         quantization=layers,
         quality=quality,
+        unquantized=layers.unquantized if layers else (),
         memory={"model": component_memory(module, done, model.components["model"], held_packages())},
         measurements=measured,
         stages=(stage.report,),

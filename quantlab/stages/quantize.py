@@ -160,7 +160,7 @@ def _quantized(
     resolved |= {"activation_granularity": ", ".join(granularities)} if granularities else {}
     report = QuantizationReport(layers=tuple(rows), num_parameters=logical_size(original)[0], resolved=resolved)
     keep_first_dtype(module, original)
-    told = unquantized(request.component, scheme, report, request.default_exclusions)
+    told = unquantized(request.component, report, request)
     return module, replace(report, unquantized=(told,) if told else ())
 
 

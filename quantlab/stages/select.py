@@ -45,16 +45,24 @@ class QuantizationRequest:
     """Layers whose weights something in the component reads (:func:`quantlab.modules.reached.recorded_reads`)."""
     typed: str = ""
     """The key that the component's scheme was asked for by; "": the request's, as ``model.components`` says."""
+    is_called: bool = False
+    """From Python, with a module of the caller's: what decides beside the config are arguments."""
 
     @property
     def key(self) -> str:
         """How messages about the component begin."""
-        return self.typed or f"model.components={self.component}"
+        return "module" if self.is_called else self.typed or f"model.components={self.component}"
 
-    @property
-    def node(self) -> str:
-        """The node of the config that the scheme stands in."""
-        return self.typed or "quantization"
+    def key_of(self, name: str) -> str:
+        """A key of the scheme as whoever asked types it."""
+        return name if self.is_called else f"{self.typed or 'quantization'}.{name}"
+
+    def said(self, name: str, value: Sequence[str] | bool) -> str:
+        """:meth:`key_of` with a value: a list, a word, or whether."""
+        if self.is_called:
+            return f"{name}={value!r}"
+        text = str(value).lower() if isinstance(value, bool) else value
+        return f"{self.key_of(name)}={text if isinstance(text, str) else '[' + ','.join(text) + ']'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +135,9 @@ def choose_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
     scheme = request.scheme
     axes = scheme.axes
     found = holders(module, request.read)
-    offered, left = _offered(scheme, found, request.node)
+    offered, left = _offered(request, found)
     if not offered:
-        raise ConfigError(f"{request.key}: {_nothing_of_the_kind(axes, found, left)}")
+        raise ConfigError(f"{request.key}: {_nothing_of_the_kind(request, found, left)}")
     layers = {n: found[n] for n in offered}
     excluded, idle = _excluded(request, module, list(layers))
     same, packed, tied = ties(module, [h for n, h in layers.items() if n not in excluded], not scheme.why_not_packed)
@@ -137,7 +145,7 @@ def choose_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
     wanted = [n for n in layers if n not in excluded and n not in same and n not in packed]
     if not wanted:
         told = f" ({next(iter(tied))}: {tied[next(iter(tied))]})" if tied else ""
-        others = "" if tied else _others(found, layers)
+        others = "" if tied else _others(request, found, layers)
         raise ConfigError(
             f"modules_to_not_convert: all {len(layers)} {_words(axes.layer_kinds)} layers of "
             f"{request.component} are excluded{told}; nothing is left to quantize{others}"
@@ -149,7 +157,7 @@ def choose_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
     asked = {n: scheme.other_formats[dtypes[n]] if n in dtypes else scheme.format for n in wanted}
     misfits = {n: reason for n in wanted if (reason := asked[n].misfit(shapes[n]))}
     if misfits and axes.on_mismatch == "error":
-        raise DoesNotFit(_misfit_message(axes, request.component, misfits, shapes))
+        raise DoesNotFit(_misfit_message(request, misfits, shapes))
     if len(misfits) == len(wanted):
         raise DoesNotFit(_nothing_message(axes, request.component, misfits, shapes))
     kept = {n: dtype_name(layers[n].weight.dtype) for n in wanted} if axes.compute_dtype == "auto" else {}
@@ -166,18 +174,18 @@ def choose_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
         packed=packed,
         asked=asked,
         idle_exclusions=idle,
-        fallback=_checked_fallback(scheme, {n: shapes[n] for n in misfits}),
+        fallback=_checked_fallback(request, {n: shapes[n] for n in misfits}),
     )
 
 
-def _offered(scheme: Scheme, found: Mapping[str, Holder], node: str) -> tuple[list[str], dict[str, str]]:
+def _offered(request: QuantizationRequest, found: Mapping[str, Holder]) -> tuple[list[str], dict[str, str]]:
     """The holders that the scheme could store; and holder -> why not, for the others."""
-    offered, left = [], {}
+    scheme, offered, left = request.scheme, list[str](), dict[str, str]()
     for name, holder in found.items():
         if not holder.way:
             left[name] = holder.reason
         elif holder.kind not in scheme.axes.layer_kinds:
-            left[name] = f"{node}.layer_kinds: {holder.kind} is not among them"
+            left[name] = f"{request.key_of('layer_kinds')}: {holder.kind} is not among them"
         elif holder.way == PACK and scheme.why_not_packed:
             left[name] = f"{holder.reason or f'its weight ({holder.kind}) is read'}, and {scheme.why_not_packed}"
         else:
@@ -189,9 +197,10 @@ def _words(kinds: Sequence[str]) -> str:
     return " and ".join("Linear" if kind == "linear" else kind for kind in kinds)
 
 
-def _nothing_of_the_kind(axes: QuantizationAxes, found: Mapping[str, Holder], left: Mapping[str, str]) -> str:
+def _nothing_of_the_kind(request: QuantizationRequest, found: Mapping[str, Holder], left: Mapping[str, str]) -> str:
     """What is said of a component without a layer of the kinds that are asked for."""
-    others = _others(found, ())
+    axes = request.scheme.axes
+    others = _others(request, found, ())
     kinds = _words(axes.layer_kinds)
     if any(h.kind in axes.layer_kinds for h in found.values()):
         name = next(n for n, h in found.items() if h.kind in axes.layer_kinds)
@@ -201,7 +210,7 @@ def _nothing_of_the_kind(axes: QuantizationAxes, found: Mapping[str, Holder], le
     return f"it has no {kinds} layer{others or '; nothing to quantize'}"
 
 
-def _others(found: Mapping[str, Holder], taken: Collection[str]) -> str:
+def _others(request: QuantizationRequest, found: Mapping[str, Holder], taken: Collection[str]) -> str:
     """Where the weights are that are not ``taken``, and which kinds would take them."""
     sizes: Counter[str] = Counter()
     for name, holder in found.items():
@@ -209,7 +218,7 @@ def _others(found: Mapping[str, Holder], taken: Collection[str]) -> str:
             sizes[holder.kind if holder.way else f"{type(holder.owner).__name__}"] += holder.weight.numel()
     kinds = [kind for kind, _ in sizes.most_common() if kind in LAYER_KINDS]
     told = " and ".join(f"{kind} ({size:,})" for kind, size in sizes.most_common(4))
-    way_out = f"quantization.layer_kinds=[{','.join(kinds)}] takes them" if kinds else "no backend stores them"
+    way_out = f"{request.said('layer_kinds', kinds)} takes them" if kinds else "no backend stores them"
     return f"; its weights are in {told}: {way_out}" if told else ""
 
 
@@ -307,14 +316,15 @@ def check_device(asked: Format, device: str, compute_dtype: str = "") -> None:
 
 
 def _misfit_message(
-    axes: QuantizationAxes, component: str, misfits: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+    request: QuantizationRequest, misfits: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
 ) -> str:
+    axes, component = request.scheme.axes, request.component
     key = f"group_size={axes.group_size}" if any("group_size" in r for r in misfits.values()) else f"dtype={axes.dtype}"
     return (
         f"{key}: {counted(len(misfits), 'layer')} of {component} cannot be stored as {axes.backend} {axes.dtype}: "
         f"{_listed(misfits, shapes)}. "
         "Choose another group size or dtype, exclude them with modules_to_not_convert, or pass "
-        "quantization.on_mismatch=skip (or a dtype to fall back to)"
+        f"{request.said('on_mismatch', 'skip')} (or a dtype to fall back to)"
     )
 
 
@@ -336,15 +346,15 @@ def _nothing_message(
     )
 
 
-def _checked_fallback(scheme: Scheme, shapes: Mapping[str, Sequence[int]]) -> Scheme | None:
+def _checked_fallback(request: QuantizationRequest, shapes: Mapping[str, Sequence[int]]) -> Scheme | None:
     """The scheme of layers of these shapes; None where there are none. DoesNotFit where they do not fit it either."""
-    if not shapes or scheme.fallback is None:
+    fallback = request.scheme.fallback
+    if not shapes or fallback is None:
         return None
-    fallback = scheme.fallback
     bad = {n: r for n, shape in shapes.items() if (r := fallback.format.misfit(shape))}
     if bad:
         raise DoesNotFit(
-            f"quantization.on_mismatch={fallback.axes.dtype}: does not fit either: {_listed(bad, shapes)}; choose a "
-            "dtype without blocks, or skip"
+            f"{request.said('on_mismatch', fallback.axes.dtype)}: does not fit either: {_listed(bad, shapes)}; choose "
+            "a dtype without blocks, or skip"
         )
     return fallback

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from quantlab.backends.scheme import Scheme
 from quantlab.modules.layers import matches
+from quantlab.stages.select import QuantizationRequest
 from quantlab.vocabulary.capabilities import LAYER_KINDS
 from quantlab.vocabulary.reports import LayerReport, QuantizationReport
 
@@ -14,11 +15,10 @@ MUCH = 0.1
 _NUM_NAMED = 3
 
 
-def unquantized(component: str, scheme: Scheme | None, report: QuantizationReport, defaults: Sequence[str] = ()) -> str:
+def unquantized(component: str, report: QuantizationReport, request: QuantizationRequest | None) -> str:
     """Share, largest holders by name and kind, and what would take them; "" where little stays unquantized.
 
-    Nothing would take what a checkpoint of others keeps (``scheme`` is None). ``defaults`` are the entries by which
-    layers of such a model are left out where nobody asks."""
+    Nothing would take what a checkpoint of others keeps (``request`` is None)."""
     share = 1 - report.coverage
     if share <= MUCH:
         return ""
@@ -32,7 +32,7 @@ def unquantized(component: str, scheme: Scheme | None, report: QuantizationRepor
     more = f" and {len(own) - _NUM_NAMED} more" if len(own) > _NUM_NAMED else ""
     largest = f"; the largest are {named}{more}" if named else "; they are in vectors, which no backend stores"
     much = [r for r in stay if r.num_weights > MUCH * share * total]
-    ways = "; ".join(_ways_out(scheme, much, defaults)) if scheme is not None else ""
+    ways = "; ".join(_ways_out(request, much)) if request is not None else ""
     return f"{component}: {_percent(share)} of its weights stay unquantized{largest}{f'; {ways}' if ways else ''}"
 
 
@@ -40,7 +40,8 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.01 else "under 1 %"
 
 
-def _ways_out(scheme: Scheme, stay: Sequence[LayerReport], defaults: Sequence[str]) -> list[str]:
+def _ways_out(request: QuantizationRequest, stay: Sequence[LayerReport]) -> list[str]:
+    scheme, replaced = request.scheme, request.said("replace_default_exclusions", True)
     asked = scheme.axes.layer_kinds
     of_a_kind = [r for r in stay if r.status == "left" and r.kind in LAYER_KINDS]
     left = [r for r in of_a_kind if _is_left_by(scheme, r)]
@@ -49,12 +50,12 @@ def _ways_out(scheme: Scheme, stay: Sequence[LayerReport], defaults: Sequence[st
         r.name: f"{first.name} is tied to {r.name}"
         for r in stay
         for first in left
-        if r.status == "excluded" and _place(r) == _place(first) and _kept_by(scheme, r.name, defaults)
+        if r.status == "excluded" and _place(r) == _place(first) and _kept_by(request, r.name)
     }
     found = []
     if kinds:
-        key = f"quantization.layer_kinds=[{','.join([*asked, *kinds])}]"
-        more = "".join(dict.fromkeys(f" {way}" for name in held for way in _kept_by(scheme, name, defaults)))
+        key = request.said("layer_kinds", [*asked, *kinds])
+        more = "".join(dict.fromkeys(f" {way}" for name in held for way in _kept_by(request, name)))
         other = "" if not scheme.why_not_packed else f" with {_other(scheme)} ({scheme.why_not_packed})"
         why = f", as {' and '.join(held.values())}" if held else ""
         found.append(f"{key}{more} takes {' and '.join(kinds)}{other}{why}")
@@ -65,19 +66,16 @@ def _ways_out(scheme: Scheme, stay: Sequence[LayerReport], defaults: Sequence[st
     excluded = [r for r in stay if r.status == "excluded" and r.name not in held]
     excluded += [r for r in of_a_kind if r not in left]
     if excluded:
-        one = next((r for r in excluded if _kept_by(scheme, r.name, defaults)), excluded[0])
-        way = " ".join(_kept_by(scheme, one.name, defaults))
-        takes = f": {way} takes it" if way.startswith(_REPLACED) else ""  # what someone asked for needs no way out
+        one = next((r for r in excluded if _kept_by(request, r.name)), excluded[0])
+        way = " ".join(_kept_by(request, one.name))
+        takes = f": {way} takes it" if way.startswith(replaced) else ""  # what someone asked for needs no way out
         found.append(f"{one.name} is left out ({one.reason}){takes}")
     return found
 
 
 def _is_left_by(scheme: Scheme, row: LayerReport) -> bool:
     """Whether the scheme leaves it, and another takes it; no backend takes others, as a weight that is computed."""
-    return ".layer_kinds: " in row.reason or bool(scheme.why_not_packed and scheme.why_not_packed in row.reason)
-
-
-_REPLACED = "quantization.replace_default_exclusions=true"
+    return "layer_kinds: " in row.reason or bool(scheme.why_not_packed and scheme.why_not_packed in row.reason)
 
 
 def _place(row: LayerReport) -> str:
@@ -85,11 +83,14 @@ def _place(row: LayerReport) -> str:
     return row.shares or row.name
 
 
-def _kept_by(scheme: Scheme, name: str, defaults: Sequence[str]) -> list[str]:
+def _kept_by(request: QuantizationRequest, name: str) -> list[str]:
     """What must be said, or no longer be said, for an excluded layer to be taken; [] for other reasons."""
-    is_default = not scheme.axes.replace_default_exclusions and any(matches(entry, name) for entry in defaults)
+    scheme = request.scheme
+    is_default = not scheme.axes.replace_default_exclusions and any(
+        matches(entry, name) for entry in request.default_exclusions
+    )
     own = [entry for entry in scheme.exclusions if matches(entry, name)]
-    said = [_REPLACED] if is_default else []
+    said = [request.said("replace_default_exclusions", True)] if is_default else []
     return [*said, *([f"without modules_to_not_convert={','.join(own)}"] if own else [])]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from quantlab.errors import ConfigError, nearest
+from quantlab.vocabulary.capabilities import LAYER_KINDS
 from quantlab.vocabulary.native import QuantizationConfigMixin
 
 _P = ParamSpec("_P")
@@ -86,9 +87,12 @@ def check_batches(name: str, given: object) -> None:
 
 
 def checked_kinds(given: object) -> list[str]:
-    """``layer_kinds`` as a list; ConfigError for what is none. Which kinds there are is the scheme's matter."""
+    """``layer_kinds`` as a list; ConfigError for what is none, and for a kind that does not exist."""
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise ConfigError(f"layer_kinds={given!r}: a list of kinds is wanted, such as layer_kinds=['linear', 'conv']")
+    if unknown := [kind for kind in given if kind not in LAYER_KINDS]:
+        near = nearest(str(unknown[0]), LAYER_KINDS)
+        raise ConfigError(f"layer_kinds: there is no {unknown[0]!r}, but {', '.join(LAYER_KINDS)}{near}")
     return list(given)
 
 

@@ -7,8 +7,12 @@ import torch
 from torch import nn
 
 import quantlab
+from quantlab.backends.scheme import scheme_of_config
+from quantlab.errors import ConfigError
 from quantlab.modules.holders import holders
 from quantlab.report.said_first import said_first
+from quantlab.stages.quantize import quantize_component
+from quantlab.stages.select import QuantizationRequest, select_layers
 from tests.support.tiny_text_models import TEXT, save_llama
 
 
@@ -29,7 +33,7 @@ def test_share_holders_and_way_out_are_named():
     (sentence,) = told(model(num_experts=16), quantlab.QuantoConfig("int8"))
     assert sentence == (
         "model: 94 % of its weights stay unquantized; the largest are bank (expert, 47 %), embed (embedding, 47 %); "
-        "quantization.layer_kinds=[linear,expert,embedding] takes expert and embedding"
+        "layer_kinds=['linear', 'expert', 'embedding'] takes expert and embedding"
     )
     kinds = ["linear", "embedding", "expert"]
     assert told(model(num_experts=16), quantlab.QuantoConfig("int8"), layer_kinds=kinds) == ()
@@ -43,7 +47,7 @@ def test_a_tied_weight_is_named_once_with_all_its_places():
     _, report = quantlab.quantize(net, config)
     assert report.unquantized == (
         "model: 94 % of its weights stay unquantized; the largest are embed, which is also head (embedding, 94 %); "
-        "quantization.layer_kinds=[linear,embedding] without modules_to_not_convert=head takes embedding, as "
+        "layer_kinds=['linear', 'embedding'] without modules_to_not_convert=head takes embedding, as "
         "embed is tied to head",
     )
     assert {r.name: r.shares for r in report.layers} == {"embed": "", "mid": "", "head": "embed"}
@@ -73,26 +77,26 @@ def test_what_takes_a_tied_weight_does_take_it(is_first):
     config = quantlab.QuantoConfig("int8")
     (sentence,) = told(Tied(is_first), config)
     assert sentence.endswith(
-        "; quantization.layer_kinds=[linear,embedding] quantization.replace_default_exclusions=true takes embedding, "
+        "; layer_kinds=['linear', 'embedding'] replace_default_exclusions=True takes embedding, "
         "as embed is tied to lm_head"
     )
     (sentence,) = told(Tied(is_first), config, layer_kinds=["linear", "embedding"])
     assert sentence.endswith(
-        "; lm_head is left out (modules_to_not_convert: lm_head): quantization.replace_default_exclusions=true takes it"
+        "; lm_head is left out (modules_to_not_convert: lm_head): replace_default_exclusions=True takes it"
     )
     (sentence,) = told(Tied(is_first), config, replace_default_exclusions=True)
-    assert "; quantization.layer_kinds=[linear,embedding] takes embedding" in sentence
+    assert "; layer_kinds=['linear', 'embedding'] takes embedding" in sentence
     followed = {"layer_kinds": ["linear", "embedding"], "replace_default_exclusions": True}
     assert told(Tied(is_first), config, **followed) == ()
     both = quantlab.QuantoConfig("int8", modules_to_not_convert=["lm_head"])
     (sentence,) = told(Tied(is_first), both)
-    assert "quantization.replace_default_exclusions=true without modules_to_not_convert=lm_head takes" in sentence
+    assert "replace_default_exclusions=True without modules_to_not_convert=lm_head takes" in sentence
 
 
 def test_a_head_of_its_own_that_is_left_out_by_default_names_what_takes_it():
     (sentence,) = told(Tied(is_tied=False), quantlab.QuantoConfig("int8"), layer_kinds=["linear", "embedding"])
     assert sentence.endswith(
-        "; lm_head is left out (modules_to_not_convert: lm_head): quantization.replace_default_exclusions=true takes it"
+        "; lm_head is left out (modules_to_not_convert: lm_head): replace_default_exclusions=True takes it"
     )
 
 
@@ -109,7 +113,7 @@ def test_little_is_not_worth_a_sentence():
 )
 def test_a_scheme_that_rounds_inputs_names_one_that_takes_them(config, way):
     (sentence,) = told(model(), config)
-    assert f"quantization.layer_kinds=[linear,embedding] takes embedding {way}" in sentence
+    assert f"layer_kinds=['linear', 'embedding'] takes embedding {way}" in sentence
 
 
 def test_what_is_left_out_or_does_not_fit_is_told_with_its_reason():
@@ -120,7 +124,7 @@ def test_what_is_left_out_or_does_not_fit_is_told_with_its_reason():
     assert "0 does not fit (in_features 33 does not divide by 32, the block of q8_0)" in sentence
     cell = nn.ModuleDict({"cell": nn.LSTM(256, 256), "head": nn.Linear(256, 256)})
     (sentence,) = told(cell, quantlab.QuantoConfig("int8"))
-    assert sentence.endswith("quantization.layer_kinds=[linear,recurrent] takes recurrent")
+    assert sentence.endswith("layer_kinds=['linear', 'recurrent'] takes recurrent")
 
 
 def test_schemes_that_leave_the_same_are_told_together():
@@ -153,6 +157,7 @@ def test_terminal_store_and_page_say_it_first(shell):
     stored = json.loads(runs["quanto int8"]["tags"]["quantlab.unquantized"])
     assert stored[0] in runs["quanto int8"]["tags"]["mlflow.note.content"]
     assert "quantization.layer_kinds=[linear,embedding] takes embedding" in stored[0]
+    assert "lm_head): quantization.replace_default_exclusions=true takes it" in stored[0]
     assert stored[0].startswith("model: ")
     assert sentence.split(";")[0].partition("%")[2] in stored[0]
     _, again, _ = shell(*words)
@@ -165,6 +170,34 @@ def test_terminal_store_and_page_say_it_first(shell):
     (row,) = [r for r in shell.rows(*words[:-3], "backend=quanto", "dtype=int8", kinds).values()]
     assert row["name"] == "quanto int8 +embedding"
     assert row["metrics"]["quantization/coverage"] > 0.7
+
+
+def test_a_component_with_a_scheme_of_its_own_is_told_its_own_keys():
+    """``quantization.layer_kinds`` says nothing of it."""
+    scheme = scheme_of_config(quantlab.QuantoConfig("int8"))
+    request = {"component": "vae", "scheme": scheme, "compute_dtype": "float32", "device": "cpu"}
+    asked = QuantizationRequest(**request, typed="components.vae")
+    net = model(num_experts=16)
+    (sentence,) = quantize_component(asked, net, model(num_experts=16))[1].unquantized
+    assert sentence.endswith("; components.vae.layer_kinds=[linear,expert,embedding] takes expert and embedding")
+    alone = nn.Sequential(nn.Conv2d(3, 3, 3))
+    for typed, way in (
+        ("components.vae", r"^components\.vae: it has no Linear layer.* components\.vae\.layer_kinds=\[conv\] takes"),
+        ("", r"^model.components=vae: it has no Linear layer.* quantization\.layer_kinds=\[conv\] takes"),
+    ):
+        with pytest.raises(ConfigError, match=way):
+            select_layers(QuantizationRequest(**request, typed=typed), alone)
+
+
+def test_what_a_config_leaves_is_told_to_whoever_measures_a_module_of_their_own(capsys):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 320, 3))
+    inputs = [torch.randn(2, 64) for _ in range(4)]
+    found = quantlab.evaluate(net, [quantlab.QuantoConfig("int8")], inputs, quiet=True)
+    (row,) = [one for one in found if one.quantization]
+    (sentence,) = row.unquantized
+    assert sentence.endswith("layer_kinds=['linear', 'conv'] takes conv")
+    assert f"quanto int8: {sentence}" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("kind", ["conv", "linear"])
