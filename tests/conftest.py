@@ -29,10 +29,11 @@ def pytest_configure() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which is later
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # a server's job runners outlive it
     os.environ.pop("COLUMNS", None)  # whoever runs the tests has a terminal; what they look at has none
+    gc.disable()  # until the first test: to collect a thousand tests makes no garbage, and looking at them takes seconds
 
 
 _FREEZE, _UNFREEZE = gc.freeze, gc.unfreeze
-_MANY_MODULES = 100
+_MANY_MODULES = 20
 _settled = (None, 0)
 
 
@@ -60,6 +61,7 @@ def settled(request: pytest.FixtureRequest) -> None:
     global _settled
     file, num_modules = _settled
     if request.path != file or len(sys.modules) > num_modules + _MANY_MODULES:
+        gc.enable()
         gc.collect()
         _FREEZE()
         _settled = request.path, len(sys.modules)

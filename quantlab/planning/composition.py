@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -129,19 +131,66 @@ class RecipeSource(ConfigSource):
         return [_OPTION] if config_path == "recipe" and results_filter != ObjectType.GROUP else []
 
 
-class RecipePath(SearchPathPlugin):
-    """Puts the user's own options and the recipe under way on Hydra's search path."""
+class OptionSource(ConfigSource):
+    """``options://FOLDER`` serves a folder's options, each parsed once: a grid composes the same ones for every job."""
+
+    @staticmethod
+    def scheme() -> str:
+        """The URL scheme."""
+        return "options"
+
+    def _file(self, config_path: str) -> str:
+        return os.path.join(self.path, self._normalize_file_name(config_path))
+
+    def available(self) -> bool:
+        """Is there the folder?"""
+        return self.is_group("")
+
+    def is_group(self, config_path: str) -> bool:
+        """A folder in it."""
+        return os.path.isdir(os.path.join(self.path, config_path))
+
+    def is_config(self, config_path: str) -> bool:
+        """A YAML file in it."""
+        return os.path.isfile(self._file(config_path))
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """The file's content as it is now, which Hydra may change."""
+        file = self._file(config_path)
+        with open(file, encoding="utf-8") as f:
+            text = f.read()
+        header = self._get_header_dict(text[:512])
+        return ConfigResult(self.provider, self.full_path(), OmegaConf.create(_content(file, text)), header)
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        """Options below ``config_path``."""
+        found: list[str] = []
+        for name in os.listdir(os.path.join(self.path, config_path)):
+            self._list_add_result(found, os.path.join(config_path, name), name, results_filter)
+        return sorted(set(found))
+
+
+@functools.cache
+def _content(file: str, _text: str) -> Any:
+    return OmegaConf.to_container(OmegaConf.load(file))
+
+
+class OwnPath(SearchPathPlugin):
+    """Puts our options, the user's own and the recipe under way on Hydra's search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Called by Hydra for each session."""
-        for folder in option_dirs()[1:]:
-            search_path.append("quantlab", f"file://{folder}")
+        """Called by Hydra for each session, also for those of an application around us, which keep their paths."""
+        if ConfigStore.instance().repo is not schema_nodes():
+            return
+        search_path.get_path().clear()  # Hydra's own options, too, which a command cannot choose
+        for provider, folder in zip_longest(["main"], option_dirs(), fillvalue="quantlab"):
+            search_path.append(provider, f"options://{folder}")
         if _RECIPE:
             search_path.append("quantlab", "recipes://chosen")
 
 
 def _register_plugins() -> None:
-    for plugin in (RecipeSource, RecipePath):
+    for plugin in (RecipeSource, OptionSource, OwnPath):
         Plugins.instance().register(plugin)
 
 

@@ -182,19 +182,19 @@ def run_job(session: Session, bench: Workbench, job: Job, run: Run | None) -> Ru
     if told := ledger_warning(report):
         say(told, "warning")
     if run is not None:
-        if bench.brought is not None:
-            run.log_params({REFERENCE_MADE_ON: bench.brought.made_on})
-        log_quantization(run, report, shared_tags(bench))
-        log_inputs(run, bench, job, report.calibration)
-        log_calibration(run, report)
-        with tempfile.TemporaryDirectory(prefix="quantlab-calibration-") as folder:
+        with run.together(), tempfile.TemporaryDirectory(prefix="quantlab-calibration-") as folder:
+            if bench.brought is not None:
+                run.log_params({REFERENCE_MADE_ON: bench.brought.made_on})
+            log_quantization(run, report, shared_tags(bench))
+            log_inputs(run, bench, job, report.calibration)
+            log_calibration(run, report)
             for file in write_calibration(made, schemes, Path(folder)):
                 run.log_artifact(file, f"calibration/{file.parent.name}")
     report = _measured(session, bench, job, run, made, report)
     bench.keep_floor(report)
     report = bench.with_floors(report)
     if run is not None:
-        with in_stage(session, run, "track"):
+        with in_stage(session, run, "track"), run.together():
             log_evaluation(run, report, bench.fingerprint)
     if target is not None and run is not None:
         with in_stage(session, run, "export"), bench.model.holding(bench.model.parts.get("origins", ())):
@@ -420,7 +420,8 @@ def open_run(
     run = session.store.start_run(name, folder, params, tags, session.parent_run_id)
     with run:
         if kind != "sweep":
-            run.log_json(session.environment, "environment.json")
-            (folder / "recipe.yaml").write_text(job.recipe_yaml, encoding="utf-8")
-            run.log_artifact(folder / "recipe.yaml")
+            with run.together():
+                run.log_json(session.environment, "environment.json")
+                (folder / "recipe.yaml").write_text(job.recipe_yaml, encoding="utf-8")
+                run.log_artifact(folder / "recipe.yaml")
         yield run

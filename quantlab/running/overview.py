@@ -35,13 +35,14 @@ MAX_DESCRIPTION = 4800
 def log_overview(store: Store, parent: Run, plan: Plan, reports: Sequence[RunReport]) -> None:
     """Log it all; what fails here costs the overview and never the sweep, whose rows are kept already."""
     try:
-        parent.log_params(shared_settings(plan))
-        _log_data(parent, plan)
         rows = [report_data(r) for r in reports]
-        for question, row in best_rows(rows).items():
-            metrics, params = row_numbers(row)
-            parent.log_metrics({f"{question}/{name}": value for name, value in metrics.items()})
-            parent.log_params({f"{question}.{name}": value for name, value in params.items()})
+        with parent.together():
+            parent.log_params(shared_settings(plan))
+            _log_data(parent, plan)
+            for question, row in best_rows(rows).items():
+                metrics, params = row_numbers(row)
+                parent.log_metrics({f"{question}/{name}": value for name, value in metrics.items()})
+                parent.log_params({f"{question}.{name}": value for name, value in params.items()})
         is_new = not all(r["resumed"] for r in rows)  # a sweep that was there already has its page at its first run
         if is_new and not store.is_lost and any("quantization/coverage" in r["metrics"] for r in rows):
             _log_page(store, parent)

@@ -8,7 +8,7 @@ In the run's folder::
     layers.json images/...  the artifacts, under the names that they have in the store
 
 The events are the truth. A process killed at any point leaves a prefix of them: a line that does not end like one is
-ignored. Each line carries the version of its form and a checksum; a record with a line that was changed, or of a form
+ignored. ``run.json`` and the store follow each of them, or several that belong together. Each line carries the version of its form and a checksum; a record with a line that was changed, or of a form
 that is not known, is damaged: nothing of it is believed.
 """
 
@@ -150,10 +150,22 @@ class Record:
         """Whether the run has not ended, as far as the events tell."""
         return bool(self.summary.get("status") == "RUNNING")
 
-    def append(self, event: Event) -> None:
-        """Write one event to the folder and add it to the summary."""
-        try:
+    def append(self, event: Event, shows: bool = True) -> None:
+        """Write one event to the folder and add it to the summary; without ``shows``, :meth:`show` is called later."""
+        with self._left_open_where_it_fails():
             self._append(cast(Event, {"time_ms": now_ms(), **event}))
+            if shows:
+                self.show()
+
+    def show(self) -> None:
+        """Write the sum of the events to ``run.json``."""
+        with self._left_open_where_it_fails():
+            _write_json(self.folder / "run.json", self.summary)
+
+    @contextlib.contextmanager
+    def _left_open_where_it_fails(self) -> Iterator[None]:
+        try:
+            yield
         except OSError:
             LEFT_OPEN.add(self.folder)
             raise
@@ -167,7 +179,6 @@ class Record:
                     line = b"\n" + line
             file.write(line)
         add_event(self.summary, event)
-        _write_json(self.folder / "run.json", self.summary)
 
     def events(self, offset: int) -> Iterator[tuple[Event, int]]:
         """The events from byte ``offset`` on, each with the offset behind it.

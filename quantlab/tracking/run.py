@@ -10,7 +10,7 @@ import signal
 import threading
 import traceback
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, SupportsFloat
@@ -72,6 +72,7 @@ class Run:
         self._terminated = False
         self._quiet = contextlib.ExitStack()
         self._digests: dict[str, str] = {}
+        self._is_together = False
 
     @property
     def run_id(self) -> str:
@@ -87,6 +88,20 @@ class Run:
     def stage(self, name: str) -> None:
         under_way(f"{self.record.summary['name']}: {name}")
         self.set_tags({STAGE: name})
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """While open, events reach the folder one by one as ever; ``run.json`` and the store follow once, at the end."""
+        if self._is_together:
+            yield
+            return
+        self._is_together = True
+        try:
+            yield
+        finally:
+            self._is_together = False
+            self.record.show()
+            self._sink.sync(self.record)
 
     def log_params(self, params: Mapping[str, object]) -> None:
         """Nested mappings become dotted keys. A parameter is written once: another value for it is a TrackingError."""
@@ -188,12 +203,13 @@ class Run:
         name = f"images/{key.replace('/', '~')}+step+{step}+timestamp+{now_ms()}+{uuid.uuid4().hex}"
         small = picture.copy()
         small.thumbnail((SMALL_PIXELS, SMALL_PIXELS))
-        for shown, ending in ((picture, ".png"), (small, "+compressed.webp")):
-            file = _artifact_name(name + ending)
-            target = self._place(file)
-            shown.save(target)
-            self._write_artifact(file, target)
-        self.set_tags({LOGGED_IMAGES: "True"})
+        with self.together():
+            for shown, ending in ((picture, ".png"), (small, "+compressed.webp")):
+                file = _artifact_name(name + ending)
+                target = self._place(file)
+                shown.save(target)
+                self._write_artifact(file, target)
+            self.set_tags({LOGGED_IMAGES: "True"})
 
     def finish(self, status: str, error: str = "", stage: str = "") -> None:
         """End the run as ``FINISHED``, ``FAILED`` or ``KILLED``; nothing can be written to it afterwards."""
@@ -201,8 +217,9 @@ class Run:
             raise TrackingError(f"status={status}: a run ends as one of {', '.join(_ENDS)}")
         stage = DONE if status == "FINISHED" else stage
         tags = {FAILURE: error, STAGE: stage}
-        self.set_tags({k: v for k, v in tags.items() if v})
-        self._write({"op": "finish", "status": status, "error": error, "stage": stage or self.stage})
+        with self.together():
+            self.set_tags({k: v for k, v in tags.items() if v})
+            self._write({"op": "finish", "status": status, "error": error, "stage": stage or self.stage})
 
     def __enter__(self) -> Self:
         in_main_thread = threading.current_thread() is threading.main_thread()  # only there can signals be handled
@@ -248,18 +265,20 @@ class Run:
     def _write(self, event: Event) -> None:
         if not self.record.is_open:
             raise TrackingError(f"run {self.record.summary['name']!r}: has ended; start another for what comes later")
-        self.record.append(event)
-        self._sink.sync(self.record)
+        self.record.append(event, shows=not self._is_together)
+        if not self._is_together:
+            self._sink.sync(self.record)
 
     def _log_text(self, text: str, name: str, table: bool = False) -> None:
         name = _artifact_name(name)
         path = self._place(name)
         content = text.encode(errors="backslashreplace")
         path.write_bytes(content)
-        self._write_artifact(name, path, table)
-        if name.endswith(".json"):
-            self._digests[name] = digest_of(content)
-            self.set_tags({ARTIFACT_DIGESTS: json.dumps(self._digests)})
+        with self.together():
+            self._write_artifact(name, path, table)
+            if name.endswith(".json"):
+                self._digests[name] = digest_of(content)
+                self.set_tags({ARTIFACT_DIGESTS: json.dumps(self._digests)})
 
     def _write_artifact(self, name: str, path: Path, table: bool = False) -> None:
         if Path(name).name != path.name:

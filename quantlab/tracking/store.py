@@ -182,6 +182,14 @@ class Store:
         sent = record.sent()
         if sent is None or sent.uri != self.uri or sent.run_id is None:
             sent = self._arrive(record, tried=sent is not None)
+        before = sent.offset
+        try:
+            self._send_from(record, sent)
+        finally:
+            if sent.offset != before:
+                record.save_sent(sent)
+
+    def _send_from(self, record: Record, sent: Sent) -> None:
         for event, offset in record.events(sent.offset):
             try:
                 self._deliver(str(sent.run_id), event, record.folder)
@@ -197,7 +205,6 @@ class Store:
                     )
                 sent.refused.append(f"{event['op']}: {first_line(error)}")
             sent.offset, sent.done = offset, event["op"] == "finish"
-            record.save_sent(sent)
 
     def _deliver(self, run_id: str, event: Event, folder: Path) -> None:
         """One event to the store; TimeoutError where a server takes too long for its whole answer."""

@@ -5,11 +5,13 @@ import itertools
 import textwrap
 
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 from quantlab.datasets.table import DATASETS
 from quantlab.errors import ConfigError
-from quantlab.planning.places import conf_dir, groups, recipes
+from quantlab.planning.places import conf_dir, groups, own_options, recipes
 from quantlab.planning.plan import plan
 from quantlab.vocabulary.axes import QuantizationAxes
 from tests.support.tables import CAPABILITIES, native_config
@@ -337,6 +339,16 @@ def test_nodes_of_an_application_around_us_are_neither_read_nor_lost():
         del store.repo["schema.yaml"]
 
 
+def test_an_application_around_us_keeps_its_search_path(tmp_path):
+    assert one("backend=quanto")  # our plugins are registered for good
+    (tmp_path / "theirs.yaml").write_text("a: 1")
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        whole = compose("theirs", return_hydra_config=True)
+    assert whole.a == 1
+    assert [source.path for source in whole.hydra.runtime.config_sources][:2] == ["hydra.conf", str(tmp_path)]
+    assert whole.hydra.job_logging.version == 1  # of Hydra's own options
+
+
 def test_a_composition_leaves_the_schema_as_it_was():
     one("model=smollm2_135m", "backend=quanto", "dtype=int4", "model.dtype=float32")
     assert one("backend=torchao").config.dataset.name == "digits_classes"
@@ -369,3 +381,20 @@ def test_no_candidate_has_the_name_of_the_reference_or_of_a_floor(name, tmp_path
     with pytest.raises(ConfigError, match=f"^checkpoint={file}: .*name="):
         plan([f"checkpoint={file}", "model=causal_lm", "model.path=somewhere"])
     assert plan([f"checkpoint={file}", "model=causal_lm", "model.path=somewhere", "name=mine"]).jobs[0].name == "mine"
+
+
+def test_a_file_of_options_is_parsed_once_a_process_and_read_as_it_is_now(tmp_path, monkeypatch):
+    """A grid composes the same files for every job."""
+    own = tmp_path / "evaluation" / "mine.yaml"
+    own.parent.mkdir()
+
+    def batch_size(value):
+        own.write_text(f"# @package evaluation\nbatch_size: {value}\n")
+        with own_options(str(tmp_path)):
+            return one("backend=torchao", "evaluation=mine").config.evaluation.batch_size
+
+    assert batch_size(3) == 3
+    monkeypatch.setattr(OmegaConf, "load", lambda file: pytest.fail(f"{file} is parsed again"))
+    assert batch_size(3) == 3
+    monkeypatch.undo()
+    assert batch_size(4) == 4

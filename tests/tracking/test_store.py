@@ -82,6 +82,29 @@ def test_everything_comes_back(store: Store, runs: Path, base: Path) -> None:
     assert record["artifacts"] == ["recipe.json", "layers.json", "images/samples.png", "texts/notes.txt"]
 
 
+def test_what_is_logged_together_is_sent_once_and_kept_at_once(store: Store, runs: Path, monkeypatch) -> None:
+    """A file rewritten for each of a job's forty events makes the job wait for the disk, and says nothing new."""
+    events, told = runs / "r" / "tracking" / "events.jsonl", runs / "r" / "run.json"
+    with store.start_run("r", runs / "r", {}, {}) as run:
+        sent, real = [], store.sync
+        monkeypatch.setattr(store, "sync", lambda record: sent.append(1) or real(record))
+        with pytest.raises(ZeroDivisionError), run.together():
+            run.log_metrics({"a": 1})
+            run.log_json({}, "b.json")
+            with run.together():
+                run.set_tags({"c": "d"})
+            assert '"c":' in events.read_text().splitlines()[-1]
+            assert json.loads(told.read_text())["metrics"] == {}
+            assert not sent
+            raise ZeroDivisionError
+        assert len(sent) == 1
+        assert json.loads(told.read_text())["tags"]["c"] == "d"
+        assert get_run(store, run.run_id)["metrics"] == {"a": 1.0}
+        run.log_metrics({"e": 2})
+        assert len(sent) == 2
+    assert len(sent) == 3, "how it ended, and that it ended"
+
+
 def test_image_grid_keeps_every_pixel(store: Store, runs: Path) -> None:
     from PIL import Image
 
