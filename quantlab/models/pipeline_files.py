@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from quantlab.errors import ConfigError, MissingPackage, ModelError, nearest
 from quantlab.models.reading import ADAPTER, check_config, check_no_adapter, remote_code
 from quantlab.models.repository import Repository, of_folder
-from quantlab.modules.source import check_indices
+from quantlab.modules.source import check_indices, shards_of
 from quantlab.vocabulary.schema import ModelConfig
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ NO_DENOISER = re.compile(r"vae|vq|movq|encod|embed|project|safety|feature|vocode
 """What is in the names of other modules, where no component is called so."""
 _LIBRARIES = ("diffusers", "transformers")
 """Whose classes the parts of a pipeline are."""
+_NOW = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""A layer of attention in older files -> what Diffusers loads it as."""
+_RENAMED = re.compile(rf"\b({'|'.join(_NOW)})(?=\.(?:weight|bias)$)")
 
 
 def denoisers_of(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
@@ -180,6 +183,31 @@ def check_files(key: str, folder: Path) -> dict[str, Any]:
                 f"{key}: {file.relative_to(folder)} is damaged or cut off ({error}); copy or download it again"
             ) from error
     return index
+
+
+def unread_tensors(key: str, folder: Path, module: nn.Module, variant: str | None = None) -> list[str]:
+    """The tensors that the files of a Diffusers module hold and it has no place for, as those of adapters.
+
+    Diffusers leaves them out without a word; names of attention that it has since changed are no such.
+    """
+    from diffusers.models.modeling_utils import ModelMixin
+
+    if not isinstance(module, ModelMixin) or not any(folder.glob("*.safetensors")):
+        return []
+    try:
+        stored = shards_of(key, folder, variant).files
+    except ModelError:
+        return []  # whoever reads them says it better
+    known: Any = module
+    ignored = [re.compile(pattern) for pattern in known._keys_to_ignore_on_load_unexpected or ()]
+    has = known.state_dict()
+    return [
+        name
+        for name in sorted(stored)
+        if name not in has
+        and _RENAMED.sub(lambda old: _NOW[old[1]], name) not in has
+        and not any(pattern.search(name) for pattern in ignored)
+    ]
 
 
 def read_index(key: str, files: Repository) -> dict[str, Any]:

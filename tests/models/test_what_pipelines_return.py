@@ -145,8 +145,29 @@ def test_a_pipeline_that_takes_one_sample_alone_says_so():
         raise RuntimeError(OF_SHAPES)
 
 
-@pytest.mark.parametrize(("num", "text"), [(1, OF_SHAPES), (2, "CUDA error: an illegal memory access")])
-def test_what_is_no_matter_of_the_batch_stays_what_it_is(num, text):
-    with pytest.raises(RuntimeError) as caught, pipeline_call._told_as_ours("a", "B", ["prompt"], num):
-        raise RuntimeError(text)
-    assert type(caught.value) is RuntimeError
+def test_a_pipeline_that_cannot_do_what_it_is_asked_names_what_it_was_asked():
+    """As of a T2I adapter of another width: one sample alone is no way out."""
+    told = r"^model=a: B fails by itself \(output with shape .*\); it was called with prompt: change the data set, "
+    with pytest.raises(ModelError, match=told), pipeline_call._told_as_ours("a", "B", ["prompt"], 1):
+        raise RuntimeError(OF_SHAPES)
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_a_pipeline_that_its_libraries_left_behind_says_so(num):
+    """As clip_skip, which Diffusers reads from where transformers 5 has nothing."""
+    told = r"^model=a: B fails by itself \('C' object has no attribute 'd'\), as where releases of diffusers and trans"
+    with pytest.raises(ModelError, match=told), pipeline_call._told_as_ours("a", "B", ["prompt", "clip_skip"], num):
+        raise AttributeError("'C' object has no attribute 'd'")
+
+
+@pytest.mark.parametrize(
+    ("num", "error"),
+    [(1, RuntimeError(OF_SHAPES)), (2, RuntimeError("CUDA error: an illegal memory access")), (2, AttributeError("d"))],
+)
+def test_what_a_candidates_layers_may_have_done_stays_what_it_is(num, error):
+    with (
+        pytest.raises(type(error)) as caught,
+        pipeline_call._told_as_ours("a", "B", ["prompt"], num, is_reference=False),
+    ):
+        raise error
+    assert caught.value is error
