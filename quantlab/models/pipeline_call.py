@@ -74,7 +74,8 @@ def parameters_of(pipeline: type) -> Mapping[str, inspect.Parameter]:
 
 
 def check_arguments(pipeline: type, call: Mapping[str, object]) -> None:
-    """ConfigError ``model.call.NAME: ...`` for an argument that the pipeline's call has not, or that has a key."""
+    """ConfigError ``model.call.NAME: ...`` for an argument that the pipeline's call has not, or that has a key, and for
+    several texts where one is for all samples."""
     known = parameters_of(pipeline)
     for name in call:
         if name not in known:
@@ -87,6 +88,16 @@ def check_arguments(pipeline: type, call: Mapping[str, object]) -> None:
                 f"model.call.{name}: a recipe says it elsewhere ({_OURS[name].format(name=name)}); leave it out of "
                 "model.call"
             )
+        value: Any = call[name]
+        if isinstance(value, Sequence) and not isinstance(value, str) and value and _takes_one_text(known[name]):
+            raise ConfigError(
+                f"model.call.{name}: {pipeline.__name__} gives a list's texts to the samples of a batch by their "
+                "places in it, which change with evaluation.batch_size; give one text, for all samples"
+            )
+
+
+def _takes_one_text(parameter: inspect.Parameter) -> bool:
+    return bool(re.search(r"\bstr\b", re.sub(r"list\[str\]", "", str(parameter.annotation), flags=re.IGNORECASE)))
 
 
 def check_conditions(pipeline: type, dataset: str, conditions: Sequence[str], call: Mapping[str, object]) -> None:

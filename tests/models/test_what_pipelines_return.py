@@ -56,6 +56,8 @@ class Song:
         lyrics: List[str] | str = "",  # noqa: F821, UP006  as some write it
         system_prompt: str | None = None,
         mood: str = "",
+        parts: list[str] | None = None,
+        sigmas: list[float] | None = None,
     ): ...
 
 
@@ -67,6 +69,16 @@ def test_words_for_each_sample_are_a_list_where_they_may_be_one(num):
     lists = {name for name, value in given.items() if value == ["la"] * num}
     assert lists == (set() if num == 1 else {"negative_prompt", "lyrics"})
     assert {name for name, value in given.items() if value == "la"} == set(words) - lists
+
+
+def test_a_text_for_each_sample_is_refused_where_its_place_in_a_batch_would_choose_it():
+    for name in ("negative_prompt", "lyrics", "system_prompt", "mood"):
+        pipeline_call.check_arguments(Song, {name: "la"})
+        with pytest.raises(ConfigError, match=rf"^model\.call\.{name}: Song gives a list's .*; give one text, for all"):
+            pipeline_call.check_arguments(Song, {name: ["la", "lo"]})
+    pipeline_call.check_arguments(
+        Song, {"parts": ["verse", "chorus"], "sigmas": [1.0, 0.5]}
+    )  # one value of all samples
 
 
 class Video:
