@@ -236,6 +236,7 @@ def _told_as_ours(
     What only a candidate's layers may have to do with stays what it is where it is no ``is_reference``.
     """
     called = f"it was called with {', '.join(arguments)}: "
+    alone = "" if num == 1 else ", or set evaluation.batch_size=1 where it takes one sample at once"
     try:
         yield
     except (ImportError, NameError) as error:
@@ -246,7 +247,6 @@ def _told_as_ours(
     except ConfigError:
         raise
     except (TypeError, ValueError, LookupError) as error:
-        alone = "" if num == 1 else ", or set evaluation.batch_size=1 where it takes one sample at once"
         raise ModelError(
             f"model={model}: {pipeline} refuses what it is given ({_first_line(error)}); "
             f"{called}change the data set, evaluation or model.call{alone}"
@@ -257,6 +257,7 @@ def _told_as_ours(
         raise ModelError(
             f"model={model}: {pipeline} fails by itself ({_first_line(error)}), as where releases of diffusers and "
             f"transformers do not go together; {called}leave out of model.call what needs that, or install others"
+            f"{alone}"
         ) from error
     except RuntimeError as error:
         if not _OF_SHAPES.search(str(error)) or (num == 1 and not is_reference):

@@ -60,7 +60,7 @@ def _imported_as(error: NameError) -> str:
         if guard is None or not isinstance(node, ast.If):
             continue
         for line in node.body:
-            if isinstance(line, (ast.Import, ast.ImportFrom)) and error.name in map(_bound, line.names):
+            if isinstance(line, (ast.Import, ast.ImportFrom)) and error.name in list(map(_bound, line.names)):
                 module = line.names[0].name if isinstance(line, ast.Import) else line.module or ""
                 is_relative = isinstance(line, ast.ImportFrom) and line.level > 0
                 return guard[1] if is_relative else module.partition(".")[0]
