@@ -224,7 +224,8 @@ def sample(
         made = _called(pipe, arguments, noise)
     media = _media(pipe, made, num)
     _check_made(pipe, media, arguments)
-    return Sampled(latents=None if last is None else last.float().cpu(), media=media, draws=draws)
+    are_tokens = last is not None and not last.is_floating_point()  # ids, as Amused's: no distance lies between them
+    return Sampled(latents=None if last is None or are_tokens else last.float().cpu(), media=media, draws=draws)
 
 
 @contextlib.contextmanager
