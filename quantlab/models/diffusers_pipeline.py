@@ -33,6 +33,7 @@ from quantlab.models.pipeline_files import (
     listed_parts,
     pipeline_class,
     read_index,
+    unread_tensors,
 )
 from quantlab.models.pipeline_sizes import (
     asked_sizes,
@@ -52,7 +53,9 @@ from quantlab.models.reading import (
     required_path,
 )
 from quantlab.models.repository import Repository, of_folder, of_hub
+from quantlab.models.wanting import wanting
 from quantlab.modules.compute_dtype import torch_dtype
+from quantlab.progress import say
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.schema import EvaluationConfig, ModelConfig
 
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 NEEDS_PATH = ("a pipeline", "black-forest-labs/FLUX.1-schnell")  # what model.path leads to, and an example
+_FUSED = "they lie there below an adapter: save it again after pipe.fuse_lora() and pipe.unload_lora_weights()"
 _SAID = (INDEX, "a Diffusers pipeline", "the pipeline's save_pretrained")
 
 
@@ -205,15 +209,26 @@ def _read_pipeline(
         quiet_loading(logging),
         quiet_loading(diffusers_logging),
     ):
-        made = DiffusionPipeline.from_pretrained(folder, dtype=torch_dtype(dtype), variant=variant, **given)
+        try:
+            made = DiffusionPipeline.from_pretrained(folder, dtype=torch_dtype(dtype), variant=variant, **given)
+        except (ImportError, NameError) as error:
+            raise wanting(key, read_index(key, of_folder(folder))["_class_name"], error) or error from error
         pipe = cast(Pipeline, made)
     for name, module in modules_of(pipe).items():
         if getattr(module, "hf_quantizer", None) is not None or getattr(module.config, "quantization_config", None):
             raise ModelError(
                 f"{key}: {name} is already quantized; the reference must not be: name the unquantized checkpoint"
             )
+        unread = unread_tensors(key, folder / name, module, variant)
         if given.get(name) is None and any(p.device.type == "meta" for p in module.parameters()):
-            raise ModelError(f"{key}: weights of {name} are missing from its files; copy or download it again")
+            again = _FUSED if any(".base_layer." in tensor for tensor in unread) else "copy or download it again"
+            raise ModelError(f"{key}: weights of {name} are missing from its files; {again}")
+        if unread:
+            say(
+                f"{key}: {len(unread)} tensors in the files of {name} are not of a {type(module).__name__}, such as "
+                f"{unread[0]}: Diffusers leaves them out, and so what they belong to (an adapter) is not measured",
+                "warning",
+            )
         _require_dtype(name, module, dtype)
         frozen(module)
     return pipe if device == HOLLOW else pipe.to(device)

@@ -13,11 +13,12 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantlab.errors import ConfigError, MetricUndefined, MissingPackage, ModelError, nearest
+from quantlab.errors import ConfigError, MetricUndefined, ModelError, nearest
 from quantlab.models.encoded_prompts import reuse_prompts
 from quantlab.models.loaded import Conditioning, LoadedModel, OnStep, Pipeline, Sampled
 from quantlab.models.part_by_part import run_part_by_part
 from quantlab.models.pipeline_sizes import asked_sizes, check_sides, frames_argument
+from quantlab.models.wanting import wanting
 from quantlab.modules.residence import says
 from quantlab.modules.stepping import heard_steps, in_their_dtypes, paired_draws, seeded
 from quantlab.progress import say
@@ -56,7 +57,9 @@ _KINDS = {
     "audio": "audio",
 }
 """Field of what a pipeline returns -> kind of medium."""
-_OF_SHAPES = re.compile(r"shape|must match the (existing )?size|size of tensor|sizes of tensors|invalid for input")
+_OF_SHAPES = re.compile(
+    r"shape|must match the (existing )?size|size of tensor|sizes of tensors|invalid for input|Padding size"
+)
 """What torch says of tensors that do not fit one another, as where an attention takes a mask of one sample alone."""
 _NO_WORDS = re.compile(r"Tensor|Image|ndarray")
 """In the annotation of an argument that no recipe can give."""
@@ -71,7 +74,8 @@ def parameters_of(pipeline: type) -> Mapping[str, inspect.Parameter]:
 
 
 def check_arguments(pipeline: type, call: Mapping[str, object]) -> None:
-    """ConfigError ``model.call.NAME: ...`` for an argument that the pipeline's call has not, or that has a key."""
+    """ConfigError ``model.call.NAME: ...`` for an argument that the pipeline's call has not, or that has a key, and for
+    several texts where one is for all samples."""
     known = parameters_of(pipeline)
     for name in call:
         if name not in known:
@@ -84,6 +88,16 @@ def check_arguments(pipeline: type, call: Mapping[str, object]) -> None:
                 f"model.call.{name}: a recipe says it elsewhere ({_OURS[name].format(name=name)}); leave it out of "
                 "model.call"
             )
+        value: Any = call[name]
+        if isinstance(value, Sequence) and not isinstance(value, str) and value and _takes_one_text(known[name]):
+            raise ConfigError(
+                f"model.call.{name}: {pipeline.__name__} gives a list's texts to the samples of a batch by their "
+                "places in it, which change with evaluation.batch_size; give one text, for all samples"
+            )
+
+
+def _takes_one_text(parameter: inspect.Parameter) -> bool:
+    return bool(re.search(r"\bstr\b", re.sub(r"list\[str\]", "", str(parameter.annotation), flags=re.IGNORECASE)))
 
 
 def check_conditions(pipeline: type, dataset: str, conditions: Sequence[str], call: Mapping[str, object]) -> None:
@@ -197,6 +211,7 @@ def sample(
         decoder: Any = pipe.components["vae"]
         decoder.enable_tiling()
     originals = {name: getattr(model.parts["pipeline"], name) for name in model.components}
+    is_reference = all(part is originals[name] for name, part in model.components.items())
     with (
         torch.no_grad(),
         torch.random.fork_rng(_devices(model.device)),
@@ -204,39 +219,53 @@ def sample(
         in_their_dtypes(model.components, originals, model.dtype),
         heard_steps(pipe.scheduler, told),
         contextlib.nullcontext() if residence is None else run_part_by_part(pipe, model, residence),
-        _told_as_ours(model.name, type(pipe).__name__, arguments, num),
+        _told_as_ours(model.name, type(pipe).__name__, arguments, num, is_reference),
     ):
         made = _called(pipe, arguments, noise)
     media = _media(pipe, made, num)
     _check_made(pipe, media, arguments)
-    return Sampled(latents=None if last is None else last.float().cpu(), media=media, draws=draws)
+    are_tokens = last is not None and not last.is_floating_point()  # ids, as Amused's: no distance lies between them
+    return Sampled(latents=None if last is None or are_tokens else last.float().cpu(), media=media, draws=draws)
 
 
 @contextlib.contextmanager
-def _told_as_ours(model: str, pipeline: str, arguments: Iterable[str], num: int) -> Iterator[None]:
-    """What a pipeline says of its inputs, in words that name the key to change."""
+def _told_as_ours(
+    model: str, pipeline: str, arguments: Iterable[str], num: int, is_reference: bool = True
+) -> Iterator[None]:
+    """What a pipeline says of its inputs, in words that name the key to change.
+
+    What only a candidate's layers may have to do with stays what it is where it is no ``is_reference``.
+    """
+    called = f"it was called with {', '.join(arguments)}: "
+    alone = "" if num == 1 else ", or set evaluation.batch_size=1 where it takes one sample at once"
     try:
         yield
     except (ImportError, NameError) as error:
-        package = getattr(error, "name", None) or _first_line(error)
-        raise MissingPackage(
-            f"model={model}: {pipeline} needs {package}, which is not installed; pip install {package}"
-        ) from error
+        told = wanting(f"model={model}", pipeline, error)
+        if told is None:
+            raise
+        raise told from error
     except ConfigError:
         raise
     except (TypeError, ValueError, LookupError) as error:
-        alone = "" if num == 1 else ", or set evaluation.batch_size=1 where it takes one sample at once"
         raise ModelError(
             f"model={model}: {pipeline} refuses what it is given ({_first_line(error)}); "
-            f"it was called with {', '.join(arguments)}: change the data set, evaluation or model.call{alone}"
+            f"{called}change the data set, evaluation or model.call{alone}"
         ) from error
-    except RuntimeError as error:
-        if num == 1 or not _OF_SHAPES.search(str(error)):
+    except AttributeError as error:
+        if not is_reference:
             raise
         raise ModelError(
-            f"model={model}: {pipeline} fails on {num} samples at once ({_first_line(error)}); "
-            "set evaluation.batch_size=1"
+            f"model={model}: {pipeline} fails by itself ({_first_line(error)}), as where releases of diffusers and "
+            f"transformers do not go together; {called}leave out of model.call what needs that, or install others"
+            f"{alone}"
         ) from error
+    except RuntimeError as error:
+        if not _OF_SHAPES.search(str(error)) or (num == 1 and not is_reference):
+            raise
+        several = f"fails on {num} samples at once ({_first_line(error)}); set evaluation.batch_size=1"
+        one = f"fails by itself ({_first_line(error)}); {called}change the data set, evaluation or model.call"
+        raise ModelError(f"model={model}: {pipeline} {one if num == 1 else several}") from error
 
 
 def _called(pipe: Pipeline, arguments: Mapping[str, Any], noise: Tensor) -> Mapping[str, object]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from quantlab.errors import ConfigError, MissingPackage, ModelError, nearest
 from quantlab.models.reading import ADAPTER, check_config, check_no_adapter, remote_code
 from quantlab.models.repository import Repository, of_folder
-from quantlab.modules.source import check_indices
+from quantlab.modules.source import check_indices, shards_of
 from quantlab.vocabulary.schema import ModelConfig
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ NO_DENOISER = re.compile(r"vae|vq|movq|encod|embed|project|safety|feature|vocode
 """What is in the names of other modules, where no component is called so."""
 _LIBRARIES = ("diffusers", "transformers")
 """Whose classes the parts of a pipeline are."""
+_NOW = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""A layer of attention in older files -> what Diffusers loads it as."""
+_RENAMED = re.compile(rf"\b({'|'.join(_NOW)})(?=\.(?:weight|bias)$)")
 
 
 def denoisers_of(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
@@ -59,17 +62,22 @@ def named_denoisers(index: Path) -> tuple[str, ...]:
 
 
 def check_choice(files: Repository, index: Mapping[str, Any], config: ModelConfig) -> None:
-    """ConfigError for a variant that no file is of, and for parts to leave out that are not there."""
-    if config.variant is not None:
-        names = {name.partition("/")[2] for name in files.names if name.endswith(".safetensors")}
-        there = sorted({parts[1] for name in names if len(parts := name.split(".")) > 2 and not parts[1].isdigit()})
-        there = [v for v in there if "-" not in v]
-        if config.variant not in there:
-            have = f"there are {', '.join(there)}" if there else "this checkpoint has none"
-            raise ConfigError(
-                f"model.variant={config.variant}: no weight file is of it ({have}){nearest(config.variant, there)}; "
-                "leave model.variant out for the files without one"
-            )
+    """ConfigError for a variant that no file is of, or that all files of weights are of and nobody asked for, and for
+    parts to leave out that are not there."""
+    names = {name.partition("/")[2] for name in files.names if name.endswith(".safetensors")}
+    of = {name: parts[1] if len(parts := name.split(".")) > 2 and not parts[1].isdigit() else "" for name in names}
+    there = sorted({variant for variant in of.values() if variant and "-" not in variant})
+    others = [name for name in files.names if name.endswith(".bin")]
+    if config.variant is None and there and all(of.values()) and not others:
+        raise ConfigError(
+            f"model.variant: all files of weights are of a variant ({', '.join(there)}); set model.variant={there[0]}"
+        )
+    if config.variant is not None and config.variant not in there:
+        have = f"there are {', '.join(there)}" if there else "this checkpoint has none"
+        raise ConfigError(
+            f"model.variant={config.variant}: no weight file is of it ({have}){nearest(config.variant, there)}; "
+            "leave model.variant out for the files without one"
+        )
     parts = [name for name, (library, _) in listed_parts(index).items() if library is not None]
     for name in config.without:
         if name not in parts:
@@ -180,6 +188,31 @@ def check_files(key: str, folder: Path) -> dict[str, Any]:
                 f"{key}: {file.relative_to(folder)} is damaged or cut off ({error}); copy or download it again"
             ) from error
     return index
+
+
+def unread_tensors(key: str, folder: Path, module: nn.Module, variant: str | None = None) -> list[str]:
+    """The tensors that the files of a Diffusers module hold and it has no place for, as those of adapters.
+
+    Diffusers leaves them out without a word; names of attention that it has since changed are no such.
+    """
+    from diffusers.models.modeling_utils import ModelMixin
+
+    if not isinstance(module, ModelMixin) or not any(folder.glob("*.safetensors")):
+        return []
+    try:
+        stored = shards_of(key, folder, variant).files
+    except ModelError:
+        return []  # whoever reads them says it better
+    known: Any = module
+    ignored = [re.compile(pattern) for pattern in known._keys_to_ignore_on_load_unexpected or ()]
+    has = known.state_dict()
+    return [
+        name
+        for name in sorted(stored)
+        if name not in has
+        and _RENAMED.sub(lambda old: _NOW[old[1]], name) not in has
+        and not any(pattern.search(name) for pattern in ignored)
+    ]
 
 
 def read_index(key: str, files: Repository) -> dict[str, Any]:

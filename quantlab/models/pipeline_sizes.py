@@ -17,6 +17,7 @@ from quantlab.models.architectures import CONFIG, Architecture, Part, class_of
 from quantlab.models.loaded import Pipeline
 from quantlab.models.outline import build
 from quantlab.models.pipeline_files import DENOISER, listed_parts
+from quantlab.models.wanting import wanting
 from quantlab.vocabulary.schema import EvaluationConfig, ModelConfig
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def empty_pipeline(
 ) -> Pipeline | None:
     """A pipeline that can be asked for its sizes: decoder and denoisers without values, a scheduler, and no more.
 
-    None for one that cannot be built of these.
+    None for one that cannot be built of these. MissingPackage for one that needs a package that is not there.
     """
     import diffusers
 
@@ -194,5 +195,9 @@ def empty_pipeline(
         modules: dict[str, nn.Module] = build(key, Architecture(path="", parts=parts), "float32")
         pipe: Pipeline = made(**{**held, **modules})
     except (ModelError, TypeError, ValueError, AttributeError, KeyError):
+        return None
+    except (ImportError, NameError) as error:
+        if told := wanting(key, made.__name__, error):
+            raise told from error
         return None
     return pipe

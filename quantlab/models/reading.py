@@ -10,7 +10,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from quantlab.errors import ConfigError, ModelError, is_of_the_machine, nearest
+from quantlab.errors import ConfigError, ModelError, QuantlabError, is_of_the_machine, nearest
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 from quantlab.vocabulary.schema import ModelConfig
 
@@ -174,7 +174,7 @@ def as_model_error(key: str, way_out: str, brings_code: Callable[[], bool] = lam
     try:
         yield
     except unreadable() as error:
-        if isinstance(error, ModelError) or is_of_the_machine(error):
+        if isinstance(error, QuantlabError) or is_of_the_machine(error):
             raise
         if ASKS_FOR_CODE in str(error) or brings_code():
             raise remote_code(key, "it asks for code of its own") from error

@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 HEADLINE = ("latent_rel_mse", "psnr_db", "frame_psnr_db", "temporal_rel_error", "audio_snr_db")
 NUM_SHOWN = 8
 _UNHEARD = (
-    "latent_rel_mse: the model's scheduler was not heard to step (some pipelines step by copies of it), so that there "
-    "are no latents and no curves of steps; look at what is made of them"
+    "latent_rel_mse: the model's scheduler was not heard to step (some pipelines step by copies of it), or steps "
+    "tokens, which have no distance, so that there are no latents and no curves of them; look at what is made of them"
 )
 
 
@@ -341,7 +341,7 @@ def _run_batch(
 ) -> tuple[Sampled, Tensor | None, list[Call], list[float]]:
     """One batch: what is made, latents after each step (num_steps, b, ...), denoisers' calls, seconds of each step.
 
-    There are no latents of steps where they change their shape on the way.
+    There are no latents of steps where they change their shape on the way, or are tokens.
     """
     import torch
 
@@ -382,7 +382,8 @@ def _run_batch(
         _require_finite(sampled.latents, inputs.sample_ids, "final latent")
     for call in itertools.chain(*open_calls.values()):
         call.setdefault("step", max(len(states) - 1, 0))
-    trajectory = torch.stack(states) if states and len({s.shape for s in states}) == 1 else None
+    are_latents = sampled.latents is not None and len({s.shape for s in states}) == 1
+    trajectory = torch.stack(states) if are_latents else None
     heard = sorted((c for found in calls.values() for c in found if "step" in c), key=lambda call: call["step"])
     seconds = clock.seconds()
     # The first step's time holds what comes before it, such as the text encoders, and kernels that are chosen then.

@@ -28,6 +28,8 @@ _NOISED_ANEW = ("LCM", "TCD", "SCM", "CMStochastic")
 """In the class names of samplers of consistency models, each of whose steps predicts the end and adds noise to it."""
 _OTHERWISE = (*_NOISED_ANEW, "SASolver", "Inverse")
 """Those, SA-Solver, which mixes noise and earlier steps by weights of its own, and samplers that end in noise."""
+_CUTS_OFF = ("clip_sample", "thresholding")
+"""Settings of samplers that keep the sample they predict to a range."""
 
 
 def teacher_forced_metrics(
@@ -89,8 +91,10 @@ def integration_levels(scheduler: SchedulerMixin | None, num_steps: int) -> NDAr
     scheduler calls it: d * arctan(sigma / d).
     Sigmas are ``scheduler.sigmas`` where it has them, else computed from ``alphas_cumprod`` at its timesteps, ending
     at 0. A sampler that asks twice for one step (Heun's, PNDM in its first) steps along the mean of both: half the step
-    each. None where there is no such variable: other predictions, or a sampler that goes to the end and noises anew,
-    weighs its steps otherwise, or ends in noise.
+    each. Of one that ran a part of its steps (from a picture, or not to the end) they are those of this part, where it
+    says which step it is at. None where there is no such variable: other predictions, or a sampler that goes to the end
+    and noises anew, weighs its steps otherwise, ends in noise, or cuts off what it makes of predicted noise: where the
+    weight is largest (4e8 in UnCLIP's first step), nothing of an error is left.
     Of those that add some noise at each step (DDPM, ancestral) the levels are the schedule's own, and the latent's
     squared error is up to three times what they make expect.
     """
@@ -100,9 +104,13 @@ def integration_levels(scheduler: SchedulerMixin | None, num_steps: int) -> NDAr
     if config.get("stochastic_sampling") or any(word in type(scheduler).__name__ for word in _OTHERWISE):
         return None
     kind = "flow_prediction" if "FlowMatch" in type(scheduler).__name__ else config.get("prediction_type", "epsilon")
+    if kind == "epsilon" and any(config.get(said) for said in _CUTS_OFF):
+        return None
     levels, products = (getattr(scheduler, name, None) for name in ("sigmas", "alphas_cumprod"))
     if levels is not None:
         sigmas = np.asarray([float(s) for s in levels])
+        begin = _begin(scheduler, num_steps)
+        sigmas = sigmas[begin : begin + num_steps + 1] if begin is not None else sigmas
     elif products is not None:
         kept = np.asarray([float(products[int(t)]) for t in getattr(scheduler, "timesteps", ())])
         sigmas = np.append(np.sqrt((1 - kept) / kept), 0.0)
@@ -117,6 +125,15 @@ def integration_levels(scheduler: SchedulerMixin | None, num_steps: int) -> NDAr
     twice = 1 + np.flatnonzero(np.diff(levels[1:-1]) == 0)
     levels[twice] = (levels[twice - 1] + levels[twice + 1]) / 2
     return levels
+
+
+def _begin(scheduler: SchedulerMixin | None, num_steps: int) -> int | None:
+    """The step that a sampler began at which ran less than all; None for all of them, or where it does not say."""
+    whole, at = (getattr(scheduler, name, None) for name in ("timesteps", "step_index"))
+    levels = getattr(scheduler, "sigmas", ())
+    if whole is None or not num_steps < len(whole) == len(levels) - 1 or not isinstance(at, int) or at < num_steps:
+        return None
+    return at - num_steps
 
 
 def _velocities(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -89,6 +90,16 @@ def test_a_size_that_it_makes_is_taken(folders, name, frames):
 def test_the_key_is_that_by_which_the_user_said_it(folders):
     with pytest.raises(ConfigError, match=r"^model\.call\.num_frames=6: WanPipeline"):
         look(folders["wan"], call={"num_frames": 6})
+
+
+def test_files_of_a_variant_alone_name_it(folders, tmp_path):
+    """As they are published that are in 16 bits only."""
+    folder = shutil.copytree(folders["sana"], tmp_path / "p")
+    for file in folder.rglob("*.safetensors"):
+        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    with pytest.raises(ConfigError, match=r"^model\.variant: all files .* variant \(fp16\); set model\.variant=fp16$"):
+        look(folder)
+    look(folder, variant="fp16")
 
 
 def test_a_hub_id_is_looked_at_by_its_configurations_alone(folders, tmp_path, monkeypatch):

@@ -56,6 +56,8 @@ class Song:
         lyrics: List[str] | str = "",  # noqa: F821, UP006  as some write it
         system_prompt: str | None = None,
         mood: str = "",
+        parts: list[str] | None = None,
+        sigmas: list[float] | None = None,
     ): ...
 
 
@@ -67,6 +69,16 @@ def test_words_for_each_sample_are_a_list_where_they_may_be_one(num):
     lists = {name for name, value in given.items() if value == ["la"] * num}
     assert lists == (set() if num == 1 else {"negative_prompt", "lyrics"})
     assert {name for name, value in given.items() if value == "la"} == set(words) - lists
+
+
+def test_a_text_for_each_sample_is_refused_where_its_place_in_a_batch_would_choose_it():
+    for name in ("negative_prompt", "lyrics", "system_prompt", "mood"):
+        pipeline_call.check_arguments(Song, {name: "la"})
+        with pytest.raises(ConfigError, match=rf"^model\.call\.{name}: Song gives a list's .*; give one text, for all"):
+            pipeline_call.check_arguments(Song, {name: ["la", "lo"]})
+    pipeline_call.check_arguments(
+        Song, {"parts": ["verse", "chorus"], "sigmas": [1.0, 0.5]}
+    )  # one value of all samples
 
 
 class Video:
@@ -145,8 +157,30 @@ def test_a_pipeline_that_takes_one_sample_alone_says_so():
         raise RuntimeError(OF_SHAPES)
 
 
-@pytest.mark.parametrize(("num", "text"), [(1, OF_SHAPES), (2, "CUDA error: an illegal memory access")])
-def test_what_is_no_matter_of_the_batch_stays_what_it_is(num, text):
-    with pytest.raises(RuntimeError) as caught, pipeline_call._told_as_ours("a", "B", ["prompt"], num):
-        raise RuntimeError(text)
-    assert type(caught.value) is RuntimeError
+def test_a_pipeline_that_cannot_do_what_it_is_asked_names_what_it_was_asked():
+    """As of a T2I adapter of another width: one sample alone is no way out."""
+    told = r"^model=a: B fails by itself \(output with shape .*\); it was called with prompt: change the data set, "
+    with pytest.raises(ModelError, match=told), pipeline_call._told_as_ours("a", "B", ["prompt"], 1):
+        raise RuntimeError(OF_SHAPES)
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_a_pipeline_that_its_libraries_left_behind_says_so(num):
+    """As clip_skip, which Diffusers reads from where transformers 5 has nothing; or it takes one generator, as Amused."""
+    told = r"^model=a: B fails by itself \('C' object has no attribute 'd'\), as where releases of diffusers and trans"
+    told += r".* or install others" + ("$" if num == 1 else r", or set evaluation\.batch_size=1 where")
+    with pytest.raises(ModelError, match=told), pipeline_call._told_as_ours("a", "B", ["prompt", "clip_skip"], num):
+        raise AttributeError("'C' object has no attribute 'd'")
+
+
+@pytest.mark.parametrize(
+    ("num", "error"),
+    [(1, RuntimeError(OF_SHAPES)), (2, RuntimeError("CUDA error: an illegal memory access")), (2, AttributeError("d"))],
+)
+def test_what_a_candidates_layers_may_have_done_stays_what_it_is(num, error):
+    with (
+        pytest.raises(type(error)) as caught,
+        pipeline_call._told_as_ours("a", "B", ["prompt"], num, is_reference=False),
+    ):
+        raise error
+    assert caught.value is error

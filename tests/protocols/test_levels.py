@@ -22,14 +22,19 @@ def sampler(name: str, config: dict[str, Any]) -> Any:
     return scheduler
 
 
-def sampled(name: str, config: dict[str, Any], wrong: int | None = None) -> tuple[Any, Any, int]:
+def sampled(
+    name: str, config: dict[str, Any], wrong: int | None = None, begin: int = 0, end: int | None = None
+) -> tuple[Any, Any, int]:
     """The final latent of given predictions, of which one step's is off by ERROR; the scheduler and its steps."""
     import torch
 
     scheduler, draw = sampler(name, config), torch.Generator().manual_seed(0)
-    x = torch.randn(1, 4, 8, 8, generator=draw).double() * float(scheduler.init_noise_sigma)
-    for k, t in enumerate(scheduler.timesteps):
-        scheduler.scale_model_input(x, t)
+    if begin:
+        scheduler.set_begin_index(begin)
+    x = torch.randn(1, 4, 8, 8, generator=draw).double() * float(getattr(scheduler, "init_noise_sigma", 1))
+    for k, t in enumerate(scheduler.timesteps[begin:end]):
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(x, t)
         predicted = torch.randn(x.shape, generator=draw).double() + (ERROR if k == wrong else 0.0)
         x = scheduler.step(predicted, t, x).prev_sample.double()
     return x, scheduler, k + 1
@@ -58,6 +63,52 @@ def test_levels_tell_what_a_sampler_makes_of_an_error(name, config):
     assert np.diff(levels).all()
     ratio = float(np.square(effects).sum() / (np.diff(levels) ** 2).sum())
     assert 0.4 < ratio < 2.5  # to first order: eight steps are coarse, and some samplers extrapolate
+
+
+@pytest.mark.parametrize(("begin", "end"), [(4, None), (0, 5)])
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("EulerDiscreteScheduler", LATENT),
+        ("DPMSolverMultistepScheduler", LATENT),
+        ("HeunDiscreteScheduler", LATENT),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    ],
+)
+def test_levels_of_a_part_of_the_steps_are_those_of_this_part(name, config, begin, end):
+    """As from a picture with a strength, or up to SDXL's denoising_end."""
+    part = {"begin": begin, "end": end}
+    right, scheduler, num_steps = sampled(name, config, **part)
+    levels = integration_levels(scheduler, num_steps)
+    assert num_steps < len(scheduler.timesteps)
+    assert len(levels) == num_steps + 1
+    effects = [float((sampled(name, config, k, **part)[0] - right).mean()) / ERROR for k in range(num_steps)]
+    assert 0.3 < float(np.square(effects).sum() / (np.diff(levels) ** 2).sum()) < 2.5
+
+
+@pytest.mark.parametrize("name", ["KDPM2DiscreteScheduler", "DDIMScheduler"])
+def test_a_part_of_which_nothing_is_said_has_no_levels(name):
+    """Whose levels are not one a step, or which do not count their steps."""
+    scheduler = sampled(name, {**LATENT, **({"clip_sample": False} if name == "DDIMScheduler" else {})}, end=5)[1]
+    assert integration_levels(scheduler, 5) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("DDPMScheduler", {"beta_schedule": "squaredcos_cap_v2"}),
+        ("DDPMScheduler", {"clip_sample": False, "thresholding": True}),
+        ("DDIMScheduler", {}),
+        ("UnCLIPScheduler", {}),
+    ],
+)
+def test_samplers_that_cut_off_what_they_make_of_noise_have_no_levels(name, config):
+    """UnCLIP's first weight was 4e8, of an error of which nothing is left."""
+    scheduler = sampler(name, config)
+    assert integration_levels(scheduler, len(scheduler.timesteps)) is None
+    if name != "UnCLIPScheduler":
+        velocity = sampler(name, {**config, "prediction_type": "v_prediction"})  # an angle, none is large
+        assert integration_levels(velocity, len(velocity.timesteps)).max() <= np.pi / 2
 
 
 @pytest.mark.parametrize(
