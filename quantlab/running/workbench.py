@@ -35,7 +35,7 @@ from quantlab.protocols.table import PROTOCOLS
 from quantlab.quiet import quiet_libraries
 from quantlab.running.claims import Claims
 from quantlab.running.known import Known, bench_key, remember, request_digest
-from quantlab.running.placement import load_placed, placed
+from quantlab.running.placement import in_typed_words, load_placed, placed
 from quantlab.running.rows import floors_of
 from quantlab.stages.bundle import Bundle, check_bundle, differs, is_of_here, read_bundle
 from quantlab.stages.observe import made_by, observe, reference_key
@@ -176,10 +176,14 @@ class Session:
     """In such a process, whose reference the sweep's rows are compared with."""
     expected: dict[str, list[ExperimentConfig]] = field(default_factory=dict)
     """Key of a workbench -> the configs of jobs on it that will want calibration data."""
+    sharing: dict[str, list[Job]] = field(default_factory=dict)
+    """Key of a workbench -> the jobs on it, all of which its placement is for."""
 
     def expect(self, jobs: Sequence[Job]) -> None:
-        """Note what the jobs will want, so that bad calibration data are refused before the long work starts."""
+        """Note what the jobs will want, so that bad calibration data are refused before the long work starts, and so
+        that the model they share lies where each has room."""
         for job in jobs:
+            self.sharing.setdefault(bench_key(job.config), []).append(job)
             if job.needs_data:
                 self.expected.setdefault(bench_key(job.config), []).append(job.config)
 
@@ -197,18 +201,24 @@ def prepare_device(config: ExperimentConfig) -> str:
     return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def workbench(session: Session, config: ExperimentConfig, run: Run | None) -> Workbench:
-    """The model, inputs and reference outputs for a config; the last one is kept for the jobs that share it."""
-    key = bench_key(config)
-    if has_bench(session, config) and session.bench is not None:
+def workbench(session: Session, job: Job, run: Run | None) -> Workbench:
+    """The model, inputs and reference outputs for a job; the last one is kept for the jobs that share it."""
+    if has_bench(session, job.config) and session.bench is not None:
         return session.bench
     let_go_of_bench(session)
+    with in_typed_words(job.config.memory):
+        return _made(session, job, run)
+
+
+def _made(session: Session, job: Job, run: Run | None) -> Workbench:
+    config, key = job.config, bench_key(job.config)
     brought = read_bundle(config)
     cache = session.output_dir / "cache"
     files = request_digest(config, cache, session.where)
     with in_stage(session, run, "load") as load:
         with named_by_users(config):
-            model, where = load_placed(config, session.device, cache, session.advance)
+            sharing = session.sharing.get(key) or [job]
+            model, where = load_placed(config, session.device, cache, session.advance, sharing)
         for name, module in model.components.items():
             path = config.model.path
             typed = f"model.path={path}" if path else f"model={config.model.family}"
