@@ -212,3 +212,15 @@ def test_what_wants_a_model_whole_that_has_no_room_whole_is_refused(language):
     told = r"^memory.device_gib=\S+: chosen by it, group_offload: quanto wants the whole model .*, or give it more$"
     with pytest.raises(ConfigError, match=told):
         row_of(*language, *STATIC, within(budget), "sweep.force=true")
+
+
+def test_a_floor_that_the_budget_does_not_hold_is_left_out(language, capsys):
+    words = [word for word in language if word != "sweep.floors=false"] + ["model.dtype=bfloat16"]
+    words += ["backend=quanto", "dtype=int8", "sweep.force=true"]
+    most = most_on_device(priced(*words, within(GIB))[0].phases["streamed"])
+    rows = {row.name for row in quantlab.run(overrides=[*words, within(most)])}
+    assert "floor_batch" in rows and "floor_fp32" not in rows  # noqa: PT018
+    said = " ".join(capsys.readouterr().err.split())
+    assert "floor_fp32: left out, it needs" in said
+    assert "of memory.device_gib=" in said
+    assert "floor_fp32" in {row.name for row in quantlab.run(overrides=[*words, within(GIB)])}
