@@ -53,12 +53,19 @@ def check_family(config: ExperimentConfig) -> None:
         )
 
 
+def needs_of(schemes: Mapping[str, Scheme]) -> Literal["", "inputs", "data"]:
+    """What the schemes of a job must see of a model that runs: nothing, its layers' inputs, or all of it."""
+    wanting = [scheme for scheme in schemes.values() if scheme.native.needs_data]
+    if all(scheme.axes.algorithm in scheme.backend.input_algorithms for scheme in wanting):
+        return "inputs" if wanting else ""
+    return "data"
+
+
 def check_streamed(scheme: Scheme, placement: str) -> None:
     """ConfigError where a scheme needs data, which are measured on the whole model; but what looks at layers' inputs
     alone (an importance matrix) is measured on an unquantized model that runs in groups."""
-    axes = scheme.axes
-    is_measured = placement == "group_offload" and axes.algorithm in scheme.backend.input_algorithms
-    if not scheme.native.needs_data or is_measured:
+    axes, needed = scheme.axes, needs_of({"": scheme})
+    if not needed or (needed == "inputs" and placement == "group_offload"):
         return
     of_activations = axes.algorithm == "max"
     what = f"activation_dtype={axes.activation_dtype}" if of_activations else f"algorithm={axes.algorithm}"
@@ -75,15 +82,3 @@ def is_possible(config: ExperimentConfig, placement: str) -> bool:
     except ConfigError:
         return False
     return True
-
-
-def by_itself(
-    sizes: Mapping[str, int], budget: int, *, is_pipeline: bool, is_read_again: bool = True
-) -> Literal["", "alone", "group_offload"]:
-    """How a model of parts with these bytes is run on a device of ``budget`` where nobody says; "": whole.
-
-    ``is_read_again``: its parts were read from files, which layers that come and go in groups need.
-    """
-    if max(sizes.values()) > budget and is_read_again:
-        return "group_offload"
-    return "alone" if is_pipeline and sum(sizes.values()) > budget else ""

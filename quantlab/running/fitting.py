@@ -14,13 +14,12 @@ from quantlab.models.outline import Outline
 from quantlab.planning.components import DEFAULT, Decided, component_nodes, decided
 from quantlab.planning.composition import node_class
 from quantlab.planning.job import Job
-from quantlab.planning.placing import by_itself
 from quantlab.planning.words import COMPONENTS
+from quantlab.running.choice import ORDER, first_fitting, gib, least, most_on_device, needs
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.dtypes import DTYPES
-from quantlab.vocabulary.prices import Phase, Price
+from quantlab.vocabulary.prices import Price
 
-GIB = 2**30
 _PLACEMENT = "memory.placement"
 _OF_THE_DTYPE = ("group_size", "activation_dtype", "algorithm")
 """Axes of which another dtype may offer other values."""
@@ -43,67 +42,30 @@ class Fitting:
         if price.why_refused:
             return ""
         asked = asked or job.config.memory.placement
-        for name, rows in price.phases.items():
-            if (asked == name or (asked == "auto" and name != "spread")) and self._has_room(rows):
-                return name
-        return ""
+        return first_fitting(price.phases, self.budget, ORDER if asked == "auto" else (asked,))
 
     def advice(self, job: Job, price: Price, placement: str) -> str:
-        """What to type: the placement, where a run by itself would take another; where none fits the nearest change
-        that would: a placement, a narrower dtype, another component; else what is missing."""
-        if price.why_refused:
+        """Where no placement fits, the nearest change that would: a placement, a narrower dtype, another component;
+        else what is missing."""
+        if price.why_refused or placement:
             return ""
-        if placement:
-            return self._placement_to_type(job, price, placement)
         if job.config.memory.placement != "auto" and (other := self.placement(job, price, "auto")):
             return f"{_PLACEMENT}={other} fits"
         for words, changed in self._changes(job):
             found_price = self.price(changed)
             if found := self.placement(changed, found_price, "auto"):
-                typed = self._typed(changed, found_price, found)
+                asked = changed.config.memory.placement
+                typed = () if asked in ("auto", found) else (f"{_PLACEMENT}={found}",)
                 told = " ".join(map(shlex.quote, (*words, *typed)))
-                return f"{told} would fit ({found}, {_gib(_most_on_device(found_price.phases[found]))})"
+                return f"{told} would fit ({found}, {gib(most_on_device(found_price.phases[found]))})"
         return self._missing(job, price)
-
-    def _has_room(self, rows: Sequence[Phase]) -> bool:
-        return all(getattr(row, key) <= num_bytes for row in rows for key, num_bytes in self.budget.items())
-
-    def _by_itself(self, job: Job, price: Price) -> str:
-        """The placement that a run takes which is told of none; "" where it is not known."""
-        budget, asked = self.budget.get("device_bytes"), job.config.memory.placement
-        if budget is None or asked != "auto":
-            return ""
-        sizes = {p.name: p.original_bytes for p in price.components}
-        is_read = job.config.model.path is not None
-        if is_read and (apart := by_itself(sizes, budget, is_pipeline=bool(self.outline.denoiser))):
-            return apart
-        copied = sum(p.original_bytes for p in price.components if p.scheme)
-        return "resident" if job.needs_data or copied + sum(sizes.values()) <= budget else "streamed"
-
-    def _typed(self, job: Job, price: Price, placement: str) -> tuple[str, ...]:
-        """The word for a placement, where a run would not come to it by itself."""
-        asked = job.config.memory.placement
-        alone = self._by_itself(job, price) if asked == "auto" else asked
-        return (f"{_PLACEMENT}={placement}",) if alone not in ("", placement) else ()
-
-    def _placement_to_type(self, job: Job, price: Price, placement: str) -> str:
-        other = self._by_itself(job, price)
-        if not self._typed(job, price, placement) or other not in price.phases:
-            return ""
-        needs = _gib(_most_on_device(price.phases[other]))
-        return f"pass {_PLACEMENT}={placement}: by itself a run is {other}, which needs {needs} on the device"
 
     def _missing(self, job: Job, price: Price) -> str:
         """What the placement that takes least of the device would need."""
         asked = job.config.memory.placement
-        names = [name for name in price.phases if asked in ("auto", name)]
-        name = min(names or price.phases, key=lambda n: _most_on_device(price.phases[n]))
-        on_device = max(price.phases[name], key=lambda row: row.device_bytes)
-        on_host = max(price.phases[name], key=lambda row: row.host_bytes)
-        return (
-            f"nothing found that fits: {name} needs {_gib(on_device.device_bytes)} on the device "
-            f"({on_device.name}) and {_gib(on_host.host_bytes)} on the host"
-        )
+        name = least(price.phases, ORDER if asked == "auto" else (asked,))
+        on_host = max(row.host_bytes for row in price.phases[name])
+        return f"nothing found that fits: {needs(price.phases, name)} and {gib(on_host)} on the host"
 
     def _changes(self, job: Job) -> Iterator[Change]:
         """Other requests, the nearest first."""
@@ -132,14 +94,6 @@ class Fitting:
             for words, narrow in changed:
                 if largest:
                     yield from _wider(words, narrow, key, largest, list(done))
-
-
-def _most_on_device(rows: Sequence[Phase]) -> int:
-    return max(row.device_bytes for row in rows)
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.3f} GiB"
 
 
 def _narrower(scheme: Scheme) -> list[str]:

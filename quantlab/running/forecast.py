@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,22 +17,24 @@ from quantlab.errors import ConfigError, nearest
 from quantlab.models.outline import Outline
 from quantlab.models.outlines import outline
 from quantlab.models.spared import spared
-from quantlab.modules.device import free_bytes
+from quantlab.modules.device import free_bytes, kind_of
 from quantlab.modules.read_in_source import reads_in_source
 from quantlab.modules.remembered import remembered
 from quantlab.planning.architectures import shipped_architecture
 from quantlab.planning.components import check_contradiction, told
 from quantlab.planning.job import Job, Plan, scheme_name
-from quantlab.planning.placing import is_possible
+from quantlab.planning.placing import is_possible, needs_of
 from quantlab.planning.words import COMPONENTS
 from quantlab.quiet import quiet_libraries
+from quantlab.running.choice import first_fitting, together
 from quantlab.running.fitting import Fitting
+from quantlab.running.known import bench_key
 from quantlab.running.phases import phases
 from quantlab.running.shares import spread_phases
 from quantlab.stages.price import price_component
 from quantlab.stages.select import QuantizationRequest
 from quantlab.vocabulary.native import canonical_json
-from quantlab.vocabulary.prices import ComponentPrice, Price, Share
+from quantlab.vocabulary.prices import ComponentPrice, Phase, Price, Share
 from quantlab.vocabulary.schema import ExperimentConfig
 
 if TYPE_CHECKING:
@@ -50,7 +52,8 @@ def forecast(plan: Plan, *, is_last: bool = False) -> list[Price]:
     """
     quiet_libraries(loggers())
     books: dict[str, Book] = {}
-    prices = []
+    prices: list[Price] = []
+    sharing: dict[str, list[int]] = {}
     for job in plan.jobs:
         if job.config.checkpoint is not None:
             told = f"checkpoint={job.config.checkpoint}: its bytes are those of its files; a run reads them back"
@@ -60,8 +63,29 @@ def forecast(plan: Plan, *, is_last: bool = False) -> list[Price]:
         if key not in books:
             with spared() if is_last else contextlib.nullcontext():
                 books[key] = book_of(job.config)
+        if job.config.memory.placement == "auto":
+            sharing.setdefault(bench_key(job.config), []).append(len(prices))
         prices.append(price_of(books[key], job))
+    for places in sharing.values():
+        for i, price in zip(places, _shared([prices[i] for i in places]), strict=True):
+            prices[i] = price
     return [*prices, *(_impossible(combination, reason) for combination, reason in plan.invalid)]
+
+
+def _shared(prices: Sequence[Price]) -> list[Price]:
+    """The prices of jobs that share a model, which lies for all of them where it does in a run."""
+    if not prices[0].budget:
+        return list(prices)
+    names = together([price.phases for price in prices], prices[0].budget)
+    found = []
+    for price in prices:
+        placement = first_fitting(price.phases, price.budget, names)
+        if not price.placement or price.placement == placement:
+            found.append(price)
+            continue
+        told = f"{placement or 'no room'}, as it shares its model with others here; by itself {price.placement}"
+        found.append(replace(price, placement=placement, advice=told))
+    return found
 
 
 _RUNNING = ("encode prompts", "evaluate", "decode")
@@ -70,9 +94,21 @@ _RUNNING = ("encode prompts", "evaluate", "decode")
 
 @dataclass(frozen=True, kw_only=True)
 class Book:
-    """A model on the meta device."""
+    """A model on the meta device, and for what it is priced."""
 
     outline: Outline
+    device: str = ""
+    """Where a run is that asks; "": where a plan is for."""
+    budget: Mapping[str, int] | None = None
+    """What that run has; None: what the request says, or a GPU has free."""
+
+    def device_for(self, config: ExperimentConfig) -> str:
+        """``cpu`` or ``cuda``."""
+        return kind_of(self.device) if self.device else _device(config)
+
+    def budget_for(self, config: ExperimentConfig) -> Mapping[str, int]:
+        """``device_bytes`` and ``host_bytes``, as far as they are known."""
+        return _budget(config, _device(config)) if self.budget is None else self.budget
 
 
 def book_of(config: ExperimentConfig) -> Book:
@@ -109,13 +145,19 @@ def bytes_to_run(job: Job) -> dict[str, int]:
     return {"to run it on one device, planned (activations estimated)": price.total_bytes + active}
 
 
+def phases_of(book: Book, job: Job) -> Mapping[str, Sequence[Phase]]:
+    """Placement -> the phases of a run of the job on a model that is built; ConfigError for a component that it has
+    not."""
+    return _price(book, job).phases
+
+
 def _price(book: Book, job: Job) -> Price:
-    made, device = book.outline, _device(job.config)
+    made, device = book.outline, book.device_for(job.config)
     schemes = _schemes(made, job)
     components = [_component(made, part, schemes, job, device) for part in made.components]
     axes = [scheme.axes for scheme in schemes.values() if scheme is not None] or [job.config.quantization]
-    budget, evaluation = _budget(job.config, device), job.config.evaluation
-    rows = phases(made, components, evaluation, job.needs_data, budget.get("device_bytes", 0), device)
+    budget, evaluation = book.budget_for(job.config), job.config.evaluation
+    rows = phases(made, components, evaluation, needs_of(job.schemes), budget.get("device_bytes", 0), device)
     shares: tuple[Share, ...] = ()
     if job.config.memory.placement == "spread":
         num = _num_devices(job.config)
@@ -164,6 +206,8 @@ def _schemes(made: Outline, job: Job) -> dict[str, Scheme | None]:
 
 def _component(made: Outline, part: str, schemes: Mapping[str, Scheme | None], job: Job, device: str) -> ComponentPrice:
     module, scheme, cast = made.components[part], schemes.get(part), job.config.quantization.dtype
+    if scheme is None and part in schemes and job.config.checkpoint is not None:  # at most: what is in its files
+        return replace(_as_it_is(part, module), scheme=job.name)
     is_cast = part in schemes and job.config.quantization.backend == "none" and cast != "auto"
     if scheme is None and is_cast:
         return replace(price_component(part, _cast(module, cast), None), scheme=job.name)

@@ -24,7 +24,7 @@ from quantlab.modules.memory import storages
 from quantlab.planning.job import Job
 from quantlab.progress import say
 from quantlab.running.forecast import bytes_to_run
-from quantlab.running.placement import planned, source_for
+from quantlab.running.placement import in_typed_words, planned, source_for
 from quantlab.running.rows import failed_row
 from quantlab.running.workbench import Session, Workbench, chosen, in_stage, run_folder, shared_tags, step_progress
 from quantlab.stages.attribute import attribute
@@ -275,7 +275,8 @@ def _measured(
 def make(session: Session, bench: Workbench, job: Job, run: Run | None) -> Candidate:
     """The job's candidate."""
     schemes = chosen(bench.model, job)
-    with bench.model.holding(schemes if job.needs_data else ()):  # it is calibrated and compared with, whole
+    whole = schemes if job.needs_data else ()  # it is calibrated and compared with, whole
+    with in_typed_words(job.config.memory), bench.model.holding(whole):
         return make_candidate(
             Making(
                 model=bench.model,

@@ -33,7 +33,7 @@ def observe_reference(session: Session, job: Job, folder: Path, calibrations: Se
     error, keys = "", {}
     try:
         check_ready([job])  # what the submitting side left: a pipeline's class, before its weights
-        bench = workbench(session, job.config, None)
+        bench = workbench(session, job, None)
         for floor in bench.known.floor_jobs(job.config):
             key = keys[floor.name] = content_key(bench.known, floor, bench.cache_dir)
             earlier = earlier_report(alone, bench.model.protocol, floor, key)

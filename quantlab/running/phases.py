@@ -43,17 +43,18 @@ def phases(
     outline: Outline,
     prices: Sequence[ComponentPrice],
     evaluation: EvaluationConfig,
-    needs_data: bool,
+    needed_data: str,
     device_bytes: int,
     device: str,
 ) -> dict[str, tuple[Phase, ...]]:
-    """Placement -> its phases on ``device``. ``device_bytes`` is the budget, 0 for none."""
-    told, needed = {p.name: p for p in prices}, activations(outline, evaluation)
+    """Placement -> its phases on ``device``. ``needed_data`` as :func:`quantlab.planning.placing.needs_of` says;
+    ``device_bytes`` is the budget, 0 for none."""
+    told, needed, needs_data = {p.name: p for p in prices}, activations(outline, evaluation), bool(needed_data)
     active, decoding, reading = needed.running, needed.decoding, needed.reading
     modules = outline.components
     if not outline.denoiser:
         most = max(most_bytes(m) for m in modules.values())
-        return _language(told, active, needs_data, most, sum(map(_head_bytes, modules.values())))
+        return _language(told, active, needed_data, most, sum(map(_head_bytes, modules.values())))
     every = sum(p.original_bytes for p in prices)
     encoders = [p for p in prices if _is_encoder(p.name)]
     rest = [p for p in prices if not _is_encoder(p.name) and p.name != "vae"]
@@ -109,8 +110,8 @@ def phases(
     after = (*before, replace(last, host_bytes=waits))
     if needs_data and copied:
         found["alone"] = (*first, *_made(("reference", largest, active), ("calibrate", 2 * copied, active)), *after)
-        return _possible(found, needs_data)
-    found["alone"] = (*first, *_made(("reference", largest, active)), *after)
+    else:
+        found["alone"] = (*first, *_made(("reference", largest, active)), *after)
     if device_bytes and largest + active > device_bytes:
         unquantized = [name for name in group if name not in schemed]
         reads = max((size for name, size in group.items() if _is_encoder(name)), default=0)
@@ -120,16 +121,17 @@ def phases(
         rows = _made(
             ("encode prompts", decoder + reads, reading),
             ("reference", decoder + works, active),
+            *([("calibrate", decoder + works, active)] if needs_data and copied else []),
             *([("quantize", decoder + made + layer, 0)] if copied else []),
             ("evaluate", with_decoder + beside, active),
             ("decode", with_decoder, decoding),
         )
         found["group_offload"] = (loading, *(replace(row, host_bytes=every - decoder) for row in rows))
-    return _possible(found, needs_data)
+    return _possible(found, needed_data)
 
 
 def _language(
-    told: Mapping[str, ComponentPrice], active: int, needs_data: bool, most: int, head: int
+    told: Mapping[str, ComponentPrice], active: int, needed_data: str, most: int, head: int
 ) -> dict[str, tuple[Phase, ...]]:
     before, after = sum(p.original_bytes for p in told.values()), sum(p.memory.weights_bytes for p in told.values())
     layer = max((p.quantizing_bytes for p in told.values()), default=0)
@@ -137,7 +139,7 @@ def _language(
     beside = before if is_quantized else 0
     resident = _made(
         ("reference", before, active),
-        *([("calibrate", before + beside, active)] if needs_data else []),
+        *([("calibrate", before + beside, active)] if needed_data else []),
         *([("quantize", before + beside + layer, 0)] if is_quantized else []),
         ("evaluate", before + (after if is_quantized else 0), active),
     )
@@ -148,13 +150,14 @@ def _language(
     )
     grouped = _made(
         ("reference", most, active),
+        *([("calibrate", most, active)] if needed_data else []),
         *([("quantize", after + layer, 0)] if is_quantized else []),
         # the reference's head, by which its logits are made again; what is not quantized runs in groups, too
         ("evaluate", (after if is_quantized else most) + head, active),
     )
     on_host = tuple(replace(row, host_bytes=before) for row in grouped)
     found = {"resident": resident, "streamed": streamed, "group_offload": on_host}
-    return _possible(found, needs_data)
+    return _possible(found, needed_data)
 
 
 def _head_bytes(module: nn.Module) -> int:
@@ -164,9 +167,11 @@ def _head_bytes(module: nn.Module) -> int:
     return 0 if head is None else sum(p.nbytes for p in head.parameters())
 
 
-def _possible(found: dict[str, tuple[Phase, ...]], needs_data: bool) -> dict[str, tuple[Phase, ...]]:
-    """What is calibrated needs the whole model, so it is not streamed."""
-    return {name: rows for name, rows in found.items() if not (needs_data and name in ("streamed", "group_offload"))}
+def _possible(found: dict[str, tuple[Phase, ...]], needed_data: str) -> dict[str, tuple[Phase, ...]]:
+    """What is calibrated needs the whole model, so it is not streamed; what looks at layers' inputs alone may see them
+    in groups."""
+    left = {"": (), "inputs": ("streamed",), "data": ("streamed", "group_offload")}[needed_data]
+    return {name: rows for name, rows in found.items() if name not in left}
 
 
 def _made(*rows: tuple[str, int, int]) -> tuple[Phase, ...]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from quantlab.backends.scheme import Scheme
-from quantlab.backends.table import held_packages
 from quantlab.errors import ConfigError
 from quantlab.models.architectures import read_architecture
 from quantlab.models.loaded import LoadedModel
@@ -20,14 +20,15 @@ from quantlab.models.stored_dtype import dtype_on
 from quantlab.models.table import family_of
 from quantlab.modules.device import free_bytes, kind_of, total_bytes
 from quantlab.modules.groups import num_bytes
-from quantlab.modules.memory import note_held, storages
+from quantlab.modules.memory import note_held
 from quantlab.modules.residence import Prompts
 from quantlab.modules.source import Source
 from quantlab.modules.spread import KEY as SPREAD
 from quantlab.modules.spread import Over
 from quantlab.planning.job import Job
-from quantlab.planning.placing import by_itself
 from quantlab.progress import Advance, say
+from quantlab.running.choice import ORDER, WHOLE, chosen, first_fitting, gib, least, most_on_device, needs, together
+from quantlab.running.room import modules_of, needed
 from quantlab.stages.observe import made_by
 from quantlab.stages.price import price_component
 from quantlab.stages.select import QuantizationRequest
@@ -39,44 +40,101 @@ from quantlab.vocabulary.schema import APART, ExperimentConfig, MemoryConfig, Mo
 GIB = 2**30
 
 
-def load_placed(config: ExperimentConfig, device: str, cache: Path, advance: Advance) -> tuple[LoadedModel, str]:
+def load_placed(
+    config: ExperimentConfig, device: str, cache: Path, advance: Advance, jobs: Sequence[Job] = ()
+) -> tuple[LoadedModel, str]:
     """The model on ``device``; or on the host, and the placement in which :func:`placed` lets it run.
 
-    ``memory.placement=auto`` takes a pipeline part by part that is larger than ``memory.device_gib`` (without it: than
-    what a GPU has free), and group by group what is larger in one part.
+    ``memory.placement=auto`` takes the first one with which each of ``jobs``, which share the model, keeps to
+    ``memory.device_gib`` (without it: to what a GPU has free), as ``quantlab plan`` counts it.
     """
     settings, asked = config.memory, config.model_with()
     family = family_of(asked)
-    budget = int(settings.device_gib * GIB) if settings.device_gib is not None else None
-    if budget is not None and kind_of(device) in ("cpu", "cuda") and budget > (there := total_bytes(device)):
+    budget = budget_of(settings, device)
+    is_told = settings.device_gib is not None and kind_of(device) in ("cpu", "cuda")
+    if is_told and budget is not None and budget["device_bytes"] > (there := total_bytes(device)):
         told = f"{device} has {there / GIB:.4g} GiB in all, and what has no room there ends the process"
         say(f"memory.device_gib={settings.device_gib:g}: {told}; give no more than that", "warning")
-    if budget is None and kind_of(device) == "cuda":
-        budget = free_bytes(device)
-    is_open = settings.placement == "auto" and config.model.path is not None and budget is not None
-    if settings.placement not in APART and not is_open:
-        return _noted(family.load(asked, device, cache, advance)), ""
+    is_chosen = settings.placement == "auto" and budget is not None
+    if settings.placement not in APART and not (is_chosen and family.trained is None):
+        model = _noted(family.load(asked, device, cache, advance))
+        if is_chosen and budget is not None:
+            _apart(model, jobs, config, budget, WHOLE[:1])
+        return model, ""
     if settings.placement == "spread":
         spread_over(settings, device)  # what is wrong is told before the long work
     model = _noted(family.load(_as_on(asked, device, family.name), "cpu", cache, advance))
-    if not is_open or budget is None:
+    if budget is None or not is_chosen:
         return model, settings.placement
-    pipe: Any = model.parts.get("pipeline")
-    every = model.components if pipe is None else pipe.components
-    sizes = {name: num_bytes(m) for name, m in every.items() if hasattr(m, "named_parameters")}
-    room, whole = f"in {budget / GIB:.4g} GiB", sum(sizes.values())
-    largest = max(sizes, key=lambda name: sizes[name])
-    where = by_itself(sizes, budget, is_pipeline=pipe is not None, is_read_again=_can_be_read_again(model))
-    if where == "group_offload":
-        say(f"{model.name}: run group by group, as {largest} of {sizes[largest] / GIB:.4g} GiB has no room {room}")
-    elif where:
-        say(f"{model.name}: run part by part, as {whole / GIB:.4g} GiB have no room {room}")
+    on_device = replace(model, device=device)
+    where = _apart(on_device, jobs, config, budget, ORDER if _can_be_read_again(model) else WHOLE[:1])
     if where:
         return model, where
-    for module in every.values():
-        if hasattr(module, "named_parameters"):
-            module.to(device)
-    return replace(model, device=device), ""
+    for module in modules_of(model).values():
+        module.to(device)
+    return on_device, ""
+
+
+def budget_of(settings: MemoryConfig, device: str) -> dict[str, int] | None:
+    """``device_bytes`` and ``host_bytes`` that a run may use, the latter where it is said; None for a CPU of which
+    nothing is said."""
+    if settings.device_gib is None and kind_of(device) != "cuda":
+        return None
+    on_device = free_bytes(device) if settings.device_gib is None else int(settings.device_gib * GIB)
+    on_host = {} if settings.host_gib is None else {"host_bytes": int(settings.host_gib * GIB)}
+    return {"device_bytes": on_device, **on_host}
+
+
+def _apart(
+    model: LoadedModel, jobs: Sequence[Job], config: ExperimentConfig, budget: Mapping[str, int], usable: Sequence[str]
+) -> str:
+    """The placement of a model that has no room whole, for all of its jobs; "" where it has. What is chosen is told."""
+    every = needed(model, jobs, budget)
+    if not every:
+        return ""
+    every = [{name: rows for name, rows in phases.items() if name in usable} for phases in every]
+    names, on_device = together(every, budget), budget["device_bytes"]
+    if names == WHOLE and "group_offload" in usable and max(map(num_bytes, modules_of(model).values())) > on_device:
+        return "group_offload"  # its jobs want it whole, where it cannot be: each is refused
+    where = "" if names == WHOLE else names[0]
+    largest = max(every, key=lambda phases: min(map(most_on_device, phases.values())))
+    if unfit := [phases for phases in every if not first_fitting(phases, budget, names)]:
+        worst = max(unfit, key=lambda phases: most_on_device(phases[least(phases)]))
+        name = chosen(worst, budget, [n for n in names if n in worst] or ORDER)
+        told = f"no placement has room: {needs(worst, name)}; give it more, or ask quantlab plan what would fit"
+        say(f"{_typed(config, budget)}: {told}", "warning")
+    elif where:
+        before = ", ".join(f"{n} {gib(most_on_device(rows))}" for n, rows in largest.items() if n != where)
+        room = f"has room in {on_device / GIB:.4g} GiB"
+        say(f"{model.name}: run {_IN_WORDS[where]}, as nothing before it {room} ({before})")
+    return where
+
+
+_IN_WORDS = {"alone": "part by part", "group_offload": "group by group"}
+
+
+def _typed(config: ExperimentConfig, budget: Mapping[str, int]) -> str:
+    """The key by which a placement is chosen, and what it says."""
+    said = config.memory.device_gib
+    return f"memory.device_gib={said:g}" if said is not None else f"memory.device_gib={_free(budget)}"
+
+
+def _free(budget: Mapping[str, int]) -> str:
+    return f"null (free: {budget['device_bytes'] / GIB:.4g} GiB)"
+
+
+@contextlib.contextmanager
+def in_typed_words(memory: MemoryConfig) -> Iterator[None]:
+    """Errors about a placement that nobody typed begin with the key that chose it."""
+    try:
+        yield
+    except ConfigError as error:
+        start, _, rest = str(error).partition(": ")
+        if memory.placement != "auto" or not start.startswith("memory.placement="):
+            raise
+        said = "null" if memory.device_gib is None else f"{memory.device_gib:g}"
+        name = start.partition("=")[2]
+        raise type(error)(f"memory.device_gib={said}: chosen by it, {name}: {rest}, or give it more") from error
 
 
 def _noted(model: LoadedModel) -> LoadedModel:
@@ -133,7 +191,7 @@ def _as_on(asked: ModelConfig, device: str, family: str) -> ModelConfig:
 
 def _can_be_read_again(model: LoadedModel) -> bool:
     """Whether its parts were read from files of their own, from which candidates are streamed."""
-    return all(has_origin(module) for module in model.components.values())
+    return all(has_origin(module) for module in modules_of(model).values() if any(True for _ in module.parameters()))
 
 
 def placed(model: LoadedModel, where: str, config: ExperimentConfig, device: str, cache: Path) -> LoadedModel:
@@ -205,17 +263,17 @@ def _prompts(model: LoadedModel, device: str, cache: Path) -> Prompts:
 def source_for(model: LoadedModel, job: Job, schemes: Mapping[str, Scheme | None]) -> Callable[[str], Source] | None:
     """What a job's candidate is streamed from; None where it is copied.
 
-    ``memory.placement=auto`` copies, unless ``memory.device_gib`` (without it: what a GPU has free) would not hold the
-    copy beside the reference. Raises ConfigError where the budget does not hold the largest layer.
+    ``memory.placement=auto`` copies, unless that would not keep to ``memory.device_gib`` (without it: to what a GPU has
+    free), as ``quantlab plan`` counts it. Raises ConfigError where the budget does not hold the largest layer, or a
+    copy that cannot be streamed instead.
     """
     settings, names = job.config.memory, [name for name, scheme in schemes.items() if scheme is not None]
     if not names or settings.placement == "resident":
         return None
     if settings.placement == "auto" and job.needs_data and "groups" not in model.parts:
         return None
-    budget = None if settings.device_gib is None else int(settings.device_gib * GIB)
-    if budget is not None:
-        _check_layers(model, names, budget)
+    if settings.device_gib is not None:
+        _check_layers(model, names, settings.device_gib)
     origins: Mapping[str, Any] = model.parts.get("origins", {})
     if spread := model.parts.get("spread"):
         if job.needs_data or not all(name in origins for name in names):
@@ -224,18 +282,36 @@ def source_for(model: LoadedModel, job: Job, schemes: Mapping[str, Scheme | None
     if origins:
         is_copied = job.needs_data and "groups" not in model.parts
         return None if is_copied else lambda name: source_of(origins[name], model.dtype, model.device)
-    if settings.placement == "auto":
-        sizes = {name: sum(storages(part, held_packages()).values()) for name, part in model.components.items()}
-        copied = sum(sizes[name] for name in names)
-        room = free_bytes(model.device) if budget is None else budget - sum(sizes.values())
-        if copied <= room or (budget is None and kind_of(model.device) == "cpu"):
-            return None
-        say(
-            f"{job.name}: streamed from its files, as a copy of {copied / GIB:.4g} GiB has no room beside the reference"
-        )
+    if settings.placement == "auto" and not _is_streamed(model, job, names):
+        return None
     return lambda name: component_source(
         name, model.components[name], model.dtype, model.device, job.config.model.variant
     )
+
+
+def _is_streamed(model: LoadedModel, job: Job, names: Sequence[str]) -> bool:
+    """Whether a candidate beside a model that is whole on the device is streamed, where nobody says; it is told."""
+    settings, budget = job.config.memory, budget_of(job.config.memory, model.device)
+    if budget is None:
+        return False
+    held = sum(map(num_bytes, modules_of(model).values()))
+    if settings.device_gib is None:  # the reference is there already
+        budget["device_bytes"] += held
+    [phases] = needed(model, [job], budget) or [{}]
+    usable = [name for name in WHOLE if name in phases]
+    copied = sum(num_bytes(model.components[name]) for name in names)
+    if usable and all(has_origin(model.components[name]) for name in names):
+        if chosen(phases, budget, usable) == "resident":
+            return False
+        say(f"{job.name}: streamed from its files, as {needs(phases, 'resident')}")
+        return True
+    if usable and held + copied > budget["device_bytes"]:
+        raise ConfigError(
+            f"{_typed(job.config, budget)}: a copy of {copied / GIB:.4g} GiB has no room beside the model of "
+            f"{held / GIB:.4g} GiB, and {model.name} was not read from files of its own, from which the copy's layers "
+            "would come one by one; give it more, or pass memory.placement=resident"
+        )
+    return False
 
 
 def planned(
@@ -265,12 +341,12 @@ def planned(
     return found
 
 
-def _check_layers(model: LoadedModel, names: Sequence[str], budget: int) -> None:
+def _check_layers(model: LoadedModel, names: Sequence[str], device_gib: float) -> None:
     for name in names:
         for path, part in model.components[name].named_modules():
             size = sum(p.nbytes for p in part._parameters.values() if p is not None)
-            if size > budget:
+            if size > int(device_gib * GIB):
                 raise ConfigError(
-                    f"memory.device_gib={budget / GIB:.4g}: {path} of {name} alone takes {size / GIB:.4g} GiB; "
+                    f"memory.device_gib={device_gib:g}: {path} of {name} alone takes {size / GIB:.4g} GiB; "
                     "give it more, or another model"
                 )

@@ -132,7 +132,7 @@ def _run_again(session: Session, job: Job, run: StoredRun, known: tuple[Json, Js
     samples, environment = known
     with told_apart(job.name), open_run(session, job.name, job, folder=folder) as again:
         again.set_tags({REPRODUCES: run.run_id})
-        bench = workbench(session, job.config, again)
+        bench = workbench(session, job, again)
         again.stage = "floors"
         for floor in bench.known.floor_jobs(job.config):
             if floor.name != job.name and any(m.startswith(f"quality/{floor.name}/") for m in run.metrics):

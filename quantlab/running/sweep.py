@@ -210,7 +210,7 @@ def _keeps_artifacts(config: ExperimentConfig) -> bool:
 
 def _run_single(session: Session, job: Job) -> list[RunReport]:
     with told_apart(job.name), open_run(session, job.name, job) as run:
-        bench = workbench(session, job.config, run)
+        bench = workbench(session, job, run)
         run.stage = "floors"
         rows = floor_rows(session, bench, job)
         run.set_tags({JOB_KEY: content_key(bench.known, job, bench.cache_dir)})
@@ -324,7 +324,7 @@ def _rows_of(session: Session, job: Job, parent: Any, known: set[str], once: Onc
     """
     if session.lost_device and not has_bench(session, job.config):
         return [hand_over(session, job, "", session.bench.model.protocol if session.bench else "", None)]
-    bench = workbench(session, job.config, parent)
+    bench = workbench(session, job, parent)
     parent.set_tags({STAGE: JOBS_STAGE})
     if once.is_again(bench.known, job):
         return []
@@ -340,14 +340,14 @@ def _search(session: Session, plan: Plan, parent: Any) -> tuple[list[RunReport],
     first = plan.jobs[0].config
     groups = references(session, plan.jobs, parent) if is_far(first.launcher) else []
     group_of = {job.name: (group, place) for group in groups for place, job in group.jobs.items()}
-    protocol = groups[0].protocol if groups else workbench(session, first, parent).model.protocol
+    protocol = groups[0].protocol if groups else workbench(session, plan.jobs[0], parent).model.protocol
     objectives, once, space = objectives_of(first.sweep.search, protocol), Once(), list[Job]()
     rows: list[RunReport | Handed] = []
     floors: dict[str, Any] = {}  # of each workbench, also after another one has taken its place
     keys, known = {}, {}
 
     def known_here(job: Job) -> tuple[Known, str]:
-        bench = workbench(session, job.config, parent)
+        bench = workbench(session, job, parent)
         if bench.key not in floors:
             rows.extend(_row(session, bench, floor, apart=False) for floor in bench.known.floor_jobs(job.config))
             floors[bench.key] = bench.floors
@@ -378,7 +378,7 @@ def _search(session: Session, plan: Plan, parent: Any) -> tuple[list[RunReport],
             return group.hand_over(session, place, key)
         if session.lost_device or runs_apart(job, session.device):
             return handed(session, job, key, protocol, floors[shared])
-        bench = workbench(session, job.config, parent)
+        bench = workbench(session, job, parent)
         parent.set_tags({STAGE: JOBS_STAGE})
         bench.floors.update(floors[shared])
         return run_row(session, bench, job, key)

@@ -75,7 +75,7 @@ def bench_for(session: Session, job: Job, recorded: Mapping[str, Any]) -> Workbe
     config = job.config
     is_open = config.memory.placement in ("auto", "streamed", "alone")
     if job.needs_data or not is_open or not recorded or has_bench(session, config):
-        return workbench(session, config, None)
+        return workbench(session, job, None)
     cache = session.output_dir / "cache"
     try:
         with in_stage(session, None, "load"):
@@ -84,7 +84,7 @@ def bench_for(session: Session, job: Job, recorded: Mapping[str, Any]) -> Workbe
         if config.memory.placement != "auto":
             raise
         say(f"{job.name}: made beside the whole unquantized model ({error})")
-        return workbench(session, config, None)
+        return workbench(session, job, None)
     let_go_of_bench(session)
     inputs = DATASETS[config.dataset.name].load(config.dataset, config.evaluation, model)
     return Workbench(

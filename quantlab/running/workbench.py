@@ -24,6 +24,7 @@ from quantlab.modules.device import collect_as_usual, free_bytes, give_back, kin
 from quantlab.modules.emulated import emulated_products, lacking
 from quantlab.modules.fingerprint import fingerprint_warning, grid_fingerprint, known_grid
 from quantlab.modules.gpu_seen import NO_CUDA
+from quantlab.modules.groups import num_bytes
 from quantlab.modules.holders import holders
 from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import StageMeasurement, measure_stage
@@ -33,9 +34,11 @@ from quantlab.planning.words import COMPONENTS
 from quantlab.progress import Advance, file_name, say
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.quiet import quiet_libraries
+from quantlab.running.choice import gib
 from quantlab.running.claims import Claims
 from quantlab.running.known import Known, bench_key, remember, request_digest
-from quantlab.running.placement import load_placed, placed
+from quantlab.running.placement import in_typed_words, load_placed, placed
+from quantlab.running.room import modules_of
 from quantlab.running.rows import floors_of
 from quantlab.stages.bundle import Bundle, check_bundle, differs, is_of_here, read_bundle
 from quantlab.stages.observe import made_by, observe, reference_key
@@ -79,6 +82,8 @@ class Workbench:
     """Where digests of files are remembered."""
     calibrations: dict[str, Any] = field(default_factory=dict)
     """Calibration config -> its inputs."""
+    device_gib: float | None = None
+    """What a run may use of the device, where it is said."""
     brought: Bundle | None = None
     """The reference that was made elsewhere; None: it was observed here."""
 
@@ -120,12 +125,18 @@ class Workbench:
             return ""
         needed = 4 * sum(p.numel() for module in self.model.components.values() for p in module.parameters())
         spread = self.model.parts.get("spread")
-        free = sum(map(free_bytes, {self.model.device} if spread is None else {*spread.devices}))
+        devices = {self.model.device} if spread is None else {*spread.devices}
+        free, where = sum(map(free_bytes, devices)), "are free"
+        if self.device_gib is not None and not {"groups", "residence"} & {*self.model.parts}:
+            held = sum(map(num_bytes, modules_of(self.model).values()))
+            left = max(int(self.device_gib * 2**30) * len(devices) - held, 0)
+            if left < free:
+                free, where = left, f"are left of memory.device_gib={self.device_gib:g}"
         if needed <= 0.8 * free:
             return ""
         return (
-            f"{FLOOR_FP32}: left out, it needs {needed / 2**30:.1f} GiB for a float32 copy and "
-            f"{free / 2**30:.1f} GiB are free; verdicts use the other floors"
+            f"{FLOOR_FP32}: left out, it needs {gib(needed)} for a float32 copy and {gib(free)} {where}; verdicts use "
+            "the other floors"
         )
 
     @functools.cached_property
@@ -176,10 +187,14 @@ class Session:
     """In such a process, whose reference the sweep's rows are compared with."""
     expected: dict[str, list[ExperimentConfig]] = field(default_factory=dict)
     """Key of a workbench -> the configs of jobs on it that will want calibration data."""
+    sharing: dict[str, list[Job]] = field(default_factory=dict)
+    """Key of a workbench -> the jobs on it, all of which its placement is for."""
 
     def expect(self, jobs: Sequence[Job]) -> None:
-        """Note what the jobs will want, so that bad calibration data are refused before the long work starts."""
+        """Note what the jobs will want, so that bad calibration data are refused before the long work starts, and so
+        that the model they share lies where each has room."""
         for job in jobs:
+            self.sharing.setdefault(bench_key(job.config), []).append(job)
             if job.needs_data:
                 self.expected.setdefault(bench_key(job.config), []).append(job.config)
 
@@ -197,18 +212,24 @@ def prepare_device(config: ExperimentConfig) -> str:
     return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def workbench(session: Session, config: ExperimentConfig, run: Run | None) -> Workbench:
-    """The model, inputs and reference outputs for a config; the last one is kept for the jobs that share it."""
-    key = bench_key(config)
-    if has_bench(session, config) and session.bench is not None:
+def workbench(session: Session, job: Job, run: Run | None) -> Workbench:
+    """The model, inputs and reference outputs for a job; the last one is kept for the jobs that share it."""
+    if has_bench(session, job.config) and session.bench is not None:
         return session.bench
     let_go_of_bench(session)
+    with in_typed_words(job.config.memory):
+        return _made(session, job, run)
+
+
+def _made(session: Session, job: Job, run: Run | None) -> Workbench:
+    config, key = job.config, bench_key(job.config)
     brought = read_bundle(config)
     cache = session.output_dir / "cache"
     files = request_digest(config, cache, session.where)
     with in_stage(session, run, "load") as load:
         with named_by_users(config):
-            model, where = load_placed(config, session.device, cache, session.advance)
+            sharing = session.sharing.get(key) or [job]
+            model, where = load_placed(config, session.device, cache, session.advance, sharing)
         for name, module in model.components.items():
             path = config.model.path
             typed = f"model.path={path}" if path else f"model={config.model.family}"
@@ -251,6 +272,7 @@ def workbench(session: Session, config: ExperimentConfig, run: Run | None) -> Wo
         fingerprint=fingerprint,
         reads=reads,
         reference_key=key_here,
+        device_gib=config.memory.device_gib,
         brought=brought,
         stages=(load.report, seen.report),
         calibrations=calibrations,

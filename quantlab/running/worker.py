@@ -103,7 +103,7 @@ def work(folder: Path) -> int:
                 run.set_tags({AFTER_LOST_DEVICE: data["after_lost_device"]})
             if earlier := earlier_attempts(folder):
                 run.set_tags({ATTEMPT: str(len(earlier) + 1), EARLIER_ATTEMPTS: json.dumps(earlier)})
-            bench = workbench(session, job.config, run)
+            bench = workbench(session, job, run)
             if not data["key"]:
                 run.set_tags({JOB_KEY: content_key(bench.known, job, bench.cache_dir)})
             if floors is None:

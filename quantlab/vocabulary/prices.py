@@ -134,8 +134,8 @@ class Price:
     budget: Mapping[str, int] = field(default_factory=dict)
     """``device_bytes`` and ``host_bytes`` that there are, as far as they are known."""
     advice: str = ""
-    """Where nothing fits, the nearest change that would; where a run would not come to ``placement`` by itself, what to
-    type."""
+    """Where nothing fits, the nearest change that would; where jobs that share a model lie otherwise than each would by
+    itself, that."""
     refused: tuple[str, ...] = ()
     """Why this combination cannot run."""
 

@@ -142,7 +142,8 @@ class MemoryConfig:
     run; candidates are streamed.
     ``spread``: the blocks of each part lie on several devices of the node; a candidate's go where the same block of the
     unquantized model is, streamed unless data is wanted.
-    ``auto``: the first of these, but ``spread``, whose parts the budget holds.
+    ``auto``: the first of these, but ``spread``, whose phases the budget holds for all jobs that share the model, as
+    ``quantlab plan`` counts them; where there is none, that which takes least.
     Wherever a pipeline lies, its prompts are encoded once and kept on the disk, unless an encoder is quantized."""
     devices: int | None = number(None, 2, 64)
     """With ``spread``: how many devices; null: all of the node. On a CPU they are its own memory: a rehearsal."""

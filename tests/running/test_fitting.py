@@ -1,17 +1,13 @@
-"""What a plan says of a budget is what a run does with it, and what it advises fits."""
+"""What a plan advises where nothing fits, fits."""
 
 import re
 import shlex
-from types import SimpleNamespace
 
 import pytest
-from torch import nn
 
 from quantlab.planning.plan import plan
-from quantlab.report.price_table import verdict_lines
-from quantlab.running.fitting import GIB
+from quantlab.running.choice import GIB
 from quantlab.running.forecast import forecast
-from quantlab.running.placement import load_placed, source_for
 
 LANGUAGE = ["model=llama_3_2_1b", "evaluation.batch_size=1"]
 FLUX = ["model=flux_dev"]
@@ -58,43 +54,6 @@ def test_an_advice_keeps_what_was_typed_beside_the_dtype():
     assert price.advice.startswith("dtype=int4 group_size=auto "), "torchao keeps int4 of one scale a row as int8"
     [price] = prices(*ASKED[3])
     assert price.advice.startswith("dtype=int4 algorithm=auto "), "what is calibrated wants the whole model"
-
-
-@pytest.mark.parametrize("gib", [1, 2, 2.5, 3, 4, 5, 6])
-def test_a_plan_names_the_placement_that_a_run_would_not_take_by_itself(monkeypatch, gib):
-    """The run's own rule looks at weights alone: a model that just has room leaves none for what it computes."""
-    words = ["model=llama_3_2_1b", "backend=bitsandbytes", "dtype=nf4", f"memory.device_gib={gib}"]
-    [job] = plan(words).jobs
-    [price] = forecast(plan(words))
-    [component] = price.components
-    layer = nn.Linear(1, 1, bias=False)
-    layer.weight.data = layer.weight.data.expand(component.original_bytes // 4, 1)
-    model = SimpleNamespace(name="m", components={"model": layer}, parts={}, device="cuda", dtype="bfloat16")
-    at = "quantlab.running.placement"
-    monkeypatch.setattr(f"{at}.family_of", lambda asked: SimpleNamespace(name="f", look=None, load=lambda *_: model))
-    monkeypatch.setattr(f"{at}.replace", lambda value, **new: SimpleNamespace(**{**vars(value), **new}))
-    monkeypatch.setattr(f"{at}._as_on", lambda asked, device, family: asked)
-    monkeypatch.setattr(f"{at}._can_be_read_again", lambda model: True)
-    monkeypatch.setattr(f"{at}._check_layers", lambda model, names, budget: None)
-    monkeypatch.setattr(f"{at}.component_source", lambda *_: "streamed")
-    monkeypatch.setattr(layer, "to", lambda device: layer)
-    monkeypatch.setattr(f"{at}.num_bytes", lambda module: component.original_bytes)
-    monkeypatch.setattr(f"{at}.storages", lambda part, held: {0: component.original_bytes})
-    placed, taken = load_placed(job.config, "meta", None, None)
-    if not taken:
-        taken = "streamed" if source_for(placed, job, {"model": job.schemes[""]}) else "resident"
-    if price.placement == taken:
-        assert price.advice == ""
-    elif price.placement:
-        largest = max(phase.device_bytes for phase in price.phases[taken])
-        assert largest > gib * GIB
-        assert price.advice == (
-            f"pass memory.placement={price.placement}: by itself a run is {taken}, which needs {largest / GIB:.3f} GiB "
-            "on the device"
-        )
-        assert list(verdict_lines(price))[0].endswith(f"; {price.advice}")
-        [asked] = prices(*words, f"memory.placement={price.placement}")
-        assert (asked.fits, asked.advice) == (True, "")
 
 
 def test_a_model_that_is_trained_here_has_one_placement():

@@ -86,19 +86,6 @@ def test_floors_and_an_importance_matrix_are_the_same(text_model, tmp_path, in_g
     assert len(in_groups) > 1  # a floor's copy too
 
 
-@pytest.mark.slow
-def test_the_budget_chooses(text_model, tmp_path):
-    folder = BUILDERS["flux"](tmp_path / "flux")
-    pipeline = ["model=diffusers", f"model.path={folder}", "dataset=prompts", "device=cpu"]
-
-    def where(words, gib):
-        config = plan([*words, "backend=quanto", "dtype=int8", f"memory.device_gib={gib}"]).jobs[0].config
-        return load_placed(config, "cpu", tmp_path / "cache", lambda *_: None)[1]
-
-    assert [where(pipeline, gib) for gib in (1, 0.0012, 0.0005)] == ["", "alone", "group_offload"]
-    assert [where(text_model, gib) for gib in (1, 0.0004, 0.0003)] == ["", "", "group_offload"]
-
-
 def test_a_budget_beyond_the_machine_is_told(text_model, tmp_path, capsys):
     def said(gib):
         config = plan([*text_model, "backend=quanto", "dtype=int8", f"memory.device_gib={gib}"]).jobs[0].config

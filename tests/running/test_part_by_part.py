@@ -5,6 +5,8 @@ import pytest
 import quantlab
 from quantlab.errors import ConfigError
 from quantlab.modules.residence import Residence
+from quantlab.planning.plan import plan
+from quantlab.running.forecast import forecast
 from tests.support.tiny_pipelines import BUILDERS
 from tests.support.tiny_text_models import TEXT, save_llama
 
@@ -112,7 +114,9 @@ def test_a_pipeline_larger_than_the_budget_goes_part_by_part(words, tmp_path, wa
     asked = [*words, f"model.path={folder}", "sweep.floors=false"]
     quantlab.run(overrides=[*asked, "memory.device_gib=1"])
     assert not watched
-    quantlab.run(overrides=[*asked, "memory.device_gib=0.0012"])
+    phases = forecast(plan([*asked, "memory.device_gib=1"]))[0].phases["alone"]
+    small = f"memory.device_gib={max(row.device_bytes for row in phases) / 2**30!r}"
+    quantlab.run(overrides=[*asked, small])
     assert {name for name, _ in watched} == {"transformer", "vae"}  # prompts are on the disk
-    quantlab.run(overrides=[*asked, "memory.device_gib=0.0012", "output_dir=two"])
+    quantlab.run(overrides=[*asked, small, "output_dir=two"])
     assert {name for name, _ in watched} >= {"text_encoder", "transformer", "vae"}
