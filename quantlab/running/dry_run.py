@@ -47,8 +47,9 @@ def _shown(request: Plan, trust: bool) -> int:
     failing = {name: why for name, why in refused_here(request).items() if name not in known.resumed}
     print(f"{counted(len(request.jobs), 'job')}{searched}:")
     for job in request.jobs:
-        mark = " (resumed)" if job.name in known.resumed else ""
-        print(printable(f"  {job.name}{mark}\n      {alone(job, request, bool(mark), trust)}", lines=True))
+        is_resumed = job.name in known.resumed
+        mark = " (comes along)" if request.is_sweep and job.comes_along else " (resumed)" if is_resumed else ""
+        print(printable(f"  {job.name}{mark}\n      {alone(job, request, is_resumed, trust)}", lines=True))
         if job.name in failing:
             tell(terminal(), f"      fails here: {failing[job.name]}")
     for one in request.merged:

@@ -122,7 +122,7 @@ def _jobs(reader: Reader, experiment: str) -> list[StoredRun]:
 
 
 def _is_again(once: Once, known: Known | None, job: Job) -> bool:
-    return known is not None and once.is_again(known, job)
+    return job.comes_along or known is not None and once.is_again(known, job)
 
 
 def _resumed(request: Plan, runs: Sequence[StoredRun], known: Mapping[str, Known | None]) -> list[str]:

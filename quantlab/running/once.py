@@ -24,7 +24,10 @@ class Once:
     """What the user is told: names of one scheme, a text each."""
 
     def is_again(self, known: Known, job: Job) -> bool:
-        """Is a job, compared with the reference that ``known`` is of, one of another name?"""
+        """Has a job, compared with the reference that ``known`` is of, a row already: one of another name, or that of
+        the reference itself?"""
+        if job.comes_along:
+            return True
         identity = known.reference_key, identity_of(job, known.widths_of(job))
         first = self.names.setdefault(identity, job.name)
         if first != job.name:

@@ -98,3 +98,33 @@ def test_a_search_spends_no_trial_on_it(shell):
     assert {row["name"] for row in json.loads(out)} == {"modelopt int4 g128", "modelopt int4 g64"}
     assert "run once, as these are one scheme on this model: modelopt int4 g128 = modelopt int4" in err
     assert "the grid has 2 possible jobs" in err
+
+
+def test_the_unquantized_model_comes_along_and_is_no_row_twice(shell):
+    words = ("-m", "backend=none,quanto", *digits_words("evaluation.num_samples=10"), "--json")
+    for is_resumed in (False, True):
+        code, out, err = shell(*words)
+        assert code == 0, err
+        rows = json.loads(out)
+        assert [row["name"] for row in rows] == ["reference", "floor_bf16", "floor_batch", "quanto int8"]
+        assert {row["resumed"] for row in rows} == {is_resumed}
+    alone = ("-m", "sweep.candidates=[{backend: none}]", *words[2:])
+    assert [row["name"] for row in json.loads(shell(*alone)[1])] == ["reference", "floor_bf16", "floor_batch"]
+    code, out, _ = shell(*words[:-1], "sweep.force=true", "sweep.dry_run=true")
+    assert code == 0
+    assert "  reference (comes along)" in out
+    assert "for 1 job:" in out
+
+
+def test_the_unquantized_model_is_a_row_where_no_floors_are_wanted_or_it_has_a_name():
+    def found(*words):
+        return again(["backend=none,quanto", "dtype=auto", *words], [128])
+
+    assert found() == [True, False]
+    assert found("sweep.floors=false") == [False, False]
+    assert found("sweep.force=true") == [True, False]
+    assert again(["backend=none", "dtype=bfloat16,auto"], [128]) == [False, True]
+    assert again(["sweep.candidates=[{backend: none, name: mine}, {components.transformer.backend: none}]"], [128]) == [
+        False,
+        True,
+    ]
