@@ -335,7 +335,7 @@ def test_a_terminal_without_these_characters_gets_others(encoding):
     assert (
         text
         == {
-            "ascii": "10 +-0.2* ^ ... \\u6f22\n",
+            "ascii": "10 +-0.2# ^ ... \\u6f22\n",
             "latin-1": "10 ±0.2° ^ ... \\u6f22\n",
             "utf-8": "10 ±0.2° ↑ … 漢\n",
         }[encoding]
