@@ -76,7 +76,7 @@ class Job:
         """Whether it is the unquantized model as it is, of which every sweep with floors has a row."""
         config = self.config
         is_bare = not self.schemes and config.quantization.dtype == "auto" and not config.checkpoint
-        return is_bare and not config.name and config.sweep.floors
+        return is_bare and config.sweep.floors
 
     @property
     def backends(self) -> tuple[Backend, ...]:

@@ -116,15 +116,26 @@ def test_the_unquantized_model_comes_along_and_is_no_row_twice(shell):
     assert "for 1 job:" in out
 
 
-def test_the_unquantized_model_is_a_row_where_no_floors_are_wanted_or_it_has_a_name():
+def test_the_unquantized_model_is_a_row_where_no_floors_are_wanted():
     def found(*words):
         return again(["backend=none,quanto", "dtype=auto", *words], [128])
 
     assert found() == [True, False]
     assert found("sweep.floors=false") == [False, False]
     assert found("sweep.force=true") == [True, False]
-    assert again(["backend=none", "dtype=bfloat16,auto"], [128]) == [False, True]
-    assert again(["sweep.candidates=[{backend: none, name: mine}, {components.transformer.backend: none}]"], [128]) == [
-        False,
-        True,
-    ]
+
+
+def test_a_cast_that_is_a_floor_is_told_and_no_row_twice(capsys):
+    """A store keeps one run of it, under which the other name would be lost."""
+    words = ["backend=none", "dtype=bfloat16,float16"]
+    assert again(words, [128]) == [True, False]
+    assert "these are one scheme on this model: floor_bf16 = none bfloat16" in capsys.readouterr().err
+    assert again([*words, "sweep.floors=false"], [128]) == [False, False]
+    named = "sweep.candidates=[{backend: none, name: mine}, {components.transformer.backend: none}]"
+    assert again([named], [128]) == [True, True]
+
+
+def test_each_row_of_a_sweep_is_a_run_of_its_own(shell):
+    rows = shell.rows("-m", "backend=none", "dtype=bfloat16,float16", *digits_words("evaluation.num_samples=10"))
+    assert list(rows) == ["reference", "floor_bf16", "floor_batch", "none float16"]
+    assert len({row["run_id"] for row in rows.values()}) == 4
