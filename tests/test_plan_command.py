@@ -41,6 +41,16 @@ def test_a_grid_is_a_table_and_its_reasons(capsys):
     assert out.count("impossible: ") == 2
 
 
+@pytest.mark.parametrize("words", [["dtype=int8"], ["-m", "dtype=int8,int4"]])
+def test_it_says_for_which_device_it_plans(capsys, words):
+    """One may sit at a CPU, where dtype and formats are other ones."""
+    _, on_gpu = run(capsys, "model=qwen3_0_6b", "backend=torchao", *words)
+    _, on_cpu = run(capsys, "model=qwen3_0_6b", "backend=torchao", *words, "device=cpu")
+    said = [" ".join(out.split()) for out in (on_gpu, on_cpu)]
+    assert "activations estimated; on a GPU (device=cpu: on a CPU)" in said[0]
+    assert "activations estimated; on a CPU" in said[1]
+
+
 def test_a_recipe_as_json(capsys):
     code, out = run(capsys, "recipe=smollm2_bitwidths", "--json")
     found = json.loads(out)

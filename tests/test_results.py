@@ -226,6 +226,17 @@ def test_the_next_step_after_a_run(here):
     assert ["look at all" in line for line in told] == [False, False, False, True]
 
 
+def test_the_next_step_after_a_run_of_the_unquantized_model(here):
+    """There is nothing to compare, and the run has its id, its folder and its place in the store."""
+    bare = Results([row for row in here if row.quantization is None], lambda: None)
+    lines = next_steps(bare, "outputs", TrackingConfig())
+    assert lines[0].startswith(f"sweep {here.sweep_id} in ")
+    reference = next(row for row in bare if row.name == "reference")
+    assert lines[1].endswith(f"quantlab reproduce {reference.run_id}")
+    assert lines[2].startswith("look at all:")
+    assert len(lines) == 3
+
+
 def test_the_next_step_is_about_the_sweep_of_just_these_rows(here, tmp_path):
     """A later sweep took them over, and has one more; and one has a combination that was skipped."""
     (own,) = Path("outputs/runs").glob("*/rows.json")

@@ -16,8 +16,10 @@ WORDS = {
     "front": "the schemes that are surely better than every smaller one (Pareto front of bytes and a metric)",
     "coverage": "share of the components' weights that are stored quantized; in the metrics quantization/coverage",
     "saving": "bytes at 16 bits over the bytes that are stored: 4.00x is a quarter; in the metrics memory/compression",
-    "MiB": "stored weights, with scales, zero points and what stays unquantized; in the metrics memory/weights_bytes",
-    "bits/weight": "stored bits of a weight, scales included: of the whole model, in brackets of the quantized layers",
+    "MiB": "stored weights of the quantized components, with scales, zero points and what stays unquantized in them; "
+    "in the metrics memory/weights_bytes",
+    "bits/weight": "stored bits of a weight, scales included: of the quantized components as a whole, in brackets "
+    "of their quantized layers",
     "s": "seconds of the stage evaluate; in the metrics perf/evaluate_s",
     "p (Holm)": "how surprising a difference would be if there were none (paired test), adjusted for the number of "
     "comparisons",

@@ -72,6 +72,13 @@ class Job:
         return any(scheme.native.needs_data for scheme in self.schemes.values())
 
     @property
+    def comes_along(self) -> bool:
+        """Whether it is the unquantized model as it is, of which every sweep with floors has a row."""
+        config = self.config
+        is_bare = not self.schemes and config.quantization.dtype == "auto" and not config.checkpoint
+        return is_bare and config.sweep.floors
+
+    @property
     def backends(self) -> tuple[Backend, ...]:
         """The libraries of its schemes, each once."""
         return tuple({scheme.backend.name: scheme.backend for scheme in self.schemes.values()}.values())

@@ -119,7 +119,7 @@ def phase_sheet(price: Price) -> Sheet:
             fits = [_fits(price, phase)] if price.budget else []
             rows.append(["" if i else placement, phase.name, *needs, *fits])
         ends.append(len(rows) - 1)
-    return Sheet(columns=columns, rows=rows, sections=frozenset(ends), caption=[f"{unit}, {ESTIMATE}"])
+    return Sheet(columns=columns, rows=rows, sections=frozenset(ends), caption=[f"{unit}, {ESTIMATE}{_where(price)}"])
 
 
 def share_sheet(price: Price) -> Sheet:
@@ -189,7 +189,12 @@ def _grid(prices: Sequence[Price]) -> Sheet:
         fits = [price.placement or "no"] if price.budget else [""]
         size = _mark(price.is_simulated) + _said(price.total_bytes, unit)
         rows.append([price.name, size, bits, *largest, *(fits if is_limited else [])])
-    return Sheet(columns=columns, rows=rows, caption=[f"{unit}; the phases' largest: {ESTIMATE}"])
+    return Sheet(columns=columns, rows=rows, caption=[f"{unit}; the phases' largest: {ESTIMATE}{_where(prices[0])}"])
+
+
+def _where(price: Price) -> str:
+    """On what: dtype and formats of a run are other ones on a CPU, where the one who plans may sit."""
+    return "; on a CPU" if price.device == "cpu" else "; on a GPU (device=cpu: on a CPU)"
 
 
 def _mark(is_simulated: bool) -> str:

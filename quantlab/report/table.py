@@ -27,7 +27,7 @@ from quantlab.vocabulary.reports import MetricValue
 MIB = 1024**2
 MAX_SKIPPED = 8  # rows of impossible combinations that a terminal shows
 MARKS = {
-    "(": "bits/weight: of the whole model (of its quantized layers)",
+    "(": "MiB, bits/weight: of the quantized components, whole (of their quantized layers)",
     "..": "(low..high): 95 % interval",
     "±": "±: the longer half of the 95 % interval, in the same power of ten",
     "°": "° surely inside the noise floor",

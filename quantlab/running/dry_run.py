@@ -18,6 +18,8 @@ from quantlab.running.foreseen import Foreseen, foreseen
 from quantlab.running.refusals import check_request, check_surroundings, refused_here
 
 _OF_A_SEARCH = "sweep.search"
+_NO_TEXT = ("null", "true", "false", "nan", "inf")
+"""What Hydra's grammar reads as something else than text."""
 _OF_THE_SWEEP = ("sweep.dry_run", "sweep.candidates", "sweep.grid")
 
 
@@ -47,8 +49,9 @@ def _shown(request: Plan, trust: bool) -> int:
     failing = {name: why for name, why in refused_here(request).items() if name not in known.resumed}
     print(f"{counted(len(request.jobs), 'job')}{searched}:")
     for job in request.jobs:
-        mark = " (resumed)" if job.name in known.resumed else ""
-        print(printable(f"  {job.name}{mark}\n      {alone(job, request, bool(mark), trust)}", lines=True))
+        is_resumed = job.name in known.resumed
+        mark = " (comes along)" if request.is_sweep and job.comes_along else " (resumed)" if is_resumed else ""
+        print(printable(f"  {job.name}{mark}\n      {alone(job, request, is_resumed, trust)}", lines=True))
         if job.name in failing:
             tell(terminal(), f"      fails here: {failing[job.name]}")
     for one in request.merged:
@@ -108,6 +111,9 @@ def alone(job: Job, request: Plan, is_resumed: bool, trust: bool) -> str:
 
 
 def _as_typed(word: str) -> str:
-    """A choice of a group without the quotes that Hydra's grammar wants around numbers: they are put there again."""
+    """A choice of a group without the quotes that Hydra's grammar wants around numbers: they are put there again. And
+    any key's word that is text also without quotes."""
     key, _, value = word.partition("=")
-    return f"{key}={value[1:-1]}" if key in groups() and re.fullmatch(r"'\w+'", value) else word
+    is_word = re.fullmatch(r"'[A-Za-z_]\w*'", value, re.ASCII) and value[1:-1].lower() not in _NO_TEXT
+    is_choice = key in groups() and re.fullmatch(r"'\w+'", value)
+    return f"{key}={value[1:-1]}" if is_choice or is_word else word

@@ -109,7 +109,7 @@ def run_far(session: Session, jobs: Sequence[Job], parent: Run) -> list[RunRepor
         if id(group) not in told:
             told.add(id(group))
             rows += group.floor_rows
-        rows.append(group.rows[place])
+        rows += [group.rows[place]] if place in group.rows else []  # none of a floor
     return rows
 
 
@@ -191,7 +191,8 @@ def look_up(session: Session, group: Group) -> list[Handed]:
     left, once = [], Once()
     for place, job in [*group.jobs.items()]:
         if once.is_again(group.known, job):
-            del group.jobs[place]
+            if len(group.jobs) > 1:  # else they were all floors, which keep its place
+                del group.jobs[place]
             continue
         key = content_key(group.known, job, session.output_dir / "cache")
         earlier = earlier_report(session, group.protocol, job, key)

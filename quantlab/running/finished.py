@@ -70,11 +70,9 @@ def _wanted(
     told: set[str] = set()
     for job in jobs:
         there, shared = known[reference_of(job)], bench_key(job.config)
-        if once.is_again(there, job):
-            continue
         floors = [] if shared in told else there.floor_jobs(job.config)
         told.add(shared)
-        for one in (*floors, job):
+        for one in (*floors, *([] if once.is_again(there, job) else [job])):
             yield one, there, content_key(there, one, cache_dir)
 
 

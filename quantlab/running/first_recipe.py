@@ -117,8 +117,8 @@ def recipe_text(name: str, words: Sequence[str], job: Job) -> str:
         lines += _beside(list(_keys(node, keys, 2))) if is_node else []
     lines += [
         "sweep:",
-        "  # a row each; the reference and its noise floors come along. bits/weight: of the whole component (of its",
-        "  # quantized layers), MiB: of the whole model, all of it known from the configuration",
+        "  # a row each; the reference and its noise floors come along. MiB and bits/weight are of the quantized",
+        "  # components, whole (of their quantized layers), as in the run's table; known from the configuration",
         "  candidates:",
     ]
     rows = [(f"    - {_yaml(one.keys)}", one.note) for one in found if one.keys]
@@ -228,8 +228,9 @@ def _sizes(price: Price) -> str:
     done = [part for part in price.components if part.scheme]
     bits = bits_per_weight(p.memory for p in done)
     of_layers = next((p.bits_per_quantized_weight for p in done if p.bits_per_quantized_weight is not None), bits)
+    size = sum(part.memory.weights_bytes for part in done) / MIB
     mark, told = ("~", f" ({SIMULATED})") if price.is_simulated else ("", "")
-    return f"{bits:.2f} ({of_layers:.2f}) bits/weight, {mark}{price.total_bytes / MIB:,.1f} MiB{told}"
+    return f"{bits:.2f} ({of_layers:.2f}) bits/weight, {mark}{size:,.1f} MiB{told}"
 
 
 # -- what was typed, as the recipe says it
@@ -285,8 +286,8 @@ _NOTES = {
     "model.path": "a folder that save_pretrained wrote, or a Hub id",
     "model.components": "what is quantized; all else stays as it is",
     "evaluation.num_samples": "more of them, narrower intervals",
-    "evaluation.num_inference_steps": "as the model card says",
-    "evaluation.guidance_scale": "as the model card says",
+    "evaluation.num_inference_steps": "see the model card",
+    "evaluation.guidance_scale": "see the model card",
 }
 
 

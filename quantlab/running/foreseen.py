@@ -105,7 +105,8 @@ def foreseen(request: Plan) -> Foreseen:
         jobs = [job for job in request.jobs if not _is_again(once, known[reference_of(job)], job)]
         left = [job for job in jobs if job.name not in resumed]
         if config.sweep.search.num_trials:
-            left = left[: config.sweep.search.num_trials]
+            num_known = sum(job.name in resumed for job in jobs)  # they are told to the study, and count
+            left = left[: max(0, config.sweep.search.num_trials - num_known)]
         return Foreseen(
             resumed=resumed,
             num_left=len(left),
@@ -122,7 +123,7 @@ def _jobs(reader: Reader, experiment: str) -> list[StoredRun]:
 
 
 def _is_again(once: Once, known: Known | None, job: Job) -> bool:
-    return known is not None and once.is_again(known, job)
+    return job.comes_along or known is not None and once.is_again(known, job)
 
 
 def _resumed(request: Plan, runs: Sequence[StoredRun], known: Mapping[str, Known | None]) -> list[str]:

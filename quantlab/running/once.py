@@ -24,7 +24,13 @@ class Once:
     """What the user is told: names of one scheme, a text each."""
 
     def is_again(self, known: Known, job: Job) -> bool:
-        """Is a job, compared with the reference that ``known`` is of, one of another name?"""
+        """Has a job, compared with the reference that ``known`` is of, a row already: one of another name, the
+        reference's or a floor's?"""
+        if job.comes_along:
+            return True
+        for floor in known.floor_jobs(job.config):
+            if floor.batch_size is None and not floor.plain_attention:  # a cast, which somebody may ask for as a job
+                self.names.setdefault((known.reference_key, identity_of(floor)), floor.name)
         identity = known.reference_key, identity_of(job, known.widths_of(job))
         first = self.names.setdefault(identity, job.name)
         if first != job.name:

@@ -318,7 +318,7 @@ def _rows(session: Session, plan: Plan, parent: Any) -> list[RunReport | Handed]
 
 
 def _rows_of(session: Session, job: Job, parent: Any, known: set[str], once: Once) -> list[RunReport | Handed]:
-    """The row of a job, behind the floors of a workbench that is not ``known`` yet; none of one that has its row.
+    """The row of a job, unless it has one, behind the floors of a workbench that is not ``known`` yet.
 
     Nothing holds the workbench when this returns: the next job may need the room for another model.
     """
@@ -326,12 +326,12 @@ def _rows_of(session: Session, job: Job, parent: Any, known: set[str], once: Onc
         return [hand_over(session, job, "", session.bench.model.protocol if session.bench else "", None)]
     bench = workbench(session, job, parent)
     parent.set_tags({STAGE: JOBS_STAGE})
-    if once.is_again(bench.known, job):
-        return []
     rows: list[RunReport | Handed] = []
     if bench.key not in known:
         known.add(bench.key)
         rows += [_row(session, bench, floor, apart=False) for floor in bench.known.floor_jobs(job.config)]
+    if once.is_again(bench.known, job):
+        return rows
     return [*rows, _row(session, bench, job, apart=runs_apart(job, session.device))]
 
 

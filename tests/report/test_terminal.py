@@ -271,7 +271,7 @@ def test_what_is_said_below_is_of_the_columns_that_are_shown(width):
     text = " ".join(printed(rows_sheet(rows, "diffusion", "n = 100"), width).split())
     head, said = text.split("└")
     for title, mark in (
-        ("bits/weight", "of the whole model"),
+        ("bits/weight", "of the quantized components"),
         ("saving", "saving is against 16 bit"),
         ("┃ s", "times on a CPU"),
         ("MiB", "~ simulated"),
@@ -300,7 +300,7 @@ def test_the_legend_names_the_marks_that_are_there():
     plain = [["a°~ (name)", "4.50", "1"]]
     assert legend(plain) == ""
     assert legend([["x", "4.50 (4.25)", "~1.00"]]).split("; ") == [
-        "bits/weight: of the whole model (of its quantized layers)",
+        "MiB, bits/weight: of the quantized components, whole (of their quantized layers)",
         "~ simulated: stored wider than the dtype says",
     ]
     assert "±" in legend([["x", "1.0 ±0.2"]])
@@ -335,7 +335,7 @@ def test_a_terminal_without_these_characters_gets_others(encoding):
     assert (
         text
         == {
-            "ascii": "10 +-0.2* ^ ... \\u6f22\n",
+            "ascii": "10 +-0.2# ^ ... \\u6f22\n",
             "latin-1": "10 ±0.2° ^ ... \\u6f22\n",
             "utf-8": "10 ±0.2° ↑ … 漢\n",
         }[encoding]

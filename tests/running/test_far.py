@@ -85,6 +85,18 @@ def test_one_scheme_in_two_words_is_given_to_the_cluster_once(shell, node):
     assert node.submitted == [far.NAME, "modelopt int4", "modelopt int4 g64"]
 
 
+@pytest.mark.slow
+def test_the_unquantized_model_comes_along_with_the_reference(shell, node):
+    words = digits_words("evaluation.num_samples=10", "tracking.save_checkpoint=false")
+    for num in (1, 2):
+        rows = shell.rows("-m", "backend=none,quanto", *words, "launcher=slurm")
+        assert list(rows) == ROWS[:4], num
+    assert node.submitted == [far.NAME, "quanto int8"]
+    code, out, _ = shell("-m", "backend=none", *words, "launcher=slurm", "--json")
+    assert [row["name"] for row in json.loads(out)] == ROWS[:3]
+    assert code == 0
+
+
 def _serial(shell):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "workbench", workbench.workbench)

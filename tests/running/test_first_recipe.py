@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -73,7 +74,10 @@ def test_its_bits_are_those_of_plan_and_rows():
             for parameters, buffers, index in sizes
         ]
         parts = [SimpleNamespace(scheme=1, memory=m, bits_per_quantized_weight=4.5) for m in memory]
-        price = SimpleNamespace(components=parts, total_bytes=0, is_simulated=False)
+        price = SimpleNamespace(components=parts, is_simulated=False)
+        beside = SimpleNamespace(scheme=None, memory=replace(memory[0], weights_bytes=10**9))  # a text encoder
+        assert _sizes(price) == _sizes(SimpleNamespace(components=[*parts, beside], is_simulated=False))
+        assert f" {sum(m.weights_bytes for m in memory) / 2**20:.1f} MiB" in _sizes(price)
         told.append(_sizes(price).split()[0])
         stored = sum(m.weights_bytes - m.index_bytes for m in memory)
         assert told[-1] == f"{8 * stored / sum((m.bytes_at_16_bit - m.index_bytes) / 2 for m in memory):.2f}"
@@ -94,7 +98,7 @@ def test_of_shapes_that_few_take(tmp_path):
 def test_of_a_shipped_model_without_its_weights(tmp_path):
     file, request = first_recipe(["folder/flux.yaml", "model=flux_schnell", "device=cpu"])
     assert {job.config.model.path for job in request.jobs} == {"black-forest-labs/FLUX.1-schnell"}
-    assert "num_inference_steps: 4   # as the model card says" in file.read_text()
+    assert "num_inference_steps: 4   # see the model card" in file.read_text()
 
 
 WORDS = {

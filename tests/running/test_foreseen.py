@@ -65,6 +65,16 @@ def test_one_scheme_in_two_words_is_no_job_that_is_left(tmp_path, monkeypatch):
     assert found.lines(3) == ["run once, as these are one scheme on this model: modelopt int4 = modelopt int4 g128"]
 
 
+def test_what_a_search_was_told_is_not_run_again(request_of_three, tmp_path):
+    first, second, _ = request_of_three.jobs
+    for job in (first, second):
+        track(tmp_path, job, 10.0)
+    for num_trials, num_left in ((1, 0), (2, 0), (3, 1)):
+        search = plan([*WORDS, f"sweep.search.num_trials={num_trials}"], multirun=True)
+        assert foreseen(search).num_left == num_left
+        assert (foreseen(search).estimate is None) == (num_left == 0)
+
+
 def test_jobs_of_other_seeds_take_as_long(request_of_three, tmp_path):
     track(tmp_path, request_of_three.jobs[0], 10.0)
     others = plan([*WORDS, "dataset.seed=5", "evaluation.bootstrap_seed=6"], multirun=True)

@@ -98,3 +98,44 @@ def test_a_search_spends_no_trial_on_it(shell):
     assert {row["name"] for row in json.loads(out)} == {"modelopt int4 g128", "modelopt int4 g64"}
     assert "run once, as these are one scheme on this model: modelopt int4 g128 = modelopt int4" in err
     assert "the grid has 2 possible jobs" in err
+
+
+def test_the_unquantized_model_comes_along_and_is_no_row_twice(shell):
+    words = ("-m", "backend=none,quanto", *digits_words("evaluation.num_samples=10"), "--json")
+    for is_resumed in (False, True):
+        code, out, err = shell(*words)
+        assert code == 0, err
+        rows = json.loads(out)
+        assert [row["name"] for row in rows] == ["reference", "floor_bf16", "floor_batch", "quanto int8"]
+        assert {row["resumed"] for row in rows} == {is_resumed}
+    alone = ("-m", "sweep.candidates=[{backend: none}]", *words[2:])
+    assert [row["name"] for row in json.loads(shell(*alone)[1])] == ["reference", "floor_bf16", "floor_batch"]
+    code, out, _ = shell(*words[:-1], "sweep.force=true", "sweep.dry_run=true")
+    assert code == 0
+    assert "  reference (comes along)" in out
+    assert "for 1 job:" in out
+
+
+def test_the_unquantized_model_is_a_row_where_no_floors_are_wanted():
+    def found(*words):
+        return again(["backend=none,quanto", "dtype=auto", *words], [128])
+
+    assert found() == [True, False]
+    assert found("sweep.floors=false") == [False, False]
+    assert found("sweep.force=true") == [True, False]
+
+
+def test_a_cast_that_is_a_floor_is_told_and_no_row_twice(capsys):
+    """A store keeps one run of it, under which the other name would be lost."""
+    words = ["backend=none", "dtype=bfloat16,float16"]
+    assert again(words, [128]) == [True, False]
+    assert "these are one scheme on this model: floor_bf16 = none bfloat16" in capsys.readouterr().err
+    assert again([*words, "sweep.floors=false"], [128]) == [False, False]
+    named = "sweep.candidates=[{backend: none, name: mine}, {components.transformer.backend: none}]"
+    assert again([named], [128]) == [True, True]
+
+
+def test_each_row_of_a_sweep_is_a_run_of_its_own(shell):
+    rows = shell.rows("-m", "backend=none", "dtype=bfloat16,float16", *digits_words("evaluation.num_samples=10"))
+    assert list(rows) == ["reference", "floor_bf16", "floor_batch", "none float16"]
+    assert len({row["run_id"] for row in rows.values()}) == 4

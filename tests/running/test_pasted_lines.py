@@ -44,6 +44,19 @@ def test_the_line_of_a_job_of_a_search_is_of_a_single_run(shell: Shell, asked: l
         assert (code, out.splitlines()[0]) == (0, "1 job:"), err
 
 
+def test_a_word_of_any_key_needs_no_quotes_in_quotes(shell: Shell) -> None:
+    schemes = "{components.transformer.backend: none}, {components.transformer: {backend: quanto, dtype: int8}}"
+    schemes += ", {backend: quanto, dtype: int8, name: 'null'}, {backend: quanto, dtype: int4, name: 'a b'}"
+    code, out, err = shell("-m", f"sweep.candidates=[{schemes}]", "sweep.dry_run=true")
+    assert code == 0, err
+    ends = [words[-1] for words in _typed(out)]
+    assert ends[0] == "components.transformer.backend=none"
+    assert ends[2:] == ["name='null'", "name='a b'"]
+    for words in _typed(out):
+        code, out, err = shell(*words, "sweep.dry_run=true")
+        assert (code, out.splitlines()[0]) == (0, "1 job:"), err
+
+
 def test_a_single_run_is_compared_by_itself(shell: Shell) -> None:
     """The experiment holds every run of the store."""
     shell.rows(*digits_words("backend=quanto", "dtype=int4"))
