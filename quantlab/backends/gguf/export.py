@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,22 @@ def export(part: Part, folder: Path) -> Written:
     if part.library == _OF_DIFFUSERS:
         return _export_denoiser(part, folder)
     return _export_language_model(part, folder)
+
+
+def check_export(part: Part) -> None:
+    """ConfigError for what :func:`export` would refuse of a part, where that is known before anything is written."""
+    import gguf
+
+    part.require_own_compute_dtype()
+    if part.library == _OF_DIFFUSERS:
+        _require_single_file(type(part.original).__name__)
+        return
+    config: Any = part.original.config
+    known = architecture_of(config, "export.path")
+    shared = {n for n, _ in part.original.named_parameters(remove_duplicate=False)}
+    shared -= {n for n, _ in part.original.named_parameters()}
+    _names(known, config, [name for name in part.original.state_dict() if name not in shared])
+    write_keys(gguf.GGUFWriter(None, known.name), known, config, part.tokenizer)
 
 
 def stored_tensors(module: nn.Module) -> dict[str, Stored]:
@@ -125,11 +141,7 @@ def _export_language_model(part: Part, folder: Path) -> Written:
     config: Any = part.original.config
     known = architecture_of(config, "export.path")
     tensors = stored_tensors(part.module)
-    names = file_names(known, int(config.num_hidden_layers), tensors)
-    if missing := [name for name in tensors if name not in names]:
-        raise ConfigError(
-            f"export.path: llama.cpp has no name for {missing[0]} in {known.name}; export with another backend"
-        )
+    names = _names(known, config, tensors)
     writer = gguf.GGUFWriter(folder / FILE, known.name)
     write_keys(writer, known, config, part.tokenizer)
     writer.add_file_type(file_type(part, tensors))
@@ -145,6 +157,16 @@ def _export_language_model(part: Part, folder: Path) -> Written:
         arguments={"gguf_file": FILE, "dtype": part.dtype},
         state=_dense_state(part, tensors, known),
     )
+
+
+def _names(known: Architecture, config: Any, tensors: Collection[str]) -> dict[str, str]:
+    """Name of each tensor -> in the file; ConfigError where llama.cpp has none."""
+    names = file_names(known, int(config.num_hidden_layers), tensors)
+    if missing := [name for name in tensors if name not in names]:
+        raise ConfigError(
+            f"export.path: llama.cpp has no name for {missing[0]} in {known.name}; export with another backend"
+        )
+    return names
 
 
 def _dense_state(part: Part, tensors: Mapping[str, Stored], known: Architecture) -> dict[str, str]:
@@ -182,17 +204,22 @@ def _tied_to(original: nn.Module, name: str, tensors: Mapping[str, Stored]) -> s
 # -- denoisers
 
 
-def _export_denoiser(part: Part, folder: Path) -> Written:
-    import gguf
+def _require_single_file(kind: str) -> None:
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-    said: Any = part.original
-    kind, config = type(part.original).__name__, dict(said.config)
     if kind not in SINGLE_FILE_LOADABLE_CLASSES:
         raise ConfigError(
             f"export.path: Diffusers reads no single file into a {kind}, so that nobody would load its GGUF file; "
             "export with another backend"
         )
+
+
+def _export_denoiser(part: Part, folder: Path) -> Written:
+    import gguf
+
+    said: Any = part.original
+    kind, config = type(part.original).__name__, dict(said.config)
+    _require_single_file(kind)
     tensors = stored_tensors(part.module)
     pieces = published_names(kind, tensors, config)
     is_published = pieces is not None and _holds(pieces, tensors) and _reads_back(kind, pieces, tensors, config)
