@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+_SILENT = frozenset(
+    ("architectures", "dtype", "torch_dtype", "transformers_version", "initializer_range", "use_cache",
+     "pretraining_tp", "max_position_embeddings", "quantization_config", "output_attentions",
+     "output_hidden_states", "return_dict", "id2label", "label2id", "chunk_size_feed_forward", "is_encoder_decoder", "problem_type", "model_type")
+)  # fmt: skip
 _NO_GPU = "its check for a GPU was set aside, as this machine has none"
 
 
@@ -99,6 +105,25 @@ def difference(found: Tensor, wanted: Tensor) -> float:
     return error if error == error else float("inf")
 
 
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """What a model of transformers says of itself that moves its outputs."""
+    said = json.loads(module.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
+    return {k: v for k, v in said.items() if not k.startswith("_") and not k.endswith("_token_id") and k not in _SILENT}
+
+
+def other_settings(module: nn.Module, settings: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that a loaded model has otherwise."""
+    found = settings_of(module) if settings else {}
+    return sorted(k for k, v in settings.items() if k in found and not _is_same(found[k], v))
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Equal, where a file has numbers in 32 bits."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return bool(one == other)
+
+
 # -- the other process
 
 
@@ -173,6 +198,7 @@ def compare(request: Mapping[str, Any], write: Callable[[dict[str, Any]], None])
             "errors": errors,
             "kernels": _kernels(module, calls[:1], request["device"]),
             "changed": changed,
+            "settings": other_settings(module, part.get("settings", {})) if any(errors) else [],
         }
     write({"parts": answers})
 

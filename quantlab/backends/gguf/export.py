@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 FILE, _CONFIG = "model.gguf", "config.json"
+_HAS_BIASES = "qwen2"
+"""The architecture whose queries, keys and values have biases."""
 _OF_DIFFUSERS, _PACKED = "diffusers", ".packed."
 _DENSE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _OF_THE_PLACE = ("_name_or_path", "quantization_config")
@@ -64,7 +66,9 @@ def check_export(part: Part) -> None:
     known = architecture_of(config, "export.path")
     shared = {n for n, _ in part.original.named_parameters(remove_duplicate=False)}
     shared -= {n for n, _ in part.original.named_parameters()}
-    _names(known, config, [name for name in part.original.state_dict() if name not in shared])
+    names = [name for name in part.original.state_dict() if name not in shared]
+    _names(known, config, names)
+    _require_reader(known, names)
     write_keys(gguf.GGUFWriter(None, known.name), known, config, part.tokenizer)
 
 
@@ -167,6 +171,22 @@ def _names(known: Architecture, config: Any, tensors: Collection[str]) -> dict[s
             f"export.path: llama.cpp has no name for {missing[0]} in {known.name}; export with another backend"
         )
     return names
+
+
+def _require_reader(known: Architecture, names: Collection[str]) -> None:
+    """ConfigError for a file that transformers would not read back, so that nobody could compare it."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    if known.name not in GGUF_SUPPORTED_ARCHITECTURES:
+        raise ConfigError(
+            f"export.path: transformers reads no GGUF file of {known.name}, so that it could not be checked; export "
+            "with another backend"
+        )
+    if known.name != _HAS_BIASES and (biases := [name for name in names if name.endswith(".bias")]):
+        raise ConfigError(
+            f"export.path: {biases[0]}: transformers reads no biases from a GGUF file of {known.name}; export with "
+            "another backend"
+        )
 
 
 def _dense_state(part: Part, tensors: Mapping[str, Stored], known: Architecture) -> dict[str, str]:
