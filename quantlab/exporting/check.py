@@ -20,10 +20,28 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _SILENT = frozenset(
-    ("architectures", "dtype", "torch_dtype", "transformers_version", "initializer_range", "use_cache",
-     "pretraining_tp", "max_position_embeddings", "quantization_config", "output_attentions",
-     "output_hidden_states", "return_dict", "id2label", "label2id", "chunk_size_feed_forward", "is_encoder_decoder", "problem_type", "model_type")
-)  # fmt: skip
+    [
+        "architectures",
+        "chunk_size_feed_forward",
+        "dtype",
+        "id2label",
+        "initializer_range",
+        "is_encoder_decoder",
+        "label2id",
+        "max_position_embeddings",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "pretraining_tp",
+        "problem_type",
+        "quantization_config",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    ]
+)
+"""Settings that move no output, or none of a text that both take."""
 _NO_GPU = "its check for a GPU was set aside, as this machine has none"
 
 

@@ -26,7 +26,7 @@ def test_a_language_model_for_llama_cpp_and_scored_again(shell):
     rows = shell.rows(*words, "backend=gguf", "dtype=q8_0", "quantization.layer_kinds=[linear,embedding]")
     code, out, err = shell("export", "latest", "out", "-q")
     assert code == 0, err
-    assert "llama.cpp, and transformers LlamaForCausalLM.from_pretrained(gguf_file=...)" in out
+    assert "loads with transformers LlamaForCausalLM.from_pretrained(gguf_file=...), which makes it dense" in out
     assert "bits identical" in out
     assert gguf.GGUFReader(shell.folder / "out/model.gguf").get_field("general.architecture").contents() == "llama"
     again = shell.rows(*words, "checkpoint=out/model.gguf")["model.gguf"]

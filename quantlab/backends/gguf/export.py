@@ -156,7 +156,7 @@ def _export_language_model(part: Part, folder: Path) -> Written:
     _finish(writer)
     kind = type(part.original).__name__
     return Written(
-        loader=f"llama.cpp, and transformers {kind}.from_pretrained(gguf_file=...), which makes it dense",
+        loader=f"transformers {kind}.from_pretrained(gguf_file=...), which makes it dense (named for llama.cpp)",
         target=f"transformers:{kind}",
         arguments={"gguf_file": FILE, "dtype": part.dtype},
         state=_dense_state(part, tensors, known),
