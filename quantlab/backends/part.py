@@ -8,7 +8,8 @@ A backend with a file format of its own (GGUF) offers the optional function
     ``export(part: Part, folder: Path) -> Written``
 
 at module level. It writes into ``folder`` (which is there, is empty, and is renamed as a whole afterwards), touches
-nothing else, and raises ConfigError naming what its format cannot hold before it writes the first byte.
+nothing else, and raises ConfigError naming what its format cannot hold before it writes the first byte. What of that is
+known before the model is measured, ``check_export(part: Part) -> None`` refuses then (optional).
 
 A backend whose library restores a model from a file of its own beside the checkpoint (ModelOpt) offers, in the place of
 ``as_stored``,

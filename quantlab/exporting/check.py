@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+_SILENT = frozenset(
+    [
+        "architectures",
+        "chunk_size_feed_forward",
+        "dtype",
+        "id2label",
+        "initializer_range",
+        "is_encoder_decoder",
+        "label2id",
+        "max_position_embeddings",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "pretraining_tp",
+        "problem_type",
+        "quantization_config",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    ]
+)
+"""Settings that move no output, or none of a text that both take."""
 _NO_GPU = "its check for a GPU was set aside, as this machine has none"
 
 
@@ -99,6 +123,25 @@ def difference(found: Tensor, wanted: Tensor) -> float:
     return error if error == error else float("inf")
 
 
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """What a model of transformers says of itself that moves its outputs."""
+    said = json.loads(module.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
+    return {k: v for k, v in said.items() if not k.startswith("_") and not k.endswith("_token_id") and k not in _SILENT}
+
+
+def other_settings(module: nn.Module, settings: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that a loaded model has otherwise."""
+    found = settings_of(module) if settings else {}
+    return sorted(k for k, v in settings.items() if k in found and not _is_same(found[k], v))
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Equal, where a file has numbers in 32 bits."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return bool(one == other)
+
+
 # -- the other process
 
 
@@ -173,6 +216,7 @@ def compare(request: Mapping[str, Any], write: Callable[[dict[str, Any]], None])
             "errors": errors,
             "kernels": _kernels(module, calls[:1], request["device"]),
             "changed": changed,
+            "settings": other_settings(module, part.get("settings", {})) if any(errors) else [],
         }
     write({"parts": answers})
 

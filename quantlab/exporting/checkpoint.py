@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 WAY_OUT = "leave it out of the export, or export another scheme"
-_EXPORT, _AS_STORED, _BESIDE, _FLATTENED = "export", "as_stored", "beside", "flattened"
+_EXPORT, _CHECK_EXPORT, _AS_STORED, _BESIDE, _FLATTENED = "export", "check_export", "as_stored", "beside", "flattened"
 MAX_SHARD = "5GB"
 """As the libraries themselves cut checkpoints."""
 
@@ -47,6 +47,8 @@ def check_part(part: Part) -> None:
     """ConfigError for a part that :func:`write_part` would refuse, as far as it is known before writing."""
     module = backend_of(part.config.method()).module
     if hasattr(module, _EXPORT):
+        if (check := getattr(module, _CHECK_EXPORT, None)) is not None:
+            check(part)
         return
     _check_rows(part)
     if (beside := getattr(module, _BESIDE, None)) is not None:
@@ -139,8 +141,20 @@ def _check_rows(part: Part) -> None:
             f"quantization.on_mismatch={other[0].dtype}: {_some(other)} of {part.name} fell back to it, and a "
             "checkpoint has one scheme; set on_mismatch=skip, or exclude them"
         )
+    if tied := _tied(part):
+        raise ConfigError(
+            f"export.path: {_some(tied)} of {part.name}: several places share this layer, and transformers ties no "
+            "quantized weights when it loads a checkpoint; exclude them with modules_to_not_convert"
+        )
     if not part.quantized:
         raise ConfigError(f"export.path: nothing of {part.name} is quantized; {WAY_OUT}")
+
+
+def _tied(part: Part) -> list[LayerReport]:
+    """The quantized layers whose weights transformers ties after loading (the shared blocks of Zamba), by name."""
+    names = getattr(part.original, "all_tied_weights_keys", None) or {}
+    places = {name.rpartition(".")[0] for pair in names.items() for name in pair}
+    return [row for name, row in part.quantized.items() if name in places]
 
 
 def _is_linear(original: nn.Module, name: str) -> bool:
@@ -187,7 +201,7 @@ def _shadow(part: Part) -> Any:
     flatten = getattr(backend_of(part.config.method()).module, _FLATTENED, None)
     if flatten is not None:  # transformers hands over the module, Diffusers its state
         made.hf_quantizer.get_state_dict_and_metadata = lambda given, *_, **__: flatten(
-            given if isinstance(given, Mapping) else given.state_dict()
+            given if isinstance(given, Mapping) else given.state_dict(), part.library
         )
     return made
 

@@ -105,12 +105,19 @@ def verify(
                 "in_pipeline": bool(pipeline) and written.method == "from_pretrained",
                 "state": dict(written.state) if written.state is not None else check.digests(part.module),
                 "calls": str(file),
+                "settings": _settings(part, written),
             }
         if lets_go:
             for part, _ in parts.values():
                 _let_go(part.module)
         answer, told = _fresh_process(request, Path(scratch))
         return _verdict(request, answer, told, parts)
+
+
+def _settings(part: Part, written: Written) -> dict[str, Any]:
+    """Those of a language model in a single file, which has no configuration beside it: its reader makes one."""
+    is_single = "gguf_file" in written.arguments and part.library == "transformers"
+    return check.settings_of(part.original) if is_single else {}
 
 
 def _let_go(module: nn.Module) -> None:
@@ -209,6 +216,11 @@ def _reason(
     name = max(found, key=lambda n: max(found[n]["errors"], default=0.0))
     ours = sorted({row.kernel for row in parts[name][0].quantized.values() if row.kernel})
     theirs = ", ".join(found[name]["kernels"]) or "no known kernel"
+    if settings := found[name].get("settings"):
+        return (
+            f"the same bits in {name}, but the reader of the file gives the model other settings than it was measured "
+            f"with: {', '.join(settings)}"
+        )
     changed = "; its forward changes its own tensors" if found[name].get("changed") else ""
     return (
         f"the same bits, multiplied by another kernel in {name}: {theirs} in the loader's layers, {', '.join(ours)} in "

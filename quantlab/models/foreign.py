@@ -97,7 +97,7 @@ def sources_of(checkpoint: str, names: Sequence[str], classes: Mapping[str, str]
     if (place / INDEX).is_file():
         return {name: _part(key, place, name) for name in names}
     if (place / CONFIG).is_file():
-        return {_by_class(key, place, names, classes): place}
+        return {_by_class(key, place, names, classes): _its_weights(place)}
     [file] = place.glob("*.gguf")
     return {_only(key, names): file}
 
@@ -122,7 +122,31 @@ def _only(key: str, names: Sequence[str]) -> str:
 def _part(key: str, place: Path, name: str) -> Path:
     if not (place / name / CONFIG).is_file():
         raise ModelError(f"{key}: the pipeline has no {name}/{CONFIG}; choose what it has with model.components=[...]")
-    return place / name
+    return _its_weights(place / name)
+
+
+def also_quantized(key: str, sources: Mapping[str, Path]) -> list[str]:
+    """Components that the same pipeline has quantized too, and that are none of those chosen."""
+    folders = [source.parent if source.is_file() else source for source in sources.values()]
+    return sorted(
+        place.name
+        for root in {folder.parent for folder in folders if (folder.parent / INDEX).is_file()}
+        for place in root.iterdir()
+        if place not in folders and place.is_dir() and _is_quantized(key, place)
+    )
+
+
+def _is_quantized(key: str, folder: Path) -> bool:
+    is_told = (folder / CONFIG).is_file() and bool(_config(key, folder).get("quantization_config"))
+    return is_told or (folder / STATE).is_file() or _its_weights(folder) != folder
+
+
+def _its_weights(folder: Path) -> Path:
+    """The one GGUF file of a folder without other weights, as an export of a denoiser is; else the folder."""
+    if any(file.suffix in (".safetensors", *_PICKLES) for file in folder.iterdir()):
+        return folder
+    files = list(folder.glob("*.gguf"))
+    return files[0] if len(files) == 1 else folder
 
 
 def _by_class(key: str, place: Path, names: Sequence[str], classes: Mapping[str, str]) -> str:

@@ -169,12 +169,15 @@ def per_sample(output: Tensor, num_samples: int) -> Tensor:
 
 
 def _first_tensor(output: Any) -> Tensor:
-    """The prediction in what a denoiser returns: a tensor, a tuple, a Diffusers output, or a list with one a sample."""
+    """The prediction in what a denoiser returns: a tensor, a tuple, a Diffusers output, or a list with one a sample.
+
+    A ControlNet's list is of other sizes, one a level of the network: the first.
+    """
     import torch
 
     if isinstance(output, torch.Tensor):
         return output
-    if isinstance(output, list):
+    if isinstance(output, list) and len({one.shape for one in output}) == 1:
         return torch.stack(output)
     return _first_tensor(next(iter(output.values())) if isinstance(output, Mapping) else output[0])
 

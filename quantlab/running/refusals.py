@@ -13,6 +13,7 @@ from pathlib import Path
 
 from quantlab.errors import ConfigError
 from quantlab.exporting.folder import check_target
+from quantlab.models.table import family_of
 from quantlab.modules.gpu_seen import NO_CUDA, sees_gpu
 from quantlab.planning.job import Job, Plan
 from quantlab.planning.ready import check_ready, check_room, no_folder
@@ -22,6 +23,10 @@ from quantlab.stages.select import check_device
 from quantlab.tracking.connect import check_store
 from quantlab.vocabulary.schema import ExperimentConfig
 
+_OF_TRANSFORMERS = ("model",)
+"""The components of families that are no pipelines."""
+_CHECK_STORED = "check_stored"
+
 
 def check_request(request: Plan) -> None:
     """ConfigError for what is wrong with a request itself, its files and its launcher."""
@@ -29,6 +34,7 @@ def check_request(request: Plan) -> None:
     check_ready(request.jobs, by_files=runs_elsewhere(request))
     if request.export.path is not None:
         check_target("export.path", request.export.path)
+        _check_export(request)
     if request.is_sweep:
         check_launcher(first.launcher)
         if first.launcher.detach and first.sweep.search.num_trials:
@@ -40,6 +46,26 @@ def check_request(request: Plan) -> None:
     if not request.is_sweep:
         for why in refused_here(request).values():
             raise ConfigError(why)
+
+
+def _check_export(request: Plan) -> None:
+    """ConfigError where none of the jobs can be exported, as far as their schemes and the model's family say it."""
+    refused: list[ConfigError] = []
+    for job in request.jobs:
+        try:
+            if not job.schemes:
+                raise ConfigError(
+                    f"export.path={request.export.path}: {job.name} is not quantized by this run; leave export.path "
+                    "out, or choose a scheme (backend=torchao dtype=int8)"
+                )
+            if family_of(job.config.model).components == _OF_TRANSFORMERS:
+                for scheme in job.schemes.values():
+                    if (check := getattr(scheme.backend.module, _CHECK_STORED, None)) is not None:
+                        check(scheme.native, "transformers")
+        except ConfigError as error:
+            refused.append(error)
+    if refused and len(refused) == len(request.jobs):
+        raise refused[0]
 
 
 def check_surroundings(request: Plan, base_dir: Path, is_left: bool) -> None:

@@ -15,13 +15,14 @@ from quantlab.backends.checkpoints import FOLDED, backend_of_layer
 from quantlab.backends.others import WHOLE_MODEL, packed_integers, read_by_its_library
 from quantlab.backends.table import Backend, held_packages
 from quantlab.errors import ModelError, NotQuantized, is_of_the_machine
-from quantlab.models.foreign import checkpoint_bytes, checkpoint_sha256, load_part, sources_of
+from quantlab.models.foreign import also_quantized, checkpoint_bytes, checkpoint_sha256, load_part, sources_of
 from quantlab.models.loaded import LoadedModel, class_names
 from quantlab.modules.compute_dtype import stand_for
 from quantlab.modules.holders import Holder, holders
 from quantlab.modules.layers import replace_layer
 from quantlab.modules.memory import layer_memory, logical_size, storage_of
 from quantlab.modules.packed import stored_at
+from quantlab.progress import say
 from quantlab.stages.layer_row import layer_row
 from quantlab.stages.products import product, question
 from quantlab.stages.unquantized import unquantized
@@ -64,6 +65,12 @@ def load_candidate(
     """
     key = f"checkpoint={checkpoint}"
     sources = sources_of(checkpoint, names, class_names(model.components))
+    if left := also_quantized(key, sources):
+        say(
+            f"{key}: its {', '.join(left)} {'is' if len(left) == 1 else 'are'} quantized too, and the reference's "
+            f"measured instead; take all with model.components=[{','.join([*sources, *left])}]",
+            "warning",
+        )
     made, reports, methods, notes = {}, [], [], []
     for name, source in sources.items():
         module, method = load_part(key, source, name, model)

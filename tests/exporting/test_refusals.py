@@ -133,6 +133,35 @@ def test_a_weight_that_is_read_stands_in_no_checkpoint(llama, tmp_path, backend)
         check_exportable(str(tmp_path / "x"), job, found.model, made.model, made.quantization)
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("olmo2", "export.path: llama.cpp's names are known here for"), ("llama", "export.path: query_pre_attn_scalar=7")],
+)
+def test_what_no_gguf_file_holds_is_refused_before_the_model_is_measured(llama, tmp_path, monkeypatch, kind, said):
+    """Not by the writer, which comes after the evaluation."""
+    found, folder = llama
+    job = job_on(found, "backend=gguf", "dtype=q8_0")
+    made = candidate_of(found, job, folder / "cache")
+    check_exportable(str(tmp_path / "x"), job, found.model, made.model, made.quantization)
+    config = found.model.components["model"].config
+    monkeypatch.setattr(config, "model_type", kind, raising=False)
+    monkeypatch.setattr(config, "query_pre_attn_scalar", 7, raising=False)
+    with pytest.raises(ConfigError) as refused:
+        check_exportable(str(tmp_path / "x"), job, found.model, made.model, made.quantization)
+    assert str(refused.value).startswith(said)
+
+
+def test_quantized_layers_that_several_places_share_are_in_no_checkpoint_of_transformers(llama, tmp_path, monkeypatch):
+    """The shared blocks of Zamba: its loader ties plain tensors alone."""
+    found, folder = llama
+    tied = {"model.layers.1.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight"}
+    monkeypatch.setattr(found.model.components["model"], "all_tied_weights_keys", tied, raising=False)
+    job = job_on(found, "backend=torchao", "dtype=int8")
+    made = candidate_of(found, job, folder / "cache")
+    with pytest.raises(ConfigError, match=r"^export.path: model.layers.0.mlp.up_proj, .*several places share"):
+        check_exportable(str(tmp_path / "x"), job, found.model, made.model, made.quantization)
+
+
 def test_what_a_library_raises_while_it_writes_its_state_is_one_message(llama, tmp_path, monkeypatch):
     def fails(*_):
         raise AssertionError("Actual method must have closure for freevars")  # of ModelOpt over BigBird

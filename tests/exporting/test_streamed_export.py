@@ -144,10 +144,27 @@ def test_torchaos_flattening_without_its_copies():
     state = made.state_dict()
     state["tied.weight"] = state["a.weight"]
     wanted, told = support.flatten_tensor_state_dict(state)
-    found, said = flattened(state)
+    found, said = flattened(state, "diffusers")
     assert said == told
     assert list(found) == list(wanted)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     codes = {name: tensor.data_ptr() for name, tensor in found.items() if name.endswith("_qdata")}
     assert codes["b._weight_qdata"] == made["b"].weight.qdata.data_ptr()
     assert len(set(codes.values())) == len(codes) == 3
+
+
+@pytest.mark.parametrize("library", ["transformers", "diffusers"])
+def test_a_tensor_of_the_model_itself_does_not_keep_a_loader_from_the_others(library):
+    """Marian's final_logits_bias: torchao reads back no listed name without a dot, and transformers hands it all; to
+    Diffusers, what is not listed is not there."""
+    support = importlib.import_module("torchao.prototype.safetensors.safetensors_support")
+    made, _ = quantized(torch.nn.ModuleDict({"a": torch.nn.Linear(64, 32)}), "torchao", "int8")
+    state = {"final_logits_bias": torch.zeros(1, 8), **made.state_dict()}
+    found, said = flattened(state, library)
+    assert torch.equal(found["final_logits_bias"], state["final_logits_bias"])
+    assert ("final_logits_bias" in json.loads(said["tensor_names"])) == (library == "diffusers")
+    if library == "transformers":
+        codes = {name: tensor for name, tensor in found.items() if name.startswith("a._weight_")}
+        again, left = support.unflatten_tensor_state_dict(codes, said)
+        assert not left
+        assert torch.equal(again["a.weight"].qdata, made["a"].weight.qdata)

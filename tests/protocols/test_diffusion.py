@@ -298,6 +298,18 @@ def test_record_is_the_input_before_the_call_and_survives_replays():
     assert len(calls) == 1
 
 
+def test_a_list_is_one_tensor_a_sample_and_a_controlnets_one_a_level():
+    class Levels(torch.nn.Linear):
+        def forward(self, x, sizes):
+            return {"down": [torch.full((size,), float(size)) for size in sizes], "mid": x}
+
+    network, x = Levels(1, 1), torch.ones(1)
+    with recorded_calls(network) as calls:
+        network(x, [2, 2])
+        network(x, [4, 2])
+    assert [call["output"].tolist() for call in calls] == [[[2, 2], [2, 2]], [4, 4, 4, 4]]
+
+
 def test_replay_casts_inputs_of_the_compute_dtype_but_no_timesteps():
     denoiser, seen = Denoiser(), {}
     with recorded_calls(denoiser) as calls, torch.no_grad():

@@ -39,6 +39,8 @@ REFUSED = {
     "an export over other files": [*QUANTO, "export.path=full"],
     "a winner over other files": [*MANY, "export.path=full", "export.winner=true"],
     "an export over a file": [*QUANTO, "export.path=file.txt"],
+    "an export of a scheme that no loader reads": ["model=smollm2_135m", *QUANTO, "export.path=fresh"],
+    "an export of the reference": ["backend=none", "export.path=fresh"],
     "a cluster that is not there": [*MANY, "launcher=ray", "launcher.settings.ray.init.address=127.0.0.1:9"],
     "what cannot be left": [*MANY, "launcher.detach=true"],
     "a pool that is left": [*MANY, "launcher=pool", "launcher.detach=true"],

@@ -17,6 +17,7 @@ from quantlab.backends.gguf.blocks import linear_class
 from quantlab.backends.others import packed_integers
 from quantlab.errors import ConfigError, MissingPackage, ModelError, NotQuantized
 from quantlab.models import diffusers_pipeline
+from quantlab.models.foreign import also_quantized, sources_of
 from quantlab.modules.packed import stored_at
 from quantlab.stages import foreign as stage
 from quantlab.stages.foreign import load_candidate
@@ -431,3 +432,26 @@ def test_integers_packed_into_words_are_counted(words, scales, wanted):
     layer.qweight, layer.scales = torch.zeros(words, dtype=torch.int32), torch.ones(scales)
     assert packed_integers(layer, 64, 64 * 32) == wanted
     assert packed_integers(torch.nn.Linear(32, 64), 64, 64 * 32) is None
+
+
+def test_what_a_pipeline_has_quantized_besides_is_told(tmp_path):
+    """Only the chosen components are its; the reference's stand in the place of the others."""
+    for name, said in (
+        ("unet", {"quantization_config": {"quant_method": "torchao"}}),
+        ("vae", {}),
+        ("text_encoder", {}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel", **said}))
+    (tmp_path / "text_encoder" / "model.gguf").touch()
+    (tmp_path / "model_index.json").write_text("{}")
+    classes = dict.fromkeys(("unet", "text_encoder", "vae"), "UNet2DConditionModel")
+    sources = sources_of(str(tmp_path), ["unet"], classes)
+    assert also_quantized("checkpoint=x", sources) == ["text_encoder"]
+    sources = sources_of(str(tmp_path), ["unet", "text_encoder"], classes)
+    assert also_quantized("checkpoint=x", sources) == []
+    assert sources["text_encoder"].name == "model.gguf"
+    assert also_quantized("checkpoint=x", {"text_encoder": sources["text_encoder"]}) == ["unet"]
+    assert sources_of(str(tmp_path / "text_encoder"), ["unet"], classes) == {
+        "unet": tmp_path / "text_encoder" / "model.gguf"
+    }

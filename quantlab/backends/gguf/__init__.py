@@ -7,7 +7,7 @@ dequantize at every forward: the format saves memory, not time.
 from __future__ import annotations
 
 from quantlab.backends.gguf.config import GGUFQuantizationConfig, resolve
-from quantlab.backends.gguf.export import export
+from quantlab.backends.gguf.export import check_export, export
 from quantlab.backends.gguf.imatrix import InputSquares, read_imatrix, write_imatrix
 from quantlab.backends.gguf.quantize import adopt, calibrate, owns, quantize, read_back, write_calibration
 from quantlab.backends.gguf.sizes import file_bytes, layer_bytes
@@ -21,6 +21,7 @@ __all__ = [
     "InputSquares",
     "adopt",
     "calibrate",
+    "check_export",
     "export",
     "file_bytes",
     "layer_bytes",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 FILE, _CONFIG = "model.gguf", "config.json"
+_HAS_BIASES = "qwen2"
+"""The architecture whose queries, keys and values have biases."""
 _OF_DIFFUSERS, _PACKED = "diffusers", ".packed."
 _DENSE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _OF_THE_PLACE = ("_name_or_path", "quantization_config")
@@ -50,6 +52,24 @@ def export(part: Part, folder: Path) -> Written:
     if part.library == _OF_DIFFUSERS:
         return _export_denoiser(part, folder)
     return _export_language_model(part, folder)
+
+
+def check_export(part: Part) -> None:
+    """ConfigError for what :func:`export` would refuse of a part, where that is known before anything is written."""
+    import gguf
+
+    part.require_own_compute_dtype()
+    if part.library == _OF_DIFFUSERS:
+        _require_single_file(type(part.original).__name__)
+        return
+    config: Any = part.original.config
+    known = architecture_of(config, "export.path")
+    shared = {n for n, _ in part.original.named_parameters(remove_duplicate=False)}
+    shared -= {n for n, _ in part.original.named_parameters()}
+    names = [name for name in part.original.state_dict() if name not in shared]
+    _names(known, config, names)
+    _require_reader(known, names)
+    write_keys(gguf.GGUFWriter(None, known.name), known, config, part.tokenizer)
 
 
 def stored_tensors(module: nn.Module) -> dict[str, Stored]:
@@ -125,11 +145,7 @@ def _export_language_model(part: Part, folder: Path) -> Written:
     config: Any = part.original.config
     known = architecture_of(config, "export.path")
     tensors = stored_tensors(part.module)
-    names = file_names(known, int(config.num_hidden_layers), tensors)
-    if missing := [name for name in tensors if name not in names]:
-        raise ConfigError(
-            f"export.path: llama.cpp has no name for {missing[0]} in {known.name}; export with another backend"
-        )
+    names = _names(known, config, tensors)
     writer = gguf.GGUFWriter(folder / FILE, known.name)
     write_keys(writer, known, config, part.tokenizer)
     writer.add_file_type(file_type(part, tensors))
@@ -140,11 +156,37 @@ def _export_language_model(part: Part, folder: Path) -> Written:
     _finish(writer)
     kind = type(part.original).__name__
     return Written(
-        loader=f"llama.cpp, and transformers {kind}.from_pretrained(gguf_file=...), which makes it dense",
+        loader=f"transformers {kind}.from_pretrained(gguf_file=...), which makes it dense (named for llama.cpp)",
         target=f"transformers:{kind}",
         arguments={"gguf_file": FILE, "dtype": part.dtype},
         state=_dense_state(part, tensors, known),
     )
+
+
+def _names(known: Architecture, config: Any, tensors: Collection[str]) -> dict[str, str]:
+    """Name of each tensor -> in the file; ConfigError where llama.cpp has none."""
+    names = file_names(known, int(config.num_hidden_layers), tensors)
+    if missing := [name for name in tensors if name not in names]:
+        raise ConfigError(
+            f"export.path: llama.cpp has no name for {missing[0]} in {known.name}; export with another backend"
+        )
+    return names
+
+
+def _require_reader(known: Architecture, names: Collection[str]) -> None:
+    """ConfigError for a file that transformers would not read back, so that nobody could compare it."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    if known.name not in GGUF_SUPPORTED_ARCHITECTURES:
+        raise ConfigError(
+            f"export.path: transformers reads no GGUF file of {known.name}, so that it could not be checked; export "
+            "with another backend"
+        )
+    if known.name != _HAS_BIASES and (biases := [name for name in names if name.endswith(".bias")]):
+        raise ConfigError(
+            f"export.path: {biases[0]}: transformers reads no biases from a GGUF file of {known.name}; export with "
+            "another backend"
+        )
 
 
 def _dense_state(part: Part, tensors: Mapping[str, Stored], known: Architecture) -> dict[str, str]:
@@ -182,17 +224,22 @@ def _tied_to(original: nn.Module, name: str, tensors: Mapping[str, Stored]) -> s
 # -- denoisers
 
 
-def _export_denoiser(part: Part, folder: Path) -> Written:
-    import gguf
+def _require_single_file(kind: str) -> None:
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-    said: Any = part.original
-    kind, config = type(part.original).__name__, dict(said.config)
     if kind not in SINGLE_FILE_LOADABLE_CLASSES:
         raise ConfigError(
             f"export.path: Diffusers reads no single file into a {kind}, so that nobody would load its GGUF file; "
             "export with another backend"
         )
+
+
+def _export_denoiser(part: Part, folder: Path) -> Written:
+    import gguf
+
+    said: Any = part.original
+    kind, config = type(part.original).__name__, dict(said.config)
+    _require_single_file(kind)
     tensors = stored_tensors(part.module)
     pieces = published_names(kind, tensors, config)
     is_published = pieces is not None and _holds(pieces, tensors) and _reads_back(kind, pieces, tensors, config)

@@ -26,7 +26,7 @@ def write_keys(writer: gguf.GGUFWriter, architecture: Architecture, config: Any,
     """All keys but the file's type; ConfigError for what llama.cpp computes otherwise or does not know."""
     heads = int(config.num_attention_heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    writer.add_context_length(int(config.max_position_embeddings))
+    writer.add_context_length(_context(architecture, config))
     writer.add_embedding_length(int(config.hidden_size))
     writer.add_block_count(int(config.num_hidden_layers))
     writer.add_feed_forward_length(int(config.intermediate_size))
@@ -38,10 +38,49 @@ def write_keys(writer: gguf.GGUFWriter, architecture: Architecture, config: Any,
     writer.add_vocab_size(int(config.vocab_size))
     if architecture.turns_heads:
         writer.add_rope_dimension_count(head_dim)
+    _require_same_model(architecture, config)
     _rotary(writer, config, head_dim)
     _others(writer, config, head_dim)
     if tokenizer is not None:
         _tokenizer(writer, tokenizer, int(config.vocab_size))
+
+
+_TANH = ("gelu_pytorch_tanh",)
+_ACTIVATIONS = {"gemma": _TANH, "gemma2": _TANH, "gemma3": _TANH}
+"""Architecture -> the activations that llama.cpp computes for it; those of the others are SiLU."""
+_FULL_EVERY = {"gemma2": 2, "gemma3": 6}
+"""Architecture -> of how many layers the last attends to everything, the others to a window."""
+_LOCAL_BASE = 10000.0
+"""Of the rotary embedding in the local layers of Gemma 3."""
+
+
+def _context(architecture: Architecture, config: Any) -> int:
+    """How long a text may be: where llama.cpp knows no windows, it computes the same up to the first one's length."""
+    longest, window = int(config.max_position_embeddings), getattr(config, "sliding_window", None)
+    if not window or architecture.name in _FULL_EVERY or not getattr(config, "use_sliding_window", True):
+        return longest
+    return min(longest, int(window))
+
+
+def _require_same_model(architecture: Architecture, config: Any) -> None:
+    """ConfigError for a setting that no key of a file says, and that llama.cpp has otherwise."""
+    name, rope = architecture.name, dict(getattr(config, "rope_parameters", None) or {})
+    told = {key: getattr(config, key, None) for key in ("hidden_activation", "hidden_act")}
+    key, said = next(((k, v) for k, v in told.items() if v), ("hidden_act", "silu"))
+    if said not in (known := _ACTIVATIONS.get(name, ("silu", "swish"))):
+        raise ConfigError(f"export.path: {key}={said}: llama.cpp computes {known[0]} in {name}; {_WAY_OUT}")
+    every, kinds = _FULL_EVERY.get(name), list(getattr(config, "layer_types", None) or ())
+    pattern = ["full_attention" if every and (i + 1) % every == 0 else "sliding_attention" for i in range(len(kinds))]
+    if every and kinds != pattern:
+        raise ConfigError(
+            f"export.path: layer_types: in {name} llama.cpp attends to everything in each layer {every} of {every}, "
+            f"and this model in others; {_WAY_OUT}"
+        )
+    local = float(dict(rope.get("sliding_attention") or {}).get("rope_theta", _LOCAL_BASE))
+    if local != _LOCAL_BASE:
+        raise ConfigError(
+            f"export.path: rope_theta={local:g} of the sliding layers: llama.cpp has {_LOCAL_BASE:g} there; {_WAY_OUT}"
+        )
 
 
 _OTHER_SCALES = (46, 62)
@@ -66,6 +105,17 @@ def _others(writer: gguf.GGUFWriter, config: Any, head_dim: int) -> None:
         writer.add_sliding_window(int(window))
 
 
+_YARN = {
+    "attention_factor": None,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": None,
+    "mscale_all_dim": None,
+    "truncate": True,
+}
+"""Settings of yarn -> what llama.cpp has for each."""
+
+
 def _rotary(writer: gguf.GGUFWriter, config: Any, head_dim: int) -> None:
     import gguf
     import numpy as np
@@ -78,6 +128,10 @@ def _rotary(writer: gguf.GGUFWriter, config: Any, head_dim: int) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(said["factor"]))
     elif kind == "yarn":
+        if odd := [key for key, usual in _YARN.items() if said.get(key) not in (None, usual)]:
+            raise ConfigError(
+                f"export.path: {odd[0]}={said[odd[0]]} of yarn: no key of a GGUF file says it; {_WAY_OUT}"
+            )
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(float(said["factor"]))
         writer.add_rope_scaling_orig_ctx_len(int(said["original_max_position_embeddings"]))

@@ -15,7 +15,7 @@ from __future__ import annotations
 from quantlab.backends.quanto.config import QuantoConfig
 from quantlab.backends.quanto.quantize import adopt, calibrate, quantize, read_back, resolve
 from quantlab.backends.quanto.sizes import layer_bytes
-from quantlab.backends.quanto.storage import as_stored, load, save
+from quantlab.backends.quanto.storage import as_stored, check_stored, load, save
 
 Config = QuantoConfig
 
@@ -24,6 +24,7 @@ __all__ = [
     "QuantoConfig",
     "adopt",
     "as_stored",
+    "check_stored",
     "calibrate",
     "layer_bytes",
     "load",

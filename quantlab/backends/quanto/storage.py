@@ -84,14 +84,9 @@ def load(model: nn.Module, layers: Iterable[str], config: QuantoConfig, folder: 
         replace_layer(model, name, _restored(linear_at(model, name), entry, state, f"{folder}: {name}"))
 
 
-def as_stored(part: Part) -> QuantoConfig:
-    """The config that a checkpoint says it is of, for its library's loader; how scales were found is gone.
-
-    Raises ConfigError for what no loader reads: anything with transformers, activations, and e5m2.
-    """
-    config = cast(QuantoConfig, part.config)
-    part.require_own_compute_dtype()
-    if part.library != "diffusers":
+def check_stored(config: QuantoConfig, library: str) -> None:
+    """ConfigError for what ``library`` does not load, as far as the scheme alone says it."""
+    if library != "diffusers":
         raise ConfigError(
             "backend=quanto: transformers quantizes with quanto and does not load what was quantized, so there is no "
             "checkpoint of it; choose backend=torchao or backend=bitsandbytes"
@@ -105,6 +100,16 @@ def as_stored(part: Part) -> QuantoConfig:
             f"activation_dtype={ACTIVATIONS[config.activations]}: Diffusers' loader of quanto has weights alone, so "
             "inputs would not be rounded; set activation_dtype=none"
         )
+
+
+def as_stored(part: Part) -> QuantoConfig:
+    """The config that a checkpoint says it is of, for its library's loader; how scales were found is gone.
+
+    Raises ConfigError for what no loader reads: anything with transformers, activations, and e5m2.
+    """
+    config = cast(QuantoConfig, part.config)
+    part.require_own_compute_dtype()
+    check_stored(config, part.library)
     return cast(QuantoConfig, QuantoConfig.from_dict({"weights_dtype": config.weights_dtype}))
 
 

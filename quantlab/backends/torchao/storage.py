@@ -146,10 +146,13 @@ def as_stored(part: Part) -> TorchAoConfig:
     return cast(TorchAoConfig, TorchAoConfig.from_dict({"quant_type": stored}))
 
 
-def flattened(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def flattened(state: Mapping[str, Tensor], library: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A state as safetensors holds it: what torchao's own flattening gives, and no copy of what lies alone in memory.
 
-    torchao copies all of a model at once, as tensors that share memory cannot be written.
+    torchao copies all of a model at once, as tensors that share memory cannot be written. Of a checkpoint that
+    transformers (``library``) loads, a plain tensor of the model itself (Marian's ``final_logits_bias``) is not listed:
+    it hands the list to torchao as it is, which reads no name without a dot. Diffusers leaves such names out there, and
+    takes those that are listed for all that the file has.
     """
     support = importlib.import_module(_SUPPORT)
     storages = Counter(inner.untyped_storage().data_ptr() for value in state.values() for inner in _inner(value))
@@ -162,7 +165,8 @@ def flattened(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
             alone = storages[own.untyped_storage().data_ptr()] == 1 and own.is_contiguous()
             tensors[key] = own.detach() if alone else flat[key]
         metadata[name] = told[name]
-    return tensors, {**metadata, "tensor_names": json.dumps(list(state))}
+    names = [name for name in state if "." in name or library != "transformers"]
+    return tensors, {**metadata, "tensor_names": json.dumps(names)}
 
 
 def _inner(value: Tensor) -> list[Tensor]:
