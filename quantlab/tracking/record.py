@@ -9,8 +9,8 @@ In the run's folder::
 
 The events are the truth. A process killed at any point leaves a prefix of them: a line that does not end like one is
 ignored. ``run.json`` and the store follow each of them, or several that belong together. Each line carries the version
-of its form and a checksum; a record with a line that was changed, or of a form that is not known, is damaged: nothing of
-it is believed.
+of its form and a checksum; a record with a line that was changed, or of a form that is not known, is damaged: nothing
+of it is believed.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Run:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """While open, events reach the folder one by one as ever; ``run.json`` and the store follow once, behind it."""
+        """While open, events reach the folder one by one as ever; ``run.json`` and the store follow once at the end."""
         if self._is_together:
             yield
             return
