@@ -160,13 +160,12 @@ def test_what_cannot_be_compiled_says_why(monkeypatch, net, backend, told):
 
 
 @pytest.mark.slow
-def test_what_torch_tells_those_who_develop_it_is_no_reason(monkeypatch):
+def test_what_torch_tells_those_who_develop_it_is_no_reason():
     import torch._inductor.config as inductor
 
-    monkeypatch.setattr(inductor, "force_disable_caches", True)
-    monkeypatch.setattr(inductor.cpp, "cxx", (None, "no-such-compiler"))
-    net = Net()
-    with pytest.raises(CompileError, match=r"No working C\+\+ compiler found") as caught, compiled(model_of(net)):
+    net, settings = Net(), {"force_disable_caches": True, "cpp.cxx": (None, "no-such-compiler")}
+    told = pytest.raises(CompileError, match=r"No working C\+\+ compiler found")
+    with inductor.patch(settings), told as caught, compiled(model_of(net)):
         net(torch.ones(2, 4))
     assert "TORCHDYNAMO_VERBOSE" in str(caught.value.__cause__), "which torch does tell"
     assert "TORCHDYNAMO" not in str(caught.value)
