@@ -110,9 +110,7 @@ def test_the_table_tells_which_kinds_are_stored(backend, dtype, row):
 @pytest.mark.parametrize(("backend", "dtype", "row"), [r for r in ON_CPU if "conv" not in r[2].layer_kinds])
 def test_what_rounds_the_inputs_takes_linear_layers_only(backend, dtype, row):
     config = native_config(QuantizationAxes(backend=backend, dtype=dtype))
-    with pytest.raises(
-        ConfigError, match=r"^quantization.layer_kinds=conv: .* rounds inputs to .*layer_kinds=\[linear\]$"
-    ):
+    with pytest.raises(ConfigError, match=r"^layer_kinds=conv: .* rounds inputs to .*layer_kinds=\[linear\]$"):
         quantlab.quantize(Kinds().to(compute(row)), config, layer_kinds=["linear", "conv"])
 
 
@@ -123,14 +121,14 @@ def test_by_default_only_linear_layers_are_taken_and_the_others_have_rows(method
     rows = {r.name: r for r in report.layers}
     assert set(rows) == set(HOLDERS)
     assert [n for n, r in rows.items() if r.status == "quantized"] == ["linear"]
-    assert rows["experts.up"].reason == "quantization.layer_kinds: expert is not among them"
-    assert rows["cell.weight_hh_l0"].reason == "quantization.layer_kinds: recurrent is not among them"
+    assert rows["experts.up"].reason == "layer_kinds: expert is not among them"
+    assert rows["cell.weight_hh_l0"].reason == "layer_kinds: recurrent is not among them"
     assert torch.equal(made.experts.up, model.experts.up)
 
 
 @pytest.mark.parametrize("kinds", [["convolution"], ["linear", "norm"], []])
 def test_a_kind_that_does_not_exist_is_refused(kinds):
-    with pytest.raises(ConfigError, match=r"^quantization.layer_kinds=.*linear, conv, embedding, expert, recurrent"):
+    with pytest.raises(ConfigError, match=r"^layer_kinds.*linear, conv, embedding, expert, recurrent"):
         quantlab.quantize(Kinds(), quantlab.QuantoConfig("int8"), layer_kinds=kinds)
 
 
