@@ -13,7 +13,7 @@ from quantlab.running.sweep import run_plan
 from quantlab.running.workbench import chosen
 from quantlab.vocabulary.prices import Phase
 from tests.support.tiny_pipelines import BUILDERS
-from tests.support.tiny_text_models import TEXT, save_llama
+from tests.support.tiny_text_models import save_llama_and_texts
 
 SMALL = ["device=cpu", "evaluation.num_samples=3", "evaluation.num_bootstrap=50", "sweep.floors=false"]
 IMATRIX = ["backend=gguf", "dtype=q4_0", "algorithm=imatrix", "calibration.source=text", "calibration.path=other.txt"]
@@ -24,9 +24,7 @@ CALIBRATION = ["calibration.num_samples=3", "calibration.batch_size=2", "calibra
 @pytest.fixture
 def language(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text(TEXT)
-    (tmp_path / "other.txt").write_text("".join(reversed(TEXT)))
-    save_llama(tmp_path / "model", hidden_size=64, intermediate_size=128)
+    save_llama_and_texts(tmp_path)
     return [
         *("model=causal_lm", "model.path=model", "dataset=text", "dataset.path=text.txt", *SMALL, *CALIBRATION),
         *("evaluation.context_length=32", "evaluation.batch_size=2", "evaluation.floor_batch_size=3"),

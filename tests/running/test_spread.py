@@ -20,7 +20,7 @@ from quantlab.running.placement import spread_over
 from quantlab.vocabulary.numbers import flat_metrics
 from quantlab.vocabulary.schema import MemoryConfig
 from tests.support.tiny_pipelines import BUILDERS
-from tests.support.tiny_text_models import TEXT, save_llama
+from tests.support.tiny_text_models import save_llama_and_texts
 
 SPREAD = ["memory.placement=spread", "memory.devices=2"]
 SMALL = ["device=cpu", "evaluation.num_samples=3", "evaluation.num_bootstrap=50", "evaluation.batch_size=2"]
@@ -31,9 +31,7 @@ DATA += ["calibration.batch_size=2", "calibration.context_length=32"]
 @pytest.fixture
 def text_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text(TEXT)
-    (tmp_path / "other.txt").write_text("".join(reversed(TEXT)))
-    save_llama(tmp_path / "model", hidden_size=64, intermediate_size=128)
+    save_llama_and_texts(tmp_path)
     return [
         *("model=causal_lm", "model.path=model", "dataset=text", "dataset.path=text.txt", *SMALL),
         *("evaluation.context_length=32", "evaluation.floor_batch_size=3", "sweep.force=true"),

@@ -52,6 +52,13 @@ def save_llama(folder: Path, adds_bos=False, seed=0, **sizes):
     return folder
 
 
+def save_llama_and_texts(folder: Path) -> None:
+    """``model`` of layers that each backend takes, ``text.txt`` to evaluate and ``other.txt`` to calibrate on."""
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "other.txt").write_text("".join(reversed(TEXT)))
+    save_llama(folder / "model", hidden_size=64, intermediate_size=128)
+
+
 def save_bert(folder: Path, seed=0, **sizes):
     from transformers import BertConfig, BertModel
 
