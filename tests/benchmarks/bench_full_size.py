@@ -33,7 +33,7 @@ TINY = {"flux_dev": "flux", "sd35_medium": "sd3", "sdxl": "sdxl", "llama_3_1_8b"
 """Model -> the tiny pipeline whose tokenizers and scheduler serve it; "" for a language model."""
 PIPELINE = (
     "evaluation.num_samples=2", "evaluation.num_inference_steps=2", "evaluation.num_teacher_forced=1",
-    "evaluation.batch_size=1", "evaluation.height=1024", "evaluation.width=1024",
+    "evaluation.batch_size=1", "evaluation.height=1024", "evaluation.width=1024", "calibration.num_samples=2",
 )  # fmt: skip
 LANGUAGE = ("dataset=text", "evaluation.num_samples=4", "evaluation.context_length=512", "evaluation.batch_size=1")
 SCHEME = ("backend=bitsandbytes", "dtype=nf4")
