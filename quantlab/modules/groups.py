@@ -57,6 +57,8 @@ class Groups:
                 if is_moved:
                     _pin(blocks)
             apply_group_offloading(part, onload_device=self.device, offload_device="cpu", **kinds)
+            if blocks and is_moved and not _comes_ahead(part):
+                _let_wait(blocks)
         says(module, self.device, "device")  # where its inputs shall go
         return module
 
@@ -67,6 +69,24 @@ def _pin(blocks: list[nn.Module]) -> None:
     for block in blocks:
         for tensor in (*block.parameters(), *block.buffers()):
             tensor.data = tensor.data.pin_memory()
+
+
+def _comes_ahead(part: nn.Module) -> bool:
+    """Whether Diffusers brings each block while the one before computes, and waits for it. It hangs this on what a part
+    has beside its blocks; one with nothing else, as the encoders of CLIP and BERT, computed with what came too late."""
+    from diffusers.hooks import group_offloading
+
+    hooks = getattr(part, "_diffusers_hook", None)
+    return hooks is not None and hooks.get_hook(group_offloading._LAZY_PREFETCH_GROUP_OFFLOADING) is not None
+
+
+def _let_wait(blocks: list[nn.Module]) -> None:
+    """Let each block begin when its weights are there."""
+    from diffusers.hooks import group_offloading
+
+    for block in blocks:
+        group: Any = block._diffusers_hook.get_hook(group_offloading._GROUP_OFFLOADING).group  # type: ignore[operator, union-attr]
+        group.non_blocking = False
 
 
 def shares_of(module: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:

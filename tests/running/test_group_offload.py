@@ -7,11 +7,13 @@ import torch
 
 import quantlab
 from quantlab.errors import ConfigError
+from quantlab.modules import groups
 from quantlab.modules.groups import Groups, most_bytes, shares_of
 from quantlab.planning.plan import plan
 from quantlab.running.placement import _as_on, load_placed
 from quantlab.vocabulary.schema import ModelConfig
 from tests.support.assets import needs
+from tests.support.late_copies import late_copies
 from tests.support.tiny_pipelines import BUILDERS
 from tests.support.tiny_text_models import TEXT, save_llama
 
@@ -132,6 +134,26 @@ def causal(kind, **more):
     return getattr(transformers, f"{kind}ForCausalLM")(config), {"input_ids": torch.arange(7)[None]}
 
 
+def encoding(kind):
+    import transformers
+
+    sizes = {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    return getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes))
+
+
+def seeing():
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=32)
+    return ViTModel(config), {"pixel_values": torch.randn(1, 3, 32, 32)}
+
+
 def translating():
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -147,6 +169,30 @@ NESTED = {
     "T5": (translating, ["encoder", "decoder"]),
     "Pvt": (of_lists, []),
 }
+
+
+COMING = {
+    **{name: make for name, (make, _) in NESTED.items()},
+    "CLIP's texts": lambda: (encoding("CLIPText"), {"input_ids": torch.arange(7)[None]}),
+    "BERT": lambda: (encoding("Bert"), {"input_ids": torch.arange(7)[None]}),
+    "ViT": seeing,
+}
+
+
+@pytest.mark.parametrize("name", COMING)
+def test_no_block_computes_before_its_weights_are_there(name, monkeypatch):
+    """On a GPU they come by streams, while the one before computes; and where nothing is beside the blocks of a part,
+    Diffusers lets them begin at once."""
+    torch.manual_seed(0)
+    module, inputs = COMING[name]()
+    module.eval()
+    with torch.no_grad():
+        expected = module(**inputs)[0]
+    late_copies(monkeypatch)
+    Groups(source=lambda *_: None, device="cuda").place("model", module)
+    for _ in range(3):
+        with torch.no_grad():
+            assert torch.equal(module(**inputs)[0], expected)
 
 
 @pytest.mark.parametrize("name", NESTED)
@@ -195,6 +241,7 @@ def test_on_a_gpu_blocks_come_by_streams_from_page_locked_memory(monkeypatch):
     """Each tensor of a block is locked once, in place; the rest comes as it did. What a GPU makes of it, a GPU says."""
     module, _ = causal("Llama", intermediate_size=64)
     locked, applied = [], {}
+    monkeypatch.setattr(groups, "_comes_ahead", lambda part: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: locked.append(tensor.data_ptr()) or tensor)
     monkeypatch.setattr(
         "diffusers.hooks.group_offloading.apply_group_offloading",
