@@ -43,7 +43,7 @@ ROUNDING, TF32 = 3e-6, 1e-4
         ("torch.set_float32_matmul_precision('medium')", (True, True)),
         ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", (True, True)),
         ("torch.backends.cudnn.conv.fp32_precision = 'tf32'", (False, True)),
-        ("torch.backends.cudnn.fp32_precision = 'tf32'", (False, True)),
+        ("torch.backends.cudnn.fp32_precision = 'tf32'", (True, True)),
         ("torch.backends.fp32_precision = 'tf32'", (True, True)),
     ],
 )

@@ -3,15 +3,19 @@ compiled there gives its numbers again. Each also runs on a CPU (slow) but for t
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
+from quantlab.modules.groups import Groups
+from quantlab.modules.precision import exact_arithmetic
 from tests.benchmarks import bench_memory
 from tests.contract.test_architectures import MOE, causal
 from tests.support.devices import ON_GPU
 from tests.support.shell import digits_words, pipeline_words, text_words
 from tests.support.tiny_pipelines import BUILDERS
-from tests.support.tiny_text_models import TEXT, byte_tokenizer, save_llama
+from tests.support.tiny_text_models import TEXT, byte_tokenizer, save_bert, save_llama
 
 SCHEMES = [
     ("backend=bitsandbytes", "dtype=nf4"),
@@ -97,6 +101,22 @@ def test_each_component_by_its_own_scheme_says_what_it_costs(device, shell, fold
     assert row["status"] == "FINISHED", row["error"]
     for name in ("transformer", "text_encoder_2"):
         assert row["metrics"][f"quality/alone/{name}/latent_rel_mse"] > 0
+
+
+@pytest.mark.parametrize("make", [save_bert, save_llama], ids=["BERT", "Llama"])
+def test_weights_of_a_group_are_there_before_it_computes(make, device, tmp_path):
+    """Wide layers take longer to come than a small input takes to be multiplied."""
+    from transformers import AutoModel
+
+    folder = make(tmp_path / "model", hidden_size=1024, intermediate_size=4096)
+    module = AutoModel.from_pretrained(folder).eval()
+    ids = torch.arange(24).reshape(2, 12)
+    whole = copy.deepcopy(module).to(device)
+    with torch.no_grad(), exact_arithmetic():
+        expected = whole(input_ids=ids.to(device))[0]
+        Groups(source=lambda *_: None, device=device).place("model", module)
+        for _ in range(3):
+            assert torch.equal(module(input_ids=ids.to(device))[0], expected)
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
