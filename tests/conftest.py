@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 import shutil
 import socket
 import sqlite3
@@ -23,8 +24,11 @@ from tests.support.foreign import make_apart, make_here
 from tests.support.shell import TINY, Shell, make_shell
 
 
-def pytest_configure() -> None:
-    """One thread a worker, also in the processes that it starts: more than there are cores wait for each other."""
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread a worker, also in the processes that it starts: more than there are cores wait for each other. And no
+    GPU where none is asked for: the tests that are of a processor mean one on every machine."""
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which is later
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # a server's job runners outlive it
