@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 KEY = "memory.placement=group_offload"
+_ARRIVED = "quantlab_arrived"
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +55,13 @@ class Groups:
             kinds: dict[str, Any] = {"offload_type": "leaf_level"}
             if blocks:
                 kinds = {"offload_type": "block_level", "num_blocks_per_group": 1, "use_stream": is_moved}
-                if is_moved:
-                    _pin(blocks)
+            by_streams = blocks if is_moved else []
+            _pin(by_streams)
+            for block in by_streams:
+                _let_arrive(block, self.device)
             apply_group_offloading(part, onload_device=self.device, offload_device="cpu", **kinds)
-            if blocks and is_moved and not _comes_ahead(part):
-                _let_wait(blocks)
+            for block in by_streams:
+                _note_arrivals(block)
         says(module, self.device, "device")  # where its inputs shall go
         return module
 
@@ -71,22 +74,38 @@ def _pin(blocks: list[nn.Module]) -> None:
             tensor.data = tensor.data.pin_memory()
 
 
-def _comes_ahead(part: nn.Module) -> bool:
-    """Whether Diffusers brings each block while the one before computes, and waits for it. It hangs this on what a part
-    has beside its blocks; one with nothing else, as the encoders of CLIP and BERT, computed with what came too late."""
-    from diffusers.hooks import group_offloading
+def _let_arrive(block: nn.Module, device: str) -> None:
+    """Let a block compute when its weights are there. Diffusers itself does not wait where a part has nothing beside its
+    blocks, as the encoders of CLIP and BERT, nor where a block is its own next, as ALBERT's."""
+    import torch
+    from diffusers.hooks.hooks import HookRegistry, ModelHook
 
-    hooks = getattr(part, "_diffusers_hook", None)
-    return hooks is not None and hooks.get_hook(group_offloading._LAZY_PREFETCH_GROUP_OFFLOADING) is not None
+    class Arrived(ModelHook):  # type: ignore[misc, unused-ignore]
+        """Between Diffusers' hook, which is put around it, and the forward."""
+
+        event: Any = None
+
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            if self.event is not None:
+                torch.get_device_module(device).current_stream().wait_event(self.event)
+            return args, kwargs
+
+    hooks = HookRegistry.check_if_exists_or_initialize(block)
+    if hooks.get_hook(_ARRIVED) is None:
+        hooks.register_hook(Arrived(), _ARRIVED)  # type: ignore[no-untyped-call, unused-ignore]
 
 
-def _let_wait(blocks: list[nn.Module]) -> None:
-    """Let each block begin when its weights are there."""
-    from diffusers.hooks import group_offloading
+def _note_arrivals(block: nn.Module) -> None:
+    """Of a block in a group of its own: when what was begun last is there."""
+    hooks: Any = block._diffusers_hook
+    arrived, group = hooks.get_hook(_ARRIVED), hooks.get_hook("group_offloading").group
+    onload = group.onload_
 
-    for block in blocks:
-        group: Any = block._diffusers_hook.get_hook(group_offloading._GROUP_OFFLOADING).group  # type: ignore[operator, union-attr]
-        group.non_blocking = False
+    def noted() -> None:
+        onload()
+        arrived.event = group.stream.record_event()
+
+    group.onload_ = noted
 
 
 def shares_of(module: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:

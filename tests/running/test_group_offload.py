@@ -175,14 +175,15 @@ COMING = {
     **{name: make for name, (make, _) in NESTED.items()},
     "CLIP's texts": lambda: (encoding("CLIPText"), {"input_ids": torch.arange(7)[None]}),
     "BERT": lambda: (encoding("Bert"), {"input_ids": torch.arange(7)[None]}),
+    "ALBERT": lambda: (encoding("Albert"), {"input_ids": torch.arange(7)[None]}),
     "ViT": seeing,
 }
 
 
 @pytest.mark.parametrize("name", COMING)
 def test_no_block_computes_before_its_weights_are_there(name, monkeypatch):
-    """On a GPU they come by streams, while the one before computes; and where nothing is beside the blocks of a part,
-    Diffusers lets them begin at once."""
+    """On a GPU they come by streams, while the one before computes. Diffusers itself did not wait where nothing is beside
+    the blocks of a part, nor where one block is called again and again."""
     torch.manual_seed(0)
     module, inputs = COMING[name]()
     module.eval()
@@ -241,7 +242,7 @@ def test_on_a_gpu_blocks_come_by_streams_from_page_locked_memory(monkeypatch):
     """Each tensor of a block is locked once, in place; the rest comes as it did. What a GPU makes of it, a GPU says."""
     module, _ = causal("Llama", intermediate_size=64)
     locked, applied = [], {}
-    monkeypatch.setattr(groups, "_comes_ahead", lambda part: True)
+    monkeypatch.setattr(groups, "_note_arrivals", lambda block: None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: locked.append(tensor.data_ptr()) or tensor)
     monkeypatch.setattr(
         "diffusers.hooks.group_offloading.apply_group_offloading",

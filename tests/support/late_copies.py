@@ -16,10 +16,23 @@ class Stream:
         self.coming: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def synchronize(self) -> None:
-        for tensor, empty, source in self.coming:
+        self._bring(len(self.coming))
+
+    def record_event(self) -> tuple[Stream, list[Any]]:
+        """The last that was begun."""
+        return self, self.coming[-1:]
+
+    def wait_event(self, event: tuple[Stream, list[Any]]) -> None:
+        """Of the stream that computes; what it waits for is there."""
+        stream, [*last] = event
+        at = [i for i, coming in enumerate(stream.coming) if any(coming is one for one in last)]
+        stream._bring(at[-1] + 1 if at else 0)
+
+    def _bring(self, num: int) -> None:
+        for tensor, empty, source in self.coming[:num]:
             if tensor.data_ptr() == empty.data_ptr():  # and not gone again
                 tensor.data = source.clone()
-        self.coming.clear()
+        del self.coming[:num]
 
 
 class Backend:
@@ -56,3 +69,4 @@ def late_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group_offloading, "send_to_device", lambda given, *_, **__: given)
     monkeypatch.setattr(group_offloading.ModuleGroup, "_transfer_tensor_to_device", transfer)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
