@@ -75,8 +75,8 @@ def _pin(blocks: list[nn.Module]) -> None:
 
 
 def _let_arrive(block: nn.Module, device: str) -> None:
-    """Let a block compute when its weights are there. Diffusers itself does not wait where a part has nothing beside its
-    blocks, as the encoders of CLIP and BERT, nor where a block is its own next, as ALBERT's."""
+    """Let a block compute when its weights are there. Diffusers itself does not wait where a part has nothing beside
+    its blocks, as the encoders of CLIP and BERT, nor where a block is its own next, as ALBERT's."""
     import torch
     from diffusers.hooks.hooks import HookRegistry, ModelHook
 
