@@ -230,9 +230,10 @@ def _token_activations(module: nn.Module, tokens: int, item: int) -> int:
 
 
 def _language_activations(module: nn.Module, evaluation: EvaluationConfig, item: int) -> int:
-    tokens = evaluation.batch_size * evaluation.context_length
     words = int(getattr(getattr(module, "config", None), "vocab_size", 0) or 0)
-    return _token_activations(module, tokens, item) + tokens * words * (item + 4)  # logits, and in float32
+    logits = evaluation.context_length * words  # of one text at a time, whatever the batch
+    by_both = 2 * (item + 4)  # as the reference and the candidate give them, and in float32
+    return _token_activations(module, evaluation.batch_size * evaluation.context_length, item) + logits * by_both
 
 
 def _config(module: Any, name: str, default: Any) -> Any:

@@ -26,13 +26,13 @@ def followed(words, advice):
 
 
 ASKED = [
-    [*LANGUAGE, "backend=torchao", "dtype=int8", "group_size=none", "memory.device_gib=1.8"],
-    [*LANGUAGE, "backend=torchao", "dtype=int8", "activation_dtype=int8", "memory.device_gib=1.8"],
+    [*LANGUAGE, "backend=torchao", "dtype=int8", "group_size=none", "memory.device_gib=2"],
+    [*LANGUAGE, "backend=torchao", "dtype=int8", "activation_dtype=int8", "memory.device_gib=2"],
     [*LANGUAGE, "backend=torchao", "dtype=int8", "activation_dtype=int8", "algorithm=smoothquant",
-     "memory.device_gib=1.8"],
+     "memory.device_gib=2"],
     [*LANGUAGE, "backend=modelopt", "dtype=int8", "algorithm=svdquant", "memory.device_gib=3"],
     [*LANGUAGE, "backend=quanto", "dtype=int8", "quantization.layer_kinds=[linear,embedding]",
-     "quantization.replace_default_exclusions=true", "memory.device_gib=1.8"],
+     "quantization.replace_default_exclusions=true", "memory.device_gib=2"],
     [*FLUX, "components.transformer={backend: bitsandbytes, dtype: int8}", "memory.device_gib=12.5"],
     [*FLUX, "backend=bitsandbytes", "dtype=int8", "memory.device_gib=8"],
     [*FLUX, "backend=bitsandbytes", "dtype=int8", "memory.device_gib=24", "memory.placement=resident"],
