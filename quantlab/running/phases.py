@@ -62,6 +62,7 @@ def phases(
     copied = sum(p.original_bytes for p in prices if p.scheme)
     made = sum(p.memory.weights_bytes for p in prices if p.scheme)
     layer = max((p.quantizing_bytes for p in prices if p.scheme), default=0)
+    called = active + max((p.unpacked_bytes for p in prices if p.scheme), default=0)
     schemed = {p.name for p in prices if p.scheme}
     largest = max((p.original_bytes for p in rest), default=0)
     together = every + copied if copied else every
@@ -71,14 +72,14 @@ def phases(
             ("reference", every, max(active, decoding)),
             *([("calibrate", together, active)] if needs_data and copied else []),
             *([("quantize", together + layer, 0)] if copied else []),
-            ("evaluate", every + made, active),
+            ("evaluate", every + made, called),
             ("decode", every + made, decoding),
         ),
         "streamed": _made(
             ("encode prompts", every, reading),
             ("reference", every, max(active, decoding)),
             *([("quantize", every + made + layer, 0)] if copied else []),
-            ("evaluate", every + made, active),
+            ("evaluate", every + made, called),
             ("decode", every + made, decoding),
         ),
     }
@@ -90,7 +91,7 @@ def phases(
         works = max((own[p.name] for p in rest), default=0)
         ends = (
             *([("quantize", made + layer, 0)] if copied else []),
-            ("evaluate", max(made - active, works), active),
+            ("evaluate", max(made - called, works), called),
             ("decode", own.get("vae", 0), decoding),
         )
     else:
@@ -100,7 +101,7 @@ def phases(
         read = max(read, made + max(reading_with, default=0)) if is_read else read
         ends = (
             *([("quantize", made + layer, 0)] if copied else []),
-            ("evaluate", made + max(others, default=0), active),
+            ("evaluate", made + max(others, default=0), called),
             ("decode", made + (decoder if "vae" not in schemed else 0), decoding),
         )
     loading = Phase(name="load", device_bytes=0, host_bytes=every, activation_bytes=0)
@@ -123,7 +124,7 @@ def phases(
             ("reference", decoder + works, active),
             *([("calibrate", decoder + works, active)] if needs_data and copied else []),
             *([("quantize", decoder + made + layer, 0)] if copied else []),
-            ("evaluate", with_decoder + beside, active),
+            ("evaluate", with_decoder + beside, called),
             ("decode", with_decoder, decoding),
         )
         found["group_offload"] = (loading, *(replace(row, host_bytes=every - decoder) for row in rows))

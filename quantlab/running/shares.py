@@ -29,6 +29,7 @@ def spread_phases(
         if any(block.component == price.name for price in schemed):
             copied[found.number(block.component, block.path)] += sum(block.storages.values())
     layer = max((p.quantizing_bytes for p in schemed), default=0)
+    called = max((p.unpacked_bytes for p in schemed), default=0) if outline.denoiser else 0
     after = [a + b for a, b in zip(before, made, strict=True)]
     whole = [a + b for a, b in zip(before, copied, strict=True)]
     filled = [(whole if needs_data else after)[i] + (layer if copied[i] else 0) for i in range(num)]
@@ -38,7 +39,7 @@ def spread_phases(
         _phase("reference", before, needed.running),
         *([_phase("calibrate", whole, needed.running)] if needs_data and schemed else []),
         *([_phase("quantize", filled, 0)] if schemed else []),
-        _phase("evaluate", after, needed.running),
+        _phase("evaluate", after, needed.running + called),
         *([_phase("decode", after, needed.decoding, at_first=True)] if outline.denoiser else []),
     ]
     shares = tuple(

@@ -103,13 +103,13 @@ class _Choice:
         return cls(selection=chosen, taken=frozenset((*chosen.taken, *chosen.misfits)), reasons=reasons)
 
 
-def _quantizing_bytes(request: QuantizationRequest | None, numels: Collection[int]) -> int:
-    """What is held for the largest layer while it is quantized, weights of ``numels`` each."""
+def _largest_bytes(request: QuantizationRequest | None, numels: Collection[int]) -> tuple[int, int]:
+    """What is held for the largest layer, weights of ``numels`` each, while it is quantized, and while it is called."""
     if request is None or not numels:
-        return 0
+        return 0, 0
     axes = request.scheme.axes
     row = request.scheme.backend.offer.rows.get(axes.dtype, CUSTOM_ROW)
-    return int(4 * row.layers_at_once * max(numels))
+    return int(4 * row.layers_at_once * max(numels)), item_bytes(request.compute_dtype) * max(numels)
 
 
 def _priced(
@@ -149,6 +149,7 @@ def _priced(
         num_parameters=parameters,
         index_bytes=index_bytes,
     )
+    quantizing, unpacked = _largest_bytes(request, [math.prod(found[n].view.matrix_shape) for n in stored])
     return ComponentPrice(
         name=name,
         memory=memory,
@@ -163,7 +164,8 @@ def _priced(
         ),
         by_path=counted.by_path,
         original_bytes=sum(facts.storages.values()),
-        quantizing_bytes=_quantizing_bytes(request, [math.prod(found[n].view.matrix_shape) for n in stored]),
+        quantizing_bytes=quantizing,
+        unpacked_bytes=unpacked,
         scheme=scheme_name if request is not None else "",
         is_simulated=any(bytes_of.is_simulated for _, bytes_of in stored.values()),
     )

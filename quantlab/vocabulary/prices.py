@@ -43,6 +43,8 @@ class ComponentPrice:
     """Unquantized."""
     quantizing_bytes: int
     """An estimate: what is there beside the weights while the largest layer is quantized and read back."""
+    unpacked_bytes: int = 0
+    """The largest quantized layer's weight as it is multiplied, as kernels make it of the codes."""
     by_path: Mapping[str, int] = field(default_factory=dict)
     """Path of a part -> the bytes that are its own."""
     unmatched: tuple[str, ...] = ()
