@@ -118,7 +118,6 @@ def make_candidate(making: Making) -> Candidate:
     with making.stage("quantize") as measured:
         made, reports = _casts(making), dict[str, QuantizationReport]()
         for name, scheme in quantized.items():
-            making.advance(f"quantize {name}", 0, 1)
             with told_under(making.job.key_of(name)):
                 part = parts[name] if name in parts else _part(making, name, scheme)
                 made[name], reports[name] = quantize_component(
@@ -128,10 +127,10 @@ def make_candidate(making: Making) -> Candidate:
                     part.selection,
                     part.calibrated,
                     source=part.source,
+                    advance=_told_of(making, name),
                 )
             if not hasattr(scheme.backend.module, _WRITER):
                 part.calibrated = None
-            making.advance(f"quantize {name}", 1, 1)
     stages.append(measured.report)
     candidate = Candidate(
         model=model.with_components(made),
@@ -317,18 +316,28 @@ def _before(
     if plain is None:
         return {}, {}
     request, original = replace(part.request, scheme=plain), making.model.components[name]
+    advance = _told_of(making, f"{name} by the plain algorithm")
     try:
         if part.source is not None and making.source is not None:
             source = making.source(name)
             empty = copy.deepcopy(source.module)
             chosen = select_streamed(request, empty)
-            module, report = quantize_component(request, empty, source.module, chosen, source=source)
+            module, report = quantize_component(request, empty, source.module, chosen, source=source, advance=advance)
         else:
-            module, report = quantize_component(request, view_of(original), original, is_view=True)
+            module, report = quantize_component(request, view_of(original), original, is_view=True, advance=advance)
         energies = _energies(making, data, name, module, part.selection.calibrated)
     except (NotQuantized, NotFinite):  # the plain algorithm loses, or overflows in, what the calibrated one does not
         return {}, {}
     return energies, {r.name: r.weight_rel_error for r in report.layers}
+
+
+def _told_of(making: Making, name: str) -> Advance:
+    """Progress of what is done with a component."""
+
+    def advance(what: str, done: int, total: int, note: str = "") -> None:
+        making.advance(f"{what} {name}", done, total, note)
+
+    return advance
 
 
 def _energies(

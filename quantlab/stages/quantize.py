@@ -27,6 +27,7 @@ from quantlab.modules.memory import logical_size
 from quantlab.modules.packed import read_by, stored_at
 from quantlab.modules.source import Source, freed_at_once, trim
 from quantlab.modules.ties import tied_parameters
+from quantlab.progress import Advance
 from quantlab.stages.layer_row import layer_row
 from quantlab.stages.products import Product, product, question, wider
 from quantlab.stages.select import QuantizationRequest, Selection, make_ready, select_layers, share_packed
@@ -51,6 +52,7 @@ def quantize_component(
     *,
     is_view: bool = False,
     source: Source | None = None,
+    advance: Advance | None = None,
 ) -> tuple[torch.nn.Module, QuantizationReport]:
     """Quantize ``module`` in place.
 
@@ -62,6 +64,7 @@ def quantize_component(
             Each layer gets its own before it is handed over, one after the other: never a whole dense copy.
         source: where the tensors of ``module`` are, which has none yet, nor has ``original``: each layer's are read
             when its turn comes, and once more to compare with; the peak is the quantized model and one layer.
+        advance: told what is done (``quantize``, then ``read back``), with how many layers, and of how many.
 
     Returns:
         The module and its report, one row for each Linear layer.
@@ -72,7 +75,7 @@ def quantize_component(
     """
     chosen = selection or select_layers(request, module)
     with contextlib.nullcontext() if source is None else freed_at_once():
-        return _quantized(request, module, original, chosen, calibrated, is_view, source)
+        return _quantized(request, module, original, chosen, calibrated, is_view, source, advance or (lambda *_: None))
 
 
 def _quantized(
@@ -83,6 +86,7 @@ def _quantized(
     calibrated: Any,
     is_view: bool,
     source: Source | None,
+    advance: Advance,
 ) -> tuple[torch.nn.Module, QuantizationReport]:
     scheme, native, excluded, misfits = request.scheme, chosen.native, chosen.excluded, chosen.misfits
     found = holders(original, request.read)
@@ -106,9 +110,12 @@ def _quantized(
             own_tensors(module.get_submodule(paths[name]))
         return paths[name]
 
+    if chosen.taken:
+        advance("quantize", 0, len(chosen.taken))
     for portion in _portions(chosen, is_view or source is not None):
         dtypes = {bring(n): chosen.compute_dtypes[n] for n in portion}
         _hand_over(scheme, native, module, dtypes, calibrated)
+        advance("quantize", len(paths), len(chosen.taken))
         if source is not None:
             trim()
     for name in names:
@@ -125,7 +132,7 @@ def _quantized(
 
     kept = {n: ("skipped", reason) for n, reason in misfits.items() if n not in fallback}
     kept |= {n: ("excluded", reason) for n, reason in excluded.items()}
-    rows = []
+    rows, num_read = [], 0
     lost: dict[str, str] = {}
     shared = {**chosen.same, **chosen.packed}
     tied = tied_parameters(original)
@@ -146,6 +153,8 @@ def _quantized(
             stand_for(layer, holder.weight)
             to, reason = (None if name in chosen.taken else fallback[name]), misfits.get(name, "")
             rows.append(_read_row(request, holder, layer, to, reason, lost))
+            num_read += 1
+            advance("read back", num_read, len(names))
             if source is not None:
                 del holder
                 trim()

@@ -105,6 +105,24 @@ def test_bits_are_those_of_a_model_that_was_loaded_whole(both, backend, dtype, c
     assert not [n for n, p in made.named_parameters() if p.is_meta]
 
 
+@pytest.mark.parametrize(("backend", "dtype"), [("quanto", "int8"), ("gguf", "q8_0")])
+def test_it_says_how_many_layers_are_done(llama, backend, dtype):
+    """Of a large model they take minutes: streamed one by one, whole all at once, and read back one by one."""
+    source, told = source_of(llama), []
+    request, module = request_of(backend, dtype), copy.deepcopy(source.module)
+    chosen = select_streamed(request, module)
+    num = len(chosen.taken)
+    tell = lambda *args: told.append(args)  # noqa: E731
+    quantize_component(request, module, source.module, chosen, source=source, advance=tell)
+    assert num > 3
+    one_by_one = [("quantize", i, num) for i in range(num + 1)]
+    assert told == [*one_by_one, *(("read back", i, num) for i in range(1, num + 1))]
+    told.clear()
+    whole = nn.Sequential(*(nn.Linear(256, 256) for _ in range(num)))
+    quantize_component(request_of(backend, dtype, "float32"), copy.deepcopy(whole), whole, advance=tell)
+    assert told == [("quantize", 0, num), ("quantize", num, num), *(("read back", i, num) for i in range(1, num + 1))]
+
+
 @pytest.mark.parametrize("name", ["transformer", "text_encoder", "text_encoder_2", "vae"])
 def test_every_part_of_a_pipeline_is_filled_as_it_is_loaded(tmp_path, name):
     """Names, dtypes, ties, and buffers that are in no file; with no scheme at all."""
