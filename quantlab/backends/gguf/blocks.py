@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 import queue
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.errors import ConfigError, ModelError
-from quantlab.modules.layers import all_finite
 from quantlab.vocabulary.dtypes import dtype_name
 
 if TYPE_CHECKING:
@@ -110,11 +110,11 @@ def encode(name: str, weight: Tensor, gguf_type: str, importance: NDArray[np.flo
         except queue.Empty:
             room = torch.empty(step, columns)
         dense = room[: len(rows)].copy_(rows)
-        if not all_finite(dense):
+        low, high = map(float, dense.aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise ModelError(f"{name}.weight: holds NaN or infinities; exclude the layer with modules_to_not_convert")
-        own.copy_(torch.from_numpy(libgguf.quantize_rows(dense.numpy(), kind, importance)))
-        low, high = dense.aminmax()
-        if max(-float(low), float(high)) > 65504 and not np.isfinite(libgguf.dequantize_rows(own.numpy(), kind)).all():
+        libgguf.quantize_rows_into_raw(kind, dense.numpy(), own.numpy(), *dense.shape, importance)
+        if max(-low, high) > 65504 and not np.isfinite(libgguf.dequantize_rows(own.numpy(), kind)).all():
             raise ModelError(
                 f"{name}.weight: holds weights too large for the float16 scales of {gguf_type}; "
                 "exclude the layer with modules_to_not_convert"
