@@ -17,7 +17,7 @@ from quantlab.planning.words import COMPONENTS
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.native import to_json_data
 from quantlab.vocabulary.numbers import FLOOR_ATTENTION, FLOOR_BATCH, FLOOR_BF16, FLOOR_FP32, REFERENCE
-from quantlab.vocabulary.schema import ExperimentConfig, ExportConfig
+from quantlab.vocabulary.schema import EvaluationConfig, ExperimentConfig, ExportConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,12 @@ class Job:
     """Option chosen of each config group."""
     point: Mapping[str, str] = field(default_factory=dict)
     """Its place in the grid: swept key -> value as typed."""
+
+    @property
+    def evaluation(self) -> EvaluationConfig:
+        """The settings by which it is measured: a floor's may be of another batch size."""
+        settings = self.config.evaluation
+        return settings if self.batch_size is None else replace(settings, batch_size=self.batch_size)
 
     @property
     def axes(self) -> QuantizationAxes:

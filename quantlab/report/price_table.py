@@ -26,6 +26,7 @@ def price_tables(prices: Sequence[Price]) -> Iterator[Sheet | str]:
         yield _grid(possible)
         yield from dict.fromkeys(reason for p in possible for reason in _refusals(p))
         yield from dict.fromkeys(f"{p.name}: {p.advice}" for p in possible if p.advice)
+        yield from dict.fromkeys(told for p in possible for told in p.left_out.values())
     for price in prices:
         if not price.components:
             yield f"impossible: {price.name}: {price.refused[0]}"
@@ -164,6 +165,7 @@ def verdict_lines(price: Price) -> Iterator[str]:
     else:
         found = f"does not fit {' and '.join(had)}"
     yield "; ".join([found, *([price.advice] if price.advice else [])])
+    yield from price.left_out.values()
 
 
 _PLACES = (("device_bytes", "device"), ("host_bytes", "host"))

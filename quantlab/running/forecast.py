@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from quantlab.backends.scheme import Scheme
@@ -26,8 +26,9 @@ from quantlab.planning.job import Job, Plan, scheme_name
 from quantlab.planning.placing import is_possible, needs_of
 from quantlab.planning.words import COMPONENTS
 from quantlab.quiet import quiet_libraries
-from quantlab.running.choice import first_fitting, together
+from quantlab.running.choice import Phases, first_fitting, gib, together
 from quantlab.running.fitting import Fitting
+from quantlab.running.floor_room import floors_of, left_out
 from quantlab.running.known import bench_key
 from quantlab.running.phases import phases
 from quantlab.running.shares import spread_phases
@@ -54,6 +55,7 @@ def forecast(plan: Plan, *, is_last: bool = False) -> list[Price]:
     books: dict[str, Book] = {}
     prices: list[Price] = []
     sharing: dict[str, list[int]] = {}
+    priced: dict[int, tuple[Book, ExperimentConfig]] = {}
     for job in plan.jobs:
         if job.config.checkpoint is not None:
             told = f"checkpoint={job.config.checkpoint}: its bytes are those of its files; a run reads them back"
@@ -65,10 +67,13 @@ def forecast(plan: Plan, *, is_last: bool = False) -> list[Price]:
                 books[key] = book_of(job.config)
         if job.config.memory.placement == "auto":
             sharing.setdefault(bench_key(job.config), []).append(len(prices))
+        priced[len(prices)] = books[key], job.config
         prices.append(price_of(books[key], job))
     for places in sharing.values():
         for i, price in zip(places, _shared([prices[i] for i in places]), strict=True):
             prices[i] = price
+    for i, (book, config) in priced.items():
+        prices[i] = with_floors(prices[i], book, config)
     return [*prices, *(_impossible(combination, reason) for combination, reason in plan.invalid)]
 
 
@@ -101,6 +106,8 @@ class Book:
     """Where a run is that asks; "": where a plan is for."""
     budget: Mapping[str, int] | None = None
     """What that run has; None: what the request says, or a GPU has free."""
+    floors: dict[str, Mapping[str, Phases]] = field(default_factory=dict)
+    """By what they depend on, the phases of floors, which the combinations share."""
 
     def device_for(self, config: ExperimentConfig) -> str:
         """``cpu`` or ``cuda``."""
@@ -132,6 +139,26 @@ def price_of(book: Book, job: Job) -> Price:
     return replace(price, placement=placement, advice=found.advice(job, price, placement))
 
 
+def with_floors(price: Price, book: Book, config: ExperimentConfig) -> Price:
+    """The price with the floors that a run with it would leave out."""
+    available = price.budget.get("device_bytes", 0)
+    if not (config.sweep.floors and available and price.placement) or price.placement == "spread":
+        return price
+    typed = config.memory.device_gib
+    said = f"{gib(available)} are free" if typed is None else f"memory.device_gib={typed:g}"
+    return replace(price, left_out=left_out(phases_of_floors(book, config), price.placement, available, said))
+
+
+def phases_of_floors(book: Book, config: ExperimentConfig) -> Mapping[str, Phases]:
+    """Name of a floor of the request -> its phases in each placement."""
+    jobs = floors_of(config, book.outline.dtype, book.outline.quantized)
+    names = [[job.name, *job.components(book.outline.quantized)] for job in jobs]
+    key = canonical_json([names, asdict(config.evaluation), asdict(config.memory), book.device_for(config)])
+    if key not in book.floors:
+        book.floors[key] = {job.name: phases_of(book, job) for job in jobs}
+    return book.floors[key]
+
+
 def bytes_to_run(job: Job) -> dict[str, int]:
     """In words -> bytes: what the quantized model takes on one device, its other components with it, as planned.
 
@@ -156,8 +183,9 @@ def _price(book: Book, job: Job) -> Price:
     schemes = _schemes(made, job)
     components = [_component(made, part, schemes, job, device) for part in made.components]
     axes = [scheme.axes for scheme in schemes.values() if scheme is not None] or [job.config.quantization]
-    budget, evaluation = book.budget_for(job.config), job.config.evaluation
-    rows = phases(made, components, evaluation, needs_of(job.schemes), budget.get("device_bytes", 0), device)
+    budget, evaluation = book.budget_for(job.config), job.evaluation
+    available = budget.get("device_bytes", 0)
+    rows = phases(made, components, evaluation, needs_of(job.schemes), available, device, job.plain_attention)
     shares: tuple[Share, ...] = ()
     if job.config.memory.placement == "spread":
         num = _num_devices(job.config)
@@ -210,7 +238,8 @@ def _component(made: Outline, part: str, schemes: Mapping[str, Scheme | None], j
         return replace(_as_it_is(part, module), scheme=job.name)
     is_cast = part in schemes and job.config.quantization.backend == "none" and cast != "auto"
     if scheme is None and is_cast:
-        return replace(price_component(part, _cast(module, cast), None), scheme=job.name)
+        original_bytes = _as_it_is(part, module).original_bytes
+        return replace(price_component(part, _cast(module, cast), None), scheme=job.name, original_bytes=original_bytes)
     if scheme is None:
         return _as_it_is(part, module)
     request = QuantizationRequest(

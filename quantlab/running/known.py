@@ -28,7 +28,6 @@ from quantlab.stages.observe import made_on
 from quantlab.tracking.provenance import code_digest, versions
 from quantlab.vocabulary.files import files_below
 from quantlab.vocabulary.native import canonical_json
-from quantlab.vocabulary.numbers import FLOOR_FP32
 from quantlab.vocabulary.schema import APART, ExperimentConfig
 
 _OF_ARITHMETIC = ("OMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_", "TORCH_", "PYTORCH_", "CUDA_", "CUBLAS_")
@@ -54,8 +53,8 @@ class Known:
     """Component -> name of its class."""
     made: Mapping[str, Any]
     """What computed it (:func:`quantlab.stages.observe.made_on`)."""
-    has_float32: bool
-    """Was there room for a float32 copy, which is a floor?"""
+    left_out: tuple[str, ...]
+    """Floors for which there was no room."""
     is_brought: bool
     """Was the reference made elsewhere?"""
     tags: Mapping[str, str]
@@ -64,11 +63,11 @@ class Known:
     """Component -> kind of its holders of weights -> the lengths of their rows, each once."""
 
     def floor_jobs(self, config: ExperimentConfig) -> list[Job]:
-        """The reference's row and its floors, if they are wanted, without a wider copy that memory would not hold."""
+        """The reference's row and its floors, if they are wanted, without those that memory would not hold."""
         if not config.sweep.floors:
             return []
         jobs = floor_jobs(config, self.dtype, names_of(config, self.default))
-        return [job for job in jobs if self.has_float32 or job.name != FLOOR_FP32]
+        return [job for job in jobs if job.name not in self.left_out]
 
     def widths_of(self, job: Job) -> dict[str, set[int]]:
         """Of each scheme of a job, the lengths of the rows that it may take."""
@@ -91,7 +90,7 @@ def bench_key(config: ExperimentConfig) -> str:
 
 def known_of(data: Mapping[str, Any]) -> Known:
     """What was written as plain data; TypeError or KeyError for data that are none."""
-    return Known(**{**data, "default": tuple(data["default"])})
+    return Known(**{**data, "default": tuple(data["default"]), "left_out": tuple(data["left_out"])})
 
 
 def recall(config: ExperimentConfig, cache_dir: Path, device: str = "") -> Known | None:

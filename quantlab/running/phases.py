@@ -35,6 +35,9 @@ with guidance: 241 MB (MixDQ, arXiv 2405.17873)."""
 _DECODER_TENSORS = 10
 """Tensors of the image's size and the decoder's first width. For the decoders of FLUX.1, Stable Diffusion 3.5 and XL
 torch had 2.42 GiB allocated at 1024 pixels on an H200, 9.7 of these; its MemTracker counts 6, without cuDNN's."""
+_SCORE_BYTES = 10
+"""Of attention by plain products: torch holds two matrices of scores in float32, and scaled inputs; 9.2 to 10.1 by its
+allocator."""
 _PROMPT_TOKENS = 512
 _SIDE = 1024
 
@@ -46,10 +49,12 @@ def phases(
     needed_data: str,
     device_bytes: int,
     device: str,
+    plain_attention: bool = False,
 ) -> dict[str, tuple[Phase, ...]]:
     """Placement -> its phases on ``device``. ``needed_data`` as :func:`quantlab.planning.placing.needs_of` says;
-    ``device_bytes`` is the budget, 0 for none."""
-    told, needed, needs_data = {p.name: p for p in prices}, activations(outline, evaluation), bool(needed_data)
+    ``device_bytes`` is the budget, 0 for none; ``plain_attention``: by no fused kernel."""
+    told, needs_data = {p.name: p for p in prices}, bool(needed_data)
+    needed = activations(outline, evaluation, plain_attention)
     active, decoding, reading = needed.running, needed.decoding, needed.reading
     modules = outline.components
     if not outline.denoiser:
@@ -199,14 +204,17 @@ class Activations:
     """Encoding prompts."""
 
 
-def activations(outline: Outline, evaluation: EvaluationConfig) -> Activations:
+def activations(outline: Outline, evaluation: EvaluationConfig, plain_attention: bool = False) -> Activations:
     """What a model holds while it works, in its dtype."""
     item, modules = item_bytes(outline.dtype), outline.components
     if not outline.denoiser:
-        return Activations(running=_language_activations(modules[outline.quantized[0]], evaluation, item))
+        module = modules[outline.quantized[0]]
+        scores = _language_scores(module, evaluation) if plain_attention else 0
+        return Activations(running=_language_activations(module, evaluation, item) + scores)
     widest = max((_widths(m)[0] for n, m in modules.items() if _is_encoder(n)), default=0)
+    scores = _denoiser_scores(modules, outline.denoiser, evaluation) if plain_attention else 0
     return Activations(
-        running=_denoiser_activations(modules, outline.denoiser, evaluation, item),
+        running=_denoiser_activations(modules, outline.denoiser, evaluation, item) + scores,
         decoding=_decoder_activations(modules.get("vae"), evaluation, item),
         reading=_PROMPT_TOKENS * (_WIDEST + _ORDINARY) * widest * item,
     )
@@ -237,6 +245,31 @@ def _language_activations(module: nn.Module, evaluation: EvaluationConfig, item:
     return _token_activations(module, evaluation.batch_size * evaluation.context_length, item) + logits * by_both
 
 
+def _language_scores(module: nn.Module, evaluation: EvaluationConfig) -> int:
+    config = getattr(module, "config", None)
+    told = getattr(config, "get_text_config", lambda: config)()
+    heads = int(getattr(told, "num_attention_heads", 0) or 0)
+    return evaluation.batch_size * heads * evaluation.context_length**2 * _SCORE_BYTES
+
+
+def _denoiser_scores(modules: Mapping[str, nn.Module], denoiser: str, evaluation: EvaluationConfig) -> int:
+    module = modules[denoiser]
+    if not hasattr(module, "down_blocks"):
+        heads = int(_config(module, "num_attention_heads", None) or _config(module, "num_heads", 1))
+        return evaluation.batch_size * heads * _tokens(modules, denoiser, evaluation) ** 2 * _SCORE_BYTES
+    area, rows = _area(modules, denoiser, evaluation), 2 * evaluation.batch_size
+    each = (rows * heads * (area // 4**level) ** 2 * _SCORE_BYTES for level, heads in _heads(module))
+    return max(each, default=0)
+
+
+def _heads(unet: Any) -> list[tuple[int, int]]:
+    """(How often sides are halved before it, heads) of each block of a UNet that has attention."""
+    kinds = list(_config(unet, "down_block_types", ()))
+    said = _config(unet, "num_attention_heads", None) or _config(unet, "attention_head_dim", 8)
+    each = list(said) if isinstance(said, (list, tuple)) else [said] * len(kinds)
+    return [(i, int(n)) for i, (kind, n) in enumerate(zip(kinds, each, strict=False)) if "Attn" in kind and n]
+
+
 def _config(module: Any, name: str, default: Any) -> Any:
     found: Any = getattr(module, "config", None)
     value = found.get(name, default) if isinstance(found, Mapping) else getattr(found, name, default)
@@ -258,22 +291,33 @@ def _sides(modules: Mapping[str, nn.Module], denoiser: str, evaluation: Evaluati
 def _denoiser_activations(
     modules: Mapping[str, nn.Module], denoiser: str, evaluation: EvaluationConfig, item: int
 ) -> int:
-    module, vae = modules[denoiser], modules.get("vae")
-    height, width = _sides(modules, denoiser, evaluation)
-    if vae is None:  # the model's own pixels
-        side = int(_config(module, "sample_size", 8))
-        return _token_activations(module, 2 * evaluation.batch_size * side * side, item)
-    scale = _scale(vae)
-    area = (height // scale) * (width // scale)
-    if hasattr(module, "down_blocks"):
+    module, is_of_pixels = modules[denoiser], "vae" not in modules
+    if hasattr(module, "down_blocks") and not is_of_pixels:
         first = int(_config(module, "block_out_channels", (320,))[0])
-        return 2 * evaluation.batch_size * area * first * _UNET_TENSORS * item
+        return 2 * evaluation.batch_size * _area(modules, denoiser, evaluation) * first * _UNET_TENSORS * item
+    tokens = _tokens(modules, denoiser, evaluation)
+    return _token_activations(module, (2 if is_of_pixels else 1) * evaluation.batch_size * tokens, item)
+
+
+def _area(modules: Mapping[str, nn.Module], denoiser: str, evaluation: EvaluationConfig) -> int:
+    """Of what is denoised, in latents; or in the model's own pixels."""
+    if "vae" not in modules:
+        return int(_config(modules[denoiser], "sample_size", 8)) ** 2
+    height, width = _sides(modules, denoiser, evaluation)
+    scale = _scale(modules["vae"])
+    return (height // scale) * (width // scale)
+
+
+def _tokens(modules: Mapping[str, nn.Module], denoiser: str, evaluation: EvaluationConfig) -> int:
+    """That a transformer denoises at once of one sample."""
+    module, vae, area = modules[denoiser], modules.get("vae"), _area(modules, denoiser, evaluation)
+    if vae is None:
+        return area
     latent = int(_config(vae, "latent_channels", 0) or _config(vae, "z_dim", 0))
     packs = latent and int(_config(module, "in_channels", latent)) >= 4 * latent
     patch = _config(module, "patch_size", 1)
     unit = 2 if packs else int(patch[-1] if isinstance(patch, (list, tuple)) else patch)
-    tokens = area // (unit * unit) + _PROMPT_TOKENS
-    return _token_activations(module, evaluation.batch_size * tokens, item)
+    return area // (unit * unit) + _PROMPT_TOKENS
 
 
 def _decoder_activations(vae: Any, evaluation: EvaluationConfig, item: int) -> int:

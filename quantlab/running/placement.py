@@ -85,6 +85,17 @@ def budget_of(settings: MemoryConfig, device: str) -> dict[str, int] | None:
     return {"device_bytes": on_device, **on_host}
 
 
+def available(model: LoadedModel, settings: MemoryConfig) -> dict[str, int] | None:
+    """What a run may use of the device, with what the model holds there already; None as :func:`budget_of`."""
+    budget = budget_of(settings, model.device)
+    if budget is not None and settings.device_gib is None:
+        kind, modules = kind_of(model.device), modules_of(model).values()
+        budget["device_bytes"] += sum(
+            num_bytes(m) for m in modules if any(p.device.type == kind for p in m.parameters())
+        )
+    return budget
+
+
 def _apart(
     model: LoadedModel, jobs: Sequence[Job], config: ExperimentConfig, budget: Mapping[str, int], usable: Sequence[str]
 ) -> str:
@@ -291,12 +302,10 @@ def source_for(model: LoadedModel, job: Job, schemes: Mapping[str, Scheme | None
 
 def _is_streamed(model: LoadedModel, job: Job, names: Sequence[str]) -> bool:
     """Whether a candidate beside a model that is whole on the device is streamed, where nobody says; it is told."""
-    settings, budget = job.config.memory, budget_of(job.config.memory, model.device)
+    budget = available(model, job.config.memory)
     if budget is None:
         return False
     held = sum(map(num_bytes, modules_of(model).values()))
-    if settings.device_gib is None:  # the reference is there already
-        budget["device_bytes"] += held
     [phases] = needed(model, [job], budget) or [{}]
     usable = [name for name in WHOLE if name in phases]
     copied = sum(num_bytes(model.components[name]) for name in names)

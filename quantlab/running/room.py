@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.table import offers
 from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.outline import Outline
+from quantlab.modules.device import free_bytes
 from quantlab.modules.groups import num_bytes
 from quantlab.modules.twin import on_meta
 from quantlab.planning.job import Job
-from quantlab.running.choice import ORDER, Phases
-from quantlab.running.forecast import Book, phases_of
+from quantlab.running.choice import ORDER, WHOLE, Phases, gib
+from quantlab.running.floor_room import floors_of, left_out
+from quantlab.running.forecast import Book, phases_of, phases_of_floors
 from quantlab.running.phases import activations
-from quantlab.vocabulary.schema import ExperimentConfig
+from quantlab.vocabulary.numbers import FLOOR_FP32
+from quantlab.vocabulary.schema import ExperimentConfig, MemoryConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,18 +33,60 @@ def needed(model: LoadedModel, jobs: Sequence[Job], budget: Mapping[str, int]) -
     with the whole model on the device, as far as its weights say: a model is then not looked at any further.
     """
     modules = modules_of(model)
-    if all(_has_plenty(_outline(model, modules, job.config), job, budget["device_bytes"]) for job in jobs):
+    if all(_has_plenty(outline_of(model, modules, job.config), job, budget["device_bytes"]) for job in jobs):
         return None
     twins = {name: on_meta(module) for name, module in modules.items()}
     found: list[Phases] = []
     for job in jobs:
-        book = Book(outline=_outline(model, twins, job.config), device=model.device, budget=budget)
+        book = Book(outline=outline_of(model, twins, job.config), device=model.device, budget=budget)
         try:
             phases = phases_of(book, job)
         except ConfigError:  # what is wrong with a job is told in its own row
             continue
         found.append({name: rows for name, rows in phases.items() if name in ORDER})
     return found
+
+
+def floors_without_room(
+    model: LoadedModel, config: ExperimentConfig, budget: Mapping[str, int] | None, where: str
+) -> dict[str, str] | None:
+    """Name of a floor -> why it is left out; None where nothing says what there is, or for a model on several devices.
+
+    Args:
+        model: before it has hooks of a placement.
+        budget: what a run may use of the device, with what of the model is there already.
+        where: the placement that is chosen; "" where the model is whole on the device.
+    """
+    if budget is None or where == "spread":
+        return None
+    modules, available = modules_of(model), budget["device_bytes"]
+    outline = outline_of(model, modules, config)
+    if all(_has_plenty(outline, job, available) for job in floors_of(config, outline.dtype, outline.quantized)):
+        return {}
+    twins = {name: on_meta(module) for name, module in modules.items()}
+    book = Book(outline=replace(outline, components=twins), device=model.device, budget=budget)
+    typed = config.memory.device_gib
+    said = f"{gib(available)} are there" if typed is None else f"memory.device_gib={typed:g}"
+    return left_out(phases_of_floors(book, config), where or WHOLE[0], available, said)
+
+
+def without_float32(model: LoadedModel, settings: MemoryConfig) -> dict[str, str]:
+    """The float32 copy, which is a floor, where memory has no room for it, as far as weights say."""
+    if model.dtype == "float32":
+        return {}
+    needed = 4 * sum(p.numel() for module in model.components.values() for p in module.parameters())
+    spread = model.parts.get("spread")
+    devices = {model.device} if spread is None else {*spread.devices}
+    free, where = sum(map(free_bytes, devices)), "are free"
+    if settings.device_gib is not None:
+        held = sum(map(num_bytes, modules_of(model).values()))
+        left = max(int(settings.device_gib * 2**30) * len(devices) - held, 0)
+        if left < free:
+            free, where = left, f"are left of memory.device_gib={settings.device_gib:g}"
+    if needed <= 0.8 * free:
+        return {}
+    told = f"it needs {gib(needed)} for a float32 copy and {gib(free)} {where}"
+    return {FLOOR_FP32: f"{FLOOR_FP32}: left out, {told}; verdicts use the other floors"}
 
 
 def modules_of(model: LoadedModel) -> dict[str, nn.Module]:
@@ -50,7 +96,7 @@ def modules_of(model: LoadedModel) -> dict[str, nn.Module]:
     return {name: module for name, module in every.items() if hasattr(module, "named_parameters")}
 
 
-def _outline(model: LoadedModel, modules: Mapping[str, nn.Module], config: ExperimentConfig) -> Outline:
+def outline_of(model: LoadedModel, modules: Mapping[str, nn.Module], config: ExperimentConfig) -> Outline:
     denoisers = model.parts.get("denoisers", ())
     return Outline(
         components=modules,
@@ -68,5 +114,5 @@ def _has_plenty(outline: Outline, job: Job, budget: int) -> bool:
     weights = sum(map(num_bytes, outline.components.values()))
     copied = max(weights, _WIDEST_BYTES * sum(parameters))
     layer = int(_WIDEST_BYTES * at_once * max(parameters, default=0))
-    active = activations(outline, job.config.evaluation)
+    active = activations(outline, job.evaluation, job.plain_attention)
     return 2 * weights + copied + layer + max(active.running, active.decoding, active.reading) <= budget

@@ -20,11 +20,10 @@ from quantlab.datasets.calibration import calibration_inputs
 from quantlab.datasets.table import DATASETS
 from quantlab.errors import ConfigError, nearest
 from quantlab.models.loaded import LoadedModel, class_names
-from quantlab.modules.device import collect_as_usual, free_bytes, give_back, kind_of
+from quantlab.modules.device import collect_as_usual, give_back, kind_of
 from quantlab.modules.emulated import emulated_products, lacking
 from quantlab.modules.fingerprint import fingerprint_warning, grid_fingerprint, known_grid
 from quantlab.modules.gpu_seen import NO_CUDA
-from quantlab.modules.groups import num_bytes
 from quantlab.modules.holders import holders
 from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import StageMeasurement, measure_stage
@@ -34,11 +33,10 @@ from quantlab.planning.words import COMPONENTS
 from quantlab.progress import Advance, file_name, say
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.quiet import quiet_libraries
-from quantlab.running.choice import gib
 from quantlab.running.claims import Claims
 from quantlab.running.known import Known, bench_key, remember, request_digest
-from quantlab.running.placement import in_typed_words, load_placed, placed
-from quantlab.running.room import modules_of
+from quantlab.running.placement import available, in_typed_words, load_placed, placed
+from quantlab.running.room import floors_without_room, without_float32
 from quantlab.running.rows import floors_of
 from quantlab.stages.bundle import Bundle, check_bundle, differs, is_of_here, read_bundle
 from quantlab.stages.observe import made_by, observe, reference_key
@@ -53,7 +51,7 @@ from quantlab.tracking.tags import (
     WEIGHTS_SHA256,
 )
 from quantlab.vocabulary.native import canonical_json
-from quantlab.vocabulary.numbers import FLOOR_FP32, FLOORS
+from quantlab.vocabulary.numbers import FLOORS
 from quantlab.vocabulary.reports import MetricValue, RunReport, StageReport
 from quantlab.vocabulary.schema import ExperimentConfig
 
@@ -76,14 +74,14 @@ class Workbench:
     stages: tuple[StageReport, ...] = ()
     floors: dict[str, dict[str, MetricValue]] = field(default_factory=dict)
     """Name of a floor's row -> what it costs, for all rows that come after it."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Name of a floor for which there is no room -> why."""
     told: set[str] = field(default_factory=set)
     """What the user knows of what stays unquantized."""
     cache_dir: Path = Path()
     """Where digests of files are remembered."""
     calibrations: dict[str, Any] = field(default_factory=dict)
     """Calibration config -> its inputs."""
-    device_gib: float | None = None
-    """What a run may use of the device, where it is said."""
     brought: Bundle | None = None
     """The reference that was made elsewhere; None: it was observed here."""
 
@@ -112,31 +110,10 @@ class Workbench:
             default=default_of(self.model),
             classes=class_names(self.model.components),
             made=made_by(self.model),
-            has_float32=not self.missing_for_float32,
+            left_out=tuple(self.left_out),
             is_brought=self.brought is not None,
             tags=shared_tags(self),
             widths={name: _widths(module, self.reads.get(name, ())) for name, module in self.model.components.items()},
-        )
-
-    @functools.cached_property
-    def missing_for_float32(self) -> str:
-        """Why there is no float32 copy of the components, which is a floor; empty where there is room."""
-        if self.model.dtype == "float32":
-            return ""
-        needed = 4 * sum(p.numel() for module in self.model.components.values() for p in module.parameters())
-        spread = self.model.parts.get("spread")
-        devices = {self.model.device} if spread is None else {*spread.devices}
-        free, where = sum(map(free_bytes, devices)), "are free"
-        if self.device_gib is not None and not {"groups", "residence"} & {*self.model.parts}:
-            held = sum(map(num_bytes, modules_of(self.model).values()))
-            left = max(int(self.device_gib * 2**30) * len(devices) - held, 0)
-            if left < free:
-                free, where = left, f"are left of memory.device_gib={self.device_gib:g}"
-        if needed <= 0.8 * free:
-            return ""
-        return (
-            f"{FLOOR_FP32}: left out, it needs {gib(needed)} for a float32 copy and {gib(free)} {where}; verdicts use "
-            "the other floors"
         )
 
     @functools.cached_property
@@ -246,7 +223,12 @@ def _made(session: Session, job: Job, run: Run | None) -> Workbench:
     if warning := fingerprint_warning(fingerprint, known_grid(components)):
         say(warning, "warning")
     components.clear()
+    on_device = replace(model, device=session.device)
+    left_out = floors_without_room(on_device, config, available(on_device, config.memory), where)
+    del on_device
     model = placed(model, where, config, session.device, cache)
+    if left_out is None:
+        left_out = without_float32(model, config.memory)
     _set_aside()
     with in_stage(session, run, "observe", model) as seen:
         PROTOCOLS[model.protocol].check(model, inputs)
@@ -272,7 +254,7 @@ def _made(session: Session, job: Job, run: Run | None) -> Workbench:
         fingerprint=fingerprint,
         reads=reads,
         reference_key=key_here,
-        device_gib=config.memory.device_gib,
+        left_out=left_out,
         brought=brought,
         stages=(load.report, seen.report),
         calibrations=calibrations,
@@ -281,8 +263,8 @@ def _made(session: Session, job: Job, run: Run | None) -> Workbench:
     if run is not None:
         _log_shared(session, run, bench)
     session.bench = bench
-    if config.sweep.floors and bench.missing_for_float32:
-        say(bench.missing_for_float32, "warning")
+    for told in bench.left_out.values() if config.sweep.floors else ():
+        say(told, "warning")
     if files in (None, request_digest(config, cache, session.where)):  # None: the model was trained since
         remember(config, cache, bench.known, session.where)
     _set_aside()

@@ -138,6 +138,8 @@ class Price:
     advice: str = ""
     """Where nothing fits, the nearest change that would; where jobs that share a model lie otherwise than each would by
     itself, that."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Name of a floor that a run leaves out, as it has no room -> why."""
     refused: tuple[str, ...] = ()
     """Why this combination cannot run."""
 
@@ -183,6 +185,7 @@ class Price:
             "budget": dict(self.budget),
             "fits": self.fits,
             "advice": self.advice,
+            "floors_left_out": dict(self.left_out),
         }
 
 

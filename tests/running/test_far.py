@@ -141,7 +141,7 @@ def test_a_search_does_not_leave(shell, node):
 def test_what_another_node_would_observe_is_refused_by_what_differs():
     here = workbench.made_by(SimpleNamespace(device="cpu"))
     known = partial(Known, protocol="", dtype="", judge_sha256="", default=(), classes={}, tags={})
-    wanted = known(reference_key="a", made=here, has_float32=True, is_brought=False)
+    wanted = known(reference_key="a", made=here, left_out=(), is_brought=False)
     check = partial(workbench._check_same_reference, model=SimpleNamespace(device="cpu"))
     check(None, "b")
     check(wanted, "a")

@@ -111,7 +111,7 @@ def test_where_a_file_lies_is_no_part_of_a_key(tmp_path, monkeypatch):
     """The same calibration text, and the same importance matrix, under another path: nothing runs again."""
     known = Known(
         protocol="language", dtype="float32", reference_key="r", judge_sha256="", default=("model",), made={},
-        classes={"model": "LlamaForCausalLM"}, has_float32=True, is_brought=False, tags={},
+        classes={"model": "LlamaForCausalLM"}, left_out=(), is_brought=False, tags={},
     )  # fmt: skip
     monkeypatch.chdir(tmp_path)
     for folder in ("a", "b"):

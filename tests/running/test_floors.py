@@ -13,7 +13,7 @@ from quantlab.metrics import METRICS
 from quantlab.models.loaded import LoadedModel
 from quantlab.report.verdicts import largest_floor
 from quantlab.running import job as job_module
-from quantlab.running import placement, workbench
+from quantlab.running import placement, room, workbench
 from quantlab.stages import calibrate, observe
 from tests.support.shell import digits_words, make_shell
 
@@ -46,7 +46,7 @@ def test_verdicts_use_the_largest_of_them(half):
 
 def test_a_copy_that_memory_would_not_hold_is_left_out_with_a_word(shell, monkeypatch):
     told = []
-    monkeypatch.setattr(workbench, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(room, "free_bytes", lambda device: 1000)
     monkeypatch.setattr(workbench, "say", lambda text, *_: told.append(text))
     rows = shell.rows(*HALF)
     assert list(rows) == ["reference", "floor_batch", "floor_attention", "quanto int8"]

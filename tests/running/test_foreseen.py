@@ -17,7 +17,7 @@ from quantlab.tracking.tags import JOB_KEY, KIND
 WORDS = ["tracking=none", "backend=quanto", "dtype=int8,int4,int2", "device=cpu", "evaluation.num_samples=10"]
 KNOWN = Known(
     protocol="diffusion", dtype="float32", reference_key="r", judge_sha256="", default=("transformer",), made={},
-    classes={"transformer": "DiT"}, has_float32=True, is_brought=False, tags={},
+    classes={"transformer": "DiT"}, left_out=(), is_brought=False, tags={},
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ WORDS = ("backend=modelopt", "dtype=int4", "group_size=auto,128", "quantization.
 def known(widths):
     return Known(
         protocol="diffusion", dtype="float32", reference_key="r", judge_sha256="", default=("transformer",), made={},
-        classes={"transformer": "DiT"}, has_float32=True, is_brought=False, tags={},
+        classes={"transformer": "DiT"}, left_out=(), is_brought=False, tags={},
         widths={"transformer": {"linear": widths, "conv": [36]}, "text_encoder": {"linear": [100]}},
     )  # fmt: skip
 
