@@ -47,9 +47,9 @@ def teacher_forced_metrics(
 
     ``calls`` are the recorded calls of the samples ``inputs``. What is compared is what the sampler steps along: the
     predictions of a step put together by guidance (:mod:`quantlab.protocols.guidance`). ``weighted_velocity_mse`` is
-    the mean over samples, with its interval. Both are ``undefined`` where an output of the candidate is NaN or infinite,
-    guidance is no weighted sum, or more than the denoisers has a part in their calls, each by itself where it alone has
-    no value.
+    the mean over samples, with its interval. Both are ``undefined`` where an output of the candidate is NaN or
+    infinite, guidance is no weighted sum, or what else is quantized has a part in the denoisers' calls, each by itself
+    where it alone has no value.
     """
     import numpy as np
 
