@@ -447,10 +447,8 @@ def _check_made(pipe: Pipeline, media: Mapping[str, Tensor], arguments: Mapping[
         if name == frames and size is not None and size < asked:
             _tell_dropped(type(pipe).__name__, asked, size)
         elif size is not None and asked != size:
-            raise ConfigError(
-                f"evaluation.{'num_frames' if name == frames else name}={asked}: {type(pipe).__name__} made {size} of "
-                f"it; take {size}"
-            )
+            key, more = ("num_frames", ", or null, where it makes more of each") if name == frames else (name, "")
+            raise ConfigError(f"evaluation.{key}={asked}: {type(pipe).__name__} made {size} of it; take {size}{more}")
 
 
 @functools.cache
