@@ -7,13 +7,14 @@ folder, or from those of a Hub repository, a few kB. :mod:`quantlab.models.outli
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantlab.errors import ModelError
-from quantlab.models.pipeline_files import INDEX, left_out, listed_parts
+from quantlab.models.pipeline_files import INDEX, is_a_pipelines, left_out, listed_parts
 from quantlab.models.reading import ADAPTER, as_model_error, check_no_adapter, local_folder, remote_code
 from quantlab.vocabulary.schema import ModelConfig
 
@@ -30,6 +31,8 @@ class Part:
 
     class_name: str
     config: Mapping[str, Any]
+    module: str = ""
+    """Where a class is that neither library has at its top: a module of Diffusers' pipelines (``ltx2``)."""
     source: str = ""
     """Where the configuration was published."""
 
@@ -68,9 +71,9 @@ def read_architecture(config: ModelConfig, only: str = "") -> Architecture:
     for name, found in listed_parts(index).items():
         if name in without or not all(found):
             continue
-        if class_of(str(found[1])) is not None:
-            parts[name] = Part(class_name=str(found[1]), config=read(f"{name}/{CONFIG}"))
-        elif found[0] not in ("diffusers", "transformers"):
+        if class_of(str(found[1]), str(found[0])) is not None:
+            parts[name] = Part(class_name=str(found[1]), module=str(found[0]), config=read(f"{name}/{CONFIG}"))
+        elif found[0] not in ("diffusers", "transformers") and not is_a_pipelines(str(found[0])):
             raise remote_code(key, f"{INDEX} names the class {found[1]} of {name}/{found[0]}.py")
     return Architecture(path=path, parts=parts)
 
@@ -92,18 +95,25 @@ def _stored_dtype(config: Mapping[str, Any]) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
 
 
-def class_of(name: str) -> Any:
-    """The module class of Diffusers or transformers with this name; None where there is none (schedulers, tokenizers
-    and classes of other places)."""
+def class_of(name: str, module: str = "") -> Any:
+    """The module class of Diffusers or transformers with this name, or of the ``module`` of a pipeline of Diffusers;
+    None where there is none (schedulers, tokenizers and classes of other places)."""
     import diffusers
     import transformers
     from torch import nn
 
-    for library in (diffusers, transformers):
+    of_pipeline = getattr(diffusers.pipelines, module) if is_a_pipelines(module) else None
+    for library in (diffusers, transformers, of_pipeline):
         found = getattr(library, name, None) if name.isidentifier() else None
         if isinstance(found, type) and issubclass(found, nn.Module):
             return found
     return None
+
+
+def module_of(kind: type) -> str:
+    """The module by which :func:`class_of` finds a class of a pipeline's own; "" for others."""
+    found = re.match(r"diffusers\.pipelines\.(\w+)", kind.__module__)
+    return found[1] if found else ""
 
 
 def _from_folder(key: str, folder: Path) -> Callable[[str], dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from quantlab.models.loaded import LoadedModel, Pipeline
@@ -37,7 +37,7 @@ def reuse_prompts(pipe: Pipeline, model: LoadedModel, arguments: Mapping[str, ob
         dtypes = {name: str(getattr(m, "dtype", "")) for name, m in sorted(pipe.components.items())}
         call = {name: said for name, value in arguments.items() if (said := _said(value)) is not None}
         asked = canonical_json([dtypes, call])  # some pipelines look at their parts' dtypes, or at the call's guidance
-        encoded = functools.partial(_encoded, own, residence, prompts, model.device, asked)
+        encoded = functools.partial(_encoded, pipe, own, residence, prompts, model.device, asked)
         setattr(changed, _ENCODE, encoded)
 
 
@@ -45,7 +45,33 @@ def _encoders(names: Collection[str], model: LoadedModel) -> set[str]:
     return set(names) - {*model.parts["denoisers"], "vae"}
 
 
+@contextlib.contextmanager
+def padding_as_loaded(pipe: Pipeline) -> Iterator[None]:
+    """While open, a pipeline may change the side that its tokenizers pad on; afterwards it is as before.
+
+    Some set it where they encode prompts, and look at it when they are made and in their later steps: it would depend
+    on what ran before.
+    """
+    before = _padding(pipe)
+    try:
+        yield
+    finally:
+        _pad(pipe, before)
+
+
+def _padding(pipe: Pipeline) -> dict[str, str]:
+    sides = {name: getattr(part, "padding_side", None) for name, part in pipe.components.items()}
+    return {name: side for name, side in sides.items() if isinstance(side, str)}
+
+
+def _pad(pipe: Pipeline, sides: Mapping[str, str]) -> None:
+    for name, side in sides.items():
+        tokenizer: Any = pipe.components[name]
+        tokenizer.padding_side = side
+
+
 def _encoded(
+    pipe: Pipeline,
     own: Callable[..., Any],
     residence: Residence | None,
     prompts: Prompts | None,
@@ -62,7 +88,9 @@ def _encoded(
         file = prompts.folder / f"{digest}{SUFFIX}"
         if file.exists():
             try:
-                return replaced(read_tree(file), lambda t: t.to(device) if hasattr(t, "to") else None)
+                kept = read_tree(file)
+                _pad(pipe, kept["padding"])
+                return replaced(kept["found"], lambda t: t.to(device) if hasattr(t, "to") else None)
             except Damaged as error:
                 set_aside(file, error)
     # from the disk tensors come without gaps; so they do at first, as kernels may be chosen by it
@@ -72,7 +100,7 @@ def _encoded(
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(TypeError):  # of other things than tensors and plain values
-            write_tree(found, file)
+            write_tree({"found": found, "padding": _padding(pipe)}, file)
     return found
 
 

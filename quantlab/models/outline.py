@@ -54,7 +54,7 @@ def _built(key: str, part: Part, dtype: str, is_filled: bool = False) -> nn.Modu
     import diffusers
     from transformers.utils import logging
 
-    made = class_of(part.class_name)
+    made = class_of(part.class_name, part.module)
     if made is None:
         raise ModelError(f"{key}: the installed libraries have no class {part.class_name}; name another model")
     check_counts(key, f"the configuration of {part.class_name}", part.config)

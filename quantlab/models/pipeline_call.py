@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError, MetricUndefined, ModelError, nearest
-from quantlab.models.encoded_prompts import reuse_prompts
+from quantlab.models.encoded_prompts import padding_as_loaded, reuse_prompts
 from quantlab.models.loaded import Conditioning, LoadedModel, OnStep, Pipeline, Sampled
 from quantlab.models.part_by_part import run_part_by_part
 from quantlab.models.pipeline_sizes import asked_sizes, check_sides, frames_argument
@@ -218,6 +218,7 @@ def sample(
         paired_draws(model.parts.get("draws", ())) as draws,
         in_their_dtypes(model.components, originals, model.dtype),
         heard_steps(pipe.scheduler, told),
+        padding_as_loaded(pipe),
         contextlib.nullcontext() if residence is None else run_part_by_part(pipe, model, residence),
         _told_as_ours(model.name, type(pipe).__name__, arguments, num, is_reference),
     ):
@@ -446,10 +447,8 @@ def _check_made(pipe: Pipeline, media: Mapping[str, Tensor], arguments: Mapping[
         if name == frames and size is not None and size < asked:
             _tell_dropped(type(pipe).__name__, asked, size)
         elif size is not None and asked != size:
-            raise ConfigError(
-                f"evaluation.{'num_frames' if name == frames else name}={asked}: {type(pipe).__name__} made {size} of "
-                f"it; take {size}"
-            )
+            key, more = ("num_frames", ", or null, where it makes more of each") if name == frames else (name, "")
+            raise ConfigError(f"evaluation.{key}={asked}: {type(pipe).__name__} made {size} of it; take {size}{more}")
 
 
 @functools.cache

@@ -228,7 +228,7 @@ def read_index(key: str, files: Repository) -> dict[str, Any]:
     return index
 
 
-def _is_a_pipelines(module: str) -> bool:
+def is_a_pipelines(module: str) -> bool:
     """Whether a part's module is one of Diffusers' own (``stable_diffusion``): any other would be imported, whatever it
     does then."""
     from diffusers import pipelines
@@ -248,7 +248,7 @@ def _code_of_its_own(files: Repository, index: Mapping[str, Any]) -> str:
     for part, found in listed_parts(index).items():
         if f"{part}/{found[0]}.py" in files.names:
             return f"{INDEX} names the class {found[1]} of {part}/{found[0]}.py"
-        if found[0] is not None and found[0] not in _LIBRARIES and not _is_a_pipelines(found[0]):
+        if found[0] is not None and found[0] not in _LIBRARIES and not is_a_pipelines(found[0]):
             return f"{INDEX} names the class {found[1]} of the module {found[0]}"
         if str(found[1]).startswith("Auto") and '"auto_map"' in files.text(f"{part}/config.json"):
             return f"{part}/config.json names a class of its own files (auto_map)"

@@ -186,8 +186,9 @@ def empty_pipeline(
         held[name] = said if found is None else None
         if found is None or found[0] is None or name in config.without:
             continue
-        if class_of(str(found[1])) is not None and (DENOISER.fullmatch(name) or _DECODER.search(name)):
-            parts[name] = Part(class_name=str(found[1]), config=read(f"{name}/{CONFIG}"))
+        kind, module = str(found[1]), str(found[0])
+        if class_of(kind, module) is not None and (DENOISER.fullmatch(name) or _DECODER.search(name)):
+            parts[name] = Part(class_name=kind, module=module, config=read(f"{name}/{CONFIG}"))
         elif name == "scheduler":
             scheduler: Any = getattr(diffusers, str(found[1]), None)
             held[name] = scheduler and scheduler.from_config(read(f"{name}/scheduler_config.json"))

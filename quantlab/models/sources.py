@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError
-from quantlab.models.architectures import Part
+from quantlab.models.architectures import Part, module_of
 from quantlab.models.converted import as_loaded_by_name
 from quantlab.models.outline import empty, is_of_transformers
 from quantlab.models.reading import as_model_error
@@ -54,7 +54,7 @@ def origin_of(name: str, component: nn.Module, variant: str | None = None, key: 
         with as_model_error(f"{key}: {name}", "pass memory.placement=resident"):
             folder = Path(snapshot_download(str(origin), local_files_only=True))
     said = dict(config) if is_mapping else config.to_dict()
-    part = Part(class_name=type(component).__name__, config=said)
+    part = Part(class_name=type(component).__name__, module=module_of(type(component)), config=said)
     without = tuple(n for n, part in {**vars(component), **component._modules}.items() if part is None)
     return Origin(key=f"{key}: {folder.name}", folder=folder, part=part, variant=variant, without=without)
 

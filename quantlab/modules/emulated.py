@@ -57,6 +57,8 @@ def _mode(dtypes: tuple[torch.dtype, ...]) -> Any:
         return value.float() if is_lacking else value
 
     class InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        supports_higher_order_operators = True  # flex_attention is refused below a mode that does not say so
+
         @classmethod
         def is_infra_mode(cls) -> bool:
             """So that torch.compile compiles below it, which it else leaves alone without a word; what it compiles has

@@ -137,8 +137,8 @@ def measure(
         if "steps" in reference:
             curves = {"step_divergence": lambda: step_divergence(outputs["steps"], reference["steps"])[0]}
             steps.update(defined(curves, undefined))
-        part, scheduler = inputs.subset(traced), reference_model.parts.get("scheduler")
-        forced, errors = teacher_forced_metrics(model, calls, part, evaluation, scheduler, tick, undefined)
+        part = inputs.subset(traced)
+        forced, errors = teacher_forced_metrics(model, reference_model, calls, part, evaluation, tick, undefined)
         steps.update(forced)
         estimates.update(errors)
     shown = spread(inputs, NUM_SHOWN)

@@ -30,14 +30,16 @@ _OTHERWISE = (*_NOISED_ANEW, "SASolver", "Inverse")
 """Those, SA-Solver, which mixes noise and earlier steps by weights of its own, and samplers that end in noise."""
 _CUTS_OFF = ("clip_sample", "thresholding")
 """Settings of samplers that keep the sample they predict to a range."""
+_AFTERWARDS = ("vocoder", "safety_checker")
+"""Parts of pipelines that work on what was denoised, beside the autoencoders."""
 
 
 def teacher_forced_metrics(
     model: LoadedModel,
+    reference_model: LoadedModel,
     calls: Sequence[Call],
     inputs: DiffusionInputs,
     evaluation: EvaluationConfig,
-    scheduler: SchedulerMixin | None,
     tick: Callable[[], None],
     undefined: MutableMapping[str, str],
 ) -> tuple[dict[str, NDArray[np.float64]], dict[str, MetricValue]]:
@@ -45,13 +47,14 @@ def teacher_forced_metrics(
 
     ``calls`` are the recorded calls of the samples ``inputs``. What is compared is what the sampler steps along: the
     predictions of a step put together by guidance (:mod:`quantlab.protocols.guidance`). ``weighted_velocity_mse`` is
-    the mean over samples, with its interval. Both are ``undefined`` where an output of the candidate is NaN or infinite
-    or guidance is no weighted sum, each by itself where it alone has no value.
+    the mean over samples, with its interval. Both are ``undefined`` where an output of the candidate is NaN or
+    infinite, guidance is no weighted sum, or what else is quantized has a part in the denoisers' calls, each by itself
+    where it alone has no value.
     """
     import numpy as np
 
     num_steps = 1 + max(call["step"] for call in calls)
-    levels = integration_levels(scheduler, num_steps)
+    levels = integration_levels(reference_model.parts.get("scheduler"), num_steps)
     measures: dict[str, Callable[[int, Tensor, Tensor], NDArray[np.float64]]]
     measures = {"step_sqnr_db": lambda _, candidate, reference: step_sqnr_db([candidate], [reference])[0]}
     if levels is not None:
@@ -60,6 +63,11 @@ def teacher_forced_metrics(
         )
     by_step: dict[str, list[NDArray[np.float64]]] = {name: [] for name in measures}
     try:
+        if others := _heard_by_denoisers(model, reference_model, inputs):
+            raise MetricUndefined(
+                f"step_sqnr_db: the calls that the reference's denoiser got hold what its {' and '.join(others)} gave, "
+                "so that what the quantized one changes is not in them; look at step_divergence"
+            )
         for k in range(num_steps):
             pair = _velocities(model, [c for c in calls if c["step"] == k], inputs.sample_ids, tick)
             left = {name: partial(measure, k, *pair) for name, measure in measures.items() if name not in undefined}
@@ -79,6 +87,21 @@ def teacher_forced_metrics(
     if levels is not None and "weighted_velocity_mse" not in undefined:
         estimates = defined({"weighted_velocity_mse": mean_error}, undefined)
     return curves, estimates
+
+
+def _heard_by_denoisers(model: LoadedModel, reference_model: LoadedModel, inputs: DiffusionInputs) -> list[str]:
+    """The candidate's components whose answers its denoisers are given: encoders, ControlNets, priors.
+
+    Autoencoders work when all steps are done, but where there are pictures to encode.
+    """
+    encodes = bool({"image", "mask", "control"} & set(inputs.conditioning))
+    return [
+        name
+        for name, part in model.components.items()
+        if part is not reference_model.components.get(name)
+        and name not in (*model.parts["denoisers"], *_AFTERWARDS)
+        and (encodes or not hasattr(part, "decode"))
+    ]
 
 
 def integration_levels(scheduler: SchedulerMixin | None, num_steps: int) -> NDArray[np.float64] | None:

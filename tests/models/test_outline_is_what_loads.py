@@ -7,13 +7,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantlab.errors import ModelError
-from quantlab.models import causal_lm, encoder, seq2seq, vision
+from quantlab.models import causal_lm, diffusers_pipeline, encoder, seq2seq, vision
 from quantlab.models.outlines import outline
 from quantlab.models.sources import component_source
 from quantlab.vocabulary.schema import ModelConfig
 from tests.models.test_auto import BOTH, processor
 from tests.models.test_whole_model import BERT, T5, VISION, saved
+from tests.support.tiny_parts import seeded
 from tests.support.tiny_text_models import save_llama
+from tests.support.tiny_unets import _stable_diffusion
 
 ROBERTA = {**BERT, "type_vocab_size": 1, "pad_token_id": 0}
 CASES = {
@@ -88,6 +90,25 @@ def test_what_is_streamed_is_what_is_loaded(name, dtype, tmp_path):
         want, have, known = (dict(getattr(part, kind)()) for part in (loaded, source.module, planned))
         assert {n: t.dtype for n, t in known.items()} == {n: t.dtype for n, t in want.items()}
         assert [n for n in want if have[n].dtype != want[n].dtype or not torch.equal(have[n], want[n])] == []
+
+
+def test_a_part_whose_class_is_a_pipelines_own(tmp_path):
+    """Stable Diffusion's safety checker, LTX-2's connectors, Kolors' text encoder: at the top of neither library."""
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    made = seeded(5, StableDiffusionSafetyChecker, CLIPConfig(**BOTH))
+    pictures = CLIPImageProcessor(size=30, crop_size=30)
+    whole = tmp_path / "whole"
+    _stable_diffusion("StableDiffusionPipeline", safety_checker=made, feature_extractor=pictures).save_pretrained(whole)
+    config = ModelConfig(family="diffusers", path=str(whole))
+    loaded = diffusers_pipeline.load(config, "cpu", tmp_path / "cache").parts["pipeline"].components["safety_checker"]
+    planned = outline(config, "cpu", lambda _: None).components["safety_checker"]
+    source = component_source("safety_checker", loaded, "float32", "cpu")
+    source.fill_others(source.module, ())
+    want, have, known = (dict(part.named_parameters()) for part in (loaded, source.module, planned))
+    assert {n: p.shape for n, p in known.items()} == {n: p.shape for n, p in want.items()}
+    assert [n for n in want if not torch.equal(have[n], want[n])] == []
 
 
 def test_a_number_that_json_does_not_have(tmp_path):

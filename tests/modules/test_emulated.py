@@ -111,3 +111,18 @@ def test_what_is_compiled_is_compiled_below_it():
     assert emulated.num_emulated == before + 1  # what is not compiled is computed as before
     torch.testing.assert_close(found, plain, atol=0.02, rtol=0.02)
     torch._dynamo.reset()
+
+
+def test_operators_that_take_functions_go_through():
+    """flex_attention and its kin: torch refuses to run them below a mode that does not say that it lets them pass."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 16, 8)
+    with torch.no_grad():
+        wanted = flex_attention(q, k, v)
+        with emulated_products(DTYPES):
+            assert torch.equal(flex_attention(q, k, v), wanted)
+            found = flex_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - wanted).norm() < 0.02 * wanted.norm()

@@ -48,3 +48,36 @@ def test_frames_that_are_stepped_as_rows_are_their_own_samples(tmp_path, guidanc
     found = diffusion.measure(model.with_components({"unet": worse}), inputs, settings, reference, model)
     assert found.undefined == {}
     np.testing.assert_allclose(found.steps["step_sqnr_db"], 20, atol=1e-3)  # a tenth too large, at each step
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "holds"),
+    [
+        ("stable_diffusion", "text_encoder", True),
+        ("kandinsky_2_2", "prior_prior", True),
+        ("stable_diffusion", "vae", False),  # its work begins when all steps are done
+        ("stable_diffusion_img2img", "vae", True),
+    ],
+)
+def test_recorded_calls_say_nothing_of_what_else_is_quantized(tmp_path, family, name, holds):
+    """A denoiser's recorded calls hold the reference's own prompts: 100 dB, and 0, of a text encoder alone."""
+    model, inputs = family_model(family, tmp_path)
+    settings = replace(SHORT, height=64, width=64)
+    model = model.with_components({name: model.parts["pipeline"].components[name]})
+    reference = diffusion.observe(model, inputs, settings)
+    changed = model.copy_of(name)
+    with torch.no_grad():
+        for weight in changed.parameters():
+            weight.mul_(1.2)
+    found = diffusion.measure(model.with_components({name: changed}), inputs, settings, reference, model)
+    curve = found.steps["step_divergence"]
+    if holds:
+        assert set(found.undefined) <= {"step_sqnr_db", "weighted_velocity_mse"}
+        assert not set(found.undefined) & {*found.steps, *found.estimates}
+        assert "weighted_velocity_mse" not in found.estimates
+        assert f"what its {name} gave" in found.undefined["step_sqnr_db"]
+        assert curve.max() > 0
+    else:
+        assert found.undefined == {}
+        assert (found.steps["step_sqnr_db"] == 100).all()
+        assert curve.max() == 0
