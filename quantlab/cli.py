@@ -282,7 +282,7 @@ def _dispatch(words: list[str], is_last: bool) -> int:
     if "--cfg" in flags:
         return show_configs(request)
     if request.dry_run:
-        return show_dry_run(request, flags)
+        return show_dry_run(request, flags, is_last)
     agree(request, "--trust" in flags)
     return run(request, flags)
 

@@ -108,7 +108,7 @@ def show_prices(words: Sequence[str], flags: set[str], is_last: bool = False) ->
 
     request = plan([*words, "sweep.dry_run=true"], multirun=bool(flags & {"-m", "--multirun"}))
     agree(request, "--trust" in flags)  # it may name a path of its own, or one to be asked for on the Hub
-    is_spared = is_last and os.environ.get(WITH_ALL) != "1"
+    is_spared = _is_spared(is_last)
     try:
         with progress_bars():
             under_way("reading configurations")
@@ -116,8 +116,7 @@ def show_prices(words: Sequence[str], flags: set[str], is_last: bool = False) ->
     except Exception as error:  # may be of what it does without: then the answer is that of a process that has all
         if not is_spared or type(error) is ConfigError:
             raise
-        again = {**os.environ, WITH_ALL: "1"}
-        code = subprocess.run([sys.executable, *sys.orig_argv[1:]], env=again, check=False).returncode
+        code = _with_all()
         if code == 0:  # else the other one has said why
             why = printable(f"{type(error).__name__}: {error}".partition("\n")[0], 200)
             line = f"plan: took longer, with packages that few models need (without them: {why})"
@@ -135,6 +134,16 @@ def show_prices(words: Sequence[str], flags: set[str], is_last: bool = False) ->
             else:
                 tell(console, told)
     return ConfigError.exit_code if all(price.why_refused for price in prices) else 0
+
+
+def _is_spared(is_last: bool) -> bool:
+    return is_last and os.environ.get(WITH_ALL) != "1"
+
+
+def _with_all() -> int:
+    """Give this command to a process that imports all; its exit code."""
+    again = {**os.environ, WITH_ALL: "1"}
+    return subprocess.run([sys.executable, *sys.orig_argv[1:]], env=again, check=False).returncode
 
 
 def show_first_recipe(words: Sequence[str]) -> int:
@@ -273,12 +282,16 @@ def columns_of(flags: set[str]) -> list[str]:
     return [name for word in chosen for name in word.split(",") if name]
 
 
-def show_dry_run(request: Plan, flags: set[str]) -> int:
-    """Print what would run, and which columns the table of it could not have."""
+def show_dry_run(request: Plan, flags: set[str], is_last: bool = False) -> int:
+    """Print what would run, and which columns the table of it could not have. ``is_last``: the process ends with it."""
     from quantlab.report.table import no_columns
     from quantlab.running.dry_run import show_jobs
+    from quantlab.running.outlined import LacksPackages
 
-    code = show_jobs(request, "--trust" in flags, can_ask())
+    try:
+        code = show_jobs(request, "--trust" in flags, can_ask(), _is_spared(is_last))
+    except LacksPackages:  # before a line was printed
+        return _with_all()
     for line in no_columns(columns_of(flags)):
         tell(terminal(), line)
     return code

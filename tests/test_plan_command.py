@@ -103,8 +103,9 @@ NOT_FOR_AN_ANSWER = {"mlflow", "sqlalchemy", "alembic", "pandas", "sklearn", "ma
 LIBRARIES = NOT_FOR_AN_ANSWER | {"torch", "numpy", "scipy", "transformers", "diffusers", "huggingface_hub", "PIL"}
 OTHER_BACKENDS = {"modelopt", "optimum.quanto"}
 LIGHT = [["--help"], ["--version"], *(["list", what] for what in LISTS), ["help", "floor"]]
-LIGHT += [["sweep.dry_run=true", "backend=quanto", "dtype=int8"], ["backend=quanto", "dtype=nf4"]]
+LIGHT += [["sweep.dry_run=true", "backend=none"], ["backend=quanto", "dtype=nf4"]]
 HEAVY = [["plan", "model=llama_3_2_1b", "backend=gguf", "dtype=q4_k"], ["plan", "backend=bitsandbytes", "dtype=nf4"]]
+HEAVY += [["sweep.dry_run=true", "backend=gguf", "dtype=q8_0"]]
 NAMES = """
 import contextlib, io, json, sys
 from quantlab.cli import main

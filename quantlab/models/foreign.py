@@ -19,7 +19,7 @@ from quantlab.backends.modelopt.restore import STATE, loading_arguments, restori
 from quantlab.errors import ConfigError, ModelError
 from quantlab.models.checkpoint import files_sha256
 from quantlab.models.exported import check_digests
-from quantlab.models.loaded import LoadedModel
+from quantlab.models.loaded import LoadedModel, class_names
 from quantlab.models.pipeline_files import INDEX
 from quantlab.models.reading import (
     ADAPTER,
@@ -212,15 +212,32 @@ def load_part(key: str, source: Path, name: str, model: LoadedModel) -> tuple[nn
     original, dtype = model.components[name], torch_dtype(model.dtype)
     if source.is_file():
         return _on_device(key, _read_gguf(key, source, name, model), model.device), QuantizationMethod.GGUF.value
-    config = _config(key, source)
-    _check_class(key, config, original)
-    method = method_of(config, (source / STATE).is_file(), key)
+    method = _method(key, source, original)
     require_method(method, key)
     _check_files(key, source)
     with as_model_error(key, _WAY_OUT), restoring(type(original), source):
         found = _read_folder(key, source, original, dtype)
     rewrap(found, source)
     return _on_device(key, found, model.device), method
+
+
+def check_class(checkpoint: str, components: Mapping[str, nn.Module], names: Sequence[str]) -> None:
+    """ConfigError as :func:`load_part`, for a folder on this disk that is not of the component which it is for.
+
+    The ``components`` need no values.
+    """
+    if not Path(checkpoint).expanduser().exists():
+        return
+    key = f"checkpoint={checkpoint}"
+    for name, source in sources_of(checkpoint, names, class_names(components)).items():
+        if source.is_dir():
+            require_method(_method(key, source, components[name]), key)
+
+
+def _method(key: str, source: Path, original: nn.Module) -> str:
+    config = _config(key, source)
+    _check_class(key, config, original)
+    return method_of(config, (source / STATE).is_file(), key)
 
 
 def _check_class(key: str, config: Mapping[str, Any], original: nn.Module) -> None:

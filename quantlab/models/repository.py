@@ -40,13 +40,24 @@ def of_folder(folder: Path) -> Repository:
     )
 
 
+def folder_here(path: str, revision: str | None, index: str) -> Path | None:
+    """Where the local Hub cache has the files of an id, of which ``index`` is one; None where it has none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(path, index, revision=revision)
+    except ValueError:  # no id
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
 def of_hub(key: str, path: str, revision: str | None, index: str) -> Repository | None:
     """The files of a Hub id; where the Hub cannot be reached those in the local cache, and None where there are none.
 
     ``index`` is the file that a checkpoint of this kind has. Raises ModelError, beginning with ``key``, for an id that
     the Hub does not know or does not give.
     """
-    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     def fetch(name: str) -> Path:
@@ -59,6 +70,6 @@ def of_hub(key: str, path: str, revision: str | None, index: str) -> Repository 
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise ModelError(f"{key}: it cannot be had from the Hub ({first.rstrip('.')}); {_WAY_OUT}") from error
     except Exception:  # noqa: BLE001 - offline by choice or by fate: each version of the client has its own words
-        cached = try_to_load_from_cache(path, index, revision=revision)
-        return of_folder(Path(cached).parent) if isinstance(cached, str) else None
+        folder = folder_here(path, revision, index)
+        return of_folder(folder) if folder is not None else None
     return Repository(names=frozenset(file.rfilename for file in found.siblings or ()), fetch=fetch)

@@ -15,7 +15,8 @@ from quantlab.progress import counted, printable, progress_bars, under_way
 from quantlab.report.terminal import tell, terminal
 from quantlab.running.engines.table import check_cluster
 from quantlab.running.foreseen import Foreseen, foreseen
-from quantlab.running.refusals import check_request, check_surroundings, refused_here
+from quantlab.running.outlined import refused_by_shape
+from quantlab.running.refusals import check_request, check_surroundings, refused_here, runs_elsewhere
 
 _OF_A_SEARCH = "sweep.search"
 _NO_TEXT = ("null", "true", "false", "nan", "inf")
@@ -23,14 +24,15 @@ _NO_TEXT = ("null", "true", "false", "nan", "inf")
 _OF_THE_SWEEP = ("sweep.dry_run", "sweep.candidates", "sweep.grid")
 
 
-def show_jobs(request: Plan, trust: bool = False, asks: bool = False) -> int:
+def show_jobs(request: Plan, trust: bool = False, asks: bool = False, is_last: bool = False) -> int:
     """Print what a sweep would run, each job with the command that gives it alone, and what it would not run.
 
     The exit code is the run's: 2 where it would refuse impossible combinations, 1 where jobs would fail here. What a
     stranger's recipe decides is told last, so that it can be looked at first: ``asks`` says that the run asks whether
-    the user agrees; a run that cannot ask refuses, and so does this, with ConfigError.
+    the user agrees; a run that cannot ask refuses, and so does this, with ConfigError. ``is_last``: nothing else comes
+    in this process; LacksPackages where one that imports all could tell more.
     """
-    code = _shown(request, trust)
+    code = _shown(request, trust, is_last)
     if trust or is_trusted(request):
         return code
     if not asks:
@@ -39,14 +41,21 @@ def show_jobs(request: Plan, trust: bool = False, asks: bool = False) -> int:
     return code
 
 
-def _shown(request: Plan, trust: bool) -> int:
+def _shown(request: Plan, trust: bool, is_last: bool) -> int:
     with progress_bars():
         under_way("looking at files and the store")
         known = _known(request, trust)
+        failing = {name: why for name, why in refused_here(request).items() if name not in known.resumed}
+        if trust or is_trusted(request):  # it may name a model of its own
+            under_way("reading configurations")
+            left = [job for job in request.jobs if job.name not in {*known.resumed, *failing}]
+            refused = refused_by_shape(left, runs_elsewhere(request), is_last)
+            if refused and not request.is_sweep:
+                raise next(iter(refused.values()))
+            failing |= {name: str(error) for name, error in refused.items()}
     sweep = request.jobs[0].config.sweep
     trials = sweep.search.num_trials
     searched = f", of which a search runs {min(trials, len(request.jobs))}" if trials else ""
-    failing = {name: why for name, why in refused_here(request).items() if name not in known.resumed}
     print(f"{counted(len(request.jobs), 'job')}{searched}:")
     for job in request.jobs:
         is_resumed = job.name in known.resumed
@@ -63,7 +72,7 @@ def _shown(request: Plan, trust: bool) -> int:
     for line in known.lines(len(request.jobs)):
         tell(terminal(), line)
     if not request.invalid or trials or sweep.on_invalid == "skip":
-        if not failing or trials:
+        if not failing or len(request.jobs) - len(failing) >= trials > 0:  # a search may choose the others
             return 0
         print(f"quantlab: {counted(len(failing), 'job')} of {len(request.jobs)} would fail here", file=sys.stderr)
         return QuantlabError.exit_code

@@ -284,7 +284,7 @@ def source_for(model: LoadedModel, job: Job, schemes: Mapping[str, Scheme | None
     if settings.placement == "auto" and job.needs_data and "groups" not in model.parts:
         return None
     if settings.device_gib is not None:
-        _check_layers(model, names, settings.device_gib)
+        check_largest({name: model.components[name] for name in names}, settings.device_gib)
     origins: Mapping[str, Any] = model.parts.get("origins", {})
     if spread := model.parts.get("spread"):
         if job.needs_data or not all(name in origins for name in names):
@@ -350,9 +350,10 @@ def planned(
     return found
 
 
-def _check_layers(model: LoadedModel, names: Sequence[str], device_gib: float) -> None:
-    for name in names:
-        for path, part in model.components[name].named_modules():
+def check_largest(modules: Mapping[str, Any], device_gib: float) -> None:
+    """ConfigError for a component with a layer that alone is more than the device holds."""
+    for name, module in modules.items():
+        for path, part in module.named_modules():
             size = sum(p.nbytes for p in part._parameters.values() if p is not None)
             if size > int(device_gib * GIB):
                 raise ConfigError(

@@ -1,7 +1,8 @@
 """What a run refuses before it works. A dry run asks the same, in the same order, and says it in the same words.
 
-Known here is what neither the model's weights nor torch are needed for. A model that must be looked at (an exclusion
-that matches no layer, a shape, what fits in the memory) is the work itself; of the latter ``quantlab plan`` tells.
+Known here is what neither the model's weights nor torch are needed for. Where the model must be looked at (an exclusion
+that matches no layer, a shape), :mod:`quantlab.running.outlined` tells a dry run; what fits in the memory, ``quantlab
+plan``.
 """
 
 from __future__ import annotations

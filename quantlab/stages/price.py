@@ -19,7 +19,7 @@ from quantlab.modules.holders import PACK, Holder, holders
 from quantlab.modules.layers import matches
 from quantlab.modules.memory import Storages, logical_size, storage_of, storages
 from quantlab.modules.remembered import remembered
-from quantlab.stages.select import QuantizationRequest, Selection, check_device, choose_layers
+from quantlab.stages.select import QuantizationRequest, Selection, check_device, check_layers, choose_layers
 from quantlab.vocabulary.capabilities import CUSTOM_ROW
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, dtype_name
 from quantlab.vocabulary.prices import ComponentPrice, Kept, Kind
@@ -48,6 +48,7 @@ def price_component(
     try:  # as a run does, in whose words it is refused
         check_device(request.scheme.format, request.device, request.compute_dtype)
         chosen = choose_layers(request, module)
+        check_layers(request, module, chosen)
     except ConfigError as error:
         asked, refused = _askable(request, unmatched), (str(error),)
         try:

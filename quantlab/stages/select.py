@@ -29,6 +29,9 @@ from quantlab.vocabulary.native import QuantizationConfigMixin
 if TYPE_CHECKING:
     import torch
 
+_CHECK_LAYERS = "check_layers"
+"""The function of a backend's module, where it has one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationRequest:
@@ -176,6 +179,16 @@ def choose_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
         idle_exclusions=idle,
         fallback=_checked_fallback(request, {n: shapes[n] for n in misfits}),
     )
+
+
+def check_layers(request: QuantizationRequest, module: torch.nn.Module, chosen: Selection) -> None:
+    """ConfigError for what the backend asks of a layer beside what the table knows: by its shape, by the dtype that it
+    computes in, and by the device. In a run the backend itself says so, when it is handed the layers."""
+    check = getattr(request.scheme.backend.module, _CHECK_LAYERS, None)
+    if check is not None:
+        found = holders(module, request.read)
+        shapes = {name: found[name].view.matrix_shape for name in chosen.taken}
+        check(chosen.native, shapes, chosen.compute_dtypes, kind_of(request.device))
 
 
 def _offered(request: QuantizationRequest, found: Mapping[str, Holder]) -> tuple[list[str], dict[str, str]]:

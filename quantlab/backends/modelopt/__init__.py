@@ -7,7 +7,7 @@ layer cannot be deep-copied: copy the model before.
 
 from __future__ import annotations
 
-from quantlab.backends.modelopt.calibrate import calibrate
+from quantlab.backends.modelopt.calibrate import calibrate, check_layers
 from quantlab.backends.modelopt.checkpointing import beside
 from quantlab.backends.modelopt.config import NVIDIAModelOptConfig
 from quantlab.backends.modelopt.library import prepare
@@ -25,6 +25,7 @@ __all__ = [
     "beside",
     "build_quant_cfg",
     "calibrate",
+    "check_layers",
     "layer_bytes",
     "load",
     "prepare",

@@ -45,7 +45,7 @@ def calibrate(
         ConfigError: a layer that the scheme cannot take, that never ran, or whose input is not finite.
     """
     named = layers_at(model, layers)
-    _check_layers(named, config)
+    _check_shapes({name: shape_of(layer) for name, layer in named.items()}, config)
     begin(named, config, {name: wanted_dtype(layer, compute_dtype, "modelopt") for name, layer in named.items()})
     loudest: dict[str, Tensor] = {}
     run = _first_pass_checked(named, loudest, _on_the_terminal(model, feed))
@@ -62,10 +62,16 @@ def calibrate(
         done |= part
 
 
-def _check_layers(named: Named, config: NVIDIAModelOptConfig) -> None:
+def check_layers(
+    config: NVIDIAModelOptConfig, shapes: Mapping[str, tuple[int, int]], compute_dtypes: Mapping[str, str], device: str
+) -> None:
+    """ConfigError as :func:`calibrate`, of layers that have no tensors yet."""
+    _check_shapes(shapes, config)
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, int]], config: NVIDIAModelOptConfig) -> None:
     settings = config.algorithm_settings or {}
-    for name, layer in named.items():
-        out_features, in_features = shape_of(layer)
+    for name, (out_features, in_features) in shapes.items():
         rank = settings.get("lowrank", 32)
         if config.algorithm == "svdquant" and rank >= min(out_features, in_features):
             raise ConfigError(

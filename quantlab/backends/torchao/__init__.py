@@ -8,7 +8,7 @@ SmoothQuant and static activation scales are measured on data (``calibrate``).
 from __future__ import annotations
 
 from quantlab.backends.torchao.config import TorchAoConfig
-from quantlab.backends.torchao.quantize import build_ao_config, calibrate, quantize, resolve
+from quantlab.backends.torchao.quantize import build_ao_config, calibrate, check_layers, quantize, resolve
 from quantlab.backends.torchao.readback import read_back
 from quantlab.backends.torchao.sizes import layer_bytes
 from quantlab.backends.torchao.storage import as_stored, flattened, load, save
@@ -21,6 +21,7 @@ __all__ = [
     "as_stored",
     "build_ao_config",
     "calibrate",
+    "check_layers",
     "flattened",
     "layer_bytes",
     "load",

@@ -211,22 +211,32 @@ def _keep_zeros(weight: Tensor) -> None:
 # -- what a scheme asks of a layer
 
 
+def check_layers(
+    config: TorchAoConfig, shapes: Mapping[str, tuple[int, int]], compute_dtypes: Mapping[str, str], device: str
+) -> None:
+    """ConfigError as :func:`quantize`, of layers that have no tensors yet."""
+    for name, shape in shapes.items():
+        _form_of(name, shape, config.of_layer(name), compute_dtypes[name], device)
+
+
 def _checked_form(name: str, layer: nn.Linear, config: TorchAoConfig, dtype: torch.dtype) -> Form:
     """The stored form for one layer; ConfigError naming it where its shape, dtype or device does not do."""
     config = config.of_layer(name)
     kind = config.quant_type["_type"]
     if is_quantized(layer):
         raise ConfigError(f"quant_type={kind}: {name} is already quantized by torchao; load the unquantized model")
-    device = layer.weight.device.type
     out_features, in_features = layer.weight.shape
+    return _form_of(name, (out_features, in_features), config, dtype_name(dtype), layer.weight.device.type)
+
+
+def _form_of(name: str, shape: tuple[int, int], config: TorchAoConfig, dtype: str, device: str) -> Form:
     try:
-        form = layer_form(resolve(config, device, dtype), in_features)
+        form = layer_form(resolve(config, device, dtype), shape[1])
     except ConfigError as error:
-        raise ConfigError(f"{error} (layer {name}, {[out_features, in_features]})") from error
-    if reason := _misfit(form, (out_features, in_features), dtype_name(dtype), device):
+        raise ConfigError(f"{error} (layer {name}, {list(shape)})") from error
+    if reason := _misfit(form, shape, dtype, device):
         raise ConfigError(
-            f"{reason} (layer {name}, {[out_features, in_features]}); exclude it with "
-            "modules_to_not_convert, or choose another dtype"
+            f"{reason} (layer {name}, {list(shape)}); exclude it with modules_to_not_convert, or choose another dtype"
         )
     return form
 
@@ -271,7 +281,8 @@ def _misfit(form: Mapping[str, Any], shape: tuple[int, int], dtype: str, device:
 def _dynamic_float8_misfit(shape: tuple[int, int], device: str) -> str:
     import torch
 
-    if device != "cuda" or torch.cuda.get_device_capability() < (8, 9):
+    is_elsewhere = device == "cuda" and not torch.cuda.is_available()  # a plan
+    if device != "cuda" or (not is_elsewhere and torch.cuda.get_device_capability() < (8, 9)):
         return (
             f"activation_dtype=float8_e4m3: torchao needs CUDA with compute capability 8.9 and this layer is on "
             f"{device}; set activation_dtype=none, or activation_scales=static with calibration data"

@@ -20,7 +20,7 @@ def layer_bytes(config: TorchAoConfig, layer: DenseLayer, dtype: str, compute_dt
     kind, data = form["_type"], form["_data"]
     packed = kind in (OPAQUE, "NF4WeightOnlyConfig", "NVFP4WeightOnlyConfig") or dtype == "mxfp4"
     codes, item = layer.numel // 2 if packed else layer.numel, item_bytes(compute_dtype)
-    num_groups = 1 if kind == FLOAT8_STATIC else layer.rows * _groups_a_row(form, layer)
+    num_groups = 1 if kind == FLOAT8_STATIC else _groups(form, layer)
     if kind == INT4:  # tile-packed: a scale and a zero point of bfloat16 a group
         columns = -(-layer.columns // _TILE_COLUMNS) * _TILE_COLUMNS
         rows = -(-layer.rows // _TILE_ROWS) * _TILE_ROWS
@@ -45,14 +45,16 @@ def layer_bytes(config: TorchAoConfig, layer: DenseLayer, dtype: str, compute_dt
     return StoredBytes(codes=codes, scales=scales, bias_dtype=bias_dtype, is_simulated=is_simulated)
 
 
-def _groups_a_row(form: Mapping[str, Any], layer: DenseLayer) -> int:
+def _groups(form: Mapping[str, Any], layer: DenseLayer) -> int:
     data = form["_data"]
     if "group_size" in data and data["group_size"]:
-        return layer.columns // int(data["group_size"])
+        return layer.rows * (layer.columns // int(data["group_size"]))
     of = data.get("granularity") or data.get("weight_granularity") or {}
-    of = of[-1] if isinstance(of, list) else of
+    of = of if isinstance(of, Mapping) else of[-1]  # that of the inputs, and the weight's
+    if of.get("_type") == "PerTensor":
+        return 1
     size = (of.get("_data") or {}).get("group_size")
-    return layer.columns // int(size) if size else 1
+    return layer.rows * (layer.columns // int(size) if size else 1)
 
 
 def _nf4_scales(layer: DenseLayer, item: int) -> int:

@@ -1,0 +1,140 @@
+"""What the shapes of a model refuse, asked of its outline: in a run's words, with no weights in memory.
+
+A run learns it when its model is loaded and its reference observed, which may take hours; its dry run learns it here.
+Where no outline can be had (a model of the Hub that is not on this disk, a class of its own files), nothing is said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantlab.backends.scheme import Scheme
+from quantlab.errors import ConfigError
+from quantlab.exporting.beforehand import check_outlined
+from quantlab.models.architectures import CONFIG
+from quantlab.models.foreign import check_class
+from quantlab.models.outline import Outline
+from quantlab.models.outlines import outline
+from quantlab.models.pipeline_files import INDEX
+from quantlab.models.repository import folder_here
+from quantlab.models.spared import spared
+from quantlab.modules.gpu_seen import sees_gpu
+from quantlab.modules.read_in_source import reads_in_source
+from quantlab.modules.remembered import remembered
+from quantlab.planning.architectures import shipped_architecture
+from quantlab.planning.components import told_under
+from quantlab.planning.job import Job
+from quantlab.planning.placing import check_streamed
+from quantlab.running.placement import check_largest
+from quantlab.stages.select import QuantizationRequest, Selection, check_device, check_layers, choose_layers
+from quantlab.vocabulary.native import canonical_json
+from quantlab.vocabulary.schema import ExperimentConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class LacksPackages(Exception):
+    """A model could not be built with what a process that only plans imports: one that imports all may tell more."""
+
+
+def refused_by_shape(jobs: Iterable[Job], is_far: bool, is_spared: bool = False) -> dict[str, ConfigError]:
+    """Job -> what its run raises when it comes to quantize, as far as the outline of its model tells.
+
+    ``is_far``: on nodes, whose devices are not known. ``is_spared``: this process does nothing else
+    (:mod:`quantlab.models.spared`); then LacksPackages is raised for a model that cannot be built so.
+    """
+    found: dict[str, ConfigError] = {}
+    outlines: dict[str, Outline | None] = {}
+    for job in jobs:
+        if not job.schemes and job.config.checkpoint is None:
+            continue
+        device = "cpu" if job.config.device == "cpu" or not (is_far or sees_gpu()) else "cuda"
+        key = canonical_json([asdict(job.config.model), device])
+        if key not in outlines:
+            outlines[key] = _outline(job.config, device, is_spared)
+        if (made := outlines[key]) is None:
+            continue
+        try:
+            _check(job, made, device, is_far)
+        except ConfigError as error:
+            found[job.name] = error
+        except Exception:  # noqa: BLE001  whatever a library finds in a module without values: a run has some
+            continue
+    return found
+
+
+def _outline(config: ExperimentConfig, device: str, is_spared: bool) -> Outline | None:
+    model = config.model
+    if shipped_architecture(model.path) is None and model.path and not Path(model.path).expanduser().exists():
+        index = INDEX if model.family == "diffusers" else CONFIG
+        folder = folder_here(model.path, model.revision, index)  # the Hub is not asked
+        if folder is None:
+            return None
+        model = replace(model, path=str(folder))
+    try:
+        with spared() if is_spared else contextlib.nullcontext():
+            return outline(model, device, shipped_architecture)
+    except Exception as error:
+        if is_spared and type(error) is not ConfigError:
+            raise LacksPackages from error
+        return None  # whatever a library raises: loading tells what is wrong
+
+
+def _check(job: Job, made: Outline, device: str, is_far: bool) -> None:
+    config, schemes = job.config, job.components(made.quantized)
+    if not schemes.keys() <= made.components.keys():
+        return
+    if config.checkpoint is not None:
+        check_class(config.checkpoint, made.components, list(schemes))
+        return
+    asked = {name: scheme for name, scheme in schemes.items() if scheme is not None}
+    memory, is_calibrated = config.memory, job.needs_data
+    is_streamed = memory.placement not in ("resident", "spread") and not (memory.placement == "auto" and is_calibrated)
+    if memory.device_gib is not None and is_streamed:
+        check_largest({name: made.components[name] for name in asked}, memory.device_gib)
+    first = [name for name, scheme in asked.items() if scheme.native.needs_data]  # calibrated before others are made
+    selected = {}
+    for name in dict.fromkeys((*first, *asked)):
+        with told_under(job.key_of(name)):
+            selected[name] = request, chosen = _select(job, made, name, asked[name], "" if is_far else device)
+            if not is_far:
+                check_layers(request, made.components[name], chosen)
+    if config.export.path is not None:
+        for name, (request, chosen) in selected.items():
+            check_outlined(request, made.components[name], chosen, made.dtype)
+
+
+def _select(job: Job, made: Outline, name: str, scheme: Scheme, device: str) -> tuple[QuantizationRequest, Selection]:
+    """As :func:`quantlab.stages.select.select_layers` and ``select_streamed``, without tensors. ``device``: "" where it
+    is not known."""
+    module, asked, placement = made.components[name], scheme.axes.compute_dtype, job.config.memory.placement
+    request = QuantizationRequest(
+        component=name,
+        scheme=scheme,
+        compute_dtype=made.dtype if asked == "auto" else asked,
+        device=device or "cuda",
+        default_exclusions=made.default_exclusions.get(name, ()),
+        read=_read(module),
+        typed=job.key_of(name),
+    )
+    if device:
+        check_device(scheme.format, device, request.compute_dtype)
+    if placement in ("streamed", "group_offload"):
+        check_streamed(scheme, placement)
+    try:
+        return request, choose_layers(request, module)
+    except ConfigError as error:  # it may read fewer weights than its code says, which a run sees
+        with contextlib.suppress(ConfigError):
+            unread = replace(request, read=())
+            return unread, choose_layers(unread, module)
+        raise error
+
+
+@remembered
+def _read(module: nn.Module) -> tuple[str, ...]:
+    return reads_in_source(module)
