@@ -51,6 +51,17 @@ CALLS: dict[str, tuple[Callable[[], object], str]] = {
     "no file": (lambda: quantlab.from_pretrained_config(5), r"^config=5: a mapping, a config\.json or the folder"),
     "no mapping": (lambda: quantlab.to_pipeline_config(INT8, {}), r"^configs=QuantoConfig: component -> config is"),
     "no modules": (lambda: quantlab.to_pipeline_config({"a": INT8}, NET), r"^modules=Sequential: component -> module"),
+    "no component": (
+        lambda: quantlab.to_pipeline_config({"transfomer": INT8}, {"transformer": NET, "vae": NET, "scheduler": None}),
+        r"^components\.transfomer: modules has no module of that name; did you mean transformer\?; it has transformer, "
+        r"vae; give pipe\.components$",
+    ),
+    "no module": (
+        lambda: quantlab.to_pipeline_config({"scheduler": INT8}, {"transformer": NET, "scheduler": object()}),
+        r"^components\.scheduler: modules has no module of that name; it has transformer; give pipe\.components$",
+    ),
+    "no name": (lambda: quantlab.to_pipeline_config({0: INT8}), r"^components: 0 is no name of a component, such as tr"),
+    "a path": (lambda: quantlab.to_pipeline_config({"transformer.blocks": INT8}), r"'transformer\.blocks' is no name of"),
     "no config": (lambda: quantlab.to_pipeline_config({"a": "int8"}, {}), r"^components\.a='int8': one of quantlab's"),
 }
 
