@@ -33,6 +33,11 @@ CALLS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: quantlab.run(backend="quanto"),
         r"^backend='quanto': .*; words of the command line go into overrides=\['backend=quanto'\]$",
     ),
+    "an option": (
+        lambda: quantlab.compose(["-m", "dtype=int8,int4"]),
+        r"^overrides: '-m' is an option of the command line; several values of a key are a sweep by themselves$",
+    ),
+    "another option": (lambda: quantlab.run(overrides=["--json"]), r"^overrides: '--json' is an option of the command"),
     "axis to compose": (lambda: quantlab.compose(dtype="int8"), r"overrides=\['dtype=int8'\]$"),
     "quiet": (lambda: quantlab.run("digits_backends", quiet="no"), r"^quiet='no': quantlab\.run takes .* bool there$"),
     "none given": (lambda: quantlab.quantize(NET), r"^quantlab\.quantize: missing a required argument: 'config'; "),

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from quantlab.errors import ConfigError, TrackingError, nearest
 from quantlab.metrics import metric_called
-from quantlab.progress import printable
+from quantlab.progress import counted, printable
 from quantlab.report.attribution import attribution_sheet
 from quantlab.report.compare import compare
 from quantlab.report.comparison_table import show_groups
@@ -183,10 +183,11 @@ class Results(Sequence[RunReport]):
     def _repr_html_(self) -> str:
         parts = [_html_lines(self._unquantized)]
         parts += [_html_table(sheet) for sheet in self._sheets]
-        pictures = []
-        for run in [r for r in self._runs if is_candidate(r)][:MAX_PICTURES]:
+        pictures, left = [], 0
+        for run in filter(is_candidate, self._runs):
             picture = self._reader.read_artifact(run, SAMPLE_GRID)
-            if picture:
+            left += bool(picture) and len(pictures) == MAX_PICTURES
+            if picture and len(pictures) < MAX_PICTURES:
                 data, name = base64.b64encode(picture).decode(), html.escape(printable(run.name, 200))
                 pictures.append(
                     f'<figure style="margin:0;max-width:100%"><figcaption style="max-width:24em">{name}: '
@@ -194,7 +195,8 @@ class Results(Sequence[RunReport]):
                     f'src="data:image/png;base64,{data}"></figure>'
                 )
         shown = f'<div style="display:flex;flex-wrap:wrap;gap:1em;align-items:end">{"".join(pictures)}</div>'
-        return "\n".join([*filter(None, parts), *([shown] if pictures else [])])
+        more = _html_lines([f"... and {counted(left, 'more scheme')} with images: .images has all"] if left else [])
+        return "\n".join([*filter(None, parts), *([shown, more] if pictures else [])])
 
     def _one_html(self, report: RunReport) -> str:
         """Of a single report: as of all of them, and where its numbers are."""

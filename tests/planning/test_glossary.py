@@ -185,4 +185,5 @@ def test_the_beginning_of_a_name_means_the_first_that_begins_so():
     assert nearest("kld", ["kld_p99", "kld_mean", "kl"]) == "; did you mean kld_p99?"
     assert nearest("kld_men", ["kld_p99", "kld_mean"]) == "; did you mean kld_mean?"
     assert nearest("KLD", METRICS) == "; did you mean kld_mean?"
+    assert nearest("torchao int4", ["torchao int8", "torchao int4 g64"]) == "; did you mean torchao int4 g64?"
     assert nearest("nothing", METRICS) == ""
