@@ -64,7 +64,8 @@ def _words(overrides: object) -> list[str]:
         example = ["evaluation=quick", "device=cpu"]
         raise ConfigError(f"overrides={overrides!r}: a list of words is wanted, as {example!r}")
     if options := [word for word in overrides if word.startswith("-")]:
-        way = "several values of a key are a sweep by themselves" if options[0] in ("-m", "--multirun") else "leave it out"
+        is_sweep = options[0] in ("-m", "--multirun")
+        way = "several values of a key are a sweep by themselves" if is_sweep else "leave it out"
         raise ConfigError(f"overrides: {options[0]!r} is an option of the command line; {way}")
     return list(overrides)
 

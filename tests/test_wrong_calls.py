@@ -65,8 +65,14 @@ CALLS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: quantlab.to_pipeline_config({"scheduler": INT8}, {"transformer": NET, "scheduler": object()}),
         r"^components\.scheduler: modules has no module of that name; it has transformer; give pipe\.components$",
     ),
-    "no name": (lambda: quantlab.to_pipeline_config({0: INT8}), r"^components: 0 is no name of a component, such as tr"),
-    "a path": (lambda: quantlab.to_pipeline_config({"transformer.blocks": INT8}), r"'transformer\.blocks' is no name of"),
+    "no name": (
+        lambda: quantlab.to_pipeline_config({0: INT8}),
+        r"^components: 0 is no name of a component, such as tr",
+    ),
+    "a path": (
+        lambda: quantlab.to_pipeline_config({"transformer.blocks": INT8}),
+        r"'transformer\.blocks' is no name of",
+    ),
     "no config": (lambda: quantlab.to_pipeline_config({"a": "int8"}, {}), r"^components\.a='int8': one of quantlab's"),
 }
 
