@@ -259,6 +259,9 @@ def _dispatch(words: list[str], is_last: bool) -> int:
         if {flag, LONG.get(flag, flag)} & flags or (flag == "-h" and words in ([], ["help"])):
             print(text())
             return 0
+    if "--json" in flags and ("--cfg" in flags or rest[:1] in (["init"], ["reference"])):
+        what = "--cfg job, which prints a recipe" if "--cfg" in flags else rest[0]
+        raise ConfigError(f"--json: no such option of {what}; leave it out")
     if rest and rest[0] == "help":
         return show_meanings(rest[1:], flags)
     if rest and rest[0] == "list":

@@ -295,9 +295,10 @@ def show_dry_run(request: Plan, flags: set[str]) -> int:
     from quantlab.report.table import no_columns
     from quantlab.running.dry_run import show_jobs
 
-    code = show_jobs(request, "--trust" in flags, can_ask())
+    as_json = "--json" in flags
+    code = show_jobs(request, "--trust" in flags, can_ask(), as_json)
     for line in no_columns(columns_of(flags)):
-        tell(terminal(), line)
+        print(printable(line), file=sys.stderr) if as_json else tell(terminal(), line)
     return code
 
 

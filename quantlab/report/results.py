@@ -183,7 +183,8 @@ class Results(Sequence[RunReport]):
     def _repr_html_(self) -> str:
         parts = [_html_lines(self._unquantized)]
         parts += [_html_table(sheet) for sheet in self._sheets]
-        pictures, left = [], 0
+        pictures: list[str] = []
+        left = 0
         for run in filter(is_candidate, self._runs):
             picture = self._reader.read_artifact(run, SAMPLE_GRID)
             left += bool(picture) and len(pictures) == MAX_PICTURES
