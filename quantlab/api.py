@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quantlab.errors import ConfigError
+from quantlab.errors import ConfigError, Interrupted
 from quantlab.exporting.load import holds_model
 from quantlab.exporting.load import load as load_model
 from quantlab.planning.job import Plan
@@ -63,6 +63,10 @@ def _words(overrides: object) -> list[str]:
     if not isinstance(overrides, Sequence) or not all(isinstance(word, str) for word in overrides):
         example = ["evaluation=quick", "device=cpu"]
         raise ConfigError(f"overrides={overrides!r}: a list of words is wanted, as {example!r}")
+    if options := [word for word in overrides if word.startswith("-")]:
+        is_sweep = options[0] in ("-m", "--multirun")
+        way = "several values of a key are a sweep by themselves" if is_sweep else "leave it out"
+        raise ConfigError(f"overrides: {options[0]!r} is an option of the command line; {way}")
     return list(overrides)
 
 
@@ -84,11 +88,15 @@ def run(
 
     Raises:
         QuantlabError: a bad request; in a sweep, a failing job is a row with status ``FAILED`` instead.
+        KeyboardInterrupt: stopped by its user; the same call goes on with the jobs that had not finished.
     """
     request = compose(overrides, recipe)
     if request.dry_run:
         show_jobs(request, trust)
-    reports = [] if request.dry_run else run_plan(request, quiet=quiet, trust=trust)
+    try:
+        reports = [] if request.dry_run else run_plan(request, quiet=quiet, trust=trust)
+    except KeyboardInterrupt:
+        raise Interrupted("finished jobs are kept; the same call goes on with the others") from None
     config = request.jobs[0].config
     return Results(reports, lambda: open_reader(config.tracking, Path.cwd(), config.output_dir))
 

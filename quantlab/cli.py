@@ -20,6 +20,7 @@ from quantlab.commands import (
     show_export,
     show_first_recipe,
     show_list,
+    show_meanings,
     show_prices,
     show_reproduction,
     show_status,
@@ -27,13 +28,12 @@ from quantlab.commands import (
 from quantlab.errors import ConfigError, QuantlabError, is_disk_full, nearest
 from quantlab.modules.device import collect_rarely
 from quantlab.planning.completion import SCRIPT, completions
-from quantlab.planning.listing import LISTS, meaning
+from quantlab.planning.listing import LISTS
 from quantlab.planning.places import groups, option_dirs, own_options, recipe_dirs
 from quantlab.planning.plan import plan
 from quantlab.planning.trust import trusted_file
 from quantlab.progress import printable, spell_out
-from quantlab.report.terminal import complain, fitted, tell, terminal
-from quantlab.report.verdicts import RULES
+from quantlab.report.terminal import complain, fitted, terminal
 
 HELP = """quantlab: what does each quantization scheme cost in quality, and what does it
 save in bytes, on your model?
@@ -65,7 +65,7 @@ save in bytes, on your model?
                                       finished, failed; node, attempt, time, log
   quantlab list WHAT [--json]         what there is:
     {lists}
-  quantlab help WORD                  what a word, metric, dtype or algorithm is
+  quantlab help WORD [--json]         what a word, metric, dtype or algorithm is
 
 for example
   quantlab backend=torchao dtype=int4 group_size=64
@@ -237,14 +237,6 @@ def dispatch(words: list[str], is_last: bool = False) -> int:
         return show_reproduction(words[1:])
     if words[:1] == ["status"] and not {"-h", "--help"} & set(words):
         return show_status(words[1:])
-    if words == ["help"]:
-        print(help_text())
-        return 0
-    if words[:1] == ["help"]:
-        whole = " ".join(words[1:])
-        for word in [whole] if whole in RULES else words[1:]:  # a verdict is of several words
-            tell(terminal(), f"{printable(word)}: {meaning(word)}")
-        return 0
     if words[:1] == ["--complete"]:
         print("\n".join(completions(*words[1:3])))
         return 0
@@ -264,9 +256,14 @@ def _dispatch(words: list[str], is_last: bool) -> int:
             f"{unknown[0]}: {HYDRAS_FLAGS.get(unknown[0].partition('=')[0], f'no such option{near}')}; {HELPS}"
         )
     for flag, text in {"-h": help_text, "--version": version, "--info": info, "--shell-completion": script}.items():
-        if {flag, LONG.get(flag, flag)} & flags or (flag == "-h" and not words):
+        if {flag, LONG.get(flag, flag)} & flags or (flag == "-h" and words in ([], ["help"])):
             print(text())
             return 0
+    if "--json" in flags and ("--cfg" in flags or rest[:1] in (["init"], ["reference"])):
+        what = "--cfg job, which prints a recipe" if "--cfg" in flags else rest[0]
+        raise ConfigError(f"--json: no such option of {what}; leave it out")
+    if rest and rest[0] == "help":
+        return show_meanings(rest[1:], flags)
     if rest and rest[0] == "list":
         return show_list(rest[1:], flags)
     if rest and rest[0] == "init":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from quantlab.errors import ConfigError, TrackingError, nearest
 from quantlab.planning.job import Plan
-from quantlab.planning.listing import BRIEF, DEVICES, LISTS, Row, combinations
+from quantlab.planning.listing import BRIEF, DEVICES, LISTS, Row, combinations, meaning
 from quantlab.planning.plan import plan
 from quantlab.planning.trust import is_trusted, question, remember, require_trust
 from quantlab.progress import file_name, printable, progress_bars, under_way
@@ -71,6 +71,23 @@ def show_list(words: Sequence[str], flags: set[str]) -> int:
     ]
     texts = [[_cell(row[key]) for key in keys] for row in rows if row.get("offered", True)]
     show(terminal(), Sheet(columns=columns, rows=texts, caption=[caption]), **_look(flags))
+    return 0
+
+
+def show_meanings(words: Sequence[str], flags: set[str]) -> int:
+    """Print what words are; without one, in JSON, all of the glossary."""
+    if not words:
+        return show_list(["words"], flags)
+    whole = " ".join(words)
+    with contextlib.suppress(ConfigError):
+        meaning(whole)
+        words = [whole]  # a word of several, as a verdict is
+    rows = [{"word": word, "what it is": meaning(word)} for word in words]
+    if "--json" in flags:
+        print(json.dumps(rows, indent=2))
+        return 0
+    for row in rows:
+        tell(terminal(), f"{printable(row['word'])}: {row['what it is']}")
     return 0
 
 
@@ -288,12 +305,13 @@ def show_dry_run(request: Plan, flags: set[str], is_last: bool = False) -> int:
     from quantlab.running.dry_run import show_jobs
     from quantlab.running.outlined import LacksPackages
 
+    as_json = "--json" in flags
     try:
-        code = show_jobs(request, "--trust" in flags, can_ask(), _is_spared(is_last))
+        code = show_jobs(request, "--trust" in flags, can_ask(), is_last=_is_spared(is_last), as_json=as_json)
     except LacksPackages:  # before a line was printed
         return _with_all()
     for line in no_columns(columns_of(flags)):
-        tell(terminal(), line)
+        print(printable(line), file=sys.stderr) if as_json else tell(terminal(), line)
     return code
 
 

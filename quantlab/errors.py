@@ -19,7 +19,12 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib.util
+import itertools
+import os
 import re
+import sys
+import sysconfig
+import types
 from collections.abc import Iterable, Iterator
 
 
@@ -27,6 +32,10 @@ class QuantlabError(Exception):
     """Base of all errors that quantlab raises on purpose."""
 
     exit_code = 1
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython, which asks for it, shows: the user's own lines and the message."""
+        return _in_a_notebook(self)
 
 
 class ConfigError(QuantlabError, ValueError):
@@ -69,6 +78,45 @@ class NotFinite(MetricUndefined):
     def __init__(self, message: str, what: str) -> None:
         super().__init__(message)
         self.what = what
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run from Python that its user stopped."""
+
+    def _render_traceback_(self) -> list[str]:
+        return _in_a_notebook(self)
+
+
+def _in_a_notebook(error: BaseException) -> list[str]:
+    """An error as IPython draws it, without the lines of quantlab and of libraries, and without what it came from (its
+    message tells), unless that was in code of the user's; with ``QUANTLAB_TRACEBACK=1`` all."""
+    draw = sys.modules["IPython"].get_ipython().InteractiveTB.structured_traceback
+    if os.environ.get("QUANTLAB_TRACEBACK") == "1":
+        return [*draw(type(error), error, error.__traceback__, tb_offset=1)]
+    shown = type(error).__new__(type(error), *error.args)
+    vars(shown).update(vars(error))
+    came_from = next(itertools.islice(_origins(error), 1, None), None)
+    is_the_users = came_from is not None and any(map(_is_the_users, _frames(came_from.__traceback__)))
+    shown.__cause__ = came_from if is_the_users else None  # without one, its context is not shown either
+    kept = None
+    for one in reversed([one for one in _frames(error.__traceback__) if _is_the_users(one)]):
+        kept = types.TracebackType(kept, one.tb_frame, one.tb_lasti, one.tb_lineno)
+    where = ["QUANTLAB_TRACEBACK=1 shows where in quantlab"] if isinstance(error, QuantlabError) else []
+    return [*draw(type(error), shown, kept, tb_offset=0), *where]
+
+
+def _frames(first: types.TracebackType | None) -> Iterator[types.TracebackType]:
+    while first is not None:
+        yield first
+        first = first.tb_next
+
+
+def _is_the_users(one: types.TracebackType) -> bool:
+    """Is it code of neither quantlab, nor Python, nor a library that is installed?"""
+    file = one.tb_frame.f_code.co_filename
+    installed = (os.path.dirname(os.path.abspath(__file__)), *sysconfig.get_paths().values())
+    root = str(one.tb_frame.f_globals.get("__name__")).partition(".")[0]
+    return root not in ("quantlab", "IPython") and not any(file.startswith(f"{path}{os.sep}") for path in installed)
 
 
 _DISK_FULL_TEXTS = ("No space left on device", "database or disk is full", "PytorchStreamWriter failed writing file")
@@ -163,8 +211,9 @@ def nearest(word: str, options: Iterable[str]) -> str:
         folded.setdefault(option.casefold(), option)
     if (meant := _MEANT.get(str(word).casefold().rpartition(".")[2])) in folded:
         return f"; did you mean {meant}?"
-    begun = [option for option in folded if option.startswith(f"{str(word).casefold()}_")]  # kld: kld_mean, the first
-    near = begun[:1] or difflib.get_close_matches(str(word).casefold(), folded, 1)
+    start = str(word).casefold()
+    begun = [option for option in folded if option.startswith((f"{start}_", f"{start} "))]  # kld: kld_mean, the first
+    near = begun[:1] or difflib.get_close_matches(start, folded, 1)
     return f"; did you mean {folded[near[0]]}?" if near else ""
 
 

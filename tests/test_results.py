@@ -337,3 +337,14 @@ def test_what_is_evaluated_in_python_shows_itself_and_gives_tables_too(monkeypat
     assert found.images == {}
     with pytest.raises(TrackingError, match="quantlab.run"):
         found.compare()
+
+
+def test_schemes_whose_images_a_notebook_leaves_out_are_counted(here, monkeypatch):
+    monkeypatch.setattr("quantlab.report.results.MAX_PICTURES", 1)
+    found = quantlab.load("latest")
+    with_images = [name for name in found.images if "quantization/coverage" in found[name].stored_metrics]
+    left = len(with_images) - 1
+    assert left > 0
+    text = found._repr_html_()
+    assert text.count("<figure") == 1
+    assert f"... and {left} more scheme{'s' if left > 1 else ''} with images: .images has all" in text

@@ -33,6 +33,11 @@ CALLS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: quantlab.run(backend="quanto"),
         r"^backend='quanto': .*; words of the command line go into overrides=\['backend=quanto'\]$",
     ),
+    "an option": (
+        lambda: quantlab.compose(["-m", "dtype=int8,int4"]),
+        r"^overrides: '-m' is an option of the command line; several values of a key are a sweep by themselves$",
+    ),
+    "another option": (lambda: quantlab.run(overrides=["--json"]), r"^overrides: '--json' is an option of the command"),
     "axis to compose": (lambda: quantlab.compose(dtype="int8"), r"overrides=\['dtype=int8'\]$"),
     "quiet": (lambda: quantlab.run("digits_backends", quiet="no"), r"^quiet='no': quantlab\.run takes .* bool there$"),
     "none given": (lambda: quantlab.quantize(NET), r"^quantlab\.quantize: missing a required argument: 'config'; "),
@@ -51,6 +56,23 @@ CALLS: dict[str, tuple[Callable[[], object], str]] = {
     "no file": (lambda: quantlab.from_pretrained_config(5), r"^config=5: a mapping, a config\.json or the folder"),
     "no mapping": (lambda: quantlab.to_pipeline_config(INT8, {}), r"^configs=QuantoConfig: component -> config is"),
     "no modules": (lambda: quantlab.to_pipeline_config({"a": INT8}, NET), r"^modules=Sequential: component -> module"),
+    "no component": (
+        lambda: quantlab.to_pipeline_config({"transfomer": INT8}, {"transformer": NET, "vae": NET, "scheduler": None}),
+        r"^components\.transfomer: modules has no module of that name; did you mean transformer\?; it has transformer, "
+        r"vae; give pipe\.components$",
+    ),
+    "no module": (
+        lambda: quantlab.to_pipeline_config({"scheduler": INT8}, {"transformer": NET, "scheduler": object()}),
+        r"^components\.scheduler: modules has no module of that name; it has transformer; give pipe\.components$",
+    ),
+    "no name": (
+        lambda: quantlab.to_pipeline_config({0: INT8}),
+        r"^components: 0 is no name of a component, such as tr",
+    ),
+    "a path": (
+        lambda: quantlab.to_pipeline_config({"transformer.blocks": INT8}),
+        r"'transformer\.blocks' is no name of",
+    ),
     "no config": (lambda: quantlab.to_pipeline_config({"a": "int8"}, {}), r"^components\.a='int8': one of quantlab's"),
 }
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.stored import config_from_dict
-from quantlab.errors import ConfigError
+from quantlab.errors import ConfigError, nearest
 from quantlab.vocabulary.native import QuantizationConfigMixin, to_json_data
 
 if TYPE_CHECKING:
@@ -85,10 +85,12 @@ def to_pipeline_config(
     Args:
         configs: component -> native config.
         modules: component -> its module, needed where layers are excluded: the object holds layers' names by the rule
-            of the library that loads the component. Without a module the name says which library that is.
+            of the library that loads the component. ``pipe.components`` is taken as it is. Without modules the names
+            say which library that is, and nothing tells whether the pipeline has such a component.
 
     Raises:
-        ConfigError: beginning with ``components.NAME``, for what that library's class cannot hold.
+        ConfigError: beginning with ``components.NAME``, for what that library's class cannot hold, and for a name that
+            ``modules`` does not have: Diffusers would leave that part of the pipeline unquantized.
     """
     from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 
@@ -103,7 +105,7 @@ def to_pipeline_config(
         raise ConfigError("components: no scheme is given; name a component, as in components.transformer")
     made: dict[str, Any] = {}
     for name, config in configs.items():
-        module = (modules or {}).get(name)
+        module = _named(name, modules)
         if not isinstance(config, QuantizationConfigMixin):
             raise ConfigError(
                 f"components.{name}={config!r}: one of quantlab's configs is wanted, e.g. QuantoConfig('int8')"
@@ -114,6 +116,23 @@ def to_pipeline_config(
         except ConfigError as error:
             raise ConfigError(f"components.{name}: {error}") from error
     return PipelineQuantizationConfig(quant_mapping=made)
+
+
+def _named(name: object, modules: Mapping[str, nn.Module] | None) -> nn.Module | None:
+    """The module of a component; None where no modules were given. ConfigError for a name of none."""
+    from torch import nn
+
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ConfigError(f"components: {name!r} is no name of a component, such as transformer")
+    if not modules:
+        return None
+    known = {key: module for key, module in modules.items() if isinstance(module, nn.Module)}
+    if name not in known:
+        raise ConfigError(
+            f"components.{name}: modules has no module of that name{nearest(name, known)}; it has "
+            f"{', '.join(known) or 'none'}; give pipe.components"
+        )
+    return known[name]
 
 
 def _is_of_transformers(module: nn.Module) -> bool:

@@ -262,6 +262,8 @@ _LISTED = "; quantlab --help lists the groups"
 def _full_key(key: str) -> str:
     axes = {f.name for f in fields(QuantizationAxes)}
     top = {f.name for f in fields(ExperimentConfig)}
+    if key.startswith(tuple(f"{group}." for group in MULTIPLE_GROUPS)):  # a list of its own
+        return f"quantization.{key}"
     return key if "." in key or key in groups() or (key in top and key not in axes) else f"quantization.{key}"
 
 
@@ -303,7 +305,8 @@ def _told_apart(jobs: Sequence[Job]) -> list[Job]:
     def name(job: Job) -> str:
         others = same[job.name]
         varied = [k for k, v in job.point.items() if any(other.point.get(k) != v for other in others)]
-        return f"{job.name} ({' '.join(f'{k}={job.point[k]}' for k in varied)})" if varied else job.name
+        said = (f"{k.removeprefix('quantization.')}={job.point[k]}".replace("'", "") for k in varied)
+        return f"{job.name} ({' '.join(said)})" if varied else job.name
 
     return [replace(job, name=_short(name(job))) for job in jobs]
 

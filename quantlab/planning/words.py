@@ -181,6 +181,8 @@ def _complete(override: str) -> str:
     top = {f.name for f in dataclasses.fields(ExperimentConfig)}
     if key == "quantization_config":
         return f"++quantization.{override}"
+    if key.partition(".")[0] in MULTIPLE_GROUPS and "." in key:
+        return f"++quantization.{override}"
     if key.startswith(OPEN_NODES):
         return f"++{override}"  # Hydra's sign for a new key of a mapping whose keys are free
     if "." in key or key in top or key in groups() or key == "recipe":
@@ -255,6 +257,9 @@ def no_option(group: str, choice: Any) -> str:
         return f"{_shown(choice)}: no dtype is called so{bits}"
     near = own or _near(group, str(choice), options)
     none = f", and {group}=[] for none" if group in MULTIPLE_GROUPS else ""
+    if group in MULTIPLE_GROUPS and not near:
+        entry = str(choice) if isinstance(choice, (str, QuotedString)) else "proj_out"
+        near = f"; layers of your own: quantization.{group}.mine='[{entry}]'"
     return f"{_shown(choice)}: there are {', '.join(options)}{none}{near}"
 
 

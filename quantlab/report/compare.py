@@ -108,9 +108,13 @@ def compare(request: ComparisonRequest, selection: Selection, reader: Reader) ->
     if not groups:
         states = ", ".join(f"{r.name} ({r.status.lower()})" for r in selection.failed[:5])
         there_are = f"; there are {states}" if states else ""
+        alone = (
+            "; each unquantized model is its own reference, also with another model.dtype: backend=none dtype=bfloat16 "
+            "is a cast that is compared with it"
+        )
         raise TrackingError(
-            f"{request.typed}: no finished run of a quantized model to compare{there_are}; run a recipe first, or "
-            "choose another sweep"
+            f"{request.typed}: no finished run of a quantized model to compare{there_are}"
+            f"{alone if selection.groups else ''}; run a recipe first, or choose another sweep"
         )
     return [_compare_group(request, g, label, reader) for g, label in zip(groups, group_labels(groups), strict=True)]
 

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from quantlab.errors import ConfigError, TrackingError, nearest
 from quantlab.metrics import metric_called
-from quantlab.progress import printable
+from quantlab.progress import counted, printable
 from quantlab.report.attribution import attribution_sheet
 from quantlab.report.compare import compare
 from quantlab.report.comparison_table import show_groups
@@ -37,7 +37,7 @@ from quantlab.tracking.record import run_id_of
 from quantlab.tracking.results import Row, layer_columns, report_data, sample_columns, step_columns
 from quantlab.tracking.tags import KIND, PARENT_RUN_ID, REPRODUCES
 from quantlab.tracking.values import flatten
-from quantlab.vocabulary.numbers import FLOORS, flat_metrics
+from quantlab.vocabulary.numbers import FLOORS, flat_metrics, is_scheme
 from quantlab.vocabulary.reports import SHOWN, Measurements, RunReport
 from quantlab.vocabulary.schema import TrackingConfig
 
@@ -183,10 +183,12 @@ class Results(Sequence[RunReport]):
     def _repr_html_(self) -> str:
         parts = [_html_lines(self._unquantized)]
         parts += [_html_table(sheet) for sheet in self._sheets]
-        pictures = []
-        for run in [r for r in self._runs if is_candidate(r)][:MAX_PICTURES]:
+        pictures: list[str] = []
+        left = 0
+        for run in filter(is_candidate, self._runs):
             picture = self._reader.read_artifact(run, SAMPLE_GRID)
-            if picture:
+            left += bool(picture) and len(pictures) == MAX_PICTURES
+            if picture and len(pictures) < MAX_PICTURES:
                 data, name = base64.b64encode(picture).decode(), html.escape(printable(run.name, 200))
                 pictures.append(
                     f'<figure style="margin:0;max-width:100%"><figcaption style="max-width:24em">{name}: '
@@ -194,7 +196,8 @@ class Results(Sequence[RunReport]):
                     f'src="data:image/png;base64,{data}"></figure>'
                 )
         shown = f'<div style="display:flex;flex-wrap:wrap;gap:1em;align-items:end">{"".join(pictures)}</div>'
-        return "\n".join([*filter(None, parts), *([shown] if pictures else [])])
+        more = _html_lines([f"... and {counted(left, 'more scheme')} with images: .images has all"] if left else [])
+        return "\n".join([*filter(None, parts), *([shown, more] if pictures else [])])
 
     def _one_html(self, report: RunReport) -> str:
         """Of a single report: as of all of them, and where its numbers are."""
@@ -244,10 +247,10 @@ class Results(Sequence[RunReport]):
 def next_steps(results: Results, output_dir: str, tracking: TrackingConfig) -> list[str]:
     """What one does after a run: its id and folder, then compare, reproduce, and the store's page; at most 4 lines.
 
-    Without a quantized model there is nothing to compare."""
+    Without a scheme there is nothing to compare."""
     tracked = [r for r in results if r.run_id and r.status == "FINISHED"]
-    quantized = [r for r in tracked if "quantization/coverage" in flat_metrics(r)]
-    asked_for = quantized or [r for r in tracked if r.name not in FLOORS] or tracked
+    schemes = [r for r in tracked if is_scheme(r.name, flat_metrics(r))]
+    asked_for = schemes or [r for r in tracked if r.name not in FLOORS] or tracked
     if not asked_for:
         return []
     last, folders = asked_for[-1], _folders(output_dir)
@@ -257,13 +260,13 @@ def next_steps(results: Results, output_dir: str, tracking: TrackingConfig) -> l
     run_id = sweep or str(last.run_id)
     folder = folder or next((f for f in folders if run_id_of(f) == run_id), None)
     ui = tracking.uri if tracking.uri.startswith("http") else f"mlflow ui --backend-store-uri {tracking.uri}"
-    chosen = f"sweep={sweep}" if sweep else " ".join(str(r.run_id) for r in quantized)
+    chosen = f"sweep={sweep}" if sweep else " ".join(str(r.run_id) for r in schemes)
     has_store = tracking.uri != NO_STORE
     where = f" tracking.uri={shlex.quote(tracking.uri)}" if tracking.uri != TrackingConfig().uri else ""
     where += f" output_dir={shlex.quote(output_dir)}" if not has_store and output_dir != "outputs" else ""
     return [
         f"{'sweep' if sweep else 'run'} {run_id}{f' in {folder}' if folder else ''}",
-        *([f"which is better:  quantlab compare {chosen}{where}"] if quantized else []),
+        *([f"which is better:  quantlab compare {chosen}{where}"] if schemes else []),
         f"run one again:    quantlab reproduce {last.run_id}{where}",
         *([f"look at all:      {ui}"] if has_store else []),
     ]

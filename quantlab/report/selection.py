@@ -33,7 +33,7 @@ from quantlab.tracking.tags import (
     WEIGHTS_SHA256,
 )
 from quantlab.tracking.used import used_params
-from quantlab.vocabulary.numbers import CHECKPOINT_METHOD, FLOORS
+from quantlab.vocabulary.numbers import CHECKPOINT_METHOD, FLOORS, is_scheme
 from quantlab.vocabulary.schema import TrackingConfig
 
 KEYS = ("sweep", "experiment", "metric", "margin", "tracking.uri", "tracking.experiment", "output_dir")
@@ -210,7 +210,12 @@ def select(request: ComparisonRequest, reader: Reader) -> Selection:
 
 
 def is_candidate(run: StoredRun) -> bool:
-    """Was a quantized model measured? The reference and the floors are not candidates."""
+    """Was it asked for: a scheme, or a cast (``backend=none dtype=float16``)? The reference and the floors are not."""
+    return is_scheme(run.name, run.metrics)
+
+
+def is_quantized(run: StoredRun) -> bool:
+    """Was a quantized model measured?"""
     return "quantization/coverage" in run.metrics
 
 

@@ -21,7 +21,7 @@ from quantlab.report.terminal import Column, Sheet
 from quantlab.report.verdicts import TOO_FEW, error_metric, is_inside, largest_floor, less, with_other_batch
 from quantlab.tracking.results import Measured, Row
 from quantlab.tracking.values import flatten
-from quantlab.vocabulary.numbers import metric_value, time_in_words
+from quantlab.vocabulary.numbers import is_scheme, metric_value, time_in_words
 from quantlab.vocabulary.reports import MetricValue
 
 MIB = 1024**2
@@ -120,7 +120,7 @@ def cells(row: Measured, shown: Sequence[str], bounds: bool = True) -> list[str]
         + _shown(metrics.get("memory/bits_per_weight_quantized"), " ({:.2f})"),
         stored_mib(metrics),
         _shown(metrics.get("memory/compression"), "{:.2f}x"),
-        *(_quality(metrics, m, bounds) for m in shown),
+        *(_quality(row, m, bounds) for m in shown),
         _shown(metrics.get("quantization/coverage"), "{:.1f} %", 0.01),
         _shown(metrics.get("perf/evaluate_s"), "{:.1f}"),
     ]
@@ -202,9 +202,10 @@ def _same_digits(value: float, half: float) -> tuple[str, str]:
     return f"{value:z.{digits}f}", f"{half:.{digits}f}"
 
 
-def _quality(metrics: Mapping[str, float], metric: str, bounds: bool) -> str:
+def _quality(row: Measured, metric: str, bounds: bool) -> str:
+    metrics = row["metrics"]
     text = with_interval(metrics, f"quality/{metric}", bounds)
-    return text + ("°" if text and inside_floor(metric, metrics) else "")
+    return text + ("°" if text and is_scheme(row["name"], metrics) and inside_floor(metric, metrics) else "")
 
 
 def with_interval(metrics: Mapping[str, float], name: str, bounds: bool = False) -> str:
@@ -234,10 +235,10 @@ def number_cell(value: MetricValue, possible: tuple[float, float] = ANY, bounds:
 
 
 def inside_floor(metric: str, metrics: Mapping[str, float]) -> bool:
-    """Does a quantized row surely cost no more than another execution of the reference does?"""
+    """Does a scheme surely cost no more than another execution of the reference does?"""
     error = error_metric(metric)
     known = METRICS[error].of_reference
-    if known is None or f"quality/{error}" not in metrics or "quantization/coverage" not in metrics:
+    if known is None or f"quality/{error}" not in metrics:
         return False
     floor = largest_floor(metrics, metric)
     value = with_other_batch(metric_value(metrics, f"quality/{error}"), metrics, error)
@@ -261,7 +262,7 @@ def rows_sheet(
     all_resumed = bool(ran) and all(row.get("resumed") for row in ran)
     for i, row in enumerate(listed):
         texts[i][0] += " (resumed)" if row.get("resumed") and not all_resumed and not is_plain else ""
-        if row["status"] == "FAILED" or "quantization/coverage" not in row["metrics"]:
+        if row["status"] == "FAILED" or not is_scheme(row["name"], row["metrics"]):
             styles[i] = "red" if row["status"] == "FAILED" else "dim"
     left = len(skipped) - MAX_SKIPPED
     untold = f"and {left} more skipped (rows.json)" if left > 0 else ""
@@ -293,7 +294,7 @@ def asked_columns(
 
 def _too_few(rows: Iterable[Measured], shown: Sequence[str]) -> str:
     """A sentence where the samples are too few for any interval."""
-    nums = [row["metrics"].get(f"quality/{shown[0]}/n") for row in rows if "quantization/coverage" in row["metrics"]]
+    nums = [row["metrics"].get(f"quality/{shown[0]}/n") for row in rows if is_scheme(row["name"], row["metrics"])]
     is_few = any(num is not None and num < MIN_CLUSTERS for num in nums)
     return f"{TOO_FEW}: no intervals and no verdicts; take {MIN_CLUSTERS} or more" if is_few else ""
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from quantlab.errors import ConfigError, QuantlabError
 from quantlab.planning.job import Job, Plan
@@ -24,15 +27,17 @@ _NO_TEXT = ("null", "true", "false", "nan", "inf")
 _OF_THE_SWEEP = ("sweep.dry_run", "sweep.candidates", "sweep.grid")
 
 
-def show_jobs(request: Plan, trust: bool = False, asks: bool = False, is_last: bool = False) -> int:
+def show_jobs(
+    request: Plan, trust: bool = False, asks: bool = False, *, is_last: bool = False, as_json: bool = False
+) -> int:
     """Print what a sweep would run, each job with the command that gives it alone, and what it would not run.
 
     The exit code is the run's: 2 where it would refuse impossible combinations, 1 where jobs would fail here. What a
     stranger's recipe decides is told last, so that it can be looked at first: ``asks`` says that the run asks whether
     the user agrees; a run that cannot ask refuses, and so does this, with ConfigError. ``is_last``: nothing else comes
-    in this process; LacksPackages where one that imports all could tell more.
+    in this process; LacksPackages where one that imports all could tell more. ``as_json``: for programs.
     """
-    code = _shown(request, trust, is_last)
+    code = _shown(request, trust, is_last, as_json)
     if trust or is_trusted(request):
         return code
     if not asks:
@@ -41,7 +46,7 @@ def show_jobs(request: Plan, trust: bool = False, asks: bool = False, is_last: b
     return code
 
 
-def _shown(request: Plan, trust: bool, is_last: bool) -> int:
+def _shown(request: Plan, trust: bool, is_last: bool, as_json: bool) -> int:
     with progress_bars():
         under_way("looking at files and the store")
         known = _known(request, trust)
@@ -56,21 +61,25 @@ def _shown(request: Plan, trust: bool, is_last: bool) -> int:
     sweep = request.jobs[0].config.sweep
     trials = sweep.search.num_trials
     searched = f", of which a search runs {min(trials, len(request.jobs))}" if trials else ""
-    print(f"{counted(len(request.jobs), 'job')}{searched}:")
-    for job in request.jobs:
-        is_resumed = job.name in known.resumed
-        mark = " (comes along)" if request.is_sweep and job.comes_along else " (resumed)" if is_resumed else ""
-        print(printable(f"  {job.name}{mark}\n      {alone(job, request, is_resumed, trust)}", lines=True))
-        if job.name in failing:
-            tell(terminal(), f"      fails here: {failing[job.name]}")
-    for one in request.merged:
-        print(printable(f"  one scheme: {' = '.join(one.spellings)} ({one.name})"))
-    for reason in dict.fromkeys(reason for _, reason in request.invalid):
-        for combination in (combination for combination, own in request.invalid if own == reason):
-            print(printable(f"  impossible: {combination}"))
-        tell(terminal(), f"      {reason}")
-    for line in known.lines(len(request.jobs)):
-        tell(terminal(), line)
+    jobs: list[dict[str, Any]] = [
+        {
+            "name": job.name,
+            "comes_along": request.is_sweep and job.comes_along,
+            "resumed": job.name in known.resumed,
+            "command": alone(job, request, job.name in known.resumed, trust),
+            "fails_here": failing.get(job.name),
+        }
+        for job in request.jobs
+    ]
+    told = [*known.lines(len(request.jobs))]
+    if as_json:
+        merged = [{"name": one.name, "spellings": [*one.spellings]} for one in request.merged]
+        impossible = [{"combination": combination, "reason": reason} for combination, reason in request.invalid]
+        data = {"num_trials": trials or None, "jobs": jobs, "one_scheme": merged, "impossible": impossible}
+        print(json.dumps({**data, "told": told}, indent=2))
+    else:
+        print(f"{counted(len(jobs), 'job')}{searched}:")
+        _print(request, jobs, told)
     if not request.invalid or trials or sweep.on_invalid == "skip":
         if not failing or len(request.jobs) - len(failing) >= trials > 0:  # a search may choose the others
             return 0
@@ -82,6 +91,22 @@ def _shown(request: Plan, trust: bool, is_last: bool) -> int:
         file=sys.stderr,
     )
     return ConfigError.exit_code
+
+
+def _print(request: Plan, jobs: Sequence[Mapping[str, Any]], told: Sequence[str]) -> None:
+    for job in jobs:
+        mark = " (comes along)" if job["comes_along"] else " (resumed)" if job["resumed"] else ""
+        print(printable(f"  {job['name']}{mark}\n      {job['command']}", lines=True))
+        if job["fails_here"]:
+            tell(terminal(), f"      fails here: {job['fails_here']}")
+    for one in request.merged:
+        print(printable(f"  one scheme: {' = '.join(one.spellings)} ({one.name})"))
+    for reason in dict.fromkeys(reason for _, reason in request.invalid):
+        for combination in (combination for combination, own in request.invalid if own == reason):
+            print(printable(f"  impossible: {combination}"))
+        tell(terminal(), f"      {reason}")
+    for line in told:
+        tell(terminal(), line)
 
 
 def _known(request: Plan, trust: bool) -> Foreseen:

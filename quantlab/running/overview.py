@@ -23,6 +23,7 @@ from quantlab.tracking.saved_view import saved_view
 from quantlab.tracking.tags import INPUTS_SHA256, NOTE
 from quantlab.tracking.used import used_params
 from quantlab.tracking.values import flatten
+from quantlab.vocabulary.numbers import is_scheme
 from quantlab.vocabulary.reports import RunReport
 
 SHARED = ("recipe", "device", "model.", "dataset.", "evaluation.")
@@ -44,7 +45,7 @@ def log_overview(store: Store, parent: Run, plan: Plan, reports: Sequence[RunRep
                 parent.log_metrics({f"{question}/{name}": value for name, value in metrics.items()})
                 parent.log_params({f"{question}.{name}": value for name, value in params.items()})
         is_new = not all(r["resumed"] for r in rows)  # a sweep that was there already has its page at its first run
-        if is_new and not store.is_lost and any("quantization/coverage" in r["metrics"] for r in rows):
+        if is_new and not store.is_lost and any(is_scheme(r["name"], r["metrics"]) for r in rows):
             _log_page(store, parent)
     except Exception as error:  # noqa: BLE001  a picture of results is no reason to lose them
         if is_disk_full(error):
@@ -72,7 +73,7 @@ def shared_settings(plan: Plan) -> dict[str, str]:
 
 def best_rows(rows: Sequence[Row]) -> dict[str, Row]:
     """``best``: the scheme closest to the reference; ``smallest_in_floor``: the smallest without measurable loss."""
-    done = [r for r in rows if r["status"] == "FINISHED" and "quantization/coverage" in r["metrics"] and r["protocol"]]
+    done = [r for r in rows if r["status"] == "FINISHED" and is_scheme(r["name"], r["metrics"]) and r["protocol"]]
     asked = [{k: v for k, v in flatten(r["params"]).items() if k.startswith(SHARED)} for r in done]
     if not done or any(settings != asked[0] for settings in asked):  # rows on other inputs have no best one
         return {}

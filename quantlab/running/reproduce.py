@@ -24,7 +24,7 @@ from quantlab.planning.recipe import own_paths
 from quantlab.planning.words import override_text
 from quantlab.report.reading import FolderReader, Reader, StoredRun, experiment_id, json_object, open_reader, read_json
 from quantlab.report.reproduction import Reproduction, RunNumbers, compare_runs
-from quantlab.report.selection import children, is_candidate
+from quantlab.report.selection import children, is_quantized
 from quantlab.running.job import floor_row, open_run, run_job
 from quantlab.running.resume import content_key
 from quantlab.running.sweep import open_session, told_apart
@@ -206,7 +206,7 @@ def finished_job(reader: Reader, run_id: str, verb: str, experiment: str) -> Sto
 def _latest(reader: Reader, verb: str, experiment: str) -> StoredRun:
     found = reader.of_experiment(experiment_id(reader, experiment, f"tracking.experiment={experiment}"), {KIND: "job"})
     for run in found:
-        if run.status == "FINISHED" and is_candidate(run) and REPRODUCES not in run.tags:
+        if run.status == "FINISHED" and is_quantized(run) and REPRODUCES not in run.tags:
             return run
     raise TrackingError(
         f"{verb} {LATEST}: no finished job of experiment {experiment} in {reader.uri} is quantized; run one, or give "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from quantlab.progress import say
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.compare import answers, compare
 from quantlab.report.reading import Reader, StoredRun, open_reader, read_json
-from quantlab.report.selection import ComparisonRequest, select
+from quantlab.report.selection import ComparisonRequest, is_candidate, is_quantized, select
 from quantlab.report.verdicts import IN_FLOOR
 from quantlab.running.forecast import bytes_to_run
 from quantlab.running.job import make, planned_bytes
@@ -223,7 +224,9 @@ def _winner(session: Session, config: ExperimentConfig, reports: Sequence[RunRep
     request = ComparisonRequest(sweep=session.parent_run_id, tracking=settings)
     try:
         reader = open_reader(settings, Path.cwd(), config.output_dir)
-        groups = compare(request, select(request, reader), reader)
+        selection = select(request, reader)  # without casts: there is no file of those
+        kept = (tuple(r for r in group if is_quantized(r) or not is_candidate(r)) for group in selection.groups)
+        groups = compare(request, replace(selection, groups=tuple(kept)), reader)
     except TrackingError as error:
         return None, str(error)
     smallest = [(group, name) for group in groups for question, name in answers(group) if IN_FLOOR in question]

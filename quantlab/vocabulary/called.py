@@ -32,8 +32,7 @@ def called_in_words(
     def decorate(function: Callable[_P, _T]) -> Callable[_P, _T]:
         signature = inspect.signature(function)
 
-        @functools.wraps(function)
-        def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        def check(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             name = f"quantlab.{function.__name__}"
             takes = f"{name} takes {', '.join(signature.parameters)}"
             for word, value in kwargs.items():
@@ -56,7 +55,11 @@ def called_in_words(
                         "None" if one is types.NoneType else getattr(one, "__name__", "") for one in wanted
                     )
                     raise ConfigError(f"{word}={repr(value)[:80]}: {name} takes a value of {listed} there")
-            return function(*args, **kwargs)
+
+        @functools.wraps(function)
+        def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+            check(args, kwargs)
+            return function(*args, **kwargs)  # alone: a traceback of others' errors shows the lines around it
 
         return call
 

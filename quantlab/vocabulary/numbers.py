@@ -33,6 +33,14 @@ cost on top of it (``evaluation.attribute``)."""
 FLOORS = (FLOOR_BF16, FLOOR_BATCH, FLOOR_ATTENTION, FLOOR_FP32, FLOOR_DEVICE)
 """Rows of other executions of the reference; their numbers are ``quality/<floor>/...`` in every row."""
 
+_COVERAGE = "quantization/coverage"
+
+
+def is_scheme(name: str, metrics: Mapping[str, float]) -> bool:
+    """Is a row one of what was asked for: a scheme, or a cast (``backend=none dtype=float16``)? Reference and floors,
+    which come along, are none."""
+    return _COVERAGE in metrics or (bool(metrics) and name.split(" #")[0] not in (REFERENCE, *FLOORS))
+
 
 def flat_metrics(report: RunReport) -> dict[str, float]:
     """Every number of a report by its MLflow name; what was not measured is absent."""
@@ -140,7 +148,7 @@ def _quantization_metrics(q: QuantizationReport) -> dict[str, float | int | None
     numel = sum(r.num_weights for r in stored)
     errors = [r.weight_rel_error for r in done if r.weight_rel_error is not None]
     return {
-        "quantization/coverage": q.coverage,
+        _COVERAGE: q.coverage,
         "quantization/num_layers": len(done),
         "quantization/num_skipped": sum(r.status == "skipped" for r in q.layers),
         "quantization/num_fallback": sum(r.status == "fallback" for r in q.layers),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -69,6 +70,38 @@ def test_every_verdict_and_every_column_of_a_comparison_is_explained(tmp_path):
     shell = Shell(tmp_path)
     assert shell("help", "inside", "the", "floor") == shell("help", "inside the floor")
     assert len(shell("help", "floor", "front")[1].splitlines()) == 2
+
+
+def test_help_in_json_is_rows_as_those_of_the_list_of_words(tmp_path):
+    shell = Shell(tmp_path)
+    code, out, err = shell("help", "floor", "front", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == [{"word": word, "what it is": meaning(word)} for word in ("floor", "front")]
+    assert json.loads(shell("help", "--json", "p", "(Holm)")[1])[0]["word"] == "p (Holm)"
+    assert shell("help", "--json") == shell("list", "words", "--json")
+
+
+def test_help_takes_the_options_of_all_commands_and_no_others(tmp_path):
+    shell = Shell(tmp_path)
+    for option in ("-q", "--plain", "--wide"):
+        assert shell("help", option, "floor") == shell("help", "floor")
+    assert shell("help", "floor", "-h") == shell("--help")
+    code, out, err = shell("help", "floor", "--jso")
+    assert (code, out) == (2, "")
+    assert err.startswith("quantlab: --jso: no such option; did you mean --json?")
+
+
+@pytest.mark.parametrize("words", [("confidence", "interval"), ("p", "(Holm)"), ("near", "the", "floor")])
+def test_a_word_of_several_needs_no_quotes(tmp_path, words):
+    shell = Shell(tmp_path)
+    assert shell("help", *words) == shell("help", " ".join(words))
+    assert len(shell("help", *words)[1].splitlines()) == 1
+
+
+def test_an_unknown_word_among_others_is_told_before_any_is_explained(tmp_path):
+    code, out, err = Shell(tmp_path)("help", "floor", "flor")
+    assert (code, out) == (2, "")
+    assert err.startswith("quantlab: help flor: no such word; did you mean floor?")
 
 
 def test_a_metric_without_a_unit_has_none_in_brackets():
@@ -152,4 +185,5 @@ def test_the_beginning_of_a_name_means_the_first_that_begins_so():
     assert nearest("kld", ["kld_p99", "kld_mean", "kl"]) == "; did you mean kld_p99?"
     assert nearest("kld_men", ["kld_p99", "kld_mean"]) == "; did you mean kld_mean?"
     assert nearest("KLD", METRICS) == "; did you mean kld_mean?"
+    assert nearest("torchao int4", ["torchao int8", "torchao int4 g64"]) == "; did you mean torchao int4 g64?"
     assert nearest("nothing", METRICS) == ""
