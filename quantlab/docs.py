@@ -34,8 +34,9 @@ from quantlab.report.reading import open_reader
 from quantlab.report.said_first import said_first
 from quantlab.report.selection import parse_request, select
 from quantlab.report.table import cells, columns, headline, legend, markdown, said_beside
+from quantlab.running.choice import most_on_device
 from quantlab.running.first_recipe import recipe_text
-from quantlab.running.forecast import forecast
+from quantlab.running.forecast import book_of, forecast, phases_of_floors
 from quantlab.tracking import find_records
 from quantlab.tracking.results import SweepResults
 from quantlab.tracking.tags import KIND, RECIPE
@@ -264,12 +265,17 @@ def foreign_block(file: Path) -> str:
 
 
 def needs(recipe: Path) -> str:
-    """GiB of a GPU that the largest phase of a recipe takes: with the model whole there, and part by part if less."""
+    """GiB of a GPU that the largest phase of a recipe takes, and a floor: with the model whole there, and part by part
+    if less."""
     request = plan([f"recipe={recipe}", "sweep.dry_run=true"])
-    largest: dict[str, list[int]] = {"alone": [], "whole": []}
+    config = request.jobs[0].config
+    floors = phases_of_floors(book_of(config), config).values()
+    largest: dict[str, list[int]] = {
+        "whole": [min(most_on_device(phases["resident"]) for phases in floors)],
+        "alone": [min(most_on_device(phases["alone"]) for phases in floors)],
+    }
     for price in forecast(request):
-        told = {name: rows for name, rows in price.phases.items() if name != "group_offload"}
-        peaks = {name: max(p.device_bytes for p in rows) for name, rows in told.items()}
+        peaks = {name: most_on_device(rows) for name, rows in price.phases.items() if name != "group_offload"}
         largest["whole"].append(min(peak for name, peak in peaks.items() if name != "alone"))
         largest["alone"].append(min(peaks.values()))
     whole, alone = (-(-max(largest[name]) // 2**30) for name in ("whole", "alone"))
