@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.models.causal_lm import network_of
 from quantlab.models.loaded import LoadedModel
-from quantlab.progress import say
+from quantlab.progress import say, under_way
 from quantlab.vocabulary.schema import EvaluationConfig
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def continued(model: LoadedModel, input_ids: Tensor, evaluation: EvaluationConfi
     module: Any = network_of(model.components["model"])  # of the call's arguments quantlab's own type has two
     try:
         found = _continued(module, prompts, num, has_cache=True)
+        under_way("checking the continuations by one call")
         if not _is_said(module, found, prompts.shape[1]):
             found = _continued(module, prompts, num, has_cache=False)
     except (AttributeError, TypeError, ValueError, NotImplementedError) as error:  # BLT makes none of its configuration
@@ -61,7 +62,8 @@ def _continued(module: Any, prompts: Tensor, num: int, has_cache: bool) -> Tenso
 
     ids, cache = prompts, None
     with torch.no_grad():
-        for _ in range(num):
+        for done in range(num):
+            under_way(f"continuing prompts: {done} of {num} tokens")
             given = ids if cache is None else ids[:, -1:]
             answer = module(input_ids=given, **({"past_key_values": cache} if has_cache else {}), use_cache=has_cache)
             cache = getattr(answer, "past_key_values", None) if has_cache else None

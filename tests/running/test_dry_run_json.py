@@ -22,7 +22,10 @@ def test_it_says_what_the_text_says(shell: Shell):
     assert data["impossible"][0]["reason"].startswith("dtype=nf4: quanto offers int8")
     assert [job["name"] for job in data["jobs"]] == ["quanto int8", "torchao int8", "torchao nf4"]
     assert all(job["command"] in text for job in data["jobs"])
-    assert not any(job["resumed"] or job["comes_along"] or job["fails_here"] for job in data["jobs"])
+    assert not any(job["resumed"] or job["comes_along"] for job in data["jobs"])
+    *fitting, too_small = (job["fails_here"] for job in data["jobs"])
+    assert fitting == [None, None]
+    assert too_small.startswith("dtype=nf4: 1 layer of transformer cannot be stored as torchao nf4: proj_out_2")
     assert "the run refuses 1 of 4 combinations" in err
 
 
