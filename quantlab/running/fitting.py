@@ -70,6 +70,11 @@ class Fitting:
     def _changes(self, job: Job) -> Iterator[Change]:
         """Other requests, the nearest first."""
         yield from self._tiled((), job)
+        if job.needs_data and job.config.calibration.num_evidence_calls:
+            calibration = replace(job.config.calibration, num_evidence_calls=0)
+            unseen = replace(job, config=replace(job.config, calibration=calibration))
+            yield ("calibration.num_evidence_calls=0",), unseen
+            yield from self._tiled(("calibration.num_evidence_calls=0",), unseen)
         others = list(self._other_schemes(job))
         yield from others
         for words, changed in others:

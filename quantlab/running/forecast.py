@@ -185,7 +185,10 @@ def _price(book: Book, job: Job) -> Price:
     axes = [scheme.axes for scheme in schemes.values() if scheme is not None] or [job.config.quantization]
     budget, evaluation = book.budget_for(job.config), job.evaluation
     available = budget.get("device_bytes", 0)
-    rows = phases(made, components, evaluation, needs_of(job.schemes), available, device, job.plain_attention)
+    is_looked_at = job.config.calibration.num_evidence_calls > 0
+    rows = phases(
+        made, components, evaluation, needs_of(job.schemes), available, device, job.plain_attention, is_looked_at
+    )
     shares: tuple[Share, ...] = ()
     if job.config.memory.placement == "spread":
         num = _num_devices(job.config)

@@ -56,6 +56,30 @@ def test_an_advice_keeps_what_was_typed_beside_the_dtype():
     assert price.advice.startswith("dtype=int4 algorithm=auto "), "what is calibrated wants the whole model"
 
 
+CALIBRATED = ["model=sdxl", "backend=torchao", "dtype=int8", "algorithm=smoothquant", "evaluation.height=1024"]
+
+
+def test_what_looks_at_layers_beside_the_plain_algorithm_is_a_phase():
+    """The reference, the candidate, and the same bits by the plain algorithm."""
+    [price] = prices(*CALIBRATED, "evaluation.width=1024")
+    made = sum(part.memory.weights_bytes for part in price.components if part.scheme)
+    whole = sum(part.original_bytes for part in price.components)
+    for placement, beside in (("resident", whole), ("alone", price.components[0].original_bytes)):
+        row = next(row for row in price.phases[placement] if row.name == "evidence")
+        assert row.device_bytes - row.activation_bytes == beside + 2 * made, placement
+    [without] = prices(*CALIBRATED, "evaluation.width=1024", "calibration.num_evidence_calls=0")
+    assert "evidence" not in {row.name for rows in without.phases.values() for row in rows}
+    [plain] = prices("model=sdxl", "backend=torchao", "dtype=int8")
+    assert "evidence" not in {row.name for rows in plain.phases.values() for row in rows}
+
+
+def test_where_it_is_what_has_no_room_it_is_left_out():
+    budget = ["evaluation.width=1024", "memory.placement=alone", "memory.device_gib=10.5"]
+    [price] = prices(*CALIBRATED, *budget)
+    assert price.advice.startswith("calibration.num_evidence_calls=0 would fit (alone, ")
+    assert prices(*CALIBRATED, *budget, "calibration.num_evidence_calls=0")[0].fits
+
+
 def test_a_model_that_is_trained_here_has_one_placement():
     [price] = prices("model=digits_dit", "backend=quanto", "dtype=int8", "memory.device_gib=0.1")
     assert list(price.phases) == ["resident"]
