@@ -5,11 +5,11 @@ They take more than the jobs that they are for: another batch size, attention wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from quantlab.planning.components import names_of
 from quantlab.planning.job import Job, floor_jobs
-from quantlab.running.choice import WHOLE, Phases, first_fitting, has_room, needs
+from quantlab.running.choice import ORDER, WHOLE, Phases, first_fitting, has_room, needs
 from quantlab.vocabulary.numbers import REFERENCE
 from quantlab.vocabulary.schema import ExperimentConfig
 
@@ -19,21 +19,25 @@ def floors_of(config: ExperimentConfig, dtype: str, default: Sequence[str]) -> l
     return [job for job in floor_jobs(config, dtype, names_of(config, default)) if job.name != REFERENCE]
 
 
-def left_out(floors: Mapping[str, Phases], placement: str, device_bytes: int, said: str) -> dict[str, str]:
+def left_out(
+    floors: Mapping[str, Phases], jobs: Iterable[Phases], placement: str, device_bytes: int, said: str
+) -> dict[str, str]:
     """Name of each floor that has no room on the device -> why it is left out.
 
     Args:
         floors: name -> its phases in each placement.
+        jobs: the same of each job on the model: another placement is advised where all of them have room, too.
         placement: that of the model. Beside one that is whole on the device a floor is a copy, never streamed.
         said: what there is, in words.
     """
     name, budget = WHOLE[0] if placement in WHOLE else placement, {"device_bytes": device_bytes}
-    found = {}
+    every, found = [*jobs], {}
+    others = [n for n in ORDER if n not in WHOLE and all(n in job and has_room(job[n], budget) for job in every)]
     for floor, phases in floors.items():
         if name not in phases or has_room(phases[name], budget):
             continue
-        other = first_fitting(phases, budget)
-        way_out = f"; memory.placement={other} has room for it" if other not in ("", *WHOLE) else ""
+        other = first_fitting(phases, budget, others)
+        way_out = f"; memory.placement={other} has room for it" if other else ""
         found[floor] = f"{floor}: left out, as {needs(phases, name)} and {said}{way_out}"
     rest = "verdicts use the other floors" if len(found) < len(floors) else "no floor is left to judge by"
     return {floor: f"{told}; {rest}" for floor, told in found.items()}

@@ -146,7 +146,8 @@ def with_floors(price: Price, book: Book, config: ExperimentConfig) -> Price:
         return price
     typed = config.memory.device_gib
     said = f"{gib(available)} are free" if typed is None else f"memory.device_gib={typed:g}"
-    return replace(price, left_out=left_out(phases_of_floors(book, config), price.placement, available, said))
+    floors = phases_of_floors(book, config)
+    return replace(price, left_out=left_out(floors, [price.phases], price.placement, available, said))
 
 
 def phases_of_floors(book: Book, config: ExperimentConfig) -> Mapping[str, Phases]:

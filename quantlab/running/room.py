@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,27 +40,25 @@ def needed(model: LoadedModel, jobs: Sequence[Job], budget: Mapping[str, int]) -
     found: list[Phases] = []
     for job in jobs:
         book = Book(outline=outline_of(model, twins, job.config), device=model.device, budget=budget)
-        try:
-            phases = phases_of(book, job)
-        except ConfigError:  # what is wrong with a job is told in its own row
-            continue
-        found.append({name: rows for name, rows in phases.items() if name in ORDER})
+        for phases in _phases_of(book, [job]):
+            found.append({name: rows for name, rows in phases.items() if name in ORDER})
     return found
 
 
 def floors_without_room(
-    model: LoadedModel, config: ExperimentConfig, budget: Mapping[str, int] | None, where: str
+    model: LoadedModel, jobs: Sequence[Job], budget: Mapping[str, int] | None, where: str
 ) -> dict[str, str] | None:
     """Name of a floor -> why it is left out; None where nothing says what there is, or for a model on several devices.
 
     Args:
         model: before it has hooks of a placement.
+        jobs: those that share it.
         budget: what a run may use of the device, with what of the model is there already.
         where: the placement that is chosen; "" where the model is whole on the device.
     """
     if budget is None or where == "spread":
         return None
-    modules, available = modules_of(model), budget["device_bytes"]
+    modules, available, config = modules_of(model), budget["device_bytes"], jobs[0].config
     outline = outline_of(model, modules, config)
     if all(_has_plenty(outline, job, available) for job in floors_of(config, outline.dtype, outline.quantized)):
         return {}
@@ -67,7 +66,14 @@ def floors_without_room(
     book = Book(outline=replace(outline, components=twins), device=model.device, budget=budget)
     typed = config.memory.device_gib
     said = f"{gib(available)} are there" if typed is None else f"memory.device_gib={typed:g}"
-    return left_out(phases_of_floors(book, config), where or WHOLE[0], available, said)
+    floors = phases_of_floors(book, config)
+    return left_out(floors, _phases_of(book, jobs), where or WHOLE[0], available, said)
+
+
+def _phases_of(book: Book, jobs: Sequence[Job]) -> Iterator[Phases]:
+    for job in jobs:
+        with contextlib.suppress(ConfigError):  # what is wrong with a job is told in its own row
+            yield phases_of(book, job)
 
 
 def without_float32(model: LoadedModel, settings: MemoryConfig) -> dict[str, str]:

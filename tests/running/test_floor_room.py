@@ -58,7 +58,7 @@ def left_by_a_run(words, cache):
     config = jobs[0].config
     model, where = load_placed(config, "cpu", cache, lambda *_: None, jobs)
     model = replace(model, device="cpu")
-    return floors_without_room(model, config, available(model, config.memory), where)
+    return floors_without_room(model, jobs, available(model, config.memory), where)
 
 
 def thresholds(words):
@@ -105,6 +105,21 @@ def test_where_none_is_left_that_is_said(words):
     told = [*price.left_out.values()]
     assert [line.endswith("; no floor is left to judge by") for line in told] == [len(told) == len(FLOORS)] * len(told)
     assert forecast(plan([*words, within(smallest), "sweep.floors=false"]))[0].left_out == {}
+
+
+def test_no_placement_is_advised_that_the_job_cannot_have(tmp_path, monkeypatch):
+    """What is calibrated wants the whole model."""
+    monkeypatch.chdir(tmp_path)
+    plain = language(tmp_path)
+    calibrated = ["backend=modelopt", "dtype=int4", "algorithm=awq_lite", "calibration.num_evidence_calls=0"]
+    [_, most] = sorted(thresholds(plain))[-2:]
+    budget = within(most - 1)
+    [told] = forecast(plan([*plain, budget]))[0].left_out.values()
+    assert "; memory.placement=group_offload has room for it; " in told
+    [told] = forecast(plan([*[w for w in plain if not w.startswith(("backend", "dtype"))], *calibrated, budget]))[
+        0
+    ].left_out.values()
+    assert "memory.placement" not in told
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
