@@ -165,6 +165,7 @@ def _with_all() -> int:
 
 def show_first_recipe(words: Sequence[str]) -> int:
     """Write a recipe for a model of one's own, and say what is done with it."""
+    from quantlab.running.first_look import first_look
     from quantlab.running.first_recipe import first_recipe, left_open
 
     with progress_bars():
@@ -175,6 +176,8 @@ def show_first_recipe(words: Sequence[str]) -> int:
     print(f"{told}: {len(planned.jobs)} candidates that fit the model's shapes; read it, change it, then")
     print(f"what it would run:  quantlab recipe={told}{of_ones_own} sweep.dry_run=true")
     print(f"will it fit:        quantlab plan recipe={told}{of_ones_own}")
+    if fewer := first_look(planned.jobs[0].config):
+        print(f"a first look:       quantlab recipe={told}{of_ones_own} {' '.join(fewer)}")
     print(f"run it:             quantlab recipe={told}{of_ones_own}")
     return 0
 

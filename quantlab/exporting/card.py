@@ -19,6 +19,7 @@ from quantlab.progress import printable
 from quantlab.report.table import headline
 from quantlab.report.verdicts import error_metric, is_inside, largest_floor, less, with_other_batch
 from quantlab.tracking.results import Row
+from quantlab.vocabulary.amounts import in_mib
 from quantlab.vocabulary.numbers import metric_value
 from quantlab.vocabulary.reports import LayerReport
 
@@ -190,7 +191,7 @@ def _kept(rows: Sequence[LayerReport]) -> list[str]:
 def _bytes(described: Described, num_bytes: int) -> str:
     metrics = described.row["metrics"]
     rows = {"files": num_bytes, "weights in memory": metrics.get("memory/weights_bytes"), **described.memory_bytes}
-    lines = [f"| {k} | {int(v):,} | {v / 2**20:.1f} MiB |" for k, v in rows.items() if v is not None]
+    lines = [f"| {k} | {int(v):,} | {in_mib(v)} |" for k, v in rows.items() if v is not None]
     if (bits := metrics.get("memory/bits_per_weight_model")) is not None:
         lines.append(f"| bits per weight | {bits:.2f} | of the quantized components, whole |")
     return "\n".join(["## Bytes", "", "| | bytes | |", "|---|---|---|", *lines])

@@ -32,6 +32,7 @@ from quantlab.models.loaded import LoadedModel
 from quantlab.models.pipeline_call import pipeline_of
 from quantlab.planning.job import Job
 from quantlab.tracking.tags import EXPORT_LOADS_WITH, EXPORT_OUTPUTS, EXPORT_PATH
+from quantlab.vocabulary.amounts import in_mib
 from quantlab.vocabulary.native import QuantizationConfigMixin
 from quantlab.vocabulary.reports import QuantizationReport
 
@@ -71,7 +72,7 @@ class Exported:
         found = self.verified
         outputs = "outputs identical" if found.outputs_identical else f"outputs: {found.said}"
         return [
-            f"exported: {self.folder} ({self.num_bytes / 2**20:.1f} MiB)",
+            f"exported: {self.folder} ({in_mib(self.num_bytes)})",
             f"loads with {found.loads_with}; bits identical ({found.num_tensors} tensors), {outputs}",
         ]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from quantlab.metrics import bounds_of
-from quantlab.report.table import MARKS, mib, number_cell, stored_mib, title_of
+from quantlab.report.table import MARKS, number_cell, stored_mib, title_of
 from quantlab.report.terminal import Column, Sheet
 from quantlab.tracking.results import Measured
+from quantlab.vocabulary.amounts import mib
 from quantlab.vocabulary.numbers import ALONE, ON_TOP, metric_value
 
 

@@ -135,10 +135,12 @@ def verdict_text(v: Verdict, group: Comparison) -> str:
 
 
 def told_pairs(group: Comparison) -> list[Verdict]:
-    """The pairs, those that cannot be told apart first; of too few samples the answers tell already."""
+    """The pairs, those that cannot be told apart first; of too few samples the answers tell already, of an algorithm
+    and its plain twin the twins."""
     order = (SAME, IN_FLOOR, IN_MARGIN, NEAR_FLOOR, BETTER_BY_RANK, WORSE_BY_RANK)
     place = {text: i for i, text in enumerate(order)}
-    told = [v for v in group.pairs if v.text != TOO_FEW]
+    twins = {frozenset((v.a, v.b)) for v in group.twins}
+    told = [v for v in group.pairs if v.text != TOO_FEW and frozenset((v.a, v.b)) not in twins]
     return sorted(told, key=lambda v: place.get(v.text, len(order)))
 
 

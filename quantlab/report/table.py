@@ -21,10 +21,10 @@ from quantlab.report.terminal import Column, Sheet
 from quantlab.report.verdicts import TOO_FEW, error_metric, is_inside, largest_floor, less, with_other_batch
 from quantlab.tracking.results import Measured, Row
 from quantlab.tracking.values import flatten
+from quantlab.vocabulary.amounts import mib
 from quantlab.vocabulary.numbers import is_scheme, metric_value, time_in_words
 from quantlab.vocabulary.reports import MetricValue
 
-MIB = 1024**2
 MAX_SKIPPED = 8  # rows of impossible combinations that a terminal shows
 MARKS = {
     "(": "MiB, bits/weight: of the quantized components, whole (of their quantized layers)",
@@ -130,12 +130,6 @@ def stored_mib(metrics: Mapping[str, float]) -> str:
     """What a scheme stores, as a cell under MiB and in a sentence: marked where its format is simulated."""
     found = metrics.get("memory/weights_bytes")
     return "" if found is None else f"{'~' if metrics.get('memory/is_simulated') else ''}{mib(found)}"
-
-
-def mib(num_bytes: float) -> str:
-    """Bytes as a cell under MiB: two digits behind the point, and of small modules two that say something."""
-    value = num_bytes / MIB
-    return f"{value:#.2g}" if 0 < abs(value) < 0.095 else f"{value:.2f}"
 
 
 def _shown(value: float | None, pattern: str, unit: float = 1.0) -> str:

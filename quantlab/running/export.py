@@ -17,6 +17,7 @@ from quantlab.exporting.whole import Exported
 from quantlab.planning.job import Job
 from quantlab.report.reading import Reader, StoredRun, open_reader, read_json
 from quantlab.running.forecast import bytes_to_run
+from quantlab.running.outlined import refused_by_shape
 from quantlab.running.reproduce import KEYS, finished_job, may_be_set, rebuilt, with_weights
 from quantlab.running.sweep import open_session
 from quantlab.running.winner import bench_for, made_and_exported, stored_picture
@@ -83,6 +84,7 @@ def export_run(request: ExportRequest) -> Exported:
         job = rebuilt(said, reader, run, read_json(reader, run, "environment.json"), scratch, "export")
         if not job.schemes:
             raise ConfigError(f"export {run.run_id}: {run.name!r} is not quantized; give the id of a run that is")
+        _check_shapes(job, request.target)
         with open_session(job.config, request.quiet) as session:
             job = replace(job, config=with_weights(job.config, session, run, scratch, "export"))
             recorded = read_json(reader, run, "layers.json")
@@ -91,6 +93,13 @@ def export_run(request: ExportRequest) -> Exported:
             exported = made_and_exported(session, bench, job, request.target, described, run, recorded)
             tracking.annotate(session.store, run.run_id, exported.metrics, exported.tags)
             return exported
+
+
+def _check_shapes(job: Job, target: str) -> None:
+    """ConfigError for what no loader reads by its shapes, before the candidate is made (and calibrated) once more."""
+    asked = replace(job, config=replace(job.config, export=replace(job.config.export, path=target)))
+    for error in refused_by_shape([asked], is_far=False).values():
+        raise error
 
 
 def _experiment(words: Mapping[str, str]) -> str:

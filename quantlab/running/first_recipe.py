@@ -32,11 +32,12 @@ from quantlab.planning.trust import remember
 from quantlab.planning.words import parse
 from quantlab.progress import printable
 from quantlab.quiet import quiet_libraries
+from quantlab.running.first_look import first_look
 from quantlab.running.forecast import Book, book_of, price_of
+from quantlab.vocabulary.amounts import in_mib, parameters
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.capabilities import Capability, GroupSize
 from quantlab.vocabulary.dtypes import DTYPES
-from quantlab.vocabulary.files import MIB
 from quantlab.vocabulary.prices import Price
 from quantlab.vocabulary.reports import bits_per_weight
 from quantlab.vocabulary.schema import ExperimentConfig
@@ -106,6 +107,7 @@ def recipe_text(name: str, words: Sequence[str], job: Job) -> str:
         "# @package _global_",
         f"# What do 8 and 4 bits cost {_called(config)} in quality, and what do they save, backend by backend?",
         f"# Run: quantlab recipe={name}   (what it would run: sweep.dry_run=true; the command line wins over each key)",
+        *([f"# First look: quantlab recipe={name} {' '.join(fewer)}"] if (fewer := first_look(config)) else []),
         *(f"# {line}" for line in _of_model(book.outline)),
         "# The first line says that the keys are quantlab's own; the second is what quantlab list recipes shows.",
         "defaults:   # choices from quantlab's groups, a line each; quantlab list models, datasets, evaluations",
@@ -166,8 +168,8 @@ def _of_model(outline: Outline) -> Iterator[str]:
         linear = [h for h in holders(module).values() if h.kind == "linear" and h.way]
         widths = sorted({h.view.matrix_shape[1] for h in linear})
         shown = ", ".join(map(str, widths[:MAX_WIDTHS])) + (", ..." if len(widths) > MAX_WIDTHS else "")
-        num = sum(p.numel() for p in module.parameters()) / 1e6
-        yield f"{part}: {type(module).__name__}, {num:,.1f} M parameters, {len(linear)} linear layers, rows of {shown}"
+        num = parameters(sum(p.numel() for p in module.parameters()))
+        yield f"{part}: {type(module).__name__}, {num} parameters, {len(linear)} linear layers, rows of {shown}"
 
 
 def _candidates(book: Book, job: Job) -> Iterator[Found]:
@@ -228,9 +230,9 @@ def _sizes(price: Price) -> str:
     done = [part for part in price.components if part.scheme]
     bits = bits_per_weight(p.memory for p in done)
     of_layers = next((p.bits_per_quantized_weight for p in done if p.bits_per_quantized_weight is not None), bits)
-    size = sum(part.memory.weights_bytes for part in done) / MIB
+    size = sum(part.memory.weights_bytes for part in done)
     mark, told = ("~", f" ({SIMULATED})") if price.is_simulated else ("", "")
-    return f"{bits:.2f} ({of_layers:.2f}) bits/weight, {mark}{size:,.1f} MiB{told}"
+    return f"{bits:.2f} ({of_layers:.2f}) bits/weight, {mark}{in_mib(size)}{told}"
 
 
 # -- what was typed, as the recipe says it
@@ -285,8 +287,8 @@ _NOTES = {
     "dataset.path": "a file or folder of your own; as long as it is left open: dataset.path=... with each command",
     "model.path": "a folder that save_pretrained wrote, or a Hub id",
     "model.components": "what is quantized; all else stays as it is",
-    "evaluation.num_samples": "more of them, narrower intervals",
-    "evaluation.num_inference_steps": "see the model card",
+    "evaluation.num_samples": "more of them, narrower intervals; time goes with them",
+    "evaluation.num_inference_steps": "see the model card; time goes with them, too",
     "evaluation.guidance_scale": "see the model card",
 }
 

@@ -17,6 +17,7 @@ from quantlab.planning.job import Job, Plan
 from quantlab.progress import counted
 from quantlab.report.reading import Reader, StoredRun, open_reader
 from quantlab.report.selection import scheme_nodes
+from quantlab.running.first_look import amount, first_look
 from quantlab.running.known import Known, recall_each, reference_of
 from quantlab.running.once import Once
 from quantlab.running.resume import content_key
@@ -57,6 +58,8 @@ class Foreseen:
     store: str = ""
     merged: str = ""
     """What is said of jobs that are one scheme on this model."""
+    untimed: str = ""
+    """What is said where no earlier job tells how long any may take."""
 
     def lines(self, num_jobs: int) -> list[str]:
         """What is said of it."""
@@ -81,6 +84,8 @@ class Foreseen:
                 f"about {whole} for {jobs}: {how}, of {counted(found.rests_on, 'earlier job')} of this model "
                 f"and evaluation in {self.store}; without loading the model, the reference and its floors"
             )
+        elif self.untimed:
+            told.append(self.untimed)
         return told
 
 
@@ -110,11 +115,22 @@ def foreseen(request: Plan) -> Foreseen:
         return Foreseen(
             resumed=resumed,
             num_left=len(left),
+            untimed=_untimed(request) if left else "",
             estimate=_estimate(left, runs),
             store=reader.uri,
             merged=once.said,
         )
-    return Foreseen()
+    return Foreseen(untimed=_untimed(request))
+
+
+def _untimed(request: Plan) -> str:
+    """Of a request that no earlier job tells of: how much it runs, by which its user can judge, and how to run less."""
+    config = request.jobs[0].config
+    less = f"; {' '.join(words)}: a first look, with wide intervals" if (words := first_look(config)) else ""
+    return (
+        "how long: no earlier job of this model and evaluation tells; "
+        f"each job, the reference and each floor run {amount(config)}{less}"
+    )
 
 
 def _jobs(reader: Reader, experiment: str) -> list[StoredRun]:

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from PIL.Image import Image as Picture
 
-SAMPLE_GRID = "images/reference_quantized_difference.png"
-"""One row a sample; three columns: reference, candidate, difference."""
-SAMPLE_ARRAYS = "images/samples.npz"
+SAMPLE_GRID = "pictures/reference_quantized_difference.png"
+"""One row a sample; three columns: reference, candidate, difference. Not in ``images``, the folder of MLflow's image
+grid: its page shows nothing of a run that has another name there than those of :meth:`Run.log_image`."""
+SAMPLE_ARRAYS = "pictures/samples.npz"
 """The same as arrays: ``images`` uint8 (samples, 3, height, width, channels), and their ``sample_ids``.
 
 Of videos (samples, 3, frames, height, width, channels)."""
-SAMPLE_ANIMATION = "images/reference_quantized_difference.webp"
+SAMPLE_ANIMATION = "pictures/reference_quantized_difference.webp"
 """Of videos: one row a sample, the same three columns, moving; the grid has their frames side by side instead, three
 rows a sample."""
 FRAME_MS = 125

@@ -57,6 +57,17 @@ def test_a_class_that_diffusers_reads_from_no_single_file(shell, in_process):
     assert not (shell.folder / "out").exists()
 
 
+def test_what_its_shapes_refuse_is_refused_before_the_candidate_is_made_again(shell, in_process, monkeypatch):
+    shell.rows(*WORDS, "backend=gguf", "dtype=q8_0")
+    monkeypatch.setattr("quantlab.running.export.open_session", None)  # who calls it loads, and calibrates
+    code, _, err = shell("export", "latest", "out", "-q")
+    assert (code, err.split(";")[0]) == (
+        2,
+        "quantlab: export.path: Diffusers reads no single file into a DiTTransformer2DModel, so that nobody would "
+        "load its GGUF file",
+    )
+
+
 def test_other_settings_of_a_files_reader_are_no_other_kernel():
     """transformers reads neither the windows of a Mistral from a GGUF file nor a Gemma's caps."""
     measured = LlamaForCausalLM(LlamaConfig(**SIZES, rms_norm_eps=1e-6))

@@ -14,7 +14,7 @@ from rich.console import Console
 from quantlab.metrics.significance import holm
 from quantlab.report.compare import answers, compare
 from quantlab.report.comparison_data import group_data
-from quantlab.report.comparison_table import comparison_sheet, method_of_p
+from quantlab.report.comparison_table import comparison_sheet, method_of_p, told_pairs
 from quantlab.report.reading import open_reader
 from quantlab.report.results import Results, chosen_rows
 from quantlab.report.selection import parse_request, select
@@ -106,6 +106,8 @@ def test_a_pair_that_is_also_a_twin_is_one_comparison_of_the_family_and_what_has
     assert [v.p_holm for v in group.twins] == [v.p_holm for v in group.pairs if "max" in (v.a, v.b)]
     assert method_of_p(group).endswith("Holm-adjusted over 6 comparisons (3 with the reference, 3 of pairs)")
     assert group_data(group)["num_comparisons"] == 6
+    told = [frozenset((v.a, v.b)) for v in (*told_pairs(group), *group.twins)]
+    assert len(told) == len(set(told)) == 3, "each is one sentence: as twins, not the other way round as a pair, too"
     few = replace(group, pairs=tuple(replace(v, p=None) for v in group.pairs), twins=())
     assert method_of_p(few).endswith("Holm-adjusted over 3 comparisons")
 

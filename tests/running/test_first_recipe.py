@@ -57,6 +57,25 @@ def test_of_a_language_model(tmp_path, capsys):
     assert all(line == line.rstrip() for line in text.splitlines())
 
 
+def test_a_tiny_model_has_sizes_that_say_something_and_a_first_look_that_runs(tmp_path, capsys):
+    save_llama(tmp_path / "tiny", hidden_size=32, intermediate_size=64)
+    with pytest.raises(SystemExit):
+        cli.main(["init", "my.yaml", "model.path=tiny", "device=cpu"])
+    text = (tmp_path / "my.yaml").read_text()
+    assert re.search(r"LlamaForCausalLM, [1-9][0-9]*\.[0-9] k parameters", text)
+    sizes = re.findall(r"weight, ~?(\S+) MiB", text)
+    assert len(sizes) > len(backends())
+    assert all(re.fullmatch(r"0\.0*[1-9][0-9]", size) for size in sizes)
+    (look,) = re.findall("# First look: quantlab (.*)", text)
+    assert look == "recipe=my.yaml evaluation.num_samples=8"
+    assert f"a first look:       quantlab {look}\n" in capsys.readouterr().out
+    assert plan(look.split()).jobs[0].config.evaluation.num_samples == 8, "the command line wins over the file"
+    (tmp_path / "my.yaml").unlink()
+    with pytest.raises(SystemExit):
+        cli.main(["init", "my.yaml", "model.path=tiny", "device=cpu", "evaluation.num_samples=8"])
+    assert "irst look" not in (tmp_path / "my.yaml").read_text() + capsys.readouterr().out, "it is quick already"
+
+
 def test_its_bits_are_those_of_plan_and_rows():
     """Buffers are counted, masks are not: of a denoiser with a table of positions, and of two components."""
     told = []
@@ -77,7 +96,7 @@ def test_its_bits_are_those_of_plan_and_rows():
         price = SimpleNamespace(components=parts, is_simulated=False)
         beside = SimpleNamespace(scheme=None, memory=replace(memory[0], weights_bytes=10**9))  # a text encoder
         assert _sizes(price) == _sizes(SimpleNamespace(components=[*parts, beside], is_simulated=False))
-        assert f" {sum(m.weights_bytes for m in memory) / 2**20:.1f} MiB" in _sizes(price)
+        assert f" {sum(m.weights_bytes for m in memory) / 2**20:.2f} MiB" in _sizes(price)
         told.append(_sizes(price).split()[0])
         stored = sum(m.weights_bytes - m.index_bytes for m in memory)
         assert told[-1] == f"{8 * stored / sum((m.bytes_at_16_bit - m.index_bytes) / 2 for m in memory):.2f}"
@@ -98,7 +117,9 @@ def test_of_shapes_that_few_take(tmp_path):
 def test_of_a_shipped_model_without_its_weights(tmp_path):
     file, request = first_recipe(["folder/flux.yaml", "model=flux_schnell", "device=cpu"])
     assert {job.config.model.path for job in request.jobs} == {"black-forest-labs/FLUX.1-schnell"}
-    assert "num_inference_steps: 4   # see the model card" in file.read_text()
+    text = file.read_text()
+    assert "num_inference_steps: 4   # see the model card" in text
+    assert "# First look: quantlab recipe=flux.yaml evaluation.num_samples=8\n" in text, "four steps are few already"
 
 
 WORDS = {

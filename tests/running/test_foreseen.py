@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from quantlab.metrics.statistics import MIN_CLUSTERS
 from quantlab.planning.plan import plan
 from quantlab.running import known
+from quantlab.running.first_look import first_look
 from quantlab.running.foreseen import foreseen
 from quantlab.running.known import Known
 from quantlab.running.resume import content_key
@@ -40,7 +42,39 @@ def track(tmp_path, job, seconds, parent="local-sweep"):
 
 def test_nothing_is_known_before_the_first_run(request_of_three):
     found = foreseen(request_of_three)
-    assert (found.resumed, found.estimate, found.lines(3)) == (frozenset(), None, [])
+    assert (found.resumed, found.estimate) == (frozenset(), None)
+
+
+@pytest.mark.parametrize("has_a_store", [False, True])
+def test_where_no_earlier_job_tells_it_is_said_how_much_runs_and_how_to_run_less(tmp_path, monkeypatch, has_a_store):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(known, "recall", lambda config, cache_dir: None)
+    if has_a_store:
+        track(tmp_path, plan([*WORDS[:2], "dtype=int8", "device=cpu", "evaluation.num_samples=20"]).jobs[0], 5.0)
+    less = "evaluation.num_samples=100 evaluation.num_inference_steps=5"
+    first = foreseen(plan([*WORDS[:-1]], multirun=True))
+    assert first.lines(3) == [
+        "how long: no earlier job of this model and evaluation tells; each job, the reference and each floor run 200 "
+        f"samples of 20 steps; {less}: a first look, with wide intervals"
+    ]
+    quick = foreseen(plan([*WORDS, "evaluation=quick"], multirun=True))
+    assert quick.lines(3)[0].endswith("each floor run 10 samples of 5 steps"), "it is quick already"
+    text = foreseen(plan(["tracking=none", "model=smollm2_135m", "backend=quanto", "dtype=int8"]))
+    assert "each floor run 24 samples; evaluation.num_samples=8: a first look" in text.lines(1)[0]
+
+
+def test_a_first_look_keeps_a_floor_of_another_batch():
+    """And its number of samples is one that the data set has: ten classes have equal shares."""
+    for words in (
+        ["evaluation=quick"],
+        [],
+        ["model=smollm2_135m"],
+        ["evaluation.batch_size=12", "evaluation.floor_batch_size=5"],
+    ):
+        config = plan(["backend=quanto", "dtype=int8", *words]).jobs[0].config
+        few = plan(["backend=quanto", "dtype=int8", *words, *first_look(config)]).jobs[0].config.evaluation
+        assert min(few.batch_size, few.num_samples) != min(few.floor_batch_size, few.num_samples)
+        assert few.num_samples >= MIN_CLUSTERS, "of fewer there are no intervals"
 
 
 def test_what_is_done_and_what_the_rest_takes(request_of_three, tmp_path):
@@ -62,7 +96,9 @@ def test_one_scheme_in_two_words_is_no_job_that_is_left(tmp_path, monkeypatch):
     words = ["tracking=none", "backend=modelopt", "dtype=int4", "group_size=auto,128,64", "device=cpu"]
     found = foreseen(plan([*words, "quantization.on_mismatch=skip"], multirun=True))
     assert found.num_left == 2
-    assert found.lines(3) == ["run once, as these are one scheme on this model: modelopt int4 = modelopt int4 g128"]
+    assert found.lines(3)[:-1] == [
+        "run once, as these are one scheme on this model: modelopt int4 = modelopt int4 g128"
+    ]
 
 
 def test_what_a_search_was_told_is_not_run_again(request_of_three, tmp_path):

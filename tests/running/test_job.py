@@ -74,8 +74,11 @@ def test_the_artifacts_of_a_run(run):
     assert sum(samples["psnr_db"]) / 20 == pytest.approx(found["metrics"]["quality/psnr_db"])
     steps = json_artifact(shell, found, "steps.json")
     assert all(len(curve) == 2 for curve in steps.values())
-    assert artifact(shell.store, found["run_id"], "images/reference_quantized_difference.png").startswith(b"\x89PNG")
-    images, ids = read_samples(artifact(shell.store, found["run_id"], "images/samples.npz"))
+    assert artifact(shell.store, found["run_id"], "pictures/reference_quantized_difference.png").startswith(b"\x89PNG")
+    in_the_grid = shell.store.client.list_artifacts(found["run_id"], "images")
+    assert in_the_grid
+    assert all("+step+" in file.path for file in in_the_grid), "MLflow shows no image where it cannot read each name"
+    images, ids = read_samples(artifact(shell.store, found["run_id"], "pictures/samples.npz"))
     assert images.shape == (8, 3, 8, 8, 1)
     assert set(ids) <= set(samples["sample_id"])
     assert json_artifact(shell, found, "environment.json")["versions"]["torchao"]
