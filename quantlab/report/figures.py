@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, TypedDict
 
 from quantlab.metrics import METRICS
 from quantlab.protocols.media import DIFFERENCE_GAIN
 from quantlab.report.reading import Reader, StoredRun, read_json
 from quantlab.tracking.heat_map import HeatMap
-from quantlab.tracking.pictures import SAMPLE_ARRAYS, read_samples, save_animation, shown_tiles
+from quantlab.tracking.pictures import SAMPLE_ARRAYS, kept_picture, read_samples, save_animation, shown_tiles
 from quantlab.tracking.results import TEXTS
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def image_figure(reader: Reader, runs: Sequence[StoredRun]) -> ImageFigure | Non
 
     Pictures that would not fit into the page together are scaled down.
     """
-    found = [(r, read_samples(reader.read_artifact(r, SAMPLE_ARRAYS) or b"")) for r in runs]
+    found = [(r, read_samples(kept_picture(partial(reader.read_artifact, r), SAMPLE_ARRAYS) or b"")) for r in runs]
     known = [(r, *samples) for r, samples in found if samples is not None]
     if not known:
         return None

@@ -14,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -32,7 +32,7 @@ from quantlab.report.selection import ComparisonRequest, checked_margin, childre
 from quantlab.report.table import headline, rows_sheet
 from quantlab.report.terminal import MAX_CELL, Sheet, show, told_below
 from quantlab.tracking.connect import NO_STORE
-from quantlab.tracking.pictures import SAMPLE_ARRAYS, SAMPLE_GRID, read_samples
+from quantlab.tracking.pictures import SAMPLE_ARRAYS, SAMPLE_GRID, kept_picture, read_samples
 from quantlab.tracking.record import run_id_of
 from quantlab.tracking.results import Row, layer_columns, report_data, sample_columns, step_columns
 from quantlab.tracking.tags import KIND, PARENT_RUN_ID, REPRODUCES
@@ -141,9 +141,10 @@ class Results(Sequence[RunReport]):
     @property
     def images(self) -> dict[str, NDArray[np.uint8]]:
         """Scheme -> uint8 (samples, 3, height, width, channels): reference, candidate, difference."""
-        found = ((run.name, self._reader.read_artifact(run, SAMPLE_ARRAYS)) for run in self._runs)
-        read = ((name, read_samples(content)) for name, content in found if content)
-        return {name: samples[0] for name, samples in read if samples is not None}
+        reads = ((run.name, partial(self._reader.read_artifact, run)) for run in self._runs)
+        found = ((name, kept_picture(read, SAMPLE_ARRAYS)) for name, read in reads)
+        arrays = ((name, read_samples(content)) for name, content in found if content)
+        return {name: samples[0] for name, samples in arrays if samples is not None}
 
     def compare(self, metric: str | None = "", margin: float = 0.0) -> Told:
         """What ``quantlab compare`` prints of these runs, under a metric and a margin of the user's.
@@ -186,7 +187,7 @@ class Results(Sequence[RunReport]):
         pictures: list[str] = []
         left = 0
         for run in filter(is_candidate, self._runs):
-            picture = self._reader.read_artifact(run, SAMPLE_GRID)
+            picture = kept_picture(partial(self._reader.read_artifact, run), SAMPLE_GRID)
             left += bool(picture) and len(pictures) == MAX_PICTURES
             if picture and len(pictures) < MAX_PICTURES:
                 data, name = base64.b64encode(picture).decode(), html.escape(printable(run.name, 200))

@@ -10,6 +10,7 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from quantlab.running.job import make, planned_bytes
 from quantlab.running.placement import hollow
 from quantlab.running.workbench import Session, Workbench, has_bench, in_stage, let_go_of_bench, workbench
 from quantlab.tracking.connect import NO_STORE
-from quantlab.tracking.pictures import SAMPLE_GRID
+from quantlab.tracking.pictures import SAMPLE_GRID, kept_picture
 from quantlab.tracking.results import Row, report_data
 from quantlab.tracking.tags import WEIGHTS_SHA256
 from quantlab.vocabulary.reports import QuantizationReport, RunReport
@@ -243,7 +244,7 @@ def _winner(session: Session, config: ExperimentConfig, reports: Sequence[RunRep
 
 def stored_picture(reader: Reader, run: StoredRun, scratch: Path) -> Path | None:
     """A run's images of the reference, the candidate and their difference, as a file in ``scratch``."""
-    content = reader.read_artifact(run, SAMPLE_GRID)
+    content = kept_picture(partial(reader.read_artifact, run), SAMPLE_GRID)
     if content is None:
         return None
     file = scratch / Path(SAMPLE_GRID).name

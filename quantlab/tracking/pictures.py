@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,11 +26,19 @@ Of videos (samples, 3, frames, height, width, channels)."""
 SAMPLE_ANIMATION = "pictures/reference_quantized_difference.webp"
 """Of videos: one row a sample, the same three columns, moving; the grid has their frames side by side instead, three
 rows a sample."""
+_PLACE_BEFORE = "images"
 FRAME_MS = 125
 """How long an animation shows a frame."""
 _MIN_TILE_PIXELS = 64
 _ALWAYS_UNPACKED, _MAX_RATIO = 2**31, 100
 """Bytes of arrays that are read whatever their file has; above, at most so many times those of the file."""
+
+
+def kept_picture(read: Callable[[str], bytes | None], name: str) -> bytes | None:
+    """One of the files above, of a run of today or of one that kept it where MLflow's own images are.
+
+    ``read``: what a run has under a name; None for nothing."""
+    return read(name) or read(f"{_PLACE_BEFORE}/{Path(name).name}")
 
 
 def shown_tiles(images: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -11,9 +11,12 @@ import pytest
 
 from quantlab.errors import TrackingError
 from quantlab.tracking.pictures import (
+    SAMPLE_ARRAYS,
+    SAMPLE_GRID,
     animated_grid,
     contact_sheet,
     framed_grid,
+    kept_picture,
     read_samples,
     save_animation,
     shown_tiles,
@@ -102,3 +105,10 @@ def test_videos_are_shown_frame_by_frame_and_moving(tmp_path: Path) -> None:
             found.seek(k)
             assert np.array_equal(np.asarray(found.convert("RGB")), np.asarray(frame))
             assert np.array_equal(np.asarray(frame), np.asarray(framed_grid(videos[:, :, k], "x")))
+
+
+def test_pictures_of_earlier_runs_are_found_where_they_are():
+    earlier = {"images/samples.npz": b"earlier", "images/epoch.png": b"another"}
+    assert kept_picture(earlier.get, SAMPLE_ARRAYS) == b"earlier"
+    assert kept_picture({**earlier, SAMPLE_ARRAYS: b"now"}.get, SAMPLE_ARRAYS) == b"now"
+    assert kept_picture(earlier.get, SAMPLE_GRID) is None
