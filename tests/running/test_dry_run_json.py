@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.shell import Shell, digits_words
 
-GRID = ("-m", "backend=quanto,torchao", "dtype=int8,int3", "sweep.dry_run=true")
+GRID = ("-m", "backend=quanto,torchao", "dtype=int8,nf4", "sweep.dry_run=true")
 
 
 def test_it_says_what_the_text_says(shell: Shell):
@@ -18,9 +18,9 @@ def test_it_says_what_the_text_says(shell: Shell):
     json_code, out, err = shell(*words, "--json")
     assert (code, json_code) == (2, 2)
     data = json.loads(out)
-    assert [one["combination"] for one in data["impossible"]] == ["backend=quanto dtype=int3"]
-    assert data["impossible"][0]["reason"].startswith("dtype=int3: quanto offers int8")
-    assert [job["name"] for job in data["jobs"]] == ["quanto int8", "torchao int8", "torchao int3"]
+    assert [one["combination"] for one in data["impossible"]] == ["backend=quanto dtype=nf4"]
+    assert data["impossible"][0]["reason"].startswith("dtype=nf4: quanto offers int8")
+    assert [job["name"] for job in data["jobs"]] == ["quanto int8", "torchao int8", "torchao nf4"]
     assert all(job["command"] in text for job in data["jobs"])
     assert not any(job["resumed"] or job["comes_along"] for job in data["jobs"])
     *fitting, too_small = (job["fails_here"] for job in data["jobs"])
