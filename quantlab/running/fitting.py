@@ -92,6 +92,8 @@ class Fitting:
         sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in modules.items() if n not in done and n != "vae"}
         largest = max(sizes, key=lambda n: sizes[n], default="")
         for key, scheme in job.schemes.items():
+            if scheme.native.needs_data and scheme.axes.algorithm != scheme.row.algorithms[0]:
+                yield from _with_axes(job, key, {"algorithm": "auto"})  # what needs no data is streamed
             if largest:
                 yield from _wider((), job, key, largest, list(done))
             changed = [change for dtype in _narrower(scheme) for change in _with_dtype(job, key, dtype)]
@@ -110,17 +112,21 @@ def _narrower(scheme: Scheme) -> list[str]:
 
 def _with_dtype(job: Job, key: str, dtype: str) -> Iterator[Change]:
     """The job with another dtype beside all else that was typed; then with what belongs to the old one let go of."""
-    start, node = f"{COMPONENTS}.{key}." if key else "", _node(job, key)
-    dropped = [name for name in _OF_THE_DTYPE if getattr(node, name) != "auto"]
+    dropped = [name for name in _OF_THE_DTYPE if getattr(_node(job, key), name) != "auto"]
     for names in ([], dropped) if dropped else ([],):
-        axes: dict[str, Any] = {"dtype": dtype, **dict.fromkeys(names, "auto")}
-        try:
-            found = decided(replace(node, **axes), ("backend", "dtype"))
-        except (ConfigError, MissingPackage):
-            continue
-        if found.scheme is not None:
-            schemes = {**job.schemes, key: found.scheme}
-            yield tuple(f"{start}{name}={value}" for name, value in axes.items()), _with_node(job, key, found, schemes)
+        yield from _with_axes(job, key, {"dtype": dtype, **dict.fromkeys(names, "auto")})
+
+
+def _with_axes(job: Job, key: str, axes: Mapping[str, Any]) -> Iterator[Change]:
+    """The job with other axes of a scheme, where there is such a scheme."""
+    start = f"{COMPONENTS}.{key}." if key else ""
+    try:
+        found = decided(replace(_node(job, key), **axes), ("backend", "dtype"))
+    except (ConfigError, MissingPackage):
+        return
+    if found.scheme is not None:
+        schemes = {**job.schemes, key: found.scheme}
+        yield tuple(f"{start}{name}={value}" for name, value in axes.items()), _with_node(job, key, found, schemes)
 
 
 def _node(job: Job, key: str) -> QuantizationAxes:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from quantlab.planning.components import names_of
 from quantlab.planning.job import Job, floor_jobs
+from quantlab.planning.placing import is_possible
 from quantlab.running.choice import ORDER, WHOLE, Phases, first_fitting, has_room, needs
 from quantlab.vocabulary.numbers import REFERENCE
 from quantlab.vocabulary.schema import ExperimentConfig
@@ -20,19 +21,19 @@ def floors_of(config: ExperimentConfig, dtype: str, default: Sequence[str]) -> l
 
 
 def left_out(
-    floors: Mapping[str, Phases], jobs: Iterable[Phases], placement: str, device_bytes: int, said: str
+    floors: Mapping[str, Phases], jobs: Iterable[tuple[Job, Phases]], placement: str, device_bytes: int, said: str
 ) -> dict[str, str]:
     """Name of each floor that has no room on the device -> why it is left out.
 
     Args:
         floors: name -> its phases in each placement.
-        jobs: the same of each job on the model: another placement is advised where all of them have room, too.
+        jobs: each job on the model with its phases: another placement is advised where all have room, too.
         placement: that of the model. Beside one that is whole on the device a floor is a copy, never streamed.
         said: what there is, in words.
     """
     name, budget = WHOLE[0] if placement in WHOLE else placement, {"device_bytes": device_bytes}
     every, found = [*jobs], {}
-    others = [n for n in ORDER if n not in WHOLE and all(n in job and has_room(job[n], budget) for job in every)]
+    others = [n for n in ORDER if n not in WHOLE and all(_can_have(*job, n, budget) for job in every)]
     for floor, phases in floors.items():
         if name not in phases or has_room(phases[name], budget):
             continue
@@ -41,3 +42,10 @@ def left_out(
         found[floor] = f"{floor}: left out, as {needs(phases, name)} and {said}{way_out}"
     rest = "verdicts use the other floors" if len(found) < len(floors) else "no floor is left to judge by"
     return {floor: f"{told}; {rest}" for floor, told in found.items()}
+
+
+def _can_have(job: Job, phases: Phases, name: str, budget: Mapping[str, int]) -> bool:
+    """Groups, which take least, are counted where nothing before them has room."""
+    if name in phases:
+        return has_room(phases[name], budget)
+    return name == "group_offload" and not job.needs_data and is_possible(job.config, name)

@@ -55,7 +55,7 @@ def forecast(plan: Plan, *, is_last: bool = False) -> list[Price]:
     books: dict[str, Book] = {}
     prices: list[Price] = []
     sharing: dict[str, list[int]] = {}
-    priced: dict[int, tuple[Book, ExperimentConfig]] = {}
+    priced: dict[int, tuple[Book, Job]] = {}
     for job in plan.jobs:
         if job.config.checkpoint is not None:
             told = f"checkpoint={job.config.checkpoint}: its bytes are those of its files; a run reads them back"
@@ -67,13 +67,13 @@ def forecast(plan: Plan, *, is_last: bool = False) -> list[Price]:
                 books[key] = book_of(job.config)
         if job.config.memory.placement == "auto":
             sharing.setdefault(bench_key(job.config), []).append(len(prices))
-        priced[len(prices)] = books[key], job.config
+        priced[len(prices)] = books[key], job
         prices.append(price_of(books[key], job))
     for places in sharing.values():
         for i, price in zip(places, _shared([prices[i] for i in places]), strict=True):
             prices[i] = price
-    for i, (book, config) in priced.items():
-        prices[i] = with_floors(prices[i], book, config)
+    for i, (book, job) in priced.items():
+        prices[i] = with_floors(prices[i], book, job)
     return [*prices, *(_impossible(combination, reason) for combination, reason in plan.invalid)]
 
 
@@ -139,15 +139,15 @@ def price_of(book: Book, job: Job) -> Price:
     return replace(price, placement=placement, advice=found.advice(job, price, placement))
 
 
-def with_floors(price: Price, book: Book, config: ExperimentConfig) -> Price:
+def with_floors(price: Price, book: Book, job: Job) -> Price:
     """The price with the floors that a run with it would leave out."""
-    available = price.budget.get("device_bytes", 0)
+    available, config = price.budget.get("device_bytes", 0), job.config
     if not (config.sweep.floors and available and price.placement) or price.placement == "spread":
         return price
     typed = config.memory.device_gib
     said = f"{gib(available)} are free" if typed is None else f"memory.device_gib={typed:g}"
     floors = phases_of_floors(book, config)
-    return replace(price, left_out=left_out(floors, [price.phases], price.placement, available, said))
+    return replace(price, left_out=left_out(floors, [(job, price.phases)], price.placement, available, said))
 
 
 def phases_of_floors(book: Book, config: ExperimentConfig) -> Mapping[str, Phases]:

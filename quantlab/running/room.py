@@ -40,7 +40,7 @@ def needed(model: LoadedModel, jobs: Sequence[Job], budget: Mapping[str, int]) -
     found: list[Phases] = []
     for job in jobs:
         book = Book(outline=outline_of(model, twins, job.config), device=model.device, budget=budget)
-        for phases in _phases_of(book, [job]):
+        for _, phases in _phases_of(book, [job]):
             found.append({name: rows for name, rows in phases.items() if name in ORDER})
     return found
 
@@ -70,10 +70,10 @@ def floors_without_room(
     return left_out(floors, _phases_of(book, jobs), where or WHOLE[0], available, said)
 
 
-def _phases_of(book: Book, jobs: Sequence[Job]) -> Iterator[Phases]:
+def _phases_of(book: Book, jobs: Sequence[Job]) -> Iterator[tuple[Job, Phases]]:
     for job in jobs:
         with contextlib.suppress(ConfigError):  # what is wrong with a job is told in its own row
-            yield phases_of(book, job)
+            yield job, phases_of(book, job)
 
 
 def without_float32(model: LoadedModel, settings: MemoryConfig) -> dict[str, str]:
