@@ -296,7 +296,9 @@ def main() -> int:
         if args.export:
             print_exports(Path(name), args.only)
             return 0
-        print("backend       dtype  quantized  libraries   streamed  ratio  above   whole  ratio    cpu   wall   [MiB]")
+        print(
+            "backend       dtype  quantized  libraries   streamed  ratio  above   whole  ratio    cpu   wall   [MiB, s]"
+        )
         for backend in [args.only] if args.only else SCHEMES:
             new = apart(Path(name), backend, "streamed", *options)
             good &= new["ratio"] <= MAX_PEAK
@@ -305,7 +307,8 @@ def main() -> int:
                 old = apart(Path(name), backend, "whole", *options)
                 busy, slower = (new[name] / old[name] for name in ("cpu_seconds", "seconds"))
                 good &= slower <= MAX_SLOWER or args.count == "allocated"
-                beside = f"{old['peak_mib']:7.0f} {old['ratio']:6.2f} {busy:6.2f} {slower:6.2f}"
+                took = f"{new['seconds']:.1f} over {old['seconds']:.1f}"
+                beside = f"{old['peak_mib']:7.0f} {old['ratio']:6.2f} {busy:6.2f} {slower:6.2f}   {took}"
             print(
                 f"{backend:<13} {SCHEMES[backend]:<5} {new['quantized_mib']:10.0f} {new['libraries_mib']:10.0f} "
                 f"{new['peak_mib']:10.0f} {new['ratio']:6.2f} {new['ratio_above_libraries']:6.2f} {beside}",
