@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -156,8 +156,15 @@ def phases_of_floors(book: Book, config: ExperimentConfig) -> Mapping[str, Phase
     names = [[job.name, *job.components(book.outline.quantized)] for job in jobs]
     key = canonical_json([names, asdict(config.evaluation), asdict(config.memory), book.device_for(config)])
     if key not in book.floors:
-        book.floors[key] = {job.name: phases_of(book, job) for job in jobs}
+        book.floors[key] = {job.name: found for job, found in phases_of_each(book, jobs)}
     return book.floors[key]
+
+
+def phases_of_each(book: Book, jobs: Iterable[Job]) -> Iterator[tuple[Job, Phases]]:
+    """The jobs that can be priced, with their phases: what is wrong with another is told in its own row."""
+    for job in jobs:
+        with contextlib.suppress(ConfigError):
+            yield job, phases_of(book, job)
 
 
 def bytes_to_run(job: Job) -> dict[str, int]:

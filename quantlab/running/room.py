@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.table import offers
-from quantlab.errors import ConfigError
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.outline import Outline
 from quantlab.modules.device import free_bytes
@@ -17,7 +15,7 @@ from quantlab.modules.twin import on_meta
 from quantlab.planning.job import Job
 from quantlab.running.choice import ORDER, WHOLE, Phases, gib
 from quantlab.running.floor_room import floors_of, left_out
-from quantlab.running.forecast import Book, phases_of, phases_of_floors
+from quantlab.running.forecast import Book, phases_of_each, phases_of_floors
 from quantlab.running.phases import activations
 from quantlab.vocabulary.numbers import FLOOR_FP32
 from quantlab.vocabulary.schema import ExperimentConfig, MemoryConfig
@@ -40,13 +38,13 @@ def needed(model: LoadedModel, jobs: Sequence[Job], budget: Mapping[str, int]) -
     found: list[Phases] = []
     for job in jobs:
         book = Book(outline=outline_of(model, twins, job.config), device=model.device, budget=budget)
-        for _, phases in _phases_of(book, [job]):
+        for _, phases in phases_of_each(book, [job]):
             found.append({name: rows for name, rows in phases.items() if name in ORDER})
     return found
 
 
 def floors_without_room(
-    model: LoadedModel, jobs: Sequence[Job], budget: Mapping[str, int] | None, where: str
+    model: LoadedModel, config: ExperimentConfig, jobs: Sequence[Job], budget: Mapping[str, int] | None, where: str
 ) -> dict[str, str] | None:
     """Name of a floor -> why it is left out; None where nothing says what there is, or for a model on several devices.
 
@@ -58,7 +56,7 @@ def floors_without_room(
     """
     if budget is None or where == "spread":
         return None
-    modules, available, config = modules_of(model), budget["device_bytes"], jobs[0].config
+    modules, available = modules_of(model), budget["device_bytes"]
     outline = outline_of(model, modules, config)
     if all(_has_plenty(outline, job, available) for job in floors_of(config, outline.dtype, outline.quantized)):
         return {}
@@ -67,13 +65,7 @@ def floors_without_room(
     typed = config.memory.device_gib
     said = f"{gib(available)} are there" if typed is None else f"memory.device_gib={typed:g}"
     floors = phases_of_floors(book, config)
-    return left_out(floors, _phases_of(book, jobs), where or WHOLE[0], available, said)
-
-
-def _phases_of(book: Book, jobs: Sequence[Job]) -> Iterator[tuple[Job, Phases]]:
-    for job in jobs:
-        with contextlib.suppress(ConfigError):  # what is wrong with a job is told in its own row
-            yield job, phases_of(book, job)
+    return left_out(floors, phases_of_each(book, jobs), where or WHOLE[0], available, said)
 
 
 def without_float32(model: LoadedModel, settings: MemoryConfig) -> dict[str, str]:

@@ -224,7 +224,7 @@ def _made(session: Session, job: Job, run: Run | None) -> Workbench:
         say(warning, "warning")
     components.clear()
     on_device = replace(model, device=session.device)
-    left_out = floors_without_room(on_device, sharing, available(on_device, config.memory), where)
+    left_out = floors_without_room(on_device, config, sharing, available(on_device, config.memory), where)
     del on_device
     model = placed(model, where, config, session.device, cache)
     if left_out is None:

@@ -144,7 +144,8 @@ def test_of_equal_needs_that_of_fewer_weights_is_least():
 
 
 def test_a_model_with_plenty_of_room_is_not_priced(language, tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "phases_of", lambda *_: pytest.fail("it was priced"))
+    for name in ("phases_of_each", "phases_of_floors"):
+        monkeypatch.setattr(room, name, lambda *_: pytest.fail("it was priced"))
     assert taken(tmp_path / "cache", *language, "backend=quanto", "dtype=int8", within(GIB)) == ["resident"]
 
 

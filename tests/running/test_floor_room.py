@@ -58,7 +58,7 @@ def left_by_a_run(words, cache):
     config = jobs[0].config
     model, where = load_placed(config, "cpu", cache, lambda *_: None, jobs)
     model = replace(model, device="cpu")
-    return floors_without_room(model, jobs, available(model, config.memory), where)
+    return floors_without_room(model, config, jobs, available(model, config.memory), where)
 
 
 def thresholds(words):
