@@ -276,3 +276,26 @@ def test_what_depends_on_the_weights_that_a_run_reads_is_left_to_it(monkeypatch)
     monkeypatch.setattr(outlined, "outline", lambda *_: made)
     assert outlined._read(made.components["transformer"]) == ("proj",)
     assert refused_by_shape([job], is_far=False) == {}
+
+
+@pytest.mark.parametrize(
+    "recipe", ["flux_dev_svdquant", "sd35_medium_int4", "sdxl_w8a8_smoothquant", "digits_backends"]
+)
+def test_no_fault_of_ours_is_hidden_in_the_recipes(recipe, monkeypatch):
+    """Whatever a library raises of a module without values is left to the run, unless errors are to be shown."""
+    monkeypatch.setenv("QUANTLAB_TRACEBACK", "1")
+    jobs = plan([f"recipe={recipe}", "device=cpu"]).jobs
+    assert len(jobs) > 1
+    assert all(isinstance(error, ConfigError) for error in refused_by_shape(jobs, False).values())
+
+
+def test_what_is_left_to_the_run_is_shown_on_request(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a library's")
+
+    jobs = plan(["backend=quanto", "dtype=int8", "device=cpu"]).jobs
+    monkeypatch.setattr(outlined, "_check", broken)
+    assert refused_by_shape(jobs, False) == {}
+    monkeypatch.setenv("QUANTLAB_TRACEBACK", "1")
+    with pytest.raises(RuntimeError, match="a library's"):
+        refused_by_shape(jobs, False)
