@@ -154,7 +154,9 @@ def _compare_group(
     front = distinguishable_front([r.name for r in points], pairs)
     if len(front) < len(points):
         alike = ", ".join(r.name for r in points if r.name not in front)
-        notes.append(f"not on the front, since no better than a smaller scheme as far as can be told: {alike}")
+        beyond = " by more than the floor" if floor is not None else ""  # where pairs, too, are inside it
+        told = f"no better than a smaller scheme{beyond}, as far as can be told"
+        notes.append(f"not on the front, since {told}: {alike}")
     notes += said_of(backend for run in candidates for backend in backends_of(run.params))
     if floor is None:
         notes.append("no floor is known: no other execution of the reference was measured, or each gave its outputs")

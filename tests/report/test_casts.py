@@ -38,7 +38,8 @@ def test_it_has_a_verdict_is_weighed_for_the_front_and_is_an_answer(cast: Sweep)
     (group,), selection, reader = compared(cast)
     assert CAST in {run.name for run in group.candidates}
     assert group.verdicts[CAST].text == IN_FLOOR
-    assert CAST in next(note for note in group.notes if note.startswith("not on the front, since no better"))
+    told = "not on the front, since no better than a smaller scheme by more than the floor, as far as can be told: "
+    assert CAST in next(note for note in group.notes if note.startswith(told))
     assert dict(answers(group))["closest to the reference"] == CAST
     roles = {row["name"]: row["role"] for row in group_data(group)["rows"]}
     assert roles[CAST] == "candidate"
