@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from quantlab.vocabulary.prices import Phase
-from quantlab.vocabulary.schema import PLACEMENTS
+from quantlab.vocabulary.schema import PLACEMENTS, MemoryConfig
 
 GIB, MIB = 2**30, 2**20
 Phases = Mapping[str, Sequence[Phase]]
@@ -14,6 +14,8 @@ ORDER = tuple(name for name in PLACEMENTS if name != "spread")
 """Those that are chosen from, the first that fits before the others."""
 WHOLE = ("resident", "streamed")
 """Those of a model that lies on the device, of which each of its jobs may have another."""
+_COMPUTING = ("reference", "evaluate")
+"""Phases without which there is no row, and whose weights are those of the model and of its candidate, nothing else."""
 _TOGETHER = (WHOLE, *((name,) for name in ORDER if name not in WHOLE))
 """What jobs that share a model can have."""
 
@@ -58,6 +60,27 @@ def most_on_device(rows: Sequence[Phase]) -> int:
 
 def _most(rows: Sequence[Phase]) -> tuple[int, int]:
     return most_on_device(rows), max(row.device_bytes - row.activation_bytes for row in rows)
+
+
+def refusal(phases: Phases, memory: MemoryConfig) -> str:
+    """Why the memory that a user gives cannot hold what a job computes with, of weights alone, which are exact.
+
+    "" where it can, and for a placement that is typed, which is tried.
+    """
+    if memory.device_gib is None or memory.placement != "auto":
+        return ""
+    heaviest = {
+        name: max((row.device_bytes - row.activation_bytes, row.name) for row in rows if row.name in _COMPUTING)
+        for name, rows in phases.items()
+        if name in ORDER
+    }
+    name, (num_bytes, phase) = min(heaviest.items(), key=lambda item: item[1][0])
+    if num_bytes <= int(memory.device_gib * GIB):
+        return ""
+    only = ", the only one that it can have," if len(heaviest) == 1 else ""
+    told = f"no placement has room: {name}{only} needs {gib(num_bytes)} on the device for weights alone ({phase})"
+    way_out = f"give it more, ask quantlab plan what would fit, or pass memory.placement={name}, which is tried"
+    return f"memory.device_gib={memory.device_gib:g}: {told}; {way_out}"
 
 
 def needs(phases: Phases, name: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from quantlab.backends.scheme import Scheme
 from quantlab.backends.table import held_packages, unprobed
 from quantlab.datasets.overlap import overlap
-from quantlab.errors import in_words, is_device_lost, is_disk_full
+from quantlab.errors import ConfigError, in_words, is_device_lost, is_disk_full
 from quantlab.exporting.card import Described
 from quantlab.exporting.whole import check_exportable, export
 from quantlab.models.loaded import LoadedModel
@@ -273,7 +273,9 @@ def _measured(
 
 
 def make(session: Session, bench: Workbench, job: Job, run: Run | None) -> Candidate:
-    """The job's candidate."""
+    """The job's candidate. ConfigError for one that ``memory.device_gib`` does not hold."""
+    if told := bench.too_large.get(job.name):
+        raise ConfigError(told)
     schemes = chosen(bench.model, job)
     whole = schemes if job.needs_data else ()  # it is calibrated and compared with, whole
     with in_typed_words(job.config.memory), bench.model.holding(whole):

@@ -30,6 +30,8 @@ from quantlab.planning.architectures import shipped_architecture
 from quantlab.planning.components import told_under
 from quantlab.planning.job import Job
 from quantlab.planning.placing import check_streamed
+from quantlab.running.choice import refusal
+from quantlab.running.forecast import Book, phases_of_each
 from quantlab.running.placement import check_largest
 from quantlab.stages.select import QuantizationRequest, Selection, check_device, check_layers, choose_layers
 from quantlab.vocabulary.native import canonical_json
@@ -94,6 +96,10 @@ def _check(job: Job, made: Outline, device: str, is_far: bool) -> None:
     if config.checkpoint is not None:
         check_class(config.checkpoint, made.components, list(schemes))
         return
+    if config.memory.device_gib is not None:
+        for _, phases in phases_of_each(Book(outline=made, device=device), [job]):
+            if why := refusal(phases, config.memory):
+                raise ConfigError(why)
     asked = {name: scheme for name, scheme in schemes.items() if scheme is not None}
     memory, is_calibrated = config.memory, job.needs_data
     is_streamed = memory.placement not in ("resident", "spread") and not (memory.placement == "auto" and is_calibrated)

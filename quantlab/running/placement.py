@@ -27,7 +27,18 @@ from quantlab.modules.spread import KEY as SPREAD
 from quantlab.modules.spread import Over
 from quantlab.planning.job import Job
 from quantlab.progress import Advance, say
-from quantlab.running.choice import ORDER, WHOLE, chosen, first_fitting, gib, least, most_on_device, needs, together
+from quantlab.running.choice import (
+    ORDER,
+    WHOLE,
+    chosen,
+    first_fitting,
+    gib,
+    least,
+    most_on_device,
+    needs,
+    refusal,
+    together,
+)
 from quantlab.running.room import modules_of, needed
 from quantlab.stages.observe import made_by
 from quantlab.stages.price import price_component
@@ -100,16 +111,17 @@ def _apart(
     model: LoadedModel, jobs: Sequence[Job], config: ExperimentConfig, budget: Mapping[str, int], usable: Sequence[str]
 ) -> str:
     """The placement of a model that has no room whole, for all of its jobs; "" where it has. What is chosen is told."""
-    every = needed(model, jobs, budget)
-    if not every:
+    found = needed(model, jobs, budget)
+    if not found:
         return ""
-    every = [{name: rows for name, rows in phases.items() if name in usable} for phases in every]
+    every = [{name: rows for name, rows in phases.items() if name in usable} for _, phases in found]
     names, on_device = together(every, budget), budget["device_bytes"]
     if names == WHOLE and "group_offload" in usable and max(map(num_bytes, modules_of(model).values())) > on_device:
         return "group_offload"  # its jobs want it whole, where it cannot be: each is refused
     where = "" if names == WHOLE else names[0]
     largest = max(every, key=lambda phases: min(map(most_on_device, phases.values())))
-    if unfit := [phases for phases in every if not first_fitting(phases, budget, names)]:
+    tried = [phases for phases in every if not refusal(phases, config.memory)]
+    if unfit := [phases for phases in tried if not first_fitting(phases, budget, names)]:
         worst = max(unfit, key=lambda phases: most_on_device(phases[least(phases)]))
         name = chosen(worst, budget, [n for n in names if n in worst] or ORDER)
         told = f"no placement has room: {needs(worst, name)}; give it more, or ask quantlab plan what would fit"
@@ -306,7 +318,7 @@ def _is_streamed(model: LoadedModel, job: Job, names: Sequence[str]) -> bool:
     if budget is None:
         return False
     held = sum(map(num_bytes, modules_of(model).values()))
-    [phases] = needed(model, [job], budget) or [{}]
+    [(_, phases)] = needed(model, [job], budget) or [(job, {})]
     usable = [name for name in WHOLE if name in phases]
     copied = sum(num_bytes(model.components[name]) for name in names)
     if usable and all(has_origin(model.components[name]) for name in names):

@@ -13,7 +13,7 @@ from quantlab.modules.device import free_bytes
 from quantlab.modules.groups import num_bytes
 from quantlab.modules.twin import on_meta
 from quantlab.planning.job import Job
-from quantlab.running.choice import ORDER, WHOLE, Phases, gib
+from quantlab.running.choice import ORDER, WHOLE, Phases, gib, refusal
 from quantlab.running.floor_room import floors_of, left_out
 from quantlab.running.forecast import Book, phases_of_each, phases_of_floors
 from quantlab.running.phases import activations
@@ -27,19 +27,21 @@ _WIDEST_BYTES = 4
 """Of a number, whatever it is cast to."""
 
 
-def needed(model: LoadedModel, jobs: Sequence[Job], budget: Mapping[str, int]) -> list[Phases] | None:
-    """Of each job that can be priced, its phases in every placement but ``spread``; None where each has plenty of room
-    with the whole model on the device, as far as its weights say: a model is then not looked at any further.
+def needed(model: LoadedModel, jobs: Sequence[Job], budget: Mapping[str, int]) -> list[tuple[Job, Phases]] | None:
+    """Each job that can be priced, with its phases in every placement but ``spread``.
+
+    None where each has plenty of room with the whole model on the device, as far as its weights say: a model is then
+    not looked at any further.
     """
     modules = modules_of(model)
     if all(_has_plenty(outline_of(model, modules, job.config), job, budget["device_bytes"]) for job in jobs):
         return None
     twins = {name: on_meta(module) for name, module in modules.items()}
-    found: list[Phases] = []
+    found: list[tuple[Job, Phases]] = []
     for job in jobs:
         book = Book(outline=outline_of(model, twins, job.config), device=model.device, budget=budget)
         for _, phases in phases_of_each(book, [job]):
-            found.append({name: rows for name, rows in phases.items() if name in ORDER})
+            found.append((job, {name: rows for name, rows in phases.items() if name in ORDER}))
     return found
 
 
@@ -66,6 +68,18 @@ def floors_without_room(
     said = f"{gib(available)} are there" if typed is None else f"memory.device_gib={typed:g}"
     floors = phases_of_floors(book, config)
     return left_out(floors, phases_of_each(book, jobs), where or WHOLE[0], available, said)
+
+
+def jobs_without_room(model: LoadedModel, jobs: Sequence[Job], budget: Mapping[str, int] | None) -> dict[str, str]:
+    """Name of a job -> why the memory that a user gives does not hold it.
+
+    Args:
+        model: before it has hooks of a placement.
+        budget: what a run may use of the device.
+    """
+    sized = [job for job in jobs if job.config.checkpoint is None]  # of others' files no plan knows the size
+    found = [] if budget is None else needed(model, sized, budget) or []
+    return {job.name: why for job, phases in found if (why := refusal(phases, job.config.memory))}
 
 
 def without_float32(model: LoadedModel, settings: MemoryConfig) -> dict[str, str]:

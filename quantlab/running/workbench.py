@@ -36,7 +36,7 @@ from quantlab.quiet import quiet_libraries
 from quantlab.running.claims import Claims
 from quantlab.running.known import Known, bench_key, remember, request_digest
 from quantlab.running.placement import available, in_typed_words, load_placed, placed
-from quantlab.running.room import floors_without_room, without_float32
+from quantlab.running.room import floors_without_room, jobs_without_room, without_float32
 from quantlab.running.rows import floors_of
 from quantlab.stages.bundle import Bundle, check_bundle, differs, is_of_here, read_bundle
 from quantlab.stages.observe import made_by, observe, reference_key
@@ -76,6 +76,8 @@ class Workbench:
     """Name of a floor's row -> what it costs, for all rows that come after it."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Name of a floor for which there is no room -> why."""
+    too_large: Mapping[str, str] = field(default_factory=dict)
+    """Name of a job -> why the memory that a user gives does not hold it."""
     told: set[str] = field(default_factory=set)
     """What the user knows of what stays unquantized."""
     cache_dir: Path = Path()
@@ -224,7 +226,9 @@ def _made(session: Session, job: Job, run: Run | None) -> Workbench:
         say(warning, "warning")
     components.clear()
     on_device = replace(model, device=session.device)
-    left_out = floors_without_room(on_device, config, sharing, available(on_device, config.memory), where)
+    budget = available(on_device, config.memory)
+    left_out = floors_without_room(on_device, config, sharing, budget, where)
+    too_large = jobs_without_room(on_device, sharing, budget)
     del on_device
     model = placed(model, where, config, session.device, cache)
     if left_out is None:
@@ -255,6 +259,7 @@ def _made(session: Session, job: Job, run: Run | None) -> Workbench:
         reads=reads,
         reference_key=key_here,
         left_out=left_out,
+        too_large=too_large,
         brought=brought,
         stages=(load.report, seen.report),
         calibrations=calibrations,

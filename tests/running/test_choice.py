@@ -5,7 +5,7 @@ import pytest
 import quantlab
 from quantlab.errors import ConfigError
 from quantlab.planning.plan import plan
-from quantlab.running import room
+from quantlab.running import placement, room
 from quantlab.running.choice import GIB, first_fitting, least, most_on_device, together
 from quantlab.running.forecast import forecast
 from quantlab.running.placement import in_typed_words, load_placed, source_for
@@ -186,8 +186,8 @@ def test_what_needs_the_whole_model_is_refused_where_it_runs_in_groups(language)
 def test_what_has_no_room_and_no_files_is_refused_by_the_key_that_was_typed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["model=digits_dit", "model.num_train_steps=1", "model.train_batch_size=8", "evaluation=quick", *SMALL]
-    words += ["evaluation.num_samples=10", "backend=quanto", "dtype=int8", "memory.device_gib=0.01"]
-    told = r"^memory.device_gib=0.01: a copy of .* no room beside .*; give it more, or pass memory.placement=resident$"
+    words += ["evaluation.num_samples=10", "backend=quanto", "dtype=int8", "memory.device_gib=0.021"]
+    told = r"^memory.device_gib=0.021: a copy of .* no room beside .*; give it more, or pass memory.placement=resident$"
     with pytest.raises(ConfigError, match=told):
         quantlab.run(overrides=words)
 
@@ -208,9 +208,19 @@ def test_a_message_of_a_placement_that_was_not_typed_begins_with_the_budget(lang
 def test_what_wants_a_model_whole_that_has_no_room_whole_is_refused(language):
     [price] = priced(*language, *STATIC, within(GIB))
     budget = sum(part.original_bytes for part in price.components) - 1
-    told = r"^memory.device_gib=\S+: chosen by it, group_offload: quanto wants the whole model .*, or give it more$"
+    told = r"^memory.device_gib=\S+: no placement has room: resident, the only one that it can have, needs .*; give it more, "
     with pytest.raises(ConfigError, match=told):
         row_of(*language, *STATIC, within(budget), "sweep.force=true")
+
+
+def test_what_wants_a_model_whole_is_refused_where_a_gpu_has_no_room_for_it(language, monkeypatch):
+    """Nobody types a budget: it is what the GPU has free."""
+    [price] = priced(*language, *STATIC, within(GIB))
+    budget = {"device_bytes": sum(part.original_bytes for part in price.components) - 1}
+    monkeypatch.setattr(placement, "budget_of", lambda settings, device: dict(budget))
+    told = r"^memory.device_gib=null: chosen by it, group_offload: quanto wants the whole model .*, or give it more$"
+    with pytest.raises(ConfigError, match=told):
+        row_of(*language, *STATIC, "sweep.force=true")
 
 
 def test_a_floor_that_the_budget_does_not_hold_is_left_out(language, capsys):
