@@ -200,7 +200,7 @@ def _price(book: Book, job: Job) -> Price:
     shares: tuple[Share, ...] = ()
     if job.config.memory.placement == "spread":
         num = _num_devices(job.config)
-        rows["spread"], shares = spread_phases(made, components, evaluation, job.needs_data, num)
+        rows["spread"], shares = spread_phases(made, components, evaluation, job.needs_data, num, is_looked_at)
     return Price(
         name=job.name,
         backend=_joined(a.backend for a in axes),

@@ -75,7 +75,7 @@ def phases(
     called = active + max((p.unpacked_bytes for p in prices if p.scheme), default=0)
     schemed = {p.name for p in prices if p.scheme}
     largest = max((p.original_bytes for p in rest), default=0)
-    looked, evident = _LOOKED_AT * active, is_looked_at and needs_data and copied
+    looked, evident = looking(outline, active), is_looked_at and needs_data and copied
     together = every + copied if copied else every
     found = {
         "resident": _made(
@@ -176,6 +176,11 @@ def _language(
     on_host = tuple(replace(row, host_bytes=before) for row in grouped)
     found = {"resident": resident, "streamed": streamed, "group_offload": on_host}
     return _possible(found, needed_data)
+
+
+def looking(outline: Outline, active: int) -> int:
+    """Bytes of activations while a model's layers are looked at: to calibrate them, to measure their errors."""
+    return _LOOKED_AT * active if outline.denoiser else active
 
 
 def _head_bytes(module: nn.Module) -> int:

@@ -10,15 +10,23 @@ from collections.abc import Iterator, Sequence
 
 from quantlab.models.outline import Outline
 from quantlab.modules.spread import Map, plan_map
-from quantlab.running.phases import activations
+from quantlab.running.phases import activations, looking
 from quantlab.vocabulary.prices import ComponentPrice, Phase, Share
 from quantlab.vocabulary.schema import EvaluationConfig
 
 
 def spread_phases(
-    outline: Outline, prices: Sequence[ComponentPrice], evaluation: EvaluationConfig, needs_data: bool, num: int
+    outline: Outline,
+    prices: Sequence[ComponentPrice],
+    evaluation: EvaluationConfig,
+    needs_data: bool,
+    num: int,
+    is_looked_at: bool = False,
 ) -> tuple[tuple[Phase, ...], tuple[Share, ...]]:
-    """The phases of a run over ``num`` devices, and what lies on each; ConfigError for a model that cannot be cut."""
+    """The phases of a run over ``num`` devices, and what lies on each; ConfigError for a model that cannot be cut.
+
+    ``is_looked_at``: the errors of calibrated layers are measured, beside those of the plain algorithm.
+    """
     found, needed = plan_map(outline.components, num, None), activations(outline, evaluation)
     schemed = [p for p in prices if p.scheme]
     before, made, copied = list(found.num_bytes), [0] * num, [0] * num
@@ -33,12 +41,14 @@ def spread_phases(
     after = [a + b for a, b in zip(before, made, strict=True)]
     whole = [a + b for a, b in zip(before, copied, strict=True)]
     filled = [(whole if needs_data else after)[i] + (layer if copied[i] else 0) for i in range(num)]
+    looked, with_plain = looking(outline, needed.running), [a + b for a, b in zip(after, made, strict=True)]
     rows = [
         Phase(name="load", device_bytes=0, host_bytes=sum(before), on_each=(0,) * num),
         *([_phase("encode prompts", before, needed.reading)] if outline.denoiser else []),
         _phase("reference", before, needed.running),
-        *([_phase("calibrate", whole, needed.running)] if needs_data and schemed else []),
+        *([_phase("calibrate", whole, looked)] if needs_data and schemed else []),
         *([_phase("quantize", filled, 0)] if schemed else []),
+        *([_phase("evidence", with_plain, looked)] if needs_data and is_looked_at and schemed else []),
         _phase("evaluate", after, needed.running + called),
         *([_phase("decode", after, needed.decoding, at_first=True)] if outline.denoiser else []),
     ]

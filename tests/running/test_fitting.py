@@ -73,6 +73,16 @@ def test_what_looks_at_layers_beside_the_plain_algorithm_is_a_phase():
     assert "evidence" not in {row.name for rows in plain.phases.values() for row in rows}
 
 
+def test_over_two_devices_it_lies_where_the_blocks_are():
+    spread = ["memory.placement=spread", "memory.devices=2", "evaluation.width=1024"]
+    [price] = prices("model=sd35_large", *CALIBRATED[1:], *spread)
+    rows = {row.name: [b - row.activation_bytes for b in row.on_each] for row in price.phases["spread"]}
+    made = [share.candidate_bytes for share in price.shares]
+    assert rows["evidence"] == [share.reference_bytes + 2 * num for share, num in zip(price.shares, made, strict=True)]
+    [without] = prices("model=sd35_large", *CALIBRATED[1:], *spread, "calibration.num_evidence_calls=0")
+    assert [row.name for row in without.phases["spread"]] == [name for name in rows if name != "evidence"]
+
+
 def test_where_it_is_what_has_no_room_it_is_left_out():
     budget = ["evaluation.width=1024", "memory.placement=alone", "memory.device_gib=10.5"]
     [price] = prices(*CALIBRATED, *budget)
