@@ -94,7 +94,7 @@ def _bars() -> Iterator[Advance]:
         TextColumn("{task.fields[note]}", markup=False),
     )
     began = time.monotonic()
-    with Progress(*columns, console=console, transient=True, disable=not shows_bars()) as bars, _beating(began, bars):
+    with _own_stream(), Progress(*columns, console=console, transient=True, disable=not shows_bars()) as bars, _beating(began, bars):
         tasks: dict[str, TaskID] = {}
         first: dict[str, tuple[int, float]] = {}
 
@@ -114,6 +114,16 @@ def _bars() -> Iterator[Advance]:
                 bars.remove_task(tasks.pop(what))
 
         yield advance
+
+
+@contextmanager
+def _own_stream() -> Iterator[None]:
+    """While open, what is told goes to the stderr of now: libraries are made quiet by another, for minutes at a time."""
+    before, console._file = console._file, console._file or console.file
+    try:
+        yield
+    finally:
+        console._file = before
 
 
 def _told_left(pace_s: float | None, num: int) -> str:

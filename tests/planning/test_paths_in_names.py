@@ -7,7 +7,7 @@ import pytest
 from quantlab.planning.plan import plan
 from quantlab.vocabulary.files import ends_of_paths
 
-LONG = "/work/a long folder of mine/with matrices/of many models"
+LONG = "/data/a long folder of mine/with matrices/of many models"
 IMATRIX = ["backend=gguf", "dtype=q4_k", "algorithm=imatrix"]
 
 
