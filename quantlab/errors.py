@@ -161,8 +161,9 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def in_words(error: BaseException) -> str:
-    """What a library raised, for a row or a line: its type and text, and the way out where the machine gave up."""
-    text = f"{type(error).__name__}: {error}"
+    """What was raised, for a row or a line: of a library its type and text, and the way out where the machine gave up;
+    a message of quantlab's own begins with the key."""
+    text = str(error) if isinstance(error, QuantlabError) and str(error) else f"{type(error).__name__}: {error}"
     if is_out_of_memory(error):
         return (
             f"{text}; out of memory: set a smaller evaluation.batch_size (or calibration.batch_size where it "

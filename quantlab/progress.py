@@ -135,6 +135,8 @@ def _told_left(pace_s: float | None, num: int) -> str:
 
 
 BEAT_S = 10.0
+_told: list[str] = []
+"""What this process was warned of, in words."""
 _under_way = ""
 _said_at = 0.0
 
@@ -188,6 +190,12 @@ _UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 def counted(num: int, what: str) -> str:
     """``1 job``, ``3 jobs``."""
     return f"{num} {what}{'' if num == 1 else 's'}"
+
+
+def headline_of(text: str, most: int = 200) -> str:
+    """The beginning of a long message, whole words: what follows is told below the table."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most].rpartition(' ')[0]} …"
 
 
 def plain(text: str, most: int = 200, width: int | None = None) -> Text:
@@ -254,6 +262,11 @@ def file_name(text: str, most: int = 60) -> str:
     return "".join(c if c.isascii() and (c.isalnum() or c in "_. ") else "-" for c in text)[:most]
 
 
+def was_said(sentence: str) -> bool:
+    """Whether a line of a kind ended so in this process: it stands on stderr."""
+    return any(text.endswith(sentence) for text in _told)
+
+
 def say(text: str, kind: str = "") -> None:
     """One line for the user, beside the bars; ``kind`` (``failed``, ``warning``...) stands before it in its colour.
 
@@ -262,6 +275,8 @@ def say(text: str, kind: str = "") -> None:
     global _said_at
     if _is_quiet and not kind:
         return
+    if kind:
+        _told.append(text)
     _said_at = time.monotonic()
     line = Text(printable(text, lines=True))
     console.print(

@@ -31,7 +31,7 @@ from quantlab.report.names import told_apart
 from quantlab.report.said_first import said_first
 from quantlab.report.selection import ComparisonRequest, checked_margin, children, is_candidate, select
 from quantlab.report.table import headline, rows_sheet
-from quantlab.report.terminal import MAX_CELL, Sheet, show, told_below
+from quantlab.report.terminal import MAX_CELL, WIDE, Sheet, show, told_below
 from quantlab.tracking.connect import NO_STORE
 from quantlab.tracking.pictures import SAMPLE_ARRAYS, SAMPLE_GRID, kept_picture, read_samples
 from quantlab.tracking.record import run_id_of
@@ -255,10 +255,11 @@ class Results(Sequence[RunReport]):
         return told_apart(self._rows)
 
 
-def next_steps(results: Results, output_dir: str, tracking: TrackingConfig) -> list[str]:
+def next_steps(results: Results, output_dir: str, tracking: TrackingConfig, width: int = WIDE) -> list[str]:
     """What one does after a run: its id and folder, then compare, reproduce, and the store's page; at most 4 lines.
 
-    Without a scheme there is nothing to compare."""
+    Without a scheme there is nothing to compare. Where both have no room in ``width`` columns, the id is that of the
+    command below."""
     tracked = [r for r in results if r.run_id and r.status == "FINISHED"]
     schemes = [r for r in tracked if is_scheme(r.name, flat_metrics(r))]
     asked_for = schemes or [r for r in tracked if r.name not in FLOORS] or tracked
@@ -270,13 +271,16 @@ def next_steps(results: Results, output_dir: str, tracking: TrackingConfig) -> l
     sweep = run_id_of(folder) if folder else ""
     run_id = sweep or str(last.run_id)
     folder = folder or next((f for f in folders if run_id_of(f) == run_id), None)
-    ui = tracking.uri if tracking.uri.startswith("http") else f"mlflow ui --backend-store-uri {tracking.uri}"
+    is_server = tracking.uri.startswith("http")
+    ui = tracking.uri if is_server else f"mlflow ui --backend-store-uri {shlex.quote(tracking.uri)}"
     chosen = f"sweep={sweep}" if sweep else " ".join(str(r.run_id) for r in schemes)
     has_store = tracking.uri != NO_STORE
     where = f" tracking.uri={shlex.quote(tracking.uri)}" if tracking.uri != TrackingConfig().uri else ""
     where += f" output_dir={shlex.quote(output_dir)}" if not has_store and output_dir != "outputs" else ""
+    kind, where_to = "sweep" if sweep else "run", f" in {folder}" if folder else ""
+    first = f"{kind} {run_id}{where_to}"
     return [
-        f"{'sweep' if sweep else 'run'} {run_id}{f' in {folder}' if folder else ''}",
+        first if len(first) <= width or not folder else f"{kind}{where_to}",
         *([f"which is better:  quantlab compare {chosen}{where}"] if schemes else []),
         f"run one again:    quantlab reproduce {last.run_id}{where}",
         *([f"look at all:      {ui}"] if has_store else []),
