@@ -94,7 +94,11 @@ def _bars() -> Iterator[Advance]:
         TextColumn("{task.fields[note]}", markup=False),
     )
     began = time.monotonic()
-    with _own_stream(), Progress(*columns, console=console, transient=True, disable=not shows_bars()) as bars, _beating(began, bars):
+    with (
+        _own_stream(),
+        Progress(*columns, console=console, transient=True, disable=not shows_bars()) as bars,
+        _beating(began, bars),
+    ):
         tasks: dict[str, TaskID] = {}
         first: dict[str, tuple[int, float]] = {}
 
@@ -118,7 +122,7 @@ def _bars() -> Iterator[Advance]:
 
 @contextmanager
 def _own_stream() -> Iterator[None]:
-    """While open, what is told goes to the stderr of now: libraries are made quiet by another, for minutes at a time."""
+    """While open, what is told goes to the stderr of now: libraries are made quiet by another one, for minutes."""
     before, console._file = console._file, console._file or console.file
     try:
         yield

@@ -26,8 +26,8 @@ from quantlab.progress import counted, printable
 from quantlab.report.attribution import attribution_sheet
 from quantlab.report.compare import compare
 from quantlab.report.comparison_table import show_groups
-from quantlab.report.reading import Reader, StoredRun, experiment_id, json_object, read_json
 from quantlab.report.names import told_apart
+from quantlab.report.reading import Reader, StoredRun, experiment_id, json_object, read_json
 from quantlab.report.said_first import said_first
 from quantlab.report.selection import ComparisonRequest, checked_margin, children, is_candidate, select
 from quantlab.report.table import headline, rows_sheet

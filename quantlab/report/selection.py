@@ -281,9 +281,13 @@ def _sweep(request: ComparisonRequest, reader: Reader) -> StoredRun:
         number = experiment_id(reader, name, f"tracking.experiment={name}")
         found = reader.of_experiment(number, {KIND: "sweep"})
         if not found:
+            single = next(
+                (r for r in reader.of_experiment(number, {}) if r.status == "FINISHED" and is_candidate(r)), None
+            )
+            alone = f" (a single run is compared by its id: quantlab compare {single.run_id})" if single else ""
             raise TrackingError(
-                f"sweep=latest: no sweep in experiment {request.tracking.experiment} of {reader.uri}; run one with "
-                "quantlab recipe=NAME, or name another tracking.experiment or tracking.uri"
+                f"sweep=latest: no sweep in experiment {request.tracking.experiment} of {reader.uri}{alone}; run one "
+                "with quantlab recipe=NAME, or name another tracking.experiment or tracking.uri"
             )
         for sweep in found:
             if any(r.status == "FINISHED" and r.tags.get(KIND) == "job" for r in children(reader, sweep)):

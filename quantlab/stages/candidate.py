@@ -264,10 +264,12 @@ def _calibrated_parts(making: Making) -> tuple[dict[str, _Part], CalibrationSet]
 
 
 def _tell_calls(making: Making, name: str, scheme: Scheme, done: int, total: int) -> None:
-    """The bar of the calls; after the last of a pass the algorithm works on what they showed, and no bar counts that."""
+    """The bar of the calls; after the last of a pass the algorithm works on what they showed, which no bar counts."""
     making.advance(f"calibrate {name}", done, total)
     if done >= total:
         under_way(f"calibrate {name}: {scheme.axes.algorithm}, after the calls")
+    elif done == 1:  # of another pass
+        under_way(f"calibrate {name}: {scheme.axes.algorithm}, calls")
 
 
 def _evidence(

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from quantlab import progress
-from quantlab.backends import modelopt, torchao
+from quantlab.backends import torchao
 from quantlab.modules.feed import feed_of_batches
 from tests.support import modelopt_net, torchao_net
 from tests.support.shell import Shell, digits_words

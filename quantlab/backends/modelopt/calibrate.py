@@ -55,7 +55,11 @@ def calibrate(
     before = {name: layer.weight.detach().clone() for name, layer in named.items()} if len(rounds) > 1 else {}
     done: dict[str, QuantLinear] = {}
     for part in rounds:
-        with _as_before(done, before), shielded(part, loudest, config.algorithm), _told_by_layer(named, config.algorithm):
+        with (
+            _as_before(done, before),
+            shielded(part, loudest, config.algorithm),
+            _told_by_layer(named, config.algorithm),
+        ):
             insert(part, config, forward_loop=run)
         for name, layer in part.items():
             unclip(layer, loudest[name] == 0, config.algorithm)
