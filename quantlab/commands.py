@@ -17,13 +17,14 @@ from quantlab.planning.job import Plan
 from quantlab.planning.listing import BRIEF, DEVICES, LISTS, Row, combinations, meaning
 from quantlab.planning.plan import plan
 from quantlab.planning.trust import is_trusted, question, remember, require_trust
-from quantlab.progress import file_name, printable, progress_bars, under_way
+from quantlab.progress import console as stderr
+from quantlab.progress import file_name, printable, progress_bars, under_way, was_said
 from quantlab.report.terminal import Column, Sheet, complain, show, tell, terminal
 from quantlab.vocabulary.reports import RunReport
 from quantlab.vocabulary.schema import ModelConfig
 
 if TYPE_CHECKING:
-    pass
+    from rich.console import Console
 
 WITH_ALL = "QUANTLAB_PLAN_WITH_ALL"
 """Variable of the environment: a plan's process imports all that the libraries import."""
@@ -337,8 +338,9 @@ def run(request: Plan, flags: set[str]) -> int:
         caption = f"{model_told(config.model)}, n = {config.evaluation.num_samples}"
         console = terminal(132)
         schemes = [r for r in rows if "quantization/coverage" in r["metrics"]]
-        for line in said_first((r["name"], r["unquantized"]) for r in schemes):
-            tell(console, line, "yellow")
+        is_on_screen = is_plain or (console.is_terminal and stderr.is_terminal)
+        for line in said_first((r["name"], _unsaid(r["unquantized"], is_on_screen, is_plain)) for r in schemes):
+            _tell_beside(console, line, is_plain, "yellow")
         apart = {p: [r for r in rows if r["protocol"] == p] for p in sorted({r["protocol"] for r in rows})}
         for protocol, some in apart.items():
             costs = attribution_sheet(some, headline(protocol, some), is_plain=is_plain)
@@ -346,15 +348,31 @@ def run(request: Plan, flags: set[str]) -> int:
                 if sheet:
                     show(console, sheet, **_look(flags))
         for row in [r for r in rows if r["status"] == "SKIPPED"][:MAX_SKIPPED]:
-            tell(console, f"skipped: {row['name']}: {row['error']}")
+            _tell_beside(console, f"skipped: {row['name']}: {row['error']}", is_plain)
         for line in front_lines(reports, request):
-            tell(console, line)
+            _tell_beside(console, line, is_plain)
     for report in failed:
         told = f"failed: {report['name']} at {report['failed_stage']}: {report['error']}"
         complain(told, "")
     if not flags & {"-q", "--quiet", "--json", "--plain"}:
         _show_next_steps(reports, request)
     return 1 if failed else 0
+
+
+def _tell_beside(console: Console, line: str, is_plain: bool, style: str = "") -> None:
+    """Print a sentence beside a table; where that is for programs (``is_plain``), for people: on stderr."""
+    if is_plain:
+        print(printable(line), file=sys.stderr)
+    else:
+        tell(console, line, style)
+
+
+def _unsaid(sentences: Sequence[str], is_on_screen: bool, is_plain: bool) -> list[str]:
+    """Of sentences that stand on the reader's screen already their beginning, and beside a plain table nothing."""
+    if not is_on_screen:
+        return [*sentences]
+    left = [s for s in sentences if not (is_plain and was_said(s))]
+    return [f"{s.partition(';')[0]} (as told above)" if was_said(s) else s for s in left]
 
 
 def _show_next_steps(reports: Sequence[RunReport], request: Plan) -> None:
@@ -364,5 +382,6 @@ def _show_next_steps(reports: Sequence[RunReport], request: Plan) -> None:
     config = request.jobs[0].config
     with contextlib.suppress(TrackingError):  # a store that is away by now has said so
         results = Results(reports, lambda: open_reader(config.tracking, Path.cwd(), config.output_dir))
-        for line in next_steps(results, config.output_dir, config.tracking):
+        width = {"width": stderr.width} if stderr.is_terminal else {}
+        for line in next_steps(results, config.output_dir, config.tracking, **width):
             print(printable(line), file=sys.stderr)

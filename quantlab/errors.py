@@ -161,8 +161,12 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def in_words(error: BaseException) -> str:
-    """What a library raised, for a row or a line: its type and text, and the way out where the machine gave up."""
-    text = f"{type(error).__name__}: {error}"
+    """What was raised, for a row or a line: of a library its type and text, and the way out where the machine gave up;
+    a message of quantlab's own begins with the key."""
+    is_own = isinstance(error, QuantlabError) and bool(str(error))
+    text = str(error) if is_own else f"{type(error).__name__}: {error}".removesuffix(": ")
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted by its user"
     if is_out_of_memory(error):
         return (
             f"{text}; out of memory: set a smaller evaluation.batch_size (or calibration.batch_size where it "

@@ -94,7 +94,11 @@ def _bars() -> Iterator[Advance]:
         TextColumn("{task.fields[note]}", markup=False),
     )
     began = time.monotonic()
-    with Progress(*columns, console=console, transient=True, disable=not shows_bars()) as bars, _beating(began, bars):
+    with (
+        _own_stream(),
+        Progress(*columns, console=console, transient=True, disable=not shows_bars()) as bars,
+        _beating(began, bars),
+    ):
         tasks: dict[str, TaskID] = {}
         first: dict[str, tuple[int, float]] = {}
 
@@ -116,6 +120,16 @@ def _bars() -> Iterator[Advance]:
         yield advance
 
 
+@contextmanager
+def _own_stream() -> Iterator[None]:
+    """While open, what is told goes to the stderr of now: libraries are made quiet by another one, for minutes."""
+    before, console._file = console._file, console._file or console.file
+    try:
+        yield
+    finally:
+        console._file = before
+
+
 def _told_left(pace_s: float | None, num: int) -> str:
     """How long ``num`` more take, each ``pace_s`` seconds; nothing where that is not known yet or none is left."""
     if pace_s is None or not num:
@@ -125,6 +139,8 @@ def _told_left(pace_s: float | None, num: int) -> str:
 
 
 BEAT_S = 10.0
+_told: list[str] = []
+"""What this process was warned of, in words."""
 _under_way = ""
 _said_at = 0.0
 
@@ -178,6 +194,12 @@ _UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 def counted(num: int, what: str) -> str:
     """``1 job``, ``3 jobs``."""
     return f"{num} {what}{'' if num == 1 else 's'}"
+
+
+def headline_of(text: str, most: int = 200) -> str:
+    """The beginning of a long message, whole words: what follows is told below the table."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most].rpartition(' ')[0]} …"
 
 
 def plain(text: str, most: int = 200, width: int | None = None) -> Text:
@@ -244,6 +266,11 @@ def file_name(text: str, most: int = 60) -> str:
     return "".join(c if c.isascii() and (c.isalnum() or c in "_. ") else "-" for c in text)[:most]
 
 
+def was_said(sentence: str) -> bool:
+    """Whether a line of a kind ended so in this process: it stands on stderr."""
+    return any(text.endswith(sentence) for text in _told)
+
+
 def say(text: str, kind: str = "") -> None:
     """One line for the user, beside the bars; ``kind`` (``failed``, ``warning``...) stands before it in its colour.
 
@@ -252,6 +279,8 @@ def say(text: str, kind: str = "") -> None:
     global _said_at
     if _is_quiet and not kind:
         return
+    if kind:
+        _told.append(text)
     _said_at = time.monotonic()
     line = Text(printable(text, lines=True))
     console.print(

@@ -224,6 +224,16 @@ def test_the_next_step_after_a_run(here):
         typed = [shlex.split(line.partition("quantlab ")[2])[1:] for line in told[1:3]]
         assert [f"tracking.uri={uri}" in words for words in typed] == [True, True], told
     assert ["look at all" in line for line in told] == [False, False, False, True]
+    ui = next_steps(here, "outputs", TrackingConfig(uri="sqlite:///else where/mlflow.db"))[3].partition("mlflow ")[2]
+    assert shlex.split(ui) == ["ui", "--backend-store-uri", "sqlite:///else where/mlflow.db"], "it can be pasted"
+
+
+def test_the_next_step_has_room_in_a_narrow_terminal(here):
+    """An id and a folder are longer than 80 columns: the id is in the command below."""
+    lines = next_steps(here, "outputs", TrackingConfig(), 80)
+    assert max(map(len, lines)) <= 80
+    assert Path(lines[0].removeprefix("sweep in ")).is_dir()
+    assert here.sweep_id in lines[1]
 
 
 def test_the_next_step_after_a_run_of_the_unquantized_model(here):

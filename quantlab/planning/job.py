@@ -15,6 +15,7 @@ from quantlab.planning.components import DEFAULT, NO_SCHEME, names_of
 from quantlab.planning.recipe import replay_yaml
 from quantlab.planning.words import COMPONENTS
 from quantlab.vocabulary.axes import QuantizationAxes
+from quantlab.vocabulary.files import ends_of_paths, leads_to_a_file
 from quantlab.vocabulary.native import to_json_data
 from quantlab.vocabulary.numbers import FLOOR_ATTENTION, FLOOR_BATCH, FLOOR_BF16, FLOOR_FP32, REFERENCE
 from quantlab.vocabulary.schema import EvaluationConfig, ExperimentConfig, ExportConfig
@@ -191,7 +192,7 @@ def checkpoint_name(checkpoint: str) -> str:
 def _setting_words(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
         return " ".join(f"{k}={v}" for k, v in value.items())
-    return name if value is True else f"{name}={value}"
+    return name if value is True else f"{name}={ends_of_paths([value])[value] if leads_to_a_file(name) else value}"
 
 
 def floor_jobs(config: ExperimentConfig, dtype: str, names: Sequence[str]) -> list[Job]:

@@ -57,6 +57,7 @@ from quantlab.progress import counted
 from quantlab.protocols.language import PERPLEXITY_PROTOCOLS
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.fields import check_values
+from quantlab.vocabulary.files import ends_of_paths, leads_to_a_file
 from quantlab.vocabulary.launching import LAUNCHER_SETTINGS, LauncherSettings
 from quantlab.vocabulary.numbers import FLOORS, REFERENCE
 from quantlab.vocabulary.schema import ExperimentConfig, ExportConfig
@@ -305,8 +306,17 @@ def _told_apart(jobs: Sequence[Job]) -> list[Job]:
     def name(job: Job) -> str:
         others = same[job.name]
         varied = [k for k, v in job.point.items() if any(other.point.get(k) != v for other in others)]
-        said = (f"{k.removeprefix('quantization.')}={job.point[k]}".replace("'", "") for k in varied)
-        return f"{job.name} ({' '.join(said)})" if varied else job.name
+        told, said = job.name, []
+        for key in varied:
+            short, value = key.removeprefix("quantization."), job.point[key]
+            if leads_to_a_file(key):
+                ends = ends_of_paths({other.point[key] for other in others if key in other.point})
+                named, value = f" {short}={ends_of_paths([value])[value]}", ends[value]
+                if told.endswith(named):  # the scheme's own name has the file
+                    told = f"{told.removesuffix(named)} {short}={value}"
+                    continue
+            said.append(f"{short}={value}".replace("'", ""))
+        return f"{told} ({' '.join(said)})" if said else told
 
     return [replace(job, name=_short(name(job))) for job in jobs]
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -274,7 +275,8 @@ def _near(group: str, choice: str, options: Sequence[str]) -> str:
         return f"; did you mean {whole[0]}?"
     close = nearest(CALLED.get(choice, choice) if group == "backend" else choice, options)
     if group == "model" and not close:
-        path = choice if "/" in choice else f"OWNER/{choice}"  # the Hub has no names without an owner any more
+        is_there = "/" in choice or Path(choice).is_dir()
+        path = choice if is_there else f"OWNER/{choice}"  # the Hub has no names without an owner any more
         return f"; a model of a folder or of the Hub: model=auto model.path={path}"
     return close
 

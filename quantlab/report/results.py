@@ -26,11 +26,12 @@ from quantlab.progress import counted, printable
 from quantlab.report.attribution import attribution_sheet
 from quantlab.report.compare import compare
 from quantlab.report.comparison_table import show_groups
+from quantlab.report.names import told_apart
 from quantlab.report.reading import Reader, StoredRun, experiment_id, json_object, read_json
 from quantlab.report.said_first import said_first
 from quantlab.report.selection import ComparisonRequest, checked_margin, children, is_candidate, select
 from quantlab.report.table import headline, rows_sheet
-from quantlab.report.terminal import MAX_CELL, Sheet, show, told_below
+from quantlab.report.terminal import MAX_CELL, WIDE, Sheet, show, told_below
 from quantlab.tracking.connect import NO_STORE
 from quantlab.tracking.pictures import SAMPLE_ARRAYS, SAMPLE_GRID, kept_picture, read_samples
 from quantlab.tracking.record import run_id_of
@@ -78,7 +79,9 @@ class Results(Sequence[RunReport]):
         """By its place, or by the scheme's name; ConfigError with the nearest where no row is called so."""
         if not isinstance(index, str):
             return self._reports[index]
-        names = [report.name for report in self._reports]
+        names = self._names if index in self._names else [report.name for report in self._reports]
+        if len({*(named := [own for own, name in zip(self._names, names, strict=True) if name == index])}) > 1:
+            raise ConfigError(f"results[{index!r}]: several rows are called so; choose {' or '.join(map(repr, named))}")
         if index not in names:
             raise ConfigError(f"results[{index!r}]: no row is called so{nearest(index, names)}; .rows has all of them")
         return self._reports[names.index(index)]
@@ -98,11 +101,11 @@ class Results(Sequence[RunReport]):
 
         data = []
         first = [f"quality/{m}" for p in {r["protocol"] for r in self._rows} for m in headline(p, self._rows)]
-        for row in self._rows:
+        for row, name in zip(self._rows, self._names, strict=True):
             whole, metrics = {**row}, row["metrics"]
             told = {k: whole[k] for k in ("status", "run_id", "resumed", "failed_stage", "error")}
             numbers = {k: metrics[k] for k in (*_NUMBERS, *first) if k in metrics}  # what a short view shows
-            data.append({"scheme": row["name"], **numbers, **told, **flatten(row["params"]), **metrics})
+            data.append({"scheme": name, **numbers, **told, **flatten(row["params"]), **metrics})
         return pd.DataFrame(data).set_index("scheme") if data else pd.DataFrame()
 
     @property
@@ -136,7 +139,8 @@ class Results(Sequence[RunReport]):
     def _tables(self, name: str, own: Callable[[RunReport], Any]) -> Iterator[tuple[str, Any]]:
         """Each scheme's table: of its run's record, and of the report itself where nothing was tracked."""
         yield from ((run.name, read_json(self._reader, run, name)) for run in self._runs)
-        yield from ((report.name, own(report)) for report in self._reports if report.run_id is None)
+        reports = zip(self._names, self._reports, strict=True)
+        yield from ((name, own(report)) for name, report in reports if report.run_id is None)
 
     @property
     def images(self) -> dict[str, NDArray[np.uint8]]:
@@ -240,15 +244,22 @@ class Results(Sequence[RunReport]):
     @cached_property
     def _runs(self) -> list[StoredRun]:
         """The runs of the rows that have one, under the rows' names."""
-        names = {r.run_id: r.name for r in self._reports if r.run_id}
-        found = self._reader.by_id(list(names)) if names else []
-        return [replace(run, name=names[run.run_id]) for run in found]
+        names = dict.fromkeys((name, r.run_id) for r, name in zip(self._reports, self._names, strict=True) if r.run_id)
+        ids = list(dict.fromkeys(run_id for _, run_id in names if run_id))
+        found = {run.run_id: run for run in (self._reader.by_id(ids) if ids else [])}
+        return [replace(found[run_id], name=name) for name, run_id in names if run_id in found]
+
+    @cached_property
+    def _names(self) -> list[str]:
+        """The rows' names, those of several references and their floors told apart."""
+        return told_apart(self._rows)
 
 
-def next_steps(results: Results, output_dir: str, tracking: TrackingConfig) -> list[str]:
+def next_steps(results: Results, output_dir: str, tracking: TrackingConfig, width: int = WIDE) -> list[str]:
     """What one does after a run: its id and folder, then compare, reproduce, and the store's page; at most 4 lines.
 
-    Without a scheme there is nothing to compare."""
+    Without a scheme there is nothing to compare. Where both have no room in ``width`` columns, the id is that of the
+    command below."""
     tracked = [r for r in results if r.run_id and r.status == "FINISHED"]
     schemes = [r for r in tracked if is_scheme(r.name, flat_metrics(r))]
     asked_for = schemes or [r for r in tracked if r.name not in FLOORS] or tracked
@@ -260,13 +271,16 @@ def next_steps(results: Results, output_dir: str, tracking: TrackingConfig) -> l
     sweep = run_id_of(folder) if folder else ""
     run_id = sweep or str(last.run_id)
     folder = folder or next((f for f in folders if run_id_of(f) == run_id), None)
-    ui = tracking.uri if tracking.uri.startswith("http") else f"mlflow ui --backend-store-uri {tracking.uri}"
+    is_server = tracking.uri.startswith("http")
+    ui = tracking.uri if is_server else f"mlflow ui --backend-store-uri {shlex.quote(tracking.uri)}"
     chosen = f"sweep={sweep}" if sweep else " ".join(str(r.run_id) for r in schemes)
     has_store = tracking.uri != NO_STORE
     where = f" tracking.uri={shlex.quote(tracking.uri)}" if tracking.uri != TrackingConfig().uri else ""
     where += f" output_dir={shlex.quote(output_dir)}" if not has_store and output_dir != "outputs" else ""
+    kind, where_to = "sweep" if sweep else "run", f" in {folder}" if folder else ""
+    first = f"{kind} {run_id}{where_to}"
     return [
-        f"{'sweep' if sweep else 'run'} {run_id}{f' in {folder}' if folder else ''}",
+        first if len(first) <= width or not folder else f"{kind}{where_to}",
         *([f"which is better:  quantlab compare {chosen}{where}"] if schemes else []),
         f"run one again:    quantlab reproduce {last.run_id}{where}",
         *([f"look at all:      {ui}"] if has_store else []),

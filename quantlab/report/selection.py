@@ -254,11 +254,16 @@ def differences(a: StoredRun, b: StoredRun) -> list[str]:
     return found or [f"{REFERENCE_KEY}: {both} (metric versions, or kind of machine)"]
 
 
+def shared_settings(params: Mapping[str, str]) -> dict[str, str]:
+    """Of flat parameters, those that all runs on one reference have in common: model, data and evaluation."""
+    return {k: v for k, v in used_params(params).items() if k.startswith(_SHARED) and k not in _IRRELEVANT}
+
+
 def group_labels(groups: Sequence[Sequence[StoredRun]]) -> list[str]:
     """What sets each group apart from the others, as ``key=value``; nothing for a single group."""
     first = [g[0] for g in groups]
-    used = [used_params(run.params) for run in first]
-    keys = sorted({k for params in used for k in params if k.startswith(_SHARED) and k not in _IRRELEVANT})
+    used = [shared_settings(run.params) for run in first]
+    keys = sorted({k for params in used for k in params})
     varied = [k for k in keys if len({params.get(k) for params in used}) > 1]
     labels = [", ".join(f"{k}={params.get(k, 'null')}" for k in varied) for params in used]
     if len(groups) > 1 and len(set(labels)) < len(groups):  # the settings are the same: versions or machines are not
@@ -276,9 +281,13 @@ def _sweep(request: ComparisonRequest, reader: Reader) -> StoredRun:
         number = experiment_id(reader, name, f"tracking.experiment={name}")
         found = reader.of_experiment(number, {KIND: "sweep"})
         if not found:
+            single = next(
+                (r for r in reader.of_experiment(number, {}) if r.status == "FINISHED" and is_candidate(r)), None
+            )
+            alone = f" (a single run is compared by its id: quantlab compare {single.run_id})" if single else ""
             raise TrackingError(
-                f"sweep=latest: no sweep in experiment {request.tracking.experiment} of {reader.uri}; run one with "
-                "quantlab recipe=NAME, or name another tracking.experiment or tracking.uri"
+                f"sweep=latest: no sweep in experiment {request.tracking.experiment} of {reader.uri}{alone}; run one "
+                "with quantlab recipe=NAME, or name another tracking.experiment or tracking.uri"
             )
         for sweep in found:
             if any(r.status == "FINISHED" and r.tags.get(KIND) == "job" for r in children(reader, sweep)):

@@ -16,6 +16,7 @@ from quantlab.metrics import METRICS, bounds_of
 from quantlab.metrics.statistics import MIN_CLUSTERS
 from quantlab.progress import printable
 from quantlab.protocols.table import PROTOCOLS
+from quantlab.report.names import once_each, told_apart
 from quantlab.report.selection import backends_of
 from quantlab.report.terminal import Column, Sheet
 from quantlab.report.verdicts import TOO_FEW, error_metric, is_inside, largest_floor, less, with_other_batch
@@ -29,7 +30,7 @@ MAX_SKIPPED = 8  # rows of impossible combinations that a terminal shows
 MARKS = {
     "(": "MiB, bits/weight: of the quantized components, whole (of their quantized layers)",
     "..": "(low..high): 95 % interval",
-    "±": "±: the longer half of the 95 % interval, in the same power of ten",
+    "±": "±: the longer half of the 95 % interval, in the same power of ten unless it has its own",
     "°": "° surely inside the noise floor",
     "~": "~ simulated: stored wider than the dtype says",
 }
@@ -47,6 +48,8 @@ OF_SPEED = {
 """What is measured with ``evaluation.speed=true`` alone, behind ``perf/`` -> what it is."""
 ANY = (-math.inf, math.inf)
 MAX_DIGITS = 6
+LARGE = 1e5
+"""From here on a number has a power of ten, as on the page."""
 MAX_LOPSIDED = 3.0
 """How many times as long as the shorter half the longer one may be that stands behind ±."""
 CPU_SECONDS = "times on a CPU say nothing about a GPU"
@@ -140,6 +143,8 @@ def short_number(value: float) -> str:
     """A number as a cell has it: three digits, and as many as tell it from 1."""
     if value != 0 and abs(value) < 1e-3:
         return _with_power(value, 1)
+    if LARGE <= abs(value) < math.inf:
+        return _with_power(value, 2)
     short = f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}" if abs(value) >= 10 else f"{value:.3g}"
     if short in ("1", "-1") and abs(value) != 1:
         return f"{value:.{min(-_power(1 - abs(value)), MAX_DIGITS)}f}"
@@ -157,12 +162,14 @@ def _with_power(value: float, digits: int) -> str:
 
 def in_bounds(value: float, low: float, high: float) -> str:
     """``0.986 (0.486..1)``: short numbers, with as many digits as tell the three apart."""
-    apart = _power(high - low)
+    apart = _power(high - low) if math.isfinite(high - low) else MAX_DIGITS
 
     def text(number: float) -> str:
         short = short_number(number)
         if "e" in short:
             return _with_power(number, max(1, min(_power(number) - apart, MAX_DIGITS)))
+        if not math.isfinite(number):
+            return short
         is_round = short == f"{number:.0f}" and number == round(number)
         digits = min(-apart, MAX_DIGITS)
         return short if is_round or len(short.partition(".")[2]) >= digits else f"{number:.{digits}f}"
@@ -178,7 +185,7 @@ def with_half_width(value: float, half: float) -> str:
     largest = max(abs(value), half)
     if not half or not math.isfinite(largest):
         return short_number(value)
-    power = 0 if 1e-3 <= largest < 1e5 else math.floor(math.log10(largest))
+    power = 0 if 1e-3 <= largest < LARGE else math.floor(math.log10(largest))
     mantissa, width = _same_digits(value / 10**power, half / 10**power)
     if power and abs(float(mantissa)) >= 10:  # 9.8 that is shown without a digit
         power = 0 if power == -4 else power + 1
@@ -246,7 +253,7 @@ def rows_sheet(
 
     ``is_plain``: for other programs, to which a scheme's name is its name.
     """
-    rows = list(rows)
+    rows = once_each([*rows])
     shown = headline(protocol, rows)
     skipped = [r for r in rows if r["status"] == "SKIPPED"]
     listed = [r for r in rows if r not in skipped] + skipped[:MAX_SKIPPED]
@@ -254,7 +261,8 @@ def rows_sheet(
     styles = {}
     ran = [row for row in listed if row["status"] != "SKIPPED"]
     all_resumed = bool(ran) and all(row.get("resumed") for row in ran)
-    for i, row in enumerate(listed):
+    for i, (row, name) in enumerate(zip(listed, told_apart(listed), strict=True)):
+        texts[i][0] = name
         texts[i][0] += " (resumed)" if row.get("resumed") and not all_resumed and not is_plain else ""
         if row["status"] == "FAILED" or not is_scheme(row["name"], row["metrics"]):
             styles[i] = "red" if row["status"] == "FAILED" else "dim"
@@ -351,12 +359,14 @@ def in_markdown(text: str, most: int = 200) -> str:
 
 def markdown(rows: Sequence[Row], protocol: str) -> str:
     """The rows as a Markdown table."""
+    rows = once_each(rows)
+    names = told_apart(rows)
     shown = headline(protocol, rows)
     head = columns(shown)
     lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] + ["---:"] * (len(head) - 1)) + "|"]
     lines += [
-        "| " + " | ".join(in_markdown(c) for c in cells(row, shown)) + " |"
-        for row in rows
+        "| " + " | ".join(in_markdown(c) for c in [name, *cells(row, shown)[1:]]) + " |"
+        for row, name in zip(rows, names, strict=True)
         if row["status"] != "SKIPPED"
     ]
     return "\n".join(lines)

@@ -104,8 +104,15 @@ def _spelled_for(encoding: str, sheet: Sheet) -> Sheet:
 
 
 def tell(console: Console, line: str, style: str = "") -> None:
-    """Print a sentence: in a terminal it goes on in the next line between two words, and elsewhere it is one line."""
-    console.print(plain(line, MAX_LINE), style=style, soft_wrap=not console.is_terminal)
+    """Print a sentence: in a terminal, and where COLUMNS says how wide it is, it goes on in the next line between two
+    words, and elsewhere it is one line."""
+    is_narrow = console.is_terminal or os.environ.get("COLUMNS", "").isdigit()
+    text = plain(line, MAX_LINE)
+    if console.is_terminal or not is_narrow:
+        console.print(text, style=style, soft_wrap=not is_narrow)
+        return
+    for part in text.wrap(console, console.width):  # of a pipe, without spaces at a line's end
+        console.print(part.plain.rstrip(), soft_wrap=True)
 
 
 def complain(text: str, who: str = "quantlab: ") -> None:

@@ -284,7 +284,7 @@ def _yaml(value: Any) -> str:
 
 
 _NOTES = {
-    "dataset.path": "a file or folder of your own; as long as it is left open: dataset.path=... with each command",
+    "dataset.path": "a file or folder of your own",
     "model.path": "a folder that save_pretrained wrote, or a Hub id",
     "model.components": "what is quantized; all else stays as it is",
     "evaluation.num_samples": "more of them, narrower intervals; time goes with them",
@@ -295,7 +295,10 @@ _NOTES = {
 
 def _keys(path: str, node: Mapping[str, Any], indent: int) -> Iterator[tuple[str, str]]:
     for key, value in node.items():
-        yield f"{' ' * indent}{key}: {_yaml(value)}", _NOTES.get(f"{path}.{key}", "")
+        note = _NOTES.get(f"{path}.{key}", "")
+        is_open = note and value == MISSING
+        later = f"; as long as it is left open: {path}.{key}=... with each command" if is_open else ""
+        yield f"{' ' * indent}{key}: {_yaml(value)}", f"{note}{later}"
 
 
 def _told(group: str, option: str, choices: Mapping[str, str]) -> str:

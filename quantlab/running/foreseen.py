@@ -26,7 +26,7 @@ from quantlab.tracking.values import flatten
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.native import canonical_json
 
-STAGES = ("calibrate", "quantize", "evaluate", "weigh", "evidence", "attribute")
+STAGES = ("calibrate", "quantize", "compile", "warm_up", "evaluate", "weigh", "evidence", "attribute", "speed")
 """Of a job alone; loading the model and making the reference are the sweep's."""
 _SAME = ("model.", "dataset.", "evaluation.")
 """Parameters of the jobs whose times are compared."""
@@ -74,15 +74,17 @@ class Foreseen:
             told.append(f"{num} of {counted(num_jobs, 'job')} {are}")
         found = self.estimate
         if found is not None:
-            whole = f"{found.seconds / 60:.1f} min" if found.seconds >= 60 else f"{found.seconds:.0f} s"
+            whole = f"about {found.seconds / 60:.1f} min" if found.seconds >= 60 else f"about {found.seconds:.0f} s"
+            whole = whole if found.seconds >= 1 else "less than a second"
             jobs = counted(self.num_left, "job")
             jobs = f"{found.num_jobs} of {jobs}" if found.num_jobs < self.num_left else jobs
             other = found.num_jobs - found.num_alike
             how = "by the median of the same backend and algorithm" if found.num_alike else "by their mean"
             how += f" ({counted(other, 'job')} by the mean of all)" if other and found.num_alike else ""
             told.append(
-                f"about {whole} for {jobs}: {how}, of {counted(found.rests_on, 'earlier job')} of this model "
-                f"and evaluation in {self.store}; without loading the model, the reference and its floors"
+                f"{whole} for {jobs}: {how}, of {counted(found.rests_on, 'earlier job')} of this model "
+                f"and evaluation in {self.store}; without loading the model, the reference, its floors and the "
+                "tracking"
             )
         elif self.untimed:
             told.append(self.untimed)

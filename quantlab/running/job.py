@@ -22,7 +22,7 @@ from quantlab.modules.device import answers, kind_of
 from quantlab.modules.kept import Damaged, read_json, set_aside, write_json
 from quantlab.modules.memory import storages
 from quantlab.planning.job import Job
-from quantlab.progress import say
+from quantlab.progress import headline_of, say
 from quantlab.running.forecast import bytes_to_run
 from quantlab.running.placement import in_typed_words, planned, source_for
 from quantlab.running.rows import failed_row
@@ -218,7 +218,7 @@ def run_row(session: Session, bench: Workbench, job: Job, key: str, folder: Path
         if is_disk_full(error):  # no other job would fare better
             raise
         text = in_words(error)
-        say(f"{job.name}: {text[:500]}", "failed")
+        say(f"{job.name}{f' at {run.stage}' if run else ''}: {headline_of(text)}", "failed")
         if is_device_lost(error) or not answers(session.device):
             session.lost_device = job.name
             text += "; the GPU answered this process no more, so the jobs after it ran in processes of their own"

@@ -58,8 +58,14 @@ def status(words: Sequence[str]) -> list[JobStatus]:
     named = [folder for folder in sweeps if wanted in ("latest", run_id_of(folder))]
     found = named or [folder for folder in sweeps if wanted in folder.name]
     if not found:
-        names = ", ".join(folder.name for folder in sweeps[-5:]) or "none"
-        raise ConfigError(f"status {wanted}: no sweep in {output_dir / 'runs'} is called so; there are {names}")
+        runs = output_dir / "runs"
+        if not sweeps:
+            raise ConfigError(
+                f"status: there is no sweep in {runs}; run one (quantlab -m ..., or recipe=NAME), or name "
+                "another output_dir=..."
+            )
+        names = ", ".join(folder.name for folder in sweeps[-5:])
+        raise ConfigError(f"status {wanted}: no sweep in {runs} is called so; there are {names}")
     return list(_jobs(found[-1]))
 
 

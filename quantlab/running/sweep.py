@@ -239,7 +239,8 @@ def _run_sweep(session: Session, plan: Plan) -> list[RunReport]:
         session.parent_run_id, session.parent_record = parent.run_id, parent.record.summary["record"]
         if plan.invalid:
             num = len(plan.invalid) + len(plan.jobs)
-            say(f"skipped: {len(plan.invalid)} of {num} combinations are impossible; sweep.dry_run=true lists them")
+            are = "is" if len(plan.invalid) == 1 else "are"
+            say(f"skipped: {len(plan.invalid)} of {num} combinations {are} impossible; sweep.dry_run=true lists them")
         _say_merged(plan)
         config, study = plan.jobs[0].config, None
         if config.sweep.search.num_trials:

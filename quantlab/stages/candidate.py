@@ -21,7 +21,7 @@ from quantlab.modules.memory import StageMeasurement, logical_size
 from quantlab.modules.source import Source
 from quantlab.planning.components import named_by_users, told_under, with_keys_of
 from quantlab.planning.job import Job
-from quantlab.progress import Advance, say
+from quantlab.progress import Advance, say, under_way
 from quantlab.stages.calibrate import (
     CalibrationSet,
     calibrate_component,
@@ -253,7 +253,7 @@ def _calibrated_parts(making: Making) -> tuple[dict[str, _Part], CalibrationSet]
         for name in making.calibrated:
             with told_under(making.job.key_of(name)):
                 parts[name] = part = _part(making, name, making.quantized[name])
-                feed = data.feed(name, making.model, functools.partial(making.advance, f"calibrate {name}"))
+                feed = data.feed(name, making.model, functools.partial(_tell_calls, making, name, part.request.scheme))
                 # what is streamed is measured on the unquantized model, which stays as it is
                 measured = part.module if part.source is None else making.model.components[name]
                 part.calibrated = calibrate_component(part.request, measured, part.selection, feed)
@@ -261,6 +261,15 @@ def _calibrated_parts(making: Making) -> tuple[dict[str, _Part], CalibrationSet]
 
     batch_size = min(config.calibration.batch_size, config.calibration.num_samples)
     return in_smaller_batches(attempt, batch_size, making.model.device)
+
+
+def _tell_calls(making: Making, name: str, scheme: Scheme, done: int, total: int) -> None:
+    """The bar of the calls; after the last of a pass the algorithm works on what they showed, which no bar counts."""
+    making.advance(f"calibrate {name}", done, total)
+    if done >= total:
+        under_way(f"calibrate {name}: {scheme.axes.algorithm}, after the calls")
+    elif done == 1:  # of another pass
+        under_way(f"calibrate {name}: {scheme.axes.algorithm}, calls")
 
 
 def _evidence(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,19 @@ def files_below(path: str | Path) -> list[Path]:
         entered.add(real)
         found += [file for name in names if (file := Path(folder) / name).is_file()]
     return sorted(found)
+
+
+def leads_to_a_file(key: str) -> bool:
+    """Whether a key's value is a path, of which a name says no more than it must."""
+    return key.rpartition(".")[2] in ("path", "checkpoint", "imatrix_file")
+
+
+def ends_of_paths(paths: Collection[str]) -> dict[str, str]:
+    """Path -> the shortest end of it that no other of them has; what several folders have in common is left out."""
+    parts = {path: [part for part in path.split("/") if part not in ("", ".")] for path in paths}
+    for num in range(1, max(map(len, parts.values()), default=0) + 1):
+        ends = {path: own[-num:] for path, own in parts.items()}
+        if len({tuple(end) for end in ends.values()}) == len(ends):
+            alike = num > 2 and len({tuple(end[1:]) for end in ends.values()}) == 1
+            return {p: f"{end[0]}/…/{end[-1]}" if alike else "/".join(end) for p, end in ends.items()}
+    return {path: path for path in paths}

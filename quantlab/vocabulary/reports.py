@@ -40,7 +40,8 @@ def _brief_value(value: Any) -> str:
     elif isinstance(value, Mapping):
         text = ", ".join(f"{k}={_brief_value(v)}" for k, v in value.items())
     elif isinstance(value, (tuple, list)) and not all(isinstance(v, int) for v in value):
-        text = f"{len(value)} of {type(value[0]).__name__}"
+        texts = [v for v in value if isinstance(v, str)]  # sentences are told, of parts their number
+        text = "; ".join(texts) if texts else f"{len(value)} of {type(value[0]).__name__}"
     elif hasattr(value, "shape"):
         text = f"array of {tuple(value.shape)}"
     else:

@@ -140,11 +140,14 @@ def test_help_fits_the_terminal_and_loses_no_word(columns, tmp_path, monkeypatch
         ("group_size=9999", "; the nearest are 4096"),
         ("model=gpt2", "; a model of a folder or of the Hub: model=auto model.path=OWNER/gpt2"),
         ("model=org/gpt2", "; a model of a folder or of the Hub: model=auto model.path=org/gpt2"),
+        ("model=mine", "; a model of a folder or of the Hub: model=auto model.path=mine"),
         ("model=flux_de", "; did you mean flux_dev?"),
         ("dtype=int9", "; did you mean int"),
     ],
 )
-def test_the_way_to_what_was_meant(override, ends):
+def test_the_way_to_what_was_meant(override, ends, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
     with pytest.raises(ConfigError) as told:
         plan(["backend=torchao", override])
     assert str(told.value).startswith(f"{override}: there are ")

@@ -246,6 +246,8 @@ def test_an_interval_that_is_lopsided_or_ends_where_the_metric_does_has_both_bou
         (56.713, 56.5, 56.93, "56.71 (56.50..56.93)"),
         (5.3e-6, 5.0e-6, 5.7e-6, "5.3e-6 (5.0e-6..5.7e-6)"),
         (-0.2, -1.0, 0.0, "-0.2 (-1..0)"),
+        (0.0053, 1.2e-13, 2.31e11, "0.0053 (1.2e-13..2.3e11)"),  # one row has all of the error
+        (123_456.0, 1_234.0, 9e6, "1.2e5 (1234.0..9.0e6)"),
     ],
 )
 def test_both_bounds_have_the_digits_that_tell_them_apart(value, low, high, text):

@@ -179,12 +179,14 @@ def test_data_that_only_the_user_has_are_left_open(tmp_path):
     assert code == 0
     assert "run it:             quantlab recipe=my.yaml dataset.path=...\n" in out
     assert "  path: ???   #" in (tmp_path / "my.yaml").read_text()
+    assert "as long as it is left open: dataset.path=... with each command" in (tmp_path / "my.yaml").read_text()
     code, _, err = shell("recipe=my.yaml", "sweep.dry_run=true")
     assert code == 2
     assert re.search(r"recipe=my.yaml: line \d+: dataset.path: is left to whoever runs this recipe", err)
     code, _, err = shell("init", "other.yaml", "model.path=vit", "device=cpu", "dataset.path=pictures")
     assert code == 0
     assert "  path: pictures" in (tmp_path / "other.yaml").read_text()
+    assert "left open" not in (tmp_path / "other.yaml").read_text(), "it is given"
 
 
 def test_pictures_that_are_missing_are_not_told_to_be_prompts(tmp_path):

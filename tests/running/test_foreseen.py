@@ -30,14 +30,14 @@ def request_of_three(tmp_path, monkeypatch):
     return plan(WORDS, multirun=True)
 
 
-def track(tmp_path, job, seconds, parent="local-sweep"):
+def track(tmp_path, job, seconds, parent="local-sweep", **more):
     """A finished job in the folder of runs; what else took time is no stage of it."""
     store = open_store(job.config.tracking, tmp_path)
     tags = {KIND: "job", JOB_KEY: content_key(KNOWN, job, tmp_path / "outputs" / "cache")}
     folder = tmp_path / "outputs" / "runs" / f"{job.name}-{seconds}"
     with store.start_run(job.name, folder, job.resolved, tags, parent) as run:
         run.log_metrics({"perf/quantize_s": 1.0, "perf/evaluate_s": seconds - 1.0, "perf/decode_s": 1000.0})
-        run.log_metrics({"quantization/coverage": 1.0})
+        run.log_metrics({"quantization/coverage": 1.0, **{f"perf/{stage}_s": took for stage, took in more.items()}})
 
 
 def test_nothing_is_known_before_the_first_run(request_of_three):
@@ -87,6 +87,17 @@ def test_what_is_done_and_what_the_rest_takes(request_of_three, tmp_path):
     told = "\n".join(found.lines(3))
     assert "1 of 3 jobs is resumed: an earlier sweep has finished it" in told
     assert "about 30 s for 2 jobs: by the median of the same backend and algorithm, of 2 earlier jobs" in told
+
+
+def test_compilation_and_measured_speed_take_their_time(request_of_three, tmp_path):
+    track(tmp_path, request_of_three.jobs[0], 10.0, compile=300.0, warm_up=2.0, speed=28.0)
+    assert foreseen(request_of_three).estimate.seconds == 2 * 340.0, "one is resumed"
+
+
+def test_what_takes_no_second_is_not_told_as_none(request_of_three, tmp_path):
+    track(tmp_path, request_of_three.jobs[0], 0.1)
+    (line,) = [line for line in foreseen(request_of_three).lines(3) if " for 2 jobs" in line]
+    assert line.startswith("less than a second for 2 jobs: ")
 
 
 def test_one_scheme_in_two_words_is_no_job_that_is_left(tmp_path, monkeypatch):

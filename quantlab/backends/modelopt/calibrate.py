@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from quantlab.backends.modelopt.silent import shielded, unclip
 from quantlab.backends.unseen import never_ran, only_zeros
 from quantlab.errors import ConfigError
 from quantlab.modules.feed import CalibrationFeed
+from quantlab.progress import under_way
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +55,11 @@ def calibrate(
     before = {name: layer.weight.detach().clone() for name, layer in named.items()} if len(rounds) > 1 else {}
     done: dict[str, QuantLinear] = {}
     for part in rounds:
-        with _as_before(done, before), shielded(part, loudest, config.algorithm):
+        with (
+            _as_before(done, before),
+            shielded(part, loudest, config.algorithm),
+            _told_by_layer(named, config.algorithm),
+        ):
             insert(part, config, forward_loop=run)
         for name, layer in part.items():
             unclip(layer, loudest[name] == 0, config.algorithm)
@@ -123,6 +129,25 @@ def _as_before(done: Named, weights: Mapping[str, Tensor]) -> Iterator[None]:
             layer.weight.data = now[name]
         for quantizer in quantizers:
             quantizer.enable()
+
+
+@contextlib.contextmanager
+def _told_by_layer(named: Named, algorithm: str) -> Iterator[None]:
+    """While open, it is told which layer the library works on: after its passes it has each weight in hand in turn."""
+    library: Any = importlib.import_module("modelopt.torch.quantization.model_calib")
+    in_hand = library.enable_weight_access_and_writeback
+    places = {id(layer): f"layer {i} of {len(named)} ({name})" for i, (name, layer) in enumerate(named.items(), 1)}
+
+    def told(module: nn.Module, *more: Any, **settings: Any) -> Any:
+        if place := places.get(id(module)):
+            under_way(f"calibrate: {algorithm}, {place}")
+        return in_hand(module, *more, **settings)
+
+    library.enable_weight_access_and_writeback = told
+    try:
+        yield
+    finally:
+        library.enable_weight_access_and_writeback = in_hand
 
 
 def _on_the_terminal(model: nn.Module, feed: CalibrationFeed) -> Callable[[], None]:

@@ -24,6 +24,7 @@ from quantlab.backends.torchao.forms import Form
 from quantlab.backends.torchao.rules import FLOAT8_STATIC
 from quantlab.backends.unseen import never_ran, only_zeros, with_silent_channels
 from quantlab.errors import ConfigError
+from quantlab.progress import under_way
 
 if TYPE_CHECKING:
     import torch
@@ -204,6 +205,7 @@ def _search_all(
         with _watched({name: layers[name] for name in names}, functools.partial(_keep, inputs, dtypes)):
             run()
         for name in names:
+            under_way(f"calibrate: awq, layer {len(found) + 1} of {len(layers)} ({name})")
             if not any(x.numel() for x in inputs[name]):
                 raise never_ran([name])
             if not all(bool(x.isfinite().all()) for x in inputs[name]):

@@ -54,8 +54,8 @@ function frontNow(rows) { // by bytes the front that was tested; by another axis
 function plotSection(width) {
   const rows = shownRows().filter((r) => axisOf(r) > 0 && valueOf(r) && (r.role === "candidate" || r.name === view().floor_name));
   const byBytes = axis().key === "weights_bytes";
-  const hint = [byBytes && isSure() ? "Schemes on the line (dark outline) are the Pareto front: each is surely better than all that are smaller." : "The line joins the schemes that no other one beats in both, as measured.",
-    rows.some((r) => valueOf(r).ci_lo !== null) ? "Bars are 95 % intervals." : "", `n = ${group().n}.`, axis().note].filter(Boolean).join(" ");
+  const hint = (svg) => [byBytes && isSure() ? "Schemes on the line (dark outline) are the Pareto front: each is surely better than all that are smaller." : "The line joins the schemes that no other one beats in both, as measured.",
+    rows.some((r) => valueOf(r).ci_lo !== null) ? `Bars are 95 % intervals${svg.querySelector("[data-goes-on]") ? "; one with an arrow goes on beyond the plot" : ""}.` : "", `n = ${group().n}.`, axis().note].filter(Boolean).join(" ");
   const title = byBytes ? "What does each byte buy?" : `${state.metric} against ${axis().title}`;
   if (!rows.some((r) => r.role === "candidate")) return section(title, "No scheme is shown: another word, or a press on its library, brings it back.");
   const drawn = (room) => {
@@ -64,7 +64,7 @@ function plotSection(width) {
     return [svg, list, numbered];
   };
   const [svg, list, numbered] = drawn(width), file = saveSvg("plot", () => aloneToo(svg, rows, numbered));
-  return section(title, hint, make("div", { class: "figure screen" }, file, svg, list), onPaper((room) => drawn(room).slice(0, 2).filter(Boolean)));
+  return section(title, hint(svg), make("div", { class: "figure screen" }, file, svg, list), onPaper((room) => drawn(room).slice(0, 2).filter(Boolean)));
 }
 
 function aloneToo(svg, rows, numbered) { // the plot as a file: what its colours say, and what its numbers stand for
@@ -91,12 +91,20 @@ function plot(rows, width) {
   }
 }
 
+// How far intervals may stretch the axis: one that goes on over twenty powers of ten would press all points into a line.
+function reachOf(own, log) {
+  const low = Math.min(...own), high = Math.max(...own), span = high - low || Math.abs(high) || 1;
+  return log ? [low / 100, high * 100] : [low - 3 * span, high + 3 * span];
+}
+
 function plotAt(rows, width, height) { // null where not every label found a place
   const narrow = width < 560, left = narrow ? 56 : 74, right = 22, top = 18, bottom = 52, bottomY = height - bottom;
   const v = view(), of = valueOf, { unit, by } = axisScale(rows);
-  const values = rows.flatMap((r) => [of(r).value, of(r).ci_lo ?? of(r).value, of(r).ci_hi ?? of(r).value]).concat(v.floor ?? []);
+  const own = rows.map((r) => of(r).value).concat(v.floor ?? []);
+  const every = rows.flatMap((r) => [of(r).ci_lo ?? of(r).value, of(r).ci_hi ?? of(r).value]).concat(own), among = every.filter((x) => x > 0);
+  const log = rows.every((r) => of(r).value > 0) && Math.max(...among) / Math.min(...among) > 30;
+  const room = reachOf(log ? own.filter((x) => x > 0) : own, log), values = every.map((x) => Math.min(Math.max(x, room[0]), room[1]));
   const positive = values.filter((x) => x > 0);
-  const log = rows.every((r) => of(r).value > 0) && Math.max(...positive) / Math.min(...positive) > 30;
   const x = scale(rows.map((r) => axisOf(r) / by), left, width - right, false), y = scale(log ? positive : values, bottomY, top, log);
   const label = `${state.metric}${unitOf(state.metric) ? ` [${unitOf(state.metric)}]` : ""}${narrow ? "" : `, ${direction(state.metric)}`}${log ? ", log scale" : ""}`;
   const svg = drawing(width, height, { class: "plot", "aria-label": `${state.metric} against ${axis().title}` });
@@ -121,7 +129,7 @@ function plotAt(rows, width, height) { // null where not every label found a pla
   svg.append(make("line", { x1: left, x2: width - right, y1: bottomY, y2: bottomY, class: "axis" }),
     make("text", { x: (left + width - right) / 2, y: height - 8, "text-anchor": "middle", class: "axis-title" }, `${axis().title}${unit ? ` [${unit}]` : ""}${narrow ? "" : axis().higher_is_better ? " \u2192 larger is better" : " \u2190 smaller is better"}`),
     make("text", { transform: `translate(${narrow ? 13 : 16} ${(top + bottomY) / 2}) rotate(-90)`, "text-anchor": "middle" }, label));
-  const atX = (r) => x.at(axisOf(r) / by), atY = (value) => y.at(log ? Math.max(value, 10 ** y.low) : value);
+  const atX = (r) => x.at(axisOf(r) / by), [least, most] = log ? [10 ** y.low, 10 ** y.high] : [y.low, y.high], atY = (value) => y.at(Math.min(Math.max(value, least), most));
   let last = null;
   const steps = frontNow(rows).map((r) => {
     const px = atX(r), py = atY(of(r).value);
@@ -131,12 +139,12 @@ function plotAt(rows, width, height) { // null where not every label found a pla
     return step;
   });
   svg.append(make("path", { d: steps.join("") || "M0,0", class: "front-line" }));
-  const numbered = drawPoints(svg, rows, atX, atY, { left: left + 2, right: width - 4, top: 4, bottom: bottomY - 2 }, lines);
+  const numbered = drawPoints(svg, rows, atX, atY, (bound) => bound < least || bound > most, { left: left + 2, right: width - 4, top: 4, bottom: bottomY - 2 }, lines);
   return numbered && { svg, numbered };
 }
 
 // Each point has its name: beside it, or further off at the end of a line, or as a number that a list explains.
-function drawPoints(svg, rows, atX, atY, room, lines) {
+function drawPoints(svg, rows, atX, atY, goesOn, room, lines) {
   const front = new Set(frontNow(rows).map((r) => r.name));
   const points = [...rows].sort((a, b) => front.has(b.name) - front.has(a.name)).map((row) => ({ row, x: atX(row), y: atY(valueOf(row).value) }));
   const bars = points.map((p) => ({ ...p, ...valueOf(p.row) })).filter((p) => p.ci_lo !== null && p.ci_lo !== undefined)
@@ -146,8 +154,8 @@ function drawPoints(svg, rows, atX, atY, room, lines) {
   for (const [i, p] of points.entries()) {
     const { row } = p, m = valueOf(row), base = row.role !== "candidate", isFront = front.has(row.name), style = base ? { colour: "var(--soft)", shape: "square" } : styleOf(kindOf(row));
     if (m.ci_lo !== null && m.ci_lo !== undefined) {
-      const a = atY(m.ci_lo), b = atY(m.ci_hi);
-      marks.append(make("path", { class: "bar", d: `M${p.x},${a}V${b}M${p.x - 4},${a}h8M${p.x - 4},${b}h8`, style: `stroke:${style.colour};stroke-width:1.5px;fill:none` }));
+      const a = atY(m.ci_lo), b = atY(m.ci_hi), ends = [[m.ci_lo, a, -6], [m.ci_hi, b, 6]].map(([bound, at, back]) => goesOn(bound) ? `M${p.x - 4},${at + back}L${p.x},${at}L${p.x + 4},${at + back}` : `M${p.x - 4},${at}h8`);
+      marks.append(make("path", { class: "bar", d: `M${p.x},${a}V${b}${ends.join("")}`, style: `stroke:${style.colour};stroke-width:1.5px;fill:none`, ...(goesOn(m.ci_lo) || goesOn(m.ci_hi) ? { "data-goes-on": row.name } : {}) }));
     }
     marks.append(marker(style.shape, p.x, p.y, isFront ? 7 : 5.5, {
       style: base ? `fill:var(--panel);stroke:${style.colour};stroke-width:2px` : `fill:${style.colour};stroke:${isFront ? "var(--ink)" : "var(--panel)"};stroke-width:${isFront ? "1.8px" : "1px"}`,

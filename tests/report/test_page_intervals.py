@@ -1,0 +1,34 @@
+"""An interval over many powers of ten does not press the points of the plot into a line; that it goes on is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from quantlab.report.html import write_page
+from tests.support.browser import find, look
+
+ARROW = "; one with an arrow goes on beyond the plot"
+
+
+def places(browser):
+    """Scheme -> height of its point."""
+    return {p.get_attribute("data-name"): p.rect["y"] for p in find(browser, ".figure.screen svg.plot .point")}
+
+
+@pytest.mark.parametrize("low", [0.0, 1.2e-26])
+def test_a_bar_that_goes_on_ends_in_an_arrow(browser, data, tmp_path, low):
+    write_page(data, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html")
+    before = places(browser)
+    assert ARROW not in browser.page_source.partition("<script")[0] + find(browser, "#main, main")[0].text
+    group = data["groups"][0]
+    row = next(row for row in group["rows"] if row["name"] in before and row["role"] == "candidate")
+    row["metrics"][group["metric"]] |= {"ci_lo": low, "ci_hi": 2.3e11}
+    write_page(data, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html")
+    after = places(browser)
+    assert [p.get_attribute("data-goes-on") for p in find(browser, ".figure.screen [data-goes-on]")] == [row["name"]]
+    assert ARROW in find(browser, "#main, main")[0].text
+    spread = [max(found.values()) - min(found.values()) for found in (before, after)]
+    assert spread[1] > spread[0] / 4
+    assert browser.get_log("browser") == []
