@@ -22,17 +22,17 @@ def view_name(sweep_id: str) -> str:
     return f"quantlab-{sweep_id[:12]}"
 
 
-def saved_view(store: Store, metrics: Sequence[str], sweep_id: str) -> str:
+def saved_view(store: Store, metrics: Sequence[str], sweep_id: str, images: Sequence[str] = ()) -> str:
     """The address, within MLflow, of the view of a sweep's runs by ``metrics`` (tracked names, the most telling first)
-    in the store's experiment; it is saved where there is none yet. Empty where the store does not take it, which is
-    told.
+    in the store's experiment, with a card for each key of its runs' ``images``; it is saved where there is none yet.
+    Empty where the store does not take it, which is told.
     """
     from mlflow.exceptions import MlflowException
 
     name = view_name(sweep_id)
     try:
         if f"{PREFIX}{name}" not in store.client.get_experiment(store.experiment_id).tags:
-            state = json.dumps(view_state(metrics, sweep_id))
+            state = json.dumps(view_state(metrics, sweep_id, images))
             store.client.set_experiment_tag(store.experiment_id, f"{PREFIX}{name}", state)
     except MlflowException as error:
         say(f"the saved view of the runs: {str(error)[:200]}", "warning")
@@ -40,7 +40,7 @@ def saved_view(store: Store, metrics: Sequence[str], sweep_id: str) -> str:
     return f"#/experiments/{store.experiment_id}/runs?viewStateShareKey={name}&compareRunsMode=CHART"
 
 
-def view_state(metrics: Sequence[str], sweep_id: str) -> dict[str, object]:
+def view_state(metrics: Sequence[str], sweep_id: str, images: Sequence[str] = ()) -> dict[str, object]:
     """What the page keeps of a view: of a sweep's runs each metric against bytes and by scheme, and the columns of its
     table. Runs of other sweeps have other samples, and those whose sweep is folded up would be in no chart.
     """
@@ -53,6 +53,10 @@ def view_state(metrics: Sequence[str], sweep_id: str) -> dict[str, object]:
             for m in metrics
         ),
         *({"type": "BAR", "uuid": m, **kept, "metricKey": m} for m in (*metrics, BYTES[0])),
+        *(
+            {"type": "IMAGE", "uuid": f"image {key}", **kept, "imageKeys": [key], "step": 0, "showRunParams": False}
+            for key in images
+        ),
     ]
     return {
         "searchFilter": f"tags.`{PARENT_RUN_ID}` = '{sweep_id}'",

@@ -9,6 +9,7 @@ import pytest
 
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.tracking import open_store
+from quantlab.tracking.results import IMAGE_KEY
 from quantlab.tracking.saved_view import PREFIX, saved_view, view_state
 from quantlab.tracking.tags import PARENT_RUN_ID
 from quantlab.vocabulary.schema import TrackingConfig
@@ -36,7 +37,7 @@ def test_it_is_saved_once_and_another_ones_change_stays(base):
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_it_fits_a_tag(protocol):
-    text = json.dumps(view_state([f"quality/{name}" for name in PROTOCOLS[protocol].HEADLINE], SWEEP))
+    text = json.dumps(view_state([f"quality/{name}" for name in PROTOCOLS[protocol].HEADLINE], SWEEP, [IMAGE_KEY]))
     assert len(text) < 5000
     ids = [chart["uuid"] for chart in json.loads(text)["compareRunCharts"]]
     assert len(ids) == len(set(ids))

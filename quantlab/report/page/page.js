@@ -57,7 +57,10 @@ function redraw() {
   update();
 }
 
-function update() { document.getElementById("body").replaceChildren(...parts()); }
+function update() {
+  document.getElementById("body").replaceChildren(...parts());
+  document.querySelectorAll(".wide").forEach((frame) => frame.fit());
+}
 
 function parts() {
   const page = document.getElementById("page"), v = view(), all = [answers()];
@@ -71,7 +74,8 @@ function parts() {
   if (among(v.twins).length) add("What does calibration buy?", `A: the algorithm; B: the plain one on the same bits. Paired differences of ${v.metric} with 95 % intervals.`, pairTable(among(v.twins)));
   const costs = v.costs.filter((c) => isNamed(c.scheme));
   if (costs.length) add("Which component costs what?", `${v.metric} with that component quantized alone, and what all the others add to it, paired by sample, with 95 % intervals.`, costTable(costs));
-  add("Which layer hurts, and when?", "Each layer\u2019s own error on calibration data, given the reference\u2019s inputs: output signal over error in dB, layer by denoising step. Dark is worse.", calibrationMaps(room));
+  const hasSteps = group().calibrated.some((m) => m.columns.length > 1); // a language model has none
+  add(`Which layer hurts${hasSteps ? ", and when" : ""}?`, `Each layer\u2019s own error on calibration data, given the reference\u2019s inputs: output signal over error in dB${hasSteps ? ", layer by denoising step" : ""}. Dark is worse.`, calibrationMaps(room));
   if (group().images) add("What does it look like?", "The same noise and the same request through every scheme.", imagePanel());
   if (group().texts) all.push(...textSections());
   const layers = group().layers && chosenColumns(group().layers);
