@@ -103,5 +103,9 @@ def test_a_map_of_one_column_of_calibration_says_nothing_of_denoising_steps(brow
     (section,) = (e for e in find(browser, "section") if "Which layer hurts" in e.text)
     assert "step" not in section.text
     assert "when" not in section.text
-    (tip, _) = (e.get_attribute("data-tip") for e in find(browser, "section rect[data-tip]") if "layers." in e.get_attribute("data-tip") and "SQNR" in e.get_attribute("data-tip"))
+    (tip, _) = (
+        e.get_attribute("data-tip")
+        for e in find(browser, "section rect[data-tip]")
+        if "layers." in e.get_attribute("data-tip") and "SQNR" in e.get_attribute("data-tip")
+    )
     assert "step" not in tip
