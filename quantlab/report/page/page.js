@@ -6,12 +6,12 @@ function lists() {
     parts.push(section(`What failed? ${DATA.failed.length} ${DATA.failed.length === 1 ? "job" : "jobs"} without a result`, "The other rows do not depend on these. The same command again retries them.", plain([
       { title: "scheme", text: true, name: true, value: (r) => r.name, cell: (r) => r.name },
       { title: "stage", text: true, value: (r) => r.stage, cell: (r) => r.stage },
-      { title: "state", text: true, value: (r) => r.status, cell: (r) => r.status.toLowerCase() },
+      { title: "status", text: true, value: (r) => r.status, cell: (r) => r.status.toLowerCase() },
       { title: "reason", text: true, long: true, value: (r) => r.error, cell: (r) => r.error },
     ], DATA.failed)));
   }
   if (DATA.skipped.length) {
-    parts.push(section("What was not tried?", "Combinations that no library can carry out.", plain([
+    parts.push(section("What was not tried?", "Combinations that no backend offers.", plain([
       { title: "combination", text: true, name: true, value: (r) => r.combination, cell: (r) => r.combination },
       { title: "reason", text: true, long: true, value: (r) => r.reason, cell: (r) => r.reason },
     ], DATA.skipped)));

@@ -57,7 +57,7 @@ function plotSection(width) {
   const hint = [byBytes && isSure() ? "Schemes on the line (dark outline) are the Pareto front: each is surely better than all that are smaller." : "The line joins the schemes that no other one beats in both, as measured.",
     rows.some((r) => valueOf(r).ci_lo !== null) ? "Bars are 95 % intervals." : "", `n = ${group().n}.`, axis().note].filter(Boolean).join(" ");
   const title = byBytes ? "What does each byte buy?" : `${state.metric} against ${axis().title}`;
-  if (!rows.some((r) => r.role === "candidate")) return section(title, "No scheme is shown: another word, or a press on its library, brings it back.");
+  if (!rows.some((r) => r.role === "candidate")) return section(title, "No scheme is shown: another word, or a press on its backend, brings it back.");
   const drawn = (room) => {
     const { svg, numbered } = plot(rows, room);
     const list = numbered.length ? make("ol", { class: "numbered" }, ...numbered.map((row, i) => make("li", { value: i + 1 }, make("a", { href: `#${anchors(state.group)[row.name]}` }, row.name)))) : null;
@@ -70,7 +70,7 @@ function plotSection(width) {
 function aloneToo(svg, rows, numbered) { // the plot as a file: what its colours say, and what its numbers stand for
   const width = Number(svg.getAttribute("width")), shown = [...new Set(rows.filter((r) => r.role === "candidate").map(kindOf))].sort();
   const legend = drawing(width, 0, {}), list = numbered.length ? listDrawing(numbered.map((row, i) => `${i + 1}  ${row.name}`), width) : null;
-  const what = state.kind === "library" ? "" : `${state.kind}:`;
+  const what = state.kind === "backend" ? "" : `${state.kind}:`;
   let x = 8 + (what ? textWidth(what, 12) + 12 : 0), y = 20;
   legend.append(make("text", { x: 8, y, class: "tick" }, what));
   for (const kind of shown) {
