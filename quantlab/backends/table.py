@@ -105,7 +105,7 @@ class Backend:
     offer: Offer
     """Its rows of the capability table, and why other dtypes are not offered."""
     used_with: Mapping[str, tuple[str, tuple[str, ...]]] = dataclasses.field(default_factory=dict)
-    """One of its own settings -> an axis, and the values of it with which the setting has an influence; others always."""
+    """One of its own settings -> an axis, and its values with which the setting has influence; others always have."""
 
     def __post_init__(self) -> None:
         """ConfigError naming the field that is missing or is not what it says."""

@@ -188,8 +188,10 @@ class Results(Sequence[RunReport]):
         parts += [_html_table(sheet) for sheet in self._sheets]
         failed = [r for r in self._reports if r.status == "FAILED"] if len(self) > 1 else []  # one alone says it itself
         lines = [f"failed: {r.name} at {r.failed_stage}: {printable(r.error, MAX_REASON)}" for r in failed]
-        more = [f"... and {len(lines) - MAX_FAILED} more that failed: .rows has all"] if len(lines) > MAX_FAILED else []
-        parts.append(_html_lines([*lines[:MAX_FAILED], *more]))
+        others = (
+            [f"... and {len(lines) - MAX_FAILED} more that failed: .rows has all"] if len(lines) > MAX_FAILED else []
+        )
+        parts.append(_html_lines([*lines[:MAX_FAILED], *others]))
         pictures: list[str] = []
         left = 0
         for run in filter(is_candidate, self._runs):

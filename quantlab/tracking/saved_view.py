@@ -16,6 +16,9 @@ from quantlab.tracking.tags import PARENT_RUN_ID
 PREFIX = "mlflow.sharedViewState."
 BYTES = ("memory/weights_bytes", "memory/bits_per_weight_model", "memory/compression")
 
+EDGES, LETTER = 36, 7
+"""Pixels of a heading of the table: beside its name, and of a letter of it. Without them names are cut."""
+
 
 def view_name(sweep_id: str) -> str:
     """The name of the view of a sweep's runs."""
@@ -42,9 +45,10 @@ def saved_view(store: Store, metrics: Sequence[str], sweep_id: str, images: Sequ
 
 def view_state(metrics: Sequence[str], sweep_id: str, images: Sequence[str] = ()) -> dict[str, object]:
     """What the page keeps of a view: of a sweep's runs each metric against bytes and by scheme, and the columns of its
-    table. Runs of other sweeps have other samples, and those whose sweep is folded up would be in no chart.
+    table; two charts side by side, since of three the names are cut. Runs of other sweeps have other samples, and those
+    whose sweep is folded up would be in no chart.
     """
-    section = {"uuid": "quantlab", "name": "quality against bytes", "display": True, "isReordered": True}
+    section = {"uuid": "quantlab", "name": "quality against bytes", "display": True, "isReordered": True, "columns": 2}
     kept = {"metricSectionId": "quantlab", "deleted": False, "isGenerated": False, "runsCountToCompare": 100}
     x = {"key": BYTES[0], "type": "METRIC"}
     charts = [
@@ -58,9 +62,12 @@ def view_state(metrics: Sequence[str], sweep_id: str, images: Sequence[str] = ()
             for key in images
         ),
     ]
+    columns = {f"metrics.`{name}`": EDGES + LETTER * len(name) for name in (*metrics, *BYTES)}
     return {
         "searchFilter": f"tags.`{PARENT_RUN_ID}` = '{sweep_id}'",
-        "selectedColumns": [f"metrics.`{name}`" for name in (*metrics, *BYTES)],
+        "selectedColumns": [*columns],
+        "columnOrder": [*columns],  # without it widths are not used
+        "columnWidths": columns,
         "compareRunCharts": charts,
         "compareRunSections": [section],
         "isAccordionReordered": True,  # else the page puts sections of its own before it
