@@ -48,8 +48,10 @@ def test_no_table_scrolls_sideways_and_what_is_hidden_is_named_in_an_order(brows
 def test_hidden_columns_come_back_on_a_press_and_are_on_paper_and_on_a_phone(browser, data, tmp_path):
     opened(browser, wide(data), tmp_path, 768)
     few = len(browser.execute_script(HEADS))
+    assert not find(browser, ".wide.over"), "no shadow of what is not there"
     find(browser, ".hidden-columns button")[0].click()
     assert len(browser.execute_script(HEADS)) > few
+    assert find(browser, ".wide.over td.away")
     assert texts(browser, ".hidden-columns") == ["The table goes on to the right: hide what has no room"]
     find(browser, ".hidden-columns button")[0].click()
     assert len(browser.execute_script(HEADS)) == few

@@ -45,6 +45,7 @@ function sortable(columns, rows, start, detail, longest = 60) {
     gone.clear();
     draw();
     note.remove();
+    frame.classList.remove("over");
     if (!givers.length || getComputedStyle(table).display !== "table") return; // cards have room for each
     const isFull = () => frame.scrollWidth > frame.clientWidth;
     if (!isFull()) return;
@@ -56,6 +57,7 @@ function sortable(columns, rows, start, detail, longest = 60) {
     const said = gone.size ? `${gone.size} ${gone.size === 1 ? "column" : "columns"} hidden (${[...gone].map((c) => [c.title, c.told].filter(Boolean).join(" ")).join(", ")}): ` : "The table goes on to the right: ";
     note.replaceChildren(said, button(whole ? "hide what has no room" : "show all", () => frame.fit(!whole)));
     frame.after(note);
+    frame.classList.toggle("over", isFull());
   };
   return frame;
 }
