@@ -111,3 +111,21 @@ def test_a_map_of_one_column_of_calibration_says_nothing_of_denoising_steps(brow
         if "layers." in e.get_attribute("data-tip") and "SQNR" in e.get_attribute("data-tip")
     )
     assert "step" not in tip
+
+
+def test_on_a_phone_what_stays_unquantized_is_said_without_a_broken_name(browser, data, tmp_path):
+    line = "transformer: 19 % of its weights stay unquantized; the largest are time_text_embed.timestep_embedder.linear_1 (6 %): "
+    data["groups"][0]["unquantized"] = [line + "quantization.replace_default_exclusions=true takes it"]
+    opened(browser, data, tmp_path, 390)
+    broken = """const found = [];
+        for (const node of document.querySelector('.warning').childNodes) {
+            if (node.nodeType !== 3) continue;
+            for (const word of node.textContent.matchAll(/[^ ]+/g)) {
+                const range = document.createRange();
+                range.setStart(node, word.index); range.setEnd(node, word.index + word[0].length);
+                if (new Set([...range.getClientRects()].map(r => r.top)).size > 1) found.push(word[0]);
+            }
+        }
+        return found"""
+    assert browser.execute_script(broken) == []
+    assert texts(browser, ".warning")[0].replace("\u00a0", " ").startswith(line)

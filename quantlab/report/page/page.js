@@ -52,7 +52,7 @@ function redraw() {
     head.push(make("div", { class: "groups" }, make("label", {}, "These runs are not all comparable; shown are those with ",
       chooser("group", DATA.groups.map((g, i) => [String(i), g.label]), String(state.group), (i) => draw(Number(i))))));
   }
-  head.push(...group().unquantized.map((line) => make("p", { class: "warning" }, line)));
+  head.push(...group().unquantized.map((line) => make("p", { class: "warning" }, ...parted(line.replace(/(\d) %/g, "$1\u00a0%"), /(?<=[\w\]][_.=](?=[\w[]))/))));
   page.replaceChildren(...head, toolbar(update), body);
   update();
 }

@@ -1,6 +1,6 @@
 const MANY = 10; // columns, of which more stand closer
-function parted(title) { // a name that may go on in the next line, behind each _
-  return title.split(/(?<=_)/).flatMap((part, i) => (i ? [make("wbr"), part] : [part]));
+function parted(title, behind = /(?<=_)/) { // a name that may go on in the next line, behind each _
+  return title.split(behind).flatMap((part, i) => (i ? [make("wbr"), part] : [part]));
 }
 
 // Tables that a click on a heading sorts; on a narrow screen each row is a card.
