@@ -24,6 +24,7 @@ import os
 import re
 import sys
 import sysconfig
+import textwrap
 import types
 from collections.abc import Iterable, Iterator
 
@@ -95,6 +96,8 @@ def _in_a_notebook(error: BaseException) -> list[str]:
         return [*draw(type(error), error, error.__traceback__, tb_offset=1)]
     shown = type(error).__new__(type(error), *error.args)
     vars(shown).update(vars(error))
+    if isinstance(error, QuantlabError) and error.args and str(error) == error.args[0]:
+        shown.args = (_folded(f"{type(error).__name__}: ", str(error)), *error.args[1:])
     came_from = next(itertools.islice(_origins(error), 1, None), None)
     is_the_users = came_from is not None and any(map(_is_the_users, _frames(came_from.__traceback__)))
     shown.__cause__ = came_from if is_the_users else None  # without one, its context is not shown either
@@ -103,6 +106,17 @@ def _in_a_notebook(error: BaseException) -> list[str]:
         kept = types.TracebackType(kept, one.tb_frame, one.tb_lasti, one.tb_lineno)
     where = ["QUANTLAB_TRACEBACK=1 shows where in quantlab"] if isinstance(error, QuantlabError) else []
     return [*draw(type(error), shown, kept, tb_offset=0), *where]
+
+
+_NOTEBOOK = 75
+"""Characters of a line of IPython's own."""
+
+
+def _folded(before: str, message: str) -> str:
+    """A message whose lines end between words: a notebook would end them within one."""
+    lines = f"{before}{message}".splitlines()
+    fold = textwrap.TextWrapper(_NOTEBOOK, break_long_words=False, break_on_hyphens=False).wrap
+    return "\n".join(part for line in lines for part in fold(line) or [""]).removeprefix(before)
 
 
 def _frames(first: types.TracebackType | None) -> Iterator[types.TracebackType]:

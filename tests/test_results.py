@@ -12,6 +12,7 @@ import shlex
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from rich.console import Console
 import quantlab
 from quantlab import Results, progress
 from quantlab.errors import ConfigError, TrackingError
-from quantlab.report.results import next_steps
+from quantlab.report.results import chosen_rows, next_steps
 from quantlab.report.selection import parse_request
 from quantlab.vocabulary import reports
 from quantlab.vocabulary.schema import TrackingConfig
@@ -130,6 +131,40 @@ def test_what_html_says_beside_the_table(here):
     assert re.match(r'<pre style="[^"]*font-family:monospace', compared), "else a notebook shows it in its own letters"
     hostile = dataclasses.replace(here[-1], name="<img src=x>", run_id=None)
     assert "<img src=x" not in Results([hostile], lambda: None)._repr_html_()
+
+
+def test_in_html_no_number_is_broken_and_the_table_scrolls_where_there_is_no_room(here):
+    page = here._repr_html_()
+    numbers = re.findall(r'<td style="([^"]*)">', page)
+    assert {"white-space:nowrap" in style for style in numbers if "right" in style} == {True}
+    assert '<div style="overflow-x:auto"><table>' in page
+    assert "psnr [dB]\u00a0\u2191</th>" in page, "no arrow alone in a line"
+
+
+def test_html_says_why_rows_failed(here):
+    broken = dataclasses.replace(here[-1], status="FAILED", failed_stage="quantize", error="no <room>: " + "x" * 2000)
+    page = Results([here[0], broken, *[broken] * 9], lambda: here._reader)._repr_html_()
+    assert "<div>failed: quanto int4 at quantize: no &lt;room&gt;: x" in page
+    assert "x" * 400 not in page
+    assert "... and 4 more that failed: .rows has all" in page
+
+
+def test_what_failed_is_loaded_in_its_place():
+    """It has no numbers by which to be known as a scheme."""
+    names = ["floor_bf16", "quanto int8", "gguf q4_k", "quanto int4", "reference"]
+    runs = [
+        SimpleNamespace(
+            name=name,
+            start_ms=i,
+            tags={},
+            status="FAILED" if "gguf" in name else "FINISHED",
+            metrics={} if "gguf" in name or " " not in name else {"quantization/coverage": 1.0},
+        )
+        for i, name in enumerate(names)
+    ]
+    reader = SimpleNamespace(by_id=lambda ids: runs[::-1], read_artifact=lambda run, name: None)
+    found = [run.name for run, _ in chosen_rows("x", reader, TrackingConfig())]
+    assert found == ["floor_bf16", "reference", "quanto int8", "gguf q4_k", "quanto int4"]
 
 
 def test_a_single_report_shows_its_row_and_its_images(here):

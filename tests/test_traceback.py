@@ -39,7 +39,7 @@ def test_the_users_own_lines_and_the_message():
     assert 'quantlab.run("digits_backend")' in text
     assert "quantlab/api.py" not in text
     assert "_called.py" not in text
-    assert "recipe=digits_backend: no such recipe; did you mean digits_backends?" in text
+    assert "recipe=digits_backend: no such recipe; did you mean digits_backends?" in " ".join(text.split())
     assert text.rstrip().endswith("QUANTLAB_TRACEBACK=1 shows where in quantlab")
 
 
@@ -91,3 +91,13 @@ def test_an_interrupt_says_what_is_kept(monkeypatch):
     text = "".join(told.value._render_traceback_())  # type: ignore[attr-defined]
     assert "finished jobs are kept" in text
     assert "quantlab/api.py" not in text
+
+
+def test_a_long_message_is_folded_between_words():
+    """A notebook would break it wherever its line ends."""
+    text = shown(lambda: quantlab.run(overrides=["backend=quanto", "dtype=nf4"]))
+    message = text[text.index("ConfigError: ") :].splitlines()
+    assert len(message) > 2
+    assert max(map(len, message)) <= 75
+    assert " ".join(message).startswith("ConfigError: dtype=nf4: quanto offers int8, int4, int2, float8_e4m3")
+    assert not any(line.endswith("-") for line in message)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 ENTRY_POINTS = "quantlab.backends"
 """Group of the entry points by which other packages add their rows; the name of the point is that of the backend."""
 _FUNCTIONS = ("resolve", "layer_bytes", "quantize", "read_back", "save", "load")
-_MAY_BE_EMPTY = ("holds", "loggers", "same_bits", "input_algorithms", "elsewhere")
+_MAY_BE_EMPTY = ("holds", "loggers", "same_bits", "input_algorithms", "elsewhere", "used_with")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _COLOUR = re.compile(r"#[0-9a-f]{6}")
 _Native = TypeVar("_Native", bound=QuantizationConfigMixin)
@@ -104,6 +104,8 @@ class Backend:
     """What the programs that run its files do otherwise than quantlab, a sentence each: said beside its rows."""
     offer: Offer
     """Its rows of the capability table, and why other dtypes are not offered."""
+    used_with: Mapping[str, tuple[str, tuple[str, ...]]] = dataclasses.field(default_factory=dict)
+    """One of its own settings -> an axis, and its values with which the setting has influence; others always have."""
 
     def __post_init__(self) -> None:
         """ConfigError naming the field that is missing or is not what it says."""
@@ -131,6 +133,10 @@ class Backend:
             raise self._wrong(
                 "same_bits", f"its Config has no setting {unknown[0]}{nearest(unknown[0], self.settings)}"
             )
+        if unknown := [s for s in self.used_with if s not in self.settings]:
+            raise self._wrong(
+                "used_with", f"its Config has no setting {unknown[0]}{nearest(unknown[0], self.settings)}"
+            )
         every = {a for row in self.offer.rows.values() for a in row.algorithms}
         if unknown := [a for a in self.input_algorithms if a not in every]:
             raise self._wrong("input_algorithms", f"no dtype is offered with {unknown[0]}{nearest(unknown[0], every)}")
@@ -153,6 +159,8 @@ class Backend:
         return cast("CalibratedModule[Any, Any]", self.module)
 
 
+_ROUNDED = {a for offer in OFFERS.values() for row in offer.rows.values() for a in row.activation_dtypes} - {"none"}
+_OF_ACTIVATIONS = ("activation_dtype", tuple(sorted(_ROUNDED)))
 _SHIPPED = (
     Backend(
         name="bitsandbytes",
@@ -168,6 +176,11 @@ _SHIPPED = (
         input_algorithms=(),
         elsewhere=(),
         offer=OFFERS["bitsandbytes"],
+        used_with={
+            "llm_int8_threshold": ("dtype", ("int8",)),
+            "bnb_4bit_use_double_quant": ("dtype", ("nf4", "fp4")),
+            "bnb_4bit_quant_storage": ("dtype", ("nf4", "fp4")),
+        },
     ),
     Backend(
         name="torchao",
@@ -183,6 +196,13 @@ _SHIPPED = (
         input_algorithms=(),
         elsewhere=(),
         offer=OFFERS["torchao"],
+        used_with={
+            "int4_packing_format": ("dtype", ("int4",)),
+            "mapping_type": ("dtype", ("int4", "int3", "int2")),
+            "smoothquant_alpha": ("algorithm", ("smoothquant",)),
+            "calibration_layers_at_once": ("algorithm", ("awq",)),
+            "activation_scales": _OF_ACTIVATIONS,
+        },
     ),
     Backend(
         name="quanto",
@@ -228,6 +248,7 @@ _SHIPPED = (
         input_algorithms=(),
         elsewhere=(),
         offer=OFFERS["modelopt"],
+        used_with={"activation_scales": _OF_ACTIVATIONS},
     ),
 )
 

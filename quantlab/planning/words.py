@@ -316,8 +316,15 @@ def literal(value: Any) -> str:
         return "{" + ",".join(f"{k}:{literal(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(literal(v) for v in value) + "]"
-    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'" if isinstance(value, str) else text
+    return f"'{_BEFORE_QUOTE.sub(_escaped, value)}'" if isinstance(value, str) else str(value)
+
+
+_BEFORE_QUOTE = re.compile(r"(\\*)('|\Z)")
+"""Where a backslash means something to Hydra's grammar; elsewhere it is itself."""
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return 2 * found[1] + ("\\'" if found[2] else "")
 
 
 def override_text(key: str, value: Any) -> str:

@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -38,7 +39,7 @@ from quantlab.tracking.record import run_id_of
 from quantlab.tracking.results import Row, layer_columns, report_data, sample_columns, step_columns
 from quantlab.tracking.tags import KIND, PARENT_RUN_ID, REPRODUCES
 from quantlab.tracking.values import flatten
-from quantlab.vocabulary.numbers import FLOORS, flat_metrics, is_scheme
+from quantlab.vocabulary.numbers import FLOORS, REFERENCE, flat_metrics, is_scheme
 from quantlab.vocabulary.reports import SHOWN, Measurements, RunReport
 from quantlab.vocabulary.schema import TrackingConfig
 
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 MAX_LINES = 15
 MAX_PICTURES = 6
+MAX_FAILED, MAX_REASON = 6, 300
 WIDTH = 132
 """Columns of what a notebook shows as text; a terminal has its own."""
 _NUMBERS = ("memory/weights_bytes", "memory/compression", "quantization/coverage")
@@ -188,6 +190,12 @@ class Results(Sequence[RunReport]):
     def _repr_html_(self) -> str:
         parts = [_html_lines(self._unquantized)]
         parts += [_html_table(sheet) for sheet in self._sheets]
+        failed = [r for r in self._reports if r.status == "FAILED"] if len(self) > 1 else []  # one alone says it itself
+        lines = [f"failed: {r.name} at {r.failed_stage}: {printable(r.error, MAX_REASON)}" for r in failed]
+        others = (
+            [f"... and {len(lines) - MAX_FAILED} more that failed: .rows has all"] if len(lines) > MAX_FAILED else []
+        )
+        parts.append(_html_lines([*lines[:MAX_FAILED], *others]))
         pictures: list[str] = []
         left = 0
         for run in filter(is_candidate, self._runs):
@@ -353,14 +361,19 @@ def _html_table(sheet: Sheet) -> str:
     def row(texts: Sequence[str], cell: str) -> str:
         sides = ["left" if column.is_text else "right" for column in sheet.columns]
         return "".join(
-            f'<{cell} style="text-align:{side}">{html.escape(printable(text, MAX_CELL))}</{cell}>'
+            f'<{cell} style="text-align:{side}{whole(side, cell)}">{html.escape(printable(text, MAX_CELL))}</{cell}>'
             for side, text in zip(sides, texts, strict=True)
         )
 
-    head = row([column.title for column in sheet.columns], "th")
+    def whole(side: str, cell: str) -> str:  # no number is broken: in a narrow notebook the table scrolls
+        return ";white-space:nowrap" if (side, cell) == ("right", "td") else ""
+
+    titles = [re.sub(" (?=[\u2191\u2193]$)", "\u00a0", column.title) for column in sheet.columns]
+    head = row(titles, "th")
     body = "".join(f"<tr>{row(texts, 'td')}</tr>" for texts in sheet.rows)
     title, caption = map(_html_lines, (sheet.title, told_below(sheet, range(len(sheet.columns)))))
-    return f"{title}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{caption}"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'{title}<div style="overflow-x:auto">{table}</div>{caption}'
 
 
 def _html_lines(lines: Sequence[str]) -> str:
@@ -386,7 +399,8 @@ def chosen_rows(what: str, reader: Reader, tracking: TrackingConfig) -> list[tup
             f"{nearest(what, ['latest', *reader.experiments()])}; it has the experiments {names}, and "
             "quantlab.load('latest') is the newest of all"
         )
-    started = sorted(found, key=lambda run: (is_candidate(run), run.start_ms))
+    comes_along = (REFERENCE, *FLOORS)  # by name: what failed has no numbers, and stands where it was run
+    started = sorted(found, key=lambda run: (run.name.split(" #")[0] not in comes_along, run.start_ms))
     return [(run, read_json(reader, run, "report.json") if run.status == "FINISHED" else {}) for run in started]
 
 

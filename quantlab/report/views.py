@@ -153,21 +153,21 @@ def axes(runs: Sequence[StoredRun]) -> list[Axis]:
 
 
 def kinds(runs: Sequence[StoredRun]) -> dict[str, dict[str, str]]:
-    """What colours can tell apart -> a candidate's name -> its word: the library, a component's scheme, and axes.
+    """What colours can tell apart -> a candidate's name -> its word: the backend, a component's scheme, and axes.
 
     What best tells these candidates apart comes first: where components have their own schemes, that of the one which
-    has most of them; else the library, or what differs where that does not. What all share is left out.
+    has most of them; else the backend, or what differs where that does not. What all share is left out.
     """
-    found = {"library": {r.name: " + ".join(sorted({*backends_of(r.params)} - {"none", ""})) or "none" for r in runs}}
+    found = {"backend": {r.name: " + ".join(sorted({*backends_of(r.params)} - {"none", ""})) or "none" for r in runs}}
     names = dict.fromkeys(m[1] for r in runs for key in sorted(r.params) if (m := _OF_COMPONENT.fullmatch(key)))
     own = {name: {r.name: _scheme_of(r, name) for r in runs} for name in names}
     for axis in ("dtype", "group_size", "algorithm"):
         found[axis] = {r.name: r.params.get(f"quantization.{axis}", "") or "none" for r in runs}
     if own:
-        found = {"library": found["library"]}  # the axes are of the others, or of none
+        found = {"backend": found["backend"]}  # the axes are of the others, or of none
     by_most = sorted(own.items(), key=lambda item: -len({*item[1].values()}))
     telling = {name: words for name, words in [*by_most, *found.items()] if len({*words.values()}) > 1}
-    return telling or {"library": found["library"]}
+    return telling or {"backend": found["backend"]}
 
 
 def _scheme_of(run: StoredRun, component: str) -> str:

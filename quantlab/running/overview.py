@@ -18,9 +18,9 @@ from quantlab.report.reading import reader_of
 from quantlab.report.selection import Selection, parse_request, scheme_nodes, select
 from quantlab.report.table import headline, inside_floor
 from quantlab.tracking import Run, Store
-from quantlab.tracking.results import Row, report_data
+from quantlab.tracking.results import IMAGE_KEY, Row, report_data
 from quantlab.tracking.saved_view import saved_view
-from quantlab.tracking.tags import INPUTS_SHA256, NOTE
+from quantlab.tracking.tags import INPUTS_SHA256, LOGGED_IMAGES, NOTE
 from quantlab.tracking.used import used_params
 from quantlab.tracking.values import flatten
 from quantlab.vocabulary.numbers import is_scheme
@@ -125,7 +125,8 @@ def _log_page(store: Store, parent: Run) -> None:
     write_page(page_data(groups, selection, reader), page)
     parent.log_artifact(page, PAGE.parent.as_posix())
     metrics = headline(groups[0].protocol, as_measured(groups[0].runs))
-    view = saved_view(store, [f"quality/{name}" for name in metrics], parent.run_id)
+    images = [IMAGE_KEY] if any(LOGGED_IMAGES in run.tags for run in groups[0].candidates) else []
+    view = saved_view(store, [f"quality/{name}" for name in metrics], parent.run_id, images)
     parent.set_tags({NOTE: description(groups, selection, store.experiment_id, parent.run_id, view)})
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from quantlab.backends.table import backends
 from quantlab.models.table import FAMILIES
+from quantlab.vocabulary.capabilities import CUSTOM
 
 OF_A_REQUEST = ("launcher.", "sweep.", "tracking.", "export.", "output_dir", "name")
 """How jobs are run and where they are kept is no setting of one; the recipe among a run's artifacts has all of it."""
@@ -33,7 +35,16 @@ def used_params(params: Mapping[str, str], needs_data: bool = True) -> dict[str,
     """
     family = FAMILIES.get(params.get("model.family", ""))
     protocol = family.protocol if family else ""
-    return {k: v for k, v in params.items() if v not in UNSET and _is_used(k, v, protocol, needs_data)}
+    used = {k: v for k, v in params.items() if v not in UNSET and _is_used(k, v, protocol, needs_data)}
+    return {k: v for k, v in used.items() if not _is_idle(k, params)}
+
+
+def _is_idle(key: str, params: Mapping[str, str]) -> bool:
+    """Is it a library's own setting that has no influence on a scheme like this one (AWQ's beside plain rounding)?"""
+    node, _, name = key.rpartition(".")
+    backend = backends().get(params.get(f"{node}.backend", ""))
+    axis, values = backend.used_with.get(name, ("", ())) if backend else ("", ())
+    return bool(axis) and params.get(f"{node}.{axis}", "auto") not in ("auto", CUSTOM, *values)
 
 
 def _is_used(key: str, value: str, protocol: str, needs_data: bool) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from quantlab.cli import dispatch
 from quantlab.errors import ConfigError
 from quantlab.planning.plan import plan
-from quantlab.planning.words import MAX_COMBINATIONS
+from quantlab.planning.words import MAX_COMBINATIONS, literal, parse
 
 SWEPT = {
     "dtype=glob(int*)": ["torchao int8", "torchao int4", "torchao int3", "torchao int2"],
@@ -232,3 +232,21 @@ def test_bits_in_a_candidate_are_answered_with_its_line(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"line 4: sweep.candidates\[0\].dtype=4: no dtype is called so; of 4 bits"):
         plan([f"recipe={tmp_path / 'mine.yaml'}"])
+
+
+@pytest.mark.parametrize("text", ["re:a\\.b", "C:\\x", "end\\", "it's", "\\'", "a\\\\'b\\", "\\d+", "'", "\\\\"])
+def test_a_value_is_what_was_written_whatever_its_backslashes(text):
+    (read,) = parse([f"model.path={literal(text)}"])
+    assert read.value() == text
+
+
+def test_an_expression_with_a_backslash_is_the_same_on_the_command_line_in_python_and_in_a_candidate(tmp_path):
+    typed = r"quantization.modules_to_not_convert.first=['re:layers\.[0-9]\..*']"
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "# @package _global_\n# Question?\nsweep:\n  candidates:\n"
+        "    - {backend: quanto, dtype: int8, modules_to_not_convert.first: ['re:layers\\.[0-9]\\..*']}\n"
+    )
+    jobs = [*plan([typed, "backend=quanto", "dtype=int8"]).jobs, *plan([f"recipe={recipe}"]).jobs]
+    found = [job.config.quantization.modules_to_not_convert["first"] for job in jobs if job.name.startswith("quanto")]
+    assert [list(own) for own in found] == [["re:layers\\.[0-9]\\..*"]] * 2

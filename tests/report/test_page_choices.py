@@ -107,6 +107,7 @@ def test_another_axis_moves_the_points_and_says_what_it_is(browser, data, tmp_pa
 
 
 def test_the_legend_hides_and_shows_a_librarys_schemes_everywhere(opened):
+    assert "library" not in " ".join(texts(opened, ".toolbar, .answers, h2, .hint, th")), "one word for one thing"
     find(opened, "#legend button[data-kind=quanto]")[0].click()
     left = {n for n, (backend, _, _) in SCHEMES.items() if backend != "quanto"}
     assert set(row_names(opened)) == left | {"reference", "floor_bf16"}

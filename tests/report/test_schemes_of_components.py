@@ -115,7 +115,7 @@ def test_colours_tell_component_schemes_apart_by_the_component_that_has_most():
     whole = scheme_run("d", quantization__backend="gguf", quantization__dtype="q8_0")
     kept = scheme_run("e", quantization__backend="gguf", quantization__dtype="q8_0", components__vae__backend="none")
     mixed = kinds([of_components("a", "nf4", "int8"), whole, kept])
-    assert list(mixed) == ["vae", "transformer", "library"]
+    assert list(mixed) == ["vae", "transformer", "backend"]
     assert mixed["vae"] == {"a": "quanto int8", "d": "gguf q8_0", "e": "none"}
     assert mixed["transformer"] == {"a": "bitsandbytes nf4", "d": "gguf q8_0", "e": "gguf q8_0"}
 
@@ -125,12 +125,12 @@ def test_colours_are_the_librarys_or_of_what_differs_where_that_does_not():
         own = {"backend": backend, "dtype": dtype, "algorithm": algorithm}
         return scheme_run(name, **{f"quantization__{k}": v for k, v in own.items()}, **more)
 
-    assert list(kinds([one("a", "quanto", "int8"), one("b", "gguf", "q8_0")])) == ["library", "dtype"]
+    assert list(kinds([one("a", "quanto", "int8"), one("b", "gguf", "q8_0")])) == ["backend", "dtype"]
     assert list(kinds([one("a", "quanto", "int8"), one("b", "quanto", "int4")])) == ["dtype"]
     assert list(kinds([one("a", "modelopt", "int4"), one("b", "modelopt", "int4", "awq_lite")])) == ["algorithm"]
     foreign = one("b", "none", "", resolved__checkpoint_method="bitsandbytes")
-    assert kinds([one("a", "quanto", "int8"), foreign])["library"] == {"a": "quanto", "b": "bitsandbytes"}
-    assert kinds([one("a", "quanto", "int8")]) == {"library": {"a": "quanto"}}
+    assert kinds([one("a", "quanto", "int8"), foreign])["backend"] == {"a": "quanto", "b": "bitsandbytes"}
+    assert kinds([one("a", "quanto", "int8")]) == {"backend": {"a": "quanto"}}
 
 
 def test_the_legend_and_the_points_have_a_colour_for_each_scheme_of_the_chosen_component(browser, data, tmp_path):

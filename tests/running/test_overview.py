@@ -47,6 +47,9 @@ def test_a_sweeps_run_has_settings_best_rows_table_and_page_and_its_jobs_their_d
     asked = {name.split("`")[1] for name in saved["selectedColumns"]}
     assert {"quality/latent_rel_mse", "quality/psnr_db", "memory/weights_bytes"} <= asked
     assert asked <= set(own.metrics), "no empty chart, no empty column"
+    (images,) = (chart for chart in saved["compareRunCharts"] if chart["type"] == "IMAGE")
+    logged = [a.path for a in store.client.list_artifacts(jobs["quanto int8"].info.run_id, "images")]
+    assert {path.removeprefix("images/").partition("+")[0] for path in logged} == {*images["imageKeys"]}
     assert [a.path for a in store.client.list_artifacts(parent.info.run_id, "reports")] == ["reports/overview.html"]
     assert own.tags["mlflow.note.content"].startswith("quanto int8 of digits_dit on digits_classes")
     assert not [k for k in own.metrics if "/floor" in k]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from quantlab.backends.table import own_settings
 from quantlab.errors import MetricUndefined
 from quantlab.models.table import FAMILIES
 from quantlab.report.compare import compare
@@ -122,6 +123,30 @@ def test_a_job_has_the_parameters_of_its_protocol_alone(family):
     assert used_params(found) == found
     plain = used_params({**EVERY, "model.family": family}, needs_data=False)
     assert not [k for k in plain if k.startswith("calibration")]
+
+
+@pytest.mark.parametrize(
+    ("backend", "axes", "own"),
+    [
+        ("bitsandbytes", {"dtype": "int8"}, {"llm_int8_threshold"}),
+        ("bitsandbytes", {"dtype": "nf4"}, {"bnb_4bit_use_double_quant", "bnb_4bit_quant_storage"}),
+        ("torchao", {"dtype": "int8", "activation_dtype": "none", "algorithm": "max"}, set()),
+        ("torchao", {"dtype": "int4", "activation_dtype": "none", "algorithm": "awq"},
+         {"int4_packing_format", "mapping_type", "calibration_layers_at_once"}),
+        ("torchao", {"dtype": "int8", "activation_dtype": "int8", "algorithm": "smoothquant"},
+         {"activation_scales", "smoothquant_alpha"}),
+        ("modelopt", {"dtype": "int4", "activation_dtype": "none"}, {"compress"}),
+        ("modelopt", {"dtype": "int8", "activation_dtype": "int8"}, {"compress", "activation_scales"}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("node", ["quantization", "components.transformer"])
+def test_a_librarys_own_setting_is_a_parameter_where_it_has_an_influence(node, backend, axes, own):
+    settings = {name: "x" for name in own_settings(backend)}
+    params = {f"{node}.{k}": v for k, v in {"backend": backend, **axes, **settings}.items()}
+    found = {k.removeprefix(f"{node}.") for k in used_params(params)} - {"backend", *axes}
+    assert found == own | {name for name in ("algorithm_settings",) if name in settings}
+    unknown = {**params, f"{node}.dtype": "custom", f"{node}.algorithm": "custom", f"{node}.activation_dtype": "custom"}
+    assert used_params(unknown) == unknown
 
 
 def test_what_a_repetition_must_know_stays():

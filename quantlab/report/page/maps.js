@@ -152,7 +152,7 @@ function chosenRows(map) {
 function calibrationMaps(room) {
   const maps = group().calibrated.filter((m) => isNamed(m.name)), place = make("div", {});
   if (!maps.length) return null;
-  const show = (i) => place.replaceChildren(...heatMap({ ...maps[i], unit: "dB", higher_is_better: true, tip: (layer, step) => `${layer}\nstep ${step}` }, room, "calibration"));
+  const show = (i) => place.replaceChildren(...heatMap({ ...maps[i], heads: maps[i].columns.length > 1 ? undefined : [""], unit: "dB", higher_is_better: true, tip: (layer, step) => (maps[i].columns.length > 1 ? `${layer}\nstep ${step}` : layer) }, room, "calibration"));
   show(0);
   return [make("div", { class: "controls" }, make("label", {}, "scheme ", chooser("calibrated", maps.map((m, i) => [String(i), m.name]), "0", (i) => show(Number(i))))), place];
 }

@@ -6,12 +6,12 @@ function lists() {
     parts.push(section(`What failed? ${DATA.failed.length} ${DATA.failed.length === 1 ? "job" : "jobs"} without a result`, "The other rows do not depend on these. The same command again retries them.", plain([
       { title: "scheme", text: true, name: true, value: (r) => r.name, cell: (r) => r.name },
       { title: "stage", text: true, value: (r) => r.stage, cell: (r) => r.stage },
-      { title: "state", text: true, value: (r) => r.status, cell: (r) => r.status.toLowerCase() },
+      { title: "status", text: true, value: (r) => r.status, cell: (r) => r.status.toLowerCase() },
       { title: "reason", text: true, long: true, value: (r) => r.error, cell: (r) => r.error },
     ], DATA.failed)));
   }
   if (DATA.skipped.length) {
-    parts.push(section("What was not tried?", "Combinations that no library can carry out.", plain([
+    parts.push(section("What was not tried?", "Combinations that no backend offers.", plain([
       { title: "combination", text: true, name: true, value: (r) => r.combination, cell: (r) => r.combination },
       { title: "reason", text: true, long: true, value: (r) => r.reason, cell: (r) => r.reason },
     ], DATA.skipped)));
@@ -52,12 +52,15 @@ function redraw() {
     head.push(make("div", { class: "groups" }, make("label", {}, "These runs are not all comparable; shown are those with ",
       chooser("group", DATA.groups.map((g, i) => [String(i), g.label]), String(state.group), (i) => draw(Number(i))))));
   }
-  head.push(...group().unquantized.map((line) => make("p", { class: "warning" }, line)));
+  head.push(...group().unquantized.map((line) => make("p", { class: "warning" }, ...parted(line.replace(/(\d) %/g, "$1\u00a0%"), /(?<=[\w\]][_.=](?=[\w[]))/))));
   page.replaceChildren(...head, toolbar(update), body);
   update();
 }
 
-function update() { document.getElementById("body").replaceChildren(...parts()); }
+function update() {
+  document.getElementById("body").replaceChildren(...parts());
+  document.querySelectorAll(".wide").forEach((frame) => frame.fit());
+}
 
 function parts() {
   const page = document.getElementById("page"), v = view(), all = [answers()];
@@ -71,7 +74,8 @@ function parts() {
   if (among(v.twins).length) add("What does calibration buy?", `A: the algorithm; B: the plain one on the same bits. Paired differences of ${v.metric} with 95 % intervals.`, pairTable(among(v.twins)));
   const costs = v.costs.filter((c) => isNamed(c.scheme));
   if (costs.length) add("Which component costs what?", `${v.metric} with that component quantized alone, and what all the others add to it, paired by sample, with 95 % intervals.`, costTable(costs));
-  add("Which layer hurts, and when?", "Each layer\u2019s own error on calibration data, given the reference\u2019s inputs: output signal over error in dB, layer by denoising step. Dark is worse.", calibrationMaps(room));
+  const hasSteps = group().calibrated.some((m) => m.columns.length > 1); // a language model has none
+  add(`Which layer hurts${hasSteps ? ", and when" : ""}?`, `Each layer\u2019s own error on calibration data, given the reference\u2019s inputs: output signal over error in dB${hasSteps ? ", layer by denoising step" : ""}. Dark is worse.`, calibrationMaps(room));
   if (group().images) add("What does it look like?", "The same noise and the same request through every scheme.", imagePanel());
   if (group().texts) all.push(...textSections());
   const layers = group().layers && chosenColumns(group().layers);

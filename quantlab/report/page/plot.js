@@ -57,7 +57,7 @@ function plotSection(width) {
   const hint = (svg) => [byBytes && isSure() ? "Schemes on the line (dark outline) are the Pareto front: each is surely better than all that are smaller." : "The line joins the schemes that no other one beats in both, as measured.",
     rows.some((r) => valueOf(r).ci_lo !== null) ? `Bars are 95 % intervals${svg.querySelector("[data-goes-on]") ? "; one with an arrow goes on beyond the plot" : ""}.` : "", `n = ${group().n}.`, axis().note].filter(Boolean).join(" ");
   const title = byBytes ? "What does each byte buy?" : `${state.metric} against ${axis().title}`;
-  if (!rows.some((r) => r.role === "candidate")) return section(title, "No scheme is shown: another word, or a press on its library, brings it back.");
+  if (!rows.some((r) => r.role === "candidate")) return section(title, "No scheme is shown: another word, or a press on its backend, brings it back.");
   const drawn = (room) => {
     const { svg, numbered } = plot(rows, room);
     const list = numbered.length ? make("ol", { class: "numbered" }, ...numbered.map((row, i) => make("li", { value: i + 1 }, make("a", { href: `#${anchors(state.group)[row.name]}` }, row.name)))) : null;
@@ -70,7 +70,7 @@ function plotSection(width) {
 function aloneToo(svg, rows, numbered) { // the plot as a file: what its colours say, and what its numbers stand for
   const width = Number(svg.getAttribute("width")), shown = [...new Set(rows.filter((r) => r.role === "candidate").map(kindOf))].sort();
   const legend = drawing(width, 0, {}), list = numbered.length ? listDrawing(numbered.map((row, i) => `${i + 1}  ${row.name}`), width) : null;
-  const what = state.kind === "library" ? "" : `${state.kind}:`;
+  const what = state.kind === "backend" ? "" : `${state.kind}:`;
   let x = 8 + (what ? textWidth(what, 12) + 12 : 0), y = 20;
   legend.append(make("text", { x: 8, y, class: "tick" }, what));
   for (const kind of shown) {
@@ -112,11 +112,15 @@ function plotAt(rows, width, height) { // null where not every label found a pla
   if (v.floor !== null && (!log || v.floor > 0)) {
     const at = y.at(v.floor), good = v.higher_is_better ? [top, at] : [at, bottomY];
     const text = narrow ? "inside the floor" : `no measurable loss: inside the floor (${v.floor_name})`;
-    const textY = v.higher_is_better ? (at - top > 26 ? top + 18 : at + 17) : bottomY - at > 26 ? bottomY - 9 : at - 8;
+    const wide = textWidth(text, 12) + 8, side = v.higher_is_better ? (at - top > 26 ? top + 18 : at + 17) : bottomY - at > 26 ? bottomY - 9 : at - 8;
+    const marks = rows.map((r) => box(x.at(axisOf(r) / by) - 8, y.at(log ? Math.max(of(r).value, 10 ** y.low) : of(r).value) - 8, 16, 16));
+    const spots = [side, at + 17, at - 8].filter((textY) => textY > top + 12 && textY < bottomY - 4) // off the points, at the right if it can be
+      .flatMap((textY) => [width - right - 8, (left + width - right + wide) / 2, left + wide].map((end) => ({ end, textY, own: box(end - wide, textY - 13, wide, 18) })));
+    const { end, textY, own } = spots.find((spot) => !marks.some((m) => overlaps(m, spot.own))) || spots[0];
     svg.append(make("rect", { x: left, y: good[0], width: width - left - right, height: Math.max(0, good[1] - good[0]), class: "good" }),
       make("line", { x1: left, x2: width - right, y1: at, y2: at, class: "floor" }),
-      make("text", { x: width - right - 8, y: textY, "text-anchor": "end", class: "soft" }, text));
-    lines.push(box(left, at - 1, width, 2), box(width - right - 8 - textWidth(text, 12), textY - 13, textWidth(text, 12) + 8, 18));
+      make("text", { x: end, y: textY, "text-anchor": "end", class: "soft" }, text));
+    lines.push(box(left, at - 1, width, 2), own);
   }
   for (const t of ticks(y, 6)) {
     svg.append(make("line", { x1: left, x2: width - right, y1: y.at(t), y2: y.at(t), class: "grid" }),

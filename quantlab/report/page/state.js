@@ -1,5 +1,5 @@
 // What the reader has chosen, and what follows of it: the rows that are shown, under which metric.
-const state = { group: 0, metric: "", axis: "weights_bytes", kind: "library", words: "", hidden: new Set(), under: null, quality: null };
+const state = { group: 0, metric: "", axis: "weights_bytes", kind: "backend", words: "", hidden: new Set(), under: null, quality: null };
 
 function group() { return DATA.groups[state.group]; }
 
@@ -130,7 +130,7 @@ function answers() {
   const sorted = rows.map((r) => valueOf(r).value).sort((a, b) => a - b), ids = anchors(state.group);
   if (state.quality === null && sorted.length) state.quality = roundedFor(sorted[Math.floor(sorted.length / 2)]);
   const result = (place, row, none) => place.replaceChildren(...(row ? [make("div", { class: "name" }, make("a", { href: `#${ids[row.name]}` }, row.name)),
-    make("div", { class: "cost" }, `${stored(row)}${row.compression ? `, ${decimals(row.compression, 2)}\u00d7 smaller than 16 bit` : ""}`),
+    make("div", { class: "cost" }, `${stored(row)}${row.compression ? `, saving ${decimals(row.compression, 2)}\u00d7` : ""}`),
     make("div", { class: "cost" }, withName(state.metric, valueOf(row)))]
     : [make("div", { class: "none" }, none)]));
   const places = [0, 1, 2].map(() => make("div", { "aria-live": "polite" }));

@@ -1,12 +1,12 @@
 const MANY = 10; // columns, of which more stand closer
-function parted(title) { // a name that may go on in the next line, behind each _
-  return title.split(/(?<=_)/).flatMap((part, i) => (i ? [make("wbr"), part] : [part]));
+function parted(title, behind = /(?<=_)/) { // a name that may go on in the next line, behind each _
+  return title.split(behind).flatMap((part, i) => (i ? [make("wbr"), part] : [part]));
 }
 
 // Tables that a click on a heading sorts; on a narrow screen each row is a card.
 function sortable(columns, rows, start, detail, longest = 60) {
   let by = start, up = !columns[start].down;
-  const open = new Set();
+  const open = new Set(), gone = new Set();
   const body = make("tbody"), head = make("tr");
   const heads = columns.map((c, i) => make("th", { class: `${c.text ? "text" : ""}${c.away ? " away" : ""}`, scope: "col" }, ...(c.value
     ? [make("button", { type: "button", onclick: () => { up = by === i ? !up : !c.down; by = i; draw(); } }, make("span", { class: "title" }, ...parted(c.title)), c.sub ? make("small", {}, c.sub) : null),
@@ -22,20 +22,44 @@ function sortable(columns, rows, start, detail, longest = 60) {
     return up ? order : -order;
   };
   function draw() {
-    heads.forEach((h, i) => (i === by ? h.setAttribute("aria-sort", up ? "ascending" : "descending") : h.removeAttribute("aria-sort")));
+    heads.forEach((h, i) => {
+      h.classList.toggle("gone", gone.has(columns[i]));
+      if (i === by) h.setAttribute("aria-sort", up ? "ascending" : "descending"); else h.removeAttribute("aria-sort");
+    });
     body.replaceChildren(...[...rows].sort(compareRows).flatMap((row) => {
       const toggle = () => { open.has(row) ? open.delete(row) : open.add(row); draw(); };
       const cells = columns.map((c) => {
         const inside = [c.cell(row, toggle, open.has(row))].flat().filter((x) => x !== "" && x !== null && x !== undefined);
         const label = c.name || c.away ? null : [c.title, c.sub && c.sub.length < 20 ? c.sub : ""].filter(Boolean).join(" ");
-        return make("td", { class: `${c.text ? "text" : "num"}${c.name ? " name" : ""}${c.away ? " away" : ""}${c.quote ? " quote" : ""}${c.long ? " long" : ""}${inside.length ? "" : " empty"}`, "data-label": label }, make("div", {}, ...inside));
+        return make("td", { class: `${c.text ? "text" : "num"}${c.name ? " name" : ""}${c.away ? " away" : ""}${c.quote ? " quote" : ""}${c.long ? " long" : ""}${gone.has(c) ? " gone" : ""}${inside.length ? "" : " empty"}`, "data-label": label }, make("div", {}, ...inside));
       });
       const line = make("tr", { class: row.role === "baseline" ? "baseline" : null, "data-name": row.name, id: row.anchor }, ...cells);
       return open.has(row) ? [line, make("tr", { class: "detail" }, make("td", { colspan: columns.length }, ...detail(row)))] : [line];
     }));
   }
   draw();
-  return make("div", { class: rows.length > longest ? "wide scroll" : "wide" }, make("table", { class: columns.length > MANY ? "many" : null }, make("thead", {}, head), body));
+  const table = make("table", { class: columns.length > MANY ? "many" : null }, make("thead", {}, head), body);
+  const frame = make("div", { class: rows.length > longest ? "wide scroll" : "wide" }, table), note = make("p", { class: "hint screen hidden-columns" });
+  const givers = columns.filter((c) => c.gives).sort((a, b) => a.gives - b.gives);
+  frame.fit = (whole = false) => { // columns give way in their order until the rest has room; which, is said, and a press brings them back
+    gone.clear();
+    draw();
+    note.remove();
+    frame.classList.remove("over");
+    if (!givers.length || getComputedStyle(table).display !== "table") return; // cards have room for each
+    const isFull = () => frame.scrollWidth > frame.clientWidth;
+    if (!isFull()) return;
+    for (const c of whole ? [] : givers) {
+      gone.add(c);
+      draw();
+      if (!isFull()) break;
+    }
+    const said = gone.size ? `${gone.size} ${gone.size === 1 ? "column" : "columns"} hidden (${[...gone].map((c) => [c.title, c.told].filter(Boolean).join(" ")).join(", ")}): ` : "The table goes on to the right: ";
+    note.replaceChildren(said, button(whole ? "hide what has no room" : "show all", () => frame.fit(!whole)));
+    frame.after(note);
+    frame.classList.toggle("over", isFull());
+  };
+  return frame;
 }
 
 const KINDS = { "inside the floor": "floor", worse: "worse", better: "better", "inside the margin": "margin", "worse by rank": "worse", "better by rank": "better" };
@@ -59,14 +83,14 @@ function schemeTable() {
   const known = (v) => (v === null || v === undefined ? "" : decimals(v, 2));
   const columns = [
     { title: "scheme", text: true, name: true, value: (r) => r.name, cell: (r) => make("span", { class: "who" }, r.role === "candidate" ? key(kindOf(r)) : null, make("span", {}, r.name), make("a", { class: "anchor", href: `#${r.anchor}`, title: "Address of this row" }, "#")) },
-    { title: "bits", sub: "per weight", value: (r) => r.bits_per_weight_model, cell: (r) => known(r.bits_per_weight_model) },
-    { title: "bits", sub: "in quantized layers", value: (r) => r.bits_per_weight_quantized, cell: (r) => known(r.bits_per_weight_quantized) },
+    { title: "bits", sub: "per weight", told: "per weight", gives: 30, value: (r) => r.bits_per_weight_model, cell: (r) => known(r.bits_per_weight_model) },
+    { title: "bits", sub: "in quantized layers", told: "in quantized layers", gives: 1, value: (r) => r.bits_per_weight_quantized, cell: (r) => known(r.bits_per_weight_quantized) },
     { title: "MiB", sub: "stored", value: (r) => r.weights_bytes, cell: (r) => stored(r, mib) },
-    { title: "saving", sub: "against 16 bit", down: true, value: (r) => r.compression, cell: (r) => (r.compression ? `${decimals(r.compression, 2)}\u00d7` : "") },
+    { title: "saving", sub: "against 16 bit", down: true, gives: 29, value: (r) => r.compression, cell: (r) => (r.compression ? `${decimals(r.compression, 2)}\u00d7` : "") },
     quality(metrics[0]),
     { title: "verdict", text: true, value: (r) => verdictOf(r)?.verdict, cell: (r) => (verdictOf(r) ? [pill(verdictOf(r).verdict), make("span", { class: "interval" }, `p ${probability(verdictOf(r).p_holm)}`)] : "") },
     { title: "front", text: true, down: true, value: (r) => Number(onFront(r)), cell: (r) => (onFront(r) ? make("span", { "data-tip": isSure() ? "Surely better than every smaller scheme on the front" : "No other scheme is smaller and better" }, "\u2605") : "") },
-    ...extra, ...metrics.slice(1).map(quality),
+    ...extra, ...metrics.slice(1).map((name, i) => ({ ...quality(name), gives: 28 - i })), // the last of them first
     { title: "again", text: true, away: true, cell: (r, toggle, isOpen) => [
       group().recipes[r.run_id] ? button(isOpen ? "close" : "recipe", toggle, { class: "again", "aria-expanded": isOpen }) : "",
       r.link && webAddress(r.link) ? make("a", { class: "run", href: webAddress(r.link), target: "_blank", rel: "noopener noreferrer", title: "The run in MLflow" }, "run\u2009\u2197") : ""] },
