@@ -128,10 +128,11 @@ def check_forwards(module: nn.Module, layers: Iterable[str], key: str) -> None:
                 f"layer would not run it; {_undo(parts[name])}, or exclude the layer with modules_to_not_convert"
             )
     known = {id(part) for part in parts.values()}
+    above = {"", *(parent for name in taken for parent in _parents(name))} if taken else set()
     for name, part in parts.items():
         if "forward" not in vars(part):
             continue
-        if "_diffusers_hook" not in vars(part) and not any(t.startswith(f"{name}.") or not name for t in taken):
+        if "_diffusers_hook" not in vars(part) and name not in above:
             continue  # it runs the same weights as its copy would
         if any(id(used) not in known for used in _modules_of(vars(part)["forward"])):
             raise ModelError(
@@ -219,3 +220,10 @@ def computed_tensors(module: nn.Module) -> Iterator[Tensor]:
 
     for one in module.modules():
         yield from (t for t in vars(one).values() if isinstance(t, torch.Tensor) and t.grad_fn is not None)
+
+
+def _parents(path: str) -> Iterator[str]:
+    """Paths of the parts that hold the part at ``path``, the nearest first."""
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path

@@ -62,15 +62,25 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def replace_layer(module: nn.Module, name: str, new: nn.Module) -> None:
+def places_of(module: nn.Module) -> dict[int, list[str]]:
+    """``id`` of each part -> all paths at which it sits: looked for once, for many layers that are replaced."""
+    found: dict[int, list[str]] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        found.setdefault(id(part), []).append(path)
+    return found
+
+
+def replace_layer(
+    module: nn.Module, name: str, new: nn.Module, places: Mapping[int, Sequence[str]] | None = None
+) -> None:
     """Put ``new`` in the place of the layer at ``name``, at every other path of the same layer too.
 
     Hooks and attributes that users set on the layer move to ``new``, see :func:`quantlab.modules.hooks.inherit`.
+    ``places``: as :func:`places_of` found them in the module; for who replaces many layers, each of them once.
     """
     old = module.get_submodule(name)
     inherit(new, old)
-    paths = [path for path, found in module.named_modules(remove_duplicate=False) if found is old]
-    for path in paths:
+    for path in (places_of(module) if places is None else places)[id(old)]:
         parent, _, leaf = path.rpartition(".")
         setattr(module.get_submodule(parent), leaf, new)
 

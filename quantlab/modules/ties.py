@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from quantlab.modules.holders import REPLACE, Holder
 from quantlab.modules.hooks import computed_tensors
-from quantlab.modules.layers import replace_layer
+from quantlab.modules.layers import places_of, replace_layer
 from quantlab.modules.memory import storage_of
 
 if TYPE_CHECKING:
@@ -125,8 +125,9 @@ def ties(
 
 def unite(module: nn.Module, same: Mapping[str, str]) -> None:
     """Put the one layer of :func:`ties` at the paths of the others, in place."""
+    places = places_of(module)
     for name, first in same.items():
-        replace_layer(module, name, module.get_submodule(first))
+        replace_layer(module, name, module.get_submodule(first), places)
 
 
 def _is_same(a: nn.Module, b: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from quantlab.backends.bitsandbytes.config import LIBRARY_BLOCKSIZE, BitsAndByte
 from quantlab.backends.bitsandbytes.layers import decoded_4bit, layer_classes, library, torch_dtype
 from quantlab.backends.linears import linear_at
 from quantlab.errors import ConfigError, ModelError, NotQuantized, require_package
-from quantlab.modules.layers import all_finite, replace_layer
+from quantlab.modules.layers import all_finite, places_of, replace_layer
 from quantlab.vocabulary.dtypes import FLOAT16_SCALE
 from quantlab.vocabulary.reports import StoredWeight
 
@@ -46,10 +46,11 @@ def quantize(
     if config.llm_int8_has_fp16_weight:
         raise ConfigError("llm_int8_has_fp16_weight=True: the weights would stay in float16; leave it out")
     compute = torch_dtype(compute_dtype or config.bnb_4bit_compute_dtype)
+    places = places_of(model)
     for name in layers:
         linear = linear_at(model, name)
         build = _quantized_8bit if config.load_in_8bit else _quantized_4bit
-        replace_layer(model, name, build(name, linear, config, compute).train(linear.training))
+        replace_layer(model, name, build(name, linear, config, compute).train(linear.training), places)
 
 
 def read_back(layer: nn.Module) -> StoredWeight:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.backends.bitsandbytes.config import LIBRARY_BLOCKSIZE, BitsAndBytesConfig
 from quantlab.backends.bitsandbytes.layers import layer_classes, library, torch_dtype
-from quantlab.backends.linears import linear_at
+from quantlab.backends.linears import by_layer, linear_at, owner_of
 from quantlab.backends.part import Part
 from quantlab.errors import ConfigError, ModelError, is_of_the_machine
-from quantlab.modules.layers import replace_layer
+from quantlab.modules.layers import places_of, replace_layer
 from quantlab.vocabulary.dtypes import dtype_name
 
 if TYPE_CHECKING:
@@ -59,20 +59,15 @@ def load(model: nn.Module, layers: Sequence[str], config: BitsAndBytesConfig, fo
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
     if unknown := [name for name in layers if name not in stored]:
         raise ModelError(f"{path}: {unknown[0]} is not quantized in this file; quantize the model again")
-    parts: dict[str, dict[str, Any]] = {name: {} for name in stored}
-    plain = {}
-    for key, tensor in tensors.items():
-        owner = _owner(key, parts)
-        if owner is None:
-            plain[key] = tensor
-        else:
-            parts[owner][key[len(owner) + 1 :]] = tensor
+    parts = by_layer(tensors, stored)
+    plain = {key: tensor for key, tensor in tensors.items() if owner_of(key, parts) is None}
     made = {name: _loaded(linear_at(model, name), own, stored[name], f"{path}: {name}") for name, own in parts.items()}
     for name in layers:
         _check_format(made[name], config, f"{path}: {name}")
     _load_plain(model, plain, parts, path)
+    places = places_of(model)
     for name, layer in made.items():
-        replace_layer(model, name, layer.train(model.get_submodule(name).training))
+        replace_layer(model, name, layer.train(model.get_submodule(name).training), places)
 
 
 def as_stored(part: Part) -> BitsAndBytesConfig:
@@ -132,22 +127,13 @@ def _check_format(layer: nn.Module, config: BitsAndBytesConfig, where: str) -> N
         )
 
 
-def _owner(key: str, names: Mapping[str, Any]) -> str | None:
-    """The quantized layer that the state-dict key belongs to."""
-    while key:
-        key = key.rpartition(".")[0]
-        if key in names:
-            return key
-    return None
-
-
 def _load_plain(model: nn.Module, plain: Mapping[str, Tensor], quantized: Mapping[str, Any], path: Path) -> None:
     """The tensors that are not quantized; each of the model must come from the file, itself or by its tied twin."""
     own = model.state_dict()
     if unknown := [k for k in plain if k not in own] + [k for k in quantized if f"{k}.weight" not in own]:
         raise ModelError(f"{path}: the model has no {unknown[0]}; load it into the model that was quantized")
     written = {own[k].data_ptr() for k in plain}
-    missing = [k for k in own if k not in plain and _owner(k, quantized) is None and own[k].data_ptr() not in written]
+    missing = [k for k in own if k not in plain and owner_of(k, quantized) is None and own[k].data_ptr() not in written]
     if missing:
         raise ModelError(f"{path}: the file has no {missing[0]}; load it into the model that was quantized")
     try:

@@ -28,7 +28,7 @@ from quantlab.backends.linears import linear_at
 from quantlab.backends.unseen import never_ran
 from quantlab.errors import ConfigError, NotQuantized, require_package
 from quantlab.modules.feed import CalibrationFeed
-from quantlab.modules.layers import replace_layer
+from quantlab.modules.layers import places_of, replace_layer
 from quantlab.modules.packed import said_as
 from quantlab.vocabulary.dtypes import FLOAT16_SCALE
 from quantlab.vocabulary.reports import StoredWeight
@@ -95,6 +95,7 @@ def quantize(
     types = layer_types(model, layers, config)
     statistics = _statistics(config, calibrated)
     theirs = llama_names(map(said_as, layers)) if statistics is not None and calibrated is None else {}
+    places = places_of(model)
     for name in layers:
         linear, kind = linear_at(model, name), types.get(name, config.dtype)
         importance = None
@@ -105,7 +106,7 @@ def quantize(
             importance = _importance(statistics, known, linear.in_features, config.imatrix_file)
         codes = encode(name, linear.weight.detach(), kind, importance)
         made = linear_class()(codes, kind, linear.bias, compute)
-        replace_layer(model, name, made.train(linear.training))
+        replace_layer(model, name, made.train(linear.training), places)
 
 
 def _statistics(

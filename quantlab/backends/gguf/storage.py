@@ -13,7 +13,7 @@ from quantlab.backends.gguf.header import check_header
 from quantlab.backends.gguf.quantize import layer_types
 from quantlab.backends.linears import linear_at
 from quantlab.errors import ModelError, is_of_the_machine
-from quantlab.modules.layers import replace_layer
+from quantlab.modules.layers import places_of, replace_layer
 from quantlab.vocabulary.dtypes import dtype_name
 
 if TYPE_CHECKING:
@@ -108,8 +108,9 @@ def load(model: nn.Module, layers: Sequence[str], config: GGUFQuantizationConfig
         if is_of_the_machine(error):
             raise
         raise ModelError(f"{path}: {error}; load it into the model that was quantized") from error
+    places = places_of(model)
     for name, layer in made.items():
-        replace_layer(model, name, layer)
+        replace_layer(model, name, layer, places)
 
 
 def _as_array(tensor: Tensor) -> tuple[NDArray[Any], str]:

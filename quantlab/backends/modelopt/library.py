@@ -7,7 +7,8 @@ import importlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -76,11 +77,30 @@ def insert(
     holder = torch.nn.ModuleList(layers)
     shapes = {str(i): shape_of(layer) for i, layer in enumerate(layers)}
     cfg = build_quant_cfg(config, shapes)
+    cfg["quant_cfg"] = _of_most_at_once(cfg["quant_cfg"])
     cfg["algorithm"] = cfg["algorithm"] if algorithm is None else algorithm
     with quiet_library() as library, torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
         leave_out()
         with named_failure(config, list(named)):
             library.quantize(holder, cfg, forward_loop)
+
+
+def _of_most_at_once(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same for a holder of these layers alone: what most are told is told to all, and then what others are.
+
+    The library looks through all quantizers for each entry.
+    """
+    first, *each = entries
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for entry in each:
+        kinds.setdefault(entry["quantizer_name"].rpartition(".")[2], []).append(entry)
+    found = [first]
+    for kind, rows in kinds.items():
+        [(usual, _)] = Counter(repr(row["cfg"]) for row in rows).most_common(1)
+        [same, *_] = [row for row in rows if repr(row["cfg"]) == usual]
+        found.append({**same, "quantizer_name": f"*.{kind}"})
+        found += [row for row in rows if repr(row["cfg"]) != usual]
+    return found
 
 
 @contextlib.contextmanager

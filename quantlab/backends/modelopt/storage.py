@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantlab.backends.linears import by_layer
 from quantlab.backends.modelopt.algorithms import PARAMETERS, PRE_SCALED
 from quantlab.backends.modelopt.config import NVIDIAModelOptConfig
 from quantlab.backends.modelopt.library import BRANCH, layers_at, quiet_library
@@ -102,13 +103,7 @@ def load(model: nn.Module, layers: Iterable[str], config: NVIDIAModelOptConfig, 
                 f"{folder}: {name} was saved with shape {rows[name]['shape']}; the model's layer has "
                 f"{list(layer.weight.shape)}; load it into the model it was made from"
             )
-    saved = {
-        name: with_strides(
-            {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")},
-            rows[name].get("strides", {}),
-        )
-        for name in names
-    }
+    saved = {name: with_strides(own, rows[name].get("strides", {})) for name, own in by_layer(tensors, names).items()}
     begin(named, config, {name: getattr(torch, rows[name]["compute_dtype"]) for name in names})
     insert_without_data(named, config, "max")
     _add_calibrated(named, config, saved, str(folder))

@@ -14,7 +14,7 @@ from quantlab.backends.quanto.operators import override_operators
 from quantlab.backends.unseen import never_ran, only_zeros
 from quantlab.errors import ConfigError, NotQuantized
 from quantlab.modules.feed import CalibrationFeed
-from quantlab.modules.layers import replace_layer
+from quantlab.modules.layers import places_of, replace_layer
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.reports import StoredWeight
 
@@ -141,6 +141,7 @@ def _convert(
 
     override_operators()
     weights, activations = library_qtype(config.weights_dtype), library_qtype(config.activations)
+    places = places_of(model)
     for name in layers:
         layer = linear_at(model, name)
         if getattr(layer, "frozen", False):  # calibration made it
@@ -153,7 +154,7 @@ def _convert(
                 f"dtype={config.axes().dtype}: {name} ({type(layer).__name__}) kept its weight in "
                 f"{new.weight.dtype}; add it to modules_to_not_convert"
             )
-        replace_layer(model, name, new)
+        replace_layer(model, name, new, places)
 
 
 def _before_rounding(layer: QLinear, hook: Callable[..., None]) -> RemovableHandle:

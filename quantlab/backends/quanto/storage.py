@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from quantlab.backends.linears import linear_at
+from quantlab.backends.linears import by_layer, linear_at
 from quantlab.backends.part import Part
 from quantlab.backends.quanto.config import ACTIVATIONS, DTYPES, QuantoConfig
 from quantlab.backends.quanto.layers import empty_layer, library_qtype
 from quantlab.backends.quanto.operators import override_operators
 from quantlab.backends.strides import strides_of, with_strides
 from quantlab.errors import ConfigError, ModelError
-from quantlab.modules.layers import replace_layer
+from quantlab.modules.layers import places_of, replace_layer
 from quantlab.vocabulary.dtypes import dtype_name
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def load(model: nn.Module, layers: Iterable[str], config: QuantoConfig, folder: 
             "load with the exclusions that it was quantized with"
         )
     override_operators()
+    places = places_of(model)
+    states = by_layer(tensors, formats)
     for name, entry in formats.items():
         if DTYPES.get(entry["weights"]) != config.axes().dtype:
             raise ModelError(f"{folder}: {name} is stored as {entry['weights']}, not {config.weights_dtype}")
@@ -78,10 +80,8 @@ def load(model: nn.Module, layers: Iterable[str], config: QuantoConfig, folder: 
                 f"{folder}: {name} is stored with activations {entry['activations']}, not "
                 f"{config.activations}; load with the config it was quantized with"
             )
-        prefix = f"{name}."
-        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        state = with_strides(state, entry.get("strides", {}))
-        replace_layer(model, name, _restored(linear_at(model, name), entry, state, f"{folder}: {name}"))
+        state = with_strides(states[name], entry.get("strides", {}))
+        replace_layer(model, name, _restored(linear_at(model, name), entry, state, f"{folder}: {name}"), places)
 
 
 def check_stored(config: QuantoConfig, library: str) -> None:
