@@ -62,7 +62,7 @@ def calibration_inputs(
         dataset = DatasetConfig(name=config.source, path=config.path, seed=config.seed)
         inputs = CALIBRATION_SETS[config.source](dataset, sampling_settings(config, evaluation), model)
     except QuantlabError as error:
-        raise type(error)(_in_our_words(str(error))) from error
+        raise type(error)(in_words_of_calibration(str(error))) from error
     theirs = _contents(seen)
     for what, mine in _contents(inputs).items():
         if shared := mine & theirs[what]:
@@ -130,7 +130,7 @@ def _check_source(asked: CalibrationConfig) -> None:
         if row.check_rows:
             row.check_rows(found, asked.num_samples, f"dataset.path={asked.path}")
     except ConfigError as error:
-        raise ConfigError(_in_our_words(str(error))) from error
+        raise ConfigError(in_words_of_calibration(str(error))) from error
 
 
 def _check_reads(asked: CalibrationConfig, dataset: DatasetConfig) -> None:
@@ -152,7 +152,7 @@ def _same(path: str, other: str) -> bool:
     return Path(path).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
-def _in_our_words(message: str) -> str:
+def in_words_of_calibration(message: str) -> str:
     """A data set's message with the keys as the user of ``calibration`` typed them."""
     for theirs, ours in (
         ("evaluation.", "calibration."),

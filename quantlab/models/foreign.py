@@ -10,11 +10,11 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.backends.checkpoints import method_of, require_method
-from quantlab.backends.gguf.header import check_header
-from quantlab.backends.gguf.language import load_language_model
+from quantlab.backends.gguf.header import EMBEDDING, check_header
+from quantlab.backends.gguf.language import check_language_model, load_language_model
 from quantlab.backends.modelopt.restore import STATE, loading_arguments, restoring, rewrap
 from quantlab.errors import ConfigError, ModelError
 from quantlab.models.checkpoint import files_sha256
@@ -222,7 +222,7 @@ def load_part(key: str, source: Path, name: str, model: LoadedModel) -> tuple[nn
 
 
 def check_class(checkpoint: str, components: Mapping[str, nn.Module], names: Sequence[str]) -> None:
-    """ConfigError as :func:`load_part`, for a folder on this disk that is not of the component which it is for.
+    """ConfigError as :func:`load_part`, for files on this disk that are not of the component which they are for.
 
     The ``components`` need no values.
     """
@@ -232,6 +232,10 @@ def check_class(checkpoint: str, components: Mapping[str, nn.Module], names: Seq
     for name, source in sources_of(checkpoint, names, class_names(components)).items():
         if source.is_dir():
             require_method(_method(key, source, components[name]), key)
+        else:
+            _check_file(key, source, components[name])
+            if not is_of_diffusers(components[name]):
+                check_language_model(key, source, components[name])
 
 
 def _method(key: str, source: Path, original: nn.Module) -> str:
@@ -305,12 +309,8 @@ def _read_folder(key: str, source: Path, original: nn.Module, dtype: torch.dtype
 def _read_gguf(key: str, file: Path, name: str, model: LoadedModel) -> nn.Module:
     from diffusers.utils import logging as diffusers_logging
 
-    require_method(QuantizationMethod.GGUF.value, key)
-    try:
-        check_header(file)
-    except (OSError, ValueError, KeyError, OverflowError) as error:
-        raise ModelError(f"{key}: not a readable GGUF file ({error}); copy or download it again") from error
     original = model.components[name]
+    _check_file(key, file, original)
     if not is_of_diffusers(original):
         if "groups" in model.parts:
             raise ConfigError(
@@ -322,9 +322,7 @@ def _read_gguf(key: str, file: Path, name: str, model: LoadedModel) -> nn.Module
     import diffusers
 
     blocks: Any = diffusers.GGUFQuantizationConfig
-    dtype, made = torch_dtype(model.dtype), type(original)
-    if not hasattr(made, "from_single_file"):
-        raise ModelError(f"{key}: Diffusers reads no single file into a {made.__name__}; name a folder")
+    dtype, made = torch_dtype(model.dtype), cast("Any", type(original))
     with (
         tempfile.TemporaryDirectory(prefix="quantlab-config-") as folder,
         as_model_error(key, f"{_WAY_OUT}; {_not_its()}"),
@@ -339,6 +337,22 @@ def _read_gguf(key: str, file: Path, name: str, model: LoadedModel) -> nn.Module
             dtype=dtype,
         )
     return loaded
+
+
+def _check_file(key: str, file: Path, original: nn.Module) -> None:
+    """Raise where a GGUF file is damaged, or cannot be of the component, as its kind and the header tell."""
+    require_method(QuantizationMethod.GGUF.value, key)
+    try:
+        names = check_header(file)
+    except (OSError, ValueError, KeyError, OverflowError) as error:
+        raise ModelError(f"{key}: not a readable GGUF file ({error}); copy or download it again") from error
+    if not is_of_diffusers(original):
+        return
+    if not hasattr(type(original), "from_single_file"):
+        raise ModelError(f"{key}: Diffusers reads no single file into a {type(original).__name__}; name a folder")
+    if EMBEDDING in names:
+        own = type(original).__name__
+        raise ModelError(f"{key}: it is a language model and the model's component a {own}; {_not_its()}")
 
 
 def is_of_diffusers(module: nn.Module) -> bool:

@@ -78,6 +78,13 @@ def _plain(config: object) -> object:
     return {**without_place(data), **({"attention": attention} if attention else {})}
 
 
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """The effective configuration of a module, as data; empty for one without."""
+    config = getattr(module, "config", None)
+    data = config if isinstance(config, Mapping) else getattr(config, "to_dict", dict)()
+    return without_place(data)
+
+
 def without_place(config: Mapping[Any, Any]) -> dict[str, Any]:
     """A configuration as data, without what says where it came from, and the dtype."""
     return {str(k): _cleaned(v) for k, v in config.items() if k not in _OF_THE_PLACE}

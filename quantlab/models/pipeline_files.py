@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError, MissingPackage, ModelError, nearest
-from quantlab.models.reading import ADAPTER, check_config, check_no_adapter, remote_code
+from quantlab.models.reading import ADAPTER, check_config, check_no_adapter, check_variant, remote_code
 from quantlab.models.repository import Repository, of_folder
 from quantlab.modules.source import check_indices, shards_of
 from quantlab.vocabulary.schema import ModelConfig
@@ -64,20 +64,7 @@ def named_denoisers(index: Path) -> tuple[str, ...]:
 def check_choice(files: Repository, index: Mapping[str, Any], config: ModelConfig) -> None:
     """ConfigError for a variant that no file is of, or that all files of weights are of and nobody asked for, and for
     parts to leave out that are not there."""
-    names = {name.partition("/")[2] for name in files.names if name.endswith(".safetensors")}
-    of = {name: parts[1] if len(parts := name.split(".")) > 2 and not parts[1].isdigit() else "" for name in names}
-    there = sorted({variant for variant in of.values() if variant and "-" not in variant})
-    others = [name for name in files.names if name.endswith(".bin")]
-    if config.variant is None and there and all(of.values()) and not others:
-        raise ConfigError(
-            f"model.variant: all files of weights are of a variant ({', '.join(there)}); set model.variant={there[0]}"
-        )
-    if config.variant is not None and config.variant not in there:
-        have = f"there are {', '.join(there)}" if there else "this checkpoint has none"
-        raise ConfigError(
-            f"model.variant={config.variant}: no weight file is of it ({have}){nearest(config.variant, there)}; "
-            "leave model.variant out for the files without one"
-        )
+    check_variant([name.partition("/")[2] for name in files.names], config.variant)
     parts = [name for name, (library, _) in listed_parts(index).items() if library is not None]
     for name in config.without:
         if name not in parts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _LAYERS = re.compile(r"(layers?|blocks|depths?|layers_per_block)$")
 _MAX_LAYERS = 10_000
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 HOLLOW = "meta"
 """The device of a model that is loaded without the values of its weights, which stay in its files."""
 ASKS_FOR_CODE = "trust_remote_code"
@@ -60,6 +61,27 @@ def local_folder(key: str, path: str, index: str, what: str, writer: str) -> Pat
 def check_saved_model(path: str) -> None:
     """ModelError for a path where ``save_pretrained`` of transformers wrote nothing; a Hub id is not looked up."""
     local_folder(f"model.path={path}", path, "config.json", "a transformers model", "save_pretrained")
+
+
+def check_variant(names: Iterable[str], variant: str | None) -> None:
+    """ConfigError for a variant that no file of weights is of, or that all are of and nobody asked for; ``names`` are
+    those of all files of a checkpoint."""
+    of = {
+        _SHARD.sub("", parts[1]) if len(parts := name.split(".")) > 2 and not parts[1].isdigit() else ""
+        for name in names
+        if name.endswith((".safetensors", ".bin"))
+    }
+    there = sorted(of - {""})
+    if variant is None and there and "" not in of:
+        raise ConfigError(
+            f"model.variant: all files of weights are of a variant ({', '.join(there)}); set model.variant={there[0]}"
+        )
+    if variant is not None and variant not in there:
+        have = f"there are {', '.join(there)}" if there else "this checkpoint has none"
+        raise ConfigError(
+            f"model.variant={variant}: no weight file is of it ({have}){nearest(variant, there)}; "
+            "leave model.variant out for the files without one"
+        )
 
 
 def require_index(key: str, folder: Path, index: str, what: str, writer: str) -> None:

@@ -12,7 +12,7 @@ from quantlab.models import causal_lm, diffusers_pipeline, digits_dit, encoder, 
 from quantlab.models.auto import AUTO, family_of_checkpoint
 from quantlab.models.loaded import LoadedModel, Progress
 from quantlab.models.pipeline_files import INDEX, named_denoisers
-from quantlab.models.reading import check_saved_model, required_path
+from quantlab.models.reading import check_saved_model, check_variant, required_path
 from quantlab.vocabulary.schema import ModelConfig
 
 
@@ -163,6 +163,8 @@ def check_path(config: ModelConfig) -> None:
         required_path(config, *needs)
     if path and family.check is not None:
         family.check(path)
+    if path and family.look is None and (folder := Path(path).expanduser()).is_dir():
+        check_variant([file.name for file in folder.iterdir()], config.variant)
 
 
 def components_of_family(config: ModelConfig) -> tuple[str, ...]:

@@ -23,6 +23,11 @@ Progress = Callable[[int, int], object]
 """Told (done, total) after each part of a piece of work."""
 
 
+class NotKept(ConfigError):
+    """A call is given what is neither a tensor nor plain data (a mask that is a function, a cache): it cannot be stored
+    and replayed, though the module runs."""
+
+
 class Call(TypedDict, total=False):
     """One forward call of a module."""
 
@@ -53,7 +58,7 @@ def recorded_calls(
     """While open, every forward call of ``denoiser`` is appended to the list that is yielded, tensors on the CPU.
 
     Inputs are copied before the call (a denoiser may write into them). A tensor that equals the last call's is stored
-    once: prompt embeddings do not change from step to step. Raises ConfigError for an input that is not plain data:
+    once: prompt embeddings do not change from step to step. Raises NotKept for an input that is not plain data:
     its message begins with ``key`` and ends with ``way_out``.
     """
     calls: list[Call] = []
@@ -66,7 +71,7 @@ def recorded_calls(
         try:
             given, named = _stored(list(args), last_args), _stored(kwargs, last_kwargs)
         except TypeError as error:
-            raise ConfigError(
+            raise NotKept(
                 f"{key}: {type(denoiser).__name__} takes {error}, which cannot be stored; {way_out}"
             ) from error
         pending.append({"args": given, "kwargs": named, "dtype": dtype})

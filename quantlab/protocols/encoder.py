@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.errors import ConfigError, ModelError, NotFinite, is_of_the_machine
 from quantlab.metrics.output_error import output_cosine, output_rel_error
@@ -22,7 +22,8 @@ from quantlab.vocabulary.reports import Measurements
 from quantlab.vocabulary.schema import EvaluationConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
 HEADLINE = ("output_cosine", "output_rel_error")
 
@@ -58,6 +59,16 @@ class EncoderInputs:
         )
 
 
+def check_length(evaluation: EvaluationConfig, module: nn.Module) -> None:
+    """ConfigError where the model's positions do not reach. The ``module`` needs no values."""
+    length, config = evaluation.context_length, cast("PreTrainedModel", module).config
+    longest = getattr(config, "max_position_embeddings", None)
+    longest = longest if isinstance(longest, int) and longest > 0 else None  # XLNet's has no end: -1
+    if length < 3 or (longest is not None and longest < length):
+        to = "or more" if longest is None else f"to {longest}"
+        raise ConfigError(f"evaluation.context_length={length}: the model takes 3 {to} tokens; set it to so many")
+
+
 def encoder_inputs(texts: Sequence[str], evaluation: EvaluationConfig, model: LoadedModel, key: str) -> EncoderInputs:
     """``evaluation.num_samples`` of ``texts``, evenly spaced, cut at ``evaluation.context_length`` tokens.
 
@@ -72,10 +83,7 @@ def encoder_inputs(texts: Sequence[str], evaluation: EvaluationConfig, model: Lo
             f"{key}: there are {len(texts)} texts and not evaluation.num_samples={wanted}; "
             "give more texts or fewer samples"
         )
-    longest = getattr(model.components["model"].config, "max_position_embeddings", None)
-    longest = longest if isinstance(longest, int) and longest > 0 else None  # XLNet's has no end: -1
-    if length < 3 or (longest is not None and longest < length):
-        raise ConfigError(f"evaluation.context_length={length}: {model.name} takes 3 to {longest} tokens")
+    check_length(evaluation, model.components["model"])
     tokenizer = model.parts["tokenizer"]
     if tokenizer.pad_token_id is None:
         raise ModelError(

@@ -27,7 +27,7 @@ from quantlab.protocols.continuations import continued, texts_of
 from quantlab.protocols.defined import defined
 from quantlab.protocols.finite import require_finite_rows
 from quantlab.protocols.language_checks import check_language_model, way_of_logits
-from quantlab.protocols.output_head import LogitsByParts, logits_by_parts, text_config
+from quantlab.protocols.output_head import LogitsByParts, logits_by_parts
 from quantlab.protocols.reference_logits import Distributed, reference_distributions
 from quantlab.protocols.sections import sections
 from quantlab.vocabulary.reports import Measurements, MetricValue
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
 HEADLINE = ("kld_mean", "same_top1", "ppl")
@@ -124,7 +124,7 @@ def text_inputs(text: str, evaluation: EvaluationConfig, model: LoadedModel, key
     import numpy as np
     import torch
 
-    protocol, length = _protocol_and_length(evaluation, model)
+    protocol, length = check_length(evaluation, model.components["model"])
     tokenizer = model.parts["tokenizer"]
     bos_id = _bos_id(tokenizer)
     prefix = _begins_with(tokenizer) if protocol.bos == "prepend" else []
@@ -175,7 +175,11 @@ def text_inputs(text: str, evaluation: EvaluationConfig, model: LoadedModel, key
     )
 
 
-def _protocol_and_length(evaluation: EvaluationConfig, model: LoadedModel) -> tuple[PerplexityProtocol, int]:
+def check_length(evaluation: EvaluationConfig, module: nn.Module) -> tuple[PerplexityProtocol, int]:
+    """The protocol and the tokens of its windows; ConfigError where the model's positions do not reach.
+
+    The ``module`` needs no values.
+    """
     name = evaluation.perplexity_protocol
     if name not in PERPLEXITY_PROTOCOLS:
         raise ConfigError(
@@ -189,11 +193,11 @@ def _protocol_and_length(evaluation: EvaluationConfig, model: LoadedModel) -> tu
     length = protocol.context_length or evaluation.context_length
     if length < 4:
         raise ConfigError(f"{key}: a window needs at least 4 tokens; 256 and more are usual")
-    longest = getattr(text_config(model), "max_position_embeddings", None)
+    longest = getattr(network_of(module).config.get_text_config(), "max_position_embeddings", None)
     if isinstance(longest, int) and 0 < longest < length:  # XLNet's has no end: -1
+        free = "" if protocol.context_length is None else " with evaluation.perplexity_protocol=ppl/v2"
         raise ConfigError(
-            f"{key}: {model.name} takes at most {longest} tokens at once; use a shorter "
-            "evaluation.context_length with evaluation.perplexity_protocol=ppl/v2"
+            f"{key}: the model takes at most {longest} tokens at once; use a shorter evaluation.context_length{free}"
         )
     return protocol, length
 

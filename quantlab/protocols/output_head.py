@@ -17,15 +17,10 @@ from quantlab.modules.device import kind_of
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedConfig
 
 HEAD, OWN = "head", "own"
 _WEIGHTS_AT_ONCE = 2**26
 """Of a head in 16 bit; a larger one is widened in parts of so many, as its whole copy in fp32 may have no room."""
-
-
-def text_config(model: LoadedModel) -> PreTrainedConfig:
-    return network_of(model.components["model"]).config.get_text_config()
 
 
 LOGIT_SETTINGS: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -39,7 +34,7 @@ LOGIT_SETTINGS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 def with_settings(model: LoadedModel) -> Callable[[Tensor], Tensor]:
     """A function that changes what the output head gave, in place, as the model's config says."""
-    config = text_config(model)
+    config = network_of(model.components["model"]).config.get_text_config()
     settings = [
         (change, float(value))
         for name, change in LOGIT_SETTINGS.items()

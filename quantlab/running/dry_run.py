@@ -47,6 +47,7 @@ def show_jobs(
 
 
 def _shown(request: Plan, trust: bool, is_last: bool, as_json: bool) -> int:
+    unseen: list[str] = []
     with progress_bars():
         under_way("looking at files and the store")
         known = _known(request, trust)
@@ -54,7 +55,7 @@ def _shown(request: Plan, trust: bool, is_last: bool, as_json: bool) -> int:
         if trust or is_trusted(request):  # it may name a model of its own
             under_way("reading configurations")
             left = [job for job in request.jobs if job.name not in {*known.resumed, *failing}]
-            refused = refused_by_shape(left, runs_elsewhere(request), is_last)
+            refused = refused_by_shape(left, runs_elsewhere(request), is_last, unseen.append)
             if refused and not request.is_sweep:
                 raise next(iter(refused.values()))
             failing |= {name: str(error) for name, error in refused.items()}
@@ -71,7 +72,7 @@ def _shown(request: Plan, trust: bool, is_last: bool, as_json: bool) -> int:
         }
         for job in request.jobs
     ]
-    told = [*known.lines(len(request.jobs))]
+    told = [*known.lines(len(request.jobs)), *unseen]
     if as_json:
         merged = [{"name": one.name, "spellings": [*one.spellings]} for one in request.merged]
         impossible = [{"combination": combination, "reason": reason} for combination, reason in request.invalid]

@@ -1,65 +1,86 @@
 """What the shapes of a model refuse, asked of its outline: in a run's words, with no weights in memory.
 
 A run learns it when its model is loaded and its reference observed, which may take hours; its dry run learns it here.
-Where no outline can be had (a model of the Hub that is not on this disk, a class of its own files), nothing is said.
+Where no outline can be had (a model of the Hub that is not on this disk, a class of its own files), that is told.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.scheme import Scheme
-from quantlab.errors import ConfigError
+from quantlab.datasets.calibration import in_words_of_calibration, sampling_settings
+from quantlab.errors import ConfigError, QuantlabError
 from quantlab.exporting.beforehand import check_outlined
 from quantlab.models.architectures import CONFIG
 from quantlab.models.foreign import check_class
 from quantlab.models.outline import Outline
 from quantlab.models.outlines import outline
 from quantlab.models.pipeline_files import INDEX
+from quantlab.models.reading import first_line
 from quantlab.models.repository import folder_here
 from quantlab.models.spared import spared
+from quantlab.models.table import family_of
 from quantlab.modules.gpu_seen import sees_gpu
 from quantlab.modules.read_in_source import reads_in_source
 from quantlab.modules.remembered import remembered
+from quantlab.modules.spread import plan_map
 from quantlab.planning.architectures import shipped_architecture
 from quantlab.planning.components import told_under
 from quantlab.planning.job import Job
 from quantlab.planning.placing import check_streamed
+from quantlab.progress import say
+from quantlab.protocols import encoder, language
 from quantlab.running.choice import refusal
 from quantlab.running.forecast import Book, phases_of_each
-from quantlab.running.placement import check_largest
+from quantlab.running.placement import check_largest, spread_as_said, spread_over
 from quantlab.stages.select import QuantizationRequest, Selection, check_device, check_layers, choose_layers
 from quantlab.vocabulary.native import canonical_json
-from quantlab.vocabulary.schema import ExperimentConfig
+from quantlab.vocabulary.schema import EvaluationConfig, ExperimentConfig, MemoryConfig
 
 if TYPE_CHECKING:
     from torch import nn
+
+_LENGTHS: Mapping[str, Callable[[EvaluationConfig, Any], object]] = {
+    "language": language.check_length,
+    "encoder": encoder.check_length,
+}
+"""Protocol -> what raises ConfigError for texts that are longer than the model takes."""
+
+
+class _NotOutlined(Exception):
+    """A model of which no outline can be had: why, with the key before it."""
 
 
 class LacksPackages(Exception):
     """A model could not be built with what a process that only plans imports: one that imports all may tell more."""
 
 
-def refused_by_shape(jobs: Iterable[Job], is_far: bool, is_spared: bool = False) -> dict[str, ConfigError]:
-    """Job -> what its run raises when it comes to quantize, as far as the outline of its model tells.
+def refused_by_shape(
+    jobs: Iterable[Job], is_far: bool, is_spared: bool = False, tell: Callable[[str], object] = say
+) -> dict[str, ConfigError]:
+    """Job -> what its run raises once its model is loaded, as far as the outline of the model tells.
 
     ``is_far``: on nodes, whose devices are not known. ``is_spared``: this process does nothing else
-    (:mod:`quantlab.models.spared`); then LacksPackages is raised for a model that cannot be built so.
+    (:mod:`quantlab.models.spared`); then LacksPackages is raised for a model that cannot be built so. ``tell`` is given
+    a line for each model that cannot be looked at.
     """
     found: dict[str, ConfigError] = {}
     outlines: dict[str, Outline | None] = {}
     for job in jobs:
-        if not job.schemes and job.config.checkpoint is None:
-            continue
         device = "cpu" if job.config.device == "cpu" or not (is_far or sees_gpu()) else "cuda"
         key = canonical_json([asdict(job.config.model), device])
         if key not in outlines:
-            outlines[key] = _outline(job.config, device, is_spared)
+            try:
+                outlines[key] = _outline(job.config, device, is_spared)
+            except _NotOutlined as error:
+                outlines[key] = None
+                tell(f"{error}; its shapes are not looked at here, and what they refuse the run tells")
         if (made := outlines[key]) is None:
             continue
         try:
@@ -67,18 +88,18 @@ def refused_by_shape(jobs: Iterable[Job], is_far: bool, is_spared: bool = False)
         except ConfigError as error:
             found[job.name] = error
         except Exception:  # whatever a library finds in a module without values: a run has some
-            if os.environ.get("QUANTLAB_TRACEBACK") == "1":
+            if _shows_errors():
                 raise
     return found
 
 
-def _outline(config: ExperimentConfig, device: str, is_spared: bool) -> Outline | None:
+def _outline(config: ExperimentConfig, device: str, is_spared: bool) -> Outline:
     model = config.model
     if shipped_architecture(model.path) is None and model.path and not Path(model.path).expanduser().exists():
         index = INDEX if model.family == "diffusers" else CONFIG
         folder = folder_here(model.path, model.revision, index)  # the Hub is not asked
         if folder is None:
-            return None
+            raise _NotOutlined(f"model.path={model.path}: it is not on this disk, and the Hub is not asked")
         model = replace(model, path=str(folder))
     try:
         with spared() if is_spared else contextlib.nullcontext():
@@ -86,11 +107,17 @@ def _outline(config: ExperimentConfig, device: str, is_spared: bool) -> Outline 
     except Exception as error:
         if is_spared and type(error) is not ConfigError:
             raise LacksPackages from error
-        return None  # whatever a library raises: loading tells what is wrong
+        if _shows_errors():
+            raise
+        if isinstance(error, QuantlabError):
+            raise _NotOutlined(str(error)) from error
+        key = f"model.path={model.path}" if model.path else f"model.family={model.family}"
+        raise _NotOutlined(f"{key}: it cannot be built from its configuration ({first_line(error)})") from error
 
 
 def _check(job: Job, made: Outline, device: str, is_far: bool) -> None:
     config, schemes = job.config, job.components(made.quantized)
+    _check_model(job, made, device, is_far)
     if not schemes.keys() <= made.components.keys():
         return
     if config.checkpoint is not None:
@@ -115,6 +142,33 @@ def _check(job: Job, made: Outline, device: str, is_far: bool) -> None:
     if config.export.path is not None:
         for name, (request, chosen) in selected.items():
             check_outlined(request, made.components[name], chosen, made.dtype)
+
+
+def _check_model(job: Job, made: Outline, device: str, is_far: bool) -> None:
+    """ConfigError for what concerns the unquantized model too, in the order of a run."""
+    memory = job.config.memory
+    if memory.placement == "spread":
+        _check_spread(memory, made, device, is_far)
+    if check := _LENGTHS.get(family_of(job.config.model).protocol):
+        check(job.config.evaluation, made.components["model"])
+        if job.needs_data:
+            try:
+                check(sampling_settings(job.config.calibration, job.config.evaluation), made.components["model"])
+            except ConfigError as error:
+                raise type(error)(in_words_of_calibration(str(error))) from error
+
+
+def _check_spread(memory: MemoryConfig, made: Outline, device: str, is_far: bool) -> None:
+    if device == "cpu" and not is_far:
+        over = spread_over(memory, device)
+        plan_map(made.components, len(over.devices), over.budget, over.said)
+    elif memory.devices and memory.device_gib is not None:  # what devices have free is not asked for
+        over = spread_as_said(memory, memory.devices)
+        plan_map(made.components, len(over.devices), over.budget, over.said)
+
+
+def _shows_errors() -> bool:
+    return os.environ.get("QUANTLAB_TRACEBACK") == "1"
 
 
 def _select(job: Job, made: Outline, name: str, scheme: Scheme, device: str) -> tuple[QuantizationRequest, Selection]:

@@ -269,6 +269,11 @@ def spread_over(memory: MemoryConfig, device: str) -> Over:
     return _over(memory, tuple(f"cuda:{i}" for i in found))
 
 
+def spread_as_said(memory: MemoryConfig, num: int) -> Over:
+    """As :func:`spread_over`, of ``num`` devices elsewhere, of which ``memory.device_gib`` is all that is known."""
+    return _over(memory, ("meta",) * num)
+
+
 def _over(memory: MemoryConfig, devices: tuple[str, ...]) -> Over:
     if memory.device_gib is not None:
         return Over(

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 from quantlab.backends.checkpoints import FOLDED, backend_of_layer
 from quantlab.backends.others import WHOLE_MODEL, packed_integers, read_by_its_library
 from quantlab.backends.table import Backend, held_packages
-from quantlab.errors import ModelError, NotQuantized, is_of_the_machine
+from quantlab.errors import ModelError, NotQuantized, QuantlabError, is_of_the_machine
 from quantlab.models.foreign import also_quantized, checkpoint_bytes, checkpoint_sha256, load_part, sources_of
 from quantlab.models.loaded import LoadedModel, class_names
+from quantlab.models.reading import first_line, unreadable
+from quantlab.models.settings import differing_settings
 from quantlab.modules.compute_dtype import stand_for
 from quantlab.modules.holders import Holder, holders
 from quantlab.modules.layers import replace_layer
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 _UNRELATED = 0.9
 """||W - Wq|| / ||W|| above which a layer is no rounding of the model's: 1-bit codes with a scale a row leave 0.6."""
 _ROWS_AT_ONCE = 256
+_NUM_NAMED = 4
 _NOT_ITS = "name the model that it was made from (model.path=...), or another checkpoint"
 
 
@@ -139,7 +142,11 @@ def _read(
                 raise _mismatch(key, component, path, "the checkpoint has none")
             _check_same(key, component, path, other, tensor, is_folded)
     report = QuantizationReport(layers=tuple(rows), num_parameters=logical_size(original)[0])
-    told = (unquantized(component, report, None), _other_dtype(component, rows, model.dtype))
+    told = (
+        unquantized(component, report, None),
+        _other_dtype(component, rows, model.dtype),
+        _other_settings(component, module, original),
+    )
     return module, replace(report, unquantized=tuple(filter(None, told))), notes
 
 
@@ -154,6 +161,18 @@ def _other_dtype(component: str, rows: Sequence[LayerReport], dtype: str) -> str
     )
 
 
+def _other_settings(component: str, module: nn.Module, original: nn.Module) -> str:
+    """A sentence where a checkpoint's configuration makes it compute otherwise than the model."""
+    found = differing_settings(module, original)
+    if not found:
+        return ""
+    more = f" and {len(found) - _NUM_NAMED} more" if len(found) > _NUM_NAMED else ""
+    return (
+        f"{component}: its config.json says {', '.join(found[:_NUM_NAMED])}{more}: what that changes is part of its "
+        "numbers; name the model that it was made from (model.path=...)"
+    )
+
+
 def _adopted(key: str, module: nn.Module, dtype: str) -> nn.Module:
     """The module with each layer of a backend's library made ready as that backend runs it."""
     for name, layer in list(module.named_modules()):
@@ -165,6 +184,8 @@ def _adopted(key: str, module: nn.Module, dtype: str) -> nn.Module:
             made = adopt(layer, dtype)
         except NotQuantized as error:
             raise ModelError(f"{key}: {name}: {error}; name another checkpoint") from error
+        except unreadable() as error:
+            raise _misstored(key, name, layer, error) from error
         if made is not layer:
             replace_layer(module, name, made)
     return module
@@ -201,11 +222,23 @@ def _read_back(key: str, name: str, backend: Backend | None, layer: nn.Module, d
         stored = read_by_its_library(layer, key, dtype) if backend is None else backend.module.read_back(layer)
     except (NotQuantized, KeyError):
         return None
+    except unreadable() as error:
+        raise _misstored(key, name, layer, error) from error
     if stored is None:
         return None
     if not bool(stored.dense.isfinite().all()):
         raise ModelError(f"{key}: {name} reads back with NaN or infinities; copy or download it again")
     return stored
+
+
+def _misstored(key: str, name: str, layer: nn.Module, error: Exception) -> Exception:
+    """What is raised of a layer of a library that lacks what the library puts into it."""
+    if isinstance(error, QuantlabError) or is_of_the_machine(error):
+        return error
+    return ModelError(
+        f"{key}: {name} is not stored as a {type(layer).__name__} is, which its configuration makes of it "
+        f"({first_line(error)}); copy or download it again, or name another checkpoint"
+    )
 
 
 # -- rows

@@ -168,7 +168,7 @@ BAD_REQUESTS = [
     ({"num_samples": 0}, "evaluation.num_samples=0"),
     ({"num_samples": 10_000}, "dataset.path=my.txt: the text has"),
     ({"context_length": 2}, "evaluation.context_length=2"),
-    ({"context_length": 5000}, "evaluation.context_length=5000: fake takes at most 4096"),
+    ({"context_length": 5000}, "evaluation.context_length=5000: the model takes at most 4096"),
     ({"perplexity_protocol": "ppl/v9"}, "evaluation.perplexity_protocol=ppl/v9: there are ppl/v2"),
 ]
 
@@ -187,7 +187,7 @@ def test_requests_that_the_text_or_the_model_cannot_meet(changes, message):
 
 def test_a_preset_longer_than_the_model_is_refused():
     evaluation = EvaluationConfig(num_samples=1, perplexity_protocol="ppl/gptq2048")
-    with pytest.raises(ConfigError, match="perplexity_protocol=ppl/gptq2048: fake takes at most 1024"):
+    with pytest.raises(ConfigError, match="perplexity_protocol=ppl/gptq2048: the model takes at most 1024"):
         text_inputs(TEXT, evaluation, fake_model(byte_tokenizer(), 1024), "dataset=text")
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import sys
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 from torch import nn
 
@@ -23,7 +26,7 @@ from quantlab.running.outlined import LacksPackages, refused_by_shape
 from tests.support.fake_cuda import fake_cuda
 from tests.support.shell import Shell, digits_words, pipeline_words, text_words
 from tests.support.tiny_pipelines import build_tiny_sd3
-from tests.support.tiny_text_models import save_bert, save_llama_and_texts
+from tests.support.tiny_text_models import save_bert, save_llama, save_llama_and_texts
 
 DRY = "sweep.dry_run=true"
 INT8, QUANTO, Q8 = ["backend=torchao", "dtype=int8"], ["backend=quanto", "dtype=int8"], ["backend=gguf", "dtype=q8_0"]
@@ -57,11 +60,23 @@ OF_A_TEXT_MODEL = {
     "an export of a fallback": [*INT8, "group_size=128", "quantization.on_mismatch=bfloat16", "export.path=fresh"],
     "an export that computes otherwise": [*INT8, "compute_dtype=bfloat16", "export.path=fresh"],
     "a checkpoint of another model": ["checkpoint=BERT"],
+    "a file of another model": ["checkpoint=QWEN"],
+    "windows that are longer than the model takes": [*INT8, "evaluation.context_length=5000"],
+    "a protocol of longer windows": [*INT8, "evaluation.perplexity_protocol=ppl/gptq2048", "model.path=SHORT"],
+    "calibration on windows that are too long": [
+        *("backend=modelopt", "dtype=int4", "group_size=32", "algorithm=awq_lite", "calibration.context_length=5000"),
+    ],
+    "windows of the unquantized model alone": ["backend=none", "dtype=bfloat16", "evaluation.context_length=5000"],
+    "a variant that it has not": [*INT8, "model.variant=fp16"],
+    "devices that one block fills": [
+        *(*INT8, "memory.placement=spread", "memory.devices=2", "memory.device_gib=0.00001"),
+    ],
 }
 OF_A_PIPELINE = {
     "a group size": [*INT8, "group_size=512"],
     "of two components the one that is calibrated": [*INT8, "group_size=512", f"components.text_encoder={AWQ}"],
     "a component of its own": [*QUANTO, "components.text_encoder={backend: torchao, dtype: int8, group_size: 256}"],
+    "a language model's file": ["checkpoint=QWEN"],
     "an export of a text encoder": [*QUANTO, "model.components=[text_encoder]", "export.path=fresh"],
 }
 
@@ -71,6 +86,14 @@ def models(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     save_llama_and_texts(folder)
     save_bert(folder / "bert")
+    save_llama(folder / "short")
+    config = json.loads((folder / "short" / "config.json").read_text())
+    (folder / "short" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
+    writer = gguf.GGUFWriter(folder / "qwen3.gguf", "qwen3")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        step()
+    writer.close()
     build_tiny_sd3(folder / "sd3")
     return folder
 
@@ -102,11 +125,14 @@ def test_shapes_of_a_trained_model(what, shell):
 
 @pytest.mark.parametrize("what", OF_A_TEXT_MODEL)
 def test_shapes_of_a_folder(what, shell, models):
-    words = [word.replace("BERT", str(models / "bert")) for word in OF_A_TEXT_MODEL[what]]
+    there = {"BERT": models / "bert", "QWEN": models / "qwen3.gguf", "SHORT": models / "short"}
+    words = OF_A_TEXT_MODEL[what]
+    for name, place in there.items():
+        words = [word.replace(name, str(place)) for word in words]
     check_refused(shell, text_model(models, *words))
 
 
-@pytest.mark.parametrize("what", ["group_size=128", f"{OWN}=[nothing_here]"])
+@pytest.mark.parametrize("what", ["group_size=128", f"{OWN}=[nothing_here]", "evaluation.context_length=500"])
 def test_shapes_of_an_encoder(what, shell, models):
     words = ["device=cpu", "model=encoder", f"model.path={models}/bert", "evaluation.num_samples=2"]
     check_refused(shell, [*words, "sweep.floors=false", *INT8, what])
@@ -114,7 +140,8 @@ def test_shapes_of_an_encoder(what, shell, models):
 
 @pytest.mark.parametrize("what", OF_A_PIPELINE)
 def test_shapes_of_a_pipeline(what, shell, models):
-    words = pipeline_words("cpu", "model=diffusers", f"model.path={models}/sd3", *OF_A_PIPELINE[what])
+    more = [word.replace("QWEN", str(models / "qwen3.gguf")) for word in OF_A_PIPELINE[what]]
+    words = pipeline_words("cpu", "model=diffusers", f"model.path={models}/sd3", *more)
     check_refused(shell, words)
 
 
@@ -214,9 +241,14 @@ def test_on_nodes_whose_devices_are_not_known_only_shapes_are_asked():
 # -- no outline, no word
 
 
-def test_the_hub_is_not_asked(monkeypatch):
+def test_the_hub_is_not_asked(monkeypatch, shell):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("it was asked"))
-    assert of("model=causal_lm", "model.path=nobody/nothing", "dataset=wiki_extracts", *INT8) == {}
+    words = ["model=causal_lm", "model.path=nobody/nothing", "dataset=wiki_extracts", *INT8]
+    assert of(*words) == {}
+    code, out, _ = shell(*words, DRY)
+    assert code == 0
+    assert "model.path=nobody/nothing: it is not on this disk" in " ".join(out.split())
+    assert "nobody/nothing: it is not" in json.loads(shell(*words, DRY, "--json")[1])["told"][-1]
     [error] = of("model=llama_3_8b", *INT8, f"{OWN}=[nothing_here]").values()
     assert str(error).startswith("modules_to_not_convert=nothing_here: matches none")
 
@@ -229,13 +261,19 @@ def test_of_the_hubs_cache_configurations_are_read(models, monkeypatch):
     assert list(of(*words, *INT8, "group_size=128")) == ["torchao int8 g128"]
 
 
-@pytest.mark.parametrize("raised", [ModelError("of its own files"), RuntimeError("a library's")])
-def test_a_model_that_cannot_be_outlined_is_left_to_the_run(raised, monkeypatch):
+@pytest.mark.parametrize("raised", [ModelError("model.path: of its own files"), RuntimeError("a library's")])
+def test_a_model_that_cannot_be_outlined_is_told_and_left_to_the_run(raised, monkeypatch, capsys):
     def fail(*_: object) -> None:
         raise raised
 
     monkeypatch.setattr(outlined, "outline", fail)
     assert of(*INT8, "group_size=512") == {}
+    told = " ".join("".join(capsys.readouterr()).split())
+    assert told.startswith(("model.path: of its own", "model.family=digits_dit: it cannot be built from its config"))
+    assert str(raised) in told
+    monkeypatch.setenv("QUANTLAB_TRACEBACK", "1")
+    with pytest.raises(type(raised), match=str(raised)):
+        of(*INT8, "group_size=512")
     with pytest.raises(LacksPackages):
         refused_by_shape(plan([*INT8, "group_size=512"]).jobs, is_far=False, is_spared=True)
 

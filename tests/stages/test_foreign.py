@@ -115,6 +115,43 @@ def test_the_claims_of_a_configuration_are_not_believed(foreign, read, tmp_path)
     assert (row.dtype, row.group_size) == ("nf4", 64)
 
 
+def altered(source, folder, change):
+    shutil.copytree(source, folder)
+    said = json.loads((folder / "config.json").read_text())
+    change(said)
+    (folder / "config.json").write_text(json.dumps(said))
+    return folder
+
+
+def test_settings_that_compute_otherwise_are_told(foreign, flux, read, tmp_path, cache):
+    def otherwise(said):
+        said.update(hidden_act="gelu", rope_parameters={"rope_theta": 500.0, "rope_type": "default"})
+        said.update(bos_token_id=7, use_cache=False, initializer_range=0.1, attention_dropout=0.5)  # compute nothing
+
+    found = read(altered(foreign / "bnb_nf4", tmp_path / "claims", otherwise))
+    [told] = [line for line in found.quantization.unquantized if "config.json" in line]
+    assert told == (
+        "model: its config.json says hidden_act=gelu (the model's: silu), rope_parameters.rope_theta=500.0 (the model's: "
+        "10000.0): what that changes is part of its numbers; name the model that it was made from (model.path=...)"
+    )
+    plain = [line for line in read(foreign / "bnb_nf4").quantization.unquantized if "config.json" in line]
+    assert plain == []
+    path = altered(foreign / "flux_torchao", tmp_path / "flux", lambda said: said.update(axes_dims_rope=[4, 14, 14]))
+    found = load_candidate(str(path), flux, ["transformer"], {}, cache)
+    assert any(
+        line.startswith("transformer: its config.json says axes_dims_rope=[4, 14, 14] (the model's: [8, 12, 12]):")
+        for line in found.quantization.unquantized
+    )
+
+
+def test_layers_that_are_not_what_their_configuration_makes_of_them(foreign, read, tmp_path):
+    """4 bits are said, and the weights are whole: bitsandbytes' layers have no codes."""
+    block = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    path = altered(foreign / "llama", tmp_path / "whole", lambda said: said.update(quantization_config=block))
+    with pytest.raises(ModelError, match=r"^checkpoint=\S+: model\.layers\.0\S+ is not stored as .*; copy or download"):
+        read(path)
+
+
 def test_a_whole_pipelines_folder(foreign, flux, cache, tmp_path):
     shutil.copytree(foreign / "flux", tmp_path / "flux")
     shutil.rmtree(tmp_path / "flux" / "transformer")

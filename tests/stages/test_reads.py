@@ -1,5 +1,6 @@
 """Which weights a model reads is found by one sample; where that cannot be run, it is said, and never hidden."""
 
+import contextlib
 import types
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from quantlab.models.loaded import LoadedModel
+from quantlab.modules.calls import recorded_calls
 from quantlab.modules.reached import recorded_reads
 from quantlab.modules.read_in_source import reads_in_source
 from quantlab.stages import reads
@@ -67,3 +69,28 @@ def test_a_sample_that_cannot_be_run_is_told(monkeypatch, capsys, error):
 def test_what_the_machine_says_is_not_hidden(monkeypatch, error):
     with pytest.raises(type(error)):
         found(monkeypatch, error)
+
+
+class Masked(nn.Module):
+    """Is given a mask that is no data, as AnyFlow FAR's transformer is, and reads a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, x, mask):
+        return nn.functional.linear(mask(x), self.proj.weight)
+
+
+def test_a_model_whose_calls_cannot_be_kept_is_run_without_keeping_them(monkeypatch, capsys):
+    def calls(model, inputs, evaluation, components):
+        with contextlib.ExitStack() as stack:
+            kept = [stack.enter_context(recorded_calls(model.components[name])) for name in components]
+            model.components["model"](torch.ones(1, 4), lambda x: x)
+        yield from (("model", call) for found in kept for call in found)
+
+    monkeypatch.setattr(reads, "PROTOCOLS", {"module": types.SimpleNamespace(calls=calls)})
+    model = LoadedModel(name="mine", protocol="module", components={"model": Masked()})
+    inputs = types.SimpleNamespace(subset=lambda _: None)
+    assert reads.weights_read(model, inputs, EvaluationConfig(), ["model"]) == {"model": ("proj",)}
+    assert "".join(capsys.readouterr()) == "", "nothing is wrong with it, and no way out is wanted"

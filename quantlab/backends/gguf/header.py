@@ -18,8 +18,15 @@ _ALIGNMENT, _BLOCKS, _MAX_BLOCKS = b"general.alignment", b".block_count", 10_000
 _MAX_DEPTH, _MAX_DIMENSIONS, _MAX_NAME = 4, 5, 2**16  # ggml has 4 dimensions, files of video models one of 5
 
 
-def check_header(path: Path) -> None:
-    """ValueError for a file whose header does not fit into it, or whose tensors do not; nothing else is read."""
+EMBEDDING = "token_embd.weight"
+"""A tensor of every language model of llama.cpp, and of no denoiser."""
+
+
+def check_header(path: Path) -> frozenset[str]:
+    """The names of a file's tensors; ValueError for one whose header does not fit into it, or whose tensors do not.
+
+    Nothing else is read.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         walk = _Walk(file, size)
@@ -55,8 +62,10 @@ def check_header(path: Path) -> None:
             if offset < end:
                 raise ValueError(f"tensor {name!r} at {offset} begins in the one before it, which ends at {end}")
             end = offset + num_bytes
-        if len({name for name, _, _ in tensors}) < len(tensors):
+        names = frozenset(name for name, _, _ in tensors)
+        if len(names) < len(tensors):
             raise ValueError("two tensors have one name")
+        return names
 
 
 class _Walk:

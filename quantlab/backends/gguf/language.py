@@ -29,6 +29,13 @@ def load_language_model(key: str, path: Path, module: nn.Module, dtype: str) -> 
     ``dtype`` is what the layers compute in. Raises ModelError, beginning with ``key``, where the file's architecture,
     names, shapes or formats are not the model's.
     """
+    tensors, architecture = check_language_model(key, path, module)
+    _fill(key, module, tensors, architecture, dtype)
+
+
+def check_language_model(key: str, path: Path, module: nn.Module) -> tuple[dict[str, gguf.ReaderTensor], Architecture]:
+    """The file's tensors by the names of the module's parameters, and what llama.cpp calls the architecture; ModelError
+    as :func:`load_language_model`. The ``module`` needs no values."""
     import gguf
 
     config: Any = getattr(module, "config", None)
@@ -58,7 +65,7 @@ def load_language_model(key: str, path: Path, module: nn.Module, dtype: str) -> 
     for name, parameter in parameters.items():
         if id(parameter) not in in_file:
             raise ModelError(f"{key}: it lacks {names.get(name, name)}; {_NOT_ITS}")
-    _fill(key, module, {wanted[told]: t for told, t in tensors.items()}, architecture, dtype)
+    return {wanted[told]: t for told, t in tensors.items()}, architecture
 
 
 def _fill(

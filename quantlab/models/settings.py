@@ -1,0 +1,63 @@
+"""Where two models of one class were configured otherwise: the settings that compute, and not those that only say."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from quantlab.models.identity import settings_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_SILENT = frozenset(
+    {
+        "architectures",
+        "chunk_size_feed_forward",
+        "id2label",
+        "initializer_range",
+        "is_encoder_decoder",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "pretraining_tp",
+        "problem_type",
+        "quantization_config",
+        "return_dict",
+        "task_specific_params",
+        "tie_word_embeddings",
+        "tokenizer_class",
+        "use_cache",
+    }
+)
+_SILENT_KINDS = re.compile(r"^_|_token_ids?$|dropout|drop_rate|drop_path|layerdrop|_pdrop$|_loss_coef$|^initializer_")
+"""Of training, of generation, and of who wrote it. What is tied shows in the tensors."""
+
+
+def differing_settings(module: nn.Module, original: nn.Module) -> list[str]:
+    """``rope_theta=500.0 (the model's: 10000.0)`` of each setting by which ``module`` may compute otherwise."""
+    theirs, ours = (dict(_flat("", settings_of(m))) for m in (module, original))
+    return [
+        f"{name}={value} (the model's: {ours[name]})"
+        for name, value in theirs.items()
+        if name in ours and not _is_same(value, ours[name])
+    ]
+
+
+def _flat(prefix: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if name in _SILENT or _SILENT_KINDS.search(name):
+            continue
+        if isinstance(value, Mapping):
+            yield from _flat(f"{prefix}{name}.", value)
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _is_same(one: object, other: object) -> bool:
+    """Equal; of floats also where one is the other in 32 bits."""
+    if isinstance(one, float) and isinstance(other, float):
+        return one == other or math.isclose(one, other, rel_tol=1e-6)
+    return bool(one == other)
