@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 INDEX = "model_index.json"
-DENOISER = re.compile(r"(transformer|unet)(_\d+)?")
-"""Names of the components that are called at a step."""
+DENOISER = re.compile(r"(unconditional_)?(transformer|unet)(_\d+)?")
+"""Names of the components that are called at a step; some pipelines have one of its own for no prompt."""
 NO_DENOISER = re.compile(r"vae|vq|movq|encod|embed|project|safety|feature|vocoder|controlnet|language_model")
 """What is in the names of other modules, where no component is called so."""
 _LIBRARIES = ("diffusers", "transformers")
