@@ -50,21 +50,24 @@ def guided(
     denoiser was given among them where it has a part in it, else by weights of a token (the last ``width`` values of a
     prediction): some pipelines give each token the norm of the conditioned prediction's.
     """
-    if sample is not None and sample.shape[2] == reference.shape[2]:
-        with_sample = together([reference, sample])
-        missed, left = (_fitted(parts, velocity)[1] for parts in (reference, with_sample))
-        if missed > _ROUNDED and left < missed / 10:
-            candidate, reference = together([candidate, sample]), with_sample
-    try:
-        weights = guidance_weights(reference, velocity)
-    except MetricUndefined:
-        num, conditions, size = reference.shape
-        if velocity is None or width < _VALUES * conditions or size % width:
-            raise
-        weights = guidance_weights(_tokens(reference, width), velocity.reshape(-1, width))
-        parts = (combined(_tokens(part, width), weights).reshape(num, size) for part in (candidate, reference))
-        return next(parts), next(parts)
-    return combined(candidate, weights), combined(reference, weights)
+    if velocity is None:
+        weights = guidance_weights(reference, None)
+        return combined(candidate, weights), combined(reference, weights)
+    weights, missed = _fitted(reference, velocity)
+    if missed > _ROUNDED and sample is not None and sample.shape[2] == reference.shape[2]:
+        beside = together([reference, sample])
+        found, left = _fitted(beside, velocity)
+        if left < missed / 10:
+            candidate, reference = together([candidate, sample]), beside
+            weights, missed = found, left
+    if missed <= _RESIDUAL:
+        return combined(candidate, weights), combined(reference, weights)
+    num, conditions, size = reference.shape
+    if width < _VALUES * conditions or size % width or velocity.shape != (num, size):
+        raise _no_sum()
+    weights = guidance_weights(_tokens(reference, width), velocity.reshape(-1, width))
+    parts = (combined(_tokens(part, width), weights).reshape(num, size) for part in (candidate, reference))
+    return next(parts), next(parts)
 
 
 def together(predictions: Sequence[Tensor]) -> Tensor:

@@ -61,6 +61,11 @@ def test_a_norm_for_each_token_is_undone_token_by_token():
         guided(predictions, predictions, velocity, width=5)
 
 
+def test_a_velocity_of_another_size_is_undefined():
+    with pytest.raises(MetricUndefined):
+        guided(PREDICTIONS, PREDICTIONS, torch.randn(4, 151), width=20)  # whole tokens of the predictions, not of it
+
+
 def test_what_is_rescaled_as_the_image_predicted_has_a_share_of_the_sample_in_it():
     """As LTX-2 guides: predictions become images, x - sigma v, their sum is rescaled, and becomes a velocity again."""
     x, error = torch.randn(2, 4, 1, 300, generator=torch.Generator().manual_seed(2)).unbind()
