@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import ModelError
-from quantlab.models.pipeline_files import INDEX, is_a_pipelines, left_out, listed_parts
+from quantlab.models.pipeline_files import (
+    INDEX,
+    check_classes,
+    check_found,
+    is_a_pipelines,
+    left_out,
+    listed_parts,
+)
 from quantlab.models.reading import ADAPTER, as_model_error, check_no_adapter, local_folder, remote_code
 from quantlab.vocabulary.schema import ModelConfig
 
@@ -66,7 +73,9 @@ def read_architecture(config: ModelConfig, only: str = "") -> Architecture:
         return Architecture(path=path, parts={only: _model_part(key, index)}, dtype=_stored_dtype(index))
     if not isinstance(index.get("_class_name"), str):
         raise remote_code(key, f"{INDEX} names a pipeline class of its own files")
+    check_found(key, index)
     without = left_out(config, [name for name in index if not name.startswith("_")])
+    check_classes(key, {name: found for name, found in index.items() if name not in without})
     parts = {}
     for name, found in listed_parts(index).items():
         if name in without or not all(found):

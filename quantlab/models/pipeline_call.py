@@ -63,6 +63,8 @@ _OF_SHAPES = re.compile(
 """What torch says of tensors that do not fit one another, as where an attention takes a mask of one sample alone."""
 _NO_WORDS = re.compile(r"Tensor|Image|ndarray")
 """In the annotation of an argument that no recipe can give."""
+_MAKES_MEDIA = re.compile(r"vae|vq|decoder|renderer|unet|transformer")
+"""In the names of the parts that a prior's pipeline has not: they denoise, or decode, what it makes."""
 _MAP = "prediction"
 """The field of pipelines that find something out about a picture (a depth at each place): an image, where in [0, 1]."""
 
@@ -113,6 +115,13 @@ def check_conditions(pipeline: type, dataset: str, conditions: Sequence[str], ca
             "the same parts that makes its samples of prompts or pictures, or give a component and its inputs to "
             "quantlab.evaluate in Python"
         )
+    made: Any = pipeline
+    parts = inspect.signature(made.__init__).parameters
+    if "prior" in parts and not any(_MAKES_MEDIA.search(name) for name in parts):
+        raise ConfigError(
+            f"model.path: {pipeline.__name__} makes embeddings for another pipeline, and what is compared is one "
+            "image, video or sound a sample; name a pipeline that makes these, such as one of both (...Combined...)"
+        )
     for name in given:
         if name not in known:
             takes = [own for own in (*TAKEN_FROM.values(), "batch_size") if own in known]
@@ -149,9 +158,8 @@ def _beyond_data_sets(pipeline: type, known: Mapping[str, inspect.Parameter]) ->
             return "a video"
     if {"audio", "prompt"} <= set(known) and "image" not in known:
         return "sound"
-    needed = {
-        name: p for name, p in known.items() if p.default is p.empty and name not in (*TAKEN_FROM.values(), *_OURS)
-    }
+    ours = {*TAKEN_FROM.values(), *_OURS} - {"latents"}  # noise is ours; who asks for latents starts from another's
+    needed = {name: p for name, p in known.items() if p.default is p.empty and name not in ours}
     return next((name for name, parameter in needed.items() if _NO_WORDS.search(str(parameter.annotation))), "")
 
 

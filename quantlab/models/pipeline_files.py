@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 INDEX = "model_index.json"
-DENOISER = re.compile(r"(transformer|unet)(_\d+)?")
-"""Names of the components that are called at a step."""
+DENOISER = re.compile(r"(unconditional_)?(transformer|unet)(_\d+)?")
+"""Names of the components that are called at a step; some pipelines have one of its own for no prompt."""
 NO_DENOISER = re.compile(r"vae|vq|movq|encod|embed|project|safety|feature|vocoder|controlnet|language_model")
 """What is in the names of other modules, where no component is called so."""
 _LIBRARIES = ("diffusers", "transformers")
@@ -109,6 +109,7 @@ def check_parts(
         )
     listed = listed_parts(index)
     optional = getattr(made, "_optional_components", [])
+    check_classes(key, {name: found for name, found in index.items() if name not in without})
     for name, found in listed.items():
         if found[0] == "transformers" and name not in without:
             check_no_adapter(f"{key}: {name}", f"{name}/{ADAPTER}" in files.names)
@@ -210,9 +211,41 @@ def read_index(key: str, files: Repository) -> dict[str, Any]:
         raise ModelError(f"{key}: {INDEX} cannot be read ({error}); copy or download the folder again") from error
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), (str, list)):
         raise ModelError(f"{key}: {INDEX} names no pipeline class; name a pipeline that Diffusers ships")
+    check_found(key, index)
     if asks := _code_of_its_own(files, index):
         raise remote_code(key, asks)
     return index
+
+
+def check_found(key: str, index: Mapping[str, Any]) -> None:
+    """ModelError for a part whose class Diffusers ships with a deprecated pipeline, where no index leads it."""
+    for module, name in listed_parts(index).values():
+        if module is not None and module not in _LIBRARIES and not is_a_pipelines(module) and _is_deprecated(module):
+            where = f"diffusers.pipelines.deprecated.{module}"
+            raise _not_found(key, module, name, f"which this Diffusers has in {where} and looks for elsewhere")
+
+
+def check_classes(key: str, index: Mapping[str, Any]) -> None:
+    """ModelError for a part of a class that Diffusers does not have, which it says when others are loaded."""
+    import diffusers
+
+    for module, name in listed_parts(index).values():
+        if module == "diffusers" and name is not None and not hasattr(diffusers, name.removeprefix("FlashPack")):
+            raise _not_found(key, module, name, f"and Diffusers {diffusers.__version__} does not have it there")
+
+
+def _not_found(key: str, module: str, name: str | None, why: str) -> ModelError:
+    return ModelError(
+        f"{key}: {INDEX} names the class {name} of {module}, {why}; install a Diffusers that finds it, or make the "
+        "pipeline of its parts yourself and give the one to quantize to quantlab.evaluate in Python"
+    )
+
+
+def _is_deprecated(module: str) -> bool:
+    """Whether a module is one that Diffusers has moved to its deprecated pipelines; it is looked for, not imported."""
+    import diffusers
+
+    return (Path(diffusers.__path__[0]) / "pipelines" / "deprecated" / module / "__init__.py").is_file()
 
 
 def is_a_pipelines(module: str) -> bool:

@@ -147,13 +147,24 @@ def moves(device: str) -> bool:
 
 def _brings(module: nn.Module, bring: Bring) -> Iterator[Callable[[], object]]:
     """Let a module bring itself before it runs; what undoes it."""
-    for part in (module, *module.children()):
+    for part in _called_first(module):
         yield part.register_forward_pre_hook(bring).remove
     for method in METHODS:
         if callable(own := getattr(module, method, None)):
             before = vars(module).get(method)
             setattr(module, method, functools.partial(_brought, bring, own))
             yield functools.partial(_unset, module, method, before)
+
+
+def _called_first(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and those of its parts that may be called before it: some pipelines call an encoder's layers, one by
+    one. What is inside of one of many layers runs with it."""
+    yield module
+    for name, part in module.named_children():
+        if name.isdigit():
+            yield part
+        else:
+            yield from _called_first(part)
 
 
 def _unset(module: nn.Module, method: str, before: object) -> None:

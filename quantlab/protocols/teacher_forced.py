@@ -14,7 +14,7 @@ from quantlab.modules.calls import Call, is_replayable, per_sample, replayed_out
 from quantlab.protocols.defined import defined
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
 from quantlab.protocols.finite import bad_rows
-from quantlab.protocols.guidance import guided
+from quantlab.protocols.guidance import guided, together
 from quantlab.vocabulary.reports import MetricValue
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -172,10 +172,9 @@ def _velocities(
                 "step_sqnr_db: the pipeline gives its denoiser an attention with a state while it runs, and recorded "
                 "calls cannot be repeated with it; look at step_divergence"
             )
-        num = call["stop"] - call["start"]
         denoiser = model.components[call.get("component", model.parts["denoisers"][0])]
-        output = per_sample(replayed_output(denoiser, call, model.device, model.dtype), num)
-        if bad := bad_rows(output):
+        output = replayed_output(denoiser, call, model.device, model.dtype)
+        if bad := bad_rows(per_sample(output, call["stop"] - call["start"])):
             sample, what = sample_ids[call["start"] + bad[0]], f"the denoiser's output at step {call['step']}"
             raise NotFinite(
                 f"sample {sample}: {what} is NaN or infinite on the reference's input; try compute_dtype=bfloat16 or "
@@ -190,23 +189,61 @@ def _velocities(
 
 
 def _pair(batch: Sequence[tuple[Call, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The velocities of one batch: the calls' predictions put together as the reference's sampler did."""
+    """The velocities of one batch: the calls' predictions put together as the reference's sampler did.
+
+    Where less is stepped than was predicted, what is left out stands last (variances, the tokens of a picture that was
+    given) or first (the frame that a video starts from, the tokens of a prompt).
+    """
+    first = batch[0][0]
+    num, width = first["stop"] - first["start"], int(first["output"].shape[-1])
+    given = next((call["velocity"] for call, _ in batch if "velocity" in call), None)
+    velocity = None if given is None else _as_predicted(given, first["output"], num)
+    wanted = None if velocity is None else velocity.flatten(1)
+    outputs, recorded = [output for _, output in batch], [call["output"].float() for call, _ in batch]
+    samples = [sample for call, _ in batch if (sample := _sample_of(call)) is not None][:1]
+    for at_end in (False, True):
+        parts = [[_stepped(one, velocity, num, at_end) for one in column] for column in (outputs, recorded, samples)]
+        sample = parts[2][0][:, :1] if samples else None
+        try:
+            return guided(together(parts[0]), together(parts[1]), wanted, width, sample)
+        except MetricUndefined:
+            if at_end:
+                raise
+    raise AssertionError("the second returns or raises")
+
+
+def _stepped(prediction: Tensor, velocity: Tensor | None, num: int, at_end: bool) -> Tensor:
+    """Of a prediction (k * n, ...) what is of the ``velocity``'s size (n, ...), its first or its last values on each
+    axis: (n, k, d)."""
+    if velocity is None:
+        return per_sample(prediction, num)
+    if prediction.ndim != velocity.ndim:
+        return per_sample(prediction, num)[..., : velocity[0].numel()]
+    for axis, size in enumerate(velocity.shape):
+        spare = prediction.shape[axis] - size
+        if axis and spare > 0:
+            prediction = prediction.narrow(axis, spare if at_end else 0, size)
+    return per_sample(prediction, num)
+
+
+def _sample_of(call: Call) -> Tensor | None:
+    """The sample that a denoiser was given, as what is of its prediction's shape; None where nothing is."""
     import torch
 
-    num = batch[0][0]["stop"] - batch[0][0]["start"]
-    candidate = torch.cat([output for _, output in batch], dim=1)
-    reference = torch.cat([per_sample(call["output"].float(), num) for call, _ in batch], dim=1)
-    given = next((call["velocity"] for call, _ in batch if "velocity" in call), None)
-    velocity = None if given is None else _as_predicted(given, batch[0][0]["output"], num).reshape(num, -1)
-    if velocity is not None and reference.shape[2] > velocity.shape[1]:
-        # The other channels are variances, or the other tokens those of a picture that was given.
-        candidate, reference = (part[..., : velocity.shape[1]] for part in (candidate, reference))
-    return guided(candidate, reference, velocity, width=int(batch[0][0]["output"].shape[-1]))
+    given = (*call["args"], *call["kwargs"].values())
+    return next(
+        (one.float() for one in given if isinstance(one, torch.Tensor) and one.shape == call["output"].shape), None
+    )
 
 
 def _as_predicted(velocity: Tensor, prediction: Tensor, num: int) -> Tensor:
-    """What the scheduler was given, (n, ...) in a prediction's order: where a video (k * n, channels, frames, ...) was
-    predicted, some schedulers step the frames of each sample as rows."""
+    """What the scheduler was given, (n, ...) in a prediction's order.
+
+    Where a video (k * n, channels, frames, ...) was predicted, some schedulers step the frames of each sample as rows;
+    where tokens (k * n, tokens, channels) were, some step the video or image that they are of.
+    """
     if prediction.ndim == 5 and velocity.ndim == 4 and len(velocity) == num * prediction.shape[2]:
         return velocity.reshape(num, -1, *velocity.shape[1:]).transpose(1, 2)
+    if prediction.ndim == 3 and velocity.ndim > 3 and velocity.shape[1] == prediction.shape[2]:
+        return velocity[:num].flatten(2).transpose(1, 2)
     return velocity[:num]

@@ -397,6 +397,7 @@ def test_what_can_do_without_a_video_is_run():
         *dict.fromkeys(("LEditsPPPipelineStableDiffusion", "AnimateDiffControlNetPipeline"), False).items(),
         *dict.fromkeys(("KandinskyV22Pipeline", "StableCascadeDecoderPipeline", "WanAnimatePipeline"), False).items(),
         *dict.fromkeys(("PaintByExamplePipeline", "KandinskyV22ControlnetPipeline"), False).items(),
+        ("LTX2VideoDiffusionDecodePipeline", False),
         *dict.fromkeys(
             ("WanPipeline", "HeliosPipeline", "CosmosVideoToWorldPipeline", "AnyFlowPipeline"), True
         ).items(),
@@ -413,3 +414,23 @@ def test_the_pipelines_of_diffusers_are_told_apart(name, is_run):
         return check_conditions(pipeline, "prompts", ("prompt",), {})
     with pytest.raises(ConfigError, match=r"^model\.path: .* starts from"):
         check_conditions(pipeline, "prompts", (), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "is_run"),
+    [
+        *dict.fromkeys(
+            ("StableCascadePriorPipeline", "KandinskyPriorPipeline", "KandinskyV22PriorPipeline"), False
+        ).items(),
+        *dict.fromkeys(("StableCascadeCombinedPipeline", "ShapEPipeline", "UnCLIPPipeline"), True).items(),
+        *dict.fromkeys(("KandinskyV22CombinedPipeline", "StableUnCLIPPipeline", "DDPMPipeline"), True).items(),
+    ],
+)
+def test_pipelines_that_make_what_others_start_from_are_refused_before_weights(name, is_run):
+    import diffusers
+
+    pipeline, given = getattr(diffusers, name), () if name == "DDPMPipeline" else ("prompt",)
+    if is_run:
+        return check_conditions(pipeline, "prompts", given, {})
+    with pytest.raises(ConfigError, match=rf"^model\.path: {name} makes embeddings .*; name a pipeline that"):
+        check_conditions(pipeline, "prompts", given, {})

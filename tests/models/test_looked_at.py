@@ -180,5 +180,26 @@ def write_index(folder, name, parts, index=()):
     for part in parts:
         (folder / part).mkdir()
         (folder / part / "config.json").write_text("{}")
-    said = {"_class_name": name} | {part: ["diffusers", "Any"] for part in parts} | dict(index)
+    said = (
+        {"_class_name": name} | {part: ["diffusers", "FlowMatchEulerDiscreteScheduler"] for part in parts} | dict(index)
+    )
     (folder / "model_index.json").write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize(
+    ("module", "told"),
+    [
+        ("wuerstchen", r"PaellaVQModel of wuerstchen, .*diffusers\.pipelines\.deprecated\.wuerstchen.*"),
+        ("diffusers", r"PaellaVQModel of diffusers, and .* does not have it"),
+    ],
+)
+def test_a_part_that_diffusers_ships_and_does_not_find_is_told_before_weights(folders, tmp_path, module, told):
+    """Of Stable Cascade and Wuerstchen: as the Hub has them, and as Diffusers itself saves them now."""
+    folder = shutil.copytree(folders["kandinsky_2_2"], tmp_path / "cascade")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "movq": [module, "PaellaVQModel"]}))
+    told = rf"^model\.path={folder}: model_index\.json names the class {told}.*quantlab\.evaluate in Python$"
+    with pytest.raises(ModelError, match=told):
+        look(folder)
+    with pytest.raises(ModelError, match=told):
+        read_architecture(ModelConfig(family="diffusers", path=str(folder)))

@@ -15,6 +15,7 @@ from quantlab.modules.layers import state_digest
 from quantlab.modules.residence import Prompts, Residence
 from quantlab.stages.observe import observed_settings
 from quantlab.vocabulary.schema import ModelConfig
+from tests.support.tiny_families import family_model
 from tests.support.tiny_pipelines import BUILDERS, SMALL
 
 
@@ -76,6 +77,27 @@ def test_images_are_decoded_when_the_candidates_denoiser_has_gone(names, model, 
         for name in names:
             assert all(p.untyped_storage().nbytes() for p in candidate.components[name].parameters())
             assert not candidate.components[name]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("names", [[], ["transformer"], ["text_encoder", "unconditional_transformer"]])
+def test_a_part_of_which_only_the_layers_are_called_comes_for_them(names, tmp_path, monkeypatch):
+    """Ideogram 4 calls its text encoder's embedding and its layers, one by one, and never the encoder."""
+    model, inputs = family_model("ideogram_4", tmp_path)
+    components = dict.fromkeys(("text_encoder", "transformer", "unconditional_transformer"))
+    model = model.with_components({name: model.parts["pipeline"].components[name] for name in components})
+    originals, settings = dict(model.components), replace(SMALL, height=32, width=32)
+
+    def run(placed):
+        candidate = with_candidates(placed, originals, names)
+        given = candidate, inputs.noise, inputs.conditioning, settings
+        return [candidate.sample(*given) for _ in range(2)]
+
+    expected = run(model)
+    monkeypatch.setattr("quantlab.modules.residence.moves", lambda device: True)  # as on a GPU
+    placed = replace(alone(model, tmp_path), parts={**alone(model, tmp_path).parts, "prompts": None})
+    for made, wanted in zip(run(placed), expected, strict=True):
+        assert torch.equal(made.latents, wanted.latents)
+        assert torch.equal(made.media["images"], wanted.media["images"])
 
 
 def test_on_a_processor_nothing_is_moved(model, tmp_path, seen):

@@ -61,6 +61,36 @@ def test_a_norm_for_each_token_is_undone_token_by_token():
         guided(predictions, predictions, velocity, width=5)
 
 
+def test_a_velocity_of_another_size_is_undefined():
+    with pytest.raises(MetricUndefined):
+        guided(PREDICTIONS, PREDICTIONS, torch.randn(4, 151), width=20)  # whole tokens of the predictions, not of it
+
+
+def test_what_is_rescaled_as_the_image_predicted_has_a_share_of_the_sample_in_it():
+    """As LTX-2 guides: predictions become images, x - sigma v, their sum is rescaled, and becomes a velocity again."""
+    x, error = torch.randn(2, 4, 1, 300, generator=torch.Generator().manual_seed(2)).unbind()
+    u, c = PREDICTIONS.unbind(1)
+    sigma, scale = 0.6, torch.tensor([0.9, 0.8, 1.0, 0.85])[:, None]
+    image = scale * (x[:, 0] - sigma * (u + 4 * (c - u)))
+    velocity = (x[:, 0] - image) / sigma
+    candidate = PREDICTIONS + 0.01 * error
+    with pytest.raises(MetricUndefined):
+        guided(candidate, PREDICTIONS, velocity, width=5)
+    found, reference = guided(candidate, PREDICTIONS, velocity, width=5, sample=x)
+    np.testing.assert_allclose(reference, velocity, atol=1e-4)
+    np.testing.assert_allclose(found - reference, scale * 0.01 * error[:, 0], atol=1e-4)
+
+
+def test_a_sample_that_has_no_part_in_it_is_left_out():
+    """Also one that is nearly a prediction, as noise is at first, of predictions that 16 bits round."""
+    a, b = PREDICTIONS.unbind(1)
+    velocity = (2 * a - b).bfloat16().float()
+    beside = (a + 0.001 * b)[:, None]
+    for sample in (beside, torch.zeros_like(beside), beside[..., :7]):
+        candidate, reference = guided(1.1 * PREDICTIONS, PREDICTIONS, velocity, width=5, sample=sample)
+        np.testing.assert_allclose(candidate, 1.1 * reference, rtol=1e-5, atol=1e-6)
+
+
 def test_a_scheduler_is_as_before_afterwards():
     from diffusers import DDIMScheduler
 

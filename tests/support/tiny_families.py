@@ -15,6 +15,7 @@ from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ModelCon
 from tests.support import tiny_images as images
 from tests.support import tiny_unets as unets
 from tests.support import tiny_videos as videos
+from tests.support.tiny_ideogram import ideogram_4
 
 SETTINGS = EvaluationConfig(
     num_samples=2,
@@ -86,6 +87,7 @@ FAMILIES: dict[str, TinyFamily] = {
     "cogview4": TinyFamily(build=images.cogview4, pads=True),
     "chroma": TinyFamily(build=images.chroma),
     "aura_flow": TinyFamily(build=images.aura_flow),
+    "ideogram_4": TinyFamily(build=ideogram_4, call={"guidance_schedule": None, "max_sequence_length": 128}),
     "kandinsky_2_2": TinyFamily(build=unets.kandinsky_2_2, evaluation={"height": 64, "width": 64}),
     "stable_diffusion_pag": TinyFamily(build=unets.stable_diffusion_pag, call={"pag_scale": 2.0}),
     "text_to_video": TinyFamily(build=unets.text_to_video, evaluation={"num_frames": 3}, medium="frames"),
@@ -104,6 +106,9 @@ FAMILIES: dict[str, TinyFamily] = {
         build=videos.wan_image_to_video, dataset="image_prompts", evaluation={"num_frames": 5}, medium="frames"
     ),
     "ltx": TinyFamily(build=videos.ltx, evaluation={"num_frames": 9}, medium="frames"),
+    "ltx_image_to_video": TinyFamily(
+        build=videos.ltx_image_to_video, dataset="image_prompts", evaluation={"num_frames": 9}, medium="frames"
+    ),
     "cogvideox": TinyFamily(
         build=videos.cogvideox,
         call={"max_sequence_length": 16},

@@ -134,6 +134,13 @@ def ltx() -> Any:
     )
 
 
+def ltx_image_to_video() -> Any:
+    """Of its latents the scheduler steps all frames but the first, as a video: the denoiser predicts tokens."""
+    from diffusers import LTXImageToVideoPipeline
+
+    return LTXImageToVideoPipeline(**ltx().components)
+
+
 def cogvideox() -> Any:
     from diffusers import (
         AutoencoderKLCogVideoX,
