@@ -312,6 +312,11 @@ class QuantizationConfigMixin:
         names: tuple[str, ...] | None = getattr(self, self._exclusions_field)
         return names
 
+    @property
+    def exclusions_key(self) -> str:
+        """What the class calls them."""
+        return self._exclusions_field
+
     def _exclusion_axes(self) -> dict[str, list[str]]:
         """The axes' spelling of the exclusions; those under a library's rule are no axes and stay with the config."""
         names = list(self.exclusions or ()) if self.exclusion_rule == "quantlab" else []

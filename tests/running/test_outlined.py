@@ -218,7 +218,7 @@ def test_the_hub_is_not_asked(monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("it was asked"))
     assert of("model=causal_lm", "model.path=nobody/nothing", "dataset=wiki_extracts", *INT8) == {}
     [error] = of("model=llama_3_8b", *INT8, f"{OWN}=[nothing_here]").values()
-    assert str(error).startswith("modules_to_not_convert=nothing_here: matches none")
+    assert str(error).startswith("modules_to_not_convert.own=nothing_here: matches none")
 
 
 def test_of_the_hubs_cache_configurations_are_read(models, monkeypatch):
