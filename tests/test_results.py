@@ -81,6 +81,24 @@ def test_the_same_of_a_store_that_is_read_later(here):
     assert one.quality["latent_rel_mse"] == here[-1].quality["latent_rel_mse"]
 
 
+@pytest.mark.parametrize("store", ["sqlite", "none"])
+def test_a_single_run_is_loaded_with_the_rows_that_it_showed(store, tmp_path, template, trained, monkeypatch):
+    monkeypatch.chdir(make_shell(tmp_path, template, trained).folder)
+    shown = quantlab.run(overrides=digits_words("backend=quanto", "dtype=int8", f"tracking={store}"), quiet=True)
+    uri = "none" if store == "none" else None
+    for what in ("latest", shown[-1].run_id):
+        found = quantlab.load(what, uri=uri)
+        assert (
+            list(found.rows.index)
+            == list(shown.rows.index)
+            == ["reference", "floor_bf16", "floor_batch", "quanto int8"]
+        )
+        assert found.rows["quality/latent_rel_mse"].equals(shown.rows["quality/latent_rel_mse"])
+        assert repr(found) == repr(shown)
+        same(found.layers, shown.layers)
+        assert repr(found.compare()) == repr(shown.compare())
+
+
 def test_a_cell_that_is_run_again_has_all_of_it(here):
     again = quantlab.run(overrides=WORDS, quiet=True)
     assert [r.is_resumed for r in again][-2:] == [True, True]
