@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from quantlab.backends.table import backends
+from quantlab.backends.table import backends, said_of
 from quantlab.errors import ConfigError
 from quantlab.metrics import METRICS
 from quantlab.metrics.significance import holm, t_test
@@ -259,11 +259,13 @@ def test_a_resumed_sweep_takes_over_the_runs_it_found_finished(own_sweep):
 
 
 @pytest.mark.parametrize("name", [name for name, row in backends().items() if row.elsewhere])
-def test_what_programs_do_otherwise_is_also_said_of_files_that_others_made(own_sweep, name):
+def test_what_programs_do_otherwise_is_also_said_of_files_that_others_made(own_sweep, name, monkeypatch):
     said = backends()[name].elsewhere
     typed = [own_sweep.runs["int8 a"]]
     asked = {"quantization": {"backend": "none"}, "resolved": {"checkpoint_method": name}, "checkpoint": "theirs"}
     theirs = add_run(own_sweep, "theirs", errors(5e-5, 15), size=3_000_000, backend="theirs", params=asked)
+    assert not {*said} & {*compared(own_sweep, *typed, theirs)[0][0].notes}, "these are diffusion's rows"
+    monkeypatch.setattr("quantlab.report.compare.said_of", lambda names, protocol: said_of(names, "language"))
     assert not {*said} & {*compared(own_sweep, *typed)[0][0].notes}
     assert {*said} <= {*compared(own_sweep, *typed, theirs)[0][0].notes}
 
@@ -292,6 +294,7 @@ def test_few_samples_give_no_verdict(own_sweep):
     ]
     (group,), _ = compared(own_sweep, *few)
     assert {v.text for v in [*group.verdicts.values(), *group.pairs]} == {"too few samples"}
+    assert {p for v in [*group.verdicts.values(), *group.pairs] for p in (v.p_holm, v.p_rank)} == {None}
     assert told_pairs(group) == [], "it is one answer, and no sentence a pair"
     assert sum("too few samples" in line for line in answer_lines(group)) == 1
     assert "surely" not in front_text(group), "of so few samples nothing is sure"
