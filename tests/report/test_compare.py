@@ -21,10 +21,12 @@ from quantlab.metrics.significance import holm, t_test
 from quantlab.metrics.statistics import mean_interval
 from quantlab.report.compare import Comparison, _Common, _paired, _test, answers, compare, front_of
 from quantlab.report.comparison_data import group_data
+from quantlab.report.comparison_markdown import comparison_markdown
 from quantlab.report.comparison_table import (
     MANY,
     MAX_PAIRS,
     answer_lines,
+    comparison_sheet,
     front_text,
     method_of_p,
     pair_text,
@@ -96,7 +98,8 @@ def compared(sweep, *words):
 
 @pytest.mark.parametrize(("num", "said"), [(1, "over 1 comparison"), (2, "over 2 comparisons")])
 def test_the_comparisons_are_counted_in_words(sweep, num, said):
-    found = {str(i): Verdict(a=str(i), b="b", difference=mean_interval([1.0] * 6), test="t", p=1.0) for i in range(num)}
+    d = mean_interval([1.0] * 6)
+    found = {str(i): Verdict(a=str(i), b="b", difference=d, test="t", p=1.0, p_holm=1.0) for i in range(num)}
     group = compared(sweep, "sweep=latest")[0][0]
     group = replace(group, verdicts=found, pairs=(), twins=())
     assert method_of_p(group).endswith(said)
@@ -292,9 +295,14 @@ def test_few_samples_give_no_verdict(own_sweep):
         add_run(own_sweep, f"few {i}", errors(1e-4 * (i + 1), i)[:4], size=10 - i, backend="gguf", key="k3")
         for i in (0, 1)
     ]
-    (group,), _ = compared(own_sweep, *few)
+    (group,), selection = compared(own_sweep, *few)
     assert {v.text for v in [*group.verdicts.values(), *group.pairs]} == {"too few samples"}
     assert {p for v in [*group.verdicts.values(), *group.pairs] for p in (v.p_holm, v.p_rank)} == {None}
+    sheet = comparison_sheet(group)
+    assert "p (Holm)" not in [c.title for c in sheet.columns], "no column without a number"
+    markdown = comparison_markdown([group], selection)
+    assert "| too few samples |" in markdown
+    assert "Holm" not in "\n".join([markdown, *sheet.caption, *(c.caption for c in sheet.columns)])
     assert told_pairs(group) == [], "it is one answer, and no sentence a pair"
     assert sum("too few samples" in line for line in answer_lines(group)) == 1
     assert "surely" not in front_text(group), "of so few samples nothing is sure"
