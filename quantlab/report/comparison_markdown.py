@@ -56,7 +56,13 @@ def _group(group: Comparison, most: int) -> str:
     lines += ["| " + " | ".join(in_markdown(c) for c in row) + " |" for row in table]
     lines += _costs(measured, group.metric)
     more = [f"and {off} more rows"] if off else []
-    told = [*more, *group.notes, f"★ {front_text(group)}", "; ".join(filter(None, (method(group), method_of_p(group)))), legend(marks)]
+    told = [
+        *more,
+        *group.notes,
+        f"★ {front_text(group)}",
+        "; ".join(filter(None, (method(group), method_of_p(group)))),
+        legend(marks),
+    ]
     return "\n".join([*lines, "", *(f"- {_text(line)}" for line in told if line)])
 
 
