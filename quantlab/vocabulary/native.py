@@ -60,6 +60,7 @@ def setting(
 
     Args:
         kind: ``bool int float str dtype names mapping any``; ``names`` is a tuple of strings, ``mapping`` plain data.
+        default: given by its name (``default=``), as type checkers know it by that alone.
         choices: accepted values, where they are few.
         means: other names of a format -> the choice that it is; told, never guessed by how they are spelled.
         ours: not a field of Diffusers' class; written by ``to_dict`` only where it differs from the default.

@@ -85,9 +85,9 @@ class TorchAoConfig(QuantizationConfigMixin):
 
     quant_type: Any = setting("any")
     """torchao's config as plain data."""
-    modules_to_not_convert: tuple[str, ...] | None = setting("names", None)
+    modules_to_not_convert: Sequence[str] | None = setting("names", default=None)
     int4_packing_format: str = setting(
-        "str", "auto", choices=("auto", "unpacked_to_int8", "tile_packed_to_4d", "opaque"), ours=True, node=True
+        "str", default="auto", choices=("auto", "unpacked_to_int8", "tile_packed_to_4d", "opaque"), ours=True, node=True
     )
     """How weight-only int4 (``Int4WeightOnlyConfig``) is kept.
 
@@ -100,28 +100,36 @@ class TorchAoConfig(QuantizationConfigMixin):
     scaled inputs, so there it is the first on CUDA and the third on a CPU. The quantize stage resolves it. The
     library's other packings need kernels that are not published.
     """
-    mapping_type: str = setting("str", "auto", choices=("auto", "SYMMETRIC", "ASYMMETRIC"), ours=True, node=True)
+    mapping_type: str = setting(
+        "str", default="auto", choices=("auto", "SYMMETRIC", "ASYMMETRIC"), ours=True, node=True
+    )
     """Zero point of unpacked int4, int3 and int2; ``auto``: as ``quant_type`` says, symmetric by the library's default.
 
     Asymmetric grids are nearer to what tile-packed int4 does (relative weight error .081 against .095 at groups of 32).
     """
-    fit_group_size: bool = setting("bool", False, ours=True)
+    fit_group_size: bool = setting("bool", default=False, ours=True)
     """``group_size=auto``: a layer that the group of ``quant_type`` does not divide takes 64, 32 or 16, else one scale
     a row. False: such a layer is refused."""
-    algorithm: str = setting("str", "auto", choices=("auto", "awq", "smoothquant", "gptq"), ours=True)
+    algorithm: str = setting("str", default="auto", choices=("auto", "awq", "smoothquant", "gptq"), ours=True)
     """``auto``: as ``quant_type`` says, the largest value or hqq. ``awq`` and ``smoothquant`` multiply the columns of
     the weight by scales that they choose on data, and divide the layer's input by them, for int8 and weight-only int4.
     """
-    smoothquant_alpha: float = setting("float", 0.5, ours=True, node=True)
+    smoothquant_alpha: float = setting("float", default=0.5, ours=True, node=True)
     """How much of the inputs' outliers SmoothQuant moves into the weight, 0 to 1."""
-    activation_scales: str = setting("str", "dynamic", choices=("dynamic", "static"), ours=True, node=True)
+    activation_scales: str = setting("str", default="dynamic", choices=("dynamic", "static"), ours=True, node=True)
     """``static``: activations are rounded with one scale a layer that is measured on data, not with a token's own.
     For int8, and for float8_e4m3 (a prototype that runs on a CPU too, with one scale for the whole weight)."""
-    calibration_layers_at_once: int = setting("int", 0, ours=True, node=True)
+    calibration_layers_at_once: int = setting("int", default=0, ours=True, node=True)
     """How many layers AWQ observes in one pass over the data; 0: all. The search reads every input of a layer, so all
     of them are kept in memory: N layers need the tokens x in_features of N inputs, and layers / N passes over the data.
     Results do not depend on it. The other algorithms keep one row a layer and always take one pass."""
-    exclusion_rule: str = setting("str", "quantlab", choices=EXCLUSION_RULES, ours=True)
+    exclusion_rule: str = setting("str", default="quantlab", choices=EXCLUSION_RULES, ours=True)
+
+    if TYPE_CHECKING:  # keywords that are no fields belong to a shorthand
+
+        def __init__(
+            self, quant_type: Any, modules_to_not_convert: Sequence[str] | None = None, **settings: Any
+        ) -> None: ...
 
     def post_init(self) -> None:
         """Rules between the fields, and ``mapping_type`` written into ``quant_type``."""
