@@ -21,17 +21,12 @@ from quantlab.metrics.significance import holm, t_test
 from quantlab.metrics.statistics import mean_interval
 from quantlab.report.compare import Comparison, _Common, _paired, _test, answers, compare, front_of
 from quantlab.report.comparison_data import group_data
-from quantlab.report.comparison_markdown import comparison_markdown
 from quantlab.report.comparison_table import (
     MANY,
     MAX_PAIRS,
-    answer_lines,
-    comparison_sheet,
-    front_text,
     method_of_p,
     pair_text,
     show_groups,
-    told_pairs,
 )
 from quantlab.report.reading import ServerReader, StoredRun, open_reader, read_json
 from quantlab.report.selection import ComparisonRequest, parse_request, select
@@ -288,25 +283,6 @@ def test_only_common_samples_are_paired_and_in_one_order(own_sweep):
     (group,), _ = compared(own_sweep, own_sweep.runs["int4 a"], other)
     assert group.pairs[0].difference.value == pytest.approx(-1e-6)
     assert group.pairs[0].difference.se == pytest.approx(0, abs=1e-12)
-
-
-def test_few_samples_give_no_verdict(own_sweep):
-    few = [
-        add_run(own_sweep, f"few {i}", errors(1e-4 * (i + 1), i)[:4], size=10 - i, backend="gguf", key="k3")
-        for i in (0, 1)
-    ]
-    (group,), selection = compared(own_sweep, *few)
-    assert {v.text for v in [*group.verdicts.values(), *group.pairs]} == {"too few samples"}
-    assert {p for v in [*group.verdicts.values(), *group.pairs] for p in (v.p_holm, v.p_rank)} == {None}
-    sheet = comparison_sheet(group)
-    assert "p (Holm)" not in [c.title for c in sheet.columns], "no column without a number"
-    markdown = comparison_markdown([group], selection)
-    assert "| too few samples |" in markdown
-    assert "Holm" not in "\n".join([markdown, *sheet.caption, *(c.caption for c in sheet.columns)])
-    assert told_pairs(group) == [], "it is one answer, and no sentence a pair"
-    assert sum("too few samples" in line for line in answer_lines(group)) == 1
-    assert "surely" not in front_text(group), "of so few samples nothing is sure"
-    assert "as measured" in front_text(group)
 
 
 @pytest.mark.parametrize("num", [MANY - 1, MANY, MAX_PAIRS + 3])

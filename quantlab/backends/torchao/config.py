@@ -10,6 +10,7 @@ from quantlab.backends.exclusions import build, excluded_layers, exclusions_for,
 from quantlab.backends.torchao.build import build_form
 from quantlab.backends.torchao.forms import (
     DEFAULTS,
+    DTYPES,
     FLOAT8,
     FLOAT8_FLOAT8,
     INT4,
@@ -22,6 +23,7 @@ from quantlab.backends.torchao.forms import (
     PER_ROW,
     PER_TENSOR,
     Form,
+    float8_axes,
     form_of_layer,
     from_mapping,
     from_object,
@@ -59,7 +61,6 @@ _MAPPING = {INTX: "mapping_type", INT8_INTX: "weight_mapping_type"}
 _TILE_GROUPS = (32, 64, 128, 256)
 _SMALLER_GROUPS = (64, 32, 16)
 _HQQ_SCALE_ONLY = of_enum("IntxChooseQParamsAlgorithm", "HQQ_SCALE_ONLY")
-_DTYPES = {"float8_e4m3fn": "float8_e4m3", "float8_e5m2": "float8_e5m2", "int4": "int4", "int3": "int3", "int2": "int2"}
 _MX_DTYPES = {"mxfp8": "float8_e4m3fn", "mxfp4": "float4_e2m1fn_x2"}
 
 
@@ -384,7 +385,7 @@ class TorchAoConfig(QuantizationConfigMixin):
         if kind == INT4:
             found = {"dtype": "int4", "group_size": data["group_size"]}
         elif kind in _MAPPING:
-            bits = _DTYPES.get(data["weight_dtype"]["_data"])
+            bits = DTYPES.get(data["weight_dtype"]["_data"])
             found = {
                 "dtype": bits,
                 "group_size": group_of(data[_GRANULARITY[kind]]),
@@ -397,7 +398,7 @@ class TorchAoConfig(QuantizationConfigMixin):
                 "activation_dtype": "int8" if kind == INT8_INT8 else "none",
             }
         elif kind in (FLOAT8, FLOAT8_FLOAT8):
-            found = _float8_axes(kind, data)
+            found = float8_axes(kind, data)
         elif kind == _MX:
             dtype = next((d for d, name in _MX_DTYPES.items() if name == data["weight_dtype"]["_data"]), None)
             found = {"dtype": dtype, "group_size": data["block_size"], "activation_dtype": dtype}
@@ -411,15 +412,6 @@ class TorchAoConfig(QuantizationConfigMixin):
         return dataclasses.replace(axes, **found, algorithm=algorithm)
 
 
-def _float8_axes(kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
-    granularity = data["granularity"] if kind == FLOAT8 else data["granularity"][1]
-    dtype = _DTYPES[data["weight_dtype"]["_data"]]
-    if kind == FLOAT8:
-        return {"dtype": dtype, "group_size": group_of(granularity)}
-    group = "auto" if granularity["_type"] == "PerTensor" else group_of(granularity)
-    return {"dtype": dtype, "group_size": group, "activation_dtype": dtype}
-
-
 def _form(axes: QuantizationAxes) -> Form:
     """The stored form for resolved axes."""
     dtype, group = axes.dtype, axes.group_size
@@ -429,7 +421,7 @@ def _form(axes: QuantizationAxes) -> Form:
     if dtype in ("float8_e4m3", "float8_e5m2"):
         if axes.activation_dtype != "none":
             return make(FLOAT8_FLOAT8, granularity=PER_TENSOR if group == "auto" else PER_ROW)
-        return make(FLOAT8, weight_dtype=next(name for name, d in _DTYPES.items() if d == dtype))
+        return make(FLOAT8, weight_dtype=next(name for name, d in DTYPES.items() if d == dtype))
     if dtype in _MX_DTYPES:
         name = _MX_DTYPES[dtype]
         return make(_MX, weight_dtype=name, activation_dtype=name, kernel_preference="EMULATED")
