@@ -200,6 +200,9 @@ def test_a_function_that_is_compiled_too_often_is_no_compiled_one(monkeypatch):
             for number in range(MAX_COMPILED + 8):
                 made(torch.ones(2, 4), SimpleNamespace(name="x" * number))
 
+    with compiled(model_of(made)):  # as often as a decorator that all parts of a broken graph have
+        for number in range(40):
+            made(torch.ones(2, 4), SimpleNamespace(name="x" * number))
     with pytest.raises(CompileError, match=rf"\(a function of it would be compiled more than {MAX_COMPILED} times\)"):
         called_often()
 
