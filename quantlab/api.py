@@ -14,9 +14,9 @@ from quantlab.exporting.load import load as load_model
 from quantlab.planning.job import Plan
 from quantlab.planning.plan import plan
 from quantlab.report.reading import open_reader
-from quantlab.report.results import Results, chosen_rows
+from quantlab.report.results import Results, chosen_rows, kept_beside
 from quantlab.running.dry_run import show_jobs
-from quantlab.running.rows import stored_row
+from quantlab.running.rows import row_beside, stored_row
 from quantlab.running.sweep import run_plan
 from quantlab.vocabulary.called import called_in_words
 from quantlab.vocabulary.schema import TrackingConfig
@@ -138,5 +138,7 @@ def load(
     uri = f"sqlite:///{uri}" if isinstance(uri, Path) else uri or tracking.uri
     tracking = replace(tracking, uri=uri, experiment=experiment or tracking.experiment)
     reader = open_reader(tracking, Path.cwd(), str(output_dir))
-    reports = [stored_row(run, report) for run, report in chosen_rows(what, reader, tracking)]
+    chosen = chosen_rows(what, reader, tracking)
+    reports = [row_beside(row) for row in kept_beside(reader, chosen)]
+    reports += [stored_row(run, report) for run, report in chosen]
     return Results(reports, lambda: reader)

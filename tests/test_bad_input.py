@@ -115,11 +115,11 @@ def test_a_traceback_is_shown_where_it_is_asked_for(shell):
 
 def test_an_exclusion_that_matches_nothing(shell):
     words = digits_words("backend=quanto", "sweep.floors=false", "quantization.modules_to_not_convert.own=[to_q]")
-    message = refused(shell, *words, begins="modules_to_not_convert=to_q: matches none of ", ends="of them")
+    message = refused(shell, *words, begins="modules_to_not_convert.own=to_q: matches none of ", ends="of them")
     assert "*.to_q would match 1 of them" in message
     found = shell.tracked("FAILED")["quanto int8"]
     assert found["tags"]["quantlab.stage"] == "quantize"
-    assert found["tags"]["quantlab.failure"].startswith("ConfigError: modules_to_not_convert=to_q: ")
+    assert found["tags"]["quantlab.failure"].startswith("modules_to_not_convert.own=to_q: ")
 
 
 def test_everything_is_excluded(shell):
@@ -127,7 +127,7 @@ def test_everything_is_excluded(shell):
     refused(
         shell,
         *words,
-        begins="modules_to_not_convert: all ",
+        begins="modules_to_not_convert.own: all ",
         ends="quantization\\.layer_kinds=\\[embedding,conv\\] takes them",
     )
 

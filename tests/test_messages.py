@@ -104,6 +104,15 @@ def test_exclusions_that_leave_nothing_are_still_blamed():
             quantlab.quantize(modules, quantlab.QuantoConfig("int8", modules_to_not_convert=["*"]))
 
 
+def test_layers_that_do_not_fit_for_one_reason_are_listed_behind_it_once():
+    model = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 40), nn.Linear(40, 64), nn.Linear(48, 32))
+    with pytest.raises(ConfigError, match="^dtype=") as told:
+        quantlab.quantize(model, quantlab.GGUFQuantizationConfig(gguf_type="q8_0"))
+    assert "gguf q8_0: 0 [64, 48], 3 [32, 48]: in_features 48 does" in str(told.value)
+    assert str(told.value).count("in_features 48 does not divide by 32") == 1
+    assert "; 2 [64, 40]: in_features 40 does not divide by 32, the block of q8_0. Choose" in str(told.value)
+
+
 @pytest.mark.parametrize("call", ["quantize", "evaluate"])
 def test_weights_that_are_not_here_are_named(call):
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, device="meta"))

@@ -225,4 +225,4 @@ def test_a_shipped_group_may_match_nothing_but_an_own_entry_may_not(shell, folde
     assert told in " ".join(err.split())
     code, _, err = shell(*words, "quantization.modules_to_not_convert.own=[norms]", "-q")
     assert code == 2
-    assert err.startswith("quantlab: modules_to_not_convert=norms: matches none of the ")
+    assert err.startswith("quantlab: modules_to_not_convert.own=norms: matches none of the ")

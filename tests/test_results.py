@@ -6,10 +6,13 @@ import contextlib
 import copy
 import dataclasses
 import json
+import os
 import pickle
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +30,7 @@ from quantlab.report.selection import parse_request
 from quantlab.vocabulary import reports
 from quantlab.vocabulary.schema import TrackingConfig
 from tests.support.shell import digits_words, make_shell
+from tests.support.stores import ROOT
 
 WORDS = digits_words("backend=quanto", "dtype=int8,int4")
 
@@ -79,6 +83,24 @@ def test_the_same_of_a_store_that_is_read_later(here):
     assert "(resumed)" not in repr(quantlab.load()), "it is what a request does, and nothing of a row that is read"
     assert one.name == "quanto int4"
     assert one.quality["latent_rel_mse"] == here[-1].quality["latent_rel_mse"]
+
+
+@pytest.mark.parametrize("store", ["sqlite", "none"])
+def test_a_single_run_is_loaded_with_the_rows_that_it_showed(store, tmp_path, template, trained, monkeypatch):
+    monkeypatch.chdir(make_shell(tmp_path, template, trained).folder)
+    shown = quantlab.run(overrides=digits_words("backend=quanto", "dtype=int8", f"tracking={store}"), quiet=True)
+    uri = "none" if store == "none" else None
+    for what in ("latest", shown[-1].run_id):
+        found = quantlab.load(what, uri=uri)
+        assert (
+            list(found.rows.index)
+            == list(shown.rows.index)
+            == ["reference", "floor_bf16", "floor_batch", "quanto int8"]
+        )
+        assert found.rows["quality/latent_rel_mse"].equals(shown.rows["quality/latent_rel_mse"])
+        assert repr(found) == repr(shown)
+        same(found.layers, shown.layers)
+        assert repr(found.compare()) == repr(shown.compare())
 
 
 def test_a_cell_that_is_run_again_has_all_of_it(here):
@@ -358,6 +380,37 @@ def test_the_package_says_its_version_and_that_it_is_typed():
     assert quantlab.__version__[0].isdigit()
     assert resources.files("quantlab").joinpath("py.typed").is_file()
     assert json.dumps(quantlab.__version__)
+
+
+USER = """
+import torch
+from torch import nn
+
+import quantlab
+
+results = quantlab.run("digits_backends", "evaluation=quick")
+print([report.quality["psnr_db"].value for report in results], results.sweep_id, results["quanto int8"].run_id)
+text: str = results.compare(metric="psnr")
+later: quantlab.Results = quantlab.load("latest")
+module, report = quantlab.quantize(nn.Linear(4, 4), quantlab.QuantoConfig(weights_dtype="int8"))
+quantlab.evaluate(nn.Linear(4, 4), [quantlab.TorchAoConfig("int4wo", group_size=64)], inputs=[torch.zeros(1, 4)])
+quantlab.GGUFQuantizationConfig(gguf_type="q4_k", algorithm="imatrix", compute_dtype=torch.float16)
+quantlab.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["a"])
+quantlab.NVIDIAModelOptConfig("NVFP4", modules_to_not_convert=["a"])
+quantlab.QuantoConfig(wieghts_dtype="int8")  # wrong
+quantlab.run(3)  # wrong
+results.compare(metrc="psnr")  # wrong
+"""
+
+
+@pytest.mark.slow
+def test_a_type_checker_takes_what_the_documents_show_and_names_what_is_wrong(tmp_path):
+    (tmp_path / "user.py").write_text(USER.lstrip())
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), "user.py"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    told = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False).stdout
+    wrong = [i for i, line in enumerate(USER.lstrip().splitlines(), 1) if line.endswith("# wrong")]
+    assert [int(line.split(":")[1]) for line in told.splitlines() if ": error:" in line] == wrong, told
 
 
 def test_what_is_evaluated_in_python_shows_itself_and_gives_tables_too(monkeypatch):

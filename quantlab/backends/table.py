@@ -101,7 +101,8 @@ class Backend:
     input_algorithms: tuple[str, ...]
     """Algorithms whose statistics are of a layer's inputs alone, and so serve another dtype as well."""
     elsewhere: tuple[str, ...]
-    """What the programs that run its files do otherwise than quantlab, a sentence each: said beside its rows."""
+    """What the programs that run its files of language models do otherwise than quantlab, a sentence each: said beside
+    its rows of such. Those for files of denoisers (Diffusers, ComfyUI-GGUF) compute as the rows do."""
     offer: Offer
     """Its rows of the capability table, and why other dtypes are not offered."""
     used_with: Mapping[str, tuple[str, tuple[str, ...]]] = dataclasses.field(default_factory=dict)
@@ -309,9 +310,9 @@ def own_settings(backend: str) -> dict[str, dataclasses.Field[Any]]:
     return backends()[backend].settings if backend in backends() else {}
 
 
-def said_of(names: Iterable[str]) -> list[str]:
-    """What must be said beside rows of these backends: see :attr:`Backend.elsewhere`."""
-    asked = set(names)
+def said_of(names: Iterable[str], protocol: str) -> list[str]:
+    """What must be said beside rows of these backends, by how their models run: see :attr:`Backend.elsewhere`."""
+    asked = set(names) if protocol == "language" else ()
     return [text for name, row in backends().items() if name in asked for text in row.elsewhere]
 
 

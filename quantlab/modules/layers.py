@@ -21,7 +21,7 @@ import functools
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -163,7 +163,7 @@ def resolve_exclusions(
     entries: Sequence[str],
     all_module_names: Iterable[str] = (),
     optional_entries: Sequence[str] = (),
-    key: str = _KEY,
+    key: str | Callable[[str], str] = _KEY,
 ) -> dict[str, str]:
     """Layer -> the first entry that excludes it, for the layers that are excluded.
 
@@ -172,28 +172,32 @@ def resolve_exclusions(
         entries: module paths, globs and ``re:`` expressions; each must match at least one layer.
         all_module_names: paths of all modules, to suggest from.
         optional_entries: those of ``entries`` that may match nothing (a model family's defaults).
-        key: what the user typed them under.
+        key: what the user typed them under; or of an entry what it was typed under.
 
-    Raises ConfigError ``<key>=<entry>: ...`` for an entry that matches no layer, with what is near.
+    Raises ConfigError ``<key>=<entry>: ...`` for an entry that matches no layer, with what is near, and for a regular
+    expression that does not compile.
     """
     layer_names = list(layer_names)
     excluded: dict[str, str] = {}
     for entry in dict.fromkeys(entries):
+        typed = key if isinstance(key, str) else key(entry)
+        if entry.startswith("re:"):
+            _regex(entry, typed)
         taken = [name for name in layer_names if matches(entry, name)]
         if not taken and entry not in optional_entries:
-            raise ConfigError(_no_match(key, entry, layer_names, list(all_module_names)))
+            raise ConfigError(_no_match(typed, entry, layer_names, list(all_module_names)))
         for name in taken:
             excluded.setdefault(name, entry)
     return excluded
 
 
 @functools.cache
-def _regex(entry: str) -> re.Pattern[str]:
+def _regex(entry: str, key: str = _KEY) -> re.Pattern[str]:
     try:
         return re.compile(entry[len("re:") :])
     except re.error as error:
         raise ConfigError(
-            f"{_KEY}={entry}: not a regular expression ({error}); a plain module path or a glob needs no re:"
+            f"{key}={entry}: not a regular expression ({error}); a plain module path or a glob needs no re:"
         ) from error
 
 

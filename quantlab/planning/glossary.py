@@ -66,5 +66,6 @@ ALSO = {
     "p": "p (Holm)",
     "holm": "p (Holm)",
     "~": "simulated",
+    "bits": "bits/weight",
 }
 """Other names of the same -> the word."""

@@ -157,7 +157,7 @@ def _compare_group(
         beyond = " by more than the floor" if floor is not None else ""  # where pairs, too, are inside it
         told = f"no better than a smaller scheme{beyond}, as far as can be told"
         notes.append(f"not on the front, since {told}: {alike}")
-    notes += said_of(backend for run in candidates for backend in backends_of(run.params))
+    notes += said_of((backend for run in candidates for backend in backends_of(run.params)), protocol)
     if floor is None:
         notes.append("no floor is known: no other execution of the reference was measured, or each gave its outputs")
     return Comparison(

@@ -45,7 +45,8 @@ def _group(group: Comparison, most: int) -> str:
     for row in measured:
         found = cells(row, shown)[:-2]
         v = group.verdicts.get(row["name"])
-        said = f"{verdict_text(v, group)} (p {p_text(v.p_holm) or '-'})" if v else ""
+        p = p_text(v.p_holm if v else None)
+        said = f"{verdict_text(v, group)}{f' (p {p})' if p else ''}" if v else ""
         marks.append(found)
         table.append([*found, "★" if row["name"] in group.front else "", said])
     lines = [f"**{_text(group.label)}**", ""] if group.label else []
@@ -55,7 +56,13 @@ def _group(group: Comparison, most: int) -> str:
     lines += ["| " + " | ".join(in_markdown(c) for c in row) + " |" for row in table]
     lines += _costs(measured, group.metric)
     more = [f"and {off} more rows"] if off else []
-    told = [*more, *group.notes, f"★ {front_text(group)}", f"{method(group)}; {method_of_p(group)}", legend(marks)]
+    told = [
+        *more,
+        *group.notes,
+        f"★ {front_text(group)}",
+        "; ".join(filter(None, (method(group), method_of_p(group)))),
+        legend(marks),
+    ]
     return "\n".join([*lines, "", *(f"- {_text(line)}" for line in told if line)])
 
 

@@ -103,11 +103,12 @@ def comparison_sheet(group: Comparison, more: Sequence[str] = (), *, is_plain: b
     has_pairs = bool(
         told_pairs(group) or group.twins
     )  # whose p is told below the table, where the column may be hidden
+    has_p = any(v.p_holm is not None for v in group.verdicts.values())
     columns = [
         *sheet_columns(metrics, group.metric)[:-1],  # without the seconds
         *(Column(title=m, keep=8) for m in extra),
         Column(title="front", keep=6, caption=f"* {front_text(group)}"),
-        Column(title="p (Holm)", keep=3, caption="" if has_pairs else method_of_p(group)),
+        *([] if not has_p else [Column(title="p (Holm)", keep=3, caption="" if has_pairs else method_of_p(group))]),
         Column(title=f"verdict on {group.metric}", is_text=True, may_wrap=True),
     ]
     rows, styles = [], {}
@@ -116,14 +117,15 @@ def comparison_sheet(group: Comparison, more: Sequence[str] = (), *, is_plain: b
         others = [with_interval(run.metrics, f"quality/{m}") for m in extra]
         front = "*" if run.name in group.front else ""
         said = verdict_text(v, group) if v else ""
-        rows.append([*cells(row, metrics, bounds=False)[:-1], *others, front, p_text(v.p_holm if v else None), said])
+        p = [p_text(v.p_holm if v else None)] if has_p else []
+        rows.append([*cells(row, metrics, bounds=False)[:-1], *others, front, *p, said])
         styles[i] = STYLES.get(v.text, "") if v else "dim"
     further, absent = asked_columns(measured, rows, more, is_plain=is_plain)
     columns += further
     off = len(runs) - len(shown)
     caption = (
         *absent,
-        "; ".join([method(group), *([method_of_p(group)] if has_pairs else [])]),
+        "; ".join(filter(None, (method(group), method_of_p(group) if has_pairs else ""))),
         f"{off} runs off the front are in the page and in --csv FILE" if off else "",
     )
     return Sheet(columns=with_marks(columns, rows), rows=rows, styles=styles, title=first, caption=caption)
@@ -200,8 +202,10 @@ def method(group: Comparison) -> str:
 
 
 def method_of_p(group: Comparison) -> str:
-    """What the p beside a verdict and in a pair is."""
+    """What the p beside a verdict and in a pair is; "" where there is none."""
     found = [*group.verdicts.values(), *group.pairs, *group.twins]
+    if all(v.p_holm is None for v in found):
+        return ""
     num, alone = num_tested(found), num_tested(group.verdicts.values())
     parts = f" ({alone} with the reference, {num - alone} of pairs)" if num > alone else ""
     odd = any(v.text == SAME and v.p_holm is not None and v.p_holm < ALPHA for v in found)

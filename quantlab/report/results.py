@@ -36,7 +36,7 @@ from quantlab.report.terminal import MAX_CELL, WIDE, Sheet, show, told_below
 from quantlab.tracking.connect import NO_STORE
 from quantlab.tracking.pictures import SAMPLE_ARRAYS, SAMPLE_GRID, kept_picture, read_samples
 from quantlab.tracking.record import run_id_of
-from quantlab.tracking.results import Row, layer_columns, report_data, sample_columns, step_columns
+from quantlab.tracking.results import BESIDE, Row, layer_columns, report_data, sample_columns, step_columns
 from quantlab.tracking.tags import KIND, PARENT_RUN_ID, REPRODUCES
 from quantlab.tracking.values import flatten
 from quantlab.vocabulary.numbers import FLOORS, REFERENCE, flat_metrics, is_scheme
@@ -402,6 +402,15 @@ def chosen_rows(what: str, reader: Reader, tracking: TrackingConfig) -> list[tup
     comes_along = (REFERENCE, *FLOORS)  # by name: what failed has no numbers, and stands where it was run
     started = sorted(found, key=lambda run: (run.name.split(" #")[0] not in comes_along, run.start_ms))
     return [(run, read_json(reader, run, "report.json") if run.status == "FINISHED" else {}) for run in started]
+
+
+def kept_beside(reader: Reader, chosen: Sequence[tuple[StoredRun, object]]) -> list[dict[str, Any]]:
+    """The reference and the floors that a single run kept, where it is what was chosen."""
+    runs = [run for run, _ in chosen]
+    if len(runs) != 1 or PARENT_RUN_ID in runs[0].tags:
+        return []
+    rows: list[dict[str, Any]] = read_json(reader, runs[0], BESIDE).get("rows", [])
+    return rows
 
 
 def _latest(reader: Reader, tracking: TrackingConfig) -> list[StoredRun]:

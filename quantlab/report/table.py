@@ -106,8 +106,11 @@ def with_marks(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list
 
 def said_beside(rows: Iterable[Row]) -> list[str]:
     """What must be said beside the rows of some backends: a number of theirs is another one elsewhere."""
-    measured = (row["params"] for row in rows if "quantization/coverage" in row["metrics"])
-    return said_of(backend for params in measured for backend in backends_of(flatten(params)))
+    told: dict[str, None] = {}
+    for row in rows:
+        if "quantization/coverage" in row["metrics"]:
+            told |= dict.fromkeys(said_of(backends_of(flatten(row["params"])), row["protocol"]))
+    return list(told)
 
 
 def cells(row: Measured, shown: Sequence[str], bounds: bool = True) -> list[str]:

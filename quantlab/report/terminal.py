@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -184,14 +184,23 @@ def _side(column: Column) -> Literal["left", "right"]:
 
 
 def _shown(sheet: Sheet, width: int) -> list[int]:
-    """Columns that stay: they give way in their order until the rest fits, or none may any more."""
-    shown = list(range(len(sheet.columns)))
+    """Columns that stay: they give way in their order until the rest fits, or none may any more. Of those that went,
+    the last first, each comes back for which a wider one that went after it left room."""
+    shown = set(range(len(sheet.columns)))
+    needs = [_least(sheet, j, width) for j in shown]
     going = sorted((c.keep, -j) for j, c in enumerate(sheet.columns) if c.keep < 9)
-    for _, j in going:
-        if sum(_least(sheet, k, width) for k in shown) + _frame(len(shown)) <= width:
-            break
-        shown.remove(-j)
-    return shown
+    gone: list[int] = []
+    while not _fits(needs, shown, width) and len(gone) < len(going):
+        gone.append(-going[len(gone)][1])
+        shown.remove(gone[-1])
+    for j in reversed(gone):
+        if _fits(needs, {*shown, j}, width):
+            shown.add(j)
+    return sorted(shown)
+
+
+def _fits(needs: Sequence[int], shown: Collection[int], width: int) -> bool:
+    return sum(needs[j] for j in shown) + _frame(len(shown)) <= width
 
 
 def _frame(num_columns: int) -> int:

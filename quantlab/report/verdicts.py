@@ -191,10 +191,11 @@ def pair_said(v: Verdict) -> str:
 
 
 def judged(found: Sequence[Verdict], metric: str, floor: Floor | None, margin: float) -> list[Verdict]:
-    """The comparisons with Holm's p over all of them, and their verdicts."""
+    """The comparisons with Holm's p over all of them, and their verdicts; without a verdict no p stands beside it."""
     means, ranks = _adjusted(found, [v.p for v in found]), _adjusted(found, [v.p_rank for v in found])
     adjusted = [replace(v, p_holm=p, p_rank=rank) for v, p, rank in zip(found, means, ranks, strict=True)]
-    return [replace(v, text=verdict(v, metric, floor, margin)) for v in adjusted]
+    told = [replace(v, text=verdict(v, metric, floor, margin)) for v in adjusted]
+    return [replace(v, p_holm=None, p_rank=None) if v.text == TOO_FEW else v for v in told]
 
 
 def _adjusted(found: Sequence[Verdict], p_values: Sequence[float | None]) -> list[float | None]:

@@ -71,6 +71,14 @@ def stored_row(run: StoredRun, report: Mapping[str, Any]) -> RunReport:
     )
 
 
+def row_beside(data: Mapping[str, Any]) -> RunReport:
+    """A row that was kept with a single run (:data:`quantlab.tracking.results.BESIDE`), and has no run of its own."""
+    if data["status"] == "FINISHED":
+        return finished_row(data, None)
+    names = ("name", "status", "protocol", "error", "failed_stage", "params")
+    return RunReport(**{name: data[name] for name in names})
+
+
 def floors_of(rows: Sequence[RunReport], is_brought: bool) -> dict[str, dict[str, MetricValue]]:
     """Floor -> what it costs, of the finished ones among rows; ``is_brought``: the reference was made elsewhere."""
     done = {row.name: dict(row.quality) for row in rows if row.status == "FINISHED"}

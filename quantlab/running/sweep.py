@@ -40,7 +40,7 @@ from quantlab.running.winner import export_chosen
 from quantlab.running.workbench import Session, Workbench, has_bench, let_go_of_bench, prepare_device, workbench
 from quantlab.tracking.connect import SQLITE, resolved_uri
 from quantlab.tracking.provenance import environment
-from quantlab.tracking.results import report_data
+from quantlab.tracking.results import log_beside, report_data
 from quantlab.tracking.tags import FAILED_JOBS, JOB_KEY, SEARCH_FRONT, STAGE
 from quantlab.vocabulary.numbers import FLOORS, REFERENCE
 from quantlab.vocabulary.reports import RunReport
@@ -215,6 +215,7 @@ def _run_single(session: Session, job: Job) -> list[RunReport]:
         rows = floor_rows(session, bench, job)
         run.set_tags({JOB_KEY: content_key(bench.known, job, bench.cache_dir)})
         report = run_job(session, bench, job, run)
+        log_beside(run, rows)
     return [*rows, report]
 
 

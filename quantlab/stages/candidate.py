@@ -19,7 +19,7 @@ from quantlab.modules.feed import CalibrationFeed
 from quantlab.modules.layers import linear_layers, matches, view_of
 from quantlab.modules.memory import StageMeasurement, logical_size
 from quantlab.modules.source import Source
-from quantlab.planning.components import named_by_users, told_under, with_keys_of
+from quantlab.planning.components import named_by_users, told, told_under, with_keys_of
 from quantlab.planning.job import Job
 from quantlab.progress import Advance, say, under_way
 from quantlab.stages.calibrate import (
@@ -185,7 +185,7 @@ def _part(making: Making, name: str, scheme: Scheme) -> _Part:
         read=making.reads.get(name, ()),
         typed=making.job.key_of(name),
     )
-    _tell_idle_groups(scheme, model.components[name])
+    _tell_idle_groups(scheme, model.components[name], making.job.key_of(name))
     if making.source is not None:
         source = making.source(name)
         module = copy.deepcopy(source.module)
@@ -222,12 +222,13 @@ def _resolved(reports: Mapping[str, QuantizationReport]) -> dict[str, Any]:
     return found
 
 
-def _tell_idle_groups(scheme: Scheme, module: torch.nn.Module) -> None:
-    """Tell which of the chosen groups of ``conf/modules_to_not_convert`` take no layer."""
+def _tell_idle_groups(scheme: Scheme, module: torch.nn.Module, key: str) -> None:
+    """Tell which of the chosen groups of ``conf/modules_to_not_convert`` take no layer; ``key`` is the component's."""
     layers = list(linear_layers(module))
     for group, entries in scheme.shipped_exclusions.items():
         if not any(matches(entry, name) for entry in entries for name in layers):
-            say(f"modules_to_not_convert={group}: matches no layer of this model; nothing is excluded by it")
+            idle = f"modules_to_not_convert={group}: matches no layer of this model; nothing is excluded by it"
+            say(told(key, idle))
 
 
 # -- calibration

@@ -29,6 +29,7 @@ from quantlab.vocabulary.native import QuantizationConfigMixin
 if TYPE_CHECKING:
     import torch
 
+_LISTS = "modules_to_not_convert"
 _CHECK_LAYERS = "check_layers"
 """The function of a backend's module, where it has one."""
 
@@ -59,6 +60,25 @@ class QuantizationRequest:
     def key_of(self, name: str) -> str:
         """A key of the scheme as whoever asked types it."""
         return name if self.is_called else f"{self.typed or 'quantization'}.{name}"
+
+    def list_of(self, entry: str) -> str:
+        """The key of the list of exclusions that ``entry`` stands in, as whoever asked types it (of a component without
+        the component: :func:`quantlab.planning.components.told_under`)."""
+        if self.is_called:
+            return self.scheme.native.exclusions_key
+        lists = self.scheme.axes.modules_to_not_convert
+        name = next((name for name, entries in lists.items() if entry in entries), None)
+        if name is None:  # it came with a pasted dictionary
+            return f"quantization.quantization_config: {self.scheme.native.exclusions_key}"
+        return _LISTS if self.typed and name == "own" else f"{_LISTS}.{name}"  # a component's own may be one list
+
+    @property
+    def lists(self) -> str:
+        """The key of what leaves layers out: that of the one list, where there is one."""
+        if self.is_called:
+            return self.scheme.native.exclusions_key
+        entries = next(iter(self.scheme.axes.modules_to_not_convert.values()), [])
+        return self.list_of(entries[0]) if entries and len(self.scheme.axes.modules_to_not_convert) == 1 else _LISTS
 
     def said(self, name: str, value: Sequence[str] | bool) -> str:
         """:meth:`key_of` with a value: a list, a word, or whether."""
@@ -150,7 +170,7 @@ def choose_layers(request: QuantizationRequest, module: torch.nn.Module) -> Sele
         told = f" ({next(iter(tied))}: {tied[next(iter(tied))]})" if tied else ""
         others = "" if tied else _others(request, found, layers)
         raise ConfigError(
-            f"modules_to_not_convert: all {len(layers)} {_words(axes.layer_kinds)} layers of "
+            f"{request.lists}: all {len(layers)} {_words(axes.layer_kinds)} layers of "
             f"{request.component} are excluded{told}; nothing is left to quantize{others}"
         )
     check_forwards(module, [n for n in wanted if layers[n].way != PACK], request.key)
@@ -277,7 +297,7 @@ def _excluded(
         theirs, idle = expand(native, module, keep)
     names = [n for n, _ in module.named_modules()]
     optional = (*defaults, *(entry for entries in scheme.shipped_exclusions.values() for entry in entries))
-    ours = resolve_exclusions(layers, [*defaults, *scheme.exclusions], names, optional_entries=optional)
+    ours = resolve_exclusions(layers, [*defaults, *scheme.exclusions], names, optional, request.list_of)
     found = {name: f"modules_to_not_convert: {entry}" for name, entry in ours.items()}
     return {**native.disabled_layers(layers), **{n: r for n, r in theirs.items() if n in layers}, **found}, idle
 
@@ -342,8 +362,12 @@ def _misfit_message(
 
 
 def _listed(misfits: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> str:
-    told = "; ".join(f"{n} {list(shapes[n])}: {r}" for n, r in list(misfits.items())[:8])
-    return told + (f"; and {len(misfits) - 8} more" if len(misfits) > 8 else "")
+    """Each reason once, behind the layers of which it is true."""
+    shown = list(misfits)[:8]
+    left = f"; and {len(misfits) - 8} more" if len(misfits) > 8 else ""
+    alike = {r: [n for n in shown if misfits[n] == r] for r in (misfits[n] for n in shown)}
+    told = (f"{', '.join(f'{n} {list(shapes[n])}' for n in names)}: {r}" for r, names in alike.items())
+    return "; ".join(told) + left
 
 
 def _nothing_message(

@@ -37,6 +37,8 @@ from quantlab.vocabulary.reports import (
 IMAGE_KEY = "reference-quantized-difference"
 """The key in MLflow's image grid; its steps are the samples."""
 MAX_IN_GRID = 4
+BESIDE = "beside.json"
+"""Of a single run: the rows of its reference and floors, which have no runs."""
 TEXTS = "texts.json"
 """Of language models: continuations of prompts, and the tokens that changed most."""
 ROWS = tuple(floor for floor in FLOORS if floor != FLOOR_DEVICE)
@@ -169,6 +171,12 @@ def calibration_map(found: CalibrationReport) -> HeatMap:
         "columns": [str(k) for k in steps],
         "values": [[r.step_sqnr_db.get(k) for k in steps] for r in found.layers],
     }
+
+
+def log_beside(run: Run, rows: Sequence[RunReport]) -> None:
+    """The reference and the floors of a single run, which in a sweep have runs of their own."""
+    if rows:
+        run.log_json({"rows": [report_data(row) for row in rows]}, BESIDE)
 
 
 def log_evaluation(run: Run, report: RunReport, fingerprint: float | None) -> None:

@@ -60,6 +60,7 @@ def setting(
 
     Args:
         kind: ``bool int float str dtype names mapping any``; ``names`` is a tuple of strings, ``mapping`` plain data.
+        default: given by its name (``default=``), as type checkers know it by that alone.
         choices: accepted values, where they are few.
         means: other names of a format -> the choice that it is; told, never guessed by how they are spelled.
         ours: not a field of Diffusers' class; written by ``to_dict`` only where it differs from the default.
@@ -311,6 +312,11 @@ class QuantizationConfigMixin:
         """``modules_to_not_convert``, whatever the class calls it."""
         names: tuple[str, ...] | None = getattr(self, self._exclusions_field)
         return names
+
+    @property
+    def exclusions_key(self) -> str:
+        """What the class calls them."""
+        return self._exclusions_field
 
     def _exclusion_axes(self) -> dict[str, list[str]]:
         """The axes' spelling of the exclusions; those under a library's rule are no axes and stay with the config."""

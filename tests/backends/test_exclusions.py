@@ -70,7 +70,7 @@ def test_own_entries_come_on_top_by_quantlabs_matcher(flux):
         "single_transformer_blocks.0.proj_out",
         "norm_out.linear",
     }
-    with pytest.raises(ConfigError, match="^modules_to_not_convert=atn: matches none"):
+    with pytest.raises(ConfigError, match=r"^modules_to_not_convert\.own=atn: matches none"):
         quantize_component(request(config, module, modules_to_not_convert={"own": ["atn"]}), module, flux)
 
 

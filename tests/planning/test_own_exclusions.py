@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
 import quantlab
 from quantlab.errors import ConfigError
+from quantlab.running.outlined import refused_by_shape
 
 BASE = ["backend=quanto", "dtype=int4"]
 OWN = "quantization.modules_to_not_convert.mine"
@@ -40,3 +42,41 @@ def test_layers_in_the_place_of_a_shipped_list(word: str, way: str):
     if "own" in way:
         told_word = way.partition(": ")[2].replace("'", "")
         assert quantlab.compose([*BASE, told_word]).jobs
+
+
+PART = "components.transformer"
+OF_PART = f"{PART}={{backend: quanto, dtype: int4, modules_to_not_convert: "
+TYPED = {
+    "modules_to_not_convert.first": [*BASE, "modules_to_not_convert.first=[ENTRY]"],
+    "modules_to_not_convert.listed": [
+        "sweep.candidates=[{backend: quanto, dtype: int4, modules_to_not_convert.listed: [ENTRY]}]"
+    ],
+    f"{PART}.modules_to_not_convert": [OF_PART + "[ENTRY]}"],
+    f"{PART}.modules_to_not_convert.named": [OF_PART + "{named: [ENTRY]}}"],
+}
+
+
+def refused(words: list[str], entry: str) -> str:
+    jobs = quantlab.compose([*(w.replace("ENTRY", f"'{entry}'") for w in words), "device=cpu"]).jobs
+    [told] = refused_by_shape(jobs, is_far=False).values()
+    return str(told)
+
+
+@pytest.mark.parametrize("typed", TYPED)
+def test_what_is_wrong_with_a_list_begins_with_the_key_that_was_typed(typed: str):
+    for entry in ("nothing_here", "re:("):
+        assert refused(TYPED[typed], entry).startswith(f"{typed}={entry}: ")
+    assert refused(TYPED[typed], "re:.*").startswith(f"{typed}: all ")
+
+
+def test_of_two_lists_the_one_is_named_that_matches_nothing():
+    words = [*BASE, f"{OWN}=[proj_out_1]", "modules_to_not_convert.other=[ENTRY]"]
+    assert refused(words, "nothing_here").startswith("modules_to_not_convert.other=nothing_here: ")
+    assert refused(words, "re:.*").startswith("modules_to_not_convert: all ")
+
+
+def test_an_entry_of_a_librarys_class_by_the_name_that_it_has_there():
+    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    config = quantlab.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["nothing"])
+    with pytest.raises(ConfigError, match=r"^llm_int8_skip_modules=nothing: matches none"):
+        quantlab.quantize(module, config)

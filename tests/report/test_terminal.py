@@ -145,6 +145,21 @@ def test_columns_give_way_in_their_order():
     ]
 
 
+def test_a_column_comes_back_where_a_wider_one_that_went_after_it_left_room():
+    columns = [Column(title=t, keep=k) for t, k in zip("abcd", (9, 2, 1, 1), strict=True)]
+    sheet = Sheet(columns=columns, rows=[["1" * num for num in (20, 40, 3, 4)]])
+    shown = {w: re.findall(r"[a-d]", printed(sheet, w).splitlines()[1]) for w in (80, 72, 70, 60, 32, 27)}
+    assert {w: "".join(titles) for w, titles in shown.items()} == {
+        80: "abcd",
+        72: "abc",
+        70: "ab",
+        60: "acd",
+        32: "ac",  # what would have stayed longer comes back first
+        27: "a",
+    }
+    assert "1 column hidden (b): --wide" in printed(sheet, 60)
+
+
 def test_wide_hides_and_breaks_nothing():
     text = printed(rows_sheet(ROWS, "diffusion"), 40, wide=True)
     assert "hidden" not in text
@@ -275,10 +290,10 @@ def test_what_is_said_below_is_of_the_columns_that_are_shown(width):
     for title, mark in (
         ("bits/weight", "of the quantized components"),
         ("saving", "saving is against 16 bit"),
-        ("┃ s", "times on a CPU"),
+        ("┃ s┃", "times on a CPU"),
         ("MiB", "~ simulated"),
     ):
-        assert (mark in said) == (title in head.split("┡")[0]), (title, width)
+        assert (mark in said) == (title in head.split("┡")[0].replace(" ┃", "┃")), (title, width)
     assert said.count("±: the longer half") == ("↓" in head.split("┡")[0])
     assert "n = 100" in said
 
@@ -316,9 +331,12 @@ def test_what_a_backends_own_programs_do_otherwise_is_said_beside_its_rows(name)
     plain = {"quantization": {"backend": "none"}}
     others = {"params": {**plain, "checkpoint": "theirs", "resolved": {"checkpoint_method": f"none, {name}"}}}
     for rows in ([measured(name), measured(f"{name} other")], [measured("parts") | own], [measured("theirs") | others]):
-        caption = rows_sheet(rows, "diffusion").caption
-        assert [text for text in caption if text.startswith(f"{name}:")] == list(told)
-    assert not said_beside([{**measured(name), "metrics": {}}]), "a row without numbers needs no note"
+        for protocol in ("language", "diffusion", "module"):  # what is run by Diffusers computes as its row does
+            caption = rows_sheet([row | {"protocol": protocol} for row in rows], protocol).caption
+            wanted = list(told) if protocol == "language" else []
+            assert [text for text in caption if text.startswith(f"{name}:")] == wanted
+    empty = {**measured(name), "metrics": {}, "protocol": "language"}
+    assert not said_beside([empty]), "a row without numbers needs no note"
 
 
 def test_documents_have_both_ends_of_an_interval():

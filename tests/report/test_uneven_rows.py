@@ -14,10 +14,11 @@ from rich.console import Console
 from quantlab.metrics.significance import holm
 from quantlab.report.compare import answers, compare
 from quantlab.report.comparison_data import group_data
-from quantlab.report.comparison_table import comparison_sheet, method_of_p, told_pairs
+from quantlab.report.comparison_markdown import comparison_markdown
+from quantlab.report.comparison_table import answer_lines, comparison_sheet, front_text, method_of_p, told_pairs
 from quantlab.report.reading import open_reader
 from quantlab.report.results import Results, chosen_rows
-from quantlab.report.selection import parse_request, select
+from quantlab.report.selection import Selection, parse_request, select
 from quantlab.report.terminal import show
 from quantlab.report.verdicts import IN_FLOOR
 from quantlab.running.rows import finished_row
@@ -200,3 +201,22 @@ def test_p_is_explained_where_one_is_shown(own_sweep, width, num_pairs):
     is_shown = "< 0.001" in text or bool(num_pairs)  # of pairs below the table
     assert is_shown == (num_pairs > 0 or width > 80)
     assert ("Holm-adjusted" in " ".join(text.split())) == is_shown, text
+
+
+def test_few_samples_give_no_verdict(own_sweep):
+    few = [
+        add_run(own_sweep, f"few {i}", errors(1e-4 * (i + 1), i)[:4], size=10 - i, backend="gguf", key="k3")
+        for i in (0, 1)
+    ]
+    (group,) = compared(own_sweep, *few)
+    assert {v.text for v in [*group.verdicts.values(), *group.pairs]} == {"too few samples"}
+    assert {p for v in [*group.verdicts.values(), *group.pairs] for p in (v.p_holm, v.p_rank)} == {None}
+    sheet = comparison_sheet(group)
+    assert "p (Holm)" not in [c.title for c in sheet.columns], "no column without a number"
+    markdown = comparison_markdown([group], Selection(title="", groups=(group.runs,)))
+    assert "| too few samples |" in markdown
+    assert "Holm" not in "\n".join([markdown, *sheet.caption, *(c.caption for c in sheet.columns)])
+    assert told_pairs(group) == [], "it is one answer, and no sentence a pair"
+    assert sum("too few samples" in line for line in answer_lines(group)) == 1
+    assert "surely" not in front_text(group), "of so few samples nothing is sure"
+    assert "as measured" in front_text(group)

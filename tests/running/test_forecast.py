@@ -390,7 +390,7 @@ def test_an_exclusion_that_matches_nothing_is_told_and_the_rest_is_priced():
     )
     data = price.data()
     assert data["unmatched"] == ["nothing"]
-    assert data["refused"][0].startswith("modules_to_not_convert=nothing: matches none")
+    assert data["refused"][0].startswith("modules_to_not_convert.own=nothing: matches none")
     assert data["components"][0]["quantized_parameters"] > 0
 
 

@@ -250,7 +250,7 @@ def test_the_hub_is_not_asked(monkeypatch, shell):
     assert "model.path=nobody/nothing: it is not on this disk" in " ".join(out.split())
     assert "nobody/nothing: it is not" in json.loads(shell(*words, DRY, "--json")[1])["told"][-1]
     [error] = of("model=llama_3_8b", *INT8, f"{OWN}=[nothing_here]").values()
-    assert str(error).startswith("modules_to_not_convert=nothing_here: matches none")
+    assert str(error).startswith("modules_to_not_convert.own=nothing_here: matches none")
 
 
 def test_of_the_hubs_cache_configurations_are_read(models, monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from quantlab.backends.exclusions import build, exclusions_for, refuse_ours, taken_by_transformers
@@ -50,28 +50,28 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
     _exclude_attributes_at_init: ClassVar[tuple[str, ...]] = ("_load_in_4bit", "_load_in_8bit", "quant_method")
     _exclusions_field: ClassVar[str] = "llm_int8_skip_modules"
 
-    load_in_8bit: bool = setting("bool", False)
-    load_in_4bit: bool = setting("bool", False)
-    llm_int8_threshold: float = setting("float", 6.0, node=True)
+    load_in_8bit: bool = setting("bool", default=False)
+    load_in_4bit: bool = setting("bool", default=False)
+    llm_int8_threshold: float = setting("float", default=6.0, node=True)
     """Input columns with a value of at least this magnitude are multiplied unrounded; 0: none. A rule that the inputs
     of each call decide, not a calibration."""
-    llm_int8_skip_modules: tuple[str, ...] | None = setting("names", None)
-    llm_int8_enable_fp32_cpu_offload: bool = setting("bool", False)
+    llm_int8_skip_modules: Sequence[str] | None = setting("names", default=None)
+    llm_int8_enable_fp32_cpu_offload: bool = setting("bool", default=False)
     """Only lets Diffusers' device map leave layers on the CPU; no influence here."""
-    llm_int8_has_fp16_weight: bool = setting("bool", False)
-    bnb_4bit_compute_dtype: str = setting("dtype", "float32", choices=COMPUTE_DTYPES)
-    bnb_4bit_quant_type: str = setting("str", "fp4", choices=("fp4", "nf4"))
-    bnb_4bit_use_double_quant: bool = setting("bool", False, node=True)
+    llm_int8_has_fp16_weight: bool = setting("bool", default=False)
+    bnb_4bit_compute_dtype: Any = setting("dtype", default="float32", choices=COMPUTE_DTYPES)
+    bnb_4bit_quant_type: str = setting("str", default="fp4", choices=("fp4", "nf4"))
+    bnb_4bit_use_double_quant: bool = setting("bool", default=False, node=True)
     """Also quantize the scales, to 8 bits in blocks of 256."""
-    bnb_4bit_quant_storage: str = setting("dtype", "uint8", choices=_STORAGES, node=True)
-    bnb_4bit_blocksize: int | None = setting("int", None, choices=_BLOCKSIZES, ours=True)
+    bnb_4bit_quant_storage: Any = setting("dtype", default="uint8", choices=_STORAGES, node=True)
+    bnb_4bit_blocksize: int | None = setting("int", default=None, choices=_BLOCKSIZES, ours=True)
     """Weights that share a scale; None: the library's 64."""
-    exclusion_rule: str = setting("str", "quantlab", choices=EXCLUSION_RULES, ours=True)
+    exclusion_rule: str = setting("str", default="quantlab", choices=EXCLUSION_RULES, ours=True)
 
     @property
     def modules_to_not_convert(self) -> tuple[str, ...] | None:
         """The other backends' name of ``llm_int8_skip_modules``; also accepted by the constructor."""
-        return self.llm_int8_skip_modules
+        return self.exclusions
 
     @property
     def dtype(self) -> str:

@@ -42,24 +42,24 @@ class GGUFQuantizationConfig(QuantizationConfigMixin):
     exclusion_rules: ClassVar[Mapping[str, Rule]] = {"diffusers": lambda entry, path: entry in path.split(".")}
     written_rule: ClassVar[str] = "diffusers"
 
-    compute_dtype: str = setting("dtype", "float32", choices=COMPUTE_DTYPES)
-    modules_to_not_convert: tuple[str, ...] | None = setting("names", None)
-    gguf_type: str | None = setting("str", None, choices=tuple(OFFERS["gguf"].rows), ours=True)
+    compute_dtype: Any = setting("dtype", default="float32", choices=COMPUTE_DTYPES)
+    modules_to_not_convert: Sequence[str] | None = setting("names", default=None)
+    gguf_type: str | None = setting("str", default=None, choices=tuple(OFFERS["gguf"].rows), ours=True)
     """The block format to write, also accepted in ggml's upper case; None: the first of the backend, q8_0."""
-    tensor_types: Mapping[str, str] | None = setting("mapping", None, ours=True, node=True)
+    tensor_types: Mapping[str, str] | None = setting("mapping", default=None, ours=True, node=True)
     """Entry of the matcher (module path, glob, ``re:`` expression) -> block format; the first that matches counts."""
-    file_type: str | None = setting("str", None, choices=tuple(BASES), ours=True, node=True)
+    file_type: str | None = setting("str", default=None, choices=tuple(BASES), ours=True, node=True)
     """A file type of llama.cpp, such as ``q4_k_m``: its mix of formats over the layers, those of the dtype's base; of a
     diffusion model that of the files in circulation, where what stands outside of the blocks keeps 16 bits. The model's
     own output matrix and embeddings stay as they are; what the file would hold is in the plan."""
-    file_type_measures: Mapping[str, Any] | None = setting("mapping", None, ours=True)
+    file_type_measures: Mapping[str, Any] | None = setting("mapping", default=None, ours=True)
     """What the mix asks of the whole model (:class:`quantlab.backends.gguf.mixes.Measures`); None: not known yet."""
-    algorithm: str = setting("str", "max", choices=("max", "imatrix"), ours=True)
+    algorithm: str = setting("str", default="max", choices=("max", "imatrix"), ours=True)
     """``imatrix``: ggml weighs each input channel's rounding errors by the mean of its squared inputs, the importance
     matrix, measured on calibration data or read from ``imatrix_file``."""
-    imatrix_file: str | None = setting("str", None, ours=True, node=True)
+    imatrix_file: str | None = setting("str", default=None, ours=True, node=True)
     """An importance matrix of llama.cpp's (GGUF, or the older binary form); None: measured on calibration data."""
-    exclusion_rule: str = setting("str", "quantlab", choices=EXCLUSION_RULES, ours=True)
+    exclusion_rule: str = setting("str", default="quantlab", choices=EXCLUSION_RULES, ours=True)
 
     @property
     def dtype(self) -> str:

@@ -81,27 +81,27 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
     quant_type: str = setting("str")
     """``W`` or ``W_A`` (weights, activations), each FP8, INT8, INT4, NVFP4, MXFP8 or MXFP4; W also INT3 or INT2, which
     Diffusers has not, with codes in a byte each: ModelOpt packs 8 and 4 bits."""
-    modules_to_not_convert: tuple[str, ...] | None = setting("names", None)
-    weight_only: bool = setting("bool", True)
+    modules_to_not_convert: Sequence[str] | None = setting("names", default=None)
+    weight_only: bool = setting("bool", default=True)
     """False where ``quant_type`` has an activation half."""
-    channel_quantize: int | None = setting("int", None)
+    channel_quantize: int | None = setting("int", default=None)
     """0: one scale a row; -1 with ``block_quantize``: blocks along a row; None: one scale for the tensor."""
-    block_quantize: int | None = setting("int", None)
-    scale_channel_quantize: int | None = setting("int", None)
-    scale_block_quantize: int | None = setting("int", None)
-    algorithm: str = setting("str", "max", choices=ALGORITHMS)
-    modelopt_config: Mapping[str, Any] | None = setting("mapping", None)
-    disable_conv_quantization: bool = setting("bool", False)
+    block_quantize: int | None = setting("int", default=None)
+    scale_channel_quantize: int | None = setting("int", default=None)
+    scale_block_quantize: int | None = setting("int", default=None)
+    algorithm: str = setting("str", default="max", choices=ALGORITHMS)
+    modelopt_config: Mapping[str, Any] | None = setting("mapping", default=None)
+    disable_conv_quantization: bool = setting("bool", default=False)
     """Kept for Diffusers; only Linear layers are quantized here."""
-    compress: bool = setting("bool", True, ours=True, node=True)
+    compress: bool = setting("bool", default=True, ours=True, node=True)
     """True: weights are packed after calibration. False: they stay dense and are rounded at every use (simulated)."""
-    algorithm_settings: Mapping[str, Any] | None = setting("mapping", None, ours=True, node=True)
+    algorithm_settings: Mapping[str, Any] | None = setting("mapping", default=None, ours=True, node=True)
     """What :data:`~quantlab.backends.modelopt.algorithms.PARAMETERS` lists for the algorithm."""
-    activation_scales: str = setting("str", "dynamic", choices=("dynamic", "static"), ours=True, node=True)
+    activation_scales: str = setting("str", default="dynamic", choices=("dynamic", "static"), ours=True, node=True)
     """``dynamic``: taken from each input at run time. ``static``: measured once on the calibration data."""
-    fit_group_size: bool = setting("bool", False, ours=True)
+    fit_group_size: bool = setting("bool", default=False, ours=True)
     """``group_size=auto``: a layer that ``block_quantize`` does not divide takes 64, 32 or 16, else one scale a row."""
-    exclusion_rule: str = setting("str", "quantlab", choices=EXCLUSION_RULES, ours=True)
+    exclusion_rule: str = setting("str", default="quantlab", choices=EXCLUSION_RULES, ours=True)
 
     def post_init(self) -> None:
         """Rules between the fields."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from quantlab.backends.exclusions import build, exclusions_for, refuse_ours, taken_by_transformers
@@ -53,13 +53,15 @@ class QuantoConfig(QuantizationConfigMixin):
     }
     written_rule: ClassVar[str] = "diffusers"
 
-    weights_dtype: str = setting("str", "int8", choices=_CHOICES, means=_MEANS)
-    modules_to_not_convert: tuple[str, ...] | None = setting("names", None)
-    optimizer: str = setting("str", "max", choices=("max", "hqq"), ours=True)
+    weights_dtype: str = setting("str", default="int8", choices=_CHOICES, means=_MEANS)
+    modules_to_not_convert: Sequence[str] | None = setting("names", default=None)
+    optimizer: str = setting("str", default="max", choices=("max", "hqq"), ours=True)
     """``max``: from the extremes; ``hqq``: half-quadratic search of the shifts, 2 and 4 bits only."""
-    activations: str | None = setting("str", None, choices=("int8", "float8", "float8_e5m2"), means=_MEANS, ours=True)
+    activations: str | None = setting(
+        "str", default=None, choices=("int8", "float8", "float8_e5m2"), means=_MEANS, ours=True
+    )
     """What the inputs of the layers are rounded to, by scales measured on calibration data."""
-    exclusion_rule: str = setting("str", "quantlab", choices=EXCLUSION_RULES, ours=True)
+    exclusion_rule: str = setting("str", default="quantlab", choices=EXCLUSION_RULES, ours=True)
 
     def post_init(self) -> None:
         """HQQ exists for 2 and 4 bits."""

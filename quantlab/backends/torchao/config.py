@@ -10,6 +10,7 @@ from quantlab.backends.exclusions import build, excluded_layers, exclusions_for,
 from quantlab.backends.torchao.build import build_form
 from quantlab.backends.torchao.forms import (
     DEFAULTS,
+    DTYPES,
     FLOAT8,
     FLOAT8_FLOAT8,
     INT4,
@@ -22,6 +23,7 @@ from quantlab.backends.torchao.forms import (
     PER_ROW,
     PER_TENSOR,
     Form,
+    float8_axes,
     form_of_layer,
     from_mapping,
     from_object,
@@ -59,7 +61,6 @@ _MAPPING = {INTX: "mapping_type", INT8_INTX: "weight_mapping_type"}
 _TILE_GROUPS = (32, 64, 128, 256)
 _SMALLER_GROUPS = (64, 32, 16)
 _HQQ_SCALE_ONLY = of_enum("IntxChooseQParamsAlgorithm", "HQQ_SCALE_ONLY")
-_DTYPES = {"float8_e4m3fn": "float8_e4m3", "float8_e5m2": "float8_e5m2", "int4": "int4", "int3": "int3", "int2": "int2"}
 _MX_DTYPES = {"mxfp8": "float8_e4m3fn", "mxfp4": "float4_e2m1fn_x2"}
 
 
@@ -85,9 +86,9 @@ class TorchAoConfig(QuantizationConfigMixin):
 
     quant_type: Any = setting("any")
     """torchao's config as plain data."""
-    modules_to_not_convert: tuple[str, ...] | None = setting("names", None)
+    modules_to_not_convert: Sequence[str] | None = setting("names", default=None)
     int4_packing_format: str = setting(
-        "str", "auto", choices=("auto", "unpacked_to_int8", "tile_packed_to_4d", "opaque"), ours=True, node=True
+        "str", default="auto", choices=("auto", "unpacked_to_int8", "tile_packed_to_4d", "opaque"), ours=True, node=True
     )
     """How weight-only int4 (``Int4WeightOnlyConfig``) is kept.
 
@@ -100,28 +101,36 @@ class TorchAoConfig(QuantizationConfigMixin):
     scaled inputs, so there it is the first on CUDA and the third on a CPU. The quantize stage resolves it. The
     library's other packings need kernels that are not published.
     """
-    mapping_type: str = setting("str", "auto", choices=("auto", "SYMMETRIC", "ASYMMETRIC"), ours=True, node=True)
+    mapping_type: str = setting(
+        "str", default="auto", choices=("auto", "SYMMETRIC", "ASYMMETRIC"), ours=True, node=True
+    )
     """Zero point of unpacked int4, int3 and int2; ``auto``: as ``quant_type`` says, symmetric by the library's default.
 
     Asymmetric grids are nearer to what tile-packed int4 does (relative weight error .081 against .095 at groups of 32).
     """
-    fit_group_size: bool = setting("bool", False, ours=True)
+    fit_group_size: bool = setting("bool", default=False, ours=True)
     """``group_size=auto``: a layer that the group of ``quant_type`` does not divide takes 64, 32 or 16, else one scale
     a row. False: such a layer is refused."""
-    algorithm: str = setting("str", "auto", choices=("auto", "awq", "smoothquant", "gptq"), ours=True)
+    algorithm: str = setting("str", default="auto", choices=("auto", "awq", "smoothquant", "gptq"), ours=True)
     """``auto``: as ``quant_type`` says, the largest value or hqq. ``awq`` and ``smoothquant`` multiply the columns of
     the weight by scales that they choose on data, and divide the layer's input by them, for int8 and weight-only int4.
     """
-    smoothquant_alpha: float = setting("float", 0.5, ours=True, node=True)
+    smoothquant_alpha: float = setting("float", default=0.5, ours=True, node=True)
     """How much of the inputs' outliers SmoothQuant moves into the weight, 0 to 1."""
-    activation_scales: str = setting("str", "dynamic", choices=("dynamic", "static"), ours=True, node=True)
+    activation_scales: str = setting("str", default="dynamic", choices=("dynamic", "static"), ours=True, node=True)
     """``static``: activations are rounded with one scale a layer that is measured on data, not with a token's own.
     For int8, and for float8_e4m3 (a prototype that runs on a CPU too, with one scale for the whole weight)."""
-    calibration_layers_at_once: int = setting("int", 0, ours=True, node=True)
+    calibration_layers_at_once: int = setting("int", default=0, ours=True, node=True)
     """How many layers AWQ observes in one pass over the data; 0: all. The search reads every input of a layer, so all
     of them are kept in memory: N layers need the tokens x in_features of N inputs, and layers / N passes over the data.
     Results do not depend on it. The other algorithms keep one row a layer and always take one pass."""
-    exclusion_rule: str = setting("str", "quantlab", choices=EXCLUSION_RULES, ours=True)
+    exclusion_rule: str = setting("str", default="quantlab", choices=EXCLUSION_RULES, ours=True)
+
+    if TYPE_CHECKING:  # keywords that are no fields belong to a shorthand
+
+        def __init__(
+            self, quant_type: Any, modules_to_not_convert: Sequence[str] | None = None, **settings: Any
+        ) -> None: ...
 
     def post_init(self) -> None:
         """Rules between the fields, and ``mapping_type`` written into ``quant_type``."""
@@ -376,7 +385,7 @@ class TorchAoConfig(QuantizationConfigMixin):
         if kind == INT4:
             found = {"dtype": "int4", "group_size": data["group_size"]}
         elif kind in _MAPPING:
-            bits = _DTYPES.get(data["weight_dtype"]["_data"])
+            bits = DTYPES.get(data["weight_dtype"]["_data"])
             found = {
                 "dtype": bits,
                 "group_size": group_of(data[_GRANULARITY[kind]]),
@@ -389,7 +398,7 @@ class TorchAoConfig(QuantizationConfigMixin):
                 "activation_dtype": "int8" if kind == INT8_INT8 else "none",
             }
         elif kind in (FLOAT8, FLOAT8_FLOAT8):
-            found = _float8_axes(kind, data)
+            found = float8_axes(kind, data)
         elif kind == _MX:
             dtype = next((d for d, name in _MX_DTYPES.items() if name == data["weight_dtype"]["_data"]), None)
             found = {"dtype": dtype, "group_size": data["block_size"], "activation_dtype": dtype}
@@ -403,15 +412,6 @@ class TorchAoConfig(QuantizationConfigMixin):
         return dataclasses.replace(axes, **found, algorithm=algorithm)
 
 
-def _float8_axes(kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
-    granularity = data["granularity"] if kind == FLOAT8 else data["granularity"][1]
-    dtype = _DTYPES[data["weight_dtype"]["_data"]]
-    if kind == FLOAT8:
-        return {"dtype": dtype, "group_size": group_of(granularity)}
-    group = "auto" if granularity["_type"] == "PerTensor" else group_of(granularity)
-    return {"dtype": dtype, "group_size": group, "activation_dtype": dtype}
-
-
 def _form(axes: QuantizationAxes) -> Form:
     """The stored form for resolved axes."""
     dtype, group = axes.dtype, axes.group_size
@@ -421,7 +421,7 @@ def _form(axes: QuantizationAxes) -> Form:
     if dtype in ("float8_e4m3", "float8_e5m2"):
         if axes.activation_dtype != "none":
             return make(FLOAT8_FLOAT8, granularity=PER_TENSOR if group == "auto" else PER_ROW)
-        return make(FLOAT8, weight_dtype=next(name for name, d in _DTYPES.items() if d == dtype))
+        return make(FLOAT8, weight_dtype=next(name for name, d in DTYPES.items() if d == dtype))
     if dtype in _MX_DTYPES:
         name = _MX_DTYPES[dtype]
         return make(_MX, weight_dtype=name, activation_dtype=name, kernel_preference="EMULATED")

@@ -27,6 +27,8 @@ INT8, INT8_INT8 = "Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig
 PER_MODULE = "FqnToConfig"
 _PER_MODULE = (PER_MODULE, "ModuleFqnToConfig", "AOPerModuleConfig")
 FLOAT8, FLOAT8_FLOAT8 = "Float8WeightOnlyConfig", "Float8DynamicActivationFloat8WeightConfig"
+DTYPES = {"float8_e4m3fn": "float8_e4m3", "float8_e5m2": "float8_e5m2", "int4": "int4", "int3": "int3", "int2": "int2"}
+"""What torchao calls a weight's dtype -> quantlab's."""
 
 
 def of_dtype(name: str) -> Form:
@@ -345,3 +347,13 @@ def _upgraded(kind: str, version: int, data: Form) -> tuple[str, Form]:
         kept = {"int4_packing_format": "tile_packed_to_4d", **kept}
         kept |= {"int4_choose_qparams_algorithm": "hqq"} if data.get("use_hqq") else {}
     return kind, kept if kind in DEFAULTS else data
+
+
+def float8_axes(kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The axes that a form of float8 says."""
+    granularity = data["granularity"] if kind == FLOAT8 else data["granularity"][1]
+    dtype = DTYPES[data["weight_dtype"]["_data"]]
+    if kind == FLOAT8:
+        return {"dtype": dtype, "group_size": group_of(granularity)}
+    group = "auto" if granularity["_type"] == "PerTensor" else group_of(granularity)
+    return {"dtype": dtype, "group_size": group, "activation_dtype": dtype}

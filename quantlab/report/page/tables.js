@@ -88,7 +88,7 @@ function schemeTable() {
     { title: "MiB", sub: "stored", value: (r) => r.weights_bytes, cell: (r) => stored(r, mib) },
     { title: "saving", sub: "against 16 bit", down: true, gives: 29, value: (r) => r.compression, cell: (r) => (r.compression ? `${decimals(r.compression, 2)}\u00d7` : "") },
     quality(metrics[0]),
-    { title: "verdict", text: true, value: (r) => verdictOf(r)?.verdict, cell: (r) => (verdictOf(r) ? [pill(verdictOf(r).verdict), make("span", { class: "interval" }, `p ${probability(verdictOf(r).p_holm)}`)] : "") },
+    { title: "verdict", text: true, value: (r) => verdictOf(r)?.verdict, cell: (r) => (verdictOf(r) ? [pill(verdictOf(r).verdict), verdictOf(r).p_holm === null ? "" : make("span", { class: "interval" }, `p ${probability(verdictOf(r).p_holm)}`)] : "") },
     { title: "front", text: true, down: true, value: (r) => Number(onFront(r)), cell: (r) => (onFront(r) ? make("span", { "data-tip": isSure() ? "Surely better than every smaller scheme on the front" : "No other scheme is smaller and better" }, "\u2605") : "") },
     ...extra, ...metrics.slice(1).map((name, i) => ({ ...quality(name), gives: 28 - i })), // the last of them first
     { title: "again", text: true, away: true, cell: (r, toggle, isOpen) => [

@@ -30,10 +30,10 @@ class RowInt8Config(QuantizationConfigMixin):
 
     quant_method: ClassVar[str] = "rowint8"
 
-    modules_to_not_convert: tuple[str, ...] | None = setting("names", None)
-    largest_code: int = setting("int", 127, ours=True, node=True)
+    modules_to_not_convert: Sequence[str] | None = setting("names", default=None)
+    largest_code: int = setting("int", default=127, ours=True, node=True)
     """The largest weight of a row becomes this code."""
-    exclusion_rule: str = setting("str", "quantlab", choices=EXCLUSION_RULES, ours=True)
+    exclusion_rule: str = setting("str", default="quantlab", choices=EXCLUSION_RULES, ours=True)
 
     def post_init(self) -> None:
         """A code fits into 8 bits."""
