@@ -309,6 +309,22 @@ _ROWS = (
         description="largest divergence of a token",
     ),
     Metric(
+        name="llama_cpp_kld_mean",
+        unit="nats/token",
+        higher_is_better=False,
+        protocols=_LANGUAGE,
+        at_least=0.0,
+        description="kld_mean of the candidate's file by llama.cpp's own kernels, where it is installed",
+    ),
+    Metric(
+        name="llama_cpp_ppl",
+        unit="1",
+        higher_is_better=False,
+        protocols=_LANGUAGE,
+        at_least=1.0,
+        description="perplexity by llama.cpp's own kernels, where it is installed",
+    ),
+    Metric(
         name="kld_min",
         unit="nats",
         higher_is_better=None,

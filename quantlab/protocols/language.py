@@ -339,6 +339,35 @@ def measure(
     )
 
 
+def measure_logits(
+    logits: Iterator[NDArray[np.float32]],
+    inputs: TextInputs,
+    evaluation: EvaluationConfig,
+    reference: Mapping[str, Any],
+    reference_model: LoadedModel,
+) -> Measurements:
+    """``kld_mean`` and ``ppl`` of each window's ``logits`` (tokens, vocabulary), made by another program, as of
+    :func:`measure`. Raises MetricUndefined as that, and for another vocabulary."""
+    import torch
+
+    def given(_ids: Tensor, _hidden: Tensor, parts: Sequence[slice]) -> Iterator[Tensor]:
+        window = torch.from_numpy(next(logits).copy())
+        yield from (window[part] for part in parts)
+
+    hidden = reference["hidden"]
+    of_reference = reference_distributions(logits_by_parts(reference_model, reference["logits"]))
+    tokens = _token_table(of_reference, given, hidden, hidden, inputs)
+    undefined: dict[str, str] = {}
+    estimates = _estimates(tokens, inputs.clusters, evaluation, undefined)
+    return Measurements(
+        samples={"kld_mean": tokens["kld"].mean(1)},
+        clusters=inputs.clusters,
+        sample_ids=inputs.sample_ids,
+        estimates={"ppl": estimates["ppl"]} if "ppl" in estimates else {},
+        undefined=undefined,
+    )
+
+
 def _run(model: LoadedModel, inputs: TextInputs, batch_size: int, progress: Progress | None) -> tuple[Tensor, float]:
     """Hidden states before the output head, fp32 on the CPU, and the typical time of a batch in ms a token.
 

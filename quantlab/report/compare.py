@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from quantlab.backends.table import backends, said_of
+from quantlab.backends.table import backends
 from quantlab.errors import ConfigError, TrackingError, nearest
 from quantlab.metrics import METRICS
 from quantlab.metrics.significance import is_skewed, mcnemar_exact, rank_test, t_test
@@ -26,6 +26,7 @@ from quantlab.metrics.statistics import (
     within,
 )
 from quantlab.protocols.table import PROTOCOLS
+from quantlab.report.elsewhere import said_elsewhere
 from quantlab.report.pareto import pareto_front
 from quantlab.report.reading import Reader, StoredRun, read_json
 from quantlab.report.selection import (
@@ -157,7 +158,7 @@ def _compare_group(
         beyond = " by more than the floor" if floor is not None else ""  # where pairs, too, are inside it
         told = f"no better than a smaller scheme{beyond}, as far as can be told"
         notes.append(f"not on the front, since {told}: {alike}")
-    notes += said_of((backend for run in candidates for backend in backends_of(run.params)), protocol)
+    notes += said_elsewhere(((run.name, backends_of(run.params), run.metrics) for run in candidates), protocol)
     if floor is None:
         notes.append("no floor is known: no other execution of the reference was measured, or each gave its outputs")
     return Comparison(

@@ -10,12 +10,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from quantlab.backends.table import said_of
 from quantlab.errors import nearest
 from quantlab.metrics import METRICS, bounds_of
 from quantlab.metrics.statistics import MIN_CLUSTERS
 from quantlab.progress import printable
 from quantlab.protocols.table import PROTOCOLS
+from quantlab.report.elsewhere import said_elsewhere
 from quantlab.report.names import once_each, told_apart
 from quantlab.report.selection import backends_of
 from quantlab.report.terminal import Column, Sheet
@@ -106,11 +106,12 @@ def with_marks(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list
 
 def said_beside(rows: Iterable[Row]) -> list[str]:
     """What must be said beside the rows of some backends: a number of theirs is another one elsewhere."""
-    told: dict[str, None] = {}
+    told: dict[str, list[tuple[str, Sequence[str], Mapping[str, float]]]] = {}
     for row in rows:
         if "quantization/coverage" in row["metrics"]:
-            told |= dict.fromkeys(said_of(backends_of(flatten(row["params"])), row["protocol"]))
-    return list(told)
+            said = (row["name"], [*backends_of(flatten(row["params"]))], row["metrics"])
+            told.setdefault(row["protocol"], []).append(said)
+    return list(dict.fromkeys(text for protocol, some in told.items() for text in said_elsewhere(some, protocol)))
 
 
 def cells(row: Measured, shown: Sequence[str], bounds: bool = True) -> list[str]:

@@ -24,6 +24,7 @@ from quantlab.modules.memory import storages
 from quantlab.planning.job import Job
 from quantlab.progress import headline_of, say
 from quantlab.running.forecast import bytes_to_run
+from quantlab.running.own_kernels import beside, program_of
 from quantlab.running.placement import in_typed_words, planned, source_for
 from quantlab.running.rows import failed_row
 from quantlab.running.workbench import Session, Workbench, chosen, in_stage, run_folder, shared_tags, step_progress
@@ -256,6 +257,13 @@ def _measured(
             depends = made.depends_on_neighbours or any(s.native.depends_on_neighbours for s in job.schemes.values())
             other = _at_other_batch(session, bench, job, candidate) if depends and job.batch_size is None else {}
         stages = (*report.stages, evaluated.report)
+        if job.name not in FLOORS and program_of(job, candidate.protocol):
+            whole = bench.model.holding(bench.model.parts.get("origins", ()))
+            with in_stage(session, run, "own_kernels") as told, whole:
+                measured = beside(
+                    job, (bench.model, candidate), made.quantization, bench.inputs, bench.reference, measured
+                )
+            quality, stages = summarize(measured, settings), (*stages, told.report)
         if settings.attribute and made.quantization is not None:
             with in_stage(session, run, "attribute") as attributed:
                 report = replace(report, attribution=_attribution(session, bench, job, candidate, report, measured))

@@ -7,21 +7,15 @@ and ``ppl``. It is a process of its own since a library that is called over its 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import json
 import math
 import sys
 from pathlib import Path
 
+from quantlab.backends.gguf import kernels
+from quantlab.backends.gguf.kernels import library
+
 CONTEXT = 512
-
-
-def library() -> str | None:
-    """The shared object in the wheel, found without importing it; None where it is not installed."""
-    found = importlib.util.find_spec("xllamacpp")
-    if found is None or found.origin is None:
-        return None
-    return str(next(Path(found.origin).parent.glob("xllamacpp*.so")))
 
 
 def quantized(values, kind):
@@ -90,50 +84,8 @@ def save_gguf(
     return file
 
 
-class _Settings(ctypes.Structure):
-    """A struct of settings that is only passed on: larger than any version of it."""
-
-    _fields_ = (("numbers", ctypes.c_uint32 * 256),)
-
-
-class _Batch(ctypes.Structure):
-    _fields_ = (
-        ("n_tokens", ctypes.c_int32),
-        ("token", ctypes.POINTER(ctypes.c_int32)),
-        ("embd", ctypes.c_void_p),
-        ("pos", ctypes.POINTER(ctypes.c_int32)),
-        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
-        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
-        ("logits", ctypes.POINTER(ctypes.c_int8)),
-    )
-
-
-class Llama:
-    """A gguf file as llama.cpp runs it, on one thread or as many as it likes."""
-
-    def __init__(self, model_file: str, num_threads: int = 0) -> None:
-        path = library()
-        assert path is not None, "xllamacpp is not installed"
-        self.lib = lib = ctypes.CDLL(path)
-        pointers = ("llama_model_load_from_file", "llama_init_from_model", "llama_model_get_vocab", "llama_get_memory")
-        for name in pointers:
-            getattr(lib, name).restype = ctypes.c_void_p
-        lib.llama_model_default_params.restype = lib.llama_context_default_params.restype = _Settings
-        lib.llama_get_logits_ith.restype = ctypes.POINTER(ctypes.c_float)
-        lib.llama_batch_init.restype = _Batch
-        lib.llama_vocab_get_add_bos.restype = ctypes.c_bool
-        lib.llama_backend_init()
-        model = ctypes.c_void_p(lib.llama_model_load_from_file(model_file.encode(), lib.llama_model_default_params()))
-        settings = lib.llama_context_default_params()
-        assert list(settings.numbers[:4]) == [512, 2048, 512, 1], (
-            "n_ctx, n_batch, n_ubatch, n_seq_max are not its first"
-        )
-        self.context = ctypes.c_void_p(lib.llama_init_from_model(model, settings))
-        if num_threads:
-            lib.llama_set_n_threads(self.context, num_threads, num_threads)
-        self.vocab = ctypes.c_void_p(lib.llama_model_get_vocab(model))
-        self.vocab_size = lib.llama_vocab_n_tokens(self.vocab)
-        self.batch = lib.llama_batch_init(CONTEXT, 0, 1)
+class Llama(kernels.Llama):
+    """With the tokens that its program makes of a text."""
 
     def tokens(self, text: bytes) -> list[int]:
         """As ``llama-perplexity -f`` reads a file (common/arg.cpp, ``common_tokenize(ctx, params.prompt, true)``)."""
@@ -142,20 +94,6 @@ class Llama:
         add_special, parse_special = ctypes.c_bool(True), ctypes.c_bool(False)
         num = self.lib.llama_tokenize(self.vocab, prompt, len(prompt), ids, len(ids), add_special, parse_special)
         return list(ids[:num])
-
-    def logits(self, window: list[int], first: int = 0):
-        """float32 array (tokens from ``first`` on, vocabulary): what stands at those positions of a window."""
-        import numpy as np
-
-        self.lib.llama_memory_clear(ctypes.c_void_p(self.lib.llama_get_memory(self.context)), ctypes.c_bool(True))
-        self.batch.n_tokens = len(window)
-        for k, token in enumerate(window):
-            self.batch.token[k], self.batch.pos[k], self.batch.n_seq_id[k] = token, k, 1
-            self.batch.logits[k] = k >= first
-            self.batch.seq_id[k][0] = 0
-        assert self.lib.llama_decode(self.context, self.batch) == 0, "llama_decode failed"
-        rows = (self.lib.llama_get_logits_ith(self.context, k) for k in range(first, len(window)))
-        return np.stack([np.ctypeslib.as_array(row, (self.vocab_size,)) for row in rows])
 
 
 def perplexity(model_file: str, text: bytes) -> dict[str, object]:

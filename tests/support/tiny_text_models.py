@@ -34,9 +34,8 @@ def save_llama(folder: Path, adds_bos=False, seed=0, **sizes):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, **sizes}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 259, **sizes}
     config = LlamaConfig(
-        vocab_size=259,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=4096,

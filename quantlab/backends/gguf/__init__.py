@@ -9,6 +9,7 @@ from __future__ import annotations
 from quantlab.backends.gguf.config import GGUFQuantizationConfig, resolve
 from quantlab.backends.gguf.export import check_export, export
 from quantlab.backends.gguf.imatrix import InputSquares, read_imatrix, write_imatrix
+from quantlab.backends.gguf.kernels import logits_of, own_kernels
 from quantlab.backends.gguf.quantize import adopt, calibrate, owns, quantize, read_back, write_calibration
 from quantlab.backends.gguf.sizes import file_bytes, layer_bytes
 from quantlab.backends.gguf.storage import load, save
@@ -26,6 +27,8 @@ __all__ = [
     "file_bytes",
     "layer_bytes",
     "load",
+    "logits_of",
+    "own_kernels",
     "owns",
     "quantize",
     "read_back",
