@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -84,9 +84,19 @@ def run_handed(
 
     def arrived(number: int, job: Handed, row: RunReport) -> dict[int, Handed]:
         rows[number] = row
-        return {next(numbers): one for one in more(job, row)}
+        further = {next(numbers): one for one in more(job, row)}
+        note_elsewhere(further.values())
+        return further
+
+    def note_elsewhere(waited_for: Iterable[Handed]) -> None:
+        for job in waited_for:
+            there = session.claims.holder(job.claimed) if job.is_elsewhere and job.claimed not in noted else None
+            if there is not None and there.folder:
+                noted.add(job.claimed)
+                _note(session, job, there.folder, there.engine, there.job_id)
 
     while left:
+        note_elsewhere(left.values())
         here = {i: job for i, job in left.items() if not job.is_elsewhere}
         waiting = {i: job for i, job in left.items() if job.is_elsewhere}
         if here:
@@ -95,11 +105,6 @@ def run_handed(
         for i, job in waiting.items():
             seen = _looked_up(session, job)
             left |= {i: seen} if isinstance(seen, Handed) else arrived(i, job, seen)
-        for job in left.values():
-            there = session.claims.holder(job.claimed) if job.is_elsewhere and job.claimed not in noted else None
-            if there is not None and there.folder:
-                noted.add(job.claimed)
-                _note(session, job, there.folder, there.engine, there.job_id)
         if left and all(job.is_elsewhere for job in left.values()):
             progress(Counts(ended=len(rows), running=len(left)))
             wait_for(session.claims, [job.claimed for job in left.values()], _WAIT_S)
