@@ -36,6 +36,20 @@ _SILENT_KINDS = re.compile(r"^_|_token_ids?$|dropout|drop_rate|drop_path|layerdr
 """Of training, of generation, and of who wrote it. What is tied shows in the tensors."""
 
 
+_HEADS = re.compile(r"(?:^|_)(?:n|num)_(?:\w+_)?heads?$|(?:^|_)head_dim$")
+"""How the rows of a weight are divided: of other heads it is another model, whatever the shapes of its tensors."""
+
+
+def other_heads(said: Mapping[str, Any], original: nn.Module) -> str:
+    """``num_key_value_heads=4 (the model's: 2)`` of the first such setting of a ``config.json``; "" for none."""
+    ours = dict(_flat("", settings_of(original)))
+    for name, value in _flat("", said):
+        own = ours.get(name)
+        if _HEADS.search(name.rpartition(".")[2]) and None not in (own, value) and value != own:
+            return f"{name}={value} (the model's: {own})"
+    return ""
+
+
 def differing_settings(module: nn.Module, original: nn.Module) -> list[str]:
     """``rope_theta=500.0 (the model's: 10000.0)`` of each setting by which ``module`` may compute otherwise."""
     theirs, ours = (dict(_flat("", settings_of(m))) for m in (module, original))
