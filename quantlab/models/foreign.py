@@ -19,6 +19,7 @@ from quantlab.backends.modelopt.restore import STATE, loading_arguments, restori
 from quantlab.errors import ConfigError, ModelError
 from quantlab.models.checkpoint import files_sha256
 from quantlab.models.exported import check_digests
+from quantlab.models.headers import check_folder
 from quantlab.models.loaded import LoadedModel, class_names
 from quantlab.models.pipeline_files import INDEX
 from quantlab.models.reading import (
@@ -233,6 +234,7 @@ def check_class(checkpoint: str, components: Mapping[str, nn.Module], names: Seq
     for name, source in sources_of(checkpoint, names, class_names(components)).items():
         if source.is_dir():
             require_method(_method(key, source, components[name]), key)
+            check_folder(key, source)
         else:
             _check_file(key, source, components[name])
             if not is_of_diffusers(components[name]):
@@ -268,6 +270,7 @@ def _check_files(key: str, source: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     check_indices(key, source)
+    check_folder(key, source)
     for file in sorted(source.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
