@@ -62,7 +62,7 @@ def _check(key: str, file: Path, folder: Path) -> None:
             header: Mapping[str, Any] = json.loads(opened.read(length)) if 8 + length <= size else {}
         tensors = [said for tensor, said in header.items() if tensor != "__metadata__"]
         wanted = 8 + length + max((said["data_offsets"][1] for said in tensors), default=0)
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, struct.error) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, struct.error) as error:
         raise ModelError(f"{key}: {name} is damaged or cut off ({error}); {_AGAIN}") from error
     if wanted != size:
         raise ModelError(f"{key}: {name} is damaged or cut off ({size:,} bytes, its header says {wanted:,}); {_AGAIN}")

@@ -102,8 +102,8 @@ def _brought(config: ExperimentConfig, known: dict[str, ConfigError | None]) -> 
     """What a run raises of a reference that was made elsewhere, before its model loads; asked once of each."""
     if config.reference.path is None:
         return None
-    of = [config.reference, config.model_with(), config.dataset, config.evaluation]
-    key = canonical_json([asdict(one) for one in of])
+    told = (asdict(config.reference), asdict(config.model_with()), asdict(config.dataset), asdict(config.evaluation))
+    key = canonical_json(told)
     if key not in known:
         known[key] = None
         try:

@@ -87,5 +87,7 @@ def test_a_part_of_a_pipeline(tmp_path):
     asked = ModelConfig(family="diffusers", path=str(tmp_path / "flux"))
     check_whole(asked)
     cut(tmp_path / "flux" / "vae" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ModelError, match=r"^model\.path=\S+: vae/diffusion_pytorch_model\.safetensors is damaged or cut"):
+    with pytest.raises(
+        ModelError, match=r"^model\.path=\S+: vae/diffusion_pytorch_model\.safetensors is damaged or cut"
+    ):
         check_whole(asked)

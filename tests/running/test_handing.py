@@ -70,7 +70,9 @@ def test_what_is_left_is_taken_over_and_computed_once(engine, tmp_path):
     second.parent_folder = tmp_path
     rows = run_handed(second, again, wanted[0].config, lambda counts: None)
     assert [row.status for row in rows] == ["FINISHED"] * 2
-    assert noted(tmp_path) == [(job.job.name, str(job.folder), job.job_id) for job in again], "status would not see them"
+    assert noted(tmp_path) == [(job.job.name, str(job.folder), job.job_id) for job in again], (
+        "status would not see them"
+    )
     assert engine.num_submitted == 2
     assert set(engine.computed.values()) == {1}
     assert second.claims.mine == {}

@@ -47,7 +47,9 @@ def test_keys_by_which_llama_cpp_computes_a_file_otherwise_are_told(foreign, lla
 def test_a_file_of_other_heads_is_another_models(foreign, llama, tmp_path):
     """Its shapes are the model's; rows would be turned by the wrong heads, and numbers come out."""
     file = saved(foreign, tmp_path / "other.gguf", num_attention_heads=8, num_key_value_heads=4, head_dim=8)
-    wanted = f"^{re.escape(f'checkpoint={file}')}: it says llama.attention.head_count=8 .the model's: 4.; name the model"
+    wanted = (
+        f"^{re.escape(f'checkpoint={file}')}: it says llama.attention.head_count=8 .the model's: 4.; name the model"
+    )
     with pytest.raises(ModelError, match=wanted):
         load_candidate(str(file), llama, ["model"], {}, tmp_path)
     with pytest.raises(ModelError, match=wanted):

@@ -87,7 +87,7 @@ def differing_keys(key: str, path: Path, module: nn.Module) -> list[str]:
 def _other_keys(
     reader: gguf.GGUFReader, architecture: Architecture, config: Any, only: tuple[str, ...] = ()
 ) -> list[str]:
-    """Where numbers of the file are not those that a file of ours would say; of lists, one a layer, nothing is known."""
+    """Where numbers of the file are not those that a file of ours would say; lists, one a layer, are not compared."""
     import gguf
 
     writer = gguf.GGUFWriter(None, architecture.name)

@@ -55,7 +55,6 @@ _LOST = (
 )
 
 
-
 def keep_off_stdout() -> None:
     """A program reads our rows there, where Ray tells of each node that ends in forty lines, log_to_driver or not."""
 
