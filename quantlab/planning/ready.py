@@ -46,12 +46,12 @@ def check_ready(jobs: Sequence[Job], by_files: bool = False) -> None:
         if where not in known:
             known.add(where)
             check_path(config.model)
-            if family_of(whole).needs_path is not None:
-                check_whole(whole)
             check_file(config)
             with named_by_users(config):
                 check_components(whole)
                 check_call(replace(config, model=whole), by_files, _typed(job))
+            if family_of(whole).needs_path is not None:
+                check_whole(whole)
 
 
 def _typed(job: Job) -> list[str]:
