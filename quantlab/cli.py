@@ -5,6 +5,7 @@ Exit codes: 0 all done, 1 a job failed at run time, 2 a bad request.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -169,6 +170,18 @@ def help_text() -> str:
     return fitted(HELP.format(lists=lists, groups="\n".join(lines)), min(terminal(HELP_WIDTH).width, HELP_WIDTH))
 
 
+def usage(command: str) -> str:
+    """What ``--help`` says of a command that is no word of the glossary; "" for what is none."""
+    found: list[str] = []
+    for line in help_text().partition("\n\n")[2].partition("\nfor example")[0].splitlines():
+        if line.startswith("  quantlab "):
+            is_its = line.split()[1] == command and command.isalpha()
+        elif not line.startswith("   "):
+            is_its = False
+        found += [line] if is_its else []
+    return "\n".join(found)
+
+
 def _wrap(text: str, indent: int) -> str:
     import textwrap
 
@@ -263,6 +276,11 @@ def _dispatch(words: list[str], is_last: bool) -> int:
         what = "--cfg job, which prints a recipe" if "--cfg" in flags else rest[0]
         raise ConfigError(f"--json: no such option of {what}; leave it out")
     if rest and rest[0] == "help":
+        if len(rest) == 2 and (told := usage(rest[1])) and "--json" not in flags:
+            with contextlib.suppress(ConfigError):  # few are words as well
+                show_meanings(rest[1:], flags)
+            print(told)
+            return 0
         return show_meanings(rest[1:], flags)
     if rest and rest[0] == "list":
         return show_list(rest[1:], flags)

@@ -101,6 +101,7 @@ def _bars() -> Iterator[Advance]:
     ):
         tasks: dict[str, TaskID] = {}
         first: dict[str, tuple[int, float]] = {}
+        logged: dict[str, tuple[int, str]] = {}
 
         def advance(what: str, done: int, total: int, note: str = "") -> None:
             what, note = printable(what, 60), printable(note, 120)
@@ -109,7 +110,8 @@ def _bars() -> Iterator[Advance]:
             bars.update(tasks[what], completed=done, total=total, note=note)
             if not shows_bars():
                 under_way(f"{what}: {done} of {total}")
-            if note and done and not shows_bars():  # a log has none
+            if note and done and not shows_bars() and logged.get(what) != (done, note):  # a log has none
+                logged[what] = (done, note)  # a cluster is asked each second
                 now = time.monotonic()
                 had, since = first.setdefault(what, (done, now))  # what the first took holds loading and the reference
                 pace = (now - since) / (done - had) if done > had else None

@@ -185,7 +185,9 @@ def test_a_damaged_checkpoint(shell, folders, family, damage, tmp_path):
     if damage == "nan":
         assert "1 of " in message
         assert "are NaN or infinite" in message
-    assert shell.tracked("FAILED")["quanto int8"]["tags"]["quantlab.stage"] == "load"
+        assert shell.tracked("FAILED")["quanto int8"]["tags"]["quantlab.stage"] == "load"
+    else:
+        assert not shell.tracked(None), "told before a run begins"
 
 
 def test_nan_in_the_digits_model(shell):

@@ -50,6 +50,17 @@ def test_bars_within_bars_are_the_same(shown):
         assert inner("evaluate", 1, 2) is None
 
 
+def test_a_log_is_told_once_how_jobs_stand(monkeypatch):
+    """A cluster is asked each second; its sweep's log had a line each time."""
+    log = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=log, width=80, markup=False))
+    with progress.progress_bars() as advance:
+        for done, note in ((1, "2 running"), (1, "2 running"), (1, "1 running"), (1, "1 running"), (2, "1 running")):
+            advance("jobs", done, 3, note)
+    told = [line.partition(", less")[0] for line in log.getvalue().splitlines()]
+    assert told == [f"jobs: {done} of 3 done, {num} running" for done, num in ((1, 2), (1, 1), (2, 1))]
+
+
 def test_who_wants_quiet_hears_what_is_wrong(shown):
     with progress.progress_bars(quiet=True):
         progress.say("run once, as these are one scheme")

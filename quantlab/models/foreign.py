@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.backends.checkpoints import method_of, require_method
 from quantlab.backends.gguf.header import EMBEDDING, check_header
-from quantlab.backends.gguf.language import check_language_model, load_language_model
+from quantlab.backends.gguf.language import check_language_model, differing_keys, load_language_model
 from quantlab.backends.modelopt.restore import STATE, loading_arguments, restoring, rewrap
 from quantlab.errors import ConfigError, ModelError
 from quantlab.models.checkpoint import files_sha256
 from quantlab.models.exported import check_digests
+from quantlab.models.headers import check_folder
 from quantlab.models.loaded import LoadedModel, class_names
 from quantlab.models.pipeline_files import INDEX
 from quantlab.models.reading import (
@@ -30,6 +31,7 @@ from quantlab.models.reading import (
     quiet_loading,
     remote_code,
 )
+from quantlab.models.settings import other_heads
 from quantlab.modules.compute_dtype import torch_dtype
 from quantlab.modules.groups import KEY as GROUPED
 from quantlab.modules.source import check_indices
@@ -232,6 +234,7 @@ def check_class(checkpoint: str, components: Mapping[str, nn.Module], names: Seq
     for name, source in sources_of(checkpoint, names, class_names(components)).items():
         if source.is_dir():
             require_method(_method(key, source, components[name]), key)
+            check_folder(key, source)
         else:
             _check_file(key, source, components[name])
             if not is_of_diffusers(components[name]):
@@ -250,6 +253,8 @@ def _check_class(key: str, config: Mapping[str, Any], original: nn.Module) -> No
         if config.get("auto_map"):
             raise remote_code(key, f"its {CONFIG} names the class {said or '(none)'} of its own files (auto_map)")
         raise ModelError(f"{key}: it is a {said or 'nameless class'} and the model's component a {own}; {_not_its()}")
+    if heads := other_heads(config, original):
+        raise ModelError(f"{key}: its {CONFIG} says {heads}; {_not_its()}")
 
 
 def _not_its() -> str:
@@ -265,6 +270,7 @@ def _check_files(key: str, source: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     check_indices(key, source)
+    check_folder(key, source)
     for file in sorted(source.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
@@ -337,6 +343,11 @@ def _read_gguf(key: str, file: Path, name: str, model: LoadedModel) -> nn.Module
             dtype=dtype,
         )
     return loaded
+
+
+def differing_keys_of(key: str, source: Path, original: nn.Module) -> list[str]:
+    """Of a file that has settings of its own, which the model's stand for: those that compute otherwise."""
+    return differing_keys(key, source, original) if source.is_file() and not is_of_diffusers(original) else []
 
 
 def _check_file(key: str, file: Path, original: nn.Module) -> None:

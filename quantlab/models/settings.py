@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from quantlab.models.identity import settings_of
+from quantlab.models.identity import settings_of, without_place
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +34,34 @@ _SILENT = frozenset(
 )
 _SILENT_KINDS = re.compile(r"^_|_token_ids?$|dropout|drop_rate|drop_path|layerdrop|_pdrop$|_loss_coef$|^initializer_")
 """Of training, of generation, and of who wrote it. What is tied shows in the tensors."""
+
+
+_HEADS = re.compile(r"(?:^|_)(?:n|num)_(?:\w+_)?heads?$|(?:^|_)head_dim$")
+"""How the rows of a weight are divided: of other heads it is another model, whatever the shapes of its tensors."""
+
+
+def other_heads(said: Mapping[str, Any], original: nn.Module) -> str:
+    """``num_key_value_heads=4 (the model's: 2)`` of the first such setting of a ``config.json``; "" for none."""
+    ours = dict(_flat("", settings_of(original)))
+    for name, value in _flat("", without_place(_as_loaded(said, original))):
+        own = ours.get(name)
+        if _HEADS.search(name.rpartition(".")[2]) and None not in (own, value) and value != own:
+            return f"{name}={value} (the model's: {own})"
+    return ""
+
+
+def _as_loaded(said: Mapping[str, Any], original: nn.Module) -> Mapping[str, Any]:
+    """What the class of the model's configuration makes of a file: some fill in or change what it says."""
+    kind: Any = type(getattr(original, "config", None))
+    if not hasattr(kind, "from_dict"):
+        return said
+    try:
+        made: Mapping[str, Any] = kind.from_dict(
+            {k: v for k, v in said.items() if k != "quantization_config"}
+        ).to_dict()
+    except Exception:  # noqa: BLE001  whatever a class refuses: loading tells it
+        return {}
+    return made
 
 
 def differing_settings(module: nn.Module, original: nn.Module) -> list[str]:

@@ -11,6 +11,7 @@ from quantlab.backends.table import loggers
 from quantlab.datasets.table import check_call, check_file
 from quantlab.errors import ConfigError, DiskFull
 from quantlab.models.foreign import check_checkpoint
+from quantlab.models.headers import check_whole
 from quantlab.models.pipeline_call import UNUSED
 from quantlab.models.reading import no_checkpoint
 from quantlab.models.table import check_components, check_path, family_of
@@ -49,6 +50,8 @@ def check_ready(jobs: Sequence[Job], by_files: bool = False) -> None:
             with named_by_users(config):
                 check_components(whole)
                 check_call(replace(config, model=whole), by_files, _typed(job))
+            if family_of(whole).needs_path is not None:
+                check_whole(whole)
 
 
 def _typed(job: Job) -> list[str]:

@@ -156,7 +156,8 @@ def begin(session: Session, group: Group, parent: Run, settle: Settle) -> list[H
     one = handed(session, reference, "", group.protocol, None, claim=claim, calibrations=calibrations)
     one = replace(one, place=min(group.jobs))
     if config.launcher.detach and not one.is_elsewhere:
-        return [one, *(group.hand_over(session, place, "", one.folder) for place in group.jobs)]
+        own = [place for place, job in group.jobs.items() if not job.comes_along]  # the rest is that job's work
+        return [one, *(group.hand_over(session, place, "", one.folder) for place in own or group.jobs)]
     return [one]
 
 

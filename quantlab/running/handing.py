@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -80,12 +80,23 @@ def run_handed(
     numbers = itertools.count()
     left = {next(numbers): job for job in jobs}
     rows: dict[int, RunReport] = {}
+    noted: set[str] = set()
 
     def arrived(number: int, job: Handed, row: RunReport) -> dict[int, Handed]:
         rows[number] = row
-        return {next(numbers): one for one in more(job, row)}
+        further = {next(numbers): one for one in more(job, row)}
+        note_elsewhere(further.values())
+        return further
+
+    def note_elsewhere(waited_for: Iterable[Handed]) -> None:
+        for job in waited_for:
+            there = session.claims.holder(job.claimed) if job.is_elsewhere and job.claimed not in noted else None
+            if there is not None and there.folder:
+                noted.add(job.claimed)
+                _note(session, job, there.folder, there.engine, there.job_id)
 
     while left:
+        note_elsewhere(left.values())
         here = {i: job for i, job in left.items() if not job.is_elsewhere}
         waiting = {i: job for i, job in left.items() if job.is_elsewhere}
         if here:
@@ -143,10 +154,7 @@ def _run(
     def submitted(folder: Path, job_id: str) -> None:
         _, job = by_folder[folder]
         session.claims.note(job.claimed, folder, name, job_id)
-        if session.parent_folder is not None:
-            line = {"name": job.job.name, "folder": str(folder), "engine": name, "id": job_id}
-            with (session.parent_folder / JOBS).open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(line) + "\n")
+        _note(session, job, folder, name, job_id)
 
     first = next(iter(jobs.values()))
     engine = open_engine(config, session.output_dir / "launcher" / first.folder.name, bool(session.lost_device))
@@ -163,6 +171,14 @@ def _run(
     return elsewhere
 
 
+def _note(session: Session, job: Handed, folder: Path | str, engine: str, job_id: str) -> None:
+    """In the sweep's folder a job has a line, by which ``quantlab status`` finds it: whoever submitted it."""
+    if session.parent_folder is not None:
+        line = {"name": job.job.name, "folder": str(folder), "engine": engine, "id": job_id}
+        with (session.parent_folder / JOBS).open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(line) + "\n")
+
+
 def _begin(scheduler: Scheduler, jobs: Sequence[Handed]) -> None:
     """Take over what the engine still has, submit the rest; what is behind another job begins when that is over."""
     earlier = {job.job_id: job.folder for job in jobs if job.job_id}
@@ -172,6 +188,8 @@ def _begin(scheduler: Scheduler, jobs: Sequence[Handed]) -> None:
     for folder in set(earlier.values()) - taken:
         write(folder, LOST, {"reason": "its sweep ended, and its engine does not have it any more"})
     ids = {job.folder: job.job_id for job in jobs if job.folder in taken}
+    for folder, job_id in ids.items():
+        scheduler.submitted(folder, job_id)
     rest = [job for job in jobs if job.folder not in taken]
     for behind in sorted({job.behind for job in rest}, key=lambda folder: (folder is not None, str(folder))):
         some = [job.folder for job in rest if job.behind == behind]

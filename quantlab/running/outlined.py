@@ -39,6 +39,7 @@ from quantlab.protocols import encoder, language
 from quantlab.running.choice import refusal
 from quantlab.running.forecast import Book, phases_of_each
 from quantlab.running.placement import check_largest, spread_as_said, spread_over
+from quantlab.stages.bundle import check_settings
 from quantlab.stages.select import QuantizationRequest, Selection, check_device, check_layers, choose_layers
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.schema import EvaluationConfig, ExperimentConfig, MemoryConfig
@@ -72,7 +73,11 @@ def refused_by_shape(
     """
     found: dict[str, ConfigError] = {}
     outlines: dict[str, Outline | None] = {}
+    brought: dict[str, ConfigError | None] = {}
     for job in jobs:
+        if (why := _brought(job.config, brought)) is not None:
+            found[job.name] = why
+            continue
         device = "cpu" if job.config.device == "cpu" or not (is_far or sees_gpu()) else "cuda"
         key = canonical_json([asdict(job.config.model), device])
         if key not in outlines:
@@ -91,6 +96,21 @@ def refused_by_shape(
             if _shows_errors():
                 raise
     return found
+
+
+def _brought(config: ExperimentConfig, known: dict[str, ConfigError | None]) -> ConfigError | None:
+    """What a run raises of a reference that was made elsewhere, before its model loads; asked once of each."""
+    if config.reference.path is None:
+        return None
+    told = (asdict(config.reference), asdict(config.model_with()), asdict(config.dataset), asdict(config.evaluation))
+    key = canonical_json(told)
+    if key not in known:
+        known[key] = None
+        try:
+            check_settings(config)
+        except ConfigError as error:
+            known[key] = error
+    return known[key]
 
 
 def _outline(config: ExperimentConfig, device: str, is_spared: bool) -> Outline:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,17 @@ def read_bundle(config: ExperimentConfig) -> Bundle | None:
     What can be known of a request by its files is checked here, before weights load; the rest by :func:`check_bundle`.
     Raises ConfigError, beginning with ``reference.path:``.
     """
+    found = check_settings(config)
+    if found is None:
+        return None
+    try:
+        return replace(found, outputs=read_tree(found.folder / OUTPUTS))
+    except Damaged as error:
+        raise ConfigError(f"{KEY}: {found.folder / OUTPUTS} is damaged ({error}); {_AGAIN}") from error
+
+
+def check_settings(config: ExperimentConfig) -> Bundle | None:
+    """As :func:`read_bundle`, of which the outputs are not read: their file is the one that was written."""
     if config.reference.path is None:
         return None
     folder = Path(config.reference.path).expanduser()
@@ -123,11 +134,7 @@ def read_bundle(config: ExperimentConfig) -> Bundle | None:
     _check_files(found, dict(said.get("before", {})), config)
     if _sha256(folder / OUTPUTS) != digest:
         raise ConfigError(f"{KEY}: {folder / OUTPUTS} is damaged (it is not the file that was written); {_AGAIN}")
-    try:
-        outputs = read_tree(folder / OUTPUTS)
-    except Damaged as error:
-        raise ConfigError(f"{KEY}: {folder / OUTPUTS} is damaged ({error}); {_AGAIN}") from error
-    return Bundle(folder=folder, asked=asked, made=made, digest=digest, outputs=outputs)
+    return found
 
 
 def _check_files(bundle: Bundle, before: Mapping[str, Any], config: ExperimentConfig) -> None:

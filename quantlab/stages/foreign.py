@@ -15,7 +15,14 @@ from quantlab.backends.checkpoints import FOLDED, backend_of_layer
 from quantlab.backends.others import WHOLE_MODEL, packed_integers, read_by_its_library
 from quantlab.backends.table import Backend, held_packages
 from quantlab.errors import ModelError, NotQuantized, QuantlabError, is_of_the_machine
-from quantlab.models.foreign import also_quantized, checkpoint_bytes, checkpoint_sha256, load_part, sources_of
+from quantlab.models.foreign import (
+    also_quantized,
+    checkpoint_bytes,
+    checkpoint_sha256,
+    differing_keys_of,
+    load_part,
+    sources_of,
+)
 from quantlab.models.loaded import LoadedModel, class_names
 from quantlab.models.reading import first_line, unreadable
 from quantlab.models.settings import differing_settings
@@ -77,13 +84,19 @@ def load_candidate(
     made, reports, methods, notes = {}, [], [], []
     for name, source in sources.items():
         module, method = load_part(key, source, name, model)
-        made[name], report, found = _read(key, name, module, model, reads.get(name, ()), method in FOLDED)
+        made[name], report, more = _read(key, name, module, model, reads.get(name, ()), method in FOLDED)
         if method in FOLDED:
             told = f"{name}: {method} moves scales into the norms, so that it cannot be told whether it is this model's"
             report = replace(report, unquantized=(*report.unquantized, told))
+        if found := differing_keys_of(key, source, model.components[name]):
+            told = (
+                f"{name}: its file says {_some(found)}: it is measured by the model's settings, and whoever runs the "
+                "file by its own; name the model that it was made from (model.path=...)"
+            )
+            report = replace(report, unquantized=(*report.unquantized, told))
         reports.append(report)
         methods.append(method)
-        notes += found
+        notes += more
     layers = tuple(row for report in reports for row in report.layers)
     granularities = sorted({r.activation_granularity for r in layers if r.activation_granularity})
     resolved: dict[str, Any] = {
@@ -166,11 +179,15 @@ def _other_settings(component: str, module: nn.Module, original: nn.Module) -> s
     found = differing_settings(module, original)
     if not found:
         return ""
-    more = f" and {len(found) - _NUM_NAMED} more" if len(found) > _NUM_NAMED else ""
     return (
-        f"{component}: its config.json says {', '.join(found[:_NUM_NAMED])}{more}: what that changes is part of its "
-        "numbers; name the model that it was made from (model.path=...)"
+        f"{component}: its config.json says {_some(found)}: what that changes is part of its numbers; name the model "
+        "that it was made from (model.path=...)"
     )
+
+
+def _some(found: Sequence[str]) -> str:
+    more = f" and {len(found) - _NUM_NAMED} more" if len(found) > _NUM_NAMED else ""
+    return f"{', '.join(found[:_NUM_NAMED])}{more}"
 
 
 def _adopted(key: str, module: nn.Module, dtype: str) -> nn.Module:

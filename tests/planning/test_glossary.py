@@ -115,6 +115,21 @@ def test_a_word_that_is_none(tmp_path):
     assert err.startswith("quantlab: help flor: no such word; did you mean floor?")
 
 
+@pytest.mark.parametrize("command", ["push", "plan", "export", "compare", "status", "init", "reference", "reproduce"])
+def test_a_command_is_shown_as_in_the_help(tmp_path, command):
+    shell = Shell(tmp_path)
+    code, out, err = shell("help", command)
+    assert (code, err) == (0, "")
+    said, told = out[: out.index("  quantlab ")], out[out.index("  quantlab ") :]
+    assert told.startswith(f"  quantlab {command} ")
+    assert told.count("  quantlab ") == 1
+    assert told in shell("--help")[1]
+    try:
+        assert said == f"{command}: {meaning(command)}\n"
+    except ConfigError:
+        assert said == ""
+
+
 def test_other_names_are_of_words_that_there_are():
     assert set(ALSO.values()) <= set(WORDS)
     assert not set(ALSO) & set(WORDS)

@@ -437,6 +437,7 @@ REFUSED = {
     "partition": "sbatch: error: invalid partition specified: none_such\nsbatch: error: Batch job submission failed: Invalid partition name specified",
     "account": "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified",
     "qos": "sbatch: error: Batch job submission failed: Invalid qos specification",
+    "gpus_per_node": "sbatch: error: Invalid generic resource (gres) specification",
 }
 
 
@@ -451,10 +452,11 @@ def test_what_sbatch_refuses_is_said_in_its_own_words(what, tmp_path, monkeypatc
         )
         (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
-    engine = Slurm(SlurmSettings(**{what: "none_such"}), tmp_path / "launcher")
+    engine = Slurm(SlurmSettings(**{what: 1 if what == "gpus_per_node" else "none_such"}), tmp_path / "launcher")
     with pytest.raises(EngineError, match=r"^launcher=slurm: sbatch refuses the jobs .*launcher.settings") as told:
         engine.submit([make_job(tmp_path / "runs", "job")])
     assert REFUSED[what].rpartition(": ")[2] in str(told.value)
+    assert f"{what}" in str(told.value).partition("look at")[2]
 
 
 def test_a_controller_that_does_not_answer_loses_no_job(tmp_path, monkeypatch):

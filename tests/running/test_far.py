@@ -120,6 +120,17 @@ def test_a_sweep_that_leaves_hands_all_over_behind_the_reference(shell, node):
 
 
 @pytest.mark.slow
+def test_a_sweep_that_leaves_gives_the_cluster_no_second_job_of_the_reference(shell, node):
+    model = digits_words("evaluation.num_samples=10", "tracking.save_checkpoint=false")
+    words = ("-m", "backend=none,quanto", *model, "launcher=slurm")
+    rows = shell.rows(*words, "launcher.detach=true")
+    assert node.submitted == [far.NAME, "quanto int8"]
+    assert [(row["name"], row["status"]) for row in rows.values()] == [("quanto int8", "SUBMITTED")]
+    assert list(shell.rows(*words)) == ROWS[:4]
+    assert node.submitted == [far.NAME, "quanto int8"]
+
+
+@pytest.mark.slow
 def test_a_search_asks_the_cluster_for_its_points(shell, node):
     pytest.importorskip("optuna")
     words = [word.replace("int8,int4", "int8,int4,int2") for word in FAR]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import json
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +15,8 @@ from quantlab.planning.plan import plan
 from quantlab.running import apart, handing, known, worker
 from quantlab.running.apart import Handed
 from quantlab.running.attempts import has_ended
-from quantlab.running.claims import Claims
-from quantlab.running.handing import SUBMITTED, handed, run_handed
+from quantlab.running.claims import Claim, Claims
+from quantlab.running.handing import JOBS, SUBMITTED, handed, run_handed
 from quantlab.running.workbench import Session, let_go_of_bench
 from quantlab.tracking import no_store
 from quantlab.vocabulary.reports import RunReport
@@ -65,11 +67,36 @@ def test_what_is_left_is_taken_over_and_computed_once(engine, tmp_path):
     second.claims.is_alive = lambda owner: owner == second.claims._me and monkey(owner)
     again = [handed(second, job, job.name, "p", None) for job in wanted]
     assert [job.job_id for job in again] == ["j0", "j1"]
+    second.parent_folder = tmp_path
     rows = run_handed(second, again, wanted[0].config, lambda counts: None)
     assert [row.status for row in rows] == ["FINISHED"] * 2
+    assert noted(tmp_path) == [(job.job.name, str(job.folder), job.job_id) for job in again], (
+        "status would not see them"
+    )
     assert engine.num_submitted == 2
     assert set(engine.computed.values()) == {1}
     assert second.claims.mine == {}
+
+
+def noted(folder):
+    """The jobs that a sweep's folder knows of, as ``quantlab status`` reads them."""
+    lines = map(json.loads, (folder / JOBS).read_text().splitlines())
+    return [(line["name"], line["folder"], line["id"]) for line in lines]
+
+
+def test_a_job_that_another_sweep_runs_is_known_to_the_folder_of_this_one(engine, tmp_path, monkeypatch):
+    here, job = session(tmp_path), jobs()[0]
+    here.parent_folder = tmp_path
+    there = Claim(job.name, {}, str(tmp_path / "runs" / "theirs"), "slurm", "j7")
+    held = iter([there, there, there, there, None])
+    monkeypatch.setattr(here.claims, "holder", lambda key: next(held, None))
+    monkeypatch.setattr(handing, "earlier_report", lambda *_: RunReport(name=job.name, status="FINISHED"))
+    monkeypatch.setattr(handing, "wait_for", lambda *_: None)
+    monkeypatch.setattr(handing.tracking, "push_pending", lambda *_: None)
+    elsewhere = Handed(job=job, key="k", protocol="p", folder=Path(), is_elsewhere=True)
+    rows = run_handed(here, [elsewhere], job.config, lambda counts: None)
+    assert [row.status for row in rows] == ["FINISHED"]
+    assert noted(tmp_path) == [(job.name, str(tmp_path / "runs" / "theirs"), "j7")]
 
 
 # -- what a job's own process does not do again

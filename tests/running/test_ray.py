@@ -294,3 +294,15 @@ def test_an_address_that_never_answers_is_given_fifteen_seconds(cluster, monkeyp
     with pytest.raises(EngineError, match=r"^launcher.settings.ray.init.address=10.255.255.1:6379: .*timed out"):
         Ray(RaySettings(ray=RayParts(init=RayInit(address="10.255.255.1:6379"))), "cpu")
     assert asked == [(("10.255.255.1", 6379), 15.0)]
+
+
+@pytest.mark.parametrize("verbose", ["0", "1"])
+def test_what_ray_tells_of_its_nodes_is_not_among_the_rows(monkeypatch, capsys, verbose):
+    """``--json`` of a sweep that lost a node began with forty lines of a raylet's state."""
+    worker = pytest.importorskip("ray._private.worker")
+    monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)
+    monkeypatch.setenv("QUANTLAB_VERBOSE", verbose)
+    ray_cluster.keep_off_stdout()
+    told = {"lines": ["Raylet is terminated."], "pid": "raylet", "is_err": False}
+    worker.print_to_stdstream(told, ignore_prefix=False)
+    assert capsys.readouterr() == ("", "Raylet is terminated.\n" if verbose == "1" else "")

@@ -152,7 +152,7 @@ def settings(address, **more):
     return RaySettings(ray=RayParts(init=RayInit(address=address), remote=RayRemote(num_gpus=0, **more)))
 
 
-def test_forty_jobs_over_two_nodes_of_which_one_is_killed(nodes, tmp_path):
+def test_forty_jobs_over_two_nodes_of_which_one_is_killed(nodes, tmp_path, capsys):
     """No node sees the sweep's folder: the reference goes to each, and what jobs leave comes back."""
     reference = tmp_path / "here" / "cache" / "reference" / "0123.safetensors"
     reference.parent.mkdir(parents=True)
@@ -179,6 +179,7 @@ def test_forty_jobs_over_two_nodes_of_which_one_is_killed(nodes, tmp_path):
     assert all((job / reference.name).read_bytes() == reference.read_bytes() for job in jobs)
     logs = {(job / "worker.log").read_text().split()[1].removeprefix(f"{tmp_path}/")[0] for job in jobs}
     assert logs == {"a", "b"}, "each node has a cache of its own"
+    assert "raylet" not in capsys.readouterr().out.lower(), "a program reads the rows there"
 
 
 def test_jobs_on_ray_are_taken_over_and_cancelled(nodes, tmp_path):

@@ -15,6 +15,7 @@ from quantlab.models.beforehand import differing, stored_configs
 from quantlab.models.diffusers_pipeline import load
 from quantlab.modules.kept import read_json, read_tree, write_json, write_tree
 from quantlab.planning.plan import plan
+from quantlab.running.dry_run import show_jobs
 from quantlab.stages import bundle
 from quantlab.vocabulary.schema import ModelConfig
 from tests.support.tiny_pipelines import BUILDERS
@@ -125,6 +126,10 @@ def test_what_cannot_be_believed_is_refused_before_weights_load(here, case, monk
     with pytest.raises(ConfigError, match=f"^reference.path: .*{message}") as refused:
         rows_of(words, *more, f"reference.path={folder}")
     assert "\n" not in str(refused.value)
+    dry = plan([*words, "backend=quanto", "dtype=int8", *more, f"reference.path={folder}"])
+    with pytest.raises(ConfigError) as told:
+        show_jobs(dry, trust=True)
+    assert str(told.value) == str(refused.value), "the dry run says otherwise"
 
 
 def changed_config(folder, file="config.json", **values):

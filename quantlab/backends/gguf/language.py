@@ -5,12 +5,15 @@ transformers itself reads such a file into dense weights, of which no bytes and 
 
 from __future__ import annotations
 
+import contextlib
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.gguf.blocks import WEIGHTS_PER_SCALE, linear_class, torch_dtype
+from quantlab.backends.gguf.llama import write_keys
 from quantlab.backends.gguf.names import UNUSED, Architecture, architecture_of, file_names, from_file
-from quantlab.errors import ModelError
+from quantlab.errors import ConfigError, ModelError
 from quantlab.modules.holders import REPLACE, TURN, Holder, holders
 from quantlab.modules.layers import replace_layer
 from quantlab.modules.packed import pack, read_by, share, stored_at, turn
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
 
 _DENSE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _NOT_ITS = "name the model that it was made from (model.path=...), or another file"
+_HEADS = ("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length")
+"""Keys that say how the rows of a weight are divided, which its shape does not."""
+_SAYS_ONLY = ("context_length", "vocab_size")
 
 
 def load_language_model(key: str, path: Path, module: nn.Module, dtype: str) -> None:
@@ -48,6 +54,8 @@ def check_language_model(key: str, path: Path, module: nn.Module) -> tuple[dict[
     said = str(field.contents()) if field is not None else "(none)"
     if said != architecture.name:
         raise ModelError(f"{key}: its architecture is {said} and the model's {architecture.name}; {_NOT_ITS}")
+    for said in _other_keys(reader, architecture, config, _HEADS):
+        raise ModelError(f"{key}: it says {said}; {_NOT_ITS}")
     parameters = dict(module.named_parameters(remove_duplicate=False))
     names = file_names(architecture, int(config.num_hidden_layers), parameters)
     wanted = {told: name for name, told in names.items()}
@@ -66,6 +74,38 @@ def check_language_model(key: str, path: Path, module: nn.Module) -> tuple[dict[
         if id(parameter) not in in_file:
             raise ModelError(f"{key}: it lacks {names.get(name, name)}; {_NOT_ITS}")
     return {wanted[told]: t for told, t in tensors.items()}, architecture
+
+
+def differing_keys(key: str, path: Path, module: nn.Module) -> list[str]:
+    """``llama.rope.freq_base=500 (the model's: 10000)`` of each key by which llama.cpp would compute the file otherwise
+    than ``module``, which is of its architecture, is computed."""
+    import gguf
+
+    return _other_keys(gguf.GGUFReader(path), architecture_of(module.config, key), module.config)
+
+
+def _other_keys(
+    reader: gguf.GGUFReader, architecture: Architecture, config: Any, only: tuple[str, ...] = ()
+) -> list[str]:
+    """Where numbers of the file are not those that a file of ours would say; lists, one a layer, are not compared."""
+    import gguf
+
+    writer = gguf.GGUFWriter(None, architecture.name)
+    with contextlib.suppress(ConfigError):  # what no key says; what came before it is there
+        write_keys(writer, architecture, config, None)
+    found = []
+    for name, own in writer.kv_data[0].items():
+        word = name.removeprefix(f"{architecture.name}.")
+        field = reader.get_field(name)
+        if word == name or word in _SAYS_ONLY or (only and word not in only) or field is None:
+            continue
+        said = field.contents()
+        if isinstance(said, int | float) and isinstance(own.value, int | float):
+            if not math.isclose(said, own.value, rel_tol=1e-6):
+                found.append(f"{name}={said:g} (the model's: {own.value:g})")
+        elif isinstance(said, str) and isinstance(own.value, str) and said != own.value:
+            found.append(f"{name}={said} (the model's: {own.value})")
+    return found
 
 
 def _fill(

@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,19 @@ _LOST = (
     "OutOfMemoryError",
     "ActorDiedError",
 )
+
+
+def keep_off_stdout() -> None:
+    """A program reads our rows there, where Ray tells of each node that ends in forty lines, log_to_driver or not."""
+
+    def shown(data: Mapping[str, Any], *_: object, **__: object) -> None:
+        if os.environ.get("QUANTLAB_VERBOSE") == "1":
+            print(*data.get("lines", ()), sep="\n", file=sys.stderr)
+
+    with contextlib.suppress(ImportError):
+        from ray._private import worker
+
+        worker.print_to_stdstream = shown
 
 
 @dataclass
@@ -243,6 +257,7 @@ class Ray:
                 f"with this Ray's version ({ray.__version__}) and this Python's ({platform.python_version()})"
             ) from error
         self._began = True
+        keep_off_stdout()
 
     def submit(self, folders: Sequence[Path], after: Sequence[str] = ()) -> list[str]:
         """Ids of the jobs."""

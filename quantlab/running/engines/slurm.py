@@ -106,7 +106,8 @@ class Slurm:
             said = " ".join((str(error) or type(error).__name__).split())
             raise EngineError(
                 f"launcher=slurm: sbatch refuses the jobs ({said[-500:]}); look at launcher.settings "
-                "(partition, account, qos, ...) and at what sinfo and sacctmgr show"
+                "(partition, account, qos, gpus_per_node, ...; gpus_per_node=0 where there are no GPUs) and at what "
+                "sinfo and sacctmgr show"
             ) from error
         return [str(job.job_id) for job in jobs]
 

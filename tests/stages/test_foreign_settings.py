@@ -1,0 +1,69 @@
+"""Checkpoints whose own settings are not the model's: told where they compute otherwise, refused where they divide
+weights otherwise."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from quantlab.errors import ModelError
+from quantlab.models.foreign import check_class
+from quantlab.stages.foreign import load_candidate
+from tests.support.llama_cpp import save_gguf
+from tests.support.tiny_text_models import load_llama
+
+
+@pytest.fixture
+def llama(foreign, tmp_path):
+    return load_llama(foreign / "llama", tmp_path / "cache")
+
+
+def saved(foreign, file, **settings):
+    """A GGUF file of the model's own tensors whose keys say ``settings``."""
+    plain = AutoModelForCausalLM.from_pretrained(foreign / "llama", dtype="float32")
+    for name, value in settings.items():
+        setattr(plain.config, name, value)
+    return save_gguf(plain, AutoTokenizer.from_pretrained(foreign / "llama"), file, add_bos=True, kind="Q8_0")
+
+
+def test_keys_by_which_llama_cpp_computes_a_file_otherwise_are_told(foreign, llama, tmp_path):
+    rope = {"rope_theta": 500.0, "rope_type": "default"}
+    file = saved(foreign, tmp_path / "other.gguf", rope_parameters=rope, rms_norm_eps=0.25, max_position_embeddings=64)
+    found = load_candidate(str(file), llama, ["model"], {}, tmp_path)
+    [told] = [line for line in found.quantization.unquantized if "file says" in line]
+    assert told == (
+        "model: its file says llama.attention.layer_norm_rms_epsilon=0.25 (the model's: 1e-06), llama.rope.freq_base=500 "
+        "(the model's: 10000): it is measured by the model's settings, and whoever runs the file by its own; name the "
+        "model that it was made from (model.path=...)"
+    )
+    found = load_candidate(str(foreign / "q8_0.gguf"), llama, ["model"], {}, tmp_path)
+    assert not [line for line in found.quantization.unquantized if "file says" in line]
+
+
+def test_a_file_of_other_heads_is_another_models(foreign, llama, tmp_path):
+    """Its shapes are the model's; rows would be turned by the wrong heads, and numbers come out."""
+    file = saved(foreign, tmp_path / "other.gguf", num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+    wanted = (
+        f"^{re.escape(f'checkpoint={file}')}: it says llama.attention.head_count=8 .the model's: 4.; name the model"
+    )
+    with pytest.raises(ModelError, match=wanted):
+        load_candidate(str(file), llama, ["model"], {}, tmp_path)
+    with pytest.raises(ModelError, match=wanted):
+        check_class(str(file), llama.components, ["model"])
+
+
+@pytest.mark.parametrize("name", ["bnb_nf4", "torchao_int8"])
+@pytest.mark.parametrize(("key", "value"), [("num_key_value_heads", 1), ("num_attention_heads", 8), ("head_dim", 8)])
+def test_a_folder_of_other_heads_is_another_models(foreign, llama, tmp_path, name, key, value):
+    shutil.copytree(foreign / name, tmp_path / "other")
+    file = tmp_path / "other" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    wanted = rf"^checkpoint=\S+other: its config.json says {key}={value} \(the model's: \d+\); name the model"
+    with pytest.raises(ModelError, match=wanted):
+        load_candidate(str(tmp_path / "other"), llama, ["model"], {}, tmp_path)
+    with pytest.raises(ModelError, match=wanted):
+        check_class(str(tmp_path / "other"), llama.components, ["model"])
