@@ -39,7 +39,7 @@ def cast_around(layer: nn.Module, inside: torch.dtype, outside: torch.dtype) -> 
 
 
 def by_place(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A pre-hook for libraries whose own look at positional arguments alone: ``layer(input=x)`` becomes ``layer(x)``."""
+    """A pre-hook for libraries whose own see no named arguments: ``layer(input=x)`` becomes ``layer(x)``."""
     return (args, kwargs) if args else ((kwargs["input"],), {})
 
 

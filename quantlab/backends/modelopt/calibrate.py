@@ -134,7 +134,7 @@ def _as_before(done: Named, weights: Mapping[str, Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _given_by_place(named: Named) -> Iterator[None]:
-    """While open, layers get their inputs by place: of others ``local_hessian`` hears nothing, and does mse in silence."""
+    """While open, layers get their inputs by place: others ``local_hessian`` does not see, and does mse in silence."""
     handles = [layer.register_forward_pre_hook(by_place, with_kwargs=True) for layer in named.values()]
     try:
         yield
