@@ -163,6 +163,20 @@ def test_inputs_that_repeat_themselves_say_nothing_new(repeated):
         assert again.quality[name].se == pytest.approx(value.se, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "after",
+    [lambda y: torch.cat([y, y.tanh()]), lambda y: torch.cat([y, y.tanh(), y.sin()], 1).reshape(-1, 16)],
+    ids=["two conditions", "three boxes"],
+)
+def test_several_rows_of_one_input_are_no_independent_samples(after):
+    many, one = [randn(4, 16, seed=i) for i in range(6)], [randn(1, 16, seed=i) for i in range(6)]
+    for batches in (many, one):
+        row = evaluated(Net(after), batches)[-1]
+        num = row.quality["output_rel_error"].n // len(batches)
+        assert list(row.measurements.clusters) == [i for i in range(len(batches)) for _ in range(num)]
+    assert evaluated(Net(lambda y: y.transpose(0, 1)), [randn(3, 8, 16)])[-1].measurements.clusters is None
+
+
 def test_rows_that_differ_in_one_argument_are_different():
     class Adding(Net):
         def forward(self, x, y):

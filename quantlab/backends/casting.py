@@ -38,6 +38,11 @@ def cast_around(layer: nn.Module, inside: torch.dtype, outside: torch.dtype) -> 
         layer.register_forward_hook(functools.partial(_cast_output, outside), prepend=True)
 
 
+def by_place(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A pre-hook for libraries whose own see no named arguments: ``layer(input=x)`` becomes ``layer(x)``."""
+    return (args, kwargs) if args else ((kwargs["input"],), {})
+
+
 def _cast_input(
     dtype: torch.dtype, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,6 +56,13 @@ def _mode(dtypes: tuple[torch.dtype, ...]) -> Any:
         is_lacking = isinstance(value, torch.Tensor) and value.dtype in dtypes
         return value.float() if is_lacking else value
 
+    def own_autocast() -> Any:
+        """The autocast in which a library's operator was called: torch switches it off below a mode, and what the
+        operator itself calls would be another product than without the mode."""
+        with torch.overrides.enable_reentrant_dispatch():  # as it was where the operator was called
+            is_open = torch.is_autocast_enabled("cpu")
+        return torch.autocast("cpu", torch.get_autocast_dtype("cpu")) if is_open else nullcontext()
+
     class InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
         supports_higher_order_operators = True  # flex_attention is refused below a mode that does not say so
 
@@ -80,7 +87,9 @@ def _mode(dtypes: tuple[torch.dtype, ...]) -> Any:
                     global num_emulated
                     num_emulated += 1
                     return func(*map(widened, args), **named).to(dtype)
-            return func(*args, **named)
+            is_librarys = isinstance(func, torch._ops.OpOverload) and func.namespace != "aten"
+            with own_autocast() if is_librarys else nullcontext():
+                return func(*args, **named)
 
     return InFloat32()  # type: ignore[no-untyped-call]
 

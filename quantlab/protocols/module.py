@@ -308,7 +308,11 @@ def _flat(tensors: Sequence[Tensor], by_rows: bool) -> Tensor:
 
 
 def _clusters(batches: Sequence[Batch], rows: Sequence[int], is_whole: bool) -> NDArray[np.int64] | None:
-    """The cluster of each row: what has the same inputs has the same error; None where all are different."""
+    """The cluster of each row: what has the same inputs has the same error; None where all are different.
+
+    Where inputs have several rows each (two conditions of a sample, the boxes of a picture) a batch is one cluster:
+    which rows are of which input is not known.
+    """
     labels: list[object] = []
     for batch, num in zip(batches, rows, strict=True):
         leaves = leaves_in(batch)
@@ -317,5 +321,11 @@ def _clusters(batches: Sequence[Batch], rows: Sequence[int], is_whole: bool) -> 
         if any(is_cut):
             labels += [(own, digest_of(t[i] for t in itertools.compress(leaves, is_cut))) for i in range(num)]
         else:
-            labels += [(own, 0 if is_whole else i) for i in range(num)]
+            labels += [(own, 0 if is_whole or _outnumber(num, leaves) else i) for i in range(num)]
     return same_labels(labels)
+
+
+def _outnumber(num: int, leaves: Sequence[Any]) -> bool:
+    """Whether ``num`` rows are several of each row of a batch's largest tensor, and none of its other dimensions."""
+    largest = max((t for t in leaves if hasattr(t, "dim") and t.numel()), key=lambda t: t.numel(), default=None)
+    return largest is not None and largest.dim() > 0 and num not in largest.shape and num % len(largest) == 0

@@ -263,8 +263,8 @@ def evaluate(
 
     Returns:
         Reports of the reference, its floor (another dtype) and each config: ``output_cosine`` and ``output_rel_error``
-        with intervals over different rows (batches, where an output has no several numbers a row), bytes, and the
-        read-back table. They show themselves as a table, and have
+        with intervals over different rows (batches, where an output has no several numbers a row, or several rows of
+        each input), bytes, and the read-back table. They show themselves as a table, and have
         ``rows``, ``layers`` and ``samples`` as DataFrames. Nothing is tracked.
     """
     module = _checked(module)

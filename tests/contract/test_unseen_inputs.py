@@ -87,6 +87,28 @@ def test_a_column_of_zero_weights_stays_one(name):
     assert float((found - expected).norm() / expected.norm()) < (0.6 if scheme.dtype in ("int2", "q2_k") else 0.25)
 
 
+class Turned(nn.Module):
+    """Hands on what is not contiguous, and by its name where it is asked to."""
+
+    def __init__(self, is_named):
+        super().__init__()
+        self.is_named, self.layer = is_named, layer(torch.float32)[0]
+
+    def forward(self, x):
+        return self.layer(input=x.mT.contiguous().mT) if self.is_named else self.layer(x)
+
+
+@pytest.mark.parametrize("name", named(WITH_DATA) + [pytest.param(name, id=f"{name} static") for name in CLIPPED])
+def test_how_a_layer_is_given_its_inputs_says_nothing(name):
+    native = CLIPPED[name] if name in CLIPPED else WITH_DATA[name].native
+    dtype = torch.float32 if name in CLIPPED else dtype_of(WITH_DATA[name])
+    x, data = inputs(3).to(dtype)[None], [inputs(seed).to(dtype)[None].expand(2, -1, -1) for seed in (1, 2)]
+    found = [quantlab.quantize(Turned(way).to(dtype), native, calibration=data)[0] for way in (False, True)]
+    with torch.no_grad():
+        placed, turned = (module(x).float() for module in found)
+    assert float((turned - placed).norm()) <= 1e-5 * float(placed.norm())
+
+
 class Routed(nn.Module):
     """Two experts: the sign of a token's first channel says which."""
 

@@ -126,3 +126,22 @@ def test_operators_that_take_functions_go_through():
             found = flex_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
     assert found.dtype == torch.bfloat16
     assert (found.float() - wanted).norm() < 0.02 * wanted.norm()
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES, (torch.float16,)])
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_librarys_operator_stays_in_the_autocast_that_it_is_called_in(dtypes, is_open):
+    """quanto's and bitsandbytes' products of 8 bits: torch switches a model's own autocast off below a mode."""
+    library = torch.library.Library("quantlab_test", "FRAGMENT")
+    library.define("product(Tensor a, Tensor b) -> Tensor")
+    library.impl("product", lambda a, b: torch.matmul(a, b).float(), "CPU")
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 16, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_open):
+        wanted = torch.ops.quantlab_test.product(a, b)
+        with emulated_products(dtypes):
+            found = torch.ops.quantlab_test.product(a, b)
+            assert torch.is_autocast_enabled("cpu") == is_open
+    assert torch.equal(found, wanted)
+    assert torch.equal(wanted, a @ b) != is_open
+    library._destroy()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from quantlab.backends.casting import wanted_dtype
+from quantlab.backends.casting import by_place, wanted_dtype
 from quantlab.backends.modelopt.config import NVIDIAModelOptConfig
 from quantlab.backends.modelopt.library import insert, layers_at, settle, shape_of
 from quantlab.backends.modelopt.quantize import begin
@@ -57,6 +57,7 @@ def calibrate(
     for part in rounds:
         with (
             _as_before(done, before),
+            _given_by_place(part),
             shielded(part, loudest, config.algorithm),
             _told_by_layer(named, config.algorithm),
         ):
@@ -129,6 +130,17 @@ def _as_before(done: Named, weights: Mapping[str, Tensor]) -> Iterator[None]:
             layer.weight.data = now[name]
         for quantizer in quantizers:
             quantizer.enable()
+
+
+@contextlib.contextmanager
+def _given_by_place(named: Named) -> Iterator[None]:
+    """While open, layers get their inputs by place: others ``local_hessian`` does not see, and does mse in silence."""
+    handles = [layer.register_forward_pre_hook(by_place, with_kwargs=True) for layer in named.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

@@ -73,13 +73,14 @@ def _no_column_of_zeros(named: Named) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _a_row_for_none(named: Named) -> Iterator[None]:
-    """The search for clipping cannot reshape an empty batch: it gets a row of zeros instead, which changes no error."""
+    """The search for clipping cannot reshape an empty batch: it gets a row of zeros instead, which changes no error.
+    Nor can it what is not contiguous."""
     shapes: dict[int, tuple[int, ...]] = {}
 
     def fill(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         inputs = args[0] if args else kwargs["input"]
         if inputs.numel():
-            return args, kwargs
+            return (inputs.contiguous(),), {}
         shapes[id(layer)] = tuple(inputs.shape[:-1])
         return (inputs.new_zeros(1, inputs.shape[-1]),), {}
 

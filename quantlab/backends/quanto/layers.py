@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quantlab.backends.casting import cast_around
+from quantlab.backends.casting import by_place, cast_around
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,7 @@ def empty_layer(layer: nn.Linear, weights: qtype | None, activations: qtype | No
     if activations is not None:
         new.disable_output_quantization()
         new._quantize_hooks["input"].remove()  # to come after the cast
+        new.register_forward_pre_hook(by_place, with_kwargs=True)  # by name the library does not see it
     cast_around(new, dtype, layer.weight.dtype)
     if activations is not None:
         new._quantize_hooks["input"] = new.register_forward_pre_hook(new.quantize_input)

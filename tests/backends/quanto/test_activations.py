@@ -199,7 +199,7 @@ def test_a_layer_that_never_ran_is_named(torch):
     model.forward = lambda x: model["used"](x)
     with pytest.raises(ConfigError, match=r"^calibration: idle never ran .*modules_to_not_convert"):
         calibrated(torch, model, QuantoConfig(activations="int8"), [torch.randn(2, 8)], ["used", "idle"])
-    assert not model["used"]._forward_pre_hooks.keys() - {model["used"]._quantize_hooks["input"].id}
+    assert not [hook for hook in model["used"]._forward_pre_hooks.values() if "_measure" in repr(hook)]
 
 
 def test_the_first_layer_with_bad_inputs_is_named(torch):
