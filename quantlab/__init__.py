@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from quantlab.backends.bitsandbytes import BitsAndBytesConfig
 from quantlab.backends.gguf import GGUFQuantizationConfig
 from quantlab.backends.modelopt import NVIDIAModelOptConfig
-from quantlab.backends.pipelines import from_pipeline_config, to_pipeline_config
+from quantlab.backends.pipelines import from_pipeline_config
 from quantlab.backends.quanto import QuantoConfig
 from quantlab.backends.stored import config_from_dict, from_pretrained_config
 from quantlab.backends.torchao import TorchAoConfig
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from quantlab.api import compose, load, run
     from quantlab.report.results import Results
     from quantlab.stages.own_module import evaluate, quantize
+    from quantlab.stages.own_pipeline import to_pipeline_config
 
 # On some processors MKL's float32 products depend on where in memory their operands begin, and so on the way in which a
 # model was loaded. This makes them the same, at no cost to speak of; it has to be said before the first product.
@@ -55,6 +56,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 _LATER = {
     **dict.fromkeys(("compose", "load", "run"), "quantlab.api"),
     **dict.fromkeys(("evaluate", "quantize"), "quantlab.stages.own_module"),
+    "to_pipeline_config": "quantlab.stages.own_pipeline",
     "Results": "quantlab.report.results",
 }
 """Name -> its module, a hundred others with it, which most commands of the command line do without."""

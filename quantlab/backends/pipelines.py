@@ -80,18 +80,7 @@ def from_pipeline_config(
 def to_pipeline_config(
     configs: Mapping[str, QuantizationConfigMixin], modules: Mapping[str, nn.Module] | None = None
 ) -> PipelineQuantizationConfig:
-    """The installed Diffusers' ``PipelineQuantizationConfig`` that means the same.
-
-    Args:
-        configs: component -> native config.
-        modules: component -> its module, needed where layers are excluded: the object holds layers' names by the rule
-            of the library that loads the component. ``pipe.components`` is taken as it is. Without modules the names
-            say which library that is, and nothing tells whether the pipeline has such a component.
-
-    Raises:
-        ConfigError: beginning with ``components.NAME``, for what that library's class cannot hold, and for a name that
-            ``modules`` does not have: Diffusers would leave that part of the pipeline unquantized.
-    """
+    """See :func:`quantlab.stages.own_pipeline.to_pipeline_config`, which tells of what a run leaves out beside it."""
     from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 
     if not isinstance(configs, Mapping):
