@@ -227,3 +227,25 @@ def test_a_run_is_pushed_from_where_its_record_lies(exported):
     assert (code, "no name of a repository" in err) == (2, True), err
     code, _, err = exported("push", "latest", "me/it", "outputdir=outputs")
     assert (code, "outputdir: push takes" in err) == (2, True), err
+
+
+def test_push_tells_what_is_not_of_the_export_and_refuses_what_lacks_a_file(exported, monkeypatch, capsys):
+    folder = exported.folder / "mine"
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    for name in ("", "stray.txt"):
+        if name:
+            (folder / name).write_text("mine")
+        with pytest.raises(ModelError, match=r"^push: http://127.0.0.1:9 does not take me/it \("):
+            push(folder, "me/it")
+        said = capsys.readouterr().err
+        assert ("is not of the export, and is uploaded, too" in " ".join(said.split())) == bool(name)
+    (folder / "stray.txt").unlink()
+    [file] = folder.rglob("*.safetensors")
+    file.rename(file.with_suffix(".kept"))
+    try:
+        with pytest.raises(
+            ModelError, match=r"^push: \S+.safetensors of the export in .* is not there; export the run"
+        ):
+            push(folder, "me/it")
+    finally:
+        file.with_suffix(".kept").rename(file)
