@@ -48,8 +48,10 @@ def check_digests(key: str, place: Path) -> None:
 
 
 def other_files(folder: Path) -> tuple[list[str], list[str]]:
-    """Files of an export's folder that its manifest does not name, beside the card and its images, which users edit, and those that it
-    names and that are not there; none of either for exports of before, which name no files."""
+    """Files of an export's folder that its manifest does not name, and those that it names and that are not there.
+
+    Beside the card and its images, which users edit. None of either for exports of before, which name no files.
+    """
     said = {*_said(folder / MANIFEST)}
     here = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     here = {name for name in here if name not in (MANIFEST, "README.md") and not name.startswith("images/")}
