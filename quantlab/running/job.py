@@ -282,10 +282,12 @@ def _measured(
 
 def make(session: Session, bench: Workbench, job: Job, run: Run | None) -> Candidate:
     """The job's candidate. ConfigError for one that ``memory.device_gib`` does not hold."""
-    if told := bench.too_large.get(job.name):
-        raise ConfigError(told)
     schemes = chosen(bench.model, job)
     whole = schemes if job.needs_data else ()  # it is calibrated and compared with, whole
+    with in_typed_words(job.config.memory):
+        source = source_for(bench.model, job, schemes)
+        if told := bench.too_large.get(job.name):
+            raise ConfigError(told)
     with in_typed_words(job.config.memory), bench.model.holding(whole):
         return make_candidate(
             Making(
@@ -297,7 +299,7 @@ def make(session: Session, bench: Workbench, job: Job, run: Run | None) -> Candi
                 cache_dir=session.output_dir / "cache",
                 advance=session.advance,
                 stage=lambda name: in_stage(session, run, name),
-                source=source_for(bench.model, job, schemes),
+                source=source,
             )
         )
 

@@ -143,15 +143,15 @@ def _check(job: Job, made: Outline, device: str, is_far: bool) -> None:
     if config.checkpoint is not None:
         check_class(config.checkpoint, made.components, list(schemes))
         return
-    if config.memory.device_gib is not None:
-        for _, phases in phases_of_each(Book(outline=made, device=device), [job]):
-            if why := refusal(phases, config.memory):
-                raise ConfigError(why)
     asked = {name: scheme for name, scheme in schemes.items() if scheme is not None}
     memory, is_calibrated = config.memory, job.needs_data
     is_streamed = memory.placement not in ("resident", "spread") and not (memory.placement == "auto" and is_calibrated)
     if memory.device_gib is not None and is_streamed:
         check_largest({name: made.components[name] for name in asked}, memory.device_gib)
+    if memory.device_gib is not None:
+        for _, phases in phases_of_each(Book(outline=made, device=device), [job]):
+            if why := refusal(phases, memory):
+                raise ConfigError(why)
     first = [name for name, scheme in asked.items() if scheme.native.needs_data]  # calibrated before others are made
     selected = {}
     for name in dict.fromkeys((*first, *asked)):

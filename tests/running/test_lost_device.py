@@ -55,7 +55,7 @@ def test_the_jobs_after_it_run_in_processes_of_their_own(shell, asserting, hande
     assert (job["name"], job["after_lost_device"]) == ("quanto int4", "quanto int8")
     assert job["key"]
     assert rows["quanto int4"]["params"]["process"] == "its own, as quanto int8 had lost the sweep's GPU"
-    assert f"failed: quanto int8: AcceleratorError: {ASSERT}" in err
+    assert f"failed: quanto int8 at quantize: AcceleratorError: {ASSERT}" in err
 
 
 @pytest.mark.slow
