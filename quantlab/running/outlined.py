@@ -78,6 +78,8 @@ def refused_by_shape(
         if (why := _brought(job.config, brought)) is not None:
             found[job.name] = why
             continue
+        if not _is_looked_at(job):
+            continue
         device = "cpu" if job.config.device == "cpu" or not (is_far or sees_gpu()) else "cuda"
         key = canonical_json([asdict(job.config.model), device])
         if key not in outlines:
@@ -111,6 +113,12 @@ def _brought(config: ExperimentConfig, known: dict[str, ConfigError | None]) -> 
         except ConfigError as error:
             known[key] = error
     return known[key]
+
+
+def _is_looked_at(job: Job) -> bool:
+    """Whether a model's shapes could refuse the job: a denoiser that stays as it is and whole is not built for it."""
+    is_changed = job.schemes or job.config.checkpoint is not None or job.config.memory.placement == "spread"
+    return bool(is_changed) or family_of(job.config.model).protocol in _LENGTHS
 
 
 def _outline(config: ExperimentConfig, device: str, is_spared: bool) -> Outline:

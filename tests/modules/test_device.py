@@ -9,7 +9,15 @@ import weakref
 import pytest
 import torch
 
-from quantlab.errors import ConfigError, ModelError, in_words, is_device_lost, is_of_the_machine, is_out_of_memory
+from quantlab.errors import (
+    ConfigError,
+    ModelError,
+    QuantlabError,
+    in_words,
+    is_device_lost,
+    is_of_the_machine,
+    is_out_of_memory,
+)
 from quantlab.modules.device import answers, current, give_back, kind_of, let_go, uncollected
 from quantlab.modules.kept import Damaged, read_tree, write_tree
 from quantlab.modules.memory import measure_stage
@@ -225,7 +233,8 @@ def test_an_error_that_shows_late_is_still_the_blocks(monkeypatch):
 @pytest.mark.parametrize("error", [*NO_MEMORY, *LOST, *OTHERS], ids=lambda e: f"{type(e).__name__}: {e}"[:60])
 def test_lack_of_memory_is_told_with_the_way_out(error):
     text = in_words(error)
-    assert text.startswith(f"{type(error).__name__}: {error}")
+    kind = "" if isinstance(error, QuantlabError) else type(error).__name__
+    assert text.startswith(": ".join(filter(None, (kind, str(error)))))
     assert ("set a smaller evaluation.batch_size" in text) == (error in NO_MEMORY)
 
 

@@ -263,7 +263,7 @@ def test_what_programs_do_otherwise_is_also_said_of_files_that_others_made(own_s
     asked = {"quantization": {"backend": "none"}, "resolved": {"checkpoint_method": name}, "checkpoint": "theirs"}
     theirs = add_run(own_sweep, "theirs", errors(5e-5, 15), size=3_000_000, backend="theirs", params=asked)
     assert not {*said} & {*compared(own_sweep, *typed, theirs)[0][0].notes}, "these are diffusion's rows"
-    monkeypatch.setattr("quantlab.report.compare.said_of", lambda names, protocol: said_of(names, "language"))
+    monkeypatch.setattr("quantlab.report.elsewhere.said_of", lambda names, protocol: said_of(names, "language"))
     assert not {*said} & {*compared(own_sweep, *typed)[0][0].notes}
     assert {*said} <= {*compared(own_sweep, *typed, theirs)[0][0].notes}
 

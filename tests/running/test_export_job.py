@@ -70,7 +70,7 @@ def test_an_export_that_fails_on_the_node_says_why(session, request_, tmp_path, 
     assert export_job.export_here(session, request_.jobs[0], tmp_path, ASKED) == 1
     assert not (tmp_path / export_job.RESULT).exists()
     told = read(tmp_path, "run.json")
-    assert (told["status"], told["error"]) == ("FAILED", "NotQuantized: export: a layer has dtype int4 now")
+    assert (told["status"], told["error"]) == ("FAILED", "export: a layer has dtype int4 now")
 
 
 @pytest.mark.parametrize(("target", "where"), [("here", ""), ("away", "(on n7: it is not seen from here)")])
