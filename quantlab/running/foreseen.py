@@ -26,7 +26,18 @@ from quantlab.tracking.values import flatten
 from quantlab.vocabulary.axes import QuantizationAxes, resolve_axes
 from quantlab.vocabulary.native import canonical_json
 
-STAGES = ("calibrate", "quantize", "compile", "warm_up", "evaluate", "weigh", "evidence", "attribute", "speed")
+STAGES = (
+    "calibrate",
+    "quantize",
+    "compile",
+    "warm_up",
+    "evaluate",
+    "own_kernels",
+    "weigh",
+    "evidence",
+    "attribute",
+    "speed",
+)
 """Of a job alone; loading the model and making the reference are the sweep's."""
 _SAME = ("model.", "dataset.", "evaluation.")
 """Parameters of the jobs whose times are compared."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quantlab.errors import ConfigError, MetricUndefined, ModelError
+from quantlab.errors import QuantlabError
 from quantlab.exporting.checkpoint import write_part
 from quantlab.exporting.whole import parts_of
 from quantlab.models.loaded import LoadedModel
@@ -51,7 +51,7 @@ def beside(
             file = Path(folder, str(write_part(part, Path(folder)).arguments["gguf_file"]))
             logits = ask.logits_of(file, inputs.input_ids.tolist(), job.config.num_threads)
             found = measure_logits(logits, inputs, job.config.evaluation, reference, reference_model)
-    except (ConfigError, ModelError, MetricUndefined) as error:
+    except (QuantlabError, OSError) as error:  # its folder may have no room for the file
         say(f"{job.name}: no figure of {program}: {error}")
         return measured
     return replace(

@@ -47,9 +47,10 @@ def test_the_figures_of_an_installed_program_stand_beside_the_rows(shell, monkey
     assert row["metrics"][OWN[1]] == pytest.approx(row["metrics"]["quality/ppl_ref"])
 
 
-def test_a_program_that_fails_costs_its_figures_alone(shell, monkeypatch):
+@pytest.mark.parametrize("error", [ModelError("llama.cpp ended"), OSError(28, "No space left on device")])
+def test_a_program_that_fails_costs_its_figures_alone(shell, monkeypatch, error):
     def fails(*_):
-        raise ModelError("xllamacpp: llama.cpp ended before it had answered")
+        raise error
         yield
 
     words = language_words(shell.folder)
@@ -57,7 +58,7 @@ def test_a_program_that_fails_costs_its_figures_alone(shell, monkeypatch):
     monkeypatch.setattr(gguf, "logits_of", fails)
     code, out, err = shell(*words, *SCHEME)
     assert code == 0, err
-    assert "no figure of llama.cpp (1.0): xllamacpp: llama.cpp ended before it had answered" in " ".join(err.split())
+    assert f"no figure of llama.cpp (1.0): {error}" in " ".join(err.split())
     assert "by llama.cpp's own kernels" not in out
 
 
