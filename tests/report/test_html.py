@@ -17,7 +17,7 @@ from quantlab.report.figures import image_figure, layer_figure
 from quantlab.report.html import page, write_page
 from quantlab.report.reading import StoredRun
 from quantlab.tracking.pictures import SAMPLE_ARRAYS, write_samples
-from tests.support.browser import boxes, find, look, row_names, texts
+from tests.support.browser import boxes, find, look, row_names, scroll_to, texts
 from tests.support.comparison_store import SCHEMES
 
 HOSTILE = "</script><img src=x onerror=document.title='taken'> & <b>"
@@ -168,7 +168,7 @@ def test_hovering_shows_what_a_point_and_a_cell_are(opened):
     assert tip.text.startswith("int8 a\n3.81 MiB")
     assert "inside the floor; on the Pareto front" in tip.text
     cell = find(opened, ".heat")[0]
-    opened.execute_script("arguments[0].scrollIntoView({block: 'center'})", cell)
+    scroll_to(opened, cell)
     ActionChains(opened).move_to_element(cell).perform()
     assert tip.text.startswith("int4 a\nblocks.0.to_q\nweight error ")
 
@@ -222,7 +222,7 @@ def test_videos_beside_one_another_show_the_same_frame_whenever_they_are_switche
     write_page({**data, "groups": [group]}, tmp_path / "moving.html")
     look(browser, tmp_path / "moving.html")
     slider = find(browser, "#scheme-slider")[0]
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", slider)
+    scroll_to(browser, slider)
     for i, delay in enumerate((0.31, 0.47, 0.23, 0.61)):
         time.sleep(delay)
         browser.execute_script(f"arguments[0].value = {i % 2}; arguments[0].dispatchEvent(new Event('input'))", slider)

@@ -61,6 +61,13 @@ def find(browser: Any, css: str) -> list[Any]:
     return list(browser.find_elements("css selector", css))
 
 
+def scroll_to(browser: Any, element: Any) -> None:
+    """Bring it into the middle; returns once the page has heard of it: a frame later, when it hides what floats."""
+    script = """arguments[0].scrollIntoView({block: "center"});
+        requestAnimationFrame(() => requestAnimationFrame(arguments[1]))"""
+    browser.execute_async_script(script, element)
+
+
 def texts(browser: Any, css: str) -> list[str]:
     """Their texts, also of SVG elements and of those that are scrolled away."""
     return list(
