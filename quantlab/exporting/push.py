@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from quantlab.errors import ConfigError, ModelError
+from quantlab.errors import ConfigError, ModelError, first_line
 from quantlab.exporting.folder import read_manifest
 from quantlab.models.exported import check_digests, other_files
 from quantlab.progress import say
@@ -50,7 +50,7 @@ def push(folder: Path, repo: str, key: str = "push") -> str:
         if not isinstance(error, (HfHubHTTPError, OSError)) and not type(error).__module__.startswith("httpx"):
             raise  # no matter of the Hub or the network
         raise ModelError(
-            f"{key}: {api.endpoint} does not take {repo} ({type(error).__name__}: {str(error).splitlines()[0][:300]}); "
+            f"{key}: {api.endpoint} does not take {repo} ({type(error).__name__}: {first_line(error)}); "
             "check the name, the network and who you are there (hf auth login)"
         ) from error
     return str(done.commit_url)

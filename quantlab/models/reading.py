@@ -10,7 +10,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from quantlab.errors import ConfigError, ModelError, QuantlabError, is_of_the_machine, nearest
+from quantlab.errors import ConfigError, ModelError, QuantlabError, first_line, is_of_the_machine, nearest
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 from quantlab.vocabulary.schema import ModelConfig
 
@@ -213,13 +213,6 @@ def unreadable() -> tuple[type[Exception], ...]:
     builtin = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
     sizes = (ArithmeticError, AssertionError, EOFError)  # of a configuration whose numbers do not fit each other
     return *builtin, *sizes, UnpicklingError, SafetensorError, StrictDataclassError
-
-
-def first_line(error: Exception) -> str:
-    """What an error says first: its first line, and the next where that one ends with a colon."""
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-    told = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-    return told[:300].rstrip(".")
 
 
 def frozen(module: _Module) -> _Module:

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.scheme import Scheme
 from quantlab.datasets.calibration import in_words_of_calibration, sampling_settings
-from quantlab.errors import ConfigError, QuantlabError
+from quantlab.errors import ConfigError, QuantlabError, first_line
 from quantlab.exporting.beforehand import check_outlined
 from quantlab.models.architectures import CONFIG
 from quantlab.models.foreign import check_class
 from quantlab.models.outline import Outline
 from quantlab.models.outlines import outline
 from quantlab.models.pipeline_files import INDEX
-from quantlab.models.reading import first_line
 from quantlab.models.repository import folder_here
 from quantlab.models.spared import spared
 from quantlab.models.table import family_of

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from quantlab.backends.checkpoints import FOLDED, backend_of_layer
 from quantlab.backends.others import WHOLE_MODEL, packed_integers, read_by_its_library
 from quantlab.backends.table import Backend, held_packages
-from quantlab.errors import ModelError, NotQuantized, QuantlabError, is_of_the_machine
+from quantlab.errors import ModelError, NotQuantized, QuantlabError, first_line, is_of_the_machine
 from quantlab.models.foreign import (
     also_quantized,
     checkpoint_bytes,
@@ -24,7 +24,7 @@ from quantlab.models.foreign import (
     sources_of,
 )
 from quantlab.models.loaded import LoadedModel, class_names
-from quantlab.models.reading import first_line, unreadable
+from quantlab.models.reading import unreadable
 from quantlab.models.settings import differing_settings
 from quantlab.modules.compute_dtype import stand_for
 from quantlab.modules.holders import Holder, holders
