@@ -6,13 +6,13 @@ that the export was checked with.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from quantlab.errors import ModelError
+from quantlab.vocabulary.files import sha256_of
 
 MANIFEST = "quantlab_export.json"
 """In each export: what it is, and by what it is loaded. A folder that has it may be replaced by another export."""
@@ -69,9 +69,4 @@ def _said(manifest: Path) -> Mapping[str, object]:
 
 def _sha256(files: Mapping[str, Path]) -> dict[str, str]:
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        return dict(zip(files, pool.map(_of_file, files.values()), strict=True))
-
-
-def _of_file(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+        return dict(zip(files, pool.map(sha256_of, files.values()), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -91,6 +92,12 @@ def files_below(path: str | Path) -> list[Path]:
         entered.add(real)
         found += [file for name in names if (file := Path(folder) / name).is_file()]
     return sorted(found)
+
+
+def sha256_of(file: Path) -> str:
+    """Of the file's content, as hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def leads_to_a_file(key: str) -> bool:

@@ -28,13 +28,13 @@ from quantlab.running.engines.parcels import (
     pack,
     pack_back,
     put,
-    sha256_of,
     unpack,
 )
 from quantlab.running.engines.protocol import EngineError, State, What
 from quantlab.running.node import run
 from quantlab.tracking.tags import HOST
 from quantlab.tracking.values import this_process
+from quantlab.vocabulary.files import sha256_of
 from quantlab.vocabulary.launching import RaySettings
 
 _NAMESPACE = "quantlab"
