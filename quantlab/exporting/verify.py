@@ -18,6 +18,7 @@ from quantlab.backends.part import Part, Written
 from quantlab.errors import NotQuantized
 from quantlab.exporting import check
 from quantlab.models.loaded import LoadedModel
+from quantlab.models.settings import computing_settings
 from quantlab.modules.calls import Call
 from quantlab.modules.source import trim
 from quantlab.protocols.table import PROTOCOLS
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 _NUM_SAMPLES, _NUM_STEPS, _MAX_CALLS = 2, 2, 4
 _MAX_SECONDS = 3600
+_OF_A_READER = ("max_position_embeddings", "model_type")
+"""A reader may call a model by the class that it makes of it, and reads no further than a text that both take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +120,8 @@ def verify(
 def _settings(part: Part, written: Written) -> dict[str, Any]:
     """Those of a language model in a single file, which has no configuration beside it: its reader makes one."""
     is_single = "gguf_file" in written.arguments and part.library == "transformers"
-    return check.settings_of(part.original) if is_single else {}
+    said = computing_settings(part.original) if is_single else {}
+    return {k: v for k, v in said.items() if k not in _OF_A_READER}
 
 
 def _let_go(module: nn.Module) -> None:

@@ -226,12 +226,12 @@ def _as_globs(entry: str) -> list[str]:
     return [*(w for w in words[1:] if w != entry), *(f"*.{w}" for w in words)]
 
 
-def _nearest_paths(entry: str, paths: list[str], num: int = 3) -> list[str]:
-    near = difflib.get_close_matches(entry, paths, num)
+def _nearest_paths(entry: str, paths: list[str]) -> list[str]:
+    near = difflib.get_close_matches(entry, paths)
     leaf_of = {path: path.rpartition(".")[2] for path in paths}
-    leaves = difflib.get_close_matches(entry.rpartition(".")[2].lower(), sorted(set(leaf_of.values())), num)
+    leaves = difflib.get_close_matches(entry.rpartition(".")[2].lower(), sorted(set(leaf_of.values())))
     by_leaf = [path for leaf in leaves for path in paths if leaf_of[path] == leaf]
-    return list(dict.fromkeys([*near, *by_leaf]))[:num]
+    return list(dict.fromkeys([*near, *by_leaf]))[:3]
 
 
 def _some(names: list[str], num: int = 3) -> str:

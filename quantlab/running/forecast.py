@@ -259,7 +259,7 @@ def _component(made: Outline, part: str, schemes: Mapping[str, Scheme | None], j
         compute_dtype=made.dtype if scheme.axes.compute_dtype == "auto" else scheme.axes.compute_dtype,
         device=device,
         default_exclusions=made.default_exclusions.get(part, ()),
-        read=_read(module),
+        read=read_by_code(module),
         typed=job.key_of(part),
     )
     axes, key = scheme.axes, job.key_of(part)
@@ -270,7 +270,7 @@ def _component(made: Outline, part: str, schemes: Mapping[str, Scheme | None], j
 
 
 @remembered
-def _read(module: nn.Module) -> tuple[str, ...]:
+def read_by_code(module: nn.Module) -> tuple[str, ...]:
     """Which weights the model reads, by its code: a run sees which it reads."""
     return reads_in_source(module)
 
