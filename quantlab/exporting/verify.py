@@ -22,6 +22,7 @@ from quantlab.models.settings import computing_settings
 from quantlab.modules.calls import Call
 from quantlab.modules.source import trim
 from quantlab.protocols.table import PROTOCOLS
+from quantlab.vocabulary.amounts import some_of
 from quantlab.vocabulary.schema import EvaluationConfig
 
 if TYPE_CHECKING:
@@ -190,9 +191,8 @@ def _verdict(
             )
         if other := found[name]["other"]:
             raise NotQuantized(
-                f"export.path: {written.loader} gives back other bits than were measured in {', '.join(other[:4])}"
-                f"{f' and {len(other) - 4} more tensors' if len(other) > 4 else ''} of {name}; nothing is written: "
-                "export another scheme, or exclude these layers"
+                f"export.path: {written.loader} gives back other bits than were measured in {some_of(other, 4)} "
+                f"of {name}; nothing is written: export another scheme, or exclude these layers"
             )
     errors = [error for part in found.values() for error in part.get("errors", [])]
     is_whole = not told and all("errors" in part for part in found.values())

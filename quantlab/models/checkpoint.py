@@ -33,6 +33,7 @@ from quantlab.modules.compute_dtype import torch_dtype
 from quantlab.modules.layers import state_digest
 from quantlab.modules.source import check_indices
 from quantlab.progress import say
+from quantlab.vocabulary.amounts import some_of
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.schema import ModelConfig
 
@@ -118,19 +119,19 @@ def load_model(
     if missing:
         raise ModelError(
             f"{key}: the checkpoint lacks {len(missing)} of the weights of {type(model).__name__} "
-            f"({_some(missing)}), which would stay random; name a checkpoint that was saved from this architecture"
+            f"({some_of(missing, 3)}), which would stay random; name a checkpoint that was saved from this architecture"
         )
     unused, architecture = sorted(info.get("unexpected_keys", ())), saved_from(stored)
     if is_half:  # whoever loads it tells
         unused = []
     if unused and is_base and is_base_with_head(stored):
-        told = f"{key}: {len(unused)} weights of the head of {architecture} ({_some(unused)}) are not measured"
+        told = f"{key}: {len(unused)} weights of the head of {architecture} ({some_of(unused, 3)}) are not measured"
         say(told, "warning")
     elif unused:
         raise ModelError(
-            f"{key}: {type(model).__name__} does not use {len(unused)} weights of the checkpoint ({_some(unused)}), "
-            f"which was saved from {architecture or 'another class'}: a part of the model would be measured as if it "
-            f"were whole; {another_family(architecture, stored.to_dict(), config.family)}"
+            f"{key}: {type(model).__name__} does not use {len(unused)} weights of the checkpoint "
+            f"({some_of(unused, 3)}), which was saved from {architecture or 'another class'}: a part of the model "
+            f"would be measured as if it were whole; {another_family(architecture, stored.to_dict(), config.family)}"
         )
     whole: PreTrainedModel = frozen(model).to(device)
     return whole
@@ -234,10 +235,6 @@ def is_base_with_head(stored: PreTrainedConfig) -> bool:
     if getattr(stored, "is_encoder_decoder", False):
         return False
     return saved_from(stored).rpartition("For")[2] in HEADS
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 # -- digests

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from quantlab.errors import ModelError
+from quantlab.vocabulary.amounts import some_of
 from quantlab.vocabulary.files import sha256_of
 
 MANIFEST = "quantlab_export.json"
@@ -41,7 +42,7 @@ def check_digests(key: str, place: Path) -> None:
         changed = [name for name, digest in _sha256(here).items() if digest != said[name]]
         if changed:
             raise ModelError(
-                f"{key}: {', '.join(changed[:4])}{' and more' if len(changed) > 4 else ''} is not as it was exported "
+                f"{key}: {some_of(changed, 4)} is not as it was exported "
                 f"(another sha256 than {MANIFEST} says); copy or download the export again, or, where you changed it "
                 f'on purpose, take its line out of "{DIGESTS}" there'
             )

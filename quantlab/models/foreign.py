@@ -36,6 +36,7 @@ from quantlab.modules.compute_dtype import torch_dtype
 from quantlab.modules.groups import KEY as GROUPED
 from quantlab.modules.source import check_indices, tensor_names
 from quantlab.progress import say
+from quantlab.vocabulary.amounts import some_of
 from quantlab.vocabulary.files import read_json
 from quantlab.vocabulary.native import QuantizationMethod
 
@@ -69,7 +70,7 @@ def _check_kind(key: str, place: Path) -> None:
         return
     files = sorted(place.glob("*.gguf"))
     if len(files) != 1 and not any((place / name).is_file() for name in (INDEX, CONFIG)):
-        found = f"it holds {', '.join(f.name for f in files[:4])}: name one" if files else f"{_NAME_ONE}"
+        found = f"it holds {some_of((f.name for f in files), 4)}: name one" if files else f"{_NAME_ONE}"
         raise ModelError(f"{key}: the folder has neither {CONFIG} nor {INDEX}; {found}")
 
 

@@ -34,14 +34,13 @@ from quantlab.running.phases import phases
 from quantlab.running.shares import spread_phases
 from quantlab.stages.price import price_component
 from quantlab.stages.select import QuantizationRequest
+from quantlab.vocabulary.amounts import GIB
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.prices import ComponentPrice, Phase, Price, Share
 from quantlab.vocabulary.schema import ExperimentConfig
 
 if TYPE_CHECKING:
     from torch import nn
-
-GIB = 2**30
 
 
 def forecast(plan: Plan, *, is_last: bool = False) -> list[Price]:

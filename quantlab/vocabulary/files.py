@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import ConfigError
+from quantlab.vocabulary.amounts import MIB
 
-MIB = 2**20
 MAX_TEXT_BYTES, MAX_DATA_BYTES = 256 * MIB, 16 * MIB
 """Of a text to evaluate on; of a recipe, a configuration or a list of prompts."""
 
