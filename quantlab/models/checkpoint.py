@@ -35,6 +35,7 @@ from quantlab.modules.source import check_indices
 from quantlab.progress import say
 from quantlab.vocabulary.amounts import some_of
 from quantlab.vocabulary.dtypes import dtype_name
+from quantlab.vocabulary.files import object_in
 from quantlab.vocabulary.schema import ModelConfig
 
 if TYPE_CHECKING:
@@ -316,7 +317,7 @@ def _remembered(
     store = Path(cache_dir) / "digests.json"
     store.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{store}.lock"):
-        known = _read_digests(store)
+        known = object_in(store)  # absent or cut off: it only saves time, so start again
         unknown = [i for i, stamp in enumerate(stamps) if stamp not in known]
         if not unknown:
             return [known[stamp] for stamp in stamps]
@@ -342,22 +343,10 @@ def file_stamp(file: Path) -> str:
     return f"{file.resolve()}|{found.st_size}|{times}|{digest.hexdigest()[:32]}"
 
 
-def _read_digests(store: Path) -> dict[str, str]:
-    try:
-        data = json.loads(store.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # absent or cut off: it only saves time, so start again
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
 def _has_own_tokenizer(path: str, revision: str | None) -> bool:
     """Whether the checkpoint says that the class of its tokenizer is in a file of its own."""
     folder = _folder(path, revision)
-    try:
-        data = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")) if folder else {}
-    except (OSError, ValueError):
-        return False
-    return isinstance(data, dict) and "AutoTokenizer" in (data.get("auto_map") or {})
+    return folder is not None and "AutoTokenizer" in (object_in(folder / "tokenizer_config.json").get("auto_map") or {})
 
 
 def _weight_files(path: str, revision: str | None) -> list[Path]:

@@ -6,14 +6,13 @@ that the export was checked with.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from quantlab.errors import ModelError
 from quantlab.vocabulary.amounts import some_of
-from quantlab.vocabulary.files import sha256_of
+from quantlab.vocabulary.files import object_in, sha256_of
 
 MANIFEST = "quantlab_export.json"
 """In each export: what it is, and by what it is loaded. A folder that has it may be replaced by another export."""
@@ -60,11 +59,7 @@ def other_files(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _said(manifest: Path) -> Mapping[str, object]:
-    try:
-        data = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    said = data.get(DIGESTS) if isinstance(data, dict) else None
+    said = object_in(manifest).get(DIGESTS)
     return said if isinstance(said, dict) else {}
 
 

@@ -13,6 +13,7 @@ from quantlab.errors import ConfigError, MissingPackage, ModelError, nearest
 from quantlab.models.reading import ADAPTER, check_config, check_no_adapter, check_variant, remote_code
 from quantlab.models.repository import Repository, of_folder
 from quantlab.modules.source import check_indices, shards_of, tensor_names
+from quantlab.vocabulary.files import object_in
 from quantlab.vocabulary.schema import ModelConfig
 
 if TYPE_CHECKING:
@@ -54,11 +55,7 @@ def listed_parts(index: Mapping[str, Any]) -> dict[str, tuple[str | None, str | 
 
 def named_denoisers(index: Path) -> tuple[str, ...]:
     """The parts of an index that are called like denoisers; none of a damaged one, which loading tells."""
-    try:
-        parts = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ()
-    return tuple(name for name in parts if DENOISER.fullmatch(name)) if isinstance(parts, dict) else ()
+    return tuple(name for name in object_in(index) if DENOISER.fullmatch(name))
 
 
 def check_choice(files: Repository, index: Mapping[str, Any], config: ModelConfig) -> None:

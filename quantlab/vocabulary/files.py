@@ -54,6 +54,15 @@ def read_json(path: str | Path, key: str, way_out: str) -> Any:
         raise ConfigError(f"{key}: not a readable JSON file ({why}); {way_out}") from error
 
 
+def object_in(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; empty where none can be read: whoever needs it says what is wrong."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
 def lines_of(text: str) -> list[tuple[int, str]]:
     """The lines that are not empty, with their numbers; of the signs that divide lines, only those that editors write.
 
