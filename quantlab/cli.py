@@ -253,7 +253,7 @@ def dispatch(words: list[str], is_last: bool = False) -> int:
     if words[:1] == ["--complete"]:
         print("\n".join(completions(*words[1:3])))
         return 0
-    words, folder = _config_dir(_with_its_value("--columns", _config_words(words)))
+    words, folder = _config_dir(_with_columns(_config_words(words)))
     with own_options(folder):
         return _dispatch(words, is_last)
 
@@ -320,16 +320,16 @@ def _config_words(words: Sequence[str]) -> list[str]:
     return out
 
 
-def _with_its_value(option: str, words: Sequence[str]) -> list[str]:
-    """The words with ``OPTION VALUE`` as ``OPTION=VALUE``."""
+def _with_columns(words: Sequence[str]) -> list[str]:
+    """The words with ``--columns A,B`` as ``--columns=A,B``."""
     out: list[str] = []
     for word in words:
-        if out and out[-1] == option and "=" not in word:  # the next key is no column
-            out[-1] = f"{option}={word}"
+        if out and out[-1] == "--columns" and "=" not in word:  # the next key is no column
+            out[-1] = f"--columns={word}"
         else:
             out.append(word)
-    if option in out:
-        raise ConfigError(f"{option}: it needs a value, such as {option} perf/evaluate_s,quality/kld_p99")
+    if "--columns" in out:
+        raise ConfigError("--columns: it needs a value, such as --columns perf/evaluate_s,quality/kld_p99")
     return out
 
 

@@ -40,6 +40,7 @@ from quantlab.running.forecast import book_of, forecast, phases_of_floors
 from quantlab.tracking import find_records
 from quantlab.tracking.results import SweepResults
 from quantlab.tracking.tags import KIND, RECIPE
+from quantlab.vocabulary.amounts import GIB, MIB
 from quantlab.vocabulary.numbers import metric_value
 
 BLOCK = re.compile(
@@ -251,7 +252,7 @@ def foreign_block(file: Path) -> str:
         metrics, value = row["metrics"], metric_value(row["metrics"], "quality/kld_mean")
         interval = "" if value.ci_lo is None else f" ({value.ci_lo:.2g}..{value.ci_hi:.2g})"
         bits = f"{metrics['memory/bits_per_weight_model']:.2f} ({metrics['memory/bits_per_weight_quantized']:.2f})"
-        mib = metrics["memory/weights_bytes"] / 2**20
+        mib = metrics["memory/weights_bytes"] / MIB
         lines.append(f"| {row['name']} | {row['by']} | {bits} | {mib:.3f} | {value.value:.3g}{interval} | {verdict} |")
     pairs = [f"- {pair}" for pair in data["pairs"]]
     told = "Against the reference above; each checkpoint and quantlab's own row, paired:"
@@ -278,7 +279,7 @@ def needs(recipe: Path) -> str:
         peaks = {name: most_on_device(rows) for name, rows in price.phases.items() if name != "group_offload"}
         largest["whole"].append(min(peak for name, peak in peaks.items() if name != "alone"))
         largest["alone"].append(min(peaks.values()))
-    whole, alone = (-(-max(largest[name]) // 2**30) for name in ("whole", "alone"))
+    whole, alone = (-(-max(largest[name]) // GIB) for name in ("whole", "alone"))
     return f"(one GPU with {whole} GiB or more{f'; {alone} part by part' if alone < whole else ''})"
 
 

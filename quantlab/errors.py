@@ -189,6 +189,13 @@ def in_words(error: BaseException) -> str:
     return text
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first: its first line, and the next where that one ends with a colon."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    told = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    return told[:300].rstrip(".")
+
+
 def is_device_lost(error: BaseException | None) -> bool:
     """Whether ``error``, or what it came from, leaves this process without its GPU: only a new process has one."""
     return any(

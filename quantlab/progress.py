@@ -198,10 +198,10 @@ def counted(num: int, what: str) -> str:
     return f"{num} {what}{'' if num == 1 else 's'}"
 
 
-def headline_of(text: str, most: int = 200) -> str:
+def headline_of(text: str) -> str:
     """The beginning of a long message, whole words: what follows is told below the table."""
     line = " ".join(text.split())
-    return line if len(line) <= most else f"{line[:most].rpartition(' ')[0]} …"
+    return line if len(line) <= 200 else f"{line[:200].rpartition(' ')[0]} …"
 
 
 def plain(text: str, most: int = 200, width: int | None = None) -> Text:

@@ -183,6 +183,21 @@ def test_a_module_whose_weights_are_quantized_already_is_told_so(config):
             ask(nn.Sequential(made[0], nn.Linear(64, 64)), *more)
 
 
+class Uncopied(OneLinear):
+    """A library's own module, which says nothing of why it cannot be copied."""
+
+    def __deepcopy__(self, memo):
+        raise NotImplementedError
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def test_a_module_that_cannot_be_copied_is_told_so():
+    with pytest.raises(quantlab.ConfigError, match=r"^module: it cannot be copied \(NotImplementedError\); "):
+        quantlab.evaluate(Uncopied(), [INT8], inputs=[X])
+
+
 class Rescaling(OneLinear):
     """Divides its weights at its first call in eval mode and remembers it, as RWKV does."""
 

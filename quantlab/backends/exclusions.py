@@ -33,6 +33,7 @@ from quantlab.errors import ConfigError
 from quantlab.modules.holders import Holder, holders
 from quantlab.modules.hooks import before_adapters
 from quantlab.modules.layers import linear_layers, resolve_exclusions
+from quantlab.vocabulary.amounts import some_of
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.native import LIBRARY_RULE, QuantizationConfigMixin, Rule
 
@@ -176,7 +177,7 @@ def exclusions_for(config: QuantizationConfigMixin, model: nn.Module | None, lib
     kept = taken(rule, _kept_in_float32(model), paths)
     if beyond := [path for path in kept if path not in wanted]:
         raise ConfigError(
-            f"modules_to_not_convert: {library} also leaves out {', '.join(beyond[:8])}, which the model "
+            f"modules_to_not_convert: {library} also leaves out {some_of(beyond)}, which the model "
             "keeps in float32; add them, so that both say the same"
         )
     entries = express(config, library, wanted, paths)
@@ -238,7 +239,7 @@ def express(
             missing.append(path)
     if missing:
         raise ConfigError(
-            f"modules_to_not_convert: no list of {library} says {', '.join(missing[:8])} for {config.method()} "
+            f"modules_to_not_convert: no list of {library} says {some_of(missing)} for {config.method()} "
             f"without other layers{_others(rule, missing[0], wanted, paths)}; exclude those too, or keep "
             "to quantlab"
         )
@@ -257,7 +258,7 @@ def _spellings(path: str, library: str) -> list[str]:
 def _others(rule: Rule, path: str, wanted: set[str], paths: Sequence[str]) -> str:
     extra = [p for p in paths if rule(path, p) or rule(path.rpartition(".")[2], p)]
     extra = [p for p in extra if p not in wanted]
-    return f" ({', '.join(extra[:4])})" if extra else ""
+    return f" ({some_of(extra, 4)})" if extra else ""
 
 
 # -- building the libraries' objects

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from quantlab.errors import ConfigError
+from quantlab.vocabulary.amounts import some_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def never_ran(names: Iterable[str]) -> ConfigError:
     """The error for layers that no calibration data reached."""
     return ConfigError(
-        f"calibration: {', '.join(list(names)[:8])} never ran on the calibration data; exclude it with "
+        f"calibration: {some_of(names)} never ran on the calibration data; exclude it with "
         "modules_to_not_convert, or give data that reaches it"
     )
 
@@ -26,7 +27,7 @@ def never_ran(names: Iterable[str]) -> ConfigError:
 def only_zeros(names: Iterable[str]) -> ConfigError:
     """The error for layers whose inputs were all zero, which say as little."""
     return ConfigError(
-        f"calibration: {', '.join(list(names)[:8])} got nothing but zeros on the calibration data; exclude it with "
+        f"calibration: {some_of(names)} got nothing but zeros on the calibration data; exclude it with "
         "modules_to_not_convert, or give data that reaches it"
     )
 

@@ -19,29 +19,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_SILENT = frozenset(
-    [
-        "architectures",
-        "chunk_size_feed_forward",
-        "dtype",
-        "id2label",
-        "initializer_range",
-        "is_encoder_decoder",
-        "label2id",
-        "max_position_embeddings",
-        "model_type",
-        "output_attentions",
-        "output_hidden_states",
-        "pretraining_tp",
-        "problem_type",
-        "quantization_config",
-        "return_dict",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    ]
-)
-"""Settings that move no output, or none of a text that both take."""
 _NO_GPU = "its check for a GPU was set aside, as this machine has none"
 
 
@@ -123,16 +100,19 @@ def difference(found: Tensor, wanted: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def settings_of(module: nn.Module) -> dict[str, Any]:
-    """What a model of transformers says of itself that moves its outputs."""
-    said = json.loads(module.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
-    return {k: v for k, v in said.items() if not k.startswith("_") and not k.endswith("_token_id") and k not in _SILENT}
-
-
 def other_settings(module: nn.Module, settings: Mapping[str, Any]) -> list[str]:
-    """Names of the settings that a loaded model has otherwise."""
-    found = settings_of(module) if settings else {}
+    """Names of the settings, ``rope_parameters.rope_theta``, that a model of transformers has otherwise."""
+    said = json.loads(module.config.to_json_string(use_diff=False)) if settings else {}  # type: ignore[union-attr, operator]
+    found = dict(_flat("", said))
     return sorted(k for k, v in settings.items() if k in found and not _is_same(found[k], v))
+
+
+def _flat(prefix: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(f"{prefix}{name}.", value)
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _is_same(one: Any, other: Any) -> bool:

@@ -21,6 +21,7 @@ from quantlab.errors import ConfigError, is_disk_full, is_of_the_machine
 from quantlab.models.reading import quiet_loading
 from quantlab.modules.packed import stored_at
 from quantlab.quiet import quiet_libraries
+from quantlab.vocabulary.amounts import some_of
 from quantlab.vocabulary.reports import LayerReport
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def _is_linear(original: nn.Module, name: str) -> bool:
 
 
 def _some(rows: Sequence[LayerReport]) -> str:
-    return ", ".join(r.name for r in rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
+    return some_of((r.name for r in rows), 4)
 
 
 def stored_config(part: Part) -> Any:
@@ -184,7 +185,7 @@ def stored_config(part: Part) -> Any:
     left = {path for path in paths if id(part.original.get_submodule(path)) not in taken}
     if kept := [path for path in kept_by_loader(native, part.library, part.original, paths) if path not in left]:
         raise ConfigError(
-            f"quantization.replace_default_exclusions: {part.library} keeps {', '.join(kept[:8])} of {part.name} in "
+            f"quantization.replace_default_exclusions: {part.library} keeps {some_of(kept)} of {part.name} in "
             "float32 whatever a checkpoint says; leave the default exclusions as they are"
         )
     names = tuple(express(native, part.library, left, paths))

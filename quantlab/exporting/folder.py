@@ -13,10 +13,11 @@ from typing import Any
 
 from quantlab.errors import ConfigError, DiskFull
 from quantlab.models.exported import MANIFEST
+from quantlab.vocabulary.amounts import GIB, MIB
 from quantlab.vocabulary.fields import checked_path
 
 FORMAT = 1
-_LEAST_ROOM = 64 * 2**20
+_LEAST_ROOM = 64 * MIB
 """Bytes for what is no weight: tokenizers, pictures, the card."""
 
 
@@ -49,8 +50,8 @@ def check_room(key: str, target: Path, needed_bytes: int) -> None:
     free, wanted = shutil.disk_usage(parent).free, needed_bytes + _LEAST_ROOM
     if free < wanted:
         raise DiskFull(
-            f"{key}={target}: it needs {wanted / 2**30:.2f} GiB (what is there is replaced "
-            f"only afterwards) and {free / 2**30:.2f} GiB are free; make room, or give a place on another disk"
+            f"{key}={target}: it needs {wanted / GIB:.2f} GiB (what is there is replaced "
+            f"only afterwards) and {free / GIB:.2f} GiB are free; make room, or give a place on another disk"
         )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from quantlab.backends.modelopt.checkpointing import ENABLE
 from quantlab.backends.modelopt.restore import loading_arguments, restoring, rewrap
 from quantlab.backends.table import loggers
-from quantlab.errors import ConfigError, MissingPackage, ModelError, is_of_the_machine, nearest
+from quantlab.errors import ConfigError, MissingPackage, ModelError, first_line, is_of_the_machine, nearest
 from quantlab.exporting import check
 from quantlab.exporting.folder import read_manifest
 from quantlab.exporting.single_file import CONFIG, load_file
@@ -90,7 +90,7 @@ def load(path: str | Path, device: str | None = None, config: str | Path | None 
     except (ConfigError, ModelError):
         raise
     except ImportError as error:
-        raise MissingPackage(f"path={path}: {_first_line(error)}; install that package") from error
+        raise MissingPackage(f"path={path}: {first_line(error)}; install that package") from error
     except unreadable() as error:
         if is_of_the_machine(error):
             raise
@@ -99,7 +99,7 @@ def load(path: str | Path, device: str | None = None, config: str | Path | None 
         if is_of_a_pickle(error):
             raise of_a_pickle(f"path={path}") from error
         raise ModelError(
-            f"path={path}: it cannot be loaded ({type(error).__name__}: {_first_line(error)}); check that its files "
+            f"path={path}: it cannot be loaded ({type(error).__name__}: {first_line(error)}); check that its files "
             "are complete, and that the libraries are those that wrote it or newer"
         ) from error
     if hasattr(made, "eval"):
@@ -201,7 +201,3 @@ def _of_a_library(folder: Path) -> Any:
         made = kind.from_pretrained(folder, **_NO_CODE.get(library, {}), **loading_arguments(kind, folder))
     rewrap(made, folder)
     return made
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from quantlab.errors import ConfigError, ModelError
+from quantlab.errors import ConfigError, ModelError, first_line
 from quantlab.exporting.folder import read_manifest
 from quantlab.models.exported import check_digests, other_files
 from quantlab.progress import say
+from quantlab.vocabulary.amounts import some_of
 
 
 def push(folder: Path, repo: str, key: str = "push") -> str:
@@ -29,7 +30,7 @@ def push(folder: Path, repo: str, key: str = "push") -> str:
     check_digests(key, folder)
     others, missing = other_files(folder)
     if missing:
-        raise ModelError(f"{key}: {_some(missing)} of the export in {folder} is not there; export the run again")
+        raise ModelError(f"{key}: {some_of(missing, 4)} of the export in {folder} is not there; export the run again")
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -40,7 +41,7 @@ def push(folder: Path, repo: str, key: str = "push") -> str:
         raise ConfigError(f"{key}: {repo[:100]} is no name of a repository; write owner/name")
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
     if others:
-        say(f"{key}: {_some(others)} in {folder} is not of the export, and is uploaded, too", "warning")
+        say(f"{key}: {some_of(others, 4)} in {folder} is not of the export, and is uploaded, too", "warning")
     try:
         api.create_repo(repo, repo_type="model", exist_ok=True)
         done = api.upload_folder(
@@ -50,11 +51,7 @@ def push(folder: Path, repo: str, key: str = "push") -> str:
         if not isinstance(error, (HfHubHTTPError, OSError)) and not type(error).__module__.startswith("httpx"):
             raise  # no matter of the Hub or the network
         raise ModelError(
-            f"{key}: {api.endpoint} does not take {repo} ({type(error).__name__}: {str(error).splitlines()[0][:300]}); "
+            f"{key}: {api.endpoint} does not take {repo} ({type(error).__name__}: {first_line(error)}); "
             "check the name, the network and who you are there (hf auth login)"
         ) from error
     return str(done.commit_url)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (" and more" if len(names) > 4 else "")

@@ -15,6 +15,7 @@ from quantlab.backends.checkpoints import require_method
 from quantlab.backends.gguf.header import check_header
 from quantlab.backends.gguf.names import ARCHITECTURES, architecture_said
 from quantlab.errors import ConfigError, ModelError
+from quantlab.modules.source import tensor_names
 from quantlab.vocabulary.native import QuantizationMethod
 
 CONFIG = "config.json"
@@ -58,13 +59,7 @@ def _gguf(file: Path, config: str | Path | None) -> Any:
 
 
 def _safetensors(file: Path, config: str | Path | None) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"path={file}: damaged or cut off ({error}); copy or download it again") from error
+    tensor_names(f"path={file}: it", file)
     kind, folder = _kind(file, config, "a .safetensors file")
     return kind.from_single_file(str(file), config=str(folder))
 

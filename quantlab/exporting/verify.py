@@ -18,9 +18,11 @@ from quantlab.backends.part import Part, Written
 from quantlab.errors import NotQuantized
 from quantlab.exporting import check
 from quantlab.models.loaded import LoadedModel
+from quantlab.models.settings import computing_settings
 from quantlab.modules.calls import Call
 from quantlab.modules.source import trim
 from quantlab.protocols.table import PROTOCOLS
+from quantlab.vocabulary.amounts import some_of
 from quantlab.vocabulary.schema import EvaluationConfig
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 _NUM_SAMPLES, _NUM_STEPS, _MAX_CALLS = 2, 2, 4
 _MAX_SECONDS = 3600
+_OF_A_READER = ("max_position_embeddings", "model_type")
+"""A reader may call a model by the class that it makes of it, and reads no further than a text that both take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +121,8 @@ def verify(
 def _settings(part: Part, written: Written) -> dict[str, Any]:
     """Those of a language model in a single file, which has no configuration beside it: its reader makes one."""
     is_single = "gguf_file" in written.arguments and part.library == "transformers"
-    return check.settings_of(part.original) if is_single else {}
+    said = computing_settings(part.original) if is_single else {}
+    return {k: v for k, v in said.items() if k not in _OF_A_READER}
 
 
 def _let_go(module: nn.Module) -> None:
@@ -186,9 +191,8 @@ def _verdict(
             )
         if other := found[name]["other"]:
             raise NotQuantized(
-                f"export.path: {written.loader} gives back other bits than were measured in {', '.join(other[:4])}"
-                f"{f' and {len(other) - 4} more tensors' if len(other) > 4 else ''} of {name}; nothing is written: "
-                "export another scheme, or exclude these layers"
+                f"export.path: {written.loader} gives back other bits than were measured in {some_of(other, 4)} "
+                f"of {name}; nothing is written: export another scheme, or exclude these layers"
             )
     errors = [error for part in found.values() for error in part.get("errors", [])]
     is_whole = not told and all("errors" in part for part in found.values())

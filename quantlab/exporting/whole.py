@@ -78,15 +78,10 @@ class Exported:
 
 
 def check_exportable(
-    target: str,
-    job: Job,
-    reference: LoadedModel,
-    candidate: LoadedModel,
-    layers: QuantizationReport | None,
-    key: str = "export.path",
+    target: str, job: Job, reference: LoadedModel, candidate: LoadedModel, layers: QuantizationReport | None
 ) -> None:
     """The refusals of :func:`export` that are known before anything is measured."""
-    check_target(key, target)
+    check_target("export.path", target)
     for part in parts_of(job, reference, candidate, layers).values():
         check_part(part)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quantlab.errors import ConfigError, ModelError
+from quantlab.errors import ConfigError, ModelError, first_line
 from quantlab.models.reading import no_checkpoint
 from quantlab.vocabulary.fields import checked_path
 from quantlab.vocabulary.files import read_json
@@ -92,8 +92,7 @@ def _read(path: str, name: str, revision: str | None) -> dict[str, Any] | None:
                 raise ModelError(f"{key}: {name} is not here and the Hub cannot be reached; {_OFFLINE}") from error
             return None
         except (OSError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            raise ModelError(f"{key}: {name} cannot be had from the Hub ({reason}); {_OFFLINE}") from error
+            raise ModelError(f"{key}: {name} cannot be had from the Hub ({first_line(error)}); {_OFFLINE}") from error
     if not file.exists():
         return None
     data = read_json(file, f"{key}: {name}", "copy or download it again")

@@ -13,6 +13,7 @@ from quantlab.errors import ModelError
 from quantlab.models.identity import without_place
 from quantlab.models.pipeline_files import INDEX, listed_parts
 from quantlab.modules.source import Shards, shards_of
+from quantlab.vocabulary.files import object_in
 from quantlab.vocabulary.schema import ModelConfig
 
 CONFIG = "config.json"
@@ -47,7 +48,7 @@ def stored_configs(config: ModelConfig) -> dict[str, Any]:
     folder = folder_of(config)
     if folder is None:
         return {}
-    index = _read(folder / INDEX)
+    index = object_in(folder / INDEX)
     if not index:
         names = (CONFIG, "generation_config.json")
         return {} if config.family == "vision" else _values("", folder, names)
@@ -61,20 +62,12 @@ def stored_configs(config: ModelConfig) -> dict[str, Any]:
 def _values(part: str, folder: Path, names: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in names:
-        said = _read(folder / name)
+        said = object_in(folder / name)
         if any(key.endswith("_config") and isinstance(value, dict) for key, value in said.items()):
             continue
         where = f"{part}/{name}" if part else name
         found |= {f"{where}: {k}": v for k, v in without_place(said).items() if not k.startswith("_")}
     return found
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # whoever loads it says what is wrong
-        return {}
-    return said if isinstance(said, dict) else {}
 
 
 def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:

@@ -33,7 +33,9 @@ from quantlab.modules.compute_dtype import torch_dtype
 from quantlab.modules.layers import state_digest
 from quantlab.modules.source import check_indices
 from quantlab.progress import say
+from quantlab.vocabulary.amounts import some_of
 from quantlab.vocabulary.dtypes import dtype_name
+from quantlab.vocabulary.files import object_in
 from quantlab.vocabulary.schema import ModelConfig
 
 if TYPE_CHECKING:
@@ -118,19 +120,19 @@ def load_model(
     if missing:
         raise ModelError(
             f"{key}: the checkpoint lacks {len(missing)} of the weights of {type(model).__name__} "
-            f"({_some(missing)}), which would stay random; name a checkpoint that was saved from this architecture"
+            f"({some_of(missing, 3)}), which would stay random; name a checkpoint that was saved from this architecture"
         )
     unused, architecture = sorted(info.get("unexpected_keys", ())), saved_from(stored)
     if is_half:  # whoever loads it tells
         unused = []
     if unused and is_base and is_base_with_head(stored):
-        told = f"{key}: {len(unused)} weights of the head of {architecture} ({_some(unused)}) are not measured"
+        told = f"{key}: {len(unused)} weights of the head of {architecture} ({some_of(unused, 3)}) are not measured"
         say(told, "warning")
     elif unused:
         raise ModelError(
-            f"{key}: {type(model).__name__} does not use {len(unused)} weights of the checkpoint ({_some(unused)}), "
-            f"which was saved from {architecture or 'another class'}: a part of the model would be measured as if it "
-            f"were whole; {another_family(architecture, stored.to_dict(), config.family)}"
+            f"{key}: {type(model).__name__} does not use {len(unused)} weights of the checkpoint "
+            f"({some_of(unused, 3)}), which was saved from {architecture or 'another class'}: a part of the model "
+            f"would be measured as if it were whole; {another_family(architecture, stored.to_dict(), config.family)}"
         )
     whole: PreTrainedModel = frozen(model).to(device)
     return whole
@@ -236,10 +238,6 @@ def is_base_with_head(stored: PreTrainedConfig) -> bool:
     return saved_from(stored).rpartition("For")[2] in HEADS
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
 # -- digests
 
 _NUM_BLOCKS, _BLOCK_BYTES = 16, 4096
@@ -319,7 +317,7 @@ def _remembered(
     store = Path(cache_dir) / "digests.json"
     store.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{store}.lock"):
-        known = _read_digests(store)
+        known = object_in(store)  # absent or cut off: it only saves time, so start again
         unknown = [i for i, stamp in enumerate(stamps) if stamp not in known]
         if not unknown:
             return [known[stamp] for stamp in stamps]
@@ -345,22 +343,10 @@ def file_stamp(file: Path) -> str:
     return f"{file.resolve()}|{found.st_size}|{times}|{digest.hexdigest()[:32]}"
 
 
-def _read_digests(store: Path) -> dict[str, str]:
-    try:
-        data = json.loads(store.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # absent or cut off: it only saves time, so start again
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
 def _has_own_tokenizer(path: str, revision: str | None) -> bool:
     """Whether the checkpoint says that the class of its tokenizer is in a file of its own."""
     folder = _folder(path, revision)
-    try:
-        data = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")) if folder else {}
-    except (OSError, ValueError):
-        return False
-    return isinstance(data, dict) and "AutoTokenizer" in (data.get("auto_map") or {})
+    return folder is not None and "AutoTokenizer" in (object_in(folder / "tokenizer_config.json").get("auto_map") or {})
 
 
 def _weight_files(path: str, revision: str | None) -> list[Path]:

@@ -6,13 +6,13 @@ that the export was checked with.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from quantlab.errors import ModelError
+from quantlab.vocabulary.amounts import some_of
+from quantlab.vocabulary.files import object_in, sha256_of
 
 MANIFEST = "quantlab_export.json"
 """In each export: what it is, and by what it is loaded. A folder that has it may be replaced by another export."""
@@ -41,7 +41,7 @@ def check_digests(key: str, place: Path) -> None:
         changed = [name for name, digest in _sha256(here).items() if digest != said[name]]
         if changed:
             raise ModelError(
-                f"{key}: {', '.join(changed[:4])}{' and more' if len(changed) > 4 else ''} is not as it was exported "
+                f"{key}: {some_of(changed, 4)} is not as it was exported "
                 f"(another sha256 than {MANIFEST} says); copy or download the export again, or, where you changed it "
                 f'on purpose, take its line out of "{DIGESTS}" there'
             )
@@ -59,19 +59,10 @@ def other_files(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _said(manifest: Path) -> Mapping[str, object]:
-    try:
-        data = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    said = data.get(DIGESTS) if isinstance(data, dict) else None
+    said = object_in(manifest).get(DIGESTS)
     return said if isinstance(said, dict) else {}
 
 
 def _sha256(files: Mapping[str, Path]) -> dict[str, str]:
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        return dict(zip(files, pool.map(_of_file, files.values()), strict=True))
-
-
-def _of_file(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+        return dict(zip(files, pool.map(sha256_of, files.values()), strict=True))

@@ -16,7 +16,7 @@ from quantlab.backends.checkpoints import method_of, require_method
 from quantlab.backends.gguf.header import EMBEDDING, check_header
 from quantlab.backends.gguf.language import check_language_model, differing_keys, load_language_model
 from quantlab.backends.modelopt.restore import STATE, loading_arguments, restoring, rewrap
-from quantlab.errors import ConfigError, ModelError
+from quantlab.errors import ConfigError, ModelError, first_line
 from quantlab.models.checkpoint import files_sha256
 from quantlab.models.exported import check_digests
 from quantlab.models.headers import check_folder
@@ -34,8 +34,9 @@ from quantlab.models.reading import (
 from quantlab.models.settings import other_heads
 from quantlab.modules.compute_dtype import torch_dtype
 from quantlab.modules.groups import KEY as GROUPED
-from quantlab.modules.source import check_indices
+from quantlab.modules.source import check_indices, tensor_names
 from quantlab.progress import say
+from quantlab.vocabulary.amounts import some_of
 from quantlab.vocabulary.files import read_json
 from quantlab.vocabulary.native import QuantizationMethod
 
@@ -69,7 +70,7 @@ def _check_kind(key: str, place: Path) -> None:
         return
     files = sorted(place.glob("*.gguf"))
     if len(files) != 1 and not any((place / name).is_file() for name in (INDEX, CONFIG)):
-        found = f"it holds {', '.join(f.name for f in files[:4])}: name one" if files else f"{_NAME_ONE}"
+        found = f"it holds {some_of((f.name for f in files), 4)}: name one" if files else f"{_NAME_ONE}"
         raise ModelError(f"{key}: the folder has neither {CONFIG} nor {INDEX}; {found}")
 
 
@@ -267,28 +268,20 @@ def _check_files(key: str, source: Path) -> None:
     import pickle
 
     import torch
-    from safetensors import SafetensorError, safe_open
 
     check_indices(key, source)
     check_folder(key, source)
     for file in sorted(source.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise ModelError(
-                f"{key}: {file.name} is damaged or cut off ({error}); copy or download it again"
-            ) from error
+        tensor_names(f"{key}: {file.name}", file)
     if any(source.glob("*.safetensors")):
         return
     for file in sorted(f for f in source.iterdir() if f.suffix in _PICKLES and f.name != STATE):
         try:
             torch.load(file, map_location="meta", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-            first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             raise ModelError(
-                f"{key}: {file.name} is a pickle that holds more than tensors, or is damaged ({first}): not loaded, as "
-                "it would run code; name a checkpoint in safetensors"
+                f"{key}: {file.name} is a pickle that holds more than tensors, or is damaged ({first_line(error)}): "
+                "not loaded, as it would run code; name a checkpoint in safetensors"
             ) from error
 
 

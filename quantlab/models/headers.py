@@ -11,6 +11,7 @@ from typing import Any
 from quantlab.errors import ModelError
 from quantlab.models.pipeline_files import INDEX, listed_parts
 from quantlab.modules.source import indexed
+from quantlab.vocabulary.files import object_in
 from quantlab.vocabulary.schema import ModelConfig
 
 _NAMES = ("model", "diffusion_pytorch_model")
@@ -24,11 +25,8 @@ def check_whole(config: ModelConfig) -> None:
     folder = Path(config.path or "").expanduser()
     if not config.path or not folder.is_dir():
         return
-    try:
-        said = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # no pipeline, or a damaged one, which loading tells
-        said = {}
-    parts = [name for name, of in listed_parts(said).items() if any(of)] if isinstance(said, dict) else []
+    said = object_in(folder / INDEX)
+    parts = [name for name, of in listed_parts(said).items() if any(of)]
     for place in (folder, *(folder / name for name in parts if name.isidentifier() and name not in config.without)):
         check_folder(f"model.path={config.path}", place, config.variant, folder)
 

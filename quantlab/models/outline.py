@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from quantlab.errors import ModelError
+from quantlab.errors import ModelError, first_line
 from quantlab.models.architectures import Architecture, Part, class_of
-from quantlab.models.reading import check_counts, first_line, frozen, quiet_loading, unreadable
+from quantlab.models.reading import check_counts, frozen, quiet_loading, unreadable
 from quantlab.modules.compute_dtype import torch_dtype
 from quantlab.modules.source import uninitialized
 

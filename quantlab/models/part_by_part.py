@@ -63,20 +63,11 @@ def placed_by_groups(model: LoadedModel, device: str, variant: str | None, promp
     Raises ConfigError, beginning with ``memory.placement=group_offload``, for one that was not read from files of its
     own, or of which a part cannot run so.
     """
-    pipe: Any = model.parts.get("pipeline")
-    every: dict[str, Any] = {**(pipe.components if pipe is not None else {}), **model.components}
-    modules = {n: m for n, m in every.items() if hasattr(m, "named_parameters") and any(True for _ in m.parameters())}
+    modules = _with_parameters(model)
     origins = {name: origin_of(name, module, variant, GROUPED) for name, module in modules.items()}
     groups = Groups(lambda name, where: source_of(origins[name], model.dtype, where), device)
-    identity = model.identity  # what was loaded is what it is
-    for name, module in modules.items():
-        groups.place(name, module)
     parts: Parts = {**model.parts, "origins": origins, "groups": groups}
-    if pipe is not None:
-        parts["prompts"] = prompts
-    placed = replace(model, device=device, parts=parts)
-    vars(placed)["identity"] = identity
-    return placed
+    return _placed(model, device, modules, groups, parts, prompts)
 
 
 def placed_spread(model: LoadedModel, device: str, over: Over, variant: str | None, prompts: Prompts) -> LoadedModel:
@@ -84,16 +75,27 @@ def placed_spread(model: LoadedModel, device: str, over: Over, variant: str | No
 
     Raises ConfigError as :func:`quantlab.modules.spread.plan_map`.
     """
-    pipe: Any = model.parts.get("pipeline")
-    every: dict[str, Any] = {**(pipe.components if pipe is not None else {}), **model.components}
-    modules = {n: m for n, m in every.items() if hasattr(m, "named_parameters") and any(True for _ in m.parameters())}
+    modules = _with_parameters(model)
     origins = {name: origin_of(name, m, variant, SPREAD) for name, m in modules.items() if has_origin(m)}
     spread = Spread(plan_map(modules, len(over.devices), over.budget, over.said), over.devices)
+    parts: Parts = {**model.parts, "origins": origins, "spread": spread}
+    return _placed(model, device, modules, spread, parts, prompts)
+
+
+def _with_parameters(model: LoadedModel) -> dict[str, nn.Module]:
+    """A model's components, and of a pipeline its other parts, that have weights."""
+    pipe: Any = model.parts.get("pipeline")
+    every: dict[str, Any] = {**(pipe.components if pipe is not None else {}), **model.components}
+    return {n: m for n, m in every.items() if hasattr(m, "named_parameters") and any(True for _ in m.parameters())}
+
+
+def _placed(
+    model: LoadedModel, device: str, modules: dict[str, nn.Module], by: Groups | Spread, parts: Parts, prompts: Prompts
+) -> LoadedModel:
     identity = model.identity  # what was loaded is what it is
     for name, module in modules.items():
-        spread.place(name, module)
-    parts: Parts = {**model.parts, "origins": origins, "spread": spread}
-    if pipe is not None:
+        by.place(name, module)
+    if "pipeline" in parts:
         parts["prompts"] = prompts
     placed = replace(model, device=device, parts=parts)
     vars(placed)["identity"] = identity

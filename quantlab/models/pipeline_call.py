@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantlab.errors import ConfigError, MetricUndefined, ModelError, nearest
+from quantlab.errors import ConfigError, MetricUndefined, ModelError, first_line, nearest
 from quantlab.models.encoded_prompts import padding_as_loaded, reuse_prompts
 from quantlab.models.loaded import Conditioning, LoadedModel, OnStep, Pipeline, Sampled
 from quantlab.models.part_by_part import run_part_by_part
@@ -258,22 +258,22 @@ def _told_as_ours(
         raise
     except (TypeError, ValueError, LookupError) as error:
         raise ModelError(
-            f"model={model}: {pipeline} refuses what it is given ({_first_line(error)}); "
+            f"model={model}: {pipeline} refuses what it is given ({first_line(error)}); "
             f"{called}change the data set, evaluation or model.call{alone}"
         ) from error
     except AttributeError as error:
         if not is_reference:
             raise
         raise ModelError(
-            f"model={model}: {pipeline} fails by itself ({_first_line(error)}), as where releases of diffusers and "
+            f"model={model}: {pipeline} fails by itself ({first_line(error)}), as where releases of diffusers and "
             f"transformers do not go together; {called}leave out of model.call what needs that, or install others"
             f"{alone}"
         ) from error
     except RuntimeError as error:
         if not _OF_SHAPES.search(str(error)) or (num == 1 and not is_reference):
             raise
-        several = f"fails on {num} samples at once ({_first_line(error)}); set evaluation.batch_size=1"
-        one = f"fails by itself ({_first_line(error)}); {called}change the data set, evaluation or model.call"
+        several = f"fails on {num} samples at once ({first_line(error)}); set evaluation.batch_size=1"
+        one = f"fails by itself ({first_line(error)}); {called}change the data set, evaluation or model.call"
         raise ModelError(f"model={model}: {pipeline} {one if num == 1 else several}") from error
 
 
@@ -388,10 +388,6 @@ def _devices(device: str) -> list[int]:
         return []
     index = torch.device(device).index
     return [torch.cuda.current_device() if index is None else index]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")
 
 
 # -- what it returns

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from quantlab.errors import ConfigError, MissingPackage, ModelError, nearest
 from quantlab.models.reading import ADAPTER, check_config, check_no_adapter, check_variant, remote_code
 from quantlab.models.repository import Repository, of_folder
-from quantlab.modules.source import check_indices, shards_of
+from quantlab.modules.source import check_indices, shards_of, tensor_names
+from quantlab.vocabulary.files import object_in
 from quantlab.vocabulary.schema import ModelConfig
 
 if TYPE_CHECKING:
@@ -54,11 +55,7 @@ def listed_parts(index: Mapping[str, Any]) -> dict[str, tuple[str | None, str | 
 
 def named_denoisers(index: Path) -> tuple[str, ...]:
     """The parts of an index that are called like denoisers; none of a damaged one, which loading tells."""
-    try:
-        parts = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ()
-    return tuple(name for name in parts if DENOISER.fullmatch(name)) if isinstance(parts, dict) else ()
+    return tuple(name for name in object_in(index) if DENOISER.fullmatch(name))
 
 
 def check_choice(files: Repository, index: Mapping[str, Any], config: ModelConfig) -> None:
@@ -161,20 +158,12 @@ def left_out(config: ModelConfig, parts: Collection[str]) -> dict[str, None]:
 
 def check_files(key: str, folder: Path) -> dict[str, Any]:
     """The pipeline's index. ModelError as :func:`read_index`, and for damaged files of weights and their indices."""
-    from safetensors import SafetensorError, safe_open
-
     index = read_index(key, of_folder(folder))
     for part in sorted(part for part in folder.iterdir() if part.is_dir()):
         check_indices(f"{key}: {part.name}", part)
         check_config(key, part / "config.json", folder)
     for file in sorted(folder.glob("*/*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise ModelError(
-                f"{key}: {file.relative_to(folder)} is damaged or cut off ({error}); copy or download it again"
-            ) from error
+        tensor_names(f"{key}: {file.relative_to(folder)}", file)
     return index
 
 

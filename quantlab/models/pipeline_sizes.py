@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantlab.errors import ConfigError, ModelError
+from quantlab.errors import ConfigError, ModelError, first_line
 from quantlab.models.architectures import CONFIG, Architecture, Part, class_of
 from quantlab.models.loaded import Pipeline
 from quantlab.models.outline import build
@@ -162,7 +162,7 @@ def _complaint(pipe: Pipeline, check: Callable[..., object], sizes: Mapping[str,
     try:
         check(**arguments)
     except Exception as error:  # noqa: BLE001 - whatever a pipeline raises
-        return (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
+        return first_line(error)
     return ""
 
 

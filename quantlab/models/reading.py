@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,8 +9,9 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from quantlab.errors import ConfigError, ModelError, QuantlabError, is_of_the_machine, nearest
+from quantlab.errors import ConfigError, ModelError, QuantlabError, first_line, is_of_the_machine, nearest
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
+from quantlab.vocabulary.files import object_in
 from quantlab.vocabulary.schema import ModelConfig
 
 if TYPE_CHECKING:
@@ -177,12 +177,7 @@ def check_counts(key: str, name: str, config: Mapping[str, Any]) -> None:
 
 def check_config(key: str, file: Path, folder: Path) -> None:
     """:func:`check_counts` of a file of a checkpoint; of one that is none, or cannot be read, loading tells."""
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return
-    if isinstance(said, dict):
-        check_counts(key, file.relative_to(folder).as_posix(), said)
+    check_counts(key, file.relative_to(folder).as_posix(), object_in(file))
 
 
 @contextmanager
@@ -213,13 +208,6 @@ def unreadable() -> tuple[type[Exception], ...]:
     builtin = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
     sizes = (ArithmeticError, AssertionError, EOFError)  # of a configuration whose numbers do not fit each other
     return *builtin, *sizes, UnpicklingError, SafetensorError, StrictDataclassError
-
-
-def first_line(error: Exception) -> str:
-    """What an error says first: its first line, and the next where that one ends with a colon."""
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-    told = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-    return told[:300].rstrip(".")
 
 
 def frozen(module: _Module) -> _Module:

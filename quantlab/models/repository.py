@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantlab.errors import ModelError
+from quantlab.errors import ModelError, first_line
 from quantlab.models.reading import as_model_error
 
 _PATIENCE_S = 10.0
@@ -67,8 +67,7 @@ def of_hub(key: str, path: str, revision: str | None, index: str) -> Repository 
     try:
         found = HfApi().model_info(path, revision=revision, timeout=_PATIENCE_S)
     except (HfHubHTTPError, HFValidationError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise ModelError(f"{key}: it cannot be had from the Hub ({first.rstrip('.')}); {_WAY_OUT}") from error
+        raise ModelError(f"{key}: it cannot be had from the Hub ({first_line(error)}); {_WAY_OUT}") from error
     except Exception:  # noqa: BLE001 - offline by choice or by fate: each version of the client has its own words
         folder = folder_here(path, revision, index)
         return of_folder(folder) if folder is not None else None

@@ -42,7 +42,7 @@ _HEADS = re.compile(r"(?:^|_)(?:n|num)_(?:\w+_)?heads?$|(?:^|_)head_dim$")
 
 def other_heads(said: Mapping[str, Any], original: nn.Module) -> str:
     """``num_key_value_heads=4 (the model's: 2)`` of the first such setting of a ``config.json``; "" for none."""
-    ours = dict(_flat("", settings_of(original)))
+    ours = computing_settings(original)
     for name, value in _flat("", without_place(_as_loaded(said, original))):
         own = ours.get(name)
         if _HEADS.search(name.rpartition(".")[2]) and None not in (own, value) and value != own:
@@ -66,12 +66,17 @@ def _as_loaded(said: Mapping[str, Any], original: nn.Module) -> Mapping[str, Any
 
 def differing_settings(module: nn.Module, original: nn.Module) -> list[str]:
     """``rope_theta=500.0 (the model's: 10000.0)`` of each setting by which ``module`` may compute otherwise."""
-    theirs, ours = (dict(_flat("", settings_of(m))) for m in (module, original))
+    theirs, ours = computing_settings(module), computing_settings(original)
     return [
         f"{name}={value} (the model's: {ours[name]})"
         for name, value in theirs.items()
         if name in ours and not _is_same(value, ours[name])
     ]
+
+
+def computing_settings(module: nn.Module) -> dict[str, Any]:
+    """A module's own settings without those that move no output, those of a group as ``rope_parameters.rope_theta``."""
+    return dict(_flat("", settings_of(module)))
 
 
 def _flat(prefix: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

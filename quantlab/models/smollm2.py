@@ -128,11 +128,11 @@ def read_gguf(source: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     return frozen(model), tokenizer
 
 
-def degrid_(model: LlamaForCausalLM, seed: int = 0, low: float = 0.7, high: float = 1.4) -> LlamaForCausalLM:
+def degrid_(model: LlamaForCausalLM, seed: int) -> LlamaForCausalLM:
     """Rescale channels of a Llama-type model in place so that its function stays and its weights leave any grid.
 
     Four pairs a layer cancel: norm gain and the columns of its consumers (twice), rows of ``v_proj`` and columns of
-    ``o_proj``, rows of ``up_proj`` and columns of ``down_proj``. Factors are log-uniform in [low, high]. To be done in
+    ``o_proj``, rows of ``up_proj`` and columns of ``down_proj``. Factors are log-uniform in [0.7, 1.4]. To be done in
     fp32. Returns the model.
     """
     import torch
@@ -145,7 +145,7 @@ def degrid_(model: LlamaForCausalLM, seed: int = 0, low: float = 0.7, high: floa
     generator = torch.Generator().manual_seed(seed)
 
     def factors(num: int) -> Tensor:
-        return torch.exp(torch.empty(num).uniform_(math.log(low), math.log(high), generator=generator))
+        return torch.exp(torch.empty(num).uniform_(math.log(0.7), math.log(1.4), generator=generator))
 
     with torch.no_grad():
         for layer in model.model.layers:

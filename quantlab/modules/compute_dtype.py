@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     import torch
 
 
-def torch_dtype(name: str) -> torch.dtype:
+def torch_dtype(name: str | torch.dtype) -> torch.dtype:
     """``"bfloat16"`` -> ``torch.bfloat16``."""
     import torch
 
-    dtype = getattr(torch, name)
+    dtype = getattr(torch, dtype_name(name))
     assert isinstance(dtype, torch.dtype), name
     return dtype
 

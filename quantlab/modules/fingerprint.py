@@ -22,6 +22,7 @@ GROUP_SIZE = 32
 NUM_LEVELS = 16
 ALREADY_QUANTIZED_BELOW = 0.05
 CHUNK = 16
+_MAX_LAYERS = 32
 _ROWS, _CHUNKS = 64, 12
 """How many rows of a layer are looked at, and of how many of them how many chunks."""
 _EXPERTS = 8
@@ -65,26 +66,25 @@ class _Grid:
     """Magnitudes that a chunk must have to tell this grid from finer ones and from chance."""
 
 
-def grid_fingerprint(layers: nn.Module | Sequence[nn.Module | Tensor], max_layers: int = 32) -> float | None:
+def grid_fingerprint(layers: nn.Module | Sequence[nn.Module | Tensor]) -> float | None:
     """Relative error ||W - Wq|| / ||W|| of int4 round-to-nearest, group 32, asymmetric; mean weighted by parameters.
 
     Args:
         layers: a module (its linear layers and experts are looked at, the output embedding of a language model is
             not: it is often stored in another format), or a sequence of modules and of weights (out_features,
             in_features).
-        max_layers: how many layers, evenly spaced, are looked at.
 
     Returns:
         The fingerprint, or None where no layer's in_features divides by 32, or none has groups of more than three
         different weights.
     """
-    sample = [(rows, num) for rows, num in _sampled(layers, max_layers) if rows.shape[1] % GROUP_SIZE == 0]
+    sample = [(rows, num) for rows, num in _sampled(layers) if rows.shape[1] % GROUP_SIZE == 0]
     errors = [(error, num) for rows, num in sample if (error := _rel_error(rows)) is not None]
     total = sum(num for _, num in errors)
     return sum(error * num for error, num in errors) / total if total else None
 
 
-def known_grid(layers: nn.Module | Sequence[nn.Module | Tensor], max_layers: int = 32) -> str | None:
+def known_grid(layers: nn.Module | Sequence[nn.Module | Tensor]) -> str | None:
     """The formats whose codes the weights of the layers are, whatever their scales' granularity; None: no such.
 
     4-bit floats, nf4, fp4, float8 and integers of up to 8 bits are told, in float32 and after a cast to 16 bits.
@@ -92,7 +92,7 @@ def known_grid(layers: nn.Module | Sequence[nn.Module | Tensor], max_layers: int
     nothing is told where less than a tenth is of any. Arguments as for :func:`grid_fingerprint`.
     """
     votes: dict[str | None, int] = {}
-    for rows, num in _sampled(layers, max_layers):
+    for rows, num in _sampled(layers):
         is_telling, name = _layer_grid(rows)
         if is_telling:
             votes[name] = votes.get(name, 0) + num
@@ -125,13 +125,13 @@ def fingerprint_warning(value: float | None, grid: str | None = None) -> str | N
 # -- the sample
 
 
-def _sampled(layers: nn.Module | Sequence[nn.Module | Tensor], max_layers: int) -> list[tuple[Tensor, int]]:
+def _sampled(layers: nn.Module | Sequence[nn.Module | Tensor]) -> list[tuple[Tensor, int]]:
     """Evenly spaced rows (n, in_features) of evenly spaced layers, and how many weights each layer has."""
     given = layers if isinstance(layers, Sequence) else [layers]
     found = [one for item in given for one in _matrices(item)]
     found = [(w, view) for w, view in found if w.dim() == len(view.shape) and w.is_floating_point() and w.numel()]
-    if len(found) > max_layers:
-        found = [found[i * len(found) // max_layers] for i in range(max_layers)]
+    if len(found) > _MAX_LAYERS:
+        found = [found[i * len(found) // _MAX_LAYERS] for i in range(_MAX_LAYERS)]
     return [(_rows(weight, view), weight.numel()) for weight, view in found]
 
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from quantlab.errors import ConfigError, ModelError
 from quantlab.modules.hooks import adapter_parts, adapters, computed_tensors, inherit
+from quantlab.vocabulary.amounts import some_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -216,7 +217,7 @@ def _no_match(key: str, entry: str, layers: list[str], modules: list[str]) -> st
     if globs:
         return text + f"; {globs[0]} would match {sum(matches(globs[0], name) for name in layers)} of them"
     near = _nearest_paths(entry.removeprefix("re:"), sorted({*layers, *modules} - {""}))
-    return text + (f"; near are {', '.join(near)}" if near else f"; the layers are {_some(layers)}")
+    return text + (f"; near are {', '.join(near)}" if near else f"; the layers are {some_of(layers, 3) or 'none'}")
 
 
 def _as_globs(entry: str) -> list[str]:
@@ -226,16 +227,12 @@ def _as_globs(entry: str) -> list[str]:
     return [*(w for w in words[1:] if w != entry), *(f"*.{w}" for w in words)]
 
 
-def _nearest_paths(entry: str, paths: list[str], num: int = 3) -> list[str]:
-    near = difflib.get_close_matches(entry, paths, num)
+def _nearest_paths(entry: str, paths: list[str]) -> list[str]:
+    near = difflib.get_close_matches(entry, paths)
     leaf_of = {path: path.rpartition(".")[2] for path in paths}
-    leaves = difflib.get_close_matches(entry.rpartition(".")[2].lower(), sorted(set(leaf_of.values())), num)
+    leaves = difflib.get_close_matches(entry.rpartition(".")[2].lower(), sorted(set(leaf_of.values())))
     by_leaf = [path for leaf in leaves for path in paths if leaf_of[path] == leaf]
-    return list(dict.fromkeys([*near, *by_leaf]))[:num]
-
-
-def _some(names: list[str], num: int = 3) -> str:
-    return ", ".join(names[:num]) + (f" and {len(names) - num} more" if len(names) > num else "") if names else "none"
+    return list(dict.fromkeys([*near, *by_leaf]))[:3]
 
 
 # -- copies

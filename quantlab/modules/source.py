@@ -65,8 +65,6 @@ def shards_of(key: str, folder: Path, variant: str | None = None) -> Shards:
     Raises ModelError, beginning with ``key``, where there are none, where one is cut off, and where the index names
     files or tensors that are not there.
     """
-    from safetensors import SafetensorError, safe_open
-
     indices = [f for f in sorted(folder.glob("*.safetensors.index*.json")) if _is_of(f.name, variant)]
     mapped = indexed(key, indices[0]) if indices else {}
     names = sorted(set(mapped.values())) or [f.name for f in sorted(folder.glob("*.safetensors"))]
@@ -80,14 +78,21 @@ def shards_of(key: str, folder: Path, variant: str | None = None) -> Shards:
     for name in names:
         if not (folder / name).is_file():
             raise ModelError(f"{key}: {indices[0].name} names {name}, which is not there; {_AGAIN}")
-        try:
-            with safe_open(folder / name, framework="pt") as file:
-                files |= dict.fromkeys(file.keys(), folder / name)  # noqa: SIM118  (no mapping)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{key}: {name} is damaged or cut off ({error}); {_AGAIN}") from error
+        files |= dict.fromkeys(tensor_names(f"{key}: {name}", folder / name), folder / name)
     if absent := [n for n, name in mapped.items() if files.get(n) != folder / name]:
         raise ModelError(f"{key}: {indices[0].name} says that {mapped[absent[0]]} holds {absent[0]}, which it does not")
     return Shards(key=key, files=files)
+
+
+def tensor_names(what: str, file: Path) -> list[str]:
+    """Of a safetensors file. ModelError, beginning with ``what``, for one that is damaged or cut off."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{what} is damaged or cut off ({error}); {_AGAIN}") from error
 
 
 def indexed(key: str, index: Path) -> dict[str, str]:

@@ -18,12 +18,12 @@ from quantlab.modules.device import kind_of
 from quantlab.modules.memory import Storages, held_storages, storage_of, storages
 from quantlab.modules.residence import METHODS, says
 from quantlab.modules.source import Source
+from quantlab.vocabulary.amounts import GIB
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 KEY = "memory.placement=spread"
-_GIB = 2**30
 
 
 # -- where a model may be cut
@@ -134,13 +134,13 @@ def plan_map(modules: Mapping[str, nn.Module], num: int, budget: int | None, sai
         largest = found[groups[sizes.index(max(sizes))][1][0]]
         raise ConfigError(
             f"{key}: {largest.path or 'all'} of {largest.component} lies on one device or none, and takes "
-            f"{max(sizes) / _GIB:.4g} GiB of {budget / _GIB:.4g}; give more, or pass memory.placement=group_offload"
+            f"{max(sizes) / GIB:.4g} GiB of {budget / GIB:.4g}; give more, or pass memory.placement=group_offload"
         )
     chosen = _evenly(sizes, num, at_first, budget)
     if chosen is None:
         raise ConfigError(
-            f"{key}: {(sum(sizes) + at_first) / _GIB:.4g} GiB of weights do not lie on {num} devices of "
-            f"{(budget or 0) / _GIB:.4g} GiB; take more of them (memory.devices), or memory.placement=group_offload"
+            f"{key}: {(sum(sizes) + at_first) / GIB:.4g} GiB of weights do not lie on {num} devices of "
+            f"{(budget or 0) / GIB:.4g} GiB; take more of them (memory.devices), or memory.placement=group_offload"
         )
     where: dict[str, dict[str, int]] = {name: {} for name in modules}
     used = [at_first, *[0] * (num - 1)]

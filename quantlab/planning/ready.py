@@ -20,10 +20,11 @@ from quantlab.planning.job import Job
 from quantlab.planning.places import option_dirs
 from quantlab.planning.placing import check_family
 from quantlab.quiet import quiet_libraries
+from quantlab.vocabulary.amounts import MIB
 
 _OF_A_MODEL = ("config.json", "model_index.json")
 """A folder that a model is loaded from has one of them."""
-LEAST_ROOM_BYTES = 16 * 2**20
+LEAST_ROOM_BYTES = 16 * MIB
 """Of a disk on which a run begins: its record, its store and the reference of the smallest model."""
 
 
@@ -104,7 +105,7 @@ def check_room(output_dir: str, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < LEAST_ROOM_BYTES:
         raise DiskFull(
-            f"output_dir={output_dir}: {free / 2**20:.0f} MiB are free on its disk, and "
-            f"{LEAST_ROOM_BYTES // 2**20} MiB are wanted before a run begins; make room, or set output_dir=<a folder "
+            f"output_dir={output_dir}: {free / MIB:.0f} MiB are free on its disk, and "
+            f"{LEAST_ROOM_BYTES // MIB} MiB are wanted before a run begins; make room, or set output_dir=<a folder "
             "on another disk>"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
-from quantlab.errors import ModelError, QuantlabError, is_of_the_machine
+from quantlab.errors import ModelError, QuantlabError, first_line, is_of_the_machine
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.trees import named_tensors
 from quantlab.protocols.unchanged import must_stay_unchanged
@@ -69,9 +69,8 @@ def tried(model: LoadedModel, run: Callable[[], _Ran]) -> _Ran:
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         if is_of_the_machine(error):  # no memory, a lost device: nothing of the model
             raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
         raise ModelError(
             f"model.path: {type(model.components['model']).__name__} of {model.name} cannot be run on what models of "
-            f"the protocol {model.protocol} are given ({first}); choose another model.family, or give the module and "
-            "its inputs to quantlab.evaluate in Python"
+            f"the protocol {model.protocol} are given ({first_line(error)}); choose another model.family, or give "
+            "the module and its inputs to quantlab.evaluate in Python"
         ) from error

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from quantlab.errors import ModelError
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.layers import changed_tensors
+from quantlab.vocabulary.amounts import some_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,13 +23,9 @@ def must_stay_unchanged(model: LoadedModel) -> Iterator[None]:
         yield
     if changed:
         raise ModelError(
-            f"model.path: {model.name} changes its own weights when it first runs ({_listed(changed)}), so that a copy "
-            "made before is another model than one made after; use an implementation that does not"
+            f"model.path: {model.name} changes its own weights when it first runs ({some_of(changed, 3)}), so that a "
+            "copy made before is another model than one made after; use an implementation that does not"
         )
-
-
-def _listed(changed: Sequence[str]) -> str:
-    return ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
 
 
 @contextmanager
@@ -47,7 +44,7 @@ def same_state(module: nn.Module) -> Iterator[None]:
             give_back()
     if changed:
         raise ModelError(
-            f"module: it changes its own weights when it runs ({_listed(changed)}), so that a copy made before is "
+            f"module: it changes its own weights when it runs ({some_of(changed, 3)}), so that a copy made before is "
             "another model than one made after; where it does so at the first call alone (as it has now done), run it "
             "once in eval mode, and pass it then"
         )

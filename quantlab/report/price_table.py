@@ -7,10 +7,10 @@ from itertools import groupby
 
 from quantlab.report.table import MARKS
 from quantlab.report.terminal import Column, Sheet
+from quantlab.vocabulary.amounts import GIB, MIB, some_of
 from quantlab.vocabulary.prices import Kept, Phase, Price
 from quantlab.vocabulary.reports import bits_per_weight
 
-GIB, MIB = 2**30, 2**20
 MAX_KEPT = 6
 MAX_MODULES = 3
 SIMULATED = MARKS["~"]
@@ -90,8 +90,7 @@ def _parts(price: Price) -> Sheet:
 def _kept_lines(kept: Iterable[Kept], unit: str) -> Iterator[str]:
     rows = list(kept)
     for one in rows[:MAX_KEPT]:
-        more = f", and {len(one.modules) - MAX_MODULES} more" if len(one.modules) > MAX_MODULES else ""
-        yield f"{_said(one.num_bytes, unit)} {unit}: {one.rule} ({', '.join(one.modules[:MAX_MODULES])}{more})"
+        yield f"{_said(one.num_bytes, unit)} {unit}: {one.rule} ({some_of(one.modules, MAX_MODULES)})"
     if len(rows) > MAX_KEPT:
         rest = _said(sum(k.num_bytes for k in rows[MAX_KEPT:]), unit)
         yield f"{rest} {unit}: by {len(rows) - MAX_KEPT} more rules (--json)"

@@ -21,6 +21,7 @@ from typing import Any
 
 from quantlab.tracking.tags import HOST
 from quantlab.tracking.values import this_process
+from quantlab.vocabulary.files import object_in
 
 JOB, ATTEMPT, END, LOST, LOG, EARLIER, WHY = (
     "job.json",
@@ -155,10 +156,7 @@ def is_mine(folder: Path, number: int) -> bool:
 
 def read(folder: Path, name: str) -> dict[str, Any]:
     """A JSON object of the folder; empty where there is none that can be read."""
-    with contextlib.suppress(OSError, ValueError):
-        data = json.loads((folder / name).read_text(encoding="utf-8"))
-        return data if isinstance(data, dict) else {}
-    return {}
+    return object_in(folder / name)
 
 
 def write(folder: Path, name: str, data: Mapping[str, object]) -> None:

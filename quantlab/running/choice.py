@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from quantlab.vocabulary.amounts import GIB, MIB
 from quantlab.vocabulary.prices import Phase
 from quantlab.vocabulary.schema import PLACEMENTS, MemoryConfig
 
-GIB, MIB = 2**30, 2**20
 Phases = Mapping[str, Sequence[Phase]]
 """Placement -> its phases, of one job."""
 ORDER = tuple(name for name in PLACEMENTS if name != "spread")

@@ -34,14 +34,13 @@ from quantlab.running.phases import phases
 from quantlab.running.shares import spread_phases
 from quantlab.stages.price import price_component
 from quantlab.stages.select import QuantizationRequest
+from quantlab.vocabulary.amounts import GIB
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.prices import ComponentPrice, Phase, Price, Share
 from quantlab.vocabulary.schema import ExperimentConfig
 
 if TYPE_CHECKING:
     from torch import nn
-
-GIB = 2**30
 
 
 def forecast(plan: Plan, *, is_last: bool = False) -> list[Price]:
@@ -259,7 +258,7 @@ def _component(made: Outline, part: str, schemes: Mapping[str, Scheme | None], j
         compute_dtype=made.dtype if scheme.axes.compute_dtype == "auto" else scheme.axes.compute_dtype,
         device=device,
         default_exclusions=made.default_exclusions.get(part, ()),
-        read=_read(module),
+        read=read_by_code(module),
         typed=job.key_of(part),
     )
     axes, key = scheme.axes, job.key_of(part)
@@ -270,7 +269,7 @@ def _component(made: Outline, part: str, schemes: Mapping[str, Scheme | None], j
 
 
 @remembered
-def _read(module: nn.Module) -> tuple[str, ...]:
+def read_by_code(module: nn.Module) -> tuple[str, ...]:
     """Which weights the model reads, by its code: a run sees which it reads."""
     return reads_in_source(module)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +23,6 @@ from quantlab.modules.kept import Damaged, read_json, write_json
 from quantlab.planning.components import DEFAULT, names_of
 from quantlab.planning.job import Job, floor_jobs
 from quantlab.running.engines.table import is_far
-from quantlab.stages.observe import made_on
 from quantlab.tracking.provenance import code_digest, versions
 from quantlab.vocabulary.files import files_below
 from quantlab.vocabulary.native import canonical_json
@@ -93,24 +91,17 @@ def known_of(data: Mapping[str, Any]) -> Known:
     return Known(**{**data, "default": tuple(data["default"]), "left_out": tuple(data["left_out"])})
 
 
-def recall(config: ExperimentConfig, cache_dir: Path, device: str = "") -> Known | None:
+def recall(config: ExperimentConfig, cache_dir: Path) -> Known | None:
     """What an earlier process found of this request's workbench; None where its files, this code, the libraries or
-    what computes are not known to be the same. No weights are read.
-
-    ``device`` is this process's, where it has imported torch and computes itself: a number of threads that was set by
-    hand is then seen too.
-    """
+    what computes are not known to be the same. No weights are read."""
     digest = request_digest(config, cache_dir)
     file = _file(cache_dir, digest or "")
     if digest is None or not file.is_file():
         return None
     try:
-        found = known_of(read_json(file))
+        return known_of(read_json(file))
     except (Damaged, TypeError, KeyError):
         return None
-    if device and "torch" in sys.modules and canonical_json(dict(found.made)) != canonical_json(made_on(device)):
-        return None
-    return found
 
 
 def reference_of(job: Job) -> str:

@@ -15,20 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.scheme import Scheme
 from quantlab.datasets.calibration import in_words_of_calibration, sampling_settings
-from quantlab.errors import ConfigError, QuantlabError
+from quantlab.errors import ConfigError, QuantlabError, first_line
 from quantlab.exporting.beforehand import check_outlined
 from quantlab.models.architectures import CONFIG
 from quantlab.models.foreign import check_class
 from quantlab.models.outline import Outline
 from quantlab.models.outlines import outline
 from quantlab.models.pipeline_files import INDEX
-from quantlab.models.reading import first_line
 from quantlab.models.repository import folder_here
 from quantlab.models.spared import spared
 from quantlab.models.table import family_of
 from quantlab.modules.gpu_seen import sees_gpu
-from quantlab.modules.read_in_source import reads_in_source
-from quantlab.modules.remembered import remembered
 from quantlab.modules.spread import plan_map
 from quantlab.planning.architectures import shipped_architecture
 from quantlab.planning.components import told_under
@@ -37,7 +34,7 @@ from quantlab.planning.placing import check_streamed
 from quantlab.progress import say
 from quantlab.protocols import encoder, language
 from quantlab.running.choice import refusal
-from quantlab.running.forecast import Book, phases_of_each
+from quantlab.running.forecast import Book, phases_of_each, read_by_code
 from quantlab.running.placement import check_largest, spread_as_said, spread_over
 from quantlab.stages.bundle import check_settings
 from quantlab.stages.select import QuantizationRequest, Selection, check_device, check_layers, choose_layers
@@ -45,7 +42,7 @@ from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.schema import EvaluationConfig, ExperimentConfig, MemoryConfig
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 _LENGTHS: Mapping[str, Callable[[EvaluationConfig, Any], object]] = {
     "language": language.check_length,
@@ -209,7 +206,7 @@ def _select(job: Job, made: Outline, name: str, scheme: Scheme, device: str) -> 
         compute_dtype=made.dtype if asked == "auto" else asked,
         device=device or "cuda",
         default_exclusions=made.default_exclusions.get(name, ()),
-        read=_read(module),
+        read=read_by_code(module),
         typed=job.key_of(name),
     )
     if device:
@@ -223,8 +220,3 @@ def _select(job: Job, made: Outline, name: str, scheme: Scheme, device: str) -> 
             unread = replace(request, read=())
             return unread, choose_layers(unread, module)
         raise error
-
-
-@remembered
-def _read(module: nn.Module) -> tuple[str, ...]:
-    return reads_in_source(module)

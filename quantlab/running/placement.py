@@ -44,11 +44,10 @@ from quantlab.stages.observe import made_by
 from quantlab.stages.price import price_component
 from quantlab.stages.select import QuantizationRequest
 from quantlab.tracking.provenance import code_digest
+from quantlab.vocabulary.amounts import GIB
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.reports import MemoryReport
 from quantlab.vocabulary.schema import APART, ExperimentConfig, MemoryConfig, ModelConfig
-
-GIB = 2**30
 
 
 def load_placed(

@@ -24,6 +24,7 @@ from quantlab.running.workbench import Session
 from quantlab.tracking.provenance import PACKAGE, code_digest, digest_of_code, versions
 from quantlab.tracking.tags import FAILURE, JOB_KEY, PARENT_RUN_ID, STAGE
 from quantlab.tracking.values import is_as_written
+from quantlab.vocabulary.files import sha256_of
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.reports import RunReport
 
@@ -96,7 +97,7 @@ def _file_digests(job: Job) -> dict[str, str]:
     if job.needs_data and asked.path is not None:
         for i, file in enumerate(files_read(asked.source, asked.path)):
             paths[f"calibration.path.{i}.{file.name}"] = file
-    return {k: hashlib.sha256(path.read_bytes()).hexdigest() for k, path in paths.items() if path.is_file()}
+    return {k: sha256_of(path) for k, path in paths.items() if path.is_file()}
 
 
 def _foreign_digest(backend: Backend) -> str | None:

@@ -17,6 +17,7 @@ from quantlab.running.choice import ORDER, WHOLE, Phases, gib, refusal
 from quantlab.running.floor_room import floors_of, left_out
 from quantlab.running.forecast import Book, phases_of_each, phases_of_floors
 from quantlab.running.phases import activations
+from quantlab.vocabulary.amounts import GIB
 from quantlab.vocabulary.numbers import FLOOR_FP32
 from quantlab.vocabulary.schema import ExperimentConfig, MemoryConfig
 
@@ -92,7 +93,7 @@ def without_float32(model: LoadedModel, settings: MemoryConfig) -> dict[str, str
     free, where = sum(map(free_bytes, devices)), "are free"
     if settings.device_gib is not None:
         held = sum(map(num_bytes, modules_of(model).values()))
-        left = max(int(settings.device_gib * 2**30) * len(devices) - held, 0)
+        left = max(int(settings.device_gib * GIB) * len(devices) - held, 0)
         if left < free:
             free, where = left, f"are left of memory.device_gib={settings.device_gib:g}"
     if needed <= 0.8 * free:

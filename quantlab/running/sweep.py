@@ -42,6 +42,7 @@ from quantlab.tracking.connect import SQLITE, resolved_uri
 from quantlab.tracking.provenance import environment
 from quantlab.tracking.results import log_beside, report_data
 from quantlab.tracking.tags import FAILED_JOBS, JOB_KEY, SEARCH_FRONT, STAGE
+from quantlab.vocabulary.amounts import MIB
 from quantlab.vocabulary.numbers import FLOORS, REFERENCE
 from quantlab.vocabulary.reports import RunReport
 from quantlab.vocabulary.schema import ExperimentConfig
@@ -147,7 +148,7 @@ def _remove_parts(cache: Path) -> None:
 
 def _free(folder: Path) -> str:
     try:
-        return str(shutil.disk_usage(folder.expanduser()).free // 2**20)
+        return str(shutil.disk_usage(folder.expanduser()).free // MIB)
     except OSError:
         return "?"
 

@@ -23,6 +23,7 @@ from quantlab.modules.device import kind_of
 from quantlab.modules.kept import Damaged, read_json, read_tree, write_json, write_tree
 from quantlab.stages.observe import FORMAT, asked_of, made_by, observed_settings
 from quantlab.tracking.provenance import hardware
+from quantlab.vocabulary.files import sha256_of
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.schema import EvaluationConfig, ExperimentConfig
 
@@ -88,7 +89,7 @@ def write_bundle(
             "text_sha256": _text_sha256(config),
         },
         "made": made,
-        "outputs_sha256": _sha256(folder / OUTPUTS),
+        "outputs_sha256": sha256_of(folder / OUTPUTS),
     }
     write_json(said, folder / SAID)
 
@@ -132,7 +133,7 @@ def check_settings(config: ExperimentConfig) -> Bundle | None:
     if config.model.dtype not in ("auto", asked["dtype"]):
         raise _other(folder, "dtype", f"{asked['dtype']} there and {config.model.dtype} here")
     _check_files(found, dict(said.get("before", {})), config)
-    if _sha256(folder / OUTPUTS) != digest:
+    if sha256_of(folder / OUTPUTS) != digest:
         raise ConfigError(f"{KEY}: {folder / OUTPUTS} is damaged (it is not the file that was written); {_AGAIN}")
     return found
 
@@ -220,8 +221,3 @@ def _first_difference(there: Any, here: Any) -> tuple[str, Any, Any] | None:
 
 def _short(value: Any) -> str:
     return str(value).removeprefix("sha256:")[:40]
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

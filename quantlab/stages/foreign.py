@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from quantlab.backends.checkpoints import FOLDED, backend_of_layer
 from quantlab.backends.others import WHOLE_MODEL, packed_integers, read_by_its_library
 from quantlab.backends.table import Backend, held_packages
-from quantlab.errors import ModelError, NotQuantized, QuantlabError, is_of_the_machine
+from quantlab.errors import ModelError, NotQuantized, QuantlabError, first_line, is_of_the_machine
 from quantlab.models.foreign import (
     also_quantized,
     checkpoint_bytes,
@@ -24,7 +24,7 @@ from quantlab.models.foreign import (
     sources_of,
 )
 from quantlab.models.loaded import LoadedModel, class_names
-from quantlab.models.reading import first_line, unreadable
+from quantlab.models.reading import unreadable
 from quantlab.models.settings import differing_settings
 from quantlab.modules.compute_dtype import stand_for
 from quantlab.modules.holders import Holder, holders
@@ -36,6 +36,7 @@ from quantlab.stages.layer_row import layer_row
 from quantlab.stages.products import product, question
 from quantlab.stages.unquantized import unquantized
 from quantlab.stages.weight_errors import weight_errors
+from quantlab.vocabulary.amounts import some_of
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, UNREAD, dtype_name
 from quantlab.vocabulary.numbers import CHECKPOINT_METHOD, CHECKPOINT_SHA256
 from quantlab.vocabulary.reports import LayerReport, QuantizationReport, StoredWeight
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 _UNRELATED = 0.9
 """||W - Wq|| / ||W|| above which a layer is no rounding of the model's: 1-bit codes with a scale a row leave 0.6."""
 _ROWS_AT_ONCE = 256
-_NUM_NAMED = 4
 _NOT_ITS = "name the model that it was made from (model.path=...), or another checkpoint"
 
 
@@ -90,8 +90,8 @@ def load_candidate(
             report = replace(report, unquantized=(*report.unquantized, told))
         if found := differing_keys_of(key, source, model.components[name]):
             told = (
-                f"{name}: its file says {_some(found)}: it is measured by the model's settings, and whoever runs the "
-                "file by its own; name the model that it was made from (model.path=...)"
+                f"{name}: its file says {some_of(found, 4)}: it is measured by the model's settings, and whoever runs "
+                "the file by its own; name the model that it was made from (model.path=...)"
             )
             report = replace(report, unquantized=(*report.unquantized, told))
         reports.append(report)
@@ -180,14 +180,9 @@ def _other_settings(component: str, module: nn.Module, original: nn.Module) -> s
     if not found:
         return ""
     return (
-        f"{component}: its config.json says {_some(found)}: what that changes is part of its numbers; name the model "
-        "that it was made from (model.path=...)"
+        f"{component}: its config.json says {some_of(found, 4)}: what that changes is part of its numbers; name the "
+        "model that it was made from (model.path=...)"
     )
-
-
-def _some(found: Sequence[str]) -> str:
-    more = f" and {len(found) - _NUM_NAMED} more" if len(found) > _NUM_NAMED else ""
-    return f"{', '.join(found[:_NUM_NAMED])}{more}"
 
 
 def _adopted(key: str, module: nn.Module, dtype: str) -> nn.Module:

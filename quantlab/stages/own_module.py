@@ -9,7 +9,7 @@ from typing import Any
 
 from quantlab.backends.scheme import Scheme, scheme_of_config
 from quantlab.backends.table import held_packages, loggers
-from quantlab.errors import ConfigError, NotFinite, QuantlabError, TrackingError, is_of_the_machine
+from quantlab.errors import ConfigError, NotFinite, QuantlabError, TrackingError, first_line, is_of_the_machine
 from quantlab.models.defaults import default_exclusions
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.compute_dtype import cast, component_dtype
@@ -226,7 +226,7 @@ def _copied(module: Any) -> Any:
         if is_of_the_machine(error):
             raise
         raise ConfigError(
-            f"module: it cannot be copied ({str(error).splitlines()[0]}); a module that is already quantized is often "
+            f"module: it cannot be copied ({first_line(error)}); a module that is already quantized is often "
             "so: pass the unquantized one"
         ) from error
 
@@ -355,7 +355,7 @@ def _why_it_fails(
     module = model.components["model"]
     done = [r.name for r in layers.layers if r.status in ("quantized", "fallback") and r.kind == "linear"]
     read = uncalled(module, done, lambda: observe(model, given, settings))
-    said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    said = f"{type(error).__name__}: {first_line(error)}"
     if not read:
         return f"module: {name}: it runs as it is, and fails quantized ({said}); exclude the layer that it names"
     return (

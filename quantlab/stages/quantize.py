@@ -33,6 +33,7 @@ from quantlab.stages.products import Product, product, question, wider
 from quantlab.stages.select import QuantizationRequest, Selection, make_ready, select_layers, share_packed
 from quantlab.stages.unquantized import unquantized
 from quantlab.stages.weight_errors import WeightErrors, weight_errors
+from quantlab.vocabulary.amounts import some_of
 from quantlab.vocabulary.axes import QuantizationAxes
 from quantlab.vocabulary.capabilities import CUSTOM
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, FLOAT16_SCALE, dtype_name
@@ -343,7 +344,7 @@ def _wrong_product(request: QuantizationRequest, name: str, shape: tuple[int, ..
 
 def _lost_text(name: str, original: torch.Tensor, found: WeightErrors) -> str:
     rows = found.lost_rows
-    listed = ", ".join(map(str, rows[:4])) + (", ..." if len(rows) > 4 else "")
+    listed = some_of(map(str, rows), 4)
     return (
         f"{name} {list(original.shape)}: {len(rows)} of {len(original)} rows ({listed}; their largest weight is "
         f"{found.lost_absmax:.3g})"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from quantlab.errors import QuantlabError, is_of_the_machine
+from quantlab.errors import QuantlabError, first_line, is_of_the_machine
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import NotKept, replay
 from quantlab.modules.reached import recorded_reads
@@ -34,7 +34,7 @@ def weights_read(
         except (QuantlabError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             if is_of_the_machine(error):
                 raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            reason = first_line(error)
             say(
                 f"one sample alone cannot be run, so weights that {model.name} reads may be missed: {reason}", "warning"
             )

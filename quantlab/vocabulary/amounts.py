@@ -1,8 +1,10 @@
-"""How much, in words: two digits that say something, of tiny models too."""
+"""How much and how many, in words: two digits that say something, of tiny models too."""
 
 from __future__ import annotations
 
-from quantlab.vocabulary.files import MIB
+from collections.abc import Iterable
+
+MIB, GIB = 2**20, 2**30
 
 
 def mib(num_bytes: float) -> str:
@@ -14,6 +16,12 @@ def mib(num_bytes: float) -> str:
 def in_mib(num_bytes: float) -> str:
     """Bytes in a sentence, in the unit of the tables beside it: ``1,015.1 MiB``, ``0.46 MiB``."""
     return f"{num_bytes / MIB:,.1f} MiB" if num_bytes >= 10 * MIB else f"{mib(num_bytes)} MiB"
+
+
+def some_of(names: Iterable[str], num: int = 8) -> str:
+    """``a, b and 3 more`` of many names."""
+    every = list(names)
+    return ", ".join(every[:num]) + (f" and {len(every) - num} more" if len(every) > num else "")
 
 
 def parameters(num: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import ConfigError
+from quantlab.vocabulary.amounts import MIB
 
-MIB = 2**20
 MAX_TEXT_BYTES, MAX_DATA_BYTES = 256 * MIB, 16 * MIB
 """Of a text to evaluate on; of a recipe, a configuration or a list of prompts."""
 
@@ -53,6 +54,15 @@ def read_json(path: str | Path, key: str, way_out: str) -> Any:
         raise ConfigError(f"{key}: not a readable JSON file ({why}); {way_out}") from error
 
 
+def object_in(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; empty where none can be read: whoever needs it says what is wrong."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
 def lines_of(text: str) -> list[tuple[int, str]]:
     """The lines that are not empty, with their numbers; of the signs that divide lines, only those that editors write.
 
@@ -91,6 +101,12 @@ def files_below(path: str | Path) -> list[Path]:
         entered.add(real)
         found += [file for name in names if (file := Path(folder) / name).is_file()]
     return sorted(found)
+
+
+def sha256_of(file: Path) -> str:
+    """Of the file's content, as hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def leads_to_a_file(key: str) -> bool:

@@ -11,6 +11,7 @@ from quantlab.backends.gguf.names import Architecture
 from quantlab.errors import ConfigError
 from quantlab.exporting import check
 from quantlab.exporting.folder import MANIFEST
+from quantlab.models.settings import computing_settings
 from tests.exporting.test_export import WORDS, in_process, language_words
 from tests.support.shell import pipeline_words
 from tests.support.tiny_images import sd3
@@ -73,7 +74,9 @@ def test_other_settings_of_a_files_reader_are_no_other_kernel():
     measured = LlamaForCausalLM(LlamaConfig(**SIZES, rms_norm_eps=1e-6))
     read = LlamaForCausalLM(LlamaConfig(**SIZES, rms_norm_eps=9.999999974752427e-07))
     read.config.sliding_window, measured.config.sliding_window = None, 8
-    assert check.other_settings(read, check.settings_of(measured)) == ["sliding_window"]
+    read.config.attention_dropout = 0.5  # of training
+    read.config.rope_parameters = {**measured.config.rope_parameters, "rope_theta": 5.0}
+    assert check.other_settings(read, computing_settings(measured)) == ["rope_parameters.rope_theta", "sliding_window"]
     assert check.other_settings(read, {}) == []
 
 

@@ -223,11 +223,11 @@ def test_degrid_keeps_the_function_and_leaves_the_grid(model, inputs):
     assert grid_fingerprint(module) < 1e-4
     with torch.no_grad():
         before = module(inputs.input_ids).logits
-        smollm2.degrid_(module)
+        smollm2.degrid_(module, 0)
         after = module(inputs.input_ids).logits
     assert grid_fingerprint(module) > 0.05
     assert torch.allclose(before, after, atol=1e-4)
-    again = smollm2.degrid_(grid_llama(model))
+    again = smollm2.degrid_(grid_llama(model), 0)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
 
 

@@ -119,15 +119,11 @@ def test_samplers_that_cut_off_what_they_make_of_noise_have_no_levels(name, conf
         ("CMStochasticIterativeScheduler", {}),
         ("FlowMatchLCMScheduler", {}),
         ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+        ("SASolverScheduler", LATENT),
+        ("DDIMInverseScheduler", {}),
     ],
 )
-def test_samplers_that_go_to_the_end_and_noise_anew_have_no_levels(name, config):
-    scheduler = sampler(name, config)
-    assert integration_levels(scheduler, len(scheduler.timesteps)) is None
-
-
-@pytest.mark.parametrize(("name", "config"), [("SASolverScheduler", LATENT), ("DDIMInverseScheduler", {})])
-def test_samplers_with_weights_of_their_own_or_that_end_in_noise_have_no_levels(name, config):
+def test_samplers_that_noise_anew_have_weights_of_their_own_or_end_in_noise_have_no_levels(name, config):
     """SA-Solver's last latent had a seventh of the expected squared error, or three times it; inversion a hundredth."""
     scheduler = sampler(name, config)
     assert integration_levels(scheduler, len(scheduler.timesteps)) is None

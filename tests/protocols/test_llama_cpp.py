@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -19,7 +14,7 @@ from quantlab.protocols import language
 from quantlab.protocols.language import text_inputs
 from quantlab.vocabulary.schema import EvaluationConfig, ModelConfig
 from tests.support.assets import needs
-from tests.support.llama_cpp import library, save_gguf
+from tests.support.llama_cpp import library, of_llama_cpp, save_gguf
 from tests.support.tiny_text_models import SPECIAL, TEXT, load_llama
 
 pytestmark = [
@@ -43,13 +38,6 @@ def merging_tokenizer(adds_bos):
     if adds_bos:
         core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-
-
-def of_llama_cpp(model_file, text_file):
-    command = [sys.executable, "-m", "tests.support.llama_cpp", str(model_file), str(text_file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measured(model, text, theirs):

@@ -6,11 +6,12 @@ import quantlab
 from quantlab.errors import ConfigError
 from quantlab.planning.plan import plan
 from quantlab.running import placement, room
-from quantlab.running.choice import GIB, first_fitting, least, most_on_device, together
+from quantlab.running.choice import first_fitting, least, most_on_device, together
 from quantlab.running.forecast import forecast
 from quantlab.running.placement import in_typed_words, load_placed, source_for
 from quantlab.running.sweep import run_plan
 from quantlab.running.workbench import chosen
+from quantlab.vocabulary.amounts import GIB
 from quantlab.vocabulary.prices import Phase
 from tests.support.tiny_pipelines import BUILDERS
 from tests.support.tiny_text_models import save_llama_and_texts

@@ -6,8 +6,8 @@ import shlex
 import pytest
 
 from quantlab.planning.plan import plan
-from quantlab.running.choice import GIB
 from quantlab.running.forecast import forecast
+from quantlab.vocabulary.amounts import GIB
 
 LANGUAGE = ["model=llama_3_2_1b", "evaluation.batch_size=1"]
 FLUX = ["model=flux_dev"]

@@ -8,12 +8,13 @@ import torch
 import quantlab
 from quantlab.models.outline import Outline
 from quantlab.planning.plan import plan
-from quantlab.running.choice import GIB, most_on_device
+from quantlab.running.choice import most_on_device
 from quantlab.running.forecast import book_of, forecast, phases_of_floors
 from quantlab.running.phases import activations
 from quantlab.running.placement import available, load_placed
 from quantlab.running.room import floors_without_room
 from quantlab.stages.evaluate import plain_attention
+from quantlab.vocabulary.amounts import GIB
 from quantlab.vocabulary.schema import EvaluationConfig
 from tests.support.allocated import Allocated
 from tests.support.tiny_pipelines import BUILDERS

@@ -12,10 +12,11 @@ import pytest
 from quantlab.running import node
 from quantlab.running.attempts import LOG, earlier_attempts, has_ended, node_of, num_attempts, read
 from quantlab.running.engines import parcels, ray_cluster
-from quantlab.running.engines.parcels import forget_old, local_cache, pack, put, sha256_of, unpack
+from quantlab.running.engines.parcels import forget_old, local_cache, pack, put, unpack
 from quantlab.running.engines.protocol import EngineError
 from quantlab.running.engines.ray_cluster import Ray
 from quantlab.running.scheduler import Scheduler
+from quantlab.vocabulary.files import sha256_of
 from quantlab.vocabulary.launching import RayInit, RayParts, RaySettings
 from tests.support.engines import make_job, run_here, stand_in
 from tests.support.fake_ray import FakeRay

@@ -17,6 +17,7 @@ from quantlab.modules.kept import read_json, read_tree, write_json, write_tree
 from quantlab.planning.plan import plan
 from quantlab.running.dry_run import show_jobs
 from quantlab.stages import bundle
+from quantlab.vocabulary.files import sha256_of
 from quantlab.vocabulary.schema import ModelConfig
 from tests.support.tiny_pipelines import BUILDERS
 from tests.support.tiny_text_models import TEXT, save_llama
@@ -54,7 +55,7 @@ def rows_of(words, *more):
 def resaid(folder, change):
     said = read_json(folder / bundle.SAID)
     change(said)
-    said["outputs_sha256"] = bundle._sha256(folder / bundle.OUTPUTS)
+    said["outputs_sha256"] = sha256_of(folder / bundle.OUTPUTS)
     write_json(said, folder / bundle.SAID)
 
 

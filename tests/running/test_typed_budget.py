@@ -4,10 +4,11 @@ import pytest
 
 import quantlab
 from quantlab.planning.plan import plan
-from quantlab.running.choice import GIB, refusal
+from quantlab.running.choice import refusal
 from quantlab.running.forecast import forecast
 from quantlab.running.outlined import refused_by_shape
 from quantlab.running.sweep import run_plan
+from quantlab.vocabulary.amounts import GIB
 from quantlab.vocabulary.prices import Phase
 from quantlab.vocabulary.schema import MemoryConfig
 from tests.support.tiny_pipelines import BUILDERS

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -114,6 +115,14 @@ def perplexity(model_file: str, text: bytes) -> dict[str, object]:
         nll += float((np.log(np.exp(logits).sum(1)) - logits[range(len(targets)), targets]).sum())
         count += len(targets)
     return {"windows": windows, "ppl": math.exp(nll / count), "num_scored": count}
+
+
+def of_llama_cpp(model_file: Path, text_file: Path) -> dict[str, object]:
+    """:func:`perplexity` in a process of its own."""
+    command = [sys.executable, "-m", "tests.support.llama_cpp", str(model_file), str(text_file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

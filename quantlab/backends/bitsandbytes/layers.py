@@ -29,12 +29,6 @@ def library() -> ModuleType:
     return bitsandbytes
 
 
-def torch_dtype(name: str | torch.dtype) -> torch.dtype:
-    import torch
-
-    return getattr(torch, dtype_name(name))
-
-
 def dense_4bit(weight: Params4bit, dtype: torch.dtype) -> Tensor:
     """The dequantized weight, (out_features, in_features), in ``dtype``."""
     import torch

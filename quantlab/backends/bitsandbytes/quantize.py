@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.backends.bitsandbytes.config import LIBRARY_BLOCKSIZE, BitsAndBytesConfig
-from quantlab.backends.bitsandbytes.layers import decoded_4bit, layer_classes, library, torch_dtype
+from quantlab.backends.bitsandbytes.layers import decoded_4bit, layer_classes, library
 from quantlab.backends.linears import linear_at
 from quantlab.errors import ConfigError, ModelError, NotQuantized, require_package
+from quantlab.modules.compute_dtype import torch_dtype
 from quantlab.modules.layers import all_finite, places_of, replace_layer
 from quantlab.vocabulary.dtypes import FLOAT16_SCALE
 from quantlab.vocabulary.reports import StoredWeight

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.backends.bitsandbytes.config import LIBRARY_BLOCKSIZE, BitsAndBytesConfig
-from quantlab.backends.bitsandbytes.layers import layer_classes, library, torch_dtype
+from quantlab.backends.bitsandbytes.layers import layer_classes, library
 from quantlab.backends.linears import by_layer, linear_at, owner_of
 from quantlab.backends.part import Part
 from quantlab.errors import ConfigError, ModelError, is_of_the_machine
+from quantlab.modules.compute_dtype import torch_dtype
 from quantlab.modules.layers import places_of, replace_layer
 from quantlab.vocabulary.dtypes import dtype_name
 

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
 from quantlab.errors import ConfigError, ModelError
-from quantlab.vocabulary.dtypes import dtype_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,12 +65,6 @@ SCALES: dict[str, tuple[int, float | None]] = {
 }
 """Type -> by how much its codes multiply the float16 scale (and minimum), and for superblocks the error of a block's
 own integer scale (and minimum) as a share of the superblock's largest weight."""
-
-
-def torch_dtype(name: str | torch.dtype) -> torch.dtype:
-    import torch
-
-    return getattr(torch, dtype_name(name))
 
 
 def block_size(gguf_type: str) -> tuple[int, int]:

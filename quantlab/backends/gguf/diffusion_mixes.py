@@ -47,7 +47,7 @@ _DOWNS = {
 
 def is_diffusion(paths: Iterable[str]) -> bool:
     """Whether the layers are of a model of Diffusers, by the names of its attention."""
-    return any(_leaf(path) == "to_v" for path in paths)
+    return any(leaf_of(path) == "to_v" for path in paths)
 
 
 def has_fused_attention(paths: Iterable[str]) -> bool:
@@ -75,7 +75,7 @@ def diffusion_format(file_type: str, base: str, path: str, fused: bool, first: S
     path = path.removesuffix(".weight")
     if fused:
         parent = path.rpartition(".")[0].rpartition(".")[2]
-        if _leaf(path) in _FUSED and parent in ("attn", "attention") and not path.startswith(_SINGLE):
+        if leaf_of(path) in _FUSED and parent in ("attn", "attention") and not path.startswith(_SINGLE):
             return _QKV.get(file_type, base)
         is_down = path.endswith(".feed_forward.w2")  # the second layer of a Flux or SD 3 block has no rule
         return _DOWNS.get(file_type, base) if is_down else base
@@ -88,11 +88,11 @@ def diffusion_format(file_type: str, base: str, path: str, fused: bool, first: S
 
 
 def _is_value(path: str) -> bool:
-    leaf = _leaf(path)
+    leaf = leaf_of(path)
     return leaf == "to_v" or (leaf == "add_v_proj" and path.startswith(_JOINT))
 
 
-def _leaf(path: str) -> str:
+def leaf_of(path: str) -> str:
     return path.removesuffix(".weight").rpartition(".")[2]
 
 
@@ -102,7 +102,7 @@ def _leaf(path: str) -> str:
 def stored_width(path: str, shape: Sequence[int], is_unet: bool) -> int:
     """Values of a row of a tensor that is quantized; 0 for one that is not: it keeps 16 or 32 bits."""
     num = math.prod(shape)
-    if len(shape) < 2 or num <= SMALL or is_kept(path) or _leaf(path) in _FLOAT32:
+    if len(shape) < 2 or num <= SMALL or is_kept(path) or leaf_of(path) in _FLOAT32:
         return 0
     if is_unet and num % WIDTH == 0 and shape[-1] % WIDTH:
         return WIDTH
@@ -112,7 +112,7 @@ def stored_width(path: str, shape: Sequence[int], is_unet: bool) -> int:
 def kept_bytes(path: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor that is not quantized."""
     num = math.prod(shape)
-    is_float32 = len(shape) == 1 or num <= SMALL or _leaf(path) in _FLOAT32
+    is_float32 = len(shape) == 1 or num <= SMALL or leaf_of(path) in _FLOAT32
     return (4 if is_float32 else 2) * num
 
 

@@ -10,10 +10,11 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantlab.backends.gguf.blocks import WEIGHTS_PER_SCALE, linear_class, torch_dtype
+from quantlab.backends.gguf.blocks import WEIGHTS_PER_SCALE, linear_class
 from quantlab.backends.gguf.llama import write_keys
 from quantlab.backends.gguf.names import UNUSED, Architecture, architecture_of, file_names, from_file
 from quantlab.errors import ConfigError, ModelError
+from quantlab.modules.compute_dtype import torch_dtype
 from quantlab.modules.holders import REPLACE, TURN, Holder, holders
 from quantlab.modules.layers import replace_layer
 from quantlab.modules.packed import pack, read_by, share, stored_at, turn

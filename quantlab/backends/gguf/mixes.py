@@ -18,6 +18,7 @@ from quantlab.backends.gguf.diffusion_mixes import (
     first_values,
     has_fused_attention,
     is_diffusion,
+    leaf_of,
 )
 
 BASES = {
@@ -112,8 +113,8 @@ def measures(shapes: Mapping[str, tuple[int, ...]]) -> Measures:
             num_layers=0, heads_per_kv_head=1, is_diffusion=True, has_fused_attention=fused, first_values=first
         )
     numbers = [layer for path in shapes if (layer := _layer(path)) is not None]
-    keys = [shape[0] for path, shape in shapes.items() if _leaf(path) in _V]
-    queries = [shape[0] for path, shape in shapes.items() if _leaf(path) in _Q]
+    keys = [shape[0] for path, shape in shapes.items() if leaf_of(path) in _V]
+    queries = [shape[0] for path, shape in shapes.items() if leaf_of(path) in _Q]
     heads = max(queries) // max(keys) if keys and queries else 1
     return Measures(num_layers=max(numbers, default=-1) + 1, heads_per_kv_head=heads)
 
@@ -132,7 +133,7 @@ def format_of(file_type: str, path: str, columns: int, model: Measures) -> str:
 
 
 def _wanted(file_type: str, path: str, model: Measures) -> str:
-    base, leaf, layer = BASES[file_type], _leaf(path), _layer(path) or 0
+    base, leaf, layer = BASES[file_type], leaf_of(path), _layer(path) or 0
     first, many = layer < model.num_layers // 8, model.heads_per_kv_head >= 4
     more = _uses_more_bits(layer, model.num_layers)
     if leaf in _V or leaf in _QKV:
@@ -170,10 +171,6 @@ def _uses_more_bits(layer: int, num_layers: int) -> bool:
     """The first and the last eighth of the layers, and every third between them."""
     eighth = num_layers // 8
     return layer < eighth or layer >= 7 * num_layers // 8 or (layer - eighth) % 3 == 2
-
-
-def _leaf(path: str) -> str:
-    return path.removesuffix(".weight").rpartition(".")[2]
 
 
 def _layer(path: str) -> int | None:

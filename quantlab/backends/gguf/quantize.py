@@ -13,7 +13,6 @@ from quantlab.backends.gguf.blocks import (
     block_size,
     encode,
     linear_class,
-    torch_dtype,
 )
 from quantlab.backends.gguf.config import GGUFQuantizationConfig, uses_importance
 from quantlab.backends.gguf.imatrix import (
@@ -27,6 +26,7 @@ from quantlab.backends.gguf.names import llama_names
 from quantlab.backends.linears import linear_at
 from quantlab.backends.unseen import never_ran
 from quantlab.errors import ConfigError, NotQuantized, require_package
+from quantlab.modules.compute_dtype import torch_dtype
 from quantlab.modules.feed import CalibrationFeed
 from quantlab.modules.layers import places_of, replace_layer
 from quantlab.modules.packed import said_as

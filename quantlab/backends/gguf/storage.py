@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantlab.backends.gguf.blocks import WEIGHTS_PER_SCALE, linear_class, torch_dtype
+from quantlab.backends.gguf.blocks import WEIGHTS_PER_SCALE, linear_class
 from quantlab.backends.gguf.config import GGUFQuantizationConfig
 from quantlab.backends.gguf.header import check_header
 from quantlab.backends.gguf.quantize import layer_types
 from quantlab.backends.linears import linear_at
 from quantlab.errors import ModelError, is_of_the_machine
+from quantlab.modules.compute_dtype import torch_dtype
 from quantlab.modules.layers import places_of, replace_layer
 from quantlab.vocabulary.dtypes import dtype_name
 

@@ -32,6 +32,7 @@ from quantlab.backends.modelopt.published import from_published, is_published, t
 from quantlab.backends.modelopt.quantizers import BLOCKS, NUM_BITS, WIDTHS, activation_cfg, weight_cfg
 from quantlab.errors import ConfigError, nearest
 from quantlab.modules.layers import linear_layers
+from quantlab.vocabulary.amounts import some_of
 from quantlab.vocabulary.axes import QuantizationAxes, custom_axes
 from quantlab.vocabulary.native import (
     EXCLUSION_RULES,
@@ -300,7 +301,7 @@ class NVIDIAModelOptConfig(QuantizationConfigMixin):
         odd = [n for n, shape in shapes.items() if n not in left and shape[1] % block]
         if odd:
             raise ConfigError(
-                f"fit_group_size=true: {', '.join(odd[:8])} would take another block than {block}, and "
+                f"fit_group_size=true: {some_of(odd)} would take another block than {block}, and "
                 "Diffusers has one for all layers; exclude them, or set group_size"
             )
         if self.weight_type == "INT4" and self.modelopt_config is None and self.block_quantize is None:

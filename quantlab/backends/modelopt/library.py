@@ -16,6 +16,7 @@ from quantlab.backends.modelopt.config import NVIDIAModelOptConfig
 from quantlab.backends.modelopt.extensions import build_mx, leave_out
 from quantlab.backends.modelopt.quantizers import build_quant_cfg
 from quantlab.errors import ConfigError, is_of_the_machine
+from quantlab.vocabulary.amounts import some_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,7 +115,7 @@ def named_failure(config: NVIDIAModelOptConfig, names: list[str]) -> Iterator[No
         if getattr(error, "is_from_model", False) or is_of_the_machine(error):
             raise
         raise ConfigError(
-            f"quant_type={config.quant_type}: ModelOpt cannot quantize {', '.join(names[:8])}: "
+            f"quant_type={config.quant_type}: ModelOpt cannot quantize {some_of(names)}: "
             f"{error}; choose another dtype, group_size or algorithm, or exclude these layers"
         ) from error
 

@@ -11,6 +11,7 @@ from quantlab.backends.modelopt.library import BRANCH, insert, layers_at, named_
 from quantlab.backends.modelopt.packing import pack
 from quantlab.backends.modelopt.quantizers import BLOCKS, activation_cfg, build_quant_cfg, is_packable, weight_cfg
 from quantlab.errors import ConfigError, NotQuantized
+from quantlab.vocabulary.amounts import some_of
 from quantlab.vocabulary.dtypes import E4M3_SCALE
 from quantlab.vocabulary.reports import StoredWeight
 
@@ -71,7 +72,7 @@ def _require_calibrated(named: Mapping[str, QuantLinear], config: NVIDIAModelOpt
         else ("activation_scales=static", "activation_scales=dynamic")
     )
     raise ConfigError(
-        f"{key}: {', '.join(left[:8])} saw no calibration data, which it needs; give calibration data, or set {plain}"
+        f"{key}: {some_of(left)} saw no calibration data, which it needs; give calibration data, or set {plain}"
     )
 
 
@@ -115,7 +116,7 @@ def finish(named: Mapping[str, QuantLinear], config: NVIDIAModelOptConfig) -> No
     left = [name for name, layer in named.items() if not is_quantized(layer)]
     if left:
         raise NotQuantized(
-            f"quant_type={config.quant_type}: ModelOpt left {', '.join(left[:8])} unquantized; exclude "
+            f"quant_type={config.quant_type}: ModelOpt left {some_of(left)} unquantized; exclude "
             "them with modules_to_not_convert"
         )
 

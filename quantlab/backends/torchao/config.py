@@ -37,6 +37,7 @@ from quantlab.backends.torchao.rules import OPAQUE_GROUPS, check_calibration, gr
 from quantlab.backends.torchao.shorthands import expand
 from quantlab.errors import ConfigError
 from quantlab.modules.layers import linear_layers
+from quantlab.vocabulary.amounts import some_of
 from quantlab.vocabulary.axes import QuantizationAxes, custom_axes
 from quantlab.vocabulary.native import (
     EXCLUSION_RULES,
@@ -296,10 +297,9 @@ class TorchAoConfig(QuantizationConfigMixin):
         if self.fit_group_size and model is not None:
             group: int = data["group_size"] if kind == INT4 else cast("int", group_of(data[_GRANULARITY[kind]]))
             left = excluded_layers(self, model)
-            odd = [n for n, layer in linear_layers(model).items() if n not in left and layer.in_features % group]
-            if odd:
+            if odd := [n for n, layer in linear_layers(model).items() if n not in left and layer.in_features % group]:
                 raise ConfigError(
-                    f"fit_group_size=true: {', '.join(odd[:8])} would take another group size than "
+                    f"fit_group_size=true: {some_of(odd)} would take another group size than "
                     f"{group}, and {library} has one for all layers; exclude them, or set group_size"
                 )
         is_unpacked = self.int4_packing_format == "unpacked_to_int8" or self.mapping_type != "auto"

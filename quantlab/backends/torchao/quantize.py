@@ -19,6 +19,7 @@ from quantlab.backends.torchao.readback import is_quantized
 from quantlab.backends.torchao.rules import FLOAT8_STATIC, OPAQUE
 from quantlab.errors import ConfigError, NotQuantized, is_of_the_machine
 from quantlab.modules.feed import CalibrationFeed
+from quantlab.vocabulary.amounts import some_of
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.native import canonical_json
 
@@ -122,7 +123,7 @@ def quantize(
     left = [name for name, layer in named.items() if not is_quantized(layer)]
     if left:
         raise NotQuantized(
-            f"quant_type={config.quant_type['_type']}: torchao left {', '.join(left[:8])} unquantized; "
+            f"quant_type={config.quant_type['_type']}: torchao left {some_of(left)} unquantized; "
             "exclude them with modules_to_not_convert, or choose another dtype"
         )
 
@@ -148,7 +149,7 @@ def _scales_of(
             if config.algorithm != "auto"
             else ("activation_scales=static", "activation_scales=dynamic")
         )
-        layers = f" for {', '.join(missing[:8])}" if calibrated else ""
+        layers = f" for {some_of(missing)}" if calibrated else ""
         raise ConfigError(
             f"{key}: it needs scales that are measured on data, and there are none{layers}; give "
             f"calibration data, or set {otherwise}"
@@ -186,7 +187,7 @@ def _apply(model: nn.Module, names: list[str], form: Form, activation_scale: Ten
             if is_of_the_machine(error):
                 raise
             raise ConfigError(
-                f"quant_type={form['_type']}: torchao cannot quantize {', '.join(names[:8])}: {error}; "
+                f"quant_type={form['_type']}: torchao cannot quantize {some_of(names)}: {error}; "
                 "choose another dtype or group_size, or exclude these layers"
             ) from error
 

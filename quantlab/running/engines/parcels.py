@@ -138,12 +138,6 @@ def forget_old(root: Path) -> None:
                 shutil.rmtree(one) if one.is_dir() else one.unlink()
 
 
-def sha256_of(file: Path) -> str:
-    """Of the file's content."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def _cached(digest: str, fetch: Callable[[str], Any]) -> Path:
     file = local_cache() / "content" / digest
     if file.exists():

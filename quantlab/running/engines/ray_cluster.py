@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantlab.errors import first_line
 from quantlab.running.attempts import ATTEMPT, LOST, ended_since_given, num_attempts, set_aside, write
 from quantlab.running.engines.forking import python_path
 from quantlab.running.engines.parcels import (
@@ -27,13 +28,13 @@ from quantlab.running.engines.parcels import (
     pack,
     pack_back,
     put,
-    sha256_of,
     unpack,
 )
 from quantlab.running.engines.protocol import EngineError, State, What
 from quantlab.running.node import run
 from quantlab.tracking.tags import HOST
 from quantlab.tracking.values import this_process
+from quantlab.vocabulary.files import sha256_of
 from quantlab.vocabulary.launching import RaySettings
 
 _NAMESPACE = "quantlab"
@@ -174,7 +175,7 @@ class Keeper:
             if name == "TaskCancelledError":
                 return "stopped", "cancelled in Ray"
             is_lost = any(word in name for word in _LOST)
-            return ("lost" if is_lost else "ended"), f"{name}: {_first_line(error)}"
+            return ("lost" if is_lost else "ended"), f"{name}: {first_line(error)}"
         return "ended", ""
 
 
@@ -228,7 +229,7 @@ class Ray:
         except Exception as error:  # Ray's own, or what importing quantlab there raises
             self.close()
             raise EngineError(
-                f"launcher=ray: the cluster cannot run quantlab ({_first_line(error)}); install the same "
+                f"launcher=ray: the cluster cannot run quantlab ({first_line(error)}); install the same "
                 "quantlab-recipes[ray] on its nodes"
             ) from error
 
@@ -285,7 +286,7 @@ class Ray:
                     num_lost += 1
                     if num_lost == _MAX_LOST:
                         raise EngineError(
-                            f"launcher=ray: what the jobs read does not reach the cluster ({_first_line(error)}); give "
+                            f"launcher=ray: what the jobs read does not reach the cluster ({first_line(error)}); give "
                             "the same command again, or look at the cluster's logs"
                         ) from error
                     time.sleep(num_lost)
@@ -302,7 +303,7 @@ class Ray:
         except ray.exceptions.GetTimeoutError:  # nothing is known to have changed
             return {i: self._last.get(i, State("queued", reason="Ray does not answer")) for i in ids}
         except ray.exceptions.RayActorError as error:
-            why = f"Ray lost the jobs' keeper ({_first_line(error)})"
+            why = f"Ray lost the jobs' keeper ({first_line(error)})"
             return states | {i: State("lost", reason=why) for i in asked}
         states |= {i: self._arrived(i, *said) for i, said in told.items()}
         if arrived := [i for i in asked if not states[i].is_open]:
@@ -376,11 +377,6 @@ def _at_the_head(ray: Any) -> dict[str, Any]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(heads[0], soft=True)}
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
 
 
 def _content(file: Path) -> Any:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import diffusers
 import gguf
@@ -26,7 +23,7 @@ from quantlab.errors import ConfigError
 from quantlab.exporting import check
 from tests.protocols.test_llama_cpp import merging_tokenizer
 from tests.support.copies import quantized
-from tests.support.llama_cpp import library
+from tests.support.llama_cpp import library, of_llama_cpp
 from tests.support.tiny_images import flux, qwen_image, sd3, z_image
 from tests.support.tiny_text_models import TEXT, load_llama, save_llama
 from tests.support.tiny_unets import sdxl
@@ -301,13 +298,6 @@ def test_a_cut_that_is_not_known_is_refused():
 NEEDS_LLAMA_CPP = pytest.mark.skipif(
     library() is None, reason="llama.cpp is not installed: pip install xllamacpp (34 MB)"
 )
-
-
-def of_llama_cpp(model_file, text_file):
-    command = [sys.executable, "-m", "tests.support.llama_cpp", str(model_file), str(text_file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3])
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def perplexity_of(module, windows):

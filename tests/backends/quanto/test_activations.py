@@ -12,32 +12,10 @@ from quantlab.backends.quanto import QuantoConfig
 from quantlab.errors import ConfigError, ModelError
 from quantlab.modules.feed import feed_of_batches
 from quantlab.modules.layers import state_digest
+from tests.support.quanto_net import MAX_ERROR, WEIGHTS, mlp, relative
 
-WEIGHTS = {"int8": "int8", "int4": "int4", "int2": "int2", "float8": "float8_e4m3", "float8_e5m2": "float8_e5m2"}
-MAX_ERROR = {"int8": 0.01, "int4": 0.13, "int2": 0.6, "float8": 0.03, "float8_e5m2": 0.06}
 COMPUTE = ("float32", "bfloat16")
 ACTIVATIONS = {"int8": "int8", "float8": "float8_e4m3", "float8_e5m2": "float8_e5m2"}
-
-
-@pytest.fixture(scope="module")
-def torch():
-    """torch, with the library imported once for the module."""
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("optimum.quanto")
-    return torch
-
-
-def mlp(torch, k: int = 512, n: int = 48, dtype: str = "float32", bias: bool = True):
-    torch.manual_seed(0)
-    layers = torch.nn.Linear(k, n, bias=bias), torch.nn.GELU(), torch.nn.Linear(n, 8)
-    model = torch.nn.Sequential(*layers).to(getattr(torch, dtype)).eval()
-    for layer in (model[0], model[2]):
-        torch.nn.init.normal_(layer.weight)
-    return model.requires_grad_(False)
-
-
-def relative(torch, a, b) -> float:
-    return float(torch.linalg.vector_norm(a.float() - b.float()) / torch.linalg.vector_norm(b.float()))
 
 
 def outliers(torch, rows: int = 256, seed: int = 1, dtype: str = "float32"):
