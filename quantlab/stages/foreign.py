@@ -31,6 +31,7 @@ from quantlab.modules.holders import Holder, holders
 from quantlab.modules.layers import replace_layer
 from quantlab.modules.memory import layer_memory, logical_size, storage_of
 from quantlab.modules.packed import stored_at
+from quantlab.modules.read_in_source import changes_in_source
 from quantlab.progress import say
 from quantlab.stages.layer_row import layer_row
 from quantlab.stages.products import product, question
@@ -159,6 +160,7 @@ def _read(
         unquantized(component, report, None),
         _other_dtype(component, rows, model.dtype),
         _other_settings(component, module, original),
+        _other_weights(component, module),
     )
     return module, replace(report, unquantized=tuple(filter(None, told))), notes
 
@@ -182,6 +184,16 @@ def _other_settings(component: str, module: nn.Module, original: nn.Module) -> s
     return (
         f"{component}: its config.json says {_some(found)}: what that changes is part of its numbers; name the model "
         "that it was made from (model.path=...)"
+    )
+
+
+def _other_weights(component: str, module: nn.Module) -> str:
+    """A sentence where a model's code changes weights as it first runs: transformers' RWKV rounds 4-bit ones of
+    bitsandbytes anew, to fp4 whatever they were."""
+    changing = changes_in_source(module)
+    return changing and (
+        f"{component}: {changing} changes weights as it first runs, quantized ones too (RWKV's makes 4-bit ones fp4): "
+        "numbers are of what it makes of them, as its library runs it, and layers are told as the file has them"
     )
 
 

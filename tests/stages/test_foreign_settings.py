@@ -8,13 +8,14 @@ import re
 import shutil
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, RwkvConfig, RwkvForCausalLM
 
 from quantlab.errors import ModelError
 from quantlab.models.foreign import check_class
 from quantlab.stages.foreign import load_candidate
 from tests.support.llama_cpp import save_gguf
-from tests.support.tiny_text_models import load_llama
+from tests.support.tiny_text_models import byte_tokenizer, load_llama
 
 
 @pytest.fixture
@@ -67,3 +68,26 @@ def test_a_folder_of_other_heads_is_another_models(foreign, llama, tmp_path, nam
         load_candidate(str(tmp_path / "other"), llama, ["model"], {}, tmp_path)
     with pytest.raises(ModelError, match=wanted):
         check_class(str(tmp_path / "other"), llama.components, ["model"])
+
+
+def test_a_class_that_rounds_anew_as_it_first_runs_is_told(tmp_path):
+    """transformers' RWKV makes 4-bit layers of bitsandbytes fp4, whatever they were: that is what is measured."""
+    torch.manual_seed(0)
+    config = RwkvConfig(vocab_size=259, hidden_size=64, num_hidden_layers=2, context_length=64)
+    RwkvForCausalLM(config).save_pretrained(tmp_path / "rwkv")
+    byte_tokenizer().save_pretrained(tmp_path / "rwkv")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "rwkv", quantization_config=nf4, dtype=torch.float32)
+    made.save_pretrained(tmp_path / "nf4")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", dtype=torch.float32).eval()
+    for layer in theirs.modules():
+        layer.support_avx512bf16_for_cpu = False  # the library would compute in bfloat16 there
+    model = load_llama(tmp_path / "rwkv", tmp_path / "cache")
+    found = load_candidate(str(tmp_path / "nf4"), model, ["model"], {}, tmp_path)
+    ours, ids = found.model.components["model"], torch.arange(32)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+    assert ours.rwkv.blocks[0].attention.output.weight.quant_state.quant_type == "fp4"
+    assert {row.dtype for row in found.quantization.layers if row.status == "quantized"} == {"nf4"}
+    [told] = [line for line in found.quantization.unquantized if "as it first runs" in line]
+    assert told.startswith("model: RwkvModel._rescale_layers changes weights as it first runs")
