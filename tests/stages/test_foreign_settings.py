@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from quantlab.errors import ModelError
 from quantlab.models.foreign import check_class
-from quantlab.stages.foreign import load_candidate
+from quantlab.stages.foreign import load_candidate, told_by_files
+from tests.support.foreign import LANGUAGE
 from tests.support.llama_cpp import save_gguf
 from tests.support.tiny_text_models import byte_tokenizer, load_llama
 
@@ -41,8 +42,26 @@ def test_keys_by_which_llama_cpp_computes_a_file_otherwise_are_told(foreign, lla
         "(the model's: 10000): it is measured by the model's settings, and whoever runs the file by its own; name the "
         "model that it was made from (model.path=...)"
     )
+    assert told_by_files(str(file), llama.components, ["model"]) == [f"checkpoint={file}: {told}"], "of a dry run"
     found = load_candidate(str(foreign / "q8_0.gguf"), llama, ["model"], {}, tmp_path)
     assert not [line for line in found.quantization.unquantized if "file says" in line]
+
+
+def test_settings_of_a_folder_are_told_before_it_is_loaded_as_afterwards(foreign, llama, tmp_path):
+    rope = {"rope_theta": 500.0, "rope_type": "default"}
+    shutil.copytree(foreign / "bnb_nf4", tmp_path / "other")
+    file = tmp_path / "other" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rope_parameters": rope, "rms_norm_eps": 0.25}))
+    [before] = told_by_files(str(file.parent), llama.components, ["model"])
+    found = load_candidate(str(file.parent), llama, ["model"], {}, tmp_path)
+    [told] = [line for line in found.quantization.unquantized if "config.json says" in line]
+    assert before == f"checkpoint={file.parent}: {told}"
+    assert "rms_norm_eps=0.25 (the model's: 1e-06)" in told
+
+
+@pytest.mark.parametrize("name", [name for name in LANGUAGE if "modelopt" not in name])
+def test_nothing_is_told_of_settings_that_are_the_models(foreign, llama, name):
+    assert told_by_files(str(foreign / name), llama.components, ["model"]) == []
 
 
 def test_a_file_of_other_heads_is_another_models(foreign, llama, tmp_path):

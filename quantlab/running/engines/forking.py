@@ -92,7 +92,7 @@ class Forking:
 
 
 def python_environment() -> dict[str, str]:
-    """What another Python is told: where it finds this quantlab, also in a checkout that is not installed, and to import
+    """What another Python is told: where it finds this quantlab, also in a checkout that is not installed, and to take
     nothing from the current folder, which may be one that was downloaded."""
     places = filter(None, [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH")])
     return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(places)), "PYTHONSAFEPATH": "1"}
