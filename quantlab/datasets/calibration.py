@@ -36,18 +36,27 @@ window of 32 is more; a licence or a header that two documents have is less."""
 
 
 def sampling_settings(config: CalibrationConfig, evaluation: EvaluationConfig) -> EvaluationConfig:
-    """How the model is run on the calibration set; what the node leaves open is as in the evaluation."""
+    """How the model is run on the calibration set; what the node leaves open is as in the evaluation.
+
+    In batches as even as they can be, in no more calls: algorithms that average over calls (AWQ's in ModelOpt) would
+    give the samples of a short last batch the weight of a whole one.
+    """
     steps, guidance = config.num_inference_steps, config.guidance_scale
     return replace(
         evaluation,
         num_samples=config.num_samples,
-        batch_size=config.batch_size,
+        batch_size=_even(config.num_samples, config.batch_size),
         num_inference_steps=evaluation.num_inference_steps if steps is None else steps,
         guidance_scale=evaluation.guidance_scale if guidance is None else guidance,
         context_length=config.context_length,
         perplexity_protocol="ppl/v2",
         num_teacher_forced=0,
     )
+
+
+def _even(num_samples: int, at_most: int) -> int:
+    num_calls = -(-num_samples // at_most)
+    return -(-num_samples // num_calls)
 
 
 def calibration_inputs(

@@ -20,6 +20,7 @@ LOGITS_AT_ONCE = 2**20
 """Logits of a model that are worked on together, whole tokens at a time: bounds the copies that are made of them to
 32 MiB for any vocabulary, and keeps them near the processor."""
 SMALLEST_KLD = -1e-6
+"""What fp32 leaves of a divergence of 0; a token's is known to some 1e-8 nats."""
 QUANTILES = {"kld_median": 0.5, "kld_p90": 0.9, "kld_p99": 0.99, "kld_p999": 0.999, "kld_max": 1.0, "kld_min": 0.0}
 
 
@@ -73,7 +74,7 @@ def token_statistics(
     what :func:`distributions` made of them, once for many candidates), and the true next tokens (tokens,). Returns
     ``kld`` = sum_v p (log p - log q) in nats; ``same_top1`` (0/1): the most probable token is
     the same; ``delta_p`` = q(target) - p(target); ``nll_reference`` and ``nll_candidate`` in nats. fp32 log-softmax,
-    sums in float64, renormalised there so that rounding cannot make a divergence negative. ``kld`` is infinite where
+    sums in float64, renormalised there; what rounding alone makes negative is 0. ``kld`` is infinite where
     the candidate excludes (logit -inf) a token that the reference allows, a ``nll`` where a model excludes the target.
     Raises :class:`~quantlab.errors.MetricUndefined` for 16-bit logits, for shapes that do not fit, for targets outside
     the vocabulary, and for NaN.
@@ -163,6 +164,7 @@ def _compared(p: Distributions, q: Distributions, targets: Tensor) -> dict[str, 
         terms = torch.where(probability > 0, terms, 0.0)  # a token that the reference excludes adds nothing
     excess_p, excess_q = p.mass.log(), q.mass.log()
     kld = terms.sum(-1, dtype=torch.float64) / p.mass - (excess_p - excess_q)
+    kld = torch.where((kld < 0) & (kld >= SMALLEST_KLD), 0.0, kld)
     where = targets.to(p.log_p.device).long()[:, None]
     nll_p = excess_p - p.log_p.gather(-1, where)[:, 0]
     nll_q = excess_q - q.log_p.gather(-1, where)[:, 0]

@@ -31,7 +31,7 @@ from quantlab.models.reading import (
     quiet_loading,
     remote_code,
 )
-from quantlab.models.settings import other_heads
+from quantlab.models.settings import differing_settings, other_heads, said_settings
 from quantlab.modules.compute_dtype import torch_dtype
 from quantlab.modules.groups import KEY as GROUPED
 from quantlab.modules.source import check_indices, tensor_names
@@ -341,6 +341,12 @@ def _read_gguf(key: str, file: Path, name: str, model: LoadedModel) -> nn.Module
 def differing_keys_of(key: str, source: Path, original: nn.Module) -> list[str]:
     """Of a file that has settings of its own, which the model's stand for: those that compute otherwise."""
     return differing_keys(key, source, original) if source.is_file() and not is_of_diffusers(original) else []
+
+
+def differing_settings_of(key: str, source: Path, original: nn.Module) -> list[str]:
+    """The same of a folder's ``config.json``, by which it is measured."""
+    said = _config(key, source) if source.is_dir() else {}
+    return differing_settings(said_settings(said, original), original) if said else []
 
 
 def _check_file(key: str, file: Path, original: nn.Module) -> None:

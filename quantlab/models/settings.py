@@ -43,11 +43,16 @@ _HEADS = re.compile(r"(?:^|_)(?:n|num)_(?:\w+_)?heads?$|(?:^|_)head_dim$")
 def other_heads(said: Mapping[str, Any], original: nn.Module) -> str:
     """``num_key_value_heads=4 (the model's: 2)`` of the first such setting of a ``config.json``; "" for none."""
     ours = computing_settings(original)
-    for name, value in _flat("", without_place(_as_loaded(said, original))):
+    for name, value in _flat("", said_settings(said, original)):
         own = ours.get(name)
         if _HEADS.search(name.rpartition(".")[2]) and None not in (own, value) and value != own:
             return f"{name}={value} (the model's: {own})"
     return ""
+
+
+def said_settings(said: Mapping[str, Any], original: nn.Module) -> dict[str, Any]:
+    """What :func:`settings_of` will tell of a module like ``original`` that is made of this ``config.json``."""
+    return without_place(_as_loaded(said, original))
 
 
 def _as_loaded(said: Mapping[str, Any], original: nn.Module) -> Mapping[str, Any]:
@@ -64,9 +69,10 @@ def _as_loaded(said: Mapping[str, Any], original: nn.Module) -> Mapping[str, Any
     return made
 
 
-def differing_settings(module: nn.Module, original: nn.Module) -> list[str]:
-    """``rope_theta=500.0 (the model's: 10000.0)`` of each setting by which ``module`` may compute otherwise."""
-    theirs, ours = computing_settings(module), computing_settings(original)
+def differing_settings(said: Mapping[str, Any], original: nn.Module) -> list[str]:
+    """``rope_theta=500.0 (the model's: 10000.0)`` of each setting by which a module that is so configured may compute
+    otherwise."""
+    theirs, ours = dict(_flat("", said)), computing_settings(original)
     return [
         f"{name}={value} (the model's: {ours[name]})"
         for name, value in theirs.items()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 REPLACE, TURN, PACK = "replace", "turn", "pack"
-READ = "the part around it reads its weight instead of calling it"
+READ = "the part around it reads its weight, or runs its forward, instead of calling it"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -58,8 +58,9 @@ def check_uncompiled(module: nn.Module, what: str) -> None:
 @contextmanager
 def recorded_reads(module: nn.Module) -> Iterator[list[str]]:
     """A list that is empty inside; afterwards it has the paths of the Linear layers whose weight was looked at by
-    something else than the layer's own forward, while the block ran the unquantized ``module``. Of layers that nothing
-    came to, such as experts without a token, those whose weight the code looks at."""
+    something else than a call of the layer, while the block ran the unquantized ``module``: also by its forward where
+    that is run without a call, past all hooks, by which data are looked at and inputs are rounded. Of layers that
+    nothing came to, such as experts without a token, those whose weight the code looks at."""
     layers = linear_layers(module)
     noticed: set[int] = set()
     called: set[int] = set()
@@ -68,7 +69,7 @@ def recorded_reads(module: nn.Module) -> Iterator[list[str]]:
     kinds = {name: type(layer) for name, layer in layers.items()}
     for layer in layers.values():
         layer.__class__ = _watched(cast(Any, type(layer)))
-        vars(layer)[_WATCH] = (noticed, [], called)
+        vars(layer)[_WATCH] = (noticed, [], called, [])
         if "forward" in vars(layer):  # that of its class is not what is called: its weights come and go
             handles.append(layer.register_forward_pre_hook(lambda own, _: _begin(own)))
             handles.append(layer.register_forward_hook(lambda own, *_: vars(own)[_WATCH][1].clear(), prepend=True))
@@ -89,7 +90,7 @@ _WATCH = "_quantlab_watch"
 
 def _begin(layer: nn.Module) -> None:
     """A call of a watched layer begins."""
-    _, running, called = vars(layer)[_WATCH]
+    _, running, called, _ = vars(layer)[_WATCH]
     running.append(True)
     called.add(id(layer))
 
@@ -99,18 +100,30 @@ def _watched(base: type[nn.Linear]) -> type[nn.Linear]:
     """``base``, whose layers note who looks at their weight."""
 
     def look(self: Any, name: str) -> Any:
-        noticed, running, _ = vars(self)[_WATCH]
+        noticed, running, *_ = vars(self)[_WATCH]
         if name == "weight" and not running:
             noticed.add(id(self))
         return base.__getattr__(self, name)
 
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        waiting = vars(self)[_WATCH][3]
+        waiting.append(True)
+        try:
+            return base.__call__(self, *args, **kwargs)
+        finally:
+            waiting.clear()
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        noticed, _, _, waiting = vars(self)[_WATCH]
+        if not waiting:
+            noticed.add(id(self))
+        waiting.clear()
         _begin(self)
         try:
             return base.forward(self, *args, **kwargs)
         finally:
             vars(self)[_WATCH][1].pop()
 
-    made = type(base.__name__, (base,), {"__getattr__": look, "forward": forward})
+    made = type(base.__name__, (base,), {"__getattr__": look, "__call__": call, "forward": forward})
     made.__module__, made.__qualname__ = base.__module__, base.__qualname__
     return made

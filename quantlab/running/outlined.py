@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlab.backends.scheme import Scheme
+from quantlab.backends.table import loggers
 from quantlab.datasets.calibration import in_words_of_calibration, sampling_settings
 from quantlab.errors import ConfigError, QuantlabError, first_line
 from quantlab.exporting.beforehand import check_outlined
@@ -33,10 +34,12 @@ from quantlab.planning.job import Job
 from quantlab.planning.placing import check_streamed
 from quantlab.progress import say
 from quantlab.protocols import encoder, language
+from quantlab.quiet import quiet_libraries
 from quantlab.running.choice import refusal
 from quantlab.running.forecast import Book, phases_of_each, read_by_code
 from quantlab.running.placement import check_largest, spread_as_said, spread_over
 from quantlab.stages.bundle import check_settings
+from quantlab.stages.foreign import told_by_files
 from quantlab.stages.select import QuantizationRequest, Selection, check_device, check_layers, choose_layers
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.schema import EvaluationConfig, ExperimentConfig, MemoryConfig
@@ -68,9 +71,11 @@ def refused_by_shape(
     (:mod:`quantlab.models.spared`); then LacksPackages is raised for a model that cannot be built so. ``tell`` is given
     a line for each model that cannot be looked at.
     """
+    quiet_libraries(loggers())  # a model's class is looked at, which imports its library
     found: dict[str, ConfigError] = {}
     outlines: dict[str, Outline | None] = {}
     brought: dict[str, ConfigError | None] = {}
+    said: dict[str, None] = {}
     for job in jobs:
         if (why := _brought(job.config, brought)) is not None:
             found[job.name] = why
@@ -89,11 +94,14 @@ def refused_by_shape(
             continue
         try:
             _check(job, made, device, is_far)
+            said |= dict.fromkeys(_settings(job, made))
         except ConfigError as error:
             found[job.name] = error
         except Exception:  # whatever a library finds in a module without values: a run has some
             if _shows_errors():
                 raise
+    for line in said:
+        tell(line)
     return found
 
 
@@ -138,6 +146,14 @@ def _outline(config: ExperimentConfig, device: str, is_spared: bool) -> Outline:
             raise _NotOutlined(str(error)) from error
         key = f"model.path={model.path}" if model.path else f"model.family={model.family}"
         raise _NotOutlined(f"{key}: it cannot be built from its configuration ({first_line(error)})") from error
+
+
+def _settings(job: Job, made: Outline) -> list[str]:
+    """What the run will tell of the settings of a checkpoint that stands in the place of a scheme."""
+    names = job.components(made.quantized)
+    if job.config.checkpoint is None or not names.keys() <= made.components.keys():
+        return []
+    return told_by_files(job.config.checkpoint, made.components, list(names))
 
 
 def _check(job: Job, made: Outline, device: str, is_far: bool) -> None:

@@ -20,9 +20,11 @@ from quantlab.models.foreign import (
     checkpoint_bytes,
     checkpoint_sha256,
     differing_keys_of,
+    differing_settings_of,
     load_part,
     sources_of,
 )
+from quantlab.models.identity import settings_of
 from quantlab.models.loaded import LoadedModel, class_names
 from quantlab.models.reading import unreadable
 from quantlab.models.settings import differing_settings
@@ -31,6 +33,7 @@ from quantlab.modules.holders import Holder, holders
 from quantlab.modules.layers import replace_layer
 from quantlab.modules.memory import layer_memory, logical_size, storage_of
 from quantlab.modules.packed import stored_at
+from quantlab.modules.read_in_source import changes_in_source
 from quantlab.progress import say
 from quantlab.stages.layer_row import layer_row
 from quantlab.stages.products import product, question
@@ -88,11 +91,7 @@ def load_candidate(
         if method in FOLDED:
             told = f"{name}: {method} moves scales into the norms, so that it cannot be told whether it is this model's"
             report = replace(report, unquantized=(*report.unquantized, told))
-        if found := differing_keys_of(key, source, model.components[name]):
-            told = (
-                f"{name}: its file says {some_of(found, 4)}: it is measured by the model's settings, and whoever runs "
-                "the file by its own; name the model that it was made from (model.path=...)"
-            )
+        if told := _other_keys(name, differing_keys_of(key, source, model.components[name])):
             report = replace(report, unquantized=(*report.unquantized, told))
         reports.append(report)
         methods.append(method)
@@ -158,7 +157,8 @@ def _read(
     told = (
         unquantized(component, report, None),
         _other_dtype(component, rows, model.dtype),
-        _other_settings(component, module, original),
+        _other_settings(component, differing_settings(settings_of(module), original)),
+        _other_weights(component, module),
     )
     return module, replace(report, unquantized=tuple(filter(None, told))), notes
 
@@ -174,14 +174,45 @@ def _other_dtype(component: str, rows: Sequence[LayerReport], dtype: str) -> str
     )
 
 
-def _other_settings(component: str, module: nn.Module, original: nn.Module) -> str:
+def told_by_files(checkpoint: str, components: Mapping[str, nn.Module], names: Sequence[str]) -> list[str]:
+    """What will be told of the settings in the files of a checkpoint on this disk; ``components`` need no values."""
+    if not Path(checkpoint).expanduser().exists():
+        return []
+    key, found = f"checkpoint={checkpoint}", list[str]()
+    for name, source in sources_of(checkpoint, names, class_names(components)).items():
+        found.append(_other_keys(name, differing_keys_of(key, source, components[name])))
+        found.append(_other_settings(name, differing_settings_of(key, source, components[name])))
+    return [f"{key}: {told}" for told in found if told]
+
+
+def _other_keys(component: str, found: Sequence[str]) -> str:
+    """A sentence where the keys of a file, which the model's settings stand for, compute otherwise."""
+    if not found:
+        return ""
+    return (
+        f"{component}: its file says {some_of(found, 4)}: it is measured by the model's settings, and whoever runs the "
+        "file by its own; name the model that it was made from (model.path=...)"
+    )
+
+
+def _other_settings(component: str, found: Sequence[str]) -> str:
     """A sentence where a checkpoint's configuration makes it compute otherwise than the model."""
-    found = differing_settings(module, original)
     if not found:
         return ""
     return (
         f"{component}: its config.json says {some_of(found, 4)}: what that changes is part of its numbers; name the "
         "model that it was made from (model.path=...)"
+    )
+
+
+def _other_weights(component: str, module: nn.Module) -> str:
+    """A sentence where a model's code changes weights as it first runs: transformers' RWKV rounds 4-bit ones of
+    bitsandbytes anew, to fp4 whatever they were."""
+    changing = changes_in_source(module)
+    return changing and (
+        f"{component}: {changing} changes weights as it first runs, quantized ones too (RWKV's rounds some 4-bit ones "
+        "anew, to fp4): numbers are of what it makes of them, as its library runs it, and layers are told as the file "
+        "has them"
     )
 
 

@@ -110,6 +110,7 @@ class CalibrationConfig:
     """A file of the user's own (prompts, one a line; or text)."""
     num_samples: int = number(40, 1, _MANY)
     batch_size: int = number(20, 1, _MANY)
+    """At most so many samples a call; calls are as even as they can be."""
     seed: int = number(1, 0, SEED)
     num_evidence_calls: int = number(40, 0, _MANY)
     """Forward calls, evenly spaced over the set, on which each layer's error is measured; 0: none."""

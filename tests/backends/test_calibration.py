@@ -39,7 +39,10 @@ NEED_DATA = [
     ("torchao", "int8", {"activation_dtype": "int8", "algorithm": "smoothquant"}, {}),
     ("torchao", "int8", {"activation_dtype": "int8"}, {"activation_scales": "static"}),
     *(("modelopt", "int4", {"algorithm": a}, {}) for a in ("awq_lite", "awq_clip", "svdquant", "gptq")),
-    ("modelopt", "int8", {"activation_dtype": "int8"}, {"activation_scales": "static"}),
+    *(
+        ("modelopt", "int8", {"activation_dtype": "int8", "algorithm": a}, {"activation_scales": "static"})
+        for a in ("max", "smoothquant", "awq_lite", "local_hessian")
+    ),
 ]
 
 
@@ -66,6 +69,20 @@ def test_batches_of_unequal_size_are_taken(backend, dtype, axes, settings):
     config = config_of(backend, dtype, axes, settings, modules_to_not_convert={"mine": ["idle"]})
     _, report = quantlab.quantize(Branched(), config, calibration=[torch.randn(8, 64), torch.randn(3, 64)])
     assert [r.status for r in report.layers] == ["quantized", "quantized", "excluded"]
+
+
+@pytest.mark.parametrize(("backend", "dtype", "axes", "settings"), NEED_DATA)
+def test_inputs_of_several_numbers_of_dimensions_are_taken(backend, dtype, axes, settings):
+    """A layer that is given rows, and batches of rows, as those of a time embedding and of a sequence."""
+    config = config_of(backend, dtype, axes, settings, modules_to_not_convert={"mine": ["idle"]})
+    torch.manual_seed(0)
+    module, rows = Branched(), torch.randn(12, 64)
+    found = [
+        quantlab.quantize(module, config, calibration=[rows[:4], shaped])[0](rows)
+        for shaped in (rows[4:], rows[4:].reshape(2, 4, 64), rows[4:].reshape(2, 2, 2, 64))
+    ]
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
 
 
 # -- bits

@@ -328,7 +328,7 @@ class TestTokenStatistics:
         found = token_statistics(p, q, torch.zeros(tokens, dtype=torch.int64))
         log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
         exact = (log_p.exp() * (log_p - log_q)).sum(-1).numpy()
-        assert found["kld"].min() > -1e-6
+        assert found["kld"].min() >= 0, "what rounding alone makes of a divergence of 0"
         np.testing.assert_allclose(found["kld"], exact, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(found["nll_candidate"], -log_q[:, 0].numpy(), rtol=1e-5, atol=1e-5)
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -130,6 +131,15 @@ def test_shapes_of_a_folder(what, shell, models):
     for name, place in there.items():
         words = [word.replace(name, str(place)) for word in words]
     check_refused(shell, text_model(models, *words))
+
+
+def test_settings_of_a_checkpoint_by_which_it_computes_otherwise_are_told(shell, models, tmp_path):
+    shutil.copytree(models / "model", tmp_path / "other")
+    file = tmp_path / "other" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rms_norm_eps": 0.25}))
+    code, out, err = shell(*text_model(models, f"checkpoint={file.parent}"), DRY)
+    assert code == 0, err
+    assert "its config.json says rms_norm_eps=0.25 (the model's: 1e-06)" in " ".join(out.split())
 
 
 @pytest.mark.parametrize("what", ["group_size=128", f"{OWN}=[nothing_here]", "evaluation.context_length=500"])

@@ -9,7 +9,7 @@ from torch import nn
 
 import quantlab
 from quantlab.datasets import prompts
-from quantlab.datasets.calibration import calibration_inputs
+from quantlab.datasets.calibration import calibration_inputs, sampling_settings
 from quantlab.datasets.table import CALIBRATION_SETS
 from quantlab.errors import ConfigError, is_out_of_memory
 from quantlab.vocabulary.schema import CalibrationConfig, EvaluationConfig
@@ -59,6 +59,15 @@ def test_a_set_that_was_cut_off_is_recorded_again(shell):
     (done,) = shell.folder.glob("calibration/*/set.json")
     done.unlink()
     assert recorded_set(*arguments).sha256 == first.sha256
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "asked", "expected"), [(40, 20, 20), (41, 20, 14), (9, 8, 5), (10, 4, 4), (3, 8, 3), (5, 1, 1)]
+)
+def test_no_last_batch_is_a_fraction_of_the_others(num_samples, asked, expected):
+    """An algorithm that averages over calls would count its samples so much more."""
+    config = CalibrationConfig(num_samples=num_samples, batch_size=asked)
+    assert sampling_settings(config, EvaluationConfig()).batch_size == expected
 
 
 def test_lack_of_memory_halves_the_batch_and_says_so(shell, monkeypatch, capsys):

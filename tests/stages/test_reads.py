@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import quantlab
 from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import recorded_calls
 from quantlab.modules.reached import recorded_reads
@@ -94,3 +95,39 @@ def test_a_model_whose_calls_cannot_be_kept_is_run_without_keeping_them(monkeypa
     inputs = types.SimpleNamespace(subset=lambda _: None)
     assert reads.weights_read(model, inputs, EvaluationConfig(), ["model"]) == {"model": ("proj",)}
     assert "".join(capsys.readouterr()) == "", "nothing is wrong with it, and no way out is wanted"
+
+
+class PastItsHooks(nn.Module):
+    """Calls a layer, and also runs its forward, where nothing that hangs on the layer sees the inputs."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.first, self.both, self.run = nn.Linear(32, 32), nn.Linear(32, 32), run
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.both(x) + self.run(self.both, 8 * x)
+
+
+PAST_HOOKS = {
+    "its own forward": lambda layer, x: layer.forward(x),
+    "its class's forward": lambda layer, x: nn.Linear.forward(layer, x),
+    "its weight": lambda layer, x: nn.functional.linear(x, layer.weight, layer.bias),
+}
+
+
+@pytest.mark.parametrize("way", PAST_HOOKS)
+def test_a_layer_that_is_not_only_called_is_not_calibrated_on_its_calls_alone(way):
+    module = PastItsHooks(PAST_HOOKS[way]).eval()
+    batch = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    config = quantlab.QuantoConfig(weights_dtype="int8", activations="int8")
+    made, report = quantlab.quantize(module, config, calibration=[batch])
+    rows = {row.name: row for row in report.layers}
+    assert rows["first"].activation_dtype == "int8"
+    assert (rows["both"].status, type(made.both)) == ("excluded", nn.Linear)
+    assert "instead of calling it" in rows["both"].reason
+    stored, report = quantlab.quantize(module, quantlab.QuantoConfig(weights_dtype="int8"), inputs=[batch])
+    assert {row.status for row in report.layers} == {"quantized"}
+    module.run = lambda layer, x: layer(x)
+    called, _ = quantlab.quantize(module, quantlab.QuantoConfig(weights_dtype="int8"), inputs=[batch])
+    torch.testing.assert_close(stored(batch), called(batch))

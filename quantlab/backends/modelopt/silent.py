@@ -1,4 +1,5 @@
-"""Where ModelOpt's algorithms fail on what calibration data leave out: channels, blocks and whole batches."""
+"""Where ModelOpt's algorithms fail on what calibration data leave out (channels, blocks, whole batches), and on inputs
+of several numbers of dimensions."""
 
 from __future__ import annotations
 
@@ -30,6 +31,7 @@ def shielded(named: Named, loudest: Mapping[str, Tensor], algorithm: str) -> Ite
     with contextlib.ExitStack() as opened:
         if algorithm in PRE_SCALED:
             opened.enter_context(_neutral_factors({id(layer): name for name, layer in named.items()}, loudest))
+            opened.enter_context(_as_rows())
         if algorithm == "smoothquant":
             opened.enter_context(_no_column_of_zeros(named))
         if algorithm in CLIPPING:
@@ -52,6 +54,22 @@ def _neutral_factors(names: Mapping[int, str], loudest: Mapping[str, Tensor]) ->
         yield
     finally:
         library.apply_pre_quant_scale_and_smooth = smooth
+
+
+@contextlib.contextmanager
+def _as_rows() -> Iterator[None]:
+    """The maxima of input channels, which the library compares only among inputs of one number of dimensions."""
+    kind: Any = importlib.import_module("modelopt.torch.quantization.calib").MaxCalibrator
+    collect = kind.collect
+
+    def of_rows(self: Any, x: Tensor) -> None:
+        collect(self, x.reshape(-1, x.shape[-1]) if self._axis == -1 else x)
+
+    kind.collect = of_rows
+    try:
+        yield
+    finally:
+        kind.collect = collect
 
 
 @contextlib.contextmanager
