@@ -38,8 +38,11 @@ TAKEN_FROM = {
 """Name of a condition -> argument of a pipeline's call that it is given as."""
 _PICTURES = ("image", "mask", "control")
 _CONTROL = "control_image"
+_GUIDES = {"image": _CONTROL, "mask_image": "control_mask"}
+"""What a picture and its mask are given as, to a pipeline that starts from none."""
+_GIVEN = (*TAKEN_FROM.values(), "control_mask")
 _OURS = {
-    **dict.fromkeys((*TAKEN_FROM.values(), "batch_size"), "the data set gives it"),
+    **dict.fromkeys((*_GIVEN, "batch_size"), "the data set gives it"),
     **dict.fromkeys(("generator", "latents"), "dataset.seed gives it"),
     **dict.fromkeys(("num_inference_steps", "guidance_scale", "height", "width"), "set evaluation.{name}"),
     **dict.fromkeys(("output_type", "return_dict", "callback", "callback_on_step_end"), "it is what is heard"),
@@ -124,7 +127,7 @@ def check_conditions(pipeline: type, dataset: str, conditions: Sequence[str], ca
         )
     for name in given:
         if name not in known:
-            takes = [own for own in (*TAKEN_FROM.values(), "batch_size") if own in known]
+            takes = [own for own in (*_GIVEN, "batch_size") if own in known]
             other = _fitting(known)
             raise ConfigError(
                 f"dataset={dataset}: {pipeline.__name__} takes no {name} (of what data sets give it takes "
@@ -134,12 +137,12 @@ def check_conditions(pipeline: type, dataset: str, conditions: Sequence[str], ca
     needed = [n for n, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if "image" in known and ("strength" in known or "mask_image" in known):
         needed += [n for n in ("image", "mask_image") if n in known]  # their default is None, and nothing comes of it
-    if _CONTROL in known:
-        needed.append(_CONTROL)  # as above
+    needed += [name for name in _GUIDES.values() if name in known]  # as above
     for name in needed:
         if name not in (*given, *call):
-            other = f"choose {_fitting(known)}" + (", with control pictures" if name == _CONTROL else "")
-            way_out = other if name in TAKEN_FROM.values() else f"give it by model.call.{name}"
+            beside = ", with control pictures" if name == _CONTROL else ", with masks" if "mask" in name else ""
+            other = f"choose {_fitting(known)}{beside}"
+            way_out = other if name in _GIVEN else f"give it by model.call.{name}"
             raise ConfigError(f"dataset={dataset}: {pipeline.__name__} needs {name}, which it does not give; {way_out}")
 
 
@@ -156,16 +159,19 @@ def _beyond_data_sets(pipeline: type, known: Mapping[str, inspect.Parameter]) ->
         edits = not {"image", "mask_video"} & set(known) and ("strength" in known or "prompt" not in known)
         if edits or known["video"].default is inspect.Parameter.empty:
             return "a video"
+    if {"image", "original_image"} <= set(known):
+        return "a picture in two sizes"
     if {"audio", "prompt"} <= set(known) and "image" not in known:
         return "sound"
-    ours = {*TAKEN_FROM.values(), *_OURS} - {"latents"}  # noise is ours; who asks for latents starts from another's
+    ours = set(_OURS) - {"latents"}  # noise is ours; who asks for latents starts from another's
     needed = {name: p for name, p in known.items() if p.default is p.empty and name not in ours}
     return next((name for name, parameter in needed.items() if _NO_WORDS.search(str(parameter.annotation))), "")
 
 
 def _argument(name: str, known: Collection[str]) -> str:
-    """What a condition is given as: a picture as what guides, to a pipeline that starts from none."""
-    return _CONTROL if name == "image" and name not in known and _CONTROL in known else name
+    """What a condition is given as: see :data:`_GUIDES`."""
+    guide = _GUIDES.get(name, name)
+    return guide if name not in known and guide in known else name
 
 
 def fitting(pipeline: type) -> str:

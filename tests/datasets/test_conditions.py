@@ -16,6 +16,7 @@ from quantlab.datasets import image_prompts, prompts, unprompted
 from quantlab.datasets.calibration import calibration_inputs, check_calibration
 from quantlab.datasets.table import check_file
 from quantlab.errors import ConfigError
+from quantlab.models import pipeline_call
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.pipeline_call import check_conditions
 from quantlab.vocabulary.schema import (
@@ -40,6 +41,10 @@ class Inpainting:
 
 class Guided:
     def __call__(self, prompt=None, control_image=None, generator=None): ...
+
+
+class GuidedInpainting:
+    def __call__(self, prompt=None, control_image=None, control_mask=None, generator=None): ...
 
 
 class GuidedEditing:
@@ -179,6 +184,17 @@ def test_a_picture_guides_where_a_pipeline_starts_from_none(folder):
     file = folder / "mine.jsonl"
     file.write_text(json.dumps({"image": "coffee.png", "prompt": "a", "control": "astronaut.control.PNG"}))
     assert image_prompts.conditions(str(file)) == ("image", "prompt", "control_image")
+
+
+def test_a_mask_guides_where_a_pipeline_starts_from_no_picture(folder, tmp_path):
+    for pipeline, name in ((GuidedInpainting, "control_mask"), (Inpainting, "mask_image")):
+        with pytest.raises(ConfigError, match=rf"^dataset=image_prompts: .* needs {name}, .*image_prompts, with masks"):
+            load(folder, model_of(pipeline))
+    inputs = load(write_pictures(tmp_path / "p", mask=True), model_of(GuidedInpainting))
+    known = pipeline_call.parameters_of(GuidedInpainting)
+    model = SimpleNamespace(parts={})
+    given = pipeline_call._arguments(model, GuidedInpainting(), inputs.noise[:1], inputs.subset([0]).conditioning, FOUR)
+    assert {"control_image", "control_mask"} <= set(given) <= set(known)
 
 
 @pytest.mark.parametrize("pipeline", [Guided, GuidedEditing])
@@ -397,7 +413,7 @@ def test_what_can_do_without_a_video_is_run():
         *dict.fromkeys(("LEditsPPPipelineStableDiffusion", "AnimateDiffControlNetPipeline"), False).items(),
         *dict.fromkeys(("KandinskyV22Pipeline", "StableCascadeDecoderPipeline", "WanAnimatePipeline"), False).items(),
         *dict.fromkeys(("PaintByExamplePipeline", "KandinskyV22ControlnetPipeline"), False).items(),
-        ("LTX2VideoDiffusionDecodePipeline", False),
+        *dict.fromkeys(("LTX2VideoDiffusionDecodePipeline", "IFImg2ImgSuperResolutionPipeline"), False).items(),
         *dict.fromkeys(
             ("WanPipeline", "HeliosPipeline", "CosmosVideoToWorldPipeline", "AnyFlowPipeline"), True
         ).items(),
