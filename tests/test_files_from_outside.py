@@ -26,6 +26,7 @@ from quantlab.datasets.prompts import MAX_PROMPT_CHARS, read_prompts
 from quantlab.datasets.text import read_text
 from quantlab.errors import ConfigError, ModelError, QuantlabError
 from quantlab.modules.kept import Damaged, read_tree, write_tree
+from quantlab.planning.plan import plan
 from quantlab.planning.recipe import read_recipe
 from quantlab.tracking.pictures import read_samples
 from quantlab.vocabulary import files
@@ -233,9 +234,24 @@ def test_json_that_is_nested_without_end(tmp_path):
     assert raised_quickly(lambda: from_pretrained_config(str(file)), ConfigError)
 
 
-def test_yaml_that_grows_when_it_is_read(tmp_path):
-    lines = ["# @package _global_", "a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+ALIASES = ["a0: &a [x, x, x, x, x, x, x, x, x, x]"]
+ALIASES += [f"a{i}: &{'abcdefghi'[i]} [{', '.join(['*' + 'abcdefghi'[i - 1]] * 10)}]" for i in range(1, 9)]
+REFERENCES = ["a0: xxxxxxxxxx", *(f"a{i}: {f'${{model.call.a{i - 1}}}' * 10}" for i in range(1, 10))]
+GROWING = {
+    "aliases": ALIASES,
+    "an entry of the defaults list": [*ALIASES, "defaults: [*i]"],
+    "a choice of the defaults list": [*ALIASES, "defaults: [{override /backend: *i}]"],
+    "references": ["model:", "  call:", *(f"    {line}" for line in REFERENCES)],
+    "references in references": [f"name: '{'${' * 3000}name{'}' * 3000}'"],
+    "digits": [f"evaluation: {{num_samples: 0x{'f' * 6000}}}"],
+    "digits of a name": [f"name: 0x{'f' * 6000}"],
+}
+
+
+@pytest.mark.parametrize("way", GROWING)
+def test_yaml_that_grows_when_it_is_read(tmp_path, way):
     file = tmp_path / "bomb.yaml"
-    file.write_text("\n".join(lines) + "\n")
-    assert raised_quickly(lambda: read_recipe(file), ConfigError)
+    file.write_text("\n".join(["# @package _global_", *GROWING[way]]) + "\n")
+    assert raised_quickly(lambda: plan([f"recipe={file}", "backend=quanto"]), ConfigError).startswith(
+        "recipe=bomb.yaml"
+    )

@@ -17,8 +17,11 @@ from quantlab.vocabulary.schema import ModelConfig
 if TYPE_CHECKING:
     import torch
 
-_LAYERS = re.compile(r"(layers?|blocks|depths?|layers_per_block)$")
-_MAX_LAYERS = 10_000
+_MOST = {
+    "layers": (re.compile(r"(layers?|blocks|depths?|layers_per_block)$"), 10_000),
+    "labels": (re.compile(r"^num_labels$"), 1_000_000),  # transformers makes a name for each
+}
+"""What a configuration counts -> the fields that say it, and how many no model has."""
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 HOLLOW = "meta"
 """The device of a model that is loaded without the values of its weights, which stay in its files."""
@@ -163,16 +166,17 @@ def of_a_pickle(key: str) -> ModelError:
 
 
 def check_counts(key: str, name: str, config: Mapping[str, Any]) -> None:
-    """ModelError for a configuration ``name`` of so many layers that building them alone would not end."""
+    """ModelError for a configuration ``name`` of so many layers or labels that making them alone would not end."""
     for field, value in config.items():
         if isinstance(value, Mapping):
             check_counts(key, name, value)
-        for count in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(count, int) and count > _MAX_LAYERS and _LAYERS.search(field):
-                raise ModelError(
-                    f"{key}: {name} says {field}={count}, and no model has more than {_MAX_LAYERS} layers; copy or "
-                    "download it again"
-                )
+        for what, (named, most) in _MOST.items():
+            for count in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(count, int) and count > most and named.search(field):
+                    raise ModelError(
+                        f"{key}: {name} says {field}={count}, and no model has more than {most} {what}; copy or "
+                        "download it again"
+                    )
 
 
 def check_config(key: str, file: Path, folder: Path) -> None:

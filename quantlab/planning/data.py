@@ -20,6 +20,9 @@ _WORD_OF_CODE = re.compile(r"_[a-z]+(_[a-z]+)*_")
 _BREAKS = re.compile(r"[^\w${}]+")
 _MAX_DEPTH = 24
 _MAX_VALUES = 100_000
+_MAX_REFERENCES = 16
+"""More of them, each to a value with some, would make a text of any length."""
+_MAX_INTEGER = 2**63
 
 _OF_LINES = ("quantization_config", "model.call")
 
@@ -41,13 +44,19 @@ def check_data(node: Any, path: str = "", *, references: bool = True) -> None:
     Refused: keys that make a mapping a call, however they are nested or joined by dots; interpolations that are not a
     key of the config (with ``references=False``: any, as they would be read again); characters that no name has.
     """
+    num_references = 0
     for count, (where, value, depth) in enumerate(_values(node, path, 0)):
         if depth > _MAX_DEPTH or count > _MAX_VALUES:
             raise ConfigError(
                 f"{where[:80]}: too much for a config ({_MAX_VALUES} values, {_MAX_DEPTH} levels); cut it"
             )
+        if isinstance(value, int) and abs(value) > _MAX_INTEGER:
+            raise ConfigError(f"{where}: a number of more than 64 bits; write a smaller one")
         if isinstance(value, str):
             check_text(value, where)
+            num_references += value.count("${")
+            if num_references > _MAX_REFERENCES:
+                raise ConfigError(f"{where}: more than {_MAX_REFERENCES} references to keys; write the value itself")
             if "${" in value and (not references or _calls(value, where)):
                 raise ConfigError(f"{where}: {value[:80]} reaches outside the config; write the value itself")
 
@@ -89,7 +98,7 @@ def _calls(text: str, where: str) -> bool:
     """Whether an interpolation in ``text`` names a resolver, in whatever way its name is made."""
     try:
         found: list[Any] = [parse(text)]
-    except GrammarParseError as error:
+    except (GrammarParseError, RecursionError) as error:
         raise ConfigError(f"{where}: {text[:80]} is no reference to a key; write the value itself") from error
     while found:
         node = found.pop()

@@ -102,6 +102,9 @@ def _read(file: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Pat
             f"{where}: line 1: its keys are ours only under a header; make the first line: # @package _global_"
         )
     try:
+        if "hydra" in content:
+            raise ConfigError("hydra is not allowed: a recipe is data and never names code to run")
+        check_data(content)  # before any of it is told: what an alias repeats without end has no text that ends
         base, choices = _defaults(file, content.get("defaults") or [], text)
         content = {str(k): v for k, v in content.items() if k != "defaults"}
         _check_content(content)
@@ -136,11 +139,8 @@ def _over(under: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any
 
 
 def _check_content(content: dict[str, Any]) -> None:
-    if "hydra" in content:
-        raise ConfigError("hydra is not allowed: a recipe is data and never names code to run")
     if "recipe" in content:
         raise ConfigError("recipe: another recipe is built on in the defaults list: - /recipe: NAME")
-    check_data(content)
     if bad := [k for k in content if not str(k).isidentifier()]:
         raise ConfigError(f"{bad[0]}: no such key; nest it, as in evaluation: {{num_samples: 50}}")
     for key, value in content.items():

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from quantlab.running.attempts import END, LOG, begin, is_mine, read, write
-from quantlab.running.engines.forking import python_path
+from quantlab.running.engines.forking import python_environment
 from quantlab.tracking.tags import HOST, PID, PID_STARTED
 from quantlab.tracking.values import process_is_alive
 
@@ -72,7 +72,7 @@ def _note(told: list[int], got: int, frame: FrameType | None) -> None:
 
 
 def _watched(folder: Path, number: int, told: list[int], timeout_s: float | None, limit: float, gpu: str | None) -> str:
-    env = {**os.environ, "PYTHONPATH": python_path(), **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
+    env = {**os.environ, **python_environment(), **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
     command = [sys.executable, "-X", "faulthandler", "-c", _CODE, str(folder)]
     end: dict[str, object] = {}
     with (

@@ -155,6 +155,7 @@ def test_a_pickle_that_runs_code_is_refused_in_words(llama, tmp_path, monkeypatc
     ("field", "value", "told"),
     [
         ("num_hidden_layers", 10**9, "num_hidden_layers=1000000000"),
+        ("num_labels", 10**9, "num_labels=1000000000, and no model has more than 1000000 labels"),
         ("num_attention_heads", 0, "cannot be (loaded|built)"),
         ("head_dim", -1, "cannot be (loaded|built)"),
     ],

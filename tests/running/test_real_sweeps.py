@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from quantlab.running.attempts import has_ended
-from quantlab.running.engines.forking import python_path
+from quantlab.running.engines.forking import python_environment
 from quantlab.running.far import NAME
 from quantlab.running.handing import JOBS
 from tests.support.engines import require_slurm
@@ -37,7 +37,7 @@ finally:
 
 def submitted(shell, *words):
     """The rows of a sweep whose process must not have imported torch."""
-    env = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, **python_environment(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", TORCH_FREE, *WORDS, *words, "--json"],
         cwd=shell.folder,
@@ -53,7 +53,7 @@ def submitted(shell, *words):
 
 
 def serial(shell):
-    env = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, **python_environment(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "quantlab", *WORDS, "sweep.force=true", "--json"],
         cwd=shell.folder,

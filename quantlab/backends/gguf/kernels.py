@@ -60,7 +60,7 @@ def logits_of(file: Path, windows: Sequence[Sequence[int]], num_threads: int) ->
     ):  # no pipe that fills while another is read
         asked.write("".join(f"{json.dumps([*map(int, window)])}\n" for window in windows).encode())
         asked.seek(0)
-        words = [sys.executable, "-m", __name__, str(file), str(len(windows[0])), str(num_threads)]
+        words = [sys.executable, "-P", "-m", __name__, str(file), str(len(windows[0])), str(num_threads)]
         with subprocess.Popen(words, stdin=asked, stdout=subprocess.PIPE, stderr=said, env=place) as process:
             answers: Any = process.stdout
             try:

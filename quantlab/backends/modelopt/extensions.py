@@ -67,7 +67,7 @@ def build_mx(quant_type: str, timeout_s: float = BUILD_TIMEOUT_S) -> None:
 
 def _run_build(quant_type: str, timeout_s: float) -> None:
     try:
-        done = subprocess.run([sys.executable, "-c", _BUILD], capture_output=True, text=True, timeout=timeout_s)
+        done = subprocess.run([sys.executable, "-P", "-c", _BUILD], capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired as error:
         raise ConfigError(
             f"quant_type={quant_type}: ModelOpt's CUDA code was not compiled in {timeout_s:.0f} s; try again on a "

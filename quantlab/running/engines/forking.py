@@ -73,7 +73,7 @@ class Forking:
                 [sys.executable, "-X", "faulthandler", "-c", _SERVER],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env={**os.environ, **_NO_THREADS, "PYTHONPATH": python_path()},
+                env={**os.environ, **_NO_THREADS, **python_environment()},
                 bufsize=0,
                 start_new_session=True,
             )
@@ -91,6 +91,8 @@ class Forking:
         self._server, self._text = None, b""
 
 
-def python_path() -> str:
-    """``PYTHONPATH`` by which another process finds this quantlab, also in a checkout that is not installed."""
-    return os.pathsep.join(dict.fromkeys(filter(None, [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH")])))
+def python_environment() -> dict[str, str]:
+    """What another Python is told: where it finds this quantlab, also in a checkout that is not installed, and to
+    import nothing from the current folder, which may be one that was downloaded."""
+    places = filter(None, [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH")])
+    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(places)), "PYTHONSAFEPATH": "1"}

@@ -19,7 +19,7 @@ from typing import Any
 
 from quantlab.errors import first_line
 from quantlab.running.attempts import ATTEMPT, LOST, ended_since_given, num_attempts, set_aside, write
-from quantlab.running.engines.forking import python_path
+from quantlab.running.engines.forking import python_environment
 from quantlab.running.engines.parcels import (
     Contents,
     Parcel,
@@ -249,7 +249,7 @@ class Ray:
                 log_to_driver=False,
                 logging_level="ERROR",
                 include_dashboard=False if address is None else None,
-                runtime_env={"env_vars": {"PYTHONPATH": python_path()}},
+                runtime_env={"env_vars": python_environment()},
             )
         except Exception as error:  # whatever Ray raises for a cluster that it cannot use
             said = " ".join(str(error).split())[:500]

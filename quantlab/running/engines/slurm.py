@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from quantlab.errors import ConfigError
 from quantlab.running.attempts import ATTEMPT, ended_since_given
-from quantlab.running.engines.forking import python_path
+from quantlab.running.engines.forking import python_environment
 from quantlab.running.engines.protocol import EngineError, State
 from quantlab.running.node import run
 from quantlab.vocabulary.launching import SlurmSettings, SubmititSettings
@@ -179,7 +179,10 @@ def parameters(settings: SubmititSettings) -> dict[str, Any]:
     said = {k: v for k, v in asdict(settings).items() if v is not None and v not in ([], {}) and k != "setup"}
     told = {k if k in shared else f"slurm_{k}": v for k, v in said.items()}
     if isinstance(settings, SlurmSettings):
-        told["slurm_setup"] = [f"export PYTHONPATH={shlex.quote(python_path())}", *settings.setup]
+        told["slurm_setup"] = [
+            *(f"export {name}={shlex.quote(value)}" for name, value in python_environment().items()),
+            *settings.setup,
+        ]
     return told
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from quantlab.running.attempts import write
-from quantlab.running.engines.forking import python_path
+from quantlab.running.engines.forking import python_environment
 from quantlab.running.engines.protocol import State
 from quantlab.running.engines.slurm import parameters
 from quantlab.running.node import OWNER, is_alive, run_after
@@ -114,14 +114,16 @@ class Submitted:
             executor.update_parameters(**told)
             slot = self._slots.pop() if self._slots else 0
             gpu = self._gpus[slot % len(self._gpus)] if self._gpus else None
-            before = os.environ.get("PYTHONPATH")
-            os.environ["PYTHONPATH"] = python_path()  # submitit's process inherits it
+            inherited = python_environment()
+            before = {key: os.environ.get(key) for key in inherited}
+            os.environ.update(inherited)  # by submitit's process
             try:
                 job = executor.submit(run_after, list(after), str(folder), self._timeout_s, None, gpu)
             finally:
-                os.environ.pop("PYTHONPATH")
-                if before is not None:
-                    os.environ["PYTHONPATH"] = before
+                for key, value in before.items():
+                    os.environ.pop(key)
+                    if value is not None:
+                        os.environ[key] = value
             self._ids[name] = _id_of(int(job.job_id))
             self._running[self._ids[name]] = slot
 
