@@ -24,13 +24,15 @@ from quantlab.modules.kept import Damaged, read_json, write_json
 from quantlab.planning.components import DEFAULT, names_of
 from quantlab.planning.job import Job, floor_jobs
 from quantlab.running.engines.table import is_far
-from quantlab.stages.observe import made_on
 from quantlab.tracking.provenance import code_digest, versions
 from quantlab.vocabulary.files import files_below
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.schema import APART, ExperimentConfig
 
-_OF_ARITHMETIC = ("OMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_", "TORCH_", "PYTORCH_", "CUDA_", "CUBLAS_")
+_OF_ARITHMETIC = (
+    *("OMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_", "TORCH_", "PYTORCH_"),
+    *("CUDA_", "CUBLAS_", "NVIDIA_TF32_"),
+)
 """How the variables begin that choose kernels, threads and devices."""
 _SET_BY_IMPORTS = ("TORCHINDUCTOR_CACHE_DIR", "TORCHAO_FORCE_SKIP_LOADING_SO_FILES")
 """Those of them that are set when libraries are imported; no number depends on them."""
@@ -93,12 +95,11 @@ def known_of(data: Mapping[str, Any]) -> Known:
     return Known(**{**data, "default": tuple(data["default"]), "left_out": tuple(data["left_out"])})
 
 
-def recall(config: ExperimentConfig, cache_dir: Path, device: str = "") -> Known | None:
+def recall(config: ExperimentConfig, cache_dir: Path) -> Known | None:
     """What an earlier process found of this request's workbench; None where its files, this code, the libraries or
     what computes are not known to be the same. No weights are read.
 
-    ``device`` is this process's, where it has imported torch and computes itself: a number of threads that was set by
-    hand is then seen too.
+    In a process that has imported torch, and computes itself, a number of threads that was set by hand is seen too.
     """
     digest = request_digest(config, cache_dir)
     file = _file(cache_dir, digest or "")
@@ -108,9 +109,7 @@ def recall(config: ExperimentConfig, cache_dir: Path, device: str = "") -> Known
         found = known_of(read_json(file))
     except (Damaged, TypeError, KeyError):
         return None
-    if device and "torch" in sys.modules and canonical_json(dict(found.made)) != canonical_json(made_on(device)):
-        return None
-    return found
+    return None if _has_other_threads(config, found) else found
 
 
 def reference_of(job: Job) -> str:
@@ -156,6 +155,13 @@ def request_digest(config: ExperimentConfig, cache_dir: Path, where: Mapping[str
         "where": dict(where or where_of(config)),
     }
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
+
+
+def _has_other_threads(config: ExperimentConfig, known: Known) -> bool:
+    torch, threads = sys.modules.get("torch"), known.made["arithmetic"].get("threads")
+    if torch is None or threads is None or config.num_threads or is_far(config.launcher):
+        return False
+    return bool(torch.get_num_threads() != threads)
 
 
 def _has_usual_threads(config: ExperimentConfig, known: Known) -> bool:
