@@ -51,6 +51,11 @@ FOLDED = frozenset({"awq"})
 """Methods that multiply channels of a layer and divide them in the norm before it: neither is the model's own."""
 
 
+def loaders() -> tuple[str, ...]:
+    """Every package that a checkpoint of others may be read by, as pip calls it."""
+    return tuple(sorted({name for _, install in PACKAGES.values() for name in install.partition(" @ ")[0].split()}))
+
+
 def require_method(method: str, key: str) -> None:
     """MissingPackage where the library of a ``quant_method`` is not installed; ``key`` is what the user typed."""
     if method in PACKAGES and method not in _NEEDED_FOR_THE_KERNEL:

@@ -70,11 +70,12 @@ def exact_arithmetic(deterministic: bool = True) -> Iterator[None]:
 
 @contextmanager
 def own_modes() -> Iterator[None]:
-    """While open no autocast, inference mode, default dtype or device of the caller's counts: numbers are of the model,
-    and what is kept of a run is everybody's."""
+    """While open no autocast, inference mode, default dtype, device or kernels of the caller's count: numbers are of
+    the model, and what is kept of a run is everybody's."""
     import torch
 
     default, plain = torch.get_default_dtype(), contextlib.ExitStack()
+    plain.enter_context(_usual_kernels())
     for kind in ("cpu", "cuda"):
         if torch.is_autocast_enabled(kind):
             plain.enter_context(torch.autocast(kind, enabled=False))
@@ -88,6 +89,30 @@ def own_modes() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(default)
+
+
+@contextmanager
+def _usual_kernels() -> Iterator[None]:
+    """oneDNN, all kernels of attention, and the sums of 16-bit products as torch begins with them."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    matmul: Any = torch.backends.cuda.matmul
+    usual = [
+        (torch.backends.mkldnn, "enabled", True),
+        (matmul, "allow_fp16_accumulation", False),
+        (matmul, "allow_fp16_reduced_precision_reduction", True),
+        (matmul, "allow_bf16_reduced_precision_reduction", True),
+    ]
+    changed = [(owner, name, now) for owner, name, value in usual if (now := getattr(owner, name)) != value]
+    for owner, name, value in changed:
+        setattr(owner, name, not value)
+    try:
+        with sdpa_kernel([kind for kind in SDPBackend.__members__.values() if kind is not SDPBackend.ERROR]):
+            yield
+    finally:
+        for owner, name, value in changed:
+            setattr(owner, name, value)
 
 
 def _readable() -> Precision:

@@ -28,7 +28,10 @@ from quantlab.vocabulary.files import files_below
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.schema import APART, ExperimentConfig
 
-_OF_ARITHMETIC = ("OMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_", "TORCH_", "PYTORCH_", "CUDA_", "CUBLAS_")
+_OF_ARITHMETIC = (
+    *("OMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_", "TORCH_", "PYTORCH_"),
+    *("CUDA_", "CUBLAS_", "NVIDIA_TF32_"),
+)
 """How the variables begin that choose kernels, threads and devices."""
 _SET_BY_IMPORTS = ("TORCHINDUCTOR_CACHE_DIR", "TORCHAO_FORCE_SKIP_LOADING_SO_FILES")
 """Those of them that are set when libraries are imported; no number depends on them."""
@@ -93,15 +96,19 @@ def known_of(data: Mapping[str, Any]) -> Known:
 
 def recall(config: ExperimentConfig, cache_dir: Path) -> Known | None:
     """What an earlier process found of this request's workbench; None where its files, this code, the libraries or
-    what computes are not known to be the same. No weights are read."""
+    what computes are not known to be the same. No weights are read.
+
+    In a process that has imported torch, and computes itself, a number of threads that was set by hand is seen too.
+    """
     digest = request_digest(config, cache_dir)
     file = _file(cache_dir, digest or "")
     if digest is None or not file.is_file():
         return None
     try:
-        return known_of(read_json(file))
+        found = known_of(read_json(file))
     except (Damaged, TypeError, KeyError):
         return None
+    return None if _has_other_threads(config, found) else found
 
 
 def reference_of(job: Job) -> str:
@@ -147,6 +154,13 @@ def request_digest(config: ExperimentConfig, cache_dir: Path, where: Mapping[str
         "where": dict(where or where_of(config)),
     }
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
+
+
+def _has_other_threads(config: ExperimentConfig, known: Known) -> bool:
+    torch, threads = sys.modules.get("torch"), known.made["arithmetic"].get("threads")
+    if torch is None or threads is None or config.num_threads or is_far(config.launcher):
+        return False
+    return bool(torch.get_num_threads() != threads)
 
 
 def _has_usual_threads(config: ExperimentConfig, known: Known) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab import tracking
+from quantlab.backends.checkpoints import loaders
 from quantlab.backends.table import Backend, distributions
 from quantlab.datasets.table import files_read
 from quantlab.errors import ConfigError, TrackingError
@@ -66,9 +67,9 @@ def _placeless(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _libraries(job: Job) -> Sequence[str]:
-    """Packages that a job's numbers depend on; of a checkpoint, those of every backend: it may be any one's."""
+    """Packages that a job's numbers depend on; of a checkpoint, all that load such: it may be any one's."""
     if job.config.checkpoint is not None:
-        return distributions()
+        return sorted({*distributions(), *loaders()})
     return [name for backend in job.backends for name in backend.distributions]
 
 

@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
+from quantlab.backends.checkpoints import loaders
 from quantlab.backends.table import distributions
 from quantlab.modules.precision import precision
 from quantlab.progress import printable
@@ -37,9 +38,11 @@ _PACKAGES = (
     "omegaconf",
     "mlflow",
 )
-"""Beside these, what the backends name."""
+"""Beside these, what the backends name, and what loads checkpoints of others."""
 _OF_ONEDNN = tuple(f"{lib}_{what}" for lib in ("ONEDNN", "DNNL") for what in ("MAX_CPU_ISA", "DEFAULT_FPMATH_MODE"))
 """Variables by which users choose its kernels, and so the last digits of convolutions and of products in bfloat16."""
+_TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
+"""It outweighs torch's switches of TF32."""
 
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -69,6 +72,9 @@ class Hardware(TypedDict):
     machine: str
     num_cpus: int | None
     cpu_capability: str
+    processor: str
+    variables: dict[str, str]
+    """Of the environment, those that choose kernels."""
     torch_threads: int
     memory_bytes: int
     cuda: str | None
@@ -94,7 +100,7 @@ def versions() -> dict[str, str]:
 def _installed(places: tuple[tuple[str, int], ...]) -> dict[str, str]:
     """Package -> version, read again when something was installed: reading them all takes a tenth of a short job."""
     found = {}
-    for package in (*_PACKAGES, *distributions()):
+    for package in (*_PACKAGES, *distributions(), *loaders()):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
@@ -169,6 +175,8 @@ def hardware() -> Hardware:
         "machine": platform.machine(),
         "num_cpus": cpus,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "processor": _processor(),
+        "variables": {k: os.environ[k] for k in ("MKL_CBWR", *_OF_ONEDNN, _TF32_OVERRIDE) if k in os.environ},
         "torch_threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "cuda": torch.version.cuda,
@@ -191,6 +199,7 @@ def arithmetic(device: str) -> dict[str, object]:
         return {
             "threads": torch.get_num_threads(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "processor": _processor(),
             "mkl_cbwr": os.environ.get("MKL_CBWR"),
             **{name.lower(): os.environ[name] for name in _OF_ONEDNN if name in os.environ},
         }
@@ -208,8 +217,17 @@ def arithmetic(device: str) -> dict[str, object]:
             torch.backends.cuda.cudnn_sdp_enabled(),  # type: ignore[no-untyped-call]
         ],
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "tf32_override": os.environ.get(_TF32_OVERRIDE),
         **precision(),
     }
+
+
+def _processor() -> str:
+    """Name and a digest of the instructions and caches by which libraries choose their kernels; cores do not count."""
+    import torch
+
+    found = {k: v for k, v in torch.cpu.get_capabilities().items() if not k.startswith("num_")}
+    return f"{found.get('cpu_name', '')} {hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:8]}".strip()
 
 
 def environment(root: Path | None = None, has_hardware: bool = True) -> Environment:

@@ -10,6 +10,7 @@ from torch import nn
 
 import quantlab
 from quantlab.backends import table
+from quantlab.tracking import provenance
 from tests.support.shell import digits_words
 
 VERSION = metadata.version
@@ -21,10 +22,14 @@ def another_quanto(monkeypatch):
         return "0.3.0" if name == "optimum-quanto" else VERSION(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    for cached in (table.unprobed, table.warn_unprobed):
-        cached.cache_clear()
+    forget()
     yield
-    for cached in (table.unprobed, table.warn_unprobed):
+    forget()
+
+
+def forget():
+    """What this process read of versions: later tests would meet another quanto, and their processes would not."""
+    for cached in (table.unprobed, table.warn_unprobed, provenance._installed):
         cached.cache_clear()
 
 

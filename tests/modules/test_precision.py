@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import quantlab
-from quantlab.modules.precision import exact_arithmetic, precision
+from quantlab.modules.precision import exact_arithmetic, own_modes, precision
 from quantlab.tracking.provenance import arithmetic
 from tests.support.shell import digits_words
 
@@ -100,13 +101,60 @@ def test_what_is_visible_is_no_part_of_the_arithmetic(monkeypatch):
     assert exact != seen, "the switches are part of it"
 
 
+def test_what_makes_cublas_take_tf32_is_part_of_the_arithmetic(monkeypatch):
+    """NVIDIA's own variable outweighs torch's switches."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card("H100"))
+    seen = arithmetic("cuda")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    assert arithmetic("cuda") != seen
+
+
+def kernels():
+    backends = torch.backends
+    return [
+        backends.mkldnn.enabled,
+        backends.cuda.flash_sdp_enabled(),
+        backends.cuda.mem_efficient_sdp_enabled(),
+        backends.cuda.math_sdp_enabled(),
+        backends.cuda.matmul.allow_fp16_accumulation,
+        backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+    ]
+
+
+def test_the_kernels_that_a_caller_chose_are_set_aside():
+    """On a CPU, too, plain attention and products without oneDNN have other last digits."""
+    usual, matmul = kernels(), torch.backends.cuda.matmul
+    try:
+        torch.backends.mkldnn.enabled = False
+        matmul.allow_fp16_accumulation = True
+        matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
+        with sdpa_kernel(SDPBackend.MATH):
+            chosen = kernels()
+            assert chosen != usual
+            with own_modes():
+                assert kernels() == usual
+            assert kernels() == chosen
+    finally:
+        torch.backends.mkldnn.enabled = True
+        matmul.allow_fp16_accumulation = False
+        matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = True
+    assert kernels() == usual
+
+
 def test_a_cpu_is_known_by_its_threads_and_instructions(monkeypatch):
     found = arithmetic("cpu")
-    assert set(found) == {"threads", "cpu_capability", "mkl_cbwr"}
+    assert set(found) == {"threads", "cpu_capability", "processor", "mkl_cbwr"}
     for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE"):
         with monkeypatch.context() as patch:
             patch.setenv(name, "AVX2")
             assert arithmetic("cpu") != found
+    there = {**torch.cpu.get_capabilities(), "amx_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {**there, "num_logical_cores": 96})
+    other = arithmetic("cpu")
+    assert other != found, "another processor, of the same AVX512"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: there)
+    assert arithmetic("cpu") == other, "more cores of it are not"
 
 
 def test_float32_products_do_not_depend_on_where_their_operands_begin():

@@ -9,7 +9,7 @@ from PIL import Image
 
 from quantlab.planning.plan import plan
 from quantlab.running.known import Known, request_digest
-from quantlab.running.resume import _file_digests, content_key
+from quantlab.running.resume import _file_digests, _libraries, content_key
 from quantlab.vocabulary.files import files_below
 from quantlab.vocabulary.schema import (
     CalibrationConfig,
@@ -105,6 +105,11 @@ def test_folders_that_are_links_are_looked_into(tmp_path):
     (model / "gone").symlink_to(tmp_path / "nowhere")
     assert files_below(model) == [model / "linked" / "weights", model / "own" / "weights"]
     assert files_below(model / "own" / "weights") == [model / "own" / "weights"]
+
+
+def test_whatever_may_load_a_checkpoint_of_others_is_in_its_key():
+    job = SimpleNamespace(config=SimpleNamespace(checkpoint="elsewhere"), backends=())
+    assert {"gptqmodel", "compressed-tensors", "torchao"} <= set(_libraries(job))
 
 
 def test_where_a_file_lies_is_no_part_of_a_key(tmp_path, monkeypatch):

@@ -112,6 +112,25 @@ def test_threads_that_somebody_set_are_no_note(shell, cache):
     assert recall(config, cache) is None
 
 
+def test_threads_that_were_set_by_hand_are_seen(shell, cache):
+    """In Python: the rows of one thread are not those of two, though the same words ask for both."""
+    import torch
+
+    before = torch.get_num_threads()
+    words = (*WORDS, "sweep.floors=false")
+    first = shell.rows("-m", *words)
+    assert all(row["resumed"] for row in shell.rows("-m", *words).values())
+    try:
+        torch.set_num_threads(before + 1)
+        assert recall(jobs()[0].config, cache) is None
+        again = shell.rows("-m", *words)
+    finally:
+        torch.set_num_threads(before)
+    assert not any(row["resumed"] for row in again.values())
+    assert {row["run_id"] for row in again.values()}.isdisjoint(row["run_id"] for row in first.values())
+    assert recall(jobs()[0].config, cache) is not None
+
+
 def test_a_hub_id_that_may_have_moved_on_is_not_known(cache, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     (job,) = plan(["model=causal_lm", "model.path=owner/name", "dataset=text", f"dataset.path={__file__}"]).jobs

@@ -57,6 +57,24 @@ def test_environment_is_plain_and_names_no_host(tmp_path: Path) -> None:
     assert socket.gethostname() not in json.dumps(environment)
 
 
+def test_what_chooses_kernels_is_part_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By it a repetition tells of another processor, or of arithmetic that its user chose."""
+    before = provenance.environment()["hardware"]
+    assert before["processor"] == provenance.arithmetic("cpu")["processor"]
+    monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
+    assert {k: v for k, v in provenance.hardware().items() if v != before.get(k)}.keys() == {"variables"}
+
+
+def test_what_loads_checkpoints_of_others_is_part_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = provenance.metadata.version
+    monkeypatch.setattr(provenance.metadata, "version", lambda name: "7.0" if name == "gptqmodel" else real(name))
+    provenance._installed.cache_clear()
+    try:
+        assert provenance.versions()["gptqmodel"] == "7.0"
+    finally:
+        provenance._installed.cache_clear()
+
+
 def test_a_package_that_is_installed_meanwhile_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A notebook's kernel outlives what is installed beside it."""
 
