@@ -145,7 +145,8 @@ def test_in_a_notebook_too_it_is_text_and_nothing_is_shown_twice(here, monkeypat
 
 def test_what_html_says_beside_the_table(here):
     page = here._repr_html_()
-    assert "95 % interval" in page, "what the marks mean"
+    assert "95\u00a0% interval" in page, "what the marks mean, of which no line ends before a percent sign"
+    assert not re.search(r"\d %", page)
     assert 'style="text-align:left">quanto int4' in page
     pictures = re.findall(r'alt="samples of ([^"]+)"', page)
     assert pictures == ["quanto int8", "quanto int4"], "schemes, not the reference beside itself"

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from quantlab.errors import ConfigError, TrackingError, nearest
 from quantlab.metrics import metric_called
-from quantlab.progress import counted, printable
+from quantlab.progress import counted, printable, unbroken
 from quantlab.report.attribution import attribution_sheet
 from quantlab.report.compare import compare
 from quantlab.report.comparison_table import show_groups
@@ -377,7 +377,7 @@ def _html_table(sheet: Sheet) -> str:
 
 
 def _html_lines(lines: Sequence[str]) -> str:
-    return "".join(f"<div>{html.escape(printable(line))}</div>" for line in lines)
+    return "".join(f"<div>{html.escape(unbroken(printable(line)))}</div>" for line in lines)
 
 
 def chosen_rows(what: str, reader: Reader, tracking: TrackingConfig) -> list[tuple[StoredRun, dict[str, Any]]]:

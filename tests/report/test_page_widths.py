@@ -129,3 +129,10 @@ def test_on_a_phone_what_stays_unquantized_is_said_without_a_broken_name(browser
         return found"""
     assert browser.execute_script(broken) == []
     assert texts(browser, ".warning")[0].replace("\u00a0", " ").startswith(line)
+
+
+def test_no_paragraph_of_the_page_ends_a_line_between_a_number_and_its_percent_sign(browser, data, tmp_path):
+    opened(browser, data, tmp_path, 390)
+    said = " ".join(texts(browser, "p"))
+    assert "95\u00a0%" in said
+    assert "95 %" not in said
