@@ -26,7 +26,7 @@ from quantlab.metrics import metric_called
 from quantlab.progress import counted, printable, unbroken
 from quantlab.report.attribution import attribution_sheet
 from quantlab.report.compare import compare
-from quantlab.report.comparison_table import show_groups
+from quantlab.report.comparison_table import show_groups, told_groups
 from quantlab.report.names import told_apart
 from quantlab.report.reading import Reader, StoredRun, experiment_id, json_object, read_json
 from quantlab.report.said_first import said_first
@@ -174,8 +174,10 @@ class Results(Sequence[RunReport]):
         selection = replace(selection, groups=tuple(group for group in groups if group))
         failed = [run for run in selection.failed if run.run_id in wanted]
         console, file = _console()
-        show_groups(console, compare(request, selection, self._reader), failed)
-        return Told(file.getvalue())
+        compared = compare(request, selection, self._reader)
+        show_groups(console, compared, failed, all_in="quantlab compare --wide")
+        parts = told_groups(compared, failed)
+        return Told(file.getvalue(), [_html_table(p) if isinstance(p, Sheet) else _html_lines([p]) for p in parts])
 
     def __repr__(self) -> str:
         lines = self._text().splitlines()
@@ -184,7 +186,7 @@ class Results(Sequence[RunReport]):
     def _text(self) -> str:
         console, file = _console()
         for sheet in self._sheets:
-            show(console, sheet)
+            show(console, sheet, all_in=".rows")
         return file.getvalue().rstrip() or "no rows"
 
     def _repr_html_(self) -> str:
@@ -327,17 +329,20 @@ def _columns_of(table: Any) -> Any:
 
 
 class Told(str):
-    """Text that a notebook shows as it is printed."""
+    """Text that a notebook shows as tables and paragraphs, with all columns."""
 
-    __slots__ = ()
+    def __new__(cls, text: str, parts: Sequence[str] = ()) -> Told:
+        told = super().__new__(cls, text)
+        told._parts = tuple(parts)
+        return told
+
+    _parts: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return str(self)
 
     def _repr_html_(self) -> str:
-        # no line of a table is broken, and a notebook gives HTML its own letters, of all widths
-        style = "white-space:pre;overflow-x:auto;font-family:monospace;line-height:1.2"
-        return f'<pre style="{style}">{html.escape(self)}</pre>'
+        return "\n".join(self._parts)
 
 
 def _console() -> tuple[Console, io.StringIO]:
