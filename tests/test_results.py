@@ -246,6 +246,7 @@ def test_a_terminal_of_python_has_its_own_width(here, monkeypatch, columns, most
     lines = repr(here).splitlines()
     assert max(map(len, lines)) <= most
     assert any("hidden" in line for line in lines) == (most == 80)
+    assert not [line for line in (*lines, *here.compare().splitlines()) if line.endswith(": --wide")]
 
 
 @pytest.mark.parametrize(

@@ -65,13 +65,12 @@ def show_groups(
     is_plain: bool = False,
     wide: bool = False,
     more: Sequence[str] = (),
-    all_in: str = "--wide",
 ) -> None:
     """Print comparisons: tables (with ``more`` columns), answers, pairs, and what failed. ``is_plain``: the tables
-    alone, tab-separated; ``all_in``: where the columns are for which there is no room."""
+    alone, tab-separated."""
     for told in told_groups(groups, failed, is_plain=is_plain, more=more):
         if isinstance(told, Sheet):
-            show(console, told, is_plain=is_plain, wide=wide, all_in=all_in)
+            show(console, told, is_plain=is_plain, wide=wide)
         else:
             tell(console, told)
 

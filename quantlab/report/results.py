@@ -26,13 +26,13 @@ from quantlab.metrics import metric_called
 from quantlab.progress import counted, printable, unbroken
 from quantlab.report.attribution import attribution_sheet
 from quantlab.report.compare import compare
-from quantlab.report.comparison_table import show_groups, told_groups
+from quantlab.report.comparison_table import told_groups
 from quantlab.report.names import told_apart
 from quantlab.report.reading import Reader, StoredRun, experiment_id, json_object, read_json
 from quantlab.report.said_first import said_first
 from quantlab.report.selection import ComparisonRequest, checked_margin, children, is_candidate, select
 from quantlab.report.table import headline, rows_sheet
-from quantlab.report.terminal import MAX_CELL, WIDE, Sheet, show, told_below
+from quantlab.report.terminal import MAX_CELL, WIDE, Sheet, show, tell, told_below
 from quantlab.tracking.connect import NO_STORE
 from quantlab.tracking.pictures import SAMPLE_ARRAYS, SAMPLE_GRID, kept_picture, read_samples
 from quantlab.tracking.record import run_id_of
@@ -174,10 +174,14 @@ class Results(Sequence[RunReport]):
         selection = replace(selection, groups=tuple(group for group in groups if group))
         failed = [run for run in selection.failed if run.run_id in wanted]
         console, file = _console()
-        compared = compare(request, selection, self._reader)
-        show_groups(console, compared, failed, all_in="quantlab compare --wide")
-        parts = told_groups(compared, failed)
-        return Told(file.getvalue(), [_html_table(p) if isinstance(p, Sheet) else _html_lines([p]) for p in parts])
+        shown = []
+        for told in told_groups(compare(request, selection, self._reader), failed):
+            if isinstance(told, Sheet):
+                show(console, replace(told, all_in="quantlab compare --wide"))
+            else:
+                tell(console, told)
+            shown.append(_html_table(told) if isinstance(told, Sheet) else _html_lines([told]))
+        return Told(file.getvalue(), shown)
 
     def __repr__(self) -> str:
         lines = self._text().splitlines()
@@ -186,7 +190,7 @@ class Results(Sequence[RunReport]):
     def _text(self) -> str:
         console, file = _console()
         for sheet in self._sheets:
-            show(console, sheet, all_in=".rows")
+            show(console, replace(sheet, all_in=".rows"))
         return file.getvalue().rstrip() or "no rows"
 
     def _repr_html_(self) -> str:

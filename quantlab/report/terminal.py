@@ -72,18 +72,19 @@ class Sheet:
     title: Sequence[str] = ()
     """Sentences above it, a line each."""
     caption: Sequence[str] = ()
+    all_in: str = "--wide"
+    """Where the columns are for which there is no room."""
 
 
-def show(console: Console, sheet: Sheet, *, is_plain: bool = False, wide: bool = False, all_in: str = "--wide") -> None:
-    """Print a sheet as a table that fits the console, which names hidden columns and where they are (``all_in``);
-    ``wide``: whole; ``is_plain``: tab-separated."""
+def show(console: Console, sheet: Sheet, *, is_plain: bool = False, wide: bool = False) -> None:
+    """Print a sheet as a table that fits the console; ``wide``: whole; ``is_plain``: tab-separated."""
     if is_plain:
         for line in tab_separated(sheet):
             print(line, file=console.file)  # rich would make spaces of tabs
         return
     narrow = console.width
     console.width = WIDE if wide else narrow
-    table = rich_table(_spelled_for(console.encoding, sheet), console.width, all_in)
+    table = rich_table(_spelled_for(console.encoding, sheet), console.width)
     if console.is_terminal:
         console.print(table)
     else:
@@ -143,13 +144,15 @@ def tab_separated(sheet: Sheet) -> Iterator[str]:
         yield "\t".join(printable(text, MAX_CELL) for text in row)
 
 
-def rich_table(sheet: Sheet, width: int, all_in: str = "--wide") -> Table:
+def rich_table(sheet: Sheet, width: int) -> Table:
     """What fits ``width`` columns of a terminal; which columns are hidden is said below it."""
     shown = _shown(sheet, width)
     hidden = [c.title for j, c in enumerate(sheet.columns) if j not in shown]
     told = [printable(line, MAX_LINE) for line in told_below(sheet, shown)]
     if hidden:
-        told.append(f"... {counted(len(hidden), 'column')} hidden ({', '.join(map(printable, hidden))}): {all_in}")
+        told.append(
+            f"... {counted(len(hidden), 'column')} hidden ({', '.join(map(printable, hidden))}): {sheet.all_in}"
+        )
     table = Table(
         title=Text("\n".join(printable(line, MAX_LINE) for line in sheet.title)) if sheet.title else None,
         title_justify="left",
