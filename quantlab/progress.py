@@ -190,6 +190,16 @@ def printable(text: str, most: int = 2000, lines: bool = False) -> str:
     return "".join(c if c in kept or unicodedata.category(c) not in _UNSEEN else ascii(c)[1:-1] for c in cut)
 
 
+def unbroken(text: str) -> str:
+    """No line of it ends between a number and its percent sign."""
+    return re.sub(r"(?<=\d) %", "\u00a0%", text)
+
+
+def in_markdown(text: str, most: int = 200) -> str:
+    """One cell (or line of prose): nothing in it ends the cell, opens an element or a link."""
+    return unbroken("".join(f"\\{c}" if c in "|<[`*\\" else c for c in printable(text, most)))
+
+
 _UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
 

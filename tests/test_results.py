@@ -145,12 +145,17 @@ def test_in_a_notebook_too_it_is_text_and_nothing_is_shown_twice(here, monkeypat
 
 def test_what_html_says_beside_the_table(here):
     page = here._repr_html_()
-    assert "95 % interval" in page, "what the marks mean"
+    assert "95\u00a0% interval" in page, "what the marks mean, of which no line ends before a percent sign"
+    assert "95 %" not in page
     assert 'style="text-align:left">quanto int4' in page
     pictures = re.findall(r'alt="samples of ([^"]+)"', page)
     assert pictures == ["quanto int8", "quanto int4"], "schemes, not the reference beside itself"
-    compared = here.compare()._repr_html_()
-    assert re.match(r'<pre style="[^"]*font-family:monospace', compared), "else a notebook shows it in its own letters"
+    compared = here.compare()
+    shown = compared._repr_html_()
+    assert shown.count("<table>") == 1, "a table, whose room is the notebook's"
+    assert "verdict on latent_rel_mse</th>" in shown
+    assert "closest to the reference: quanto int8" in shown
+    assert repr(pickle.loads(pickle.dumps(compared))) == str(compared)
     hostile = dataclasses.replace(here[-1], name="<img src=x>", run_id=None)
     assert "<img src=x" not in Results([hostile], lambda: None)._repr_html_()
 
@@ -241,6 +246,7 @@ def test_a_terminal_of_python_has_its_own_width(here, monkeypatch, columns, most
     lines = repr(here).splitlines()
     assert max(map(len, lines)) <= most
     assert any("hidden" in line for line in lines) == (most == 80)
+    assert not [line for line in (*lines, *here.compare().splitlines()) if line.endswith(": --wide")]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from quantlab.report.said_first import said_first
 from quantlab.report.selection import is_candidate, scheme_nodes
 from quantlab.report.verdicts import Verdict, largest_floor, num_tested, pair_said
 from quantlab.tracking.tags import FAILURE, STAGE, UNQUANTIZED
-from quantlab.vocabulary.numbers import ALONE, ON_TOP
+from quantlab.vocabulary.numbers import ALONE, FLOORS, ON_TOP, REFERENCE
 
 
 class Numbers(TypedDict):
@@ -210,7 +210,7 @@ def _row(run: StoredRun, group: Comparison) -> RowData:
     row: RowData = {
         "name": run.name,
         "run_id": run.run_id,
-        "role": "candidate" if is_candidate(run) else "baseline",
+        "role": "candidate" if is_candidate(run) else "floor" if run.name.split(" ")[0] in FLOORS else REFERENCE,
         "backend": " + ".join(sorted(set(scheme_nodes(run.params).values()))),
         "weights_bytes": m.get("memory/weights_bytes"),
         "bits_per_weight_model": m.get("memory/bits_per_weight_model"),

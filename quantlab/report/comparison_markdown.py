@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from quantlab.progress import in_markdown
 from quantlab.report.attribution import attribution_sheet
 from quantlab.report.compare import Comparison
 from quantlab.report.comparison_data import failure_data, in_order, unquantized
@@ -17,7 +18,7 @@ from quantlab.report.comparison_table import (
     verdict_text,
 )
 from quantlab.report.selection import Selection, is_candidate
-from quantlab.report.table import cells, columns, headline, in_markdown, legend
+from quantlab.report.table import cells, columns, headline, legend
 from quantlab.tracking.results import Measured
 
 MAX_ROWS = 60

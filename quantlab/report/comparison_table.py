@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
 
@@ -68,22 +68,32 @@ def show_groups(
 ) -> None:
     """Print comparisons: tables (with ``more`` columns), answers, pairs, and what failed. ``is_plain``: the tables
     alone, tab-separated."""
+    for told in told_groups(groups, failed, is_plain=is_plain, more=more):
+        if isinstance(told, Sheet):
+            show(console, told, is_plain=is_plain, wide=wide)
+        else:
+            tell(console, told)
+
+
+def told_groups(
+    groups: Sequence[Comparison], failed: Sequence[StoredRun], *, is_plain: bool = False, more: Sequence[str] = ()
+) -> Iterator[Sheet | str]:
+    """The tables and sentences of comparisons, in their order; ``is_plain``: the tables of schemes alone."""
     for group in groups:
+        yield comparison_sheet(group, more, is_plain=is_plain)
         apart = attribution_sheet(as_measured(in_order(group)), [group.metric], is_plain=is_plain)
-        for sheet in (comparison_sheet(group, more, is_plain=is_plain), apart):
-            if sheet:
-                show(console, sheet, is_plain=is_plain, wide=wide)
-        for line in [] if is_plain else answer_lines(group):
-            tell(console, line)
-        for pairs in [] if is_plain else (told_pairs(group), group.twins):
+        yield from [apart] if apart else []
+        if is_plain:
+            continue
+        yield from answer_lines(group)
+        for pairs in (told_pairs(group), group.twins):
             if len(pairs) >= MANY:
-                show(console, pairs_sheet(pairs, group.metric), wide=wide)
-            for v in pairs if len(pairs) < MANY else ():
-                tell(console, pair_text(v, group.metric))
-        for line in [] if is_plain else group.notes:
-            tell(console, line)
+                yield pairs_sheet(pairs, group.metric)
+            else:
+                yield from (pair_text(v, group.metric) for v in pairs)
+        yield from group.notes
     for failure in [] if is_plain else map(failure_data, failed):
-        tell(console, f"failed: {failure['name']} at {failure['stage']}: {failure['error']}")
+        yield f"failed: {failure['name']} at {failure['stage']}: {failure['error']}"
 
 
 def as_measured(runs: Iterable[StoredRun]) -> list[Measured]:

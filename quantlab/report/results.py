@@ -23,16 +23,16 @@ from rich.console import Console
 
 from quantlab.errors import ConfigError, TrackingError, nearest
 from quantlab.metrics import metric_called
-from quantlab.progress import counted, printable
+from quantlab.progress import counted, printable, unbroken
 from quantlab.report.attribution import attribution_sheet
 from quantlab.report.compare import compare
-from quantlab.report.comparison_table import show_groups
+from quantlab.report.comparison_table import told_groups
 from quantlab.report.names import told_apart
 from quantlab.report.reading import Reader, StoredRun, experiment_id, json_object, read_json
 from quantlab.report.said_first import said_first
 from quantlab.report.selection import ComparisonRequest, checked_margin, children, is_candidate, select
 from quantlab.report.table import headline, rows_sheet
-from quantlab.report.terminal import MAX_CELL, WIDE, Sheet, show, told_below
+from quantlab.report.terminal import MAX_CELL, WIDE, Sheet, show, tell, told_below
 from quantlab.tracking.connect import NO_STORE
 from quantlab.tracking.pictures import SAMPLE_ARRAYS, SAMPLE_GRID, kept_picture, read_samples
 from quantlab.tracking.record import run_id_of
@@ -174,8 +174,14 @@ class Results(Sequence[RunReport]):
         selection = replace(selection, groups=tuple(group for group in groups if group))
         failed = [run for run in selection.failed if run.run_id in wanted]
         console, file = _console()
-        show_groups(console, compare(request, selection, self._reader), failed)
-        return Told(file.getvalue())
+        shown = []
+        for told in told_groups(compare(request, selection, self._reader), failed):
+            if isinstance(told, Sheet):
+                show(console, replace(told, all_in="quantlab compare --wide"))
+            else:
+                tell(console, told)
+            shown.append(_html_table(told) if isinstance(told, Sheet) else _html_lines([told]))
+        return Told(file.getvalue(), shown)
 
     def __repr__(self) -> str:
         lines = self._text().splitlines()
@@ -184,7 +190,7 @@ class Results(Sequence[RunReport]):
     def _text(self) -> str:
         console, file = _console()
         for sheet in self._sheets:
-            show(console, sheet)
+            show(console, replace(sheet, all_in=".rows"))
         return file.getvalue().rstrip() or "no rows"
 
     def _repr_html_(self) -> str:
@@ -327,17 +333,20 @@ def _columns_of(table: Any) -> Any:
 
 
 class Told(str):
-    """Text that a notebook shows as it is printed."""
+    """Text that a notebook shows as tables and paragraphs, with all columns."""
 
-    __slots__ = ()
+    def __new__(cls, text: str, parts: Sequence[str] = ()) -> Told:
+        told = super().__new__(cls, text)
+        told._parts = tuple(parts)
+        return told
+
+    _parts: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return str(self)
 
     def _repr_html_(self) -> str:
-        # no line of a table is broken, and a notebook gives HTML its own letters, of all widths
-        style = "white-space:pre;overflow-x:auto;font-family:monospace;line-height:1.2"
-        return f'<pre style="{style}">{html.escape(self)}</pre>'
+        return "\n".join(self._parts)
 
 
 def _console() -> tuple[Console, io.StringIO]:
@@ -377,7 +386,7 @@ def _html_table(sheet: Sheet) -> str:
 
 
 def _html_lines(lines: Sequence[str]) -> str:
-    return "".join(f"<div>{html.escape(printable(line))}</div>" for line in lines)
+    return "".join(f"<div>{html.escape(unbroken(printable(line)))}</div>" for line in lines)
 
 
 def chosen_rows(what: str, reader: Reader, tracking: TrackingConfig) -> list[tuple[StoredRun, dict[str, Any]]]:

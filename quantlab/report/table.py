@@ -13,7 +13,7 @@ from dataclasses import replace
 from quantlab.errors import nearest
 from quantlab.metrics import METRICS, bounds_of
 from quantlab.metrics.statistics import MIN_CLUSTERS
-from quantlab.progress import printable
+from quantlab.progress import in_markdown
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.elsewhere import said_elsewhere
 from quantlab.report.names import once_each, told_apart
@@ -353,12 +353,6 @@ def sheet_columns(shown: Sequence[str], first: str = "") -> list[Column]:
         Column(title=t, is_text=i == 0, keep=keep[t] if t in keep else KEEP[t], caption=CAPTIONS.get(t, ""))
         for i, t in enumerate(titles)
     ]
-
-
-def in_markdown(text: str, most: int = 200) -> str:
-    """One cell (or line of prose): nothing in it ends the cell, opens an element or a link."""
-    shown = printable(text, most)
-    return "".join(f"\\{c}" if c in "|<[`*\\" else c for c in shown)
 
 
 def markdown(rows: Sequence[Row], protocol: str) -> str:

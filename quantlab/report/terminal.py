@@ -72,6 +72,8 @@ class Sheet:
     title: Sequence[str] = ()
     """Sentences above it, a line each."""
     caption: Sequence[str] = ()
+    all_in: str = "--wide"
+    """Where the columns are for which there is no room."""
 
 
 def show(console: Console, sheet: Sheet, *, is_plain: bool = False, wide: bool = False) -> None:
@@ -148,7 +150,9 @@ def rich_table(sheet: Sheet, width: int) -> Table:
     hidden = [c.title for j, c in enumerate(sheet.columns) if j not in shown]
     told = [printable(line, MAX_LINE) for line in told_below(sheet, shown)]
     if hidden:
-        told.append(f"... {counted(len(hidden), 'column')} hidden ({', '.join(map(printable, hidden))}): --wide")
+        told.append(
+            f"... {counted(len(hidden), 'column')} hidden ({', '.join(map(printable, hidden))}): {sheet.all_in}"
+        )
     table = Table(
         title=Text("\n".join(printable(line, MAX_LINE) for line in sheet.title)) if sheet.title else None,
         title_justify="left",

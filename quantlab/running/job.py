@@ -22,7 +22,7 @@ from quantlab.modules.device import answers, kind_of
 from quantlab.modules.kept import Damaged, read_json, set_aside, write_json
 from quantlab.modules.memory import storages
 from quantlab.planning.job import Job
-from quantlab.progress import headline_of, say
+from quantlab.progress import headline_of, in_markdown, say
 from quantlab.running.forecast import bytes_to_run
 from quantlab.running.own_kernels import beside, program_of
 from quantlab.running.placement import in_typed_words, planned, source_for
@@ -395,7 +395,7 @@ def described(job: Job, name: str) -> str:
     config = job.config
     recipe = f", from the recipe {config.recipe}" if config.recipe else ""
     model = config.model.path or config.model.family
-    return f"{name} of {model} on {config.dataset.path or config.dataset.name}{recipe}."
+    return in_markdown(f"{name} of {model} on {config.dataset.path or config.dataset.name}{recipe}.", 1000)
 
 
 def log_inputs(run: Run, bench: Workbench, job: Job, calibration: CalibrationReport | None) -> None:

@@ -126,7 +126,9 @@ def _log_page(store: Store, parent: Run) -> None:
     parent.log_artifact(page, PAGE.parent.as_posix())
     metrics = headline(groups[0].protocol, as_measured(groups[0].runs))
     images = [IMAGE_KEY] if any(LOGGED_IMAGES in run.tags for run in groups[0].candidates) else []
-    view = saved_view(store, [f"quality/{name}" for name in metrics], parent.run_id, images)
+    names = [f"quality/{name}" for name in metrics]
+    values = {name: [run.metrics[name] for run in groups[0].runs if name in run.metrics] for name in names}
+    view = saved_view(store, values, parent.run_id, images)
     parent.set_tags({NOTE: description(groups, selection, store.experiment_id, parent.run_id, view)})
 
 

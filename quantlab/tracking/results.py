@@ -23,7 +23,7 @@ from quantlab.tracking.pictures import (
 )
 from quantlab.tracking.provenance import Environment
 from quantlab.tracking.run import Run
-from quantlab.tracking.tags import CALIBRATION_SHA256, NOTE, UNDEFINED, UNQUANTIZED
+from quantlab.tracking.tags import CALIBRATION_SHA256, UNDEFINED, UNQUANTIZED
 from quantlab.vocabulary.ledger import ledger
 from quantlab.vocabulary.numbers import FLOOR_DEVICE, FLOORS, flat_metrics
 from quantlab.vocabulary.reports import (
@@ -106,8 +106,8 @@ def log_quantization(run: Run, report: RunReport, tags: Mapping[str, str]) -> No
     run.log_metrics(_tracked(run, report))
     run.set_tags(tags)
     if report.unquantized:
-        said = [run.record.summary["tags"].get(NOTE, ""), *report.unquantized]
-        run.set_tags({UNQUANTIZED: json.dumps(list(report.unquantized)), NOTE: "\n\n".join(filter(None, said))})
+        run.set_tags({UNQUANTIZED: json.dumps(list(report.unquantized))})
+        run.describe(*report.unquantized)
     if report.quantization is None:
         return
     rows = [asdict(r) for r in report.quantization.layers]

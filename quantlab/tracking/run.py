@@ -16,12 +16,12 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, SupportsFloat
 
 from quantlab.errors import TrackingError, in_words
-from quantlab.progress import under_way
+from quantlab.progress import in_markdown, under_way
 from quantlab.quiet import warnings_kept
 from quantlab.tracking.events import Event
 from quantlab.tracking.pictures import framed_grid
 from quantlab.tracking.record import Record, now_ms
-from quantlab.tracking.tags import ARTIFACT_DIGESTS, FAILURE, LOGGED_IMAGES, STAGE
+from quantlab.tracking.tags import ARTIFACT_DIGESTS, FAILURE, LOGGED_IMAGES, NOTE, STAGE
 from quantlab.tracking.values import (
     MAX_DIGEST_CHARS,
     MAX_KEY_CHARS,
@@ -46,6 +46,8 @@ WARNINGS = "warnings.txt"
 DONE = "done"
 """The stage of a run that has finished."""
 _ENDS = ("FINISHED", "FAILED", "KILLED")
+MAX_PARAGRAPH = 1000
+"""Characters of a paragraph of a description."""
 SMALL_PIXELS = 256
 """Sides of the small copy of a picture, as MLflow makes them."""
 _TERMINATED = 143
@@ -211,6 +213,11 @@ class Run:
                 self._write_artifact(file, target)
             self.set_tags({LOGGED_IMAGES: "True"})
 
+    def describe(self, *paragraphs: str) -> None:
+        """Go on with the run's description, which MLflow shows as Markdown: what is given is text."""
+        said = [self.record.summary["tags"].get(NOTE, ""), *(in_markdown(text, MAX_PARAGRAPH) for text in paragraphs)]
+        self.set_tags({NOTE: "\n\n".join(filter(None, said))})
+
     def finish(self, status: str, error: str = "", stage: str = "") -> None:
         """End the run as ``FINISHED``, ``FAILED`` or ``KILLED``; nothing can be written to it afterwards."""
         if status not in _ENDS:
@@ -219,6 +226,10 @@ class Run:
         tags = {FAILURE: error, STAGE: stage}
         with self.together():
             self.set_tags({k: v for k, v in tags.items() if v})
+            if error:
+                self.describe(
+                    f"{' at '.join(filter(None, ('failed', stage or self.stage)))}: {' '.join(error.split())}"
+                )
             self._write({"op": "finish", "status": status, "error": error, "stage": stage or self.stage})
 
     def __enter__(self) -> Self:

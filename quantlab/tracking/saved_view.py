@@ -7,7 +7,7 @@ says so and shows its usual table.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from quantlab.progress import say
 from quantlab.tracking.store import Store
@@ -25,10 +25,10 @@ def view_name(sweep_id: str) -> str:
     return f"quantlab-{sweep_id[:12]}"
 
 
-def saved_view(store: Store, metrics: Sequence[str], sweep_id: str, images: Sequence[str] = ()) -> str:
-    """The address, within MLflow, of the view of a sweep's runs by ``metrics`` (tracked names, the most telling first)
-    in the store's experiment, with a card for each key of its runs' ``images``; it is saved where there is none yet.
-    Empty where the store does not take it, which is told.
+def saved_view(store: Store, metrics: Mapping[str, Sequence[float]], sweep_id: str, images: Sequence[str] = ()) -> str:
+    """The address, within MLflow, of the view of a sweep's runs by ``metrics`` (tracked names, the most telling first,
+    and the runs' values) in the store's experiment, with a card for each key of its runs' ``images``; it is saved where
+    there is none yet. Empty where the store does not take it, which is told.
     """
     from mlflow.exceptions import MlflowException
 
@@ -43,11 +43,13 @@ def saved_view(store: Store, metrics: Sequence[str], sweep_id: str, images: Sequ
     return f"#/experiments/{store.experiment_id}/runs?viewStateShareKey={name}&compareRunsMode=CHART"
 
 
-def view_state(metrics: Sequence[str], sweep_id: str, images: Sequence[str] = ()) -> dict[str, object]:
+def view_state(metrics: Mapping[str, Sequence[float]], sweep_id: str, images: Sequence[str] = ()) -> dict[str, object]:
     """What the page keeps of a view: of a sweep's runs each metric against bytes and by scheme, and the columns of its
     table; two charts side by side, since of three the names are cut. Runs of other sweeps have other samples, and those
-    whose sweep is folded up would be in no chart.
+    whose sweep is folded up would be in no chart. A bar has two decimals written on it: where that would read 0.00 of
+    what is not 0, the metric has none.
     """
+    told = [name for name, values in metrics.items() if all(value == 0 or abs(value) >= 0.005 for value in values)]
     section = {"uuid": "quantlab", "name": "quality against bytes", "display": True, "isReordered": True, "columns": 2}
     kept = {"metricSectionId": "quantlab", "deleted": False, "isGenerated": False, "runsCountToCompare": 100}
     x = {"key": BYTES[0], "type": "METRIC"}
@@ -56,7 +58,7 @@ def view_state(metrics: Sequence[str], sweep_id: str, images: Sequence[str] = ()
             {"type": "SCATTER", "uuid": f"bytes {m}", **kept, "xaxis": x, "yaxis": {"key": m, "type": "METRIC"}}
             for m in metrics
         ),
-        *({"type": "BAR", "uuid": m, **kept, "metricKey": m} for m in (*metrics, BYTES[0])),
+        *({"type": "BAR", "uuid": m, **kept, "metricKey": m} for m in (*told, BYTES[0])),
         *(
             {"type": "IMAGE", "uuid": f"image {key}", **kept, "imageKeys": [key], "step": 0, "showRunParams": False}
             for key in images

@@ -217,8 +217,8 @@ def test_the_rows_that_are_shown_are_saved_as_csv(browser, data, tmp_path, downl
     assert "int4 c" not in names
     own = next(r for r in rows if r["scheme"] == "int8 b")
     assert float(own["latent_rel_mse"]) == pytest.approx(SCHEMES["int8 b"][2].mean())
-    assert float(own["weights_bytes"]) == 4_200_000
-    assert own["verdict on latent_rel_mse"]
+    assert (float(own["weights_bytes"]), bool(own["verdict on latent_rel_mse"])) == (4_200_000, True)
+    assert {r["role"] for r in rows} == {"reference", "floor", "candidate"}
     assert browser.get_log("browser") == []
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from quantlab.report.html import write_page
@@ -129,3 +131,29 @@ def test_on_a_phone_what_stays_unquantized_is_said_without_a_broken_name(browser
         return found"""
     assert browser.execute_script(broken) == []
     assert texts(browser, ".warning")[0].replace("\u00a0", " ").startswith(line)
+
+
+def test_no_paragraph_of_the_page_ends_a_line_between_a_number_and_its_percent_sign(browser, data, tmp_path):
+    opened(browser, data, tmp_path, 390)
+    said = " ".join(texts(browser, "p"))
+    assert "95\u00a0%" in said
+    assert "95 %" not in said
+
+
+@pytest.mark.parametrize("deep", ["", "a_very_long_name_of_a_part_that_holds_all_blocks."])
+def test_on_a_phone_no_two_layers_of_a_map_have_one_name(browser, data, tmp_path, deep):
+    kinds = [f"{deep}{kind}transformer_blocks" for kind in ("", "single_")]
+    rows = [
+        f"{kind}.{i}.{part}" for kind in kinds for i in range(22) for part in ("attn.to_q", "ff_context.net.0.proj")
+    ]
+    group = data["groups"][0]
+    group["layers"] |= {"rows": rows, "values": [group["layers"]["values"][0]] * len(rows)}
+    group["steps"] = []
+    opened(browser, data, tmp_path, 390)
+    names = texts(browser, ".map-names text")
+    assert len(names) == len(rows) == len(set(names))
+    if deep:
+        assert texts(browser, ".numbered li")[: len(rows)] == rows
+    else:
+        assert names[0] == rows[0]
+        assert re.fullmatch(r"sin…\w*\.0\.ff_context\.net\.0\.proj", names[45])

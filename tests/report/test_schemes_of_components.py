@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from quantlab.progress import unbroken
 from quantlab.report.attribution import attribution_sheet
 from quantlab.report.compare import compare
 from quantlab.report.comparison_data import group_data
@@ -92,7 +93,7 @@ def test_markdown_and_json_have_what_each_component_costs(compared):
 def test_a_sentence_is_said_once_of_all_schemes_and_is_whole(compared):
     group, selection = compared
     text = comparison_markdown([group], selection)
-    assert text.startswith(f"all {len(group.candidates)} schemes: {SENTENCE}.")
+    assert text.startswith(f"all {len(group.candidates)} schemes: {unbroken(SENTENCE)}.")
 
 
 def scheme_run(name, **params):

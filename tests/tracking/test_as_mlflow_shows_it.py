@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ from quantlab.report.compare import compare
 from quantlab.report.html import page_data
 from quantlab.report.reading import open_reader
 from quantlab.report.selection import parse_request, select
+from quantlab.running.job import described
 from quantlab.running.overview import best_rows, row_numbers
 from quantlab.tracking import no_store, open_store, push_pending, results
 from quantlab.tracking.provenance import MAX_COMMAND_CHARS, who_and_what
 from quantlab.tracking.record import Record
 from quantlab.tracking.run import Run
+from quantlab.tracking.tags import NOTE
 from quantlab.tracking.used import OF_PROTOCOLS, used_params
 from quantlab.vocabulary.schema import TrackingConfig
 from tests.support.comparison_store import SCHEMES, make_sweep, shared_sweep
@@ -195,6 +198,22 @@ def test_user_and_command_are_named(monkeypatch):
 
     monkeypatch.setattr("getpass.getuser", nobody)
     assert "mlflow.user" not in who_and_what([])
+
+
+def test_a_description_is_text_and_says_why_a_run_failed(base):
+    dataset = SimpleNamespace(name="prompts", path="a *mine*|b.txt")
+    model = SimpleNamespace(path="tiny <b>flux", family="diffusers")
+    job = SimpleNamespace(config=SimpleNamespace(model=model, dataset=dataset, recipe=None))
+    store = open_store(TrackingConfig(), base)
+    note = described(job, "quanto [int8](x)")
+    assert note == "quanto \\[int8](x) of tiny \\<b>flux on a \\*mine\\*\\|b.txt."
+    run = store.start_run("a", base / "outputs" / "runs" / "a", {}, {NOTE: note})
+    run.describe("35 % of <i>its</i> weights")
+    run.finish("FAILED", "no\nlayer [64, 64]", "quantize")
+    said = store.client.get_run(run.record.run_id).data.tags[NOTE].split("\n\n")
+    assert said[0] == note
+    assert said[1] == "35\u00a0% of \\<i>its\\</i> weights"
+    assert said[2] == "failed at quantize: no layer \\[64, 64]"
 
 
 # -- floors and curves, of new runs and of those before

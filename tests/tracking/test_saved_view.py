@@ -15,7 +15,7 @@ from quantlab.tracking.tags import PARENT_RUN_ID
 from quantlab.vocabulary.schema import TrackingConfig
 from tests.support.browser import chromium, texts
 
-METRICS = ["quality/latent_rel_mse", "quality/psnr_db"]
+METRICS = {"quality/latent_rel_mse": [0.0, 6e-4, 0.02], "quality/psnr_db": [100.0, 45.4]}
 SWEEP = "0123456789abcdef0123456789abcdef"
 NAME = "quantlab-0123456789ab"
 
@@ -37,10 +37,18 @@ def test_it_is_saved_once_and_another_ones_change_stays(base):
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_it_fits_a_tag(protocol):
-    text = json.dumps(view_state([f"quality/{name}" for name in PROTOCOLS[protocol].HEADLINE], SWEEP, [IMAGE_KEY]))
+    text = json.dumps(
+        view_state({f"quality/{name}": [1.0] for name in PROTOCOLS[protocol].HEADLINE}, SWEEP, [IMAGE_KEY])
+    )
     assert len(text) < 5000
     ids = [chart["uuid"] for chart in json.loads(text)["compareRunCharts"]]
     assert len(ids) == len(set(ids))
+
+
+def test_what_would_read_0_00_on_a_bar_has_none():
+    charts = view_state(METRICS, SWEEP)["compareRunCharts"]
+    assert [c["metricKey"] for c in charts if c["type"] == "BAR"] == ["quality/psnr_db", "memory/weights_bytes"]
+    assert [c["yaxis"]["key"] for c in charts if c["type"] == "SCATTER"] == list(METRICS)
 
 
 def test_a_store_that_takes_no_tag_costs_only_the_view(capsys):
@@ -61,15 +69,16 @@ def test_mlflows_page_shows_its_columns_and_charts(base, tmp_path):
     store = open_store(TrackingConfig(), base)
     from PIL import Image
 
+    first = next(iter(METRICS))
     sweeps = [store.client.create_run(store.experiment_id, run_name=name).info.run_id for name in ("mine", "later")]
     for name, size, of in (("quanto int8", 4.0, 0), ("gguf q4_k", 2.0, 0), ("torchao int4", 3.0, 1)):
         tags = {PARENT_RUN_ID: sweeps[of]}
         run = store.client.create_run(store.experiment_id, run_name=name, tags=tags)
-        for metric, value in ((METRICS[0], 1e-3 / size), ("memory/weights_bytes", size)):
+        for metric, value in ((first, 1e-3 / size), ("memory/weights_bytes", size)):
             store.client.log_metric(run.info.run_id, metric, value)
         store.client.log_image(run.info.run_id, Image.new("RGB", (64, 64), "red"), key=IMAGE_KEY, step=0)
         store.client.set_terminated(run.info.run_id)
-    address = saved_view(store, METRICS[:1], sweeps[0], [IMAGE_KEY])
+    address = saved_view(store, {first: METRICS[first]}, sweeps[0], [IMAGE_KEY])
     with chromium(tmp_path / "profile") as browser, mlflow_server(base) as server:
         browser.set_script_timeout(START_S)
         look_at(browser, f"{server}/{address}", 1500, 1000)

@@ -22,8 +22,12 @@ function drawing(width, height, attributes, ...children) {
   return make("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", ...attributes }, ...children);
 }
 
+function unbroken(text) { // no line ends between a number and its percent sign
+  return typeof text === "string" ? text.replace(/(\d) %/g, "$1\u00a0%") : text;
+}
+
 function section(title, hint, ...children) {
-  return make("section", {}, make("h2", {}, title), hint ? make("p", { class: "hint" }, hint) : null, ...children);
+  return make("section", {}, make("h2", {}, title), hint ? make("p", { class: "hint" }, unbroken(hint)) : null, ...children);
 }
 
 function button(text, onclick, attributes) {

@@ -16,19 +16,27 @@ function inkOn(rgb) { // of black and white the one with more contrast
 
 const widest = (words) => Math.max(...words.map((text) => textWidth(text, 12)), 6);
 
-function namesIn(names, most, letters) { // as they stand at a map: whole; a few too long ones by number or letter, with a list; of many the ends
+function namesIn(names, most, letters) { // as they stand at a map: whole; a few too long ones by number or letter, with a list; of many the ends, which tell them apart
   if (widest(names) <= most) return { shown: names, list: null };
-  if (names.length <= 24) {
+  const short = letters ? names : cut(names, most);
+  if (names.length <= 24 || new Set(short).size < names.length) {
     const list = make("ol", { class: "numbered", type: letters ? "A" : "1" }, ...names.map((name) => make("li", {}, name)));
     return { shown: names.map((_, i) => (letters ? String.fromCharCode(65 + i) : String(i + 1))), list };
   }
-  return { shown: letters ? names : names.map((name) => endOf(name, most * 0.75)), list: null };
+  return { shown: short, list: null };
 }
 
-function endOf(name, most) {
-  let text = name;
-  while (text.length > 4 && textWidth(text, 12) > most) text = `\u2026${text.slice(2)}`;
-  return text;
+function cut(names, most) { // their ends; with a little of their beginnings where two of them end alike
+  const ends = names.map((name) => endOf(name, most * 0.75));
+  return new Set(ends).size < names.length ? names.map((name) => endOf(name, most, 3)) : ends;
+}
+
+function endOf(name, most, head = 0) {
+  if (textWidth(name, 12) <= most) return name;
+  let end = name.slice(head + 1);
+  const text = () => `${name.slice(0, head)}\u2026${end}`;
+  while (end.length > 3 && textWidth(text(), 12) > most) end = end.slice(1);
+  return text();
 }
 
 const STEP = 7; // the least width of a column of steps

@@ -23,7 +23,7 @@ function reading() {
   const words = Object.entries(DATA.rules).map(([k, v]) => [make("dt", {}, pill(k)), make("dd", {}, v)]).flat();
   const metrics = [...new Set([...group().headline, ...Object.keys(group().views)])].map((m) => [make("dt", {}, m), make("dd", {}, `${DATA.metrics[m].description}${direction(m) ? ` (${direction(m)})` : ""}`)]).flat();
   return make("section", {}, make("details", {}, make("summary", {}, "How to read this page"),
-    make("p", { class: "hint" }, "Every number compares a scheme with the unquantized reference on the same inputs. Intervals are of 95 %, over independent samples; p-values are paired and Holm-adjusted over all comparisons of these runs under one metric. A size with ~ is of a simulated format, stored wider than its name says."),
+    make("p", { class: "hint" }, unbroken("Every number compares a scheme with the unquantized reference on the same inputs. Intervals are of 95 %, over independent samples; p-values are paired and Holm-adjusted over all comparisons of these runs under one metric. A size with ~ is of a simulated format, stored wider than its name says.")),
     make("dl", {}, ...words), make("dl", {}, ...metrics)));
 }
 
@@ -52,7 +52,7 @@ function redraw() {
     head.push(make("div", { class: "groups" }, make("label", {}, "These runs are not all comparable; shown are those with ",
       chooser("group", DATA.groups.map((g, i) => [String(i), g.label]), String(state.group), (i) => draw(Number(i))))));
   }
-  head.push(...group().unquantized.map((line) => make("p", { class: "warning" }, ...parted(line.replace(/(\d) %/g, "$1\u00a0%"), /(?<=[\w\]][_.=](?=[\w[]))/))));
+  head.push(...group().unquantized.map((line) => make("p", { class: "warning" }, ...parted(unbroken(line), /(?<=[\w\]][_.=](?=[\w[]))/))));
   page.replaceChildren(...head, toolbar(update), body);
   update();
 }

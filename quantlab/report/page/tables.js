@@ -33,7 +33,7 @@ function sortable(columns, rows, start, detail, longest = 60) {
         const label = c.name || c.away ? null : [c.title, c.sub && c.sub.length < 20 ? c.sub : ""].filter(Boolean).join(" ");
         return make("td", { class: `${c.text ? "text" : "num"}${c.name ? " name" : ""}${c.away ? " away" : ""}${c.quote ? " quote" : ""}${c.long ? " long" : ""}${gone.has(c) ? " gone" : ""}${inside.length ? "" : " empty"}`, "data-label": label }, make("div", {}, ...inside));
       });
-      const line = make("tr", { class: row.role === "baseline" ? "baseline" : null, "data-name": row.name, id: row.anchor }, ...cells);
+      const line = make("tr", { class: ["reference", "floor"].includes(row.role) ? "unquantized" : null, "data-name": row.name, id: row.anchor }, ...cells);
       return open.has(row) ? [line, make("tr", { class: "detail" }, make("td", { colspan: columns.length }, ...detail(row)))] : [line];
     }));
   }
