@@ -255,7 +255,7 @@ def test_each_report_is_short_and_exported(one):
 @pytest.mark.parametrize(
     ("what", "more", "begins"),
     [
-        ("0123", {}, r"load\('0123'\): no such run, sweep or experiment"),
+        ("0123", {}, r"load\('0123'\): no such run, sweep or experiment .* is the newest of quantlab \("),
         ("latest", {"experiment": "other"}, "tracking.experiment=other: no such experiment"),
         ("latest", {"uri": "sqlite:///no.db"}, "tracking.uri=sqlite:///no.db: no such file"),
     ],

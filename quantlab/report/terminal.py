@@ -215,8 +215,8 @@ def _least(sheet: Sheet, j: int, width: int) -> int:
     wraps = column.may_wrap or (column.is_text and _longest(cells) > width // 2)
     words = [word for cell in cells for word in (cell.split() if wraps else [cell])]
     longest = _longest(words)
-    if wraps and not column.may_wrap:  # a name leaves the others half: it goes on behind its separators
-        longest = min(longest, max(width // 2, _longest([part for word in words for part in parts_of(word)])))
+    if wraps and not column.may_wrap:  # a name goes on behind its separators, and leaves the others room
+        longest = min(longest, max(width // 3, _longest([part for word in words for part in parts_of(word)])))
     return max(
         min(longest, LONG_WORD) if column.may_wrap else longest,
         _longest(column.title.split()),
