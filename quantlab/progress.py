@@ -12,6 +12,7 @@ import time
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Protocol
 
 from rich.cells import cell_len
@@ -27,6 +28,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 console = Console(stderr=True, markup=False, highlight=False, emoji=False, force_jupyter=False)
@@ -49,6 +51,13 @@ class _Done(MofNCompleteColumn):
 
     def render(self, task: Task) -> Text:
         return Text() if task.total is None else super().render(task)
+
+
+class _What(TextColumn):
+    """One line, which alone gives way to the numbers beside it."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.description, no_wrap=True, overflow="ellipsis")
 
 
 class _Left(TimeRemainingColumn):
@@ -85,12 +94,13 @@ def progress_bars(quiet: bool = False) -> Iterator[Advance]:
 
 @contextmanager
 def _bars() -> Iterator[Advance]:
+    whole = Column(no_wrap=True)
     columns: tuple[ProgressColumn, ...] = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        _Done(),
-        TimeElapsedColumn(),
-        _Left(),
+        _What("", table_column=Column()),
+        BarColumn(min(40, console.width // 8)),
+        _Done(table_column=whole),
+        TimeElapsedColumn(table_column=whole),
+        _Left(table_column=whole),
         TextColumn("{task.fields[note]}", markup=False),
     )
     began = time.monotonic()
@@ -208,10 +218,10 @@ def counted(num: int, what: str) -> str:
     return f"{num} {what}{'' if num == 1 else 's'}"
 
 
-def headline_of(text: str) -> str:
-    """The beginning of a long message, whole words: what follows is told below the table."""
+def headline_of(text: str, most: int = 200) -> str:
+    """The beginning of a long message, whole words where it has any: what follows is told below the table."""
     line = " ".join(text.split())
-    return line if len(line) <= 200 else f"{line[:200].rpartition(' ')[0]} …"
+    return line if len(line) <= most else f"{line[:most].rpartition(' ')[0] or line[:most]} …"
 
 
 def plain(text: str, most: int = 200, width: int | None = None) -> Text:
@@ -221,13 +231,18 @@ def plain(text: str, most: int = 200, width: int | None = None) -> Text:
     return Text(shown if width is None else broken(shown, width))
 
 
+def parts_of(name: str) -> list[str]:
+    """A name cut behind each of its separators."""
+    return re.findall(r"[^/_.:,=-]*[/_.:,=-]|[^/_.:,=-]+", name)
+
+
 def broken(text: str, width: int) -> str:
     """A text whose words fit ``width``: a longer name goes on in the next line behind a separator, where it has one."""
     lines = []
     for word in text.split(" "):
         rest = word
         while cell_len(rest) > width:
-            ends = [m.end() for m in re.finditer(r"[/_.:-]", rest[:width])]
+            ends = [end for end in accumulate(map(len, parts_of(rest))) if end <= min(width, len(rest) - 1)]
             if not ends:
                 break
             lines.append(f"{rest[: ends[-1]]}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 import warnings
 
@@ -41,6 +42,22 @@ def test_a_terminal_shows_what_no_bar_counts(shown):
     assert any("0:00:00" in line for line in drawn)
     assert any("0:00:01" in line for line in drawn), "nothing moves"
     assert not any("/" in line or "left" in line for line in drawn), "an end is told that nobody knows"
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_long_name_leaves_the_numbers_of_its_bar_whole(monkeypatch, shown, width):
+    progress.console.width = width
+    with progress.progress_bars() as advance:
+        progress.under_way("modelopt int8 a-int8 per-tensor static smoothquant: evaluate")
+        advance("modelopt int8 a-int8 per-tensor static smoothquant", 3, 8)
+        advance("jobs", 9, 10, "2 running, 0 failed")
+        time.sleep(0.5)
+    drawn = [line.rpartition("\r")[2] for line in shown.getvalue().splitlines()]
+    jobs = [" ".join(line.split()) for line in drawn if "jobs" in line]
+    whole = r"[09]/10 0:00:0\d left -:--:-- 2 running, 0 failed"
+    assert [line for line in jobs if re.search(whole, line)] == jobs != []
+    named = [line for line in drawn if "modelopt" in line]
+    assert [line for line in named if "0:00:0" in line] == named != []
 
 
 def test_bars_within_bars_are_the_same(shown):

@@ -261,7 +261,7 @@ def test_each_report_is_short_and_exported(one):
 @pytest.mark.parametrize(
     ("what", "more", "begins"),
     [
-        ("0123", {}, r"load\('0123'\): no such run, sweep or experiment"),
+        ("0123", {}, r"load\('0123'\): no such run, sweep or experiment .* is the newest of quantlab \("),
         ("latest", {"experiment": "other"}, "tracking.experiment=other: no such experiment"),
         ("latest", {"uri": "sqlite:///no.db"}, "tracking.uri=sqlite:///no.db: no such file"),
     ],
@@ -452,3 +452,23 @@ def test_schemes_whose_images_a_notebook_leaves_out_are_counted(here, monkeypatc
     text = found._repr_html_()
     assert text.count("<figure") == 1
     assert f"... and {left} more scheme{'s' if left > 1 else ''} with images: .images has all" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_report_breaks_no_number_and_shows_none_as_one_that_is_not(monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    stored = {f"quality/metric_{i}/se": 1.178078132836494e-06 / 3**i for i in range(30)}
+    report = reports.RunReport(
+        name="quanto int8",
+        status="FINISHED",
+        quality={"latent_cosine": reports.MetricValue(value=0.9999971, n=8, ci_lo=0.99999, ci_hi=1.0)},
+        stored_metrics=stored,
+        unquantized=("model: 17 % of its weights stay unquantized; the largest are model.embed_tokens, lm_head",),
+    )
+    text = repr(report)
+    assert max(map(len, text.splitlines())) <= width
+    numbers = {float(number) for number in re.findall(r"metric_\d+/se=([^\s,]+?)(?=,|\.\.\.|$)", text)}
+    assert numbers <= {float(f"{value:.4g}") for value in stored.values()}
+    assert "latent_cosine=0.999997 (0.99999..1)" in text
+    told = next(line for line in text.splitlines() if "unquantized" in line).split(": ", 1)[1].removesuffix(" …")
+    assert set(told.split()) <= set(report.unquantized[0].split())

@@ -220,7 +220,7 @@ def check_reads_file(node: str, name: str, path: str | None, protocol: str) -> N
     key = "dataset" if node == "dataset" else "calibration.source"
     raise ConfigError(
         f"{node}.path={path}: {key}={name} reads no file; leave the path out, or choose {key}="
-        f"{f' or {key}='.join(readers)}, which do"
+        f"{f' or {key}='.join(readers)} to have it read"
     )
 
 

@@ -406,7 +406,7 @@ def chosen_rows(what: str, reader: Reader, tracking: TrackingConfig) -> list[tup
         raise TrackingError(
             f"load({what!r}): no such run, sweep or experiment in {reader.uri}"
             f"{nearest(what, ['latest', *reader.experiments()])}; it has the experiments {names}, and "
-            "quantlab.load('latest') is the newest of all"
+            f"quantlab.load('latest') is the newest of {tracking.experiment} (experiment=NAME: of another)"
         )
     comes_along = (REFERENCE, *FLOORS)  # by name: what failed has no numbers, and stands where it was run
     started = sorted(found, key=lambda run: (run.name.split(" #")[0] not in comes_along, run.start_ms))

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quantlab.progress import console as stderr
-from quantlab.progress import counted, plain, printable, spelled_for
+from quantlab.progress import counted, parts_of, plain, printable, spelled_for
 
 MAX_NAME, MAX_CELL, MAX_LINE = 200, 1000, 2000  # characters
 WIDE = 10_000  # columns of a terminal that has no end
@@ -217,7 +217,10 @@ def _least(sheet: Sheet, j: int, width: int) -> int:
     column = sheet.columns[j]
     cells = [printable(row[j], _most(column)) for row in sheet.rows]
     wraps = column.may_wrap or (column.is_text and _longest(cells) > width // 2)
-    longest = _longest([word for cell in cells for word in (cell.split() if wraps else [cell])])
+    words = [word for cell in cells for word in (cell.split() if wraps else [cell])]
+    longest = _longest(words)
+    if wraps and not column.may_wrap:  # a name goes on behind its separators, and leaves the others room
+        longest = min(longest, max(width // 3, _longest([part for word in words for part in parts_of(word)])))
     return max(
         min(longest, LONG_WORD) if column.may_wrap else longest,
         _longest(column.title.split()),

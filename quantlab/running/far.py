@@ -17,7 +17,7 @@ from quantlab import tracking
 from quantlab.errors import QuantlabError
 from quantlab.models.table import family_of
 from quantlab.planning.job import Job
-from quantlab.progress import say
+from quantlab.progress import headline_of, say
 from quantlab.running.apart import Floors, Handed, collect
 from quantlab.running.attempts import LOG, RESULT, read
 from quantlab.running.handing import SUBMITTED, handed, run_handed
@@ -172,7 +172,7 @@ def run_all(session: Session, groups: Sequence[Group], begun: Sequence[Handed], 
         if not one.is_no_row:
             group.rows[one.place] = row
             if row.status == "FAILED":
-                say(f"{row.name} at {row.failed_stage}: {row.error[:500]}", "failed")
+                say(f"{row.name} at {row.failed_stage}: {headline_of(row.error, 500)}", "failed")
             return []
         if row.status == SUBMITTED:
             return []

@@ -8,7 +8,7 @@ from pathlib import Path
 from quantlab.errors import in_words, is_disk_full
 from quantlab.metrics import METRICS
 from quantlab.planning.job import Plan
-from quantlab.progress import say
+from quantlab.progress import headline_of, say
 from quantlab.protocols.table import PROTOCOLS
 from quantlab.report.compare import Comparison, compare
 from quantlab.report.comparison_markdown import comparison_markdown
@@ -45,12 +45,12 @@ def log_overview(store: Store, parent: Run, plan: Plan, reports: Sequence[RunRep
                 parent.log_metrics({f"{question}/{name}": value for name, value in metrics.items()})
                 parent.log_params({f"{question}.{name}": value for name, value in params.items()})
         is_new = not all(r["resumed"] for r in rows)  # a sweep that was there already has its page at its first run
-        if is_new and not store.is_lost and any(is_scheme(r["name"], r["metrics"]) for r in rows):
+        if is_new and not store.is_lost and _finished(rows):
             _log_page(store, parent)
     except Exception as error:  # noqa: BLE001  a picture of results is no reason to lose them
         if is_disk_full(error):
             raise
-        why = in_words(error)[:300]
+        why = headline_of(in_words(error), 300)
         say(f"the overview of the sweep: {why}; quantlab compare sweep={parent.run_id} makes it", "warning")
 
 
@@ -73,7 +73,7 @@ def shared_settings(plan: Plan) -> dict[str, str]:
 
 def best_rows(rows: Sequence[Row]) -> dict[str, Row]:
     """``best``: the scheme closest to the reference; ``smallest_in_floor``: the smallest without measurable loss."""
-    done = [r for r in rows if r["status"] == "FINISHED" and is_scheme(r["name"], r["metrics"]) and r["protocol"]]
+    done = [r for r in _finished(rows) if r["protocol"]]
     asked = [{k: v for k, v in flatten(r["params"]).items() if k.startswith(SHARED)} for r in done]
     if not done or any(settings != asked[0] for settings in asked):  # rows on other inputs have no best one
         return {}
@@ -94,6 +94,10 @@ def best_rows(rows: Sequence[Row]) -> dict[str, Row]:
             ),
         )
     return found
+
+
+def _finished(rows: Sequence[Row]) -> list[Row]:
+    return [r for r in rows if r["status"] == "FINISHED" and is_scheme(r["name"], r["metrics"])]
 
 
 def row_numbers(row: Row) -> tuple[dict[str, float], dict[str, str]]:

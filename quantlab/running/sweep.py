@@ -19,7 +19,7 @@ from quantlab.planning.job import Job, Merged, Plan
 from quantlab.planning.ready import check_room, no_folder
 from quantlab.planning.space import objectives_of
 from quantlab.planning.trust import require_trust
-from quantlab.progress import Advance, progress_bars, say, under_way
+from quantlab.progress import Advance, headline_of, progress_bars, say, under_way
 from quantlab.running.apart import Handed, hand_over
 from quantlab.running.claims import Claims, wait_for
 from quantlab.running.engines.table import is_far
@@ -450,5 +450,5 @@ def _finished(
     reports = [next(arrived) if isinstance(row, Handed) else row for row in rows]
     for report, row in zip(reports, rows, strict=True):
         if isinstance(row, Handed) and report.status == "FAILED":
-            say(f"{report.name} at {report.failed_stage}: {report.error[:500]}", "failed")
+            say(f"{report.name} at {report.failed_stage}: {headline_of(report.error, 500)}", "failed")
     return reports

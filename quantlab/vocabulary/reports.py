@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from shutil import get_terminal_size
 from typing import Any
 
+from quantlab.progress import headline_of
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES
 from quantlab.vocabulary.shown import as_html
 
 MOST_SHOWN = 4
+MOST_CHARS = 120
 SHOWN = "_shown"
 """Attribute of a :class:`RunReport`, no field: a function that gives its HTML."""
 
@@ -18,10 +21,11 @@ SHOWN = "_shown"
 def brief(report: Any) -> str:
     """A report for people: a line a field that says something, at most 15, long ones counted instead of listed."""
     lines = []
+    width = min(get_terminal_size().columns, MOST_CHARS)
     for one in fields(report):
         value = getattr(report, one.name)
         if value is not None and not (isinstance(value, (str, tuple, Mapping, bool)) and not value):
-            lines.append(f"  {one.name}: {_brief_value(value)}")
+            lines.append(f"  {headline_of(f'{one.name}: {_brief_value(value)}', width - len('   …'))}")
     more = [f"  ... and {len(lines) - 12} more fields"] if len(lines) > 13 else []
     return "\n".join([type(report).__name__, *(lines[:12] if more else lines), *more])
 
@@ -45,9 +49,14 @@ def _brief_value(value: Any) -> str:
     elif hasattr(value, "shape"):
         text = f"array of {tuple(value.shape)}"
     else:
-        text = str(value)
-    line = " ".join(text.split())
-    return line if len(line) <= 100 else f"{line[:99]}…"
+        text = short(value) if isinstance(value, float) else str(value)
+    return headline_of(text, MOST_CHARS)
+
+
+def short(value: float) -> str:
+    """Four digits, and more where a number that is not 1 would read as 1."""
+    digits = next((n for n in range(4, 17) if value == 1 or float(f"{value:.{n}g}") != 1), 17)
+    return f"{value:.{digits}g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,8 +292,8 @@ class MetricValue:
     ci_hi: float | None = None
 
     def __str__(self) -> str:
-        bounds = "" if self.ci_lo is None else f" ({self.ci_lo:.4g}..{self.ci_hi:.4g})"
-        return f"{self.value:.4g}{bounds}"
+        bounds = "" if self.ci_lo is None or self.ci_hi is None else f" ({short(self.ci_lo)}..{short(self.ci_hi)})"
+        return f"{short(self.value)}{bounds}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -428,6 +428,18 @@ def test_a_name_that_is_longer_than_its_column_goes_on_behind_a_separator(width)
     assert all(piece in names or piece[-1] in "/_.:-" or any(n.endswith(piece) for n in names) for piece in told)
 
 
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_a_long_name_leaves_room_for_the_numbers(width):
+    layers = ",".join(f"model.layers.{i}.self_attn.q_proj" for i in range(4))
+    name = f"torchao int4 g32 (modules_to_not_convert.mine=[{layers}])"
+    text = printed(rows_sheet([measured(name), *ROWS], "diffusion"), width)
+    assert max(map(len, text.splitlines())) <= width
+    head = text.partition("┡")[0]
+    assert {"MiB", "latent_rel_mse"} <= {*head.replace("┃", " ").split()}, "a table of names alone says nothing"
+    first = [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│")]
+    assert "".join("".join(first).split()).startswith("".join(name.split()))
+
+
 def test_what_has_no_separator_is_left_to_the_table():
     assert broken("abcdefghij kl", 4) == "abcdefghij kl"
     assert broken("ab/cd/ef gh_ij", 5) == "ab/\ncd/ef gh_ij"

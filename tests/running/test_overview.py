@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from quantlab.running import overview
+from quantlab.running import job, overview
 from quantlab.running.overview import best_rows
 from tests.support.shell import digits_words
 
@@ -69,6 +69,20 @@ def test_an_overview_that_cannot_be_made_is_told_and_costs_no_row(shell, monkeyp
     assert "no page today" in err
     assert "quantlab compare sweep=" in err
     assert "quanto int4" in out
+
+
+def test_a_sweep_of_which_no_job_finished_has_no_page_and_nothing_is_told_of_it(shell, monkeypatch):
+    """It was told to compare what cannot be compared, in a sentence that ended within a word."""
+
+    def broken(*_):
+        raise RuntimeError("no numbers today")
+
+    monkeypatch.setattr(job, "evaluate", broken)
+    code, out, err = shell("-m", *digits_words("backend=quanto", "dtype=int8,int4", "sweep.floors=false"))
+    assert code == 1
+    assert out.count("FAILED") == 2
+    assert "no numbers today" in err
+    assert "overview" not in err
 
 
 @pytest.mark.parametrize("order", [1, -1])
