@@ -1,14 +1,25 @@
 """Modules that change as they run, hold other numbers than floats, or return what is no tuple."""
 
+import functools
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 import quantlab
+from quantlab.errors import ConfigError
 
 INT8 = quantlab.QuantoConfig("int8")
+PLAIN = [
+    INT8,
+    quantlab.GGUFQuantizationConfig(gguf_type="q4_0"),
+    quantlab.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    quantlab.TorchAoConfig("int8wo"),
+    quantlab.NVIDIAModelOptConfig("INT8"),
+]
 EVERY_KIND = ("linear", "conv", "embedding", "expert", "recurrent", "parameter")
 X = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
 
@@ -259,6 +270,90 @@ def test_complex_numbers_and_codes_are_left_and_said_so():
     for name, dtype in (("spectrum", "complex64"), ("codes", "int8"), ("narrow", "float8_e4m3fn")):
         assert found[name].status != "quantized"
         assert f"of {dtype}, which no backend rounds" in found[name].reason
+
+
+class Listing(OneLinear):
+    """Calls its layers by a list, a dictionary and a bound method, which are no parts of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.second, self.third, self.fourth = nn.Linear(64, 64), nn.Linear(64, 64), Conv1D(64, 64)
+        self.steps = [self.linear, self.fourth]
+        vars(self)["table"] = {"after": (self.second, torch.tanh)}
+        self.last = functools.partial(self._last, self.third)
+
+    def _last(self, layer, x):
+        return layer(x)
+
+    def forward(self, x):
+        for step in self.steps:
+            x = step(x)
+        after, activation = self.table["after"]
+        return self.last(activation(after(x)))
+
+
+class Called(OneLinear):
+    """The same layers, called by their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.second, self.third, self.fourth = nn.Linear(64, 64), nn.Linear(64, 64), Conv1D(64, 64)
+
+    def forward(self, x):
+        return self.third(torch.tanh(self.second(self.fourth(self.linear(x)))))
+
+
+@pytest.mark.parametrize("config", PLAIN, ids=str)
+def test_a_layer_that_is_called_from_a_list_is_the_quantized_one(config):
+    listing, called = Listing(), Called()
+    called.load_state_dict(listing.state_dict())
+    rows = [quantlab.evaluate(m, [config], [X], num_bootstrap=10, floors=False)[1] for m in (listing, called)]
+    assert rows[1].quality["output_rel_error"].value > 1e-4
+    assert rows[0].quality == rows[1].quality
+    assert rows[0].memory == rows[1].memory
+
+
+class Closing(OneLinear):
+    """Keeps a function that holds the module itself, which no copy of it can have."""
+
+    def __init__(self):
+        super().__init__()
+        self.second = nn.Linear(64, 64)
+        self.step = lambda x: self.linear(x)
+
+    def forward(self, x):
+        return self.second(self.step(x))
+
+
+def test_a_copy_that_runs_the_layers_of_the_original_is_refused():
+    with pytest.raises(ConfigError, match=r"^module: .*: linear ran unquantized: .* make it a method"):
+        quantlab.evaluate(Closing(), [INT8], [X], num_bootstrap=10, floors=False)
+    left_out = quantlab.QuantoConfig("int8", modules_to_not_convert=["linear"])
+    assert len(quantlab.evaluate(Closing(), [left_out], [X], num_bootstrap=10, floors=False)) == 2
+
+
+class Keeping(OneLinear):
+    """Multiplies by a weight that it keeps in a list."""
+
+    def __init__(self, keeps):
+        super().__init__()
+        self.second = nn.Linear(64, 64)
+        self.kept = keeps(self.linear.weight)
+
+    def forward(self, x):
+        kept = self.kept
+        return self.second(kept(x) if callable(kept) else x @ kept[0].T)
+
+
+@pytest.mark.parametrize(
+    "keeps", [lambda w: [w], lambda w: {0: (w,)}[0], lambda w: functools.partial(F.linear, weight=w)]
+)
+def test_a_weight_that_is_kept_in_a_list_is_left_and_said_so(keeps):
+    _, row = quantlab.evaluate(Keeping(keeps), [INT8], [X], num_bootstrap=10, floors=False, layer_kinds=EVERY_KIND)
+    found = {layer.name: layer for layer in row.quantization.layers}
+    assert found["linear"].status == "excluded"
+    assert "its weight is also kept" in found["linear"].reason
+    assert found["second"].status == "quantized"
 
 
 @dataclass

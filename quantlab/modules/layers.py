@@ -23,7 +23,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ConfigError, ModelError
 from quantlab.modules.hooks import adapter_parts, adapters, computed_tensors, inherit
@@ -76,7 +76,9 @@ def replace_layer(
 ) -> None:
     """Put ``new`` in the place of the layer at ``name``, at every other path of the same layer too.
 
-    Hooks and attributes that users set on the layer move to ``new``, see :func:`quantlab.modules.hooks.inherit`.
+    What calls the layer by another way than its path (from a list, a dictionary, a bound method) would go on running
+    its unquantized weight: ``new`` answers there, too. Hooks and attributes that users set on the layer move to
+    ``new``, see :func:`quantlab.modules.hooks.inherit`.
     ``places``: as :func:`places_of` found them in the module; for who replaces many layers, each of them once.
     """
     old = module.get_submodule(name)
@@ -84,6 +86,27 @@ def replace_layer(
     for path in (places_of(module) if places is None else places)[id(old)]:
         parent, _, leaf = path.rpartition(".")
         setattr(module.get_submodule(parent), leaf, new)
+    old.__class__, old.__dict__ = _replaced_class(), {"new": new}
+
+
+@functools.cache
+def _replaced_class() -> type[nn.Module]:
+    from torch import nn
+
+    class Replaced(nn.Module):
+        """What a layer is that another has taken the place of: all that is asked of it, the other answers."""
+
+        new: nn.Module
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return self.new(*args, **kwargs)
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "new":  # of a copy that is not filled yet
+                raise AttributeError(name)
+            return getattr(self.new, name)
+
+    return Replaced
 
 
 def never_taken(layer: nn.Module) -> str:

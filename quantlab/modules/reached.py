@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def uncalled(module: nn.Module, layers: Sequence[str], run: Callable[[], object]) -> list[str]:
-    """Those of ``layers`` that are never called while ``run`` runs the module: a part of it reads their weights."""
-    called: set[str] = set()
+def called(module: nn.Module, layers: Sequence[str], run: Callable[[], object]) -> list[str]:
+    """Those of ``layers`` of the module that are called while ``run`` runs."""
+    found: set[str] = set()
     handles = [
-        module.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name in layers
+        module.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: found.add(name)) for name in layers
     ]
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
-    return [name for name in layers if name not in called]
+    return [name for name in layers if name in found]
 
 
 def check_weights_are_here(module: nn.Module, what: str) -> None:

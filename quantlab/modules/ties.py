@@ -7,8 +7,9 @@ Two places are tied where their tensors overlap, whatever objects hold them: one
 from __future__ import annotations
 
 import copy
+import functools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ from quantlab.modules.memory import storage_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+_OF_TORCH = frozenset({"_parameters", "_buffers", "_modules", "_flat_weights"})
+_MAX_DEPTH = 4
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -100,7 +103,7 @@ def ties(
         read (an embedding and the head), where weights ``may_pack``. And holder -> why its weight cannot be quantized:
         a place that is not quantized uses it.
     """
-    tied = tied_parameters(module)
+    tied, beside = tied_parameters(module), _kept_beside(module)
     by_path = {holder.path: holder for holder in wanted}
     same: dict[str, str] = {}
     packed: dict[str, str] = {}
@@ -113,6 +116,7 @@ def ties(
         strangers = [p for p in partners if p not in by_path]
         if not strangers and not is_one_layer and not is_one_weight:
             strangers = [h.path for h in group if h is not holder]
+        strangers += [beside[id(h.weight)] for h in group if id(h.weight) in beside]
         if strangers:
             left[holder.name] = (
                 f"its weight is also {strangers[0]}, which stays as it is: quantized here, it would be stored twice, "
@@ -121,6 +125,32 @@ def ties(
         elif partners and (first := next(h for h in wanted if h in group)) is not holder:
             (same if is_one_layer else packed)[holder.name] = first.name
     return same, packed, left
+
+
+def _kept_beside(module: nn.Module) -> dict[int, str]:
+    """``id`` of a parameter -> the attribute in which a part keeps it beside its own (in a list, a partial): whoever
+    multiplies by that would go on doing so. What torch's recurrent parts keep, packing sees to."""
+    from torch import nn
+
+    found: dict[int, str] = {}
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            if name not in _OF_TORCH:
+                kept = (t for t in _held_by(value) if isinstance(t, nn.Parameter))
+                found |= {id(t): f"{path}.{name}".lstrip(".") for t in kept}
+    return found
+
+
+def _held_by(value: object, depth: int = 0) -> Iterator[object]:
+    if isinstance(value, functools.partial):
+        value = (*value.args, *value.keywords.values())
+    elif isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list, set, frozenset)) and depth < _MAX_DEPTH:
+        for inner in value:
+            yield from _held_by(inner, depth + 1)
+    else:
+        yield value
 
 
 def unite(module: nn.Module, same: Mapping[str, str]) -> None:

@@ -22,7 +22,7 @@ from quantlab.modules.layers import check_finite_weights, state_digest
 from quantlab.modules.memory import component_memory, measure_stage, note_held
 from quantlab.modules.packed import stored_at
 from quantlab.modules.precision import exact_arithmetic, own_modes
-from quantlab.modules.reached import check_uncompiled, check_weights_are_here, recorded_reads, uncalled
+from quantlab.modules.reached import called, check_uncompiled, check_weights_are_here, recorded_reads
 from quantlab.modules.read_in_source import changes_in_source, note_failures, reads_in_source
 from quantlab.modules.ties import copied
 from quantlab.planning.job import scheme_name
@@ -332,15 +332,35 @@ def _config_row(
     settings: EvaluationConfig,
 ) -> RunReport:
     """The row of a config; its candidate is gone when this returns."""
-    quantized, layers = _quantized(model.components["model"], scheme, calibration, read)
+    module = model.components["model"]
+    quantized, layers = _quantized(module, scheme, calibration, read)
+    rows: list[RunReport] = []
     try:
-        return _row(name, quantized, layers, model, reference, given, settings, scheme)
+        unquantized = called(
+            module,
+            _called_if_quantized(layers, module),
+            lambda: rows.append(_row(name, quantized, layers, model, reference, given, settings, scheme)),
+        )
     except QuantlabError:
         raise
     except Exception as error:  # noqa: BLE001  the module's own code, on layers that it does not know
         if is_of_the_machine(error):
             raise
         raise ConfigError(_why_it_fails(error, name, layers, model, given, settings)) from error
+    if unquantized:
+        raise ConfigError(
+            f"module: {name}: {', '.join(unquantized[:5])} ran unquantized: a function that the module keeps (a "
+            "lambda, a hook) holds the module itself, and in a copy still runs the original's layers; make it a "
+            f"method, or leave them out: modules_to_not_convert={unquantized[:5]}"
+        )
+    return rows[0]
+
+
+def _called_if_quantized(report: QuantizationReport, module: Any) -> list[str]:
+    """The quantized layers that have a forward of their own."""
+    paths = {path for path, _ in module.named_modules()}
+    done = [r.name for r in report.layers if r.status in ("quantized", "fallback") and r.kind == "linear"]
+    return [name for name in done if name in paths]  # nn.MultiheadAttention multiplies by its matrices itself
 
 
 def _why_it_fails(
@@ -353,8 +373,9 @@ def _why_it_fails(
 ) -> str:
     """What to say of a module that runs as it is, and not quantized."""
     module = model.components["model"]
-    done = [r.name for r in layers.layers if r.status in ("quantized", "fallback") and r.kind == "linear"]
-    read = uncalled(module, done, lambda: observe(model, given, settings))
+    done = _called_if_quantized(layers, module)
+    ran = called(module, done, lambda: observe(model, given, settings))
+    read = [layer for layer in done if layer not in ran]
     said = f"{type(error).__name__}: {first_line(error)}"
     if not read:
         return f"module: {name}: it runs as it is, and fails quantized ({said}); exclude the layer that it names"
