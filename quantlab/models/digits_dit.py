@@ -29,8 +29,9 @@ from quantlab.models.digits_training import (
 )
 from quantlab.models.judge import build_judge, judge_features_and_logits, train_judge
 from quantlab.models.loaded import Conditioning, LoadedModel, OnStep, Progress, Sampled
+from quantlab.models.outline import cast_as_loaded
 from quantlab.models.reading import chosen_dtype, frozen
-from quantlab.modules.compute_dtype import component_dtype, torch_dtype
+from quantlab.modules.compute_dtype import component_dtype
 from quantlab.modules.layers import state_digest
 from quantlab.vocabulary.native import canonical_json
 from quantlab.vocabulary.schema import DigitsModelConfig, EvaluationConfig, ModelConfig
@@ -131,7 +132,7 @@ def load_cached(
     judge = build_judge(IMAGE_SIZE, NUM_CLASSES)
     _load_state(judge, judge_state, folder / JUDGE_FILE)
     # Diffusers' own ``to`` warns of modules to keep in float32 even where the list of them is empty, as here.
-    transformer = torch.nn.Module.to(transformer, device=device, dtype=torch_dtype(dtype))
+    transformer = torch.nn.Module.to(cast_as_loaded(transformer, dtype), device=device)
     return LoadedModel(
         name="digits_dit",
         protocol="diffusion",

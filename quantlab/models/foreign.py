@@ -21,6 +21,7 @@ from quantlab.models.checkpoint import files_sha256
 from quantlab.models.exported import check_digests
 from quantlab.models.headers import check_folder
 from quantlab.models.loaded import LoadedModel, class_names
+from quantlab.models.outline import is_of_diffusers
 from quantlab.models.pipeline_files import INDEX
 from quantlab.models.reading import (
     ADAPTER,
@@ -363,11 +364,6 @@ def _check_file(key: str, file: Path, original: nn.Module) -> None:
     if EMBEDDING in names:
         own = type(original).__name__
         raise ModelError(f"{key}: it is a language model and the model's component a {own}; {_not_its()}")
-
-
-def is_of_diffusers(module: nn.Module) -> bool:
-    """Whether Diffusers loads it, and not transformers."""
-    return any(c.__module__.startswith("diffusers.") for c in type(module).__mro__)
 
 
 def _on_device(key: str, module: nn.Module, device: str) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quantlab.errors import ModelError, first_line
 from quantlab.models.architectures import Architecture, Part, class_of
 from quantlab.models.reading import check_counts, frozen, quiet_loading, unreadable
-from quantlab.modules.compute_dtype import torch_dtype
+from quantlab.modules.compute_dtype import cast, torch_dtype
 from quantlab.modules.source import uninitialized
 
 if TYPE_CHECKING:
@@ -173,6 +173,42 @@ def as_loaded(module: nn.Module, dtype: str) -> nn.Module:
     return module
 
 
+def cast_as_loaded(module: nn.Module, dtype: str) -> nn.Module:
+    """The module in another dtype, in place: each tensor in that which ``from_pretrained(dtype=...)`` gives it.
+
+    What transformers and Diffusers hold in float32 whatever is asked (positions that are in no checkpoint, some norms)
+    is not rounded, in a model that is a part of another either. Of other modules every floating tensor is cast.
+    """
+    others: dict[str, torch.dtype] = {}
+    inside: tuple[str, ...] = ()
+    for path, part in module.named_modules():
+        if not path.startswith(inside) and (found := _loaded_dtypes(part, dtype)):
+            prefix = f"{path}." if path else ""
+            inside = (*inside, prefix)
+            others |= {f"{prefix}{name}": loaded for name, loaded in found.items()}
+    return cast(module, torch_dtype(dtype), others)
+
+
+def _loaded_dtypes(module: Any, dtype: str) -> dict[str, torch.dtype]:
+    """Path of a floating tensor -> the dtype that it is loaded in; none of what is no library's model that its settings
+    alone build."""
+    if not hasattr(getattr(module, "config", None), "to_dict") and not is_of_diffusers(module):
+        return {}
+    from transformers.utils import logging
+
+    try:
+        with _default_dtype(torch_dtype(dtype)), _without_values(), quiet_loading(logging), _silent(logging):
+            if is_of_diffusers(module):
+                twin = type(module).from_config(dict(module.config))
+            else:
+                twin = type(module)(_config_in(type(module.config), module.config.to_dict(), dtype))
+    except unreadable():
+        return {}
+    as_loaded(twin, dtype)
+    named = (*twin.named_parameters(remove_duplicate=False), *twin.named_buffers(remove_duplicate=False))
+    return {path: tensor.dtype for path, tensor in named if tensor.is_floating_point()}
+
+
 def _kept_rule(module: nn.Module, dtype: str) -> Any:
     """Path of a tensor -> whether loading keeps it in float32."""
     entries = set(_names(module, "_keep_in_fp32_modules_strict")) if dtype != "float32" else set()
@@ -188,6 +224,11 @@ def _kept_rule(module: nn.Module, dtype: str) -> Any:
 def is_of_transformers(module: nn.Module) -> bool:
     """Whether it is a model of transformers; the others are of Diffusers."""
     return hasattr(module, "get_output_embeddings")
+
+
+def is_of_diffusers(module: nn.Module) -> bool:
+    """Whether Diffusers loads it, and not transformers."""
+    return any(c.__module__.startswith("diffusers.") for c in type(module).__mro__) and hasattr(module, "from_config")
 
 
 def _names(module: nn.Module, attribute: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from quantlab.models.architectures import Architecture, Part, class_of, read_arc
 from quantlab.models.auto import HEADS
 from quantlab.models.defaults import beside_the_language_model, default_exclusions
 from quantlab.models.digits_training import build_transformer
-from quantlab.models.outline import Outline, build
+from quantlab.models.outline import Outline, build, cast_as_loaded
 from quantlab.models.pipeline_files import denoisers_of
 from quantlab.models.reading import chosen_dtype, frozen
 from quantlab.models.sources import named_as_in, untie
@@ -118,7 +118,7 @@ def _digits(config: ModelConfig) -> Outline:
     dtype = chosen_dtype(config, "float32")
     with torch.device("meta"):
         module = build_transformer(config.num_layers, config.num_heads)
-    modules: dict[str, nn.Module] = {"transformer": frozen(torch.nn.Module.to(module, dtype=getattr(torch, dtype)))}
+    modules: dict[str, nn.Module] = {"transformer": frozen(cast_as_loaded(module, dtype))}
     return Outline(
         components=modules,
         quantized=("transformer",),

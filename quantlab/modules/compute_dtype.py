@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from quantlab.vocabulary.dtypes import COMPUTE_DTYPES, dtype_name
@@ -49,9 +51,13 @@ def component_dtype(component: torch.nn.Module, default: str = "float32") -> tor
     return torch_dtype(votes.most_common(1)[0][0] if votes else default)
 
 
-def cast(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """The module in a floating dtype, in place; its complex numbers, of which ``module.to`` keeps the real parts alone,
-    stay as they are."""
+def cast(
+    module: torch.nn.Module, dtype: torch.dtype, others: Mapping[str, torch.dtype] = MappingProxyType({})
+) -> torch.nn.Module:
+    """The module in a floating dtype, in place, the tensors at the paths ``others`` in that which stands there; its
+    complex numbers, of which ``module.to`` keeps the real parts alone, stay as they are."""
+    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    wanted = {id(tensor): others.get(path, dtype) for path, tensor in named if tensor.is_floating_point()}
     apply: Any = module._apply
-    apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    apply(lambda tensor: tensor.to(wanted.get(id(tensor), tensor.dtype)))
     return module

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from quantlab.backends.scheme import Scheme
 from quantlab.backends.table import loggers
 from quantlab.errors import ConfigError, nearest
-from quantlab.models.outline import Outline
+from quantlab.models.outline import Outline, cast_as_loaded
 from quantlab.models.outlines import outline
 from quantlab.models.spared import spared
 from quantlab.modules.device import free_bytes, kind_of
@@ -249,7 +249,8 @@ def _component(made: Outline, part: str, schemes: Mapping[str, Scheme | None], j
     is_cast = part in schemes and job.config.quantization.backend == "none" and cast != "auto"
     if scheme is None and is_cast:
         original_bytes = _as_it_is(part, module).original_bytes
-        return replace(price_component(part, _cast(module, cast), None), scheme=job.name, original_bytes=original_bytes)
+        found = price_component(part, cast_as_loaded(copy.deepcopy(module), cast), None)
+        return replace(found, scheme=job.name, original_bytes=original_bytes)
     if scheme is None:
         return _as_it_is(part, module)
     request = QuantizationRequest(
@@ -281,12 +282,6 @@ def _unquantized(module: nn.Module) -> ComponentPrice:
 
 def _as_it_is(part: str, module: nn.Module) -> ComponentPrice:
     return replace(_unquantized(module), name=part)
-
-
-def _cast(module: nn.Module, dtype: str) -> nn.Module:
-    import torch
-
-    return torch.nn.Module.to(copy.deepcopy(module), getattr(torch, dtype))
 
 
 def _impossible(combination: str, reason: str) -> Price:

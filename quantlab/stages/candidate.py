@@ -14,6 +14,7 @@ from quantlab.backends.scheme import Scheme
 from quantlab.datasets.calibration import sampling_settings
 from quantlab.errors import NotFinite, NotQuantized, is_out_of_memory
 from quantlab.models.loaded import LoadedModel
+from quantlab.models.outline import cast_as_loaded
 from quantlab.modules.device import give_back, let_go
 from quantlab.modules.feed import CalibrationFeed
 from quantlab.modules.layers import linear_layers, matches, view_of
@@ -149,13 +150,11 @@ def make_candidate(making: Making) -> Candidate:
 
 def _casts(making: Making) -> dict[str, torch.nn.Module]:
     """The components without a scheme, in the dtype that the request casts them to; none where it does not."""
-    import torch
-
     dtype, model = making.job.config.quantization.dtype, making.model
     if making.job.config.quantization.backend != "none" or dtype == "auto":
         return {}
     left = [name for name in making.schemes if name not in making.quantized]
-    return {name: model.placed(name, model.copy_of(name).to(getattr(torch, dtype))) for name in left}
+    return {name: model.placed(name, cast_as_loaded(model.copy_of(name), dtype)) for name in left}
 
 
 def _of_checkpoint(making: Making, checkpoint: str) -> Candidate:

@@ -12,7 +12,8 @@ from quantlab.backends.table import held_packages, loggers
 from quantlab.errors import ConfigError, NotFinite, QuantlabError, TrackingError, first_line, is_of_the_machine
 from quantlab.models.defaults import default_exclusions
 from quantlab.models.loaded import LoadedModel
-from quantlab.modules.compute_dtype import cast, component_dtype
+from quantlab.models.outline import cast_as_loaded
+from quantlab.modules.compute_dtype import component_dtype
 from quantlab.modules.device import current, uncollected
 from quantlab.modules.emulated import emulated_products, lacking
 from quantlab.modules.feed import feed_of_batches
@@ -387,14 +388,12 @@ def _why_it_fails(
 
 def _floor_row(module: Any, model: LoadedModel, reference: Any, given: Any, settings: EvaluationConfig) -> RunReport:
     """The module in another dtype: bfloat16, or float32 where it is narrower; a row even where it cannot run so."""
-    import torch
-
-    name, dtype = (FLOOR_BF16, torch.bfloat16) if model.dtype == "float32" else (FLOOR_FP32, torch.float32)
+    name, dtype = (FLOOR_BF16, "bfloat16") if model.dtype == "float32" else (FLOOR_FP32, "float32")
     try:
-        return _row(name, cast(_copied(module), dtype), None, model, reference, given, settings)
+        return _row(name, cast_as_loaded(_copied(module), dtype), None, model, reference, given, settings)
     except Exception as error:  # noqa: BLE001  the module's own code: one that casts to float32 knows no other dtype
         why = f"{type(error).__name__}: {error}"
-        told = f"{name}: the module does not run in {dtype_name(dtype)} ({why}); floors=False does without this row"
+        told = f"{name}: the module does not run in {dtype} ({why}); floors=False does without this row"
         return RunReport(name=name, status="FAILED", protocol="module", error=told, failed_stage="evaluate")
 
 
