@@ -24,8 +24,8 @@ from quantlab.progress import counted, parts_of, plain, printable, spelled_for
 
 MAX_NAME, MAX_CELL, MAX_LINE = 200, 1000, 2000  # characters
 WIDE = 10_000  # columns of a terminal that has no end
-LONG_WORD = 20
-"""Columns: what is longer in a sentence is a name of parts, and may go on in the next line behind a separator."""
+LONG_WORD, WHOLE_NAME = 20, 40
+"""Columns: what is longer in a sentence, or as a name, is of parts and may go on in the next line behind a separator."""
 
 
 class Terminal(Console):
@@ -219,8 +219,9 @@ def _least(sheet: Sheet, j: int, width: int) -> int:
     wraps = column.may_wrap or (column.is_text and _longest(cells) > width // 2)
     words = [word for cell in cells for word in (cell.split() if wraps else [cell])]
     longest = _longest(words)
-    if wraps and not column.may_wrap:  # a name goes on behind its separators, and leaves the others room
-        longest = min(longest, max(width // 3, _longest([part for word in words for part in parts_of(word)])))
+    if wraps and not column.may_wrap and longest > WHOLE_NAME:  # it goes on behind its separators: others have room
+        whole = [word for word in words if cell_len(word) <= WHOLE_NAME]
+        longest = min(longest, max(width // 3, _longest([*whole, *(part for word in words for part in parts_of(word))])))
     return max(
         min(longest, LONG_WORD) if column.may_wrap else longest,
         _longest(column.title.split()),

@@ -73,7 +73,7 @@ def test_a_column_may_be_called_without_what_all_of_its_kind_begin_with():
 
 @pytest.mark.parametrize("words", [["--columns", "perf/a,quality/b"], ["--columns=perf/a,quality/b"]])
 def test_the_option_takes_its_value_either_way(words):
-    found = cli._with_its_value("--columns", ["-m", *words, "dtype=int8"])
+    found = cli._with_columns(["-m", *words, "dtype=int8"])
     assert found == ["-m", "--columns=perf/a,quality/b", "dtype=int8"]
     assert columns_of(set(found)) == ["perf/a", "quality/b"]
 

@@ -322,7 +322,7 @@ def test_what_depends_on_the_weights_that_a_run_reads_is_left_to_it(monkeypatch)
     [job] = plan(["backend=bitsandbytes", "dtype=int8"]).jobs
     made = Outline(components={"transformer": Reading()}, quantized=("transformer",), dtype="float32")
     monkeypatch.setattr(outlined, "outline", lambda *_: made)
-    assert outlined._read(made.components["transformer"]) == ("proj",)
+    assert outlined.read_by_code(made.components["transformer"]) == ("proj",)
     assert refused_by_shape([job], is_far=False) == {}
 
 

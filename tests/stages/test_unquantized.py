@@ -10,6 +10,7 @@ import quantlab
 from quantlab.backends.scheme import scheme_of_config
 from quantlab.errors import ConfigError
 from quantlab.modules.holders import holders
+from quantlab.progress import in_markdown
 from quantlab.report.said_first import said_first
 from quantlab.stages.quantize import quantize_component
 from quantlab.stages.select import QuantizationRequest, select_layers
@@ -155,7 +156,7 @@ def test_terminal_store_and_page_say_it_first(shell):
     assert err.count("stay unquantized") == 1
     runs = shell.tracked()
     stored = json.loads(runs["quanto int8"]["tags"]["quantlab.unquantized"])
-    assert stored[0] in runs["quanto int8"]["tags"]["mlflow.note.content"]
+    assert in_markdown(stored[0], 2000) in runs["quanto int8"]["tags"]["mlflow.note.content"]
     assert "quantization.layer_kinds=[linear,embedding] takes embedding" in stored[0]
     assert "lm_head): quantization.replace_default_exclusions=true takes it" in stored[0]
     assert stored[0].startswith("model: ")
