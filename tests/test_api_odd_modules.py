@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import quantlab
 from quantlab.errors import ConfigError
+from tests.support.tiers import default_of
 
 INT8 = quantlab.QuantoConfig("int8")
 PLAIN = [
@@ -303,7 +304,7 @@ class Called(OneLinear):
         return self.third(torch.tanh(self.second(self.fourth(self.linear(x)))))
 
 
-@pytest.mark.parametrize("config", PLAIN, ids=str)
+@pytest.mark.parametrize("config", default_of(PLAIN, *PLAIN[:2]), ids=str)
 def test_a_layer_that_is_called_from_a_list_is_the_quantized_one(config):
     listing, called = Listing(), Called()
     called.load_state_dict(listing.state_dict())

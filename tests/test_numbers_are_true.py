@@ -36,6 +36,7 @@ from quantlab.stages.select import QuantizationRequest
 from quantlab.vocabulary.reports import LayerReport, QuantizationReport, RunReport
 from tests.support.shell import TINY
 from tests.support.tables import BACKENDS
+from tests.support.tiers import default_of
 
 SCRIPTS = Path(__file__).parent / "independent"
 SHARED = SCRIPTS / "_digits.py"
@@ -247,7 +248,7 @@ def _latent_rel_mse(sweep: Sweep, job: Job, model: LoadedModel, transformer: Any
     return summarize(evaluate(candidate, model, reference, inputs, settings), settings)["latent_rel_mse"].value
 
 
-@pytest.mark.parametrize("row", DOUBLE)
+@pytest.mark.parametrize("row", default_of(DOUBLE, "torchao int4 g64", "quanto int8"))
 def test_doubled_scales_of_one_layer_show_in_its_row_and_in_the_quality(
     row: str, sweep: Sweep, model: LoadedModel
 ) -> None:

@@ -114,6 +114,7 @@ def test_what_libraries_warn_of_is_in_the_runs_folder_and_not_on_the_screen(shel
     assert (shell.folder / "outputs" / "mlartifacts" / run["run_id"] / "artifacts" / WARNINGS).is_file()
 
 
+@pytest.mark.slow
 def test_a_run_leaves_no_empty_folder(shell):
     before = {p for p in (shell.folder / "outputs").rglob("*")}
     code, _, err = shell(*digits_words("backend=quanto", "dtype=int8", "tracking=none", "output_dir=other"))

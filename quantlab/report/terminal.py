@@ -25,7 +25,7 @@ from quantlab.progress import counted, parts_of, plain, printable, spelled_for
 MAX_NAME, MAX_CELL, MAX_LINE = 200, 1000, 2000  # characters
 WIDE = 10_000  # columns of a terminal that has no end
 LONG_WORD, WHOLE_NAME = 20, 40
-"""Columns: what is longer in a sentence, or as a name, is of parts and may go on in the next line behind a separator."""
+"""Columns: what is longer in a sentence, or as a name, has parts and may go on in the next line behind a separator."""
 
 
 class Terminal(Console):
@@ -221,7 +221,9 @@ def _least(sheet: Sheet, j: int, width: int) -> int:
     longest = _longest(words)
     if wraps and not column.may_wrap and longest > WHOLE_NAME:  # it goes on behind its separators: others have room
         whole = [word for word in words if cell_len(word) <= WHOLE_NAME]
-        longest = min(longest, max(width // 3, _longest([*whole, *(part for word in words for part in parts_of(word))])))
+        longest = min(
+            longest, max(width // 3, _longest([*whole, *(part for word in words for part in parts_of(word))]))
+        )
     return max(
         min(longest, LONG_WORD) if column.may_wrap else longest,
         _longest(column.title.split()),

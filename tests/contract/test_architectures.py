@@ -171,7 +171,10 @@ def test_what_rounds_inputs_takes_the_layers_that_are_called_and_tells_of_the_ot
 @pytest.mark.parametrize("name", ALL_READ)
 def test_where_every_layer_is_read_nothing_that_rounds_inputs_is_run(name, method):
     make, inputs = MODELS[name]
-    with pytest.raises(quantlab.ConfigError, match=r"reads its weight, or runs its forward, instead .*rounds the inputs of layers that are"):
+    with pytest.raises(
+        quantlab.ConfigError,
+        match=r"reads its weight, or runs its forward, instead .*rounds the inputs of layers that are",
+    ):
         quantlab.evaluate(built(make), [ROUNDS_INPUTS[method]], [inputs], num_bootstrap=10, floors=False)
 
 

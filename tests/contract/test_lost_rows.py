@@ -163,7 +163,9 @@ HIDDEN = {
 def test_one_huge_weight_does_not_hide_the_others(name):
     weight = weights()
     weight[3, 5] = 1e6 if "float8" in name else 1e4
-    with pytest.raises(NotQuantized, match=r"loses weights .* in 0 \[64, 512\]: \d+ of 64 rows \(0, 1, 2, 4 and \d+ more;"):
+    with pytest.raises(
+        NotQuantized, match=r"loses weights .* in 0 \[64, 512\]: \d+ of 64 rows \(0, 1, 2, 4 and \d+ more;"
+    ):
         quantlab.quantize(one_layer(weight), HIDDEN[name])
     module, _ = quantlab.quantize(one_layer(weight), QuantoConfig("int8"))  # a scale a row: the others are as before
     errors = (BACKENDS["quanto"].read_back(module[0]).dense - weight).norm(dim=1) / weight.norm(dim=1)

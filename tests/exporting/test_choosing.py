@@ -148,6 +148,7 @@ def one():
         yield found
 
 
+@pytest.mark.slow
 def test_a_sweep_exports_the_smallest_that_has_the_numbers(shell, one, monkeypatch):
     patched(monkeypatch, one)
     words = ["-m", *WORDS, "sweep.floors=false", "backend=torchao", "dtype=int8,int4"]

@@ -21,6 +21,7 @@ SIZES = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidd
          "max_position_embeddings": 64}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_language_model_for_llama_cpp_and_scored_again(shell):
     """The exported file is a candidate like any other, with the numbers of the run that it came from."""
     words = language_words(shell.folder)

@@ -15,6 +15,7 @@ from quantlab.modules.layers import state_digest
 from quantlab.modules.residence import Prompts, Residence
 from quantlab.stages.observe import observed_settings
 from quantlab.vocabulary.schema import ModelConfig
+from tests.support.tiers import default_of
 from tests.support.tiny_families import family_model
 from tests.support.tiny_pipelines import BUILDERS, SMALL
 
@@ -79,7 +80,9 @@ def test_images_are_decoded_when_the_candidates_denoiser_has_gone(names, model, 
             assert not candidate.components[name]._forward_pre_hooks
 
 
-@pytest.mark.parametrize("names", [[], ["transformer"], ["text_encoder", "unconditional_transformer"]])
+@pytest.mark.parametrize(
+    "names", default_of([[], ["transformer"], ["text_encoder", "unconditional_transformer"]], ["transformer"])
+)
 def test_a_part_of_which_only_the_layers_are_called_comes_for_them(names, tmp_path, monkeypatch):
     """Ideogram 4 calls its text encoder's embedding and its layers, one by one, and never the encoder."""
     model, inputs = family_model("ideogram_4", tmp_path)

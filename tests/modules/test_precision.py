@@ -14,6 +14,7 @@ import quantlab
 from quantlab.modules.precision import exact_arithmetic, own_modes, precision
 from quantlab.tracking.provenance import arithmetic
 from tests.support.shell import digits_words
+from tests.support.tiers import default_of
 
 
 @pytest.fixture
@@ -195,9 +196,9 @@ for _ in range(2):
 """
 
 
-SWITCHES = ["", ".mkldnn.matmul"]
+SWITCHES = [".mkldnn.matmul"]
 MORE_SWITCHES = [
-    pytest.param(w, marks=pytest.mark.slow) for w in (".cuda.matmul", ".cudnn", ".cudnn.conv", ".mkldnn.conv")
+    pytest.param(w, marks=pytest.mark.slow) for w in ("", ".cuda.matmul", ".cudnn", ".cudnn.conv", ".mkldnn.conv")
 ]
 
 
@@ -250,7 +251,7 @@ def elsewhere():
         torch.set_default_device(None)
 
 
-@pytest.mark.parametrize("mode", [autocast, wide, torch.inference_mode, elsewhere])
+@pytest.mark.parametrize("mode", default_of([autocast, wide, torch.inference_mode, elsewhere], wide))
 @pytest.mark.parametrize(
     "config",
     [

@@ -100,6 +100,7 @@ def test_a_run_that_has_only_the_png_shows_no_pictures(tmp_path):
     assert image_figure(Pictures(tmp_path, {}), runs_named("old")) is None
 
 
+@pytest.mark.slow
 def test_large_pictures_are_made_to_fit(tmp_path):
     images = np.random.default_rng(0).integers(0, 255, (2, 3, 600, 600, 3), dtype=np.uint8)
     names = [str(i) for i in range(12)]
@@ -212,6 +213,7 @@ def test_selector_and_slider_switch_the_images(opened):
     assert Select(find(opened, "#scheme")[0]).first_selected_option.text == "int4 a"
 
 
+@pytest.mark.slow
 def test_videos_beside_one_another_show_the_same_frame_whenever_they_are_switched(browser, data, tmp_path):
     numbers = np.arange(8, dtype=np.uint8) * 30
     videos = np.broadcast_to(numbers[None, None, :, None, None, None], (2, 3, 8, 64, 64, 3)).copy()

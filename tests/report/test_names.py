@@ -15,6 +15,7 @@ BARE = ["reference", "floor_bf16", "floor_batch"]
 NAMES = [f"{name} (dataset.seed={seed})" for seed in (7, 8) for name in (*BARE, "quanto int8")]
 
 
+@pytest.mark.slow
 def test_references_of_several_seeds_are_told_apart(shell: Shell) -> None:
     with contextlib.chdir(shell.folder):
         here = quantlab.run(overrides=digits_words(*WORDS), quiet=True)

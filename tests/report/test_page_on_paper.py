@@ -16,6 +16,8 @@ from quantlab.report.html import write_page
 from tests.support.browser import find, look, saved
 from tests.support.many_schemes import with_many_schemes
 
+pytestmark = pytest.mark.slow  # a browser prints many a page
+
 
 def test_printed_it_is_a_light_report_without_controls(browser, data, tmp_path):
     write_page(data, tmp_path / "page.html")

@@ -184,6 +184,7 @@ def test_what_needs_the_whole_model_is_refused_where_it_runs_in_groups(language)
     assert rows[1].error.endswith("or activation_dtype=none, or give it more")
 
 
+@pytest.mark.slow
 def test_what_has_no_room_and_no_files_is_refused_by_the_key_that_was_typed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["model=digits_dit", "model.num_train_steps=1", "model.train_batch_size=8", "evaluation=quick", *SMALL]

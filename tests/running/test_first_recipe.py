@@ -141,6 +141,7 @@ def test_what_is_refused(tmp_path, words):
     assert not (tmp_path / "my.yaml").exists()
 
 
+@pytest.mark.slow
 def test_a_pipeline_gets_the_data_that_its_call_takes(tmp_path, capsys):
     from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -163,6 +164,7 @@ def test_a_pipeline_gets_the_data_that_its_call_takes(tmp_path, capsys):
     assert "evaluation.guidance_scale=2.0: DDPMPipeline takes no such argument; it is not used" in " ".join(err.split())
 
 
+@pytest.mark.slow
 def test_data_that_only_the_user_has_are_left_open(tmp_path):
     ViTForImageClassification(
         ViTConfig(

@@ -83,6 +83,7 @@ def test_over_two_devices_it_lies_where_the_blocks_are():
     assert [row.name for row in without.phases["spread"]] == [name for name in rows if name != "evidence"]
 
 
+@pytest.mark.slow
 def test_where_it_is_what_has_no_room_it_is_left_out():
     budget = ["evaluation.width=1024", "memory.placement=alone", "memory.device_gib=10.5"]
     [price] = prices(*CALIBRATED, *budget)

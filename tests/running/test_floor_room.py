@@ -17,6 +17,7 @@ from quantlab.stages.evaluate import plain_attention
 from quantlab.vocabulary.amounts import GIB
 from quantlab.vocabulary.schema import EvaluationConfig
 from tests.support.allocated import Allocated
+from tests.support.tiers import default_of
 from tests.support.tiny_pipelines import BUILDERS
 from tests.support.tiny_text_models import save_llama_and_texts
 
@@ -43,7 +44,7 @@ def pipeline(folder):
     ]
 
 
-@pytest.fixture(params=[language, pipeline], ids=["language", "pipeline"])
+@pytest.fixture(params=default_of([language, pipeline], language), ids=["language", "pipeline"])
 def words(request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return request.param(tmp_path)

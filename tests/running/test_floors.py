@@ -152,6 +152,7 @@ def test_a_reference_that_was_kept_without_its_speed_is_measured_when_that_is_as
     assert shell.rows(*words, "evaluation.speed=true")["reference"]["metrics"]["perf/step_ms"] > 0
 
 
+@pytest.mark.slow
 def test_what_is_kept_of_a_model_is_of_the_code_that_made_it(shell, monkeypatch):
     """The reference's outputs, and the calls that calibration replays: after a repair of either the old ones are none."""
     words = digits_words("backend=gguf", "dtype=q4_k", "algorithm=imatrix", "calibration.num_samples=10")

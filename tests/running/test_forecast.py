@@ -335,6 +335,7 @@ def test_a_grid_tells_the_reason_of_what_is_impossible():
     assert all(p.refused[0].startswith("dtype=") for p in found[2:])
 
 
+@pytest.mark.slow
 def test_the_nearest_change_that_would_fit():
     [price] = prices("model=flux_dev", "backend=bitsandbytes", "dtype=int8", "memory.device_gib=9")
     assert price.fits is False

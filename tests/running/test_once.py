@@ -39,6 +39,7 @@ def again(words, widths):
 
 @pytest.mark.parametrize("backend", ["modelopt", "torchao"])
 @pytest.mark.parametrize("order", ["auto,128", "128,auto"])
+@pytest.mark.slow
 def test_a_number_is_the_librarys_own_where_it_divides_every_layer(backend, order, capsys):
     words = [f"backend={backend}", "dtype=int4", f"group_size={order},64", "quantization.on_mismatch=skip"]
     assert again(words, [128, 256]) == [False, True, False]

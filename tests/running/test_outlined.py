@@ -26,6 +26,7 @@ from quantlab.running.forecast import forecast
 from quantlab.running.outlined import LacksPackages, refused_by_shape
 from tests.support.fake_cuda import fake_cuda
 from tests.support.shell import Shell, digits_words, pipeline_words, text_words
+from tests.support.tiers import default_of
 from tests.support.tiny_pipelines import build_tiny_sd3
 from tests.support.tiny_text_models import save_bert, save_llama, save_llama_and_texts
 
@@ -119,12 +120,12 @@ def text_model(models: Path, *words: str) -> list[str]:
     return text_words("cpu", "model=causal_lm", "dataset=text", *files, *words)
 
 
-@pytest.mark.parametrize("what", OF_DIGITS)
+@pytest.mark.parametrize("what", default_of(OF_DIGITS, *[*OF_DIGITS][::3]))
 def test_shapes_of_a_trained_model(what, shell):
     check_refused(shell, digits_words("device=cpu", *OF_DIGITS[what]))
 
 
-@pytest.mark.parametrize("what", OF_A_TEXT_MODEL)
+@pytest.mark.parametrize("what", default_of(OF_A_TEXT_MODEL, *[*OF_A_TEXT_MODEL][1::3]))
 def test_shapes_of_a_folder(what, shell, models):
     there = {"BERT": models / "bert", "QWEN": models / "qwen3.gguf", "SHORT": models / "short"}
     words = OF_A_TEXT_MODEL[what]
@@ -148,14 +149,14 @@ def test_shapes_of_an_encoder(what, shell, models):
     check_refused(shell, [*words, "sweep.floors=false", *INT8, what])
 
 
-@pytest.mark.parametrize("what", OF_A_PIPELINE)
+@pytest.mark.parametrize("what", default_of(OF_A_PIPELINE, "a component of its own"))
 def test_shapes_of_a_pipeline(what, shell, models):
     more = [word.replace("QWEN", str(models / "qwen3.gguf")) for word in OF_A_PIPELINE[what]]
     words = pipeline_words("cpu", "model=diffusers", f"model.path={models}/sd3", *more)
     check_refused(shell, words)
 
 
-@pytest.mark.parametrize("instead", ["skip", "int8", "bfloat16"])
+@pytest.mark.parametrize("instead", default_of(["skip", "int8", "bfloat16"], "int8"))
 def test_what_need_not_fit_is_refused_by_neither(instead, shell):
     words = digits_words("backend=gguf" if instead == "skip" else "backend=torchao", "device=cpu")
     words += ["dtype=q6_k", f"{KINDS}=[linear,conv]"] if instead == "skip" else ["dtype=int4", f"{KINDS}=[linear,conv]"]
@@ -327,7 +328,10 @@ def test_what_depends_on_the_weights_that_a_run_reads_is_left_to_it(monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "recipe", ["flux_dev_svdquant", "sd35_medium_int4", "sdxl_w8a8_smoothquant", "digits_backends"]
+    "recipe",
+    default_of(
+        ["flux_dev_svdquant", "sd35_medium_int4", "sdxl_w8a8_smoothquant", "digits_backends"], "digits_backends"
+    ),
 )
 def test_no_fault_of_ours_is_hidden_in_the_recipes(recipe, monkeypatch):
     """Whatever a library raises of a module without values is left to the run, unless errors are to be shown."""

@@ -84,6 +84,7 @@ def test_floors_calibrated_schemes_and_measured_encoders_are_the_same(words, tmp
         assert numbers(alone[-1]) == numbers(resident[-1])
 
 
+@pytest.mark.slow
 def test_a_component_that_stays_as_it_is_is_counted(words, tmp_path):
     folder = BUILDERS["flux"](tmp_path / "flux")
     schemes = ["components.transformer={backend: quanto, dtype: int8}", "components.text_encoder={backend: none}"]

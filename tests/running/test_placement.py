@@ -49,6 +49,7 @@ def test_a_language_models_row_is_the_same(text_model, backend, dtype):
     assert streamed.planned == streamed.memory
 
 
+@pytest.mark.slow
 def test_a_mixtures_row_is_the_same(text_model, tmp_path):
     """Its experts are one weight in the model and lie one by one in the files."""
     from transformers import MixtralConfig, MixtralForCausalLM

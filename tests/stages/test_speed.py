@@ -186,6 +186,7 @@ def test_a_model_is_compiled_for_each_way_in_which_it_is_measured(monkeypatch):
     assert found["compiled_graphs"] == 12
 
 
+@pytest.mark.slow
 def test_a_function_that_is_compiled_too_often_is_no_compiled_one(monkeypatch):
     monkeypatch.setattr(compiling, "BACKEND", "eager")
 

@@ -41,6 +41,7 @@ def test_torchao_tells_each_layer(told):
     assert told == ["calibrate: awq, layer 1 of 1 (first)"]
 
 
+@pytest.mark.slow
 def test_the_algorithm_is_named_once_all_calls_are_done(shell: Shell, monkeypatch):
     found: list[str] = []
     monkeypatch.setattr("quantlab.stages.candidate.under_way", found.append)
