@@ -188,8 +188,8 @@ def check_settings(key: str, name: str, config: Mapping[str, Any]) -> None:
             for said in value.values() if isinstance(value, Mapping) else (value,):
                 if said is not None and said not in _OF_TORCH:
                     raise ModelError(
-                        f"{key}: {name} says {field}={said!s:.100}, which is code of another package or of the Hub, and "
-                        "no file chooses that; take the field out of a copy of the folder"
+                        f"{key}: {name} says {field}={said!s:.100}, which is code of another package or of the Hub, "
+                        "and no file chooses that; take the field out of a copy of the folder"
                     )
 
 
