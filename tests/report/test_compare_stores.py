@@ -131,6 +131,33 @@ def test_a_job_that_changes_hands_remembers_its_sweeps(base, template):
             assert len(found) == len(set(found))
 
 
+@pytest.mark.parametrize("way", ["a place", "an id", "a link", "a pipe", "beside it"])
+def test_a_page_is_written_beside_the_database_or_nowhere(base, template, tmp_path, way):
+    """A store may be another's: its rows and links lead where they want."""
+    sweep = make_sweep(tmp_path / "theirs", template)
+    database, mine = sweep.folder / "outputs" / "mlflow.db", tmp_path / "mine"
+    (mine / "artifacts").mkdir(parents=True)
+    reader = DatabaseReader(database, f"sqlite:///{database}")
+    [run] = reader.by_id([sweep.parent])
+    own = database.parent / "mlartifacts" / run.run_id / "artifacts"
+    if way == "a place":
+        shutil.rmtree(own, ignore_errors=True)
+        run = replace(run, artifact_uri=mine.as_uri())
+    elif way == "an id":
+        own.parent.mkdir(parents=True, exist_ok=True)
+        run = replace(run, run_id="../../../mine")
+    elif way == "a link":
+        own.mkdir(parents=True, exist_ok=True)
+        (own / "reports").symlink_to(mine)
+    elif way == "a pipe":
+        own.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(own / "recipe.yaml")
+        assert reader.read_artifact(run, "recipe.yaml") is None, "it would be waited for without end"
+    (tmp_path / "page.html").write_text("x")
+    assert reader.add_artifact(run, tmp_path / "page.html", "reports") is (way in ("beside it", "a pipe"))
+    assert [file for file in mine.rglob("*") if file.is_file()] == []
+
+
 HANG = """
 import pathlib, time
 from quantlab.backends import gguf
