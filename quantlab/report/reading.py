@@ -339,7 +339,10 @@ class ServerReader:
         return None
 
     def add_artifact(self, run: StoredRun, path: Path, folder: str) -> bool:
-        """Send a file to ``folder`` of a run's artifacts; False where the store does not take it."""
+        """Send a file to ``folder`` of a run's artifacts; False where the store does not take it, or says a folder of
+        this machine, as any that another's server names would be written to."""
+        if urlsplit(run.artifact_uri).scheme in ("", "file"):
+            return False
         try:
             self._client.log_artifact(run.run_id, str(path), folder)
         except store_errors():

@@ -131,6 +131,21 @@ def test_a_job_that_changes_hands_remembers_its_sweeps(base, template):
             assert len(found) == len(set(found))
 
 
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_a_run_whose_samples_are_gone_is_compared_by_what_it_logged(template, tmp_path, content):
+    sweep = make_sweep(tmp_path / "mine", template)
+    [file] = (sweep.folder / "outputs" / "mlartifacts").glob(f"{sweep.runs['int8 a']}/artifacts/samples.json")
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    shell = Shell(sweep.folder)
+    (group,) = compared(shell, "sweep=latest")
+    assert "int8 a" in {row["name"] for row in group["rows"] if row.get("verdict")}
+    code, _, err = shell("compare", "sweep=latest", "metric=judge_agreement")
+    assert code == 2
+    assert "sweep=latest: of 'int8 a' there is no judge_agreement of each sample" in err
+
+
 @pytest.mark.parametrize("way", ["a place", "an id", "a link", "a pipe", "beside it"])
 def test_a_page_is_written_beside_the_database_or_nowhere(base, template, tmp_path, way):
     """A store may be another's: its rows and links lead where they want."""
@@ -156,6 +171,16 @@ def test_a_page_is_written_beside_the_database_or_nowhere(base, template, tmp_pa
     (tmp_path / "page.html").write_text("x")
     assert reader.add_artifact(run, tmp_path / "page.html", "reports") is (way in ("beside it", "a pipe"))
     assert [file for file in mine.rglob("*") if file.is_file()] == []
+
+
+def test_a_server_names_no_folder_of_this_machine_for_the_page(base, template, tmp_path):
+    sweep = make_sweep(tmp_path / "theirs", template)
+    reader = ServerReader(sweep.store)  # whose artifacts are in files
+    [run] = reader.by_id([sweep.parent])
+    assert run.artifact_uri.startswith("file:")
+    (tmp_path / "page.html").write_text("x")
+    assert not reader.add_artifact(run, tmp_path / "page.html", "reports")
+    assert list(sweep.folder.rglob("page.html")) == []
 
 
 HANG = """
