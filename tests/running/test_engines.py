@@ -17,7 +17,7 @@ from quantlab.errors import ConfigError
 from quantlab.planning.plan import plan
 from quantlab.running import node, scheduler
 from quantlab.running.attempts import END, LOST, begin, earlier_attempts, ending, has_ended, num_attempts, read, write
-from quantlab.running.engines import forking, slurm
+from quantlab.running.engines import slurm
 from quantlab.running.engines.pool import Pool, SharingPool
 from quantlab.running.engines.protocol import EngineError, State
 from quantlab.running.engines.slurm import Slurm, parameters
@@ -75,20 +75,6 @@ def run_all(engine, folders, max_attempts=3, **more):
     one.run()
     assert sorted(over) == sorted(folders), "each once"
     return one
-
-
-@pytest.mark.parametrize("name", ["pool", "sharing"])
-def test_a_server_that_dies_as_it_starts_is_not_begun_without_end(tmp_path, monkeypatch, opened, name):
-    monkeypatch.setattr(forking, "_SERVER", "import sys; sys.exit(1)")
-    jobs = [make_job(tmp_path / "runs", job) for job in "abc"]
-    runner = Scheduler(opened(name), 3, lambda folder: None)
-    runner.add(jobs)
-    runner.run()
-    assert {has_ended(job) for job in jobs} == {"FAILED"}
-    wanted = (
-        "never reported back" if name == "pool" else "the process that begins the workers ends before one takes a job"
-    )
-    assert all(wanted in ending(job) for job in jobs)
 
 
 @pytest.mark.parametrize("name", ENGINES)
