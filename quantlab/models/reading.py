@@ -174,7 +174,7 @@ def of_a_pickle(key: str) -> ModelError:
 def check_settings(key: str, name: str, config: Mapping[str, Any]) -> None:
     """ModelError for a configuration ``name`` of so many layers or labels that making them alone would not end, and for
     one that chooses the code by which it is computed."""
-    for field, value in config.items():
+    for field, value in ((str(k), v) for k, v in config.items()):  # labels are numbered
         if isinstance(value, Mapping):
             check_settings(key, name, value)
         for what, (named, most) in _MOST.items():
