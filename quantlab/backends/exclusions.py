@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from quantlab.errors import ConfigError
 from quantlab.modules.holders import Holder, holders
 from quantlab.modules.hooks import before_adapters
-from quantlab.modules.layers import linear_layers, resolve_exclusions
+from quantlab.modules.layers import fits, linear_layers, resolve_exclusions
 from quantlab.vocabulary.amounts import some_of
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.native import LIBRARY_RULE, QuantizationConfigMixin, Rule
@@ -47,7 +47,8 @@ _KEPT = "which its class keeps in float32"
 def taken_by_transformers(entry: str, path: str) -> bool:
     """transformers' rule, the same for all of its backends but torchao, which gives it the path of the weight."""
     try:
-        return re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", path) is not None or path.endswith(entry)
+        expression = re.compile(rf"(?:{entry})(?:(?<=\.)|(?=\.|$)).*").pattern
+        return fits(expression, path, f"modules_to_not_convert={entry}") or path.endswith(entry)
     except re.error as error:
         raise ConfigError(
             f"modules_to_not_convert={entry}: transformers reads it as a regular expression, which it "

@@ -21,8 +21,8 @@ from quantlab.models.reading import (
     ADAPTER,
     HOLLOW,
     as_model_error,
-    check_counts,
     check_no_adapter,
+    check_settings,
     frozen,
     local_folder,
     quiet_loading,
@@ -157,7 +157,7 @@ def read_config(path: str, config: ModelConfig, key: str) -> PreTrainedConfig:
 
     with as_model_error(key, _WAY_OUT):
         said = PreTrainedConfig.get_config_dict(path, revision=config.revision)[0]
-        check_counts(key, "config.json", said)  # before lists of so many layers are made
+        check_settings(key, "config.json", said)  # before lists of so many layers are made
         found: PreTrainedConfig = AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=False)
     return found
 

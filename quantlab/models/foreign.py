@@ -26,8 +26,8 @@ from quantlab.models.pipeline_files import INDEX
 from quantlab.models.reading import (
     ADAPTER,
     as_model_error,
-    check_counts,
     check_no_adapter,
+    check_settings,
     frozen,
     quiet_loading,
     remote_code,
@@ -167,7 +167,7 @@ def _config(key: str, place: Path) -> dict[str, Any]:
     data = read_json(place / CONFIG, f"{key}: {CONFIG}", "copy or download it again")
     if not isinstance(data, dict):
         raise ConfigError(f"{key}: {CONFIG}: a mapping is wanted; copy or download it again")
-    check_counts(key, CONFIG, data)
+    check_settings(key, CONFIG, data)
     return data
 
 

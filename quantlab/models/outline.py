@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import ModelError, first_line
 from quantlab.models.architectures import Architecture, Part, class_of
-from quantlab.models.reading import check_counts, frozen, quiet_loading, unreadable
+from quantlab.models.reading import check_settings, frozen, quiet_loading, unreadable
 from quantlab.modules.compute_dtype import cast, torch_dtype
 from quantlab.modules.source import uninitialized
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+
+_SHORT = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,7 @@ def _built(key: str, part: Part, dtype: str, is_filled: bool = False) -> nn.Modu
     made = class_of(part.class_name, part.module)
     if made is None:
         raise ModelError(f"{key}: the installed libraries have no class {part.class_name}; name another model")
-    check_counts(key, f"the configuration of {part.class_name}", part.config)
+    check_settings(key, f"the configuration of {part.class_name}", part.config)
     config = {k: v for k, v in part.config.items() if k not in ("quantization_config", "auto_map")}
     try:
         where = uninitialized() if is_filled else _without_values()
@@ -125,12 +128,17 @@ def _without_values() -> Iterator[None]:
             kwargs = kwargs or {}
             if func in fills and (tensor := args[0] if args else kwargs["tensor"]).is_meta:
                 return tensor
-            if func is torch.arange and "device" not in kwargs:
+            if func is torch.arange and "device" not in kwargs and _is_short(*args, *kwargs.values()):
                 return torch.arange(*args, **kwargs, device="cpu").to("meta")
             return func(*args, **kwargs)
 
     with torch.device("meta"), Unfilled():
         yield
+
+
+def _is_short(*words: object) -> bool:
+    """Whether a range of these ends takes no memory to speak of."""
+    return all(abs(word) < _SHORT for word in words if isinstance(word, (int, float)))
 
 
 @contextmanager

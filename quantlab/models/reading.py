@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,11 @@ _MOST = {
     "labels": (re.compile(r"^num_labels$"), 1_000_000),  # transformers makes a name for each
 }
 """What a configuration counts -> the fields that say it, and how many no model has."""
+_KERNELS = re.compile(r"^_?(attn|experts)_implementation$")
+_OF_TORCH = ("eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm")
+"""What transformers computes by torch alone; for others it imports packages, or fetches native code from the Hub."""
+_MOST_PARTS = 1_000_000
+"""Modules and parameters that no model has: to make as many takes half a minute."""
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 HOLLOW = "meta"
 """The device of a model that is loaded without the values of its weights, which stay in its files."""
@@ -165,11 +171,12 @@ def of_a_pickle(key: str) -> ModelError:
     )
 
 
-def check_counts(key: str, name: str, config: Mapping[str, Any]) -> None:
-    """ModelError for a configuration ``name`` of so many layers or labels that making them alone would not end."""
-    for field, value in config.items():
+def check_settings(key: str, name: str, config: Mapping[str, Any]) -> None:
+    """ModelError for a configuration ``name`` of so many layers or labels that making them alone would not end, and for
+    one that chooses the code by which it is computed."""
+    for field, value in ((str(k), v) for k, v in config.items()):  # labels are numbered
         if isinstance(value, Mapping):
-            check_counts(key, name, value)
+            check_settings(key, name, value)
         for what, (named, most) in _MOST.items():
             for count in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(count, int) and count > most and named.search(field):
@@ -177,11 +184,18 @@ def check_counts(key: str, name: str, config: Mapping[str, Any]) -> None:
                         f"{key}: {name} says {field}={count}, and no model has more than {most} {what}; copy or "
                         "download it again"
                     )
+        if _KERNELS.match(field):
+            for said in value.values() if isinstance(value, Mapping) else (value,):
+                if said is not None and said not in _OF_TORCH:
+                    raise ModelError(
+                        f"{key}: {name} says {field}={said!s:.100}, which is code of another package or of the Hub, "
+                        "and no file chooses that; take the field out of a copy of the folder"
+                    )
 
 
 def check_config(key: str, file: Path, folder: Path) -> None:
-    """:func:`check_counts` of a file of a checkpoint; of one that is none, or cannot be read, loading tells."""
-    check_counts(key, file.relative_to(folder).as_posix(), object_in(file))
+    """:func:`check_settings` of a file of a checkpoint; of one that is none, or cannot be read, loading tells."""
+    check_settings(key, file.relative_to(folder).as_posix(), object_in(file))
 
 
 @contextmanager
@@ -231,11 +245,26 @@ class _ProgressBars(Protocol):
 
 @contextmanager
 def quiet_loading(bars: _ProgressBars) -> Iterator[None]:
-    """A library's bars (one a tensor) off, and back on where they were on; ``bars`` is its ``utils.logging``."""
+    """A library's bars (one a tensor) off, and back on where they were on; ``bars`` is its ``utils.logging``.
+
+    ValueError where it makes more modules and parameters than any model has, whatever settings multiply to that.
+    """
+    from torch.nn.modules.module import register_module_module_registration_hook as of_modules
+    from torch.nn.modules.module import register_module_parameter_registration_hook as of_parameters
+
+    numbers = itertools.count(1)
+
+    def count(*_: object) -> None:
+        if next(numbers) > _MOST_PARTS:
+            raise ValueError(f"its settings make more than {_MOST_PARTS} modules and parameters, which no model has")
+
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
+    hooks = of_modules(count), of_parameters(count)
     try:
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         if shown:
             bars.enable_progress_bar()

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _KEY = "modules_to_not_convert"
+_PATIENCE_S = 2.0
 _GLOB_CHARACTERS = frozenset("*?[")
 COMPUTED = "computed from other parameters at each call (remove the parametrization or weight norm to have it taken)"
 """Why a weight that is no parameter is not taken."""
@@ -170,13 +171,13 @@ def _does_as_linear(layer: nn.Linear) -> bool:
 # -- the matcher
 
 
-def matches(entry: str, name: str) -> bool:
+def matches(entry: str, name: str, key: str = _KEY) -> bool:
     """Whether ``entry`` of ``modules_to_not_convert`` takes the layer at path ``name`` (see the module's text).
 
-    Raises ConfigError for a regular expression that does not compile.
+    Raises ConfigError ``<key>=<entry>: ...`` for a regular expression that does not compile, or does not end.
     """
     if entry.startswith("re:"):
-        return _regex(entry).fullmatch(name) is not None
+        return fits(entry.removeprefix("re:"), name, f"{key}={entry}")
     if not _GLOB_CHARACTERS.isdisjoint(entry):
         return any(fnmatch.fnmatchcase(path, entry) for path in _with_containers(name))
     return bool(entry) and (name == entry or name.startswith(entry + "."))
@@ -205,9 +206,7 @@ def resolve_exclusions(
     excluded: dict[str, str] = {}
     for entry in dict.fromkeys(entries):
         typed = key if isinstance(key, str) else key(entry)
-        if entry.startswith("re:"):
-            _regex(entry, typed)
-        taken = [name for name in layer_names if matches(entry, name)]
+        taken = [name for name in layer_names if matches(entry, name, typed)]
         if not taken and entry not in optional_entries:
             raise ConfigError(_no_match(typed, entry, layer_names, list(all_module_names)))
         for name in taken:
@@ -215,13 +214,22 @@ def resolve_exclusions(
     return excluded
 
 
-@functools.cache
-def _regex(entry: str, key: str = _KEY) -> re.Pattern[str]:
+def fits(expression: str, path: str, typed: str) -> bool:
+    """Whether a regular expression, which may be a stranger's, matches the whole of a layer's path (``re.fullmatch``).
+
+    ConfigError ``<typed>: ...`` for one that does not compile, or that tries so many ways that it does not end.
+    """
+    import regex
+
     try:
-        return re.compile(entry[len("re:") :])
+        return regex.fullmatch(re.compile(expression).pattern, path, timeout=_PATIENCE_S) is not None
     except re.error as error:
         raise ConfigError(
-            f"{key}={entry}: not a regular expression ({error}); a plain module path or a glob needs no re:"
+            f"{typed}: not a regular expression ({error}); a plain module path or a glob needs no re:"
+        ) from error
+    except TimeoutError as error:
+        raise ConfigError(
+            f"{typed}: does not end on the layer {path}; write it without repetitions in repetitions, or as a glob"
         ) from error
 
 

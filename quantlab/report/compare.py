@@ -230,6 +230,11 @@ class _Samples:
     def common(self, runs: Sequence[StoredRun]) -> _Common:
         """The runs' values on the samples that all have, in one order, with their clusters and strata."""
         columns = [self.of(r) for r in runs]
+        if lacking := [r.name for r, c in zip(runs, columns, strict=True) if self.metric not in c]:
+            raise TrackingError(
+                f"{self.typed}: of {lacking[0]!r} there is no {self.metric} of each sample (samples.json is gone, or "
+                "changed); run the job again, or choose a metric that needs none"
+            )
         ids = [c.get("sample_id", list(range(len(c[self.metric])))) for c in columns]
         kept = set(ids[0]).intersection(*ids[1:])
         order = [i for i in ids[0] if i in kept]

@@ -180,12 +180,14 @@ class DatabaseReader:
     def read_artifact(self, run: StoredRun, name: str) -> bytes | None:
         """An artifact's bytes; None where the run has no such file."""
         with contextlib.suppress(OSError):
-            return (self._folder(run) / name).read_bytes()
+            return _bytes_of(self._folder(run) / name)
         return None
 
     def add_artifact(self, run: StoredRun, path: Path, folder: str) -> bool:
-        """Copy a file into ``folder`` of a run's artifacts; False where that cannot be written."""
-        return _copied(path, self._folder(run) / folder)
+        """Copy a file into ``folder`` of a run's artifacts; False where that cannot be written, or is not beside the
+        database: a store may be another's, and say any place."""
+        beside = self.database.parent
+        return _copied(path, self._folder(run) / folder, beside, beside / "mlartifacts")  # which may be on another disk
 
     def _folder(self, run: StoredRun) -> Path:
         """Where a run's artifacts are: beside the database, so that a store may be moved, else where the run says."""
@@ -255,12 +257,12 @@ class FolderReader:
     def read_artifact(self, run: StoredRun, name: str) -> bytes | None:
         """The bytes of a file of the run's folder; None where it has no such file."""
         with contextlib.suppress(OSError):
-            return (Path(run.artifact_uri) / name).read_bytes()
+            return _bytes_of(Path(run.artifact_uri) / name)
         return None
 
     def add_artifact(self, run: StoredRun, path: Path, folder: str) -> bool:
         """Copy a file into ``folder`` of the run's folder; False where that cannot be written."""
-        return _copied(path, Path(run.artifact_uri) / folder)
+        return _copied(path, Path(run.artifact_uri) / folder, self.runs_dir)
 
     @cached_property
     def _runs(self) -> list[StoredRun]:
@@ -286,7 +288,14 @@ def _is_like(value: str | None, wanted: str) -> bool:
     return value is not None and re.fullmatch(pattern, value, re.DOTALL) is not None
 
 
-def _copied(path: Path, target: Path) -> bool:
+def _bytes_of(file: Path) -> bytes | None:
+    """Of a file; None of a pipe or a device, which has no end."""
+    return file.read_bytes() if file.is_file() else None
+
+
+def _copied(path: Path, target: Path, *homes: Path) -> bool:
+    if not any(target.resolve().is_relative_to(home.resolve()) for home in homes):
+        return False
     draft = target / f".{path.name[:100]}.{os.getpid()}"
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -330,7 +339,10 @@ class ServerReader:
         return None
 
     def add_artifact(self, run: StoredRun, path: Path, folder: str) -> bool:
-        """Send a file to ``folder`` of a run's artifacts; False where the store does not take it."""
+        """Send a file to ``folder`` of a run's artifacts; False where the store does not take it, or says a folder of
+        this machine, as any that another's server names would be written to."""
+        if urlsplit(run.artifact_uri).scheme in ("", "file"):
+            return False
         try:
             self._client.log_artifact(run.run_id, str(path), folder)
         except store_errors():

@@ -159,11 +159,13 @@ def _reason(error: Exception) -> str:
 
 
 def store_errors() -> tuple[type[Exception], ...]:
-    """What a store that fails raises: MLflow's own error, the database's, the network's and the disk's."""
+    """What a store that fails raises: MLflow's own error, the database's, the network's and the disk's, and that of an
+    answer which is JSON and not MLflow's."""
+    from google.protobuf.json_format import ParseError
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return MlflowException, SQLAlchemyError, OSError
+    return MlflowException, SQLAlchemyError, OSError, ParseError
 
 
 def is_refusal(error: Exception) -> bool:

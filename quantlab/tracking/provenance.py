@@ -138,7 +138,8 @@ def git_state(root: Path) -> GitState | None:
     sha = _git(root, "rev-parse", "--verify", "HEAD")
     if sha is None or not _git(root, "ls-files", "--", "."):
         return None
-    diff, untracked = _git(root, "diff", "HEAD"), _git(root, "ls-files", "--others", "--exclude-standard")
+    diff = _git(root, "diff", "--no-ext-diff", "--no-textconv", "HEAD")
+    untracked = _git(root, "ls-files", "--others", "--exclude-standard")
     dirty = bool(diff or untracked)
     changes = f"{diff}\0{untracked}"
     return {
@@ -148,11 +149,15 @@ def git_state(root: Path) -> GitState | None:
     }
 
 
+_RUNS_NOTHING = ("-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}")
+"""An environment may lie in a project that was downloaded, whose own settings tell git what to run."""
+
+
 def _git(root: Path, *words: str) -> str | None:
     """What git prints, or None where there is no git, no checkout, or no answer within 10 s."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(root), *words],
+            ["git", *_RUNS_NOTHING, "-C", str(root), *words],
             capture_output=True,
             text=True,
             errors="surrogateescape",

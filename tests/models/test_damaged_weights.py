@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import quantlab
 from quantlab.errors import ModelError
-from quantlab.models import causal_lm, diffusers_pipeline
-from quantlab.models.architectures import read_architecture
+from quantlab.models import causal_lm, diffusers_pipeline, reading
+from quantlab.models.architectures import Architecture, Part, read_architecture
 from quantlab.models.foreign import _check_files, load_part
 from quantlab.models.outline import build
 from quantlab.modules.source import shards_of
@@ -156,6 +156,14 @@ def test_a_pickle_that_runs_code_is_refused_in_words(llama, tmp_path, monkeypatc
     [
         ("num_hidden_layers", 10**9, "num_hidden_layers=1000000000"),
         ("num_labels", 10**9, "num_labels=1000000000, and no model has more than 1000000 labels"),
+        *(
+            (field, said, f"{field}={told}, which is code of another package or of the Hub")
+            for field in ("attn_implementation", "_attn_implementation")
+            for said, told in (("other/kernel", "other/kernel"), ({"": "other/kernel@v1:f"}, "other/kernel@v1:f"))
+        ),
+        ("attn_implementation", "flash_attention_2", "attn_implementation=flash_attention_2"),
+        ("text_config", {"attn_implementation": "a/b"}, "config.*attn_implementation=a/b"),
+        ("experts_implementation", "sonicmoe", "experts_implementation=sonicmoe"),
         ("num_attention_heads", 0, "cannot be (loaded|built)"),
         ("head_dim", -1, "cannot be (loaded|built)"),
     ],
@@ -169,6 +177,48 @@ def test_a_configuration_that_cannot_be_is_refused_at_once(llama, tmp_path, fiel
         assert re.search(told, refused(call, f"model.path={folder}"))
     with pytest.raises(ModelError, match=f"^path=.*{told}"):
         quantlab.load(folder)
+
+
+def test_no_file_chooses_kernels_for_a_pipelines_part(tmp_path, monkeypatch):
+    folder = build_tiny_flux(tmp_path / "flux")
+    said = json.loads((folder / "text_encoder" / "config.json").read_text())
+    (folder / "text_encoder" / "config.json").write_text(json.dumps({**said, "attn_implementation": "other/kernel"}))
+    config, told = ModelConfig(family="diffusers", path=str(folder)), "attn_implementation=other/kernel"
+    for call in (lambda: diffusers_pipeline.load(config, "cpu", tmp_path / "cache"), lambda: built(config, "")):
+        assert told in refused(call, f"model.path={folder}")
+    assert told in refused(lambda: quantlab.load(folder), f"path={folder}")
+
+
+SMALL = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8, "embedding_size": 8, "vocab_size": 9}
+ENDLESS = {
+    "experts": ("SwitchTransformersModel", {"d_model": 8, "d_ff": 8, "d_kv": 8, "num_heads": 1, "num_experts": 10**8}),
+    "groups": ("AlbertModel", {**SMALL, "inner_group_num": 10**8}),
+    "layers of layers": ("SwinModel", {"depths": [9999] * 99, "num_heads": [1] * 99, "embed_dim": 8}),
+    "blocks": ("UNet2DConditionModel", {"layers_per_block": 9999}),
+}
+
+
+@pytest.mark.parametrize("way", ENDLESS)
+def test_settings_that_multiply_without_end(monkeypatch, way):
+    monkeypatch.setattr(reading, "_MOST_PARTS", 2000)
+    kind, config = ENDLESS[way]
+    made = Architecture(path="x", parts={"model": Part(class_name=kind, config=config)})
+    told = refused(lambda: build("model.path=x", made, "float32"), "model.path=x (model): ")
+    assert "its settings make more than 2000 modules and parameters" in told
+
+
+def test_a_model_of_so_many_parts_is_not_loaded_either(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "_MOST_PARTS", 10)
+    config = ModelConfig(family="causal_lm", path=str(llama))
+    told = "its settings make more than 10 modules and parameters"
+    assert told in refused(lambda: causal_lm.load(config, "cpu", tmp_path), f"model.path={llama}: ")
+    assert told in refused(lambda: quantlab.load(llama), f"path={llama}: ")
+
+
+def test_positions_without_end_take_no_memory():
+    config = {**SMALL, "num_hidden_layers": 1, "max_position_embeddings": 10**14}
+    made = Architecture(path="x", parts={"model": Part(class_name="BertModel", config=config)})
+    assert len(build("model.path=x", made, "float32")["model"].embeddings.position_embeddings.weight) == 10**14
 
 
 def built(config, only="model"):

@@ -11,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from quantlab.backends.exclusions import taken_by_transformers
+from quantlab.backends.torchao.forms import PER_MODULE, form_of_layer
 from quantlab.errors import ConfigError, ModelError
+from quantlab.modules import layers
 from quantlab.modules.layers import (
     all_finite,
     changed_tensors,
@@ -128,6 +131,31 @@ class TestMatcher:
     def test_a_regex_that_does_not_compile_is_refused(self):
         with pytest.raises(ConfigError, match=r"^modules_to_not_convert=re:\(: not a regular expression"):
             matches("re:(", "a")
+
+    def test_an_expression_that_does_not_end_is_told(self, monkeypatch):
+        """Of a recipe, of a block of transformers, and of torchao's mapping: the ways grow as Fibonacci's numbers."""
+        monkeypatch.setattr(layers, "_PATIENCE_S", 0.05)
+        expression, path = r"(\w\w|\w)+[.-]\d", "transformer_blocks_of_the_denoiser_attention_add_q_projection"
+        mapping = {"_type": PER_MODULE, "_version": 1, "_data": {"fqn_to_config": {f"re:{expression}": None}}}
+        for key, call in {
+            "components.vae.modules_to_not_convert=re:": lambda: resolve_exclusions(
+                [path], [f"re:{expression}"], key="components.vae.modules_to_not_convert"
+            ),
+            "modules_to_not_convert=": lambda: taken_by_transformers(expression, path),
+            "fqn_to_config=re:": lambda: form_of_layer(mapping, path),
+        }.items():
+            with pytest.raises(ConfigError) as error:
+                call()
+            assert str(error.value).startswith(f"{key}{expression}: does not end on the layer {path}")
+
+    def test_an_expression_with_repetitions_in_repetitions_ends_where_it_can(self):
+        with pytest.raises(ConfigError, match="matches none of the 1 layers"):
+            resolve_exclusions(["transformer_blocks.10.attn.add_q_proj.to_out.0"], [r"re:(\w+\.?)+!"])
+
+    def test_a_mapping_of_torchaos_with_no_expression(self):
+        mapping = {"_type": PER_MODULE, "_version": 1, "_data": {"fqn_to_config": {"re:(": None}}}
+        with pytest.raises(ConfigError, match=r"^fqn_to_config=re:\(: not a regular expression"):
+            form_of_layer(mapping, "a")
 
     @given(container=PATH, below=PATH, other=PATH)
     def test_a_container_takes_what_is_below_it_and_no_sibling(self, container, below, other):

@@ -131,6 +131,58 @@ def test_a_job_that_changes_hands_remembers_its_sweeps(base, template):
             assert len(found) == len(set(found))
 
 
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_a_run_whose_samples_are_gone_is_compared_by_what_it_logged(template, tmp_path, content):
+    sweep = make_sweep(tmp_path / "mine", template)
+    [file] = (sweep.folder / "outputs" / "mlartifacts").glob(f"{sweep.runs['int8 a']}/artifacts/samples.json")
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    shell = Shell(sweep.folder)
+    (group,) = compared(shell, "sweep=latest")
+    assert "int8 a" in {row["name"] for row in group["rows"] if row.get("verdict")}
+    code, _, err = shell("compare", "sweep=latest", "metric=judge_agreement")
+    assert code == 2
+    assert "sweep=latest: of 'int8 a' there is no judge_agreement of each sample" in err
+
+
+@pytest.mark.parametrize("way", ["a place", "an id", "a link", "a pipe", "beside it"])
+def test_a_page_is_written_beside_the_database_or_nowhere(base, template, tmp_path, way):
+    """A store may be another's: its rows and links lead where they want."""
+    sweep = make_sweep(tmp_path / "theirs", template)
+    database, mine = sweep.folder / "outputs" / "mlflow.db", tmp_path / "mine"
+    (mine / "artifacts").mkdir(parents=True)
+    reader = DatabaseReader(database, f"sqlite:///{database}")
+    [run] = reader.by_id([sweep.parent])
+    own = database.parent / "mlartifacts" / run.run_id / "artifacts"
+    if way == "a place":
+        shutil.rmtree(own, ignore_errors=True)
+        run = replace(run, artifact_uri=mine.as_uri())
+    elif way == "an id":
+        own.parent.mkdir(parents=True, exist_ok=True)
+        run = replace(run, run_id="../../../mine")
+    elif way == "a link":
+        own.mkdir(parents=True, exist_ok=True)
+        (own / "reports").symlink_to(mine)
+    elif way == "a pipe":
+        own.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(own / "recipe.yaml")
+        assert reader.read_artifact(run, "recipe.yaml") is None, "it would be waited for without end"
+    (tmp_path / "page.html").write_text("x")
+    assert reader.add_artifact(run, tmp_path / "page.html", "reports") is (way in ("beside it", "a pipe"))
+    assert [file for file in mine.rglob("*") if file.is_file()] == []
+
+
+def test_a_server_names_no_folder_of_this_machine_for_the_page(base, template, tmp_path):
+    sweep = make_sweep(tmp_path / "theirs", template)
+    reader = ServerReader(sweep.store)  # whose artifacts are in files
+    [run] = reader.by_id([sweep.parent])
+    assert run.artifact_uri.startswith("file:")
+    (tmp_path / "page.html").write_text("x")
+    assert not reader.add_artifact(run, tmp_path / "page.html", "reports")
+    assert list(sweep.folder.rglob("page.html")) == []
+
+
 HANG = """
 import pathlib, time
 from quantlab.backends import gguf

@@ -20,6 +20,7 @@ from quantlab.vocabulary.files import sha256_of
 from quantlab.vocabulary.launching import RayInit, RayParts, RaySettings
 from tests.support.engines import make_job, run_here, stand_in
 from tests.support.fake_ray import FakeRay
+from tests.support.stores import ROOT
 
 KEY = "0123abcd"
 
@@ -263,6 +264,14 @@ def test_a_ray_of_the_sweeps_own_joins_no_cluster_that_is_there(cluster):
     settings = RaySettings(ray=RayParts(init=RayInit(num_cpus=3)))
     Ray(settings, "cpu")
     assert (cluster.settings["address"], cluster.settings["num_cpus"]) == ("local", 3)
+
+
+def test_workers_import_nothing_from_the_current_folder(cluster, tmp_path, monkeypatch):
+    """Ray puts the folder in which it is called before all others of its workers' path; it may be a downloaded one."""
+    monkeypatch.chdir(tmp_path)
+    Ray(RaySettings(), "cpu")
+    assert cluster.called_in == str(ROOT)
+    assert os.getcwd() == str(tmp_path)
 
 
 def test_nodes_without_quantlab_are_told_of(cluster, monkeypatch):

@@ -15,7 +15,12 @@ import pytest
 
 from quantlab.errors import DiskFull, QuantlabError, is_disk_full
 from quantlab.models import digits_dit
+from quantlab.running.attempts import ending, has_ended
+from quantlab.running.engines import forking
+from quantlab.running.engines.pool import Pool, SharingPool
+from quantlab.running.scheduler import Scheduler
 from quantlab.tracking import find_runs
+from tests.support.engines import make_job
 from tests.support.shell import digits_words
 from tests.support.stores import ROOT, artifact, live_server
 from tests.support.tiers import covering
@@ -371,3 +376,21 @@ def test_damaged_weights_in_the_cache(shell, file, damage):
     assert err.startswith(f"quantlab: model.path={folder}: ")
     assert "delete" not in err, "a folder of the user's own"
     assert err.strip().endswith("or leave model.path out to train the model")
+
+
+# -- a process from which no other can be begun
+
+
+@pytest.mark.parametrize("name", ["pool", "sharing"])
+def test_a_server_that_dies_as_it_starts_is_not_begun_without_end(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(forking, "_SERVER", "import sys; sys.exit(1)")
+    jobs = [make_job(tmp_path / "runs", job) for job in "abc"]
+    engine = Pool(2) if name == "pool" else SharingPool(2, tmp_path / "queue")
+    runner = Scheduler(engine, 3, lambda folder: None)
+    runner.add(jobs)
+    runner.run()
+    assert {has_ended(job) for job in jobs} == {"FAILED"}
+    told = (
+        "never reported back" if name == "pool" else "the process that begins the workers ends before one takes a job"
+    )
+    assert all(told in ending(job) for job in jobs)

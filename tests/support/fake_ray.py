@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import pickle
 import tempfile
 from pathlib import Path
@@ -75,7 +76,7 @@ class FakeRay:
     # -- what engines call
 
     def init(self, **settings):
-        self.settings = settings
+        self.settings, self.called_in = settings, os.getcwd()
         if self.refuses is not None:
             raise self.refuses
 

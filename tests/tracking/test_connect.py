@@ -183,6 +183,31 @@ def test_something_else_answers(tmp_path: Path) -> None:
         server.server_close()
 
 
+@pytest.mark.parametrize("answer", ['{"runs": "x"}', '{"runs": [{"info": {"start_time": "yesterday"}}]}'])
+def test_an_answer_that_is_no_mlflows(tmp_path: Path, answer: str) -> None:
+    """It is JSON, and MLflow's client raises what protobuf does."""
+
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.do_GET(answer)
+
+        def do_GET(self, text: str = '{"experiment": {"experiment_id": "1", "lifecycle_stage": "active"}}') -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        store = open_store(tracking_at(f"http://127.0.0.1:{server.server_port}"), tmp_path)
+        with pytest.raises(TrackingError, match=r"^tracking\.uri=http://.*: cannot be read \(Failed to parse runs"):
+            find_runs(store)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def test_unreached_store_is_filled_later(
     closed_port: int, store: Store, runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

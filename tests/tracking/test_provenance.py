@@ -44,6 +44,35 @@ def test_git_state(tmp_path: Path) -> None:
     assert (provenance.git_state(tmp_path) or {})["dirty"] is True
 
 
+def test_a_checkout_that_is_asked_runs_nothing(tmp_path: Path) -> None:
+    """An environment in a downloaded project is below that project's .git, whose settings name programs."""
+    mark, program = tmp_path / "was_run", tmp_path / "program"
+    program.write_text(f"#!/bin/sh\ntouch {mark}\n")
+    program.chmod(0o755)
+    (tmp_path / "hooks").mkdir()
+    shutil.copy(program, tmp_path / "hooks" / "post-index-change")
+    inside = tmp_path / "project" / ".venv" / "package"
+    inside.mkdir(parents=True)
+    (inside / "a.txt").write_text("1")
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-C", str(tmp_path / "project"), *identity, *words], check=True, capture_output=True)
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "one")
+    for name, value in (("fsmonitor", program), ("hooksPath", tmp_path / "hooks")):
+        git("config", f"core.{name}", str(value))
+    git("config", "diff.external", str(program))
+    assert provenance.git_state(inside) is None
+    git("add", ".")
+    git("commit", "-m", "two")
+    mark.unlink(missing_ok=True)
+    (inside / "a.txt").write_text("2")
+    assert (provenance.git_state(inside) or {})["dirty"] is True
+    assert not mark.exists()
+
+
 def test_environment_is_plain_and_names_no_host(tmp_path: Path) -> None:
     import mlflow
     import torch

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
 from quantlab.errors import ConfigError, nearest
+from quantlab.modules.layers import fits
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.native import to_json_data
 
@@ -232,7 +232,7 @@ def form_of_layer(form: Form, path: str) -> Form | None:
             return told[name]
     for name in (f"{path}.weight", path):
         for key, inner in told.items():
-            if key.startswith("re:") and re.fullmatch(key.removeprefix("re:"), name):
+            if key.startswith("re:") and fits(key.removeprefix("re:"), name, f"fqn_to_config={key}"):
                 return inner
     return told.get("_default")
 

@@ -18,6 +18,7 @@ from quantlab.running.engines.protocol import State
 _GRACE_S = 3.0
 _LOOK_S = 0.2
 _MOST_FRUITLESS = 10
+_DIES = "the process that begins the workers ends before one takes a job, however often it is begun; it says why itself"
 BUSY = "all workers are busy"
 
 
@@ -148,7 +149,7 @@ class SharingPool:
         self._pids: dict[str, int] = {}
         self._codes: dict[int, int] = {}
         self._folders: dict[str, Path] = {}
-        self._fruitless: list[int] = []  # ends of workers that took no job, since one did
+        self._fruitless: list[dict[str, object]] = []  # ends of workers that took no job, since one did
         self._num = 0
         self._processes = Forking()
 
@@ -198,7 +199,7 @@ class SharingPool:
         if word == "job" and len(self._fruitless) <= _MOST_FRUITLESS:
             return State("queued", reason=BUSY)
         if word == "job":
-            write(folder, END, {"code": self._fruitless[-1]})
+            write(folder, END, self._fruitless[-1])
         if word.isdigit() and not (folder / END).exists():
             if int(word) not in self._codes:
                 return State("running", node)
@@ -209,6 +210,8 @@ class SharingPool:
     def _listen(self) -> None:
         for said in self._processes.heard():
             if not said:
+                took = any(next(self._queue.glob(f"*.{pid}"), None) for pid in self._pids.values())
+                self._fruitless = [] if took else [*self._fruitless, {"stopped": _DIES}]
                 self._codes |= dict.fromkeys(self._pids.values(), -signal.SIGKILL)
                 self._free += self._slots.values()
                 self._slots, self._pids = {}, {}
@@ -219,7 +222,7 @@ class SharingPool:
                 if any(self._queue.glob(f"*.{pid}")):
                     self._fruitless = []
                 elif said["code"]:
-                    self._fruitless.append(said["code"])
+                    self._fruitless.append({"code": said["code"]})
                 self._free.append(self._slots.pop(said["id"]))
             else:
                 self._pids[said["id"]] = said["pid"]

@@ -243,14 +243,17 @@ class Ray:
             more |= {k: v for k, v in own.items() if v is not None}
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
-            ray.init(
-                **more,
-                namespace=_NAMESPACE,
-                log_to_driver=False,
-                logging_level="ERROR",
-                include_dashboard=False if address is None else None,
-                runtime_env={"env_vars": python_environment()},
-            )
+            with contextlib.chdir(
+                Path(__file__).parents[3]
+            ):  # Ray has its workers import from the folder it is called in
+                ray.init(
+                    **more,
+                    namespace=_NAMESPACE,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    include_dashboard=False if address is None else None,
+                    runtime_env={"env_vars": python_environment()},
+                )
         except Exception as error:  # whatever Ray raises for a cluster that it cannot use
             said = " ".join(str(error).split())[:500]
             raise EngineError(
