@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +27,8 @@ _MOST = {
 _KERNELS = re.compile(r"^_?(attn|experts)_implementation$")
 _OF_TORCH = ("eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm")
 """What transformers computes by torch alone; for others it imports packages, or fetches native code from the Hub."""
+_OF_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+"""What it computes by a package that somebody installed here; where it is not installed, it asks the Hub for another."""
 _MOST_PARTS = 1_000_000
 """Modules and parameters that no model has: to make as many takes half a minute."""
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
@@ -186,11 +189,16 @@ def check_settings(key: str, name: str, config: Mapping[str, Any]) -> None:
                     )
         if _KERNELS.match(field):
             for said in value.values() if isinstance(value, Mapping) else (value,):
-                if said is not None and said not in _OF_TORCH:
+                if said is not None and said not in _OF_TORCH and not _is_of_installed(said):
                     raise ModelError(
                         f"{key}: {name} says {field}={said!s:.100}, which is code of another package or of the Hub, "
                         "and no file chooses that; take the field out of a copy of the folder"
                     )
+
+
+def _is_of_installed(said: object) -> bool:
+    package = _OF_PACKAGES.get(said) if isinstance(said, str) else None
+    return package is not None and importlib.util.find_spec(package) is not None
 
 
 def check_config(key: str, file: Path, folder: Path) -> None:

@@ -234,3 +234,11 @@ def test_a_part_of_endless_layers(tmp_path):
     told = "says num_single_layers=1000000000, and no model has more than 10000 layers"
     for call in (lambda: diffusers_pipeline.load(config, "cpu", tmp_path / "c"), lambda: built(config, "")):
         assert told in refused(call, f"model.path={folder}")
+
+
+def test_what_an_installed_package_computes_may_stand_in_a_file(monkeypatch):
+    said = {"_attn_implementation": "flash_attention_2", "text_config": {"attn_implementation": "sdpa"}}
+    monkeypatch.setattr(reading.importlib.util, "find_spec", lambda name: name == "flash_attn" or None)
+    reading.check_settings("model.path=x", "config.json", said)
+    with pytest.raises(ModelError, match="attn_implementation=flash_attention_3"):
+        reading.check_settings("model.path=x", "config.json", {"attn_implementation": "flash_attention_3"})
