@@ -21,6 +21,8 @@ MISTAKES = {  # body below a header line -> line, and what the message says
     "backend: quanto\ndtype: int8": (2, r"backend: quanto: .*\[override /backend: quanto\]"),
     "device: cpu\nbackend: qanto": (3, "did you mean quanto"),
     "algorithm: awq": (2, r"algorithm: it stands below quantization:, as in quantization: {algorithm: awq}"),
+    "defaults:\n  - override /algorithm: awq": (3, r"it stands below quantization:, as in quantization: {algorithm: awq}"),
+    "defaults:\n  - algorithm: awq": (3, r"it stands below quantization:, as in quantization: {algorithm: awq}"),
     "candidates: []": (2, "below sweep:"),
     "evaluation:\n  num_sample: 5": (3, "evaluation.num_sample: no such key; did you mean num_samples"),
     "evaluation:\n  num_samples: many": (3, "evaluation.num_samples=many: a whole number is wanted"),
