@@ -200,7 +200,8 @@ def test_a_config_that_fails_among_others_is_a_row_and_alone_an_error(capsys: An
     rows = quantlab.evaluate(odd, [fits_not, INT8], batch, num_bootstrap=10, floors=False)
     assert [r.status for r in rows] == ["FINISHED", "FAILED", "FINISHED"]
     failed = rows["gguf q8_0"]
-    assert failed.failed_stage == "quantize" and failed.error.startswith("dtype=q8_0: 1 layer of model cannot be")
+    assert failed.failed_stage == "quantize"
+    assert failed.error.startswith("dtype=q8_0: 1 layer of model cannot be")
     assert "failed: gguf q8_0 at quantize: dtype=q8_0" in capsys.readouterr().err
     assert "failed: gguf q8_0 at quantize" in rows._repr_html_()
     with pytest.raises(quantlab.NotQuantized, match="^dtype=q8_0: .*on_mismatch='skip'"):
