@@ -46,7 +46,7 @@ def agree(request: Plan, trust: bool) -> None:
         return
     print(f"{question(request)}\nrun it so? (y/N) ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise ConfigError(f"recipe={request.recipe.name if request.recipe else ''}: not agreed to; nothing was run")
+        raise ConfigError(f"{request.typed_recipe}: not agreed to; nothing was run")
     remember(request)
 
 

@@ -194,6 +194,41 @@ def test_batches_of_several_tensors(kind: type) -> None:
     assert 0 < reports[-1].quality["output_rel_error"].value < 0.02
 
 
+def test_a_config_that_fails_among_others_is_a_row_and_alone_an_error(capsys: Any) -> None:
+    odd, batch = nn.Sequential(nn.Linear(60, 64), nn.Linear(64, 32)), [torch.randn(8, 60)]
+    fits_not = quantlab.GGUFQuantizationConfig(gguf_type="q8_0")
+    rows = quantlab.evaluate(odd, [fits_not, INT8], batch, num_bootstrap=10, floors=False)
+    assert [r.status for r in rows] == ["FINISHED", "FAILED", "FINISHED"]
+    failed = rows["gguf q8_0"]
+    assert failed.failed_stage == "quantize"
+    assert failed.error.startswith("dtype=q8_0: 1 layer of model cannot be")
+    assert "failed: gguf q8_0 at quantize: dtype=q8_0" in capsys.readouterr().err
+    assert "failed: gguf q8_0 at quantize" in rows._repr_html_()
+    with pytest.raises(quantlab.NotQuantized, match="^dtype=q8_0: .*on_mismatch='skip'"):
+        quantlab.evaluate(odd, [fits_not], batch, num_bootstrap=10, floors=False)
+
+
+def test_a_config_with_which_the_module_does_not_run_fails_at_evaluate() -> None:
+    class Reading(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert type(self[1].weight) is nn.Parameter, "stays as it is"
+            return super().forward(x)
+
+    left_out = quantlab.QuantoConfig("int8", modules_to_not_convert=["1"])
+    module = Reading(nn.Linear(64, 64), nn.Linear(64, 32))
+    rows = quantlab.evaluate(module, [INT8, left_out], batches(), num_bootstrap=10, floors=False)
+    assert [(r.status, r.failed_stage) for r in rows[1:]] == [("FAILED", "evaluate"), ("FINISHED", "")]
+
+
+@pytest.mark.parametrize(("taken", "status"), [("skip", "skipped"), ("bfloat16", "fallback")])
+def test_evaluate_takes_what_the_error_of_a_layer_that_does_not_fit_advises(taken: str, status: str) -> None:
+    odd, config = nn.Sequential(nn.Linear(60, 64), nn.Linear(64, 32)), quantlab.GGUFQuantizationConfig(gguf_type="q8_0")
+    batch = [torch.randn(8, 60)]
+    _, row = quantlab.evaluate(odd, [config], batch, on_mismatch=taken, num_bootstrap=10, floors=False)
+    assert row.quantization is not None
+    assert [layer.status for layer in row.quantization.layers] == [status, "quantized"]
+
+
 # -- bad input
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from quantlab.errors import ModelError, first_line
 from quantlab.models.architectures import Architecture, Part, class_of
@@ -17,6 +17,8 @@ from quantlab.modules.source import uninitialized
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+_M = TypeVar("_M", bound="nn.Module")
 
 
 _SHORT = 2**24
@@ -181,7 +183,7 @@ def as_loaded(module: nn.Module, dtype: str) -> nn.Module:
     return module
 
 
-def cast_as_loaded(module: nn.Module, dtype: str) -> nn.Module:
+def cast_as_loaded(module: _M, dtype: str) -> _M:
     """The module in another dtype, in place: each tensor in that which ``from_pretrained(dtype=...)`` gives it.
 
     What transformers and Diffusers hold in float32 whatever is asked (positions that are in no checkpoint, some norms)
@@ -194,7 +196,8 @@ def cast_as_loaded(module: nn.Module, dtype: str) -> nn.Module:
             prefix = f"{path}." if path else ""
             inside = (*inside, prefix)
             others |= {f"{prefix}{name}": loaded for name, loaded in found.items()}
-    return cast(module, torch_dtype(dtype), others)
+    cast(module, torch_dtype(dtype), others)
+    return module
 
 
 def _loaded_dtypes(module: Any, dtype: str) -> dict[str, torch.dtype]:

@@ -281,9 +281,7 @@ def _as_config_error(error: Exception, words: Sequence[str], recipe: Recipe | No
         return ConfigError(f"{key[1]}={several[1]}: one word is wanted")
     if merged and "is not a subclass of" in text:
         return ConfigError(f"{merged[1]}: settings lie below it; write {merged[1]}.NAME=value{of_compare(merged[1])}")
-    where = (
-        merged[1] if merged else key[1] if key else f"recipe={recipe.file.name}" if recipe else " ".join(words)[:200]
-    )
+    where = merged[1] if merged else key[1] if key else f"recipe={recipe.typed}" if recipe else " ".join(words)[:200]
     return ConfigError(f"{where}: {text}")
 
 

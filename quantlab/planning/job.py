@@ -140,6 +140,11 @@ class Plan:
         """Of its run, where it is a sweep."""
         return self.recipe.stem if self.recipe else "sweep"
 
+    @property
+    def typed_recipe(self) -> str:
+        """The word by which the user named it."""
+        return next((word for word in self.typed if word.startswith("recipe=")), "recipe=")
+
 
 def scheme_name(axes: QuantizationAxes, scheme: Scheme | None = None, settings: Mapping[str, Any] | None = None) -> str:
     """A short name of what is asked for: ``torchao int4 g64``, ``bitsandbytes nf4 bnb_4bit_use_double_quant``.

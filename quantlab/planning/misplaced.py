@@ -29,12 +29,17 @@ def check_place(key: str, value: Any) -> None:
             f"{key}: {shown}: it is chosen in the defaults list, as in defaults: [override /{key}: {choice}]"
             f"{keys}{near}"
         )
-    if key in {field.name for field in fields(QuantizationAxes)}:
-        raise ConfigError(f"{key}: it stands below quantization:, as in quantization: {{{key}: {shown}}}")
+    _check_axis(key, key, shown)
     if key in ("grid", "candidates"):
         raise ConfigError(f"{key}: it stands below sweep:, as in sweep: {{{key}: ...}}")
     if key in nodes and not is_node:
         raise ConfigError(f"{key}: {shown}: a mapping of keys is wanted, as in {_example(key)}")
+
+
+def _check_axis(said: str, key: str, value: Any) -> None:
+    """ConfigError for an axis that is no group: a word like the others on the command line, and no choice."""
+    if key in {field.name for field in fields(QuantizationAxes)}:
+        raise ConfigError(f"{said}: it stands below quantization:, as in quantization: {{{key}: {value}}}")
 
 
 def _example(node: str) -> str:
@@ -66,6 +71,7 @@ def check_entry(entry: Any, said: str, group: str, chosen: Any) -> None:
     options = groups()
     shown = f"- {said}: {chosen}"[:_MAX] if isinstance(entry, Mapping) and len(entry) == 1 else str(entry)[:_MAX]
     if group not in options:
+        _check_axis(shown, group, chosen)
         raise ConfigError(
             f"{shown}: a choice from our groups is wanted, as in - override /backend: quanto; there are "
             f"{', '.join(options)}{nearest(group, options)}"

@@ -11,7 +11,6 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 from quantlab.backends.stored import pasted_file
@@ -80,17 +79,17 @@ def plan(overrides: Sequence[str], multirun: bool = False, is_own: bool = False,
         ConfigError: a bad word; or, in a sweep with ``sweep.on_invalid=error``, one message with all impossible
             combinations.
     """
-    file, words = _split_recipe(chosen_family(overrides))
-    recipe = read_recipe(file) if file else None
+    named, words = _split_recipe(chosen_family(overrides))
+    recipe = read_recipe(recipe_file(named), named) if named else None
     try:
         planned = _plan(recipe, words, multirun, is_own, is_sweep)
         has_grid = multirun and any(one.is_sweep_override() for one in parse(words))
         return replace(planned, typed=(*(["-m"] if is_sweep or has_grid else []), *overrides))
     except ConfigError as error:
-        if file is None or recipe is None or str(error).startswith(_typed(words)):
+        if recipe is None or str(error).startswith(_typed(words)):
             raise
-        text = str(error).removeprefix(f"recipe={file.name}: ")
-        raise type(error)(f"recipe={file.name}: {line_told(text, recipe.files)}{text}") from error
+        text = str(error).removeprefix(f"recipe={recipe.typed}: ")
+        raise type(error)(f"recipe={recipe.typed}: {line_told(text, recipe.files)}{text}") from error
 
 
 def _typed(words: Sequence[str]) -> tuple[str, ...]:
@@ -143,13 +142,11 @@ def _plan(recipe: Recipe | None, words: Sequence[str], multirun: bool, is_own: b
     )
 
 
-def _split_recipe(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
+def _split_recipe(overrides: Sequence[str]) -> tuple[str, list[str]]:
     named = [o.partition("=")[2] for o in overrides if o.startswith("recipe=")]
     if len(named) > 1 or any("," in n for n in named):
         raise ConfigError(f"recipe={','.join(named)}: one recipe at a time")
-    return recipe_file(named[0]) if named and named[0] not in ("", "null") else None, [
-        o for o in overrides if not o.startswith("recipe=")
-    ]
+    return named[0] if named and named[0] != "null" else "", [o for o in overrides if not o.startswith("recipe=")]
 
 
 def _split_sweep(words: Sequence[str], multirun: bool) -> tuple[list[str], dict[str, list[str]]]:

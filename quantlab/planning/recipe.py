@@ -35,6 +35,8 @@ class Recipe:
     """A recipe as it is composed: read and checked once, with those that it builds on merged into it."""
 
     file: Path
+    typed: str
+    """How the user named it."""
     content: Mapping[str, Any]
     files: tuple[Path, ...]
     """Its own file and those that it builds on."""
@@ -64,21 +66,21 @@ def _open_keys(node: Mapping[str, Any], path: str) -> Iterator[str]:
             yield from _open_keys(value, f"{path}{key}.")
 
 
-def read_recipe(file: Path) -> Recipe:
-    """The recipe in ``file``, or ConfigError for what a recipe may not hold.
+def read_recipe(file: Path, typed: str) -> Recipe:
+    """The recipe in ``file``, or ConfigError, under the name that was ``typed``, for what a recipe may not hold.
 
     Refused: a ``hydra`` key, whatever says more than data (:func:`quantlab.planning.data.check_data`), a defaults list
     that does more than choose from our groups and build on another recipe, literal axes in ``quantization`` (a group
     choice says the same and the command line can override it), and a grid beside a list of candidates.
     """
-    content, texts = _read(file, ())
+    content, texts = _read(file, typed, ())
     digest = hashlib.sha256(b"\0".join(texts.values())).hexdigest()
-    return Recipe(file=file, content=content, files=tuple(texts), digest=f"sha256:{digest}")
+    return Recipe(file=file, typed=typed, content=content, files=tuple(texts), digest=f"sha256:{digest}")
 
 
-def _read(file: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Path, bytes]]:
+def _read(file: Path, typed: str, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Path, bytes]]:
     """``file`` over the recipe that it builds on, and the bytes of all files; ``above``: those that build on it."""
-    where = f"recipe={file.name}"
+    where = f"recipe={typed}"
     if file in above:
         raise ConfigError(
             f"{where}: builds on itself ({' -> '.join(f.stem for f in (*above, file))}); drop one of them"
@@ -90,7 +92,7 @@ def _read(file: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Pat
     except ConfigError:
         raise
     except Exception as error:  # noqa: BLE001  yaml's errors share no base with the above; re-raised as ours
-        raise ConfigError(f"{where}: {_not_yaml(error)}") from error
+        raise ConfigError(f"{where}: {_not_yaml(error, len(text.splitlines()))}") from error
     if not isinstance(content, dict):
         what = "nothing stands in it" if content is None else "it is one value or a list"
         raise ConfigError(
@@ -113,18 +115,23 @@ def _read(file: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Pat
         raise ConfigError(f"{where}: {line}{error}") from error
     if base is None:
         return {"defaults": choices, **content}, {file: raw}
-    under, texts = _read(base, (*above, file))
+    under, texts = _read(base, str(Path(typed).with_name(base.name)), (*above, file))
     said = {next(iter(entry)) for entry in choices}
     choices = [*(entry for entry in under.pop("defaults") if next(iter(entry)) not in said), *choices]
     return {"defaults": choices, **_over(under, content)}, {file: raw, **texts}
 
 
-def _not_yaml(error: Exception) -> str:
+def _not_yaml(error: Exception, length: int) -> str:
+    """What is wrong with a text of ``length`` lines, and where."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return f"not valid YAML ({' '.join(str(error).split())[:200]})"
-    line, text = error.problem_mark.line + 1, f"{error.context or ''} {error.problem or ''}".strip()
+    text = f"{error.context or ''} {error.problem or ''}".strip()
     way_out = "; indent with spaces" if "'\\t'" in text else ""
-    return f"line {line}: not valid YAML ({text[:200]}){way_out}"
+    last = min(error.problem_mark.line + 1, length)  # the end of the file is behind its last line
+    is_left_open = text.startswith(("while scanning", "while parsing a flow"))  # a quote, a bracket: found out later
+    first = min(error.context_mark.line + 1, last) if is_left_open and error.context_mark else last
+    lines = f"line {last}" if first == last else f"lines {first} to {last}"
+    return f"{lines}: not valid YAML ({text[:200]}){way_out}"
 
 
 def _over(under: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:

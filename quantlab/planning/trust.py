@@ -123,9 +123,8 @@ def remember(plan: Plan) -> None:
 
 def question(plan: Plan) -> str:
     """What a recipe decides, a line a key."""
-    name = plan.recipe.name if plan.recipe else ""
     lines = [f"  {key} = {value}" for key, value in plan.asked_for.items()]
-    return "\n".join([f"recipe={name}: it does not come with quantlab, and decides:", *lines])
+    return "\n".join([f"{plan.typed_recipe}: it does not come with quantlab, and decides:", *lines])
 
 
 def require_trust(plan: Plan, trust: bool) -> None:

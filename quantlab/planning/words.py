@@ -225,9 +225,9 @@ def _of_a_node(key: str) -> str:
 
 
 def elsewhere(key: str) -> str:
-    """The same for a key that was typed below a node that has none of that name."""
+    """The way to a key that was typed below a node that has none of that name."""
     top = {f.name for f in dataclasses.fields(ExperimentConfig)}
-    return f"; did you mean {key}?" if key in (*groups(), *top) else _of_a_node(key)
+    return f"; {key} stands by itself: {key}=VALUE" if key in (*groups(), *top) else _of_a_node(key)
 
 
 def check_options(parsed: Sequence[Any]) -> None:

@@ -252,7 +252,7 @@ def _measured(
                 candidate, bench.model, bench.reference, bench.inputs, settings, progress, job.batch_size, schemes
             )
             quality = summarize(measured, settings)
-            for why in measured.undefined.values():
+            for why in dict.fromkeys(measured.undefined.values()):  # several metrics may lack the same
                 say(f"{job.name}: {why}", "undefined")
             depends = made.depends_on_neighbours or any(s.native.depends_on_neighbours for s in job.schemes.values())
             other = _at_other_batch(session, bench, job, candidate) if depends and job.batch_size is None else {}

@@ -9,7 +9,15 @@ from typing import Any
 
 from quantlab.backends.scheme import Scheme, scheme_of_config
 from quantlab.backends.table import held_packages, loggers
-from quantlab.errors import ConfigError, NotFinite, QuantlabError, TrackingError, first_line, is_of_the_machine
+from quantlab.errors import (
+    ConfigError,
+    NotFinite,
+    QuantlabError,
+    TrackingError,
+    first_line,
+    in_words,
+    is_of_the_machine,
+)
 from quantlab.models.defaults import default_exclusions
 from quantlab.models.loaded import LoadedModel
 from quantlab.models.outline import cast_as_loaded
@@ -27,7 +35,7 @@ from quantlab.modules.reached import called, check_uncompiled, check_weights_are
 from quantlab.modules.read_in_source import changes_in_source, note_failures, reads_in_source
 from quantlab.modules.ties import copied
 from quantlab.planning.job import scheme_name
-from quantlab.progress import progress_bars, say, under_way
+from quantlab.progress import headline_of, progress_bars, say, under_way
 from quantlab.protocols.module import ModuleInputs, check, inputs_of, observe, samples_of
 from quantlab.protocols.unchanged import same_memory, same_state
 from quantlab.quiet import quiet_libraries
@@ -244,6 +252,7 @@ def evaluate(
     calibration: Sequence[Any] | None = None,
     num_bootstrap: int = 2000,
     floors: bool = True,
+    on_mismatch: str = "error",
     layer_kinds: Sequence[str] = ("linear",),
     replace_default_exclusions: bool = False,
     quiet: bool = False,
@@ -259,14 +268,15 @@ def evaluate(
         calibration: other batches, for configs that need data; a sample of ``inputs`` among them is refused.
         floors: measure the noise floor (the module in another dtype) as a row of its own; it is FAILED, with the
             reason, where the module does not run so.
-        layer_kinds, replace_default_exclusions: see :func:`quantize`.
+        on_mismatch, layer_kinds, replace_default_exclusions: see :func:`quantize`.
         quiet: no progress, which is else told on stderr.
 
     Returns:
         Reports of the reference, its floor (another dtype) and each config: ``output_cosine`` and ``output_rel_error``
         with intervals over different rows (batches, where an output has no several numbers a row, or several rows of
         each input), bytes, and the read-back table. They show themselves as a table, and have
-        ``rows``, ``layers`` and ``samples`` as DataFrames. Nothing is tracked.
+        ``rows``, ``layers`` and ``samples`` as DataFrames. Nothing is tracked. As in a sweep a config that fails among
+        others is a FAILED row with its reason; alone it raises.
     """
     module = _checked(module)
     check_configs(configs)
@@ -275,7 +285,11 @@ def evaluate(
     settings = EvaluationConfig(num_bootstrap=num_bootstrap)
     check_values(settings)
     given = _given(module, inputs)
-    asked = {"layer_kinds": checked_kinds(layer_kinds), "replace_default_exclusions": replace_default_exclusions}
+    asked = {
+        "on_mismatch": on_mismatch,
+        "layer_kinds": checked_kinds(layer_kinds),
+        "replace_default_exclusions": replace_default_exclusions,
+    }
     for config in configs:
         if config.needs_data:
             feed_of_batches(_needed(config, calibration))
@@ -309,7 +323,8 @@ def evaluate(
                 name = _name_of(config, **asked)
                 advance("configs", i, len(schemes))
                 under_way(f"{name} ({i + 1} of {len(schemes)})")
-                reports.append(_config_row(name, scheme, data, read, model, reference, given, settings))
+                row = _config_row(name, scheme, data, read, model, reference, given, settings, len(schemes) == 1)
+                reports.append(row)
             advance("configs", len(schemes), len(schemes))
         for line in said_first((r.name, r.unquantized) for r in reports if r.quantization):
             say(line, "warning")
@@ -331,10 +346,34 @@ def _config_row(
     reference: Any,
     given: ModuleInputs,
     settings: EvaluationConfig,
+    is_alone: bool,
 ) -> RunReport:
-    """The row of a config; its candidate is gone when this returns."""
+    """The row of a config, of one that fails among others too; its candidate is gone when this returns."""
+    stage = "quantize"
+    try:
+        quantized, layers = _quantized(model.components["model"], scheme, calibration, read)
+        stage = "evaluate"
+        return _candidate_row(name, scheme, quantized, layers, model, reference, given, settings)
+    except Exception as error:
+        if is_alone:
+            raise
+        told = in_words(error)
+    say(f"{name} at {stage}: {headline_of(told, 500)}", "failed")
+    return _failed_row(name, stage, told)
+
+
+def _candidate_row(
+    name: str,
+    scheme: Scheme,
+    quantized: Any,
+    layers: QuantizationReport,
+    model: LoadedModel,
+    reference: Any,
+    given: ModuleInputs,
+    settings: EvaluationConfig,
+) -> RunReport:
+    """The row of a config whose candidate is there; ConfigError where the module does not run with it."""
     module = model.components["model"]
-    quantized, layers = _quantized(module, scheme, calibration, read)
     rows: list[RunReport] = []
     try:
         unquantized = called(
@@ -394,7 +433,11 @@ def _floor_row(module: Any, model: LoadedModel, reference: Any, given: Any, sett
     except Exception as error:  # noqa: BLE001  the module's own code: one that casts to float32 knows no other dtype
         why = f"{type(error).__name__}: {error}"
         told = f"{name}: the module does not run in {dtype} ({why}); floors=False does without this row"
-        return RunReport(name=name, status="FAILED", protocol="module", error=told, failed_stage="evaluate")
+        return _failed_row(name, "evaluate", told)
+
+
+def _failed_row(name: str, stage: str, error: str) -> RunReport:
+    return RunReport(name=name, status="FAILED", protocol="module", error=error, failed_stage=stage)
 
 
 def _row(

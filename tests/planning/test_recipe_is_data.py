@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import re
 
 import hydra.utils
 import pytest
@@ -98,7 +99,7 @@ WAYS = [
 
 @pytest.mark.parametrize(("place", "way"), dict.fromkeys(WAYS))
 def test_no_place_of_the_schema_takes_code(tmp_path, nothing_runs, place, way):
-    with pytest.raises(ConfigError, match=r"^recipe=mine.yaml: "):
+    with pytest.raises(ConfigError, match=r"^recipe=\S*mine.yaml: "):
         plan([written(tmp_path, PLACES[place].format(spelled("_target_")[way]))])
     assert nothing_runs == []
 
@@ -106,7 +107,7 @@ def test_no_place_of_the_schema_takes_code(tmp_path, nothing_runs, place, way):
 @pytest.mark.parametrize("special", SPECIALS)
 @pytest.mark.parametrize("place", ["launcher.settings", "quantization.quantization_config", "sweep.candidates"])
 def test_no_word_of_hydras_is_taken(tmp_path, nothing_runs, place, special):
-    with pytest.raises(ConfigError, match=rf"^recipe=mine.yaml: .*{special}.* never names code"):
+    with pytest.raises(ConfigError, match=rf"^recipe=\S*mine.yaml: .*{special}.* never names code"):
         plan([written(tmp_path, PLACES[place].format(spelled(special)["nested"]))])
     assert nothing_runs == []
 
@@ -189,7 +190,7 @@ def test_no_resolver_runs_while_a_recipe_is_composed(tmp_path, monkeypatch, reso
         plan([written(tmp_path, named(resolver)[way])])
     assert resolved == []
     assert "a secret" not in str(caught.value)
-    assert str(caught.value).startswith("recipe=mine.yaml: ")
+    assert re.match(r"recipe=\S*mine.yaml: ", str(caught.value))
     assert before == BaseContainer._resolvers, "whoever composes beside quantlab keeps theirs"
 
 
@@ -212,7 +213,7 @@ def test_keys_of_the_config_itself_may_be_meant(tmp_path):
     "text", ['name: "${nowhere}"', 'name: "${hydra.runtime.cwd}"', 'name: "${name}"', 'name: "${"']
 )
 def test_keys_that_are_not_there_are_refused(tmp_path, text):
-    with pytest.raises(ConfigError, match=r"^recipe=mine.yaml: line 2: name: "):
+    with pytest.raises(ConfigError, match=r"^recipe=\S*mine.yaml: line 2: name: "):
         plan([written(tmp_path, text), "backend=quanto"])
 
 

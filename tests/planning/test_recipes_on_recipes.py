@@ -94,7 +94,7 @@ def test_what_is_refused(tmp_path, text):
     put(tmp_path, "bad", "launcher: {settings: {_target_: x}}")
     put(tmp_path, "loop", "defaults: [/recipe: mine]")
     (tmp_path / "other.yaml").write_text("# @package _global_\ndevice: cpu\n")
-    with pytest.raises(ConfigError, match=rf"^recipe=\w+.yaml: .*{REFUSED[text]}"):
+    with pytest.raises(ConfigError, match=rf"^recipe=\S+.yaml: .*{REFUSED[text]}"):
         plan([put(tmp_path, "mine", text)])
 
 

@@ -23,7 +23,7 @@ from quantlab.protocols.language import text_inputs
 from quantlab.protocols.media import IMAGE_METRICS
 from quantlab.stages.evaluate import evaluate, summarize
 from quantlab.vocabulary.schema import DatasetConfig, DigitsModelConfig, EvaluationConfig
-from tests.support.shell import TINY
+from tests.support.shell import TINY, digits_words
 from tests.support.tiny_families import FAMILIES, family_model
 from tests.support.tiny_text_models import TEXT, load_bert, load_llama, save_bert, save_llama
 
@@ -247,3 +247,13 @@ def test_a_scheduler_that_a_pipeline_copies_leaves_no_latents_and_that_is_told(t
     assert found.undefined["latent_rel_mse"].startswith("latent_rel_mse: the model's scheduler was not heard to step")
     assert found.samples["psnr_db"].tolist() == [100]
     assert "step_divergence" not in found.steps
+
+
+def test_what_several_metrics_lack_is_said_once(shell, monkeypatch):
+    def lacking(*given, **more):
+        return dataclasses.replace(evaluate(*given, **more), undefined=dict.fromkeys(("ssim", "psnr_db"), "ssim: none"))
+
+    monkeypatch.setattr("quantlab.running.job.evaluate", lacking)
+    code, _, err = shell(*digits_words("backend=quanto", "dtype=int8", "sweep.floors=false"))
+    assert code == 0
+    assert err.count("undefined: quanto int8: ssim: none") == 1, err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from quantlab.report.html import write_page
-from tests.support.browser import find, look
+from tests.support.browser import boxes, find, look, texts
 
 ARROW = "; one with an arrow goes on beyond the plot"
 
@@ -32,3 +32,18 @@ def test_a_bar_that_goes_on_ends_in_an_arrow(browser, data, tmp_path, low):
     spread = [max(found.values()) - min(found.values()) for found in (before, after)]
     assert spread[1] > spread[0] / 4
     assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_no_two_numbers_of_an_axis_read_the_same(browser, data, tmp_path, width):
+    group = data["groups"][0]
+    group["views"][group["metric"]]["floor"] = None
+    for i, row in enumerate(group["rows"]):
+        row["metrics"][group["metric"]] |= {"value": 0.999991 + i * 1e-6, "ci_lo": 0.99999, "ci_hi": 0.9999995}
+    write_page(data, tmp_path / "page.html")
+    look(browser, tmp_path / "page.html", width)
+    plot = ".figure.screen svg.plot"
+    lefts = [place[0] for place in boxes(browser, f"{plot} .tick[text-anchor=end]")]
+    said = texts(browser, f"{plot} .tick[text-anchor=end]")
+    assert len({*said}) == len(said) >= 3, said
+    assert min(lefts) > boxes(browser, plot)[0][0] + 20, "beside the axis' name"

@@ -24,7 +24,7 @@ function ticks(s, count) {
 }
 
 function tickText(value, log) {
-  if (!log) return Number(value.toPrecision(4)).toString().replace("-", "\u2212");
+  if (!log) return Number(value.toPrecision(10)).toString().replace("-", "\u2212"); // steps may be small: 0.99994, 0.99996
   const exponent = Math.round(Math.log10(value));
   if (Math.abs(Math.log10(value) - exponent) > 1e-9 || (exponent > -3 && exponent < 4)) return tickText(value, false);
   return "10" + String(exponent).replace(/./g, (c) => "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"[c] || "\u207b");
@@ -98,14 +98,16 @@ function reachOf(own, log) {
 }
 
 function plotAt(rows, width, height) { // null where not every label found a place
-  const narrow = width < 560, left = narrow ? 56 : 74, right = 22, top = 18, bottom = 52, bottomY = height - bottom;
+  const narrow = width < 560, right = 22, top = 18, bottom = 52, bottomY = height - bottom;
   const v = view(), of = valueOf, { unit, by } = axisScale(rows);
   const own = rows.map((r) => of(r).value).concat(v.floor ?? []);
   const every = rows.flatMap((r) => [of(r).ci_lo ?? of(r).value, of(r).ci_hi ?? of(r).value]).concat(own), among = every.filter((x) => x > 0);
   const log = rows.every((r) => of(r).value > 0) && Math.max(...among) / Math.min(...among) > 30;
   const room = reachOf(log ? own.filter((x) => x > 0) : own, log), values = every.map((x) => Math.min(Math.max(x, room[0]), room[1]));
   const positive = values.filter((x) => x > 0);
-  const x = scale(rows.map((r) => axisOf(r) / by), left, width - right, false), y = scale(log ? positive : values, bottomY, top, log);
+  const y = scale(log ? positive : values, bottomY, top, log), heights = ticks(y, 6).map((t) => [t, tickText(t, log)]);
+  const left = Math.max(narrow ? 56 : 74, ...heights.map(([, text]) => textWidth(text, 12) + 32));
+  const x = scale(rows.map((r) => axisOf(r) / by), left, width - right, false);
   const label = `${state.metric}${unitOf(state.metric) ? ` [${unitOf(state.metric)}]` : ""}${narrow ? "" : `, ${direction(state.metric)}`}${log ? ", log scale" : ""}`;
   const svg = drawing(width, height, { class: "plot", "aria-label": `${state.metric} against ${axis().title}` });
   const lines = []; // what labels keep off: the front, the floor and its text
@@ -122,9 +124,9 @@ function plotAt(rows, width, height) { // null where not every label found a pla
       make("text", { x: end, y: textY, "text-anchor": "end", class: "soft" }, text));
     lines.push(box(left, at - 1, width, 2), own);
   }
-  for (const t of ticks(y, 6)) {
+  for (const [t, text] of heights) {
     svg.append(make("line", { x1: left, x2: width - right, y1: y.at(t), y2: y.at(t), class: "grid" }),
-      make("text", { x: left - 8, y: y.at(t) + 4, "text-anchor": "end", class: "tick" }, tickText(t, log)));
+      make("text", { x: left - 8, y: y.at(t) + 4, "text-anchor": "end", class: "tick" }, text));
   }
   for (const t of ticks(x, narrow ? 5 : 9)) {
     svg.append(make("line", { x1: x.at(t), x2: x.at(t), y1: bottomY, y2: bottomY + 5, class: "axis" }),
