@@ -28,7 +28,7 @@ _KERNELS = re.compile(r"^_?(attn|experts)_implementation$")
 _OF_TORCH = ("eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm")
 """What transformers computes by torch alone; for others it imports packages, or fetches native code from the Hub."""
 _OF_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-"""What it computes by a package that somebody installed here; where it is not installed, it asks the Hub for another."""
+"""What it computes by a package that somebody installed; where that is not here, it asks the Hub for another."""
 _MOST_PARTS = 1_000_000
 """Modules and parameters that no model has: to make as many takes half a minute."""
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
