@@ -131,8 +131,9 @@ def load_cached(
     judge_state, _ = _read_weights(folder / JUDGE_FILE)
     judge = build_judge(IMAGE_SIZE, NUM_CLASSES)
     _load_state(judge, judge_state, folder / JUDGE_FILE)
+    cast_as_loaded(transformer, dtype)
     # Diffusers' own ``to`` warns of modules to keep in float32 even where the list of them is empty, as here.
-    transformer = torch.nn.Module.to(cast_as_loaded(transformer, dtype), device=device)
+    transformer = torch.nn.Module.to(transformer, device=device)
     return LoadedModel(
         name="digits_dit",
         protocol="diffusion",
