@@ -63,7 +63,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 NEEDS_PATH = ("a pipeline", "black-forest-labs/FLUX.1-schnell")  # what model.path leads to, and an example
-_FUSED = "they lie there below an adapter: save it again after pipe.fuse_lora() and pipe.unload_lora_weights()"
+_LORA = "pytorch_lora_weights.safetensors"
+_FUSE = "save it again after pipe.fuse_lora() and pipe.unload_lora_weights()"
+_FUSED = f"they lie there below an adapter: {_FUSE}"
 _SAID = (INDEX, "a Diffusers pipeline", "the pipeline's save_pretrained")
 
 
@@ -214,6 +216,12 @@ def _read_pipeline(
         except (ImportError, NameError) as error:
             raise wanting(key, read_index(key, of_folder(folder))["_class_name"], error) or error from error
         pipe = cast(Pipeline, made)
+    if (folder / _LORA).is_file():
+        say(
+            f"{key}: {_LORA} lies there, which Diffusers leaves out, and so it is not measured; to have it, load it "
+            f"and {_FUSE}",
+            "warning",
+        )
     for name, module in modules_of(pipe).items():
         if getattr(module, "hf_quantizer", None) is not None or getattr(module.config, "quantization_config", None):
             raise ModelError(

@@ -40,6 +40,8 @@ _PICTURES = ("image", "mask", "control")
 _CONTROL = "control_image"
 _GUIDES = {"image": _CONTROL, "mask_image": "control_mask"}
 """What a picture and its mask are given as, to a pipeline that starts from none."""
+_PLACED = ("gligen_phrases", "gligen_boxes")
+"""What is to be seen, and where: GLIGEN needs both."""
 _GIVEN = (*TAKEN_FROM.values(), "control_mask")
 _OURS = {
     **dict.fromkeys((*_GIVEN, "batch_size"), "the data set gives it"),
@@ -137,7 +139,7 @@ def check_conditions(pipeline: type, dataset: str, conditions: Sequence[str], ca
     needed = [n for n, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if "image" in known and ("strength" in known or "mask_image" in known):
         needed += [n for n in ("image", "mask_image") if n in known]  # their default is None, and nothing comes of it
-    needed += [name for name in _GUIDES.values() if name in known]  # as above
+    needed += [name for name in (*_GUIDES.values(), *_PLACED) if name in known]  # as above
     for name in needed:
         if name not in (*given, *call):
             beside = ", with control pictures" if name == _CONTROL else ", with masks" if "mask" in name else ""
@@ -161,6 +163,8 @@ def _beyond_data_sets(pipeline: type, known: Mapping[str, inspect.Parameter]) ->
             return "a video"
     if {"image", "original_image"} <= set(known):
         return "a picture in two sizes"
+    if {"task_prompt", "content_prompt"} <= set(known):
+        return "rows of pictures that show a task"
     if {"audio", "prompt"} <= set(known) and "image" not in known:
         return "sound"
     ours = set(_OURS) - {"latents"}  # noise is ours; who asks for latents starts from another's

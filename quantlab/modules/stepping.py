@@ -152,7 +152,7 @@ def in_their_dtypes(
 
     ``originals`` are the components as the pipeline was loaded with them. See :func:`cast_call`. A pipeline that asks
     for its ``dtype`` is told that one's as well: it is what noise is drawn in. An autoencoder, which pipelines widen
-    by what it says, says its own.
+    by what it says, says its own, and is given what it then computes in.
     """
     changed: list[tuple[Any, dict[str, Any]]] = []
     with ExitStack() as said:
@@ -163,7 +163,7 @@ def in_their_dtypes(
                 changed.append((module, {method: vars(module).get(method) for method in called}))
                 within: list[None] = []
                 for method in called:
-                    vars(module)[method] = _between(getattr(module, method), outside, inside, within)
+                    vars(module)[method] = _between(getattr(module, method), module, outside, default, within)
                 if isinstance(getattr(type(module), "dtype", None), property) and not hasattr(module, "decode"):
                     said.enter_context(_attribute(type(module), "dtype", _outside(module, outside, within)))
         try:
@@ -188,12 +188,13 @@ def _outside(module: Any, outside: torch.dtype, within: Sequence[None]) -> prope
 
 
 def _between(
-    own: Callable[..., Any], outside: torch.dtype, inside: torch.dtype, within: list[None]
+    own: Callable[..., Any], module: torch.nn.Module, outside: torch.dtype, default: str, within: list[None]
 ) -> Callable[..., Any]:
     import torch
 
     @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
+        inside = component_dtype(module, default)  # now: its pipeline may have widened it meanwhile
         within.append(None)
         try:
             output = cast_call(own, args, kwargs, outside, inside)

@@ -26,7 +26,7 @@ from quantlab.modules.calls import Call, Progress, recorded_calls
 from quantlab.modules.timing import Clock
 from quantlab.protocols.defined import defined
 from quantlab.protocols.diffusion_inputs import DiffusionInputs
-from quantlab.protocols.finite import bad_rows
+from quantlab.protocols.finite import OVERFLOWS, bad_rows
 from quantlab.protocols.guidance import recorded_velocities
 from quantlab.protocols.judged import judge_metrics
 from quantlab.protocols.media import (
@@ -395,7 +395,7 @@ def _require_finite(tensor: Tensor, sample_ids: Sequence[str], what: str) -> Non
     if bad:
         raise NotFinite(
             f"sample {sample_ids[bad[0]]}: the {what} is NaN or infinite, as for {len(bad)} of {len(tensor)} samples "
-            "of its batch; the model overflows: try compute_dtype=bfloat16 or float32, or a wider dtype",
+            f"of its batch; {OVERFLOWS}",
             f"the {what} of sample {sample_ids[bad[0]]}",
         )
 

@@ -16,7 +16,7 @@ from quantlab.modules.compute_dtype import component_dtype
 from quantlab.modules.timing import Clock, ms_per_token
 from quantlab.progress import say
 from quantlab.protocols.defined import defined
-from quantlab.protocols.finite import bad_rows
+from quantlab.protocols.finite import OVERFLOWS, bad_rows
 from quantlab.protocols.tried import MAX_REL_DIFFERENCE, check_runs, check_tokens
 from quantlab.vocabulary.reports import Measurements
 from quantlab.vocabulary.schema import EvaluationConfig
@@ -216,8 +216,7 @@ def _run(
         if bad := bad_rows(hidden):
             text = inputs.sample_ids[start + bad[0]]
             raise NotFinite(
-                f"quality/output_cosine: the output of {text} holds NaN or infinity; the model "
-                "overflows: try quantization.compute_dtype=bfloat16 or float32",
+                f"quality/output_cosine: the output of {text} holds NaN or infinity; {OVERFLOWS}",
                 f"the output of {text}",
             )
         tokens.append(hidden)

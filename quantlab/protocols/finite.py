@@ -10,6 +10,9 @@ from quantlab.errors import NotFinite
 if TYPE_CHECKING:
     from torch import Tensor
 
+OVERFLOWS = "the model overflows: set model.dtype=bfloat16 or float32, or of a cast another dtype"
+"""What is to be done; of a scheme :mod:`quantlab.stages.evaluate` says it otherwise."""
+
 
 def bad_rows(rows: Tensor) -> list[int]:
     """Numbers of the rows of a tensor (n, ...) that hold NaN or infinity."""
@@ -23,7 +26,6 @@ def require_finite_rows(rows: Tensor, sample_ids: Sequence[str], what: str) -> N
     """NotFinite, naming the first sample of a language model whose row holds NaN or infinity."""
     if bad := bad_rows(rows):
         raise NotFinite(
-            f"quality/kld_mean: the {what} of {sample_ids[bad[0]]} holds NaN or infinity; the "
-            "model overflows: try quantization.compute_dtype=bfloat16 or float32, or another dtype",
+            f"quality/kld_mean: the {what} of {sample_ids[bad[0]]} holds NaN or infinity; {OVERFLOWS}",
             f"the {what} of {sample_ids[bad[0]]}",
         )

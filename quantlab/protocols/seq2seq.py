@@ -22,7 +22,7 @@ from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
 from quantlab.modules.compute_dtype import component_dtype
 from quantlab.protocols.defined import defined
-from quantlab.protocols.finite import bad_rows
+from quantlab.protocols.finite import OVERFLOWS, bad_rows
 from quantlab.protocols.language_checks import LOG_PROB_ERROR, log_prob_error
 from quantlab.protocols.output_head import logits_of
 from quantlab.protocols.tried import check_runs, check_tokens
@@ -231,11 +231,7 @@ def _run(model: LoadedModel, inputs: PairInputs, batch_size: int, progress: Prog
             found.append(caught.pop().float().cpu())
             if bad := bad_rows(found[-1].flatten(1)):
                 which = f"the last hidden state of {inputs.sample_ids[start + bad[0]]}"
-                raise NotFinite(
-                    f"quality/kld_mean: {which} holds NaN or infinity; the model overflows: try "
-                    "quantization.compute_dtype=bfloat16 or float32",
-                    which,
-                )
+                raise NotFinite(f"quality/kld_mean: {which} holds NaN or infinity; {OVERFLOWS}", which)
             if progress:
                 progress(min(start + batch_size, inputs.num_samples), inputs.num_samples)
     finally:

@@ -413,6 +413,7 @@ def test_what_can_do_without_a_video_is_run():
         *dict.fromkeys(("LEditsPPPipelineStableDiffusion", "AnimateDiffControlNetPipeline"), False).items(),
         *dict.fromkeys(("KandinskyV22Pipeline", "StableCascadeDecoderPipeline", "WanAnimatePipeline"), False).items(),
         *dict.fromkeys(("PaintByExamplePipeline", "KandinskyV22ControlnetPipeline"), False).items(),
+        *dict.fromkeys(("VisualClozePipeline", "VisualClozeGenerationPipeline"), False).items(),
         *dict.fromkeys(("LTX2VideoDiffusionDecodePipeline", "IFImg2ImgSuperResolutionPipeline"), False).items(),
         *dict.fromkeys(
             ("WanPipeline", "HeliosPipeline", "CosmosVideoToWorldPipeline", "AnyFlowPipeline"), True
@@ -430,6 +431,16 @@ def test_the_pipelines_of_diffusers_are_told_apart(name, is_run):
         return check_conditions(pipeline, "prompts", ("prompt",), {})
     with pytest.raises(ConfigError, match=r"^model\.path: .* starts from"):
         check_conditions(pipeline, "prompts", (), {})
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionGLIGENPipeline", "StableDiffusionGLIGENTextImagePipeline"])
+def test_what_its_call_needs_beside_a_prompt_is_asked_for_before_weights(name):
+    import diffusers
+
+    pipeline, given = getattr(diffusers, name), {"gligen_phrases": ["a cat"], "gligen_boxes": [[0.1, 0.1, 0.6, 0.6]]}
+    with pytest.raises(ConfigError, match=r"needs gligen_boxes, which .*; give it by model\.call\.gligen_boxes$"):
+        check_conditions(pipeline, "prompts", ("prompt",), {"gligen_phrases": ["a cat"]})
+    check_conditions(pipeline, "prompts", ("prompt",), given)
 
 
 @pytest.mark.parametrize(

@@ -49,3 +49,10 @@ def test_a_part_of_a_pipeline_is_found_before_weights(tmp_path):
     with_adapter(tmp_path / "p" / "text_encoder")
     with pytest.raises(ModelError, match=rf"^model.path=.*: text_encoder: {TOLD}"):
         diffusers_pipeline.look(config, unsized)
+
+
+def test_a_lora_beside_a_pipeline_is_told_as_not_measured(tmp_path, capsys):
+    tiny_images.dit().save_pretrained(tmp_path / "pipe")
+    (tmp_path / "pipe" / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    diffusers_pipeline.load(ModelConfig(family="diffusers", path=str(tmp_path / "pipe")), "cpu", tmp_path)
+    assert "pytorch_lora_weights.safetensors lies there, which Diffusers leaves out" in capsys.readouterr().err

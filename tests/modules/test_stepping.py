@@ -182,6 +182,17 @@ def test_a_component_of_another_dtype_says_the_pipelines_outside_of_its_forward(
     assert not {"forward", "encode", "decode"} & set(vars(decoder))
 
 
+def test_a_decoder_that_its_pipeline_widens_is_given_what_it_then_computes_in():
+    """Pipelines of SDXL and AuraFlow decode in float32 where the autoencoder is of float16, and narrow it again."""
+    decoder, x = Autoencoder().to(torch.float16), torch.full((2, 4), 1 + 2**-20)
+    with in_their_dtypes({"vae": decoder}, {"vae": Autoencoder()}, "float32"):
+        narrow = decoder.decode(x)
+        wide = decoder.to(torch.float32).decode(x)
+        assert torch.equal(wide, decoder.linear(x))
+        assert torch.equal(decoder.to(torch.float16).decode(x), narrow)
+    assert not torch.equal(wide, narrow)
+
+
 def test_vectors_are_cast_where_a_model_asks_for_it():
     narrow = Strict().to(torch.bfloat16)
     found = cast_call(narrow, [torch.ones(2, 4), torch.ones(2)], {}, torch.float32, torch.bfloat16)
