@@ -69,6 +69,25 @@ def test_what_draws_at_random_is_refused_and_what_draws_nothing_is_measured(tmp_
     vision_protocol.check(*of_pictures(tmp_path / "plain", ViTModel(ViTConfig(**SEEING))))
 
 
+def test_what_a_model_made_of_its_weights_as_it_ran_is_not_a_candidates(tmp_path):
+    """LeViT keeps the biases of its attention: those of the reference hid what a scheme did to a candidate's."""
+    from transformers import LevitConfig, LevitForImageClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1], "image_size": 32}
+    made = LevitForImageClassification(LevitConfig(**sizes, key_dim=[8, 8, 8]))
+    model, inputs = of_pictures(tmp_path / "levit", made)
+    vision_protocol.check(model, inputs)
+    reference = vision_protocol.observe(model, inputs, TWO)
+    module = model.copy_of("model")
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.endswith("attention_biases"):
+                parameter.normal_()
+    found = vision_protocol.measure(model.with_components({"model": module}), inputs, TWO, reference, model)
+    assert found.samples["output_rel_error"].min() > 0
+
+
 class Noisy(torch.nn.Module):
     def __init__(self, size):
         super().__init__()
