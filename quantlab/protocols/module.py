@@ -33,7 +33,7 @@ from quantlab.modules.trees import (
 )
 from quantlab.protocols.defined import defined
 from quantlab.protocols.tried import check_repeats
-from quantlab.protocols.unchanged import same_memory, same_state
+from quantlab.protocols.unchanged import same_state
 from quantlab.vocabulary.dtypes import dtype_name
 from quantlab.vocabulary.reports import Measurements
 from quantlab.vocabulary.schema import EvaluationConfig
@@ -114,8 +114,7 @@ def observe(
     """Each floating tensor that the module returns, by its place in what it returns ("" for one alone), as a list
     with one fp32 tensor a batch; and ``rows``, the number of rows of each batch: of the first tensor's.
 
-    ``batch_size`` cuts the user's batches smaller, where they are single tensors. What the module keeps of its calls is
-    forgotten. NotFinite for NaN or infinity.
+    ``batch_size`` cuts the user's batches smaller, where they are single tensors. NotFinite for NaN or infinity.
     """
     import torch
 
@@ -124,7 +123,7 @@ def observe(
     batches = _cut(inputs, batch_size)
     outputs: dict[str, list[Tensor]] = {}
     rows: list[int] = []
-    with torch.no_grad(), same_memory(module):
+    with torch.no_grad():
         for i, batch in enumerate(batches):
             args, kwargs = arguments_of(_cast(batch, model.device, dtype, only=usual))
             found = _floating(module(*args, **kwargs))

@@ -20,6 +20,7 @@ from quantlab.protocols import encoder as encoder_protocol
 from quantlab.protocols import seq2seq as seq2seq_protocol
 from quantlab.protocols import vision as vision_protocol
 from quantlab.protocols.tried import check_repeats, check_runs
+from quantlab.stages.reads import weights_read
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ModelConfig
 from tests.support.tiny_families import write_pictures
 from tests.support.tiny_text_models import TEXT, byte_tokenizer
@@ -79,6 +80,7 @@ def test_what_a_model_made_of_its_weights_as_it_ran_is_not_a_candidates(tmp_path
     model, inputs = of_pictures(tmp_path / "levit", made)
     vision_protocol.check(model, inputs)
     reference = vision_protocol.observe(model, inputs, TWO)
+    weights_read(model, inputs, TWO, ["model"])
     module = model.copy_of("model")
     with torch.no_grad():
         for name, parameter in module.named_parameters():
