@@ -132,7 +132,8 @@ def load_cached(
     judge = build_judge(IMAGE_SIZE, NUM_CLASSES)
     _load_state(judge, judge_state, folder / JUDGE_FILE)
     # Diffusers' own ``to`` warns of modules to keep in float32 even where the list of them is empty, as here.
-    transformer = torch.nn.Module.to(cast_as_loaded(transformer, dtype), device=device)
+    cast_as_loaded(transformer, dtype)
+    transformer = torch.nn.Module.to(transformer, device=device)
     return LoadedModel(
         name="digits_dit",
         protocol="diffusion",
