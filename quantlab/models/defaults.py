@@ -69,14 +69,19 @@ def output_head(module: nn.Module) -> str:
 
 
 def beside_the_language_model(model: Any) -> list[str]:
-    """Paths of the parts of a multimodal model that text does not reach: its towers, and what joins them to it."""
+    """Paths of the parts of a multimodal model that text does not reach: its towers, and what joins them to it.
+
+    Of one that reads and writes (T5Gemma 2) they are in its encoder, beside what encodes text.
+    """
     if model.config.get_text_config() is model.config:
         return []
-    decoder: nn.Module = model.get_decoder()
-    text = {id(part) for part in decoder.modules()}
+    is_pair = getattr(model.config, "is_encoder_decoder", False)
+    whole: nn.Module = model.get_encoder() if is_pair else model
+    reader: nn.Module = getattr(whole, "text_model", whole) if is_pair else model.get_decoder()
+    text, inside = ({id(part) for part in these.modules()} for these in (reader, whole))
     found: list[str] = []
     for name, part in model.named_modules():
-        reaches_text = any(id(inner) in text for inner in part.modules())
-        if name and not reaches_text and not name.startswith(tuple(f"{path}." for path in found)):
+        is_beside = id(part) in inside and not any(id(inner) in text for inner in part.modules())
+        if name and is_beside and not name.startswith(tuple(f"{path}." for path in found)):
             found.append(name)
     return found

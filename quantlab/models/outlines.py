@@ -132,6 +132,6 @@ def _exclusions(
     modules: dict[str, nn.Module], config: ModelConfig, denoisers: Collection[str] = ()
 ) -> dict[str, tuple[str, ...]]:
     own = {name: list(config.default_exclusions) for name in modules}
-    if config.family in ("causal_lm", "smollm2"):
+    if config.family in ("causal_lm", "smollm2", "seq2seq"):
         own = {name: [*beside_the_language_model(m), *own[name]] for name, m in modules.items()}
     return {name: default_exclusions(m, own[name], is_denoiser=name in denoisers) for name, m in modules.items()}

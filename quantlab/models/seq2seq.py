@@ -7,7 +7,7 @@ from typing import Any
 
 from quantlab.errors import ModelError
 from quantlab.models.checkpoint import load_checkpoint, weights_sha256
-from quantlab.models.defaults import default_exclusions, output_head
+from quantlab.models.defaults import beside_the_language_model, default_exclusions, output_head
 from quantlab.models.loaded import LoadedModel, Progress
 from quantlab.models.reading import as_model_error, required_path
 from quantlab.vocabulary.dtypes import dtype_name
@@ -49,6 +49,8 @@ def load(config: ModelConfig, device: str, cache_dir: Path, progress: Progress |
         parts=parts,  # type: ignore[arg-type]
         dtype=dtype_name(model.dtype),
         device=device,
-        default_exclusions={"model": default_exclusions(model, config.default_exclusions)},
+        default_exclusions={
+            "model": default_exclusions(model, [*beside_the_language_model(model), *config.default_exclusions])
+        },
         weights_sha256=weights_sha256(model, path, config.revision, cache_dir),
     )

@@ -11,6 +11,7 @@ from quantlab.models.loaded import LoadedModel
 from quantlab.modules.calls import Call, Progress
 from quantlab.protocols import module
 from quantlab.protocols.tried import check_runs
+from quantlab.protocols.unchanged import same_memory
 from quantlab.vocabulary.reports import Measurements
 from quantlab.vocabulary.schema import EvaluationConfig
 
@@ -55,7 +56,8 @@ class VisionInputs:
 
 def check(model: LoadedModel, inputs: VisionInputs) -> None:
     """ModelError for a model that cannot be run or measured, see :mod:`quantlab.protocols.tried`."""
-    check_runs(model, lambda: module.observe(model, _batches(model, inputs.subset([0]), 1), EvaluationConfig()))
+    with same_memory(model.components["model"]):  # what it keeps of its weights (LeViT's biases) is not its copies'
+        check_runs(model, lambda: module.observe(model, _batches(model, inputs.subset([0]), 1), EvaluationConfig()))
 
 
 def observe(
@@ -68,7 +70,9 @@ def observe(
     """``outputs``: name of each tensor that the model returns -> fp32 (images, ...)."""
     import torch
 
-    found = module.observe(model, _batches(model, inputs, batch_size or evaluation.batch_size), evaluation, progress)
+    given = _batches(model, inputs, batch_size or evaluation.batch_size)
+    with same_memory(model.components["model"]):
+        found = module.observe(model, given, evaluation, progress)
     return {"outputs": {name: torch.cat(parts) for name, parts in found["outputs"].items()}}
 
 
@@ -80,7 +84,9 @@ def calls(
     progress: Progress | None = None,
 ) -> Iterator[tuple[str, Call]]:
     """The model's calls on the images, ``evaluation.batch_size`` at once."""
-    yield from module.calls(model, _batches(model, inputs, evaluation.batch_size), evaluation, components, progress)
+    given = _batches(model, inputs, evaluation.batch_size)
+    with same_memory(model.components["model"]):  # until the last call was taken, and replayed
+        yield from module.calls(model, given, evaluation, components, progress)
 
 
 def measure(
@@ -95,7 +101,8 @@ def measure(
     """By image: ``output_cosine`` and ``output_rel_error`` of the tensor that moves most."""
     whole = {name: [tensor] for name, tensor in reference["outputs"].items()}
     given = _batches(model, inputs, batch_size or evaluation.batch_size)
-    found = module.measure(model, given, evaluation, {"outputs": whole}, reference_model, progress)
+    with same_memory(model.components["model"]):
+        found = module.measure(model, given, evaluation, {"outputs": whole}, reference_model, progress)
     return replace(found, sample_ids=inputs.sample_ids)
 
 

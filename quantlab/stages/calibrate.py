@@ -16,6 +16,7 @@ from quantlab.modules.feed import CalibrationFeed, StoredCalls
 from quantlab.modules.kept import Damaged, read_json, set_aside, write_json
 from quantlab.progress import say
 from quantlab.protocols.table import PROTOCOLS
+from quantlab.protocols.unchanged import same_memory
 from quantlab.stages.observe import LIBRARIES
 from quantlab.stages.select import QuantizationRequest, Selection
 from quantlab.tracking.provenance import arithmetic, code_digest, versions
@@ -169,4 +170,5 @@ def calibrate_component(request: QuantizationRequest, module: Any, selection: Se
     backend = request.scheme.backend.calibrated
     own = {selection.compute_dtypes[name] for name in selection.calibrated}
     dtype = own.pop() if len(own) == 1 else "auto"  # each layer's own
-    return backend.calibrate(module, selection.calibrated, selection.native, dtype, feed)
+    with same_memory(module, selection.calibrated):  # weights that it makes of others are not yet a candidate's
+        return backend.calibrate(module, selection.calibrated, selection.native, dtype, feed)

@@ -145,8 +145,7 @@ def _quantized(
         calibrated = None
         if scheme.native.needs_data:
             feed = feed_of_batches(_needed(scheme.native, calibration), device, dtype)
-            with same_memory(candidate, selection.calibrated):  # weights that it makes of others are not yet those
-                calibrated = calibrate_component(request, candidate, selection, feed)
+            calibrated = calibrate_component(request, candidate, selection, feed)
         return quantize_component(request, candidate, module, selection, calibrated)
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from quantlab.errors import ModelError
-from quantlab.models import causal_lm
+from quantlab.models import causal_lm, seq2seq
+from quantlab.models.defaults import beside_the_language_model
 from quantlab.models.outlines import outline
 from quantlab.stages.quantize import quantize_component
 from quantlab.stages.select import QuantizationRequest
@@ -123,6 +124,36 @@ def test_what_is_quantized_is_what_reads_text(checkpoint, tmp_path):
     assert set(seeing.values()) == {"excluded"}
     assert {s for n, s in layers.items() if n not in seeing and n != "lm_head"} == {"quantized"}
     assert torch.isfinite(quantized(input_ids=torch.arange(3, 40)[None], use_cache=False).logits).all()
+
+
+def test_of_one_that_reads_and_writes_what_sees_is_left_out_too(tmp_path):
+    from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
+
+    text = {**TEXT, "head_dim": 8, "sliding_window": 64}
+    reading = {"text_config": text, "vision_config": SEEING, "mm_tokens_per_image": 4}
+    made = T5Gemma2Config(encoder=reading, decoder=text, vocab_size=259)
+    torch.manual_seed(0)
+    T5Gemma2ForConditionalGeneration(made).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    config = ModelConfig(family="seq2seq", path=str(tmp_path / "model"))
+    found = seq2seq.load(config, "cpu", tmp_path).default_exclusions
+    seeing = ("model.encoder.vision_tower", "model.encoder.multi_modal_projector")
+    assert found["model"] == ("lm_head.out_proj", *seeing)
+    assert outline(config, "cpu", lambda _: None).default_exclusions == found
+
+
+def test_nothing_is_beside_the_text_of_one_whose_halves_have_configurations_of_their_own():
+    from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel, T5GemmaConfig
+    from transformers import T5GemmaForConditionalGeneration as T5Gemma
+
+    text = {**TEXT, "head_dim": 8}
+    pair = T5Gemma(T5GemmaConfig(encoder=text, decoder=text, vocab_size=259))
+    assert beside_the_language_model(pair) == []
+    sizes = {"vocab_size": 259, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    halves = BertConfig(hidden_size=32, **sizes), BertConfig(hidden_size=64, **sizes)
+    pair = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(*halves))
+    assert "enc_to_dec_proj" in dict(pair.named_modules())
+    assert beside_the_language_model(pair) == []
 
 
 def test_a_tokenizer_that_knows_no_text_is_an_error(tmp_path):

@@ -20,6 +20,7 @@ from quantlab.protocols import encoder as encoder_protocol
 from quantlab.protocols import seq2seq as seq2seq_protocol
 from quantlab.protocols import vision as vision_protocol
 from quantlab.protocols.tried import check_repeats, check_runs
+from quantlab.stages.reads import weights_read
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ModelConfig
 from tests.support.tiny_families import write_pictures
 from tests.support.tiny_text_models import TEXT, byte_tokenizer
@@ -67,6 +68,26 @@ def test_what_draws_at_random_is_refused_and_what_draws_nothing_is_measured(tmp_
     with pytest.raises(ModelError, match=r"^model\.path: drawing answers one sample in two ways .*switch that off"):
         vision_protocol.check(*of_pictures(tmp_path / "drawing", ViTMAEModel(ViTMAEConfig(**SEEING))))
     vision_protocol.check(*of_pictures(tmp_path / "plain", ViTModel(ViTConfig(**SEEING))))
+
+
+def test_what_a_model_made_of_its_weights_as_it_ran_is_not_a_candidates(tmp_path):
+    """LeViT keeps the biases of its attention: those of the reference hid what a scheme did to a candidate's."""
+    from transformers import LevitConfig, LevitForImageClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1], "image_size": 32}
+    made = LevitForImageClassification(LevitConfig(**sizes, key_dim=[8, 8, 8]))
+    model, inputs = of_pictures(tmp_path / "levit", made)
+    vision_protocol.check(model, inputs)
+    reference = vision_protocol.observe(model, inputs, TWO)
+    weights_read(model, inputs, TWO, ["model"])
+    module = model.copy_of("model")
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.endswith("attention_biases"):
+                parameter.normal_()
+    found = vision_protocol.measure(model.with_components({"model": module}), inputs, TWO, reference, model)
+    assert found.samples["output_rel_error"].min() > 0
 
 
 class Noisy(torch.nn.Module):
