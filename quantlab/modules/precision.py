@@ -71,10 +71,10 @@ def exact_arithmetic(deterministic: bool = True) -> Iterator[None]:
 @contextmanager
 def own_modes() -> Iterator[None]:
     """While open no autocast, inference mode, default dtype, device or kernels of the caller's count: numbers are of
-    the model, and what is kept of a run is everybody's."""
+    the model, and what is kept of a run is everybody's. A number of threads that was set meanwhile ends with it."""
     import torch
 
-    default, plain = torch.get_default_dtype(), contextlib.ExitStack()
+    default, threads, plain = torch.get_default_dtype(), torch.get_num_threads(), contextlib.ExitStack()
     plain.enter_context(_usual_kernels())
     for kind in ("cpu", "cuda"):
         if torch.is_autocast_enabled(kind):
@@ -89,11 +89,14 @@ def own_modes() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(default)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 @contextmanager
 def _usual_kernels() -> Iterator[None]:
-    """oneDNN, all kernels of attention, and the sums of 16-bit products as torch begins with them."""
+    """oneDNN, all kernels of attention, and the sums of 16-bit products as torch begins with them; no layer's own fast
+    path, which reads its weights and so bypasses quantized layers."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -105,12 +108,15 @@ def _usual_kernels() -> Iterator[None]:
         (matmul, "allow_bf16_reduced_precision_reduction", True),
     ]
     changed = [(owner, name, now) for owner, name, value in usual if (now := getattr(owner, name)) != value]
+    is_fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     for owner, name, value in changed:
         setattr(owner, name, not value)
     try:
         with sdpa_kernel([kind for kind in SDPBackend.__members__.values() if kind is not SDPBackend.ERROR]):
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(is_fast)
         for owner, name, value in changed:
             setattr(owner, name, value)
 

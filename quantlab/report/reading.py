@@ -31,10 +31,12 @@ from quantlab.tracking import (
     find_records,
     get_artifact,
     get_run,
+    newest_run,
     open_store,
 )
 from quantlab.tracking.connect import NO_STORE, of_a_locked, resolved_uri, store_errors
 from quantlab.tracking.record import folders_with_records
+from quantlab.tracking.tags import KIND
 from quantlab.tracking.values import is_as_written
 from quantlab.vocabulary.schema import TrackingConfig
 
@@ -72,6 +74,9 @@ class Reader(Protocol):
 
     def of_experiment(self, experiment_id: str, tags: Mapping[str, str]) -> list[StoredRun]:
         """The experiment's runs that have all of ``tags``; in a value, ``%`` stands for any text."""
+
+    def newest_sweep(self, experiment_ids: Sequence[str]) -> StoredRun | None:
+        """The newest finished sweep of these experiments."""
 
     def read_artifact(self, run: StoredRun, name: str) -> bytes | None:
         """An artifact's bytes; None where the run has no such artifact or it cannot be reached."""
@@ -121,6 +126,18 @@ def experiment_id(reader: Reader, name: str, typed: str) -> str:
         have = ", ".join(sorted(known)) or "none"
         raise TrackingError(f"{typed}: no such experiment in {reader.uri}{nearest(name, known)}; it has {have}")
     return known[name]
+
+
+def tell_of_newer(reader: Reader, experiment: str, shown: StoredRun, typed: str) -> None:
+    """A line where ``latest`` is not the latest: only the usual experiment is looked into, and a recipe may name its
+    own. Whoever names another experiment means it."""
+    others = {number: name for name, number in reader.experiments().items() if name != experiment}
+    if experiment != TrackingConfig().experiment or not others:
+        return
+    newer = reader.newest_sweep(list(others))
+    if newer and newer.start_ms > shown.start_ms:
+        name = others[newer.experiment_id]
+        say(f"{typed}: a newer sweep is in experiment {name}: {newer.name}; its id is {newer.run_id}", "warning")
 
 
 def read_json(reader: Reader, run: StoredRun, name: str) -> dict[str, Any]:
@@ -176,6 +193,16 @@ class DatabaseReader:
             where += f" AND run_uuid IN (SELECT run_uuid FROM tags WHERE key = ? AND value {match} ?)"
             values += [key, value]
         return self._runs(where, values)
+
+    def newest_sweep(self, experiment_ids: Sequence[str]) -> StoredRun | None:
+        """The newest finished sweep of these experiments."""
+        found = self._rows(
+            "SELECT r.run_uuid FROM runs r JOIN tags t ON t.run_uuid = r.run_uuid AND t.key = ? AND t.value = 'sweep' "
+            "WHERE r.status = 'FINISHED' AND r.lifecycle_stage = 'active' "
+            f"AND r.experiment_id IN ({','.join(experiment_ids)}) ORDER BY r.start_time DESC LIMIT 1",
+            [KIND],
+        )
+        return next(iter(self.by_id([run_id for (run_id,) in found])), None)
 
     def read_artifact(self, run: StoredRun, name: str) -> bytes | None:
         """An artifact's bytes; None where the run has no such file."""
@@ -254,6 +281,10 @@ class FolderReader:
         """The runs that have all of ``tags``."""
         return [run for run in self._runs if all(_is_like(run.tags.get(key), value) for key, value in tags.items())]
 
+    def newest_sweep(self, experiment_ids: Sequence[str]) -> StoredRun | None:
+        """The newest finished sweep."""
+        return next((run for run in self._runs if run.tags.get(KIND) == "sweep" and run.status == "FINISHED"), None)
+
     def read_artifact(self, run: StoredRun, name: str) -> bytes | None:
         """The bytes of a file of the run's folder; None where it has no such file."""
         with contextlib.suppress(OSError):
@@ -331,6 +362,11 @@ class ServerReader:
     def of_experiment(self, experiment_id: str, tags: Mapping[str, str]) -> list[StoredRun]:
         """The experiment's runs that have all of ``tags``."""
         return [_stored(run) for run in experiment_runs(self._store, experiment_id, tags)]
+
+    def newest_sweep(self, experiment_ids: Sequence[str]) -> StoredRun | None:
+        """The newest finished sweep of these experiments."""
+        found = newest_run(self._store, experiment_ids, {KIND: "sweep"})
+        return _stored(found) if found else None
 
     def read_artifact(self, run: StoredRun, name: str) -> bytes | None:
         """An artifact's bytes; None where the run has no such artifact."""

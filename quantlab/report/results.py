@@ -28,7 +28,7 @@ from quantlab.report.attribution import attribution_sheet
 from quantlab.report.compare import compare
 from quantlab.report.comparison_table import told_groups
 from quantlab.report.names import told_apart
-from quantlab.report.reading import Reader, StoredRun, experiment_id, json_object, read_json
+from quantlab.report.reading import Reader, StoredRun, experiment_id, json_object, read_json, tell_of_newer
 from quantlab.report.said_first import said_first
 from quantlab.report.selection import ComparisonRequest, checked_margin, children, is_candidate, select
 from quantlab.report.table import headline, rows_sheet
@@ -429,5 +429,6 @@ def _latest(reader: Reader, tracking: TrackingConfig) -> list[StoredRun]:
             continue
         rows = children(reader, run) if run.tags.get(KIND) == "sweep" else [run]
         if any(row.status == "FINISHED" for row in rows):
+            tell_of_newer(reader, tracking.experiment, run, "load('latest')")
             return rows
     raise TrackingError(f"load('latest'): nothing has finished in experiment {tracking.experiment} of {reader.uri}")

@@ -17,7 +17,7 @@ from pathlib import Path
 from quantlab.errors import ConfigError, TrackingError, nearest
 from quantlab.metrics import METRICS, metric_called
 from quantlab.progress import say
-from quantlab.report.reading import Reader, StoredRun, experiment_id, json_object, read_json
+from quantlab.report.reading import Reader, StoredRun, experiment_id, json_object, read_json, tell_of_newer
 from quantlab.tracking.results import Skipped
 from quantlab.tracking.tags import (
     DEVICE,
@@ -294,6 +294,7 @@ def _sweep(request: ComparisonRequest, reader: Reader) -> StoredRun:
                 if sweep is not found[0]:
                     newest = f"{found[0].name} ({_short(found[0].run_id)})"
                     say(f"sweep=latest: {newest} is newer, and none of its jobs has finished", "warning")
+                tell_of_newer(reader, name, sweep, "sweep=latest")
                 return sweep
         raise TrackingError(
             f"sweep=latest: none of the {len(found)} sweeps in experiment {name} of {reader.uri} has a finished job; "

@@ -22,7 +22,16 @@ from quantlab.planning.job import Job
 from quantlab.planning.plan import plan
 from quantlab.planning.recipe import own_paths
 from quantlab.planning.words import override_text
-from quantlab.report.reading import FolderReader, Reader, StoredRun, experiment_id, json_object, open_reader, read_json
+from quantlab.report.reading import (
+    FolderReader,
+    Reader,
+    StoredRun,
+    experiment_id,
+    json_object,
+    open_reader,
+    read_json,
+    tell_of_newer,
+)
 from quantlab.report.reproduction import Reproduction, RunNumbers, compare_runs
 from quantlab.report.selection import children, is_quantized
 from quantlab.running.job import floor_row, open_run, run_job
@@ -207,6 +216,7 @@ def _latest(reader: Reader, verb: str, experiment: str) -> StoredRun:
     found = reader.of_experiment(experiment_id(reader, experiment, f"tracking.experiment={experiment}"), {KIND: "job"})
     for run in found:
         if run.status == "FINISHED" and is_quantized(run) and REPRODUCES not in run.tags:
+            tell_of_newer(reader, experiment, run, f"{verb} {LATEST}")
             return run
     raise TrackingError(
         f"{verb} {LATEST}: no finished job of experiment {experiment} in {reader.uri} is quantized; run one, or give "

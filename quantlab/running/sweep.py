@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab import tracking
+from quantlab.backends.table import loggers
 from quantlab.errors import DiskFull, QuantlabError, TrackingError, in_words, is_disk_full
 from quantlab.modules.precision import exact_arithmetic, own_modes
 from quantlab.planning.job import Job, Merged, Plan
@@ -20,6 +21,7 @@ from quantlab.planning.ready import check_room, no_folder
 from quantlab.planning.space import objectives_of
 from quantlab.planning.trust import require_trust
 from quantlab.progress import Advance, headline_of, progress_bars, say, under_way
+from quantlab.quiet import quiet_libraries
 from quantlab.running.apart import Handed, hand_over
 from quantlab.running.claims import Claims, wait_for
 from quantlab.running.engines.table import is_far
@@ -91,20 +93,21 @@ def open_session(config: ExperimentConfig, quiet: bool = False, computes: bool =
 
     Without ``computes`` no device is looked for, and torch is not imported: others run the jobs.
     """
-    with _room_in(config.output_dir), progress_bars(quiet) as advance:
+    with _room_in(config.output_dir), progress_bars(quiet) as advance, contextlib.ExitStack() as modes:
         under_way("importing libraries")
-        device = prepare_device(config) if computes else ""
+        device = _prepared(modes, config) if computes else ""
         output_dir = _usable_folder(config.output_dir, _keeps_artifacts(config))
         _remove_parts(output_dir / "cache")
-        with contextlib.ExitStack() as modes, _ready(config, output_dir, device, advance) as session:
-            if computes:
-                _enter_modes(modes, config)
+        with _ready(config, output_dir, device, advance) as session:
             yield session
 
 
-def _enter_modes(stack: contextlib.ExitStack, config: ExperimentConfig) -> None:
+def _prepared(stack: contextlib.ExitStack, config: ExperimentConfig) -> str:
+    """The device; until ``stack`` is closed torch is as everybody's runs have it, then as its caller had."""
+    quiet_libraries(loggers())
     stack.enter_context(own_modes())
     stack.enter_context(exact_arithmetic(config.evaluation.deterministic))
+    return prepare_device(config)
 
 
 @contextlib.contextmanager
@@ -113,10 +116,9 @@ def _computing(session: Session, config: ExperimentConfig) -> Iterator[None]:
     if session.device:
         yield
         return
-    session.device = prepare_device(config)
-    session.environment = environment(Path(__file__).parents[2])
     with contextlib.ExitStack() as modes:
-        _enter_modes(modes, config)
+        session.device = _prepared(modes, config)
+        session.environment = environment(Path(__file__).parents[2])
         yield
 
 

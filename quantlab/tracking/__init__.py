@@ -17,6 +17,7 @@ from quantlab.tracking.query import (
     get_artifact,
     get_run,
     has_run_with_tags,
+    newest_run,
 )
 from quantlab.tracking.recovery import all_arrived, close_orphans, end_lost_run, push_pending
 from quantlab.tracking.run import Run
@@ -37,6 +38,7 @@ __all__ = [
     "find_runs",
     "get_artifact",
     "get_run",
+    "newest_run",
     "has_run_with_tags",
     "no_store",
     "open_store",

@@ -204,11 +204,11 @@ def _connect_sqlite(path: Path, uri: str, experiment: str) -> tuple[MlflowClient
         with contextlib.ExitStack() as held:
             with _said_while_waiting(f"{told}, who opens the store", _LOCK_SECONDS, _LOCK_MOMENT_SECONDS):
                 held.enter_context(lock)
-            _check_sqlite(path)
+            own = _own_address(path, _check_sqlite(path))
             bring_home(path, path.parent / "mlartifacts")
             from mlflow import MlflowClient
 
-            client = MlflowClient(tracking_uri=uri)
+            client = MlflowClient(tracking_uri=own)
             return client, _experiment_id(client, experiment, path.parent / "mlartifacts")
     except TrackingError:
         raise
@@ -221,8 +221,23 @@ def _connect_sqlite(path: Path, uri: str, experiment: str) -> tuple[MlflowClient
         raise _unusable(uri, error) from error
 
 
-def _check_sqlite(path: Path) -> None:
-    """OSError where ``path`` is no database of MLflow's that can be written (MLflow itself would retry for an hour)."""
+_FILES: dict[Path, list[tuple[int, int]]] = {}
+"""Place of a database -> the files that this process has met there, by device and inode."""
+
+
+def _own_address(path: Path, has_tables: bool) -> str:
+    """The address of the file that is at ``path`` now. MLflow keeps what it opened by address, and would go on with one
+    that was deleted or replaced meanwhile: each file is spelled in its own way."""
+    found, known = path.stat(), _FILES.setdefault(path, [])
+    file = (found.st_dev, found.st_ino)
+    if not known or not has_tables or known[-1] != file:
+        known.append(file)
+    return f"{SQLITE}{path.parent}{'/.' * (len(known) - 1)}/{path.name}"
+
+
+def _check_sqlite(path: Path) -> bool:
+    """Are there tables in it? OSError where ``path`` is no database of MLflow's that can be written (MLflow itself
+    would retry for an hour)."""
     import sqlite3
 
     try:
@@ -232,12 +247,13 @@ def _check_sqlite(path: Path) -> None:
             database.rollback()
     except sqlite3.OperationalError as error:
         if "locked" in str(error):  # in use, so usable
-            return
+            return True
         raise OSError(str(error)) from error
     except sqlite3.DatabaseError as error:
         raise OSError(str(error)) from error
     if tables and "alembic_version" not in tables:
         raise OSError("it is a database, but not one of MLflow")
+    return bool(tables)
 
 
 def _experiment_id(client: MlflowClient, name: str, artifacts: Path | None, makes: bool = True) -> str:

@@ -19,6 +19,7 @@ from typing import NotRequired, TypedDict
 
 from quantlab.backends.checkpoints import loaders
 from quantlab.backends.table import distributions
+from quantlab.errors import ConfigError
 from quantlab.modules.precision import precision
 from quantlab.progress import printable
 from quantlab.tracking.tags import SOURCE_NAME, SOURCE_TYPE, USER
@@ -91,19 +92,42 @@ class Environment(TypedDict):
     """Absent of a process that computes nothing itself."""
 
 
+_READ: dict[tuple[tuple[str, int], ...], dict[str, str]] = {}
+"""The versions as they were read last, by the state of the folders of packages; at most one entry."""
+
+
 def versions() -> dict[str, str]:
-    """Python's version and those of the installed packages that a number can depend on."""
-    return {"python": platform.python_version(), **_installed(tuple(_last_change(place) for place in sys.path))}
+    """Python's version and those of the installed packages that a number can depend on.
+
+    They are read again when something was installed: reading them all takes a tenth of a short job. Raises ConfigError
+    where that replaced what this process has loaded: its numbers would be known by code that did not make them.
+    """
+    places = tuple(_last_change(place) for place in sys.path)
+    if places not in _READ:
+        found, before = _installed(), next(iter(_READ.values()), {})
+        for name, version in before.items():
+            if found.get(name, version) != version and _is_loaded(name):
+                raise ConfigError(
+                    f"{name}: {version} is loaded, and {found[name]} is installed since; restart "
+                    "Python, in a notebook its kernel"
+                )
+        _READ.clear()
+        _READ[places] = found
+    return {"python": platform.python_version(), **_READ[places]}
 
 
-@functools.lru_cache(maxsize=1)
-def _installed(places: tuple[tuple[str, int], ...]) -> dict[str, str]:
-    """Package -> version, read again when something was installed: reading them all takes a tenth of a short job."""
+def _installed() -> dict[str, str]:
     found = {}
     for package in (*_PACKAGES, *distributions(), *loaders()):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
+
+
+def _is_loaded(package: str) -> bool:
+    """Has this process imported a module of it?"""
+    files = metadata.distribution(package).files or []
+    return any(".".join(file.parts[:-1]) in sys.modules for file in files if file.name == "__init__.py")
 
 
 def _last_change(place: str) -> tuple[str, int]:

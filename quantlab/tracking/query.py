@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
@@ -116,6 +116,15 @@ def experiment_runs(store: Store, experiment_id: str, tags: Mapping[str, str]) -
         return [_data(run) for run in store.search(_where(tags), experiment_id)]
     except store_errors() as error:
         raise store.unreadable(error) from error
+
+
+def newest_run(store: Store, experiment_ids: Sequence[str], tags: Mapping[str, str]) -> RunData | None:
+    """The newest finished run of these experiments that has all of ``tags``; TrackingError where the store fails."""
+    try:
+        found = store.client.search_runs([*experiment_ids], _where(tags, "FINISHED"), max_results=1)
+    except store_errors() as error:
+        raise store.unreadable(error) from error
+    return next(map(_data, found), None)
 
 
 def experiments(store: Store) -> dict[str, str]:

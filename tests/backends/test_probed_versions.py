@@ -29,7 +29,8 @@ def another_quanto(monkeypatch):
 
 def forget():
     """What this process read of versions: later tests would meet another quanto, and their processes would not."""
-    for cached in (table.unprobed, table.warn_unprobed, provenance._installed):
+    provenance._READ.clear()
+    for cached in (table.unprobed, table.warn_unprobed):
         cached.cache_clear()
 
 

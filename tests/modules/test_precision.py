@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import quantlab
 from quantlab.modules.precision import exact_arithmetic, own_modes, precision
+from quantlab.tracking import find_runs
 from quantlab.tracking.provenance import arithmetic
 from tests.support.shell import digits_words
 from tests.support.tiers import default_of
@@ -141,6 +142,27 @@ def test_the_kernels_that_a_caller_chose_are_set_aside():
         matmul.allow_fp16_accumulation = False
         matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = True
     assert kernels() == usual
+
+
+def test_threads_and_kernels_of_a_run_end_with_it(shell):
+    """The next run of the process would be computed by the threads of the one before, under another key."""
+    torch.backends.mha.set_fastpath_enabled(True)
+    before = torch.get_num_threads()
+    words = digits_words("backend=quanto", "dtype=int8", "evaluation.num_samples=10", "sweep.floors=false")
+    first = shell.rows(*words, f"num_threads={before + 1}")
+    assert torch.get_num_threads() == before
+    assert torch.backends.mha.get_fastpath_enabled()
+    again = shell.rows(*words)
+    assert first["quanto int8"]["run_id"] != again["quanto int8"]["run_id"]
+    assert len({run["tags"]["quantlab.reference_key"] for run in find_runs(shell.store)}) == 2
+
+
+def test_a_layer_s_own_fast_path_is_of_no_row():
+    """It reads weights, not layers: a reference on it has other kernels than its candidates."""
+    torch.backends.mha.set_fastpath_enabled(True)
+    with own_modes():
+        assert not torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_a_cpu_is_known_by_its_threads_and_instructions(monkeypatch):

@@ -7,9 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import quantlab
 from quantlab.errors import ConfigError, TrackingError
-from quantlab.report.reading import open_reader
+from quantlab.report.reading import ServerReader, open_reader, tell_of_newer
 from quantlab.report.selection import _title, parse_request, select
+from quantlab.running.reproduce import finished_job
+from quantlab.tracking import open_store
+from quantlab.vocabulary.schema import TrackingConfig
 from tests.support.comparison_store import N, add_run, fail, make_sweep
 
 
@@ -65,3 +69,42 @@ def test_where_no_job_has_finished_it_says_so(tmp_path, base, store):
     begun(sweep, "b")
     with pytest.raises(TrackingError, match=r"^sweep=latest: none of the 2 sweeps .*run one with"):
         latest(sweep)
+
+
+@pytest.fixture
+def elsewhere(sweep):
+    """A newer sweep of a recipe with an experiment of its own."""
+    store = open_store(TrackingConfig(experiment="my own"), sweep.folder)
+    for name, status in (("older", "FINISHED"), ("newest of all", "FINISHED"), ("broken", "FAILED")):
+        run = store.start_run(name, sweep.folder / "outputs" / "runs" / name, {}, {"quantlab.kind": "sweep"})
+        run.finish(status)
+        if name == "newest of all":
+            found = run.run_id
+    return found
+
+
+def test_a_newer_one_of_another_experiment_is_told(sweep, elsewhere, capsys, monkeypatch):
+    monkeypatch.chdir(sweep.folder)
+    told = f"a newer sweep is in experiment my own: newest of all; its id is {elsewhere}"
+
+    def said():
+        return " ".join(capsys.readouterr().err.split())
+
+    assert latest(sweep) == sweep.parent
+    assert f"sweep=latest: {told}" in said()
+    assert quantlab.load("latest").sweep_id == sweep.parent
+    assert f"load('latest'): {told}" in said()
+    reader = open_reader(TrackingConfig(), sweep.folder)
+    assert finished_job(reader, "latest", "export", "quantlab").name == "int4 c"
+    assert f"export latest: {told}" in said()
+    others = [number for name, number in reader.experiments().items() if name != "quantlab"]
+    assert ServerReader(sweep.store).newest_sweep(others) == reader.newest_sweep(others)
+
+
+def test_what_is_newer_than_all_of_other_experiments_or_chosen_by_name_needs_no_word(sweep, elsewhere, capsys):
+    add_run(sweep, "again", np.full(N, 1e-4), backend="quanto", parent=begun(sweep, "today"))
+    latest(sweep)
+    reader = open_reader(TrackingConfig(), sweep.folder)
+    shown = reader.by_id([elsewhere])[0]
+    tell_of_newer(reader, "my own", shown, "sweep=latest")
+    assert "a newer sweep" not in capsys.readouterr().err

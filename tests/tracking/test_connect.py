@@ -306,6 +306,24 @@ def test_store_made_anew_under_the_same_address(store: Store, runs: Path, base: 
     assert [r["metrics"] for r in find_runs(new)] == [{"m": 1.0}]
 
 
+@pytest.mark.parametrize("way", ["deleted", "replaced"])
+def test_a_file_that_went_while_the_process_lives(way: str, store: Store, base: Path, template: Path) -> None:
+    """MLflow keeps its connections by address: the next run would be written into the file that is gone."""
+    store.start_run("before", base / "before", {}, {}).finish("FINISHED")
+    if way == "deleted":
+        shutil.rmtree(base / "outputs")
+    else:
+        shutil.copyfile(template, base / "another.db")
+        (base / "another.db").replace(base / "outputs" / "mlflow.db")
+    for name in ("first", "second"):
+        new = open_store(tracking_at(), base)
+        new.start_run(name, base / name, {}, {}).finish("FINISHED")
+        assert not new.was_lost
+    reader = open_reader(tracking_at(), base)
+    runs = reader.of_experiment(reader.experiments()["quantlab"], {})
+    assert {run.name for run in runs} == {"first", "second"} == {run["name"] for run in find_runs(new)}
+
+
 def test_what_the_store_refuses_does_not_hold_up_the_rest(
     store: Store, runs: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

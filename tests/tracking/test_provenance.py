@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from quantlab.errors import ConfigError
 from quantlab.tracking import provenance
 
 
@@ -97,11 +101,11 @@ def test_what_chooses_kernels_is_part_of_the_environment(monkeypatch: pytest.Mon
 def test_what_loads_checkpoints_of_others_is_part_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     real = provenance.metadata.version
     monkeypatch.setattr(provenance.metadata, "version", lambda name: "7.0" if name == "gptqmodel" else real(name))
-    provenance._installed.cache_clear()
+    provenance._READ.clear()
     try:
         assert provenance.versions()["gptqmodel"] == "7.0"
     finally:
-        provenance._installed.cache_clear()
+        provenance._READ.clear()
 
 
 def test_a_package_that_is_installed_meanwhile_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,10 +117,23 @@ def test_a_package_that_is_installed_meanwhile_is_known(tmp_path: Path, monkeypa
         folder = tmp_path / f"quantlab_of_a_test-{version}.dist-info"
         folder.mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: quantlab-of-a-test\nVersion: {version}\n")
+        (folder / "RECORD").write_text("quantlab_of_a_test/part/__init__.py,,\n")
+        os.utime(tmp_path, (0, next(seconds)))  # a kernel's clock may not tick between two of these
 
+    part = tmp_path / "quantlab_of_a_test" / "part"
+    part.mkdir(parents=True)
+    (part / "__init__.py").touch()
+    seconds = itertools.count()
+    monkeypatch.setattr(provenance, "_READ", {})
     monkeypatch.setattr(provenance, "_PACKAGES", ("quantlab-of-a-test",))
     monkeypatch.syspath_prepend(str(tmp_path))
     assert "quantlab-of-a-test" not in provenance.versions()
     for version in ("1.0", "1.1"):
         install(version)
         assert provenance.versions()["quantlab-of-a-test"] == version
+    monkeypatch.setitem(sys.modules, "quantlab_of_a_test.part", sys)
+    assert provenance.versions()["quantlab-of-a-test"] == "1.1"
+    install("1.2")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"^quantlab-of-a-test: 1\.1 is loaded, and 1\.2 .*; restart Python"):
+            provenance.versions()
