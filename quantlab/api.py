@@ -90,7 +90,7 @@ def run(
         QuantlabError: a bad request; in a sweep, a failing job is a row with status ``FAILED`` instead.
         KeyboardInterrupt: stopped by its user; the same call goes on with the jobs that had not finished.
     """
-    request = compose(overrides, recipe)
+    request, base_dir = compose(overrides, recipe), Path.cwd()  # whoever reads the rows may stand elsewhere by then
     if request.dry_run:
         show_jobs(request, trust)
     try:
@@ -98,7 +98,7 @@ def run(
     except KeyboardInterrupt:
         raise Interrupted("finished jobs are kept; the same call goes on with the others") from None
     config = request.jobs[0].config
-    return Results(reports, lambda: open_reader(config.tracking, Path.cwd(), config.output_dir))
+    return Results(reports, lambda: open_reader(config.tracking, base_dir, config.output_dir))
 
 
 @called_in_words(meant={"tracking": "uri", "tracking_uri": "uri", "sweep": "what", "run": "what", "run_id": "what"})

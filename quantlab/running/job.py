@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from quantlab.backends.scheme import Scheme
 from quantlab.backends.table import held_packages, unprobed
@@ -37,7 +37,7 @@ from quantlab.stages.weigh import saved_bytes, weigh
 from quantlab.tracking import Run
 from quantlab.tracking.pictures import SAMPLE_GRID
 from quantlab.tracking.provenance import code_digest, who_and_what
-from quantlab.tracking.results import log_calibration, log_evaluation, log_quantization, report_data
+from quantlab.tracking.results import log_calibration, log_evaluation, log_quantization, report_data, step_columns
 from quantlab.tracking.tags import (
     DEVICE,
     GIT_COMMIT,
@@ -65,6 +65,7 @@ from quantlab.vocabulary.reports import (
     StageReport,
 )
 
+_ARRAYS = ("clusters", "strata", "seeds")
 REFERENCE_MADE_ON = "reference_made_on"
 """Parameter of a row whose reference was made elsewhere: device, dtype, library."""
 
@@ -118,9 +119,18 @@ def floor_rows(session: Session, bench: Workbench, job: Job) -> list[RunReport]:
 
 
 def _to_cache(report: RunReport) -> dict[str, Any]:
-    """What is kept of a row: its numbers, times too, without what they were made of."""
-    metrics = flat_metrics(report)
+    """What is kept of a row: its numbers, times too, and those of each sample and step; no images."""
+    metrics, measured = flat_metrics(report), report.measurements
+    assert measured is not None, "it was evaluated"
+    arrays = {name: getattr(measured, name) for name in _ARRAYS}
     return {
+        "measured": {
+            "samples": {name: list(map(float, values)) for name, values in measured.samples.items()},
+            "steps": step_columns(measured),
+            "sample_ids": list(measured.sample_ids),
+            "undefined": dict(measured.undefined),
+            **{name: list(map(int, values)) for name, values in arrays.items() if values is not None},
+        },
         "quality": {k: asdict(v) for k, v in report.quality.items()},
         "memory": {k: asdict(v) for k, v in report.memory.items()},
         "disk_bytes": report.disk_bytes,
@@ -130,6 +140,9 @@ def _to_cache(report: RunReport) -> dict[str, Any]:
 
 
 def _cached_row(job: Job, protocol: str, stored: Mapping[str, Any]) -> RunReport:
+    import numpy as np
+
+    found = stored["measured"]
     return RunReport(
         name=job.name,
         status="FINISHED",
@@ -140,6 +153,13 @@ def _cached_row(job: Job, protocol: str, stored: Mapping[str, Any]) -> RunReport
         stages=tuple(StageReport(**{**v, "by_device": tuple(map(tuple, v["by_device"]))}) for v in stored["stages"]),
         speed=stored["perf"],
         params=job.resolved,
+        measurements=Measurements(
+            samples={name: np.asarray(values) for name, values in found["samples"].items()},
+            steps={name: np.asarray(values) for name, values in found["steps"].items()},
+            sample_ids=tuple(found["sample_ids"]),
+            undefined=found["undefined"],
+            **cast("dict[str, Any]", {name: np.asarray(found[name]) for name in _ARRAYS if name in found}),
+        ),
     )
 
 
