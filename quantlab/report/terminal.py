@@ -146,6 +146,7 @@ def tab_separated(sheet: Sheet) -> Iterator[str]:
 
 def rich_table(sheet: Sheet, width: int) -> Table:
     """What fits ``width`` columns of a terminal; which columns are hidden is said below it."""
+    sheet = _wrapping(sheet, width)
     shown = _shown(sheet, width)
     hidden = [c.title for j, c in enumerate(sheet.columns) if j not in shown]
     told = [printable(line, MAX_LINE) for line in told_below(sheet, shown)]
@@ -187,6 +188,16 @@ def _side(column: Column) -> Literal["left", "right"]:
     return "left" if column.is_text else "right"
 
 
+def _wrapping(sheet: Sheet, width: int) -> Sheet:
+    """The sheet; where what never gives way does not fit, texts behind the first column go on between two words: a name
+    is broken last."""
+    staying = [j for j, c in enumerate(sheet.columns) if c.keep == 9]
+    if _fits({j: _least(sheet, j, width) for j in staying}, staying, width):
+        return sheet
+    columns = [replace(c, may_wrap=c.may_wrap or (c.is_text and j > 0)) for j, c in enumerate(sheet.columns)]
+    return replace(sheet, columns=columns)
+
+
 def _shown(sheet: Sheet, width: int) -> list[int]:
     """Columns that stay: they give way in their order until the rest fits, or none may any more. Of those that went,
     the last first, each comes back for which a wider one that went after it left room."""
@@ -203,7 +214,7 @@ def _shown(sheet: Sheet, width: int) -> list[int]:
     return sorted(shown)
 
 
-def _fits(needs: Sequence[int], shown: Collection[int], width: int) -> bool:
+def _fits(needs: Sequence[int] | Mapping[int, int], shown: Collection[int], width: int) -> bool:
     return sum(needs[j] for j in shown) + _frame(len(shown)) <= width
 
 

@@ -16,6 +16,7 @@ from quantlab.backends.table import backends
 from quantlab.metrics import metric_called
 from quantlab.progress import broken, spell_out
 from quantlab.report import terminal
+from quantlab.report.comparison_table import pairs_sheet
 from quantlab.report.table import (
     cells,
     columns,
@@ -27,8 +28,10 @@ from quantlab.report.table import (
     with_interval,
 )
 from quantlab.report.terminal import Column, Sheet, complain, show
+from quantlab.report.verdicts import BETTER, Verdict
 from quantlab.running.status import JobStatus
 from quantlab.running.status import sheet as status_sheet
+from quantlab.vocabulary.reports import MetricValue
 
 
 def printed(sheet, width, **look):
@@ -426,6 +429,18 @@ def test_a_name_that_is_longer_than_its_column_goes_on_behind_a_separator(width)
     told = [line.strip("│").split("│")[0].strip() for line in lines if line.startswith("│")]
     assert "".join(told) == "".join(names)
     assert all(piece in names or piece[-1] in "/_.:-" or any(n.endswith(piece) for n in names) for piece in told)
+
+
+@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize(
+    "names", [("bitsandbytes int8", "bitsandbytes nf4"), ("modelopt int4 awq_lite", "torchao int4 g128 awq")]
+)
+def test_sentences_go_on_in_the_next_line_before_a_name_is_broken(names, width):
+    pair = Verdict(a=names[0], b=names[1], difference=MetricValue(value=0.5, n=8), test="t", p_holm=0.01, text=BETTER)
+    text = printed(pairs_sheet([pair], "kld_mean"), width)
+    assert max(map(len, text.splitlines())) <= width
+    cells = " ".join(line.replace("│", " ") for line in text.splitlines() if line.startswith("│"))
+    assert {*cells.split()} <= {*" ".join(names).split(), "is", "better", "+0.5", "0.010"}
 
 
 @pytest.mark.parametrize("width", [60, 80, 100])
