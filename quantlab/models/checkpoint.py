@@ -65,16 +65,21 @@ def load_checkpoint(
     """
     key = key or f"model.path={path}"
     model = load_model(auto_classes, path, config, device, key, is_base)
+    return model, load_tokenizer(path, config, key)
+
+
+def load_tokenizer(path: str, config: ModelConfig, key: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint; ModelError, beginning with ``key``, where it has none that reads text."""
     from transformers import AutoTokenizer
 
     path = str(Path(path).expanduser()) if Path(path).expanduser().exists() else path
     where = {"revision": config.revision, "trust_remote_code": False}
     way_out = _NO_TOKENIZER if Path(path).is_dir() and not any(map(_TOKENIZERS, os.listdir(path))) else _WAY_OUT
     with as_model_error(f"{key} (tokenizer)", way_out, lambda: _has_own_tokenizer(path, config.revision)):
-        tokenizer = AutoTokenizer.from_pretrained(path, **where)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **where)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # some versions make one of no files, which reads no text
         raise ModelError(f"{key} (tokenizer): it knows {len(tokenizer)} tokens and none of text; {way_out}")
-    return model, tokenizer
+    return tokenizer
 
 
 def load_model(

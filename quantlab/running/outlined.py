@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 from quantlab.backends.scheme import Scheme
 from quantlab.backends.table import loggers
 from quantlab.datasets.calibration import in_words_of_calibration, sampling_settings
+from quantlab.datasets.table import DATASETS
 from quantlab.errors import ConfigError, QuantlabError, first_line
 from quantlab.exporting.beforehand import check_outlined
 from quantlab.models.architectures import CONFIG
+from quantlab.models.checkpoint import load_tokenizer
 from quantlab.models.foreign import check_class
+from quantlab.models.loaded import LoadedModel, Parts
 from quantlab.models.outline import Outline
 from quantlab.models.outlines import outline
 from quantlab.models.pipeline_files import INDEX
@@ -75,6 +78,7 @@ def refused_by_shape(
     found: dict[str, ConfigError] = {}
     outlines: dict[str, Outline | None] = {}
     brought: dict[str, ConfigError | None] = {}
+    texts: dict[str, ConfigError | None] = {}
     said: dict[str, None] = {}
     for job in jobs:
         if (why := _brought(job.config, brought)) is not None:
@@ -93,7 +97,7 @@ def refused_by_shape(
         if (made := outlines[key]) is None:
             continue
         try:
-            _check(job, made, device, is_far)
+            _check(job, made, device, is_far, texts)
             said |= dict.fromkeys(_settings(job, made))
         except ConfigError as error:
             found[job.name] = error
@@ -156,9 +160,11 @@ def _settings(job: Job, made: Outline) -> list[str]:
     return told_by_files(job.config.checkpoint, made.components, list(names))
 
 
-def _check(job: Job, made: Outline, device: str, is_far: bool) -> None:
+def _check(job: Job, made: Outline, device: str, is_far: bool, texts: dict[str, ConfigError | None]) -> None:
     config, schemes = job.config, job.components(made.quantized)
     _check_model(job, made, device, is_far)
+    if short := _of_text(config, made, texts):
+        raise short
     if not schemes.keys() <= made.components.keys():
         return
     if config.checkpoint is not None:
@@ -197,6 +203,24 @@ def _check_model(job: Job, made: Outline, device: str, is_far: bool) -> None:
                 check(sampling_settings(job.config.calibration, job.config.evaluation), made.components["model"])
             except ConfigError as error:
                 raise type(error)(in_words_of_calibration(str(error))) from error
+
+
+def _of_text(config: ExperimentConfig, made: Outline, known: dict[str, ConfigError | None]) -> ConfigError | None:
+    """What a run raises of a text of the user's own, as that it has too few tokens; asked once of each."""
+    model, protocol = config.model, family_of(config.model).protocol
+    folder = Path(model.path or "").expanduser()
+    if config.dataset.name != "text" or protocol not in _LENGTHS or not (model.path and folder.is_dir()):
+        return None
+    key = canonical_json([asdict(node) for node in (model, config.dataset, config.evaluation)])
+    if key not in known:
+        known[key] = None
+        parts = Parts(tokenizer=load_tokenizer(model.path, model, f"model.path={model.path}"))
+        read = LoadedModel(name=folder.name, protocol=protocol, components=made.components, parts=parts)
+        try:
+            DATASETS[config.dataset.name].load(config.dataset, config.evaluation, read)
+        except ConfigError as error:
+            known[key] = error
+    return known[key]
 
 
 def _check_spread(memory: MemoryConfig, made: Outline, device: str, is_far: bool) -> None:

@@ -69,6 +69,10 @@ OF_A_TEXT_MODEL = {
         *("backend=modelopt", "dtype=int4", "group_size=32", "algorithm=awq_lite", "calibration.context_length=5000"),
     ],
     "windows of the unquantized model alone": ["backend=none", "dtype=bfloat16", "evaluation.context_length=5000"],
+    "a text of too few tokens": [*INT8, "evaluation.num_samples=100000"],
+    "a protocol of whole windows of too few tokens": [
+        *(*INT8, "evaluation.perplexity_protocol=ppl/v1", "evaluation.num_samples=5000"),
+    ],
     "a variant that it has not": [*INT8, "model.variant=fp16"],
     "devices that one block fills": [
         *(*INT8, "memory.placement=spread", "memory.devices=2", "memory.device_gib=0.00001"),
@@ -143,9 +147,13 @@ def test_settings_of_a_checkpoint_by_which_it_computes_otherwise_are_told(shell,
     assert "its config.json says rms_norm_eps=0.25 (the model's: 1e-06)" in " ".join(out.split())
 
 
-@pytest.mark.parametrize("what", ["group_size=128", f"{OWN}=[nothing_here]", "evaluation.context_length=500"])
+@pytest.mark.parametrize(
+    "what",
+    ["group_size=128", f"{OWN}=[nothing_here]", "evaluation.context_length=500", "evaluation.num_samples=100000"],
+)
 def test_shapes_of_an_encoder(what, shell, models):
-    words = ["device=cpu", "model=encoder", f"model.path={models}/bert", "evaluation.num_samples=2"]
+    words = ["device=cpu", "model=encoder", f"model.path={models}/bert", "dataset=text"]
+    words += [f"dataset.path={models}/text.txt", "evaluation.num_samples=2"]
     check_refused(shell, [*words, "sweep.floors=false", *INT8, what])
 
 
