@@ -17,10 +17,10 @@ from quantlab.report.html import page_data, write_page
 from quantlab.report.reading import reader_of
 from quantlab.report.selection import Selection, parse_request, scheme_nodes, select
 from quantlab.report.table import headline, inside_floor
-from quantlab.tracking import Run, Store
+from quantlab.tracking import Run, Store, annotate, get_run
 from quantlab.tracking.results import IMAGE_KEY, Row, report_data
 from quantlab.tracking.saved_view import saved_view
-from quantlab.tracking.tags import INPUTS_SHA256, LOGGED_IMAGES, NOTE
+from quantlab.tracking.tags import FORMER_PARENTS, INPUTS_SHA256, LOGGED_IMAGES, NOTE
 from quantlab.tracking.used import used_params
 from quantlab.tracking.values import flatten
 from quantlab.vocabulary.numbers import is_scheme
@@ -29,6 +29,7 @@ from quantlab.vocabulary.reports import RunReport
 SHARED = ("recipe", "device", "model.", "dataset.", "evaluation.")
 BYTES = ("memory/weights_bytes", "memory/compression", "memory/bits_per_weight_model")
 PAGE = Path("reports", "overview.html")
+_TAKEN_OVER, _TAKEN_OVER_END = "What had finished is by now among the runs of", ", and its charts are there.\n\n"
 MAX_DESCRIPTION = 4800
 """Characters; a longer description would be cut in the middle of a table."""
 
@@ -134,6 +135,18 @@ def _log_page(store: Store, parent: Run) -> None:
     values = {name: [run.metrics[name] for run in groups[0].runs if name in run.metrics] for name in names}
     view = saved_view(store, values, parent.run_id, images)
     parent.set_tags({NOTE: description(groups, selection, store.experiment_id, parent.run_id, view)})
+    of = (run.tags.get(FORMER_PARENTS, "").split() for group in groups for run in group.runs)
+    for earlier in dict.fromkeys(run_id for ids in of for run_id in ids):
+        _tell_taken_over(store, earlier, parent.run_id)
+
+
+def _tell_taken_over(store: Store, earlier: str, run_id: str) -> None:
+    """First in the description of an earlier sweep: its view is of runs that are a later one's by now."""
+    found = get_run(store, earlier)
+    if found is not None:
+        own = found["tags"].get(NOTE, "").rpartition(_TAKEN_OVER_END)[2]
+        told = f"{_TAKEN_OVER} [a later sweep](#/experiments/{store.experiment_id}/runs/{run_id}){_TAKEN_OVER_END}{own}"
+        annotate(store, earlier, {}, {NOTE: told})
 
 
 def description(

@@ -102,3 +102,30 @@ def test_of_schemes_of_one_size_the_smallest_is_the_closer_one(order):
         for name, error in (("far", 2e-5), ("near", 1e-5))
     ]
     assert best_rows(rows[::order])["smallest_in_floor"]["name"] == "near"
+
+
+def test_of_a_sweep_whose_runs_a_later_one_took_over_that_is_said(shell, client, monkeypatch):
+    """Its view is of its own runs, of which the one that failed is left."""
+    words, real = ["-m", *digits_words("backend=quanto", "dtype=int8,int4", "sweep.floors=false")], job.evaluate
+
+    def failing(candidate, *args):
+        if any(
+            type(part).__name__ == "QLinear" and part.weight_qtype.name == "qint4"
+            for part in candidate.components["transformer"].modules()
+        ):
+            raise RuntimeError("not today")
+        return real(candidate, *args)
+
+    monkeypatch.setattr(job, "evaluate", failing)
+    for _ in range(3):
+        assert shell(*words)[0] == 1
+    sweeps = sorted(
+        (run for run in client().search("") if run.info.run_name == "sweep"), key=lambda run: run.info.start_time
+    )
+    first, second, last = (run.data.tags["mlflow.note.content"] for run in sweeps)
+    for note in (first, second):
+        assert note.startswith("What had finished is by now among the runs of [a later sweep]")
+        assert note.count("[a later sweep]") == 1
+        assert f"runs/{sweeps[2].info.run_id})" in note.splitlines()[0]
+        assert "overview.html" in note
+    assert "later sweep" not in last
