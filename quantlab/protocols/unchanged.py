@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+_HOOKS_HUNG = "_output_capturing_hooks_installed"
+
+
 @contextmanager
 def must_stay_unchanged(model: LoadedModel) -> Iterator[None]:
     """Raises ModelError, naming the tensors, where a component is another one after the block than before."""
@@ -98,10 +101,11 @@ def _remembered(module: nn.Module, without: Collection[str]) -> Callable[[], Non
 
 
 def _attributes(part: nn.Module) -> dict[str, object]:
-    """What a part keeps beside its parameters, buffers, parts and hooks."""
+    """What a part keeps beside its parameters, buffers, parts and hooks, and beside the note that it has hung these:
+    without it transformers hangs them again at the next call, and records twice what it gives out."""
     import torch
 
     if isinstance(part, torch.jit.ScriptModule):
         return {}
-    of_torch = vars(torch.nn.Module())
-    return {name: value for name, value in vars(part).items() if name not in of_torch}
+    others = {*vars(torch.nn.Module()), _HOOKS_HUNG}
+    return {name: value for name, value in vars(part).items() if name not in others}

@@ -20,6 +20,7 @@ from quantlab.protocols import encoder as encoder_protocol
 from quantlab.protocols import seq2seq as seq2seq_protocol
 from quantlab.protocols import vision as vision_protocol
 from quantlab.protocols.tried import check_repeats, check_runs
+from quantlab.protocols.unchanged import same_memory
 from quantlab.stages.reads import weights_read
 from quantlab.vocabulary.schema import DatasetConfig, EvaluationConfig, ModelConfig
 from tests.support.tiny_families import write_pictures
@@ -88,6 +89,18 @@ def test_what_a_model_made_of_its_weights_as_it_ran_is_not_a_candidates(tmp_path
                 parameter.normal_()
     found = vision_protocol.measure(model.with_components({"model": module}), inputs, TWO, reference, model)
     assert found.samples["output_rel_error"].min() > 0
+
+
+def test_what_a_model_records_of_its_layers_is_recorded_once_after_it_was_tried():
+    """transformers hangs its hooks at the first call, and notes that it has."""
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    module, x = ViTModel(ViTConfig(**sizes, image_size=32)).eval(), torch.zeros(1, 3, 32, 32)
+    with torch.no_grad(), same_memory(module):
+        first = module(x, output_hidden_states=True).hidden_states
+    with torch.no_grad():
+        assert len(module(x, output_hidden_states=True).hidden_states) == len(first) == 3
 
 
 class Noisy(torch.nn.Module):
